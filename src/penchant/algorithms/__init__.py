@@ -1,0 +1,1 @@
+"""Algorithms: each turns packed batches into losses; the loop owns everything else."""

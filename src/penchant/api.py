@@ -1,0 +1,115 @@
+"""What the command line does, as a handful of calls: `load_preferences`, `train`, `evaluate`, `audit`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from penchant.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from penchant.config import RunConfig
+    from penchant.data.load import Dataset
+
+__all__ = ["TrainResult", "audit", "evaluate", "load_preferences", "train"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a finished run leaves.
+
+    Args:
+        folder: the run folder; model: the last checkpoint's model folder, which transformers or peft loads as it is.
+        steps: optimiser steps done; before, after: held-out metrics at step 0 and at the end (empty without a held-out set).
+        best_step: the step of the best checkpoint, or None.
+    """
+
+    folder: Path
+    model: Path
+    steps: int
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    best_step: int | None
+
+
+def load_preferences(path: str | Sequence[str], **options: Any) -> Dataset:
+    """Read preference data from files or a hub id; see `penchant.data.load.load_preferences`."""
+    from penchant.data.load import load_preferences as load
+
+    return load(path, **options)
+
+
+def train(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = False) -> TrainResult:
+    """Train as a config says; resumes by itself when its folder holds a checkpoint of the same run.
+
+    Args:
+        config: a `RunConfig`, a mapping of the same shape, or the path of a YAML file.
+        overrides: ``"key.path=value"``.
+        quiet: no progress output.
+
+    Raises:
+        ConfigError, DataError, ModelError, CheckpointError: a person can mend it. TrainingStopped: NaN/Inf or a signal.
+    """
+    from penchant.run import Run
+
+    return Run(as_config(config, overrides), quiet=quiet).train()
+
+
+def evaluate(
+    config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = False, step: str = "last"
+) -> dict[str, Any]:
+    """Held-out metrics of a run's checkpoint, or of the base model where the config's folder has none.
+
+    Args:
+        config: a run folder, a YAML path, a mapping or a `RunConfig`.
+        step: ``last``, ``best``, ``0`` (the start) or a step's number.
+
+    Returns:
+        ``eval/...`` metrics: means over rows with 95% intervals by prompt.
+    """
+    from penchant.run import Run
+
+    folder = Path(config) if isinstance(config, (str, Path)) else None
+    if folder is not None and (folder / "config.resolved.yaml").exists():
+        config = folder / "config.resolved.yaml"
+    return Run(as_config(config, overrides), quiet=quiet).evaluate(step)
+
+
+def audit(
+    config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, tokenise: bool = True, quiet: bool = False
+) -> Any:
+    """Count what is wrong or lopsided in a data set: duplicates, contradictions, leakage, truncation, length bias.
+
+    Args:
+        config: a YAML path, a mapping, a `RunConfig`, or the path of a data file (then no tokenizer is needed).
+        tokenise: also count in tokens (needs the config's tokenizer).
+
+    Returns:
+        An `Audit` with `to_text()` and `to_json()`.
+    """
+    from penchant.data.audit import audit as run_audit
+    from penchant.data.load import load_preferences as load
+
+    if isinstance(config, (str, Path)) and Path(config).suffix not in (".yaml", ".yml") and not isinstance(config, dict):
+        if overrides:
+            raise ConfigError("command line", "overrides go with a config, not with a data file", "give a CONFIG.yaml")
+        return run_audit(load(str(config), on_bad_row="skip"))
+    from penchant.run import Run
+
+    return Run(as_config(config, overrides), quiet=quiet).audit(tokenise=tokenise)
+
+
+def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A validated `RunConfig` from whatever a caller has."""
+    from penchant.config import RunConfig, config_from_mapping, load_config
+
+    if isinstance(config, RunConfig):
+        if overrides:
+            raise ConfigError("overrides", "a RunConfig is final", "give a mapping or a path together with overrides")
+        return config
+    if isinstance(config, Mapping):
+        return config_from_mapping(config, list(overrides))
+    return load_config(config, list(overrides))

@@ -1,0 +1,120 @@
+"""Packing of token trees: which trees go into one forward pass, and the packed row itself."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from penchant.types import PackedBatch, Segment, TokenTree
+
+
+def plan_microbatches(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Split trees into the fewest forward passes of at most `budget` tokens, by best-fit decreasing.
+
+    Args:
+        sizes: tokens of each tree, as it will be packed.
+        budget: `tokens_per_step`; a tree larger than the budget gets a pass of its own.
+
+    Returns:
+        Lists of indices into `sizes`, each in ascending order; the same input always gives the same plan.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    room: list[tuple[int, int]] = []  # (tokens left, bin), sorted: bisect finds the tightest bin that fits
+    bins: list[list[int]] = []
+    for i in order:
+        at = bisect_left(room, (sizes[i], -1))
+        if at < len(room):
+            left, b = room.pop(at)
+        else:
+            left, b = budget, len(bins)
+            bins.append([])
+        bins[b].append(i)
+        if left > sizes[i]:
+            insort(room, (left - sizes[i], b))
+    return [sorted(b) for b in bins]
+
+
+def plan_balanced(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """As few passes as `plan_microbatches` needs, but of nearly equal size (longest processing time first).
+
+    Equal passes keep the peak memory of a step down and never cost a pass more; where balancing would break the
+    budget, the best-fit plan is returned.
+    """
+    plan = plan_microbatches(sizes, budget)
+    heap = [(0, b) for b in range(len(plan))]
+    bins: list[list[int]] = [[] for _ in plan]
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        load, b = heapq.heappop(heap)
+        bins[b].append(i)
+        heapq.heappush(heap, (load + sizes[i], b))
+    if max((load for load, _ in heap), default=0) > max(budget, max(sizes, default=0)):
+        return plan
+    return [sorted(b) for b in bins if b]
+
+
+def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
+    """Lay trees into one row without padding.
+
+    Args:
+        trees: at least one tree.
+        shared: True lays ``[prompt, completion 1, completion 2, ...]`` per tree; False repeats the prompt before every
+            completion. Completions are numbered tree by tree in both, so the losses see the same order.
+
+    Returns:
+        The packed batch; every completion token is predicted from the position before it, the first one from the
+        prompt's last position.
+    """
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    predict: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    segments: list[Segment] = []
+    completion_tree: list[int] = []
+    completion_slot: list[int] = []
+    lengths: list[int] = []
+    offset = 0
+    for t, tree in enumerate(trees):
+        p = len(tree.prompt_ids)
+        groups = [tree.completion_ids] if shared else [(c,) for c in tree.completion_ids]
+        for group in groups:
+            segments.append(Segment(offset, p, tuple(len(c) for c in group)))
+            ids.append(tree.prompt_ids)
+            positions.append(np.arange(p))
+            last_prompt = offset + p - 1
+            offset += p
+            for completion in group:
+                n = len(completion)
+                ids.append(completion)
+                positions.append(np.arange(p, p + n))
+                predict.append(np.concatenate(([last_prompt], np.arange(offset, offset + n - 1))))
+                targets.append(completion)
+                lengths.append(n)
+                offset += n
+        completion_tree += [t] * len(tree.completion_ids)
+        completion_slot += range(len(tree.completion_ids))
+
+    def flat(parts: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+    counts = torch.tensor(lengths)
+    return PackedBatch(
+        input_ids=flat(ids),
+        position_ids=flat(positions),
+        segments=tuple(segments),
+        predict_index=flat(predict),
+        target_ids=flat(targets),
+        completion_of=torch.repeat_interleave(torch.arange(len(lengths)), counts),
+        completion_tree=torch.tensor(completion_tree),
+        completion_slot=torch.tensor(completion_slot),
+        lengths=counts,
+        rows=tuple(tree.row for tree in trees),
+    )
+
+
+def tree_tokens(tree: TokenTree, shared: bool) -> int:
+    """Tokens that a tree takes in a packed row."""
+    return tree.shared_tokens if shared else tree.separate_tokens

@@ -1,0 +1,41 @@
+"""Errors a person can mend: each says where, what, and how to mend it. The CLI prints them as one paragraph, exit code 2."""
+
+from __future__ import annotations
+
+
+class PenchantError(Exception):
+    """Base of every error that is the input's fault, not the program's.
+
+    Args:
+        where: the place, e.g. ``"train.jsonl:118"`` or ``"run.yaml:7"``.
+        what: what is wrong there.
+        how: how to mend it (may be empty when there is nothing to say).
+    """
+
+    exit_code = 2
+
+    def __init__(self, where: str, what: str, how: str = "") -> None:
+        self.where, self.what, self.how = str(where), what, how
+        super().__init__(f"{where}: {what}" + (f"; {how}" if how else ""))
+
+
+class ConfigError(PenchantError):
+    """A key, value or combination of settings that cannot be run."""
+
+
+class DataError(PenchantError):
+    """A file or row that cannot be read as preference data."""
+
+
+class ModelError(PenchantError):
+    """A model or tokenizer folder that cannot be loaded or cannot do what is asked."""
+
+
+class CheckpointError(PenchantError):
+    """A run folder or checkpoint that is locked, torn, or from another run."""
+
+
+class TrainingStopped(PenchantError):
+    """The run stopped itself: NaN/Inf, a failed step-0 check, a floor that was crossed."""
+
+    exit_code = 3

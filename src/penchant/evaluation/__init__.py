@@ -1,0 +1,1 @@
+"""Evaluation: figures over rows, with intervals."""

@@ -1,0 +1,158 @@
+"""Load a causal model and its tokenizer from a folder or hub id, as fp32 or bf16 parameters, with a LoRA adapter or without."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from penchant.errors import ConfigError, ModelError
+from penchant.models.options import LoraConfig, ModelConfig
+from penchant.models.structure import base_model_of, disable_dropout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is the GPU when there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device", "no CUDA device is visible", "set model.device=cpu or auto")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bf16 where matrix products in bf16 are native (GPU, AVX512-BF16, AMX), else fp32."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(check()) if callable(check) else False
+
+
+def looks_like_folder(path: str) -> bool:
+    """A path rather than a hub id: absolute, relative with a dot, home, or existing; a hub id has exactly one slash."""
+    return path.startswith(("/", "./", "../", "~")) or Path(path).exists() or path.count("/") != 1
+
+
+def check_model_path(path: str) -> str:
+    """The path as transformers should get it; ModelError when a folder is missing or holds no model."""
+    folder = Path(path).expanduser()
+    if not looks_like_folder(path):
+        return path
+    if not folder.exists():
+        raise ModelError(path, "no such folder", "give model.path a folder with config.json, or a hub id (owner/name)")
+    if not (folder / "config.json").exists():
+        inside = folder / "model"
+        hint = f"did you mean {inside}?" if (inside / "config.json").exists() else "it must hold a transformers model"
+        raise ModelError(path, "the folder has no config.json", hint)
+    return str(folder)
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
+    """A tokenizer; ModelError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(path, f"no tokenizer could be loaded ({_first_line(error)})", "set model.tokenizer") from error
+
+
+def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> Any:
+    """A transformers causal model in fp32, dropout off; `cast_parameters` makes it bf16 once the masters are taken."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = check_model_path(cfg.path)
+    try:
+        if cfg.init == "random":
+            torch.manual_seed(seed)
+            config = AutoConfig.from_pretrained(path, revision=cfg.revision)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, revision=cfg.revision, dtype=torch.float32)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            cfg.path, f"the model could not be loaded ({_first_line(error)})", "give a folder or hub id of a causal model"
+        ) from error
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(cfg.path, "this is an encoder-decoder model", "give a causal (decoder-only) language model")
+    disable_dropout(model)
+    return model.to(device)
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast floating-point parameters in place.
+
+    Buffers (rotary frequencies) stay in fp32: in bf16 they would rotate far positions wrongly.
+    """
+    for p in model.parameters():
+        if p.is_floating_point() and p.dtype != dtype:
+            p.data = p.data.to(dtype)
+    config = getattr(base_model_of(model), "config", None)
+    if config is not None:
+        config.dtype = dtype
+
+
+def add_lora(model: Any, cfg: LoraConfig, seed: int) -> Any:
+    """Wrap a model with a trainable LoRA adapter (peft); everything else is frozen.
+
+    Paper: arXiv 2106.09685.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    targets = cfg.target_modules
+    peft_config = PeftLoraConfig(
+        r=cfg.r,
+        lora_alpha=cfg.alpha,
+        lora_dropout=cfg.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise ConfigError(
+            "lora.target_modules", _first_line(error), 'use "all-linear" or names of linear layers of this model'
+        ) from error
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over the names, dtypes and bytes of all parameters, adapters left out: what a cached reference depends on."""
+    digest = hashlib.sha256()
+    for name, p in base_model_of(model).named_parameters():
+        if "lora_" in name:
+            continue
+        digest.update(f"{name.replace('.base_layer', '')}:{p.dtype}:{tuple(p.shape)};".encode())
+        digest.update(memoryview(p.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """A folder that transformers (full model) or peft (adapter) loads as it is, tokenizer included."""
+    os.makedirs(folder, exist_ok=True)
+    base = base_model_of(model)
+    implementation = base.config._attn_implementation
+    base.config._attn_implementation = "sdpa"  # a stranger's transformers does not know the tree attention
+    try:
+        model.save_pretrained(folder, safe_serialization=True)
+    finally:
+        base.config._attn_implementation = implementation
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -1,0 +1,473 @@
+"""One run, composed: data, model, packing, reference, algorithm, loop, report. Reads from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from penchant.algorithms.offline import Offline
+from penchant.config import RunConfig, dump_config
+from penchant.data.audit import audit as run_audit
+from penchant.data.load import Dataset, load_preferences, summary, write_quarantine
+from penchant.data.split import split_by_prompt
+from penchant.data.tokenise import TokenisedDataset, tokenise
+from penchant.errors import CheckpointError, ConfigError, DataError
+from penchant.evaluation.heldout import evaluate_heldout
+from penchant.losses import LOSSES
+from penchant.manifest import hardware, tokenizer_sha256, versions
+from penchant.models.load import (
+    add_lora,
+    cast_parameters,
+    load_causal_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    save_model,
+    weights_sha256,
+)
+from penchant.packing_check import choose_packing
+from penchant.reference import (
+    CachedReference,
+    LiveReference,
+    Reference,
+    adapter_off,
+    cache_key,
+    cached_reference,
+    default_cache_dir,
+)
+from penchant.training.checkpoint import latest_checkpoint, load_checkpoint
+from penchant.training.loop import Loop
+from penchant.training.optim import MasterAdamW
+from penchant.training.progress import console
+from penchant.training.runfolder import RunLock, open_run
+from penchant.types import TokenTree
+
+if TYPE_CHECKING:
+    from penchant.api import TrainResult
+    from penchant.logprobs import Scorer
+
+SMALL_MODEL = 20_000_000  # parameters; below this a second thread costs more in waiting than it brings
+DEFAULT_LR = {("sft", False): 2e-5, ("sft", True): 2e-4}
+DEFAULT_PREFERENCE_LR = {False: 1e-6, True: 5e-5}
+
+
+class Run:
+    """Everything between a config and a result; parts are made when they are first needed."""
+
+    def __init__(self, config: RunConfig, *, quiet: bool = False) -> None:
+        self.config = config
+        self.folder = Path(config.output).expanduser()
+        self.console = console(quiet)
+        self.spec = LOSSES[config.loss.name]
+        self.device = resolve_device(config.model.device)
+        self.dtype = resolve_dtype(config.model.dtype, self.device)
+
+    # ---- data -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.config.model.tokenizer or self.config.model.path, self.config.model.revision)
+
+    @cached_property
+    def datasets(self) -> tuple[Dataset, Dataset | None]:
+        """(train, held out): as files say, or split off by prompt."""
+        data = self.config.data
+        train = self._load(data.path)
+        self.console.note(summary(train))
+        if data.eval_path is not None:
+            heldout = self._load(data.eval_path)
+            self.console.note(f"held out: {summary(heldout)}")
+            return train, heldout
+        if data.validation_rows is None and data.validation_fraction is None:
+            return train, None
+        train, heldout = split_by_prompt(
+            train,
+            validation_rows=data.validation_rows,
+            validation_fraction=data.validation_fraction,
+            seed=self.config.train.seed,
+        )
+        self.console.note(f"split by prompt: {train.accepted:,} train, {heldout.accepted:,} held out")
+        return train, heldout
+
+    def _load(self, path: Any) -> Dataset:
+        data = self.config.data
+        dataset = load_preferences(
+            path,
+            shape=data.shape,
+            columns=data.columns,
+            on_bad_row=data.on_bad_row,
+            identical=data.identical,
+            limit=data.limit,
+        )
+        if self.spec.signal == "pairs" and dataset.kind != "pairs":
+            raise DataError(
+                str(path),
+                f"loss.name={self.spec.name} needs pairs (chosen and rejected), but these rows are {dataset.kind}",
+                "give preference data, or set loss.name=sft",
+            )
+        return dataset
+
+    @cached_property
+    def tokenised(self) -> tuple[TokenisedDataset, TokenisedDataset | None]:
+        train, heldout = self.datasets
+        return self._tokenise(train), None if heldout is None else self._tokenise(heldout)
+
+    def _tokenise(self, dataset: Dataset) -> TokenisedDataset:
+        data = self.config.data
+        return tokenise(
+            dataset,
+            self.tokenizer,
+            template=data.template,
+            max_length=data.max_length,
+            truncation=data.truncation,
+            on_bad_row=data.on_bad_row,
+            identical=data.identical,
+        )
+
+    @cached_property
+    def trees(self) -> tuple[list[TokenTree], list[TokenTree]]:
+        """(train, held out) token trees; rows are numbered through both, so that one reference cache holds both."""
+        train, heldout = self.tokenised
+        parts = [list(train.trees), list(heldout.trees) if heldout is not None else []]
+        if self.spec.signal == "tokens":  # SFT on pairs learns the chosen completion only
+            parts = [[replace(t, completion_ids=t.completion_ids[:1], truncated=t.truncated[:1]) for t in p] for p in parts]
+        numbered = []
+        start = 0
+        for part in parts:
+            numbered.append([replace(t, row=start + i) for i, t in enumerate(part)])
+            start += len(part)
+        if not numbered[0]:
+            raise DataError(str(self.config.data.path), "no row is left to train on", "look at the quarantine file")
+        return numbered[0], numbered[1]
+
+    def audit(self, tokenise: bool = True) -> Any:
+        """The data audit, over every split."""
+        train, heldout = self.datasets
+        splits = {"train": train} | ({"held out": heldout} if heldout is not None else {})
+        return run_audit(train, self.tokenised[0] if tokenise else None, splits)
+
+    # ---- model ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def model(self) -> Any:
+        """The policy: fp32 as loaded, with its adapter; `optimiser` takes the masters, then it is cast."""
+        cfg = self.config
+        model = load_causal_model(cfg.model, self.device, cfg.train.seed)
+        self._set_threads(sum(p.numel() for p in model.parameters()))
+        self._check_vocabulary(model)
+        if cfg.lora is not None:
+            model = add_lora(model, cfg.lora, cfg.train.seed)
+        if cfg.train.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if cfg.lora is not None:
+                model.enable_input_require_grads()
+        return model
+
+    def _set_threads(self, parameters: int) -> None:
+        threads = self.config.train.threads
+        if threads == "auto":
+            threads = 1 if parameters < SMALL_MODEL else len(os.sched_getaffinity(0))
+        torch.set_num_threads(int(threads))
+
+    def _check_vocabulary(self, model: Any) -> None:
+        rows = model.get_input_embeddings().weight.shape[0]
+        if len(self.tokenizer) > rows:
+            raise ConfigError(
+                "model.tokenizer",
+                f"the tokenizer has {len(self.tokenizer):,} tokens but the model's embedding only {rows:,}",
+                "give the tokenizer that the model was trained with",
+            )
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and self.config.data.max_length > limit:
+            raise ConfigError(
+                "data.max_length", f"{self.config.data.max_length} is beyond the model's context of {limit}", f"set it to at most {limit}"
+            )
+
+    @cached_property
+    def optimiser(self) -> MasterAdamW:
+        t = self.config.train
+        made = MasterAdamW(
+            self.model.named_parameters(),
+            dtype=self.dtype,
+            betas=(t.adam_beta1, t.adam_beta2),
+            eps=t.adam_eps,
+            weight_decay=t.weight_decay,
+        )
+        cast_parameters(self.model, self.dtype)
+        return made
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        _ = self.optimiser  # masters are taken before the cast
+        kernels = "off" if self.config.train.gradient_checkpointing else self.config.model.kernels
+        scorer, note = choose_packing(self.model, self.config.train.packing, kernels)
+        self.console.note(note)
+        return scorer
+
+    # ---- reference ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def reference_kind(self) -> str:
+        kind = self.config.reference.kind
+        if kind == "auto":
+            kind = "adapter" if self.config.lora is not None and self.config.reference.path is None else "cached"
+        if kind == "adapter" and (self.config.lora is None or self.config.reference.path is not None):
+            raise ConfigError(
+                "reference.kind", "adapter means the model with its LoRA adapter off", "add a lora section and no reference.path"
+            )
+        return kind
+
+    @cached_property
+    def reference(self) -> Reference | None:
+        if "reference" not in self.spec.needs:
+            return None
+        if self.reference_kind == "adapter":
+            return adapter_off(self.scorer)
+        if self.reference_kind == "frozen":
+            return LiveReference(self._frozen_scorer())
+        return self._cached_reference()
+
+    def _frozen_scorer(self) -> Scorer:
+        source = self.config.model
+        if self.config.reference.path is not None:
+            source = source.model_copy(update={"path": self.config.reference.path, "init": "pretrained"})
+        model = load_causal_model(source, self.device, self.config.train.seed)
+        cast_parameters(model, self.dtype)
+        model.requires_grad_(False).eval()
+        from penchant.logprobs import Scorer
+
+        return Scorer(model, self.scorer.packing, self.scorer.kernels)
+
+    def _cached_reference(self) -> CachedReference:
+        """From disk, or computed now: with the initial policy itself where it is the reference, so no copy is held."""
+        cfg = self.config
+        live = LiveReference(self.scorer) if cfg.lora is None else adapter_off(self.scorer)
+        if cfg.reference.path is not None:
+            live = LiveReference(self._frozen_scorer())
+        folder = Path(cfg.reference.cache_dir).expanduser() if cfg.reference.cache_dir else default_cache_dir()
+        weights = weights_sha256(live.scorer.model)
+        by_row: dict[int, Any] = {}
+        for name, trees in zip(("training", "held-out"), self.trees, strict=True):
+            if not trees:
+                continue
+            key = cache_key(
+                weights,
+                trees,
+                dtype=str(self.dtype),
+                tokenizer=tokenizer_sha256(self.tokenizer),
+                template=cfg.data.template,
+            )
+            progress = self.console.counter(f"reference log-probs of {name} rows")
+            cached, found = cached_reference(
+                live, trees, key, folder, tokens_per_step=cfg.train.tokens_per_step, progress=progress
+            )
+            verb = "read from cache" if found else "computed and cached"
+            self.console.note(f"reference log-probs of {len(trees):,} {name} rows: {verb}")
+            by_row |= cached.by_row
+        return CachedReference(by_row)
+
+    # ---- the verbs ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def algorithm(self) -> Offline:
+        return Offline(self.scorer, self.spec, self.config.loss.params.model_dump(), self.reference)
+
+    @property
+    def peak_lr(self) -> float:
+        lr = self.config.train.lr
+        if lr != "auto":
+            return float(lr)
+        lora = self.config.lora is not None
+        return DEFAULT_LR.get((self.spec.name, lora), DEFAULT_PREFERENCE_LR[lora])
+
+    def _evaluate_now(self, _step: int = 0) -> dict[str, Any]:
+        budget = self.config.evaluation.tokens_per_step or self.config.train.tokens_per_step
+        return evaluate_heldout(
+            self.algorithm, self.trees[1], shared=self.scorer.shared, tokens_per_step=budget, device=self.device
+        )
+
+    def train(self) -> TrainResult:
+        """Train to the end (resuming by itself), evaluate, sample, write the report."""
+        from penchant.api import TrainResult
+        from penchant.report import write_report
+
+        started = time.time()
+        identity = run_identity(self.config, self.datasets[0].fingerprint)
+        open_run(self.folder, dump_config(self.config), identity)
+        with RunLock(self.folder):
+            for dataset in self.datasets:
+                if dataset is not None:
+                    write_quarantine(dataset, self.folder)
+            for tokenised in self.tokenised:
+                if tokenised is not None:
+                    self.console.note(tokenised.summary())
+            (self.folder / "audit.json").write_text(json.dumps(self.audit().to_json(), indent=1))
+            loop = self._loop()
+            self._write_manifest(loop, started, status="running")
+            before = self._samples("before", lambda: latest_checkpoint(self.folder)[0] is None)
+            try:
+                loop.run()
+            except BaseException:
+                self._write_manifest(loop, started, status="stopped")
+                raise
+            after = self._samples("after", lambda: True)
+            self._write_samples(before, after)
+            self._write_manifest(loop, started, status="finished")
+            report = write_report(self.folder)
+        self.console.note(f"report: {report}")
+        evals = [line for line in read_jsonl(self.folder / "metrics.jsonl") if line["kind"] == "eval"]
+        return TrainResult(
+            folder=self.folder,
+            model=self.folder / "checkpoints" / f"step-{loop.state.step}" / "model",
+            steps=loop.state.step,
+            before=evals[0] if evals and evals[0]["step"] == 0 else {},
+            after=evals[-1] if evals else {},
+            best_step=loop.state.best_step,
+        )
+
+    def _loop(self) -> Loop:
+        cfg = self.config
+        algorithm = self.algorithm  # the reference first: a cached one is computed with the untouched policy
+        check = None
+        if self.spec.equal_policy_loss is not None and cfg.reference.path is None and cfg.model.init == "pretrained":
+            expected = self.spec.equal_policy_loss(**algorithm.params)
+            check = (expected, self._first_loss_tolerance(algorithm.reference))
+        return Loop(
+            model=self.model,
+            algorithm=algorithm,
+            optimiser=self.optimiser,
+            trees=self.trees[0],
+            shared=self.scorer.shared,
+            folder=self.folder,
+            train=cfg.train,
+            peak_lr=self.peak_lr,
+            evaluation=cfg.evaluation,
+            checkpoint=cfg.checkpoint,
+            logging=cfg.logging,
+            write_model=lambda folder: save_model(self.model, self.tokenizer, folder),
+            console=self.console,
+            evaluate=self._evaluate_now if self.trees[1] else None,
+            equal_policy_loss=check,
+        )
+
+    def _first_loss_tolerance(self, reference: Reference | None) -> float:
+        """Zero when reference and policy run the same kernels on the same batch; a cache was packed otherwise."""
+        if reference is not None and reference.exact:
+            return 1e-7  # log 2 itself is rounded to fp32
+        return {torch.bfloat16: 0.2, torch.float32: 1e-3, torch.float64: 1e-9}[self.dtype]
+
+    def evaluate(self, step: str = "last") -> dict[str, Any]:
+        """Held-out metrics of a checkpoint (``last``, ``best`` or a number), or of the start (``0``)."""
+        if not self.trees[1]:
+            raise ConfigError("data", "there is nothing held out to evaluate on", "set data.eval_path or data.validation_rows")
+        _ = self.algorithm
+        path = self._checkpoint_path(step)
+        if path is not None:
+            tensors, _state = load_checkpoint(path)
+            self.optimiser.load_state_tensors(tensors)
+        self.model.eval()
+        return {"checkpoint": path.name if path else "start", **self._evaluate_now()}
+
+    def _checkpoint_path(self, step: str) -> Path | None:
+        if step == "0":
+            return None
+        last, _ = latest_checkpoint(self.folder)
+        if step == "last" or last is None:
+            return last
+        if step == "best":
+            _tensors, state = load_checkpoint(last)
+            step = str(state["best_step"])
+        path = self.folder / "checkpoints" / f"step-{step}"
+        if not path.exists():
+            there = sorted(p.name for p in path.parent.glob("step-*"))
+            raise CheckpointError(str(path), "no such checkpoint", f"there are {', '.join(there)}")
+        return path
+
+    # ---- what a run leaves beside its checkpoints -------------------------------------------------------------------
+
+    def _samples(self, name: str, wanted: Callable[[], bool]) -> list[dict[str, Any]]:
+        """Greedy completions of the first held-out prompts; kept in a file, so that a resumed run still has its start."""
+        path = self.folder / f"samples.{name}.jsonl"
+        count = self.config.evaluation.samples
+        trees = self.trees[1] or self.trees[0]
+        if not count or self.spec.signal == "tokens" and self.datasets[0].kind == "text":
+            return []
+        if not wanted():
+            return read_jsonl(path)
+        from penchant.rollout.generate import greedy
+
+        self.model.eval()
+        prompts = [t.prompt_ids.tolist() for t in trees[:count]]
+        texts = greedy(self.model, self.tokenizer, prompts, max_new_tokens=self.config.evaluation.sample_tokens)
+        rows = [
+            {"prompt": self.tokenizer.decode(p, skip_special_tokens=True), "completion": c}
+            for p, c in zip(prompts, texts, strict=True)
+        ]
+        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        return rows
+
+    def _write_samples(self, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+        with (self.folder / "samples.jsonl").open("w") as out:
+            for b, a in zip(before, after, strict=False):
+                row = {"prompt": a["prompt"], "before": b["completion"], "after": a["completion"]}
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _write_manifest(self, loop: Loop, started: float, status: str) -> None:
+        train, heldout = self.datasets
+
+        def facts(d: Dataset | None) -> dict[str, Any] | None:
+            if d is None:
+                return None
+            return {
+                "fingerprint": d.fingerprint,
+                "total": d.total,
+                "accepted": d.accepted,
+                "quarantined": len(d.quarantined),
+            }
+
+        path = self.folder / "manifest.json"
+        weights = json.loads(path.read_text())["model"]["sha256"] if path.exists() else weights_sha256(self.model)
+        manifest = {
+            **versions(),
+            "status": status,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
+            "seconds": round(time.time() - started, 1),
+            "steps": loop.state.step,
+            "seed": self.config.train.seed,
+            "loss": self.spec.name,
+            "model": {
+                "path": self.config.model.path,
+                "sha256": weights,
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            },
+            "tokenizer_sha256": tokenizer_sha256(self.tokenizer),
+            "packing": self.scorer.packing + (" (fast path)" if self.scorer.fast else ""),
+            "reference": self.reference_kind if self.reference is not None else None,
+            "data": {"train": facts(train), "validation": facts(heldout)},
+            "hardware": {**hardware(), "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")},
+        }
+        path.write_text(json.dumps(manifest, indent=1))
+
+
+def run_identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
+    """What must not change when a run is resumed: all settings but those that only watch, and the data."""
+    settings = config.model_dump(mode="json")
+    settings.pop("output")
+    settings.pop("logging")
+    return {"config": settings, "data": fingerprint}
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All rows of a JSONL file that this program wrote; an absent file is empty."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line]

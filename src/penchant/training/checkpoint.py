@@ -1,0 +1,131 @@
+"""Checkpoints: written aside, fsynced, summed, renamed; a reader sees all of one or nothing. Safetensors and JSON, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from penchant.errors import CheckpointError
+
+_STEP = re.compile(r"step-(\d+)$")
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    *,
+    write_model: Callable[[Path], None],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> Path:
+    """Write ``checkpoints/step-N``: ``model/``, ``state.safetensors``, ``state.json`` and a manifest of SHA-256 sums.
+
+    Args:
+        folder: the run folder; step: optimiser steps done.
+        write_model: writes the model into the folder that it is given.
+        tensors, state: what a resumed run needs beside the model; `state` must be JSON.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    root = folder / "checkpoints"
+    final = root / f"step-{step}"
+    aside = root / f".tmp-step-{step}-{os.getpid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        clean_leftovers(root)
+        aside.mkdir()
+        write_model(aside / "model")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "state.safetensors")
+        (aside / "state.json").write_text(json.dumps(dict(state), indent=1, allow_nan=False))
+        sums = {str(p.relative_to(aside)): _sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+        for path in aside.rglob("*"):
+            _fsync(path)
+        (aside / "manifest.json").write_text(json.dumps({"step": step, "sha256": sums}, indent=1))
+        _fsync(aside / "manifest.json")
+        _fsync(aside)
+        if final.exists():  # a resumed run reaches the same step again
+            shutil.rmtree(final)
+        os.rename(aside, final)
+        _fsync(root)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(
+            str(final), f"could not be written ({error.strerror})", "free some space or choose another output"
+        ) from error
+    return final
+
+
+def clean_leftovers(root: Path) -> None:
+    """Remove half-written checkpoints of processes that died (the caller holds the run's lock)."""
+    for leftover in root.glob(".tmp-step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a run, oldest first."""
+    found = [(int(m.group(1)), p) for p in (folder / "checkpoints").glob("step-*") if (m := _STEP.search(p.name))]
+    return [p for _, p in sorted(found)]
+
+
+def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and a warning for each newer one that is not whole."""
+    warnings: list[str] = []
+    for path in reversed(checkpoints(folder)):
+        if (path / "manifest.json").exists():
+            return path, warnings
+        warnings.append(f"{path}: no manifest, so it is not whole; an older checkpoint is taken")
+    return None, warnings
+
+
+def load_checkpoint(path: Path, *, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and state of a checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing or was changed after it was written.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if verify:
+            for name, expected in manifest["sha256"].items():
+                if _sha256(path / name) != expected:
+                    raise CheckpointError(
+                        str(path / name), "differs from what was written", f"delete {path} to resume from an older checkpoint"
+                    )
+        return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            str(path), f"cannot be read ({error})", f"delete {path} to resume from an older checkpoint"
+        ) from error
+
+
+def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
+    """Delete all checkpoints but the newest `keep_last` and the best one."""
+    for path in checkpoints(folder)[:-keep_last]:
+        if path.name != f"step-{best_step}":
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

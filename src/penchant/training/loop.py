@@ -1,0 +1,303 @@
+"""The training loop: accumulation by global counts, clipping, logging, evaluation, checkpoints, exact resume.
+
+Everything that a step does is a function of (config, seed, step): the rows, the learning rate, the dropout seed. A run that
+was killed continues from its last checkpoint and ends bit for bit where an uninterrupted one ends.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from penchant.data.packing import pack, plan_balanced, tree_tokens
+from penchant.errors import TrainingStopped
+from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from penchant.training.optim import MasterAdamW, learning_rate
+from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
+from penchant.training.reduce import Totals
+from penchant.training.runfolder import MetricsLog
+from penchant.training.schedule import BatchSchedule
+from penchant.types import Algorithm, PackedBatch, TokenTree
+
+Metrics = dict[str, Any]
+
+
+class Console(Protocol):
+    """Where a person watches the run; see `training/progress.py`."""
+
+    def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None: ...
+    def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(slots=True)
+class RunState:
+    """What a checkpoint carries beside tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+    last_eval: Metrics = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Loop:
+    """One run.
+
+    Args:
+        model: the trainable model; algorithm: turns its batches into losses.
+        trees: the training set; shared: whether prompts are shared in packing.
+        write_model: saves the model folder of a checkpoint.
+        evaluate: metrics of the held-out set (keys start with ``eval/``), or None.
+        equal_policy_loss: the loss per example when policy and reference are equal, asserted at step 0, with the tolerance
+            that the reference allows (0 for one that runs the same kernels on the same batch); None: no check.
+    """
+
+    model: Any
+    algorithm: Algorithm
+    optimiser: MasterAdamW
+    trees: Sequence[TokenTree]
+    shared: bool
+    folder: Path
+    train: TrainConfig
+    peak_lr: float
+    evaluation: EvalConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+    write_model: Callable[[Path], None]
+    console: Console
+    evaluate: Callable[[int], Metrics] | None = None
+    equal_policy_loss: tuple[float, float] | None = None
+    state: RunState = field(default_factory=RunState)
+    interrupted: int | None = None
+
+    @property
+    def schedule(self) -> BatchSchedule:
+        t = self.train
+        return BatchSchedule(len(self.trees), t.batch_size, t.epochs, t.max_steps, t.seed, t.shuffle)
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> RunState:
+        """Train to the end, from the last checkpoint if there is one.
+
+        Raises:
+            TrainingStopped: NaN/Inf, a failed step-0 check, or a signal (after a checkpoint was written).
+        """
+        schedule = self.schedule
+        total = schedule.total_steps
+        metrics = MetricsLog(self.folder / "metrics.jsonl")
+        perf = MetricsLog(self.folder / "perf.jsonl")
+        resumed = self._resume(metrics)
+        if not resumed:
+            metrics.truncate(0)
+            if self.evaluate is not None and self.evaluation.at_start:
+                self._evaluate(metrics, schedule)
+        with _signals(self):
+            for step in range(self.state.step, total):
+                started = time.perf_counter()
+                line, tokens, trees = self._step(step, total, schedule)
+                self.state.step = step + 1
+                self.state.tokens += tokens
+                if (step + 1) % self.logging.every == 0 or step + 1 == total:
+                    metrics.write(line)
+                seconds = time.perf_counter() - started
+                speed = _speed(step + 1, seconds, tokens, trees)
+                perf.write(speed)
+                self.console.step(step + 1, total, {**line, **speed})
+                self._after_step(metrics, schedule, total)
+        return self.state
+
+    def _after_step(self, metrics: MetricsLog, schedule: BatchSchedule, total: int) -> None:
+        step = self.state.step
+        last = step == total
+        if self.evaluate is not None and (last or _due(self.evaluation.every, step, schedule)):
+            self._evaluate(metrics, schedule)
+        if last or self.interrupted is not None or _due(self.checkpoint.every, step, schedule):
+            self._save(metrics)
+        if self.interrupted is not None and not last:
+            raise Interrupted(
+                str(self.folder),
+                f"stopped by {signal.Signals(self.interrupted).name} at step {step} of {total}; a checkpoint was written",
+                "run the same command to continue",
+            )
+
+    def _step(self, step: int, total: int, schedule: BatchSchedule) -> tuple[Metrics, int, int]:
+        """One optimiser step; returns its metrics line, its tokens and its trees."""
+        trees = [self.trees[i] for i in schedule.batch(step)]
+        batches = self._micro_batches(trees)
+        # dropout (LoRA's) is a function of the step, so a resumed run draws what an uninterrupted one would
+        torch.manual_seed((self.train.seed << 32) + step)
+        self.model.train()
+        weight = sum(self.algorithm.weight(b) for b in batches)
+        totals = Totals()
+        for batch in batches:
+            out = self.algorithm.loss(batch)
+            if step == 0 and self.equal_policy_loss is not None:
+                self._check_first_loss(out.losses.detach(), batch)
+            if not bool(torch.isfinite(out.losses).all()):
+                self._dump_and_stop(step, "the loss is NaN or infinite", batches)
+            (out.losses.sum() / weight).backward()
+            totals.add(out)
+        t = self.train
+        lr = learning_rate(step, total, self.peak_lr, t.schedule, t.warmup_fraction, t.min_lr_fraction)
+        grad_norm = self.optimiser.clip(t.max_grad_norm)
+        if not math.isfinite(grad_norm):
+            self._dump_and_stop(step, f"the gradient norm is {grad_norm}", batches)
+        self.optimiser.step(lr)
+        tokens = sum(b.tokens for b in batches)
+        line = {
+            "kind": "train",
+            "step": step + 1,
+            "epoch": round(schedule.epoch_at(step + 1), 6),
+            **totals.means(),
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": self.state.tokens + tokens,
+        }
+        return line, tokens, len(trees)
+
+    def _micro_batches(self, trees: Sequence[TokenTree]) -> list[PackedBatch]:
+        device = next(self.model.parameters()).device
+        sizes = [tree_tokens(t, self.shared) for t in trees]
+        plan = plan_balanced(sizes, self.train.tokens_per_step)
+        return [pack([trees[i] for i in members], shared=self.shared).to(device) for members in plan]
+
+    def _check_first_loss(self, losses: torch.Tensor, batch: PackedBatch) -> None:
+        assert self.equal_policy_loss is not None
+        expected, tolerance = self.equal_policy_loss
+        exact = torch.tensor(expected, dtype=losses.dtype)
+        worst = float((losses - exact).abs().max())
+        if worst > tolerance or not math.isfinite(worst):
+            raise TrainingStopped(
+                f"{self.folder}: step 0",
+                f"policy and reference should be equal, but a loss is {worst:.3g} away from {expected:.6f} (allowed: {tolerance:g})",
+                "the reference is not the model that training starts from, or a stale cache; delete the cache or set reference.kind=frozen",
+            )
+
+    def _dump_and_stop(self, step: int, what: str, batches: Sequence[PackedBatch]) -> None:
+        path = self.folder / f"stopped-batch-step-{step}.json"
+        rows = [r for b in batches for r in b.rows]
+        sources = {t.row: t.source for t in self.trees if t.row in set(rows)}
+        path.write_text(json.dumps({"step": step, "what": what, "rows": [{"row": r, "source": sources[r]} for r in rows]}, indent=1))
+        raise TrainingStopped(
+            f"{self.folder}: step {step}",
+            f"{what}; the step was not taken and its rows are listed in {path.name}",
+            "lower train.lr, set train.max_grad_norm, or look at those rows",
+        )
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, metrics: MetricsLog, schedule: BatchSchedule) -> None:
+        assert self.evaluate is not None
+        self.model.eval()
+        values = self.evaluate(self.state.step)
+        line = {
+            "kind": "eval",
+            "step": self.state.step,
+            "epoch": round(schedule.epoch_at(self.state.step), 6),
+            **values,
+        }
+        metrics.write(line)
+        self.console.evaluated(self.state.step, line)
+        self.state.last_eval = line
+        value = values.get(self.checkpoint.metric)
+        if value is None or self.state.step == 0:
+            return
+        best = self.state.best_value
+        better = best is None or (value < best if self.checkpoint.mode == "min" else value > best)
+        if better:
+            self.state.best_value, self.state.best_step = float(value), self.state.step
+
+    def _save(self, metrics: MetricsLog) -> None:
+        s = self.state
+        state = {
+            "step": s.step,
+            "tokens": s.tokens,
+            "best_step": s.best_step,
+            "best_value": s.best_value,
+            "last_eval": s.last_eval,
+            "metrics_offset": metrics.offset(),
+        }
+        save_checkpoint(
+            self.folder, s.step, write_model=self.write_model, tensors=self.optimiser.state_tensors(), state=state
+        )
+        keep = s.best_step if self.checkpoint.keep_best else None
+        prune(self.folder, self.checkpoint.keep_last, keep)
+
+    def _resume(self, metrics: MetricsLog) -> bool:
+        path, warnings = latest_checkpoint(self.folder)
+        for warning in warnings:
+            self.console.note(warning)
+        if path is None:
+            return False
+        tensors, state = load_checkpoint(path)
+        self.optimiser.load_state_tensors(tensors)
+        metrics.truncate(int(state["metrics_offset"]))
+        self.state = RunState(
+            step=int(state["step"]),
+            tokens=int(state["tokens"]),
+            best_step=state["best_step"],
+            best_value=state["best_value"],
+            last_eval=state["last_eval"],
+        )
+        self.console.note(f"resumed from {path.name}")
+        return True
+
+
+class Interrupted(TrainingStopped):
+    """SIGINT or SIGTERM: a checkpoint was written; the same command continues."""
+
+    exit_code = 4
+
+
+def _due(every: int | str | None, step: int, schedule: BatchSchedule) -> bool:
+    if every is None:
+        return False
+    return schedule.ends_epoch(step) if every == "epoch" else step % int(every) == 0
+
+
+def _speed(step: int, seconds: float, tokens: int, trees: int) -> Metrics:
+    return {
+        "step": step,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "trees_per_second": trees / seconds,
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+class _signals:
+    """SIGINT and SIGTERM finish the step and write a checkpoint; a second one of them acts at once."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.old: dict[int, Any] = {}
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        self.loop.interrupted = number
+        for n, old in self.old.items():
+            signal.signal(n, old)
+        self.loop.console.note(f"{signal.Signals(number).name}: finishing the step and writing a checkpoint")
+
+    def __enter__(self) -> None:
+        import threading
+
+        if threading.current_thread() is not threading.main_thread():
+            return  # signal handlers can only be set there
+        for n in (signal.SIGINT, signal.SIGTERM):
+            self.old[n] = signal.signal(n, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        for n, old in self.old.items():
+            signal.signal(n, old)

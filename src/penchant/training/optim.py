@@ -1,0 +1,125 @@
+"""AdamW on fp32 master weights, clipping, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def learning_rate(step: int, total: int, peak: float, schedule: str, warmup_fraction: float, floor: float) -> float:
+    """The learning rate of optimiser step `step` (0-based) of `total`.
+
+    Warm-up: ``peak * (step + 1) / (w + 1)`` over the first ``w = round(warmup_fraction * total)`` steps; then, with
+    ``t = (step - w) / max(1, total - w)``: constant ``peak``; linear ``peak (floor + (1 - floor) (1 - t))``;
+    cosine ``peak (floor + (1 - floor) (1 + cos(pi t)) / 2)``.
+
+    Args:
+        peak: the highest rate; floor: the last rate as a fraction of it.
+    """
+    warmup = round(warmup_fraction * total)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    t = min(1.0, (step - warmup) / max(1, total - warmup))
+    shapes = {"constant": 1.0, "linear": 1.0 - t, "cosine": 0.5 * (1.0 + math.cos(math.pi * t))}
+    if schedule == "constant":
+        return peak
+    return peak * (floor + (1.0 - floor) * shapes[schedule])
+
+
+class MasterAdamW:
+    """AdamW (fused) on fp32 copies of the trainable parameters; fp32 and fp64 parameters are their own master.
+
+    A bf16 parameter is a shadow: its gradient is added to an fp32 buffer, `param.main_grad`, as soon as it exists (so that
+    micro-batches are summed in fp32 and no bf16 gradient stays alive); after each step the shadow is rewritten from its
+    master. Matrices decay, vectors (norms, biases) do not.
+
+    Paper: arXiv 1711.05101.
+    """
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        *,
+        dtype: torch.dtype,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self.params = {name: p for name, p in named if p.requires_grad}
+        self.masters: dict[str, Tensor] = {}
+        self._hooks = []
+        for name, p in self.params.items():
+            shadow = dtype in (torch.bfloat16, torch.float16)
+            master = p.detach().float().clone() if shadow else p
+            if shadow:
+                p.data = p.data.to(dtype)  # the master keeps what the file said, to the last bit
+                p.main_grad = torch.zeros_like(master)  # type: ignore[attr-defined]
+                master.grad = p.main_grad  # type: ignore[attr-defined]
+                self._hooks.append(p.register_post_accumulate_grad_hook(_add_to_main_grad))
+            self.masters[name] = master
+        decay = [m for m in self.masters.values() if m.ndim >= 2]
+        rest = [m for m in self.masters.values() if m.ndim < 2]
+        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self._adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=eps, lr=0.0, fused=True)
+
+    def clip(self, max_norm: float | None) -> float:
+        """Scale gradients to at most `max_norm` in L2 norm; returns the norm before."""
+        grads = [m.grad for m in self.masters.values() if m.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if max_norm is not None and bool(norm > max_norm):
+            for g in grads:
+                g.mul_(max_norm / norm)
+        return float(norm)
+
+    def step(self, lr: float) -> None:
+        """One AdamW step at rate `lr`, then the shadows are rewritten and the gradients zeroed."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        self._adam.step()
+        for name, p in self.params.items():
+            if self.masters[name] is not p:
+                p.data.copy_(self.masters[name])
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        for name, p in self.params.items():
+            if self.masters[name] is p:
+                p.grad = None
+            else:
+                p.main_grad.zero_()  # type: ignore[attr-defined]
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, by name: the weights themselves and both moments."""
+        tensors: dict[str, Tensor] = {}
+        for name, p in self.params.items():
+            master = self.masters[name]
+            tensors[f"master/{name}"] = master.detach()
+            state = self._adam.state.get(master, {})
+            for key in ("exp_avg", "exp_avg_sq", "step"):
+                if key in state:
+                    tensors[f"{key}/{name}"] = state[key]
+        return tensors
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_tensors`."""
+        for name, p in self.params.items():
+            master = self.masters[name]
+            master.data.copy_(tensors[f"master/{name}"])
+            if master is not p:
+                p.data.copy_(master)
+            state = {
+                key: tensors[f"{key}/{name}"].clone().to(p.device if key != "step" else "cpu")
+                for key in ("exp_avg", "exp_avg_sq", "step")
+                if f"{key}/{name}" in tensors
+            }
+            if state:
+                self._adam.state[master] = state
+
+
+def _add_to_main_grad(p: Tensor) -> None:
+    if p.grad is not None:
+        p.main_grad.add_(p.grad)  # type: ignore[attr-defined]
+        p.grad = None

@@ -1,0 +1,58 @@
+"""The `train`, `evaluation`, `checkpoint` and `logging` sections of a config."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from penchant.schema import Section
+
+
+class TrainConfig(Section):
+    """The optimiser, its schedule, and what one step is."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the data; may be a fraction")
+    max_steps: int | None = Field(None, ge=1, description="an upper bound on optimiser steps")
+    batch_size: int = Field(32, ge=1, description="prompt trees (rows) per optimiser step")
+    tokens_per_step: int = Field(4096, ge=16, description="tokens of one forward/backward pass: the unit of memory")
+    lr: float | Literal["auto"] = Field("auto", description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="shape after warm-up")
+    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="share of all steps that warm up")
+    min_lr_fraction: float = Field(0.0, ge=0, le=1, description="last learning rate as a share of lr")
+    weight_decay: float = Field(0.0, ge=0, description="of matrices; norms and biases never decay")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient's mean")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the gradient's square")
+    adam_eps: float = Field(1e-8, gt=0, description="added to the denominator")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="clip the gradient's L2 norm; null: never")
+    gradient_checkpointing: bool = Field(False, description="compute activations again in the backward pass")
+    packing: Literal["auto", "shared", "separate", "padded"] = Field("auto", description="how rows are laid out")
+    shuffle: bool = Field(True, description="a new order each epoch, by seed")
+    threads: int | Literal["auto"] = Field("auto", description="CPU threads; auto follows the model's size")
+    seed: int = Field(0, ge=0, lt=2**31, description="of order, split, adapters and dropout")
+
+
+class EvalConfig(Section):
+    """When the held-out set is evaluated, and how many completions are sampled for the report."""
+
+    every: int | Literal["epoch"] | None = Field("epoch", description="optimiser steps, or epoch")
+    at_start: bool = Field(True, description="also before the first step")
+    tokens_per_step: int | None = Field(None, ge=16, description="default: train.tokens_per_step")
+    samples: int = Field(4, ge=0, description="held-out prompts to answer before and after; 0: none")
+    sample_tokens: int = Field(64, ge=1, description="tokens of such an answer")
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept."""
+
+    every: int | Literal["epoch"] | None = Field("epoch", description="optimiser steps, or epoch; the end always")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_best: bool = Field(True, description="also keep the best one")
+    metric: str = Field("eval/loss", description="what best means")
+    mode: Literal["min", "max"] = Field("min", description="whether lower or higher is better")
+
+
+class LoggingConfig(Section):
+    """How often a training line is written."""
+
+    every: int = Field(1, ge=1, description="optimiser steps")

@@ -1,0 +1,123 @@
+"""What a person sees while a run goes on: a live bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+SHOWN = {
+    "loss": "loss",
+    "rewards/accuracies": "acc",
+    "rewards/margins": "margin",
+    "lr": "lr",
+}
+
+
+def duration(seconds: float) -> str:
+    """``45s``, ``3m20s``, ``1h05m``."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+
+
+def figures(metrics: Mapping[str, Any], prefix: str = "") -> str:
+    """The few figures of a line that fit beside a progress bar."""
+    parts = []
+    for name, label in SHOWN.items():
+        value = metrics.get(prefix + name)
+        if value is not None:
+            parts.append(f"{label} {value:.2e}" if name == "lr" else f"{label} {value:.4f}")
+    return "  ".join(parts)
+
+
+class PlainConsole:
+    """One line every few seconds, for logs and pipes."""
+
+    def __init__(self, stream: TextIO | None = None, every_seconds: float = 5.0) -> None:
+        self.stream = stream or sys.stderr
+        self.every = every_seconds
+        self.started: float | None = None
+        self.first_step = 0
+        self.last = 0.0
+
+    def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        now = time.monotonic()
+        if self.started is None:
+            # the first step's own time is not in the estimate: it pays for warming up
+            self.started, self.first_step = now, step
+        if now - self.last < self.every and step != total:
+            return
+        self.last = now
+        done = step - self.first_step
+        eta = duration((now - self.started) / done * (total - step)) if done else "?"
+        speed = f"{metrics.get('tokens_per_second', 0):,.0f} tok/s"
+        self._print(f"step {step}/{total}  {figures(metrics)}  {speed}  left {eta}")
+
+    def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._print(f"eval at step {step}: {figures(metrics, 'eval/')}  ({metrics.get('eval/rows', 0)} rows)")
+
+    def note(self, text: str) -> None:
+        self._print(text)
+
+    def counter(self, label: str) -> Callable[[int, int], None]:
+        """A callback (done, total) that shows how far a pass over the data is, with its ETA."""
+        started = last = time.monotonic()
+
+        def update(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= self.every and done < total:
+                last = now
+                self._print(f"{label}: {done:,}/{total:,}  left {duration((now - started) / done * (total - done))}")
+
+        return update
+
+    def _print(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+
+class RichConsole(PlainConsole):
+    """A live bar with ETA and the current figures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
+        self.task: Any = None
+
+    def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        if self.task is None:
+            self.progress.start()
+            self.task = self.progress.add_task("", total=total, completed=step - 1, figures="")
+        self.progress.update(self.task, completed=step, figures=figures(metrics))
+        if step == total:
+            self.progress.stop()
+
+    def _print(self, text: str) -> None:
+        self.progress.console.print(text, markup=False, highlight=False)
+
+
+class QuietConsole(PlainConsole):
+    """Nothing at all: for tests and library use."""
+
+    def _print(self, text: str) -> None:
+        pass
+
+
+def console(quiet: bool = False) -> PlainConsole:
+    """The console that fits: quiet, live in a terminal, plain lines elsewhere."""
+    if quiet:
+        return QuietConsole()
+    return RichConsole() if sys.stderr.isatty() else PlainConsole()

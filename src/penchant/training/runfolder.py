@@ -1,0 +1,119 @@
+"""A run's folder: one lock, one identity, append-only logs that can be cut back to a checkpoint."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from penchant.errors import CheckpointError
+
+
+class RunLock:
+    """One process a run folder: an advisory lock on ``.lock``, which the kernel drops when its holder dies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
+        self._handle: int | None = None
+
+    def __enter__(self) -> RunLock:
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+            os.close(handle)
+            raise CheckpointError(
+                str(self.path.parent),
+                f"another run holds this folder ({holder})",
+                "wait for it, stop it, or choose another output",
+            ) from error
+        os.ftruncate(handle, 0)
+        os.write(handle, f"PID {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._handle = handle
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def open_run(folder: Path, resolved_config: str, identity: Mapping[str, Any]) -> None:
+    """Make or reopen a run folder.
+
+    Args:
+        resolved_config: YAML text, kept as ``config.resolved.yaml``.
+        identity: what must be equal for a run to be continued (JSON); kept as ``identity.json``.
+
+    Raises:
+        CheckpointError: the folder cannot be written, is a file, or holds another run's checkpoints (the differences are shown).
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CheckpointError(str(folder), "output is a file, or lies below one", "choose another output") from error
+    except OSError as error:
+        raise CheckpointError(
+            str(folder), f"cannot be written ({error.strerror})", "choose another output or mend its permissions"
+        ) from error
+    mine = json.loads(json.dumps(identity))
+    path = folder / "identity.json"
+    has_checkpoints = any((folder / "checkpoints").glob("step-*"))
+    if path.exists() and has_checkpoints:
+        theirs = json.loads(path.read_text())
+        if theirs != mine:
+            shown = "".join(f"\n  {line}" for line in differences(theirs, mine))
+            raise CheckpointError(
+                str(folder),
+                f"holds checkpoints of a different run; old -> new:{shown}\n",
+                "choose another output, or delete the folder to start over",
+            )
+    path.write_text(json.dumps(mine, indent=1))
+    (folder / "config.resolved.yaml").write_text(resolved_config)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """``key.path: old -> new`` for every leaf that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = sorted({*old, *new})
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)]
+    return [] if old == new else [f"{prefix}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+class MetricsLog:
+    """An append-only JSONL file, flushed line by line. NaN and infinities are written as null: JSON has neither."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("ab")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write((json.dumps(_finite(row), ensure_ascii=False) + "\n").encode())
+        self._file.flush()
+
+    def offset(self) -> int:
+        """Bytes written so far, on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def truncate(self, offset: int) -> None:
+        """Cut the file back to what it was at a checkpoint."""
+        self._file.truncate(offset)
+        self._file.seek(0, os.SEEK_END)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0.0 else None
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,56 @@
+"""Which trees a step trains on: a pure function of seed and step, so that a resumed run needs no data cursor but the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSchedule:
+    """The batches of a run.
+
+    Args:
+        rows: trees in the training set; batch_size: trees per optimiser step (an epoch's last batch may be smaller; no row
+            is ever left out).
+        epochs: passes over the data, may be a fraction; max_steps: an upper bound, or None.
+        seed: of the order; shuffle: False keeps the file's order.
+    """
+
+    rows: int
+    batch_size: int
+    epochs: float
+    max_steps: int | None = None
+    seed: int = 0
+    shuffle: bool = True
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.rows / self.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        steps = max(1, round(self.epochs * self.steps_per_epoch))
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The order of rows in an epoch (0-based)."""
+        if not self.shuffle:
+            return np.arange(self.rows)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+
+    def batch(self, step: int) -> list[int]:
+        """Row indices of optimiser step `step` (0-based)."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        order = self.order(epoch)
+        return [int(i) for i in order[at * self.batch_size : (at + 1) * self.batch_size]]
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether `step` steps done is the end of an epoch."""
+        return step % self.steps_per_epoch == 0

@@ -1,0 +1,57 @@
+"""Packing: nothing lost, nothing twice, budgets kept, rows full."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from families import make_tree, some_trees
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penchant.data.packing import pack, plan_balanced, plan_microbatches
+
+sizes_and_budgets = st.tuples(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(50, 1000))
+
+
+@given(sizes_and_budgets)
+@settings(max_examples=100, deadline=None)
+def test_every_tree_is_in_exactly_one_pass_within_budget(case: tuple[list[int], int]) -> None:
+    sizes, budget = case
+    for plan in (plan_microbatches(sizes, budget), plan_balanced(sizes, budget)):
+        assert sorted(i for members in plan for i in members) == list(range(len(sizes)))
+        for members in plan:
+            assert sum(sizes[i] for i in members) <= budget or len(members) == 1 or max(sizes) > budget
+
+
+def test_passes_are_at_least_95_percent_full_on_lengths_like_real_ones() -> None:
+    sizes = np.clip(np.random.default_rng(0).lognormal(5.3, 0.6, 2000), 20, 1000).astype(int).tolist()
+    plan = plan_microbatches(sizes, 4096)
+    assert sum(sizes) / (len(plan) * 4096) >= 0.95
+
+
+def test_balanced_plan_needs_no_more_passes() -> None:
+    sizes = [900, 800, 700, 300, 200, 100, 90, 5]
+    assert len(plan_balanced(sizes, 1000)) == len(plan_microbatches(sizes, 1000)) == 4
+
+
+def test_shared_lays_the_prompt_once_and_restarts_positions() -> None:
+    tree = make_tree(0, 3, (2, 4))
+    batch = pack([tree])
+    assert batch.input_ids.tolist() == [*tree.prompt_ids, *tree.completion_ids[0], *tree.completion_ids[1]]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6]
+    assert batch.tokens == tree.shared_tokens == 9
+
+
+def test_separate_repeats_the_prompt() -> None:
+    tree = make_tree(0, 3, (2, 4))
+    batch = pack([tree], shared=False)
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]
+    assert batch.tokens == tree.separate_tokens == 12
+    assert len(batch.segments) == 2
+
+
+def test_losses_cannot_tell_the_packings_apart() -> None:
+    shared, separate = pack(some_trees()), pack(some_trees(), shared=False)
+    for name in ("target_ids", "completion_of", "completion_tree", "completion_slot", "lengths"):
+        assert torch.equal(getattr(shared, name), getattr(separate, name)), name
+    assert torch.equal(shared.input_ids[shared.predict_index], separate.input_ids[separate.predict_index])

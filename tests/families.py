@@ -1,0 +1,106 @@
+"""Tiny random models of every supported family, and made-up trees to feed them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from penchant.types import TokenTree
+
+VOCAB = 97
+_COMMON = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=128,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+
+def family_configs() -> dict[str, Any]:
+    """transformers configs by name; sliding windows are shorter than the rows on purpose."""
+    import transformers as t
+
+    return {
+        "llama": t.LlamaConfig(**_COMMON),
+        "smollm-tied": t.LlamaConfig(**_COMMON, tie_word_embeddings=True),
+        "mistral-window": t.MistralConfig(**_COMMON, sliding_window=6),
+        "qwen2": t.Qwen2Config(**_COMMON),
+        "qwen2-window": t.Qwen2Config(**_COMMON, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+        "qwen3": t.Qwen3Config(**_COMMON, head_dim=8),
+        "gpt2": t.GPT2Config(
+            vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
+        ),
+        "gpt_neox": t.GPTNeoXConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        "gemma": t.GemmaConfig(**_COMMON, head_dim=8),
+        "gemma2": t.Gemma2Config(**_COMMON, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
+        "gemma3": t.Gemma3TextConfig(**_COMMON, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
+    }
+
+
+def tiny_model(name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """A tiny random model; in float64 its norms are float64 too (transformers' RMSNorm goes through float32)."""
+    from transformers import AutoModelForCausalLM
+
+    from penchant.models.structure import disable_dropout
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(family_configs()[name]).to(dtype).eval()
+    disable_dropout(model)
+    if dtype == torch.float64:
+        _float64_norms(model)
+    return model
+
+
+def _float64_norms(model: Any) -> None:
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = _norm_forward(module, "Gemma" in type(module).__name__)
+
+
+def _norm_forward(module: Any, one_plus: bool) -> Any:
+    eps = getattr(module, "variance_epsilon", None) or module.eps
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        return y * (1 + module.weight) if one_plus else module.weight * y
+
+    return forward
+
+
+def make_tree(row: int, prompt: int, completions: tuple[int, ...], *, seed: int = 0, vocab: int = VOCAB) -> TokenTree:
+    """A tree of random tokens with the given lengths."""
+    rng = np.random.default_rng([seed, row])
+    ids = [rng.integers(3, vocab, n).astype(np.int32) for n in (prompt, *completions)]
+    return TokenTree(row, ids[0], tuple(ids[1:]), (False,) * len(completions), f"made-up:{row + 1}")
+
+
+def some_trees(seed: int = 0) -> list[TokenTree]:
+    """Trees of unequal shape: one-token prompts, one-token completions, one to three completions."""
+    shapes = [(7, (5, 9)), (1, (4,)), (20, (3, 12, 1)), (3, (18, 2))]
+    return [make_tree(i, p, c, seed=seed) for i, (p, c) in enumerate(shapes)]
+
+
+def some_pairs(n: int = 6, seed: int = 0) -> list[TokenTree]:
+    """Pairs of unequal lengths."""
+    rng = np.random.default_rng(seed)
+    return [
+        make_tree(i, int(rng.integers(1, 9)), (int(rng.integers(1, 9)), int(rng.integers(1, 9))), seed=seed)
+        for i in range(n)
+    ]
