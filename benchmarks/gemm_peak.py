@@ -1,0 +1,68 @@
+"""Measure the machine's matrix-multiply peak on a model's own shapes: best sustained GFLOP/s, per precision.
+
+python benchmarks/gemm_peak.py '{"model": "FOLDER", "threads": 2}'
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from flops import ModelShape, read_shape
+
+TOKENS = 2048
+SQUARE = 4096
+
+
+def shapes_of(model: ModelShape) -> list[tuple[int, int, int]]:
+    """(m, k, n) of the products that training this model spends its time on, and a large square."""
+    d, f, v = model.width, model.ffn, model.vocab
+    return [
+        (TOKENS, d, d),
+        (TOKENS, d, f),
+        (TOKENS, d, 2 * f),
+        (TOKENS, f, d),
+        (d, TOKENS, f),
+        (512, d, v),
+        (SQUARE, SQUARE, SQUARE),
+    ]
+
+
+def sustained(m: int, k: int, n: int, dtype: Any, seconds: float, repetitions: int) -> float:
+    """Best of several repetitions of at least `seconds` each, GFLOP/s, of x W^T as a linear layer computes it."""
+    import torch
+
+    x = torch.randn(m, k).to(dtype)
+    w = torch.randn(n, k).to(dtype)
+    out = torch.empty(m, n, dtype=dtype)
+    torch.mm(x, w.t(), out=out)
+    best = 0.0
+    for _ in range(repetitions):
+        count, started = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - started) < seconds:
+            torch.mm(x, w.t(), out=out)
+            count += 1
+        best = max(best, 2.0 * m * k * n * count / elapsed / 1e9)
+    return best
+
+
+def main() -> None:
+    import torch
+
+    spec = json.loads(sys.argv[1])
+    torch.set_num_threads(int(spec["threads"]))
+    result: dict[str, Any] = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        by_shape = {
+            "x".join(map(str, s)): round(sustained(*s, dtype, spec.get("seconds", 0.3), spec.get("repetitions", 4)), 1)
+            for s in shapes_of(read_shape(Path(spec["model"])))
+        }
+        result[name] = {"gflops": max(by_shape.values()), "by_shape": by_shape}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

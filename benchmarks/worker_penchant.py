@@ -1,0 +1,130 @@
+"""Our side: the product's own run and loop on the given rows. Reads a JSON spec, ends with a JSON line.
+
+Two things differ from `penchant train`: the token ids are handed in (so that both sides train on the same ones), and
+the console is a clock. What it leans on: `config_from_mapping`, `Run.trees`, `Run._loop()` and
+the loop's `console.step`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from measure import Clock, finish
+
+
+class ClockConsole:
+    """A `training.loop.Console` that marks the end of every optimiser step."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.notes: list[str] = []
+
+    def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        self.clock.step()
+        self.clock.losses.append(float(metrics["loss"]))
+
+    def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
+        raise AssertionError("the benchmark has no held-out set")
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def counter(self, text: str) -> Callable[[int, int], None]:
+        return lambda done, total: None
+
+
+def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a spec, as a YAML file would give it."""
+    lora = spec["lora_rank"]
+    live = "frozen" if lora is None else "adapter"
+    return {
+        "output": str(Path(spec["work"]).resolve()),
+        "model": {
+            "path": spec["model"],
+            "dtype": spec["precision"],
+            "device": "cpu",
+            "kernels": spec["ours"]["kernels"],
+        },
+        **(
+            {}
+            if lora is None
+            else {"lora": {"r": lora, "alpha": 2 * lora, "dropout": 0.0, "target_modules": "all-linear"}}
+        ),
+        "reference": {"kind": live if spec["reference"] == "live" else "cached"},
+        "data": {"path": spec["data"], "max_length": spec["max_length"]},
+        "loss": {"name": "dpo", "beta": spec["beta"]},
+        "train": {
+            "max_steps": spec["steps"],
+            "batch_size": spec["batch"],
+            "tokens_per_step": spec["ours"]["tokens_per_step"],
+            "lr": spec["lr"],
+            "schedule": "constant",
+            "warmup_fraction": 0.0,
+            "weight_decay": 0.0,
+            "max_grad_norm": spec["max_grad_norm"],
+            "packing": spec["ours"]["packing"],
+            "shuffle": False,
+            "threads": spec["threads"],
+            "seed": spec["seed"],
+        },
+        "checkpoint": {"every": None},
+    }
+
+
+def read_trees(spec: Mapping[str, Any]) -> list[Any]:
+    """The rows of all steps as token trees."""
+    import numpy as np
+    from penchant.types import TokenTree
+
+    rows = json.loads(Path(spec["rows"]).read_text())[: spec["batch"] * spec["steps"]]
+
+    def ids(values: list[int]) -> np.ndarray:
+        return np.asarray(values, dtype=np.int32)
+
+    return [
+        TokenTree(
+            i, ids(r["prompt_ids"]), tuple(map(ids, r["completion_ids"])), tuple(r["truncated"]), f"line {r['line']}"
+        )
+        for i, r in enumerate(rows)
+    ]
+
+
+def main() -> None:
+    import peft
+    import penchant
+    import torch
+    import transformers
+    from penchant.config import config_from_mapping
+    from penchant.data.packing import tree_tokens
+    from penchant.run import Run
+
+    spec = json.loads(sys.argv[1])
+    clock = Clock(spec["warmup_steps"])
+    run = Run(config_from_mapping(settings_of(spec), []), quiet=True)
+    run.console = console = ClockConsole(clock)
+    trees = read_trees(spec)
+    run.__dict__["trees"] = (trees, [])  # in place of the cached property that reads a data file
+    run.folder.mkdir(parents=True, exist_ok=True)
+    loop = run._loop()
+    loop.run()
+    timed = trees[spec["warmup_steps"] * spec["batch"] :]
+    finish(
+        clock.result(
+            name=f"penchant {getattr(penchant, '__version__', 'dev')}",
+            pairs=len(timed),
+            computed_tokens=sum(tree_tokens(t, run.scorer.shared) for t in timed),
+            settings=spec["ours"],
+            notes=console.notes,
+            versions={m.__name__: m.__version__ for m in (torch, transformers, peft)},
+            trainable=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+            dtypes=sorted({str(p.dtype) for p in run.model.parameters()}),
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The `penchant` command. Heavy imports happen inside the command that needs them: `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from penchant import __version__
+
+EXIT_CODES = """exit codes:
+  0  done                        3  the run stopped itself (NaN/Inf, failed step-0 check)
+  1  a bug in penchant           4  interrupted; a checkpoint was written, the same command continues
+  2  something you can mend    130  interrupted before there was anything to save"""
+
+# glibc gives freed activations back to the kernel and faults them in again each step, which costs a third of the time;
+# passive waiting keeps a shared machine usable. Both are read at process start, hence the re-execution.
+ALLOCATOR_ENV = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with suggestions for mistyped commands."""
+
+    def error(self, message: str) -> NoReturn:
+        for action in self._subparsers._group_actions if self._subparsers else []:
+            names = list(action.choices or ())
+            given = [a for a in sys.argv[1:] if not a.startswith("-")]
+            if "invalid choice" in message and given:
+                near = difflib.get_close_matches(given[0], names, 1) or difflib.get_close_matches(given[-1], names, 1)
+                message = f"{given[0]!r} is not a command" + (f'; did you mean "{near[0]}"?' if near else f"; there are {', '.join(names)}")
+        self.exit(2, f"penchant: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="penchant",
+        description="Preference data in, an aligned language model and the evidence for it out.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"penchant {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    demo = commands.add_parser("demo", help="see it work: align the bundled small model, offline, in about two minutes")
+    demo.add_argument("--output", default="runs/demo", help="run folder (default: runs/demo)")
+    demo.add_argument("--reviews", help="film reviews (JSONL with a text field) for a second held-out perplexity")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(handler=_demo)
+
+    train = commands.add_parser("train", help="train as a config says; run it again to continue after an interruption")
+    _config_arguments(train, "CONFIG.yaml")
+    train.add_argument("--quiet", action="store_true", help="no progress")
+    train.set_defaults(handler=_train)
+
+    evaluate = commands.add_parser("eval", help="held-out metrics of a run, or of the model that a config starts from")
+    _config_arguments(evaluate, "RUN or CONFIG.yaml")
+    evaluate.add_argument("--step", default="last", help="last, best, 0 (the start) or a step's number (default: last)")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.set_defaults(handler=_evaluate)
+
+    data = commands.add_parser("data", help="look at data before training on it")
+    verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    audit = verbs.add_parser("audit", help="count duplicates, contradictions, leakage, truncation, length bias")
+    _config_arguments(audit, "CONFIG.yaml or a data file")
+    audit.add_argument("--json", action="store_true", help="print JSON")
+    audit.set_defaults(handler=_audit)
+
+    report = commands.add_parser("report", help="write a run's report.html anew")
+    report.add_argument("run", help="run folder")
+    report.add_argument("--output", help="where to write it (default: RUN/report.html)")
+    report.set_defaults(handler=_report)
+
+    losses = commands.add_parser("losses", help="list the losses with their formulas and hyperparameters")
+    losses.set_defaults(handler=_losses)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("config", metavar="CONFIG", help=what)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that override the config's")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code. A person's mistake is one paragraph on stderr, never a traceback."""
+    from penchant.errors import PenchantError
+
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return int(args.handler(args) or 0)
+    except PenchantError as error:
+        print(f"penchant: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("penchant: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _with_allocator() -> None:
+    """Start this process anew with the allocator's settings, once."""
+    if sys.platform != "linux" or os.environ.get("PENCHANT_REEXECUTED") or "pytest" in sys.modules:
+        return
+    environment = {**ALLOCATOR_ENV, **os.environ, "PENCHANT_REEXECUTED": "1"}  # what a person has set wins
+    os.execve(sys.executable, [sys.executable, "-m", "penchant", *sys.argv[1:]], environment)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    _with_allocator()
+    from penchant.demo import run_demo
+
+    return run_demo(args.output, reviews=args.reviews, seed=args.seed)
+
+
+def _train(args: argparse.Namespace) -> int:
+    _with_allocator()
+    from penchant import api
+
+    result = api.train(args.config, *args.overrides, quiet=args.quiet)
+    for name, metrics in (("before", result.before), ("after", result.after)):
+        if metrics:
+            print(f"{name:>6}: {_held_out_line(metrics)}")
+    print(f" model: {result.model}")
+    print(f"report: {result.folder / 'report.html'}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    _with_allocator()
+    from penchant import api
+
+    metrics = api.evaluate(args.config, *args.overrides, step=args.step, quiet=args.json)
+    if args.json:
+        import json
+
+        print(json.dumps(metrics, indent=1))
+        return 0
+    for name, value in metrics.items():
+        if name.endswith("/ci"):
+            continue
+        interval = metrics.get(f"{name}/ci")
+        shown = f"{value:,.4f}" if isinstance(value, float) else str(value)
+        print(f"{name:<28} {shown:>12}" + (f"  [{interval[0]:,.4f}, {interval[1]:,.4f}]" if interval else ""))
+    return 0
+
+
+def _held_out_line(metrics: Any) -> str:
+    parts = []
+    for name, label in (
+        ("eval/rewards/accuracies", "preference accuracy"),
+        ("eval/rewards/margins", "margin"),
+        ("eval/loss", "loss"),
+        ("eval/perplexity", "perplexity"),
+    ):
+        if name in metrics:
+            interval = metrics.get(f"{name}/ci")
+            parts.append(f"{label} {metrics[name]:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""))
+    return ", ".join(parts) + f" ({metrics['eval/rows']} held-out rows)"
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from penchant import api
+
+    result = api.audit(args.config, *args.overrides)
+    if args.json:
+        import json
+
+        print(json.dumps(result.to_json(), indent=1))
+    else:
+        print(result.to_text())
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from penchant.report import write_report
+
+    print(write_report(Path(args.run), Path(args.output) if args.output else None))
+    return 0
+
+
+def _losses(args: argparse.Namespace) -> int:
+    from penchant.losses import LOSSES
+
+    for spec in LOSSES.values():
+        paper = f"  arXiv {spec.paper}" if spec.paper else ""
+        needs = f"  needs: {', '.join(sorted(spec.needs))}" if spec.needs else ""
+        print(f"{spec.name}{paper}{needs}\n    {spec.formula}")
+        for name, info in spec.params.model_fields.items():
+            print(f"    {name} = {info.default}: {info.description}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""One typed config: the sections of every layer, read from YAML with line numbers, unknown keys refused with a suggestion."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_serializer, field_validator
+
+from penchant.data.options import DataConfig
+from penchant.errors import ConfigError
+from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
+from penchant.schema import Section
+from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
+
+# what users of other tools write, and what it is called here
+SYNONYMS = {
+    "learning_rate": "train.lr",
+    "per_device_train_batch_size": "train.batch_size",
+    "train_batch_size": "train.batch_size",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "max_seq_length": "data.max_length",
+    "max_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "lr_scheduler_type": "train.schedule",
+    "warmup_ratio": "train.warmup_fraction",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "model_name_or_path": "model.path",
+    "model_path": "model.path",
+    "dataset_path": "data.path",
+    "dataset_name": "data.path",
+    "output_dir": "output",
+    "gradient_accumulation_steps": "train.tokens_per_step (accumulation follows from it and train.batch_size)",
+    "bf16": "model.dtype",
+    "loss_type": "loss.name",
+}
+
+
+class LossConfig(BaseModel):
+    """A loss by name, with its own typed hyperparameters."""
+
+    model_config = {"frozen": True, "arbitrary_types_allowed": True}
+    name: str
+    params: Any
+
+    @classmethod
+    def from_mapping(cls, value: Mapping[str, Any]) -> LossConfig:
+        """Look the name up in the registry and validate the rest as its hyperparameters."""
+        from penchant.losses import LOSSES
+
+        rest = dict(value)
+        name = rest.pop("name", "dpo")
+        if name not in LOSSES:
+            raise ConfigError("loss.name", f"{name!r} is not a loss", did_you_mean(str(name), LOSSES))
+        return cls(name=name, params=LOSSES[name].params.model_validate(rest))
+
+    def to_mapping(self) -> dict[str, Any]:
+        return {"name": self.name, **self.params.model_dump(mode="json")}
+
+
+class RunConfig(Section):
+    """Everything that a run is made of."""
+
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig | None = None
+    loss: LossConfig = Field(default_factory=lambda: LossConfig.from_mapping({"name": "dpo"}))
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluation: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    output: str = Field(description="the run's folder")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _loss_by_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        return LossConfig.from_mapping(value) if isinstance(value, Mapping) else value
+
+    @field_serializer("loss")
+    def _loss_as_mapping(self, value: LossConfig) -> dict[str, Any]:
+        return value.to_mapping()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's scalars: 1e-5 is a number, yes and on are words; duplicate keys are refused."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rx) for tag, rx in rules if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def _construct_int(_loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(node.value)  # YAML 1.1 reads 010 as eight
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def _lines(node: yaml.Node, source: str, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
+    """``{key path: "file:line"}``; duplicate keys raise."""
+    places: dict[tuple[str, ...], str] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*prefix, str(key.value))
+            if path in places:
+                raise ConfigError(f"{source}:{key.start_mark.line + 1}", f"{'.'.join(path)} is set twice", "keep one")
+            places[path] = f"{source}:{key.start_mark.line + 1}"
+            places |= _lines(value, source, path)
+    return places
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML config and apply ``key.path=value`` overrides.
+
+    Raises:
+        ConfigError: with ``file:line: what, how to mend`` for every problem found.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1) if path.parent.is_dir() else []
+        raise ConfigError(str(path), "no such file", f"did you mean {near[0]}?" if near else "give the path of a YAML config") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), f"cannot be read ({error})", "give a UTF-8 YAML file") from error
+    values, places = _parse(text, str(path))
+    if not isinstance(values, dict):
+        what = "is empty" if values is None else f"holds a {type(values).__name__} at the top"
+        raise ConfigError(str(path), what, "a config is a mapping with model, data and output; see recipes/")
+    return _build(values, places, overrides, str(path))
+
+
+def config_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """The same from a mapping, for Python callers."""
+    return _build(_plain(values), {}, overrides, "config")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def _parse(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        places = _lines(node, source) if node is not None else {}
+        return yaml.load(text, Loader=_Loader), places  # noqa: S506: a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark is not None else source
+        raise ConfigError(where, f"not valid YAML ({getattr(error, 'problem', error)})", "check indentation and colons") from error
+
+
+def _build(values: dict[str, Any], places: dict[tuple[str, ...], str], overrides: Sequence[str], source: str) -> RunConfig:
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError("command line", f"{text!r} is not an override", "write key.path=value, e.g. train.lr=1e-5")
+        path = tuple(key.strip().split("."))
+        value, _ = _parse(raw, "command line")
+        at = values
+        for i, part in enumerate(path[:-1]):
+            if at.get(part) is None:
+                at[part] = {}
+            at = at[part]
+            if not isinstance(at, dict):
+                raise ConfigError("command line", f"{'.'.join(path[: i + 1])} is a value, not a section", f"cannot set {key}")
+        at[path[-1]] = value
+        places[path] = "command line"
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = _merge([_explain(e, places, source) for e in error.errors()])
+        first = problems[0]
+        more = "".join(f"\n{p.where}: {p.what}" + (f"; {p.how}" if p.how else "") for p in problems[1:])
+        raise ConfigError(first.where, first.what, first.how + more) from error
+
+
+def _merge(problems: list[ConfigError]) -> list[ConfigError]:
+    """One problem a value: a union of types reports each of its members."""
+    merged: dict[tuple[str, str], ConfigError] = {}
+    for p in problems:
+        key = (p.where, p.what)
+        if key in merged:
+            p = ConfigError(p.where, p.what, f"{merged[key].how} or {p.how.removeprefix('give ')}")
+        merged[key] = p
+    return list(merged.values())
+
+
+def _explain(error: Any, places: dict[tuple[str, ...], str], source: str) -> ConfigError:
+    """One pydantic error as a sentence a person can act on."""
+    path = tuple(str(p) for p in error["loc"] if str(p) not in ("float", "int", "str", "bool") and not str(p).startswith(("literal[", "list[", "function")))
+    where = source
+    for n in range(len(path), 0, -1):
+        if path[:n] in places:
+            where = places[path[:n]]
+            break
+    dotted = ".".join(path)
+    kind, value = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        section = ".".join(path[:-1]) or "the top level"
+        return ConfigError(where, f'unknown key "{path[-1]}" in {section}', _suggest_key(path))
+    if kind == "missing":
+        return ConfigError(where, f"{dotted} is missing", f"add it: {_description(path)}")
+    if kind in ("model_type", "dict_type"):
+        return ConfigError(where, f"{dotted} is {value!r}", "it is a section: indent its keys below it")
+    if isinstance(value, bool):
+        return ConfigError(where, f"{dotted} is {str(value).lower()} (a boolean)", f"give {_wanted(error, path)}")
+    if kind == "value_error":
+        return ConfigError(where, f"{dotted}: {str(error['msg']).removeprefix('Value error, ')}")
+    shown = repr(value) if not isinstance(value, (dict, list)) else f"a {type(value).__name__}"
+    return ConfigError(where, f"{dotted} is {shown}", f"give {_wanted(error, path)}")
+
+
+def _section_of(path: tuple[str, ...]) -> type[BaseModel] | None:
+    """The section class that a key path lies in."""
+    section: Any = RunConfig
+    for part in path[:-1]:
+        if part == "loss" or part not in section.model_fields:
+            return None
+        annotation = section.model_fields[part].annotation
+        candidates = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not candidates:
+            return None
+        section = candidates[0]
+    return section
+
+
+def _description(path: tuple[str, ...]) -> str:
+    section = _section_of(path)
+    info = section.model_fields.get(path[-1]) if section is not None else None
+    return (info.description if info is not None else None) or "see recipes/ for an example"
+
+
+def _wanted(error: Any, path: tuple[str, ...]) -> str:
+    message = str(error["msg"])
+    kind = error["type"]
+    if kind.startswith(("float", "finite")):
+        return "a number such as 5e-6"
+    if kind.startswith("int"):
+        return "a whole number"
+    if kind.startswith("string"):
+        return f"text ({_description(path)})"
+    if kind.startswith("bool"):
+        return "true or false"
+    if kind.startswith(("greater", "less")):
+        return "a number " + message.removeprefix("Input should be ")
+    return message.removeprefix("Input should be ")
+
+
+def _suggest_key(path: tuple[str, ...]) -> str:
+    section = _section_of(path)
+    word = path[-1]
+    if word in SYNONYMS:
+        return f'did you mean "{SYNONYMS[word]}"?'
+    if path[0] == "loss":
+        return "this loss has no such hyperparameter; `penchant losses` lists them"
+    names = list(section.model_fields) if section is not None else []
+    close = difflib.get_close_matches(word, names, 1)
+    if close:
+        return f'did you mean "{close[0]}"?'
+    for name, info in RunConfig.model_fields.items():
+        inner = [a for a in (info.annotation, *getattr(info.annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if inner and word in inner[0].model_fields:
+            return f'did you mean "{name}.{word}"?'
+    return f"there are {', '.join(sorted(names))}"
+
+
+def did_you_mean(word: str, options: Sequence[str] | Mapping[str, Any]) -> str:
+    """``did you mean "x"?`` or the list of what there is."""
+    close = difflib.get_close_matches(word, list(options), 1)
+    return f'did you mean "{close[0]}"?' if close else f"there are {', '.join(sorted(options))}"
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML that loads back to an equal config, every default spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

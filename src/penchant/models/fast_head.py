@@ -1,0 +1,121 @@
+"""Log-probs of target tokens under a linear head on the CPU: three matmuls, one softmax pass, no elementwise work in backward.
+
+With ``P = softmax(h W^T)`` and ``D = P - onehot(target)``, of row gradients g (a vector, known only after the whole
+sequence): ``dh = -g * (D W)`` and ``dW = -D^T (g * h)``. So D is kept from the forward pass as it is and g is applied to
+the small side. Where D would be too large it is computed again, some rows at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penchant.models.fast_ops import store_grad
+
+_KEEP_BYTES = 512 << 20  # the largest D that is kept
+_MATMUL_ROWS = 512  # rows per head matmul where D is not kept
+_SOFTMAX_ELEMENTS = 1 << 19  # fp32 numbers per softmax pass: they stay in cache
+_VOCAB_TILE = 4096  # vocabulary rows per weight-gradient matmul: its output stays in cache until it is added
+
+
+def fast_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """``logp_r = log softmax(W h_r)[target_r]``.
+
+    Args:
+        hidden: (R, d); weight: (V, d), same type, on the CPU; targets: (R,) int64.
+
+    Returns:
+        (R,) log-probs in nats: fp32, fp64 for fp64 input. In bf16, logits are rounded to bf16 as in the plain model; the
+        softmax, its sum and the logarithm are fp32.
+    """
+    out: Tensor = _TokenLogps.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _softmax_rows(logits: Tensor, targets: Tensor, minus_onehot: Tensor | None) -> Tensor:
+    """Log-probs of the targets in fp32 or fp64; D in `logits`' type goes to `minus_onehot` (may be `logits` itself)."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logps = torch.empty(logits.shape[0], dtype=wide)
+    step = max(1, _SOFTMAX_ELEMENTS // logits.shape[1])
+    for i in range(0, logits.shape[0], step):
+        rows = slice(i, i + step)
+        x, t = logits[rows], targets[rows, None]
+        p = torch.softmax(x, dim=-1, dtype=wide)
+        pt = p.gather(1, t)
+        out = pt.log()
+        rare = (pt < torch.finfo(wide).tiny * 1e4).squeeze(1)  # log of a denormal or of zero: use the logits
+        if bool(rare.any()):
+            r = x[rare].to(wide)
+            out[rare] = r.gather(1, t[rare]) - torch.logsumexp(r, dim=1, keepdim=True)
+        logps[rows] = out.squeeze(1)
+        if minus_onehot is not None:
+            p.scatter_(1, t, pt - 1)
+            minus_onehot[rows] = p
+    return logps
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        rows, vocab = hidden.shape[0], weight.shape[0]
+        wants_grad = any(ctx.needs_input_grad)
+        keep = wants_grad and rows * vocab * hidden.element_size() <= _KEEP_BYTES
+        kept = hidden.new_empty(rows, vocab) if keep else None
+        logps = []
+        for i in range(0, rows, _MATMUL_ROWS):
+            part = slice(i, i + _MATMUL_ROWS)
+            d = kept[part] if kept is not None else hidden.new_empty(hidden[part].shape[0], vocab)
+            torch.mm(hidden[part], weight.t(), out=d)
+            logps.append(_softmax_rows(d, targets[part], d if keep else None))
+        if wants_grad:
+            ctx.save_for_backward(hidden, targets)
+            ctx.weight, ctx.kept = weight, kept
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, targets = ctx.saved_tensors
+        weight, g = ctx.weight, grads[0].neg().unsqueeze(1)
+        scaled = (hidden * g).to(hidden.dtype)
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        step = hidden.shape[0] if ctx.kept is not None else _rows_at_once(weight)
+        grad_weight: Tensor | None = None
+        for i in range(0, hidden.shape[0], step):
+            part = slice(i, i + step)
+            d = ctx.kept if ctx.kept is not None else _recomputed(hidden[part], weight, targets[part])
+            if grad_hidden is not None:
+                torch.mul(torch.mm(d, weight), g[part], out=grad_hidden[part])
+            if want_weight:
+                grad_weight = _add_weight_grad(weight, d, scaled[part], grad_weight)
+        ctx.kept = None
+        return grad_hidden, grad_weight, None
+
+
+def _rows_at_once(weight: Tensor) -> int:
+    return max(_MATMUL_ROWS, _KEEP_BYTES // (weight.shape[0] * weight.element_size()))
+
+
+def _recomputed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    d = torch.mm(hidden, weight.t())
+    _softmax_rows(d, targets, d)
+    return d
+
+
+def _add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | None) -> Tensor | None:
+    """Add D^T (g h) to `weight.main_grad` tile by tile of the vocabulary, or to `total`, which is returned."""
+    main = getattr(weight, "main_grad", None)
+    first = total is None and main is None
+    if first:
+        total = torch.empty_like(weight)
+    for i in range(0, weight.shape[0], _VOCAB_TILE):
+        tile = slice(i, i + _VOCAB_TILE)
+        if main is not None:
+            main[tile].add_(torch.mm(d[:, tile].t(), scaled))
+        elif first:
+            torch.mm(d[:, tile].t(), scaled, out=total[tile])  # type: ignore[index]
+        else:
+            total[tile].addmm_(d[:, tile].t(), scaled)  # type: ignore[index]
+    return total

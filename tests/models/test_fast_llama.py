@@ -1,0 +1,319 @@
+"""The CPU fast path against plain transformers: hidden states, log-probs and parameter gradients."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from penchant.data.packing import pack
+from penchant.models import fast_attention, fast_head
+from penchant.models.fast_head import fast_token_logps
+from penchant.models.fast_llama import FastForward, fast_forward
+from penchant.models.fast_ops import rms_norm, rms_norm_backward, rotary, rotary_backward, swiglu, swiglu_backward
+from penchant.types import PackedBatch, TokenTree
+
+VOCAB = 61
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 256,
+    "pad_token_id": 3,
+    "tie_word_embeddings": True,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama_untied_biased": ("Llama", {"tie_word_embeddings": False, "attention_bias": True, "pad_token_id": None}),
+    "llama3_rope": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral_windowed": ("Mistral", {"sliding_window": 5}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+}
+
+
+def build(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    name, extra = FAMILIES[family]
+    torch.manual_seed(7)
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **extra})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
+    with torch.no_grad():  # norms start at one and biases at zero: give every parameter something to get wrong
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * (0.3 if p.ndim == 1 else 0.15))
+    return model
+
+
+def trees(seed: int = 0, sizes: tuple[tuple[int, tuple[int, ...]], ...] = ((3, (4, 6)), (14, (9, 1)), (1, (5, 2, 3)))) -> list[TokenTree]:
+    rng = np.random.default_rng(seed)
+    draw = lambda n: rng.integers(0, VOCAB, n).astype(np.int32)  # noqa: E731
+    return [TokenTree(i, draw(p), tuple(draw(c) for c in cs), (False,) * len(cs)) for i, (p, cs) in enumerate(sizes)]
+
+
+def exact_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """transformers' RMSNorm falls to fp32 even in an fp64 model: the same formula without the fall."""
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+@pytest.fixture
+def plain_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+        monkeypatch.setattr(norm, "forward", exact_norm)
+    # and its eager attention takes the softmax in fp32
+    softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
+
+
+def plain_logps(model: nn.Module, data: list[TokenTree]) -> torch.Tensor:
+    """Every completion alone behind its prompt, through plain transformers: log-probs per token."""
+    parts = []
+    for tree in data:
+        for completion in tree.completion_ids:
+            ids = torch.from_numpy(np.concatenate([tree.prompt_ids, completion]).astype(np.int64))[None]
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(tree.prompt_ids) - 1 : -1]
+            parts.append(torch.log_softmax(logits, -1).gather(1, ids[0, len(tree.prompt_ids) :, None])[:, 0])
+    return torch.cat(parts)
+
+
+def fast_logps(model: Any, fast: FastForward, batch: PackedBatch) -> torch.Tensor:
+    hidden = fast.hidden(batch).index_select(0, batch.predict_index)
+    return fast_token_logps(hidden, model.lm_head.weight, batch.target_ids)
+
+
+def recognised(model: nn.Module) -> FastForward:
+    fast = fast_forward(model)
+    assert fast is not None
+    return fast
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+def weights_for(batch: PackedBatch) -> torch.Tensor:
+    torch.manual_seed(3)
+    return torch.randn(batch.target_ids.shape[0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_plain_transformers(family: str, shared: bool, plain_norms: None) -> None:
+    model = build(family).eval()
+    model.set_attn_implementation("eager")
+    data = trees()
+    batch = pack(data, shared=shared)
+    g = weights_for(batch)
+    expected = plain_logps(model, data)
+    (expected * g).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    got = fast_logps(model, recognised(model), batch)
+    (got * g).sum().backward()
+    assert close(got, expected, 1e-9)
+    assert set(gradients) == {n for n, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        assert p.grad is not None and close(p.grad, gradients[name], 1e-9), name
+
+
+def test_fp32_is_close(plain_norms: None) -> None:
+    model = build("llama", torch.float32).eval()
+    data = trees()
+    got = fast_logps(model, recognised(model), pack(data))
+    assert close(got, plain_logps(model, data), 1e-5)
+
+
+def test_long_trees_take_tiles_and_equal_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = build("llama"), trees(sizes=((3, (4, 6)), (20, (30, 25))))
+    batch = pack(data)
+    g = weights_for(batch)
+    results = []
+    for keep, tile in ((512, 256), (8, 16)):
+        monkeypatch.setattr(fast_attention, "_KEEP_UP_TO", keep)
+        monkeypatch.setattr(fast_attention, "_TILE", tile)
+        logps = fast_logps(model, recognised(model), batch)
+        (logps * g).sum().backward()
+        results.append([logps.detach(), *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    for short, tiled in zip(*results, strict=True):
+        assert close(tiled, short, 1e-11)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model, batch = build("qwen3"), pack(trees())
+    g = weights_for(batch)
+    results = []
+    for on in (False, True):
+        model.model.gradient_checkpointing = on
+        (fast_logps(model, recognised(model), batch) * g).sum().backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_main_grad_collects_micro_batches() -> None:
+    model = build("qwen2")
+    batches = [pack(trees(seed)) for seed in (0, 1)]
+    for batch in batches:
+        (fast_logps(model, recognised(model), batch) * weights_for(batch)).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    for p in model.parameters():
+        p.main_grad = torch.zeros_like(p)
+    for batch in batches:
+        (fast_logps(model, recognised(model), batch) * weights_for(batch)).sum().backward()
+    for p, e in zip(model.parameters(), expected, strict=True):
+        assert p.grad is None
+        assert close(p.main_grad, e, 1e-12)
+
+
+def test_frozen_parameters_get_no_gradient_and_change_no_other() -> None:
+    model, batch = build("llama"), pack(trees())
+    g = weights_for(batch)
+    (fast_logps(model, recognised(model), batch) * g).sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    trained = ("model.layers.1.self_attn.k_proj.weight", "model.layers.1.input_layernorm.weight")
+    for n, p in model.named_parameters():
+        p.requires_grad_(n in trained)
+    (fast_logps(model, recognised(model), batch) * g).sum().backward()
+    for n, p in model.named_parameters():
+        assert (p.grad is not None) == (n in trained)
+        assert n not in trained or close(p.grad, expected[n], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_grad_pass_is_bit_equal_and_trees_do_not_touch_each_other(dtype: torch.dtype) -> None:
+    model = build("llama", dtype)
+    fast = recognised(model)
+    data = trees()
+    together = fast_logps(model, fast, pack(data)).detach()
+    with torch.no_grad():
+        assert torch.equal(fast_logps(model, fast, pack(data)), together)
+    assert together.dtype == torch.float32
+
+
+def test_module_keeps_its_weights(tmp_path: Path) -> None:
+    model = build("qwen2", torch.float32)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fast = recognised(model)
+    assert set(model.state_dict()) == set(before)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in again.state_dict().items())
+    # an in-place update is seen at once, and so is a parameter that was given another storage
+    batch = pack(trees())
+    model.model.layers[0].self_attn.v_proj.weight.data.mul_(2.0)
+    updated = fast.hidden(batch)
+    model.model.layers[0].self_attn.k_proj.weight.data = model.model.layers[0].self_attn.k_proj.weight.data * 3.0
+    replaced = fast.hidden(batch)
+    fresh = recognised(copy.deepcopy(model))
+    assert not torch.equal(updated, replaced)
+    assert torch.equal(fresh.hidden(batch), replaced)
+
+
+def test_unknown_models_are_refused() -> None:
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=VOCAB))
+    assert fast_forward(gpt2) is None
+    wrong = {"hidden_act": "gelu"}, {"mlp_bias": True}, {"attention_dropout": 0.1}
+    for change in wrong:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, **change}))
+        assert fast_forward(model) is None, change
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, rope_parameters=dynamic))
+    assert fast_forward(model) is None
+    hooked = build("llama")
+    hooked.model.layers[0].mlp.register_forward_hook(lambda *a: None)
+    assert fast_forward(hooked) is None
+    half = build("llama", torch.float16)
+    assert fast_forward(half) is None
+
+    class Custom(transformers.LlamaForCausalLM):
+        pass
+
+    assert fast_forward(Custom(transformers.LlamaConfig(**SMALL))) is None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the pieces
+
+
+def test_head_gradcheck_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    h = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    t = torch.randint(0, 11, (7,))
+    assert torch.autograd.gradcheck(lambda a, b: fast_token_logps(a, b, t), (h, w))
+    kept = torch.autograd.grad(fast_token_logps(h, w, t).cos().sum(), (h, w))
+    monkeypatch.setattr(fast_head, "_KEEP_BYTES", 0)
+    monkeypatch.setattr(fast_head, "_MATMUL_ROWS", 3)
+    monkeypatch.setattr(fast_head, "_SOFTMAX_ELEMENTS", 22)
+    monkeypatch.setattr(fast_head, "_VOCAB_TILE", 4)
+    assert torch.autograd.gradcheck(lambda a, b: fast_token_logps(a, b, t), (h, w))
+    again = torch.autograd.grad(fast_token_logps(h, w, t).cos().sum(), (h, w))
+    assert all(close(a, b, 1e-12) for a, b in zip(again, kept, strict=True))
+
+
+def test_head_is_exact_where_the_probability_underflows() -> None:
+    h = torch.tensor([[1.0], [1.0]])
+    w = torch.tensor([[0.0], [300.0], [-500.0]])
+    logps = fast_token_logps(h, w, torch.tensor([1, 2]))
+    assert logps.tolist() == [0.0, -800.0]
+
+
+def test_pieces_have_the_right_gradients() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(5, 6, dtype=torch.float64)
+    out = w * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    dx, dw = torch.autograd.grad(out, (x, w), g)
+    fast_out, rstd = rms_norm(x.detach(), w.detach(), 1e-5)
+    fast_dx, fast_dw = rms_norm_backward(g, x.detach(), rstd, w, residual=g)
+    assert close(fast_out, out.detach(), 1e-12) and close(fast_dx, dx + g, 1e-12) and close(fast_dw, dw, 1e-12)
+
+    a, d = torch.randn(4, 6, dtype=torch.float64, requires_grad=True), torch.randn(4, 3, dtype=torch.float64)
+    out = torch.nn.functional.silu(a[:, :3]) * a[:, 3:]
+    (expected,) = torch.autograd.grad(out, a, d)
+    gate, up = (part.contiguous() for part in a.detach().chunk(2, dim=1))
+    assert close(swiglu(gate, up), out.detach(), 1e-12)
+    d_gate, d_up, recomputed = swiglu_backward(d.clone(), gate, up)
+    assert close(recomputed, out.detach(), 1e-12)
+    assert close(torch.cat([d_gate, d_up], dim=1), expected, 1e-12)
+
+
+def test_rotary_backward_is_its_transpose() -> None:
+    torch.manual_seed(2)
+    cos, sin, x, g = (torch.randn(3, 2, n, dtype=torch.float64) for n in (2, 2, 4, 4))
+    forward, backward = x.clone(), g.clone()
+    rotary(forward, cos, sin)
+    rotary_backward(backward, cos, sin)
+    assert torch.allclose((forward * g).sum(), (backward * x).sum(), rtol=1e-12)

@@ -1,0 +1,101 @@
+"""The reference: three ways to the same numbers, and a cache key of what they depend on and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import some_pairs, tiny_model
+
+from penchant.data.packing import pack
+from penchant.logprobs import Scorer
+from penchant.models.load import add_lora, weights_sha256
+from penchant.models.options import LoraConfig
+from penchant.reference import LiveReference, adapter_off, cache_key, cached_reference
+
+KEY = dict(dtype="torch.float32", tokenizer="t", template="auto")
+
+
+def test_cached_equals_live_and_is_reused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    live = LiveReference(Scorer(model, "shared"))
+    pairs = some_pairs(9)
+    first, found = cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30)
+    assert not found
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)  # a cache that was computed again would notice
+    again, found = cached_reference(live, pairs, "k", tmp_path, tokens_per_step=1000)
+    assert found
+    batch = pack([pairs[4], pairs[0]])
+    assert torch.equal(first.logps(batch), again.logps(batch))
+    fresh = LiveReference(Scorer(tiny_model("llama"), "shared")).logps(batch)
+    assert torch.allclose(first.logps(batch), fresh, rtol=1e-12)
+
+
+def test_a_torn_cache_is_computed_again(tmp_path: Path) -> None:
+    live = LiveReference(Scorer(tiny_model("llama"), "shared"))
+    pairs = some_pairs(3)
+    cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30)
+    path = tmp_path / "k.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    _, found = cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30)
+    assert not found
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_adapter_off_is_the_start_and_on_is_not() -> None:
+    start = Scorer(tiny_model("llama", dtype=torch.float32), "shared")
+    batch = pack(some_pairs(5))
+    expected = start.logps(batch).sums
+    model = add_lora(tiny_model("llama", dtype=torch.float32), LoraConfig(r=4), seed=0)
+    scorer = Scorer(model, "shared")
+    reference = adapter_off(scorer)
+    assert torch.equal(scorer.logps(batch).sums, reference.logps(batch))  # B starts at zero
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    assert torch.equal(reference.logps(batch), expected)
+    assert not torch.allclose(scorer.logps(batch).sums, expected)
+
+
+def test_the_key_changes_with_what_matters() -> None:
+    pairs = some_pairs(4)
+    base = cache_key("weights", pairs, **KEY)
+    assert base == cache_key("weights", some_pairs(4), **KEY)
+    changed = np.array(pairs[2].completion_ids[1])
+    changed[0] += 1
+    one_token = [*pairs[:2], dataclasses.replace(pairs[2], completion_ids=(pairs[2].completion_ids[0], changed)), pairs[3]]
+    joined = np.concatenate([pairs[0].prompt_ids, pairs[0].completion_ids[0][:1]])
+    boundary = [
+        dataclasses.replace(
+            pairs[0], prompt_ids=joined, completion_ids=(pairs[0].completion_ids[0][1:], pairs[0].completion_ids[1])
+        ),
+        *pairs[1:],
+    ]
+    others = [
+        cache_key("other weights", pairs, **KEY),
+        cache_key("weights", one_token, **KEY),
+        cache_key("weights", boundary, **KEY),
+        cache_key("weights", pairs[:3], **KEY),
+        cache_key("weights", pairs[::-1], **KEY),
+        cache_key("weights", pairs, **{**KEY, "template": "plain"}),
+        cache_key("weights", pairs, **{**KEY, "tokenizer": "u"}),
+        cache_key("weights", pairs, **{**KEY, "dtype": "torch.bfloat16"}),
+    ]
+    assert len({base, *others}) == len(others) + 1
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_weights_hash_sees_one_changed_weight_but_no_adapter(with_lora: bool) -> None:
+    plain = weights_sha256(tiny_model("llama", dtype=torch.float32))
+    model = tiny_model("llama", dtype=torch.float32)
+    if with_lora:
+        model = add_lora(model, LoraConfig(r=2), seed=1)
+    assert weights_sha256(model) == plain
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "down_proj" in n and "lora" not in n)[0, 0] += 1e-3
+    assert weights_sha256(model) != plain
