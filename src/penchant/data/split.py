@@ -1,0 +1,51 @@
+"""Split by prompt: all rows of one prompt go to one side, the same side for the same seed whatever the file's order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+
+from penchant.data.load import Dataset, prompt_text
+from penchant.errors import DataError
+
+
+def prompt_key(prompt: object, text: str = "") -> str:
+    """What counts as the same prompt: case and white space do not matter; plain texts are keyed by themselves."""
+    shown = prompt_text(prompt) or text  # type: ignore[arg-type]
+    return " ".join(shown.lower().split())
+
+
+def split_by_prompt(
+    dataset: Dataset, *, validation_rows: int | None = None, validation_fraction: float | None = None, seed: int = 0
+) -> tuple[Dataset, Dataset]:
+    """(train, validation) without a prompt in both.
+
+    Args:
+        validation_rows: rows to hold out (met exactly where group sizes allow, else the most that fit);
+            validation_fraction: the same as a share.
+        seed: of the order in which prompts are drawn.
+
+    Raises:
+        DataError: too few rows or prompts to leave something on both sides.
+    """
+    wanted = validation_rows if validation_rows is not None else round((validation_fraction or 0.0) * dataset.accepted)
+    if not 0 < wanted < dataset.accepted:
+        raise DataError(
+            "data.validation_rows", f"{wanted} of {dataset.accepted} rows cannot be held out", "leave at least one row on both sides"
+        )
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, tree in enumerate(dataset.trees):
+        groups[prompt_key(tree.prompt, tree.completions[0].text)].append(i)
+    drawn = sorted(groups.values(), key=lambda g: _draw(seed, prompt_key(dataset.trees[g[0]].prompt, dataset.trees[g[0]].completions[0].text)))
+    held: list[int] = []
+    for group in drawn:
+        if len(held) + len(group) <= wanted:
+            held += group
+    if not held:
+        raise DataError("data.validation_rows", "every prompt has more rows than are to be held out", "hold out more rows")
+    outside = set(held)
+    return dataset.subset([i for i in range(dataset.accepted) if i not in outside]), dataset.subset(sorted(held))
+
+
+def _draw(seed: int, key: str) -> bytes:
+    return hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
