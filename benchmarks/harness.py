@@ -32,6 +32,12 @@ class WorkerFailed(Exception):
     """A worker ended without a result."""
 
 
+def stop_with_workers() -> None:
+    """Let SIGTERM and SIGHUP end the driver by way of its `finally` clauses, so that no worker is left running."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda n, _frame: sys.exit(128 + n))
+
+
 def environment(threads: int) -> dict[str, str]:
     """What every worker runs under, ours and the peer's alike."""
     dropped = ("PYTHONPATH", "OMP_", "MKL_", "KMP_", "MALLOC_", "LD_PRELOAD")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_vs_trl import MAX_LENGTH, OURS, Case, Size, spec_of
-from harness import DATA, HERE, WorkerFailed, model_folder, peer_python, run_worker
+from harness import DATA, HERE, WorkerFailed, model_folder, peer_python, run_worker, stop_with_workers
 from report import markdown
 
 BASE: dict[str, Any] = {"micro": 4, "bf16": "autocast", "attention": "sdpa", "compile": False, "sort_in_step": False}
@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trials", default="", help="only trials with this in their name")
     args = parser.parse_args()
+    stop_with_workers()
     model, python, logs = model_folder(args.model), peer_python(), HERE / "results" / "logs"
     size = Size(args.batch, 1, {"bf16": 1, "fp32": 1})
     table = []

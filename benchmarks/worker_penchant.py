@@ -78,6 +78,7 @@ def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
 def read_trees(spec: Mapping[str, Any]) -> list[Any]:
     """The rows of all steps as token trees."""
     import numpy as np
+
     from penchant.types import TokenTree
 
     rows = json.loads(Path(spec["rows"]).read_text())[: spec["batch"] * spec["steps"]]
@@ -95,9 +96,10 @@ def read_trees(spec: Mapping[str, Any]) -> list[Any]:
 
 def main() -> None:
     import peft
-    import penchant
     import torch
     import transformers
+
+    import penchant
     from penchant.config import config_from_mapping
     from penchant.data.packing import tree_tokens
     from penchant.run import Run

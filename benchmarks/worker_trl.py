@@ -12,7 +12,6 @@ import peft
 import torch
 import transformers
 import trl
-
 from measure import Clock, finish
 
 

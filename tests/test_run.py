@@ -110,7 +110,7 @@ def test_sft_on_pairs_learns_the_chosen_answer(base: dict[str, Any]) -> None:
 
 def test_sft_from_scratch_on_plain_text(base: dict[str, Any], tmp_path: Path) -> None:
     base["data"] = {
-        "path": write_jsonl(tmp_path / "text.jsonl", [{"text": f"the cat sat on mat {i % 3}. " * 9} for i in range(30)]),
+        "path": write_jsonl(tmp_path / "text.jsonl", [{"text": f"mat {i}: " + "the cat sat on the mat. " * 9} for i in range(30)]),
         "validation_rows": 4,
         "max_length": 64,
     }

@@ -77,15 +77,22 @@ class Run:
         return load_tokenizer(self.config.model.tokenizer or self.config.model.path, self.config.model.revision)
 
     @cached_property
+    def loaded(self) -> dict[str, Dataset]:
+        """What the files hold, with the rows kept aside: ``train``, and ``heldout`` where it has a file of its own."""
+        found = {"train": self._load(self.config.data.path)}
+        if self.config.data.eval_path is not None:
+            found["heldout"] = self._load(self.config.data.eval_path)
+        for name, dataset in found.items():
+            self.console.note(f"{name}: {summary(dataset)}")
+        return found
+
+    @cached_property
     def datasets(self) -> tuple[Dataset, Dataset | None]:
         """(train, held out): as files say, or split off by prompt."""
         data = self.config.data
-        train = self._load(data.path)
-        self.console.note(summary(train))
-        if data.eval_path is not None:
-            heldout = self._load(data.eval_path)
-            self.console.note(f"held out: {summary(heldout)}")
-            return train, heldout
+        train = self.loaded["train"]
+        if "heldout" in self.loaded:
+            return train, self.loaded["heldout"]
         if data.validation_rows is None and data.validation_fraction is None:
             return train, None
         train, heldout = split_by_prompt(
@@ -120,7 +127,7 @@ class Run:
         train, heldout = self.datasets
         return self._tokenise(train), None if heldout is None else self._tokenise(heldout)
 
-    def _tokenise(self, dataset: Dataset) -> TokenisedDataset:
+    def _tokenise(self, dataset: Dataset, on_bad_row: str | None = None) -> TokenisedDataset:
         data = self.config.data
         return tokenise(
             dataset,
@@ -128,8 +135,9 @@ class Run:
             template=data.template,
             max_length=data.max_length,
             truncation=data.truncation,
-            on_bad_row=data.on_bad_row,
+            on_bad_row=on_bad_row or data.on_bad_row,
             identical=data.identical,
+            add_eos=data.add_eos,
         )
 
     @cached_property
@@ -152,7 +160,8 @@ class Run:
         """The data audit, over every split."""
         train, heldout = self.datasets
         splits = {"train": train} | ({"held out": heldout} if heldout is not None else {})
-        return run_audit(train, self.tokenised[0] if tokenise else None, splits)
+        whole = self.loaded["train"]
+        return run_audit(whole, self._tokenise(whole, on_bad_row="skip") if tokenise else None, splits)
 
     # ---- model ----------------------------------------------------------------------------------------------------
 
@@ -300,15 +309,15 @@ class Run:
         from penchant.report import write_report
 
         started = time.time()
-        identity = run_identity(self.config, self.datasets[0].fingerprint)
+        identity = run_identity(self.config, [d.fingerprint for d in self.datasets if d is not None])
         open_run(self.folder, dump_config(self.config), identity)
         with RunLock(self.folder):
-            for dataset in self.datasets:
-                if dataset is not None:
-                    write_quarantine(dataset, self.folder)
-            for tokenised in self.tokenised:
+            for name, dataset in self.loaded.items():
+                write_quarantine(dataset.quarantined, self.folder, name)
+            for name, tokenised in zip(("train", "heldout"), self.tokenised, strict=True):
                 if tokenised is not None:
-                    self.console.note(tokenised.summary())
+                    self.console.note(f"{name}: {tokenised.summary()}")
+                    write_quarantine(tokenised.quarantined, self.folder, f"{name}.tokens")
             (self.folder / "audit.json").write_text(json.dumps(self.audit().to_json(), indent=1))
             loop = self._loop()
             self._write_manifest(loop, started, status="running")
@@ -421,18 +430,13 @@ class Run:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _write_manifest(self, loop: Loop, started: float, status: str) -> None:
-        train, heldout = self.datasets
-
-        def facts(d: Dataset | None) -> dict[str, Any] | None:
-            if d is None:
-                return None
-            return {
-                "fingerprint": d.fingerprint,
-                "total": d.total,
-                "accepted": d.accepted,
-                "quarantined": len(d.quarantined),
-            }
-
+        data = {
+            name: {"total": d.total, "accepted": d.accepted, "quarantined": len(d.quarantined), "fingerprint": d.fingerprint}
+            for name, d in self.loaded.items()
+        }
+        for name, split in zip(("train split", "held-out split"), self.datasets, strict=True):
+            if split is not None:
+                data[name] = {"rows": split.accepted, "fingerprint": split.fingerprint}
         path = self.folder / "manifest.json"
         weights = json.loads(path.read_text())["model"]["sha256"] if path.exists() else weights_sha256(self.model)
         manifest = {
@@ -452,18 +456,18 @@ class Run:
             "tokenizer_sha256": tokenizer_sha256(self.tokenizer),
             "packing": self.scorer.packing + (" (fast path)" if self.scorer.fast else ""),
             "reference": self.reference_kind if self.reference is not None else None,
-            "data": {"train": facts(train), "validation": facts(heldout)},
+            "data": data,
             "hardware": {**hardware(), "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")},
         }
         path.write_text(json.dumps(manifest, indent=1))
 
 
-def run_identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
+def run_identity(config: RunConfig, fingerprints: list[str]) -> dict[str, Any]:
     """What must not change when a run is resumed: all settings but those that only watch, and the data."""
     settings = config.model_dump(mode="json")
     settings.pop("output")
     settings.pop("logging")
-    return {"config": settings, "data": fingerprint}
+    return {"config": settings, "data": fingerprints}
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(default_factory=dict, description="our field: your column")
     template: Literal["auto", "chat", "plain"] = Field("auto", description="how a prompt becomes text")
     max_length: int = Field(1024, ge=8, description="tokens of prompt + longest completion")
+    add_eos: bool = Field(True, description="false: completions are open-ended, the model is not taught to stop there")
     truncation: Literal["prompt_then_completion", "bad_row"] = Field(
         "prompt_then_completion", description="what happens to longer rows"
     )

@@ -64,7 +64,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision)
+        return AutoTokenizer.from_pretrained(check_model_path(path), revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(path, f"no tokenizer could be loaded ({_first_line(error)})", "set model.tokenizer") from error
 
@@ -72,7 +72,9 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
 def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> Any:
     """A transformers causal model in fp32, dropout off; `cast_parameters` makes it bf16 once the masters are taken."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     path = check_model_path(cfg.path)
     try:
         if cfg.init == "random":

@@ -1,0 +1,326 @@
+"""`penchant demo`: the DPO paper's controlled-sentiment experiment in miniature, offline (arXiv 2305.18290, section 6).
+
+The bundled model writes continuations of film-review openings, a sentiment lexicon (VADER) ranks them, DPO trains on the
+pairs, and openings that were not trained on show what was gained and what it cost. The lexicon is the true reward here, so
+the report can be checked against the truth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from penchant import api
+
+SAMPLES = 8  # continuations per training opening; the best and the worst make the pair
+EVAL_SAMPLES = 4  # continuations per held-out opening, before and after
+NEW_TOKENS = 40
+MIN_GAP = 0.3  # pairs whose rewards are closer than this say little
+TEMPERATURE = 1.0
+
+TRAINING: dict[str, Any] = {
+    "loss": {"name": "dpo", "beta": 0.1},
+    "train": {"epochs": 2, "batch_size": 32, "tokens_per_step": 2048, "lr": 1e-4, "schedule": "linear"},
+    "data": {"validation_rows": 40, "max_length": 256, "add_eos": False},
+    "evaluation": {"samples": 0},
+    "reference": {"kind": "frozen"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a model wrote for the held-out openings, opening by opening, with rewards and token ids."""
+
+    texts: list[str]
+    ids: list[list[int]]
+    rewards: np.ndarray
+
+
+def asset(name: str) -> Path:
+    """The path of a bundled file."""
+    return Path(str(resources.files("penchant") / "assets" / name))
+
+
+def run_demo(output: str | Path = "runs/demo", *, reviews: str | None = None, seed: int = 0, quiet: bool = False) -> int:
+    """Run the whole experiment and print what came out; returns 0 when every goal was met, else 1.
+
+    Args:
+        output: the run folder. A finished or half-done demo in it is replaced by a new one.
+        reviews: film reviews (JSONL with a ``text`` field) for a second held-out perplexity.
+        seed: of sampling and training.
+    """
+    import torch
+
+    from penchant.models.load import load_tokenizer
+    from penchant.report import write_report
+
+    torch.set_num_threads(1)  # a model of this size runs fastest on one
+    folder = Path(output)
+    started = time.monotonic()
+    say = _Stages(quiet)
+    openings = json.loads(asset("openings.json").read_text())
+    start_folder = str(asset("model"))
+    tokenizer = load_tokenizer(start_folder)
+    start = _load(start_folder)
+    _fresh(folder)
+
+    with say.stage(f"writing {SAMPLES} continuations of each of {len(openings['train'])} openings") as progress:
+        pairs = _make_pairs(start, tokenizer, openings["train"], seed, progress)
+        data = folder / "pairs.jsonl"
+        data.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs))
+    say.line(f"{len(pairs)} pairs whose sentiment differs by at least {MIN_GAP} (VADER, from -1 to 1)")
+
+    with say.stage(f"writing {EVAL_SAMPLES} continuations of {len(openings['eval'])} held-out openings, before") as progress:
+        before = _write(start, tokenizer, openings["eval"], seed + 1, progress)
+    with say.stage("training with DPO"):
+        config = {k: dict(v) for k, v in TRAINING.items()}
+        config["data"]["path"] = str(data)
+        config["train"]["seed"] = seed
+        config |= {"model": {"path": start_folder, "dtype": "fp32"}, "output": str(folder)}
+        result = api.train(config, quiet=quiet)
+    aligned = _load(str(result.model))
+    with say.stage(f"writing {EVAL_SAMPLES} continuations of {len(openings['eval'])} held-out openings, after") as progress:
+        after = _write(aligned, tokenizer, openings["eval"], seed + 1, progress)
+    with say.stage("measuring perplexity and KL"):
+        results = _measure(start, aligned, tokenizer, openings["eval"], before, after, reviews)
+    results["seconds"] = round(time.monotonic() - started, 1)
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    _write_samples(folder, openings["eval"], before, after)
+    report = write_report(folder)
+    say.results(results)
+    say.line(f"report: {report}  ({results['seconds']:.0f} s in all)")
+    return 0 if all(h.get("met", True) for h in results["headline"]) else 1
+
+
+def _fresh(folder: Path) -> None:
+    """Empty a former demo's folder, and nothing else: a folder without a demo's mark is left alone."""
+    import shutil
+
+    from penchant.errors import CheckpointError
+
+    mark = folder / "pairs.jsonl"
+    if folder.exists() and any(folder.iterdir()):
+        if not mark.exists():
+            raise CheckpointError(str(folder), "is not empty and holds no demo", "give another --output")
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(str(folder), f"cannot be made ({error.strerror})", "give another --output") from error
+
+
+def _load(folder: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _prompt_ids(tokenizer: Any, opening: str) -> list[int]:
+    return [tokenizer.bos_token_id, *tokenizer(opening, add_special_tokens=False)["input_ids"]]
+
+
+def _sample(model: Any, tokenizer: Any, openings: Sequence[str], n: int, seed: int, progress: Any) -> Any:
+    from penchant.rollout.generate import sample
+
+    return sample(
+        model,
+        [_prompt_ids(tokenizer, o) for o in openings],
+        n=n,
+        max_new_tokens=NEW_TOKENS,
+        temperature=TEMPERATURE,
+        seed=seed,
+        eos_token_id=tokenizer.eos_token_id,
+        progress=progress,
+    )
+
+
+def _make_pairs(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progress: Any) -> list[dict[str, Any]]:
+    """Best against worst continuation of each opening by the lexicon."""
+    from penchant.evaluation.lexicon import sentiment
+
+    pairs = []
+    for opening, samples in zip(openings, _sample(model, tokenizer, openings, SAMPLES, seed, progress), strict=True):
+        texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples]
+        rewards = sentiment(texts)
+        best, worst = int(rewards.argmax()), int(rewards.argmin())
+        if rewards[best] - rewards[worst] >= MIN_GAP and texts[best].strip() and texts[worst].strip():
+            pairs.append(
+                {
+                    "prompt": opening,
+                    "chosen": texts[best],
+                    "rejected": texts[worst],
+                    "chosen_score": float(rewards[best]),
+                    "rejected_score": float(rewards[worst]),
+                }
+            )
+    return pairs
+
+
+def _write(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progress: Any) -> Written:
+    from penchant.evaluation.lexicon import sentiment
+
+    samples = [s for group in _sample(model, tokenizer, openings, EVAL_SAMPLES, seed, progress) for s in group]
+    texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples]
+    return Written(texts, [s.ids for s in samples], sentiment(texts))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what was gained, and what it cost
+
+
+def _measure(
+    start: Any, aligned: Any, tokenizer: Any, openings: Sequence[str], before: Written, after: Written, reviews: str | None
+) -> dict[str, Any]:
+    from penchant.evaluation.stats import bootstrap_ci, paired_bootstrap, win_rate
+    from penchant.evaluation.text import distinct_n
+
+    prompts = np.repeat(np.arange(len(openings)), EVAL_SAMPLES)
+    gain = paired_bootstrap(before.rewards, after.rewards, clusters=prompts)
+    wins = win_rate(before.rewards, after.rewards, clusters=prompts)
+    trees = _sample_trees(tokenizer, openings, after)
+    kl = _logps(aligned, trees) - _logps(start, trees)
+    per_sequence = bootstrap_ci(kl, clusters=prompts)
+    tokens = sum(map(len, after.ids))
+    headline: list[dict[str, Any]] = [
+        {
+            "name": "mean sentiment reward",
+            "before": float(before.rewards.mean()),
+            "after": float(after.rewards.mean()),
+            "change": gain.estimate,
+            "ci": [gain.low, gain.high],
+            "goal": "up by at least 0.3",
+            "met": gain.estimate >= 0.3,
+        },
+        {
+            "name": "win rate against the start",
+            "after": wins.estimate,
+            "ci": [wins.low, wins.high],
+            "goal": "above 0.75",
+            "met": wins.estimate > 0.75,
+        },
+    ]
+    sources = {"perplexity of hand-written reviews": str(asset("reviews.jsonl"))}
+    if reviews is not None:
+        sources["perplexity of the given reviews"] = reviews
+    for name, path in sources.items():
+        b, a = (_perplexity(m, tokenizer, path) for m in (start, aligned))
+        headline.append(
+            {"name": name, "before": b, "after": a, "ratio": a / b, "goal": "at most 1.3 times the start's", "met": a / b <= 1.3}
+        )
+    headline += [
+        {"name": "KL(policy || start) per continuation, nats", "after": per_sequence.estimate, "ci": [per_sequence.low, per_sequence.high]},
+        {"name": "KL(policy || start) per token, nats", "after": float(kl.sum() / tokens)},
+        {"name": "distinct-2", "before": distinct_n(before.ids), "after": distinct_n(after.ids)},
+        {"name": "tokens per continuation", "before": float(np.mean([len(i) for i in before.ids])), "after": tokens / len(after.ids)},
+    ]
+    met = all(h.get("met", True) for h in headline)
+    verdict = (
+        f"{'Every goal was met' if met else 'Not every goal was met'}: sentiment rose by {gain.estimate:.2f} "
+        f"[{gain.low:.2f}, {gain.high:.2f}] on {len(openings)} openings that were not trained on, and the aligned model wins "
+        f"{wins.estimate:.0%} [{wins.low:.0%}, {wins.high:.0%}] of comparisons with its start."
+    )
+    return {"verdict": verdict, "headline": headline, "openings": len(openings), "samples_per_opening": EVAL_SAMPLES}
+
+
+def _sample_trees(tokenizer: Any, openings: Sequence[str], written: Written) -> list[Any]:
+    from penchant.types import TokenTree
+
+    trees = []
+    for i, opening in enumerate(openings):
+        ids = written.ids[i * EVAL_SAMPLES : (i + 1) * EVAL_SAMPLES]
+        arrays = tuple(np.array(c, dtype=np.int32) for c in ids)
+        trees.append(TokenTree(i, np.array(_prompt_ids(tokenizer, opening), dtype=np.int32), arrays, (False,) * len(ids)))
+    return trees
+
+
+def _logps(model: Any, trees: list[Any]) -> np.ndarray:
+    from penchant.logprobs import Scorer
+    from penchant.reference import LiveReference, compute_logps
+
+    live = LiveReference(Scorer(model, "shared"))
+    result: np.ndarray = compute_logps(live, trees, tokens_per_step=4096).double().numpy()
+    return result
+
+
+def _perplexity(model: Any, tokenizer: Any, path: str) -> float:
+    """exp of the mean negative log-likelihood per token, EOS included."""
+    from penchant.data.load import load_preferences
+    from penchant.data.tokenise import tokenise
+
+    dataset = load_preferences(path, shape="text", on_bad_row="skip")
+    trees = list(tokenise(dataset, tokenizer, max_length=256).trees)
+    tokens = sum(len(t.completion_ids[0]) for t in trees)
+    return float(np.exp(-_logps(model, trees).sum() / tokens))
+
+
+def _write_samples(folder: Path, openings: Sequence[str], before: Written, after: Written, count: int = 12) -> None:
+    """The first continuation of the first openings, before and after: not chosen by what they say."""
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as out:
+        for i, opening in enumerate(openings[:count]):
+            at = i * EVAL_SAMPLES
+            row = {
+                "prompt": opening,
+                "before": before.texts[at],
+                "after": after.texts[at],
+                "reward_before": float(before.rewards[at]),
+                "reward_after": float(after.rewards[at]),
+            }
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a person sees
+
+
+class _Stages:
+    """Numbered stages with progress and their time."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.number = 0
+
+    @contextlib.contextmanager
+    def stage(self, title: str) -> Iterator[Any]:
+        self.number += 1
+        self.line(f"[{self.number}/5] {title}")
+        started = last = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last > 3 and done < total:
+                last = now
+                self.line(f"      {done}/{total}, {(now - started) / done * (total - done):.0f} s left")
+
+        yield progress
+        self.line(f"      {time.monotonic() - started:.1f} s")
+
+    def line(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def results(self, results: dict[str, Any]) -> None:
+        """The headline on standard output, so that it can be piped."""
+        if self.console.quiet:
+            return
+        lines = ["", results["verdict"], ""]
+        for h in results["headline"]:
+            value = f"{h['before']:.3f} -> {h['after']:.3f}" if "before" in h else f"{h['after']:.3f}"
+            interval = f"  95% interval [{h['ci'][0]:.3f}, {h['ci'][1]:.3f}]" if "ci" in h else ""
+            ratio = f"  ratio {h['ratio']:.3f}" if "ratio" in h else ""
+            goal = f"  goal: {h['goal']}, {'met' if h['met'] else 'NOT met'}" if "goal" in h else ""
+            lines.append(f"{h['name']:<44} {value:<18}{ratio}{interval}{goal}")
+        print("\n".join(lines), file=sys.stdout, flush=True)
