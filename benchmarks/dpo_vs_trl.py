@@ -60,7 +60,7 @@ class Size:
 FULL = Size(batch=16, warmup=1, timed={"bf16": 3, "fp32": 1})
 QUICK = Size(batch=4, warmup=1, timed={"bf16": 1, "fp32": 1})
 
-# the fastest of the trials in trl_settings.md
+# chosen by the trials in trl_settings.md, which were rough: measure again on a quiet machine
 PEER_BATCH = {"bf16": 2, "fp32": 1}
 PEER: dict[str, Any] = {"bf16": "autocast", "attention": "sdpa", "compile": False, "sort_in_step": True}
 OURS: dict[str, Any] = {"tokens_per_step": 2048, "kernels": "auto", "packing": "auto"}

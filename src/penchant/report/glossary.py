@@ -1,0 +1,28 @@
+"""What every logged metric means, in one line."""
+
+from __future__ import annotations
+
+GLOSSARY = {
+    "loss": "mean of the loss over examples (over tokens for SFT)",
+    "nll": "negative log-likelihood per completion token, nats",
+    "perplexity": "exp of the negative log-likelihood per token",
+    "rewards/chosen": "beta x (policy - reference) log-prob of the chosen completion, nats",
+    "rewards/rejected": "the same of the rejected completion",
+    "rewards/margins": "rewards/chosen - rewards/rejected",
+    "rewards/accuracies": "share of pairs whose chosen reward is higher; a tie counts half",
+    "logps/chosen": "summed log-prob of the chosen completion under the policy, nats",
+    "logps/rejected": "the same of the rejected completion",
+    "logps/accuracies": "share of pairs that the policy alone ranks right by summed log-prob",
+    "logratios/chosen": "policy - reference summed log-prob of the chosen completion, nats",
+    "logratios/rejected": "the same of the rejected completion",
+    "kl/policy_ref": "sampled KL(policy || reference) per completion, nats",
+    "lr": "learning rate of the step",
+    "grad_norm": "L2 norm of the gradient before clipping",
+    "tokens": "tokens computed so far; a shared prompt counts once",
+    "rows": "held-out rows that the figures are means over",
+}
+
+
+def meaning(name: str) -> str:
+    """The definition of a metric, with or without its ``eval/`` prefix; empty when unknown."""
+    return GLOSSARY.get(name.removeprefix("eval/"), "")
