@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penchant.errors import ConfigError, DataError
+from penchant.errors import ConfigError
 
 if TYPE_CHECKING:
     from penchant.config import RunConfig
     from penchant.data.load import Dataset
+    from penchant.run import TrainResult
 
-__all__ = ["TrainResult", "audit", "evaluate", "load_preferences", "train"]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """What a finished run leaves.
-
-    Args:
-        folder: the run folder; model: the last checkpoint's model folder, which transformers or peft loads as it is.
-        steps: optimiser steps done; before, after: held-out metrics at step 0 and at the end (empty without a held-out set).
-        best_step: the step of the best checkpoint, or None.
-    """
-
-    folder: Path
-    model: Path
-    steps: int
-    before: Mapping[str, Any]
-    after: Mapping[str, Any]
-    best_step: int | None
+__all__ = ["audit", "evaluate", "load_preferences", "train"]
 
 
 def load_preferences(path: str | Sequence[str], **options: Any) -> Dataset:

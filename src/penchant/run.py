@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,12 +51,29 @@ from penchant.training.runfolder import RunLock, open_run
 from penchant.types import TokenTree
 
 if TYPE_CHECKING:
-    from penchant.api import TrainResult
     from penchant.logprobs import Scorer
 
 SMALL_MODEL = 20_000_000  # parameters; below this a second thread costs more in waiting than it brings
 DEFAULT_LR = {("sft", False): 2e-5, ("sft", True): 2e-4}
 DEFAULT_PREFERENCE_LR = {False: 1e-6, True: 5e-5}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a finished run leaves.
+
+    Args:
+        folder: the run folder; model: the last checkpoint's model folder, which transformers or peft loads as it is.
+        steps: optimiser steps done; before, after: held-out metrics at step 0 and at the end (empty without a held-out set).
+        best_step: the step of the best checkpoint, or None.
+    """
+
+    folder: Path
+    model: Path
+    steps: int
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    best_step: int | None
 
 
 class Run:
@@ -305,7 +322,6 @@ class Run:
 
     def train(self) -> TrainResult:
         """Train to the end (resuming by itself), evaluate, sample, write the report."""
-        from penchant.api import TrainResult
         from penchant.report import write_report
 
         started = time.time()

@@ -95,7 +95,8 @@ def tokenise(
         try:
             if isinstance(ids, RowError):
                 raise ids
-            trees += (replace(t, row=len(trees) + i) for i, t in enumerate(fit(tree.source, *ids)))
+            for made in fit(tree.source, *ids):
+                trees.append(replace(made, row=len(trees)))
         except RowError as error:
             if on_bad_row == "error":
                 raise DataError(tree.source, error.what, f"{error.how} (or set data.on_bad_row=skip)") from error

@@ -1,0 +1,195 @@
+"""Tokenising: the boundary, BOS and EOS, the cut, and the audit that counts it all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_tokenizer
+
+from penchant.data.audit import audit
+from penchant.data.load import from_rows
+from penchant.data.split import split_by_prompt
+from penchant.data.tokenise import tokenise
+from penchant.errors import ConfigError, DataError, ModelError
+
+BOS, EOS = 0, 1
+
+
+def _pair(prompt: str = "hello", chosen: str = "good", rejected: str = "bad") -> dict[str, str]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _only(rows: list[dict[str, Any]], tokenizer: Any, **options: Any) -> Any:
+    return tokenise(from_rows(rows), tokenizer, **{"max_length": 64, **options}).trees[0]
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_bos_once_eos_once(pad: bool) -> None:
+    """Also where pad == eos: nothing is padded, so EOS is never masked away."""
+    tokenizer = tiny_tokenizer(pad=pad)
+    tokenizer._tokenizer.post_processor = _bos_first()
+    tree = _only([_pair()], tokenizer)
+    assert tree.prompt_ids.tolist().count(BOS) == 1 and tree.prompt_ids[0] == BOS
+    for ids, text in zip(tree.completion_ids, ("good", "bad"), strict=True):
+        assert ids.tolist().count(EOS) == 1 and ids[-1] == EOS
+        assert BOS not in ids
+        assert tokenizer.decode(ids[:-1]) == text
+
+
+def _bos_first() -> Any:
+    from tokenizers import processors
+
+    return processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+
+
+def test_a_tokenizer_that_does_not_add_bos_gets_none() -> None:
+    assert BOS not in _only([_pair()], tiny_tokenizer()).prompt_ids
+
+
+def test_chat_template_with_bos_and_eos_of_its_own_doubles_neither() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer._tokenizer.post_processor = _bos_first()
+    tree = _only([_pair()], tokenizer)
+    assert tokenizer.decode(tree.prompt_ids) == "<s>user: hello</s>\n<s>assistant: "
+    assert tree.prompt_ids.tolist().count(BOS) == 2  # one a turn: the template's, none added
+    assert tokenizer.decode(tree.completion_ids[0]) == "good</s>"  # the line break after EOS is not the answer's
+
+
+def test_the_boundary_cannot_move() -> None:
+    """A tokenizer with a merge across the boundary: 'o' + 'g' would become one token if the texts were joined first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {t: i for i, t in enumerate(["<s>", "</s>", *letters, "og"])}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[("o", "g")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    assert len(tokenizer("og")["input_ids"]) == 1
+    tree = _only([_pair("hello", "good")], tokenizer)
+    assert tokenizer.decode(tree.prompt_ids) == "hello"
+    assert tokenizer.decode(tree.completion_ids[0]) == "good</s>"
+
+
+def test_no_room_cuts_the_prompts_start_first_then_the_ends() -> None:
+    tokenizer = tiny_tokenizer()
+    done = tokenise(from_rows([_pair("0123456789" * 3, "abcdef", "xy")]), tokenizer, max_length=20)
+    tree = done.trees[0]
+    assert tokenizer.decode(tree.prompt_ids) == "7890123456789"[-13:]
+    assert tokenizer.decode(tree.completion_ids[0]) == "abcdef</s>"
+    assert tree.truncated == (False, False)
+    assert (len(done.cut_prompts), len(done.cut_completions)) == (1, 0)
+    done = tokenise(from_rows([_pair("0123456789" * 3, "abcdefghijklmnop", "xy")]), tokenizer, max_length=20)
+    tree = done.trees[0]
+    assert len(tree.prompt_ids) == 10
+    assert tokenizer.decode(tree.completion_ids[0]) == "abcdefghij"  # cut: no EOS is pretended
+    assert tokenizer.decode(tree.completion_ids[1]) == "xy</s>"
+    assert tree.truncated == (True, False)
+    assert (len(done.cut_prompts), len(done.cut_completions)) == (1, 1)
+
+
+def test_pairs_that_become_equal_by_the_cut_do_not_train() -> None:
+    rows = [_pair("p" * 10, "same start, good end", "same start, bad end"), _pair()]
+    with pytest.raises(DataError, match='"chosen" equals "rejected" after the cut'):
+        tokenise(from_rows(rows), tiny_tokenizer(), max_length=12)
+    done = tokenise(from_rows(rows), tiny_tokenizer(), max_length=12, on_bad_row="skip")
+    assert (done.accepted, len(done.quarantined), done.total) == (1, 1, 2)
+    kept = tokenise(from_rows(rows), tiny_tokenizer(), max_length=12, identical="keep")
+    assert kept.accepted == 2
+
+
+def test_long_rows_can_be_bad_rows() -> None:
+    with pytest.raises(DataError, match="more than max_length 12"):
+        tokenise(from_rows([_pair("p" * 30)]), tiny_tokenizer(), max_length=12, truncation="bad_row")
+
+
+def test_plain_documents_are_split_without_losing_a_token() -> None:
+    tokenizer = tiny_tokenizer()
+    done = tokenise(from_rows([{"text": "0123456789" * 5}, {"text": "short"}]), tokenizer, max_length=16)
+    chunks = [t for t in done.trees if t.source == "rows:1"]
+    assert all(t.prompt_ids.tolist() == [BOS] for t in done.trees)
+    assert all(len(t.prompt_ids) + len(t.completion_ids[0]) <= 16 for t in done.trees)
+    joined = [i for t in chunks for i in t.completion_ids[0].tolist()]
+    assert tokenizer.decode(joined) == "0123456789" * 5 + "</s>"
+    assert [t.completion_ids[0][-1] == EOS for t in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert [t.row for t in done.trees] == list(range(len(done.trees)))
+    assert (done.total, done.accepted, done.split_documents) == (2, 2, 1)
+
+
+def test_open_ended_completions_get_no_eos() -> None:
+    assert EOS not in _only([_pair()], tiny_tokenizer(), add_eos=False).completion_ids[0]
+
+
+def test_a_tokenizer_without_eos_is_met_with_a_sentence() -> None:
+    with pytest.raises(ModelError, match="no EOS token"):
+        _only([_pair()], tiny_tokenizer(eos=False))
+
+
+def test_chat_is_refused_without_a_template() -> None:
+    with pytest.raises(ConfigError, match="no chat template"):
+        _only([_pair()], tiny_tokenizer(), template="chat")
+
+
+def test_hh_in_the_plain_template_is_the_transcript() -> None:
+    text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    tokenizer = tiny_tokenizer()
+    tree = _only([{"chosen": text + " d", "rejected": text + " e"}], tokenizer, template="plain")
+    assert tokenizer.decode(tree.prompt_ids) == text
+    assert tokenizer.decode(tree.completion_ids[0]) == " d</s>"
+
+
+# ---- audit ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_audit_counts_what_is_planted() -> None:
+    rows = [
+        _pair("a", "long answer", "short"),
+        _pair("a", "long answer", "short"),  # duplicate of row 1
+        _pair("a", "short", "long answer"),  # contradicts row 1
+        _pair("b", "x", "x"),  # identical
+        _pair("c", "", "x"),  # empty
+        _pair("d", "tie", "tea"),
+        _pair("e", "the long one", "no"),
+    ]
+    dataset = from_rows(rows, on_bad_row="skip")
+    found = audit(dataset, tokenise(dataset, tiny_tokenizer(), max_length=12)).findings
+    assert (found["identical_pairs"].count, found["identical_pairs"].where) == (1, ("rows:4",))
+    assert (found["empty_completions"].count, found["empty_completions"].where) == (1, ("rows:5",))
+    assert (found["duplicates"].count, found["duplicates"].where) == (1, ("rows:2 (as rows:1)",))
+    assert (found["contradictions"].count, found["contradictions"].where) == (1, ("rows:3 (against rows:1)",))
+    assert (found["length_bias"].count, found["length_bias"].of) == (3, 4)
+    assert "1 ties apart" in found["length_bias"].note
+    assert found["bad_rows"].count == 2
+    assert found["cut_completions"].count == 4
+    assert found["cut_completions"].of == 5
+
+
+def test_the_audit_finds_leakage_and_a_split_by_prompt_has_none() -> None:
+    dataset = from_rows([_pair(f"p{i % 10}", f"good {i}", "bad") for i in range(40)])
+    by_row = {"train": dataset.subset(range(30)), "held": dataset.subset(range(30, 40))}
+    assert audit(dataset, splits=by_row).findings["leakage_train_held"].count == 10
+    train, held = split_by_prompt(dataset, validation_rows=8)
+    assert audit(dataset, splits={"train": train, "held": held}).findings["leakage_train_held"].count == 0
+
+
+def test_text_and_json_tell_the_same() -> None:
+    dataset = from_rows([_pair(), _pair("b", "x", "x")], on_bad_row="skip")
+    result = audit(dataset)
+    assert '"chosen" equals "rejected"' in result.to_text()
+    assert result.to_json()["findings"]["identical_pairs"]["count"] == 1
+
+
+def test_hh_rows_are_packed_full(shared_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from penchant.data.load import load_preferences
+    from penchant.data.packing import plan_microbatches
+
+    tokenizer = AutoTokenizer.from_pretrained(shared_dir / "models/stories260k")
+    dataset = load_preferences(str(shared_dir / "data/hh-harmless-1700.jsonl"), on_bad_row="skip", limit=600)
+    trees = tokenise(dataset, tokenizer, max_length=512, on_bad_row="skip").trees
+    plan = plan_microbatches([t.shared_tokens for t in trees], 4096)
+    assert sum(t.shared_tokens for t in trees) / (len(plan) * 4096) >= 0.95
