@@ -45,17 +45,17 @@ def looks_like_folder(path: str) -> bool:
     return path.startswith(("/", "./", "../", "~")) or Path(path).exists() or path.count("/") != 1
 
 
-def check_model_path(path: str) -> str:
-    """The path as transformers should get it; ModelError when a folder is missing or holds no model."""
+def check_model_path(path: str, holds: str = "config.json") -> str:
+    """The path as transformers should get it; ModelError when a folder is missing or lacks the file `holds`."""
     folder = Path(path).expanduser()
     if not looks_like_folder(path):
         return path
     if not folder.exists():
-        raise ModelError(path, "no such folder", "give model.path a folder with config.json, or a hub id (owner/name)")
-    if not (folder / "config.json").exists():
+        raise ModelError(path, "no such folder", f"give a folder with {holds}, or a hub id (owner/name)")
+    if not (folder / holds).exists():
         inside = folder / "model"
-        hint = f"did you mean {inside}?" if (inside / "config.json").exists() else "it must hold a transformers model"
-        raise ModelError(path, "the folder has no config.json", hint)
+        hint = f"did you mean {inside}?" if (inside / holds).exists() else "it must hold a transformers model"
+        raise ModelError(path, f"the folder has no {holds}", hint)
     return str(folder)
 
 
@@ -64,7 +64,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(check_model_path(path), revision=revision)
+        return AutoTokenizer.from_pretrained(check_model_path(path, "tokenizer_config.json"), revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(path, f"no tokenizer could be loaded ({_first_line(error)})", "set model.tokenizer") from error
 

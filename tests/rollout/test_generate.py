@@ -1,0 +1,60 @@
+"""Sampling: greedy is transformers' greedy, log-probs are the engine's, the same seed gives the same text."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from families import tiny_model
+
+from penchant.data.packing import pack
+from penchant.logprobs import Scorer
+from penchant.rollout.generate import sample
+from penchant.types import TokenTree
+
+PROMPTS = [[5, 6, 7], [9, 8], [11, 12, 13], [4]]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_greedy_equals_transformers(family: str) -> None:
+    model = tiny_model(family, dtype=torch.float32)
+    rows = sample(model, PROMPTS, max_new_tokens=8, temperature=0)
+    for prompt, (row,) in zip(PROMPTS, rows, strict=True):
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert row.ids == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_agree_with_the_engine(temperature: float) -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    rows = sample(model, PROMPTS, n=3, max_new_tokens=6, temperature=temperature, seed=1)
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.div_(temperature)
+    for i, (prompt, row) in enumerate(zip(PROMPTS, rows, strict=True)):
+        tree = TokenTree(i, np.array(prompt, np.int32), tuple(np.array(s.ids, np.int32) for s in row), (False,) * 3)
+        with torch.no_grad():
+            tokens = Scorer(model, "shared").logps(pack([tree])).tokens
+        assert tokens.tolist() == pytest.approx([lp for s in row for lp in s.logps], abs=1e-5)
+
+
+def test_seeds() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    one, same, other = (sample(model, PROMPTS, n=2, max_new_tokens=6, seed=s) for s in (0, 0, 1))
+    assert one == same != other
+    assert one[0][0].ids != one[0][1].ids
+
+
+def test_eos_ends_a_row_and_the_others_go_on() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    rows = [s for row in sample(model, PROMPTS, n=24, max_new_tokens=40, seed=0, eos_token_id=2) for s in row]
+    ended = [s for s in rows if s.finished]
+    assert ended and len(ended) < len(rows)
+    assert all(s.ids[-1] == 2 and s.ids.count(2) == 1 for s in ended)
+    assert all(2 not in s.ids and len(s.ids) == 40 for s in rows if not s.finished)
+
+
+def test_top_p_keeps_to_the_likely_tokens() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    narrow = sample(model, [[5]], n=200, max_new_tokens=1, top_p=0.01)
+    assert {s.ids[0] for s in narrow[0]} == {sample(model, [[5]], max_new_tokens=1, temperature=0)[0][0].ids[0]}

@@ -1,0 +1,121 @@
+"""The command line: quick help, one sentence for every mistake, the exit codes that the help promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import polite_rows, tiny_model_folder, write_jsonl
+
+from penchant.cli import main
+
+
+def _config(tmp_path: Path, **data: Any) -> str:
+    config = {
+        "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
+        "data": {"path": write_jsonl(tmp_path / "pairs.jsonl", polite_rows()), "validation_rows": 6, "max_length": 128, **data},
+        "train": {"batch_size": 9, "lr": 3e-3, "tokens_per_step": 900},
+        "evaluation": {"samples": 1, "sample_tokens": 3},
+        "output": str(tmp_path / "run"),
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(config, indent=1))  # JSON is YAML
+    return str(path)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = "import sys; from penchant.cli import build_parser; build_parser().format_help(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "numpy", "pydantic", "yaml", "jinja2", "rich"} & set(loaded)
+
+
+def test_train_eval_audit_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = _config(tmp_path)
+    assert main(["train", config, "train.epochs=2", "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "before: preference accuracy 0.5000" in out and "after: preference accuracy" in out
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["eval/rows"] == 6
+    assert main(["eval", str(tmp_path / "run"), "--step", "best"]) == 0
+    assert "eval/rewards/accuracies" in capsys.readouterr().out
+    assert main(["data", "audit", config]) == 0
+    assert "leakage: prompts of held out that also stand in train" in capsys.readouterr().out
+    assert main(["data", "audit", str(tmp_path / "pairs.jsonl"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["findings"]["duplicates"]["count"] == 0
+    (tmp_path / "run/report.html").unlink()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run/report.html").exists()
+    assert main(["losses"]) == 0
+    assert "label_smoothing" in capsys.readouterr().out
+
+
+def _bad(name: str, content: bytes) -> Any:
+    return pytest.param(name, content, id=name)
+
+
+@pytest.mark.parametrize(
+    "name,content",
+    [
+        _bad("missing.jsonl", b"-"),
+        _bad("empty.jsonl", b""),
+        _bad("cut.jsonl", b'{"prompt": "p", "chosen": "c", "rejected": "r"}\n{"prompt": "p", "cho'),
+        _bad("nul.jsonl", b'{"prompt": "p\x00", "chosen": "c", "rejected": "r"}\n'),
+        _bad("latin1.jsonl", b'{"prompt": "caf\xe9", "chosen": "c", "rejected": "r"}\n'),
+        _bad("null.jsonl", b'{"prompt": "p", "chosen": null, "rejected": "r"}\n'),
+        _bad("number.jsonl", b'{"prompt": "p", "chosen": 3, "rejected": "r"}\n'),
+        _bad("equal.jsonl", b'{"prompt": "p", "chosen": "r", "rejected": "r"}\n'),
+        _bad("scalar.jsonl", b"3\n"),
+    ],
+)
+def test_bad_data_is_one_paragraph_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes) -> None:
+    if name != "missing.jsonl":
+        (tmp_path / name).write_bytes(content)
+    assert main(["train", _config(tmp_path), f"data.path={tmp_path / name}", "--quiet"]) == 2
+    captured = capsys.readouterr()
+    message = [line for line in captured.err.splitlines() if line.startswith("penchant: ")]
+    assert len(message) == 1 and name in message[0] and ";" in message[0]
+    assert "Traceback" not in captured.err
+
+
+def test_a_bom_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "bom.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps(r) + "\n" for r in polite_rows()).encode())
+    assert main(["train", _config(tmp_path), f"data.path={path}", "train.max_steps=1", "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["trian", "x"], 'did you mean "train"'),
+        (["train", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["eval", "nowhere"], "no such file"),
+        (["report", "nowhere"], "no such run folder"),
+        (["data", "audit", "nowhere.jsonl"], "no such file"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "penchant", *arguments], capture_output=True, text=True, env={**os.environ, "PENCHANT_REEXECUTED": "1"})
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_tokenizers_without_eos_or_pad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = _config(tmp_path)
+    from tiny import tiny_tokenizer
+
+    tiny_tokenizer(eos=False).save_pretrained(tmp_path / "no-eos")
+    assert main(["train", config, f"model.tokenizer={tmp_path / 'no-eos'}", "--quiet"]) == 2
+    assert "no EOS token" in capsys.readouterr().err
+    tiny_tokenizer(pad=False).save_pretrained(tmp_path / "no-pad")
+    assert main(["train", config, f"model.tokenizer={tmp_path / 'no-pad'}", "train.max_steps=1", "--quiet"]) == 0
+
+
+def test_an_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").write_text("")
+    assert main(["train", _config(tmp_path), f"output={tmp_path / 'taken'}", "--quiet"]) == 2
+    assert "is a file" in capsys.readouterr().err

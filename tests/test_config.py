@@ -1,0 +1,114 @@
+"""The config: typed, strict, with the line of every mistake and a way to mend it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penchant.config import RunConfig, config_from_mapping, dump_config, load_config
+from penchant.errors import ConfigError
+
+BASE = "model: {path: m}\ndata: {path: d}\noutput: o\n"
+
+
+def _load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1E-5", "1.e-5", "0.00001", ".00001", "10e-6"])
+def test_numbers_without_a_dot_are_numbers(tmp_path: Path, text: str) -> None:
+    assert _load(tmp_path, BASE + f"train: {{lr: {text}}}").train.lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    "text,overrides,message",
+    [
+        ("train:\n  lr: true", (), r"run\.yaml:5: train\.lr is true \(a boolean\); give a number such as 5e-6"),
+        ("train:\n  learning_rate: 1e-5", (), r'run\.yaml:5: unknown key "learning_rate" in train; did you mean "train\.lr"\?'),
+        ("train:\n  epochss: 3", (), r'run\.yaml:5: unknown key "epochss" in train; did you mean "epochs"\?'),
+        ("batch_size: 3", (), r'run\.yaml:4: unknown key "batch_size" in the top level; did you mean "train\.batch_size"\?'),
+        ("train: {batch_size: 0}", (), r"train\.batch_size is 0; give a number greater than or equal to 1"),
+        ("train: {batch_size: 1.5}", (), r"train\.batch_size is 1\.5; give a whole number"),
+        ("train: {schedule: foo}", (), r"train\.schedule is 'foo'; give 'constant', 'linear' or 'cosine'"),
+        ("loss: {name: dpoo}", (), r"""'dpoo' is not a loss; did you mean "dpo"\?"""),
+        ("loss: {name: dpo, betta: 1}", (), r'unknown key "betta" in loss'),
+        ("loss: {name: dpo, beta: -1}", (), r"loss\.beta is -1; give a number greater than 0"),
+        ("loss: {name: sft, beta: 0.1}", (), r'unknown key "beta" in loss'),
+        ("output: x", (), r"run\.yaml:4: output is set twice"),
+        ("  bad: : x", (), r"run\.yaml:4: not valid YAML"),
+        ("", ("train.shuffle=yes",), r"command line: train\.shuffle is 'yes'; give true or false"),
+        ("", ("train.lr",), r"command line: 'train\.lr' is not an override; write key\.path=value"),
+        ("", ("data.path.x=1",), r"command line: data\.path is a value, not a section"),
+        ("", ("data.validation_rows=3", "data.eval_path=x"), r"eval_path and validation_rows are both set"),
+        ("train: 3", (), r"train is 3; it is a section"),
+    ],
+)
+def test_mistakes_are_sentences(tmp_path: Path, text: str, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _load(tmp_path, BASE + text, *overrides)
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _load(tmp_path, BASE + "train:\n  lr: true\n  epochss: 1\nfoo: 1")
+    assert [line.split(":")[1] for line in str(caught.value).splitlines()] == ["5", "6", "7"]
+
+
+@pytest.mark.parametrize("text,message", [("", "is empty"), ("- a", "holds a list"), ("model: {path: m}\ndata: {path: d}", "output is missing")])
+def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _load(tmp_path, text)
+
+
+def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(BASE)
+    with pytest.raises(ConfigError, match=r"no such file; did you mean run\.yaml"):
+        load_config(tmp_path / "rum.yaml")
+
+
+def test_overrides_win_and_make_sections(tmp_path: Path) -> None:
+    config = _load(tmp_path, BASE + "train: {lr: 1e-5}", "train.lr=2e-5", "lora.r=8", "loss=sft")
+    assert config.train.lr == 2e-5
+    assert config.lora is not None and config.lora.r == 8
+    assert config.loss.name == "sft"
+
+
+def test_yes_is_a_word_and_010_is_ten(tmp_path: Path) -> None:
+    config = _load(tmp_path, BASE + "train: {batch_size: 010}", "data.path=yes")
+    assert config.data.path == "yes"
+    assert config.train.batch_size == 10
+
+
+@given(
+    st.fixed_dictionaries(
+        {"lr": st.floats(1e-9, 1), "epochs": st.floats(0.01, 99), "batch_size": st.integers(1, 9999), "seed": st.integers(0, 2**31 - 1)}
+    ),
+    st.floats(1e-3, 10),
+    st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1),
+)
+@settings(max_examples=60, deadline=None)
+def test_dump_loads_back_equal(tmp_path_factory: pytest.TempPathFactory, train: dict[str, float], beta: float, name: str) -> None:
+    config = config_from_mapping(
+        {"model": {"path": name}, "data": {"path": "d"}, "output": "o", "train": train, "loss": {"name": "dpo", "beta": beta}, "lora": {"r": 2}}
+    )
+    path = tmp_path_factory.mktemp("c") / "c.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_every_key_has_a_description() -> None:
+    def check(section: type, prefix: str) -> None:
+        for name, info in section.model_fields.items():  # type: ignore[attr-defined]
+            annotation = info.annotation
+            inner = [a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")]
+            if inner and name != "loss":
+                check(inner[0], f"{prefix}{name}.")
+            elif name != "loss":
+                assert info.description, f"{prefix}{name} has no description"
+
+    check(RunConfig, "")

@@ -1,0 +1,161 @@
+"""Checkpoints: all or nothing, whoever is killed when; run folders: one lock, one identity."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from penchant.errors import CheckpointError
+from penchant.training.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from penchant.training.runfolder import MetricsLog, RunLock, open_run
+
+TENSORS = {"a": torch.arange(5), "b": torch.tensor([1 / 3], dtype=torch.bfloat16)}
+STATE = {"step": 3, "loss": 0.1 + 0.2, "big": 2**60, "none": None}
+
+
+def _save(folder: Path, step: int) -> Path:
+    def write_model(target: Path) -> None:
+        target.mkdir()
+        (target / "weights").write_text(f"model {step}")
+
+    return save_checkpoint(folder, step, write_model=write_model, tensors=TENSORS, state={**STATE, "step": step})
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    tensors, state = load_checkpoint(_save(tmp_path, 3))
+    assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in TENSORS.items())
+    assert state == STATE
+
+
+def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
+    path = _save(tmp_path, 3)
+    (path / "model/weights").write_text("model 4")
+    with pytest.raises(CheckpointError, match="model/weights: differs from what was written"):
+        load_checkpoint(path)
+
+
+def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
+    path = _save(tmp_path, 3)
+    (path / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(path)
+
+
+def test_latest_is_by_number_and_skips_what_is_not_whole(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        _save(tmp_path, step)
+    assert latest_checkpoint(tmp_path)[0] == tmp_path / "checkpoints/step-100"
+    (tmp_path / "checkpoints/step-100/manifest.json").unlink()
+    path, warnings = latest_checkpoint(tmp_path)
+    assert path is not None and path.name == "step-10"
+    assert len(warnings) == 1
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        _save(tmp_path, step)
+    prune(tmp_path, 2, best_step=3)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-3", "step-5", "step-6"]
+
+
+def test_killed_while_writing_leaves_the_former_one_whole(tmp_path: Path) -> None:
+    _save(tmp_path, 1)
+    script = f"""
+import time
+from pathlib import Path
+from penchant.training.checkpoint import save_checkpoint
+def write_model(target):
+    target.mkdir(); (target / "weights").write_text("half"); print("writing", flush=True); time.sleep(60)
+save_checkpoint(Path({str(tmp_path)!r}), 2, write_model=write_model, tensors={{}}, state={{}})
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"writing\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    path, _ = latest_checkpoint(tmp_path)
+    assert path is not None and path.name == "step-1"
+    load_checkpoint(path)
+    assert list((tmp_path / "checkpoints").glob(".tmp-*"))
+    _save(tmp_path, 2)
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    def full_disk(_target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_checkpoint(tmp_path, 1, write_model=full_disk, tensors={}, state={})
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_second_run_is_told_the_pid_of_the_first(tmp_path: Path) -> None:
+    with RunLock(tmp_path), pytest.raises(CheckpointError, match=f"another run holds this folder .PID {os.getpid()}"):
+        RunLock(tmp_path).__enter__()
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_lock_of_a_dead_process_is_no_obstacle(tmp_path: Path) -> None:
+    script = f"""
+import time
+from pathlib import Path
+from penchant.training.runfolder import RunLock
+RunLock(Path({str(tmp_path)!r})).__enter__(); print("locked", flush=True); time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"locked\n"
+    with pytest.raises(CheckpointError, match=f"PID {process.pid}"):
+        RunLock(tmp_path).__enter__()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            with RunLock(tmp_path):
+                return
+        except CheckpointError:
+            time.sleep(0.05)
+    raise AssertionError("the lock outlived its holder")
+
+
+def test_another_runs_folder_is_refused_with_the_difference(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", "a: 1\n", {"config": {"train": {"lr": 1e-5}}, "data": ["x"]})
+    open_run(tmp_path / "run", "a: 1\n", {"config": {"train": {"lr": 2e-5}}, "data": ["x"]})  # nothing saved yet
+    _save(tmp_path / "run", 1)
+    with pytest.raises(CheckpointError, match=r"config\.train\.lr: 2e-05 -> 1e-05"):
+        open_run(tmp_path / "run", "a: 1\n", {"config": {"train": {"lr": 1e-5}}, "data": ["x"]})
+
+
+def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(CheckpointError, match="is a file, or lies below one"):
+            open_run(path, "", {})
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "closed").mkdir(mode=0o500)
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            open_run(tmp_path / "closed" / "run", "", {})
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        open_run(Path("/proc/penchant"), "", {})
+
+
+def test_the_log_can_be_cut_back_and_has_no_nan(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.write({"a": 1 / 3, "nan": float("nan"), "inner": [float("inf"), 1]})
+    offset = log.offset()
+    log.write({"a": 2})
+    log.truncate(offset)
+    log.write({"a": 3})
+    lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert lines == [{"a": 1 / 3, "nan": None, "inner": [None, 1]}, {"a": 3}]
