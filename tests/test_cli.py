@@ -18,7 +18,12 @@ from penchant.cli import main
 def _config(tmp_path: Path, **data: Any) -> str:
     config = {
         "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
-        "data": {"path": write_jsonl(tmp_path / "pairs.jsonl", polite_rows()), "validation_rows": 6, "max_length": 128, **data},
+        "data": {
+            "path": write_jsonl(tmp_path / "pairs.jsonl", polite_rows()),
+            "validation_rows": 6,
+            "max_length": 128,
+            **data,
+        },
         "train": {"batch_size": 9, "lr": 3e-3, "tokens_per_step": 900},
         "evaluation": {"samples": 1, "sample_tokens": 3},
         "output": str(tmp_path / "run"),
@@ -72,7 +77,9 @@ def _bad(name: str, content: bytes) -> Any:
         _bad("scalar.jsonl", b"3\n"),
     ],
 )
-def test_bad_data_is_one_paragraph_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes) -> None:
+def test_bad_data_is_one_paragraph_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes
+) -> None:
     if name != "missing.jsonl":
         (tmp_path / name).write_bytes(content)
     assert main(["train", _config(tmp_path), f"data.path={tmp_path / name}", "--quiet"]) == 2
@@ -99,7 +106,12 @@ def test_a_bom_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "penchant", *arguments], capture_output=True, text=True, env={**os.environ, "PENCHANT_REEXECUTED": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "penchant", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PENCHANT_REEXECUTED": "1"},
+    )
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
 

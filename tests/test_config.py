@@ -29,9 +29,17 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path, text: str) -> None:
     "text,overrides,message",
     [
         ("train:\n  lr: true", (), r"run\.yaml:5: train\.lr is true \(a boolean\); give a number such as 5e-6"),
-        ("train:\n  learning_rate: 1e-5", (), r'run\.yaml:5: unknown key "learning_rate" in train; did you mean "train\.lr"\?'),
+        (
+            "train:\n  learning_rate: 1e-5",
+            (),
+            r'run\.yaml:5: unknown key "learning_rate" in train; did you mean "train\.lr"\?',
+        ),
         ("train:\n  epochss: 3", (), r'run\.yaml:5: unknown key "epochss" in train; did you mean "epochs"\?'),
-        ("batch_size: 3", (), r'run\.yaml:4: unknown key "batch_size" in the top level; did you mean "train\.batch_size"\?'),
+        (
+            "batch_size: 3",
+            (),
+            r'run\.yaml:4: unknown key "batch_size" in the top level; did you mean "train\.batch_size"\?',
+        ),
         ("train: {batch_size: 0}", (), r"train\.batch_size is 0; give a number greater than or equal to 1"),
         ("train: {batch_size: 1.5}", (), r"train\.batch_size is 1\.5; give a whole number"),
         ("train: {schedule: foo}", (), r"train\.schedule is 'foo'; give 'constant', 'linear' or 'cosine'"),
@@ -59,7 +67,10 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
     assert [line.split(":")[1] for line in str(caught.value).splitlines()] == ["5", "6", "7"]
 
 
-@pytest.mark.parametrize("text,message", [("", "is empty"), ("- a", "holds a list"), ("model: {path: m}\ndata: {path: d}", "output is missing")])
+@pytest.mark.parametrize(
+    "text,message",
+    [("", "is empty"), ("- a", "holds a list"), ("model: {path: m}\ndata: {path: d}", "output is missing")],
+)
 def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _load(tmp_path, text)
@@ -86,15 +97,29 @@ def test_yes_is_a_word_and_010_is_ten(tmp_path: Path) -> None:
 
 @given(
     st.fixed_dictionaries(
-        {"lr": st.floats(1e-9, 1), "epochs": st.floats(0.01, 99), "batch_size": st.integers(1, 9999), "seed": st.integers(0, 2**31 - 1)}
+        {
+            "lr": st.floats(1e-9, 1),
+            "epochs": st.floats(0.01, 99),
+            "batch_size": st.integers(1, 9999),
+            "seed": st.integers(0, 2**31 - 1),
+        }
     ),
     st.floats(1e-3, 10),
     st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1),
 )
 @settings(max_examples=60, deadline=None)
-def test_dump_loads_back_equal(tmp_path_factory: pytest.TempPathFactory, train: dict[str, float], beta: float, name: str) -> None:
+def test_dump_loads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, train: dict[str, float], beta: float, name: str
+) -> None:
     config = config_from_mapping(
-        {"model": {"path": name}, "data": {"path": "d"}, "output": "o", "train": train, "loss": {"name": "dpo", "beta": beta}, "lora": {"r": 2}}
+        {
+            "model": {"path": name},
+            "data": {"path": "d"},
+            "output": "o",
+            "train": train,
+            "loss": {"name": "dpo", "beta": beta},
+            "lora": {"r": 2},
+        }
     )
     path = tmp_path_factory.mktemp("c") / "c.yaml"
     path.write_text(dump_config(config), encoding="utf-8")

@@ -48,7 +48,7 @@ def _imports(path: Path) -> set[str]:
             inside = node.module.split(".")[1:]
             found |= {inside[0]} if inside else {a.name if a.name in RANK else "penchant" for a in node.names}
         elif isinstance(node, ast.Import):
-            found |= {(a.name.split(".") + ["penchant"])[1] for a in node.names if a.name.split(".")[0] == "penchant"}
+            found |= {[*a.name.split("."), "penchant"][1] for a in node.names if a.name.split(".")[0] == "penchant"}
     return found
 
 

@@ -54,7 +54,9 @@ def test_the_mask_matters() -> None:
     scorer = Scorer(tiny_model("llama"), "shared")
     before = scorer.logps(pack(trees)).sums
     first = trees[0]
-    changed = TokenTree(0, first.prompt_ids, (first.completion_ids[0], first.completion_ids[1][::-1].copy()), (False,) * 2)
+    changed = TokenTree(
+        0, first.prompt_ids, (first.completion_ids[0], first.completion_ids[1][::-1].copy()), (False,) * 2
+    )
     after = scorer.logps(pack([changed, *trees[1:]])).sums
     moved = (before - after).abs() > 1e-9
     assert moved.tolist() == [False, True] + [False] * (len(before) - 2)

@@ -68,7 +68,11 @@ def test_the_key_changes_with_what_matters() -> None:
     assert base == cache_key("weights", some_pairs(4), **KEY)
     changed = np.array(pairs[2].completion_ids[1])
     changed[0] += 1
-    one_token = [*pairs[:2], dataclasses.replace(pairs[2], completion_ids=(pairs[2].completion_ids[0], changed)), pairs[3]]
+    one_token = [
+        *pairs[:2],
+        dataclasses.replace(pairs[2], completion_ids=(pairs[2].completion_ids[0], changed)),
+        pairs[3],
+    ]
     joined = np.concatenate([pairs[0].prompt_ids, pairs[0].completion_ids[0][:1]])
     boundary = [
         dataclasses.replace(

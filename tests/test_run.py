@@ -50,7 +50,14 @@ def test_dpo_learns_and_leaves_a_whole_run_folder(base: dict[str, Any]) -> None:
     assert result.after["eval/rewards/accuracies"] == 1.0
     assert result.after["eval/loss"] < 0.5
     assert result.after["eval/rows"] == 6
-    for name in ("config.resolved.yaml", "metrics.jsonl", "samples.jsonl", "manifest.json", "report.html", "audit.json"):
+    for name in (
+        "config.resolved.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "manifest.json",
+        "report.html",
+        "audit.json",
+    ):
         assert (result.folder / name).exists(), name
     manifest = json.loads((result.folder / "manifest.json").read_text())
     assert manifest["status"] == "finished" and manifest["steps"] == result.steps == 6
@@ -110,7 +117,9 @@ def test_sft_on_pairs_learns_the_chosen_answer(base: dict[str, Any]) -> None:
 
 def test_sft_from_scratch_on_plain_text(base: dict[str, Any], tmp_path: Path) -> None:
     base["data"] = {
-        "path": write_jsonl(tmp_path / "text.jsonl", [{"text": f"mat {i}: " + "the cat sat on the mat. " * 9} for i in range(30)]),
+        "path": write_jsonl(
+            tmp_path / "text.jsonl", [{"text": f"mat {i}: " + "the cat sat on the mat. " * 9} for i in range(30)]
+        ),
         "validation_rows": 4,
         "max_length": 64,
     }

@@ -101,7 +101,9 @@ def main(source: str, target: str) -> None:
     (work / "openings.json").write_text(json.dumps(starts, indent=0, ensure_ascii=False))
     size = train_tokenizer(train, work / "model")
     model_config(work / "model")
-    print(f"{len(train):,} training reviews, {len(heldout)} held out, {len(starts)} openings, {size:,} tokens in the vocabulary")
+    print(
+        f"{len(train):,} training reviews, {len(heldout)} held out, {len(starts)} openings, {size:,} tokens in the vocabulary"
+    )
 
 
 if __name__ == "__main__":

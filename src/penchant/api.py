@@ -74,7 +74,11 @@ def audit(
     from penchant.data.audit import audit as run_audit
     from penchant.data.load import load_preferences as load
 
-    if isinstance(config, (str, Path)) and Path(config).suffix not in (".yaml", ".yml") and not isinstance(config, dict):
+    if (
+        isinstance(config, (str, Path))
+        and Path(config).suffix not in (".yaml", ".yml")
+        and not isinstance(config, dict)
+    ):
         if overrides:
             raise ConfigError("command line", "overrides go with a config, not with a data file", "give a CONFIG.yaml")
         return run_audit(load(str(config), on_bad_row="skip"))

@@ -35,7 +35,9 @@ class _Parser(argparse.ArgumentParser):
             given = [a for a in sys.argv[1:] if not a.startswith("-")]
             if "invalid choice" in message and given:
                 near = difflib.get_close_matches(given[0], names, 1) or difflib.get_close_matches(given[-1], names, 1)
-                message = f"{given[0]!r} is not a command" + (f'; did you mean "{near[0]}"?' if near else f"; there are {', '.join(names)}")
+                message = f"{given[0]!r} is not a command" + (
+                    f'; did you mean "{near[0]}"?' if near else f"; there are {', '.join(names)}"
+                )
         self.exit(2, f"penchant: {message}\n")
 
 
@@ -168,7 +170,9 @@ def _held_out_line(metrics: Any) -> str:
     ):
         if name in metrics:
             interval = metrics.get(f"{name}/ci")
-            parts.append(f"{label} {metrics[name]:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""))
+            parts.append(
+                f"{label} {metrics[name]:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+            )
     return ", ".join(parts) + f" ({metrics['eval/rows']} held-out rows)"
 
 

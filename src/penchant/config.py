@@ -73,11 +73,11 @@ class RunConfig(Section):
     data: DataConfig
     lora: LoraConfig | None = None
     loss: LossConfig = Field(default_factory=lambda: LossConfig.from_mapping({"name": "dpo"}))
-    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    evaluation: EvalConfig = Field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    reference: ReferenceConfig = ReferenceConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
     output: str = Field(description="the run's folder")
 
     @field_validator("loss", mode="before")
@@ -101,16 +101,30 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, rx) for tag, rx in rules if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")]
+    first: [
+        (tag, rx)
+        for tag, rx in rules
+        if tag
+        not in (
+            "tag:yaml.org,2002:float",
+            "tag:yaml.org,2002:bool",
+            "tag:yaml.org,2002:int",
+            "tag:yaml.org,2002:timestamp",
+        )
+    ]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    re.compile(
+        r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
     list("-+0123456789."),
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def _construct_int(_loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -143,8 +157,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1) if path.parent.is_dir() else []
-        raise ConfigError(str(path), "no such file", f"did you mean {near[0]}?" if near else "give the path of a YAML config") from error
+        near = (
+            difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
+            if path.parent.is_dir()
+            else []
+        )
+        raise ConfigError(
+            str(path), "no such file", f"did you mean {near[0]}?" if near else "give the path of a YAML config"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), f"cannot be read ({error})", "give a UTF-8 YAML file") from error
     values, places = _parse(text, str(path))
@@ -169,18 +189,24 @@ def _parse(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
     try:
         node = yaml.compose(text, Loader=_Loader)
         places = _lines(node, source) if node is not None else {}
-        return yaml.load(text, Loader=_Loader), places  # noqa: S506: a SafeLoader
+        return yaml.load(text, Loader=_Loader), places  # a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark is not None else source
-        raise ConfigError(where, f"not valid YAML ({getattr(error, 'problem', error)})", "check indentation and colons") from error
+        raise ConfigError(
+            where, f"not valid YAML ({getattr(error, 'problem', error)})", "check indentation and colons"
+        ) from error
 
 
-def _build(values: dict[str, Any], places: dict[tuple[str, ...], str], overrides: Sequence[str], source: str) -> RunConfig:
+def _build(
+    values: dict[str, Any], places: dict[tuple[str, ...], str], overrides: Sequence[str], source: str
+) -> RunConfig:
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
-            raise ConfigError("command line", f"{text!r} is not an override", "write key.path=value, e.g. train.lr=1e-5")
+            raise ConfigError(
+                "command line", f"{text!r} is not an override", "write key.path=value, e.g. train.lr=1e-5"
+            )
         path = tuple(key.strip().split("."))
         value, _ = _parse(raw, "command line")
         at = values
@@ -189,7 +215,9 @@ def _build(values: dict[str, Any], places: dict[tuple[str, ...], str], overrides
                 at[part] = {}
             at = at[part]
             if not isinstance(at, dict):
-                raise ConfigError("command line", f"{'.'.join(path[: i + 1])} is a value, not a section", f"cannot set {key}")
+                raise ConfigError(
+                    "command line", f"{'.'.join(path[: i + 1])} is a value, not a section", f"cannot set {key}"
+                )
         at[path[-1]] = value
         places[path] = "command line"
     try:
@@ -214,7 +242,11 @@ def _merge(problems: list[ConfigError]) -> list[ConfigError]:
 
 def _explain(error: Any, places: dict[tuple[str, ...], str], source: str) -> ConfigError:
     """One pydantic error as a sentence a person can act on."""
-    path = tuple(str(p) for p in error["loc"] if str(p) not in ("float", "int", "str", "bool") and not str(p).startswith(("literal[", "list[", "function")))
+    path = tuple(
+        str(p)
+        for p in error["loc"]
+        if str(p) not in ("float", "int", "str", "bool") and not str(p).startswith(("literal[", "list[", "function"))
+    )
     where = source
     for n in range(len(path), 0, -1):
         if path[:n] in places:
@@ -244,7 +276,11 @@ def _section_of(path: tuple[str, ...]) -> type[BaseModel] | None:
         if part == "loss" or part not in section.model_fields:
             return None
         annotation = section.model_fields[part].annotation
-        candidates = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        candidates = [
+            a
+            for a in (annotation, *getattr(annotation, "__args__", ()))
+            if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
         if not candidates:
             return None
         section = candidates[0]
@@ -285,7 +321,11 @@ def _suggest_key(path: tuple[str, ...]) -> str:
     if close:
         return f'did you mean "{close[0]}"?'
     for name, info in RunConfig.model_fields.items():
-        inner = [a for a in (info.annotation, *getattr(info.annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        inner = [
+            a
+            for a in (info.annotation, *getattr(info.annotation, "__args__", ()))
+            if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
         if inner and word in inner[0].model_fields:
             return f'did you mean "{name}.{word}"?'
     return f"there are {', '.join(sorted(names))}"

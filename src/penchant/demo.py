@@ -50,7 +50,9 @@ def asset(name: str) -> Path:
     return Path(str(resources.files("penchant") / "assets" / name))
 
 
-def run_demo(output: str | Path = "runs/demo", *, reviews: str | None = None, seed: int = 0, quiet: bool = False) -> int:
+def run_demo(
+    output: str | Path = "runs/demo", *, reviews: str | None = None, seed: int = 0, quiet: bool = False
+) -> int:
     """Run the whole experiment and print what came out; returns 0 when every goal was met, else 1.
 
     Args:
@@ -79,16 +81,20 @@ def run_demo(output: str | Path = "runs/demo", *, reviews: str | None = None, se
         data.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs))
     say.line(f"{len(pairs)} pairs whose sentiment differs by at least {MIN_GAP} (VADER, from -1 to 1)")
 
-    with say.stage(f"writing {EVAL_SAMPLES} continuations of {len(openings['eval'])} held-out openings, before") as progress:
+    with say.stage(
+        f"writing {EVAL_SAMPLES} continuations of {len(openings['eval'])} held-out openings, before"
+    ) as progress:
         before = _write(start, tokenizer, openings["eval"], seed + 1, progress)
     with say.stage("training with DPO"):
-        config = {k: dict(v) for k, v in TRAINING.items()}
+        config: dict[str, Any] = {k: dict(v) for k, v in TRAINING.items()}
         config["data"]["path"] = str(data)
         config["train"]["seed"] = seed
         config |= {"model": {"path": start_folder, "dtype": "fp32"}, "output": str(folder)}
         result = api.train(config, quiet=quiet)
     aligned = _load(str(result.model))
-    with say.stage(f"writing {EVAL_SAMPLES} continuations of {len(openings['eval'])} held-out openings, after") as progress:
+    with say.stage(
+        f"writing {EVAL_SAMPLES} continuations of {len(openings['eval'])} held-out openings, after"
+    ) as progress:
         after = _write(aligned, tokenizer, openings["eval"], seed + 1, progress)
     with say.stage("measuring perplexity and KL"):
         results = _measure(start, aligned, tokenizer, openings["eval"], before, after, reviews)
@@ -181,7 +187,13 @@ def _write(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progr
 
 
 def _measure(
-    start: Any, aligned: Any, tokenizer: Any, openings: Sequence[str], before: Written, after: Written, reviews: str | None
+    start: Any,
+    aligned: Any,
+    tokenizer: Any,
+    openings: Sequence[str],
+    before: Written,
+    after: Written,
+    reviews: str | None,
 ) -> dict[str, Any]:
     from penchant.evaluation.stats import bootstrap_ci, paired_bootstrap, win_rate
     from penchant.evaluation.text import distinct_n
@@ -217,13 +229,28 @@ def _measure(
     for name, path in sources.items():
         b, a = (_perplexity(m, tokenizer, path) for m in (start, aligned))
         headline.append(
-            {"name": name, "before": b, "after": a, "ratio": a / b, "goal": "at most 1.3 times the start's", "met": a / b <= 1.3}
+            {
+                "name": name,
+                "before": b,
+                "after": a,
+                "ratio": a / b,
+                "goal": "at most 1.3 times the start's",
+                "met": a / b <= 1.3,
+            }
         )
     headline += [
-        {"name": "KL(policy || start) per continuation, nats", "after": per_sequence.estimate, "ci": [per_sequence.low, per_sequence.high]},
+        {
+            "name": "KL(policy || start) per continuation, nats",
+            "after": per_sequence.estimate,
+            "ci": [per_sequence.low, per_sequence.high],
+        },
         {"name": "KL(policy || start) per token, nats", "after": float(kl.sum() / tokens)},
         {"name": "distinct-2", "before": distinct_n(before.ids), "after": distinct_n(after.ids)},
-        {"name": "tokens per continuation", "before": float(np.mean([len(i) for i in before.ids])), "after": tokens / len(after.ids)},
+        {
+            "name": "tokens per continuation",
+            "before": float(np.mean([len(i) for i in before.ids])),
+            "after": tokens / len(after.ids),
+        },
     ]
     met = all(h.get("met", True) for h in headline)
     verdict = (
@@ -241,7 +268,9 @@ def _sample_trees(tokenizer: Any, openings: Sequence[str], written: Written) -> 
     for i, opening in enumerate(openings):
         ids = written.ids[i * EVAL_SAMPLES : (i + 1) * EVAL_SAMPLES]
         arrays = tuple(np.array(c, dtype=np.int32) for c in ids)
-        trees.append(TokenTree(i, np.array(_prompt_ids(tokenizer, opening), dtype=np.int32), arrays, (False,) * len(ids)))
+        trees.append(
+            TokenTree(i, np.array(_prompt_ids(tokenizer, opening), dtype=np.int32), arrays, (False,) * len(ids))
+        )
     return trees
 
 

@@ -120,7 +120,9 @@ def token_logps(
     return out
 
 
-def _module_token_logps(head: nn.Module, hidden: Tensor, targets: Tensor, scale: float, softcap: float | None) -> Tensor:
+def _module_token_logps(
+    head: nn.Module, hidden: Tensor, targets: Tensor, scale: float, softcap: float | None
+) -> Tensor:
     """The same through a head that is not a plain Linear (an adapter on it): each chunk is a checkpoint of its own."""
 
     def chunk_logps(h: Tensor, t: Tensor) -> Tensor:

@@ -163,7 +163,9 @@ class Run:
         train, heldout = self.tokenised
         parts = [list(train.trees), list(heldout.trees) if heldout is not None else []]
         if self.spec.signal == "tokens":  # SFT on pairs learns the chosen completion only
-            parts = [[replace(t, completion_ids=t.completion_ids[:1], truncated=t.truncated[:1]) for t in p] for p in parts]
+            parts = [
+                [replace(t, completion_ids=t.completion_ids[:1], truncated=t.truncated[:1]) for t in p] for p in parts
+            ]
         numbered = []
         start = 0
         for part in parts:
@@ -214,7 +216,9 @@ class Run:
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and self.config.data.max_length > limit:
             raise ConfigError(
-                "data.max_length", f"{self.config.data.max_length} is beyond the model's context of {limit}", f"set it to at most {limit}"
+                "data.max_length",
+                f"{self.config.data.max_length} is beyond the model's context of {limit}",
+                f"set it to at most {limit}",
             )
 
     @cached_property
@@ -247,7 +251,9 @@ class Run:
             kind = "adapter" if self.config.lora is not None and self.config.reference.path is None else "cached"
         if kind == "adapter" and (self.config.lora is None or self.config.reference.path is not None):
             raise ConfigError(
-                "reference.kind", "adapter means the model with its LoRA adapter off", "add a lora section and no reference.path"
+                "reference.kind",
+                "adapter means the model with its LoRA adapter off",
+                "add a lora section and no reference.path",
             )
         return kind
 
@@ -392,7 +398,9 @@ class Run:
     def evaluate(self, step: str = "last") -> dict[str, Any]:
         """Held-out metrics of a checkpoint (``last``, ``best`` or a number), or of the start (``0``)."""
         if not self.trees[1]:
-            raise ConfigError("data", "there is nothing held out to evaluate on", "set data.eval_path or data.validation_rows")
+            raise ConfigError(
+                "data", "there is nothing held out to evaluate on", "set data.eval_path or data.validation_rows"
+            )
         _ = self.algorithm
         path = self._checkpoint_path(step)
         if path is not None:
@@ -423,7 +431,7 @@ class Run:
         path = self.folder / f"samples.{name}.jsonl"
         count = self.config.evaluation.samples
         trees = self.trees[1] or self.trees[0]
-        if not count or self.spec.signal == "tokens" and self.datasets[0].kind == "text":
+        if not count or (self.spec.signal == "tokens" and self.datasets[0].kind == "text"):
             return []
         if not wanted():
             return read_jsonl(path)
@@ -447,7 +455,12 @@ class Run:
 
     def _write_manifest(self, loop: Loop, started: float, status: str) -> None:
         data = {
-            name: {"total": d.total, "accepted": d.accepted, "quarantined": len(d.quarantined), "fingerprint": d.fingerprint}
+            name: {
+                "total": d.total,
+                "accepted": d.accepted,
+                "quarantined": len(d.quarantined),
+                "fingerprint": d.fingerprint,
+            }
             for name, d in self.loaded.items()
         }
         for name, split in zip(("train split", "held-out split"), self.datasets, strict=True):

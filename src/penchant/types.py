@@ -122,7 +122,9 @@ class PackedBatch:
         if self.input_ids.device == device:
             return self
         moved = {
-            f.name: v.to(device) if hasattr(v := getattr(self, f.name), "to") else v for f in fields(self) if f.name != "cache"
+            f.name: v.to(device) if hasattr(v := getattr(self, f.name), "to") else v
+            for f in fields(self)
+            if f.name != "cache"
         }
         return PackedBatch(**moved)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from penchant.data.formats import BadRow, Row, read_rows
 from penchant.errors import DataError
 
-ROWS = [{"prompt": "a, \"b\"\nc", "chosen": "é ☃", "rejected": "x"}, {"prompt": "p", "chosen": "q", "rejected": "r"}]
+ROWS = [{"prompt": 'a, "b"\nc', "chosen": "é ☃", "rejected": "x"}, {"prompt": "p", "chosen": "q", "rejected": "r"}]
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -126,7 +126,9 @@ def test_identical_pairs_can_be_kept() -> None:
 
 
 def test_columns_can_be_mapped() -> None:
-    dataset = from_rows([{"q": "p", "good": "c", "bad": "r"}], columns={"prompt": "q", "chosen": "good", "rejected": "bad"})
+    dataset = from_rows(
+        [{"q": "p", "good": "c", "bad": "r"}], columns={"prompt": "q", "chosen": "good", "rejected": "bad"}
+    )
     assert dataset.trees[0].prompt == "p"
 
 
@@ -151,7 +153,9 @@ def test_the_fingerprint_is_of_content() -> None:
 @given(st.lists(st.integers(0, 12), min_size=8, max_size=60), st.integers(1, 5), st.integers(0, 3))
 @settings(max_examples=60, deadline=None)
 def test_no_prompt_is_on_both_sides_of_a_split(prompts: list[int], wanted: int, seed: int) -> None:
-    dataset = from_rows([{"prompt": f"Prompt  {p}", "chosen": f"c{i}", "rejected": f"r{i}"} for i, p in enumerate(prompts)])
+    dataset = from_rows(
+        [{"prompt": f"Prompt  {p}", "chosen": f"c{i}", "rejected": f"r{i}"} for i, p in enumerate(prompts)]
+    )
     try:
         train, held = split_by_prompt(dataset, validation_rows=wanted, seed=seed)
     except DataError:

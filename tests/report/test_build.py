@@ -34,19 +34,47 @@ class _Page(HTMLParser):
 
 def _run(folder: Path, word: str = "fine") -> Path:
     folder.mkdir(exist_ok=True)
-    lines = [{"kind": "eval", "step": 0, "eval/loss": 0.693, "eval/rewards/accuracies": 0.5, "eval/rewards/margins": 0.0, "eval/rows": 9}]
-    lines += [{"kind": "train", "step": i, "loss": 0.7 - i / 100, "lr": 1e-5, "grad_norm": None if i == 2 else 1.0} for i in range(1, 9)]
-    lines += [{**lines[0], "step": 8, "eval/rewards/accuracies": 0.8, "eval/rewards/accuracies/ci": [0.7, 0.9], "eval/loss": 0.5}]
+    lines = [
+        {
+            "kind": "eval",
+            "step": 0,
+            "eval/loss": 0.693,
+            "eval/rewards/accuracies": 0.5,
+            "eval/rewards/margins": 0.0,
+            "eval/rows": 9,
+        }
+    ]
+    lines += [
+        {"kind": "train", "step": i, "loss": 0.7 - i / 100, "lr": 1e-5, "grad_norm": None if i == 2 else 1.0}
+        for i in range(1, 9)
+    ]
+    lines += [
+        {
+            **lines[0],
+            "step": 8,
+            "eval/rewards/accuracies": 0.8,
+            "eval/rewards/accuracies/ci": [0.7, 0.9],
+            "eval/loss": 0.5,
+        }
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines) + '{"half')
-    (folder / "samples.jsonl").write_text(json.dumps({"prompt": word, "before": word, "after": word, "reward_before": 0.1, "reward_after": None}))
+    (folder / "samples.jsonl").write_text(
+        json.dumps({"prompt": word, "before": word, "after": word, "reward_before": 0.1, "reward_after": None})
+    )
     (folder / "manifest.json").write_text(
-        json.dumps({"status": "finished", "steps": 8, "loss": word, "model": {"path": word, "parameters": 5}, "started": word})
+        json.dumps(
+            {"status": "finished", "steps": 8, "loss": word, "model": {"path": word, "parameters": 5}, "started": word}
+        )
     )
     (folder / "config.resolved.yaml").write_text(f"output: {word}")
     finding = {"title": word, "count": 1, "of": 2, "share": 0.5, "where": [word], "note": word}
-    (folder / "audit.json").write_text(json.dumps({"summary": word, "findings": {"x": finding}, "lengths": {word: {"mean": 3.0}}}))
+    (folder / "audit.json").write_text(
+        json.dumps({"summary": word, "findings": {"x": finding}, "lengths": {word: {"mean": 3.0}}})
+    )
     (folder / "results.json").write_text(
-        json.dumps({"verdict": word, "headline": [{"name": word, "before": 1.0, "after": 2.0, "goal": word, "met": True}]})
+        json.dumps(
+            {"verdict": word, "headline": [{"name": word, "before": 1.0, "after": 2.0, "goal": word, "met": True}]}
+        )
     )
     return folder
 
@@ -88,7 +116,10 @@ def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
 def test_verdict_says_when_nothing_was_shown(tmp_path: Path) -> None:
     folder = _run(tmp_path / "run")
     (folder / "results.json").unlink()
-    assert "prefers the chosen answer of 80.0% of 9 held-out pairs (95% interval 70.0% to 90.0%)" in write_report(folder).read_text()
+    assert (
+        "prefers the chosen answer of 80.0% of 9 held-out pairs (95% interval 70.0% to 90.0%)"
+        in write_report(folder).read_text()
+    )
     lines = (folder / "metrics.jsonl").read_text().replace("[0.7, 0.9]", "[0.4, 0.9]")
     (folder / "metrics.jsonl").write_text(lines)
     assert "no preference was shown to be learned" in write_report(folder).read_text()
@@ -96,7 +127,12 @@ def test_verdict_says_when_nothing_was_shown(tmp_path: Path) -> None:
 
 def test_charts_survive_odd_series() -> None:
     assert line_chart("t", [Series("a", ((1, math.nan),))]) is None
-    for points in (((1, 2.0),), ((1, 2.0), (2, 2.0)), ((1, 0.0), (2, 0.0)), tuple((i, math.sin(i)) for i in range(5000))):
+    for points in (
+        ((1, 2.0),),
+        ((1, 2.0), (2, 2.0)),
+        ((1, 0.0), (2, 0.0)),
+        tuple((i, math.sin(i)) for i in range(5000)),
+    ):
         chart = line_chart("t", [Series("a", points)])
         assert chart is not None
         assert "nan" not in chart.svg and "inf" not in chart.svg
@@ -104,7 +140,20 @@ def test_charts_survive_odd_series() -> None:
         assert chart.rows
 
 
-@pytest.mark.parametrize("value,shown", [(0, "0"), (0.693147, "0.693"), (12345.6, "12,346"), (1e-5, "1.00e-5"), (None, "-"), (math.nan, "-"), (99.95, "100.0"), (-0.5, "-0.500"), (2.5e7, "2.50e7")])
+@pytest.mark.parametrize(
+    "value,shown",
+    [
+        (0, "0"),
+        (0.693147, "0.693"),
+        (12345.6, "12,346"),
+        (1e-5, "1.00e-5"),
+        (None, "-"),
+        (math.nan, "-"),
+        (99.95, "100.0"),
+        (-0.5, "-0.500"),
+        (2.5e7, "2.50e7"),
+    ],
+)
 def test_numbers(value: float | None, shown: str) -> None:
     assert number(value) == shown
 

@@ -20,7 +20,9 @@ def test_greedy_equals_transformers(family: str) -> None:
     model = tiny_model(family, dtype=torch.float32)
     rows = sample(model, PROMPTS, max_new_tokens=8, temperature=0)
     for prompt, (row,) in zip(PROMPTS, rows, strict=True):
-        expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+        expected = model.generate(
+            torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         assert row.ids == expected[0, len(prompt) :].tolist()
 
 

@@ -39,7 +39,9 @@ class KillAt(QuietConsole):
             raise Killed
 
 
-def make_loop(folder: Path, *, dtype: torch.dtype = torch.float32, name: str = "dpo", console: Any = None, **train: Any) -> Loop:
+def make_loop(
+    folder: Path, *, dtype: torch.dtype = torch.float32, name: str = "dpo", console: Any = None, **train: Any
+) -> Loop:
     folder.mkdir(exist_ok=True)
     model = tiny_model("smollm-tied", dtype=torch.float32)
     frozen = tiny_model("smollm-tied", dtype=torch.float32)
@@ -49,7 +51,9 @@ def make_loop(folder: Path, *, dtype: torch.dtype = torch.float32, name: str = "
     if dtype == torch.float64:
         optimiser = MasterAdamW(model.named_parameters(), dtype=dtype)
     scorer = Scorer(model, "shared")
-    algorithm = Offline(scorer, LOSSES[name], LOSSES[name].params().model_dump(), LiveReference(Scorer(frozen, "shared")))
+    algorithm = Offline(
+        scorer, LOSSES[name], LOSSES[name].params().model_dump(), LiveReference(Scorer(frozen, "shared"))
+    )
     pairs = some_pairs(14)
     settings = dict(epochs=2.0, batch_size=4, tokens_per_step=40, lr=1e-2) | train
     return Loop(
@@ -98,7 +102,9 @@ def test_1x10_equals_10x1(tmp_path: Path) -> None:
     grads = []
     for name in ("dpo", "sft"):
         for budget in (10_000, 16):
-            loop = make_loop(tmp_path / f"{name}{budget}", dtype=torch.float64, name=name, batch_size=10, tokens_per_step=budget)
+            loop = make_loop(
+                tmp_path / f"{name}{budget}", dtype=torch.float64, name=name, batch_size=10, tokens_per_step=budget
+            )
             batches = loop._micro_batches(loop.trees)
             assert len(batches) == (1 if budget == 10_000 else len(batches)) and (budget == 10_000 or len(batches) > 4)
             weight = sum(loop.algorithm.weight(b) for b in batches)
@@ -112,7 +118,9 @@ def test_1x10_equals_10x1(tmp_path: Path) -> None:
 def test_evaluation_is_over_rows_not_over_batches(tmp_path: Path) -> None:
     loop = make_loop(tmp_path / "run")
     values = [
-        evaluate_heldout(loop.algorithm, some_pairs(13), shared=True, tokens_per_step=budget, device=torch.device("cpu"))
+        evaluate_heldout(
+            loop.algorithm, some_pairs(13), shared=True, tokens_per_step=budget, device=torch.device("cpu")
+        )
         for budget in (16, 50, 10_000)
     ]
     for other in values[1:]:
@@ -194,7 +202,7 @@ def test_masters_keep_updates_that_bf16_would_lose() -> None:
 
 def test_bf16_micro_batches_are_summed_in_fp32() -> None:
     p = torch.nn.Parameter(torch.zeros(1))
-    optimiser = MasterAdamW([("p", p)], dtype=torch.bfloat16)
+    MasterAdamW([("p", p)], dtype=torch.bfloat16)
     for scale in (1.0, *[2.0**-9] * 4):  # each small one vanishes when added to 1 in bf16
         (p * scale).sum().backward()
     assert p.grad is None

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from penchant.errors import ConfigError
-from penchant.losses.registry import LossSpec
 from penchant.logprobs import Scorer
+from penchant.losses.registry import LossSpec
 from penchant.reference import Reference
 from penchant.types import LossOutput, PackedBatch, PairLogps, UnpairedLogps
 

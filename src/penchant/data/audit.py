@@ -88,7 +88,13 @@ def audit(
         "identical_pairs": _identical(dataset),
         "empty_completions": Finding(
             "empty completions or prompts",
-            len(empty := [q.where for q in aside if "is empty" in q.what or "empty answer" in q.what or "has no content" in q.what]),
+            len(
+                empty := [
+                    q.where
+                    for q in aside
+                    if "is empty" in q.what or "empty answer" in q.what or "has no content" in q.what
+                ]
+            ),
             rows,
             tuple(empty),
         ),
@@ -108,7 +114,11 @@ def audit(
 
 def _identical(dataset: Dataset) -> Finding:
     where = [q.where for q in dataset.quarantined if q.what.startswith(IDENTICAL)]
-    where += [t.source for t in dataset.trees if len(t.completions) == 2 and t.completions[0].text.strip() == t.completions[1].text.strip()]
+    where += [
+        t.source
+        for t in dataset.trees
+        if len(t.completions) == 2 and t.completions[0].text.strip() == t.completions[1].text.strip()
+    ]
     return Finding('"chosen" equals "rejected"', len(where), dataset.total, tuple(where))
 
 
@@ -147,7 +157,9 @@ def _length_bias(dataset: Dataset) -> Finding:
         return Finding("length bias: the longer answer is the chosen one", 0, 0, (), "all lengths are equal")
     count = sum(d > 0 for d in differing)
     low, high = wilson_interval(count, len(differing))
-    note = f"95% interval [{low:.1%}, {high:.1%}]" + (f", {len(longer) - len(differing):,} ties apart" if len(longer) > len(differing) else "")
+    note = f"95% interval [{low:.1%}, {high:.1%}]" + (
+        f", {len(longer) - len(differing):,} ties apart" if len(longer) > len(differing) else ""
+    )
     return Finding("length bias: the longer answer is the chosen one", count, len(differing), (), note)
 
 
@@ -179,13 +191,18 @@ def _truncation(tokenised: TokenisedDataset) -> dict[str, Finding]:
     became = [q.where for q in tokenised.quarantined if q.what.startswith(IDENTICAL)]
     n = tokenised.total
     return {
-        "cut_prompts": Finding("prompts that lost their start to max_length", len(tokenised.cut_prompts), n, tokenised.cut_prompts),
+        "cut_prompts": Finding(
+            "prompts that lost their start to max_length", len(tokenised.cut_prompts), n, tokenised.cut_prompts
+        ),
         "cut_completions": Finding(
             "rows with a cut completion (its EOS is gone)", len(tokenised.cut_completions), n, tokenised.cut_completions
         ),
         "identical_after_cut": Finding("pairs that became equal in tokens", len(became), n, tuple(became)),
         "bad_after_tokenising": Finding(
-            "rows kept aside when tokenising", len(tokenised.quarantined), n, tuple(q.where for q in tokenised.quarantined)
+            "rows kept aside when tokenising",
+            len(tokenised.quarantined),
+            n,
+            tuple(q.where for q in tokenised.quarantined),
         ),
     }
 
@@ -194,7 +211,9 @@ def _token_lengths(tokenised: TokenisedDataset) -> dict[str, dict[str, float]]:
     columns: dict[str, list[int]] = defaultdict(list)
     for t in tokenised.trees:
         columns["prompt"].append(len(t.prompt_ids))
-        names: Sequence[str] = ("chosen", "rejected") if len(t.completion_ids) == 2 else ("completion",) * len(t.completion_ids)
+        names: Sequence[str] = (
+            ("chosen", "rejected") if len(t.completion_ids) == 2 else ("completion",) * len(t.completion_ids)
+        )
         for name, ids in zip(names, t.completion_ids, strict=True):
             columns[name].append(len(ids))
     return {

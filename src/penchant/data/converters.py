@@ -8,7 +8,14 @@ from typing import Any
 
 from penchant.types import Completion, Message, Prompt, PromptTree
 
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "system": "system"}
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "system": "system",
+}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -27,12 +34,20 @@ class RowError(Exception):
 def text_field(row: Mapping[str, Any], name: str) -> str:
     """A field as non-empty text."""
     if name not in row:
-        raise RowError(f'"{name}" is missing', f"there are {', '.join(sorted(map(str, row)))}; map columns with data.columns")
+        raise RowError(
+            f'"{name}" is missing', f"there are {', '.join(sorted(map(str, row)))}; map columns with data.columns"
+        )
     value = row[name]
     if value is None:
         raise RowError(f'"{name}" is null', "give it a text or drop the row")
     if not isinstance(value, str):
-        kind = "boolean" if isinstance(value, bool) else "number" if isinstance(value, (int, float)) else type(value).__name__
+        kind = (
+            "boolean"
+            if isinstance(value, bool)
+            else "number"
+            if isinstance(value, (int, float))
+            else type(value).__name__
+        )
         raise RowError(f'"{name}" is a {kind} ({str(value)[:40]})', "make it a string")
     if not value.strip():
         raise RowError(f'"{name}" is empty', "give it a text or drop the row")
@@ -50,7 +65,9 @@ def messages_field(row: Mapping[str, Any], name: str) -> tuple[Message, ...]:
             raise RowError(f'"{name}"[{i}] is not a message', 'write {"role": "user", "content": "..."}')
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if role not in ROLES:
-            raise RowError(f'"{name}"[{i}] has the role {role!r}', f"roles are {', '.join(sorted(set(ROLES.values())))}")
+            raise RowError(
+                f'"{name}"[{i}] has the role {role!r}', f"roles are {', '.join(sorted(set(ROLES.values())))}"
+            )
         if not isinstance(content, str) or not content.strip():
             raise RowError(f'"{name}"[{i}] has no content', "give it a text or drop the row")
         messages.append(Message(ROLES[role], content))
@@ -71,7 +88,9 @@ def _split_last_answer(messages: tuple[Message, ...], name: str) -> tuple[tuple[
 def from_pairs(row: Mapping[str, Any]) -> PromptTree:
     """prompt/chosen/rejected, each as text or as chat messages; messages may hold the whole conversation."""
     if isinstance(row.get("chosen"), str):
-        prompt: Prompt = messages_field(row, "prompt") if isinstance(row.get("prompt"), list) else text_field(row, "prompt")
+        prompt: Prompt = (
+            messages_field(row, "prompt") if isinstance(row.get("prompt"), list) else text_field(row, "prompt")
+        )
         return _pair(prompt, text_field(row, "chosen"), text_field(row, "rejected"))
     if not isinstance(row.get("chosen"), list):
         text_field(row, "chosen")  # says what is wrong with it
@@ -92,15 +111,22 @@ def from_hh(row: Mapping[str, Any]) -> PromptTree:
     before_chosen, chosen = _transcript(text_field(row, "chosen"), "chosen")
     before_rejected, rejected = _transcript(text_field(row, "rejected"), "rejected")
     if before_chosen != before_rejected:
-        raise RowError("the two transcripts differ before their last answer", "both must answer the same prompt; drop the row")
+        raise RowError(
+            "the two transcripts differ before their last answer", "both must answer the same prompt; drop the row"
+        )
     return _pair(before_chosen, chosen, rejected)
 
 
 def _transcript(text: str, name: str) -> tuple[tuple[Message, ...], str]:
     parts = _TURN.split(text)
     if parts[0].strip() or len(parts) < 5:
-        raise RowError(f'"{name}" is not a transcript', 'it must start with "\\n\\nHuman:" and go on with "\\n\\nAssistant:"')
-    turns = [Message("user" if who == "Human" else "assistant", said.strip()) for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+        raise RowError(
+            f'"{name}" is not a transcript', 'it must start with "\\n\\nHuman:" and go on with "\\n\\nAssistant:"'
+        )
+    turns = [
+        Message("user" if who == "Human" else "assistant", said.strip())
+        for who, said in zip(parts[1::2], parts[2::2], strict=True)
+    ]
     before, answer = _split_last_answer(tuple(turns), name)
     if not answer:
         raise RowError(f'"{name}" ends with an empty answer', "drop the row")

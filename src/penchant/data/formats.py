@@ -72,8 +72,19 @@ def _sibling(file: Path) -> str:
 
 
 def _looks_like_hub_id(path: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", path) is not None and not path.startswith(".") and Path(path).suffix not in (
-        ".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt",
+    return (
+        re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", path) is not None
+        and not path.startswith(".")
+        and Path(path).suffix
+        not in (
+            ".json",
+            ".jsonl",
+            ".gz",
+            ".csv",
+            ".tsv",
+            ".parquet",
+            ".txt",
+        )
     )
 
 
@@ -94,7 +105,9 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
                         raise DataError(f"{file.name}:1", "the file is UTF-16", _recode(file, "UTF-16"))
                 yield number, line.rstrip(b"\r\n")
     except (EOFError, gzip.BadGzipFile) as error:
-        raise DataError(str(file), f"the gzip file is cut short or damaged ({error})", "copy or download it again") from error
+        raise DataError(
+            str(file), f"the gzip file is cut short or damaged ({error})", "copy or download it again"
+        ) from error
     except OSError as error:
         raise DataError(str(file), f"cannot be read ({error.strerror})", "check its permissions") from error
 
@@ -107,7 +120,9 @@ def _decode(file: Path, number: int, line: bytes) -> str | BadRow:
     where = f"{file.name}:{number}"
     if b"\0" in line:
         at = line.index(b"\0")
-        return BadRow(where, f"holds a NUL byte (column {at + 1})", "the file is damaged or binary; export it again", _shown(line))
+        return BadRow(
+            where, f"holds a NUL byte (column {at + 1})", "the file is damaged or binary; export it again", _shown(line)
+        )
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -132,7 +147,9 @@ def _read_jsonl(file: Path) -> Iterator[Row | BadRow]:
             value = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
             column = getattr(error, "colno", 1)
-            cut = isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip()) - 1 or "Unterminated" in str(error)
+            cut = (
+                isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip()) - 1
+            ) or "Unterminated" in str(error)
             what = "the line ends in the middle of a JSON value" if cut else f"is not valid JSON (column {column})"
             how = "the file was cut; copy it again or drop the line" if cut else "mend the line or drop it"
             yield BadRow(where, what, how, text[:500])
@@ -143,7 +160,12 @@ def _read_jsonl(file: Path) -> Iterator[Row | BadRow]:
 def _object(where: str, value: Any) -> Row | BadRow:
     if isinstance(value, dict):
         return Row(where, value)
-    return BadRow(where, f"is a JSON {_kind(value)}, not an object", 'write {"prompt": ..., "chosen": ..., "rejected": ...}', value)
+    return BadRow(
+        where,
+        f"is a JSON {_kind(value)}, not an object",
+        'write {"prompt": ..., "chosen": ..., "rejected": ...}',
+        value,
+    )
 
 
 def _kind(value: Any) -> str:
@@ -166,18 +188,20 @@ def _read_json(file: Path) -> Iterator[Row | BadRow]:
             whole = json.loads(text)
             inner = next((v for k in ("data", "rows", "train") if isinstance(v := whole.get(k), list)), None)
             if inner is None:
-                raise DataError(file.name, 'is one JSON object without a "data" list', "give a list of objects, or JSONL")
+                raise DataError(
+                    file.name, 'is one JSON object without a "data" list', "give a list of objects, or JSONL"
+                )
             yield from (_object(f"{file.name}: row {i}", v) for i, v in enumerate(inner, 1))
             return
         if at >= len(text) or text[at] != "[":
             raise DataError(file.name, "is not a JSON list", "give a list of objects, or name the file .jsonl")
         at = _skip(text, at + 1)
-        line, counted = 1, 0
+        at_line, counted = 1, 0
         while at < len(text) and text[at] != "]":
-            line += text.count("\n", counted, at)
+            at_line += text.count("\n", counted, at)
             counted = at
             value, at = decoder.raw_decode(text, at)
-            yield _object(f"{file.name}:{line}", value)
+            yield _object(f"{file.name}:{at_line}", value)
             at = _skip(text, at)
             if at < len(text) and text[at] == ",":
                 at = _skip(text, at + 1)
@@ -187,7 +211,11 @@ def _read_json(file: Path) -> Iterator[Row | BadRow]:
             raise json.JSONDecodeError("the list is not closed", text, at)
     except (json.JSONDecodeError, RecursionError) as error:
         place = f"{file.name}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else file.name
-        raise DataError(place, f"is not valid JSON ({getattr(error, 'msg', 'too deeply nested')})", "the file may be cut; JSONL survives that better") from error
+        raise DataError(
+            place,
+            f"is not valid JSON ({getattr(error, 'msg', 'too deeply nested')})",
+            "the file may be cut; JSONL survives that better",
+        ) from error
 
 
 def _skip(text: str, at: int) -> int:
@@ -208,10 +236,14 @@ def _read_csv(file: Path) -> Iterator[Row | BadRow]:
     reader = csv.reader(io.StringIO("\n".join(decoded), newline=""), delimiter=delimiter)
     header = next(reader, None)
     if header is None or len(set(header)) != len(header):
-        raise DataError(f"{file.name}:1", "the first line must name the columns, each once", "add a header such as prompt,chosen,rejected")
-    line = reader.line_num
+        raise DataError(
+            f"{file.name}:1",
+            "the first line must name the columns, each once",
+            "add a header such as prompt,chosen,rejected",
+        )
+    done = reader.line_num
     for fields in reader:
-        where, line = f"{file.name}:{line + 1}", reader.line_num
+        where, done = f"{file.name}:{done + 1}", reader.line_num
         if not fields:
             continue
         if len(fields) != len(header):
@@ -250,7 +282,9 @@ def _read_parquet(file: Path) -> Iterator[Row | BadRow]:
                 number += 1
                 yield Row(f"{file.name}: row {number}", values)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(str(file), f"is not a readable Parquet file ({str(error).splitlines()[0]})", "export it again") from error
+        raise DataError(
+            str(file), f"is not a readable Parquet file ({str(error).splitlines()[0]})", "export it again"
+        ) from error
 
 
 def _read_hub(path: str) -> Iterator[Row | BadRow]:

@@ -48,7 +48,9 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if len(self.trees) + len(self.quarantined) != self.total:
-            raise AssertionError(f"{len(self.trees)} accepted + {len(self.quarantined)} quarantined != {self.total} rows")
+            raise AssertionError(
+                f"{len(self.trees)} accepted + {len(self.quarantined)} quarantined != {self.total} rows"
+            )
 
     @property
     def accepted(self) -> int:
@@ -116,7 +118,11 @@ def _collect(
         found = detect_shape(_renamed(r.values, columns) for r in first if isinstance(r, Row))
         if found is None:
             _raise_first_bad(first)
-            raise DataError(name, _no_shape(first), "map your columns, e.g. data.columns={prompt: question, chosen: good, rejected: bad}")
+            raise DataError(
+                name,
+                _no_shape(first),
+                "map your columns, e.g. data.columns={prompt: question, chosen: good, rejected: bad}",
+            )
         shape, stream = found, itertools.chain(first, stream)
     trees: list[PromptTree] = []
     aside: list[Quarantined] = []
@@ -125,7 +131,9 @@ def _collect(
         if isinstance(result, PromptTree):
             trees.append(result)
         elif on_bad_row == "error":
-            raise DataError(result.where, result.what, result.how + " (or set data.on_bad_row=skip to keep such rows aside)")
+            raise DataError(
+                result.where, result.what, result.how + " (or set data.on_bad_row=skip to keep such rows aside)"
+            )
         else:
             aside.append(result)
     if not trees:
@@ -160,7 +168,11 @@ def _convert(row: Row | BadRow, shape: str, columns: Mapping[str, str], identica
         tree = SHAPES[shape](_renamed(row.values, columns))
     except RowError as error:
         return Quarantined(row.where, error.what, error.how, dict(row.values))
-    if identical != "keep" and len(tree.completions) == 2 and tree.completions[0].text.strip() == tree.completions[1].text.strip():
+    if (
+        identical != "keep"
+        and len(tree.completions) == 2
+        and tree.completions[0].text.strip() == tree.completions[1].text.strip()
+    ):
         return Quarantined(row.where, IDENTICAL, "drop it or set data.identical=keep", dict(row.values))
     return replace(tree, source=row.where)
 

@@ -16,7 +16,9 @@ class DataConfig(Section):
     eval_path: str | list[str] | None = Field(None, description="held-out data of its own")
     validation_rows: int | None = Field(None, ge=1, description="rows to hold out, by prompt")
     validation_fraction: float | None = Field(None, gt=0, lt=1, description="share of rows to hold out, by prompt")
-    shape: Literal["auto", "pairs", "hh", "alpaca_pairs", "sft", "messages", "text"] = Field("auto", description="layout of a row")
+    shape: Literal["auto", "pairs", "hh", "alpaca_pairs", "sft", "messages", "text"] = Field(
+        "auto", description="layout of a row"
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="our field: your column")
     template: Literal["auto", "chat", "plain"] = Field("auto", description="how a prompt becomes text")
     max_length: int = Field(1024, ge=8, description="tokens of prompt + longest completion")
@@ -24,7 +26,9 @@ class DataConfig(Section):
     truncation: Literal["prompt_then_completion", "bad_row"] = Field(
         "prompt_then_completion", description="what happens to longer rows"
     )
-    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a bad row, or keep it aside and count it")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="stop at a bad row, or keep it aside and count it"
+    )
     identical: Literal["bad_row", "keep"] = Field("bad_row", description="what a pair with chosen == rejected is")
     limit: int | None = Field(None, ge=1, description="read the first n rows only")
 

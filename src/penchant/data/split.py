@@ -31,18 +31,25 @@ def split_by_prompt(
     wanted = validation_rows if validation_rows is not None else round((validation_fraction or 0.0) * dataset.accepted)
     if not 0 < wanted < dataset.accepted:
         raise DataError(
-            "data.validation_rows", f"{wanted} of {dataset.accepted} rows cannot be held out", "leave at least one row on both sides"
+            "data.validation_rows",
+            f"{wanted} of {dataset.accepted} rows cannot be held out",
+            "leave at least one row on both sides",
         )
     groups: dict[str, list[int]] = defaultdict(list)
     for i, tree in enumerate(dataset.trees):
         groups[prompt_key(tree.prompt, tree.completions[0].text)].append(i)
-    drawn = sorted(groups.values(), key=lambda g: _draw(seed, prompt_key(dataset.trees[g[0]].prompt, dataset.trees[g[0]].completions[0].text)))
+    drawn = sorted(
+        groups.values(),
+        key=lambda g: _draw(seed, prompt_key(dataset.trees[g[0]].prompt, dataset.trees[g[0]].completions[0].text)),
+    )
     held: list[int] = []
     for group in drawn:
         if len(held) + len(group) <= wanted:
             held += group
     if not held:
-        raise DataError("data.validation_rows", "every prompt has more rows than are to be held out", "hold out more rows")
+        raise DataError(
+            "data.validation_rows", "every prompt has more rows than are to be held out", "hold out more rows"
+        )
     outside = set(held)
     return dataset.subset([i for i in range(dataset.accepted) if i not in outside]), dataset.subset(sorted(held))
 

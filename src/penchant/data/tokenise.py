@@ -44,7 +44,10 @@ class TokenisedDataset:
     def summary(self) -> str:
         """One line for the log."""
         tokens = sum(t.shared_tokens for t in self.trees)
-        parts = [f"{self.total:,} rows = {self.accepted:,} tokenised + {len(self.quarantined):,} quarantined", f"{tokens:,} tokens"]
+        parts = [
+            f"{self.total:,} rows = {self.accepted:,} tokenised + {len(self.quarantined):,} quarantined",
+            f"{tokens:,} tokens",
+        ]
         if self.split_documents:
             parts.append(f"{self.split_documents:,} long documents split into chunks")
         if self.cut_prompts:
@@ -102,7 +105,13 @@ def tokenise(
                 raise DataError(tree.source, error.what, f"{error.how} (or set data.on_bad_row=skip)") from error
             aside.append(Quarantined(tree.source, error.what, error.how, _raw(tree)))
     return TokenisedDataset(
-        tuple(trees), len(dataset.trees), tuple(aside), tuple(fit.cut_prompts), tuple(fit.cut_completions), fit.split, name
+        tuple(trees),
+        len(dataset.trees),
+        tuple(aside),
+        tuple(fit.cut_prompts),
+        tuple(fit.cut_completions),
+        fit.split,
+        name,
     )
 
 
@@ -133,7 +142,9 @@ def uses_bos(tokenizer: Any) -> bool:
 class _Fitter:
     """Specials and length: ids of one row to its token tree (several for a split document)."""
 
-    def __init__(self, tokenizer: Any, max_length: int, truncation: str, identical: str, add_eos: bool, text: bool) -> None:
+    def __init__(
+        self, tokenizer: Any, max_length: int, truncation: str, identical: str, add_eos: bool, text: bool
+    ) -> None:
         self.bos = tokenizer.bos_token_id if uses_bos(tokenizer) else None
         self.bos_id, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id if add_eos else None
         self.max_length, self.truncation, self.identical, self.text = max_length, truncation, identical, text
@@ -154,7 +165,10 @@ class _Fitter:
         if len(prompt) + longest > self.max_length:
             prompt, completions, cut = self._cut(source, prompt, completions, longest)
         if self.identical != "keep" and len(completions) == 2 and completions[0] == completions[1]:
-            raise RowError(f"{IDENTICAL} after the cut to {self.max_length} tokens" if any(cut) else f"{IDENTICAL} in tokens", "raise data.max_length, drop it, or set data.identical=keep")
+            raise RowError(
+                f"{IDENTICAL} after the cut to {self.max_length} tokens" if any(cut) else f"{IDENTICAL} in tokens",
+                "raise data.max_length, drop it, or set data.identical=keep",
+            )
         return [_tree(source, prompt, completions, cut)]
 
     def _start(self, prompt: Ids) -> Ids:
@@ -179,9 +193,13 @@ class _Fitter:
             return completion[:end]
         return [*completion, self.eos]
 
-    def _cut(self, source: str, prompt: Ids, completions: list[Ids], longest: int) -> tuple[Ids, list[Ids], tuple[bool, ...]]:
+    def _cut(
+        self, source: str, prompt: Ids, completions: list[Ids], longest: int
+    ) -> tuple[Ids, list[Ids], tuple[bool, ...]]:
         if self.truncation == "bad_row":
-            raise RowError(f"{len(prompt) + longest} tokens are more than max_length {self.max_length}", "raise data.max_length")
+            raise RowError(
+                f"{len(prompt) + longest} tokens are more than max_length {self.max_length}", "raise data.max_length"
+            )
         keep = min(len(prompt), max(self.max_length - longest, self.max_length // 2))
         if keep < len(prompt):
             bos = prompt[:1] if prompt[0] == self.bos_id else []
@@ -189,7 +207,9 @@ class _Fitter:
             self.cut_prompts.append(source)
         room = self.max_length - len(prompt)
         if room < 1:
-            raise RowError(f"max_length {self.max_length} leaves no room for a completion token", "raise data.max_length")
+            raise RowError(
+                f"max_length {self.max_length} leaves no room for a completion token", "raise data.max_length"
+            )
         cut = tuple(len(c) > room for c in completions)
         if any(cut):
             self.cut_completions.append(source)
@@ -213,5 +233,7 @@ def _tree(source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...
 
 
 def _raw(tree: PromptTree) -> dict[str, Any]:
-    prompt = tree.prompt if isinstance(tree.prompt, str) else [{"role": m.role, "content": m.content} for m in tree.prompt]
+    prompt = (
+        tree.prompt if isinstance(tree.prompt, str) else [{"role": m.role, "content": m.content} for m in tree.prompt]
+    )
     return {"prompt": prompt, "completions": [c.text for c in tree.completions]}

@@ -53,10 +53,10 @@ def evaluate_heldout(
     clusters = np.array([_prompt_cluster(trees[i]) for i in order])
     metrics: dict[str, Any] = {}
     for name in columns:
-        values, weight = np.concatenate(columns[name]), np.concatenate(weights[name])
-        metrics[prefix + name] = float(values.sum() / weight.sum())
+        values, shares = np.concatenate(columns[name]), np.concatenate(weights[name])
+        metrics[prefix + name] = float(values.sum() / shares.sum())
         # one value a tree, equal weights: what the bootstrap over prompts is for
-        if name in WITH_INTERVAL and len(values) == len(clusters) and bool((weight == 1).all()) and len(values) > 1:
+        if name in WITH_INTERVAL and len(values) == len(clusters) and bool((shares == 1).all()) and len(values) > 1:
             interval = bootstrap_ci(values, clusters=clusters, draws=2000)
             metrics[f"{prefix}{name}/ci"] = [interval.low, interval.high]
     if prefix + "nll" in metrics:

@@ -62,7 +62,13 @@ def bootstrap_ci(
 
 
 def paired_bootstrap(
-    before: ArrayLike, after: ArrayLike, *, clusters: ArrayLike | None = None, level: float = 0.95, draws: int = 10_000, seed: int = 0
+    before: ArrayLike,
+    after: ArrayLike,
+    *,
+    clusters: ArrayLike | None = None,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
 ) -> Interval:
     """Bootstrap interval of mean(after - before) over pairs."""
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
@@ -70,7 +76,13 @@ def paired_bootstrap(
 
 
 def win_rate(
-    before: ArrayLike, after: ArrayLike, *, clusters: ArrayLike | None = None, ties: float = 0.5, draws: int = 10_000, seed: int = 0
+    before: ArrayLike,
+    after: ArrayLike,
+    *,
+    clusters: ArrayLike | None = None,
+    ties: float = 0.5,
+    draws: int = 10_000,
+    seed: int = 0,
 ) -> Interval:
     """How often `after` beats `before`; a tie counts `ties`."""
     a, b = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)

@@ -150,8 +150,8 @@ def _attention_interface(
     layout = tree_layout(batch, kwargs.get("sliding_window"))
     scaling = kwargs.get("scaling")
     scaling = float(query.shape[-1] ** -0.5) if scaling is None else float(scaling)
-    flat = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (1, H, T, d) -> (T, H, d)
-    return tree_attention(*flat, layout, scaling, kwargs.get("softcap"))[None], None
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (1, H, T, d) -> (T, H, d)
+    return tree_attention(q, k, v, layout, scaling, kwargs.get("softcap"))[None], None
 
 
 def _softcapped_attention(

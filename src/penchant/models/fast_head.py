@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penchant.models.fast_ops import store_grad
-
 _KEEP_BYTES = 512 << 20  # the largest D that is kept
 _MATMUL_ROWS = 512  # rows per head matmul where D is not kept
 _SOFTMAX_ELEMENTS = 1 << 19  # fp32 numbers per softmax pass: they stay in cache

@@ -85,7 +85,9 @@ def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
             model = AutoModelForCausalLM.from_pretrained(path, revision=cfg.revision, dtype=torch.float32)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
-            cfg.path, f"the model could not be loaded ({_first_line(error)})", "give a folder or hub id of a causal model"
+            cfg.path,
+            f"the model could not be loaded ({_first_line(error)})",
+            "give a folder or hub id of a causal model",
         ) from error
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(cfg.path, "this is an encoder-decoder model", "give a causal (decoder-only) language model")
@@ -118,7 +120,7 @@ def add_lora(model: Any, cfg: LoraConfig, seed: int) -> Any:
     targets = cfg.target_modules
     peft_config = PeftLoraConfig(
         r=cfg.r,
-        lora_alpha=cfg.alpha,
+        lora_alpha=cfg.alpha,  # type: ignore[arg-type]
         lora_dropout=cfg.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",

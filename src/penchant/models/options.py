@@ -14,7 +14,9 @@ class ModelConfig(Section):
 
     path: str = Field(description="folder or hub id (owner/name)")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    init: Literal["pretrained", "random"] = Field("pretrained", description="random: weights from scratch, by the config in `path`")
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random: weights from scratch, by the config in `path`"
+    )
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where it is native, else fp32")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU when there is one")
     kernels: Literal["auto", "off"] = Field("auto", description="model-family fast paths")
@@ -36,5 +38,7 @@ class ReferenceConfig(Section):
     kind: Literal["auto", "frozen", "adapter", "cached"] = Field(
         "auto", description="auto: adapter off with LoRA, else computed once and cached on disk"
     )
-    path: str | None = Field(None, description="another model as reference; default: the model that training starts from")
+    path: str | None = Field(
+        None, description="another model as reference; default: the model that training starts from"
+    )
     cache_dir: str | None = Field(None, description="default: $PENCHANT_CACHE or ~/.cache/penchant")

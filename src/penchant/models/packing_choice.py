@@ -19,8 +19,8 @@ def packing_by_config(model: Any) -> tuple[str, str]:
 def probe_ids(vocab_size: int, seed: int = 0) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """A small made-up tree for the check that a packing gives the same numbers: prompt ids and three completions."""
     rng = np.random.default_rng(seed)
-    ids = lambda n: rng.integers(0, vocab_size, n).astype(np.int32)  # noqa: E731
-    return ids(9), (ids(5), ids(7), ids(2))
+    prompt, *completions = (rng.integers(0, vocab_size, size=n).astype(np.int32) for n in (9, 5, 7, 2))
+    return prompt, tuple(completions)
 
 
 def same_numbers(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -61,7 +61,9 @@ def write_report(run: Path | str, output: Path | str | None = None) -> Path:
     try:
         target.write_text(render(run), encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(str(target), f"cannot be written ({error.strerror})", "choose another --output") from error
+        raise CheckpointError(
+            str(target), f"cannot be written ({error.strerror})", "choose another --output"
+        ) from error
     return target
 
 
@@ -70,7 +72,11 @@ def render(run: Path) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("penchant.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("penchant.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["number"] = number
     environment.filters["visible"] = visible
@@ -95,7 +101,11 @@ def render(run: Path) -> str:
 def verdict(manifest: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
     """One sentence from the held-out figures, for runs that bring no verdict of their own."""
     evals = [m for m in metrics if m.get("kind") == "eval"]
-    state = {"finished": "", "running": "The run is still going on, or was killed. ", "stopped": "The run stopped before its end. "}
+    state = {
+        "finished": "",
+        "running": "The run is still going on, or was killed. ",
+        "stopped": "The run stopped before its end. ",
+    }
     prefix = state.get(str(manifest.get("status")), "")
     if len(evals) < 2:
         return prefix + "No held-out comparison: nothing was held out, or it was evaluated less than twice."
@@ -146,7 +156,9 @@ def charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
         for metric, label in lines:
             kind = "eval" if metric.startswith("eval/") else "train"
             points = tuple(
-                (float(m["step"]), float(m[metric])) for m in metrics if m.get("kind") == kind and m.get(metric) is not None
+                (float(m["step"]), float(m[metric]))
+                for m in metrics
+                if m.get("kind") == kind and m.get(metric) is not None
             )
             series.append(Series(label, points, marked=kind == "eval"))
         chart = line_chart(title, series)
@@ -164,7 +176,9 @@ def facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
             for key, inner in value.items():
                 walk(inner, f"{prefix}.{key}" if prefix else str(key))
         elif value is not None:
-            rows.append((prefix, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)))
+            rows.append(
+                (prefix, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+            )
 
     walk(manifest, "")
     return rows
@@ -192,7 +206,8 @@ def glossary(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 def visible(text: Any) -> str:
     """Text with control and direction marks shown by name: a right-to-left override must not reorder the page."""
     return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co") else f"\u27e8U+{ord(c):04X}\u27e9" for c in str(text)
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co") else f"\u27e8U+{ord(c):04X}\u27e9"
+        for c in str(text)
     )
 
 

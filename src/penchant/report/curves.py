@@ -101,10 +101,14 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str = "step") -
     ]
     for y in ticks(y0, y1):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{py(y) + 3.5:.1f}" text-anchor="end">{number(_snap(y, y1 - y0))}</text>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 7}" y="{py(y) + 3.5:.1f}" text-anchor="end">{number(_snap(y, y1 - y0))}</text>'
+        )
     for x in ticks(x0, x1, 6):
         if x == int(x):
-            parts.append(f'<text class="tick" x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{int(x):,}</text>')
+            parts.append(
+                f'<text class="tick" x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{int(x):,}</text>'
+            )
     parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>')
     for i, s in enumerate(kept):
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in s.points)

@@ -102,7 +102,9 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> tuple[dict[str, Tenso
             for name, expected in manifest["sha256"].items():
                 if _sha256(path / name) != expected:
                     raise CheckpointError(
-                        str(path / name), "differs from what was written", f"delete {path} to resume from an older checkpoint"
+                        str(path / name),
+                        "differs from what was written",
+                        f"delete {path} to resume from an older checkpoint",
                     )
         return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
     except (OSError, ValueError, KeyError) as error:

@@ -189,7 +189,9 @@ class Loop:
         path = self.folder / f"stopped-batch-step-{step}.json"
         rows = [r for b in batches for r in b.rows]
         sources = {t.row: t.source for t in self.trees if t.row in set(rows)}
-        path.write_text(json.dumps({"step": step, "what": what, "rows": [{"row": r, "source": sources[r]} for r in rows]}, indent=1))
+        path.write_text(
+            json.dumps({"step": step, "what": what, "rows": [{"row": r, "source": sources[r]} for r in rows]}, indent=1)
+        )
         raise TrainingStopped(
             f"{self.folder}: step {step}",
             f"{what}; the step was not taken and its rows are listed in {path.name}",

@@ -94,8 +94,7 @@ class MasterAdamW:
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by name: the weights themselves and both moments."""
         tensors: dict[str, Tensor] = {}
-        for name, p in self.params.items():
-            master = self.masters[name]
+        for name, master in self.masters.items():
             tensors[f"master/{name}"] = master.detach()
             state = self._adam.state.get(master, {})
             for key in ("exp_avg", "exp_avg_sq", "step"):
