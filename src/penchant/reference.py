@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from penchant.data.packing import pack, plan_microbatches, tree_tokens
-from penchant.logprobs import Scorer
+from penchant.logprobs import CompletionLogps, Scorer
 from penchant.types import PackedBatch, TokenTree
 
 ENGINE_VERSION = "1"  # part of the cache key: raise it when the numbers of the engine change
@@ -41,12 +41,16 @@ class LiveReference:
     exact: bool = True
 
     def logps(self, batch: PackedBatch) -> Tensor:
+        return self.completion_logps(batch).sums
+
+    def completion_logps(self, batch: PackedBatch) -> CompletionLogps:
+        """Log-probs per completion and per token, without gradient."""
         model = self.scorer.model
         training = model.training
         model.eval()
         try:
             with torch.no_grad(), self.off():
-                return self.scorer.logps(batch).sums
+                return self.scorer.logps(batch)
         finally:
             model.train(training)
 

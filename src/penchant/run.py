@@ -21,6 +21,7 @@ from penchant.data.split import split_by_prompt
 from penchant.data.tokenise import TokenisedDataset, tokenise
 from penchant.errors import CheckpointError, ConfigError, DataError
 from penchant.evaluation.heldout import evaluate_heldout
+from penchant.evaluation.sampled_kl import sampled_kl
 from penchant.losses import LOSSES
 from penchant.manifest import hardware, tokenizer_sha256, versions
 from penchant.models.load import (
@@ -320,10 +321,27 @@ class Run:
         lora = self.config.lora is not None
         return DEFAULT_LR.get((self.spec.name, lora), DEFAULT_PREFERENCE_LR[lora])
 
-    def _evaluate_now(self, _step: int = 0) -> dict[str, Any]:
+    def _evaluate_now(self, step: int = 0) -> dict[str, Any]:
         budget = self.config.evaluation.tokens_per_step or self.config.train.tokens_per_step
-        return evaluate_heldout(
+        metrics = evaluate_heldout(
             self.algorithm, self.trees[1], shared=self.scorer.shared, tokens_per_step=budget, device=self.device
+        )
+        if self.config.evaluation.kl_prompts and self.reference is not None:
+            metrics |= {f"eval/{name}": value for name, value in self._sampled_kl(step, budget).items()}
+        return metrics
+
+    def _sampled_kl(self, step: int, budget: int) -> dict[str, Any]:
+        """KL to the reference on sampled completions; a cached reference is loaded for it and let go again."""
+        prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in self.trees[1]))
+        live = self.reference if isinstance(self.reference, LiveReference) else LiveReference(self._frozen_scorer())
+        return sampled_kl(
+            LiveReference(self.scorer),
+            live,
+            prompts[: self.config.evaluation.kl_prompts],
+            max_new_tokens=self.config.evaluation.sample_tokens,
+            eos_token_id=self.tokenizer.eos_token_id,
+            seed=self.config.train.seed * 1_000_003 + step,
+            tokens_per_step=budget,
         )
 
     def train(self) -> TrainResult:
@@ -407,7 +425,10 @@ class Run:
             tensors, _state = load_checkpoint(path)
             self.optimiser.load_state_tensors(tensors)
         self.model.eval()
-        return {"checkpoint": path.name if path else "start", **self._evaluate_now()}
+        at = 0
+        if path is not None:
+            at = int(path.name.removeprefix("step-"))
+        return {"checkpoint": path.name if path else "start", **self._evaluate_now(at)}
 
     def _checkpoint_path(self, step: str) -> Path | None:
         if step == "0":

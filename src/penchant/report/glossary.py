@@ -16,6 +16,8 @@ GLOSSARY = {
     "logratios/chosen": "policy - reference summed log-prob of the chosen completion, nats",
     "logratios/rejected": "the same of the rejected completion",
     "kl/policy_ref": "sampled KL(policy || reference) per completion, nats",
+    "kl/per_token": "the same per token, by the k3 estimator, which is never negative",
+    "kl/completions": "sampled completions that the KL is a mean over",
     "lr": "learning rate of the step",
     "grad_norm": "L2 norm of the gradient before clipping",
     "tokens": "tokens computed so far; a shared prompt counts once",

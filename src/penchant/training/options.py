@@ -38,6 +38,7 @@ class EvalConfig(Section):
     every: int | Literal["epoch"] | None = Field("epoch", description="optimiser steps, or epoch")
     at_start: bool = Field(True, description="also before the first step")
     tokens_per_step: int | None = Field(None, ge=16, description="default: train.tokens_per_step")
+    kl_prompts: int = Field(16, ge=0, description="held-out prompts whose sampled completions estimate the KL; 0: none")
     samples: int = Field(4, ge=0, description="held-out prompts to answer before and after; 0: none")
     sample_tokens: int = Field(64, ge=1, description="tokens of such an answer")
 

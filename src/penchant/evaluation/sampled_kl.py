@@ -1,0 +1,61 @@
+"""KL(policy || reference) from completions that the policy itself writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.evaluation.stats import bootstrap_ci
+from penchant.reference import LiveReference
+from penchant.rollout.generate import sample
+from penchant.types import TokenTree
+
+
+def sampled_kl(
+    policy: LiveReference,
+    reference: LiveReference,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | None,
+    seed: int,
+    tokens_per_step: int,
+) -> dict[str, Any]:
+    """KL of the policy from the reference on completions sampled at temperature 1.
+
+    With ``d_t = log pi(y_t) - log ref(y_t)``: per completion ``k1 = sum_t d_t`` (unbiased), per token
+    ``k3 = exp(-d_t) - 1 + d_t`` (unbiased, never negative; Schulman, "Approximating KL divergence", 2020).
+
+    Args:
+        policy, reference: both run live, without gradient.
+        prompts: token ids; one completion each, of at most `max_new_tokens`.
+
+    Returns:
+        ``kl/policy_ref`` in nats per completion with its 95% interval by prompt, ``kl/per_token`` (k3), ``kl/completions``.
+    """
+    rows = sample(policy.scorer.model, prompts, max_new_tokens=max_new_tokens, seed=seed, eos_token_id=eos_token_id)
+    trees = [
+        TokenTree(i, np.array(p, np.int32), (np.array(r[0].ids, np.int32),), (not r[0].finished,))
+        for i, (p, r) in enumerate(zip(prompts, rows, strict=True))
+    ]
+    shared = policy.scorer.shared
+    device = next(policy.scorer.model.parameters()).device
+    per_completion: list[float] = []
+    k3 = 0.0
+    for members in plan_microbatches([tree_tokens(t, shared) for t in trees], tokens_per_step):
+        batch = pack([trees[i] for i in members], shared=shared).to(device)
+        d = (policy.completion_logps(batch).tokens - reference.completion_logps(batch).tokens).double()
+        sums = torch.zeros(len(batch.lengths), dtype=d.dtype, device=device).index_add(0, batch.completion_of, d)
+        per_completion += sums.tolist()
+        k3 += float((torch.exp(-d) - 1 + d).sum())
+    interval = bootstrap_ci(per_completion, draws=2000)
+    return {
+        "kl/policy_ref": interval.estimate,
+        "kl/policy_ref/ci": [interval.low, interval.high],
+        "kl/per_token": k3 / sum(len(t.completion_ids[0]) for t in trees),
+        "kl/completions": len(trees),
+    }
