@@ -21,7 +21,8 @@ import numpy as np
 
 from penchant import api
 
-SAMPLES = 8  # continuations per training opening; the best and the worst make the pair
+SAMPLES = 8  # continuations per training opening
+PAIRS = 3  # pairs per opening: the best against the worst, the second best against the second worst, ...
 EVAL_SAMPLES = 4  # continuations per held-out opening, before and after
 NEW_TOKENS = 40
 MIN_GAP = 0.3  # pairs whose rewards are closer than this say little
@@ -29,7 +30,7 @@ TEMPERATURE = 1.0
 
 TRAINING: dict[str, Any] = {
     "loss": {"name": "dpo", "beta": 0.1},
-    "train": {"epochs": 2, "batch_size": 32, "tokens_per_step": 2048, "lr": 1e-4, "schedule": "linear"},
+    "train": {"epochs": 1, "batch_size": 32, "tokens_per_step": 2048, "lr": 4e-4, "schedule": "linear"},
     "data": {"validation_rows": 40, "max_length": 256, "add_eos": False},
     "evaluation": {"samples": 0, "kl_prompts": 0},
     "reference": {"kind": "frozen"},
@@ -153,24 +154,25 @@ def _sample(model: Any, tokenizer: Any, openings: Sequence[str], n: int, seed: i
 
 
 def _make_pairs(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progress: Any) -> list[dict[str, Any]]:
-    """Best against worst continuation of each opening by the lexicon."""
+    """The best against the worst continuations of each opening by the lexicon."""
     from penchant.evaluation.lexicon import sentiment
 
     pairs = []
     for opening, samples in zip(openings, _sample(model, tokenizer, openings, SAMPLES, seed, progress), strict=True):
         texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples]
         rewards = sentiment(texts)
-        best, worst = int(rewards.argmax()), int(rewards.argmin())
-        if rewards[best] - rewards[worst] >= MIN_GAP and texts[best].strip() and texts[worst].strip():
-            pairs.append(
-                {
-                    "prompt": opening,
-                    "chosen": texts[best],
-                    "rejected": texts[worst],
-                    "chosen_score": float(rewards[best]),
-                    "rejected_score": float(rewards[worst]),
-                }
-            )
+        order = rewards.argsort(kind="stable")
+        for best, worst in zip(order[::-1][:PAIRS].tolist(), order[:PAIRS].tolist(), strict=True):
+            if rewards[best] - rewards[worst] >= MIN_GAP and texts[best].strip() and texts[worst].strip():
+                pairs.append(
+                    {
+                        "prompt": opening,
+                        "chosen": texts[best],
+                        "rejected": texts[worst],
+                        "chosen_score": float(rewards[best]),
+                        "rejected_score": float(rewards[worst]),
+                    }
+                )
     return pairs
 
 

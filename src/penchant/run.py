@@ -238,8 +238,7 @@ class Run:
     @cached_property
     def scorer(self) -> Scorer:
         _ = self.optimiser  # masters are taken before the cast
-        kernels = "off" if self.config.train.gradient_checkpointing else self.config.model.kernels
-        scorer, note = choose_packing(self.model, self.config.train.packing, kernels)
+        scorer, note = choose_packing(self.model, self.config.train.packing, self.config.model.kernels)
         self.console.note(note)
         return scorer
 

@@ -87,7 +87,7 @@ class Row:
 class FastForward:
     """Runs a recognised model's backbone on packed rows. Made by `fast_forward`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self._backbone: Any = model.model
         config: Any = model.config
         self._shape = AttentionShape(
@@ -112,9 +112,10 @@ class FastForward:
         dtype = self._backbone.embed_tokens.weight.dtype
         key = f"fast/{window}/{dtype}/{self._shape}"
         if key not in batch.cache:
-            plan = attention_plan(tree_layout(batch, window), batch.tokens, self._shape, dtype)
-            batch.cache[key] = (plan, *self._rotation(batch.position_ids, dtype))
-        plan, cos, sin = batch.cache[key]  # type: ignore[misc]
+            made = attention_plan(tree_layout(batch, window), batch.tokens, self._shape, dtype)
+            batch.cache[key] = (made, *self._rotation(batch.position_ids, dtype))
+        known: Any = batch.cache[key]
+        plan, cos, sin = known
         return Row(plan, cos, sin, recompute)
 
     def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -132,7 +133,7 @@ class FastForward:
 # recognition
 
 
-def fast_forward(model: nn.Module) -> FastForward | None:
+def fast_forward(model: Any) -> FastForward | None:
     """The fast path of a model, or None where it is not exactly one of the known families on the CPU."""
     if type(model).__name__ not in _FAMILIES or not type(model).__module__.startswith("transformers.models."):
         return None
@@ -161,7 +162,7 @@ def _is_plain(p: Tensor) -> bool:
 def _is_plain_layer(layer: Any) -> bool:
     """Every projection an unwrapped Linear (no adapter, no quantised or parallel layer), every norm a known one."""
     attention, mlp = layer.self_attn, layer.mlp
-    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    linears: tuple[Any, ...] = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     linears += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [n for n in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)) if n is not None]
@@ -175,7 +176,7 @@ def _is_plain_layer(layer: Any) -> bool:
     )
 
 
-def _hooked(model: nn.Module) -> bool:
+def _hooked(model: Any) -> bool:
     """Whether somebody listens to inner modules: a whole-layer function would never call them."""
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.model.modules())
 
