@@ -323,7 +323,12 @@ class Run:
     def _evaluate_now(self, step: int = 0) -> dict[str, Any]:
         budget = self.config.evaluation.tokens_per_step or self.config.train.tokens_per_step
         metrics = evaluate_heldout(
-            self.algorithm, self.trees[1], shared=self.scorer.shared, tokens_per_step=budget, device=self.device
+            self.algorithm,
+            self.trees[1],
+            shared=self.scorer.shared,
+            tokens_per_step=budget,
+            device=self.device,
+            progress=self.console.counter("held-out rows"),
         )
         if self.config.evaluation.kl_prompts and self.reference is not None:
             metrics |= {f"eval/{name}": value for name, value in self._sampled_kl(step, budget).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,9 @@ def add_lora(model: Any, cfg: LoraConfig, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+            return get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ConfigError(
             "lora.target_modules", _first_line(error), 'use "all-linear" or names of linear layers of this model'

@@ -1,0 +1,48 @@
+"""What the README shows runs as it is shown (on a tiny model in place of the 135M one)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from tiny import polite_rows, tiny_model_folder, write_jsonl
+
+from penchant.config import load_config
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def _block(language: str) -> str:
+    (block,) = re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+    return block
+
+
+def test_the_yaml_is_a_config(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(_block("yaml"))
+    config = load_config(tmp_path / "run.yaml", ["train.lr=1e-4", "loss.beta=0.3", "output=runs/second"])
+    assert config.model.path == MODEL
+    assert config.lora is not None
+    assert config.loss.params.beta == 0.3
+
+
+def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model_folder(tmp_path / "model")
+    write_jsonl(tmp_path / "train.jsonl", polite_rows(120))
+    code = _block("python").replace(MODEL, model).replace('"path": "train.jsonl",', '"path": "train.jsonl", "max_length": 128,')
+    exec(compile(code, "README.md", "exec"), {})
+    assert "120 rows (pairs) = 120 accepted" in capsys.readouterr().out
+
+
+def test_every_recipe_is_a_config() -> None:
+    recipes = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        load_config(path)
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    for page in (README, (Path(__file__).parents[1] / "docs/performance.md").read_text()):
+        assert "@@" not in page
