@@ -30,7 +30,7 @@ TEMPERATURE = 1.0
 
 TRAINING: dict[str, Any] = {
     "loss": {"name": "dpo", "beta": 0.1},
-    "train": {"epochs": 1, "batch_size": 32, "tokens_per_step": 2048, "lr": 4e-4, "schedule": "linear"},
+    "train": {"epochs": 1, "batch_size": 32, "tokens_per_step": 2048, "lr": 3e-4, "schedule": "linear"},
     "data": {"validation_rows": 40, "max_length": 256, "add_eos": False},
     "evaluation": {"samples": 0, "kl_prompts": 0},
     "reference": {"kind": "frozen"},
