@@ -80,6 +80,7 @@ def render(run: Path) -> str:
     )
     environment.filters["number"] = number
     environment.filters["visible"] = visible
+    environment.filters["short_path"] = short_path
     metrics = _jsonl(run / "metrics.jsonl")
     manifest = _json(run / "manifest.json")
     return environment.get_template("report.html.j2").render(
@@ -209,6 +210,12 @@ def visible(text: Any) -> str:
         c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co") else f"\u27e8U+{ord(c):04X}\u27e9"
         for c in str(text)
     )
+
+
+def short_path(path: str) -> str:
+    """An absolute path by its last two parts, so that a report can be shown around; hub ids as they are."""
+    parts = Path(path).parts
+    return str(Path("\u2026", *parts[-2:])) if Path(path).is_absolute() and len(parts) > 3 else path
 
 
 def _text(path: Path) -> str:
