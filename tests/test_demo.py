@@ -37,7 +37,10 @@ def test_every_stage_leaves_its_result(tmp_path: Path) -> None:
         assert sentiment([row["chosen"]])[0] == pytest.approx(row["chosen_score"])
     sample = json.loads((tmp_path / "demo/samples.jsonl").read_text().splitlines()[0])
     assert sentiment([sample["after"]])[0] == pytest.approx(sample["reward_after"])
-    assert "Every goal" in (tmp_path / "demo/report.html").read_text() or "Not every goal" in (tmp_path / "demo/report.html").read_text()
+    assert (
+        "Every goal" in (tmp_path / "demo/report.html").read_text()
+        or "Not every goal" in (tmp_path / "demo/report.html").read_text()
+    )
 
 
 def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:

@@ -31,7 +31,11 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.chdir(tmp_path)
     model = tiny_model_folder(tmp_path / "model")
     write_jsonl(tmp_path / "train.jsonl", polite_rows(120))
-    code = _block("python").replace(MODEL, model).replace('"path": "train.jsonl",', '"path": "train.jsonl", "max_length": 128,')
+    code = (
+        _block("python")
+        .replace(MODEL, model)
+        .replace('"path": "train.jsonl",', '"path": "train.jsonl", "max_length": 128,')
+    )
     exec(compile(code, "README.md", "exec"), {})
     assert "120 rows (pairs) = 120 accepted" in capsys.readouterr().out
 

@@ -17,7 +17,9 @@ def _live(seed: int) -> LiveReference:
 
 
 def _estimate(policy: LiveReference, reference: LiveReference, n: int) -> dict[str, float]:
-    return sampled_kl(policy, reference, [[5, 6]] * n, max_new_tokens=1, eos_token_id=None, seed=0, tokens_per_step=4096)
+    return sampled_kl(
+        policy, reference, [[5, 6]] * n, max_new_tokens=1, eos_token_id=None, seed=0, tokens_per_step=4096
+    )
 
 
 def test_equal_models_have_no_kl() -> None:
@@ -29,7 +31,9 @@ def test_equal_models_have_no_kl() -> None:
 def test_both_estimators_agree_with_the_exact_kl() -> None:
     policy, reference = _live(0), _live(1)
     with torch.no_grad():
-        p, q = (torch.log_softmax(r.scorer.model(torch.tensor([[5, 6]])).logits[0, -1], -1) for r in (policy, reference))
+        p, q = (
+            torch.log_softmax(r.scorer.model(torch.tensor([[5, 6]])).logits[0, -1], -1) for r in (policy, reference)
+        )
     exact = float((p.exp() * (p - q)).sum())
     got = _estimate(policy, reference, 6000)
     assert got["kl/policy_ref"] == pytest.approx(exact, rel=0.15)

@@ -1,0 +1,131 @@
+"""The engine alone: forward and backward of DPO on one packed pass of made-up pairs, as a share of the matrix-multiply peak.
+
+    .venv/bin/python benchmarks/engine_share.py                     # bf16, two threads
+    .venv/bin/python benchmarks/engine_share.py --threads 1 --cpu   # CPU time of one thread, for a machine that is shared
+    .venv/bin/python benchmarks/engine_share.py --kernels off       # plain transformers with the tree attention
+
+SmolLM2-135M's shape with random weights: no download. No optimiser, no data pipeline: what is left is the engine's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flops import ModelShape, flops, work_of
+
+SHAPE = ModelShape(layers=30, width=576, heads=9, head_dim=64, kv_heads=3, ffn=1536, vocab=49152)
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+def made_up_pairs(count: int) -> list[Any]:
+    """Pairs with lengths like hh-rlhf's: prompts of about 130 tokens, completions of about 50."""
+    import numpy as np
+
+    from penchant.types import TokenTree
+
+    rng = np.random.default_rng(0)
+
+    def ids(mean: float) -> Any:
+        n = int(np.clip(rng.lognormal(np.log(mean), 0.7), 2, 256))
+        return rng.integers(0, SHAPE.vocab, n).astype(np.int32)
+
+    return [TokenTree(i, ids(110), (ids(40), ids(40)), (False, False)) for i in range(count)]
+
+
+def build_model(dtype: Any) -> Any:
+    """A random model of that shape; bf16 parameters get fp32 gradient buffers, as in training."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=SHAPE.vocab,
+        hidden_size=SHAPE.width,
+        intermediate_size=SHAPE.ffn,
+        num_hidden_layers=SHAPE.layers,
+        num_attention_heads=SHAPE.heads,
+        num_key_value_heads=SHAPE.kv_heads,
+        head_dim=SHAPE.head_dim,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    if dtype == torch.bfloat16:
+        from penchant.training.optim import MasterAdamW
+
+        MasterAdamW(model.named_parameters(), dtype=dtype)
+    return model.to(dtype)
+
+
+def peak_gflops(dtype: Any, clock: Callable[[], float]) -> float:
+    """Best of ten 2048^3 products."""
+    import torch
+
+    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    best = min(_timed(lambda: torch.mm(a, b.t()), clock) for _ in range(10))
+    return 2 * 2048**3 / best / 1e9
+
+
+def _timed(call: Callable[[], Any], clock: Callable[[], float]) -> float:
+    started = clock()
+    call()
+    return clock() - started
+
+
+def main() -> None:
+    """Print one line: seconds of each pass, and the shares with the reference run each step and cached."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--kernels", choices=["auto", "off"], default="auto")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cpu", action="store_true", help="CPU time instead of wall time (with --threads 1)")
+    args = parser.parse_args()
+    if not ALLOCATOR.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+    import torch
+
+    from penchant.data.packing import pack
+    from penchant.logprobs import Scorer
+
+    clock = time.process_time if args.cpu else time.perf_counter
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    torch.set_num_threads(args.threads)
+    trees = made_up_pairs(args.pairs)
+    batch = pack(trees)
+    model = build_model(dtype)
+    scorer = Scorer(model, "shared", args.kernels)
+    best = {"reference": float("inf"), "forward": float("inf"), "backward": float("inf")}
+    peak = peak_gflops(dtype, clock)
+    for _ in range(args.repeats):
+        started = clock()
+        with torch.no_grad():
+            reference = scorer.logps(batch).sums
+        done_reference = clock()
+        policy = scorer.logps(batch).sums
+        done_forward = clock()
+        torch.nn.functional.softplus(-0.1 * (policy - reference)).sum().backward()
+        times = (done_reference - started, done_forward - done_reference, clock() - done_forward)
+        best = {name: min(old, new) for (name, old), new in zip(best.items(), times, strict=True)}
+        model.zero_grad()
+    peak = max(peak, peak_gflops(dtype, clock))
+    work = work_of((len(t.prompt_ids), [len(c) for c in t.completion_ids]) for t in trees)
+    live = flops(SHAPE, work, reference_runs=True) / sum(best.values()) / 1e9 / peak
+    cached = flops(SHAPE, work, reference_runs=False) / (best["forward"] + best["backward"]) / 1e9 / peak
+    passes = "  ".join(f"{name} {seconds:.3f} s" for name, seconds in best.items())
+    print(f"{args.dtype}, {args.threads} thread(s), kernels {args.kernels}, {batch.tokens} tokens: {passes}")
+    print(f"peak {peak:.0f} GFLOP/s; share with the reference {live:.1%}, cached {cached:.1%}")
+
+
+if __name__ == "__main__":
+    main()
