@@ -198,6 +198,17 @@ def test_packings_train_alike(base: dict[str, Any], tmp_path: Path, packing: str
     assert other.after["eval/loss"] == pytest.approx(one.after["eval/loss"], rel=1e-3)
 
 
+def test_a_run_can_be_read_from_anywhere(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base["train"]["max_steps"] = 1
+    base["data"]["path"], base["output"] = "pairs.jsonl", "run"
+    base["model"]["path"] = "model"
+    result = api.train(base, quiet=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert api.evaluate(tmp_path / "run", quiet=True)["eval/loss"] == pytest.approx(result.after["eval/loss"], rel=1e-6)
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 

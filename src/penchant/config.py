@@ -337,6 +337,27 @@ def did_you_mean(word: str, options: Sequence[str] | Mapping[str, Any]) -> str:
     return f'did you mean "{close[0]}"?' if close else f"there are {', '.join(sorted(options))}"
 
 
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same config with every local file and folder as an absolute path, so that a run can be read from anywhere."""
+
+    def absolute(path: Any) -> Any:
+        if isinstance(path, list):
+            return [absolute(p) for p in path]
+        return str(Path(path).expanduser().resolve()) if path is not None and Path(path).expanduser().exists() else path
+
+    def section(value: Any, *names: str) -> Any:
+        return value.model_copy(update={n: absolute(getattr(value, n)) for n in names})
+
+    return config.model_copy(
+        update={
+            "model": section(config.model, "path", "tokenizer"),
+            "data": section(config.data, "path", "eval_path"),
+            "reference": section(config.reference, "path"),
+            "output": str(Path(config.output).expanduser().resolve()),
+        }
+    )
+
+
 def dump_config(config: RunConfig) -> str:
     """YAML that loads back to an equal config, every default spelled out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

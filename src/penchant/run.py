@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from penchant.algorithms.offline import Offline
-from penchant.config import RunConfig, dump_config
+from penchant.config import RunConfig, dump_config, with_absolute_paths
 from penchant.data.audit import audit as run_audit
 from penchant.data.load import Dataset, load_preferences, summary, write_quarantine
 from penchant.data.split import split_by_prompt
@@ -81,8 +81,8 @@ class Run:
     """Everything between a config and a result; parts are made when they are first needed."""
 
     def __init__(self, config: RunConfig, *, quiet: bool = False) -> None:
-        self.config = config
-        self.folder = Path(config.output).expanduser()
+        self.config = config = with_absolute_paths(config)
+        self.folder = Path(config.output)
         self.console = console(quiet)
         self.spec = LOSSES[config.loss.name]
         self.device = resolve_device(config.model.device)
