@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from penchant import demo
-from penchant.errors import CheckpointError
+from penchant.errors import CheckpointError, DataError
 from penchant.evaluation.lexicon import sentiment
+from penchant.training.runfolder import RunLock
 
 
 @pytest.fixture
@@ -43,11 +44,45 @@ def test_every_stage_leaves_its_result(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="holds no demo"):
+@pytest.mark.parametrize("name", ["thesis.txt", "pairs.jsonl"])
+def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(CheckpointError, match="not made by"):
         demo.run_demo(tmp_path, quiet=True)
-    assert (tmp_path / "thesis.txt").exists()
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_former_demo_is_replaced_unless_it_still_trains(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    demo._fresh(folder)
+    (folder / "old.txt").write_text("")
+    with RunLock(folder), pytest.raises(CheckpointError, match="another run holds"):
+        demo._fresh(folder)
+    assert (folder / "old.txt").exists()
+    demo._fresh(folder)
+    assert [p.name for p in folder.iterdir()] == [demo.MARK]
+
+
+def test_an_output_that_is_a_file_or_a_link(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(CheckpointError, match="file"):
+            demo.run_demo(output, quiet=True)
+    demo._fresh(tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(CheckpointError, match="not made by"):
+        demo.run_demo(tmp_path / "link", quiet=True)
+    assert (tmp_path / "real" / demo.MARK).exists()
+
+
+def test_bad_reviews_are_met_before_the_work(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": ""}\n')
+    for reviews in (tmp_path / "missing.jsonl", empty):
+        with pytest.raises(DataError):
+            demo.run_demo(tmp_path / "demo", reviews=str(reviews), quiet=True)
+    assert not (tmp_path / "demo").exists()
 
 
 def test_the_lexicon_knows_good_from_bad() -> None:

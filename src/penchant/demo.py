@@ -27,6 +27,7 @@ EVAL_SAMPLES = 4  # continuations per held-out opening, before and after
 NEW_TOKENS = 40
 MIN_GAP = 0.3  # pairs whose rewards are closer than this say little
 TEMPERATURE = 1.0
+MARK = ".penchant-demo"  # says that the folder is a demo's, to be replaced by the next one
 
 TRAINING: dict[str, Any] = {
     "loss": {"name": "dpo", "beta": 0.1},
@@ -57,7 +58,8 @@ def run_demo(
     """Run the whole experiment and print what came out; returns 0 when every goal was met, else 1.
 
     Args:
-        output: the run folder. A finished or half-done demo in it is replaced by a new one.
+        output: the run folder. A finished or half-done demo in it is replaced by a new one; any other folder with
+            something in it is refused.
         reviews: film reviews (JSONL with a ``text`` field) for a second held-out perplexity.
         seed: of sampling and training.
     """
@@ -74,6 +76,8 @@ def run_demo(
     start_folder = str(asset("model"))
     tokenizer = load_tokenizer(start_folder)
     start = _load(start_folder)
+    if reviews is not None:
+        _check_reviews(reviews)
     _fresh(folder)
 
     with say.stage(f"writing {SAMPLES} continuations of each of {len(openings['train'])} openings") as progress:
@@ -109,20 +113,35 @@ def run_demo(
 
 
 def _fresh(folder: Path) -> None:
-    """Empty a former demo's folder, and nothing else: a folder without a demo's mark is left alone."""
+    """Empty a former demo's folder, and nothing else: only a folder with the mark that a demo leaves is ever deleted."""
     import shutil
 
     from penchant.errors import CheckpointError
+    from penchant.training.runfolder import RunLock
 
-    mark = folder / "pairs.jsonl"
-    if folder.exists() and any(folder.iterdir()):
-        if not mark.exists():
-            raise CheckpointError(str(folder), "is not empty and holds no demo", "give another --output")
-        shutil.rmtree(folder)
     try:
+        if folder.exists() and any(folder.iterdir()):
+            if folder.is_symlink() or not (folder / MARK).is_file():
+                raise CheckpointError(
+                    str(folder), "is not empty and was not made by `penchant demo`", "give another --output"
+                )
+            with RunLock(folder):  # a demo that still trains there is left alone
+                shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).write_text("made by `penchant demo`, which may delete this folder to start over\n")
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CheckpointError(str(folder), "is a file, or lies below one", "give another --output") from error
     except OSError as error:
-        raise CheckpointError(str(folder), f"cannot be made ({error.strerror})", "give another --output") from error
+        raise CheckpointError(str(folder), f"cannot be written ({error.strerror})", "give another --output") from error
+
+
+def _check_reviews(reviews: str) -> None:
+    """Read a person's reviews before the minutes of work whose end needs them."""
+    from penchant.data.load import load_preferences
+    from penchant.errors import DataError
+
+    if not load_preferences(reviews, shape="text", on_bad_row="skip").trees:
+        raise DataError(reviews, "holds no usable reviews", 'give JSONL rows such as {"text": "..."}')
 
 
 def _load(folder: str) -> Any:

@@ -469,11 +469,11 @@ class Run:
             {"prompt": self.tokenizer.decode(p, skip_special_tokens=True), "completion": c}
             for p, c in zip(prompts, texts, strict=True)
         ]
-        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
         return rows
 
     def _write_samples(self, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
-        with (self.folder / "samples.jsonl").open("w") as out:
+        with (self.folder / "samples.jsonl").open("w", encoding="utf-8") as out:
             for b, a in zip(before, after, strict=False):
                 row = {"prompt": a["prompt"], "before": b["completion"], "after": a["completion"]}
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -528,4 +528,5 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All rows of a JSONL file that this program wrote; an absent file is empty."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
+    # not splitlines: a sample may hold a U+2028, which is a line end to Python and none to JSON
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

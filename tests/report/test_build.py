@@ -97,6 +97,13 @@ def test_it_loads_nothing_from_anywhere(tmp_path: Path) -> None:
     assert len(text) < 200_000
 
 
+def test_unicode_line_ends_inside_a_sample_are_text(tmp_path: Path) -> None:
+    folder = _run(tmp_path / "run")
+    row = {"prompt": "p", "before": "one\u2028two\x85three", "after": "found"}
+    (folder / "samples.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert "found" in write_report(folder).read_text()
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     folder = tmp_path / "bare"
     folder.mkdir()

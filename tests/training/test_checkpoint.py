@@ -137,6 +137,19 @@ def test_another_runs_folder_is_refused_with_the_difference(tmp_path: Path) -> N
         open_run(tmp_path / "run", "a: 1\n", {"config": {"train": {"lr": 1e-5}}, "data": ["x"]})
 
 
+def test_checkpoints_of_an_unknown_run_are_refused(tmp_path: Path) -> None:
+    _save(tmp_path / "run", 1)
+    with pytest.raises(CheckpointError, match=r"no identity\.json"):
+        open_run(tmp_path / "run", "", {})
+
+
+def test_a_log_that_lost_lines_is_refused(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.write({"a": 1})
+    with pytest.raises(CheckpointError, match="has 9 bytes, but the checkpoint was written when it had 100"):
+        log.truncate(100)
+
+
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):

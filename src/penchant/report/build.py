@@ -236,7 +236,7 @@ def _json(path: Path) -> Any:
 def _jsonl(path: Path) -> list[dict[str, Any]]:
     """Whole lines only: the last line of a run that goes on may be half written."""
     rows = []
-    for line in _text(path).splitlines():
+    for line in _text(path).split("\n"):  # not splitlines: JSON strings may hold U+2028
         try:
             value = json.loads(line)
         except ValueError:

@@ -67,7 +67,13 @@ def open_run(folder: Path, resolved_config: str, identity: Mapping[str, Any]) ->
     mine = json.loads(json.dumps(identity))
     path = folder / "identity.json"
     has_checkpoints = any((folder / "checkpoints").glob("step-*"))
-    if path.exists() and has_checkpoints:
+    if has_checkpoints and not path.exists():
+        raise CheckpointError(
+            str(folder),
+            "holds checkpoints but no identity.json, so it cannot be told which run they are of",
+            "choose another output, or delete the folder to start over",
+        )
+    if has_checkpoints:
         theirs = json.loads(path.read_text())
         if theirs != mine:
             shown = "".join(f"\n  {line}" for line in differences(theirs, mine))
@@ -106,7 +112,18 @@ class MetricsLog:
         return self._file.tell()
 
     def truncate(self, offset: int) -> None:
-        """Cut the file back to what it was at a checkpoint."""
+        """Cut the file back to what it was at a checkpoint.
+
+        Raises:
+            CheckpointError: the file is shorter than that, so lines of this run are lost.
+        """
+        size = os.fstat(self._file.fileno()).st_size
+        if size < offset:
+            raise CheckpointError(
+                str(self.path),
+                f"has {size:,} bytes, but the checkpoint was written when it had {offset:,}",
+                "restore the file, or delete the run folder to start over",
+            )
         self._file.truncate(offset)
         self._file.seek(0, os.SEEK_END)
 
