@@ -12,6 +12,7 @@ LAYERS = [
     {"penchant", "errors"},
     {"types", "schema"},
     {"losses", "data", "models"},
+    {"head"},
     {"logprobs"},
     {"packing_check", "reference", "rollout"},
     {"training"},

@@ -7,7 +7,8 @@ import torch
 from families import VOCAB, family_configs, some_trees, tiny_model
 
 from penchant.data.packing import pack
-from penchant.logprobs import Scorer, token_logps
+from penchant.head import token_logps
+from penchant.logprobs import Scorer
 from penchant.models.attention import install_tree_attention
 from penchant.types import TokenTree
 
@@ -89,7 +90,7 @@ def test_token_logps_equal_log_softmax(scale: float, softcap: float | None, with
         logits = softcap * torch.tanh(logits / softcap)
     expected = torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1)
     expected_grads = torch.autograd.grad((expected * coefficients).sum(), inputs)
-    got = token_logps(hidden, weight, targets, bias, scale=scale, softcap=softcap, chunk=chunk)
+    got, _ = token_logps(hidden, weight, targets, bias, scale=scale, softcap=softcap, chunk=chunk)
     grads = torch.autograd.grad((got * coefficients).sum(), inputs)
     assert torch.allclose(got, expected, rtol=1e-12)
     for g, e in zip(grads, expected_grads, strict=True):
@@ -101,13 +102,13 @@ def test_token_logps_gradcheck() -> None:
     hidden = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 5, 2, 2])
-    assert torch.autograd.gradcheck(lambda h, w: token_logps(h, w, targets, softcap=2.0, chunk=3), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: token_logps(h, w, targets, softcap=2.0, chunk=3)[0], (hidden, weight))
 
 
 def test_logits_that_would_overflow_a_plain_softmax_stay_finite() -> None:
     hidden = torch.tensor([[1e4, 0.0]])
     weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
-    got = token_logps(hidden, weight, torch.tensor([1]))
+    got, _ = token_logps(hidden, weight, torch.tensor([1]))
     assert got.item() == pytest.approx(-2e4)
 
 

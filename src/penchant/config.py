@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_serializer, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from penchant.data.options import DataConfig
 from penchant.errors import ConfigError
@@ -44,26 +44,138 @@ SYNONYMS = {
 }
 
 
-class LossConfig(BaseModel):
-    """A loss by name, with its own typed hyperparameters."""
+class ComponentConfig(BaseModel):
+    """A loss by name, with its own typed hyperparameters, some of which may follow a schedule."""
 
     model_config = {"frozen": True, "arbitrary_types_allowed": True}
     name: str
     params: Any
+    schedules: dict[str, Any] = Field(default_factory=dict)
+    weight: float = 1.0
+
+    @classmethod
+    def from_mapping(cls, value: Mapping[str, Any]) -> ComponentConfig:
+        """Look the name up in the registry and validate the rest as its hyperparameters.
+
+        A number may be given as ``{from: a, to: b, shape: linear}``; both ends must be in its range.
+        """
+        from penchant.losses import LOSSES
+        from penchant.losses.schedules import Schedule
+
+        rest = dict(value)
+        name = str(rest.pop("name", "dpo")).replace("-", "_")
+        if name not in LOSSES:
+            raise ConfigError("loss.name", f"{name!r} is not a loss", did_you_mean(name, LOSSES))
+        weight = rest.pop("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
+            raise ConfigError("loss.weight", f"{weight!r} is no weight", "give a number of at least 0")
+        params_type = LOSSES[name].params
+        names = {info.alias or field: field for field, info in params_type.model_fields.items()}
+        schedules = {}
+        for key, given in rest.items():
+            if isinstance(given, Mapping) and key in names:
+                made = Schedule.model_validate(given)
+                params_type.model_validate({**rest, **_ends(rest, names, first=False)})
+                schedules[names[key]] = made
+        params = params_type.model_validate({**rest, **_ends(rest, names, first=True)})
+        for field in schedules:
+            if not isinstance(getattr(params, field), float):
+                raise ConfigError(f"loss.{field}", "is no number that could follow a schedule", "give one value")
+        return cls(name=name, params=params, schedules=schedules | params.schedules(), weight=float(weight))
+
+    def to_mapping(self) -> dict[str, Any]:
+        values = self.params.model_dump(mode="json", by_alias=True)
+        own = self.params.schedules()
+        for field, schedule in self.schedules.items():
+            if field not in own:
+                alias = type(self.params).model_fields[field].alias or field
+                values[alias] = schedule.model_dump(mode="json", by_alias=True)
+        return {"name": self.name, **values}
+
+
+def _ends(rest: Mapping[str, Any], names: Mapping[str, str], *, first: bool) -> dict[str, Any]:
+    """The scheduled hyperparameters at the first or the last step, as plain values."""
+    return {
+        key: given.get("from" if first else "to")
+        for key, given in rest.items()
+        if isinstance(given, Mapping) and key in names
+    }
+
+
+class LossConfig(BaseModel):
+    """A loss, or a mix of several by weight, and what modifies any of them."""
+
+    model_config = {"frozen": True, "arbitrary_types_allowed": True}
+    components: tuple[ComponentConfig, ...]
+    nll_weight: float = 0.0
+    average_log_prob: bool = False
+
+    @property
+    def name(self) -> str:
+        """The first loss's name."""
+        return self.components[0].name
+
+    @property
+    def params(self) -> Any:
+        """The first loss's hyperparameters."""
+        return self.components[0].params
 
     @classmethod
     def from_mapping(cls, value: Mapping[str, Any]) -> LossConfig:
-        """Look the name up in the registry and validate the rest as its hyperparameters."""
+        """``{name: dpo, beta: 0.1}`` or ``{mix: [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]}``, and the modifiers."""
+        rest = dict(value)
+        modifiers = LossModifiers.model_validate({k: rest.pop(k) for k in LossModifiers.model_fields if k in rest})
+        mix = rest.pop("mix", None)
+        if mix is None:
+            if "weight" in rest:
+                raise ConfigError(
+                    "loss.weight", "a single loss has no weight", "lower train.lr, or list losses in loss.mix"
+                )
+            components: tuple[ComponentConfig, ...] = (ComponentConfig.from_mapping(rest),)
+        else:
+            if rest:
+                raise ConfigError(
+                    "loss", f"{', '.join(rest)} beside mix", "put it into the entry of mix that it is for"
+                )
+            if not isinstance(mix, list) or not mix or not all(isinstance(m, Mapping) for m in mix):
+                raise ConfigError(
+                    "loss.mix", "is no list of losses", "write [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]"
+                )
+            components = tuple(ComponentConfig.from_mapping(m) for m in mix)
+        made = cls(components=components, **modifiers.model_dump())
+        made._check()
+        return made
+
+    def _check(self) -> None:
         from penchant.losses import LOSSES
 
-        rest = dict(value)
-        name = rest.pop("name", "dpo")
-        if name not in LOSSES:
-            raise ConfigError("loss.name", f"{name!r} is not a loss", did_you_mean(str(name), LOSSES))
-        return cls(name=name, params=LOSSES[name].params.model_validate(rest))
+        specs = [LOSSES[c.name] for c in self.components]
+        names = [s.name for s in specs]
+        if len(set(names)) < len(names):
+            raise ConfigError("loss.mix", "a loss is listed twice", "keep one, or change its weight")
+        if sum("divergence" in s.needs for s in specs) > 1:
+            raise ConfigError("loss.mix", "two losses with a divergence of their own", "keep one")
+        if self.average_log_prob:
+            for s in specs:
+                if s.uses_lengths:
+                    raise ConfigError(
+                        "loss.average_log_prob", f"{s.name} looks at lengths itself", "leave average_log_prob out"
+                    )
 
     def to_mapping(self) -> dict[str, Any]:
-        return {"name": self.name, **self.params.model_dump(mode="json")}
+        modifiers = {"nll_weight": self.nll_weight, "average_log_prob": self.average_log_prob}
+        if len(self.components) == 1:
+            return {**self.components[0].to_mapping(), **modifiers}
+        return {"mix": [{**c.to_mapping(), "weight": c.weight} for c in self.components], **modifiers}
+
+
+class LossModifiers(Section):
+    """What any loss can be combined with."""
+
+    nll_weight: float = Field(
+        0.0, ge=0, description="adds the chosen answers' negative log-likelihood, a mean over tokens"
+    )
+    average_log_prob: bool = Field(False, description="the loss sees log-probs per token instead of sums")
 
 
 class RunConfig(Section):
@@ -79,6 +191,23 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     output: str = Field(description="the run's folder")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reference_of_the_loss(cls, values: Any) -> Any:
+        """PMPO's own name for a reference that follows the policy: loss.ref_ema is reference.ema."""
+        loss = values.get("loss") if isinstance(values, dict) else None
+        if not isinstance(loss, Mapping) or "ref_ema" not in loss:
+            return values
+        reference = dict(values.get("reference") or {})
+        if "ema" in reference:
+            raise ConfigError("loss.ref_ema", "reference.ema is set too", "keep one")
+        ema = loss["ref_ema"]
+        return {
+            **values,
+            "loss": {k: v for k, v in loss.items() if k != "ref_ema"},
+            "reference": {**reference, "ema": ema} if ema is not None else reference,
+        }
 
     @field_validator("loss", mode="before")
     @classmethod

@@ -300,7 +300,7 @@ def _logps(model: Any, trees: list[Any]) -> np.ndarray:
     from penchant.reference import LiveReference, compute_logps
 
     live = LiveReference(Scorer(model, "shared"))
-    result: np.ndarray = compute_logps(live, trees, tokens_per_step=4096).double().numpy()
+    result: np.ndarray = compute_logps(live, trees, tokens_per_step=4096).sums.double().numpy()
     return result
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.head import RowLogits
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.types import PackedBatch, TokenTree
 
@@ -31,6 +32,9 @@ class Reference(Protocol):
     def logps(self, batch: PackedBatch) -> Tensor:
         """Summed completion log-probs (C,) under the reference, without gradient."""
 
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        """Log-probs (R,) of every completion token under the reference, without gradient."""
+
 
 @dataclass(slots=True)
 class LiveReference:
@@ -42,6 +46,26 @@ class LiveReference:
 
     def logps(self, batch: PackedBatch) -> Tensor:
         return self.completion_logps(batch).sums
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        return self.completion_logps(batch).tokens
+
+    def row_logits(self, batch: PackedBatch) -> RowLogits:
+        """The reference's logits of a slice of predicting positions: what an exact divergence compares the policy's with."""
+        model = self.scorer.model
+        training = model.training
+        model.eval()
+        try:
+            with self.off():
+                rows = self.scorer.row_logits(batch)
+        finally:
+            model.train(training)
+
+        def without_adapter(part: slice) -> Tensor:
+            with self.off():  # for an adapter on the head itself
+                return rows(part)
+
+        return rows if self.scorer.plain_head else without_adapter
 
     def completion_logps(self, batch: PackedBatch) -> CompletionLogps:
         """Log-probs per completion and per token, without gradient."""
@@ -61,14 +85,58 @@ def adapter_off(scorer: Scorer) -> LiveReference:
 
 
 @dataclass(slots=True)
+class MovingReference(LiveReference):
+    """A frozen copy that follows the policy (TR-DPO, arXiv 2404.09656): ``ref <- (1 - mixup) ref + mixup policy``.
+
+    Every `every` optimiser steps; mixup 1 is a hard update, ``every=1, mixup=0.01`` an exponential moving average with decay
+    0.99. The mean is kept in fp32: in bf16 a small step would be rounded away.
+
+    Args:
+        policy: gives the policy's weights in fp32, under the names of the reference's parameters.
+    """
+
+    policy: Callable[[], Mapping[str, Tensor]] = dict
+    every: int = 1
+    mixup: float = 1.0
+    masters: dict[str, Tensor] = field(default_factory=dict)
+
+    def after_step(self, step: int) -> None:
+        """Update where optimiser step `step` (1-based) is one to update at."""
+        if step % self.every:
+            return
+        parameters = dict(self.scorer.model.named_parameters())
+        with torch.no_grad():
+            for name, now in self.policy().items():
+                master = self.masters.setdefault(name, parameters[name].detach().to(now.dtype, copy=True))
+                master.lerp_(now, self.mixup)
+                parameters[name].copy_(master)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The moved weights, in fp32."""
+        return dict(self.masters)
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_tensors`."""
+        parameters = dict(self.scorer.model.named_parameters())
+        with torch.no_grad():
+            for name, value in tensors.items():
+                self.masters[name] = value.clone().to(parameters[name].device)
+                parameters[name].copy_(value)
+
+
+@dataclass(slots=True)
 class CachedReference:
-    """Reference log-probs by data set row."""
+    """Reference log-probs by data set row: of completions, and of their tokens where those were asked for."""
 
     by_row: dict[int, Tensor]
+    tokens_by_row: dict[int, Tensor] = field(default_factory=dict)
     exact: bool = False
 
     def logps(self, batch: PackedBatch) -> Tensor:
         return torch.cat([self.by_row[row] for row in batch.rows]).to(batch.input_ids.device)
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        return torch.cat([self.tokens_by_row[row] for row in batch.rows]).to(batch.input_ids.device)
 
 
 def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, tokenizer: str, template: str) -> str:
@@ -100,9 +168,10 @@ def cached_reference(
     folder: Path,
     *,
     tokens_per_step: int,
+    tokens: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[CachedReference, bool]:
-    """Read the cache `key` in `folder`, or compute it and write it there (atomically).
+    """Read the cache `key` in `folder`, or compute it and write it there (atomically); `tokens`: also token by token.
 
     Returns:
         The reference, and whether it was found on disk.
@@ -111,18 +180,20 @@ def cached_reference(
     from safetensors.torch import load_file
 
     path = folder / f"{key}.safetensors"
-    counts = [len(t.completion_ids) for t in trees]
+    count = sum(len(t.completion_ids) for t in trees)
     if path.exists():
         try:
-            sums = load_file(path)["sums"]
-        except (SafetensorError, OSError, KeyError):
-            sums = torch.empty(0)
-        if len(sums) == sum(counts):  # a torn file is computed again
-            return _by_row(trees, sums, counts), True
-    sums = compute_logps(live, trees, tokens_per_step=tokens_per_step, progress=progress)
+            stored = load_file(path)
+        except (SafetensorError, OSError):
+            stored = {}
+        # a torn file, or one without the tokens that are wanted now, is computed again
+        if len(stored.get("sums", ())) == count and (not tokens or "tokens" in stored):
+            return _by_row(trees, stored), True
+    made = compute_logps(live, trees, tokens_per_step=tokens_per_step, progress=progress)
+    stored = {"sums": made.sums} | ({"tokens": made.tokens} if tokens else {})
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, sums)
-    return _by_row(trees, sums, counts), False
+    _write_atomically(path, stored)
+    return _by_row(trees, stored), False
 
 
 def compute_logps(
@@ -131,32 +202,44 @@ def compute_logps(
     *,
     tokens_per_step: int,
     progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """Summed log-probs of all completions, in tree order, without gradient: (sum of k,)."""
+) -> CompletionLogps:
+    """Log-probs of all completions, in tree order, without gradient: sums (sum of k,) and tokens."""
     shared = live.scorer.shared
     sizes = [tree_tokens(t, shared) for t in trees]
-    parts: dict[int, Tensor] = {}
+    parts: dict[int, tuple[Tensor, Tensor]] = {}
     device = next(live.scorer.model.parameters()).device
     for members in plan_microbatches(sizes, tokens_per_step):
-        sums = live.logps(pack([trees[i] for i in members], shared=shared).to(device)).cpu()
-        counts = [len(trees[i].completion_ids) for i in members]
-        parts |= dict(zip(members, sums.split(counts), strict=True))
+        made = live.completion_logps(pack([trees[i] for i in members], shared=shared).to(device))
+        sums = made.sums.cpu().split([len(trees[i].completion_ids) for i in members])
+        tokens = made.tokens.cpu().split([sum(map(len, trees[i].completion_ids)) for i in members])
+        parts |= dict(zip(members, zip(sums, tokens, strict=True), strict=True))
         if progress is not None:
             progress(len(parts), len(trees))
-    return torch.cat([parts[i] for i in range(len(trees))]) if trees else torch.empty(0)
+    if not trees:
+        return CompletionLogps(torch.empty(0), torch.empty(0))
+    return CompletionLogps(*(torch.cat([parts[i][k] for i in range(len(trees))]) for k in (0, 1)))
 
 
-def _by_row(trees: Iterable[TokenTree], sums: Tensor, counts: list[int]) -> CachedReference:
-    return CachedReference({t.row: s for t, s in zip(trees, sums.split(counts), strict=True)})
+def _by_row(trees: Sequence[TokenTree], stored: Mapping[str, Tensor]) -> CachedReference:
+    sizes = {
+        "sums": [len(t.completion_ids) for t in trees],
+        "tokens": [sum(map(len, t.completion_ids)) for t in trees],
+    }
+    rows = [t.row for t in trees]
+    by_row, tokens_by_row = (
+        dict(zip(rows, stored[name].split(sizes[name]), strict=True)) if name in stored else {}
+        for name in ("sums", "tokens")
+    )
+    return CachedReference(by_row, tokens_by_row)
 
 
-def _write_atomically(path: Path, sums: Tensor) -> None:
+def _write_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
     try:
-        save_file({"sums": sums}, name)
+        save_file(tensors, name)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

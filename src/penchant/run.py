@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from penchant.algorithms.offline import Offline
+from penchant.algorithms.offline import Component, Offline
 from penchant.config import RunConfig, dump_config, with_absolute_paths
+from penchant.data.adapt import adapt, mismatch
 from penchant.data.audit import audit as run_audit
 from penchant.data.load import Dataset, load_preferences, summary, write_quarantine
 from penchant.data.split import split_by_prompt
@@ -23,10 +24,12 @@ from penchant.errors import CheckpointError, ConfigError, DataError
 from penchant.evaluation.heldout import evaluate_heldout
 from penchant.evaluation.sampled_kl import sampled_kl
 from penchant.losses import LOSSES
+from penchant.losses.schedules import progress_at
 from penchant.manifest import hardware, tokenizer_sha256, versions
 from penchant.models.load import (
     add_lora,
     cast_parameters,
+    effective_weights,
     load_causal_model,
     load_tokenizer,
     resolve_device,
@@ -38,6 +41,7 @@ from penchant.packing_check import choose_packing
 from penchant.reference import (
     CachedReference,
     LiveReference,
+    MovingReference,
     Reference,
     adapter_off,
     cache_key,
@@ -45,10 +49,11 @@ from penchant.reference import (
     default_cache_dir,
 )
 from penchant.training.checkpoint import latest_checkpoint, load_checkpoint
-from penchant.training.loop import Loop
+from penchant.training.loop import Loop, algorithm_state
 from penchant.training.optim import MasterAdamW
 from penchant.training.progress import console
 from penchant.training.runfolder import RunLock, open_run
+from penchant.training.schedule import BatchSchedule
 from penchant.types import TokenTree
 
 if TYPE_CHECKING:
@@ -84,7 +89,11 @@ class Run:
         self.config = config = with_absolute_paths(config)
         self.folder = Path(config.output)
         self.console = console(quiet)
-        self.spec = LOSSES[config.loss.name]
+        self.specs = [LOSSES[c.name] for c in config.loss.components]
+        self.needs = frozenset().union(*(s.needs for s in self.specs))
+        # what the data must be: one loss on labels among them takes pairs apart, one on pairs needs both answers
+        signals = {s.signal for s in self.specs}
+        self.signal = next(s for s in ("pairs", "unpaired", "tokens") if s in signals)
         self.device = resolve_device(config.model.device)
         self.dtype = resolve_dtype(config.model.dtype, self.device)
 
@@ -132,13 +141,7 @@ class Run:
             identical=data.identical,
             limit=data.limit,
         )
-        if self.spec.signal == "pairs" and dataset.kind != "pairs":
-            raise DataError(
-                str(path),
-                f"loss.name={self.spec.name} needs pairs (chosen and rejected), but these rows are {dataset.kind}",
-                "give preference data, or set loss.name=sft",
-            )
-        return dataset
+        return adapt(dataset, "+".join(s.name for s in self.specs), self.signal, self.needs, data, str(path))
 
     @cached_property
     def tokenised(self) -> tuple[TokenisedDataset, TokenisedDataset | None]:
@@ -163,9 +166,19 @@ class Run:
         """(train, held out) token trees; rows are numbered through both, so that one reference cache holds both."""
         train, heldout = self.tokenised
         parts = [list(train.trees), list(heldout.trees) if heldout is not None else []]
-        if self.spec.signal == "tokens":  # SFT on pairs learns the chosen completion only
+        if self.signal == "tokens":  # SFT on pairs learns the chosen completion only
             parts = [
-                [replace(t, completion_ids=t.completion_ids[:1], truncated=t.truncated[:1]) for t in p] for p in parts
+                [
+                    replace(
+                        t,
+                        completion_ids=t.completion_ids[:1],
+                        truncated=t.truncated[:1],
+                        labels=t.labels[:1],
+                        scores=t.scores[:1],
+                    )
+                    for t in p
+                ]
+                for p in parts
             ]
         numbered = []
         start = 0
@@ -175,6 +188,28 @@ class Run:
         if not numbered[0]:
             raise DataError(str(self.config.data.path), "no row is left to train on", "look at the quarantine file")
         return numbered[0], numbered[1]
+
+    @cached_property
+    def mismatched(self) -> dict[int, TokenTree]:
+        """By row: its prompt with a completion of the next row that has another prompt. Rows go on counting behind the others."""
+        if "z0" not in self.needs:
+            return {}
+        found: dict[int, TokenTree] = {}
+        offset = sum(map(len, self.trees))
+        for trees in self.trees:
+            partners = mismatch([t.prompt_ids.tobytes() for t in trees])
+            if partners is None and trees:
+                raise DataError(
+                    str(self.config.data.path),
+                    "all rows have the same prompt, so KTO's reference point cannot be estimated",
+                    "give data with at least two prompts (in the held-out part too), or choose bco or pmpo",
+                )
+            for tree, partner in zip(trees, partners or [], strict=True):
+                other = trees[partner]
+                ids = other.completion_ids[tree.row % len(other.completion_ids)]
+                room = max(1, self.config.data.max_length - len(tree.prompt_ids))
+                found[tree.row] = TokenTree(offset + tree.row, tree.prompt_ids, (ids[:room],), (len(ids) > room,))
+        return found
 
     def audit(self, tokenise: bool = True) -> Any:
         """The data audit, over every split."""
@@ -247,7 +282,11 @@ class Run:
     @cached_property
     def reference_kind(self) -> str:
         kind = self.config.reference.kind
-        if kind == "auto":
+        if kind == "auto" and self.config.reference.moves:
+            kind = "frozen"
+        elif kind == "auto" and "divergence" in self.needs and self.config.lora is None:
+            kind = "frozen"  # a cache does not hold whole distributions
+        elif kind == "auto":
             kind = "adapter" if self.config.lora is not None and self.config.reference.path is None else "cached"
         if kind == "adapter" and (self.config.lora is None or self.config.reference.path is not None):
             raise ConfigError(
@@ -259,8 +298,22 @@ class Run:
 
     @cached_property
     def reference(self) -> Reference | None:
-        if "reference" not in self.spec.needs:
+        cfg = self.config.reference
+        if "reference" not in self.needs:
+            if cfg.moves:
+                names = ", ".join(s.name for s in self.specs)
+                raise ConfigError(
+                    "reference", f"{names} has no reference that could move", "leave out ema and sync_every"
+                )
             return None
+        if cfg.moves:
+            every, mixup = (cfg.sync_every, cfg.sync_mixup) if cfg.ema is None else (1, 1.0 - cfg.ema)
+            return MovingReference(
+                self._frozen_scorer(),
+                policy=lambda: effective_weights(self.model, self.optimiser.masters),
+                every=int(every or 1),
+                mixup=mixup,
+            )
         if self.reference_kind == "adapter":
             return adapter_off(self.scorer)
         if self.reference_kind == "frozen":
@@ -287,7 +340,9 @@ class Run:
         folder = Path(cfg.reference.cache_dir).expanduser() if cfg.reference.cache_dir else default_cache_dir()
         weights = weights_sha256(live.scorer.model)
         by_row: dict[int, Any] = {}
-        for name, trees in zip(("training", "held-out"), self.trees, strict=True):
+        tokens_by_row: dict[int, Any] = {}
+        groups = {"training": self.trees[0], "held-out": self.trees[1], "mismatched": list(self.mismatched.values())}
+        for name, trees in groups.items():
             if not trees:
                 continue
             key = cache_key(
@@ -299,18 +354,38 @@ class Run:
             )
             progress = self.console.counter(f"reference log-probs of {name} rows")
             cached, found = cached_reference(
-                live, trees, key, folder, tokens_per_step=cfg.train.tokens_per_step, progress=progress
+                live,
+                trees,
+                key,
+                folder,
+                tokens_per_step=cfg.train.tokens_per_step,
+                tokens="shared_logps" in self.needs,
+                progress=progress,
             )
             verb = "read from cache" if found else "computed and cached"
             self.console.note(f"reference log-probs of {len(trees):,} {name} rows: {verb}")
             by_row |= cached.by_row
-        return CachedReference(by_row)
+            tokens_by_row |= cached.tokens_by_row
+        return CachedReference(by_row, tokens_by_row)
 
     # ---- the verbs ------------------------------------------------------------------------------------------------
 
     @cached_property
     def algorithm(self) -> Offline:
-        return Offline(self.scorer, self.spec, self.config.loss.params.model_dump(), self.reference)
+        loss = self.config.loss
+        components = [
+            Component(spec, c.params, c.weight, c.schedules)
+            for spec, c in zip(self.specs, loss.components, strict=True)
+        ]
+        return Offline(
+            self.scorer,
+            components,
+            self.reference,
+            nll_weight=loss.nll_weight,
+            average_log_prob=loss.average_log_prob,
+            mismatched=self.mismatched,
+            tokens_per_step=self.config.evaluation.tokens_per_step or self.config.train.tokens_per_step,
+        )
 
     @property
     def peak_lr(self) -> float:
@@ -318,7 +393,7 @@ class Run:
         if lr != "auto":
             return float(lr)
         lora = self.config.lora is not None
-        return DEFAULT_LR.get((self.spec.name, lora), DEFAULT_PREFERENCE_LR[lora])
+        return DEFAULT_LR["sft", lora] if self.signal == "tokens" else DEFAULT_PREFERENCE_LR[lora]
 
     def _evaluate_now(self, step: int = 0) -> dict[str, Any]:
         budget = self.config.evaluation.tokens_per_step or self.config.train.tokens_per_step
@@ -328,16 +403,27 @@ class Run:
             shared=self.scorer.shared,
             tokens_per_step=budget,
             device=self.device,
+            at=progress_at(max(0, step - 1), self._schedule.total_steps),
             progress=self.console.counter("held-out rows"),
         )
-        if self.config.evaluation.kl_prompts and self.reference is not None:
+        if self.config.evaluation.kl_prompts and self.signal != "tokens":
             metrics |= {f"eval/{name}": value for name, value in self._sampled_kl(step, budget).items()}
         return metrics
 
+    @property
+    def _schedule(self) -> BatchSchedule:
+        t = self.config.train
+        return BatchSchedule(len(self.trees[0]), t.batch_size, t.epochs, t.max_steps, t.seed, t.shuffle)
+
     def _sampled_kl(self, step: int, budget: int) -> dict[str, Any]:
-        """KL to the reference on sampled completions; a cached reference is loaded for it and let go again."""
+        """KL to the start (or reference.path) on sampled completions; where no such model is held, one is loaded and let go again."""
         prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in self.trees[1]))
-        live = self.reference if isinstance(self.reference, LiveReference) else LiveReference(self._frozen_scorer())
+        if type(self.reference) is LiveReference:
+            live = self.reference
+        elif self.config.lora is not None and self.config.reference.path is None:
+            live = adapter_off(self.scorer)
+        else:
+            live = LiveReference(self._frozen_scorer())
         return sampled_kl(
             LiveReference(self.scorer),
             live,
@@ -390,9 +476,8 @@ class Run:
         cfg = self.config
         algorithm = self.algorithm  # the reference first: a cached one is computed with the untouched policy
         check = None
-        if self.spec.equal_policy_loss is not None and cfg.reference.path is None and cfg.model.init == "pretrained":
-            expected = self.spec.equal_policy_loss(**algorithm.params)
-            check = (expected, self._first_loss_tolerance(algorithm.reference))
+        if algorithm.reference is not None and cfg.reference.path is None and cfg.model.init == "pretrained":
+            check = self._start_tolerance(algorithm.reference)
         return Loop(
             model=self.model,
             algorithm=algorithm,
@@ -408,14 +493,15 @@ class Run:
             write_model=lambda folder: save_model(self.model, self.tokenizer, folder),
             console=self.console,
             evaluate=self._evaluate_now if self.trees[1] else None,
-            equal_policy_loss=check,
+            start_tolerance=check,
         )
 
-    def _first_loss_tolerance(self, reference: Reference | None) -> float:
-        """Zero when reference and policy run the same kernels on the same batch; a cache was packed otherwise."""
-        if reference is not None and reference.exact:
-            return 1e-7  # log 2 itself is rounded to fp32
-        return {torch.bfloat16: 0.2, torch.float32: 1e-3, torch.float64: 1e-9}[self.dtype]
+    def _start_tolerance(self, reference: Reference) -> tuple[float, float]:
+        """Nats per completion and per token; zero when reference and policy run the same kernels on the same batch."""
+        if reference.exact:
+            return 0.0, 0.0
+        # a cache was packed otherwise: rounding errors add up over tokens
+        return {torch.bfloat16: (1.0, 0.05), torch.float32: (1e-3, 1e-4), torch.float64: (1e-9, 1e-10)}[self.dtype]
 
     def evaluate(self, step: str = "last") -> dict[str, Any]:
         """Held-out metrics of a checkpoint (``last``, ``best`` or a number), or of the start (``0``)."""
@@ -428,6 +514,7 @@ class Run:
         if path is not None:
             tensors, _state = load_checkpoint(path)
             self.optimiser.load_state_tensors(tensors)
+            self.algorithm.load_state_tensors(algorithm_state(tensors))
         self.model.eval()
         at = 0
         if path is not None:
@@ -456,7 +543,7 @@ class Run:
         path = self.folder / f"samples.{name}.jsonl"
         count = self.config.evaluation.samples
         trees = self.trees[1] or self.trees[0]
-        if not count or (self.spec.signal == "tokens" and self.datasets[0].kind == "text"):
+        if not count or (self.signal == "tokens" and self.datasets[0].kind == "text"):
             return []
         if not wanted():
             return read_jsonl(path)
@@ -500,7 +587,7 @@ class Run:
             "seconds": round(time.time() - started, 1),
             "steps": loop.state.step,
             "seed": self.config.train.seed,
-            "loss": self.spec.name,
+            "loss": "+".join(s.name for s in self.specs),
             "model": {
                 "path": self.config.model.path,
                 "sha256": weights,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -64,6 +64,8 @@ class TokenTree:
     completion_ids: tuple[np.ndarray, ...]  # k arrays (c_i,) int32
     truncated: tuple[bool, ...]
     source: str = ""
+    labels: tuple[bool | None, ...] = ()  # k labels, or none at all
+    scores: tuple[float | None, ...] = ()  # k scores, or none at all
 
     @property
     def shared_tokens(self) -> int:
@@ -107,6 +109,8 @@ class PackedBatch:
     completion_slot: Tensor  # (C,) int64: 0 = first (chosen), 1 = second (rejected), ...
     lengths: Tensor  # (C,) int64: completion tokens
     rows: tuple[int, ...]  # data set row of each tree
+    labels: Tensor | None = None  # (C,) fp32, 1 or 0; None where a completion has none
+    scores: Tensor | None = None  # (C,) fp32; None where a completion has none
     cache: dict[str, object] = field(default_factory=dict)  # layouts derived from `segments`, built once per batch
 
     @property
@@ -135,7 +139,11 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True)
 class PairLogps:
-    """What a pairwise loss gets: summed completion log-probs and lengths, each of shape (batch,), float32 or float64."""
+    """What a pairwise loss gets: tensors of shape (batch,), float32 or float64, None where it did not ask.
+
+    `*_logps` are summed over the completion, `*_shared_logps` over its first min(|chosen|, |rejected|) tokens (nats);
+    `*_alignment` is the mean over tokens of ``log pi(y_t) - log sum_v pi(v)^2``.
+    """
 
     policy_chosen_logps: Tensor
     policy_rejected_logps: Tensor
@@ -143,36 +151,127 @@ class PairLogps:
     ref_rejected_logps: Tensor | None = None
     chosen_lengths: Tensor | None = None
     rejected_lengths: Tensor | None = None
+    chosen_scores: Tensor | None = None
+    rejected_scores: Tensor | None = None
+    policy_chosen_shared_logps: Tensor | None = None
+    policy_rejected_shared_logps: Tensor | None = None
+    ref_chosen_shared_logps: Tensor | None = None
+    ref_rejected_shared_logps: Tensor | None = None
+    chosen_alignment: Tensor | None = None
+    rejected_alignment: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class UnpairedLogps:
-    """What an unpaired loss gets: summed completion log-probs, lengths and labels, each of shape (batch,)."""
+    """What an unpaired loss gets: tensors of shape (batch,), float32 or float64, None where it did not ask.
+
+    `labels` are 1 (good) or 0 (bad); `divergence` is summed over the completion's tokens (nats). `z0` and `delta` are
+    numbers of the whole optimiser step: KTO's reference point and BCO's running mean of rewards.
+    """
 
     policy_logps: Tensor
     lengths: Tensor
     ref_logps: Tensor | None = None
     labels: Tensor | None = None
+    divergence: Tensor | None = None
+    z0: float | None = None
+    delta: float | None = None
+
+
+Weighted = tuple["Tensor", "Tensor | None"]  # values and weights; None: every value counts 1
 
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
     """Unreduced losses and detached metrics.
 
-    The loop reduces `losses.sum() / weights.sum()` over all micro-batches and ranks; `weights` is None for a mean over
-    examples, or the token counts for a mean over tokens. Every metric is (values, weights or None) and is reduced likewise.
+    The loop reduces ``losses.sum() / weights.sum()`` over all micro-batches and ranks; `weights` is None for a mean over
+    examples, or the token counts for a mean over tokens. Each further term is added with a mean of its own; one whose weights
+    are all zero is exactly zero. Every metric is (values, weights or None) and is reduced likewise.
+    Weights depend on lengths and labels only, never on log-probs: the loop knows them before the forward pass.
     """
 
     losses: Tensor  # (batch,)
     weights: Tensor | None = None
-    metrics: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    metrics: Mapping[str, Weighted] = field(default_factory=dict)
+    terms: Mapping[str, Weighted] = field(default_factory=dict)
+
+    def summands(self) -> dict[str, Weighted]:
+        """All terms of the loss by name; ``main`` is `losses`."""
+        return {"main": (self.losses, self.weights), **self.terms}
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a forward pass over a batch leaves: one number per completion, each of shape (C,), None where nobody asked.
+
+    Losses see it as pairs or as single completions. Several of them concatenate to one, so a loss that looks at a whole
+    optimiser step, or at a whole held-out set, gets the numbers that it would get from one big batch.
+    """
+
+    tree: Tensor  # int64, ascending: which tree a completion belongs to
+    slot: Tensor  # int64: 0 = first (chosen), 1 = second (rejected), ...
+    lengths: Tensor
+    policy_logps: Tensor
+    ref_logps: Tensor | None = None
+    labels: Tensor | None = None
+    scores: Tensor | None = None
+    policy_shared_logps: Tensor | None = None
+    ref_shared_logps: Tensor | None = None
+    alignment: Tensor | None = None
+    divergence: Tensor | None = None
+
+    @staticmethod
+    def cat(parts: Sequence[Scored]) -> Scored:
+        """Several batches as one; tree numbers go on counting."""
+        import torch
+
+        columns: dict[str, Tensor | None] = {}
+        for f in fields(Scored):
+            values = [getattr(p, f.name) for p in parts]
+            columns[f.name] = None if any(v is None for v in values) else torch.cat(values)
+        offsets = [0]
+        for p in parts[:-1]:
+            offsets.append(offsets[-1] + (int(p.tree[-1]) + 1 if len(p.tree) else 0))
+        columns["tree"] = torch.cat([p.tree + o for p, o in zip(parts, offsets, strict=True)])
+        return Scored(**columns)  # type: ignore[arg-type]
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether every tree has exactly two completions."""
+        return len(self.slot) % 2 == 0 and bool((self.slot.view(-1, 2) == self.slot.new_tensor([0, 1])).all())
 
 
 class Algorithm(Protocol):
-    """What the loop trains: it knows each micro-batch's share of the global mean, and turns a micro-batch into losses."""
+    """What the loop trains: it knows each micro-batch's share of the global means, and turns a micro-batch into losses.
 
-    def weight(self, batch: PackedBatch) -> float:
-        """The batch's part of the denominator (examples or tokens), known before its forward pass."""
+    A step is `begin_step` with everything that it trains on, then `score` and `loss` for each micro-batch, then `end_step`.
+    """
 
-    def loss(self, batch: PackedBatch) -> LossOutput:
+    @property
+    def coupled(self) -> bool:
+        """Whether the loss of one example depends on the log-probs of the others: then `loss` gets a whole step at once."""
+
+    def begin_step(self, progress: float, trees: Sequence[TokenTree]) -> None:
+        """Fix what holds for the whole step; `progress` goes from 0 at the first to 1 at the last optimiser step."""
+
+    def weights(self, batch: PackedBatch) -> Mapping[str, float]:
+        """The batch's part of each term's denominator, known before its forward pass."""
+
+    def score(self, batch: PackedBatch) -> Scored:
+        """The forward pass."""
+
+    def loss(self, scored: Scored) -> LossOutput:
         """Unreduced losses with gradient, and detached metrics."""
+
+    def step_values(self) -> Mapping[str, float]:
+        """Numbers of the step for its log line: scheduled hyperparameters and the like."""
+
+    def end_step(self, step: int, means: Mapping[str, float]) -> None:
+        """After optimiser step `step` (1-based), with its metrics' global means."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a resumed run needs beside model and optimiser."""
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_tensors`."""

@@ -106,7 +106,7 @@ def plain_logps(model: nn.Module, data: list[TokenTree]) -> torch.Tensor:
 
 def fast_logps(model: Any, fast: FastForward, batch: PackedBatch) -> torch.Tensor:
     hidden = fast.hidden(batch).index_select(0, batch.predict_index)
-    return fast_token_logps(hidden, model.lm_head.weight, batch.target_ids)
+    return fast_token_logps(hidden, model.lm_head.weight, batch.target_ids)[0]
 
 
 def recognised(model: nn.Module) -> FastForward:
@@ -273,21 +273,21 @@ def test_head_gradcheck_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     h = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     w = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
     t = torch.randint(0, 11, (7,))
-    assert torch.autograd.gradcheck(lambda a, b: fast_token_logps(a, b, t), (h, w))
-    kept = torch.autograd.grad(fast_token_logps(h, w, t).cos().sum(), (h, w))
+    assert torch.autograd.gradcheck(lambda a, b: fast_token_logps(a, b, t)[0], (h, w))
+    kept = torch.autograd.grad(fast_token_logps(h, w, t)[0].cos().sum(), (h, w))
     monkeypatch.setattr(fast_head, "_KEEP_BYTES", 0)
     monkeypatch.setattr(fast_head, "_MATMUL_ROWS", 3)
     monkeypatch.setattr(fast_head, "_SOFTMAX_ELEMENTS", 22)
     monkeypatch.setattr(fast_head, "_VOCAB_TILE", 4)
-    assert torch.autograd.gradcheck(lambda a, b: fast_token_logps(a, b, t), (h, w))
-    again = torch.autograd.grad(fast_token_logps(h, w, t).cos().sum(), (h, w))
+    assert torch.autograd.gradcheck(lambda a, b: fast_token_logps(a, b, t)[0], (h, w))
+    again = torch.autograd.grad(fast_token_logps(h, w, t)[0].cos().sum(), (h, w))
     assert all(close(a, b, 1e-12) for a, b in zip(again, kept, strict=True))
 
 
 def test_head_is_exact_where_the_probability_underflows() -> None:
     h = torch.tensor([[1.0], [1.0]])
     w = torch.tensor([[0.0], [300.0], [-500.0]])
-    logps = fast_token_logps(h, w, torch.tensor([1, 2]))
+    logps, _ = fast_token_logps(h, w, torch.tensor([1, 2]))
     assert logps.tolist() == [0.0, -800.0]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import some_pairs, tiny_model
 
-from penchant.algorithms.offline import Offline
+from penchant.algorithms.offline import Component, Offline
 from penchant.errors import TrainingStopped
 from penchant.evaluation.heldout import evaluate_heldout
 from penchant.logprobs import Scorer
@@ -52,7 +52,7 @@ def make_loop(
         optimiser = MasterAdamW(model.named_parameters(), dtype=dtype)
     scorer = Scorer(model, "shared")
     algorithm = Offline(
-        scorer, LOSSES[name], LOSSES[name].params().model_dump(), LiveReference(Scorer(frozen, "shared"))
+        scorer, [Component(LOSSES[name], LOSSES[name].params())], LiveReference(Scorer(frozen, "shared"))
     )
     pairs = some_pairs(14)
     settings = dict(epochs=2.0, batch_size=4, tokens_per_step=40, lr=1e-2) | train
@@ -73,7 +73,7 @@ def make_loop(
         evaluate=lambda _step: evaluate_heldout(
             algorithm, pairs[10:], shared=True, tokens_per_step=64, device=torch.device("cpu")
         ),
-        equal_policy_loss=(math.log(2), 1e-7) if name == "dpo" else None,
+        start_tolerance=(0.0, 0.0) if name == "dpo" else None,
     )
 
 
@@ -110,7 +110,7 @@ def test_1x10_equals_10x1(tmp_path: Path, name: str) -> None:
             tokens_per_step=budget,
             max_grad_norm=None,
         )
-        loop.equal_policy_loss = None
+        loop.start_tolerance = None
         assert (len(loop._micro_batches(loop.trees)) > 4) == (budget == 16)
         params = list(loop.model.parameters())
         loop.optimiser.step = lambda _lr, params=params: grads.append(torch.cat([p.grad.flatten() for p in params]))  # type: ignore[method-assign]
@@ -156,7 +156,7 @@ def test_a_reference_that_is_not_the_start_stops_the_run(tmp_path: Path) -> None
 
 def test_nan_takes_no_step_and_lists_the_rows(tmp_path: Path) -> None:
     loop = make_loop(tmp_path / "run")
-    loop.equal_policy_loss = None
+    loop.start_tolerance = None
     before = final_state(loop)
     with torch.no_grad():
         loop.model.model.norm.weight[0] = float("nan")

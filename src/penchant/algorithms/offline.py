@@ -1,81 +1,317 @@
-"""Every loss over a fixed data set: SFT and the preference losses, told apart by their spec alone."""
+"""Every loss over a fixed data set, alone or mixed by weight: told apart by their specs alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from penchant.data.packing import pack, plan_microbatches, tree_tokens
 from penchant.errors import ConfigError
-from penchant.logprobs import Scorer
-from penchant.losses.registry import LossSpec
-from penchant.reference import Reference
-from penchant.types import LossOutput, PackedBatch, PairLogps, UnpairedLogps
+from penchant.logprobs import CompletionLogps, Scorer, per_completion
+from penchant.losses.divergences import DivergenceKind
+from penchant.losses.kto import kto_z0
+from penchant.losses.registry import LossParams, LossSpec
+from penchant.losses.rewards import Metrics, reward_metrics, side_metrics
+from penchant.losses.schedules import Schedule
+from penchant.reference import LiveReference, MovingReference, Reference
+from penchant.types import LossOutput, PackedBatch, PairLogps, Scored, TokenTree, UnpairedLogps, Weighted
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One loss of a mix: its spec, hyperparameters, weight, and the hyperparameters that change over the run."""
+
+    spec: LossSpec
+    params: LossParams
+    weight: float = 1.0
+    schedules: Mapping[str, Schedule] = field(default_factory=dict)
+
+    def at(self, t: float) -> LossParams:
+        """The hyperparameters at progress t in [0, 1]."""
+        return self.params.model_copy(update={name: s.at(t) for name, s in self.schedules.items()})
 
 
 @dataclass(slots=True)
 class Offline:
-    """A loss of the registry on packed batches of a fixed data set.
+    """Losses of the registry on packed batches of a fixed data set.
+
+    ``loss = sum_c weight_c loss_c (+ nll_weight x SFT on the chosen completions)``
 
     Args:
         scorer: the policy.
-        spec, params: the loss and its hyperparameters.
-        reference: where reference log-probs come from; required when the loss needs them.
+        components: at least one loss; the first one's `rewards/*` are the run's.
+        reference: where reference log-probs come from; required when a loss needs them.
+        nll_weight: adds the chosen completions' negative log-likelihood, a mean over tokens.
+        average_log_prob: losses see log-probs per token, of policy and reference alike.
+        mismatched: by data set row, its prompt with another prompt's completion: what KTO's z0 is estimated from.
+        tokens_per_step: tokens of one forward pass over those.
     """
 
     scorer: Scorer
-    spec: LossSpec
-    params: Mapping[str, Any]
+    components: Sequence[Component]
     reference: Reference | None = None
+    nll_weight: float = 0.0
+    average_log_prob: bool = False
+    mismatched: Mapping[int, TokenTree] = field(default_factory=dict)
+    tokens_per_step: int = 4096
+    _now: list[LossParams] = field(default_factory=list)
+    _z0: float = 0.0
+    _reward_means: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.float64))  # side x (sum, steps)
 
     def __post_init__(self) -> None:
-        if "reference" in self.spec.needs and self.reference is None:
-            raise ConfigError("loss.name", f"{self.spec.name} needs a reference model", "set reference.kind")
+        for c in self.components:
+            if "reference" in c.spec.needs and self.reference is None:
+                raise ConfigError("loss.name", f"{c.spec.name} needs a reference model", "set reference.kind")
+        if "divergence" in self.needs and not isinstance(self.reference, LiveReference):
+            raise ConfigError(
+                "reference.kind",
+                "an exact divergence needs the reference's whole distribution, which a cache does not hold",
+                "set reference.kind=frozen (or adapter, with LoRA)",
+            )
+        self._now = [c.at(0.0) for c in self.components]
 
-    def weight(self, batch: PackedBatch) -> float:
-        """Completion tokens for a loss that is a mean over tokens, else trees (pairs) or completions."""
-        if self.spec.signal == "tokens":
-            return float(batch.lengths.sum())
-        return float(batch.trees if self.spec.signal == "pairs" else len(batch.lengths))
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(c.spec.needs for c in self.components))
 
-    def loss(self, batch: PackedBatch) -> LossOutput:
+    @property
+    def coupled(self) -> bool:
+        return "batch" in self.needs
+
+    # ---- a step ---------------------------------------------------------------------------------------------------
+
+    def begin_step(self, progress: float, trees: Sequence[TokenTree]) -> None:
+        """Scheduled hyperparameters, and KTO's z0 over everything that the step trains on."""
+        self._now = [c.at(progress) for c in self.components]
+        if "z0" in self.needs:
+            self._z0 = self._estimate_z0([self.mismatched[t.row] for t in trees])
+
+    def _estimate_z0(self, trees: Sequence[TokenTree]) -> float:
+        assert self.reference is not None
+        policy, ref = [], []
+        live = LiveReference(self.scorer)
+        device = next(self.scorer.model.parameters()).device
+        for members in plan_microbatches([tree_tokens(t, self.scorer.shared) for t in trees], self.tokens_per_step):
+            batch = pack([trees[i] for i in members], shared=self.scorer.shared).to(device)
+            policy.append(live.logps(batch))
+            ref.append(self.reference.logps(batch))
+        return kto_z0(torch.cat(policy), torch.cat(ref))
+
+    def weights(self, batch: PackedBatch) -> Mapping[str, float]:
+        """Every term's denominator: what the loss says of made-up log-probs, since weights do not depend on them."""
+        zeros = torch.zeros(len(batch.lengths), device=batch.lengths.device)
+        with torch.no_grad():
+            out = self.loss(self._scored(batch, CompletionLogps(zeros, zeros.new_zeros(0), zeros), zeros, zeros, zeros))
+        return {
+            name: float(values.numel()) if weights is None else float(weights.double().sum())
+            for name, (values, weights) in out.summands().items()
+        }
+
+    def score(self, batch: PackedBatch) -> Scored:
         # the reference first: its activations are gone before the policy's are made
-        ref = self.reference.logps(batch) if self.reference is not None and "reference" in self.spec.needs else None
-        policy = self.scorer.logps(batch).sums
-        lengths = batch.lengths.to(policy.dtype)
-        if self.spec.signal != "pairs":
-            return self.spec.fn(UnpairedLogps(policy, lengths, ref), **self.params)
-        logps = pair_logps(batch, policy, ref)
-        out = self.spec.fn(logps, **self.params)
-        return LossOutput(out.losses, out.weights, {**out.metrics, **logp_metrics(logps)})
+        needs, reference = self.needs, self.reference
+        shared = "shared_logps" in needs
+        if "divergence" in needs:
+            assert isinstance(reference, LiveReference)
+            (params,) = (p for c, p in zip(self.components, self._now, strict=True) if "divergence" in c.spec.needs)
+            kind = DivergenceKind(params.divergence, params.direction, params.renyi_alpha)  # type: ignore[attr-defined]
+            policy = self.scorer.divergence(batch, reference.row_logits(batch), kind)
+            assert policy.ref_tokens is not None and policy.divergence is not None
+            ref_tokens = policy.ref_tokens if shared else None
+            divergence = per_completion(policy.divergence, batch)
+            return self._scored(batch, policy, per_completion(policy.ref_tokens, batch), divergence, None, ref_tokens)
+        ref_tokens = ref = None
+        if reference is not None and "reference" in needs:
+            ref_tokens = reference.token_logps(batch) if shared else None
+            ref = per_completion(ref_tokens, batch) if ref_tokens is not None else reference.logps(batch)
+        policy = self.scorer.logps(batch, alignment="alignment" in needs)
+        return self._scored(batch, policy, ref, None, None, ref_tokens)
+
+    def _scored(
+        self,
+        batch: PackedBatch,
+        policy: CompletionLogps,
+        ref: Tensor | None,
+        divergence: Tensor | None,
+        shared: Tensor | None,
+        ref_tokens: Tensor | None = None,
+    ) -> Scored:
+        dtype = policy.sums.dtype
+        ref_shared = shared
+        if shared is None and ref_tokens is not None:
+            first = _first_tokens(batch).to(dtype)
+            shared = per_completion(policy.tokens * first, batch)
+            ref_shared = per_completion(ref_tokens.to(dtype) * first, batch)
+        return Scored(
+            tree=batch.completion_tree,
+            slot=batch.completion_slot,
+            lengths=batch.lengths.to(dtype),
+            policy_logps=policy.sums,
+            ref_logps=None if ref is None else ref.to(dtype),
+            labels=None if batch.labels is None else batch.labels.to(dtype),
+            scores=None if batch.scores is None else batch.scores.to(dtype),
+            policy_shared_logps=shared,
+            ref_shared_logps=ref_shared,
+            alignment=policy.alignment,
+            divergence=divergence,
+        )
+
+    def loss(self, scored: Scored) -> LossOutput:
+        parts = [self._component(c, p, scored) for c, p in zip(self.components, self._now, strict=True)]
+        first = parts[0]
+        terms = dict(first.terms)
+        metrics = {**first.metrics, **logp_metrics(scored)}
+        for c, out in zip(self.components[1:], parts[1:], strict=True):
+            terms |= {
+                c.spec.name if name == "main" else f"{c.spec.name}/{name}": v for name, v in out.summands().items()
+            }
+            metrics |= {f"{c.spec.name}/{name}": v for name, v in out.metrics.items()}
+        if self.nll_weight:
+            chosen = _wanted(scored)
+            lengths = scored.lengths[chosen]
+            terms["nll"] = (-self.nll_weight * scored.policy_logps[chosen], lengths)
+            metrics["nll"] = (-scored.policy_logps[chosen].detach(), lengths)
+        return LossOutput(first.losses, first.weights, metrics, terms)
+
+    def _component(self, c: Component, params: LossParams, scored: Scored) -> LossOutput:
+        out = c.spec.fn(self._view(c.spec, scored), **params.arguments())
+        metrics = dict(out.metrics)
+        if c.spec.signal == "unpaired" and scored.is_pairs and "rewards/chosen" in metrics:
+            # both answers of a prompt are there: margins and accuracies can be told, as for a pairwise loss
+            rewards = metrics["rewards/chosen"][0] + metrics["rewards/rejected"][0]
+            metrics |= reward_metrics(rewards[scored.slot == 0], rewards[scored.slot == 1])
+        terms = {name: (c.weight * values, weights) for name, (values, weights) in out.terms.items()}
+        return LossOutput(c.weight * out.losses, out.weights, metrics, terms)
+
+    def _view(self, spec: LossSpec, scored: Scored) -> PairLogps | UnpairedLogps:
+        if self.average_log_prob and spec.signal != "tokens":
+            scored = _averaged(scored)
+        if spec.signal == "pairs":
+            return pair_view(scored)
+        if spec.signal == "tokens":
+            wanted = _wanted(scored)
+            return UnpairedLogps(scored.policy_logps[wanted], scored.lengths[wanted])
+        return UnpairedLogps(
+            policy_logps=scored.policy_logps,
+            lengths=scored.lengths,
+            ref_logps=scored.ref_logps,
+            labels=scored.labels,
+            divergence=scored.divergence,
+            z0=self._z0 if "z0" in spec.needs else None,
+            delta=self.delta if "delta" in spec.needs else None,
+        )
+
+    def end_step(self, step: int, means: Mapping[str, float]) -> None:
+        """BCO's running mean of rewards, and a reference that follows the policy."""
+        for c in self.components:
+            if "delta" in c.spec.needs:
+                prefix = "" if c is self.components[0] else f"{c.spec.name}/"
+                for side, name in enumerate(("rewards/chosen", "rewards/rejected")):
+                    if prefix + name in means:
+                        self._reward_means[side] += torch.tensor([means[prefix + name], 1.0], dtype=torch.float64)
+        if isinstance(self.reference, MovingReference):
+            self.reference.after_step(step)
+
+    @property
+    def delta(self) -> float:
+        """BCO's shift: the mean over sides of the mean reward of all steps so far."""
+        sides = [float(total / steps) for total, steps in self._reward_means.tolist() if steps]
+        return sum(sides) / len(sides) if sides else 0.0
+
+    def step_values(self) -> dict[str, float]:
+        """What the step's losses were computed with, for its log line: scheduled hyperparameters, z0, delta."""
+        values: dict[str, float] = {}
+        for i, (c, now) in enumerate(zip(self.components, self._now, strict=True)):
+            prefix = "" if i == 0 else f"{c.spec.name}/"
+            for name in c.schedules:
+                alias = type(now).model_fields[name].alias or name
+                values[f"{prefix}{alias}"] = float(getattr(now, name))
+        if "z0" in self.needs:
+            values["kl/z0"] = self._z0
+        if "delta" in self.needs:
+            values["delta"] = self.delta
+        return values
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        state = {"reward_means": self._reward_means.clone()} if "delta" in self.needs else {}
+        if isinstance(self.reference, MovingReference):
+            state |= {f"reference/{name}": value for name, value in self.reference.state_tensors().items()}
+        return state
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        if "reward_means" in tensors:
+            self._reward_means = tensors["reward_means"].clone()
+        if isinstance(self.reference, MovingReference):
+            prefix = "reference/"
+            moved = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+            self.reference.load_state_tensors(moved)
 
 
-def pair_logps(batch: PackedBatch, policy: Tensor, ref: Tensor | None) -> PairLogps:
-    """Take the completions of a batch of pairs apart into chosen (slot 0) and rejected (slot 1)."""
-    chosen = batch.completion_slot == 0
-    rejected = batch.completion_slot == 1
-    lengths = batch.lengths.to(policy.dtype)
+# ---------------------------------------------------------------------------------------------------------------------
+# views
+
+
+def pair_view(scored: Scored) -> PairLogps:
+    """Completions of a batch of pairs taken apart into chosen (slot 0) and rejected (slot 1)."""
+    masks = {"chosen": scored.slot == 0, "rejected": scored.slot == 1}
+
+    def both(name: str, values: Tensor | None) -> dict[str, Any]:
+        return {name.format(side): None if values is None else values[mask] for side, mask in masks.items()}
+
     return PairLogps(
-        policy_chosen_logps=policy[chosen],
-        policy_rejected_logps=policy[rejected],
-        ref_chosen_logps=None if ref is None else ref[chosen].to(policy.dtype),
-        ref_rejected_logps=None if ref is None else ref[rejected].to(policy.dtype),
-        chosen_lengths=lengths[chosen],
-        rejected_lengths=lengths[rejected],
+        **both("policy_{}_logps", scored.policy_logps),
+        **both("ref_{}_logps", scored.ref_logps),
+        **both("{}_lengths", scored.lengths),
+        **both("{}_scores", scored.scores),
+        **both("policy_{}_shared_logps", scored.policy_shared_logps),
+        **both("ref_{}_shared_logps", scored.ref_shared_logps),
+        **both("{}_alignment", scored.alignment),
     )
 
 
-def logp_metrics(logps: PairLogps) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """The `logps/*` metrics (nats per completion), and how often the policy alone ranks the chosen one higher."""
-    chosen, rejected = logps.policy_chosen_logps.detach(), logps.policy_rejected_logps.detach()
-    metrics: dict[str, tuple[Tensor, Tensor | None]] = {
-        "logps/chosen": (chosen, None),
-        "logps/rejected": (rejected, None),
-        "logps/accuracies": ((chosen > rejected).to(chosen.dtype), None),
-    }
-    if logps.ref_chosen_logps is not None and logps.ref_rejected_logps is not None:
-        metrics["logratios/chosen"] = (chosen - logps.ref_chosen_logps, None)
-        metrics["logratios/rejected"] = (rejected - logps.ref_rejected_logps, None)
+def _wanted(scored: Scored) -> Tensor:
+    """The completions that SFT learns: the chosen one of a pair, answers labelled good, else all."""
+    if scored.is_pairs:
+        return scored.slot == 0
+    return torch.ones_like(scored.slot, dtype=torch.bool) if scored.labels is None else scored.labels > 0
+
+
+def _averaged(scored: Scored) -> Scored:
+    """The same with log-probs per token."""
+    n = scored.lengths
+    ref = None if scored.ref_logps is None else scored.ref_logps / n
+    return replace(scored, policy_logps=scored.policy_logps / n, ref_logps=ref)
+
+
+def _first_tokens(batch: PackedBatch) -> Tensor:
+    """(R,) 1 for the first min(|y_w|, |y_l|) tokens of each completion of a pair, else 0."""
+    ends = batch.lengths.cumsum(0)
+    position = torch.arange(len(batch.completion_of), device=ends.device) - (ends - batch.lengths)[batch.completion_of]
+    shorter = batch.lengths.view(-1, 2).amin(1).repeat_interleave(2)
+    return position < shorter[batch.completion_of]
+
+
+def logp_metrics(scored: Scored) -> Metrics:
+    """The `logps/*` metrics (nats per completion, and per token), and how often the policy alone ranks the chosen one higher."""
+    policy = scored.policy_logps.detach()
+    metrics: dict[str, Weighted] = {"logps/per_token": (policy, scored.lengths)}
+    ratios = None if scored.ref_logps is None else policy - scored.ref_logps
+    if scored.is_pairs:
+        chosen, rejected = policy[scored.slot == 0], policy[scored.slot == 1]
+        metrics["logps/chosen"] = (chosen, None)
+        metrics["logps/rejected"] = (rejected, None)
+        metrics["logps/accuracies"] = ((chosen > rejected).to(chosen.dtype), None)
+        if ratios is not None:
+            metrics["logratios/chosen"] = (ratios[scored.slot == 0], None)
+            metrics["logratios/rejected"] = (ratios[scored.slot == 1], None)
+    elif scored.labels is not None:
+        sides = side_metrics(policy, scored.labels)
+        metrics |= {name.replace("rewards", "logps"): v for name, v in sides.items()}
+        if ratios is not None:
+            sides = side_metrics(ratios, scored.labels)
+            metrics |= {name.replace("rewards", "logratios"): v for name, v in sides.items()}
     return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -81,6 +82,38 @@ def _split_last_answer(messages: tuple[Message, ...], name: str) -> tuple[tuple[
     return messages[:-1], messages[-1].content
 
 
+def score_field(row: Mapping[str, Any], *names: str) -> float | None:
+    """The first of the named fields that is there, as a finite number; None where there is none of them."""
+    for name in names:
+        value = row.get(name)
+        if value is None:
+            continue
+        try:
+            number = float(value) if not isinstance(value, bool) else math.nan
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise RowError(f'"{name}" is {str(value)[:40]!r}', "make it a finite number")
+        return number
+    return None
+
+
+LABELS = {
+    **dict.fromkeys(("true", "1", "1.0", "yes", "good", "chosen", "desirable"), True),
+    **dict.fromkeys(("false", "0", "0.0", "-1", "-1.0", "no", "bad", "rejected", "undesirable"), False),
+}
+
+
+def label_field(row: Mapping[str, Any], name: str) -> bool:
+    """A field as good (True) or bad (False)."""
+    if row.get(name) is None:
+        raise RowError(f'"{name}" is missing', "give true (a good answer) or false (a bad one)")
+    label = LABELS.get(str(row[name]).strip().lower())
+    if label is None:
+        raise RowError(f'"{name}" is {str(row[name])[:40]!r}', "give true or false (or 1 or 0, good or bad)")
+    return label
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # shapes
 
@@ -91,7 +124,7 @@ def from_pairs(row: Mapping[str, Any]) -> PromptTree:
         prompt: Prompt = (
             messages_field(row, "prompt") if isinstance(row.get("prompt"), list) else text_field(row, "prompt")
         )
-        return _pair(prompt, text_field(row, "chosen"), text_field(row, "rejected"))
+        return _pair(prompt, text_field(row, "chosen"), text_field(row, "rejected"), row)
     if not isinstance(row.get("chosen"), list):
         text_field(row, "chosen")  # says what is wrong with it
     before_chosen, chosen = _split_last_answer(messages_field(row, "chosen"), "chosen")
@@ -100,10 +133,10 @@ def from_pairs(row: Mapping[str, Any]) -> PromptTree:
         raise RowError("the conversations before the two answers differ", "both must answer the same prompt")
     given = row.get("prompt")
     if before_chosen:  # the conversation is whole; a prompt column beside it repeats its question
-        return _pair(before_chosen, chosen, rejected)
+        return _pair(before_chosen, chosen, rejected, row)
     if isinstance(given, list):
-        return _pair(messages_field(row, "prompt"), chosen, rejected)
-    return _pair((Message("user", text_field(row, "prompt")),), chosen, rejected)
+        return _pair(messages_field(row, "prompt"), chosen, rejected, row)
+    return _pair((Message("user", text_field(row, "prompt")),), chosen, rejected, row)
 
 
 def from_hh(row: Mapping[str, Any]) -> PromptTree:
@@ -114,7 +147,7 @@ def from_hh(row: Mapping[str, Any]) -> PromptTree:
         raise RowError(
             "the two transcripts differ before their last answer", "both must answer the same prompt; drop the row"
         )
-    return _pair(before_chosen, chosen, rejected)
+    return _pair(before_chosen, chosen, rejected, row)
 
 
 def _transcript(text: str, name: str) -> tuple[tuple[Message, ...], str]:
@@ -135,7 +168,7 @@ def _transcript(text: str, name: str) -> tuple[tuple[Message, ...], str]:
 
 def from_alpaca_pairs(row: Mapping[str, Any]) -> PromptTree:
     """instruction (+ input) with chosen/rejected."""
-    return _pair(_instruction(row), text_field(row, "chosen"), text_field(row, "rejected"))
+    return _pair(_instruction(row), text_field(row, "chosen"), text_field(row, "rejected"), row)
 
 
 def from_sft(row: Mapping[str, Any]) -> PromptTree:
@@ -170,19 +203,49 @@ def _instruction(row: Mapping[str, Any]) -> str:
     return f"{instruction}\n\n{extra}" if isinstance(extra, str) and extra.strip() else instruction
 
 
-def _pair(prompt: Prompt, chosen: str, rejected: str) -> PromptTree:
-    return PromptTree(prompt, (Completion(chosen, label=True), Completion(rejected, label=False)))
+def from_unpaired(row: Mapping[str, Any]) -> PromptTree:
+    """prompt/completion with a label: one answer, good or bad."""
+    tree = from_sft(row)
+    return PromptTree(tree.prompt, (Completion(tree.completions[0].text, label=label_field(row, "label")),))
+
+
+def from_scored(row: Mapping[str, Any]) -> PromptTree:
+    """prompt/completion with a score: one answer and a number, higher is better."""
+    score = score_field(row, "score")
+    if score is None:
+        raise RowError('"score" is missing', "give a number, higher is better")
+    tree = from_sft(row)
+    return PromptTree(tree.prompt, (Completion(tree.completions[0].text, score=score),))
+
+
+def _pair(prompt: Prompt, chosen: str, rejected: str, row: Mapping[str, Any]) -> PromptTree:
+    """A pair, with its scores where the row has both (chosen_score and rejected_score, or score_chosen and score_rejected)."""
+    good, bad = score_field(row, "chosen_score", "score_chosen"), score_field(row, "rejected_score", "score_rejected")
+    if good is None or bad is None:
+        good = bad = None
+    return PromptTree(prompt, (Completion(chosen, True, good), Completion(rejected, False, bad)))
 
 
 SHAPES: dict[str, Callable[[Mapping[str, Any]], PromptTree]] = {
     "pairs": from_pairs,
     "hh": from_hh,
     "alpaca_pairs": from_alpaca_pairs,
+    "unpaired": from_unpaired,
+    "scored": from_scored,
     "sft": from_sft,
     "messages": from_messages,
     "text": from_text,
 }
-KINDS = {"pairs": "pairs", "hh": "pairs", "alpaca_pairs": "pairs", "sft": "sft", "messages": "sft", "text": "text"}
+KINDS = {
+    "pairs": "pairs",
+    "hh": "pairs",
+    "alpaca_pairs": "pairs",
+    "unpaired": "unpaired",
+    "scored": "scored",
+    "sft": "sft",
+    "messages": "sft",
+    "text": "text",
+}
 
 
 def detect_shape(rows: Iterable[Mapping[str, Any]]) -> str | None:
@@ -204,7 +267,9 @@ def _shape_of(row: Mapping[str, Any]) -> str | None:
             return "hh"
         return "pairs"
     if {"prompt", "completion"} <= has or {"instruction", "output"} <= has:
-        return "sft"
+        if "label" in has:
+            return "unpaired"
+        return "scored" if "score" in has else "sft"
     if "messages" in has or "conversations" in has:
         return "messages"
     return "text" if "text" in has else None

@@ -16,7 +16,7 @@ class DataConfig(Section):
     eval_path: str | list[str] | None = Field(None, description="held-out data of its own")
     validation_rows: int | None = Field(None, ge=1, description="rows to hold out, by prompt")
     validation_fraction: float | None = Field(None, gt=0, lt=1, description="share of rows to hold out, by prompt")
-    shape: Literal["auto", "pairs", "hh", "alpaca_pairs", "sft", "messages", "text"] = Field(
+    shape: Literal["auto", "pairs", "hh", "alpaca_pairs", "unpaired", "scored", "sft", "messages", "text"] = Field(
         "auto", description="layout of a row"
     )
     columns: dict[str, str] = Field(default_factory=dict, description="our field: your column")
@@ -30,6 +30,12 @@ class DataConfig(Section):
         "error", description="stop at a bad row, or keep it aside and count it"
     )
     identical: Literal["bad_row", "keep"] = Field("bad_row", description="what a pair with chosen == rejected is")
+    score_threshold: float | None = Field(
+        None, description="scored rows for a loss on labels: a score at or above it is good, below it is bad"
+    )
+    pairs_from_scores: Literal["off", "best_worst"] = Field(
+        "off", description="scored rows for a loss on pairs: the best against the worst answer of each prompt"
+    )
     limit: int | None = Field(None, ge=1, description="read the first n rows only")
 
     @model_validator(mode="after")

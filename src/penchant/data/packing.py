@@ -76,6 +76,8 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
     completion_tree: list[int] = []
     completion_slot: list[int] = []
     lengths: list[int] = []
+    labels: list[bool | None] = []
+    scores: list[float | None] = []
     offset = 0
     for t, tree in enumerate(trees):
         p = len(tree.prompt_ids)
@@ -96,6 +98,8 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
                 offset += n
         completion_tree += [t] * len(tree.completion_ids)
         completion_slot += range(len(tree.completion_ids))
+        labels += tree.labels or (None,) * len(tree.completion_ids)
+        scores += tree.scores or (None,) * len(tree.completion_ids)
 
     def flat(parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
@@ -112,7 +116,13 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
         completion_slot=torch.tensor(completion_slot),
         lengths=counts,
         rows=tuple(tree.row for tree in trees),
+        labels=_if_complete(labels),
+        scores=_if_complete(scores),
     )
+
+
+def _if_complete(values: Sequence[bool | float | None]) -> torch.Tensor | None:
+    return None if any(v is None for v in values) else torch.tensor(values, dtype=torch.float32)
 
 
 def tree_tokens(tree: TokenTree, shared: bool) -> int:

@@ -99,7 +99,9 @@ def tokenise(
             if isinstance(ids, RowError):
                 raise ids
             for made in fit(tree.source, *ids):
-                trees.append(replace(made, row=len(trees)))
+                labels = tuple(c.label for c in tree.completions)
+                scores = tuple(c.score for c in tree.completions)
+                trees.append(replace(made, row=len(trees), labels=labels, scores=scores))
         except RowError as error:
             if on_bad_row == "error":
                 raise DataError(tree.source, error.what, f"{error.how} (or set data.on_bad_row=skip)") from error

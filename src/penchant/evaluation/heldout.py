@@ -12,7 +12,8 @@ import torch
 
 from penchant.data.packing import pack, plan_microbatches, tree_tokens
 from penchant.evaluation.stats import bootstrap_ci
-from penchant.types import Algorithm, TokenTree
+from penchant.training.reduce import Totals
+from penchant.types import Algorithm, Scored, TokenTree
 
 WITH_INTERVAL = ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies")
 
@@ -24,40 +25,42 @@ def evaluate_heldout(
     shared: bool,
     tokens_per_step: int,
     device: torch.device,
+    at: float = 0.0,
     prefix: str = "eval/",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Every metric of an algorithm over `trees`.
+    """Every metric of an algorithm over `trees`, with scheduled hyperparameters as they are at progress `at`.
 
     ``mean = sum_rows value / sum_rows weight``; intervals are percentile bootstraps that draw whole prompts.
 
     Returns:
         ``{prefix + name: mean}``, ``{prefix + name + "/ci": [low, high]}``, ``rows``, and ``perplexity`` for losses over tokens.
     """
-    columns: dict[str, list[np.ndarray]] = {}
-    weights: dict[str, list[np.ndarray]] = {}
+    parts: list[Scored] = []
     order: list[int] = []
     sizes = [tree_tokens(t, shared) for t in trees]
     with torch.no_grad():
+        algorithm.begin_step(at, trees)
         for members in plan_microbatches(sizes, tokens_per_step):
-            out = algorithm.loss(pack([trees[i] for i in members], shared=shared).to(device))
-            named = {"loss": (out.losses, out.weights), **out.metrics}
-            for name, (value, weight) in named.items():
-                columns.setdefault(name, []).append(value.double().cpu().numpy())
-                weights.setdefault(name, []).append(
-                    np.ones(len(value)) if weight is None else weight.double().cpu().numpy()
-                )
+            parts.append(algorithm.score(pack([trees[i] for i in members], shared=shared).to(device)))
             order += members
             if progress is not None:
                 progress(len(order), len(trees))
+        scored = Scored.cat(parts)
+        out = algorithm.loss(
+            scored
+        )  # once over all rows: a loss that looks at its batch must not see a chance part of them
     clusters = np.array([_prompt_cluster(trees[i]) for i in order])
-    metrics: dict[str, Any] = {}
-    for name in columns:
-        values, shares = np.concatenate(columns[name]), np.concatenate(weights[name])
-        metrics[prefix + name] = float(values.sum() / shares.sum())
-        # one value a tree, equal weights: what the bootstrap over prompts is for
-        if name in WITH_INTERVAL and len(values) == len(clusters) and bool((shares == 1).all()) and len(values) > 1:
-            interval = bootstrap_ci(values, clusters=clusters, draws=2000)
+    totals = Totals()
+    totals.add(out)
+    metrics: dict[str, Any] = dict(totals.means(prefix))
+    by_completion = clusters[scored.tree.cpu().numpy()]
+    rows = {"loss": (out.losses, out.weights)} if not out.terms else {}
+    for name, (values, weights) in {**rows, **out.metrics}.items():
+        # one value a tree or a completion, equal weights: what the bootstrap over prompts is for
+        labels = next((c for c in (clusters, by_completion) if len(c) == len(values)), None)
+        if name in WITH_INTERVAL and weights is None and labels is not None and len(values) > 1:
+            interval = bootstrap_ci(values.double().cpu().numpy(), clusters=labels, draws=2000)
             metrics[f"{prefix}{name}/ci"] = [interval.low, interval.high]
     if prefix + "nll" in metrics:
         metrics[prefix + "perplexity"] = math.exp(min(700.0, metrics[prefix + "nll"]))

@@ -33,8 +33,9 @@ def sft(logps: UnpairedLogps) -> LossOutput:
 SPEC = LossSpec(
     name="sft",
     signal="tokens",
-    needs=frozenset({"lengths"}),
+    needs=frozenset(),
     fn=sft,
     params=SFTParams,
     formula="-sum_i log pi(y_i|x_i) / sum_i |y_i|",
+    uses_lengths=True,
 )

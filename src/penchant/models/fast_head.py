@@ -18,22 +18,28 @@ _SOFTMAX_ELEMENTS = 1 << 19  # fp32 numbers per softmax pass: they stay in cache
 _VOCAB_TILE = 4096  # vocabulary rows per weight-gradient matmul: its output stays in cache until it is added
 
 
-def fast_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def fast_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, alignment: bool = False) -> tuple[Tensor, Tensor]:
     """``logp_r = log softmax(W h_r)[target_r]``.
 
     Args:
         hidden: (R, d); weight: (V, d), same type, on the CPU; targets: (R,) int64.
+        alignment: also ``log sum_v pi(v)^2``, without gradient.
 
     Returns:
-        (R,) log-probs in nats: fp32, fp64 for fp64 input. In bf16, logits are rounded to bf16 as in the plain model; the
+        (R,) log-probs in nats, and (R,) or empty: fp32, fp64 for fp64 input. In bf16, logits are rounded to bf16 as in the plain model; the
         softmax, its sum and the logarithm are fp32.
     """
-    out: Tensor = _TokenLogps.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
-    return out
+    logps, collision = _TokenLogps.apply(hidden, weight, targets, alignment)  # type: ignore[no-untyped-call]
+    return logps, collision
 
 
-def _softmax_rows(logits: Tensor, targets: Tensor, minus_onehot: Tensor | None) -> Tensor:
-    """Log-probs of the targets in fp32 or fp64; D in `logits`' type goes to `minus_onehot` (may be `logits` itself)."""
+def _softmax_rows(
+    logits: Tensor, targets: Tensor, minus_onehot: Tensor | None, collision: Tensor | None = None
+) -> Tensor:
+    """Log-probs of the targets in fp32 or fp64; D in `logits`' type goes to `minus_onehot` (may be `logits` itself).
+
+    ``log sum_v pi(v)^2`` goes to `collision` where one is given.
+    """
     wide = torch.promote_types(logits.dtype, torch.float32)
     logps = torch.empty(logits.shape[0], dtype=wide)
     step = max(1, _SOFTMAX_ELEMENTS // logits.shape[1])
@@ -48,6 +54,8 @@ def _softmax_rows(logits: Tensor, targets: Tensor, minus_onehot: Tensor | None) 
             r = x[rare].to(wide)
             out[rare] = r.gather(1, t[rare]) - torch.logsumexp(r, dim=1, keepdim=True)
         logps[rows] = out.squeeze(1)
+        if collision is not None:
+            collision[rows] = torch.linalg.vecdot(p, p).log()
         if minus_onehot is not None:
             p.scatter_(1, t, pt - 1)
             minus_onehot[rows] = p
@@ -56,21 +64,23 @@ def _softmax_rows(logits: Tensor, targets: Tensor, minus_onehot: Tensor | None) 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, alignment: bool) -> tuple[Tensor, Tensor]:
         rows, vocab = hidden.shape[0], weight.shape[0]
         wants_grad = any(ctx.needs_input_grad)
         keep = wants_grad and rows * vocab * hidden.element_size() <= _KEEP_BYTES
         kept = hidden.new_empty(rows, vocab) if keep else None
         logps = []
+        collision = torch.empty(rows if alignment else 0, dtype=torch.promote_types(hidden.dtype, torch.float32))
         for i in range(0, rows, _MATMUL_ROWS):
             part = slice(i, i + _MATMUL_ROWS)
             d = kept[part] if kept is not None else hidden.new_empty(hidden[part].shape[0], vocab)
             torch.mm(hidden[part], weight.t(), out=d)
-            logps.append(_softmax_rows(d, targets[part], d if keep else None))
+            logps.append(_softmax_rows(d, targets[part], d if keep else None, collision[part] if alignment else None))
         if wants_grad:
             ctx.save_for_backward(hidden, targets)
             ctx.weight, ctx.kept = weight, kept
-        return torch.cat(logps)
+        ctx.mark_non_differentiable(collision)
+        return torch.cat(logps), collision
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -87,9 +97,9 @@ class _TokenLogps(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mul(torch.mm(d, weight), g[part], out=grad_hidden[part])
             if want_weight:
-                grad_weight = _add_weight_grad(weight, d, scaled[part], grad_weight)
+                grad_weight = add_weight_grad(weight, d, scaled[part], grad_weight)
         ctx.kept = None
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None
 
 
 def _rows_at_once(weight: Tensor) -> int:
@@ -102,7 +112,7 @@ def _recomputed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return d
 
 
-def _add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | None) -> Tensor | None:
+def add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | None) -> Tensor | None:
     """Add D^T (g h) to `weight.main_grad` tile by tile of the vocabulary, or to `total`, which is returned."""
     main = getattr(weight, "main_grad", None)
     first = total is None and main is None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from penchant.errors import ConfigError, ModelError
 from penchant.models.options import LoraConfig, ModelConfig
@@ -134,6 +135,24 @@ def add_lora(model: Any, cfg: LoraConfig, seed: int) -> Any:
         raise ConfigError(
             "lora.target_modules", _first_line(error), 'use "all-linear" or names of linear layers of this model'
         ) from error
+
+
+def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trained weights in fp32 (fp64) under the base model's names, adapters merged in: ``W + scale B A``.
+
+    Args:
+        model: a causal model, or a peft model around one; masters: the optimiser's fp32 copies by parameter name.
+    """
+    base = base_model_of(model)
+    if base is model:
+        return {name: master.detach() for name, master in masters.items()}
+    merged = {}
+    for name, module in base.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            weight = module.base_layer.weight.detach()
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            merged[f"{name}.weight"] = weight.to(wide) + module.get_delta_weight("default").detach().to(wide)
+    return merged
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from penchant.schema import Section
 
@@ -41,4 +41,24 @@ class ReferenceConfig(Section):
     path: str | None = Field(
         None, description="another model as reference; default: the model that training starts from"
     )
+    sync_every: int | None = Field(
+        None, ge=1, description="optimiser steps between updates of the reference from the policy (TR-DPO); null: never"
+    )
+    sync_mixup: float = Field(1.0, gt=0, le=1, description="share of the policy in such an update; 1: a copy of it")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="the reference follows the policy at every step, with this decay (0.99 is usual)"
+    )
     cache_dir: str | None = Field(None, description="default: $PENCHANT_CACHE or ~/.cache/penchant")
+
+    @model_validator(mode="after")
+    def _one_way_to_move(self) -> ReferenceConfig:
+        if self.ema is not None and self.sync_every is not None:
+            raise ValueError("ema and sync_every are both set; keep one")
+        if self.moves and self.kind in ("cached", "adapter"):
+            raise ValueError(f"kind={self.kind} cannot follow the policy; set kind=frozen or auto")
+        return self
+
+    @property
+    def moves(self) -> bool:
+        """Whether the reference follows the policy."""
+        return self.ema is not None or self.sync_every is not None

@@ -12,21 +12,22 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from penchant.data.packing import pack, plan_balanced, tree_tokens
 from penchant.errors import TrainingStopped
+from penchant.losses.schedules import progress_at
 from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
-from penchant.training.reduce import Totals
+from penchant.training.reduce import Totals, reduced
 from penchant.training.runfolder import MetricsLog
 from penchant.training.schedule import BatchSchedule
-from penchant.types import Algorithm, PackedBatch, TokenTree
+from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
 
 Metrics = dict[str, Any]
 
@@ -59,8 +60,8 @@ class Loop:
         trees: the training set; shared: whether prompts are shared in packing.
         write_model: saves the model folder of a checkpoint.
         evaluate: metrics of the held-out set (keys start with ``eval/``), or None.
-        equal_policy_loss: the loss per example when policy and reference are equal, asserted at step 0, with the tolerance
-            that the reference allows (0 for one that runs the same kernels on the same batch); None: no check.
+        start_tolerance: how far log-probs of policy and reference may be apart at step 0, where both are one model: nats per
+            completion, and per token (0 and 0 for a reference that runs the same kernels on the same batch); None: no check.
     """
 
     model: Any
@@ -77,7 +78,7 @@ class Loop:
     write_model: Callable[[Path], None]
     console: Console
     evaluate: Callable[[int], Metrics] | None = None
-    equal_policy_loss: tuple[float, float] | None = None
+    start_tolerance: tuple[float, float] | None = None
     state: RunState = field(default_factory=RunState)
     interrupted: int | None = None
 
@@ -136,31 +137,37 @@ class Loop:
         """One optimiser step; returns its metrics line, its tokens and its trees."""
         trees = [self.trees[i] for i in schedule.batch(step)]
         batches = self._micro_batches(trees)
-        # dropout (LoRA's) is a function of the step, so a resumed run draws what an uninterrupted one would
-        torch.manual_seed((self.train.seed << 32) + step)
+        self._seed(step, 0)
         self.model.train()
-        weight = sum(self.algorithm.weight(b) for b in batches)
+        self.algorithm.begin_step(progress_at(step, total), trees)
+        weights = [self.algorithm.weights(b) for b in batches]
+        counts = {name: sum(w[name] for w in weights) for name in weights[0]}
         totals = Totals()
-        for batch in batches:
-            out = self.algorithm.loss(batch)
-            if step == 0 and self.equal_policy_loss is not None:
-                self._check_first_loss(out.losses.detach(), batch)
-            if not bool(torch.isfinite(out.losses).all()):
-                self._dump_and_stop(step, "the loss is NaN or infinite", batches)
-            (out.losses.sum() / weight).backward()
-            totals.add(out)
+        if self.algorithm.coupled and len(batches) > 1:
+            self._backward_coupled(step, batches, counts, totals)
+        else:
+            for batch in batches:
+                scored = self.algorithm.score(batch)
+                out = self._checked_loss(step, scored, batches)
+                reduced(out, counts).backward()
+                totals.add(out)
         t = self.train
         lr = learning_rate(step, total, self.peak_lr, t.schedule, t.warmup_fraction, t.min_lr_fraction)
         grad_norm = self.optimiser.clip(t.max_grad_norm)
         if not math.isfinite(grad_norm):
             self._dump_and_stop(step, f"the gradient norm is {grad_norm}", batches)
+        means = totals.means()
+        self._check_floor(step, means, batches)
+        values = self.algorithm.step_values()
         self.optimiser.step(lr)
+        self.algorithm.end_step(step + 1, means)
         tokens = sum(b.tokens for b in batches)
         line = {
             "kind": "train",
             "step": step + 1,
             "epoch": round(schedule.epoch_at(step + 1), 6),
-            **totals.means(),
+            **means,
+            **values,
             "lr": lr,
             "grad_norm": grad_norm,
             "tokens": self.state.tokens + tokens,
@@ -173,19 +180,89 @@ class Loop:
         plan = plan_balanced(sizes, self.train.tokens_per_step)
         return [pack([trees[i] for i in members], shared=self.shared).to(device) for members in plan]
 
-    def _check_first_loss(self, losses: torch.Tensor, batch: PackedBatch) -> None:
-        assert self.equal_policy_loss is not None
-        expected, tolerance = self.equal_policy_loss
-        exact = torch.tensor(expected, dtype=losses.dtype)
-        worst = float((losses - exact).abs().max())
-        if worst > tolerance or not math.isfinite(worst):
+    def _backward_coupled(
+        self, step: int, batches: Sequence[PackedBatch], counts: Mapping[str, float], totals: Totals
+    ) -> None:
+        """A loss that couples the examples of a step, in micro-batches that each fit.
+
+        One pass without gradient gives the step's log-probs; the loss of them all gives d loss / d log-prob of each; a second
+        pass carries those back. The gradient is that of one big batch.
+        """
+        with torch.no_grad():
+            parts = []
+            for i, batch in enumerate(batches):
+                self._seed(step, i)
+                parts.append(self.algorithm.score(batch))
+        whole = Scored.cat(parts)
+        leaf = whole.policy_logps.detach().requires_grad_()
+        out = self._checked_loss(step, replace(whole, policy_logps=leaf), batches)
+        (grad,) = torch.autograd.grad(reduced(out, counts), leaf)
+        totals.add(out)
+        sizes = [len(b.lengths) for b in batches]
+        for i, (batch, g) in enumerate(zip(batches, grad.split(sizes), strict=True)):
+            self._seed(step, i)
+            (self.algorithm.score(batch).policy_logps * g).sum().backward()
+
+    def _checked_loss(self, step: int, scored: Scored, batches: Sequence[PackedBatch]) -> LossOutput:
+        if step == 0 and self.start_tolerance is not None:
+            self._check_start(scored)
+        out = self.algorithm.loss(scored)
+        if not all(bool(torch.isfinite(values).all()) for values, _ in out.summands().values()):
+            self._dump_and_stop(step, "the loss is NaN or infinite", batches)
+        return out
+
+    def _check_start(self, scored: Scored) -> None:
+        """Policy and reference are one model before the first step: their log-probs must be equal."""
+        assert self.start_tolerance is not None
+        if scored.ref_logps is None:
+            return
+        away = (scored.policy_logps.detach() - scored.ref_logps).abs()
+        per_completion, per_token = self.start_tolerance
+        worst = int((away - per_token * scored.lengths).argmax())
+        allowed = per_completion + per_token * float(scored.lengths[worst])
+        if not float(away[worst]) <= allowed:
             raise TrainingStopped(
                 f"{self.folder}: step 0",
-                f"policy and reference should be equal, but a loss is {worst:.3g} away from {expected:.6f} (allowed: {tolerance:g})",
-                "the reference is not the model that training starts from, or a stale cache; delete the cache or set reference.kind=frozen",
+                f"policy and reference should be equal, but a completion's log-probs differ by {float(away[worst]):.3g} nats "
+                f"(allowed: {allowed:.3g})",
+                "the reference is not the model that training starts from, or a stale cache; delete the cache or set "
+                "reference.kind=frozen",
             )
 
-    def _dump_and_stop(self, step: int, what: str, batches: Sequence[PackedBatch]) -> None:
+    def _check_floor(self, step: int, means: Mapping[str, float], batches: Sequence[PackedBatch]) -> None:
+        """Some objectives have no lower bound; a run that falls without end is stopped before it is nothing but NaN."""
+        t = self.train
+        logp = means.get("logps/per_token", 0.0)
+        if t.logp_floor is not None and logp < t.logp_floor:
+            self._dump_and_stop(
+                step,
+                f"the mean log-prob of its completions is {logp:.1f} nats a token, below train.logp_floor={t.logp_floor:g}: "
+                "the objective pushes answers down without bound",
+                batches,
+                "raise loss.beta (PMPO has a minimum only where beta q outweighs the rejected answers), train on accepted "
+                "answers too, lower train.lr, or set train.logp_floor=null",
+            )
+        divergence = means.get("divergence", 0.0)
+        if t.divergence_ceiling is not None and divergence > t.divergence_ceiling:
+            self._dump_and_stop(
+                step,
+                f"the divergence from the reference is {divergence:.2f} nats a token, above "
+                f"train.divergence_ceiling={t.divergence_ceiling:g}",
+                batches,
+                "raise loss.beta, lower train.lr, or raise the ceiling",
+            )
+
+    def _seed(self, step: int, micro_batch: int) -> None:
+        """Dropout (LoRA's) is a function of step and micro-batch: a resumed run draws what an uninterrupted one would."""
+        torch.manual_seed((self.train.seed << 32) + (step << 10) + micro_batch)
+
+    def _dump_and_stop(
+        self,
+        step: int,
+        what: str,
+        batches: Sequence[PackedBatch],
+        how: str = "lower train.lr, set train.max_grad_norm, or look at those rows",
+    ) -> NoReturn:
         path = self.folder / f"stopped-batch-step-{step}.json"
         rows = [r for b in batches for r in b.rows]
         sources = {t.row: t.source for t in self.trees if t.row in set(rows)}
@@ -195,7 +272,7 @@ class Loop:
         raise TrainingStopped(
             f"{self.folder}: step {step}",
             f"{what}; the step was not taken and its rows are listed in {path.name}",
-            "lower train.lr, set train.max_grad_norm, or look at those rows",
+            how,
         )
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -232,7 +309,12 @@ class Loop:
             "metrics_offset": metrics.offset(),
         }
         save_checkpoint(
-            self.folder, s.step, write_model=self.write_model, tensors=self.optimiser.state_tensors(), state=state
+            self.folder,
+            s.step,
+            write_model=self.write_model,
+            tensors=self.optimiser.state_tensors()
+            | {f"algorithm/{name}": value for name, value in self.algorithm.state_tensors().items()},
+            state=state,
         )
         keep = s.best_step if self.checkpoint.keep_best else None
         prune(self.folder, self.checkpoint.keep_last, keep)
@@ -245,6 +327,7 @@ class Loop:
             return False
         tensors, state = load_checkpoint(path)
         self.optimiser.load_state_tensors(tensors)
+        self.algorithm.load_state_tensors(algorithm_state(tensors))
         metrics.truncate(int(state["metrics_offset"]))
         self.state = RunState(
             step=int(state["step"]),
@@ -261,6 +344,12 @@ class Interrupted(TrainingStopped):
     """SIGINT or SIGTERM: a checkpoint was written; the same command continues."""
 
     exit_code = 4
+
+
+def algorithm_state(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The algorithm's own part of a checkpoint's tensors."""
+    prefix = "algorithm/"
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _due(every: int | str | None, step: int, schedule: BatchSchedule) -> bool:

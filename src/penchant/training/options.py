@@ -25,6 +25,12 @@ class TrainConfig(Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the gradient's square")
     adam_eps: float = Field(1e-8, gt=0, description="added to the denominator")
     max_grad_norm: float | None = Field(1.0, gt=0, description="clip the gradient's L2 norm; null: never")
+    logp_floor: float | None = Field(
+        -50.0, lt=0, description="stop where the mean log-prob per token of a step falls below this; null: never"
+    )
+    divergence_ceiling: float | None = Field(
+        None, gt=0, description="stop where an exact divergence from the reference (nats a token) rises above this"
+    )
     gradient_checkpointing: bool = Field(False, description="compute activations again in the backward pass")
     packing: Literal["auto", "shared", "separate", "padded"] = Field("auto", description="how rows are laid out")
     shuffle: bool = Field(True, description="a new order each epoch, by seed")

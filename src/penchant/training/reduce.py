@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from penchant.types import LossOutput
+
+
+def reduced(output: LossOutput, totals: Mapping[str, float]) -> Tensor:
+    """The micro-batch's part of the step's loss: each term over its global count; a term without a count is exactly zero."""
+    parts = [values.sum() / totals[name] for name, (values, _) in output.summands().items() if totals[name] > 0]
+    # no term at all counts (a batch of only bad answers with no weight on them): zero, with a graph to go back through
+    return torch.stack(parts).sum() if parts else output.losses.sum() * 0.0
 
 
 class Totals:
@@ -15,10 +23,13 @@ class Totals:
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.counts: dict[str, float] = {}
+        self.terms: set[str] = set()
 
     def add(self, output: LossOutput) -> None:
         """Add one micro-batch."""
-        self._add("loss", output.losses.detach(), output.weights)
+        for name, (values, weights) in output.summands().items():
+            self.terms.add(f"loss/{name}")
+            self._add(f"loss/{name}", values.detach(), weights)
         for name, (values, weights) in output.metrics.items():
             self._add(name, values, weights)
 
@@ -27,6 +38,9 @@ class Totals:
         self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
         self.counts[name] = self.counts.get(name, 0.0) + count
 
-    def means(self, prefix: str = "") -> Mapping[str, float]:
-        """Every mean so far; a metric without a single example is left out."""
-        return {prefix + name: s / self.counts[name] for name, s in self.sums.items() if self.counts[name] > 0}
+    def means(self, prefix: str = "") -> dict[str, float]:
+        """``loss``, its terms where it has several, and every metric; one without a single example is left out."""
+        means = {name: s / self.counts[name] for name, s in self.sums.items() if self.counts[name] > 0}
+        loss = {"loss": sum(v for name, v in means.items() if name in self.terms)}
+        hidden = self.terms if len(self.terms) == 1 else set()
+        return {prefix + name: v for name, v in (loss | means).items() if name not in hidden}

@@ -1,0 +1,156 @@
+"""Data of one kind for a loss of another: pairs taken apart, scores to labels or pairs by an explicit rule, or a refusal."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Set
+from dataclasses import replace
+
+from penchant.data.load import Dataset, Quarantined, fingerprint
+from penchant.data.options import DataConfig
+from penchant.errors import DataError
+from penchant.types import Completion, PromptTree
+
+LABEL_HINT = 'add a "label" column (true or false), give pairs, or set loss.name=sft'
+
+
+def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: DataConfig, name: str) -> Dataset:
+    """The data set as a loss of this signal can use it.
+
+    Args:
+        dataset: as loaded; loss, signal, needs: of the loss (see `LossSpec`); options: the `data` section; name: the file.
+
+    Returns:
+        For ``pairs``: pairs, with scores where the loss needs them (pairs without are kept aside or refused). For ``unpaired``:
+        every completion labelled; a pair stays one tree with a good and a bad completion. For ``tokens``: as it is, without
+        answers labelled bad.
+
+    Raises:
+        DataError: the rows cannot serve; it names the file, the field and the option.
+    """
+    if signal == "pairs":
+        dataset = _as_pairs(dataset, loss, options, name)
+        return _with_scores(dataset, loss, needs, options, name) if "scores" in needs else dataset
+    if signal == "unpaired":
+        return _as_labelled(dataset, loss, options, name)
+    if dataset.kind == "unpaired":
+        good = [i for i, t in enumerate(dataset.trees) if t.completions[0].label]
+        if not good:
+            raise DataError(
+                name, f'loss.name={loss} learns answers whose "label" is true, and there is none', LABEL_HINT
+            )
+        aside = tuple(
+            Quarantined(t.source, f"loss.name={loss} does not learn answers labelled bad", "use kto, bco or pmpo", None)
+            for t in dataset.trees
+            if not t.completions[0].label
+        )
+        return _changed(dataset, tuple(dataset.trees[i] for i in good), aside)
+    return dataset
+
+
+def _changed(dataset: Dataset, trees: tuple[PromptTree, ...], aside: tuple[Quarantined, ...]) -> Dataset:
+    kept = dataset.quarantined + aside
+    return replace(dataset, trees=trees, quarantined=kept, total=len(trees) + len(kept), fingerprint=fingerprint(trees))
+
+
+def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Dataset:
+    if dataset.kind == "pairs":
+        return dataset
+    if dataset.kind != "scored":
+        raise DataError(
+            name,
+            f"loss.name={loss} needs pairs (chosen and rejected), but these rows are {dataset.kind}",
+            "give preference data, or set loss.name to kto, bco or pmpo"
+            if dataset.kind == "unpaired"
+            else "give preference data, or set loss.name=sft",
+        )
+    if options.pairs_from_scores == "off":
+        raise DataError(
+            name,
+            f'loss.name={loss} needs pairs (chosen and rejected), but these rows are single answers with a "score"',
+            "set data.pairs_from_scores=best_worst to set the best against the worst answer of each prompt",
+        )
+    by_prompt: dict[object, list[PromptTree]] = defaultdict(list)
+    for tree in dataset.trees:
+        by_prompt[tree.prompt].append(tree)
+    trees: list[PromptTree] = []
+    aside: list[Quarantined] = []
+    for prompt, group in by_prompt.items():
+        ranked = sorted((t.completions[0] for t in group), key=lambda c: -(c.score or 0.0))
+        best, worst = ranked[0], ranked[-1]
+        if len(ranked) > 1 and best.score != worst.score and best.text.strip() != worst.text.strip():
+            pair = (Completion(best.text, True, best.score), Completion(worst.text, False, worst.score))
+            trees.append(PromptTree(prompt, pair, group[0].source))  # type: ignore[arg-type]
+            group = [t for t in group if t.completions[0] not in (best, worst)]
+            what, how = "neither the best nor the worst answer of its prompt", "nothing to mend"
+        else:
+            what, how = "its prompt has no two answers with different scores", "give more answers or drop it"
+        aside += [Quarantined(t.source, what, how, None) for t in group]
+    if not trees:
+        raise DataError(name, "no prompt has two answers with different scores", "give several answers a prompt")
+    return replace(_changed(dataset, tuple(trees), tuple(aside)), kind="pairs")
+
+
+def _with_scores(dataset: Dataset, loss: str, needs: Set[str], options: DataConfig, name: str) -> Dataset:
+    """Pairs whose scores the loss can use; the others are bad rows."""
+    trees: list[PromptTree] = []
+    aside: list[Quarantined] = []
+    for tree in dataset.trees:
+        good, bad = (c.score for c in tree.completions)
+        if good is None or bad is None:
+            what, how = (
+                f'loss.name={loss} needs "chosen_score" and "rejected_score"',
+                "add them, or choose another loss",
+            )
+        elif "score_gap" in needs and good <= bad:
+            what = f'"chosen_score" ({good:g}) is not above "rejected_score" ({bad:g})'
+            how = "drop the row, or choose a loss without scores"
+        else:
+            trees.append(tree)
+            continue
+        if options.on_bad_row == "error":
+            raise DataError(tree.source, what, f"{how} (or set data.on_bad_row=skip to keep such rows aside)")
+        aside.append(Quarantined(tree.source, what, how, None))
+    if not trees:
+        raise DataError(
+            name, f"none of {len(dataset.trees)} pairs has the scores that loss.name={loss} needs", aside[0].how
+        )
+    return _changed(dataset, tuple(trees), tuple(aside))
+
+
+def _as_labelled(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Dataset:
+    if dataset.kind in ("pairs", "unpaired"):
+        return dataset
+    if dataset.kind != "scored":
+        raise DataError(
+            name, f"loss.name={loss} needs answers with a label, but these rows are {dataset.kind}", LABEL_HINT
+        )
+    threshold = options.score_threshold
+    if threshold is None:
+        scores = sorted(c.score or 0.0 for t in dataset.trees for c in t.completions)
+        raise DataError(
+            name,
+            f'loss.name={loss} needs labels, but these rows have a "score" (median {scores[len(scores) // 2]:g})',
+            "set data.score_threshold: a score at or above it is good, below it is bad",
+        )
+    trees = tuple(
+        replace(t, completions=tuple(replace(c, label=(c.score or 0.0) >= threshold) for c in t.completions))
+        for t in dataset.trees
+    )
+    return replace(dataset, trees=trees, kind="unpaired", fingerprint=fingerprint(trees))
+
+
+def mismatch(prompts: list[bytes]) -> list[int] | None:
+    """For each row the next one (around the end) with another prompt; None where all prompts are the same.
+
+    What KTO's reference point is estimated from: a prompt with a completion of that other row. Fixed by the order of
+    the data, so that a cached reference can hold it.
+    """
+    n = len(prompts)
+    if n == 0 or all(p == prompts[0] for p in prompts):
+        return None
+    partner = [0] * n
+    for i in range(2 * n - 1, -1, -1):  # twice around: rows of one prompt share their partner, across the end too
+        at, after = i % n, (i + 1) % n
+        partner[at] = after if prompts[after] != prompts[at] else partner[after]
+    return partner

@@ -1,0 +1,132 @@
+"""Exact divergences of two distributions over a vocabulary, in log space, with closed-form gradients.
+
+Notation: p the policy, q the reference, lp and lq their log-probabilities, rows x vocabulary. With ``d = lp - lq``:
+
+    KL(q || p)      = sum q (lq - lp)                          d/dlogits_p = p - q
+    KL(p || q)      = sum p (lp - lq)                          d/dlogits_p = p (d - KL)
+    JS              = KL(p || m) / 2 + KL(q || m) / 2          d/dlogits_p = p (lp - lm - KL(p || m)) / 2,  m = (p + q) / 2
+    Renyi_a(q || p) = log sum q^a p^(1-a) / (a - 1)            d/dlogits_p = p - w
+    Renyi_a(p || q) = log sum p^a q^(1-a) / (a - 1)            d/dlogits_p = a (w - p) / (a - 1)
+
+with w the normalised terms of the sum. Every sum runs over exponentials of log-probabilities that are never exponentiated
+one by one: q^a p^(1-a) under- or overflows long before its logarithm does. A token that both give no probability at all
+(-inf) adds nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Divergence = Literal["kl", "js", "renyi"]
+Direction = Literal["ref_policy", "policy_ref"]
+
+
+class DivergenceKind(NamedTuple):
+    """Which divergence: kind, direction (JS has none), and the order of Renyi's."""
+
+    kind: Divergence = "kl"
+    direction: Direction = "ref_policy"
+    renyi_alpha: float = 1.5
+
+
+def divergence(policy_logits: Tensor, ref_logits: Tensor, kind: DivergenceKind) -> Tensor:
+    """The divergence of each row, differentiable with respect to the policy's logits.
+
+    Args:
+        policy_logits, ref_logits: (rows, vocabulary), fp32 or fp64, not normalised; kind: which divergence.
+
+    Returns:
+        (rows,) in nats, >= 0 (JS <= log 2).
+
+    Raises:
+        ValueError: the shapes differ or are not (rows, vocabulary).
+    """
+    if policy_logits.ndim != 2 or policy_logits.shape != ref_logits.shape:
+        raise ValueError(
+            f"logits must both be (rows, vocabulary), got {tuple(policy_logits.shape)}, {tuple(ref_logits.shape)}"
+        )
+    out: Tensor = _OfLogits.apply(policy_logits, ref_logits, kind)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _OfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, policy_logits: Tensor, ref_logits: Tensor, kind: DivergenceKind) -> Tensor:
+        lp, lq = torch.log_softmax(policy_logits, -1), torch.log_softmax(ref_logits, -1)
+        value = value_of(lp, lq, kind)
+        ctx.save_for_backward(lp, lq, value)
+        ctx.kind = kind
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        lp, lq, value = ctx.saved_tensors
+        return grad_of(lp, lq, value, ctx.kind) * grads[0][:, None], None, None
+
+
+def value_of(lp: Tensor, lq: Tensor, kind: DivergenceKind) -> Tensor:
+    """The divergence of each row (rows,) from log-probabilities (rows, vocabulary)."""
+    a, b = (lq, lp) if kind.direction == "ref_policy" else (lp, lq)
+    if kind.kind == "js":
+        lm = _log_mean(lp, lq)
+        return (0.5 * (_kl(lp, lm) + _kl(lq, lm))).clamp(min=0.0, max=math.log(2.0))
+    if kind.kind == "kl" or kind.renyi_alpha == 1.0:
+        return _kl(a, b).clamp(min=0.0)
+    return _renyi(a, b, kind.renyi_alpha).clamp(min=0.0)
+
+
+def grad_of(lp: Tensor, lq: Tensor, value: Tensor, kind: DivergenceKind) -> Tensor:
+    """d divergence / d policy logits, (rows, vocabulary); `value` is what `value_of` gave."""
+    to_policy = kind.direction == "ref_policy"
+    p = lp.exp()
+    if kind.kind == "js":
+        gap = _gap(lp, _log_mean(lp, lq))
+        return 0.5 * p * (gap - (p * gap).sum(-1, keepdim=True))
+    if kind.kind == "kl" or kind.renyi_alpha == 1.0:
+        if to_policy:
+            return p - lq.exp()
+        return p * (_gap(lp, lq) - value[:, None])
+    order = kind.renyi_alpha
+    if to_policy:  # w = q exp((a - 1)(lq - lp - D)), a softmax
+        return p - torch.softmax(lq + (order - 1) * _gap(lq, lp), -1)
+    # w - p = p expm1((a - 1)(lp - lq - D)): no cancellation near a = 1; where that is large, the difference itself is exact
+    exponent = (order - 1) * (_gap(lp, lq) - value[:, None])
+    small = exponent.abs() < 1
+    w = torch.softmax(lp + (order - 1) * _gap(lp, lq), -1)
+    difference = torch.where(small, p * torch.expm1(torch.where(small, exponent, 0.0)), w - p)
+    return order / (order - 1) * difference
+
+
+def _gap(a: Tensor, b: Tensor) -> Tensor:
+    """a - b, and 0 where both are -inf."""
+    gap = a - b
+    return gap if bool(torch.isfinite(a).all()) else gap.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _log_mean(lp: Tensor, lq: Tensor) -> Tensor:
+    return torch.logaddexp(lp, lq) - math.log(2.0)
+
+
+def _kl(a: Tensor, b: Tensor) -> Tensor:
+    """sum e^a (a - b); what a gives no probability adds nothing, whatever b is."""
+    terms = a.exp() * _gap(a, b)
+    return (terms if bool(torch.isfinite(a).all()) else terms.nan_to_num(nan=0.0, posinf=torch.inf)).sum(-1)
+
+
+def _renyi(a: Tensor, b: Tensor, order: float) -> Tensor:
+    """log sum e^(order a + (1 - order) b) / (order - 1).
+
+    Near order 1 (and for close distributions) the sum is 1 + something small: ``log1p(sum e^a expm1((order - 1)(a - b)))`` keeps
+    what a log-sum-exp would round away.
+    """
+    exponent = (order - 1) * _gap(a, b)
+    far = torch.logsumexp(a + exponent, -1)
+    near = exponent.amax(-1) < 1
+    if bool(near.any()):
+        close = torch.log1p((a.exp() * torch.expm1(exponent.clamp(max=1.0))).sum(-1).clamp(min=-1 + 1e-6))
+        far = torch.where(near & (close.abs() < 0.5), close, far)
+    return far / (order - 1)
