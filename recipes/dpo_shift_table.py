@@ -1,0 +1,25 @@
+"""DPO-Shift: lambda fixed at 1 (DPO), 0.95, 0.75, 0.5, and both linear schedules between 0.5 and 1 (arXiv 2502.07599).
+
+    .venv/bin/python recipes/dpo_shift_table.py
+
+The paper's trade-off: the smaller lambda, the less the chosen answer's log-prob falls, and the smaller the margin. Columns as
+in `loss_table.py`.
+"""
+
+from __future__ import annotations
+
+from experiments import arguments, fill, make_task, print_table, selected
+
+
+def main() -> None:
+    args = arguments(__doc__.splitlines()[0]).parse_args()
+    task = make_task(args)
+    settings = {f"lambda={v:g}": {"name": "dpo_shift", "lambda": v} for v in (1.0, 0.95, 0.75, 0.5)}
+    settings |= {s: {"name": "dpo_shift", "schedule": s} for s in ("increase_linear", "decrease_linear")}
+    done = fill(args, task, "dpo_shift", selected(settings, args.only))
+    print(task.describe(), "\n")
+    print_table("DPO-Shift", done)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""What the result tables share: two tasks, one way to train and measure a setting, one way to print a table.
+
+Every run is a folder; a table that was interrupted goes on where it stopped, and one that is finished is printed at once.
+
+Tasks:
+    demo  controlled sentiment on the bundled 3.4M-parameter model: pairs that the lexicon ranks, 130 held-out openings
+    hh    hh-rlhf harmless with SmolLM2-135M-Instruct and LoRA, held-out pairs of other prompts
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from penchant import demo
+from penchant.api import train
+from penchant.errors import PenchantError
+from penchant.evaluation.stats import bootstrap_ci
+
+Setting = Mapping[str, Any]  # the `loss` section of a config
+HH_PAIRS, HH_HELDOUT = 96, 64
+SAMPLE_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A model, pairs to train on, held-out pairs, and the rest of the config."""
+
+    name: str
+    config: Mapping[str, Any]
+    train_rows: int
+    heldout_rows: int
+    unpaired: str = ""  # the same training answers one by one, with labels
+
+    def describe(self) -> str:
+        t = self.config["train"]
+        return (
+            f"task {self.name}: {self.train_rows} training pairs, {self.heldout_rows} held-out pairs, {t['epochs']} epoch(s), "
+            f"batch size {t['batch_size']}, lr {t['lr']}"
+        )
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that every table has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--task", choices=["demo", "hh"], default="demo")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("runs/tables"))
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of the task hh")
+    parser.add_argument("--data", help="hh-rlhf harmless-base rows (JSONL), of the task hh")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: the task's own)")
+    parser.add_argument("--only", help="comma list of rows to run and print")
+    parser.add_argument("--print-only", action="store_true", help="print what is finished, run nothing")
+    return parser
+
+
+def make_task(args: argparse.Namespace) -> Task:
+    """The task's data files (made once) and config."""
+    folder = args.output / args.task
+    folder.mkdir(parents=True, exist_ok=True)
+    task = _demo_task(folder) if args.task == "demo" else _hh_task(folder, args.model, args.data)
+    if args.threads:
+        task.config["train"]["threads"] = args.threads
+    return task
+
+
+def _demo_task(folder: Path) -> Task:
+    """`penchant demo`'s data, its model and its training settings; held-out pairs come from its held-out openings."""
+    paths = {name: folder / f"{name}.jsonl" for name in ("train", "heldout", "unpaired")}
+    if not paths["unpaired"].exists():
+        import torch
+
+        torch.set_num_threads(1)
+        model, tokenizer = demo._load(str(demo.asset("model"))), _tokenizer(str(demo.asset("model")))
+        openings = json.loads(demo.asset("openings.json").read_text())
+        for name, which, seed in (("train", "train", 0), ("heldout", "eval", 1)):
+            _write(paths[name], demo._make_pairs(model, tokenizer, openings[which], seed, None))
+        _write_unpaired(paths)
+    config: dict[str, Any] = {k: dict(v) for k, v in demo.TRAINING.items() if k != "loss"}
+    del config["data"]["validation_rows"], config["reference"]
+    config["data"] |= {"path": str(paths["train"]), "eval_path": str(paths["heldout"])}
+    config["model"] = {"path": str(demo.asset("model")), "dtype": "fp32"}
+    return Task("demo", config, _count(paths["train"]), _count(paths["heldout"]), str(paths["unpaired"]))
+
+
+def _hh_task(folder: Path, model: str, data: str | None) -> Task:
+    """The first pairs of hh-rlhf that fit, and the next ones (other prompts) held out."""
+    paths = {name: folder / f"{name}.jsonl" for name in ("train", "heldout", "unpaired")}
+    if not paths["unpaired"].exists():
+        if data is None:
+            sys.exit("--task hh needs --data: rows of Anthropic/hh-rlhf, harmless-base, as JSONL")
+        from penchant.data.load import load_preferences, prompt_text
+
+        trees = load_preferences(data, on_bad_row="skip").trees
+        short = [t for t in trees if len(prompt_text(t.prompt)) + sum(len(c.text) for c in t.completions) < 900]
+        rows = [
+            {
+                "prompt": [{"role": m.role, "content": m.content} for m in t.prompt],  # type: ignore[union-attr]
+                "chosen": [{"role": "assistant", "content": t.completions[0].text}],
+                "rejected": [{"role": "assistant", "content": t.completions[1].text}],
+            }
+            for t in short[: HH_PAIRS + HH_HELDOUT]
+        ]
+        _write(paths["train"], rows[:HH_PAIRS])
+        _write(paths["heldout"], rows[HH_PAIRS:])
+        _write_unpaired(paths)
+    config = {
+        "model": {"path": model},
+        "lora": {"r": 16, "alpha": 32.0},
+        "data": {"path": str(paths["train"]), "eval_path": str(paths["heldout"]), "max_length": 384},
+        "train": {"epochs": 1, "batch_size": 16, "lr": 2e-4, "schedule": "linear", "tokens_per_step": 2048},
+        "evaluation": {"samples": 0, "kl_prompts": 0},
+    }
+    return Task("hh", config, _count(paths["train"]), _count(paths["heldout"]), str(paths["unpaired"]))
+
+
+def _write_unpaired(paths: Mapping[str, Path]) -> None:
+    """Every answer of the training pairs by itself, with its label, in an order of its own."""
+    rows = []
+    for line in paths["train"].read_text().splitlines():
+        row = json.loads(line)
+        for name, label in (("chosen", True), ("rejected", False)):
+            rows.append({"prompt": row["prompt"], "completion": row[name], "label": label})
+    order = np.random.default_rng(0).permutation(len(rows))
+    _write(paths["unpaired"], [rows[i] for i in order])
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _count(path: Path) -> int:
+    return sum(1 for _ in path.open(encoding="utf-8"))
+
+
+def _tokenizer(path: str) -> Any:
+    from penchant.models.load import load_tokenizer
+
+    return load_tokenizer(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one setting
+
+
+def run_setting(
+    task: Task, folder: Path, loss: Setting, seed: int, *, unpaired: bool = False, print_only: bool = False
+) -> dict[str, Any] | None:
+    """Train one setting with one seed (or go on with it) and measure it; None where it is not finished and must not run.
+
+    A run that stopped itself, or that the data cannot serve, gives ``{"stopped": why}``.
+    """
+    path = folder / "measured.json"
+    if path.exists():
+        measured: dict[str, Any] = json.loads(path.read_text())
+        return measured
+    if print_only:
+        return None
+    config = {**task.config, "loss": dict(loss), "output": str(folder)}
+    heldout = task.config["data"]["eval_path"]
+    config["data"] = {k: v for k, v in task.config["data"].items() if k != "eval_path"}  # measured below, once
+    config["train"] = {**task.config["train"], "seed": seed}
+    config["evaluation"] = {**task.config["evaluation"], "every": None, "at_start": False}
+    config["checkpoint"] = {"keep_last": 1, "every": None}
+    if unpaired:  # twice the rows for the same answers: the same answers a step, the same number of steps
+        config["data"] |= {"path": task.unpaired}
+        config["train"] |= {"batch_size": 2 * task.config["train"]["batch_size"]}
+    try:
+        result = train(config, quiet=True)
+        measured = _measure(task, config, result, heldout)
+    except PenchantError as error:
+        measured = {"stopped": str(error).split(": ", 1)[-1][:160]}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(measured))
+    return measured
+
+
+def _measure(task: Task, config: Mapping[str, Any], result: Any, heldout: str) -> dict[str, Any]:
+    """Held-out pairs under policy and start, sampled KL, lengths, and the true reward where there is one."""
+    from penchant.api import as_config
+    from penchant.evaluation.pairs import pair_change
+    from penchant.reference import LiveReference, adapter_off, compute_logps
+    from penchant.rollout.generate import sample
+    from penchant.run import Run
+    from penchant.training.checkpoint import load_checkpoint
+    from penchant.types import TokenTree
+
+    # the config's reference is not what is measured against: always the model that training started from
+    run = Run(as_config({**config, "loss": {"name": "dpo"}, "reference": {"kind": "auto"}}), quiet=True)
+    tensors, _ = load_checkpoint(result.model.parent)
+    run.optimiser.load_state_tensors(tensors)
+    run.model.eval()
+    policy = LiveReference(run.scorer)
+    start = adapter_off(run.scorer) if "lora" in config else LiveReference(run._frozen_scorer())
+    trees = run._tokenise(run._load(heldout)).trees
+    budget = config["train"]["tokens_per_step"]
+    change = pair_change(policy, start, trees, budget)
+    is_demo = task.name == "demo"
+    prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in trees))[: None if is_demo else 16]
+    rows = sample(
+        run.model,
+        prompts,
+        n=4 if is_demo else 1,
+        max_new_tokens=demo.NEW_TOKENS if is_demo else SAMPLE_TOKENS,
+        seed=2,
+        eos_token_id=run.tokenizer.eos_token_id,
+    )
+    ids = [s.ids for group in rows for s in group]
+    written = [
+        TokenTree(i, np.array(p, np.int32), tuple(np.array(s.ids, np.int32) for s in group), (False,) * len(group))
+        for i, (p, group) in enumerate(zip(prompts, rows, strict=True))
+    ]
+    now, then = (compute_logps(m, written, tokens_per_step=budget).sums.double() for m in (policy, start))
+    measured = {
+        "correct": change.correct.tolist(),
+        "chosen": change.chosen.tolist(),
+        "rejected": change.rejected.tolist(),
+        "kl": float((now - then).mean()),
+        "length": float(np.mean([len(i) for i in ids])),
+        "steps": result.steps,
+    }
+    if is_demo:
+        from penchant.evaluation.lexicon import sentiment
+
+        texts = [run.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
+        measured["reward"] = float(np.mean(sentiment(texts)))
+    return measured
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a table
+
+
+def fill(
+    args: argparse.Namespace, task: Task, name: str, settings: Mapping[str, Setting], *, unpaired: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """Every setting with every seed; results by setting. Seeds are the outer loop: an interrupted table is even."""
+    done: dict[str, list[dict[str, Any]]] = {label: [] for label in settings}
+    for seed in range(args.seeds):
+        for label, loss in settings.items():
+            folder = args.output / args.task / name / label.replace(" ", "_").replace("=", "-") / f"seed-{seed}"
+            measured = run_setting(task, folder, loss, seed, unpaired=unpaired, print_only=args.print_only)
+            if measured is not None:
+                done[label].append(measured)
+                if not args.print_only:
+                    print(f"{name}: {label}, seed {seed}", file=sys.stderr, flush=True)
+    return {label: rows for label, rows in done.items() if rows}
+
+
+def print_table(first: str, done: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """A markdown table: means over seeds; accuracy with its 95% interval over held-out pairs, seeds of one pair together."""
+    reward = any("reward" in m for rows in done.values() for m in rows)
+    names = [first, "seeds", "accuracy", "margin", "d chosen", "d rejected", "KL", "length", *(["reward"] * reward)]
+    lines = [[*names]]
+    for label, rows in done.items():
+        good = [m for m in rows if "stopped" not in m]
+        if not good:
+            lines.append([label, str(len(rows)), f"stopped: {rows[0]['stopped']}", *[""] * (len(names) - 3)])
+            continue
+        correct = np.array([m["correct"] for m in good])
+        accuracy = bootstrap_ci(correct.ravel(), clusters=np.tile(np.arange(correct.shape[1]), len(good)))
+        chosen, rejected = (np.array([np.mean(m[k]) for m in good]) for k in ("chosen", "rejected"))
+        line = [
+            label,
+            f"{len(good)}" + (f" of {len(rows)}" if len(good) < len(rows) else ""),
+            f"{accuracy.estimate:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]",
+            _mean(chosen - rejected),
+            _mean(chosen),
+            _mean(rejected),
+            _mean([m["kl"] for m in good]),
+            _mean([m["length"] for m in good], 1),
+        ]
+        lines.append(line + ([_mean([m["reward"] for m in good], 3)] if reward else []))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    for i, line in enumerate(lines):
+        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |")
+        if i == 0:
+            print("|" + "|".join("-" * (w + 2) for w in widths) + "|")
+
+
+def _mean(values: Any, digits: int = 2) -> str:
+    """Mean over seeds, with the standard deviation between them where there are several."""
+    x = np.asarray(values, dtype=float)
+    spread = f" ±{x.std(ddof=1):.{digits}f}" if len(x) > 1 else ""
+    return f"{x.mean():.{digits}f}{spread}"
+
+
+def selected(settings: Mapping[str, Setting], only: str | None) -> dict[str, Setting]:
+    """The settings that were asked for."""
+    if only is None:
+        return dict(settings)
+    wanted = only.split(",")
+    unknown = [w for w in wanted if w not in settings]
+    if unknown:
+        sys.exit(f"no such row: {', '.join(unknown)}; there are {', '.join(settings)}")
+    return {w: settings[w] for w in wanted}
