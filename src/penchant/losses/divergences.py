@@ -111,22 +111,35 @@ def _log_mean(lp: Tensor, lq: Tensor) -> Tensor:
     return torch.logaddexp(lp, lq) - math.log(2.0)
 
 
+def _kl_terms(a: Tensor, b: Tensor) -> Tensor:
+    """``e^a (d + e^-d - 1)`` with d = a - b: KL's terms made non-negative one by one (they add e^b - e^a, which sums to zero).
+
+    Close distributions keep their digits: a plain sum of ``e^a d`` is a small difference of large terms. What a gives no
+    probability adds nothing, whatever b is.
+    """
+    d = _gap(a, b)
+    p = a.exp()
+    near = d.abs() < 1
+    terms = torch.where(near, p * (torch.expm1(-torch.where(near, d, 0.0)) + d), p * d - p + b.exp())
+    return terms if bool(torch.isfinite(a).all()) else terms.nan_to_num(nan=0.0, posinf=torch.inf)
+
+
 def _kl(a: Tensor, b: Tensor) -> Tensor:
-    """sum e^a (a - b); what a gives no probability adds nothing, whatever b is."""
-    terms = a.exp() * _gap(a, b)
-    return (terms if bool(torch.isfinite(a).all()) else terms.nan_to_num(nan=0.0, posinf=torch.inf)).sum(-1)
+    """sum e^a (a - b) over the vocabulary."""
+    return _kl_terms(a, b).sum(-1)
 
 
 def _renyi(a: Tensor, b: Tensor, order: float) -> Tensor:
     """log sum e^(order a + (1 - order) b) / (order - 1).
 
-    Near order 1 (and for close distributions) the sum is 1 + something small: ``log1p(sum e^a expm1((order - 1)(a - b)))`` keeps
-    what a log-sum-exp would round away.
+    Where the sum S is near 1 (order near 1, or close distributions): ``log1p(S - 1)`` with ``S - 1 = sum e^a (e^x - 1 - x) +
+    (order - 1) KL``, ``x = (order - 1)(a - b)``, keeps what a log-sum-exp would round away.
     """
-    exponent = (order - 1) * _gap(a, b)
-    far = torch.logsumexp(a + exponent, -1)
-    near = exponent.amax(-1) < 1
+    x = (order - 1) * _gap(a, b)
+    far = torch.logsumexp(a + x, -1)
+    near = (x.amax(-1) < 1) & (far.abs() < 0.5)
     if bool(near.any()):
-        close = torch.log1p((a.exp() * torch.expm1(exponent.clamp(max=1.0))).sum(-1).clamp(min=-1 + 1e-6))
-        far = torch.where(near & (close.abs() < 0.5), close, far)
+        ra, rb, rx = a[near], b[near], x[near].clamp(max=1.0)
+        excess = (ra.exp() * (torch.expm1(rx) - rx)).nan_to_num(nan=0.0).sum(-1) + (order - 1) * _kl(ra, rb)
+        far[near] = torch.log1p(excess)
     return far / (order - 1)

@@ -1,0 +1,138 @@
+"""PMPO: closed forms, each side by its own count, the tabular optimum, and the traps of existing code."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from golden import labelled
+
+from penchant.losses.divergences import DivergenceKind, divergence
+from penchant.losses.pmpo import pmpo
+from penchant.types import LossOutput, UnpairedLogps
+
+
+def total(out: LossOutput) -> torch.Tensor:
+    parts = [v.sum() / w.sum() for v, w in out.summands().values() if w is not None and w.sum() > 0]
+    return torch.stack(parts).sum()
+
+
+def batch(labels: list[float], grad: bool = False) -> UnpairedLogps:
+    n = len(labels)
+    policy = torch.linspace(-9.0, -2.0, n, dtype=torch.float64, requires_grad=grad)
+    lengths = torch.arange(2, n + 2, dtype=torch.float64)
+    d = torch.linspace(0.1, 0.9, n, dtype=torch.float64, requires_grad=grad)
+    return UnpairedLogps(policy, lengths, None, torch.tensor(labels, dtype=torch.float64), d)
+
+
+@pytest.mark.parametrize("weighting,up,down", [("alpha", 0.7, 0.3), ("unit", 1.0, 1.0)])
+def test_golden_value_and_gradient_of_token_means(weighting: str, up: float, down: float) -> None:
+    x = batch([1.0, 0.0, 1.0], grad=True)
+    loss = total(pmpo(x, alpha=0.7, beta=0.5, weighting=weighting))
+    w, n, d = x.policy_logps.tolist(), x.lengths.tolist(), x.divergence.tolist()  # type: ignore[union-attr]
+    expected = -up * (w[0] + w[2]) / (n[0] + n[2]) + down * w[1] / n[1] + 0.5 * sum(d) / sum(n)
+    assert loss.item() == pytest.approx(expected, rel=1e-14)
+    loss.backward()
+    good = n[0] + n[2]
+    assert x.policy_logps.grad.tolist() == pytest.approx([-up / good, down / n[1], -up / good], rel=1e-14)  # type: ignore[union-attr]
+    assert x.divergence.grad.tolist() == pytest.approx([0.5 / sum(n)] * 3, rel=1e-14)  # type: ignore[union-attr]
+
+
+def test_golden_value_of_sequence_sums() -> None:
+    x = batch([1.0, 0.0, 1.0])
+    w, d = x.policy_logps.tolist(), x.divergence.tolist()  # type: ignore[union-attr]
+    loss = total(pmpo(x, alpha=0.7, beta=0.5, reduction="sequence_sum"))
+    assert loss.item() == pytest.approx(-0.7 * (w[0] + w[2]) / 2 + 0.3 * w[1] + 0.5 * sum(d) / 3, rel=1e-14)
+
+
+def test_at_alpha_one_half_the_gradient_is_not_zero() -> None:
+    """Trap: one batch-mean cross-entropy times the labels cancels at alpha 0.5."""
+    x = batch([1.0, 0.0, 1.0, 0.0], grad=True)
+    total(pmpo(x, alpha=0.5, beta=0.0)).backward()
+    grad = x.policy_logps.grad
+    assert grad is not None and (grad[[0, 2]] < 0).all() and (grad[[1, 3]] > 0).all()
+
+
+def test_the_divergence_carries_gradient() -> None:
+    """Trap: a detached divergence regularises nothing."""
+    x = batch([1.0, 1.0], grad=True)
+    total(pmpo(x, beta=2.0)).backward()
+    assert x.divergence is not None and x.divergence.grad is not None and (x.divergence.grad > 0).all()
+
+
+@pytest.mark.parametrize("labels", [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+def test_a_data_set_of_one_side_only(labels: list[float]) -> None:
+    x = batch(labels, grad=True)
+    out = pmpo(x, alpha=0.5, beta=1.0)
+    sides = {"main": labels[0] == 1.0, "negative": labels[0] == 0.0}
+    for name, present in sides.items():
+        values, weights = out.summands()[name]
+        assert bool(weights.any()) == present and bool(values.any()) == present  # type: ignore[union-attr]
+    assert math.isfinite(total(out).item())
+
+
+def test_alpha_switches_a_side_off() -> None:
+    for alpha, off in ((1.0, 1), (0.0, 0)):
+        x = batch([1.0, 0.0], grad=True)
+        total(pmpo(x, alpha=alpha, beta=0.0)).backward()
+        assert x.policy_logps.grad is not None
+        assert x.policy_logps.grad[off].item() == 0.0 and x.policy_logps.grad[1 - off].item() != 0.0
+
+
+@pytest.mark.parametrize("alpha,beta", [(0.5, 1.0), (1.0, 0.5), (0.7, 2.0), (0.0, 3.0)])
+def test_the_tabular_optimum_is_reached(alpha: float, beta: float) -> None:
+    """p* = (alpha A - (1 - alpha) R + beta q) / (2 alpha - 1 + beta), with KL(ref || policy) and one token."""
+    vocab = 6
+    q = torch.softmax(torch.tensor([0.3, -0.2, 0.9, 0.0, -0.7, 0.4], dtype=torch.float64), 0)
+    accepted = torch.tensor([0, 0, 1, 2, 5, 5, 5])
+    rejected = torch.tensor([3, 2])
+    counts = lambda t: torch.bincount(t, minlength=vocab).double() / len(t)  # noqa: E731
+    a, r = counts(accepted), counts(rejected)
+    # scale the rejected side's own mass down to where p* is a distribution
+    expected = (alpha * a - (1 - alpha) * r + beta * q) / (2 * alpha - 1 + beta)
+    if (expected <= 0).any():
+        r = 0.1 * counts(torch.tensor([2])) + 0.9 * q
+        expected = (alpha * a - (1 - alpha) * r + beta * q) / (2 * alpha - 1 + beta)
+    assert (expected > 0).all() and expected.sum().item() == pytest.approx(1.0)
+    logits = torch.zeros(vocab, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([logits], lr=1.0, max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16)
+    tokens = torch.arange(vocab)
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        logps = torch.log_softmax(logits, 0)
+        d = divergence(logits[None], q.log()[None], DivergenceKind("kl", "ref_policy"))
+        # each token once a side, weighed by its share: the same sums as drawing the tokens themselves
+        x = UnpairedLogps(
+            torch.cat([logps[tokens] * a * vocab, logps[tokens] * r * vocab]),
+            torch.ones(2 * vocab, dtype=torch.float64),
+            None,
+            torch.cat([torch.ones(vocab), torch.zeros(vocab)]).double(),
+            d.expand(2 * vocab),
+        )
+        loss = total(pmpo(x, alpha=alpha, beta=beta))
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    assert torch.allclose(torch.softmax(logits.detach(), 0), expected, atol=1e-7)
+
+
+def test_where_negatives_outweigh_the_divergence_there_is_no_bound() -> None:
+    q = torch.full((3,), 1 / 3, dtype=torch.float64).log()
+    losses = []
+    for depth in (1.0, 10.0, 100.0):
+        logits = torch.tensor([0.0, 0.0, -depth], dtype=torch.float64)
+        logps = torch.log_softmax(logits, 0)
+        d = divergence(logits[None], q[None], DivergenceKind())
+        x = UnpairedLogps(logps[2:], torch.ones(1).double(), None, torch.zeros(1).double(), d)
+        losses.append(total(pmpo(x, alpha=0.0, beta=0.5)).item())
+    assert losses[0] > losses[1] > losses[2] and losses[2] < -50
+
+
+def test_rewards_are_log_ratios_where_the_reference_is_known() -> None:
+    x = labelled([-3.0, -4.0], [-3.5, -3.0], [1.0, 0.0], divergence=torch.zeros(2, dtype=torch.float64))
+    metrics = pmpo(x).metrics
+    assert metrics["rewards/chosen"][0].tolist() == [0.5, 0.0]
+    assert metrics["rewards/rejected"][0].tolist() == [0.0, -1.0]
