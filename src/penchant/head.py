@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from penchant.losses.divergences import DivergenceKind, divergence, grad_of, value_of
+from penchant.losses.divergences import DivergenceKind, divergence, grad_of, log_probs, value_of
 from penchant.models.fast_head import add_weight_grad
 
 _CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MB in fp32
@@ -177,8 +177,8 @@ class _ChunkedDivergence(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             t = targets[rows, None]
-            lp = torch.log_softmax(head_logits(hidden[rows], weight, bias, scale, softcap), -1)
-            lq = torch.log_softmax(ref_logits(rows), -1)
+            lp = log_probs(head_logits(hidden[rows], weight, bias, scale, softcap))
+            lq = log_probs(ref_logits(rows))
             logps.append(lp.gather(1, t).squeeze(1))
             ref_logps.append(lq.gather(1, t).squeeze(1))
             values.append(value_of(lp, lq, kind))
@@ -202,8 +202,8 @@ class _ChunkedDivergence(torch.autograd.Function):
             rows = slice(start, start + ctx.chunk)
             g = of_logps[rows, None]
             logits = head_logits(hidden[rows], weight, bias, ctx.scale, ctx.softcap)
-            lp = torch.log_softmax(logits, -1)
-            d = grad_of(lp, torch.log_softmax(ctx.ref_logits(rows), -1), value[rows], ctx.kind)
+            lp = log_probs(logits)
+            d = grad_of(lp, log_probs(ctx.ref_logits(rows)), value[rows], ctx.kind)
             d = d.mul_(of_divergence[rows, None]).sub_(lp.exp_().mul_(g))
             d.scatter_add_(1, targets[rows, None], g.to(d.dtype))
             if ctx.softcap is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from golden import ORDINARY, POINTS, check_golden, log_sigmoid, pairs, sigmoid
 
@@ -33,6 +34,11 @@ def test_alpha_towards_zero_is_simpo() -> None:
     expected = simpo(pairs(POINTS)).losses
     assert torch.equal(alpha_po(pairs(POINTS), alpha=0.0).losses, expected)
     assert torch.allclose(alpha_po(pairs(ORDINARY), alpha=1e-7).losses, simpo(pairs(ORDINARY)).losses, rtol=1e-5)
+
+
+def test_small_alpha_keeps_its_digits_in_fp32() -> None:
+    a = torch.tensor([-0.01])
+    assert shaped_reward(a, 1e-4).item() == pytest.approx(-0.01, rel=1e-5)
 
 
 def test_a_hopeless_answer_is_finite_in_fp32() -> None:

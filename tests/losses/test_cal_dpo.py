@@ -12,7 +12,8 @@ def test_golden_values_and_gradients() -> None:
     t = 1 / (2 * beta)
     check_golden(
         cal_dpo,
-        lambda p: -log_sigmoid(p.h) + (p.dw - t) ** 2 + (p.dl + t) ** 2,
-        lambda p: (-sigmoid(-p.h) + 2 * (p.dw - t), sigmoid(-p.h) + 2 * (p.dl + t)),
+        lambda p: -log_sigmoid(p.h) + 0.5 * ((p.dw - t) ** 2 + (p.dl + t) ** 2),
+        lambda p: (-sigmoid(-p.h) + (p.dw - t), sigmoid(-p.h) + (p.dl + t)),
         beta=beta,
+        calibration=0.5,
     )

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penchant.losses.divergences import DivergenceKind, divergence, grad_of, value_of
+from penchant.losses.divergences import DivergenceKind, divergence, grad_of, log_probs, value_of
 
 KINDS = [
     DivergenceKind("kl", "ref_policy"),
@@ -68,7 +68,9 @@ def test_in_fp32_nothing_is_lost_on_underflow(kind: DivergenceKind) -> None:
     p, q = (torch.tensor([r[i] for r in ROWS], dtype=torch.float32, requires_grad=i == 0) for i in (0, 1))
     values = divergence(p, q, kind)
     expected = [exact(*r, kind) for r in ROWS]
-    assert values.tolist() == pytest.approx(expected, rel=5e-3)  # the second one from log-probs that are rounded to 1e-7
+    assert values.tolist() == pytest.approx(
+        expected, rel=5e-3
+    )  # the second one from log-probs that are rounded to 1e-7
     values.sum().backward()
     assert torch.isfinite(p.grad).all()
 
@@ -149,12 +151,24 @@ def test_tokens_that_a_model_rules_out_add_nothing(kind: DivergenceKind) -> None
     assert torch.isfinite(wide[0].grad).all() and not wide[0].grad[:, 6:].any()
 
 
+@pytest.mark.parametrize("ruled_out_by", [0, 1])
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+def test_a_token_that_one_model_rules_out_is_never_nan(kind: DivergenceKind, ruled_out_by: int) -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(3, 6), torch.randn(3, 6)]
+    logits[ruled_out_by][:, 2] = -torch.inf
+    logits[0].requires_grad_()
+    values = divergence(*logits, kind)
+    values.sum().backward()
+    assert torch.isfinite(values).all() and torch.isfinite(logits[0].grad).all()
+
+
 def test_value_and_gradient_are_what_divergence_uses() -> None:
     p = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     q = torch.randn(2, 5, dtype=torch.float64)
     kind = DivergenceKind("js")
     divergence(p, q, kind).sum().backward()
-    lp, lq = torch.log_softmax(p.detach(), -1), torch.log_softmax(q, -1)
+    lp, lq = log_probs(p.detach()), log_probs(q)
     assert torch.equal(grad_of(lp, lq, value_of(lp, lq, kind), kind), p.grad)
 
 

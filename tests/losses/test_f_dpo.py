@@ -46,6 +46,17 @@ def test_alpha_lies_between_reverse_and_forward_kl() -> None:
     assert torch.allclose(f_prime(d, "alpha", 1.0), 1 + f_prime(d, "forward_kl", 0.5), rtol=1e-12)
 
 
+def test_small_alpha_keeps_its_digits_in_fp32() -> None:
+    assert f_prime(torch.tensor([0.01]), "alpha", 1e-6).item() == pytest.approx(0.01, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "alpha"])
+def test_a_hopeless_chosen_answer_still_learns_and_its_gradient_can_be_squared(name: str) -> None:
+    d = torch.tensor([-300.0], requires_grad=True)
+    f_prime(d, name, 0.5).sum().backward()
+    assert 0 < d.grad.item() < 1e18
+
+
 def test_an_unknown_divergence_is_refused() -> None:
     with pytest.raises(ValueError, match="none of reverse_kl"):
         f_dpo(pairs(POINTS), divergence="hellinger")

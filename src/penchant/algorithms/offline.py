@@ -97,8 +97,9 @@ class Offline:
         device = next(self.scorer.model.parameters()).device
         for members in plan_microbatches([tree_tokens(t, self.scorer.shared) for t in trees], self.tokens_per_step):
             batch = pack([trees[i] for i in members], shared=self.scorer.shared).to(device)
-            policy.append(live.logps(batch))
-            ref.append(self.reference.logps(batch))
+            size = batch.lengths if self.average_log_prob else 1
+            policy.append(live.logps(batch) / size)
+            ref.append(self.reference.logps(batch) / size)
         return kto_z0(torch.cat(policy), torch.cat(ref))
 
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:

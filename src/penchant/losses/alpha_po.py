@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from penchant.losses.checks import pair_averages
 from penchant.losses.registry import LossParams, LossSpec
-from penchant.losses.rewards import logistic, reward_metrics
+from penchant.losses.rewards import expm1_then_linear, logistic, reward_metrics
 from penchant.types import LossOutput, PairLogps
 
 
@@ -39,8 +38,8 @@ def alpha_po(logps: PairLogps, *, beta: float = 2.0, gamma: float = 1.0, alpha: 
 
 
 def shaped_reward(a: Tensor, alpha: float) -> Tensor:
-    """``(1 - e^(-alpha a)) / alpha``; the exponent is capped at 80, so that it stays finite in fp32."""
-    return a if alpha == 0 else -torch.expm1((-alpha * a).clamp(max=80.0)) / alpha
+    """``(1 - e^(-alpha a)) / alpha``; beyond an exponent of 20 it goes on as its tangent."""
+    return a if alpha == 0 else -expm1_then_linear(-alpha * a) / alpha
 
 
 SPEC = LossSpec(

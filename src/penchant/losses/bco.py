@@ -21,6 +21,7 @@ def bco(logps: UnpairedLogps, *, beta: float = 0.1) -> LossOutput:
 
     ``loss = -log sigmoid(r - delta)`` for a good answer, ``-log sigmoid(-(r - delta))`` for a bad one, ``r = beta d``;
     delta is the running mean of rewards, ``(E+[r] + E-[r]) / 2`` over the steps before, without gradient.
+    A mean over all answers; the paper's reweighting of bad answers by a learned density ratio (UDM) is not part of it.
 
     Args:
         logps: summed log-probs in nats and labels (1 good, 0 bad), each of shape (batch,); `delta`; needs the reference's.

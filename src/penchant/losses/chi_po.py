@@ -8,7 +8,7 @@ from pydantic import Field
 
 from penchant.losses.checks import pair_logratios
 from penchant.losses.registry import LossParams, LossSpec
-from penchant.losses.rewards import capped_exp, logistic, reward_metrics
+from penchant.losses.rewards import expm1_then_linear, logistic, reward_metrics
 from penchant.types import LossOutput, PairLogps
 
 
@@ -32,7 +32,7 @@ def chi_po(logps: PairLogps, *, beta: float = 0.1, r_max: float = 10.0) -> LossO
     Paper: arXiv 2407.13399.
     """
     logratios = pair_logratios(logps)
-    chosen, rejected = (beta * (capped_exp(d) + d) for d in logratios)
+    chosen, rejected = (beta * (1 + expm1_then_linear(d) + d) for d in logratios)
     losses = logistic((chosen - rejected).clamp(-2 * r_max, 2 * r_max))
     return LossOutput(losses, metrics=reward_metrics(chosen, rejected))
 

@@ -9,8 +9,8 @@ Notation: p the policy, q the reference, lp and lq their log-probabilities, rows
     Renyi_a(p || q) = log sum p^a q^(1-a) / (a - 1)            d/dlogits_p = a (w - p) / (a - 1)
 
 with w the normalised terms of the sum. Every sum runs over exponentials of log-probabilities that are never exponentiated
-one by one: q^a p^(1-a) under- or overflows long before its logarithm does. A token that both give no probability at all
-(-inf) adds nothing.
+one by one: q^a p^(1-a) under- or overflows long before its logarithm does. Log-probabilities are held at -1e5 nats, where a
+model rules a token out (-inf): what both rule out adds nothing, what one rules out adds much, and nothing is NaN.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from torch import Tensor
 
 Divergence = Literal["kl", "js", "renyi"]
 Direction = Literal["ref_policy", "policy_ref"]
+
+
+FLOOR = -1e5  # nats
 
 
 class DivergenceKind(NamedTuple):
@@ -56,7 +59,7 @@ def divergence(policy_logits: Tensor, ref_logits: Tensor, kind: DivergenceKind) 
 class _OfLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, policy_logits: Tensor, ref_logits: Tensor, kind: DivergenceKind) -> Tensor:
-        lp, lq = torch.log_softmax(policy_logits, -1), torch.log_softmax(ref_logits, -1)
+        lp, lq = log_probs(policy_logits), log_probs(ref_logits)
         value = value_of(lp, lq, kind)
         ctx.save_for_backward(lp, lq, value)
         ctx.kind = kind
@@ -66,6 +69,11 @@ class _OfLogits(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         lp, lq, value = ctx.saved_tensors
         return grad_of(lp, lq, value, ctx.kind) * grads[0][:, None], None, None
+
+
+def log_probs(logits: Tensor) -> Tensor:
+    """Log-probabilities of each row, held at `FLOOR`: what `value_of` and `grad_of` take."""
+    return torch.log_softmax(logits, -1).clamp_(min=FLOOR)
 
 
 def value_of(lp: Tensor, lq: Tensor, kind: DivergenceKind) -> Tensor:
@@ -84,27 +92,21 @@ def grad_of(lp: Tensor, lq: Tensor, value: Tensor, kind: DivergenceKind) -> Tens
     to_policy = kind.direction == "ref_policy"
     p = lp.exp()
     if kind.kind == "js":
-        gap = _gap(lp, _log_mean(lp, lq))
+        gap = lp - _log_mean(lp, lq)
         return 0.5 * p * (gap - (p * gap).sum(-1, keepdim=True))
     if kind.kind == "kl" or kind.renyi_alpha == 1.0:
         if to_policy:
             return p - lq.exp()
-        return p * (_gap(lp, lq) - value[:, None])
+        return p * (lp - lq - value[:, None])
     order = kind.renyi_alpha
     if to_policy:  # w = q exp((a - 1)(lq - lp - D)), a softmax
-        return p - torch.softmax(lq + (order - 1) * _gap(lq, lp), -1)
+        return p - torch.softmax(lq + (order - 1) * (lq - lp), -1)
     # w - p = p expm1((a - 1)(lp - lq - D)): no cancellation near a = 1; where that is large, the difference itself is exact
-    exponent = (order - 1) * (_gap(lp, lq) - value[:, None])
+    exponent = (order - 1) * (lp - lq - value[:, None])
     small = exponent.abs() < 1
-    w = torch.softmax(lp + (order - 1) * _gap(lp, lq), -1)
+    w = torch.softmax(lp + (order - 1) * (lp - lq), -1)
     difference = torch.where(small, p * torch.expm1(torch.where(small, exponent, 0.0)), w - p)
     return order / (order - 1) * difference
-
-
-def _gap(a: Tensor, b: Tensor) -> Tensor:
-    """a - b, and 0 where both are -inf."""
-    gap = a - b
-    return gap if bool(torch.isfinite(a).all()) else gap.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _log_mean(lp: Tensor, lq: Tensor) -> Tensor:
@@ -114,14 +116,12 @@ def _log_mean(lp: Tensor, lq: Tensor) -> Tensor:
 def _kl_terms(a: Tensor, b: Tensor) -> Tensor:
     """``e^a (d + e^-d - 1)`` with d = a - b: KL's terms made non-negative one by one (they add e^b - e^a, which sums to zero).
 
-    Close distributions keep their digits: a plain sum of ``e^a d`` is a small difference of large terms. What a gives no
-    probability adds nothing, whatever b is.
+    Close distributions keep their digits: a plain sum of ``e^a d`` is a small difference of large terms.
     """
-    d = _gap(a, b)
+    d = a - b
     p = a.exp()
     near = d.abs() < 1
-    terms = torch.where(near, p * (torch.expm1(-torch.where(near, d, 0.0)) + d), p * d - p + b.exp())
-    return terms if bool(torch.isfinite(a).all()) else terms.nan_to_num(nan=0.0, posinf=torch.inf)
+    return torch.where(near, p * (torch.expm1(-torch.where(near, d, 0.0)) + d), p * d - p + b.exp())
 
 
 def _kl(a: Tensor, b: Tensor) -> Tensor:
@@ -135,11 +135,11 @@ def _renyi(a: Tensor, b: Tensor, order: float) -> Tensor:
     Where the sum S is near 1 (order near 1, or close distributions): ``log1p(S - 1)`` with ``S - 1 = sum e^a (e^x - 1 - x) +
     (order - 1) KL``, ``x = (order - 1)(a - b)``, keeps what a log-sum-exp would round away.
     """
-    x = (order - 1) * _gap(a, b)
+    x = (order - 1) * (a - b)
     far = torch.logsumexp(a + x, -1)
     near = (x.amax(-1) < 1) & (far.abs() < 0.5)
     if bool(near.any()):
         ra, rb, rx = a[near], b[near], x[near].clamp(max=1.0)
-        excess = (ra.exp() * (torch.expm1(rx) - rx)).nan_to_num(nan=0.0).sum(-1) + (order - 1) * _kl(ra, rb)
+        excess = (ra.exp() * (torch.expm1(rx) - rx)).sum(-1) + (order - 1) * _kl(ra, rb)
         far[near] = torch.log1p(excess)
     return far / (order - 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from penchant.losses.checks import pair_logratios
 from penchant.losses.registry import LossParams, LossSpec
-from penchant.losses.rewards import capped_exp, logistic, reward_metrics
+from penchant.losses.rewards import expm1_then_linear, logistic, reward_metrics
 from penchant.types import LossOutput, PairLogps
 
 FDivergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
@@ -31,7 +31,8 @@ def f_dpo(logps: PairLogps, *, beta: float = 0.1, divergence: str = "js", alpha:
 
     Args:
         logps: summed log-probs in nats, each of shape (batch,); needs the reference's.
-        beta: > 0; divergence: which f; alpha: in (0, 1). Exponents are capped at 80, so that all is finite in fp32.
+        beta: > 0; divergence: which f; alpha: in (0, 1). Beyond an exponent of 20, e^x goes on as its
+            tangent: a rejected-looking chosen answer keeps a finite gradient.
 
     Raises:
         ValueError: when a tensor is missing, its shape differs, or the divergence is unknown.
@@ -48,11 +49,11 @@ def f_prime(d: Tensor, divergence: str, alpha: float) -> Tensor:
     if divergence == "reverse_kl":
         return d
     if divergence == "forward_kl":
-        return -capped_exp(-d)
+        return -1 - expm1_then_linear(-d)
     if divergence == "js":
         return math.log(2.0) - F.softplus(-d)  # d - log(1 + e^d) without cancellation
     if divergence == "alpha":
-        return (1 - capped_exp(-alpha * d)) / alpha
+        return -expm1_then_linear(-alpha * d) / alpha
     raise ValueError(f"{divergence!r} is none of reverse_kl, forward_kl, js, alpha")
 
 

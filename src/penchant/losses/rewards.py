@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +40,6 @@ def logistic(z: Tensor, label_smoothing: float = 0.0) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
 
 
-def capped_exp(x: Tensor, cap: float = 80.0) -> Tensor:
-    """``exp(min(x, cap))``: finite in fp32 (e^88 is its end), with zero gradient beyond the cap."""
-    return torch.exp(x.clamp(max=cap))
+def expm1_then_linear(x: Tensor, cap: float = 20.0) -> Tensor:
+    """``e^x - 1`` up to `cap`, and its tangent beyond: finite in fp32 as its square is, and a pair beyond still learns."""
+    return torch.expm1(x.clamp(max=cap)) + math.exp(cap) * torch.relu(x - cap)
