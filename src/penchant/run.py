@@ -329,7 +329,8 @@ class Run:
         model.requires_grad_(False).eval()
         from penchant.logprobs import Scorer
 
-        return Scorer(model, self.scorer.packing, self.scorer.kernels)
+        # the policy's own numeric path: with an adapter it has no fast one, and the start would not be equal
+        return Scorer(model, self.scorer.packing, "auto" if self.scorer.fast else "off")
 
     def _cached_reference(self) -> CachedReference:
         """From disk, or computed now: with the initial policy itself where it is the reference, so no copy is held."""
