@@ -18,6 +18,7 @@ LAYERS = [
     {"training"},
     {"algorithms", "evaluation", "report"},
     {"config", "manifest"},
+    {"catalogue"},
     {"run"},
     {"api"},
     {"demo"},

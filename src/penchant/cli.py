@@ -82,6 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     report.set_defaults(handler=_report)
 
     losses = commands.add_parser("losses", help="list the losses with their formulas and hyperparameters")
+    losses.add_argument("name", nargs="?", help="one loss, with its whole description")
+    losses.add_argument("--markdown", action="store_true", help="the page docs/losses.md")
     losses.set_defaults(handler=_losses)
     return parser
 
@@ -199,14 +201,12 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _losses(args: argparse.Namespace) -> int:
-    from penchant.losses import LOSSES
+    from penchant import catalogue
 
-    for spec in LOSSES.values():
-        paper = f"  arXiv {spec.paper}" if spec.paper else ""
-        needs = f"  needs: {', '.join(sorted(spec.needs))}" if spec.needs else ""
-        print(f"{spec.name}{paper}{needs}\n    {spec.formula}")
-        for name, info in spec.params.model_fields.items():
-            print(f"    {name} = {info.default}: {info.description}")
+    if args.markdown:
+        print(catalogue.markdown(), end="")
+    else:
+        print(catalogue.text() if args.name is None else catalogue.describe(args.name))
     return 0
 
 

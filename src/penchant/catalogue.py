@@ -1,0 +1,114 @@
+"""The losses as text: what `penchant losses` prints and docs/losses.md holds, all from the registry."""
+
+from __future__ import annotations
+
+import inspect
+
+from penchant.config import LossModifiers, did_you_mean
+from penchant.errors import ConfigError
+from penchant.losses import LOSSES, LossSpec
+from penchant.losses.registry import NEEDS
+
+NOTATION = (
+    "x prompt, y_w chosen and y_l rejected completion, pi policy, ref reference; log-probs are summed over a completion (nats), "
+    "d = log pi(y|x) - log ref(y|x), h = d_w - d_l, a = log pi(y|x) / |y|, s = score"
+)
+GROUPS = {
+    "pairs, against a reference": lambda s: s.signal == "pairs" and "reference" in s.needs,
+    "pairs, without a reference": lambda s: s.signal == "pairs" and "reference" not in s.needs,
+    "single answers with a label (pairs are taken apart)": lambda s: s.signal == "unpaired",
+    "targets": lambda s: s.signal == "tokens",
+}
+
+
+def _parameters(spec: LossSpec) -> list[tuple[str, str, str]]:
+    """(name in a config, default, meaning) of each hyperparameter."""
+    return [
+        (info.alias or name, _shown(info.default), info.description or "")
+        for name, info in spec.params.model_fields.items()
+    ]
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _more(spec: LossSpec) -> list[str]:
+    """What it needs beyond a reference and labels, which its group says."""
+    return sorted(spec.needs - {"reference", "labels"})
+
+
+def text() -> str:
+    """Every loss in a few lines."""
+    lines = [NOTATION, ""]
+    for title, belongs in GROUPS.items():
+        lines += [title.upper(), ""]
+        for spec in filter(belongs, LOSSES.values()):
+            lines.append(spec.name + (f"  arXiv {spec.paper}" if spec.paper else ""))
+            lines.append(f"    {spec.formula}")
+            lines += [f"    needs {NEEDS[n]}" for n in _more(spec)]
+            lines += [f"    {name} = {default}: {meaning}" for name, default, meaning in _parameters(spec)]
+        lines.append("")
+    lines += ["ANY LOSS", ""]
+    lines += [f"    {name} = {_shown(i.default)}: {i.description}" for name, i in LossModifiers.model_fields.items()]
+    lines.append("    mix: [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]: several losses by weight")
+    lines.append("    a number may follow a schedule: beta: {from: 0.1, to: 0.5, shape: linear} (or cosine)")
+    return "\n".join(lines)
+
+
+def describe(name: str) -> str:
+    """One loss: its own description, hyperparameters with ranges, and how to name it."""
+    name = name.replace("-", "_")
+    if name not in LOSSES:
+        raise ConfigError("penchant losses", f"{name!r} is not a loss", did_you_mean(name, LOSSES))
+    spec = LOSSES[name]
+    lines = [f"loss.name={spec.name}", "", inspect.cleandoc(spec.fn.__doc__ or ""), ""]
+    lines += [f"needs {NEEDS[n]}" for n in sorted(spec.needs)]
+    lines += [f"loss.{key} = {default}: {meaning}" for key, default, meaning in _parameters(spec)]
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    """docs/losses.md."""
+    lines = [
+        "# Losses",
+        "",
+        "Written by `penchant losses --markdown` from the registry; a test compares the two. `penchant losses NAME` tells more.",
+        "",
+        f"Notation: {NOTATION}.",
+        "",
+    ]
+    for title, belongs in GROUPS.items():
+        lines += [
+            f"## {title[0].upper()}{title[1:]}",
+            "",
+            "| `loss.name` | loss | hyperparameters | paper |",
+            "|---|---|---|---|",
+        ]
+        for spec in filter(belongs, LOSSES.values()):
+            parameters = "<br>".join(f"`{n}` {d}: {m}" for n, d, m in _parameters(spec))
+            needs = "".join(f"<br>Needs {NEEDS[n]}." for n in _more(spec))
+            paper = f"[{spec.paper}](https://arxiv.org/abs/{spec.paper})" if spec.paper else ""
+            formula = spec.formula.replace("|", "\\|")
+            lines.append(f"| `{spec.name}` | `{formula}`{needs} | {parameters.replace('|', chr(92) + '|')} | {paper} |")
+        lines.append("")
+    lines += [
+        "## Any loss",
+        "",
+        "| key | meaning |",
+        "|---|---|",
+        *(f"| `loss.{n}` ({_shown(i.default)}) | {i.description} |" for n, i in LossModifiers.model_fields.items()),
+        "| `loss.mix` | several losses by weight: `mix: [{name: dpo, weight: 0.8, beta: 0.1}, {name: sft, weight: 0.2}]` |",
+        "| `reference.ema`, `reference.sync_every`, `reference.sync_mixup` | a reference that follows the policy "
+        "([2404.09656](https://arxiv.org/abs/2404.09656)) |",
+        "",
+        "**Schedules.** Any number of any loss may change over the run: `beta: {from: 0.1, to: 0.5, shape: linear}`. "
+        "`from` holds at the first optimiser step and `to` at the last one, exactly; `shape` is linear or cosine. The current "
+        "value is in every line of `metrics.jsonl`.",
+        "",
+        "**Where there is no bound.** PMPO pushes rejected answers down without end where the divergence does not outweigh them: "
+        "with `direction=ref_policy`, a token's optimum is `p* = (alpha A - (1 - alpha) R + beta q) / (2 alpha - 1 + beta)` (A, R the "
+        "shares of accepted and rejected answers, q the reference), which exists only where no token's value is negative. "
+        "`train.logp_floor` (mean log-prob per token of a step, -50) and `train.divergence_ceiling` stop such a run with a sentence.",
+    ]
+    return "\n".join(lines) + "\n"
