@@ -28,6 +28,7 @@ from penchant.evaluation.stats import bootstrap_ci
 Setting = Mapping[str, Any]  # the `loss` section of a config
 HH_PAIRS, HH_HELDOUT = 96, 64
 SAMPLE_TOKENS = 32
+START = "(before training)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ def run_setting(
         config["train"] |= {"batch_size": 2 * task.config["train"]["batch_size"]}
     try:
         result = train(config, quiet=True)
-        measured = _measure(task, config, result, heldout)
+        measured = _measure(task, config, result.model.parent, heldout)
     except PenchantError as error:
         measured = {"stopped": str(error).split(": ", 1)[-1][:160]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,8 +186,8 @@ def run_setting(
     return measured
 
 
-def _measure(task: Task, config: Mapping[str, Any], result: Any, heldout: str) -> dict[str, Any]:
-    """Held-out pairs under policy and start, sampled KL, lengths, and the true reward where there is one."""
+def _measure(task: Task, config: Mapping[str, Any], checkpoint: Path | None, heldout: str) -> dict[str, Any]:
+    """A checkpoint (None: the start): held-out pairs under policy and start, sampled KL, lengths, and the true reward where there is one."""
     from penchant.api import as_config
     from penchant.evaluation.pairs import pair_change
     from penchant.reference import LiveReference, adapter_off, compute_logps
@@ -196,9 +197,11 @@ def _measure(task: Task, config: Mapping[str, Any], result: Any, heldout: str) -
     from penchant.types import TokenTree
 
     # the config's reference is not what is measured against: always the model that training started from
-    run = Run(as_config({**config, "loss": {"name": "dpo"}, "reference": {"kind": "auto"}}), quiet=True)
-    tensors, _ = load_checkpoint(result.model.parent)
-    run.optimiser.load_state_tensors(tensors)
+    config = {**config, "loss": {"name": "dpo"}, "reference": {"kind": "auto"}}
+    run = Run(as_config({"output": "unused", **config}), quiet=True)
+    if checkpoint is not None:
+        run.optimiser.load_state_tensors(load_checkpoint(checkpoint)[0])
+    _ = run.scorer
     run.model.eval()
     policy = LiveReference(run.scorer)
     start = adapter_off(run.scorer) if "lora" in config else LiveReference(run._frozen_scorer())
@@ -227,7 +230,6 @@ def _measure(task: Task, config: Mapping[str, Any], result: Any, heldout: str) -
         "rejected": change.rejected.tolist(),
         "kl": float((now - then).mean()),
         "length": float(np.mean([len(i) for i in ids])),
-        "steps": result.steps,
     }
     if is_demo:
         from penchant.evaluation.lexicon import sentiment
@@ -245,7 +247,12 @@ def fill(
     args: argparse.Namespace, task: Task, name: str, settings: Mapping[str, Setting], *, unpaired: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
     """Every setting with every seed; results by setting. Seeds are the outer loop: an interrupted table is even."""
-    done: dict[str, list[dict[str, Any]]] = {label: [] for label in settings}
+    done: dict[str, list[dict[str, Any]]] = {START: [], **{label: [] for label in settings}}
+    start = args.output / args.task / "start.json"
+    if not start.exists() and not args.print_only:
+        start.write_text(json.dumps(_measure(task, task.config, None, task.config["data"]["eval_path"])))
+    if start.exists():
+        done[START].append(json.loads(start.read_text()))
     for seed in range(args.seeds):
         for label, loss in settings.items():
             folder = args.output / args.task / name / label.replace(" ", "_").replace("=", "-") / f"seed-{seed}"

@@ -6,7 +6,7 @@
 Columns, all on held-out prompts, against the model that training started from: accuracy (share of pairs whose chosen answer
 gained more log-prob than the rejected one), margin = d chosen - d rejected, d = change of log-prob (nats per answer),
 KL(policy || start) of sampled answers (nats per answer), their length in tokens, and (demo) their true reward, VADER's
-sentiment, which is 0.128 before training.
+sentiment.
 """
 
 from __future__ import annotations

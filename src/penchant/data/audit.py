@@ -103,6 +103,10 @@ def audit(
     if dataset.kind == "pairs":
         findings["contradictions"] = _contradictions(dataset)
         findings["length_bias"] = _length_bias(dataset)
+    if dataset.kind == "unpaired":
+        findings |= _labels(dataset)
+    if dataset.kind == "scored":
+        findings["scores"] = _scores(dataset)
     for name, finding in _leakage(splits or {}).items():
         findings[name] = finding
     lengths: dict[str, dict[str, float]] = {}
@@ -130,7 +134,8 @@ def _duplicates(dataset: Dataset) -> Finding:
     seen: dict[bytes, str] = {}
     where = []
     for t in dataset.trees:
-        key = _key(prompt_text(t.prompt), *(c.text for c in t.completions))
+        # an answer with another label is no duplicate: it is a contradiction
+        key = _key(prompt_text(t.prompt), *(f"{c.text}\0{c.label}\0{c.score}" for c in t.completions))
         if key in seen:
             where.append(f"{t.source} (as {seen[key]})")
         else:
@@ -148,6 +153,33 @@ def _contradictions(dataset: Dataset) -> Finding:
             where.append(f"{t.source} (against {other})")
         seen.setdefault(_key(prompt, a, b), t.source)
     return Finding("contradictions: the same pair the other way round", len(where), dataset.accepted, tuple(where))
+
+
+def _labels(dataset: Dataset) -> dict[str, Finding]:
+    """The share of good answers, and answers that are called both good and bad."""
+    seen: dict[bytes, tuple[bool | None, str]] = {}
+    where = []
+    for t in dataset.trees:
+        answer = t.completions[0]
+        key = _key(prompt_text(t.prompt), answer.text)
+        label, other = seen.setdefault(key, (answer.label, t.source))
+        if label != answer.label:
+            where.append(f"{t.source} (against {other})")
+    good = sum(bool(t.completions[0].label) for t in dataset.trees)
+    return {
+        "good_answers": Finding("answers labelled good", good, dataset.accepted, ()),
+        "contradictions": Finding(
+            "contradictions: one answer labelled good and bad", len(where), dataset.accepted, tuple(where)
+        ),
+    }
+
+
+def _scores(dataset: Dataset) -> Finding:
+    """What to choose data.score_threshold from."""
+    scores = np.array([c.score for t in dataset.trees for c in t.completions if c.score is not None])
+    low, mid, high = np.quantile(scores, [0.25, 0.5, 0.75])
+    note = f"quartiles {low:g}, {mid:g}, {high:g}"
+    return Finding("answers at or above the median score", int((scores >= mid).sum()), dataset.accepted, (), note)
 
 
 def _length_bias(dataset: Dataset) -> Finding:
