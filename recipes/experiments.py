@@ -24,6 +24,7 @@ from penchant import demo
 from penchant.api import train
 from penchant.errors import PenchantError
 from penchant.evaluation.stats import bootstrap_ci
+from penchant.losses import LOSSES
 
 Setting = Mapping[str, Any]  # the `loss` section of a config
 HH_PAIRS, HH_HELDOUT = 96, 64
@@ -117,7 +118,8 @@ def _hh_task(folder: Path, model: str, data: str | None) -> Task:
         "model": {"path": model},
         "lora": {"r": 16, "alpha": 32.0},
         "data": {"path": str(paths["train"]), "eval_path": str(paths["heldout"]), "max_length": 384},
-        "train": {"epochs": 1, "batch_size": 16, "lr": 2e-4, "schedule": "linear", "tokens_per_step": 2048},
+        "train": {"epochs": 1, "batch_size": 8, "lr": 5e-4, "schedule": "linear", "tokens_per_step": 2048},
+        "reference": {"kind": "cached"},
         "evaluation": {"samples": 0, "kl_prompts": 0},
     }
     return Task("hh", config, _count(paths["train"]), _count(paths["heldout"]), str(paths["unpaired"]))
@@ -155,7 +157,14 @@ def _tokenizer(path: str) -> Any:
 
 
 def run_setting(
-    task: Task, folder: Path, loss: Setting, seed: int, *, unpaired: bool = False, print_only: bool = False
+    task: Task,
+    folder: Path,
+    loss: Setting,
+    seed: int,
+    before: Mapping[str, Any] | None,
+    *,
+    unpaired: bool = False,
+    print_only: bool = False,
 ) -> dict[str, Any] | None:
     """Train one setting with one seed (or go on with it) and measure it; None where it is not finished and must not run.
 
@@ -168,17 +177,18 @@ def run_setting(
     if print_only:
         return None
     config = {**task.config, "loss": dict(loss), "output": str(folder)}
-    heldout = task.config["data"]["eval_path"]
     config["data"] = {k: v for k, v in task.config["data"].items() if k != "eval_path"}  # measured below, once
     config["train"] = {**task.config["train"], "seed": seed}
     config["evaluation"] = {**task.config["evaluation"], "every": None, "at_start": False}
     config["checkpoint"] = {"keep_last": 1, "every": None}
+    if "divergence" in LOSSES[str(loss["name"])].needs:
+        config.pop("reference", None)  # it needs whole distributions, which a cache does not hold
     if unpaired:  # twice the rows for the same answers: the same answers a step, the same number of steps
         config["data"] |= {"path": task.unpaired}
         config["train"] |= {"batch_size": 2 * task.config["train"]["batch_size"]}
     try:
         result = train(config, quiet=True)
-        measured = _measure(task, config, result.model.parent, heldout)
+        measured = _measure(task, config, result.model.parent, before)
     except PenchantError as error:
         measured = {"stopped": str(error).split(": ", 1)[-1][:160]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,8 +196,12 @@ def run_setting(
     return measured
 
 
-def _measure(task: Task, config: Mapping[str, Any], checkpoint: Path | None, heldout: str) -> dict[str, Any]:
-    """A checkpoint (None: the start): held-out pairs under policy and start, sampled KL, lengths, and the true reward where there is one."""
+def _measure(
+    task: Task, config: Mapping[str, Any], checkpoint: Path | None, before: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A checkpoint (None: the start), against what was measured before training: held-out pairs, sampled KL, lengths, reward."""
+    import torch
+
     from penchant.api import as_config
     from penchant.evaluation.pairs import pair_change
     from penchant.reference import LiveReference, adapter_off, compute_logps
@@ -205,9 +219,10 @@ def _measure(task: Task, config: Mapping[str, Any], checkpoint: Path | None, hel
     run.model.eval()
     policy = LiveReference(run.scorer)
     start = adapter_off(run.scorer) if "lora" in config else LiveReference(run._frozen_scorer())
-    trees = run._tokenise(run._load(heldout)).trees
+    trees = run._tokenise(run._load(task.config["data"]["eval_path"])).trees
     budget = config["train"]["tokens_per_step"]
-    change = pair_change(policy, start, trees, budget)
+    logps = compute_logps(policy, trees, tokens_per_step=budget).sums
+    change = pair_change(logps, logps if before is None else torch.tensor(before["logps"]))
     is_demo = task.name == "demo"
     prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in trees))[: None if is_demo else 16]
     rows = sample(
@@ -229,6 +244,7 @@ def _measure(task: Task, config: Mapping[str, Any], checkpoint: Path | None, hel
         "chosen": change.chosen.tolist(),
         "rejected": change.rejected.tolist(),
         "kl": float((now - then).mean()),
+        "logps": logps.tolist(),
         "length": float(np.mean([len(i) for i in ids])),
     }
     if is_demo:
@@ -250,13 +266,14 @@ def fill(
     done: dict[str, list[dict[str, Any]]] = {START: [], **{label: [] for label in settings}}
     start = args.output / args.task / "start.json"
     if not start.exists() and not args.print_only:
-        start.write_text(json.dumps(_measure(task, task.config, None, task.config["data"]["eval_path"])))
-    if start.exists():
-        done[START].append(json.loads(start.read_text()))
+        start.write_text(json.dumps(_measure(task, task.config, None, None)))
+    before = json.loads(start.read_text()) if start.exists() else None
+    if before is not None:
+        done[START].append(before)
     for seed in range(args.seeds):
         for label, loss in settings.items():
             folder = args.output / args.task / name / label.replace(" ", "_").replace("=", "-") / f"seed-{seed}"
-            measured = run_setting(task, folder, loss, seed, unpaired=unpaired, print_only=args.print_only)
+            measured = run_setting(task, folder, loss, seed, before, unpaired=unpaired, print_only=args.print_only)
             if measured is not None:
                 done[label].append(measured)
                 if not args.print_only:

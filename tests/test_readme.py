@@ -14,9 +14,12 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
 def _block(language: str) -> str:
-    (block,) = re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
-    return block
+    return _blocks(language)[0]
 
 
 def test_the_yaml_is_a_config(tmp_path: Path) -> None:
@@ -25,6 +28,17 @@ def test_the_yaml_is_a_config(tmp_path: Path) -> None:
     assert config.model.path == MODEL
     assert config.lora is not None
     assert config.loss.params.beta == 0.3
+
+
+def test_every_loss_section_is_a_config(tmp_path: Path) -> None:
+    """The YAML blocks after the first, and the settings in the table."""
+    base = "model: {path: m}\ndata: {path: d}\noutput: o\n"
+    sections = _blocks("yaml")[1:]
+    sections += re.findall(r"^\| [^|]*\| `((?:loss|reference): \{.*?\})`", README, flags=re.M)
+    assert len(sections) == 7
+    for section in sections:
+        (tmp_path / "run.yaml").write_text(base + section + "\n")
+        load_config(tmp_path / "run.yaml")
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,5 +62,5 @@ def test_every_recipe_is_a_config() -> None:
 
 
 def test_nothing_is_left_to_fill_in() -> None:
-    for page in (README, (Path(__file__).parents[1] / "docs/performance.md").read_text()):
+    for page in (README, *(p.read_text() for p in (Path(__file__).parents[1] / "docs").glob("*.md"))):
         assert "@@" not in page

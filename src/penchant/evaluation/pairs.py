@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from penchant.reference import LiveReference, compute_logps
-from penchant.types import TokenTree
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +26,16 @@ class PairChange:
         return (self.margins > 0) + 0.5 * (self.margins == 0)
 
 
-def pair_change(
-    policy: LiveReference, reference: LiveReference, trees: Sequence[TokenTree], tokens_per_step: int = 4096
-) -> PairChange:
+def pair_change(policy: Tensor, reference: Tensor) -> PairChange:
     """How the log-probs of pairs changed from reference to policy.
 
     Args:
-        policy, reference: run without gradient; trees: pairs, chosen first.
+        policy, reference: summed log-probs in nats, (2 x rows,), each pair's chosen completion before its rejected one.
 
     Raises:
-        ValueError: a tree has not exactly two completions.
+        ValueError: the shapes differ, or the length is odd.
     """
-    if any(len(t.completion_ids) != 2 for t in trees):
-        raise ValueError("pair_change needs trees of two completions each, chosen first")
-    now, then = (compute_logps(m, trees, tokens_per_step=tokens_per_step).sums for m in (policy, reference))
-    change = (now.double() - then.double()).numpy().reshape(-1, 2)
+    if policy.shape != reference.shape or policy.ndim != 1 or len(policy) % 2:
+        raise ValueError(f"log-probs must both be (2 x rows,), got {tuple(policy.shape)}, {tuple(reference.shape)}")
+    change = (policy.double() - reference.double()).numpy().reshape(-1, 2)
     return PairChange(change[:, 0], change[:, 1])
