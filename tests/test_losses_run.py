@@ -89,6 +89,14 @@ def test_dpo_shifts_lambda_is_logged_every_step_and_reaches_both_ends(base: dict
     assert [r["lambda"] for r in lines(fixed)] == [0.6] * 3
 
 
+def test_the_held_out_loss_is_with_the_last_steps_value(base: dict[str, Any]) -> None:
+    """lambda ends at 1, so the loss after training is DPO's on the same weights."""
+    result = api.train({**base, "loss": {"name": "dpo_shift", "schedule": "increase_linear"}}, quiet=True)
+    dpo = api.evaluate({**base, "loss": "dpo"}, quiet=True)
+    assert dpo["checkpoint"] == "step-3"
+    assert result.after["eval/loss"] == pytest.approx(dpo["eval/loss"], rel=1e-6)
+
+
 def test_lambda_1_is_dpo_to_the_last_bit(base: dict[str, Any], tmp_path: Path) -> None:
     shift = api.train({**base, "loss": {"name": "dpo_shift", "lambda": 1.0}}, quiet=True)
     dpo = api.train({**base, "loss": "dpo", "output": str(tmp_path / "dpo")}, quiet=True)

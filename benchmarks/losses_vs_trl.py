@@ -1,0 +1,481 @@
+"""Penchant's preference losses against TRL's: the same token ids, policy and reference, the loss and its gradient compared.
+
+    .venv/bin/python benchmarks/losses_vs_trl.py
+
+Two tiny random Llamas, fp32, and three sets of made-up pairs. Our side calls `Offline` as the training loop does; TRL's side
+is this file again, in TRL's environment (see harness.py), where the trainer of each loss collates the token ids and computes
+one batch. A gradient is over all parameters of the policy; its difference is the norm of the difference. Exit code 1 when a
+loss or gradient differs by more than 1e-4 relative, other than for a reason given here. Where there is a reason, the losses
+are compared a second time on pairs, or by terms, for which the definitions coincide.
+
+Not here, since TRL 1.16 has no such loss: DPO-Shift, DPOP, R-DPO, Cal-DPO, chi-PO, REBEL, ODPO, PMPO, SLiC's regularisation,
+BCO's running mean. Not here, since we have none: CPO's `ipo`, KTO's `apo_zero_unpaired`, TPO.
+Not compared: divergences' exponents beyond 20, from where ours go on as their tangent, and what makes the ids (templates,
+truncation, TRL's choice of KTO's mismatched answers: both sides get the same ones).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from harness import HERE, WorkerFailed, peer_python, run_worker, stop_with_workers
+from measure import finish
+
+VOCAB, PAD, BOS, EOS = 97, 0, 1, 2
+TOLERANCE = 1e-4
+Pair = dict[str, list[int]]  # prompt_ids, chosen_ids, rejected_ids
+
+PER_TOKEN = "TRL's NLL is a mean over the batch's tokens, ours per example"
+NO_SMOOTHING = "TRL's `sigmoid` ignores label_smoothing, ours is cDPO"
+PROMPT_TOO = "TRL's NLL includes the prompt and is a mean over the batch's tokens, ours is the answer's, per example"
+NOT_CLIPPED = "TRL does not clip the weight at 1, ours does"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One comparison: our loss and its hyperparameters, TRL's trainer and settings, and the pairs they see.
+
+    Args:
+        more: arguments of `Offline`.
+        pairs: a key of `made_up_pairs`.
+        one_by_one: TRL's loss is the mean over batches of a single pair.
+        factor: TRL's loss over ours, where it is known.
+        reason: why the two differ, where they are meant to.
+    """
+
+    loss: str
+    params: dict[str, Any]
+    trainer: str
+    settings: dict[str, Any]
+    more: dict[str, Any] = field(default_factory=dict)
+    pairs: str = "random"
+    one_by_one: bool = False
+    factor: float = 1.0
+    reason: str = ""
+
+    @property
+    def ours(self) -> str:
+        return f"{self.loss} {told(self.params | self.more)}".strip()
+
+    @property
+    def theirs(self) -> str:
+        rest = {k: v for k, v in self.settings.items() if k != "loss_type"}
+        kind = self.settings.get("loss_type", "")
+        name = f"{self.trainer} {'+'.join(kind) if isinstance(kind, list) else kind} {told(rest)}"
+        return " ".join(name.split()) + (", one by one" if self.one_by_one else "")
+
+
+def told(values: dict[str, Any]) -> str:
+    """Hyperparameters in a few words."""
+    return " ".join(f"{k}={v}" for k, v in values.items())
+
+
+def dpo_case(loss: str, params: dict[str, Any], kind: str, settings: dict[str, Any] | None = None, **more: Any) -> Case:
+    """A loss of TRL's DPOTrainer with beta as ours has it."""
+    params = {"beta": 0.3, **params}
+    return Case(loss, params, "DPO", {"loss_type": [kind], "beta": params["beta"], **(settings or {})}, **more)
+
+
+def cpo_case(loss: str, params: dict[str, Any], kind: str, settings: dict[str, Any], **more: Any) -> Case:
+    """A loss of TRL's experimental CPOTrainer."""
+    return Case(loss, params, "CPO", {"loss_type": kind, **settings}, **more)
+
+
+def with_sft(loss: str, params: dict[str, Any], **more: Any) -> Case:
+    """DPO plus the chosen answer's likelihood, by TRL's sum of `sigmoid` and `sft`."""
+    settings = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.3}
+    return Case(loss, params, "DPO", settings, **more)
+
+
+SMOOTH = {"label_smoothing": 0.2}
+CASES = [
+    dpo_case("dpo", {}, "sigmoid"),
+    dpo_case("dpo", SMOOTH, "sigmoid", SMOOTH, reason=NO_SMOOTHING),
+    dpo_case("dpo", SMOOTH, "aot", SMOOTH, one_by_one=True),  # AOT of a single pair is cDPO
+    dpo_case("dpo", {}, "sigmoid_norm", more={"average_log_prob": True}),
+    dpo_case("rdpo", SMOOTH, "robust", SMOOTH),
+    dpo_case("ipo", {}, "ipo"),
+    dpo_case("hinge", {}, "hinge"),
+    dpo_case("exo", SMOOTH, "exo_pair", SMOOTH),
+    dpo_case("exo", {"label_smoothing": 1e-3}, "exo_pair", {"label_smoothing": 1e-3}),
+    dpo_case("nca", {}, "nca_pair"),
+    dpo_case("aot", {}, "aot"),
+    dpo_case("aot", SMOOTH, "aot", SMOOTH),
+    dpo_case("aot_unpaired", {}, "aot_unpaired"),
+    dpo_case("aot_unpaired", SMOOTH, "aot_unpaired", SMOOTH),
+    dpo_case("apo_zero", {}, "apo_zero"),
+    dpo_case("apo_down", {}, "apo_down"),
+    dpo_case("discopop", {"tau": 0.2}, "discopop", {"discopop_tau": 0.2}),
+    dpo_case("sppo", {}, "sppo_hard"),
+    dpo_case("bco", {}, "bco_pair", factor=2.0),  # TRL adds up a pair's answers; our first step's delta is 0
+    dpo_case("f_dpo", {"divergence": "reverse_kl"}, "sigmoid", {"f_divergence_type": "reverse_kl"}),
+    dpo_case("f_dpo", {"divergence": "forward_kl"}, "sigmoid", {"f_divergence_type": "forward_kl"}),
+    dpo_case("f_dpo", {"divergence": "js"}, "sigmoid", {"f_divergence_type": "js_divergence"}),
+    *(
+        dpo_case(
+            "f_dpo",
+            {"divergence": "alpha", "alpha": alpha},
+            "sigmoid",
+            {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1 - alpha},
+        )
+        for alpha in (0.25, 0.5)
+    ),
+    *(dpo_case("ld_dpo", {"alpha": a}, "sigmoid", {"ld_alpha": a}) for a in (0.0, 0.5)),
+    dpo_case("wpo", {}, "sigmoid", {"use_weighting": True}),
+    dpo_case("wpo", {}, "sigmoid", {"use_weighting": True}, pairs="likely", reason=NOT_CLIPPED),
+    with_sft("rpo", {"beta": 0.3, "alpha": 0.5}, reason=PER_TOKEN),
+    with_sft("rpo", {"beta": 0.3, "alpha": 0.5}, pairs="even"),
+    with_sft("dpo", {"beta": 0.3}, more={"nll_weight": 0.5}),
+    Case("sft", {}, "DPO", {"loss_type": ["sft"]}),
+    Case("kto", {"beta": 0.3}, "KTO", {"loss_type": "kto", "beta": 0.3}),
+    Case(
+        "kto",
+        {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7},
+        "KTO",
+        {"loss_type": "kto", "beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7},
+    ),
+    cpo_case("simpo", {"beta": 2.0, "gamma": 1.0}, "simpo", {"beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0}),
+    cpo_case(
+        "alpha_po",
+        {"beta": 2.0, "gamma": 1.0, "alpha": 0.25},
+        "alphapo",
+        {"beta": 2.0, "simpo_gamma": 1.0, "alpha": 0.25},
+    ),
+    cpo_case("cpo", {"beta": 0.1, "alpha": 0.5}, "sigmoid", {"beta": 0.1, "cpo_alpha": 0.5}, reason=PER_TOKEN),
+    cpo_case("cpo", {"beta": 0.1, "alpha": 0.5}, "sigmoid", {"beta": 0.1, "cpo_alpha": 0.5}, pairs="even"),
+    cpo_case(
+        "cpo",
+        {"beta": 0.1, "alpha": 0.0, **SMOOTH},
+        "sigmoid",
+        {"beta": 0.1, "cpo_alpha": 0.5, **SMOOTH},
+        more={"nll_weight": 0.5},
+    ),
+    cpo_case("slic", {"delta": 1.0, "reg_weight": 0.0}, "hinge", {"beta": 1.0, "cpo_alpha": 0.0}),
+    Case("orpo", {"beta": 0.5}, "ORPO", {"beta": 0.5}, reason=PROMPT_TOO),
+    Case("orpo", {"beta": 0.5}, "ORPO", {"beta": 0.5}, pairs="even"),
+]
+
+
+# ---- models and pairs -------------------------------------------------------------------------------------------------
+
+
+def save_models(folder: Path) -> dict[str, str]:
+    """Two tiny random Llamas that disagree by some nats an answer, and a tokenizer of made-up words, as folders."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=128,
+        initializer_range=0.08,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    words = {f"w{i}": i for i in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": f"w{PAD}", "bos_token": f"w{BOS}", "eos_token": f"w{EOS}", "unk_token": "w3"}
+    folders = {}
+    for seed, name in enumerate(("policy", "reference")):
+        torch.manual_seed(seed)
+        folders[name] = str(folder / name)
+        LlamaForCausalLM(config).save_pretrained(folders[name])
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folders[name])
+    return folders
+
+
+def load_model(folder: str) -> Any:
+    """A saved model in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def made_up_pairs(policy: Any) -> dict[str, list[Pair]]:
+    """Six pairs of each kind.
+
+    `random`: unequal lengths. `even`: prompts of one token, chosen answers of one length, so that means over tokens and over
+    examples coincide and no prompt token is predicted. `likely`: the policy's greedy answer and one that starts otherwise.
+    """
+    rng = np.random.default_rng(0)
+
+    def ids(n: int) -> list[int]:
+        return [int(t) for t in rng.integers(4, VOCAB, n)]
+
+    def pair(prompt: int, chosen: int, rejected: int) -> Pair:
+        return {"prompt_ids": ids(prompt), "chosen_ids": ids(chosen), "rejected_ids": ids(rejected)}
+
+    lengths = [(4, 7, 3), (2, 1, 5), (9, 4, 4), (1, 6, 9), (6, 2, 8), (3, 8, 1)]
+    random = [pair(*n) for n in lengths]
+    return {
+        "random": random,
+        "even": [pair(1, 5, n) for _, _, n in lengths],
+        "likely": [
+            {
+                "prompt_ids": row["prompt_ids"],
+                "chosen_ids": greedy(policy, row["prompt_ids"], 0, 6),
+                "rejected_ids": greedy(policy, row["prompt_ids"], 1, 6),
+            }
+            for row in random
+        ],
+    }
+
+
+@torch.no_grad()
+def greedy(policy: Any, prompt: list[int], rank: int, length: int) -> list[int]:
+    """The policy's greedy answer after a first token of the given rank."""
+    answer: list[int] = []
+    for at in range(length):
+        logits = policy(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, -1]
+        answer.append(int(logits.topk(2).indices[rank if at == 0 else 0]))
+    return answer
+
+
+def thumbs(pairs: list[Pair]) -> list[dict[str, Any]]:
+    """KTO's rows: the pairs' answers one by one, the last left out (more good than bad), each with a mismatched answer."""
+    from penchant.data.adapt import mismatch
+
+    rows = [
+        {"prompt_ids": p["prompt_ids"], "completion_ids": p[side], "label": side == "chosen_ids"}
+        for p in pairs
+        for side in ("chosen_ids", "rejected_ids")
+    ][:-1]
+    partners = mismatch([bytes(r["prompt_ids"]) for r in rows])
+    assert partners is not None
+    return [r | {"KL_completion_ids": rows[i]["completion_ids"]} for r, i in zip(rows, partners, strict=True)]
+
+
+def rows_of(case: Case, pairs: dict[str, list[Pair]]) -> list[dict[str, Any]]:
+    """What a case is computed on."""
+    return thumbs(pairs[case.pairs]) if case.trainer == "KTO" else pairs[case.pairs]
+
+
+def flat_gradient(model: Any) -> np.ndarray:
+    """The gradient of all parameters as one vector, which is then reset."""
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    model.zero_grad()
+    return torch.cat([g.flatten() for g in parts]).double().numpy()
+
+
+# ---- our side ---------------------------------------------------------------------------------------------------------
+
+
+def our_loss(case: Case, rows: list[dict[str, Any]], policy: Any, reference: Any) -> tuple[float, np.ndarray]:
+    """Penchant's loss of the rows as one optimiser step, and its gradient."""
+    from penchant.algorithms.offline import Component, Offline
+    from penchant.data.packing import pack
+    from penchant.logprobs import Scorer
+    from penchant.losses import LOSSES
+    from penchant.reference import LiveReference
+    from penchant.training.reduce import reduced
+
+    spec = LOSSES[case.loss]
+    algorithm = Offline(
+        Scorer(policy, "shared"),
+        [Component(spec, spec.params(**case.params))],
+        LiveReference(Scorer(reference, "shared")),
+        mismatched={i: tree(i, r["prompt_ids"], [r["KL_completion_ids"]]) for i, r in enumerate(rows) if "label" in r},
+        **case.more,
+    )
+    trees = [
+        tree(i, r["prompt_ids"], [r["completion_ids"]], (r["label"],))
+        if "label" in r
+        else tree(i, r["prompt_ids"], [r["chosen_ids"], r["rejected_ids"]], (True, False))
+        for i, r in enumerate(rows)
+    ]
+    algorithm.begin_step(0.0, trees)
+    batch = pack(trees)
+    loss = case.factor * reduced(algorithm.loss(algorithm.score(batch)), algorithm.weights(batch))
+    loss.backward()
+    return float(loss.detach()), flat_gradient(policy)
+
+
+def tree(row: int, prompt: list[int], completions: list[list[int]], labels: tuple[bool, ...] = ()) -> Any:
+    """A prompt with its completions."""
+    from penchant.types import TokenTree
+
+    ids = [np.array(part, dtype=np.int32) for part in (prompt, *completions)]
+    return TokenTree(row, ids[0], tuple(ids[1:]), (False,) * len(completions), labels=labels)
+
+
+# ---- TRL's side, in its environment -----------------------------------------------------------------------------------
+
+
+def worker(spec: dict[str, Any]) -> None:
+    """TRL's loss of every case in the spec; gradients go to a file, losses to the closing line."""
+    import datasets
+
+    torch.set_num_threads(spec["threads"])
+    datasets.disable_progress_bars()
+    losses, gradients = [], []
+    for case in spec["cases"]:
+        trainer = make_trainer(case, spec)
+        parts = [[r] for r in case["rows"]] if case["one_by_one"] else [case["rows"]]
+        total = 0.0
+        for part in parts:
+            batch = trainer.data_collator([collated_row(r, case["trainer"]) for r in part])
+            loss = trainer.compute_loss(trainer.model, batch) / len(parts)
+            loss.backward()
+            total += float(loss.detach())
+        losses.append(total)
+        gradients.append(flat_gradient(trainer.model))
+    np.save(spec["gradients"], np.stack(gradients))
+    finish({"losses": losses})
+
+
+def make_trainer(case: dict[str, Any], spec: dict[str, Any]) -> Any:
+    """A trainer around the policy; it gets a row of text to be satisfied, the token ids are collated by the caller."""
+    import datasets
+    import trl
+    from transformers import AutoTokenizer
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    kinds = {
+        "DPO": (trl.DPOConfig, trl.DPOTrainer),
+        "KTO": (trl.KTOConfig, trl.KTOTrainer),
+        "CPO": (CPOConfig, CPOTrainer),
+        "ORPO": (ORPOConfig, ORPOTrainer),
+    }
+    config, trainer = kinds[case["trainer"]]
+    text = {"prompt": "w4 w5", "chosen": " w6", "rejected": " w7"}
+    if case["trainer"] == "KTO":
+        text = {"prompt": "w4 w5", "completion": " w6", "label": True}
+    with_reference = {"ref_model": load_model(spec["reference"])} if case["trainer"] in ("DPO", "KTO") else {}
+    return trainer(
+        model=load_model(spec["policy"]),
+        args=config(
+            output_dir=spec["work"],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=16,
+            report_to=[],
+            disable_tqdm=True,
+            **case["settings"],
+        ),
+        train_dataset=datasets.Dataset.from_list([text]),
+        processing_class=AutoTokenizer.from_pretrained(spec["policy"]),
+        **with_reference,
+    )
+
+
+def collated_row(row: dict[str, Any], trainer: str) -> dict[str, Any]:
+    """A row as the trainer's collator takes it; CPO's and ORPO's is the older one, with labels."""
+    if trainer in ("DPO", "KTO"):
+        return row
+    prompt = row["prompt_ids"]
+    features: dict[str, Any] = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+    for side in ("chosen", "rejected"):
+        answer = row[f"{side}_ids"]
+        features[f"{side}_input_ids"] = prompt + answer
+        features[f"{side}_attention_mask"] = [1] * len(prompt + answer)
+        features[f"{side}_labels"] = [-100] * len(prompt) + answer
+    return features
+
+
+# ---- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def compare(folder: Path) -> list[dict[str, Any]]:
+    """Every case on both sides."""
+    transformers.utils.logging.disable_progress_bar()
+    folders = save_models(folder)
+    policy, reference = (load_model(f) for f in folders.values())
+    reference.requires_grad_(False)
+    pairs = made_up_pairs(policy)
+    rows = [rows_of(c, pairs) for c in CASES]
+    asked = [
+        {"trainer": c.trainer, "settings": c.settings, "one_by_one": c.one_by_one, "rows": r}
+        for c, r in zip(CASES, rows, strict=True)
+    ]
+    spec = {**folders, "cases": asked, "gradients": str(folder / "gradients.npy")}
+    log = HERE / "results" / "logs" / "losses_vs_trl.log"
+    losses = run_worker(peer_python(), Path(__file__).name, spec, threads=1, log=log)["losses"]
+    results = []
+    for case, case_rows, loss, gradient in zip(CASES, rows, losses, np.load(spec["gradients"]), strict=True):
+        ours, our_gradient = our_loss(case, case_rows, policy, reference)
+        norm = float(np.linalg.norm(gradient))
+        results.append(
+            {
+                "case": case,
+                "ours": ours,
+                "theirs": loss,
+                "difference": abs(ours - loss) / abs(loss),
+                "our_norm": float(np.linalg.norm(our_gradient)),
+                "their_norm": norm,
+                "gradient_difference": float(np.linalg.norm(our_gradient - gradient)) / norm,
+            }
+        )
+    return results
+
+
+def agrees(result: dict[str, Any]) -> bool:
+    """Whether loss and gradient are equal within the tolerance (NaN is not)."""
+    return result["difference"] <= TOLERANCE and result["gradient_difference"] <= TOLERANCE
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """The last column: equal, different, or the reason for which they are meant to differ."""
+    if agrees(result):
+        return "equal"
+    return f"meant to differ: {result['case'].reason}" if result["case"].reason else "**DIFFERENT**"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results in Markdown."""
+    lines = [
+        "| ours | TRL's | pairs | loss, ours | loss, TRL's | difference | gradient, ours | gradient, TRL's | difference | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        case = r["case"]
+        ours = case.ours + (f" (x {case.factor:g})" if case.factor != 1.0 else "")
+        lines.append(
+            f"| {ours} | {case.theirs} | {case.pairs} | {r['ours']:.6f} | {r['theirs']:.6f} | {r['difference']:.1e} "
+            f"| {r['our_norm']:.6f} | {r['their_norm']:.6f} | {r['gradient_difference']:.1e} | {verdict(r)} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Penchant's preference losses against TRL's", allow_abbrev=False)
+    parser.add_argument("spec", nargs="?", help=argparse.SUPPRESS)  # what a worker is told
+    args = parser.parse_args()
+    if args.spec:
+        worker(json.loads(args.spec))
+        return 0
+    stop_with_workers()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="penchant-losses-") as folder:
+        results = compare(Path(folder))
+    wrong = [r for r in results if not agrees(r) and not r["case"].reason]
+    equal = sum(agrees(r) for r in results)
+    print(table(results))
+    print(f"\n{len(results)} comparisons: {equal} equal, {len(results) - equal - len(wrong)} meant to differ", end="")
+    print(f", {len(wrong)} different (more than {TOLERANCE:g} relative)")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except WorkerFailed as error:
+        sys.exit(f"benchmark: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
