@@ -1,0 +1,179 @@
+"""What online methods are made of: advantages, generalised advantage estimation, whitening, the clipped surrogate.
+
+Tokens of all completions lie in one vector (R,), completion after completion; `completion_of` (R,) says whose a token is. There
+is no padding, so none can be rewarded, whitened or averaged over.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from penchant.losses.checks import require_vectors
+
+LOG_RATIO_LIMIT = 20.0  # e^20: a ratio beyond is an accident, and its square must not overflow
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """RLOO's advantages: each reward minus the mean of the others of its group.
+
+    ``A_i = r_i - mean_{j != i} r_j``
+
+    Args:
+        rewards: (groups, k), k >= 2 samples of one prompt each.
+
+    Raises:
+        ValueError: fewer than two samples a group.
+
+    Paper: arXiv 2402.14740.
+    """
+    _require_group(rewards)
+    k = rewards.shape[1]
+    return (rewards - rewards.mean(1, keepdim=True)) * (k / (k - 1))
+
+
+def group_normalised(rewards: Tensor, scale: Literal["group", "batch", "none"] = "group", eps: float = 1e-4) -> Tensor:
+    """GRPO's advantages: rewards centred within their group and divided by a standard deviation.
+
+    ``A_i = (r_i - mean(r)) / (std(r) + eps)``; ``scale``: the group's standard deviation, the batch's, or none (Dr. GRPO: no
+    prompt counts more because its rewards are close together).
+
+    Args:
+        rewards: (groups, k), k >= 2.
+
+    Raises:
+        ValueError: fewer than two samples a group.
+
+    Paper: arXiv 2402.03300; without the standard deviation: arXiv 2503.20783.
+    """
+    _require_group(rewards)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if scale == "none":
+        return centred
+    std = rewards.std(1, keepdim=True) if scale == "group" else rewards.std()
+    return centred / (std + eps)
+
+
+def _require_group(rewards: Tensor) -> None:
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be (groups, k) with k >= 2, got {tuple(rewards.shape)}")
+
+
+def gae(
+    rewards: Tensor, values: Tensor, lengths: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation over completions of unequal length.
+
+    ``delta_t = r_t + gamma V_(t+1) - V_t``, ``A_t = delta_t + gamma lam A_(t+1)``, both zero beyond the last token; returns are
+    ``A_t + V_t``.
+
+    Args:
+        rewards, values: (R,), token by token, completion after completion; values: V before token t is written.
+        lengths: (C,) tokens of each completion, >= 1; gamma, lam: in [0, 1].
+
+    Returns:
+        Advantages and returns, (R,) each.
+
+    Raises:
+        ValueError: the shapes differ, or the lengths do not add up to R.
+
+    Paper: arXiv 1506.02438.
+    """
+    require_vectors(rewards, values)
+    if int(lengths.sum()) != len(rewards) or bool((lengths < 1).any()):
+        raise ValueError(f"lengths add up to {int(lengths.sum())} for {len(rewards)} tokens; each must be at least 1")
+    last = lengths.cumsum(0) - 1
+    ends = torch.zeros(len(rewards), dtype=torch.bool, device=rewards.device)
+    ends[last] = True
+    after = torch.cat([values[1:], values.new_zeros(1)]).masked_fill(ends, 0.0)
+    deltas = rewards + gamma * after - values
+    # all completions at once, from their ends: longest first would save work, but a loop over the longest is short enough
+    advantages = torch.zeros_like(deltas)
+    running = deltas.new_zeros(len(lengths))
+    for back in range(int(lengths.max())):
+        alive = lengths > back
+        at = (last - back)[alive]
+        running[alive] = deltas[at] + gamma * lam * running[alive]
+        advantages[at] = running[alive]
+    return advantages, advantages + values
+
+
+def whitened(x: Tensor, *, keep_mean: bool = False, eps: float = 1e-8) -> Tensor:
+    """Zero mean (unless kept) and unit variance over all real tokens.
+
+    ``(x - mean) / sqrt(var + eps)``, var unbiased; a single token is only centred.
+
+    Args:
+        x: (R,).
+
+    Raises:
+        ValueError: x is no vector.
+    """
+    require_vectors(x)
+    mean = x.mean()
+    centred = x - mean
+    if len(x) > 1:
+        centred = centred * torch.rsqrt(x.var() + eps)
+    return centred + mean if keep_mean else centred
+
+
+def clipped_surrogate(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip: float = 0.2, clip_high: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PPO's clipped policy loss, token by token.
+
+    ``ratio = e^(log pi - log old)``, ``loss = -min(ratio A, clip(ratio, 1 - clip, 1 + clip_high) A)``; the log-ratio is held at
+    +-20.
+
+    Args:
+        logps, old_logps, advantages: (R,); old_logps and advantages carry no gradient.
+        clip: > 0; clip_high: its upper end where that differs (DAPO).
+
+    Returns:
+        Losses, ratios (detached) and whether the clip bound (detached, 1 or 0), (R,) each.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Paper: arXiv 1707.06347; the asymmetric clip: arXiv 2503.14476.
+    """
+    require_vectors(logps, old_logps, advantages)
+    ratio = torch.exp((logps - old_logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    losses = torch.maximum(-advantages * ratio, -advantages * bounded)
+    bound = (-advantages * bounded > -advantages * ratio).to(losses.dtype)
+    return losses, ratio.detach(), bound.detach()
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None = 0.2
+) -> tuple[Tensor, Tensor]:
+    """PPO's value loss, token by token.
+
+    ``loss = max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2``; ``clip=None``: the plain squared error.
+
+    Args:
+        values, old_values, returns: (R,); the last two carry no gradient.
+
+    Returns:
+        Losses and whether the clip bound (detached, 1 or 0), (R,) each.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    require_vectors(values, old_values, returns)
+    plain = (values - returns).square()
+    if clip is None:
+        return 0.5 * plain, torch.zeros_like(plain).detach()
+    near = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
+    bounded = (near - returns).square()
+    return 0.5 * torch.maximum(plain, bounded), (bounded > plain).to(plain.dtype).detach()
+
+
+def at_last_token(values: Tensor, lengths: Tensor) -> Tensor:
+    """A number per completion (C,) as a number per token (R,): at each completion's last real token, zero elsewhere."""
+    out = values.new_zeros(int(lengths.sum()))
+    out[lengths.cumsum(0) - 1] = values
+    return out

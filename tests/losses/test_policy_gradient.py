@@ -1,0 +1,156 @@
+"""Advantages, GAE, whitening and the clipped surrogate: by hand, against plain loops, at the edges."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from penchant.losses.kl import kl_estimate
+from penchant.losses.policy_gradient import (
+    at_last_token,
+    clipped_surrogate,
+    clipped_value_loss,
+    gae,
+    group_normalised,
+    leave_one_out,
+    whitened,
+)
+
+F64 = torch.float64
+
+
+def test_leave_one_out_by_hand() -> None:
+    got = leave_one_out(torch.tensor([[1.0, 2.0, 6.0], [3.0, 3.0, 3.0]], dtype=F64))
+    assert got.tolist() == [[pytest.approx(v) for v in (1 - 4, 2 - 3.5, 6 - 1.5)], [0.0, 0.0, 0.0]]
+
+
+def test_group_normalised_by_hand_and_its_variants() -> None:
+    r = torch.tensor([[1.0, 3.0], [0.0, 8.0]], dtype=F64)
+    assert group_normalised(r, eps=0.0)[0].tolist() == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)])
+    assert group_normalised(r, "none").tolist() == [[-1.0, 1.0], [-4.0, 4.0]]
+    spread = torch.tensor([1.0, 3.0, 0.0, 8.0], dtype=F64).std()
+    assert torch.allclose(group_normalised(r, "batch", eps=0.0), group_normalised(r, "none") / spread)
+    assert group_normalised(torch.ones(1, 4)).tolist() == [
+        [0.0] * 4
+    ]  # equal rewards teach nothing, and divide by nothing
+
+
+@pytest.mark.parametrize("fn", [leave_one_out, group_normalised])
+def test_a_group_of_one_is_refused(fn) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="k >= 2"):
+        fn(torch.ones(3, 1))
+
+
+def gae_by_loops(r: list[float], v: list[float], gamma: float, lam: float) -> list[float]:
+    out = [0.0] * len(r)
+    for t in range(len(r)):
+        for k in range(t, len(r)):
+            after = v[k + 1] if k + 1 < len(r) else 0.0
+            out[t] += (gamma * lam) ** (k - t) * (r[k] + gamma * after - v[k])
+    return out
+
+
+@pytest.mark.parametrize("gamma,lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)])
+def test_gae_equals_its_definition_for_unequal_lengths(gamma: float, lam: float) -> None:
+    lengths = [3, 1, 5, 2]
+    g = torch.Generator().manual_seed(0)
+    r, v = (torch.randn(11, generator=g, dtype=F64) for _ in range(2))
+    expected = [
+        a
+        for x, y in zip(r.split(lengths), v.split(lengths), strict=True)
+        for a in gae_by_loops(x.tolist(), y.tolist(), gamma, lam)
+    ]
+    advantages, returns = gae(r, v, torch.tensor(lengths), gamma=gamma, lam=lam)
+    assert advantages.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-14)
+    assert torch.allclose(returns, advantages + v)
+
+
+def test_gae_at_lambda_1_is_the_reward_to_go() -> None:
+    rewards = at_last_token(torch.tensor([2.0, -1.0], dtype=F64), torch.tensor([3, 2]))
+    _, returns = gae(rewards, torch.randn(5, dtype=F64), torch.tensor([3, 2]), lam=1.0)
+    assert returns.tolist() == pytest.approx([2.0, 2.0, 2.0, -1.0, -1.0])
+
+
+def test_gae_refuses_lengths_that_do_not_add_up() -> None:
+    for lengths in ([2, 2], [3, 0]):
+        with pytest.raises(ValueError, match="add up"):
+            gae(torch.zeros(3), torch.zeros(3), torch.tensor([*lengths, 0]))
+
+
+def test_rewards_land_on_the_last_real_token() -> None:
+    assert at_last_token(torch.tensor([5.0, 7.0, 9.0]), torch.tensor([1, 3, 2])).tolist() == [5, 0, 0, 7, 0, 9]
+
+
+def test_whitening() -> None:
+    x = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=F64)
+    y = whitened(x)
+    assert y.mean().item() == pytest.approx(0.0, abs=1e-15) and y.var().item() == pytest.approx(1.0, rel=1e-6)
+    assert whitened(x, keep_mean=True).mean().item() == pytest.approx(3.0)
+    assert whitened(torch.ones(1)).tolist() == [0.0]
+    assert torch.isfinite(whitened(torch.ones(5))).all()
+
+
+@pytest.mark.parametrize(
+    "ratio,advantage,loss,slope,bound",
+    [
+        (1.1, 2.0, -2.2, -2.2, 0.0),
+        (1.5, 2.0, -2.4, 0.0, 1.0),  # already too likely: nothing more to gain
+        (1.5, -2.0, 3.0, 3.0, 0.0),  # too likely and bad: full gradient
+        (0.5, -2.0, 1.6, 0.0, 1.0),
+        (0.5, 2.0, -1.0, -1.0, 0.0),
+    ],
+)
+def test_the_surrogate_by_hand(ratio: float, advantage: float, loss: float, slope: float, bound: float) -> None:
+    logps = torch.tensor([math.log(ratio)], dtype=F64, requires_grad=True)
+    losses, ratios, clipped = clipped_surrogate(logps, torch.zeros(1, dtype=F64), torch.tensor([advantage], dtype=F64))
+    losses.sum().backward()
+    assert losses.item() == pytest.approx(loss) and logps.grad.item() == pytest.approx(slope)
+    assert ratios.item() == pytest.approx(ratio) and clipped.item() == bound
+
+
+def test_on_policy_the_surrogates_gradient_is_reinforce() -> None:
+    logps = torch.randn(6, dtype=F64, requires_grad=True)
+    advantages = torch.randn(6, dtype=F64)
+    clipped_surrogate(logps, logps.detach(), advantages)[0].sum().backward()
+    assert torch.allclose(logps.grad, -advantages)
+
+
+def test_an_upper_clip_of_its_own() -> None:
+    logps, one = torch.tensor([math.log(1.25)], dtype=F64), torch.ones(1, dtype=F64)
+    assert clipped_surrogate(logps, 0 * one, one, clip_high=0.28)[0].item() == pytest.approx(-1.25)
+    assert clipped_surrogate(logps, 0 * one, one)[0].item() == pytest.approx(-1.2)
+
+
+def test_a_log_ratio_far_off_is_finite() -> None:
+    for d in (1e4, -1e4):
+        logps = torch.tensor([d], requires_grad=True)
+        losses, _, _ = clipped_surrogate(logps, torch.zeros(1), torch.tensor([-1.0]))
+        losses.sum().backward()
+        assert torch.isfinite(losses).all() and torch.isfinite(logps.grad).all()
+
+
+def test_the_value_loss_by_hand() -> None:
+    values = torch.tensor([1.5, 0.9], dtype=F64, requires_grad=True)
+    losses, bound = clipped_value_loss(values, torch.ones(2, dtype=F64), torch.tensor([2.0, 0.0], dtype=F64))
+    assert losses.tolist() == pytest.approx([0.5 * 0.8**2, 0.5 * 0.9**2]) and bound.tolist() == [1.0, 0.0]
+    losses.sum().backward()
+    assert values.grad.tolist() == pytest.approx([0.0, 0.9])
+    plain, _ = clipped_value_loss(values.detach(), torch.ones(2, dtype=F64), torch.zeros(2, dtype=F64), clip=None)
+    assert plain.tolist() == pytest.approx([0.5 * 1.5**2, 0.5 * 0.81])
+
+
+def test_kl_estimators() -> None:
+    """By hand; k1 and k3 are unbiased: their mean over a whole distribution is the KL."""
+    p, q = torch.tensor([0.5, 0.3, 0.2], dtype=F64), torch.tensor([0.2, 0.2, 0.6], dtype=F64)
+    lp, lq = p.log(), q.log()
+    kl = float((p * (lp - lq)).sum())
+    for name in ("k1", "k3"):
+        assert float((p * kl_estimate(lp, lq, name)).sum()) == pytest.approx(kl, rel=1e-12)  # type: ignore[arg-type]
+    d = lp - lq
+    assert torch.allclose(kl_estimate(lp, lq, "k2"), d**2 / 2)
+    assert (kl_estimate(lp, lq, "k3") >= 0).all() and torch.allclose(kl_estimate(lp, lq), (-d).exp() - 1 + d)
+    assert torch.isfinite(kl_estimate(torch.tensor([-1e4]), torch.zeros(1))).all()
+    with pytest.raises(ValueError, match="k1, k2, k3"):
+        kl_estimate(lp, lq, "k4")  # type: ignore[arg-type]
