@@ -78,7 +78,7 @@ class Bench:
             self.scorer, [Component(spec, spec.params(**params))], self.reference, mismatched=self.mismatched
         )
         started = time.perf_counter()
-        algorithm.begin_step(0.0, self.trees)
+        algorithm.begin_step(0, 0.0, self.trees)
         out = algorithm.loss(algorithm.score(self.batch))
         reduced(out, algorithm.weights(self.batch)).backward()
         self.optimiser.clip(1.0)

@@ -298,7 +298,7 @@ def our_loss(case: Case, rows: list[dict[str, Any]], policy: Any, reference: Any
         else tree(i, r["prompt_ids"], [r["chosen_ids"], r["rejected_ids"]], (True, False))
         for i, r in enumerate(rows)
     ]
-    algorithm.begin_step(0.0, trees)
+    algorithm.begin_step(0, 0.0, trees)
     batch = pack(trees)
     loss = case.factor * reduced(algorithm.loss(algorithm.score(batch)), algorithm.weights(batch))
     loss.backward()

@@ -248,7 +248,7 @@ def _measure(
         "length": float(np.mean([len(i) for i in ids])),
     }
     if is_demo:
-        from penchant.evaluation.lexicon import sentiment
+        from penchant.rewards.lexicon import sentiment
 
         texts = [run.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
         measured["reward"] = float(np.mean(sentiment(texts)))

@@ -9,7 +9,7 @@ import pytest
 
 from penchant import demo
 from penchant.errors import CheckpointError, DataError
-from penchant.evaluation.lexicon import sentiment
+from penchant.rewards.lexicon import sentiment
 from penchant.training.runfolder import RunLock
 
 

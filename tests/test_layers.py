@@ -11,7 +11,7 @@ import penchant
 LAYERS = [
     {"penchant", "errors"},
     {"types", "schema"},
-    {"losses", "data", "models"},
+    {"losses", "data", "models", "rewards"},
     {"head"},
     {"logprobs"},
     {"packing_check", "reference", "rollout"},

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_serializer, field_validator, model_validator
 
+from penchant.algorithms.options import OnlineConfig
 from penchant.data.options import DataConfig
 from penchant.errors import ConfigError
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
@@ -185,6 +186,10 @@ class RunConfig(Section):
     data: DataConfig
     lora: LoraConfig | None = None
     loss: LossConfig = Field(default_factory=lambda: LossConfig.from_mapping({"name": "dpo"}))
+    algorithm: OnlineConfig | None = None
+    reward: str | dict[str, float] | None = Field(
+        None, description="of an online method: sentiment, words, path.py:function, or a mapping of those to weights"
+    )
     reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvalConfig = EvalConfig()
@@ -208,6 +213,16 @@ class RunConfig(Section):
             "loss": {k: v for k, v in loss.items() if k != "ref_ema"},
             "reference": {**reference, "ema": ema} if ema is not None else reference,
         }
+
+    @model_validator(mode="after")
+    def _online_or_offline(self) -> RunConfig:
+        if self.algorithm is None and self.reward is not None:
+            raise ValueError("reward is set without an algorithm; add algorithm.name (rloo, grpo, online_dpo)")
+        if self.algorithm is not None and self.reward is None:
+            raise ValueError("algorithm needs a reward; set reward to sentiment, words or path.py:function")
+        if self.algorithm is not None and "loss" in self.model_fields_set and self.loss.name != "dpo":
+            raise ValueError("loss and algorithm are both set; keep one")
+        return self
 
     @field_validator("loss", mode="before")
     @classmethod
@@ -477,11 +492,18 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     def section(value: Any, *names: str) -> Any:
         return value.model_copy(update={n: absolute(getattr(value, n)) for n in names})
 
+    def absolute_reward(reward: Any) -> Any:
+        if isinstance(reward, dict):
+            return {absolute_reward(name): weight for name, weight in reward.items()}
+        path, colon, function = str(reward).rpartition(":")
+        return f"{absolute(path)}:{function}" if colon else reward
+
     return config.model_copy(
         update={
             "model": section(config.model, "path", "tokenizer"),
             "data": section(config.data, "path", "eval_path"),
             "reference": section(config.reference, "path"),
+            "reward": absolute_reward(config.reward),
             "output": str(Path(config.output).expanduser().resolve()),
         }
     )

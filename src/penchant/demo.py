@@ -174,7 +174,7 @@ def _sample(model: Any, tokenizer: Any, openings: Sequence[str], n: int, seed: i
 
 def _make_pairs(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progress: Any) -> list[dict[str, Any]]:
     """The best against the worst continuations of each opening by the lexicon."""
-    from penchant.evaluation.lexicon import sentiment
+    from penchant.rewards.lexicon import sentiment
 
     pairs = []
     for opening, samples in zip(openings, _sample(model, tokenizer, openings, SAMPLES, seed, progress), strict=True):
@@ -196,7 +196,7 @@ def _make_pairs(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, 
 
 
 def _write(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progress: Any) -> Written:
-    from penchant.evaluation.lexicon import sentiment
+    from penchant.rewards.lexicon import sentiment
 
     samples = [s for group in _sample(model, tokenizer, openings, EVAL_SAMPLES, seed, progress) for s in group]
     texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples]

@@ -35,6 +35,10 @@ class CheckpointError(PenchantError):
     """A run folder or checkpoint that is locked, torn, or from another run."""
 
 
+class RewardError(PenchantError):
+    """A reward function that raised, or gave something other than one finite number per completion."""
+
+
 class TrainingStopped(PenchantError):
     """The run stopped itself: NaN/Inf, a failed step-0 check, a floor that was crossed."""
 

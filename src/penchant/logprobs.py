@@ -53,12 +53,14 @@ class Scorer:
     Args:
         model: a transformers causal model, or a peft model around one.
         packing: ``shared``, ``separate`` or ``padded``; batches must be packed accordingly (`pack(shared=...)`).
+        temperature: log-probs are of ``softmax(logits / temperature)``: what an online method samples from, it must train on.
         kernels: ``auto`` takes a model-family fast path where the model is exactly recognised; ``off`` never does.
     """
 
     model: nn.Module
     packing: Packing = "shared"
     kernels: str = "off"
+    temperature: float = 1.0
     _fast: Any = None
 
     def __post_init__(self) -> None:
@@ -116,6 +118,13 @@ class Scorer:
         """Summed log-probs per completion (C,) and per token (R,), in nats; `alignment` on request."""
         hidden = self.hidden(batch).index_select(0, batch.predict_index)
         head, scale, softcap = self._head()
+        if self.temperature != 1.0:
+            if softcap is not None:
+                raise ValueError("a model that caps its logits has no head for a temperature")
+            if type(head) is nn.Linear and head.bias is None:
+                hidden = hidden / self.temperature  # the same as logits / temperature, and the fast head stays
+            else:
+                scale = scale / self.temperature
         if type(head) is not nn.Linear:
             tokens, collision = module_token_logps(head, hidden, batch.target_ids, scale, softcap, alignment)
         elif self._fast is not None and head.bias is None and scale == 1.0 and softcap is None:

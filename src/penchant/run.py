@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from penchant.algorithms.group import GroupPolicyGradient
 from penchant.algorithms.offline import Component, Offline
+from penchant.algorithms.online_dpo import OnlineDPO
+from penchant.algorithms.options import OnlineConfig
+from penchant.algorithms.rollouts import Writer
 from penchant.config import RunConfig, dump_config, with_absolute_paths
 from penchant.data.adapt import adapt, mismatch
 from penchant.data.audit import audit as run_audit
@@ -22,6 +26,7 @@ from penchant.data.split import split_by_prompt
 from penchant.data.tokenise import TokenisedDataset, tokenise
 from penchant.errors import CheckpointError, ConfigError, DataError
 from penchant.evaluation.heldout import evaluate_heldout
+from penchant.evaluation.online import evaluate_online
 from penchant.evaluation.sampled_kl import sampled_kl
 from penchant.losses import LOSSES
 from penchant.losses.schedules import progress_at
@@ -89,11 +94,14 @@ class Run:
         self.config = config = with_absolute_paths(config)
         self.folder = Path(config.output)
         self.console = console(quiet)
-        self.specs = [LOSSES[c.name] for c in config.loss.components]
-        self.needs = frozenset().union(*(s.needs for s in self.specs))
+        self.online = config.algorithm
+        self.specs = [LOSSES[c.name] for c in config.loss.components] if self.online is None else []
+        self.method = "+".join(s.name for s in self.specs) if self.online is None else self.online.name
+        needs: frozenset[str] = frozenset().union(*(s.needs for s in self.specs))
+        self.needs = needs if self.online is None else frozenset({"reference"})
         # what the data must be: one loss on labels among them takes pairs apart, one on pairs needs both answers
-        signals = {s.signal for s in self.specs}
-        self.signal = next(s for s in ("pairs", "unpaired", "tokens") if s in signals)
+        signals: set[str] = {s.signal for s in self.specs} or {"prompts"}
+        self.signal = next(s for s in ("pairs", "unpaired", "tokens", "prompts") if s in signals)
         self.device = resolve_device(config.model.device)
         self.dtype = resolve_dtype(config.model.dtype, self.device)
 
@@ -141,7 +149,7 @@ class Run:
             identical=data.identical,
             limit=data.limit,
         )
-        return adapt(dataset, "+".join(s.name for s in self.specs), self.signal, self.needs, data, str(path))
+        return adapt(dataset, self.method, self.signal, self.needs, data, str(path))
 
     @cached_property
     def tokenised(self) -> tuple[TokenisedDataset, TokenisedDataset | None]:
@@ -284,8 +292,8 @@ class Run:
         kind = self.config.reference.kind
         if kind == "auto" and self.config.reference.moves:
             kind = "frozen"
-        elif kind == "auto" and "divergence" in self.needs and self.config.lora is None:
-            kind = "frozen"  # a cache does not hold whole distributions
+        elif kind == "auto" and self.config.lora is None and (self.online or "divergence" in self.needs):
+            kind = "frozen"  # a cache holds neither whole distributions nor completions that are yet to be written
         elif kind == "auto":
             kind = "adapter" if self.config.lora is not None and self.config.reference.path is None else "cached"
         if kind == "adapter" and (self.config.lora is None or self.config.reference.path is not None):
@@ -301,9 +309,8 @@ class Run:
         cfg = self.config.reference
         if "reference" not in self.needs:
             if cfg.moves:
-                names = ", ".join(s.name for s in self.specs)
                 raise ConfigError(
-                    "reference", f"{names} has no reference that could move", "leave out ema and sync_every"
+                    "reference", f"{self.method} has no reference that could move", "leave out ema and sync_every"
                 )
             return None
         if cfg.moves:
@@ -372,7 +379,9 @@ class Run:
     # ---- the verbs ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def algorithm(self) -> Offline:
+    def algorithm(self) -> Offline | GroupPolicyGradient | OnlineDPO:
+        if self.online is not None:
+            return self._online(self.online)
         loss = self.config.loss
         components = [
             Component(spec, c.params, c.weight, c.schedules)
@@ -388,6 +397,36 @@ class Run:
             tokens_per_step=self.config.evaluation.tokens_per_step or self.config.train.tokens_per_step,
         )
 
+    def _online(self, online: OnlineConfig) -> GroupPolicyGradient | OnlineDPO:
+        from penchant.rewards import load_reward
+
+        if self.reference_kind == "cached":
+            raise ConfigError(
+                "reference.kind",
+                "a cache does not hold completions that are yet to be written",
+                "set reference.kind=frozen (or adapter, with LoRA)",
+            )
+        reference = self.reference
+        assert isinstance(reference, LiveReference)
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        longest = max(len(t.prompt_ids) for part in self.trees for t in part) + online.max_new_tokens
+        if context is not None and longest > context:
+            raise ConfigError(
+                "algorithm.max_new_tokens",
+                f"the longest prompt and its completion make {longest} tokens, beyond the model's context of {context}",
+                "lower it, or data.max_length, which cuts prompts",
+            )
+        if online.temperature != 1.0 and getattr(self.model.config, "final_logit_softcapping", None) is not None:
+            raise ConfigError("algorithm.temperature", "this model caps its logits", "set it to 1.0")
+        self.scorer.temperature = reference.scorer.temperature = online.temperature
+        assert self.config.reward is not None
+        writer = Writer(self.model, self.tokenizer, load_reward(self.config.reward), online, self.config.train.seed)
+        if online.name == "online_dpo":
+            dpo = LOSSES["dpo"]
+            component = Component(dpo, dpo.params.model_validate({"beta": online.kl_weight}))
+            return OnlineDPO(Offline(self.scorer, [component], reference), writer)
+        return GroupPolicyGradient(self.scorer, reference, writer, online, self.config.train.tokens_per_step)
+
     @property
     def peak_lr(self) -> float:
         lr = self.config.train.lr
@@ -398,6 +437,8 @@ class Run:
 
     def _evaluate_now(self, step: int = 0) -> dict[str, Any]:
         budget = self.config.evaluation.tokens_per_step or self.config.train.tokens_per_step
+        if not isinstance(self.algorithm, Offline):
+            return evaluate_online(self.algorithm.writer, self.scorer, self._start_reference(), self.trees[1], budget)
         metrics = evaluate_heldout(
             self.algorithm,
             self.trees[1],
@@ -414,26 +455,33 @@ class Run:
     @property
     def _schedule(self) -> BatchSchedule:
         t = self.config.train
-        return BatchSchedule(len(self.trees[0]), t.batch_size, t.epochs, t.max_steps, t.seed, t.shuffle)
+        return BatchSchedule(len(self.trees[0]), t.batch_size, t.epochs, t.max_steps, t.seed, t.shuffle, self._updates)
+
+    @property
+    def _updates(self) -> int:
+        """Optimiser steps on each batch of prompts."""
+        return 1 if self.online is None else self.online.updates
 
     def _sampled_kl(self, step: int, budget: int) -> dict[str, Any]:
         """KL to the start (or reference.path) on sampled completions; where no such model is held, one is loaded and let go again."""
         prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in self.trees[1]))
-        if type(self.reference) is LiveReference:
-            live = self.reference
-        elif self.config.lora is not None and self.config.reference.path is None:
-            live = adapter_off(self.scorer)
-        else:
-            live = LiveReference(self._frozen_scorer())
         return sampled_kl(
             LiveReference(self.scorer),
-            live,
+            self._start_reference(),
             prompts[: self.config.evaluation.kl_prompts],
             max_new_tokens=self.config.evaluation.sample_tokens,
             eos_token_id=self.tokenizer.eos_token_id,
             seed=self.config.train.seed * 1_000_003 + step,
             tokens_per_step=budget,
         )
+
+    def _start_reference(self) -> LiveReference:
+        """The model that training starts from (or reference.path), run live; it may be loaded for this."""
+        if type(self.reference) is LiveReference:
+            return self.reference
+        if self.config.lora is not None and self.config.reference.path is None:
+            return adapter_off(self.scorer)
+        return LiveReference(self._frozen_scorer())
 
     def train(self) -> TrainResult:
         """Train to the end (resuming by itself), evaluate, sample, write the report."""
@@ -477,8 +525,9 @@ class Run:
         cfg = self.config
         algorithm = self.algorithm  # the reference first: a cached one is computed with the untouched policy
         check = None
-        if algorithm.reference is not None and cfg.reference.path is None and cfg.model.init == "pretrained":
-            check = self._start_tolerance(algorithm.reference)
+        offline = algorithm.reference if isinstance(algorithm, Offline) else None
+        if offline is not None and cfg.reference.path is None and cfg.model.init == "pretrained":
+            check = self._start_tolerance(offline)
         return Loop(
             model=self.model,
             algorithm=algorithm,
@@ -495,6 +544,7 @@ class Run:
             console=self.console,
             evaluate=self._evaluate_now if self.trees[1] else None,
             start_tolerance=check,
+            updates=self._updates,
         )
 
     def _start_tolerance(self, reference: Reference) -> tuple[float, float]:
@@ -588,7 +638,7 @@ class Run:
             "seconds": round(time.time() - started, 1),
             "steps": loop.state.step,
             "seed": self.config.train.seed,
-            "loss": "+".join(s.name for s in self.specs),
+            "loss": self.method,
             "model": {
                 "path": self.config.model.path,
                 "sha256": weights,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # torch and numpy cost half a second to import; `penchant --help` must not pay for them
     import numpy as np
@@ -252,16 +252,19 @@ class Algorithm(Protocol):
     def coupled(self) -> bool:
         """Whether the loss of one example depends on the log-probs of the others: then `loss` gets a whole step at once."""
 
-    def begin_step(self, progress: float, trees: Sequence[TokenTree]) -> None:
-        """Fix what holds for the whole step; `progress` goes from 0 at the first to 1 at the last optimiser step."""
+    def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
+        """Fix what holds for optimiser step `step` (0-based), and say what it trains on: `trees`, or what was written to them.
+
+        `progress` goes from 0 at the first to 1 at the last step.
+        """
 
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
         """The batch's part of each term's denominator, known before its forward pass."""
 
-    def score(self, batch: PackedBatch) -> Scored:
-        """The forward pass."""
+    def score(self, batch: PackedBatch) -> Any:
+        """The forward pass: what `loss` takes (a `Scored` for losses over completions)."""
 
-    def loss(self, scored: Scored) -> LossOutput:
+    def loss(self, scored: Any) -> LossOutput:
         """Unreduced losses with gradient, and detached metrics."""
 
     def step_values(self) -> Mapping[str, float]:

@@ -65,7 +65,7 @@ def step_gradient(algorithm: Offline, trees: list[TokenTree], sizes: list[int]) 
     """The gradient of one optimiser step cut into micro-batches of the given sizes."""
     model = algorithm.scorer.model
     model.zero_grad()
-    algorithm.begin_step(0.0, trees)
+    algorithm.begin_step(0, 0.0, trees)
     parts, at = [], 0
     for n in sizes:
         parts.append(pack(trees[at : at + n]))
@@ -95,7 +95,7 @@ def test_one_batch_equals_many_micro_batches(name: str, on_singles: bool) -> Non
 def test_weights_known_beforehand_are_the_losss_own(name: str) -> None:
     trees = pairs()
     algorithm = offline(name, trees=trees)
-    algorithm.begin_step(0.0, trees)
+    algorithm.begin_step(0, 0.0, trees)
     batch = pack(trees)
     out = algorithm.loss(algorithm.score(batch))
     said = {k: float(v.numel() if w is None else w.sum()) for k, (v, w) in out.summands().items()}
@@ -144,7 +144,7 @@ def test_alignment_is_the_mean_over_tokens() -> None:
 def test_z0_is_the_mean_log_ratio_of_mismatched_completions() -> None:
     trees = pairs()
     algorithm = offline("kto", trees=trees)
-    algorithm.begin_step(0.0, trees[:4])
+    algorithm.begin_step(0, 0.0, trees[:4])
     other = [algorithm.mismatched[t.row] for t in trees[:4]]
     assert algorithm.reference is not None
     ratios = [
@@ -153,14 +153,14 @@ def test_z0_is_the_mean_log_ratio_of_mismatched_completions() -> None:
     expected = max(0.0, float((ratios[0] - ratios[1]).mean()))
     assert algorithm.step_values()["kl/z0"] == pytest.approx(expected, rel=1e-6)
     assert expected > 0
-    algorithm.begin_step(0.0, trees[4:])
+    algorithm.begin_step(0, 0.0, trees[4:])
     assert algorithm.step_values()["kl/z0"] != pytest.approx(expected)
 
 
 def test_z0_is_per_token_where_the_loss_is() -> None:
     trees = pairs()
     algorithm = offline("kto", trees=trees, average_log_prob=True)
-    algorithm.begin_step(0.0, trees)
+    algorithm.begin_step(0, 0.0, trees)
     other = [algorithm.mismatched[t.row] for t in trees]
     assert algorithm.reference is not None
     lengths = torch.tensor([len(t.completion_ids[0]) for t in other])
@@ -196,7 +196,7 @@ def test_a_schedule_changes_the_loss_and_is_told() -> None:
     algorithm = offline(components=[scheduled])
     scored = algorithm.score(pack(pairs()))
     for t, beta in ((0.0, 0.1), (0.5, 0.3), (1.0, 0.5)):
-        algorithm.begin_step(t, [])
+        algorithm.begin_step(0, t, [])
         assert algorithm.step_values() == {"beta": pytest.approx(beta)}
         assert torch.allclose(algorithm.loss(scored).losses, spec.fn(pair_view(scored), beta=beta).losses)
 

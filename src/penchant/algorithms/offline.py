@@ -84,11 +84,12 @@ class Offline:
 
     # ---- a step ---------------------------------------------------------------------------------------------------
 
-    def begin_step(self, progress: float, trees: Sequence[TokenTree]) -> None:
+    def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
         """Scheduled hyperparameters, and KTO's z0 over everything that the step trains on."""
         self._now = [c.at(progress) for c in self.components]
         if "z0" in self.needs:
             self._z0 = self._estimate_z0([self.mismatched[t.row] for t in trees])
+        return trees
 
     def _estimate_z0(self, trees: Sequence[TokenTree]) -> float:
         assert self.reference is not None

@@ -23,7 +23,7 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
     Returns:
         For ``pairs``: pairs, with scores where the loss needs them (pairs without are kept aside or refused). For ``unpaired``:
         every completion labelled; a pair stays one tree with a good and a bad completion. For ``tokens``: as it is, without
-        answers labelled bad.
+        answers labelled bad. For ``prompts``: every prompt once.
 
     Raises:
         DataError: the rows cannot serve; it names the file, the field and the option.
@@ -33,6 +33,10 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
         return _with_scores(dataset, loss, needs, options, name) if "scores" in needs else dataset
     if signal == "unpaired":
         return _as_labelled(dataset, loss, options, name)
+    if signal == "prompts":
+        return _as_prompts(dataset, name)
+    if dataset.kind == "prompts":
+        raise DataError(name, f"loss.name={loss} needs answers, but these rows are prompts alone", "give completions")
     if dataset.kind == "unpaired":
         good = [i for i, t in enumerate(dataset.trees) if t.completions[0].label]
         if not good:
@@ -51,6 +55,22 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
 def _changed(dataset: Dataset, trees: tuple[PromptTree, ...], aside: tuple[Quarantined, ...]) -> Dataset:
     kept = dataset.quarantined + aside
     return replace(dataset, trees=trees, quarantined=kept, total=len(trees) + len(kept), fingerprint=fingerprint(trees))
+
+
+def _as_prompts(dataset: Dataset, name: str) -> Dataset:
+    """Every prompt once, without its completions."""
+    if dataset.kind == "text":
+        raise DataError(name, "online methods need prompts, but these rows are plain text", "give a prompt column")
+    trees = {t.prompt: replace(t, completions=()) for t in reversed(dataset.trees)}
+    once = tuple(reversed(trees.values()))
+    aside = dataset.quarantined
+    return replace(
+        dataset,
+        trees=once,
+        kind="prompts",
+        total=len(once) + len(aside),
+        fingerprint=fingerprint(once),
+    )
 
 
 def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Dataset:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from penchant.data.load import IDENTICAL, Dataset, prompt_text, summary
-from penchant.data.split import prompt_key
+from penchant.data.split import first_text, prompt_key
 from penchant.data.tokenise import TokenisedDataset
 
 SHOWN = 20  # places listed a finding
@@ -207,12 +207,12 @@ def _leakage(splits: Mapping[str, Dataset]) -> dict[str, Finding]:
     found = {}
     names = list(splits)
     for i, a in enumerate(names):
-        prompts: dict[str, str] = {prompt_key(t.prompt, t.completions[0].text): t.source for t in splits[a].trees}
+        prompts: dict[str, str] = {prompt_key(t.prompt, first_text(t)): t.source for t in splits[a].trees}
         for b in names[i + 1 :]:
             where = [
                 f"{t.source} (as {prompts[key]})"
                 for t in splits[b].trees
-                if (key := prompt_key(t.prompt, t.completions[0].text)) in prompts
+                if (key := prompt_key(t.prompt, first_text(t))) in prompts
             ]
             title = f"leakage: prompts of {b} that also stand in {a}"
             found[f"leakage_{a}_{b}".replace(" ", "_")] = Finding(title, len(where), splits[b].accepted, tuple(where))

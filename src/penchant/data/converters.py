@@ -192,6 +192,12 @@ def from_messages(row: Mapping[str, Any]) -> PromptTree:
     return PromptTree(before, (Completion(answer),))
 
 
+def from_prompts(row: Mapping[str, Any]) -> PromptTree:
+    """A prompt alone: what online methods write their own completions to."""
+    prompt: Prompt = messages_field(row, "prompt") if isinstance(row.get("prompt"), list) else text_field(row, "prompt")
+    return PromptTree(prompt, ())
+
+
 def from_text(row: Mapping[str, Any]) -> PromptTree:
     """Plain text: an empty prompt, the document as completion."""
     return PromptTree("", (Completion(text_field(row, "text")),))
@@ -234,6 +240,7 @@ SHAPES: dict[str, Callable[[Mapping[str, Any]], PromptTree]] = {
     "scored": from_scored,
     "sft": from_sft,
     "messages": from_messages,
+    "prompts": from_prompts,
     "text": from_text,
 }
 KINDS = {
@@ -244,6 +251,7 @@ KINDS = {
     "scored": "scored",
     "sft": "sft",
     "messages": "sft",
+    "prompts": "prompts",
     "text": "text",
 }
 
@@ -272,4 +280,6 @@ def _shape_of(row: Mapping[str, Any]) -> str | None:
         return "scored" if "score" in has else "sft"
     if "messages" in has or "conversations" in has:
         return "messages"
+    if "prompt" in has:
+        return "prompts"
     return "text" if "text" in has else None

@@ -35,7 +35,7 @@ class Dataset:
 
     Args:
         trees: accepted rows in file order; shape: the layout they came in; kind: ``pairs``, ``unpaired`` (labels), ``scored``,
-            ``sft`` or ``text``.
+            ``prompts``, ``sft`` or ``text``.
         total: rows read; quarantined: rows kept aside.
         fingerprint: SHA-256 over the trees' content.
     """
@@ -76,7 +76,7 @@ def load_preferences(
 
     Args:
         path: one or several of .json, .jsonl(.gz), .csv, .tsv, .parquet, .txt, or a hub id ``owner/name[:split]``.
-        shape: ``auto`` looks at the columns; or pairs, hh, alpaca_pairs, unpaired, scored, sft, messages, text.
+        shape: ``auto`` looks at the columns; or pairs, hh, alpaca_pairs, unpaired, scored, prompts, sft, messages, text.
         columns: ``{our field: your column}``.
         on_bad_row: ``error`` stops at the first bad row, ``skip`` keeps bad rows aside.
         identical: ``bad_row`` or ``keep``: what a pair with chosen == rejected is.

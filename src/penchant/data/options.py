@@ -16,9 +16,9 @@ class DataConfig(Section):
     eval_path: str | list[str] | None = Field(None, description="held-out data of its own")
     validation_rows: int | None = Field(None, ge=1, description="rows to hold out, by prompt")
     validation_fraction: float | None = Field(None, gt=0, lt=1, description="share of rows to hold out, by prompt")
-    shape: Literal["auto", "pairs", "hh", "alpaca_pairs", "unpaired", "scored", "sft", "messages", "text"] = Field(
-        "auto", description="layout of a row"
-    )
+    shape: Literal[
+        "auto", "pairs", "hh", "alpaca_pairs", "unpaired", "scored", "prompts", "sft", "messages", "text"
+    ] = Field("auto", description="layout of a row")
     columns: dict[str, str] = Field(default_factory=dict, description="our field: your column")
     template: Literal["auto", "chat", "plain"] = Field("auto", description="how a prompt becomes text")
     max_length: int = Field(1024, ge=8, description="tokens of prompt + longest completion")

@@ -7,12 +7,18 @@ from collections import defaultdict
 
 from penchant.data.load import Dataset, prompt_text
 from penchant.errors import DataError
+from penchant.types import PromptTree
 
 
 def prompt_key(prompt: object, text: str = "") -> str:
     """What counts as the same prompt: case and white space do not matter; plain texts are keyed by themselves."""
     shown = prompt_text(prompt) or text  # type: ignore[arg-type]
     return " ".join(shown.lower().split())
+
+
+def first_text(tree: PromptTree) -> str:
+    """The first completion's text; empty where there is none."""
+    return tree.completions[0].text if tree.completions else ""
 
 
 def split_by_prompt(
@@ -37,10 +43,10 @@ def split_by_prompt(
         )
     groups: dict[str, list[int]] = defaultdict(list)
     for i, tree in enumerate(dataset.trees):
-        groups[prompt_key(tree.prompt, tree.completions[0].text)].append(i)
+        groups[prompt_key(tree.prompt, first_text(tree))].append(i)
     drawn = sorted(
         groups.values(),
-        key=lambda g: _draw(seed, prompt_key(dataset.trees[g[0]].prompt, dataset.trees[g[0]].completions[0].text)),
+        key=lambda g: _draw(seed, prompt_key(dataset.trees[g[0]].prompt, first_text(dataset.trees[g[0]]))),
     )
     held: list[int] = []
     for group in drawn:

@@ -162,7 +162,7 @@ class _Fitter:
             raise RowError("a completion has no tokens", "drop the row")
         if self.text:
             return self._chunks(source, prompt, completions[0])
-        longest = max(map(len, completions))
+        longest = max(map(len, completions), default=0)
         cut = (False,) * len(completions)
         if len(prompt) + longest > self.max_length:
             prompt, completions, cut = self._cut(source, prompt, completions, longest)

@@ -40,7 +40,7 @@ def evaluate_heldout(
     order: list[int] = []
     sizes = [tree_tokens(t, shared) for t in trees]
     with torch.no_grad():
-        algorithm.begin_step(at, trees)
+        algorithm.begin_step(0, at, trees)
         for members in plan_microbatches(sizes, tokens_per_step):
             parts.append(algorithm.score(pack([trees[i] for i in members], shared=shared).to(device)))
             order += members

@@ -60,6 +60,7 @@ class Loop:
         trees: the training set; shared: whether prompts are shared in packing.
         write_model: saves the model folder of a checkpoint.
         evaluate: metrics of the held-out set (keys start with ``eval/``), or None.
+        updates: optimiser steps on each batch (online methods: on each batch of rollouts).
         start_tolerance: how far log-probs of policy and reference may be apart at step 0, where both are one model: nats per
             completion, and per token (0 and 0 for a reference that runs the same kernels on the same batch); None: no check.
     """
@@ -79,13 +80,14 @@ class Loop:
     console: Console
     evaluate: Callable[[int], Metrics] | None = None
     start_tolerance: tuple[float, float] | None = None
+    updates: int = 1
     state: RunState = field(default_factory=RunState)
     interrupted: int | None = None
 
     @property
     def schedule(self) -> BatchSchedule:
         t = self.train
-        return BatchSchedule(len(self.trees), t.batch_size, t.epochs, t.max_steps, t.seed, t.shuffle)
+        return BatchSchedule(len(self.trees), t.batch_size, t.epochs, t.max_steps, t.seed, t.shuffle, self.updates)
 
     # ---------------------------------------------------------------------------------------------------------------
 
@@ -135,11 +137,13 @@ class Loop:
 
     def _step(self, step: int, total: int, schedule: BatchSchedule) -> tuple[Metrics, int, int]:
         """One optimiser step; returns its metrics line, its tokens and its trees."""
-        trees = [self.trees[i] for i in schedule.batch(step)]
-        batches = self._micro_batches(trees)
+        trees: Sequence[TokenTree] = [self.trees[i] for i in schedule.batch(step)]
         self._seed(step, 0)
         self.model.train()
-        self.algorithm.begin_step(progress_at(step, total), trees)
+        trees = self.algorithm.begin_step(step, progress_at(step, total), trees)
+        batches = self._micro_batches(trees)
+        if not batches:
+            return self._empty_step(step, schedule), 0, 0
         weights = [self.algorithm.weights(b) for b in batches]
         counts = {name: sum(w[name] for w in weights) for name in weights[0]}
         totals = Totals()
@@ -173,6 +177,17 @@ class Loop:
             "tokens": self.state.tokens + tokens,
         }
         return line, tokens, len(trees)
+
+    def _empty_step(self, step: int, schedule: BatchSchedule) -> Metrics:
+        """Nothing to learn from (every group's rewards are equal): the weights stay, the line says so."""
+        return {
+            "kind": "train",
+            "step": step + 1,
+            "epoch": round(schedule.epoch_at(step + 1), 6),
+            **self.algorithm.step_values(),
+            "skipped": "nothing to learn from in this step",
+            "tokens": self.state.tokens,
+        }
 
     def _micro_batches(self, trees: Sequence[TokenTree]) -> list[PackedBatch]:
         device = next(self.model.parameters()).device

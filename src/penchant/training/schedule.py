@@ -17,6 +17,7 @@ class BatchSchedule:
             is ever left out).
         epochs: passes over the data, may be a fraction; max_steps: an upper bound, or None.
         seed: of the order; shuffle: False keeps the file's order.
+        repeat: optimiser steps on each batch (online methods take several on the same rollouts).
     """
 
     rows: int
@@ -25,10 +26,11 @@ class BatchSchedule:
     max_steps: int | None = None
     seed: int = 0
     shuffle: bool = True
+    repeat: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.rows / self.batch_size)
+        return math.ceil(self.rows / self.batch_size) * self.repeat
 
     @property
     def total_steps(self) -> int:
@@ -45,6 +47,7 @@ class BatchSchedule:
         """Row indices of optimiser step `step` (0-based)."""
         epoch, at = divmod(step, self.steps_per_epoch)
         order = self.order(epoch)
+        at //= self.repeat
         return [int(i) for i in order[at * self.batch_size : (at + 1) * self.batch_size]]
 
     def epoch_at(self, step: int) -> float:

@@ -1,0 +1,5 @@
+"""Rewards as functions: a batch of prompts and completions to numbers."""
+
+from penchant.rewards.functions import Reward, RewardTerm, load_reward
+
+__all__ = ["Reward", "RewardTerm", "load_reward"]

@@ -1,0 +1,153 @@
+"""Rewards from a config: built-in ones and a person's own Python functions, summed by weight; what goes wrong inside is named."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from penchant.errors import ConfigError, RewardError
+
+RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, completions) -> one number each
+
+
+def sentiment(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
+    """VADER's compound sentiment of each completion, from -1 to 1."""
+    from penchant.rewards.lexicon import sentiment as vader
+
+    return [float(v) for v in vader(completions)]
+
+
+def words(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
+    """The number of words of each completion; a negative weight makes it a price."""
+    return [float(len(c.split())) for c in completions]
+
+
+BUILT_IN: dict[str, RewardFunction] = {"sentiment": sentiment, "words": words}
+
+
+@dataclass(frozen=True, slots=True)
+class RewardTerm:
+    """One summand: its name in the config, its function and its weight."""
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """A weighted sum of reward functions."""
+
+    terms: tuple[RewardTerm, ...]
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        """The reward of each completion, (n,) float64.
+
+        Raises:
+            RewardError: a function raised, or gave something other than one finite number per completion; it names the function
+                and the first completion that is to blame.
+        """
+        total = np.zeros(len(completions))
+        for term in self.terms:
+            total += term.weight * _values(term, prompts, completions)
+        return total
+
+
+def _values(term: RewardTerm, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+    try:
+        given = term.function(list(prompts), list(completions))
+    except Exception as error:
+        at = _first_to_blame(term.function, prompts, completions)
+        raise RewardError(
+            f"reward {term.name}",
+            f"{type(error).__name__}: {error}"
+            + (f" (completion {at}: {completions[at][:60]!r})" if at is not None else ""),
+            "mend the function; it gets lists of prompts and completions and returns one number each",
+        ) from error
+    try:
+        values = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise RewardError(
+            f"reward {term.name}", f"returned {type(given).__name__} that holds no numbers", "return a list of numbers"
+        ) from error
+    if values.shape != (len(completions),):
+        raise RewardError(
+            f"reward {term.name}",
+            f"returned {values.size} values for {len(completions)} completions",
+            "return one number for each completion, in order",
+        )
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        at = int(bad[0])
+        raise RewardError(
+            f"reward {term.name}",
+            f"returned {values[at]} for completion {at}: {completions[at][:60]!r}",
+            "return finite numbers",
+        )
+    return values
+
+
+def _first_to_blame(function: RewardFunction, prompts: Sequence[str], completions: Sequence[str]) -> int | None:
+    """The first completion that fails by itself too, if there is one."""
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        try:
+            function([prompt], [completion])
+        except Exception:
+            return i
+    return None
+
+
+def load_reward(spec: str | Mapping[str, float]) -> Reward:
+    """A reward from a config: a name, ``path.py:function``, or a mapping of those to weights.
+
+    Raises:
+        ConfigError: no such built-in, file or function, or it does not take (prompts, completions).
+    """
+    weights = {spec: 1.0} if isinstance(spec, str) else dict(spec)
+    if not weights:
+        raise ConfigError("reward", "is empty", f"name one: {', '.join(BUILT_IN)} or path.py:function")
+    return Reward(tuple(RewardTerm(name, _function(name), float(w)) for name, w in weights.items()))
+
+
+def _function(name: str) -> RewardFunction:
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    path, colon, attribute = name.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise ConfigError(
+            "reward", f"{name!r} is no reward", f"there are {', '.join(BUILT_IN)}; or give path.py:function"
+        )
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError("reward", f"{path}: no such file", "give the path of a Python file, then :function")
+    module: Any = importlib.util.module_from_spec(made := _module_spec(file))
+    try:
+        made.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(
+            "reward", f"{path} cannot be imported ({type(error).__name__}: {error})", "mend it"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        there = sorted(n for n, v in vars(module).items() if inspect.isfunction(v))
+        raise ConfigError("reward", f"{path} has no function {attribute!r}", f"there are {', '.join(there) or 'none'}")
+    try:
+        inspect.signature(function).bind([], [])
+    except TypeError as error:
+        raise ConfigError(
+            "reward",
+            f"{name} does not take (prompts, completions): {error}",
+            "define it as def f(prompts, completions)",
+        ) from error
+    found: RewardFunction = function
+    return found
+
+
+def _module_spec(file: Path) -> Any:
+    return importlib.util.spec_from_file_location(f"penchant_reward_{file.stem}", file)

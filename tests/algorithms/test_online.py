@@ -1,0 +1,303 @@
+"""Online methods: a small environment with a known optimum, gradients by hand, exact resume with the rollouts, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import make_tree, tiny_model
+from tiny import tiny_model_folder, write_jsonl
+
+from penchant import api
+from penchant.algorithms.group import GroupPolicyGradient
+from penchant.algorithms.online_dpo import best_against_worst
+from penchant.algorithms.options import OnlineConfig
+from penchant.algorithms.rollouts import Group, pack_groups, unpack_groups
+from penchant.data.packing import pack
+from penchant.errors import ConfigError, DataError, RewardError
+from penchant.logprobs import Scorer
+from penchant.losses.policy_gradient import leave_one_out
+from penchant.reference import LiveReference, compute_logps
+from penchant.rollout.generate import sample
+from penchant.training.loop import Loop
+from penchant.training.reduce import reduced
+from penchant.types import TokenTree
+
+METHODS = ["rloo", "grpo", "online_dpo"]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> dict[str, Any]:
+    """Reward: the share of the letter e. The optimum writes nothing else."""
+    reward = tmp_path / "rewards.py"
+    reward.write_text(
+        "def share_of_e(prompts, completions):\n    return [c.count('e') / max(1, len(c)) for c in completions]\n"
+    )
+    return {
+        "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
+        "data": {
+            "path": write_jsonl(
+                tmp_path / "prompts.jsonl", [{"prompt": "q" * (1 + i % 5) + str(i)} for i in range(24)]
+            ),
+            "validation_rows": 4,
+            "max_length": 64,
+        },
+        "algorithm": {"name": "rloo", "samples": 8, "max_new_tokens": 4, "beta": 0.0},
+        "reward": f"{reward}:share_of_e",
+        "train": {"epochs": 10, "batch_size": 10, "tokens_per_step": 2000, "lr": 3e-2, "warmup_fraction": 0.0},
+        "evaluation": {"samples": 0, "every": None},
+        "output": str(tmp_path / "run"),
+    }
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_optimum_is_reached_from_several_seeds(base: dict[str, Any], name: str, seed: int) -> None:
+    base["algorithm"] |= {"name": name, "beta": 0.01}
+    base["train"] |= {"seed": seed, "epochs": 20}
+    result = api.train(base, quiet=True)
+    assert result.before["eval/reward"] < 0.1
+    assert result.after["eval/reward"] > 0.9
+    assert result.after["eval/kl/policy_ref"] > 1.0
+    assert result.after["eval/reward/ci"][0] <= result.after["eval/reward"]
+
+
+def test_a_heavy_kl_keeps_the_policy_where_it_was(base: dict[str, Any], tmp_path: Path) -> None:
+    free = api.train(base, quiet=True)
+    held = api.train(
+        {**base, "algorithm": {**base["algorithm"], "beta": 5.0}, "output": str(tmp_path / "h")}, quiet=True
+    )
+    assert abs(held.after["eval/kl/policy_ref"]) < free.after["eval/kl/policy_ref"] / 10
+
+
+# ---- gradients ----------------------------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """A writer that always gives the same groups."""
+
+    def __init__(self, groups: list[Group]) -> None:
+        self.groups, self.seed = groups, 0
+
+    def write(self, prompts: Any, iteration: int, samples: Any = None) -> list[Group]:
+        return [Group(g.tree, g.rewards) for g in self.groups]
+
+
+def groups() -> list[Group]:
+    trees = [make_tree(0, 5, (3, 1, 6)), make_tree(1, 1, (2, 4, 4))]
+    rewards = torch.tensor([[1.0, 0.0, 2.0], [0.5, 0.5, 3.0]], dtype=torch.float64)
+    return [Group(t, r) for t, r in zip(trees, rewards, strict=True)]
+
+
+def gradient_of(algorithm: GroupPolicyGradient, sizes: list[int]) -> torch.Tensor:
+    model = algorithm.scorer.model
+    model.zero_grad()
+    trees = algorithm.begin_step(0, 0.0, [])
+    parts, at = [], 0
+    for n in sizes:
+        parts.append(pack(trees[at : at + n]))
+        at += n
+    weights = [algorithm.weights(b) for b in parts]
+    counts = {"main": sum(w["main"] for w in weights)}
+    for batch in parts:
+        reduced(algorithm.loss(algorithm.score(batch)), counts).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def made(model: Any, **config: Any) -> GroupPolicyGradient:
+    reference = LiveReference(Scorer(tiny_model("llama", seed=1), "shared"))
+    cfg = OnlineConfig(**{"name": "rloo", "samples": 3, "max_new_tokens": 6, **config})
+    return GroupPolicyGradient(Scorer(model, "shared"), reference, Fixed(groups()), cfg, tokens_per_step=20)  # type: ignore[arg-type]
+
+
+def test_rloos_first_gradient_is_reinforce_by_hand() -> None:
+    """-mean_i A_i grad log pi(y_i), A from rewards with the KL taken off."""
+    model = tiny_model("llama")
+    got = gradient_of(made(model, beta=0.3), [2])
+    model.zero_grad()
+    trees = [g.tree for g in groups()]
+    ref = compute_logps(LiveReference(Scorer(tiny_model("llama", seed=1), "shared")), trees, tokens_per_step=99).sums
+    sums = Scorer(model, "shared").logps(pack(trees)).sums
+    rewards = torch.stack([g.rewards for g in groups()]) - 0.3 * (sums.detach() - ref).view(2, 3)
+    (-(leave_one_out(rewards).flatten() * sums).mean()).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert (got - expected).norm() <= 1e-9 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "mean,sizes", [("sequence", [3, 1, 6, 2, 4, 4]), ("token", [20 / 6] * 6), ("constant", [6] * 6)]
+)
+def test_grpos_first_gradient_by_hand(mean: str, sizes: list[float]) -> None:
+    """-mean_i 1/|y_i| sum_t A_i grad log pi + beta k3, with each of its three means."""
+    model = tiny_model("llama")
+    got = gradient_of(made(model, name="grpo", loss_mean=mean, beta=0.2), [2])
+    model.zero_grad()
+    trees = [g.tree for g in groups()]
+    batch = pack(trees)
+    ref = compute_logps(LiveReference(Scorer(tiny_model("llama", seed=1), "shared")), trees, tokens_per_step=99).tokens
+    tokens = Scorer(model, "shared").logps(batch).tokens
+    rewards = torch.stack([g.rewards for g in groups()])
+    a = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    d = tokens - ref
+    per_token = -a[batch.completion_of] * tokens + 0.2 * (torch.exp(-d) - 1 + d)
+    loss = (per_token / torch.tensor(sizes, dtype=torch.float64)[batch.completion_of]).sum() / 6
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert (got - expected).norm() <= 1e-8 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "config", [{"name": "rloo"}, {"name": "grpo"}, {"name": "grpo", "loss_mean": "token"}], ids=str
+)
+def test_micro_batches_do_not_matter(config: dict[str, Any]) -> None:
+    model = tiny_model("llama")
+    one, two = gradient_of(made(model, **config), [2]), gradient_of(made(model, **config), [1, 1])
+    assert (one - two).norm() <= 1e-9 * one.norm()
+
+
+def test_sampling_and_training_log_probs_agree_with_a_temperature() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    prompts = [[5, 6, 7], [9], [3, 4]]
+    rows = sample(model, prompts, n=3, max_new_tokens=6, temperature=0.7, seed=1)
+    for kernels in ("off", "auto"):
+        scorer = Scorer(model, "shared", kernels, temperature=0.7)
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            tree = TokenTree(i, np.array(prompt, np.int32), tuple(np.array(s.ids, np.int32) for s in row), (True,) * 3)
+            with torch.no_grad():
+                tokens = scorer.logps(pack([tree])).tokens
+            assert tokens.tolist() == pytest.approx([lp for s in row for lp in s.logps], abs=1e-5)
+
+
+# ---- exact resume ---------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name,more", [("rloo", {}), ("grpo", {"epochs": 2, "minibatches": 2}), ("online_dpo", {})])
+@pytest.mark.parametrize("at", [2, 3])
+def test_a_killed_run_ends_where_an_uninterrupted_one_ends(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, more: dict[str, Any], at: int
+) -> None:
+    """The checkpoint lies between two updates on the same rollouts: they are part of it."""
+    base["algorithm"] |= {"name": name, "beta": 0.1, **more}
+    base["train"] |= {"epochs": 1}
+    base |= {"checkpoint": {"every": 1}}
+    if not more:
+        base["train"]["epochs"] = 3
+    whole = api.train(base, quiet=True)
+    base["output"] = str(tmp_path / "killed")
+    real = Loop._after_step
+
+    def killed(self: Loop, *args: Any) -> None:
+        real(self, *args)
+        if self.state.step == at:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_after_step", killed)
+        with pytest.raises(Killed):
+            api.train(base, quiet=True)
+    resumed = api.train(base, quiet=True)
+    assert (whole.folder / "metrics.jsonl").read_bytes() == (resumed.folder / "metrics.jsonl").read_bytes()
+    for name_of in ("state.safetensors", "model/model.safetensors"):
+        file = f"checkpoints/step-{whole.steps}/{name_of}"
+        assert (whole.folder / file).read_bytes() == (resumed.folder / file).read_bytes()
+
+
+def test_groups_survive_as_tensors() -> None:
+    some = groups()
+    for g in some:
+        n = sum(map(len, g.tree.completion_ids))
+        g.extras = {"old": torch.arange(float(n)), "advantages": torch.arange(3.0)}
+    again = unpack_groups(pack_groups(some))
+    for a, b in zip(some, again, strict=True):
+        assert a.tree.prompt_ids.tolist() == b.tree.prompt_ids.tolist()
+        assert [c.tolist() for c in a.tree.completion_ids] == [c.tolist() for c in b.tree.completion_ids]
+        assert torch.equal(a.rewards, b.rewards) and a.tree.truncated == b.tree.truncated
+        assert all(torch.equal(a.extras[k], b.extras[k]) for k in a.extras)
+
+
+# ---- pairs of online DPO --------------------------------------------------------------------------------------------------
+
+
+def test_best_against_worst() -> None:
+    group = groups()[0]
+    pair = best_against_worst(group)
+    assert pair is not None
+    assert [c.tolist() for c in pair.completion_ids] == [group.tree.completion_ids[i].tolist() for i in (2, 1)]
+    assert pair.scores == (2.0, 0.0) and pair.labels == (True, False)
+    assert best_against_worst(Group(group.tree, torch.ones(3))) is None
+
+
+def test_a_step_without_pairs_is_skipped_and_says_so(base: dict[str, Any], tmp_path: Path) -> None:
+    flat = tmp_path / "flat.py"
+    flat.write_text("def f(prompts, completions):\n    return [0.5] * len(completions)\n")
+    base |= {"algorithm": {**base["algorithm"], "name": "online_dpo", "beta": 0.1}, "reward": f"{flat}:f"}
+    base["train"]["epochs"] = 1
+    result = api.train(base, quiet=True)
+    rows = [r for r in lines(result.folder) if r["kind"] == "train"]
+    assert all(r["skipped"] and r["pairs"] == 0.0 for r in rows)
+    assert result.after["eval/kl/policy_ref"] == 0.0
+
+
+# ---- data and refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_any_data_gives_its_prompts_once(base: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i % 6}", "chosen": "a", "rejected": f"b{i}"} for i in range(12)]
+    base["data"] = {"path": write_jsonl(tmp_path / "pairs.jsonl", rows), "max_length": 32}
+    base["train"] |= {"batch_size": 6, "epochs": 1}
+    result = api.train(base, quiet=True)
+    assert result.steps == 1
+
+
+def test_the_missing_eos_penalty_lowers_the_reward(base: dict[str, Any], tmp_path: Path) -> None:
+    base["train"]["epochs"] = 0.5
+    plain = api.train(base, quiet=True)
+    base["algorithm"]["missing_eos_penalty"] = 1.0
+    priced = api.train({**base, "output": str(tmp_path / "priced")}, quiet=True)
+    ended = plain.before["eval/completions/ended"]
+    assert priced.before["eval/reward"] == pytest.approx(plain.before["eval/reward"] - (1 - ended))
+
+
+@pytest.mark.parametrize(
+    "change,what",
+    [
+        ({"reward": None}, "algorithm needs a reward"),
+        ({"algorithm": None}, "reward is set without an algorithm"),
+        ({"loss": "kto"}, "loss and algorithm are both set"),
+        ({"algorithm": {"name": "rlo"}}, "'rloo', 'grpo' or 'online_dpo'"),
+        ({"algorithm": {"name": "rloo", "samples": 1}}, "greater than or equal to 2"),
+        ({"algorithm": {"name": "online_dpo", "epochs": 2}}, "takes one step"),
+        ({"algorithm": {"name": "online_dpo", "beta": 0.0}}, "beta is 0; give a number above 0"),
+        ({"algorithm": {"name": "grpo", "beta": -1.0}}, "of at least 0"),
+        ({"reference": {"kind": "cached"}}, "yet to be written"),
+        ({"algorithm": {"name": "rloo", "max_new_tokens": 300}}, "beyond the model's context of 256"),
+    ],
+)
+def test_mistakes_are_answered_with_a_sentence(base: dict[str, Any], change: dict[str, Any], what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        api.train({**base, **change}, quiet=True)
+
+
+def test_a_reward_that_fails_stops_the_run_with_its_name(base: dict[str, Any], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text("def f(prompts, completions):\n    return [1 / 0 for c in completions]\n")
+    with pytest.raises(RewardError, match=r"bad\.py:f: ZeroDivisionError"):
+        api.train({**base, "reward": f"{bad}:f"}, quiet=True)
+
+
+def test_prompts_alone_are_no_data_for_a_loss(base: dict[str, Any]) -> None:
+    for loss in ("sft", "dpo", "kto"):
+        with pytest.raises(DataError, match="prompts"):
+            api.train({**base, "algorithm": None, "reward": None, "loss": loss}, quiet=True)

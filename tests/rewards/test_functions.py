@@ -1,0 +1,74 @@
+"""Reward functions: built-in and a person's own, sums by weight, and every way in which they go wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from penchant.errors import ConfigError, RewardError
+from penchant.rewards import load_reward
+from penchant.rewards.lexicon import sentiment
+
+
+def write(tmp_path: Path, code: str) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    return str(path)
+
+
+def test_a_weighted_sum(tmp_path: Path) -> None:
+    path = write(tmp_path, "def exclaims(prompts, completions):\n    return [c.count('!') for c in completions]\n")
+    reward = load_reward({"sentiment": 2.0, f"{path}:exclaims": 0.5, "words": -0.1})
+    texts = ["a wonderful film!!", "bad"]
+    expected = 2 * sentiment(texts) + [0.5 * 2 - 0.3, -0.1]
+    assert reward(["p", "p"], texts).tolist() == pytest.approx(expected.tolist())
+
+
+def test_the_prompt_is_given_too(tmp_path: Path) -> None:
+    path = write(tmp_path, "def f(prompts, completions):\n    return [len(p) for p in prompts]\n")
+    assert load_reward(f"{path}:f")(["abc", "a"], ["x", "y"]).tolist() == [3.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "spec,what",
+    [
+        ("kindness", "'kindness' is no reward; there are sentiment, words; or give path.py:function"),
+        ("missing.py:f", "missing.py: no such file"),
+        ({}, "is empty"),
+    ],
+)
+def test_what_cannot_be_loaded(spec: object, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        load_reward(spec)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "code,what",
+    [
+        ("def g(p, c): return 0\n", r"has no function 'f'; there are g"),
+        ("def f(completions): return 0\n", "does not take \\(prompts, completions\\)"),
+        ("import nowhere_to_be_found\n", "cannot be imported \\(ModuleNotFoundError"),
+        ("def f(:\n", "cannot be imported \\(SyntaxError"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path: Path, code: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        load_reward(f"{write(tmp_path, code)}:f")
+
+
+@pytest.mark.parametrize(
+    "body,what",
+    [
+        ("return [1 / len(c) for c in completions]", r"ZeroDivisionError: division by zero \(completion 1: ''\)"),
+        ("return [1.0]", "returned 1 values for 2 completions"),
+        ("return [float('nan') if not c else 1.0 for c in completions]", "returned nan for completion 1: ''"),
+        ("return ['good' for c in completions]", "returned list that holds no numbers"),
+        ("return None", "returned"),
+    ],
+)
+def test_errors_inside_name_the_completion(tmp_path: Path, body: str, what: str) -> None:
+    path = write(tmp_path, f"def f(prompts, completions):\n    {body}\n")
+    with pytest.raises(RewardError, match=what) as error:
+        load_reward(f"{path}:f")(["p", "p"], ["fine", ""])
+    assert error.value.exit_code == 2
