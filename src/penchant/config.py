@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_serializer, field_validator, model_validator
 
-from penchant.algorithms.options import OnlineConfig
+from penchant.algorithms.options import OnlineConfig, PPOConfig
 from penchant.data.options import DataConfig
 from penchant.errors import ConfigError
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
@@ -186,7 +186,7 @@ class RunConfig(Section):
     data: DataConfig
     lora: LoraConfig | None = None
     loss: LossConfig = Field(default_factory=lambda: LossConfig.from_mapping({"name": "dpo"}))
-    algorithm: OnlineConfig | None = None
+    algorithm: OnlineConfig | PPOConfig | None = None
     reward: str | dict[str, float] | None = Field(
         None, description="of an online method: sentiment, words, path.py:function, or a mapping of those to weights"
     )
@@ -214,10 +214,23 @@ class RunConfig(Section):
             "reference": {**reference, "ema": ema} if ema is not None else reference,
         }
 
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _ppo_has_its_own(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, Mapping):
+            return (PPOConfig if value.get("name") == "ppo" else OnlineConfig).model_validate(value)
+        return value
+
+    @field_serializer("algorithm")
+    def _algorithm_by_alias(self, value: OnlineConfig | None) -> dict[str, Any] | None:
+        return None if value is None else value.model_dump(mode="json", by_alias=True)
+
     @model_validator(mode="after")
     def _online_or_offline(self) -> RunConfig:
         if self.algorithm is None and self.reward is not None:
-            raise ValueError("reward is set without an algorithm; add algorithm.name (rloo, grpo, online_dpo)")
+            raise ValueError("reward is set without an algorithm; add algorithm.name (rloo, grpo, online_dpo, ppo)")
         if self.algorithm is not None and self.reward is None:
             raise ValueError("algorithm needs a reward; set reward to sentiment, words or path.py:function")
         if self.algorithm is not None and "loss" in self.model_fields_set and self.loss.name != "dpo":

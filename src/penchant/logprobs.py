@@ -114,9 +114,16 @@ class Scorer:
         out = backbone(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
         return out.last_hidden_state[mask.bool()]
 
-    def logps(self, batch: PackedBatch, *, alignment: bool = False) -> CompletionLogps:
-        """Summed log-probs per completion (C,) and per token (R,), in nats; `alignment` on request."""
-        hidden = self.hidden(batch).index_select(0, batch.predict_index)
+    def predicting(self, batch: PackedBatch) -> Tensor:
+        """The hidden states (R, d) that predict the completion tokens."""
+        return self.hidden(batch).index_select(0, batch.predict_index)
+
+    def logps(self, batch: PackedBatch, *, alignment: bool = False, hidden: Tensor | None = None) -> CompletionLogps:
+        """Summed log-probs per completion (C,) and per token (R,), in nats; `alignment` on request.
+
+        `hidden` (R, d) from `predicting`, where the caller needs it too, saves a second forward pass.
+        """
+        hidden = self.predicting(batch) if hidden is None else hidden
         head, scale, softcap = self._head()
         if self.temperature != 1.0:
             if softcap is not None:
@@ -144,7 +151,7 @@ class Scorer:
     def row_logits(self, batch: PackedBatch) -> RowLogits:
         """The logits of a slice of predicting positions, in fp32 (fp64), without gradient: what a divergence compares with."""
         with torch.no_grad():
-            hidden = self.hidden(batch).index_select(0, batch.predict_index)
+            hidden = self.predicting(batch)
         head, scale, softcap = self._head()
 
         @torch.no_grad()
@@ -157,7 +164,7 @@ class Scorer:
 
     def divergence(self, batch: PackedBatch, ref_logits: RowLogits, kind: DivergenceKind) -> CompletionLogps:
         """Log-probs as `logps` gives them, with the divergence from a reference at every completion token."""
-        hidden = self.hidden(batch).index_select(0, batch.predict_index)
+        hidden = self.predicting(batch)
         head, scale, softcap = self._head()
         if type(head) is nn.Linear:
             out = divergence_logps(

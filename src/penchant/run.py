@@ -16,7 +16,8 @@ import torch
 from penchant.algorithms.group import GroupPolicyGradient
 from penchant.algorithms.offline import Component, Offline
 from penchant.algorithms.online_dpo import OnlineDPO
-from penchant.algorithms.options import OnlineConfig
+from penchant.algorithms.options import OnlineConfig, PPOConfig
+from penchant.algorithms.ppo import PPO
 from penchant.algorithms.rollouts import Writer
 from penchant.config import RunConfig, dump_config, with_absolute_paths
 from penchant.data.adapt import adapt, mismatch
@@ -42,6 +43,7 @@ from penchant.models.load import (
     save_model,
     weights_sha256,
 )
+from penchant.models.value import ValueModel
 from penchant.packing_check import choose_packing
 from penchant.reference import (
     CachedReference,
@@ -268,15 +270,28 @@ class Run:
     @cached_property
     def optimiser(self) -> MasterAdamW:
         t = self.config.train
+        value = [(f"value.{name}", p) for name, p in self.value.named_parameters()] if self.value is not None else []
         made = MasterAdamW(
-            self.model.named_parameters(),
+            [*self.model.named_parameters(), *value],
             dtype=self.dtype,
             betas=(t.adam_beta1, t.adam_beta2),
-            eps=t.adam_eps,
+            eps=float(t.adam_eps) if t.adam_eps != "auto" else 1e-5 if self.method == "ppo" else 1e-8,
             weight_decay=t.weight_decay,
         )
         cast_parameters(self.model, self.dtype)
+        if self.value is not None and self.value.backbone is not None:
+            cast_parameters(self.value.backbone, self.dtype)
         return made
+
+    @cached_property
+    def value(self) -> ValueModel | None:
+        """PPO's value: a head on the policy's hidden states, or a model of its own that starts as the policy does."""
+        if not isinstance(self.online, PPOConfig):
+            return None
+        own = None
+        if self.online.value == "separate":
+            own = load_causal_model(self.config.model, self.device, self.config.train.seed)
+        return ValueModel(self.model.get_input_embeddings().weight.shape[1], own).to(self.device)
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -379,7 +394,7 @@ class Run:
     # ---- the verbs ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def algorithm(self) -> Offline | GroupPolicyGradient | OnlineDPO:
+    def algorithm(self) -> Offline | GroupPolicyGradient | OnlineDPO | PPO:
         if self.online is not None:
             return self._online(self.online)
         loss = self.config.loss
@@ -397,7 +412,7 @@ class Run:
             tokens_per_step=self.config.evaluation.tokens_per_step or self.config.train.tokens_per_step,
         )
 
-    def _online(self, online: OnlineConfig) -> GroupPolicyGradient | OnlineDPO:
+    def _online(self, online: OnlineConfig) -> GroupPolicyGradient | OnlineDPO | PPO:
         from penchant.rewards import load_reward
 
         if self.reference_kind == "cached":
@@ -421,6 +436,15 @@ class Run:
         self.scorer.temperature = reference.scorer.temperature = online.temperature
         assert self.config.reward is not None
         writer = Writer(self.model, self.tokenizer, load_reward(self.config.reward), online, self.config.train.seed)
+        if isinstance(online, PPOConfig):
+            assert self.value is not None
+            of_its_own = None
+            if self.value.backbone is not None:
+                from penchant.logprobs import Scorer
+
+                of_its_own = Scorer(self.value.backbone, self.scorer.packing, "auto" if self.scorer.fast else "off")
+            budget = self.config.train.tokens_per_step
+            return PPO(self.scorer, reference, self.value.head, writer, online, budget, of_its_own)
         if online.name == "online_dpo":
             dpo = LOSSES["dpo"]
             component = Component(dpo, dpo.params.model_validate({"beta": online.kl_weight}))

@@ -27,7 +27,7 @@ from penchant.training.loop import Loop
 from penchant.training.reduce import reduced
 from penchant.types import TokenTree
 
-METHODS = ["rloo", "grpo", "online_dpo"]
+METHODS = ["rloo", "grpo", "online_dpo", "ppo"]
 
 
 @pytest.fixture
@@ -62,7 +62,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", METHODS)
 def test_the_optimum_is_reached_from_several_seeds(base: dict[str, Any], name: str, seed: int) -> None:
     base["algorithm"] |= {"name": name, "beta": 0.01}
-    base["train"] |= {"seed": seed, "epochs": 20}
+    base["train"] |= {"seed": seed, "epochs": 20 if name != "ppo" else 14}
+    if name == "ppo":
+        base["train"]["lr"] = 1e-2
     result = api.train(base, quiet=True)
     assert result.before["eval/reward"] < 0.1
     assert result.after["eval/reward"] > 0.9
@@ -183,7 +185,16 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("name,more", [("rloo", {}), ("grpo", {"epochs": 2, "minibatches": 2}), ("online_dpo", {})])
+@pytest.mark.parametrize(
+    "name,more",
+    [
+        ("rloo", {}),
+        ("grpo", {"epochs": 2, "minibatches": 2}),
+        ("online_dpo", {}),
+        ("ppo", {"minibatches": 2, "kl_control": "adaptive", "normalise_scores": True}),
+        ("ppo", {"value": "separate", "epochs": 2}),
+    ],
+)
 @pytest.mark.parametrize("at", [2, 3])
 def test_a_killed_run_ends_where_an_uninterrupted_one_ends(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, more: dict[str, Any], at: int
@@ -276,8 +287,8 @@ def test_the_missing_eos_penalty_lowers_the_reward(base: dict[str, Any], tmp_pat
         ({"reward": None}, "algorithm needs a reward"),
         ({"algorithm": None}, "reward is set without an algorithm"),
         ({"loss": "kto"}, "loss and algorithm are both set"),
-        ({"algorithm": {"name": "rlo"}}, "'rloo', 'grpo' or 'online_dpo'"),
-        ({"algorithm": {"name": "rloo", "samples": 1}}, "greater than or equal to 2"),
+        ({"algorithm": {"name": "rlo"}}, "'rloo', 'grpo', 'online_dpo' or 'ppo'"),
+        ({"algorithm": {"name": "rloo", "samples": 1}}, "samples is 1; rloo judges"),
         ({"algorithm": {"name": "online_dpo", "epochs": 2}}, "takes one step"),
         ({"algorithm": {"name": "online_dpo", "beta": 0.0}}, "beta is 0; give a number above 0"),
         ({"algorithm": {"name": "grpo", "beta": -1.0}}, "of at least 0"),

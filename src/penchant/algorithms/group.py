@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from penchant.algorithms.options import OnlineConfig
-from penchant.algorithms.rollouts import Group, Writer, pack_groups, reward_metrics_of, unpack_groups
-from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.algorithms.rollouts import Buffer, Group, Writer, reward_metrics_of, score_groups
 from penchant.logprobs import Scorer
 from penchant.losses.kl import kl_estimate
 from penchant.losses.policy_gradient import clipped_surrogate, group_normalised, leave_one_out
@@ -50,27 +48,21 @@ class GroupPolicyGradient:
     config: OnlineConfig
     tokens_per_step: int
     coupled: bool = False
-    _groups: list[Group] = field(default_factory=list)
-    _iteration: int = -1
-    _by_row: dict[int, Group] = field(default_factory=dict)
+    buffer: Buffer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.buffer = Buffer(self.writer, self.config.epochs, self.config.minibatches)
 
     # ---- a step ---------------------------------------------------------------------------------------------------
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
         """The groups of this update: new rollouts at the first update of an iteration, else a part of the old ones."""
-        iteration, update = divmod(step, self.config.updates)
-        if iteration != self._iteration:
-            self._roll_out(trees, iteration)
-        epoch, part = divmod(update, self.config.minibatches)
-        order = np.random.default_rng([self.writer.seed, iteration, epoch]).permutation(len(self._groups))
-        mine = sorted(np.array_split(order, self.config.minibatches)[part].tolist())
-        chosen = [self._groups[i] for i in mine]
-        self._by_row = {g.tree.row: g for g in chosen}
-        return [g.tree for g in chosen]
+        return self.buffer.part(step, trees, self._prepare)
 
-    def _roll_out(self, prompts: Sequence[TokenTree], iteration: int) -> None:
-        groups = self.writer.write(prompts, iteration)
-        self._log_probs(groups)
+    def _prepare(self, groups: list[Group]) -> None:
+        """Advantages; and log-probs by the engine that trains, so that the ratio of the first update is exactly 1."""
+        models = {"old": LiveReference(self.scorer).token_logps, "ref": self.reference.token_logps}
+        score_groups(groups, models, self.scorer, self.tokens_per_step)
         for g in groups:
             drift = g.extras["old"] - g.extras["ref"]
             lengths = [len(c) for c in g.tree.completion_ids]
@@ -83,19 +75,6 @@ class GroupPolicyGradient:
             advantages = group_normalised(rewards, self.config.scale_rewards)
         for g, a in zip(groups, advantages, strict=True):
             g.extras["advantages"] = a
-        self._groups, self._iteration = groups, iteration
-
-    def _log_probs(self, groups: Sequence[Group]) -> None:
-        """Log-probs of policy and reference, by the engine that trains: the ratio of the first update is exactly 1."""
-        live = LiveReference(self.scorer)
-        trees = [g.tree for g in groups]
-        device = next(self.scorer.model.parameters()).device
-        for members in plan_microbatches([tree_tokens(t, self.scorer.shared) for t in trees], self.tokens_per_step):
-            batch = pack([trees[i] for i in members], shared=self.scorer.shared).to(device)
-            sizes = [sum(map(len, trees[i].completion_ids)) for i in members]
-            for name, model in (("old", live), ("ref", self.reference)):
-                for i, part in zip(members, model.token_logps(batch).cpu().split(sizes), strict=True):
-                    groups[i].extras[name] = part
 
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
         if self.config.name == "grpo" and self.config.loss_mean == "token":
@@ -103,15 +82,9 @@ class GroupPolicyGradient:
         return {"main": float(len(batch.lengths))}
 
     def score(self, batch: PackedBatch) -> ScoredTokens:
-        groups = [self._by_row[row] for row in batch.rows]
         tokens = self.scorer.logps(batch).tokens
-
-        def of(name: str) -> Tensor:
-            return torch.cat([g.extras[name] for g in groups]).to(tokens)
-
-        return ScoredTokens(
-            tokens, of("old"), of("ref"), of("advantages"), batch.completion_of, batch.lengths.to(tokens.dtype)
-        )
+        old, ref, advantages = (self.buffer.of(batch, name).to(tokens) for name in ("old", "ref", "advantages"))
+        return ScoredTokens(tokens, old, ref, advantages, batch.completion_of, batch.lengths.to(tokens.dtype))
 
     def loss(self, scored: ScoredTokens) -> LossOutput:
         s, cfg = scored, self.config
@@ -137,26 +110,18 @@ class GroupPolicyGradient:
     # ---- around a step ----------------------------------------------------------------------------------------------
 
     def step_values(self) -> dict[str, float]:
-        values = reward_metrics_of(self._groups)
-        return values | {"kl/policy_ref": float(torch.cat([g.extras["kl"] for g in self._groups]).mean())}
+        groups = self.buffer.groups
+        return reward_metrics_of(groups) | {"kl/policy_ref": float(torch.cat([g.extras["kl"] for g in groups]).mean())}
 
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
         pass
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The current rollouts: a run that stops between two updates goes on with the same ones."""
-        if self._iteration < 0 or self.config.updates == 1:
-            return {}
-        packed = {f"rollouts/{name}": value.contiguous() for name, value in pack_groups(self._groups).items()}
-        return packed | {"iteration": torch.tensor(self._iteration)}
+        return self.buffer.state_tensors()
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        if "iteration" in tensors:
-            self._iteration = int(tensors["iteration"])
-            prefix = "rollouts/"
-            self._groups = unpack_groups(
-                {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-            )
+        self.buffer.load_state_tensors(tensors)
 
 
 def _sums(values: Tensor, s: ScoredTokens) -> Tensor:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from penchant.schema import Section
 
-DEFAULT_BETA = {"rloo": 0.05, "grpo": 0.04, "online_dpo": 0.1}
+DEFAULT_BETA = {"rloo": 0.05, "grpo": 0.04, "online_dpo": 0.1, "ppo": 0.05}
 
 
 class OnlineConfig(Section):
     """An online method, its rollouts, and its update. Present: `loss` is not used; `reward` is needed."""
 
-    name: Literal["rloo", "grpo", "online_dpo"] = Field(description="rloo, grpo or online_dpo")
-    samples: int = Field(4, ge=2, description="completions of each prompt")
+    name: Literal["rloo", "grpo", "online_dpo", "ppo"] = Field(description="rloo, grpo, online_dpo or ppo")
+    samples: int = Field(4, ge=1, description="completions of each prompt")
     max_new_tokens: int = Field(64, ge=1, description="tokens of a completion")
     temperature: float = Field(1.0, gt=0, description="of sampling, and of every log-prob in the update")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set of tokens of this probability")
@@ -36,7 +36,11 @@ class OnlineConfig(Section):
     missing_eos_penalty: float = Field(0.0, ge=0, description="taken off the reward of a completion that did not end")
 
     @model_validator(mode="after")
-    def _whole_groups(self) -> OnlineConfig:
+    def _fits_together(self) -> OnlineConfig:
+        if self.name != "ppo" and self.samples < 2:
+            raise ValueError(
+                f"samples is 1; {self.name} judges completions of one prompt against each other: give 2 or more"
+            )
         if self.name == "online_dpo" and self.epochs * self.minibatches > 1:
             raise ValueError("online_dpo takes one step on each batch of rollouts; leave out epochs and minibatches")
         if self.kl_weight < 0 or (self.name == "online_dpo" and self.kl_weight == 0):
@@ -54,3 +58,37 @@ class OnlineConfig(Section):
     def updates(self) -> int:
         """Optimiser steps on each batch of rollouts."""
         return self.epochs * self.minibatches
+
+
+class PPOConfig(OnlineConfig):
+    """PPO's own settings and defaults; docs/ppo.md says where each comes from."""
+
+    name: Literal["ppo"] = Field(description="ppo")
+    samples: int = Field(1, ge=1, description="completions of each prompt")
+    temperature: float = Field(0.7, gt=0, description="of sampling, and of every log-prob in the update")
+    epochs: int = Field(4, ge=1, description="passes over the rollouts")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="per-token KL penalty in the reward")
+    kl_control: Literal["fixed", "adaptive"] = Field("fixed", description="beta stays, or follows kl_target")
+    kl_target: float = Field(6.0, gt=0, description="adaptive: wanted KL per completion, nats")
+    kl_horizon: float = Field(10_000, gt=0, description="adaptive: completions over which beta follows")
+    gamma: float = Field(1.0, ge=0, le=1, description="discount of later rewards")
+    lam: float = Field(0.95, alias="lambda", ge=0, le=1, description="of generalised advantage estimation")
+    value: Literal["head", "separate"] = Field("head", description="a head on the policy, or a model of its own")
+    value_coef: float = Field(0.1, ge=0, description="weight of the value loss")
+    value_clip: float | None = Field(
+        0.2, gt=0, description="the value is held within +- this of its old one; null: not"
+    )
+    whiten_advantages: bool = Field(True, description="zero mean, unit variance over all real tokens of the rollouts")
+    whiten_rewards: bool = Field(False, description="unit variance of token rewards, mean kept")
+    normalise_scores: bool = Field(False, description="divide rewards by their running standard deviation")
+    score_clip: float | None = Field(None, gt=0, description="hold rewards within +- this")
+    ratio_limit: float = Field(
+        10.0, gt=1, description="a pass whose mean probability ratio is beyond this teaches nothing"
+    )
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
+
+    @property
+    def start_beta(self) -> float:
+        """beta, resolved: 0.05 fixed; adaptive control starts at 0.2."""
+        return 0.2 if self.beta == "auto" and self.kl_control == "adaptive" else self.kl_weight

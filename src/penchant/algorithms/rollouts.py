@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from penchant.algorithms.options import OnlineConfig
+from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.logprobs import Scorer
 from penchant.rewards import Reward
 from penchant.rollout.generate import sample
-from penchant.types import TokenTree
+from penchant.types import PackedBatch, TokenTree
 
 
 @dataclass(slots=True)
@@ -79,13 +81,79 @@ class Writer:
         return groups
 
 
+@dataclass(slots=True)
+class Buffer:
+    """The rollouts of an iteration and the part of them that an update trains on; survives a checkpoint between two updates.
+
+    Args:
+        writer: samples and judges; epochs, minibatches: of each iteration.
+    """
+
+    writer: Writer
+    epochs: int
+    minibatches: int
+    groups: list[Group] = field(default_factory=list)
+    iteration: int = -1
+    by_row: dict[int, Group] = field(default_factory=dict)
+
+    @property
+    def updates(self) -> int:
+        return self.epochs * self.minibatches
+
+    def part(
+        self, step: int, prompts: Sequence[TokenTree], prepare: Callable[[list[Group]], None]
+    ) -> Sequence[TokenTree]:
+        """The trees of optimiser step `step`: new rollouts (made ready by `prepare`) at an iteration's first update."""
+        iteration, update = divmod(step, self.updates)
+        if iteration != self.iteration:
+            groups = self.writer.write(prompts, iteration)
+            prepare(groups)
+            self.groups, self.iteration = groups, iteration
+        epoch, at = divmod(update, self.minibatches)
+        order = np.random.default_rng([self.writer.seed, iteration, epoch]).permutation(len(self.groups))
+        mine = sorted(np.array_split(order, self.minibatches)[at].tolist())
+        chosen = [self.groups[i] for i in mine]
+        self.by_row = {g.tree.row: g for g in chosen}
+        return [g.tree for g in chosen]
+
+    def of(self, batch: PackedBatch, name: str) -> Tensor:
+        """An extra of the groups in a batch, in its order."""
+        return torch.cat([self.by_row[row].extras[name] for row in batch.rows]).to(batch.input_ids.device)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        if self.iteration < 0 or self.updates == 1:
+            return {}
+        packed = {f"rollouts/{name}": value.contiguous() for name, value in pack_groups(self.groups).items()}
+        return packed | {"iteration": torch.tensor(self.iteration)}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        if "iteration" in tensors:
+            self.iteration = int(tensors["iteration"])
+            prefix = "rollouts/"
+            self.groups = unpack_groups({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
+
+
+def score_groups(
+    groups: Sequence[Group], models: Mapping[str, Callable[[PackedBatch], Tensor]], scorer: Scorer, tokens_per_step: int
+) -> None:
+    """Keep a number per token (R,) of each model as an extra of its name: log-probs, values."""
+    trees = [g.tree for g in groups]
+    device = next(scorer.model.parameters()).device
+    for members in plan_microbatches([tree_tokens(t, scorer.shared) for t in trees], tokens_per_step):
+        batch = pack([trees[i] for i in members], shared=scorer.shared).to(device)
+        sizes = [sum(map(len, trees[i].completion_ids)) for i in members]
+        for name, of_batch in models.items():
+            for i, part in zip(members, of_batch(batch).cpu().split(sizes), strict=True):
+                groups[i].extras[name] = part
+
+
 def reward_metrics_of(groups: Sequence[Group]) -> dict[str, float]:
-    """What a step's rollouts were like: reward, its spread within groups, length, share that ended."""
+    """What a step's rollouts were like: reward, its spread (within groups where they have several), length, share that ended."""
     rewards = torch.stack([g.rewards for g in groups])
     lengths = [len(c) for g in groups for c in g.tree.completion_ids]
     return {
         "reward": float(rewards.mean()),
-        "reward/std": float(rewards.std(1).mean()),
+        "reward/std": float(rewards.std() if rewards.shape[1] == 1 else rewards.std(1).mean()),
         "completions/length": float(np.mean(lengths)),
         "completions/ended": 1.0 - float(np.mean([u for g in groups for u in g.tree.truncated])),
     }

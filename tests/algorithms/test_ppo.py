@@ -1,0 +1,192 @@
+"""PPO: token rewards and advantages by hand, unequal and one-token completions, the value's gradient, options that matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import make_tree, tiny_model
+
+from penchant.algorithms.options import PPOConfig
+from penchant.algorithms.ppo import PPO, _with
+from penchant.algorithms.rollouts import Group
+from penchant.data.packing import pack
+from penchant.logprobs import Scorer
+from penchant.losses.policy_gradient import at_last_token, gae
+from penchant.models.value import ValueHead
+from penchant.reference import LiveReference
+from penchant.training.reduce import reduced
+
+LENGTHS = [3, 1, 6, 2]
+REWARDS = [1.0, -0.5, 2.0, 0.25]
+
+
+class Fixed:
+    """A writer that always gives the same completions, one a prompt; none of them ended with EOS."""
+
+    seed = 0
+
+    def write(self, prompts: Any, iteration: int, samples: Any = None) -> list[Group]:
+        trees = [make_tree(i, 1 + 2 * i, (n,)) for i, n in enumerate(LENGTHS)]
+        return [Group(t, torch.tensor([r], dtype=torch.float64)) for t, r in zip(trees, REWARDS, strict=True)]
+
+
+def made(seed: int = 0, **config: Any) -> PPO:
+    torch.manual_seed(0)
+    head = ValueHead(32).double()
+    torch.nn.init.normal_(head.weight, std=0.3)
+    cfg = PPOConfig(**{"name": "ppo", "max_new_tokens": 6, "epochs": 1, "temperature": 1.0, **config})
+    reference = LiveReference(Scorer(tiny_model("llama", seed=1), "shared"))
+    return PPO(Scorer(tiny_model("llama", seed=seed), "shared"), reference, head, Fixed(), cfg, 20)  # type: ignore[arg-type]
+
+
+def gradients(ppo: PPO, sizes: list[int]) -> torch.Tensor:
+    parameters = [*ppo.scorer.model.parameters(), *ppo.value_head.parameters()]
+    for p in parameters:
+        p.grad = None
+    trees = ppo.begin_step(0, 0.0, [])
+    parts, at = [], 0
+    for n in sizes:
+        parts.append(pack(trees[at : at + n]))
+        at += n
+    weights = [ppo.weights(b) for b in parts]
+    counts = {k: sum(w[k] for w in weights) for k in weights[0]}
+    for batch in parts:
+        reduced(ppo.loss(ppo.score(batch)), counts).backward()
+    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+
+
+def extras(ppo: PPO, name: str) -> torch.Tensor:
+    return torch.cat([g.extras[name] for g in ppo.buffer.groups])
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_advantages_are_gae_of_token_rewards_by_hand(estimator: str) -> None:
+    ppo = made(beta=0.2, kl_estimator=estimator, whiten_advantages=False, gamma=0.9, **{"lambda": 0.8})
+    ppo.begin_step(0, 0.0, [])
+    d = extras(ppo, "old") - extras(ppo, "ref")
+    kl = {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[estimator]
+    lengths = torch.tensor(LENGTHS)
+    rewards = at_last_token(torch.tensor(REWARDS, dtype=torch.float64), lengths) - 0.2 * kl
+    expected, returns = gae(rewards, extras(ppo, "values"), lengths, gamma=0.9, lam=0.8)
+    assert torch.allclose(extras(ppo, "advantages"), expected, rtol=1e-12)
+    assert torch.allclose(extras(ppo, "returns"), returns, rtol=1e-12)
+    # the reward stands on each completion's last real token, also of the one that is a single token, and without any EOS
+    assert rewards[[2, 3, 9, 11]].tolist() == pytest.approx(
+        [r - 0.2 * float(kl[i]) for r, i in zip(REWARDS, (2, 3, 9, 11), strict=True)]
+    )
+
+
+def test_the_first_update_has_ratio_1_and_reinforces_with_the_advantages() -> None:
+    ppo = made(value_coef=0.0)
+    got = gradients(ppo, [4])
+    model = ppo.scorer.model
+    model.zero_grad()
+    batch = pack([g.tree for g in ppo.buffer.groups])
+    tokens = ppo.scorer.logps(batch).tokens
+    (-(extras(ppo, "advantages") * tokens).mean()).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert (got[: len(expected)] - expected).norm() <= 1e-9 * expected.norm()
+    out = ppo.loss(ppo.score(batch))
+    assert out.metrics["ratio"][0].tolist() == pytest.approx([1.0] * 12, abs=1e-12)
+
+
+def test_advantages_are_whitened_over_real_tokens_only() -> None:
+    ppo = made()
+    ppo.begin_step(0, 0.0, [])
+    a = extras(ppo, "advantages")
+    assert len(a) == sum(LENGTHS)
+    assert a.mean().item() == pytest.approx(0.0, abs=1e-12) and a.var().item() == pytest.approx(1.0, rel=1e-6)
+
+
+def test_micro_batches_do_not_matter() -> None:
+    one, many = gradients(made(), [4]), gradients(made(), [1, 2, 1])
+    assert (one - many).norm() <= 1e-9 * one.norm()
+
+
+def test_values_learn_their_returns() -> None:
+    ppo = made(value_clip=None, value_coef=1.0)
+    optimiser = torch.optim.Adam(ppo.value_head.parameters(), lr=0.05)
+    ppo.begin_step(0, 0.0, [])
+    batch = pack([g.tree for g in ppo.buffer.groups])
+    errors = []
+    for _ in range(60):
+        out = ppo.loss(ppo.score(batch))
+        errors.append(float(out.metrics["value/error"][0].mean()))
+        optimiser.zero_grad()
+        out.terms["value"][0].mean().backward()
+        optimiser.step()
+    assert errors[-1] < errors[0] / 5
+
+
+def test_a_value_model_of_its_own_leaves_the_policys_hidden_states_alone() -> None:
+    ppo = made()
+    ppo.value_scorer = Scorer(tiny_model("llama", seed=3), "shared")
+    ppo.begin_step(0, 0.0, [])
+    out = ppo.loss(ppo.score(pack([g.tree for g in ppo.buffer.groups])))
+    out.terms["value"][0].mean().backward()
+    assert all(p.grad is None or not p.grad.any() for p in ppo.scorer.model.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in ppo.value_scorer.model.parameters())
+
+
+def test_adaptive_control_follows_its_target() -> None:
+    near, far = (
+        made(kl_control="adaptive", kl_target=1e-3, kl_horizon=10),
+        made(kl_control="adaptive", kl_target=1e6, kl_horizon=10),
+    )
+    for ppo in (near, far):
+        assert ppo.beta == 0.2
+        ppo.begin_step(0, 0.0, [])
+    drift = float((extras(near, "old") - extras(near, "ref")).sum()) / 4
+    error = max(-0.2, min(0.2, drift / 1e-3 - 1))
+    assert near.beta == pytest.approx(0.2 * (1 + error * 4 / 10))
+    assert far.beta == pytest.approx(0.2 * (1 - 0.2 * 4 / 10))
+
+
+def test_scores_are_normalised_by_their_running_deviation_and_clipped() -> None:
+    ppo = made(normalise_scores=True, score_clip=1.0)
+    first, second = torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64), torch.tensor([-2.0, 8.0], dtype=torch.float64)
+    assert ppo._shaped(first).tolist() == pytest.approx([0.5, 1.0, 1.0])
+    expected = (second / torch.cat([first, second]).std()).clamp(-1, 1)
+    assert ppo._shaped(second).tolist() == pytest.approx(expected.tolist())
+
+
+def test_running_moments_equal_those_of_everything_at_once() -> None:
+    parts = [torch.randn(n, dtype=torch.float64) for n in (3, 1, 7)]
+    moments = torch.zeros(3, dtype=torch.float64)
+    for p in parts:
+        moments = _with(moments, p)
+    everything = torch.cat(parts)
+    squares = float((everything - everything.mean()).square().sum())
+    assert moments.tolist() == pytest.approx([11, float(everything.mean()), squares])
+
+
+def test_the_ratio_guard_takes_an_accident_out() -> None:
+    ppo = made()
+    trees = ppo.begin_step(0, 0.0, [])
+    for g in ppo.buffer.groups:
+        g.extras["old"] = g.extras["old"] - 5.0  # as if the policy had jumped: every ratio is e^5
+    out = ppo.loss(ppo.score(pack(trees)))
+    assert not out.losses.any() and out.metrics["ratio/guarded"][0].tolist() == [1.0] * 12
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"beta": 1.0},
+        {"kl_estimator": "k3"},
+        {"gamma": 0.5},
+        {"lambda": 0.1},
+        {"value_coef": 0.7},
+        {"whiten_advantages": False},
+        {"whiten_rewards": True, "whiten_advantages": False},
+        {"normalise_scores": True, "whiten_advantages": False},
+        {"score_clip": 0.3},
+        {"kl_control": "adaptive"},
+    ],
+    ids=str,
+)
+def test_every_option_changes_the_gradient(option: dict[str, Any]) -> None:
+    base = {"whiten_advantages": False} if "whiten_advantages" in option and len(option) > 1 else {}
+    assert not torch.allclose(gradients(made(**base), [4]), gradients(made(**option), [4]), rtol=1e-6)
