@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
+from penchant import api
 from penchant.config import load_config
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -33,12 +34,24 @@ def test_the_yaml_is_a_config(tmp_path: Path) -> None:
 def test_every_loss_section_is_a_config(tmp_path: Path) -> None:
     """The YAML blocks after the first, and the settings in the table."""
     base = "model: {path: m}\ndata: {path: d}\noutput: o\n"
-    sections = _blocks("yaml")[1:]
+    sections = [s for s in _blocks("yaml")[1:] if "output:" not in s]
     sections += re.findall(r"^\| [^|]*\| `((?:loss|reference): \{.*?\})`", README, flags=re.M)
     assert len(sections) == 7
     for section in sections:
         (tmp_path / "run.yaml").write_text(base + section + "\n")
         load_config(tmp_path / "run.yaml")
+
+
+def test_the_online_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Write about {i}"} for i in range(60)])
+    (code,) = re.findall(r"```\n# rewards\.py\n(.*?)```", README, flags=re.S)
+    (tmp_path / "rewards.py").write_text(code)
+    (block,) = [s for s in _blocks("yaml") if "algorithm:" in s]
+    (tmp_path / "run.yaml").write_text(block.replace(MODEL, tiny_model_folder(tmp_path / "model")))
+    overrides = ["train.max_steps=1", "algorithm.max_new_tokens=4", "data.max_length=64", "evaluation.samples=0"]
+    result = api.train(tmp_path / "run.yaml", *overrides, quiet=True)
+    assert "eval/reward/ci" in result.after
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,10 +167,12 @@ def _held_out_line(metrics: Any) -> str:
     for name, label in (
         ("eval/rewards/accuracies", "preference accuracy"),
         ("eval/rewards/margins", "margin"),
+        ("eval/reward", "reward"),
         ("eval/loss", "loss"),
+        ("eval/kl/policy_ref", "KL"),
         ("eval/perplexity", "perplexity"),
     ):
-        if name in metrics:
+        if name in metrics and not (name == "eval/loss" and "eval/reward" in metrics):
             interval = metrics.get(f"{name}/ci")
             parts.append(
                 f"{label} {metrics[name]:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")

@@ -11,6 +11,8 @@ SHOWN = {
     "loss": "loss",
     "rewards/accuracies": "acc",
     "rewards/margins": "margin",
+    "reward": "reward",
+    "kl/policy_ref": "KL",
     "lr": "lr",
 }
 
