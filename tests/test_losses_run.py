@@ -83,6 +83,8 @@ def test_labelled_answers_and_data_of_one_side(
 def test_dpo_shifts_lambda_is_logged_every_step_and_reaches_both_ends(base: dict[str, Any]) -> None:
     result = api.train({**base, "loss": {"name": "dpo_shift", "schedule": "increase_linear"}}, quiet=True)
     assert [r["lambda"] for r in lines(result)] == pytest.approx([0.5, 0.75, 1.0])
+    again = api.evaluate(result.folder, quiet=True)  # the resolved config loads back, schedule and all
+    assert again["eval/loss"] == pytest.approx(result.after["eval/loss"], rel=1e-6)
     fixed = api.train(
         {**base, "loss": {"name": "dpo_shift", "lambda": 0.6}, "output": base["output"] + "-fixed"}, quiet=True
     )
@@ -202,6 +204,8 @@ def test_a_moving_reference_loosens_the_pull(base: dict[str, Any], tmp_path: Pat
     )
     assert abs(lines(moving)[-1]["rewards/margins"]) < abs(lines(still)[-1]["rewards/margins"]) / 2
     assert moving.after["eval/kl/completions"] == 4
+    # held out, what was learned is told against the start, not against a reference that went along
+    assert moving.after["eval/rewards/margins"] > 2 * lines(moving)[-1]["rewards/margins"]
 
 
 def test_lora_with_a_moving_reference_starts_equal(base: dict[str, Any]) -> None:
@@ -219,7 +223,7 @@ def test_lora_with_a_moving_reference_starts_equal(base: dict[str, Any]) -> None
 def test_an_objective_without_a_bound_is_stopped_with_a_sentence(base: dict[str, Any]) -> None:
     base |= {"loss": {"name": "pmpo", "alpha": 0.0, "beta": 0.0}}
     base["train"] |= {"epochs": 200, "lr": 3e-2, "logp_floor": -40.0, "max_grad_norm": None}
-    with pytest.raises(TrainingStopped, match=r"below train\.logp_floor=-40: .* raise loss\.beta") as error:
+    with pytest.raises(TrainingStopped, match=r"below train\.logp_floor=-40: .* raise the loss's beta") as error:
         api.train(base, quiet=True)
     assert error.value.exit_code == 3
 
@@ -237,7 +241,23 @@ def test_a_divergence_ceiling_stops_too(base: dict[str, Any]) -> None:
         ({"loss": {"name": "dpo_shfit"}}, r"did you mean \"dpo_shift\"|did you mean \"dpo\""),
         ({"loss": {"name": "dpo", "lambda": 0.5}}, 'unknown key "lambda" in loss'),
         ({"loss": {"name": "dpo_shift", "lambda": 1.5}}, "less than or equal to 1"),
-        ({"loss": {"name": "dpo", "beta": {"from": 0.1}}}, "missing"),
+        ({"loss": {"name": "dpo", "beta": {"from": 0.1}}}, r"loss\.beta\.to is missing"),
+        ({"loss": {"name": "dpo", "beta": {"begin": 0.1, "to": 1.0}}}, 'unknown key "begin" in loss.beta'),
+        ({"loss": {"name": "kto", "desireable_weight": 1.0}}, 'did you mean "desirable_weight"'),
+        ({"loss": {"name": "simpo", "simpo_gamma": 1.0}}, 'did you mean "gamma"'),
+        ({"loss": {"name": "sigmoid"}}, "it is called dpo here"),
+        ({"loss": {"name": ["dpo", "sft"]}}, "several losses go into loss.mix"),
+        ({"loss": {"mix": [{"name": "dpo"}, {"weight": 1.0}]}}, r"loss\.mix\.1\.name is missing"),
+        ({"loss": {"mix": [{"name": "dpo", "beta": -1.0}]}}, r"loss\.mix\.0\.beta is -1"),
+        ({"loss": {"mix": [{"name": "dpo", "weight": 0}]}}, "all weights are 0"),
+        ({"loss": [{"name": "dpo"}]}, "loss is a list"),
+        ({"loss": {"name": "dpo_shift", "lambda": 0.9, "schedule": "increase_linear"}}, "both set"),
+        ({"loss": {"name": "dpo_shift", "lambda_min": 0.9}}, "of a linear schedule"),
+        (
+            {"loss": {"name": "dpo_shift", "schedule": "increase_linear", "lambda_min": 0.9, "lambda_max": 0.6}},
+            "is above",
+        ),
+        ({"reference": {"sync_mixup": 0.5}}, "without sync_every"),
         ({"loss": {"name": "dpo", "beta": {"from": 0.1, "to": -1.0}}}, "greater than 0"),
         ({"loss": {"name": "dpo", "beta": {"from": 0.1, "to": 0.2, "shape": "step"}}}, "'linear' or 'cosine'"),
         ({"loss": {"name": "ipo", "average": {"from": 0.0, "to": 1.0}}}, "true or false|schedule"),
@@ -257,6 +277,37 @@ def test_a_divergence_ceiling_stops_too(base: dict[str, Any]) -> None:
 def test_mistakes_are_answered_with_a_sentence(base: dict[str, Any], change: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         api.train({**base, **change}, quiet=True)
+
+
+def test_another_loss_on_the_command_line_starts_from_its_own_defaults(base: dict[str, Any], tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps({**base, "loss": {"name": "dpo", "beta": 0.3, "nll_weight": 0.1}}))
+    loss = load_config(config, ["loss.name=simpo"]).loss
+    assert loss.params.beta == 2.0 and loss.nll_weight == 0.1
+    for order in (["loss.name=simpo", "loss.beta=5.0"], ["loss.beta=5.0", "loss.name=simpo"]):
+        assert load_config(config, order).loss.params.beta == 5.0
+    assert load_config(config, ["loss.name=dpo"]).loss.params.beta == 0.3
+
+
+def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(base: dict[str, Any], tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("loss:\n  name: dpo\n  beta: 0.1\n" + "\n".join(f"{k}: {json.dumps(v)}" for k, v in base.items()))
+    with pytest.raises(ConfigError, match=r"^command line: loss\.beta is -1"):
+        load_config(config, ["loss={name: dpo, beta: -1}"])
+    config.write_text(config.read_text().replace("name: dpo", "name: dpoo", 1))
+    with pytest.raises(ConfigError, match=r"run\.yaml:2: loss\.name 'dpoo' is not a loss"):
+        load_config(config)
+
+
+def test_a_run_of_a_version_that_knew_less_goes_on(base: dict[str, Any]) -> None:
+    result = api.train({**base, "loss": "dpo"}, quiet=True)
+    path = result.folder / "identity.json"
+    identity = json.loads(path.read_text())
+    for key in ("algorithm", "reward"):
+        del identity["config"][key]
+    del identity["config"]["train"]["logp_floor"], identity["config"]["loss"]["nll_weight"]
+    path.write_text(json.dumps(identity))
+    assert api.train({**base, "loss": "dpo"}, quiet=True).steps == result.steps
 
 
 def test_kto_needs_two_prompts(base: dict[str, Any], tmp_path: Path) -> None:

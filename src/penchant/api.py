@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penchant.errors import ConfigError
+from penchant.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from penchant.config import RunConfig
@@ -54,6 +54,8 @@ def evaluate(
     from penchant.run import Run
 
     folder = Path(config) if isinstance(config, (str, Path)) else None
+    if folder is not None and not folder.exists() and folder.suffix not in (".yaml", ".yml"):
+        raise CheckpointError(str(folder), "no such run or config", "give a run's folder or the path of a YAML config")
     if folder is not None and (folder / "config.resolved.yaml").exists():
         config = folder / "config.resolved.yaml"
     return Run(as_config(config, overrides), quiet=quiet).evaluate(step)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from typing import Literal, get_args, get_origin
 
-from penchant.config import LossModifiers, did_you_mean
-from penchant.errors import ConfigError
+from pydantic.fields import FieldInfo
+
+from penchant.loss_config import LossModifiers, loss_name
 from penchant.losses import LOSSES, LossSpec
 from penchant.losses.registry import NEEDS
 
@@ -22,11 +24,19 @@ GROUPS = {
 
 
 def _parameters(spec: LossSpec) -> list[tuple[str, str, str]]:
-    """(name in a config, default, meaning) of each hyperparameter."""
+    """(name in a config, default, meaning with choices or range) of each hyperparameter."""
     return [
-        (info.alias or name, _shown(info.default), info.description or "")
+        (info.alias or name, _shown(info.default), (info.description or "") + _allowed(info))
         for name, info in spec.params.model_fields.items()
     ]
+
+
+def _allowed(info: FieldInfo) -> str:
+    """`` [one or two]`` or `` [> 0, < 0.5]``, from the field's type and bounds."""
+    choices = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [f"{sign} {getattr(m, k):g}" for m in info.metadata for k, sign in signs.items() if hasattr(m, k)]
+    return f" [{' or '.join(map(str, choices))}]" if choices else f" [{', '.join(bounds)}]" if bounds else ""
 
 
 def _shown(value: object) -> str:
@@ -58,10 +68,7 @@ def text() -> str:
 
 def describe(name: str) -> str:
     """One loss: its own description, hyperparameters with ranges, and how to name it."""
-    name = name.replace("-", "_")
-    if name not in LOSSES:
-        raise ConfigError("penchant losses", f"{name!r} is not a loss", did_you_mean(name, LOSSES))
-    spec = LOSSES[name]
+    spec = LOSSES[loss_name(name, ("penchant losses",))]
     lines = [f"loss.name={spec.name}", "", inspect.cleandoc(spec.fn.__doc__ or ""), ""]
     lines += [f"needs {NEEDS[n]}" for n in sorted(spec.needs)]
     lines += [f"loss.{key} = {default}: {meaning}" for key, default, meaning in _parameters(spec)]
@@ -102,9 +109,9 @@ def markdown() -> str:
         "| `reference.ema`, `reference.sync_every`, `reference.sync_mixup` | a reference that follows the policy "
         "([2404.09656](https://arxiv.org/abs/2404.09656)) |",
         "",
-        "**Schedules.** Any number of any loss may change over the run: `beta: {from: 0.1, to: 0.5, shape: linear}`. "
+        "**Schedules.** Any numeric hyperparameter of any loss (not the modifiers above, nor the weights of a mix) may change over the run: `beta: {from: 0.1, to: 0.5, shape: linear}`. "
         "`from` holds at the first optimiser step and `to` at the last one, exactly; `shape` is linear or cosine. The current "
-        "value is in every line of `metrics.jsonl`.",
+        "value is in every training line of `metrics.jsonl`; held-out figures are with the last step's value.",
         "",
         "**Where there is no bound.** PMPO pushes rejected answers down without end where the divergence does not outweigh them: "
         "with `direction=ref_policy`, a token's optimum is `p* = (alpha A - (1 - alpha) R + beta q) / (2 alpha - 1 + beta)` (A, R the "

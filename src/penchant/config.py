@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, field_serializer, field_
 from penchant.algorithms.options import OnlineConfig, PPOConfig
 from penchant.data.options import DataConfig
 from penchant.errors import ConfigError
+from penchant.loss_config import LossConfig, LossModifiers, LossProblem
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.schema import Section
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
@@ -43,140 +44,6 @@ SYNONYMS = {
     "bf16": "model.dtype",
     "loss_type": "loss.name",
 }
-
-
-class ComponentConfig(BaseModel):
-    """A loss by name, with its own typed hyperparameters, some of which may follow a schedule."""
-
-    model_config = {"frozen": True, "arbitrary_types_allowed": True}
-    name: str
-    params: Any
-    schedules: dict[str, Any] = Field(default_factory=dict)
-    weight: float = 1.0
-
-    @classmethod
-    def from_mapping(cls, value: Mapping[str, Any]) -> ComponentConfig:
-        """Look the name up in the registry and validate the rest as its hyperparameters.
-
-        A number may be given as ``{from: a, to: b, shape: linear}``; both ends must be in its range.
-        """
-        from penchant.losses import LOSSES
-        from penchant.losses.schedules import Schedule
-
-        rest = dict(value)
-        name = str(rest.pop("name", "dpo")).replace("-", "_")
-        if name not in LOSSES:
-            raise ConfigError("loss.name", f"{name!r} is not a loss", did_you_mean(name, LOSSES))
-        weight = rest.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
-            raise ConfigError("loss.weight", f"{weight!r} is no weight", "give a number of at least 0")
-        params_type = LOSSES[name].params
-        names = {info.alias or field: field for field, info in params_type.model_fields.items()}
-        schedules = {}
-        for key, given in rest.items():
-            if isinstance(given, Mapping) and key in names:
-                made = Schedule.model_validate(given)
-                params_type.model_validate({**rest, **_ends(rest, names, first=False)})
-                schedules[names[key]] = made
-        params = params_type.model_validate({**rest, **_ends(rest, names, first=True)})
-        for field in schedules:
-            if not isinstance(getattr(params, field), float):
-                raise ConfigError(f"loss.{field}", "is no number that could follow a schedule", "give one value")
-        return cls(name=name, params=params, schedules=schedules | params.schedules(), weight=float(weight))
-
-    def to_mapping(self) -> dict[str, Any]:
-        values = self.params.model_dump(mode="json", by_alias=True)
-        own = self.params.schedules()
-        for field, schedule in self.schedules.items():
-            if field not in own:
-                alias = type(self.params).model_fields[field].alias or field
-                values[alias] = schedule.model_dump(mode="json", by_alias=True)
-        return {"name": self.name, **values}
-
-
-def _ends(rest: Mapping[str, Any], names: Mapping[str, str], *, first: bool) -> dict[str, Any]:
-    """The scheduled hyperparameters at the first or the last step, as plain values."""
-    return {
-        key: given.get("from" if first else "to")
-        for key, given in rest.items()
-        if isinstance(given, Mapping) and key in names
-    }
-
-
-class LossConfig(BaseModel):
-    """A loss, or a mix of several by weight, and what modifies any of them."""
-
-    model_config = {"frozen": True, "arbitrary_types_allowed": True}
-    components: tuple[ComponentConfig, ...]
-    nll_weight: float = 0.0
-    average_log_prob: bool = False
-
-    @property
-    def name(self) -> str:
-        """The first loss's name."""
-        return self.components[0].name
-
-    @property
-    def params(self) -> Any:
-        """The first loss's hyperparameters."""
-        return self.components[0].params
-
-    @classmethod
-    def from_mapping(cls, value: Mapping[str, Any]) -> LossConfig:
-        """``{name: dpo, beta: 0.1}`` or ``{mix: [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]}``, and the modifiers."""
-        rest = dict(value)
-        modifiers = LossModifiers.model_validate({k: rest.pop(k) for k in LossModifiers.model_fields if k in rest})
-        mix = rest.pop("mix", None)
-        if mix is None:
-            if "weight" in rest:
-                raise ConfigError(
-                    "loss.weight", "a single loss has no weight", "lower train.lr, or list losses in loss.mix"
-                )
-            components: tuple[ComponentConfig, ...] = (ComponentConfig.from_mapping(rest),)
-        else:
-            if rest:
-                raise ConfigError(
-                    "loss", f"{', '.join(rest)} beside mix", "put it into the entry of mix that it is for"
-                )
-            if not isinstance(mix, list) or not mix or not all(isinstance(m, Mapping) for m in mix):
-                raise ConfigError(
-                    "loss.mix", "is no list of losses", "write [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]"
-                )
-            components = tuple(ComponentConfig.from_mapping(m) for m in mix)
-        made = cls(components=components, **modifiers.model_dump())
-        made._check()
-        return made
-
-    def _check(self) -> None:
-        from penchant.losses import LOSSES
-
-        specs = [LOSSES[c.name] for c in self.components]
-        names = [s.name for s in specs]
-        if len(set(names)) < len(names):
-            raise ConfigError("loss.mix", "a loss is listed twice", "keep one, or change its weight")
-        if sum("divergence" in s.needs for s in specs) > 1:
-            raise ConfigError("loss.mix", "two losses with a divergence of their own", "keep one")
-        if self.average_log_prob:
-            for s in specs:
-                if s.uses_lengths:
-                    raise ConfigError(
-                        "loss.average_log_prob", f"{s.name} looks at lengths itself", "leave average_log_prob out"
-                    )
-
-    def to_mapping(self) -> dict[str, Any]:
-        modifiers = {"nll_weight": self.nll_weight, "average_log_prob": self.average_log_prob}
-        if len(self.components) == 1:
-            return {**self.components[0].to_mapping(), **modifiers}
-        return {"mix": [{**c.to_mapping(), "weight": c.weight} for c in self.components], **modifiers}
-
-
-class LossModifiers(Section):
-    """What any loss can be combined with."""
-
-    nll_weight: float = Field(
-        0.0, ge=0, description="adds the chosen answers' negative log-likelihood, a mean over tokens"
-    )
-    average_log_prob: bool = Field(False, description="the loss sees log-probs per token instead of sums")
 
 
 class RunConfig(Section):
@@ -301,6 +168,10 @@ def _lines(node: yaml.Node, source: str, prefix: tuple[str, ...] = ()) -> dict[t
                 raise ConfigError(f"{source}:{key.start_mark.line + 1}", f"{'.'.join(path)} is set twice", "keep one")
             places[path] = f"{source}:{key.start_mark.line + 1}"
             places |= _lines(value, source, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            places[(*prefix, str(i))] = f"{source}:{value.start_mark.line + 1}"
+            places |= _lines(value, source, (*prefix, str(i)))
     return places
 
 
@@ -375,15 +246,59 @@ def _build(
                 raise ConfigError(
                     "command line", f"{'.'.join(path[: i + 1])} is a value, not a section", f"cannot set {key}"
                 )
+        if path == ("loss", "name") and at.get("name", "dpo") != value:
+            # another loss starts from its own defaults: a beta that was meant for the file's loss is not meant for it
+            kept = {*LossModifiers.model_fields, *(p[1] for p in places if len(p) == 2 and places[p] == "command line")}
+            for key_of_file in [k for k in at if k not in kept]:
+                del at[key_of_file]
         at[path[-1]] = value
-        places[path] = "command line"
+        places = {p: where for p, where in places.items() if p[: len(path)] != path} | {path: "command line"}
+    _check_loss(values, places, source)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        problems = _merge([_explain(e, places, source) for e in error.errors()])
-        first = problems[0]
-        more = "".join(f"\n{p.where}: {p.what}" + (f"; {p.how}" if p.how else "") for p in problems[1:])
-        raise ConfigError(first.where, first.what, first.how + more) from error
+        raise _all_of(_merge([_explain(e, places, source) for e in error.errors()])) from error
+    except ConfigError as error:
+        raise _with_place(error, places, source) from error
+
+
+def _all_of(problems: Sequence[ConfigError]) -> ConfigError:
+    first = problems[0]
+    more = "".join(f"\n{p.where}: {p.what}" + (f"; {p.how}" if p.how else "") for p in problems[1:])
+    return ConfigError(first.where, first.what, first.how + more)
+
+
+def _check_loss(values: Mapping[str, Any], places: Mapping[tuple[str, ...], str], source: str) -> None:
+    """The loss section by itself: its errors have places of their own, in schedules and in the entries of a mix."""
+    loss = values.get("loss")
+    if isinstance(loss, list):
+        raise _with_place(ConfigError("loss", "is a list", "write one loss, or loss: {mix: [...]}"), places, source)
+    if not isinstance(loss, (str, Mapping)):
+        return
+    section = {"name": loss} if isinstance(loss, str) else {k: v for k, v in loss.items() if k != "ref_ema"}
+    try:
+        LossConfig.from_mapping(section)
+    except LossProblem as problem:
+        found = [
+            _explain({**e, "loc": (*problem.path, *e["loc"])}, places, source, problem.suggestion)
+            for e in problem.error.errors()
+        ]
+        raise _all_of(_merge(found)) from problem
+    except ConfigError as error:
+        raise _with_place(error, places, source) from error
+
+
+def _with_place(error: ConfigError, places: Mapping[tuple[str, ...], str], source: str) -> ConfigError:
+    """The same error at ``file:line`` where it names a key of the config."""
+    path = tuple(error.where.split("."))
+    if path[0] not in RunConfig.model_fields:
+        return error
+    return ConfigError(_place_of(path, places, source), f"{error.where} {error.what}", error.how)
+
+
+def _place_of(path: tuple[str, ...], places: Mapping[tuple[str, ...], str], source: str) -> str:
+    """Where the key, or the nearest section around it, stands."""
+    return next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), source)
 
 
 def _merge(problems: list[ConfigError]) -> list[ConfigError]:
@@ -397,23 +312,25 @@ def _merge(problems: list[ConfigError]) -> list[ConfigError]:
     return list(merged.values())
 
 
-def _explain(error: Any, places: dict[tuple[str, ...], str], source: str) -> ConfigError:
+def _explain(
+    error: Any,
+    places: Mapping[tuple[str, ...], str],
+    source: str,
+    suggest: Callable[[str], str] | None = None,
+) -> ConfigError:
     """One pydantic error as a sentence a person can act on."""
     path = tuple(
         str(p)
         for p in error["loc"]
         if str(p) not in ("float", "int", "str", "bool") and not str(p).startswith(("literal[", "list[", "function"))
     )
-    where = source
-    for n in range(len(path), 0, -1):
-        if path[:n] in places:
-            where = places[path[:n]]
-            break
+    where = _place_of(path, places, source)
     dotted = ".".join(path)
     kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":
         section = ".".join(path[:-1]) or "the top level"
-        return ConfigError(where, f'unknown key "{path[-1]}" in {section}', _suggest_key(path))
+        hint = _suggest_key(path) if suggest is None else suggest(path[-1])
+        return ConfigError(where, f'unknown key "{path[-1]}" in {section}', hint)
     if kind == "missing":
         return ConfigError(where, f"{dotted} is missing", f"add it: {_description(path)}")
     if kind in ("model_type", "dict_type"):
@@ -471,8 +388,6 @@ def _suggest_key(path: tuple[str, ...]) -> str:
     word = path[-1]
     if word in SYNONYMS:
         return f'did you mean "{SYNONYMS[word]}"?'
-    if path[0] == "loss":
-        return "this loss has no such hyperparameter; `penchant losses` lists them"
     names = list(section.model_fields) if section is not None else []
     close = difflib.get_close_matches(word, names, 1)
     if close:
@@ -486,12 +401,6 @@ def _suggest_key(path: tuple[str, ...]) -> str:
         if inner and word in inner[0].model_fields:
             return f'did you mean "{name}.{word}"?'
     return f"there are {', '.join(sorted(names))}"
-
-
-def did_you_mean(word: str, options: Sequence[str] | Mapping[str, Any]) -> str:
-    """``did you mean "x"?`` or the list of what there is."""
-    close = difflib.get_close_matches(word, list(options), 1)
-    return f'did you mean "{close[0]}"?' if close else f"there are {', '.join(sorted(options))}"
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -520,6 +429,17 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             "output": str(Path(config.output).expanduser().resolve()),
         }
     )
+
+
+def default_settings() -> dict[str, Any]:
+    """Every setting's default, in the shape of a resolved config; required ones are left out."""
+    defaults: dict[str, Any] = {"loss": LossModifiers().model_dump(), "algorithm": None, "reward": None, "lora": None}
+    for name, info in RunConfig.model_fields.items():
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            fields = section.model_fields.items()
+            defaults[name] = {f: i.get_default(call_default_factory=True) for f, i in fields if not i.is_required()}
+    return defaults
 
 
 def dump_config(config: RunConfig) -> str:

@@ -43,6 +43,13 @@ def scaled(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
+def _before_scaling(d: Tensor, logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """d loss / d raw logits from d loss / d logits, in place: back through `scaled`."""
+    if softcap is not None:
+        d.mul_(1 - (logits / softcap) ** 2)
+    return d.mul_(scale) if scale != 1.0 else d
+
+
 class _ChunkedTokenLogps(torch.autograd.Function):
     """log softmax(h W^T)[target], row chunk by row chunk; the backward pass recomputes each chunk's logits."""
 
@@ -88,11 +95,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             logits = head_logits(h, weight, bias, ctx.scale, ctx.softcap)
             d = torch.exp(logits - lse[rows, None]).mul_(-g)
             d.scatter_add_(1, targets[rows, None], g.to(d.dtype))
-            if ctx.softcap is not None:
-                d.mul_(1 - (logits / ctx.softcap) ** 2)
-            if ctx.scale != 1.0:
-                d.mul_(ctx.scale)
-            d = d.to(hidden.dtype)
+            d = _before_scaling(d, logits, ctx.scale, ctx.softcap).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(d, weight, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -206,11 +209,7 @@ class _ChunkedDivergence(torch.autograd.Function):
             d = grad_of(lp, log_probs(ctx.ref_logits(rows)), value[rows], ctx.kind)
             d = d.mul_(of_divergence[rows, None]).sub_(lp.exp_().mul_(g))
             d.scatter_add_(1, targets[rows, None], g.to(d.dtype))
-            if ctx.softcap is not None:
-                d.mul_(1 - (logits / ctx.softcap) ** 2)
-            if ctx.scale != 1.0:
-                d.mul_(ctx.scale)
-            d = d.to(hidden.dtype)
+            d = _before_scaling(d, logits, ctx.scale, ctx.softcap).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(d, weight, out=grad_hidden[rows])
             if need_weight:

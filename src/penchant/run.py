@@ -13,13 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from penchant.algorithms.group import GroupPolicyGradient
+from penchant.algorithms.build import OnlineAlgorithm, build_online
 from penchant.algorithms.offline import Component, Offline
-from penchant.algorithms.online_dpo import OnlineDPO
 from penchant.algorithms.options import OnlineConfig, PPOConfig
-from penchant.algorithms.ppo import PPO
-from penchant.algorithms.rollouts import Writer
-from penchant.config import RunConfig, dump_config, with_absolute_paths
+from penchant.config import RunConfig, default_settings, dump_config, with_absolute_paths
 from penchant.data.adapt import adapt, mismatch
 from penchant.data.audit import audit as run_audit
 from penchant.data.load import Dataset, load_preferences, summary, write_quarantine
@@ -151,7 +148,11 @@ class Run:
             identical=data.identical,
             limit=data.limit,
         )
-        return adapt(dataset, self.method, self.signal, self.needs, data, str(path))
+        adapted = adapt(dataset, self.method, self.signal, self.needs, data, str(path))
+        if self.signal == "unpaired":
+            labels = [c.label for t in adapted.trees for c in t.completions]
+            self.console.note(f"{path}: {sum(map(bool, labels)):,} good and {labels.count(False):,} bad answers")
+        return adapted
 
     @cached_property
     def tokenised(self) -> tuple[TokenisedDataset, TokenisedDataset | None]:
@@ -275,7 +276,7 @@ class Run:
             [*self.model.named_parameters(), *value],
             dtype=self.dtype,
             betas=(t.adam_beta1, t.adam_beta2),
-            eps=float(t.adam_eps) if t.adam_eps != "auto" else 1e-5 if self.method == "ppo" else 1e-8,
+            eps=self.online.adam_eps if isinstance(self.online, PPOConfig) else t.adam_eps,
             weight_decay=t.weight_decay,
         )
         cast_parameters(self.model, self.dtype)
@@ -394,7 +395,7 @@ class Run:
     # ---- the verbs ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def algorithm(self) -> Offline | GroupPolicyGradient | OnlineDPO | PPO:
+    def algorithm(self) -> Offline | OnlineAlgorithm:
         if self.online is not None:
             return self._online(self.online)
         loss = self.config.loss
@@ -412,9 +413,7 @@ class Run:
             tokens_per_step=self.config.evaluation.tokens_per_step or self.config.train.tokens_per_step,
         )
 
-    def _online(self, online: OnlineConfig) -> GroupPolicyGradient | OnlineDPO | PPO:
-        from penchant.rewards import load_reward
-
+    def _online(self, online: OnlineConfig) -> OnlineAlgorithm:
         if self.reference_kind == "cached":
             raise ConfigError(
                 "reference.kind",
@@ -422,34 +421,18 @@ class Run:
                 "set reference.kind=frozen (or adapter, with LoRA)",
             )
         reference = self.reference
-        assert isinstance(reference, LiveReference)
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        longest = max(len(t.prompt_ids) for part in self.trees for t in part) + online.max_new_tokens
-        if context is not None and longest > context:
-            raise ConfigError(
-                "algorithm.max_new_tokens",
-                f"the longest prompt and its completion make {longest} tokens, beyond the model's context of {context}",
-                "lower it, or data.max_length, which cuts prompts",
-            )
-        if online.temperature != 1.0 and getattr(self.model.config, "final_logit_softcapping", None) is not None:
-            raise ConfigError("algorithm.temperature", "this model caps its logits", "set it to 1.0")
-        self.scorer.temperature = reference.scorer.temperature = online.temperature
-        assert self.config.reward is not None
-        writer = Writer(self.model, self.tokenizer, load_reward(self.config.reward), online, self.config.train.seed)
-        if isinstance(online, PPOConfig):
-            assert self.value is not None
-            of_its_own = None
-            if self.value.backbone is not None:
-                from penchant.logprobs import Scorer
-
-                of_its_own = Scorer(self.value.backbone, self.scorer.packing, "auto" if self.scorer.fast else "off")
-            budget = self.config.train.tokens_per_step
-            return PPO(self.scorer, reference, self.value.head, writer, online, budget, of_its_own)
-        if online.name == "online_dpo":
-            dpo = LOSSES["dpo"]
-            component = Component(dpo, dpo.params.model_validate({"beta": online.kl_weight}))
-            return OnlineDPO(Offline(self.scorer, [component], reference), writer)
-        return GroupPolicyGradient(self.scorer, reference, writer, online, self.config.train.tokens_per_step)
+        assert isinstance(reference, LiveReference) and self.config.reward is not None
+        return build_online(
+            online,
+            self.config.reward,
+            self.scorer,
+            reference,
+            self.tokenizer,
+            self.value,
+            longest_prompt=max(len(t.prompt_ids) for part in self.trees for t in part),
+            seed=self.config.train.seed,
+            tokens_per_step=self.config.train.tokens_per_step,
+        )
 
     @property
     def peak_lr(self) -> float:
@@ -463,8 +446,13 @@ class Run:
         budget = self.config.evaluation.tokens_per_step or self.config.train.tokens_per_step
         if not isinstance(self.algorithm, Offline):
             return evaluate_online(self.algorithm.writer, self.scorer, self._start_reference(), self.trees[1], budget)
+        algorithm = self.algorithm
+        if (
+            self.config.reference.moves
+        ):  # rewards against a reference that went along would say nothing of what was learned
+            algorithm = replace(algorithm, reference=self._start_reference())
         metrics = evaluate_heldout(
-            self.algorithm,
+            algorithm,
             self.trees[1],
             shared=self.scorer.shared,
             tokens_per_step=budget,
@@ -513,7 +501,7 @@ class Run:
 
         started = time.time()
         identity = run_identity(self.config, [d.fingerprint for d in self.datasets if d is not None])
-        open_run(self.folder, dump_config(self.config), identity)
+        open_run(self.folder, dump_config(self.config), identity, {"config": default_settings()})
         with RunLock(self.folder):
             for name, dataset in self.loaded.items():
                 write_quarantine(dataset.quarantined, self.folder, name)
@@ -586,6 +574,12 @@ class Run:
             )
         _ = self.algorithm
         path = self._checkpoint_path(step)
+        if path is None and step != "0" and (self.folder / "identity.json").exists():
+            raise CheckpointError(
+                str(self.folder),
+                "this run has no checkpoint yet",
+                "train it on, or give --step 0 for the model it starts from",
+            )
         if path is not None:
             tensors, _state = load_checkpoint(path)
             self.optimiser.load_state_tensors(tensors)
@@ -607,8 +601,8 @@ class Run:
             step = str(state["best_step"])
         path = self.folder / "checkpoints" / f"step-{step}"
         if not path.exists():
-            there = sorted(p.name for p in path.parent.glob("step-*"))
-            raise CheckpointError(str(path), "no such checkpoint", f"there are {', '.join(there)}")
+            there = sorted((p.name for p in path.parent.glob("step-*")), key=lambda name: int(name.split("-")[1]))
+            raise CheckpointError(str(path), "no such checkpoint", f"there are {', '.join(there)}; or last, best, 0")
         return path
 
     # ---- what a run leaves beside its checkpoints -------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from families import make_tree, some_pairs, tiny_model
+from steps import step_gradient
 
 from penchant.algorithms.offline import Component, Offline, pair_view
 from penchant.data.adapt import mismatch
@@ -18,7 +19,6 @@ from penchant.logprobs import Scorer
 from penchant.losses import LOSSES
 from penchant.losses.schedules import Schedule
 from penchant.reference import CachedReference, LiveReference, MovingReference, compute_logps
-from penchant.training.reduce import reduced
 from penchant.types import Scored, TokenTree
 
 
@@ -59,22 +59,6 @@ def offline(*names: str, trees: list[TokenTree] | None = None, policy: Any = Non
 
 ON_PAIRS = sorted(LOSSES)
 ON_SINGLES = sorted(n for n, s in LOSSES.items() if s.signal != "pairs")
-
-
-def step_gradient(algorithm: Offline, trees: list[TokenTree], sizes: list[int]) -> torch.Tensor:
-    """The gradient of one optimiser step cut into micro-batches of the given sizes."""
-    model = algorithm.scorer.model
-    model.zero_grad()
-    algorithm.begin_step(0, 0.0, trees)
-    parts, at = [], 0
-    for n in sizes:
-        parts.append(pack(trees[at : at + n]))
-        at += n
-    weights = [algorithm.weights(b) for b in parts]
-    counts = {k: sum(w[k] for w in weights) for k in weights[0]}
-    for batch in parts:
-        reduced(algorithm.loss(algorithm.score(batch)), counts).backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize(

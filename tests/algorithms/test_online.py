@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from families import make_tree, tiny_model
+from steps import step_gradient
 from tiny import tiny_model_folder, write_jsonl
 
 from penchant import api
@@ -24,7 +25,6 @@ from penchant.losses.policy_gradient import leave_one_out
 from penchant.reference import LiveReference, compute_logps
 from penchant.rollout.generate import sample
 from penchant.training.loop import Loop
-from penchant.training.reduce import reduced
 from penchant.types import TokenTree
 
 METHODS = ["rloo", "grpo", "online_dpo", "ppo"]
@@ -100,18 +100,7 @@ def groups() -> list[Group]:
 
 
 def gradient_of(algorithm: GroupPolicyGradient, sizes: list[int]) -> torch.Tensor:
-    model = algorithm.scorer.model
-    model.zero_grad()
-    trees = algorithm.begin_step(0, 0.0, [])
-    parts, at = [], 0
-    for n in sizes:
-        parts.append(pack(trees[at : at + n]))
-        at += n
-    weights = [algorithm.weights(b) for b in parts]
-    counts = {"main": sum(w["main"] for w in weights)}
-    for batch in parts:
-        reduced(algorithm.loss(algorithm.score(batch)), counts).backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return step_gradient(algorithm, [], sizes)
 
 
 def made(model: Any, **config: Any) -> GroupPolicyGradient:

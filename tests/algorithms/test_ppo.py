@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import make_tree, tiny_model
+from steps import step_gradient
 
 from penchant.algorithms.options import PPOConfig
 from penchant.algorithms.ppo import PPO, _with
@@ -16,7 +17,6 @@ from penchant.logprobs import Scorer
 from penchant.losses.policy_gradient import at_last_token, gae
 from penchant.models.value import ValueHead
 from penchant.reference import LiveReference
-from penchant.training.reduce import reduced
 
 LENGTHS = [3, 1, 6, 2]
 REWARDS = [1.0, -0.5, 2.0, 0.25]
@@ -42,19 +42,7 @@ def made(seed: int = 0, **config: Any) -> PPO:
 
 
 def gradients(ppo: PPO, sizes: list[int]) -> torch.Tensor:
-    parameters = [*ppo.scorer.model.parameters(), *ppo.value_head.parameters()]
-    for p in parameters:
-        p.grad = None
-    trees = ppo.begin_step(0, 0.0, [])
-    parts, at = [], 0
-    for n in sizes:
-        parts.append(pack(trees[at : at + n]))
-        at += n
-    weights = [ppo.weights(b) for b in parts]
-    counts = {k: sum(w[k] for w in weights) for k in weights[0]}
-    for batch in parts:
-        reduced(ppo.loss(ppo.score(batch)), counts).backward()
-    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    return step_gradient(ppo, [], sizes, ppo.value_head.parameters())
 
 
 def extras(ppo: PPO, name: str) -> torch.Tensor:

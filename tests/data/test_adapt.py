@@ -60,11 +60,15 @@ def test_scores_become_pairs_by_an_explicit_rule() -> None:
     (tree,) = dataset.trees
     assert [c.text for c in tree.completions] == ["best", "worst"]
     assert [c.score for c in tree.completions] == [3.0, -1.0]
-    assert dataset.kind == "pairs" and dataset.total == len(dataset.trees) + len(dataset.quarantined) == 3
-    assert {q.what for q in dataset.quarantined} == {
-        "neither the best nor the worst answer of its prompt",
-        "its prompt has no two answers with different scores",
-    }
+    assert dataset.kind == "pairs" and dataset.total == len(dataset.trees) + len(dataset.quarantined) == 2
+    assert [q.what for q in dataset.quarantined] == ["a prompt whose 1 answers have no two different scores"]
+
+
+def test_options_that_would_be_ignored_are_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.score_threshold is set, but loss\.name=kto on rows that are pairs"):
+        made(PAIRS, "kto", score_threshold=1.0)
+    with pytest.raises(DataError, match=r"data\.pairs_from_scores is set, but loss\.name=kto"):
+        made(SCORED, "kto", pairs_from_scores="best_worst")
 
 
 def test_scores_reach_the_loss_that_needs_them() -> None:

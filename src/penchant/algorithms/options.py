@@ -82,6 +82,7 @@ class PPOConfig(OnlineConfig):
     whiten_rewards: bool = Field(False, description="unit variance of token rewards, mean kept")
     normalise_scores: bool = Field(False, description="divide rewards by their running standard deviation")
     score_clip: float | None = Field(None, gt=0, description="hold rewards within +- this")
+    adam_eps: float = Field(1e-5, gt=0, description="Adam's, in place of train.adam_eps")
     ratio_limit: float = Field(
         10.0, gt=1, description="a pass whose mean probability ratio is beyond this teaches nothing"
     )

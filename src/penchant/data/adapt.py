@@ -28,6 +28,18 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
     Raises:
         DataError: the rows cannot serve; it names the file, the field and the option.
     """
+    if options.score_threshold is not None and (signal != "unpaired" or dataset.kind != "scored"):
+        raise DataError(
+            name,
+            f"data.score_threshold is set, but loss.name={loss} on rows that are {dataset.kind} does not use it",
+            "leave it out",
+        )
+    if options.pairs_from_scores != "off" and (signal != "pairs" or dataset.kind != "scored"):
+        raise DataError(
+            name,
+            f"data.pairs_from_scores is set, but loss.name={loss} on rows that are {dataset.kind} does not use it",
+            "leave it out",
+        )
     if signal == "pairs":
         dataset = _as_pairs(dataset, loss, options, name)
         return _with_scores(dataset, loss, needs, options, name) if "scores" in needs else dataset
@@ -41,7 +53,9 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
         good = [i for i, t in enumerate(dataset.trees) if t.completions[0].label]
         if not good:
             raise DataError(
-                name, f'loss.name={loss} learns answers whose "label" is true, and there is none', LABEL_HINT
+                name,
+                f'loss.name={loss} learns answers whose "label" is true, and there is none',
+                "use kto, bco or pmpo",
             )
         aside = tuple(
             Quarantined(t.source, f"loss.name={loss} does not learn answers labelled bad", "use kto, bco or pmpo", None)
@@ -90,6 +104,7 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
             f'loss.name={loss} needs pairs (chosen and rejected), but these rows are single answers with a "score"',
             "set data.pairs_from_scores=best_worst to set the best against the worst answer of each prompt",
         )
+    # from here on a row is a prompt: the answers between its best and its worst are used for neither, and are no bad rows
     by_prompt: dict[object, list[PromptTree]] = defaultdict(list)
     for tree in dataset.trees:
         by_prompt[tree.prompt].append(tree)
@@ -101,13 +116,13 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
         if len(ranked) > 1 and best.score != worst.score and best.text.strip() != worst.text.strip():
             pair = (Completion(best.text, True, best.score), Completion(worst.text, False, worst.score))
             trees.append(PromptTree(prompt, pair, group[0].source))  # type: ignore[arg-type]
-            group = [t for t in group if t.completions[0] not in (best, worst)]
-            what, how = "neither the best nor the worst answer of its prompt", "nothing to mend"
         else:
-            what, how = "its prompt has no two answers with different scores", "give more answers or drop it"
-        aside += [Quarantined(t.source, what, how, None) for t in group]
+            what = f"a prompt whose {len(ranked)} answers have no two different scores"
+            aside.append(Quarantined(group[0].source, what, "give it answers with different scores, or drop it", None))
     if not trees:
-        raise DataError(name, "no prompt has two answers with different scores", "give several answers a prompt")
+        raise DataError(
+            name, "no prompt has two answers with different scores", "give each prompt answers that differ in score"
+        )
     return replace(_changed(dataset, tuple(trees), tuple(aside)), kind="pairs")
 
 

@@ -54,7 +54,9 @@ def split_by_prompt(
             held += group
     if not held:
         raise DataError(
-            "data.validation_rows", "every prompt has more rows than are to be held out", "hold out more rows"
+            "data.validation_rows or data.validation_fraction",
+            f"the {len(groups)} prompt(s) have more rows each than the {wanted} that are to be held out, and prompts stay whole",
+            "hold out more rows, give data.eval_path, or leave both out (data.validation_fraction=null)",
         )
     outside = set(held)
     return dataset.subset([i for i in range(dataset.accepted) if i not in outside]), dataset.subset(sorted(held))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from penchant.losses.checks import pair_logratios
 from penchant.losses.registry import LossParams, LossSpec
@@ -25,8 +25,22 @@ class DPOShiftParams(LossParams):
     lambda_min: float = Field(0.5, gt=0, le=1, description="lowest lambda of a linear schedule")
     lambda_max: float = Field(1.0, gt=0, le=1, description="highest lambda of a linear schedule")
 
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> DPOShiftParams:
+        if self.schedule != "fixed" and "lam" in self.model_fields_set:
+            raise ValueError("lambda and a linear schedule are both set; a schedule goes from lambda_min to lambda_max")
+        if self.schedule == "fixed" and self.model_fields_set & {"lambda_min", "lambda_max"}:
+            raise ValueError("lambda_min and lambda_max are of a linear schedule; set schedule, or lambda alone")
+        if self.lambda_min > self.lambda_max:
+            raise ValueError(f"lambda_min ({self.lambda_min:g}) is above lambda_max ({self.lambda_max:g})")
+        return self
+
     def arguments(self) -> dict[str, Any]:
         return {"beta": self.beta, "lam": self.lam}
+
+    def to_mapping(self) -> dict[str, Any]:
+        unused = {"lambda_min", "lambda_max"} if self.schedule == "fixed" else {"lambda"}
+        return {k: v for k, v in super().to_mapping().items() if k not in unused}
 
     def schedules(self) -> dict[str, Schedule]:
         ends = {

@@ -38,6 +38,10 @@ class LossParams(Section):
         """The keyword arguments of the loss function."""
         return self.model_dump()
 
+    def to_mapping(self) -> dict[str, Any]:
+        """What a config says to get these values again."""
+        return self.model_dump(mode="json", by_alias=True)
+
     def schedules(self) -> dict[str, Schedule]:
         """Arguments that change over the run by the loss's own definition (DPO-Shift's lambda)."""
         return {}

@@ -18,11 +18,11 @@ CHARTS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("Accuracy", (("rewards/accuracies", "train"), ("eval/rewards/accuracies", "held out"))),
     ("Reward margin", (("rewards/margins", "train"), ("eval/rewards/margins", "held out"))),
     (
-        "Rewards on held-out pairs",
+        "Rewards on held-out rows",
         (("eval/rewards/chosen", "chosen"), ("eval/rewards/rejected", "rejected")),
     ),
     ("Rewards in training", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
-    ("Log-probs on held-out pairs", (("eval/logps/chosen", "chosen"), ("eval/logps/rejected", "rejected"))),
+    ("Log-probs on held-out rows", (("eval/logps/chosen", "chosen"), ("eval/logps/rejected", "rejected"))),
     (
         "Shift from the reference, held out (nats)",
         (("eval/logratios/chosen", "chosen"), ("eval/logratios/rejected", "rejected")),
@@ -112,6 +112,13 @@ def verdict(manifest: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -
         return prefix + "No held-out comparison: nothing was held out, or it was evaluated less than twice."
     first, last = evals[0], evals[-1]
     accuracy = last.get("eval/rewards/accuracies")
+    if accuracy is None and "eval/reward" in last:
+        ci = last.get("eval/reward/ci")
+        interval = f" (95% interval {number(ci[0])} to {number(ci[1])})" if ci else ""
+        return (
+            f"{prefix}The reward of fresh completions of held-out prompts went from {number(first.get('eval/reward'))} to "
+            f"{number(last['eval/reward'])}{interval}, at a KL of {number(last.get('eval/kl/policy_ref'))} nats per completion."
+        )
     if accuracy is None:
         name = "eval/perplexity" if "eval/perplexity" in last else "eval/loss"
         label = name.removeprefix("eval/")

@@ -158,6 +158,10 @@ class Loop:
         t = self.train
         lr = learning_rate(step, total, self.peak_lr, t.schedule, t.warmup_fraction, t.min_lr_fraction)
         grad_norm = self.optimiser.clip(t.max_grad_norm)
+        if grad_norm == 0.0 and step == 0:
+            self.console.note(
+                "the gradient of the first step is exactly zero: with these settings and rows nothing is learned"
+            )
         if not math.isfinite(grad_norm):
             self._dump_and_stop(step, f"the gradient norm is {grad_norm}", batches)
         means = totals.means()
@@ -252,10 +256,10 @@ class Loop:
             self._dump_and_stop(
                 step,
                 f"the mean log-prob of its completions is {logp:.1f} nats a token, below train.logp_floor={t.logp_floor:g}: "
-                "the objective pushes answers down without bound",
+                "nothing holds the policy any more",
                 batches,
-                "raise loss.beta (PMPO has a minimum only where beta q outweighs the rejected answers), train on accepted "
-                "answers too, lower train.lr, or set train.logp_floor=null",
+                "lower train.lr, raise the loss's beta (PMPO has a minimum only where beta outweighs the rejected answers; see "
+                "docs/losses.md), or set train.logp_floor=null",
             )
         divergence = means.get("divergence", 0.0)
         if t.divergence_ceiling is not None and divergence > t.divergence_ceiling:

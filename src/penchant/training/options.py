@@ -23,9 +23,7 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="of matrices; norms and biases never decay")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient's mean")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the gradient's square")
-    adam_eps: float | Literal["auto"] = Field(
-        "auto", description="added to the denominator; auto: 1e-8, and 1e-5 for ppo, whose gradients are small at first"
-    )
+    adam_eps: float = Field(1e-8, gt=0, description="added to the denominator (ppo has its own)")
     max_grad_norm: float | None = Field(1.0, gt=0, description="clip the gradient's L2 norm; null: never")
     logp_floor: float | None = Field(
         -50.0, lt=0, description="stop where the mean log-prob per token of a step falls below this; null: never"

@@ -43,12 +43,15 @@ class RunLock:
             self._handle = None
 
 
-def open_run(folder: Path, resolved_config: str, identity: Mapping[str, Any]) -> None:
+def open_run(
+    folder: Path, resolved_config: str, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> None:
     """Make or reopen a run folder.
 
     Args:
         resolved_config: YAML text, kept as ``config.resolved.yaml``.
         identity: what must be equal for a run to be continued (JSON); kept as ``identity.json``.
+        defaults: of settings, in the same shape: what a run of an older version that did not know a setting was run with.
 
     Raises:
         CheckpointError: the folder cannot be written, is a file, or holds another run's checkpoints (the differences are shown).
@@ -75,8 +78,9 @@ def open_run(folder: Path, resolved_config: str, identity: Mapping[str, Any]) ->
         )
     if has_checkpoints:
         theirs = json.loads(path.read_text())
-        if theirs != mine:
-            shown = "".join(f"\n  {line}" for line in differences(theirs, mine))
+        found = differences(theirs, mine, defaults=json.loads(json.dumps(defaults or {})))
+        if found:
+            shown = "".join(f"\n  {line}" for line in found)
             raise CheckpointError(
                 str(folder),
                 f"holds checkpoints of a different run; old -> new:{shown}\n",
@@ -86,11 +90,15 @@ def open_run(folder: Path, resolved_config: str, identity: Mapping[str, Any]) ->
     (folder / "config.resolved.yaml").write_text(resolved_config)
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """``key.path: old -> new`` for every leaf that differs."""
+def differences(old: Any, new: Any, prefix: str = "", defaults: Any = None) -> list[str]:
+    """``key.path: old -> new`` for every leaf that differs; a key that `old` does not have counts as its default."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = sorted({*old, *new})
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)]
+        known = defaults if isinstance(defaults, Mapping) else {}
+        return [
+            d
+            for k in sorted({*old, *new})
+            for d in differences(old.get(k, known.get(k)), new.get(k), f"{prefix}.{k}" if prefix else k, known.get(k))
+        ]
     return [] if old == new else [f"{prefix}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 

@@ -1,0 +1,226 @@
+"""The `loss` section of a config: a loss by name with its typed hyperparameters, schedules, mixes, modifiers."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from penchant.errors import ConfigError
+from penchant.schema import Section
+
+Path = tuple[str, ...]
+
+# what other tools call them
+OTHER_NAMES = {
+    "sigmoid": "dpo",
+    "cdpo": "dpo",
+    "sigmoid_norm": "dpo",
+    "robust": "rdpo",
+    "exo_pair": "exo",
+    "nca_pair": "nca",
+    "sppo_hard": "sppo",
+    "kto_pair": "kto",
+    "bco_pair": "bco",
+    "alphapo": "alpha_po",
+    "apo": "apo_zero",
+    "aot_pair": "aot",
+    "length_dpo": "r_dpo",
+    "dpo_positive": "dpop",
+    "smaug": "dpop",
+    "chipo": "chi_po",
+}
+OTHER_KEYS = {
+    "simpo_gamma": "gamma",
+    "cpo_alpha": "alpha",
+    "rpo_alpha": "alpha",
+    "ld_alpha": "alpha",
+    "discopop_tau": "tau",
+    "f_divergence_type": "divergence",
+    "f_alpha_divergence_coef": "alpha",
+    "gamma_beta_ratio": "gamma",
+}
+
+
+class LossProblem(Exception):
+    """Pydantic's errors about a part of the `loss` section, with the place of that part and the keys that it knows."""
+
+    def __init__(self, path: Path, name: str, keys: Path, error: ValidationError) -> None:
+        super().__init__(str(error))
+        self.path, self.name, self.keys, self.error = path, name, keys, error
+
+    def suggestion(self, word: str) -> str:
+        """What a mistyped key could have meant."""
+        known = OTHER_KEYS.get(word, "")
+        close = [known] if known in self.keys else difflib.get_close_matches(word, self.keys, 1)
+        there = f'did you mean "{close[0]}"?' if close else f"there are {', '.join(self.keys) or 'none'}"
+        return f"{there} (`penchant losses {self.name}` tells more)"
+
+
+@contextlib.contextmanager
+def _problems_at(path: Path, name: str, keys: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        raise LossProblem(path, name, keys, error) from error
+
+
+def loss_name(given: Any, path: Path = ("loss", "name")) -> str:
+    """The registry's name for what a person wrote."""
+    from penchant.losses import LOSSES
+
+    where = ".".join(path)
+    if not isinstance(given, str):
+        what = "is missing" if given is None else f"is {given!r}"
+        hint = "; several losses go into loss.mix" if isinstance(given, list) else ""
+        raise ConfigError(where, what, f"give the name of one loss, such as dpo{hint}")
+    name = given.lower().replace("-", "_")
+    if name not in LOSSES:
+        other = OTHER_NAMES.get(name)
+        hint = f"it is called {other} here" if other else did_you_mean(name, LOSSES)
+        raise ConfigError(where, f"{given!r} is not a loss", hint)
+    return name
+
+
+class ComponentConfig(BaseModel):
+    """A loss by name, with its own typed hyperparameters, some of which may follow a schedule."""
+
+    model_config = {"frozen": True, "arbitrary_types_allowed": True}
+    name: str
+    params: Any
+    schedules: dict[str, Any] = Field(default_factory=dict)
+    weight: float = 1.0
+
+    @classmethod
+    def from_mapping(cls, value: Mapping[str, Any], path: Path = ("loss",)) -> ComponentConfig:
+        """Look the name up in the registry and validate the rest as its hyperparameters.
+
+        A number may be given as ``{from: a, to: b, shape: linear}``; both ends must be in its range. `path` is where the
+        section stands, for messages.
+        """
+        from penchant.losses import LOSSES
+        from penchant.losses.schedules import Schedule
+
+        rest = dict(value)
+        name = loss_name(rest.pop("name", None), (*path, "name"))
+        weight = rest.pop("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
+            raise ConfigError(".".join((*path, "weight")), f"is {weight!r}", "give a number of at least 0")
+        params_type = LOSSES[name].params
+        names = {info.alias or field: field for field, info in params_type.model_fields.items()}
+        schedules: dict[str, Schedule] = {}
+        for key, given in rest.items():
+            if isinstance(given, Mapping) and key in names:
+                with _problems_at((*path, key), name, ("from", "to", "shape")):
+                    schedules[key] = Schedule.model_validate(given)
+        with _problems_at(path, name, tuple(names)):
+            params_type.model_validate(rest | {k: s.end for k, s in schedules.items()})
+            params = params_type.model_validate(rest | {k: s.start for k, s in schedules.items()})
+        for key in schedules:
+            if not isinstance(getattr(params, names[key]), float):
+                raise ConfigError(".".join((*path, key)), "is no number that could follow a schedule", "give one value")
+        by_field = {names[key]: s for key, s in schedules.items()}
+        own = params.schedules()
+        both = sorted(own.keys() & by_field.keys())
+        if both and params.model_fields_set & {"schedule"}:
+            raise ConfigError(".".join(path), "schedule and a from/to of its own are both set", "keep one")
+        return cls(name=name, params=params, schedules=own | by_field, weight=float(weight))
+
+    def to_mapping(self) -> dict[str, Any]:
+        values = self.params.to_mapping()
+        own = self.params.schedules()
+        for field, schedule in self.schedules.items():
+            if field not in own:
+                alias = type(self.params).model_fields[field].alias or field
+                values[alias] = schedule.model_dump(mode="json", by_alias=True)
+        return {"name": self.name, **values}
+
+
+class LossConfig(BaseModel):
+    """A loss, or a mix of several by weight, and what modifies any of them."""
+
+    model_config = {"frozen": True, "arbitrary_types_allowed": True}
+    components: tuple[ComponentConfig, ...]
+    nll_weight: float = 0.0
+    average_log_prob: bool = False
+
+    @property
+    def name(self) -> str:
+        """The first loss's name."""
+        return self.components[0].name
+
+    @property
+    def params(self) -> Any:
+        """The first loss's hyperparameters."""
+        return self.components[0].params
+
+    @classmethod
+    def from_mapping(cls, value: Mapping[str, Any]) -> LossConfig:
+        """``{name: dpo, beta: 0.1}`` or ``{mix: [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]}``, and the modifiers."""
+        rest = dict(value)
+        given = {k: rest.pop(k) for k in LossModifiers.model_fields if k in rest}
+        with _problems_at(("loss",), "dpo", tuple(LossModifiers.model_fields)):
+            modifiers = LossModifiers.model_validate(given)
+        mix = rest.pop("mix", None)
+        if mix is None:
+            if "weight" in rest:
+                raise ConfigError(
+                    "loss.weight", "a single loss has no weight", "lower train.lr, or list losses in loss.mix"
+                )
+            rest.setdefault("name", "dpo")
+            components: tuple[ComponentConfig, ...] = (ComponentConfig.from_mapping(rest),)
+        else:
+            if rest:
+                raise ConfigError(
+                    "loss", f"{', '.join(rest)} beside mix", "put it into the entry of mix that it is for"
+                )
+            if not isinstance(mix, list) or not mix or not all(isinstance(m, Mapping) for m in mix):
+                raise ConfigError(
+                    "loss.mix", "is no list of losses", "write [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]"
+                )
+            components = tuple(ComponentConfig.from_mapping(m, ("loss", "mix", str(i))) for i, m in enumerate(mix))
+            if not any(c.weight for c in components):
+                raise ConfigError("loss.mix", "all weights are 0", "give one of them a weight")
+        made = cls(components=components, **modifiers.model_dump())
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        from penchant.losses import LOSSES
+
+        specs = [LOSSES[c.name] for c in self.components]
+        names = [s.name for s in specs]
+        if len(set(names)) < len(names):
+            raise ConfigError("loss.mix", "a loss is listed twice", "keep one, or change its weight")
+        if sum("divergence" in s.needs for s in specs) > 1:
+            raise ConfigError("loss.mix", "two losses with a divergence of their own", "keep one")
+        if self.average_log_prob:
+            for s in specs:
+                if s.uses_lengths:
+                    raise ConfigError(
+                        "loss.average_log_prob", f"{s.name} looks at lengths itself", "leave average_log_prob out"
+                    )
+
+    def to_mapping(self) -> dict[str, Any]:
+        modifiers = {"nll_weight": self.nll_weight, "average_log_prob": self.average_log_prob}
+        if len(self.components) == 1:
+            return {**self.components[0].to_mapping(), **modifiers}
+        return {"mix": [{**c.to_mapping(), "weight": c.weight} for c in self.components], **modifiers}
+
+
+class LossModifiers(Section):
+    """What any loss can be combined with."""
+
+    nll_weight: float = Field(
+        0.0, ge=0, description="adds the chosen answers' negative log-likelihood, a mean over tokens"
+    )
+    average_log_prob: bool = Field(False, description="the loss sees log-probs per token instead of sums")
+
+
+def did_you_mean(word: str, options: Sequence[str] | Mapping[str, Any]) -> str:
+    """``did you mean "x"?`` or the list of what there is."""
+    close = difflib.get_close_matches(word, list(options), 1)
+    return f'did you mean "{close[0]}"?' if close else f"there are {', '.join(sorted(options))}"
