@@ -100,7 +100,7 @@ def test_a_bom_is_read(tmp_path: Path) -> None:
     [
         (["trian", "x"], 'did you mean "train"'),
         (["train", "nowhere.yaml"], "nowhere.yaml: no such file"),
-        (["eval", "nowhere"], "no such file"),
+        (["eval", "nowhere"], "nowhere: no such run or config"),
         (["report", "nowhere"], "no such run folder"),
         (["data", "audit", "nowhere.jsonl"], "no such file"),
     ],
