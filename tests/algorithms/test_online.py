@@ -62,7 +62,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", METHODS)
 def test_the_optimum_is_reached_from_several_seeds(base: dict[str, Any], name: str, seed: int) -> None:
     base["algorithm"] |= {"name": name, "beta": 0.01}
-    base["train"] |= {"seed": seed, "epochs": 20 if name != "ppo" else 14}
+    base["train"] |= {"seed": seed, "epochs": 20}
     if name == "ppo":
         base["train"]["lr"] = 1e-2
     result = api.train(base, quiet=True)

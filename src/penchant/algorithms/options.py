@@ -19,6 +19,7 @@ class OnlineConfig(Section):
     max_new_tokens: int = Field(64, ge=1, description="tokens of a completion")
     temperature: float = Field(1.0, gt=0, description="of sampling, and of every log-prob in the update")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set of tokens of this probability")
+    top_k: int = Field(0, ge=0, description="sample from so many most likely tokens; 0: all")
     beta: float | Literal["auto"] = Field(
         "auto", description="weight of the KL to the reference; auto: 0.05 (rloo), 0.04 (grpo), 0.1 (online_dpo)"
     )

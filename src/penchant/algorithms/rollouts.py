@@ -64,7 +64,9 @@ class Writer:
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
             top_p=cfg.top_p,
+            top_k=cfg.top_k,
             seed=(self.seed * 1_000_003 + iteration) % 2**63,
+            prompt_seeds=[t.row for t in prompts],
             eos_token_id=self.tokenizer.eos_token_id,
         )
         asked = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]

@@ -8,7 +8,7 @@ Gradients go to `param.main_grad` (an fp32 buffer) where the optimiser has set o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,11 +135,19 @@ class FastForward:
 
 def fast_forward(model: Any) -> FastForward | None:
     """The fast path of a model, or None where it is not exactly one of the known families on the CPU."""
-    if type(model).__name__ not in _FAMILIES or not type(model).__module__.startswith("transformers.models."):
+    if not is_known_family(model):
         return None
+    plain = all(is_plain_layer(layer) for layer in model.model.layers) and not _hooked(model)
+    return FastForward(model) if plain else None
+
+
+def is_known_family(model: Any) -> bool:
+    """Whether a causal model is one of the families that the fast paths know, on the CPU, and nothing about it is unusual."""
+    if type(model).__name__ not in _FAMILIES or not type(model).__module__.startswith("transformers.models."):
+        return False
     config: Any = model.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    plain = (
+    return (
         config.hidden_act == "silu"
         and rope in _ROPE_TYPES
         and not getattr(config, "mlp_bias", False)
@@ -147,11 +155,8 @@ def fast_forward(model: Any) -> FastForward | None:
         and not getattr(config, "attention_dropout", 0.0)
         and all(_is_plain(p) for p in model.parameters())
         and len({p.dtype for p in model.parameters()}) == 1
-        and all(_is_plain_layer(layer) for layer in model.model.layers)
         and type(model.model.embed_tokens) is nn.Embedding
-        and not _hooked(model)
     )
-    return FastForward(model) if plain else None
 
 
 def _is_plain(p: Tensor) -> bool:
@@ -159,17 +164,22 @@ def _is_plain(p: Tensor) -> bool:
     return type(p) is nn.Parameter and p.device.type == "cpu" and p.dtype in known and p.is_contiguous()
 
 
-def _is_plain_layer(layer: Any) -> bool:
+def _is_linear(module: Any) -> bool:
+    return type(module) is nn.Linear
+
+
+def is_plain_layer(layer: Any, is_linear: Callable[[Any], bool] = _is_linear) -> bool:
     """Every projection an unwrapped Linear (no adapter, no quantised or parallel layer), every norm a known one."""
     attention, mlp = layer.self_attn, layer.mlp
     linears: tuple[Any, ...] = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     linears += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [n for n in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)) if n is not None]
+    if not all(map(is_linear, linears)):
+        return False
     biases = [m.bias is None for m in linears[:3]]
     return (
-        all(type(m) is nn.Linear for m in linears)
-        and all(type(n).__name__.endswith("RMSNorm") for n in norms)
+        all(type(n).__name__.endswith("RMSNorm") for n in norms)
         and len({n.variance_epsilon for n in norms}) == 1
         and all(biases) == any(biases)
         and attention.head_dim % 2 == 0

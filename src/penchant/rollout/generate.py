@@ -1,14 +1,29 @@
-"""Sampling with a KV cache: prompts of one length together, their prefill shared by their samples, finished rows dropped."""
+"""Sampling: many completions of each prompt, each a function of its own seed, whatever else is decoded beside it.
+
+Known families decode in one pool of rows (models/fast_decode.py): the prompt is computed once for its samples, a finished row
+leaves its place to another, and new prompts come in as places are free. Other models take transformers' own cache, prompts of
+one length together.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from penchant.models.fast_decode import FastDecoder, cache_bytes_per_token, can_decode_fast
+from penchant.rollout.draw import draw, row_uniforms
+
+CACHE_BYTES = 1 << 30  # keys and values held at once
+PROMPTS_HELD = (
+    2  # times the prompts whose rows run together: those with a last row or two stay, and new ones come in beside them
+)
+LOGITS_AT_ONCE = 1 << 23  # logits of a step: 2^23 of them are 170 rows of a vocabulary of 49,152
 
 
 @dataclass(slots=True)
@@ -20,6 +35,63 @@ class Sample:
     finished: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to sample; `sample` says what each means."""
+
+    n: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    eos: int | None
+
+    def draw(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        return draw(logits, uniforms, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+
+
+class Written:
+    """What has been written so far: one line a completion, and its own uniform numbers."""
+
+    def __init__(self, prompts: int, settings: Settings, seed: int, prompt_seeds: Sequence[int]) -> None:
+        lines, columns = prompts * settings.n, settings.max_new_tokens
+        self.settings = settings
+        self.ids = torch.zeros(lines, columns, dtype=torch.int64)
+        self.logps = torch.zeros(lines, columns)
+        self.lengths = torch.zeros(lines, dtype=torch.int64)
+        self.finished = torch.zeros(lines, dtype=torch.bool)
+        self._seed, self._prompt_seeds = seed, prompt_seeds
+        self._uniforms = torch.zeros(lines, columns, dtype=torch.float64)
+
+    def begin(self, prompt: int) -> None:
+        """Draw a prompt's uniform numbers."""
+        n, columns = self.settings.n, self.settings.max_new_tokens
+        if self.settings.temperature > 0:
+            rows = [row_uniforms(self._seed, self._prompt_seeds[prompt], i, columns) for i in range(n)]
+            self._uniforms[prompt * n : (prompt + 1) * n] = torch.from_numpy(np.stack(rows))
+
+    def add(self, lines: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw the next token of each line from its logits; the tokens, and which lines go on."""
+        at = self.lengths[lines]
+        tokens, logps = self.settings.draw(logits.cpu(), self._uniforms[lines, at])
+        self.ids[lines, at] = tokens
+        self.logps[lines, at] = logps.float()
+        self.lengths[lines] = at + 1
+        ended = tokens == self.settings.eos if self.settings.eos is not None else torch.zeros_like(tokens).bool()
+        self.finished[lines] = ended
+        return tokens, ~ended & (at + 1 < self.settings.max_new_tokens)
+
+    def samples(self) -> list[list[Sample]]:
+        rows = [
+            Sample(ids[:length], logps[:length], finished)
+            for ids, logps, length, finished in zip(
+                self.ids.tolist(), self.logps.tolist(), self.lengths.tolist(), self.finished.tolist(), strict=True
+            )
+        ]
+        n = self.settings.n
+        return [rows[i : i + n] for i in range(0, len(rows), n)]
+
+
 def sample(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -28,103 +100,193 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     seed: int = 0,
+    prompt_seeds: Sequence[int] | None = None,
     eos_token_id: int | None = None,
-    rows_at_once: int = 384,
+    rows_at_once: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Sample]]:
     """Sample `n` completions of each prompt.
 
     Args:
         prompts: token ids, each with at least one token.
-        temperature: 0 is greedy; log-probs are of ``softmax(logits / temperature)`` (before top-p).
-        top_p: sample from the smallest set of tokens whose probabilities sum to it.
-        seed: of the draws; the same call gives the same completions.
-        rows_at_once: completions decoded together.
+        temperature: 0 is greedy; log-probs are of ``softmax(logits / temperature)`` (before top-k and top-p).
+        top_p, top_k: sample from the smallest set of tokens whose probabilities sum to top_p, of the top_k (0: all) most likely.
+        seed: of the draws; prompt_seeds: one number a prompt (default: its index). A completion is a function of weights, prompt,
+            both numbers and its index among the n, up to rounding: not of the other prompts, nor of how many rows run together.
+        rows_at_once: completions decoded together; by default what memory allows.
 
     Returns:
         For each prompt, in order, its `n` samples.
     """
+    settings = Settings(n, max_new_tokens, temperature, top_p, top_k, eos_token_id)
+    written = Written(len(prompts), settings, seed, prompt_seeds if prompt_seeds is not None else range(len(prompts)))
+    if not prompts:
+        return []
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        if can_decode_fast(model, max(map(len, prompts)) + max_new_tokens):
+            _decode_pooled(model, prompts, written, rows_at_once, progress)
+        else:
+            _decode_by_length(model, prompts, written, rows_at_once or 384, progress)
+    model.train(training)
+    return written.samples()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one pool of rows
+
+
+def _decode_pooled(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    written: Written,
+    rows_at_once: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    n, new_tokens = written.settings.n, written.settings.max_new_tokens
+    longest = max(map(len, prompts))
+    if rows_at_once is None:
+        per_row = cache_bytes_per_token(model) * (new_tokens + PROMPTS_HELD * longest / n)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        rows_at_once = int(min(384, CACHE_BYTES / per_row, LOGITS_AT_ONCE / vocabulary))
+    at_once = max(1, min(len(prompts), rows_at_once // n))  # prompts whose rows all run together
+    rows, groups = at_once * n, min(len(prompts), PROMPTS_HELD * at_once)
+    decoder = FastDecoder(model, rows=rows, groups=groups, prompt_tokens=longest, new_tokens=new_tokens)
+    pool = Pool(decoder, prompts, written)
+    # by length, so that prompts that are read together are of about one length
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+    while waiting or pool.rows:
+        free = min(groups - len(pool.prompts), (rows - pool.rows) // n)
+        # several prompts at once: computing a prompt alone wastes most of the machine
+        if waiting and (free >= max(1, at_once // 4) or not pool.rows):
+            pool.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
+        if pool.rows:
+            pool.step()
+        if progress is not None:
+            progress(len(prompts) - len(waiting) - len(pool.prompts), len(prompts))
+
+
+class Pool:
+    """The rows that are being decoded: row r of the decoder writes line `lines[r]` and belongs to group `group_of[r]`."""
+
+    def __init__(self, decoder: FastDecoder, prompts: Sequence[Sequence[int]], written: Written) -> None:
+        self.decoder, self.all_prompts, self.written = decoder, prompts, written
+        self.prompts: list[int] = []  # of each group
+        self.lines = torch.zeros(0, dtype=torch.int64)
+        self.group_of = torch.zeros(0, dtype=torch.int64)
+        self.tokens = torch.zeros(0, dtype=torch.int64)
+
+    @property
+    def rows(self) -> int:
+        return len(self.lines)
+
+    def admit(self, prompts: Sequence[int]) -> None:
+        """Compute new prompts and draw the first token of each of their completions."""
+        n, first = self.written.settings.n, len(self.prompts)
+        logits = self.decoder.prefill([self.all_prompts[i] for i in prompts], first)
+        for i in prompts:
+            self.written.begin(i)
+        self.prompts.extend(prompts)
+        lines = torch.cat([torch.arange(i * n, (i + 1) * n) for i in prompts])
+        tokens, going = self.written.add(lines, logits.repeat_interleave(n, dim=0))
+        groups = torch.arange(first, first + len(prompts)).repeat_interleave(n)
+        # rows that ended at once never get a place; the others have no tokens of their own in the caches yet
+        self.lines = torch.cat((self.lines, lines[going]))
+        self.group_of = torch.cat((self.group_of, groups[going]))
+        self.tokens = torch.cat((self.tokens, tokens[going]))
+        self._drop_groups()
+
+    def step(self) -> None:
+        """One token of every row; rows that end leave."""
+        lengths = torch.tensor([len(self.all_prompts[i]) for i in self.prompts])
+        ages = self.written.lengths[self.lines] - 1
+        logits = self.decoder.step(self.tokens, self.group_of, ages, lengths)
+        self.tokens, going = self.written.add(self.lines, logits)
+        if not bool(going.all()):
+            self._drop_rows(going)
+
+    def _drop_rows(self, going: Tensor) -> None:
+        """Fill the places of ended rows with the last rows."""
+        stay = int(going.sum())
+        holes = (~going[:stay]).nonzero().squeeze(1)
+        movers = going[stay:].nonzero().squeeze(1) + stay
+        oldest = int(self.written.lengths[self.lines].max())
+        self.decoder.move_rows(movers.tolist(), holes.tolist(), oldest)
+        for name in ("lines", "group_of", "tokens"):
+            values = getattr(self, name)
+            values[holes] = values[movers]
+            setattr(self, name, values[:stay].clone())
+        self._drop_groups()
+
+    def _drop_groups(self) -> None:
+        """The same for prompts without rows."""
+        used = torch.bincount(self.group_of, minlength=len(self.prompts)) > 0
+        if bool(used.all()):
+            return
+        stay = int(used.sum())
+        holes = (~used[:stay]).nonzero().squeeze(1).tolist()
+        movers = (used[stay:].nonzero().squeeze(1) + stay).tolist()
+        if movers:
+            self.decoder.move_groups(movers, holes, max(len(self.all_prompts[self.prompts[i]]) for i in movers))
+        for hole, mover in zip(holes, movers, strict=True):
+            self.prompts[hole] = self.prompts[mover]
+            self.group_of[self.group_of == mover] = hole
+        del self.prompts[stay:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# any model of transformers
+
+
+def _decode_by_length(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    written: Written,
+    rows_at_once: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, prompt in enumerate(prompts):
         by_length[len(prompt)].append(i)
-    results: list[list[Sample]] = [[] for _ in prompts]
-    generator = torch.Generator().manual_seed(seed)
-    training = model.training
-    model.eval()
     done = 0
-    with torch.inference_mode():
-        for _, members in sorted(by_length.items()):
-            for start in range(0, len(members), max(1, rows_at_once // n)):
-                part = members[start : start + max(1, rows_at_once // n)]
-                ids = torch.tensor([list(prompts[i]) for i in part])
-                rows = _decode(model, ids, n, max_new_tokens, temperature, top_p, generator, eos_token_id)
-                for at, i in enumerate(part):
-                    results[i] = rows[at * n : (at + 1) * n]
-                done += len(part)
-                if progress is not None:
-                    progress(done, len(prompts))
-    model.train(training)
-    return results
+    for _, members in sorted(by_length.items()):
+        size = max(1, rows_at_once // written.settings.n)
+        for start in range(0, len(members), size):
+            part = members[start : start + size]
+            for i in part:
+                written.begin(i)
+            _decode_together(model, prompts, part, written)
+            done += len(part)
+            if progress is not None:
+                progress(done, len(prompts))
 
 
-def _decode(
-    model: Any,
-    ids: Tensor,
-    n: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    generator: torch.Generator,
-    eos: int | None,
-) -> list[Sample]:
+def _decode_together(model: Any, prompts: Sequence[Sequence[int]], part: Sequence[int], written: Written) -> None:
+    """Prompts of one length, with transformers' cache; finished rows are taken out of it."""
+    n = written.settings.n
     device = next(model.parameters()).device
-    out = model(input_ids=ids.to(device), use_cache=True, logits_to_keep=1)
+    ids = torch.tensor([list(prompts[i]) for i in part], device=device)
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     cache = out.past_key_values
     logits = out.logits[:, -1].repeat_interleave(n, dim=0)
     if n > 1:
         cache.batch_repeat_interleave(n)
-    samples = [Sample() for _ in range(len(logits))]
-    alive = torch.arange(len(samples))
-    for step in range(max_new_tokens):
-        tokens, logps = _draw(logits.float(), temperature, top_p, generator)
-        for row, token, logp in zip(alive.tolist(), tokens.tolist(), logps.tolist(), strict=True):
-            samples[row].ids.append(token)
-            samples[row].logps.append(logp)
-        if eos is not None:
-            going = tokens != eos
-            for row in alive[~going].tolist():
-                samples[row].finished = True
-            if not bool(going.all()):
-                keep = going.nonzero().squeeze(1)
-                if not len(keep):
-                    break
-                alive, tokens = alive[keep], tokens[keep]
-                cache.batch_select_indices(keep.to(device))
-        if step + 1 == max_new_tokens:
-            break
-        position = torch.full((len(tokens), 1), ids.shape[1] + step, device=device)
+    lines = torch.cat([torch.arange(i * n, (i + 1) * n) for i in part])
+    at = ids.shape[1]
+    while True:
+        tokens, going = written.add(lines, logits)
+        if not bool(going.any()):
+            return
+        if not bool(going.all()):
+            lines, tokens = lines[going], tokens[going]
+            cache.batch_select_indices(going.nonzero().squeeze(1).to(device))
+        position = torch.full((len(tokens), 1), at, device=device)
         out = model(input_ids=tokens[:, None].to(device), past_key_values=cache, use_cache=True, position_ids=position)
         logits = out.logits[:, -1]
-    return samples
-
-
-def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Next tokens (B,) and their log-probs (B,), on the CPU so that the draws are the same on every device."""
-    logits = logits.cpu()
-    logps = torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        weights = logps
-        if top_p < 1:
-            ordered, index = logps.sort(dim=-1, descending=True)
-            before = ordered.exp().cumsum(-1) - ordered.exp()
-            weights = logps.scatter(1, index, ordered.masked_fill(before >= top_p, float("-inf")))
-        # Gumbel-max: argmax(log p + g) is a draw from p, without the normalisation that multinomial asks for
-        uniform = torch.rand(weights.shape, generator=generator).clamp_min_(1e-20)
-        tokens = (weights - torch.log(-torch.log(uniform))).argmax(-1)
-    return tokens, logps.gather(1, tokens[:, None]).squeeze(1)
+        at += 1
 
 
 def greedy(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
