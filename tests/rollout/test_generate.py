@@ -60,3 +60,11 @@ def test_top_p_keeps_to_the_likely_tokens() -> None:
     model = tiny_model("llama", dtype=torch.float32)
     narrow = sample(model, [[5]], n=200, max_new_tokens=1, top_p=0.01)
     assert {s.ids[0] for s in narrow[0]} == {sample(model, [[5]], max_new_tokens=1, temperature=0)[0][0].ids[0]}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_progress_counts_up_to_the_end(family: str) -> None:
+    seen: list[tuple[int, int]] = []
+    sample(tiny_model(family), PROMPTS, max_new_tokens=3, rows_at_once=2, progress=lambda *at: seen.append(at))
+    assert seen[-1] == (4, 4) and all(total == 4 for _, total in seen)
+    assert [d for d, _ in seen] == sorted({d for d, _ in seen}) and seen[0][0] > 0

@@ -158,6 +158,7 @@ def _decode_pooled(
     pool = Pool(decoder, prompts, written)
     # by length, so that prompts that are read together are of about one length
     waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+    reported = 0
     while waiting or pool.rows:
         free = min(groups - len(pool.prompts), (rows - pool.rows) // n)
         # several prompts at once: computing a prompt alone wastes most of the machine
@@ -165,8 +166,10 @@ def _decode_pooled(
             pool.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
         if pool.rows:
             pool.step()
-        if progress is not None:
-            progress(len(prompts) - len(waiting) - len(pool.prompts), len(prompts))
+        done = len(prompts) - len(waiting) - len(pool.prompts)
+        if progress is not None and done > reported:
+            progress(done, len(prompts))
+            reported = done
 
 
 class Pool:
