@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from penchant.errors import PenchantError
 from penchant.evaluation.stats import bootstrap_ci
 from penchant.losses import LOSSES
 
-Setting = Mapping[str, Any]  # the `loss` section of a config
+Setting = Mapping[str, Any]  # the `loss` section of a config; or, without a name, whole sections to lay over the task's
 HH_PAIRS, HH_HELDOUT = 96, 64
 SAMPLE_TOKENS = 32
 START = "(before training)"
@@ -176,19 +177,24 @@ def run_setting(
         return measured
     if print_only:
         return None
-    config = {**task.config, "loss": dict(loss), "output": str(folder)}
-    config["data"] = {k: v for k, v in task.config["data"].items() if k != "eval_path"}  # measured below, once
-    config["train"] = {**task.config["train"], "seed": seed}
-    config["evaluation"] = {**task.config["evaluation"], "every": None, "at_start": False}
+    overlay = {"loss": dict(loss)} if "name" in loss else loss
+    sections = {**task.config, "output": str(folder)}
+    config = {k: {**v, **overlay.get(k, {})} if isinstance(v, Mapping) else v for k, v in sections.items()}
+    config |= {k: v for k, v in overlay.items() if k not in config}
+    config["data"] = {k: v for k, v in config["data"].items() if k != "eval_path"}  # measured below, once
+    config["train"] |= {"seed": seed}
+    config["evaluation"] |= {"every": None, "at_start": False}
     config["checkpoint"] = {"keep_last": 1, "every": None}
-    if "divergence" in LOSSES[str(loss["name"])].needs:
+    if "divergence" in LOSSES[str(overlay.get("loss", {}).get("name", "dpo"))].needs:
         config.pop("reference", None)  # it needs whole distributions, which a cache does not hold
     if unpaired:  # twice the rows for the same answers: the same answers a step, the same number of steps
         config["data"] |= {"path": task.unpaired}
         config["train"] |= {"batch_size": 2 * task.config["train"]["batch_size"]}
+    started = time.monotonic()
     try:
         result = train(config, quiet=True)
-        measured = _measure(task, config, result.model.parent, before)
+        seconds = time.monotonic() - started
+        measured = _measure(task, config, result.model.parent, before) | {"seconds": seconds}
     except PenchantError as error:
         measured = {"stopped": str(error).split(": ", 1)[-1][:160]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,6 +210,7 @@ def _measure(
 
     from penchant.api import as_config
     from penchant.evaluation.pairs import pair_change
+    from penchant.evaluation.text import distinct_n
     from penchant.reference import LiveReference, adapter_off, compute_logps
     from penchant.rollout.generate import sample
     from penchant.run import Run
@@ -212,7 +219,9 @@ def _measure(
 
     # the config's reference is not what is measured against: always the model that training started from
     config = {**config, "loss": {"name": "dpo"}, "reference": {"kind": "auto"}}
-    run = Run(as_config({"output": "unused", **config}), quiet=True)
+    data = {k: v for k, v in task.config["data"].items() if k != "eval_path"}
+    of_policy = {k: v for k, v in config.items() if k not in ("algorithm", "reward")} | {"data": data}
+    run = Run(as_config({"output": "unused", **of_policy}), quiet=True)
     if checkpoint is not None:
         run.optimiser.load_state_tensors(load_checkpoint(checkpoint)[0])
     _ = run.scorer
@@ -251,7 +260,16 @@ def _measure(
         from penchant.rewards.lexicon import sentiment
 
         texts = [run.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
-        measured["reward"] = float(np.mean(sentiment(texts)))
+        rewards = sentiment(texts)
+        reviews = demo._perplexity(run.model, run.tokenizer, str(demo.asset("reviews.jsonl")))
+        measured |= {
+            "reward": float(np.mean(rewards)),
+            "rewards": rewards.tolist(),
+            "kls": (now - then).tolist(),
+            "distinct": distinct_n(ids, 2),
+            "perplexity": reviews,
+            "texts": texts[::4][:8],
+        }
     return measured
 
 

@@ -60,8 +60,10 @@ class GroupPolicyGradient:
         return self.buffer.part(step, trees, self._prepare)
 
     def _prepare(self, groups: list[Group]) -> None:
-        """Advantages; and log-probs by the engine that trains, so that the ratio of the first update is exactly 1."""
-        models = {"old": LiveReference(self.scorer).token_logps, "ref": self.reference.token_logps}
+        """Advantages; and, where rollouts serve several updates, log-probs by the engine that trains: the first ratio is exactly 1."""
+        models = {"ref": self.reference.token_logps}
+        if self.config.updates > 1:
+            models["old"] = LiveReference(self.scorer).token_logps
         score_groups(groups, models, self.scorer, self.tokens_per_step)
         for g in groups:
             drift = g.extras["old"] - g.extras["ref"]
@@ -83,7 +85,9 @@ class GroupPolicyGradient:
 
     def score(self, batch: PackedBatch) -> ScoredTokens:
         tokens = self.scorer.logps(batch).tokens
-        old, ref, advantages = (self.buffer.of(batch, name).to(tokens) for name in ("old", "ref", "advantages"))
+        ref, advantages = (self.buffer.of(batch, name).to(tokens) for name in ("ref", "advantages"))
+        # with one update a batch of rollouts, the policy that is trained is the one that wrote
+        old = tokens.detach() if self.config.updates == 1 else self.buffer.of(batch, "old").to(tokens)
         return ScoredTokens(tokens, old, ref, advantages, batch.completion_of, batch.lengths.to(tokens.dtype))
 
     def loss(self, scored: ScoredTokens) -> LossOutput:

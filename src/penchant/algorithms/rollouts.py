@@ -26,7 +26,7 @@ class Group:
         tree: the prompt with its k completions; `truncated` where one did not end by itself.
         rewards: (k,) as the reward function gave them, missing-EOS penalty taken off.
         texts: what the reward function saw.
-        extras: per-token or per-completion tensors that a method keeps with it (old log-probs, advantages).
+        extras: per-token or per-completion tensors that a method keeps with it: ``old`` log-probs (the sampler's at first), advantages.
     """
 
     tree: TokenTree
@@ -79,7 +79,8 @@ class Writer:
             ids = tuple(np.array(s.ids, np.int32) for s in row)
             tree = TokenTree(prompt.row, prompt.prompt_ids, ids, unfinished, prompt.source)
             penalty = cfg.missing_eos_penalty * torch.tensor(unfinished, dtype=torch.float64)
-            groups.append(Group(tree, rewards[i] - penalty, tuple(texts[i])))
+            sampled = torch.tensor([p for s in row for p in s.logps])
+            groups.append(Group(tree, rewards[i] - penalty, tuple(texts[i]), {"old": sampled}))
         return groups
 
 
