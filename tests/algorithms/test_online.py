@@ -84,13 +84,15 @@ def test_a_heavy_kl_keeps_the_policy_where_it_was(base: dict[str, Any], tmp_path
 
 
 class Fixed:
-    """A writer that always gives the same groups."""
+    """A writer that always gives the same groups, with the log-probs that the policy has when it is asked."""
 
-    def __init__(self, groups: list[Group]) -> None:
-        self.groups, self.seed = groups, 0
+    def __init__(self, groups: list[Group], model: Any) -> None:
+        self.groups, self.model, self.seed = groups, model, 0
 
     def write(self, prompts: Any, iteration: int, samples: Any = None) -> list[Group]:
-        return [Group(g.tree, g.rewards) for g in self.groups]
+        with torch.no_grad():
+            logps = [Scorer(self.model, "shared").logps(pack([g.tree])).tokens for g in self.groups]
+        return [Group(g.tree, g.rewards, (), {"old": old}) for g, old in zip(self.groups, logps, strict=True)]
 
 
 def groups() -> list[Group]:
@@ -106,7 +108,7 @@ def gradient_of(algorithm: GroupPolicyGradient, sizes: list[int]) -> torch.Tenso
 def made(model: Any, **config: Any) -> GroupPolicyGradient:
     reference = LiveReference(Scorer(tiny_model("llama", seed=1), "shared"))
     cfg = OnlineConfig(**{"name": "rloo", "samples": 3, "max_new_tokens": 6, **config})
-    return GroupPolicyGradient(Scorer(model, "shared"), reference, Fixed(groups()), cfg, tokens_per_step=20)  # type: ignore[arg-type]
+    return GroupPolicyGradient(Scorer(model, "shared"), reference, Fixed(groups(), model), cfg, tokens_per_step=20)  # type: ignore[arg-type]
 
 
 def test_rloos_first_gradient_is_reinforce_by_hand() -> None:
