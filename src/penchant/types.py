@@ -270,6 +270,9 @@ class Algorithm(Protocol):
     def step_values(self) -> Mapping[str, float]:
         """Numbers of the step for its log line: scheduled hyperparameters and the like."""
 
+    def accepts(self, means: Mapping[str, float]) -> bool:
+        """Whether the step may be taken, by its metrics' global means; a refused one leaves the weights as they are."""
+
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
         """After optimiser step `step` (1-based), with its metrics' global means."""
 

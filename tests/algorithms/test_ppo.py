@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,10 @@ from penchant.logprobs import Scorer
 from penchant.losses.policy_gradient import at_last_token, gae
 from penchant.models.value import ValueHead
 from penchant.reference import LiveReference
+from penchant.training.loop import Loop
+from penchant.training.optim import MasterAdamW
+from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
+from penchant.training.progress import QuietConsole
 
 LENGTHS = [3, 1, 6, 2]
 REWARDS = [1.0, -0.5, 2.0, 0.25]
@@ -150,13 +155,36 @@ def test_running_moments_equal_those_of_everything_at_once() -> None:
     assert moments.tolist() == pytest.approx([11, float(everything.mean()), squares])
 
 
-def test_the_ratio_guard_takes_an_accident_out() -> None:
+@pytest.mark.parametrize(("jump", "taken"), [(2.0, True), (5.0, False)])
+@pytest.mark.parametrize("tokens_per_step", [20, 2048])
+def test_the_ratio_guard_refuses_a_whole_step(tmp_path: Path, jump: float, taken: bool, tokens_per_step: int) -> None:
+    """By the mean ratio of all micro-batches together: e^2 is within the limit of 10, e^5 is not."""
     ppo = made()
     trees = ppo.begin_step(0, 0.0, [])
     for g in ppo.buffer.groups:
-        g.extras["old"] = g.extras["old"] - 5.0  # as if the policy had jumped: every ratio is e^5
-    out = ppo.loss(ppo.score(pack(trees)))
-    assert not out.losses.any() and out.metrics["ratio/guarded"][0].tolist() == [1.0] * 12
+        g.extras["old"] = g.extras["old"] - jump  # as if the policy had jumped
+    parameters = list(ppo.scorer.model.parameters())
+    before = [p.detach().clone() for p in parameters]
+    model = ppo.scorer.model
+    loop = Loop(
+        model=model,
+        algorithm=ppo,
+        optimiser=MasterAdamW(model.named_parameters(), dtype=torch.float64),
+        trees=trees,
+        shared=True,
+        folder=tmp_path,
+        train=TrainConfig(batch_size=4, tokens_per_step=tokens_per_step, warmup_fraction=0.0),
+        peak_lr=1e-3,
+        evaluation=EvalConfig(),
+        checkpoint=CheckpointConfig(),
+        logging=LoggingConfig(),
+        write_model=lambda _: None,
+        console=QuietConsole(),
+    )
+    line, _, _ = loop._step(0, 4, loop.schedule)
+    moved = any(bool((p != b).any()) for p, b in zip(parameters, before, strict=True))
+    assert moved == taken and ("skipped" not in line) == taken
+    assert all(p.grad is None for p in parameters)
 
 
 @pytest.mark.parametrize(

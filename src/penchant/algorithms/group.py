@@ -117,6 +117,9 @@ class GroupPolicyGradient:
         groups = self.buffer.groups
         return reward_metrics_of(groups) | {"kl/policy_ref": float(torch.cat([g.extras["kl"] for g in groups]).mean())}
 
+    def accepts(self, means: Mapping[str, float]) -> bool:
+        return True
+
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
         pass
 

@@ -207,6 +207,9 @@ class Offline:
             delta=self.delta if "delta" in spec.needs else None,
         )
 
+    def accepts(self, means: Mapping[str, float]) -> bool:
+        return True
+
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
         """BCO's running mean of rewards, and a reference that follows the policy."""
         for c in self.components:

@@ -45,6 +45,9 @@ class OnlineDPO:
         used = sum(best_against_worst(g) is not None for g in self._groups)
         return {**reward_metrics_of(self._groups), "pairs": float(used), **self.offline.step_values()}
 
+    def accepts(self, means: Mapping[str, float]) -> bool:
+        return self.offline.accepts(means)
+
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
         self.offline.end_step(step, means)
 

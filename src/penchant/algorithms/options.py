@@ -85,7 +85,7 @@ class PPOConfig(OnlineConfig):
     score_clip: float | None = Field(None, gt=0, description="hold rewards within +- this")
     adam_eps: float = Field(1e-5, gt=0, description="Adam's, in place of train.adam_eps")
     ratio_limit: float = Field(
-        10.0, gt=1, description="a pass whose mean probability ratio is beyond this teaches nothing"
+        10.0, gt=1, description="a minibatch whose mean probability ratio is beyond this is not learned from"
     )
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)

@@ -139,9 +139,6 @@ class PPO:
             s.logps, s.old_logps, s.advantages, clip=cfg.clip, clip_high=cfg.clip_high
         )
         value_losses, value_bound = clipped_value_loss(s.values, s.old_values, s.returns, clip=cfg.value_clip)
-        beyond = bool(ratios.mean() > cfg.ratio_limit)
-        if beyond:
-            losses, value_losses = losses * 0.0, value_losses * 0.0
         ones = torch.ones_like(ratios)
         explained = (s.returns - s.values.detach()).square()
         metrics = {
@@ -153,7 +150,6 @@ class PPO:
             "kl/per_token": (kl_estimate(s.logps.detach(), s.ref_logps, "k3"), None),
             "kl/old_new": (kl_estimate(s.old_logps, s.logps.detach(), "k3"), None),
             "entropy/sampled": (-s.logps.detach(), None),
-            "ratio/guarded": (ones * float(beyond), None),
             "logps/per_token": (s.logps.detach(), None),
         }
         return LossOutput(losses, ones, metrics, {"value": (cfg.value_coef * value_losses, ones)})
@@ -165,6 +161,10 @@ class PPO:
         drift = torch.cat([g.extras["old"] - g.extras["ref"] for g in groups])
         count = sum(len(g.tree.completion_ids) for g in groups)
         return reward_metrics_of(groups) | {"kl/policy_ref": float(drift.sum() / count), "beta": self.beta}
+
+    def accepts(self, means: Mapping[str, float]) -> bool:
+        """Not beyond `ratio_limit`: there the rollouts say nothing of the policy that is trained."""
+        return means["ratio"] <= self.config.ratio_limit
 
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
         pass

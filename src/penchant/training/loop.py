@@ -167,7 +167,11 @@ class Loop:
         means = totals.means()
         self._check_floor(step, means, batches)
         values = self.algorithm.step_values()
-        self.optimiser.step(lr)
+        taken = self.algorithm.accepts(means)
+        if taken:
+            self.optimiser.step(lr)
+        else:
+            self.optimiser.zero_grad()
         self.algorithm.end_step(step + 1, means)
         tokens = sum(b.tokens for b in batches)
         line = {
@@ -180,6 +184,8 @@ class Loop:
             "grad_norm": grad_norm,
             "tokens": self.state.tokens + tokens,
         }
+        if not taken:
+            line["skipped"] = "the method refused this step"
         return line, tokens, len(trees)
 
     def _empty_step(self, step: int, schedule: BatchSchedule) -> Metrics:
