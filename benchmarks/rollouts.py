@@ -43,12 +43,34 @@ class Case:
         return f"{self.model}-{self.precision}-{self.prompts}x{self.n}{natural}"
 
     @property
+    def main(self) -> bool:
+        """Part of the default run, which is to end within a quarter of an hour."""
+        shape = (self.prompts, self.n, self.kind)
+        return shape in MAIN_SHAPES and not (self.slow and self.prompts == 64)
+
+    @property
+    def slow(self) -> bool:
+        return self.model == "smollm2" and self.precision == "fp32"
+
+    @property
+    def modes(self) -> list[str]:
+        """Rows of one length; rows that end where they end only where that takes seconds, and for one case of 135M."""
+        quick = self.model == "bundled" or self.name == "smollm2-bf16-8x8"
+        return ["fixed", "eos"] if quick else ["fixed"]
+
+    @property
+    def sides(self) -> list[str]:
+        """TRL's function is `generate` with more to carry: left out where a turn takes most of a minute."""
+        return ["penchant", "generate"] if self.slow else list(SIDES)
+
+    @property
     def target(self) -> float:
         """Times `generate`'s tokens/s: at 64 sequences, and at 8 samples of one prompt."""
         return 3.0 if self.prompts * self.n >= 64 else 2.0
 
 
 SHAPES = [(8, 8, "fixed"), (1, 8, "fixed"), (64, 1, "fixed"), (8, 8, "natural"), (64, 1, "natural")]
+MAIN_SHAPES = [(8, 8, "fixed"), (1, 8, "fixed"), (64, 1, "natural")]
 CASES = [Case(m, p, *shape) for m in ("bundled", "smollm2") for p in ("fp32", "bf16") for shape in SHAPES]
 
 
@@ -56,7 +78,7 @@ def start_sides(case: Case, args: argparse.Namespace, model: Path, prompts: Path
     """One ready worker for each side; they load one after the other."""
     spec = {"model": str(model), "precision": case.precision, "prompts": str(prompts)}
     workers = {}
-    for side in args.sides:
+    for side in args.sides or case.sides:
         log = args.out / "logs" / f"rollouts-{case.name}-{side}.log"
         ours = side == "penchant"
         python, script = (sys.executable, "penchant") if ours else (args.peer, "peer")
@@ -69,18 +91,19 @@ def start_sides(case: Case, args: argparse.Namespace, model: Path, prompts: Path
 
 
 def run_case(case: Case, args: argparse.Namespace, model: Path, prompts: Path) -> dict[str, Any]:
-    """Both modes of a case: a warm-up of each side, then `repeats` measurements in turn; medians of their tokens/s."""
+    """Both modes of a case: a short warm-up of each side, then `repeats` measurements in turn; medians of their tokens/s."""
     line: dict[str, Any] = {"case": case.name, "target": case.target, "modes": {}, "sides": {}}
     with contextlib.ExitStack() as stack:
         workers = start_sides(case, args, model, prompts, stack)
         line["sides"] = {side: w.ready for side, w in workers.items()}
-        for mode in args.modes:
+        for mode in args.modes or case.modes:
             request = {"kind": case.kind, "prompts": case.prompts, "n": case.n, "new_tokens": args.new_tokens}
             request["eos"] = json.loads(prompts.read_text())["full_stop"] if mode == "eos" else None
             turns: dict[str, list[dict[str, Any]]] = {side: [] for side in workers}
             for turn in range(1 + args.repeats):
+                few = {"new_tokens": max(1, args.new_tokens // 4)} if turn == 0 else {}
                 for side, worker in workers.items():
-                    turns[side].append(worker.ask(request | {"seed": turn}))
+                    turns[side].append(worker.ask(request | {"seed": turn} | few))
             line["modes"][mode] = {side: figures(answers) for side, answers in turns.items()}
             add_ratios(line["modes"][mode])
             print(f"  {case.name}, {mode}: {short(line['modes'][mode])}", flush=True)
@@ -139,18 +162,20 @@ def targets(lines: list[dict[str, Any]]) -> str:
     return markdown(["case", "to reach", "here", ""], rows) if rows else "no case with a target ran on both sides"
 
 
-def chooses(wanted: str, name: str, names: set[str]) -> bool:
-    """Whether a word of --only means a case: a whole name means that one, anything else is a part of names."""
-    return wanted == name if wanted in names else wanted in name
+def chooses(wanted: str, case: Case, names: set[str]) -> bool:
+    """Whether a word of --only means a case: main, all, a whole name, or else a part of names."""
+    if wanted in ("main", "all"):
+        return case.main or wanted == "all"
+    return wanted == case.name if wanted in names else wanted in case.name
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="rollouts: Penchant against generate and TRL", allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="8 new tokens, one turn: shows that everything runs")
-    parser.add_argument("--only", default="all", help="comma list of cases or parts of names, e.g. bundled,bf16-8x8")
-    parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    parser.add_argument("--sides", default=",".join(SIDES), help="which sides take turns, in this order")
-    parser.add_argument("--modes", default=",".join(MODES), help="fixed (all new tokens), eos (rows end on their own)")
+    parser.add_argument("--only", default="main", help="main, all, or a comma list of cases or parts of names")
+    parser.add_argument("--list", action="store_true", help="print the chosen cases and stop")
+    parser.add_argument("--sides", help=f"which of {','.join(SIDES)} take turns (default: by case)")
+    parser.add_argument("--modes", help="fixed (all new tokens), eos (rows end on their own) (default: by case)")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3, help="timed turns of each side, behind one warm-up")
     parser.add_argument("--generate-cache", choices=("dynamic", "static"), default="dynamic")
@@ -163,11 +188,11 @@ def arguments() -> argparse.Namespace:
     if args.quick:
         args.new_tokens, args.repeats = 8, 1
     names, wanted = {c.name for c in CASES}, args.only.split(",")
-    args.chosen = [c for c in CASES if args.only == "all" or any(chooses(w, c.name, names) for w in wanted)]
+    args.chosen = [c for c in CASES if any(chooses(w, c, names) for w in wanted)]
     if args.list:
         parser.exit(0, "\n".join(c.name for c in args.chosen) + "\n")
     for option, known in (("sides", SIDES), ("modes", MODES)):
-        given = getattr(args, option).split(",")
+        given = [w for w in (getattr(args, option) or "").split(",") if w]
         if unknown := set(given) - set(known):
             parser.error(f"--{option}: {', '.join(sorted(unknown))}: there are {', '.join(known)}")
         setattr(args, option, given)
@@ -181,7 +206,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     stop_with_workers()
-    args.peer = peer_python("trl-ppo") if set(args.sides) - {"penchant"} else None
+    args.peer = peer_python("trl-ppo") if args.sides != ["penchant"] else None
     needed = dict.fromkeys(c.model for c in args.chosen)
     models = {name: BUNDLED if name == "bundled" else model_folder(args.model) for name in needed}
     path = args.out / f"rollouts-{time.strftime('%Y%m%d-%H%M%S')}{'-quick' if args.quick else ''}.json"
@@ -205,7 +230,7 @@ def main() -> int:
             kept = {k: v for k, v in vars(args).items() if isinstance(v, (int, str, list)) and k != "chosen"}
             path.write_text(json.dumps({"machine": machine, "settings": kept, "cases": lines}, indent=1))
     print(f"\n{processor()}, {args.threads} threads; prompts of {PROMPT_LENGTH} tokens (natural: 16 to {2 * PROMPT_LENGTH})")
-    for mode in args.modes:
+    for mode in args.modes or MODES:
         print(f"\n{args.new_tokens} new tokens; {MODES[mode]}; median of {args.repeats}\n\n{table(lines, mode)}")
     print("", targets(lines), f"written to {path}", sep="\n\n")
     return 1 if any("failed" in line for line in lines) else 0
