@@ -113,7 +113,10 @@ class Worker:
         self.script, self.log, self.errors = script, log, log.open("w")
         self.ready: dict[str, Any] = {}  # what it said when it had loaded
         self.folder = tempfile.TemporaryDirectory(prefix="penchant-bench-")
-        env = environment(threads) | {"HF_HOME": f"{self.folder.name}/hf", "PENCHANT_CACHE": f"{self.folder.name}/cache"}
+        env = environment(threads) | {
+            "HF_HOME": f"{self.folder.name}/hf",
+            "PENCHANT_CACHE": f"{self.folder.name}/cache",
+        }
         command = [str(python), str(HERE / script), json.dumps({**spec, "threads": threads})]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, env=env, text=True, start_new_session=True, **pipes)
@@ -121,7 +124,9 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None) -> None:
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
+    ) -> None:
         _end_group(self.process)
         for stream in (self.process.stdin, self.process.stdout, self.errors):
             if stream is not None:

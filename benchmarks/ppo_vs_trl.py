@@ -36,6 +36,11 @@ class Case:
     def name(self) -> str:
         return f"{self.model}-{self.precision}-{self.kind}"
 
+    @property
+    def main(self) -> bool:
+        """Part of the default run, which is to end within about a quarter of an hour."""
+        return self.kind == "natural" or self.name == "bundled-fp32-fixed"
+
 
 CASES = [Case(m, p, k) for m in ("bundled", "smollm2") for p in ("fp32", "bf16") for k in ("fixed", "natural")]
 
@@ -50,7 +55,7 @@ class Size:
     prompt_length: int
 
 
-FULL = {"bundled": Size(64, 1, 3, 128), "smollm2": Size(16, 1, 1, 64)}
+FULL = {"bundled": Size(32, 1, 1, 64), "smollm2": Size(16, 1, 1, 64)}
 QUICK = {"bundled": Size(8, 1, 1, 32), "smollm2": Size(4, 1, 1, 32)}
 
 # the method, the same on both sides
@@ -151,7 +156,10 @@ def targets(lines: list[dict[str, Any]]) -> str:
     """What was to be reached, and whether it was."""
     rows = []
     for line in [x for x in lines if "ratio" in x]:
-        verdicts = ["reached" if ok else "NOT reached" for ok in (line["ratio"] >= TARGET, line["memory_ratio"] <= TARGET_MEMORY)]
+        verdicts = [
+            "reached" if ok else "NOT reached"
+            for ok in (line["ratio"] >= TARGET, line["memory_ratio"] <= TARGET_MEMORY)
+        ]
         rows.append([line["case"], "episodes/s against TRL", f">= {TARGET:g}x", f"{line['ratio']:.2f}x", verdicts[0]])
         memory = f"{line['memory_ratio']:.2f}x"
         rows.append([line["case"], "peak memory against TRL", f"<= {TARGET_MEMORY:g}x", memory, verdicts[1]])
@@ -160,18 +168,23 @@ def targets(lines: list[dict[str, Any]]) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="PPO: Penchant against TRL", allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="a few episodes: shows that everything runs, measures little")
     parser.add_argument(
-        "--only", default="all", help=f"comma list of {', '.join(c.name for c in CASES)}; or parts of names, e.g. bundled"
+        "--quick", action="store_true", help="a few episodes: shows that everything runs, measures little"
     )
+    parser.add_argument("--only", default="main", help="main, all, or a comma list of cases or parts of names")
+    parser.add_argument("--list", action="store_true", help="print the chosen cases and stop")
     parser.add_argument("--sides", default="penchant,trl", help="which sides run, in this order")
     parser.add_argument("--repeats", type=int, help="runs of each side (default: 3 of the bundled model, 1 of SmolLM2)")
-    parser.add_argument("--batch", type=int, help=f"episodes a batch of rollouts (default: {[s.batch for s in FULL.values()]})")
+    parser.add_argument(
+        "--batch", type=int, help=f"episodes a batch of rollouts (default: {[s.batch for s in FULL.values()]})"
+    )
     parser.add_argument("--timed", type=int, help="timed batches of rollouts, behind one that is not timed")
     parser.add_argument("--prompt-length", type=int, help="tokens; natural prompts have 16 to twice as many")
     parser.add_argument("--tokens-per-step", type=int, default=4096, help="Penchant's micro-batch, tokens")
     parser.add_argument("--kernels", choices=("auto", "off"), default="auto", help="Penchant's model-family fast paths")
-    parser.add_argument("--value", choices=("separate", "head"), default="separate", help="Penchant's value; TRL's is separate")
+    parser.add_argument(
+        "--value", choices=("separate", "head"), default="separate", help="Penchant's value; TRL's is separate"
+    )
     parser.add_argument("--trl-bf16", choices=("autocast", "weights"), default="autocast", help="how TRL runs bf16")
     parser.add_argument("--trl-rollout-batch", type=int, default=0, help="rows of TRL's generation and scoring; 0: all")
     parser.add_argument("--threads", type=int, default=2)
@@ -179,7 +192,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA, help="JSONL rows with chosen, prompt or text")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
-    args.chosen = [c for c in CASES if args.only == "all" or any(w in c.name for w in args.only.split(","))]
+    wanted = args.only.split(",")
+    args.chosen = [c for c in CASES if any(c.main if w == "main" else w == "all" or w in c.name for w in wanted)]
+    if args.list:
+        parser.exit(0, "\n".join(c.name for c in args.chosen) + "\n")
     if not args.chosen:
         parser.error(f"--only {args.only}: no such case; there are {', '.join(c.name for c in CASES)}")
     if unknown := set(args.sides.split(",")) - set(SCRIPTS):
@@ -193,7 +209,9 @@ def arguments() -> argparse.Namespace:
 
 def size_of(model: str, args: argparse.Namespace) -> Size:
     size = (QUICK if args.quick else FULL)[model]
-    return Size(args.batch or size.batch, size.warmup, args.timed or size.timed, args.prompt_length or size.prompt_length)
+    return Size(
+        args.batch or size.batch, size.warmup, args.timed or size.timed, args.prompt_length or size.prompt_length
+    )
 
 
 def main() -> int:
@@ -208,11 +226,18 @@ def main() -> int:
         for name in dict.fromkeys(c.model for c in args.chosen):
             model, size = BUNDLED if name == "bundled" else model_folder(args.model), size_of(name, args)
             count, prompts = size.batch * (size.warmup + size.timed), Path(folder) / f"{name}.json"
-            request = {"data": str(args.data.resolve()), "model": str(model), "count": count, "length": size.prompt_length}
+            request = {
+                "data": str(args.data.resolve()),
+                "model": str(model),
+                "count": count,
+                "length": size.prompt_length,
+            }
             log = args.out / "logs/prompts.log"
             made = run_worker(sys.executable, "prompts.py", request | {"out": str(prompts)}, threads=1, log=log)
             if fewest := [n for n in map(len, made.values()) if n < count]:
-                print(f"{args.data}: {fewest[0]} prompts, but {count} are needed; give a smaller --timed", file=sys.stderr)
+                print(
+                    f"{args.data}: {fewest[0]} prompts, but {count} are needed; give a smaller --timed", file=sys.stderr
+                )
                 return 2
             for case in [c for c in args.chosen if c.model == name]:
                 repeats = args.repeats or (3 if name == "bundled" and not args.quick else 1)

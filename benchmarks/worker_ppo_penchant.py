@@ -27,7 +27,12 @@ class EpisodeConsole(ClockConsole):
     def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
         if step % self.updates == 0:
             self.clock.step()
-            names = {"reward": "reward", "kl": "kl/policy_ref", "ended": "completions/ended", "length": "completions/length"}
+            names = {
+                "reward": "reward",
+                "kl": "kl/policy_ref",
+                "ended": "completions/ended",
+                "length": "completions/length",
+            }
             self.rollouts.append({short: float(metrics[name]) for short, name in names.items()})
 
 
@@ -35,7 +40,12 @@ def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a spec, as a YAML file would give it."""
     return {
         "output": str(Path(spec["work"]).resolve()),
-        "model": {"path": spec["model"], "dtype": spec["precision"], "device": "cpu", "kernels": spec["ours"]["kernels"]},
+        "model": {
+            "path": spec["model"],
+            "dtype": spec["precision"],
+            "device": "cpu",
+            "kernels": spec["ours"]["kernels"],
+        },
         "reference": {"kind": "frozen"},
         "data": {"path": spec["prompts"], "max_length": spec["longest"] + spec["response_length"]},
         "algorithm": {
@@ -49,7 +59,9 @@ def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
             "value_clip": spec["clip"],
             "whiten_advantages": True,
             "lambda": spec["lam"],
-            **{k: spec[k] for k in ("temperature", "beta", "gamma", "clip", "value_coef", "adam_eps", "whiten_rewards")},
+            **{
+                k: spec[k] for k in ("temperature", "beta", "gamma", "clip", "value_coef", "adam_eps", "whiten_rewards")
+            },
         },
         "reward": str(Path(__file__).with_name("ppo_reward.py")) + ":warmth",
         "train": {

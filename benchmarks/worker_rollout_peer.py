@@ -1,7 +1,7 @@
 """Rollouts by the peer: transformers `generate`, or TRL's `batch_generation`. A JSON spec, then a JSON request a line.
 
 Spec: `side` (generate, trl), `model`, `precision`, `prompts` (a file of prompts.py), `cache` (dynamic, static), `rows`
-(sequences at once, 0: all), `threads`. Request: `kind`, `prompts`, `n`, `new_tokens`, `eos` (or null), `seed`.
+(sequences at once; 0: all), `threads`. Request: `kind`, `prompts`, `n`, `new_tokens`, `eos` (or null), `seed`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ def settings_of(spec: dict[str, Any], request: dict[str, Any], pad: int) -> Any:
         top_p=1.0,
         eos_token_id=request["eos"],
         pad_token_id=pad,
-        # TRL leaves the cache as generate's default
-        cache_implementation="static" if spec["cache"] == "static" and spec["side"] == "generate" else None,
+        cache_implementation="static" if spec["cache"] == "static" else None,  # None: generate's own, which grows
     )
 
 
@@ -86,13 +85,14 @@ def main() -> None:
         import trl
 
         version = trl.__version__
-    finish({"name": f"{spec['side']} {version}", "torch": torch.__version__})
+    static = ", static cache" if spec["cache"] == "static" else ""
+    finish({"name": f"{spec['side']} {version}{static}", "torch": torch.__version__})
     for line in sys.stdin:
         request = json.loads(line)
         prompts = made[request["kind"]][: request["prompts"]]
         model.generation_config.eos_token_id = request["eos"]  # a None in the settings would be filled in from here
         torch.manual_seed(request["seed"])
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         with torch.inference_mode():
             ids, mask = padded(prompts, made["pad"])
             if spec["side"] == "trl":
@@ -101,8 +101,8 @@ def main() -> None:
                 write = by_generate(model, request["n"], spec["rows"])
             sequences = write(ids, mask, settings_of(spec, request, made["pad"]))
             rows = completions(sequences, ids.shape[1], request["eos"])
-        seconds = time.perf_counter() - started
-        finish({"seconds": seconds, "lengths": [len(r) for r in rows], "peak_bytes": peak_bytes()})
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        finish({"seconds": seconds, "cpu_seconds": cpu, "lengths": [len(r) for r in rows], "peak_bytes": peak_bytes()})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         prompts = made[request["kind"]][: request["prompts"]]
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         samples = sample(
             model,
             prompts,
@@ -37,9 +37,9 @@ def main() -> None:
             seed=request["seed"],
             eos_token_id=request["eos"],
         )
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         lengths = [len(s.ids) for of_prompt in samples for s in of_prompt]
-        finish({"seconds": seconds, "lengths": lengths, "peak_bytes": peak_bytes()})
+        finish({"seconds": seconds, "cpu_seconds": cpu, "lengths": lengths, "peak_bytes": peak_bytes()})
 
 
 if __name__ == "__main__":
