@@ -134,7 +134,7 @@ class Worker:
                     stream.close()
         self.folder.cleanup()
 
-    def ask(self, request: dict[str, Any] | None = None, timeout: float = 600) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any] | None = None, timeout: float = 1800) -> dict[str, Any]:
         """The answer to one request; without a request, the line that says that it is ready.
 
         Raises:
