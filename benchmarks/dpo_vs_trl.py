@@ -19,7 +19,7 @@ from typing import Any
 
 from flops import ModelShape, flops, read_shape, work_of_rows
 from harness import DATA, HERE, WorkerFailed, model_folder, peer_python, run_worker, stop_with_workers
-from report import loss_table, result_table, targets
+from report import loss_table, processor, result_table, targets
 
 MAX_LENGTH = 512
 LORA_RANK = 16
@@ -238,17 +238,6 @@ def main() -> int:
     print(f"{size.batch} pairs a step, {size.warmup} warm-up step(s) untimed, max_length {MAX_LENGTH}\n")
     print(result_table(lines), loss_table(lines), targets(lines), f"written to {path}", sep="\n\n")
     return 1 if any("failed" in side for line in lines for side in line["sides"].values()) else 0
-
-
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [s.split(":", 1)[1].strip() for s in info.read_text().splitlines() if s.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

