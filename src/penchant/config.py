@@ -120,6 +120,7 @@ class RunConfig(Section):
 # YAML
 
 Places = dict[tuple[str, ...], str]  # where a key stands: "file:line"
+BY_NAME = ("loss", "algorithm")  # sections that may be written as a name alone
 
 
 class _Loader(yaml.SafeLoader):
@@ -263,6 +264,8 @@ def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[
         for i, part in enumerate(path[:-1]):
             if at.get(part) is None:
                 at[part] = {}
+            if part in BY_NAME and isinstance(at[part], str):
+                at[part] = {"name": at[part]}
             at = at[part]
             if not isinstance(at, dict):
                 raise ConfigError(

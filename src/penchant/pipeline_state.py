@@ -244,6 +244,8 @@ def move_aside(pipeline: Pipeline, names: Sequence[str], state: State) -> list[s
     Returns:
         One sentence a folder.
     """
+    if not names:
+        return []
     there = [pipeline.stages[n] for n in names if pipeline.stages[n].folder.exists()]
     number = 1
     while any(_numbered(s.folder, number).exists() for s in there):
