@@ -409,7 +409,8 @@ def test_a_changed_input_is_refused_with_its_name_and_nothing_is_overwritten(
 ) -> None:
     base |= {"compare": None}
     if stage == "sft":
-        del base["stages"]["rloo"], base["stages"]["dpo"]
+        del base["stages"]["rloo"]
+    del base["stages"]["dpo"]
     run(base)
     change(base, tmp_path)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "hh").rglob("*") if p.is_file() and p.name != ".lock"}
@@ -603,9 +604,9 @@ def test_the_command_line(base: dict[str, Any], tmp_path: Path, capsys: pytest.C
     assert main(["pipeline", str(path), "--quiet"]) == 0
     out = capsys.readouterr().out
     assert "1 steps" in out and "win rate against sft" in out and "clear winner" in out
-    assert main(["pipeline", str(path), "stages.dpo.loss.beta=0.2", "--quiet"]) == 2
+    assert main(["pipeline", str(path), "--quiet", "stages.dpo.loss.beta=0.2"]) == 2
     assert "loss.beta: 0.3 -> 0.2; --redo dpo" in capsys.readouterr().err
-    assert main(["pipeline", str(path), "stages.dpo.loss.beta=0.2", "--quiet", "--redo", "dpo"]) == 0
+    assert main(["pipeline", str(path), "stages.dpo.loss.beta=0.2", "--redo", "dpo", "--quiet"]) == 0
 
 
 def test_pipelines_are_checked_without_a_machine(tmp_path: Path) -> None:

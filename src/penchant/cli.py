@@ -114,7 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from penchant.errors import PenchantError
 
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest:  # argparse takes no overrides behind an option
+        if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.overrides += rest
     if args.command is None:
         parser.print_help()
         return 0
