@@ -289,7 +289,9 @@ def print_table(first: str, done: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
     for label, rows in done.items():
         good = [m for m in rows if "stopped" not in m]
         if not good:
-            lines.append([label, str(len(rows)), f"stopped: {rows[0]['stopped'].split('; ')[0]}", *[""] * (len(names) - 3)])
+            lines.append(
+                [label, str(len(rows)), f"stopped: {rows[0]['stopped'].split('; ')[0]}", *[""] * (len(names) - 3)]
+            )
             continue
         correct = np.array([m["correct"] for m in good])
         accuracy = bootstrap_ci(correct.ravel(), clusters=np.tile(np.arange(correct.shape[1]), len(good)))

@@ -16,9 +16,8 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
 from penchant.cli import main
-from penchant.config import read_mapping
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, TrainingStopped
-from penchant.pipeline import Pipeline, load_pipeline, merged, pipeline_from_mapping
+from penchant.pipeline import Pipeline, Stage, _comparison, load_pipeline, merged, pipeline_from_mapping
 from penchant.pipeline_state import State, changes, model_folder
 from penchant.training.loop import Loop
 from penchant.training.runfolder import RunLock
@@ -191,11 +190,14 @@ def test_another_loss_on_the_command_line_starts_from_its_own_defaults(tmp_path:
     assert pipeline.stages["dpo"].config.loss.components[0].params.beta != 0.3
 
 
-def test_a_reward_model_is_not_compared(tmp_path: Path) -> None:
-    values, _ = read_mapping(written(tmp_path), "")
-    values["stages"]["dpo"]["algorithm"] = {"name": "reward_model"}
-    with pytest.raises(ConfigError):  # one way or the other: as long as there is no such method it is unknown
-        pipeline_from_mapping(values)
+def test_a_reward_model_is_not_compared() -> None:
+    judge, sft = ({"algorithm": {"name": "reward_model"}}, {"loss": "sft"})
+    stages = {n: Stage(n, v, {}, "p.yaml:3", (), Path(n)) for n, v in (("sft", sft), ("judge", judge))}
+    with pytest.raises(ConfigError, match="judge is a reward model, which writes nothing"):
+        _comparison({"models": ["sft", "judge"]}, stages, {}, "p.yaml")
+    made = _comparison({"models": ["sft", "sft@last"], "reward": {"stage:judge": 1.0}}, stages, {}, "p.yaml")
+    assert made is not None and made.upstream == ("sft", "judge")
+    assert made.reward(lambda ref: f"models/{ref.stage}") == {"models/judge": 1.0}
 
 
 # ---- doing it -------------------------------------------------------------------------------------------------------
