@@ -228,7 +228,7 @@ def _measure(
     run.model.eval()
     policy = LiveReference(run.scorer)
     start = adapter_off(run.scorer) if "lora" in config else LiveReference(run._frozen_scorer())
-    trees = run._tokenise(run._load(task.config["data"]["eval_path"])).trees
+    trees = run.tokenise_rows(run._load(task.config["data"]["eval_path"])).trees
     budget = config["train"]["tokens_per_step"]
     logps = compute_logps(policy, trees, tokens_per_step=budget).sums
     change = pair_change(logps, logps if before is None else torch.tensor(before["logps"]))

@@ -10,6 +10,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
 from penchant.config import load_config
+from penchant.pipeline import load_pipeline
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -47,11 +48,22 @@ def test_the_online_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Write about {i}"} for i in range(60)])
     (code,) = re.findall(r"```\n# rewards\.py\n(.*?)```", README, flags=re.S)
     (tmp_path / "rewards.py").write_text(code)
-    (block,) = [s for s in _blocks("yaml") if "algorithm:" in s]
+    (block,) = [s for s in _blocks("yaml") if "algorithm:" in s and "stages:" not in s]
     (tmp_path / "run.yaml").write_text(block.replace(MODEL, tiny_model_folder(tmp_path / "model")))
     overrides = ["train.max_steps=1", "algorithm.max_new_tokens=4", "data.max_length=64", "evaluation.samples=0"]
     result = api.train(tmp_path / "run.yaml", *overrides, quiet=True)
     assert "eval/reward/ci" in result.after
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/pipeline.md"])
+def test_every_pipeline_shown_is_one(tmp_path: Path, page: str) -> None:
+    text = (Path(__file__).parents[1] / page).read_text()
+    (block,) = [b for b in re.findall(r"```yaml\n(.*?)```", text, flags=re.S) if "stages:" in b]
+    (tmp_path / "pipeline.yaml").write_text(block)
+    given = re.findall(r"pipeline\.yaml (stages\.\S+=\S+)", text)
+    assert given
+    pipeline = load_pipeline(tmp_path / "pipeline.yaml", given[:1])
+    assert list(pipeline.stages) == ["sft", "dpo", "rloo"] and pipeline.compare is not None
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +83,7 @@ def test_every_recipe_is_a_config() -> None:
     recipes = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
     assert recipes
     for path in recipes:
-        load_config(path)
+        (load_pipeline if path.name.startswith("pipeline") else load_config)(path)
 
 
 def test_nothing_is_left_to_fill_in() -> None:

@@ -1,4 +1,4 @@
-"""What the command line does, as a handful of calls: `load_preferences`, `train`, `evaluate`, `audit`."""
+"""What the command line does, as a handful of calls: `load_preferences`, `train`, `evaluate`, `audit`, `pipeline`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from penchant.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from penchant.config import RunConfig
     from penchant.data.load import Dataset
+    from penchant.pipeline import Pipeline
+    from penchant.pipeline_run import PipelineResult
     from penchant.run import TrainResult
 
-__all__ = ["audit", "evaluate", "load_preferences", "train"]
+__all__ = ["audit", "evaluate", "load_preferences", "pipeline", "pipeline_plan", "train"]
 
 
 def load_preferences(path: str | Sequence[str], **options: Any) -> Dataset:
@@ -100,3 +102,41 @@ def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Seq
     if isinstance(config, Mapping):
         return config_from_mapping(config, list(overrides))
     return load_config(config, list(overrides))
+
+
+def pipeline(
+    config: Mapping[str, Any] | str | Path,
+    *overrides: str,
+    only: str | None = None,
+    redo: Sequence[str] = (),
+    quiet: bool = False,
+) -> PipelineResult:
+    """Train a pipeline's stages and compare their models; what is done already, with the same inputs, is not done again.
+
+    Args:
+        config: the path of a pipeline's YAML file, or a mapping of the same shape.
+        overrides: ``"stages.dpo.loss.beta=0.3"``, ``"defaults.train.seed=1"``.
+        only: one stage, whose inputs must be done.
+        redo: stages to train anew, with every stage that uses them; their old folders are moved aside.
+
+    Raises:
+        ConfigError, DataError, ModelError, RewardError, CheckpointError: a person can mend it. TrainingStopped: NaN/Inf or a signal.
+    """
+    from penchant.pipeline_run import Conductor
+
+    return Conductor(_as_pipeline(config, overrides), quiet=quiet).run(only, redo)
+
+
+def pipeline_plan(config: Mapping[str, Any] | str | Path, *overrides: str, redo: Sequence[str] = ()) -> str:
+    """What `pipeline` would do with each stage, and why, as text; nothing is trained or written."""
+    from penchant.pipeline_run import Conductor
+
+    return Conductor(_as_pipeline(config, overrides), quiet=True).plan_text(redo)
+
+
+def _as_pipeline(config: Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> Pipeline:
+    from penchant.pipeline import load_pipeline, pipeline_from_mapping
+
+    if isinstance(config, Mapping):
+        return pipeline_from_mapping(config, overrides)
+    return load_pipeline(config, overrides)

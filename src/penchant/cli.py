@@ -63,6 +63,22 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="no progress")
     train.set_defaults(handler=_train)
 
+    pipeline = commands.add_parser(
+        "pipeline", help="train several stages from one file and compare them; run it again to continue"
+    )
+    _config_arguments(pipeline, "PIPELINE.yaml")
+    pipeline.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    pipeline.add_argument("--only", metavar="STAGE", help="one stage, whose inputs must be done")
+    pipeline.add_argument(
+        "--redo",
+        metavar="STAGE",
+        action="append",
+        default=[],
+        help="train it anew, and every stage that uses it; their folders are moved aside (may be given again)",
+    )
+    pipeline.add_argument("--quiet", action="store_true", help="no progress")
+    pipeline.set_defaults(handler=_pipeline)
+
     evaluate = commands.add_parser("eval", help="held-out metrics of a run, or of the model that a config starts from")
     _config_arguments(evaluate, "RUN or CONFIG.yaml")
     evaluate.add_argument("--step", default="last", help="last, best, 0 (the start) or a step's number (default: last)")
@@ -98,7 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from penchant.errors import PenchantError
 
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest:  # argparse takes no overrides behind an option
+        if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.overrides += rest
     if args.command is None:
         parser.print_help()
         return 0
@@ -140,6 +160,17 @@ def _train(args: argparse.Namespace) -> int:
             print(f"{name:>6}: {_held_out_line(metrics)}")
     print(f" model: {result.model}")
     print(f"report: {result.folder / 'report.html'}")
+    return 0
+
+
+def _pipeline(args: argparse.Namespace) -> int:
+    _with_allocator()
+    from penchant import api
+
+    if args.plan:
+        print(api.pipeline_plan(args.config, *args.overrides, redo=args.redo))
+        return 0
+    print(api.pipeline(args.config, *args.overrides, only=args.only, redo=args.redo, quiet=args.quiet).to_text())
     return 0
 
 

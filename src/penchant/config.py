@@ -119,6 +119,9 @@ class RunConfig(Section):
 # ---------------------------------------------------------------------------------------------------------------------
 # YAML
 
+Places = dict[tuple[str, ...], str]  # where a key stands: "file:line"
+BY_NAME = ("loss", "algorithm")  # sections that may be written as a name alone
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's scalars: 1e-5 is a number, yes and on are words; duplicate keys are refused."""
@@ -158,9 +161,9 @@ def _construct_int(_loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
-def _lines(node: yaml.Node, source: str, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
+def _lines(node: yaml.Node, source: str, prefix: tuple[str, ...] = ()) -> Places:
     """``{key path: "file:line"}``; duplicate keys raise."""
-    places: dict[tuple[str, ...], str] = {}
+    places: Places = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             path = (*prefix, str(key.value))
@@ -181,6 +184,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with ``file:line: what, how to mend`` for every problem found.
     """
+    values, places = read_mapping(path, "a config is a mapping with model, data and output; see recipes/")
+    return build(values, apply_overrides(values, places, overrides), str(path))
+
+
+def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
+    """The mapping that a YAML file holds, and where each of its keys stands: ``{key path: "file:line"}``.
+
+    Args:
+        shape: what such a file must look like, for a message.
+
+    Raises:
+        ConfigError: no such file, not YAML, a key twice, or something other than a mapping.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -198,22 +214,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     values, places = _parse(text, str(path))
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__} at the top"
-        raise ConfigError(str(path), what, "a config is a mapping with model, data and output; see recipes/")
-    return _build(values, places, overrides, str(path))
+        raise ConfigError(str(path), what, shape)
+    return values, places
 
 
 def config_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """The same from a mapping, for Python callers."""
-    return _build(_plain(values), {}, overrides, "config")
+    plain = plain_values(values)
+    return build(plain, apply_overrides(plain, {}, overrides), "config")
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
+    """Nested mappings as dicts with text keys, paths as text: what a YAML file would have given."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain_values(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_values(v) for v in value]
     return str(value) if isinstance(value, Path) else value
 
 
-def _parse(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
+def _parse(text: str, source: str) -> tuple[Any, Places]:
     try:
         node = yaml.compose(text, Loader=_Loader)
         places = _lines(node, source) if node is not None else {}
@@ -226,9 +246,12 @@ def _parse(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
         ) from error
 
 
-def _build(
-    values: dict[str, Any], places: dict[tuple[str, ...], str], overrides: Sequence[str], source: str
-) -> RunConfig:
+def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[str]) -> Places:
+    """Set ``key.path=value`` in `values`, in place.
+
+    Returns:
+        `places` with the overridden keys on the command line.
+    """
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
@@ -241,25 +264,48 @@ def _build(
         for i, part in enumerate(path[:-1]):
             if at.get(part) is None:
                 at[part] = {}
+            if part in BY_NAME and isinstance(at[part], str):
+                at[part] = {"name": at[part]}
             at = at[part]
             if not isinstance(at, dict):
                 raise ConfigError(
                     "command line", f"{'.'.join(path[: i + 1])} is a value, not a section", f"cannot set {key}"
                 )
-        if path == ("loss", "name") and at.get("name", "dpo") != value:
+        if path[-2:] == ("loss", "name") and at.get("name", "dpo") != value:
             # another loss starts from its own defaults: a beta that was meant for the file's loss is not meant for it
-            kept = {*LossModifiers.model_fields, *(p[1] for p in places if len(p) == 2 and places[p] == "command line")}
-            for key_of_file in [k for k in at if k not in kept]:
+            given = {p[-1] for p, where in places.items() if p[:-1] == path[:-1] and where == "command line"}
+            for key_of_file in [k for k in at if k not in {*LossModifiers.model_fields, *given}]:
                 del at[key_of_file]
         at[path[-1]] = value
         places = {p: where for p, where in places.items() if p[: len(path)] != path} | {path: "command line"}
+    return places
+
+
+def build(values: dict[str, Any], places: Places, source: str) -> RunConfig:
+    """A validated config.
+
+    Args:
+        places: ``{key path: "file:line"}`` for messages; source: where a key stands that has no place of its own.
+    """
     _check_loss(values, places, source)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise _all_of(_merge([_explain(e, places, source) for e in error.errors()])) from error
+        raise explain_all(error, (), places, source) from error
     except ConfigError as error:
         raise _with_place(error, places, source) from error
+
+
+def explain_all(
+    error: ValidationError,
+    prefix: tuple[str, ...],
+    places: Places,
+    source: str,
+    suggest: Callable[[str], str] | None = None,
+) -> ConfigError:
+    """A section's pydantic errors as sentences; `prefix` is where the section stands, `suggest` answers an unknown key."""
+    found = [_explain({**e, "loc": (*prefix, *e["loc"])}, places, source, suggest) for e in error.errors()]
+    return _all_of(_merge(found))
 
 
 def _all_of(problems: Sequence[ConfigError]) -> ConfigError:
@@ -268,7 +314,7 @@ def _all_of(problems: Sequence[ConfigError]) -> ConfigError:
     return ConfigError(first.where, first.what, first.how + more)
 
 
-def _check_loss(values: Mapping[str, Any], places: Mapping[tuple[str, ...], str], source: str) -> None:
+def _check_loss(values: Mapping[str, Any], places: Places, source: str) -> None:
     """The loss section by itself: its errors have places of their own, in schedules and in the entries of a mix."""
     loss = values.get("loss")
     if isinstance(loss, list):
@@ -279,11 +325,7 @@ def _check_loss(values: Mapping[str, Any], places: Mapping[tuple[str, ...], str]
     try:
         LossConfig.from_mapping(section)
     except LossProblem as problem:
-        found = [
-            _explain({**e, "loc": (*problem.path, *e["loc"])}, places, source, problem.suggestion)
-            for e in problem.error.errors()
-        ]
-        raise _all_of(_merge(found)) from problem
+        raise explain_all(problem.error, problem.path, places, source, problem.suggestion) from problem
     except ConfigError as error:
         raise _with_place(error, places, source) from error
 
@@ -293,10 +335,10 @@ def _with_place(error: ConfigError, places: Mapping[tuple[str, ...], str], sourc
     path = tuple(error.where.split("."))
     if path[0] not in RunConfig.model_fields:
         return error
-    return ConfigError(_place_of(path, places, source), f"{error.where} {error.what}", error.how)
+    return ConfigError(place_of(path, places, source), f"{error.where} {error.what}", error.how)
 
 
-def _place_of(path: tuple[str, ...], places: Mapping[tuple[str, ...], str], source: str) -> str:
+def place_of(path: tuple[str, ...], places: Mapping[tuple[str, ...], str], source: str) -> str:
     """Where the key, or the nearest section around it, stands."""
     return next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), source)
 
@@ -324,7 +366,7 @@ def _explain(
         for p in error["loc"]
         if str(p) not in ("float", "int", "str", "bool") and not str(p).startswith(("literal[", "list[", "function"))
     )
-    where = _place_of(path, places, source)
+    where = place_of(path, places, source)
     dotted = ".".join(path)
     kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":

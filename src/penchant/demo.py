@@ -12,14 +12,16 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from penchant import api
+
+if TYPE_CHECKING:
+    from penchant.evaluation.written import Written
 
 SAMPLES = 8  # continuations per training opening
 PAIRS = 3  # pairs per opening: the best against the worst, the second best against the second worst, ...
@@ -36,15 +38,6 @@ TRAINING: dict[str, Any] = {
     "evaluation": {"samples": 0, "kl_prompts": 0},
     "reference": {"kind": "frozen"},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What a model wrote for the held-out openings, opening by opening, with rewards and token ids."""
-
-    texts: list[str]
-    ids: list[list[int]]
-    rewards: np.ndarray
 
 
 def asset(name: str) -> Path:
@@ -196,11 +189,20 @@ def _make_pairs(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, 
 
 
 def _write(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progress: Any) -> Written:
+    from penchant.evaluation.written import write
     from penchant.rewards.lexicon import sentiment
 
-    samples = [s for group in _sample(model, tokenizer, openings, EVAL_SAMPLES, seed, progress) for s in group]
-    texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples]
-    return Written(texts, [s.ids for s in samples], sentiment(texts))
+    return write(
+        model,
+        tokenizer,
+        [_prompt_ids(tokenizer, o) for o in openings],
+        n=EVAL_SAMPLES,
+        max_new_tokens=NEW_TOKENS,
+        seed=seed,
+        temperature=TEMPERATURE,
+        judge=lambda _prompts, texts: sentiment(texts),
+        progress=progress,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,11 +221,11 @@ def _measure(
     from penchant.evaluation.stats import bootstrap_ci, paired_bootstrap, win_rate
     from penchant.evaluation.text import distinct_n
 
-    prompts = np.repeat(np.arange(len(openings)), EVAL_SAMPLES)
+    assert before.rewards is not None and after.rewards is not None
+    prompts = after.prompts
     gain = paired_bootstrap(before.rewards, after.rewards, clusters=prompts)
     wins = win_rate(before.rewards, after.rewards, clusters=prompts)
-    trees = _sample_trees(tokenizer, openings, after)
-    kl = _logps(aligned, trees) - _logps(start, trees)
+    kl = _logps(aligned, after.trees) - _logps(start, after.trees)
     per_sequence = bootstrap_ci(kl, clusters=prompts)
     tokens = sum(map(len, after.ids))
     headline: list[dict[str, Any]] = [
@@ -282,19 +284,6 @@ def _measure(
     return {"verdict": verdict, "headline": headline, "openings": len(openings), "samples_per_opening": EVAL_SAMPLES}
 
 
-def _sample_trees(tokenizer: Any, openings: Sequence[str], written: Written) -> list[Any]:
-    from penchant.types import TokenTree
-
-    trees = []
-    for i, opening in enumerate(openings):
-        ids = written.ids[i * EVAL_SAMPLES : (i + 1) * EVAL_SAMPLES]
-        arrays = tuple(np.array(c, dtype=np.int32) for c in ids)
-        trees.append(
-            TokenTree(i, np.array(_prompt_ids(tokenizer, opening), dtype=np.int32), arrays, (False,) * len(ids))
-        )
-    return trees
-
-
 def _logps(model: Any, trees: list[Any]) -> np.ndarray:
     from penchant.logprobs import Scorer
     from penchant.reference import LiveReference, compute_logps
@@ -317,6 +306,7 @@ def _perplexity(model: Any, tokenizer: Any, path: str) -> float:
 
 def _write_samples(folder: Path, openings: Sequence[str], before: Written, after: Written, count: int = 12) -> None:
     """The first continuation of the first openings, before and after: not chosen by what they say."""
+    assert before.rewards is not None and after.rewards is not None
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as out:
         for i, opening in enumerate(openings[:count]):
             at = i * EVAL_SAMPLES

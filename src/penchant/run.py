@@ -157,9 +157,10 @@ class Run:
     @cached_property
     def tokenised(self) -> tuple[TokenisedDataset, TokenisedDataset | None]:
         train, heldout = self.datasets
-        return self._tokenise(train), None if heldout is None else self._tokenise(heldout)
+        return self.tokenise_rows(train), None if heldout is None else self.tokenise_rows(heldout)
 
-    def _tokenise(self, dataset: Dataset, on_bad_row: str | None = None) -> TokenisedDataset:
+    def tokenise_rows(self, dataset: Dataset, on_bad_row: str | None = None) -> TokenisedDataset:
+        """Rows as this run would train on them."""
         data = self.config.data
         return tokenise(
             dataset,
@@ -227,7 +228,7 @@ class Run:
         train, heldout = self.datasets
         splits = {"train": train} | ({"held out": heldout} if heldout is not None else {})
         whole = self.loaded["train"]
-        return run_audit(whole, self._tokenise(whole, on_bad_row="skip") if tokenise else None, splits)
+        return run_audit(whole, self.tokenise_rows(whole, on_bad_row="skip") if tokenise else None, splits)
 
     # ---- model ----------------------------------------------------------------------------------------------------
 
@@ -236,7 +237,7 @@ class Run:
         """The policy: fp32 as loaded, with its adapter; `optimiser` takes the masters, then it is cast."""
         cfg = self.config
         model = load_causal_model(cfg.model, self.device, cfg.train.seed)
-        self._set_threads(sum(p.numel() for p in model.parameters()))
+        self.set_threads(sum(p.numel() for p in model.parameters()))
         self._check_vocabulary(model)
         if cfg.lora is not None:
             model = add_lora(model, cfg.lora, cfg.train.seed)
@@ -246,7 +247,8 @@ class Run:
                 model.enable_input_require_grads()
         return model
 
-    def _set_threads(self, parameters: int) -> None:
+    def set_threads(self, parameters: int) -> None:
+        """As `train.threads` says for a model of this size."""
         threads = self.config.train.threads
         if threads == "auto":
             threads = 1 if parameters < SMALL_MODEL else len(os.sched_getaffinity(0))

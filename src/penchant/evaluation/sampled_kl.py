@@ -42,20 +42,34 @@ def sampled_kl(
         TokenTree(i, np.array(p, np.int32), (np.array(r[0].ids, np.int32),), (not r[0].finished,))
         for i, (p, r) in enumerate(zip(prompts, rows, strict=True))
     ]
+    return kl_on(policy, reference, trees, tokens_per_step=tokens_per_step)
+
+
+def kl_on(
+    policy: LiveReference, reference: LiveReference, trees: Sequence[TokenTree], *, tokens_per_step: int
+) -> dict[str, Any]:
+    """The same on completions that the policy has written already, at temperature 1; any number of a prompt.
+
+    Args:
+        trees: each prompt with its completions; the interval draws whole trees.
+    """
     shared = policy.scorer.shared
     device = next(policy.scorer.model.parameters()).device
-    per_completion: list[float] = []
+    by_tree: dict[int, list[float]] = {}
     k3 = 0.0
     for members in plan_microbatches([tree_tokens(t, shared) for t in trees], tokens_per_step):
         batch = pack([trees[i] for i in members], shared=shared).to(device)
         d = (policy.completion_logps(batch).tokens - reference.completion_logps(batch).tokens).double()
         sums = torch.zeros(len(batch.lengths), dtype=d.dtype, device=device).index_add(0, batch.completion_of, d)
-        per_completion += sums.tolist()
+        for i, part in zip(members, sums.split([len(trees[i].completion_ids) for i in members]), strict=True):
+            by_tree[i] = part.tolist()
         k3 += float((torch.exp(-d) - 1 + d).sum())
-    interval = bootstrap_ci(per_completion, draws=2000)
+    per_completion = [v for i in range(len(trees)) for v in by_tree[i]]
+    clusters = [i for i in range(len(trees)) for _ in by_tree[i]]
+    interval = bootstrap_ci(per_completion, clusters=clusters, draws=2000)
     return {
         "kl/policy_ref": interval.estimate,
         "kl/policy_ref/ci": [interval.low, interval.high],
-        "kl/per_token": k3 / sum(len(t.completion_ids[0]) for t in trees),
-        "kl/completions": len(trees),
+        "kl/per_token": k3 / sum(len(c) for t in trees for c in t.completion_ids),
+        "kl/completions": len(per_completion),
     }

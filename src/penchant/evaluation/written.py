@@ -1,0 +1,87 @@
+"""What a model writes for held-out prompts, judged or not: the raw material of every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from penchant.rollout.generate import sample
+from penchant.types import TokenTree
+
+Judge = Callable[[Sequence[str], Sequence[str]], np.ndarray]  # (prompts, completions) -> one number each
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Completions, prompt by prompt.
+
+    Args:
+        trees: each prompt with its n completions; `truncated` where one did not end by itself.
+        texts: of all completions in order, (prompts x n); rewards: (prompts x n,), None where nobody judged.
+    """
+
+    trees: list[TokenTree]
+    texts: list[str]
+    rewards: np.ndarray | None
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """Token ids of all completions in order."""
+        return [c.tolist() for t in self.trees for c in t.completion_ids]
+
+    @property
+    def ended(self) -> np.ndarray:
+        """Whether each completion ended by itself, (prompts x n,)."""
+        return np.array([not cut for t in self.trees for cut in t.truncated])
+
+    @property
+    def prompts(self) -> np.ndarray:
+        """The number of each completion's prompt, (prompts x n,): the clusters of an interval."""
+        return np.array([i for i, t in enumerate(self.trees) for _ in t.completion_ids])
+
+
+def write(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    n: int,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    judge: Judge | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Written:
+    """Sample `n` completions of each prompt and have them judged.
+
+    Args:
+        prompts: token ids; seed: of the draws; judge: a reward of texts, called once with all of them.
+    """
+    rows = sample(
+        model,
+        prompts,
+        n=n,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        eos_token_id=tokenizer.eos_token_id,
+        progress=progress,
+    )
+    trees = [
+        TokenTree(
+            i,
+            np.array(prompt, dtype=np.int32),
+            tuple(np.array(s.ids, dtype=np.int32) for s in row),
+            tuple(not s.finished for s in row),
+        )
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
+    ]
+    texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for row in rows for s in row]
+    rewards = None
+    if judge is not None:
+        asked = [tokenizer.decode(list(p), skip_special_tokens=True) for p in prompts]
+        rewards = judge([a for a in asked for _ in range(n)], texts)
+    return Written(trees, texts, rewards)

@@ -1,0 +1,124 @@
+"""A LoRA adapter merged into its base: a full model that anything can start from, checked against the unmerged one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penchant.errors import ModelError
+from penchant.models.load import load_causal_model, load_tokenizer, save_model
+from penchant.models.options import ModelConfig
+from penchant.models.structure import base_model_of
+
+MARK = "merged.json"  # of which adapter the folder was made, and what was written
+WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")  # files that say what a model computes
+TOLERANCE = 1e-4  # of logits, relative to their largest: merging in fp32 changes the order of sums and nothing else
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a model folder holds a LoRA adapter rather than a model."""
+    return (folder / "adapter_config.json").exists()
+
+
+def model_sha256(folder: Path) -> str:
+    """SHA-256 over names and content of a model folder's files: weights, config, tokenizer.
+
+    Raises:
+        ModelError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ModelError(str(folder), "no such folder", "give a model's folder")
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in WEIGHTS and path.name != MARK and not path.name.startswith("."):
+            digest.update(f"{path.name}:{file_sha256(path)};".encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def merged_model(base: ModelConfig, adapter: Path, device: torch.device, seed: int = 0) -> Any:
+    """The base model in fp32 with the adapter merged in: ``W + (alpha / r) B A``.
+
+    Args:
+        base: of the run that trained the adapter; seed: of that run (it matters where the base starts from random weights).
+
+    Raises:
+        ModelError: not an adapter of a causal model, or the merged model's logits differ from the unmerged one's.
+    """
+    from peft import PeftModel
+
+    kind = json.loads((adapter / "adapter_config.json").read_text()).get("task_type")
+    if kind != "CAUSAL_LM":
+        raise ModelError(str(adapter), f"an adapter of type {kind} is no language model", "name another stage")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        model = PeftModel.from_pretrained(load_causal_model(base, device, seed), str(adapter)).eval()
+    before = _probe(model)
+    merged = base_model_of(model.merge_and_unload(safe_merge=True))  # type: ignore[operator]
+    _check_equal(str(adapter), before, _probe(merged))
+    return merged
+
+
+def merge_to_folder(base: ModelConfig, adapter: Path, folder: Path, seed: int = 0) -> Path:
+    """The merged model as a folder that `transformers` loads; made once, and again when adapter or folder has changed.
+
+    It is read back, and its logits compared with the unmerged model's, before it stands at its name.
+    """
+    from transformers import AutoModelForCausalLM
+
+    wanted = {"adapter": model_sha256(adapter), "base": base.model_dump(mode="json")}
+    if _mark(folder) == {**wanted, "written": model_sha256(folder) if folder.is_dir() else None}:
+        return folder
+    aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        merged = merged_model(base, adapter, torch.device("cpu"), seed)
+        save_model(merged, load_tokenizer(str(adapter)), aside)
+        again = AutoModelForCausalLM.from_pretrained(aside, dtype=torch.float32).eval()
+        _check_equal(str(folder), _probe(merged), _probe(again))
+        (aside / MARK).write_text(json.dumps({**wanted, "written": model_sha256(aside)}, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)  # made of another adapter, or changed since
+        os.rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _mark(folder: Path) -> Any:
+    try:
+        return json.loads((folder / MARK).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _probe(model: Any, length: int = 12) -> Tensor:
+    """Logits of a fixed row of tokens, (length, V)."""
+    rows, device = model.get_input_embeddings().weight.shape[0], next(model.parameters()).device
+    ids = torch.randint(0, rows, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.inference_mode():
+        return model(input_ids=ids).logits[0].float().cpu()
+
+
+def _check_equal(where: str, one: Tensor, other: Tensor) -> None:
+    away = float((one - other).abs().max())
+    allowed = TOLERANCE * max(1.0, float(one.abs().max()))
+    if not away <= allowed:
+        raise ModelError(
+            where,
+            f"merging the adapter changed the logits by {away:.3g} (allowed: {allowed:.3g})",
+            "start the next stage from a full model",
+        )
