@@ -65,7 +65,7 @@ def pair_quality(margins: np.ndarray, gaps: np.ndarray) -> tuple[dict[str, float
     return flat, {"rows": len(margins), "calibration": fit, "length": length}
 
 
-def tables(quality: dict[str, Any]) -> str:
+def as_text(quality: dict[str, Any]) -> str:
     """The tables as text: confidence against the share right, accuracy by length gap."""
     lines = ["confidence  share right  pairs"]
     lines += [f"{b['confidence']:>10.3f}  {b['right']:>11.3f}  {b['rows']:>5}" for b in quality["calibration"]["bins"]]
