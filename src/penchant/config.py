@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConfig
 from penchant.data.options import DataConfig
@@ -91,7 +92,10 @@ class RunConfig(Section):
         if isinstance(value, str):
             value = {"name": value}
         if isinstance(value, Mapping):
-            return ALGORITHMS.get(str(value.get("name")), OnlineConfig).model_validate(value)
+            name = str(value.get("name"))
+            if name not in ALGORITHMS and difflib.get_close_matches(name, ["reward_model"]):
+                raise ValueError(f'name is {name!r}; did you mean "reward_model"?')
+            return ALGORITHMS.get(name, OnlineConfig).model_validate(value)
         return value
 
     @field_serializer("algorithm")
@@ -351,27 +355,22 @@ def _explain(
     return ConfigError(where, f"{dotted} is {shown}", f"give {_wanted(error, path)}")
 
 
-def _section_of(path: tuple[str, ...]) -> type[BaseModel] | None:
-    """The section class that a key path lies in."""
-    section: Any = RunConfig
+def _fields_of(path: tuple[str, ...]) -> dict[str, FieldInfo]:
+    """The keys of the section that a key path lies in; of all of them, where a section has several forms."""
+    sections: list[Any] = [RunConfig]
     for part in path[:-1]:
-        if part == "loss" or part not in section.model_fields:
-            return None
-        annotation = section.model_fields[part].annotation
-        candidates = [
+        infos = [s.model_fields[part] for s in sections if part != "loss" and part in s.model_fields]
+        sections = [
             a
-            for a in (annotation, *getattr(annotation, "__args__", ()))
+            for info in infos
+            for a in (info.annotation, *getattr(info.annotation, "__args__", ()))
             if isinstance(a, type) and issubclass(a, BaseModel)
         ]
-        if not candidates:
-            return None
-        section = candidates[0]
-    return section
+    return {name: info for s in reversed(sections) for name, info in s.model_fields.items()}
 
 
 def _description(path: tuple[str, ...]) -> str:
-    section = _section_of(path)
-    info = section.model_fields.get(path[-1]) if section is not None else None
+    info = _fields_of(path).get(path[-1])
     return (info.description if info is not None else None) or "see recipes/ for an example"
 
 
@@ -392,11 +391,10 @@ def _wanted(error: Any, path: tuple[str, ...]) -> str:
 
 
 def _suggest_key(path: tuple[str, ...]) -> str:
-    section = _section_of(path)
     word = path[-1]
     if word in SYNONYMS:
         return f'did you mean "{SYNONYMS[word]}"?'
-    names = list(section.model_fields) if section is not None else []
+    names = list(_fields_of(path))
     close = difflib.get_close_matches(word, names, 1)
     if close:
         return f'did you mean "{close[0]}"?'

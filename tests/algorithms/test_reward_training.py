@@ -326,7 +326,8 @@ def test_a_state_dict_on_request(base: dict[str, Any]) -> None:
     [
         ({"reward": "words"}, "takes none; leave out reward"),
         ({"loss": "kto"}, "loss and algorithm are both set"),
-        ({"algorithm": {"name": "reward_model", "margins": "scores"}}, "margins"),
+        ({"algorithm": {"name": "reward_model", "margins": "scores"}}, 'did you mean "margin"'),
+        ({"algorithm": "reward_modl"}, 'did you mean "reward_model"'),
         ({"algorithm": {"name": "reward_model", "label_smoothing": 0.6}}, "less than 0.5"),
         ({"reference": {"ema": 0.9}}, "no reference that could move"),
     ],

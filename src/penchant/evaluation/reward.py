@@ -18,7 +18,7 @@ def calibration(margins: np.ndarray, bins: int = BINS) -> dict[str, Any]:
     Args:
         margins: (n,) reward of the chosen minus reward of the rejected answer; bins: at most so many.
 
-    Papers: arXiv 1706.04599 (ECE; equal-count bins: arXiv 1508.05154); Brier (1950).
+    Papers: arXiv 1706.04599 (ECE, with bins of equal width there); Brier (1950).
     """
     m = np.asarray(margins, dtype=np.float64)
     confidence = 1.0 / (1.0 + np.exp(-np.abs(m)))

@@ -88,8 +88,8 @@ def load_reward_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
     """A model with one output for a whole text, from a causal model, an encoder, or a reward model.
 
     A head that the folder does not have is drawn from a normal distribution of standard deviation 1 / sqrt(d + 1) (arXiv
-    2009.01325): over hidden states of unit size the first rewards are of unit size at most, whatever the width d. Its bias, where the
-    family has one, is 0: it cancels in every comparison.
+    2009.01325): over hidden states whose d coordinates are of size 1 the first rewards are of size 1 too, whatever d. Its bias, where
+    the family has one, is 0: it cancels in every comparison.
 
     Raises:
         ModelError: no such folder, or no model for sequence classification.
