@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from encoders import encoder_configs, encoder_folder
-from families import some_pairs, tiny_model
+from families import family_configs, some_pairs, tiny_model
 from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
 from penchant import api
@@ -77,12 +77,10 @@ def test_a_causal_model_learns_and_leaves_its_evidence(base: dict[str, Any]) -> 
     assert evaluated["tables"]["length"]["longer_wins"] == result.after["eval/length/longer_wins"]
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
-def test_an_encoder_learns(base: dict[str, Any], tmp_path: Path, family: str) -> None:
-    base |= {"model": {"path": encoder_folder(tmp_path / "encoder", family), "dtype": "fp32"}}
-    base["train"] |= {"epochs": 4}
-    base["data"]["max_length"] = 1024  # beyond every one of them: their own limit is taken
-    result = api.train(base, quiet=True)
+def test_an_encoder_learns(encoder: dict[str, Any]) -> None:
+    encoder["train"] |= {"epochs": 4}
+    encoder["data"]["max_length"] = 1024  # beyond it: its own limit is taken
+    result = api.train(encoder, quiet=True)
     assert result.after["eval/rewards/accuracies"] == 1.0
     assert result.after["eval/loss"] < result.before["eval/loss"] - 0.1
 
@@ -184,8 +182,7 @@ def test_the_score_is_the_heads_at_the_last_token(family: str) -> None:
         assert found == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("pad", [False, True])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora,pad", [(False, True), (True, False)])
 def test_a_stranger_gets_our_scores_from_the_saved_causal_model(base: dict[str, Any], lora: bool, pad: bool) -> None:
     """Padding on both sides and single rows; the tokenizer came with pad == EOS, or with none."""
     folder = Path(base["model"]["path"])
@@ -243,6 +240,30 @@ def test_padding_is_never_a_token_that_ends_a_text() -> None:
     alone.pad_token = None
     choose_padding(alone)
     assert alone.pad_token == "<|pad|>" and alone.pad_token_id == len(alone) - 1
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_a_new_padding_token_gets_a_row_of_its_own(base: dict[str, Any], tmp_path: Path, lora: Any) -> None:
+    """GPT-2 has one special token, and an embedding without room for another."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = tiny_tokenizer(bos=False)
+    tokenizer.unk_token = tokenizer.eos_token
+    config = family_configs()["gpt2"]
+    config.vocab_size = len(tokenizer)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    base |= {"model": {"path": str(tmp_path / "gpt2"), "dtype": "fp32"}, "lora": lora}
+    run = Run(api.as_config(base), quiet=True)
+    ours = rewards_of(run.reward_scorer, run.trees[1])
+    run._write_model(tmp_path / "saved")
+    model, saved = stranger(tmp_path / "saved")
+    assert saved.pad_token_id == 259 and model.get_input_embeddings().weight.shape[0] == 260
+    rows = [np.concatenate([t.prompt_ids, c]).tolist() for t in run.trees[1] for c in t.completion_ids]
+    batch = saved.pad({"input_ids": rows}, return_tensors="pt")
+    with torch.no_grad():
+        theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].tolist()
+    assert theirs == pytest.approx(ours, abs=1e-5) and np.std(ours) > 1e-2
 
 
 def test_groups_of_similar_length() -> None:
@@ -306,6 +327,16 @@ def test_a_reward_model_keeps_its_head_and_a_new_head_is_small(base: dict[str, A
     fresh = [head_of(Run(api.as_config({**base, "train": {"seed": s}}), quiet=True).model).weight for s in (0, 0, 1)]
     assert torch.equal(fresh[0], fresh[1]) and not torch.equal(fresh[0], fresh[2])
     assert float(fresh[0].detach().std()) == pytest.approx(1 / 33**0.5, rel=0.4)
+
+
+def test_a_classifier_of_several_labels_gives_its_body(base: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    three = AutoModelForSequenceClassification.from_pretrained(encoder_folder(tmp_path / "e"), num_labels=3)
+    three.save_pretrained(tmp_path / "e")
+    run = Run(api.as_config({**base, "model": {"path": str(tmp_path / "e"), "dtype": "fp32"}}), quiet=True)
+    assert torch.equal(run.model.bert.pooler.dense.weight, three.bert.pooler.dense.weight)
+    assert head_of(run.model).weight.shape == (1, 32)
 
 
 def test_a_state_dict_on_request(base: dict[str, Any]) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from encoders import encoder_folder
+from encoders import encoder_folder, encoder_tokenizer
 from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
 from penchant import api
@@ -42,12 +47,32 @@ def reward_run(folder: Path, model: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def trained(config: dict[str, Any]) -> tuple[Run, list[float]]:
-    """The run, and the scores of its held-out pairs in its own evaluation."""
-    api.train(config, quiet=True)
-    run = Run(api.as_config(Path(config["output"]) / "config.resolved.yaml"), quiet=True)
-    run.evaluate()
-    return run, rewards_of(run.reward_scorer, run.trees[1])
+class Trained(NamedTuple):
+    """A reward model's run, its scores of its held-out pairs in its own evaluation, and the model that it started from."""
+
+    run: Run
+    own: list[float]
+    start: str
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
+    """Reward models by kind (plain, chat, encoder), each trained once; nobody may change their folders."""
+
+    @cache
+    def of(kind: str) -> Trained:
+        folder = tmp_path_factory.mktemp(kind)
+        if kind == "encoder":
+            start, more = encoder_folder(folder / "model"), {"data": {"max_length": 64}}
+        else:
+            start, more = tiny_model_folder(folder / "model", chat=kind == "chat"), {}
+        config = reward_run(folder, start, **more)
+        api.train(config, quiet=True)
+        run = Run(api.as_config(Path(config["output"]) / "config.resolved.yaml"), quiet=True)
+        run.evaluate()
+        return Trained(run, rewards_of(run.reward_scorer, run.trees[1]), start)
+
+    return of
 
 
 def as_rollouts(run: Run, tokenizer: Any, template: str = "auto") -> tuple[list[TokenTree], PolicyText]:
@@ -59,29 +84,29 @@ def as_rollouts(run: Run, tokenizer: Any, template: str = "auto") -> tuple[list[
 
 
 CASES = {
-    "same tokenizer": ({}, {}),
-    "chat template in both": ({"chat": True}, {"chat": True}),
-    "chat policy, plain reward model": ({}, {"chat": True}),
-    "plain policy, chat reward model": ({"chat": True}, {}),
-    "other specials": ({"bos": False}, {}),
+    "same tokenizer": ("plain", {}),
+    "chat template in both": ("chat", {"chat": True}),
+    "chat policy, plain reward model": ("plain", {"chat": True}),
+    "plain policy, chat reward model": ("chat", {}),
+    "other specials": ("plain", {"bos": False}),
 }
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_rollouts_get_the_score_of_the_reward_models_own_evaluation(tmp_path: Path, case: str) -> None:
-    of_reward, of_policy = CASES[case]
-    run, own = trained(reward_run(tmp_path, tiny_model_folder(tmp_path / "model", **of_reward)))
+def test_rollouts_get_the_score_of_the_reward_models_own_evaluation(trained: Any, case: str) -> None:
+    kind, of_policy = CASES[case]
+    run, own, _ = trained(kind)
     trees, policy = as_rollouts(run, tiny_tokenizer(**of_policy))
     folder = find_reward_model(str(run.folder))
     assert folder is not None
     model = load_reward_function("reward", folder, CPU, policy)
-    assert model._same == (of_reward == of_policy)
+    assert model._same == (case in ("same tokenizer", "chat template in both"))
     assert np.std(own) > 0.01
     assert model.score_trees(trees) == pytest.approx(own, abs=1e-5)
 
 
-def test_an_encoder_judges_the_texts(tmp_path: Path) -> None:
-    run, own = trained(reward_run(tmp_path, encoder_folder(tmp_path / "encoder"), data={"max_length": 64}))
+def test_an_encoder_judges_the_texts(trained: Any) -> None:
+    run, own, _ = trained("encoder")
     trees, policy = as_rollouts(run, tiny_tokenizer(chat=True))
     reward = load_reward({str(run.folder): 2.0, "words": -1.0}, policy)
     words = [float(len(c.text.split())) for t in run.datasets[1].trees for c in t.completions]  # type: ignore[union-attr]
@@ -90,16 +115,16 @@ def test_an_encoder_judges_the_texts(tmp_path: Path) -> None:
     assert reward([""] * len(own), texts, trees).tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_texts_alone_can_be_judged_too(tmp_path: Path) -> None:
-    run, own = trained(reward_run(tmp_path, tiny_model_folder(tmp_path / "model")))
+def test_texts_alone_can_be_judged_too(trained: Any) -> None:
+    run, own, _ = trained("plain")
     pairs = [(t.prompt, c.text) for t in run.datasets[1].trees for c in t.completions]  # type: ignore[union-attr]
     reward = load_reward(str(run.folder))
     assert reward([str(p) for p, _ in pairs], [c for _, c in pairs]).tolist() == pytest.approx(own, abs=1e-5)
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_an_unfinished_completion_is_judged_without_eos(tmp_path: Path, chat: bool) -> None:
-    run, _ = trained(reward_run(tmp_path, tiny_model_folder(tmp_path / "model")))
+def test_an_unfinished_completion_is_judged_without_eos(trained: Any, chat: bool) -> None:
+    run = trained("plain").run
     trees, policy = as_rollouts(run, tiny_tokenizer(chat=chat), "auto")
     cut = TokenTree(0, trees[0].prompt_ids, (trees[0].completion_ids[0][:-1],), (True,), trees[0].source)
     assert find_reward_model(str(run.folder)) is not None
@@ -116,8 +141,6 @@ def test_the_reward_models_of_other_people(tmp_path: Path) -> None:
 
     model = AutoModelForSequenceClassification.from_pretrained(encoder_folder(tmp_path / "e"), num_labels=1)
     model.save_pretrained(tmp_path / "foreign")
-    from encoders import encoder_tokenizer
-
     tokenizer = encoder_tokenizer()
     tokenizer.save_pretrained(tmp_path / "foreign")
     batch = tokenizer(["p", "p"], ["good", "bad one"], padding=True, return_tensors="pt")
@@ -143,9 +166,8 @@ def online(folder: Path, model: str, reward: Any, **algorithm: Any) -> dict[str,
     }
 
 
-def test_an_online_run_is_judged_by_the_reward_model(tmp_path: Path) -> None:
-    model = tiny_model_folder(tmp_path / "model", chat=True)
-    run, _ = trained(reward_run(tmp_path, model))
+def test_an_online_run_is_judged_by_the_reward_model(tmp_path: Path, trained: Any) -> None:
+    run, _, model = trained("chat")
     config = online(tmp_path, model, {str(run.folder): 1.0, "device": "cpu"}, name="rloo")
     policy = Run(api.as_config(config), quiet=True)
     groups = policy.algorithm.writer.write(policy.trees[1], 0)  # type: ignore[union-attr]
@@ -154,27 +176,25 @@ def test_an_online_run_is_judged_by_the_reward_model(tmp_path: Path) -> None:
     assert "eval/reward" in api.train(config, quiet=True).after
 
 
-def test_ppos_value_model_starts_as_the_reward_model(tmp_path: Path) -> None:
-    model = tiny_model_folder(tmp_path / "model")
-    reward, _ = trained(reward_run(tmp_path, model))
+def test_ppos_value_model_starts_as_the_reward_model(tmp_path: Path, trained: Any) -> None:
+    reward, _, model = trained("plain")
     config = online(tmp_path, model, {str(reward.folder): 0.5, "words": 0.1}, value="separate")
     run = Run(api.as_config(config), quiet=True)
     assert run.value is not None and run.value.backbone is not None
     theirs = backbone_of(reward.model).state_dict()
     assert all(torch.equal(w, theirs[n]) for n, w in backbone_of(run.value.backbone).state_dict().items())
     assert torch.allclose(run.value.head.weight, 0.5 * head_of(reward.model).weight)
-    # at a completion's last token its value is its reward (the head reads the same hidden state)
     zero = Run(api.as_config({**config, "algorithm": {**config["algorithm"], "value_init": "zero"}}), quiet=True)
     assert zero.value is not None and not zero.value.head.weight.any()
     assert api.train(config, quiet=True).steps == 1
 
 
 @pytest.mark.parametrize("why", ["encoder", "no reward model", "another architecture"])
-def test_a_value_model_that_cannot_start_there(tmp_path: Path, why: str) -> None:
+def test_a_value_model_that_cannot_start_there(tmp_path: Path, trained: Any, why: str) -> None:
     model = tiny_model_folder(tmp_path / "model")
     reward = "words"
     if why == "encoder":
-        reward = str(trained(reward_run(tmp_path, encoder_folder(tmp_path / "e"), data={"max_length": 64}))[0].folder)
+        reward = str(trained("encoder").run.folder)
     if why == "another architecture":
         from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
@@ -238,19 +258,18 @@ def test_a_changed_reward_is_another_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"content of reward .*rewards\.py:f"):
         api.train(config, quiet=True)
     # a run of an older version, which did not keep it, still resumes
-    import json
-
     old = json.loads(kept)
     identity.write_text(json.dumps({k: v for k, v in old.items() if not k.startswith("content of")}))
     api.train(config, quiet=True)
 
 
-def test_the_content_of_a_reward_model_is_its_weights(tmp_path: Path) -> None:
-    run, _ = trained(reward_run(tmp_path, tiny_model_folder(tmp_path / "model")))
-    config = api.as_config(online(tmp_path, "m", {str(run.folder): 1.0, "words": 1.0}))
-    (one,) = reward_contents(config).values()
-    folder = find_reward_model(str(run.folder))
-    assert folder is not None
+def test_the_content_of_a_reward_model_is_its_weights(tmp_path: Path, trained: Any) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(find_reward_model(str(trained("plain").run.folder)), folder)  # type: ignore[type-var]
+    (tmp_path / "words").mkdir()  # a folder of a built-in reward's name is no reward model
+    config = api.as_config(online(tmp_path, "m", {str(folder): 1.0, "words": 1.0}))
+    with contextlib.chdir(tmp_path):
+        (one,) = reward_contents(config).values()
     (folder / "model.safetensors").write_bytes(b"other")
     (other,) = reward_contents(config).values()
     assert one != other

@@ -20,6 +20,7 @@ from penchant.models.load import DTYPES, cast_parameters, load_tokenizer
 from penchant.models.options import ModelConfig
 from penchant.models.reward import SETTINGS, context_of, is_reward_model, load_model_config, load_reward_model
 from penchant.packing_check import choose_packing
+from penchant.rewards.options import BUILT_IN
 from penchant.rewards.scorer import CausalRewards, EncoderRewards, RewardScorer
 from penchant.training.checkpoint import checkpoints, latest_checkpoint
 from penchant.types import Completion, Prompt, PromptTree, TokenTree
@@ -147,13 +148,13 @@ def make_scorer(model: Any, encoder: bool, tokenizer: Any, packing: str, kernels
 
 
 def find_reward_model(path: str) -> Path | None:
-    """The model folder that a reward of this name means: a run's best or last checkpoint, or the folder itself; None: no folder.
+    """The model folder that a reward of this name means: a run's best or last checkpoint, or the folder itself; None: another kind.
 
     Raises:
         CheckpointError: a run without a checkpoint.
     """
     folder = Path(path).expanduser()
-    if not folder.is_dir():
+    if path in BUILT_IN or not folder.is_dir():
         return None
     if not (folder / "checkpoints").is_dir() and not (folder / "config.resolved.yaml").exists():
         return folder
