@@ -1,11 +1,10 @@
-"""Reward models on real pairs, from several models with one command: what docs/results.md shows.
+"""Reward models on film-review sentences, from several models with one command: what docs/results.md shows.
 
-    .venv/bin/python recipes/reward_models.py --task sst2 --data sst2_train.tsv --model minilm=all-MiniLM-L6-v2 --model bundled
-    .venv/bin/python recipes/reward_models.py --task hh --data hh-harmless.jsonl --model minilm=all-MiniLM-L6-v2
+    .venv/bin/python recipes/reward_models.py --data sst2_train.tsv --model bundled --model minilm=all-MiniLM-L6-v2
 
-sst2: lines of sentence, tab, 0 or 1 (Stanford Sentiment Treebank). Every pair is a positive against a negative sentence, drawn
-without replacement; 500 pairs are held out, so no sentence is on both sides. hh: {chosen, rejected} transcripts of hh-rlhf.
-A model is NAME=FOLDER (a causal model or a BERT-type encoder), or `bundled`.
+The data: lines of sentence, tab, 0 or 1 (Stanford Sentiment Treebank). Every pair is a positive against a negative sentence, drawn
+without replacement; 500 pairs are held out, so no sentence is on both sides. A model is NAME=FOLDER (a causal model or a BERT-type
+encoder), or `bundled`.
 """
 
 from __future__ import annotations
@@ -21,13 +20,6 @@ from penchant import api
 from penchant.evaluation.reward import as_text
 
 HELD_OUT = 500
-SETTINGS: dict[str, dict[str, Any]] = {
-    "sst2": {"data": {"max_length": 96}, "train": {"epochs": 1, "batch_size": 32}},
-    "hh": {
-        "data": {"limit": 1000, "validation_rows": 200, "max_length": 192, "on_bad_row": "skip"},
-        "train": {"epochs": 1, "batch_size": 16},
-    },
-}
 
 
 def sentence_pairs(path: Path, folder: Path, seed: int = 0) -> dict[str, str]:
@@ -49,15 +41,14 @@ def sentence_pairs(path: Path, folder: Path, seed: int = 0) -> dict[str, str]:
     return paths
 
 
-def train(task: str, data: dict[str, Any], name: str, model: str, output: Path, lr: float | None) -> dict[str, Any]:
+def train(data: dict[str, str], name: str, model: str, output: Path, lr: float | None) -> dict[str, Any]:
     """One reward model; its held-out figures before and after."""
-    settings = SETTINGS[task]
     run = {
         "model": {"path": model},
-        "data": {**data, **settings["data"]},
+        "data": {**data, "max_length": 96},
         "algorithm": "reward_model",
-        "train": {**settings["train"], **({} if lr is None else {"lr": lr})},
-        "output": str(output / f"{task}-{name}"),
+        "train": {"epochs": 1, "batch_size": 32, **({} if lr is None else {"lr": lr})},
+        "output": str(output / f"sst2-{name}"),
     }
     result = api.train(run)
     quality = json.loads((result.folder / "calibration.json").read_text())
@@ -83,19 +74,18 @@ def row(name: str, m: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=list(SETTINGS), required=True)
-    parser.add_argument("--data", required=True, help="sst2_train.tsv, or hh-rlhf rows (JSONL)")
+    parser.add_argument("--data", required=True, help="sst2_train.tsv")
     parser.add_argument("--model", action="append", required=True, help="NAME=FOLDER or bundled; may be repeated")
     parser.add_argument("--lr", type=float, help="default: what the kind of model says")
     parser.add_argument("--output", default="runs/reward-models")
     args = parser.parse_args()
     output = Path(args.output)
-    data = {"path": args.data} if args.task == "hh" else sentence_pairs(Path(args.data), output / "sst2-pairs")
+    data = sentence_pairs(Path(args.data), output / "sst2-pairs")
     bundled = str(Path(penchant.__file__).parent / "assets" / "model")
     lines, details = [], []
     for given in args.model:
         name, _, folder = given.partition("=")
-        found = train(args.task, data, name, folder or bundled, output, args.lr)
+        found = train(data, name, folder or bundled, output, args.lr)
         lines += [row(f"{name}, before", found["before"]), row(f"{name}, after", found["after"])]
         m, a = found["manifest"], found["after"]
         rows = [m["data"][k]["rows"] for k in ("train split", "held-out split") if k in m["data"]]
