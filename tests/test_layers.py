@@ -11,11 +11,12 @@ import penchant
 LAYERS = [
     {"penchant", "errors"},
     {"types", "schema"},
-    {"losses", "data", "models", "rewards"},
+    {"losses", "data", "models"},
     {"head"},
     {"logprobs"},
     {"packing_check", "reference", "rollout"},
     {"training"},
+    {"rewards"},  # a reward model runs on the engine and is found in its run's folder
     {"algorithms", "evaluation", "report"},
     {"loss_config"},
     {"config", "manifest", "catalogue"},

@@ -37,9 +37,10 @@ def test_every_loss_section_is_a_config(tmp_path: Path) -> None:
     base = "model: {path: m}\ndata: {path: d}\noutput: o\n"
     sections = [s for s in _blocks("yaml")[1:] if "output:" not in s]
     sections += re.findall(r"^\| [^|]*\| `((?:loss|reference): \{.*?\})`", README, flags=re.M)
-    assert len(sections) == 7
+    assert len(sections) == 8
     for section in sections:
-        (tmp_path / "run.yaml").write_text(base + section + "\n")
+        online = "algorithm: rloo\n" if section.startswith("reward:") else ""
+        (tmp_path / "run.yaml").write_text(base + online + section + "\n")
         load_config(tmp_path / "run.yaml")
 
 
@@ -48,11 +49,20 @@ def test_the_online_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Write about {i}"} for i in range(60)])
     (code,) = re.findall(r"```\n# rewards\.py\n(.*?)```", README, flags=re.S)
     (tmp_path / "rewards.py").write_text(code)
-    (block,) = [s for s in _blocks("yaml") if "algorithm:" in s and "stages:" not in s]
+    (block,) = [s for s in _blocks("yaml") if "name: rloo, samples" in s]
     (tmp_path / "run.yaml").write_text(block.replace(MODEL, tiny_model_folder(tmp_path / "model")))
     overrides = ["train.max_steps=1", "algorithm.max_new_tokens=4", "data.max_length=64", "evaluation.samples=0"]
     result = api.train(tmp_path / "run.yaml", *overrides, quiet=True)
     assert "eval/reward/ci" in result.after
+
+
+def test_the_reward_model_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "train.jsonl", polite_rows(40))
+    (block,) = [s for s in _blocks("yaml") if "reward_model" in s]
+    (tmp_path / "run.yaml").write_text(block.replace(MODEL, tiny_model_folder(tmp_path / "model")))
+    result = api.train(tmp_path / "run.yaml", "train.max_steps=1", "data.max_length=128", quiet=True)
+    assert "eval/calibration/ece" in result.after
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/pipeline.md"])

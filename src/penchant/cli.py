@@ -184,12 +184,17 @@ def _evaluate(args: argparse.Namespace) -> int:
 
         print(json.dumps(metrics, indent=1))
         return 0
+    tables = metrics.pop("tables", None)
     for name, value in metrics.items():
         if name.endswith("/ci"):
             continue
         interval = metrics.get(f"{name}/ci")
         shown = f"{value:,.4f}" if isinstance(value, float) else str(value)
         print(f"{name:<28} {shown:>12}" + (f"  [{interval[0]:,.4f}, {interval[1]:,.4f}]" if interval else ""))
+    if tables is not None:
+        from penchant.evaluation.reward import as_text
+
+        print("\n" + as_text(tables))
     return 0
 
 

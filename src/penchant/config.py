@@ -10,12 +10,14 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
-from penchant.algorithms.options import OnlineConfig, PPOConfig
+from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConfig
 from penchant.data.options import DataConfig
 from penchant.errors import ConfigError
 from penchant.loss_config import LossConfig, LossModifiers, LossProblem
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
+from penchant.rewards.options import BUILT_IN, RewardConfig
 from penchant.schema import Section
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
@@ -45,6 +47,8 @@ SYNONYMS = {
     "loss_type": "loss.name",
 }
 
+ALGORITHMS: dict[str, type[Section]] = {"ppo": PPOConfig, "reward_model": RewardModelConfig}  # the others: OnlineConfig
+
 
 class RunConfig(Section):
     """Everything that a run is made of."""
@@ -53,9 +57,10 @@ class RunConfig(Section):
     data: DataConfig
     lora: LoraConfig | None = None
     loss: LossConfig = Field(default_factory=lambda: LossConfig.from_mapping({"name": "dpo"}))
-    algorithm: OnlineConfig | PPOConfig | None = None
-    reward: str | dict[str, float] | None = Field(
-        None, description="of an online method: sentiment, words, path.py:function, or a mapping of those to weights"
+    algorithm: OnlineConfig | PPOConfig | RewardModelConfig | None = None
+    reward: RewardConfig | None = Field(
+        None,
+        description="of an online method: sentiment, words, path.py:function, a reward model's folder, or a mapping to weights",
     )
     reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
@@ -83,23 +88,30 @@ class RunConfig(Section):
 
     @field_validator("algorithm", mode="before")
     @classmethod
-    def _ppo_has_its_own(cls, value: Any) -> Any:
+    def _each_has_its_own(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = {"name": value}
         if isinstance(value, Mapping):
-            return (PPOConfig if value.get("name") == "ppo" else OnlineConfig).model_validate(value)
+            name = str(value.get("name"))
+            if name not in ALGORITHMS and difflib.get_close_matches(name, ["reward_model"]):
+                raise ValueError(f'name is {name!r}; did you mean "reward_model"?')
+            return ALGORITHMS.get(name, OnlineConfig).model_validate(value)
         return value
 
     @field_serializer("algorithm")
-    def _algorithm_by_alias(self, value: OnlineConfig | None) -> dict[str, Any] | None:
+    def _algorithm_by_alias(self, value: Section | None) -> dict[str, Any] | None:
         return None if value is None else value.model_dump(mode="json", by_alias=True)
 
     @model_validator(mode="after")
     def _online_or_offline(self) -> RunConfig:
         if self.algorithm is None and self.reward is not None:
             raise ValueError("reward is set without an algorithm; add algorithm.name (rloo, grpo, online_dpo, ppo)")
-        if self.algorithm is not None and self.reward is None:
-            raise ValueError("algorithm needs a reward; set reward to sentiment, words or path.py:function")
+        if isinstance(self.algorithm, RewardModelConfig) and self.reward is not None:
+            raise ValueError("reward_model learns a reward from pairs and takes none; leave out reward")
+        if isinstance(self.algorithm, OnlineConfig) and self.reward is None:
+            raise ValueError(
+                "algorithm needs a reward; set reward to sentiment, words, path.py:function or a reward model's folder"
+            )
         if self.algorithm is not None and "loss" in self.model_fields_set and self.loss.name != "dpo":
             raise ValueError("loss and algorithm are both set; keep one")
         return self
@@ -385,27 +397,22 @@ def _explain(
     return ConfigError(where, f"{dotted} is {shown}", f"give {_wanted(error, path)}")
 
 
-def _section_of(path: tuple[str, ...]) -> type[BaseModel] | None:
-    """The section class that a key path lies in."""
-    section: Any = RunConfig
+def _fields_of(path: tuple[str, ...]) -> dict[str, FieldInfo]:
+    """The keys of the section that a key path lies in; of all of them, where a section has several forms."""
+    sections: list[Any] = [RunConfig]
     for part in path[:-1]:
-        if part == "loss" or part not in section.model_fields:
-            return None
-        annotation = section.model_fields[part].annotation
-        candidates = [
+        infos = [s.model_fields[part] for s in sections if part != "loss" and part in s.model_fields]
+        sections = [
             a
-            for a in (annotation, *getattr(annotation, "__args__", ()))
+            for info in infos
+            for a in (info.annotation, *getattr(info.annotation, "__args__", ()))
             if isinstance(a, type) and issubclass(a, BaseModel)
         ]
-        if not candidates:
-            return None
-        section = candidates[0]
-    return section
+    return {name: info for s in reversed(sections) for name, info in s.model_fields.items()}
 
 
 def _description(path: tuple[str, ...]) -> str:
-    section = _section_of(path)
-    info = section.model_fields.get(path[-1]) if section is not None else None
+    info = _fields_of(path).get(path[-1])
     return (info.description if info is not None else None) or "see recipes/ for an example"
 
 
@@ -426,11 +433,10 @@ def _wanted(error: Any, path: tuple[str, ...]) -> str:
 
 
 def _suggest_key(path: tuple[str, ...]) -> str:
-    section = _section_of(path)
     word = path[-1]
     if word in SYNONYMS:
         return f'did you mean "{SYNONYMS[word]}"?'
-    names = list(section.model_fields) if section is not None else []
+    names = list(_fields_of(path))
     close = difflib.get_close_matches(word, names, 1)
     if close:
         return f'did you mean "{close[0]}"?'
@@ -456,18 +462,23 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     def section(value: Any, *names: str) -> Any:
         return value.model_copy(update={n: absolute(getattr(value, n)) for n in names})
 
-    def absolute_reward(reward: Any) -> Any:
-        if isinstance(reward, dict):
-            return {absolute_reward(name): weight for name, weight in reward.items()}
-        path, colon, function = str(reward).rpartition(":")
-        return f"{absolute(path)}:{function}" if colon else reward
+    def absolute_reward(name: str) -> str:
+        path, colon, function = name.rpartition(":")
+        if name in BUILT_IN:
+            return name
+        return f"{absolute(path)}:{function}" if colon else str(absolute(name))
+
+    reward = config.reward
+    if reward is not None:
+        terms = {absolute_reward(name): weight for name, weight in reward.terms.items()}
+        reward = reward.model_copy(update={"terms": terms})
 
     return config.model_copy(
         update={
             "model": section(config.model, "path", "tokenizer"),
             "data": section(config.data, "path", "eval_path"),
             "reference": section(config.reference, "path"),
-            "reward": absolute_reward(config.reward),
+            "reward": reward,
             "output": str(Path(config.output).expanduser().resolve()),
         }
     )

@@ -9,7 +9,7 @@ import torch
 from penchant.data.packing import pack
 from penchant.errors import ConfigError
 from penchant.logprobs import Packing, Scorer
-from penchant.models.packing_choice import packing_by_config, probe_ids, same_numbers
+from penchant.models.packing_choice import packing_by_config, probe_ids, same_numbers, same_states
 from penchant.models.structure import base_model_of
 from penchant.types import TokenTree
 
@@ -36,7 +36,8 @@ def choose_packing(model: Any, requested: str, kernels: str) -> tuple[Scorer, st
     dtype = next(model.parameters()).dtype
     for packing in candidates:
         scorer = Scorer(model, packing, kernels)
-        if packing == "padded" or same_numbers(_probe(scorer), plain, dtype):
+        agree = same_numbers if plain.ndim == 1 else same_states
+        if packing == "padded" or agree(_probe(scorer), plain, dtype):
             if packing == "shared":
                 reason = "prompts are shared"
             elif by_config != "padded":
@@ -49,6 +50,7 @@ def choose_packing(model: Any, requested: str, kernels: str) -> tuple[Scorer, st
 
 
 def _probe(scorer: Scorer) -> torch.Tensor:
+    """Log-probs of completions; hidden states where there is no language-model head."""
     config = base_model_of(scorer.model).config
     prompt, completions = probe_ids(config.vocab_size)
     tree = TokenTree(0, prompt, completions, (False,) * len(completions))
@@ -56,6 +58,8 @@ def _probe(scorer: Scorer) -> torch.Tensor:
     training = scorer.model.training
     scorer.model.eval()
     with torch.no_grad():
-        sums = scorer.logps(pack([tree], shared=scorer.shared).to(device)).sums
+        batch = pack([tree], shared=scorer.shared).to(device)
+        headless = base_model_of(scorer.model).get_output_embeddings() is None
+        found = scorer.predicting(batch) if headless else scorer.logps(batch).sums
     scorer.model.train(training)
-    return sums
+    return found

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from penchant.algorithms.build import OnlineAlgorithm, build_online
+from penchant.algorithms.build import OnlineAlgorithm, build_online, start_value
 from penchant.algorithms.offline import Component, Offline
-from penchant.algorithms.options import OnlineConfig, PPOConfig
+from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConfig
+from penchant.algorithms.reward import RewardTraining
 from penchant.config import RunConfig, default_settings, dump_config, with_absolute_paths
 from penchant.data.adapt import adapt, mismatch
 from penchant.data.audit import audit as run_audit
@@ -23,8 +24,9 @@ from penchant.data.load import Dataset, load_preferences, summary, write_quarant
 from penchant.data.split import split_by_prompt
 from penchant.data.tokenise import TokenisedDataset, tokenise
 from penchant.errors import CheckpointError, ConfigError, DataError
-from penchant.evaluation.heldout import evaluate_heldout
+from penchant.evaluation.heldout import evaluate_heldout, heldout_metrics, score_heldout
 from penchant.evaluation.online import evaluate_online
+from penchant.evaluation.reward import pair_quality
 from penchant.evaluation.sampled_kl import sampled_kl
 from penchant.losses import LOSSES
 from penchant.losses.schedules import progress_at
@@ -39,6 +41,7 @@ from penchant.models.load import (
     resolve_dtype,
     save_model,
     weights_sha256,
+    write_state_dict,
 )
 from penchant.models.value import ValueModel
 from penchant.packing_check import choose_packing
@@ -52,13 +55,16 @@ from penchant.reference import (
     cached_reference,
     default_cache_dir,
 )
+from penchant.rewards.model import PolicyText, content_sha256, make_scorer
+from penchant.rewards.scorer import RewardScorer
+from penchant.rewards.training import RewardModelParts
 from penchant.training.checkpoint import latest_checkpoint, load_checkpoint
 from penchant.training.loop import Loop, algorithm_state
 from penchant.training.optim import MasterAdamW
 from penchant.training.progress import console
 from penchant.training.runfolder import RunLock, open_run
 from penchant.training.schedule import BatchSchedule
-from penchant.types import TokenTree
+from penchant.types import Prompt, TokenTree
 
 if TYPE_CHECKING:
     from penchant.logprobs import Scorer
@@ -93,16 +99,20 @@ class Run:
         self.config = config = with_absolute_paths(config)
         self.folder = Path(config.output)
         self.console = console(quiet)
-        self.online = config.algorithm
-        self.specs = [LOSSES[c.name] for c in config.loss.components] if self.online is None else []
-        self.method = "+".join(s.name for s in self.specs) if self.online is None else self.online.name
+        self.online = config.algorithm if isinstance(config.algorithm, OnlineConfig) else None
+        self.learns_reward = config.algorithm if isinstance(config.algorithm, RewardModelConfig) else None
+        self.specs = [LOSSES[c.name] for c in config.loss.components] if config.algorithm is None else []
+        self.method = "+".join(s.name for s in self.specs) if config.algorithm is None else config.algorithm.name
         needs: frozenset[str] = frozenset().union(*(s.needs for s in self.specs))
+        if self.learns_reward is not None and self.learns_reward.margin == "scores":
+            needs = frozenset({"scores"})
         self.needs = needs if self.online is None else frozenset({"reference"})
         # what the data must be: one loss on labels among them takes pairs apart, one on pairs needs both answers
-        signals: set[str] = {s.signal for s in self.specs} or {"prompts"}
+        signals: set[str] = {s.signal for s in self.specs} or {"prompts" if self.online is not None else "pairs"}
         self.signal = next(s for s in ("pairs", "unpaired", "tokens", "prompts") if s in signals)
         self.device = resolve_device(config.model.device)
         self.dtype = resolve_dtype(config.model.dtype, self.device)
+        self.quality: dict[str, Any] = {}  # tables of the last evaluation of a reward model
 
     # ---- data -----------------------------------------------------------------------------------------------------
 
@@ -162,6 +172,8 @@ class Run:
     def tokenise_rows(self, dataset: Dataset, on_bad_row: str | None = None) -> TokenisedDataset:
         """Rows as this run would train on them."""
         data = self.config.data
+        if self.reward_parts is not None:
+            return self.reward_parts.tokenise(dataset, on_bad_row or data.on_bad_row)
         return tokenise(
             dataset,
             self.tokenizer,
@@ -233,13 +245,29 @@ class Run:
     # ---- model ----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def model(self) -> Any:
-        """The policy: fp32 as loaded, with its adapter; `optimiser` takes the masters, then it is cast."""
+    def reward_parts(self) -> RewardModelParts | None:
+        """What training a reward model has of its own; None for every other method."""
         cfg = self.config
-        model = load_causal_model(cfg.model, self.device, cfg.train.seed)
+        if self.learns_reward is None:
+            return None
+        parts = RewardModelParts(cfg.model, cfg.data, cfg.lora, self.tokenizer)
+        if parts.max_length < cfg.data.max_length:
+            self.console.note(
+                f"data.max_length {cfg.data.max_length} is beyond the encoder: rows have {parts.max_length}"
+            )
+        return parts
+
+    @cached_property
+    def model(self) -> Any:
+        """The trained model: fp32 as loaded, with its adapter; `optimiser` takes the masters, then it is cast."""
+        cfg = self.config
+        if self.reward_parts is not None:
+            model = self.reward_parts.load(self.device, cfg.train.seed)
+        else:
+            model = load_causal_model(cfg.model, self.device, cfg.train.seed)
         self.set_threads(sum(p.numel() for p in model.parameters()))
         self._check_vocabulary(model)
-        if cfg.lora is not None:
+        if cfg.lora is not None and self.reward_parts is None:
             model = add_lora(model, cfg.lora, cfg.train.seed)
         if cfg.train.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -263,10 +291,11 @@ class Run:
                 "give the tokenizer that the model was trained with",
             )
         limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and self.config.data.max_length > limit:
+        wanted = self.config.data.max_length if self.reward_parts is None else self.reward_parts.max_length
+        if limit is not None and wanted > limit:
             raise ConfigError(
                 "data.max_length",
-                f"{self.config.data.max_length} is beyond the model's context of {limit}",
+                f"{wanted} is beyond the model's context of {limit}",
                 f"set it to at most {limit}",
             )
 
@@ -294,7 +323,29 @@ class Run:
         own = None
         if self.online.value == "separate":
             own = load_causal_model(self.config.model, self.device, self.config.train.seed)
-        return ValueModel(self.model.get_input_embeddings().weight.shape[1], own).to(self.device)
+        made = ValueModel(self.model.get_input_embeddings().weight.shape[1], own)
+        if own is not None and self.online.value_init != "zero":
+            assert self.config.reward is not None
+            demanded = self.online.value_init == "reward"
+            self.console.note(start_value(made, self.config.reward, self.tokenizer, demanded=demanded))
+        return made.to(self.device)
+
+    @cached_property
+    def reward_scorer(self) -> RewardScorer:
+        """The model as reward training and its evaluation see it."""
+        _ = self.optimiser  # masters are taken before the cast
+        assert self.reward_parts is not None
+        train = self.config.train
+        scorer, note = make_scorer(
+            self.model, self.reward_parts.encoder, self.tokenizer, train.packing, self.config.model.kernels
+        )
+        self.console.note(note)
+        return scorer
+
+    @property
+    def engine(self) -> Scorer | RewardScorer:
+        """What runs the trained model: how rows are packed is its business."""
+        return self.scorer if self.learns_reward is None else self.reward_scorer
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -397,9 +448,12 @@ class Run:
     # ---- the verbs ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def algorithm(self) -> Offline | OnlineAlgorithm:
+    def algorithm(self) -> Offline | OnlineAlgorithm | RewardTraining:
         if self.online is not None:
             return self._online(self.online)
+        if self.learns_reward is not None:
+            _ = self.reference  # there is none; settings that would move it are refused
+            return RewardTraining(self.reward_scorer, self.learns_reward)
         loss = self.config.loss
         components = [
             Component(spec, c.params, c.weight, c.schedules)
@@ -429,23 +483,31 @@ class Run:
             self.config.reward,
             self.scorer,
             reference,
-            self.tokenizer,
+            PolicyText(self.tokenizer, self.config.data.template, self._prompts()),
             self.value,
             longest_prompt=max(len(t.prompt_ids) for part in self.trees for t in part),
             seed=self.config.train.seed,
             tokens_per_step=self.config.train.tokens_per_step,
         )
 
+    def _prompts(self) -> dict[str, Prompt]:
+        """Every prompt as the data has it, by its row's source."""
+        return {t.source: t.prompt for d in self.datasets if d is not None for t in d.trees}
+
     @property
     def peak_lr(self) -> float:
         lr = self.config.train.lr
         if lr != "auto":
             return float(lr)
+        if self.reward_parts is not None:
+            return self.reward_parts.default_lr(sum(p.numel() for p in self.model.parameters()))
         lora = self.config.lora is not None
         return DEFAULT_LR["sft", lora] if self.signal == "tokens" else DEFAULT_PREFERENCE_LR[lora]
 
     def _evaluate_now(self, step: int = 0) -> dict[str, Any]:
         budget = self.config.evaluation.tokens_per_step or self.config.train.tokens_per_step
+        if isinstance(self.algorithm, RewardTraining):
+            return self._evaluate_reward(self.algorithm, budget)
         if not isinstance(self.algorithm, Offline):
             return evaluate_online(self.algorithm.writer, self.scorer, self._start_reference(), self.trees[1], budget)
         algorithm = self.algorithm
@@ -464,6 +526,28 @@ class Run:
         )
         if self.config.evaluation.kl_prompts and self.signal != "tokens":
             metrics |= {f"eval/{name}": value for name, value in self._sampled_kl(step, budget).items()}
+        return metrics
+
+    def _evaluate_reward(self, algorithm: RewardTraining, budget: int) -> dict[str, Any]:
+        """Loss and accuracy on held-out pairs, calibration, and what length has to do with it; tables go to `quality`."""
+        trees = self.trees[1]
+        scored, order = score_heldout(
+            algorithm,
+            trees,
+            shared=algorithm.scorer.shared,
+            tokens_per_step=budget,
+            device=self.device,
+            progress=self.console.counter("held-out rows"),
+        )
+        metrics = heldout_metrics(algorithm, scored, [trees[i] for i in order])
+        rewards, lengths = (v.double().cpu().numpy().reshape(-1, 2) for v in (scored.policy_logps, scored.lengths))
+        flat, self.quality = pair_quality(rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1])
+        return metrics | flat
+
+    def _evaluate_in_training(self, step: int) -> dict[str, Any]:
+        metrics = self._evaluate_now(step)
+        if self.quality:
+            (self.folder / "calibration.json").write_text(json.dumps({"step": step, **self.quality}, indent=1))
         return metrics
 
     @property
@@ -502,8 +586,10 @@ class Run:
         from penchant.report import write_report
 
         started = time.time()
-        identity = run_identity(self.config, [d.fingerprint for d in self.datasets if d is not None])
-        open_run(self.folder, dump_config(self.config), identity, {"config": default_settings()})
+        rewards = reward_contents(self.config)
+        identity = run_identity(self.config, [d.fingerprint for d in self.datasets if d is not None], rewards)
+        # a run of an older version did not keep what its rewards were made of: it counts as unchanged
+        open_run(self.folder, dump_config(self.config), identity, {"config": default_settings(), **rewards})
         with RunLock(self.folder):
             for name, dataset in self.loaded.items():
                 write_quarantine(dataset.quarantined, self.folder, name)
@@ -547,19 +633,27 @@ class Run:
             algorithm=algorithm,
             optimiser=self.optimiser,
             trees=self.trees[0],
-            shared=self.scorer.shared,
+            shared=self.engine.shared,
             folder=self.folder,
             train=cfg.train,
             peak_lr=self.peak_lr,
             evaluation=cfg.evaluation,
             checkpoint=cfg.checkpoint,
             logging=cfg.logging,
-            write_model=lambda folder: save_model(self.model, self.tokenizer, folder),
+            write_model=self._write_model,
             console=self.console,
-            evaluate=self._evaluate_now if self.trees[1] else None,
+            evaluate=self._evaluate_in_training if self.trees[1] else None,
             start_tolerance=check,
             updates=self._updates,
         )
+
+    def _write_model(self, folder: Path) -> None:
+        if self.reward_parts is not None:
+            self.reward_parts.save(self.model, self.optimiser.masters, folder)
+        else:
+            save_model(self.model, self.tokenizer, folder)
+        if self.config.checkpoint.pt:
+            write_state_dict(folder)
 
     def _start_tolerance(self, reference: Reference) -> tuple[float, float]:
         """Nats per completion and per token; zero when reference and policy run the same kernels on the same batch."""
@@ -590,7 +684,8 @@ class Run:
         at = 0
         if path is not None:
             at = int(path.name.removeprefix("step-"))
-        return {"checkpoint": path.name if path else "start", **self._evaluate_now(at)}
+        metrics = {"checkpoint": path.name if path else "start", **self._evaluate_now(at)}
+        return metrics | ({"tables": self.quality} if self.quality else {})
 
     def _checkpoint_path(self, step: str) -> Path | None:
         if step == "0":
@@ -614,7 +709,7 @@ class Run:
         path = self.folder / f"samples.{name}.jsonl"
         count = self.config.evaluation.samples
         trees = self.trees[1] or self.trees[0]
-        if not count or (self.signal == "tokens" and self.datasets[0].kind == "text"):
+        if not count or self.learns_reward is not None or (self.signal == "tokens" and self.datasets[0].kind == "text"):
             return []
         if not wanted():
             return read_jsonl(path)
@@ -666,20 +761,28 @@ class Run:
                 "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             },
             "tokenizer_sha256": tokenizer_sha256(self.tokenizer),
-            "packing": self.scorer.packing + (" (fast path)" if self.scorer.fast else ""),
-            "reference": self.reference_kind if self.reference is not None else None,
+            "packing": self.engine.packing + (" (fast path)" if self.engine.fast else ""),
+            "reference": self.reference_kind if "reference" in self.needs else None,
             "data": data,
             "hardware": {**hardware(), "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")},
         }
         path.write_text(json.dumps(manifest, indent=1))
 
 
-def run_identity(config: RunConfig, fingerprints: list[str]) -> dict[str, Any]:
-    """What must not change when a run is resumed: all settings but those that only watch, and the data."""
+def run_identity(config: RunConfig, fingerprints: list[str], rewards: Mapping[str, str]) -> dict[str, Any]:
+    """What must not change when a run is resumed: all settings but those that only watch, the data, and what rewards are made of."""
     settings = config.model_dump(mode="json")
     settings.pop("output")
     settings.pop("logging")
-    return {"config": settings, "data": fingerprints}
+    if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
+        settings["algorithm"].pop("value_init")  # older runs do not have it
+    return {"config": settings, "data": fingerprints, **rewards}
+
+
+def reward_contents(config: RunConfig) -> dict[str, str]:
+    """SHA-256 of every reward's Python file or model, under the name that a person is told when it has changed."""
+    names = config.reward.terms if config.reward is not None else ()
+    return {f"content of reward {name}": found for name in names if (found := content_sha256(name)) is not None}
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

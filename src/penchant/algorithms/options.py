@@ -75,6 +75,10 @@ class PPOConfig(OnlineConfig):
     gamma: float = Field(1.0, ge=0, le=1, description="discount of later rewards")
     lam: float = Field(0.95, alias="lambda", ge=0, le=1, description="of generalised advantage estimation")
     value: Literal["head", "separate"] = Field("head", description="a head on the policy, or a model of its own")
+    value_init: Literal["auto", "zero", "reward"] = Field(
+        "auto",
+        description="of a separate value model: the reward model (auto: where it fits), or head zero on the policy",
+    )
     value_coef: float = Field(0.1, ge=0, description="weight of the value loss")
     value_clip: float | None = Field(
         0.2, gt=0, description="the value is held within +- this of its old one; null: not"
@@ -90,7 +94,24 @@ class PPOConfig(OnlineConfig):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
 
+    @model_validator(mode="after")
+    def _a_value_model_to_start(self) -> PPOConfig:
+        if self.value_init == "reward" and self.value != "separate":
+            raise ValueError("value_init is reward, but a head on the policy cannot start there; set value: separate")
+        return self
+
     @property
     def start_beta(self) -> float:
         """beta, resolved: 0.05 fixed; adaptive control starts at 0.2."""
         return 0.2 if self.beta == "auto" and self.kl_control == "adaptive" else self.kl_weight
+
+
+class RewardModelConfig(Section):
+    """Training a reward model on pairs; present: neither `loss` nor `reward` is used. See docs/reward_models.md."""
+
+    name: Literal["reward_model"] = Field(description="reward_model")
+    margin: Literal["none", "scores"] = Field(
+        "none", description="scores: the chosen answer should be ahead by chosen_score - rejected_score"
+    )
+    centring: float = Field(0.0, ge=0, description="weight of (r_chosen + r_rejected)^2: the mean reward goes to 0")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed share of flipped labels")

@@ -71,14 +71,16 @@ class Writer:
         )
         asked = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
         texts = [[self.tokenizer.decode(s.ids, skip_special_tokens=True) for s in row] for row in rows]
-        flat = self.reward([p for p in asked for _ in range(k)], [t for row in texts for t in row])
+        trees = []
+        for prompt, row in zip(prompts, rows, strict=True):
+            ids = tuple(np.array(s.ids, np.int32) for s in row)
+            cut = tuple(not s.finished for s in row)
+            trees.append(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source))
+        flat = self.reward([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees)
         rewards = torch.from_numpy(flat).view(len(prompts), k)
         groups = []
-        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            unfinished = tuple(not s.finished for s in row)
-            ids = tuple(np.array(s.ids, np.int32) for s in row)
-            tree = TokenTree(prompt.row, prompt.prompt_ids, ids, unfinished, prompt.source)
-            penalty = cfg.missing_eos_penalty * torch.tensor(unfinished, dtype=torch.float64)
+        for i, (tree, row) in enumerate(zip(trees, rows, strict=True)):
+            penalty = cfg.missing_eos_penalty * torch.tensor(tree.truncated, dtype=torch.float64)
             sampled = torch.tensor([p for s in row for p in s.logps])
             groups.append(Group(tree, rewards[i] - penalty, tuple(texts[i]), {"old": sampled}))
         return groups

@@ -14,6 +14,11 @@ from penchant.types import Completion, PromptTree
 LABEL_HINT = 'add a "label" column (true or false), give pairs, or set loss.name=sft'
 
 
+def setting(method: str) -> str:
+    """How a config asks for a method on given data."""
+    return f"algorithm.name={method}" if method == "reward_model" else f"loss.name={method}"
+
+
 def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: DataConfig, name: str) -> Dataset:
     """The data set as a loss of this signal can use it.
 
@@ -31,13 +36,13 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
     if options.score_threshold is not None and (signal != "unpaired" or dataset.kind != "scored"):
         raise DataError(
             name,
-            f"data.score_threshold is set, but loss.name={loss} on rows that are {dataset.kind} does not use it",
+            f"data.score_threshold is set, but {setting(loss)} on rows that are {dataset.kind} does not use it",
             "leave it out",
         )
     if options.pairs_from_scores != "off" and (signal != "pairs" or dataset.kind != "scored"):
         raise DataError(
             name,
-            f"data.pairs_from_scores is set, but loss.name={loss} on rows that are {dataset.kind} does not use it",
+            f"data.pairs_from_scores is set, but {setting(loss)} on rows that are {dataset.kind} does not use it",
             "leave it out",
         )
     if signal == "pairs":
@@ -48,17 +53,17 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
     if signal == "prompts":
         return _as_prompts(dataset, name)
     if dataset.kind == "prompts":
-        raise DataError(name, f"loss.name={loss} needs answers, but these rows are prompts alone", "give completions")
+        raise DataError(name, f"{setting(loss)} needs answers, but these rows are prompts alone", "give completions")
     if dataset.kind == "unpaired":
         good = [i for i, t in enumerate(dataset.trees) if t.completions[0].label]
         if not good:
             raise DataError(
                 name,
-                f'loss.name={loss} learns answers whose "label" is true, and there is none',
+                f'{setting(loss)} learns answers whose "label" is true, and there is none',
                 "use kto, bco or pmpo",
             )
         aside = tuple(
-            Quarantined(t.source, f"loss.name={loss} does not learn answers labelled bad", "use kto, bco or pmpo", None)
+            Quarantined(t.source, f"{setting(loss)} does not learn answers labelled bad", "use kto, bco or pmpo", None)
             for t in dataset.trees
             if not t.completions[0].label
         )
@@ -93,7 +98,7 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
     if dataset.kind != "scored":
         raise DataError(
             name,
-            f"loss.name={loss} needs pairs (chosen and rejected), but these rows are {dataset.kind}",
+            f"{setting(loss)} needs pairs (chosen and rejected), but these rows are {dataset.kind}",
             "give preference data, or set loss.name to kto, bco or pmpo"
             if dataset.kind == "unpaired"
             else "give preference data, or set loss.name=sft",
@@ -101,7 +106,7 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
     if options.pairs_from_scores == "off":
         raise DataError(
             name,
-            f'loss.name={loss} needs pairs (chosen and rejected), but these rows are single answers with a "score"',
+            f'{setting(loss)} needs pairs (chosen and rejected), but these rows are single answers with a "score"',
             "set data.pairs_from_scores=best_worst to set the best against the worst answer of each prompt",
         )
     # from here on a row is a prompt: the answers between its best and its worst are used for neither, and are no bad rows
@@ -134,7 +139,7 @@ def _with_scores(dataset: Dataset, loss: str, needs: Set[str], options: DataConf
         good, bad = (c.score for c in tree.completions)
         if good is None or bad is None:
             what, how = (
-                f'loss.name={loss} needs "chosen_score" and "rejected_score"',
+                f'{setting(loss)} needs "chosen_score" and "rejected_score"',
                 "add them, or choose another loss",
             )
         elif "score_gap" in needs and good <= bad:
@@ -148,7 +153,7 @@ def _with_scores(dataset: Dataset, loss: str, needs: Set[str], options: DataConf
         aside.append(Quarantined(tree.source, what, how, None))
     if not trees:
         raise DataError(
-            name, f"none of {len(dataset.trees)} pairs has the scores that loss.name={loss} needs", aside[0].how
+            name, f"none of {len(dataset.trees)} pairs has the scores that {setting(loss)} needs", aside[0].how
         )
     return _changed(dataset, tuple(trees), tuple(aside))
 
@@ -158,14 +163,14 @@ def _as_labelled(dataset: Dataset, loss: str, options: DataConfig, name: str) ->
         return dataset
     if dataset.kind != "scored":
         raise DataError(
-            name, f"loss.name={loss} needs answers with a label, but these rows are {dataset.kind}", LABEL_HINT
+            name, f"{setting(loss)} needs answers with a label, but these rows are {dataset.kind}", LABEL_HINT
         )
     threshold = options.score_threshold
     if threshold is None:
         scores = sorted(c.score or 0.0 for t in dataset.trees for c in t.completions)
         raise DataError(
             name,
-            f'loss.name={loss} needs labels, but these rows have a "score" (median {scores[len(scores) // 2]:g})',
+            f'{setting(loss)} needs labels, but these rows have a "score" (median {scores[len(scores) // 2]:g})',
             "set data.score_threshold: a score at or above it is good, below it is bad",
         )
     trees = tuple(

@@ -105,7 +105,7 @@ def tokenise(
         except RowError as error:
             if on_bad_row == "error":
                 raise DataError(tree.source, error.what, f"{error.how} (or set data.on_bad_row=skip)") from error
-            aside.append(Quarantined(tree.source, error.what, error.how, _raw(tree)))
+            aside.append(Quarantined(tree.source, error.what, error.how, raw_row(tree)))
     return TokenisedDataset(
         tuple(trees),
         len(dataset.trees),
@@ -234,7 +234,8 @@ def _tree(source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...
     return TokenTree(0, np.array(prompt, dtype=np.int32), arrays, cut, source)
 
 
-def _raw(tree: PromptTree) -> dict[str, Any]:
+def raw_row(tree: PromptTree) -> dict[str, Any]:
+    """A tree as a row of a quarantine file."""
     prompt = (
         tree.prompt if isinstance(tree.prompt, str) else [{"role": m.role, "content": m.content} for m in tree.prompt]
     )

@@ -36,21 +36,45 @@ def evaluate_heldout(
     Returns:
         ``{prefix + name: mean}``, ``{prefix + name + "/ci": [low, high]}``, ``rows``, and ``perplexity`` for losses over tokens.
     """
+    scored, order = score_heldout(
+        algorithm, trees, shared=shared, tokens_per_step=tokens_per_step, device=device, at=at, progress=progress
+    )
+    return heldout_metrics(algorithm, scored, [trees[i] for i in order], prefix=prefix)
+
+
+def score_heldout(
+    algorithm: Algorithm,
+    trees: Sequence[TokenTree],
+    *,
+    shared: bool,
+    tokens_per_step: int,
+    device: torch.device,
+    at: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Scored, list[int]]:
+    """What the forward passes over `trees` leave, and the order in which the trees went through."""
     parts: list[Scored] = []
     order: list[int] = []
-    sizes = [tree_tokens(t, shared) for t in trees]
     with torch.no_grad():
         algorithm.begin_step(0, at, trees)
-        for members in plan_microbatches(sizes, tokens_per_step):
+        for members in plan_microbatches([tree_tokens(t, shared) for t in trees], tokens_per_step):
             parts.append(algorithm.score(pack([trees[i] for i in members], shared=shared).to(device)))
             order += members
             if progress is not None:
                 progress(len(order), len(trees))
-        scored = Scored.cat(parts)
-        out = algorithm.loss(
-            scored
-        )  # once over all rows: a loss that looks at its batch must not see a chance part of them
-    clusters = np.array([_prompt_cluster(trees[i]) for i in order])
+    return Scored.cat(parts), order
+
+
+def heldout_metrics(
+    algorithm: Algorithm, scored: Scored, trees: Sequence[TokenTree], *, prefix: str = "eval/"
+) -> dict[str, Any]:
+    """The metrics of `evaluate_heldout` from scored trees, in the order in which they were scored."""
+    with torch.no_grad():
+        # once over all rows: a loss that looks at its batch must not see a chance part of them
+        out = algorithm.loss(scored)
+    clusters = np.array([_prompt_cluster(t) for t in trees])
+    if len(set(clusters.tolist())) == 1:
+        clusters = np.arange(len(trees))  # one prompt for all (or none): rows are drawn one by one
     totals = Totals()
     totals.add(out)
     metrics: dict[str, Any] = dict(totals.means(prefix))

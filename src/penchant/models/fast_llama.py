@@ -35,7 +35,9 @@ from penchant.models.fast_ops import (
 )
 from penchant.types import PackedBatch
 
-_FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_FAMILIES = tuple(
+    f"{n}For{use}" for n in ("Llama", "Mistral", "Qwen2", "Qwen3") for use in ("CausalLM", "SequenceClassification")
+)
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the sequence length
 
 

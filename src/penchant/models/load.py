@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(check_model_path(path, "tokenizer_config.json"), revision=revision)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(path, f"no tokenizer could be loaded ({_first_line(error)})", "set model.tokenizer") from error
+        raise ModelError(path, f"no tokenizer could be loaded ({first_line(error)})", "set model.tokenizer") from error
 
 
 def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> Any:
@@ -88,7 +89,7 @@ def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             cfg.path,
-            f"the model could not be loaded ({_first_line(error)})",
+            f"the model could not be loaded ({first_line(error)})",
             "give a folder or hub id of a causal model",
         ) from error
     if getattr(model.config, "is_encoder_decoder", False):
@@ -110,8 +111,11 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
         config.dtype = dtype
 
 
-def add_lora(model: Any, cfg: LoraConfig, seed: int) -> Any:
+def add_lora(model: Any, cfg: LoraConfig, seed: int, *, task: str = "CAUSAL_LM", whole: Sequence[str] = ()) -> Any:
     """Wrap a model with a trainable LoRA adapter (peft); everything else is frozen.
+
+    Args:
+        task: peft's task type; whole: modules that are trained and saved as they are, without an adapter (a new head).
 
     Paper: arXiv 2106.09685.
     """
@@ -125,7 +129,9 @@ def add_lora(model: Any, cfg: LoraConfig, seed: int) -> Any:
         lora_alpha=cfg.alpha,  # type: ignore[arg-type]
         lora_dropout=cfg.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type="CAUSAL_LM",
+        task_type=task,
+        modules_to_save=list(whole) or None,
+        exclude_modules=_below(whole) if whole else None,
     )
     try:
         with warnings.catch_warnings():
@@ -133,8 +139,13 @@ def add_lora(model: Any, cfg: LoraConfig, seed: int) -> Any:
             return get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ConfigError(
-            "lora.target_modules", _first_line(error), 'use "all-linear" or names of linear layers of this model'
+            "lora.target_modules", first_line(error), 'use "all-linear" or names of linear layers of this model'
         ) from error
+
+
+def _below(modules: Sequence[str]) -> str:
+    """A pattern for the names of these modules and of everything in them."""
+    return r"(.*\.)?(" + "|".join(re.escape(m) for m in modules) + r")(\..*)?"
 
 
 def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -166,19 +177,27 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """A folder that transformers (full model) or peft (adapter) loads as it is, tokenizer included."""
+def save_model(model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """A folder that transformers (full model) or peft (adapter) loads as it is, tokenizer included; `state`: other weights."""
     os.makedirs(folder, exist_ok=True)
     base = base_model_of(model)
     implementation = base.config._attn_implementation
     base.config._attn_implementation = "sdpa"  # a stranger's transformers does not know the tree attention
     try:
-        model.save_pretrained(folder, safe_serialization=True)
+        model.save_pretrained(folder, safe_serialization=True, **({} if state is None else {"state_dict": dict(state)}))
     finally:
         base.config._attn_implementation = implementation
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def _first_line(error: BaseException) -> str:
+def write_state_dict(folder: Path) -> None:
+    """``state_dict.pt`` beside the safetensors of a model folder, with the same weights: what `torch.load(weights_only=True)` reads."""
+    from safetensors.torch import load_file
+
+    state = {name: value for p in sorted(folder.glob("*.safetensors")) for name, value in load_file(p).items()}
+    torch.save(state, folder / "state_dict.pt")
+
+
+def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -41,6 +41,9 @@ HELD_OUT = (
     "eval/logps/chosen",
     "eval/logps/rejected",
     "eval/logps/accuracies",
+    "eval/calibration/ece",
+    "eval/calibration/brier",
+    "eval/length/longer_wins",
     "eval/kl/policy_ref",
     "eval/perplexity",
 )
@@ -83,12 +86,14 @@ def render(run: Path) -> str:
     environment.filters["short_path"] = short_path
     metrics = _jsonl(run / "metrics.jsonl")
     manifest = _json(run / "manifest.json")
+    quality = _json(run / "calibration.json")
     return environment.get_template("report.html.j2").render(
         name=run.resolve().name,
         manifest=manifest,
         results=_json(run / "results.json"),
         held_out=held_out_table(metrics),
-        charts=charts(metrics),
+        charts=charts(metrics) + reliability(quality),
+        by_length=quality.get("length", {}),
         samples=_jsonl(run / "samples.jsonl"),
         audit=_json(run / "audit.json"),
         config=_text(run / "config.resolved.yaml"),
@@ -128,8 +133,9 @@ def verdict(manifest: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -
     beyond = ""
     if ci and ci[0] <= 0.5:
         beyond = " The interval includes one half: no preference was shown to be learned."
+    who = "reward model scores higher" if manifest.get("loss") == "reward_model" else "policy prefers"
     return (
-        f"{prefix}After {last['step']:,} steps the policy prefers the chosen answer of {accuracy:.1%} of "
+        f"{prefix}After {last['step']:,} steps the {who} the chosen answer of {accuracy:.1%} of "
         f"{last.get('eval/rows', '?')} held-out pairs{interval}, by a mean reward margin of {number(last.get('eval/rewards/margins'))}.{beyond}"
     )
 
@@ -173,6 +179,17 @@ def charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
         if chart is not None:
             made.append(chart)
     return made
+
+
+def reliability(quality: Mapping[str, Any]) -> list[Chart]:
+    """A reward model's confidence against the share of pairs that it ranks right, in percent; on the line it is calibrated."""
+    bins = (quality.get("calibration") or {}).get("bins") or []
+    points = tuple((100 * b["confidence"], 100 * b["right"]) for b in bins)
+    series = [Series("share right, %", points, marked=True)]
+    if points:
+        series.append(Series("calibrated", ((50.0, 50.0), (100.0, 100.0)), marked=True))
+    chart = line_chart("Reliability on held-out pairs", series, x_label="confidence, %")
+    return [] if chart is None else [chart]
 
 
 def facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

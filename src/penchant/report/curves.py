@@ -32,6 +32,7 @@ class Chart:
     labels: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str
+    x_label: str = "step"
 
 
 def number(value: float | None) -> str:
@@ -120,7 +121,7 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str = "step") -
     parts.append("</svg>")
     rows = _table(kept)
     note = "each point is the mean of neighbouring steps" if thinned else ""
-    return Chart(title, "".join(parts), tuple(s.label for s in kept), rows, note)
+    return Chart(title, "".join(parts), tuple(s.label for s in kept), rows, note, x_label)
 
 
 def _snap(value: float, span: float) -> float:

@@ -7,11 +7,16 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from penchant.errors import ConfigError, RewardError
+from penchant.rewards.options import RewardConfig
+from penchant.types import TokenTree
+
+if TYPE_CHECKING:
+    from penchant.rewards.model import PolicyText
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, completions) -> one number each
 
@@ -46,8 +51,14 @@ class Reward:
 
     terms: tuple[RewardTerm, ...]
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree] | None = None
+    ) -> np.ndarray:
         """The reward of each completion, (n,) float64.
+
+        Args:
+            prompts, completions: texts without special tokens; trees: the rollouts that they are the texts of, completions in the same
+                order: what a function with a method `score_trees` (a reward model) gets in their place.
 
         Raises:
             RewardError: a function raised, or gave something other than one finite number per completion; it names the function
@@ -55,15 +66,18 @@ class Reward:
         """
         total = np.zeros(len(completions))
         for term in self.terms:
-            total += term.weight * _values(term, prompts, completions)
+            total += term.weight * _values(term, prompts, completions, trees)
         return total
 
 
-def _values(term: RewardTerm, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+def _values(
+    term: RewardTerm, prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree] | None
+) -> np.ndarray:
+    on_trees = getattr(term.function, "score_trees", None) if trees is not None else None
     try:
-        given = term.function(list(prompts), list(completions))
+        given = term.function(list(prompts), list(completions)) if on_trees is None else on_trees(trees)
     except Exception as error:
-        at = _first_to_blame(term.function, prompts, completions)
+        at = _first_to_blame(term.function, prompts, completions) if on_trees is None else None
         raise RewardError(
             f"reward {term.name}",
             f"{type(error).__name__}: {error}"
@@ -103,16 +117,34 @@ def _first_to_blame(function: RewardFunction, prompts: Sequence[str], completion
     return None
 
 
-def load_reward(spec: str | Mapping[str, float]) -> Reward:
-    """A reward from a config: a name, ``path.py:function``, or a mapping of those to weights.
+def load_reward(
+    spec: str | Mapping[str, float] | RewardConfig, policy: PolicyText | None = None, device: Any = "cpu"
+) -> Reward:
+    """A reward from a config: a name, ``path.py:function``, a reward model's folder, or a mapping of those to weights.
+
+    Args:
+        policy: whose completions are judged; device: of reward models, where the config does not say.
 
     Raises:
-        ConfigError: no such built-in, file or function, or it does not take (prompts, completions).
+        ConfigError: no such built-in, file, folder or function, or it does not take (prompts, completions).
     """
-    weights = {spec: 1.0} if isinstance(spec, str) else dict(spec)
-    if not weights:
-        raise ConfigError("reward", "is empty", f"name one: {', '.join(BUILT_IN)} or path.py:function")
-    return Reward(tuple(RewardTerm(name, _function(name), float(w)) for name, w in weights.items()))
+    config = spec if isinstance(spec, RewardConfig) else RewardConfig.model_validate(spec)
+    if not config.terms:
+        raise ConfigError("reward", "is empty", f"name one: {', '.join(BUILT_IN)}, path.py:function or a folder")
+    return Reward(tuple(RewardTerm(n, _named(n, config, policy, device), float(w)) for n, w in config.terms.items()))
+
+
+def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: Any) -> RewardFunction:
+    if name in BUILT_IN or name.rpartition(":")[0].endswith(".py"):
+        return _function(name)
+    from penchant.models.load import resolve_device
+    from penchant.rewards.model import find_reward_model, load_reward_function
+
+    folder = find_reward_model(name)
+    if folder is None:
+        return _function(name)  # which says that there is none
+    where = resolve_device(config.device if config.device != "auto" else str(device))
+    return load_reward_function(name, folder, where, policy)
 
 
 def _function(name: str) -> RewardFunction:
@@ -121,7 +153,9 @@ def _function(name: str) -> RewardFunction:
     path, colon, attribute = name.rpartition(":")
     if not colon or not path.endswith(".py"):
         raise ConfigError(
-            "reward", f"{name!r} is no reward", f"there are {', '.join(BUILT_IN)}; or give path.py:function"
+            "reward",
+            f"{name!r} is no reward",
+            f"there are {', '.join(BUILT_IN)}; or give path.py:function or a reward model's folder",
         )
     file = Path(path).expanduser()
     if not file.is_file():

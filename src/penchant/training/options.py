@@ -57,6 +57,7 @@ class CheckpointConfig(Section):
     keep_best: bool = Field(True, description="also keep the best one")
     metric: str = Field("eval/loss", description="what best means")
     mode: Literal["min", "max"] = Field("min", description="whether lower or higher is better")
+    pt: bool = Field(False, description="also write the model's weights as model/state_dict.pt, for torch.load")
 
 
 class LoggingConfig(Section):

@@ -1,0 +1,50 @@
+"""The Bradley-Terry loss of a reward model. It is over rewards, not over log-probs, so it is in no registry of those."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from penchant.losses.checks import require_vectors
+from penchant.losses.rewards import logistic, reward_metrics
+from penchant.types import LossOutput
+
+
+def bradley_terry(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    centring: float = 0.0,
+) -> LossOutput:
+    """The negative log-likelihood of the preferences under P(y_w > y_l) = sigmoid(r_w - r_l).
+
+    ``z = r_w - r_l - m``
+    ``loss = -(1 - eps) log sigmoid(z) - eps log sigmoid(-z) + c (r_w + r_l)^2``
+
+    Args:
+        chosen, rejected: rewards r_w and r_l of shape (batch,), without unit.
+        margin: m of shape (batch,), by how much the chosen answer should be ahead; None: 0.
+        label_smoothing: eps in [0, 0.5), the assumed share of flipped labels.
+        centring: c >= 0; only differences are identified without it, with it the mean reward goes to 0.
+
+    Returns:
+        Losses of shape (batch,); metrics `rewards/*`, and `rewards/centring`, the second term, where c > 0.
+
+    Raises:
+        ValueError: shapes differ, or a number is out of its range.
+
+    Papers: Bradley and Terry (1952); arXiv 2009.01325 (reward models from comparisons); arXiv 2307.09288 (margin); arXiv 2312.09244
+    (centring).
+    """
+    require_vectors(chosen, rejected, *(() if margin is None else (margin,)))
+    if not 0.0 <= label_smoothing < 0.5 or centring < 0.0:
+        raise ValueError(f"label_smoothing is {label_smoothing:g}, centring {centring:g}; give [0, 0.5) and at least 0")
+    z = chosen - rejected if margin is None else chosen - rejected - margin
+    losses = logistic(z, label_smoothing)
+    metrics = reward_metrics(chosen, rejected)
+    if centring:
+        off_centre = centring * (chosen + rejected).square()
+        losses = losses + off_centre
+        metrics["rewards/centring"] = (off_centre.detach(), None)
+    return LossOutput(losses, metrics=metrics)

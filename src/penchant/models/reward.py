@@ -1,0 +1,250 @@
+"""Reward models: a transformers model for sequence classification with one output, its head, its padding, and how it is saved."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penchant.errors import ModelError
+from penchant.models.load import check_model_path, effective_weights, first_line, save_model
+from penchant.models.options import ModelConfig
+from penchant.models.structure import base_model_of, disable_dropout
+
+HEADS = ("score", "classifier")  # what transformers calls a classification head
+SETTINGS = "reward_settings.json"  # in the model folder: how its texts were made and cut
+# RoBERTa and its kin count positions from behind the padding id: two of 514 are never used
+FROM_BEHIND_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet", "data2vec-text")
+ADAPTER = "adapter"  # below the model folder of a LoRA run: the adapter alone, as peft saves it
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRewardModel:
+    """A reward model in fp32, dropout off.
+
+    Args:
+        fresh: top-level modules with weights that the folder did not have (the head, a pooler): they must be trained.
+    """
+
+    model: Any
+    encoder: bool
+    fresh: tuple[str, ...]
+
+
+def load_model_config(path: str, revision: str | None = None) -> Any:
+    """A model's config; ModelError where there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(check_model_path(path), revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            path, f"its config could not be loaded ({first_line(error)})", "give a model folder"
+        ) from error
+
+
+def is_encoder(config: Any, path: str = "model") -> bool:
+    """Whether the config is of a BERT-type encoder, which reads both ways, or of a causal model.
+
+    Raises:
+        ModelError: neither; transformers has no sequence classification for it, or it is an encoder-decoder model.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = str(getattr(config, "model_type", ""))
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(path, "this is an encoder-decoder model", "give a causal model or a BERT-type encoder")
+    if kind not in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise ModelError(
+            path, f"transformers has no sequence classification for {kind}", "give a causal model or an encoder"
+        )
+    # bert and its kin stand among the causal models too (as decoders): who can fill in a mask reads both ways
+    reads_both_ways = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return reads_both_ways or kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def context_of(config: Any, tokenizer: Any) -> int | None:
+    """Tokens that a model can take, by its config and its tokenizer; None: neither says."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and str(config.model_type) in FROM_BEHIND_PADDING:
+        limit -= int(config.pad_token_id or 0) + 1
+    known = [n for n in (limit, getattr(tokenizer, "model_max_length", None)) if n is not None and n < 10**9]
+    return int(min(known)) if known else None
+
+
+def is_reward_model(config: Any) -> bool:
+    """Whether a folder's config says: sequence classification with one label."""
+    names = getattr(config, "architectures", None) or ()
+    return any("SequenceClassification" in n for n in names) and int(getattr(config, "num_labels", 2)) == 1
+
+
+def load_reward_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> LoadedRewardModel:
+    """A model with one output for a whole text, from a causal model, an encoder, or a reward model.
+
+    A head that the folder does not have is drawn from a normal distribution of standard deviation 1 / sqrt(d + 1) (arXiv
+    2009.01325): over hidden states whose d coordinates are of size 1 the first rewards are of size 1 too, whatever d. Its bias, where
+    the family has one, is 0: it cancels in every comparison.
+
+    Raises:
+        ModelError: no such folder, or no model for sequence classification.
+    """
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    config = load_model_config(cfg.path, cfg.revision)
+    encoder = is_encoder(config, cfg.path)
+    had_head = is_reward_model(config) and cfg.init == "pretrained"
+    config.num_labels, config.problem_type = 1, "regression"
+    verbosity = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # that the head is new, and the language model's left out, is what is meant to happen
+    torch.manual_seed(seed)
+    try:
+        if cfg.init == "random":
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+            fresh = {name.split(".")[0] for name, _ in model.named_parameters()}
+        else:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                check_model_path(cfg.path),
+                revision=cfg.revision,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # a classifier of several labels gives its body, not its head
+            )
+            fresh = set(_missing(info))
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            cfg.path, f"the model could not be loaded ({first_line(error)})", "give a causal model or an encoder"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    beyond = sorted(n for n in fresh if not _may_be_new(n)) if cfg.init == "pretrained" else []
+    if beyond:
+        raise ModelError(cfg.path, f"weights are missing in the folder ({', '.join(beyond[:3])})", "give a whole model")
+    if not had_head:
+        _draw_head(head_of(model))
+    disable_dropout(model)
+    if not encoder:
+        # padding ids may be real tokens elsewhere (BOS): their embedding learns as any other
+        model.get_input_embeddings().padding_idx = None
+    return LoadedRewardModel(model.to(device), encoder, tuple(sorted({_module(n) for n in fresh})))
+
+
+def _missing(info: Mapping[str, Any]) -> list[str]:
+    mismatched = [m[0] if isinstance(m, tuple) else m for m in info["mismatched_keys"]]
+    return [*info["missing_keys"], *mismatched]
+
+
+def _may_be_new(name: str) -> bool:
+    return any(part in (*HEADS, "pooler", "pre_classifier", "head") for part in name.split("."))
+
+
+def _module(name: str) -> str:
+    """The module that holds a parameter and is small enough to be trained beside an adapter."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if _may_be_new(part)), 0)
+    return ".".join(parts[: at + 1])
+
+
+def _draw_head(head: nn.Linear) -> None:
+    with torch.no_grad():
+        head.weight.normal_(0.0, 1.0 / math.sqrt(head.in_features + 1))
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def head_of(model: Any) -> nn.Linear:
+    """The linear layer whose one output is the reward: the trained copy of it under LoRA.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    base = base_model_of(model)
+    for name in HEADS:
+        part = getattr(base, name, None)
+        copies = getattr(part, "modules_to_save", None)
+        part = copies["default"] if copies is not None else part
+        linear = [m for m in part.modules() if isinstance(m, nn.Linear) and m.out_features == 1] if part else []
+        if linear:
+            return linear[-1]
+    raise ModelError(type(base).__name__, "has no head with one output", "give a model for sequence classification")
+
+
+def head_scores(head: nn.Linear, features: Tensor) -> Tensor:
+    """``w h + b`` of features (n, d) as (n,), in fp32 (fp64): two answers' rewards differ in digits that bf16 has not."""
+    wide = torch.promote_types(features.dtype, torch.float32)
+    bias = None if head.bias is None else head.bias.to(wide)
+    return nn.functional.linear(features.to(wide), head.weight.to(wide), bias).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# padding and saving
+
+
+def choose_padding(tokenizer: Any) -> None:
+    """Give a tokenizer a padding token that never ends a text, and pad on the right.
+
+    transformers reads a causal model's score at the last token that is not padding. With padding == EOS that is the token before EOS,
+    and a stranger gets another score than we trained. A token made for padding is taken, else BOS, else UNK, else one is added.
+    """
+    tokenizer.padding_side = "right"
+    eos = tokenizer.eos_token
+    if tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    added = sorted((i, str(t.content)) for i, t in tokenizer.added_tokens_decoder.items() if t.special)
+    made_for_it = [t for _, t in added if "pad" in t.lower()]
+    candidates = [t for t in (*made_for_it, tokenizer.bos_token, tokenizer.unk_token) if t is not None and t != eos]
+    if candidates:
+        tokenizer.pad_token = candidates[0]
+    else:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+
+
+def set_padding(model: Any, tokenizer: Any) -> None:
+    """The padding token in a causal model's config, with a row in its embedding where that is new."""
+    base = base_model_of(model)
+    if tokenizer.pad_token_id >= base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        base.get_input_embeddings().padding_idx = None
+    for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def whole_state_dict(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every weight under the plain model's names, an adapter merged in (``W + scale B A`` in fp32), in the model's dtype."""
+    base = base_model_of(model)
+    if base is model:
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    merged = effective_weights(model, masters)
+    state = {}
+    for name, value in base.state_dict().items():
+        if "lora_" in name or ".original_module." in name:
+            continue
+        plain = name.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
+        state[plain] = merged[plain].to(value.dtype) if plain in merged else value.detach().clone()
+    return state
+
+
+def save_reward_model(
+    model: Any, tokenizer: Any, folder: Path, masters: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> None:
+    """A folder that `AutoModelForSequenceClassification` loads as it is, and its tokenizer.
+
+    Of a LoRA run it holds the merged model, and below it ``adapter/``, which peft loads.
+
+    Args:
+        masters: the optimiser's fp32 weights; settings: template, max_length and add_eos, for those who score with it.
+    """
+    base = base_model_of(model)
+    state = whole_state_dict(model, masters)
+    save_model(base, tokenizer, folder, None if base is model else state)
+    if base is not model:
+        model.save_pretrained(folder / ADAPTER, safe_serialization=True)
+    (folder / SETTINGS).write_text(json.dumps(dict(settings), indent=1))

@@ -1,0 +1,94 @@
+"""Tiny random encoders of every supported family, with WordPiece or RoBERTa-like tokenizers over bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+SPREAD = 0.3  # random weights so large that two texts get different scores
+
+
+def encoder_tokenizer(style: str = "bert") -> Any:
+    """One token a letter; pairs as ``[CLS] A [SEP] B [SEP]`` or ``<s> A </s></s> B </s>``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    bert = style == "bert"
+    specials = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"] if bert else ["<s>", "<pad>", "</s>", "<unk>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: i for i, piece in enumerate([*specials, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=specials[3]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if bert:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+        )
+    else:
+        tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), False, False)
+    names = ["input_ids", "token_type_ids", "attention_mask"] if bert else ["input_ids", "attention_mask"]
+    roles = (
+        dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")
+        if bert
+        else dict(
+            bos_token="<s>", eos_token="</s>", pad_token="<pad>", cls_token="<s>", sep_token="</s>", unk_token="<unk>"
+        )
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **roles)
+
+
+def encoder_configs() -> dict[str, tuple[Any, str]]:
+    """(config, tokenizer style) by family."""
+    import transformers as t
+
+    sized = dict(vocab_size=260, max_position_embeddings=160, **SIZE)
+    return {
+        "bert": (t.BertConfig(**sized, pad_token_id=0), "bert"),
+        "roberta": (t.RobertaConfig(**sized, pad_token_id=1, type_vocab_size=1), "roberta"),
+        "electra": (t.ElectraConfig(**sized, embedding_size=16, pad_token_id=0), "bert"),
+        "distilbert": (
+            t.DistilBertConfig(
+                vocab_size=260,
+                max_position_embeddings=160,
+                dim=32,
+                n_layers=2,
+                n_heads=4,
+                hidden_dim=48,
+                pad_token_id=0,
+            ),
+            "roberta",
+        ),
+        "deberta-v2": (
+            t.DebertaV2Config(
+                **sized, pad_token_id=0, type_vocab_size=0, relative_attention=True, pos_att_type=["p2c", "c2p"]
+            ),
+            "bert",
+        ),
+        "modernbert": (
+            t.ModernBertConfig(
+                **sized,
+                pad_token_id=1,
+                cls_token_id=0,
+                sep_token_id=2,
+                bos_token_id=0,
+                eos_token_id=2,
+                reference_compile=False,
+            ),
+            "roberta",
+        ),
+    }
+
+
+def encoder_folder(folder: Path, family: str = "bert", *, seed: int = 0) -> str:
+    """Save a tiny random encoder (its body alone) and its tokenizer; returns the folder as a string."""
+    import torch
+    from transformers import AutoModel
+
+    torch.manual_seed(seed)
+    config, style = encoder_configs()[family]
+    config.initializer_range = SPREAD
+    AutoModel.from_config(config).save_pretrained(folder)
+    encoder_tokenizer(style).save_pretrained(folder)
+    return str(folder)
