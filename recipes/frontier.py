@@ -28,7 +28,7 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 BETAS = {
     "DPO": (0.03, 0.1, 0.3, 1.0),
     "DPO-Shift": (0.03, 0.1, 0.3, 1.0),
-    "PMPO": (0.25, 0.5, 1.0, 2.0),
+    "PMPO": (0.03, 0.1, 0.25, 1.0),
     "PPO": (0.01, 0.03, 0.1, 0.3),
     "RLOO": (0.01, 0.03, 0.1, 0.3),
     "GRPO": (0.01, 0.03, 0.1, 0.3),
@@ -39,7 +39,7 @@ ONLINE = {
     "RLOO": {"name": "rloo", "samples": SAMPLES},
     "GRPO": {"name": "grpo", "samples": SAMPLES},
 }
-ONLINE_LR = {"PPO": 1e-4, "RLOO": 3e-4, "GRPO": 3e-4}
+ONLINE_LR = {"PPO": 3e-4, "RLOO": 3e-4, "GRPO": 3e-4}
 
 
 def settings_of(task: Task, prompts: Path) -> dict[str, Mapping[str, Any]]:

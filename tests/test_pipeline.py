@@ -66,7 +66,7 @@ def test_stages_start_from_the_defaults_and_refer_to_each_other(tmp_path: Path) 
     assert [(r.stage, r.which, r.full_model) for r in dpo.refs] == [("sft", None, True)]
     ppo = pipeline.stages["ppo"].resolved(lambda ref: f"/models/{ref.stage}/{ref.which}")
     assert ppo.model.path == "/models/sft/last"
-    assert ppo.reward == {"/models/dpo/None": 1.0, "words": -0.01}
+    assert ppo.reward is not None and ppo.reward.terms == {"/models/dpo/None": 1.0, "words": -0.01}
     assert [r.full_model for r in pipeline.stages["ppo"].refs] == [True, False]
     assert pipeline.downstream(["dpo"]) == ["dpo", "ppo"]
     assert pipeline.needed("ppo") == ["sft", "dpo"]

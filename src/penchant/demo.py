@@ -200,7 +200,7 @@ def _write(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progr
         max_new_tokens=NEW_TOKENS,
         seed=seed,
         temperature=TEMPERATURE,
-        judge=lambda _prompts, texts: sentiment(texts),
+        judge=lambda _prompts, texts, _trees: sentiment(texts),
         progress=progress,
     )
 

@@ -25,6 +25,7 @@ from penchant.packing_check import choose_packing
 from penchant.pipeline import Comparison, Pipeline, Ref, Resolve, Stage
 from penchant.pipeline_state import State, reward_hashes, reward_terms, write_atomically
 from penchant.rewards import load_reward
+from penchant.rewards.model import PolicyText
 from penchant.run import Run
 from penchant.training.progress import PlainConsole
 from penchant.types import TokenTree
@@ -122,14 +123,18 @@ class Comparer:
         self._run.tokenizer = tokenizers[0]  # the held-out stage may name a model that is yet to be made
         trees = self._run.tokenise_rows(self.heldout.rows).trees
         c = self.compare.config
+        source_of = {tuple(t.prompt_ids.tolist()): t.source for t in reversed(trees)}
         prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in trees))[: c.prompts]
         kept = set(prompts)
         reward = self.compare.reward(resolve)
+        texts = {t.source: t.prompt for t in self.heldout.rows.trees}
+        policy = PolicyText(tokenizers[0], self._run.config.data.template, texts)
         return Setting(
             tokenizer=tokenizers[0],
             prompts=prompts,
+            sources=[source_of[p] for p in prompts],
             answers=_answers([t for t in trees if tuple(t.prompt_ids.tolist()) in kept], self.heldout.rows.kind),
-            judge=None if reward is None else load_reward(reward),
+            judge=None if reward is None else load_reward(reward, policy, self._run.device),
             samples=c.samples,
             max_new_tokens=c.max_new_tokens,
             seed=c.seed,

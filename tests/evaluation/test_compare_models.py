@@ -36,8 +36,9 @@ def scorer(seed: int) -> Scorer:
     return Scorer(tiny_model("llama", seed=seed, dtype=torch.float64), "shared")
 
 
-def even(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+def even(prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree]) -> np.ndarray:
     """The share of even tokens."""
+    assert [t.source for t in trees] == [f"row {i}" for i in range(len(trees))]
     return np.array([np.mean([int(t) % 2 == 0 for t in c.split()] or [0.0]) for c in completions])
 
 
@@ -48,6 +49,7 @@ def setting(**changes: Any) -> Setting:
         for i, p in enumerate(prompts)
     ]
     values = {"prompts": prompts, "answers": answers, "judge": even, "samples": 2, "max_new_tokens": 5, "seed": 3}
+    values["sources"] = [f"row {i}" for i in range(len(prompts))]
     return Setting(tokenizer=Letters(), **{**values, **changes})
 
 
@@ -70,7 +72,7 @@ def test_every_model_meets_the_same_prompts(compared: Compared) -> None:
     rows = compared.rows
     assert [(r["prompt"], r["sample"]) for r in rows] == [(f"5 6 {7 + i}", s) for i in range(12) for s in (0, 1)]
     for name in ("a", "same", "b"):
-        judged = even([], [r["completions"][name]["text"] for r in rows])
+        judged = even([], [r["completions"][name]["text"] for r in rows], [])
         assert [r["completions"][name]["reward"] for r in rows] == pytest.approx(judged)
         assert compared.models[name]["reward"] == pytest.approx(judged.mean())
         lengths = [r["completions"][name]["tokens"] for r in rows]
@@ -108,7 +110,7 @@ def test_the_sampled_kl_agrees_with_the_exact_one() -> None:
     got = compare_models(
         ["a", "b"],
         models.__getitem__,
-        setting(prompts=[[5, 6]] * 400, answers=[], samples=8, max_new_tokens=1, judge=None),
+        setting(prompts=[[5, 6]] * 400, sources=(), answers=[], samples=8, max_new_tokens=1, judge=None),
     )
     with torch.no_grad():
         q, p = (torch.log_softmax(m.model(torch.tensor([[5, 6]])).logits[0, -1], -1) for m in models.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,10 +61,12 @@ class GroupPolicyGradient:
 
     def _prepare(self, groups: list[Group]) -> None:
         """Advantages; and, where rollouts serve several updates, log-probs by the engine that trains: the first ratio is exactly 1."""
-        models = {"ref": self.reference.token_logps}
+        passes: list[Callable[[PackedBatch], Mapping[str, Tensor]]] = [
+            lambda batch: {"ref": self.reference.token_logps(batch)}
+        ]
         if self.config.updates > 1:
-            models["old"] = LiveReference(self.scorer).token_logps
-        score_groups(groups, models, self.scorer, self.tokens_per_step)
+            passes.append(lambda batch: {"old": LiveReference(self.scorer).token_logps(batch)})
+        score_groups(groups, passes, self.scorer, self.tokens_per_step)
         for g in groups:
             drift = g.extras["old"] - g.extras["ref"]
             lengths = [len(c) for c in g.tree.completion_ids]

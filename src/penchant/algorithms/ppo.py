@@ -72,12 +72,8 @@ class PPO:
     def _prepare(self, groups: list[Group]) -> None:
         """Old log-probs and values by the engine that trains, token rewards, advantages and returns."""
         cfg = self.config
-        models = {
-            "old": LiveReference(self.scorer).token_logps,
-            "ref": self.reference.token_logps,
-            "values": self._values_without_gradient,
-        }
-        score_groups(groups, models, self.scorer, self.tokens_per_step)
+        passes = [self._old_and_values, lambda batch: {"ref": self.reference.token_logps(batch)}]
+        score_groups(groups, passes, self.scorer, self.tokens_per_step)
         lengths = torch.tensor([len(c) for g in groups for c in g.tree.completion_ids])
         old, ref, values = (torch.cat([g.extras[name] for g in groups]) for name in ("old", "ref", "values"))
         scores = self._shaped(torch.cat([g.rewards for g in groups])).to(old.dtype)
@@ -109,14 +105,16 @@ class PPO:
     def _values(self, batch: PackedBatch, hidden: Tensor) -> Tensor:
         return self.value_head(hidden if self.value_scorer is None else self.value_scorer.predicting(batch))
 
-    def _values_without_gradient(self, batch: PackedBatch) -> Tensor:
+    def _old_and_values(self, batch: PackedBatch) -> dict[str, Tensor]:
+        """Log-probs and values of the policy that wrote: with a head on the policy, one forward pass gives both."""
         model = self.scorer.model
         training = model.training
         model.eval()
         with torch.no_grad():
-            values = self._values(batch, self.scorer.predicting(batch) if self.value_scorer is None else torch.empty(0))
+            hidden = self.scorer.predicting(batch)
+            found = {"old": self.scorer.logps(batch, hidden=hidden).tokens, "values": self._values(batch, hidden)}
         model.train(training)
-        return values
+        return found
 
     # ---- the update ---------------------------------------------------------------------------------------------------
 

@@ -139,17 +139,21 @@ class Buffer:
 
 
 def score_groups(
-    groups: Sequence[Group], models: Mapping[str, Callable[[PackedBatch], Tensor]], scorer: Scorer, tokens_per_step: int
+    groups: Sequence[Group],
+    passes: Sequence[Callable[[PackedBatch], Mapping[str, Tensor]]],
+    scorer: Scorer,
+    tokens_per_step: int,
 ) -> None:
-    """Keep a number per token (R,) of each model as an extra of its name: log-probs, values."""
+    """Keep what forward passes give, numbers per token (R,) by name (log-probs, values), as extras of those names."""
     trees = [g.tree for g in groups]
     device = next(scorer.model.parameters()).device
     for members in plan_microbatches([tree_tokens(t, scorer.shared) for t in trees], tokens_per_step):
         batch = pack([trees[i] for i in members], shared=scorer.shared).to(device)
         sizes = [sum(map(len, trees[i].completion_ids)) for i in members]
-        for name, of_batch in models.items():
-            for i, part in zip(members, of_batch(batch).cpu().split(sizes), strict=True):
-                groups[i].extras[name] = part
+        for of_batch in passes:
+            for name, values in of_batch(batch).items():
+                for i, part in zip(members, values.cpu().split(sizes), strict=True):
+                    groups[i].extras[name] = part
 
 
 def reward_metrics_of(groups: Sequence[Group]) -> dict[str, float]:

@@ -50,13 +50,14 @@ class Setting:
     """What every model meets alike.
 
     Args:
-        tokenizer: of all models; prompts: token ids, each once; answers: held-out rows of those prompts, pairs (chosen first) or
+        tokenizer: of all models; prompts: token ids, each once; sources: where each came from; answers: held-out rows of those prompts, pairs (chosen first) or
             single answers; empty where there are none.
         judge: the reward, or None; samples: completions of each prompt; seed: of the draws; tokens_per_step: of a forward pass.
     """
 
     tokenizer: Any
     prompts: Sequence[Sequence[int]]
+    sources: Sequence[str]
     answers: Sequence[TokenTree]
     judge: Judge | None
     samples: int
@@ -123,6 +124,7 @@ class _Measured:
             max_new_tokens=setting.max_new_tokens,
             seed=setting.seed,
             judge=setting.judge,
+            sources=setting.sources,
             progress=progress(f"{name} writes, prompts") if progress else None,
         )
         answers = None

@@ -11,7 +11,8 @@ import numpy as np
 from penchant.rollout.generate import sample
 from penchant.types import TokenTree
 
-Judge = Callable[[Sequence[str], Sequence[str]], np.ndarray]  # (prompts, completions) -> one number each
+# (prompts, completions, the trees that they are the texts of) -> one number each
+Judge = Callable[[Sequence[str], Sequence[str], Sequence[TokenTree]], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,14 @@ def write(
     seed: int,
     temperature: float = 1.0,
     judge: Judge | None = None,
+    sources: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
     """Sample `n` completions of each prompt and have them judged.
 
     Args:
-        prompts: token ids; seed: of the draws; judge: a reward of texts, called once with all of them.
+        prompts: token ids; seed: of the draws; judge: a reward, called once with all of them.
+        sources: where each prompt came from, by which a reward model knows it in its own tokens; may be empty.
     """
     rows = sample(
         model,
@@ -76,6 +79,7 @@ def write(
             np.array(prompt, dtype=np.int32),
             tuple(np.array(s.ids, dtype=np.int32) for s in row),
             tuple(not s.finished for s in row),
+            sources[i] if sources else "",
         )
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
     ]
@@ -83,5 +87,5 @@ def write(
     rewards = None
     if judge is not None:
         asked = [tokenizer.decode(list(p), skip_special_tokens=True) for p in prompts]
-        rewards = judge([a for a in asked for _ in range(n)], texts)
+        rewards = judge([a for a in asked for _ in range(n)], texts, trees)
     return Written(trees, texts, rewards)
