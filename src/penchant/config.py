@@ -18,6 +18,7 @@ from penchant.errors import ConfigError
 from penchant.loss_config import LossConfig, LossModifiers, LossProblem
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.rewards.options import BUILT_IN, RewardConfig
+from penchant.rewards.rules import RULES
 from penchant.schema import Section
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
@@ -60,7 +61,7 @@ class RunConfig(Section):
     algorithm: OnlineConfig | PPOConfig | RewardModelConfig | None = None
     reward: RewardConfig | None = Field(
         None,
-        description="of an online method: sentiment, words, path.py:function, a reward model's folder, or a mapping to weights",
+        description="of an online method: sentiment, words:20-60, matches:REGEX, path.py:function, a reward model's folder, or a mapping to weights",
     )
     reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
@@ -464,7 +465,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     def absolute_reward(name: str) -> str:
         path, colon, function = name.rpartition(":")
-        if name in BUILT_IN:
+        if name in BUILT_IN or name.partition(":")[0] in RULES:
             return name
         return f"{absolute(path)}:{function}" if colon else str(absolute(name))
 

@@ -33,7 +33,14 @@ def test_the_prompt_is_given_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "spec,what",
     [
-        ("kindness", "'kindness' is no reward; there are sentiment, words; or give path.py:function"),
+        (
+            "kindness",
+            "'kindness' is no reward; there are sentiment, words, words:20-60, matches:REGEX; or give path.py:function",
+        ),
+        ("words:60-20", "words:60-20 is no range of words; write words:20-60"),
+        ("words:-", "words:- is no range of words"),
+        ("words:many", "words:many is no range of words"),
+        ("matches:(", r"matches:\( is no regular expression"),
         ("missing.py:f", "missing.py: no such file"),
         ({}, "is empty"),
     ],
@@ -41,6 +48,24 @@ def test_the_prompt_is_given_too(tmp_path: Path) -> None:
 def test_what_cannot_be_loaded(spec: object, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         load_reward(spec)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("words:2-3", [-1.0, 0.0, 0.0, -2.0]),
+        ("words:2-", [-1.0, 0.0, 0.0, 0.0]),
+        ("words:-2", [0.0, 0.0, -1.0, -3.0]),
+        ("words:3-3", [-2.0, -1.0, 0.0, -2.0]),
+        (r"matches:^b.*!$", [0.0, 0.0, 1.0, 0.0]),
+        (r"matches:\n", [0.0, 0.0, 1.0, 0.0]),
+        (r"matches:a:", [0.0, 1.0, 0.0, 0.0]),
+    ],
+)
+def test_rules_of_length_and_format(spec: str, expected: list[float]) -> None:
+    texts = ["one", "a: two", "b\nand three!", "c d e f g"]
+    assert load_reward(spec)(["p"] * 4, texts).tolist() == expected
+    assert load_reward({spec: 0.5})(["p"] * 4, texts).tolist() == [0.5 * e for e in expected]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy as np
 
 from penchant.errors import ConfigError, RewardError
 from penchant.rewards.options import RewardConfig
+from penchant.rewards.rules import rule_of
 from penchant.types import TokenTree
 
 if TYPE_CHECKING:
@@ -135,6 +136,9 @@ def load_reward(
 
 
 def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: Any) -> RewardFunction:
+    rule = rule_of(name)
+    if rule is not None:
+        return rule
     if name in BUILT_IN or name.rpartition(":")[0].endswith(".py"):
         return _function(name)
     from penchant.models.load import resolve_device
@@ -155,7 +159,7 @@ def _function(name: str) -> RewardFunction:
         raise ConfigError(
             "reward",
             f"{name!r} is no reward",
-            f"there are {', '.join(BUILT_IN)}; or give path.py:function or a reward model's folder",
+            f"there are {', '.join(BUILT_IN)}, words:20-60, matches:REGEX; or give path.py:function or a reward model's folder",
         )
     file = Path(path).expanduser()
     if not file.is_file():
