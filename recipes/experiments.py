@@ -23,9 +23,10 @@ import numpy as np
 
 from penchant import demo
 from penchant.api import train
-from penchant.errors import PenchantError
+from penchant.errors import CheckpointError, PenchantError
 from penchant.evaluation.stats import bootstrap_ci
 from penchant.losses import LOSSES
+from penchant.training.loop import Interrupted
 
 Setting = Mapping[str, Any]  # the `loss` section of a config; or, without a name, whole sections to lay over the task's
 HH_PAIRS, HH_HELDOUT = 96, 64
@@ -195,6 +196,8 @@ def run_setting(
         result = train(config, quiet=True)
         seconds = time.monotonic() - started
         measured = _measure(task, config, result.model.parent, before) | {"seconds": seconds}
+    except (Interrupted, CheckpointError):
+        raise  # another process's, or the person's wish: no result
     except PenchantError as error:
         measured = {"stopped": str(error).split(": ", 1)[-1][:160]}
     folder.mkdir(parents=True, exist_ok=True)
