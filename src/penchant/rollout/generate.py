@@ -51,17 +51,24 @@ class Settings:
 
 
 class Written:
-    """What has been written so far: one line a completion, and its own uniform numbers."""
+    """What has been written so far, on the model's device: one line a completion, and its own uniform numbers."""
 
-    def __init__(self, prompts: int, settings: Settings, seed: int, prompt_seeds: Sequence[int]) -> None:
+    def __init__(
+        self, prompts: int, settings: Settings, seed: int, prompt_seeds: Sequence[int], device: torch.device
+    ) -> None:
         lines, columns = prompts * settings.n, settings.max_new_tokens
-        self.settings = settings
-        self.ids = torch.zeros(lines, columns, dtype=torch.int64)
-        self.logps = torch.zeros(lines, columns)
-        self.lengths = torch.zeros(lines, dtype=torch.int64)
-        self.finished = torch.zeros(lines, dtype=torch.bool)
+        self.settings, self.device = settings, device
+        self.ids = torch.zeros(lines, columns, dtype=torch.int64, device=device)
+        self.logps = torch.zeros(lines, columns, device=device)
+        self.lengths = torch.zeros(lines, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(lines, dtype=torch.bool, device=device)
         self._seed, self._prompt_seeds = seed, prompt_seeds
-        self._uniforms = torch.zeros(lines, columns, dtype=torch.float64)
+        self._uniforms = torch.zeros(lines, columns, dtype=torch.float64, device=device)
+
+    def lines_of(self, prompts: Sequence[int]) -> Tensor:
+        """The lines of these prompts' completions."""
+        n = self.settings.n
+        return torch.cat([torch.arange(i * n, (i + 1) * n, device=self.device) for i in prompts])
 
     def begin(self, prompt: int) -> None:
         """Draw a prompt's uniform numbers."""
@@ -73,7 +80,7 @@ class Written:
     def add(self, lines: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Draw the next token of each line from its logits; the tokens, and which lines go on."""
         at = self.lengths[lines]
-        tokens, logps = self.settings.draw(logits.cpu(), self._uniforms[lines, at])
+        tokens, logps = self.settings.draw(logits, self._uniforms[lines, at])
         self.ids[lines, at] = tokens
         self.logps[lines, at] = logps.float()
         self.lengths[lines] = at + 1
@@ -121,9 +128,10 @@ def sample(
         For each prompt, in order, its `n` samples.
     """
     settings = Settings(n, max_new_tokens, temperature, top_p, top_k, eos_token_id)
-    written = Written(len(prompts), settings, seed, prompt_seeds if prompt_seeds is not None else range(len(prompts)))
     if not prompts:
         return []
+    seeds = prompt_seeds if prompt_seeds is not None else range(len(prompts))
+    written = Written(len(prompts), settings, seed, seeds, next(model.parameters()).device)
     training = model.training
     model.eval()
     with torch.inference_mode():
@@ -193,7 +201,7 @@ class Pool:
         for i in prompts:
             self.written.begin(i)
         self.prompts.extend(prompts)
-        lines = torch.cat([torch.arange(i * n, (i + 1) * n) for i in prompts])
+        lines = self.written.lines_of(prompts)
         tokens, going = self.written.add(lines, logits.repeat_interleave(n, dim=0))
         groups = torch.arange(first, first + len(prompts)).repeat_interleave(n)
         # rows that ended at once never get a place; the others have no tokens of their own in the caches yet
@@ -270,14 +278,14 @@ def _decode_by_length(
 def _decode_together(model: Any, prompts: Sequence[Sequence[int]], part: Sequence[int], written: Written) -> None:
     """Prompts of one length, with transformers' cache; finished rows are taken out of it."""
     n = written.settings.n
-    device = next(model.parameters()).device
+    device = written.device
     ids = torch.tensor([list(prompts[i]) for i in part], device=device)
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     cache = out.past_key_values
     logits = out.logits[:, -1].repeat_interleave(n, dim=0)
     if n > 1:
         cache.batch_repeat_interleave(n)
-    lines = torch.cat([torch.arange(i * n, (i + 1) * n) for i in part])
+    lines = written.lines_of(part)
     at = ids.shape[1]
     while True:
         tokens, going = written.add(lines, logits)
@@ -285,9 +293,9 @@ def _decode_together(model: Any, prompts: Sequence[Sequence[int]], part: Sequenc
             return
         if not bool(going.all()):
             lines, tokens = lines[going], tokens[going]
-            cache.batch_select_indices(going.nonzero().squeeze(1).to(device))
+            cache.batch_select_indices(going.nonzero().squeeze(1))
         position = torch.full((len(tokens), 1), at, device=device)
-        out = model(input_ids=tokens[:, None].to(device), past_key_values=cache, use_cache=True, position_ids=position)
+        out = model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True, position_ids=position)
         logits = out.logits[:, -1]
         at += 1
 
