@@ -73,7 +73,8 @@ def test_every_pipeline_shown_is_one(tmp_path: Path, page: str) -> None:
     given = re.findall(r"pipeline\.yaml (stages\.\S+=\S+)", text)
     assert given
     pipeline = load_pipeline(tmp_path / "pipeline.yaml", given[:1])
-    assert list(pipeline.stages) == ["sft", "dpo", "rloo"] and pipeline.compare is not None
+    assert list(pipeline.stages) == ["sft", "reward", "ppo", "dpo"]
+    assert pipeline.compare is not None and pipeline.compare.upstream == ("sft", "ppo", "dpo", "reward")
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,16 +166,30 @@ def find_reward_model(path: str) -> Path | None:
     return there.get(f"step-{best}", last) / "model"
 
 
+def check_reward_folder(name: str, folder: Path) -> Any:
+    """The config of a folder that is used as a reward.
+
+    Raises:
+        ConfigError: it holds another kind of model. ModelError: it holds none.
+    """
+    config = load_model_config(str(folder))
+    if not is_reward_model(config):
+        kind = ", ".join(getattr(config, "architectures", None) or ()) or "no architecture named"
+        raise ConfigError(
+            "reward",
+            f"{name} is no reward model ({kind})",
+            "give the run folder of one, trained with algorithm.name=reward_model, or a classifier with one label",
+        )
+    return config
+
+
 def load_reward_function(name: str, folder: Path, device: torch.device, policy: PolicyText | None) -> RewardModel:
     """A reward model from its folder, in the dtype in which it was saved.
 
     Raises:
         ConfigError: the folder holds another kind of model. ModelError: it holds none.
     """
-    config = load_model_config(str(folder))
-    if not is_reward_model(config):
-        kind = ", ".join(getattr(config, "architectures", None) or ()) or "no model"
-        raise ConfigError("reward", f"{name} is no reward model ({kind})", "train one with algorithm.name=reward_model")
+    config = check_reward_folder(name, folder)
     loaded = load_reward_model(ModelConfig(path=str(folder)), device)
     if loaded.fresh:
         raise ModelError(str(folder), f"its weights lack {', '.join(loaded.fresh)}", "give a whole reward model")
