@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from penchant.errors import ConfigError, RewardError
+from penchant.errors import ConfigError, PenchantError, RewardError
 from penchant.rewards.options import RewardConfig
 from penchant.types import TokenTree
 
@@ -78,6 +78,8 @@ def _values(
         given = term.function(list(prompts), list(completions)) if on_trees is None else on_trees(trees)
     except Exception as error:
         at = _first_to_blame(term.function, prompts, completions) if on_trees is None else None
+        if isinstance(error, PenchantError):  # a reward model's own sentence; there is no function to mend
+            raise RewardError(f"reward {term.name}", error.what, error.how) from error
         raise RewardError(
             f"reward {term.name}",
             f"{type(error).__name__}: {error}"

@@ -97,9 +97,18 @@ class RewardModel:
         dataset = Dataset(tuple(pairs), "rollouts", "pairs", len(pairs), (), "")
         if self.encoder:
             return list(tokenise_text_pairs(dataset, self.tokenizer, max_length=self.max_length).trees)
-        made = tokenise(
+        # a policy may end at once; where the reward model has learned no EOS either, nothing is left but the prompt
+        nothing = [not self.add_eos and not p.completions[0].text for p in pairs]
+        if any(nothing):
+            held = [replace(p, completions=(Completion("."),)) if n else p for p, n in zip(pairs, nothing, strict=True)]
+            dataset = replace(dataset, trees=tuple(held))
+        made: Sequence[TokenTree] = tokenise(
             dataset, self.tokenizer, template=self.template, max_length=self.max_length, add_eos=self.add_eos
         ).trees
+        made = [
+            replace(t, completion_ids=(t.completion_ids[0][:0],)) if n else t
+            for t, n in zip(made, nothing, strict=True)
+        ]
         eos = self.tokenizer.eos_token_id
         return [_without(eos, t) if cut else t for t, cut in zip(made, unfinished, strict=True)]
 
