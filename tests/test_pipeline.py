@@ -193,6 +193,21 @@ def test_what_a_stage_inherits() -> None:
             "[sft, dpo]\n  reward: words\n  also: [stage:jugde]",
             "pipeline.yaml:17: compare: there is no stage 'jugde'; did you mean \"judge\"?",
         ),
+        (
+            "{{stage:judge: 1.0, words: -0.01}}",
+            "judge",
+            "pipeline.yaml:13: stages.ppo: reward is 'judge', a stage's bare name; write stage:judge",
+        ),
+        (
+            "[sft, dpo, ppo]",
+            "[sft, dpo]\n  reward: {{stage:judge: 1.0, device: tpu}}",
+            "pipeline.yaml:16: compare.reward: device: Input should be 'auto', 'cpu' or 'cuda'",
+        ),
+        (
+            "[sft, dpo, ppo]",
+            "[sft, dpo]\n  reward: {{words: much}}",
+            "pipeline.yaml:16: compare.reward: words is 'much'; give each reward a number",
+        ),
         ("[sft, dpo, ppo]", "[sft, dpo]\n  also: [words]", "pipeline.yaml:14: compare: also is set without a reward"),
         (
             "[sft, dpo, ppo]",

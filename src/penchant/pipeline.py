@@ -24,6 +24,7 @@ from penchant.config import (
     with_absolute_paths,
 )
 from penchant.errors import ConfigError
+from penchant.rewards.options import BUILT_IN, RewardConfig
 from penchant.schema import Section
 
 SHAPE = "a pipeline is a mapping with output, stages and, if you like, defaults and compare; see recipes/pipeline.yaml"
@@ -129,6 +130,18 @@ class CompareConfig(Section):
         if len(models) < 2:
             raise ValueError("name at least two stages, the one to compare with first")
         return models
+
+    @field_validator("reward")
+    @classmethod
+    def _a_reward(cls, reward: Any) -> Any:
+        try:
+            RewardConfig.model_validate(reward if reward is not None else "words")
+        except ValidationError as error:  # said now, not when everything is trained
+            first = error.errors()[0]
+            raise ValueError(
+                ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
+            ) from error
+        return reward
 
     @model_validator(mode="after")
     def _other_rewards(self) -> CompareConfig:
@@ -241,6 +254,12 @@ def _pipeline(values: dict[str, Any], places: Places, overrides: Sequence[str], 
         _ = stage.config  # every stage is checked before anything trains
     for stage in made.values():
         _check_kinds(stage, made)
+        check_names(
+            stage.values.get("reward"),
+            made,
+            place_of(("reward",), stage.places, stage.place),
+            f"stages.{stage.name}: reward",
+        )
     return Pipeline(source, folder, made, _comparison(values.get("compare"), made, places, source))
 
 
@@ -401,6 +420,13 @@ def check_judge(ref: Ref, stages: Mapping[str, Stage], where: str, what: str) ->
         raise ConfigError(where, f"{what} is {ref.text}, which trains no reward model", hint)
 
 
+def check_names(reward: Any, stages: Mapping[str, Stage], where: str, what: str) -> None:
+    """Refuse a stage's bare name as a reward."""
+    for name in [reward] if isinstance(reward, str) else list(reward or ()):
+        if name in stages and name not in BUILT_IN and not Path(name).exists():
+            raise ConfigError(where, f"{what} is {name!r}, a stage's bare name", f"write stage:{name}")
+
+
 def learns_reward(stage: Stage) -> bool:
     """Whether the stage trains a reward model."""
     algorithm = stage.values.get("algorithm")
@@ -449,6 +475,8 @@ def _comparison(section: Any, stages: Mapping[str, Stage], places: Places, sourc
         where = place_of(ref.path, places, place)
         if ref.stage not in stages:
             raise ConfigError(where, f"compare: there is no stage {ref.stage!r}", did_you_mean(ref.stage, stages))
+    for rewards, key in ((config.reward, "reward"), (config.also, "also")):
+        check_names(rewards, stages, place_of(("compare", key), places, place), f"compare.{key}")
     for ref in refs:
         check_judge(ref, stages, place_of(ref.path, places, place), f"compare.{ref.path[1]}")
     for ref in models:

@@ -25,6 +25,7 @@ from penchant.packing_check import choose_packing
 from penchant.pipeline import Comparison, Pipeline, Ref, Resolve, Stage
 from penchant.pipeline_state import State, reward_hashes, reward_terms, write_atomically
 from penchant.rewards import load_reward
+from penchant.rewards.functions import reward_device
 from penchant.rewards.model import PolicyText, check_reward_folder, find_reward_model
 from penchant.run import Run
 from penchant.training.progress import PlainConsole
@@ -273,6 +274,7 @@ def check_reward(reward: Any) -> None:
         ConfigError: no such reward, file or function, or a folder with another model. ModelError, CheckpointError: with none.
     """
     weights = reward if isinstance(reward, dict) else {}
+    reward_device(str(weights.get("device", "auto")))
     for name in reward_terms(reward):
         if not isinstance(weights.get(name, 1.0), (int, float)):
             continue

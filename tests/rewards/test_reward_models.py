@@ -270,8 +270,13 @@ def test_folders_that_hold_no_reward_model(tmp_path: Path) -> None:
     (tmp_path / "new" / "config.resolved.yaml").write_text("")
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
         load_reward(str(tmp_path / "new"))
-    with pytest.raises(ConfigError, match="is no reward"):
+    with pytest.raises(ConfigError, match="runs/nowhere: no such folder"):
         load_reward("runs/nowhere")
+    with pytest.raises(ConfigError, match="'stage:reward' is a pipeline's stage"):
+        load_reward("stage:reward")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"reward\.device: is cuda, but no CUDA device is visible"):
+            load_reward({tiny_model_folder(tmp_path / "m"): 1.0, "device": "cuda"})
 
 
 def test_a_changed_reward_is_another_run(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from penchant.rewards.options import RewardConfig
 from penchant.types import TokenTree
 
 if TYPE_CHECKING:
+    import torch
+
     from penchant.rewards.model import PolicyText
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, completions) -> one number each
@@ -139,14 +141,26 @@ def load_reward(
 def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: Any) -> RewardFunction:
     if name in BUILT_IN or name.rpartition(":")[0].endswith(".py"):
         return _function(name)
-    from penchant.models.load import resolve_device
     from penchant.rewards.model import find_reward_model, load_reward_function
 
     folder = find_reward_model(name)
     if folder is None:
         return _function(name)  # which says that there is none
-    where = resolve_device(config.device if config.device != "auto" else str(device))
-    return load_reward_function(name, folder, where, policy)
+    return load_reward_function(name, folder, reward_device(config.device, device), policy)
+
+
+def reward_device(wanted: str, policys: Any = "cpu") -> torch.device:
+    """Where reward models run; auto is where the policy is.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    from penchant.models.load import resolve_device
+
+    try:
+        return resolve_device(wanted if wanted != "auto" else str(policys))
+    except ConfigError as error:
+        raise ConfigError("reward.device", f"is {wanted}, but {error.what}", "set it to cpu or auto") from error
 
 
 def _function(name: str) -> RewardFunction:
@@ -154,6 +168,12 @@ def _function(name: str) -> RewardFunction:
         return BUILT_IN[name]
     path, colon, attribute = name.rpartition(":")
     if not colon or not path.endswith(".py"):
+        if name.startswith("stage:"):
+            raise ConfigError("reward", f"{name!r} is a pipeline's stage", "here give that stage's run folder")
+        if "/" in name:
+            raise ConfigError(
+                "reward", f"{name}: no such folder", "give a reward model's folder or run, or path.py:function"
+            )
         raise ConfigError(
             "reward",
             f"{name!r} is no reward",
