@@ -20,7 +20,7 @@ from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 from penchant import api
 from penchant.config import config_from_mapping, dump_config
 from penchant.data.tokenise import tokenise
-from penchant.errors import CheckpointError, ConfigError
+from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.models.reward import head_of
 from penchant.models.structure import backbone_of
 from penchant.rewards import load_reward
@@ -277,6 +277,12 @@ def test_folders_that_hold_no_reward_model(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"reward\.device: is cuda, but no CUDA device is visible"):
             load_reward({tiny_model_folder(tmp_path / "m"): 1.0, "device": "cuda"})
+
+
+def test_a_reward_model_is_no_policy(tmp_path: Path, trained: Any) -> None:
+    folder = find_reward_model(str(trained("plain").run.folder))
+    with pytest.raises(ModelError, match=r"a classifier or reward model \(it has score.weight\), which writes nothing"):
+        api.train(online(tmp_path, str(folder), "words"), quiet=True)
 
 
 def test_a_changed_reward_is_another_run(tmp_path: Path) -> None:
