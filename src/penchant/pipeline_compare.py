@@ -25,7 +25,8 @@ from penchant.packing_check import choose_packing
 from penchant.pipeline import Comparison, Pipeline, Ref, Resolve, Stage
 from penchant.pipeline_state import State, reward_hashes, reward_terms, write_atomically
 from penchant.rewards import load_reward
-from penchant.rewards.model import PolicyText
+from penchant.rewards.functions import reward_device
+from penchant.rewards.model import PolicyText, check_reward_folder, find_reward_model
 from penchant.run import Run
 from penchant.training.progress import PlainConsole
 from penchant.types import TokenTree
@@ -70,7 +71,8 @@ class Comparer:
         self.compare: Comparison = pipeline.compare
         self.heldout = self._held_out()
         try:
-            check_reward(self.compare.config.reward)
+            for reward in (self.compare.config.reward, *self.compare.config.also):
+                check_reward(reward)
         except ConfigError as error:
             raise ConfigError(self.compare.place, f"compare.{error.where}: {error.what}", error.how) from error
 
@@ -129,6 +131,7 @@ class Comparer:
         reward = self.compare.reward(resolve)
         texts = {t.source: t.prompt for t in self.heldout.rows.trees}
         policy = PolicyText(tokenizers[0], self._run.config.data.template, texts)
+        judges = {name: load_reward(r, policy, self._run.device) for name, r in self.compare.also(resolve).items()}
         return Setting(
             tokenizer=tokenizers[0],
             prompts=prompts,
@@ -138,6 +141,7 @@ class Comparer:
             samples=c.samples,
             max_new_tokens=c.max_new_tokens,
             seed=c.seed,
+            also=judges,
             tokens_per_step=self._run.config.train.tokens_per_step,
             progress=self.console.counter,
         )
@@ -167,9 +171,12 @@ class Comparer:
     def _inputs(self, setting: Setting, folder_of: FolderOf) -> dict[str, Any]:
         c = self.compare
         return {
-            "settings": c.config.model_dump(mode="json"),
+            "settings": {
+                k: v for k, v in c.config.model_dump(mode="json").items() if v != []
+            },  # older ones have no `also`
             "models": {ref.text: model_sha256(folder_of(ref)) for ref in c.models},
             "rewards": reward_hashes(c.config.reward)
+            | reward_hashes(dict.fromkeys(c.config.also, 1.0))
             | {ref.text: model_sha256(folder_of(ref)) for ref in c.reward_refs},
             "tokens": _tokens_sha256(setting),
             "dtype": str(self.dtype),
@@ -261,12 +268,18 @@ def _tokens_sha256(setting: Setting) -> str:
 
 
 def check_reward(reward: Any) -> None:
-    """A reward's built-in names and files are there and can be called; trained ones are not loaded for this.
+    """A reward's built-in names and files are there and can be called; of a model's folder its config is looked at.
 
     Raises:
-        ConfigError: no such reward, file or function.
+        ConfigError: no such reward, file or function, or a folder with another model. ModelError, CheckpointError: with none.
     """
     weights = reward if isinstance(reward, dict) else {}
+    reward_device(str(weights.get("device", "auto")))
     for name in reward_terms(reward):
-        if isinstance(weights.get(name, 1.0), (int, float)) and not Path(name).expanduser().is_dir():
+        if not isinstance(weights.get(name, 1.0), (int, float)):
+            continue
+        folder = find_reward_model(name)
+        if folder is None:
             load_reward(name)
+        else:
+            check_reward_folder(name, folder)

@@ -182,3 +182,28 @@ def test_single_answers_have_a_perplexity_and_no_accuracy() -> None:
     answers = [make_tree(i, 3, (4,)) for i in range(3)]
     got = compare_models(["a", "b"], lambda name: scorer(name == "b"), setting(answers=answers, judge=None))
     assert "perplexity" in got.models["b"] and "preference_accuracy" not in got.models["b"]
+
+
+def test_another_judge_has_figures_of_its_own() -> None:
+    def opposite(prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree]) -> np.ndarray:
+        assert list(prompts) == [Letters().decode(t.prompt_ids) for t in trees for _ in t.completion_ids]
+        return -even(prompts, completions, trees)
+
+    made = compare_models(["a", "b"], lambda name: scorer(int(name == "b")), setting(also={"odd": opposite}))
+    b, other = made.models["b"], made.models["b"]["also"]["odd"]
+    assert abs(b["reward_change"]) > 1e-3 and b["win_rate"] != 0.5
+    assert other["reward"] == pytest.approx(-b["reward"])
+    assert other["reward_change"] == pytest.approx(-b["reward_change"])
+    assert other["win_rate"] == pytest.approx(1 - b["win_rate"])
+    assert other["reward_change/ci"] == pytest.approx([-v for v in reversed(b["reward_change/ci"])], abs=0.02)
+    assert set(made.models["a"]["also"]["odd"]) == {"reward", "reward/ci"}
+    for row in made.rows:
+        of_b = row["completions"]["b"]
+        assert of_b["also"] == {"odd": pytest.approx(-of_b["reward"])}
+    lines = [line.split("  ")[0] for line in table(made.models).splitlines()]
+    assert lines[4:7] == [
+        "reward, by odd",
+        "change of reward against a, by odd",
+        "win rate against a (ties half), by odd",
+    ]
+    assert [s.startswith("By odd: ") for s in made.sentences] == [False, True]

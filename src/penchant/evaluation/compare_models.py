@@ -3,6 +3,7 @@
 What each figure is, with the first model as the one that all others are compared with:
 
 - reward: mean over completions sampled at temperature 1; `reward_change`: minus the first model's on the same prompts.
+- also: the same three by other rewards, each under its name: whether what was trained on is what was meant.
 - win_rate: per prompt, the share of pairs (own completion, first model's completion) with the higher reward, ties half; the mean over prompts.
 - kl: KL(policy || first model) in nats per completion, from the policy's own completions (see `sampled_kl.py`).
 - preference_accuracy: share of held-out pairs whose chosen answer gained more log-prob over the first model's than the rejected one.
@@ -21,7 +22,7 @@ from penchant.evaluation.pairs import pair_change
 from penchant.evaluation.sampled_kl import kl_on
 from penchant.evaluation.stats import Interval, bootstrap_ci, paired_bootstrap
 from penchant.evaluation.text import distinct_n
-from penchant.evaluation.written import Judge, Written, write
+from penchant.evaluation.written import Judge, Written, judged, write
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.reference import LiveReference, compute_logps
 from penchant.types import TokenTree
@@ -30,11 +31,13 @@ Metrics = dict[str, Any]
 
 FEW_PROMPTS = 10  # below it a percentile bootstrap is too narrow to name a winner
 
-# name, label ({first} is the first model), digits
-ROWS = (
+# name, label ({first} is the first model), digits; the first table is of every judge
+JUDGED = (
     ("reward", "reward", 3),
     ("reward_change", "change of reward against {first}", 3),
     ("win_rate", "win rate against {first} (ties half)", 3),
+)
+ROWS = (
     ("kl", "KL(policy || {first}), nats per completion", 2),
     ("kl_per_token", "KL(policy || {first}), nats per token", 4),
     ("preference_accuracy", "held-out preference accuracy", 3),
@@ -52,7 +55,7 @@ class Setting:
     Args:
         tokenizer: of all models; prompts: token ids, each once; sources: where each came from; answers: held-out rows of those prompts, pairs (chosen first) or
             single answers; empty where there are none.
-        judge: the reward, or None; samples: completions of each prompt; seed: of the draws; tokens_per_step: of a forward pass.
+        judge: the reward, or None; also: other rewards by name; samples: completions of each prompt; seed: of the draws; tokens_per_step: of a forward pass.
     """
 
     tokenizer: Any
@@ -64,6 +67,7 @@ class Setting:
     max_new_tokens: int
     seed: int
     tokens_per_step: int = 4096
+    also: Mapping[str, Judge] = field(default_factory=dict)
     progress: Callable[[str], Callable[[int, int], None]] | None = None
 
     @property
@@ -101,10 +105,14 @@ def compare_models(names: Sequence[str], load: Callable[[str], Scorer], setting:
             tokens_per_step=setting.tokens_per_step,
         )
         of_kl = {"kl": kl["kl/policy_ref"], "kl/ci": kl["kl/policy_ref/ci"], "kl_per_token": kl["kl/per_token"]}
-        figures[name] = mine.alone() | mine.against(first) | of_kl
+        figures[name] = mine.all(first) | of_kl
         measured[name] = mine
         del scorer
-    return Compared(figures, _rows(measured, setting), sentences(figures, _rewards(measured)))
+    said = sentences(figures, _rewards(measured))
+    for judge in setting.also:
+        by = {name: m["also"][judge] for name, m in figures.items()}
+        said += [f"By {judge}: {s}" for s in sentences(by, _rewards(measured, judge))]
+    return Compared(figures, _rows(measured, setting), said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +120,7 @@ class _Measured:
     written: Written
     answers: CompletionLogps | None
     setting: Setting
+    also: dict[str, np.ndarray]
 
     @staticmethod
     def of(name: str, scorer: Scorer, setting: Setting) -> _Measured:
@@ -130,7 +139,12 @@ class _Measured:
         answers = None
         if setting.answers:
             answers = compute_logps(LiveReference(scorer), setting.answers, tokens_per_step=setting.tokens_per_step)
-        return _Measured(written, answers, setting)
+        also = {n: judged(j, setting.tokenizer, written.trees, written.texts) for n, j in setting.also.items()}
+        return _Measured(written, answers, setting, also)
+
+    def rewards(self, judge: str | None = None) -> np.ndarray | None:
+        """Of every completion, by the reward or by another judge; None where nobody judged."""
+        return self.written.rewards if judge is None else self.also[judge]
 
     def alone(self) -> Metrics:
         """Figures that need no other model."""
@@ -138,6 +152,10 @@ class _Measured:
         metrics: Metrics = {}
         if w.rewards is not None:
             metrics |= _named("reward", bootstrap_ci(w.rewards, clusters=w.prompts))
+        if self.also:
+            metrics["also"] = {
+                n: _named("reward", bootstrap_ci(values, clusters=w.prompts)) for n, values in self.also.items()
+            }
         lengths = np.array([len(i) for i in w.ids], dtype=np.float64)
         metrics |= _named("ended", bootstrap_ci(w.ended, clusters=w.prompts))
         metrics |= _named("tokens", bootstrap_ci(lengths, clusters=w.prompts))
@@ -148,14 +166,24 @@ class _Measured:
 
     def against(self, first: _Measured) -> Metrics:
         """Figures against the first model."""
-        metrics: Metrics = {}
-        mine, theirs = self.written.rewards, first.written.rewards
-        if mine is not None and theirs is not None:
-            metrics |= _named("reward_change", paired_bootstrap(theirs, mine, clusters=self.written.prompts))
-            metrics |= _named("win_rate", win_rate_by_prompt(mine, theirs, self.setting.samples))
+        metrics: Metrics = self._gain(first, None)
         if self.setting.paired and self.answers is not None and first.answers is not None:
             correct = pair_change(self.answers.sums, first.answers.sums).correct
             metrics |= _named("preference_accuracy", bootstrap_ci(correct, clusters=_clusters(self.setting.answers)))
+        return metrics
+
+    def _gain(self, first: _Measured, judge: str | None) -> Metrics:
+        mine, theirs = self.rewards(judge), first.rewards(judge)
+        if mine is None or theirs is None:
+            return {}
+        change = _named("reward_change", paired_bootstrap(theirs, mine, clusters=self.written.prompts))
+        return change | _named("win_rate", win_rate_by_prompt(mine, theirs, self.setting.samples))
+
+    def all(self, first: _Measured) -> Metrics:
+        """Everything but the KL, which needs both models at once."""
+        metrics = self.alone() | self.against(first)
+        for judge, of_it in metrics.get("also", {}).items():
+            of_it |= self._gain(first, judge)
         return metrics
 
 
@@ -189,12 +217,12 @@ def _named(name: str, interval: Interval) -> Metrics:
     return {name: interval.estimate, f"{name}/ci": [interval.low, interval.high]}
 
 
-def _rewards(measured: Mapping[str, _Measured]) -> dict[str, np.ndarray]:
+def _rewards(measured: Mapping[str, _Measured], judge: str | None = None) -> dict[str, np.ndarray]:
     """Mean reward of each prompt, by model; empty where nobody judged."""
     return {
-        name: m.written.rewards.reshape(-1, m.setting.samples).mean(1)
+        name: values.reshape(-1, m.setting.samples).mean(1)
         for name, m in measured.items()
-        if m.written.rewards is not None
+        if (values := m.rewards(judge)) is not None
     }
 
 
@@ -208,7 +236,9 @@ def _rows(measured: Mapping[str, _Measured], setting: Setting) -> list[dict[str,
             for name, m in measured.items():
                 w = m.written
                 made = {"text": w.texts[at], "tokens": len(w.ids[at]), "ended": bool(w.ended[at])}
-                row["completions"][name] = made | ({} if w.rewards is None else {"reward": float(w.rewards[at])})
+                made |= {} if w.rewards is None else {"reward": float(w.rewards[at])}
+                made |= {"also": {judge: float(v[at]) for judge, v in m.also.items()}} if m.also else {}
+                row["completions"][name] = made
             rows.append(row)
     return rows
 
@@ -257,12 +287,23 @@ def sentences(figures: Mapping[str, Metrics], rewards: Mapping[str, np.ndarray])
 def table(models: Mapping[str, Metrics]) -> str:
     """Figures as a plain table: one line a figure, one column a model, 95% intervals in brackets."""
     first = next(iter(models))
-    lines = [["", *models]]
-    for name, label, digits in ROWS:
-        if any(name in m for m in models.values()):
-            lines.append([label.format(first=first), *(_cell(m, name, digits) for m in models.values())])
+    lines = [["", *models], *_lines(models, JUDGED, first)]
+    for judge in models[first].get("also", {}):
+        lines += _lines({n: m["also"][judge] for n, m in models.items()}, JUDGED, first, f", by {judge}")
+    lines += _lines(models, ROWS, first)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _lines(
+    models: Mapping[str, Metrics], rows: Sequence[tuple[str, str, int]], first: str, by: str = ""
+) -> list[list[str]]:
+    """The rows that any of the models has a figure for."""
+    return [
+        [label.format(first=first) + by, *(_cell(m, name, digits) for m in models.values())]
+        for name, label, digits in rows
+        if any(name in m for m in models.values())
+    ]
 
 
 def _cell(metrics: Metrics, name: str, digits: int) -> str:

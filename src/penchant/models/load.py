@@ -85,7 +85,11 @@ def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
             config = AutoConfig.from_pretrained(path, revision=cfg.revision)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, revision=cfg.revision, dtype=torch.float32)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, revision=cfg.revision, dtype=torch.float32, output_loading_info=True
+            )
+            model, info = loaded
+            _check_complete(cfg.path, info)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             cfg.path,
@@ -96,6 +100,20 @@ def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
         raise ModelError(cfg.path, "this is an encoder-decoder model", "give a causal (decoder-only) language model")
     disable_dropout(model)
     return model.to(device)
+
+
+def _check_complete(path: str, info: Mapping[str, Any]) -> None:
+    """Refuse a folder that is no whole language model: transformers would draw what is missing at random and go on."""
+    missing, left = (sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys"))
+    heads = [n for n in left if n.split(".")[0] in ("score", "classifier")]
+    if heads:
+        raise ModelError(
+            path,
+            f"this is a classifier or reward model (it has {heads[0]}), which writes nothing",
+            "give the language model",
+        )
+    if missing:
+        raise ModelError(path, f"weights are missing in the folder ({', '.join(missing[:3])})", "give a whole model")
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

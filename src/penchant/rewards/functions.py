@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from penchant.errors import ConfigError, RewardError
+from penchant.errors import ConfigError, PenchantError, RewardError
 from penchant.rewards.options import RewardConfig
 from penchant.rewards.rules import rule_of
 from penchant.types import TokenTree
 
 if TYPE_CHECKING:
+    import torch
+
     from penchant.rewards.model import PolicyText
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, completions) -> one number each
@@ -79,6 +81,8 @@ def _values(
         given = term.function(list(prompts), list(completions)) if on_trees is None else on_trees(trees)
     except Exception as error:
         at = _first_to_blame(term.function, prompts, completions) if on_trees is None else None
+        if isinstance(error, PenchantError):  # a reward model's own sentence; there is no function to mend
+            raise RewardError(f"reward {term.name}", error.what, error.how) from error
         raise RewardError(
             f"reward {term.name}",
             f"{type(error).__name__}: {error}"
@@ -141,14 +145,26 @@ def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: A
         return rule
     if name in BUILT_IN or name.rpartition(":")[0].endswith(".py"):
         return _function(name)
-    from penchant.models.load import resolve_device
     from penchant.rewards.model import find_reward_model, load_reward_function
 
     folder = find_reward_model(name)
     if folder is None:
         return _function(name)  # which says that there is none
-    where = resolve_device(config.device if config.device != "auto" else str(device))
-    return load_reward_function(name, folder, where, policy)
+    return load_reward_function(name, folder, reward_device(config.device, device), policy)
+
+
+def reward_device(wanted: str, policys: Any = "cpu") -> torch.device:
+    """Where reward models run; auto is where the policy is.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    from penchant.models.load import resolve_device
+
+    try:
+        return resolve_device(wanted if wanted != "auto" else str(policys))
+    except ConfigError as error:
+        raise ConfigError("reward.device", f"is {wanted}, but {error.what}", "set it to cpu or auto") from error
 
 
 def _function(name: str) -> RewardFunction:
@@ -156,6 +172,12 @@ def _function(name: str) -> RewardFunction:
         return BUILT_IN[name]
     path, colon, attribute = name.rpartition(":")
     if not colon or not path.endswith(".py"):
+        if name.startswith("stage:"):
+            raise ConfigError("reward", f"{name!r} is a pipeline's stage", "here give that stage's run folder")
+        if "/" in name:
+            raise ConfigError(
+                "reward", f"{name}: no such folder", "give a reward model's folder or run, or path.py:function"
+            )
         raise ConfigError(
             "reward",
             f"{name!r} is no reward",
