@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,27 +90,39 @@ def _values(
             + (f" (completion {at}: {completions[at][:60]!r})" if at is not None else ""),
             "mend the function; it gets lists of prompts and completions and returns one number each",
         ) from error
-    try:
-        values = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise RewardError(
-            f"reward {term.name}", f"returned {type(given).__name__} that holds no numbers", "return a list of numbers"
-        ) from error
+    values = _numbers(term.name, given)
     if values.shape != (len(completions),):
+        shape = (
+            "" if values.ndim == 1 else f" (an array of shape {list(values.shape)})" if values.ndim else " (no list)"
+        )
         raise RewardError(
             f"reward {term.name}",
-            f"returned {values.size} values for {len(completions)} completions",
+            f"returned {values.size} values{shape} for {len(completions)} completions",
             "return one number for each completion, in order",
         )
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         at = int(bad[0])
+        what = None if isinstance(given, (list, tuple)) and given[at] is None else values[at]
         raise RewardError(
             f"reward {term.name}",
-            f"returned {values[at]} for completion {at}: {completions[at][:60]!r}",
+            f"returned {what} for completion {at}: {completions[at][:60]!r}",
             "return finite numbers",
         )
     return values
+
+
+def _numbers(name: str, given: Any) -> np.ndarray:
+    if given is None:
+        raise RewardError(f"reward {name}", "returned None", "return a list of numbers")
+    if hasattr(given, "detach"):  # a tensor: numpy takes none with a gradient, on a GPU or in bf16
+        given = given.detach().double().cpu().numpy()
+    try:
+        return np.asarray(given, dtype=np.float64)
+    except Exception as error:  # whatever conversions the elements bring
+        raise RewardError(
+            f"reward {name}", f"returned {type(given).__name__} that holds no numbers", "return a list of numbers"
+        ) from error
 
 
 def _first_to_blame(function: RewardFunction, prompts: Sequence[str], completions: Sequence[str]) -> int | None:
@@ -187,9 +200,10 @@ def _function(name: str) -> RewardFunction:
     if not file.is_file():
         raise ConfigError("reward", f"{path}: no such file", "give the path of a Python file, then :function")
     module: Any = importlib.util.module_from_spec(made := _module_spec(file))
+    sys.modules[made.name] = module  # dataclasses look their module up there
     try:
         made.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself must not end the run unsaid
         raise ConfigError(
             "reward", f"{path} cannot be imported ({type(error).__name__}: {error})", "mend it"
         ) from error
