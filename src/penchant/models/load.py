@@ -95,7 +95,19 @@ def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(cfg.path, "this is an encoder-decoder model", "give a causal (decoder-only) language model")
     disable_dropout(model)
+    own_memory(model)
     return model.to(device)
+
+
+def own_memory(model: nn.Module) -> None:
+    """Move weights out of the mapped file.
+
+    There they stand wherever its header happens to end, and products over unaligned rows differ in their last bits from those of a
+    copy: the same weights would train differently by the length of a file's header.
+    """
+    for p in model.parameters():
+        if p.device.type == "cpu":
+            p.data = p.data.clone()
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
