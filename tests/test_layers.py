@@ -21,7 +21,7 @@ LAYERS = [
     {"loss_config"},
     {"config", "manifest", "catalogue"},
     {"pipeline"},
-    {"sweep_search"},
+    {"sweep_search", "sweep_axes"},
     {"pipeline_state", "sweep"},
     {"sweep_state", "sweep_table"},
     {"run"},

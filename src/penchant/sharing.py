@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 Key = tuple[Hashable, ...]
+MANY = 16  # of what takes little room, for each model
 
 
 class Alone:
@@ -31,7 +32,7 @@ class Shared(Alone):
     """Keeps what was made, by key.
 
     Args:
-        kept: the most that is kept of each kind (models take room); the one that was not asked for longest goes first.
+        kept: the most models that are kept, and a MANYth of what is kept of every other kind; what was not asked for longest goes first.
     """
 
     def __init__(self, kept: int = 4) -> None:
@@ -47,7 +48,7 @@ class Shared(Alone):
         self.made[key[0]] += 1
         self._found[key] = value
         of_kind = [k for k in self._found if k[0] == key[0]]
-        for old in of_kind[: -self.kept]:
+        for old in of_kind[: -self.kept * (1 if key[0] == "model" else MANY)]:
             del self._found[old]
         return value
 

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from penchant.algorithms.options import OnlineConfig, RewardModelConfig
 from penchant.config import (
-    SYNONYMS,
     Places,
     RunConfig,
     apply_overrides,
@@ -31,24 +30,17 @@ from penchant.config import (
 from penchant.errors import ConfigError, DataError, ModelError, PenchantError, RewardError
 from penchant.losses import LOSSES
 from penchant.pipeline import did_you_mean, merged
+from penchant.sweep_axes import Axis, axis, grid, label, long_key, short_keys
 from penchant.sweep_search import Range, SearchConfig
 
 SHAPE = "a sweep is a mapping with output, base and one or more of grid, runs and search; see docs/sweep.md"
 KEYS = ("output", "base", "grid", "runs", "search", "metric", "direction")
 SEED = "train.seed"
 BASE = "base"  # the name of the one variant of a sweep without `runs`
-LONGEST_LABEL = 40  # characters of a value in a folder's name
 HELD_OUT = ("eval_path", "validation_rows", "validation_fraction")
 LOWER_IS_BETTER = re.compile(r"(^|/)(loss|nll|perplexity|ece|brier)$|(^|/)kl(/|$)")
 
 _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
-_SECTIONS = {
-    name: {f for a in (i.annotation, *getattr(i.annotation, "__args__", ())) for f in getattr(a, "model_fields", ())}
-    for name, i in RunConfig.model_fields.items()
-    if name not in ("loss", "algorithm", "reward")
-}
-_OF_A_LOSS = {i.alias or n for s in LOSSES.values() for n, i in s.params.model_fields.items()}
-_OF_AN_ALGORITHM = {i.alias or n for n, i in OnlineConfig.model_fields.items()}
 
 
 @dataclass(frozen=True)
@@ -101,19 +93,6 @@ def named(run: SweepRun, error: PenchantError) -> PenchantError:
     if isinstance(error, (DataError, ModelError, RewardError)):
         return type(error)(error.where, f"run {run.name}: {error.what}", error.how)
     return error
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A key that varies, and its values with their place and the way they stand in a folder's name."""
-
-    key: str
-    values: tuple[Any, ...]
-    labels: tuple[str, ...]
-    places: tuple[str, ...]
-
-    def __iter__(self) -> Iterator[tuple[str, Any, str, str]]:
-        return ((self.key, v, label, p) for v, label, p in zip(self.values, self.labels, self.places, strict=True))
 
 
 @dataclass(frozen=True)
@@ -171,12 +150,12 @@ def _sweep(values: dict[str, Any], places: Places, overrides: Sequence[str], sou
     if not isinstance(output, str) or not output:
         raise ConfigError(place_of(("output",), places, source), "output is missing", "add it: the sweep's folder")
     base, base_places = _base(values, places, source, beside)
-    axes = _grid(values.get("grid"), places, source, base)
+    axes = grid(values.get("grid"), places, source, base)
     for text in of_base:
         key, listed = _listed(text)
         key = long_key(key, base, "command line") if "." not in key else key
         if len(listed) > 1 or key in axes:
-            axes[key] = _axis(key, listed, ["command line"] * len(listed))
+            axes[key] = axis(key, listed, ["command line"] * len(listed))
         else:
             base_places = apply_overrides(base, base_places, [text])
     maker = _Maker(base, base_places, source, Path(output).expanduser().resolve())
@@ -249,78 +228,6 @@ def _base(values: Mapping[str, Any], places: Places, source: str, beside: Path) 
 # what varies
 
 
-def long_key(key: str, base: Mapping[str, Any], where: str) -> str:
-    """The key path that a short key stands for: ``seed`` is ``train.seed``, ``beta`` is ``loss.beta``.
-
-    Raises:
-        ConfigError: there is none such, or several.
-    """
-    if "." in key or key in RunConfig.model_fields:
-        return key
-    if key in SYNONYMS:
-        raise ConfigError(where, f'unknown key "{key}"', f'did you mean "{SYNONYMS[key]}"?')
-    method = "algorithm" if base.get("algorithm") is not None else "loss"
-    found = [name for name, keys in _SECTIONS.items() if key in keys]
-    if key in (_OF_AN_ALGORITHM if method == "algorithm" else _OF_A_LOSS) or key == "name":
-        found.append(method)
-    if len(found) == 1:
-        return f"{found[0]}.{key}"
-    if found:
-        raise ConfigError(where, f'"{key}" may be {" or ".join(f"{f}.{key}" for f in found)}', "write it out")
-    every = {f for keys in _SECTIONS.values() for f in keys} | _OF_A_LOSS | _OF_AN_ALGORITHM
-    raise ConfigError(where, f'unknown key "{key}"', did_you_mean(key, every) if key else "")
-
-
-def _grid(section: Any, places: Places, source: str, base: Mapping[str, Any]) -> dict[str, Axis]:
-    place = place_of(("grid",), places, source)
-    if section is None:
-        return {}
-    if not isinstance(section, dict):
-        raise ConfigError(place, f"grid is {section!r}", "indent keys with lists below it: loss.beta: [0.1, 0.3]")
-    axes: dict[str, Axis] = {}
-    for path, values in _leaves(section, ("grid",)):
-        at = place_of(path, places, source)
-        key = long_key(".".join(path[1:]), base, at)
-        if not isinstance(values, list) or not values:
-            raise ConfigError(at, f"grid.{key} is {values!r}", "give a list of values")
-        if key in axes:
-            raise ConfigError(at, f"{key} stands twice in the grid", "keep one")
-        axes[key] = _axis(key, values, [place_of((*path, str(i)), places, at) for i in range(len(values))])
-    return axes
-
-
-def _leaves(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
-
-
-def _axis(key: str, values: Sequence[Any], places: Sequence[str]) -> Axis:
-    for i, value in enumerate(values):
-        if any(value == other and type(value) is type(other) for other in values[:i]):
-            raise ConfigError(places[i], f"{key}: {value!r} stands there twice", "keep one")
-    labels: list[str] = []
-    for value in values:
-        made = label(value)
-        labels.append(made if made not in labels else f"{made}_{len(labels) + 1}")
-    return Axis(key, tuple(values), tuple(labels), tuple(places))
-
-
-def label(value: Any) -> str:
-    """A value as part of a folder's name."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    if isinstance(value, dict):
-        return "_".join(label(v) for v in value.values())[:LONGEST_LABEL] or "none"
-    if isinstance(value, list):
-        return "_".join(label(v) for v in value)[:LONGEST_LABEL] or "none"
-    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", str(value)).strip("_.")[-LONGEST_LABEL:] or "none"
-
-
 def _variants(section: Any, places: Places, source: str) -> dict[str, tuple[dict[str, Any], Places]]:
     """``runs`` by name: what each lays over the base."""
     if section is None:
@@ -367,7 +274,7 @@ class _Maker:
     output: Path
 
     def run(self, variant: str, over: tuple[dict[str, Any], Places], settings: Sequence[Setting]) -> SweepRun:
-        short = _short([key for key, *_ in settings])
+        short = short_keys([key for key, *_ in settings])
         before = [variant] if variant != BASE else []
         values, places = merged(copy.deepcopy(self.base), copy.deepcopy(over[0])), {**self.places, **over[1]}
         # a loss's name first: it takes the settings of another loss away
@@ -386,12 +293,6 @@ class _Maker:
         if isinstance(data, dict) and data.get("split_seed") is None and not data.get("eval_path"):
             train = self.base.get("train")
             data["split_seed"] = (train.get("seed") if isinstance(train, dict) else None) or 0
-
-
-def _short(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each key, or the whole of it where two end alike."""
-    last = [k.split(".")[-1] for k in keys]
-    return {k: end if last.count(end) == 1 else k for k, end in zip(keys, last, strict=True)}
 
 
 def _check_names(runs: Sequence[SweepRun], source: str) -> None:
