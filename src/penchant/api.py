@@ -1,4 +1,4 @@
-"""What the command line does, as a handful of calls: `load_preferences`, `train`, `evaluate`, `audit`, `pipeline`."""
+"""What the command line does, as a handful of calls: `load_preferences`, `train`, `evaluate`, `audit`, `pipeline`, `sweep`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from penchant.pipeline import Pipeline
     from penchant.pipeline_run import PipelineResult
     from penchant.run import TrainResult
+    from penchant.sweep import Sweep
+    from penchant.sweep_run import SweepResult
 
-__all__ = ["audit", "evaluate", "load_preferences", "pipeline", "pipeline_plan", "train"]
+__all__ = ["audit", "evaluate", "load_preferences", "pipeline", "pipeline_plan", "sweep", "sweep_plan", "train"]
 
 
 def load_preferences(path: str | Sequence[str], **options: Any) -> Dataset:
@@ -140,3 +142,35 @@ def _as_pipeline(config: Mapping[str, Any] | str | Path, overrides: Sequence[str
     if isinstance(config, Mapping):
         return pipeline_from_mapping(config, overrides)
     return load_pipeline(config, overrides)
+
+
+def sweep(config: Mapping[str, Any] | str | Path, *overrides: str, jobs: int = 1, quiet: bool = False) -> SweepResult:
+    """Train one config with many settings; runs that are done already, with the same inputs, are not done again.
+
+    Args:
+        config: the path of a sweep's or a run's YAML file, or a mapping of the same shape.
+        overrides: ``"train.lr=1e-5"`` for every run, ``"loss.beta=0.1,0.3"`` to let it vary.
+        jobs: runs at a time, each in a process of its own with its share of the cores.
+
+    Raises:
+        ConfigError, DataError, ModelError, RewardError, CheckpointError: a person can mend it. TrainingStopped: a signal; a run that
+        stops itself is a result.
+    """
+    from penchant.sweep_run import SweepConductor
+
+    return SweepConductor(_as_sweep(config, overrides), jobs=jobs, quiet=quiet).run()
+
+
+def sweep_plan(config: Mapping[str, Any] | str | Path, *overrides: str) -> str:
+    """What `sweep` would do with each run, and why, as text; nothing is trained or written."""
+    from penchant.sweep_run import SweepConductor
+
+    return SweepConductor(_as_sweep(config, overrides), quiet=True).plan_text()
+
+
+def _as_sweep(config: Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> Sweep:
+    from penchant.sweep import load_sweep, sweep_from_mapping
+
+    if isinstance(config, Mapping):
+        return sweep_from_mapping(config, overrides)
+    return load_sweep(config, overrides)

@@ -81,6 +81,23 @@ def build_parser() -> argparse.ArgumentParser:
     pipeline.add_argument("--quiet", action="store_true", help="no progress")
     pipeline.set_defaults(handler=_pipeline)
 
+    sweep = commands.add_parser(
+        "sweep", help="train one config with many settings and compare them; run it again to continue"
+    )
+    sweep.add_argument("config", metavar="CONFIG", help="SWEEP.yaml, or a run's CONFIG.yaml")
+    sweep.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="settings of every run; key.path=a,b,c makes the key vary",
+    )
+    sweep.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time, each with its share of the cores"
+    )
+    sweep.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    sweep.add_argument("--quiet", action="store_true", help="no progress")
+    sweep.set_defaults(handler=_sweep)
+
     evaluate = commands.add_parser("eval", help="held-out metrics of a run, or of the model that a config starts from")
     _config_arguments(evaluate, "RUN or CONFIG.yaml")
     evaluate.add_argument("--step", default="last", help="last, best, 0 (the start) or a step's number (default: last)")
@@ -173,6 +190,17 @@ def _pipeline(args: argparse.Namespace) -> int:
         print(api.pipeline_plan(args.config, *args.overrides, redo=args.redo))
         return 0
     print(api.pipeline(args.config, *args.overrides, only=args.only, redo=args.redo, quiet=args.quiet).to_text())
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    _with_allocator()
+    from penchant import api
+
+    if args.plan:
+        print(api.sweep_plan(args.config, *args.overrides))
+        return 0
+    print(api.sweep(args.config, *args.overrides, jobs=args.jobs, quiet=args.quiet).to_text())
     return 0
 
 

@@ -99,6 +99,7 @@ def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(cfg.path, "this is an encoder-decoder model", "give a causal (decoder-only) language model")
     disable_dropout(model)
+    own_memory(model)
     return model.to(device)
 
 
@@ -114,6 +115,17 @@ def _check_complete(path: str, info: Mapping[str, Any]) -> None:
         )
     if missing:
         raise ModelError(path, f"weights are missing in the folder ({', '.join(missing[:3])})", "give a whole model")
+
+
+def own_memory(model: nn.Module) -> None:
+    """Move weights out of the mapped file.
+
+    There they stand wherever its header happens to end, and products over unaligned rows differ in their last bits from those of a
+    copy: the same weights would train differently by the length of a file's header.
+    """
+    for p in model.parameters():
+        if p.device.type == "cpu":
+            p.data = p.data.clone()
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
