@@ -23,6 +23,7 @@ LAYERS = [
     {"pipeline"},
     {"pipeline_state"},
     {"run"},
+    {"comparison"},
     {"pipeline_compare"},
     {"pipeline_run"},
     {"api"},
