@@ -72,7 +72,7 @@ class Comparer:
         self.pipeline, self.runs, self.console = pipeline, runs, console
         self.compare: Comparison = pipeline.compare
         c = self.compare.config
-        self.sampling = Sampling(c.prompts, c.samples, c.max_new_tokens, c.seed, self.compare.place)
+        self.sampling = Sampling(c.prompts, c.samples, c.max_new_tokens, c.seed, f"{self.compare.place}: compare")
         self.heldout = self._held_out()
         try:
             check_reward(c.reward)

@@ -174,7 +174,7 @@ def _check_context(model: Any, name: str, longest: int, place: str) -> None:
     if context is not None and longest > context:
         raise ConfigError(
             place,
-            f"compare: the longest prompt and max_new_tokens make {longest} tokens, beyond {name}'s context of {context}",
+            f"the longest prompt and max_new_tokens make {longest} tokens, beyond {name}'s context of {context}",
             "lower max_new_tokens of the comparison, or data.max_length, which cuts prompts",
         )
 
