@@ -44,7 +44,8 @@ def environment(threads: int) -> dict[str, str]:
     """What every worker runs under, ours and the peer's alike."""
     dropped = ("PYTHONPATH", "OMP_", "MKL_", "KMP_", "MALLOC_", "LD_PRELOAD")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
-    threading = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+    threading = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | waiting
     return kept | ALLOCATOR | threading | QUIET | {"PYTHONPATH": f"{HERE.parent / 'src'}{os.pathsep}{HERE}"}
 
 

@@ -105,7 +105,9 @@ def main() -> None:
     clock = Clock(spec["warmup_batches"])
     run = Run(config_from_mapping(settings_of(spec), []), quiet=True)
     run.console = console = EpisodeConsole(clock, spec["epochs"] * spec["minibatches"])
-    run.__dict__["trees"] = (read_trees(spec), [])  # in place of the cached property that reads a data file
+    # in place of the cached properties that read a data file
+    run.__dict__["trees"] = (read_trees(spec), [])
+    run.__dict__["datasets"] = (None, None)
     run.folder.mkdir(parents=True, exist_ok=True)
     run._loop().run()
     timed = clock.result()  # up to the last update: the checkpoint that a run ends with is not in it

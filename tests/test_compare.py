@@ -139,6 +139,30 @@ def test_a_trained_reward_model_judges(world: Path) -> None:
     refused(world, ConfigError, "is a reward model, which writes nothing", "dpo", "judge")
 
 
+def test_other_rewards_stand_beside_it(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judge = str(train(world, "judge-too", algorithm={"name": "reward_model"}, loss=None))
+    vowels = f"{world}/rewards.py:vowels"
+    asked = ["compare", str(world / "runs/dpo"), str(world / "runs/rloo"), "--reward", judge, "--also", vowels]
+    asked += ["--also", "words", "--prompts", "12", "--max-new-tokens", "4", "--output", str(tmp_path), "--quiet"]
+    assert main(asked) == 0
+    text = capsys.readouterr().out
+    figures = json.loads((tmp_path / "comparison.json").read_text())
+    rows = [json.loads(x) for x in (tmp_path / "comparison.jsonl").read_text().splitlines()]
+    for name, found in figures["models"].items():
+        judged = [sum(c in "aeiou" for c in r["completions"][name]["text"]) for r in rows]
+        assert found["also"][vowels]["reward"] == pytest.approx(np.mean(judged))
+        assert [r["completions"][name]["also"][vowels] for r in rows] == judged
+    assert list(figures["also"]) == [vowels, "words"] and all(len(v) == 3 for v in figures["also"].values())
+    assert figures["settings"]["also"] == [vowels, "words"]
+    assert set(figures["settings"]["rewards"]) == {judge, f"{world}/rewards.py"}
+    assert f"reward, by {vowels}" in text and "\nBy words: " in text and "p corrected for 6 comparisons" in text
+    assert f"Trained to raise {vowels}: rloo." in text and "Trained to raise this reward" not in text
+    refused(world, ConfigError, "--also: is given without a reward", "dpo", also=["words"])
+    refused(world, ConfigError, "--also: names words twice", "dpo", reward="words", also=["words"])
+    refused(world, ConfigError, "'nicer' is no reward", "dpo", reward="words", also=["nicer"])
+    refused(world, ConfigError, "dpo is no reward model", "dpo", reward="words", also=[str(world / "runs/dpo")])
+
+
 def test_the_default_folder_is_named_after_what_is_compared(world: Path) -> None:
     assert compare(world, "dpo", output=None).folder == world / "runs/compare-dpo"
 

@@ -5,22 +5,30 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from encoders import encoder_folder
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
 from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, TrainingStopped
+from penchant.models.load import load_tokenizer
 from penchant.pipeline import Pipeline, Stage, _comparison, load_pipeline, merged, pipeline_from_mapping
 from penchant.pipeline_state import State, changes, model_folder
+from penchant.rewards import load_reward
+from penchant.rewards.model import PolicyText
+from penchant.run import Run
 from penchant.training.loop import Loop
 from penchant.training.runfolder import RunLock
+from penchant.types import TokenTree
 
 TEXT = """\
 output: {output}
@@ -34,7 +42,8 @@ stages:
     loss:
       name: dpo
       {key}: 0.3
-  ppo: {{model: {{path: stage:sft@last}}, algorithm: {{name: ppo}}, reward: {{stage:dpo: 1.0, words: -0.01}}}}
+  judge: {{model: {{path: stage:dpo}}, algorithm: reward_model}}
+  ppo: {{model: {{path: stage:sft@last}}, algorithm: {{name: ppo}}, reward: {{stage:judge: 1.0, words: -0.01}}}}
 compare:
   models: [sft, dpo, ppo]
 """
@@ -58,7 +67,7 @@ def refused(tmp_path: Path, old: str, new: str, *overrides: str) -> str:
 
 def test_stages_start_from_the_defaults_and_refer_to_each_other(tmp_path: Path) -> None:
     pipeline = load_pipeline(written(tmp_path), ["stages.dpo.loss.beta=0.5", "defaults.train.seed=7"])
-    assert list(pipeline.stages) == ["sft", "dpo", "ppo"]
+    assert list(pipeline.stages) == ["sft", "dpo", "judge", "ppo"]
     dpo = pipeline.stages["dpo"]
     assert dpo.config.loss.components[0].params.beta == 0.5
     assert dpo.config.model.dtype == "fp32" and dpo.config.train.seed == 7
@@ -66,10 +75,10 @@ def test_stages_start_from_the_defaults_and_refer_to_each_other(tmp_path: Path) 
     assert [(r.stage, r.which, r.full_model) for r in dpo.refs] == [("sft", None, True)]
     ppo = pipeline.stages["ppo"].resolved(lambda ref: f"/models/{ref.stage}/{ref.which}")
     assert ppo.model.path == "/models/sft/last"
-    assert ppo.reward is not None and ppo.reward.terms == {"/models/dpo/None": 1.0, "words": -0.01}
+    assert ppo.reward is not None and ppo.reward.terms == {"/models/judge/None": 1.0, "words": -0.01}
     assert [r.full_model for r in pipeline.stages["ppo"].refs] == [True, False]
-    assert pipeline.downstream(["dpo"]) == ["dpo", "ppo"]
-    assert pipeline.needed("ppo") == ["sft", "dpo"]
+    assert pipeline.downstream(["dpo"]) == ["dpo", "judge", "ppo"]
+    assert pipeline.needed("ppo") == ["sft", "dpo", "judge"]
 
 
 def test_what_a_stage_inherits() -> None:
@@ -125,12 +134,12 @@ def test_what_a_stage_inherits() -> None:
         (
             "stage:sft@last",
             "stage:sft@first",
-            "pipeline.yaml:12: stages.ppo: model.path 'stage:sft@first' is no reference to a stage",
+            "pipeline.yaml:13: stages.ppo: model.path 'stage:sft@first' is no reference to a stage",
         ),
         (
-            "stage:dpo: 1.0",
-            "stage:dop: 1.0",
-            "pipeline.yaml:12: stages.ppo: there is no stage 'dop'; did you mean \"dpo\"?",
+            "stage:judge: 1.0",
+            "stage:jugde: 1.0",
+            "pipeline.yaml:13: stages.ppo: there is no stage 'jugde'; did you mean \"judge\"?",
         ),
         (
             "  sft: {{loss: sft}}",
@@ -145,20 +154,71 @@ def test_what_a_stage_inherits() -> None:
         (
             "[sft, dpo, ppo]",
             "[sft, dpoo]",
-            "pipeline.yaml:14: compare: there is no stage 'dpoo'; did you mean \"dpo\"?",
+            "pipeline.yaml:15: compare: there is no stage 'dpoo'; did you mean \"dpo\"?",
         ),
-        ("[sft, dpo, ppo]", "[sft]", "pipeline.yaml:14: compare.models: name at least two stages"),
-        ("[sft, dpo, ppo]", "[sft, sft]", "pipeline.yaml:14: compare.models: sft stands there twice"),
+        ("[sft, dpo, ppo]", "[sft]", "pipeline.yaml:15: compare.models: name at least two stages"),
+        ("[sft, dpo, ppo]", "[sft, sft]", "pipeline.yaml:15: compare.models: sft stands there twice"),
         (
             "  models: [sft, dpo, ppo]",
             "  modles: [sft, dpo]",
             'unknown key "modles" in compare; did you mean "models"?',
         ),
-        ("compare:", "comprae:", 'pipeline.yaml:13: unknown key "comprae" at the top level; did you mean "compare"?'),
+        (
+            "stage:judge: 1.0",
+            "stage:sft: 1.0",
+            "pipeline.yaml:13: stages.ppo: reward is stage:sft, which trains no reward model; there is stage:judge",
+        ),
+        (
+            "{{stage:judge: 1.0, words: -0.01}}",
+            "stage:late}}\n  late: {{algorithm: reward_model",
+            "pipeline.yaml:13: stages.ppo: it needs 'late', which stands after it; write late before ppo",
+        ),
+        (
+            "stage:sft@last",
+            "stage:judge",
+            "pipeline.yaml:13: stages.ppo: model.path is stage:judge, a reward model, which writes nothing",
+        ),
+        (
+            "[sft, dpo, ppo]",
+            "[sft, judge]",
+            "pipeline.yaml:15: compare.models: judge is a reward model, which writes nothing",
+        ),
+        (
+            "[sft, dpo, ppo]",
+            "[sft, dpo]\n  reward: stage:sft",
+            "pipeline.yaml:16: compare.reward is stage:sft, which trains no reward model; there is stage:judge",
+        ),
+        (
+            "[sft, dpo, ppo]",
+            "[sft, dpo]\n  reward: words\n  also: [stage:jugde]",
+            "pipeline.yaml:17: compare: there is no stage 'jugde'; did you mean \"judge\"?",
+        ),
+        (
+            "{{stage:judge: 1.0, words: -0.01}}",
+            "judge",
+            "pipeline.yaml:13: stages.ppo: reward is 'judge', a stage's bare name; write stage:judge",
+        ),
+        (
+            "[sft, dpo, ppo]",
+            "[sft, dpo]\n  reward: {{stage:judge: 1.0, device: tpu}}",
+            "pipeline.yaml:16: compare.reward: device: Input should be 'auto', 'cpu' or 'cuda'",
+        ),
+        (
+            "[sft, dpo, ppo]",
+            "[sft, dpo]\n  reward: {{words: much}}",
+            "pipeline.yaml:16: compare.reward: words is 'much'; give each reward a number",
+        ),
+        ("[sft, dpo, ppo]", "[sft, dpo]\n  also: [words]", "pipeline.yaml:14: compare: also is set without a reward"),
+        (
+            "[sft, dpo, ppo]",
+            "[sft, dpo]\n  reward: words\n  also: [words]",
+            "pipeline.yaml:14: compare: also names words twice, or as reward too",
+        ),
+        ("compare:", "comprae:", 'pipeline.yaml:14: unknown key "comprae" at the top level; did you mean "compare"?'),
         (
             "compare:",
             "train: {{lr: 1e-4}}\ncompare:",
-            'pipeline.yaml:13: unknown key "train" at the top level; it goes into "defaults"',
+            'pipeline.yaml:14: unknown key "train" at the top level; it goes into "defaults"',
         ),
         ("output: {output}\n", "", "pipeline.yaml: output is missing"),
         (
@@ -458,8 +518,6 @@ def test_redo_trains_a_stage_and_all_that_use_it_anew_and_keeps_the_old(
 def test_an_upstream_that_comes_out_differently_makes_a_finished_stage_stale(
     base: dict[str, Any], tmp_path: Path
 ) -> None:
-    import shutil
-
     base |= {"compare": None}
     del base["stages"]["rloo"]
     run(base)
@@ -540,8 +598,6 @@ def test_the_comparison_keeps_clear_of_prompts_that_a_stage_trained_on(base: dic
     figures = json.loads((tmp_path / "hh/comparison.json").read_text())
     assert figures["left_out"] > 0 and figures["left_out"] + figures["prompts"] == 12
     compared = {json.loads(x)["prompt"] for x in (tmp_path / "hh/comparison.jsonl").open()}
-    from penchant.run import Run
-
     for stage in pipeline_from_mapping(base).stages.values():
         assert not compared & {t.prompt for t in Run(stage.config, quiet=True).datasets[0].trees}
     assert result.outcome is not None
@@ -613,3 +669,172 @@ def test_the_command_line(base: dict[str, Any], tmp_path: Path, capsys: pytest.C
 
 def test_pipelines_are_checked_without_a_machine(tmp_path: Path) -> None:
     assert isinstance(load_pipeline(written(tmp_path)), Pipeline)
+
+
+# ---- the classical pipeline: a reward model that a stage trains ---------------------------------------------------------
+
+
+@pytest.fixture
+def classical(base: dict[str, Any]) -> dict[str, Any]:
+    """SFT -> reward model -> PPO, and SFT -> DPO; judged by the reward model and by the true reward."""
+    vowels = base["compare"]["reward"]
+    ppo = {"name": "ppo", "value": "separate", "value_init": "reward", "max_new_tokens": 6, "epochs": 1}
+    base["defaults"]["train"] |= {"max_steps": 2}
+    base["stages"] = {
+        "sft": {"loss": "sft"},
+        "reward": {"model": {"path": "stage:sft"}, "algorithm": {"name": "reward_model", "centring": 0.01}},
+        "ppo": {"model": {"path": "stage:sft"}, "algorithm": ppo, "reward": {"stage:reward": 0.5, "words": 0.01}},
+        "dpo": {"model": {"path": "stage:sft"}, "loss": "dpo"},
+    }
+    base["compare"] |= {"models": ["sft", "ppo", "dpo"], "reward": "stage:reward", "also": [vowels]}
+    return base
+
+
+@pytest.fixture
+def written_by(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[TokenTree]]:
+    """What each compared model wrote, token by token, filled while a comparison runs."""
+    from penchant.evaluation import compare_models, measured
+
+    found: dict[str, list[TokenTree]] = {}
+    real_write, real_measure = measured.write, measured.measure
+
+    def measure(name: str, *args: Any) -> Any:
+        def recording(*given: Any, **options: Any) -> Any:
+            made = real_write(*given, **options)
+            found[name] = made.trees
+            return made
+
+        with monkeypatch.context() as patched:
+            patched.setattr(measured, "write", recording)
+            return real_measure(name, *args)
+
+    monkeypatch.setattr(compare_models, "measure", measure)
+    return found
+
+
+def said_of(base: dict[str, Any], name: str) -> list[float]:
+    """The rewards of a model's completions, as the comparison has written them down."""
+    rows = [json.loads(x) for x in (Path(base["output"]) / "comparison.jsonl").read_text().splitlines()]
+    return [r["completions"][name]["reward"] for r in rows]
+
+
+def directly(base: dict[str, Any], reward: Path, trees: list[TokenTree]) -> list[float]:
+    """The reward model called by itself, on one prompt and completion at a time."""
+    held_out = Run(pipeline_from_mapping(base).stages["sft"].config, quiet=True).datasets[1]
+    assert held_out is not None
+    tokenizer = load_tokenizer(str(base["defaults"]["model"]["path"]))
+    prompts = {t.source: t.prompt for t in held_out.trees}
+    judge = load_reward(str(reward), PolicyText(tokenizer, "auto", prompts))
+    texts = [tokenizer.decode(t.completion_ids[0].tolist(), skip_special_tokens=True) for t in trees]
+    return [float(judge([str(prompts[t.source])], [s], [t])[0]) for t, s in zip(trees, texts, strict=True)]
+
+
+def strangers(reward: Path, trees: list[TokenTree]) -> list[float]:
+    """What transformers says of the policy's very tokens."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(reward).eval()
+    rows = [torch.tensor([[*t.prompt_ids.tolist(), *t.completion_ids[0].tolist()]]) for t in trees]
+    with torch.no_grad():
+        return [float(model(input_ids=row).logits[0, 0]) for row in rows]
+
+
+def test_the_classical_pipeline(
+    classical: dict[str, Any], written_by: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = trained(monkeypatch)
+    result = run(classical)
+    assert names == ["sft", "reward", "ppo", "dpo"]
+    used = yaml.safe_load((tmp_path / "hh/ppo/config.resolved.yaml").read_text())
+    assert used["reward"] == {str(result.models["reward"]): 0.5, "words": 0.01}
+    # PPO's value model did start as the reward model: value_init is reward, which is refused where it cannot
+    figures = result.outcome.models
+    assert all("reward/ci" in m and len(m["also"]) == 1 for m in figures.values())
+    assert all(figures[n]["kl"] != 0 and "kl/ci" in figures[n] and "win_rate/ci" in figures[n] for n in ("ppo", "dpo"))
+    rows = [json.loads(x) for x in (tmp_path / "hh/comparison.jsonl").read_text().splitlines()]
+    for name in figures:
+        said, reward = said_of(classical, name), result.models["reward"]
+        assert len(said) == 10 and np.std(said) > 1e-3
+        assert said == pytest.approx(directly(classical, reward, written_by[name]), abs=1e-5)
+        assert said == pytest.approx(strangers(reward, written_by[name]), abs=1e-5)
+        (truth,) = figures[name]["also"].values()
+        vowels = [sum(c in "aeiou" for c in r["completions"][name]["text"]) for r in rows]
+        assert truth["reward"] == pytest.approx(np.mean(vowels))
+        assert [next(iter(r["completions"][name]["also"].values())) for r in rows] == vowels
+    text = result.outcome.to_text()
+    assert f"reward, by {classical['compare']['also'][0]}" in text and "By " in text
+
+    assert set(plan(classical).values()) == {"unchanged: 2 steps", "unchanged"}
+    assert not run(classical).outcome.done and len(names) == 4
+    # another reward model: what uses it is stale, what does not is not
+    changed = "stages.reward.algorithm.centring=0.5"
+    assert plan(classical, changed)["reward"] == "CHANGED: algorithm.centring: 0.01 -> 0.5"
+    with pytest.raises(CheckpointError, match=r"stages.reward is done or half done with other inputs"):
+        run(classical, changed)
+    run(classical, changed, redo=["reward"])
+    assert names[4:] == ["reward", "ppo"]
+    # the same, where the reward model was trained anew behind the pipeline's back
+    shutil.rmtree(tmp_path / "hh/reward")
+    with pytest.raises(CheckpointError, match=r"stages.ppo .* the model of stage:reward has changed"):
+        run(classical, "stages.reward.algorithm.centring=0.1")
+    assert names[6:] == ["reward"]
+    assert plan(classical, "stages.reward.algorithm.centring=0.1")["dpo"] == "unchanged: 2 steps"
+
+
+def test_a_lora_reward_model_judges_as_it_was_merged_and_is_trained_further(
+    classical: dict[str, Any], written_by: dict[str, Any], tmp_path: Path
+) -> None:
+    stages = classical["stages"]
+    stages["reward"] |= {"lora": {"r": 4, "alpha": 32}, "train": {"lr": 5e-2}}
+    further = {"model": {"path": "stage:reward"}, "algorithm": "reward_model", "train": {"max_steps": 1, "lr": 1e-9}}
+    stages["ppo"] |= {"reward": "stage:more"}
+    classical["stages"] = {"sft": stages["sft"], "reward": stages["reward"], "more": further, "ppo": stages["ppo"]}
+    classical["compare"] |= {"models": ["sft", "ppo"]}
+    result = run(classical)
+    folder = result.models["reward"]
+    assert (folder / "adapter").is_dir()
+    used = yaml.safe_load((tmp_path / "hh/more/config.resolved.yaml").read_text())["model"]["path"]
+    assert used == str(folder)  # no merging: the folder holds the whole model
+    said = said_of(classical, "ppo")
+    assert said == pytest.approx(directly(classical, folder, written_by["ppo"]), abs=1e-5)
+    assert said == pytest.approx(strangers(folder, written_by["ppo"]), abs=1e-4)
+    # what it goes on from is the trained reward model with its head: it starts where the other ended
+    before, after = ([json.loads(x) for x in (tmp_path / f"hh/{n}/metrics.jsonl").open()] for n in ("reward", "more"))
+    end = [m for m in before if "eval/loss" in m][-1]  # the only one with a checkpoint, so the best too
+    start = next(m for m in after if "eval/loss" in m)
+    for metric in ("eval/rewards/margins", "eval/rewards/chosen", "eval/rewards/rejected"):
+        assert start[metric] == pytest.approx(end[metric], abs=1e-5)
+
+
+def test_an_encoder_judges_an_online_stage(
+    classical: dict[str, Any], written_by: dict[str, Any], tmp_path: Path
+) -> None:
+    encoder = encoder_folder(tmp_path / "encoder")
+    stages = classical["stages"]
+    judge = {"model": {"path": encoder}, "algorithm": "reward_model"}
+    rloo = {"name": "rloo", "samples": 2, "max_new_tokens": 6}
+    stages |= {"reward": judge, "rloo": {**stages["ppo"], "algorithm": rloo, "reward": "stage:reward"}}
+    del stages["ppo"], stages["dpo"]
+    classical["compare"] |= {"models": ["sft", "rloo"]}
+    result = run(classical)
+    said = said_of(classical, "rloo")
+    assert np.std(said) > 1e-3
+    assert said == pytest.approx(directly(classical, result.models["reward"], written_by["rloo"]), abs=1e-5)
+    # what an encoder cannot be is said with the stage's name, before the stage has written anything
+    stages["ppo"] = {**stages["rloo"], "algorithm": {"name": "ppo", "value": "separate", "value_init": "reward"}}
+    with pytest.raises(
+        ConfigError, match=r"stages.ppo: algorithm.value_init is reward, but the reward model is an encoder"
+    ):
+        run(classical)
+
+
+def test_a_folder_that_is_no_reward_model_is_met_before_anything_trains(base: dict[str, Any], tmp_path: Path) -> None:
+    other = tiny_model_folder(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"stages.rloo: reward .*other is no reward model \(LlamaForCausalLM\)"):
+        run(base, f"stages.rloo.reward={other}")
+    with pytest.raises(ConfigError, match=r"compare.reward: .*other is no reward model"):
+        run(base, f"compare.reward={other}")
+    with pytest.raises(ConfigError, match=r"compare.reward: 'nicer' is no reward"):
+        run(base, "compare.also=[nicer]")
+    assert not Path(base["output"]).exists()

@@ -11,6 +11,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.config import load_config
 from penchant.pipeline import load_pipeline
+from penchant.sweep import load_sweep
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -59,7 +60,7 @@ def test_the_online_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_reward_model_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "train.jsonl", polite_rows(40))
-    (block,) = [s for s in _blocks("yaml") if "reward_model" in s]
+    (block,) = [s for s in _blocks("yaml") if "reward_model" in s and "stages:" not in s]
     (tmp_path / "run.yaml").write_text(block.replace(MODEL, tiny_model_folder(tmp_path / "model")))
     result = api.train(tmp_path / "run.yaml", "train.max_steps=1", "data.max_length=128", quiet=True)
     assert "eval/calibration/ece" in result.after
@@ -73,7 +74,32 @@ def test_every_pipeline_shown_is_one(tmp_path: Path, page: str) -> None:
     given = re.findall(r"pipeline\.yaml (stages\.\S+=\S+)", text)
     assert given
     pipeline = load_pipeline(tmp_path / "pipeline.yaml", given[:1])
-    assert list(pipeline.stages) == ["sft", "dpo", "rloo"] and pipeline.compare is not None
+    assert list(pipeline.stages) == ["sft", "reward", "ppo", "dpo"]
+    assert pipeline.compare is not None and pipeline.compare.upstream == ("sft", "ppo", "dpo", "reward")
+
+
+def test_the_pipeline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "train.jsonl", polite_rows(120))
+    (block,) = [s for s in _blocks("yaml") if "stages:" in s]
+    (tmp_path / "pipeline.yaml").write_text(block.replace(MODEL, tiny_model_folder(tmp_path / "model")))
+    small = ["defaults.train.max_steps=1", "defaults.data.max_length=128", "defaults.evaluation.samples=0"]
+    small += ["stages.ppo.algorithm.max_new_tokens=4", "compare.max_new_tokens=4", "defaults.evaluation.kl_prompts=0"]
+    result = api.pipeline(tmp_path / "pipeline.yaml", *small, quiet=True)
+    assert result.outcome is not None and "reward, by sentiment" in result.outcome.to_text()
+
+
+@pytest.mark.parametrize("page,runs", [("README.md", [12]), ("docs/sweep.md", [9, 0])])
+def test_every_sweep_shown_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str, runs: list[int]) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / page).read_text()
+    Path("run.yaml").write_text(_block("yaml"))
+    blocks = [b for b in re.findall(r"```yaml\n(.*?)```", text, flags=re.S) if "base:" in b]
+    for block, count in zip(blocks, runs, strict=True):
+        Path("sweep.yaml").write_text(block)
+        assert len(load_sweep("sweep.yaml").runs) == count
+    (line,) = re.findall(r"penchant sweep run\.yaml ([^#\n]*)", text)
+    assert len(load_sweep("run.yaml", line.split()).runs) in (4, 6)
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

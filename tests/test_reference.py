@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from families import some_pairs, tiny_model
 
+from penchant import reference
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer
 from penchant.models.load import add_lora, weights_sha256
@@ -103,3 +107,28 @@ def test_weights_hash_sees_one_changed_weight_but_no_adapter(with_lora: bool) ->
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "down_proj" in n and "lora" not in n)[0, 0] += 1e-3
     assert weights_sha256(model) != plain
+
+
+def test_two_runs_at_once_compute_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits for the first, and reads what it wrote."""
+    real, calls = reference.compute_logps, []
+
+    def slow(*args: Any, **kw: Any) -> Any:
+        calls.append(1)
+        time.sleep(0.3)
+        return real(*args, **kw)
+
+    monkeypatch.setattr(reference, "compute_logps", slow)
+    live, pairs = LiveReference(Scorer(tiny_model("llama"), "shared")), some_pairs(3)
+    found: list[bool] = []
+
+    def ask() -> None:
+        found.append(cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30)[1])
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(calls) == 1 and sorted(found) == [False, True]
+    assert [p.name for p in tmp_path.iterdir()] == ["k.safetensors"]

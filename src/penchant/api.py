@@ -1,4 +1,7 @@
-"""What the command line does, as a handful of calls: `load_preferences`, `train`, `evaluate`, `compare`, `audit`, `pipeline`."""
+"""What the command line does, as a handful of calls.
+
+`load_preferences`, `train`, `evaluate`, `compare`, `audit`, `pipeline`, `sweep`.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,20 @@ if TYPE_CHECKING:
     from penchant.pipeline import Pipeline
     from penchant.pipeline_run import PipelineResult
     from penchant.run import TrainResult
+    from penchant.sweep import Sweep
+    from penchant.sweep_run import SweepResult
 
-__all__ = ["audit", "compare", "evaluate", "load_preferences", "pipeline", "pipeline_plan", "train"]
+__all__ = [
+    "audit",
+    "compare",
+    "evaluate",
+    "load_preferences",
+    "pipeline",
+    "pipeline_plan",
+    "sweep",
+    "sweep_plan",
+    "train",
+]
 
 
 def load_preferences(path: str | Sequence[str], **options: Any) -> Dataset:
@@ -95,6 +110,7 @@ def audit(
 def compare(
     *runs: str | Path,
     reward: Any = None,
+    also: Sequence[str] = (),
     against: str | Path | None = None,
     prompts: int = 200,
     samples: int = 1,
@@ -109,7 +125,8 @@ def compare(
 
     Args:
         runs: run folders; those that differ in nothing but `train.seed` are one setting with several seeds.
-        reward: any reward; None: only what the models find likely is compared. against: a run, in place of the common start.
+        reward: any reward; None: only what the models find likely is compared. also: other rewards, whose figures stand beside its own.
+        against: a run, in place of the common start.
         prompts, samples, max_new_tokens, seed: how many prompts, completions of each, tokens of one, and the seed of the draws.
         step: ``best``, ``last``, a step's number; None: the best where one is tracked and kept, else the last.
         data: a file of test rows; each reading of it is written down beside it. None: rows that the runs hold out.
@@ -125,7 +142,7 @@ def compare(
     from penchant.comparison.models import Sampling
 
     sampling = Sampling(prompts, samples, max_new_tokens, seed)
-    return compare_runs(runs, Question(sampling, reward, against, step, data, output), quiet=quiet)
+    return compare_runs(runs, Question(sampling, reward, also, against, step, data, output), quiet=quiet)
 
 
 def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -177,3 +194,35 @@ def _as_pipeline(config: Mapping[str, Any] | str | Path, overrides: Sequence[str
     if isinstance(config, Mapping):
         return pipeline_from_mapping(config, overrides)
     return load_pipeline(config, overrides)
+
+
+def sweep(config: Mapping[str, Any] | str | Path, *overrides: str, jobs: int = 1, quiet: bool = False) -> SweepResult:
+    """Train one config with many settings; runs that are done already, with the same inputs, are not done again.
+
+    Args:
+        config: the path of a sweep's or a run's YAML file, or a mapping of the same shape.
+        overrides: ``"train.lr=1e-5"`` for every run, ``"loss.beta=0.1,0.3"`` to let it vary.
+        jobs: runs at a time, each in a process of its own with its share of the cores.
+
+    Raises:
+        ConfigError, DataError, ModelError, RewardError, CheckpointError: a person can mend it. TrainingStopped: a signal; a run that
+        stops itself is a result.
+    """
+    from penchant.sweep_run import SweepConductor
+
+    return SweepConductor(_as_sweep(config, overrides), jobs=jobs, quiet=quiet).run()
+
+
+def sweep_plan(config: Mapping[str, Any] | str | Path, *overrides: str) -> str:
+    """What `sweep` would do with each run, and why, as text; nothing is trained or written."""
+    from penchant.sweep_run import SweepConductor
+
+    return SweepConductor(_as_sweep(config, overrides), quiet=True).plan_text()
+
+
+def _as_sweep(config: Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> Sweep:
+    from penchant.sweep import load_sweep, sweep_from_mapping
+
+    if isinstance(config, Mapping):
+        return sweep_from_mapping(config, overrides)
+    return load_sweep(config, overrides)

@@ -224,7 +224,7 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), f"cannot be read ({error})", "give a UTF-8 YAML file") from error
-    values, places = _parse(text, str(path))
+    values, places = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__} at the top"
         raise ConfigError(str(path), what, shape)
@@ -246,7 +246,8 @@ def plain_values(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _parse(text: str, source: str) -> tuple[Any, Places]:
+def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
+    """What a YAML text holds, and where each of its keys stands."""
     try:
         node = yaml.compose(text, Loader=_Loader)
         places = _lines(node, source) if node is not None else {}
@@ -271,27 +272,41 @@ def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[
             raise ConfigError(
                 "command line", f"{text!r} is not an override", "write key.path=value, e.g. train.lr=1e-5"
             )
-        path = tuple(key.strip().split("."))
-        value, _ = _parse(raw, "command line")
-        at = values
-        for i, part in enumerate(path[:-1]):
-            if at.get(part) is None:
-                at[part] = {}
-            if part in BY_NAME and isinstance(at[part], str):
-                at[part] = {"name": at[part]}
-            at = at[part]
-            if not isinstance(at, dict):
-                raise ConfigError(
-                    "command line", f"{'.'.join(path[: i + 1])} is a value, not a section", f"cannot set {key}"
-                )
-        if path[-2:] == ("loss", "name") and at.get("name", "dpo") != value:
-            # another loss starts from its own defaults: a beta that was meant for the file's loss is not meant for it
-            given = {p[-1] for p, where in places.items() if p[:-1] == path[:-1] and where == "command line"}
-            for key_of_file in [k for k in at if k not in {*LossModifiers.model_fields, *given}]:
-                del at[key_of_file]
-        at[path[-1]] = value
-        places = {p: where for p, where in places.items() if p[: len(path)] != path} | {path: "command line"}
+        value, _ = parse_yaml(raw, "command line")
+        places = set_key(values, places, tuple(key.strip().split(".")), value, "command line")
     return places
+
+
+def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value: Any, where: str) -> Places:
+    """Set one key in `values`, in place; sections that are not there are made.
+
+    Args:
+        where: where the value stands, for messages.
+
+    Returns:
+        `places` with the key at `where`.
+
+    Raises:
+        ConfigError: something on the way is a value.
+    """
+    at = values
+    for i, part in enumerate(path[:-1]):
+        if at.get(part) is None:
+            at[part] = {}
+        if part in BY_NAME and isinstance(at[part], str):
+            at[part] = {"name": at[part]}
+        at = at[part]
+        if not isinstance(at, dict):
+            raise ConfigError(
+                where, f"{'.'.join(path[: i + 1])} is a value, not a section", f"cannot set {'.'.join(path)}"
+            )
+    if path[-2:] == ("loss", "name") and at.get("name", "dpo") != value:
+        # another loss starts from its own defaults: a beta that was meant for the file's loss is not meant for it
+        given = {p[-1] for p, place in places.items() if p[:-1] == path[:-1] and place == "command line"}
+        for key_of_file in [k for k in at if k not in {*LossModifiers.model_fields, *given}]:
+            del at[key_of_file]
+    at[path[-1]] = value
+    return {p: place for p, place in places.items() if p[: len(path)] != path} | {path: where}
 
 
 def build(values: dict[str, Any], places: Places, source: str) -> RunConfig:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from penchant.config import (
     Places,
@@ -24,6 +24,7 @@ from penchant.config import (
     with_absolute_paths,
 )
 from penchant.errors import ConfigError
+from penchant.rewards.options import BUILT_IN, RewardConfig
 from penchant.schema import Section
 
 SHAPE = "a pipeline is a mapping with output, stages and, if you like, defaults and compare; see recipes/pipeline.yaml"
@@ -114,6 +115,7 @@ class CompareConfig(Section):
 
     models: list[str] = Field(description="stages; the first is what the others are compared with")
     reward: str | dict[str, float | str] | None = Field(None, description="any reward; stage:NAME for a trained one")
+    also: list[str] = Field([], description="other rewards, whose figures stand beside its own")
     prompts: int = Field(200, ge=1, description="held-out prompts of the first stage that has some")
     max_new_tokens: int = Field(64, ge=1, description="tokens of a completion")
     samples: int = Field(1, ge=1, description="completions of each prompt")
@@ -129,6 +131,27 @@ class CompareConfig(Section):
             raise ValueError("name at least two stages, the one to compare with first")
         return models
 
+    @field_validator("reward")
+    @classmethod
+    def _a_reward(cls, reward: Any) -> Any:
+        try:
+            RewardConfig.model_validate(reward if reward is not None else "words")
+        except ValidationError as error:  # said now, not when everything is trained
+            first = error.errors()[0]
+            raise ValueError(
+                ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
+            ) from error
+        return reward
+
+    @model_validator(mode="after")
+    def _other_rewards(self) -> CompareConfig:
+        twice = sorted({n for n in self.also if self.also.count(n) > 1 or n == self.reward})
+        if twice:
+            raise ValueError(f"also names {', '.join(twice)} twice, or as reward too; leave it out of also")
+        if self.also and self.reward is None:
+            raise ValueError("also is set without a reward; name the first one as compare.reward")
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -142,6 +165,10 @@ class Comparison:
     def reward(self, resolve: Resolve) -> Any:
         """The reward with its references replaced."""
         return resolved({"reward": self.config.reward}, resolve)["reward"]
+
+    def also(self, resolve: Resolve) -> dict[str, str]:
+        """The other rewards as written, and with their references replaced."""
+        return dict(zip(self.config.also, resolved({"also": self.config.also}, resolve)["also"], strict=True))
 
     @property
     def upstream(self) -> tuple[str, ...]:
@@ -225,6 +252,14 @@ def _pipeline(values: dict[str, Any], places: Places, overrides: Sequence[str], 
         _check_references(stage, made)
     for stage in made.values():
         _ = stage.config  # every stage is checked before anything trains
+    for stage in made.values():
+        _check_kinds(stage, made)
+        check_names(
+            stage.values.get("reward"),
+            made,
+            place_of(("reward",), stage.places, stage.place),
+            f"stages.{stage.name}: reward",
+        )
     return Pipeline(source, folder, made, _comparison(values.get("compare"), made, places, source))
 
 
@@ -363,6 +398,41 @@ def _check_references(stage: Stage, stages: Mapping[str, Stage]) -> None:
             )
 
 
+def _check_kinds(stage: Stage, stages: Mapping[str, Stage]) -> None:
+    """A reward that a stage trained comes from a reward model, and no policy starts as one."""
+    for ref in stage.refs:
+        where = place_of(ref.path, stage.places, stage.place)
+        if ref.path[0] == "reward":
+            check_judge(ref, stages, where, f"stages.{stage.name}: reward")
+        elif ref.path in FULL_MODEL and learns_reward(stages[ref.stage]) and not learns_reward(stage):
+            raise ConfigError(
+                where,
+                f"stages.{stage.name}: {'.'.join(ref.path)} is {ref.text}, a reward model, which writes nothing",
+                "name a stage that trains a language model; a reward model serves as reward, or as the start of another one",
+            )
+
+
+def check_judge(ref: Ref, stages: Mapping[str, Stage], where: str, what: str) -> None:
+    """Refuse a reward that is a stage of another kind."""
+    if not learns_reward(stages[ref.stage]):
+        there = [name for name, other in stages.items() if learns_reward(other)]
+        hint = f"there is stage:{', stage:'.join(there)}" if there else "add one: {algorithm: {name: reward_model}}"
+        raise ConfigError(where, f"{what} is {ref.text}, which trains no reward model", hint)
+
+
+def check_names(reward: Any, stages: Mapping[str, Stage], where: str, what: str) -> None:
+    """Refuse a stage's bare name as a reward."""
+    for name in [reward] if isinstance(reward, str) else list(reward or ()):
+        if name in stages and name not in BUILT_IN and not Path(name).exists():
+            raise ConfigError(where, f"{what} is {name!r}, a stage's bare name", f"write stage:{name}")
+
+
+def learns_reward(stage: Stage) -> bool:
+    """Whether the stage trains a reward model."""
+    algorithm = stage.values.get("algorithm")
+    return (algorithm.get("name") if isinstance(algorithm, dict) else algorithm) == "reward_model"
+
+
 def _reached(name: str, stages: Mapping[str, Stage]) -> set[str]:
     """Every stage that `name` needs, directly or through others; unknown ones are passed over."""
     found: set[str] = set()
@@ -395,7 +465,8 @@ def _comparison(section: Any, stages: Mapping[str, Stage], places: Places, sourc
             parse_reference("stage:" + m.removeprefix("stage:"), ("compare", "models", str(i)))
             for i, m in enumerate(config.models)
         )
-        refs = tuple(references(config.reward, ("compare", "reward")))
+        judges = {"reward": config.reward, "also": config.also}
+        refs = tuple(references(judges, ("compare",)))
     except ConfigError as error:
         raise ConfigError(
             place_of(tuple(error.where.split(".")), places, source), f"{error.where} {error.what}", error.how
@@ -404,18 +475,18 @@ def _comparison(section: Any, stages: Mapping[str, Stage], places: Places, sourc
         where = place_of(ref.path, places, place)
         if ref.stage not in stages:
             raise ConfigError(where, f"compare: there is no stage {ref.stage!r}", did_you_mean(ref.stage, stages))
+    for rewards, key in ((config.reward, "reward"), (config.also, "also")):
+        check_names(rewards, stages, place_of(("compare", key), places, place), f"compare.{key}")
+    for ref in refs:
+        check_judge(ref, stages, place_of(ref.path, places, place), f"compare.{ref.path[1]}")
     for ref in models:
-        if _is_reward_model(stages[ref.stage].values.get("algorithm")):
+        if learns_reward(stages[ref.stage]):
             raise ConfigError(
                 place_of(ref.path, places, place),
                 f"compare.models: {ref.stage} is a reward model, which writes nothing",
                 "leave it out; it can be compare.reward",
             )
     return Comparison(config, models, refs, place)
-
-
-def _is_reward_model(algorithm: Any) -> bool:
-    return (algorithm.get("name") if isinstance(algorithm, dict) else algorithm) == "reward_model"
 
 
 def did_you_mean(word: str, names: Any) -> str:

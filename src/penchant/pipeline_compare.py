@@ -75,7 +75,8 @@ class Comparer:
         self.sampling = Sampling(c.prompts, c.samples, c.max_new_tokens, c.seed, f"{self.compare.place}: compare")
         self.heldout = self._held_out()
         try:
-            check_reward(c.reward)
+            for reward in (c.reward, *c.also):
+                check_reward(reward)
         except ConfigError as error:
             raise ConfigError(self.compare.place, f"compare.{error.where}: {error.what}", error.how) from error
 
@@ -116,8 +117,8 @@ class Comparer:
                     f"compare: {ref.stage} has another tokenizer than {self.compare.models[0].stage}",
                     "compare models that start from the same one: KL and likelihood are of the same tokens",
                 )
-        reward = self.compare.reward(resolve)
-        return make_setting(self._run, tokenizers[0], self.heldout.rows, reward, self.sampling, self.console)
+        reward, also = self.compare.reward(resolve), self.compare.also(resolve)
+        return make_setting(self._run, tokenizers[0], self.heldout.rows, reward, self.sampling, self.console, also)
 
     def _entrant(self, ref: Ref, resolve: Resolve, folder_of: FolderOf) -> Entrant:
         folder = folder_of(ref)
@@ -131,9 +132,11 @@ class Comparer:
     def _inputs(self, setting: Setting, folder_of: FolderOf) -> dict[str, Any]:
         c = self.compare
         return {
-            "settings": c.config.model_dump(mode="json"),
+            # older ones have no `also`
+            "settings": {k: v for k, v in c.config.model_dump(mode="json").items() if v != []},
             "models": {ref.text: model_sha256(folder_of(ref)) for ref in c.models},
             "rewards": reward_hashes(c.config.reward)
+            | reward_hashes(dict.fromkeys(c.config.also, 1.0))
             | {ref.text: model_sha256(folder_of(ref)) for ref in c.reward_refs},
             "tokens": tokens_sha256(setting),
             "dtype": str(self._run.dtype),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -181,19 +182,40 @@ def cached_reference(
 
     path = folder / f"{key}.safetensors"
     count = sum(len(t.completion_ids) for t in trees)
-    if path.exists():
+
+    def on_disk() -> dict[str, Tensor] | None:
         try:
-            stored = load_file(path)
+            stored = load_file(path) if path.exists() else {}
         except (SafetensorError, OSError):
             stored = {}
         # a torn file, or one without the tokens that are wanted now, is computed again
-        if len(stored.get("sums", ())) == count and (not tokens or "tokens" in stored):
-            return _by_row(trees, stored), True
-    made = compute_logps(live, trees, tokens_per_step=tokens_per_step, progress=progress)
-    stored = {"sums": made.sums} | ({"tokens": made.tokens} if tokens else {})
+        return stored if len(stored.get("sums", ())) == count and (not tokens or "tokens" in stored) else None
+
+    stored = on_disk()
+    if stored is not None:
+        return _by_row(trees, stored), True
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, stored)
+    with _one_at_a_time(folder / f".{key}.lock"):
+        stored = on_disk()  # another process may have computed it while this one waited
+        if stored is not None:
+            return _by_row(trees, stored), True
+        made = compute_logps(live, trees, tokens_per_step=tokens_per_step, progress=progress)
+        stored = {"sums": made.sums} | ({"tokens": made.tokens} if tokens else {})
+        _write_atomically(path, stored)
     return _by_row(trees, stored), False
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """An advisory lock that the kernel drops when its holder dies; without one where the file system has none."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # whoever waits for it finds the result, or computes it too
+        os.close(handle)
 
 
 def compute_logps(

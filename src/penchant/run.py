@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,10 +24,11 @@ from penchant.data.load import Dataset, load_preferences, summary, write_quarant
 from penchant.data.split import split_by_prompt
 from penchant.data.tokenise import TokenisedDataset, tokenise
 from penchant.errors import CheckpointError, ConfigError, DataError
-from penchant.evaluation.heldout import evaluate_heldout, heldout_metrics, score_heldout
+from penchant.evaluation.heldout import heldout_metrics, score_heldout
 from penchant.evaluation.online import evaluate_online
 from penchant.evaluation.reward import pair_quality
 from penchant.evaluation.sampled_kl import sampled_kl
+from penchant.logprobs import Scorer
 from penchant.losses import LOSSES
 from penchant.losses.schedules import progress_at
 from penchant.manifest import hardware, tokenizer_sha256, versions
@@ -43,6 +44,7 @@ from penchant.models.load import (
     weights_sha256,
     write_state_dict,
 )
+from penchant.models.options import ModelConfig
 from penchant.models.value import ValueModel
 from penchant.packing_check import choose_packing
 from penchant.reference import (
@@ -58,20 +60,20 @@ from penchant.reference import (
 from penchant.rewards.model import PolicyText, content_sha256, make_scorer
 from penchant.rewards.scorer import RewardScorer
 from penchant.rewards.training import RewardModelParts
+from penchant.sharing import Alone, Key
 from penchant.training.checkpoint import latest_checkpoint, load_checkpoint
 from penchant.training.loop import Loop, algorithm_state
 from penchant.training.optim import MasterAdamW
 from penchant.training.progress import console
 from penchant.training.runfolder import RunLock, open_run
 from penchant.training.schedule import BatchSchedule
-from penchant.types import Prompt, TokenTree
-
-if TYPE_CHECKING:
-    from penchant.logprobs import Scorer
+from penchant.types import Prompt, Scored, TokenTree
 
 SMALL_MODEL = 20_000_000  # parameters; below this a second thread costs more in waiting than it brings
 DEFAULT_LR = {("sft", False): 2e-5, ("sft", True): 2e-4}
 DEFAULT_PREFERENCE_LR = {False: 1e-6, True: 5e-5}
+# needs of a loss that change nothing in the log-probs that a pass over held-out rows leaves
+SCORED_ALIKE = frozenset({"reference", "scores", "score_gap", "labels", "delta", "batch"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +95,15 @@ class TrainResult:
 
 
 class Run:
-    """Everything between a config and a result; parts are made when they are first needed."""
+    """Everything between a config and a result; parts are made when they are first needed.
 
-    def __init__(self, config: RunConfig, *, quiet: bool = False) -> None:
+    Args:
+        shared: keeps what other runs of this process can use as it is; it changes no figure.
+    """
+
+    def __init__(self, config: RunConfig, *, quiet: bool = False, shared: Alone | None = None) -> None:
         self.config = config = with_absolute_paths(config)
+        self.shared = Alone() if shared is None else shared
         self.folder = Path(config.output)
         self.console = console(quiet)
         self.online = config.algorithm if isinstance(config.algorithm, OnlineConfig) else None
@@ -118,7 +125,11 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.config.model.tokenizer or self.config.model.path, self.config.model.revision)
+        get = (
+            self.shared.once if self.learns_reward is None else self.shared.fresh
+        )  # a reward model may add a pad token
+        model = self.config.model
+        return get(self._tokenizer_key, lambda: load_tokenizer(model.tokenizer or model.path, model.revision))
 
     @cached_property
     def loaded(self) -> dict[str, Dataset]:
@@ -139,24 +150,24 @@ class Run:
             return train, self.loaded["heldout"]
         if data.validation_rows is None and data.validation_fraction is None:
             return train, None
-        train, heldout = split_by_prompt(
-            train,
-            validation_rows=data.validation_rows,
-            validation_fraction=data.validation_fraction,
-            seed=self.config.train.seed,
+        seed = self.config.train.seed if data.split_seed is None else data.split_seed
+        train, heldout = self.shared.once(
+            ("split", *_content(train), str(data.path), data.validation_rows, data.validation_fraction, seed),
+            lambda: split_by_prompt(
+                self.loaded["train"],
+                validation_rows=data.validation_rows,
+                validation_fraction=data.validation_fraction,
+                seed=seed,
+            ),
         )
         self.console.note(f"split by prompt: {train.accepted:,} train, {heldout.accepted:,} held out")
         return train, heldout
 
     def _load(self, path: Any) -> Dataset:
         data = self.config.data
-        dataset = load_preferences(
-            path,
-            shape=data.shape,
-            columns=data.columns,
-            on_bad_row=data.on_bad_row,
-            identical=data.identical,
-            limit=data.limit,
+        reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit"})
+        dataset = self.shared.once(
+            ("rows", str(path), json.dumps(reading, sort_keys=True)), lambda: load_preferences(path, **reading)
         )
         adapted = adapt(dataset, self.method, self.signal, self.needs, data, str(path))
         if self.signal == "unpaired":
@@ -174,15 +185,11 @@ class Run:
         data = self.config.data
         if self.reward_parts is not None:
             return self.reward_parts.tokenise(dataset, on_bad_row or data.on_bad_row)
-        return tokenise(
-            dataset,
-            self.tokenizer,
-            template=data.template,
-            max_length=data.max_length,
-            truncation=data.truncation,
-            on_bad_row=on_bad_row or data.on_bad_row,
-            identical=data.identical,
-            add_eos=data.add_eos,
+        how = data.model_dump(include={"template", "max_length", "truncation", "on_bad_row", "identical", "add_eos"})
+        how["on_bad_row"] = on_bad_row or data.on_bad_row
+        key = ("tokens", *self._tokenizer_key[1:], str(data.path), str(data.eval_path), *_content(dataset))
+        return self.shared.once(
+            (*key, json.dumps(how, sort_keys=True)), lambda: tokenise(dataset, self.tokenizer, **how)
         )
 
     @cached_property
@@ -240,7 +247,44 @@ class Run:
         train, heldout = self.datasets
         splits = {"train": train} | ({"held out": heldout} if heldout is not None else {})
         whole = self.loaded["train"]
-        return run_audit(whole, self.tokenise_rows(whole, on_bad_row="skip") if tokenise else None, splits)
+        return self.shared.once(
+            ("audit", tokenise, *_content(whole), *self._rows_key),
+            lambda: run_audit(whole, self.tokenise_rows(whole, on_bad_row="skip") if tokenise else None, splits),
+        )
+
+    # ---- what parts depend on: keys of what runs can share -------------------------------------------------------------
+
+    @property
+    def _tokenizer_key(self) -> Key:
+        model = self.config.model
+        return ("tokenizer", model.tokenizer or model.path, model.revision)
+
+    @property
+    def _rows_key(self) -> Key:
+        """Everything that the token trees depend on."""
+        content = [_content(d) for d in self.datasets if d is not None]
+        method = "rows" if self.learns_reward is None else self.method
+        return (method, self.signal, self._tokenizer_key, self.config.data.model_dump_json(), *content)
+
+    def _weights_key(self, source: ModelConfig) -> Key:
+        """Everything that a model's weights in fp32 depend on before it is trained."""
+        seed = self.config.train.seed if source.init == "random" else None
+        return (source.path, source.revision, source.init, seed)
+
+    @property
+    def _start_key(self) -> Key:
+        """Everything that figures of the untrained policy depend on, apart from the rows and from what is asked of them."""
+        cfg = self.config
+        adapter = None if cfg.lora is None else (cfg.lora.model_dump_json(), cfg.train.seed)
+        t = cfg.train
+        held = (str(self.device), str(self.dtype), cfg.model.kernels, t.packing, t.gradient_checkpointing, t.threads)
+        return (
+            self._weights_key(cfg.model),
+            adapter,
+            *held,
+            self.learns_reward is None,
+            cfg.reference.model_dump_json(),
+        )
 
     # ---- model ----------------------------------------------------------------------------------------------------
 
@@ -264,7 +308,7 @@ class Run:
         if self.reward_parts is not None:
             model = self.reward_parts.load(self.device, cfg.train.seed)
         else:
-            model = load_causal_model(cfg.model, self.device, cfg.train.seed)
+            model = self._fresh_model(cfg.model)
         self.set_threads(sum(p.numel() for p in model.parameters()))
         self._check_vocabulary(model)
         if cfg.lora is not None and self.reward_parts is None:
@@ -274,6 +318,15 @@ class Run:
             if cfg.lora is not None:
                 model.enable_input_require_grads()
         return model
+
+    def _fresh_model(self, source: ModelConfig) -> Any:
+        """A causal model as loaded, in fp32, of which nobody else holds a part."""
+        if type(self.shared) is Alone:
+            return load_causal_model(source, self.device, self.config.train.seed)
+        key: Key = ("model", *self._weights_key(source))
+        seed = self.config.train.seed
+        kept = self.shared.fresh(key, lambda: load_causal_model(source, torch.device("cpu"), seed))
+        return kept.to(self.device)
 
     def set_threads(self, parameters: int) -> None:
         """As `train.threads` says for a model of this size."""
@@ -322,7 +375,7 @@ class Run:
             return None
         own = None
         if self.online.value == "separate":
-            own = load_causal_model(self.config.model, self.device, self.config.train.seed)
+            own = self._fresh_model(self.config.model)
         made = ValueModel(self.model.get_input_embeddings().weight.shape[1], own)
         if own is not None and self.online.value_init != "zero":
             assert self.config.reward is not None
@@ -350,9 +403,17 @@ class Run:
     @cached_property
     def scorer(self) -> Scorer:
         _ = self.optimiser  # masters are taken before the cast
-        scorer, note = choose_packing(self.model, self.config.train.packing, self.config.model.kernels)
+        kernels = self.config.model.kernels
+        found: list[Scorer] = []
+
+        def choose() -> tuple[Any, str]:
+            scorer, note = choose_packing(self.model, self.config.train.packing, kernels)
+            found.append(scorer)
+            return scorer.packing, note
+
+        packing, note = self.shared.once(("packing", self._start_key), choose)
         self.console.note(note)
-        return scorer
+        return found[0] if found else Scorer(self.model, packing, kernels)
 
     # ---- reference ------------------------------------------------------------------------------------------------
 
@@ -400,11 +461,9 @@ class Run:
         source = self.config.model
         if self.config.reference.path is not None:
             source = source.model_copy(update={"path": self.config.reference.path, "init": "pretrained"})
-        model = load_causal_model(source, self.device, self.config.train.seed)
+        model = self._fresh_model(source)
         cast_parameters(model, self.dtype)
         model.requires_grad_(False).eval()
-        from penchant.logprobs import Scorer
-
         # the policy's own numeric path: with an adapter it has no fast one, and the start would not be equal
         return Scorer(model, self.scorer.packing, "auto" if self.scorer.fast else "off")
 
@@ -415,7 +474,10 @@ class Run:
         if cfg.reference.path is not None:
             live = LiveReference(self._frozen_scorer())
         folder = Path(cfg.reference.cache_dir).expanduser() if cfg.reference.cache_dir else default_cache_dir()
-        weights = weights_sha256(live.scorer.model)
+        source = cfg.model
+        if cfg.reference.path is not None:
+            source = source.model_copy(update={"path": cfg.reference.path, "init": "pretrained"})
+        weights = self._weights_sha256(live.scorer.model, source)
         by_row: dict[int, Any] = {}
         tokens_by_row: dict[int, Any] = {}
         groups = {"training": self.trees[0], "held-out": self.trees[1], "mismatched": list(self.mismatched.values())}
@@ -444,6 +506,13 @@ class Run:
             by_row |= cached.by_row
             tokens_by_row |= cached.tokens_by_row
         return CachedReference(by_row, tokens_by_row)
+
+    def _weights_sha256(self, model: Any, source: ModelConfig) -> str:
+        """Of an untrained model that was loaded from `source`."""
+        key = ("sha256", *self._weights_key(source), str(self.dtype))
+        if self.learns_reward is not None:  # its head depends on the seed
+            return weights_sha256(model)
+        return self.shared.once(key, lambda: weights_sha256(model))
 
     # ---- the verbs ------------------------------------------------------------------------------------------------
 
@@ -515,15 +584,28 @@ class Run:
             self.config.reference.moves
         ):  # rewards against a reference that went along would say nothing of what was learned
             algorithm = replace(algorithm, reference=self._start_reference())
-        metrics = evaluate_heldout(
-            algorithm,
-            self.trees[1],
-            shared=self.scorer.shared,
-            tokens_per_step=budget,
-            device=self.device,
-            at=progress_at(max(0, step - 1), self._schedule.total_steps),
-            progress=self.console.counter("held-out rows"),
-        )
+        trees = self.trees[1]
+        at = progress_at(max(0, step - 1), self._schedule.total_steps)
+
+        def score() -> tuple[Scored, list[int]]:
+            return score_heldout(
+                algorithm,
+                trees,
+                shared=self.scorer.shared,
+                tokens_per_step=budget,
+                device=self.device,
+                at=at,
+                progress=self.console.counter("held-out rows"),
+            )
+
+        if step == 0 and self.needs <= SCORED_ALIKE and not self.config.reference.moves:
+            # the start's log-probs are the same under every loss; what a loss makes of them is not
+            algorithm.begin_step(0, at, trees)
+            rows = ("start", self._start_key, self._rows_key, tuple(sorted(self.needs)), budget)
+            scored, order = self.shared.once(rows, score)
+        else:
+            scored, order = score()
+        metrics = heldout_metrics(algorithm, scored, [trees[i] for i in order])
         if self.config.evaluation.kl_prompts and self.signal != "tokens":
             metrics |= {f"eval/{name}": value for name, value in self._sampled_kl(step, budget).items()}
         return metrics
@@ -563,15 +645,23 @@ class Run:
     def _sampled_kl(self, step: int, budget: int) -> dict[str, Any]:
         """KL to the start (or reference.path) on sampled completions; where no such model is held, one is loaded and let go again."""
         prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in self.trees[1]))
-        return sampled_kl(
-            LiveReference(self.scorer),
-            self._start_reference(),
-            prompts[: self.config.evaluation.kl_prompts],
-            max_new_tokens=self.config.evaluation.sample_tokens,
-            eos_token_id=self.tokenizer.eos_token_id,
-            seed=self.config.train.seed * 1_000_003 + step,
-            tokens_per_step=budget,
-        )
+        evaluation, seed = self.config.evaluation, self.config.train.seed
+
+        def estimate() -> dict[str, Any]:
+            return sampled_kl(
+                LiveReference(self.scorer),
+                self._start_reference(),
+                prompts[: evaluation.kl_prompts],
+                max_new_tokens=evaluation.sample_tokens,
+                eos_token_id=self.tokenizer.eos_token_id,
+                seed=seed * 1_000_003 + step,
+                tokens_per_step=budget,
+            )
+
+        if step:
+            return estimate()
+        asked = (evaluation.kl_prompts, evaluation.sample_tokens, seed, budget)
+        return self.shared.once(("start KL", self._start_key, self._rows_key, asked), estimate)
 
     def _start_reference(self) -> LiveReference:
         """The model that training starts from (or reference.path), run live; it may be loaded for this."""
@@ -717,7 +807,13 @@ class Run:
 
         self.model.eval()
         prompts = [t.prompt_ids.tolist() for t in trees[:count]]
-        texts = greedy(self.model, self.tokenizer, prompts, max_new_tokens=self.config.evaluation.sample_tokens)
+        longest = self.config.evaluation.sample_tokens
+
+        def write() -> list[str]:
+            return greedy(self.model, self.tokenizer, prompts, max_new_tokens=longest)
+
+        asked = ("answers", self._start_key, self._rows_key, bool(self.trees[1]), count, longest)
+        texts = self.shared.once(asked, write) if name == "before" else write()
         rows = [
             {"prompt": self.tokenizer.decode(p, skip_special_tokens=True), "completion": c}
             for p, c in zip(prompts, texts, strict=True)
@@ -745,7 +841,11 @@ class Run:
             if split is not None:
                 data[name] = {"rows": split.accepted, "fingerprint": split.fingerprint}
         path = self.folder / "manifest.json"
-        weights = json.loads(path.read_text())["model"]["sha256"] if path.exists() else weights_sha256(self.model)
+        weights = (
+            json.loads(path.read_text())["model"]["sha256"]
+            if path.exists()
+            else self._weights_sha256(self.model, self.config.model)
+        )
         manifest = {
             **versions(),
             "status": status,
@@ -767,6 +867,11 @@ class Run:
             "hardware": {**hardware(), "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")},
         }
         path.write_text(json.dumps(manifest, indent=1))
+
+
+def _content(dataset: Dataset) -> Key:
+    """What tells a data set from every other that comes from the same files."""
+    return (dataset.fingerprint, dataset.kind, dataset.accepted, dataset.total)
 
 
 def run_identity(config: RunConfig, fingerprints: list[str], rewards: Mapping[str, str]) -> dict[str, Any]:

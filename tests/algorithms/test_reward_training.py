@@ -368,6 +368,13 @@ def test_mistakes_are_answered_with_a_sentence(base: dict[str, Any], change: dic
         api.train({**base, **change}, quiet=True)
 
 
+def test_labels_are_no_pairs(base: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "completion": f" c{i}", "label": i % 2 == 0} for i in range(20)]
+    base["data"]["path"] = write_jsonl(tmp_path / "labels.jsonl", rows)
+    with pytest.raises(DataError, match=r"these rows are unpaired; give rows with prompt, chosen and rejected$"):
+        api.train(base, quiet=True)
+
+
 def test_pairs_without_scores_have_no_margin(base: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r'algorithm\.name=reward_model needs "chosen_score"'):
         api.train(base, "algorithm.margin=scores", quiet=True)

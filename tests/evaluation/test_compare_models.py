@@ -11,6 +11,7 @@ import torch
 from families import make_tree, tiny_model
 
 from penchant.evaluation.compare_models import NO_OUTCOME, Compared, Setting, compare_models, table
+from penchant.evaluation.significance import holm
 from penchant.logprobs import Scorer
 from penchant.types import TokenTree
 
@@ -165,3 +166,64 @@ def test_preferences_of_prompts_with_more_pairs_count_more() -> None:
     answers += [TokenTree(12 + i, answers[0].prompt_ids, answers[i].completion_ids, (False, False)) for i in (1, 2, 3)]
     got = compare_models(["a", "b"], lambda n: scorer(n == "b"), setting(judge=None, answers=answers))
     assert got.pairs[0].difference.estimate == pytest.approx(got.models["b"]["preference_accuracy"] - 0.5, abs=1e-12)
+
+
+def test_another_judge_has_figures_of_its_own() -> None:
+    def opposite(prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree]) -> np.ndarray:
+        assert list(prompts) == [Letters().decode(t.prompt_ids) for t in trees for _ in t.completion_ids]
+        return -even(prompts, completions, trees)
+
+    made = compare_models(["a", "b"], lambda name: scorer(int(name == "b")), setting(also={"odd": opposite}))
+    b, other = made.models["b"], made.models["b"]["also"]["odd"]
+    assert abs(b["reward_change"]) > 1e-3 and b["win_rate"] != 0.5
+    assert other["reward"] == pytest.approx(-b["reward"])
+    assert other["reward_change"] == pytest.approx(-b["reward_change"])
+    assert other["win_rate"] == pytest.approx(1 - b["win_rate"])
+    assert other["reward_change/ci"] == pytest.approx([-v for v in reversed(b["reward_change/ci"])], abs=0.02)
+    assert set(made.models["a"]["also"]["odd"]) == {"reward", "reward/ci"}
+    for row in made.rows:
+        of_b = row["completions"]["b"]
+        assert of_b["also"] == {"odd": pytest.approx(-of_b["reward"])}
+    lines = [line.split("  ")[0] for line in table(made.models).splitlines()]
+    assert lines[5:9] == [
+        "reward, by odd",
+        "change of reward against a, by odd",
+        "win rate against a (ties half), by odd",
+        "win rate at equal length, by odd",
+    ]
+    assert [s.startswith("By odd: ") for s in made.sentences] == [False, True, False]
+    assert "have one seed each" in made.sentences[-1]
+    (pair,), (opposed,) = made.pairs, made.also["odd"]
+    assert opposed.difference.estimate == pytest.approx(-pair.difference.estimate) and opposed.p == pair.p
+
+
+def test_other_judges_are_corrected_for_all_of_their_comparisons_and_the_reward_for_its_own() -> None:
+    models = {name: scorer(i) for i, name in enumerate(("a", "b", "c"))}
+
+    def rising() -> Any:
+        asked = iter(range(3))  # each model is judged once, a little better than the one before
+
+        def judge(prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree]) -> np.ndarray:
+            return even(prompts, completions, trees) + 0.1 * next(asked)
+
+        return judge
+
+    judges = {f"x{i}": rising() for i in range(3)}
+    got = compare_models(list(models), models.__getitem__, setting(judge=rising(), also=judges))
+    raw = [p.p for p in got.pairs]
+    assert [p.corrected for p in got.pairs] == pytest.approx(holm(raw))
+    together = [p.corrected for pairs in got.also.values() for p in pairs]
+    assert together == pytest.approx(holm(raw * 3))
+    assert min(together) > min(p.corrected for p in got.pairs)
+    said = [s for s in got.sentences if s.startswith("By x")]
+    assert len(said) == 9 and all("corrected for 9 comparisons" in s for s in said)
+
+
+def test_seeds_are_averaged_by_another_judge_too() -> None:
+    made = {"a": 0, "x1": 1, "x2": 2}
+    got = compare_models(
+        list(made), lambda n: scorer(made[n]), setting(also={"odd": even}), seeds={"x": ["x1", "x2"]}, fixed=True
+    )
+    for figure in ("reward", "reward/ci", "reward_change", "reward_change/ci", "win_rate", "win_rate/ci"):
+        assert got.models["x"]["also"]["odd"][figure] == pytest.approx(got.models["x"][figure])
+    assert got.also["odd"][0].p_seeds == got.pairs[0].p_seeds is not None

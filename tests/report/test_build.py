@@ -113,6 +113,17 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         assert said in text, said
 
 
+def test_a_reward_models_page_has_its_own_sentence_and_no_samples(tmp_path: Path) -> None:
+    folder = _run(tmp_path / "run")
+    (folder / "results.json").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "loss": "reward_model"}))
+    (folder / "samples.jsonl").write_text("")
+    text = _Page(write_report(folder).read_text()).text
+    assert "the reward model scores the chosen answer higher in 80.0% of 9 held-out pairs" in text
+    assert "Samples, before and after" not in text
+
+
 def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such run folder"):
         write_report(tmp_path / "nowhere")

@@ -89,7 +89,11 @@ def test_files_that_do_not_fit(tmp_path: Path, code: str, what: str) -> None:
         ("return [1.0]", "returned 1 values for 2 completions"),
         ("return [float('nan') if not c else 1.0 for c in completions]", "returned nan for completion 1: ''"),
         ("return ['good' for c in completions]", "returned list that holds no numbers"),
-        ("return None", "returned"),
+        ("return None", "returned None; return a list"),
+        ("return 1.0", r"returned 1 values \(no list\) for 2"),
+        ("return [[1.0], [2.0]]", r"returned 2 values \(an array of shape \[2, 1\]\) for 2"),
+        ("return [1.0, None]", "returned None for completion 1: ''"),
+        ("return (1.0 for c in completions)", "returned generator that holds no numbers"),
     ],
 )
 def test_errors_inside_name_the_completion(tmp_path: Path, body: str, what: str) -> None:
@@ -97,3 +101,23 @@ def test_errors_inside_name_the_completion(tmp_path: Path, body: str, what: str)
     with pytest.raises(RewardError, match=what) as error:
         load_reward(f"{path}:f")(["p", "p"], ["fine", ""])
     assert error.value.exit_code == 2
+
+
+def test_tensors_serve_with_a_gradient_and_in_bf16_too(tmp_path: Path) -> None:
+    for made in ("torch.tensor([1.0, 2.5], requires_grad=True)", "torch.tensor([1.0, 2.5], dtype=torch.bfloat16)"):
+        path = write(tmp_path, f"import torch\ndef f(prompts, completions):\n    return {made}\n")
+        assert load_reward(f"{path}:f")(["p", "p"], ["x", "y"]).tolist() == [1.0, 2.5]
+
+
+def test_a_file_with_a_dataclass_can_be_imported(tmp_path: Path) -> None:
+    code = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Score:\n    value: float\n"
+        "def f(prompts, completions):\n    return [Score(2.0).value for c in completions]\n"
+    )
+    assert load_reward(f"{write(tmp_path, code)}:f")(["p"], ["x"]).tolist() == [2.0]
+
+
+def test_a_script_that_ends_itself_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be imported \\(SystemExit: 0"):
+        load_reward(f"{write(tmp_path, 'import sys; sys.exit(0)')}:f")

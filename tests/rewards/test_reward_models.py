@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 from penchant import api
 from penchant.config import config_from_mapping, dump_config
 from penchant.data.tokenise import tokenise
-from penchant.errors import CheckpointError, ConfigError
+from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.models.reward import head_of
 from penchant.models.structure import backbone_of
 from penchant.rewards import load_reward
@@ -135,6 +136,33 @@ def test_an_unfinished_completion_is_judged_without_eos(trained: Any, chat: bool
     assert model.score_trees([cut]) != pytest.approx(model.score_trees(trees[:1])[:1], abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["plain", "encoder", "open"])
+def test_a_policy_that_ends_at_once_is_judged_too(tmp_path: Path, trained: Any, kind: str) -> None:
+    """Its completion is EOS alone: no text, and, where the reward model has learned no EOS (data.add_eos=false), no token."""
+    if kind == "open":
+        api.train(reward_run(tmp_path, tiny_model_folder(tmp_path / "model"), data={"add_eos": False}), quiet=True)
+        run = Run(api.as_config(tmp_path / "reward/config.resolved.yaml"), quiet=True)
+        run.evaluate()
+    else:
+        run = trained(kind).run
+    tokenizer = tiny_tokenizer()
+    trees, policy = as_rollouts(run, tokenizer)
+    at_once = replace(trees[0], completion_ids=(np.array([tokenizer.eos_token_id], np.int32),), truncated=(False,))
+    some = replace(trees[1], completion_ids=trees[1].completion_ids[:1], truncated=trees[1].truncated[:1])
+    judge = load_reward(str(run.folder), policy)
+    both = judge(["", ""], ["", "some"], [at_once, some])
+    alone = [judge([""], ["x"], [t])[0] for t in (at_once, some)]
+    assert both.tolist() == pytest.approx(alone, abs=1e-5) and both[0] != both[1]
+    if kind == "open":  # the score at the prompt's last token
+        from transformers import AutoModelForSequenceClassification
+
+        folder = find_reward_model(str(run.folder))
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([at_once.prompt_ids.tolist()])).logits[0, 0]
+        assert both[0] == pytest.approx(float(expected), abs=1e-5)
+
+
 def test_the_reward_models_of_other_people(tmp_path: Path) -> None:
     """A folder with one label and nothing of ours in it."""
     from transformers import AutoModelForSequenceClassification
@@ -242,8 +270,19 @@ def test_folders_that_hold_no_reward_model(tmp_path: Path) -> None:
     (tmp_path / "new" / "config.resolved.yaml").write_text("")
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
         load_reward(str(tmp_path / "new"))
-    with pytest.raises(ConfigError, match="is no reward"):
+    with pytest.raises(ConfigError, match="runs/nowhere: no such folder"):
         load_reward("runs/nowhere")
+    with pytest.raises(ConfigError, match="'stage:reward' is a pipeline's stage"):
+        load_reward("stage:reward")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"reward\.device: is cuda, but no CUDA device is visible"):
+            load_reward({tiny_model_folder(tmp_path / "m"): 1.0, "device": "cuda"})
+
+
+def test_a_reward_model_is_no_policy(tmp_path: Path, trained: Any) -> None:
+    folder = find_reward_model(str(trained("plain").run.folder))
+    with pytest.raises(ModelError, match=r"a classifier or reward model \(it has score.weight\), which writes nothing"):
+        api.train(online(tmp_path, str(folder), "words"), quiet=True)
 
 
 def test_a_changed_reward_is_another_run(tmp_path: Path) -> None:

@@ -49,13 +49,14 @@ class Question:
     """What is asked of the runs.
 
     Args:
-        reward: as `load_reward` takes it, or None; against: a run that all others are compared with, in place of their common start.
+        reward: as `load_reward` takes it, or None; also: names of other rewards, whose figures stand beside its own; against: a run that all others are compared with, in place of their common start.
         step: ``best``, ``last``, a step's number, or None: the best where one is tracked and kept, else the last.
         data: a file of test rows, or None: rows that the runs hold out; output: folder of both files, or None.
     """
 
     sampling: Sampling
     reward: Any = None
+    also: Sequence[str] = ()
     against: str | Path | None = None
     step: str | None = None
     data: str | Path | None = None
@@ -212,21 +213,26 @@ class RunComparer:
         return [f"{shared:,} of the test rows are held-out rows by which checkpoints were chosen."] if shared else []
 
     def _about_reward(self) -> list[str]:
-        judged = {_absolute(n) for n in reward_terms(self.question.reward)}
-        trained = [
-            r.name
-            for r in self.everyone
-            if r.config.reward is not None and judged & set(map(_absolute, r.config.reward.terms))
-        ]
-        return [f"Trained to raise this reward: {', '.join(trained)}."] if trained else []
+        """Which runs were trained to raise a reward by which they are judged."""
+        terms = {"this reward": reward_terms(self.question.reward), **{name: [name] for name in self.question.also}}
+        said = []
+        for what, names in terms.items():
+            judged = set(map(_absolute, names))
+            trained = [
+                r.name
+                for r in self.everyone
+                if r.config.reward is not None and judged & set(map(_absolute, r.config.reward.terms))
+            ]
+            said += [f"Trained to raise {what}: {', '.join(trained)}."] if trained else []
+        return said
 
     # ---- doing it -------------------------------------------------------------------------------------------------
 
     def run(self) -> RunComparison:
         """Compare, write both files, and write a reading of the test set down."""
         check_tokenizers(self.everyone)
-        if self.question.reward is not None:
-            check_reward(self.question.reward)
+        for reward in (self.question.reward, *self.question.also):
+            check_reward(reward)
         settings, first = self.settings, self.first
         check_bases(self.everyone)
         held = self.held_out
@@ -236,8 +242,9 @@ class RunComparer:
         notes = [*self.notes, *self._about_selection(), *self._about_reward()]
         owner = next(r for r in self.everyone if r.name == held.owner)
         sampling = self.question.sampling
+        also = {name: name for name in self.question.also}
         setting = make_setting(
-            owner.data, owner.data.tokenizer, held.rows, self.question.reward, sampling, console(self.quiet)
+            owner.data, owner.data.tokenizer, held.rows, self.question.reward, sampling, console(self.quiet), also
         )
         if not setting.prompts:
             raise DataError("compare", "no row is left after cutting rows into tokens", "look at data.max_length")
@@ -270,7 +277,8 @@ class RunComparer:
         q = self.question
         return {
             "reward": q.reward,
-            "rewards": reward_hashes(q.reward),
+            "also": list(q.also),
+            "rewards": reward_hashes(q.reward) | reward_hashes(dict.fromkeys(q.also, 1.0)),
             "prompts_asked": q.sampling.prompts,
             "samples": q.sampling.samples,
             "max_new_tokens": q.sampling.max_new_tokens,
@@ -313,10 +321,20 @@ def compare_runs(paths: Sequence[str | Path], question: Question, *, quiet: bool
         raise ConfigError("--step", f"{question.step!r} is no step", "give best, last or a step's number")
     if not paths:
         raise ConfigError("compare", "no run is given", "give the folders of one run or more")
+    _check_also(question)
     for name in ("prompts", "samples", "max_new_tokens"):
         if getattr(question.sampling, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}", "is below 1", "give 1 or more")
     return RunComparer(paths, replace(question), quiet).run()
+
+
+def _check_also(question: Question) -> None:
+    also = list(question.also)
+    twice = sorted({n for n in also if also.count(n) > 1 or n == question.reward})
+    if twice:
+        raise ConfigError("--also", f"names {', '.join(twice)} twice, or as --reward too", "leave it out of --also")
+    if also and question.reward is None:
+        raise ConfigError("--also", "is given without a reward", "name the first one as --reward")
 
 
 def _listed_budget(sentences: Sequence[str]) -> list[str]:

@@ -23,7 +23,8 @@ from penchant.models.options import ModelConfig
 from penchant.packing_check import choose_packing
 from penchant.pipeline_state import reward_terms, write_atomically, write_text_atomically
 from penchant.rewards import load_reward
-from penchant.rewards.model import PolicyText
+from penchant.rewards.functions import reward_device
+from penchant.rewards.model import PolicyText, check_reward_folder, find_reward_model
 from penchant.run import Run
 from penchant.training.progress import PlainConsole
 from penchant.types import PromptTree, TokenTree
@@ -105,13 +106,19 @@ def _vocabulary(tokenizer: Any) -> tuple[Any, ...]:
 
 
 def make_setting(
-    run: Run, tokenizer: Any, rows: Dataset, reward: Any, sampling: Sampling, console: PlainConsole
+    run: Run,
+    tokenizer: Any,
+    rows: Dataset,
+    reward: Any,
+    sampling: Sampling,
+    console: PlainConsole,
+    also: Mapping[str, Any] | None = None,
 ) -> Setting:
-    """The same tokenizer, prompts, answers and reward for every model.
+    """The same tokenizer, prompts, answers and rewards for every model.
 
     Args:
         run: as which the rows are made into tokens, and in whose precision and on whose device models run.
-        reward: as `load_reward` takes it, or None.
+        reward: as `load_reward` takes it, or None; also: other rewards by name.
     """
     run.tokenizer = tokenizer  # its config may name a model that is yet to be made
     trees = run.tokenise_rows(rows).trees
@@ -129,6 +136,7 @@ def make_setting(
         max_new_tokens=sampling.max_new_tokens,
         seed=sampling.seed,
         tokens_per_step=run.config.train.tokens_per_step,
+        also={name: load_reward(r, policy, run.device) for name, r in (also or {}).items()},
         progress=console.counter,
     )
 
@@ -190,9 +198,20 @@ def figures_of(compared: Compared) -> dict[str, Any]:
         **({"runs": compared.runs} if compared.runs else {}),
         "outcome": compared.outcome,
         "comparisons": [p.to_json() for p in compared.pairs],
-        "comparisons_text": comparisons_table(compared.pairs, compared.outcome) if compared.pairs else "",
+        "comparisons_text": _tables(compared),
+        **({"also": {n: [p.to_json() for p in pairs] for n, pairs in compared.also.items()}} if compared.also else {}),
         "sentences": compared.sentences,
     }
+
+
+def _tables(compared: Compared) -> str:
+    if not compared.pairs:
+        return ""
+    tables = [comparisons_table(compared.pairs, compared.outcome)]
+    others = sum(map(len, compared.also.values()))
+    for name, pairs in compared.also.items():
+        tables.append(f"By {name}:\n{comparisons_table(pairs, 'mean reward', others)}")
+    return "\n\n".join(tables)
 
 
 def text_of(figures: Mapping[str, Any], heading: str, notes: Iterable[str] = ()) -> str:
@@ -220,12 +239,18 @@ def tokens_sha256(setting: Setting) -> str:
 
 
 def check_reward(reward: Any) -> None:
-    """A reward's built-in names and files are there and can be called; trained ones are not loaded for this.
+    """A reward's built-in names and files are there and can be called; of a model's folder its config is looked at.
 
     Raises:
-        ConfigError: no such reward, file or function.
+        ConfigError: no such reward, file or function, or a folder with another model. ModelError, CheckpointError: with none.
     """
     weights = reward if isinstance(reward, dict) else {}
+    reward_device(str(weights.get("device", "auto")))
     for name in reward_terms(reward):
-        if isinstance(weights.get(name, 1.0), (int, float)) and not Path(name).expanduser().is_dir():
+        if not isinstance(weights.get(name, 1.0), (int, float)):
+            continue
+        folder = find_reward_model(name)
+        if folder is None:
             load_reward(name)
+        else:
+            check_reward_folder(name, folder)

@@ -92,6 +92,12 @@ def _as_prompts(dataset: Dataset, name: str) -> Dataset:
     )
 
 
+def _instead_of_pairs(loss: str, kind: str) -> str:
+    if loss == "reward_model":  # nothing else trains one
+        return "give rows with prompt, chosen and rejected"
+    return "give preference data, or set loss.name" + (" to kto, bco or pmpo" if kind == "unpaired" else "=sft")
+
+
 def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Dataset:
     if dataset.kind == "pairs":
         return dataset
@@ -99,9 +105,7 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
         raise DataError(
             name,
             f"{setting(loss)} needs pairs (chosen and rejected), but these rows are {dataset.kind}",
-            "give preference data, or set loss.name to kto, bco or pmpo"
-            if dataset.kind == "unpaired"
-            else "give preference data, or set loss.name=sft",
+            _instead_of_pairs(loss, dataset.kind),
         )
     if options.pairs_from_scores == "off":
         raise DataError(

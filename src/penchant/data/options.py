@@ -16,6 +16,7 @@ class DataConfig(Section):
     eval_path: str | list[str] | None = Field(None, description="held-out data of its own")
     validation_rows: int | None = Field(None, ge=1, description="rows to hold out, by prompt")
     validation_fraction: float | None = Field(None, gt=0, lt=1, description="share of rows to hold out, by prompt")
+    split_seed: int | None = Field(None, ge=0, lt=2**31, description="of what is held out; default: train.seed")
     shape: Literal[
         "auto", "pairs", "hh", "alpaca_pairs", "unpaired", "scored", "prompts", "sft", "messages", "text"
     ] = Field("auto", description="layout of a row")

@@ -3,6 +3,7 @@
 What each figure is, with the first model as the one that all others are compared with:
 
 - reward: mean over completions sampled at temperature 1; `reward_change`: minus the first model's on the same prompts.
+- also: the same by other rewards, each under its name: whether what was trained on is what was meant.
 - win_rate: per prompt, the share of pairs (own completion, first model's completion) with the higher reward, ties half; the mean over prompts.
   `win_rate_equal_length`: what a logistic model makes of it at equal length in tokens (see `length_control.py`).
 - kl: KL(policy || first model) in nats per completion, from the policy's own completions (see `sampled_kl.py`).
@@ -14,22 +15,33 @@ Models that are one setting with several seeds have one column: means over the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from penchant.evaluation.measured import Measured, Metrics, Setting, clusters_of, figures, measure, named
-from penchant.evaluation.verdict import Candidate, Pair, columns, compare_all, comparisons_table, verdict
+from penchant.evaluation.verdict import (
+    Candidate,
+    Pair,
+    columns,
+    compare_all,
+    compare_each,
+    comparisons_table,
+    corrected,
+    verdict,
+)
 from penchant.logprobs import Scorer
 
-# name, label ({first} is the first model), digits
-ROWS = (
+# name, label ({first} is the first model), digits; the first table is of every reward
+JUDGED = (
     ("reward", "reward", 3),
     ("reward_change", "change of reward against {first}", 3),
     ("win_rate", "win rate against {first} (ties half)", 3),
     ("win_rate_equal_length", "win rate at equal length", 3),
+)
+ROWS = (
     ("kl", "KL(policy || {first}), nats per completion", 2),
     ("kl_per_token", "KL(policy || {first}), nats per token", 4),
     ("preference_accuracy", "held-out preference accuracy", 3),
@@ -48,7 +60,7 @@ class Compared:
     Args:
         models: figures by setting, the first model first; runs: by model, where a setting has several.
         rows: every prompt's completions side by side; pairs: all comparisons; outcome: what they are of, in words.
-        sentences: the verdict.
+        also: the same comparisons by other rewards, by name; sentences: the verdict.
     """
 
     models: dict[str, Metrics]
@@ -56,6 +68,7 @@ class Compared:
     rows: list[dict[str, Any]]
     pairs: list[Pair] = field(default_factory=list)
     outcome: str = ""
+    also: dict[str, list[Pair]] = field(default_factory=dict)
     sentences: list[str] = field(default_factory=list)
 
 
@@ -87,27 +100,56 @@ def compare_models(
     runs = {m: figures([measured[m]]) for members in groups.values() if len(members) > 1 for m in members}
     candidates, outcome = _candidates(by_setting, fixed)
     pairs = compare_all(candidates) if candidates else []
+    also = _also(by_setting, fixed, setting.also)
     for pair in pairs[: len(models) - 1]:
-        if pair.win_rate is not None and pair.equal_length is not None:
-            models[pair.name] |= named("reward_change", pair.difference) | named("win_rate", pair.win_rate)
-            models[pair.name] |= named("win_rate_equal_length", pair.equal_length)
-    said = verdict(candidates, pairs, outcome) if candidates else [NO_OUTCOME]
-    return Compared(models, runs, _rows(measured, setting), pairs, outcome, said)
+        models[pair.name] |= _gain(pair)
+    for judge, by_it in also.items():
+        for pair in by_it[: len(models) - 1]:
+            models[pair.name]["also"][judge] |= _gain(pair)
+    said = verdict(candidates, pairs, outcome, also) if candidates else [NO_OUTCOME]
+    return Compared(models, runs, _rows(measured, setting), pairs, outcome, also, said)
 
 
 def _candidates(settings: Mapping[str, Sequence[Measured]], fixed: bool) -> tuple[list[Candidate], str]:
     """What is compared: mean rewards where there is a reward, else preferences; nothing where there are neither."""
     first = next(iter(settings))
     setting = settings[first][0].setting
-    if setting.judge is None and not setting.paired:
+    if setting.judge is not None:
+        return _by_reward(settings, fixed, None), "mean reward"
+    if not setting.paired:
         return [], ""
-    found = []
+    return [
+        Candidate(name, np.stack([_right(m) for m in seeds]), None, _lengths(seeds), fixed and name == first)
+        for name, seeds in settings.items()
+    ], "held-out preference accuracy"
+
+
+def _also(settings: Mapping[str, Sequence[Measured]], fixed: bool, names: Iterable[str]) -> dict[str, list[Pair]]:
+    """The comparisons by the other rewards, corrected for the number of all of them; the reward's own stand by themselves."""
+    by_judge = {judge: compare_each(_by_reward(settings, fixed, judge)) for judge in names}
+    together = iter(corrected([pair for pairs in by_judge.values() for pair in pairs]))
+    return {judge: [next(together) for _ in pairs] for judge, pairs in by_judge.items()}
+
+
+def _by_reward(settings: Mapping[str, Sequence[Measured]], fixed: bool, judge: str | None) -> list[Candidate]:
+    """Every setting with its mean rewards, by the reward or by another one."""
+    first, found = next(iter(settings)), []
     for name, seeds in settings.items():
-        rewards = None if setting.judge is None else np.stack([m.rewards for m in seeds])  # type: ignore[misc]
-        outcome = np.stack([_right(m) for m in seeds]) if rewards is None else rewards.mean(2)
-        lengths = np.stack([m.lengths for m in seeds])
-        found.append(Candidate(name, outcome, rewards, lengths, fixed and name == first))
-    return found, "mean reward" if setting.judge is not None else "held-out preference accuracy"
+        rewards = np.stack([r for m in seeds if (r := m.rewards(judge)) is not None])
+        found.append(Candidate(name, rewards.mean(2), rewards, _lengths(seeds), fixed and name == first))
+    return found
+
+
+def _lengths(seeds: Sequence[Measured]) -> np.ndarray:
+    return np.stack([m.lengths for m in seeds])
+
+
+def _gain(pair: Pair) -> Metrics:
+    """Figures of a setting against the first model; none without a reward."""
+    if pair.win_rate is None or pair.equal_length is None:
+        return {}
+    change = named("reward_change", pair.difference) | named("win_rate", pair.win_rate)
+    return change | named("win_rate_equal_length", pair.equal_length)
 
 
 def _right(m: Measured) -> np.ndarray:
@@ -131,7 +173,9 @@ def _rows(measured: Mapping[str, Measured], setting: Setting) -> list[dict[str, 
             for name, m in measured.items():
                 w = m.written
                 made = {"text": w.texts[at], "tokens": len(w.ids[at]), "ended": bool(w.ended[at])}
-                row["completions"][name] = made | ({} if w.rewards is None else {"reward": float(w.rewards[at])})
+                made |= {} if w.rewards is None else {"reward": float(w.rewards[at])}
+                made |= {"also": {judge: float(v[at]) for judge, v in m.also.items()}} if m.also else {}
+                row["completions"][name] = made
             rows.append(row)
     return rows
 
@@ -139,11 +183,21 @@ def _rows(measured: Mapping[str, Measured], setting: Setting) -> list[dict[str, 
 def table(models: Mapping[str, Metrics]) -> str:
     """Figures as a plain table: one line a figure, one column a model, 95% intervals in brackets."""
     first = next(iter(models))
-    lines = [["", *models]]
-    for name, label, digits in ROWS:
-        if any(name in m for m in models.values()):
-            lines.append([label.format(first=first), *(_cell(m, name, digits) for m in models.values())])
-    return columns(lines)
+    lines = [["", *models], *_lines(models, JUDGED, first)]
+    for judge in models[first].get("also", {}):
+        lines += _lines({n: m["also"][judge] for n, m in models.items()}, JUDGED, first, f", by {judge}")
+    return columns(lines + _lines(models, ROWS, first))
+
+
+def _lines(
+    models: Mapping[str, Metrics], rows: Sequence[tuple[str, str, int]], first: str, by: str = ""
+) -> list[list[str]]:
+    """The rows that any of the models has a figure for."""
+    return [
+        [label.format(first=first) + by, *(_cell(m, name, digits) for m in models.values())]
+        for name, label, digits in rows
+        if any(name in m for m in models.values())
+    ]
 
 
 def _cell(metrics: Metrics, name: str, digits: int) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from penchant.evaluation.sampled_kl import kl_by_completion
 from penchant.evaluation.significance import several_sources
 from penchant.evaluation.stats import Interval, bootstrap_ci
 from penchant.evaluation.text import distinct_n
-from penchant.evaluation.written import Judge, Written, write
+from penchant.evaluation.written import Judge, Written, judged, write
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.reference import LiveReference, compute_logps
 from penchant.types import TokenTree
@@ -30,7 +30,7 @@ class Setting:
     Args:
         tokenizer: of all models; prompts: token ids, each once; sources: where each came from; answers: held-out rows of those prompts, pairs (chosen first) or
             single answers; empty where there are none.
-        judge: the reward, or None; samples: completions of each prompt; seed: of the draws; tokens_per_step: of a forward pass.
+        judge: the reward, or None; also: other rewards by name; samples: completions of each prompt; seed: of the draws; tokens_per_step: of a forward pass.
     """
 
     tokenizer: Any
@@ -42,6 +42,7 @@ class Setting:
     max_new_tokens: int
     seed: int
     tokens_per_step: int = 4096
+    also: Mapping[str, Judge] = field(default_factory=dict)
     progress: Callable[[str], Callable[[int, int], None]] | None = None
 
     @property
@@ -57,20 +58,22 @@ class Measured:
     Args:
         answers: log-probs of the setting's answers; correct: of each pair, 1 where the chosen answer gained more log-prob over the first
             model than the rejected one, 0.5 for a tie.
+        also: the other rewards of its completions by name, (prompts x samples,).
         kl: k1 of each completion against the first model, nats, (prompts x samples,); kl_per_token: mean of k3.
     """
 
     setting: Setting
     written: Written
     answers: CompletionLogps | None
+    also: Mapping[str, np.ndarray] = field(default_factory=dict)
     correct: np.ndarray | None = None
     kl: np.ndarray | None = None
     kl_per_token: float | None = None
 
-    @property
-    def rewards(self) -> np.ndarray | None:
-        """(prompts, samples), or None without a judge."""
-        return None if self.written.rewards is None else self.written.rewards.reshape(-1, self.setting.samples)
+    def rewards(self, judge: str | None = None) -> np.ndarray | None:
+        """By the reward, or by another one of its name, (prompts, samples); None where nobody judged."""
+        values = self.written.rewards if judge is None else self.also[judge]
+        return None if values is None else values.reshape(-1, self.setting.samples)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -122,8 +125,9 @@ def measure(
     answers = None
     if setting.answers:
         answers = compute_logps(LiveReference(scorer), setting.answers, tokens_per_step=setting.tokens_per_step)
+    also = {n: judged(j, setting.tokenizer, written.trees, written.texts) for n, j in setting.also.items()}
     if first is None or first_scorer is None:
-        return Measured(setting, written, answers)
+        return Measured(setting, written, answers, also)
     correct = None
     if setting.paired and answers is not None and first.answers is not None:
         correct = pair_change(answers.sums, first.answers.sums).correct
@@ -133,7 +137,7 @@ def measure(
         written.trees,
         tokens_per_step=setting.tokens_per_step,
     )
-    return Measured(setting, written, answers, correct, kl, per_token)
+    return Measured(setting, written, answers, also, correct, kl, per_token)
 
 
 def figures(seeds: Sequence[Measured]) -> Metrics:
@@ -144,6 +148,11 @@ def figures(seeds: Sequence[Measured]) -> Metrics:
     metrics: Metrics = {}
     for name in seeds[0].values:
         metrics |= named(name, _interval([m.values[name] for m in seeds], SEVERAL_DRAWS if name == "kl" else 10_000))
+    if seeds[0].also:
+        metrics["also"] = {
+            judge: named("reward", _interval([(m.also[judge], m.written.prompts) for m in seeds], 10_000))
+            for judge in seeds[0].also
+        }
     if seeds[0].kl_per_token is not None:
         metrics["kl_per_token"] = float(np.mean([m.kl_per_token for m in seeds]))
     metrics["distinct_2"] = float(np.mean([distinct_n(m.written.ids) for m in seeds]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,9 +84,18 @@ class Pair:
 
 def compare_all(candidates: Sequence[Candidate]) -> list[Pair]:
     """Every candidate with the first, then all others with each other; corrected for all of them."""
+    return corrected(compare_each(candidates))
+
+
+def compare_each(candidates: Sequence[Candidate]) -> list[Pair]:
+    """The same, not yet corrected."""
     first, *others = candidates
     pairs = [compare_two(c, first) for c in others]
-    pairs += [compare_two(a, b) for i, a in enumerate(others) for b in others[i + 1 :]]
+    return pairs + [compare_two(a, b) for i, a in enumerate(others) for b in others[i + 1 :]]
+
+
+def corrected(pairs: Sequence[Pair]) -> list[Pair]:
+    """Comparisons corrected for their number."""
     return [replace(p, corrected=c) for p, c in zip(pairs, holm([p.p for p in pairs]), strict=True)]
 
 
@@ -138,16 +147,22 @@ def _win_rates(a: Candidate, b: Candidate, over_seeds: bool) -> tuple[Interval |
 # in words
 
 
-def verdict(candidates: Sequence[Candidate], pairs: Sequence[Pair], what: str) -> list[str]:
+def verdict(
+    candidates: Sequence[Candidate], pairs: Sequence[Pair], what: str, also: Mapping[str, Sequence[Pair]] | None = None
+) -> list[str]:
     """Who is better, or that there is no clear winner, and why; a sentence a comparison, then what one seed cannot say.
 
     Args:
         what: the outcome in words (``mean reward``, ``held-out preference accuracy``).
+        also: the same comparisons by other rewards, by name, corrected for all of theirs.
     """
     prompts = candidates[0].outcome.shape[1]
     if prompts < FEW_PROMPTS:
         return [f"No winner is named: {prompts} prompts are too few for an interval (at least {FEW_PROMPTS})."]
     said = [_sentence(pair, len(pairs), prompts, what) for pair in pairs]
+    others = sum(map(len, (also or {}).values()))
+    for judge, by_it in (also or {}).items():
+        said += [f"By {judge}: {_sentence(pair, others, prompts, 'mean reward')}" for pair in by_it]
     single = [c.name for c in candidates if c.seeds == 1 and not c.fixed]
     if single:
         have = "has one seed" if len(single) == 1 else "have one seed each"
@@ -210,12 +225,12 @@ def _seen_from(ahead: bool, interval: Interval | None, centre: float) -> Interva
     return Interval(mirror - interval.estimate, mirror - interval.high, mirror - interval.low)
 
 
-def comparisons_table(pairs: Sequence[Pair], what: str) -> str:
-    """All comparisons as a plain table, with raw and corrected p-values, and how many there were."""
+def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None = None) -> str:
+    """Comparisons as a plain table, with raw and corrected p-values, and how many there were (default: these)."""
     lines = [["comparison", f"difference of {what}"]]
     judged = any(p.win_rate is not None for p in pairs)
     lines[0] += ["win rate", "at equal length"] if judged else []
-    lines[0] += ["p", f"p corrected for {_comparisons(len(pairs))}"]
+    lines[0] += ["p", f"p corrected for {_comparisons(len(pairs) if comparisons is None else comparisons)}"]
     for p in pairs:
         line = [f"{p.name} - {p.other}", f"{_number(p.difference.estimate)} {_brackets(p.difference)}"]
         if judged:

@@ -84,8 +84,14 @@ def write(
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
     ]
     texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for row in rows for s in row]
-    rewards = None
-    if judge is not None:
-        asked = [tokenizer.decode(list(p), skip_special_tokens=True) for p in prompts]
-        rewards = judge([a for a in asked for _ in range(n)], texts, trees)
-    return Written(trees, texts, rewards)
+    return Written(trees, texts, None if judge is None else judged(judge, tokenizer, trees, texts))
+
+
+def judged(judge: Judge, tokenizer: Any, trees: Sequence[TokenTree], texts: Sequence[str]) -> np.ndarray:
+    """A reward's value of each completion, (completions,).
+
+    Args:
+        trees: prompts with their completions; texts: of all completions in order.
+    """
+    asked = [(tokenizer.decode(t.prompt_ids.tolist(), skip_special_tokens=True), len(t.completion_ids)) for t in trees]
+    return judge([prompt for prompt, n in asked for _ in range(n)], texts, trees)

@@ -85,7 +85,11 @@ def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
             config = AutoConfig.from_pretrained(path, revision=cfg.revision)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, revision=cfg.revision, dtype=torch.float32)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, revision=cfg.revision, dtype=torch.float32, output_loading_info=True
+            )
+            model, info = loaded
+            _check_complete(cfg.path, info)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             cfg.path,
@@ -95,7 +99,33 @@ def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(cfg.path, "this is an encoder-decoder model", "give a causal (decoder-only) language model")
     disable_dropout(model)
+    own_memory(model)
     return model.to(device)
+
+
+def _check_complete(path: str, info: Mapping[str, Any]) -> None:
+    """Refuse a folder that is no whole language model: transformers would draw what is missing at random and go on."""
+    missing, left = (sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys"))
+    heads = [n for n in left if n.split(".")[0] in ("score", "classifier")]
+    if heads:
+        raise ModelError(
+            path,
+            f"this is a classifier or reward model (it has {heads[0]}), which writes nothing",
+            "give the language model",
+        )
+    if missing:
+        raise ModelError(path, f"weights are missing in the folder ({', '.join(missing[:3])})", "give a whole model")
+
+
+def own_memory(model: nn.Module) -> None:
+    """Move weights out of the mapped file.
+
+    There they stand wherever its header happens to end, and products over unaligned rows differ in their last bits from those of a
+    copy: the same weights would train differently by the length of a file's header.
+    """
+    for p in model.parameters():
+        if p.device.type == "cpu":
+            p.data = p.data.clone()
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

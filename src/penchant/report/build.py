@@ -133,9 +133,10 @@ def verdict(manifest: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -
     beyond = ""
     if ci and ci[0] <= 0.5:
         beyond = " The interval includes one half: no preference was shown to be learned."
-    who = "reward model scores higher" if manifest.get("loss") == "reward_model" else "policy prefers"
+    judged = manifest.get("loss") == "reward_model"
+    who = "reward model scores the chosen answer higher in" if judged else "policy prefers the chosen answer of"
     return (
-        f"{prefix}After {last['step']:,} steps the {who} the chosen answer of {accuracy:.1%} of "
+        f"{prefix}After {last['step']:,} steps the {who} {accuracy:.1%} of "
         f"{last.get('eval/rows', '?')} held-out pairs{interval}, by a mean reward margin of {number(last.get('eval/rewards/margins'))}.{beyond}"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from penchant.errors import ConfigError, RewardError
+from penchant.errors import ConfigError, PenchantError, RewardError
 from penchant.rewards.options import RewardConfig
 from penchant.rewards.rules import rule_of
 from penchant.types import TokenTree
 
 if TYPE_CHECKING:
+    import torch
+
     from penchant.rewards.model import PolicyText
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, completions) -> one number each
@@ -79,33 +82,47 @@ def _values(
         given = term.function(list(prompts), list(completions)) if on_trees is None else on_trees(trees)
     except Exception as error:
         at = _first_to_blame(term.function, prompts, completions) if on_trees is None else None
+        if isinstance(error, PenchantError):  # a reward model's own sentence; there is no function to mend
+            raise RewardError(f"reward {term.name}", error.what, error.how) from error
         raise RewardError(
             f"reward {term.name}",
             f"{type(error).__name__}: {error}"
             + (f" (completion {at}: {completions[at][:60]!r})" if at is not None else ""),
             "mend the function; it gets lists of prompts and completions and returns one number each",
         ) from error
-    try:
-        values = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise RewardError(
-            f"reward {term.name}", f"returned {type(given).__name__} that holds no numbers", "return a list of numbers"
-        ) from error
+    values = _numbers(term.name, given)
     if values.shape != (len(completions),):
+        shape = (
+            "" if values.ndim == 1 else f" (an array of shape {list(values.shape)})" if values.ndim else " (no list)"
+        )
         raise RewardError(
             f"reward {term.name}",
-            f"returned {values.size} values for {len(completions)} completions",
+            f"returned {values.size} values{shape} for {len(completions)} completions",
             "return one number for each completion, in order",
         )
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         at = int(bad[0])
+        what = None if isinstance(given, (list, tuple)) and given[at] is None else values[at]
         raise RewardError(
             f"reward {term.name}",
-            f"returned {values[at]} for completion {at}: {completions[at][:60]!r}",
+            f"returned {what} for completion {at}: {completions[at][:60]!r}",
             "return finite numbers",
         )
     return values
+
+
+def _numbers(name: str, given: Any) -> np.ndarray:
+    if given is None:
+        raise RewardError(f"reward {name}", "returned None", "return a list of numbers")
+    if hasattr(given, "detach"):  # a tensor: numpy takes none with a gradient, on a GPU or in bf16
+        given = given.detach().double().cpu().numpy()
+    try:
+        return np.asarray(given, dtype=np.float64)
+    except Exception as error:  # whatever conversions the elements bring
+        raise RewardError(
+            f"reward {name}", f"returned {type(given).__name__} that holds no numbers", "return a list of numbers"
+        ) from error
 
 
 def _first_to_blame(function: RewardFunction, prompts: Sequence[str], completions: Sequence[str]) -> int | None:
@@ -141,14 +158,26 @@ def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: A
         return rule
     if name in BUILT_IN or name.rpartition(":")[0].endswith(".py"):
         return _function(name)
-    from penchant.models.load import resolve_device
     from penchant.rewards.model import find_reward_model, load_reward_function
 
     folder = find_reward_model(name)
     if folder is None:
         return _function(name)  # which says that there is none
-    where = resolve_device(config.device if config.device != "auto" else str(device))
-    return load_reward_function(name, folder, where, policy)
+    return load_reward_function(name, folder, reward_device(config.device, device), policy)
+
+
+def reward_device(wanted: str, policys: Any = "cpu") -> torch.device:
+    """Where reward models run; auto is where the policy is.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    from penchant.models.load import resolve_device
+
+    try:
+        return resolve_device(wanted if wanted != "auto" else str(policys))
+    except ConfigError as error:
+        raise ConfigError("reward.device", f"is {wanted}, but {error.what}", "set it to cpu or auto") from error
 
 
 def _function(name: str) -> RewardFunction:
@@ -156,6 +185,12 @@ def _function(name: str) -> RewardFunction:
         return BUILT_IN[name]
     path, colon, attribute = name.rpartition(":")
     if not colon or not path.endswith(".py"):
+        if name.startswith("stage:"):
+            raise ConfigError("reward", f"{name!r} is a pipeline's stage", "here give that stage's run folder")
+        if "/" in name:
+            raise ConfigError(
+                "reward", f"{name}: no such folder", "give a reward model's folder or run, or path.py:function"
+            )
         raise ConfigError(
             "reward",
             f"{name!r} is no reward",
@@ -165,9 +200,10 @@ def _function(name: str) -> RewardFunction:
     if not file.is_file():
         raise ConfigError("reward", f"{path}: no such file", "give the path of a Python file, then :function")
     module: Any = importlib.util.module_from_spec(made := _module_spec(file))
+    sys.modules[made.name] = module  # dataclasses look their module up there
     try:
         made.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself must not end the run unsaid
         raise ConfigError(
             "reward", f"{path} cannot be imported ({type(error).__name__}: {error})", "mend it"
         ) from error

@@ -97,9 +97,18 @@ class RewardModel:
         dataset = Dataset(tuple(pairs), "rollouts", "pairs", len(pairs), (), "")
         if self.encoder:
             return list(tokenise_text_pairs(dataset, self.tokenizer, max_length=self.max_length).trees)
-        made = tokenise(
+        # a policy may end at once; where the reward model has learned no EOS either, nothing is left but the prompt
+        nothing = [not self.add_eos and not p.completions[0].text for p in pairs]
+        if any(nothing):
+            held = [replace(p, completions=(Completion("."),)) if n else p for p, n in zip(pairs, nothing, strict=True)]
+            dataset = replace(dataset, trees=tuple(held))
+        made: Sequence[TokenTree] = tokenise(
             dataset, self.tokenizer, template=self.template, max_length=self.max_length, add_eos=self.add_eos
         ).trees
+        made = [
+            replace(t, completion_ids=(t.completion_ids[0][:0],)) if n else t
+            for t, n in zip(made, nothing, strict=True)
+        ]
         eos = self.tokenizer.eos_token_id
         return [_without(eos, t) if cut else t for t, cut in zip(made, unfinished, strict=True)]
 
@@ -166,16 +175,30 @@ def find_reward_model(path: str) -> Path | None:
     return there.get(f"step-{best}", last) / "model"
 
 
+def check_reward_folder(name: str, folder: Path) -> Any:
+    """The config of a folder that is used as a reward.
+
+    Raises:
+        ConfigError: it holds another kind of model. ModelError: it holds none.
+    """
+    config = load_model_config(str(folder))
+    if not is_reward_model(config):
+        kind = ", ".join(getattr(config, "architectures", None) or ()) or "no architecture named"
+        raise ConfigError(
+            "reward",
+            f"{name} is no reward model ({kind})",
+            "give the run folder of one, trained with algorithm.name=reward_model, or a classifier with one label",
+        )
+    return config
+
+
 def load_reward_function(name: str, folder: Path, device: torch.device, policy: PolicyText | None) -> RewardModel:
     """A reward model from its folder, in the dtype in which it was saved.
 
     Raises:
         ConfigError: the folder holds another kind of model. ModelError: it holds none.
     """
-    config = load_model_config(str(folder))
-    if not is_reward_model(config):
-        kind = ", ".join(getattr(config, "architectures", None) or ()) or "no model"
-        raise ConfigError("reward", f"{name} is no reward model ({kind})", "train one with algorithm.name=reward_model")
+    config = check_reward_folder(name, folder)
     loaded = load_reward_model(ModelConfig(path=str(folder)), device)
     if loaded.fresh:
         raise ModelError(str(folder), f"its weights lack {', '.join(loaded.fresh)}", "give a whole reward model")

@@ -1,0 +1,153 @@
+"""What 8 DPO runs cost in one sweep, against 8 calls of `penchant train`: wall time, the sweep's over the separate runs'.
+
+    .venv/bin/python benchmarks/sweep_cost.py                      # the bundled model, 400 made-up pairs: a few minutes
+    .venv/bin/python benchmarks/sweep_cost.py --model PATH --rows 1000 --runs 8
+
+The 8 runs differ in beta alone. Separate runs are 8 processes, one after another, counted twice: each with a reference cache of its own
+(8 runs that know nothing of each other, what the goal is about), and all with one cache on disk, as `penchant train` has it by
+itself. Each way starts with an empty cache. Ways alternate over rounds; a ratio is the median over rounds. That the sweep's runs ended
+with the weights of the separate ones is checked, else there is no ratio. Only standard library: everything runs in processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from harness import BUNDLED, environment
+
+GOAL = 0.72  # of 8 separate runs, each with a cache of its own
+WORDS = [
+    "the",
+    "film",
+    "is",
+    "was",
+    "a",
+    "story",
+    "of",
+    "great",
+    "poor",
+    "slow",
+    "warm",
+    "cast",
+    "plot",
+    "scene",
+    "end",
+    "music",
+    "long",
+    "light",
+    "dark",
+    "and",
+    "but",
+]
+
+
+def made_up_pairs(path: Path, rows: int) -> None:
+    """Pairs of the bundled model's kind, without meaning: about 12 tokens of prompt, 32 of each answer."""
+    rng = random.Random(0)
+
+    def words(n: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(n))
+
+    lines = [
+        {
+            "prompt": f"{i} {words(12)}",
+            "chosen": f" {words(rng.randint(16, 48))}",
+            "rejected": f" {words(rng.randint(16, 48))}",
+        }
+        for i in range(rows)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def config(folder: Path, args: argparse.Namespace) -> Path:
+    """The run's config; every other setting is the default."""
+    path = folder / "run.yaml"
+    settings = {
+        "model": {"path": str(args.model)},
+        "data": {"path": str(folder / "pairs.jsonl"), "validation_fraction": 0.1, "max_length": 256, "split_seed": 0},
+        "train": {"lr": 1e-5},
+        "loss": {"name": "dpo"},
+        "output": str(folder / "run"),
+    }
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def timed(commands: list[list[str]], args: argparse.Namespace, caches: list[Path]) -> float:
+    """Wall seconds of `penchant` calls, one after another."""
+    started = time.perf_counter()
+    for command, cache in zip(commands, caches, strict=True):
+        env = environment(args.threads) | {"PENCHANT_CACHE": str(cache)}
+        done = subprocess.run([sys.executable, "-m", "penchant", *command], env=env, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"penchant {' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return time.perf_counter() - started
+
+
+def weights(folder: Path) -> str:
+    """SHA-256 of a run's last model."""
+    last = max(folder.glob("checkpoints/step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    digest = hashlib.sha256()
+    for path in sorted(last.glob("model/*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def one_round(folder: Path, args: argparse.Namespace, betas: list[str]) -> dict[str, float]:
+    """Wall seconds of each way."""
+    run = config(folder, args)
+    options = ["--quiet"]
+    seconds = {}
+    for way in ("own caches", "one cache"):
+        calls = [["train", str(run), f"loss.beta={b}", f"output={folder / way / b}", *options] for b in betas]
+        caches = [folder / f"cache {way}" / (b if way == "own caches" else "all") for b in betas]
+        seconds[way] = timed(calls, args, caches)
+    sweep = ["sweep", str(run), f"loss.beta={','.join(betas)}", f"output={folder / 'sweep'}", *options]
+    if args.jobs > 1:
+        sweep += ["--jobs", str(args.jobs)]
+    seconds["sweep"] = timed([sweep], args, [folder / "cache sweep"])
+    for b in betas:
+        if (
+            len({weights(folder / way / name) for way, name in (("own caches", b), ("sweep", f"beta-{float(b):g}"))})
+            > 1
+        ):
+            sys.exit(f"the sweep's run with beta {b} did not end with the weights of the separate one: no ratio")
+    return seconds
+
+
+def main() -> None:
+    """Print the seconds of each way and their ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=BUNDLED, help="a model's folder (default: the bundled one)")
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--runs", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="of the sweep")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args()
+    betas = [f"{0.05 * (i + 1):.2f}" for i in range(args.runs)]
+    rounds = []
+    for n in range(args.rounds):
+        with tempfile.TemporaryDirectory() as name:
+            made_up_pairs(Path(name) / "pairs.jsonl", args.rows)
+            rounds.append(one_round(Path(name), args, betas))
+        print(f"round {n + 1}: " + ", ".join(f"{way} {s:.1f} s" for way, s in rounds[-1].items()), flush=True)
+    print(f"\n{args.runs} DPO runs, {args.rows} pairs, {args.threads} thread(s), --jobs {args.jobs}")
+    for way in ("own caches", "one cache"):
+        ratio = statistics.median(r["sweep"] / r[way] for r in rounds)
+        goal = f"  goal: at most {GOAL}, {'met' if ratio <= GOAL else 'NOT met'}" if way == "own caches" else ""
+        print(f"sweep / {args.runs} separate runs with {way}: {ratio:.3f}{goal}")
+
+
+if __name__ == "__main__":
+    main()
