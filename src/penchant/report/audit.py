@@ -19,7 +19,13 @@ def audit(data: ReportData) -> Element | None:
             found.setdefault(text(dict(run.audit)), ([], run.audit))[0].append(run)
     parts = []
     for runs, of_one in found.values():
-        title = None if len(found) == 1 else el("h3", said(", ".join(r.name for r in runs[:6])), f" and {len(runs) - 6} more" if len(runs) > 6 else None)
+        title = (
+            None
+            if len(found) == 1
+            else el(
+                "h3", said(", ".join(r.name for r in runs[:6])), f" and {len(runs) - 6} more" if len(runs) > 6 else None
+            )
+        )
         parts.append(el("div", title, _one(of_one)))
     return el("div", parts) if parts else None
 
@@ -44,7 +50,9 @@ def _one(of: Mapping[str, Any]) -> Element:
     return el(
         "div",
         el("p", said(text(of.get("summary")), tag="span")) if of.get("summary") else None,
-        el("div", table(["found", "rows", "", "share", "where"], rows, numeric=(1, 2, 3)), class_="panel") if rows else None,
+        el("div", table(["found", "rows", "", "share", "where"], rows, numeric=(1, 2, 3)), class_="panel")
+        if rows
+        else None,
         el("p", "Looked for and not found: ", clear, ".", class_="soft small") if clear else None,
         _lengths(mapping(of.get("lengths"))),
     )
@@ -68,4 +76,8 @@ def _lengths(lengths: Mapping[str, Any]) -> Element | None:
     for what, q in lengths.items():
         values = [num(q, c) for c in columns]
         rows.append([said(what), *(MISSING if v is None else f"{v:,.0f}" for v in values)])
-    return el("div", table(["", *(said(c) for c in columns)], rows, numeric=range(1, len(columns) + 1), caption="Lengths in tokens"), class_="panel")
+    return el(
+        "div",
+        table(["", *(said(c) for c in columns)], rows, numeric=range(1, len(columns) + 1), caption="Lengths in tokens"),
+        class_="panel",
+    )

@@ -37,7 +37,9 @@ def write_report(
         os.replace(aside, target)  # a page that loads itself anew never sees half of one
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise CheckpointError(str(target), f"cannot be written ({error.strerror})", "choose another --output") from error
+        raise CheckpointError(
+            str(target), f"cannot be written ({error.strerror})", "choose another --output"
+        ) from error
     return target
 
 

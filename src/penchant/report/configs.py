@@ -41,21 +41,36 @@ def configs(data: ReportData) -> Element | None:
     if len(data.runs) == 1:
         return el("div", _main(runs[0].config), _whole(runs[0].config_text, "resolved config, whole", "config"))
     firsts = [next((r for r in s.runs if r.config_text), None) for s in data.settings]
-    folded = [_whole(r.config_text, [el("b", s.key, class_="key"), " ", said(r.name)], f"config-{s.key}") for s, r in zip(data.settings, firsts, strict=True) if r is not None]
-    return el("div", differences(data), el("p", "Whole configs, of the first run of each setting:", class_="soft small"), folded)
+    folded = [
+        _whole(r.config_text, [el("b", s.key, class_="key"), " ", said(r.name)], f"config-{s.key}")
+        for s, r in zip(data.settings, firsts, strict=True)
+        if r is not None
+    ]
+    return el(
+        "div",
+        differences(data),
+        el("p", "Whole configs, of the first run of each setting:", class_="soft small"),
+        folded,
+    )
 
 
 def differences(data: ReportData) -> Element:
     """One line a setting, one column a key that differs between any two."""
     of = {s.key: next((r.settings for r in s.runs if r.config), {}) for s in data.settings}
     if len(of) < 2:
-        return el("p", f"{count(len(data.runs), 'run')} of one setting: their seeds differ, and nothing else.", class_="soft")
+        return el(
+            "p", f"{count(len(data.runs), 'run')} of one setting: their seeds differ, and nothing else.", class_="soft"
+        )
     keys = differing([v for v in of.values() if v])
     if not keys:
         return el("p", "No setting differs.", class_="soft")
     kept = keys[:MOST_COLUMNS]
     rows: list[list[Node]] = [[name(s), *(said(short(of[s.key].get(k))) for k in kept)] for s in data.settings]
-    more = el("p", f"And {len(keys) - len(kept)} more: {', '.join(keys[len(kept) :])}.", class_="soft small") if len(keys) > len(kept) else None
+    more = (
+        el("p", f"And {len(keys) - len(kept)} more: {', '.join(keys[len(kept) :])}.", class_="soft small")
+        if len(keys) > len(kept)
+        else None
+    )
     head: list[Node] = ["setting", *(said(k) for k in kept)]
     return el("div", table(head, rows, caption="Only keys that differ", class_="keys"), more, class_="panel")
 
@@ -70,7 +85,9 @@ def _main(config: Mapping[str, Any]) -> Element | None:
     values = flat(config)
     if isinstance(config.get("algorithm"), Mapping):  # then the loss section says nothing
         values = {k: v for k, v in values.items() if not k.startswith("loss.")}
-    rows: list[list[Node]] = [[label, said(short(values[key]))] for key, label in MAIN if values.get(key) not in (None, "")]
+    rows: list[list[Node]] = [
+        [label, said(short(values[key]))] for key, label in MAIN if values.get(key) not in (None, "")
+    ]
     return el("div", table([], rows, class_="facts"), class_="panel") if rows else None
 
 

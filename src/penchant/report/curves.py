@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from penchant.report.data import ReportData, RunData, Setting
@@ -90,13 +91,20 @@ def _of_one(panel: Panel, run: RunData) -> Plot | None:
         lines = [_untagged(x) for x in lines]
     levels = (Level(0.5, "one half"),) if panel.share and "win rate" in panel.title.lower() else ()
     return Plot(
-        _slug(panel.title), panel.title, panel.unit, "step", tuple(lines), _says(lines, panel.share), note, panel.share, panel.log, levels
+        _slug(panel.title),
+        panel.title,
+        panel.unit,
+        "step",
+        tuple(lines),
+        _says(lines, panel.share),
+        note,
+        panel.share,
+        panel.log,
+        levels,
     )
 
 
 def _untagged(line: Line) -> Line:
-    from dataclasses import replace
-
     return line if line.label == "held out" else replace(line, tag="")
 
 
@@ -177,7 +185,7 @@ def _of_setting(setting: Setting, metric: str, sizes: set[int], bands: bool) -> 
 
 def _says(lines: Sequence[Line], share: bool) -> str:
     """From where to where each line goes, for those who cannot see it."""
-    parts = []
+    parts: list[str] = []
     for line in lines:
         if line.column and len(parts) < 12:
             (x0, y0), (x1, y1) = line.points[0], line.points[-1]
@@ -199,7 +207,9 @@ def _reliability(quality: Mapping[str, Any]) -> Plot | None:
     diagonal = Line("calibrated", ((50.0, 0.5), (100.0, 1.0)), 6, look="faint", tag="calibrated", column=False)
     pairs = Line("share right", points, 0, marked=True, tag="")
     says = f"{len(points)} bins of held-out pairs; on the diagonal confidence and share right agree"
-    return Plot("reliability", "Reliability on held-out pairs", "% right", "confidence, %", (diagonal, pairs), says, share=True)
+    return Plot(
+        "reliability", "Reliability on held-out pairs", "% right", "confidence, %", (diagonal, pairs), says, share=True
+    )
 
 
 def _slug(title: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,6 @@ RUN_FILES = ("metrics.jsonl", "manifest.json", "config.resolved.yaml", "results.
 NOT_A_SETTING = ("output", "logging", "train.seed")
 MOST_RUNS = 200
 HOW = "give the folder of a run, a sweep, a pipeline or a comparison"
-GOING_ON = ("running",)
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class RunData:
     samples: Sequence[Mapping[str, Any]] = ()
     evaluations: Sequence[Mapping[str, Any]] = ()
     bad_lines: int = 0
+    alive: bool = True
 
     @cached_property
     def evals(self) -> list[Mapping[str, Any]]:
@@ -57,7 +58,9 @@ class RunData:
 
     @property
     def status(self) -> str:
-        return text(self.manifest.get("status"))
+        """As the manifest says; a run that says it runs, and whose process is gone, was killed."""
+        said = text(self.manifest.get("status"))
+        return "killed" if said == "running" and not self.alive else said
 
     @property
     def seed(self) -> str:
@@ -73,7 +76,9 @@ class RunData:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Flat settings, without what tells no two settings apart."""
-        return {k: v for k, v in flat(self.config).items() if k.split(".")[0] not in NOT_A_SETTING and k != "train.seed"}
+        return {
+            k: v for k, v in flat(self.config).items() if k.split(".")[0] not in NOT_A_SETTING and k != "train.seed"
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +158,7 @@ def read_report(paths: Sequence[Path], now: float) -> ReportData:
     kind = found[0].kind if len(found) == 1 else "runs" if run_folders else "comparison"
     title = folders[0].name if len(folders) == 1 else _together([f.name for f in folders])
     states = [text(mapping(r).get("state")) for r in mapping(sweep.get("runs")).values()]
-    going_on = any(r.status in GOING_ON for r in runs) or any(s in GOING_ON for s in states)
+    going_on = any(r.status == "running" for r in runs) or ("running" in states and alive(folders[0]))
     return ReportData(
         kind=kind,
         title=title or str(folders[0]),
@@ -268,7 +273,22 @@ def read_run(folder: Path, name: str) -> RunData:
         samples=lines["samples"][0],
         evaluations=lines["evaluations"][0],
         bad_lines=sum(bad for _, bad in lines.values()) + len(lines["metrics"][0]) - len(metrics),
+        alive=alive(folder),
     )
+
+
+def alive(folder: Path) -> bool:
+    """Whether the process that last held a folder may still be there: False only where it is known to be gone."""
+    found = re.match(r"PID (\d+) on (.*)", read_text(folder / ".lock"))
+    if found is None or found[2].strip() != socket.gethostname():
+        return True
+    try:
+        os.kill(int(found[1]), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def read_comparison(folder: Path) -> Comparison:
@@ -298,7 +318,9 @@ def group(runs: Sequence[RunData], sweep: Mapping[str, Any]) -> tuple[Setting, .
     names = _setting_names(list(members.values()), sweep)
     found = []
     for i, (name, of_one) in enumerate(zip(names, members.values(), strict=True)):
-        varied = {k: v for k, v in mapping(mapping(records.get(of_one[0].name)).get("varied")).items() if k != "train.seed"}
+        varied = {
+            k: v for k, v in mapping(mapping(records.get(of_one[0].name)).get("varied")).items() if k != "train.seed"
+        }
         found.append(Setting(letter(i), i, name, tuple(of_one), varied))
     return tuple(found)
 

@@ -23,7 +23,11 @@ def evaluations(data: ReportData) -> Element | None:
     found.sort(key=lambda f: text(f[1].get("time")), reverse=True)
     several = len(data.runs) > 1
     made = [_one(run if several else None, line, i) for i, (run, line) in enumerate(found[:MOST])]
-    more = el("p", f"{len(found) - MOST} older ones are in evaluations.jsonl.", class_="soft") if len(found) > MOST else None
+    more = (
+        el("p", f"{len(found) - MOST} older ones are in evaluations.jsonl.", class_="soft")
+        if len(found) > MOST
+        else None
+    )
     return el("div", made, more)
 
 
@@ -36,8 +40,26 @@ def _one(run: RunData | None, line: Mapping[str, Any], i: int) -> Element:
             continue
         short = name.removeprefix("eval/")
         share = short in BY_NAME and BY_NAME[short].share
-        rows.append([said(short), el("b", estimate(value, ci, share)), interval(*ci, share) if ci else "", el("small", meaning(name))])
+        rows.append(
+            [
+                said(short),
+                el("b", estimate(value, ci, share)),
+                interval(*ci, share) if ci else "",
+                el("small", meaning(name)),
+            ]
+        )
     what = ", ".join(f"{k}={text(v)}" for k, v in flat(mapping(line.get("what"))).items() if v not in (None, ""))
-    title: list[Node] = [said(run.name) if run else None, " " if run else None, said(text(line.get("time"))), f" \u00b7 step {text(line.get('step'))}"]
+    title: list[Node] = [
+        said(run.name) if run else None,
+        " " if run else None,
+        said(text(line.get("time"))),
+        f" \u00b7 step {text(line.get('step'))}",
+    ]
     body = el("div", table(["figure", "value", "95% interval", "what it is"], rows, numeric=(1, 2)), class_="panel")
-    return fold(title, el("p", said(what), class_="soft small wrap") if what else None, body, key=f"evaluation-{text(line.get('time'))}", open_=i == 0)
+    return fold(
+        title,
+        el("p", said(what), class_="soft small wrap") if what else None,
+        body,
+        key=f"evaluation-{text(line.get('time'))}",
+        open_=i == 0,
+    )

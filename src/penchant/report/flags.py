@@ -25,7 +25,11 @@ def flags(data: ReportData) -> Element | None:
         of = "" if len(looked) == 1 else f" in {len(looked)} runs"
         return el("p", f"No flag was raised{of}.", class_="soft")
     found.sort(key=lambda f: text(f[1].get("level")) != "warning")
-    more = el("p", f"{len(found) - MOST} more flags are in the runs\u2019 flags.json.", class_="soft") if len(found) > MOST else None
+    more = (
+        el("p", f"{len(found) - MOST} more flags are in the runs\u2019 flags.json.", class_="soft")
+        if len(found) > MOST
+        else None
+    )
     return el("div", [_flag(where, flag) for where, flag in found[:MOST]], more, class_="flags")
 
 
@@ -58,4 +62,6 @@ def _evidence(of: Mapping[str, Any]) -> Element | None:
     line: Node = sparkline(values, label) if len(values) > 3 or steps else None
     ends = f"{number(values[0])} \u2192 {number(values[-1])}" if line is not None else ", ".join(map(number, values))
     when = f"steps {steps[0]:,.0f} to {steps[-1]:,.0f}" if len(steps) > 1 else f"step {steps[0]:,.0f}" if steps else ""
-    return el("figure", line, el("figcaption", said(label), el("b", f" {ends}"), el("small", f" {when}") if when else None))
+    return el(
+        "figure", line, el("figcaption", said(label), el("b", f" {ends}"), el("small", f" {when}") if when else None)
+    )

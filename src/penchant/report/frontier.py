@@ -14,7 +14,7 @@ from penchant.report.numbers import Point, estimate, interval, number, shown
 from penchant.report.plot import BOTTOM, LEFT, TOP, Axis, apart, axis, path_of, style_of
 from penchant.report.safe import ci_of, mapping, num
 
-WIDTH, HEIGHT, RIGHT = 760, 400, 150
+WIDTH, HEIGHT, RIGHT = 680, 390, 150
 GAINS = (  # what may stand on the upright axis, the first that is there: name, label, share
     ("reward", "reward", False),
     ("win_rate", "win rate against the start", True),
@@ -59,7 +59,10 @@ def frontier(data: ReportData) -> Element | None:
 def of_comparison(comparison: Comparison, data: ReportData) -> Frontier | None:
     """Models of a comparison: reward (or preference accuracy) against KL, on the same prompts."""
     models = mapping(comparison.figures.get("models"))
-    for gain, label, share in (("reward", "reward", False), ("preference_accuracy", "held-out preference accuracy", True)):
+    for gain, label, share in (
+        ("reward", "reward", False),
+        ("preference_accuracy", "held-out preference accuracy", True),
+    ):
         spots = []
         for i, (name, figures) in enumerate(models.items()):
             x, y = num(figures, "kl"), num(figures, gain)
@@ -71,7 +74,13 @@ def of_comparison(comparison: Comparison, data: ReportData) -> Frontier | None:
         if spots:
             first = next(iter(models.values()))
             start = num(first, gain) if num(first, "kl") is None else None
-            return Frontier(label, share, tuple(spots), 0.5 if start is None and share else start, "the comparison's prompts; bars are 95% intervals")
+            return Frontier(
+                label,
+                share,
+                tuple(spots),
+                0.5 if start is None and share else start,
+                "the comparison's prompts; bars are 95% intervals",
+            )
     return None
 
 
@@ -90,7 +99,11 @@ def of_runs(data: ReportData) -> Frontier | None:
 
 
 def _source(data: ReportData, spots: Sequence[Spot], held_out: bool) -> str:
-    said_ = "held-out prompts, at the end of each run" if held_out else "completions in training, mean of the last quarter of the steps"
+    said_ = (
+        "held-out prompts, at the end of each run"
+        if held_out
+        else "completions in training, mean of the last quarter of the steps"
+    )
     if any(s.runs > 1 for s in spots):
         said_ += "; a setting with several seeds stands at their mean, its bars are their range"
     if any(s.x_ci and s.runs == 1 for s in spots):
@@ -109,7 +122,8 @@ def _spot(setting: Any, gain: str, held_out: bool) -> Spot | None:
     trail: tuple[Point, ...] = ()
     x_ci: Pair = None
     y_ci: Pair = None
-    for run in setting.runs:
+    ended = [r for r in setting.runs if r.status in ("finished", "")] or setting.runs
+    for run in ended:
         at = _end(run, gain) if held_out else _in_training(run, gain)
         if at is None:
             continue
@@ -161,7 +175,9 @@ def picture(found: Frontier) -> Element:
     """The picture with its table."""
     spots = found.spots
     xs = [v for s in spots for v in (s.x, *(s.x_ci or ()), *(t[0] for t in s.trail))]
-    ys = [v for s in spots for v in (s.y, *(s.y_ci or ()), *(t[1] for t in s.trail))] + ([found.start] if found.start is not None else [])
+    ys = [v for s in spots for v in (s.y, *(s.y_ci or ()), *(t[1] for t in s.trail))] + (
+        [found.start] if found.start is not None else []
+    )
     log = min(xs) > 0 and max(xs) / min(xs) > 30
     across = axis(xs if log else [*xs, 0.0], LEFT, WIDTH - RIGHT, log=log, pad=0.04)
     up = axis(ys, HEIGHT - BOTTOM, TOP)
@@ -171,7 +187,6 @@ def picture(found: Frontier) -> Element:
     )
     svg = el(
         "svg",
-        el("title", "Frontier"),
         el("desc", says),
         _axes(across, up, found),
         _edge(edge, across, up) if len(edge) > 1 else None,
@@ -184,9 +199,17 @@ def picture(found: Frontier) -> Element:
     )
     return el(
         "figure",
-        el("figcaption", el("b", f"{found.label[0].upper()}{found.label[1:]} against KL"), el("span", f" on {found.source}", class_="unit")),
+        el(
+            "figcaption",
+            el("b", f"{found.label[0].upper()}{found.label[1:]} against KL"),
+            el("span", f" on {found.source}", class_="unit"),
+        ),
         svg,
-        el("p", "Up and to the left is better. The dotted steps join those for which no other has as much with less KL; the steps are not a test.", class_="soft small"),
+        el(
+            "p",
+            "Up and to the left is better. The dotted steps join those for which no other has as much with less KL; the steps are not a test.",
+            class_="soft small",
+        ),
         fold("figures", _table(found), key="plot-frontier"),
         class_="wide",
         id="p-frontier",
@@ -206,7 +229,20 @@ def _axes(across: Axis, up: Axis, found: Frontier) -> list[Element]:
         made.append(el("text", label, class_="tick", x=x, y=HEIGHT - BOTTOM + 19, text_anchor="middle"))
     if found.start is not None and up.low <= found.start <= up.high:
         y = round(up(found.start), 1)
-        made.append(el("g", el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y), el("text", f"the start: {shown(found.start, found.share)}", x=WIDTH - RIGHT - 6, y=y - 6, text_anchor="end"), class_="level"))
+        made.append(
+            el(
+                "g",
+                el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y),
+                el(
+                    "text",
+                    f"the start: {shown(found.start, found.share)}",
+                    x=WIDTH - RIGHT - 6,
+                    y=y - 6,
+                    text_anchor="end",
+                ),
+                class_="level",
+            )
+        )
     title = "KL to the start, nats per completion" + (" (log scale)" if across.log else "")
     return [*made, el("text", title, class_="axis", x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle")]
 
@@ -220,7 +256,9 @@ def _mark(spot: Spot, across: Axis, up: Axis) -> Element:
     x, y = across(spot.x), up(spot.y)
     parts: list[Node] = []
     if len(spot.trail) > 1:
-        parts.append(el("path", class_="thin", d=path_of([t for t in spot.trail if not across.log or t[0] > 0], across, up)))
+        parts.append(
+            el("path", class_="thin", d=path_of([t for t in spot.trail if not across.log or t[0] > 0], across, up))
+        )
     if spot.x_ci and (not across.log or spot.x_ci[0] > 0):
         parts.append(el("path", class_="whisker", d=f"M{across(spot.x_ci[0]):.1f} {y:.1f}H{across(spot.x_ci[1]):.1f}"))
     if spot.y_ci:
@@ -235,7 +273,14 @@ def _names(spots: Sequence[Spot], across: Axis, up: Axis) -> list[Element]:
     order = sorted(spots, key=lambda s: up(s.y))
     if len(spots) > LABELLED:
         return [
-            el("text", s.key or s.name[:8], class_=f"tag {style_of(s.place)}", x=f"{across(s.x) + 9:.1f}", y=f"{up(s.y) - 7:.1f}", data_g=s.key or None)
+            el(
+                "text",
+                s.key or s.name[:8],
+                class_=f"tag {style_of(s.place)}",
+                x=f"{across(s.x) + 9:.1f}",
+                y=f"{up(s.y) - 7:.1f}",
+                data_g=s.key or None,
+            )
             for s in spots
         ]
     places = apart([up(s.y) for s in order], TOP + 8.0, HEIGHT - BOTTOM - 4.0, 20.0)
@@ -247,7 +292,7 @@ def _names(spots: Sequence[Spot], across: Axis, up: Axis) -> list[Element]:
             el(
                 "text",
                 el("tspan", f"{spot.key} " if spot.key else "", class_="letter"),
-                _short(spot.name, 17 - len(spot.key)),
+                el("tspan", _short(spot.name, 17 - len(spot.key)), class_="name" if spot.key else None),
                 class_=f"tag {style_of(spot.place)}",
                 x=edge + 6,
                 y=f"{y + 4:.1f}",
@@ -273,9 +318,12 @@ def _table(found: Frontier) -> Element:
                 str(s.runs),
             ]
         )
-    return table(["model", "KL, nats per completion", found.label, "seeds"], rows, numeric=(1, 2, 3), caption="The frontier's figures")
+    return table(
+        ["model", "KL, nats per completion", found.label, "seeds"],
+        rows,
+        numeric=(1, 2, 3),
+        caption="The frontier's figures",
+    )
 
 
 __all__ = ["Frontier", "Spot", "best_so_far", "frontier", "of_comparison", "of_runs", "picture"]
-
-

@@ -75,7 +75,7 @@ def held_out(run: RunData) -> Element | None:
         return None
     started = any(c.before is not None for c in found)
     rows = [_row(c, started) for c in found]
-    head: list[Node] = ["figure", *(["start"] if started else []), "end", "95% interval, by prompt", "", "what it is"]
+    head: list[Node] = ["figure", *(["start"] if started else []), "end", "95% interval, by prompt", ""]
     count = num(run.evals[-1], "eval/rows")
     step = num(run.evals[-1], "step") or 0
     caption = f"At step {step:,.0f}" + (f", over {count:,.0f} held-out rows" if count is not None else "")
@@ -85,7 +85,9 @@ def held_out(run: RunData) -> Element | None:
 
 def _row(c: Change, started: bool) -> list[Node]:
     share = c.figure.share
-    name = el("span", c.figure.label, el("small", f" {c.figure.unit}") if c.figure.unit else None)
+    unit = el("small", f" {c.figure.unit}") if c.figure.unit else None
+    what = el("small", meaning(c.figure.name), class_="what")
+    name = el("span", c.figure.label, unit, what)
     shown_ci = interval(*c.after_ci, share) if c.after_ci and c.after_ci[0] < c.after_ci[1] else ""
     after = estimate(c.after, c.after_ci, share)
     return [
@@ -94,7 +96,6 @@ def _row(c: Change, started: bool) -> list[Node]:
         el("b", after),
         shown_ci,
         el("span", _strip(c), class_="marks"),
-        el("small", meaning(c.figure.name)),
     ]
 
 

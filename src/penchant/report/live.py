@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from penchant.report.build import write_report
+from penchant.report.build import NAME, write_report
 
 EVERY = 30.0  # seconds between two reports
 SHARE = 50.0  # a report may take one fiftieth of the time
@@ -19,7 +19,9 @@ class LiveReport:
         folder: the run's or the sweep's; say: where a failure is told, once; a report that cannot be written stops nothing.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = lambda _: None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, folder: Path, say: Callable[[str], None] = lambda _: None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.folder = folder
         self.say = say
         self.clock = clock
@@ -27,12 +29,18 @@ class LiveReport:
         self._written: float | None = None
         self._took = 0.0
 
-    def step(self) -> None:
-        """After a step."""
-        self._write(EVERY)
+    @property
+    def path(self) -> Path:
+        """Where it stands."""
+        return self.folder / NAME
 
-    def evaluated(self) -> None:
-        """After an evaluation."""
+    def told(self, what: str) -> None:
+        """After a step (``"step"``) or an evaluation (``"eval"``)."""
+        self._write(0.0 if what == "eval" else EVERY)
+
+    def now(self) -> None:
+        """At an end, whatever it costs."""
+        self._written, self.failed = None, False
         self._write(0.0)
 
     def _write(self, at_least: float) -> None:

@@ -66,15 +66,24 @@ class Panel:
 
 PANELS = (
     Panel("Loss", "", (("loss", "train"), ("eval/loss", "held out"))),
-    Panel("Preference accuracy", "%", (("rewards/accuracies", "train"), ("eval/rewards/accuracies", "held out")), share=True),
-    Panel("Reward margin", "chosen \u2212 rejected", (("rewards/margins", "train"), ("eval/rewards/margins", "held out"))),
+    Panel(
+        "Preference accuracy",
+        "%",
+        (("rewards/accuracies", "train"), ("eval/rewards/accuracies", "held out")),
+        share=True,
+    ),
+    Panel(
+        "Reward margin", "chosen \u2212 rejected", (("rewards/margins", "train"), ("eval/rewards/margins", "held out"))
+    ),
     Panel("Reward of completions", "", (("reward", "train"), ("eval/reward", "held out"))),
     Panel("Win rate against the start", "%", (("eval/win_rate", "held out"),), share=True),
     Panel("KL to the start", "nats per completion", (("kl/policy_ref", "train"), ("eval/kl/policy_ref", "held out"))),
     Panel("Perplexity", "", (("perplexity", "train"), ("eval/perplexity", "held out")), log=True),
     Panel("Rewards, held out", "", (("eval/rewards/chosen", "chosen"), ("eval/rewards/rejected", "rejected"))),
     Panel("Rewards in training", "", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")), main=False),
-    Panel("Log-probs, held out", "nats per answer", (("eval/logps/chosen", "chosen"), ("eval/logps/rejected", "rejected"))),
+    Panel(
+        "Log-probs, held out", "nats per answer", (("eval/logps/chosen", "chosen"), ("eval/logps/rejected", "rejected"))
+    ),
     Panel(
         "Shift from the reference, held out",
         "nats per answer",
@@ -82,10 +91,20 @@ PANELS = (
     ),
     Panel("Log-prob in training", "nats per token", (("logps/per_token", "train"),), main=False),
     Panel("Divergence", "nats per token", (("divergence", "train"), ("eval/divergence", "held out"))),
-    Panel("Length of completions", "tokens", (("completions/length", "train"), ("eval/completions/length", "held out"))),
-    Panel("Completions that ended", "%", (("completions/ended", "train"), ("eval/completions/ended", "held out")), share=True, main=False),
+    Panel(
+        "Length of completions", "tokens", (("completions/length", "train"), ("eval/completions/length", "held out"))
+    ),
+    Panel(
+        "Completions that ended",
+        "%",
+        (("completions/ended", "train"), ("eval/completions/ended", "held out")),
+        share=True,
+        main=False,
+    ),
     Panel("Spread of rewards", "within a prompt", (("reward/std", "train"),), main=False),
-    Panel("Clipped tokens", "%", (("clip_fraction", "train"), ("value/clip_fraction", "value")), share=True, main=False),
+    Panel(
+        "Clipped tokens", "%", (("clip_fraction", "train"), ("value/clip_fraction", "value")), share=True, main=False
+    ),
     Panel("Value error", "", (("value/error", "train"),), log=True, main=False),
     Panel("Entropy", "nats per token", (("entropy/sampled", "train"),), main=False),
     Panel("Scheduled \u03bb", "", (("lambda", "\u03bb"),), main=False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 MISSING = "–"
 MINUS = "\u2212"
@@ -112,9 +113,10 @@ def tick_labels(places: Sequence[float]) -> list[str]:
     """One text a tick, all with the same number of decimals."""
     if not places:
         return []
-    if max(map(abs, places)) >= 1e5 or (0 < min(abs(p) for p in places if p) < 1e-4 if any(places) else False):
+    sizes = [abs(p) for p in places if p]
+    if sizes and (max(sizes) >= 1e5 or min(sizes) < 1e-4):
         return [_short(p) for p in places]
-    steps = [abs(b - a) for a, b in zip(places, places[1:], strict=False) if b != a]
+    steps = [abs(b - a) for a, b in pairwise(places) if b != a]
     digits = max(0, min(6, -math.floor(math.log10(min(steps)) + 1e-9))) if steps else 2
     return [_fixed(p, digits) for p in places]
 
@@ -162,12 +164,9 @@ def _outline(bucket: Sequence[Point]) -> list[Point]:
     return sorted(ends)
 
 
-def smooth(points: Sequence[Point], windows: int = 50) -> tuple[list[Point], int]:
+def smooth(points: Sequence[Point], windows: int = 30) -> tuple[list[Point], int]:
     """Means of a moving, centred window, and how many points it holds; at the ends the window is what there is of it."""
-    size = max(1, len(points) // windows)
-    if size < 3:
-        return list(points), 1
-    half = size // 2
+    half = max(2, len(points) // windows // 2)
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
@@ -41,10 +41,11 @@ class Section:
 
     Args:
         make: from the data, or None where there is nothing to show; missing: what is said then, "" to leave the section out.
-        wanted: whether it belongs on a page of this data at all.
+        wanted: whether it belongs on a page of this data at all; short: what the contents call it.
     """
 
     key: str
+    short: str
     title: str
     make: Callable[[ReportData], Node]
     missing: str = ""
@@ -64,20 +65,46 @@ def _compares(data: ReportData) -> bool:
 
 
 SECTIONS = (
-    Section("flags", "Trust flags", flags, "No flags.json here: nobody has looked for flags."),
-    Section("settings", "Settings, best first", settings_table, "", _several),
-    Section("models", "Every model", compared_figures, "comparison.json names no model.", _compares),
-    Section("frontier", "Frontier", frontier, "No figures of KL and gain on the same evaluation, so there is no frontier to draw (set evaluation.kl_prompts)."),
-    Section("held-out", "Held-out figures", lambda d: _held_out(d), "Nothing was held out, or it was not evaluated yet.", _one),
-    Section("curves", "Curves", lambda d: _curves(d), "No metrics yet.", lambda d: bool(d.runs)),
-    Section("win-rates", "Win rates", win_rates, "No pairs were judged.", _compares),
-    Section("completions", "Completions side by side", samples, "No samples in this folder.", lambda d: not _reward_models(d)),
-    Section("evaluations", "Later evaluations", evaluations),
-    Section("data", "Data audit", audit, "No audit.json in this folder."),
-    Section("configs", "Settings and their differences", configs, "No config.resolved.yaml in this folder."),
-    Section("cost", "Time and memory", cost, "No perf.jsonl and no manifest.json yet."),
-    Section("provenance", "Provenance", provenance, "No manifest.json in this folder."),
-    Section("words", "What the figures mean", lambda d: _glossary(d)),
+    Section("flags", "Flags", "Trust flags", flags, "there is no flags.json here; nobody has looked for flags."),
+    Section("settings", "Ranking", "Settings, best first", settings_table, "", _several),
+    Section("models", "Models", "Every model", compared_figures, "comparison.json names none.", _compares),
+    Section(
+        "frontier",
+        "Frontier",
+        "Frontier",
+        frontier,
+        "no evaluation has both a gain and a KL, so there is none to draw (evaluation.kl_prompts measures the KL).",
+    ),
+    Section(
+        "held-out",
+        "Held out",
+        "Held-out figures",
+        lambda d: _held_out(d),
+        "nothing was held out, or it was not evaluated yet.",
+        _one,
+    ),
+    Section("curves", "Curves", "Curves", lambda d: _curves(d), "there are no metrics yet.", lambda d: bool(d.runs)),
+    Section("win-rates", "Win rates", "Win rates", win_rates, "no pairs were judged.", _compares),
+    Section(
+        "completions",
+        "Completions",
+        "Completions side by side",
+        samples,
+        "there are no samples in this folder.",
+        lambda d: not _reward_models(d),
+    ),
+    Section("evaluations", "Evaluations", "Later evaluations", evaluations),
+    Section("data", "Data", "Data audit", audit, "there is no audit.json in this folder."),
+    Section(
+        "configs",
+        "Settings",
+        "Settings and their differences",
+        configs,
+        "there is no config.resolved.yaml in this folder.",
+    ),
+    Section("cost", "Cost", "Time and memory", cost, "there is no perf.jsonl and no manifest.json yet."),
+    Section("provenance", "Provenance", "Provenance", provenance, "there is no manifest.json in this folder."),
+    Section("words", "Words", "What the figures mean", lambda d: _glossary(d)),
 )
 
 
@@ -87,25 +114,33 @@ def render(data: ReportData, *, strict: bool = False) -> str:
     Args:
         strict: whether a section that cannot be made raises, rather than saying so; a report must never end a run.
     """
-    made = [(s, _section(s, data, strict)) for s in SECTIONS if s.wanted(data)]
+    made = [(s, _guarded(s.make, data, strict)) for s in SECTIONS if s.wanted(data)]
     shown = [(s, node) for s, node in made if node is not None]
+    missing = [s for s, node in made if node is None and s.missing]
     body = el(
         "main",
         _header(data),
         el("section", _guarded(verdict, data, strict), _cards(data), id="verdict", aria_label="Verdict"),
-        el("nav", [el("a", s.title, href=f"#{s.key}") for s, _ in shown], aria_label="contents"),
-        [node for _, node in shown],
+        el("nav", [el("a", s.short, href=f"#{s.key}") for s, _ in shown], aria_label="contents"),
+        [el("section", el("h2", s.title), node, id=s.key, aria_label=s.title) for s, node in shown],
+        _missing(missing),
         _footer(data),
     )
     return _document(data, str(body))
 
 
-def _section(section: Section, data: ReportData, strict: bool) -> Element | None:
-    content = _guarded(section.make, data, strict)
-    if content is None and not section.missing:
+def _missing(sections: Sequence[Section]) -> Element | None:
+    """What is not on the page, and why: together at the end, where it is in nobody's way."""
+    if not sections:
         return None
-    inner = content if content is not None else el("p", section.missing, class_="soft")
-    return el("section", el("h2", section.title), inner, id=section.key, aria_label=section.title)
+    items = [el("li", el("b", s.title), ": ", s.missing) for s in sections]
+    return el(
+        "section",
+        el("h2", "Not in this report"),
+        el("ul", items, class_="soft small"),
+        id="missing",
+        aria_label="Not in this report",
+    )
 
 
 def _guarded(make: Callable[[ReportData], Node], data: ReportData, strict: bool) -> Node:
@@ -114,7 +149,13 @@ def _guarded(make: Callable[[ReportData], Node], data: ReportData, strict: bool)
     except Exception as error:
         if strict:
             raise
-        return el("p", f"This part could not be made of these files ({type(error).__name__}: ", said(str(error)[:300]), ").", class_="soft")
+        return el(
+            "p",
+            f"This part could not be made of these files ({type(error).__name__}: ",
+            said(str(error)[:300]),
+            ").",
+            class_="soft",
+        )
 
 
 # ---- parts that are only put together here ------------------------------------------------------------------------
@@ -141,7 +182,9 @@ def _header(data: ReportData) -> Element:
 
 def _facts(data: ReportData) -> list[Node]:
     if len(data.runs) != 1:
-        parts: list[Node] = [f"{count(len(data.runs), 'run')} of {count(len(data.settings), 'setting')}"] if data.runs else []
+        parts: list[Node] = (
+            [f"{count(len(data.runs), 'run')} of {count(len(data.settings), 'setting')}"] if data.runs else []
+        )
         if data.left_out:
             parts.append(f"{data.left_out} more left out")
         parts += [count(len(data.comparisons), "comparison")] if data.comparisons else []
@@ -201,7 +244,12 @@ def _glossary(data: ReportData) -> Node:
 
 def _footer(data: ReportData) -> Element:
     when = el("time", _clock(data.now), datetime=_iso(data.now))
-    return el("footer", f"Written by Penchant {__version__}, ", when, ". This file is complete: it loads nothing, and nothing in it calls home.")
+    return el(
+        "footer",
+        f"Written by Penchant {__version__}, ",
+        when,
+        ". This file is complete: it loads nothing, and nothing in it calls home.",
+    )
 
 
 def _clock(seconds: float) -> str:
@@ -236,7 +284,9 @@ def policy() -> str:
 
 def _document(data: ReportData, body: str) -> str:
     state = {"running": data.going_on, "written": round(data.now), "every": RELOAD_SECONDS}
-    refresh = f'<noscript><meta http-equiv="refresh" content="{2 * RELOAD_SECONDS}"></noscript>' if data.going_on else ""
+    refresh = (
+        f'<noscript><meta http-equiv="refresh" content="{2 * RELOAD_SECONDS}"></noscript>' if data.going_on else ""
+    )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy(), quote=False)}">\n'

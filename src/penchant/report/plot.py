@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from penchant.report.html import Element, Node, el, fold, said, table
 from penchant.report.numbers import (
@@ -22,11 +22,12 @@ from penchant.report.numbers import (
 )
 
 WIDTH, HEIGHT = 520, 290
-LEFT, TOP, BOTTOM = 66, 14, 44
+LEFT, TOP, BOTTOM = 60, 12, 44
 PLAIN_RIGHT, LETTER_RIGHT, WORD_RIGHT = 16, 34, 88
 COLOURS, DASHES = 8, ("", "7 4", "2 3", "9 3 2 3")
 ROWS_BEHIND = 40  # of the table behind a plot
 LABEL_GAP = 15.0
+MOST_TAGS = 16
 Band = tuple[float, float, float]
 
 
@@ -133,7 +134,6 @@ def figure(plot: Plot) -> Element | None:
     up = axis(ys, HEIGHT - BOTTOM, TOP, log=log)
     picture = el(
         "svg",
-        el("title", plot.title),
         el("desc", plot.says),
         _grid(up, across, plot, right),
         [_level(level, up, right) for level in plot.levels],
@@ -151,15 +151,17 @@ def figure(plot: Plot) -> Element | None:
         "figure",
         el("figcaption", el("b", plot.title), el("span", unit, class_="unit")),
         el("div", picture, el("div", class_="tip", hidden=True), class_="plot"),
-        fold(("figures", el("small", f" {plot.note}" if plot.note else "")), _behind(plot, lines), key=f"plot-{plot.key}"),
+        fold(
+            ["figures", el("small", f" \u00b7 {plot.note}") if plot.note else None],
+            _behind(plot, lines),
+            key=f"plot-{plot.key}",
+        ),
         id=plot.key,
         data_axis=f"{across.low:.10g} {across.high:.10g} {LEFT} {WIDTH - right} {TOP} {HEIGHT - BOTTOM}",
     )
 
 
 def _finite(line: Line) -> Line:
-    from dataclasses import replace
-
     points = tuple((x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y))
     drawn = None if line.drawn is None else tuple((x, y) for x, y in line.drawn if math.isfinite(x + y))
     return replace(line, points=points, drawn=drawn or None)
@@ -174,10 +176,14 @@ def _grid(up: Axis, across: Axis, plot: Plot, right: int) -> list[Element]:
     made = []
     for value, label in up.ticks(5):
         text = f"{_plain(100 * value)}%" if plot.share else label
-        made.append(el("line", class_="grid", x1=LEFT, x2=WIDTH - right, y1=round(up(value), 1), y2=round(up(value), 1)))
+        made.append(
+            el("line", class_="grid", x1=LEFT, x2=WIDTH - right, y1=round(up(value), 1), y2=round(up(value), 1))
+        )
         made.append(el("text", text, class_="tick", x=LEFT - 8, y=round(up(value) + 4, 1), text_anchor="end"))
     for value, label in across.ticks(5, whole=plot.whole_x):
-        made.append(el("text", label, class_="tick", x=round(across(value), 1), y=HEIGHT - BOTTOM + 19, text_anchor="middle"))
+        made.append(
+            el("text", label, class_="tick", x=round(across(value), 1), y=HEIGHT - BOTTOM + 19, text_anchor="middle")
+        )
     middle = (LEFT + WIDTH - right) / 2
     return [*made, el("text", plot.x_label, class_="axis", x=middle, y=HEIGHT - 6, text_anchor="middle")]
 
@@ -230,9 +236,13 @@ def _draw(line: Line, across: Axis, up: Axis) -> Element:
     parts: list[Node] = []
     if len(drawn) > 1:
         parts.append(el("path", class_=line.look, d=path_of(drawn, across, up)))
-    for x, low, high in line.ends:
-        if low < high and (not up.log or low > 0):
-            parts.append(el("path", class_="whisker", d=f"M{across(x):.1f} {up(low):.1f}V{up(high):.1f}"))
+    ends = [e for e in line.ends if not up.log or e[1] > 0]
+    if len(ends) > 1:
+        outline = [*((x, high) for x, _, high in ends), *((x, low) for x, low, _ in reversed(ends))]
+        parts.insert(0, el("path", class_="band", d=path_of(outline, across, up) + "z"))
+    elif ends and ends[0][1] < ends[0][2]:
+        x, low, high = ends[0]
+        parts.append(el("path", class_="whisker", d=f"M{across(x):.1f} {up(low):.1f}V{up(high):.1f}"))
     if line.marked or len(points) == 1:
         parts += [el("circle", cx=f"{across(x):.1f}", cy=f"{up(y):.1f}", r=3) for x, y in points[:400]]
     return el("g", *parts, class_=f"s {style_of(line.place)}", data_g=line.group or None)
@@ -241,6 +251,23 @@ def _draw(line: Line, across: Axis, up: Axis) -> Element:
 def _tags(lines: Sequence[Line], across: Axis, up: Axis) -> list[Element]:
     """Letters or words at the lines' ends, moved apart where they would stand on each other."""
     tagged = [(up((x.drawn or x.points)[-1][1]), across((x.drawn or x.points)[-1][0]), x) for x in lines if x.tag]
+    if len(tagged) > MOST_TAGS:  # then the legend tells them apart
+        return []
+    return [tag for side in _sides(tagged) for tag in _column(side)]
+
+
+def _sides(tagged: Sequence[tuple[float, float, Line]]) -> list[list[tuple[float, float, Line]]]:
+    """Tags that stand beside each other: lines that end at about the same place."""
+    found: list[list[tuple[float, float, Line]]] = []
+    for item in sorted(tagged, key=lambda t: t[1]):
+        if found and item[1] - found[-1][-1][1] < LABEL_GAP:
+            found[-1].append(item)
+        else:
+            found.append([item])
+    return found
+
+
+def _column(tagged: Sequence[tuple[float, float, Line]]) -> list[Element]:
     places = apart([y for y, _, _ in tagged], TOP + 4.0, HEIGHT - BOTTOM + 2.0, LABEL_GAP)
     return [
         el(
@@ -316,16 +343,18 @@ def swatch(place: int) -> Element:
     )
 
 
-def strip(value: float, ci: tuple[float, float] | None, null: float | None, low: float, high: float) -> Element:
+def strip(
+    value: float, ci: tuple[float, float] | None, null: float | None, low: float, high: float, place: int = 0
+) -> Element:
     """An estimate with its interval on a short axis, and the value at which nothing was learned."""
-    place = Axis(low, high, 6, 154) if high > low else Axis(low - 1, high + 1, 6, 154)
+    at = Axis(low, high, 6, 154) if high > low else Axis(low - 1, high + 1, 6, 154)
     parts: list[Node] = [el("line", class_="grid", x1=0, x2=160, y1=10, y2=10)]
     if null is not None:
-        parts.append(el("line", class_="null", x1=round(place(null), 1), x2=round(place(null), 1), y1=1, y2=19))
+        parts.append(el("line", class_="null", x1=round(at(null), 1), x2=round(at(null), 1), y1=1, y2=19))
     if ci is not None:
-        parts.append(el("path", class_="bar", d=f"M{place(ci[0]):.1f} 10H{place(ci[1]):.1f}"))
-    parts.append(el("circle", cx=f"{place(value):.1f}", cy=10, r=4))
-    return el("svg", *parts, viewBox="0 0 160 20", class_="strip s c0", aria_hidden="true")
+        parts.append(el("path", class_="bar", d=f"M{at(ci[0]):.1f} 10H{at(ci[1]):.1f}"))
+    parts.append(el("circle", cx=f"{at(value):.1f}", cy=10, r=4))
+    return el("svg", *parts, viewBox="0 0 160 20", class_=f"strip s c{place % COLOURS}", aria_hidden="true")
 
 
 def sparkline(values: Sequence[float], label: str) -> Element | None:

@@ -38,13 +38,19 @@ def cost(data: ReportData) -> Element | None:
         total += f", at most {max(peaks):.2f} GB"
     head: list[Node] = ["run", "wall time", "in steps", "tokens/s", "rows/s", "peak memory"]
     caption = "Wall time is of the last start of the run; speeds are medians over steps; memory is the process\u2019s"
-    return el("div", el("p", total) if total else None, el("div", table(head, rows, numeric=range(1, 6), caption=caption), class_="panel"))
+    return el(
+        "div",
+        el("p", total) if total else None,
+        el("div", table(head, rows, numeric=range(1, 6), caption=caption), class_="panel"),
+    )
 
 
 def _cost(run: RunData) -> tuple[float | None, float | None, float | None, float | None, float | None]:
     """Wall seconds, seconds in steps, tokens/s, rows/s, peak memory in GB."""
     column = lambda key: [v for p in run.perf if (v := num(p, key)) is not None]  # noqa: E731
-    seconds, tokens, trees, memory = (column(k) for k in ("seconds", "tokens_per_second", "trees_per_second", "peak_memory_gb"))
+    seconds, tokens, trees, memory = (
+        column(k) for k in ("seconds", "tokens_per_second", "trees_per_second", "peak_memory_gb")
+    )
     return (
         num(run.manifest, "seconds"),
         sum(seconds) if seconds else None,
@@ -65,7 +71,13 @@ def provenance(data: ReportData) -> Element | None:
         parts.append(_of_comparison(comparison))
     bad = sum(r.bad_lines for r in data.runs)
     if bad:
-        parts.append(el("p", f"{count(bad, 'line')} of these folders\u2019 files could not be read and {'is' if bad == 1 else 'are'} left out.", class_="soft"))
+        parts.append(
+            el(
+                "p",
+                f"{count(bad, 'line')} of these folders\u2019 files could not be read and {'is' if bad == 1 else 'are'} left out.",
+                class_="soft",
+            )
+        )
     kept = [p for p in parts if p is not None]
     return el("div", kept) if kept else None
 
@@ -107,17 +119,25 @@ def _each(runs: Sequence[RunData], data: ReportData) -> Element:
         ]
         for r in runs
     ]
-    return fold("every run: method, seed, steps, state, start", el("div", table(["run", "method", "seed", "steps", "state", "started"], rows, numeric=(2, 3)), class_="panel"), key="every-run")
+    return fold(
+        "every run: method, seed, steps, state, start",
+        el("div", table(["run", "method", "seed", "steps", "state", "started"], rows, numeric=(2, 3)), class_="panel"),
+        key="every-run",
+    )
 
 
 def _commands(data: ReportData) -> Element | None:
     lines = []
     if data.sweep:
-        lines.append("# every run of the sweep by itself: bit for bit what it was inside it, on the same machine and versions")
+        lines.append(
+            "# every run of the sweep by itself: bit for bit what it was inside it, on the same machine and versions"
+        )
     for run in data.runs[:1] if data.sweep or len(data.runs) > 8 else data.runs:
         if run.config_text:
             target = f"{run.folder.name}-again"
-            lines.append(f"penchant train {shlex.quote(run.name + '/config.resolved.yaml')} output={shlex.quote(target)}")
+            lines.append(
+                f"penchant train {shlex.quote(run.name + '/config.resolved.yaml')} output={shlex.quote(target)}"
+            )
     lines += [c for c in map(command, data.comparisons) if c]
     if not lines:
         return None
@@ -128,14 +148,21 @@ def command(comparison: Comparison) -> str:
     """The command that asks the same again; empty where the file does not say."""
     figures = comparison.figures
     asked = mapping(figures.get("settings"))
-    runs = [k for k in mapping(figures.get("checkpoints"))]
+    runs = list(mapping(figures.get("checkpoints")))
     if not runs or "prompts_asked" not in asked:
         return ""
     words = ["penchant", "compare", *runs]
     reward = asked.get("reward")
     if isinstance(reward, str):
         words += ["--reward", reward]
-    for option, key in (("--prompts", "prompts_asked"), ("--samples", "samples"), ("--max-new-tokens", "max_new_tokens"), ("--seed", "seed"), ("--step", "step"), ("--data", "data")):
+    for option, key in (
+        ("--prompts", "prompts_asked"),
+        ("--samples", "samples"),
+        ("--max-new-tokens", "max_new_tokens"),
+        ("--seed", "seed"),
+        ("--step", "step"),
+        ("--data", "data"),
+    ):
         value = asked.get(key)
         if isinstance(value, (str, int)) and not isinstance(value, bool):
             words += [option, str(value)]
@@ -144,9 +171,16 @@ def command(comparison: Comparison) -> str:
 
 def _of_comparison(comparison: Comparison) -> Element | None:
     figures = comparison.figures
-    kept = {k: figures.get(k) for k in ("settings", "checkpoints", "prompts", "answers", "left_out", "test_readings_before", "budget")}
+    kept = {
+        k: figures.get(k)
+        for k in ("settings", "checkpoints", "prompts", "answers", "left_out", "test_readings_before", "budget")
+    }
     values = {k: v for k, v in flat({k: v for k, v in kept.items() if v is not None}).items() if v not in (None, "")}
     if not values:
         return None
     rows: list[list[Node]] = [[said(k), said(short(v) if isinstance(v, str) else text(v))] for k, v in values.items()]
-    return fold(["the comparison ", said(comparison.name), ": settings, checkpoints, budgets"], el("div", table([], rows, class_="facts"), class_="panel"), key=f"comparison-{comparison.name}")
+    return fold(
+        ["the comparison ", said(comparison.name), ": settings, checkpoints, budgets"],
+        el("div", table([], rows, class_="facts"), class_="panel"),
+        key=f"comparison-{comparison.name}",
+    )

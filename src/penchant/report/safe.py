@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 Row = Mapping[str, Any]
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast
 
 
 def number_of(value: Any) -> float | None:
@@ -97,7 +98,7 @@ def read_json(path: Path) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping; empty where it cannot be read."""
     try:
-        return mapping(yaml.safe_load(read_text(path)))
+        return mapping(yaml.load(read_text(path), Loader=LOADER))
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
 

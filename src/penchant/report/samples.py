@@ -38,10 +38,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A prompt and its answers."""
+    """A prompt and its answers; `times`: how often all of it stands there, word by word."""
 
     prompt: str
     answers: tuple[Answer, ...]
+    times: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,11 @@ def _of_rows(data: ReportData, rows: Sequence[object]) -> Shelf:
         if answers:
             cards.append(Card(text(mapping(row).get("prompt")), tuple(answers)))
     settings = [data.named(n) for n in names]
-    return Shelf(tuple(names), tuple(s.key if s is not None and n != START else "" for n, s in zip(names, settings, strict=True)), tuple(cards))
+    return Shelf(
+        tuple(names),
+        tuple(s.key if s is not None and n != START else "" for n, s in zip(names, settings, strict=True)),
+        tuple(cards),
+    )
 
 
 def of_runs(data: ReportData) -> Shelf:
@@ -112,7 +117,11 @@ def of_runs(data: ReportData) -> Shelf:
         if used:
             names.append(_called(run, data))
             keys.append(data.setting_of(run).key if len(data.runs) > 1 else "")
-    cards = tuple(Card(prompt, tuple(answers)) for (prompt, _), answers in by_prompt.items() if answers)
+    found: dict[tuple[str, tuple[Answer, ...]], int] = {}
+    for (prompt, _), of_prompt in by_prompt.items():
+        if of_prompt:
+            found[prompt, tuple(of_prompt)] = found.get((prompt, tuple(of_prompt)), 0) + 1
+    cards = tuple(Card(prompt, answers_, times) for (prompt, answers_), times in found.items())
     return Shelf(tuple(names), tuple(keys), cards)
 
 
@@ -137,7 +146,15 @@ def samples(data: ReportData) -> Element | None:
             break
         made.append(one)
     left = len(found.cards) - len(made)
-    more = el("p", f"{left:,} more are in samples.jsonl and comparison.jsonl: this page has room for {len(made):,}.", class_="soft") if left else None
+    more = (
+        el(
+            "p",
+            f"{left:,} more are in samples.jsonl and comparison.jsonl: this page has room for {len(made):,}.",
+            class_="soft",
+        )
+        if left
+        else None
+    )
     return el(
         "div",
         _controls(found),
@@ -153,7 +170,12 @@ def samples(data: ReportData) -> Element | None:
 def _card(card: Card, found: Shelf, i: int) -> Element:
     return el(
         "details",
-        el("summary", said(_cut(card.prompt), tag="span", class_="prompt"), el("small", class_="diff")),
+        el(
+            "summary",
+            said(_cut(card.prompt), tag="span", class_="prompt"),
+            el("small", f"{card.times} times") if card.times > 1 else None,
+            el("small", class_="diff"),
+        ),
         el("div", [_answer(a, found) for a in card.answers], class_="answers"),
         class_="sample",
         open=i < OPEN,
@@ -171,8 +193,13 @@ def _answer(a: Answer, found: Shelf) -> Element:
     key = found.keys[a.model]
     return el(
         "div",
-        el("h4", el("b", key, class_="key") if key else None, said(found.models[a.model]), el("small", " " + " \u00b7 ".join(facts)) if facts else None),
-        said(_cut(a.text), tag="p") if a.text else el("p", "(empty)", class_="soft"),
+        el(
+            "h4",
+            el("b", key, class_="key") if key else None,
+            said(found.models[a.model]),
+            el("small", " " + " \u00b7 ".join(facts)) if facts else None,
+        ),
+        said(_cut(a.text.removeprefix(" ")), tag="p") if a.text else el("p", "(empty)", class_="soft"),
         data_m=a.model,
         data_r=None if a.reward is None else f"{a.reward:.6g}",
         data_n=a.length,
@@ -193,13 +220,35 @@ def _controls(found: Shelf) -> Element:
     many = [("all", "all")] if len(options) > 2 else []
     second = options[1:] + options[:1]
     winner = [("", "anyone"), ("right", "the right one"), ("left", "the left one"), ("tie", "neither: a tie")]
-    length = [("", "any"), ("right", "right is longer"), ("left", "left is longer"), ("short", "shortest third"), ("long", "longest third")]
-    sort = [("", "as written"), ("gain", "right gains most"), ("loss", "right loses most"), ("long", "right is longest")]
+    length = [
+        ("", "any"),
+        ("right", "right is longer"),
+        ("left", "left is longer"),
+        ("short", "shortest third"),
+        ("long", "longest third"),
+    ]
+    sort = [
+        ("", "as written"),
+        ("gain", "right gains most"),
+        ("loss", "right loses most"),
+        ("long", "right is longest"),
+    ]
     if not found.judged:
         winner, sort = [], [s for s in sort if s[0] in ("", "long")]
     return el(
         "div",
-        el("label", "Search", el("input", type="search", data_f="text", placeholder="in prompts and completions", autocomplete="off", spellcheck="false")),
+        el(
+            "label",
+            "Search",
+            el(
+                "input",
+                type="search",
+                data_f="text",
+                placeholder="in prompts and completions",
+                autocomplete="off",
+                spellcheck="false",
+            ),
+        ),
         _select("Left", "left", options),
         _select("Right", "right", many + second if not many else second + many),
         _select("Winner", "won", winner) if winner else None,
@@ -214,5 +263,5 @@ def _controls(found: Shelf) -> Element:
 
 
 def _select(label: str, name: str, options: Iterable[tuple[str, str]]) -> Node:
-    made = [el("option", said_ if value else said_, value=value) for value, said_ in options]
+    made = [el("option", words, value=value) for value, words in options]
     return el("label", label, el("select", made, data_f=name)) if made else None

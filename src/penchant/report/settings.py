@@ -107,18 +107,31 @@ def settings_table(data: ReportData) -> Element | None:
     ranked = ranking(data)
     if ranked is None:
         rows: list[Sequence[Node]] = [
-            [name(s), ", ".join(r.method for r in s.runs[:1]), ", ".join(f"{r.seed}: {r.status or '?'}" for r in s.runs)] for s in data.settings
+            [
+                name(s),
+                ", ".join(r.method for r in s.runs[:1]),
+                ", ".join(f"{r.seed}: {r.status or '?'}" for r in s.runs),
+            ]
+            for s in data.settings
         ]
-        return el("div", table(["setting", "method", "seeds"], rows, caption="Settings"), class_="panel") if rows else None
+        return (
+            el("div", table(["setting", "method", "seeds"], rows, caption="Settings"), class_="panel") if rows else None
+        )
     share = ranked.figure.share
-    ends = [v for r in ranked.rows if r.values for v in r.range] + ([ranked.figure.null] if ranked.figure.null is not None else [])
+    ends = [v for r in ranked.rows if r.values for v in r.range] + (
+        [ranked.figure.null] if ranked.figure.null is not None else []
+    )
     room = (max(ends) - min(ends)) * 0.06
     scale = (min(ends) - room, max(ends) + room)
     best = {r.setting.key for r in ranked.best}
     body = [_line(r, ranked, share, scale, r.setting.key in best) for r in ranked.rows]
     better = "higher is better" if ranked.up else "lower is better"
     caption = f"{ranked.figure.label} ({better}) on held-out rows, at the end of each run"
-    return el("div", table(["setting", "mean", "spread", "", "seeds"], body, numeric=(1,), caption=caption, class_="ranked"), class_="panel")
+    return el(
+        "div",
+        table(["setting", "mean", "spread", "", "seeds"], body, numeric=(1,), caption=caption, class_="ranked"),
+        class_="panel",
+    )
 
 
 def name(setting: Setting) -> Element:
@@ -129,10 +142,23 @@ def name(setting: Setting) -> Element:
 def _line(row: Row, ranked: Ranking, share: bool, scale: Pair, best: bool) -> list[Node]:
     runs = count(len(row.values), "seed") if row.whole else f"{len(row.values)} of {len(row.setting.runs)}"
     remarks = [el("small", f" {r}") for r in row.remarks]
-    label: list[Node] = [name(row.setting), el("small", "best by validation", class_="best") if best and len(ranked.rows) > 1 else None]
+    label: list[Node] = [
+        name(row.setting),
+        el("small", "best by validation", class_="best") if best and len(ranked.rows) > 1 else None,
+    ]
     if not row.values:
         return [el("span", label), MISSING, "", "", el("span", runs, remarks)]
-    picture = el("span", strip(row.mean, row.range if row.range[0] < row.range[1] else None, ranked.figure.null, *scale), class_="marks")
+    picture = el(
+        "span",
+        strip(
+            row.mean,
+            row.range if row.range[0] < row.range[1] else None,
+            ranked.figure.null,
+            *scale,
+            place=row.setting.place,
+        ),
+        class_="marks",
+    )
     return [
         el("span", label),
         el("b", estimate(row.mean, row.ci, share)),

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.held_out import Change, changes
-from penchant.report.html import Element, Node, el, said
+from penchant.report.html import Element, Node, el, fold, said
 from penchant.report.numbers import count, estimate, interval, number, shown
 from penchant.report.safe import ci_of, mappings, num, sequence, text
 from penchant.report.settings import Ranking, Row, held_out_rows, ranking, spread, tried
@@ -15,11 +15,14 @@ from penchant.report.settings import Ranking, Row, held_out_rows, ranking, sprea
 Tone = Literal["good", "bad", "open", "plain"]
 MARK = {"good": "\u25b2", "bad": "\u25bc", "open": "\u25cb", "plain": "\u2022"}
 TONE_WORD = {"good": "shown: ", "bad": "worse: ", "open": "not shown: ", "plain": ""}
+MOST = 8  # sentences of a comparison that are not folded
 MAIN = ("win_rate", "reward", "rewards/accuracies", "loss", "perplexity")
 
 
 def statement(tone: Tone, *words: Node | Iterable[Node], lead: bool = False) -> Element:
     """A sentence of the verdict with a mark that says how sure it is; the mark is also said in words, for those who cannot see it."""
+    if lead and tone == "plain":
+        return el("p", *words, class_="lead bare")
     mark = el("span", MARK[tone], class_=f"mark {tone}", aria_hidden="true")
     spoken = el("span", TONE_WORD[tone], class_="spoken") if TONE_WORD[tone] else None
     return el("p", mark, spoken, el("span", *words), class_="lead" if lead else None)
@@ -35,7 +38,9 @@ def verdict(data: ReportData) -> Element:
     elif len(data.runs) > 1 and (data.kind != "comparison" and not (data.comparisons and data.kind == "pipeline")):
         parts += of_runs(data)
     if not parts:
-        parts.append(statement("open", "Nothing can be said yet: there is no held-out figure in this folder.", lead=True))
+        parts.append(
+            statement("open", "Nothing can be said yet: there is no held-out figure in this folder.", lead=True)
+        )
     return el("div", parts, class_="verdict")
 
 
@@ -47,14 +52,34 @@ def of_comparison(comparison: Comparison) -> list[Node]:
     figures = comparison.figures
     sentences = [text(s) for s in sequence(figures.get("sentences"))]
     if not sentences:
-        return [statement("open", said(comparison.name), " holds no verdict: it was not finished, or is of an older version.", lead=True)]
-    made: list[Node] = [statement(_tone(s), said(s, tag="span"), lead=i == 0) for i, s in enumerate(sentences)]
+        return [
+            statement(
+                "open",
+                said(comparison.name),
+                " holds no verdict: it was not finished, or is of an older version.",
+                lead=True,
+            )
+        ]
+    aside = [s for s in sentences if s.startswith("By ")]
+    main = [s for s in sentences if s not in aside] or sentences
+    spoken = [statement(_tone(s), said(s, tag="span"), lead=i == 0) for i, s in enumerate(main)]
+    made: list[Node] = [*spoken[:MOST]]
+    for title, rest in (
+        (f"{count(len(main) - MOST, 'more sentence')}", spoken[MOST:]),
+        (
+            "The same by other rewards",
+            [statement(_tone(s), said(s, tag="span")) for s in aside if main is not sentences],
+        ),
+    ):
+        made += [fold(title, rest, key=f"verdict-{comparison.name}-{title}")] if rest else []
     heading = text(figures.get("heading"))
     notes = [text(n) for n in sequence(figures.get("notes")) if text(n)]
     if heading:
         made.append(el("p", said(heading, tag="span"), class_="soft small"))
     if notes:
-        made.append(el("ul", [el("li", said(n.removeprefix("- "), tag="span")) for n in notes], class_="soft small notes"))
+        made.append(
+            el("ul", [el("li", said(n.removeprefix("- "), tag="span")) for n in notes], class_="soft small notes")
+        )
     return made
 
 
@@ -87,8 +112,15 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
         made.append(statement("plain", _price(found["kl/policy_ref"])))
     judged = [c for c in order if c.reading != "plain"]
     if judged and all(c.reading == "unclear" for c in judged):
-        made.insert(0, statement("open", "Nothing separates from chance on the held-out rows.", lead=first and not own))
-        made = [made[0], *(_small(m) for m in made[1:])] if not own else made
+        at = 1 if own else 0
+        nothing = statement(
+            "open",
+            "On the held-out rows nothing separates from chance."
+            if own
+            else "Nothing separates from chance on the held-out rows.",
+            lead=first and not own,
+        )
+        made = [*made[:at], nothing, *(_small(m) for m in made[at:])]
     return made
 
 
@@ -114,11 +146,17 @@ def _sentence(c: Change, run: RunData) -> list[Node]:
         what = " the chosen answer higher in " if run.method == "reward_model" else " the chosen answer in "
         return [who, what, value, brackets, of, _against_null(c, "one half")]
     if c.figure.name == "win_rate":
-        return ["Its completions win ", value, brackets, " of comparisons with the start\u2019s", _against_null(c, "one half")]
+        return [
+            "Its completions win ",
+            value,
+            brackets,
+            " of comparisons with the start\u2019s",
+            _against_null(c, "one half"),
+        ]
     label = c.figure.label[0].upper() + c.figure.label[1:]
     if c.before is None:
         return [f"{label} is ", value, brackets, "; the start was not evaluated."]
-    went = [f"{label} went from {shown(c.before, share)} to ", value, brackets]
+    went: list[Node] = [f"{label} went from {shown(c.before, share)} to ", value, brackets]
     return [*went, _against_start(c)]
 
 
@@ -140,7 +178,12 @@ def _against_start(c: Change) -> str:
 
 def _price(c: Change) -> list[Node]:
     brackets = f" {interval(*c.after_ci)}" if c.after_ci and c.after_ci[0] < c.after_ci[1] else ""
-    return ["It moved ", el("b", estimate(c.after, c.after_ci)), brackets, " nats per completion away from the start (KL)."]
+    return [
+        "It moved ",
+        el("b", estimate(c.after, c.after_ci)),
+        brackets,
+        " nats per completion away from the start (KL).",
+    ]
 
 
 def cards(run: RunData) -> Element | None:
@@ -155,7 +198,12 @@ def cards(run: RunData) -> Element | None:
             el(
                 "div",
                 el("dt", said(text(h.get("name")))),
-                el("dd", el("span", f"{number(before)} \u2192 ", class_="soft") if before is not None else None, shown(after, share), class_="value"),
+                el(
+                    "dd",
+                    el("span", f"{number(before)} \u2192 ", class_="soft") if before is not None else None,
+                    shown(after, share),
+                    class_="value",
+                ),
                 el("dd", _card_note(h, ci, share), class_="soft small"),
                 _goal(h),
                 class_="card",
@@ -189,12 +237,19 @@ def of_runs(data: ReportData) -> list[Node]:
     ranked = ranking(data)
     if ranked is None:
         return [
-            statement("open", f"{count(len(data.runs), 'run')} of {count(len(data.settings), 'setting')}, none of them with a figure on held-out rows at its end.", lead=True),
+            statement(
+                "open",
+                f"{count(len(data.runs), 'run')} of {count(len(data.settings), 'setting')}, none of them with a figure on held-out rows at its end.",
+                lead=True,
+            ),
             *progress,
         ]
     best = ranked.best
     if not best:
-        return [statement("open", "No setting has come to its end with all its seeds, so none is called best.", lead=True), *progress]
+        return [
+            statement("open", "No setting has come to its end with all its seeds, so none is called best.", lead=True),
+            *progress,
+        ]
     share = ranked.figure.share
     names: list[Node] = []
     for i, row in enumerate(best):
@@ -207,7 +262,12 @@ def of_runs(data: ReportData) -> list[Node]:
     made: list[Node] = [statement("plain", start, names, figure.replace(" ()", ""), lead=True)]
     made += _doubts(ranked, best)
     if not only:
-        made.append(statement("plain", "These held-out rows chose it, so its figure flatters it, and nothing is claimed of its lead: measure it on rows that no run has seen."))
+        made.append(
+            statement(
+                "plain",
+                "These held-out rows chose it, so its figure flatters it, and nothing is claimed of its lead: measure it on rows that no run has seen.",
+            )
+        )
     return [*made, *progress]
 
 
@@ -220,25 +280,38 @@ def _doubts(ranked: Ranking, best: tuple[Row, ...]) -> list[Node]:
         kind = "Seeds" if len(best[0].values) > 1 or len(next_.values) > 1 else "Intervals"
         words: list[Node] = [el("b", next_.setting.key, class_="key"), " ", said(next_.setting.name)]
         if a <= d and c <= b:
-            made.append(statement("open", f"{kind} of it and of the next, ", words, ", overlap: nothing here tells the two apart."))
+            made.append(
+                statement(
+                    "open", f"{kind} of it and of the next, ", words, ", overlap: nothing here tells the two apart."
+                )
+            )
         else:
             made.append(statement("plain", f"{kind} of it and of the next, ", words, ", do not overlap."))
     null = ranked.figure.null
     if null is not None:
-        cis = [ci for r in ranked.rows for run in r.setting.runs if run.evals and (ci := ci_of(run.evals[-1], f"eval/{ranked.figure.name}"))]
+        cis = [
+            ci
+            for r in ranked.rows
+            for run in r.setting.runs
+            if run.evals and (ci := ci_of(run.evals[-1], f"eval/{ranked.figure.name}"))
+        ]
         above = sum(low > null if ranked.up else high < null for low, high in cis)
         if cis:
             where = "one half" if null == 0.5 else number(null)
             tone: Tone = "good" if above == len(cis) else "open" if not above else "plain"
             side = "above" if ranked.up else "below"
-            made.append(statement(tone, f"In {above} of {count(len(cis), 'run')} the 95% interval lies {side} {where}."))
+            made.append(
+                statement(tone, f"In {above} of {count(len(cis), 'run')} the 95% interval lies {side} {where}.")
+            )
     return made
 
 
 def _progress(data: ReportData) -> list[Node]:
     states = [r.status for r in data.runs]
     done = states.count("finished")
-    parts = [f"{n} {word}" for word in ("running", "stopped") if (n := states.count(word))]
+    parts = [f"{n} {word}" for word in ("running", "stopped", "killed") if (n := states.count(word))]
     if done == len(states):
         return []
-    return [statement("plain", f"{done} of {count(len(states), 'run')} finished{', ' if parts else ''}{', '.join(parts)}.")]
+    return [
+        statement("plain", f"{done} of {count(len(states), 'run')} finished{', ' if parts else ''}{', '.join(parts)}.")
+    ]

@@ -48,13 +48,21 @@ def win_rates(data: ReportData) -> Element | None:
         first = next(iter(mapping(c.figures.get("models"))), "")
         groups = {"": pairs_of(c)} | {k: mappings(v) for k, v in mapping(c.figures.get("also")).items()}
         for judge, pairs in groups.items():
-            made = [_matrix(pairs, "win_rate", _titled("Win rate", judge), first), _matrix(pairs, "equal_length", _titled("At equal length", judge), first)]
+            made = [
+                _matrix(pairs, "win_rate", _titled("Win rate", judge), first),
+                _matrix(pairs, "equal_length", _titled("At equal length", judge), first),
+            ]
             shown_ = [m for m in made if m is not None]
             parts += [el("div", shown_, class_="matrices")] if shown_ else []
             parts += [_pairs_table(pairs, judge, text(c.figures.get("outcome")))] if pairs else []
     if not parts:
         return None
-    legend = el("p", "Each cell: how often the row\u2019s completion has the higher reward than the column\u2019s on the same prompt, a tie counting half, with its 95% interval. ", "Cells whose interval includes one half are pale.", class_="soft small")
+    legend = el(
+        "p",
+        "Each cell: how often the row\u2019s completion has the higher reward than the column\u2019s on the same prompt, a tie counting half, with its 95% interval. ",
+        "Cells whose interval includes one half are pale.",
+        class_="soft small",
+    )
     has_matrix = any(isinstance(p, Element) and ("class", "matrices") in p.attributes for p in parts)
     return el("div", legend if has_matrix else None, parts)
 
@@ -101,9 +109,20 @@ def _matrix(pairs: Sequence[Mapping[str, Any]], field: str, title: str, first: s
     if not cells:
         return None
     names = list(dict.fromkeys([*([first] if any(first in c for c in cells) else []), *(a for a, _ in cells)]))
-    head = el("tr", el("th", el("span", "row against column", class_="spoken"), scope="col"), [el("th", said(n), scope="col") for n in names])
+    head = el(
+        "tr",
+        el("th", el("span", "row against column", class_="spoken"), scope="col"),
+        [el("th", said(n), scope="col") for n in names],
+    )
     rows = [el("tr", el("th", said(a), scope="row"), [_cell(cells.get((a, b)), a == b) for b in names]) for a in names]
-    return el("div", el("table", el("caption", title), el("thead", head), el("tbody", rows), class_="matrix"), class_="scroll panel", tabindex="0", role="region", aria_label=title)
+    return el(
+        "div",
+        el("table", el("caption", title), el("thead", head), el("tbody", rows), class_="matrix"),
+        class_="scroll panel",
+        tabindex="0",
+        role="region",
+        aria_label=title,
+    )
 
 
 def _cell(rate: Rate | None, same: bool) -> Element:
@@ -112,7 +131,12 @@ def _cell(rate: Rate | None, same: bool) -> Element:
     clear = rate.low > 0.5 or rate.high < 0.5
     shade = min(SHADES, max(1, round(abs(rate.value - 0.5) * 2 * SHADES + 0.5))) if clear else 0
     side = "up" if rate.value >= 0.5 else "down"
-    return el("td", el("b", percent(rate.value)), el("small", f"{100 * rate.low:.0f}\u2013{100 * rate.high:.0f}"), class_=f"{side}{shade}")
+    return el(
+        "td",
+        el("b", percent(rate.value)),
+        el("small", f"{100 * rate.low:.0f}\u2013{100 * rate.high:.0f}"),
+        class_=f"{side}{shade}",
+    )
 
 
 def _pairs_table(pairs: Sequence[Mapping[str, Any]], judge: str, outcome: str) -> Element | None:
@@ -136,7 +160,16 @@ def _pairs_table(pairs: Sequence[Mapping[str, Any]], judge: str, outcome: str) -
         )
     what = f"reward by {judge}" if judge else outcome or "outcome"
     caption = f"Differences of {what}; p by prompt{', and by seeds where there are several' if any(num(p, 'p_seeds') is not None for p, _ in found) else ''}, corrected (Holm) for {len(found)}"
-    return el("div", table(["comparison", "difference", "95% interval", "", "p", "p corrected"], rows, numeric=(1, 2, 4, 5), caption=caption), class_="panel")
+    return el(
+        "div",
+        table(
+            ["comparison", "difference", "95% interval", "", "p", "p corrected"],
+            rows,
+            numeric=(1, 2, 4, 5),
+            caption=caption,
+        ),
+        class_="panel",
+    )
 
 
 def p_value(p: float | None) -> str:
@@ -158,11 +191,25 @@ def compared_figures(data: ReportData) -> Element | None:
         judges = list(dict.fromkeys(k for m in models.values() for k in mapping(mapping(m).get("also"))))
         for judge in (None, *judges):
             for name, label, share in FIGURES:
-                of = {m: mapping(mapping(mapping(f).get("also")).get(judge)) if judge else mapping(f) for m, f in models.items()}
+                of = {
+                    m: mapping(mapping(mapping(f).get("also")).get(judge)) if judge else mapping(f)
+                    for m, f in models.items()
+                }
                 if any(num(f, name) is not None for f in of.values()):
                     by = f", by {judge}" if judge else ""
                     rows.append([said(label.format(first=first) + by), *(_figure(f, name, share) for f in of.values())])
-        parts.append(el("div", table(["", *(said(m) for m in models)], rows, numeric=range(1, len(models) + 1), caption="Every figure on the same prompts, with 95% intervals"), class_="panel"))
+        parts.append(
+            el(
+                "div",
+                table(
+                    ["", *(said(m) for m in models)],
+                    rows,
+                    numeric=range(1, len(models) + 1),
+                    caption="Every figure on the same prompts, with 95% intervals",
+                ),
+                class_="panel",
+            )
+        )
     return el("div", parts) if parts else None
 
 
