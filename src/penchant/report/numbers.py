@@ -39,24 +39,28 @@ def interval(low: float, high: float, share: bool = False) -> str:
     """``[low, high]`` with as many digits as its width deserves."""
     if share:
         return f"[{percent(low)}, {percent(high)}]"
-    digits = _digits(high - low)
-    if digits is None or max(abs(low), abs(high)) >= 1e6:
+    digits = _digits(low, high)
+    if digits is None:
         return f"[{number(low)}, {number(high)}]"
     return f"[{_fixed(low, digits)}, {_fixed(high, digits)}]"
 
 
 def estimate(value: float | None, ci: tuple[float, float] | None, share: bool = False) -> str:
     """A figure with as many digits as its interval."""
-    digits = None if share or ci is None else _digits(ci[1] - ci[0])
-    if value is None or digits is None or abs(value) >= 1e6:
+    digits = None if share or ci is None else _digits(*ci)
+    if value is None or digits is None:
         return shown(value, share)
     return _fixed(value, digits)
 
 
-def _digits(width: float) -> int | None:
-    if not math.isfinite(width) or width <= 0:
+def _digits(low: float, high: float) -> int | None:
+    """Decimals: two digits of the width, and so many that an end beside zero does not look like zero; None: as any number."""
+    width = high - low
+    if not math.isfinite(width) or width <= 0 or max(abs(low), abs(high)) >= 1e6:
         return None
-    return min(6, max(0, 1 - math.floor(math.log10(width))))
+    digits = max(0, 1 - math.floor(math.log10(width)))
+    nearest = min((abs(v) for v in (low, high) if v), default=width)
+    return min(6, max(digits, min(digits + 2, -math.floor(math.log10(nearest)))))
 
 
 def _fixed(value: float, digits: int) -> str:

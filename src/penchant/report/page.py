@@ -66,7 +66,14 @@ def _compares(data: ReportData) -> bool:
 
 SECTIONS = (
     Section("flags", "Flags", "Trust flags", flags, "there is no flags.json here; nobody has looked for flags."),
-    Section("settings", "Ranking", "Settings, best first", settings_table, "", _several),
+    Section(
+        "settings",
+        "Ranking",
+        "Settings, best first",
+        settings_table,
+        "",
+        lambda d: _several(d) and d.kind != "comparison",
+    ),
     Section("models", "Models", "Every model", compared_figures, "comparison.json names none.", _compares),
     Section(
         "frontier",
@@ -75,6 +82,7 @@ SECTIONS = (
         frontier,
         "no evaluation has both a gain and a KL, so there is none to draw (evaluation.kl_prompts measures the KL).",
     ),
+    Section("win-rates", "Win rates", "Win rates", win_rates, "no pairs were judged.", _compares),
     Section(
         "held-out",
         "Held out",
@@ -84,7 +92,6 @@ SECTIONS = (
         _one,
     ),
     Section("curves", "Curves", "Curves", lambda d: _curves(d), "there are no metrics yet.", lambda d: bool(d.runs)),
-    Section("win-rates", "Win rates", "Win rates", win_rates, "no pairs were judged.", _compares),
     Section(
         "completions",
         "Completions",

@@ -26,6 +26,8 @@ LEFT, TOP, BOTTOM = 60, 12, 44
 PLAIN_RIGHT, LETTER_RIGHT, WORD_RIGHT = 16, 34, 88
 COLOURS, DASHES = 8, ("", "7 4", "2 3", "9 3 2 3")
 ROWS_BEHIND = 40  # of the table behind a plot
+COLUMNS = 1500  # of all lines of a plot together, four points each: what keeps a page of many runs small
+LARGEST = 1e150  # beyond it differences overflow
 LABEL_GAP = 15.0
 MOST_TAGS = 16
 Band = tuple[float, float, float]
@@ -128,16 +130,17 @@ def figure(plot: Plot) -> Element | None:
     xs = [x for line in lines for x, _ in (line.points[0], line.points[-1])]
     ys = [y for line in lines for _, y in line.drawn or line.points]
     ys += [v for line in lines for _, low, high in line.ends for v in (low, high)]
-    log = plot.log_y and min(ys) > 0 and max(ys) / min(ys) > 100
+    log = plot.log_y and min(ys) > 0 and 100 < max(ys) / min(ys) < 1e30
     ys += [level.value for level in plot.levels if not log or level.value > 0]
     across = axis(xs, LEFT, WIDTH - right, pad=0.0)
     up = axis(ys, HEIGHT - BOTTOM, TOP, log=log)
+    columns = min(round(across.end - across.start), max(30, COLUMNS // len(lines)))
     picture = el(
         "svg",
         el("desc", plot.says),
         _grid(up, across, plot, right),
         [_level(level, up, right) for level in plot.levels],
-        [_draw(line, across, up) for line in sorted(lines, key=lambda x: x.look == "thick")],
+        [_draw(line, across, up, columns) for line in sorted(lines, key=lambda x: x.look == "thick")],
         _tags(lines, across, up),
         el("g", class_="cross"),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
@@ -162,7 +165,7 @@ def figure(plot: Plot) -> Element | None:
 
 
 def _finite(line: Line) -> Line:
-    points = tuple((x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y))
+    points = tuple((x, y) for x, y in line.points if math.isfinite(x) and abs(y) < LARGEST)
     drawn = None if line.drawn is None else tuple((x, y) for x, y in line.drawn if math.isfinite(x + y))
     return replace(line, points=points, drawn=drawn or None)
 
@@ -229,10 +232,9 @@ def _joined(value: float, after_number: bool) -> str:
     return text if text.startswith("-") or not after_number else f" {text}"
 
 
-def _draw(line: Line, across: Axis, up: Axis) -> Element:
+def _draw(line: Line, across: Axis, up: Axis, columns: int) -> Element:
     points = line.drawn or line.points
-    columns = round(across.end - across.start)
-    drawn = thin(points, columns if line.look != "thin" else columns // 3)
+    drawn = thin(points, columns)
     parts: list[Node] = []
     if len(drawn) > 1:
         parts.append(el("path", class_=line.look, d=path_of(drawn, across, up)))

@@ -11,7 +11,7 @@ from penchant.report.configs import short
 from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, said, table
 from penchant.report.numbers import MISSING, count, duration, number
-from penchant.report.safe import flat, mapping, num, text
+from penchant.report.safe import flat, mapping, num, sequence, text
 
 APART = ("status", "started", "seconds", "steps", "seed", "loss")  # of a manifest, shown run by run
 FEW = 4  # values of one line that are named
@@ -155,6 +155,7 @@ def command(comparison: Comparison) -> str:
     reward = asked.get("reward")
     if isinstance(reward, str):
         words += ["--reward", reward]
+    words += [w for name in sequence(asked.get("also")) if isinstance(name, str) for w in ("--also", name)]
     for option, key in (
         ("--prompts", "prompts_asked"),
         ("--samples", "samples"),

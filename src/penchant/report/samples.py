@@ -11,7 +11,7 @@ from penchant.report.numbers import number
 from penchant.report.safe import mapping, num, text
 
 OPEN = 20  # cards that stand open
-ROOM = 900_000  # bytes of texts and their markup that one page takes
+ROOM = 800_000  # bytes of texts and their markup that one page takes
 LONGEST = 4_000  # characters of a text; a longer one is cut, and says so
 START = "start"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +130,7 @@ def _cell(rate: Rate | None, same: bool) -> Element:
     if rate is None:
         return el("td", "" if same else MISSING, class_="same" if same else None)
     clear = rate.low > 0.5 or rate.high < 0.5
-    shade = min(SHADES, max(1, round(abs(rate.value - 0.5) * 2 * SHADES + 0.5))) if clear else 0
+    shade = min(SHADES, max(1, math.ceil(abs(rate.value - 0.5) * 2 * SHADES - 1e-9))) if clear else 0
     side = "up" if rate.value >= 0.5 else "down"
     return el(
         "td",

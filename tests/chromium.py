@@ -17,6 +17,7 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
 BINARY = next((path for name in NAMES if (path := shutil.which(name))), None)
 PATIENCE = 60.0
+KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}
 
 
 class Browser:
@@ -56,7 +57,9 @@ class Browser:
             self.send(f"{domain}.enable")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.process.kill()
         self.process.wait()
         os.close(self._out)
@@ -100,7 +103,9 @@ class Browser:
     def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False, media: str = "") -> None:
         """Open a file, of that size, and wait until it is loaded."""
         self.events.clear()
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", media=media, features=features)
         self.send("Page.navigate", url=path.resolve().as_uri())
@@ -117,8 +122,11 @@ class Browser:
 
     def press(self, key: str) -> None:
         """A key, down and up."""
-        for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+        more = {"text": "\r"} if key == "Enter" else {}
+        self.send(
+            "Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=KEYS.get(key, 0), **more
+        )
+        self.send("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=KEYS.get(key, 0))
 
     def picture(self, target: Path, *, whole: bool = False) -> None:
         """A PNG of what is seen, or of the whole page."""
