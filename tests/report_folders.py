@@ -62,7 +62,7 @@ def make_run(
                 "logps/per_token": -4.0 + noise,
                 "grad_norm": 1.0 + abs(noise),
                 "tokens": 100 * i,
-            }  # fmt: skip
+            }
         )
     write_lines(folder / "metrics.jsonl", sorted(lines, key=lambda r: r["step"]))
     perf = [

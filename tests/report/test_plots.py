@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_the_table_behind_holds_exact_figures_and_intervals() -> None:
 def test_labels_are_moved_apart_and_stay_inside() -> None:
     found = apart([50.0, 50.0, 50.0, 10.0], 0.0, 100.0, 15.0)
     ordered = sorted(found)
-    assert all(b - a >= 14.9 for a, b in zip(ordered, ordered[1:], strict=False)) and found[3] == min(found)
+    assert all(b - a >= 14.9 for a, b in pairwise(ordered)) and found[3] == min(found)
     crowded = apart([1.0] * 40, 0.0, 100.0, 15.0)
     assert min(crowded) >= -0.001 and max(crowded) <= 100.001
     assert apart([], 0, 1, 1) == []
