@@ -782,6 +782,8 @@ class Run:
                 if tokenised is not None:
                     self.console.note(f"{name}: {tokenised.summary()}")
                     write_quarantine(tokenised.quarantined, self.folder, f"{name}.tokens")
+            if self._writes_fresh and self.trees[1]:
+                _ = self.fresh  # a judge that cannot be loaded is met before any work is done
             (self.folder / "audit.json").write_text(json.dumps(self.audit().to_json(), indent=1))
             if latest_checkpoint(self.folder)[0] is None:  # what another start wrote is not this one's
                 (self.folder / START_FILE).unlink(missing_ok=True)
