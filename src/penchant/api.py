@@ -11,13 +11,24 @@ from penchant.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from penchant.config import RunConfig
     from penchant.data.load import Dataset
+    from penchant.evaluation.flags import Flag
     from penchant.pipeline import Pipeline
     from penchant.pipeline_run import PipelineResult
     from penchant.run import TrainResult
     from penchant.sweep import Sweep
     from penchant.sweep_run import SweepResult
 
-__all__ = ["audit", "evaluate", "load_preferences", "pipeline", "pipeline_plan", "sweep", "sweep_plan", "train"]
+__all__ = [
+    "audit",
+    "evaluate",
+    "flags",
+    "load_preferences",
+    "pipeline",
+    "pipeline_plan",
+    "sweep",
+    "sweep_plan",
+    "train",
+]
 
 
 def load_preferences(path: str | Sequence[str], **options: Any) -> Dataset:
@@ -63,6 +74,20 @@ def evaluate(
     if folder is not None and (folder / "config.resolved.yaml").exists():
         config = folder / "config.resolved.yaml"
     return Run(as_config(config, overrides), quiet=quiet).evaluate(step)
+
+
+def flags(path: str | Path) -> list[Flag]:
+    """What a careful reader would want to know before trusting a run or a comparison, warnings first; see docs/trust.md.
+
+    Args:
+        path: a run's folder, or one with a comparison.json.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    from penchant.evaluation.trust.files import flags_of
+
+    return flags_of(path)
 
 
 def audit(

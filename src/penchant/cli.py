@@ -116,6 +116,16 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--output", help="where to write it (default: RUN/report.html)")
     report.set_defaults(handler=_report)
 
+    flags = commands.add_parser("flags", help="what to know before trusting a run or a comparison, with the evidence")
+    flags.add_argument(
+        "path", metavar="RUN or COMPARISON", nargs="?", help="a run's folder, or one with a comparison.json"
+    )
+    flags.add_argument("--json", action="store_true", help="print JSON")
+    flags.add_argument(
+        "--rules", action="store_true", help="list the rules and their thresholds instead, as in docs/trust.md"
+    )
+    flags.set_defaults(handler=_flags)
+
     losses = commands.add_parser("losses", help="list the losses with their formulas and hyperparameters")
     losses.add_argument("name", nargs="?", help="one loss, with its whole description")
     losses.add_argument("--markdown", action="store_true", help="the page docs/losses.md")
@@ -179,6 +189,10 @@ def _train(args: argparse.Namespace) -> int:
             print(f"{name:>6}: {_held_out_line(metrics)}")
     print(f" model: {result.model}")
     print(f"report: {result.folder / 'report.html'}")
+    if result.flags:
+        from penchant.evaluation.trust.files import summary
+
+        print(f"{summary(result.flags)}\nevidence and advice: penchant flags {result.folder}")
     return 0
 
 
@@ -265,6 +279,26 @@ def _report(args: argparse.Namespace) -> int:
     from penchant.report import write_report
 
     print(write_report(Path(args.run), Path(args.output) if args.output else None))
+    return 0
+
+
+def _flags(args: argparse.Namespace) -> int:
+    from penchant import api
+    from penchant.errors import ConfigError
+    from penchant.evaluation.trust.files import as_text, markdown
+
+    if args.rules:
+        print(markdown(), end="")
+        return 0
+    if args.path is None:
+        raise ConfigError("flags", "no folder is given", "give a run's folder, one with a comparison.json, or --rules")
+    found = api.flags(args.path)
+    if args.json:
+        import json
+
+        print(json.dumps([f.to_json() for f in found], indent=1))
+    else:
+        print(as_text(found))
     return 0
 
 

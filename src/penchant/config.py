@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConfig
 from penchant.data.options import DataConfig
 from penchant.errors import ConfigError
+from penchant.evaluation.trust.options import TrustConfig
 from penchant.loss_config import LossConfig, LossModifiers, LossProblem
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.rewards.options import BUILT_IN, RewardConfig
@@ -87,6 +88,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    trust: TrustConfig = TrustConfig()
     output: str = Field(description="the run's folder")
 
     @model_validator(mode="before")

@@ -25,6 +25,7 @@ from penchant.data.load import Dataset, load_preferences, summary, write_quarant
 from penchant.data.split import split_by_prompt
 from penchant.data.tokenise import TokenisedDataset, tokenise
 from penchant.errors import CheckpointError, ConfigError, DataError
+from penchant.evaluation.flags import Flag
 from penchant.evaluation.fresh import (
     START_FILE,
     Fresh,
@@ -38,6 +39,7 @@ from penchant.evaluation.heldout import heldout_metrics, score_heldout
 from penchant.evaluation.online import evaluate_online
 from penchant.evaluation.reward import pair_quality
 from penchant.evaluation.sampled_kl import kl_on
+from penchant.evaluation.trust.files import write_flags
 from penchant.evaluation.written import Written
 from penchant.logprobs import Scorer
 from penchant.losses import LOSSES
@@ -95,7 +97,7 @@ class TrainResult:
     Args:
         folder: the run folder; model: the last checkpoint's model folder, which transformers or peft loads as it is.
         steps: optimiser steps done; before, after: held-out metrics at step 0 and at the end (empty without a held-out set).
-        best_step: the step of the best checkpoint, or None.
+        best_step: the step of the best checkpoint, or None; flags: what to know before trusting it, warnings first.
     """
 
     folder: Path
@@ -104,6 +106,7 @@ class TrainResult:
     before: Mapping[str, Any]
     after: Mapping[str, Any]
     best_step: int | None
+    flags: tuple[Flag, ...] = ()
 
 
 class Run:
@@ -794,10 +797,12 @@ class Run:
                 loop.run()
             except BaseException:
                 self._write_manifest(loop, started, status="stopped")
+                write_flags(self.folder)
                 raise
             after = self._samples("after", lambda: True)
             self._write_samples(before, after)
             self._write_manifest(loop, started, status="finished")
+            flags = write_flags(self.folder)
             report = write_report(self.folder)
         self.console.note(f"report: {report}")
         evals = [line for line in read_jsonl(self.folder / "metrics.jsonl") if line["kind"] == "eval"]
@@ -808,6 +813,7 @@ class Run:
             before=evals[0] if evals and evals[0]["step"] == 0 else {},
             after=evals[-1] if evals else {},
             best_step=loop.state.best_step,
+            flags=tuple(flags),
         )
 
     def _loop(self) -> Loop:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from penchant.data.packing import pack, plan_microbatches, tree_tokens
-from penchant.evaluation.answers import length_figures, likelihood_figures
+from penchant.evaluation.answers import length_figures, likelihood_figures, mean_ratio
 from penchant.evaluation.stats import bootstrap_ci
 from penchant.training.reduce import Totals
 from penchant.types import Algorithm, LossOutput, Scored, TokenTree
@@ -95,6 +95,9 @@ def heldout_metrics(
         if name in WITH_INTERVAL and weights is None and labels is not None and len(values) > 1:
             interval = bootstrap_ci(values.double().cpu().numpy(), clusters=labels, draws=2000)
             metrics[f"{prefix}{name}/ci"] = [interval.low, interval.high]
+        elif name in ("loss", "nll") and weights is not None and labels is not None and len(values) > 1:
+            of_tokens = mean_ratio(values.double().cpu().numpy(), weights.double().cpu().numpy(), labels)
+            metrics[f"{prefix}{name}/ci"] = [of_tokens.low, of_tokens.high]
     metrics |= {prefix + name: value for name, value in _pair_figures(scored, out, clusters).items()}
     if prefix + "nll" in metrics:
         metrics[prefix + "perplexity"] = math.exp(min(700.0, metrics[prefix + "nll"]))

@@ -75,6 +75,8 @@ def _log(points: Sequence[Point], run: RunView, name: str) -> list[Point]:
     intervals = {int(m["step"]): m.get(f"eval/{name}/ci") for m in run.evals}
     made = []
     for p in points:
+        if p.value <= 0:
+            continue
         ci = intervals.get(p.step)
         logs = [math.log(x) for x in ci] if ci and min(ci) > 0 else None
         made.append(Point(p.step, math.log(p.value), standard_error(math.log(p.value), logs, p.n), p.n))
@@ -84,11 +86,11 @@ def _log(points: Sequence[Point], run: RunView, name: str) -> list[Point]:
 def _perplexity_series(run: RunView) -> tuple[Point, list[Point], str] | None:
     """(last, all, against what): logarithms of the perplexity's ratio."""
     ratios = run.held_out("perplexity_ratio/chosen")
-    if ratios and ratios[-1].step > 0:
+    if ratios and ratios[-1].step > 0 and ratios[-1].value > 0:
         series = _log(ratios, run, "perplexity_ratio/chosen")
         return series[-1], series, "the reference's"
     for name in ("perplexity/chosen", "perplexity"):
-        held = run.held_out(name)
+        held = [p for p in run.held_out(name) if p.value > 0]
         if len(held) > 1:
             # the same rows: without a change there is no difference at all
             series = [Point(p.step, math.log(p.value / held[0].value)) for p in held]
@@ -109,7 +111,7 @@ def _perplexity_of_run(run: RunView) -> Seen | None:
     limit = math.log(run.trust.perplexity_ratio)
     if now.bounds()[0] <= limit:
         return None
-    ratio = math.exp(now.value)
+    ratio = math.exp(min(700.0, now.value))
     sentence = (
         f"At step {now.step:,} the perplexity of {'chosen answers' if against == 'the reference' + chr(39) + 's' else 'held-out answers'} is "
         f"{number(ratio)} times {against}, above trust.perplexity_ratio's {number(run.trust.perplexity_ratio)} since step {since(series, limit):,}."

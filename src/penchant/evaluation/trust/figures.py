@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 from penchant.evaluation.flags import Evidence
 from penchant.evaluation.significance import t_quantile
@@ -69,11 +69,11 @@ class RunView:
 
     @cached_property
     def train(self) -> list[Mapping[str, Any]]:
-        return [m for m in self.lines if m.get("kind") == "train"]
+        return [m for m in self.lines if m.get("kind") == "train" and _is_number(m.get("step"))]
 
     @cached_property
     def evals(self) -> list[Mapping[str, Any]]:
-        return [m for m in self.lines if m.get("kind") == "eval"]
+        return [m for m in self.lines if m.get("kind") == "eval" and _is_number(m.get("step"))]
 
     def section(self, name: str) -> Mapping[str, Any]:
         """A section of the config; empty where there is none."""
@@ -111,8 +111,9 @@ class RunView:
 
     @cached_property
     def chosen_tokens(self) -> float | None:
-        """Mean length of chosen answers in tokens, from the audit."""
-        found = ((self.audit.get("lengths") or {}).get("chosen") or {}).get("mean")
+        """Mean length of chosen answers (of all answers, where they are not pairs) in tokens, from the audit."""
+        lengths = self.audit.get("lengths") or {}
+        found = (lengths.get("chosen") or lengths.get("completion") or {}).get("mean")
         return float(found) if _is_number(found) and found > 0 else None
 
 
@@ -154,7 +155,7 @@ def evidence(label: str, points: Sequence[Point]) -> Evidence:
     return Evidence(label, tuple(p.value for p in points), tuple(p.step for p in points))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
