@@ -25,6 +25,7 @@ LAYERS = [
     {"pipeline_state", "sweep"},
     {"sweep_state", "sweep_table"},
     {"run"},
+    {"comparison"},
     {"pipeline_compare", "sweep_worker"},
     {"sweep_jobs"},
     {"pipeline_run", "sweep_run"},
