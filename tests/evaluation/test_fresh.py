@@ -11,6 +11,7 @@ import pytest
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
+from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError
 from penchant.evaluation.fresh import START_FILE, completion_figures, gain_figures, keep_start, kept_start
 from penchant.evaluation.written import Written
@@ -60,7 +61,14 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {
         "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
         "data": {"path": write_jsonl(tmp_path / "pairs.jsonl", polite_rows()), "validation_rows": 6, "max_length": 128},
-        "train": {"max_steps": 4, "epochs": 2, "batch_size": 6, "tokens_per_step": 400, "lr": 3e-3, "warmup_fraction": 0.0},
+        "train": {
+            "max_steps": 4,
+            "epochs": 2,
+            "batch_size": 6,
+            "tokens_per_step": 400,
+            "lr": 3e-3,
+            "warmup_fraction": 0.0,
+        },
         "evaluation": {
             "samples": 0,
             "kl_prompts": 5,
@@ -137,9 +145,10 @@ def test_what_another_start_wrote_is_thrown_away(base: dict[str, Any]) -> None:
     for row in kept["completions"]:
         row["reward"] += 100.0
     (folder / START_FILE).write_text(json.dumps(kept))
-    assert evals(api.train(base, "evaluation.at_start=false", quiet=True).folder)[-1]["eval/win_rate"] == whole[-1][
-        "eval/win_rate"
-    ]
+    assert (
+        evals(api.train(base, "evaluation.at_start=false", quiet=True).folder)[-1]["eval/win_rate"]
+        == whole[-1]["eval/win_rate"]
+    )
 
 
 def test_a_judge_that_changed_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
@@ -180,3 +189,47 @@ def test_an_online_run_is_compared_with_its_start_too(base: dict[str, Any], tmp_
     assert result.before["eval/win_rate"] == 0.5
     assert 0 <= result.after["eval/win_rate"] <= 1
     assert api.evaluate(result.folder, quiet=True)["eval/win_rate"] == result.after["eval/win_rate"]
+
+
+# ---- flags at the end -----------------------------------------------------------------------------------------------
+
+
+def test_train_writes_and_prints_its_flags(
+    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base["train"] |= {"max_steps": 12, "epochs": 9, "lr": 3e-2}
+    base["trust"] = {"kl": [5000.0, 6000.0]}
+    base["evaluation"]["every"] = 6
+    base["checkpoint"] = {"every": None}
+    (tmp_path / "run.yaml").write_text(json.dumps(base))
+    assert main(["train", str(tmp_path / "run.yaml"), "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((Path(base["output"]) / "flags.json").read_text())
+    assert {"kl_band", "few_prompts"} <= {f["name"] for f in found}
+    for flag in found:
+        assert f"{flag['sentence']} ({flag['name']})" in shown
+    assert f"penchant flags {base['output']}" in shown
+    # thresholds change nothing in what was computed: the run is done, and read anew
+    again = api.train(base, "trust.kl=[0, 5000]", quiet=True)
+    assert "kl_band" not in {f.name for f in again.flags}
+
+
+def test_a_run_that_does_nothing_has_no_warning(base: dict[str, Any]) -> None:
+    result = api.train(base, "train.lr=1e-12", quiet=True)
+    assert [f.level for f in result.flags] == ["note"] and result.flags[0].name == "few_prompts"
+
+
+def test_a_run_that_stopped_has_its_flags_too(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(self: Loop, *args: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(Loop, "_after_step", killed)
+    with pytest.raises(Killed):
+        api.train(base, quiet=True)
+    assert [f["name"] for f in json.loads((Path(base["output"]) / "flags.json").read_text())] == ["few_prompts"]
+
+
+@pytest.mark.parametrize("trust,what", [("{kl: [5, 1]}", "0 <= low < high"), ("{kll: [0, 1]}", 'did you mean "kl"')])
+def test_mistaken_thresholds(base: dict[str, Any], trust: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        api.train(base, f"trust={trust}", quiet=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeGuard
 
 from penchant.evaluation.flags import Evidence
@@ -42,6 +42,7 @@ class Point:
         return critical(self.n, tests) * self.se
 
 
+@lru_cache(maxsize=1024)
 def critical(n: int, tests: int = 1) -> float:
     """Student's t of a 99% interval from n clusters; Bonferroni over `tests`."""
     return t_quantile(1 - (1 - CONFIDENCE) / (2 * tests), max(2, n) - 1)
@@ -68,12 +69,17 @@ class RunView:
     trust: TrustConfig = field(default_factory=TrustConfig)
 
     @cached_property
+    def whole(self) -> list[Mapping[str, Any]]:
+        """Lines with a step."""
+        return [m for m in self.lines if _is_number(m.get("step"))]
+
+    @cached_property
     def train(self) -> list[Mapping[str, Any]]:
-        return [m for m in self.lines if m.get("kind") == "train" and _is_number(m.get("step"))]
+        return [m for m in self.whole if m.get("kind") == "train"]
 
     @cached_property
     def evals(self) -> list[Mapping[str, Any]]:
-        return [m for m in self.lines if m.get("kind") == "eval" and _is_number(m.get("step"))]
+        return [m for m in self.whole if m.get("kind") == "eval"]
 
     def section(self, name: str) -> Mapping[str, Any]:
         """A section of the config; empty where there is none."""

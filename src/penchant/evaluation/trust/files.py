@@ -24,9 +24,17 @@ def flags_of(path: Path | str) -> list[Flag]:
     """The flags of a run's folder, or of a folder (or file) with a comparison.json.
 
     Raises:
-        CheckpointError: no such folder, neither a run nor a comparison in it, or a comparison.json that cannot be read.
+        CheckpointError: no such folder, neither a run nor a comparison in it, or files that Penchant did not write so.
     """
-    path = Path(path)
+    try:
+        return _flags_of(Path(path))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            str(path), f"its files are not as Penchant writes them ({type(error).__name__}: {error})", "restore them"
+        ) from error
+
+
+def _flags_of(path: Path) -> list[Flag]:
     folder = path.parent if path.name == "comparison.json" else path
     if not folder.is_dir():
         raise CheckpointError(str(path), "no such folder", "give a run's folder, or one with a comparison.json")

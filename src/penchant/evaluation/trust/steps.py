@@ -36,19 +36,16 @@ SKIPPED = Rule(
 
 
 def _not_finite(run: RunView) -> Seen | None:
-    places = [(int(m["step"]), name) for m in run.lines if "step" in m for name, value in m.items() if value is None]
+    places = [(int(m["step"]), name) for m in run.whole for name, value in m.items() if value is None]
     if not places:
         return None
     step, name = places[0]
     names = sorted({n for _, n in places})
-    sentence = f"{name} was NaN or infinite at step {step:,}" + (
-        f", and {len(places) - 1:,} more figures after it ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})."
-        if len(places) > 1
-        else "."
-    )
-    return Seen(sentence, (Evidence("steps with figures that are no numbers", (), ()),) if not places else (
-        evidence("figures that are no numbers, by step", [Point(s, float(c)) for s, c in sorted(Counter(s for s, _ in places).items())]),
-    ))  # fmt: skip
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    more = f", and {len(places) - 1:,} more figures after it ({shown})" if len(places) > 1 else ""
+    counts = [Point(s, float(n)) for s, n in sorted(Counter(s for s, _ in places).items())]
+    sentence = f"{name} was NaN or infinite at step {step:,}{more}."
+    return Seen(sentence, (evidence("figures that are no numbers, by step", counts),))
 
 
 NOT_FINITE = Rule(
@@ -63,9 +60,9 @@ NOT_FINITE = Rule(
 
 
 def _drift(run: RunView) -> Seen | None:
-    if run.section("reference").get("path") or not run.lines:
+    if run.section("reference").get("path") or not run.whole:
         return None
-    first = next((m for m in run.lines if m.get("step") in (0, 1)), None)
+    first = next((m for m in run.whole if m.get("step") in (0, 1)), None)
     if first is None or (first.get("kind") == "train" and first.get("step") != 1):
         return None
     prefix = "eval/" if first.get("kind") == "eval" else ""
