@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from penchant.cli import main
+from penchant.config import config_from_mapping, load_config
 from penchant.errors import CheckpointError
 from penchant.evaluation.answers import length_figures, likelihood_figures
 from penchant.evaluation.flags import Flag
@@ -588,3 +589,13 @@ def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str])
     assert page.endswith(rules), "put the output of `penchant flags --rules` at the end of docs/trust.md"
     keys = {t for rule in RULES.values() for t in rule.thresholds}
     assert keys == set(TrustConfig.model_fields)  # no threshold that no rule reads
+
+
+def test_every_section_on_the_page_is_a_config(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/trust.md").read_text()
+    sections = re.findall(r"```yaml\n(.*?)```", page, flags=re.S)
+    assert len(sections) == 2
+    (tmp_path / "run.yaml").write_text("model: {path: m}\ndata: {path: d}\noutput: o\n" + "".join(sections))
+    config = load_config(tmp_path / "run.yaml")
+    assert config.trust.kl == [0.0, 60.0] and config.evaluation.reward is not None
+    assert config_from_mapping(config.model_dump(mode="json")) == config
