@@ -25,7 +25,7 @@ LAYERS = [
     {"pipeline_state", "sweep"},
     {"sweep_state", "sweep_table"},
     {"run"},
-    {"pipeline_compare", "sweep_worker"},
+    {"pipeline_compare", "sweep_worker", "evaluate"},
     {"sweep_jobs"},
     {"pipeline_run", "sweep_run"},
     {"api"},
