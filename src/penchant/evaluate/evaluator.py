@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from penchant.config import RunConfig, config_from_mapping
 from penchant.data.adapt import adapt
@@ -24,18 +25,18 @@ from penchant.evaluation.overlap import overlap_figures, require_overlap
 from penchant.evaluation.perplexity import text_figures, without_eos
 from penchant.evaluation.token_scores import TokenScores, score_tokens
 from penchant.evaluation.written import Judge, Written, judged, write
-from penchant.models.load import cast_parameters, looks_like_folder
+from penchant.models.load import cast_parameters, load_tokenizer, looks_like_folder
 from penchant.models.reward import load_model_config
 from penchant.packing_check import choose_packing
 from penchant.reference import LiveReference
 from penchant.rewards import load_reward
 from penchant.rewards.model import PolicyText
 from penchant.run import Run
-from penchant.training.progress import console
 from penchant.types import TokenTree
 
 NO_REFERENCE = "none"
 DEFAULT_LENGTH = 1024
+FEW = 10  # below it a percentile bootstrap is too narrow
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,10 @@ class Evaluation:
     def run(self) -> Run:
         """Reads rows, makes tokens, and says in what precision and on which device models run."""
         run = Run(self.config, quiet=self.quiet)
-        run.console = console(self.quiet)
+        if self.source.adapter is not None or self.source.checkpoint not in ("", START):
+            run.tokenizer = load_tokenizer(
+                self.source.tokenizer
+            )  # the checkpoint's own: what it started from may be gone
         return run
 
     @cached_property
@@ -201,7 +205,11 @@ class Evaluation:
         asked |= {name: name for name in self.request.also}
         prompts = {t.source: t.prompt for t in self.rows.trees}
         policy = PolicyText(self.run.tokenizer, self.config.data.template, prompts)
-        return {name: load_reward(reward, policy, self.run.device) for name, reward in asked.items()}
+        try:
+            return {name: load_reward(reward, policy, self.run.device) for name, reward in asked.items()}
+        except ValidationError as error:  # a mapping that holds something else than names and weights
+            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ConfigError("--reward", said, "write NAME or {NAME: WEIGHT, ...}") from error
 
     @cached_property
     def reference_source(self) -> Source | None:
@@ -222,8 +230,6 @@ class Evaluation:
         return start
 
     def _check_same_tokens(self, other: Source) -> None:
-        from penchant.models.load import load_tokenizer
-
         own, theirs = self.run.tokenizer, load_tokenizer(other.tokenizer)
         if own.get_vocab() != theirs.get_vocab():
             raise ConfigError(
@@ -335,12 +341,22 @@ class Evaluation:
                 figures += kl_of_written(scores, written, sampled=self.request.temperature == 1.0)
                 if self.request.temperature != 1.0:
                     self.notes.append("Sampled KL (k1, k3) is left out: it is unbiased at temperature 1 alone.")
-        if any(f.interval is None for f in figures):
-            self.notes.append("Figures of a single prompt or document have no interval.")
+        self._about_intervals(figures)
         head: dict[str, Any] = {"model": self.source.name}
         head |= {"checkpoint": self.source.checkpoint} if self.source.checkpoint else {}
         head |= {"reference": self.reference_source.name} if self.reference_source is not None else {}
         return Evaluated(head | flat(figures), self.notes, self._what(), rows, self.source.step)
+
+    def _about_intervals(self, figures: Sequence[Figure]) -> None:
+        """Where they say less than they seem to."""
+        counts = {"prompts with answers": len({t.prompt_ids.tobytes() for t in self.answers})} if self.answers else {}
+        counts |= {"documents": len(self.documents[1])} if self.request.text is not None else {}
+        counts |= {"prompts written to": len(self.prompts)} if self.request.generate is not None else {}
+        few = [f"{n} {what}" for what, n in counts.items() if n < FEW]
+        if few:
+            self.notes.append(f"Intervals from fewer than {FEW} prompts are too narrow to rely on: {', '.join(few)}.")
+        if any(f.interval is None for f in figures):
+            self.notes.append("Figures of a single prompt or document have no interval.")
 
     def _scores(
         self,

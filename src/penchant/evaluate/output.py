@@ -59,8 +59,8 @@ def _write(option: str, path: str, text: str) -> None:
 
 
 def table(metrics: Mapping[str, Any]) -> str:
-    """A line a figure: name, value, 95% interval, and how many rows it is over."""
-    names = [n for n in metrics if n not in NO_FIGURE and not n.endswith(SUFFIXES)]
+    """A line a figure: name, value, 95% interval, and over how much it is."""
+    names = _shown(metrics)
     width = max(28, *map(len, names))
     spans = {n: _span(metrics.get(f"{n}/ci")) for n in names}
     broad = max(map(len, spans.values()), default=0)
@@ -68,22 +68,35 @@ def table(metrics: Mapping[str, Any]) -> str:
     for name in names:
         value = metrics[name]
         shown = f"{value:,.4f}" if isinstance(value, float) else printable(str(value))
-        line = f"{name:<{width}} {shown:>12}"
-        n = metrics.get(f"{name}/n", metrics.get("eval/rows") if name != "eval/rows" else None)
-        if isinstance(value, float) and n is not None:
-            line += f"  {spans[name]:<{broad}}  n={n:,}" if broad else f"  n={n:,}"
+        line = f"{printable(name):<{width}} {shown:>12}"
+        if isinstance(value, float):
+            line += f"  {spans[name]:<{broad}}  {_over(metrics, name)}"
         lines.append(line.rstrip())
     return "\n".join(lines)
 
 
 def explained(metrics: Mapping[str, Any]) -> str:
-    """What each figure is, and what its n counts."""
+    """What each figure is, and its formula."""
     lines = []
-    for name in metrics:
+    for name in _shown(metrics):
         meaning = meaning_of(name)
         if meaning is not None:
-            lines.append(f"{name}\n    {meaning.sentence}; n counts {meaning.over}\n    {meaning.formula}")
+            lines.append(f"{printable(name)}\n    {meaning.sentence}\n    {meaning.formula}")
     return "\n".join(lines)
+
+
+def _shown(metrics: Mapping[str, Any]) -> list[str]:
+    return [n for n in metrics if n not in NO_FIGURE and not n.endswith(SUFFIXES)]
+
+
+def _over(metrics: Mapping[str, Any], name: str) -> str:
+    """``n=200 pairs``; a run's own metrics are over its held-out rows, its KL over completions."""
+    meaning = meaning_of(name)
+    if f"{name}/n" in metrics:
+        return f"n={metrics[f'{name}/n']:,}" + (f" {meaning.over}" if meaning else "")
+    if name.startswith("eval/kl/") and "eval/kl/completions" in metrics:
+        return f"n={metrics['eval/kl/completions']:,} completions"
+    return f"n={metrics['eval/rows']:,} rows" if "eval/rows" in metrics else ""
 
 
 def printable(text: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from penchant.config import parse_yaml
 from penchant.errors import ConfigError
 
 Reward = str | Mapping[str, float]
@@ -112,6 +113,9 @@ def request_of(asked: Mapping[str, Any]) -> Request:
     for name in ("data", "text", "reference", "base", "output", "samples_output"):
         if isinstance(values.get(name), Path):
             values[name] = str(values[name])
+    reward = values.get("reward")
+    if isinstance(reward, str) and reward.lstrip().startswith("{"):
+        values["reward"], _ = parse_yaml(reward, "--reward")
     if isinstance(values.get("also"), str):
         values["also"] = (values["also"],)
     return Request(**values | {"also": tuple(values.get("also") or ())})

@@ -173,10 +173,11 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
         _no_base(given, base)
     if model is None or checkpoint is None:
         return replace(first, name=given, start=named)
-    made = replace(first, name=given, checkpoint=checkpoint.name, start=named or first)
+    own = str(model) if (model / "tokenizer_config.json").exists() else tokenizer
+    made = replace(first, name=given, checkpoint=checkpoint.name, tokenizer=own, start=named or first)
     if is_adapter(model):
         return replace(made, base=config.model if base is None else ModelConfig(path=base), adapter=model)
-    return replace(made, base=ModelConfig(path=str(model)), tokenizer=str(model))
+    return replace(made, base=ModelConfig(path=str(model)))
 
 
 def _named_start(config: RunConfig) -> Source | None:

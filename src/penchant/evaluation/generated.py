@@ -25,7 +25,7 @@ def text_of_written(written: Written, also: Mapping[str, np.ndarray]) -> list[Fi
     found = []
     if written.rewards is not None:
         found.append(mean_of("generated/reward", written.rewards, prompts))
-    found += [mean_of(f"generated/reward/{name}", values, prompts) for name, values in also.items()]
+    found += [mean_of(f"generated/reward[{name}]", values, prompts) for name, values in also.items()]
     found.append(mean_of("generated/length", [len(ids) for ids in written.ids], prompts))
     found.append(mean_of("generated/ended", written.ended, prompts))
     for n in (1, 2):

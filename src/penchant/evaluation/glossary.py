@@ -113,6 +113,6 @@ OTHER_REWARD = Meaning("mean of another reward (--also) of the same completions"
 def meaning_of(name: str) -> Meaning | None:
     """What a figure is, with or without its ``eval/`` prefix; None for one that is not of this list."""
     short = name.removeprefix("eval/")
-    if short.startswith("generated/reward/"):
+    if short.startswith("generated/reward["):
         return OTHER_REWARD
     return GLOSSARY.get(short)
