@@ -693,22 +693,22 @@ def classical(base: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def written_by(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[TokenTree]]:
     """What each compared model wrote, token by token, filled while a comparison runs."""
-    from penchant.evaluation import compare_models
+    from penchant.evaluation import compare_models, measured
 
     found: dict[str, list[TokenTree]] = {}
-    real_write, real_of = compare_models.write, compare_models._Measured.of
+    real_write, real_measure = measured.write, measured.measure
 
-    def of(name: str, *args: Any) -> Any:
+    def measure(name: str, *args: Any) -> Any:
         def recording(*given: Any, **options: Any) -> Any:
             made = real_write(*given, **options)
             found[name] = made.trees
             return made
 
         with monkeypatch.context() as patched:
-            patched.setattr(compare_models, "write", recording)
-            return real_of(name, *args)
+            patched.setattr(measured, "write", recording)
+            return real_measure(name, *args)
 
-    monkeypatch.setattr(compare_models._Measured, "of", staticmethod(of))
+    monkeypatch.setattr(compare_models, "measure", measure)
     return found
 
 

@@ -1,4 +1,7 @@
-"""What the command line does, as a handful of calls: `load_preferences`, `train`, `evaluate`, `audit`, `pipeline`, `sweep`."""
+"""What the command line does, as a handful of calls.
+
+`load_preferences`, `train`, `evaluate`, `compare`, `audit`, `pipeline`, `sweep`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from penchant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from penchant.comparison.compare import RunComparison
     from penchant.config import RunConfig
     from penchant.data.load import Dataset
     from penchant.pipeline import Pipeline
@@ -17,7 +21,17 @@ if TYPE_CHECKING:
     from penchant.sweep import Sweep
     from penchant.sweep_run import SweepResult
 
-__all__ = ["audit", "evaluate", "load_preferences", "pipeline", "pipeline_plan", "sweep", "sweep_plan", "train"]
+__all__ = [
+    "audit",
+    "compare",
+    "evaluate",
+    "load_preferences",
+    "pipeline",
+    "pipeline_plan",
+    "sweep",
+    "sweep_plan",
+    "train",
+]
 
 
 def load_preferences(path: str | Sequence[str], **options: Any) -> Dataset:
@@ -100,6 +114,44 @@ def audit(
     from penchant.run import Run
 
     return Run(as_config(config, overrides), quiet=quiet).audit(tokenise=tokenise)
+
+
+def compare(
+    *runs: str | Path,
+    reward: Any = None,
+    also: Sequence[str] = (),
+    against: str | Path | None = None,
+    prompts: int = 200,
+    samples: int = 1,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    step: str | None = None,
+    data: str | Path | None = None,
+    output: str | Path | None = None,
+    quiet: bool = False,
+) -> RunComparison:
+    """Compare runs with the model that they start from and with each other, on rows that none of them was trained on.
+
+    Args:
+        runs: run folders; those that differ in nothing but `train.seed` are one setting with several seeds.
+        reward: any reward; None: only what the models find likely is compared. also: other rewards, whose figures stand beside its own.
+        against: a run, in place of the common start.
+        prompts, samples, max_new_tokens, seed: how many prompts, completions of each, tokens of one, and the seed of the draws.
+        step: ``best``, ``last``, a step's number; None: the best where one is tracked and kept, else the last.
+        data: a file of test rows; each reading of it is written down beside it. None: rows that the runs hold out.
+        output: folder of `comparison.json` and `comparison.jsonl`; None: beside the first run.
+
+    Returns:
+        What came out, with `figures` and `to_text()`.
+
+    Raises:
+        ConfigError, DataError, ModelError, RewardError, CheckpointError: a person can mend it.
+    """
+    from penchant.comparison.compare import Question, compare_runs
+    from penchant.comparison.models import Sampling
+
+    sampling = Sampling(prompts, samples, max_new_tokens, seed)
+    return compare_runs(runs, Question(sampling, reward, also, against, step, data, output), quiet=quiet)
 
 
 def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunConfig:

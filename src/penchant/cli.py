@@ -104,6 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
     _eval_arguments(evaluate)
     evaluate.set_defaults(handler=_evaluate)
 
+    compare = commands.add_parser(
+        "compare", help="compare runs with their start and with each other: figures, paired tests, a verdict in words"
+    )
+    _compare_arguments(compare)
+    compare.set_defaults(handler=_compare)
+
     data = commands.add_parser("data", help="look at data before training on it")
     verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     audit = verbs.add_parser("audit", help="count duplicates, contradictions, leakage, truncation, length bias")
@@ -161,6 +167,28 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _either() -> type[argparse.Action]:
     return argparse.BooleanOptionalAction
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folders; those that differ in train.seed alone are one setting"
+    )
+    parser.add_argument(
+        "--reward", help="any reward: sentiment, path.py:function, a reward model's run (default: none)"
+    )
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="NAME", help="another reward beside it; may be given again"
+    )
+    parser.add_argument("--against", metavar="RUN", help="what all are compared with (default: their common start)")
+    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts (default: 200)")
+    parser.add_argument("--samples", type=int, default=1, help="completions of each prompt (default: 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens of a completion (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    parser.add_argument("--step", help="best, last or a step's number (default: best where one is tracked, else last)")
+    parser.add_argument("--data", metavar="FILE", help="test rows; each reading is written down beside the file")
+    parser.add_argument("--output", metavar="FOLDER", help="where both files go (default: beside the first run)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -283,6 +311,35 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.explain:
         parts.append(explained(metrics))
     print("\n\n".join(p for p in parts if p))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    _with_allocator()
+    from penchant import api
+
+    result = api.compare(
+        *args.runs,
+        reward=args.reward,
+        also=args.also,
+        against=args.against,
+        prompts=args.prompts,
+        samples=args.samples,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        step=args.step,
+        data=args.data,
+        output=args.output,
+        quiet=args.quiet or args.json,
+    )
+    if args.json:
+        import json
+
+        print(json.dumps(result.figures, indent=1, ensure_ascii=False))
+        return 0
+    if not args.quiet:
+        print(f"penchant: written to {result.folder}", file=sys.stderr)
+    print(result.to_text())
     return 0
 
 

@@ -11,12 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from penchant.comparison.models import check_reward
 from penchant.config import RunConfig
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.models.load import check_model_path
 from penchant.models.merge import is_adapter, merge_to_folder
 from penchant.pipeline import Pipeline, Ref, Stage
-from penchant.pipeline_compare import Comparer, Outcome, check_reward
+from penchant.pipeline_compare import Comparer, Outcome
 from penchant.pipeline_state import (
     Inputs,
     Planned,

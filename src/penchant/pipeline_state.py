@@ -67,9 +67,14 @@ class State:
 
 def write_atomically(path: Path, value: Any) -> None:
     """JSON, written aside, fsynced and renamed."""
+    write_text_atomically(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """A text file, written aside, fsynced and renamed."""
     aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     with aside.open("w", encoding="utf-8") as out:
-        out.write(json.dumps(value, indent=1, ensure_ascii=False))
+        out.write(text)
         out.flush()
         os.fsync(out.fileno())
     os.replace(aside, path)

@@ -232,6 +232,7 @@ MISTAKES = {
     "texts as rows": (["{base}", "--data", "{text}"], "give it as --text"),
     "rows as texts": (["{base}", "--text", "{test}"], '"text" is missing'),
     "prompts without answers": (["{base}", "--data", "{prompts}"], "add --generate 100"),
+    "prompts without answers beside a text": (["{base}", "--data", "{prompts}", "--text", "{text}"], "add --generate"),
     "nothing to write to": (["{base}", "--text", "{text}", "--generate", "4"], "there are no prompts"),
     "an unknown reward": (["{base}", "--data", "{test}", "--generate", "2", "--reward", "wrds"], "is no reward"),
     "a reward of nothing": (["{base}", "--data", "{test}", "--reward", "words"], "add --generate 100"),

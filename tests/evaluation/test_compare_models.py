@@ -10,15 +10,8 @@ import pytest
 import torch
 from families import make_tree, tiny_model
 
-from penchant.evaluation.compare_models import (
-    FEW_PROMPTS,
-    Compared,
-    Setting,
-    compare_models,
-    sentences,
-    table,
-    win_rate_by_prompt,
-)
+from penchant.evaluation.compare_models import NO_OUTCOME, Compared, Setting, compare_models, table
+from penchant.evaluation.significance import holm
 from penchant.logprobs import Scorer
 from penchant.types import TokenTree
 
@@ -119,51 +112,7 @@ def test_the_sampled_kl_agrees_with_the_exact_one() -> None:
     assert low < exact < high and exact > 1e-3
     assert got.models["b"]["kl_per_token"] == pytest.approx(exact, rel=0.15)
     assert "win_rate" not in got.models["b"] and "preference_accuracy" not in got.models["b"]
-    assert got.sentences == ["No winner is named: there is no compare.reward."]
-
-
-def test_win_rate_by_prompt_counts_all_pairs_and_halves_ties() -> None:
-    mine, theirs = np.array([1.0, 3.0, 0.0, 0.0]), np.array([2.0, 3.0, 0.0, 5.0])
-    # prompt 1: (1,2) (1,3) lost, (3,2) won, (3,3) tied; prompt 2: (0,0) tied twice, (0,5) lost twice
-    assert win_rate_by_prompt(mine, theirs, 2).estimate == pytest.approx((1.5 / 4 + 1.0 / 4) / 2)
-    assert win_rate_by_prompt(mine, theirs, 1).estimate == pytest.approx((0 + 0.5 + 0.5 + 0) / 4)
-    # clusters: the interval of two prompts reaches from one prompt's rate to the other's, however many samples there are
-    many = win_rate_by_prompt(np.repeat([1.0, 0.0], 50), np.repeat([0.0, 1.0], 50), 50)
-    assert (many.estimate, many.low, many.high) == (0.5, 0.0, 1.0)
-
-
-def figures(**rates: tuple[float, float, float, float]) -> dict[str, Any]:
-    made: dict[str, Any] = {"first": {"reward": 0.0}}
-    for name, (low, high, change, reward) in rates.items():
-        made[name] = {
-            "win_rate": (low + high) / 2,
-            "win_rate/ci": [low, high],
-            "reward": reward,
-            "reward_change/ci": [change - 0.1, change + 0.1],
-        }
-    return made
-
-
-def said(made: dict[str, Any], n: int = 40) -> str:
-    rng = np.random.default_rng(0)
-    noise = rng.normal(size=n) * 0.05
-    rewards = {
-        name: np.full(n, m["reward"]) + (rng.permutation(noise) if m["reward"] else 0) for name, m in made.items()
-    }
-    return " ".join(sentences(made, rewards))
-
-
-def test_what_the_figures_say() -> None:
-    assert "up is better than first" in said(figures(up=(0.6, 0.8, 0.5, 1.0)))
-    assert "down is worse than first" in said(figures(down=(0.2, 0.4, -0.5, -1.0)))
-    assert "Between near and first there is no clear winner" in said(figures(near=(0.45, 0.6, 0.2, 0.1)))
-    # wins more often, and yet its mean reward fell: not a winner
-    assert "but its mean reward says the opposite" in said(figures(mixed=(0.6, 0.8, -0.5, -1.0)))
-    two = said(figures(x=(0.6, 0.8, 0.5, 1.0), y=(0.6, 0.8, 0.5, 0.5)))
-    assert "x is better than y: their rewards differ by" in two
-    level = said(figures(x=(0.6, 0.8, 0.5, 1.0), y=(0.6, 0.8, 0.5, 1.0001)))
-    assert "Between y and x there is no clear winner" in level or "Between x and y there is no clear winner" in level
-    assert "too few" in said(figures(up=(0.6, 0.8, 0.5, 1.0)), n=FEW_PROMPTS - 1)
+    assert got.sentences == [NO_OUTCOME]
 
 
 def test_the_table_is_plain_and_whole(compared: Compared) -> None:
@@ -175,13 +124,48 @@ def test_the_table_is_plain_and_whole(compared: Compared) -> None:
     assert (
         f"{b['kl']:.2f} [{b['kl/ci'][0]:.2f}, {b['kl/ci'][1]:.2f}]" in by_name["KL(policy || a), nats per completion"]
     )
-    assert len(lines) == 11 and not any(line.endswith(" ") for line in lines)
+    assert len(lines) == 12 and not any(line.endswith(" ") for line in lines)
 
 
 def test_single_answers_have_a_perplexity_and_no_accuracy() -> None:
     answers = [make_tree(i, 3, (4,)) for i in range(3)]
     got = compare_models(["a", "b"], lambda name: scorer(name == "b"), setting(answers=answers, judge=None))
     assert "perplexity" in got.models["b"] and "preference_accuracy" not in got.models["b"]
+
+
+def test_without_a_reward_preferences_are_compared() -> None:
+    got = compare_models(["a", "b"], lambda name: scorer(name == "b"), setting(judge=None))
+    (pair,) = got.pairs
+    assert got.outcome == "held-out preference accuracy" and pair.win_rate is None and "win_rate" not in got.models["b"]
+    assert pair.difference.estimate == pytest.approx(got.models["b"]["preference_accuracy"] - 0.5)
+
+
+def test_several_seeds_are_one_column_of_means() -> None:
+    seeds = {"x": ["x1", "x2"], "y": ["y1"]}
+    made = {"a": 0, "x1": 1, "x2": 2, "y1": 3}
+    got = compare_models(list(made), lambda n: scorer(made[n]), setting(), seeds=seeds, fixed=True)
+    assert list(got.models) == ["a", "x", "y"] and list(got.runs) == ["x1", "x2"]
+    for figure in ("reward", "kl", "preference_accuracy", "tokens", "distinct_2", "kl_per_token"):
+        one, other = (got.runs[n][figure] for n in ("x1", "x2"))
+        assert got.models["x"][figure] == pytest.approx((one + other) / 2)
+    assert got.models["x"]["perplexity"] == pytest.approx(
+        np.sqrt(np.prod([r["perplexity"] for r in got.runs.values()]))
+    )
+    assert [(p.name, p.other) for p in got.pairs] == [("x", "a"), ("y", "a"), ("x", "y")]
+    over = {(p.name, p.other): p.p_seeds is not None for p in got.pairs}
+    assert over == {("x", "a"): True, ("y", "a"): False, ("x", "y"): False}
+    low, high = got.models["x"]["reward/ci"]
+    gap = abs(got.runs["x1"]["reward"] - got.runs["x2"]["reward"])
+    assert high - low > gap > 0  # with two seeds the interval knows how far they are apart
+    assert "y has one seed: another seed" in got.sentences[-1]
+    assert all(set(r["completions"]) == set(made) for r in got.rows)
+
+
+def test_preferences_of_prompts_with_more_pairs_count_more() -> None:
+    answers = list(setting().answers)
+    answers += [TokenTree(12 + i, answers[0].prompt_ids, answers[i].completion_ids, (False, False)) for i in (1, 2, 3)]
+    got = compare_models(["a", "b"], lambda n: scorer(n == "b"), setting(judge=None, answers=answers))
+    assert got.pairs[0].difference.estimate == pytest.approx(got.models["b"]["preference_accuracy"] - 0.5, abs=1e-12)
 
 
 def test_another_judge_has_figures_of_its_own() -> None:
@@ -201,9 +185,45 @@ def test_another_judge_has_figures_of_its_own() -> None:
         of_b = row["completions"]["b"]
         assert of_b["also"] == {"odd": pytest.approx(-of_b["reward"])}
     lines = [line.split("  ")[0] for line in table(made.models).splitlines()]
-    assert lines[4:7] == [
+    assert lines[5:9] == [
         "reward, by odd",
         "change of reward against a, by odd",
         "win rate against a (ties half), by odd",
+        "win rate at equal length, by odd",
     ]
-    assert [s.startswith("By odd: ") for s in made.sentences] == [False, True]
+    assert [s.startswith("By odd: ") for s in made.sentences] == [False, True, False]
+    assert "have one seed each" in made.sentences[-1]
+    (pair,), (opposed,) = made.pairs, made.also["odd"]
+    assert opposed.difference.estimate == pytest.approx(-pair.difference.estimate) and opposed.p == pair.p
+
+
+def test_other_judges_are_corrected_for_all_of_their_comparisons_and_the_reward_for_its_own() -> None:
+    models = {name: scorer(i) for i, name in enumerate(("a", "b", "c"))}
+
+    def rising() -> Any:
+        asked = iter(range(3))  # each model is judged once, a little better than the one before
+
+        def judge(prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree]) -> np.ndarray:
+            return even(prompts, completions, trees) + 0.1 * next(asked)
+
+        return judge
+
+    judges = {f"x{i}": rising() for i in range(3)}
+    got = compare_models(list(models), models.__getitem__, setting(judge=rising(), also=judges))
+    raw = [p.p for p in got.pairs]
+    assert [p.corrected for p in got.pairs] == pytest.approx(holm(raw))
+    together = [p.corrected for pairs in got.also.values() for p in pairs]
+    assert together == pytest.approx(holm(raw * 3))
+    assert min(together) > min(p.corrected for p in got.pairs)
+    said = [s for s in got.sentences if s.startswith("By x")]
+    assert len(said) == 9 and all("corrected for 9 comparisons" in s for s in said)
+
+
+def test_seeds_are_averaged_by_another_judge_too() -> None:
+    made = {"a": 0, "x1": 1, "x2": 2}
+    got = compare_models(
+        list(made), lambda n: scorer(made[n]), setting(also={"odd": even}), seeds={"x": ["x1", "x2"]}, fixed=True
+    )
+    for figure in ("reward", "reward/ci", "reward_change", "reward_change/ci", "win_rate", "win_rate/ci"):
+        assert got.models["x"]["also"]["odd"][figure] == pytest.approx(got.models["x"][figure])
+    assert got.also["odd"][0].p_seeds == got.pairs[0].p_seeds is not None

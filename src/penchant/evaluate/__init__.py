@@ -9,6 +9,7 @@ from typing import Any
 from penchant.config import RunConfig
 from penchant.errors import ConfigError
 from penchant.evaluate.evaluator import Evaluation, held_out_of_run
+from penchant.evaluate.material import Material
 from penchant.evaluate.output import keep
 from penchant.evaluate.request import Request
 from penchant.evaluate.sources import check_there, find_model, find_run, of_config
@@ -38,7 +39,7 @@ def evaluate_model(
             source = of_config(given, step, request.base)
         else:
             source = find_model(name, step=step, base=request.base, overrides=overrides)
-        evaluated = Evaluation(source, request, tuple(overrides), quiet).measure()
+        evaluated = Evaluation(Material(source, request, tuple(overrides), quiet)).measure()
         folder = source.folder
     evaluated.notes.extend(keep(evaluated, folder, request.output, request.samples_output))
     return evaluated.metrics | ({"notes": evaluated.notes} if evaluated.notes else {})

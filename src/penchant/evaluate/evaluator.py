@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,19 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from penchant.config import RunConfig, config_from_mapping
-from penchant.data.adapt import adapt
-from penchant.data.load import Dataset, load_preferences
-from penchant.data.tokenise import TokenisedDataset, tokenise
+from penchant.config import RunConfig
 from penchant.errors import ConfigError, DataError, ModelError
+from penchant.evaluate.material import Material
 from penchant.evaluate.request import Request
 from penchant.evaluate.sources import START, Source, find_model
-from penchant.evaluation.answers import answer_figures, is_answer
+from penchant.evaluation.answers import answer_figures
 from penchant.evaluation.figures import Figure, flat
 from penchant.evaluation.generated import kl_of_written, text_of_written
 from penchant.evaluation.overlap import overlap_figures, require_overlap
-from penchant.evaluation.perplexity import text_figures, without_eos
+from penchant.evaluation.perplexity import text_figures
 from penchant.evaluation.token_scores import TokenScores, score_tokens
 from penchant.evaluation.written import Judge, Written, judged, write
 from penchant.models.load import cast_parameters, load_tokenizer, looks_like_folder
-from penchant.models.reward import load_model_config
 from penchant.packing_check import choose_packing
 from penchant.reference import LiveReference
 from penchant.rewards import load_reward
@@ -35,7 +32,6 @@ from penchant.run import Run
 from penchant.types import TokenTree
 
 NO_REFERENCE = "none"
-DEFAULT_LENGTH = 1024
 FEW = 10  # below it a percentile bootstrap is too narrow
 
 
@@ -59,152 +55,38 @@ class Evaluated:
 class Evaluation:
     """One evaluation of one model; everything is checked before a model is loaded.
 
-    Args:
-        source: the model; request: what is asked; overrides: ``key.path=value`` of a model that has no config of its own.
-
     Raises:
         CheckpointError, ConfigError, DataError, ModelError, RewardError: a person can mend it.
     """
 
-    source: Source
-    request: Request
-    overrides: Sequence[str] = ()
-    quiet: bool = False
-    notes: list[str] = field(default_factory=list)
-
-    # ---- the rows -------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def config(self) -> RunConfig:
-        """The run's settings, or those of a run on this model with the data as its own."""
-        if self.source.run is not None:
-            return self.source.run
-        model = self.source.base.model_dump(exclude_unset=True) | {"tokenizer": self.source.tokenizer}
-        values = {"model": model, "data": {"path": self.request.data or self.request.text or ""}, "output": "."}
-        config = config_from_mapping(values, list(self.overrides))
-        context = getattr(load_model_config(config.model.path), "max_position_embeddings", None)
-        if context is not None and "max_length" not in config.data.model_fields_set:
-            data = config.data.model_copy(update={"max_length": min(DEFAULT_LENGTH, context)})
-            config = config.model_copy(update={"data": data})
-        return config
+    on: Material
 
     @property
-    def policy_source(self) -> Source:
-        """The model, with overrides such as ``model.revision``; those of a run are in its config already."""
-        return self.source if self.source.run is not None else replace(self.source, base=self.config.model)
+    def source(self) -> Source:
+        return self.on.source
 
-    @cached_property
+    @property
+    def request(self) -> Request:
+        return self.on.request
+
+    @property
     def run(self) -> Run:
-        """Reads rows, makes tokens, and says in what precision and on which device models run."""
-        run = Run(self.config, quiet=self.quiet)
-        if self.source.adapter is not None or self.source.checkpoint not in ("", START):
-            run.tokenizer = load_tokenizer(
-                self.source.tokenizer
-            )  # the checkpoint's own: what it started from may be gone
-        return run
+        return self.on.run
 
-    @cached_property
-    def rows(self) -> Dataset | None:
-        """The rows with prompts: of --data, or the run's held-out ones; None where there are none."""
-        data = self.config.data
-        if self.request.data is None:
-            if self.source.run is None:
-                return None
-            held = self.run.datasets[1]
-            return None if held is None or held.kind == "text" else held
-        own_limit = self.source.run is None or any(o.startswith("data.limit=") for o in self.overrides)
-        rows = load_preferences(
-            self.request.data,
-            shape=data.shape,
-            columns=data.columns,
-            on_bad_row=data.on_bad_row,
-            identical=data.identical,
-            limit=data.limit if own_limit else None,
-        )
-        if rows.kind == "text":
-            raise DataError(self.request.data, "holds texts without prompts", "give it as --text")
-        if rows.quarantined:
-            self.notes.append(f"Kept aside: {len(rows.quarantined):,} bad rows of {rows.total:,}.")
-        if rows.kind == "scored" and data.pairs_from_scores != "off":
-            rows = adapt(rows, "eval", "pairs", frozenset(), data, self.request.data)
-        return rows
-
-    @cached_property
-    def tokens(self) -> TokenisedDataset:
-        assert self.rows is not None
-        made = self.run.tokenise_rows(self.rows)
-        for what, count in (
-            ("rows could not be made into tokens", len(made.quarantined)),
-            ("prompts lost their start", len(made.cut_prompts)),
-            ("rows have an answer that lost its end", len(made.cut_completions)),
-        ):
-            if count:
-                self.notes.append(f"At data.max_length {self.config.data.max_length}: {count:,} {what}.")
-        if not made.trees:
-            raise DataError(
-                str(self.request.data), "no row is left after cutting rows into tokens", "look at data.max_length"
-            )
-        return made
-
-    @cached_property
-    def answers(self) -> list[TokenTree]:
-        """Rows whose answers are known to be good or bad."""
-        if self.rows is None or self.rows.kind not in ("pairs", "sft", "unpaired"):
-            return []
-        return [t for t in self.tokens.trees if is_answer(t)]
-
-    @cached_property
-    def documents(self) -> tuple[list[TokenTree], dict[str, int], str]:
-        """Chunks of --text, the bytes of each document, and the file's fingerprint."""
-        assert self.request.text is not None
-        data, tokenizer = self.config.data, self.run.tokenizer
-        texts = load_preferences(self.request.text, shape="text", on_bad_row=data.on_bad_row)
-        if texts.quarantined:
-            self.notes.append(f"Kept aside: {len(texts.quarantined):,} bad documents of {texts.total:,}.")
-        made = tokenise(
-            texts, tokenizer, max_length=data.max_length, add_eos=tokenizer.eos_token_id is not None, on_bad_row="error"
-        )
-        if made.split_documents:
-            self.notes.append(
-                f"{made.split_documents:,} documents longer than data.max_length {data.max_length} are read in parts, "
-                "each without what came before it."
-            )
-        size = {t.source: len(t.completions[0].text.encode()) for t in texts.trees}
-        return without_eos(made.trees, tokenizer.eos_token_id), size, texts.fingerprint
-
-    @cached_property
-    def prompts(self) -> list[TokenTree]:
-        """The first row of each prompt, as many as are asked for."""
-        first: dict[bytes, TokenTree] = {}
-        for t in self.tokens.trees:
-            first.setdefault(t.prompt_ids.tobytes(), t)
-        wanted = self.request.generate or 0
-        if len(first) < wanted:
-            self.notes.append(f"There are {len(first):,} prompts, not {wanted:,}.")
-        return list(first.values())[:wanted]
-
-    @cached_property
-    def good_answers(self) -> dict[bytes, list[str]]:
-        """The good answers' texts of every prompt."""
-        assert self.rows is not None
-        text_of = {t.source: t for t in self.rows.trees}
-        found: dict[bytes, list[str]] = {}
-        for t in self.answers:
-            for i, c in enumerate(text_of[t.source].completions):
-                if c.label if c.label is not None else i == 0:
-                    found.setdefault(t.prompt_ids.tobytes(), []).append(c.text.strip())
-        return found
+    @property
+    def notes(self) -> list[str]:
+        return self.on.notes
 
     # ---- the models -----------------------------------------------------------------------------------------------
 
     @cached_property
     def judges(self) -> dict[str, Judge]:
         """The reward under "", and others by name."""
-        assert self.rows is not None
+        assert self.on.rows is not None
         asked: dict[str, Any] = {} if self.request.reward is None else {"": self.request.reward}
         asked |= {name: name for name in self.request.also}
-        prompts = {t.source: t.prompt for t in self.rows.trees}
-        policy = PolicyText(self.run.tokenizer, self.config.data.template, prompts)
+        prompts = {t.source: t.prompt for t in self.on.rows.trees}
+        policy = PolicyText(self.run.tokenizer, self.on.config.data.template, prompts)
         try:
             return {name: load_reward(reward, policy, self.run.device) for name, reward in asked.items()}
         except ValidationError as error:  # a mapping that holds something else than names and weights
@@ -245,7 +127,7 @@ class Evaluation:
         self._check_context(source, model)
         cast_parameters(model, run.dtype)
         model.requires_grad_(False).eval()
-        return LiveReference(choose_packing(model, self.config.train.packing, self.config.model.kernels)[0])
+        return LiveReference(choose_packing(model, self.on.config.train.packing, self.on.config.model.kernels)[0])
 
     def _check_context(self, source: Source, model: Any) -> None:
         rows = model.get_input_embeddings().weight.shape[0]
@@ -254,9 +136,9 @@ class Evaluation:
                 source.name, f"has {rows:,} embeddings, the tokenizer {len(self.run.tokenizer):,} tokens", ""
             )
         context = getattr(model.config, "max_position_embeddings", None)
-        longest = max((len(t.prompt_ids) for t in self.prompts), default=0) if self.request.generate else 0
+        longest = max((len(t.prompt_ids) for t in self.on.prompts), default=0) if self.request.generate else 0
         new = self.request.max_new_tokens if self.request.generate else 0
-        length = self.config.data.max_length
+        length = self.on.config.data.max_length
         if context is None or max(length, longest + new) <= context:
             return
         if length > context:
@@ -281,7 +163,7 @@ class Evaluation:
         """
         self.request.check()
         request = self.request
-        if self.rows is None and request.text is None:
+        if self.on.rows is None and request.text is None:
             how = (
                 "give --data FILE or --text FILE"
                 if self.source.run is None
@@ -289,19 +171,19 @@ class Evaluation:
             )
             raise ConfigError(self.source.name, "there is nothing to evaluate on", how)
         if request.generate is not None:
-            if self.rows is None:
+            if self.on.rows is None:
                 raise ConfigError("--generate", "there are no prompts", "give --data with rows that have prompts")
-            _ = self.judges, self.prompts
-            if request.overlap and self.good_answers:
+            _ = self.judges, self.on.prompts
+            if request.overlap and self.on.good_answers:
                 require_overlap()
-        elif request.data is not None and not self.answers:
+        elif not self.on.answers and (request.data is not None or request.text is None):
             raise DataError(
-                str(request.data),
-                f"these rows ({self.rows.kind if self.rows else ''}) have no answers that are known to be good or bad",
+                request.data or self.source.name,
+                f"these rows ({self.on.rows.kind if self.on.rows else ''}) have no answers that are known to be good or bad",
                 "add --generate 100 to have the model write, or give pairs",
             )
         if request.text is not None:
-            _ = self.documents
+            _ = self.on.documents
         _ = self.reference_source
 
     @cached_property
@@ -324,14 +206,16 @@ class Evaluation:
         self.check()
         figures: list[Figure] = []
         rows: list[dict[str, Any]] = []
-        policy = self._load(self.policy_source)
+        policy = self._load(self.on.policy)
         reference = None if self.reference_source is None else self._load(self.reference_source)
-        if self.answers:
-            figures += answer_figures(self._scores(policy, reference, self.answers, "answers"), self.answers, self.beta)
+        if self.on.answers:
+            figures += answer_figures(
+                self._scores(policy, reference, self.on.answers, "answers"), self.on.answers, self.beta
+            )
             if reference is not None:
                 self.notes.append(f"eval/rewards are beta x (log pi - log ref) with beta = {self.beta:g}.")
         if self.request.text is not None:
-            chunks, size, _ = self.documents
+            chunks, size, _ = self.on.documents
             figures += text_figures(self._scores(policy, reference, chunks, "texts", exact=False), chunks, size)
         if self.request.generate is not None:
             written, more, rows = self._generated(policy)
@@ -349,9 +233,11 @@ class Evaluation:
 
     def _about_intervals(self, figures: Sequence[Figure]) -> None:
         """Where they say less than they seem to."""
-        counts = {"prompts with answers": len({t.prompt_ids.tobytes() for t in self.answers})} if self.answers else {}
-        counts |= {"documents": len(self.documents[1])} if self.request.text is not None else {}
-        counts |= {"prompts written to": len(self.prompts)} if self.request.generate is not None else {}
+        counts = (
+            {"prompts with answers": len({t.prompt_ids.tobytes() for t in self.on.answers})} if self.on.answers else {}
+        )
+        counts |= {"documents": len(self.on.documents[1])} if self.request.text is not None else {}
+        counts |= {"prompts written to": len(self.on.prompts)} if self.request.generate is not None else {}
         few = [f"{n} {what}" for what, n in counts.items() if n < FEW]
         if few:
             self.notes.append(f"Intervals from fewer than {FEW} prompts are too narrow to rely on: {', '.join(few)}.")
@@ -371,7 +257,7 @@ class Evaluation:
             reference,
             trees,
             exact=self.exact if exact is None else exact,
-            tokens_per_step=self.config.evaluation.tokens_per_step or self.config.train.tokens_per_step,
+            tokens_per_step=self.on.config.evaluation.tokens_per_step or self.on.config.train.tokens_per_step,
             progress=self.run.console.counter(f"log-probs of {what}"),
         )
 
@@ -381,18 +267,20 @@ class Evaluation:
         written = write(
             policy.scorer.model,
             tokenizer,
-            [t.prompt_ids.tolist() for t in self.prompts],
+            [t.prompt_ids.tolist() for t in self.on.prompts],
             n=r.samples,
             max_new_tokens=r.max_new_tokens,
             seed=r.seed,
             temperature=r.temperature,
             judge=self.judges.get(""),
-            sources=[t.source for t in self.prompts],
+            sources=[t.source for t in self.on.prompts],
             progress=self.run.console.counter("prompts written to"),
         )
         also = {n: judged(j, tokenizer, written.trees, written.texts) for n, j in self.judges.items() if n}
         figures = text_of_written(written, also)
-        references = [self.good_answers.get(t.prompt_ids.tobytes(), []) for t in self.prompts for _ in range(r.samples)]
+        references = [
+            self.on.good_answers.get(t.prompt_ids.tobytes(), []) for t in self.on.prompts for _ in range(r.samples)
+        ]
         have = [i for i, refs in enumerate(references) if refs]
         if r.overlap and have:
             overlap = overlap_figures(
@@ -432,11 +320,11 @@ class Evaluation:
         reference = self.reference_source
         if reference is not None:
             found["reference"] = reference.base.path if reference.name == START else reference.name
-        if self.rows is not None and (self.answers or self.request.generate is not None):
-            found |= {"data": self.request.data or "held out", "fingerprint": self.rows.fingerprint}
-            found |= {"rows": self.rows.accepted, "kept_aside": len(self.rows.quarantined)}
+        if self.on.rows is not None and (self.on.answers or self.request.generate is not None):
+            found |= {"data": self.request.data or "held out", "fingerprint": self.on.rows.fingerprint}
+            found |= {"rows": self.on.rows.accepted, "kept_aside": len(self.on.rows.quarantined)}
         if self.request.text is not None:
-            found |= {"text": self.request.text, "text_fingerprint": self.documents[2]}
+            found |= {"text": self.request.text, "text_fingerprint": self.on.documents[2]}
         found |= self.request.settings() | {"beta": self.beta, "exact_kl": self.exact}
         return found | {"dtype": str(self.run.dtype).removeprefix("torch."), "device": str(self.run.device)}
 

@@ -3,39 +3,43 @@
 What each figure is, with the first model as the one that all others are compared with:
 
 - reward: mean over completions sampled at temperature 1; `reward_change`: minus the first model's on the same prompts.
-- also: the same three by other rewards, each under its name: whether what was trained on is what was meant.
+- also: the same by other rewards, each under its name: whether what was trained on is what was meant.
 - win_rate: per prompt, the share of pairs (own completion, first model's completion) with the higher reward, ties half; the mean over prompts.
+  `win_rate_equal_length`: what a logistic model makes of it at equal length in tokens (see `length_control.py`).
 - kl: KL(policy || first model) in nats per completion, from the policy's own completions (see `sampled_kl.py`).
 - preference_accuracy: share of held-out pairs whose chosen answer gained more log-prob over the first model's than the rejected one.
 - perplexity: of held-out chosen answers, ``exp(-sum log p / tokens)``.
+
+Models that are one setting with several seeds have one column: means over the seeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from penchant.evaluation.pairs import pair_change
-from penchant.evaluation.sampled_kl import kl_on
-from penchant.evaluation.stats import Interval, bootstrap_ci, paired_bootstrap
-from penchant.evaluation.text import distinct_n
-from penchant.evaluation.written import Judge, Written, judged, write
-from penchant.logprobs import CompletionLogps, Scorer
-from penchant.reference import LiveReference, compute_logps
-from penchant.types import TokenTree
+from penchant.evaluation.measured import Measured, Metrics, Setting, clusters_of, figures, measure, named
+from penchant.evaluation.verdict import (
+    Candidate,
+    Pair,
+    columns,
+    compare_all,
+    compare_each,
+    comparisons_table,
+    corrected,
+    verdict,
+)
+from penchant.logprobs import Scorer
 
-Metrics = dict[str, Any]
-
-FEW_PROMPTS = 10  # below it a percentile bootstrap is too narrow to name a winner
-
-# name, label ({first} is the first model), digits; the first table is of every judge
+# name, label ({first} is the first model), digits; the first table is of every reward
 JUDGED = (
     ("reward", "reward", 3),
     ("reward_change", "change of reward against {first}", 3),
     ("win_rate", "win rate against {first} (ties half)", 3),
+    ("win_rate_equal_length", "win rate at equal length", 3),
 )
 ROWS = (
     ("kl", "KL(policy || {first}), nats per completion", 2),
@@ -46,187 +50,120 @@ ROWS = (
     ("tokens", "tokens per completion", 1),
     ("distinct_2", "distinct-2", 3),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What every model meets alike.
-
-    Args:
-        tokenizer: of all models; prompts: token ids, each once; sources: where each came from; answers: held-out rows of those prompts, pairs (chosen first) or
-            single answers; empty where there are none.
-        judge: the reward, or None; also: other rewards by name; samples: completions of each prompt; seed: of the draws; tokens_per_step: of a forward pass.
-    """
-
-    tokenizer: Any
-    prompts: Sequence[Sequence[int]]
-    sources: Sequence[str]
-    answers: Sequence[TokenTree]
-    judge: Judge | None
-    samples: int
-    max_new_tokens: int
-    seed: int
-    tokens_per_step: int = 4096
-    also: Mapping[str, Judge] = field(default_factory=dict)
-    progress: Callable[[str], Callable[[int, int], None]] | None = None
-
-    @property
-    def paired(self) -> bool:
-        """Whether the answers are pairs."""
-        return bool(self.answers) and all(len(t.completion_ids) == 2 for t in self.answers)
+NO_OUTCOME = "No winner is named: there is neither a reward nor a held-out pair of answers."
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Figures by model, the first model first; rows: every prompt's completions side by side; sentences: what they say."""
+    """What came out.
+
+    Args:
+        models: figures by setting, the first model first; runs: by model, where a setting has several.
+        rows: every prompt's completions side by side; pairs: all comparisons; outcome: what they are of, in words.
+        also: the same comparisons by other rewards, by name; sentences: the verdict.
+    """
 
     models: dict[str, Metrics]
+    runs: dict[str, Metrics]
     rows: list[dict[str, Any]]
+    pairs: list[Pair] = field(default_factory=list)
+    outcome: str = ""
+    also: dict[str, list[Pair]] = field(default_factory=dict)
     sentences: list[str] = field(default_factory=list)
 
 
-def compare_models(names: Sequence[str], load: Callable[[str], Scorer], setting: Setting) -> Compared:
+def compare_models(
+    names: Sequence[str],
+    load: Callable[[str], Scorer],
+    setting: Setting,
+    *,
+    seeds: Mapping[str, Sequence[str]] | None = None,
+    fixed: bool = False,
+) -> Compared:
     """Compare models by their names; the first is what the others are compared with.
 
     Args:
         load: the scorer of a model; the first is held throughout, of the others one at a time.
+        seeds: which of the other models are one setting, by its name; default: each by itself.
+        fixed: whether the first is what training starts from, rather than trained with a seed.
     """
     start = load(names[0])
-    first = _Measured.of(names[0], start, setting)
-    figures: dict[str, Metrics] = {names[0]: first.alone()}
+    first = measure(names[0], start, setting)
     measured = {names[0]: first}
     for name in names[1:]:
         scorer = load(name)
-        mine = _Measured.of(name, scorer, setting)
-        kl = kl_on(
-            LiveReference(scorer),
-            LiveReference(start),
-            mine.written.trees,
-            tokens_per_step=setting.tokens_per_step,
-        )
-        of_kl = {"kl": kl["kl/policy_ref"], "kl/ci": kl["kl/policy_ref/ci"], "kl_per_token": kl["kl/per_token"]}
-        figures[name] = mine.all(first) | of_kl
-        measured[name] = mine
+        measured[name] = measure(name, scorer, setting, first, start)
         del scorer
-    said = sentences(figures, _rewards(measured))
-    for judge in setting.also:
-        by = {name: m["also"][judge] for name, m in figures.items()}
-        said += [f"By {judge}: {s}" for s in sentences(by, _rewards(measured, judge))]
-    return Compared(figures, _rows(measured, setting), said)
+    groups = {names[0]: [names[0]], **(seeds if seeds is not None else {n: [n] for n in names[1:]})}
+    by_setting = {name: [measured[m] for m in members] for name, members in groups.items()}
+    models = {name: figures(of_seeds) for name, of_seeds in by_setting.items()}
+    runs = {m: figures([measured[m]]) for members in groups.values() if len(members) > 1 for m in members}
+    candidates, outcome = _candidates(by_setting, fixed)
+    pairs = compare_all(candidates) if candidates else []
+    also = _also(by_setting, fixed, setting.also)
+    for pair in pairs[: len(models) - 1]:
+        models[pair.name] |= _gain(pair)
+    for judge, by_it in also.items():
+        for pair in by_it[: len(models) - 1]:
+            models[pair.name]["also"][judge] |= _gain(pair)
+    said = verdict(candidates, pairs, outcome, also) if candidates else [NO_OUTCOME]
+    return Compared(models, runs, _rows(measured, setting), pairs, outcome, also, said)
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    written: Written
-    answers: CompletionLogps | None
-    setting: Setting
-    also: dict[str, np.ndarray]
-
-    @staticmethod
-    def of(name: str, scorer: Scorer, setting: Setting) -> _Measured:
-        progress = setting.progress
-        written = write(
-            scorer.model,
-            setting.tokenizer,
-            setting.prompts,
-            n=setting.samples,
-            max_new_tokens=setting.max_new_tokens,
-            seed=setting.seed,
-            judge=setting.judge,
-            sources=setting.sources,
-            progress=progress(f"{name} writes, prompts") if progress else None,
-        )
-        answers = None
-        if setting.answers:
-            answers = compute_logps(LiveReference(scorer), setting.answers, tokens_per_step=setting.tokens_per_step)
-        also = {n: judged(j, setting.tokenizer, written.trees, written.texts) for n, j in setting.also.items()}
-        return _Measured(written, answers, setting, also)
-
-    def rewards(self, judge: str | None = None) -> np.ndarray | None:
-        """Of every completion, by the reward or by another judge; None where nobody judged."""
-        return self.written.rewards if judge is None else self.also[judge]
-
-    def alone(self) -> Metrics:
-        """Figures that need no other model."""
-        w = self.written
-        metrics: Metrics = {}
-        if w.rewards is not None:
-            metrics |= _named("reward", bootstrap_ci(w.rewards, clusters=w.prompts))
-        if self.also:
-            metrics["also"] = {
-                n: _named("reward", bootstrap_ci(values, clusters=w.prompts)) for n, values in self.also.items()
-            }
-        lengths = np.array([len(i) for i in w.ids], dtype=np.float64)
-        metrics |= _named("ended", bootstrap_ci(w.ended, clusters=w.prompts))
-        metrics |= _named("tokens", bootstrap_ci(lengths, clusters=w.prompts))
-        metrics["distinct_2"] = distinct_n(w.ids)
-        if self.answers is not None:
-            metrics |= _named("perplexity", _perplexity(self.answers, self.setting.answers))
-        return metrics
-
-    def against(self, first: _Measured) -> Metrics:
-        """Figures against the first model."""
-        metrics: Metrics = self._gain(first, None)
-        if self.setting.paired and self.answers is not None and first.answers is not None:
-            correct = pair_change(self.answers.sums, first.answers.sums).correct
-            metrics |= _named("preference_accuracy", bootstrap_ci(correct, clusters=_clusters(self.setting.answers)))
-        return metrics
-
-    def _gain(self, first: _Measured, judge: str | None) -> Metrics:
-        mine, theirs = self.rewards(judge), first.rewards(judge)
-        if mine is None or theirs is None:
-            return {}
-        change = _named("reward_change", paired_bootstrap(theirs, mine, clusters=self.written.prompts))
-        return change | _named("win_rate", win_rate_by_prompt(mine, theirs, self.setting.samples))
-
-    def all(self, first: _Measured) -> Metrics:
-        """Everything but the KL, which needs both models at once."""
-        metrics = self.alone() | self.against(first)
-        for judge, of_it in metrics.get("also", {}).items():
-            of_it |= self._gain(first, judge)
-        return metrics
+def _candidates(settings: Mapping[str, Sequence[Measured]], fixed: bool) -> tuple[list[Candidate], str]:
+    """What is compared: mean rewards where there is a reward, else preferences; nothing where there are neither."""
+    first = next(iter(settings))
+    setting = settings[first][0].setting
+    if setting.judge is not None:
+        return _by_reward(settings, fixed, None), "mean reward"
+    if not setting.paired:
+        return [], ""
+    return [
+        Candidate(name, np.stack([_right(m) for m in seeds]), None, _lengths(seeds), fixed and name == first)
+        for name, seeds in settings.items()
+    ], "held-out preference accuracy"
 
 
-def win_rate_by_prompt(mine: np.ndarray, theirs: np.ndarray, samples: int) -> Interval:
-    """Mean over prompts of ``P(a > b) + P(a = b) / 2``, a and b any two completions of the prompt; interval by prompt.
+def _also(settings: Mapping[str, Sequence[Measured]], fixed: bool, names: Iterable[str]) -> dict[str, list[Pair]]:
+    """The comparisons by the other rewards, corrected for the number of all of them; the reward's own stand by themselves."""
+    by_judge = {judge: compare_each(_by_reward(settings, fixed, judge)) for judge in names}
+    together = iter(corrected([pair for pairs in by_judge.values() for pair in pairs]))
+    return {judge: [next(together) for _ in pairs] for judge, pairs in by_judge.items()}
 
-    Args:
-        mine, theirs: rewards, (prompts x samples,), prompt by prompt.
+
+def _by_reward(settings: Mapping[str, Sequence[Measured]], fixed: bool, judge: str | None) -> list[Candidate]:
+    """Every setting with its mean rewards, by the reward or by another one."""
+    first, found = next(iter(settings)), []
+    for name, seeds in settings.items():
+        rewards = np.stack([r for m in seeds if (r := m.rewards(judge)) is not None])
+        found.append(Candidate(name, rewards.mean(2), rewards, _lengths(seeds), fixed and name == first))
+    return found
+
+
+def _lengths(seeds: Sequence[Measured]) -> np.ndarray:
+    return np.stack([m.lengths for m in seeds])
+
+
+def _gain(pair: Pair) -> Metrics:
+    """Figures of a setting against the first model; none without a reward."""
+    if pair.win_rate is None or pair.equal_length is None:
+        return {}
+    change = named("reward_change", pair.difference) | named("win_rate", pair.win_rate)
+    return change | named("win_rate_equal_length", pair.equal_length)
+
+
+def _right(m: Measured) -> np.ndarray:
+    """Preferences that a model got right by prompt, (prompts,); one half for the first, which gained nothing over itself.
+
+    A prompt with more pairs counts more: the mean over prompts is the mean over pairs.
     """
-    a, b = mine.reshape(-1, samples, 1), theirs.reshape(-1, 1, samples)
-    return bootstrap_ci(((a > b) + 0.5 * (a == b)).mean((1, 2)))
+    clusters = clusters_of(m.setting.answers)
+    right = m.correct if m.correct is not None else np.full(len(clusters), 0.5)
+    counts = np.bincount(clusters)
+    return np.asarray(np.bincount(clusters, weights=right) / counts.mean())
 
 
-def _perplexity(logps: CompletionLogps, answers: Sequence[TokenTree]) -> Interval:
-    """``exp(-sum log p / tokens)`` over the first answer of each row; the interval draws whole prompts."""
-    sizes = [len(c) for t in answers for c in t.completion_ids]
-    first = [i == 0 for t in answers for i in range(len(t.completion_ids))]
-    parts = [p for p, chosen in zip(logps.tokens.double().split(sizes), first, strict=True) if chosen]
-    clusters = np.repeat(_clusters(answers), [len(p) for p in parts])
-    nll = bootstrap_ci(-np.concatenate([p.numpy() for p in parts]), clusters=clusters, draws=2000)
-    return Interval(float(np.exp(nll.estimate)), float(np.exp(nll.low)), float(np.exp(nll.high)))
-
-
-def _clusters(answers: Sequence[TokenTree]) -> np.ndarray:
-    """The number of each row's prompt."""
-    numbers: dict[bytes, int] = {}
-    return np.array([numbers.setdefault(t.prompt_ids.tobytes(), len(numbers)) for t in answers])
-
-
-def _named(name: str, interval: Interval) -> Metrics:
-    return {name: interval.estimate, f"{name}/ci": [interval.low, interval.high]}
-
-
-def _rewards(measured: Mapping[str, _Measured], judge: str | None = None) -> dict[str, np.ndarray]:
-    """Mean reward of each prompt, by model; empty where nobody judged."""
-    return {
-        name: values.reshape(-1, m.setting.samples).mean(1)
-        for name, m in measured.items()
-        if (values := m.rewards(judge)) is not None
-    }
-
-
-def _rows(measured: Mapping[str, _Measured], setting: Setting) -> list[dict[str, Any]]:
+def _rows(measured: Mapping[str, Measured], setting: Setting) -> list[dict[str, Any]]:
     rows = []
     for i, prompt in enumerate(setting.prompts):
         asked = setting.tokenizer.decode(list(prompt), skip_special_tokens=True)
@@ -243,56 +180,13 @@ def _rows(measured: Mapping[str, _Measured], setting: Setting) -> list[dict[str,
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# in words
-
-
-def sentences(figures: Mapping[str, Metrics], rewards: Mapping[str, np.ndarray]) -> list[str]:
-    """Who won, as far as the 95% intervals say so.
-
-    Args:
-        figures: by model, the first first; rewards: mean reward of each prompt, (prompts,), by model, empty without a reward.
-    """
-    first, *others = figures
-    if not rewards:
-        return ["No winner is named: there is no compare.reward."]
-    prompts = len(rewards[first])
-    if prompts < FEW_PROMPTS:
-        return [f"No winner is named: {prompts} prompts are too few for an interval (at least {FEW_PROMPTS})."]
-    said, better = [], []
-    for name in others:
-        rate, (low, high) = figures[name]["win_rate"], figures[name]["win_rate/ci"]
-        least, most = figures[name]["reward_change/ci"]
-        shown = f"its win rate is {rate:.0%} [{low:.0%}, {high:.0%}]"
-        if low > 0.5 and most >= 0:
-            better.append(name)
-            said.append(f"{name} is better than {first}: {shown}.")
-        elif high < 0.5 and least <= 0:
-            said.append(f"{name} is worse than {first}: {shown}.")
-        else:
-            why = "and the interval includes 50%" if low <= 0.5 <= high else "but its mean reward says the opposite"
-            said.append(f"Between {name} and {first} there is no clear winner: {shown}, {why}.")
-    better.sort(key=lambda n: -figures[n]["reward"])
-    for other in better[1:]:
-        best = better[0]
-        gap = paired_bootstrap(rewards[other], rewards[best])
-        shown = f"their rewards differ by {gap.estimate:.3f} [{gap.low:.3f}, {gap.high:.3f}]"
-        verdict = (
-            f"{best} is better than {other}" if gap.low > 0 else f"Between {best} and {other} there is no clear winner"
-        )
-        said.append(f"{verdict}: {shown}.")
-    return said
-
-
 def table(models: Mapping[str, Metrics]) -> str:
     """Figures as a plain table: one line a figure, one column a model, 95% intervals in brackets."""
     first = next(iter(models))
     lines = [["", *models], *_lines(models, JUDGED, first)]
     for judge in models[first].get("also", {}):
         lines += _lines({n: m["also"][judge] for n, m in models.items()}, JUDGED, first, f", by {judge}")
-    lines += _lines(models, ROWS, first)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return columns(lines + _lines(models, ROWS, first))
 
 
 def _lines(
@@ -312,3 +206,6 @@ def _cell(metrics: Metrics, name: str, digits: int) -> str:
     interval = metrics.get(f"{name}/ci")
     shown = f"{metrics[name]:.{digits}f}"
     return shown + (f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else "")
+
+
+__all__ = ["Compared", "Setting", "compare_models", "comparisons_table", "table"]

@@ -53,6 +53,21 @@ def kl_on(
     Args:
         trees: each prompt with its completions; the interval draws whole trees.
     """
+    per_completion, per_token = kl_by_completion(policy, reference, trees, tokens_per_step=tokens_per_step)
+    clusters = [i for i, t in enumerate(trees) for _ in t.completion_ids]
+    interval = bootstrap_ci(per_completion, clusters=clusters, draws=2000)
+    return {
+        "kl/policy_ref": interval.estimate,
+        "kl/policy_ref/ci": [interval.low, interval.high],
+        "kl/per_token": per_token,
+        "kl/completions": len(per_completion),
+    }
+
+
+def kl_by_completion(
+    policy: LiveReference, reference: LiveReference, trees: Sequence[TokenTree], *, tokens_per_step: int
+) -> tuple[np.ndarray, float]:
+    """k1 of every completion in nats, (completions,) in order, and the mean of k3 per token."""
     shared = policy.scorer.shared
     device = next(policy.scorer.model.parameters()).device
     by_tree: dict[int, list[float]] = {}
@@ -64,12 +79,5 @@ def kl_on(
         for i, part in zip(members, sums.split([len(trees[i].completion_ids) for i in members]), strict=True):
             by_tree[i] = part.tolist()
         k3 += float((torch.exp(-d) - 1 + d).sum())
-    per_completion = [v for i in range(len(trees)) for v in by_tree[i]]
-    clusters = [i for i in range(len(trees)) for _ in by_tree[i]]
-    interval = bootstrap_ci(per_completion, clusters=clusters, draws=2000)
-    return {
-        "kl/policy_ref": interval.estimate,
-        "kl/policy_ref/ci": [interval.low, interval.high],
-        "kl/per_token": k3 / sum(len(c) for t in trees for c in t.completion_ids),
-        "kl/completions": len(per_completion),
-    }
+    k1 = np.array([v for i in range(len(trees)) for v in by_tree[i]])
+    return k1, k3 / sum(len(c) for t in trees for c in t.completion_ids)

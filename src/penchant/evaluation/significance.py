@@ -82,18 +82,40 @@ def seeds_difference(before: ArrayLike, after: ArrayLike, *, level: float = 0.95
             f"give (seeds, prompts) of the same prompts, at least 2 of each, not {b.shape} and {a.shape}; with one seed "
             "nothing says what another would have given"
         )
-    n = a.shape[1]
-    parts = [
-        (x.mean(1).var(ddof=1) / len(x), len(x) - 1) for x in (a, b)
-    ]  # what is left of the prompts' noise in a seed's mean counts twice: the interval is a little too wide, never too narrow
-    parts.append(((a.mean(0) - b.mean(0)).var(ddof=1) / n, n - 1))
-    variance = sum(v for v, _ in parts)
-    estimate = float(a.mean() - b.mean())
+    # what is left of the prompts' noise in a seed's mean counts twice: the interval is a little too wide, never too narrow
+    return several_sources(a.mean() - b.mean(), [a.mean(1), b.mean(1), a.mean(0) - b.mean(0)], level=level)
+
+
+def several_sources(estimate: float, sources: Sequence[ArrayLike], *, level: float = 0.95) -> Interval:
+    """An estimate whose errors come from several independent sources of chance, and its interval.
+
+    ``E +- t sqrt(sum_k s_k^2 / n_k)``, s_k the standard deviation of source k's n_k draws; t by Welch-Satterthwaite.
+
+    Args:
+        sources: for each one what its draws gave, (n_k,) with n_k >= 2: means of seeds, means of prompts.
+    """
+    variance, freedom = _variance(sources)
+    half = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance) if variance > 0.0 else 0.0
+    return Interval(float(estimate), float(estimate - half), float(estimate + half))
+
+
+def several_sources_p(estimate: float, sources: Sequence[ArrayLike]) -> float:
+    """Two-sided p-value of an estimate of zero, of which `several_sources` gives the interval."""
+    variance, freedom = _variance(sources)
     if variance == 0.0:
-        return Interval(estimate, estimate, estimate)
-    freedom = variance**2 / sum(v**2 / f for v, f in parts)
-    half = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance)
-    return Interval(estimate, estimate - half, estimate + half)
+        return 1.0 if estimate == 0.0 else 0.0
+    return t_two_sided(estimate / math.sqrt(variance), freedom)
+
+
+def _variance(sources: Sequence[ArrayLike]) -> tuple[float, float]:
+    """``sum_k s_k^2 / n_k`` and its degrees of freedom."""
+    draws = [np.asarray(x, dtype=np.float64) for x in sources]
+    parts = [(float(x.var(ddof=1)) / len(x), len(x) - 1) for x in draws]
+    variance = sum(v for v, _ in parts)
+    scale = max(float(np.abs(x).max()) for x in draws)
+    if variance <= (1e-15 * scale) ** 2:  # equal numbers, up to the rounding of their mean
+        return 0.0, 1.0
+    return variance, variance**2 / sum(v**2 / f for v, f in parts)
 
 
 def t_quantile(p: float, freedom: float) -> float:
@@ -115,3 +137,13 @@ def t_quantile(p: float, freedom: float) -> float:
         middle = 0.5 * (low + high)
         low, high = (middle, high) if above_half(middle) < p - 0.5 else (low, middle)
     return math.sqrt(freedom) * math.tan(0.5 * (low + high))
+
+
+def t_two_sided(t: float, freedom: float) -> float:
+    """``P(|T| >= |t|)`` of Student's t with `freedom` > 0 degrees of freedom, to about 1e-8."""
+    log_c = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(math.pi)
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    low = math.atan(abs(t) / math.sqrt(freedom))
+    half = 0.5 * (math.pi / 2 - low)
+    tail = half * (weights * np.exp(log_c + (freedom - 1) * np.log(np.cos(low + half * (nodes + 1.0))))).sum()
+    return min(1.0, 2.0 * float(tail))

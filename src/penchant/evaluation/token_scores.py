@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,8 +83,8 @@ def _sampled(policy: LiveReference, reference: LiveReference, batch: PackedBatch
 def _exact(policy: LiveReference, reference: LiveReference, batch: PackedBatch, other: PackedBatch) -> Tensor:
     """(4, R): both log-probs, both divergences."""
     of_policy, of_reference = policy.row_logits(batch), reference.row_logits(other)
-    sizes = [m.scorer.model.get_input_embeddings().weight.shape[0] for m in (policy, reference)]
-    rows = max(16, CHUNK_ELEMENTS // max(sizes))
+    models: list[Any] = [policy.scorer.model, reference.scorer.model]
+    rows = max(16, CHUNK_ELEMENTS // max(m.get_input_embeddings().weight.shape[0] for m in models))
     found = []
     for targets, at in zip(batch.target_ids.split(rows), range(0, len(batch.target_ids), rows), strict=True):
         p, q = of_policy(slice(at, at + rows)), of_reference(slice(at, at + rows))
