@@ -145,6 +145,7 @@ def test_perplexity_is_of_the_texts_tokens_and_bytes(there: Paths) -> None:
     against = api.evaluate(there["run"], "data.max_length=256", text=there["text"], quiet=True)
     assert against["eval/text/ref_perplexity"] == pytest.approx(found["eval/text/perplexity"], rel=1e-5)
     ratio = against["eval/text/perplexity"] / against["eval/text/ref_perplexity"]
+    assert not any(name.startswith("eval/logps") for name in against)  # a text is all that was given
     assert against["eval/text/perplexity_ratio"] == pytest.approx(ratio, rel=1e-6)
 
 

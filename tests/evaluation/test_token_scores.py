@@ -11,8 +11,8 @@ from families import tiny_model
 
 from penchant.errors import ModelError
 from penchant.evaluation import token_scores
-from penchant.evaluation.answers import completion_sums
 from penchant.evaluation.generated import kl_of_written
+from penchant.evaluation.given_answers import completion_sums
 from penchant.evaluation.token_scores import TokenScores, score_tokens
 from penchant.evaluation.written import Written
 from penchant.logprobs import Scorer
@@ -60,7 +60,7 @@ def test_exact_kl_is_brute_force(family: str, monkeypatch: pytest.MonkeyPatch) -
     whole = as_rows(score_tokens(policy, reference, TREES, exact=True, tokens_per_step=4096))
     np.testing.assert_allclose(whole, brute(policy, reference), rtol=1e-9, atol=1e-12)
     assert (whole[2:] > 1e-4).all()
-    other = score_tokens(policy, live(family, 1, "separate"), TREES, exact=True, tokens_per_step=8)
+    other = score_tokens(policy, live(family, 1, "padded"), TREES, exact=True, tokens_per_step=8)
     np.testing.assert_allclose(as_rows(other), whole, rtol=1e-9, atol=1e-12)
 
 

@@ -16,9 +16,9 @@ from penchant.errors import ConfigError, DataError, ModelError
 from penchant.evaluate.material import Material
 from penchant.evaluate.request import Request
 from penchant.evaluate.sources import START, Source, find_model
-from penchant.evaluation.answers import answer_figures
 from penchant.evaluation.figures import Figure, flat
 from penchant.evaluation.generated import kl_of_written, text_of_written
+from penchant.evaluation.given_answers import answer_figures
 from penchant.evaluation.overlap import overlap_figures, require_overlap
 from penchant.evaluation.perplexity import text_figures
 from penchant.evaluation.token_scores import TokenScores, score_tokens

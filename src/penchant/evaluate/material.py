@@ -13,7 +13,7 @@ from penchant.data.tokenise import TokenisedDataset, tokenise
 from penchant.errors import DataError
 from penchant.evaluate.request import Request
 from penchant.evaluate.sources import START, Source
-from penchant.evaluation.answers import is_answer
+from penchant.evaluation.given_answers import is_answer
 from penchant.evaluation.perplexity import without_eos
 from penchant.models.load import load_tokenizer
 from penchant.models.reward import load_model_config
@@ -79,10 +79,11 @@ class Material:
                 return None
             held = self.run.datasets[1]
             return None if held is None or held.kind == "text" else held
+        own_shape = self.source.run is not None  # an online run reads prompts alone; these rows may have answers
         own_limit = self.source.run is None or any(o.startswith("data.limit=") for o in self.overrides)
         rows = load_preferences(
             self.request.data,
-            shape=data.shape,
+            shape="auto" if own_shape and data.shape == "prompts" else data.shape,
             columns=data.columns,
             on_bad_row=data.on_bad_row,
             identical=data.identical,
@@ -116,7 +117,7 @@ class Material:
     @cached_property
     def answers(self) -> list[TokenTree]:
         """Rows whose answers are known to be good or bad."""
-        if self.rows is None or self.rows.kind not in ("pairs", "sft", "unpaired"):
+        if self.request.text_alone or self.rows is None or self.rows.kind not in ("pairs", "sft", "unpaired"):
             return []
         return [t for t in self.tokens.trees if is_answer(t)]
 

@@ -52,6 +52,12 @@ class Request:
         asked = (self.data, self.text, self.reference, self.base, self.generate, self.exact_kl, self.beta)
         return all(value is None for value in asked)
 
+    @property
+    def text_alone(self) -> bool:
+        """Whether a text is all that is to be read: no answers are then."""
+        others = (self.data, self.generate, self.exact_kl, self.beta)
+        return self.text is not None and all(value is None for value in others)
+
     def check(self) -> None:
         """Refuse what cannot be meant.
 

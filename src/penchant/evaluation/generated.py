@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from penchant.evaluation.answers import completion_sums, kl_figures
 from penchant.evaluation.figures import Figure, mean_of, ratio_of
+from penchant.evaluation.given_answers import completion_sums, kl_figures
 from penchant.evaluation.text import distinct_n, distinct_n_interval, repetition
 from penchant.evaluation.token_scores import TokenScores
 from penchant.evaluation.written import Written

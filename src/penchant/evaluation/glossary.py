@@ -51,6 +51,7 @@ GLOSSARY: Mapping[str, Meaning] = {
         "pairs",
     ),
     **_sides("perplexity", "perplexity per token", "exp(-sum log pi / tokens)"),
+    **_sides("perplexity_ratio", "perplexity divided by the reference's", "exp((sum log ref - sum log pi) / tokens)"),
     **_sides("ref_logps", "summed log-prob under the reference, nats,", "log ref(y | x)"),
     **_sides("logratios", "log-prob minus the reference's, nats,", "log pi(y | x) - log ref(y | x)"),
     **_sides("rewards", "implicit reward", "beta (log pi(y | x) - log ref(y | x))"),
@@ -116,3 +117,17 @@ def meaning_of(name: str) -> Meaning | None:
     if short.startswith("generated/reward["):
         return OTHER_REWARD
     return GLOSSARY.get(short)
+
+
+def markdown(prefix: str = "") -> str:
+    """The figures whose names start so, as a table of docs/eval.md."""
+    rows = [
+        "| `eval/{}` | {} | `{}` | {} |".format(name, *(_cell(v) for v in (m.sentence, m.formula, m.over)))
+        for name, m in GLOSSARY.items()
+        if name.startswith(prefix)
+    ]
+    return "\n".join(["| figure | what it is | formula | n counts |", "|---|---|---|---|", *rows])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

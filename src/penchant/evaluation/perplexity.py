@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from penchant.evaluation.answers import completion_sums
 from penchant.evaluation.figures import Figure, exp, ratio_of
+from penchant.evaluation.given_answers import completion_sums
 from penchant.evaluation.token_scores import TokenScores
 from penchant.types import TokenTree
 

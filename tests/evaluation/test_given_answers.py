@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from penchant.evaluation.answers import answer_figures, completion_sums, is_answer
 from penchant.evaluation.figures import Figure
+from penchant.evaluation.given_answers import answer_figures, completion_sums, is_answer
 from penchant.evaluation.perplexity import text_figures, without_eos
 from penchant.evaluation.token_scores import TokenScores
 from penchant.types import TokenTree
@@ -38,6 +38,7 @@ def test_pairs_by_hand() -> None:
     assert values["logps/accuracies"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert values["perplexity/chosen"] == pytest.approx(math.exp(10 / 4))
     assert values["perplexity/rejected"] == pytest.approx(math.exp(10 / 4))
+    assert values["perplexity_ratio/chosen"] == pytest.approx(math.exp(-2 / 4))
     assert values["ref_logps/chosen"] == pytest.approx(-4.0)
     assert values["logratios/chosen"] == pytest.approx((1 + 0 + 1) / 3)
     assert values["logratios/rejected"] == pytest.approx((0 + 1 + 3) / 3)

@@ -40,13 +40,11 @@ def answer_figures(scores: TokenScores, trees: Sequence[TokenTree], beta: float)
     c = _completions(trees)
     policy = _sums(scores.policy, c)
     found = [*_by_side("logps", policy, c), *_pair_share("logps/accuracies", policy, c)]
-    for side, good in zip(SIDES, (True, False), strict=True):
-        mine = c.good == good
-        if mine.any():
-            found.append(ratio_of(f"perplexity/{side}", -policy[mine], c.lengths[mine], c.clusters[mine], exp))
+    found += _perplexities("perplexity", -policy, c)
     if scores.reference is not None:
         reference = _sums(scores.reference, c)
         ratio = policy - reference
+        found += _perplexities("perplexity_ratio", -ratio, c)
         found += [*_by_side("ref_logps", reference, c), *_by_side("logratios", ratio, c)]
         found += _by_side("rewards", beta * ratio, c)
         found += [*_margins("rewards/margins", beta * ratio, c), *_pair_share("rewards/accuracies", ratio, c)]
@@ -96,6 +94,16 @@ def _by_side(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:
         mean_of(f"{name}/{side}", values[c.good == good], c.clusters[c.good == good])
         for side, good in zip(SIDES, (True, False), strict=True)
         if (c.good == good).any()
+    ]
+
+
+def _perplexities(name: str, nats: np.ndarray, c: _Completions) -> list[Figure]:
+    """``exp(sum nats / sum tokens)`` of each side."""
+    sides = [(side, c.good == good) for side, good in zip(SIDES, (True, False), strict=True)]
+    return [
+        ratio_of(f"{name}/{side}", nats[mine], c.lengths[mine], c.clusters[mine], exp)
+        for side, mine in sides
+        if mine.any()
     ]
 
 
