@@ -189,6 +189,7 @@ def test_a_run_keeps_a_line_of_each_evaluation_and_others_keep_none(there: Paths
     assert first["what"]["data"] == "held out" and second["what"]["data"] == there["test"]
     assert second["what"]["rows"] == 7 and len(second["what"]["fingerprint"]) == 64
     assert second["metrics"]["eval/rewards/margins"] == found["eval/rewards/margins"]
+    assert second["n"]["eval/rewards/margins"] == 7 and not any(name.endswith("/n") for name in second["metrics"])
     assert second["time"] and second["notes"] == found["notes"]
     whole = json.loads((tmp_path / "all.json").read_text())
     assert {k: v for k, v in whole.items() if k != "time"} == {k: v for k, v in second.items() if k != "time"}

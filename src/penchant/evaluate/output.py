@@ -15,17 +15,20 @@ from penchant.training.runfolder import MetricsLog, finite
 
 LOG = "evaluations.jsonl"
 NO_FIGURE = ("tables", "notes")
-SUFFIXES = ("/ci", "/n")
+COUNT = "/n"
+SUFFIXES = ("/ci", COUNT)
 
 
 def record(evaluated: Evaluated) -> dict[str, Any]:
-    """An evaluation as it stands in files: time, step, what was asked, figures, notes."""
-    metrics = {k: v for k, v in evaluated.metrics.items() if k not in NO_FIGURE}
+    """An evaluation as it stands in files: time, step, what was asked, figures, how many rows each is over, notes."""
+    found = evaluated.metrics
+    metrics = {k: v for k, v in found.items() if k not in NO_FIGURE and not k.endswith(COUNT)}
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": evaluated.step,
         "what": evaluated.what,
         "metrics": metrics,
+        "n": {k.removesuffix(COUNT): v for k, v in found.items() if k.endswith(COUNT)},
         "notes": evaluated.notes,
     }
 
