@@ -10,7 +10,7 @@ from penchant.report.glossary import meaning
 from penchant.report.html import Element, Node, el, fold, said, table
 from penchant.report.metrics import BY_NAME
 from penchant.report.numbers import estimate, interval
-from penchant.report.safe import ci_of, flat, mapping, num, text
+from penchant.report.safe import ci_of, flat, mapping, num, sequence, text
 
 MOST = 20
 
@@ -45,6 +45,7 @@ def _one(run: RunData | None, line: Mapping[str, Any], i: int) -> Element:
                 said(short),
                 el("b", estimate(value, ci, share)),
                 interval(*ci, share) if ci else "",
+                "" if (n := num(line.get("n"), name)) is None else f"{n:,.0f}",
                 el("small", meaning(name)),
             ]
         )
@@ -55,11 +56,15 @@ def _one(run: RunData | None, line: Mapping[str, Any], i: int) -> Element:
         said(text(line.get("time"))),
         f" \u00b7 step {text(line.get('step'))}",
     ]
-    body = el("div", table(["figure", "value", "95% interval", "what it is"], rows, numeric=(1, 2)), class_="panel")
+    body = el(
+        "div", table(["figure", "value", "95% interval", "n", "what it is"], rows, numeric=(1, 2, 3)), class_="panel"
+    )
+    notes = [el("li", said(text(n))) for n in sequence(line.get("notes")) if text(n)]
     return fold(
         title,
         el("p", said(what), class_="soft small wrap") if what else None,
         body,
+        el("ul", notes, class_="soft small") if notes else None,
         key=f"evaluation-{text(line.get('time'))}",
         open_=i == 0,
     )
