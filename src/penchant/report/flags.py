@@ -88,8 +88,13 @@ def _evidence(of: Mapping[str, Any]) -> Element | None:
     if not values:
         return None
     line: Node = sparkline(values, label) if len(values) > 3 or steps else None
-    ends = f"{number(values[0])} \u2192 {number(values[-1])}" if line is not None else ", ".join(map(number, values))
+    ends = f"{_plain(values[0])} \u2192 {_plain(values[-1])}" if line is not None else ", ".join(map(_plain, values))
     when = f"steps {steps[0]:,.0f} to {steps[-1]:,.0f}" if len(steps) > 1 else f"step {steps[0]:,.0f}" if steps else ""
     return el(
         "figure", line, el("figcaption", said(label), el("b", f" {ends}"), el("small", f" {when}") if when else None)
     )
+
+
+def _plain(value: float) -> str:
+    """Whole numbers whole: they are counts."""
+    return f"{value:,.0f}".replace("-", "\u2212") if value == int(value) and abs(value) < 1e6 else number(value)
