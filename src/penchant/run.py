@@ -75,7 +75,7 @@ from penchant.rewards.model import PolicyText, content_sha256, make_scorer
 from penchant.rewards.scorer import RewardScorer
 from penchant.rewards.training import RewardModelParts
 from penchant.sharing import Alone, Key
-from penchant.training.checkpoint import latest_checkpoint, load_checkpoint
+from penchant.training.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
 from penchant.training.loop import Loop, algorithm_state
 from penchant.training.optim import MasterAdamW
 from penchant.training.progress import console
@@ -864,7 +864,7 @@ class Run:
                 "data", "there is nothing held out to evaluate on", "set data.eval_path or data.validation_rows"
             )
         _ = self.algorithm
-        path = self._checkpoint_path(step)
+        path = find_checkpoint(self.folder, step)
         if path is None and step != "0" and (self.folder / "identity.json").exists():
             raise CheckpointError(
                 str(self.folder),
@@ -881,21 +881,6 @@ class Run:
             at = int(path.name.removeprefix("step-"))
         metrics = {"checkpoint": path.name if path else "start", **self._evaluate_now(at)}
         return metrics | ({"tables": self.quality} if self.quality else {})
-
-    def _checkpoint_path(self, step: str) -> Path | None:
-        if step == "0":
-            return None
-        last, _ = latest_checkpoint(self.folder)
-        if step == "last" or last is None:
-            return last
-        if step == "best":
-            _tensors, state = load_checkpoint(last)
-            step = str(state["best_step"])
-        path = self.folder / "checkpoints" / f"step-{step}"
-        if not path.exists():
-            there = sorted((p.name for p in path.parent.glob("step-*")), key=lambda name: int(name.split("-")[1]))
-            raise CheckpointError(str(path), "no such checkpoint", f"there are {', '.join(there)}; or last, best, 0")
-        return path
 
     # ---- what a run leaves beside its checkpoints -------------------------------------------------------------------
 
