@@ -117,9 +117,15 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--json", action="store_true", help="print JSON")
     audit.set_defaults(handler=_audit)
 
-    report = commands.add_parser("report", help="write a run's report.html anew")
-    report.add_argument("run", help="run folder")
-    report.add_argument("--output", help="where to write it (default: RUN/report.html)")
+    report = commands.add_parser(
+        "report", help="write the report of runs, a sweep, a pipeline or a comparison: one HTML file"
+    )
+    report.add_argument("paths", nargs="+", metavar="PATH", help="folder of a run, a sweep, a pipeline or a comparison")
+    report.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where to write it (default: report.html in PATH; of several, in the current folder)",
+    )
     report.set_defaults(handler=_report)
 
     flags = commands.add_parser("flags", help="what to know before trusting a run or a comparison, with the evidence")
@@ -266,7 +272,9 @@ def _pipeline(args: argparse.Namespace) -> int:
     if args.plan:
         print(api.pipeline_plan(args.config, *args.overrides, redo=args.redo))
         return 0
-    print(api.pipeline(args.config, *args.overrides, only=args.only, redo=args.redo, quiet=args.quiet).to_text())
+    result = api.pipeline(args.config, *args.overrides, only=args.only, redo=args.redo, quiet=args.quiet)
+    print(result.to_text())
+    print(f"report: {api.report(result.folder)}", file=sys.stderr)
     return 0
 
 
@@ -277,7 +285,9 @@ def _sweep(args: argparse.Namespace) -> int:
     if args.plan:
         print(api.sweep_plan(args.config, *args.overrides))
         return 0
-    print(api.sweep(args.config, *args.overrides, jobs=args.jobs, quiet=args.quiet).to_text())
+    result = api.sweep(args.config, *args.overrides, jobs=args.jobs, quiet=args.quiet)
+    print(result.to_text())
+    print(f"report: {result.folder / 'report.html'}", file=sys.stderr)
     return 0
 
 
@@ -354,6 +364,7 @@ def _compare(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(f"penchant: written to {result.folder}", file=sys.stderr)
     print(result.to_text())
+    print(f"report: {api.report(result.folder)}", file=sys.stderr)
     return 0
 
 
@@ -389,11 +400,9 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from pathlib import Path
+    from penchant import api
 
-    from penchant.report import write_report
-
-    print(write_report(Path(args.run), Path(args.output) if args.output else None))
+    print(api.report(*args.paths, output=args.output))
     return 0
 
 

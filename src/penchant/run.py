@@ -771,9 +771,10 @@ class Run:
 
     def train(self) -> TrainResult:
         """Train to the end (resuming by itself), evaluate, sample, write the report."""
-        from penchant.report import write_report
+        from penchant.report import LiveReport
 
         started = time.time()
+        live = LiveReport(self.folder, self.console.note)
         rewards = reward_contents(self.config)
         identity = run_identity(self.config, [d.fingerprint for d in self.datasets if d is not None], rewards)
         # a run of an older version did not keep what its rewards were made of: it counts as unchanged
@@ -791,6 +792,7 @@ class Run:
             if latest_checkpoint(self.folder)[0] is None:  # what another start wrote is not this one's
                 (self.folder / START_FILE).unlink(missing_ok=True)
             loop = self._loop()
+            loop.watched = live.told
             self._write_manifest(loop, started, status="running")
             before = self._samples("before", lambda: latest_checkpoint(self.folder)[0] is None)
             try:
@@ -798,13 +800,14 @@ class Run:
             except BaseException:
                 self._write_manifest(loop, started, status="stopped")
                 write_flags(self.folder)
+                live.now()
                 raise
             after = self._samples("after", lambda: True)
             self._write_samples(before, after)
             self._write_manifest(loop, started, status="finished")
             flags = write_flags(self.folder)
-            report = write_report(self.folder)
-        self.console.note(f"report: {report}")
+            live.now()
+        self.console.note(f"report: {live.path}")
         evals = [line for line in read_jsonl(self.folder / "metrics.jsonl") if line["kind"] == "eval"]
         return TrainResult(
             folder=self.folder,

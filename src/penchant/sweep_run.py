@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from penchant.models.load import check_model_path
 from penchant.pipeline import did_you_mean
 from penchant.pipeline_compare import check_reward
 from penchant.pipeline_state import Inputs, stage_inputs
+from penchant.report import LiveReport
 from penchant.run import Run
 from penchant.sharing import Shared
 from penchant.sweep import Sweep, SweepRun, named
@@ -51,13 +52,14 @@ class SweepResult:
 class _Lines(PlainConsole):
     """Progress of one run of several: now and then a line with its name, nothing of how it began."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, told: Callable[[str], None]) -> None:
         super().__init__(every_seconds=15.0)
         self.prefix = prefix
+        self.told = told
         self.last = time.monotonic()  # short runs have no line but that of their end
 
     def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
-        pass
+        self.told("eval")
 
     def note(self, text: str) -> None:
         pass
@@ -87,6 +89,7 @@ class SweepConductor:
         self.shared = Shared()
         self.state = State.read(sweep.output)
         self.runs: list[SweepRun] = []  # as far as they are known: a search draws them one by one
+        self.report = LiveReport(sweep.output, self.console.note)
         self._inputs: dict[str, Inputs] = {}
         self._trained: list[float] = []  # seconds of each run of this call
 
@@ -170,6 +173,7 @@ class SweepConductor:
                     Workers(self.jobs, self.sweep.output, self.quiet).run(self._to_train(), self._begin, self._end)
             finally:
                 table = self._write()
+                self.report.now()
         return SweepResult(self.sweep.output, table, {r.name: self.state.runs[r.name] for r in self.runs})
 
     def _write(self) -> Table:
@@ -223,7 +227,7 @@ class SweepConductor:
         for run in self._to_train():
             self._begin(run)
             started = time.monotonic()
-            lines = None if self.quiet else _Lines(self._number(run))
+            lines = None if self.quiet else _Lines(self._number(run), self.report.told)
             try:
                 made = train_one(run.config, self.shared, lines)
             except BaseException as error:
@@ -243,13 +247,15 @@ class SweepConductor:
         record = {"state": "running", "varied": dict(run.varied), "inputs": self.inputs(run), "seconds": seconds}
         self.state.runs[run.name] = record
         self.state.save()
+        self.report.told("step")
 
     def _end(self, run: SweepRun, made: Finished) -> None:
         """Remember what a run brought, and say it in a line."""
         record = self.state.runs[run.name]
         seconds = round(record["seconds"] + made["seconds"], 2)
         self.state.runs[run.name] = {**record, **made, "seconds": seconds}
-        self.state.save()
+        self._write()
+        self.report.told("eval")
         if made["state"] not in ENDED:
             return
         self._trained.append(made["seconds"])

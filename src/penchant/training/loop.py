@@ -61,6 +61,7 @@ class Loop:
         write_model: saves the model folder of a checkpoint.
         evaluate: metrics of the held-out set (keys start with ``eval/``), or None.
         updates: optimiser steps on each batch (online methods: on each batch of rollouts).
+        watched: told ``"step"`` after each step and ``"eval"`` after each evaluation, when their lines are written.
         start_tolerance: how far log-probs of policy and reference may be apart at step 0, where both are one model: nats per
             completion, and per token (0 and 0 for a reference that runs the same kernels on the same batch); None: no check.
     """
@@ -81,6 +82,7 @@ class Loop:
     evaluate: Callable[[int], Metrics] | None = None
     start_tolerance: tuple[float, float] | None = None
     updates: int = 1
+    watched: Callable[[str], None] = lambda _: None
     state: RunState = field(default_factory=RunState)
     interrupted: int | None = None
 
@@ -119,6 +121,7 @@ class Loop:
                 perf.write(speed)
                 self.console.step(step + 1, total, {**line, **speed})
                 self._after_step(metrics, schedule, total)
+                self.watched("step")
         return self.state
 
     def _after_step(self, metrics: MetricsLog, schedule: BatchSchedule, total: int) -> None:
@@ -313,6 +316,7 @@ class Loop:
             **values,
         }
         metrics.write(line)
+        self.watched("eval")
         self.console.evaluated(self.state.step, line)
         self.state.last_eval = line
         value = values.get(self.checkpoint.metric)
