@@ -116,6 +116,14 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--output", help="where to write it (default: RUN/report.html)")
     report.set_defaults(handler=_report)
 
+    watch = commands.add_parser("watch", help="follow runs in the terminal: progress, curves, figures, last answers")
+    watch.add_argument("paths", nargs="+", metavar="RUN", help="folder of a run, a sweep or a pipeline; or several runs")
+    watch.add_argument("--once", action="store_true", help="print one frame and end")
+    watch.add_argument(
+        "--interval", type=float, default=2.0, metavar="SECONDS", help="between two frames (default: 2)"
+    )
+    watch.set_defaults(handler=_watch)
+
     losses = commands.add_parser("losses", help="list the losses with their formulas and hyperparameters")
     losses.add_argument("name", nargs="?", help="one loss, with its whole description")
     losses.add_argument("--markdown", action="store_true", help="the page docs/losses.md")
@@ -266,6 +274,12 @@ def _report(args: argparse.Namespace) -> int:
 
     print(write_report(Path(args.run), Path(args.output) if args.output else None))
     return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from penchant.watch import watch
+
+    return watch(args.paths, once=args.once, interval=args.interval)
 
 
 def _losses(args: argparse.Namespace) -> int:

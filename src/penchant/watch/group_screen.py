@@ -1,0 +1,97 @@
+"""A frame of several runs: one line each, what is left of all, and below them the one that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from penchant.training.progress import duration
+from penchant.watch.group_view import OPEN_STATES, GroupView, Member, Metric, steps_of
+from penchant.watch.lines import STYLES, Size, bar, ends, fit, heading, whole_frame
+from penchant.watch.run_screen import PANEL_HEIGHT, panels
+from penchant.watch.text import clean, with_interval
+
+BAR = 10  # cells
+ORDER = ("running", "preparing", "interrupted", "paused", "stopped", "finished", "cut", "to come", "waiting")
+
+
+def group_frame(view: GroupView, size: Size) -> list[Text]:
+    """The runs in `size.height` lines at most."""
+    lines = [ends(Text(view.kind, "bold cyan") + "  " + Text(view.title, "bold"), _state(view), size.width)]
+    if not view.members:
+        return whole_frame([*lines, Text("no run has begun", "dim")], size)
+    lines.append(_counts(view))
+    rest = size.height - len(lines)
+    table = _table(view, size.lower(rest if rest < len(view.members) + 2 + PANEL_HEIGHT else len(view.members) + 1))
+    lines += table
+    shown = _shown(view)
+    room = size.height - len(lines) - 1
+    if shown is not None and room >= PANEL_HEIGHT:
+        curves = panels(shown.view, size.lower(room))
+        lines += [heading(shown.view.name, size.width, size.glyphs), *curves] if curves else []
+    return whole_frame(lines, size)
+
+
+def _state(view: GroupView) -> Text:
+    going = any(m.state in OPEN_STATES for m in view.members)
+    if going:
+        left = view.left
+        upper = "at most " if view.about.get("halving") else ""
+        return Text("running", STYLES["running"]) + Text(f", {upper}{duration(left)} left" if left is not None else "")
+    done = bool(view.members) and all(m.ended for m in view.members)
+    return Text("finished", "bold") if done else Text("not running", STYLES["interrupted"])
+
+
+def _counts(view: GroupView) -> Text:
+    counts = view.counts
+    said = [f"{counts[s]} {s}" for s in ORDER if s in counts]
+    return Text(f"{len(view.members)} runs: {', '.join(said)}")
+
+
+def _table(view: GroupView, size: Size) -> list[Text]:
+    """One line a run; where they do not all fit, those that go on first, and how many are left out."""
+    members = view.members
+    room = size.height - 1
+    if len(members) > room:
+        ranked = sorted(members, key=lambda m: ORDER.index(m.state) if m.state in ORDER else 0)
+        kept = {id(m) for m in ranked[: max(0, room - 1)]}
+        members = [m for m in members if id(m) in kept]
+    metrics = [m.metric(view.metric) for m in members]
+    names = sorted({m.name for m in metrics if m is not None})
+    rows = [_row(m, found, size) for m, found in zip(members, metrics, strict=True)]
+    head = ("run", "state", "steps", clean(names[0]) if len(names) == 1 else "metric", "")
+    widths = [max(len(r[i].plain) if isinstance(r[i], Text) else len(r[i]) for r in (head, *rows)) for i in range(4)]
+    widths[0] = min(widths[0], max(12, size.width - sum(widths[1:]) - 2 * 4 - 12))
+    lines = [_line([Text(h, "dim") for h in head], widths)]
+    lines += [_line(row, widths) for row in rows]
+    if len(members) < len(view.members):
+        lines.append(Text(f"and {len(view.members) - len(members)} more, for which there is no room", "dim"))
+    return lines
+
+
+def _row(member: Member, metric: Metric | None, size: Size) -> list[Text]:
+    step, total = steps_of(member)
+    steps = bar(step / total, BAR, size) + f" {step:,}/{total:,}" if total else Text(f"{step:,}" if step else "")
+    end = ""
+    if member.state in ("stopped", "cut"):
+        end = member.why
+    elif member.state == "running":
+        speed, left = member.view.speed, member.view.left
+        end = "" if left is None else f"{duration(left)} left"
+        end += "" if speed is None else f", {speed.tokens:,.0f} tokens/s"
+    elif member.state == "finished" and (took := member.view.took) is not None:
+        end = duration(took)
+    value = "" if metric is None else with_interval(metric.value, metric.interval)
+    return [Text(member.view.name), Text(member.state, STYLES.get(member.state, "")), steps, Text(value), Text(end)]
+
+
+def _line(cells: Sequence[Text], widths: Sequence[int]) -> Text:
+    return Text("  ").join([fit(c, w) for c, w in zip(cells, widths, strict=False)] + [cells[-1]])
+
+
+def _shown(view: GroupView) -> Member | None:
+    """The run below the lines: the first that goes on, else the last that has figures."""
+    going = [m for m in view.members if m.state in OPEN_STATES and m.view.last]
+    done = [m for m in view.members if m.view.last]
+    return going[0] if going else done[-1] if done else None
