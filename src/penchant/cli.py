@@ -117,11 +117,11 @@ def build_parser() -> argparse.ArgumentParser:
     report.set_defaults(handler=_report)
 
     watch = commands.add_parser("watch", help="follow runs in the terminal: progress, curves, figures, last answers")
-    watch.add_argument("paths", nargs="+", metavar="RUN", help="folder of a run, a sweep or a pipeline; or several runs")
-    watch.add_argument("--once", action="store_true", help="print one frame and end")
     watch.add_argument(
-        "--interval", type=float, default=2.0, metavar="SECONDS", help="between two frames (default: 2)"
+        "paths", nargs="+", metavar="RUN", help="folder of a run, a sweep or a pipeline; or several runs"
     )
+    watch.add_argument("--once", action="store_true", help="print one frame and end")
+    watch.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two frames (default: 2)")
     watch.set_defaults(handler=_watch)
 
     losses = commands.add_parser("losses", help="list the losses with their formulas and hyperparameters")

@@ -166,39 +166,31 @@ def _until(
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """A function that waits for a key at most so many seconds; "" for none. Without a terminal to read from it only waits."""
-    try:
-        import termios
-        import tty
+    """A function that waits for a key at most so many seconds; "" for none. Where there is no terminal to read from it only waits."""
+    if not sys.stdin or not sys.stdin.isatty():
+        yield _no_key
+        return
+    import termios
+    import tty
 
-        handle = sys.stdin.fileno()
-        before = termios.tcgetattr(handle)
-    except (ImportError, OSError, ValueError, AttributeError):
-        yield lambda seconds: (time.sleep(seconds), "")[1]
-        return
-    except Exception as error:  # termios.error is no OSError
-        if type(error).__name__ != "error":
-            raise
-        yield lambda seconds: (time.sleep(seconds), "")[1]
-        return
-    open_ = True
+    handle = sys.stdin.fileno()
+    before = termios.tcgetattr(handle)
 
     def pressed(seconds: float) -> str:
-        nonlocal open_
-        if not open_:
-            time.sleep(seconds)
-            return ""
         if not select.select([handle], [], [], seconds)[0]:
             return ""
-        found = os.read(handle, 1).decode(errors="replace")
-        open_ = bool(found)  # an ended input is always ready
-        return found
+        return os.read(handle, 1).decode(errors="replace") or "q"  # a terminal that is gone has nothing more to say
 
     tty.setcbreak(handle)
     try:
         yield pressed
     finally:
         termios.tcsetattr(handle, termios.TCSADRAIN, before)
+
+
+def _no_key(seconds: float) -> str:
+    time.sleep(seconds)
+    return ""
 
 
 @contextmanager

@@ -18,7 +18,7 @@ ORDER = ("running", "preparing", "interrupted", "paused", "stopped", "finished",
 
 def group_frame(view: GroupView, size: Size) -> list[Text]:
     """The runs in `size.height` lines at most."""
-    lines = [ends(Text(view.kind, "bold cyan") + "  " + Text(view.title, "bold"), _state(view), size.width)]
+    lines = [ends(Text.assemble((view.kind, "bold cyan"), "  ", (view.title, "bold")), _state(view), size.width)]
     if not view.members:
         return whole_frame([*lines, Text("no run has begun", "dim")], size)
     lines.append(_counts(view))
@@ -38,7 +38,8 @@ def _state(view: GroupView) -> Text:
     if going:
         left = view.left
         upper = "at most " if view.about.get("halving") else ""
-        return Text("running", STYLES["running"]) + Text(f", {upper}{duration(left)} left" if left is not None else "")
+        rest = f", {upper}{duration(left)} left" if left is not None else ""
+        return Text.assemble(("running", STYLES["running"]), rest)
     done = bool(view.members) and all(m.ended for m in view.members)
     return Text("finished", "bold") if done else Text("not running", STYLES["interrupted"])
 
@@ -46,7 +47,8 @@ def _state(view: GroupView) -> Text:
 def _counts(view: GroupView) -> Text:
     counts = view.counts
     said = [f"{counts[s]} {s}" for s in ORDER if s in counts]
-    return Text(f"{len(view.members)} runs: {', '.join(said)}")
+    n = len(view.members)
+    return Text(f"{n} run{'s' if n > 1 else ''}: {', '.join(said)}")
 
 
 def _table(view: GroupView, size: Size) -> list[Text]:
@@ -59,20 +61,24 @@ def _table(view: GroupView, size: Size) -> list[Text]:
         members = [m for m in members if id(m) in kept]
     metrics = [m.metric(view.metric) for m in members]
     names = sorted({m.name for m in metrics if m is not None})
-    rows = [_row(m, found, size) for m, found in zip(members, metrics, strict=True)]
-    head = ("run", "state", "steps", clean(names[0]) if len(names) == 1 else "metric", "")
-    widths = [max(len(r[i].plain) if isinstance(r[i], Text) else len(r[i]) for r in (head, *rows)) for i in range(4)]
+    rows = [_row(m, found, size, mixed=len(names) > 1) for m, found in zip(members, metrics, strict=True)]
+    words = ("run", "state", "steps", clean(names[0]) if len(names) == 1 else "metric", "")
+    head = [Text(w, "dim") for w in words]
+    widths = [max(r[i].cell_len for r in (head, *rows)) for i in range(4)]
     widths[0] = min(widths[0], max(12, size.width - sum(widths[1:]) - 2 * 4 - 12))
-    lines = [_line([Text(h, "dim") for h in head], widths)]
-    lines += [_line(row, widths) for row in rows]
+    lines = [_line(row, widths) for row in (head, *rows)]
     if len(members) < len(view.members):
         lines.append(Text(f"and {len(view.members) - len(members)} more, for which there is no room", "dim"))
     return lines
 
 
-def _row(member: Member, metric: Metric | None, size: Size) -> list[Text]:
+def _row(member: Member, metric: Metric | None, size: Size, mixed: bool) -> list[Text]:
     step, total = steps_of(member)
-    steps = bar(step / total, BAR, size) + f" {step:,}/{total:,}" if total else Text(f"{step:,}" if step else "")
+    steps = (
+        Text.assemble(bar(step / total, BAR, size), f" {step:,}/{total:,}")
+        if total
+        else Text(f"{step:,}" if step else "")
+    )
     end = ""
     if member.state in ("stopped", "cut"):
         end = member.why
@@ -83,11 +89,13 @@ def _row(member: Member, metric: Metric | None, size: Size) -> list[Text]:
     elif member.state == "finished" and (took := member.view.took) is not None:
         end = duration(took)
     value = "" if metric is None else with_interval(metric.value, metric.interval)
+    if mixed and metric is not None:
+        value += f" {metric.name}"
     return [Text(member.view.name), Text(member.state, STYLES.get(member.state, "")), steps, Text(value), Text(end)]
 
 
 def _line(cells: Sequence[Text], widths: Sequence[int]) -> Text:
-    return Text("  ").join([fit(c, w) for c, w in zip(cells, widths, strict=False)] + [cells[-1]])
+    return Text("  ").join([*(fit(c, w) for c, w in zip(cells, widths, strict=False)), cells[-1]])
 
 
 def _shown(view: GroupView) -> Member | None:

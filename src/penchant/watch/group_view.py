@@ -61,7 +61,7 @@ class Member:
                 return Metric(key, value, interval(last.get(f"{key}/ci")))
             edges = self.view.edges(key)
             if edges is not None:
-                return Metric(key, edges[1])
+                return Metric(f"train {key}", edges[1])
         return None
 
 

@@ -55,7 +55,7 @@ def fit(text: Text, width: int) -> Text:
 def ends(left: Text, right: Text, width: int) -> Text:
     """One text at each end of a line; the left one is cut where both do not fit."""
     room = max(0, width - right.cell_len - 2)
-    return fit(fit(left, room) + "  " + right, width)
+    return fit(Text.assemble(fit(left, room), "  ", right), width)
 
 
 def beside(blocks: Sequence[Sequence[Text]], widths: Sequence[int], gap: int = 2) -> list[Text]:
@@ -77,7 +77,7 @@ def wrapped(label: str, text: str, width: int, most: int, label_width: int) -> l
         last.truncate(room, overflow="ellipsis")
         lines = [*lines[: most - 1], last.plain]
     first = [label, *[""] * (len(lines) - 1)]
-    return [Text(f"{w:<{label_width}}", "dim") + Text(line) for w, line in zip(first, lines, strict=True)]
+    return [Text.assemble((f"{w:<{label_width}}", "dim"), line) for w, line in zip(first, lines, strict=True)]
 
 
 def _broken(text: str, width: int) -> Iterator[str]:
@@ -106,7 +106,7 @@ def bar(done: float, width: int, size: Size) -> Text:
     """A progress bar."""
     full, rest = size.full
     n = min(width, max(0, round(done * width)))
-    return Text(full * n, "green") + Text(rest * (width - n), "dim")
+    return Text.assemble((full * n, "green"), (rest * (width - n), "dim"))
 
 
 def whole_frame(lines: Sequence[Text], size: Size) -> list[Text]:

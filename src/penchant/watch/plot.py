@@ -153,7 +153,7 @@ def _rows(canvas: _Canvas, y0: float, y1: float, glyphs: Glyphs) -> list[Text]:
     made = []
     for y in range(canvas.height):
         left = Text(f"{labels.get(y, '')[:GUTTER]:>{GUTTER}}{glyphs.bar}", AXIS)
-        made.append(left + canvas.row(y, glyphs))
+        made.append(Text.assemble(left, canvas.row(y, glyphs)))
     return made
 
 

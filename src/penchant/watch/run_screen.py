@@ -92,9 +92,7 @@ def run_frame(view: RunView, size: Size) -> list[Text]:
 
 def header(view: RunView, size: Size) -> list[Text]:
     """What it is and its state; progress; speed; and a line of explanation where the state wants one."""
-    left = Text(view.name, "bold")
-    if view.method:
-        left = Text(f"{view.method}  ", "bold cyan") + left
+    left = Text.assemble((f"{view.method}  " if view.method else "", "bold cyan"), (view.name, "bold"))
     lines = [ends(left, state_words(view), size.width)]
     if view.step or view.total:
         lines.append(_progress(view, size))
@@ -110,12 +108,12 @@ def header(view: RunView, size: Size) -> list[Text]:
 
 def state_words(view: RunView) -> Text:
     """The state, with the time left or taken."""
-    said = Text(view.state, STYLES[view.state])
+    rest = ""
     if view.state == "running" and view.left is not None:
-        said += Text(f", {duration(view.left)} left")
+        rest = f", {duration(view.left)} left"
     elif view.state == "finished" and view.took is not None:
-        said += Text(f" in {duration(view.took)}")
-    return said
+        rest = f" in {duration(view.took)}"
+    return Text.assemble((view.state, STYLES[view.state]), rest)
 
 
 def _progress(view: RunView, size: Size) -> Text:
@@ -127,7 +125,7 @@ def _progress(view: RunView, size: Size) -> Text:
         return Text(f"{said}  {end}")
     end = f"{min(100, 100 * step // total)}%  {end}".rstrip()
     room = max(4, min(60, size.width - len(said) - len(end) - 4))
-    return Text(f"{said}  ") + bar(step / total, room, size) + Text(f"  {end}")
+    return Text.assemble(f"{said}  ", bar(step / total, room, size), f"  {end}")
 
 
 def _figures(view: RunView) -> list[Text]:
@@ -153,7 +151,7 @@ def _flags(view: RunView, size: Size) -> list[Text]:
     for flag in view.flags[:most]:
         style = "bold red" if flag.get("level") == "warning" else "yellow"
         title, sentence = clean(flag.get("title") or flag.get("name") or "flag", 80), clean(flag.get("sentence", ""))
-        lines.append(fit(Text(f"! {title}: ", style) + Text(sentence), size.width))
+        lines.append(fit(Text.assemble((f"! {title}: ", style), sentence), size.width))
     if len(view.flags) > most:
         lines.append(Text(f"! and {len(view.flags) - most} more in flags.json", "yellow"))
     return lines
@@ -181,14 +179,13 @@ def panels(view: RunView, size: Size) -> list[Text]:
 
 def _panel(view: RunView, panel: Panel, width: int, height: int, size: Size) -> list[Text]:
     line, points = view.line.get(panel.line, []), view.points.get(panel.points, [])
-    title = Text(panel.title, "bold")
-    if line:
-        title += Text(f"  {figure(line[-1][1])}", LINE)
-    if points:
-        title += Text(f"  {size.glyphs.point} {with_interval(points[-1].value, points[-1].interval)}", POINT)
-    if title.cell_len > width and points:  # the interval stands in the table too
-        title = Text(panel.title, "bold") + (Text(f"  {figure(line[-1][1])}", LINE) if line else Text())
-        title += Text(f"  {size.glyphs.point} {figure(points[-1].value)}", POINT)
+    trained = (f"  {figure(line[-1][1])}" if line else "", LINE)
+    last = points[-1] if points else None
+    words = [""] if last is None else [with_interval(last.value, last.interval), figure(last.value)]
+    made = [
+        Text.assemble((panel.title, "bold"), trained, (f"  {size.glyphs.point} {w}" if w else "", POINT)) for w in words
+    ]
+    title = next((t for t in made if t.cell_len <= width), made[-1])  # without the interval where that does not fit
     return [title, *plot(line, points, width, height - 1, size.glyphs, view.step)]
 
 

@@ -255,7 +255,11 @@ class RunView:
             return "stopped", clean(why, 300)
         batch = self.folder / f"stopped-batch-step-{self.manifest.get('steps')}.json"
         found = Whole(batch, json_object, {}).read().get("what")
-        return ("stopped", clean(found, 300)) if isinstance(found, str) else ("interrupted", "")
+        return (
+            ("stopped", clean(found, 300))
+            if isinstance(found, str)
+            else ("interrupted", "it ended before its last step")
+        )
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
