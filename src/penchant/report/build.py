@@ -111,6 +111,8 @@ def verdict(manifest: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -
         "finished": "",
         "running": "The run is still going on, or was killed. ",
         "stopped": "The run stopped before its end. ",
+        "interrupted": "The run was interrupted before its end. ",
+        "paused": "The run paused before its end. ",
     }
     prefix = state.get(str(manifest.get("status")), "")
     if len(evals) < 2:
