@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from test_sweep import InProcess, base, left, names, plan, run, trained, written
 
-from penchant import sweep_jobs
+from penchant import sweep_jobs, sweep_run
 from penchant.errors import CheckpointError, ConfigError
 from penchant.run import Run
 from penchant.sweep import load_sweep, sweep_from_mapping
@@ -140,7 +140,7 @@ def halved(base: dict[str, Any]) -> dict[str, Any]:
     """Four settings of 8 steps with a warm-up and a cosine: rungs at 2, 4 and 8, of which only the second is due an evaluation."""
     base["base"]["train"] |= {"epochs": 4.0, "warmup_fraction": 0.2}
     base["base"]["checkpoint"] = {"every": None, "keep_last": 1}
-    base["base"]["evaluation"] = {"samples": 1, "sample_tokens": 3, "kl_prompts": 2, "every": 4}
+    base["base"]["evaluation"] = {"samples": 0, "kl_prompts": 0, "every": 4}
     base["grid"] = {"train.lr": [1e-4, 3e-2, 1e-3, 3e-3]}
     return base | {"halving": {"rungs": 3, "factor": 2}, "metric": "eval/rewards/margins"}
 
@@ -148,8 +148,9 @@ def halved(base: dict[str, Any]) -> dict[str, Any]:
 def test_a_survivor_is_the_run_that_was_never_halved_bit_for_bit(
     halved: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranks = {k: v for k, v in halved.items() if k != "halving"}
-    whole = run(ranks, f"output={tmp_path}/whole")
+    halved["base"]["evaluation"] |= {"samples": 1, "sample_tokens": 3, "kl_prompts": 2}
+    full = {k: v for k, v in halved.items() if k != "halving"}
+    whole = run(full, f"output={tmp_path}/whole")
     steps: list[tuple[str, int]] = []
     real = Loop._step
     monkeypatch.setattr(
@@ -182,51 +183,43 @@ def test_a_survivor_is_the_run_that_was_never_halved_bit_for_bit(
     assert run(halved).to_text() == result.to_text() and len(steps) == before
     assert sum("stopped at rung" in line for line in plan(halved)) >= 3
     # left out, every run is trained on to its end, and is then the same too
-    on = run({k: v for k, v in halved.items() if k != "halving"})
+    on = run(full)
     assert on.to_text() == whole.to_text() and len(steps) == 4 * 8
     assert all(left(tmp_path / "sweep" / n) == left(tmp_path / "whole" / n) for n in states)
 
 
-@pytest.mark.parametrize("at", ["in a rung", "at a rung", "judged"])
-def test_interrupted_it_continues_with_the_same_ranks(
-    halved: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+class Killed(BaseException):
+    """A kill, as far as a test can have one: nobody catches it."""
+
+
+def kill(*_: Any, **__: Any) -> Any:
+    raise Killed
+
+
+def test_killed_again_and_again_it_ends_with_the_same_ranks_also_two_at_a_time(
+    halved: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill in the second rung; between a checkpoint at a rung and its record; and between a rung's end and its judgement."""
+    """Between a checkpoint at a rung and its record, between a rung's end and its judgement, and in the second rung."""
     whole = run(halved, f"output={tmp_path}/whole")
-
-    class Killed(BaseException):
-        pass
-
-    def stop(*_: Any, **__: Any) -> Any:
-        raise Killed
-
-    with monkeypatch.context() as patched:
-        if at == "in a rung":
-            real = Loop._step
-            patched.setattr(Loop, "_step", lambda s, step, *a: stop() if step == 3 else real(s, step, *a))
-        elif at == "at a rung":
-            patched.setattr(Loop, "_pause", stop)
-        else:
-            patched.setattr("penchant.sweep_run.standings_at", stop)
-        with pytest.raises(Killed):
-            run(halved)
-    again = run(halved)
+    real = Loop._step
+    kills: list[tuple[Any, str, Any]] = [
+        (Loop, "_pause", kill),
+        (sweep_run, "standings_at", kill),
+        (Loop, "_step", lambda self, step, *a: kill() if step == 3 else real(self, step, *a)),
+    ]
+    for where, name, by in kills:
+        with monkeypatch.context() as patched:
+            patched.setattr(where, name, by)
+            with pytest.raises(Killed):
+                run(halved)
+    monkeypatch.setattr(sweep_jobs, "Worker", InProcess)
+    again = run(halved, jobs=2)
     assert again.to_text() == whole.to_text()
     for name, record in again.runs.items():
         other = whole.runs[name]
         assert (record["state"], record.get("cut")) == (other["state"], other.get("cut"))
         assert record["rungs"] == other["rungs"]
         assert left(tmp_path / "sweep" / name) == left(tmp_path / "whole" / name)
-
-
-def test_two_at_a_time_is_the_same(halved: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = run(halved)
-    monkeypatch.setattr(sweep_jobs, "Worker", InProcess)
-    two = run(halved, f"output={tmp_path}/jobs", jobs=2)
-    assert two.to_text() == one.to_text()
-    for name, record in two.runs.items():
-        assert record["rungs"] == one.runs[name]["rungs"]
-        assert left(tmp_path / "jobs" / name) == left(tmp_path / "sweep" / name)
 
 
 def test_changes_are_refused_and_deleted_folders_of_what_was_cut_are_not_missed(
@@ -249,9 +242,9 @@ def test_changes_are_refused_and_deleted_folders_of_what_was_cut_are_not_missed(
         run(halved, "train.lr=0.0001,0.003,0.01")
     assert entered == []
     other = {k: v for k, v in halved.items() if k != "halving"} | {"output": str(tmp_path / "other")}
-    run(other, "train.max_steps=1")
+    run(other, "train.max_steps=2")
     with pytest.raises(CheckpointError, match="it was not there"):
-        run({**other, "halving": halved["halving"]}, "train.max_steps=1")
+        run({**other, "halving": halved["halving"]}, "train.max_steps=2")
 
 
 def test_a_setting_that_stops_itself_goes_with_all_its_seeds(halved: dict[str, Any]) -> None:
