@@ -21,7 +21,7 @@ from rich.text import Text
 from penchant.errors import CheckpointError, ConfigError
 from penchant.watch.group_screen import group_frame
 from penchant.watch.group_view import GroupView, open_view
-from penchant.watch.lines import Size, ends, whole_frame
+from penchant.watch.lines import Size, ends, whole_frame, wrapped
 from penchant.watch.plot import ASCII, UNICODE
 from penchant.watch.run_screen import run_frame
 from penchant.watch.run_view import RunView
@@ -63,7 +63,7 @@ class Watch:
 
     def frame(self, size: Size) -> list[Text]:
         if self.nothing:
-            return whole_frame([Text(waiting_words(self.paths[0]))], size)
+            return whole_frame(wrapped("", waiting_words(self.paths[0]), size.width, size.height, 0), size)
         if isinstance(self.view, RunView):
             return run_frame(self.view, size)
         if 0 < self.chosen <= len(self.view.members):
@@ -95,7 +95,7 @@ def watch(paths: Sequence[str], *, once: bool = False, interval: float = 2.0) ->
             raise ConfigError(clean(path), "is a file", "give the folder that its `output` names")
     shown = Watch([Path(p) for p in paths])
     with suppress(AttributeError, ValueError):
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     console = Console(highlight=False)
     if once or not console.is_terminal or console.is_dumb_terminal:
         return _print(shown, console)
@@ -113,9 +113,9 @@ def waiting_words(path: Path) -> str:
     return f"{clean(path)}: no such folder yet"
 
 
-def _size(width: int, height: int) -> Size:
-    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
-    return Size(max(20, width), height, UNICODE if encoding.startswith("utf") else ASCII)
+def _size(console: Console, width: int, height: int) -> Size:
+    """The room there is, and characters that the output knows (the console's: while it is live, sys.stdout has no encoding)."""
+    return Size(max(20, width), height, UNICODE if console.encoding.startswith("utf") else ASCII)
 
 
 def _print(shown: Watch, console: Console) -> int:
@@ -125,7 +125,7 @@ def _print(shown: Watch, console: Console) -> int:
             clean(shown.paths[0]), waiting_words(shown.paths[0]).rpartition(": ")[2], "give a run's folder"
         )
     columns, lines = shutil.get_terminal_size(PRINTED)
-    frame = shown.frame(_size(columns, lines - 1))
+    frame = shown.frame(_size(console, columns, lines - 1))
     console.width = max(20, columns)
     for line in frame:
         line.rstrip()
@@ -153,7 +153,7 @@ def _until(
         width, height = console.size
         if (now := (width, height, shown.chosen)) != drawn:
             drawn = now
-            size = _size(width, height - 1)
+            size = _size(console, width, height - 1)
             frame = shown.frame(size)
             frame += [Text()] * (size.height - len(frame))
             live.update(Group(*frame, shown.footer(every, size.width)), refresh=True)

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from penchant.training.progress import duration
 from penchant.watch.group_view import OPEN_STATES, GroupView, Member, Metric, steps_of
-from penchant.watch.lines import STYLES, Size, bar, ends, fit, heading, whole_frame
+from penchant.watch.lines import STYLES, Size, bar, fit, heading, title, whole_frame
 from penchant.watch.run_screen import PANEL_HEIGHT, panels
 from penchant.watch.text import clean, with_interval
 
@@ -18,7 +18,7 @@ ORDER = ("running", "preparing", "interrupted", "paused", "stopped", "finished",
 
 def group_frame(view: GroupView, size: Size) -> list[Text]:
     """The runs in `size.height` lines at most."""
-    lines = [ends(Text.assemble((view.kind, "bold cyan"), "  ", (view.title, "bold")), _state(view), size.width)]
+    lines = [title(view.kind, view.title, _state(view), size.width)]
     if not view.members:
         return whole_frame([*lines, Text("no run has begun", "dim")], size)
     lines.append(_counts(view))
@@ -81,7 +81,7 @@ def _row(member: Member, metric: Metric | None, size: Size, mixed: bool) -> list
     )
     end = ""
     if member.state in ("stopped", "cut"):
-        end = member.why
+        end = member.why.removeprefix("stopped at ")
     elif member.state == "running":
         speed, left = member.view.speed, member.view.left
         end = "" if left is None else f"{duration(left)} left"

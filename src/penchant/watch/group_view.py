@@ -128,7 +128,7 @@ class GroupView:
         listed = self.about.get("runs")
         names = listed if isinstance(listed, list) else []
         for name in dict.fromkeys([*(n for n in names if isinstance(n, str)), *(() if names else records)]):
-            if Path(name).name == name:  # a name, and no path that leads elsewhere
+            if Path(name).name == name and name not in ("", "..") and "\0" not in name:  # no path that leads elsewhere
                 yield clean(name, 200), self.folder / name, records.get(name, {})
 
     # ---- what follows ---------------------------------------------------------------------------------------------

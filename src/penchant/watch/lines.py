@@ -58,6 +58,17 @@ def ends(left: Text, right: Text, width: int) -> Text:
     return fit(Text.assemble(fit(left, room), "  ", right), width)
 
 
+def title(kind: str, name: str, state: Text, width: int) -> Text:
+    """The first line: what is shown, and its state at the other end. Of a long path the end is kept, which tells it from others."""
+    kind = f"{kind}  " if kind else ""
+    room = max(1, width - state.cell_len - 2 - cell_len(kind))
+    if cell_len(name) > room:
+        while name and cell_len(name) >= room:
+            name = name[1:]
+        name = f"…{name}"
+    return ends(Text.assemble((kind, "bold cyan"), (name, "bold")), state, width)
+
+
 def beside(blocks: Sequence[Sequence[Text]], widths: Sequence[int], gap: int = 2) -> list[Text]:
     """Blocks of lines next to each other."""
     height = max((len(b) for b in blocks), default=0)

@@ -40,14 +40,13 @@ UNICODE = Glyphs()
 ASCII = Glyphs(point="o", whisker="|", bar="|", rule="-", corner="+", braille=False)
 
 
-def axis_labels(low: float, high: float, count: int) -> list[str]:
-    """`count` labels from high to low, with as many decimals as tell them apart."""
-    span = high - low
-    values = [high - span * i / max(1, count - 1) for i in range(count)]
+def axis_label(value: float, span: float, largest: float) -> str:
+    """A place on an axis, with as many decimals as tell it from others of that span."""
     decimals = max(0, 1 - math.floor(math.log10(span))) if span > 0 else 2
-    if max(abs(low), abs(high)) >= 1e5 or decimals > 4:
-        return [f"{v:.1e}" for v in values]
-    return [f"{v + 0.0:.{decimals}f}" for v in values]
+    if largest >= 1e5 or decimals > 4:
+        return f"{value:.1e}"
+    made = f"{value:.{decimals}f}"
+    return made.lstrip("-") if float(made) == 0 else made
 
 
 def binned(line: Sequence[Pair], x0: float, x1: float, columns: int) -> list[tuple[int, float]]:
@@ -142,17 +141,15 @@ def _draw_points(canvas: _Canvas, points: Sequence[Point], xs: Pair, ys: Pair, g
 
 
 def _rows(canvas: _Canvas, y0: float, y1: float, glyphs: Glyphs) -> list[Text]:
-    places = [0, canvas.height - 1] if canvas.height < 5 else [0, (canvas.height - 1) // 2, canvas.height - 1]
-    # a label stands for the middle of its row; the outer ones for the plot's edges
-    middle = y1 - (y1 - y0) * (places[1] + 0.5) / canvas.height if len(places) == 3 else y0
-    values = axis_labels(y0, y1, 2)
-    labels = {0: values[0], canvas.height - 1: values[1]}
-    if len(places) == 3:
-        decimals = len(values[0].partition(".")[2])
-        labels[places[1]] = f"{middle:.1e}" if "e" in values[0] else f"{middle + 0.0:.{decimals}f}"
+    span, largest, last = y1 - y0, max(abs(y0), abs(y1)), canvas.height - 1
+    # the outer labels are the plot's edges, the one between them stands for the middle of its row
+    values = {0: y1, last // 2: y1 - span * (last // 2 + 0.5) / canvas.height, last: y0}
+    if canvas.height < 5:
+        values = {0: y1, last: y0}
     made = []
     for y in range(canvas.height):
-        left = Text(f"{labels.get(y, '')[:GUTTER]:>{GUTTER}}{glyphs.bar}", AXIS)
+        label = axis_label(values[y], span, largest) if y in values else ""
+        left = Text(f"{label[:GUTTER]:>{GUTTER}}{glyphs.bar}", AXIS)
         made.append(Text.assemble(left, canvas.row(y, glyphs)))
     return made
 

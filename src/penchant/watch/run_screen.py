@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from penchant.training.progress import duration
-from penchant.watch.lines import STYLES, Size, bar, beside, ends, fit, heading, whole_frame, wrapped
+from penchant.watch.lines import STYLES, Size, bar, beside, fit, heading, title, whole_frame, wrapped
 from penchant.watch.plot import LINE, POINT, plot
 from penchant.watch.run_view import RunView
 from penchant.watch.text import clean, figure, interval, number, whole, with_interval
@@ -92,8 +92,7 @@ def run_frame(view: RunView, size: Size) -> list[Text]:
 
 def header(view: RunView, size: Size) -> list[Text]:
     """What it is and its state; progress; speed; and a line of explanation where the state wants one."""
-    left = Text.assemble((f"{view.method}  " if view.method else "", "bold cyan"), (view.name, "bold"))
-    lines = [ends(left, state_words(view), size.width)]
+    lines = [title(view.method, view.name, state_words(view), size.width)]
     if view.step or view.total:
         lines.append(_progress(view, size))
     if figures := _figures(view):
@@ -150,8 +149,8 @@ def _flags(view: RunView, size: Size) -> list[Text]:
     lines = []
     for flag in view.flags[:most]:
         style = "bold red" if flag.get("level") == "warning" else "yellow"
-        title, sentence = clean(flag.get("title") or flag.get("name") or "flag", 80), clean(flag.get("sentence", ""))
-        lines.append(fit(Text.assemble((f"! {title}: ", style), sentence), size.width))
+        named, sentence = clean(flag.get("title") or flag.get("name") or "flag", 80), clean(flag.get("sentence", ""))
+        lines.append(fit(Text.assemble((f"! {named}: ", style), sentence), size.width))
     if len(view.flags) > most:
         lines.append(Text(f"! and {len(view.flags) - most} more in flags.json", "yellow"))
     return lines
@@ -185,8 +184,8 @@ def _panel(view: RunView, panel: Panel, width: int, height: int, size: Size) -> 
     made = [
         Text.assemble((panel.title, "bold"), trained, (f"  {size.glyphs.point} {w}" if w else "", POINT)) for w in words
     ]
-    title = next((t for t in made if t.cell_len <= width), made[-1])  # without the interval where that does not fit
-    return [title, *plot(line, points, width, height - 1, size.glyphs, view.step)]
+    shown = next((t for t in made if t.cell_len <= width), made[-1])  # without the interval where that does not fit
+    return [shown, *plot(line, points, width, height - 1, size.glyphs, view.step)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,16 +197,16 @@ def _table(view: RunView, size: Size) -> list[Text]:
         rows = [_held_out_row(view, key, name) for key, name in TABLE if number(view.last_eval.get(key)) is not None]
         first, last = (whole(e.get("step")) or 0 for e in (view.first_eval, view.last_eval))
         held = whole(view.last_eval.get("rows", view.last_eval.get("eval/rows")))
-        title = "held out" + (f", {held:,} rows" if held else "")
+        which = "held out" + (f", {held:,} rows" if held else "")
         head = ("", f"step {first:,}", f"step {last:,}", "change") if first != last else ("", "", f"step {last:,}", "")
     else:
         keys = [(key.removeprefix("eval/"), name) for key, name in TABLE]
         rows = [(n, figure(e[0]), figure(e[1]), f"{e[1] - e[0]:+.4f}") for k, n in keys if (e := view.edges(k))]
-        title, head = "training: mean of the first and of the last steps", ("", "first", "last", "change")
+        which, head = "training: mean of the first and of the last steps", ("", "first", "last", "change")
     if not rows:
         return []
     widths = [max(len(r[i]) for r in (head, *rows)) for i in range(4)]
-    body = [heading(title, size.width, size.glyphs)]
+    body = [heading(which, size.width, size.glyphs)]
     for cells, style in ((head, "dim"), *((r, "") for r in rows)):
         padded = [cells[0].ljust(widths[0]), *(c.ljust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
         body.append(Text("  ".join(padded).rstrip(), style))
@@ -229,7 +228,8 @@ def _samples(view: RunView, size: Size) -> list[Text]:
     rows = view.samples
     if not rows or size.height < 3:
         return []
-    lines = [heading("last answers", size.width, size.glyphs)]
+    which = "last answers" if any("after" in r for r in rows) else "answers before training"
+    lines = [heading(which, size.width, size.glyphs)]
     parts = [("prompt", "prompt"), ("before", "before"), ("completion", "start"), ("after", "after")]
     per = [[(label, clean(row[key])) for key, label in parts if isinstance(row.get(key), str)] for row in rows]
     per = [p for p in per if p]

@@ -6,6 +6,8 @@ import math
 import unicodedata
 from typing import Any
 
+LARGEST = 1e100  # differences of larger numbers may not be finite
+
 
 def clean(text: object, most: int = 4000) -> str:
     """A text as one line that no terminal acts on: control, format and bidirectional characters are written out as escapes."""
@@ -23,14 +25,14 @@ def _shown(c: str) -> str:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else that a file may hold in its place."""
+    """A number that can be drawn, or None for anything else that a file may hold in its place."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
         made = float(value)
     except OverflowError:
         return None
-    return made if math.isfinite(made) else None
+    return made if math.isfinite(made) and abs(made) < LARGEST else None
 
 
 def whole(value: Any) -> int | None:
