@@ -281,3 +281,13 @@ def test_a_pause_says_its_figures_and_refuses_to_go_back(halved: dict[str, Any],
     with pytest.raises(CheckpointError, match="is at step 3 already, beyond step 2"):
         Run(config, quiet=True, pause_at=2).train()
     assert Run(config, quiet=True, pause_at=8).train().steps == 8  # its end is no pause
+
+
+def test_the_documented_sweep_is_one(tmp_path: Path) -> None:
+    docs = (Path(__file__).parents[1] / "docs/sweep.md").read_text()
+    (block,) = re.findall(r"```yaml\n# halved.yaml\n(.*?)```", docs, flags=re.S)
+    (tmp_path / "run.yaml").write_text("model: {path: m}\ndata: {path: d.jsonl, validation_fraction: 0.1}\n")
+    (tmp_path / "halved.yaml").write_text(block)
+    sweep = load_sweep(tmp_path / "halved.yaml")
+    assert sweep.halving is not None and len({r.setting for r in sweep.runs}) == 10
+    assert (sweep.halving.kept(10), sweep.halving.kept(4)) == (4, 2)  # as the docs reckon

@@ -250,7 +250,8 @@ def make_sweep(folder: Path) -> Path:
     make_run(folder / "a", 20, status="finished", total_steps=20)
     make_run(folder / "b", 8, total_steps=20)
     make_run(folder / "c", 5, status="paused", why="at step 5", total_steps=20)
-    cut = {"state": "cut", "why": "stopped at rung 1 of 3: rank 3 of 4"}
+    rungs = {"1": {"step": 5, "metrics": {"eval/rewards/accuracies": 0.4321}}}
+    cut = {"state": "cut", "why": "stopped at rung 1 of 3: rank 3 of 4", "rungs": rungs}
     records = {"a": {"state": "finished"}, "b": {"state": "running"}, "c": cut}
     about = {"metric": "eval/rewards/accuracies", "runs": ["a", "b", "c", "d"], "halving": {"rungs": 3}}
     (folder / "sweep.json").write_text(json.dumps({"sweep": about, "table": None, "runs": records}))
@@ -266,10 +267,16 @@ def test_a_sweep_has_a_line_a_run_and_the_time_left_of_all(tmp_path: Path) -> No
         assert [m.state for m in view.members] == ["finished", "running", "cut", "to come"]
         assert view.left == (12 + 20) * 2.0  # b has 12 steps to do, d all of its 20
         said = text(view, 110, 30)
+        assert view.going
+    view.refresh()
+    assert not view.going and "not running" in text(view)
+    with RunLock(folder):  # between two of its runs
+        assert view.going and "running, at most" in text(view)
     assert "running, at most 1m04s left" in said and "4 runs: 1 running, 1 finished, 1 cut, 1 to come" in said
     rows = {line.split()[0]: line for line in said.splitlines()[3:7]}
     assert "20/20  0.7000 [0.6500, 0.6500]" in rows["a"] and "24s left, 50 tokens/s" in rows["b"]
-    assert "rung 1 of 3: rank 3 of 4" in rows["c"] and rows["d"].split() == ["d", "to", "come"]
+    assert "5/20   0.4321 " in rows["c"] and "rung 1 of 3: rank 3 of 4" in rows["c"]
+    assert rows["d"].split() == ["d", "to", "come"]
     assert "── b ─" in said  # the run that goes on is shown below
 
 

@@ -34,8 +34,7 @@ def group_frame(view: GroupView, size: Size) -> list[Text]:
 
 
 def _state(view: GroupView) -> Text:
-    going = any(m.state in OPEN_STATES for m in view.members)
-    if going:
+    if view.going:
         left = view.left
         upper = "at most " if view.about.get("halving") else ""
         rest = f", {upper}{duration(left)} left" if left is not None else ""
@@ -86,7 +85,7 @@ def _row(member: Member, metric: Metric | None, size: Size, mixed: bool) -> list
         speed, left = member.view.speed, member.view.left
         end = "" if left is None else f"{duration(left)} left"
         end += "" if speed is None else f", {speed.tokens:,.0f} tokens/s"
-    elif member.state == "finished" and (took := member.view.took) is not None:
+    elif member.state == "finished" and (took := member.took) is not None:
         end = duration(took)
     value = "" if metric is None else with_interval(metric.value, metric.interval)
     if mixed and metric is not None:
@@ -99,7 +98,8 @@ def _line(cells: Sequence[Text], widths: Sequence[int]) -> Text:
 
 
 def _shown(view: GroupView) -> Member | None:
-    """The run below the lines: the first that goes on, else the last that has figures."""
-    going = [m for m in view.members if m.state in OPEN_STATES and m.view.last]
-    done = [m for m in view.members if m.view.last]
+    """The run below the lines: the first that goes on, else the last that came to its end, else the last that has figures."""
+    members = [m for m in view.members if m.view.last]
+    going = [m for m in members if m.state in OPEN_STATES]
+    done = [m for m in members if m.state == "finished"] or members
     return going[0] if going else done[-1] if done else None

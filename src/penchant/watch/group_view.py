@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.watch.follow import Whole, json_object
+from penchant.watch.lock import lock_of
 from penchant.watch.run_view import RunView, State
 from penchant.watch.text import clean, interval, number, whole
 
@@ -52,9 +53,24 @@ class Member:
     def ended(self) -> bool:
         return self.state in ENDED
 
+    @property
+    def took(self) -> float | None:
+        """Seconds: of all its sessions where its record says them."""
+        return number(self.record.get("seconds")) or self.view.took
+
+    @property
+    def _at_rung(self) -> dict[str, Any]:
+        """Its figures at the last rung that it has reached, if it stands there; they are in none of its own files."""
+        rungs = self.record.get("rungs")
+        if self.state not in ("paused", "cut") or not isinstance(rungs, dict):
+            return {}
+        steps = [(whole(r.get("step")) or 0, r.get("metrics")) for r in rungs.values() if isinstance(r, dict)]
+        found = max(steps, key=lambda s: s[0], default=(0, None))[1]
+        return found if isinstance(found, dict) else {}
+
     def metric(self, name: str | None) -> Metric | None:
-        """The metric's last value: held out where there is one, else the mean of the last training steps."""
-        last = self.view.last_eval
+        """The metric's last value: held out where there is one (of a run at a rung: there), else the mean of the last training steps."""
+        last = self._at_rung or self.view.last_eval
         for key in (name,) if name else USUAL:
             value = number(last.get(key))
             if value is not None:
@@ -141,15 +157,22 @@ class GroupView:
         return found
 
     @property
+    def going(self) -> bool:
+        """Whether any of it goes on; between two of its runs none does, but the sweep's or pipeline's own process is there."""
+        if self.folder is not None and self.kind != "runs" and lock_of(self.folder) == "held":
+            return True
+        return any(m.state in OPEN_STATES for m in self.members)
+
+    @property
     def left(self) -> float | None:
         """Seconds until all are done: steps that are still to be done at the speed of those that were, over the runs that go on now.
 
         With successive halving an upper bound: it counts every run that is still in as one that stays.
         """
-        going = [m for m in self.members if m.state in OPEN_STATES]
+        at_once = max(1, sum(m.state in OPEN_STATES for m in self.members))
         speeds = [s.seconds for m in self.members if (s := m.view.speed) is not None]
         totals = [t for m in self.members if (t := m.view.total) is not None]
-        if not going or not speeds or not totals or self.kind == "pipeline":
+        if not self.going or not speeds or not totals or self.kind == "pipeline":
             return None
         usual, steps = sum(speeds) / len(speeds), sum(totals) / len(totals)
         seconds = 0.0
@@ -158,7 +181,7 @@ class GroupView:
                 own = m.view.speed
                 todo = max(0.0, (m.view.total or steps) - m.view.step)
                 seconds += todo * (own.seconds if own is not None else usual)
-        return seconds / len(going)
+        return seconds / at_once
 
 
 def runs_below(folder: Path) -> list[Path]:
