@@ -21,7 +21,7 @@ from penchant.watch.lines import Size
 from penchant.watch.plot import ASCII
 from penchant.watch.run_screen import run_frame
 from penchant.watch.run_view import RunView
-from penchant.watch.text import clean
+from penchant.watch.text import clean, number, whole
 
 SIZES = [(80, 24), (80, 23), (120, 40), (40, 12), (200, 70), (20, 3), (60, 1)]
 
@@ -83,6 +83,22 @@ def test_a_resumed_run_goes_back_and_its_old_steps_are_gone(tmp_path: Path) -> N
         out.write(lines(train_rows(6, 6)))
     view.refresh()
     assert view.step == 6 and view.speed is not None and view.speed.seconds == (5 * 2.0 + 9.0) / 6
+
+
+def test_only_the_last_steps_say_how_fast_it_is(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 25)
+    (folder / "perf.jsonl").write_text(lines([*perf_rows(1, 5, seconds=100.0), *perf_rows(6, 25, seconds=1.0)]))
+    view = seen(folder)
+    assert view.speed is not None and view.speed.seconds == 1.0
+
+
+@pytest.mark.parametrize("value", [True, None, "3", [3], float("nan"), float("-inf"), 10**400, 1e300, -1e300])
+def test_what_is_no_number_is_none(tmp_path: Path, value: Any) -> None:
+    assert number(value) is None and whole(value) is None
+    folder = make_run(tmp_path / "run", 3)
+    rows = [r | {"loss": v} for r, v in zip(train_rows(1, 3), (-1e300, value, 1e300), strict=True)]
+    (folder / "metrics.jsonl").write_text(lines(rows))
+    assert "preference accuracy" in text(seen(folder)) and "loss" not in text(seen(folder)).split("──")[0]
 
 
 def test_steps_between_two_logged_ones_count(tmp_path: Path) -> None:

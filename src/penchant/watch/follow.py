@@ -38,7 +38,7 @@ class Tail:
                 seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
                 if seen == self._seen:
                     return False, []
-                anew = self._offset > 0 and not self._is_same(file, stat)
+                anew = self._offset > 0 and not self._is_same(file, stat.st_ino)
                 if anew:
                     self._forget()
                 self._seen = seen
@@ -51,8 +51,8 @@ class Tail:
     def _forget(self) -> None:
         self._offset, self._mark, self._seen, self.unreadable = 0, b"", None, 0
 
-    def _is_same(self, file: Any, stat: os.stat_result) -> bool:
-        if self._seen is None or stat.st_ino != self._seen[0] or stat.st_size < self._offset:
+    def _is_same(self, file: Any, inode: int) -> bool:
+        if self._seen is None or inode != self._seen[0]:
             return False
         file.seek(self._offset - len(self._mark))
         return bool(file.read(len(self._mark)) == self._mark)
