@@ -138,6 +138,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flags.set_defaults(handler=_flags)
 
+    watch = commands.add_parser("watch", help="follow runs in the terminal: progress, curves, figures, last answers")
+    watch.add_argument(
+        "paths", nargs="+", metavar="RUN", help="folder of a run, a sweep or a pipeline; or several runs"
+    )
+    watch.add_argument("--once", action="store_true", help="print one frame and end")
+    watch.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two frames (default: 2)")
+    watch.set_defaults(handler=_watch)
+
     losses = commands.add_parser("losses", help="list the losses with their formulas and hyperparameters")
     losses.add_argument("name", nargs="?", help="one loss, with its whole description")
     losses.add_argument("--markdown", action="store_true", help="the page docs/losses.md")
@@ -424,6 +432,12 @@ def _flags(args: argparse.Namespace) -> int:
     else:
         print(as_text(found))
     return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from penchant.watch import watch
+
+    return watch(args.paths, once=args.once, interval=args.interval)
 
 
 def _losses(args: argparse.Namespace) -> int:
