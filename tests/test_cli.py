@@ -55,6 +55,11 @@ def test_train_eval_audit_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "run/report.html").unlink()
     assert main(["report", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run/report.html").exists()
+    both = ["report", str(tmp_path / "run"), str(tmp_path / "run"), "--output", str(tmp_path / "page.html")]
+    assert main(both) == 0 and (tmp_path / "page.html").exists()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "no such run folder" in capsys.readouterr().err
     assert main(["losses"]) == 0
     assert "label_smoothing" in capsys.readouterr().out
 

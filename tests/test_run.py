@@ -66,6 +66,26 @@ def test_dpo_learns_and_leaves_a_whole_run_folder(base: dict[str, Any]) -> None:
     assert start["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_the_report_is_written_while_the_run_goes_on_and_never_ends_it(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def spied(folder: Path) -> None:
+        state = json.loads((folder / "manifest.json").read_text())["status"]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        seen.append((state, sum(line["kind"] == "eval" for line in lines)))
+        if len(seen) == 3:
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr("penchant.report.live.write_report", spied)
+    monkeypatch.setattr("penchant.report.live.SHARE", 0.0)
+    result = api.train({**base, "evaluation": {**base.get("evaluation", {}), "every": 2}}, quiet=True)
+    # at the start, after steps 2 and 4 and 6 (of which the second failed, and was let be), and at the end
+    assert seen[0] == ("running", 1) and seen[1] == ("running", 2) and seen[2] == ("running", 3)
+    assert seen[-1] == ("finished", 4) and len(seen) == 4 and result.steps == 6
+
+
 def test_the_checkpoint_loads_with_transformers_as_it_is(base: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -318,6 +318,9 @@ def test_all_of_it_then_nothing_twice(
     assert "eval/rewards/accuracies (higher is better) at the end of each run, 8 held-out rows" in said.out
     assert re.search(r"best by validation: .*; 2 settings were tried", said.out)
     assert re.search(r"^beta-0.1 +\d\.\d{4}  sd \d\.\d{4} over seeds, \d\.\d+ to \d\.\d+  2$", said.out, flags=re.M)
+    report = (tmp_path / "sweep/report.html").read_text()
+    assert "Penchant report \u00b7 sweep" in report and '"running":false' in report
+    assert "Best by validation of 2 settings" in report
     lines = [json.loads(x) for x in (tmp_path / "sweep/sweep.jsonl").read_text().splitlines()]
     assert [(x["run"], x["setting"], x["seed"], x["state"]) for x in lines] == [
         (n, n[:8], int(n[-1]), "finished") for n in entered

@@ -189,3 +189,21 @@ def test_flags_stand_with_their_evidence_warnings_first(tmp_path: Path) -> None:
     assert "\u221210.0 \u2192 \u221219.0" in words(made) and "steps 0 to 30" in words(made)
     write_json(run / "flags.json", {"flags": [{"title": "wrapped"}]})
     assert "wrapped" in words(flags(read_report([run], 0.0)))
+
+
+def test_one_kind_of_flag_of_several_runs_is_one_card(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "s")
+    for run in sorted(sweep.glob("beta-*"))[:3]:
+        flag = {
+            "name": "x",
+            "title": "t",
+            "level": "warning",
+            "sentence": f"seen in {run.name}",
+            "advice": "do it",
+            "evidence": [],
+        }
+        write_json(run / "flags.json", [flag])
+    write_json(sweep / "beta-0.3-seed-1/flags.json", [])
+    made = str(flags(read_report([sweep], 0.0)))
+    assert made.count("<article") == 1 and "in 3 of 4 runs" in made and made.count("do it") == 1
+    assert made.index("seen in beta-0.1-seed-0") < made.index("the 2 others") < made.index("seen in beta-0.1-seed-1")

@@ -2,54 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from penchant.report.data import ReportData
-from penchant.report.html import Element, Node, el, said
+from penchant.report.html import Element, Node, el, fold, said
 from penchant.report.numbers import number
 from penchant.report.plot import sparkline
 from penchant.report.safe import mappings, number_of, sequence, text
 
-MOST = 60
+MOST = 40  # kinds of flags
+Found = tuple[str, Mapping[str, Any]]  # the run, "" for the only one, and its flag
 
 
 def flags(data: ReportData) -> Element | None:
-    """Every flag, warnings first; a sentence where there are none; None where nobody looked for any."""
+    """Every kind of flag once, warnings first; a sentence where there are none; None where nobody looked for any."""
     looked = [(r.name if len(data.runs) > 1 else "", r.flags) for r in data.runs if r.flags is not None]
     looked += [("", c.flags) for c in data.comparisons if c.flags is not None]
     if not looked:
         return None
-    found = [(where, flag) for where, of_one in looked for flag in of_one or ()]
+    found: list[Found] = [(where, flag) for where, of_one in looked for flag in of_one or ()]
     if not found:
         of = "" if len(looked) == 1 else f" in {len(looked)} runs"
         return el("p", f"No flag was raised{of}.", class_="soft")
     found.sort(key=lambda f: text(f[1].get("level")) != "warning")
-    more = (
-        el("p", f"{len(found) - MOST} more flags are in the runs\u2019 flags.json.", class_="soft")
-        if len(found) > MOST
-        else None
-    )
-    return el("div", [_flag(where, flag) for where, flag in found[:MOST]], more, class_="flags")
+    groups: dict[tuple[str, str], list[Found]] = {}
+    for one in found:
+        name = text(one[1].get("name")) or text(one[1].get("title"))
+        groups.setdefault((text(one[1].get("level")), name), []).append(one)
+    kept = list(groups.values())[:MOST]
+    left = len(groups) - len(kept)
+    more = el("p", f"{left} more kinds of flags are in the runs\u2019 flags.json.", class_="soft") if left else None
+    return el("div", [_card(g, len(looked)) for g in kept], more, class_="flags")
 
 
-def _flag(where: str, flag: Mapping[str, Any]) -> Element:
-    warning = text(flag.get("level")) == "warning"
-    about = text(flag.get("about")) or where
-    evidence = [e for e in map(_evidence, mappings(flag.get("evidence"))) if e is not None]
+def _card(of_one_kind: Sequence[Found], looked: int) -> Element:
+    """One kind of flag: what was seen first, the same of other runs folded, the advice once."""
+    where, first = of_one_kind[0]
+    warning = text(first.get("level")) == "warning"
+    rest = of_one_kind[1:]
+    about = _about(where, first)
+    if rest:
+        about = el("small", f" {len(of_one_kind)} times" if looked == 1 else f" in {len(of_one_kind)} of {looked} runs")
     return el(
         "article",
         el(
             "h3",
             el("span", "\u25b2 " if warning else "\u25cb ", aria_hidden="true"),
-            el("span", "warning: " if warning else "note: ", class_="level-word"),
-            said(text(flag.get("title")) or text(flag.get("name")) or "flag"),
-            el("small", " ", said(about)) if about else None,
+            "warning: " if warning else "note: ",
+            said(text(first.get("title")) or text(first.get("name")) or "flag"),
+            about,
         ),
-        el("p", said(text(flag.get("sentence")), tag="span")),
-        el("div", evidence, class_="evidence") if evidence else None,
-        el("p", said(text(flag.get("advice")), tag="span"), class_="soft") if flag.get("advice") else None,
+        _seen(where, first, bool(rest)),
+        fold(
+            f"the {len(rest)} others" if len(rest) > 1 else "the other one",
+            [_seen(w, f, True) for w, f in rest],
+            key=f"flag-{text(first.get('level'))}-{text(first.get('name'))}",
+        )
+        if rest
+        else None,
+        el("p", said(text(first.get("advice")), tag="span"), class_="soft small") if first.get("advice") else None,
         class_="flag warning" if warning else "flag",
+    )
+
+
+def _about(where: str, flag: Mapping[str, Any]) -> Element | None:
+    of = text(flag.get("about")) or where
+    return el("small", " ", said(of)) if of else None
+
+
+def _seen(where: str, flag: Mapping[str, Any], named: bool) -> Element:
+    evidence = [e for e in map(_evidence, mappings(flag.get("evidence"))) if e is not None]
+    of = text(flag.get("about")) or where
+    return el(
+        "div",
+        el("p", [el("b", said(of)), ": "] if named and of else None, said(text(flag.get("sentence")), tag="span")),
+        el("div", evidence, class_="evidence") if evidence else None,
     )
 
 

@@ -69,7 +69,7 @@ SECTIONS = (
     Section(
         "settings",
         "Ranking",
-        "Settings, best first",
+        "Settings side by side",
         settings_table,
         "",
         lambda d: _several(d) and d.kind != "comparison",

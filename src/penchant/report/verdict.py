@@ -113,9 +113,10 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
     judged = [c for c in order if c.reading != "plain"]
     if judged and all(c.reading == "unclear" for c in judged):
         at = 1 if own else 0
+        held = shown(num(run.evals[-1], "eval/rows"))
         nothing = statement(
             "open",
-            "On the held-out rows nothing separates from chance."
+            f"On the {held} held-out rows by themselves nothing separates from chance."
             if own
             else "Nothing separates from chance on the held-out rows.",
             lead=first and not own,
