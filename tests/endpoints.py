@@ -74,6 +74,10 @@ def serve(decide: Callable[[Asked, int], Reply]) -> Iterator[Server]:
                 with state.lock:
                     state.now -= 1
 
+        def do_GET(self) -> None:
+            state.asked.append(Asked(self.path, {k.lower(): v for k, v in self.headers.items()}, {}))
+            self._answer(404)
+
         def _answer(self, reply: Reply) -> None:
             if isinstance(reply, str):
                 reply = (200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}))

@@ -14,7 +14,7 @@ from comparing import scorer, setting
 from penchant.evaluation.compare_models import Compared, compare_models, table
 from penchant.evaluation.judged import WIN_RATE
 from penchant.evaluation.significance import holm
-from penchant.evaluation.stats import Interval
+from penchant.evaluation.stats import Interval, bootstrap_ci
 from penchant.evaluation.verdict import Candidate, Family, Pair, compare_judged, compare_two
 from penchant.judges import Answers, Question
 
@@ -150,6 +150,18 @@ def test_every_verdict_stands_beside_the_completions() -> None:
         else:
             ab = by_reward(Question(row["prompt"], *texts))
             assert verdict["win"] == ab and verdict["first"] == [ab, 1 - ab]
+
+
+def test_the_interval_of_the_position_draws_whole_prompts() -> None:
+    judged = compared(By(lambda q: (int(q.prompt.split()[-1]) % 3) / 2, graded=True), samples=4)
+    values = [np.mean(r["judged"][0]["first"]) for r in judged.rows if r["judged"][0]["first"][0] is not None]
+    prompts = [r["prompt"] for r in judged.rows if r["judged"][0]["first"][0] is not None]
+    assert judged.judgement is not None and judged.judgement.first_position is not None
+    got, expected = judged.judgement.first_position, bootstrap_ci(values, clusters=prompts)
+    assert got.estimate == pytest.approx(expected.estimate)
+    assert (got.low, got.high) == pytest.approx((expected.low, expected.high), abs=0.02)
+    alone = bootstrap_ci(values)
+    assert got.high - got.low > 1.5 * (alone.high - alone.low)
 
 
 def test_too_many_failures_name_no_winner() -> None:

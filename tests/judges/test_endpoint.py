@@ -207,10 +207,11 @@ def test_a_key_goes_to_the_endpoint_and_nowhere_else(monkeypatch: pytest.MonkeyP
     assert kept and SECRET not in kept + str(caught.value) + repr(judge) + json.dumps(judge.describe())
 
 
-def test_a_redirect_is_not_followed_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("status", [302, 307])
+def test_a_redirect_is_not_followed_with_a_key(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    with serve(longer) as other, serve(lambda *_: (307, {"Location": f"{other.url}/chat/completions"})) as server:
-        with pytest.raises(RewardError, match="answered 307"):
+    with serve(longer) as other, serve(lambda *_: (status, {"Location": f"{other.url}/chat/completions"})) as server:
+        with pytest.raises(RewardError, match=f"answered {status}"):
             judge_at(server.url).check()
         assert server.asked and not other.asked
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from penchant.errors import RewardError
-from penchant.judges.http import Connection, NoReply, shown
+from penchant.judges.http import Connection, NoReply
 from penchant.judges.instruction import INSTRUCTION, filled, verdict_of
 from penchant.judges.protocol import Answers, Progress, Question
 from penchant.judges.replies import Replies, default_folder, key_of
+from penchant.judges.text import shown
 
 PARAMETERS: Mapping[str, Any] = {"temperature": 0, "max_tokens": 512}
 READS = 2  # times that a question is put whose reply cannot be read

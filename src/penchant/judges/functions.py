@@ -13,6 +13,7 @@ import numpy as np
 
 from penchant.errors import ConfigError, RewardError
 from penchant.judges.protocol import FIRST, SECOND, TIE, Answers, Progress, Question
+from penchant.judges.text import shown
 from penchant.models.merge import file_sha256
 from penchant.rewards.functions import python_function
 
@@ -60,7 +61,7 @@ class FunctionJudge:
         except Exception as error:
             raise RewardError(
                 f"judge {self.name}",
-                f"{type(error).__name__}: {error} (pair {at}: {q.first[:40]!r} and {q.second[:40]!r})",
+                f"{type(error).__name__}: {shown(str(error))} (pair {at}: {q.first[:40]!r} and {q.second[:40]!r})",
                 "mend the function; it gets a prompt and two answers",
             ) from error
 
@@ -74,7 +75,7 @@ class FunctionJudge:
         except Exception as error:
             raise RewardError(
                 f"judge {self.name}",
-                f"{type(error).__name__}: {error}",
+                f"{type(error).__name__}: {shown(str(error))}",
                 "mend the function; it gets lists of prompts, of first and of second answers",
             ) from error
         if hasattr(given, "detach"):  # a tensor, wherever it is

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from penchant.errors import ConfigError
+from penchant.judges.text import shown
 
 LARGEST = 4 << 20  # bytes of a reply
 LONGEST = 60.0  # seconds between two attempts
@@ -156,11 +157,6 @@ def is_local(url: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def shown(text: str) -> str:
-    """Text of others as it may stand in a terminal: one line, control characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 def _json(data: bytes) -> Any:
