@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -83,11 +83,12 @@ def serve(decide: Callable[[Asked, int], Reply]) -> Iterator[Server]:
                 reply = (200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}))
             status, headers, text = (*((reply,) if isinstance(reply, int) else reply), {}, "")[:3]
             data = text.encode() if isinstance(text, str) else b""
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(data))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
+            with suppress(ConnectionError):  # nobody waits any more
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(data))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
 
         def log_message(self, *args: Any) -> None:
             """Say nothing."""

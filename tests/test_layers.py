@@ -26,7 +26,7 @@ LAYERS = [
     {"pipeline_state", "sweep"},
     {"sweep_state", "sweep_table"},
     {"run"},
-    {"comparison"},
+    {"comparison", "evaluate"},
     {"pipeline_compare", "sweep_worker"},
     {"sweep_jobs"},
     {"pipeline_run", "sweep_run"},

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penchant.errors import CheckpointError, ConfigError
+from penchant.errors import ConfigError
 
 if TYPE_CHECKING:
     from penchant.comparison.compare import RunComparison
     from penchant.config import RunConfig
     from penchant.data.load import Dataset
+    from penchant.evaluation.flags import Flag
     from penchant.judges import JudgeOptions
     from penchant.pipeline import Pipeline
     from penchant.pipeline_run import PipelineResult
@@ -26,6 +27,7 @@ __all__ = [
     "audit",
     "compare",
     "evaluate",
+    "flags",
     "load_preferences",
     "pipeline",
     "pipeline_plan",
@@ -59,25 +61,48 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, q
 
 
 def evaluate(
-    config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = False, step: str = "last"
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *overrides: str,
+    quiet: bool = False,
+    step: str = "last",
+    **asked: Any,
 ) -> dict[str, Any]:
-    """Held-out metrics of a run's checkpoint, or of the base model where the config's folder has none.
+    """Figures of a model, over rows, with 95% intervals by prompt.
+
+    Without `asked`: held-out metrics of a run's checkpoint, or of the base model where the config's folder has none.
 
     Args:
-        config: a run folder, a YAML path, a mapping or a `RunConfig`.
-        step: ``last``, ``best``, ``0`` (the start) or a step's number.
+        config: a run folder, a YAML path, a mapping or a `RunConfig`; with `asked` also a checkpoint's, an adapter's or a model's
+            folder, or a hub id.
+        step: of a run: ``last``, ``best``, ``0`` (the start) or a step's number.
+        asked: what `penchant eval` has as options: ``data="test.jsonl"``, ``text="book.txt"``, ``generate=100``, ``reward="words"``,
+            ``reference="runs/other"`` ...; see `penchant.evaluate.request.Request` and docs/eval.md.
 
     Returns:
-        ``eval/...`` metrics: means over rows with 95% intervals by prompt.
-    """
-    from penchant.run import Run
+        ``eval/...`` figures with ``eval/.../ci`` and ``eval/.../n``, and ``notes``.
 
-    folder = Path(config) if isinstance(config, (str, Path)) else None
-    if folder is not None and not folder.exists() and folder.suffix not in (".yaml", ".yml"):
-        raise CheckpointError(str(folder), "no such run or config", "give a run's folder or the path of a YAML config")
-    if folder is not None and (folder / "config.resolved.yaml").exists():
-        config = folder / "config.resolved.yaml"
-    return Run(as_config(config, overrides), quiet=quiet).evaluate(step)
+    Raises:
+        CheckpointError, ConfigError, DataError, ModelError, RewardError: a person can mend it.
+    """
+    from penchant.evaluate import evaluate_model
+    from penchant.evaluate.request import request_of
+
+    given = config if isinstance(config, (str, Path)) else as_config(config, overrides)
+    return evaluate_model(given, overrides, request_of(asked), step=step, quiet=quiet)
+
+
+def flags(path: str | Path) -> list[Flag]:
+    """What a careful reader would want to know before trusting a run or a comparison, warnings first; see docs/trust.md.
+
+    Args:
+        path: a run's folder, or one with a comparison.json.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    from penchant.evaluation.trust.files import flags_of
+
+    return flags_of(path)
 
 
 def audit(

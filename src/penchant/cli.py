@@ -98,10 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--quiet", action="store_true", help="no progress")
     sweep.set_defaults(handler=_sweep)
 
-    evaluate = commands.add_parser("eval", help="held-out metrics of a run, or of the model that a config starts from")
-    _config_arguments(evaluate, "RUN or CONFIG.yaml")
-    evaluate.add_argument("--step", default="last", help="last, best, 0 (the start) or a step's number (default: last)")
-    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate = commands.add_parser(
+        "eval", help="figures of a run, a checkpoint, an adapter or any model: docs/eval.md defines each"
+    )
+    _eval_arguments(evaluate)
     evaluate.set_defaults(handler=_evaluate)
 
     compare = commands.add_parser(
@@ -122,6 +122,16 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--output", help="where to write it (default: RUN/report.html)")
     report.set_defaults(handler=_report)
 
+    flags = commands.add_parser("flags", help="what to know before trusting a run or a comparison, with the evidence")
+    flags.add_argument(
+        "path", metavar="RUN or COMPARISON", nargs="?", help="a run's folder, or one with a comparison.json"
+    )
+    flags.add_argument("--json", action="store_true", help="print JSON")
+    flags.add_argument(
+        "--rules", action="store_true", help="list the rules and their thresholds instead, as in docs/trust.md"
+    )
+    flags.set_defaults(handler=_flags)
+
     losses = commands.add_parser("losses", help="list the losses with their formulas and hyperparameters")
     losses.add_argument("name", nargs="?", help="one loss, with its whole description")
     losses.add_argument("--markdown", action="store_true", help="the page docs/losses.md")
@@ -132,6 +142,41 @@ def build_parser() -> argparse.ArgumentParser:
 def _config_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("config", metavar="CONFIG", help=what)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that override the config's")
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser, "RUN, CONFIG.yaml, a checkpoint's, an adapter's or a model's folder, or a hub id")
+    parser.add_argument(
+        "--step", default="last", help="of a run: last, best, 0 (the start) or a number (default: last)"
+    )
+    parser.add_argument("--data", metavar="FILE", help="rows to evaluate on (default: those that the run holds out)")
+    parser.add_argument("--text", metavar="FILE", help="plain text: perplexity and bits per byte")
+    parser.add_argument("--reference", metavar="MODEL", help="default: what it started from, where known; or none")
+    parser.add_argument("--base", metavar="MODEL", help="of an adapter (default: what the adapter names)")
+    parser.add_argument("--beta", type=float, help="of implicit rewards (default: the run's loss.beta, else 1)")
+    parser.add_argument(
+        "--exact-kl", action=_either(), default=None, help="over the whole vocabulary (default: with a reference)"
+    )
+    write = parser.add_argument_group("what the model writes")
+    write.add_argument("--generate", type=int, metavar="N", help="write to so many prompts")
+    write.add_argument("--samples", type=int, default=1, help="completions of each prompt (default: 1)")
+    write.add_argument("--max-new-tokens", type=int, default=64, help="tokens of a completion (default: 64)")
+    write.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token (default: 1)")
+    write.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    write.add_argument("--reward", help="any reward: sentiment, path.py:function, a reward model's run")
+    write.add_argument(
+        "--also", action="append", default=[], metavar="REWARD", help="another reward (may be given again)"
+    )
+    write.add_argument("--overlap", action=_either(), default=True, help="BLEU and ROUGE against the data's answers")
+    write.add_argument("--rouge-stemmer", action="store_true", help="Porter's stemmer for ROUGE")
+    write.add_argument("--samples-output", metavar="FILE.jsonl", help="write the completions there")
+    parser.add_argument("--output", metavar="FILE.json", help="write all figures there")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--explain", action="store_true", help="say what each figure is")
+
+
+def _either() -> type[argparse.Action]:
+    return argparse.BooleanOptionalAction
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -215,6 +260,10 @@ def _train(args: argparse.Namespace) -> int:
             print(f"{name:>6}: {_held_out_line(metrics)}")
     print(f" model: {result.model}")
     print(f"report: {result.folder / 'report.html'}")
+    if result.flags:
+        from penchant.evaluation.trust.files import summary
+
+        print(f"{summary(result.flags)}\nevidence and advice: penchant flags {result.folder}")
     return 0
 
 
@@ -244,23 +293,46 @@ def _evaluate(args: argparse.Namespace) -> int:
     _with_allocator()
     from penchant import api
 
-    metrics = api.evaluate(args.config, *args.overrides, step=args.step, quiet=args.json)
+    metrics = api.evaluate(
+        args.config,
+        *args.overrides,
+        quiet=args.json,
+        step=args.step,
+        data=args.data,
+        text=args.text,
+        reference=args.reference,
+        base=args.base,
+        generate=args.generate,
+        samples=args.samples,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        reward=args.reward,
+        also=args.also,
+        exact_kl=args.exact_kl,
+        overlap=args.overlap,
+        beta=args.beta,
+        stemmer=args.rouge_stemmer,
+        output=args.output,
+        samples_output=args.samples_output,
+    )
     if args.json:
         import json
 
-        print(json.dumps(metrics, indent=1))
+        from penchant.training.runfolder import finite
+
+        print(json.dumps(finite(metrics), indent=1))
         return 0
-    tables = metrics.pop("tables", None)
-    for name, value in metrics.items():
-        if name.endswith("/ci"):
-            continue
-        interval = metrics.get(f"{name}/ci")
-        shown = f"{value:,.4f}" if isinstance(value, float) else str(value)
-        print(f"{name:<28} {shown:>12}" + (f"  [{interval[0]:,.4f}, {interval[1]:,.4f}]" if interval else ""))
-    if tables is not None:
+    from penchant.evaluate.output import explained, printable, table
+
+    parts = [table(metrics), "\n".join(map(printable, metrics.get("notes", [])))]
+    if "tables" in metrics:
         from penchant.evaluation.reward import as_text
 
-        print("\n" + as_text(tables))
+        parts.append(as_text(metrics["tables"]))
+    if args.explain:
+        parts.append(explained(metrics))
+    print("\n\n".join(p for p in parts if p))
     return 0
 
 
@@ -337,6 +409,26 @@ def _report(args: argparse.Namespace) -> int:
     from penchant.report import write_report
 
     print(write_report(Path(args.run), Path(args.output) if args.output else None))
+    return 0
+
+
+def _flags(args: argparse.Namespace) -> int:
+    from penchant import api
+    from penchant.errors import ConfigError
+    from penchant.evaluation.trust.files import as_text, markdown
+
+    if args.rules:
+        print(markdown(), end="")
+        return 0
+    if args.path is None:
+        raise ConfigError("flags", "no folder is given", "give a run's folder, one with a comparison.json, or --rules")
+    found = api.flags(args.path)
+    if args.json:
+        import json
+
+        print(json.dumps([f.to_json() for f in found], indent=1))
+    else:
+        print(as_text(found))
     return 0
 
 

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConfig
 from penchant.data.options import DataConfig
 from penchant.errors import ConfigError
+from penchant.evaluation.trust.options import TrustConfig
 from penchant.loss_config import LossConfig, LossModifiers, LossProblem
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.rewards.options import BUILT_IN, RewardConfig
@@ -48,7 +49,26 @@ SYNONYMS = {
     "loss_type": "loss.name",
 }
 
+WATCHING_ONLY = ("output", "logging", "trust")  # sections that change nothing in what a run computes
+
 ALGORITHMS: dict[str, type[Section]] = {"ppo": PPOConfig, "reward_model": RewardModelConfig}  # the others: OnlineConfig
+
+
+class EvaluationConfig(EvalConfig):
+    """The `evaluation` section, with what judges the sampled completions."""
+
+    reward: RewardConfig | None = Field(
+        None,
+        description="judges the completions of kl_prompts prompts: eval/reward, and eval/win_rate against the start; any reward",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_judge(self) -> EvaluationConfig:
+        if self.reward is not None and self.kl_prompts == 0:
+            raise ValueError(
+                "reward judges the completions of kl_prompts held-out prompts, and kl_prompts is 0; raise it"
+            )
+        return self
 
 
 class RunConfig(Section):
@@ -65,9 +85,10 @@ class RunConfig(Section):
     )
     reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
-    evaluation: EvalConfig = EvalConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    trust: TrustConfig = TrustConfig()
     output: str = Field(description="the run's folder")
 
     @model_validator(mode="before")
@@ -112,6 +133,11 @@ class RunConfig(Section):
         if isinstance(self.algorithm, OnlineConfig) and self.reward is None:
             raise ValueError(
                 "algorithm needs a reward; set reward to sentiment, words, path.py:function or a reward model's folder"
+            )
+        if self.algorithm is not None and self.evaluation.reward is not None:
+            raise ValueError(
+                "evaluation.reward judges offline methods; an online method is judged by its own reward, and a reward model writes nothing; "
+                "leave it out, and use compare for other rewards"
             )
         if self.algorithm is not None and "loss" in self.model_fields_set and self.loss.name != "dpo":
             raise ValueError("loss and algorithm are both set; keep one")
@@ -484,17 +510,19 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             return name
         return f"{absolute(path)}:{function}" if colon else str(absolute(name))
 
-    reward = config.reward
-    if reward is not None:
+    def rewards(reward: RewardConfig | None) -> RewardConfig | None:
+        if reward is None:
+            return None
         terms = {absolute_reward(name): weight for name, weight in reward.terms.items()}
-        reward = reward.model_copy(update={"terms": terms})
+        return reward.model_copy(update={"terms": terms})
 
     return config.model_copy(
         update={
             "model": section(config.model, "path", "tokenizer"),
             "data": section(config.data, "path", "eval_path"),
             "reference": section(config.reference, "path"),
-            "reward": reward,
+            "reward": rewards(config.reward),
+            "evaluation": config.evaluation.model_copy(update={"reward": rewards(config.evaluation.reward)}),
             "output": str(Path(config.output).expanduser().resolve()),
         }
     )

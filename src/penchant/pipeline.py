@@ -402,8 +402,9 @@ def _check_kinds(stage: Stage, stages: Mapping[str, Stage]) -> None:
     """A reward that a stage trained comes from a reward model, and no policy starts as one."""
     for ref in stage.refs:
         where = place_of(ref.path, stage.places, stage.place)
-        if ref.path[0] == "reward":
-            check_judge(ref, stages, where, f"stages.{stage.name}: reward")
+        if ref.path[0] == "reward" or ref.path[:2] == ("evaluation", "reward"):
+            key = "evaluation.reward" if ref.path[0] == "evaluation" else "reward"
+            check_judge(ref, stages, where, f"stages.{stage.name}: {key}")
         elif ref.path in FULL_MODEL and learns_reward(stages[ref.stage]) and not learns_reward(stage):
             raise ConfigError(
                 where,

@@ -109,6 +109,7 @@ class Conductor:
             stage.values.get("reward"),
             {name: split.fingerprint for name, split in splits if split is not None},
             {ref.text: self.folder_of(ref) for ref in stage.refs},
+            (stage.values.get("evaluation") or {}).get("reward"),
         )
 
     def folder_of(self, ref: Ref) -> Path:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from penchant.config import RunConfig, default_settings
+from penchant.config import WATCHING_ONLY, RunConfig, default_settings
 from penchant.errors import CheckpointError
 from penchant.models.merge import file_sha256, model_sha256
 from penchant.pipeline import Pipeline, Stage
@@ -127,15 +127,16 @@ def stage_inputs(
     rewards: Any,
     data: Mapping[str, str],
     upstream: Mapping[str, Path],
+    judging: Any = None,
 ) -> Inputs:
     """Everything that a stage's result depends on, apart from the program.
 
     Args:
-        config: the stage's, with its references as written (a folder that is moved changes nothing); rewards: the reward as written;
+        config: the stage's, with its references as written (a folder that is moved changes nothing); rewards, judging: reward and evaluation.reward as written;
         data: fingerprints of its splits; upstream: the model folder behind each reference.
     """
     settings = config.model_dump(mode="json")
-    for watching_only in ("output", "logging"):
+    for watching_only in WATCHING_ONLY:
         settings.pop(watching_only)
     paths = {
         "model.path": config.model.path,
@@ -148,7 +149,7 @@ def stage_inputs(
         "data": dict(data),
         "upstream": {text: model_sha256(folder) for text, folder in upstream.items()},
         "models": {key: model_sha256(folder) for key, folder in local.items()},
-        "rewards": reward_hashes(rewards),
+        "rewards": reward_hashes(rewards) | reward_hashes(judging),
     }
 
 

@@ -7,27 +7,40 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from penchant.algorithms.build import OnlineAlgorithm, build_online, start_value
 from penchant.algorithms.offline import Component, Offline
 from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConfig
 from penchant.algorithms.reward import RewardTraining
-from penchant.config import RunConfig, default_settings, dump_config, with_absolute_paths
+from penchant.config import WATCHING_ONLY, RunConfig, default_settings, dump_config, with_absolute_paths
 from penchant.data.adapt import adapt, mismatch
 from penchant.data.audit import audit as run_audit
 from penchant.data.load import Dataset, load_preferences, summary, write_quarantine
 from penchant.data.split import split_by_prompt
 from penchant.data.tokenise import TokenisedDataset, tokenise
 from penchant.errors import CheckpointError, ConfigError, DataError
+from penchant.evaluation.flags import Flag
+from penchant.evaluation.fresh import (
+    START_FILE,
+    Fresh,
+    completion_figures,
+    gain_figures,
+    keep_start,
+    kept_start,
+    rows_of,
+)
 from penchant.evaluation.heldout import heldout_metrics, score_heldout
 from penchant.evaluation.online import evaluate_online
 from penchant.evaluation.reward import pair_quality
-from penchant.evaluation.sampled_kl import sampled_kl
+from penchant.evaluation.sampled_kl import kl_on
+from penchant.evaluation.trust.files import write_flags
+from penchant.evaluation.written import Written
 from penchant.logprobs import Scorer
 from penchant.losses import LOSSES
 from penchant.losses.schedules import progress_at
@@ -57,11 +70,12 @@ from penchant.reference import (
     cached_reference,
     default_cache_dir,
 )
+from penchant.rewards import load_reward
 from penchant.rewards.model import PolicyText, content_sha256, make_scorer
 from penchant.rewards.scorer import RewardScorer
 from penchant.rewards.training import RewardModelParts
 from penchant.sharing import Alone, Key
-from penchant.training.checkpoint import latest_checkpoint, load_checkpoint
+from penchant.training.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
 from penchant.training.loop import Loop, algorithm_state
 from penchant.training.optim import MasterAdamW
 from penchant.training.progress import console
@@ -83,7 +97,7 @@ class TrainResult:
     Args:
         folder: the run folder; model: the last checkpoint's model folder, which transformers or peft loads as it is.
         steps: optimiser steps done; before, after: held-out metrics at step 0 and at the end (empty without a held-out set).
-        best_step: the step of the best checkpoint, or None.
+        best_step: the step of the best checkpoint, or None; flags: what to know before trusting it, warnings first.
     """
 
     folder: Path
@@ -92,6 +106,7 @@ class TrainResult:
     before: Mapping[str, Any]
     after: Mapping[str, Any]
     best_step: int | None
+    flags: tuple[Flag, ...] = ()
 
 
 class Run:
@@ -149,6 +164,12 @@ class Run:
         if "heldout" in self.loaded:
             return train, self.loaded["heldout"]
         if data.validation_rows is None and data.validation_fraction is None:
+            if self.config.evaluation.reward is not None:
+                raise ConfigError(
+                    "evaluation.reward",
+                    "is set, but nothing is held out whose prompts could be answered",
+                    "set data.validation_rows, data.validation_fraction or data.eval_path, or leave it out",
+                )
             return train, None
         seed = self.config.train.seed if data.split_seed is None else data.split_seed
         train, heldout = self.shared.once(
@@ -457,9 +478,10 @@ class Run:
             return LiveReference(self._frozen_scorer())
         return self._cached_reference()
 
-    def _frozen_scorer(self) -> Scorer:
+    def _frozen_scorer(self, start: bool = False) -> Scorer:
+        """A frozen model in the policy's precision: the reference, or the `start` of training where they differ."""
         source = self.config.model
-        if self.config.reference.path is not None:
+        if self.config.reference.path is not None and not start:
             source = source.model_copy(update={"path": self.config.reference.path, "init": "pretrained"})
         model = self._fresh_model(source)
         cast_parameters(model, self.dtype)
@@ -573,12 +595,16 @@ class Run:
         lora = self.config.lora is not None
         return DEFAULT_LR["sft", lora] if self.signal == "tokens" else DEFAULT_PREFERENCE_LR[lora]
 
-    def _evaluate_now(self, step: int = 0) -> dict[str, Any]:
+    def _evaluate_now(self, step: int = 0, keep: bool = False) -> dict[str, Any]:
         budget = self.config.evaluation.tokens_per_step or self.config.train.tokens_per_step
         if isinstance(self.algorithm, RewardTraining):
             return self._evaluate_reward(self.algorithm, budget)
         if not isinstance(self.algorithm, Offline):
-            return evaluate_online(self.algorithm.writer, self.scorer, self._start_reference(), self.trees[1], budget)
+            rewards_of_start = partial(self._online_start_rewards, step, keep)
+            start = self._start_reference()
+            return evaluate_online(
+                self.algorithm.writer, self.scorer, start, self.trees[1], budget, rewards_of_start=rewards_of_start
+            )
         algorithm = self.algorithm
         if (
             self.config.reference.moves
@@ -606,8 +632,8 @@ class Run:
         else:
             scored, order = score()
         metrics = heldout_metrics(algorithm, scored, [trees[i] for i in order])
-        if self.config.evaluation.kl_prompts and self.signal != "tokens":
-            metrics |= {f"eval/{name}": value for name, value in self._sampled_kl(step, budget).items()}
+        if self._writes_fresh:
+            metrics |= {f"eval/{name}": value for name, value in self._fresh_figures(step, budget, keep).items()}
         return metrics
 
     def _evaluate_reward(self, algorithm: RewardTraining, budget: int) -> dict[str, Any]:
@@ -627,7 +653,7 @@ class Run:
         return metrics | flat
 
     def _evaluate_in_training(self, step: int) -> dict[str, Any]:
-        metrics = self._evaluate_now(step)
+        metrics = self._evaluate_now(step, keep=True)
         if self.quality:
             (self.folder / "calibration.json").write_text(json.dumps({"step": step, **self.quality}, indent=1))
         return metrics
@@ -642,26 +668,98 @@ class Run:
         """Optimiser steps on each batch of prompts."""
         return 1 if self.online is None else self.online.updates
 
-    def _sampled_kl(self, step: int, budget: int) -> dict[str, Any]:
-        """KL to the start (or reference.path) on sampled completions; where no such model is held, one is loaded and let go again."""
-        prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in self.trees[1]))
-        evaluation, seed = self.config.evaluation, self.config.train.seed
+    # ---- completions that the policy writes at evaluations ----------------------------------------------------------------
 
-        def estimate() -> dict[str, Any]:
-            return sampled_kl(
-                LiveReference(self.scorer),
-                self._start_reference(),
-                prompts[: evaluation.kl_prompts],
-                max_new_tokens=evaluation.sample_tokens,
-                eos_token_id=self.tokenizer.eos_token_id,
-                seed=seed * 1_000_003 + step,
-                tokens_per_step=budget,
-            )
+    @property
+    def _writes_fresh(self) -> bool:
+        """Whether held-out prompts are answered at evaluations: methods on completions always, SFT where somebody judges."""
+        if not self.config.evaluation.kl_prompts or self.datasets[0].kind == "text":
+            return False
+        return self.signal != "tokens" or self.config.evaluation.reward is not None
 
+    @cached_property
+    def fresh(self) -> Fresh:
+        """What is asked of the policy at every evaluation, and who judges it."""
+        cfg = self.config
+        sources: dict[tuple[int, ...], str] = {}
+        for tree in self.trees[1]:
+            sources.setdefault(tuple(tree.prompt_ids.tolist()), tree.source)
+        prompts = list(sources)[: cfg.evaluation.kl_prompts]
+        reward, judge = cfg.evaluation.reward, None
+        if reward is not None:
+            judge = load_reward(reward, PolicyText(self.tokenizer, cfg.data.template, self._prompts()), self.device)
+        return Fresh(
+            self.tokenizer,
+            prompts,
+            [sources[p] for p in prompts],
+            cfg.evaluation.sample_tokens,
+            cfg.train.seed,
+            judge,
+            None if reward is None else [reward.model_dump(mode="json"), reward_contents(cfg)],
+        )
+
+    def _fresh_figures(self, step: int, budget: int, keep: bool) -> dict[str, Any]:
+        """KL to the start (or reference.path), length and variety of sampled completions, and their reward against the start's.
+
+        Where no model to compare with is held, one is loaded and let go again.
+        """
+        fresh = self.fresh
+
+        def estimate() -> tuple[Written, dict[str, Any]]:
+            written = fresh.write(self.scorer.model, step)
+            if self.signal == "tokens":
+                return written, {}
+            policy = LiveReference(self.scorer)
+            return written, kl_on(policy, self._start_reference(), written.trees, tokens_per_step=budget)
+
+        asked = ("start completions", self._start_key, self._rows_key, json.dumps(fresh.asked, sort_keys=True), budget)
+        written, metrics = estimate() if step else self.shared.once(asked, estimate)
+        metrics = metrics | completion_figures(written)
+        if written.rewards is None:
+            return metrics
+        return metrics | gain_figures(written.rewards, self._start_rewards(written if step == 0 else None, keep))
+
+    def _start_rewards(self, written: Written | None, keep: bool) -> np.ndarray:
+        """What the start's completions of the same prompts were worth; asked once and kept, so that a resumed run has the same.
+
+        Args:
+            written: the start's own, where the policy is still the start; keep: whether they may be written into the run's folder.
+        """
+        path = self.folder / START_FILE
+        if written is None:
+            found = kept_start(path, self.fresh.asked)
+            if found is not None:
+                return found
+            start = self._start_policy()
+            with start.off():
+                written = self.fresh.write(start.scorer.model, 0)
+        if keep:
+            keep_start(path, self.fresh.asked, rows_of(written, self.tokenizer))
+        assert written.rewards is not None
+        return written.rewards
+
+    def _online_start_rewards(self, step: int, keep: bool, rewards: np.ndarray) -> np.ndarray | None:
+        """The same for an online method, which is judged by its own reward; None where the start was not evaluated."""
+        assert self.online is not None and self.config.reward is not None
+        judge = [self.config.reward.model_dump(mode="json"), reward_contents(self.config)]
+        prompts = [t.prompt_ids.tolist() for t in self.trees[1]]
+        sampling = self.online.model_dump(mode="json", include={"temperature", "top_p", "top_k", "missing_eos_penalty"})
+        seed, longest = self.config.train.seed, self.online.max_new_tokens
+        asked = {**Fresh(self.tokenizer, prompts, [], longest, seed, None, judge).asked, **sampling}
+        path = self.folder / START_FILE
         if step:
-            return estimate()
-        asked = (evaluation.kl_prompts, evaluation.sample_tokens, seed, budget)
-        return self.shared.once(("start KL", self._start_key, self._rows_key, asked), estimate)
+            return kept_start(path, asked)
+        if keep:
+            keep_start(path, asked, [{"reward": float(r)} for r in rewards])
+        return rewards
+
+    def _start_policy(self) -> LiveReference:
+        """The model that training starts from, whatever reference.path says; it may be loaded for this."""
+        if self.config.reference.path is None:
+            return self._start_reference()
+        if self.config.lora is not None:
+            return adapter_off(self.scorer)
+        return LiveReference(self._frozen_scorer(start=True))
 
     def _start_reference(self) -> LiveReference:
         """The model that training starts from (or reference.path), run live; it may be loaded for this."""
@@ -687,7 +785,11 @@ class Run:
                 if tokenised is not None:
                     self.console.note(f"{name}: {tokenised.summary()}")
                     write_quarantine(tokenised.quarantined, self.folder, f"{name}.tokens")
+            if self._writes_fresh and self.trees[1]:
+                _ = self.fresh  # a judge that cannot be loaded is met before any work is done
             (self.folder / "audit.json").write_text(json.dumps(self.audit().to_json(), indent=1))
+            if latest_checkpoint(self.folder)[0] is None:  # what another start wrote is not this one's
+                (self.folder / START_FILE).unlink(missing_ok=True)
             loop = self._loop()
             self._write_manifest(loop, started, status="running")
             before = self._samples("before", lambda: latest_checkpoint(self.folder)[0] is None)
@@ -695,10 +797,12 @@ class Run:
                 loop.run()
             except BaseException:
                 self._write_manifest(loop, started, status="stopped")
+                write_flags(self.folder)
                 raise
             after = self._samples("after", lambda: True)
             self._write_samples(before, after)
             self._write_manifest(loop, started, status="finished")
+            flags = write_flags(self.folder)
             report = write_report(self.folder)
         self.console.note(f"report: {report}")
         evals = [line for line in read_jsonl(self.folder / "metrics.jsonl") if line["kind"] == "eval"]
@@ -709,6 +813,7 @@ class Run:
             before=evals[0] if evals and evals[0]["step"] == 0 else {},
             after=evals[-1] if evals else {},
             best_step=loop.state.best_step,
+            flags=tuple(flags),
         )
 
     def _loop(self) -> Loop:
@@ -759,7 +864,7 @@ class Run:
                 "data", "there is nothing held out to evaluate on", "set data.eval_path or data.validation_rows"
             )
         _ = self.algorithm
-        path = self._checkpoint_path(step)
+        path = find_checkpoint(self.folder, step)
         if path is None and step != "0" and (self.folder / "identity.json").exists():
             raise CheckpointError(
                 str(self.folder),
@@ -776,21 +881,6 @@ class Run:
             at = int(path.name.removeprefix("step-"))
         metrics = {"checkpoint": path.name if path else "start", **self._evaluate_now(at)}
         return metrics | ({"tables": self.quality} if self.quality else {})
-
-    def _checkpoint_path(self, step: str) -> Path | None:
-        if step == "0":
-            return None
-        last, _ = latest_checkpoint(self.folder)
-        if step == "last" or last is None:
-            return last
-        if step == "best":
-            _tensors, state = load_checkpoint(last)
-            step = str(state["best_step"])
-        path = self.folder / "checkpoints" / f"step-{step}"
-        if not path.exists():
-            there = sorted((p.name for p in path.parent.glob("step-*")), key=lambda name: int(name.split("-")[1]))
-            raise CheckpointError(str(path), "no such checkpoint", f"there are {', '.join(there)}; or last, best, 0")
-        return path
 
     # ---- what a run leaves beside its checkpoints -------------------------------------------------------------------
 
@@ -877,8 +967,8 @@ def _content(dataset: Dataset) -> Key:
 def run_identity(config: RunConfig, fingerprints: list[str], rewards: Mapping[str, str]) -> dict[str, Any]:
     """What must not change when a run is resumed: all settings but those that only watch, the data, and what rewards are made of."""
     settings = config.model_dump(mode="json")
-    settings.pop("output")
-    settings.pop("logging")
+    for section in WATCHING_ONLY:
+        settings.pop(section, None)
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
         settings["algorithm"].pop("value_init")  # older runs do not have it
     return {"config": settings, "data": fingerprints, **rewards}
@@ -886,7 +976,8 @@ def run_identity(config: RunConfig, fingerprints: list[str], rewards: Mapping[st
 
 def reward_contents(config: RunConfig) -> dict[str, str]:
     """SHA-256 of every reward's Python file or model, under the name that a person is told when it has changed."""
-    names = config.reward.terms if config.reward is not None else ()
+    rewards = [r for r in (config.reward, config.evaluation.reward) if r is not None]
+    names = dict.fromkeys(name for reward in rewards for name in reward.terms)
     return {f"content of reward {name}": found for name in names if (found := content_sha256(name)) is not None}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from penchant.config import WATCHING_ONLY
 from penchant.errors import CheckpointError, ConfigError, PenchantError
 from penchant.models.load import check_model_path
 from penchant.pipeline import did_you_mean
@@ -112,12 +113,15 @@ class SweepConductor:
             if path is not None:
                 check_model_path(path)
         reward = None if config.reward is None else dict(config.reward.terms)
-        check_reward(reward)
+        judging = config.evaluation.reward
+        judged = None if judging is None else dict(judging.terms)
+        for one in (reward, judged):
+            check_reward(one)
         splits = Run(config, quiet=True, shared=self.shared).datasets
         data = {n: d.fingerprint for n, d in zip(("training", "held-out"), splits, strict=True) if d is not None}
-        named = (config.model.path, config.model.tokenizer, config.reference.path, json.dumps(reward))
-        files = self.shared.once(("files", *named), lambda: stage_inputs(config, reward, {}, {}))
-        settings = config.model_dump(mode="json", exclude={"output", "logging"})
+        named = (config.model.path, config.model.tokenizer, config.reference.path, json.dumps([reward, judged]))
+        files = self.shared.once(("files", *named), lambda: stage_inputs(config, reward, {}, {}, judged))
+        settings = config.model_dump(mode="json", exclude=set(WATCHING_ONLY))
         return {**files, "config": settings, "data": data}
 
     def known_runs(self) -> list[SweepRun]:

@@ -41,10 +41,10 @@ def test_a_judge_that_behaves_is_asked_once_and_never_again() -> None:
         assert request.path == "/v1/chat/completions" and len(server.asked) == 12
         assert request.body["model"] == "m" and {k: request.body[k] for k in PARAMETERS} == dict(PARAMETERS)
         again = judge.ask([*PAIRS, Question("new", "aa", "b")])
-        assert again.values.tolist() == [*EXPECTED, 1.0] and (again.asked, again.cached) == (1, 12)
+        assert again.values.tolist() == [*EXPECTED, 1.0] and (again.asked, again.cached) == (13, 12)
         assert len(server.asked) == 13
         swapped = judge.ask([PAIRS[0].swapped])  # the order is part of the question
-        assert swapped.asked == 1 and swapped.values.tolist() == [1.0]
+        assert (swapped.asked, swapped.cached) == (1, 0) and swapped.values.tolist() == [1.0]
     assert judge.ask(PAIRS).cached == 12  # and with nobody there
 
 
@@ -62,7 +62,7 @@ def test_a_cache_is_of_a_model_an_instruction_and_parameters() -> None:
     with serve(longer) as server:
         judge_at(server.url).ask(PAIRS)
         for changed in ({"model": "n"}, {"parameters": '{"temperature": 1}'}):
-            assert judge_at(server.url, **changed).ask(PAIRS).asked == 12
+            assert judge_at(server.url, **changed).ask(PAIRS).cached == 0
 
 
 def test_a_damaged_cache_is_asked_anew(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_reply_that_cannot_be_read_is_asked_for_once_more() -> None:
         assert np.flatnonzero(np.isnan(found.values)).tolist() == [3, 4, 5]
         assert tries["prompt 3"] == tries["prompt 4"] == tries["prompt 0"] == 2 and tries["prompt 5"] == 1
         assert sorted(found.unread) == ["", "Well,\\x1b[31m it depends", "answered 400 Bad Request: too long"]
-        assert judge_at(server.url).ask(PAIRS).asked == 3  # what could not be read is no verdict to keep
+        assert judge_at(server.url).ask(PAIRS).cached == 9  # what could not be read is no verdict to keep
 
 
 def test_an_endpoint_that_refuses_ends_it_with_its_own_words() -> None:
@@ -137,7 +137,7 @@ def test_an_endpoint_that_refuses_ends_it_with_its_own_words() -> None:
         with pytest.raises(RewardError, match="404"):
             judge.check()
     with serve(longer) as server:  # three verdicts were kept
-        assert judge_at(server.url).ask(PAIRS).asked == 9
+        assert judge_at(server.url).ask(PAIRS).cached == 3
 
 
 def test_nobody_there() -> None:

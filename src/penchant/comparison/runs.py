@@ -13,7 +13,7 @@ import torch
 
 from penchant.algorithms.options import RewardModelConfig
 from penchant.comparison.models import Entrant, trained_prompts
-from penchant.config import RunConfig, load_config, with_absolute_paths
+from penchant.config import WATCHING_ONLY, RunConfig, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantError
 from penchant.models.load import cast_parameters, load_causal_model, resolve_device, weights_sha256
 from penchant.models.merge import is_adapter
@@ -22,7 +22,6 @@ from penchant.pipeline_state import STATE, model_folder
 from penchant.run import Run
 
 CONFIG, MANIFEST = "config.resolved.yaml", "manifest.json"
-NO_SETTING = ("output", "logging")  # what a run is called and how often it speaks changes nothing in it
 START = "start"
 
 
@@ -53,7 +52,7 @@ class TrainedRun:
     def setting(self) -> str:
         """Everything that a run's result depends on but its seed; equal for runs that are one setting."""
         values = self.config.model_dump(mode="json")
-        for name in NO_SETTING:
+        for name in WATCHING_ONLY:
             values.pop(name)
         values["train"].pop("seed")
         data = self.manifest["data"]

@@ -9,13 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.evaluation.answers import length_figures, likelihood_figures, mean_ratio
 from penchant.evaluation.stats import bootstrap_ci
 from penchant.training.reduce import Totals
-from penchant.types import Algorithm, Scored, TokenTree
+from penchant.types import Algorithm, LossOutput, Scored, TokenTree
 
-WITH_INTERVAL = ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies")
+WITH_INTERVAL = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/accuracies",
+    "logratios/chosen",
+    "logratios/rejected",
+)
 
 
 def evaluate_heldout(
@@ -86,10 +95,35 @@ def heldout_metrics(
         if name in WITH_INTERVAL and weights is None and labels is not None and len(values) > 1:
             interval = bootstrap_ci(values.double().cpu().numpy(), clusters=labels, draws=2000)
             metrics[f"{prefix}{name}/ci"] = [interval.low, interval.high]
+        elif name in ("loss", "nll") and weights is not None and labels is not None and len(values) > 1:
+            of_tokens = mean_ratio(values.double().cpu().numpy(), weights.double().cpu().numpy(), labels)
+            metrics[f"{prefix}{name}/ci"] = [of_tokens.low, of_tokens.high]
+    metrics |= {prefix + name: value for name, value in _pair_figures(scored, out, clusters).items()}
     if prefix + "nll" in metrics:
         metrics[prefix + "perplexity"] = math.exp(min(700.0, metrics[prefix + "nll"]))
     metrics[prefix + "rows"] = len(trees)
     return metrics
+
+
+def _pair_figures(scored: Scored, out: LossOutput, clusters: np.ndarray) -> dict[str, Any]:
+    """How likely the chosen answers of pairs are, and what length explains; nothing for other rows."""
+    if not scored.is_pairs or len(clusters) < 2:
+        return {}
+
+    def column(values: Tensor | None, slot: int) -> np.ndarray | None:
+        return None if values is None else values[scored.slot == slot].double().cpu().numpy()
+
+    lengths, others = column(scored.lengths, 0), column(scored.lengths, 1)
+    assert lengths is not None and others is not None
+    found: dict[str, Any] = {}
+    if "logps/chosen" in out.metrics:  # a reward model has rewards where others have log-probs
+        chosen = column(scored.policy_logps, 0)
+        assert chosen is not None
+        found |= likelihood_figures(chosen, lengths, clusters, column(scored.ref_logps, 0))
+    right, weights = out.metrics.get("rewards/accuracies", (None, None))
+    if right is not None and weights is None and len(right) == len(clusters):
+        found |= length_figures(right.double().cpu().numpy(), lengths - others, clusters)
+    return found
 
 
 def _prompt_cluster(tree: TokenTree) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,12 +30,22 @@ class Writes(Protocol):
 
 
 def evaluate_online(
-    writer: Any, scorer: Scorer, start: LiveReference, prompts: Sequence[TokenTree], tokens_per_step: int
+    writer: Any,
+    scorer: Scorer,
+    start: LiveReference,
+    prompts: Sequence[TokenTree],
+    tokens_per_step: int,
+    *,
+    rewards_of_start: Callable[[np.ndarray], np.ndarray | None] = lambda _: None,
 ) -> dict[str, Any]:
     """Mean reward of one completion a held-out prompt, with its 95% interval by prompt, and KL(policy || start) on them.
 
+    Args:
+        rewards_of_start: what the start's completions of the same prompts were worth, (prompts,), given the policy's own rewards (which they
+            are at the start); None: nobody knows.
+
     Returns:
-        ``eval/reward`` and ``eval/kl/policy_ref`` with ``/ci``, ``eval/completions/length``, ``eval/completions/ended``, ``eval/rows``;
+        ``eval/reward``, ``eval/win_rate`` against the start (ties half) and ``eval/kl/policy_ref`` with ``/ci``, ``eval/completions/length``, ``eval/completions/ended``, ``eval/rows``;
         ``eval/loss`` is minus the reward, so that the best checkpoint is the one with the highest.
     """
     source: Writes = writer
@@ -47,7 +57,11 @@ def evaluate_online(
         for m in (LiveReference(scorer), start)
     )
     metrics: dict[str, Any] = {"eval/loss": -float(rewards.mean()), "eval/rows": len(trees)}
-    for name, values in (("reward", rewards), ("kl/policy_ref", now - then)):
+    values_of = {"reward": rewards, "kl/policy_ref": now - then}
+    start_rewards = rewards_of_start(rewards)
+    if start_rewards is not None:
+        values_of["win_rate"] = (rewards > start_rewards) + 0.5 * (rewards == start_rewards)
+    for name, values in values_of.items():
         interval = bootstrap_ci(values, draws=2000)
         metrics |= {f"eval/{name}": interval.estimate, f"eval/{name}/ci": [interval.low, interval.high]}
     metrics["eval/completions/length"] = float(np.mean([len(t.completion_ids[0]) for t in trees]))

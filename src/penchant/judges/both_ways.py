@@ -18,7 +18,7 @@ class BothWays:
         values: preference for the answer that stood first, (n, 2) in both orders; NaN where nothing could be read or nothing was asked.
         wins: of a, (n,): 1 won, 0 lost, 0.5 a tie; NaN where one of both verdicts is missing.
         agreed: whether both verdicts name the same one, (n,); identical: texts that are equal, so that nobody was asked, (n,).
-        asked, cached, failures: questions put to the judge, answered from earlier ones, and left without a verdict.
+        asked, cached, failures: questions in all, those answered by an earlier comparison, and those left without a verdict.
     """
 
     values: np.ndarray

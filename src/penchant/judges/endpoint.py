@@ -111,7 +111,7 @@ class EndpointJudge:
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-        return Answers(values, np.zeros(len(values), dtype=bool), len(todo), len(questions) - len(todo), unread)
+        return Answers(values, np.zeros(len(values), dtype=bool), len(questions), len(questions) - len(todo), unread)
 
     def _verdict(self, question: Question, stop: threading.Event) -> tuple[float | None, str]:
         body = {

@@ -33,7 +33,7 @@ class Answers:
     Args:
         values: how much the first answer is preferred, (n,) in [0, 1]: 1 first, 0 second, 0.5 a tie; NaN where nothing could be read.
         graded: whether the value is a number of the judge's own rather than a word, (n,).
-        asked: questions that were put to it; cached: those that an earlier comparison had put.
+        asked: how many questions there were; cached: how many of them an earlier comparison had put, so that nobody was asked.
         unread: the first few replies that could not be read, or why there was none.
     """
 

@@ -88,6 +88,38 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
+def find_checkpoint(folder: Path, step: str) -> Path | None:
+    """A run's checkpoint by name; None for the start (``0``), and for ``last`` of a run that has none.
+
+    Args:
+        step: ``last``, ``best``, ``0`` or a step's number.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    last, _ = latest_checkpoint(folder)
+    if step == "0" or (step == "last" and last is None):
+        return None
+    if last is None:
+        raise CheckpointError(
+            str(folder), f"there is no checkpoint, so no step {step}", "give last or 0, or train first"
+        )
+    if step == "last":
+        return last
+    there = [p.name for p in checkpoints(folder)]
+    if step == "best":
+        best = load_checkpoint(last)[1].get("best_step")
+        if best is None:
+            raise CheckpointError(
+                str(folder), "this run did not look for its best step", f"give last, 0 or a step: {', '.join(there)}"
+            )
+        step = str(best)
+    path = folder / "checkpoints" / f"step-{step}"
+    if path.name not in there:
+        raise CheckpointError(str(path), "no such checkpoint", f"there are {', '.join(there)}; or last, best, 0")
+    return path
+
+
 def load_checkpoint(path: Path, *, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and state of a checkpoint.
 

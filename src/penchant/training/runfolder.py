@@ -110,7 +110,7 @@ class MetricsLog:
         self._file = path.open("ab")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write((json.dumps(_finite(row), ensure_ascii=False) + "\n").encode())
+        self._file.write((json.dumps(finite(row), ensure_ascii=False) + "\n").encode())
         self._file.flush()
 
     def offset(self) -> int:
@@ -136,9 +136,10 @@ class MetricsLog:
         self._file.seek(0, os.SEEK_END)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value with null for every NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return value if value - value == 0.0 else None
     if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,45 @@
+"""`penchant eval` on any model: where the model is, what is asked of it, the figures, and where they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from penchant.config import RunConfig
+from penchant.errors import ConfigError
+from penchant.evaluate.evaluator import Evaluation, held_out_of_run
+from penchant.evaluate.material import Material
+from penchant.evaluate.output import keep
+from penchant.evaluate.request import Request
+from penchant.evaluate.sources import check_there, find_model, find_run, of_config
+
+__all__ = ["evaluate_model"]
+
+
+def evaluate_model(
+    given: str | Path | RunConfig, overrides: Sequence[str], request: Request, *, step: str, quiet: bool
+) -> dict[str, Any]:
+    """Evaluate a model and keep the figures; see `penchant.api.evaluate`.
+
+    Args:
+        given: what names the model, or a final config; overrides: of the former.
+    """
+    request.check()
+    name = given.output if isinstance(given, RunConfig) else str(given)
+    found = (given, step) if isinstance(given, RunConfig) else find_run(name, step, overrides)
+    if request.bare:
+        if found is None:
+            check_there(name)
+            raise ConfigError(name, "is no run, so it says not what to evaluate on", "give --data FILE or --text FILE")
+        evaluated = held_out_of_run(*found, quiet)
+        folder: Path | None = Path(found[0].output)
+    else:
+        if isinstance(given, RunConfig):
+            source = of_config(given, step, request.base)
+        else:
+            source = find_model(name, step=step, base=request.base, overrides=overrides)
+        evaluated = Evaluation(Material(source, request, tuple(overrides), quiet)).measure()
+        folder = source.folder
+    evaluated.notes.extend(keep(evaluated, folder, request.output, request.samples_output))
+    return evaluated.metrics | ({"notes": evaluated.notes} if evaluated.notes else {})

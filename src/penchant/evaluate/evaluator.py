@@ -1,0 +1,342 @@
+"""A model's figures: its rows, the models, what they find likely, what is written, and where it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from penchant.config import RunConfig
+from penchant.errors import ConfigError, DataError, ModelError
+from penchant.evaluate.material import Material
+from penchant.evaluate.request import Request
+from penchant.evaluate.sources import START, Source, find_model
+from penchant.evaluation.figures import Figure, flat
+from penchant.evaluation.generated import kl_of_written, text_of_written
+from penchant.evaluation.given_answers import answer_figures
+from penchant.evaluation.overlap import overlap_figures, require_overlap
+from penchant.evaluation.perplexity import text_figures
+from penchant.evaluation.token_scores import TokenScores, score_tokens
+from penchant.evaluation.written import Judge, Written, judged, write
+from penchant.models.load import cast_parameters, load_tokenizer, looks_like_folder
+from penchant.packing_check import choose_packing
+from penchant.reference import LiveReference
+from penchant.rewards import load_reward
+from penchant.rewards.model import PolicyText
+from penchant.run import Run
+from penchant.types import TokenTree
+
+NO_REFERENCE = "none"
+FEW = 10  # below it a percentile bootstrap is too narrow
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What an evaluation leaves.
+
+    Args:
+        metrics: ``eval/...`` with ``/ci`` and ``/n``, and what was evaluated; notes: sentences that belong to them.
+        what: settings and fingerprints that they depend on; rows: the completions; step: of a run, else None.
+    """
+
+    metrics: dict[str, Any]
+    notes: list[str]
+    what: dict[str, Any]
+    rows: list[dict[str, Any]]
+    step: int | None
+
+
+@dataclass
+class Evaluation:
+    """One evaluation of one model; everything is checked before a model is loaded.
+
+    Raises:
+        CheckpointError, ConfigError, DataError, ModelError, RewardError: a person can mend it.
+    """
+
+    on: Material
+
+    @property
+    def source(self) -> Source:
+        return self.on.source
+
+    @property
+    def request(self) -> Request:
+        return self.on.request
+
+    @property
+    def run(self) -> Run:
+        return self.on.run
+
+    @property
+    def notes(self) -> list[str]:
+        return self.on.notes
+
+    # ---- the models -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def judges(self) -> dict[str, Judge]:
+        """The reward under "", and others by name."""
+        assert self.on.rows is not None
+        asked: dict[str, Any] = {} if self.request.reward is None else {"": self.request.reward}
+        asked |= {name: name for name in self.request.also}
+        prompts = {t.source: t.prompt for t in self.on.rows.trees}
+        policy = PolicyText(self.run.tokenizer, self.on.config.data.template, prompts)
+        try:
+            return {name: load_reward(reward, policy, self.run.device) for name, reward in asked.items()}
+        except ValidationError as error:  # a mapping that holds something else than names and weights
+            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ConfigError("--reward", said, "write NAME or {NAME: WEIGHT, ...}") from error
+
+    @cached_property
+    def reference_source(self) -> Source | None:
+        """What the model is compared with, where that is known."""
+        asked = self.request.reference
+        if asked == NO_REFERENCE:
+            return None
+        if asked is not None:
+            found = find_model(asked)
+            self._check_same_tokens(found)
+            return found
+        start = self.source.start
+        if start is not None and looks_like_folder(start.base.path) and not Path(start.base.path).expanduser().is_dir():
+            self.notes.append(
+                f"No reference: what it started from, {start.base.path}, is not there; name one with --reference."
+            )
+            return None
+        return start
+
+    def _check_same_tokens(self, other: Source) -> None:
+        own, theirs = self.run.tokenizer, load_tokenizer(other.tokenizer)
+        if own.get_vocab() != theirs.get_vocab():
+            raise ConfigError(
+                "--reference",
+                f"{other.name} has another tokenizer than {self.source.name}",
+                "log-probs and KL compare the same tokens: give a model with the same one",
+            )
+
+    def _load(self, source: Source) -> LiveReference:
+        run = self.run
+        model = source.load(run.device)
+        run.set_threads(sum(p.numel() for p in model.parameters()))
+        self._check_context(source, model)
+        cast_parameters(model, run.dtype)
+        model.requires_grad_(False).eval()
+        return LiveReference(choose_packing(model, self.on.config.train.packing, self.on.config.model.kernels)[0])
+
+    def _check_context(self, source: Source, model: Any) -> None:
+        rows = model.get_input_embeddings().weight.shape[0]
+        if len(self.run.tokenizer) > rows:
+            raise ModelError(
+                source.name, f"has {rows:,} embeddings, the tokenizer {len(self.run.tokenizer):,} tokens", ""
+            )
+        context = getattr(model.config, "max_position_embeddings", None)
+        longest = max((len(t.prompt_ids) for t in self.on.prompts), default=0) if self.request.generate else 0
+        new = self.request.max_new_tokens if self.request.generate else 0
+        length = self.on.config.data.max_length
+        if context is None or max(length, longest + new) <= context:
+            return
+        if length > context:
+            raise ConfigError(
+                "data.max_length",
+                f"{length} is beyond the context of {source.name}, {context}",
+                f"set data.max_length={context}",
+            )
+        raise ConfigError(
+            "--max-new-tokens",
+            f"the longest prompt has {longest} tokens, so {new} more go beyond the context of {source.name}, {context}",
+            "lower it, or data.max_length, which cuts prompts",
+        )
+
+    # ---- the figures ----------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Everything that can be wrong before a model is loaded.
+
+        Raises:
+            ConfigError, DataError, ModelError, RewardError.
+        """
+        self.request.check()
+        request = self.request
+        if self.on.rows is None and request.text is None:
+            how = (
+                "give --data FILE or --text FILE"
+                if self.source.run is None
+                else "give --data FILE or --text FILE (the run holds nothing out)"
+            )
+            raise ConfigError(self.source.name, "there is nothing to evaluate on", how)
+        if request.generate is not None:
+            if self.on.rows is None:
+                raise ConfigError("--generate", "there are no prompts", "give --data with rows that have prompts")
+            _ = self.judges, self.on.prompts
+            if request.overlap and self.on.good_answers:
+                require_overlap()
+        elif not self.on.answers and (request.data is not None or request.text is None):
+            raise DataError(
+                request.data or self.source.name,
+                f"these rows ({self.on.rows.kind if self.on.rows else ''}) have no answers that are known to be good or bad",
+                "add --generate 100 to have the model write, or give pairs",
+            )
+        if request.text is not None:
+            _ = self.on.documents
+        _ = self.reference_source
+
+    @cached_property
+    def exact(self) -> bool:
+        return self.request.exact_kl is not False
+
+    @property
+    def beta(self) -> float:
+        """Of the implicit reward: as asked, the run's where it is one number, else 1."""
+        if self.request.beta is not None:
+            return self.request.beta
+        if self.source.run is None or self.source.run.algorithm is not None:
+            return 1.0
+        component = self.source.run.loss.components[0]
+        beta = getattr(component.params, "beta", 1.0)
+        return float(beta) if "beta" not in component.schedules else 1.0
+
+    def measure(self) -> Evaluated:
+        """All that is asked."""
+        self.check()
+        figures: list[Figure] = []
+        rows: list[dict[str, Any]] = []
+        policy = self._load(self.on.policy)
+        reference = None if self.reference_source is None else self._load(self.reference_source)
+        if self.on.answers:
+            figures += answer_figures(
+                self._scores(policy, reference, self.on.answers, "answers"), self.on.answers, self.beta
+            )
+            if reference is not None:
+                self.notes.append(f"eval/rewards are beta x (log pi - log ref) with beta = {self.beta:g}.")
+        if self.request.text is not None:
+            chunks, size, _ = self.on.documents
+            figures += text_figures(self._scores(policy, reference, chunks, "texts", exact=False), chunks, size)
+        if self.request.generate is not None:
+            written, more, rows = self._generated(policy)
+            figures += more
+            if reference is not None:
+                scores = self._scores(policy, reference, written.trees, "own completions")
+                figures += kl_of_written(scores, written, sampled=self.request.temperature == 1.0)
+                if self.request.temperature != 1.0:
+                    self.notes.append("Sampled KL (k1, k3) is left out: it is unbiased at temperature 1 alone.")
+        self._about_intervals(figures)
+        head: dict[str, Any] = {"model": self.source.name}
+        head |= {"checkpoint": self.source.checkpoint} if self.source.checkpoint else {}
+        head |= {"reference": self.reference_source.name} if self.reference_source is not None else {}
+        return Evaluated(head | flat(figures), self.notes, self._what(), rows, self.source.step)
+
+    def _about_intervals(self, figures: Sequence[Figure]) -> None:
+        """Where they say less than they seem to."""
+        counts = (
+            {"prompts with answers": len({t.prompt_ids.tobytes() for t in self.on.answers})} if self.on.answers else {}
+        )
+        counts |= {"documents": len(self.on.documents[1])} if self.request.text is not None else {}
+        counts |= {"prompts written to": len(self.on.prompts)} if self.request.generate is not None else {}
+        few = [f"{n} {what}" for what, n in counts.items() if n < FEW]
+        if few:
+            self.notes.append(f"Intervals from fewer than {FEW} prompts are too narrow to rely on: {', '.join(few)}.")
+        if any(f.interval is None for f in figures):
+            self.notes.append("Figures of a single prompt or document have no interval.")
+
+    def _scores(
+        self,
+        policy: LiveReference,
+        reference: LiveReference | None,
+        trees: Sequence[TokenTree],
+        what: str,
+        exact: bool | None = None,
+    ) -> TokenScores:
+        return score_tokens(
+            policy,
+            reference,
+            trees,
+            exact=self.exact if exact is None else exact,
+            tokens_per_step=self.on.config.evaluation.tokens_per_step or self.on.config.train.tokens_per_step,
+            progress=self.run.console.counter(f"log-probs of {what}"),
+        )
+
+    def _generated(self, policy: LiveReference) -> tuple[Written, list[Figure], list[dict[str, Any]]]:
+        """What the model wrote, its figures, and its rows for a file."""
+        r, tokenizer = self.request, self.run.tokenizer
+        written = write(
+            policy.scorer.model,
+            tokenizer,
+            [t.prompt_ids.tolist() for t in self.on.prompts],
+            n=r.samples,
+            max_new_tokens=r.max_new_tokens,
+            seed=r.seed,
+            temperature=r.temperature,
+            judge=self.judges.get(""),
+            sources=[t.source for t in self.on.prompts],
+            progress=self.run.console.counter("prompts written to"),
+        )
+        also = {n: judged(j, tokenizer, written.trees, written.texts) for n, j in self.judges.items() if n}
+        figures = text_of_written(written, also)
+        references = [
+            self.on.good_answers.get(t.prompt_ids.tobytes(), []) for t in self.on.prompts for _ in range(r.samples)
+        ]
+        have = [i for i, refs in enumerate(references) if refs]
+        if r.overlap and have:
+            overlap = overlap_figures(
+                [written.texts[i].strip() for i in have],
+                [references[i] for i in have],
+                written.prompts[have],
+                stemmer=r.stemmer,
+            )
+            figures += overlap.figures
+            self.notes.append(f"{overlap.signature}.")
+        return written, figures, self._completions(written, also, references)
+
+    def _completions(
+        self, written: Written, also: Mapping[str, np.ndarray], references: Sequence[Sequence[str]]
+    ) -> list[dict[str, Any]]:
+        decode = self.run.tokenizer.decode
+        rows = []
+        for i, prompt in enumerate(written.prompts.tolist()):
+            tree = written.trees[prompt]
+            row: dict[str, Any] = {
+                "source": tree.source,
+                "prompt": decode(tree.prompt_ids.tolist(), skip_special_tokens=True),
+                "sample": i % self.request.samples,
+                "completion": written.texts[i],
+                "tokens": len(written.ids[i]),
+                "ended": bool(written.ended[i]),
+            }
+            row |= {} if written.rewards is None else {"reward": float(written.rewards[i])}
+            row |= {"also": {name: float(v[i]) for name, v in also.items()}} if also else {}
+            row |= {"references": list(references[i])} if references[i] else {}
+            rows.append(row)
+        return rows
+
+    def _what(self) -> dict[str, Any]:
+        """Settings and fingerprints, for the log."""
+        found: dict[str, Any] = {"model": self.source.name, "checkpoint": self.source.checkpoint or None}
+        reference = self.reference_source
+        if reference is not None:
+            found["reference"] = reference.base.path if reference.name == START else reference.name
+        if self.on.rows is not None and (self.on.answers or self.request.generate is not None):
+            found |= {"data": self.request.data or "held out", "fingerprint": self.on.rows.fingerprint}
+            found |= {"rows": self.on.rows.accepted, "kept_aside": len(self.on.rows.quarantined)}
+        if self.request.text is not None:
+            found |= {"text": self.request.text, "text_fingerprint": self.on.documents[2]}
+        found |= self.request.settings() | {"beta": self.beta, "exact_kl": self.exact}
+        return found | {"dtype": str(self.run.dtype).removeprefix("torch."), "device": str(self.run.device)}
+
+
+def held_out_of_run(config: RunConfig, step: str, quiet: bool) -> Evaluated:
+    """A run's own held-out metrics, as they are computed while it trains."""
+    run = Run(config, quiet=quiet)
+    metrics = run.evaluate(step)
+    held = run.datasets[1]
+    assert held is not None
+    name = metrics["checkpoint"]
+    what = {"checkpoint": name, "data": "held out", "fingerprint": held.fingerprint, "rows": held.accepted}
+    what |= {"dtype": str(run.dtype).removeprefix("torch."), "device": str(run.device)}
+    at = 0 if name == START else int(name.removeprefix("step-"))
+    return Evaluated(metrics, [], what, [], at)

@@ -1,0 +1,164 @@
+"""What a model is measured on: rows with prompts, their answers, texts; read and made into tokens as its run would."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from penchant.config import RunConfig, config_from_mapping
+from penchant.data.adapt import adapt
+from penchant.data.load import Dataset, load_preferences
+from penchant.data.tokenise import TokenisedDataset, tokenise
+from penchant.errors import DataError
+from penchant.evaluate.request import Request
+from penchant.evaluate.sources import START, Source
+from penchant.evaluation.given_answers import is_answer
+from penchant.evaluation.perplexity import without_eos
+from penchant.models.load import load_tokenizer
+from penchant.models.reward import load_model_config
+from penchant.run import Run
+from penchant.types import TokenTree
+
+DEFAULT_LENGTH = 1024
+
+
+@dataclass
+class Material:
+    """Rows, answers, prompts and texts of one evaluation, each read when it is first asked for.
+
+    Args:
+        source: the model; request: what is asked; overrides: ``key.path=value`` of a model that has no config of its own.
+        notes: sentences about what was left out or cut.
+
+    Raises:
+        ConfigError, DataError, ModelError: a person can mend it.
+    """
+
+    source: Source
+    request: Request
+    overrides: Sequence[str] = ()
+    quiet: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The run's settings, or those of a run on this model with the data as its own."""
+        if self.source.run is not None:
+            return self.source.run
+        model = self.source.base.model_dump(exclude_unset=True) | {"tokenizer": self.source.tokenizer}
+        values = {"model": model, "data": {"path": self.request.data or self.request.text or ""}, "output": "."}
+        config = config_from_mapping(values, list(self.overrides))
+        context = getattr(load_model_config(config.model.path), "max_position_embeddings", None)
+        if context is not None and "max_length" not in config.data.model_fields_set:
+            data = config.data.model_copy(update={"max_length": min(DEFAULT_LENGTH, context)})
+            config = config.model_copy(update={"data": data})
+        return config
+
+    @property
+    def policy(self) -> Source:
+        """The model, with overrides such as ``model.revision``; those of a run are in its config already."""
+        return self.source if self.source.run is not None else replace(self.source, base=self.config.model)
+
+    @cached_property
+    def run(self) -> Run:
+        """Reads rows, makes tokens, and says in what precision and on which device models run."""
+        run = Run(self.config, quiet=self.quiet)
+        if self.source.adapter is not None or self.source.checkpoint not in ("", START):
+            run.tokenizer = load_tokenizer(
+                self.source.tokenizer
+            )  # the checkpoint's own: what it started from may be gone
+        return run
+
+    @cached_property
+    def rows(self) -> Dataset | None:
+        """The rows with prompts: of --data, or the run's held-out ones; None where there are none."""
+        data = self.config.data
+        if self.request.data is None:
+            if self.source.run is None:
+                return None
+            held = self.run.datasets[1]
+            return None if held is None or held.kind == "text" else held
+        own_shape = self.source.run is not None  # an online run reads prompts alone; these rows may have answers
+        own_limit = self.source.run is None or any(o.startswith("data.limit=") for o in self.overrides)
+        rows = load_preferences(
+            self.request.data,
+            shape="auto" if own_shape and data.shape == "prompts" else data.shape,
+            columns=data.columns,
+            on_bad_row=data.on_bad_row,
+            identical=data.identical,
+            limit=data.limit if own_limit else None,
+        )
+        if rows.kind == "text":
+            raise DataError(self.request.data, "holds texts without prompts", "give it as --text")
+        if rows.quarantined:
+            self.notes.append(f"Kept aside: {len(rows.quarantined):,} bad rows of {rows.total:,}.")
+        if rows.kind == "scored" and data.pairs_from_scores != "off":
+            rows = adapt(rows, "eval", "pairs", frozenset(), data, self.request.data)
+        return rows
+
+    @cached_property
+    def tokens(self) -> TokenisedDataset:
+        assert self.rows is not None
+        made = self.run.tokenise_rows(self.rows)
+        for what, count in (
+            ("rows could not be made into tokens", len(made.quarantined)),
+            ("prompts lost their start", len(made.cut_prompts)),
+            ("rows have an answer that lost its end", len(made.cut_completions)),
+        ):
+            if count:
+                self.notes.append(f"At data.max_length {self.config.data.max_length}: {count:,} {what}.")
+        if not made.trees:
+            raise DataError(
+                str(self.request.data), "no row is left after cutting rows into tokens", "look at data.max_length"
+            )
+        return made
+
+    @cached_property
+    def answers(self) -> list[TokenTree]:
+        """Rows whose answers are known to be good or bad."""
+        if self.request.text_alone or self.rows is None or self.rows.kind not in ("pairs", "sft", "unpaired"):
+            return []
+        return [t for t in self.tokens.trees if is_answer(t)]
+
+    @cached_property
+    def documents(self) -> tuple[list[TokenTree], dict[str, int], str]:
+        """Chunks of --text, the bytes of each document, and the file's fingerprint."""
+        assert self.request.text is not None
+        data, tokenizer = self.config.data, self.run.tokenizer
+        texts = load_preferences(self.request.text, shape="text", on_bad_row=data.on_bad_row)
+        if texts.quarantined:
+            self.notes.append(f"Kept aside: {len(texts.quarantined):,} bad documents of {texts.total:,}.")
+        made = tokenise(
+            texts, tokenizer, max_length=data.max_length, add_eos=tokenizer.eos_token_id is not None, on_bad_row="error"
+        )
+        if made.split_documents:
+            self.notes.append(
+                f"{made.split_documents:,} documents longer than data.max_length {data.max_length} are read in parts, "
+                "each without what came before it."
+            )
+        size = {t.source: len(t.completions[0].text.encode()) for t in texts.trees}
+        return without_eos(made.trees, tokenizer.eos_token_id), size, texts.fingerprint
+
+    @cached_property
+    def prompts(self) -> list[TokenTree]:
+        """The first row of each prompt, as many as are asked for."""
+        first: dict[bytes, TokenTree] = {}
+        for t in self.tokens.trees:
+            first.setdefault(t.prompt_ids.tobytes(), t)
+        wanted = self.request.generate or 0
+        if len(first) < wanted:
+            self.notes.append(f"There are {len(first):,} prompts, not {wanted:,}.")
+        return list(first.values())[:wanted]
+
+    @cached_property
+    def good_answers(self) -> dict[bytes, list[str]]:
+        """The good answers' texts of every prompt."""
+        assert self.rows is not None
+        text_of = {t.source: t for t in self.rows.trees}
+        found: dict[bytes, list[str]] = {}
+        for t in self.answers:
+            for i, c in enumerate(text_of[t.source].completions):
+                if c.label if c.label is not None else i == 0:
+                    found.setdefault(t.prompt_ids.tobytes(), []).append(c.text.strip())
+        return found

@@ -1,0 +1,111 @@
+"""Figures as a table, as JSON files, and as a line in a run's evaluations.jsonl."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from penchant.errors import ConfigError
+from penchant.evaluate.evaluator import Evaluated
+from penchant.evaluation.glossary import meaning_of
+from penchant.training.runfolder import MetricsLog, finite
+
+LOG = "evaluations.jsonl"
+NO_FIGURE = ("tables", "notes")
+COUNT = "/n"
+SUFFIXES = ("/ci", COUNT)
+
+
+def record(evaluated: Evaluated) -> dict[str, Any]:
+    """An evaluation as it stands in files: time, step, what was asked, figures, how many rows each is over, notes."""
+    found = evaluated.metrics
+    metrics = {k: v for k, v in found.items() if k not in NO_FIGURE and not k.endswith(COUNT)}
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": evaluated.step,
+        "what": evaluated.what,
+        "metrics": metrics,
+        "n": {k.removesuffix(COUNT): v for k, v in found.items() if k.endswith(COUNT)},
+        "notes": evaluated.notes,
+    }
+
+
+def keep(evaluated: Evaluated, run: Path | None, output: str | None, samples_output: str | None) -> list[str]:
+    """Append to the run's log, and write the files that were asked for; sentences about what could not be kept.
+
+    Raises:
+        ConfigError: a file that was asked for cannot be written.
+    """
+    line = record(evaluated)
+    if output is not None:
+        _write("--output", output, json.dumps(finite(line), indent=1, ensure_ascii=False) + "\n")
+    if samples_output is not None:
+        rows = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in evaluated.rows)
+        _write("--samples-output", samples_output, rows)
+    if run is None or not (run / "identity.json").exists():
+        return []
+    try:
+        MetricsLog(run / LOG).write(line)
+    except OSError as error:
+        return [f"Not kept in {run / LOG}: it cannot be written ({error.strerror})."]
+    return []
+
+
+def _write(option: str, path: str, text: str) -> None:
+    try:
+        Path(path).expanduser().write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(option, f"{path} cannot be written ({error.strerror})", "give another file") from error
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """A line a figure: name, value, 95% interval, and over how much it is."""
+    names = _shown(metrics)
+    width = max(28, *map(len, names))
+    spans = {n: _span(metrics.get(f"{n}/ci")) for n in names}
+    broad = max(map(len, spans.values()), default=0)
+    lines = []
+    for name in names:
+        value = metrics[name]
+        shown = f"{value:,.4f}" if isinstance(value, float) else printable(str(value))
+        line = f"{printable(name):<{width}} {shown:>12}"
+        if isinstance(value, float):
+            line += f"  {spans[name]:<{broad}}  {_over(metrics, name)}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def explained(metrics: Mapping[str, Any]) -> str:
+    """What each figure is, and its formula."""
+    lines = []
+    for name in _shown(metrics):
+        meaning = meaning_of(name)
+        if meaning is not None:
+            lines.append(f"{printable(name)}\n    {meaning.sentence}\n    {meaning.formula}")
+    return "\n".join(lines)
+
+
+def _shown(metrics: Mapping[str, Any]) -> list[str]:
+    return [n for n in metrics if n not in NO_FIGURE and not n.endswith(SUFFIXES)]
+
+
+def _over(metrics: Mapping[str, Any], name: str) -> str:
+    """``n=200 pairs``; a run's own metrics are over its held-out rows, its KL over completions."""
+    meaning = meaning_of(name)
+    if f"{name}/n" in metrics:
+        return f"n={metrics[f'{name}/n']:,}" + (f" {meaning.over}" if meaning else "")
+    if name.startswith("eval/kl/") and "eval/kl/completions" in metrics:
+        return f"n={metrics['eval/kl/completions']:,} completions"
+    return f"n={metrics['eval/rows']:,} rows" if "eval/rows" in metrics else ""
+
+
+def printable(text: str) -> str:
+    """Text with control characters made visible: a name may come from a stranger's file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _span(interval: Any) -> str:
+    return f"[{interval[0]:,.4f}, {interval[1]:,.4f}]" if interval else ""
