@@ -17,6 +17,7 @@ LAYERS = [
     {"packing_check", "reference", "rollout"},
     {"training"},
     {"rewards"},  # a reward model runs on the engine and is found in its run's folder
+    {"judges"},  # a person's own judge is loaded as rewards are
     {"algorithms", "evaluation", "report", "watch"},
     {"loss_config"},
     {"config", "manifest", "catalogue"},

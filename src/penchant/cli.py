@@ -203,6 +203,14 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--also", action="append", default=[], metavar="NAME", help="another reward beside it; may be given again"
     )
+    parser.add_argument(
+        "--judge", metavar="JUDGE", help="who decides between two answers: path.py:function, or http://HOST:PORT/v1"
+    )
+    parser.add_argument("--judge-model", metavar="NAME", help="the endpoint's model")
+    parser.add_argument("--judge-key-env", metavar="NAME", help="variable that holds its key (default: OPENAI_API_KEY)")
+    parser.add_argument("--judge-instruction", metavar="FILE", help="a template in place of the built-in one")
+    parser.add_argument("--judge-parameters", metavar="JSON", help="of its sampling, in place of the built-in ones")
+    parser.add_argument("--judge-concurrency", metavar="N", type=int, help="questions at a time (default: 4)")
     parser.add_argument("--against", metavar="RUN", help="what all are compared with (default: their common start)")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts (default: 200)")
     parser.add_argument("--samples", type=int, default=1, help="completions of each prompt (default: 1)")
@@ -349,11 +357,18 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     _with_allocator()
     from penchant import api
+    from penchant.errors import ConfigError
+    from penchant.judges.load import OF_ENDPOINTS, JudgeOptions
 
+    of_judge = {name: getattr(args, f"judge_{name}") for name in OF_ENDPOINTS}
+    given = [OF_ENDPOINTS[name] for name, value in of_judge.items() if value is not None]
+    if args.judge is None and given:
+        raise ConfigError(given[0], "is given without --judge", "name the judge")
     result = api.compare(
         *args.runs,
         reward=args.reward,
         also=args.also,
+        judge=None if args.judge is None else JudgeOptions(args.judge, **of_judge),
         against=args.against,
         prompts=args.prompts,
         samples=args.samples,

@@ -36,6 +36,7 @@ from penchant.comparison.runs import (
 )
 from penchant.data.load import Dataset, load_preferences
 from penchant.errors import CheckpointError, ConfigError, DataError
+from penchant.judges import JudgeOptions, PairJudge, load_judge
 from penchant.pipeline_state import reward_hashes, reward_terms
 from penchant.run import read_jsonl
 from penchant.training.checkpoint import latest_checkpoint
@@ -50,13 +51,14 @@ class Question:
 
     Args:
         reward: as `load_reward` takes it, or None; also: names of other rewards, whose figures stand beside its own; against: a run that all others are compared with, in place of their common start.
-        step: ``best``, ``last``, a step's number, or None: the best where one is tracked and kept, else the last.
+        judge: who decides between two answers, or None; step: ``best``, ``last``, a step's number, or None: the best where one is tracked and kept, else the last.
         data: a file of test rows, or None: rows that the runs hold out; output: folder of both files, or None.
     """
 
     sampling: Sampling
     reward: Any = None
     also: Sequence[str] = ()
+    judge: JudgeOptions | None = None
     against: str | Path | None = None
     step: str | None = None
     data: str | Path | None = None
@@ -212,6 +214,10 @@ class RunComparer:
         shared = sum(key_of(t) in seen for t in self.held_out.rows.trees)
         return [f"{shared:,} of the test rows are held-out rows by which checkpoints were chosen."] if shared else []
 
+    @cached_property
+    def judge(self) -> PairJudge | None:
+        return None if self.question.judge is None else load_judge(self.question.judge)
+
     def _about_reward(self) -> list[str]:
         """Which runs were trained to raise a reward by which they are judged."""
         terms = {"this reward": reward_terms(self.question.reward), **{name: [name] for name in self.question.also}}
@@ -233,6 +239,9 @@ class RunComparer:
         check_tokenizers(self.everyone)
         for reward in (self.question.reward, *self.question.also):
             check_reward(reward)
+        if self.judge is not None:
+            odd = self.judge.check()
+            self.notes += [odd] if odd else []
         settings, first = self.settings, self.first
         check_bases(self.everyone)
         held = self.held_out
@@ -244,13 +253,21 @@ class RunComparer:
         sampling = self.question.sampling
         also = {name: name for name in self.question.also}
         setting = make_setting(
-            owner.data, owner.data.tokenizer, held.rows, self.question.reward, sampling, console(self.quiet), also
+            owner.data,
+            owner.data.tokenizer,
+            held.rows,
+            self.question.reward,
+            sampling,
+            console(self.quiet),
+            also,
+            self.judge,
         )
         if not setting.prompts:
             raise DataError("compare", "no row is left after cutting rows into tokens", "look at data.max_length")
         entrants = [first, *(r.entrant() for runs in settings.values() for r in runs)]
         seeds = {name: [r.name for r in runs] for name, runs in settings.items()}
         compared = compare_entrants(entrants, owner.data, setting, sampling, seeds=seeds, fixed=self.against is None)
+        notes += [] if compared.judgement is None else compared.judgement.sentences()
         earlier = [] if readings is None else readings.earlier()
         if readings is not None:
             notes = [readings.sentence(earlier), *notes]
@@ -278,6 +295,7 @@ class RunComparer:
         return {
             "reward": q.reward,
             "also": list(q.also),
+            "judge": None if self.judge is None else self.judge.describe(),
             "rewards": reward_hashes(q.reward) | reward_hashes(dict.fromkeys(q.also, 1.0)),
             "prompts_asked": q.sampling.prompts,
             "samples": q.sampling.samples,
