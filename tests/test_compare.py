@@ -524,3 +524,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="No space"):
         write_text_atomically(path, "new\n")
     assert path.read_text() == "old\n"
+
+
+def test_flags_stand_in_the_figures_and_are_read_out(world: Path, tmp_path: Path) -> None:
+    result = compare(world, "dpo", reward=f"{world}/rewards.py:vowels", output=tmp_path)
+    kept = json.loads((tmp_path / "comparison.json").read_text())["flags"]
+    assert {f["name"] for f in kept} >= {"few_prompts", "one_seed"}  # 12 prompts, one seed
+    for flag in kept:
+        assert flag["sentence"] in result.to_text()

@@ -36,6 +36,9 @@ from penchant.comparison.runs import (
 )
 from penchant.data.load import Dataset, load_preferences
 from penchant.errors import CheckpointError, ConfigError, DataError
+from penchant.evaluation.flags import Flag
+from penchant.evaluation.trust import comparison_flags
+from penchant.evaluation.trust.files import summary
 from penchant.judges import JudgeOptions, PairJudge, load_judge
 from penchant.pipeline_state import reward_hashes, reward_terms
 from penchant.run import read_jsonl
@@ -73,8 +76,9 @@ class RunComparison:
     figures: dict[str, Any]
 
     def to_text(self) -> str:
-        """Heading, notes, tables, and last the verdict."""
-        return text_of(self.figures, self.figures["heading"], self.figures["notes"])
+        """Heading, notes, flags, tables, and last the verdict."""
+        flags = summary([Flag.from_json(f) for f in self.figures["flags"]])
+        return text_of(self.figures, self.figures["heading"], [*self.figures["notes"], *([flags] if flags else [])])
 
 
 @dataclass
@@ -284,6 +288,7 @@ class RunComparer:
             "test_readings_before": None if readings is None else len(earlier),
             "settings": self._asked(),
         }
+        figures["flags"] = [f.to_json() for f in comparison_flags(figures, compared.rows)]
         if readings is not None:  # before anybody sees a figure: a reading that is not written down did not happen
             details = {"checkpoints": figures["checkpoints"], "output": str(folder), **self._asked()}
             readings.record([r.name for r in self.everyone], details)
