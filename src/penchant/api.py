@@ -1,6 +1,6 @@
 """What the command line does, as a handful of calls.
 
-`load_preferences`, `train`, `evaluate`, `compare`, `audit`, `pipeline`, `sweep`.
+`load_preferences`, `train`, `evaluate`, `compare`, `audit`, `pipeline`, `sweep`, `report`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = [
     "load_preferences",
     "pipeline",
     "pipeline_plan",
+    "report",
     "sweep",
     "sweep_plan",
     "train",
@@ -173,6 +174,20 @@ def compare(
     sampling = Sampling(prompts, samples, max_new_tokens, seed)
     asked = JudgeOptions(judge) if isinstance(judge, str) else judge
     return compare_runs(runs, Question(sampling, reward, also, asked, against, step, data, output), quiet=quiet)
+
+
+def report(*paths: str | Path, output: str | Path | None = None) -> Path:
+    """Write the report of runs, a sweep, a pipeline or a comparison: one HTML file that loads nothing.
+
+    Args:
+        paths: folders; output: the file; None: ``report.html`` in the folder, of several in the current one.
+
+    Raises:
+        CheckpointError: a folder holds nothing of Penchant's, or the file cannot be written.
+    """
+    from penchant.report import write_report
+
+    return write_report(paths, output)
 
 
 def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -117,9 +117,15 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--json", action="store_true", help="print JSON")
     audit.set_defaults(handler=_audit)
 
-    report = commands.add_parser("report", help="write a run's report.html anew")
-    report.add_argument("run", help="run folder")
-    report.add_argument("--output", help="where to write it (default: RUN/report.html)")
+    report = commands.add_parser(
+        "report", help="write the report of runs, a sweep, a pipeline or a comparison: one HTML file"
+    )
+    report.add_argument("paths", nargs="+", metavar="PATH", help="folder of a run, a sweep, a pipeline or a comparison")
+    report.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where to write it (default: report.html in PATH; of several, in the current folder)",
+    )
     report.set_defaults(handler=_report)
 
     flags = commands.add_parser("flags", help="what to know before trusting a run or a comparison, with the evidence")
@@ -131,6 +137,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--rules", action="store_true", help="list the rules and their thresholds instead, as in docs/trust.md"
     )
     flags.set_defaults(handler=_flags)
+
+    watch = commands.add_parser("watch", help="follow runs in the terminal: progress, curves, figures, last answers")
+    watch.add_argument(
+        "paths", nargs="+", metavar="RUN", help="folder of a run, a sweep or a pipeline; or several runs"
+    )
+    watch.add_argument("--once", action="store_true", help="print one frame and end")
+    watch.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two frames (default: 2)")
+    watch.set_defaults(handler=_watch)
 
     losses = commands.add_parser("losses", help="list the losses with their formulas and hyperparameters")
     losses.add_argument("name", nargs="?", help="one loss, with its whole description")
@@ -274,7 +288,9 @@ def _pipeline(args: argparse.Namespace) -> int:
     if args.plan:
         print(api.pipeline_plan(args.config, *args.overrides, redo=args.redo))
         return 0
-    print(api.pipeline(args.config, *args.overrides, only=args.only, redo=args.redo, quiet=args.quiet).to_text())
+    result = api.pipeline(args.config, *args.overrides, only=args.only, redo=args.redo, quiet=args.quiet)
+    print(result.to_text())
+    print(f"report: {api.report(result.folder)}", file=sys.stderr)
     return 0
 
 
@@ -285,7 +301,9 @@ def _sweep(args: argparse.Namespace) -> int:
     if args.plan:
         print(api.sweep_plan(args.config, *args.overrides))
         return 0
-    print(api.sweep(args.config, *args.overrides, jobs=args.jobs, quiet=args.quiet).to_text())
+    result = api.sweep(args.config, *args.overrides, jobs=args.jobs, quiet=args.quiet)
+    print(result.to_text())
+    print(f"report: {result.folder / 'report.html'}", file=sys.stderr)
     return 0
 
 
@@ -369,6 +387,7 @@ def _compare(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(f"penchant: written to {result.folder}", file=sys.stderr)
     print(result.to_text())
+    print(f"report: {api.report(result.folder)}", file=sys.stderr)
     return 0
 
 
@@ -404,11 +423,9 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from pathlib import Path
+    from penchant import api
 
-    from penchant.report import write_report
-
-    print(write_report(Path(args.run), Path(args.output) if args.output else None))
+    print(api.report(*args.paths, output=args.output))
     return 0
 
 
@@ -430,6 +447,12 @@ def _flags(args: argparse.Namespace) -> int:
     else:
         print(as_text(found))
     return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from penchant.watch import watch
+
+    return watch(args.paths, once=args.once, interval=args.interval)
 
 
 def _losses(args: argparse.Namespace) -> int:

@@ -1,185 +1,343 @@
-"""The report: whole, inert, and honest about what is missing."""
+"""The whole page: one file, inert, honest about what is missing, small, and never the end of a run."""
 
 from __future__ import annotations
 
 import json
-import math
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+from report_folders import evaluation, make_comparison, make_flags, make_run, make_sweep, write_json, write_lines
 
 from penchant.errors import CheckpointError
-from penchant.report import write_report
-from penchant.report.build import visible
-from penchant.report.curves import Series, line_chart, number, ticks
+from penchant.report import LiveReport, write_report
+from penchant.report.data import read_report
+from penchant.report.page import SECTIONS, Section, asset, digest, policy, render
 
-EVIL = "<script>alert(1)</script></style></title>\u202e\"'><img src=x onerror=alert(2)>&#x3c;"
+EVIL = "<script>document.title='owned'</script></style></script></title><!--\u202e\x00\"'><img src=x onerror=alert(2)>&#x3c;javascript:alert(3)"
+VOID = {"br", "hr", "input", "meta"}
 
 
-class _Page(HTMLParser):
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; a tag that closes another than the last open one is a mistake."""
+
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
         self.text = ""
         self.feed(text)
+        self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        self.open += [] if tag in VOID else [tag]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.open[-1:] != ["script"] and self.open[-1:] != ["style"]:
+            self.text += data
 
 
-def _run(folder: Path, word: str = "fine") -> Path:
-    folder.mkdir(exist_ok=True)
-    lines = [
-        {
-            "kind": "eval",
-            "step": 0,
-            "eval/loss": 0.693,
-            "eval/rewards/accuracies": 0.5,
-            "eval/rewards/margins": 0.0,
-            "eval/rows": 9,
-        }
-    ]
-    lines += [
-        {"kind": "train", "step": i, "loss": 0.7 - i / 100, "lr": 1e-5, "grad_norm": None if i == 2 else 1.0}
-        for i in range(1, 9)
-    ]
-    lines += [
-        {
-            **lines[0],
-            "step": 8,
-            "eval/rewards/accuracies": 0.8,
-            "eval/rewards/accuracies/ci": [0.7, 0.9],
-            "eval/loss": 0.5,
-        }
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines) + '{"half')
-    (folder / "samples.jsonl").write_text(
-        json.dumps({"prompt": word, "before": word, "after": word, "reward_before": 0.1, "reward_after": None})
+def written(*paths: Path, **options: Any) -> str:
+    target = paths[0].parent / "out.html"
+    return write_report(paths, target, strict=True, **options).read_text(encoding="utf-8")
+
+
+def hostile(folder: Path) -> list[Path]:
+    """A run and a comparison in which every text is hostile, the run's and the figures' names too."""
+    run = make_run(folder / "r<script>alert(1)<", word=EVIL)
+    make_flags(run, EVIL)
+    write_json(
+        run / "results.json", {"verdict": EVIL, "headline": [{"name": EVIL, "after": 1.0, "goal": EVIL, "met": True}]}
     )
-    (folder / "manifest.json").write_text(
-        json.dumps(
-            {"status": "finished", "steps": 8, "loss": word, "model": {"path": word, "parameters": 5}, "started": word}
-        )
+    (run / "config.resolved.yaml").write_text(json.dumps({"loss": {"name": EVIL}, EVIL: EVIL}), encoding="utf-8")
+    lines = [evaluation(0), evaluation(5, 0.7, 0.1, **{f"eval/{EVIL}": 1.0})]
+    with (run / "metrics.jsonl").open("a") as out:
+        out.writelines(json.dumps(line) + "\n" for line in lines)
+    write_lines(
+        run / "evaluations.jsonl",
+        [{"time": EVIL, "step": EVIL, "what": {EVIL: EVIL}, "metrics": {EVIL: 1.0, f"{EVIL}/ci": [0, 2]}}],
     )
-    (folder / "config.resolved.yaml").write_text(f"output: {word}")
-    finding = {"title": word, "count": 1, "of": 2, "share": 0.5, "where": [word], "note": word}
-    (folder / "audit.json").write_text(
-        json.dumps({"summary": word, "findings": {"x": finding}, "lengths": {word: {"mean": 3.0}}})
-    )
-    (folder / "results.json").write_text(
-        json.dumps(
-            {"verdict": word, "headline": [{"name": word, "before": 1.0, "after": 2.0, "goal": word, "met": True}]}
-        )
-    )
-    return folder
+    return [run, make_comparison(folder / "c", word=EVIL)]
+
+
+def test_every_tag_is_closed(tmp_path: Path) -> None:
+    for i, paths in enumerate(
+        ([make_run(tmp_path / "r")], [make_sweep(tmp_path / "s")], [make_comparison(tmp_path / "c")])
+    ):
+        text = written(*paths)
+        page = Page(text)
+        assert not page.open, (i, page.open)
+        ids = [a["id"] for _, a in page.tags if "id" in a]
+        assert len(ids) == len(set(ids))
+        links = [str(a["href"]) for t, a in page.tags if t == "a"]
+        assert links and all(link.startswith("#") and link[1:] in ids for link in links)
 
 
 def test_nothing_that_a_run_says_can_run(tmp_path: Path) -> None:
-    text = write_report(_run(tmp_path / "run", EVIL)).read_text()
-    page = _Page(text)
-    names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "img", "iframe", "link", "object", "form", "a"}
-    assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on")]
-    assert page.text.count("<script>alert(1)</script>") >= 8  # shown as text wherever it was put
-    assert "\u202e" not in text and "U+202E" in page.text
-    assert len(re.findall("<style>", text)) == 1
+    text = written(*hostile(tmp_path))
+    page = Page(text)
+    names = [tag for tag, _ in page.tags]
+    assert names.count("script") == 2 and names.count("style") == 1
+    assert not {"img", "iframe", "link", "object", "form", "base", "embed"} & set(names)
+    attributes = [(k, v) for _, attrs in page.tags for k, v in attrs.items()]
+    assert not [k for k, _ in attributes if k.startswith("on") or k in ("style", "src", "action", "formaction")]
+    assert page.text.count("<script>document.title='owned'</script>") >= 20  # shown as text wherever it was put
+    assert "\u202e" not in text and "\x00" not in text and "U+202E" in page.text and "U+0000" in page.text
+
+
+def test_hostile_text_changes_nothing_but_text(tmp_path: Path) -> None:
+    """The same folders with harmless words make the same tags."""
+    tame = make_run(tmp_path / "tame/r")
+    make_flags(tame)
+    evil = make_run(tmp_path / "evil/r", word=EVIL.replace("\x00", "").replace("\u202e", ""))
+    make_flags(evil, EVIL.replace("\x00", "").replace("\u202e", ""))
+    tags = [[t for t, _ in Page(written(p)).tags] for p in (tame, evil)]
+    assert tags[0] == tags[1]
+
+
+def test_the_policy_lets_in_one_stylesheet_and_one_script(tmp_path: Path) -> None:
+    text = written(make_run(tmp_path / "r"))
+    given = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert given is not None and given[1] == policy()
+    for part in ("default-src 'none'", "base-uri 'none'", "form-action 'none'", "img-src data:"):
+        assert part in policy()
+    assert "unsafe" not in policy()
+    style, script = re.search(r"<style>(.*?)</style>", text, re.S), re.search(r"<script>(.*?)</script>", text, re.S)
+    assert style is not None and digest(style[1]) in policy() and script is not None and digest(script[1]) in policy()
 
 
 def test_it_loads_nothing_from_anywhere(tmp_path: Path) -> None:
-    text = write_report(_run(tmp_path / "run")).read_text()
-    assert "default-src 'none'" in text
-    assert not re.search(r"""(src|href|url\(|@import)\s*=?\s*["']?\s*(https?:)?//""", text)
-    assert len(text) < 200_000
-
-
-def test_unicode_line_ends_inside_a_sample_are_text(tmp_path: Path) -> None:
-    folder = _run(tmp_path / "run")
-    row = {"prompt": "p", "before": "one\u2028two\x85three", "after": "found"}
-    (folder / "samples.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert "found" in write_report(folder).read_text()
+    text = written(make_sweep(tmp_path / "s"))
+    assert not re.search(
+        r"""(?:src|href|url\(|@import|fetch\(|XMLHttp|WebSocket)\s*[=(]?\s*["']?\s*(?:https?:)?//""", text
+    )
+    for name in ("page.js", "page.css"):
+        assert "://" not in asset(name).replace("http://www.w3.org/2000/svg", "") and "</" not in asset(name)
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
-    folder = tmp_path / "bare"
-    folder.mkdir()
-    (folder / "manifest.json").write_text("{}")
-    text = _Page(write_report(folder).read_text()).text
-    for said in ("No metrics yet", "No samples", "No audit.json", "No config.resolved.yaml", "Nothing was held out"):
-        assert said in text, said
-
-
-def test_a_reward_models_page_has_its_own_sentence_and_no_samples(tmp_path: Path) -> None:
-    folder = _run(tmp_path / "run")
-    (folder / "results.json").unlink()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "loss": "reward_model"}))
-    (folder / "samples.jsonl").write_text("")
-    text = _Page(write_report(folder).read_text()).text
-    assert "the reward model scores the chosen answer higher in 80.0% of 9 held-out pairs" in text
-    assert "Samples, before and after" not in text
-
-
-def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such run folder"):
-        write_report(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="holds no run"):
-        write_report(tmp_path)
-
-
-def test_verdict_says_when_nothing_was_shown(tmp_path: Path) -> None:
-    folder = _run(tmp_path / "run")
-    (folder / "results.json").unlink()
-    assert (
-        "prefers the chosen answer of 80.0% of 9 held-out pairs (95% interval 70.0% to 90.0%)"
-        in write_report(folder).read_text()
-    )
-    lines = (folder / "metrics.jsonl").read_text().replace("[0.7, 0.9]", "[0.4, 0.9]")
-    (folder / "metrics.jsonl").write_text(lines)
-    assert "no preference was shown to be learned" in write_report(folder).read_text()
-
-
-def test_charts_survive_odd_series() -> None:
-    assert line_chart("t", [Series("a", ((1, math.nan),))]) is None
-    for points in (
-        ((1, 2.0),),
-        ((1, 2.0), (2, 2.0)),
-        ((1, 0.0), (2, 0.0)),
-        tuple((i, math.sin(i)) for i in range(5000)),
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/manifest.json").write_text("{}")
+    text = Page(written(tmp_path / "bare")).text
+    for said in (
+        "no metrics yet",
+        "no samples",
+        "no audit.json",
+        "no config.resolved.yaml",
+        "nothing was held out",
+        "no flags.json",
+        "none to draw",
     ):
-        chart = line_chart("t", [Series("a", points)])
-        assert chart is not None
-        assert "nan" not in chart.svg and "inf" not in chart.svg
-        assert len(chart.svg) < 20_000
-        assert chart.rows
+        assert said in text, said
+    assert "Nothing can be said yet" in text or "nothing was held out" in text
 
 
-@pytest.mark.parametrize(
-    "value,shown",
-    [
-        (0, "0"),
-        (0.693147, "0.693"),
-        (12345.6, "12,346"),
-        (1e-5, "1.00e-5"),
-        (None, "-"),
-        (math.nan, "-"),
-        (99.95, "100.0"),
-        (-0.5, "-0.500"),
-        (2.5e7, "2.50e7"),
-    ],
+def test_a_reward_models_page_has_no_samples(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r")
+    manifest = json.loads((run / "manifest.json").read_text())
+    write_json(run / "manifest.json", {**manifest, "loss": "reward_model"})
+    quartile = {"from": -5, "to": 3, "rows": 25, "accuracy": 0.6}
+    bins = [{"confidence": 0.6, "right": 0.55}, {"confidence": 0.9, "right": 0.8}]
+    write_json(
+        run / "calibration.json",
+        {"calibration": {"bins": bins}, "length": {"quartiles": [quartile], "longer_wins": 0.58}},
+    )
+    text = Page(written(run)).text
+    assert "Completions side by side" not in text and "\u22125.00 to 3.00" in text and "58.0%" in text
+    assert "Reliability on held-out pairs" in text
+
+
+def test_a_running_run_loads_itself_anew(tmp_path: Path) -> None:
+    text = written(make_run(tmp_path / "r", status="running"))
+    assert '"running":true' in text and '<noscript><meta http-equiv="refresh"' in text and "still going on" in text
+    text = written(make_run(tmp_path / "r"))
+    assert '"running":false' in text and 'http-equiv="refresh"' not in text and "still going on</span>" not in text
+
+
+JUNK: list[Any] = [
+    None,
+    True,
+    "x",
+    3,
+    -1e999,
+    [],
+    [1],
+    [[]],
+    {},
+    {"a": {"b": []}},
+    [{"label": 3, "values": ["x", None, 1e308]}],
+    "\ud800",
+    10**400,
+]
+FILES = (
+    "manifest.json",
+    "audit.json",
+    "results.json",
+    "calibration.json",
+    "flags.json",
+    "sweep.json",
+    "pipeline.json",
+    "comparison.json",
 )
-def test_numbers(value: float | None, shown: str) -> None:
-    assert number(value) == shown
 
 
-def test_ticks_are_round_and_inside() -> None:
-    assert ticks(0.03, 0.97) == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert ticks(0, 100) == [0, 20, 40, 60, 80, 100]
+def _spoilt(value: Any, rng: random.Random) -> Any:
+    """A value with some of its parts replaced by junk."""
+    if rng.random() < 0.12:
+        return rng.choice(JUNK)
+    if isinstance(value, dict):
+        return {k: _spoilt(v, rng) for k, v in value.items()}
+    return [_spoilt(v, rng) for v in value] if isinstance(value, list) else value
 
 
-def test_control_marks_are_named_and_line_breaks_kept() -> None:
-    assert visible("a\u200fb\nc\x1b") == "a\u27e8U+200F\u27e9b\nc\u27e8U+001B\u27e9"
+@pytest.mark.parametrize("seed", range(12))
+def test_folders_with_junk_in_them_never_break_it(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    folder = (
+        make_sweep(tmp_path / "s", betas=(0.1,), steps=5)
+        if seed % 2
+        else make_comparison(make_run(tmp_path / "r", steps=5))
+    )
+    make_flags(folder)
+    write_json(
+        folder / "calibration.json",
+        {"calibration": {"bins": [{"confidence": 0.6, "right": 0.5}]}, "length": {"quartiles": [{}]}},
+    )
+    write_json(
+        folder / "results.json",
+        {"verdict": "x", "headline": [{"name": "n", "before": 1, "after": 2, "ci": [1, 2], "goal": "g"}]},
+    )
+    for path in [*folder.rglob("*.json")]:
+        write_json(
+            path,
+            {**value, "keep": 1} if isinstance(value := _spoilt(json.loads(path.read_text()), rng), dict) else value,
+        )
+    for path in [*folder.rglob("*.jsonl")]:
+        rows = [_spoilt(json.loads(line), rng) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"half')
+    for path in folder.rglob("config.resolved.yaml"):
+        path.write_text(rng.choice(["a: [", "- 1", "a: !!python/object:x {}", "\x00", "1: {2: 3}", "a: 2020-01-01"]))
+    try:
+        Page(written(folder))
+    except CheckpointError:
+        assert not any((folder / n).exists() for n in FILES)  # only a folder with nothing in it may be refused
+
+
+def test_a_part_that_cannot_be_made_does_not_take_the_page_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Any) -> None:
+        raise RuntimeError("<b>why</b>")
+
+    monkeypatch.setattr("penchant.report.page.SECTIONS", (Section("x", "X", "Broken", broken), *SECTIONS))
+    data = read_report([make_run(tmp_path / "r")], 0.0)
+    text = render(data)
+    assert (
+        "This part could not be made of these files (RuntimeError: " in text
+        and "<b>why" not in text
+        and "Curves" in text
+    )
+    with pytest.raises(RuntimeError):
+        render(data, strict=True)
+
+
+def test_twenty_long_runs_stay_under_two_megabytes(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    words = ["reward", "policy", "margin", "the", "of", "film", "never", "always", "quite", "good"]
+    line = lambda n: " ".join(rng.choice(words) for _ in range(n))  # noqa: E731
+    prompts = [line(12) for _ in range(200)]
+    for i in range(20):
+        evals = [
+            evaluation(s, 0.5 + s / 9000, 0.03, **{"eval/kl/policy_ref": s / 300, "eval/rewards/margins": s / 999})
+            for s in range(0, 2001, 100)
+        ]
+        run = make_run(
+            tmp_path / "runs" / f"beta-{i // 2 / 10}-seed-{i % 2}",
+            beta=i // 2 / 10,
+            seed=i % 2,
+            steps=2000,
+            evals=evals,
+            samples=0,
+        )
+        write_lines(
+            run / "samples.jsonl",
+            [{"prompt": p, "before": p[::-1], "after": line(40), "reward_after": 1.0} for p in prompts],
+        )
+    target = write_report(tmp_path / "runs", tmp_path / "out.html", strict=True)
+    text = target.read_text()
+    assert target.stat().st_size < 2_000_000
+    assert text.count('data-g="J"') > 10 and Page(text).text.count(" more are in samples.jsonl") <= 1
+
+
+# ---- where it goes --------------------------------------------------------------------------------------------------
+
+
+def test_where_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", beta=0.2)
+    assert write_report(a) == a / "report.html" and write_report(str(a), b) == b / "report.html"
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert write_report([a, b]) == here / "report.html" == write_report([a, b])  # its own may be written over
+    (here / "report.html").write_text("mine")
+    with pytest.raises(CheckpointError, match="no report of Penchant's"):
+        write_report([a, b])
+    assert not list(here.glob(".*.tmp"))
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write_report(a, tmp_path / "no/such/folder.html")
+    with pytest.raises(CheckpointError, match="no path"):
+        write_report([])
+
+
+def test_a_live_report_is_written_now_and_then(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", status="running")
+    clock = [0.0]
+    live = LiveReport(run, clock=lambda: clock[0])
+    stamp = lambda: live.path.exists() and (live.path.unlink() or True)  # noqa: E731
+    live.told("step")
+    assert stamp()
+    for second in range(1, 30):
+        clock[0] = float(second)
+        live.told("step")
+    assert not stamp()
+    clock[0] = 31.0
+    live.told("step")
+    assert stamp()
+    live.told("eval")
+    assert stamp()
+
+
+def test_a_report_that_takes_long_is_written_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = [0.0], []
+
+    def slow(folder: Path) -> None:
+        calls.append(folder)
+        clock[0] += 2.0
+
+    monkeypatch.setattr("penchant.report.live.write_report", slow)
+    live = LiveReport(tmp_path, clock=lambda: clock[0])
+    for _ in range(300):
+        live.told("eval")
+        clock[0] += 1.0
+    assert len(calls) == 3  # two seconds each, at most one fiftieth of the time
+    live.now()
+    assert len(calls) == 4
+
+
+def test_a_report_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    live = LiveReport(tmp_path / "nowhere", said.append)
+    for _ in range(3):
+        live.told("eval")
+    assert len(said) == 1 and "could not be written" in said[0] and "no such run folder" in said[0]

@@ -1,135 +1,216 @@
-"""Line charts as inline SVG: no scripts, colours from CSS, a table behind every picture."""
+"""Curves of all runs, overlaid: settings by colour and letter, seeds thin, their mean thick."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-WIDTH, HEIGHT = 440, 240
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
-MAX_POINTS = 400  # a wider line than the picture has pixels tells nothing more
+from penchant.report.data import ReportData, RunData, Setting
+from penchant.report.html import Element, el, fold
+from penchant.report.metrics import PANELS, Panel
+from penchant.report.numbers import Point, count, shown, smooth
+from penchant.report.plot import Band, Level, Line, Plot, figure
+from penchant.report.safe import ci_of, num
 
-Point = tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """One line: its label, points (x, y), and whether its points are marked (few, exact) or not (many, noisy)."""
-
-    label: str
-    points: tuple[Point, ...]
-    marked: bool = False
+MANY = 24  # points from which a training curve is drawn as its running mean
+BANDS = 3  # settings up to which intervals are drawn
+START_LINE = {"eval/win_rate": 0.5}
 
 
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """A chart ready for the page."""
-
-    title: str
-    svg: str
-    labels: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str
-    x_label: str = "step"
-
-
-def number(value: float | None) -> str:
-    """Three significant digits, thousands separated, exponents only where they help."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if size >= 1e6 or size < 1e-3:
-        return f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e")
-    if size >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
-
-
-def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round positions between low and high: steps of 1, 2 or 5 times a power of ten."""
-    span = high - low
-    if span <= 0 or not math.isfinite(span):
-        return [low]
-    raw = span / wanted
-    base = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * base for m in (1, 2, 5, 10) if m * base >= raw)
-    first = math.ceil(low / step - 1e-9) * step
-    return [first + i * step for i in range(int((high - first) / step + 1e-9) + 1)]
-
-
-def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most `limit` points, each the mean of a run of neighbours."""
-    if len(points) <= limit:
-        return list(points)
-    size = math.ceil(len(points) / limit)
-    runs = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in r) / len(r), sum(y for _, y in r) / len(r)) for r in runs]
-
-
-def line_chart(title: str, series: Sequence[Series], *, x_label: str = "step") -> Chart | None:
-    """A chart of one or more series; None when there is no finite point at all."""
-    kept = []
-    thinned = False
-    for s in series:
-        finite = [(x, y) for x, y in s.points if math.isfinite(x) and math.isfinite(y)]
-        thinned |= len(finite) > MAX_POINTS
-        if finite:
-            kept.append(Series(s.label, tuple(thin(finite)), s.marked))
-    if not kept:
+def curves(data: ReportData) -> Element | None:
+    """Every plot that has a point; None where there is none."""
+    if len(data.runs) == 1:
+        plots = [_of_one(panel, data.runs[0]) for panel in PANELS]
+        plots.append(_reliability(data.runs[0].calibration))
+        main = [p for p in plots if p is not None]
+        rest: list[Plot] = []
+    else:
+        made = [(p.main, plot) for p in PANELS for plot in _of_many(p, data)]
+        main, rest = [p for m, p in made if m], [p for m, p in made if not m]
+    figures = [f for f in map(figure, main) if f is not None]
+    more = [f for f in map(figure, rest) if f is not None]
+    if not figures and not more:
         return None
-    xs = [x for s in kept for x, _ in s.points]
-    ys = [y for s in kept for _, y in s.points]
-    x0, x1 = min(xs), max(xs)
-    y0, y1 = min(ys), max(ys)
-    if x0 == x1:
-        x0, x1 = x0 - 0.5, x1 + 0.5
-    pad = (y1 - y0) * 0.06 or max(abs(y0) * 0.1, 1e-9)
-    y0, y1 = y0 - pad, y1 + pad
-
-    def px(x: float) -> float:
-        return LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
-
-    def py(y: float) -> float:
-        return TOP + (y1 - y) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}" class="chart">',
-        f"<title>{escape(title)}</title>",
-    ]
-    for y in ticks(y0, y1):
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 7}" y="{py(y) + 3.5:.1f}" text-anchor="end">{number(_snap(y, y1 - y0))}</text>'
+    return el(
+        "div",
+        el("div", figures, class_="plots") if figures else None,
+        fold(
+            f"{count(len(more), 'more plot')}: optimisation and training details",
+            el("div", more, class_="plots"),
+            key="more-plots",
+            open_=not figures,
         )
-    for x in ticks(x0, x1, 6):
-        if x == int(x):
-            parts.append(
-                f'<text class="tick" x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{int(x):,}</text>'
+        if more
+        else None,
+    )
+
+
+def points_of(run: RunData, metric: str) -> tuple[Point, ...]:
+    """(step, value) of a metric as logged; of a step that was logged again after a resume the last line counts."""
+    lines = run.evals if metric.startswith("eval/") else run.trained
+    found: dict[float, float] = {}
+    for line in lines:
+        step, value = num(line, "step"), num(line, metric)
+        if step is not None and value is not None:
+            found[step] = value
+    return tuple(sorted(found.items()))
+
+
+def ends_of(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[Band, ...]:
+    """(step, low, high) of a metric's intervals."""
+    found: dict[float, Band] = {}
+    for line in lines:
+        step, ci = num(line, "step"), ci_of(line, metric)
+        if step is not None and ci is not None:
+            found[step] = (step, *ci)
+    return tuple(found[s] for s in sorted(found))
+
+
+def _of_one(panel: Panel, run: RunData) -> Plot | None:
+    lines: list[Line] = []
+    note = ""
+    for place, (metric, label) in enumerate(panel.lines):
+        points = points_of(run, metric)
+        if not points:
+            continue
+        held_out = metric.startswith("eval/")
+        place = 1 if label == "held out" else place
+        if held_out or len(points) < MANY:
+            ends = ends_of(run.evals, metric) if held_out else ()
+            lines.append(Line(label, points, place, ends, marked=held_out, tag=label))
+            continue
+        mean, size = smooth(points)
+        lines.append(Line(label, points, place, look="faint", tag="" if size > 1 else label))
+        if size > 1:
+            lines.append(Line(label, points, place, drawn=tuple(mean), tag=label, column=False))
+            note = f"thick: running mean of {size} steps"
+    if not lines:
+        return None
+    if len([x for x in lines if x.tag]) == 1 and panel.lines[0][1] in ("train", "held out", panel.title):
+        lines = [_untagged(x) for x in lines]
+    levels = (Level(0.5, "one half"),) if panel.share and "win rate" in panel.title.lower() else ()
+    return Plot(
+        _slug(panel.title),
+        panel.title,
+        panel.unit,
+        "step",
+        tuple(lines),
+        _says(lines, panel.share),
+        note,
+        panel.share,
+        panel.log,
+        levels,
+    )
+
+
+def _untagged(line: Line) -> Line:
+    return line if line.label == "held out" else replace(line, tag="")
+
+
+def _of_many(panel: Panel, data: ReportData) -> list[Plot]:
+    """One plot a line of the panel: with many runs, each has its own."""
+    made = []
+    for metric, label in panel.lines:
+        lines: list[Line] = []
+        sizes: set[int] = set()
+        for setting in data.settings:
+            lines += _of_setting(setting, metric, sizes, len(data.settings) <= BANDS)
+        if not lines:
+            continue
+        where = "held out" if metric.startswith("eval/") else "training"
+        title = panel.title
+        if len(panel.lines) > 1:
+            title = f"{panel.title}, {label if label not in ('train', 'held out') else where}"
+        several = any(len(s.runs) > 1 for s in data.settings)
+        notes = [f"running means of {max(sizes)} steps"] if sizes and max(sizes) > 1 else []
+        notes += ["thick: mean over seeds"] if several else []
+        made.append(
+            Plot(
+                _slug(title),
+                title,
+                panel.unit,
+                "step",
+                tuple(lines),
+                _says([x for x in lines if x.tag], panel.share),
+                ", ".join(notes),
+                panel.share,
+                panel.log,
             )
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>')
-    for i, s in enumerate(kept):
-        path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in s.points)
-        kind = "marked" if s.marked else "plain"
-        if len(s.points) > 1:
-            parts.append(f'<polyline class="s{i % 6} {kind}" points="{path}"/>')
-        if s.marked or len(s.points) == 1:
-            parts += [f'<circle class="s{i % 6}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3"/>' for x, y in s.points]
-    parts.append("</svg>")
-    rows = _table(kept)
-    note = "each point is the mean of neighbouring steps" if thinned else ""
-    return Chart(title, "".join(parts), tuple(s.label for s in kept), rows, note, x_label)
+        )
+    return made
 
 
-def _snap(value: float, span: float) -> float:
-    return 0.0 if abs(value) < span * 1e-9 else value
+def _of_setting(setting: Setting, metric: str, sizes: set[int], bands: bool) -> list[Line]:
+    held_out = metric.startswith("eval/")
+    series = [(run, p) for run in setting.runs if (p := points_of(run, metric))]
+    if not series:
+        return []
+    alone = len(series) == 1
+    lines = []
+    for run, points in series:
+        drawn: tuple[Point, ...] | None = None
+        if not held_out and len(points) >= MANY:
+            mean, size = smooth(points)
+            drawn = tuple(mean)
+            sizes.add(size)
+        lines.append(
+            Line(
+                f"{setting.key} {setting.name}" if alone else f"{setting.key} seed {run.seed or '?'}",
+                points,
+                setting.place,
+                ends_of(run.evals, metric) if held_out and alone and bands else (),
+                marked=held_out and alone,
+                look="thick" if alone else "thin",
+                tag=setting.key if alone else "",
+                group=setting.key,
+                drawn=drawn,
+                column=alone,
+            )
+        )
+    if alone:
+        return lines
+    shared = set.intersection(*({x for x, _ in p} for _, p in series))
+    if not shared:
+        return lines
+    values = [dict(p) for _, p in series]
+    mean_points = tuple((x, sum(v[x] for v in values) / len(values)) for x in sorted(shared))
+    drawn = tuple(smooth(mean_points)[0]) if not held_out and len(mean_points) >= MANY else None
+    name = f"{setting.key} {setting.name}, mean of {len(series)} seeds"
+    return [
+        *lines,
+        Line(name, mean_points, setting.place, marked=held_out, tag=setting.key, group=setting.key, drawn=drawn),
+    ]
 
 
-def _table(series: Sequence[Series], limit: int = 40) -> tuple[tuple[str, ...], ...]:
-    """Rows (x, value of each series) behind the picture, thinned to `limit`."""
-    columns = [dict(thin(s.points, limit) if not s.marked else s.points) for s in series]
-    xs = sorted({x for c in columns for x in c})
-    return tuple((number(x), *(number(c.get(x)) for c in columns)) for x in xs)
+def _says(lines: Sequence[Line], share: bool) -> str:
+    """From where to where each line goes, for those who cannot see it."""
+    parts: list[str] = []
+    for line in lines:
+        if line.column and len(parts) < 12:
+            (x0, y0), (x1, y1) = line.points[0], line.points[-1]
+            parts.append(f"{line.label}: {shown(y0, share)} at step {x0:,.0f}, {shown(y1, share)} at step {x1:,.0f}")
+    return "; ".join(dict.fromkeys(parts))
+
+
+def _reliability(quality: Mapping[str, Any]) -> Plot | None:
+    """A reward model's confidence against the share of pairs that it ranks right; on the diagonal it is calibrated."""
+    calibration = quality.get("calibration")
+    bins = calibration.get("bins") if isinstance(calibration, Mapping) else None
+    points = tuple(
+        (100 * c, r)
+        for b in (bins if isinstance(bins, list) else [])
+        if (c := num(b, "confidence")) is not None and (r := num(b, "right")) is not None
+    )
+    if not points:
+        return None
+    diagonal = Line("calibrated", ((50.0, 0.5), (100.0, 1.0)), 6, look="faint", tag="calibrated", column=False)
+    pairs = Line("share right", points, 0, marked=True, tag="")
+    says = f"{len(points)} bins of held-out pairs; on the diagonal confidence and share right agree"
+    return Plot(
+        "reliability", "Reliability on held-out pairs", "% right", "confidence, %", (diagonal, pairs), says, share=True
+    )
+
+
+def _slug(title: str) -> str:
+    return "p-" + "".join(c if c.isascii() and c.isalnum() else "-" for c in title.lower()).strip("-")

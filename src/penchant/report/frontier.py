@@ -1,0 +1,329 @@
+"""The frontier: what was gained, against how far the model moved for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from penchant.report.curves import points_of
+from penchant.report.data import Comparison, ReportData, RunData
+from penchant.report.html import Element, Node, el, fold, said, table
+from penchant.report.numbers import Point, estimate, interval, number, shown
+from penchant.report.plot import BOTTOM, LEFT, TOP, Axis, apart, axis, path_of, style_of
+from penchant.report.safe import ci_of, mapping, num
+
+WIDTH, HEIGHT, RIGHT = 680, 390, 150
+GAINS = (  # what may stand on the upright axis, the first that is there: name, label, share
+    ("reward", "reward", False),
+    ("win_rate", "win rate against the start", True),
+    ("rewards/accuracies", "preference accuracy", True),
+)
+LABELLED = 14  # points up to which names stand beside them; beyond, letters only
+Pair = tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A model in the picture: x is KL, y what was gained, each with its interval; `trail`: where it was at earlier evaluations."""
+
+    name: str
+    key: str
+    place: int
+    x: float
+    y: float
+    x_ci: Pair = None
+    y_ci: Pair = None
+    runs: int = 1
+    trail: tuple[Point, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """All spots of one picture, and where its figures are from."""
+
+    label: str
+    share: bool
+    spots: tuple[Spot, ...]
+    start: float | None
+    source: str
+
+
+def frontier(data: ReportData) -> Element | None:
+    """The picture, from the comparison where there is one, else from the runs' own evaluations; None without KL."""
+    found = next((f for c in data.comparisons if (f := of_comparison(c, data))), None) or of_runs(data)
+    return None if found is None else picture(found)
+
+
+def of_comparison(comparison: Comparison, data: ReportData) -> Frontier | None:
+    """Models of a comparison: reward (or preference accuracy) against KL, on the same prompts."""
+    models = mapping(comparison.figures.get("models"))
+    for gain, label, share in (
+        ("reward", "reward", False),
+        ("preference_accuracy", "held-out preference accuracy", True),
+    ):
+        spots = []
+        for i, (name, figures) in enumerate(models.items()):
+            x, y = num(figures, "kl"), num(figures, gain)
+            if x is None or y is None:
+                continue
+            setting = data.named(name)
+            key, place = (setting.key, setting.place) if setting else ("", i)
+            spots.append(Spot(name, key, place, x, y, ci_of(figures, "kl"), ci_of(figures, gain)))
+        if spots:
+            first = next(iter(models.values()))
+            start = num(first, gain) if num(first, "kl") is None else None
+            return Frontier(
+                label,
+                share,
+                tuple(spots),
+                0.5 if start is None and share else start,
+                "the comparison's prompts; bars are 95% intervals",
+            )
+    return None
+
+
+def of_runs(data: ReportData) -> Frontier | None:
+    """Settings at the end of their runs: held-out figures, or for online methods without any, the last quarter of training."""
+    for gain, label, share in GAINS:
+        for held_out in (True, False):
+            if not held_out and gain != "reward":
+                continue
+            made = [s for setting in data.settings if (s := _spot(setting, gain, held_out))]
+            if made:
+                starts = [v for r in data.runs if held_out and (v := _at_start(r, gain)) is not None]
+                start = mean(starts) if starts else 0.5 if share else None
+                return Frontier(label, share, tuple(made), start, _source(data, made, held_out))
+    return None
+
+
+def _source(data: ReportData, spots: Sequence[Spot], held_out: bool) -> str:
+    said_ = (
+        "held-out prompts, at the end of each run"
+        if held_out
+        else "completions in training, mean of the last quarter of the steps"
+    )
+    if any(s.runs > 1 for s in spots):
+        said_ += "; a setting with several seeds stands at their mean, its bars are their range"
+    if any(s.x_ci and s.runs == 1 for s in spots):
+        said_ += "; bars are 95% intervals by prompt"
+    missing = len(data.settings) - len(spots)
+    return said_ + (f"; {missing} without these figures left out" if missing else "")
+
+
+def _at_start(run: RunData, gain: str) -> float | None:
+    first = run.evals[0] if run.evals else {}
+    return num(first, f"eval/{gain}") if num(first, "step") == 0 else None
+
+
+def _spot(setting: Any, gain: str, held_out: bool) -> Spot | None:
+    ends: list[tuple[float, float]] = []
+    trail: tuple[Point, ...] = ()
+    x_ci: Pair = None
+    y_ci: Pair = None
+    ended = [r for r in setting.runs if r.status in ("finished", "")] or setting.runs
+    for run in ended:
+        at = _end(run, gain) if held_out else _in_training(run, gain)
+        if at is None:
+            continue
+        ends.append(at)
+        if held_out:
+            last = run.evals[-1]
+            x_ci, y_ci = ci_of(last, "eval/kl/policy_ref"), ci_of(last, f"eval/{gain}")
+            trail = _trail(run, gain)
+    if not ends:
+        return None
+    x, y = mean(e[0] for e in ends), mean(e[1] for e in ends)
+    if len(ends) > 1:
+        x_ci, y_ci = ((min(v), max(v)) for v in zip(*ends, strict=True))
+        trail = ()
+    return Spot(setting.name, setting.key, setting.place, x, y, x_ci, y_ci, len(ends), trail)
+
+
+def _end(run: RunData, gain: str) -> Point | None:
+    last = run.evals[-1] if run.evals else {}
+    x, y = num(last, "eval/kl/policy_ref"), num(last, f"eval/{gain}")
+    return None if x is None or y is None or not num(last, "step") else (x, y)
+
+
+def _in_training(run: RunData, gain: str) -> Point | None:
+    xs, ys = points_of(run, "kl/policy_ref"), points_of(run, gain)
+    if not xs or not ys:
+        return None
+    return mean(v for _, v in xs[-max(1, len(xs) // 4) :]), mean(v for _, v in ys[-max(1, len(ys) // 4) :])
+
+
+def _trail(run: RunData, gain: str) -> tuple[Point, ...]:
+    pairs = [(num(m, "eval/kl/policy_ref"), num(m, f"eval/{gain}")) for m in run.evals]
+    return tuple((x, y) for x, y in pairs if x is not None and y is not None)
+
+
+def best_so_far(spots: Sequence[Spot]) -> list[Spot]:
+    """Those for which none reaches as much with less KL, by KL."""
+    found: list[Spot] = []
+    for spot in sorted(spots, key=lambda s: (s.x, -s.y)):
+        if not found or spot.y > found[-1].y:
+            found.append(spot)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def picture(found: Frontier) -> Element:
+    """The picture with its table."""
+    spots = found.spots
+    xs = [v for s in spots for v in (s.x, *(s.x_ci or ()), *(t[0] for t in s.trail))]
+    ys = [v for s in spots for v in (s.y, *(s.y_ci or ()), *(t[1] for t in s.trail))] + (
+        [found.start] if found.start is not None else []
+    )
+    log = min(xs) > 0 and max(xs) / min(xs) > 30
+    across = axis(xs if log else [*xs, 0.0], LEFT, WIDTH - RIGHT, log=log, pad=0.04)
+    up = axis(ys, HEIGHT - BOTTOM, TOP)
+    edge = best_so_far(spots)
+    says = f"{len(spots)} models by KL to the start and {found.label}. None reaches as much with less KL: " + ", ".join(
+        f"{s.name} ({shown(s.y, found.share)} at {number(s.x)} nats)" for s in edge
+    )
+    svg = el(
+        "svg",
+        el("desc", says),
+        _axes(across, up, found),
+        _edge(edge, across, up) if len(edge) > 1 else None,
+        [_mark(s, across, up) for s in spots],
+        _names(spots, across, up),
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+        aria_label=says,
+        class_="chart frontier",
+    )
+    return el(
+        "figure",
+        el(
+            "figcaption",
+            el("b", f"{found.label[0].upper()}{found.label[1:]} against KL"),
+            el("span", f" on {found.source}", class_="unit"),
+        ),
+        svg,
+        el(
+            "p",
+            "Up and to the left is better. The dotted steps join those for which no other has as much with less KL; the steps are not a test.",
+            class_="soft small",
+        ),
+        fold("figures", _table(found), key="plot-frontier"),
+        class_="wide",
+        id="p-frontier",
+    )
+
+
+def _axes(across: Axis, up: Axis, found: Frontier) -> list[Element]:
+    made = []
+    for value, label in up.ticks(5):
+        y = round(up(value), 1)
+        text = f"{100 * value:.6g}%" if found.share else label
+        made.append(el("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y))
+        made.append(el("text", text, class_="tick", x=LEFT - 8, y=y + 4, text_anchor="end"))
+    for value, label in across.ticks(6):
+        x = round(across(value), 1)
+        made.append(el("line", class_="grid", x1=x, x2=x, y1=TOP, y2=HEIGHT - BOTTOM))
+        made.append(el("text", label, class_="tick", x=x, y=HEIGHT - BOTTOM + 19, text_anchor="middle"))
+    if found.start is not None and up.low <= found.start <= up.high:
+        y = round(up(found.start), 1)
+        made.append(
+            el(
+                "g",
+                el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y),
+                el(
+                    "text",
+                    f"the start: {shown(found.start, found.share)}",
+                    x=WIDTH - RIGHT - 6,
+                    y=y - 6,
+                    text_anchor="end",
+                ),
+                class_="level",
+            )
+        )
+    title = "KL to the start, nats per completion" + (" (log scale)" if across.log else "")
+    return [*made, el("text", title, class_="axis", x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle")]
+
+
+def _edge(edge: Sequence[Spot], across: Axis, up: Axis) -> Element:
+    d = f"M{across(edge[0].x):.1f} {up(edge[0].y):.1f}" + "".join(f"H{across(s.x):.1f}V{up(s.y):.1f}" for s in edge[1:])
+    return el("path", class_="edge", d=d)
+
+
+def _mark(spot: Spot, across: Axis, up: Axis) -> Element:
+    x, y = across(spot.x), up(spot.y)
+    parts: list[Node] = []
+    if len(spot.trail) > 1:
+        parts.append(
+            el("path", class_="thin", d=path_of([t for t in spot.trail if not across.log or t[0] > 0], across, up))
+        )
+    if spot.x_ci and (not across.log or spot.x_ci[0] > 0):
+        parts.append(el("path", class_="whisker", d=f"M{across(spot.x_ci[0]):.1f} {y:.1f}H{across(spot.x_ci[1]):.1f}"))
+    if spot.y_ci:
+        parts.append(el("path", class_="whisker", d=f"M{x:.1f} {up(spot.y_ci[0]):.1f}V{up(spot.y_ci[1]):.1f}"))
+    title = f"{spot.name}: KL {number(spot.x)}, {number(spot.y)}"
+    parts.append(el("circle", el("title", title), cx=f"{x:.1f}", cy=f"{y:.1f}", r=5.5))
+    return el("g", *parts, class_=f"s {style_of(spot.place)}", data_g=spot.key or None)
+
+
+def _names(spots: Sequence[Spot], across: Axis, up: Axis) -> list[Element]:
+    """Names in the margin to the right in the spots' order, each with a thin line to its spot; letters alone where they are many."""
+    order = sorted(spots, key=lambda s: up(s.y))
+    if len(spots) > LABELLED:
+        return [
+            el(
+                "text",
+                s.key or s.name[:8],
+                class_=f"tag {style_of(s.place)}",
+                x=f"{across(s.x) + 9:.1f}",
+                y=f"{up(s.y) - 7:.1f}",
+                data_g=s.key or None,
+            )
+            for s in spots
+        ]
+    places = apart([up(s.y) for s in order], TOP + 8.0, HEIGHT - BOTTOM - 4.0, 20.0)
+    made = []
+    for spot, y in zip(order, places, strict=True):
+        edge = WIDTH - RIGHT
+        made.append(el("path", class_="lead", d=f"M{across(spot.x) + 8:.1f} {up(spot.y):.1f}L{edge + 2} {y:.1f}"))
+        made.append(
+            el(
+                "text",
+                el("tspan", f"{spot.key} " if spot.key else "", class_="letter"),
+                el("tspan", _short(spot.name, 17 - len(spot.key)), class_="name" if spot.key else None),
+                class_=f"tag {style_of(spot.place)}",
+                x=edge + 6,
+                y=f"{y + 4:.1f}",
+                data_g=spot.key or None,
+            )
+        )
+    return made
+
+
+def _short(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}\u2026"
+
+
+def _table(found: Frontier) -> Element:
+    rows: list[list[Node]] = []
+    for s in sorted(found.spots, key=lambda s: s.x):
+        x, y = estimate(s.x, s.x_ci), estimate(s.y, s.y_ci, found.share)
+        rows.append(
+            [
+                said(f"{s.key} {s.name}".strip()),
+                f"{x} {interval(*s.x_ci) if s.x_ci else ''}".strip(),
+                f"{y} {interval(*s.y_ci, found.share) if s.y_ci else ''}".strip(),
+                str(s.runs),
+            ]
+        )
+    return table(
+        ["model", "KL, nats per completion", found.label, "seeds"],
+        rows,
+        numeric=(1, 2, 3),
+        caption="The frontier's figures",
+    )
+
+
+__all__ = ["Frontier", "Spot", "best_so_far", "frontier", "of_comparison", "of_runs", "picture"]

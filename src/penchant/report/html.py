@@ -1,0 +1,171 @@
+"""HTML as a tree of elements. Text can only get in escaped, with control and direction marks made visible."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+VOID = frozenset({"br", "hr", "input", "meta"})  # no closing tag
+LEAVES = frozenset({"circle", "line", "path", "rect"})  # of SVG
+FORBIDDEN = frozenset({"base", "embed", "form", "frame", "iframe", "img", "link", "object", "script", "style"})
+HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # controls, directions, lone surrogates, private use, line separators
+JOINED = ("Lo", "Mn", "Mc", "So", "Sk")  # what a joiner may stand between: Arabic, Indic scripts, emoji
+JOINERS = "\u200c\u200d"
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """A tag, its attributes and what is in it."""
+
+    tag: str
+    attributes: tuple[tuple[str, str], ...]
+    children: tuple[Element | str, ...]
+
+    def __str__(self) -> str:
+        parts: list[str] = []
+        _write(self, parts)
+        return "".join(parts)
+
+
+Node = Element | str | None
+
+
+def el(tag: str, *children: Node | Iterable[Node], **attributes: str | float | bool | None) -> Element:
+    """An element.
+
+    Args:
+        children: elements, text, None (nothing), or iterables of them.
+        attributes: ``class_`` for class, ``_`` for ``-``; None and False leave it out, True gives it without a value.
+
+    Raises:
+        ValueError: a tag or attribute that could load or run something; a mistake of the program, not of the text.
+    """
+    if tag in FORBIDDEN:
+        raise ValueError(f"<{tag}> is not made here")
+    return Element(tag, tuple(_attributes(attributes)), tuple(_flat(children)))
+
+
+def _attributes(given: dict[str, str | float | bool | None]) -> Iterable[tuple[str, str]]:
+    for key, value in given.items():
+        name = key.rstrip("_").replace("_", "-")
+        if name.startswith("on") or name in ("style", "src", "srcdoc", "action"):
+            raise ValueError(f"attribute {name} is not made here")
+        if name == "href" and not str(value).startswith("#"):
+            raise ValueError(f"a link to {value!r} would leave the page")
+        if value is not None and value is not False:
+            yield name, "" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _flat(children: Iterable[Any]) -> Iterable[Element | str]:
+    for child in children:
+        if isinstance(child, (Element, str)):
+            yield child
+        elif child is not None:
+            yield from _flat(child)
+
+
+def _write(node: Element | str, parts: list[str]) -> None:
+    if isinstance(node, str):
+        parts.append(text_html(node))
+        return
+    parts.append(f"<{node.tag}")
+    parts += [f' {name}="{escape(visible(value), quote=True)}"' for name, value in node.attributes]
+    if node.tag in LEAVES and not node.children:
+        parts.append("/>")
+        return
+    parts.append(">")
+    for child in node.children:
+        _write(child, parts)
+    if node.tag not in VOID:
+        parts.append(f"</{node.tag}>")
+
+
+def marks(text: str) -> list[tuple[str, bool]]:
+    """Text in pieces, each with whether it is a character that must be shown by its code point."""
+    pieces: list[tuple[str, bool]] = []
+    text = text.replace("\r\n", "\n")
+    start = 0
+    for i, c in enumerate(text):
+        if c.isascii() and (c >= " " or c in "\n\t") and c != "\x7f":
+            continue
+        if unicodedata.category(c) not in HIDDEN or (c in JOINERS and _joins(text, i)):
+            continue
+        pieces += [(text[start:i], False)] if i > start else []
+        pieces.append((c, True))
+        start = i + 1
+    return [*pieces, (text[start:], False)] if start < len(text) else pieces
+
+
+def _joins(text: str, i: int) -> bool:
+    near = text[i - 1 : i] + text[i + 1 : i + 2]
+    return len(near) == 2 and all(unicodedata.category(c) in JOINED for c in near)
+
+
+def text_html(text: str) -> str:
+    """Text as HTML: escaped, hidden characters as small marks with their code point."""
+    if text.isascii() and text.isprintable():
+        return escape(text, quote=False)
+    return "".join(f"<i class=cp>U+{ord(p):04X}</i>" if hidden else escape(p, quote=False) for p, hidden in marks(text))
+
+
+def visible(text: str) -> str:
+    """Plain text in which hidden characters are shown by name, for attributes and titles."""
+    return "".join(f"\u27e8U+{ord(p):04X}\u27e9" if hidden else p for p, hidden in marks(text))
+
+
+def said(text: Any, tag: str = "bdi", **attributes: str | float | bool | None) -> Element:
+    """Text from a user, a model or a file: isolated, so that its direction stays its own."""
+    return el(tag, str(text), dir="auto", **attributes)
+
+
+def json_html(value: Any) -> str:
+    """JSON that can stand inside a ``<script type="application/json">``: nothing in it can end the element."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def table(
+    head: Sequence[Node],
+    rows: Iterable[Sequence[Node]],
+    *,
+    numeric: Iterable[int] = (),
+    caption: Node = None,
+    first_is_head: bool = True,
+    class_: str | None = None,
+) -> Element:
+    """A table that scrolls by itself where it is too wide.
+
+    Args:
+        numeric: columns that are set flush right; first_is_head: whether a row's first cell names the row.
+    """
+    right = set(numeric)
+
+    def cell(i: int, value: Node, head_row: bool = False) -> Element:
+        kind = "n" if i in right else None
+        if head_row:
+            return el("th", value, scope="col", class_=kind)
+        return el("th", value, scope="row", class_=kind) if first_is_head and i == 0 else el("td", value, class_=kind)
+
+    return el(
+        "div",
+        el(
+            "table",
+            None if caption is None else el("caption", caption),
+            el("thead", el("tr", [cell(i, h, True) for i, h in enumerate(head)])) if head else None,
+            el("tbody", [el("tr", [cell(i, v) for i, v in enumerate(row)]) for row in rows]),
+            class_=class_,
+        ),
+        class_="scroll",
+        tabindex="0",
+        role="region",
+        aria_label=f"table: {caption}" if isinstance(caption, str) else "table",
+    )
+
+
+def fold(summary: Node | Iterable[Node], *children: Node | Iterable[Node], key: str, open_: bool = False) -> Element:
+    """A part that is folded until it is asked for; `key` keeps it open when the page reloads itself."""
+    return el("details", el("summary", summary), *children, data_key=key, open=open_)

@@ -1,0 +1,187 @@
+"""Where the figures come from: time and memory, versions, hashes, data, seeds, machine, and how to make them again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from penchant.report.configs import short
+from penchant.report.data import Comparison, ReportData, RunData
+from penchant.report.html import Element, Node, el, fold, said, table
+from penchant.report.numbers import MISSING, count, duration, number
+from penchant.report.safe import flat, mapping, num, sequence, text
+
+APART = ("status", "started", "seconds", "steps", "seed", "loss")  # of a manifest, shown run by run
+FEW = 4  # values of one line that are named
+
+
+def cost(data: ReportData) -> Element | None:
+    """How long every run took and how much memory; None where none says so."""
+    found = [(r, *_cost(r)) for r in data.runs]
+    rows: list[list[Node]] = []
+    for run, seconds, steps, tokens, trees, memory in found:
+        if seconds is None and not run.perf:
+            continue
+        who: Node = said(run.name)
+        if len(data.runs) > 1:
+            who = el("span", el("b", data.setting_of(run).key, class_="key"), " ", said(run.name))
+        gb = MISSING if memory is None else f"{memory:.2f} GB"
+        rows.append([who, duration(seconds), duration(steps), number(tokens), number(trees), gb])
+    if not rows:
+        return None
+    walls = [s for _, s, *_ in found if s is not None]
+    peaks = [m for *_, m in found if m is not None]
+    total = f"{count(len(rows), 'run')}: {duration(sum(walls))} in all" if len(rows) > 1 and walls else None
+    if total and peaks:
+        total += f", at most {max(peaks):.2f} GB"
+    head: list[Node] = ["run", "wall time", "in steps", "tokens/s", "rows/s", "peak memory"]
+    caption = "Wall time is of the last start of the run; speeds are medians over steps; memory is the process\u2019s"
+    return el(
+        "div",
+        el("p", total) if total else None,
+        el("div", table(head, rows, numeric=range(1, 6), caption=caption), class_="panel"),
+    )
+
+
+def _cost(run: RunData) -> tuple[float | None, float | None, float | None, float | None, float | None]:
+    """Wall seconds, seconds in steps, tokens/s, rows/s, peak memory in GB."""
+    column = lambda key: [v for p in run.perf if (v := num(p, key)) is not None]  # noqa: E731
+    seconds, tokens, trees, memory = (
+        column(k) for k in ("seconds", "tokens_per_second", "trees_per_second", "peak_memory_gb")
+    )
+    return (
+        num(run.manifest, "seconds"),
+        sum(seconds) if seconds else None,
+        median(tokens) if tokens else None,
+        median(trees) if trees else None,
+        max(memory) if memory else None,
+    )
+
+
+def provenance(data: ReportData) -> Element | None:
+    """What all runs share in one column, then what differs between them; and commands."""
+    parts: list[Node] = [_commands(data)]
+    manifests = [(r, _flat(r.manifest)) for r in data.runs if r.manifest]
+    if manifests:
+        parts.append(_shared(manifests))
+        parts += [_each([r for r, _ in manifests], data)] if len(manifests) > 1 else []
+    for comparison in data.comparisons:
+        parts.append(_of_comparison(comparison))
+    bad = sum(r.bad_lines for r in data.runs)
+    if bad:
+        parts.append(
+            el(
+                "p",
+                f"{count(bad, 'line')} of these folders\u2019 files could not be read and {'is' if bad == 1 else 'are'} left out.",
+                class_="soft",
+            )
+        )
+    kept = [p for p in parts if p is not None]
+    return el("div", kept) if kept else None
+
+
+def _flat(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in flat(manifest).items() if v not in (None, "")}
+
+
+def _shared(manifests: Sequence[tuple[RunData, Mapping[str, Any]]]) -> Element:
+    one = len(manifests) == 1
+    rows: list[list[Node]] = []
+    for key in dict.fromkeys(k for _, m in manifests for k in m):
+        if key in APART and not one:
+            continue
+        values = list(dict.fromkeys(_value(key, m.get(key)) for _, m in manifests))
+        more = f", \u2026 ({len(values)} different)" if len(values) > FEW else ""
+        rows.append([said(key), said(", ".join(values[:FEW]) + more)])
+    name = "versions, hashes, data, machine" + ("" if one else f", of all {len(manifests)} runs")
+    return fold(name, el("div", table([], rows, class_="facts"), class_="panel"), key="versions")
+
+
+def _value(key: str, value: Any) -> str:
+    if key.endswith("path"):
+        return short(value)
+    if isinstance(value, int) and not isinstance(value, bool) and key != "seed":
+        return f"{value:,}"
+    return MISSING if value is None else text(value)
+
+
+def _each(runs: Sequence[RunData], data: ReportData) -> Element:
+    rows: list[list[Node]] = [
+        [
+            el("span", el("b", data.setting_of(r).key, class_="key"), " ", said(r.name)),
+            said(r.method),
+            said(r.seed),
+            said(text(r.manifest.get("steps"))),
+            said(r.status),
+            said(text(r.manifest.get("started"))),
+        ]
+        for r in runs
+    ]
+    return fold(
+        "every run: method, seed, steps, state, start",
+        el("div", table(["run", "method", "seed", "steps", "state", "started"], rows, numeric=(2, 3)), class_="panel"),
+        key="every-run",
+    )
+
+
+def _commands(data: ReportData) -> Element | None:
+    lines = []
+    if data.sweep:
+        lines.append(
+            "# every run of the sweep by itself: bit for bit what it was inside it, on the same machine and versions"
+        )
+    for run in data.runs[:1] if data.sweep or len(data.runs) > 8 else data.runs:
+        if run.config_text:
+            target = f"{run.folder.name}-again"
+            lines.append(
+                f"penchant train {shlex.quote(run.name + '/config.resolved.yaml')} output={shlex.quote(target)}"
+            )
+    lines += [c for c in map(command, data.comparisons) if c]
+    if not lines:
+        return None
+    return el("div", el("p", "To make it again:", class_="soft small"), el("pre", said("\n".join(lines), tag="code")))
+
+
+def command(comparison: Comparison) -> str:
+    """The command that asks the same again; empty where the file does not say."""
+    figures = comparison.figures
+    asked = mapping(figures.get("settings"))
+    runs = list(mapping(figures.get("checkpoints")))
+    if not runs or "prompts_asked" not in asked:
+        return ""
+    words = ["penchant", "compare", *runs]
+    reward = asked.get("reward")
+    if isinstance(reward, str):
+        words += ["--reward", reward]
+    words += [w for name in sequence(asked.get("also")) if isinstance(name, str) for w in ("--also", name)]
+    for option, key in (
+        ("--prompts", "prompts_asked"),
+        ("--samples", "samples"),
+        ("--max-new-tokens", "max_new_tokens"),
+        ("--seed", "seed"),
+        ("--step", "step"),
+        ("--data", "data"),
+    ):
+        value = asked.get(key)
+        if isinstance(value, (str, int)) and not isinstance(value, bool):
+            words += [option, str(value)]
+    return shlex.join(words)
+
+
+def _of_comparison(comparison: Comparison) -> Element | None:
+    figures = comparison.figures
+    kept = {
+        k: figures.get(k)
+        for k in ("settings", "checkpoints", "prompts", "answers", "left_out", "test_readings_before", "budget")
+    }
+    values = {k: v for k, v in flat({k: v for k, v in kept.items() if v is not None}).items() if v not in (None, "")}
+    if not values:
+        return None
+    rows: list[list[Node]] = [[said(k), said(short(v) if isinstance(v, str) else text(v))] for k, v in values.items()]
+    return fold(
+        ["the comparison ", said(comparison.name), ": settings, checkpoints, budgets"],
+        el("div", table([], rows, class_="facts"), class_="panel"),
+        key=f"comparison-{comparison.name}",
+    )

@@ -1,0 +1,267 @@
+"""Completions side by side: the same prompts, answered by every model; filter and search come by script, reading does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from penchant.report.data import ReportData, RunData
+from penchant.report.html import Element, Node, el, said
+from penchant.report.numbers import number
+from penchant.report.safe import mapping, num, text
+
+OPEN = 20  # cards that stand open
+ROOM = 800_000  # bytes of texts and their markup that one page takes
+LONGEST = 4_000  # characters of a text; a longer one is cut, and says so
+START = "start"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one model wrote.
+
+    Args:
+        model: its place among the models of the section; reward: None where nobody judged it; tokens: None where nobody counted them.
+    """
+
+    model: int
+    text: str
+    reward: float | None = None
+    tokens: int | None = None
+    ended: bool | None = None
+
+    @property
+    def length(self) -> int:
+        """In tokens where they are known, else in characters."""
+        return self.tokens if self.tokens is not None else len(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A prompt and its answers; `times`: how often all of it stands there, word by word."""
+
+    prompt: str
+    answers: tuple[Answer, ...]
+    times: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """All cards of the section: `models` are names, `keys` their letters ("" where they have none)."""
+
+    models: tuple[str, ...]
+    keys: tuple[str, ...]
+    cards: tuple[Card, ...]
+
+    @property
+    def judged(self) -> bool:
+        return any(a.reward is not None for c in self.cards for a in c.answers)
+
+    @property
+    def in_tokens(self) -> bool:
+        return all(a.tokens is not None for c in self.cards for a in c.answers)
+
+
+def shelf(data: ReportData) -> Shelf:
+    """The comparisons' completions where there are any, else the runs' own samples."""
+    compared = [c for c in data.comparisons if c.rows]
+    return _of_rows(data, compared[0].rows) if compared else of_runs(data)
+
+
+def _of_rows(data: ReportData, rows: Sequence[object]) -> Shelf:
+    names: dict[str, int] = {}
+    cards = []
+    for row in rows:
+        answers = []
+        for name, made in mapping(mapping(row).get("completions")).items():
+            of = mapping(made)
+            tokens, ended = num(of, "tokens"), of.get("ended")
+            answers.append(
+                Answer(
+                    names.setdefault(name, len(names)),
+                    text(of.get("text")),
+                    num(of, "reward"),
+                    None if tokens is None else int(tokens),
+                    ended if isinstance(ended, bool) else None,
+                )
+            )
+        if answers:
+            cards.append(Card(text(mapping(row).get("prompt")), tuple(answers)))
+    settings = [data.named(n) for n in names]
+    return Shelf(
+        tuple(names),
+        tuple(s.key if s is not None and n != START else "" for n, s in zip(names, settings, strict=True)),
+        tuple(cards),
+    )
+
+
+def of_runs(data: ReportData) -> Shelf:
+    """Samples of all runs, those of one prompt on one card; the start's answer stands once where all runs started alike."""
+    names: list[str] = [START]
+    keys: list[str] = [""]
+    by_prompt: dict[tuple[str, int], list[Answer]] = {}
+    for run in data.runs:
+        model = len(names)
+        used = False
+        seen: dict[str, int] = {}
+        for row in run.samples:
+            prompt = text(row.get("prompt"))
+            seen[prompt] = seen.get(prompt, 0) + 1
+            answers = by_prompt.setdefault((prompt, seen[prompt]), [])
+            before = text(row.get("before"))
+            if "before" in row and not any(a.model == 0 for a in answers):
+                answers.append(Answer(0, before, num(row, "reward_before")))
+            if "after" in row:
+                answers.append(Answer(model, text(row.get("after")), num(row, "reward_after")))
+                used = True
+        if used:
+            names.append(_called(run, data))
+            keys.append(data.setting_of(run).key if len(data.runs) > 1 else "")
+    found: dict[tuple[str, tuple[Answer, ...]], int] = {}
+    for (prompt, _), of_prompt in by_prompt.items():
+        if of_prompt:
+            found[prompt, tuple(of_prompt)] = found.get((prompt, tuple(of_prompt)), 0) + 1
+    cards = tuple(Card(prompt, answers_, times) for (prompt, answers_), times in found.items())
+    return Shelf(tuple(names), tuple(keys), cards)
+
+
+def _called(run: RunData, data: ReportData) -> str:
+    return run.name if len(data.runs) > 1 else "after training"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def samples(data: ReportData) -> Element | None:
+    """The section; None where nobody wrote anything."""
+    found = shelf(data)
+    if not found.cards:
+        return None
+    made: list[Element] = []
+    size = 0
+    for i, card in enumerate(found.cards):
+        one = _card(card, found, i)
+        size += len(str(one).encode())
+        if size > ROOM and made:
+            break
+        made.append(one)
+    left = len(found.cards) - len(made)
+    more = (
+        el(
+            "p",
+            f"{left:,} more are in samples.jsonl and comparison.jsonl: this page has room for {len(made):,}.",
+            class_="soft",
+        )
+        if left
+        else None
+    )
+    return el(
+        "div",
+        _controls(found),
+        el("p", f"{len(made):,} prompts.", class_="soft count", aria_live="polite"),
+        el("div", made, class_="cards-of-text"),
+        more,
+        id="samples-of",
+        class_="shelf",
+        data_unit="tokens" if found.in_tokens else "characters",
+    )
+
+
+def _card(card: Card, found: Shelf, i: int) -> Element:
+    return el(
+        "details",
+        el(
+            "summary",
+            said(_cut(card.prompt), tag="span", class_="prompt"),
+            el("small", f"{card.times} times") if card.times > 1 else None,
+            el("small", class_="diff"),
+        ),
+        el("div", [_answer(a, found) for a in card.answers], class_="answers"),
+        class_="sample",
+        open=i < OPEN,
+    )
+
+
+def _answer(a: Answer, found: Shelf) -> Element:
+    facts = []
+    if a.reward is not None:
+        facts.append(f"reward {number(a.reward)}")
+    if a.tokens is not None:
+        facts.append(f"{a.tokens} tokens")
+    if a.ended is False:
+        facts.append("cut off")
+    key = found.keys[a.model]
+    return el(
+        "div",
+        el(
+            "h4",
+            el("b", key, class_="key") if key else None,
+            said(found.models[a.model]),
+            el("small", " " + " \u00b7 ".join(facts)) if facts else None,
+        ),
+        said(_cut(a.text.removeprefix(" ")), tag="p") if a.text else el("p", "(empty)", class_="soft"),
+        data_m=a.model,
+        data_r=None if a.reward is None else f"{a.reward:.6g}",
+        data_n=a.length,
+    )
+
+
+def _cut(value: str) -> str:
+    if len(value) <= LONGEST:
+        return value
+    return f"{value[:LONGEST]} \u2026 [{len(value) - LONGEST:,} more characters]"
+
+
+def _controls(found: Shelf) -> Element:
+    """Shown by the script, which they need."""
+    names = [f"{k} {n}".strip() for k, n in zip(found.keys, found.models, strict=True)]
+    used = {a.model for c in found.cards for a in c.answers}
+    options = [(str(i), n) for i, n in enumerate(names) if i in used]
+    many = [("all", "all")] if len(options) > 2 else []
+    second = options[1:] + options[:1]
+    winner = [("", "anyone"), ("right", "the right one"), ("left", "the left one"), ("tie", "neither: a tie")]
+    length = [
+        ("", "any"),
+        ("right", "right is longer"),
+        ("left", "left is longer"),
+        ("short", "shortest third"),
+        ("long", "longest third"),
+    ]
+    sort = [
+        ("", "as written"),
+        ("gain", "right gains most"),
+        ("loss", "right loses most"),
+        ("long", "right is longest"),
+    ]
+    if not found.judged:
+        winner, sort = [], [s for s in sort if s[0] in ("", "long")]
+    return el(
+        "div",
+        el(
+            "label",
+            "Search",
+            el(
+                "input",
+                type="search",
+                data_f="text",
+                placeholder="in prompts and completions",
+                autocomplete="off",
+                spellcheck="false",
+            ),
+        ),
+        _select("Left", "left", options),
+        _select("Right", "right", many + second if not many else second + many),
+        _select("Winner", "won", winner) if winner else None,
+        _select("Length", "length", length),
+        _select("Order", "sort", sort),
+        el("button", "Open all", type="button", data_f="open"),
+        class_="controls",
+        hidden=True,
+        role="group",
+        aria_label="filter the completions",
+    )
+
+
+def _select(label: str, name: str, options: Iterable[tuple[str, str]]) -> Node:
+    made = [el("option", words, value=value) for value, words in options]
+    return el("label", label, el("select", made, data_f=name)) if made else None

@@ -1,0 +1,317 @@
+"""The verdict: what came out, in words, before any figure; also that nothing did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from penchant.report.data import Comparison, ReportData, RunData
+from penchant.report.held_out import Change, changes
+from penchant.report.html import Element, Node, el, fold, said
+from penchant.report.numbers import count, estimate, interval, number, shown
+from penchant.report.safe import ci_of, mappings, num, sequence, text
+from penchant.report.settings import Ranking, Row, held_out_rows, ranking, spread, tried
+
+Tone = Literal["good", "bad", "open", "plain"]
+MARK = {"good": "\u25b2", "bad": "\u25bc", "open": "\u25cb", "plain": "\u2022"}
+TONE_WORD = {"good": "shown: ", "bad": "worse: ", "open": "not shown: ", "plain": ""}
+MOST = 8  # sentences of a comparison that are not folded
+MAIN = ("win_rate", "reward", "rewards/accuracies", "loss", "perplexity")
+
+
+def statement(tone: Tone, *words: Node | Iterable[Node], lead: bool = False) -> Element:
+    """A sentence of the verdict with a mark that says how sure it is; the mark is also said in words, for those who cannot see it."""
+    if lead and tone == "plain":
+        return el("p", *words, class_="lead bare")
+    mark = el("span", MARK[tone], class_=f"mark {tone}", aria_hidden="true")
+    spoken = el("span", TONE_WORD[tone], class_="spoken") if TONE_WORD[tone] else None
+    return el("p", mark, spoken, el("span", *words), class_="lead" if lead else None)
+
+
+def verdict(data: ReportData) -> Element:
+    """All sentences, the comparison's first where there is one."""
+    parts: list[Node] = []
+    for comparison in data.comparisons:
+        parts += of_comparison(comparison)
+    if data.kind == "run" and data.runs:
+        parts += of_run(data.runs[0], first=not parts)
+    elif len(data.runs) > 1 and (data.kind != "comparison" and not (data.comparisons and data.kind == "pipeline")):
+        parts += of_runs(data)
+    if not parts:
+        parts.append(
+            statement("open", "Nothing can be said yet: there is no held-out figure in this folder.", lead=True)
+        )
+    return el("div", parts, class_="verdict")
+
+
+# ---- a comparison -------------------------------------------------------------------------------------------------
+
+
+def of_comparison(comparison: Comparison) -> list[Node]:
+    """The comparison's own sentences, and what they are of."""
+    figures = comparison.figures
+    sentences = [text(s) for s in sequence(figures.get("sentences"))]
+    if not sentences:
+        return [
+            statement(
+                "open",
+                said(comparison.name),
+                " holds no verdict: it was not finished, or is of an older version.",
+                lead=True,
+            )
+        ]
+    aside = [s for s in sentences if s.startswith("By ")]
+    main = [s for s in sentences if s not in aside] or sentences
+    spoken = [statement(_tone(s), said(s, tag="span"), lead=i == 0) for i, s in enumerate(main)]
+    made: list[Node] = [*spoken[:MOST]]
+    for title, rest in (
+        (f"{count(len(main) - MOST, 'more sentence')}", spoken[MOST:]),
+        (
+            "The same by other rewards",
+            [statement(_tone(s), said(s, tag="span")) for s in aside if main is not sentences],
+        ),
+    ):
+        made += [fold(title, rest, key=f"verdict-{comparison.name}-{title}")] if rest else []
+    heading = text(figures.get("heading"))
+    notes = [text(n) for n in sequence(figures.get("notes")) if text(n)]
+    if heading:
+        made.append(el("p", said(heading, tag="span"), class_="soft small"))
+    if notes:
+        made.append(
+            el("ul", [el("li", said(n.removeprefix("- "), tag="span")) for n in notes], class_="soft small notes")
+        )
+    return made
+
+
+def _tone(sentence: str) -> Tone:
+    if "no clear winner" in sentence or "No winner" in sentence or "too few" in sentence:
+        return "open"
+    return "good" if " is better than " in sentence or " wins " in sentence else "plain"
+
+
+# ---- a run --------------------------------------------------------------------------------------------------------
+
+
+def of_run(run: RunData, first: bool = True) -> list[Node]:
+    """What changed against the start on held-out rows, in words."""
+    made: list[Node] = []
+    own = text(run.results.get("verdict"))
+    if own:
+        made.append(statement("plain", said(own, tag="span"), lead=True))
+    found = {c.figure.name: c for c in changes(run)}
+    step = num(run.evals[-1], "step") if run.evals else None
+    if not found or not step:
+        why = "nothing was held out" if not run.evals else "only the start was evaluated so far"
+        if not own:
+            made.append(statement("open", f"No held-out comparison with the start: {why}.", lead=first))
+        return made
+    order = [found[n] for n in MAIN if n in found and not (n == "loss" and "reward" in found)]
+    for i, change in enumerate(order):
+        made.append(statement(_tone_of(change), _sentence(change, run), lead=first and i == 0 and not own))
+    if "kl/policy_ref" in found:
+        made.append(statement("plain", _price(found["kl/policy_ref"])))
+    judged = [c for c in order if c.reading != "plain"]
+    if judged and all(c.reading == "unclear" for c in judged):
+        at = 1 if own else 0
+        nothing = statement(
+            "open",
+            "On the held-out rows nothing separates from chance."
+            if own
+            else "Nothing separates from chance on the held-out rows.",
+            lead=first and not own,
+        )
+        made = [*made[:at], nothing, *(_small(m) for m in made[at:])]
+    return made
+
+
+def _small(node: Node) -> Node:
+    if isinstance(node, Element) and ("class", "lead") in node.attributes:
+        return Element(node.tag, (), node.children)
+    return node
+
+
+def _tone_of(change: Change) -> Tone:
+    tones: dict[str, Tone] = {"better": "good", "worse": "bad", "unclear": "open"}
+    return tones.get(change.reading, "plain")
+
+
+def _sentence(c: Change, run: RunData) -> list[Node]:
+    share = c.figure.share
+    rows = num(run.evals[-1], "eval/rows")
+    value = el("b", estimate(c.after, c.after_ci, share))
+    brackets = f" {interval(*c.after_ci, share)}" if c.after_ci and c.after_ci[0] < c.after_ci[1] else ""
+    of = f" of {rows:,.0f} held-out rows" if rows is not None else " of the held-out rows"
+    if c.figure.name == "rewards/accuracies":
+        who = "The reward model scores" if run.method == "reward_model" else "The policy prefers"
+        what = " the chosen answer higher in " if run.method == "reward_model" else " the chosen answer in "
+        return [who, what, value, brackets, of, _against_null(c, "one half")]
+    if c.figure.name == "win_rate":
+        return [
+            "Its completions win ",
+            value,
+            brackets,
+            " of comparisons with the start\u2019s",
+            _against_null(c, "one half"),
+        ]
+    label = c.figure.label[0].upper() + c.figure.label[1:]
+    if c.before is None:
+        return [f"{label} is ", value, brackets, "; the start was not evaluated."]
+    went: list[Node] = [f"{label} went from {shown(c.before, share)} to ", value, brackets]
+    return [*went, _against_start(c)]
+
+
+def _against_null(c: Change, null: str) -> str:
+    if c.reading == "better":
+        return f"; the interval lies above {null}."
+    if c.reading == "worse":
+        return f"; the interval lies below {null}."
+    return f"; the interval includes {null}, which chance gives." if c.reading == "unclear" else "."
+
+
+def _against_start(c: Change) -> str:
+    if c.reading == "unclear":
+        return "; the interval does not tell it from the start."
+    if c.reading in ("better", "worse"):
+        return f"; {c.reading} than the start by its interval."
+    return "."
+
+
+def _price(c: Change) -> list[Node]:
+    brackets = f" {interval(*c.after_ci)}" if c.after_ci and c.after_ci[0] < c.after_ci[1] else ""
+    return [
+        "It moved ",
+        el("b", estimate(c.after, c.after_ci)),
+        brackets,
+        " nats per completion away from the start (KL).",
+    ]
+
+
+def cards(run: RunData) -> Element | None:
+    """The goals that a run brings with it (`penchant demo`), each with whether it was met."""
+    made = []
+    for h in mappings(run.results.get("headline")):
+        after, before = num(h, "after"), num(h, "before")
+        pair = h.get("ci")
+        ci = ci_of({"x/ci": pair}, "x")
+        share = "win rate" in text(h.get("name")).lower()
+        made.append(
+            el(
+                "div",
+                el("dt", said(text(h.get("name")))),
+                el(
+                    "dd",
+                    el("span", f"{number(before)} \u2192 ", class_="soft") if before is not None else None,
+                    shown(after, share),
+                    class_="value",
+                ),
+                el("dd", _card_note(h, ci, share), class_="soft small"),
+                _goal(h),
+                class_="card",
+            )
+        )
+    return el("dl", made, class_="cards") if made else None
+
+
+def _card_note(h: Mapping[str, Any], ci: tuple[float, float] | None, share: bool) -> str:
+    change, ratio = num(h, "change"), num(h, "ratio")
+    parts = [f"change {estimate(change, ci)}"] if change is not None else []
+    parts += [interval(*ci, share and change is None)] if ci else []
+    parts += [f"ratio {number(ratio)}"] if ratio is not None else []
+    return " ".join(parts)
+
+
+def _goal(h: Mapping[str, Any]) -> Element | None:
+    if "goal" not in h:
+        return None
+    met = h.get("met") is True
+    words = ("\u2713 met: " if met else "\u2717 not met: ", said(text(h.get("goal"))))
+    return el("dd", *words, class_="met" if met else "unmet")
+
+
+# ---- several runs -------------------------------------------------------------------------------------------------
+
+
+def of_runs(data: ReportData) -> list[Node]:
+    """The best by validation, and why that is no proof."""
+    progress = _progress(data)
+    ranked = ranking(data)
+    if ranked is None:
+        return [
+            statement(
+                "open",
+                f"{count(len(data.runs), 'run')} of {count(len(data.settings), 'setting')}, none of them with a figure on held-out rows at its end.",
+                lead=True,
+            ),
+            *progress,
+        ]
+    best = ranked.best
+    if not best:
+        return [
+            statement("open", "No setting has come to its end with all its seeds, so none is called best.", lead=True),
+            *progress,
+        ]
+    share = ranked.figure.share
+    names: list[Node] = []
+    for i, row in enumerate(best):
+        names += [" and " if i else None, el("b", row.setting.key, class_="key"), " ", said(row.setting.name)]
+    rows = held_out_rows(data)
+    on = f" on {rows[0]:,.0f} held-out rows" if len(rows) == 1 else ""
+    only = tried(data) == 1
+    figure = f", {ranked.figure.label} {estimate(best[0].mean, best[0].ci, share)}{on} ({spread(best[0], share)})."
+    start = "" if only else f"Best by validation of {tried(data)} settings: "
+    made: list[Node] = [statement("plain", start, names, figure.replace(" ()", ""), lead=True)]
+    made += _doubts(ranked, best)
+    if not only:
+        made.append(
+            statement(
+                "plain",
+                "These held-out rows chose it, so its figure flatters it, and nothing is claimed of its lead: measure it on rows that no run has seen.",
+            )
+        )
+    return [*made, *progress]
+
+
+def _doubts(ranked: Ranking, best: tuple[Row, ...]) -> list[Node]:
+    made: list[Node] = []
+    others = [r for r in ranked.rows if r.values and r.whole and r not in best]
+    if others and len(best) == 1:
+        next_ = others[0]
+        (a, b), (c, d) = best[0].range, next_.range
+        kind = "Seeds" if len(best[0].values) > 1 or len(next_.values) > 1 else "Intervals"
+        words: list[Node] = [el("b", next_.setting.key, class_="key"), " ", said(next_.setting.name)]
+        if a <= d and c <= b:
+            made.append(
+                statement(
+                    "open", f"{kind} of it and of the next, ", words, ", overlap: nothing here tells the two apart."
+                )
+            )
+        else:
+            made.append(statement("plain", f"{kind} of it and of the next, ", words, ", do not overlap."))
+    null = ranked.figure.null
+    if null is not None:
+        cis = [
+            ci
+            for r in ranked.rows
+            for run in r.setting.runs
+            if run.evals and (ci := ci_of(run.evals[-1], f"eval/{ranked.figure.name}"))
+        ]
+        above = sum(low > null if ranked.up else high < null for low, high in cis)
+        if cis:
+            where = "one half" if null == 0.5 else number(null)
+            tone: Tone = "good" if above == len(cis) else "open" if not above else "plain"
+            side = "above" if ranked.up else "below"
+            made.append(
+                statement(tone, f"In {above} of {count(len(cis), 'run')} the 95% interval lies {side} {where}.")
+            )
+    return made
+
+
+def _progress(data: ReportData) -> list[Node]:
+    states = [r.status for r in data.runs]
+    done = states.count("finished")
+    parts = [f"{n} {word}" for word in ("running", "paused", "interrupted", "stopped", "killed") if (n := states.count(word))]
+    if done == len(states):
+        return []
+    return [
+        statement("plain", f"{done} of {count(len(states), 'run')} finished{', ' if parts else ''}{', '.join(parts)}.")
+    ]

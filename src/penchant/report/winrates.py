@@ -1,0 +1,223 @@
+"""Who wins against whom: a matrix with intervals, raw and at equal length, and the figures of every compared model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from penchant.report.data import Comparison, ReportData
+from penchant.report.html import Element, Node, el, said, table
+from penchant.report.numbers import MISSING, estimate, interval, number, percent, shown
+from penchant.report.plot import strip
+from penchant.report.safe import ci_of, mapping, mappings, num, text
+
+SHADES = 5  # of a cell, to each side of one half
+FIGURES = (  # name, label, share
+    ("reward", "reward", False),
+    ("reward_change", "change of reward against {first}", False),
+    ("win_rate", "win rate against {first}, ties half", True),
+    ("win_rate_equal_length", "win rate at equal length", True),
+    ("kl", "KL from {first}, nats per completion", False),
+    ("kl_per_token", "KL from {first}, nats per token", False),
+    ("preference_accuracy", "held-out preference accuracy", True),
+    ("perplexity", "perplexity of held-out chosen answers", False),
+    ("ended", "ended by EOS", True),
+    ("tokens", "tokens per completion", False),
+    ("distinct_2", "distinct-2", False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """An estimate with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def mirrored(self) -> Rate:
+        """The same seen from the other side."""
+        return Rate(1 - self.value, 1 - self.high, 1 - self.low)
+
+
+def win_rates(data: ReportData) -> Element | None:
+    """Both matrices of every comparison, by its reward and by every other one; None where there are no pairs."""
+    parts: list[Node] = []
+    for c in data.comparisons:
+        first = next(iter(mapping(c.figures.get("models"))), "")
+        groups = {"": pairs_of(c)} | {k: mappings(v) for k, v in mapping(c.figures.get("also")).items()}
+        for judge, pairs in groups.items():
+            made = [
+                _matrix(pairs, "win_rate", _titled("Win rate", judge), first),
+                _matrix(pairs, "equal_length", _titled("At equal length", judge), first),
+            ]
+            shown_ = [m for m in made if m is not None]
+            parts += [el("div", shown_, class_="matrices")] if shown_ else []
+            parts += [_pairs_table(pairs, judge, text(c.figures.get("outcome")))] if pairs else []
+    if not parts:
+        return None
+    legend = el(
+        "p",
+        "Each cell: how often the row\u2019s completion has the higher reward than the column\u2019s on the same prompt, a tie counting half, with its 95% interval. ",
+        "Cells whose interval includes one half are pale.",
+        class_="soft small",
+    )
+    has_matrix = any(isinstance(p, Element) and ("class", "matrices") in p.attributes for p in parts)
+    return el("div", legend if has_matrix else None, parts)
+
+
+def _titled(title: str, judge: str) -> str:
+    return f"{title}, by {judge}" if judge else title
+
+
+def pairs_of(comparison: Comparison) -> list[dict[str, Any]]:
+    """A comparison's pairs; of one of an older version those with the first model, which is all that it knew."""
+    pairs = mappings(comparison.figures.get("comparisons"))
+    if pairs:
+        return pairs
+    models = mapping(comparison.figures.get("models"))
+    first = next(iter(models), "")
+    made = []
+    for name, figures in models.items():
+        value, ci = num(figures, "win_rate"), ci_of(figures, "win_rate")
+        if name != first and value is not None and ci is not None:
+            made.append({"name": name, "other": first, "win_rate": {"estimate": value, "low": ci[0], "high": ci[1]}})
+    return made
+
+
+def rate_of(pair: Mapping[str, Any], field: str) -> Rate | None:
+    """One of a pair's intervals."""
+    found = mapping(pair.get(field))
+    value, low, high = num(found, "estimate"), num(found, "low"), num(found, "high")
+    return None if value is None or low is None or high is None else Rate(value, low, high)
+
+
+def cells_of(pairs: Sequence[Mapping[str, Any]], field: str) -> dict[tuple[str, str], Rate]:
+    """(row, column) -> rate, both ways round."""
+    cells: dict[tuple[str, str], Rate] = {}
+    for pair in pairs:
+        rate = rate_of(pair, field)
+        if rate is not None:
+            a, b = text(pair.get("name")), text(pair.get("other"))
+            cells[a, b], cells[b, a] = rate, rate.mirrored()
+    return cells
+
+
+def _matrix(pairs: Sequence[Mapping[str, Any]], field: str, title: str, first: str) -> Element | None:
+    cells = cells_of(pairs, field)
+    if not cells:
+        return None
+    names = list(dict.fromkeys([*([first] if any(first in c for c in cells) else []), *(a for a, _ in cells)]))
+    head = el(
+        "tr",
+        el("th", el("span", "row against column", class_="spoken"), scope="col"),
+        [el("th", said(n), scope="col") for n in names],
+    )
+    rows = [el("tr", el("th", said(a), scope="row"), [_cell(cells.get((a, b)), a == b) for b in names]) for a in names]
+    return el(
+        "div",
+        el("table", el("caption", title), el("thead", head), el("tbody", rows), class_="matrix"),
+        class_="scroll panel",
+        tabindex="0",
+        role="region",
+        aria_label=title,
+    )
+
+
+def _cell(rate: Rate | None, same: bool) -> Element:
+    if rate is None:
+        return el("td", "" if same else MISSING, class_="same" if same else None)
+    clear = rate.low > 0.5 or rate.high < 0.5
+    shade = min(SHADES, max(1, math.ceil(abs(rate.value - 0.5) * 2 * SHADES - 1e-9))) if clear else 0
+    side = "up" if rate.value >= 0.5 else "down"
+    return el(
+        "td",
+        el("b", percent(rate.value)),
+        el("small", f"{100 * rate.low:.0f}\u2013{100 * rate.high:.0f}"),
+        class_=f"{side}{shade}",
+    )
+
+
+def _pairs_table(pairs: Sequence[Mapping[str, Any]], judge: str, outcome: str) -> Element | None:
+    found = [(p, d) for p in pairs if (d := rate_of(p, "difference")) is not None]
+    if not found:
+        return None
+    ends = [v for _, d in found for v in (d.low, d.high, 0.0)]
+    room = (max(ends) - min(ends)) * 0.05
+    rows: list[list[Node]] = []
+    for pair, d in found:
+        ci = (d.low, d.high)
+        rows.append(
+            [
+                el("span", said(text(pair.get("name"))), " \u2212 ", said(text(pair.get("other")))),
+                el("b", estimate(d.value, ci)),
+                interval(*ci),
+                el("span", strip(d.value, ci, 0.0, min(ends) - room, max(ends) + room), class_="marks"),
+                p_value(num(pair, "p")),
+                p_value(num(pair, "p_corrected")),
+            ]
+        )
+    what = f"reward by {judge}" if judge else outcome or "outcome"
+    caption = f"Differences of {what}; p by prompt{', and by seeds where there are several' if any(num(p, 'p_seeds') is not None for p, _ in found) else ''}, corrected (Holm) for {len(found)}"
+    return el(
+        "div",
+        table(
+            ["comparison", "difference", "95% interval", "", "p", "p corrected"],
+            rows,
+            numeric=(1, 2, 4, 5),
+            caption=caption,
+        ),
+        class_="panel",
+    )
+
+
+def p_value(p: float | None) -> str:
+    """A p-value with the digits that matter."""
+    if p is None:
+        return MISSING
+    return "<0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
+
+
+def compared_figures(data: ReportData) -> Element | None:
+    """Every compared model's figures, one column a model; None without a comparison."""
+    parts = []
+    for c in data.comparisons:
+        models = mapping(c.figures.get("models"))
+        if not models:
+            continue
+        first = next(iter(models))
+        rows: list[list[Node]] = []
+        judges = list(dict.fromkeys(k for m in models.values() for k in mapping(mapping(m).get("also"))))
+        for judge in (None, *judges):
+            for name, label, share in FIGURES:
+                of = {
+                    m: mapping(mapping(mapping(f).get("also")).get(judge)) if judge else mapping(f)
+                    for m, f in models.items()
+                }
+                if any(num(f, name) is not None for f in of.values()):
+                    by = f", by {judge}" if judge else ""
+                    rows.append([said(label.format(first=first) + by), *(_figure(f, name, share) for f in of.values())])
+        parts.append(
+            el(
+                "div",
+                table(
+                    ["", *(said(m) for m in models)],
+                    rows,
+                    numeric=range(1, len(models) + 1),
+                    caption="Every figure on the same prompts, with 95% intervals",
+                ),
+                class_="panel",
+            )
+        )
+    return el("div", parts) if parts else None
+
+
+def _figure(figures: Mapping[str, Any], name: str, share: bool) -> Node:
+    value, ci = num(figures, name), ci_of(figures, name)
+    if value is None:
+        return MISSING
+    if ci is None:
+        return shown(value, share) if share or abs(value) >= 1 else number(value)
+    return el("span", el("b", estimate(value, ci, share)), " ", el("small", interval(*ci, share), class_="ci"))

@@ -1,0 +1,157 @@
+"""Chromium over the DevTools protocol's pipe, with the standard library alone: what tests need of a browser, and no more."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
+BINARY = next((path for name in NAMES if (path := shutil.which(name))), None)
+PATIENCE = 60.0
+KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}
+
+
+class Browser:
+    """A headless browser without any network; pages are opened one at a time.
+
+    `events` are all messages without an id, in order: console lines, requests, violations of the page's policy.
+    """
+
+    def __enter__(self) -> Browser:
+        assert BINARY is not None
+        self.home = tempfile.mkdtemp(prefix="chromium-")
+        to_child, self._out = os.pipe()
+        self._in, from_child = os.pipe()
+
+        command = [
+            BINARY, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={self.home}", "--remote-debugging-pipe", "about:blank",
+        ]  # fmt: skip
+        # the pipes must be 3 and 4 in the child, whatever they are here
+        script = f'exec 3<&{to_child} 4>&{from_child}; exec "$@"'
+        self.process = subprocess.Popen(
+            ["bash", "-c", script, "bash", *command],
+            pass_fds=(to_child, from_child),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_child)
+        os.close(from_child)
+        self._buffer = b""
+        self._next = 0
+        self.session: str | None = None
+        self.events: list[dict[str, Any]] = []
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.send(f"{domain}.enable")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._out)
+        os.close(self._in)
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    # ---- the protocol ---------------------------------------------------------------------------------------------
+
+    def send(self, method: str, **params: Any) -> dict[str, Any]:
+        """Call a method and wait for its result; events that come meanwhile are kept."""
+        self._next += 1
+        message: dict[str, Any] = {"id": self._next, "method": method, "params": params}
+        if self.session is not None:
+            message["sessionId"] = self.session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        end = time.monotonic() + PATIENCE
+        while True:
+            answer = self._read(end)
+            if answer.get("id") == self._next:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']}")
+                return dict(answer["result"])
+
+    def _read(self, end: float) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._in], [], [], max(0.0, end - time.monotonic()))
+            if not ready:
+                raise TimeoutError("chromium does not answer")
+            got = os.read(self._in, 1 << 20)
+            if not got:
+                raise RuntimeError("chromium has gone")
+            self._buffer += got
+        line, _, self._buffer = self._buffer.partition(b"\0")
+        message: dict[str, Any] = json.loads(line)
+        if "id" not in message:
+            self.events.append(message)
+        return message
+
+    # ---- pages ----------------------------------------------------------------------------------------------------
+
+    def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False, media: str = "") -> None:
+        """Open a file, of that size, and wait until it is loaded."""
+        self.events.clear()
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
+        features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self.send("Emulation.setEmulatedMedia", media=media, features=features)
+        self.send("Page.navigate", url=path.resolve().as_uri())
+        end = time.monotonic() + PATIENCE
+        while not any(e["method"] == "Page.loadEventFired" for e in self.events):
+            self._read(end)
+
+    def run(self, script: str) -> Any:
+        """The value of a script in the page (by the protocol, which the page's policy does not bind)."""
+        result = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in result:
+            raise RuntimeError(str(result["exceptionDetails"])[:800])
+        return result["result"].get("value")
+
+    def press(self, key: str) -> None:
+        """A key, down and up."""
+        more = {"text": "\r"} if key == "Enter" else {}
+        self.send(
+            "Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=KEYS.get(key, 0), **more
+        )
+        self.send("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=KEYS.get(key, 0))
+
+    def picture(self, target: Path, *, whole: bool = False) -> None:
+        """A PNG of what is seen, or of the whole page."""
+        extra: dict[str, Any] = {"captureBeyondViewport": whole}
+        if whole:
+            size = self.send("Page.getLayoutMetrics")["cssContentSize"]
+            extra["clip"] = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 16000), "scale": 1}
+        target.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png", **extra)["data"]))
+
+    def pdf(self, target: Path) -> None:
+        """The page as it is printed."""
+        target.write_bytes(base64.b64decode(self.send("Page.printToPDF", printBackground=True)["data"]))
+
+    def requests(self) -> list[str]:
+        """Addresses of everything that was asked for since the page was opened."""
+        return [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
+
+    def complaints(self) -> list[str]:
+        """Console lines, uncaught errors and violations of the policy since the page was opened."""
+        found = []
+        for e in self.events:
+            if e["method"] == "Log.entryAdded":
+                found.append(str(e["params"]["entry"].get("text")))
+            elif e["method"] == "Runtime.consoleAPICalled":
+                found.append(str([a.get("value") for a in e["params"]["args"]]))
+            elif e["method"] == "Runtime.exceptionThrown":
+                found.append(str(e["params"]["exceptionDetails"])[:600])
+        return found

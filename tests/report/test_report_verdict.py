@@ -1,0 +1,191 @@
+"""What is said of a run, of a sweep, of a comparison; and what is not said."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_folders import evaluation, make_comparison, make_flags, make_run, make_sweep, write_json
+
+from penchant.report.data import read_report
+from penchant.report.flags import flags
+from penchant.report.held_out import Change, changes, held_out
+from penchant.report.metrics import Figure
+from penchant.report.settings import ranking, settings_table
+from penchant.report.verdict import cards, verdict
+
+
+def words(node: Any) -> str:
+    return re.sub(r"<[^>]*>", "", str(node))
+
+
+def _said(*paths: Path) -> str:
+    return words(verdict(read_report(paths, 0.0)))
+
+
+@pytest.mark.parametrize(
+    "figure,before,before_ci,after,after_ci,reading",
+    [
+        (Figure("a", "a", null=0.5, up=True), 0.5, None, 0.7, (0.6, 0.8), "better"),
+        (Figure("a", "a", null=0.5, up=True), 0.5, None, 0.4, (0.3, 0.45), "worse"),
+        (Figure("a", "a", null=0.5, up=True), 0.5, None, 0.6, (0.5, 0.7), "unclear"),
+        (Figure("l", "l", up=False), 0.69, (0.69, 0.69), 0.6, (0.5, 0.68), "better"),
+        (Figure("l", "l", up=False), 0.69, (0.6, 0.8), 0.6, (0.5, 0.68), "unclear"),
+        (Figure("k", "k"), 0.0, None, 3.0, (2.0, 4.0), "moved"),
+        (Figure("k", "k", up=True), None, None, 3.0, (2.0, 4.0), "plain"),
+        (Figure("k", "k", up=True), 1.0, None, 3.0, None, "plain"),
+    ],
+)
+def test_an_interval_decides_what_may_be_said(
+    figure: Figure, before: Any, before_ci: Any, after: float, after_ci: Any, reading: str
+) -> None:
+    assert Change(figure, before, before_ci, after, after_ci).reading == reading
+
+
+def test_a_run_that_learned(tmp_path: Path) -> None:
+    text = _said(make_run(tmp_path / "r"))
+    assert (
+        "The policy prefers the chosen answer in 70.0% [62.0%, 78.0%] of 100 held-out rows; the interval lies above one half."
+        in text
+    )
+    assert "Nothing separates" not in text
+
+
+def test_a_run_that_shows_nothing_says_so_first(tmp_path: Path) -> None:
+    text = _said(make_run(tmp_path / "r", evals=[evaluation(0), evaluation(40, 0.53, 0.1)]))
+    assert text.startswith("\u25cbnot shown: Nothing separates from chance on the held-out rows.")
+    assert "the interval includes one half, which chance gives" in text
+
+
+def test_a_run_without_held_out_rows_or_with_the_start_only(tmp_path: Path) -> None:
+    assert "nothing was held out" in _said(make_run(tmp_path / "a", evals=[]))
+    assert "only the start was evaluated so far" in _said(make_run(tmp_path / "b", evals=[evaluation(0)]))
+
+
+def test_rewards_and_kl_of_an_online_run(tmp_path: Path) -> None:
+    first = {
+        "kind": "eval",
+        "step": 0,
+        "eval/reward": 0.1,
+        "eval/reward/ci": [0.05, 0.15],
+        "eval/loss": -0.1,
+        "eval/kl/policy_ref": 0.0,
+    }
+    last = {"kind": "eval", "step": 9, "eval/reward": 0.6, "eval/reward/ci": [0.5, 0.7], "eval/loss": -0.6, "eval/kl/policy_ref": 4.2,
+            "eval/win_rate": 0.8, "eval/win_rate/ci": [0.7, 0.9], "eval/kl/policy_ref/ci": [4.0, 4.4]}  # fmt: skip
+    text = _said(make_run(tmp_path / "r", evals=[first, last]))
+    assert (
+        "Its completions win 80.0% [70.0%, 90.0%] of comparisons with the start\u2019s; the interval lies above one half."
+        in text
+    )
+    assert (
+        "Reward of fresh completions went from 0.100 to 0.60 [0.50, 0.70]; better than the start by its interval."
+        in text
+    )
+    assert "It moved 4.20 [4.00, 4.40] nats per completion away from the start (KL)." in text
+    assert "Loss" not in text  # minus the reward: said already
+
+
+def test_a_reward_model_has_its_own_words(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r")
+    manifest = json.loads((run / "manifest.json").read_text())
+    write_json(run / "manifest.json", {**manifest, "loss": "reward_model"})
+    assert "The reward model scores the chosen answer higher in 70.0%" in _said(run)
+
+
+def test_a_runs_own_verdict_and_goals(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r")
+    headline = [{"name": "win rate", "before": None, "after": 0.83, "ci": [0.8, 0.86], "goal": "above 0.75", "met": True},
+                {"name": "sentiment", "before": 0.1, "after": 0.6, "change": 0.5, "ci": [0.4, 0.6], "goal": "up", "met": False}]  # fmt: skip
+    write_json(run / "results.json", {"verdict": "Every goal was met.", "headline": headline})
+    assert _said(run).startswith("Every goal was met.")
+    text = words(cards(read_report([run], 0.0).runs[0]))
+    assert (
+        "83.0%[80.0%, 86.0%]\u2713 met: above 0.75" in text
+        and "0.100 \u2192 0.600change 0.50 [0.40, 0.60]\u2717 not met: up" in text
+    )
+
+
+def test_the_held_out_table(tmp_path: Path) -> None:
+    run = read_report([make_run(tmp_path / "r")], 0.0).runs[0]
+    text = words(held_out(run))
+    assert "At step 40, over 100 held-out rows" in text and "50.0%70.0%[62.0%, 78.0%]" in text
+    assert [c.figure.name for c in changes(run)] == ["rewards/accuracies", "loss"]
+
+
+def test_a_sweeps_best_is_no_proof(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "s")
+    text = _said(sweep)
+    assert (
+        "Best by validation of 2 settings: B beta-0.3, preference accuracy 70.5% on 100 held-out rows (70.0% to 71.0% over seeds, sd 0.7 points)."
+        in text
+    )
+    assert "Seeds of it and of the next, A beta-0.1, do not overlap." in text
+    assert "In 4 of 4 runs the 95% interval lies above one half." in text
+    assert "These held-out rows chose it, so its figure flatters it" in text
+    table = words(settings_table(read_report([sweep], 0.0)))
+    assert table.index("beta-0.3") < table.index("beta-0.1") and "best by validation" in table
+
+
+def test_settings_whose_seeds_overlap_are_not_told_apart(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "s", seeds=(0, 1, 12))
+    assert "overlap: nothing here tells the two apart" in _said(sweep)
+
+
+def test_a_direction_of_min_turns_the_order_round(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "s")
+    state = json.loads((sweep / "sweep.json").read_text())
+    write_json(sweep / "sweep.json", {**state, "table": {"metric": "eval/rewards/accuracies", "direction": "min"}})
+    ranked = ranking(read_report([sweep], 0.0))
+    assert ranked is not None and [r.setting.name for r in ranked.best] == ["beta-0.1"]
+
+
+def test_a_setting_of_which_a_run_stopped_is_not_called_best(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "s")
+    state = json.loads((sweep / "sweep.json").read_text())
+    state["runs"]["beta-0.3-seed-1"] |= {"state": "stopped", "why": "the loss is NaN"}
+    write_json(sweep / "sweep.json", state)
+    data = read_report([sweep], 0.0)
+    ranked = ranking(data)
+    assert ranked is not None and [r.setting.name for r in ranked.best] == ["beta-0.1"]
+    assert "1 of 2 seed 1 stopped: the loss is NaN" in words(settings_table(data))
+
+
+def test_a_sweep_without_figures_says_so(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "s")
+    for metrics in sweep.glob("*/metrics.jsonl"):
+        metrics.write_text("")
+    text = _said(sweep)
+    assert "none of them with a figure on held-out rows" in text
+
+
+def test_a_comparison_speaks_for_itself(tmp_path: Path) -> None:
+    made = str(verdict(read_report([make_comparison(tmp_path / "c")], 0.0)))
+    assert "mark good" in made and "mark open" in made and "no clear winner" in made
+    (tmp_path / "c/comparison.json").write_text("{}")
+    assert "holds no verdict" in _said(tmp_path / "c")
+
+
+def test_sentences_by_other_rewards_are_folded(tmp_path: Path) -> None:
+    folder = make_comparison(tmp_path / "c")
+    figures = json.loads((folder / "comparison.json").read_text())
+    figures["sentences"] = ["a is better than b: x"] * 12 + ["By words: a is better than b: y"]
+    write_json(folder / "comparison.json", figures)
+    made = str(verdict(read_report([folder], 0.0)))
+    assert "4 more sentences" in made and "<summary>The same by other rewards</summary>" in made
+
+
+def test_flags_stand_with_their_evidence_warnings_first(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r")
+    assert flags(read_report([run], 0.0)) is None
+    write_json(run / "flags.json", [])
+    assert words(flags(read_report([run], 0.0))) == "No flag was raised."
+    make_flags(run)
+    made = str(flags(read_report([run], 0.0)))
+    assert made.index("warning: ") < made.index("note: ") and made.count('class="spark') == 1
+    assert "\u221210.0 \u2192 \u221219.0" in words(made) and "steps 0 to 30" in words(made)
+    write_json(run / "flags.json", {"flags": [{"title": "wrapped"}]})
+    assert "wrapped" in words(flags(read_report([run], 0.0)))
