@@ -69,10 +69,11 @@ def serve(decide: Callable[[Asked, int], Reply]) -> Iterator[Server]:
                 state.now += 1
                 state.most = max(state.most, state.now)
             try:
-                self._answer(decide(asked, number))
+                reply = decide(asked, number)
             finally:
-                with state.lock:
+                with state.lock:  # before the reply goes out: the client may ask the next one at once
                     state.now -= 1
+            self._answer(reply)
 
         def do_GET(self) -> None:
             state.asked.append(Asked(self.path, {k.lower(): v for k, v in self.headers.items()}, {}))

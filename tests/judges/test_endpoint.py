@@ -166,12 +166,15 @@ def test_a_slow_endpoint_is_not_waited_for_for_ever() -> None:
 
 
 def test_so_many_questions_at_a_time() -> None:
-    def slow(asked: Asked, n: int) -> str:
-        time.sleep(0.01)
-        return longer(asked, n)
-
     for n in (1, 3):
-        with serve(slow) as server:
+        together = threading.Barrier(n)  # nobody is answered before n have asked; 24 questions are whole groups of 3
+
+        def decide(asked: Asked, number: int, together: threading.Barrier = together) -> str:
+            if asked.texts[0] != "Say hello.":
+                together.wait(timeout=30)
+            return longer(asked, number)
+
+        with serve(decide) as server:
             judge_at(server.url, concurrency=n, model=f"m{n}").ask(PAIRS)
             assert server.most == n
 
