@@ -81,8 +81,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    args.task = "demo"
-    task = make_task(args)
+    task = make_task(argparse.Namespace(task="demo", output=args.output, threads=None))
     pairs = Path(task.config["data"]["path"])
     try:
         swept = api.sweep(sweep_config(args.output, task.config, pairs, args.seeds), jobs=args.jobs)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from endpoints import longer, serve
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
@@ -19,6 +20,7 @@ from penchant.cli import main
 from penchant.comparison.budget import Budget, budget_sentences
 from penchant.comparison.runs import by_setting, read_runs
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError
+from penchant.judges import JudgeOptions
 from penchant.pipeline_state import write_text_atomically
 
 ROWS = polite_rows(40)
@@ -161,6 +163,92 @@ def test_other_rewards_stand_beside_it(world: Path, tmp_path: Path, capsys: pyte
     refused(world, ConfigError, "--also: names words twice", "dpo", reward="words", also=["words"])
     refused(world, ConfigError, "'nicer' is no reward", "dpo", reward="words", also=["nicer"])
     refused(world, ConfigError, "dpo is no reward model", "dpo", reward="words", also=[str(world / "runs/dpo")])
+
+
+def judged_by(world: Path, url: str, *more: str) -> int:
+    asked = ["compare", str(world / "runs/dpo"), str(world / "runs/rloo"), "--judge", url, "--judge-model", "judge-7b"]
+    asked += ["--prompts", "12", "--max-new-tokens", "4", "--quiet", *more]
+    return main(asked)
+
+
+def test_a_model_behind_an_endpoint_judges_pair_by_pair(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0987654321")
+    output = ["--output", str(tmp_path / "out"), "--judge-concurrency", "2"]
+    with serve(longer) as server:
+        assert judged_by(world, server.url, *output) == 0
+        text = capsys.readouterr().out
+        figures = json.loads((tmp_path / "out/comparison.json").read_text())
+        rows = [json.loads(x) for x in (tmp_path / "out/comparison.jsonl").read_text().splitlines()]
+        questions = {a.texts for a in server.questions}
+        assert all(a.headers["authorization"] == "Bearer sk-secret-0987654321" for a in server.asked)
+        assert judged_by(world, server.url, *output) == 0  # the same again asks nothing
+        assert len(server.questions) == len(questions) == figures["judge"]["asked"] > 20
+    capsys.readouterr()
+    again = json.loads((tmp_path / "out/comparison.json").read_text())["judge"]
+    assert (figures["judge"]["cached"], again["cached"]) == (0, len(questions))
+    assert again == figures["judge"] | {"cached": len(questions)}
+    # what was asked are the completions, each pair both ways round, and nothing else
+    expected = set()
+    for row in rows:
+        for one, other in (("dpo", "start"), ("rloo", "start"), ("dpo", "rloo")):
+            a, b = (row["completions"][n]["text"] for n in (one, other))
+            expected |= {(row["prompt"], a, b), (row["prompt"], b, a)} if a != b else set()
+    assert questions == expected
+    length = {n: np.array([len(r["completions"][n]["text"]) for r in rows]) for n in rows[0]["completions"]}
+    for name in ("dpo", "rloo"):
+        wins = (length[name] > length["start"]) + 0.5 * (length[name] == length["start"])
+        assert figures["models"][name]["judged"]["judge-7b"]["win_rate"] == pytest.approx(wins.mean())
+    judge = figures["judge"]
+    assert (judge["first_position"], judge["first_position/ci"], judge["failures"]) == (0.5, [0.5, 0.5], 0)
+    assert figures["outcome"] == "judged win rate" and figures["comparisons"] == judge["comparisons"]
+    assert figures["settings"]["judge"]["endpoint"] == server.url and len(judge["comparisons"]) == 3
+    assert "win rate against start (ties half), by judge-7b" in text and "p corrected for 3 comparisons" in text
+    assert "The judge judge-7b shows no clear preference for a position: 50%" in text and "\nBy judge-7b: " in text
+    written = "".join(p.read_text() for p in [*(tmp_path / "out").iterdir(), *world.glob("out/*")])
+    assert "sk-secret" not in text + written
+
+
+def test_judges_that_cannot_be_trusted(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = ["--output", str(tmp_path / "out"), "--reward", "words"]
+    with serve(lambda *_: "A") as server:
+        assert judged_by(world, server.url, *output) == 0
+    text = capsys.readouterr().out
+    figures = json.loads((tmp_path / "out/comparison.json").read_text())
+    assert figures["judge"]["first_position"] == 1.0 and figures["judge"]["disagreed"] == figures["judge"]["pairs"]
+    assert "The judge judge-7b favours the first position: 100% [100%, 100%] of its verdicts" in text
+    assert figures["outcome"] == "mean reward" and "By judge-7b: Between dpo and start there is no clear winner" in text
+    with serve(lambda *_: "It depends.\x1b[2J") as server:
+        assert judged_by(world, server.url, *output, "--judge-parameters", '{"temperature": 1}') == 0
+        assert len(server.questions) == 2 * figures["judge"]["asked"]  # each once more
+    text = capsys.readouterr().out
+    figures = json.loads((tmp_path / "out/comparison.json").read_text())
+    assert figures["judge"]["failures"] == figures["judge"]["asked"] and "first_position" not in figures["judge"]
+    assert "By judge-7b: no winner is named: " in text and "(100%) could not be judged" in text
+    assert "reply to a trial question cannot be read: 'It depends.\\x1b[2J'" in text and "\x1b" not in text
+    assert judged_by(world, server.url, "--judge-model", "other") == 2  # nobody is there any more
+    assert "cannot be reached" in capsys.readouterr().err
+
+
+def test_a_judge_of_ones_own_and_seeds(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "judge.py").write_text("def longer(prompt, a, b):\n    return len(a) / max(1, len(a) + len(b))\n")
+    judge = f"{tmp_path}/judge.py:longer"
+    found = compare(world, "dpo", "ipo", "dpo-seed-1", judge=judge, reward="words", samples=2)
+    figures = found.figures
+    over = {(c["name"], c["other"]): c["p_seeds"] is not None for c in figures["judge"]["comparisons"]}
+    assert over == {("dpo", "start"): True, ("ipo", "start"): False, ("dpo", "ipo"): False}
+    assert figures["judge"]["first_position"] == pytest.approx(0.5) and len(figures["judge"]["sha256"]) == 64
+    assert f"By {judge}: " in found.to_text()
+    assert main(["compare", str(world / "runs/dpo"), "--judge-model", "m"]) == 2
+    assert "--judge-model: is given without --judge" in capsys.readouterr().err
+    refused(world, ConfigError, "'sentiment' is no judge", "dpo", judge="sentiment")
+    own = "Which is longer?\n<<prompt x>>\n{prompt}\n<<answer A x>>\n{answer_a}\n<<answer B x>>\n{answer_b}\n<<end x>>"
+    (tmp_path / "own.txt").write_text(own)
+    with serve(longer) as server:
+        options = JudgeOptions(server.url, "m", instruction=tmp_path / "own.txt")
+        compare(world, "dpo", judge=options)
+        assert all(a.content.startswith("Which is longer?") for a in server.asked)
 
 
 def test_the_default_folder_is_named_after_what_is_compared(world: Path) -> None:
@@ -436,3 +524,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="No space"):
         write_text_atomically(path, "new\n")
     assert path.read_text() == "old\n"
+
+
+def test_flags_stand_in_the_figures_and_are_read_out(world: Path, tmp_path: Path) -> None:
+    result = compare(world, "dpo", reward=f"{world}/rewards.py:vowels", output=tmp_path)
+    kept = json.loads((tmp_path / "comparison.json").read_text())["flags"]
+    assert {f["name"] for f in kept} >= {"few_prompts", "one_seed"}  # 12 prompts, one seed
+    for flag in kept:
+        assert flag["sentence"] in result.to_text()

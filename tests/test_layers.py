@@ -17,13 +17,14 @@ LAYERS = [
     {"packing_check", "reference", "rollout"},
     {"training"},
     {"rewards"},  # a reward model runs on the engine and is found in its run's folder
-    {"algorithms", "evaluation", "report"},
+    {"judges"},  # a person's own judge is loaded as rewards are
+    {"algorithms", "evaluation", "report", "watch"},
     {"loss_config"},
     {"config", "manifest", "catalogue"},
     {"pipeline"},
-    {"sweep_search", "sweep_axes"},
+    {"sweep_search", "sweep_axes", "sweep_halving"},
     {"pipeline_state", "sweep"},
-    {"sweep_state", "sweep_table"},
+    {"sweep_state", "sweep_table", "sweep_rungs"},
     {"run"},
     {"comparison", "evaluate"},
     {"pipeline_compare", "sweep_worker"},

@@ -89,7 +89,7 @@ def test_the_pipeline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert result.outcome is not None and "reward, by sentiment" in result.outcome.to_text()
 
 
-@pytest.mark.parametrize("page,runs", [("README.md", [12]), ("docs/sweep.md", [9, 0])])
+@pytest.mark.parametrize("page,runs", [("README.md", [12]), ("docs/sweep.md", [9, 0, 20])])
 def test_every_sweep_shown_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str, runs: list[int]) -> None:
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[1] / page).read_text()
@@ -119,7 +119,8 @@ def test_every_recipe_is_a_config() -> None:
     recipes = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
     assert recipes
     for path in recipes:
-        (load_pipeline if path.name.startswith("pipeline") else load_config)(path)
+        kind = path.stem.rpartition("_")[2]  # pipeline.yaml, ..._sweep.yaml, or a run
+        {"pipeline": load_pipeline, "sweep": load_sweep}.get(kind, load_config)(path)
 
 
 def test_nothing_is_left_to_fill_in() -> None:

@@ -20,7 +20,7 @@ from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.sharing import Alone, Shared
 from penchant.sweep import Sweep, load_sweep, sweep_from_mapping
-from penchant.sweep_jobs import shares
+from penchant.sweep_jobs import shares, told
 from penchant.sweep_run import SweepConductor
 from penchant.sweep_search import Range, SearchConfig, draw
 from penchant.sweep_table import make_table
@@ -459,8 +459,8 @@ class InProcess:
     def __init__(self, cores: list[int], quiet: bool) -> None:
         self.shared = Shared()
 
-    def train(self, run: Any) -> Any:
-        return json.loads(json.dumps(answer(json.dumps(run.config.model_dump(mode="json")), self.shared)))
+    def train(self, run: Any, pause_at: int | None = None) -> Any:
+        return json.loads(json.dumps(answer(told(run, pause_at), self.shared)))
 
     def interrupt(self, number: int = 0) -> None:
         pass

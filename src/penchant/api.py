@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from penchant.config import RunConfig
     from penchant.data.load import Dataset
     from penchant.evaluation.flags import Flag
+    from penchant.judges import JudgeOptions
     from penchant.pipeline import Pipeline
     from penchant.pipeline_run import PipelineResult
     from penchant.run import TrainResult
@@ -137,6 +138,7 @@ def compare(
     *runs: str | Path,
     reward: Any = None,
     also: Sequence[str] = (),
+    judge: str | JudgeOptions | None = None,
     against: str | Path | None = None,
     prompts: int = 200,
     samples: int = 1,
@@ -152,7 +154,8 @@ def compare(
     Args:
         runs: run folders; those that differ in nothing but `train.seed` are one setting with several seeds.
         reward: any reward; None: only what the models find likely is compared. also: other rewards, whose figures stand beside its own.
-        against: a run, in place of the common start.
+        judge: who decides between two answers: ``path.py:function``, or `JudgeOptions` with an endpoint. against: a run, in place of the
+            common start.
         prompts, samples, max_new_tokens, seed: how many prompts, completions of each, tokens of one, and the seed of the draws.
         step: ``best``, ``last``, a step's number; None: the best where one is tracked and kept, else the last.
         data: a file of test rows; each reading of it is written down beside it. None: rows that the runs hold out.
@@ -166,9 +169,11 @@ def compare(
     """
     from penchant.comparison.compare import Question, compare_runs
     from penchant.comparison.models import Sampling
+    from penchant.judges import JudgeOptions
 
     sampling = Sampling(prompts, samples, max_new_tokens, seed)
-    return compare_runs(runs, Question(sampling, reward, also, against, step, data, output), quiet=quiet)
+    asked = JudgeOptions(judge) if isinstance(judge, str) else judge
+    return compare_runs(runs, Question(sampling, reward, also, asked, against, step, data, output), quiet=quiet)
 
 
 def report(*paths: str | Path, output: str | Path | None = None) -> Path:

@@ -138,6 +138,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flags.set_defaults(handler=_flags)
 
+    watch = commands.add_parser("watch", help="follow runs in the terminal: progress, curves, figures, last answers")
+    watch.add_argument(
+        "paths", nargs="+", metavar="RUN", help="folder of a run, a sweep or a pipeline; or several runs"
+    )
+    watch.add_argument("--once", action="store_true", help="print one frame and end")
+    watch.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two frames (default: 2)")
+    watch.set_defaults(handler=_watch)
+
     losses = commands.add_parser("losses", help="list the losses with their formulas and hyperparameters")
     losses.add_argument("name", nargs="?", help="one loss, with its whole description")
     losses.add_argument("--markdown", action="store_true", help="the page docs/losses.md")
@@ -195,6 +203,14 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--also", action="append", default=[], metavar="NAME", help="another reward beside it; may be given again"
     )
+    parser.add_argument(
+        "--judge", metavar="JUDGE", help="who decides between two answers: path.py:function, or http://HOST:PORT/v1"
+    )
+    parser.add_argument("--judge-model", metavar="NAME", help="the endpoint's model")
+    parser.add_argument("--judge-key-env", metavar="NAME", help="variable that holds its key (default: OPENAI_API_KEY)")
+    parser.add_argument("--judge-instruction", metavar="FILE", help="a template in place of the built-in one")
+    parser.add_argument("--judge-parameters", metavar="JSON", help="of its sampling, in place of the built-in ones")
+    parser.add_argument("--judge-concurrency", metavar="N", type=int, help="questions at a time (default: 4)")
     parser.add_argument("--against", metavar="RUN", help="what all are compared with (default: their common start)")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts (default: 200)")
     parser.add_argument("--samples", type=int, default=1, help="completions of each prompt (default: 1)")
@@ -341,11 +357,18 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     _with_allocator()
     from penchant import api
+    from penchant.errors import ConfigError
+    from penchant.judges.load import OF_ENDPOINTS, JudgeOptions
 
+    of_judge = {name: getattr(args, f"judge_{name}") for name in OF_ENDPOINTS}
+    given = [OF_ENDPOINTS[name] for name, value in of_judge.items() if value is not None]
+    if args.judge is None and given:
+        raise ConfigError(given[0], "is given without --judge", "name the judge")
     result = api.compare(
         *args.runs,
         reward=args.reward,
         also=args.also,
+        judge=None if args.judge is None else JudgeOptions(args.judge, **of_judge),
         against=args.against,
         prompts=args.prompts,
         samples=args.samples,
@@ -424,6 +447,12 @@ def _flags(args: argparse.Namespace) -> int:
     else:
         print(as_text(found))
     return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from penchant.watch import watch
+
+    return watch(args.paths, once=args.once, interval=args.interval)
 
 
 def _losses(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from penchant.data.audit import audit as run_audit
 from penchant.data.load import Dataset, load_preferences, summary, write_quarantine
 from penchant.data.split import split_by_prompt
 from penchant.data.tokenise import TokenisedDataset, tokenise
-from penchant.errors import CheckpointError, ConfigError, DataError
+from penchant.errors import CheckpointError, ConfigError, DataError, PenchantError
 from penchant.evaluation.flags import Flag
 from penchant.evaluation.fresh import (
     START_FILE,
@@ -76,7 +76,7 @@ from penchant.rewards.scorer import RewardScorer
 from penchant.rewards.training import RewardModelParts
 from penchant.sharing import Alone, Key
 from penchant.training.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
-from penchant.training.loop import Loop, algorithm_state
+from penchant.training.loop import Interrupted, Loop, Paused, algorithm_state
 from penchant.training.optim import MasterAdamW
 from penchant.training.progress import console
 from penchant.training.runfolder import RunLock, open_run
@@ -114,12 +114,16 @@ class Run:
 
     Args:
         shared: keeps what other runs of this process can use as it is; it changes no figure.
+        pause_at: an optimiser step at which training pauses, see `Loop`; a later call goes on from there.
     """
 
-    def __init__(self, config: RunConfig, *, quiet: bool = False, shared: Alone | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, *, quiet: bool = False, shared: Alone | None = None, pause_at: int | None = None
+    ) -> None:
         self.config = config = with_absolute_paths(config)
         self.shared = Alone() if shared is None else shared
         self.folder = Path(config.output)
+        self.pause_at = pause_at
         self.console = console(quiet)
         self.online = config.algorithm if isinstance(config.algorithm, OnlineConfig) else None
         self.learns_reward = config.algorithm if isinstance(config.algorithm, RewardModelConfig) else None
@@ -659,6 +663,11 @@ class Run:
         return metrics
 
     @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run; needs the data, and no model."""
+        return self._schedule.total_steps
+
+    @property
     def _schedule(self) -> BatchSchedule:
         t = self.config.train
         return BatchSchedule(len(self.trees[0]), t.batch_size, t.epochs, t.max_steps, t.seed, t.shuffle, self._updates)
@@ -797,8 +806,8 @@ class Run:
             before = self._samples("before", lambda: latest_checkpoint(self.folder)[0] is None)
             try:
                 loop.run()
-            except BaseException:
-                self._write_manifest(loop, started, status="stopped")
+            except BaseException as error:
+                self._write_manifest(loop, started, *_ended_by(error))
                 write_flags(self.folder)
                 live.now()
                 raise
@@ -843,6 +852,7 @@ class Run:
             evaluate=self._evaluate_in_training if self.trees[1] else None,
             start_tolerance=check,
             updates=self._updates,
+            pause_at=self.pause_at,
         )
 
     def _write_model(self, folder: Path) -> None:
@@ -920,7 +930,7 @@ class Run:
                 row = {"prompt": a["prompt"], "before": b["completion"], "after": a["completion"]}
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def _write_manifest(self, loop: Loop, started: float, status: str) -> None:
+    def _write_manifest(self, loop: Loop, started: float, status: str, why: str | None = None) -> None:
         data = {
             name: {
                 "total": d.total,
@@ -945,6 +955,8 @@ class Run:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
             "seconds": round(time.time() - started, 1),
             "steps": loop.state.step,
+            "total_steps": loop.schedule.total_steps,
+            **({"why": why} if why is not None else {}),
             "seed": self.config.train.seed,
             "loss": self.method,
             "model": {
@@ -960,6 +972,15 @@ class Run:
             "hardware": {**hardware(), "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")},
         }
         path.write_text(json.dumps(manifest, indent=1))
+
+
+def _ended_by(error: BaseException) -> tuple[str, str | None]:
+    """(status, why) of a run that did not come to its end."""
+    if isinstance(error, Paused):
+        return "paused", f"at step {error.step}"
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        return "interrupted", None
+    return "stopped", error.what if isinstance(error, PenchantError) else f"{type(error).__name__}: {error}"
 
 
 def _content(dataset: Dataset) -> Key:

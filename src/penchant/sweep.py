@@ -31,10 +31,11 @@ from penchant.errors import ConfigError, DataError, ModelError, PenchantError, R
 from penchant.losses import LOSSES
 from penchant.pipeline import did_you_mean, merged
 from penchant.sweep_axes import Axis, axis, grid, label, long_key, short_keys
+from penchant.sweep_halving import Halving, read_halving
 from penchant.sweep_search import Range, SearchConfig
 
 SHAPE = "a sweep is a mapping with output, base and one or more of grid, runs and search; see docs/sweep.md"
-KEYS = ("output", "base", "grid", "runs", "search", "metric", "direction")
+KEYS = ("output", "base", "grid", "runs", "search", "halving", "metric", "direction")
 SEED = "train.seed"
 BASE = "base"  # the name of the one variant of a sweep without `runs`
 HELD_OUT = ("eval_path", "validation_rows", "validation_fraction")
@@ -102,7 +103,7 @@ class Sweep:
     Args:
         runs: in the order in which they are trained; empty for a search.
         metric, higher: what is best, and whether higher is better.
-        search: its settings, or None; trial: the run of a search by number and ``{key: value}``.
+        halving: how settings are stopped early, or None; search: its settings, or None; trial: the run of a search by number and ``{key: value}``.
     """
 
     source: str
@@ -111,6 +112,7 @@ class Sweep:
     metric: str
     higher: bool
     place_of_metric: str
+    halving: Halving | None = None
     search: SearchConfig | None = None
     trial: Callable[[int, Mapping[str, Any]], SweepRun] | None = field(default=None, compare=False)
 
@@ -170,7 +172,12 @@ def _sweep(values: dict[str, Any], places: Places, overrides: Sequence[str], sou
     _check_names(runs, source)
     for run in runs:
         _check_run(run)
-    return Sweep(source, maker.output, runs, *_metric(values, places, source, [r.config for r in runs]))
+    metric, higher, place = _metric(values, places, source, [r.config for r in runs])
+    settings = {r.setting: r.config for r in reversed(runs)}
+    halving = read_halving(
+        values, places, source, settings, metric, lambda name: higher if name == metric else higher_is_better(name)
+    )
+    return Sweep(source, maker.output, runs, metric, higher, place, halving)
 
 
 def _of_a_run(values: dict[str, Any], places: Places) -> tuple[dict[str, Any], Places]:
@@ -334,7 +341,12 @@ def _metric(
         raise ConfigError(place, f"metric is {metric!r}", "give a held-out figure, e.g. eval/rewards/accuracies")
     if direction not in (None, "min", "max"):
         raise ConfigError(place_of(("direction",), places, source), f"direction is {direction!r}", "give min or max")
-    return metric, (direction or ("min" if LOWER_IS_BETTER.search(metric) else "max")) == "max", place
+    return metric, higher_is_better(metric) if direction is None else direction == "max", place
+
+
+def higher_is_better(metric: str) -> bool:
+    """Of a held-out figure, by its name."""
+    return LOWER_IS_BETTER.search(metric) is None
 
 
 def usual_metric(config: RunConfig) -> str:
@@ -352,6 +364,12 @@ def _search(values: Mapping[str, Any], places: Places, source: str, maker: _Make
     if axes or values.get("runs") is not None:
         raise ConfigError(
             place, "search stands beside a grid or runs", "keep one; lists go into search.space as choices"
+        )
+    if values.get("halving") is not None:
+        raise ConfigError(
+            place_of(("halving",), places, source),
+            "halving stands beside a search, whose trials follow one another and cannot wait for each other at a rung",
+            "keep one; halving goes with a grid or runs",
         )
     section = values["search"]
     if not isinstance(section, dict):
@@ -376,7 +394,7 @@ def _search(values: Mapping[str, Any], places: Places, source: str, maker: _Make
         made = trial(0, corner)
         _check_run(made)
         configs.append(made.config)
-    return Sweep(source, maker.output, (), *_metric(values, places, source, configs), config, trial)
+    return Sweep(source, maker.output, (), *_metric(values, places, source, configs), None, config, trial)
 
 
 def _corners(space: Mapping[str, Range | list[Any]]) -> Iterator[dict[str, Any]]:

@@ -30,6 +30,11 @@ def shares(jobs: int) -> list[list[int]]:
     return [cores[i::jobs] or [cores[i % len(cores)]] for i in range(jobs)]
 
 
+def told(run: SweepRun, pause_at: int | None) -> str:
+    """The line that tells a worker of a run."""
+    return json.dumps({"config": run.config.model_dump(mode="json"), "pause_at": pause_at})
+
+
 class Worker:
     """A process that trains one run after another; it holds what they share."""
 
@@ -45,11 +50,11 @@ class Worker:
             start_new_session=True,  # Ctrl-C reaches the sweep alone, which hands it on once
         )
 
-    def train(self, run: SweepRun) -> Finished | None:
+    def train(self, run: SweepRun, pause_at: int | None = None) -> Finished | None:
         """What came of a run; None where the process died."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.stdin.write(json.dumps(run.config.model_dump(mode="json")) + "\n")
+            self.process.stdin.write(told(run, pause_at) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             return None
@@ -68,14 +73,15 @@ class Worker:
 
 
 class Workers:
-    """Trains runs in `jobs` processes.
+    """Trains runs in `jobs` processes, which live as long as this does: ``with Workers(...) as workers``.
 
     Args:
-        folder: the sweep's, for messages; quiet: what workers print to stderr is dropped.
+        folder: the sweep's, for messages; quiet: what workers print to stderr is dropped; pause_at: the step at which a run is to pause.
     """
 
-    def __init__(self, jobs: int, folder: Path, quiet: bool) -> None:
+    def __init__(self, jobs: int, folder: Path, quiet: bool, pause_at: Callable[[SweepRun], int | None]) -> None:
         self.folder = folder
+        self.pause_at = pause_at
         self.workers = [Worker(cores, quiet) for cores in shares(jobs)]
         self.lock = threading.Lock()
         self.stopping = threading.Event()
@@ -84,7 +90,7 @@ class Workers:
     def run(
         self, todo: Iterator[SweepRun], begin: Callable[[SweepRun], None], end: Callable[[SweepRun, Finished], None]
     ) -> None:
-        """Train every run of `todo`; it, `begin` and `end` are called by one thread at a time.
+        """Train every run of `todo`; it, `begin`, `end` and `pause_at` are called by one thread at a time.
 
         Raises:
             Interrupted: SIGINT or SIGTERM; each run left a checkpoint. Whatever a run, or `begin` and `end`, raised first.
@@ -102,7 +108,9 @@ class Workers:
                         caught = len(seen)
                         self._stop()
         finally:
-            self._stop_those_that_are_left(threads)
+            for t in threads:
+                if t.ident is not None:
+                    t.join()
         if caught:
             name = signal.Signals(seen[0]).name
             raise Interrupted(
@@ -119,7 +127,8 @@ class Workers:
                     if run is None:
                         return
                     begin(run)
-                made = worker.train(run)
+                    pause_at = self.pause_at(run)
+                made = worker.train(run, pause_at)
                 with self.lock:
                     self._ended(worker, run, made, end)
         except BaseException as error:
@@ -148,10 +157,10 @@ class Workers:
             if worker is not but:
                 worker.interrupt()
 
-    def _stop_those_that_are_left(self, threads: list[threading.Thread]) -> None:
-        for t in threads:
-            if t.ident is not None:
-                t.join()
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for worker in self.workers:
             worker.close()
 

@@ -21,7 +21,9 @@ from penchant.report import LiveReport
 from penchant.run import Run
 from penchant.sharing import Shared
 from penchant.sweep import Sweep, SweepRun, named
+from penchant.sweep_halving import Halving
 from penchant.sweep_jobs import Finished, Workers
+from penchant.sweep_rungs import at_rung, standings_at, stop_the_rest
 from penchant.sweep_search import draw
 from penchant.sweep_state import ENDED, Planned, State, judge, refusal
 from penchant.sweep_table import Table, make_table
@@ -91,7 +93,9 @@ class SweepConductor:
         self.runs: list[SweepRun] = []  # as far as they are known: a search draws them one by one
         self.report = LiveReport(sweep.output, self.console.note)
         self._inputs: dict[str, Inputs] = {}
-        self._trained: list[float] = []  # seconds of each run of this call
+        self._steps: dict[str, int] = {}  # of each whole run
+        self._trained: list[float] = []  # seconds of each run of this call, or of this rung
+        self.rung = 0  # the one to which runs are trained now; 0: to the end, without halving
 
     # ---- before anything trains -----------------------------------------------------------------------------------
 
@@ -137,7 +141,31 @@ class SweepConductor:
 
     def plan(self) -> list[Planned]:
         """What would be done with each run, in order; nothing is trained or written."""
-        return [judge(run, self.state.runs.get(run.name), self.inputs(run)) for run in self.known_runs()]
+        halved = self.sweep.halving is not None
+        planned = [judge(run, self.state.runs.get(run.name), self.inputs(run), halved) for run in self.known_runs()]
+        if self.sweep.halving is not None:
+            for run in self.sweep.runs:
+                self._rungs(self.sweep.halving, run)
+        return planned
+
+    def _rungs(self, halving: Halving, run: SweepRun) -> list[int]:
+        """The steps of a run's rungs; the last one is its end.
+
+        Raises:
+            ConfigError: it is too short for them.
+        """
+        if run.name not in self._steps:
+            with _named(run):
+                self._steps[run.name] = Run(run.config, quiet=True, shared=self.shared).total_steps
+        total = self._steps[run.name]
+        steps = halving.steps(total)
+        if len(set(steps)) < len(steps):
+            raise ConfigError(
+                halving.place,
+                f"run {run.name} has {total} optimiser steps, too few for {halving.rungs} rungs with a factor of {halving.factor}",
+                "lower rungs or factor, or train for longer",
+            )
+        return steps
 
     def plan_text(self) -> str:
         """The plan as a person reads it."""
@@ -147,6 +175,8 @@ class SweepConductor:
         lines = [f"{i:>{digits}}  {p.name:<{width}}  {WORDS[p.action]}: {p.why}" for i, p in enumerate(planned, 1)]
         if self.total > len(planned):
             lines.append(f"{self.total - len(planned)} trials are still to be drawn")
+        if self.sweep.halving is not None:
+            lines.append(self.sweep.halving.to_text())
         return "\n".join([*lines, f"in {self.sweep.output}; best by {self.sweep.metric}"])
 
     # ---- doing it -------------------------------------------------------------------------------------------------
@@ -166,15 +196,62 @@ class SweepConductor:
                 if planned.action == "changed":
                     raise refusal(planned, self.sweep.output, self.sweep.source)
             self._say_what_is_not_ours()
+            self._remember_what_it_is()
             try:
                 if self.jobs == 1:
-                    self._one_by_one()
+                    self._rung_by_rung(self._one_by_one)
                 else:
-                    Workers(self.jobs, self.sweep.output, self.quiet).run(self._to_train(), self._begin, self._end)
+                    with Workers(self.jobs, self.sweep.output, self.quiet, self._pause_at) as workers:
+                        self._rung_by_rung(lambda todo: workers.run(todo, self._begin, self._end))
             finally:
                 table = self._write()
                 self.report.now()
         return SweepResult(self.sweep.output, table, {r.name: self.state.runs[r.name] for r in self.runs})
+
+    def _remember_what_it_is(self) -> None:
+        """What `sweep.json` says of the whole, for whoever watches."""
+        trials = [f"trial-{i}" for i in range(self.total)] if self.sweep.search is not None else []
+        names = [r.name for r in self.sweep.runs] or trials
+        self.state.same_halving(self.sweep.halving, names, self.sweep.source)
+        direction = "max" if self.sweep.higher else "min"
+        self.state.about |= {"metric": self.sweep.metric, "direction": direction, "runs": names}
+
+    def _rung_by_rung(self, train: Callable[[Iterator[SweepRun]], None]) -> None:
+        """Train every run to its end, or with halving all of them to a rung before any goes on to the next."""
+        halving = self.sweep.halving
+        if halving is None:
+            train(self._to_train())
+            return
+        self.console.note(halving.to_text())
+        for self.rung in range(1, halving.rungs + 1):
+            self._trained.clear()
+            train(self._to_train())
+            if self.rung < halving.rungs:
+                self._judge_rung(halving)
+
+    def _judge_rung(self, halving: Halving) -> None:
+        """Stop the settings that are not among the best at this rung, and say it."""
+        found = standings_at(self.runs, self.state.runs, halving, self.rung)
+        stop_the_rest(self.runs, self.state.runs, halving, self.rung, found)
+        judged = self.state.about["halving"]["judged"]
+        judged[self.rung - 1 :] = [[s.to_json() for s in found]]
+        self.state.save()
+        names = ", ".join(s.setting for s in found if s.kept)
+        kept = sum(s.kept for s in found)
+        goes = "goes" if kept == 1 else "go"
+        self.console.note(f"rung {self.rung} of {halving.rungs}: {kept} of {len(found)} settings {goes} on: {names}")
+
+    def _pause_at(self, run: SweepRun) -> int | None:
+        """The step at which a run is to pause now; None: it goes to its end."""
+        halving = self.sweep.halving
+        if halving is None or self.rung == halving.rungs:
+            return None
+        return self._rungs(halving, run)[self.rung - 1]
+
+    def _settled(self, run: SweepRun) -> bool:
+        """Whether nothing more is to be done with a run, or not before the next rung."""
+        record = self.state.runs.get(run.name, {})
+        return record.get("state") in (*ENDED, "cut") or (self.rung > 0 and at_rung(record, self.rung) is not None)
 
     def _write(self) -> Table:
         table = make_table(self.runs, self.state.runs, self.sweep.metric, self.sweep.higher)
@@ -197,13 +274,16 @@ class SweepConductor:
             self.runs = list(self.sweep.runs)
         for number in range(self.total):
             run = self._drawn(number) if self.sweep.search is not None else self.sweep.runs[number]
-            planned = judge(run, self.state.runs.get(run.name), self.inputs(run))
+            if self.rung and at_rung(self.state.runs.get(run.name, {}), self.rung) is not None:
+                continue  # it is there, or was further already
+            planned = judge(run, self.state.runs.get(run.name), self.inputs(run), self.rung > 0)
             if planned.action == "changed":
                 raise refusal(planned, self.sweep.output, self.sweep.source)
             if planned.action != "done":
                 yield run
                 continue
-            self.console.note(f"{self._number(run)}: unchanged, {planned.why}")
+            if self.rung in (0, 1) or self.state.runs[run.name]["state"] == "finished":
+                self.console.note(f"{self._number(run)}: unchanged, {planned.why}")
             self._check_metric(run)
 
     def _drawn(self, number: int) -> SweepRun:
@@ -223,13 +303,13 @@ class SweepConductor:
         found = self.state.runs[run.name].get("metrics", {}).get(self.sweep.metric)
         return None if found is None else float(found)
 
-    def _one_by_one(self) -> None:
-        for run in self._to_train():
+    def _one_by_one(self, todo: Iterator[SweepRun]) -> None:
+        for run in todo:
             self._begin(run)
             started = time.monotonic()
             lines = None if self.quiet else _Lines(self._number(run), self.report.told)
             try:
-                made = train_one(run.config, self.shared, lines)
+                made = train_one(run.config, self.shared, lines, self._pause_at(run))
             except BaseException as error:
                 made = {"state": "interrupted", "seconds": time.monotonic() - started}
                 self._end(run, made)
@@ -242,9 +322,11 @@ class SweepConductor:
     def _begin(self, run: SweepRun) -> None:
         """Remember that a run has begun: a kill that nothing can catch leaves that it is not finished."""
         before = self.state.runs.get(run.name, {})
-        resumed = before.get("state") in ("running", "interrupted")
+        resumed = before.get("state") in ("running", "interrupted", "paused", "cut")
         seconds = before.get("seconds", 0.0) if resumed else 0.0
         record = {"state": "running", "varied": dict(run.varied), "inputs": self.inputs(run), "seconds": seconds}
+        if self.rung:
+            record["rungs"] = before.get("rungs", {})
         self.state.runs[run.name] = record
         self.state.save()
         self.report.told("step")
@@ -253,32 +335,46 @@ class SweepConductor:
         """Remember what a run brought, and say it in a line."""
         record = self.state.runs[run.name]
         seconds = round(record["seconds"] + made["seconds"], 2)
+        self._trained.append(made["seconds"])
+        if made["state"] == "paused":  # its figures are no result: they stand at their rung
+            rungs = {**record["rungs"], str(self.rung): {"step": made["steps"], "metrics": made["metrics"]}}
+            made = {"state": "paused", "steps": made["steps"], "rungs": rungs}
         self.state.runs[run.name] = {**record, **made, "seconds": seconds}
         self._write()
         self.report.told("eval")
-        if made["state"] not in ENDED:
+        if made["state"] not in (*ENDED, "paused"):
             return
-        self._trained.append(made["seconds"])
-        to_come = self.total - sum(self.state.runs.get(r.name, {}).get("state") in ENDED for r in self.runs)
+        to_come = self.total - len(self.runs) + sum(not self._settled(r) for r in self.runs)
         left = duration(sum(self._trained) / len(self._trained) * to_come / self.jobs)
         said = f"stopped itself: {made['why']}" if made["state"] == "stopped" else f"{made['steps']} steps"
-        value = self._value(run)
+        metric, value = self._figure(run)
         if value is not None:
-            said = f"{self.sweep.metric} {value:.4f}, {said}"
-        end = f"; left {left}" if to_come else ""
+            said = f"{metric} {value:.4f}, {said}"
+        rung = f" in rung {self.rung}" if self.rung else ""
+        end = f"; left{rung} {left}" if to_come else ""
         self.console.note(f"{self._number(run)}: {said}, {duration(seconds)}{end}")
         self._check_metric(run)
 
+    def _figure(self, run: SweepRun) -> tuple[str, float | None]:
+        """(name, value) of what a run is compared by: at its end, or at the rung that it has reached."""
+        metrics, halving = at_rung(self.state.runs[run.name], self.rung), self.sweep.halving
+        if metrics is None or halving is None:
+            return self.sweep.metric, self._value(run)
+        return halving.metric, metrics.get(halving.metric)
+
     def _check_metric(self, run: SweepRun) -> None:
-        metrics = self.state.runs[run.name].get("metrics")
-        if metrics is not None and self.sweep.metric not in metrics:
-            there = sorted(m for m in metrics if m.startswith("eval/") and not m.endswith("/ci"))
-            raise ConfigError(
-                self.sweep.place_of_metric,
-                f"metric is {self.sweep.metric}, which run {run.name} does not have",
-                did_you_mean(self.sweep.metric, there)
-                + " (what is trained is kept; mend it and run the command again)",
-            )
+        metrics = self.state.runs[run.name].get("metrics") or at_rung(self.state.runs[run.name], self.rung)
+        wanted = [(self.sweep.metric, self.sweep.place_of_metric)]
+        if self.sweep.halving is not None:
+            wanted.append((self.sweep.halving.metric, self.sweep.halving.place))
+        for metric, place in wanted:
+            if metrics is not None and metric not in metrics:
+                there = sorted(m for m in metrics if m.startswith("eval/") and not m.endswith("/ci"))
+                raise ConfigError(
+                    place,
+                    f"metric is {metric}, which run {run.name} does not have",
+                    did_you_mean(metric, there) + " (what is trained is kept; mend it and run the command again)",
+                )
 
     def _number(self, run: SweepRun) -> str:
         at = next(i for i, r in enumerate(self.runs, 1) if r.name == run.name)

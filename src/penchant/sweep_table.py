@@ -9,8 +9,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from penchant.sweep import SEED, SweepRun
+from penchant.sweep_halving import SCALED
 
-SCALED = ("eval/loss", "eval/rewards/margins", "eval/rewards/chosen", "eval/rewards/rejected")  # in units of the loss
 Record = Mapping[str, Any]
 
 
@@ -21,6 +21,7 @@ class Row:
     Args:
         values: the metric of each run that came to its end; interval: of the only one, over held-out rows; seeds: of all its runs.
         stopped: why a run stopped itself, by the run's name; varied: what tells it from other settings; open_: runs not done yet.
+        cut: where and why its runs were stopped early (successive halving), None where they were not.
     """
 
     setting: str
@@ -30,6 +31,7 @@ class Row:
     interval: tuple[float, float] | None
     stopped: Mapping[str, str]
     open_: int
+    cut: Mapping[str, Any] | None = None
 
     @property
     def mean(self) -> float | None:
@@ -50,6 +52,7 @@ class Row:
             "sd": stdev(self.values) if len(self.values) > 1 else None,
             "interval": self.interval,
             "stopped": dict(self.stopped),
+            "cut": None if self.cut is None else dict(self.cut),
         }
 
 
@@ -102,10 +105,12 @@ class Table:
 
     def _words(self) -> list[str]:
         found = []
+        cut = [r.cut for r in self.rows if r.cut is not None]
         if self.best:
             names, n = " and ".join(r.setting for r in self.best), len(self.rows)
             found.append(
                 f"best by validation: {names} ({_figure(self.best[0].mean)}); {n} setting{'s were' if n > 1 else ' was'} tried"
+                + (f", {len(cut)} of them only in part" if cut else "")
             )
             if n > 1:
                 found.append(
@@ -116,6 +121,12 @@ class Table:
             found.append("no setting has come to its end with all its seeds, so none is called best")
         if any(not r.whole and r.values for r in self.rows):
             found.append("A setting of which a run stopped or is still to come is not called best.")
+        if cut:
+            were, have = ("setting was", "it has") if len(cut) == 1 else ("settings were", "they have")
+            found.append(
+                f"{len(cut)} {were} stopped early by successive halving: {have} no result, only a rank by {cut[0]['metric']} at a "
+                "rung, and what is cut early might have won later."
+            )
         varied = {key for r in self.rows for key in r.varied}
         if self.metric in SCALED and any(k == "run" or k.split(".")[0] == "loss" for k in varied):
             found.append(f"The loss varies, and {self.metric} is in its own units: these figures are not on one scale.")
@@ -129,21 +140,23 @@ def make_table(runs: Sequence[SweepRun], records: Mapping[str, Record], metric: 
         by_setting.setdefault(run.setting, []).append(run)
     rows = [_row(name, members, records, metric) for name, members in by_setting.items()]
     sign = -1.0 if higher else 1.0
-    # settings with nothing to show stand last, the others best first, ties in written order
-    rows.sort(key=lambda r: (not r.whole, sign * (r.mean if r.mean is not None else math.inf * sign)))
+    # settings with nothing to show stand last, the others best first, ties in written order; those that were cut as they stood
+    rows.sort(key=lambda r: (not r.whole, _stood(r), sign * (r.mean if r.mean is not None else math.inf * sign)))
     held = [m["eval/rows"] for r in runs if (m := records.get(r.name, {}).get("metrics")) and "eval/rows" in m]
     return Table(metric, higher, tuple(rows), tuple(sorted(set(held))))
 
 
 def _row(setting: str, runs: Sequence[SweepRun], records: Mapping[str, Record], metric: str) -> Row:
     values, stopped, open_ = [], {}, 0
-    interval = None
+    interval = cut = None
     for run in runs:
         record = records.get(run.name, {})
         state = record.get("state")
         value = record.get("metrics", {}).get(metric) if state == "finished" else None
         if state == "stopped":
             stopped[run.name] = record["why"]
+        elif state == "cut":
+            cut = {**record["cut"], "why": record["why"]}
         elif state != "finished":
             open_ += 1
         elif value is None:
@@ -153,7 +166,12 @@ def _row(setting: str, runs: Sequence[SweepRun], records: Mapping[str, Record], 
             interval = record["metrics"].get(f"{metric}/ci")
     varied = {k: v for k, v in runs[0].varied.items() if k != SEED}
     pair = (float(interval[0]), float(interval[1])) if len(runs) == 1 and interval is not None else None
-    return Row(setting, varied, tuple(r.seed for r in runs), tuple(values), pair, stopped, open_)
+    return Row(setting, varied, tuple(r.seed for r in runs), tuple(values), pair, stopped, open_, cut)
+
+
+def _stood(row: Row) -> tuple[int, int]:
+    """(rung, rank) of a setting that was cut: the later the rung, the further up."""
+    return (0, 0) if row.cut is None else (-row.cut["rung"], row.cut["rank"])
 
 
 def _figure(value: float | None) -> str:
@@ -170,6 +188,9 @@ def _spread(row: Row) -> str:
 
 def _runs(row: Row) -> str:
     parts = [f"{len(row.values)} of {len(row.seeds)}" if not row.whole else str(len(row.seeds))]
+    if row.cut is not None:
+        mean = row.cut["mean"]
+        parts.append(row.cut["why"] + (f" ({_figure(mean)} there)" if mean is not None else ""))
     if row.open_:
         parts.append(f"{row.open_} to come")
     parts += [f"stopped: {why}" for why in dict.fromkeys(row.stopped.values())]

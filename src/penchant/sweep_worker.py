@@ -18,28 +18,31 @@ from penchant.sharing import Alone, Shared
 PARENT_LOOKED_AT = 2.0  # seconds between two looks whether the sweep is still there
 
 
-def train_one(config: Any, shared: Alone, console: Any = None) -> dict[str, Any]:
+def train_one(config: Any, shared: Alone, console: Any = None, pause_at: int | None = None) -> dict[str, Any]:
     """Train one run to its end, or to where it stops itself, which is a result too.
 
     Args:
         config: a `RunConfig`; shared: what runs of this process have in common; console: where its progress goes; None: nowhere.
+        pause_at: a step before its end at which it pauses.
 
     Returns:
-        ``state`` (``finished`` or ``stopped``), ``steps`` and ``metrics`` or ``why``.
+        ``state`` (``finished``, ``paused`` or ``stopped``), ``steps`` and ``metrics`` or ``why``.
 
     Raises:
         Interrupted: a signal; a checkpoint was written. PenchantError: a person can mend it.
     """
     from penchant.run import Run
-    from penchant.training.loop import Interrupted
+    from penchant.training.loop import Interrupted, Paused
 
-    run = Run(config, quiet=True, shared=shared)
+    run = Run(config, quiet=True, shared=shared, pause_at=pause_at)
     if console is not None:
         run.console = console
     try:
         result = run.train()
     except Interrupted:
         raise
+    except Paused as pause:
+        return {"state": "paused", "steps": pause.step, "metrics": pause.metrics}
     except TrainingStopped as error:
         return {"state": "stopped", "why": f"{error.where.rpartition(': ')[2]}: {error.what}"}
     metrics = {k: v for k, v in result.after.items() if k not in ("kind", "epoch")}
@@ -47,13 +50,14 @@ def train_one(config: Any, shared: Alone, console: Any = None) -> dict[str, Any]
 
 
 def answer(line: str, shared: Alone) -> dict[str, Any]:
-    """Train the run that a line tells of; whatever comes of it as JSON."""
+    """Train the run that a line tells of (its config, and where to pause); whatever comes of it as JSON."""
     from penchant.config import config_from_mapping
     from penchant.training.loop import Interrupted
 
     started = time.monotonic()
     try:
-        made = train_one(config_from_mapping(json.loads(line)), shared)
+        told = json.loads(line)
+        made = train_one(config_from_mapping(told["config"]), shared, pause_at=told["pause_at"])
     except Interrupted as error:
         made = {"state": "interrupted", "why": error.what}
     except PenchantError as error:

@@ -260,7 +260,7 @@ MISTAKES = {
     "an output that is a folder": (["{base}", "--data", "{test}", "--output", "{folder}"], "is a folder"),
     "too long": (["{base}", "--data", "{test}", "data.max_length=999"], "set data.max_length=256"),
     "too long to write": (
-        ["{base}", "--data", "{test}", "--generate", "2", "--max-new-tokens", "400"],
+        ["{base}", "--data", "{test}", "--generate", "2", "--max-new-tokens", "400", "--no-overlap"],
         "beyond the context",
     ),
     "a mistyped key": (["{base}", "--data", "{test}", "data.max_lenth=9"], 'did you mean "max_length"?'),

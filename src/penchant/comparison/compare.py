@@ -36,6 +36,10 @@ from penchant.comparison.runs import (
 )
 from penchant.data.load import Dataset, load_preferences
 from penchant.errors import CheckpointError, ConfigError, DataError
+from penchant.evaluation.flags import Flag
+from penchant.evaluation.trust import comparison_flags
+from penchant.evaluation.trust.files import summary
+from penchant.judges import JudgeOptions, PairJudge, load_judge
 from penchant.pipeline_state import reward_hashes, reward_terms
 from penchant.run import read_jsonl
 from penchant.training.checkpoint import latest_checkpoint
@@ -50,13 +54,14 @@ class Question:
 
     Args:
         reward: as `load_reward` takes it, or None; also: names of other rewards, whose figures stand beside its own; against: a run that all others are compared with, in place of their common start.
-        step: ``best``, ``last``, a step's number, or None: the best where one is tracked and kept, else the last.
+        judge: who decides between two answers, or None; step: ``best``, ``last``, a step's number, or None: the best where one is tracked and kept, else the last.
         data: a file of test rows, or None: rows that the runs hold out; output: folder of both files, or None.
     """
 
     sampling: Sampling
     reward: Any = None
     also: Sequence[str] = ()
+    judge: JudgeOptions | None = None
     against: str | Path | None = None
     step: str | None = None
     data: str | Path | None = None
@@ -71,8 +76,9 @@ class RunComparison:
     figures: dict[str, Any]
 
     def to_text(self) -> str:
-        """Heading, notes, tables, and last the verdict."""
-        return text_of(self.figures, self.figures["heading"], self.figures["notes"])
+        """Heading, notes, flags, tables, and last the verdict."""
+        flags = summary([Flag.from_json(f) for f in self.figures["flags"]])
+        return text_of(self.figures, self.figures["heading"], [*self.figures["notes"], *([flags] if flags else [])])
 
 
 @dataclass
@@ -212,6 +218,10 @@ class RunComparer:
         shared = sum(key_of(t) in seen for t in self.held_out.rows.trees)
         return [f"{shared:,} of the test rows are held-out rows by which checkpoints were chosen."] if shared else []
 
+    @cached_property
+    def judge(self) -> PairJudge | None:
+        return None if self.question.judge is None else load_judge(self.question.judge)
+
     def _about_reward(self) -> list[str]:
         """Which runs were trained to raise a reward by which they are judged."""
         terms = {"this reward": reward_terms(self.question.reward), **{name: [name] for name in self.question.also}}
@@ -233,6 +243,9 @@ class RunComparer:
         check_tokenizers(self.everyone)
         for reward in (self.question.reward, *self.question.also):
             check_reward(reward)
+        if self.judge is not None:
+            odd = self.judge.check()
+            self.notes += [odd] if odd else []
         settings, first = self.settings, self.first
         check_bases(self.everyone)
         held = self.held_out
@@ -244,13 +257,21 @@ class RunComparer:
         sampling = self.question.sampling
         also = {name: name for name in self.question.also}
         setting = make_setting(
-            owner.data, owner.data.tokenizer, held.rows, self.question.reward, sampling, console(self.quiet), also
+            owner.data,
+            owner.data.tokenizer,
+            held.rows,
+            self.question.reward,
+            sampling,
+            console(self.quiet),
+            also,
+            self.judge,
         )
         if not setting.prompts:
             raise DataError("compare", "no row is left after cutting rows into tokens", "look at data.max_length")
         entrants = [first, *(r.entrant() for runs in settings.values() for r in runs)]
         seeds = {name: [r.name for r in runs] for name, runs in settings.items()}
         compared = compare_entrants(entrants, owner.data, setting, sampling, seeds=seeds, fixed=self.against is None)
+        notes += [] if compared.judgement is None else compared.judgement.sentences()
         earlier = [] if readings is None else readings.earlier()
         if readings is not None:
             notes = [readings.sentence(earlier), *notes]
@@ -267,6 +288,7 @@ class RunComparer:
             "test_readings_before": None if readings is None else len(earlier),
             "settings": self._asked(),
         }
+        figures["flags"] = [f.to_json() for f in comparison_flags(figures, compared.rows)]
         if readings is not None:  # before anybody sees a figure: a reading that is not written down did not happen
             details = {"checkpoints": figures["checkpoints"], "output": str(folder), **self._asked()}
             readings.record([r.name for r in self.everyone], details)
@@ -278,6 +300,7 @@ class RunComparer:
         return {
             "reward": q.reward,
             "also": list(q.also),
+            "judge": None if self.judge is None else self.judge.describe(),
             "rewards": reward_hashes(q.reward) | reward_hashes(dict.fromkeys(q.also, 1.0)),
             "prompts_asked": q.sampling.prompts,
             "samples": q.sampling.samples,

@@ -16,6 +16,7 @@ from penchant.data.split import first_text, prompt_key
 from penchant.errors import ConfigError
 from penchant.evaluation.compare_models import Compared, compare_models, comparisons_table, table
 from penchant.evaluation.measured import Setting
+from penchant.judges.protocol import PairJudge
 from penchant.logprobs import Scorer
 from penchant.models.load import cast_parameters, load_causal_model
 from penchant.models.merge import merged_model
@@ -113,12 +114,13 @@ def make_setting(
     sampling: Sampling,
     console: PlainConsole,
     also: Mapping[str, Any] | None = None,
+    pairwise: PairJudge | None = None,
 ) -> Setting:
     """The same tokenizer, prompts, answers and rewards for every model.
 
     Args:
         run: as which the rows are made into tokens, and in whose precision and on whose device models run.
-        reward: as `load_reward` takes it, or None; also: other rewards by name.
+        reward: as `load_reward` takes it, or None; also: other rewards by name; pairwise: who decides between two answers.
     """
     run.tokenizer = tokenizer  # its config may name a model that is yet to be made
     trees = run.tokenise_rows(rows).trees
@@ -137,6 +139,7 @@ def make_setting(
         seed=sampling.seed,
         tokens_per_step=run.config.train.tokens_per_step,
         also={name: load_reward(r, policy, run.device) for name, r in (also or {}).items()},
+        pairwise=pairwise,
         progress=console.counter,
     )
 
@@ -193,24 +196,26 @@ def _check_context(model: Any, name: str, longest: int, place: str) -> None:
 
 def figures_of(compared: Compared) -> dict[str, Any]:
     """A comparison as it stands in comparison.json."""
+    judged = compared.judgement
     return {
         "models": compared.models,
         **({"runs": compared.runs} if compared.runs else {}),
         "outcome": compared.outcome,
-        "comparisons": [p.to_json() for p in compared.pairs],
+        "comparisons": [p.to_json() for p in compared.pairs or (judged.pairs if judged else [])],
         "comparisons_text": _tables(compared),
         **({"also": {n: [p.to_json() for p in pairs] for n, pairs in compared.also.items()}} if compared.also else {}),
+        **({"judge": judged.to_json()} if judged is not None else {}),
         "sentences": compared.sentences,
     }
 
 
 def _tables(compared: Compared) -> str:
-    if not compared.pairs:
-        return ""
-    tables = [comparisons_table(compared.pairs, compared.outcome)]
+    tables = [comparisons_table(compared.pairs, compared.outcome)] if compared.pairs else []
     others = sum(map(len, compared.also.values()))
     for name, pairs in compared.also.items():
         tables.append(f"By {name}:\n{comparisons_table(pairs, 'mean reward', others)}")
+    if compared.judgement is not None and compared.judgement.pairs:
+        tables.append(f"By {compared.judgement.name}:\n{compared.judgement.table()}")
     return "\n\n".join(tables)
 
 

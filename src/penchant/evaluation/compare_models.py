@@ -6,6 +6,7 @@ What each figure is, with the first model as the one that all others are compare
 - also: the same by other rewards, each under its name: whether what was trained on is what was meant.
 - win_rate: per prompt, the share of pairs (own completion, first model's completion) with the higher reward, ties half; the mean over prompts.
   `win_rate_equal_length`: what a logistic model makes of it at equal length in tokens (see `length_control.py`).
+- judged: win rates by a judge that decides pair by pair (see `judged.py`).
 - kl: KL(policy || first model) in nats per completion, from the policy's own completions (see `sampled_kl.py`).
 - preference_accuracy: share of held-out pairs whose chosen answer gained more log-prob over the first model's than the rejected one.
 - perplexity: of held-out chosen answers, ``exp(-sum log p / tokens)``.
@@ -21,9 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from penchant.evaluation.judged import WIN_RATE, Judgement, judge_pairs, lengths_of, sides, win_rates
 from penchant.evaluation.measured import Measured, Metrics, Setting, clusters_of, figures, measure, named
 from penchant.evaluation.verdict import (
     Candidate,
+    Family,
     Pair,
     columns,
     compare_all,
@@ -60,7 +63,7 @@ class Compared:
     Args:
         models: figures by setting, the first model first; runs: by model, where a setting has several.
         rows: every prompt's completions side by side; pairs: all comparisons; outcome: what they are of, in words.
-        also: the same comparisons by other rewards, by name; sentences: the verdict.
+        also: the same comparisons by other rewards, by name; judgement: by a pairwise judge; sentences: the verdict.
     """
 
     models: dict[str, Metrics]
@@ -69,6 +72,7 @@ class Compared:
     pairs: list[Pair] = field(default_factory=list)
     outcome: str = ""
     also: dict[str, list[Pair]] = field(default_factory=dict)
+    judgement: Judgement | None = None
     sentences: list[str] = field(default_factory=list)
 
 
@@ -99,15 +103,23 @@ def compare_models(
     models = {name: figures(of_seeds) for name, of_seeds in by_setting.items()}
     runs = {m: figures([measured[m]]) for members in groups.values() if len(members) > 1 for m in members}
     candidates, outcome = _candidates(by_setting, fixed)
-    pairs = compare_all(candidates) if candidates else []
+    pairs = compare_all(candidates) if candidates and candidates[0].outcome is not None else []
     also = _also(by_setting, fixed, setting.also)
     for pair in pairs[: len(models) - 1]:
         models[pair.name] |= _gain(pair)
     for judge, by_it in also.items():
         for pair in by_it[: len(models) - 1]:
             models[pair.name]["also"][judge] |= _gain(pair)
-    said = verdict(candidates, pairs, outcome, also) if candidates else [NO_OUTCOME]
-    return Compared(models, runs, _rows(measured, setting), pairs, outcome, also, said)
+    judgement = None
+    if setting.pairwise is not None:
+        judgement = judge_pairs(setting.pairwise, by_setting, setting, fixed)
+        for name, metrics in models.items():
+            metrics["judged"] = {judgement.name: judgement.against(name, names[0])}
+    together = sum(map(len, also.values()))
+    families = [Family(judge, by_it, "mean reward", together) for judge, by_it in also.items()]
+    families += [judgement.family] if judgement is not None else []
+    said = verdict(candidates, pairs, outcome, families) if candidates else [NO_OUTCOME]
+    return Compared(models, runs, _rows(measured, setting, judgement), pairs, outcome, also, judgement, said)
 
 
 def _candidates(settings: Mapping[str, Sequence[Measured]], fixed: bool) -> tuple[list[Candidate], str]:
@@ -116,10 +128,12 @@ def _candidates(settings: Mapping[str, Sequence[Measured]], fixed: bool) -> tupl
     setting = settings[first][0].setting
     if setting.judge is not None:
         return _by_reward(settings, fixed, None), "mean reward"
+    if setting.pairwise is not None:
+        return sides(settings, fixed), WIN_RATE
     if not setting.paired:
         return [], ""
     return [
-        Candidate(name, np.stack([_right(m) for m in seeds]), None, _lengths(seeds), fixed and name == first)
+        Candidate(name, np.stack([_right(m) for m in seeds]), None, lengths_of(seeds), fixed and name == first)
         for name, seeds in settings.items()
     ], "held-out preference accuracy"
 
@@ -136,20 +150,13 @@ def _by_reward(settings: Mapping[str, Sequence[Measured]], fixed: bool, judge: s
     first, found = next(iter(settings)), []
     for name, seeds in settings.items():
         rewards = np.stack([r for m in seeds if (r := m.rewards(judge)) is not None])
-        found.append(Candidate(name, rewards.mean(2), rewards, _lengths(seeds), fixed and name == first))
+        found.append(Candidate(name, rewards.mean(2), rewards, lengths_of(seeds), fixed and name == first))
     return found
-
-
-def _lengths(seeds: Sequence[Measured]) -> np.ndarray:
-    return np.stack([m.lengths for m in seeds])
 
 
 def _gain(pair: Pair) -> Metrics:
     """Figures of a setting against the first model; none without a reward."""
-    if pair.win_rate is None or pair.equal_length is None:
-        return {}
-    change = named("reward_change", pair.difference) | named("win_rate", pair.win_rate)
-    return change | named("win_rate_equal_length", pair.equal_length)
+    return {} if pair.win_rate is None else named("reward_change", pair.difference) | win_rates(pair)
 
 
 def _right(m: Measured) -> np.ndarray:
@@ -163,10 +170,11 @@ def _right(m: Measured) -> np.ndarray:
     return np.asarray(np.bincount(clusters, weights=right) / counts.mean())
 
 
-def _rows(measured: Mapping[str, Measured], setting: Setting) -> list[dict[str, Any]]:
+def _rows(
+    measured: Mapping[str, Measured], setting: Setting, judgement: Judgement | None = None
+) -> list[dict[str, Any]]:
     rows = []
-    for i, prompt in enumerate(setting.prompts):
-        asked = setting.tokenizer.decode(list(prompt), skip_special_tokens=True)
+    for i, asked in enumerate(setting.asked):
         for s in range(setting.samples):
             at = i * setting.samples + s
             row: dict[str, Any] = {"prompt": asked, "sample": s, "completions": {}}
@@ -176,6 +184,8 @@ def _rows(measured: Mapping[str, Measured], setting: Setting) -> list[dict[str, 
                 made |= {} if w.rewards is None else {"reward": float(w.rewards[at])}
                 made |= {"also": {judge: float(v[at]) for judge, v in m.also.items()}} if m.also else {}
                 row["completions"][name] = made
+            if judgement is not None:
+                row["judged"] = judgement.of_row(i, s)
             rows.append(row)
     return rows
 
@@ -186,6 +196,8 @@ def table(models: Mapping[str, Metrics]) -> str:
     lines = [["", *models], *_lines(models, JUDGED, first)]
     for judge in models[first].get("also", {}):
         lines += _lines({n: m["also"][judge] for n, m in models.items()}, JUDGED, first, f", by {judge}")
+    for judge in models[first].get("judged", {}):
+        lines += _lines({n: m["judged"][judge] for n, m in models.items()}, JUDGED, first, f", by {judge}")
     return columns(lines + _lines(models, ROWS, first))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,6 +40,12 @@ class Flag:
     advice: str
     evidence: tuple[Evidence, ...]
     about: str = ""
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Flag:
+        """What `to_json` wrote."""
+        evidence = tuple(Evidence(e["label"], tuple(e["values"]), tuple(e["steps"])) for e in values["evidence"])
+        return Flag(**{**values, "evidence": evidence})
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in files."""

@@ -15,6 +15,7 @@ from penchant.evaluation.significance import several_sources
 from penchant.evaluation.stats import Interval, bootstrap_ci
 from penchant.evaluation.text import distinct_n
 from penchant.evaluation.written import Judge, Written, judged, write
+from penchant.judges.protocol import PairJudge
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.reference import LiveReference, compute_logps
 from penchant.types import TokenTree
@@ -30,7 +31,8 @@ class Setting:
     Args:
         tokenizer: of all models; prompts: token ids, each once; sources: where each came from; answers: held-out rows of those prompts, pairs (chosen first) or
             single answers; empty where there are none.
-        judge: the reward, or None; also: other rewards by name; samples: completions of each prompt; seed: of the draws; tokens_per_step: of a forward pass.
+        judge: the reward, or None; also: other rewards by name; pairwise: who decides between two answers, or None.
+        samples: completions of each prompt; seed: of the draws; tokens_per_step: of a forward pass.
     """
 
     tokenizer: Any
@@ -43,7 +45,13 @@ class Setting:
     seed: int
     tokens_per_step: int = 4096
     also: Mapping[str, Judge] = field(default_factory=dict)
+    pairwise: PairJudge | None = None
     progress: Callable[[str], Callable[[int, int], None]] | None = None
+
+    @property
+    def asked(self) -> list[str]:
+        """The prompts' texts."""
+        return [self.tokenizer.decode(list(p), skip_special_tokens=True) for p in self.prompts]
 
     @property
     def paired(self) -> bool:
@@ -56,12 +64,13 @@ class Measured:
     """A model's raw figures; those against the first model are None for the first itself.
 
     Args:
-        answers: log-probs of the setting's answers; correct: of each pair, 1 where the chosen answer gained more log-prob over the first
+        name: of the model; answers: log-probs of the setting's answers; correct: of each pair, 1 where the chosen answer gained more log-prob over the first
             model than the rejected one, 0.5 for a tie.
         also: the other rewards of its completions by name, (prompts x samples,).
         kl: k1 of each completion against the first model, nats, (prompts x samples,); kl_per_token: mean of k3.
     """
 
+    name: str
     setting: Setting
     written: Written
     answers: CompletionLogps | None
@@ -127,7 +136,7 @@ def measure(
         answers = compute_logps(LiveReference(scorer), setting.answers, tokens_per_step=setting.tokens_per_step)
     also = {n: judged(j, setting.tokenizer, written.trees, written.texts) for n, j in setting.also.items()}
     if first is None or first_scorer is None:
-        return Measured(setting, written, answers, also)
+        return Measured(name, setting, written, answers, also)
     correct = None
     if setting.paired and answers is not None and first.answers is not None:
         correct = pair_change(answers.sums, first.answers.sums).correct
@@ -137,7 +146,7 @@ def measure(
         written.trees,
         tokens_per_step=setting.tokens_per_step,
     )
-    return Measured(setting, written, answers, also, correct, kl, per_token)
+    return Measured(name, setting, written, answers, also, correct, kl, per_token)
 
 
 def figures(seeds: Sequence[Measured]) -> Metrics:

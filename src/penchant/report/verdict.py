@@ -310,7 +310,9 @@ def _doubts(ranked: Ranking, best: tuple[Row, ...]) -> list[Node]:
 def _progress(data: ReportData) -> list[Node]:
     states = [r.status for r in data.runs]
     done = states.count("finished")
-    parts = [f"{n} {word}" for word in ("running", "stopped", "killed") if (n := states.count(word))]
+    parts = [
+        f"{n} {word}" for word in ("running", "paused", "interrupted", "stopped", "killed") if (n := states.count(word))
+    ]
     if done == len(states):
         return []
     return [

@@ -183,7 +183,7 @@ def reward_device(wanted: str, policys: Any = "cpu") -> torch.device:
 def _function(name: str) -> RewardFunction:
     if name in BUILT_IN:
         return BUILT_IN[name]
-    path, colon, attribute = name.rpartition(":")
+    path, colon, _ = name.rpartition(":")
     if not colon or not path.endswith(".py"):
         if name.startswith("stage:"):
             raise ConfigError("reward", f"{name!r} is a pipeline's stage", "here give that stage's run folder")
@@ -196,31 +196,41 @@ def _function(name: str) -> RewardFunction:
             f"{name!r} is no reward",
             f"there are {', '.join(BUILT_IN)}, words:20-60, matches:REGEX; or give path.py:function or a reward model's folder",
         )
+    found: RewardFunction = python_function(name)
+    return found
+
+
+def python_function(name: str, where: str = "reward", takes: Sequence[str] = ("prompts", "completions")) -> Any:
+    """The function that ``path.py:function`` names; its file is run once.
+
+    Args:
+        where: what it is for, in errors; takes: what it is called with, in order.
+
+    Raises:
+        ConfigError: no such file or function, a file that cannot be imported, or a function that takes something else.
+    """
+    path, _, attribute = name.rpartition(":")
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ConfigError("reward", f"{path}: no such file", "give the path of a Python file, then :function")
+        raise ConfigError(where, f"{path}: no such file", "give the path of a Python file, then :function")
     module: Any = importlib.util.module_from_spec(made := _module_spec(file))
     sys.modules[made.name] = module  # dataclasses look their module up there
     try:
         made.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a script that ends itself must not end the run unsaid
-        raise ConfigError(
-            "reward", f"{path} cannot be imported ({type(error).__name__}: {error})", "mend it"
-        ) from error
+        raise ConfigError(where, f"{path} cannot be imported ({type(error).__name__}: {error})", "mend it") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         there = sorted(n for n, v in vars(module).items() if inspect.isfunction(v))
-        raise ConfigError("reward", f"{path} has no function {attribute!r}", f"there are {', '.join(there) or 'none'}")
+        raise ConfigError(where, f"{path} has no function {attribute!r}", f"there are {', '.join(there) or 'none'}")
+    arguments = ", ".join(takes)
     try:
-        inspect.signature(function).bind([], [])
+        inspect.signature(function).bind(*takes)
     except TypeError as error:
         raise ConfigError(
-            "reward",
-            f"{name} does not take (prompts, completions): {error}",
-            "define it as def f(prompts, completions)",
+            where, f"{name} does not take ({arguments}): {error}", f"define it as def f({arguments})"
         ) from error
-    found: RewardFunction = function
-    return found
+    return function
 
 
 def _module_spec(file: Path) -> Any:

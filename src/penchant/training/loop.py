@@ -19,13 +19,13 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from penchant.data.packing import pack, plan_balanced, tree_tokens
-from penchant.errors import TrainingStopped
+from penchant.errors import CheckpointError, TrainingStopped
 from penchant.losses.schedules import progress_at
 from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 from penchant.training.reduce import Totals, reduced
-from penchant.training.runfolder import MetricsLog
+from penchant.training.runfolder import MetricsLog, finite
 from penchant.training.schedule import BatchSchedule
 from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
 
@@ -62,6 +62,7 @@ class Loop:
         evaluate: metrics of the held-out set (keys start with ``eval/``), or None.
         updates: optimiser steps on each batch (online methods: on each batch of rollouts).
         watched: told ``"step"`` after each step and ``"eval"`` after each evaluation, when their lines are written.
+        pause_at: a step before the end at which it writes a checkpoint, evaluates and ends with `Paused`; None: it goes on to its end.
         start_tolerance: how far log-probs of policy and reference may be apart at step 0, where both are one model: nats per
             completion, and per token (0 and 0 for a reference that runs the same kernels on the same batch); None: no check.
     """
@@ -83,6 +84,7 @@ class Loop:
     start_tolerance: tuple[float, float] | None = None
     updates: int = 1
     watched: Callable[[str], None] = lambda _: None
+    pause_at: int | None = None
     state: RunState = field(default_factory=RunState)
     interrupted: int | None = None
 
@@ -97,7 +99,8 @@ class Loop:
         """Train to the end, from the last checkpoint if there is one.
 
         Raises:
-            TrainingStopped: NaN/Inf, a failed step-0 check, or a signal (after a checkpoint was written).
+            TrainingStopped: NaN/Inf, a failed step-0 check, or a signal (after a checkpoint was written). Paused: at `pause_at`.
+            CheckpointError: it is beyond `pause_at` already.
         """
         schedule = self.schedule
         total = schedule.total_steps
@@ -108,6 +111,7 @@ class Loop:
             metrics.truncate(0)
             if self.evaluate is not None and self.evaluation.at_start:
                 self._evaluate(metrics, schedule)
+        self._check_pause(total)
         with _signals(self):
             for step in range(self.state.step, total):
                 started = time.perf_counter()
@@ -129,7 +133,8 @@ class Loop:
         last = step == total
         if self.evaluate is not None and (last or _due(self.evaluation.every, step, schedule)):
             self._evaluate(metrics, schedule)
-        if last or self.interrupted is not None or _due(self.checkpoint.every, step, schedule):
+        paused = step == self.pause_at and not last
+        if last or paused or self.interrupted is not None or _due(self.checkpoint.every, step, schedule):
             self._save(metrics)
         if self.interrupted is not None and not last:
             raise Interrupted(
@@ -137,6 +142,33 @@ class Loop:
                 f"stopped by {signal.Signals(self.interrupted).name} at step {step} of {total}; a checkpoint was written",
                 "run the same command to continue",
             )
+        if paused:
+            self._pause(total)
+
+    def _check_pause(self, total: int) -> None:
+        """Where a resumed run stands at the step at which it is to pause, or beyond it."""
+        if self.pause_at is None or self.state.step < self.pause_at or self.pause_at >= total:
+            return
+        if self.state.step > self.pause_at:
+            raise CheckpointError(
+                str(self.folder),
+                f"is at step {self.state.step} already, beyond step {self.pause_at}, at which it was to pause",
+                "let it come to its end, or move the folder away to have it trained anew",
+            )
+        self._pause(total)
+
+    def _pause(self, total: int) -> NoReturn:
+        """End with the held-out figures of this step.
+
+        They go into no log where no evaluation was due: the run's own files stay those of a run that never paused.
+        """
+        step, known = self.state.step, self.state.last_eval
+        if known.get("step") == step:
+            values = {k: v for k, v in known.items() if k not in ("kind", "step", "epoch")}
+        else:
+            self.model.eval()
+            values = self.evaluate(step) if self.evaluate is not None else {}
+        raise Paused(str(self.folder), step, total, finite(values))
 
     def _step(self, step: int, total: int, schedule: BatchSchedule) -> tuple[Metrics, int, int]:
         """One optimiser step; returns its metrics line, its tokens and its trees."""
@@ -373,6 +405,20 @@ class Interrupted(TrainingStopped):
     """SIGINT or SIGTERM: a checkpoint was written; the same command continues."""
 
     exit_code = 4
+
+
+class Paused(TrainingStopped):
+    """The step to pause at was reached: a checkpoint was written, and the held-out figures are here.
+
+    Args:
+        folder: the run's; step, total: optimiser steps done and of the whole run; metrics: keys start with ``eval/``.
+    """
+
+    exit_code = 4
+
+    def __init__(self, folder: str, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        super().__init__(folder, f"paused at step {step} of {total}; a checkpoint was written", "run it again to go on")
+        self.step, self.metrics = step, dict(metrics)
 
 
 def algorithm_state(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
