@@ -148,6 +148,19 @@ def test_the_frontier_of_a_comparison(tmp_path: Path) -> None:
     )
 
 
+def test_runs_that_did_not_end_are_no_part_of_a_frontier_of_many(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "s")
+    for seed in (0, 1):
+        path = sweep / f"beta-0.1-seed-{seed}" / "manifest.json"
+        path.write_text(path.read_text().replace("finished", "stopped"))
+    found = of_runs(read_report([sweep], 0.0))
+    assert (
+        found is not None
+        and [s.name for s in found.spots] == ["beta-0.3"]
+        and "1 without these figures left out" in found.source
+    )
+
+
 def test_no_kl_no_frontier(tmp_path: Path) -> None:
     assert frontier(read_report([make_run(tmp_path / "r")], 0.0)) is None
 

@@ -207,3 +207,16 @@ def test_one_kind_of_flag_of_several_runs_is_one_card(tmp_path: Path) -> None:
     made = str(flags(read_report([sweep], 0.0)))
     assert made.count("<article") == 1 and "in 3 of 4 runs" in made and made.count("do it") == 1
     assert made.index("seen in beta-0.1-seed-0") < made.index("the 2 others") < made.index("seen in beta-0.1-seed-1")
+
+
+def test_runs_that_halving_left_behind_are_no_results(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "s")
+    state = json.loads((sweep / "sweep.json").read_text())
+    for seed in (0, 1):
+        state["runs"][f"beta-0.3-seed-{seed}"] |= {"state": "cut", "why": "stopped at rung 1 of 3: rank 2 of 2"}
+    write_json(sweep / "sweep.json", state)
+    data = read_report([sweep], 0.0)
+    assert "2 runs were stopped early by successive halving: they have no result" in words(verdict(data))
+    assert "seed 0 was stopped at rung 1 of 3: rank 2 of 2" in words(settings_table(data))
+    ranked = ranking(data)
+    assert ranked is not None and [r.setting.name for r in ranked.best] == ["beta-0.1"]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any
 
 from penchant.report.curves import points_of
-from penchant.report.data import Comparison, ReportData, RunData
+from penchant.report.data import Comparison, ReportData, RunData, Setting
 from penchant.report.html import Element, Node, el, fold, said, table
 from penchant.report.numbers import Point, estimate, interval, number, shown
 from penchant.report.plot import BOTTOM, LEFT, TOP, Axis, apart, axis, path_of, style_of
@@ -90,7 +89,7 @@ def of_runs(data: ReportData) -> Frontier | None:
         for held_out in (True, False):
             if not held_out and gain != "reward":
                 continue
-            made = [s for setting in data.settings if (s := _spot(setting, gain, held_out))]
+            made = [s for setting in data.settings if (s := _spot(setting, gain, held_out, len(data.runs) == 1))]
             if made:
                 starts = [v for r in data.runs if held_out and (v := _at_start(r, gain)) is not None]
                 start = mean(starts) if starts else 0.5 if share else None
@@ -117,13 +116,14 @@ def _at_start(run: RunData, gain: str) -> float | None:
     return num(first, f"eval/{gain}") if num(first, "step") == 0 else None
 
 
-def _spot(setting: Any, gain: str, held_out: bool) -> Spot | None:
+def _spot(setting: Setting, gain: str, held_out: bool, alone: bool) -> Spot | None:
     ends: list[tuple[float, float]] = []
     trail: tuple[Point, ...] = ()
     x_ci: Pair = None
     y_ci: Pair = None
-    ended = [r for r in setting.runs if r.status in ("finished", "")] or setting.runs
-    for run in ended:
+    for run in setting.runs:
+        if not alone and run.status not in ("finished", ""):  # beside others only what came to its end
+            continue
         at = _end(run, gain) if held_out else _in_training(run, gain)
         if at is None:
             continue

@@ -98,7 +98,7 @@ def _remark(run: RunData, state: str, record: Mapping[str, Any]) -> str:
         why = text(record.get("why"))
         return f"{who} stopped" + (f": {why}" if why else "")
     if state == "cut":  # successive halving: a rank at a rung is no result
-        return f"{who} stopped early: {text(record.get('why'))}"
+        return f"{who} was {text(record.get('why')) or 'stopped early'}"
     if state == "running":
         return f"{who} is running"
     return f"{who}: {'no figure' if state == 'finished' else state or 'not started'}"

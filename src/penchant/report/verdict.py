@@ -9,7 +9,7 @@ from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.held_out import Change, changes
 from penchant.report.html import Element, Node, el, fold, said
 from penchant.report.numbers import count, estimate, interval, number, shown
-from penchant.report.safe import ci_of, mappings, num, sequence, text
+from penchant.report.safe import ci_of, mapping, mappings, num, sequence, text
 from penchant.report.settings import Ranking, Row, held_out_rows, ranking, spread, tried
 
 Tone = Literal["good", "bad", "open", "plain"]
@@ -269,7 +269,18 @@ def of_runs(data: ReportData) -> list[Node]:
                 "These held-out rows chose it, so its figure flatters it, and nothing is claimed of its lead: measure it on rows that no run has seen.",
             )
         )
-    return [*made, *progress]
+    return [*made, *_cut(data), *progress]
+
+
+def _cut(data: ReportData) -> list[Node]:
+    """Runs that successive halving left behind: no results."""
+    states = [text(mapping(r).get("state")) for r in mapping(data.sweep.get("runs")).values()]
+    n = states.count("cut")
+    if not n:
+        return []
+    have = "it has" if n == 1 else "they have"
+    words = f"{count(n, 'run was', 'runs were')} stopped early by successive halving: {have} no result, only a rank at a rung, and what is cut early might have won later."
+    return [statement("open", words)]
 
 
 def _doubts(ranked: Ranking, best: tuple[Row, ...]) -> list[Node]:
