@@ -387,7 +387,10 @@ def test_rows_that_are_only_learned_by_heart() -> None:
     lines = [held_out(rng, values, s, **{"eval/rows": 150}) for s in (0, 20, 40)]
     lines += [{"kind": "train", "step": i, "rewards/accuracies": min(1.0, 0.5 + i / 40)} for i in range(1, 41)]
     (flag,) = run_flags(lines)
-    assert flag.name == "overfitting" and "100% of training's pairs are got right, of held-out ones 49% (99% interval" in flag.sentence
+    assert (
+        flag.name == "overfitting"
+        and "100% of training's pairs are got right, of held-out ones 49% (99% interval" in flag.sentence
+    )
     assert flag.sentence.endswith("the gap is above 20% since step 20.")
     assert run_flags(lines, {"trust": {"accuracy_gap": 0.6}}) == []
 
