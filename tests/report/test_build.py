@@ -337,7 +337,9 @@ def test_a_report_that_takes_long_is_written_seldom(tmp_path: Path, monkeypatch:
 
 def test_a_report_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     said: list[str] = []
-    live = LiveReport(tmp_path / "nowhere", said.append)
+    clock = [0.0]
+    live = LiveReport(tmp_path / "nowhere", said.append, clock=lambda: clock[0])
     for _ in range(3):
         live.told("eval")
+        clock[0] += 100.0
     assert len(said) == 1 and "could not be written" in said[0] and "no such run folder" in said[0]

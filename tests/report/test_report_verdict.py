@@ -186,7 +186,7 @@ def test_flags_stand_with_their_evidence_warnings_first(tmp_path: Path) -> None:
     make_flags(run)
     made = str(flags(read_report([run], 0.0)))
     assert made.index("warning: ") < made.index("note: ") and made.count('class="spark') == 1
-    assert "\u221210.0 \u2192 \u221219.0" in words(made) and "steps 0 to 30" in words(made)
+    assert "\u221210 \u2192 \u221219" in words(made) and "steps 0 to 30" in words(made)
     write_json(run / "flags.json", {"flags": [{"title": "wrapped"}]})
     assert "wrapped" in words(flags(read_report([run], 0.0)))
 

@@ -87,15 +87,14 @@ def _evidence(of: Mapping[str, Any]) -> Element | None:
     label = text(of.get("label"))
     if not values:
         return None
-    show = _counted if all(v >= 10 and float(v).is_integer() for v in values) else number
     line: Node = sparkline(values, label) if len(values) > 3 or steps else None
-    ends = f"{show(values[0])} \u2192 {show(values[-1])}" if line is not None else ", ".join(map(show, values))
+    ends = f"{_plain(values[0])} \u2192 {_plain(values[-1])}" if line is not None else ", ".join(map(_plain, values))
     when = f"steps {steps[0]:,.0f} to {steps[-1]:,.0f}" if len(steps) > 1 else f"step {steps[0]:,.0f}" if steps else ""
     return el(
         "figure", line, el("figcaption", said(label), el("b", f" {ends}"), el("small", f" {when}") if when else None)
     )
 
 
-def _counted(value: float) -> str:
-    """Rows and steps are counts: 36, not 36.0."""
-    return f"{value:,.0f}"
+def _plain(value: float) -> str:
+    """Whole numbers whole: they are counts."""
+    return f"{value:,.0f}".replace("-", "\u2212") if value == int(value) and abs(value) < 1e6 else number(value)
