@@ -136,3 +136,21 @@ def test_an_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "taken").write_text("")
     assert main(["train", _config(tmp_path), f"output={tmp_path / 'taken'}", "--quiet"]) == 2
     assert "is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "needed"), [("eval", "MODEL"), ("train", "CONFIG"), ("sweep", "CONFIG"), ("pipeline", "CONFIG")]
+)
+def test_overrides_are_not_called_required(command: str, needed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command])
+    assert capsys.readouterr().err == f"penchant: the following arguments are required: {needed}\n"
+
+
+def test_eval_of_a_sweeps_folder_names_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("dpo-seed-0", "ipo-seed-0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.resolved.yaml").write_text("{}\n")
+    assert main(["eval", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "a folder of runs" in said and f"{tmp_path}/dpo-seed-0, {tmp_path}/ipo-seed-0" in said

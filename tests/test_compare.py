@@ -532,3 +532,20 @@ def test_flags_stand_in_the_figures_and_are_read_out(world: Path, tmp_path: Path
     assert {f["name"] for f in kept} >= {"few_prompts", "one_seed"}  # 12 prompts, one seed
     for flag in kept:
         assert flag["sentence"] in result.to_text()
+
+
+def test_a_run_without_its_manifest_is_told_what_it_lacks(world: Path, tmp_path: Path) -> None:
+    half = copied(world, tmp_path)
+    (half / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
+        api.compare(half, output=tmp_path / "out")
+
+
+def test_rows_without_answers_are_named_before_anybody_writes(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = write_jsonl(tmp_path / "bare.jsonl", [{"prompt": r["prompt"]} for r in ROWS[24:]])
+    api.compare(world / "runs" / "dpo", data=bare, prompts=12, max_new_tokens=4, output=tmp_path / "out")
+    said = capsys.readouterr()
+    text = said.out + said.err
+    assert "neither a reward nor a held-out pair of answers. Give --reward" in text

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from penchant.sweep import load_sweep, sweep_from_mapping
 from penchant.sweep_halving import Halving, standings
 from penchant.sweep_rungs import standings_at, stop_the_rest
 from penchant.sweep_table import make_table
-from penchant.training.loop import Loop, Paused
+from penchant.training.loop import Interrupted, Loop, Paused
 
 __all__ = ["base"]  # the fixture
 
@@ -199,18 +201,24 @@ def kill(*_: Any, **__: Any) -> Any:
 def test_killed_again_and_again_it_ends_with_the_same_ranks_also_two_at_a_time(
     halved: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between a checkpoint at a rung and its record, between a rung's end and its judgement, and in the second rung."""
+    """Between a checkpoint at a rung and its record, between a rung's end and its judgement, and by Ctrl-C in the second rung."""
     whole = run(halved, f"output={tmp_path}/whole")
     real = Loop._step
-    kills: list[tuple[Any, str, Any]] = [
-        (Loop, "_pause", kill),
-        (sweep_run, "standings_at", kill),
-        (Loop, "_step", lambda self, step, *a: kill() if step == 3 else real(self, step, *a)),
+
+    def interrupted(self: Loop, step: int, *rest: Any) -> Any:
+        if step == 2:  # the first step beyond the first rung: its checkpoint lies between two rungs
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, step, *rest)
+
+    kills: list[tuple[Any, str, Any, type[BaseException]]] = [
+        (Loop, "_pause", kill, Killed),
+        (sweep_run, "standings_at", kill, Killed),
+        (Loop, "_step", interrupted, Interrupted),
     ]
-    for where, name, by in kills:
+    for where, name, by, error in kills:
         with monkeypatch.context() as patched:
             patched.setattr(where, name, by)
-            with pytest.raises(Killed):
+            with pytest.raises(error):
                 run(halved)
     monkeypatch.setattr(sweep_jobs, "Worker", InProcess)
     again = run(halved, jobs=2)

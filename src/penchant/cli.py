@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key.path=value",
         help="settings of every run; key.path=a,b,c makes the key vary",
     )
@@ -153,13 +154,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _config_arguments(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("config", metavar="CONFIG", help=what)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that override the config's")
+def _config_arguments(parser: argparse.ArgumentParser, what: str, metavar: str = "CONFIG") -> None:
+    parser.add_argument("config", metavar=metavar, help=what)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],  # without one, argparse calls them required
+        metavar="key.path=value",
+        help="settings that override the config's",
+    )
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
-    _config_arguments(parser, "RUN, CONFIG.yaml, a checkpoint's, an adapter's or a model's folder, or a hub id")
+    _config_arguments(
+        parser, "RUN, CONFIG.yaml, a checkpoint's, an adapter's or a model's folder, or a hub id", "MODEL"
+    )
     parser.add_argument(
         "--step", default="last", help="of a run: last, best, 0 (the start) or a number (default: last)"
     )

@@ -52,9 +52,9 @@ def test_perplexity_is_over_tokens_and_its_ratio_is_one_without_a_change() -> No
 
 
 def test_agreement_with_length_by_hand() -> None:
-    got = length_figures([1.0, 1.0, 0.0, 0.5, 1.0], [3, -2, -1, 4, 0], np.arange(5))
+    got = length_figures([1.0, 1.0, 1.0, 0.5, 1.0], [3, -2, -1, 4, 0], np.arange(5))
     assert got["length/longer_wins"] == pytest.approx((1 + 0 + 0 + 1 + 0.5) / 5)
-    assert got["length/agreement"] == pytest.approx((1 + 0 + 1 + 0.5 + 0.5) / 5)
+    assert got["length/agreement"] == pytest.approx((1 + 0 + 0 + 0.5 + 0.5) / 5)
 
 
 def test_accuracy_that_length_explains_goes_and_the_rest_stays() -> None:

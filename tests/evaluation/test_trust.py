@@ -380,6 +380,31 @@ def test_where_training_gets_worse_too_it_is_no_overfitting() -> None:
     assert "training diverges" in flag.sentence and "lower train.lr" in flag.advice
 
 
+def test_rows_that_are_only_learned_by_heart() -> None:
+    rng = np.random.default_rng(9)
+    right = (rng.random(150) < 0.55).astype(float)
+    values = {"rewards/accuracies": right, "loss": np.full(150, 0.69)}
+    lines = [held_out(rng, values, s, **{"eval/rows": 150}) for s in (0, 20, 40)]
+    lines += [{"kind": "train", "step": i, "rewards/accuracies": min(1.0, 0.5 + i / 40)} for i in range(1, 41)]
+    (flag,) = run_flags(lines)
+    assert (
+        flag.name == "overfitting"
+        and "100% of training's pairs are got right, of held-out ones 49% (99% interval" in flag.sentence
+    )
+    assert flag.sentence.endswith("the gap is above 20% since step 20.")
+    assert run_flags(lines, {"trust": {"accuracy_gap": 0.6}}) == []
+
+
+def test_a_gap_at_the_threshold_is_rarely_one() -> None:
+    def trial(rng: np.random.Generator) -> bool:
+        line = held_out(rng, {"rewards/accuracies": (rng.random(100) < 0.6).astype(float)}, 40, **{"eval/rows": 100})
+        batches = rng.binomial(32, 0.8, 40) / 32
+        train = [{"kind": "train", "step": i + 1, "rewards/accuracies": float(b)} for i, b in enumerate(batches)]
+        return speaks("overfitting", [line, *train])
+
+    assert rate(trial, 800) <= 0.0125
+
+
 def test_a_scheduled_loss_is_not_compared_with_itself() -> None:
     config = {"loss": {"name": "dpo_shift", "schedule": "increase_linear"}}
     assert run_flags(overfitted(), config) == []
@@ -455,6 +480,13 @@ def test_a_win_rate_that_length_explains() -> None:
     assert flag.name == "accuracy_by_length" and flag.about == "dpo" and "length may be why it wins" in flag.sentence
     figures, rows = compared(long=False)
     assert comparison_flags(figures, rows) == []
+    shorter = {
+        "win_rate": 0.8,
+        "win_rate/ci": [0.7, 0.9],
+        "win_rate_equal_length": 0.7,
+        "win_rate_equal_length/ci": [0.6, 0.8],
+    }
+    assert comparison_flags(figures | {"models": {"start": {}, "dpo": shorter}}) == []  # less, and still more than half
     given = {
         "win_rate": 0.7,
         "win_rate/ci": [0.6, 0.8],

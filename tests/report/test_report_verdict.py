@@ -191,6 +191,14 @@ def test_flags_stand_with_their_evidence_warnings_first(tmp_path: Path) -> None:
     assert "wrapped" in words(flags(read_report([run], 0.0)))
 
 
+def test_counts_among_the_evidence_are_whole_numbers(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r")
+    evidence = [{"label": "rows", "values": [36.0]}, {"label": "share", "values": [36.5]}]
+    write_json(run / "flags.json", [{"name": "x", "title": "t", "sentence": "s", "evidence": evidence}])
+    made = words(flags(read_report([run], 0.0)))
+    assert "rows 36" in made and "36.0" not in made and "36.5" in made
+
+
 def test_one_kind_of_flag_of_several_runs_is_one_card(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "s")
     for run in sorted(sweep.glob("beta-*"))[:3]:

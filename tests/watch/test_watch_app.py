@@ -82,6 +82,8 @@ class Terminal:
             stderr=slave,
             env=env,
             start_new_session=True,
+            # a suite that runs in the background ignores Ctrl-C, and its children would inherit that; a terminal's do not
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(slave)
         self.said = ""

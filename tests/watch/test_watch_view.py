@@ -135,6 +135,13 @@ def test_states(tmp_path: Path, manifest: dict[str, Any], held: bool, state: str
     assert view.state == state and words in text(view) and state in text(view)
 
 
+def test_a_run_without_a_manifest_that_has_steps_is_not_before_its_first(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 8)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    view = seen(folder)
+    assert (view.state, view.why) == ("interrupted", "it has no manifest.json")
+
+
 def test_before_there_is_anything(tmp_path: Path) -> None:
     assert seen(tmp_path / "none").state == "waiting"
     folder = tmp_path / "run"

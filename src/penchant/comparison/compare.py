@@ -36,6 +36,7 @@ from penchant.comparison.runs import (
 )
 from penchant.data.load import Dataset, load_preferences
 from penchant.errors import CheckpointError, ConfigError, DataError
+from penchant.evaluation.compare_models import NO_OUTCOME
 from penchant.evaluation.flags import Flag
 from penchant.evaluation.trust import comparison_flags
 from penchant.evaluation.trust.files import summary
@@ -268,6 +269,8 @@ class RunComparer:
         )
         if not setting.prompts:
             raise DataError("compare", "no row is left after cutting rows into tokens", "look at data.max_length")
+        if self.question.reward is None and self.judge is None and not setting.paired:
+            console(self.quiet).note(f"{NO_OUTCOME} Give --reward, --judge or rows with chosen and rejected answers.")
         entrants = [first, *(r.entrant() for runs in settings.values() for r in runs)]
         seeds = {name: [r.name for r in runs] for name, runs in settings.items()}
         compared = compare_entrants(entrants, owner.data, setting, sampling, seeds=seeds, fixed=self.against is None)

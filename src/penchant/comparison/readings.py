@@ -63,8 +63,11 @@ class Readings:
             DataError: the folder cannot be written, so that the next reader would not know.
         """
         try:
+            known = self.log.exists()
             with self.log.open("ab"):
                 pass
+            if not known:  # nothing was read yet
+                self.log.unlink()
         except OSError as error:
             raise DataError(
                 str(self.log),

@@ -104,7 +104,10 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
-    if not (folder / CONFIG).exists() or not (folder / MANIFEST).exists():
+    missing = [file for file in (CONFIG, MANIFEST) if not (folder / file).exists()]
+    if len(missing) == 1:
+        raise CheckpointError(str(folder), f"has no {missing[0]}", "restore it, or train the run again")
+    if missing:
         how = "give a folder that penchant train has written"
         if (folder / STATE).exists():
             stages = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))

@@ -12,7 +12,7 @@ from penchant.evaluate.evaluator import Evaluation, held_out_of_run
 from penchant.evaluate.material import Material
 from penchant.evaluate.output import keep
 from penchant.evaluate.request import Request
-from penchant.evaluate.sources import check_there, find_model, find_run, of_config
+from penchant.evaluate.sources import check_there, find_model, find_run, of_config, runs_in
 
 __all__ = ["evaluate_model"]
 
@@ -31,7 +31,12 @@ def evaluate_model(
     if request.bare:
         if found is None:
             check_there(name)
-            raise ConfigError(name, "is no run, so it says not what to evaluate on", "give --data FILE or --text FILE")
+            runs = runs_in(name)
+            if runs:
+                raise ConfigError(name, "is no run but a folder of runs", f"give one of them: {', '.join(runs)}")
+            raise ConfigError(
+                name, "is no run, so it does not say what to evaluate on", "give --data FILE or --text FILE"
+            )
         evaluated = held_out_of_run(*found, quiet)
         folder: Path | None = Path(found[0].output)
     else:

@@ -111,6 +111,12 @@ def _config_of(folder: Path, overrides: Sequence[str]) -> RunConfig:
     return config.model_copy(update={"output": str(folder.resolve())})  # it may have been moved
 
 
+def runs_in(given: str, limit: int = 4) -> list[str]:
+    """The run folders right inside a folder (a sweep's, a pipeline's), the first `limit` of them."""
+    found = sorted(str(p.parent) for p in Path(given).expanduser().glob("*/config.resolved.yaml"))
+    return found if len(found) <= limit else [*found[:limit], "..."]
+
+
 def check_there(given: str) -> None:
     """A path that is not there is met here rather than by the hub's own words.
 

@@ -246,7 +246,9 @@ class RunView:
             return self._stopped()
         if said == "running":
             return "interrupted", "its process ended without a word; the same command continues"
-        return "interrupted", "before its first step" if said is None else "the same command continues"
+        if said is None:
+            return "interrupted", "it has no manifest.json" if self.step else "before its first step"
+        return "interrupted", "the same command continues"
 
     def _stopped(self) -> tuple[State, str]:
         """A run that ended before its end: by itself, or by a signal (older ones do not say which)."""

@@ -107,11 +107,12 @@ class RunView:
         return min(rows, asked) if asked else rows
 
     def training(self, name: str) -> list[Point]:
-        """A figure of every training line that has it; a line that only repeats the last one (a second epoch on the same rollouts) is no new one."""
+        """A figure of every training line that has it; one of rollouts that only repeats the last (a second epoch on them) is no new one."""
         points: list[Point] = []
+        of_rollouts = name in ("reward", "kl/policy_ref") or name.startswith("completions/")
         for m in self.train:
             value = m.get(name)
-            if _is_number(value) and not (points and points[-1].value == float(value)):
+            if _is_number(value) and not (of_rollouts and points and points[-1].value == float(value)):
                 points.append(Point(int(m["step"]), float(value)))
         return points
 

@@ -23,6 +23,9 @@ class TrustConfig(Section):
         1.0, ge=0, description="how far the log-prob of chosen answers may fall, nats per completion"
     )
     length_ratio: float = Field(1.25, gt=1, description="how many times their first length completions may become")
+    accuracy_gap: float = Field(
+        0.2, gt=0, lt=1, description="how far accuracy on trained rows may be above that on held-out ones"
+    )
     win_rate: float = Field(
         0.6, gt=0.5, lt=1, description="a win rate that certainly stays below this says that a risen margin won nothing"
     )

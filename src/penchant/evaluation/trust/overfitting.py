@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from penchant.evaluation.trust.figures import SMALLEST_WINDOW, Point, RunView, change, evidence
+from penchant.evaluation.trust.figures import SMALLEST_WINDOW, Point, RunView, change, evidence, since, window
 from penchant.evaluation.trust.rule import Rule, Seen
-from penchant.evaluation.trust.words import number
+from penchant.evaluation.trust.words import number, percent, share_interval
 
 DIVERGES = (
     "Training itself gets worse: lower train.lr, lengthen the warm-up, or look at the rows of the steps where it turns."
@@ -48,7 +48,24 @@ def _scheduled(loss: Any) -> bool:
 
 
 def _of_run(run: RunView) -> Seen | None:
-    return next((seen for w in _watched(run) if (seen := _turned(run, w)) is not None), None)
+    return next((seen for w in _watched(run) if (seen := _turned(run, w)) is not None), None) or _gap(run)
+
+
+def _gap(run: RunView) -> Seen | None:
+    """Rows that were trained on are got right, held-out ones are not."""
+    held, lines = run.held_out(ACCURACY.name), run.training(ACCURACY.name)
+    train = window(lines)
+    if not held or train is None or held[-1].se is None or held[-1].step < train.step:
+        return None
+    limit = run.trust.accuracy_gap
+    if change(train, held[-1]).bounds()[0] <= limit:
+        return None
+    gaps = [Point(p.step, near - p.value) for p in held if (near := _near(lines, p.step)) is not None]
+    sentence = (
+        f"At step {train.step:,} {percent(train.value)} of training's pairs are got right, of held-out ones {share_interval(held[-1])}; the gap is above "
+        f"{percent(limit)} since step {since(gaps, limit):,}."
+    )
+    return Seen(sentence, (evidence("training minus held-out accuracy", gaps), evidence("held-out accuracy", held)))
 
 
 def _turned(run: RunView, watched: _Watched) -> Seen | None:
@@ -91,12 +108,14 @@ def _near(train: list[Point], step: int) -> float | None:
 
 RULE = Rule(
     name="overfitting",
-    title="held-out rows get worse",
+    title="overfitting",
     what="n = the step of the best held-out loss; `loss_last - loss_n` is above 0 with its whole 99% interval, Bonferroni over all evaluations (since n was "
     "searched for). Both intervals are treated as independent, which on the same rows is too wide. Overfitting where training's loss went on falling, else "
-    "divergence. Accuracy is watched likewise; alone where the loss has a schedule; an online method's held-out reward.",
-    needs="three evaluations with `eval/loss/ci` (or `eval/rewards/accuracies/ci`, `eval/reward/ci`)",
-    alarms="at most 0.5% where held-out loss does not rise; 1% with accuracy",
+    "divergence. Accuracy is watched likewise; alone where the loss has a schedule; an online method's held-out reward. Also where accuracy over the last quarter "
+    "of training lines is above held-out accuracy by more than `accuracy_gap` with the whole 99% interval.",
+    needs="three evaluations with `eval/loss/ci` (or `eval/rewards/accuracies/ci`, `eval/reward/ci`); for the gap one evaluation, after training",
+    alarms="at most 0.5% where held-out loss does not rise; 1% with accuracy; 0.5% where the gap is `accuracy_gap`",
     advice="Take the best checkpoint (checkpoint.keep_best), train for fewer epochs, lower train.lr, or get more data.",
+    thresholds=("accuracy_gap",),
     of_run=_of_run,
 )
