@@ -65,12 +65,12 @@ def sweep_config(folder: Path, config: Mapping[str, Any], pairs: Path, seeds: in
     }
 
 
-def best_of_each(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Each method's setting with the highest mean of the metric; settings come best first."""
-    found: dict[str, str] = {}
+def best_of_each(settings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What varies in each method's setting with the highest mean of the metric; settings come best first."""
+    found: dict[str, Mapping[str, Any]] = {}
     for setting in settings:
         if setting["mean"] is not None and not setting["stopped"]:
-            found.setdefault(setting["varied"]["run"], setting["setting"])
+            found.setdefault(setting["varied"]["run"], setting["varied"])
     return list(found.values())
 
 
@@ -87,7 +87,11 @@ def main() -> int:
         swept = api.sweep(sweep_config(args.output, task.config, pairs, args.seeds), jobs=args.jobs)
         print(swept.to_text(), "\n")
         chosen = best_of_each(swept.table.to_json()["settings"])
-        runs = [str(swept.folder / name) for name, r in swept.runs.items() if r["setting"] in chosen]
+        runs = [
+            str(swept.folder / name)
+            for name, record in swept.runs.items()
+            if {k: v for k, v in record["varied"].items() if k != "train.seed"} in chosen
+        ]
         compared = api.compare(
             *runs,
             reward="sentiment",
