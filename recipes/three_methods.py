@@ -25,7 +25,7 @@ BETAS = [0.03, 0.1, 0.3]
 METHODS: dict[str, dict[str, Any]] = {
     "dpo": {"loss": {"name": "dpo"}},
     "dpo_shift": {"loss": {"name": "dpo_shift", "lambda": 0.75}},
-    # both answers of a pair count as one step's rows each
+    # batches of 64 pairs: half the optimiser steps on the same pairs, and the comparison says that the budgets differ
     "pmpo": {"loss": {"name": "pmpo"}, "train": {"batch_size": 64}},
 }
 VALIDATION_OPENINGS = 60
@@ -102,7 +102,7 @@ def main() -> int:
             output=args.output / "comparison",
         )
         print(compared.to_text())
-        print(api.report([args.output / "comparison", swept.folder], output=args.output / "report.html"))
+        print(api.report(args.output / "comparison", swept.folder, output=args.output / "report.html"))
     except PenchantError as error:
         print(f"three_methods: {error}", file=sys.stderr)
         return error.exit_code
