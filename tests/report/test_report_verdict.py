@@ -109,6 +109,13 @@ def test_a_runs_own_verdict_and_goals(tmp_path: Path) -> None:
     )
 
 
+def test_beside_a_runs_own_verdict_rows_are_counted_whole(tmp_path: Path) -> None:
+    few = [{**e, "eval/rows": 40} for e in (evaluation(0), evaluation(40, 0.53, 0.1))]
+    run = make_run(tmp_path / "r", evals=few)
+    write_json(run / "results.json", {"verdict": "Every goal was met.", "headline": []})
+    assert "On the 40 held-out rows by themselves nothing separates from chance." in _said(run)
+
+
 def test_the_held_out_table(tmp_path: Path) -> None:
     run = read_report([make_run(tmp_path / "r")], 0.0).runs[0]
     text = words(held_out(run))

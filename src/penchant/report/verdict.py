@@ -113,10 +113,11 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
     judged = [c for c in order if c.reading != "plain"]
     if judged and all(c.reading == "unclear" for c in judged):
         at = 1 if own else 0
-        held = shown(num(run.evals[-1], "eval/rows"))
+        rows = num(run.evals[-1], "eval/rows")
+        held = "" if rows is None else f"{rows:,.0f} "
         nothing = statement(
             "open",
-            f"On the {held} held-out rows by themselves nothing separates from chance."
+            f"On the {held}held-out rows by themselves nothing separates from chance."
             if own
             else "Nothing separates from chance on the held-out rows.",
             lead=first and not own,
