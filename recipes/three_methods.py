@@ -25,8 +25,7 @@ BETAS = [0.03, 0.1, 0.3]
 METHODS: dict[str, dict[str, Any]] = {
     "dpo": {"loss": {"name": "dpo"}},
     "dpo_shift": {"loss": {"name": "dpo_shift", "lambda": 0.75}},
-    # batches of 64 pairs: half the optimiser steps on the same pairs, and the comparison says that the budgets differ
-    "pmpo": {"loss": {"name": "pmpo"}, "train": {"batch_size": 64}},
+    "pmpo": {"loss": {"name": "pmpo"}},
 }
 VALIDATION_OPENINGS = 60
 METRIC = "eval/win_rate"
