@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from penchant.data.converters import KINDS, SHAPES, RowError, detect_shape
+from penchant.data.converters import KINDS, LAYOUTS, RowError, detect_shape
 from penchant.data.formats import BadRow, Row, read_rows
 from penchant.errors import DataError
 from penchant.types import Message, PromptTree
@@ -166,7 +166,7 @@ def _convert(row: Row | BadRow, shape: str, columns: Mapping[str, str], identica
     if isinstance(row, BadRow):
         return Quarantined(row.where, row.what, row.how, row.raw)
     try:
-        tree = SHAPES[shape](_renamed(row.values, columns))
+        (tree,) = LAYOUTS[shape].convert(_renamed(row.values, columns), {})
     except RowError as error:
         return Quarantined(row.where, error.what, error.how, dict(row.values))
     if (
