@@ -249,7 +249,22 @@ def test_columns_are_renamed_before_detection() -> None:
     assert from_rows([row], columns={"history": "post"}).shape == "shp"
 
 
-keys = st.sampled_from("role content from value text response Rating confidence replies rank user assistant".split())
+keys = st.sampled_from(
+    [
+        "role",
+        "content",
+        "from",
+        "value",
+        "text",
+        "response",
+        "Rating",
+        "confidence",
+        "replies",
+        "rank",
+        "user",
+        "assistant",
+    ]
+)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),

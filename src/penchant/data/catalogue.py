@@ -158,13 +158,29 @@ pairs.jsonl: layout pairs (columns chosen, rejected with a "prompt", or of messa
 In a config:
 
 ```yaml
+# run.yaml
+model: {path: HuggingFaceTB/SmolLM2-135M-Instruct}
 data:
-  path: train.jsonl
-  shape: shp                          # or auto (default)
+  path: posts.jsonl
+  shape: shp                            # or auto (default)
   layout_options: {min_score_ratio: 2}
-  columns: {history: post}            # our field: your column
-  on_bad_row: skip                    # keep bad rows aside and count them; default: stop at the first
+  columns: {history: post}              # our field: your column
+  on_bad_row: skip                      # keep bad rows aside and count them; default: stop at the first
+loss: {name: dpo}
+output: runs/posts
 ```
+
+The same reading, before anything is trained:
+
+```sh
+cat > posts.jsonl <<'END'
+{"post": "How long do eggs boil?", "human_ref_A": "An hour.", "human_ref_B": "Ten minutes.", "labels": 0, "score_A": 2, "score_B": 9, "score_ratio": 4.5}
+{"post": "Is seven prime?", "human_ref_A": "Yes.", "human_ref_B": "No.", "labels": 1, "score_A": 5, "score_B": 4, "score_ratio": 1.25}
+END
+penchant data show posts.jsonl --shape shp --set min_score_ratio=2 --column history=post
+```
+
+The second pair is left out: its better comment has not twice the votes.
 
 - **Rows and examples.** A row gives one example in most layouts. `ultrafeedback`, `distilabel` and `argilla_ratings` give one with all its answers and their
   scores, the best first (supervised training learns that one; `data.pairs_from_scores=best_worst` makes a pair of it, `data.score_threshold` labels). `oasst`,

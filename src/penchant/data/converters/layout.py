@@ -113,8 +113,10 @@ class Layout:
     @property
     def why(self) -> str:
         """What detection saw."""
-        names = ", ".join(self.columns)
-        return f"column{'s' if len(self.columns) > 1 else ''} {names}{' ' if self.shows else ''}{self.shows}"
+        if not self.columns:
+            return self.shows
+        names = f"column{'s' if len(self.columns) > 1 else ''} {', '.join(self.columns)}"
+        return f"{names} {self.shows}" if self.shows else names
 
     @property
     def example_trees(self) -> tuple[PromptTree, ...]:
