@@ -32,6 +32,7 @@ LAYERS = [
     {"pipeline_run", "sweep_run"},
     {"api"},
     {"demo"},
+    {"commands"},  # one module a command; cli.py puts them together
     {"cli"},
     {"__main__"},
 ]

@@ -21,7 +21,7 @@ from penchant.algorithms.reward import RewardTraining
 from penchant.config import WATCHING_ONLY, RunConfig, default_settings, dump_config, with_absolute_paths
 from penchant.data.adapt import adapt, mismatch
 from penchant.data.audit import audit as run_audit
-from penchant.data.load import Dataset, load_preferences, summary, write_quarantine
+from penchant.data.load import Dataset, layout_line, load_preferences, summary, write_quarantine
 from penchant.data.split import split_by_prompt
 from penchant.data.tokenise import TokenisedDataset, tokenise
 from penchant.errors import CheckpointError, ConfigError, DataError, PenchantError
@@ -190,10 +190,11 @@ class Run:
 
     def _load(self, path: Any) -> Dataset:
         data = self.config.data
-        reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit"})
+        reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
         dataset = self.shared.once(
             ("rows", str(path), json.dumps(reading, sort_keys=True)), lambda: load_preferences(path, **reading)
         )
+        self.console.note(layout_line(dataset, path))
         adapted = adapt(dataset, self.method, self.signal, self.needs, data, str(path))
         if self.signal == "unpaired":
             labels = [c.label for t in adapted.trees for c in t.completions]
@@ -274,7 +275,9 @@ class Run:
         whole = self.loaded["train"]
         return self.shared.once(
             ("audit", tokenise, *_content(whole), *self._rows_key),
-            lambda: run_audit(whole, self.tokenise_rows(whole, on_bad_row="skip") if tokenise else None, splits),
+            lambda: run_audit(
+                whole, self.tokenise_rows(whole, on_bad_row="skip") if tokenise else None, splits, self.config.data.path
+            ),
         )
 
     # ---- what parts depend on: keys of what runs can share -------------------------------------------------------------
@@ -933,6 +936,7 @@ class Run:
     def _write_manifest(self, loop: Loop, started: float, status: str, why: str | None = None) -> None:
         data = {
             name: {
+                "layout": d.shape,
                 "total": d.total,
                 "accepted": d.accepted,
                 "quarantined": len(d.quarantined),
@@ -942,7 +946,7 @@ class Run:
         }
         for name, split in zip(("train split", "held-out split"), self.datasets, strict=True):
             if split is not None:
-                data[name] = {"rows": split.accepted, "fingerprint": split.fingerprint}
+                data[name] = {"rows": len(split.trees), "fingerprint": split.fingerprint}
         path = self.folder / "manifest.json"
         weights = (
             json.loads(path.read_text())["model"]["sha256"]

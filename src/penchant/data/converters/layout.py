@@ -1,0 +1,164 @@
+"""What a layout is: its columns, how a row of it becomes prompt trees, what can be chosen, an example, and where it is published."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from penchant.errors import ConfigError
+from penchant.types import PromptTree
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """Something that can be chosen about a layout (`data.layout_options`).
+
+    Args:
+        default: its value where nobody chooses; summary: one line.
+        choices: all allowed values; empty for a number, which `low` and `high` bound (both inclusive).
+        kinds: the kind of data that a choice gives, where it is not the layout's own.
+    """
+
+    default: Any
+    summary: str
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+    kinds: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, value: Any, where: str) -> Any:
+        """The value as this option holds it.
+
+        Raises:
+            ConfigError: it is not allowed.
+        """
+        if self.choices:
+            if value not in self.choices:
+                raise ConfigError(where, f"is {value!r}", f"choose one of {', '.join(self.choices)}")
+            return value
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not self.low <= number <= self.high:
+            raise ConfigError(where, f"is {value!r}", f"give a number {self.allowed()}")
+        return number
+
+    def allowed(self) -> str:
+        """The allowed values, in words."""
+        if self.choices:
+            return ", ".join(self.choices)
+        low = "" if self.low == -math.inf else f"from {self.low:g}"
+        high = "" if self.high == math.inf else f"to {self.high:g}"
+        return " ".join(filter(None, (low, high))) or "(any)"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """How rows that belong together become one.
+
+    Args:
+        key: what all rows of a group share, or a `RowError`; fold: the rows of a group as one row that the layout converts.
+    """
+
+    key: Callable[[Fields], str]
+    fold: Callable[[Sequence[Fields]], Fields]
+
+
+def _anything(row: Fields) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A published layout of rows.
+
+    Args:
+        name: how `data.shape` calls it; kind: ``pairs``, ``unpaired``, ``scored``, ``sft``, ``prompts`` or ``text``.
+        columns: what detection looks for; check: what else must hold of a row; shows: that in words.
+        turn: a row and all options to its trees, or a `RowError`; use `convert`.
+        summary: one line; example: a row in this layout; source: where it is published.
+        options: what can be chosen; group: how rows become one first; rest: further rows of the example's group.
+    """
+
+    name: str
+    kind: str
+    columns: tuple[str, ...]
+    turn: Callable[[Fields, Fields], tuple[PromptTree, ...]]
+    summary: str
+    example: Fields
+    source: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+    check: Callable[[Fields], bool] = _anything
+    shows: str = ""
+    group: Group | None = None
+    rest: tuple[Fields, ...] = ()
+
+    def convert(self, row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+        """The trees of a row (of a folded group, where there is `group`); options left out are at their defaults.
+
+        Raises:
+            RowError: the row does not fit, or is kept aside by an option.
+        """
+        return self.turn(row, {n: options.get(n, o.default) for n, o in self.options.items()})
+
+    def fits(self, row: Fields) -> bool:
+        """Whether a row looks like this layout."""
+        return all(c in row for c in self.columns) and self.check(row)
+
+    @property
+    def why(self) -> str:
+        """What detection saw."""
+        if not self.columns:
+            return self.shows
+        names = f"column{'s' if len(self.columns) > 1 else ''} {', '.join(self.columns)}"
+        return f"{names} {self.shows}" if self.shows else names
+
+    @property
+    def example_trees(self) -> tuple[PromptTree, ...]:
+        """What the example becomes, at the options' defaults."""
+        return self.convert(self.example if self.group is None else self.group.fold((self.example, *self.rest)), {})
+
+    def settings(self, given: Fields, where: str = "data.layout_options") -> dict[str, Any]:
+        """All options, with what a person chose.
+
+        Raises:
+            ConfigError: an option that this layout does not have, or a value that it does not allow.
+        """
+        for name in given:
+            if name not in self.options:
+                there = f"it has {', '.join(self.options)}" if self.options else "it has no options"
+                raise ConfigError(f"{where}.{name}", f"is no option of the layout {self.name}", there)
+        return {n: o.check(given[n], f"{where}.{n}") if n in given else o.default for n, o in self.options.items()}
+
+    def kind_of(self, options: Fields) -> str:
+        """The kind of data that these options give."""
+        for name, option in self.options.items():
+            chosen = options.get(name, option.default)
+            if chosen in option.kinds:
+                return option.kinds[chosen]
+        return self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """What the columns say.
+
+    Args:
+        layout: its name, None where none fits; why: what was seen; others: further layouts that these rows fit.
+        how: what to do about rows of no layout.
+    """
+
+    layout: str | None
+    why: str
+    others: tuple[str, ...] = ()
+    how: str = ""
+
+    def sentence(self, name: str, override: str = "data.shape=NAME") -> str:
+        """What to show where rows are loaded: the layout, why, what else fits, and how to choose another."""
+        others = f"; other fits: {', '.join(self.others)}" if self.others else ""
+        return f"{name}: layout {self.layout} ({self.why}){others}; override with {override}"
