@@ -1,0 +1,1 @@
+"""Commands with a module of their own: arguments and a handler each, light at import."""
