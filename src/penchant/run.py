@@ -21,7 +21,7 @@ from penchant.algorithms.reward import RewardTraining
 from penchant.config import WATCHING_ONLY, RunConfig, default_settings, dump_config, with_absolute_paths
 from penchant.data.adapt import adapt, mismatch
 from penchant.data.audit import audit as run_audit
-from penchant.data.load import Dataset, load_preferences, summary, write_quarantine
+from penchant.data.load import Dataset, layout_line, load_preferences, summary, write_quarantine
 from penchant.data.split import split_by_prompt
 from penchant.data.tokenise import TokenisedDataset, tokenise
 from penchant.errors import CheckpointError, ConfigError, DataError, PenchantError
@@ -190,10 +190,11 @@ class Run:
 
     def _load(self, path: Any) -> Dataset:
         data = self.config.data
-        reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit"})
+        reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
         dataset = self.shared.once(
             ("rows", str(path), json.dumps(reading, sort_keys=True)), lambda: load_preferences(path, **reading)
         )
+        self.console.note(layout_line(dataset, str(path)))
         adapted = adapt(dataset, self.method, self.signal, self.needs, data, str(path))
         if self.signal == "unpaired":
             labels = [c.label for t in adapted.trees for c in t.completions]
@@ -942,7 +943,7 @@ class Run:
         }
         for name, split in zip(("train split", "held-out split"), self.datasets, strict=True):
             if split is not None:
-                data[name] = {"rows": split.accepted, "fingerprint": split.fingerprint}
+                data[name] = {"rows": len(split.trees), "fingerprint": split.fingerprint}
         path = self.folder / "manifest.json"
         weights = (
             json.loads(path.read_text())["model"]["sha256"]

@@ -181,6 +181,7 @@ class RunComparer:
             columns=data.columns,
             on_bad_row=data.on_bad_row,
             identical=data.identical,
+            layout_options=data.layout_options,
         )
         if rows.kind == "text":
             raise DataError(str(file), "holds texts without prompts", "give rows with prompts")

@@ -94,7 +94,7 @@ def trained_prompts(run: Run) -> set[str]:
 def clear_of(owner: str, rows: Dataset, trained: set[str]) -> HeldOut:
     """The rows whose prompts nobody trained on; possibly none."""
     clean = [i for i, t in enumerate(rows.trees) if key_of(t) not in trained]
-    return HeldOut(owner, rows.subset(clean), rows.accepted - len(clean))
+    return HeldOut(owner, rows.subset(clean), len(rows.trees) - len(clean))
 
 
 def same_vocabulary(one: Any, other: Any) -> bool:

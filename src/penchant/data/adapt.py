@@ -72,8 +72,10 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
 
 
 def _changed(dataset: Dataset, trees: tuple[PromptTree, ...], aside: tuple[Quarantined, ...]) -> Dataset:
-    kept = dataset.quarantined + aside
-    return replace(dataset, trees=trees, quarantined=kept, total=len(trees) + len(kept), fingerprint=fingerprint(trees))
+    """From here on an example counts as a row."""
+    kept, rows = dataset.quarantined + aside, len(trees)
+    total = rows + len(kept)
+    return replace(dataset, trees=trees, quarantined=kept, accepted=rows, total=total, fingerprint=fingerprint(trees))
 
 
 def _as_prompts(dataset: Dataset, name: str) -> Dataset:
@@ -87,6 +89,7 @@ def _as_prompts(dataset: Dataset, name: str) -> Dataset:
         dataset,
         trees=once,
         kind="prompts",
+        accepted=len(once),
         total=len(once) + len(aside),
         fingerprint=fingerprint(once),
     )
@@ -120,7 +123,7 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
     trees: list[PromptTree] = []
     aside: list[Quarantined] = []
     for prompt, group in by_prompt.items():
-        ranked = sorted((t.completions[0] for t in group), key=lambda c: -(c.score or 0.0))
+        ranked = sorted((c for t in group for c in t.completions), key=lambda c: -(c.score or 0.0))
         best, worst = ranked[0], ranked[-1]
         if len(ranked) > 1 and best.score != worst.score and best.text.strip() != worst.text.strip():
             pair = (Completion(best.text, True, best.score), Completion(worst.text, False, worst.score))

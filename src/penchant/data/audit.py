@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from penchant.data.converting import is_identical
 from penchant.data.load import IDENTICAL, Dataset, prompt_text, summary
 from penchant.data.split import first_text, prompt_key
 from penchant.data.tokenise import TokenisedDataset
@@ -118,11 +119,7 @@ def audit(
 
 def _identical(dataset: Dataset) -> Finding:
     where = [q.where for q in dataset.quarantined if q.what.startswith(IDENTICAL)]
-    where += [
-        t.source
-        for t in dataset.trees
-        if len(t.completions) == 2 and t.completions[0].text.strip() == t.completions[1].text.strip()
-    ]
+    where += [t.source for t in dataset.trees if is_identical(t)]
     return Finding('"chosen" equals "rejected"', len(where), dataset.total, tuple(where))
 
 
@@ -140,7 +137,7 @@ def _duplicates(dataset: Dataset) -> Finding:
             where.append(f"{t.source} (as {seen[key]})")
         else:
             seen[key] = t.source
-    return Finding("exact duplicates of an earlier row", len(where), dataset.accepted, tuple(where))
+    return Finding("exact duplicates of an earlier row", len(where), len(dataset.trees), tuple(where))
 
 
 def _contradictions(dataset: Dataset) -> Finding:
@@ -152,24 +149,24 @@ def _contradictions(dataset: Dataset) -> Finding:
         if other is not None and a != b:
             where.append(f"{t.source} (against {other})")
         seen.setdefault(_key(prompt, a, b), t.source)
-    return Finding("contradictions: the same pair the other way round", len(where), dataset.accepted, tuple(where))
+    return Finding("contradictions: the same pair the other way round", len(where), len(dataset.trees), tuple(where))
 
 
 def _labels(dataset: Dataset) -> dict[str, Finding]:
     """The share of good answers, and answers that are called both good and bad."""
     seen: dict[bytes, tuple[bool | None, str]] = {}
     where = []
-    for t in dataset.trees:
-        answer = t.completions[0]
+    answers = [(t, answer) for t in dataset.trees for answer in t.completions]
+    for t, answer in answers:
         key = _key(prompt_text(t.prompt), answer.text)
         label, other = seen.setdefault(key, (answer.label, t.source))
         if label != answer.label:
             where.append(f"{t.source} (against {other})")
-    good = sum(bool(t.completions[0].label) for t in dataset.trees)
+    good = sum(bool(answer.label) for _, answer in answers)
     return {
-        "good_answers": Finding("answers labelled good", good, dataset.accepted, ()),
+        "good_answers": Finding("answers labelled good", good, len(answers), ()),
         "contradictions": Finding(
-            "contradictions: one answer labelled good and bad", len(where), dataset.accepted, tuple(where)
+            "contradictions: one answer labelled good and bad", len(where), len(answers), tuple(where)
         ),
     }
 
@@ -179,7 +176,7 @@ def _scores(dataset: Dataset) -> Finding:
     scores = np.array([c.score for t in dataset.trees for c in t.completions if c.score is not None])
     low, mid, high = np.quantile(scores, [0.25, 0.5, 0.75])
     note = f"quartiles {low:g}, {mid:g}, {high:g}"
-    return Finding("answers at or above the median score", int((scores >= mid).sum()), dataset.accepted, (), note)
+    return Finding("answers at or above the median score", int((scores >= mid).sum()), len(scores), (), note)
 
 
 def _length_bias(dataset: Dataset) -> Finding:
@@ -215,7 +212,7 @@ def _leakage(splits: Mapping[str, Dataset]) -> dict[str, Finding]:
                 if (key := prompt_key(t.prompt, first_text(t))) in prompts
             ]
             title = f"leakage: prompts of {b} that also stand in {a}"
-            found[f"leakage_{a}_{b}".replace(" ", "_")] = Finding(title, len(where), splits[b].accepted, tuple(where))
+            found[f"leakage_{a}_{b}".replace(" ", "_")] = Finding(title, len(where), len(splits[b].trees), tuple(where))
     return found
 
 

@@ -11,33 +11,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from penchant.data.converters import KINDS, LAYOUTS, RowError, detect_shape
+from penchant.data.converters import Detection, detect
+from penchant.data.converting import IDENTICAL, Quarantined, convert_rows, layout_named, renamed
 from penchant.data.formats import BadRow, Row, read_rows
 from penchant.errors import DataError
 from penchant.types import Message, PromptTree
 
-IDENTICAL = '"chosen" equals "rejected"'
+__all__ = ["IDENTICAL", "Dataset", "Quarantined", "from_rows", "load_preferences"]
 
-
-@dataclass(frozen=True, slots=True)
-class Quarantined:
-    """A row that was kept aside: where it stands, what is wrong, how to mend it, and the row itself."""
-
-    where: str
-    what: str
-    how: str
-    raw: Any
+FIRST_ROWS = 100  # what detection looks at
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
     """Prompt trees and what was kept aside.
 
+    A row gives one tree in most layouts, several in some, and in others many rows together give some (see `Layout`); what is
+    counted here are rows, and ``len(trees)`` is the number of examples.
+
     Args:
-        trees: accepted rows in file order; shape: the layout they came in; kind: ``pairs``, ``unpaired`` (labels), ``scored``,
-            ``prompts``, ``sft`` or ``text``.
-        total: rows read; quarantined: rows kept aside.
+        trees: in file order; shape: the layout they came in; kind: ``pairs``, ``unpaired`` (labels), ``scored``, ``prompts``,
+            ``sft`` or ``text``.
+        total: rows read; quarantined: rows kept aside; accepted: rows that gave trees (default: one for each tree).
         fingerprint: SHA-256 over the trees' content.
+        detection: why it is this layout; None where a person named it.
     """
 
     trees: tuple[PromptTree, ...]
@@ -46,21 +43,20 @@ class Dataset:
     total: int
     quarantined: tuple[Quarantined, ...]
     fingerprint: str
+    accepted: int = -1
+    detection: Detection | None = None
 
     def __post_init__(self) -> None:
-        if len(self.trees) + len(self.quarantined) != self.total:
-            raise AssertionError(
-                f"{len(self.trees)} accepted + {len(self.quarantined)} quarantined != {self.total} rows"
-            )
-
-    @property
-    def accepted(self) -> int:
-        return len(self.trees)
+        if self.accepted < 0:
+            object.__setattr__(self, "accepted", len(self.trees))
+        if self.accepted + len(self.quarantined) != self.total:
+            raise AssertionError(f"{self.accepted} accepted + {len(self.quarantined)} quarantined != {self.total} rows")
 
     def subset(self, indices: Sequence[int]) -> Dataset:
-        """The accepted rows at `indices`, as a data set of its own."""
+        """The trees at `indices`, as a data set of its own that has a row for each."""
         trees = tuple(self.trees[i] for i in indices)
-        return replace(self, trees=trees, total=len(trees), quarantined=(), fingerprint=fingerprint(trees))
+        rows = len(trees)
+        return replace(self, trees=trees, total=rows, accepted=rows, quarantined=(), fingerprint=fingerprint(trees))
 
 
 def load_preferences(
@@ -71,76 +67,99 @@ def load_preferences(
     on_bad_row: str = "error",
     identical: str = "bad_row",
     limit: int | None = None,
+    layout_options: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Read files or hub ids into prompt trees.
 
     Args:
         path: one or several of .json, .jsonl(.gz), .csv, .tsv, .parquet, .txt, or a hub id ``owner/name[:split]``.
-        shape: ``auto`` looks at the columns; or pairs, hh, alpaca_pairs, unpaired, scored, prompts, sft, messages, text.
+        shape: ``auto`` looks at the columns; or a layout that `penchant data formats` lists.
         columns: ``{our field: your column}``.
         on_bad_row: ``error`` stops at the first bad row, ``skip`` keeps bad rows aside.
         identical: ``bad_row`` or ``keep``: what a pair with chosen == rejected is.
         limit: read the first n rows only.
+        layout_options: what can be chosen about the layout, see `penchant data formats NAME`.
 
     Raises:
+        ConfigError: an unknown layout, or an option that it does not have.
         DataError: ``file:line: what; how to mend it``.
     """
     paths = [path] if isinstance(path, str) else [str(p) for p in path]
     rows = itertools.chain.from_iterable(read_rows(p) for p in paths)
-    return _collect(rows, ", ".join(paths), shape, columns or {}, on_bad_row, identical, limit)
+    reading = _Reading(shape, columns or {}, on_bad_row, identical, limit, layout_options or {})
+    return _collect(rows, ", ".join(paths), reading)
 
 
 def from_rows(rows: Iterable[Mapping[str, Any]], *, name: str = "rows", shape: str = "auto", **options: Any) -> Dataset:
     """The same from rows in memory; options as for `load_preferences`."""
     numbered = (Row(f"{name}:{i}", r) for i, r in enumerate(rows, 1))
-    return _collect(
-        numbered,
-        name,
+    reading = _Reading(
         shape,
         options.get("columns") or {},
         options.get("on_bad_row", "error"),
         options.get("identical", "bad_row"),
         options.get("limit"),
+        options.get("layout_options") or {},
     )
+    return _collect(numbered, name, reading)
 
 
-def _collect(
-    rows: Iterable[Row | BadRow],
-    name: str,
-    shape: str,
-    columns: Mapping[str, str],
-    on_bad_row: str,
-    identical: str,
-    limit: int | None,
-) -> Dataset:
-    stream: Iterator[Row | BadRow] = iter(itertools.islice(rows, limit))
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How rows are read; see `load_preferences`."""
+
+    shape: str
+    columns: Mapping[str, str]
+    on_bad_row: str
+    identical: str
+    limit: int | None
+    layout_options: Mapping[str, Any]
+
+
+def _collect(rows: Iterable[Row | BadRow], name: str, reading: _Reading) -> Dataset:
+    stream: Iterator[Row | BadRow] = iter(itertools.islice(rows, reading.limit))
+    shape, detection = reading.shape, None
     if shape == "auto":
-        first = list(itertools.islice(stream, 100))
-        found = detect_shape(_renamed(r.values, columns) for r in first if isinstance(r, Row))
-        if found is None:
-            _raise_first_bad(first)
-            raise DataError(
-                name,
-                _no_shape(first),
-                "map your columns, e.g. data.columns={prompt: question, chosen: good, rejected: bad}",
-            )
-        shape, stream = found, itertools.chain(first, stream)
+        first = list(itertools.islice(stream, FIRST_ROWS))
+        shape, detection = _detected(first, name, reading.columns)
+        stream = itertools.chain(first, stream)
+    layout = layout_named(shape)
+    options = layout.settings(reading.layout_options)
     trees: list[PromptTree] = []
     aside: list[Quarantined] = []
-    for row in stream:
-        result = _convert(row, shape, columns, identical)
-        if isinstance(result, PromptTree):
-            trees.append(result)
-        elif on_bad_row == "error":
-            raise DataError(
-                result.where, result.what, result.how + " (or set data.on_bad_row=skip to keep such rows aside)"
-            )
-        else:
-            aside.append(result)
+    accepted = 0
+    for made in convert_rows(stream, layout, options, reading.columns, reading.identical):
+        if made.aside and reading.on_bad_row == "error" and not made.left_out:
+            bad = made.aside[0]
+            raise DataError(bad.where, bad.what, bad.how + " (or set data.on_bad_row=skip to keep such rows aside)")
+        accepted += made.rows if made.trees else 0
+        trees += made.trees
+        aside += made.aside
     if not trees:
         reasons = "; ".join(f"{n}x {what}" for what, n in Counter(q.what for q in aside).most_common(3))
         raise DataError(name, f"none of {len(aside)} rows could be used ({reasons})", "mend the rows or set data.shape")
-    return Dataset(tuple(trees), shape, KINDS[shape], len(trees) + len(aside), tuple(aside), fingerprint(trees))
+    kind, total = layout.kind_of(options), accepted + len(aside)
+    return Dataset(tuple(trees), shape, kind, total, tuple(aside), fingerprint(trees), accepted, detection)
+
+
+def _detected(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]) -> tuple[str, Detection]:
+    """The layout of the first rows.
+
+    Raises:
+        DataError: they are of none.
+    """
+    found = detect(renamed(r.values, columns) for r in first if isinstance(r, Row))
+    if found.layout is not None:
+        return found.layout, found
+    _raise_first_bad(first)
+    if found.how:
+        raise DataError(name, found.why, found.how)
+    raise DataError(
+        name,
+        _no_shape(first),
+        "map your columns, e.g. data.columns={prompt: question, chosen: good, rejected: bad}, or name the layout with "
+        "data.shape (`penchant data formats` lists them)",
+    )
 
 
 def _raise_first_bad(rows: Sequence[Row | BadRow]) -> None:
@@ -152,30 +171,6 @@ def _raise_first_bad(rows: Sequence[Row | BadRow]) -> None:
 def _no_shape(rows: Sequence[Row | BadRow]) -> str:
     columns = sorted({str(c) for r in rows if isinstance(r, Row) for c in r.values})
     return f"the columns ({', '.join(columns) or 'none'}) are of no known shape"
-
-
-def _renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
-    if not columns:
-        return values
-    taken = set(columns.values())
-    kept = {k: v for k, v in values.items() if k not in taken and k not in columns}
-    return kept | {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
-
-
-def _convert(row: Row | BadRow, shape: str, columns: Mapping[str, str], identical: str) -> PromptTree | Quarantined:
-    if isinstance(row, BadRow):
-        return Quarantined(row.where, row.what, row.how, row.raw)
-    try:
-        (tree,) = LAYOUTS[shape].convert(_renamed(row.values, columns), {})
-    except RowError as error:
-        return Quarantined(row.where, error.what, error.how, dict(row.values))
-    if (
-        identical != "keep"
-        and len(tree.completions) == 2
-        and tree.completions[0].text.strip() == tree.completions[1].text.strip()
-    ):
-        return Quarantined(row.where, IDENTICAL, "drop it or set data.identical=keep", dict(row.values))
-    return replace(tree, source=row.where)
 
 
 def fingerprint(trees: Iterable[PromptTree]) -> str:
@@ -198,7 +193,15 @@ def summary(dataset: Dataset) -> str:
     reasons = Counter(q.what for q in dataset.quarantined).most_common(4)
     shown = f" ({'; '.join(f'{n} x {what}' for what, n in reasons)})" if reasons else ""
     total, kept, aside = dataset.total, dataset.accepted, len(dataset.quarantined)
-    return f"{total:,} rows ({dataset.shape}) = {kept:,} accepted + {aside:,} quarantined{shown}"
+    examples = f", {len(dataset.trees):,} examples" if len(dataset.trees) != kept else ""
+    return f"{total:,} rows ({dataset.shape}) = {kept:,} accepted + {aside:,} quarantined{shown}{examples}"
+
+
+def layout_line(dataset: Dataset, name: str) -> str:
+    """``train.jsonl: layout hh (columns chosen, rejected hold ...); other fits: pairs; override with data.shape=NAME``."""
+    if dataset.detection is None:
+        return f"{name}: layout {dataset.shape}, as data.shape says"
+    return dataset.detection.sentence(name)
 
 
 def write_quarantine(quarantined: Sequence[Quarantined], folder: Path, name: str) -> Path | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from penchant.data.converters import LAYOUTS
 from penchant.schema import Section
 
 
@@ -17,9 +19,10 @@ class DataConfig(Section):
     validation_rows: int | None = Field(None, ge=1, description="rows to hold out, by prompt")
     validation_fraction: float | None = Field(None, gt=0, lt=1, description="share of rows to hold out, by prompt")
     split_seed: int | None = Field(None, ge=0, lt=2**31, description="of what is held out; default: train.seed")
-    shape: Literal[
-        "auto", "pairs", "hh", "alpaca_pairs", "unpaired", "scored", "prompts", "sft", "messages", "text"
-    ] = Field("auto", description="layout of a row")
+    shape: str = Field("auto", description="layout of a row: auto, or one that `penchant data formats` lists")
+    layout_options: dict[str, Any] = Field(
+        default_factory=dict, description="what can be chosen about the layout: `penchant data formats NAME`"
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="our field: your column")
     template: Literal["auto", "chat", "plain"] = Field("auto", description="how a prompt becomes text")
     max_length: int = Field(1024, ge=8, description="tokens of prompt + longest completion")
@@ -38,6 +41,15 @@ class DataConfig(Section):
         "off", description="scored rows for a loss on pairs: the best against the worst answer of each prompt"
     )
     limit: int | None = Field(None, ge=1, description="read the first n rows only")
+
+    @field_validator("shape")
+    @classmethod
+    def _known_layout(cls, name: str) -> str:
+        if name == "auto" or name in LAYOUTS:
+            return name
+        near = difflib.get_close_matches(name, LAYOUTS, 1)
+        how = f'did you mean "{near[0]}"?' if near else f"choose auto or one of {', '.join(LAYOUTS)}"
+        raise ValueError(f"{name!r} is no layout; {how}")
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> DataConfig:

@@ -35,11 +35,13 @@ def split_by_prompt(
     Raises:
         DataError: too few rows or prompts to leave something on both sides.
     """
-    wanted = validation_rows if validation_rows is not None else round((validation_fraction or 0.0) * dataset.accepted)
-    if not 0 < wanted < dataset.accepted:
+    wanted = (
+        validation_rows if validation_rows is not None else round((validation_fraction or 0.0) * len(dataset.trees))
+    )
+    if not 0 < wanted < len(dataset.trees):
         raise DataError(
             "data.validation_rows",
-            f"{wanted} of {dataset.accepted} rows cannot be held out",
+            f"{wanted} of {len(dataset.trees)} rows cannot be held out",
             "leave at least one row on both sides",
         )
     groups: dict[str, list[int]] = defaultdict(list)
@@ -60,7 +62,7 @@ def split_by_prompt(
             "hold out more rows, give data.eval_path, or leave both out (data.validation_fraction=null)",
         )
     outside = set(held)
-    return dataset.subset([i for i in range(dataset.accepted) if i not in outside]), dataset.subset(sorted(held))
+    return dataset.subset([i for i in range(len(dataset.trees)) if i not in outside]), dataset.subset(sorted(held))
 
 
 def _draw(seed: int, key: str) -> bytes:

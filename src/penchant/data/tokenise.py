@@ -91,6 +91,8 @@ def tokenise(
     render, name = renderer(template, tokenizer, dataset.kind)
     rendered = [_try(render, tree) for tree in dataset.trees]
     encoded = _encode(tokenizer, rendered)
+    if dataset.kind == "scored":  # two answers with equal scores or texts are no pair
+        identical = "keep"
     fit = _Fitter(tokenizer, max_length, truncation, identical, add_eos, dataset.kind == "text")
     trees: list[TokenTree] = []
     aside: list[Quarantined] = []

@@ -87,6 +87,7 @@ class Material:
             columns=data.columns,
             on_bad_row=data.on_bad_row,
             identical=data.identical,
+            layout_options=data.layout_options,
             limit=data.limit if own_limit else None,
         )
         if rows.kind == "text":

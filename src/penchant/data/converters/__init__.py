@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from penchant.data.converters import plain
+from penchant.data.converters import compared, factory, oasst, plain, rated
 from penchant.data.converters.basic import (
     from_alpaca_pairs,
     from_hh,
+    from_implicit_pairs,
     from_messages,
     from_pairs,
     from_prompts,
@@ -18,7 +19,15 @@ from penchant.data.converters.basic import (
     from_text,
     from_unpaired,
 )
-from penchant.data.converters.fields import ROLES, RowError, label_field, messages_field, score_field, text_field
+from penchant.data.converters.fields import (
+    ROLES,
+    LeftOut,
+    RowError,
+    label_field,
+    messages_field,
+    score_field,
+    text_field,
+)
 from penchant.data.converters.layout import Detection, Group, Layout, Option
 from penchant.types import PromptTree
 
@@ -30,12 +39,14 @@ __all__ = [
     "Detection",
     "Group",
     "Layout",
+    "LeftOut",
     "Option",
     "RowError",
     "detect",
     "detect_shape",
     "from_alpaca_pairs",
     "from_hh",
+    "from_implicit_pairs",
     "from_messages",
     "from_pairs",
     "from_prompts",
@@ -53,9 +64,33 @@ __all__ = [
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        plain.ALPACA_PAIRS,
+        rated.ULTRAFEEDBACK,
+        rated.BINARIZED,
+        rated.HELPSTEER,
+        rated.HELPSTEER2_PAIRS,
+        rated.HELPSTEER3_PAIRS,
+        compared.SHP,
+        compared.PKU,
+        compared.TLDR,
+        compared.ARENA,
+        compared.ARENA_55K,
+        compared.LMSYS,
+        oasst.OASST,
+        oasst.OASST_FLAT,
+        rated.ARGILLA_RATINGS,
+        rated.ARGILLA_PAIRS,
+        rated.DISTILABEL,
+        factory.SHAREGPT_PAIRS,
+        factory.SHAREGPT_KTO,
+        factory.SHAREGPT,
+        factory.ALPACA_PAIRS,
+        factory.ALPACA_KTO,
+        factory.ALPACA_SCORED,
+        factory.ALPACA,
         plain.HH,
+        rated.ORCA_PAIRS,
         plain.PAIRS,
+        plain.IMPLICIT_PAIRS,
         plain.UNPAIRED,
         plain.SCORED,
         plain.SFT,
@@ -78,17 +113,34 @@ SHAPES: dict[str, Callable[[Mapping[str, Any]], PromptTree]] = {
 }
 
 
+STEPWISE = (
+    "this is stepwise supervision (a list of completions with a list of labels), which no method here learns from"
+)
+
+
+def _stepwise(row: Mapping[str, Any]) -> bool:
+    """TRL's stepwise supervision: the steps of one answer, each with a label."""
+    return "prompt" in row and isinstance(row.get("completions"), list) and isinstance(row.get("labels"), list)
+
+
 def detect(rows: Iterable[Mapping[str, Any]]) -> Detection:
     """The layout that most of the rows have, by their columns and what stands in them; nothing is converted."""
     votes: Counter[str] = Counter()
     fits: Counter[str] = Counter()
     for row in rows:
+        if _stepwise(row):
+            votes["stepwise"] += 1
+            continue
         found = [name for name, layout in LAYOUTS.items() if layout.fits(row)]
         fits.update(found)
         votes.update(found[:1])
     if not votes:
         return Detection(None, "the columns are of no known layout")
     name = max(votes, key=lambda n: votes[n])  # the earlier one of equals: a Counter keeps the order of what it met
+    if name == "stepwise":
+        return Detection(
+            None, STEPWISE, how="there are no process rewards here; make one completion and one label of it"
+        )
     others = tuple(n for n in LAYOUTS if n != name and 2 * fits[n] >= votes[name])
     return Detection(name, LAYOUTS[name].why, others)
 

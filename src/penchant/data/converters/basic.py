@@ -8,36 +8,67 @@ from typing import Any
 
 from penchant.data.converters.fields import (
     RowError,
+    answered,
+    as_message,
+    as_text,
+    items_field,
     label_field,
     messages_field,
+    number_field,
+    prompt_field,
     score_field,
     split_last_answer,
+    text_alone,
     text_field,
+    with_system,
 )
 from penchant.types import Completion, Message, Prompt, PromptTree
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+# a pair's two scores, as the published files name them
+CHOSEN_SCORES = (
+    "chosen_score",
+    "score_chosen",
+    "chosen_rating",
+    "chosen-rating",
+    "rating_chosen",
+    "chosen_avg_rating",
+)
+REJECTED_SCORES = tuple(n.replace("chosen", "rejected") for n in CHOSEN_SCORES)
 
 
 def from_pairs(row: Mapping[str, Any]) -> PromptTree:
     """prompt/chosen/rejected, each as text or as chat messages; messages may hold the whole conversation."""
     if isinstance(row.get("chosen"), str):
-        prompt: Prompt = (
-            messages_field(row, "prompt") if isinstance(row.get("prompt"), list) else text_field(row, "prompt")
-        )
-        return _pair(prompt, text_field(row, "chosen"), text_field(row, "rejected"), row)
+        return pair(prompt_field(row), text_field(row, "chosen"), text_field(row, "rejected"), row)
     if not isinstance(row.get("chosen"), list):
         text_field(row, "chosen")  # says what is wrong with it
     before_chosen, chosen = split_last_answer(messages_field(row, "chosen"), "chosen")
     before_rejected, rejected = split_last_answer(messages_field(row, "rejected"), "rejected")
     if before_chosen != before_rejected:
         raise RowError("the conversations before the two answers differ", "both must answer the same prompt")
-    given = row.get("prompt")
     if before_chosen:  # the conversation is whole; a prompt column beside it repeats its question
-        return _pair(before_chosen, chosen, rejected, row)
-    if isinstance(given, list):
-        return _pair(messages_field(row, "prompt"), chosen, rejected, row)
-    return _pair((Message("user", text_field(row, "prompt")),), chosen, rejected, row)
+        return pair(before_chosen, chosen, rejected, row)
+    prompt = prompt_field(row)
+    return pair((Message("user", prompt),) if isinstance(prompt, str) else prompt, chosen, rejected, row)
+
+
+def from_implicit_pairs(row: Mapping[str, Any]) -> PromptTree:
+    """chosen/rejected texts that start alike: what they share is the prompt, up to the last white space before they part."""
+    chosen, rejected = text_field(row, "chosen"), text_field(row, "rejected")
+    if chosen == rejected:
+        raise RowError('"chosen" equals "rejected"', "drop the row")
+    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    end = min(len(chosen), len(rejected)) if shared is None else shared
+    while end and not chosen[end - 1].isspace():  # a word is not cut in two
+        end -= 1
+    while end and chosen[end - 1].isspace():  # the space belongs to the answer
+        end -= 1
+    if not chosen[:end].strip():
+        raise RowError('"chosen" and "rejected" share no start that could be the prompt', 'give a "prompt" column')
+    return pair(
+        chosen[:end], as_text(chosen[end:], "the chosen answer"), as_text(rejected[end:], "the rejected answer"), row
+    )
 
 
 def from_hh(row: Mapping[str, Any]) -> PromptTree:
@@ -48,7 +79,7 @@ def from_hh(row: Mapping[str, Any]) -> PromptTree:
         raise RowError(
             "the two transcripts differ before their last answer", "both must answer the same prompt; drop the row"
         )
-    return _pair(before_chosen, chosen, rejected, row)
+    return pair(before_chosen, chosen, rejected, row)
 
 
 def _transcript(text: str, name: str) -> tuple[tuple[Message, ...], str]:
@@ -68,15 +99,25 @@ def _transcript(text: str, name: str) -> tuple[tuple[Message, ...], str]:
 
 
 def from_alpaca_pairs(row: Mapping[str, Any]) -> PromptTree:
-    """instruction (+ input) with chosen/rejected."""
-    return _pair(_instruction(row), text_field(row, "chosen"), text_field(row, "rejected"), row)
+    """instruction (+ input, system, history) with chosen/rejected, as text or as one message each."""
+    return pair(instructed(row), answer_field(row, "chosen"), answer_field(row, "rejected"), row)
+
+
+def answer_field(row: Mapping[str, Any], name: str) -> str:
+    """An answer: text, or one assistant message."""
+    if not isinstance(row.get(name), Mapping):
+        return text_field(row, name)
+    message = as_message(row[name], f'"{name}"')
+    if message.role != "assistant":
+        raise RowError(f'"{name}" is a turn of the {message.role}', "the answer must be an assistant turn")
+    return message.content
 
 
 def from_sft(row: Mapping[str, Any]) -> PromptTree:
     """prompt/completion, as text or as messages; or instruction (+ input) with output."""
     if "instruction" in row and "prompt" not in row:
-        return PromptTree(_instruction(row), (Completion(text_field(row, "output")),))
-    prompt: Prompt = messages_field(row, "prompt") if isinstance(row.get("prompt"), list) else text_field(row, "prompt")
+        return from_alpaca(row)
+    prompt = prompt_field(row)
     if isinstance(row.get("completion"), list):
         _, answer = split_last_answer(messages_field(row, "completion"), "completion")
         prompt = prompt if isinstance(prompt, tuple) else (Message("user", prompt),)
@@ -84,19 +125,41 @@ def from_sft(row: Mapping[str, Any]) -> PromptTree:
     return PromptTree(prompt, (Completion(text_field(row, "completion")),))
 
 
+def from_alpaca(row: Mapping[str, Any]) -> PromptTree:
+    """instruction (+ input, system, history) with output."""
+    return PromptTree(instructed(row), (Completion(text_field(row, "output")),))
+
+
 def from_messages(row: Mapping[str, Any]) -> PromptTree:
     """One conversation; its last assistant turn is the completion."""
-    name = "messages" if "messages" in row else "conversations"
-    before, answer = split_last_answer(messages_field(row, name), name)
-    if not before:
-        raise RowError(f'"{name}" has no turn before the answer', "give the prompt as a user turn")
+    name = conversation_name(row)
+    before, answer = answered(conversation(row), name)
     return PromptTree(before, (Completion(answer),))
+
+
+def conversation_name(row: Mapping[str, Any]) -> str:
+    """The column with the conversation."""
+    return "messages" if "messages" in row else "conversations"
+
+
+def conversation(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """All turns of a row's conversation, behind its system prompt."""
+    text_alone(row)
+    return with_system(row, messages_field(row, conversation_name(row)))
+
+
+def every_answer(messages: tuple[Message, ...]) -> tuple[PromptTree, ...]:
+    """One tree for each assistant turn that follows a user turn."""
+    return tuple(
+        PromptTree(messages[:i], (Completion(turn.content),))
+        for i, turn in enumerate(messages)
+        if i and turn.role == "assistant" and messages[i - 1].role == "user"
+    )
 
 
 def from_prompts(row: Mapping[str, Any]) -> PromptTree:
     """A prompt alone: what online methods write their own completions to."""
-    prompt: Prompt = messages_field(row, "prompt") if isinstance(row.get("prompt"), list) else text_field(row, "prompt")
-    return PromptTree(prompt, ())
+    return PromptTree(prompt_field(row), ())
 
 
 def from_text(row: Mapping[str, Any]) -> PromptTree:
@@ -104,10 +167,26 @@ def from_text(row: Mapping[str, Any]) -> PromptTree:
     return PromptTree("", (Completion(text_field(row, "text")),))
 
 
-def _instruction(row: Mapping[str, Any]) -> str:
+def instructed(row: Mapping[str, Any]) -> Prompt:
+    """instruction (+ input) as text; as messages where there is a system prompt or a history of [question, answer] pairs."""
+    text_alone(row)
     instruction = text_field(row, "instruction")
     extra = row.get("input")
-    return f"{instruction}\n\n{extra}" if isinstance(extra, str) and extra.strip() else instruction
+    question = f"{instruction}\n\n{extra}" if isinstance(extra, str) and extra.strip() else instruction
+    turns = with_system(row, _history(row))
+    return (*turns, Message("user", question)) if turns else question
+
+
+def _history(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    if not row.get("history"):
+        return ()
+    turns: list[Message] = []
+    for i, exchange in enumerate(items_field(row, "history")):
+        if not isinstance(exchange, (list, tuple)) or len(exchange) != 2:
+            raise RowError(f'"history"[{i}] is not a question with its answer', 'write [["question", "answer"], ...]')
+        turns.append(Message("user", as_text(exchange[0], f'the question of "history"[{i}]')))
+        turns.append(Message("assistant", as_text(exchange[1], f'the answer of "history"[{i}]')))
+    return tuple(turns)
 
 
 def from_unpaired(row: Mapping[str, Any]) -> PromptTree:
@@ -118,16 +197,20 @@ def from_unpaired(row: Mapping[str, Any]) -> PromptTree:
 
 def from_scored(row: Mapping[str, Any]) -> PromptTree:
     """prompt/completion with a score: one answer and a number, higher is better."""
-    score = score_field(row, "score")
-    if score is None:
+    if row.get("score") is None:
         raise RowError('"score" is missing', "give a number, higher is better")
-    tree = from_sft(row)
+    score, tree = number_field(row, "score"), from_sft(row)
     return PromptTree(tree.prompt, (Completion(tree.completions[0].text, score=score),))
 
 
-def _pair(prompt: Prompt, chosen: str, rejected: str, row: Mapping[str, Any]) -> PromptTree:
-    """A pair, with its scores where the row has both (chosen_score and rejected_score, or score_chosen and score_rejected)."""
-    good, bad = score_field(row, "chosen_score", "score_chosen"), score_field(row, "rejected_score", "score_rejected")
+def pair(prompt: Prompt, chosen: str, rejected: str, row: Mapping[str, Any]) -> PromptTree:
+    """A pair, with its scores where the row has both (chosen_score and rejected_score, or one of the other known names)."""
+    good, bad = score_field(row, *CHOSEN_SCORES), score_field(row, *REJECTED_SCORES)
+    return scored_pair(prompt, chosen, rejected, good, bad)
+
+
+def scored_pair(prompt: Prompt, chosen: str, rejected: str, good: float | None, bad: float | None) -> PromptTree:
+    """A pair with both scores, or with none where one is missing."""
     if good is None or bad is None:
         good = bad = None
     return PromptTree(prompt, (Completion(chosen, True, good), Completion(rejected, False, bad)))

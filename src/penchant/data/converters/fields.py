@@ -6,24 +6,40 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from penchant.types import Message
+from penchant.types import Message, Prompt
 
 ROLES = {
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "bot": "assistant",
     "system": "system",
+    "developer": "system",
 }
+TOOL_ROLES = frozenset({"tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython"})
+WITHOUT_TOOLS = "penchant trains conversations without tools; drop the row"
 
 
 class RowError(Exception):
-    """A row that does not fit its shape: what is wrong, and how to mend it."""
+    """A row that does not fit its layout: what is wrong, and how to mend it."""
 
     def __init__(self, what: str, how: str) -> None:
         super().__init__(what)
         self.what, self.how = what, how
+
+
+class LeftOut(RowError):
+    """A sound row that an option of its layout leaves out, e.g. a tie: it is counted and kept aside, and stops nothing."""
+
+
+def shown(value: Any, length: int = 40) -> str:
+    """A value as a short text for a message, whatever it is."""
+    try:
+        return str(value)[:length]
+    except ValueError:  # an int of more digits than Python prints
+        return "a number of very many digits"
 
 
 def text_field(row: Mapping[str, Any], name: str) -> str:
@@ -32,9 +48,13 @@ def text_field(row: Mapping[str, Any], name: str) -> str:
         raise RowError(
             f'"{name}" is missing', f"there are {', '.join(sorted(map(str, row)))}; map columns with data.columns"
         )
-    value = row[name]
+    return as_text(row[name], f'"{name}"')
+
+
+def as_text(value: Any, what: str) -> str:
+    """A value as non-empty text; `what` names it in messages."""
     if value is None:
-        raise RowError(f'"{name}" is null', "give it a text or drop the row")
+        raise RowError(f"{what} is null", "give it a text or drop the row")
     if not isinstance(value, str):
         kind = (
             "boolean"
@@ -43,30 +63,53 @@ def text_field(row: Mapping[str, Any], name: str) -> str:
             if isinstance(value, (int, float))
             else type(value).__name__
         )
-        raise RowError(f'"{name}" is a {kind} ({str(value)[:40]})', "make it a string")
+        raise RowError(f"{what} is a {kind} ({shown(value)})", "make it a string")
     if not value.strip():
-        raise RowError(f'"{name}" is empty', "give it a text or drop the row")
+        raise RowError(f"{what} is empty", "give it a text or drop the row")
     return value
 
 
 def messages_field(row: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     """A field as a list of chat messages (role/content, or from/value)."""
     value = row.get(name)
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
         raise RowError(f'"{name}" is not a list of messages', 'write [{"role": "user", "content": "..."}, ...]')
-    messages = []
-    for i, turn in enumerate(value):
-        if not isinstance(turn, Mapping):
-            raise RowError(f'"{name}"[{i}] is not a message', 'write {"role": "user", "content": "..."}')
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in ROLES:
-            raise RowError(
-                f'"{name}"[{i}] has the role {role!r}', f"roles are {', '.join(sorted(set(ROLES.values())))}"
-            )
-        if not isinstance(content, str) or not content.strip():
-            raise RowError(f'"{name}"[{i}] has no content', "give it a text or drop the row")
-        messages.append(Message(ROLES[role], content))
-    return tuple(messages)
+    return tuple(as_message(turn, f'"{name}"[{i}]') for i, turn in enumerate(value))
+
+
+def as_message(turn: Any, what: str) -> Message:
+    """A role/content or from/value mapping as a message; `what` names it in messages."""
+    if not isinstance(turn, Mapping):
+        raise RowError(f"{what} is not a message", 'write {"role": "user", "content": "..."}')
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if (isinstance(role, str) and role in TOOL_ROLES) or turn.get("tool_calls") or turn.get("function_call"):
+        raise RowError(f"{what} is a tool turn", WITHOUT_TOOLS)
+    if not isinstance(role, str) or role not in ROLES:
+        raise RowError(f"{what} has the role {shown(role)!r}", f"roles are {', '.join(sorted(set(ROLES.values())))}")
+    if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
+        content = _joined_parts(content, what)
+    if not isinstance(content, str) or not content.strip():
+        raise RowError(f"{what} has no content", "give it a text or drop the row")
+    return Message(ROLES[role], content)
+
+
+def _joined_parts(parts: Sequence[Any], what: str) -> str:
+    """The text of a content that is a list of parts, as multimodal chats have it."""
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
+        if not isinstance(text, str):
+            raise RowError(f"{what} holds something other than text", "penchant trains on text alone; drop the row")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def answered(messages: tuple[Message, ...], name: str) -> tuple[tuple[Message, ...], str]:
+    """What is before the last assistant turn, and that turn's text; there must be a turn before it."""
+    before, answer = split_last_answer(messages, name)
+    if not before:
+        raise RowError(f'"{name}" has no turn before the answer', "give the prompt as a user turn")
+    return before, answer
 
 
 def split_last_answer(messages: tuple[Message, ...], name: str) -> tuple[tuple[Message, ...], str]:
@@ -76,20 +119,78 @@ def split_last_answer(messages: tuple[Message, ...], name: str) -> tuple[tuple[M
     return messages[:-1], messages[-1].content
 
 
+def system_turn(row: Mapping[str, Any], name: str = "system") -> tuple[Message, ...]:
+    """The system prompt of a column as a message; nothing where the column is missing, null or empty."""
+    value = row.get(name)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return ()
+    return (Message("system", as_text(value, f'"{name}"')),)
+
+
+def with_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Messages with the row's system prompt in front; one that they hold themselves goes first, as LLaMA-Factory has it."""
+    return messages if messages and messages[0].role == "system" else system_turn(row) + messages
+
+
+def asked(row: Mapping[str, Any], question: str) -> tuple[Message, ...]:
+    """A question as a user turn, behind the row's system prompt."""
+    return with_system(row, (Message("user", question),))
+
+
+def prompt_field(row: Mapping[str, Any], name: str = "prompt") -> Prompt:
+    """A prompt as text, or as chat messages."""
+    return messages_field(row, name) if isinstance(row.get(name), list) else text_field(row, name)
+
+
+def text_alone(row: Mapping[str, Any]) -> None:
+    """Refuses rows with tools, pictures, sound or films.
+
+    Raises:
+        RowError: there are some.
+    """
+    if row.get("tools"):
+        raise RowError('"tools" describes tools', WITHOUT_TOOLS)
+    for name in ("images", "videos", "audios"):
+        if row.get(name):
+            raise RowError(f'"{name}" is not empty', "penchant trains on text alone; drop the row")
+
+
+def number(value: Any) -> float | None:
+    """A value as a finite number; None where it is none (a boolean is none)."""
+    try:
+        found = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
 def score_field(row: Mapping[str, Any], *names: str) -> float | None:
     """The first of the named fields that is there, as a finite number; None where there is none of them."""
     for name in names:
         value = row.get(name)
         if value is None:
             continue
-        try:
-            number = float(value) if not isinstance(value, bool) else math.nan
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise RowError(f'"{name}" is {str(value)[:40]!r}', "make it a finite number")
-        return number
+        found = number(value)
+        if found is None:
+            raise RowError(f'"{name}" is {shown(value)!r}', "make it a finite number")
+        return found
     return None
+
+
+def number_field(row: Mapping[str, Any], name: str) -> float:
+    """A field that must be there, as a finite number."""
+    found = score_field(row, name)
+    if found is None:
+        raise RowError(f'"{name}" is missing', "give a finite number")
+    return found
+
+
+def index_field(row: Mapping[str, Any], name: str) -> int:
+    """A field that says 0 or 1."""
+    found = number_field(row, name)
+    if found not in (0.0, 1.0):
+        raise RowError(f'"{name}" is {shown(row[name])!r}', "it must be 0 or 1")
+    return int(found)
 
 
 LABELS = {
@@ -102,7 +203,35 @@ def label_field(row: Mapping[str, Any], name: str) -> bool:
     """A field as good (True) or bad (False)."""
     if row.get(name) is None:
         raise RowError(f'"{name}" is missing', "give true (a good answer) or false (a bad one)")
-    label = LABELS.get(str(row[name]).strip().lower())
+    label = LABELS.get(shown(row[name]).strip().lower())
     if label is None:
-        raise RowError(f'"{name}" is {str(row[name])[:40]!r}', "give true or false (or 1 or 0, good or bad)")
+        raise RowError(f'"{name}" is {shown(row[name])!r}', "give true or false (or 1 or 0, good or bad)")
     return label
+
+
+def holds_list(row: Mapping[str, Any], name: str, *keys: str) -> bool:
+    """Whether a field is a list whose first item is a mapping with these keys."""
+    value = row.get(name)
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, (str, bytes))
+        and len(value) > 0
+        and isinstance(value[0], Mapping)
+        and all(k in value[0] for k in keys)
+    )
+
+
+def items_field(row: Mapping[str, Any], name: str) -> Sequence[Any]:
+    """A field as a list that is not empty."""
+    value = row.get(name)
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
+        raise RowError(f'"{name}" is not a list', "give a list with something in it")
+    return value
+
+
+def mapping_field(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A field as a mapping."""
+    value = row.get(name)
+    if not isinstance(value, Mapping):
+        raise RowError(f'"{name}" is not an object', 'write {"...": ...}')
+    return value

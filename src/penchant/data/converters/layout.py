@@ -62,8 +62,7 @@ class Group:
     """How rows that belong together become one.
 
     Args:
-        key: what all rows of a group share; they stand together in the published files, so one group at a time is in memory.
-        fold: the rows of a group as one row that the layout converts.
+        key: what all rows of a group share, or a `RowError`; fold: the rows of a group as one row that the layout converts.
     """
 
     key: Callable[[Fields], str]
@@ -83,7 +82,7 @@ class Layout:
         columns: what detection looks for; check: what else must hold of a row; shows: that in words.
         turn: a row and all options to its trees, or a `RowError`; use `convert`.
         summary: one line; example: a row in this layout; source: where it is published.
-        options: what can be chosen; group: how rows become one first.
+        options: what can be chosen; group: how rows become one first; rest: further rows of the example's group.
     """
 
     name: str
@@ -97,6 +96,7 @@ class Layout:
     check: Callable[[Fields], bool] = _anything
     shows: str = ""
     group: Group | None = None
+    rest: tuple[Fields, ...] = ()
 
     def convert(self, row: Fields, options: Fields) -> tuple[PromptTree, ...]:
         """The trees of a row (of a folded group, where there is `group`); options left out are at their defaults.
@@ -115,6 +115,11 @@ class Layout:
         """What detection saw."""
         names = ", ".join(self.columns)
         return f"column{'s' if len(self.columns) > 1 else ''} {names}{' ' if self.shows else ''}{self.shows}"
+
+    @property
+    def example_trees(self) -> tuple[PromptTree, ...]:
+        """What the example becomes, at the options' defaults."""
+        return self.convert(self.example if self.group is None else self.group.fold((self.example, *self.rest)), {})
 
     def settings(self, given: Fields, where: str = "data.layout_options") -> dict[str, Any]:
         """All options, with what a person chose.
@@ -143,8 +148,15 @@ class Detection:
 
     Args:
         layout: its name, None where none fits; why: what was seen; others: further layouts that these rows fit.
+        how: what to do about rows of no layout.
     """
 
     layout: str | None
     why: str
     others: tuple[str, ...] = ()
+    how: str = ""
+
+    def sentence(self, name: str) -> str:
+        """What to show where rows are loaded: the layout, why, what else fits, and how to choose another."""
+        others = f"; other fits: {', '.join(self.others)}" if self.others else ""
+        return f"{name}: layout {self.layout} ({self.why}){others}; override with data.shape=NAME"
