@@ -2,78 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
-from penchant.data.converters import LAYOUTS, Layout, RowError
-from penchant.data.formats import BadRow, Row
-from penchant.data.load import IDENTICAL
+from penchant.data.converters import Layout, RowError
+from penchant.data.converting import IDENTICAL, is_identical, layout_named
 from penchant.errors import ConfigError
 from penchant.types import Completion, Prompt, PromptTree
 
 Fields = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """Published rows that were read as one: one row, or the rows of a group.
-
-    Args:
-        where: the place of the first; rows: how many there were; values: what is converted.
-    """
-
-    where: str
-    rows: int
-    values: Fields
-
-
-def units(rows: Iterable[Row | BadRow], layout: Layout, columns: Mapping[str, str]) -> Iterator[Unit | BadRow]:
-    """Rows, with a person's column names turned into ours, put together where the layout's rows belong together."""
-    renamed = (r if isinstance(r, BadRow) else Row(r.where, rename(r.values, columns)) for r in rows)
-    group = layout.group
-    if group is None:
-        yield from (r if isinstance(r, BadRow) else Unit(r.where, 1, r.values) for r in renamed)
-        return
-    for _, members in groupby(renamed, key=_Key(group.key)):
-        held = list(members)
-        good = [r for r in held if isinstance(r, Row)]
-        yield from (r for r in held if isinstance(r, BadRow))
-        if good:
-            try:
-                yield Unit(good[0].where, len(good), group.fold([r.values for r in good]))
-            except RowError as error:
-                yield from (BadRow(r.where, error.what, error.how, dict(r.values)) for r in good)
-
-
-class _Key:
-    """What rows are grouped by; a row without a key is by itself, a row that cannot be read goes with those before it."""
-
-    def __init__(self, key: Callable[[Fields], str]) -> None:
-        self._key, self._last, self._alone = key, "", 0
-
-    def __call__(self, row: Row | BadRow) -> str:
-        if isinstance(row, Row):
-            try:
-                self._last = f"key {self._key(row.values)}"
-            except (RowError, KeyError, TypeError):
-                self._alone += 1
-                self._last = f"alone {self._alone}"
-        return self._last
-
-
-def rename(values: Fields, columns: Mapping[str, str]) -> Fields:
-    """A row with our names in place of a person's (`{ours: theirs}`)."""
-    if not columns:
-        return values
-    taken = set(columns.values())
-    kept = {k: v for k, v in values.items() if k not in taken and k not in columns}
-    return kept | {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# as what
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,25 +22,26 @@ class Way:
     options: Mapping[str, Any]
     kind: str
 
-    def trees(self, values: Fields) -> tuple[PromptTree, ...]:
-        """The trees of a row, as what was asked for.
+    def turning(self, before: Callable[[Fields], Fields]) -> Layout:
+        """The layout, with what was asked for in place of what it gives by itself.
 
-        Raises:
-            RowError: the row does not fit, or has nothing of that kind.
+        Args:
+            before: a row (or folded group) to what is converted; it raises `LeftOut` for one that a filter leaves out.
         """
-        found = self.layout.convert(values, self.options)
-        for tree in found:
-            texts = [c.text.strip() for c in tree.completions]
-            if self.layout.kind == "pairs" and len(texts) == 2 and texts[0] == texts[1]:
-                raise RowError(IDENTICAL, "there is nothing to prefer; the row is kept aside")
-        turned = tuple(t for tree in found for t in TURNS[self.kind](tree))
-        if not turned:
-            raise RowError(f"has nothing that can be {self.kind} data", "choose another --as")
-        return turned
+
+        def turn(values: Fields, options: Fields) -> tuple[PromptTree, ...]:
+            found = self.layout.convert(before(values), options)
+            turned = tuple(t for tree in found for t in TURNS[self.kind](tree))
+            if not turned:
+                raise RowError(f"has nothing that can be {self.kind} data", "choose another --as")
+            return turned
+
+        return replace(self.layout, turn=turn)
 
 
 # what a layout gives where a person asks for something else: options of the layout, tried in this order
-_OPTIONS = {"sft": ("sft",), "prompts": ("prompts",), "unpaired": ("sft",)}
+_OPTIONS = {"sft": ("sft",), "prompts": ("prompts",), "unpaired": ()}
+_TO_LABEL = ("sft",)
 
 
 def way_of(name: str, given: Mapping[str, Any], as_: str | None, labelled: bool) -> Way:
@@ -118,7 +57,7 @@ def way_of(name: str, given: Mapping[str, Any], as_: str | None, labelled: bool)
     wanted = dict(given)
     use = layout.options.get("use")
     if as_ is not None and use is not None and "use" not in wanted:
-        fitting = [choice for choice in _OPTIONS[as_] if choice in use.choices]
+        fitting = [c for c in (_TO_LABEL if labelled else _OPTIONS[as_]) if c in use.choices]
         wanted |= {"use": fitting[0]} if fitting else {}
     options = layout.settings(wanted, "--set")
     kind = layout.kind_of(options)
@@ -130,17 +69,6 @@ def way_of(name: str, given: Mapping[str, Any], as_: str | None, labelled: bool)
     if as_ == "unpaired" and kind in ("prompts", "text"):
         raise ConfigError("--as unpaired", f"rows of the layout {name} are {kind}, without answers to a prompt", "")
     return Way(layout, options, as_ or kind)
-
-
-def layout_named(name: str) -> Layout:
-    """A layout of the registry.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    if name not in LAYOUTS:
-        raise ConfigError("--layout", f"{name!r} is no layout", f"there are {', '.join(LAYOUTS)}")
-    return LAYOUTS[name]
 
 
 def _as_it_is(tree: PromptTree) -> list[PromptTree]:
@@ -163,6 +91,8 @@ def _as_sft(tree: PromptTree) -> list[PromptTree]:
 def _as_unpaired(tree: PromptTree) -> list[PromptTree]:
     """Each answer by itself; of a pair the first one is good."""
     pair = len(tree.completions) == 2
+    if is_identical(tree):
+        raise RowError(IDENTICAL, "it cannot be good and bad at once")
     return [
         replace(tree, completions=(replace(c, label=c.label if c.label is not None else (i == 0 if pair else None)),))
         for i, c in enumerate(tree.completions)
@@ -226,8 +156,3 @@ def prompts_of_transcript(values: Fields) -> Fields:
     if not said:
         raise RowError('"transcript" starts with an empty turn', "drop the row")
     return {"prompt": [{"role": "user", "content": said}]}
-
-
-def is_labelled(trees: Sequence[PromptTree]) -> bool:
-    """Whether every answer has a label."""
-    return all(c.label is not None for t in trees for c in t.completions)

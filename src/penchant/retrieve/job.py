@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from penchant.data.converters import detect
+from penchant.data.converting import renamed
 from penchant.data.formats import BadRow, Row
 from penchant.data.load import prompt_text
 from penchant.errors import CheckpointError, ConfigError, DataError
 from penchant.retrieve.catalogue import find
-from penchant.retrieve.convert import Way, rename, way_of
+from penchant.retrieve.convert import Way, way_of
 from penchant.retrieve.files import Counts, Pace, gigabytes, read_json, whole, write_json
 from penchant.retrieve.filters import filters_of
 from penchant.retrieve.hub import BLOCK, Hub, digest
@@ -73,7 +75,6 @@ def get_data(asked: GetRequest, say: Callable[[str], None] = lambda line: None, 
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
         with RunLock(work):
-            write_json(work / "request.json", asked.identity())
             result = _Job(asked, folder, work, say).run()
         shutil.rmtree(work)
         return result
@@ -107,7 +108,10 @@ def _check_folder(folder: Path, identity: Mapping[str, Any], redo: bool) -> Mapp
         ConfigError: the folder holds something else.
     """
     done = read_json(folder / "data.json")
-    begun = read_json(folder / WORK / "request.json") or (done.get("request") if isinstance(done, dict) else None)
+    converted = any((folder / WORK).glob("part-*[0-9].json"))  # what is only planned is no loss
+    begun = (read_json(folder / WORK / "request.json") if converted else None) or (
+        done.get("request") if isinstance(done, dict) else None
+    )
     anew = "choose another --output, or add --redo to make it anew in this one"
     if begun is None:
         taken = [name for name in OURS if (folder / name).exists()]
@@ -122,7 +126,7 @@ def _check_folder(folder: Path, identity: Mapping[str, Any], redo: bool) -> Mapp
         state = "holds" if done is not None else "holds the beginning of"
         shown = "".join(f"\n  {line}" for line in changed)
         raise ConfigError(str(folder), f"{state} what other arguments gave; old -> new:{shown}\n", anew)
-    if done is None or (folder / WORK / "request.json").exists():
+    if done is None or converted:
         return None
     for name, held in done["files"].items():
         path = folder / name
@@ -166,14 +170,14 @@ class _Job:
                         taken = _chain(first, taken)
                     way = ways.setdefault(source.layout, self._way(source)) if source.layout else ways[None]
                     converter = Converter(way, dict(self.asked.columns), filters, labeller, self._transcripts(source))
-                    counts = converter.convert(taken, part, Pace(self.say, source.path))
+                    counts = converter.convert(taken, source.path, part, Pace(self.say, source.path))
                 write_json(self.work / f"layout-{number:05d}.json", [way.layout.name, way.kind, dict(way.options)])
                 self.say(f"{source.path}: {counts.rows:,} rows, {counts.accepted:,} accepted")
             if self.asked.first:
                 left[self._limited(source)] = cast(int, limit) - counts.rows
             total.add(counts)
             read.append(_source_json(source, counts, whole=not self.asked.first))
-        self._check_kept(total, filters.languages)
+        self._check_kept(plan, total, filters.languages)
         layouts = [read_json(self.work / f"layout-{n:05d}.json") for n in range(len(read))]
         _check_kinds(layouts)
         return self._write(plan, read, layouts, total, labeller.sha256 if labeller else None)
@@ -195,6 +199,7 @@ class _Job:
             if source.layout is not None:
                 self._way(source)  # says now what cannot be converted
         write_json(self.work / "plan.json", plan.to_json())
+        write_json(self.work / "request.json", self.asked.identity())
         if plan.left_out:
             self.say(plan.left_out)
         return plan
@@ -217,7 +222,7 @@ class _Job:
         return way_of(source.layout, {**source.options, **self.asked.options}, self.asked.as_, labelled)
 
     def _detected(self, name: str, rows: list[Row | BadRow]) -> Way:
-        found = detect(rename(r.values, self.asked.columns) for r in rows if isinstance(r, Row))
+        found = detect(renamed(r.values, self.asked.columns) for r in rows if isinstance(r, Row))
         if found.layout is None:
             columns = sorted({str(c) for r in rows if isinstance(r, Row) for c in r.values})
             how = "map your columns, e.g. --columns prompt=question chosen=good rejected=bad, or name a --layout"
@@ -265,9 +270,11 @@ class _Job:
         with path.open("rb") as stream:
             yield read_stream(stream, source.path)
 
-    def _check_kept(self, total: Counts, languages: Mapping[str, int]) -> None:
+    def _check_kept(self, plan: Plan, total: Counts, languages: Mapping[str, int]) -> None:
+        """Something is left; otherwise nothing of this is worth continuing."""
         if total.accepted:
             return
+        (self.work / "request.json").unlink()
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in total.filtered.most_common()) or "none filtered"
         what = f"none of {total.rows:,} rows is left ({reasons}, {total.quarantined:,} quarantined)"
         common = sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:10]
@@ -275,12 +282,13 @@ class _Job:
             raise DataError(
                 "--language", what, f"the languages are {', '.join(f'{name} ({n:,})' for name, n in common)}"
             )
-        aside = next(
-            (p for p in (Part(self.work, n).aside for n in range(10_000)) if p.exists() and p.stat().st_size), None
-        )
-        raise DataError(
-            self.asked.name, what, f"see {aside}, or choose other options" if aside else "choose other options"
-        )
+        aside = (Part(self.work, n).aside for n in range(len(plan.sources)))
+        with_reason = next((p for p in aside if p.exists() and p.stat().st_size), None)
+        if with_reason is None:
+            raise DataError(self.asked.name, what, "choose other options")
+        with with_reason.open("rb") as stream:
+            q = json.loads(stream.readline())
+        raise DataError(q["where"], f"{q['what']}; {what}", q["how"])
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -329,8 +337,6 @@ class _Job:
         return splitter.assign(self.asked.split, self.asked.seed, keep_published=self.asked.published_splits)
 
     def _write_splits(self, parts: list[Part], assignment: Assignment) -> tuple[list[int], list[int]]:
-        import json
-
         rows, examples = [0, 0, 0], [0, 0, 0]
         where = iter(assignment.split.tolist())
         pace = Pace(self.say, "writing")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from penchant.data.converters import RowError
+from penchant.data.converters import LeftOut
+from penchant.data.converting import Converted, Quarantined, convert_rows
 from penchant.data.formats import BadRow, Row
-from penchant.retrieve.convert import Unit, Way, prompts_of_transcript, rows_of, units
+from penchant.retrieve.convert import Way, prompts_of_transcript, rows_of
 from penchant.retrieve.files import Counts, Pace, read_json, whole, write_json
 from penchant.retrieve.filters import Filters
 from penchant.retrieve.labels import BATCH, Labeller
-from penchant.types import PromptTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +32,32 @@ class Converter:
     labeller: Labeller | None
     transcripts: bool = False
 
-    def convert(self, rows: Iterable[Row | BadRow], part: Part, pace: Pace) -> Counts:
+    def convert(self, rows: Iterable[Row | BadRow], name: str, part: Part, pace: Pace) -> Counts:
         """Write a part: all of it, or nothing.
+
+        Args:
+            name: of the file, for messages.
 
         Raises:
             DataError: the file is damaged, or has not the column that a filter reads. RewardError: a function went wrong.
         """
         counts = Counts()
+        layout = self.way.turning(lambda values: self._before(values, name))
         with whole(part.rows) as out, whole(part.aside) as aside:
             writer = _Writer(out, aside, counts, self)
-            for unit in units(rows, self.way.layout, self.columns):
-                pace.step(1 if isinstance(unit, BadRow) else unit.rows)
-                writer.take(unit)
+            for made in convert_rows(rows, layout, self.way.options, self.columns, identical="keep"):
+                pace.step(made.rows)
+                writer.take(made)
             writer.flush()
         counts.check()
         write_json(part.done, counts.to_json())
         return counts
+
+    def _before(self, values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+        reason = self.filters.reason(values, name)
+        if reason is not None:
+            raise LeftOut(reason, "")
+        return prompts_of_transcript(values) if self.transcripts else values
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,72 +93,59 @@ class Part:
 
 @dataclass(slots=True)
 class _Writer:
-    """Converts units in their order; answers are labelled many at a time."""
+    """Writes what was converted, in its order; answers are labelled many at a time."""
 
     out: IO[bytes]
     aside: IO[bytes]
     counts: Counts
     how: Converter
-    waiting: list[tuple[Unit, tuple[PromptTree, ...]]] = None  # type: ignore[assignment]
+    waiting: list[Converted] = field(default_factory=list)
     answers: int = 0
 
-    def __post_init__(self) -> None:
-        self.waiting = []
-
-    def take(self, unit: Unit | BadRow) -> None:
-        if isinstance(unit, BadRow):
-            self.counts.rows += 1
-            self._quarantine(unit.where, 1, unit.what, unit.how, unit.raw)
-            return
-        self.counts.rows += unit.rows
-        reason = self.how.filters.reason(unit.values, unit.where)
-        if reason is not None:
-            self.counts.filtered[reason] += unit.rows
-            return
-        try:
-            values = prompts_of_transcript(unit.values) if self.how.transcripts else unit.values
-            trees = self.how.way.trees(values)
-        except RowError as error:
-            self._quarantine(unit.where, unit.rows, error.what, error.how, dict(unit.values))
-            return
-        if self.how.labeller is None:
-            self._write(unit, trees)
-            return
-        self.waiting.append((unit, trees))
-        self.answers += len(trees)
-        if self.answers >= BATCH:
-            self.flush()
+    def take(self, made: Converted) -> None:
+        self.counts.rows += made.rows
+        if made.left_out:
+            self.counts.filtered[made.aside[0].what] += made.rows
+        elif made.aside:
+            self.counts.quarantined += made.rows
+            for q in made.aside:
+                self._quarantine(q)
+        elif self.how.labeller is None:
+            self._write(made)
+        else:
+            self.waiting.append(made)
+            self.answers += len(made.trees)
+            if self.answers >= BATCH:
+                self.flush()
 
     def flush(self) -> None:
         """Label what waits, and write it."""
         if not self.waiting or self.how.labeller is None:
             return
-        labelled = iter(self.how.labeller.label([t for _, trees in self.waiting for t in trees]))
-        for unit, trees in self.waiting:
-            found = [next(labelled) for _ in trees]
+        labelled = iter(self.how.labeller.label([t for made in self.waiting for t in made.trees]))
+        for made in self.waiting:
+            found = [next(labelled) for _ in made.trees]
             kept = tuple(t for t in found if t is not None)
             if kept:
-                self.counts.unlabelled += len(trees) - len(kept)
-                self._write(unit, kept)
+                self.counts.unlabelled += len(found) - len(kept)
+                self._write(replace(made, trees=kept))
             else:
-                self.counts.filtered["no label"] += unit.rows
+                self.counts.filtered["no label"] += made.rows
         self.waiting, self.answers = [], 0
 
-    def _write(self, unit: Unit, trees: tuple[PromptTree, ...]) -> None:
-        rows = [row for tree in trees for row in rows_of(tree, self.how.way.kind)]
+    def _write(self, made: Converted) -> None:
+        rows = [row for tree in made.trees for row in rows_of(tree, self.how.way.kind)]
         try:
             line = json.dumps(rows, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            how = "drop the row, or mend its text"
-            self._quarantine(
-                unit.where, unit.rows, "holds half a surrogate pair, which is no text", how, dict(unit.values)
-            )
+            self.counts.quarantined += made.rows
+            what = "holds half a surrogate pair, which is no text"
+            self._quarantine(Quarantined(made.trees[0].source, what, "mend its text or drop it", rows))
             return
         self.out.write(line + b"\n")
-        self.counts.accepted += unit.rows
+        self.counts.accepted += made.rows
         self.counts.examples += len(rows)
 
-    def _quarantine(self, where: str, rows: int, what: str, how: str, raw: Any) -> None:
-        self.counts.quarantined += rows
-        held = {"where": where, "what": what, "how": how} | ({"rows": rows} if rows > 1 else {}) | {"row": raw}
+    def _quarantine(self, q: Quarantined) -> None:
+        held = {"where": q.where, "what": q.what, "how": q.how, "row": q.raw}
         self.aside.write(json.dumps(held, default=str).encode() + b"\n")

@@ -93,6 +93,8 @@ def make_plan(asked: GetRequest, hub: Hub) -> Plan:
         return local_plan(Path(asked.source).expanduser(), asked, spec)
     if spec is None and not is_hub_id(asked.name):
         raise unknown(asked.name)
+    if spec is not None:
+        chosen_subsets(spec, asked.subsets)  # says what is not there before the network is asked
     repository = hub.look(spec.hub if spec else asked.name, asked.revision or (spec.revision if spec else "main"))
     sources, left_out = hub_sources(repository.files, repository.configs, asked, spec)
     if not sources:
