@@ -75,6 +75,12 @@ def _as_it_is(tree: PromptTree) -> list[PromptTree]:
     return [tree]
 
 
+def _as_pairs(tree: PromptTree) -> list[PromptTree]:
+    if is_identical(tree):
+        raise RowError(IDENTICAL, "there is nothing to prefer")
+    return [tree]
+
+
 def _as_prompts(tree: PromptTree) -> list[PromptTree]:
     return [replace(tree, completions=())] if tree.prompt else []
 
@@ -100,7 +106,8 @@ def _as_unpaired(tree: PromptTree) -> list[PromptTree]:
 
 
 TURNS: dict[str, Callable[[PromptTree], list[PromptTree]]] = {
-    **dict.fromkeys(("pairs", "scored", "text"), _as_it_is),
+    **dict.fromkeys(("scored", "text"), _as_it_is),
+    "pairs": _as_pairs,
     "prompts": _as_prompts,
     "sft": _as_sft,
     "unpaired": _as_unpaired,

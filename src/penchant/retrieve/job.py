@@ -70,8 +70,9 @@ def get_data(asked: GetRequest, say: Callable[[str], None] = lambda line: None, 
         work = folder / WORK
         done = _check_folder(folder, asked.identity(), redo)
         if done is not None:
+            shutil.rmtree(work, ignore_errors=True)
             return GetResult(folder, done, fresh=False)
-        if read_json(work / "request.json") != asked.identity():
+        if redo or read_json(work / "request.json") != asked.identity():
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
         with RunLock(work):
@@ -107,32 +108,32 @@ def _check_folder(folder: Path, identity: Mapping[str, Any], redo: bool) -> Mapp
     Raises:
         ConfigError: the folder holds something else.
     """
-    done = read_json(folder / "data.json")
-    converted = any((folder / WORK).glob("part-*[0-9].json"))  # what is only planned is no loss
-    begun = (read_json(folder / WORK / "request.json") if converted else None) or (
-        done.get("request") if isinstance(done, dict) else None
-    )
+    done, mine = read_json(folder / "data.json"), dict(identity)
     anew = "choose another --output, or add --redo to make it anew in this one"
-    if begun is None:
+    converted = any((folder / WORK).glob("part-*[0-9].json"))  # what is only planned is no loss
+    begun = read_json(folder / WORK / "request.json") if converted else None
+    if done is None and begun is None:
         taken = [name for name in OURS if (folder / name).exists()]
         if taken:
             what = f"has a {taken[0]} that `penchant data get` did not write"
             raise ConfigError(str(folder), what, "choose another --output")
+    if redo or (done is None and begun is None):
         return None
-    if redo:
+    if done is not None and done["request"] == mine:
+        _check_files(folder, done, anew)
+        return cast(Mapping[str, Any], done)
+    if begun == mine:
         return None
-    changed = differences(begun, dict(identity))
-    if changed:
-        state = "holds" if done is not None else "holds the beginning of"
-        shown = "".join(f"\n  {line}" for line in changed)
-        raise ConfigError(str(folder), f"{state} what other arguments gave; old -> new:{shown}\n", anew)
-    if done is None or converted:
-        return None
+    state = "holds" if done is not None else "holds the beginning of"
+    changed = "".join(f"\n  {line}" for line in differences(done["request"] if done else begun, mine))
+    raise ConfigError(str(folder), f"{state} what other arguments gave; old -> new:{changed}\n", anew)
+
+
+def _check_files(folder: Path, done: Mapping[str, Any], anew: str) -> None:
     for name, held in done["files"].items():
         path = folder / name
         if not path.exists() or path.stat().st_size != held["bytes"]:
             raise ConfigError(str(path), "was changed or removed since it was written", anew)
-    return cast(Mapping[str, Any], done)
 
 
 @dataclass(slots=True)
@@ -317,7 +318,7 @@ class _Job:
             "layout_options": options,
             "counts": total.to_json(),
             "splits": {s: {"rows": rows[i], "examples": examples[i]} for i, s in enumerate(SPLITS)},
-            "prompt_groups": {"groups": assignment.groups, "near_duplicate_rows": assignment.grouped},
+            "prompt_groups": {"prompts": assignment.prompts, "groups": assignment.groups},
             "straddling": dict(zip(("groups", "rows"), assignment.straddling, strict=True)),
             "labelled_with_sha256": label_sha256,
             "sources": read,
@@ -402,8 +403,8 @@ def summary(result: GetResult) -> str:
     lines = [
         f"{data['name']}: {counts.rows:,} rows = {counts.accepted:,} accepted + {filtered} + {counts.quarantined:,} quarantined",
         "  " + ", ".join(_split_line(s, held) for s, held in data["splits"].items()) + f" ({data['kind']})",
-        f"  {data['prompt_groups']['groups']:,} groups of prompts; "
-        f"{data['prompt_groups']['near_duplicate_rows']:,} rows stand beside a prompt that is nearly theirs",
+        f"  {data['prompt_groups']['prompts']:,} prompts in {data['prompt_groups']['groups']:,} groups: "
+        "nearly equal ones stay on one side of the split",
     ]
     if counts.unlabelled:
         lines.append(f"  {counts.unlabelled:,} answers were given no label and are left out")

@@ -21,13 +21,13 @@ class Assignment:
     """Where each row goes.
 
     Args:
-        split: (n,) uint8, an index into SPLITS; groups: how many groups of prompts there are.
-        grouped: rows that have company of another prompt in their group; straddling: (groups, rows) of groups in several splits.
+        split: (n,) uint8, an index into SPLITS; groups: how many groups of nearly equal prompts there are; prompts: how many prompts there are, but for case and white space;
+            straddling: (groups, rows) of groups in several splits.
     """
 
     split: np.ndarray
     groups: int
-    grouped: int
+    prompts: int
     straddling: tuple[int, int]
 
 
@@ -65,8 +65,7 @@ class Splitter:
         there = set(published.tolist()) if keep_published else set()
         drawn = draw(smallest, _shares_left(shares, there), seed)[member]
         split = np.where(published == 0, drawn, published).astype(np.uint8) if keep_published else drawn
-        grouped = int((hashes != smallest[member]).sum())
-        return Assignment(split, len(leaders), grouped, _straddling(member, split))
+        return Assignment(split, len(leaders), len(np.unique(hashes)), _straddling(member, split))
 
 
 def _shares_left(shares: Sequence[float], there: set[int]) -> tuple[float, float, float]:
