@@ -126,10 +126,16 @@ def hub_sources(
             Source(p, split, name, paths[p].size, paths[p].sha256, paths[p].git_sha1, None, *of_subset)
             for name, split, p, of_subset in _of_spec(spec, chosen_subsets(spec, asked.subsets), list(paths))
         )
-        return found, ""
+        return found, _absent(spec, chosen_subsets(spec, asked.subsets), found)
     data = [f for f in files if readable(f.path) and not f.path.startswith(".")]
     chosen, left_out = _of_card(data, configs, asked.subsets) if configs else _by_name(data, asked.subsets)
     return tuple(Source(f.path, split, subset, f.size, f.sha256, f.git_sha1) for f, split, subset in chosen), left_out
+
+
+def _absent(spec: Spec, subsets: Iterable[str], found: Sequence[Source]) -> str:
+    there = {(s.subset, s.split) for s in found}
+    gone = [f"{n} ({split})" for n in subsets for split in spec.subsets[n].splits if (n, split) not in there]
+    return f"not there: {', '.join(gone)}" if found and gone else ""
 
 
 def _of_spec(
@@ -236,7 +242,8 @@ def local_plan(root: Path, asked: GetRequest, spec: Spec | None) -> Plan:
         )
         for subset, split, name, way in found
     )
-    return Plan(str(root.resolve()), "", "", sources, _terms(spec))
+    left_out = _absent(spec, subsets, sources) if spec and any(s.subset for s in sources) else ""
+    return Plan(str(root.resolve()), "", "", sources, _terms(spec), left_out)
 
 
 def _files(root: Path) -> dict[str, Path]:

@@ -21,8 +21,9 @@ class Assignment:
     """Where each row goes.
 
     Args:
-        split: (n,) uint8, an index into SPLITS; groups: how many groups of nearly equal prompts there are; prompts: how many prompts there are, but for case and white space;
-            straddling: (groups, rows) of groups in several splits.
+        split: (n,) uint8, an index into SPLITS.
+        groups: how many groups of nearly equal prompts there are; prompts: how many prompts that differ in more than case and white space.
+        straddling: (groups, rows) of groups in several splits.
     """
 
     split: np.ndarray
