@@ -211,7 +211,7 @@ SPECS = (
         _train("data/train-*.parquet"),
         ("default",),
         "arena",
-        "CC BY 4.0 for prompts, CC BY-NC 4.0 for answers",
+        "Creative Commons; see its page",
         "33k votes between two models' conversations",
         aliases=("arena", "chatbot_arena_conversations", "arena-33k"),
         gated=True,
