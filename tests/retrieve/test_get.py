@@ -475,6 +475,8 @@ def test_a_killed_get_continues_to_the_same_bytes(
         get("lmsys", lmsys, tmp_path / "killed")
 
     killed(run)
+    there = [p for p in (tmp_path / "killed").glob("*.json*") if p.suffix != ".part"]
+    assert len(there) == max(moment - 120, 0)  # whole files only, one after another
     result = get("lmsys", lmsys, tmp_path / "killed")
     assert result.fresh is (moment < 125)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
@@ -512,6 +514,42 @@ def test_other_arguments_are_refused_and_redo_makes_it_anew(lmsys: Path, tmp_pat
     (tmp_path / "out/test.jsonl").write_text("")
     with pytest.raises(ConfigError, match="was changed or removed"):
         get("lmsys", lmsys, tmp_path / "out", seed=1)
+
+
+def test_a_redo_that_is_killed_leaves_nothing_that_looks_done(
+    lmsys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get("lmsys", lmsys, tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(job._Job, "_write_splits", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            get("lmsys", lmsys, tmp_path / "out", seed=1, redo=True)
+    with pytest.raises(ConfigError, match="holds the beginning of"):
+        get("lmsys", lmsys, tmp_path / "out")
+    assert get("lmsys", lmsys, tmp_path / "out", seed=1).data["request"]["seed"] == 1
+
+
+def test_subsets_of_a_copy_in_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = dict(LAYOUTS["hh"].example)
+    for name in ("harmless-base", "helpful-base"):
+        write(tmp_path / f"copy/{name}/test-0.parquet", [row])
+    write(tmp_path / "copy/red-team-attempts/all.json", [{"transcript": "\n\nHuman: Hello?\n\nAssistant: Yes."}])
+    result = get("hh", tmp_path / "copy", tmp_path / "all", published_splits=True)
+    assert [s["path"].split("/")[0] for s in result.data["sources"]] == ["harmless-base", "helpful-base"]
+    assert result.data["splits"]["test"]["rows"] == 2
+    one = get("hh", tmp_path / "copy", tmp_path / "one", subsets=["helpful-base"])
+    assert [s["subset"] for s in one.data["sources"]] == ["helpful-base"]
+    asked = ["--from", str(tmp_path / "copy"), "--output", str(tmp_path / "red"), "--subset", "red-team-attempts"]
+    assert main(["data", "get", "hh", *asked, "--as", "prompts"]) == 0
+    assert [first_turn(r) for r in all_rows(tmp_path / "red")] == ["Hello?"]
+    with pytest.raises(DataError, match="holds no file of helpful-online"):
+        get("hh", tmp_path / "copy", tmp_path / "none", subsets=["helpful-online"])
+
+
+def test_subsets_that_are_not_there_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "copy/harmless-base/train.jsonl.gz", [dict(LAYOUTS["hh"].example)])
+    assert main(["data", "get", "hh", "--from", str(tmp_path / "copy"), "--output", str(tmp_path / "out")]) == 0
+    assert "not there: harmless-base (test), helpful-base (train)" in capsys.readouterr().err
 
 
 def test_files_of_others_are_not_overwritten(lmsys: Path, tmp_path: Path) -> None:
