@@ -33,7 +33,7 @@ LAYERS = [
     {"pipeline_run", "sweep_run"},
     {"api"},
     {"demo"},
-    {"commands"},
+    {"commands"},  # one module a command; cli.py puts them together
     {"cli"},
     {"__main__"},
 ]

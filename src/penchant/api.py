@@ -151,7 +151,7 @@ def audit(
     ):
         if overrides:
             raise ConfigError("command line", "overrides go with a config, not with a data file", "give a CONFIG.yaml")
-        return run_audit(load(str(config), on_bad_row="skip"))
+        return run_audit(load(str(config), on_bad_row="skip"), path=str(config))
     from penchant.run import Run
 
     return Run(as_config(config, overrides), quiet=quiet).audit(tokenise=tokenise)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from penchant import __version__
-from penchant.commands import data_get
+from penchant.commands import data_formats, data_get, data_show
 
 EXIT_CODES = """exit codes:
   0  done                        3  the run stopped itself (NaN/Inf, failed step-0 check)
@@ -119,6 +119,8 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--json", action="store_true", help="print JSON")
     audit.set_defaults(handler=_audit)
     data_get.add(verbs)
+    data_formats.add(verbs)
+    data_show.add(verbs)
 
     report = commands.add_parser(
         "report", help="write the report of runs, a sweep, a pipeline or a comparison: one HTML file"

@@ -194,7 +194,7 @@ class Run:
         dataset = self.shared.once(
             ("rows", str(path), json.dumps(reading, sort_keys=True)), lambda: load_preferences(path, **reading)
         )
-        self.console.note(layout_line(dataset, str(path)))
+        self.console.note(layout_line(dataset, path))
         adapted = adapt(dataset, self.method, self.signal, self.needs, data, str(path))
         if self.signal == "unpaired":
             labels = [c.label for t in adapted.trees for c in t.completions]
@@ -275,7 +275,9 @@ class Run:
         whole = self.loaded["train"]
         return self.shared.once(
             ("audit", tokenise, *_content(whole), *self._rows_key),
-            lambda: run_audit(whole, self.tokenise_rows(whole, on_bad_row="skip") if tokenise else None, splits),
+            lambda: run_audit(
+                whole, self.tokenise_rows(whole, on_bad_row="skip") if tokenise else None, splits, self.config.data.path
+            ),
         )
 
     # ---- what parts depend on: keys of what runs can share -------------------------------------------------------------
@@ -934,6 +936,7 @@ class Run:
     def _write_manifest(self, loop: Loop, started: float, status: str, why: str | None = None) -> None:
         data = {
             name: {
+                "layout": d.shape,
                 "total": d.total,
                 "accepted": d.accepted,
                 "quarantined": len(d.quarantined),

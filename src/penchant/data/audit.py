@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from penchant.data.converting import is_identical
-from penchant.data.load import IDENTICAL, Dataset, prompt_text, summary
+from penchant.data.load import IDENTICAL, Dataset, layout_line, prompt_text, summary
 from penchant.data.split import first_text, prompt_key
 from penchant.data.tokenise import TokenisedDataset
 
@@ -40,9 +40,10 @@ class Audit:
     summary: str
     findings: Mapping[str, Finding]
     lengths: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    layout: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able: ``{"summary", "findings": {name: {title, count, of, share, where, note}}, "lengths"}``."""
+        """JSON-able: ``{"layout", "summary", "findings": {name: {title, count, of, share, where, note}}, "lengths"}``."""
         found = {
             name: {
                 "title": f.title,
@@ -54,11 +55,12 @@ class Audit:
             }
             for name, f in self.findings.items()
         }
-        return {"summary": self.summary, "findings": found, "lengths": {k: dict(v) for k, v in self.lengths.items()}}
+        lengths = {k: dict(v) for k, v in self.lengths.items()}
+        return {"layout": self.layout, "summary": self.summary, "findings": found, "lengths": lengths}
 
     def to_text(self) -> str:
         """A readable table."""
-        lines = [self.summary, ""]
+        lines = [*filter(None, (self.layout, self.summary)), ""]
         for f in self.findings.values():
             share = f"({f.share:.1%})" if f.of else ""
             lines.append(f"{f.title:<58} {f.count:>7,} of {f.of:>7,} {share:>8}  {f.note}".rstrip())
@@ -73,14 +75,17 @@ class Audit:
 
 
 def audit(
-    dataset: Dataset, tokenised: TokenisedDataset | None = None, splits: Mapping[str, Dataset] | None = None
+    dataset: Dataset,
+    tokenised: TokenisedDataset | None = None,
+    splits: Mapping[str, Dataset] | None = None,
+    path: str | Sequence[str] | None = None,
 ) -> Audit:
     """Count what a person should know before training on this data.
 
     Args:
         dataset: as loaded; rows that were kept aside count too.
         tokenised: adds truncation and token lengths.
-        splits: by name; adds prompts that stand in more than one.
+        splits: by name; adds prompts that stand in more than one. path: of the data; adds the layout that was found, and why.
     """
     rows = dataset.total
     aside = dataset.quarantined
@@ -114,7 +119,7 @@ def audit(
     if tokenised is not None:
         findings |= _truncation(tokenised)
         lengths = _token_lengths(tokenised)
-    return Audit(summary(dataset), findings, lengths)
+    return Audit(summary(dataset), findings, lengths, "" if path is None else layout_line(dataset, path))
 
 
 def _identical(dataset: Dataset) -> Finding:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.data.converters import Detection, detect
+from penchant.data.converters.fields import plain_name
 from penchant.data.converting import IDENTICAL, Quarantined, convert_rows, layout_named, renamed
 from penchant.data.formats import BadRow, Row, read_rows
 from penchant.errors import DataError
@@ -121,7 +122,7 @@ def _collect(rows: Iterable[Row | BadRow], name: str, reading: _Reading) -> Data
     shape, detection = reading.shape, None
     if shape == "auto":
         first = list(itertools.islice(stream, FIRST_ROWS))
-        shape, detection = _detected(first, name, reading.columns)
+        shape, detection = detected(first, name, reading.columns)
         stream = itertools.chain(first, stream)
     layout = layout_named(shape)
     options = layout.settings(reading.layout_options)
@@ -142,7 +143,7 @@ def _collect(rows: Iterable[Row | BadRow], name: str, reading: _Reading) -> Data
     return Dataset(tuple(trees), shape, kind, total, tuple(aside), fingerprint(trees), accepted, detection)
 
 
-def _detected(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]) -> tuple[str, Detection]:
+def detected(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]) -> tuple[str, Detection]:
     """The layout of the first rows.
 
     Raises:
@@ -169,7 +170,7 @@ def _raise_first_bad(rows: Sequence[Row | BadRow]) -> None:
 
 
 def _no_shape(rows: Sequence[Row | BadRow]) -> str:
-    columns = sorted({str(c) for r in rows if isinstance(r, Row) for c in r.values})
+    columns = sorted({plain_name(str(c)) for r in rows if isinstance(r, Row) for c in r.values})
     return f"the columns ({', '.join(columns) or 'none'}) are of no known shape"
 
 
@@ -197,8 +198,10 @@ def summary(dataset: Dataset) -> str:
     return f"{total:,} rows ({dataset.shape}) = {kept:,} accepted + {aside:,} quarantined{shown}{examples}"
 
 
-def layout_line(dataset: Dataset, name: str) -> str:
+def layout_line(dataset: Dataset, path: str | Sequence[str]) -> str:
     """``train.jsonl: layout hh (columns chosen, rejected hold ...); other fits: pairs; override with data.shape=NAME``."""
+    paths = [path] if isinstance(path, str) else path
+    name = ", ".join(Path(p).name if Path(p).exists() else p for p in paths)
     if dataset.detection is None:
         return f"{name}: layout {dataset.shape}, as data.shape says"
     return dataset.detection.sentence(name)

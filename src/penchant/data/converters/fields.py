@@ -42,11 +42,17 @@ def shown(value: Any, length: int = 40) -> str:
         return "a number of very many digits"
 
 
+def plain_name(name: str) -> str:
+    """A column's name for a message; it may come from a stranger's file."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode("ascii")
+
+
 def text_field(row: Mapping[str, Any], name: str) -> str:
     """A field as non-empty text."""
     if name not in row:
         raise RowError(
-            f'"{name}" is missing', f"there are {', '.join(sorted(map(str, row)))}; map columns with data.columns"
+            f'"{name}" is missing',
+            f"there are {', '.join(map(plain_name, sorted(map(str, row))))}; map columns with data.columns",
         )
     return as_text(row[name], f'"{name}"')
 

@@ -113,8 +113,10 @@ class Layout:
     @property
     def why(self) -> str:
         """What detection saw."""
-        names = ", ".join(self.columns)
-        return f"column{'s' if len(self.columns) > 1 else ''} {names}{' ' if self.shows else ''}{self.shows}"
+        if not self.columns:
+            return self.shows
+        names = f"column{'s' if len(self.columns) > 1 else ''} {', '.join(self.columns)}"
+        return f"{names} {self.shows}" if self.shows else names
 
     @property
     def example_trees(self) -> tuple[PromptTree, ...]:
@@ -156,7 +158,7 @@ class Detection:
     others: tuple[str, ...] = ()
     how: str = ""
 
-    def sentence(self, name: str) -> str:
+    def sentence(self, name: str, override: str = "data.shape=NAME") -> str:
         """What to show where rows are loaded: the layout, why, what else fits, and how to choose another."""
         others = f"; other fits: {', '.join(self.others)}" if self.others else ""
-        return f"{name}: layout {self.layout} ({self.why}){others}; override with data.shape=NAME"
+        return f"{name}: layout {self.layout} ({self.why}){others}; override with {override}"

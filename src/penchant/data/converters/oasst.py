@@ -64,7 +64,7 @@ def _ranked(replies: Sequence[Mapping[str, Any]]) -> list[tuple[float, str]]:
 
 
 def _pair(path: tuple[Message, ...], better: tuple[float, str], worse: tuple[float, str]) -> PromptTree:
-    return PromptTree(path, (Completion(better[1], True, -better[0]), Completion(worse[1], False, -worse[0])))
+    return PromptTree(path, (Completion(better[1], True), Completion(worse[1], False)))
 
 
 def _best_worst(path: tuple[Message, ...], replies: Sequence[Mapping[str, Any]]) -> list[PromptTree]:
@@ -80,7 +80,7 @@ def _scored(path: tuple[Message, ...], replies: Sequence[Mapping[str, Any]]) -> 
     ranked = _ranked(replies)
     if len(ranked) < 2:
         return []
-    return [PromptTree(path, tuple(Completion(text, score=-rank) for rank, text in ranked))]
+    return [PromptTree(path, tuple(Completion(text, score=0.0 - rank) for rank, text in ranked))]
 
 
 def _best(path: tuple[Message, ...], replies: Sequence[Mapping[str, Any]]) -> list[PromptTree]:

@@ -1,0 +1,83 @@
+"""Trees with several scored answers, and rows with several trees: adapted, split, counted and tokenised as what they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny import tiny_tokenizer
+
+from penchant.data.adapt import adapt
+from penchant.data.audit import audit
+from penchant.data.load import Dataset, from_rows
+from penchant.data.options import DataConfig
+from penchant.data.split import split_by_prompt
+from penchant.data.tokenise import tokenise
+
+NAMES = "hi there", "who", "what now"
+
+
+def rated(*ratings: float) -> Dataset:
+    answers = [f"answer {i}" for i in range(len(ratings))]
+    return from_rows([{"instruction": n, "generations": answers, "ratings": list(ratings)} for n in NAMES], name="x")
+
+
+def adapted(dataset: Dataset, signal: str, **options: Any) -> Dataset:
+    return adapt(dataset, "loss", signal, frozenset(), DataConfig(path="x", **options), "x")
+
+
+def conversations() -> Dataset:
+    rows = [
+        {
+            "model": "m",
+            "conversation": [{"role": r, "content": f"{r} {n} {i}"} for i in (1, 2) for r in ("user", "assistant")],
+        }
+        for n in NAMES
+    ]
+    return from_rows(rows, name="x", layout_options={"use": "every_turn"})
+
+
+def test_the_best_of_all_answers_is_set_against_the_worst() -> None:
+    pairs = adapted(rated(2, 5, 1, 4), "pairs", pairs_from_scores="best_worst")
+    assert [[(c.text, c.label, c.score) for c in t.completions] for t in pairs.trees] == [
+        [("answer 1", True, 5.0), ("answer 2", False, 1.0)]
+    ] * 3
+    assert (pairs.kind, pairs.total, pairs.accepted) == ("pairs", 3, 3)
+
+
+def test_every_answer_gets_its_label() -> None:
+    labelled = adapted(rated(2, 5, 1, 4), "unpaired", score_threshold=3)
+    assert [[c.label for c in t.completions] for t in labelled.trees] == [[True, True, False, False]] * 3
+    found = audit(labelled).findings
+    assert (found["good_answers"].count, found["good_answers"].of) == (6, 12)
+    scores = audit(rated(2, 5, 1, 4)).findings["scores"]
+    assert (scores.count, scores.of) == (6, 12)
+
+
+def test_supervised_training_meets_the_best_answer_first() -> None:
+    assert [t.completions[0].text for t in adapted(rated(2, 5, 1), "tokens").trees] == ["answer 1"] * 3
+
+
+def test_prompts_of_many_answers_stand_once() -> None:
+    once = adapted(rated(1, 2), "prompts")
+    assert (once.total, once.accepted, [t.completions for t in once.trees]) == (3, 3, [()] * 3)
+
+
+@pytest.mark.parametrize("kind,kept", [("scored", 1), ("pairs", 0)])
+def test_equal_answers_are_bad_only_in_a_pair(kind: str, kept: int) -> None:
+    rows = {
+        "scored": {"instruction": "hi", "generations": ["same", "same"], "ratings": [1, 2]},
+        "pairs": {"prompt": "hi", "chosen": "same", "rejected": "same"},
+    }
+    dataset = from_rows([rows[kind]], identical="keep")
+    assert audit(dataset).findings["identical_pairs"].count == 1 - kept
+    assert tokenise(dataset, tiny_tokenizer(), max_length=32, on_bad_row="skip").accepted == kept
+
+
+def test_rows_of_several_examples_are_split_by_example() -> None:
+    dataset = conversations()
+    assert (dataset.total, dataset.accepted, len(dataset.trees)) == (3, 3, 6)
+    train, held = split_by_prompt(dataset, validation_rows=5)
+    assert (len(train.trees), len(held.trees), train.total, held.total) == (1, 5, 1, 5)
+    assert audit(dataset).findings["duplicates"].of == 6
+    assert audit(dataset).findings["bad_rows"].of == 3
