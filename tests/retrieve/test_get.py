@@ -223,6 +223,25 @@ def test_filters_count_what_they_leave_out(lmsys: Path, tmp_path: Path, asked: R
     assert len(all_rows(tmp_path / "out")) == counts.examples == counts.accepted
 
 
+@pytest.mark.parametrize("form", ["flat", "tree"])
+def test_the_language_of_a_tree_of_messages_is_its_roots(tmp_path: Path, form: str) -> None:
+    trees = []
+    for number, language in enumerate(("en", "en", "de")):
+        rows = [row | {"message_tree_id": f"t{number}", "lang": language} for row in example_tree()]
+        ids = {row["message_id"]: f"{row['message_id']}{number}" for row in rows}
+        trees.append(
+            [row | {"message_id": ids[row["message_id"]], "parent_id": ids.get(row["parent_id"])} for row in rows]
+        )
+    flat = [row for rows in zip(*trees, strict=True) for row in rows]  # trees need not stand together
+    nested = [{"message_tree_id": t[0]["message_tree_id"], "prompt": t[0] | {"replies": t[1:]}} for t in trees]
+    write(tmp_path / "copy.jsonl", flat if form == "flat" else nested)
+    asked = {} if form == "flat" else {"subsets": ["ready-trees"]}
+    counts = get("oasst", tmp_path / "copy.jsonl", tmp_path / "out", language=["en"], **asked).counts
+    each = 3 if form == "flat" else 1
+    assert (counts.rows, counts.accepted, counts.examples) == (3 * each, 2 * each, 2)
+    assert counts.filtered == {"language": each}
+
+
 def test_a_row_without_a_moderation_result_is_dropped_when_flagged_ones_are(tmp_path: Path) -> None:
     rows = [lmsys_row(0), lmsys_row(1, openai_moderation=[]), lmsys_row(2, openai_moderation=None)]
     write(tmp_path / "copy.jsonl", rows)

@@ -122,6 +122,30 @@ def test_first_reads_a_part_of_the_first_file(
     assert not list(Path("cache").rglob("*.jsonl"))
 
 
+def test_first_rows_of_parquet_fetch_a_row_group(
+    start: Callable[..., FakeHub], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    draw = random.Random(0)
+    rows = [{"prompt": f"p{i}", "completion": draw.randbytes(1000).hex()} for i in range(2000)]
+    held = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), held, row_group_size=100)
+    hub = start(files={"me/sft": {"data/train-0.parquet": held.getvalue(), "data/train-1.parquet": held.getvalue()}})
+    assert run("me/sft", "--first", "50") == 0
+    sizes = [
+        int(end) - int(begin) + 1
+        for a in hub.asked
+        if a.server == "cdn" and "range" in a.headers
+        for begin, end in [a.headers["range"].removeprefix("bytes=").split("-")]
+    ]
+    assert sum(sizes) < len(held.getvalue()) / 2 and not any(
+        "train-1" in a.path for a in hub.asked if a.server == "cdn"
+    )
+    assert "50 rows = 50 accepted" in capsys.readouterr().out
+
+
 def test_a_broken_connection_resumes(start: Callable[..., FakeHub], monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
