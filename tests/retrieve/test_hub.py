@@ -328,8 +328,16 @@ def test_a_card_names_subsets_and_splits(start: Callable[..., FakeHub], capsys: 
     assert "no such revision" in capsys.readouterr().err
 
 
+def test_answers_that_make_no_sense(start: Callable[..., FakeHub], capsys: pytest.CaptureFixture[str]) -> None:
+    start(files={HH: hh_files()}, fail={"/api/": [200]})
+    assert run("hh") == 2
+    assert "the hub's answer cannot be understood" in capsys.readouterr().err
+
+
 def test_unknown_names(start: Callable[..., FakeHub], capsys: pytest.CaptureFixture[str]) -> None:
     start()
+    assert run("a--b/c") == 2
+    assert "is no name that a data set can have" in capsys.readouterr().err
     assert run("ultrafedback") == 2
     assert "did you mean ultrafeedback?" in capsys.readouterr().err
     assert run("hh", "--subset", "harmles-base") == 2

@@ -103,6 +103,18 @@ def test_bad_lines_are_kept_aside_with_their_places() -> None:
     ]
 
 
+def test_damage_inside_a_parquet_file_is_a_sentence() -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    held = io.BytesIO()
+    pq.write_table(pa.table({"text": [f"row {i} " * 20 for i in range(1000)]}), held, compression="snappy")
+    content = bytearray(held.getvalue())
+    content[500:900] = bytes(400)
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        read(bytes(content), "a.parquet")
+
+
 def test_memory_is_bounded_for_a_long_list() -> None:
     content = json.dumps([{"text": "x" * 1000, "n": n} for n in range(12_000)]).encode()
     stream = io.BytesIO(content)

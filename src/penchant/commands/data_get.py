@@ -59,7 +59,7 @@ def _get(args: argparse.Namespace) -> int:
         print(table())
         return 0
     from penchant import api
-    from penchant.retrieve.job import summary
+    from penchant.retrieve.summary import summary
 
     result = api.get_data(
         args.name,

@@ -196,7 +196,7 @@ class Hub:
         for wait in (*WAITS, None):
             try:
                 return call()
-            except Exception as error:
+            except (*_known(), OSError, ValueError, KeyError) as error:
                 if wait is None or not is_transient(error):
                     raise explained(error, hub_id, what) from None  # its own words may hold a signed address
                 self.say(f"{what}: {_short(error)}; trying again in {wait:g} s")
@@ -285,6 +285,13 @@ def is_transient(error: BaseException) -> bool:
     )
 
 
+def _known() -> tuple[type[Exception], ...]:
+    """What the hub's client raises that is neither an OSError nor a ValueError."""
+    from huggingface_hub import errors
+
+    return errors.HTTPError, errors.EntryNotFoundError
+
+
 def _short(error: BaseException) -> str:
     status = status_of(error)
     return f"the hub answers {status}" if status is not None else "the connection failed"
@@ -317,6 +324,10 @@ def _gated(hub_id: str, what: str, error: BaseException) -> Told:
         f"fine-grained token also needs the right to read public gated repositories; then {AGAIN}, or {LOGIN} anew"
     )
     return "this data set is gated, and the account that is logged in has not accepted its terms", how
+
+
+def _no_name(hub_id: str, what: str, error: BaseException) -> Told:
+    return "is no name that a data set can have", "write owner/name, as its page shows it"
 
 
 def _missing(hub_id: str, what: str, error: BaseException) -> Told:
@@ -359,6 +370,9 @@ def _unreachable(hub_id: str, what: str, error: BaseException) -> Told:
     cause = error.__cause__ if status_of(error) is None else None
     if cause is not None and status_of(cause) is not None:
         return _refused(hub_id, what, cause)
+    if isinstance(error, (ValueError, KeyError)) and cause is None:
+        how = f"something in between, a proxy or a login page, may have given it; check the network, and {AGAIN}"
+        return "the hub's answer cannot be understood", how
     if isinstance(error, OSError) and getattr(error, "strerror", None) and error.errno is not None:
         return f"{what} cannot be kept on this machine ({error.strerror})", "mend that, or set HF_HOME to another place"
     how = f"check the network, and {AGAIN}; it continues where it stopped; or give a copy on this machine with --from"
@@ -369,6 +383,7 @@ def _kinds(errors: Any) -> tuple[tuple[Any, Callable[[str, str, BaseException], 
     """The most specific first."""
     return (
         (errors.OfflineModeIsEnabled, _offline),
+        (errors.HFValidationError, _no_name),
         (errors.GatedRepoError, _gated),
         (errors.DisabledRepoError, _disabled),
         (errors.RepositoryNotFoundError, _missing),

@@ -162,7 +162,7 @@ def _parquet(stream: BinaryIO, name: str) -> Iterator[Row | BadRow]:
             for values in batch.to_pylist():
                 number += 1
                 yield Row(f"{name}: row {number}", values)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         what = f"is not a readable Parquet file ({str(error).splitlines()[0]})"
         raise DataError(name, what, "fetch or copy it again") from error
 
