@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from penchant.judges import JudgeOptions
     from penchant.pipeline import Pipeline
     from penchant.pipeline_run import PipelineResult
+    from penchant.retrieve.job import GetResult
     from penchant.run import TrainResult
     from penchant.sweep import Sweep
     from penchant.sweep_run import SweepResult
@@ -28,6 +29,7 @@ __all__ = [
     "compare",
     "evaluate",
     "flags",
+    "get_data",
     "load_preferences",
     "pipeline",
     "pipeline_plan",
@@ -43,6 +45,27 @@ def load_preferences(path: str | Sequence[str], **options: Any) -> Dataset:
     from penchant.data.load import load_preferences as load
 
     return load(path, **options)
+
+
+def get_data(
+    name: str, *, output: str | Path | None = None, redo: bool = False, quiet: bool = False, **asked: Any
+) -> GetResult:
+    """A published data set, from the hub or a local copy, as train.jsonl, validation.jsonl and test.jsonl in a folder.
+
+    Args:
+        name: of the catalogue, or a hub id; output: the folder; None: ``data/NAME``; redo: make it anew where the folder holds
+            another result; quiet: no progress.
+        asked: what `penchant data get` has as options: ``source="copy/"``, ``first=500``, ``language=["English"]``, ``as_="prompts"``
+            ...; see `penchant.retrieve.request.GetRequest` and docs/data_get.md.
+
+    Raises:
+        ConfigError, DataError, RewardError: a person can mend it.
+    """
+    from penchant.retrieve.job import default_output, get_data, on_stderr
+    from penchant.retrieve.request import request_of
+
+    request = request_of(name, str(output) if output is not None else default_output(name), asked)
+    return get_data(request, (lambda line: None) if quiet else on_stderr, redo=redo)
 
 
 def train(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = False) -> TrainResult:

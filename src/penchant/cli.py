@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from penchant import __version__
-from penchant.commands import data_formats, data_show
+from penchant.commands import data_formats, data_get, data_show
 
 EXIT_CODES = """exit codes:
   0  done                        3  the run stopped itself (NaN/Inf, failed step-0 check)
@@ -112,12 +112,13 @@ def build_parser() -> argparse.ArgumentParser:
     _compare_arguments(compare)
     compare.set_defaults(handler=_compare)
 
-    data = commands.add_parser("data", help="look at data before training on it")
+    data = commands.add_parser("data", help="get data, and look at it before training on it")
     verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     audit = verbs.add_parser("audit", help="count duplicates, contradictions, leakage, truncation, length bias")
     _config_arguments(audit, "CONFIG.yaml or a data file")
     audit.add_argument("--json", action="store_true", help="print JSON")
     audit.set_defaults(handler=_audit)
+    data_get.add(verbs)
     data_formats.add(verbs)
     data_show.add(verbs)
 
