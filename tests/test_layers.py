@@ -9,9 +9,9 @@ import penchant
 
 # lowest first; entries of one set are peers
 LAYERS = [
-    {"penchant", "errors"},
+    {"penchant", "errors", "redact"},
     {"types", "schema", "sharing"},
-    {"losses", "data", "models"},
+    {"losses", "data", "models", "tracking"},
     {"head"},
     {"logprobs"},
     {"packing_check", "reference", "rollout"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"algorithms", "evaluation", "report", "watch"},
     {"loss_config"},
     {"config", "manifest", "catalogue"},
-    {"pipeline"},
+    {"pipeline", "track"},
     {"sweep_search", "sweep_axes", "sweep_halving"},
     {"pipeline_state", "sweep"},
     {"sweep_state", "sweep_table", "sweep_rungs"},
@@ -32,6 +32,7 @@ LAYERS = [
     {"pipeline_run", "sweep_run"},
     {"api"},
     {"demo"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

@@ -34,6 +34,7 @@ __all__ = [
     "report",
     "sweep",
     "sweep_plan",
+    "track",
     "train",
 ]
 
@@ -188,6 +189,13 @@ def report(*paths: str | Path, output: str | Path | None = None) -> Path:
     from penchant.report import write_report
 
     return write_report(paths, output)
+
+
+def track(run: str | Path, *to: str, **options: Any) -> bool:
+    """Send a run's metrics to trackers afterwards; see `penchant.track.track_run`. Returns whether every line was sent."""
+    from penchant.track import track_run
+
+    return track_run(run, to, **options)
 
 
 def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunConfig:
