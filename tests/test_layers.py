@@ -27,7 +27,7 @@ LAYERS = [
     {"sweep_state", "sweep_table", "sweep_rungs"},
     {"run"},
     {"comparison", "evaluate"},
-    {"pipeline_compare", "sweep_worker"},
+    {"pipeline_compare", "sweep_worker", "export"},
     {"sweep_jobs"},
     {"pipeline_run", "sweep_run"},
     {"api"},

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from penchant import __version__
-from penchant.commands import track
+from penchant.commands import export, track
 
 EXIT_CODES = """exit codes:
   0  done                        3  the run stopped itself (NaN/Inf, failed step-0 check)
@@ -148,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     watch.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two frames (default: 2)")
     watch.set_defaults(handler=_watch)
 
+    export.add(commands)
     track.add(commands)
 
     losses = commands.add_parser("losses", help="list the losses with their formulas and hyperparameters")

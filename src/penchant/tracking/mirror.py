@@ -27,13 +27,20 @@ GROUP_FILES = ("sweep.json", "pipeline.json")  # beside a run's folder: it is on
 class Settings(Protocol):
     """What of the `logging` section trackers need; see `training/options.py`."""
 
-    trackers: list[Any]
-    project: str
-    name: str | None
-    group: str | None
-    tags: list[str]
-    dir: str | None
-    tracker_timeout: float
+    @property
+    def trackers(self) -> Sequence[str]: ...
+    @property
+    def project(self) -> str: ...
+    @property
+    def name(self) -> str | None: ...
+    @property
+    def group(self) -> str | None: ...
+    @property
+    def tags(self) -> Sequence[str]: ...
+    @property
+    def dir(self) -> str | None: ...
+    @property
+    def tracker_timeout(self) -> float: ...
 
 
 def check_installed(names: Sequence[str], where: str = "logging.trackers") -> None:

@@ -47,8 +47,8 @@ class WeightsAndBiases:
         import wandb
 
         if samples:
-            names = list(samples[0])
-            table = wandb.Table(columns=names, data=[[row.get(n) for n in names] for row in samples])
+            names: list[str | int] = list(samples[0])
+            table = wandb.Table(columns=names, data=[[row.get(str(n)) for n in names] for row in samples])
             self.run.log({"samples": table})
         self.run.summary.update({**summary, "status": status})
         self.run.finish(exit_code=EXIT_CODES.get(status, 1))
