@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+import penchant
 from penchant.config import RunConfig
 from penchant.export.check import Check
 from penchant.export.formats import Format
@@ -128,7 +129,7 @@ def _summary(subject: Subject, form: Format, dtype: str, manifest: Mapping[str, 
     of = f" of {steps}" if steps else ""
     return (
         f"{what}, made from {coded(base_name(subject))} by {' and '.join(_method_names(subject.config))}: {how} trained for "
-        f"{subject.step}{of} optimiser steps with [Penchant](https://pypi.org/project/penchant/). This is {form.what}, in {dtype}."
+        f"{subject.step}{of} optimiser steps with Penchant {penchant.__version__}. This is {form.what}, in {dtype}."
     )
 
 
@@ -165,9 +166,7 @@ def _data(subject: Subject, manifest: Mapping[str, Any]) -> str:
     for name, part in _mapping(manifest.get("data")).items():
         one = _mapping(part)
         count = one.get("accepted", one.get("rows", ""))
-        rows.append(
-            f"| {plain(name)} | {count} | {one.get('quarantined', '')} | `{str(one.get('fingerprint', ''))[:16]}` |"
-        )
+        rows.append(f"| {plain(name)} | {count} | {one.get('quarantined', '')} | `{one.get('fingerprint', '')}` |")
     found = _mapping(_json(subject.run / "audit.json").get("findings")).values()
     met = [f for f in map(_mapping, found) if f.get("count")]
     audit = [f"- {plain(f.get('title'))}: {f.get('count')} of {f.get('of')}" for f in met]
@@ -188,7 +187,7 @@ def _results(subject: Subject) -> str:
         if name.rsplit("/", 1)[-1] in ("n", "ci"):
             continue
         bounds = after.get(f"{name}/ci")
-        interval = f"{bounds[0]:.4f} to {bounds[1]:.4f}" if _numbers(bounds) else ""
+        interval = _interval(bounds)
         start = before.get(name)
         shown = f"{start:.4f}" if isinstance(start, (int, float)) else ""
         rows.append(
@@ -226,8 +225,11 @@ def _versions(manifest: Mapping[str, Any]) -> str:
     return ", ".join(f"{n} {plain(manifest[n])}" for n in names if manifest.get(n)) + (f"; {on}" if on else "") + "."
 
 
-def _numbers(bounds: Any) -> bool:
-    return isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(b, (int, float)) for b in bounds)
+def _interval(bounds: Any) -> str:
+    """``low to high``; empty where there is none."""
+    if isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(b, (int, float)) for b in bounds):
+        return f"{bounds[0]:.4f} to {bounds[1]:.4f}"
+    return ""
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

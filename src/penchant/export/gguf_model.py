@@ -98,7 +98,7 @@ def check_config(config: Any, where: str) -> Architecture:
         "attention_bias": bool(getattr(config, "attention_bias", False)),
         "mlp_bias": bool(getattr(config, "mlp_bias", False)),
         "sliding_window": _slides(config),
-        "head_dim": kind == "qwen3" and config.head_dim != QWEN3_HEAD,
+        "head_dim": kind == "qwen3" and getattr(config, "head_dim", None) != QWEN3_HEAD,
     }
     for name, is_wrong in wrong.items():
         if is_wrong:
@@ -111,9 +111,9 @@ def check_config(config: Any, where: str) -> Architecture:
 
 def _slides(config: Any) -> bool:
     """Whether a query sees less than the whole row."""
-    window = getattr(config, "sliding_window", None)
+    window: int | None = getattr(config, "sliding_window", None)
     used = getattr(config, "use_sliding_window", True)
-    return bool(window) and bool(used) and int(window) < int(config.max_position_embeddings)
+    return window is not None and bool(used) and window < int(config.max_position_embeddings)
 
 
 def gguf_writer(model: Any, tokenizer: Any, dtype: str, name: str) -> GGUF:
