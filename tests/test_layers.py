@@ -9,9 +9,9 @@ import penchant
 
 # lowest first; entries of one set are peers
 LAYERS = [
-    {"penchant", "errors"},
+    {"penchant", "errors", "redact"},
     {"types", "schema", "sharing"},
-    {"losses", "data", "models"},
+    {"losses", "data", "models", "tracking"},
     {"head"},
     {"logprobs"},
     {"packing_check", "reference", "rollout"},
@@ -22,13 +22,13 @@ LAYERS = [
     {"algorithms", "evaluation", "report", "watch"},
     {"loss_config"},
     {"config", "manifest", "catalogue"},
-    {"pipeline"},
+    {"pipeline", "track"},
     {"sweep_search", "sweep_axes", "sweep_halving"},
     {"pipeline_state", "sweep"},
     {"sweep_state", "sweep_table", "sweep_rungs"},
     {"run"},
     {"comparison", "evaluate"},
-    {"pipeline_compare", "sweep_worker"},
+    {"pipeline_compare", "sweep_worker", "export"},
     {"sweep_jobs"},
     {"pipeline_run", "sweep_run"},
     {"api"},

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from penchant.config import RunConfig
     from penchant.data.load import Dataset
     from penchant.evaluation.flags import Flag
+    from penchant.export import ExportResult
     from penchant.judges import JudgeOptions
     from penchant.pipeline import Pipeline
     from penchant.pipeline_run import PipelineResult
@@ -28,6 +29,7 @@ __all__ = [
     "audit",
     "compare",
     "evaluate",
+    "export",
     "flags",
     "get_data",
     "load_preferences",
@@ -36,6 +38,7 @@ __all__ = [
     "report",
     "sweep",
     "sweep_plan",
+    "track",
     "train",
 ]
 
@@ -211,6 +214,28 @@ def report(*paths: str | Path, output: str | Path | None = None) -> Path:
     from penchant.report import write_report
 
     return write_report(paths, output)
+
+
+def export(run: str | Path, *, to: str, say: Callable[[str], None] = lambda _: None, **options: Any) -> ExportResult:
+    """Write a run's model in the form asked for, read back and compared; see `penchant.export.ExportRequest` and docs/export.md.
+
+    Args:
+        run: a run's folder, or a checkpoint in it; to: safetensors, pt, merged, adapter or gguf; say: told what a person should know.
+        options: ``step``, ``output``, ``dtype``, ``max_shard_size``, ``push``, ``private``.
+
+    Raises:
+        ConfigError, CheckpointError, ModelError: a person can mend it.
+    """
+    from penchant.export import ExportRequest, export_run
+
+    return export_run(ExportRequest(run, to, **options), say)
+
+
+def track(run: str | Path, *to: str, **options: Any) -> bool:
+    """Send a run's metrics to trackers afterwards; see `penchant.track.track_run`. Returns whether every line was sent."""
+    from penchant.track import track_run
+
+    return track_run(run, to, **options)
 
 
 def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -75,11 +75,12 @@ from penchant.rewards.model import PolicyText, content_sha256, make_scorer
 from penchant.rewards.scorer import RewardScorer
 from penchant.rewards.training import RewardModelParts
 from penchant.sharing import Alone, Key
+from penchant.tracking import Mirrors, check_installed
 from penchant.training.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
 from penchant.training.loop import Interrupted, Loop, Paused, algorithm_state
 from penchant.training.optim import MasterAdamW
 from penchant.training.progress import console
-from penchant.training.runfolder import RunLock, open_run
+from penchant.training.runfolder import RunLock, finite, open_run
 from penchant.training.schedule import BatchSchedule
 from penchant.types import Prompt, Scored, TokenTree
 
@@ -787,6 +788,7 @@ class Run:
 
         started = time.time()
         live = LiveReport(self.folder, self.console.note)
+        check_installed(self.config.logging.trackers)
         rewards = reward_contents(self.config)
         identity = run_identity(self.config, [d.fingerprint for d in self.datasets if d is not None], rewards)
         # a run of an older version did not keep what its rewards were made of: it counts as unchanged
@@ -804,7 +806,8 @@ class Run:
             if latest_checkpoint(self.folder)[0] is None:  # what another start wrote is not this one's
                 (self.folder / START_FILE).unlink(missing_ok=True)
             loop = self._loop()
-            loop.watched = live.told
+            mirrors = self._mirrors()
+            loop.watched = self._watchers(live.told, mirrors)
             self._write_manifest(loop, started, status="running")
             before = self._samples("before", lambda: latest_checkpoint(self.folder)[0] is None)
             try:
@@ -813,12 +816,14 @@ class Run:
                 self._write_manifest(loop, started, *_ended_by(error))
                 write_flags(self.folder)
                 live.now()
+                mirrors.finish(_ended_by(error)[0], finite(loop.state.last_eval))
                 raise
             after = self._samples("after", lambda: True)
             self._write_samples(before, after)
             self._write_manifest(loop, started, status="finished")
             flags = write_flags(self.folder)
             live.now()
+            mirrors.finish("finished", finite(loop.state.last_eval))
         self.console.note(f"report: {live.path}")
         evals = [line for line in read_jsonl(self.folder / "metrics.jsonl") if line["kind"] == "eval"]
         return TrainResult(
@@ -830,6 +835,23 @@ class Run:
             best_step=loop.state.best_step,
             flags=tuple(flags),
         )
+
+    def _mirrors(self) -> Mirrors:
+        """The run's trackers, not started."""
+        config = self.config.model_dump(mode="json")
+        return Mirrors(self.folder, self.config.logging, config, self.console.note)
+
+    def _watchers(self, report: Callable[[str], None], mirrors: Mirrors) -> Callable[[str], None]:
+        anew = latest_checkpoint(self.folder)[0] is None
+
+        def told(what: str) -> None:
+            if what == "start":
+                mirrors.begin(anew=anew)
+                return
+            report(what)
+            mirrors.poll()
+
+        return told
 
     def _loop(self) -> Loop:
         cfg = self.config

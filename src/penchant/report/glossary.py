@@ -52,6 +52,9 @@ GLOSSARY = {
     "completions/ended": "share of completions that ended with EOS",
     "beta": "weight of the KL penalty",
     "pairs": "pairs of online DPO: prompts whose completions differ in reward",
+    "loss/value": "PPO's loss of the value model",
+    "loss/sft": "the SFT part of a mix (so of each part: loss/NAME); sft/nll is a figure of that part",
+    "epoch": "passes over the training data so far",
     "lr": "learning rate of the step",
     "grad_norm": "L2 norm of the gradient before clipping",
     "tokens": "tokens computed so far; a shared prompt counts once",
@@ -62,3 +65,18 @@ GLOSSARY = {
 def meaning(name: str) -> str:
     """The definition of a metric, with or without its ``eval/`` prefix; empty when unknown."""
     return GLOSSARY.get(name.removeprefix("eval/"), "")
+
+
+SPEED = {
+    "seconds": "wall time of the optimiser step",
+    "tokens_per_second": "tokens computed in the step, a shared prompt once, over its seconds",
+    "trees_per_second": "rows (prompts with their completions) of the step over its seconds",
+    "peak_memory_gb": "the most memory that the process has had so far, GiB",
+}
+
+
+def markdown() -> str:
+    """Every metric as a table of docs/trackers.md: its name in metrics.jsonl, what trackers call it, what it is."""
+    rows = [f"| `{n}` | `train/{n}`, `eval/{n}` | {m} |".replace("||", "\\|\\|") for n, m in GLOSSARY.items()]
+    rows += [f"| `{n}` (perf.jsonl) | `perf/{n}` | {m} |" for n, m in SPEED.items()]
+    return "\n".join(["| logged as | in trackers | what it is |", "|---|---|---|", *rows])

@@ -61,7 +61,8 @@ class Loop:
         write_model: saves the model folder of a checkpoint.
         evaluate: metrics of the held-out set (keys start with ``eval/``), or None.
         updates: optimiser steps on each batch (online methods: on each batch of rollouts).
-        watched: told ``"step"`` after each step and ``"eval"`` after each evaluation, when their lines are written.
+        watched: told ``"start"`` when the logs stand at the first line to be written, ``"step"`` after each step and ``"eval"`` after
+            each evaluation, when their lines are written.
         pause_at: a step before the end at which it writes a checkpoint, evaluates and ends with `Paused`; None: it goes on to its end.
         start_tolerance: how far log-probs of policy and reference may be apart at step 0, where both are one model: nats per
             completion, and per token (0 and 0 for a reference that runs the same kernels on the same batch); None: no check.
@@ -109,8 +110,9 @@ class Loop:
         resumed = self._resume(metrics)
         if not resumed:
             metrics.truncate(0)
-            if self.evaluate is not None and self.evaluation.at_start:
-                self._evaluate(metrics, schedule)
+        self.watched("start")
+        if not resumed and self.evaluate is not None and self.evaluation.at_start:
+            self._evaluate(metrics, schedule)
         self._check_pause(total)
         with _signals(self):
             for step in range(self.state.step, total):

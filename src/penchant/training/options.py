@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from penchant.schema import Section
 
@@ -60,7 +60,26 @@ class CheckpointConfig(Section):
     pt: bool = Field(False, description="also write the model's weights as model/state_dict.pt, for torch.load")
 
 
+TrackerName = Literal["wandb", "tensorboard", "mlflow", "trackio"]
+
+
 class LoggingConfig(Section):
-    """How often a training line is written."""
+    """How often a training line is written, and which trackers get a copy (docs/trackers.md)."""
 
     every: int = Field(1, ge=1, description="optimiser steps")
+    trackers: list[TrackerName] = Field(default_factory=list, description="mirrors of metrics.jsonl")
+    project: str = Field("penchant", min_length=1, description="W&B's and Trackio's project, MLflow's experiment")
+    name: str | None = Field(None, description="of the run in its trackers; default: its folder's name")
+    group: str | None = Field(None, description="of runs; default: the sweep or pipeline that the run belongs to")
+    tags: list[str] = Field(default_factory=list, description="W&B's and MLflow's")
+    dir: str | None = Field(None, description="where trackers write on this machine; default: RUN/trackers")
+    tracker_timeout: float = Field(30.0, gt=0, description="seconds that all trackers together may take at the end")
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_alone(cls, value: Any) -> Any:
+        """`logging.trackers=wandb` is a list of one; a tracker named twice is one tracker."""
+        names = [value] if isinstance(value, str) else value
+        return (
+            list(dict.fromkeys(names)) if isinstance(names, list) and all(isinstance(n, str) for n in names) else names
+        )

@@ -1,0 +1,8 @@
+"""A run's model in the forms that others load, each read back and compared before it stands at its name."""
+
+from __future__ import annotations
+
+from penchant.export.export import ExportResult, export_run
+from penchant.export.request import ExportRequest
+
+__all__ = ["ExportRequest", "ExportResult", "export_run"]

@@ -1,0 +1,250 @@
+"""The model card: what it is, how it was made, what came of it and how sure that is, and how to load it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import penchant
+from penchant.config import RunConfig
+from penchant.export.check import Check
+from penchant.export.formats import Format
+from penchant.export.subject import Subject
+from penchant.losses import LOSSES
+from penchant.models.load import looks_like_folder
+from penchant.report.glossary import meaning
+
+CARD = "README.md"
+NOT_SETTINGS = ("output", "logging", "trust", "checkpoint")  # they change nothing in the weights
+PUNCTUATION = re.compile(r"([\\`*_{}\[\]<>#|~!&])")
+METHODS = {
+    "reward_model": "Bradley-Terry: -log sigmoid(r(x, y_w) - r(x, y_l))",
+    "ppo": "PPO: clipped policy gradient on generalised advantage estimates, with a KL penalty to the start",
+    "rloo": "RLOO: policy gradient whose baseline is the mean reward of the prompt's other completions",
+    "grpo": "GRPO: clipped policy gradient on rewards normalised within a prompt's completions",
+    "online_dpo": "online DPO: -log sigmoid(beta h) on pairs of its own completions, ranked by the reward",
+}
+
+
+def card(
+    subject: Subject, form: Format, dtype: str, check: Check, files: Mapping[str, str], notes: Sequence[str]
+) -> str:
+    """The whole of README.md.
+
+    Args:
+        files: SHA-256 by name; notes: of the export.
+    """
+    manifest = _json(subject.run / "manifest.json")
+    name = f"{subject.run.name} (step {subject.step})"
+    parts = [
+        _front(subject, form),
+        f"# {plain(name)}",
+        _summary(subject, form, dtype, manifest),
+        "> **No licence is chosen.** Whoever publishes this decides on one: add `license:` to the first lines of this file, and see "
+        "what the base model's licence and that of the data ask for.",
+        f"## Load it\n\n```python\n{_load(subject, form, files)}```",
+        f"## Method\n\n{_method(subject.config)}\n\n<details><summary>Every setting</summary>\n\n```yaml\n{_settings(subject.config)}"
+        "```\n\n</details>",
+        f"## Data\n\n{_data(subject, manifest)}",
+        f"## Results\n\n{_results(subject)}",
+        f"## What to know before trusting it\n\n{_flags(subject)}",
+        f"## This export\n\n{_export(form, dtype, check, notes)}",
+        f"## Hashes\n\n{_hashes(files, manifest)}",
+        f"## Versions\n\n{_versions(manifest)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def plain(text: object) -> str:
+    """Text in which nothing is markup, on one line."""
+    flat = "".join(c if c.isprintable() else " " for c in str(text))
+    return PUNCTUATION.sub(r"\\\1", flat)
+
+
+def coded(text: object) -> str:
+    """Text as code, on one line."""
+    flat = "".join(c if c.isprintable() else " " for c in str(text)).replace("`", "'").replace("|", "\\|")
+    return f"`{flat}`"
+
+
+def public(value: Any) -> Any:
+    """Settings without this machine's paths: of a path its last part stays."""
+    if isinstance(value, Mapping):
+        return {public(k): public(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(v) for v in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) else value
+
+
+def base_name(subject: Subject) -> str:
+    """The base model as others know it: a hub id, or a folder's name."""
+    path = subject.base.path
+    return Path(path).name if looks_like_folder(path) else path
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _method_names(config: RunConfig) -> list[str]:
+    return [c.name for c in config.loss.components] if config.algorithm is None else [config.algorithm.name]
+
+
+def _front(subject: Subject, form: Format) -> str:
+    config = subject.config
+    values: dict[str, Any] = {
+        "library_name": form.library,
+        "pipeline_tag": "text-classification" if subject.reward else "text-generation",
+        "tags": [
+            "penchant",
+            *(n.replace("_", "-") for n in _method_names(config)),
+            *(["lora"] if subject.adapter else []),
+        ],
+    }
+    if not looks_like_folder(subject.base.path):
+        values["base_model"] = subject.base.path
+        values["base_model_relation"] = "adapter" if form.name == "adapter" else "finetune"
+    found = [config.data.path] if isinstance(config.data.path, str) else config.data.path
+    hub = [p.split(":")[0] for p in found if not looks_like_folder(p) and not Path(p).suffix]
+    if hub:
+        values["datasets"] = hub
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+
+
+def _summary(subject: Subject, form: Format, dtype: str, manifest: Mapping[str, Any]) -> str:
+    what = "A reward model" if subject.reward else "A language model"
+    how = "a LoRA adapter" if subject.adapter is not None else "all weights"
+    steps = manifest.get("total_steps")
+    of = f" of {steps}" if steps else ""
+    return (
+        f"{what}, made from {coded(base_name(subject))} by {' and '.join(_method_names(subject.config))}: {how} trained for "
+        f"{subject.step}{of} optimiser steps with Penchant {penchant.__version__}. This is {form.what}, in {dtype}."
+    )
+
+
+def _load(subject: Subject, form: Format, files: Mapping[str, str]) -> str:
+    auto = "AutoModelForSequenceClassification" if subject.reward else "AutoModelForCausalLM"
+    file = next((f for f in files if f.endswith(".gguf")), "")
+    labels = ", num_labels=1" if subject.reward else ""
+    return form.load.format(auto=auto, folder="FOLDER", base=base_name(subject), file=file, labels=labels)
+
+
+def _method(config: RunConfig) -> str:
+    if config.algorithm is not None:
+        name = config.algorithm.name
+        return f"`{name}`: {METHODS[name]}."
+    lines = []
+    for component in config.loss.components:
+        spec = LOSSES[component.name]
+        paper = f" ([arXiv {spec.paper}](https://arxiv.org/abs/{spec.paper}))" if spec.paper else ""
+        lines.append(f"`{spec.name}`: `{spec.formula}`{paper}")
+    return "\n\n".join(lines)
+
+
+def _settings(config: RunConfig) -> str:
+    shown = config.model_dump(mode="json", exclude=set(NOT_SETTINGS))
+    shown["reference"].pop("cache_dir", None)
+    text = yaml.safe_dump(public(shown), sort_keys=False, allow_unicode=True)
+    return text.replace("```", "'''")
+
+
+def _data(subject: Subject, manifest: Mapping[str, Any]) -> str:
+    names = public(subject.config.data.path)
+    shown = ", ".join(coded(n) for n in ([names] if isinstance(names, str) else names))
+    rows = ["| | rows | kept aside | fingerprint |", "|---|---|---|---|"]
+    for name, part in _mapping(manifest.get("data")).items():
+        one = _mapping(part)
+        count = one.get("accepted", one.get("rows", ""))
+        rows.append(f"| {plain(name)} | {count} | {one.get('quarantined', '')} | `{one.get('fingerprint', '')}` |")
+    found = _mapping(_json(subject.run / "audit.json").get("findings")).values()
+    met = [f for f in map(_mapping, found) if f.get("count")]
+    audit = [f"- {plain(f.get('title'))}: {f.get('count')} of {f.get('of')}" for f in met]
+    told = "\n".join(audit) if audit else "- nothing was found"
+    return f"From {shown}.\n\n" + "\n".join(rows) + f"\n\nWhat the audit of the data found:\n\n{told}"
+
+
+def _results(subject: Subject) -> str:
+    lines = [row for row in _jsonl(subject.run / "metrics.jsonl") if row.get("kind") == "eval"]
+    after = next((row for row in lines if row.get("step") == subject.step), None)
+    if after is None:
+        return "Nothing was evaluated at this step."
+    before = next((row for row in lines if row.get("step") == 0), {})
+    rows = ["| figure | start | this model | 95% interval | meaning |", "|---|---|---|---|---|"]
+    for name, value in after.items():
+        if not name.startswith("eval/") or name == "eval/rows" or not isinstance(value, (int, float)):
+            continue
+        if name.rsplit("/", 1)[-1] in ("n", "ci"):
+            continue
+        bounds = after.get(f"{name}/ci")
+        interval = _interval(bounds)
+        start = before.get(name)
+        shown = f"{start:.4f}" if isinstance(start, (int, float)) else ""
+        rows.append(
+            f"| {plain(name.removeprefix('eval/'))} | {shown} | {value:.4f} | {interval} | {plain(meaning(name))} |"
+        )
+    many = after.get("eval/rows")
+    return f"On {many} rows that were held out from training (intervals over rows or prompts):\n\n" + "\n".join(rows)
+
+
+def _flags(subject: Subject) -> str:
+    found = _json(subject.run / "flags.json", [])
+    lines = [
+        f"- **{plain(f.get('title'))}** ({plain(f.get('level'))}): {plain(f.get('sentence'))}"
+        for f in map(_mapping, found if isinstance(found, list) else [])
+    ]
+    return "\n".join(lines) if lines else "No flag was raised."
+
+
+def _export(form: Format, dtype: str, check: Check, notes: Sequence[str]) -> str:
+    lines = [f"{form.what[0].upper()}{form.what[1:]}, weights in {dtype}. It was {check.to_text()}."]
+    return "\n\n".join([*lines, *(f"Note: {plain(n)}." for n in notes)])
+
+
+def _hashes(files: Mapping[str, str], manifest: Mapping[str, Any]) -> str:
+    rows = ["| file | SHA-256 |", "|---|---|", *(f"| {coded(n)} | `{h}` |" for n, h in files.items())]
+    base = _mapping(manifest.get("model")).get("sha256")
+    rows += [f"| the base model's weights, as loaded | `{base}` |"] if base else []
+    return "\n".join(rows)
+
+
+def _versions(manifest: Mapping[str, Any]) -> str:
+    names = ("penchant", "python", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
+    hardware = _mapping(manifest.get("hardware"))
+    on = ", ".join(f"{k} {plain(v)}" for k, v in hardware.items() if k in ("cpu", "gpu", "device", "dtype") and v)
+    return ", ".join(f"{n} {plain(manifest[n])}" for n in names if manifest.get(n)) + (f"; {on}" if on else "") + "."
+
+
+def _interval(bounds: Any) -> str:
+    """``low to high``; empty where there is none."""
+    if isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(b, (int, float)) for b in bounds):
+        return f"{bounds[0]:.4f} to {bounds[1]:.4f}"
+    return ""
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _json(path: Path, otherwise: Any = None) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {} if otherwise is None else otherwise
+
+
+def _jsonl(path: Path) -> list[Mapping[str, Any]]:
+    try:
+        return [_mapping(json.loads(t)) for t in path.read_text(encoding="utf-8").split("\n") if t]
+    except (OSError, ValueError):
+        return []

@@ -1,0 +1,145 @@
+"""One export: write aside, read back, compare, describe, rename; then perhaps push."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from penchant.errors import CheckpointError, ConfigError, ModelError
+from penchant.export.card import CARD, card, hashes
+from penchant.export.check import Check, compared
+from penchant.export.formats import FORMATS, Format, dtype_of
+from penchant.export.push import check_push, push
+from penchant.export.request import ExportRequest
+from penchant.export.subject import NAMES, Subject, find_subject, outputs
+
+ABOUT = "export.json"
+SIZE = re.compile(r"[1-9]\d*(KB|MB|GB|TB|KiB|MiB|GiB|TiB)")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """What an export left.
+
+    Args:
+        folder: where it is; format, dtype, step: what it is; check: the comparison; url: on the hub, where it was pushed.
+        notes: what a person should know.
+    """
+
+    folder: Path
+    format: str
+    dtype: str
+    step: int
+    check: Check
+    notes: tuple[str, ...] = ()
+    url: str | None = None
+
+
+def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: None) -> ExportResult:
+    """Write a run's model in the form asked for; it stands at its name only once it was read back and compared.
+
+    Raises:
+        ConfigError: no such form, type or name; no token for a push. CheckpointError: no run or step, or the folder is there already.
+        ModelError: the form cannot hold this model, or what was read back is another one (it is kept as ``NAME.failed``).
+    """
+    form, subject, dtype = _checked(request)
+    folder = _target(request, subject, form, dtype)
+    if request.push is not None:
+        check_push(request.push, subject.base.path if form.name == "adapter" else None)
+    form.check(subject, dtype)
+    aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        check, notes = _write(subject, form, request, dtype, aside)
+        if not check.good:
+            raise _refused(folder, aside, check)
+        if folder.exists():
+            raise _taken(folder)
+        os.rename(aside, folder)
+    except OSError as error:
+        raise CheckpointError(
+            str(folder), f"could not be written ({error.strerror or error})", "free some space or give another --output"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    for note in notes:
+        say(note)
+    url = None
+    if request.push is not None:
+        message = f"{subject.run.name}, step {subject.step}: {form.what}"
+        url = push(folder, request.push, private=request.private, message=message)
+    return ExportResult(folder, form.name, dtype, subject.step, check, notes, url)
+
+
+def _checked(request: ExportRequest) -> tuple[Format, Subject, str]:
+    if request.to not in FORMATS:
+        raise ConfigError("--to", f"{request.to} is no form of a model", f"there are {', '.join(FORMATS)}")
+    if not SIZE.fullmatch(request.max_shard_size):
+        raise ConfigError(
+            "--max-shard-size", f"{request.max_shard_size!r} is no size", "give a number of GB or MB: 5GB"
+        )
+    form = FORMATS[request.to]
+    subject = find_subject(request.run, request.step)
+    return form, subject, dtype_of(form, subject, request.dtype)
+
+
+def _target(request: ExportRequest, subject: Subject, form: Format, dtype: str) -> Path:
+    named = f"step-{subject.step}-{form.name}" + ("" if request.dtype == "auto" else f"-{dtype}")
+    folder = Path(request.output).expanduser() if request.output else subject.run / "export" / named
+    if folder.exists() or folder.is_symlink():
+        raise _taken(folder)
+    return folder
+
+
+def _taken(folder: Path) -> CheckpointError:
+    return CheckpointError(str(folder), "is there already, and nothing is overwritten", "give another --output")
+
+
+def _write(
+    subject: Subject, form: Format, request: ExportRequest, dtype: str, folder: Path
+) -> tuple[Check, tuple[str, ...]]:
+    """Write the files, compare what is read back, and describe them."""
+    rows = subject.rows()
+    own = outputs(subject.own(), rows)
+    written = form.write(subject, request, dtype, folder)
+    expected = outputs(written.model, rows)
+    notes = written.notes
+    del written
+    merged = subject.adapter is not None and form.name != "adapter" and not subject.reward
+    check = compared(
+        own,
+        expected,
+        outputs(form.read(subject, folder), rows),
+        equal=form.equal,
+        dtype=dtype,
+        exact=NAMES[subject.dtype()] == dtype and not merged and not (subject.reward and form.name == "adapter"),
+        tokens=sum(map(len, rows)),
+    )
+    files = hashes(folder)
+    about = {
+        **{
+            "run": subject.run.name,
+            "step": subject.step,
+            "format": form.name,
+            "dtype": dtype,
+            "check": check.to_json(),
+        },
+        **{"notes": list(notes), "sha256": files},
+    }
+    (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    (folder / CARD).write_text(card(subject, form, dtype, check, files, notes), encoding="utf-8")
+    return check, notes
+
+
+def _refused(folder: Path, aside: Path, check: Check) -> ModelError:
+    """What is not the run's model is kept for a look, under a name that says so."""
+    names = (folder.with_name(f"{folder.name}.failed{i or ''}") for i in range(10_000))
+    failed = next(n for n in names if not n.exists())
+    os.rename(aside, failed)
+    return ModelError(str(folder), f"what was written is not the run's model: {check.to_text()}", f"see {failed}")

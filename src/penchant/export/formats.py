@@ -1,0 +1,232 @@
+"""The forms that a model can take: how each is written, and how its users read it. A new one is a spec here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penchant.errors import ConfigError
+from penchant.export.gguf_model import gguf_writer, read_gguf, refuse_what_gguf_cannot
+from penchant.export.request import DTYPES, Q8, ExportRequest
+from penchant.export.subject import (
+    NAMES,
+    Subject,
+    need_adapter,
+    read_causal_model,
+    read_reward_model,
+    round_weights,
+    with_adapter,
+)
+from penchant.models.merge import TOLERANCE
+from penchant.models.reward import SETTINGS
+
+STATE = "state_dict.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written.
+
+    Args:
+        model: in fp32, with the weights that the files should hold: what is read back must compute the same.
+        notes: what a person should know.
+    """
+
+    model: Any
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A form.
+
+    Args:
+        name: of ``--to``; what: in words; write, read: into and out of a folder; check: refuses a run that it cannot be made of, early.
+        equal: how far read-back logits may be from those of the weights written, relative to the largest; 0: not in one bit.
+        dtypes: names of ``--dtype``; library: that loads it, as the hub calls it; load: Python that does, with {folder} and {base}.
+    """
+
+    name: str
+    what: str
+    write: Callable[[Subject, ExportRequest, str, Path], Written]
+    read: Callable[[Subject, Path], Any]
+    library: str
+    load: str
+    check: Callable[[Subject, str], None] = lambda _subject, _dtype: None
+    equal: float = 0.0
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+
+
+def stored_as(dtype: str) -> Callable[[str, Tensor], Tensor]:
+    """What is left of a weight that is stored in a floating-point type."""
+    return lambda _name, value: value.to(DTYPES[dtype]) if value.is_floating_point() else value
+
+
+def _save_whole(subject: Subject, request: ExportRequest, dtype: str, folder: Path) -> Written:
+    """A folder that transformers loads."""
+    model = subject.whole()
+    round_weights(model, stored_as(dtype))
+    state = {n: v.to(DTYPES[dtype]) if v.is_floating_point() else v for n, v in model.state_dict().items()}
+    model.config.dtype = DTYPES[dtype]
+    model.save_pretrained(folder, state_dict=state, max_shard_size=request.max_shard_size)
+    _save_beside(subject, folder)
+    return Written(model)
+
+
+def _save_beside(subject: Subject, folder: Path) -> None:
+    """The tokenizer, and how a reward model's texts are made."""
+    subject.tokenizer().save_pretrained(folder)
+    if subject.reward:
+        shutil.copyfile(subject.folder / SETTINGS, folder / SETTINGS)
+
+
+def _save_merged(subject: Subject, request: ExportRequest, dtype: str, folder: Path) -> Written:
+    need_adapter(subject, "merged")
+    return _save_whole(subject, request, dtype, folder)
+
+
+def _read_whole(subject: Subject, folder: Path) -> Any:
+    return (read_reward_model if subject.reward else read_causal_model)(folder)
+
+
+def _save_state_dict(subject: Subject, _request: ExportRequest, dtype: str, folder: Path) -> Written:
+    """One file of tensors, with the config and the tokenizer beside it."""
+    model = subject.whole()
+    round_weights(model, stored_as(dtype))
+    model.config.dtype = DTYPES[dtype]
+    model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    shared: dict[int, Tensor] = {}  # tied weights stay one tensor in the file
+
+    def cast(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        return shared.setdefault(value.data_ptr(), value.to(DTYPES[dtype]))
+
+    torch.save({name: cast(value) for name, value in model.state_dict().items()}, folder / STATE)
+    _save_beside(subject, folder)
+    return Written(model)
+
+
+def _read_state_dict(subject: Subject, folder: Path) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    loader = AutoModelForSequenceClassification if subject.reward else AutoModelForCausalLM
+    model = loader.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    model.load_state_dict(torch.load(folder / STATE, weights_only=True))
+    return model.eval()
+
+
+def _save_adapter(subject: Subject, _request: ExportRequest, dtype: str, folder: Path) -> Written:
+    """What peft loads over the base model."""
+    from safetensors.torch import load_file, save_file
+
+    adapter = need_adapter(subject, "adapter")
+    (weights,) = adapter.glob("adapter_model.safetensors")
+    state = {name: stored_as(dtype)(name, value).contiguous() for name, value in load_file(weights).items()}
+    save_file(state, folder / weights.name, metadata={"format": "pt"})
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = subject.base.path
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    _save_beside(subject, folder)
+    model = with_adapter(subject.bare(), adapter)
+    trained = {name for name, _ in model.named_parameters() if "lora_" in name or ".modules_to_save." in name}
+    round_weights(model, lambda name, value: stored_as(dtype)(name, value) if name in trained else value)
+    return Written(model)
+
+
+def _read_adapter(subject: Subject, folder: Path) -> Any:
+    return with_adapter(subject.bare(), folder)
+
+
+def _check_adapter(subject: Subject, _dtype: str) -> None:
+    need_adapter(subject, "adapter")
+
+
+def _check_merged(subject: Subject, _dtype: str) -> None:
+    need_adapter(subject, "merged")
+
+
+def _save_gguf(subject: Subject, _request: ExportRequest, dtype: str, folder: Path) -> Written:
+    """One file for llama.cpp and its kin."""
+    model = subject.whole()
+    name = f"{subject.run.name}-step-{subject.step}"
+    written = gguf_writer(model, subject.tokenizer(), dtype, name)
+    round_weights(model, written.seen)
+    written.write(folder / f"{name}-{dtype}.gguf")
+    return Written(model, written.notes)
+
+
+_AUTO = 'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
+_WHOLE = "from transformers import {auto}, AutoTokenizer\n\n" + 'model = {auto}.from_pretrained("{folder}")\n' + _AUTO
+_PT = (
+    "import torch\nfrom transformers import {auto}, AutoConfig, AutoTokenizer\n\n"
+    'model = {auto}.from_config(AutoConfig.from_pretrained("{folder}"))\n'
+    f'model.load_state_dict(torch.load("{{folder}}/{STATE}", weights_only=True))\n' + _AUTO
+)
+_ADAPTER = (
+    "from peft import PeftModel\nfrom transformers import {auto}, AutoTokenizer\n\n"
+    'base = {auto}.from_pretrained("{base}"{labels})\nmodel = PeftModel.from_pretrained(base, "{folder}")\n' + _AUTO
+)
+_GGUF = (
+    "from transformers import AutoModelForCausalLM\n\n"
+    'model = AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="{file}")  # or: llama-cli -m {file}\n'
+)
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("safetensors", "a folder that transformers loads", _save_whole, _read_whole, "transformers", _WHOLE),
+        Format("pt", "one state dict for torch.load", _save_state_dict, _read_state_dict, "transformers", _PT),
+        Format(
+            "merged",
+            "the same of a LoRA run, its adapter merged into the base",
+            _save_merged,
+            _read_whole,
+            "transformers",
+            _WHOLE,
+            _check_merged,
+        ),
+        Format(
+            "adapter",
+            "the LoRA adapter alone, for peft",
+            _save_adapter,
+            _read_adapter,
+            "peft",
+            _ADAPTER,
+            _check_adapter,
+        ),
+        Format(
+            "gguf",
+            "one file for llama.cpp and its kin",
+            _save_gguf,
+            lambda _subject, folder: read_gguf(folder),
+            "gguf",
+            _GGUF,
+            refuse_what_gguf_cannot,
+            TOLERANCE,
+            (*DTYPES, Q8),
+        ),
+    )
+}
+
+
+def dtype_of(form: Format, subject: Subject, asked: str) -> str:
+    """The name of the type that weights are stored in.
+
+    Raises:
+        ConfigError: this form has no such type.
+    """
+    if asked == "auto":
+        return NAMES[subject.dtype()]
+    if asked not in form.dtypes:
+        raise ConfigError("--dtype", f"{form.name} has no {asked}", f"there are {', '.join(form.dtypes)}")
+    return asked

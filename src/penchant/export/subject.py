@@ -1,0 +1,210 @@
+"""The model of a run's checkpoint: as the run has it, and whole."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penchant.algorithms.options import RewardModelConfig
+from penchant.config import RunConfig, with_absolute_paths
+from penchant.errors import CheckpointError, ConfigError
+from penchant.evaluate.sources import check_there, find_run, runs_in
+from penchant.models.load import load_causal_model, load_tokenizer, own_memory
+from penchant.models.merge import is_adapter, merged_model
+from penchant.models.options import ModelConfig
+from penchant.models.reward import ADAPTER, choose_padding, load_reward_model, set_padding
+from penchant.training.checkpoint import find_checkpoint, load_checkpoint
+
+CPU = torch.device("cpu")
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+PROMPTS, LONGEST, FIXED = 4, 96, 24  # texts of the run's samples, tokens of one, tokens of the fixed row
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is exported.
+
+    Args:
+        run: its folder; config: its settings; checkpoint: the checkpoint's folder; reward: whether it is a reward model.
+        adapter: the folder with its LoRA adapter, None where the whole model was trained.
+    """
+
+    run: Path
+    config: RunConfig
+    checkpoint: Path
+    reward: bool
+    adapter: Path | None
+
+    @property
+    def step(self) -> int:
+        return int(self.checkpoint.name.removeprefix("step-"))
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's model folder."""
+        return self.checkpoint / "model"
+
+    @property
+    def base(self) -> ModelConfig:
+        return self.config.model
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that the run trained with."""
+        own = (self.folder / "tokenizer_config.json").exists()
+        return load_tokenizer(str(self.folder) if own else self.config.model.tokenizer or self.config.model.path)
+
+    def dtype(self) -> torch.dtype:
+        """What the checkpoint's weights are stored in."""
+        from safetensors import safe_open
+
+        folder = self.adapter if self.adapter is not None and not self.reward else self.folder
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    dtype = file.get_tensor(name).dtype
+                    if dtype in NAMES:
+                        return dtype
+        return torch.float32
+
+    def own(self) -> Any:
+        """The model as the run has it, in fp32: an adapter beside its base, not in it (a reward model is stored merged)."""
+        if self.reward:
+            return read_reward_model(self.folder)
+        if self.adapter is None:
+            return load_causal_model(ModelConfig(path=str(self.folder)), CPU).eval()
+        return with_adapter(load_causal_model(self.base, CPU, self.config.train.seed), self.adapter)
+
+    def whole(self) -> Any:
+        """The model by itself, in fp32: an adapter is merged into it."""
+        if self.reward or self.adapter is None:
+            return self.own()
+        return merged_model(self.base, self.adapter, CPU, self.config.train.seed).eval()
+
+    def bare(self) -> Any:
+        """The model that the adapter goes on, in fp32."""
+        seed = self.config.train.seed
+        if not self.reward:
+            return load_causal_model(self.base, CPU, seed)
+        loaded = load_reward_model(self.base, CPU, seed)
+        if not loaded.encoder:
+            tokenizer = self.tokenizer()
+            choose_padding(tokenizer)
+            set_padding(loaded.model, tokenizer)
+        return loaded.model
+
+    def rows(self) -> list[list[int]]:
+        """Token ids on which models are compared: the run's own samples, and a fixed row of its vocabulary."""
+        tokenizer = self.tokenizer()
+        texts = [str(s.get("prompt", "")) + str(s.get("after", "")) for s in _samples(self.run)[:PROMPTS]]
+        found = [tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST] for text in texts]
+        top = min(len(tokenizer), int(_text_config(self).vocab_size))
+        drawn = torch.randint(0, top, (FIXED,), generator=torch.Generator().manual_seed(0)).tolist()
+        # a reward model's score is read at the last token that is not padding
+        fixed = [i for i in drawn if i != tokenizer.pad_token_id]
+        return [*(row for row in found if row), fixed]
+
+
+def find_subject(given: str | Path, step: str = "last") -> Subject:
+    """The model that a run's folder (or a checkpoint in it) and a step mean.
+
+    Raises:
+        CheckpointError: no run, no such checkpoint, or a checkpoint whose files are not as they were written.
+    """
+    found = find_run(str(given), step)
+    if found is None:
+        check_there(str(given))
+        inside = runs_in(str(given))
+        how = f"name one of its runs: {', '.join(inside)}" if inside else "give a run's folder"
+        raise CheckpointError(str(given), "is no run", how)
+    config = with_absolute_paths(found[0])
+    run = Path(config.output)
+    checkpoint = find_checkpoint(run, found[1])
+    if checkpoint is None:
+        raise CheckpointError(str(given), "there is no trained checkpoint to export", "train it first, or name a step")
+    load_checkpoint(checkpoint)  # its sums are checked: what is exported is what was trained
+    reward = isinstance(config.algorithm, RewardModelConfig)
+    model = checkpoint / "model"
+    inside_adapter = model / ADAPTER
+    adapter = model if is_adapter(model) else inside_adapter if reward and inside_adapter.is_dir() else None
+    return Subject(run, config, checkpoint, reward, adapter)
+
+
+def with_adapter(base: Any, adapter: Path) -> Any:
+    """A model with a LoRA adapter beside it, as peft's users load it."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        model = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
+    return model.float().eval()
+
+
+def read_causal_model(folder: Path, **options: Any) -> Any:
+    """A language model's folder as transformers' users load it, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    return _fp32(AutoModelForCausalLM, folder, options)
+
+
+def read_reward_model(folder: Path, **options: Any) -> Any:
+    """The same of a reward model's."""
+    from transformers import AutoModelForSequenceClassification
+
+    return _fp32(AutoModelForSequenceClassification, folder, options)
+
+
+def _fp32(loader: Any, folder: Path, options: dict[str, Any]) -> Any:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = loader.from_pretrained(folder, dtype=torch.float32, **options)
+    own_memory(model)  # else the length of a file's header decides over the last bits
+    return model.eval()
+
+
+def outputs(model: Any, rows: list[list[int]]) -> Tensor:
+    """Logits of every token of every row, one under the other; of a reward model its scores."""
+    with torch.inference_mode():
+        found = [model(input_ids=torch.tensor([row])).logits[0].float() for row in rows]
+    return torch.cat([f.reshape(-1, f.shape[-1]) for f in found])
+
+
+def round_weights(model: Any, seen: Callable[[str, Tensor], Tensor]) -> None:
+    """Replace every weight by what is left of it once it is stored; the model stays in fp32."""
+    for name, p in model.named_parameters():
+        p.data = seen(name, p.data).to(torch.float32)
+
+
+def _samples(run: Path) -> list[dict[str, Any]]:
+    try:
+        text = (run / "samples.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.split("\n") if line]
+    except (OSError, ValueError):
+        return []
+
+
+def _text_config(subject: Subject) -> Any:
+    from penchant.models.reward import load_model_config
+
+    path = str(subject.folder) if (subject.folder / "config.json").exists() else subject.base.path
+    return load_model_config(path).get_text_config()
+
+
+def need_adapter(subject: Subject, to: str) -> Path:
+    """The adapter of a LoRA run.
+
+    Raises:
+        ConfigError: the whole model was trained.
+    """
+    if subject.adapter is None:
+        raise ConfigError(
+            "--to", f"{to} needs a LoRA run, and {subject.run} trained the whole model", "use safetensors"
+        )
+    return subject.adapter

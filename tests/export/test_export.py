@@ -1,0 +1,203 @@
+"""Every form of a tiny run's model: loaded as its users load it, equal to the run's own; what is wrong is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import polite_rows, tiny_model_folder, write_jsonl
+
+from penchant import api
+from penchant.cli import main
+from penchant.errors import CheckpointError, ConfigError, ModelError
+from penchant.export.card import public
+from penchant.export.formats import FORMATS
+from penchant.export.subject import outputs
+
+ROW = [[5, 99, 17, 240, 31, 8]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs: full, lora, reward, reward-lora."""
+    tmp = tmp_path_factory.mktemp("export")
+    config: dict[str, Any] = {
+        "model": {"path": tiny_model_folder(tmp / "model", chat=True), "dtype": "fp32"},
+        "data": {
+            "path": write_jsonl(tmp / "pairs|`x`.jsonl", polite_rows(12)),
+            "validation_rows": 4,
+            "max_length": 128,
+        },
+        "train": {"max_steps": 2, "batch_size": 4, "lr": 1e-2},
+        "evaluation": {"samples": 2, "sample_tokens": 4, "kl_prompts": 0},
+        "checkpoint": {"every": 1},
+    }
+    lora = {"lora": {"r": 4}}
+    reward = {"algorithm": "reward_model"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PENCHANT_CACHE", str(tmp / "cache"))
+        for name, more in (("full", {}), ("lora", lora), ("reward", reward), ("reward-lora", {**reward, **lora})):
+            api.train({**config, **more, "output": str(tmp / name)}, quiet=True)
+    return tmp
+
+
+def _model(run: Path, step: int = 2) -> Path:
+    return run / "checkpoints" / f"step-{step}" / "model"
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_safetensors_is_the_runs_model_to_the_last_bit(world: Path, tmp_path: Path) -> None:
+    result = api.export(world / "full", to="safetensors", output=tmp_path / "out", step="1")
+    assert result.check.own == result.check.read == 0.0 and result.check.greedy == 1.0 and result.step == 1
+    assert torch.equal(outputs(_load(result.folder), ROW), outputs(_load(_model(world / "full", 1)), ROW))
+    assert not torch.equal(outputs(_load(result.folder), ROW), outputs(_load(_model(world / "full")), ROW))
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_shards_are_as_small_as_asked_for(world: Path, tmp_path: Path) -> None:
+    result = api.export(world / "full", to="safetensors", output=tmp_path / "out", max_shard_size="30KB")
+    assert len(list(result.folder.glob("*.safetensors"))) > 2 and result.check.own == 0.0
+
+
+def test_pt_is_read_without_unpickling_anything(world: Path, tmp_path: Path) -> None:
+    result = api.export(world / "lora", to="pt", output=tmp_path / "out")
+    state = torch.load(result.folder / "state_dict.pt", weights_only=True)
+    assert all(type(v) is torch.Tensor for v in state.values())
+    # the tied head is there under its name, and not twice on disk
+    assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
+    assert not list(result.folder.glob("*.safetensors")) and (result.folder / "tokenizer.json").exists()
+
+
+def test_merged_and_adapter_are_the_same_model(world: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    merged = api.export(world / "lora", to="merged", output=tmp_path / "merged")
+    adapter = api.export(world / "lora", to="adapter", output=tmp_path / "adapter")
+    assert 0 < merged.check.own <= merged.check.own_limit and adapter.check.own == 0.0 == adapter.check.read
+    read = PeftModel.from_pretrained(_load(world / "model"), str(adapter.folder)).eval()
+    torch.testing.assert_close(outputs(read, ROW), outputs(_load(merged.folder), ROW), rtol=0, atol=1e-5)
+    assert not torch.allclose(outputs(read, ROW), outputs(_load(world / "model"), ROW), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("to", ["safetensors", "pt", "adapter"])
+def test_a_narrower_type_holds_the_rounded_weights_exactly(world: Path, tmp_path: Path, to: str, dtype: str) -> None:
+    result = api.export(world / "lora", to=to, output=tmp_path / "out", dtype=dtype)
+    assert result.check.read == 0.0 and 0.0 < result.check.own <= result.check.own_limit
+    assert result.dtype == dtype
+
+
+@pytest.mark.parametrize("to", ["safetensors", "pt", "merged", "adapter"])
+def test_a_reward_model_keeps_its_scores_and_how_its_texts_are_made(world: Path, tmp_path: Path, to: str) -> None:
+    result = api.export(world / "reward-lora", to=to, output=tmp_path / "out")
+    assert result.check.greedy is None and result.check.read == 0.0 and result.check.good
+    assert (result.folder / "reward_settings.json").exists()
+    text = (result.folder / "README.md").read_text()
+    assert "AutoModelForSequenceClassification" in text and "Bradley-Terry" in text
+
+
+def test_a_wrong_weight_is_found_and_kept_aside(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    form = FORMATS["safetensors"]
+
+    def spoiled(subject: Any, request: Any, dtype: str, folder: Path) -> Any:
+        written = form.write(subject, request, dtype, folder)
+        (path,) = folder.glob("*.safetensors")
+        state = safetensors.torch.load_file(path)
+        state["model.norm.weight"][3] += 1e-3
+        safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+        return written
+
+    import dataclasses
+
+    monkeypatch.setitem(FORMATS, "safetensors", dataclasses.replace(form, write=spoiled))
+    with pytest.raises(ModelError, match="not the run's model"):
+        api.export(world / "full", to="safetensors", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.failed" / "export.json").exists()
+    assert json.loads((tmp_path / "out.failed" / "export.json").read_text())["check"]["good"] is False
+
+
+def test_what_cannot_be_is_refused_and_nothing_is_overwritten(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="onnx is no form of a model; there are safetensors, pt, merged, adapter, gguf"
+    ):
+        api.export(world / "full", to="onnx")
+    with pytest.raises(ConfigError, match="trained the whole model; use safetensors"):
+        api.export(world / "full", to="merged")
+    with pytest.raises(ConfigError, match="safetensors has no q8_0"):
+        api.export(world / "full", to="safetensors", dtype="q8_0")
+    with pytest.raises(ConfigError, match="is no size"):
+        api.export(world / "full", to="safetensors", max_shard_size="much")
+    with pytest.raises(ConfigError, match="reward model"):
+        api.export(world / "reward", to="gguf")
+    with pytest.raises(CheckpointError, match=r"name one of its runs: .*full"):
+        api.export(world, to="safetensors")
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        api.export(world / "full", to="safetensors", step="7")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="nothing is overwritten"):
+        api.export(world / "full", to="safetensors", output=tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_checkpoint_that_was_changed_is_not_exported(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "full", tmp_path / "run")
+    (path,) = _model(tmp_path / "run").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(CheckpointError, match="differs from what was written"):
+        api.export(tmp_path / "run", to="safetensors")
+
+
+def test_the_card_is_valid_says_what_is_known_and_names_no_folder_of_this_machine(world: Path, tmp_path: Path) -> None:
+    import hashlib
+
+    from huggingface_hub import ModelCard
+
+    for to in ("safetensors", "adapter", "gguf"):
+        result = api.export(world / "lora", to=to, output=tmp_path / to)
+        text = (result.folder / "README.md").read_text()
+        card = ModelCard(text)
+        data = card.data.to_dict()
+        assert data["pipeline_tag"] == "text-generation" and "dpo" in data["tags"] and "lora" in data["tags"]
+        assert "license" not in data and "No licence is chosen" in text
+        assert "`-(1-eps) log sigmoid(beta h)" in text and "fingerprint" in text and "held out from training" in text
+        files = json.loads((result.folder / "export.json").read_text())["sha256"]
+        for name, digest in files.items():
+            assert digest in text and hashlib.sha256((result.folder / name).read_bytes()).hexdigest() == digest
+        for path in result.folder.iterdir():
+            if path.name != "adapter_config.json":
+                assert str(world).encode() not in path.read_bytes(), path.name
+        assert "`pairs\\|'x'.jsonl`" in text  # a name from outside is no markup
+
+
+def test_the_cards_code_loads_the_folder(world: Path, tmp_path: Path) -> None:
+    for to in ("safetensors", "pt", "gguf"):
+        result = api.export(world / "full", to=to, output=tmp_path / to)
+        code = (result.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        names: dict[str, Any] = {}
+        exec(code.replace("FOLDER", str(result.folder)), names)
+        found = outputs(names["model"].eval(), ROW)
+        torch.testing.assert_close(found, outputs(_load(_model(world / "full")), ROW), rtol=0, atol=1e-5)
+
+
+def test_paths_lose_their_folders_wherever_they_stand() -> None:
+    settings = {"a": "/home/x/data.jsonl", "b": ["~/y.py:f", "owner/name"], "/tmp/reward": 1.0, "c": "words:20-60"}
+    assert public(settings) == {"a": "data.jsonl", "b": ["y.py:f", "owner/name"], "reward": 1.0, "c": "words:20-60"}
+
+
+def test_the_command_says_what_it_compared(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(world / "full"), "--to", "safetensors"]) == 0
+    out = capsys.readouterr().out
+    assert "logits differ by at most 0 " in out and str(world / "full" / "export" / "step-2-safetensors") in out
+    assert main(["export", str(world / "full"), "--to", "safetensors"]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
