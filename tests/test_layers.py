@@ -28,10 +28,11 @@ LAYERS = [
     {"run"},
     {"comparison", "evaluate"},
     {"pipeline_compare", "sweep_worker"},
-    {"sweep_jobs"},
+    {"sweep_jobs", "talk"},
     {"pipeline_run", "sweep_run"},
     {"api"},
     {"demo"},
+    {"commands"},  # one module a command; cli.py puts them together
     {"cli"},
     {"__main__"},
 ]
