@@ -15,38 +15,47 @@ class Detokeniser:
 
     Args:
         before: the prompt's tokens where its text is continued: some tokenizers write a first token without its space.
+        freeze: tokens after which their text is settled and only the last few are decoded along with new ones.
     """
 
-    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._before = list(before[-CONTEXT:])
+    def __init__(self, tokenizer: Any, before: Sequence[int] = (), freeze: int = 64) -> None:
+        self._tokenizer, self._freeze = tokenizer, freeze
+        self._before: list[int] = []
+        self._skip = ""
         self._ids: list[int] = []
-        self._skip = self._decode(self._before)
-        if self._skip.endswith(BROKEN):
-            self._before, self._skip = [], ""
-        self._given = ""
+        self._given = ""  # of the tokens in _ids
+        self._settle(list(before))
 
     def _decode(self, ids: Sequence[int]) -> str:
         # clean-up would take spaces away that an earlier piece has shown
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    @property
-    def whole(self) -> str:
-        """The text of all tokens so far, half characters as U+FFFD."""
-        text = self._decode([*self._before, *self._ids])
-        return text[len(self._skip) :] if text.startswith(self._skip) else self._decode(self._ids)
+    def _settle(self, ids: list[int]) -> None:
+        """From here on these tokens' text is known."""
+        last = ids[-CONTEXT:]
+        skip = self._decode(last) if last else ""
+        if BROKEN not in skip:  # else a character may yet change
+            self._before, self._skip, self._ids, self._given = last, skip, [], ""
+
+    def _text(self) -> str:
+        """The text of the tokens in _ids, half characters as U+FFFD."""
+        return self._decode([*self._before, *self._ids])[len(self._skip) :]
 
     def add(self, token: int) -> str:
         """The characters that one more token completes; may be empty."""
         self._ids.append(token)
-        return self._up_to(self.whole.rstrip(BROKEN))
+        text = self._text()
+        piece = self._up_to(text.rstrip(BROKEN))
+        if len(self._ids) >= self._freeze and self._given == text:
+            self._settle([*self._before, *self._ids])
+        return piece
 
     def flush(self) -> str:
         """What is left when no token follows: half characters."""
-        return self._up_to(self.whole)
+        return self._up_to(self._text())
 
     def _up_to(self, text: str) -> str:
-        if len(text) <= len(self._given) or not text.startswith(self._given):
+        if not text.startswith(self._given):
             return ""
         new = text[len(self._given) :]
         self._given = text
