@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def writer_folder(folder: Path, text: str, *, after: str = " ", context: int = 4
     )
     next_of = torch.zeros(size, size)
     next_of[1, :] = 1.0  # everything else ends at once
-    for a, b in zip(chain, chain[1:], strict=False):
+    for a, b in pairwise(chain):
         next_of[:, a] = 0.0
         next_of[b, a] = 2.0
     with torch.no_grad():
