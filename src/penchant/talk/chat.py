@@ -204,13 +204,11 @@ class Chat:
 
     def _fitted(self, said: str) -> list[Fitted]:
         """The prompt for every model; all get the same turns."""
-        fitted: list[Fitted] = []
-        dropped = 0
-        for _ in range(2):  # what does not fit into one model's context is left out for the other too
-            fitted = [
-                fit(v, self.conversation, said, self.wanted.sampling.max_new_tokens, dropped) for v in self.voices
-            ]
-            dropped = max(f.dropped for f in fitted)
+        tokens = self.wanted.sampling.max_new_tokens
+        fitted = [fit(v, self.conversation, said, tokens) for v in self.voices]
+        dropped = max(f.dropped for f in fitted)
+        if any(f.dropped != dropped for f in fitted):  # what one model has no room for is left out for the other too
+            fitted = [fit(v, self.conversation, said, tokens, dropped) for v in self.voices]
         if dropped and dropped != self.dropped:
             context = min(v.context for v in self.voices)
             turns = "the oldest turn is" if dropped == 1 else f"the {dropped} oldest turns are"
