@@ -367,7 +367,7 @@ def test_in_a_pseudo_terminal(tmp_path: Path) -> None:
     source = Path(__file__).parents[2] / "src"
     command = [sys.executable, "-m", "penchant", "chat", folder, "--max-new-tokens", "4000", "--temperature", "0"]
     parent, child = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": str(source), "TERM": "xterm", "PENCHANT_REEXECUTED": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(source), "TERM": "xterm"}
     process = subprocess.Popen(
         command, stdin=child, stdout=child, stderr=child, env=environment, start_new_session=True, close_fds=True
     )
@@ -401,3 +401,41 @@ def test_in_a_pseudo_terminal(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         os.close(parent)
+
+
+def test_a_run_and_its_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LoRA run's last checkpoint is its adapter merged, step 0 the base; a run of plain text is continued."""
+    import torch
+
+    from penchant import api
+    from penchant.models.merge import merged_model
+    from penchant.models.options import ModelConfig
+
+    model = random_folder(tmp_path / "model", chat=True)
+    rows = [{"prompt": f"Say {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(12)]
+    config = {
+        "model": {"path": model, "dtype": "fp32"},
+        "lora": {"r": 2},
+        "data": {"path": _rows(tmp_path, rows), "validation_rows": 4, "max_length": 64, "template": "plain"},
+        "train": {"max_steps": 2, "batch_size": 4, "lr": 0.05},
+        "evaluation": {"samples": 0},
+        "output": str(tmp_path / "run"),
+    }
+    run = api.train(config, quiet=True)
+    last, first = voice_of(str(run.folder)), voice_of(str(run.folder), step="0")
+    assert last.style.name == "plain"
+    ids = torch.tensor([last.encode("Say 3")])
+    merged = merged_model(ModelConfig(path=model), run.folder / "checkpoints/step-2/model", torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(last.model(ids).logits, merged(ids).logits)
+        assert torch.equal(first.model(ids).logits, voice_of(model).model(ids).logits)
+        assert not torch.equal(first.model(ids).logits, last.model(ids).logits)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Say 3\n/left\n"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["chat", "run", "--against", "run", "--against-step", "0", "--max-new-tokens", "8"]) == 0
+    row = json.loads((tmp_path / "preferences.jsonl").read_text())
+    assert (row["chosen_by"], row["rejected_by"], row["prompt"]) == ("run (step last)", "run (step 0)", "Say 3")
+    assert main(["chat", "."]) == 2
+    assert "is no run but a folder of runs; give one of them: run" in capsys.readouterr().err

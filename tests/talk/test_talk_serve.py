@@ -463,7 +463,7 @@ def test_our_own_server_can_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # ---- the command ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_the_command_serves_until_a_signal(tmp_path: Path, number: int) -> None:
     folder = random_folder(tmp_path / "small")
     source = Path(__file__).parents[2] / "src"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -37,6 +38,33 @@ def test_pieces_joined_are_the_text_and_no_character_is_split(text: str, freeze:
 def test_any_tokens_give_what_decoding_them_at_once_gives(ids: list[int], freeze: int) -> None:
     whole = TOKENIZER.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert "".join(_pieces(ids, freeze)) == whole
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.text("ab é€日😀", max_size=20), st.sampled_from([1, 2, 5, 64]))
+def test_words_and_bytes_of_a_fallback(text: str, freeze: int) -> None:
+    """A tokenizer that writes unknown characters as bytes, which are characters only where a whole run of them is."""
+    ids = BYTES_TOO(text, add_special_tokens=False)["input_ids"]
+    made = Detokeniser(BYTES_TOO, freeze=freeze)
+    pieces = [*(made.add(i) for i in ids), made.flush()]
+    assert "".join(pieces) == text and not any("\ufffd" in p for p in pieces)
+
+
+def _with_byte_fallback() -> Any:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<unk>": 0, "a": 1, "b": 2, " ": 3} | {f"<0x{b:02X}>": 4 + b for b in range(256)}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+
+
+BYTES_TOO = _with_byte_fallback()
+
+
+def test_a_byte_of_a_fallback_has_its_byte() -> None:
+    assert [token_bytes(BYTES_TOO, 4 + b) for b in (0x41, 0x80, 0xFF)] == [[0x41], [0x80], [0xFF]]
 
 
 def test_a_continued_text_keeps_its_first_space() -> None:

@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--top-k", type=whole(0), default=0, help="default: 0, all tokens")
     parser.add_argument("--max-new-tokens", type=whole(1), default=256, help="tokens of an answer (default: 256)")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the draws (default: 0)")
-    parser.set_defaults(handler=run)
+    parser.set_defaults(handler=run, allocator=True)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         "--timeout", type=within(0, open_low=True), default=600.0, metavar="SECONDS", help="of a request (default: 600)"
     )
     parser.add_argument("--quiet", action="store_true", help="no line for each request")
-    parser.set_defaults(handler=run)
+    parser.set_defaults(handler=run, allocator=True)
 
 
 def run(args: argparse.Namespace) -> int:
