@@ -261,10 +261,13 @@ def test_blind_sides_are_shuffled_and_names_hidden_until_the_end(writers: list[V
     assert not any(v.name in before_end for v in writers)
 
 
-def test_both_models_leave_out_the_same_turns(voices: list[Voice]) -> None:
+def test_both_models_leave_out_the_same_turns(voices: list[Voice], asked: list[list[str]]) -> None:
     small = Voice("small", voices[1].model, voices[1].tokenizer, voices[1].style, voices[1].ends, 300)
     chat, _, _ = _session([voices[0], small], [c * 60 for c in "abcd"], tokens=20)
     assert chat.last is not None and chat.last.dropped > 0
+    assert (
+        asked[-2] == asked[-1] and len(asked[-1]) == 2 * (3 - chat.last.dropped) + 1
+    )  # the larger one's, then the smaller one's
     assert chat.conversation.prompt_row("x", chat.last.dropped)[0]["content"][0] != "a"
 
 
