@@ -29,7 +29,7 @@ LAYERS = [
     {"run"},
     {"comparison", "evaluate"},
     {"pipeline_compare", "sweep_worker", "export"},
-    {"sweep_jobs"},
+    {"sweep_jobs", "talk"},
     {"pipeline_run", "sweep_run"},
     {"api"},
     {"demo"},

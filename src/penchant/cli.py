@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from penchant import __version__
-from penchant.commands import data_formats, data_get, data_show, export, track
+from penchant.commands import chat, data_formats, data_get, data_show, export, serve, track
 
 EXIT_CODES = """exit codes:
   0  done                        3  the run stopped itself (NaN/Inf, failed step-0 check)
@@ -153,6 +153,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     export.add(commands)
     track.add(commands)
+    chat.add(commands)
+    serve.add(commands)
 
     losses = commands.add_parser("losses", help="list the losses with their formulas and hyperparameters")
     losses.add_argument("name", nargs="?", help="one loss, with its whole description")
@@ -252,6 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
+    if getattr(args, "allocator", False):  # of a command in a module of its own
+        _with_allocator()
     try:
         return int(args.handler(args) or 0)
     except PenchantError as error:

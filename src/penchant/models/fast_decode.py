@@ -6,6 +6,7 @@ never hold a finished row; what moves is one row of the caches, never the caches
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -112,12 +113,22 @@ class FastDecoder:
         self._embedding = backbone.embed_tokens.weight.detach()
         head = base.get_output_embeddings()
         self._head = PackedLinear(_weight_of(head), _bias_of(head), hint)
+        self._rotary = backbone.rotary_emb
+        self._make_room(rows, groups, prompt_tokens, new_tokens)
+
+    def with_room(self, *, rows: int, groups: int, prompt_tokens: int, new_tokens: int) -> FastDecoder:
+        """The same weights with caches of their own: one decoder a request, without packing the weights again."""
+        other = copy.copy(self)
+        other._make_room(rows, groups, prompt_tokens, new_tokens)
+        return other
+
+    def _make_room(self, rows: int, groups: int, prompt_tokens: int, new_tokens: int) -> None:
         dtype = self._embedding.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        cos, sin = backbone.rotary_emb(torch.empty(0, dtype=wide), torch.arange(prompt_tokens + new_tokens)[None])
+        cos, sin = self._rotary(torch.empty(0, dtype=wide), torch.arange(prompt_tokens + new_tokens)[None])
         half = self.head_dim // 2
         self._cos, self._sin = cos[0, :, None, :half].to(dtype), sin[0, :, None, :half].to(dtype)
-        self._room = hint
+        self._room = _up(rows, _ROW_STEP)
         depth, columns = len(self._layers), _up(new_tokens)
         # zeros, not empty: masked columns are multiplied by 0, and 0 times an old NaN would be NaN
         own = (depth, self._room * self.kv_heads, columns, self.head_dim)

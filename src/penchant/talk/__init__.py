@@ -1,0 +1,1 @@
+"""Talking to a model: one engine under `penchant chat` and `penchant serve`."""

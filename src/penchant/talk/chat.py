@@ -1,0 +1,433 @@
+"""`penchant chat`: a person, one model or two, and the commands between them."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from penchant.talk.answer import Answers
+from penchant.talk.conversation import Conversation, Fitted, TooLong, Turn, fit
+from penchant.talk.screen import WIDE, OneColumn, TwoColumns, safe
+from penchant.talk.stream import Sampling
+from penchant.talk.styles import TemplateRefused
+from penchant.talk.voice import Voice
+
+SIDES = ("left", "right")
+ReadLine = Callable[[], str]
+
+
+@dataclass
+class Terminal:
+    """Where a chat reads and writes.
+
+    Args:
+        read: the next line without its end, EOFError when there is none; notes: where everything goes that no model wrote.
+        live: a terminal, so that answers grow as they are written.
+    """
+
+    read: ReadLine
+    out: TextIO
+    notes: TextIO
+    live: bool
+    width: Callable[[], int] = lambda: shutil.get_terminal_size().columns
+
+    def note(self, text: str) -> None:
+        print(text, file=self.notes, flush=True)
+
+
+@dataclass
+class Wanted:
+    """What the command line asks for.
+
+    Args:
+        prefer: file of preferences; blind: which model is left is drawn anew for every answer, and its name is not shown.
+    """
+
+    sampling: Sampling
+    system: str = ""
+    prefer: str | None = None
+    blind: bool = False
+
+
+@dataclass
+class Exchange:
+    """The last message and its answers, left first.
+
+    Args:
+        order: the voice that wrote each answer; judged: a preference was given; dropped: turns that no voice saw.
+    """
+
+    said: str
+    texts: list[str]
+    order: list[int]
+    dropped: int
+    judged: bool = False
+
+
+@dataclass
+class Chat:
+    """One session.
+
+    Args:
+        voices: the model, and the one that it is compared with, if any.
+    """
+
+    voices: list[Voice]
+    wanted: Wanted
+    terminal: Terminal
+    conversation: Conversation = field(init=False)
+    last: Exchange | None = None
+    attempt: int = 0
+    dropped: int = 0
+    tally: dict[str, int] = field(default_factory=dict)
+    sides: random.Random = field(default_factory=random.SystemRandom)
+
+    def __post_init__(self) -> None:
+        self.conversation = Conversation(self.voices[0].style.remembers, self.wanted.system)
+
+    # ---- the session ----------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Talk until /quit or the end of the input; the exit code."""
+        for line in self._lines():
+            if line.startswith("/") and not line.startswith("//"):
+                if self._command(line):
+                    break
+            else:
+                self._say(line.removeprefix("/") if line.startswith("//") else line)
+        if self.tally:
+            self.terminal.note("preferred: " + ", ".join(f"{safe(k)} {v}" for k, v in sorted(self.tally.items())))
+        return 0
+
+    def _lines(self) -> Iterator[str]:
+        """Messages and commands; lines between two lines of three quotes are one message."""
+        block: list[str] | None = None
+        while True:
+            try:
+                line = self.terminal.read()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                block = None
+                self.terminal.note("\n(Ctrl-D or /quit leaves)")
+                continue
+            if line.strip() == '"""':
+                if block is None:
+                    block = []
+                    continue
+                line, block = "\n".join(block), None
+            elif block is not None:
+                block.append(line)
+                continue
+            yield line
+        if block:
+            yield "\n".join(block)
+
+    def _command(self, line: str) -> bool:
+        """Obey; True where the session ends."""
+        name, _, rest = line[1:].partition(" ")
+        command = COMMANDS.get(name)
+        if command is None:
+            self.terminal.note(
+                f"/{safe(name)} is no command; /help lists them (write // for a message that begins with /)"
+            )
+            return False
+        return bool(command.obey(self, rest.strip()))
+
+    # ---- answers --------------------------------------------------------------------------------------------------
+
+    def _say(self, line: str) -> None:
+        if not line.strip():
+            self._go_on()
+            return
+        self.keep()
+        self.attempt = 0
+        self.answer(line)
+
+    def _go_on(self) -> None:
+        """An empty line in plain text: the text so far is continued."""
+        if self.conversation.remembers or self.last is None:
+            return
+        self.keep()
+        turn = self.conversation.turns[-1]
+        self.attempt = 0
+        self.answer(turn.said + turn.answer)
+
+    def keep(self, side: int = 0) -> None:
+        """The last message and one of its answers become a turn of the conversation."""
+        if self.last is not None:
+            self.conversation.turns.append(Turn(self.last.said, self.last.texts[side]))
+            self.last = None
+
+    def answer(self, said: str) -> None:
+        """Let every model answer and show it."""
+        wanted = self.wanted.sampling
+        try:
+            fitted = self._fitted(said)
+        except (TooLong, TemplateRefused) as error:
+            self.terminal.note(f"not sent: {safe(str(error))}")
+            return
+        order = list(range(len(self.voices)))
+        if self.wanted.blind:
+            self.sides.shuffle(order)
+        sampling = [
+            Sampling(
+                f.room,
+                temperature=wanted.temperature,
+                top_p=wanted.top_p,
+                top_k=wanted.top_k,
+                seed=wanted.seed,
+                turn=len(self.conversation.turns),
+                attempt=self.attempt,
+            )
+            for f in fitted
+        ]
+        writing = [
+            Answers(
+                self.voices[i],
+                fitted[i].ids,
+                sampling[i],
+                self.voices[i].style.stops,
+                continued=not self.voices[i].style.remembers,
+            )
+            for i in order
+        ]
+        texts = self._show(writing, order)
+        self.last = Exchange(said, texts, order, self.dropped)
+
+    def _fitted(self, said: str) -> list[Fitted]:
+        """The prompt for every model; all get the same turns."""
+        tokens = self.wanted.sampling.max_new_tokens
+        fitted = [fit(v, self.conversation, said, tokens) for v in self.voices]
+        dropped = max(f.dropped for f in fitted)
+        if any(f.dropped != dropped for f in fitted):  # what one model has no room for is left out for the other too
+            fitted = [fit(v, self.conversation, said, tokens, dropped) for v in self.voices]
+        if dropped and dropped != self.dropped:
+            context = min(v.context for v in self.voices)
+            turns = "the oldest turn is" if dropped == 1 else f"the {dropped} oldest turns are"
+            self.terminal.note(f"(the context of {context:,} tokens is full: {turns} left out from here on)")
+        self.dropped = dropped
+        return fitted
+
+    def _show(self, writing: list[Answers], order: list[int]) -> list[str]:
+        """Write the answers out as they come; Ctrl-C stops them and keeps what there is."""
+        texts, ends = [""] * len(writing), [""] * len(writing)
+        began = time.perf_counter()
+        together = len(writing) == 1 or self._beside()
+        shown = self._columns(order)
+        try:
+            for at in range(1 if together else len(writing)):
+                group = range(len(writing)) if together else [at]
+                if not together:
+                    self.terminal.note(f"── {self.title(at, order)} ──")
+                while not all(writing[i].done for i in group):
+                    for i in group:
+                        for piece in writing[i].step():
+                            texts[i] += piece.text
+                            ends[i] = piece.finish or ends[i]
+                            shown.add(i, piece.text)
+                if not together:
+                    shown.end()
+                    shown = OneColumn(self.terminal.out)
+            stopped = False
+        except KeyboardInterrupt:
+            stopped = True
+        shown.end()
+        self._sum_up(writing, ends, stopped, time.perf_counter() - began)
+        return texts
+
+    def _sum_up(self, writing: list[Answers], ends: list[str], stopped: bool, seconds: float) -> None:
+        tokens = sum(w.tokens for w in writing)
+        parts = [" + ".join(f"{w.tokens:,}" for w in writing) + " tokens"]
+        if tokens > 1 and seconds > 0:
+            parts.append(f"{tokens / seconds:,.1f} tokens/s")
+        if stopped:
+            parts.append("stopped")
+        elif "length" in ends:
+            parts.append("cut at the limit of tokens")
+        self.terminal.note(f"({', '.join(parts)})")
+
+    def _beside(self) -> bool:
+        return self.terminal.live and self.terminal.width() >= WIDE
+
+    def _columns(self, order: list[int]) -> OneColumn | TwoColumns:
+        if len(order) == 2 and self._beside():
+            return TwoColumns(self.terminal.out, self.terminal.width(), (self.title(0, order), self.title(1, order)))
+        return OneColumn(self.terminal.out)
+
+    def title(self, side: int, order: list[int]) -> str:
+        """What an answer is called."""
+        return SIDES[side] if self.wanted.blind else f"{SIDES[side]}: {safe(self.voices[order[side]].name)}"
+
+    # ---- preferences ----------------------------------------------------------------------------------------------
+
+    def prefer(self, side: int | None) -> None:
+        """Write down which answer is better (None: neither), and go on with it."""
+        if len(self.voices) < 2:
+            self.terminal.note("there is one model only: start with --against RUN to compare two")
+            return
+        last = self.last
+        if last is None or last.judged:
+            self.terminal.note(
+                "there is nothing to judge: " + ("this answer is judged" if last else "ask something first")
+            )
+            return
+        names = [self.voices[i].name for i in last.order]
+        prompt = self.conversation.prompt_row(last.said, last.dropped)
+        if side is not None and last.texts[0] == last.texts[1]:
+            self.terminal.note("the two answers are the same: this counts as a tie")
+            side = None
+        if side is not None and not last.texts[side].strip():
+            self.terminal.note("that answer is empty, and no training could use it: nothing was written")
+            return
+        if side is not None and not last.texts[1 - side].strip():
+            self.terminal.note("the other answer is empty, and no training could use it: nothing was written")
+            return
+        file = Path(self.wanted.prefer or "preferences.jsonl").expanduser()
+        if side is None:
+            # a row with two answers and no verdict would be trained on as if the first were better
+            file = file.with_name(f"{file.name.removesuffix('.jsonl')}.ties.jsonl")
+            row = {
+                "prompt": prompt,
+                "left": last.texts[0],
+                "right": last.texts[1],
+                "left_by": names[0],
+                "right_by": names[1],
+            }
+        else:
+            row = {
+                "prompt": prompt,
+                "chosen": last.texts[side],
+                "rejected": last.texts[1 - side],
+                "chosen_by": names[side],
+                "rejected_by": names[1 - side],
+            }
+        if not self.append(file, [row]):
+            return
+        winner = "neither" if side is None else names[side]
+        self.tally[winner] = self.tally.get(winner, 0) + 1
+        last.judged = True
+        if side:
+            last.texts.reverse()
+            last.order.reverse()  # the better one goes on
+
+    def append(self, file: Path, rows: list[dict[str, Any]]) -> bool:
+        """Add rows to a JSONL file; a sentence where that cannot be done."""
+        try:
+            with file.open("a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        except (OSError, UnicodeError) as error:
+            self.terminal.note(f"{safe(str(file))} cannot be written ({error})")
+            return False
+        self.terminal.note(f"(written to {safe(str(file))})")
+        return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# commands
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command of a session: what it does, and the function, which says whether the session ends."""
+
+    does: str
+    obey: Callable[[Chat, str], bool | None]
+    takes: str = ""
+
+
+def _help(chat: Chat, _: str) -> None:
+    for name, command in COMMANDS.items():
+        chat.terminal.note(f"  {('/' + name + ' ' + command.takes).strip():<20} {command.does}")
+    chat.terminal.note('  """                  before and after a message of several lines')
+    chat.terminal.note("  Ctrl-C               stop the answer; Ctrl-D leaves")
+    if not chat.conversation.remembers:
+        chat.terminal.note("  an empty line        continue the text so far")
+    if len(chat.voices) == 2:
+        chat.terminal.note(
+            "both models see one conversation: it goes on with the better answer, without a choice with the left one"
+        )
+
+
+def _reset(chat: Chat, _: str) -> None:
+    chat.last, chat.attempt, chat.dropped = None, 0, 0
+    chat.conversation.turns.clear()
+    chat.terminal.note("(a new conversation)")
+
+
+def _undo(chat: Chat, _: str) -> None:
+    if chat.last is not None:
+        chat.last = None
+    elif chat.conversation.turns:
+        chat.conversation.turns.pop()
+    else:
+        chat.terminal.note("there is nothing to undo")
+        return
+    chat.attempt, chat.dropped = 0, 0
+    chat.terminal.note(f"(the last turn is gone; {len(chat.conversation.turns)} left)")
+
+
+def _retry(chat: Chat, _: str) -> None:
+    said = None
+    if chat.last is not None:
+        said, chat.last = chat.last.said, None
+    elif chat.conversation.turns:
+        said = chat.conversation.turns.pop().said
+    if said is None:
+        chat.terminal.note("there is nothing to retry")
+        return
+    chat.attempt += 1
+    chat.answer(said)
+
+
+def _system(chat: Chat, text: str) -> None:
+    if not chat.conversation.remembers:
+        chat.terminal.note("plain text has no system prompt")
+        return
+    chat.conversation.system = text
+    chat.terminal.note(
+        "(the system prompt is set; /reset forgets the turns before it)" if text else "(no system prompt)"
+    )
+
+
+def _save(chat: Chat, file: str) -> None:
+    if not file.endswith(".jsonl"):
+        chat.terminal.note("give a file: /save FILE.jsonl")
+        return
+    turns = list(chat.conversation.turns)
+    if chat.last is not None:
+        turns.append(Turn(chat.last.said, chat.last.texts[0]))
+    whole = Conversation(chat.conversation.remembers, chat.conversation.system, [t for t in turns if t.answer.strip()])
+    if not whole.turns:
+        chat.terminal.note("there is nothing to save")
+        return
+    if len(whole.turns) < len(turns):
+        chat.terminal.note(f"(turns with an empty answer are left out: {len(turns) - len(whole.turns)})")
+    chat.append(Path(file).expanduser(), whole.rows())
+
+
+COMMANDS: dict[str, Command] = {
+    "help": Command("list the commands", _help),
+    "reset": Command("forget the conversation", _reset),
+    "undo": Command("forget the last turn", _undo),
+    "retry": Command("answer the last message anew, with other draws", _retry),
+    "system": Command("set the system prompt; without TEXT there is none", _system, "TEXT"),
+    "save": Command("add the conversation to a file that penchant trains on", _save, "FILE.jsonl"),
+    "left": Command("the left answer is better: write a preference down", lambda chat, _: chat.prefer(0)),
+    "right": Command("the right answer is better", lambda chat, _: chat.prefer(1)),
+    "tie": Command("neither is; ties go to a file of their own", lambda chat, _: chat.prefer(None)),
+    "quit": Command("leave", lambda chat, _: True),
+}
+
+
+def use_history() -> None:
+    """Line editing and history where Python has them."""
+    with suppress(ImportError):
+        import readline  # noqa: F401

@@ -1,0 +1,185 @@
+"""`penchant serve`: the socket, the key, signals, and uvicorn around the application."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from penchant.errors import ConfigError
+from penchant.talk.app import App
+
+KEY = "PENCHANT_API_KEY"
+CONNECTIONS = 256  # at a time
+GRACE = 5  # seconds for replies under way when the server ends
+
+
+def key_from_environment() -> str | None:
+    """The key that requests must bring; None where none is set.
+
+    Raises:
+        ConfigError: it holds characters that no header carries.
+    """
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(KEY, "holds characters that no key has", "set it to letters and digits")
+    return key or None
+
+
+def check_host(host: str, key: str | None) -> bool:
+    """Whether an address is this machine's own.
+
+    Raises:
+        ConfigError: it is another, and there is no key.
+    """
+    local = is_loopback(host)
+    if not local and key is None:
+        raise ConfigError(
+            "--host",
+            f"{host!r} can be reached from other machines, and there is no key",
+            f"set the environment variable {KEY} to a long random text, or leave --host out",
+        )
+    return local
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket.
+
+    Args:
+        port: 0 takes one that is free.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    try:
+        found = socket.getaddrinfo("127.0.0.1" if host == "localhost" else host, port, type=socket.SOCK_STREAM)
+        made = socket.socket(found[0][0], socket.SOCK_STREAM)
+        try:
+            if os.name == "posix":
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(found[0][4])
+            made.listen(128)
+        except BaseException:
+            made.close()
+            raise
+    except (OSError, UnicodeError, OverflowError) as error:
+        raise ConfigError(f"{host}:{port}", f"cannot be bound ({error})", "choose another --port or --host") from error
+    return made
+
+
+def address_of(made: socket.socket) -> str:
+    """``http://HOST:PORT/v1``."""
+    host, port = made.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def served_name(given: str, name: str | None) -> str:
+    """Under which name a model is served: a hub id's own, or its folder's (a run's where a step of one is given)."""
+    if name is not None:
+        return name
+    path = Path(given).expanduser()
+    if not path.exists():
+        return given
+    parts = [p for p in path.resolve().parts if not re.fullmatch(r"model|checkpoints|step-\d+", p)]
+    return Path(parts[-1]).stem if path.is_file() else parts[-1]
+
+
+@dataclass
+class Server:
+    """uvicorn with an application.
+
+    Args:
+        sock: bound already.
+    """
+
+    app: App
+    sock: socket.socket
+
+    def __post_init__(self) -> None:
+        try:
+            import uvicorn
+        except ImportError as error:
+            raise ConfigError("penchant serve", "needs uvicorn", "pip install 'penchant[serve]'") from error
+
+        class Uvicorn(uvicorn.Server):
+            """Signals are ours: its own raises them once more when all is over."""
+
+            @contextmanager
+            def capture_signals(self) -> Iterator[None]:
+                yield
+
+        config = uvicorn.Config(
+            self.app,  # type: ignore[arg-type]
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=CONNECTIONS,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=GRACE,
+        )
+        self._uvicorn: Any = Uvicorn(config)
+
+    @property
+    def started(self) -> bool:
+        """Whether it accepts connections."""
+        return bool(self._uvicorn.started)
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        try:
+            self._uvicorn.run(sockets=[self.sock])
+        finally:
+            self.sock.close()
+            self.app.scheduler.close()
+
+    def stop(self) -> None:
+        """End: requests under way get an error, the socket closes, `run` returns."""
+        # a thread: a signal's handler may hold a lock that closing needs
+        threading.Thread(target=self.app.scheduler.close, daemon=True).start()
+        self._uvicorn.should_exit = True
+
+    def run_until_signal(self) -> None:
+        """`run`, and `stop` at SIGINT or SIGTERM; a second one ends at once."""
+
+        def end(_: int, __: Any) -> None:
+            if self._uvicorn.should_exit:
+                self._uvicorn.force_exit = True
+            self.stop()
+
+        before = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.run()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def log_to(quiet: bool) -> None:
+    """One line a request on stderr: method, path, status, seconds; never what was asked or answered."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name, level in (("penchant.serve", logging.ERROR if quiet else logging.INFO), ("uvicorn.error", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)

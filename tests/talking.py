@@ -1,0 +1,98 @@
+"""Models that write what a test wants, and a server of one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import tiny_model_folder, tiny_tokenizer
+
+from penchant.talk.voice import Voice, load_voice
+
+
+def random_folder(folder: Path, *, seed: int = 0, context: int = 4096, chat: bool = True) -> str:
+    """A tiny random model that looks far enough back for a conversation."""
+    import json
+
+    path = tiny_model_folder(folder, seed=seed, chat=chat)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": context}))
+    return path
+
+
+def writer_folder(folder: Path, text: str, *, after: str = " ", context: int = 4096, chat: bool = True) -> str:
+    """A model that writes `text` and ends, once its prompt ends in `after`: the next token is a function of the last one alone.
+
+    Args:
+        text: no byte of it twice, and `after` not in it.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer(chat=chat)
+    chain = [*tokenizer(after + text, add_special_tokens=False)["input_ids"], 1]
+    assert len(set(chain)) == len(chain)
+    size = 264
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=size,
+            hidden_size=size,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            intermediate_size=8,
+            max_position_embeddings=context,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+            tie_word_embeddings=False,
+        )
+    )
+    next_of = torch.zeros(size, size)
+    next_of[1, :] = 1.0  # everything else ends at once
+    for a, b in pairwise(chain):
+        next_of[:, a] = 0.0
+        next_of[b, a] = 2.0
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(size))
+        model.lm_head.weight.copy_(next_of)
+        layer = model.model.layers[0]
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def voice_of(folder: str, **options: Any) -> Voice:
+    """A loaded model in fp32."""
+    return load_voice(folder, dtype="fp32", device="cpu", **options)
+
+
+@contextmanager
+def serving(voice: Voice, name: str = "tiny", **options: Any) -> Iterator[Any]:
+    """A server in a thread; `server.url` is its address."""
+    from penchant.talk.app import App, Limits
+    from penchant.talk.schedule import Scheduler
+    from penchant.talk.server import Server, address_of, listen
+
+    scheduler = Scheduler(options.pop("at_once", 4), options.pop("waiting", 64))
+    key, local = options.pop("key", None), options.pop("local", True)
+    server: Any = Server(App(voice, name, scheduler, key, local, Limits(**options)), listen("127.0.0.1", 0))
+    server.url = address_of(server.sock)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until = time.monotonic() + 10
+    while not server.started and time.monotonic() < until:
+        time.sleep(0.01)
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(10)
+        assert not thread.is_alive()
