@@ -60,6 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(handler=_demo)
 
+    from penchant.commands import init, plan
+
+    init.add(commands)
+    plan.add(commands)
+
     train = commands.add_parser("train", help="train as a config says; run it again to continue after an interruption")
     _config_arguments(train, "CONFIG.yaml")
     train.add_argument("--quiet", action="store_true", help="no progress")
@@ -246,6 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
+        if getattr(args, "allocator", False):
+            _with_allocator()
         return int(args.handler(args) or 0)
     except PenchantError as error:
         print(f"penchant: {error}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Commands of the command line, one module each: `add` declares it, its handler runs it. Light at import."""
