@@ -26,7 +26,7 @@ class OutlinedRun(Run):
     def _untrained_model(self) -> Any:
         if self.reward_parts is None:
             return self._fresh_model(self.config.model)
-        model = _outline(self.config.model, reward=True)
+        model = outline(self.config.model, reward=True)
         if not self.reward_parts.encoder:
             set_padding(model, self.tokenizer)
         if self.config.lora is None:
@@ -35,7 +35,7 @@ class OutlinedRun(Run):
         return add_lora(model, self.config.lora, self.config.train.seed, task="SEQ_CLS", whole=heads)
 
     def _fresh_model(self, source: ModelConfig) -> Any:
-        return _outline(source)
+        return outline(source)
 
     @cached_property
     def layout(self) -> tuple[str, bool, str]:
@@ -68,7 +68,7 @@ class OutlinedRun(Run):
         return self.layout[0] == "shared"
 
 
-def _outline(source: ModelConfig, reward: bool = False) -> Any:
+def outline(source: ModelConfig, reward: bool = False) -> Any:
     """A transformers model on the meta device, in fp32, dropout off.
 
     Raises:
