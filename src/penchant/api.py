@@ -78,8 +78,12 @@ def plan(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, pr
 
     if isinstance(config, (str, Path)):
         return make_plan(*load_config_with_places(config, list(overrides)), with_probe=probe)
+    from penchant.planning.origins import places_in
+
     made = as_config(config, overrides)
-    places = {tuple(key.split(".")): "command line" for key in (o.partition("=")[0] for o in overrides)}
+    given = config if isinstance(config, Mapping) else config.model_dump(mode="json", exclude_unset=True)
+    on_the_line = {tuple(o.partition("=")[0].strip().split(".")): "overrides" for o in overrides}
+    places = places_in(given, "given") | on_the_line
     return make_plan(made, places, with_probe=probe)
 
 

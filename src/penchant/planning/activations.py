@@ -21,7 +21,8 @@ from penchant.data.text_pairs import pair_format
 from penchant.models.attention import tree_layout
 from penchant.models.fast_attention import _KEEP_UP_TO, attention_plan
 from penchant.models.fast_attention import AttentionShape
-from penchant.models.fast_head import _KEEP_BYTES, _MATMUL_ROWS
+from penchant.models.fast_head import _KEEP_BYTES, _MATMUL_ROWS, _SOFTMAX_ELEMENTS
+from penchant.models.fast_ops import _TILE_ELEMENTS
 from penchant.models.structure import base_model_of
 from penchant.planning.live_bytes import LiveBytes
 from penchant.planning.outline import META, OutlinedRun
@@ -162,27 +163,26 @@ def _by_formula(
     # n1, y, n2 and the layer's input (d each), attention output, rotated heads, gate and up, softmax; two fp32 numbers a token
     kept = size * (4 * t * d + t * shape.heads * head_dim + heads + 2 * t * m + softmax + normed_heads) + 8 * t
     # while a layer runs backward: gate's and up's gradients, swiglu once more, the weight gradient of one projection
-    passing = size * (3 * t * m + 2 * t * d + d * m)
+    passing = size * (3 * t * m + 2 * t * d + d * m) + 5 * 4 * min(_TILE_ELEMENTS, t * max(d, m))
     # while it runs forward and is not kept: the projection, heads, gate, up and their product
     running = size * (t * shape.width + heads + 3 * t * m + 5 * t * d) + size * max(
         (g.trees * shape.heads * tile.rows * tile.keys for g in plan.groups for tile in g.tiles), default=0
     )
     layers = config.num_hidden_layers
-    saved = layers * size * t * d + kept if recompute else layers * kept
+    saved = layers * size * t * d if recompute else layers * kept
     head = _head_bytes(len(batch.target_ids), config.vocab_size, d, size) if has_head else 0
     states = size * (2 * t * d + 2 * len(batch.target_ids) * d)  # of the final norm, before and after; what the head reads
     forward = running + states + (size + 4) * min(len(batch.target_ids), _MATMUL_ROWS) * config.vocab_size * has_head
     # the head is done before the layers run backward: the larger of the two moments counts
-    worst = max(head, passing)
+    worst = max(head, passing + kept * recompute)
     return Activations(saved + states, worst, layouts, forward, "formula")
 
 
 def _head_bytes(rows: int, vocabulary: int, d: int, size: int) -> int:
     whole = rows * vocabulary * size
-    tiles = rows * d * size * 2 + vocabulary * d * 4 * 0
-    if whole <= _KEEP_BYTES:
-        return whole + tiles
-    return max(_MATMUL_ROWS * vocabulary * size, _KEEP_BYTES) + tiles
+    passing = rows * d * size * 2 + 3 * 4 * min(_SOFTMAX_ELEMENTS, rows * vocabulary)
+    kept = whole if whole <= _KEEP_BYTES else max(_MATMUL_ROWS * vocabulary * size, _KEEP_BYTES)
+    return kept + passing
 
 
 def _plan_bytes(plan: Any) -> int:

@@ -58,11 +58,10 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 
 
 def _source(path: tuple[str, ...], places: Places, config: RunConfig) -> str:
-    for n in range(len(path), 0, -1):
-        at = path[:n]
-        whole = n == len(path) or at not in {p[:n] for p in places if len(p) > n}
-        if at in places and whole and (n == len(path) or _stands_for_all(at, path)):
-            return places[at]
+    if path in places:
+        return places[path]
+    if path[1:] == ("name",) and path[:1] in places:  # `loss: kto` says the name and nothing else
+        return places[path[:1]]
     if path == ("reference", "ema") and ("loss", "ref_ema") in places:
         return places["loss", "ref_ema"]
     if path[0] == "loss" and config.loss.components:
@@ -72,10 +71,9 @@ def _source(path: tuple[str, ...], places: Places, config: RunConfig) -> str:
     return "default"
 
 
-def _stands_for_all(section: tuple[str, ...], path: tuple[str, ...]) -> bool:
-    """Whether a value at `section` says what stands at `path`: a name alone says only the name; a list or a mapping of rewards all."""
-    short_name = section in (("loss",), ("algorithm",))
-    return path[len(section) :] == ("name",) if short_name else section[0] in ("reward", "data", "evaluation")
+def places_in(values: Mapping[str, Any], where: str) -> Places:
+    """Every key of a mapping that a Python caller gave, at one place."""
+    return {path[:n]: where for path, _ in _leaves(values) for n in range(1, len(path) + 1)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
