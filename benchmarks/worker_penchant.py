@@ -1,7 +1,7 @@
 """Our side: the product's own run and loop on the given rows. Reads a JSON spec, ends with a JSON line.
 
 Two things differ from `penchant train`: the token ids are handed in (so that both sides train on the same ones), and
-the console is a clock. What it leans on: `config_from_mapping`, `Run.trees`, `Run._loop()` and
+the console is a clock. What it leans on: `config_from_mapping`, `Run.trees`, `Run.make_loop()` and
 the loop's `console.step`.
 """
 
@@ -111,7 +111,7 @@ def main() -> None:
     trees = read_trees(spec)
     run.__dict__["trees"] = (trees, [])  # in place of the cached property that reads a data file
     run.folder.mkdir(parents=True, exist_ok=True)
-    loop = run._loop()
+    loop = run.make_loop()
     loop.run()
     timed = trees[spec["warmup_steps"] * spec["batch"] :]
     finish(

@@ -109,7 +109,7 @@ def main() -> None:
     run.__dict__["trees"] = (read_trees(spec), [])
     run.__dict__["datasets"] = (None, None)
     run.folder.mkdir(parents=True, exist_ok=True)
-    run._loop().run()
+    run.make_loop().run()
     timed = clock.result()  # up to the last update: the checkpoint that a run ends with is not in it
     assert run.value is not None
     parameters = [*run.model.parameters(), *run.value.parameters()]

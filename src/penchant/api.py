@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from penchant.judges import JudgeOptions
     from penchant.pipeline import Pipeline
     from penchant.pipeline_run import PipelineResult
+    from penchant.planning import Plan
     from penchant.retrieve.job import GetResult
     from penchant.run import TrainResult
     from penchant.sweep import Sweep
@@ -35,6 +36,7 @@ __all__ = [
     "load_preferences",
     "pipeline",
     "pipeline_plan",
+    "plan",
     "report",
     "sweep",
     "sweep_plan",
@@ -85,6 +87,30 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, q
     from penchant.run import Run
 
     return Run(as_config(config, overrides), quiet=quiet).train()
+
+
+def plan(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, probe: bool = True) -> Plan:
+    """What `train` would do with a config, found without training: settings and their sources, work, memory, disk, time.
+
+    Args:
+        config, overrides: as for `train`.
+        probe: also take a few steps in a copy that is thrown away, to tell the time.
+
+    Raises:
+        ConfigError, DataError, ModelError, RewardError: what `train` would stop at.
+    """
+    from penchant.config import load_config_with_places
+    from penchant.planning import make_plan
+
+    if isinstance(config, (str, Path)):
+        return make_plan(*load_config_with_places(config, list(overrides)), with_probe=probe)
+    from penchant.planning.origins import places_in
+
+    made = as_config(config, overrides)
+    given = config if isinstance(config, Mapping) else config.model_dump(mode="json", exclude_unset=True)
+    on_the_line = {tuple(o.partition("=")[0].strip().split(".")): "overrides" for o in overrides}
+    places = places_in(given, "given") | on_the_line
+    return make_plan(made, places, with_probe=probe)
 
 
 def evaluate(

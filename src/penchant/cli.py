@@ -61,6 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(handler=_demo)
 
+    from penchant.commands import init, plan
+
+    init.add(commands)
+    plan.add(commands)
+
     train = commands.add_parser("train", help="train as a config says; run it again to continue after an interruption")
     _config_arguments(train, "CONFIG.yaml")
     train.add_argument("--quiet", action="store_true", help="no progress")
@@ -257,6 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(args, "allocator", False):  # of a command in a module of its own
         _with_allocator()
     try:
+        if getattr(args, "allocator", False):
+            _with_allocator()
         return int(args.handler(args) or 0)
     except PenchantError as error:
         print(f"penchant: {error}", file=sys.stderr)

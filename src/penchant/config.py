@@ -223,8 +223,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with ``file:line: what, how to mend`` for every problem found.
     """
+    return load_config_with_places(path, overrides)[0]
+
+
+def load_config_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Places]:
+    """The same, and where each key that was set stands: ``{key path: "file:line" or "command line"}``."""
     values, places = read_mapping(path, "a config is a mapping with model, data and output; see recipes/")
-    return build(values, apply_overrides(values, places, overrides), str(path))
+    places = apply_overrides(values, places, overrides)
+    return build(values, places, str(path)), places
 
 
 def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:

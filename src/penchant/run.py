@@ -334,10 +334,7 @@ class Run:
     def model(self) -> Any:
         """The trained model: fp32 as loaded, with its adapter; `optimiser` takes the masters, then it is cast."""
         cfg = self.config
-        if self.reward_parts is not None:
-            model = self.reward_parts.load(self.device, cfg.train.seed)
-        else:
-            model = self._fresh_model(cfg.model)
+        model = self._untrained_model()
         self.set_threads(sum(p.numel() for p in model.parameters()))
         self._check_vocabulary(model)
         if cfg.lora is not None and self.reward_parts is None:
@@ -347,6 +344,12 @@ class Run:
             if cfg.lora is not None:
                 model.enable_input_require_grads()
         return model
+
+    def _untrained_model(self) -> Any:
+        """As loaded, in fp32; a reward model has its adapter already, for its head is trained with it."""
+        if self.reward_parts is not None:
+            return self.reward_parts.load(self.device, self.config.train.seed)
+        return self._fresh_model(self.config.model)
 
     def _fresh_model(self, source: ModelConfig) -> Any:
         """A causal model as loaded, in fp32, of which nobody else holds a part."""
@@ -359,10 +362,13 @@ class Run:
 
     def set_threads(self, parameters: int) -> None:
         """As `train.threads` says for a model of this size."""
+        torch.set_num_threads(self.threads_for(parameters))
+
+    def threads_for(self, parameters: int) -> int:
         threads = self.config.train.threads
         if threads == "auto":
-            threads = 1 if parameters < SMALL_MODEL else len(os.sched_getaffinity(0))
-        torch.set_num_threads(int(threads))
+            return 1 if parameters < SMALL_MODEL else len(os.sched_getaffinity(0))
+        return int(threads)
 
     def _check_vocabulary(self, model: Any) -> None:
         rows = model.get_input_embeddings().weight.shape[0]
@@ -503,30 +509,15 @@ class Run:
         live = LiveReference(self.scorer) if cfg.lora is None else adapter_off(self.scorer)
         if cfg.reference.path is not None:
             live = LiveReference(self._frozen_scorer())
-        folder = Path(cfg.reference.cache_dir).expanduser() if cfg.reference.cache_dir else default_cache_dir()
-        source = cfg.model
-        if cfg.reference.path is not None:
-            source = source.model_copy(update={"path": cfg.reference.path, "init": "pretrained"})
-        weights = self._weights_sha256(live.scorer.model, source)
         by_row: dict[int, Any] = {}
         tokens_by_row: dict[int, Any] = {}
-        groups = {"training": self.trees[0], "held-out": self.trees[1], "mismatched": list(self.mismatched.values())}
-        for name, trees in groups.items():
-            if not trees:
-                continue
-            key = cache_key(
-                weights,
-                trees,
-                dtype=str(self.dtype),
-                tokenizer=tokenizer_sha256(self.tokenizer),
-                template=cfg.data.template,
-            )
+        for name, (trees, path) in self.cache_paths(live.scorer.model).items():
             progress = self.console.counter(f"reference log-probs of {name} rows")
             cached, found = cached_reference(
                 live,
                 trees,
-                key,
-                folder,
+                path.stem,
+                path.parent,
                 tokens_per_step=cfg.train.tokens_per_step,
                 tokens="shared_logps" in self.needs,
                 progress=progress,
@@ -536,6 +527,22 @@ class Run:
             by_row |= cached.by_row
             tokens_by_row |= cached.tokens_by_row
         return CachedReference(by_row, tokens_by_row)
+
+    def cache_paths(self, reference: Any) -> dict[str, tuple[list[TokenTree], Path]]:
+        """By name of the rows: them, and the file that holds (or will hold) their log-probs under this reference model."""
+        cfg = self.config
+        folder = Path(cfg.reference.cache_dir).expanduser() if cfg.reference.cache_dir else default_cache_dir()
+        source = cfg.model
+        if cfg.reference.path is not None:
+            source = source.model_copy(update={"path": cfg.reference.path, "init": "pretrained"})
+        weights = self._weights_sha256(reference, source)
+        groups = {"training": self.trees[0], "held-out": self.trees[1], "mismatched": list(self.mismatched.values())}
+        how = {"dtype": str(self.dtype), "tokenizer": tokenizer_sha256(self.tokenizer), "template": cfg.data.template}
+        return {
+            name: (trees, folder / f"{cache_key(weights, trees, **how)}.safetensors")
+            for name, trees in groups.items()
+            if trees
+        }
 
     def _weights_sha256(self, model: Any, source: ModelConfig) -> str:
         """Of an untrained model that was loaded from `source`."""
@@ -619,7 +626,7 @@ class Run:
         ):  # rewards against a reference that went along would say nothing of what was learned
             algorithm = replace(algorithm, reference=self._start_reference())
         trees = self.trees[1]
-        at = progress_at(max(0, step - 1), self._schedule.total_steps)
+        at = progress_at(max(0, step - 1), self.schedule.total_steps)
 
         def score() -> tuple[Scored, list[int]]:
             return score_heldout(
@@ -640,7 +647,7 @@ class Run:
         else:
             scored, order = score()
         metrics = heldout_metrics(algorithm, scored, [trees[i] for i in order])
-        if self._writes_fresh:
+        if self.writes_fresh:
             metrics |= {f"eval/{name}": value for name, value in self._fresh_figures(step, budget, keep).items()}
         return metrics
 
@@ -669,10 +676,11 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run; needs the data, and no model."""
-        return self._schedule.total_steps
+        return self.schedule.total_steps
 
     @property
-    def _schedule(self) -> BatchSchedule:
+    def schedule(self) -> BatchSchedule:
+        """Which rows each optimiser step trains on."""
         t = self.config.train
         return BatchSchedule(len(self.trees[0]), t.batch_size, t.epochs, t.max_steps, t.seed, t.shuffle, self._updates)
 
@@ -684,7 +692,7 @@ class Run:
     # ---- completions that the policy writes at evaluations ----------------------------------------------------------------
 
     @property
-    def _writes_fresh(self) -> bool:
+    def writes_fresh(self) -> bool:
         """Whether held-out prompts are answered at evaluations: methods on completions always, SFT where somebody judges."""
         if not self.config.evaluation.kl_prompts or self.datasets[0].kind == "text":
             return False
@@ -800,12 +808,12 @@ class Run:
                 if tokenised is not None:
                     self.console.note(f"{name}: {tokenised.summary()}")
                     write_quarantine(tokenised.quarantined, self.folder, f"{name}.tokens")
-            if self._writes_fresh and self.trees[1]:
+            if self.writes_fresh and self.trees[1]:
                 _ = self.fresh  # a judge that cannot be loaded is met before any work is done
             (self.folder / "audit.json").write_text(json.dumps(self.audit().to_json(), indent=1))
             if latest_checkpoint(self.folder)[0] is None:  # what another start wrote is not this one's
                 (self.folder / START_FILE).unlink(missing_ok=True)
-            loop = self._loop()
+            loop = self.make_loop()
             mirrors = self._mirrors()
             loop.watched = self._watchers(live.told, mirrors)
             self._write_manifest(loop, started, status="running")
@@ -853,7 +861,8 @@ class Run:
 
         return told
 
-    def _loop(self) -> Loop:
+    def make_loop(self) -> Loop:
+        """The loop of this run, ready to start; nothing is written before it does."""
         cfg = self.config
         algorithm = self.algorithm  # the reference first: a cached one is computed with the untouched policy
         check = None

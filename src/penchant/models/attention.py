@@ -118,7 +118,8 @@ def tree_attention(
         q, k, v = (x[group.index].transpose(1, 2) for x in (query, key, value))  # (B, heads, L, d)
         if repeat > 1:
             k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
-        if softcap is not None or (query.device.type == "cpu" and q.shape[2] <= _EAGER_MAX_LENGTH):
+        on_cpu = query.device.type in ("cpu", "meta")  # meta: a plan counts what the CPU would hold
+        if softcap is not None or (on_cpu and q.shape[2] <= _EAGER_MAX_LENGTH):
             scores = torch.matmul(q, k.transpose(-1, -2)) * scaling
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap

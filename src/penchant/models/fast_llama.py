@@ -163,7 +163,8 @@ def is_known_family(model: Any) -> bool:
 
 def _is_plain(p: Tensor) -> bool:
     known = (torch.bfloat16, torch.float32, torch.float64)
-    return type(p) is nn.Parameter and p.device.type == "cpu" and p.dtype in known and p.is_contiguous()
+    here = ("cpu", "meta")  # meta: a plan asks what would run on the CPU, and runs nothing
+    return type(p) is nn.Parameter and p.device.type in here and p.dtype in known and p.is_contiguous()
 
 
 def _is_linear(module: Any) -> bool:

@@ -1,0 +1,36 @@
+"""`penchant init`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    init = commands.add_parser("init", help="write a first config: three questions (data, model, goal), or flags")
+    init.add_argument("--data", metavar="FILE", help="preference data: a file or a hub id")
+    init.add_argument("--model", metavar="PATH", help="a model's folder or hub id")
+    init.add_argument("--goal", metavar="GOAL", help="dpo, simpo, orpo, reward, kto, pmpo, sft, ppo, rloo or grpo")
+    init.add_argument("--reward", metavar="NAME", help="of ppo, rloo, grpo: sentiment, words, path.py:function, a run (default: sentiment)")
+    init.add_argument("--run-folder", metavar="FOLDER", help="where the run will write (default: runs/GOAL)")
+    init.add_argument("--output", metavar="FILE", default="run.yaml", help="the config to write (default: run.yaml)")
+    init.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask what is not given, write the config, say what comes next."""
+    from pathlib import Path
+
+    from penchant.errors import ConfigError
+    from penchant.planning.text import printable
+    from penchant.starting import propose, write_config
+    from penchant.starting.ask import answers, here
+
+    if Path(args.output).exists():  # before a person has answered anything
+        raise ConfigError(args.output, "is there already", "give another --output; init never overwrites")
+    found = answers(here(), args.data, args.model, args.goal)
+    start = propose(found.data, found.model, found.goal, reward=args.reward, output=args.run_folder)
+    path = printable(str(write_config(start, args.output)))
+    print(f"written: {path}\nnext:    penchant plan {path}\n         penchant train {path}")
+    return 0

@@ -1,0 +1,173 @@
+"""What a run will do, counted with its own rows, schedule and packer: rows, tokens, steps, passes, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from penchant.data.packing import plan_balanced, plan_microbatches, tree_tokens
+from penchant.planning.outline import OutlinedRun
+from penchant.training.schedule import BatchSchedule
+from penchant.types import TokenTree
+
+QUANTILES = (0.5, 0.9, 0.99, 1.0)
+EXACT_STEPS = 2000  # steps whose passes are counted one by one; beyond, these stand for the rest
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A part of the data.
+
+    Args:
+        read, accepted, aside: rows of the file(s) it comes from; used: token trees in this part; layout, kind: as detected.
+        prompts, completions: quantiles of tokens (50%, 90%, 99%, longest); cut: share of trees that lost tokens to max_length.
+    """
+
+    read: int
+    accepted: int
+    aside: int
+    used: int
+    layout: str
+    kind: str
+    prompts: tuple[int, ...]
+    completions: tuple[int, ...]
+    cut: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The whole run in numbers.
+
+    Args:
+        steps, steps_per_epoch, warmup: optimiser steps; passes: micro-batches of them all; largest: tokens of the largest one.
+        tokens: tokens computed over the run; separate: what they would be with every prompt repeated; trained: completion tokens.
+        evaluations, checkpoints: how often.
+        batch: the step with the largest micro-batch, as its micro-batches, largest first.
+    """
+
+    steps: int
+    steps_per_epoch: int
+    warmup: int
+    passes: int
+    tokens: int
+    separate: int
+    trained: int
+    largest: int
+    evaluations: int
+    checkpoints: int
+    batch: tuple[tuple[TokenTree, ...], ...]
+    exact: bool
+
+    @property
+    def saving(self) -> float:
+        """Share of tokens that shared prompts save."""
+        return 1.0 - self.tokens / self.separate if self.separate else 0.0
+
+
+def rows_of(run: OutlinedRun) -> dict[str, Rows]:
+    """By part: ``train``, and ``held out`` where there is one."""
+    found = {}
+    names = ("train", "held out")
+    for name, tokenised, trees in zip(names, run.tokenised, run.trees, strict=True):
+        if tokenised is None:
+            continue
+        source = run.loaded["heldout" if name == "held out" and "heldout" in run.loaded else "train"]
+        cut = {*tokenised.cut_prompts, *tokenised.cut_completions}
+        found[name] = Rows(
+            source.total,
+            source.accepted,
+            len(source.quarantined) + len(tokenised.quarantined),
+            len(trees),
+            source.shape,
+            source.kind,
+            _quantiles([len(t.prompt_ids) for t in trees]),
+            _quantiles([len(c) for t in trees for c in t.completion_ids]),
+            len(cut) / max(1, len(tokenised.trees)),
+        )
+    return found
+
+
+def _quantiles(lengths: Sequence[int]) -> tuple[int, ...]:
+    if not lengths:
+        return ()
+    return tuple(int(q) for q in np.quantile(lengths, QUANTILES, method="inverted_cdf"))
+
+
+def work_of(run: OutlinedRun) -> Work:
+    """Counted step by step with the run's own schedule and packer; rollouts of an online method count as long as they may be."""
+    trees = with_rollouts(run, run.trees[0])
+    schedule, train = run.schedule, run.config.train
+    total = schedule.total_steps
+    counted = min(total, EXACT_STEPS)
+    shared = run.shared_prompts
+    passes = tokens = separate = trained = 0
+    largest: tuple[int, list[list[TokenTree]]] = (0, [])
+    for step in range(counted):
+        batch = [trees[i] for i in schedule.batch(step)]
+        if run.online is not None:  # an update takes a part of the rollouts
+            batch = batch[: -(-len(batch) // run.online.minibatches)]
+        sizes = [tree_tokens(t, shared) for t in batch]
+        plan = plan_balanced(sizes, train.tokens_per_step)
+        passes += len(plan)
+        tokens += sum(sizes)
+        separate += sum(t.separate_tokens for t in batch)
+        trained += sum(len(c) for t in batch for c in t.completion_ids)
+        longest = max(sum(sizes[i] for i in members) for members in plan)
+        if longest > largest[0]:
+            made = sorted(([batch[i] for i in m] for m in plan), key=lambda b: -sum(tree_tokens(t, shared) for t in b))
+            largest = (longest, made)
+    scale = total / counted
+    return Work(
+        steps=total,
+        steps_per_epoch=schedule.steps_per_epoch,
+        warmup=round(train.warmup_fraction * total),
+        passes=round(passes * scale),
+        tokens=round(tokens * scale),
+        separate=round(separate * scale),
+        trained=round(trained * scale),
+        largest=largest[0],
+        evaluations=_evaluations(run),
+        checkpoints=_times(run.config.checkpoint.every, schedule),
+        batch=tuple(tuple(b) for b in largest[1]),
+        exact=counted == total and run.online is None,
+    )
+
+
+def with_rollouts(run: OutlinedRun, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
+    """The trees that a step trains on: for an online method each prompt with completions as long as they may be."""
+    online = run.online
+    if online is None:
+        return trees
+    ids = np.zeros(online.max_new_tokens, np.int32)
+    k = 2 if online.name == "online_dpo" else online.samples  # the best against the worst
+    return [replace(t, completion_ids=(ids,) * k, truncated=(True,) * k) for t in trees]
+
+
+def _times(every: int | str | None, schedule: BatchSchedule) -> int:
+    """How often something is due in a run, its end counted always."""
+    total = schedule.total_steps
+    if every is None:
+        return 1
+    due = schedule.steps_per_epoch if every == "epoch" else int(every)
+    return total // due + (total % due > 0)
+
+
+def _evaluations(run: OutlinedRun) -> int:
+    if not run.trees[1]:
+        return 0
+    asked = run.config.evaluation
+    return _times(asked.every, run.schedule) + asked.at_start
+
+
+def passes_over(run: OutlinedRun, trees: Sequence[TokenTree]) -> list[list[int]]:
+    """The passes without gradient over these trees, as evaluations and a cached reference make them."""
+    budget = run.config.evaluation.tokens_per_step or run.config.train.tokens_per_step
+    return plan_microbatches([tree_tokens(t, run.shared_prompts) for t in trees], budget)
+
+
+def to_json(work: Work) -> dict[str, Any]:
+    names = [f for f in Work.__dataclass_fields__ if f != "batch"]
+    return {name: getattr(work, name) for name in names} | {"saving": work.saving}
