@@ -21,7 +21,7 @@ LAYERS = [
     {"algorithms", "evaluation", "report", "watch"},
     {"loss_config"},
     {"config", "manifest", "catalogue"},
-    {"pipeline"},
+    {"pipeline", "importing"},
     {"sweep_search", "sweep_axes", "sweep_halving"},
     {"pipeline_state", "sweep"},
     {"sweep_state", "sweep_table", "sweep_rungs"},
@@ -32,6 +32,7 @@ LAYERS = [
     {"pipeline_run", "sweep_run"},
     {"api"},
     {"demo"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

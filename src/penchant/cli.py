@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from penchant import __version__
+from penchant.commands import importing
 
 EXIT_CODES = """exit codes:
   0  done                        3  the run stopped itself (NaN/Inf, failed step-0 check)
@@ -151,6 +152,8 @@ def build_parser() -> argparse.ArgumentParser:
     losses.add_argument("name", nargs="?", help="one loss, with its whole description")
     losses.add_argument("--markdown", action="store_true", help="the page docs/losses.md")
     losses.set_defaults(handler=_losses)
+
+    importing.add(commands)
     return parser
 
 
