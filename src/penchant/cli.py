@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from penchant import __version__
-from penchant.commands import importing
+from penchant.commands import config, importing
 
 EXIT_CODES = """exit codes:
   0  done                        3  the run stopped itself (NaN/Inf, failed step-0 check)
@@ -153,6 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     losses.add_argument("--markdown", action="store_true", help="the page docs/losses.md")
     losses.set_defaults(handler=_losses)
 
+    config.add(commands)
     importing.add(commands)
     return parser
 
