@@ -181,15 +181,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     old = Path.cwd()
     os.chdir(folder)
     try:
-        rows = polite_rows(60)
-        for name, part in {"train": rows, "test": polite_rows(70)[60:]}.items():
+        rows = polite_rows(120)  # README holds a hundred of them out
+        for name, part in {"train": rows, "test": polite_rows(132)[120:]}.items():
             write_jsonl(folder / f"{name}.jsonl", part)
         write_jsonl(folder / "prompts.jsonl", [{"prompt": r["prompt"]} for r in rows])
         (folder / "book.txt").write_text("It was a dark night.\n\nThen it was day.\n")
         (folder / "HuggingFaceTB").mkdir()
         start = tiny_model_folder(folder / "base")
         config = json.loads((folder / "base/config.json").read_text())
-        config["max_position_embeddings"] = 2048  # the default data.max_length fits, as it does in the models that the pages name
+        config["max_position_embeddings"] = (
+            2048  # the default data.max_length fits, as it does in the models that the pages name
+        )
         (folder / "base/config.json").write_text(json.dumps(config))
         for name in ("tuned", "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct"):
             shutil.copytree(start, folder / name)
