@@ -22,7 +22,7 @@ LAYERS = [
     {"algorithms", "evaluation", "report", "watch"},
     {"loss_config"},
     {"config", "manifest", "catalogue"},
-    {"pipeline", "track"},
+    {"pipeline", "track", "importing", "config_page"},
     {"sweep_search", "sweep_axes", "sweep_halving"},
     {"pipeline_state", "sweep"},
     {"sweep_state", "sweep_table", "sweep_rungs"},

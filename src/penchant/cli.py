@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from penchant import __version__
-from penchant.commands import chat, data_formats, data_get, data_show, export, serve, track
+from penchant.commands import chat, config, data_formats, data_get, data_show, export, importing, serve, track
 
 EXIT_CODES = """exit codes:
   0  done                        3  the run stopped itself (NaN/Inf, failed step-0 check)
@@ -165,6 +165,9 @@ def build_parser() -> argparse.ArgumentParser:
     losses.add_argument("name", nargs="?", help="one loss, with its whole description")
     losses.add_argument("--markdown", action="store_true", help="the page docs/losses.md")
     losses.set_defaults(handler=_losses)
+
+    config.add(commands)
+    importing.add(commands)
     return parser
 
 

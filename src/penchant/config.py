@@ -440,7 +440,8 @@ def _explain(
     if isinstance(value, bool):
         return ConfigError(where, f"{dotted} is {str(value).lower()} (a boolean)", f"give {_wanted(error, path)}")
     if kind == "value_error":
-        return ConfigError(where, f"{dotted}: {str(error['msg']).removeprefix('Value error, ')}")
+        problem = str(error["msg"]).removeprefix("Value error, ")
+        return ConfigError(where, f"{dotted}: {problem}" if dotted else problem)
     shown = repr(value) if not isinstance(value, (dict, list)) else f"a {type(value).__name__}"
     return ConfigError(where, f"{dotted} is {shown}", f"give {_wanted(error, path)}")
 

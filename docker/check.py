@@ -1,0 +1,198 @@
+"""Run the RUN steps of a Dockerfile without a container engine, and its ENTRYPOINT at the end.
+
+    python docker/check.py docker/cpu.Dockerfile [--list] [--arg NAME=VALUE]
+
+As root on Linux, in a chroot whose root is an overlay over this machine's: paths, users and rights are the real ones, what a step writes goes into a
+temporary folder, and this machine's Python stands in for the base image's. What it cannot show: that the base image itself has what a step needs, the
+caching of layers, and the image's size. Elsewhere, or with --list, the steps are parsed and printed only, and the exit code is 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pwd
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+KNOWN = {"FROM", "ENV", "ARG", "RUN", "COPY", "WORKDIR", "USER", "VOLUME", "ENTRYPOINT", "CMD", "LABEL"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One instruction and the state it runs in: variables, folder, user."""
+
+    line: int
+    name: str
+    text: str
+    env: dict[str, str] = field(default_factory=dict)
+    folder: str = "/"
+    user: str = "0"
+
+
+def instructions(text: str) -> Iterator[tuple[int, str, str]]:
+    """(line, NAME, rest) of each instruction, continuations joined, comments off.
+
+    Raises:
+        ValueError: an instruction that is not known here.
+    """
+    joined, start = "", 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        start = start if joined else number
+        joined += line.rstrip("\\").strip() + " "
+        if line.endswith("\\"):
+            continue
+        name, _, rest = joined.strip().partition(" ")
+        if name.upper() not in KNOWN:
+            raise ValueError(f"line {start}: {name} is no instruction that this script runs")
+        yield start, name.upper(), rest.strip()
+        joined = ""
+
+
+def expand(text: str, env: dict[str, str]) -> str:
+    """``$NAME`` and ``${NAME}``, as a Dockerfile has them."""
+    return re.sub(r"\$\{(\w+)\}|\$(\w+)", lambda m: env.get(m[1] or m[2], ""), text)
+
+
+def steps(text: str, arguments: dict[str, str], base_path: str) -> list[Step]:
+    """Every instruction with the state that it runs in."""
+    now = Step(0, "", "", {"PATH": base_path})
+    made = []
+    for line, name, rest in instructions(text):
+        if name == "ENV":
+            pairs = dict(pair.split("=", 1) for pair in shlex.split(rest))
+            now = replace(now, env=now.env | {k: expand(v, now.env) for k, v in pairs.items()})
+        elif name == "ARG":
+            key, _, default = rest.partition("=")
+            now = replace(now, env=now.env | {key: arguments.get(key, default)})
+        elif name == "WORKDIR":
+            now = replace(now, folder=rest)
+        elif name == "USER":
+            now = replace(now, user=rest)
+        made.append(replace(now, line=line, name=name, text=rest))
+    return made
+
+
+def command(step: Step) -> str:
+    """What a RUN step runs, its mount options off: they are about caching."""
+    return re.sub(r"^(--\w+=\S+\s+)+", "", step.text)
+
+
+class Root:
+    """A copy-on-write root in a mount namespace of its own."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.root = scratch / "root"
+        for name in ("upper", "work", "root"):
+            (scratch / name).mkdir()
+
+    def mount(self) -> None:
+        """Overlay, and the devices that programs want; the namespace ends with this process."""
+        layers = f"lowerdir=/,upperdir={self.scratch}/upper,workdir={self.scratch}/work"
+        for words in (
+            ["mount", "-t", "overlay", "overlay", "-o", layers, str(self.root)],
+            ["mount", "-t", "proc", "proc", f"{self.root}/proc"],
+            ["mount", "--rbind", "/dev", f"{self.root}/dev"],
+        ):
+            subprocess.run(words, check=True)
+        for name in ("passwd", "group", "shadow", "gshadow"):  # a base image has no people in it
+            self._forget_people(self.root / "etc" / name)
+
+    def _forget_people(self, file: Path) -> None:
+        people = {p.pw_name for p in pwd.getpwall() if 1000 <= p.pw_uid < 60000}
+        if file.exists():
+            lines = file.read_text().splitlines()
+            file.write_text("".join(f"{line}\n" for line in lines if line.split(":")[0] not in people))
+
+    def run(self, step: Step, shell: str) -> int:
+        """A command in the root, with the step's variables, folder and user only (and this machine's PIP_*)."""
+        pip = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "SSL_", "REQUESTS_"))}
+        home = "/root" if step.user == "0" else "/home/penchant"
+        env = [f"{k}={v}" for k, v in {**pip, "HOME": home, **step.env}.items()]
+        user, _, group = step.user.partition(":")
+        who = [] if user == "0" else ["setpriv", f"--reuid={user}", f"--regid={group or user}", "--clear-groups"]
+        inside = (
+            f"mkdir -p {step.folder} && cd {step.folder} && {shell}" if user == "0" else f"cd {step.folder} && {shell}"
+        )
+        words = ["chroot", str(self.root), "env", "-i", *env, *who, "/bin/sh", "-c", inside]
+        return subprocess.run(words, check=False).returncode
+
+    def copy(self, step: Step, context: Path) -> None:
+        """COPY: files to a folder, or a folder's contents."""
+        *sources, target = step.text.split()
+        to = self.root / (Path(step.folder) / target).relative_to("/")
+        for source in (context / s for s in sources):
+            if source.is_dir():
+                shutil.copytree(source, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                to.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, to)
+
+
+def check(made: list[Step], context: Path, root: Root) -> int:
+    """Run them in order; the first failure's exit code, else the entry point's."""
+    for step in made:
+        began = time.monotonic()
+        code = 0
+        if step.name == "COPY":
+            root.copy(step, context)
+        elif step.name == "WORKDIR" and step.user == "0":
+            (root.root / step.folder.lstrip("/")).mkdir(parents=True, exist_ok=True)
+        elif step.name == "RUN":
+            code = root.run(step, command(step))
+        print(f"[{code}] {step.line}: {step.name} {step.text[:100]}  ({time.monotonic() - began:.1f}s)", flush=True)
+        if code:
+            return code
+    last = made[-1]
+    words = [w for s in made if s.name in ("ENTRYPOINT", "CMD") for w in json.loads(s.text)]
+    for shell in (shlex.join(words), "id -u && touch /work/written && ! touch /opt/penchant/written 2>/dev/null"):
+        code = root.run(last, shell)
+        print(f"[{code}] as user {last.user}: {shell}", flush=True)
+        if code:
+            return code
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dockerfile", type=Path)
+    parser.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="a build argument")
+    parser.add_argument("--list", action="store_true", help="print the steps and run nothing")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    base_path = f"/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:{Path(sys.executable).resolve().parent}"
+    made = steps(args.dockerfile.read_text(), dict(a.split("=", 1) for a in args.arg), base_path)
+    if args.list or sys.platform != "linux" or os.geteuid() != 0:
+        for step in made:
+            print(f"{step.line}: {step.name} {command(step) if step.name == 'RUN' else step.text}")
+        if not args.list:
+            print("not run: that needs root on Linux (a chroot over an overlay)", file=sys.stderr)
+        return 0 if args.list else 3
+    if not args.inside:  # mounts belong to a namespace that ends with the process
+        words = [sys.executable, __file__, *(argv or sys.argv[1:]), "--inside"]
+        return subprocess.run(["unshare", "--mount", *words], check=False).returncode
+    context = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory(prefix="penchant-docker-", ignore_cleanup_errors=True) as scratch:
+        root = Root(Path(scratch))
+        root.mount()
+        try:
+            return check(made, context, root)
+        finally:
+            subprocess.run(["umount", "--recursive", "--lazy", str(root.root)], check=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

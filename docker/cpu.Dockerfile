@@ -1,0 +1,34 @@
+# syntax=docker/dockerfile:1
+# Penchant for CPUs. Build from the repository's root:  docker build -f docker/cpu.Dockerfile -t penchant:cpu .
+# The base is pinned by tag; pin its digest too where builds must be repeatable: FROM python:3.11-slim-bookworm@sha256:...
+FROM python:3.11-slim-bookworm
+
+ENV PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    HF_HUB_DISABLE_TELEMETRY=1 \
+    VIRTUAL_ENV=/opt/penchant \
+    PATH=/opt/penchant/bin:$PATH
+
+# a user without rights, and folders that it may write to
+RUN useradd --create-home --uid 1000 penchant && mkdir -p /work /home/penchant/.cache && chown -R penchant:penchant /work /home/penchant
+
+# dependencies first: this layer stays while only the source changes
+WORKDIR /src
+COPY constraints.txt ./
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN python -m venv /opt/penchant
+RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt --index-url ${TORCH_INDEX} torch
+COPY pyproject.toml README.md LICENSE ./
+COPY docker/dependencies.py docker/
+RUN python docker/dependencies.py pyproject.toml eval > requirements.txt
+RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt -r requirements.txt
+
+COPY src src
+RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps .
+
+USER 1000:1000
+WORKDIR /work
+VOLUME ["/work", "/home/penchant/.cache"]
+ENTRYPOINT ["penchant"]
+CMD ["--help"]

@@ -1,0 +1,104 @@
+"""Write the generated parts of docs/methods/*.md anew, from the registry, the schema, the glossary and docs/results.md.
+
+    python docs/tools/refresh.py
+
+A part stands between `<!-- generated: KIND NAMES -->` and `<!-- end of generated -->`. tests/docs/test_methods.py compares.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from penchant.catalogue import _parameters
+from penchant.config_page import Key, parts
+from penchant.losses import LOSSES
+from penchant.losses.registry import NEEDS
+from penchant.report.glossary import GLOSSARY
+
+DOCS = Path(__file__).resolve().parents[1]
+PART = re.compile(r"(<!-- generated: (\S+) ?(.*?) -->\n)(.*?)(<!-- end of generated -->)", re.S)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _paper(number: str) -> str:
+    return f"[arXiv {number}](https://arxiv.org/abs/{number})" if number else ""
+
+
+def formula(names: list[str]) -> list[str]:
+    """What each loss minimises and needs, as `penchant losses` has it."""
+    lines = []
+    for spec in (LOSSES[n] for n in names):
+        lines += ["```text", f"{spec.name}: {spec.formula}", "```", ""]
+        needs = [NEEDS[n] for n in sorted(spec.needs)]
+        told = [f"Needs {', '.join(needs)}." if needs else "", f"Paper: {_paper(spec.paper)}." if spec.paper else ""]
+        lines += [" ".join(t for t in told if t), ""] if any(told) else []
+    return lines
+
+
+def settings(names: list[str]) -> list[str]:
+    """A loss's hyperparameters with their defaults and ranges."""
+    lines = ["| setting | default | meaning and range |", "|---|---|---|"]
+    for name in names:
+        of = f" ({name})" if len(names) > 1 else ""
+        rows = [(f"loss.{key}", default, meaning) for key, default, meaning in _parameters(LOSSES[name])]
+        lines += [f"| `{key}`{of} | {default} | {_cell(meaning)} |" for key, default, meaning in rows]
+    return [*lines, ""] if len(lines) > 2 else ["It has no hyperparameters of its own.", ""]
+
+
+def algorithm(names: list[str]) -> list[str]:
+    """The settings of an algorithm."""
+    wanted = " ".join(names)
+    keys: tuple[Key, ...] = next(p.keys for p in parts() if p.title == f"algorithm: {wanted}")
+    lines = ["| setting | default | meaning | takes |", "|---|---|---|---|"]
+    return [*lines, *(f"| `{k.path}` | {k.default} | {_cell(k.meaning)} | {_cell(k.takes)} |" for k in keys), ""]
+
+
+def metrics(names: list[str]) -> list[str]:
+    """What metrics mean, from the glossary."""
+    return ["| metric | meaning |", "|---|---|", *(f"| `{n}` | {_cell(GLOSSARY[n])} |" for n in names), ""]
+
+
+def measured(names: list[str]) -> list[str]:
+    """These losses' rows of the first table of docs/results.md, which `recipes/loss_table.py` prints."""
+    text = (DOCS / "results.md").read_text()
+    table = text[text.index("| loss ") :]
+    rows = table[: table.index("```")].strip().splitlines()
+    wanted = ["(before training)", *names]
+    found = {row.split("|")[1].strip(): row for row in rows[2:]}
+    return ["", *rows[:2], *(found[n] for n in wanted), ""]
+
+
+KINDS: dict[str, Callable[[list[str]], list[str]]] = {
+    "formula": formula,
+    "settings": settings,
+    "algorithm": algorithm,
+    "metrics": metrics,
+    "measured": measured,
+}
+
+
+def refreshed(text: str) -> str:
+    """A page with its generated parts made anew."""
+
+    def part(match: re.Match[str]) -> str:
+        names = (
+            [n for n in re.split(r",?\s+", match[3].strip()) if n] if match[2] != "algorithm" else [match[3].strip()]
+        )
+        return match[1] + "\n".join(["", *KINDS[match[2]](names)]).replace("\n\n\n", "\n\n") + "\n" + match[5]
+
+    return PART.sub(part, text)
+
+
+def pages() -> list[Path]:
+    """The pages that have such parts."""
+    return sorted((DOCS / "methods").glob("*.md"))
+
+
+if __name__ == "__main__":
+    for page in pages():
+        page.write_text(refreshed(page.read_text()))
