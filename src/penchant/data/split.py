@@ -6,6 +6,7 @@ import hashlib
 from collections import defaultdict
 
 from penchant.data.load import Dataset, prompt_text
+from penchant.data.near import normalise
 from penchant.errors import DataError
 from penchant.types import PromptTree
 
@@ -13,7 +14,7 @@ from penchant.types import PromptTree
 def prompt_key(prompt: object, text: str = "") -> str:
     """What counts as the same prompt: case and white space do not matter; plain texts are keyed by themselves."""
     shown = prompt_text(prompt) or text  # type: ignore[arg-type]
-    return " ".join(shown.lower().split())
+    return normalise(shown)
 
 
 def first_text(tree: PromptTree) -> str:
