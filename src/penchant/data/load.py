@@ -13,6 +13,7 @@ from typing import Any
 
 from penchant.data.converters import KINDS, SHAPES, RowError, detect_shape
 from penchant.data.formats import BadRow, Row, read_rows
+from penchant.data.order import Columns
 from penchant.errors import DataError
 from penchant.types import Message, PromptTree
 
@@ -37,7 +38,7 @@ class Dataset:
         trees: accepted rows in file order; shape: the layout they came in; kind: ``pairs``, ``unpaired`` (labels), ``scored``,
             ``prompts``, ``sft`` or ``text``.
         total: rows read; quarantined: rows kept aside.
-        fingerprint: SHA-256 over the trees' content.
+        fingerprint: SHA-256 over the trees' content; columns: what the rows' own columns say, None where they are not known.
     """
 
     trees: tuple[PromptTree, ...]
@@ -46,6 +47,7 @@ class Dataset:
     total: int
     quarantined: tuple[Quarantined, ...]
     fingerprint: str
+    columns: Columns | None = None
 
     def __post_init__(self) -> None:
         if len(self.trees) + len(self.quarantined) != self.total:
@@ -60,7 +62,9 @@ class Dataset:
     def subset(self, indices: Sequence[int]) -> Dataset:
         """The accepted rows at `indices`, as a data set of its own."""
         trees = tuple(self.trees[i] for i in indices)
-        return replace(self, trees=trees, total=len(trees), quarantined=(), fingerprint=fingerprint(trees))
+        return replace(
+            self, trees=trees, total=len(trees), quarantined=(), fingerprint=fingerprint(trees), columns=None
+        )
 
 
 def load_preferences(
@@ -113,22 +117,13 @@ def _collect(
     identical: str,
     limit: int | None,
 ) -> Dataset:
-    stream: Iterator[Row | BadRow] = iter(itertools.islice(rows, limit))
-    if shape == "auto":
-        first = list(itertools.islice(stream, 100))
-        found = detect_shape(_renamed(r.values, columns) for r in first if isinstance(r, Row))
-        if found is None:
-            _raise_first_bad(first)
-            raise DataError(
-                name,
-                _no_shape(first),
-                "map your columns, e.g. data.columns={prompt: question, chosen: good, rejected: bad}",
-            )
-        shape, stream = found, itertools.chain(first, stream)
+    stream = stream_rows(itertools.islice(rows, limit), name, shape, columns, identical)
     trees: list[PromptTree] = []
     aside: list[Quarantined] = []
-    for row in stream:
-        result = _convert(row, shape, columns, identical)
+    seen = Columns()
+    for row, result in stream:
+        if isinstance(row, Row):
+            seen.update(row.values)
         if isinstance(result, PromptTree):
             trees.append(result)
         elif on_bad_row == "error":
@@ -140,7 +135,58 @@ def _collect(
     if not trees:
         reasons = "; ".join(f"{n}x {what}" for what, n in Counter(q.what for q in aside).most_common(3))
         raise DataError(name, f"none of {len(aside)} rows could be used ({reasons})", "mend the rows or set data.shape")
-    return Dataset(tuple(trees), shape, KINDS[shape], len(trees) + len(aside), tuple(aside), fingerprint(trees))
+    return Dataset(
+        tuple(trees), stream.shape, stream.kind, len(trees) + len(aside), tuple(aside), fingerprint(trees), seen
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Rows as they are read, each with what became of it; nothing is kept."""
+
+    shape: str
+    kind: str
+    rows: Iterable[tuple[Row | BadRow, PromptTree | Quarantined]]
+
+    def __iter__(self) -> Iterator[tuple[Row | BadRow, PromptTree | Quarantined]]:
+        return iter(self.rows)
+
+
+def stream_rows(
+    rows: Iterable[Row | BadRow], name: str, shape: str, columns: Mapping[str, str], identical: str = "bad_row"
+) -> Stream:
+    """Convert rows one by one; ``auto`` looks at the first hundred.
+
+    Raises:
+        DataError: the columns are of no known shape.
+    """
+    stream: Iterator[Row | BadRow] = iter(rows)
+    if shape == "auto":
+        first = list(itertools.islice(stream, 100))
+        found = detect_shape(_renamed(r.values, columns) for r in first if isinstance(r, Row))
+        if found is None:
+            _raise_first_bad(first)
+            raise DataError(
+                name,
+                _no_shape(first),
+                "map your columns, e.g. data.columns={prompt: question, chosen: good, rejected: bad}",
+            )
+        shape, stream = found, itertools.chain(first, stream)
+    return Stream(shape, KINDS[shape], ((row, _convert(row, shape, columns, identical)) for row in stream))
+
+
+def stream_preferences(
+    path: str | Sequence[str],
+    *,
+    shape: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    identical: str = "bad_row",
+    limit: int | None = None,
+) -> Stream:
+    """`load_preferences` without keeping anything: arguments as there, bad rows come as `Quarantined`."""
+    paths = [path] if isinstance(path, str) else [str(p) for p in path]
+    rows = itertools.chain.from_iterable(read_rows(p) for p in paths)
+    return stream_rows(itertools.islice(rows, limit), ", ".join(paths), shape, columns or {}, identical)
 
 
 def _raise_first_bad(rows: Sequence[Row | BadRow]) -> None:
@@ -195,10 +241,14 @@ def prompt_text(prompt: str | tuple[Message, ...]) -> str:
 
 def summary(dataset: Dataset) -> str:
     """``1,700 rows = 1,698 accepted + 2 quarantined (2 x ...)``."""
-    reasons = Counter(q.what for q in dataset.quarantined).most_common(4)
-    shown = f" ({'; '.join(f'{n} x {what}' for what, n in reasons)})" if reasons else ""
-    total, kept, aside = dataset.total, dataset.accepted, len(dataset.quarantined)
-    return f"{total:,} rows ({dataset.shape}) = {kept:,} accepted + {aside:,} quarantined{shown}"
+    reasons = Counter(q.what for q in dataset.quarantined)
+    return summary_of(dataset.shape, dataset.accepted, reasons, len(dataset.quarantined))
+
+
+def summary_of(shape: str, accepted: int, reasons: Counter[str], aside: int) -> str:
+    """The same from counts."""
+    shown = f" ({'; '.join(f'{n} x {what}' for what, n in reasons.most_common(4))})" if reasons else ""
+    return f"{accepted + aside:,} rows ({shape}) = {accepted:,} accepted + {aside:,} quarantined{shown}"
 
 
 def write_quarantine(quarantined: Sequence[Quarantined], folder: Path, name: str) -> Path | None:
