@@ -32,6 +32,7 @@ LAYERS = [
     {"pipeline_run", "sweep_run"},
     {"api"},
     {"demo"},
+    {"commands"},  # one module for each command: arguments and handler, light at import
     {"cli"},
     {"__main__"},
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from penchant.algorithms.reward import RewardTraining
 from penchant.config import WATCHING_ONLY, RunConfig, default_settings, dump_config, with_absolute_paths
 from penchant.data.adapt import adapt, mismatch
 from penchant.data.audit import audit as run_audit
+from penchant.data.findings import Audit
 from penchant.data.load import Dataset, load_preferences, summary, write_quarantine
 from penchant.data.split import split_by_prompt
 from penchant.data.tokenise import TokenisedDataset, tokenise
@@ -267,15 +268,19 @@ class Run:
                 found[tree.row] = TokenTree(offset + tree.row, tree.prompt_ids, (ids[:room],), (len(ids) > room,))
         return found
 
-    def audit(self, tokenise: bool = True) -> Any:
-        """The data audit, over every split."""
+    def audit(self, tokenise: bool = True, *, languages: bool = False, opinions: Sequence[Any] = ()) -> Audit:
+        """The data audit, over every split; `opinions` are further accumulators (they are no part of what runs share)."""
         train, heldout = self.datasets
         splits = {"train": train} | ({"held out": heldout} if heldout is not None else {})
         whole = self.loaded["train"]
-        return self.shared.once(
-            ("audit", tokenise, *_content(whole), *self._rows_key),
-            lambda: run_audit(whole, self.tokenise_rows(whole, on_bad_row="skip") if tokenise else None, splits),
-        )
+
+        def made() -> Audit:
+            tokens = self.tokenise_rows(whole, on_bad_row="skip") if tokenise else None
+            return run_audit(whole, tokens, splits, languages=languages, opinions=opinions)
+
+        if opinions:
+            return made()
+        return self.shared.once(("audit", tokenise, languages, *_content(whole), *self._rows_key), made)
 
     # ---- what parts depend on: keys of what runs can share -------------------------------------------------------------
 

@@ -102,6 +102,16 @@ class Copies:
             return np.full(len(self._row), -1)
         return earlier(there, _uint64(self._back))
 
+    def contradictory(self) -> np.ndarray:
+        """(n,) bool: rows to which some row, earlier or later, says the opposite."""
+        if self.kind == "pairs":
+            return np.isin(_uint64(self._back), _uint64(self._there))  # 0 stands for a pair of equal answers
+        found = np.zeros(len(self._row), bool)
+        if self.kind == "unpaired":
+            first, against = first_of_equal(_uint64(self._there)), self.against()
+            found = np.isin(first, against[against >= 0])
+        return found
+
     def findings(self) -> Named:
         n, place = len(self._row), self.places
         first = self.duplicates()
@@ -167,59 +177,63 @@ class Near:
             out[has, j] = answers[starts[has] + j]
         return prompts, out
 
-    def findings(self) -> Named:
+    def rows(self) -> dict[str, np.ndarray]:
+        """By finding: (n,) int64, the row that each row goes with, -1 where there is none."""
         prompts, answers = self.groups()
-        n, place = len(prompts), self.places
+        n = len(prompts)
         rows = np.arange(n)
+        whole = (self.copies.duplicates() == rows) & (self.copies.against() < 0)  # others count as exact copies
         first = first_of_equal(_combined(prompts, *answers.T))
-        near = np.flatnonzero((first != rows) & (self.copies.duplicates() == rows) & (self.copies.against() < 0))
-        title = "near-duplicates of an earlier row (Jaccard about 0.8 or more)"
-        yield (
-            "near_duplicates",
-            finding_at(
-                title,
-                near,
-                n,
-                lambda i: f"{place[i]} (as {place[int(first[i])]})",
-                advice="data fix --drop near_duplicates drops them; keep prompts of one group in one split",
-            ),
-        )
-        if self.kind != "pairs":
-            return
+        found = {"near_duplicates": np.where((first != rows) & whole, first, -1)}
+        if self.kind == "pairs" and n:
+            good, bad = answers[:, 0], answers[:, 1]
+            other = earlier(_combined(prompts, good, bad), _combined(prompts, bad, good))
+            found["near_contradictions"] = np.where((good != bad) & whole, other, -1)
+            found["near_identical"] = np.where(good == bad, rows, -1)
+            found["cycles"] = np.where(cycles(_combined(prompts, good), _combined(prompts, bad)), rows, -1)
+        return found
+
+    def contradictory(self) -> np.ndarray:
+        """(n,) bool: pairs of which some row, earlier or later, nearly says the opposite; exact contradictions too."""
+        prompts, answers = self.groups()
+        if self.kind != "pairs" or not len(prompts):
+            return np.zeros(len(prompts), bool)
         good, bad = answers[:, 0], answers[:, 1]
-        other = earlier(_combined(prompts, good, bad), _combined(prompts, bad, good)) if n else rows
-        contradicts = (other >= 0) & (good != bad) & (self.copies.against() < 0)
-        yield (
-            "near_contradictions",
-            finding_at(
-                "near contradictions: nearly the same pair the other way round",
-                np.flatnonzero(contradicts),
-                n,
-                lambda i: f"{place[i]} (against {place[int(other[i])]})",
-                advice="look at both",
-            ),
-        )
-        yield (
-            "near_identical",
-            finding_at(
-                '"chosen" nearly equals "rejected"',
-                np.flatnonzero(good == bad),
-                n,
-                lambda i: place[i],
-                advice="such pairs teach small edits; losses without a length or edit penalty may lower both (see dpop, cal_dpo)",
-            ),
-        )
-        cyclic = cycles(_combined(prompts, good), _combined(prompts, bad))
-        yield (
-            "cycles",
-            finding_at(
-                "cycles: A over B, B over C, C over A for one prompt",
-                np.flatnonzero(cyclic),
-                n,
-                lambda i: place[i],
-                advice="at least one of each cycle's labels is wrong",
-            ),
-        )
+        return (good != bad) & np.isin(_combined(prompts, good, bad), _combined(prompts, bad, good))
+
+    def findings(self) -> Named:
+        place, n = self.places, len(self._ends)
+        for name, other in self.rows().items():
+            title, joined, advice = NEAR_FINDINGS[name]
+
+            def said(i: int, other: np.ndarray = other, joined: str = joined) -> str:
+                return f"{place[i]} ({joined} {place[int(other[i])]})" if joined else place[i]
+
+            yield name, finding_at(title, np.flatnonzero(other >= 0), n, said, advice)
+
+
+NEAR_FINDINGS = {  # title, what joins the two places, advice
+    "near_duplicates": (
+        "near-duplicates of an earlier row (Jaccard about 0.8 or more)",
+        "as",
+        "data fix --drop near_duplicates drops them",
+    ),
+    "near_contradictions": (
+        "near contradictions: nearly the same pair the other way round",
+        "against",
+        "look at both",
+    ),
+    "near_identical": (
+        '"chosen" nearly equals "rejected"',
+        "",
+        "the signal of such pairs is small: look whether it is the one you mean",
+    ),
+    "cycles": (
+        "cycles: A over B, B over C, C over A for one prompt",
+        "",
+        "at least one label of each cycle is wrong",
+    ),
+}
 
 
 def _combined(*columns: np.ndarray) -> np.ndarray:

@@ -116,6 +116,11 @@ class Leakage:
         self._places.append(tree.source)
         self._split.append(split)
 
+    def shared(self, split: int) -> np.ndarray:
+        """(n,) bool: rows of this split whose prompt, or nearly the same one, stands in another."""
+        of = np.frombuffer(self._split, dtype=np.int16) if len(self._split) else np.empty(0, np.int16)
+        return _first_in(self._index.groups(), of != split, of == split) >= 0
+
     def findings(self) -> Named:
         """``leakage_A_B`` and ``near_leakage_A_B`` for each two splits."""
         split = np.frombuffer(self._split, dtype=np.int16) if len(self._split) else np.empty(0, np.int16)
