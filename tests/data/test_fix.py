@@ -123,7 +123,7 @@ def test_packed_lines_stay_packed_and_others_become_lines(tmp_path: Path) -> Non
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as out:
         out.write(json.dumps(pair(0)) + "\n")
     done = fix(str(tmp_path / "a.jsonl.gz"), tmp_path / "b.jsonl.gz")
-    assert json.loads(gzip.open(done.output).read()) == pair(0) and not done.notes
+    assert json.loads(gzip.decompress(done.output.read_bytes())) == pair(0) and not done.notes
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\np,a,b\n")
     made = fix(str(tmp_path / "a.csv"), tmp_path / "c.jsonl")
     assert lines(made.output) == [{"prompt": "p", "chosen": "a", "rejected": "b"}] and "becomes JSONL" in made.to_text()
