@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -93,6 +92,7 @@ def tokens(path: Path, n: int, folder: Path, most: int) -> dict[str, Any]:
     for start in ("cold", "warm"):
         figures[start] = made = worker("start", str(path), PENCHANT_CACHE=str(cache))
         print(f"  {start} start: {made['seconds']:.1f} s to the first batch, peak {made['peak_mb']:,.0f} MB")
+        print("    " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in made["parts"].items()))
     return figures
 
 
@@ -106,7 +106,11 @@ def worker(what: str, *arguments: str, **environment: str) -> dict[str, Any]:
 
 
 def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak memory of this process since it began, MB; ru_maxrss would count the parent's at the fork."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return float(line.split()[1]) / 1024
+    return float("nan")
 
 
 def _audit(path: str) -> dict[str, Any]:
@@ -136,7 +140,48 @@ def _tokenise(path: str) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start, "load": load, "peak_mb": _peak()}
 
 
-WORKERS = {"audit": _audit, "tokenise": _tokenise}
+def _start(path: str) -> dict[str, Any]:
+    """All that a training run does with its rows before the first step; models and weights are left out."""
+    from penchant.assets import MODEL
+    from penchant.config import RunConfig
+    from penchant.run import Run
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    data = {"path": path, "max_length": 1024, "validation_rows": 500, "on_bad_row": "skip"}
+    with tempfile.TemporaryDirectory() as output:
+        config = {
+            "model": {"path": str(MODEL)},
+            "data": data,
+            "loss": {"name": "dpo"},
+            "train": {"epochs": 1},
+            "output": output,
+        }
+        parts: dict[str, float] = {}
+        start = last = time.perf_counter()
+        run = Run(RunConfig.model_validate(config), quiet=True)
+
+        def said(part: str) -> None:
+            nonlocal last
+            parts[part], last = time.perf_counter() - last, time.perf_counter()
+
+        _ = run.loaded
+        said("load")
+        _ = run.datasets
+        said("split")
+        for tokenised in run.tokenised:
+            assert tokenised is not None
+            tokenised.summary()
+        said("tokenise")
+        json.dumps(run.audit().to_json())
+        said("audit")
+        train, _ = run.trees
+        batch = [train[i] for i in run.schedule.batch(0)]
+        said("first batch")
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_mb": _peak(), "parts": parts, "trees": len(train), "batch": len(batch)}
+
+
+WORKERS = {"audit": _audit, "tokenise": _tokenise, "start": _start}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

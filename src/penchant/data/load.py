@@ -41,7 +41,7 @@ class Dataset:
         fingerprint: SHA-256 over the trees' content; columns: what the rows' own columns say, None where they are not known.
     """
 
-    trees: tuple[PromptTree, ...]
+    trees: Sequence[PromptTree]
     shape: str
     kind: str
     total: int
@@ -118,26 +118,54 @@ def _collect(
     limit: int | None,
 ) -> Dataset:
     stream = stream_rows(itertools.islice(rows, limit), name, shape, columns, identical)
-    trees: list[PromptTree] = []
-    aside: list[Quarantined] = []
-    seen = Columns()
-    for row, result in stream:
-        if isinstance(row, Row):
-            seen.update(row.values)
-        if isinstance(result, PromptTree):
-            trees.append(result)
-        elif on_bad_row == "error":
+    reading = Reading(on_bad_row)
+    trees = tuple(reading.trees(stream))
+    return reading.result(trees, stream, name)
+
+
+class Reading:
+    """Reading as it goes on: trees come out one by one, what else is to be told is there at the end."""
+
+    def __init__(self, on_bad_row: str) -> None:
+        self.on_bad_row = on_bad_row
+        self.aside: list[Quarantined] = []
+        self.columns = Columns()
+        self.digest = hashlib.sha256()
+
+    def trees(self, stream: Stream) -> Iterator[PromptTree]:
+        """All accepted rows, in order.
+
+        Raises:
+            DataError: a bad row, where those are errors.
+        """
+        for row, result in stream:
+            if isinstance(row, Row):
+                self.columns.update(row.values)
+            if isinstance(result, PromptTree):
+                self.digest.update(_content_of(result))
+                yield result
+            elif self.on_bad_row == "error":
+                raise DataError(
+                    result.where, result.what, result.how + " (or set data.on_bad_row=skip to keep such rows aside)"
+                )
+            else:
+                self.aside.append(result)
+
+    def result(self, trees: Sequence[PromptTree], stream: Stream, name: str) -> Dataset:
+        """The whole, when all trees have come out.
+
+        Raises:
+            DataError: there are none.
+        """
+        aside = self.aside
+        if not trees:
+            reasons = "; ".join(f"{n}x {what}" for what, n in Counter(q.what for q in aside).most_common(3))
             raise DataError(
-                result.where, result.what, result.how + " (or set data.on_bad_row=skip to keep such rows aside)"
+                name, f"none of {len(aside)} rows could be used ({reasons})", "mend the rows or set data.shape"
             )
-        else:
-            aside.append(result)
-    if not trees:
-        reasons = "; ".join(f"{n}x {what}" for what, n in Counter(q.what for q in aside).most_common(3))
-        raise DataError(name, f"none of {len(aside)} rows could be used ({reasons})", "mend the rows or set data.shape")
-    return Dataset(
-        tuple(trees), stream.shape, stream.kind, len(trees) + len(aside), tuple(aside), fingerprint(trees), seen
-    )
+        content = self.digest.hexdigest()
+        total = len(trees) + len(aside)
+        return Dataset(trees, stream.shape, stream.kind, total, tuple(aside), content, self.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,10 +256,14 @@ def fingerprint(trees: Iterable[PromptTree]) -> str:
     """SHA-256 over prompts and completions, in order."""
     digest = hashlib.sha256()
     for tree in trees:
-        prompt = tree.prompt if isinstance(tree.prompt, str) else [[m.role, m.content] for m in tree.prompt]
-        content = [prompt, [[c.text, c.label, c.score] for c in tree.completions]]
-        digest.update(json.dumps(content, ensure_ascii=True).encode())
+        digest.update(_content_of(tree))
     return digest.hexdigest()
+
+
+def _content_of(tree: PromptTree) -> bytes:
+    prompt = tree.prompt if isinstance(tree.prompt, str) else [[m.role, m.content] for m in tree.prompt]
+    content = [prompt, [[c.text, c.label, c.score] for c in tree.completions]]
+    return json.dumps(content, ensure_ascii=True).encode()
 
 
 def prompt_text(prompt: str | tuple[Message, ...]) -> str:
