@@ -105,6 +105,13 @@ def worker(what: str, *arguments: str, **environment: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _model() -> str:
+    """The bundled model, for its tokenizer."""
+    import penchant
+
+    return str(Path(penchant.__file__).parent / "assets" / "model")
+
+
 def _peak() -> float:
     """Peak memory of this process since it began, MB; ru_maxrss would count the parent's at the fork."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -124,17 +131,15 @@ def _audit(path: str) -> dict[str, Any]:
 
 
 def _tokenise(path: str) -> dict[str, Any]:
-    from penchant.assets import MODEL
     from penchant.data.load import load_preferences
     from penchant.data.tokenise import tokenise
     from penchant.models.load import load_tokenizer
-    from penchant.models.options import ModelConfig
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     start = time.perf_counter()
     rows = load_preferences(path, on_bad_row="skip")
     load = time.perf_counter() - start
-    tokenizer = load_tokenizer(ModelConfig(path=str(MODEL)))
+    tokenizer = load_tokenizer(_model())
     start = time.perf_counter()
     tokenise(rows, tokenizer, max_length=1024, on_bad_row="skip")
     return {"seconds": time.perf_counter() - start, "load": load, "peak_mb": _peak()}
@@ -142,7 +147,6 @@ def _tokenise(path: str) -> dict[str, Any]:
 
 def _start(path: str) -> dict[str, Any]:
     """All that a training run does with its rows before the first step; models and weights are left out."""
-    from penchant.assets import MODEL
     from penchant.config import RunConfig
     from penchant.run import Run
 
@@ -150,7 +154,7 @@ def _start(path: str) -> dict[str, Any]:
     data = {"path": path, "max_length": 1024, "validation_rows": 500, "on_bad_row": "skip"}
     with tempfile.TemporaryDirectory() as output:
         config = {
-            "model": {"path": str(MODEL)},
+            "model": {"path": _model()},
             "data": data,
             "loss": {"name": "dpo"},
             "train": {"epochs": 1},
@@ -175,7 +179,7 @@ def _start(path: str) -> dict[str, Any]:
         json.dumps(run.audit().to_json())
         said("audit")
         train, _ = run.trees
-        batch = [train[i] for i in run.schedule.batch(0)]
+        batch = [train[i] for i in run._schedule.batch(0)]
         said("first batch")
         seconds = time.perf_counter() - start
     return {"seconds": seconds, "peak_mb": _peak(), "parts": parts, "trees": len(train), "batch": len(batch)}

@@ -50,6 +50,7 @@ def same_tree(a: TokenTree, b: TokenTree) -> bool:
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "pairs": planted(),
+    "columns": [pair(i) | {"language": "en", "winner_model_a": 1, "winner_model_b": i % 2} for i in range(5)],
     "scored pairs": [pair(i) | {"chosen_score": i + 0.1, "rejected_score": -i / 3} for i in range(5)],
     "messages": [
         {

@@ -189,13 +189,19 @@ class DataCache:
 
 
 def _described(dataset: Dataset) -> dict[str, Any]:
+    said = dataset.columns or Columns()
     return {
         "shape": dataset.shape,
         "kind": dataset.kind,
         "total": dataset.total,
         "quarantined": _storable(dataset.quarantined),
         "fingerprint": dataset.fingerprint,
-        "columns": asdict(dataset.columns or Columns()),
+        "columns": {
+            "first": said.first,
+            "decided": said.decided,
+            "layouts": dict(said.layouts),  # asdict cannot take counters
+            "languages": dict(said.languages),
+        },
     }
 
 

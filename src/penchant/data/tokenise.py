@@ -156,9 +156,28 @@ def _try(render: Any, tree: PromptTree) -> Rendered | RowError:
 def _encode(tokenizer: Any, rendered: Sequence[Rendered | RowError]) -> list[tuple[Ids, list[Ids]] | RowError]:
     """All texts in one call of the fast tokenizer; equal prompts are encoded once."""
     texts = list(dict.fromkeys(t for r in rendered if not isinstance(r, RowError) for t in (r[0], *r[1])))
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    by_text = dict(zip(texts, ids, strict=True))
+    by_text = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
     return [r if isinstance(r, RowError) else (by_text[r[0]], [by_text[t] for t in r[1]]) for r in rendered]
+
+
+def encode_texts(tokenizer: Any, texts: list[str]) -> list[Ids]:
+    """Ids of each text without special tokens, as ``tokenizer(texts, add_special_tokens=False)`` gives them.
+
+    A plain fast tokenizer's backend is asked directly: masks and offsets, which nobody looks at, take as long as the ids.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if not texts:
+        return []
+    plain = all(
+        getattr(type(tokenizer), name, None) is getattr(PreTrainedTokenizerFast, name, tokenizer)
+        for name in ("__call__", "_encode_plus")
+    )
+    if not plain:
+        found: list[Ids] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+    tokenizer(texts[0], add_special_tokens=False, verbose=False)  # sets the backend as a call does: no padding, no cut
+    return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def uses_bos(tokenizer: Any) -> bool:
