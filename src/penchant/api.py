@@ -14,6 +14,8 @@ from penchant.errors import ConfigError
 if TYPE_CHECKING:
     from penchant.comparison.compare import RunComparison
     from penchant.config import RunConfig
+    from penchant.data.findings import Audit
+    from penchant.data.fix import Fixed
     from penchant.data.load import Dataset
     from penchant.evaluation.flags import Flag
     from penchant.export import ExportResult
@@ -159,31 +161,114 @@ def flags(path: str | Path) -> list[Flag]:
 
 
 def audit(
-    config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, tokenise: bool = True, quiet: bool = False
-) -> Any:
-    """Count what is wrong or lopsided in a data set: duplicates, contradictions, leakage, truncation, length bias.
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *overrides: str,
+    tokenise: bool = True,
+    quiet: bool = False,
+    reward: str | None = None,
+    check: str | None = None,
+    languages: bool = True,
+) -> Audit:
+    """Count what is wrong or lopsided in a data set: duplicates, contradictions, leakage, truncation, bias, personal data.
 
     Args:
         config: a YAML path, a mapping, a `RunConfig`, or the path of a data file (then no tokenizer is needed).
         tokenise: also count in tokens (needs the config's tokenizer).
+        reward: any reward; how often it disagrees with the labels. check: ``path.py:function`` over texts.
+        languages: whether to guess them.
 
     Returns:
         An `Audit` with `to_text()` and `to_json()`.
     """
-    from penchant.data.audit import audit as run_audit
-    from penchant.data.load import load_preferences as load
-
-    if (
-        isinstance(config, (str, Path))
-        and Path(config).suffix not in (".yaml", ".yml")
-        and not isinstance(config, dict)
-    ):
+    if isinstance(config, (str, Path)) and Path(config).suffix not in (".yaml", ".yml"):
         if overrides:
             raise ConfigError("command line", "overrides go with a config, not with a data file", "give a CONFIG.yaml")
-        return run_audit(load(str(config), on_bad_row="skip"), path=str(config))
+        return audit_files(str(config), reward=reward, check=check, languages=languages)
     from penchant.run import Run
 
-    return Run(as_config(config, overrides), quiet=quiet).audit(tokenise=tokenise)
+    run = Run(as_config(config, overrides), quiet=quiet)
+    return run.audit(tokenise=tokenise, languages=languages, opinions=_opinions(reward, check))
+
+
+def audit_files(
+    *paths: str | Path,
+    splits: Mapping[str, str] | None = None,
+    shape: str = "auto",
+    limit: int | None = None,
+    reward: str | None = None,
+    check: str | None = None,
+    languages: bool = True,
+) -> Audit:
+    """The same of files of any size, read once.
+
+    Args:
+        paths, splits: files; those in `splits` by the name of their split, the others are named by themselves. Prompts that
+            stand in two of them are counted. limit: rows of each that are read.
+        reward, check, languages: as for `audit`.
+
+    Raises:
+        DataError: a file that cannot be read. ConfigError: a reward or function that cannot be loaded.
+    """
+    from penchant.data.audit import audit_files as run_audit
+    from penchant.data.audit import names_of
+
+    named = {**(splits or {}), **names_of([str(p) for p in paths])}
+    return run_audit(named, shape=shape, limit=limit, languages=languages, opinions=_opinions(reward, check))
+
+
+def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Path:
+    """Write an audit as one self-contained HTML file."""
+    from penchant.report.audit_page import render_audit
+
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(render_audit(audit.to_json(), title), encoding="utf-8")
+    return file
+
+
+def fix(
+    source: str | Path,
+    output: str | Path,
+    *,
+    drop: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    redact: Sequence[str] = (),
+    against: Sequence[str | Path] = (),
+    shape: str = "auto",
+    overwrite: bool = False,
+) -> Fixed:
+    """Write a cleaned copy of a data file, and ``OUTPUT.touched.jsonl`` with every row that was dropped or changed.
+
+    Args:
+        drop: rules beyond the safe ones; keep: safe ones that are not used; redact: ``pii``, ``secrets``.
+        against: files whose prompts must not stand in the copy (rule ``leakage``).
+
+    Raises:
+        DataError: a file that cannot be read, an unknown rule, an output that is the input or is there already.
+    """
+    from penchant.data.fix import default_rules
+    from penchant.data.fix import fix as run_fix
+
+    rules, others = default_rules(drop, keep), [str(a) for a in against]
+    return run_fix(str(source), output, drop=rules, redact=redact, against=others, shape=shape, overwrite=overwrite)
+
+
+def _opinions(reward: str | None, check: str | None) -> list[Any]:
+    """Accumulators of a reward and of a person's own function."""
+    from penchant.data.opinions import Check, Disagreement
+
+    made: list[Any] = []
+    if reward is not None:
+        from penchant.rewards.functions import load_reward
+
+        made.append(Disagreement(reward, load_reward(reward)))
+    if check is not None:
+        from penchant.rewards.functions import python_function
+
+        if not check.rpartition(":")[0].endswith(".py"):
+            raise ConfigError("check", f"{check!r} names no function", "write path.py:function")
+        made.append(Check(check.rpartition(":")[2], python_function(check, "check", ("texts",))))
+    return made
 
 
 def compare(

@@ -10,7 +10,19 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from penchant import __version__
-from penchant.commands import chat, config, data_formats, data_get, data_show, export, importing, serve, track
+from penchant.commands import (
+    chat,
+    config,
+    data_audit,
+    data_fix,
+    data_formats,
+    data_get,
+    data_show,
+    export,
+    importing,
+    serve,
+    track,
+)
 
 EXIT_CODES = """exit codes:
   0  done                        3  the run stopped itself (NaN/Inf, failed step-0 check)
@@ -119,13 +131,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="get data, and look at it before training on it")
     verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
-    audit = verbs.add_parser("audit", help="count duplicates, contradictions, leakage, truncation, length bias")
-    _config_arguments(audit, "CONFIG.yaml or a data file")
-    audit.add_argument("--json", action="store_true", help="print JSON")
-    audit.set_defaults(handler=_audit)
     data_get.add(verbs)
     data_formats.add(verbs)
     data_show.add(verbs)
+    data_audit.add(verbs)
+    data_fix.add(verbs)
 
     report = commands.add_parser(
         "report", help="write the report of runs, a sweep, a pipeline or a comparison: one HTML file"
@@ -437,19 +447,6 @@ def _held_out_line(metrics: Any) -> str:
                 f"{label} {metrics[name]:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
             )
     return ", ".join(parts) + f" ({metrics['eval/rows']} held-out rows)"
-
-
-def _audit(args: argparse.Namespace) -> int:
-    from penchant import api
-
-    result = api.audit(args.config, *args.overrides)
-    if args.json:
-        import json
-
-        print(json.dumps(result.to_json(), indent=1))
-    else:
-        print(result.to_text())
-    return 0
 
 
 def _report(args: argparse.Namespace) -> int:

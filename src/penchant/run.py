@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,9 +21,11 @@ from penchant.algorithms.reward import RewardTraining
 from penchant.config import WATCHING_ONLY, RunConfig, default_settings, dump_config, with_absolute_paths
 from penchant.data.adapt import adapt, mismatch
 from penchant.data.audit import audit as run_audit
-from penchant.data.load import Dataset, layout_line, load_preferences, summary, write_quarantine
-from penchant.data.split import split_by_prompt
-from penchant.data.tokenise import TokenisedDataset, tokenise
+from penchant.data.cached import DataCache
+from penchant.data.findings import Audit
+from penchant.data.load import Dataset, layout_line, summary, write_quarantine
+from penchant.data.stored import StoredTokens
+from penchant.data.tokenise import TokenisedDataset
 from penchant.errors import CheckpointError, ConfigError, DataError, PenchantError
 from penchant.evaluation.flags import Flag
 from penchant.evaluation.fresh import (
@@ -144,6 +146,10 @@ class Run:
     # ---- data -----------------------------------------------------------------------------------------------------
 
     @cached_property
+    def data_cache(self) -> DataCache:
+        return DataCache(self.config.data.cache != "off", self.console.note)
+
+    @cached_property
     def tokenizer(self) -> Any:
         get = (
             self.shared.once if self.learns_reward is None else self.shared.fresh
@@ -179,7 +185,7 @@ class Run:
         seed = self.config.train.seed if data.split_seed is None else data.split_seed
         train, heldout = self.shared.once(
             ("split", *_content(train), str(data.path), data.validation_rows, data.validation_fraction, seed),
-            lambda: split_by_prompt(
+            lambda: self.data_cache.split(
                 self.loaded["train"],
                 validation_rows=data.validation_rows,
                 validation_fraction=data.validation_fraction,
@@ -193,7 +199,7 @@ class Run:
         data = self.config.data
         reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
         dataset = self.shared.once(
-            ("rows", str(path), json.dumps(reading, sort_keys=True)), lambda: load_preferences(path, **reading)
+            ("rows", str(path), json.dumps(reading, sort_keys=True)), lambda: self.data_cache.load(path, **reading)
         )
         self.console.note(layout_line(dataset, path))
         adapted = adapt(dataset, self.method, self.signal, self.needs, data, str(path))
@@ -216,14 +222,14 @@ class Run:
         how["on_bad_row"] = on_bad_row or data.on_bad_row
         key = ("tokens", *self._tokenizer_key[1:], str(data.path), str(data.eval_path), *_content(dataset))
         return self.shared.once(
-            (*key, json.dumps(how, sort_keys=True)), lambda: tokenise(dataset, self.tokenizer, **how)
+            (*key, json.dumps(how, sort_keys=True)), lambda: self.data_cache.tokenise(dataset, self.tokenizer, **how)
         )
 
     @cached_property
-    def trees(self) -> tuple[list[TokenTree], list[TokenTree]]:
+    def trees(self) -> tuple[Sequence[TokenTree], Sequence[TokenTree]]:
         """(train, held out) token trees; rows are numbered through both, so that one reference cache holds both."""
         train, heldout = self.tokenised
-        parts = [list(train.trees), list(heldout.trees) if heldout is not None else []]
+        parts: list[Sequence[TokenTree]] = [train.trees, heldout.trees if heldout is not None else ()]
         if self.signal == "tokens":  # SFT on pairs learns the chosen completion only
             parts = [
                 [
@@ -238,10 +244,13 @@ class Run:
                 ]
                 for p in parts
             ]
-        numbered = []
+        numbered: list[Sequence[TokenTree]] = []
         start = 0
         for part in parts:
-            numbered.append([replace(t, row=start + i) for i, t in enumerate(part)])
+            if isinstance(part, StoredTokens):
+                numbered.append(part.numbered_from(start))
+            else:
+                numbered.append([replace(t, row=start + i) for i, t in enumerate(part)])
             start += len(part)
         if not numbered[0]:
             raise DataError(str(self.config.data.path), "no row is left to train on", "look at the quarantine file")
@@ -269,17 +278,21 @@ class Run:
                 found[tree.row] = TokenTree(offset + tree.row, tree.prompt_ids, (ids[:room],), (len(ids) > room,))
         return found
 
-    def audit(self, tokenise: bool = True) -> Any:
-        """The data audit, over every split."""
+    def audit(self, tokenise: bool = True, *, languages: bool = False, opinions: Sequence[Any] = ()) -> Audit:
+        """The data audit, over every split; `opinions` are further accumulators (they are no part of what runs share)."""
         train, heldout = self.datasets
         splits = {"train": train} | ({"held out": heldout} if heldout is not None else {})
-        whole = self.loaded["train"]
-        return self.shared.once(
-            ("audit", tokenise, *_content(whole), *self._rows_key),
-            lambda: run_audit(
-                whole, self.tokenise_rows(whole, on_bad_row="skip") if tokenise else None, splits, self.config.data.path
-            ),
-        )
+        whole, path = self.loaded["train"], self.config.data.path
+
+        def made() -> Audit:
+            tokens = self.tokenise_rows(whole, on_bad_row="skip") if tokenise else None
+            if opinions:
+                return run_audit(whole, tokens, splits, path, languages=languages, opinions=opinions)
+            return self.data_cache.audit(whole, tokens, splits, path, languages=languages)
+
+        if opinions:
+            return made()  # a person's own functions are in no key
+        return self.shared.once(("audit", tokenise, languages, *_content(whole), *self._rows_key), made)
 
     # ---- what parts depend on: keys of what runs can share -------------------------------------------------------------
 
@@ -1028,6 +1041,7 @@ def run_identity(config: RunConfig, fingerprints: list[str], rewards: Mapping[st
     settings = config.model_dump(mode="json")
     for section in WATCHING_ONLY:
         settings.pop(section, None)
+    settings["data"].pop("cache", None)  # it changes no row
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
         settings["algorithm"].pop("value_init")  # older runs do not have it
     return {"config": settings, "data": fingerprints, **rewards}

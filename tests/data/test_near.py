@@ -149,7 +149,7 @@ def test_memory_is_counted_in_bytes_a_text() -> None:
     index.add(f"{i} " * 50 for i in range(5000))
     index.exact_ids()
     kept = sum(part.nbytes for parts in (index._exact, index._bands, index._bytes) for part in parts)
-    assert kept == 5000 * (8 + 8 * near.BANDS + near.SLOTS) == 5000 * 304 and not index._waiting
+    assert kept == 5000 * (8 + 4 * near.BANDS + near.SLOTS) == 5000 * 220 and not index._waiting
 
 
 @pytest.mark.parametrize("threshold", [0.0, -1.0, 1.1])

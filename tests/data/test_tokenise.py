@@ -11,7 +11,7 @@ from tiny import tiny_tokenizer
 from penchant.data.audit import audit
 from penchant.data.load import from_rows
 from penchant.data.split import split_by_prompt
-from penchant.data.tokenise import tokenise
+from penchant.data.tokenise import encode_texts, tokenise
 from penchant.errors import ConfigError, DataError, ModelError
 
 BOS, EOS = 0, 1
@@ -193,3 +193,24 @@ def test_hh_rows_are_packed_full(shared_dir: Path) -> None:
     trees = tokenise(dataset, tokenizer, max_length=512, on_bad_row="skip").trees
     plan = plan_microbatches([t.shared_tokens for t in trees], 4096)
     assert sum(t.shared_tokens for t in trees) / (len(plan) * 4096) >= 0.95
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_backend_is_asked_as_a_call_asks_it(side: str) -> None:
+    tokenizer = tiny_tokenizer(pad=True)
+    tokenizer.padding_side = side
+    texts = ["a", "longer text", "</s> <s>special", "", "\u00e9\u4e2d"]
+    tokenizer(texts, padding=True, truncation=True, max_length=3)  # leaves the backend cutting and padding
+    made = encode_texts(tokenizer, texts)
+    assert made == tokenizer(texts, add_special_tokens=False)["input_ids"] and max(map(len, made)) > 3
+    assert encode_texts(tokenizer, []) == []
+
+
+def test_a_tokenizer_with_a_call_of_its_own_is_called() -> None:
+    class Own(type(tiny_tokenizer())):  # type: ignore[misc]
+        def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[7] for _ in texts]}
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.__class__ = Own
+    assert encode_texts(tokenizer, ["a", "b"]) == [[7], [7]]

@@ -1,77 +1,172 @@
-"""The data audit: what is wrong or lopsided, counted, with line numbers."""
+"""The data audit: what is wrong or lopsided, counted, with line numbers; of rows in memory or of files in one pass."""
 
 from __future__ import annotations
 
-import hashlib
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from penchant.data.accumulators import (
+    Accumulator,
+    Copies,
+    Labels,
+    Lengths,
+    Named,
+    Near,
+    Refusals,
+    Scores,
+    Sensitive,
+    View,
+    finding_at,
+    position_bias,
+)
 from penchant.data.converting import is_identical
-from penchant.data.load import IDENTICAL, Dataset, layout_line, prompt_text, summary
-from penchant.data.split import first_text, prompt_key
+from penchant.data.findings import Audit, Finding, Places, Tally
+from penchant.data.languages import Languages
+from penchant.data.load import (
+    IDENTICAL,
+    Dataset,
+    Quarantined,
+    layout_line,
+    layout_sentence,
+    prompt_text,
+    stream_preferences,
+    summary_of,
+)
+from penchant.data.near import NearIndex
+from penchant.data.order import Columns
+from penchant.data.split import first_text
 from penchant.data.tokenise import TokenisedDataset
+from penchant.errors import DataError
+from penchant.types import PromptTree
 
-SHOWN = 20  # places listed a finding
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was counted: how many, out of how many, where."""
-
-    title: str
-    count: int
-    of: int
-    where: tuple[str, ...] = ()
-    note: str = ""
-
-    @property
-    def share(self) -> float:
-        return self.count / self.of if self.of else 0.0
+REASONS = 1000  # different reasons told apart
 
 
-@dataclass(frozen=True, slots=True)
-class Audit:
-    """All findings, and figures that are no defects (lengths)."""
+class Auditor:
+    """Takes rows one by one, in bounded memory (about 700 bytes a row), and says at the end what was found.
 
-    summary: str
-    findings: Mapping[str, Finding]
-    lengths: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    layout: str = ""
+    Args:
+        shape, kind: of the rows; languages: whether to guess them; opinions: further accumulators, for pairs those of rewards.
+    """
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON-able: ``{"layout", "summary", "findings": {name: {title, count, of, share, where, note}}, "lengths"}``."""
+    def __init__(self, shape: str, kind: str, *, languages: bool = True, opinions: Sequence[Accumulator] = ()) -> None:
+        self.shape, self.kind = shape, kind
+        self.rows = self.examples = 0  # a row gives one example in most layouts
+        self.places = Places()
+        self.columns: Columns | None = Columns()
+        self.lengths = Lengths(kind)
+        self.languages = Languages() if languages else None
+        copies = Copies(kind, self.places)
+        self._parts: list[Accumulator] = [copies, Near(kind, self.places, copies)]
+        self._parts += [Labels()] if kind == "unpaired" else [Scores()] if kind == "scored" else []
+        self._parts += [self.lengths, *([self.languages] if self.languages else [])]
+        self._parts += [] if kind in ("prompts", "text") else [Refusals(kind)]
+        self._parts += [Sensitive(), *opinions]
+        self._aside, self._identical, self._empty = Tally(), Tally(), Tally()
+        self._reasons: Counter[str] = Counter()
+
+    def update(self, tree: PromptTree) -> None:
+        """Count an example."""
+        texts = tuple(c.text for c in tree.completions)
+        row = View(self.examples, tree.source, tree, prompt_text(tree.prompt), texts)
+        self.examples += 1
+        self.places.append(tree.source)
+        if is_identical(tree):
+            self._identical.add(tree.source)
+        for part in self._parts:
+            part.update(row)
+
+    def keep_aside(self, row: Quarantined) -> None:
+        """Count a row that was kept aside."""
+        self._aside.add(row.where)
+        if row.what in self._reasons or len(self._reasons) < REASONS:
+            self._reasons[row.what] += 1
+        if row.what.startswith(IDENTICAL):
+            self._identical.add(row.where)
+        if "is empty" in row.what or "empty answer" in row.what or "has no content" in row.what:
+            self._empty.add(row.where)
+
+    def result(self) -> Audit:
+        """All findings."""
+        total = self.rows + self._aside.count
+        if self.languages is not None:
+            self.languages.columns = self.columns
         found = {
-            name: {
-                "title": f.title,
-                "count": f.count,
-                "of": f.of,
-                "share": f.share,
-                "where": list(f.where[:SHOWN]),
-                "note": f.note,
-            }
-            for name, f in self.findings.items()
+            "bad_rows": _tallied("rows kept aside, all reasons", self._aside, total),
+            "identical_pairs": _tallied('"chosen" equals "rejected"', self._identical, total),
+            "empty_completions": _tallied("empty completions or prompts", self._empty, total),
         }
-        lengths = {k: dict(v) for k, v in self.lengths.items()}
-        return {"layout": self.layout, "summary": self.summary, "findings": found, "lengths": lengths}
+        for part in self._parts:
+            found |= dict(part.findings())
+            if part is self.lengths and self.kind == "pairs":
+                found["position_bias"] = position_bias(self.columns)
+        said = summary_of(self.shape, self.rows, self._reasons, self._aside.count, self.examples)
+        return Audit(said, found, {}, self.lengths.table())
 
-    def to_text(self) -> str:
-        """A readable table."""
-        lines = [*filter(None, (self.layout, self.summary)), ""]
-        for f in self.findings.values():
-            share = f"({f.share:.1%})" if f.of else ""
-            lines.append(f"{f.title:<58} {f.count:>7,} of {f.of:>7,} {share:>8}  {f.note}".rstrip())
-            if f.where:
-                more = f" and {len(f.where) - SHOWN:,} more" if len(f.where) > SHOWN else ""
-                lines.append("    " + ", ".join(f.where[:SHOWN]) + more)
-        if self.lengths:
-            names = list(next(iter(self.lengths.values())))
-            lines += ["", f"{'tokens':<24}" + "".join(f"{n:>9}" for n in names)]
-            lines += [f"{what:<24}" + "".join(f"{v:>9,.0f}" for v in q.values()) for what, q in self.lengths.items()]
-        return "\n".join(lines)
+
+def _tallied(title: str, tally: Tally, of: int) -> Finding:
+    return Finding(title, tally.count, of, tuple(tally.where))
+
+
+class Leakage:
+    """Prompts that stand in more than one split, the same or nearly the same."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._index, self._places = NearIndex(), Places()
+        self._split = array("h")
+
+    def update(self, split: int, tree: PromptTree) -> None:
+        """Count a row of the split of this number."""
+        self._index.add([prompt_text(tree.prompt) or first_text(tree)])  # plain texts are keyed by themselves
+        self._places.append(tree.source)
+        self._split.append(split)
+
+    def shared(self, split: int) -> np.ndarray:
+        """(n,) bool: rows of this split whose prompt, or nearly the same one, stands in another."""
+        of = np.frombuffer(self._split, dtype=np.int16) if len(self._split) else np.empty(0, np.int16)
+        return _first_in(self._index.groups(), of != split, of == split) >= 0
+
+    def findings(self) -> Named:
+        """``leakage_A_B`` and ``near_leakage_A_B`` for each two splits."""
+        split = np.frombuffer(self._split, dtype=np.int16) if len(self._split) else np.empty(0, np.int16)
+        exact, near = self._index.exact_ids(), self._index.groups()
+        place = self._places
+        for i, a in enumerate(self.names):
+            for j, b in enumerate(self.names[i + 1 :], i + 1):
+                name, of = f"{a}_{b}".replace(" ", "_"), int((split == j).sum())
+                same = _first_in(exact, split == i, split == j)
+                alike = np.where(same < 0, _first_in(near, split == i, split == j), -1)
+                for kind, title, first in (
+                    ("leakage", f"leakage: prompts of {b} that also stand in {a}", same),
+                    ("near_leakage", f"near leakage: prompts of {b} that nearly stand in {a}", alike),
+                ):
+                    yield (
+                        f"{kind}_{name}",
+                        finding_at(
+                            title,
+                            np.flatnonzero(first >= 0),
+                            of,
+                            lambda row, first=first: f"{place[row]} (as {place[int(first[row])]})",  # type: ignore[misc]
+                            advice="figures on such rows flatter: split by prompt, or data fix --drop leakage",
+                        ),
+                    )
+
+
+def _first_in(ids: np.ndarray, there: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """(n,) int64: for each wanted row the first row `there` with the same id, -1 where there is none or it is not wanted."""
+    rows = np.flatnonzero(there)
+    known, first = np.unique(ids[rows], return_index=True)
+    found = np.full(len(ids), -1, dtype=np.int64)
+    if len(known):
+        at = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        has = wanted & (known[at] == ids)
+        found[has] = rows[first[at[has]]]
+    return found
 
 
 def audit(
@@ -79,6 +174,9 @@ def audit(
     tokenised: TokenisedDataset | None = None,
     splits: Mapping[str, Dataset] | None = None,
     path: str | Sequence[str] | None = None,
+    *,
+    languages: bool = True,
+    opinions: Sequence[Accumulator] = (),
 ) -> Audit:
     """Count what a person should know before training on this data.
 
@@ -86,139 +184,85 @@ def audit(
         dataset: as loaded; rows that were kept aside count too.
         tokenised: adds truncation and token lengths.
         splits: by name; adds prompts that stand in more than one. path: of the data; adds the layout that was found, and why.
+        languages: whether to guess them; opinions: further accumulators (see `opinions`).
     """
-    rows = dataset.total
-    aside = dataset.quarantined
-    findings = {
-        "bad_rows": Finding("rows kept aside, all reasons", len(aside), rows, tuple(q.where for q in aside)),
-        "identical_pairs": _identical(dataset),
-        "empty_completions": Finding(
-            "empty completions or prompts",
-            len(
-                empty := [
-                    q.where
-                    for q in aside
-                    if "is empty" in q.what or "empty answer" in q.what or "has no content" in q.what
-                ]
-            ),
-            rows,
-            tuple(empty),
-        ),
-        "duplicates": _duplicates(dataset),
-    }
-    if dataset.kind == "pairs":
-        findings["contradictions"] = _contradictions(dataset)
-        findings["length_bias"] = _length_bias(dataset)
-    if dataset.kind == "unpaired":
-        findings |= _labels(dataset)
-    if dataset.kind == "scored":
-        findings["scores"] = _scores(dataset)
-    for name, finding in _leakage(splits or {}).items():
-        findings[name] = finding
+    auditor = Auditor(dataset.shape, dataset.kind, languages=languages, opinions=opinions)
+    auditor.columns, auditor.rows = dataset.columns, dataset.accepted
+    for tree in dataset.trees:
+        auditor.update(tree)
+    for aside in dataset.quarantined:
+        auditor.keep_aside(aside)
+    leakage = Leakage(list(splits or ()))
+    for i, part in enumerate((splits or {}).values()):
+        for tree in part.trees:
+            leakage.update(i, tree)
+    result = auditor.result()
+    findings = {**result.findings, **dict(leakage.findings())}
     lengths: dict[str, dict[str, float]] = {}
     if tokenised is not None:
         findings |= _truncation(tokenised)
         lengths = _token_lengths(tokenised)
-    return Audit(summary(dataset), findings, lengths, "" if path is None else layout_line(dataset, path))
+    layout = "" if path is None else layout_line(dataset, path)
+    return Audit(result.summary, findings, lengths, result.characters, layout)
 
 
-def _identical(dataset: Dataset) -> Finding:
-    where = [q.where for q in dataset.quarantined if q.what.startswith(IDENTICAL)]
-    where += [t.source for t in dataset.trees if is_identical(t)]
-    return Finding('"chosen" equals "rejected"', len(where), dataset.total, tuple(where))
+def audit_files(
+    splits: Mapping[str, str | Sequence[str]],
+    *,
+    shape: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    languages: bool = True,
+    opinions: Sequence[Accumulator] = (),
+    limit: int | None = None,
+    layout_options: Mapping[str, Any] | None = None,
+) -> Audit:
+    """The same of files, read once: no row is kept, memory grows by less than a kilobyte a row.
+
+    Args:
+        splits: files by the name of their split; with several, prompts that stand in more than one are counted.
+        shape, columns, layout_options, limit: as for `load_preferences` (`limit` rows of each split).
+
+    Raises:
+        DataError: a file that cannot be read, no usable row, splits of different kinds.
+    """
+    auditor: Auditor | None = None
+    leakage = Leakage(list(splits))
+    layouts: list[str] = []
+    for i, (name, path) in enumerate(splits.items()):
+        stream = stream_preferences(path, shape=shape, columns=columns, limit=limit, layout_options=layout_options)
+        layouts.append(layout_sentence(stream.shape, stream.detection, path))
+        if auditor is None:
+            auditor = Auditor(stream.shape, stream.kind, languages=languages, opinions=opinions)
+        elif stream.kind != auditor.kind:
+            what = f"holds {stream.kind}, the files before it hold {auditor.kind}"
+            raise DataError(name, what, "audit them one by one, or set the shape")
+        for made in stream:
+            if auditor.columns is not None:
+                auditor.columns.update_all(made.source)
+            auditor.rows += made.rows if made.trees else 0
+            for tree in made.trees:
+                auditor.update(tree)
+                if len(splits) > 1:
+                    leakage.update(i, tree)
+            for aside in made.aside:
+                auditor.keep_aside(aside)
+    if auditor is None or not auditor.examples:
+        raise DataError(", ".join(splits) or "audit", "no row could be used", "mend the rows or give the shape")
+    found = auditor.result()
+    findings = {**found.findings, **dict(leakage.findings())}
+    return Audit(found.summary, findings, {}, found.characters, "\n".join(layouts))
 
 
-def _key(*texts: str) -> bytes:
-    return hashlib.blake2b("\0".join(texts).encode(), digest_size=16).digest()
-
-
-def _duplicates(dataset: Dataset) -> Finding:
-    seen: dict[bytes, str] = {}
-    where = []
-    for t in dataset.trees:
-        # an answer with another label is no duplicate: it is a contradiction
-        key = _key(prompt_text(t.prompt), *(f"{c.text}\0{c.label}\0{c.score}" for c in t.completions))
-        if key in seen:
-            where.append(f"{t.source} (as {seen[key]})")
-        else:
-            seen[key] = t.source
-    return Finding("exact duplicates of an earlier row", len(where), len(dataset.trees), tuple(where))
-
-
-def _contradictions(dataset: Dataset) -> Finding:
-    seen: dict[bytes, str] = {}
-    where = []
-    for t in dataset.trees:
-        prompt, (a, b) = prompt_text(t.prompt), (t.completions[0].text, t.completions[1].text)
-        other = seen.get(_key(prompt, b, a))
-        if other is not None and a != b:
-            where.append(f"{t.source} (against {other})")
-        seen.setdefault(_key(prompt, a, b), t.source)
-    return Finding("contradictions: the same pair the other way round", len(where), len(dataset.trees), tuple(where))
-
-
-def _labels(dataset: Dataset) -> dict[str, Finding]:
-    """The share of good answers, and answers that are called both good and bad."""
-    seen: dict[bytes, tuple[bool | None, str]] = {}
-    where = []
-    answers = [(t, answer) for t in dataset.trees for answer in t.completions]
-    for t, answer in answers:
-        key = _key(prompt_text(t.prompt), answer.text)
-        label, other = seen.setdefault(key, (answer.label, t.source))
-        if label != answer.label:
-            where.append(f"{t.source} (against {other})")
-    good = sum(bool(answer.label) for _, answer in answers)
-    return {
-        "good_answers": Finding("answers labelled good", good, len(answers), ()),
-        "contradictions": Finding(
-            "contradictions: one answer labelled good and bad", len(where), len(answers), tuple(where)
-        ),
-    }
-
-
-def _scores(dataset: Dataset) -> Finding:
-    """What to choose data.score_threshold from."""
-    scores = np.array([c.score for t in dataset.trees for c in t.completions if c.score is not None])
-    low, mid, high = np.quantile(scores, [0.25, 0.5, 0.75])
-    note = f"quartiles {low:g}, {mid:g}, {high:g}"
-    return Finding("answers at or above the median score", int((scores >= mid).sum()), len(scores), (), note)
-
-
-def _length_bias(dataset: Dataset) -> Finding:
-    longer = [len(t.completions[0].text) - len(t.completions[1].text) for t in dataset.trees]
-    differing = [d for d in longer if d]
-    if not differing:
-        return Finding("length bias: the longer answer is the chosen one", 0, 0, (), "all lengths are equal")
-    count = sum(d > 0 for d in differing)
-    low, high = wilson_interval(count, len(differing))
-    note = f"95% interval [{low:.1%}, {high:.1%}]" + (
-        f", {len(longer) - len(differing):,} ties apart" if len(longer) > len(differing) else ""
-    )
-    return Finding("length bias: the longer answer is the chosen one", count, len(differing), (), note)
-
-
-def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's 95% score interval of a proportion: ``(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)``."""
-    p = successes / n
-    centre = p + z * z / (2 * n)
-    half = z * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-
-
-def _leakage(splits: Mapping[str, Dataset]) -> dict[str, Finding]:
-    found = {}
-    names = list(splits)
-    for i, a in enumerate(names):
-        prompts: dict[str, str] = {prompt_key(t.prompt, first_text(t)): t.source for t in splits[a].trees}
-        for b in names[i + 1 :]:
-            where = [
-                f"{t.source} (as {prompts[key]})"
-                for t in splits[b].trees
-                if (key := prompt_key(t.prompt, first_text(t))) in prompts
-            ]
-            title = f"leakage: prompts of {b} that also stand in {a}"
-            found[f"leakage_{a}_{b}".replace(" ", "_")] = Finding(title, len(where), len(splits[b].trees), tuple(where))
-    return found
+def names_of(paths: Iterable[str]) -> dict[str, str]:
+    """Files as splits, each named by its file, with a number where two have one name."""
+    named: dict[str, str] = {}
+    for path in paths:
+        base = path.replace("\\", "/").rsplit("/", 1)[-1]
+        name, number = base, 2
+        while name in named:
+            name, number = f"{base} ({number})", number + 1
+        named[name] = path
+    return named
 
 
 def _truncation(tokenised: TokenisedDataset) -> dict[str, Finding]:

@@ -31,13 +31,14 @@ class Quarantined:
 class Converted:
     """What became of a row, or of the rows of a group: `rows` of them gave `trees`, or all of them are in `aside`.
 
-    `left_out` says that nothing is wrong with them: an option of the layout leaves them out.
+    `left_out` says that nothing is wrong with them: an option of the layout leaves them out. `source` are the rows themselves.
     """
 
     rows: int
     trees: tuple[PromptTree, ...] = ()
     aside: tuple[Quarantined, ...] = ()
     left_out: bool = False
+    source: tuple[Row | BadRow, ...] = ()
 
 
 def layout_named(name: str) -> Layout:
@@ -86,24 +87,26 @@ def convert_rows(
 
 
 def _bad(row: BadRow) -> Converted:
-    return Converted(1, aside=(Quarantined(row.where, row.what, row.how, row.raw),))
+    return Converted(1, aside=(Quarantined(row.where, row.what, row.how, row.raw),), source=(row,))
 
 
 def _convert(
     rows: list[Row], layout: Layout, options: Mapping[str, Any], columns: Mapping[str, str], identical: str
 ) -> Converted:
     """The rows of one group (one row, where the layout has no groups)."""
+    source = tuple(rows)
     try:
         values = [renamed(r.values, columns) for r in rows]
         trees = layout.convert(values[0] if layout.group is None else layout.group.fold(values), options)
         if identical != "keep" and any(map(is_identical, trees)):
             raise RowError(IDENTICAL, "drop it or set data.identical=keep")
     except RowError as error:
-        return Converted(len(rows), aside=_aside(rows, error), left_out=isinstance(error, LeftOut))
+        return Converted(len(rows), (), _aside(rows, error), isinstance(error, LeftOut), source)
     where = rows[0].where
     if len(trees) == 1:
-        return Converted(len(rows), (replace(trees[0], source=where),))
-    return Converted(len(rows), tuple(replace(t, source=f"{where}#{i}") for i, t in enumerate(trees, 1)))
+        return Converted(len(rows), (replace(trees[0], source=where),), source=source)
+    numbered = tuple(replace(t, source=f"{where}#{i}") for i, t in enumerate(trees, 1))
+    return Converted(len(rows), numbered, source=source)
 
 
 def _aside(rows: Iterable[Row], error: RowError) -> tuple[Quarantined, ...]:
@@ -131,7 +134,7 @@ def _grouped(rows: Iterable[Row | BadRow], group: Group, columns: Mapping[str, s
             try:
                 key = group.key(renamed(row.values, columns))
             except RowError as error:
-                yield Converted(1, aside=_aside([row], error))
+                yield Converted(1, aside=_aside([row], error), source=(row,))
                 continue
             places.setdefault(key, array("q")).append(spill.tell())
             spill.write(json.dumps([row.where, row.values], default=str).encode() + b"\n")

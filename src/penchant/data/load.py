@@ -13,8 +13,9 @@ from typing import Any
 
 from penchant.data.converters import Detection, detect
 from penchant.data.converters.fields import plain_name
-from penchant.data.converting import IDENTICAL, Quarantined, convert_rows, layout_named, renamed
+from penchant.data.converting import IDENTICAL, Converted, Quarantined, convert_rows, layout_named, renamed
 from penchant.data.formats import BadRow, Row, read_rows
+from penchant.data.order import Columns
 from penchant.errors import DataError
 from penchant.types import Message, PromptTree
 
@@ -34,11 +35,11 @@ class Dataset:
         trees: in file order; shape: the layout they came in; kind: ``pairs``, ``unpaired`` (labels), ``scored``, ``prompts``,
             ``sft`` or ``text``.
         total: rows read; quarantined: rows kept aside; accepted: rows that gave trees (default: one for each tree).
-        fingerprint: SHA-256 over the trees' content.
+        fingerprint: SHA-256 over the trees' content; columns: what the rows' own columns say, None where they are not known.
         detection: why it is this layout; None where a person named it.
     """
 
-    trees: tuple[PromptTree, ...]
+    trees: Sequence[PromptTree]
     shape: str
     kind: str
     total: int
@@ -46,6 +47,7 @@ class Dataset:
     fingerprint: str
     accepted: int = -1
     detection: Detection | None = None
+    columns: Columns | None = None
 
     def __post_init__(self) -> None:
         if self.accepted < 0:
@@ -56,8 +58,8 @@ class Dataset:
     def subset(self, indices: Sequence[int]) -> Dataset:
         """The trees at `indices`, as a data set of its own that has a row for each."""
         trees = tuple(self.trees[i] for i in indices)
-        rows = len(trees)
-        return replace(self, trees=trees, total=rows, accepted=rows, quarantined=(), fingerprint=fingerprint(trees))
+        rows, content = len(trees), fingerprint(trees)
+        return replace(self, trees=trees, total=rows, accepted=rows, quarantined=(), fingerprint=content, columns=None)
 
 
 def load_preferences(
@@ -87,14 +89,14 @@ def load_preferences(
     """
     paths = [path] if isinstance(path, str) else [str(p) for p in path]
     rows = itertools.chain.from_iterable(read_rows(p) for p in paths)
-    reading = _Reading(shape, columns or {}, on_bad_row, identical, limit, layout_options or {})
-    return _collect(rows, ", ".join(paths), reading)
+    how = _How(shape, columns or {}, on_bad_row, identical, limit, layout_options or {})
+    return _collect(rows, ", ".join(paths), how)
 
 
 def from_rows(rows: Iterable[Mapping[str, Any]], *, name: str = "rows", shape: str = "auto", **options: Any) -> Dataset:
     """The same from rows in memory; options as for `load_preferences`."""
     numbered = (Row(f"{name}:{i}", r) for i, r in enumerate(rows, 1))
-    reading = _Reading(
+    how = _How(
         shape,
         options.get("columns") or {},
         options.get("on_bad_row", "error"),
@@ -102,11 +104,11 @@ def from_rows(rows: Iterable[Mapping[str, Any]], *, name: str = "rows", shape: s
         options.get("limit"),
         options.get("layout_options") or {},
     )
-    return _collect(numbered, name, reading)
+    return _collect(numbered, name, how)
 
 
 @dataclass(frozen=True, slots=True)
-class _Reading:
+class _How:
     """How rows are read; see `load_preferences`."""
 
     shape: str
@@ -117,30 +119,122 @@ class _Reading:
     layout_options: Mapping[str, Any]
 
 
-def _collect(rows: Iterable[Row | BadRow], name: str, reading: _Reading) -> Dataset:
-    stream: Iterator[Row | BadRow] = iter(itertools.islice(rows, reading.limit))
-    shape, detection = reading.shape, None
+def _collect(rows: Iterable[Row | BadRow], name: str, how: _How) -> Dataset:
+    limited = itertools.islice(rows, how.limit)
+    stream = stream_rows(limited, name, how.shape, how.columns, how.identical, how.layout_options)
+    reading = Reading(how.on_bad_row)
+    trees = tuple(reading.trees(stream))
+    return reading.result(trees, stream, name)
+
+
+class Reading:
+    """Reading as it goes on: trees come out one by one, what else is to be told is there at the end."""
+
+    def __init__(self, on_bad_row: str) -> None:
+        self.on_bad_row = on_bad_row
+        self.accepted = 0
+        self.aside: list[Quarantined] = []
+        self.columns = Columns()
+        self.digest = hashlib.sha256()
+
+    def trees(self, stream: Stream) -> Iterator[PromptTree]:
+        """All trees, in order.
+
+        Raises:
+            DataError: a bad row, where those are errors.
+        """
+        for made in stream:
+            self.columns.update_all(made.source)
+            if made.aside and self.on_bad_row == "error" and not made.left_out:
+                bad = made.aside[0]
+                raise DataError(bad.where, bad.what, bad.how + " (or set data.on_bad_row=skip to keep such rows aside)")
+            self.accepted += made.rows if made.trees else 0
+            self.aside += made.aside
+            for tree in made.trees:
+                self.digest.update(_content_of(tree))
+                yield tree
+
+    def result(self, trees: Sequence[PromptTree], stream: Stream, name: str) -> Dataset:
+        """The whole, when all trees have come out.
+
+        Raises:
+            DataError: there are none.
+        """
+        aside = self.aside
+        if not trees:
+            reasons = "; ".join(f"{n}x {what}" for what, n in Counter(q.what for q in aside).most_common(3))
+            raise DataError(
+                name, f"none of {len(aside)} rows could be used ({reasons})", "mend the rows or set data.shape"
+            )
+        return Dataset(
+            trees,
+            stream.shape,
+            stream.kind,
+            self.accepted + len(aside),
+            tuple(aside),
+            self.digest.hexdigest(),
+            self.accepted,
+            stream.detection,
+            self.columns,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Rows as they are read, each (or each group of them) with what became of it; nothing is kept.
+
+    Args:
+        detection: why it is this layout; None where a person named it; grouped: whether rows make examples together.
+    """
+
+    shape: str
+    kind: str
+    rows: Iterable[Converted]
+    detection: Detection | None = None
+    grouped: bool = False
+
+    def __iter__(self) -> Iterator[Converted]:
+        return iter(self.rows)
+
+
+def stream_rows(
+    rows: Iterable[Row | BadRow],
+    name: str,
+    shape: str,
+    columns: Mapping[str, str],
+    identical: str = "bad_row",
+    layout_options: Mapping[str, Any] | None = None,
+) -> Stream:
+    """Convert rows one by one; ``auto`` looks at the first hundred.
+
+    Raises:
+        ConfigError: an unknown layout, or an option that it does not have. DataError: the columns are of no known layout.
+    """
+    stream: Iterator[Row | BadRow] = iter(rows)
+    detection = None
     if shape == "auto":
         first = list(itertools.islice(stream, FIRST_ROWS))
-        shape, detection = detected(first, name, reading.columns)
+        shape, detection = detected(first, name, columns)
         stream = itertools.chain(first, stream)
     layout = layout_named(shape)
-    options = layout.settings(reading.layout_options)
-    trees: list[PromptTree] = []
-    aside: list[Quarantined] = []
-    accepted = 0
-    for made in convert_rows(stream, layout, options, reading.columns, reading.identical):
-        if made.aside and reading.on_bad_row == "error" and not made.left_out:
-            bad = made.aside[0]
-            raise DataError(bad.where, bad.what, bad.how + " (or set data.on_bad_row=skip to keep such rows aside)")
-        accepted += made.rows if made.trees else 0
-        trees += made.trees
-        aside += made.aside
-    if not trees:
-        reasons = "; ".join(f"{n}x {what}" for what, n in Counter(q.what for q in aside).most_common(3))
-        raise DataError(name, f"none of {len(aside)} rows could be used ({reasons})", "mend the rows or set data.shape")
-    kind, total = layout.kind_of(options), accepted + len(aside)
-    return Dataset(tuple(trees), shape, kind, total, tuple(aside), fingerprint(trees), accepted, detection)
+    options = layout.settings(layout_options or {})
+    converted = convert_rows(stream, layout, options, columns, identical)
+    return Stream(shape, layout.kind_of(options), converted, detection, layout.group is not None)
+
+
+def stream_preferences(
+    path: str | Sequence[str],
+    *,
+    shape: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    identical: str = "bad_row",
+    limit: int | None = None,
+    layout_options: Mapping[str, Any] | None = None,
+) -> Stream:
+    """`load_preferences` without keeping anything: arguments as there, bad rows come as `Quarantined`."""
+    paths = [path] if isinstance(path, str) else [str(p) for p in path]
+    rows = itertools.chain.from_iterable(read_rows(p) for p in paths)
+    return stream_rows(itertools.islice(rows, limit), ", ".join(paths), shape, columns or {}, identical, layout_options)
 
 
 def detected(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]) -> tuple[str, Detection]:
@@ -178,10 +272,14 @@ def fingerprint(trees: Iterable[PromptTree]) -> str:
     """SHA-256 over prompts and completions, in order."""
     digest = hashlib.sha256()
     for tree in trees:
-        prompt = tree.prompt if isinstance(tree.prompt, str) else [[m.role, m.content] for m in tree.prompt]
-        content = [prompt, [[c.text, c.label, c.score] for c in tree.completions]]
-        digest.update(json.dumps(content, ensure_ascii=True).encode())
+        digest.update(_content_of(tree))
     return digest.hexdigest()
+
+
+def _content_of(tree: PromptTree) -> bytes:
+    prompt = tree.prompt if isinstance(tree.prompt, str) else [[m.role, m.content] for m in tree.prompt]
+    content = [prompt, [[c.text, c.label, c.score] for c in tree.completions]]
+    return json.dumps(content, ensure_ascii=True).encode()
 
 
 def prompt_text(prompt: str | tuple[Message, ...]) -> str:
@@ -191,20 +289,27 @@ def prompt_text(prompt: str | tuple[Message, ...]) -> str:
 
 def summary(dataset: Dataset) -> str:
     """``1,700 rows = 1,698 accepted + 2 quarantined (2 x ...)``."""
-    reasons = Counter(q.what for q in dataset.quarantined).most_common(4)
-    shown = f" ({'; '.join(f'{n} x {what}' for what, n in reasons)})" if reasons else ""
-    total, kept, aside = dataset.total, dataset.accepted, len(dataset.quarantined)
-    examples = f", {len(dataset.trees):,} examples" if len(dataset.trees) != kept else ""
-    return f"{total:,} rows ({dataset.shape}) = {kept:,} accepted + {aside:,} quarantined{shown}{examples}"
+    reasons = Counter(q.what for q in dataset.quarantined)
+    return summary_of(dataset.shape, dataset.accepted, reasons, len(dataset.quarantined), len(dataset.trees))
+
+
+def summary_of(shape: str, accepted: int, reasons: Counter[str], aside: int, examples: int) -> str:
+    """The same from counts."""
+    shown = f" ({'; '.join(f'{n} x {what}' for what, n in reasons.most_common(4))})" if reasons else ""
+    more = f", {examples:,} examples" if examples != accepted else ""
+    return f"{accepted + aside:,} rows ({shape}) = {accepted:,} accepted + {aside:,} quarantined{shown}{more}"
 
 
 def layout_line(dataset: Dataset, path: str | Sequence[str]) -> str:
     """``train.jsonl: layout hh (columns chosen, rejected hold ...); other fits: pairs; override with data.shape=NAME``."""
+    return layout_sentence(dataset.shape, dataset.detection, path)
+
+
+def layout_sentence(shape: str, detection: Detection | None, path: str | Sequence[str]) -> str:
+    """The same of a layout and why it is this one."""
     paths = [path] if isinstance(path, str) else path
     name = ", ".join(Path(p).name if Path(p).exists() else p for p in paths)
-    if dataset.detection is None:
-        return f"{name}: layout {dataset.shape}, as data.shape says"
-    return dataset.detection.sentence(name)
+    return f"{name}: layout {shape}, as data.shape says" if detection is None else detection.sentence(name)
 
 
 def write_quarantine(quarantined: Sequence[Quarantined], folder: Path, name: str) -> Path | None:

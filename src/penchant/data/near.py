@@ -1,4 +1,4 @@
-"""Near-duplicate texts in one pass: exact and near copies get one group, in memory that grows by about 300 bytes a text."""
+"""Near-duplicate texts in one pass: exact and near copies get one group, in memory that grows by about 220 bytes a text."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class NearIndex:
             raise ValueError(f"threshold {threshold} is not in (0, 1]")
         self.threshold, self.seed = threshold, seed
         self._exact: list[np.ndarray] = []  # (b,) uint64: hash of the normalised text
-        self._bands: list[np.ndarray] = []  # (b, BANDS) uint64
+        self._bands: list[np.ndarray] = []  # (b, BANDS) uint32: chance meetings are sorted out by the check
         self._bytes: list[np.ndarray] = []  # (b, SLOTS) uint8: enough of each slot to check a candidate by
         self._waiting: list[str] = []
         self._characters = 0
@@ -79,7 +79,7 @@ class NearIndex:
     def exact_ids(self) -> np.ndarray:
         """(n,) int64: the index of the first text that is equal but for case and white space."""
         self._flush()
-        return _first_of_equal(np.concatenate([np.empty(0, np.uint64), *self._exact]))
+        return first_of_equal(np.concatenate([np.empty(0, np.uint64), *self._exact]))
 
     def groups(self) -> np.ndarray:
         """(n,) int64: the index of the first text of each text's group."""
@@ -102,7 +102,7 @@ class NearIndex:
             return
         self._exact.append(np.fromiter(map(text_hash, self._waiting), np.uint64, len(self._waiting)))
         slots = signatures(self._waiting, seed=self.seed)
-        self._bands.append(_band_hashes(slots))
+        self._bands.append((_band_hashes(slots) >> np.uint64(32)).astype(np.uint32))
         self._bytes.append(((slots * np.uint32(0x9E3779B1)) >> np.uint32(24)).astype(np.uint8))
         self._waiting, self._characters = [], 0
 
@@ -170,7 +170,7 @@ def _rows(parts: list[np.ndarray], wanted: np.ndarray) -> np.ndarray:
     return out
 
 
-def _first_of_equal(keys: np.ndarray) -> np.ndarray:
+def first_of_equal(keys: np.ndarray) -> np.ndarray:
     """(n,) int64: for each key the first index at which it stands."""
     if not len(keys):
         return np.empty(0, np.int64)

@@ -41,6 +41,9 @@ class DataConfig(Section):
         "off", description="scored rows for a loss on pairs: the best against the worst answer of each prompt"
     )
     limit: int | None = Field(None, ge=1, description="read the first n rows only")
+    cache: Literal["auto", "off"] = Field(
+        "auto", description="keep rows, tokens and audit of files of 4 MB and more on disk, by content; off: never"
+    )
 
     @field_validator("shape")
     @classmethod

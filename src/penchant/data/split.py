@@ -25,7 +25,16 @@ def first_text(tree: PromptTree) -> str:
 def split_by_prompt(
     dataset: Dataset, *, validation_rows: int | None = None, validation_fraction: float | None = None, seed: int = 0
 ) -> tuple[Dataset, Dataset]:
-    """(train, validation) without a prompt in both.
+    """(train, validation) without a prompt in both; arguments and errors as for `held_out_rows`."""
+    held = held_out_rows(dataset, validation_rows=validation_rows, validation_fraction=validation_fraction, seed=seed)
+    outside = set(held)
+    return dataset.subset([i for i in range(dataset.accepted) if i not in outside]), dataset.subset(held)
+
+
+def held_out_rows(
+    dataset: Dataset, *, validation_rows: int | None = None, validation_fraction: float | None = None, seed: int = 0
+) -> list[int]:
+    """The rows to hold out, ascending: all rows of a prompt or none.
 
     Args:
         validation_rows: rows to hold out (met exactly where group sizes allow, else the most that fit);
@@ -47,10 +56,7 @@ def split_by_prompt(
     groups: dict[str, list[int]] = defaultdict(list)
     for i, tree in enumerate(dataset.trees):
         groups[prompt_key(tree.prompt, first_text(tree))].append(i)
-    drawn = sorted(
-        groups.values(),
-        key=lambda g: _draw(seed, prompt_key(dataset.trees[g[0]].prompt, first_text(dataset.trees[g[0]]))),
-    )
+    drawn = [groups[key] for key in sorted(groups, key=lambda key: _draw(seed, key))]
     held: list[int] = []
     for group in drawn:
         if len(held) + len(group) <= wanted:
@@ -61,8 +67,7 @@ def split_by_prompt(
             f"the {len(groups)} prompt(s) have more rows each than the {wanted} that are to be held out, and prompts stay whole",
             "hold out more rows, give data.eval_path, or leave both out (data.validation_fraction=null)",
         )
-    outside = set(held)
-    return dataset.subset([i for i in range(len(dataset.trees)) if i not in outside]), dataset.subset(sorted(held))
+    return sorted(held)
 
 
 def _draw(seed: int, key: str) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +10,13 @@ import numpy as np
 
 from penchant.data.converters import RowError
 from penchant.data.load import IDENTICAL, Dataset, Quarantined
+from penchant.data.stored import StoredTokens
 from penchant.data.templates import Rendered, renderer
 from penchant.errors import DataError, ModelError
 from penchant.types import PromptTree, TokenTree
 
 Ids = list[int]
+CHUNK = 8192  # rows that are tokenised in one call
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class TokenisedDataset:
         template: ``chat`` or ``plain``.
     """
 
-    trees: tuple[TokenTree, ...]
+    trees: Sequence[TokenTree]
     total: int
     quarantined: tuple[Quarantined, ...]
     cut_prompts: tuple[str, ...]
@@ -43,7 +45,8 @@ class TokenisedDataset:
 
     def summary(self) -> str:
         """One line for the log."""
-        tokens = sum(t.shared_tokens for t in self.trees)
+        trees = self.trees
+        tokens = trees.total if isinstance(trees, StoredTokens) else sum(t.shared_tokens for t in trees)
         parts = [
             f"{self.total:,} rows = {self.accepted:,} tokenised + {len(self.quarantined):,} quarantined",
             f"{tokens:,} tokens",
@@ -88,35 +91,60 @@ def tokenise(
             "the tokenizer has no EOS token, so a model could not learn to stop",
             "set eos_token in its tokenizer_config.json",
         )
-    render, name = renderer(template, tokenizer, dataset.kind)
-    rendered = [_try(render, tree) for tree in dataset.trees]
-    encoded = _encode(tokenizer, rendered)
-    if dataset.kind == "scored":  # two answers with equal scores or texts are no pair
-        identical = "keep"
-    fit = _Fitter(tokenizer, max_length, truncation, identical, add_eos, dataset.kind == "text")
-    trees: list[TokenTree] = []
-    aside: list[Quarantined] = []
-    for tree, ids in zip(dataset.trees, encoded, strict=True):
+    making = Tokenising(tokenizer, dataset.kind, template, max_length, truncation, on_bad_row, identical, add_eos)
+    trees = tuple(making.trees(dataset.trees))
+    return making.result(trees, len(dataset.trees))
+
+
+class Tokenising:
+    """Tokenising as it goes on: trees come out one by one, what else is to be told is there at the end."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        kind: str,
+        template: str,
+        max_length: int,
+        truncation: str,
+        on_bad_row: str,
+        identical: str,
+        add_eos: bool,
+    ) -> None:
+        self.tokenizer, self.on_bad_row = tokenizer, on_bad_row
+        self.render, self.name = renderer(template, tokenizer, kind)
+        if kind == "scored":  # two answers with equal scores or texts are no pair
+            identical = "keep"
+        self.fit = _Fitter(tokenizer, max_length, truncation, identical, add_eos, kind == "text")
+        self.aside: list[Quarantined] = []
+        self.row = 0
+
+    def trees(self, rows: Sequence[PromptTree]) -> Iterator[TokenTree]:
+        """All trees, in order; `CHUNK` rows at a time are rendered and given to the tokenizer, which uses all cores."""
+        for start in range(0, len(rows), CHUNK):
+            part = rows[start : start + CHUNK]
+            encoded = _encode(self.tokenizer, [_try(self.render, tree) for tree in part])
+            for tree, ids in zip(part, encoded, strict=True):
+                yield from self._row(tree, ids)
+
+    def _row(self, tree: PromptTree, ids: tuple[Ids, list[Ids]] | RowError) -> Iterator[TokenTree]:
         try:
             if isinstance(ids, RowError):
                 raise ids
-            for made in fit(tree.source, *ids):
-                labels = tuple(c.label for c in tree.completions)
-                scores = tuple(c.score for c in tree.completions)
-                trees.append(replace(made, row=len(trees), labels=labels, scores=scores))
+            made = self.fit(tree.source, *ids)
         except RowError as error:
-            if on_bad_row == "error":
+            if self.on_bad_row == "error":
                 raise DataError(tree.source, error.what, f"{error.how} (or set data.on_bad_row=skip)") from error
-            aside.append(Quarantined(tree.source, error.what, error.how, raw_row(tree)))
-    return TokenisedDataset(
-        tuple(trees),
-        len(dataset.trees),
-        tuple(aside),
-        tuple(fit.cut_prompts),
-        tuple(fit.cut_completions),
-        fit.split,
-        name,
-    )
+            self.aside.append(Quarantined(tree.source, error.what, error.how, raw_row(tree)))
+            return
+        labels, scores = tuple(c.label for c in tree.completions), tuple(c.score for c in tree.completions)
+        for one in made:
+            yield replace(one, row=self.row, labels=labels, scores=scores)
+            self.row += 1
+
+    def result(self, trees: Sequence[TokenTree], total: int) -> TokenisedDataset:
+        """The whole, when all trees have come out."""
+        cut = tuple(self.fit.cut_prompts), tuple(self.fit.cut_completions)
+        return TokenisedDataset(trees, total, tuple(self.aside), *cut, self.fit.split, self.name)
 
 
 def _try(render: Any, tree: PromptTree) -> Rendered | RowError:
@@ -130,9 +158,28 @@ def _try(render: Any, tree: PromptTree) -> Rendered | RowError:
 def _encode(tokenizer: Any, rendered: Sequence[Rendered | RowError]) -> list[tuple[Ids, list[Ids]] | RowError]:
     """All texts in one call of the fast tokenizer; equal prompts are encoded once."""
     texts = list(dict.fromkeys(t for r in rendered if not isinstance(r, RowError) for t in (r[0], *r[1])))
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    by_text = dict(zip(texts, ids, strict=True))
+    by_text = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
     return [r if isinstance(r, RowError) else (by_text[r[0]], [by_text[t] for t in r[1]]) for r in rendered]
+
+
+def encode_texts(tokenizer: Any, texts: list[str]) -> list[Ids]:
+    """Ids of each text without special tokens, as ``tokenizer(texts, add_special_tokens=False)`` gives them.
+
+    A plain fast tokenizer's backend is asked directly: masks and offsets, which nobody looks at, take as long as the ids.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if not texts:
+        return []
+    plain = all(
+        getattr(type(tokenizer), name, None) is getattr(PreTrainedTokenizerFast, name, tokenizer)
+        for name in ("__call__", "_encode_plus")
+    )
+    if not plain:
+        found: list[Ids] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+    tokenizer(texts[0], add_special_tokens=False, verbose=False)  # sets the backend as a call does: no padding, no cut
+    return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def uses_bos(tokenizer: Any) -> bool:

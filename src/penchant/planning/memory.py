@@ -67,7 +67,9 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
     more, more_trainable = _value(run)
     trainable += more_trainable
     activations, coarse = _activations(run, work)
-    passing = 0 if shadow else trainable * 4  # fp32 gradients are the parameters' own, and stay from micro-batch to micro-batch
+    passing = (
+        0 if shadow else trainable * 4
+    )  # fp32 gradients are the parameters' own, and stay from micro-batch to micro-batch
     parts = {
         "Python, torch, transformers": baseline + (TRAINING_LIBRARIES if run.device.type == "cpu" else 0),
         "rows and tokens": rows,
@@ -101,7 +103,14 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
         moments["an evaluation, which loads the start again"] = step + weight_file_bytes(run.config.model.path, model)
     parts["lost between tensors"] = moments["a training step"] - sum(parts.values())
     total, free = machine_memory()
-    return Memory(parts, moments, total, free, coarse, _advice(run, parts, activations, trainable, every, total, max(moments.values())))
+    return Memory(
+        parts,
+        moments,
+        total,
+        free,
+        coarse,
+        _advice(run, parts, activations, trainable, every, total, max(moments.values())),
+    )
 
 
 def _heap(held: int, factor: float) -> int:

@@ -54,7 +54,7 @@ def _one(of: Mapping[str, Any]) -> Element:
         if rows
         else None,
         el("p", "Looked for and not found: ", clear, ".", class_="soft small") if clear else None,
-        _lengths(mapping(of.get("lengths"))),
+        lengths_table(mapping(of.get("lengths"))),
     )
 
 
@@ -68,7 +68,8 @@ def _where(finding: Mapping[str, Any]) -> list[Node]:
     return parts
 
 
-def _lengths(lengths: Mapping[str, Any]) -> Element | None:
+def lengths_table(lengths: Mapping[str, Any], unit: str = "tokens") -> Element | None:
+    """Lengths of prompts and answers in this unit; None where there are none."""
     columns = list(dict.fromkeys(k for q in lengths.values() for k in mapping(q)))
     if not columns:
         return None
@@ -78,6 +79,11 @@ def _lengths(lengths: Mapping[str, Any]) -> Element | None:
         rows.append([said(what), *(MISSING if v is None else f"{v:,.0f}" for v in values)])
     return el(
         "div",
-        table(["", *(said(c) for c in columns)], rows, numeric=range(1, len(columns) + 1), caption="Lengths in tokens"),
+        table(
+            ["", *(said(c) for c in columns)],
+            rows,
+            numeric=range(1, len(columns) + 1),
+            caption=f"Lengths in {'tokens' if unit == 'lengths' else unit}",
+        ),
         class_="panel",
     )

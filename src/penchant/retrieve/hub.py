@@ -196,7 +196,7 @@ class Hub:
         for wait in (*WAITS, None):
             try:
                 return call()
-            except (*_known(), OSError, ValueError, KeyError) as error:
+            except (*_known(), OSError, ValueError, KeyError) as error:  # type: ignore[misc]
                 if wait is None or not is_transient(error):
                     raise explained(error, hub_id, what) from None  # its own words may hold a signed address
                 self.say(f"{what}: {_short(error)}; trying again in {wait:g} s")

@@ -1,0 +1,224 @@
+"""Personal data and secrets in texts, by their look: found, counted, masked. A value that was found is never stored."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A place in a text that looks like something of this kind."""
+
+    start: int
+    end: int
+    kind: str
+
+
+Found = Iterator[tuple[str, int, int]]  # kind, start, end
+
+
+@dataclass(frozen=True, slots=True)
+class Finder:
+    """How values of some kinds are found.
+
+    Args:
+        group: ``pii`` or ``secrets``; hint: whether the text can hold one at all (fast); find: the places, checked.
+    """
+
+    group: str
+    hint: Callable[[str], bool]
+    find: Callable[[str], Found]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checks
+
+
+def luhn(digits: str) -> bool:
+    """The check digit of payment cards (ISO/IEC 7812)."""
+    total = 0
+    for i, c in enumerate(reversed(digits)):
+        d = int(c) * (1 + i % 2)
+        total += d - 9 if d > 9 else d
+    return total % 10 == 0
+
+
+def iban(value: str) -> bool:
+    """The check of ISO 13616: rearranged and read as a number, it leaves 1 when divided by 97."""
+    plain = value.replace(" ", "")
+    if not 15 <= len(plain) <= 34:
+        return False
+    return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
+
+
+def entropy(token: str) -> float:
+    """Shannon entropy of a token's characters, bits a character."""
+    n = len(token)
+    return -sum(c / n * math.log2(c / n) for c in Counter(token).values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kinds
+
+_MAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w-])")
+_NUMBER = re.compile(r"\d(?:(?:[ .-]|\)[ -]?)?\d){7,18}")  # a first digit alone, so that the search is fast
+_NATIONAL = re.compile(r"(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}")
+_SSN = re.compile(r"(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}")
+_IBAN = re.compile(r"[A-Z]{2}\d\d(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b")
+_IPV4 = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)")
+_IPV6 = re.compile(r"(?<![\w:])(?:[0-9a-fA-F]{0,4}:){3,7}[0-9a-fA-F]{0,4}(?![\w:])")
+_TOKEN = re.compile(r"(?<![A-Za-z0-9+/=_-])[A-Za-z0-9+/_-]{32,}={0,2}(?![A-Za-z0-9+/=_-])")
+_PRIVATE = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
+_FOUR_DIGITS = re.compile(r"\d\d\d\d|\d\d\d[ .)-]")
+
+# beginnings that their makers chose so that leaked keys can be found, and what must follow
+KEYS = {
+    "AKIA": r"AKIA[0-9A-Z]{16}",
+    "ASIA": r"ASIA[0-9A-Z]{16}",
+    "AIza": r"AIza[0-9A-Za-z_-]{35}",
+    "ghp_": r"ghp_[0-9A-Za-z]{36}",
+    "gho_": r"gho_[0-9A-Za-z]{36}",
+    "ghs_": r"ghs_[0-9A-Za-z]{36}",
+    "github_pat_": r"github_pat_[0-9A-Za-z_]{40,}",
+    "glpat-": r"glpat-[0-9A-Za-z_-]{20}",
+    "sk-": r"sk-(?:[a-z]+-)?[0-9A-Za-z_-]{20,}",
+    "hf_": r"hf_[0-9A-Za-z]{30,}",
+    "xox": r"xox[abprs]-[0-9A-Za-z-]{10,}",
+    "sk_live_": r"sk_live_[0-9A-Za-z]{20,}",
+    "rk_live_": r"rk_live_[0-9A-Za-z]{20,}",
+    "npm_": r"npm_[0-9A-Za-z]{36}",
+    "pypi-": r"pypi-[0-9A-Za-z_-]{50,}",
+    "SG.": r"SG\.[0-9A-Za-z_-]{20,}\.[0-9A-Za-z_-]{20,}",
+    "eyJ": r"eyJ[0-9A-Za-z_-]{10,}\.eyJ[0-9A-Za-z_-]{10,}\.[0-9A-Za-z_-]{10,}",
+}
+_KEYS = {start: re.compile(r"(?<![0-9A-Za-z_])" + pattern) for start, pattern in KEYS.items()}
+
+
+def _mails(text: str) -> Found:
+    return (("email", *m.span()) for m in _MAIL.finditer(text))
+
+
+def _digits(text: str) -> bool:
+    return any(d in text for d in "0123456789") and _FOUR_DIGITS.search(text) is not None
+
+
+def _word_before(text: str, start: int) -> bool:
+    return start > 0 and (
+        text[start - 1].isalnum() or (text[start - 1] in "_.,-" and text[start - 2 : start - 1].isalnum())
+    )
+
+
+def _numbers(text: str) -> Found:
+    """Runs of digits that are a card's, a social security or a phone number; no dates, no plain long numbers."""
+    for m in _NUMBER.finditer(text):
+        start, end = m.span()
+        if _word_before(text, start) or text[end : end + 1].isalnum():
+            continue
+        start -= text[start - 1 : start] == "("
+        start -= text[start - 1 : start] == "+"
+        value = text[start:end]
+        digits = re.sub(r"\D", "", value)
+        if 13 <= len(digits) <= 19 and digits[0] in "23456" and set(value) <= set("0123456789 -") and luhn(digits):
+            yield "card", start, end
+        elif _SSN.fullmatch(value):
+            yield "ssn", start, end
+        elif (value[0] == "+" and len(digits) <= 15) or _NATIONAL.fullmatch(value):
+            yield "phone", start, end
+
+
+def _ibans(text: str) -> Found:
+    for m in _IBAN.finditer(text):
+        if _word_before(text, m.start()):
+            continue
+        words = m.group().split(" ")  # a word in capitals behind it may have been taken along
+        for count in range(len(words), 0, -1):
+            value = " ".join(words[:count])
+            if iban(value):
+                yield "iban", m.start(), m.start() + len(value)
+                break
+
+
+def _addresses(text: str) -> Found:
+    for pattern in (_IPV4, _IPV6):
+        for m in pattern.finditer(text):
+            try:
+                address = ipaddress.ip_address(m.group())
+            except ValueError:
+                continue
+            if address.is_global and not _word_before(
+                text, m.start()
+            ):  # 127.0.0.1 and 192.168.x.x tell nothing of anybody
+                yield "ip", *m.span()
+
+
+def _private_keys(text: str) -> Found:
+    return (("private_key", *m.span()) for m in _PRIVATE.finditer(text))
+
+
+def _keys(text: str) -> Found:
+    for start, pattern in _KEYS.items():
+        if start in text:
+            yield from (("api_key", *m.span()) for m in pattern.finditer(text))
+
+
+def _long_word(text: str) -> bool:
+    return max(map(len, text.split()), default=0) >= 32
+
+
+def _random_tokens(text: str) -> Found:
+    """Long tokens of letters and digits that look random: at least 4 bits a character, and digits among both cases."""
+    for m in _TOKEN.finditer(text):
+        token = m.group()
+        mixed = any(c.isdigit() for c in token) and any(c.islower() for c in token) and any(c.isupper() for c in token)
+        if mixed and token.count("/") < 3 and token.count("-") + token.count("_") < 4 and entropy(token) >= 4:
+            yield "random_token", *m.span()
+
+
+TITLES = {
+    "email": "e-mail addresses",
+    "iban": "IBANs (check digits hold)",
+    "card": "payment card numbers (check digit holds)",
+    "ssn": "numbers written like a US social security number",
+    "phone": "phone numbers",
+    "ip": "public IP addresses",
+    "private_key": "private key blocks",
+    "api_key": "keys with a known beginning (sk-, ghp_, AKIA...)",
+    "random_token": "long tokens that look random",
+}
+GROUPS = {
+    "pii": ("email", "iban", "card", "ssn", "phone", "ip"),
+    "secrets": ("private_key", "api_key", "random_token"),
+}
+FINDERS = (  # of two values that overlap the earlier finder's stays
+    Finder("secrets", lambda t: "PRIVATE KEY-----" in t, _private_keys),
+    Finder("secrets", lambda t: True, _keys),
+    Finder("secrets", _long_word, _random_tokens),
+    Finder("pii", lambda t: "@" in t, _mails),
+    Finder("pii", _digits, _ibans),
+    Finder("pii", lambda t: t.count(".") > 2 or t.count(":") > 2, _addresses),
+    Finder("pii", _digits, _numbers),
+)
+
+
+def find(text: str, groups: Collection[str] = ("pii", "secrets")) -> list[Span]:
+    """Places that look like personal data or secrets, in order, without overlaps."""
+    found: list[Span] = []
+    for finder in FINDERS:
+        if finder.group in groups and finder.hint(text):
+            for kind, start, end in finder.find(text):
+                if all(end <= s.start or start >= s.end for s in found):
+                    found.append(Span(start, end, kind))
+    return sorted(found, key=lambda s: s.start)
+
+
+def redact(text: str, groups: Collection[str] = ("pii", "secrets")) -> tuple[str, Counter[str]]:
+    """The text with ``[EMAIL]``, ``[API_KEY]``... in place of what was found, and how many of each kind."""
+    spans = find(text, groups)
+    for span in reversed(spans):
+        text = f"{text[: span.start]}[{span.kind.upper()}]{text[span.end :]}"
+    return text, Counter(s.kind for s in spans)

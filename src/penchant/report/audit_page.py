@@ -1,0 +1,118 @@
+"""The page of one data audit, by itself: findings first, then lengths; in the report's style and under the same policy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from penchant import __version__
+from penchant.report.audit import lengths_table
+from penchant.report.html import Element, Node, el, fold, said, table, visible
+from penchant.report.numbers import percent
+from penchant.report.page import asset, policy
+from penchant.report.safe import mapping, num, sequence, text
+
+GROUPS = (  # beginnings of findings' names, in the order in which they are shown
+    ("Rows", ("bad_rows", "identical_pairs", "empty_completions", "cut_", "bad_after", "identical_after")),
+    ("Copies", ("duplicates", "near_duplicates", "near_identical")),
+    ("Splits", ("leakage", "near_leakage")),
+    ("Label noise", ("contradictions", "near_contradictions", "cycles", "reward_disagreement")),
+    ("Bias", ("length_bias", "position_bias", "good_answers", "scores")),
+    ("Content", ("languages", "refusals", "check_")),
+    ("Personal data and secrets", ("pii_", "secrets_")),
+)
+OTHER = "Other"
+
+
+def render_audit(audit: Mapping[str, Any], title: str) -> str:
+    """The page as text.
+
+    Args:
+        audit: what `Audit.to_json` gives; taken as untrusted.
+    """
+    findings = mapping(audit.get("findings"))
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for name, finding in findings.items():
+        grouped.setdefault(_group(name), []).append(mapping(finding))
+    order = [*(g for g, _ in GROUPS), OTHER]
+    made = [_section(name, grouped[name]) for name in order if name in grouped]
+    tables = [t for t in (lengths_table(mapping(audit.get(k)), k) for k in ("lengths", "characters")) if t is not None]
+    body = el(
+        "main",
+        el(
+            "header",
+            el("p", "Penchant \u00b7 data audit", class_="kicker"),
+            el("h1", said(title)),
+            el("p", said(text(audit.get("summary"))), class_="soft facts-line"),
+        ),
+        made,
+        el("section", el("h2", "Lengths"), tables) if tables else None,
+        el(
+            "footer",
+            f"Written by Penchant {__version__}, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}. ",
+            "Values that look like personal data or secrets are counted, never shown. This file loads nothing.",
+        ),
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy(), quote=False)}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="referrer" content="no-referrer">\n<meta name="generator" content="penchant">\n'
+        f"<title>{escape(visible(title))} \u00b7 Penchant data audit</title>\n<style>{asset('page.css')}</style>\n"
+        f"</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _group(name: str) -> str:
+    return next((title for title, starts in GROUPS if name.startswith(starts)), OTHER)
+
+
+def _section(title: str, findings: Sequence[Mapping[str, Any]]) -> Element:
+    some = [f for f in findings if num(f, "count") or _unknown(f)]
+    clear = [text(f.get("title")) for f in findings if not (num(f, "count") or _unknown(f))]
+    rows: list[list[Node]] = [_row(f) for f in some]
+    return el(
+        "section",
+        el("h2", title),
+        el("div", table(["", "rows", "of", "share", "95% interval"], rows, numeric=(1, 2, 3)), class_="panel")
+        if rows
+        else None,
+        [_places(f) for f in some if sequence(f.get("where"))],
+        el("p", "Looked for and not found: ", "; ".join(clear), ".", class_="soft small") if clear else None,
+        aria_label=title,
+    )
+
+
+def _unknown(finding: Mapping[str, Any]) -> bool:
+    return not num(finding, "of") and bool(finding.get("note"))
+
+
+def _row(finding: Mapping[str, Any]) -> list[Node]:
+    note = text(finding.get("note"))
+    advice = text(finding.get("advice")) if num(finding, "count") else ""
+    what: list[Node] = [said(text(finding.get("title")))]
+    what += [el("br"), el("small", said(note))] if note else []
+    what += [el("br"), el("small", "\u2192 ", said(advice))] if advice else []
+    ends = [e for e in sequence(finding.get("interval")) if isinstance(e, (int, float))]
+    if _unknown(finding):
+        return [el("span", what), "", "", "", ""]
+    return [
+        el("span", what),
+        el("b", f"{num(finding, 'count') or 0:,.0f}"),
+        f"{num(finding, 'of') or 0:,.0f}",
+        percent(num(finding, "share")),
+        f"{percent(ends[0])} to {percent(ends[1])}" if len(ends) == 2 else "",
+    ]
+
+
+def _places(finding: Mapping[str, Any]) -> Element:
+    places = [text(w) for w in sequence(finding.get("where"))]
+    more = int(num(finding, "count") or 0) - len(places)
+    title = text(finding.get("title"))
+    return fold(
+        ["where: ", said(title)],
+        el("p", said(", ".join(places)), f" and {more:,} more" if more > 0 else None, class_="small"),
+        key=f"where-{title}",
+    )

@@ -1,0 +1,250 @@
+"""The data cache: what comes out of it equals what is made anew, it is never stale, and damage or a full disk do no harm."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from audit_rows import pair, planted, write
+from safetensors.torch import load_file
+from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
+
+from penchant import api
+from penchant.data import cached as cached_module
+from penchant.data.audit import audit
+from penchant.data.cache import Entry, cache_root
+from penchant.data.cached import DataCache
+from penchant.data.load import load_preferences
+from penchant.data.split import split_by_prompt
+from penchant.data.stored import StoredRows, StoredTokens
+from penchant.data.tokenise import tokenise
+from penchant.errors import DataError
+from penchant.types import TokenTree
+
+READING = {"shape": "auto", "columns": {}, "on_bad_row": "skip", "identical": "bad_row", "limit": None}
+HOW = {
+    "template": "auto",
+    "max_length": 300,
+    "truncation": "prompt_then_completion",
+    "on_bad_row": "skip",
+    "identical": "bad_row",
+    "add_eos": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached_module, "AUTO_BYTES", 0)
+
+
+def same_tree(a: TokenTree, b: TokenTree) -> bool:
+    ids = [*zip((a.prompt_ids, *a.completion_ids), (b.prompt_ids, *b.completion_ids), strict=True)]
+    kinds = all(x.dtype == y.dtype == np.int32 and np.array_equal(x, y) for x, y in ids)
+    names = ("row", "truncated", "source", "labels", "scores")
+    return kinds and all(getattr(a, n) == getattr(b, n) and type(getattr(a, n)) is type(getattr(b, n)) for n in names)
+
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "pairs": planted(),
+    "columns": [pair(i) | {"language": "en", "winner_model_a": 1, "winner_model_b": i % 2} for i in range(5)],
+    "scored pairs": [pair(i) | {"chosen_score": i + 0.1, "rejected_score": -i / 3} for i in range(5)],
+    "messages": [
+        {
+            "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": f"\u00e9 {i}"}],
+            "chosen": "a",
+            "rejected": "b",
+        }
+        for i in range(4)
+    ],
+    "labels": [{"prompt": f"p{i}", "completion": "c" * i + "d", "label": i % 2 > 0} for i in range(6)],
+    "scores": [{"prompt": f"p{i}", "completion": "cd", "score": i / 7} for i in range(6)],
+    "prompts": [{"prompt": f"p{i}"} for i in range(4)],
+    "text": [{"text": "word " * 200}, {"text": "short"}],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_comes_out_equals_what_is_made_anew(tmp_path: Path, name: str) -> None:
+    path = str(write(tmp_path / "a.jsonl", ROWS[name]))
+    plain, tokenizer = load_preferences(path, **READING), tiny_tokenizer()
+    plain_tokens = tokenise(plain, tokenizer, **HOW)
+    for turn in ("made", "found"):
+        said: list[str] = []
+        data = DataCache(note=said.append)
+        rows = data.load(path, **READING)
+        assert (
+            isinstance(rows.trees, StoredRows)
+            and tuple(rows.trees) == plain.trees
+            and rows.trees[-1] == plain.trees[-1]
+        )
+        for field in ("shape", "kind", "total", "quarantined", "fingerprint", "columns"):
+            assert getattr(rows, field) == getattr(plain, field), field
+        tokens = data.tokenise(rows, tokenizer, **HOW)
+        assert isinstance(tokens.trees, StoredTokens) and len(tokens.trees) == len(plain_tokens.trees)
+        assert all(same_tree(a, b) for a, b in zip(tokens.trees, plain_tokens.trees, strict=True))
+        for field in ("total", "quarantined", "cut_prompts", "cut_completions", "split_documents", "template"):
+            assert getattr(tokens, field) == getattr(plain_tokens, field), field
+        assert tokens.summary() == plain_tokens.summary()
+        assert [t.row for t in tokens.trees.numbered_from(7)] == [t.row + 7 for t in plain_tokens.trees]
+        made = data.audit(rows, tokens, {}, languages=False)
+        assert made == audit(plain, plain_tokens, {}, languages=False)
+        assert len(said) == 3 and all(("kept in" if turn == "made" else "read from") in s for s in said)
+
+
+def test_half_of_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}\n')
+    for _ in range(2):
+        assert DataCache().load(str(path), **READING).trees[0].prompt == "\ud800"
+
+
+def test_a_split_is_the_same(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.jsonl", planted()))
+    plain = load_preferences(path, **READING)
+    expected = split_by_prompt(plain, validation_rows=5, seed=3)
+    for _ in range(2):
+        data = DataCache()
+        parts = data.split(data.load(path, **READING), validation_rows=5, seed=3)
+        for part, want in zip(parts, expected, strict=True):
+            assert isinstance(part.trees, StoredRows) and tuple(part.trees) == want.trees
+            assert (part.fingerprint, part.total, part.quarantined) == (want.fingerprint, want.total, ())
+        made = data.audit(data.load(path, **READING), None, dict(zip(("a", "b"), parts, strict=True)), languages=False)
+        assert made == audit(plain, None, dict(zip(("a", "b"), expected, strict=True)), languages=False)
+    other = DataCache().split(DataCache().load(path, **READING), validation_rows=5, seed=4)
+    assert other[1].fingerprint != expected[1].fingerprint
+
+
+def test_one_byte_makes_it_anew(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [pair(i) for i in range(4)])
+    first = DataCache().load(str(path), **READING)
+    content, times = path.read_bytes(), path.stat()
+    path.write_bytes(
+        content.replace(b'"prompt": "', b'"prompt": "x', 1).replace(b'"}\n', b"}\n", 0)[: len(content) + 1]
+    )
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # even with the old time
+    second = DataCache().load(str(path), **READING)
+    assert second.trees[0].prompt == "x" + str(first.trees[0].prompt) and second.fingerprint != first.fingerprint
+    path.write_bytes(content)
+    assert DataCache().load(str(path), **READING).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_length": 40}, {"add_eos": False}, {"template": "plain"}, {"truncation": "bad_row"}]
+)
+def test_every_setting_counts(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = str(write(tmp_path / "a.jsonl", [pair(i) for i in range(4)]))
+    rows = DataCache().load(path, **READING)
+    DataCache().tokenise(rows, tiny_tokenizer(), **HOW)
+    said: list[str] = []
+    how = {**HOW, **change}
+    made = DataCache(note=said.append).tokenise(rows, tiny_tokenizer(), **how)
+    want = tokenise(load_preferences(path, **READING), tiny_tokenizer(), **how)
+    assert "kept in" in said[0] and len(made.trees) == len(want.trees)
+    assert all(same_tree(a, b) for a, b in zip(made.trees, want.trees, strict=True))
+
+
+@pytest.mark.parametrize("other", [{"bos": False}, {"chat": True}, {"pad": True}])
+def test_every_part_of_the_tokenizer_counts(tmp_path: Path, other: dict[str, Any]) -> None:
+    rows = DataCache().load(str(write(tmp_path / "a.jsonl", [pair(0)])), **READING)
+    said: list[str] = []
+    for kind in ({}, other, {}):
+        DataCache(note=said.append).tokenise(rows, tiny_tokenizer(**kind), **HOW)
+    assert ["kept in" in s for s in said] == [True, True, False]
+
+
+@pytest.mark.parametrize("file", ["rows.bin", "rows.ends.npy", "meta.json"])
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: bytes([b[0] ^ 1]) + b[1:], lambda b: b""])
+def test_a_damaged_entry_is_made_anew(tmp_path: Path, file: str, damage: Any) -> None:
+    path = str(write(tmp_path / "a.jsonl", [pair(i) for i in range(3)]))
+    first = DataCache().load(path, **READING)
+    assert isinstance(first.trees, StoredRows)
+    at = first.trees.folder / file
+    content, whole = at.read_bytes(), tuple(first.trees)
+    at.unlink()
+    at.write_bytes(damage(content))
+    said: list[str] = []
+    again = DataCache(note=said.append).load(path, **READING)
+    assert tuple(again.trees) == whole and "kept in" in said[0]
+
+
+def test_bad_rows_are_errors_where_they_should_be_and_leave_nothing(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.jsonl", planted()))
+    for load in (DataCache().load, load_preferences):
+        with pytest.raises(DataError, match=r"a\.jsonl:19.*on_bad_row=skip"):
+            load(path, **{**READING, "on_bad_row": "error"})
+    assert not list((cache_root() / "rows").glob("*"))
+    rows = DataCache().load(path, **READING)
+    how = {**HOW, "truncation": "bad_row", "max_length": 200, "on_bad_row": "error"}
+    said = []
+    for make in (
+        lambda: DataCache().tokenise(rows, tiny_tokenizer(), **how),
+        lambda: tokenise(rows, tiny_tokenizer(), **how),
+    ):
+        with pytest.raises(DataError) as caught:
+            make()
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+def test_small_files_and_off_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(write(tmp_path / "a.jsonl", [pair(0)]))
+    assert isinstance(DataCache(on=False).load(path, **READING).trees, tuple)
+    monkeypatch.setattr(cached_module, "AUTO_BYTES", 1 << 20)
+    assert isinstance(DataCache().load(path, **READING).trees, tuple) and not cache_root().exists()
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PENCHANT_CACHE", str(tmp_path / "file"))
+    said: list[str] = []
+    path = str(write(tmp_path / "a.jsonl", [pair(0)]))
+    assert isinstance(DataCache(note=said.append).load(path, **READING).trees, tuple) and "cannot be written" in said[0]
+
+
+def test_another_process_that_is_faster_wins(tmp_path: Path) -> None:
+    entry = Entry("rows", "k" * 40)
+
+    def slow(folder: Path) -> dict[str, Any]:
+        entry.put(lambda f: {"who": "other"})
+        return {"who": "me"}
+
+    assert entry.put(slow) and entry.get(lambda f, meta: meta["who"]) == "other"
+    assert [p.name for p in (cache_root() / "rows").iterdir()] == ["k" * 40]
+
+
+def test_rows_that_are_no_json_are_not_kept(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"prompt": ["p", "p"], "chosen": ["a", ""], "rejected": ["b", "c"], "blob": [b"x", b"y"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = DataCache().load(str(tmp_path / "a.parquet"), **READING)
+    assert isinstance(rows.trees, tuple) and len(rows.quarantined) == 1
+
+
+def test_a_run_with_the_cache_is_the_same_run(tmp_path: Path) -> None:
+    base: dict[str, Any] = {
+        "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
+        "data": {"path": write_jsonl(tmp_path / "pairs.jsonl", polite_rows()), "validation_rows": 6, "max_length": 128},
+        "loss": {"name": "dpo", "beta": 0.5},
+        "train": {"epochs": 1, "batch_size": 6, "tokens_per_step": 600, "lr": 3e-3},
+    }
+    made = {}
+    for name, cache in (("off", "off"), ("cold", "auto"), ("warm", "auto")):
+        config = {**base, "data": {**base["data"], "cache": cache}, "output": str(tmp_path / name)}
+        result = api.train(config, quiet=True)
+        (weights,) = result.model.glob("*.safetensors")
+        metrics = (result.folder / "metrics.jsonl").read_text()
+        steps = [
+            {k: v for k, v in json.loads(line).items() if "loss" in k or "reward" in k} for line in metrics.splitlines()
+        ]
+        made[name] = load_file(weights), steps, json.loads((result.folder / "audit.json").read_text())
+    for name in ("cold", "warm"):
+        assert all((made[name][0][k] == v).all() for k, v in made["off"][0].items())
+        assert made[name][1:] == made["off"][1:]

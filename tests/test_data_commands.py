@@ -1,0 +1,63 @@
+"""`penchant data audit` and `penchant data fix` as a person types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from audit_rows import pair, planted, write
+
+from penchant.cli import main
+
+
+def test_several_files_are_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x").mkdir()
+    a, b = write(tmp_path / "a.jsonl", planted()), write(tmp_path / "x" / "a.jsonl", [pair(0)])
+    assert main(["data", "audit", str(a), str(b), "--no-languages", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert found["leakage_a.jsonl_a.jsonl_(2)"]["count"] == 1 and found["duplicates"]["count"] == 2
+
+
+def test_reward_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.jsonl", planted())
+    (tmp_path / "mine.py").write_text("def long(texts):\n    return [len(t) > 270 for t in texts]\n")
+    assert main(["data", "audit", str(path), "--reward", "words", "--check", f"{tmp_path}/mine.py:long"]) == 0
+    said = capsys.readouterr().out
+    assert "label noise: words prefers the rejected answer" in said and "texts of which long says yes" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["data", "audit"], "no file is given"),
+        (["data", "audit", "nowhere.jsonl"], "no such file"),
+        (["data", "audit", "--split", "train"], "names no split"),
+        (["data", "audit", "FILE", "--check", "toxic"], "names no function"),
+        (["data", "audit", "FILE", "--reward", "nonsense"], "is no reward"),
+        (["data", "audit", "run.yaml", "--limit", "3"], "goes with data files"),
+        (["data", "fix", "FILE", "FILE"], "is an input"),
+        (["data", "fix", "FILE", "out.txt"], "the copy is JSONL"),
+        (["data", "fix", "FILE", "out.jsonl", "--drop", "nonsense"], "is no rule"),
+    ],
+)
+def test_mistakes_are_sentences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "a.jsonl", [pair(0)])
+    assert main([str(path) if a == "FILE" else a for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_fix_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = write(tmp_path / "a.jsonl", planted()), tmp_path / "b.jsonl"
+    assert (
+        main(["data", "fix", str(source), str(output), "--drop", "cycles,near_duplicates", "--keep", "empty,bad_rows"])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "20 rows = 13 written (0 of them changed) + 7 dropped" in said
+    assert main(["data", "fix", str(source), str(output), "--redact", "pii", "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["redacted"] == {"email": 1}
