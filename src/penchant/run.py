@@ -541,7 +541,7 @@ class Run:
             tokens_by_row |= cached.tokens_by_row
         return CachedReference(by_row, tokens_by_row)
 
-    def cache_paths(self, reference: Any) -> dict[str, tuple[list[TokenTree], Path]]:
+    def cache_paths(self, reference: Any) -> dict[str, tuple[Sequence[TokenTree], Path]]:
         """By name of the rows: them, and the file that holds (or will hold) their log-probs under this reference model."""
         cfg = self.config
         folder = Path(cfg.reference.cache_dir).expanduser() if cfg.reference.cache_dir else default_cache_dir()
