@@ -79,5 +79,8 @@ def test_rows_of_several_examples_are_split_by_example() -> None:
     assert (dataset.total, dataset.accepted, len(dataset.trees)) == (3, 3, 6)
     train, held = split_by_prompt(dataset, validation_rows=5)
     assert (len(train.trees), len(held.trees), train.total, held.total) == (1, 5, 1, 5)
+    assert {t.source for t in (*train.trees, *held.trees)} == {t.source for t in dataset.trees}
+    train, held = split_by_prompt(dataset, validation_rows=1)
+    assert {t.source for t in (*train.trees, *held.trees)} == {t.source for t in dataset.trees}
     assert audit(dataset).findings["duplicates"].of == 6
     assert audit(dataset).findings["bad_rows"].of == 3
