@@ -65,7 +65,7 @@ def test_prompts_of_many_answers_stand_once() -> None:
 
 @pytest.mark.parametrize("kind,kept", [("scored", 1), ("pairs", 0)])
 def test_equal_answers_are_bad_only_in_a_pair(kind: str, kept: int) -> None:
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         "scored": {"instruction": "hi", "generations": ["same", "same"], "ratings": [1, 2]},
         "pairs": {"prompt": "hi", "chosen": "same", "rejected": "same"},
     }
