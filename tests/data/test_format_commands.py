@@ -75,7 +75,10 @@ def test_show_takes_options_columns_and_a_layout(tmp_path: Path, capsys: pytest.
 
 def test_nothing_of_a_file_reaches_the_terminal_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evil = "a\x1b[31m\u202eb\r\nx.jsonl:9\x07"
-    rows = [{"prompt": evil, "chosen": evil + "1", "rejected": "ok"}, {"prompt": evil, "chosen": [evil], "rejected": 1}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": evil, "chosen": evil + "1", "rejected": "ok"},
+        {"prompt": evil, "chosen": [evil], "rejected": 1},
+    ]
     path = write(tmp_path / "x.jsonl", *rows, {"prompt": {evil: evil}, "chosen": "a", "rejected": "b", evil: evil})
     assert main(["data", "show", path, "-n", "9"]) == 0
     out = capsys.readouterr().out
@@ -129,7 +132,7 @@ def test_a_run_shows_and_records_the_layout_and_takes_its_options(tmp_path: Path
     }
     notes: list[str] = []
     run = Run(api.as_config(config, ()), quiet=True)
-    run.console.note = notes.append  # type: ignore[method-assign]
+    run.console.note = notes.append  # type: ignore[method-assign,assignment]
     assert (run.loaded["train"].accepted, run.loaded["train"].total) == (1, 2)
     assert notes[0].startswith("x.jsonl: layout shp (columns history, human_ref_A, human_ref_B, labels); override with")
     assert notes[1] == "train: 2 rows (shp) = 1 accepted + 1 quarantined (1 x a score ratio below 2)"

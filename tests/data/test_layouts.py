@@ -103,6 +103,17 @@ def test_weak_preferences_can_be_left_out(name: str, row: int) -> None:
     assert trees(name, 0, **option) == trees(name, 0)
 
 
+def test_a_vote_just_strong_enough_is_kept() -> None:
+    assert trees("shp", 1, min_score_ratio=1.5) == trees("shp", 1)
+    assert trees("helpsteer2_pairs", 0, min_strength=2) == trees("helpsteer2_pairs", 0)
+
+
+def test_nothing_below_a_deleted_message_is_used() -> None:
+    row = rows_of("oasst")[0]
+    with pytest.raises(LeftOut):
+        LAYOUTS["oasst"].convert({**row, "prompt": {**row["prompt"], "deleted": True}}, {})
+
+
 def test_pku_prefers_the_better_or_the_safer_answer() -> None:
     assert trees("pku_saferlhf", 0, prefer="safer")[0]["completions"][0]["text"] == "öne"
     with pytest.raises(LeftOut, match="the preferred answer is unsafe"):

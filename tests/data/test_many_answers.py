@@ -65,7 +65,7 @@ def test_prompts_of_many_answers_stand_once() -> None:
 
 @pytest.mark.parametrize("kind,kept", [("scored", 1), ("pairs", 0)])
 def test_equal_answers_are_bad_only_in_a_pair(kind: str, kept: int) -> None:
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         "scored": {"instruction": "hi", "generations": ["same", "same"], "ratings": [1, 2]},
         "pairs": {"prompt": "hi", "chosen": "same", "rejected": "same"},
     }
@@ -79,5 +79,8 @@ def test_rows_of_several_examples_are_split_by_example() -> None:
     assert (dataset.total, dataset.accepted, len(dataset.trees)) == (3, 3, 6)
     train, held = split_by_prompt(dataset, validation_rows=5)
     assert (len(train.trees), len(held.trees), train.total, held.total) == (1, 5, 1, 5)
+    assert {t.source for t in (*train.trees, *held.trees)} == {t.source for t in dataset.trees}
+    train, held = split_by_prompt(dataset, validation_rows=1)
+    assert {t.source for t in (*train.trees, *held.trees)} == {t.source for t in dataset.trees}
     assert audit(dataset).findings["duplicates"].of == 6
     assert audit(dataset).findings["bad_rows"].of == 3
