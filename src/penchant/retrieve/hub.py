@@ -196,7 +196,7 @@ class Hub:
         for wait in (*WAITS, None):
             try:
                 return call()
-            except (*_known(), OSError, ValueError, KeyError) as error:  # type: ignore[misc]
+            except _known() as error:
                 if wait is None or not is_transient(error):
                     raise explained(error, hub_id, what) from None  # its own words may hold a signed address
                 self.say(f"{what}: {_short(error)}; trying again in {wait:g} s")
@@ -286,10 +286,10 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _known() -> tuple[type[Exception], ...]:
-    """What the hub's client raises that is neither an OSError nor a ValueError."""
+    """What the hub's client raises; anything else is a mistake in this program."""
     from huggingface_hub import errors
 
-    return errors.HTTPError, errors.EntryNotFoundError
+    return errors.HTTPError, errors.EntryNotFoundError, OSError, ValueError, KeyError
 
 
 def _short(error: BaseException) -> str:
