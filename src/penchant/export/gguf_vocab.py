@@ -88,12 +88,16 @@ def vocabulary_of(tokenizer: Any, rows: int, where: str) -> Vocabulary:
 
 def _kind(definition: Mapping[str, Any], where: str) -> tuple[str, str, bool, tuple[str, ...]]:
     """(model, pre, a space put before a text, notes) of a BPE."""
-    cut, normal = definition["pre_tokenizer"], definition["normalizer"]
-    if definition["model"].get("byte_fallback"):
-        if cut is None and _spaces(normal) is not None:
+    cut, normal, model = definition["pre_tokenizer"], definition["normalizer"], definition["model"]
+    marked = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model.get("byte_fallback"):
+        if not marked and cut is None and _spaces(normal) is not None:
             return "llama", "default", bool(_spaces(normal)), ()
     else:
         name = _named(cut)
+        # of these, llama.cpp looks up whole words before it merges for Llama 3 alone
+        if bool(model.get("ignore_merges")) != (name == "llama-bpe") or marked:
+            name = None
         if name is not None and (normal is None or normal == {"type": "NFC"}):
             told = "texts are not normalised (NFC) by llama.cpp before they are cut, as they are in transformers"
             return "gpt2", name, False, (told,) if normal else ()
