@@ -117,6 +117,11 @@ class Root:
             ["mount", "--rbind", "/dev", f"{self.root}/dev"],
         ):
             subprocess.run(words, check=True)
+        for folder in (
+            Path(sys.executable).resolve().parents[:-1]
+        ):  # the stand-in for the image's Python may lie in root's home
+            inside = self.root / folder.relative_to("/")
+            inside.chmod(inside.stat().st_mode | 0o055)
         for name in ("passwd", "group", "shadow", "gshadow"):  # a base image has no people in it
             self._forget_people(self.root / "etc" / name)
 

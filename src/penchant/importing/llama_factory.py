@@ -152,7 +152,8 @@ def _named(given: Given, key: str, ours: str) -> Iterator[Line]:
         note = f"{where} is not here: the file's place is guessed; with it beside the file, its columns are read too"
         yield given.line([key, "dataset_dir"], "translated", {ours: path if len(path) > 1 else path[0]}, note)
         return
-    paths, columns = [], {}
+    paths: list[str] = []
+    columns: dict[str, str] = {}
     for name in names:
         entry = known.get(name)
         if not isinstance(entry, Mapping):
@@ -187,9 +188,15 @@ def _place(entry: Mapping[str, Any], folder: Path) -> str:
     return str(folder / str(entry.get("file_name", "?")))
 
 
+def _described(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Their column names, where the description has some."""
+    found = entry.get("columns")
+    return found if isinstance(found, Mapping) else {}
+
+
 def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
     """Our field: their column, where the two differ."""
-    given = entry.get("columns") if isinstance(entry.get("columns"), Mapping) else {}
+    given = _described(entry)
     if entry.get("formatting", "alpaca") == "sharegpt":
         ours = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "kto_tag": "label"}
         if entry.get("ranking"):
@@ -201,7 +208,7 @@ def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _left(name: str, entry: Mapping[str, Any]) -> Iterator[Line]:
-    given = entry.get("columns") if isinstance(entry.get("columns"), Mapping) else {}
+    given = _described(entry)
     for column in (c for c in given if c in _NOT_READ):
         note = f"{_NOT_READ[column]} in a column of its own is not read: put it into the prompt (messages with a system turn)"
         yield Line(((f"{name}.columns.{column}", given[column]),), "unsupported", (), note)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from penchant.errors import ConfigError
 
 Status = Literal["translated", "same", "unsupported"]
-OFF = (None, False, "", "none", "no", "None", [], {})  # a key with such a value asks for nothing
+OFF: tuple[Any, ...] = (None, False, "", "none", "no", "None", [], {})  # a key with such a value asks for nothing
 
 
 @dataclass(frozen=True, slots=True)
