@@ -16,6 +16,7 @@ import pwd
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 KNOWN = {"FROM", "ENV", "ARG", "RUN", "COPY", "WORKDIR", "USER", "VOLUME", "ENTRYPOINT", "CMD", "LABEL"}
+SYSTEM = {  # what stands in / of a base image
+    *("bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "media", "mnt", "opt", "proc"),
+    *("root", "run", "sbin", "srv", "sys", "tmp", "usr", "var"),
+}
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,11 @@ class Root:
         self.root = scratch / "root"
         for name in ("upper", "work", "root"):
             (scratch / name).mkdir()
+        for entry in Path(
+            "/"
+        ).iterdir():  # what a base image has not (this machine's own data) is hidden: a whiteout in the overlay
+            if entry.name not in SYSTEM:
+                os.mknod(scratch / "upper" / entry.name, stat.S_IFCHR, os.makedev(0, 0))
 
     def mount(self) -> None:
         """Overlay, and the devices that programs want; the namespace ends with this process."""
@@ -107,6 +117,11 @@ class Root:
             ["mount", "--rbind", "/dev", f"{self.root}/dev"],
         ):
             subprocess.run(words, check=True)
+        for folder in (
+            Path(sys.executable).resolve().parents[:-1]
+        ):  # the stand-in for the image's Python may lie in root's home
+            inside = self.root / folder.relative_to("/")
+            inside.chmod(inside.stat().st_mode | 0o055)
         for name in ("passwd", "group", "shadow", "gshadow"):  # a base image has no people in it
             self._forget_people(self.root / "etc" / name)
 

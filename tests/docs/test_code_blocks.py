@@ -283,6 +283,8 @@ def _run(where: Block, command: str, capsys: pytest.CaptureFixture[str], plan: b
         code = main(words[1:])
         assert code == 0, f"{where}: {command}\n{capsys.readouterr().err}"
         return
+    if words[0] == "python" and (ROOT / words[1]).exists():
+        command = f"cd {shlex.quote(str(ROOT))} && {command}"  # a script of the repository
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT / "src"),

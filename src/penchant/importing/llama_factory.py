@@ -188,13 +188,15 @@ def _place(entry: Mapping[str, Any], folder: Path) -> str:
     return str(folder / str(entry.get("file_name", "?")))
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+def _described(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Their column names, where the description has some."""
+    found = entry.get("columns")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
     """Our field: their column, where the two differ."""
-    given = _mapping(entry.get("columns"))
+    given = _described(entry)
     if entry.get("formatting", "alpaca") == "sharegpt":
         ours = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "kto_tag": "label"}
         if entry.get("ranking"):
@@ -206,7 +208,7 @@ def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _left(name: str, entry: Mapping[str, Any]) -> Iterator[Line]:
-    given = _mapping(entry.get("columns"))
+    given = _described(entry)
     for column in (c for c in given if c in _NOT_READ):
         note = f"{_NOT_READ[column]} in a column of its own is not read: put it into the prompt (messages with a system turn)"
         yield Line(((f"{name}.columns.{column}", given[column]),), "unsupported", (), note)
