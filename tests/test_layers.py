@@ -26,12 +26,14 @@ LAYERS = [
     {"pipeline_state", "sweep"},
     {"sweep_state", "sweep_table", "sweep_rungs"},
     {"run"},
-    {"comparison", "evaluate"},
+    {"comparison", "evaluate", "planning"},
+    {"starting"},  # a first config: sizes and memory as planning knows them
     {"pipeline_compare", "sweep_worker"},
     {"sweep_jobs"},
     {"pipeline_run", "sweep_run"},
     {"api"},
     {"demo"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

@@ -24,7 +24,6 @@ from penchant.planning.live_bytes import LiveBytes
 from penchant.planning.origins import settings_of
 from penchant.planning.outline import OutlinedRun, outline, parameter_counts
 from penchant.planning.text import plan_text, printable, size
-from penchant.planning.work import work_of
 from penchant.run import Run
 from penchant.training.optim import MasterAdamW
 from penchant.types import TokenTree
@@ -33,7 +32,11 @@ from penchant.types import TokenTree
 def _config(tmp_path: Path, **more: Any) -> dict[str, Any]:
     return {
         "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
-        "data": {"path": write_jsonl(tmp_path / "pairs.jsonl", polite_rows(30)), "validation_rows": 6, "max_length": 64},
+        "data": {
+            "path": write_jsonl(tmp_path / "pairs.jsonl", polite_rows(30)),
+            "validation_rows": 6,
+            "max_length": 64,
+        },
         "train": {"batch_size": 7, "lr": 3e-3, "tokens_per_step": 300, "epochs": 2},
         "evaluation": {"samples": 0, "kl_prompts": 2, "sample_tokens": 3},
         "output": str(tmp_path / "run"),
@@ -55,7 +58,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_steps_tokens_passes_and_times_are_those_of_the_run(tmp_path: Path) -> None:
-    config = _config(tmp_path, checkpoint={"every": 3, "keep_last": 2, "keep_best": False}, evaluation={"every": 5, "samples": 0, "kl_prompts": 0})
+    config = _config(
+        tmp_path,
+        checkpoint={"every": 3, "keep_last": 2, "keep_best": False},
+        evaluation={"every": 5, "samples": 0, "kl_prompts": 0},
+    )
     plan = api.plan(config, probe=False)
     result = api.train(config, quiet=True)
     metrics = _lines(result.folder / "metrics.jsonl")
@@ -73,7 +80,9 @@ def test_steps_tokens_passes_and_times_are_those_of_the_run(tmp_path: Path) -> N
 
 
 def test_without_shared_prompts_every_prompt_is_repeated(tmp_path: Path) -> None:
-    shared, separate = (api.plan(_config(tmp_path), f"train.packing={p}", probe=False).work for p in ("shared", "separate"))
+    shared, separate = (
+        api.plan(_config(tmp_path), f"train.packing={p}", probe=False).work for p in ("shared", "separate")
+    )
     assert separate.tokens == separate.separate == shared.separate and separate.saving == 0.0
     assert shared.tokens < shared.separate and shared.saving == 1 - shared.tokens / shared.separate
 
@@ -101,11 +110,15 @@ def test_the_cache_is_known_before_and_after(tmp_path: Path) -> None:
 
 def test_every_value_has_its_source(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("model: {path: m}\ndata:\n  path: [a.jsonl, b.jsonl]\n  columns: {prompt: q}\nloss: kto\ntrain:\n  lr: 1e-5\noutput: o\n")
+    file.write_text(
+        "model: {path: m}\ndata:\n  path: [a.jsonl, b.jsonl]\n  columns: {prompt: q}\nloss: kto\ntrain:\n  lr: 1e-5\noutput: o\n"
+    )
     config, places = load_config_with_places(file, ["train.epochs=3", "loss.beta=0.3"])
     assert config == load_config(file, ["train.epochs=3", "loss.beta=0.3"])
     found = {s.key: s for s in settings_of(config, places, {"model.dtype": ("bf16", "native")})}
-    sources = {k: found[k].source for k in ("model.path", "data.path", "data.columns.prompt", "train.lr", "train.epochs")}
+    sources = {
+        k: found[k].source for k in ("model.path", "data.path", "data.columns.prompt", "train.lr", "train.epochs")
+    }
     assert sources == {
         "model.path": f"{file}:1",
         "data.path": f"{file}:3",
@@ -114,7 +127,10 @@ def test_every_value_has_its_source(tmp_path: Path) -> None:
         "train.epochs": "command line",
     }
     assert found["loss.beta"].source == "command line" and found["loss.name"].source == f"{file}:5"
-    assert found["loss.weight_desirable" if "loss.weight_desirable" in found else "loss.nll_weight"].source == "default of kto"
+    assert (
+        found["loss.weight_desirable" if "loss.weight_desirable" in found else "loss.nll_weight"].source
+        == "default of kto"
+    )
     assert found["train.seed"].source == "default" and found["model.dtype"].became == "bf16"
 
 
@@ -264,11 +280,17 @@ def test_parts_are_what_the_optimiser_holds(tmp_path: Path, dtype: str, lora: bo
     masters = sum(m.nbytes for n, m in run.optimiser.masters.items() if m is not run.optimiser.params[n])
     assert parts["weights"] == sum(p.nbytes for p in run.model.parameters())
     assert parts["fp32 master weights"] == masters
-    assert parts["gradients"] == parts["optimiser (two moments)"] // 2 == 4 * sum(p.numel() for p in run.optimiser.params.values())
+    assert (
+        parts["gradients"]
+        == parts["optimiser (two moments)"] // 2
+        == 4 * sum(p.numel() for p in run.optimiser.params.values())
+    )
 
 
 def test_an_encoder_is_planned_for(tmp_path: Path) -> None:
-    config = _config(tmp_path, algorithm="reward_model", model={"path": encoder_folder(tmp_path / "encoder"), "dtype": "fp32"})
+    config = _config(
+        tmp_path, algorithm="reward_model", model={"path": encoder_folder(tmp_path / "encoder"), "dtype": "fp32"}
+    )
     config["data"]["max_length"] = 4096
     plan = api.plan(config)
     assert plan.probe is not None and not plan.memory.coarse
@@ -301,7 +323,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert f"{file}:" in shown and "timed steps" in shown
 
 
-@pytest.mark.parametrize("wrong", ["train.lrr=1", "data.path=nowhere.jsonl", "data.max_length=4096", "model.path=./nowhere"])
+@pytest.mark.parametrize(
+    "wrong", ["train.lrr=1", "data.path=nowhere.jsonl", "data.max_length=4096", "model.path=./nowhere"]
+)
 def test_a_mistake_is_one_sentence(tmp_path: Path, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", _yaml(tmp_path), wrong]) == 2
     assert capsys.readouterr().err.startswith("penchant: ")

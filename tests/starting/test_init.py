@@ -89,7 +89,11 @@ def test_without_a_terminal_the_missing_flags_are_named(model: str) -> None:
 
 @pytest.mark.parametrize(
     "kind,goal,said",
-    [("prompts", "dpo", "with these rows: ppo, rloo, grpo"), ("pairs", "dqo", "'dqo' is not known"), ("text", "kto", "sft")],
+    [
+        ("prompts", "dpo", "with these rows: ppo, rloo, grpo"),
+        ("pairs", "dqo", "'dqo' is not known"),
+        ("text", "kto", "sft"),
+    ],
 )
 def test_a_goal_that_does_not_fit_is_refused(kind: str, goal: str, said: str, tmp_path: Path, model: str) -> None:
     data = look_at_data(write_jsonl(tmp_path / "rows.jsonl", ROWS[kind]), model)
@@ -134,7 +138,12 @@ def test_the_questions_are_asked_with_their_defaults(tmp_path: Path, model: str)
     found = answers(Asker(typed, screen, terminal=True), None, None, None)
     assert found.goal == "dpo" and found.data.unit == "tokens"
     shown = screen.getvalue()
-    assert "no such file" in shown and "40 rows, pairs: pairs" in shown and "Goal [dpo]" in shown and "'kpo' is not known" in shown
+    assert (
+        "no such file" in shown
+        and "40 rows, pairs: pairs" in shown
+        and "Goal [dpo]" in shown
+        and "'kpo' is not known" in shown
+    )
 
 
 def test_only_what_is_missing_is_asked(tmp_path: Path, model: str) -> None:
@@ -158,7 +167,12 @@ def test_on_a_real_terminal(tmp_path: Path, model: str) -> None:
     command = [sys.executable, "-m", "penchant", "init"]
     source = str(Path(api.__file__).parents[1])
     process = subprocess.Popen(
-        command, stdin=follower, stdout=follower, stderr=follower, cwd=tmp_path, env={**os.environ, "PYTHONPATH": source}
+        command,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": source},
     )
     os.close(follower)
     shown = ""

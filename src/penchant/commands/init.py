@@ -12,7 +12,11 @@ def add(commands: Any) -> None:
     init.add_argument("--data", metavar="FILE", help="preference data: a file or a hub id")
     init.add_argument("--model", metavar="PATH", help="a model's folder or hub id")
     init.add_argument("--goal", metavar="GOAL", help="dpo, simpo, orpo, reward, kto, pmpo, sft, ppo, rloo or grpo")
-    init.add_argument("--reward", metavar="NAME", help="of ppo, rloo, grpo: sentiment, words, path.py:function, a run (default: sentiment)")
+    init.add_argument(
+        "--reward",
+        metavar="NAME",
+        help="of ppo, rloo, grpo: sentiment, words, path.py:function, a run (default: sentiment)",
+    )
     init.add_argument("--run-folder", metavar="FOLDER", help="where the run will write (default: runs/GOAL)")
     init.add_argument("--output", metavar="FILE", default="run.yaml", help="the config to write (default: run.yaml)")
     init.set_defaults(handler=run)

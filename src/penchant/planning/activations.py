@@ -18,15 +18,14 @@ from torch import Tensor
 
 from penchant.data.packing import pack
 from penchant.data.text_pairs import pair_format
+from penchant.logprobs import Scorer
 from penchant.models.attention import tree_layout
-from penchant.models.fast_attention import _KEEP_UP_TO, attention_plan
-from penchant.models.fast_attention import AttentionShape
+from penchant.models.fast_attention import _KEEP_UP_TO, AttentionShape, attention_plan
 from penchant.models.fast_head import _KEEP_BYTES, _MATMUL_ROWS, _SOFTMAX_ELEMENTS
 from penchant.models.fast_ops import _TILE_ELEMENTS
 from penchant.models.structure import base_model_of
 from penchant.planning.live_bytes import LiveBytes
 from penchant.planning.outline import META, OutlinedRun
-from penchant.logprobs import Scorer
 from penchant.rewards.scorer import CausalRewards, EncoderRewards
 from penchant.types import PackedBatch, TokenTree
 
@@ -59,7 +58,9 @@ def activations_of(run: OutlinedRun, model: Any, batches: Sequence[Sequence[Toke
     shared = run.shared_prompts
     packed = [pack(list(b), shared=shared) for b in batches]
     if fast:
-        return _by_formula(model, packed, run.dtype, bool(run.config.train.gradient_checkpointing), run.reward_parts is None)
+        return _by_formula(
+            model, packed, run.dtype, bool(run.config.train.gradient_checkpointing), run.reward_parts is None
+        )
     return _by_shapes(run, model, packed[0])
 
 
@@ -71,7 +72,7 @@ def _by_shapes(run: OutlinedRun, model: Any, packed: PackedBatch) -> Activations
     batch = packed.to(META)
     hooks = _outlined_precision(model, run.dtype)
     engine = _engine(run, model)
-    known = list(model.parameters()) + [b for b in model.buffers()]
+    known = list(model.parameters()) + list(model.buffers())
     model.train()
     with _flash_attention(), LiveBytes(known) as with_gradient:
         _of_completions(engine, batch).backward()
@@ -156,7 +157,10 @@ def _by_formula(
     batch, plan = packed[0], plans[0]
     t, d, m = batch.tokens, config.hidden_size, config.intermediate_size
     softmax = sum(
-        g.trees * shape.heads * tile.rows * tile.keys for g in plan.groups if g.length <= _KEEP_UP_TO for tile in g.tiles
+        g.trees * shape.heads * tile.rows * tile.keys
+        for g in plan.groups
+        if g.length <= _KEEP_UP_TO
+        for tile in g.tiles
     )
     heads = len(plan.to_heads) * head_dim
     normed_heads = t * shape.width if "qwen3" in str(config.model_type) else 0
@@ -171,7 +175,9 @@ def _by_formula(
     layers = config.num_hidden_layers
     saved = layers * size * t * d if recompute else layers * kept
     head = _head_bytes(len(batch.target_ids), config.vocab_size, d, size) if has_head else 0
-    states = size * (2 * t * d + 2 * len(batch.target_ids) * d)  # of the final norm, before and after; what the head reads
+    states = size * (
+        2 * t * d + 2 * len(batch.target_ids) * d
+    )  # of the final norm, before and after; what the head reads
     forward = running + states + (size + 4) * min(len(batch.target_ids), _MATMUL_ROWS) * config.vocab_size * has_head
     # the head is done before the layers run backward: the larger of the two moments counts
     worst = max(head, passing + kept * recompute)

@@ -151,4 +151,3 @@ def _what_is_there(folder: Path) -> str:
         return "new"
     last, _ = latest_checkpoint(folder)
     return f"holds {last.name}: training goes on from there" if last is not None else "exists, without a checkpoint"
-

@@ -122,7 +122,9 @@ def _copy_of(run: OutlinedRun, folder: Path, steps: int) -> _Throwaway:
     picked = [i for n in range(rounds) for i in schedule.batch(n * repeat) if n * repeat < schedule.total_steps]
     trees = [run.trees[0][i] for i in picked]
     heldout = run.trees[1][:HELD_OUT_ROWS]
-    train = run.config.train.model_copy(update={"shuffle": False, "epochs": 1.0, "max_steps": min(steps, run.total_steps)})
+    train = run.config.train.model_copy(
+        update={"shuffle": False, "epochs": 1.0, "max_steps": min(steps, run.total_steps)}
+    )
     config: RunConfig = run.config.model_copy(update={"train": train, "output": str(folder)})
     folder.mkdir(parents=True)
     copy = _Throwaway(config, quiet=True)
@@ -190,4 +192,3 @@ def duration_of(found: Probe, work: Work) -> Duration:
     low, likely, high = (rate * work.tokens for rate in (min(rates), mean, max(rates)))
     rest = sum(once.values())
     return Duration(low + rest, likely + rest, high + rest, {"steps": likely, **once})
-

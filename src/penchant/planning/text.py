@@ -46,7 +46,9 @@ def printable(text: str) -> str:
 def columns(rows: Iterable[Sequence[str]]) -> list[str]:
     """Cells as aligned lines; the last column is left as it is."""
     cells = [tuple(r) for r in rows]
-    widths = [max((len(r[i]) for r in cells if len(r) > i + 1), default=0) for i in range(max(map(len, cells), default=0))]
+    widths = [
+        max((len(r[i]) for r in cells if len(r) > i + 1), default=0) for i in range(max(map(len, cells), default=0))
+    ]
     return ["  ".join(c.ljust(w) for c, w in zip(r[:-1], widths, strict=False)) + f"  {r[-1]}" for r in cells]
 
 
@@ -86,7 +88,10 @@ def _work(plan: Plan) -> list[str]:
         tokens += f"; {w.separate:,} with every prompt repeated, so shared prompts save {w.saving:.0%}"
     rows = [
         ("optimiser steps", f"{w.steps:,} ({w.steps_per_epoch:,} an epoch), the first {w.warmup:,} warm up"),
-        ("forward/backward passes", f"{about}{w.passes:,}, {w.passes / w.steps:.1f} a step; the largest has {w.largest:,} tokens"),
+        (
+            "forward/backward passes",
+            f"{about}{w.passes:,}, {w.passes / w.steps:.1f} a step; the largest has {w.largest:,} tokens",
+        ),
         ("tokens computed", tokens),
         ("evaluations, checkpoints", f"{w.evaluations}, {w.checkpoints}"),
         ("parameters", f"{plan.parameters[0]:,}, of which {plan.parameters[1]:,} are trained"),
@@ -115,7 +120,10 @@ def _memory(memory: Memory, plan: Plan) -> list[str]:
 def _disk(plan: Plan) -> list[str]:
     d = plan.disk
     rows = [
-        ("checkpoints", f"{d.kept} kept x {size(d.checkpoint)} = {size(d.kept * d.checkpoint)}, one more while it is written"),
+        (
+            "checkpoints",
+            f"{d.kept} kept x {size(d.checkpoint)} = {size(d.kept * d.checkpoint)}, one more while it is written",
+        ),
         ("logs, report", size(d.logs)),
     ]
     if d.cache:
@@ -129,6 +137,8 @@ def _time(plan: Plan) -> list[str]:
         return ["not probed" if not plan.notes else "no probe was taken"]
     t = plan.duration
     steps = len(plan.probe.steps)
-    lines = [f"{duration(t.likely)}, between {duration(t.low)} and {duration(t.high)} by {steps} timed step{'s' * (steps > 1)}"]
+    lines = [
+        f"{duration(t.likely)}, between {duration(t.low)} and {duration(t.high)} by {steps} timed step{'s' * (steps > 1)}"
+    ]
     lines += columns((name, duration(seconds)) for name, seconds in t.parts.items() if seconds >= 0.5)
     return lines

@@ -46,7 +46,12 @@ class Asker:
             PenchantError: what `check` raised, after some tries. ConfigError: the input ended.
         """
         for attempt in range(ENDS):
-            print(f"{question}" + (f" [{printable(default)}]" if default else "") + ": ", end="", file=self.screen, flush=True)
+            print(
+                f"{question}" + (f" [{printable(default)}]" if default else "") + ": ",
+                end="",
+                file=self.screen,
+                flush=True,
+            )
             line = self.answers.readline()
             if not line:
                 raise ConfigError("init", "the input ended before the questions", "answer them, or give flags")
@@ -88,7 +93,11 @@ def answers(asker: Asker, data: str | None, model: str | None, goal: str | None)
 
     facts = read(data) if data is not None else asker.ask("Data (a file, or a hub id)", a_file_here(), read)
     asker.say(f"  {facts.to_text()}")
-    found = look_at_model(model) if model is not None else asker.ask("Model (a folder or hub id)", DEFAULT_MODEL, look_at_model)
+    found = (
+        look_at_model(model)
+        if model is not None
+        else asker.ask("Model (a folder or hub id)", DEFAULT_MODEL, look_at_model)
+    )
     if model is None:
         facts = look_at_data(facts.path, found.path)  # in the model's own tokens
     if found.parameters is not None:
@@ -97,7 +106,9 @@ def answers(asker: Asker, data: str | None, model: str | None, goal: str | None)
         return Answers(facts, found, check_goal(goal, facts, found).name)
     able = [g for g in fitting(facts.kind) if not found.encoder or g.name == "reward"]
     if not able:
-        raise ConfigError("init", f"no goal fits rows that are {facts.kind} and this model", "give other data or another model")
+        raise ConfigError(
+            "init", f"no goal fits rows that are {facts.kind} and this model", "give other data or another model"
+        )
     asker.say("Goals that these rows can serve:")
     for g in able:
         asker.say(f"  {g.name:<7} {g.about}")
@@ -107,5 +118,7 @@ def answers(asker: Asker, data: str | None, model: str | None, goal: str | None)
 
 def a_file_here() -> str | None:
     """The one data file of the current folder, if there is just one."""
-    found = sorted(p.name for p in Path().iterdir() if p.is_file() and p.suffix in READABLE and not p.name.startswith("."))
+    found = sorted(
+        p.name for p in Path().iterdir() if p.is_file() and p.suffix in READABLE and not p.name.startswith(".")
+    )
     return found[0] if len(found) == 1 else None

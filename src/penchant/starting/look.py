@@ -154,5 +154,3 @@ def _parameters(config: Any, path: str) -> int | None:
         return parameter_counts(outline(ModelConfig(path=path), reward=is_encoder(config, path)))[0]
     except PenchantError:
         return None
-
-

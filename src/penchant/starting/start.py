@@ -17,7 +17,9 @@ from penchant.starting.goals import GOALS, Goal, Lines, fitting
 from penchant.starting.look import DataFacts, ModelFacts
 
 LENGTHS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
-SHARE_OF_MEMORY = 0.6  # of this machine's, for weights and optimiser of a whole model; the rest is for activations and others
+SHARE_OF_MEMORY = (
+    0.6  # of this machine's, for weights and optimiser of a whole model; the rest is for activations and others
+)
 WHOLE_BYTES = 16  # a parameter of a wholly trained model: weights, master, gradient, two moments (bf16: 18, fp32: 16)
 HELD_OUT = 200  # rows at most
 
@@ -60,12 +62,20 @@ def _one_line(text: str) -> str:
 def _scalar(value: Any) -> str:
     """A value as one-line YAML that reads back as it is."""
     if isinstance(value, float):
-        return f"{value:.1e}".replace("e-0", "e-") if 0 < abs(value) < 1e-3 else f"{value:g}" if value % 1 else f"{value:.1f}"
+        return (
+            f"{value:.1e}".replace("e-0", "e-")
+            if 0 < abs(value) < 1e-3
+            else f"{value:g}"
+            if value % 1
+            else f"{value:.1f}"
+        )
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1 << 30).strip()
     return text.removesuffix("...").strip()
 
 
-def propose(data: DataFacts, model: ModelFacts, goal: str, *, reward: str | None = None, output: str | None = None) -> Start:
+def propose(
+    data: DataFacts, model: ModelFacts, goal: str, *, reward: str | None = None, output: str | None = None
+) -> Start:
     """A config that trains as it is.
 
     Args:
@@ -105,10 +115,14 @@ def check_goal(goal: str, data: DataFacts, model: ModelFacts) -> Goal:
     if goal not in GOALS:
         raise ConfigError("--goal", f"{goal!r} is not known", f"give one of {', '.join(GOALS)}")
     if model.encoder and goal != "reward":
-        raise ConfigError("--goal", f"{model.path} is an encoder, which writes nothing", "give --goal reward, or a causal model")
+        raise ConfigError(
+            "--goal", f"{model.path} is an encoder, which writes nothing", "give --goal reward, or a causal model"
+        )
     if goal not in able:
         raise ConfigError(
-            "--goal", f"{goal} cannot learn from rows that are {data.kind}", f"with these rows: {', '.join(able) or 'none'}"
+            "--goal",
+            f"{goal} cannot learn from rows that are {data.kind}",
+            f"with these rows: {', '.join(able) or 'none'}",
         )
     return GOALS[goal]
 
@@ -166,7 +180,9 @@ def _length(data: DataFacts, model: ModelFacts, goal: Goal) -> tuple[int, str]:
     what = "prompts" if goal.online else "rows"
     room = None if model.context is None else model.context - (64 if goal.online else 0)
     if room is not None and wanted > room:
-        return max(8, room), f"tokens; the model's context is {model.context:,}, and 95% of {what} have {lengths[1]:,} or less"
+        return max(
+            8, room
+        ), f"tokens; the model's context is {model.context:,}, and 95% of {what} have {lengths[1]:,} or less"
     if data.kind == "text":
         return min(wanted, 512, room or 512), "tokens; longer documents become several rows"
     return wanted, f"tokens; 95% of {what} have {lengths[1]:,} or less, longer ones lose the start of their prompt"
