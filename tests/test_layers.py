@@ -27,7 +27,8 @@ LAYERS = [
     {"pipeline_state", "sweep"},
     {"sweep_state", "sweep_table", "sweep_rungs"},
     {"run"},
-    {"comparison", "evaluate"},
+    {"comparison", "evaluate", "planning"},
+    {"starting"},  # a first config: sizes and memory as planning knows them
     {"pipeline_compare", "sweep_worker", "export"},
     {"sweep_jobs", "talk"},
     {"pipeline_run", "sweep_run"},

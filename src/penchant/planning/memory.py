@@ -19,13 +19,19 @@ from penchant.errors import PenchantError
 from penchant.models.structure import base_model_of
 from penchant.planning.activations import Activations, activations_of
 from penchant.planning.outline import OutlinedRun, parameter_counts, weight_file_bytes
-from penchant.planning.work import Work
+from penchant.planning.work import Work, passes_over
 
 MIB = 1 << 20
-# Measured on one machine (docs/plan.md): what the libraries load only when they train (peft, the optimiser, oneDNN's kernels and
-# their scratch space), and what the heap loses between tensors of different sizes.
-TRAINING_LIBRARIES = 110 * MIB
-HEAP_LOSS = 0.04  # of everything that the heap holds
+# Measured on one machine (benchmarks/plan_memory.py); everything else is counted.
+TRAINING_LIBRARIES = (
+    110 * MIB
+)  # what is loaded only when training begins: peft, the optimiser, kernels and their scratch space
+# What the heap loses between tensors of different sizes. The fast path makes the same few tensors layer by layer; autograd keeps
+# hundreds of many sizes, and frees them in another order than they came in.
+HEAP_LOSS = {"formula": 0.05, "shapes": 0.20, "rule of thumb": 0.20}
+# oneDNN prepares every bf16 product of a new size and keeps 1,024 of them: about 14 for a pass with gradient, so 72 sizes of passes.
+PREPARED_PASS = 8 * MIB
+PREPARED_PASSES = 72
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,7 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
         "optimiser (two moments)": trainable * 8,
         # frozen weights turn from fp32 to bf16 one by one, and what each leaves is too small for an activation
         "left by fp32 weights": (every - trainable) * 2 if shadow and run.device.type == "cpu" else 0,
+        "prepared products, by size of pass": _prepared(run, work) if shadow else 0,
         "reference": held * size,
         "activations of the largest micro-batch": activations.layers + activations.layouts,
         "head (or the backward pass of a layer)": activations.head,
@@ -91,7 +98,7 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
     process = parts["Python, torch, transformers"] + rows
     loading = every * 4 + weight_file_bytes(run.config.model.path, model)
     before = process + every * size + trainable * (8 if shadow else 0)
-    heap = 1.0 + HEAP_LOSS
+    heap = 1.0 + HEAP_LOSS[activations.by]
     step = process + _heap(lasting - process + activations.total, heap)
     moments = {
         "loading the model": process + loading,
@@ -111,6 +118,15 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
         coarse,
         _advice(run, parts, activations, trainable, every, total, max(moments.values())),
     )
+
+
+def _prepared(run: OutlinedRun, work: Work) -> int:
+    """Passes of sizes that do not come again, those without gradient at 2/5 of the price."""
+    if run.device.type != "cpu":
+        return 0
+    once = run.trees[0] if "reference" in run.needs and run.reference_kind == "cached" else []
+    forward = len(passes_over(run, once)) + len(passes_over(run, run.trees[1]))
+    return round(min(PREPARED_PASSES, work.passes + 0.4 * forward) * PREPARED_PASS)
 
 
 def _heap(held: int, factor: float) -> int:
