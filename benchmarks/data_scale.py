@@ -168,6 +168,8 @@ def _start(path: str) -> dict[str, Any]:
             nonlocal last
             parts[part], last = time.perf_counter() - last, time.perf_counter()
 
+        _ = run.tokenizer
+        said("libraries and tokenizer")  # the same for every size
         _ = run.loaded
         said("load")
         _ = run.datasets

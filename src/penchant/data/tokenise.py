@@ -16,7 +16,7 @@ from penchant.errors import DataError, ModelError
 from penchant.types import PromptTree, TokenTree
 
 Ids = list[int]
-CHUNK = 8192  # rows that are tokenised in one call
+CHUNK = 1024  # rows that are tokenised in one call; the tokenizer keeps about 100 bytes a token while it lasts
 
 
 @dataclass(frozen=True, slots=True)
