@@ -50,7 +50,7 @@ def test_everything_that_is_planted_is_found_and_nothing_else(tmp_path: Path) ->
 @pytest.mark.parametrize("extra", [{}, {"language": "en"}, {"labels": 1, "human_ref_A": "a", "human_ref_B": "b"}])
 def test_in_memory_and_in_one_pass_find_the_same(tmp_path: Path, extra: Row) -> None:
     path = write(tmp_path / "a.jsonl", [row | extra for row in planted()])
-    whole = audit(load_preferences(str(path), on_bad_row="skip"))
+    whole = audit(load_preferences(str(path), on_bad_row="skip"), path=str(path))
     assert audit_files({"a": str(path)}).to_json() == whole.to_json()
 
 
@@ -66,7 +66,7 @@ def test_in_memory_and_in_one_pass_find_the_same(tmp_path: Path, extra: Row) -> 
 )
 def test_of_every_kind(tmp_path: Path, rows: list[Row]) -> None:
     path = write(tmp_path / "a.jsonl", [*rows, rows[0]])
-    whole = audit(load_preferences(str(path), on_bad_row="skip"))
+    whole = audit(load_preferences(str(path), on_bad_row="skip"), path=str(path))
     made = audit_files({"a": str(path)})
     assert made.to_json() == whole.to_json() and made.findings["duplicates"].where == ("a.jsonl:10 (as a.jsonl:1)",)
 

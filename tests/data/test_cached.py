@@ -81,7 +81,7 @@ def test_what_comes_out_equals_what_is_made_anew(tmp_path: Path, name: str) -> N
             and tuple(rows.trees) == plain.trees
             and rows.trees[-1] == plain.trees[-1]
         )
-        for field in ("shape", "kind", "total", "quarantined", "fingerprint", "columns"):
+        for field in ("shape", "kind", "total", "accepted", "quarantined", "fingerprint", "detection", "columns"):
             assert getattr(rows, field) == getattr(plain, field), field
         tokens = data.tokenise(rows, tokenizer, **HOW)
         assert isinstance(tokens.trees, StoredTokens) and len(tokens.trees) == len(plain_tokens.trees)
@@ -90,8 +90,8 @@ def test_what_comes_out_equals_what_is_made_anew(tmp_path: Path, name: str) -> N
             assert getattr(tokens, field) == getattr(plain_tokens, field), field
         assert tokens.summary() == plain_tokens.summary()
         assert [t.row for t in tokens.trees.numbered_from(7)] == [t.row + 7 for t in plain_tokens.trees]
-        made = data.audit(rows, tokens, {}, languages=False)
-        assert made == audit(plain, plain_tokens, {}, languages=False)
+        made = data.audit(rows, tokens, {}, path, languages=False)
+        assert made == audit(plain, plain_tokens, {}, path, languages=False)
         assert len(said) == 3 and all(("kept in" if turn == "made" else "read from") in s for s in said)
 
 
@@ -112,8 +112,9 @@ def test_a_split_is_the_same(tmp_path: Path) -> None:
         for part, want in zip(parts, expected, strict=True):
             assert isinstance(part.trees, StoredRows) and tuple(part.trees) == want.trees
             assert (part.fingerprint, part.total, part.quarantined) == (want.fingerprint, want.total, ())
-        made = data.audit(data.load(path, **READING), None, dict(zip(("a", "b"), parts, strict=True)), languages=False)
-        assert made == audit(plain, None, dict(zip(("a", "b"), expected, strict=True)), languages=False)
+        named = dict(zip(("a", "b"), parts, strict=True))
+        made = data.audit(data.load(path, **READING), None, named, path, languages=False)
+        assert made == audit(plain, None, dict(zip(("a", "b"), expected, strict=True)), path, languages=False)
     other = DataCache().split(DataCache().load(path, **READING), validation_rows=5, seed=4)
     assert other[1].fingerprint != expected[1].fingerprint
 

@@ -72,7 +72,7 @@ class Copies:
     def __init__(self, kind: str, places: Places) -> None:
         self.kind, self.places = kind, places
         self._row, self._there, self._back = array("Q"), array("Q"), array("Q")
-        self._label = array("b")
+        self._label, self._owner = array("b"), array("q")  # of each labelled answer: good or bad, and the row that it is of
 
     def update(self, row: View) -> None:
         # an answer with another label is no duplicate: it is a contradiction
@@ -82,9 +82,10 @@ class Copies:
             self._there.append(key(row.prompt, a, b))
             self._back.append(key(row.prompt, b, a) if a != b else 0)
         elif self.kind == "unpaired":
-            label = row.tree.completions[0].label
-            self._there.append(key(row.prompt, row.texts[0]))
-            self._label.append(-1 if label is None else int(label))
+            for answer in row.tree.completions:
+                self._there.append(key(row.prompt, answer.text))
+                self._label.append(-1 if answer.label is None else int(answer.label))
+                self._owner.append(len(self._row) - 1)
 
     def duplicates(self) -> np.ndarray:
         """(n,) int64: the first row that is the same."""
@@ -92,24 +93,29 @@ class Copies:
 
     def against(self) -> np.ndarray:
         """(n,) int64: the first earlier row that says the opposite, -1 where there is none."""
-        there = _uint64(self._there)
-        rows = np.arange(len(there))
-        if self.kind == "unpaired":
-            first = first_of_equal(there)
-            label = np.frombuffer(self._label, dtype=np.int8) if len(rows) else np.empty(0, np.int8)
-            return np.where(label != label[first], first, -1)
-        if self.kind != "pairs" or not len(rows):
-            return np.full(len(self._row), -1)
-        return earlier(there, _uint64(self._back))
+        there, found = _uint64(self._there), np.full(len(self._row), -1)
+        if not len(there):
+            return found
+        if self.kind == "pairs":
+            return earlier(there, _uint64(self._back))
+        first, owner = first_of_equal(there), np.frombuffer(self._owner, dtype=np.int64)
+        for answer in self._contradicting(first)[::-1]:  # the first of a row's answers is written last
+            found[owner[answer]] = owner[first[answer]]
+        return found
+
+    def _contradicting(self, first: np.ndarray) -> np.ndarray:
+        """Answers whose label is not that of the first equal one."""
+        label = np.frombuffer(self._label, dtype=np.int8)
+        return np.flatnonzero(label != label[first])
 
     def contradictory(self) -> np.ndarray:
         """(n,) bool: rows to which some row, earlier or later, says the opposite."""
         if self.kind == "pairs":
             return np.isin(_uint64(self._back), _uint64(self._there))  # 0 stands for a pair of equal answers
         found = np.zeros(len(self._row), bool)
-        if self.kind == "unpaired":
-            first, against = first_of_equal(_uint64(self._there)), self.against()
-            found = np.isin(first, against[against >= 0])
+        if self.kind == "unpaired" and len(self._there):
+            first, owner = first_of_equal(_uint64(self._there)), np.frombuffer(self._owner, dtype=np.int64)
+            found[owner[np.isin(first, first[self._contradicting(first)])]] = True
         return found
 
     def findings(self) -> Named:
@@ -348,14 +354,14 @@ class Labels:
     """The share of good answers."""
 
     def __init__(self) -> None:
-        self.good = self.rows = 0
+        self.good = self.answers = 0
 
     def update(self, row: View) -> None:
-        self.rows += 1
-        self.good += bool(row.tree.completions[0].label)
+        self.answers += len(row.tree.completions)
+        self.good += sum(bool(c.label) for c in row.tree.completions)
 
     def findings(self) -> Named:
-        yield "good_answers", Finding("answers labelled good", self.good, self.rows, ())
+        yield "good_answers", Finding("answers labelled good", self.good, self.answers, ())
 
 
 class Scores:
@@ -363,10 +369,8 @@ class Scores:
 
     def __init__(self) -> None:
         self.values = array("d")
-        self.rows = 0
 
     def update(self, row: View) -> None:
-        self.rows += 1
         self.values.extend(c.score for c in row.tree.completions if c.score is not None)
 
     def findings(self) -> Named:
@@ -375,7 +379,7 @@ class Scores:
             return
         low, mid, high = np.quantile(scores, [0.25, 0.5, 0.75])
         note = f"quartiles {low:g}, {mid:g}, {high:g}"
-        yield "scores", Finding("answers at or above the median score", int((scores >= mid).sum()), self.rows, (), note)
+        yield "scores", Finding("answers at or above the median score", int((scores >= mid).sum()), len(scores), (), note)
 
 
 @cache

@@ -39,9 +39,9 @@ def file_sha256(path: Path) -> str:
 def code_sha256() -> str:
     """SHA-256 over the sources of this package: rows that other code made are not taken for this code's."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.*")):
+    for path in sorted(Path(__file__).parent.rglob("*.*")):
         if path.suffix in (".py", ".txt"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+            digest.update(str(path.relative_to(Path(__file__).parent)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

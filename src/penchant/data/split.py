@@ -28,7 +28,7 @@ def split_by_prompt(
     """(train, validation) without a prompt in both; arguments and errors as for `held_out_rows`."""
     held = held_out_rows(dataset, validation_rows=validation_rows, validation_fraction=validation_fraction, seed=seed)
     outside = set(held)
-    return dataset.subset([i for i in range(dataset.accepted) if i not in outside]), dataset.subset(held)
+    return dataset.subset([i for i in range(len(dataset.trees)) if i not in outside]), dataset.subset(held)
 
 
 def held_out_rows(

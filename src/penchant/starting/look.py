@@ -96,8 +96,8 @@ def _quantiles(lengths: Sequence[int]) -> tuple[int, ...]:
 
 def _lengths(dataset: Dataset, model: str | None) -> tuple[list[int], list[int], str]:
     """Tokens of each row (prompt and longest completion) and of its prompt, of up to `SAMPLE` rows spread over the file."""
-    step = max(1, dataset.accepted // SAMPLE)
-    some = dataset.subset(range(0, dataset.accepted, step))
+    step = max(1, len(dataset.trees) // SAMPLE)
+    some = dataset.subset(range(0, len(dataset.trees), step))
     try:
         tokenizer = load_tokenizer(model) if model is not None else None
     except PenchantError:
