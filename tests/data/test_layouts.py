@@ -281,22 +281,6 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
     max_leaves=6,
 )
-_keys = st.sampled_from(
-    [
-        "role",
-        "content",
-        "from",
-        "value",
-        "text",
-        "response",
-        "Rating",
-        "confidence",
-        "replies",
-        "rank",
-        "user",
-        "assistant",
-    ]
-)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
