@@ -14,6 +14,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.demo import asset
 
+ROOT = Path(__file__).parents[1]
 SMALL = [
     "train.max_steps=1",
     "data.max_length=128",
@@ -49,7 +50,10 @@ def _make() -> None:
     Path("HuggingFaceTB").mkdir()
     for name in ("tuned", "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         shutil.copytree(start, name)
+    for part in ("recipes", "src"):  # a person is in the repository
+        Path(part).symlink_to(ROOT / part)
     _runs(start)
+    shutil.copyfile("train.jsonl", "runs/demo/pairs.jsonl")
 
 
 def _runs(start: str) -> None:

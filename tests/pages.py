@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,18 +133,21 @@ class Shell:
         """The whole page; what it started in the background must have been ended by it."""
         self.port = free_port()
         try:
-            for block in blocks(page):
-                self._block(block)
+            every = blocks(page)
+            for i, block in enumerate(every):
+                self._block(block, [c for b in every[i:] if b.language == "sh" for c in b.commands()])
             assert all(p.poll() is not None for p in self.background), f"{page} leaves a process behind"
         finally:
             for process in self.background:
                 with suppress(ProcessLookupError):
                     process.kill()
 
-    def _block(self, block: Block) -> None:
+    def _block(self, block: Block, to_come: list[str]) -> None:
         if block.file:
             Path(block.file).write_text(block.text)
-            forget_output(block.text)
+            kind = next((k for k, key in (("sweep", "base:"), ("pipeline", "stages:")) if key in block.text), "train")
+            if any(c.startswith(f"penchant {kind} {block.file}") for c in to_come):
+                forget_output(block.text)
         elif block.language == "python":
             exec(compile(self._here(block.text), str(block), "exec"), {"__name__": "page"})
             self.ran += 1
@@ -162,7 +165,9 @@ class Shell:
         if parts[0] == "kill":
             self._kill(where, parts[1:])
         elif parts[0] == "penchant" and parts[-1] == "&":
-            self.background.append(subprocess.Popen(["bash", "-c", f"exec {command[:-1]}"], env=_environment(), text=True))
+            self.background.append(
+                subprocess.Popen(["bash", "-c", f"exec {command[:-1]}"], env=_environment(), text=True)
+            )
         elif parts[0] == "penchant" and not OPERATORS & set(parts):
             self._penchant(where, command, parts[1:], self._typed(command))
         elif "| penchant " in command:
@@ -182,7 +187,9 @@ class Shell:
         code = main(arguments)
         assert code == 0, f"{where}: {command}\n{self.capsys.readouterr().err}"
         if arguments[0] == "init":
-            forget_output(Path(arguments[arguments.index("--output") + 1] if "--output" in arguments else "run.yaml").read_text())
+            forget_output(
+                Path(arguments[arguments.index("--output") + 1] if "--output" in arguments else "run.yaml").read_text()
+            )
 
     def _bash(self, where: Block, command: str) -> str:
         parts = words(command)
@@ -213,10 +220,3 @@ def _environment() -> dict[str, str]:
 def runs_something(page: str) -> bool:
     """Whether a page has a block that can be run."""
     return any(b.language in ("sh", "python") for b in blocks(page))
-
-
-def steps(page: str) -> Iterator[tuple[Block, str]]:
-    """Every shell command of a page."""
-    for block in blocks(page):
-        if block.language == "sh":
-            yield from ((block, command) for command in block.commands())

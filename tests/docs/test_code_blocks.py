@@ -32,7 +32,6 @@ NOT_RUN = {
     r"^make ": "minutes long, or installs; `make demo` is tests/test_demo.py",
     r"^docker ": "needs a container engine; tests/docs/test_docker.py checks the files",
     r"^(python -m )?pip install ": "needs the network",
-    r"--push ": "needs the network and an account; tests/export/ has a hub on this machine",
     r"--judge http": "needs a model behind an endpoint; tests/judges/ has one on this machine",
     r"--host 0\.0\.0\.0": "listens to other machines until it is ended; tests/talk/ does so on this one",
     r"^export ": "is for the shell that a person sits at, and the command after it is not run here",
@@ -98,7 +97,8 @@ def test_yaml_is_a_config(block: Block, shown_files: Path, monkeypatch: pytest.M
 
 
 def test_settings_in_tables_are_configs(tmp_path: Path) -> None:
-    sections = re.findall(r"^\| [^|]*\| `((?:loss|reference): \{.*?\})`", (ROOT / "README.md").read_text(), flags=re.M)
+    text = (ROOT / "docs/methods/index.md").read_text()
+    sections = re.findall(r"^\| [^|]*\| `((?:loss|reference): \{.*?\})`", text, flags=re.M)
     assert len(sections) == 5
     for section in sections:
         (tmp_path / "run.yaml").write_text(f"model: {{path: m}}\ndata: {{path: d}}\noutput: o\n{section}\n")
