@@ -2,6 +2,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
+TOOLS := .venv/.ready-tools
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# one thread a worker: as many workers as cores share the machine without getting into each other's way
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: demo test test-all bench docs docker-check lint clean
@@ -9,33 +13,38 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 $(READY): pyproject.toml constraints.txt
 	@echo "installing into .venv (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
-	@touch $(READY)
+	@$(INSTALL) torch
+	@$(INSTALL) -e .
+	@touch $@
+
+# The optional packages that tests need to be more than skipped; mlflow and trackio are left out for their size.
+$(TOOLS): $(READY)
+	@echo "installing what tests and checks use into .venv"
+	@$(INSTALL) -e '.[dev,docs,eval,gguf,languages,search,serve,tensorboard,wandb]'
+	@touch $@
 
 demo: $(READY)  ## align the bundled small model, offline, and write a report
 	@$(BIN)/penchant demo
 
-test: $(READY)  ## the default suite
-	@$(BIN)/python -m pytest
+test: $(TOOLS)  ## the default suite
+	@$(PYTEST)
 
-test-all: $(READY)  ## everything, the slow tests too
-	@$(BIN)/python -m pytest -m ''
+test-all: $(TOOLS)  ## everything, the slow tests too
+	@$(PYTEST) -m ''
 
 bench: $(READY)  ## DPO against the peer, in turn, on this machine (about half an hour)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]'
+	@$(INSTALL) -e '.[gguf]'
 	@$(BIN)/python benchmarks/dpo_vs_trl.py
 
-docs: $(READY)  ## the documentation site, into site/; a warning is an error
-	@$(BIN)/python -c 'import material, latex2mathml' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+docs: $(TOOLS)  ## the documentation site, into site/; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "site/index.html; with search: $(BIN)/python -m http.server -d site -b 127.0.0.1"
 
-docker-check: $(READY)  ## lint the Dockerfiles and run the CPU one's steps without an engine (as root, on Linux)
+docker-check: $(TOOLS)  ## lint the Dockerfiles and run the CPU one's steps without an engine (as root, on Linux)
 	@$(BIN)/hadolint docker/cpu.Dockerfile docker/cuda.Dockerfile
 	@$(BIN)/python docker/check.py docker/cpu.Dockerfile
 
-lint: $(READY)
+lint: $(TOOLS)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
