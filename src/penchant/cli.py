@@ -31,13 +31,16 @@ EXIT_CODES = """exit codes:
 
 # glibc gives freed activations back to the kernel and faults them in again each step, which costs a third of the time;
 # passive waiting keeps a shared machine usable, and a short spin before it saves waking a thread for every small operation (15% of a
-# training step, a third of decoding). All are read at process start, hence the re-execution.
+# training step, a third of decoding); oneDNN keeps 1,024 prepared products, and a run's micro-batches rarely have one size twice: 128
+# are enough for the layers of a pass and hold some hundred MB less (benchmarks/product_cache.py). All are read at process start, hence
+# the re-execution.
 ALLOCATOR_ENV = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "10000",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
 }
 
 

@@ -181,7 +181,7 @@ def test_the_ratio_guard_refuses_a_whole_step(tmp_path: Path, jump: float, taken
         write_model=lambda _: None,
         console=QuietConsole(),
     )
-    line, _, _ = loop._step(0, 4, loop.schedule)
+    line, _, _ = loop.take_step(0, loop.schedule)
     moved = any(bool((p != b).any()) for p, b in zip(parameters, before, strict=True))
     assert moved == taken and ("skipped" not in line) == taken
     assert all(p.grad is None for p in parameters)

@@ -76,6 +76,7 @@ class _TokenLogps(torch.autograd.Function):
             d = kept[part] if kept is not None else hidden.new_empty(hidden[part].shape[0], vocab)
             torch.mm(hidden[part], weight.t(), out=d)
             logps.append(_softmax_rows(d, targets[part], d if keep else None, collision[part] if alignment else None))
+            del d  # before the next rows get theirs
         if wants_grad:
             ctx.save_for_backward(hidden, targets)
             ctx.weight, ctx.kept = weight, kept
@@ -98,6 +99,7 @@ class _TokenLogps(torch.autograd.Function):
                 torch.mul(torch.mm(d, weight), g[part], out=grad_hidden[part])
             if want_weight:
                 grad_weight = add_weight_grad(weight, d, scaled[part], grad_weight)
+            del d
         ctx.kept = None
         return grad_hidden, grad_weight, None, None
 

@@ -64,6 +64,14 @@ def activations_of(run: OutlinedRun, model: Any, batches: Sequence[Sequence[Toke
     return _by_shapes(run, model, packed[0])
 
 
+def forward_bytes(run: OutlinedRun, model: Any, batch: Sequence[TokenTree], fast: bool) -> int:
+    """Of a pass without gradient."""
+    packed = pack(list(batch), shared=run.shared_prompts)
+    if fast:
+        return _by_formula(model, [packed], run.dtype, False, run.reward_parts is None).forward
+    return _forward_by_shapes(run, model, packed)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # transformers' layers: the operations themselves, on shapes alone
 
@@ -72,20 +80,31 @@ def _by_shapes(run: OutlinedRun, model: Any, packed: PackedBatch) -> Activations
     batch = packed.to(META)
     hooks = _outlined_precision(model, run.dtype)
     engine = _engine(run, model)
-    known = list(model.parameters()) + list(model.buffers())
     model.train()
-    with _flash_attention(), LiveBytes(known) as with_gradient:
+    with _flash_attention(), LiveBytes(_known(model)) as live:
         _of_completions(engine, batch).backward()
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    with _flash_attention(), LiveBytes(known) as without, torch.no_grad():
-        model.eval()
-        _of_completions(engine, batch)
     for hook in hooks:
         hook.remove()
     for p in model.parameters():
         p.grad = None
     # gradients that stay are a part of their own; what is left of the peak is activations and passing gradients
-    return Activations(max(0, with_gradient.peak - gradients), 0, 0, without.peak, "shapes")
+    forward = _forward_by_shapes(run, model, packed)
+    return Activations(max(0, live.peak - gradients), 0, 0, forward, "shapes")
+
+
+def _forward_by_shapes(run: OutlinedRun, model: Any, packed: PackedBatch) -> int:
+    for hook in _outlined_precision(model, run.dtype):
+        hook.remove()
+    engine = _engine(run, model)
+    model.eval()
+    with _flash_attention(), LiveBytes(_known(model)) as live, torch.no_grad():
+        _of_completions(engine, packed.to(META))
+    return live.peak
+
+
+def _known(model: Any) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 @contextmanager
@@ -178,7 +197,10 @@ def _by_formula(
     states = size * (
         2 * t * d + 2 * len(batch.target_ids) * d
     )  # of the final norm, before and after; what the head reads
-    forward = running + states + (size + 4) * min(len(batch.target_ids), _MATMUL_ROWS) * config.vocab_size * has_head
+    chunk = size * min(len(batch.target_ids), _MATMUL_ROWS) * config.vocab_size + _softmax_bytes(
+        len(batch.target_ids), config.vocab_size
+    )
+    forward = states + max(running, chunk * has_head)
     # the head is done before the layers run backward: the larger of the two moments counts
     worst = max(head, passing + kept * recompute)
     return Activations(saved + states, worst, layouts, forward, "formula")
@@ -186,9 +208,14 @@ def _by_formula(
 
 def _head_bytes(rows: int, vocabulary: int, d: int, size: int) -> int:
     whole = rows * vocabulary * size
-    passing = rows * d * size * 2 + 3 * 4 * min(_SOFTMAX_ELEMENTS, rows * vocabulary)
+    passing = max(rows * d * size * 2, _softmax_bytes(rows, vocabulary))  # of the backward pass, of the forward pass
     kept = whole if whole <= _KEEP_BYTES else max(_MATMUL_ROWS * vocabulary * size, _KEEP_BYTES)
-    return kept + passing
+    return min(whole, kept) + passing
+
+
+def _softmax_bytes(rows: int, vocabulary: int) -> int:
+    """Probabilities of some rows in fp32, and what makes them."""
+    return 3 * 4 * min(max(_SOFTMAX_ELEMENTS, vocabulary), rows * vocabulary)
 
 
 def _plan_bytes(plan: Any) -> int:

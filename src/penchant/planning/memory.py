@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 
 from penchant.algorithms.options import PPOConfig
+from penchant.data.packing import tree_tokens
 from penchant.errors import PenchantError
 from penchant.models.structure import base_model_of
-from penchant.planning.activations import Activations, activations_of
+from penchant.planning.activations import Activations, activations_of, forward_bytes
+from penchant.planning.evaluating import start_weights, writing_bytes
 from penchant.planning.outline import OutlinedRun, parameter_counts, weight_file_bytes
 from penchant.planning.work import Work, passes_over
 
@@ -29,9 +31,10 @@ TRAINING_LIBRARIES = (
 # What the heap loses between tensors of different sizes. The fast path makes the same few tensors layer by layer; autograd keeps
 # hundreds of many sizes, and frees them in another order than they came in.
 HEAP_LOSS = {"formula": 0.05, "shapes": 0.20, "rule of thumb": 0.20}
-# oneDNN prepares every bf16 product of a new size and keeps 1,024 of them: about 14 for a pass with gradient, so 72 sizes of passes.
-PREPARED_PASS = 8 * MIB
-PREPARED_PASSES = 72
+# oneDNN prepares every bf16 product of a new size and keeps the last ones (the command line says 128, oneDNN itself 1,024).
+CAPACITY, CAPACITY_WITHOUT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 1024
+PREPARED_PRODUCT = MIB // 2
+PRODUCTS = {True: 31, False: 12}  # of a pass with gradient, and without
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +108,17 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
         "before the first step": before + _heap(activations.forward, heap) + held * size,
         "a training step": step,
     }
-    if _loads_the_start_again(run):
-        # its fp32 weights take the place of activations, but those pages stay; the file that it is read from comes on top
-        moments["an evaluation, which loads the start again"] = step + weight_file_bytes(run.config.model.path, model)
+    asked = [activations.forward, _scoring(run, activations), writing_bytes(run, size)]
+    evaluating = process + _heap(lasting - process + max(asked), heap)
+    again = start_weights(run)
+    if again:
+        # its fp32 weights take the place of activations, whose pages stay; the file that it is read from comes on top
+        evaluating = max(step, evaluating, process + _heap(lasting - process + again * 4, heap))
+        evaluating += weight_file_bytes(run.config.reference.path or run.config.model.path, model)
+    if run.trees[1]:
+        moments["an evaluation" + (", which loads the start again" if again else "")] = evaluating
+    elif asked[-1]:
+        moments["writing answers"] = evaluating
     parts["lost between tensors"] = moments["a training step"] - sum(parts.values())
     total, free = machine_memory()
     return Memory(
@@ -116,17 +127,19 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
         total,
         free,
         coarse,
-        _advice(run, parts, activations, trainable, every, total, max(moments.values())),
+        () if max(moments.values()) <= total else _advice(run, parts, activations, trainable, every),
     )
 
 
 def _prepared(run: OutlinedRun, work: Work) -> int:
-    """Passes of sizes that do not come again, those without gradient at 2/5 of the price."""
+    """Of passes of sizes that do not come again, up to the cache's capacity in this process."""
     if run.device.type != "cpu":
         return 0
     once = run.trees[0] if "reference" in run.needs and run.reference_kind == "cached" else []
     forward = len(passes_over(run, once)) + len(passes_over(run, run.trees[1]))
-    return round(min(PREPARED_PASSES, work.passes + 0.4 * forward) * PREPARED_PASS)
+    said = os.environ.get(CAPACITY, "")
+    capacity = int(said) if said.isdigit() else CAPACITY_WITHOUT
+    return min(capacity, PRODUCTS[True] * work.passes + PRODUCTS[False] * forward) * PREPARED_PRODUCT
 
 
 def _heap(held: int, factor: float) -> int:
@@ -149,7 +162,7 @@ def _activations(run: OutlinedRun, work: Work) -> tuple[Activations, str]:
         found = _rule_of_thumb(run, work)
         return found, "this model's operations cannot be counted on shapes alone; activations are a rule of thumb"
     if run.online is not None:
-        return found, "rollouts count as long as they may be; their key-value cache and reward models are not counted"
+        return found, "rollouts count as long as they may be; reward models are not counted"
     return found, ""
 
 
@@ -169,12 +182,15 @@ def _frozen_models(run: OutlinedRun) -> int:
     return parameter_counts(base_model_of(run._fresh_model(run.config.model)))[0]
 
 
-def _loads_the_start_again(run: OutlinedRun) -> bool:
-    """Whether an evaluation loads the start and lets it go again: where answers are compared with it and no reference runs live."""
-    if not run.trees[1] or run.reward_parts is not None or run.config.lora is not None or run.signal == "tokens":
-        return False
-    held = "reference" in run.needs and run.reference_kind == "frozen" and not run.config.reference.moves
-    return run.writes_fresh and run.online is None and not held
+def _scoring(run: OutlinedRun, known: Activations) -> int:
+    """A pass over the largest micro-batch of held-out rows; `known` stands for it where training has a larger one."""
+    trees = run.trees[1]
+    passes = passes_over(run, trees) if trees and run.online is None else []
+    if not passes or known.by == "rule of thumb":
+        return 0
+    tokens = [sum(tree_tokens(trees[i], run.shared_prompts) for i in members) for members in passes]
+    largest = passes[tokens.index(max(tokens))]
+    return forward_bytes(run, run.model, [trees[i] for i in largest], run.layout[1])
 
 
 def _value(run: OutlinedRun) -> tuple[int, int]:
@@ -223,14 +239,10 @@ def high_water() -> int:
 
 
 def _advice(
-    run: OutlinedRun, parts: dict[str, int], activations: Activations, trainable: int, every: int, total: int, peak: int
+    run: OutlinedRun, parts: dict[str, int], activations: Activations, trainable: int, every: int
 ) -> tuple[tuple[str, int], ...]:
-    """What to set, and what it would save, the largest saving first; empty where the run fits."""
-    if peak <= total:
-        return ()
-    size = torch.empty(0, dtype=run.dtype).element_size()
+    """What to set, and what it would save, the largest saving first."""
     found = [(text, saved(run, parts, activations, trainable, every)) for text, saved in CHANGES.items()]
-    del size
     return tuple(sorted(((t, s) for t, s in found if s > 0), key=lambda pair: -pair[1]))
 
 

@@ -141,10 +141,9 @@ def _copy_of(run: OutlinedRun, folder: Path, steps: int) -> _Throwaway:
 def _timed_steps(loop: Loop) -> tuple[list[float], list[int]]:
     seconds, tokens = [], []
     schedule = loop.schedule
-    total = schedule.total_steps
-    for step in range(total):
+    for step in range(schedule.total_steps):
         started = time.perf_counter()
-        _, counted, _ = loop._step(step, total, schedule)
+        _, counted, _ = loop.take_step(step, schedule)
         seconds.append(time.perf_counter() - started)
         tokens.append(counted)
     return seconds, tokens

@@ -157,9 +157,8 @@ def _decode_pooled(
     n, new_tokens = written.settings.n, written.settings.max_new_tokens
     longest = max(map(len, prompts))
     if rows_at_once is None:
-        per_row = cache_bytes_per_token(model) * (new_tokens + PROMPTS_HELD * longest / n)
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        rows_at_once = int(min(384, CACHE_BYTES / per_row, LOGITS_AT_ONCE / vocabulary))
+        rows_at_once = rows_by_memory(cache_bytes_per_token(model), vocabulary, n, longest, new_tokens)
     at_once = max(1, min(len(prompts), rows_at_once // n))  # prompts whose rows all run together
     rows, groups = at_once * n, min(len(prompts), PROMPTS_HELD * at_once)
     decoder = FastDecoder(model, rows=rows, groups=groups, prompt_tokens=longest, new_tokens=new_tokens)
@@ -178,6 +177,16 @@ def _decode_pooled(
         if progress is not None and done > reported:
             progress(done, len(prompts))
             reported = done
+
+
+def rows_by_memory(token_bytes: int, vocabulary: int, n: int, longest: int, new_tokens: int) -> int:
+    """Rows that are decoded together: as many as caches and logits have room for, at most 384.
+
+    Args:
+        token_bytes: of keys and values of one token in every layer; n: completions of a prompt; longest, new_tokens: of prompts and completions.
+    """
+    per_row = token_bytes * (new_tokens + PROMPTS_HELD * longest / n)
+    return int(min(384, CACHE_BYTES / per_row, LOGITS_AT_ONCE / vocabulary))
 
 
 class Pool:

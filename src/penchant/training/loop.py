@@ -117,7 +117,7 @@ class Loop:
         with _signals(self):
             for step in range(self.state.step, total):
                 started = time.perf_counter()
-                line, tokens, trees = self._step(step, total, schedule)
+                line, tokens, trees = self.take_step(step, schedule)
                 self.state.step = step + 1
                 self.state.tokens += tokens
                 if (step + 1) % self.logging.every == 0 or step + 1 == total:
@@ -172,8 +172,19 @@ class Loop:
             values = self.evaluate(step) if self.evaluate is not None else {}
         raise Paused(str(self.folder), step, total, finite(values))
 
-    def _step(self, step: int, total: int, schedule: BatchSchedule) -> tuple[Metrics, int, int]:
-        """One optimiser step; returns its metrics line, its tokens and its trees."""
+    def take_step(self, step: int, schedule: BatchSchedule) -> tuple[Metrics, int, int]:
+        """One optimiser step, and nothing around it: no log, no evaluation, no checkpoint.
+
+        Args:
+            step: counted from 0; schedule: the loop's own, made once for many steps.
+
+        Returns:
+            Its metrics line, its tokens and its trees.
+
+        Raises:
+            TrainingStopped: NaN/Inf, or a failed step-0 check.
+        """
+        total = schedule.total_steps
         trees: Sequence[TokenTree] = [self.trees[i] for i in schedule.batch(step)]
         self._seed(step, 0)
         self.model.train()

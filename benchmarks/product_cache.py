@@ -1,0 +1,109 @@
+"""What oneDNN's cache of prepared products costs and saves: peak memory, time and final weights of a bf16 run on the CPU by its capacity.
+
+    python benchmarks/product_cache.py --data FILE [--model DIR] [--capacities 1024,64,128,256] [--rounds 2] [--steps 24]
+
+oneDNN prepares every product of a new size and keeps it (1,024 of them by default); micro-batches of a run rarely have the same size
+twice. The capacities take turns, `--rounds` times, each in a process of its own, as the command line runs it. CPU seconds are the process's
+own (user), so that a shared machine blurs them less than the clock; the steps' seconds are the clock's. The weights of every run must be
+equal to the last bit, else there is no table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parents[1] / "src" / "penchant" / "assets" / "model"
+VARIABLE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One run: bytes at most, user CPU seconds of the whole process, seconds of each step but the first, digest of the weights."""
+
+    peak: int
+    cpu: float
+    steps: tuple[float, ...]
+    weights: str
+
+
+def config_of(args: argparse.Namespace, folder: Path) -> str:
+    data = {"path": str(args.data), "limit": args.rows, "max_length": args.max_length, "on_bad_row": "skip"}
+    train = {"batch_size": args.batch, "max_steps": args.steps, "tokens_per_step": args.tokens, "lr": 1e-5}
+    config = {"model": {"path": str(args.model), "dtype": "bf16"}, "data": data, "train": train, "output": str(folder)}
+    return json.dumps({**config, "loss": "dpo", "evaluation": {"samples": 0, "kl_prompts": 0}})  # JSON is YAML
+
+
+def run_with(capacity: int, args: argparse.Namespace) -> Outcome:
+    with tempfile.TemporaryDirectory(prefix="product-cache-") as name:
+        folder = Path(name)
+        (folder / "run.yaml").write_text(config_of(args, folder / "run"))
+        environment = {**os.environ, "PENCHANT_CACHE": str(folder / "cache"), VARIABLE: str(capacity)}
+        environment.pop("PENCHANT_REEXECUTED", None)
+        command = [sys.executable, "-m", "penchant", "train", str(folder / "run.yaml"), "--quiet"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+        lines = [json.loads(line) for line in (folder / "run" / "perf.jsonl").read_text().splitlines()]
+        (weights,) = (folder / "run" / "checkpoints").glob("*/model/*.safetensors")
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        peak = usage.ru_maxrss * (1024 if sys.platform == "linux" else 1)
+        return Outcome(peak, usage.ru_utime, tuple(line["seconds"] for line in lines[1:]), digest)
+
+
+def table(found: dict[int, list[Outcome]]) -> str:
+    first = next(iter(found.values()))
+    rows = ["| capacity | peak MB | of the first | user CPU s | of the first (lowest, highest) | ms a step (median) |"]
+    rows.append("| --- | --- | --- | --- | --- | --- |")
+    for capacity, outcomes in found.items():
+        peak = max(o.peak for o in outcomes)
+        pairs = [o.cpu / b.cpu for o, b in zip(outcomes, first, strict=True)]
+        cpu = statistics.median(o.cpu for o in outcomes)
+        step = statistics.median(s for o in outcomes for s in o.steps)
+        rows.append(
+            f"| {capacity} | {peak / 2**20:,.0f} | {peak / max(o.peak for o in first):.3f} | {cpu:.1f} | "
+            f"{statistics.median(pairs):.3f} ({min(pairs):.3f}, {max(pairs):.3f}) | {step * 1000:,.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=ASSETS, help="a folder; default: the bundled model")
+    parser.add_argument("--data", type=Path, required=True, help="rows of pairs")
+    parser.add_argument(
+        "--capacities", default="1024,64,128,256", help="the first one is what the others are compared with"
+    )
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=2048, help="train.tokens_per_step")
+    parser.add_argument("--max-length", type=int, default=512)
+    args = parser.parse_args()
+    capacities = [int(c) for c in args.capacities.split(",")]
+    found: dict[int, list[Outcome]] = {c: [] for c in capacities}
+    for turn in range(args.rounds):
+        for capacity in capacities if turn % 2 == 0 else reversed(capacities):
+            outcome = run_with(capacity, args)
+            found[capacity].append(outcome)
+            print(
+                f"{capacity}: {outcome.peak / 2**20:,.0f} MB, {outcome.cpu:.1f} s of CPU", file=sys.stderr, flush=True
+            )
+    if len({o.weights for outcomes in found.values() for o in outcomes}) > 1:
+        raise SystemExit("the runs' weights differ")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
