@@ -95,11 +95,13 @@ def test_what_comes_out_equals_what_is_made_anew(tmp_path: Path, name: str) -> N
         assert len(said) == 3 and all(("kept in" if turn == "made" else "read from") in s for s in said)
 
 
-def test_half_of_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
+def test_half_of_a_surrogate_pair_is_kept_aside(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}\n')
+    path.write_text('{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}\n' + json.dumps(pair(0)) + "\n")
+    plain = load_preferences(str(path), **READING)
     for _ in range(2):
-        assert DataCache().load(str(path), **READING).trees[0].prompt == "\ud800"
+        rows = DataCache().load(str(path), **READING)
+        assert rows.quarantined == plain.quarantined and rows.quarantined[0].raw["prompt"] == "\ud800"
 
 
 def test_a_split_is_the_same(tmp_path: Path) -> None:
