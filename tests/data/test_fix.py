@@ -136,7 +136,8 @@ def test_packed_lines_stay_packed_and_others_become_lines(tmp_path: Path) -> Non
 
 def test_a_lone_surrogate_is_written_as_an_escape(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
-    good, bad = ('{"prompt": "%s", "chosen": "a", "rejected": "b", "note": "\\ud800"}' % p for p in ("p", "\\ud800"))
+    good = '{"prompt": "p", "chosen": "a", "rejected": "b", "note": "\\ud800"}'
+    bad = good.replace('"p"', '"\\ud800"')
     source.write_text(f"{good}\n{bad}\n")
     done = fix(str(source), tmp_path / "b.jsonl")
     assert lines(done.output) == [json.loads(good)] and done.dropped["bad_rows"] == 1

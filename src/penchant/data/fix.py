@@ -205,11 +205,15 @@ def _decide(source: str, rules: Sequence[str], against: Sequence[str], shape: st
     leakage = _others(against, shape) if "leakage" in rules else None
     groups = tuple(g for g in sensitive.GROUPS if g in rules)
     if stream.grouped:
-        raise DataError(source, f"rows of the layout {stream.shape} make examples together", _first(source, stream.shape))
+        raise DataError(
+            source, f"rows of the layout {stream.shape} make examples together", _first(source, stream.shape)
+        )
     for made in stream:
         (row,) = made.source
         if len(made.trees) > 1:
-            raise DataError(row.where, f"a row of the layout {stream.shape} gives several examples", _first(source, stream.shape))
+            raise DataError(
+                row.where, f"a row of the layout {stream.shape} gives several examples", _first(source, stream.shape)
+            )
         mark = 0
         if made.trees:
             (result,) = made.trees
