@@ -1,15 +1,18 @@
 """Data at scale: rows/s and peak memory of `data audit` and of tokenising, on synthetic rows; found against planted.
 
-    python benchmarks/data_scale.py                      # 10k, 100k and 1M rows
+    python benchmarks/data_scale.py                      # lmsys layout: 10k, 100k and 1M rows
     python benchmarks/data_scale.py --rows 10000 100000 --no-tokens
+    python benchmarks/data_scale.py --layout pairs       # pairs, with contradictions among them
+    python benchmarks/data_scale.py --no-audit --scale 0.1 --rows 1000000   # start of training: short rows, cold and warm
 
-Rows are pairs of conversations with the columns of the arena sets of lmsys (models, language, who won), seeded, with words
-drawn at random. Each size is audited in a process of its own; its peak memory is that process's, Python and libraries included.
+Rows are made by `data_rows.py`. Each size is measured in a process of its own; peak memory is that process's (VmHWM), Python and
+libraries included.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -19,30 +22,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from data_rows import KINDS, generate
 
-PLANTED = {  # share of rows
-    "duplicates": 0.02,
-    "near_duplicates": 0.02,
-    "contradictions": 0.01,
-    "pii_email": 0.01,
-    "secrets_api_key": 0.005,
-    "refusals_chosen": 0.01,
-}
-REFUSAL = "I'm sorry, but I can't help with that. "
+LINEAR = 1.25  # the most that a row of one size may cost against a row of another to be called linear
+MEMORY = 2048.0  # MB that the largest may take
 
 
 def main() -> None:
     """Generate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layout", choices=list(KINDS), default="lmsys")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where the rows go and stay (default: a temporary folder)")
-    parser.add_argument("--no-tokens", action="store_true", help="leave tokenising out")
-    parser.add_argument("--no-audit", action="store_true", help="leave the audit out")
     parser.add_argument(
-        "--max-token-rows", type=int, default=100_000, help="tokenise no more rows than this without a cache hit"
+        "--scale", type=float, default=1.0, help="length of the texts, 1: questions of about 30 words, answers of 100"
     )
+    parser.add_argument("--folder", type=Path, help="where rows and cache go and stay (default: a temporary folder)")
+    parser.add_argument("--no-tokens", action="store_true", help="leave tokenising and starting out")
+    parser.add_argument("--no-audit", action="store_true", help="leave the audit out")
+    parser.add_argument("--no-threads", action="store_true", help="leave out tokenising with one and two processes")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--worker", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -53,46 +51,72 @@ def main() -> None:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         figures = [measure(folder, n, args) for n in args.rows]
+    if not args.no_audit:
+        print(table(figures))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
 
 
 def measure(folder: Path, n: int, args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one size, printed as they come."""
-    path = folder / f"rows-{args.seed}-{n}.jsonl"
+    path = folder / f"{args.layout}-{args.seed}-{args.scale:g}-{n}.jsonl"
     planted_at = path.with_suffix(".planted.json")
     if not planted_at.exists():
-        planted_at.write_text(json.dumps(generate(path, n, args.seed)))
+        planted_at.write_text(json.dumps(generate(path, n, args.seed, args.layout, args.scale)))
     planted = json.loads(planted_at.read_text())
-    print(f"\n{n:,} rows, {path.stat().st_size / 1e6:,.0f} MB")
+    print(f"\n{n:,} rows ({args.layout}), {path.stat().st_size / 1e6:,.0f} MB", flush=True)
     figures: dict[str, Any] = {"rows": n, "bytes": path.stat().st_size, "planted": planted}
     if not args.no_audit:
         figures["audit"] = made = worker("audit", str(path))
-        print(
-            f"  audit: {made['seconds']:.1f} s, {n / made['seconds']:,.0f} rows/s, {1e6 * made['seconds'] / n:.0f} us a row, "
-            f"peak {made['peak_mb']:,.0f} MB ({made['start_mb']:,.0f} MB before the first row)"
-        )
         for name, count in planted.items():
-            print(f"    {name:<18} planted {count:>7,}  found {made['found'].get(name, 0):>7,}")
+            print(f"    {name:<18} planted {count:>7,}  found {made['found'].get(name, 0):>7,}", flush=True)
     if not args.no_tokens:
-        figures["tokens"] = tokens(path, n, folder, args.max_token_rows)
+        figures["tokens"] = tokens(path, n, folder, args)
     return figures
 
 
-def tokens(path: Path, n: int, folder: Path, most: int) -> dict[str, Any]:
-    """Rows/s of tokenising with one and two threads, and of a start with and without the cache."""
+def table(figures: list[dict[str, Any]]) -> str:
+    """The audit of all sizes, and the verdicts."""
+    lines = ["", "| rows | file | audit | rows/s | a row | of the first's | peak memory | found = planted |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    costs = [f["audit"]["seconds"] / f["rows"] for f in figures]
+    for f, cost in zip(figures, costs, strict=True):
+        made, same = f["audit"], all(f["audit"]["found"].get(k, 0) == v for k, v in f["planted"].items())
+        lines.append(
+            f"| {f['rows']:,} | {f['bytes'] / 1e6:,.0f} MB | {made['seconds']:.1f} s | {1 / cost:,.0f} | {1e6 * cost:.0f} us "
+            f"| {cost / costs[0]:.2f} | {made['peak_mb']:,.0f} MB | {'yes' if same else 'no'} |"
+        )
+    ratio, peak = max(costs) / min(costs), max(f["audit"]["peak_mb"] for f in figures)
+    linear = "linear" if ratio <= LINEAR else "not linear"
+    lines += ["", f"time: {linear} (a row costs at most {ratio:.2f} times what it costs at another size)"]
+    if len(figures) > 1:
+        low, high = figures[0], figures[-1]
+        grown = 1e6 * (high["audit"]["peak_mb"] - low["audit"]["peak_mb"]) / (high["rows"] - low["rows"])
+        lines.append(f"memory: {grown:,.0f} bytes a row, whatever is in it")
+    lines.append(f"peak: {'below' if peak < MEMORY else 'ABOVE'} {MEMORY:,.0f} MB")
+    return "\n".join(lines)
+
+
+def tokens(path: Path, n: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Rows/s of tokenising, and a start of training without and with the cache."""
     figures: dict[str, Any] = {}
-    if n <= most:
+    if not args.no_threads:
         for threads in (1, 2):
             figures[f"threads_{threads}"] = made = worker("tokenise", str(path), RAYON_NUM_THREADS=str(threads))
             print(
-                f"  tokenise, {threads} thread(s): {n / made['seconds']:,.0f} rows/s (loading the rows: {made['load']:.1f} s)"
+                f"  tokenise, {threads} thread(s): {n / made['seconds']:,.0f} rows/s, {made['tokens'] / n:.0f} tokens a row, "
+                f"CPU {made['cpu']:.1f} s in {made['seconds']:.1f} s (loading the rows: {made['load']:.1f} s)",
+                flush=True,
             )
-    cache = folder / f"cache-{n}"
+    cache = folder / f"cache-{path.stem}"
     for start in ("cold", "warm"):
-        figures[start] = made = worker("start", str(path), PENCHANT_CACHE=str(cache))
-        print(f"  {start} start: {made['seconds']:.1f} s to the first batch, peak {made['peak_mb']:,.0f} MB")
-        print("    " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in made["parts"].items()))
+        figures[start] = made = worker("start", str(path), args.layout, PENCHANT_CACHE=str(cache))
+        print(
+            f"  {start} start: {made['seconds']:.1f} s to the first batch ({made['cpu']:.1f} s of CPU), peak {made['peak_mb']:,.0f} MB"
+        )
+        print("    " + ", ".join(f"{part} {seconds:.2f} s" for part, seconds in made["parts"].items()), flush=True)
+    if figures["cold"]["batch"] != figures["warm"]["batch"]:
+        raise SystemExit("the first batch of the warm start is not that of the cold one")
     return figures
 
 
@@ -140,23 +164,29 @@ def _tokenise(path: str) -> dict[str, Any]:
     rows = load_preferences(path, on_bad_row="skip")
     load = time.perf_counter() - start
     tokenizer = load_tokenizer(_model())
-    start = time.perf_counter()
-    tokenise(rows, tokenizer, max_length=1024, on_bad_row="skip")
-    return {"seconds": time.perf_counter() - start, "load": load, "peak_mb": _peak()}
+    start, cpu = time.perf_counter(), time.process_time()
+    made = tokenise(rows, tokenizer, max_length=512, on_bad_row="skip")
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    count = sum(t.shared_tokens for t in made.trees)
+    return {"seconds": seconds, "cpu": cpu, "load": load, "tokens": count, "peak_mb": _peak()}
 
 
-def _start(path: str) -> dict[str, Any]:
-    """All that a training run does with its rows before the first step; models and weights are left out."""
+LOSS = {"lmsys": "sft", "pairs": "simpo"}  # methods without a reference: its pass over the rows is no part of the start
+
+
+def _start(path: str, layout: str) -> dict[str, Any]:
+    """All that `penchant train` does before its first optimiser step, with the bundled model; nothing is evaluated."""
     from penchant.config import RunConfig
+    from penchant.reference import cache_key
     from penchant.run import Run
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    data = {"path": path, "max_length": 1024, "validation_rows": 500, "on_bad_row": "skip"}
+    data = {"path": path, "max_length": 512, "validation_rows": 500, "on_bad_row": "skip", "cache": "auto"}
     with tempfile.TemporaryDirectory() as output:
         config = {
             "model": {"path": _model()},
             "data": data,
-            "loss": {"name": "dpo"},
+            "loss": {"name": LOSS[layout]},
             "train": {"epochs": 1},
             "output": output,
         }
@@ -181,107 +211,22 @@ def _start(path: str) -> dict[str, Any]:
         json.dumps(run.audit().to_json())
         said("audit")
         train, _ = run.trees
-        batch = [train[i] for i in run._schedule.batch(0)]
+        loop = run.make_loop()
+        said("model and loop")
+        batch = [train[i] for i in loop.schedule.batch(0)]
+        loop._micro_batches(batch)
         said("first batch")
-        seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_mb": _peak(), "parts": parts, "trees": len(train), "batch": len(batch)}
+        seconds, cpu = time.perf_counter() - start, time.process_time()
+        # what a method with a cached reference does besides; its pass over the rows is another matter
+        cache_key("weights", train, dtype="fp32", tokenizer="t", template="auto")
+        said("(not counted: name of the reference cache)")
+    first = hashlib.sha256(
+        b"".join(ids.tobytes() for t in batch for ids in (t.prompt_ids, *t.completion_ids))
+    ).hexdigest()
+    return {"seconds": seconds, "cpu": cpu, "peak_mb": _peak(), "parts": parts, "trees": len(train), "batch": first}
 
 
 WORKERS = {"audit": _audit, "tokenise": _tokenise, "start": _start}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# rows
-
-
-def generate(path: Path, n: int, seed: int) -> dict[str, int]:
-    """Write `n` rows; how many of each kind were planted."""
-    rng = np.random.default_rng(seed)
-    letters = np.array(list("etaoinshrdlucmfwypvbgkqjxz"))
-    words = ["".join(letters[rng.integers(0, 20, rng.integers(2, 10))]) for _ in range(20_000)]
-    kinds = list(PLANTED)
-    shares = np.array(list(PLANTED.values()))
-    planted = dict.fromkeys(kinds, 0)
-    recent: list[dict[str, Any]] = []
-    with path.open("w") as out:
-        for start in range(0, n, 10_000):
-            count = min(10_000, n - start)
-            drawn = np.searchsorted(np.cumsum(shares), rng.random(count), side="right")
-            for i, kind in enumerate(drawn.tolist()):
-                name = kinds[kind] if kind < len(kinds) and recent else ""
-                row = (
-                    MAKERS[name](_row(rng, words, start + i), recent, rng, words)
-                    if name
-                    else _row(rng, words, start + i)
-                )
-                if name:
-                    planted[name] += 1
-                elif len(recent) < 50_000:
-                    recent.append(row)
-                out.write(json.dumps(row) + "\n")
-    return planted
-
-
-def _text(rng: np.random.Generator, words: list[str], mean: int) -> str:
-    length = max(8, int(rng.lognormal(np.log(mean), 0.6)))
-    return " ".join([words[j] for j in rng.integers(0, len(words), length).tolist()])
-
-
-def _row(rng: np.random.Generator, words: list[str], number: int) -> dict[str, Any]:
-    prompt = [{"role": "user", "content": _text(rng, words, 30)}]
-    first = bool(rng.random() < 0.55)
-    return {
-        "conversation_id": f"{number:08x}",
-        "model_a": "one",
-        "model_b": "two",
-        "winner_model_a": int(first),
-        "winner_model_b": int(not first),
-        "language": "English",
-        "chosen": [*prompt, {"role": "assistant", "content": _text(rng, words, 100)}],
-        "rejected": [*prompt, {"role": "assistant", "content": _text(rng, words, 90)}],
-    }
-
-
-def _earlier(recent: list[dict[str, Any]], rng: np.random.Generator) -> dict[str, Any]:
-    return recent.pop(int(rng.integers(len(recent))))  # each is copied once, so that every copy counts once
-
-
-def _changed(row: dict[str, Any], change: Any) -> dict[str, Any]:
-    return row | {side: [m | {"content": change(m["content"])} for m in row[side]] for side in ("chosen", "rejected")}
-
-
-def _near(
-    row: dict[str, Any], recent: list[dict[str, Any]], rng: np.random.Generator, words: list[str]
-) -> dict[str, Any]:
-    return _changed(_earlier(recent, rng), lambda text: f"{text} indeed" if len(text) > 100 else text)
-
-
-def _swapped(
-    row: dict[str, Any], recent: list[dict[str, Any]], rng: np.random.Generator, words: list[str]
-) -> dict[str, Any]:
-    old = _earlier(recent, rng)
-    return old | {"chosen": old["rejected"], "rejected": old["chosen"]}
-
-
-def _answer_begins(row: dict[str, Any], what: str) -> dict[str, Any]:
-    *before, last = row["chosen"]
-    return row | {"chosen": [*before, last | {"content": f"{what} {last['content']}"}]}
-
-
-def _secret(row: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    return _answer_begins(row, "use AKIA" + "".join(rng.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"), 16)))
-
-
-MAKERS: dict[str, Any] = {
-    "duplicates": lambda row, recent, rng, words: _earlier(recent, rng),
-    "near_duplicates": _near,
-    "contradictions": _swapped,
-    "pii_email": lambda row, recent, rng, words: _answer_begins(
-        row, f"write to {words[int(rng.integers(99))]}@mail.example"
-    ),
-    "secrets_api_key": lambda row, recent, rng, words: _secret(row, rng),
-    "refusals_chosen": lambda row, recent, rng, words: _answer_begins(row, REFUSAL),
-}
 
 if __name__ == "__main__":
     main()

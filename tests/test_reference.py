@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import threading
 import time
 from pathlib import Path
@@ -15,10 +16,20 @@ from families import some_pairs, tiny_model
 
 from penchant import reference
 from penchant.data.packing import pack
+from penchant.data.stored import StoredTokens, TokenWriter
 from penchant.logprobs import Scorer
 from penchant.models.load import add_lora, weights_sha256
 from penchant.models.options import LoraConfig
-from penchant.reference import LiveReference, adapter_off, cache_key, cached_reference
+from penchant.reference import (
+    CachedReference,
+    LiveReference,
+    RowParts,
+    adapter_off,
+    cache_key,
+    cached_reference,
+    joined,
+)
+from penchant.types import TokenTree
 
 KEY = dict(dtype="torch.float32", tokenizer="t", template="auto")
 
@@ -132,3 +143,70 @@ def test_two_runs_at_once_compute_it_once(tmp_path: Path, monkeypatch: pytest.Mo
         t.join()
     assert len(calls) == 1 and sorted(found) == [False, True]
     assert [p.name for p in tmp_path.iterdir()] == ["k.safetensors"]
+
+
+def stored(folder: Path, trees: list[TokenTree]) -> StoredTokens:
+    folder.mkdir(exist_ok=True)
+    writer = TokenWriter(folder)
+    for tree in trees:
+        writer.write(dataclasses.replace(tree, labels=(True, False), scores=(None, None)))
+        writer.end_row(1, 0)
+    writer.close()
+    return StoredTokens(folder)
+
+
+def key_by_its_definition(trees: Any) -> str:
+    digest = hashlib.sha256()
+    for part in (reference.ENGINE_VERSION, "weights", KEY["dtype"], KEY["tokenizer"], KEY["template"]):
+        digest.update(part.encode() + b"\0")
+    for tree in trees:
+        for ids in (tree.prompt_ids, *tree.completion_ids):
+            digest.update(len(ids).to_bytes(4, "little"))
+            digest.update(ids.astype("<i4").tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("block", [1, 3, 10_000])
+def test_the_key_of_arrays_is_the_key_of_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(reference, "BLOCK", block)
+    pairs = some_pairs(10)
+    arrays = stored(tmp_path / "a", pairs)
+    few, some = arrays.first_completions(), arrays.take(np.array([1, 4, 5, 9]))
+    for trees in (pairs, [], arrays, few, some, some.first_completions(), some.take(np.array([0, 3]))):
+        assert cache_key("weights", trees, **KEY) == key_by_its_definition(trees)
+    assert [t.source for t in some] == [pairs[i].source for i in (1, 4, 5, 9)] and [t.row for t in some] == [0, 1, 2, 3]
+    assert some.total == sum(t.shared_tokens for t in some) and few.total == sum(t.shared_tokens for t in few)
+    assert all(len(t.completion_ids) == len(t.labels) == len(t.scores) == len(t.truncated) == 1 for t in few)
+
+
+def test_a_cached_reference_of_stored_tokens_is_that_of_trees(tmp_path: Path) -> None:
+    live = LiveReference(Scorer(tiny_model("llama"), "shared"))
+    pairs = some_pairs(9)
+    arrays = stored(tmp_path / "a", pairs)
+    both = [
+        cached_reference(live, trees, name, tmp_path, tokens_per_step=60, tokens=True)[0]
+        for name, trees in (("list", pairs), ("arrays", arrays))
+    ]
+    odd = [dataclasses.replace(t, row=t.row * 7) for t in pairs]
+    other, _ = cached_reference(live, odd, "list", tmp_path, tokens_per_step=60, tokens=True)
+    assert isinstance(both[1].by_row, RowParts) and isinstance(other.by_row, dict)
+    assert dict(both[1].by_row).keys() == {t.row for t in pairs} and len(both[1].by_row) == 9
+    for t in pairs:
+        for name in ("by_row", "tokens_by_row"):
+            one, two, three = (getattr(r, name) for r in (*both, other))
+            assert torch.equal(one[t.row], two[t.row]) and torch.equal(one[t.row], three[7 * t.row])
+    with pytest.raises(KeyError):
+        both[1].by_row[9]
+
+
+def test_joined_references_hold_the_rows_of_each() -> None:
+    def part(first: int, *values: float) -> RowParts:
+        return RowParts([(first, np.arange(1, len(values) + 1), torch.tensor(values))])
+
+    lists = CachedReference({9: torch.tensor([9.0])})
+    whole = joined([CachedReference(part(0, 0.0, 1.0)), CachedReference(part(2, 2.0))])
+    assert {row: v.item() for row, v in whole.by_row.items()} == {0: 0.0, 1: 1.0, 2: 2.0}
+    assert isinstance(whole.by_row, RowParts) and dict(whole.tokens_by_row) == {}
+    mixed = joined([CachedReference(part(0, 0.0)), lists])
+    assert {row: v.item() for row, v in mixed.by_row.items()} == {0: 0.0, 9: 9.0}

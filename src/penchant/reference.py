@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,14 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.data.stored import StoredTokens
 from penchant.head import RowLogits
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.types import PackedBatch, TokenTree
 
+BLOCK = 8192  # trees that are hashed at a time
 ENGINE_VERSION = "1"  # part of the cache key: raise it when the numbers of the engine change
 
 
@@ -129,8 +133,8 @@ class MovingReference(LiveReference):
 class CachedReference:
     """Reference log-probs by data set row: of completions, and of their tokens where those were asked for."""
 
-    by_row: dict[int, Tensor]
-    tokens_by_row: dict[int, Tensor] = field(default_factory=dict)
+    by_row: Mapping[int, Tensor]
+    tokens_by_row: Mapping[int, Tensor] = field(default_factory=dict)
     exact: bool = False
 
     def logps(self, batch: PackedBatch) -> Tensor:
@@ -149,12 +153,27 @@ def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, to
     digest = hashlib.sha256()
     for part in (ENGINE_VERSION, weights_sha256, dtype, tokenizer, template):
         digest.update(part.encode() + b"\0")
-    for tree in trees:
-        for ids in (tree.prompt_ids, *tree.completion_ids):
-            digest.update(len(ids).to_bytes(4, "little"))
-            digest.update(ids.astype("<i4").tobytes())
-        digest.update(b"|")
+    for start in range(0, len(trees), BLOCK):
+        parts, lengths, ids = _parts(trees, start, min(start + BLOCK, len(trees)))
+        # each part as its length and its ids, all 4 bytes; behind each tree a byte
+        ends = np.cumsum(lengths + 1)
+        words = np.empty(int(ends[-1]), dtype="<i4")
+        is_id = np.ones(len(words), dtype=bool)
+        is_id[ends - lengths - 1] = False
+        words[~is_id], words[is_id] = lengths, ids
+        told = memoryview(words.view(np.uint8))
+        bounds = (4 * np.r_[0, ends[np.cumsum(parts) - 1]]).tolist()
+        digest.update(b"|".join([told[a:b] for a, b in itertools.pairwise(bounds)]) + b"|")
     return digest.hexdigest()
+
+
+def _parts(trees: Sequence[TokenTree], start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of some trees: how many parts each has, the tokens of each part, and the ids of all parts."""
+    if isinstance(trees, StoredTokens):
+        return trees.part_counts(start, end), trees.part_lengths(start, end), trees.part_ids(start, end)
+    some = [(t.prompt_ids, *t.completion_ids) for t in trees[start:end]]
+    counts, flat = [len(parts) for parts in some], [part for parts in some for part in parts]
+    return np.array(counts), np.array(list(map(len, flat))), np.concatenate(flat)
 
 
 def default_cache_dir() -> Path:
@@ -181,7 +200,7 @@ def cached_reference(
     from safetensors.torch import load_file
 
     path = folder / f"{key}.safetensors"
-    count = sum(len(t.completion_ids) for t in trees)
+    count = int(_sizes(trees)[0].sum())
 
     def on_disk() -> dict[str, Tensor] | None:
         try:
@@ -242,17 +261,66 @@ def compute_logps(
     return CompletionLogps(*(torch.cat([parts[i][k] for i in range(len(trees))]) for k in (0, 1)))
 
 
+class RowParts(Mapping[int, Tensor]):
+    """Parts of long tensors by data set row, cut out when they are asked for: a million small tensors would take seconds to make.
+
+    Args:
+        segments: (first row, (n,) int64 end of each row's part, tensor) of n rows that are numbered on.
+    """
+
+    def __init__(self, segments: Sequence[tuple[int, np.ndarray, Tensor]]) -> None:
+        self.segments = tuple(segments)
+
+    def __getitem__(self, row: int) -> Tensor:
+        for first, ends, values in self.segments:
+            at = row - first
+            if 0 <= at < len(ends):
+                return values[int(ends[at - 1]) if at else 0 : int(ends[at])]
+        raise KeyError(row)
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.chain.from_iterable(range(f, f + len(ends)) for f, ends, _ in self.segments)
+
+    def __len__(self) -> int:
+        return sum(len(ends) for _, ends, _ in self.segments)
+
+
+def joined(references: Sequence[CachedReference]) -> CachedReference:
+    """One reference for all the rows of several."""
+    return CachedReference(_joined([r.by_row for r in references]), _joined([r.tokens_by_row for r in references]))
+
+
+def _joined(parts: Sequence[Mapping[int, Tensor]]) -> Mapping[int, Tensor]:
+    if all(isinstance(p, RowParts) for p in parts):
+        return RowParts([s for p in parts if isinstance(p, RowParts) for s in p.segments])
+    return {row: values for part in parts for row, values in part.items()}
+
+
+def _sizes(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) int64 twice: completions of each tree, and tokens of all its completions."""
+    if not isinstance(trees, StoredTokens):
+        made = [(len(t.completion_ids), sum(map(len, t.completion_ids))) for t in trees]
+        counts, tokens = np.array(made, dtype=np.int64).reshape(-1, 2).T
+        return counts, tokens
+    parts, lengths = trees.part_counts(), trees.part_lengths()
+    starts = np.cumsum(parts) - parts
+    whole = np.add.reduceat(lengths, starts) if len(parts) else lengths
+    return parts - 1, whole - lengths[starts]
+
+
 def _by_row(trees: Sequence[TokenTree], stored: Mapping[str, Tensor]) -> CachedReference:
-    sizes = {
-        "sums": [len(t.completion_ids) for t in trees],
-        "tokens": [sum(map(len, t.completion_ids)) for t in trees],
-    }
-    rows = [t.row for t in trees]
-    by_row, tokens_by_row = (
-        dict(zip(rows, stored[name].split(sizes[name]), strict=True)) if name in stored else {}
-        for name in ("sums", "tokens")
-    )
-    return CachedReference(by_row, tokens_by_row)
+    sizes = dict(zip(("sums", "tokens"), _sizes(trees), strict=True))
+    first = trees[0].row if len(trees) else 0
+    numbered_on = isinstance(trees, StoredTokens) or [t.row for t in trees] == list(range(first, first + len(trees)))
+
+    def parts(name: str) -> Mapping[int, Tensor]:
+        if name not in stored:
+            return {}
+        if numbered_on:
+            return RowParts([(first, np.cumsum(sizes[name]), stored[name])])
+        return dict(zip([t.row for t in trees], stored[name].split(sizes[name].tolist()), strict=True))
+
+    return CachedReference(parts("sums"), parts("tokens"))
 
 
 def _write_atomically(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from penchant.data.audit import audit as run_audit
 from penchant.data.cached import DataCache
 from penchant.data.findings import Audit
 from penchant.data.load import Dataset, layout_line, summary, write_quarantine
-from penchant.data.stored import StoredTokens
+from penchant.data.stored import StoredTokens, first_completions, label_counts
 from penchant.data.tokenise import TokenisedDataset
 from penchant.errors import CheckpointError, ConfigError, DataError, PenchantError
 from penchant.evaluation.flags import Flag
@@ -71,6 +71,7 @@ from penchant.reference import (
     cache_key,
     cached_reference,
     default_cache_dir,
+    joined,
 )
 from penchant.rewards import load_reward
 from penchant.rewards.model import PolicyText, content_sha256, make_scorer
@@ -204,8 +205,8 @@ class Run:
         self.console.note(layout_line(dataset, path))
         adapted = adapt(dataset, self.method, self.signal, self.needs, data, str(path))
         if self.signal == "unpaired":
-            labels = [c.label for t in adapted.trees for c in t.completions]
-            self.console.note(f"{path}: {sum(map(bool, labels)):,} good and {labels.count(False):,} bad answers")
+            good, bad = label_counts(adapted.trees)
+            self.console.note(f"{path}: {good:,} good and {bad:,} bad answers")
         return adapted
 
     @cached_property
@@ -231,19 +232,7 @@ class Run:
         train, heldout = self.tokenised
         parts: list[Sequence[TokenTree]] = [train.trees, heldout.trees if heldout is not None else ()]
         if self.signal == "tokens":  # SFT on pairs learns the chosen completion only
-            parts = [
-                [
-                    replace(
-                        t,
-                        completion_ids=t.completion_ids[:1],
-                        truncated=t.truncated[:1],
-                        labels=t.labels[:1],
-                        scores=t.scores[:1],
-                    )
-                    for t in p
-                ]
-                for p in parts
-            ]
+            parts = [first_completions(part) for part in parts]
         numbered: list[Sequence[TokenTree]] = []
         start = 0
         for part in parts:
@@ -522,8 +511,7 @@ class Run:
         live = LiveReference(self.scorer) if cfg.lora is None else adapter_off(self.scorer)
         if cfg.reference.path is not None:
             live = LiveReference(self._frozen_scorer())
-        by_row: dict[int, Any] = {}
-        tokens_by_row: dict[int, Any] = {}
+        found_for: list[CachedReference] = []
         for name, (trees, path) in self.cache_paths(live.scorer.model).items():
             progress = self.console.counter(f"reference log-probs of {name} rows")
             cached, found = cached_reference(
@@ -537,9 +525,8 @@ class Run:
             )
             verb = "read from cache" if found else "computed and cached"
             self.console.note(f"reference log-probs of {len(trees):,} {name} rows: {verb}")
-            by_row |= cached.by_row
-            tokens_by_row |= cached.tokens_by_row
-        return CachedReference(by_row, tokens_by_row)
+            found_for.append(cached)
+        return joined(found_for)
 
     def cache_paths(self, reference: Any) -> dict[str, tuple[Sequence[TokenTree], Path]]:
         """By name of the rows: them, and the file that holds (or will hold) their log-probs under this reference model."""

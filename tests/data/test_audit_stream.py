@@ -13,6 +13,7 @@ from audit_rows import Row, edited, pair, planted, text, write
 from penchant.data import languages
 from penchant.data.accumulators import cycles, earlier, refuses
 from penchant.data.audit import Leakage, audit, audit_files
+from penchant.data.converters import LAYOUTS
 from penchant.data.findings import KEPT, Finding, Places, histogram, quantiles, sampled, wilson_interval
 from penchant.data.load import from_rows, load_preferences
 from penchant.data.opinions import Check, Disagreement, calibrate
@@ -69,6 +70,26 @@ def test_of_every_kind(tmp_path: Path, rows: list[Row]) -> None:
     whole = audit(load_preferences(str(path), on_bad_row="skip"), path=str(path))
     made = audit_files({"a": str(path)})
     assert made.to_json() == whole.to_json() and made.findings["duplicates"].where == ("a.jsonl:10 (as a.jsonl:1)",)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_every_layout(layout: str) -> None:
+    path = str(Path(__file__).parent / "layouts" / f"{layout}.jsonl")
+    rows = load_preferences(path, on_bad_row="skip")
+    made = audit_files({"a": path})
+    assert made.to_json() == audit(rows, path=path).to_json()
+    assert made.findings["bad_rows"].count == len(rows.quarantined) and f"layout {layout}" in made.layout
+
+
+@pytest.mark.parametrize(
+    ("layout", "option"),
+    [(n, {o: c}) for n, layout in LAYOUTS.items() for o, option in layout.options.items() for c in option.choices],
+)
+def test_of_every_option_of_a_layout(layout: str, option: dict[str, str]) -> None:
+    path = str(Path(__file__).parent / "layouts" / f"{layout}.jsonl")
+    how: dict[str, Any] = {"shape": layout, "layout_options": option}
+    rows = load_preferences(path, on_bad_row="skip", **how)
+    assert audit_files({"a": path}, **how).to_json() == audit(rows, path=path).to_json()
 
 
 def test_leakage_exact_and_near(tmp_path: Path) -> None:

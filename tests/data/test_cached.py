@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from safetensors.torch import load_file
 from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
 from penchant import api
+from penchant.data import cache as cache_module
 from penchant.data import cached as cached_module
-from penchant.data.audit import audit
-from penchant.data.cache import Entry, cache_root
+from penchant.data.audit import _token_lengths, audit
+from penchant.data.cache import Entry, FileHashes, cache_root, file_sha256
 from penchant.data.cached import DataCache
 from penchant.data.load import load_preferences
 from penchant.data.split import split_by_prompt
-from penchant.data.stored import StoredRows, StoredTokens
+from penchant.data.stored import StoredRows, StoredTokens, label_counts
 from penchant.data.tokenise import tokenise
 from penchant.errors import DataError
 from penchant.types import TokenTree
@@ -95,11 +98,13 @@ def test_what_comes_out_equals_what_is_made_anew(tmp_path: Path, name: str) -> N
         assert len(said) == 3 and all(("kept in" if turn == "made" else "read from") in s for s in said)
 
 
-def test_half_of_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
+def test_half_of_a_surrogate_pair_is_kept_aside(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}\n')
+    path.write_text('{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}\n' + json.dumps(pair(0)) + "\n")
+    plain = load_preferences(str(path), **READING)
     for _ in range(2):
-        assert DataCache().load(str(path), **READING).trees[0].prompt == "\ud800"
+        rows = DataCache().load(str(path), **READING)
+        assert rows.quarantined == plain.quarantined and rows.quarantined[0].raw["prompt"] == "\ud800"
 
 
 def test_a_split_is_the_same(tmp_path: Path) -> None:
@@ -117,6 +122,139 @@ def test_a_split_is_the_same(tmp_path: Path) -> None:
         assert made == audit(plain, None, dict(zip(("a", "b"), expected, strict=True)), path, languages=False)
     other = DataCache().split(DataCache().load(path, **READING), validation_rows=5, seed=4)
     assert other[1].fingerprint != expected[1].fingerprint
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("change", [{}, {"max_length": 40}, {"truncation": "bad_row", "max_length": 200}])
+def test_tokens_of_a_split_are_told_from_those_of_the_whole(tmp_path: Path, name: str, change: dict[str, Any]) -> None:
+    path, how, tokenizer = str(write(tmp_path / "a.jsonl", ROWS[name])), {**HOW, **change}, tiny_tokenizer()
+    said: list[str] = []
+    data = DataCache(note=said.append)
+    rows = data.load(path, **READING)
+    n = len(rows.trees)
+    for which in ([0], [n - 1], list(range(0, n, 2)), list(range(1, n)), list(range(n))):
+        part = data._subset(rows, np.array(which), "content", "key")
+        made, want = data.tokenise(part, tokenizer, **how), tokenise(part, tokenizer, **how)
+        assert all(same_tree(a, b) for a, b in zip(made.trees, want.trees, strict=True))
+        for field in ("total", "quarantined", "cut_prompts", "cut_completions", "split_documents", "template"):
+            assert getattr(made, field) == getattr(want, field), field
+        assert made.summary() == want.summary()
+    assert sum("tokens kept in" in s for s in said) == 1 and not any("tokens read" in s for s in said)
+
+
+def test_lengths_of_stored_tokens_are_those_of_trees(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": f"p{i}", "ratings": list(range(k)), "generations": ["ab" * (j + 1) for j in range(k)]}
+        for i, k in enumerate([1, 2, 4, 2, 3])
+    ]
+    for name, of in {**ROWS, "many": rows}.items():
+        path = str(write(tmp_path / f"{name}.jsonl", of))
+        data = DataCache()
+        loaded = data.load(path, **READING)
+        stored = data.tokenise(loaded, tiny_tokenizer(), **HOW)
+        assert isinstance(stored.trees, StoredTokens)
+        assert _token_lengths(stored) == _token_lengths(replace(stored, trees=tuple(stored.trees))), name
+
+
+def test_labels_are_counted(tmp_path: Path) -> None:
+    rows = DataCache().load(str(write(tmp_path / "a.jsonl", ROWS["labels"])), **READING)
+    assert label_counts(rows.trees) == label_counts(tuple(rows.trees)) == (3, 3)
+    assert isinstance(rows.trees, StoredRows) and label_counts(rows.trees.take(np.array([0, 2, 3]), "")) == (1, 2)
+
+
+# ---- hashes of files, kept -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were read to be hashed."""
+    names: list[str] = []
+
+    def noted(path: Path) -> str:
+        names.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr(cache_module, "file_sha256", noted)
+    return names
+
+
+def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Files are hashed so many seconds after they were written."""
+    monkeypatch.setattr(cache_module, "now_ns", lambda: time.time_ns() + int(seconds * 1e9))
+
+
+def test_a_file_is_read_once(tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    later(monkeypatch, 5)
+    files = [write(tmp_path / name, [pair(i)]) for i, name in enumerate(("a.jsonl", "b.jsonl"))]
+    want = [file_sha256(f) for f in files]
+    for _ in range(3):
+        assert FileHashes().of(files) == want
+    assert FileHashes().of([files[1], files[0]]) == want[::-1] and read == ["a.jsonl", "b.jsonl"]
+    write(tmp_path / "c.jsonl", [pair(9)])
+    os.replace(tmp_path / "c.jsonl", files[0])
+    assert FileHashes().of(files) == [file_sha256(f) for f in files] and read == ["a.jsonl", "b.jsonl", "a.jsonl"]
+
+
+def test_a_byte_changed_with_the_old_time_put_back_is_seen(
+    tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later(monkeypatch, 5)
+    file = write(tmp_path / "a.jsonl", [pair(0)])
+    first, before = FileHashes().of([file]), file.stat()
+    time.sleep(0.05)  # the clock of the file system ticks every few milliseconds
+    content = file.read_bytes()
+    with file.open("r+b") as out:
+        out.write(bytes([content[0] ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+    assert FileHashes().of([file]) == [file_sha256(file)] != first and len(read) == 2
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0.0, 2), (1.9, 2), (-60.0, 2), (2.5, 1)])
+def test_a_file_that_was_changed_just_before_is_read_again(
+    tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch, seconds: float, times: int
+) -> None:
+    later(monkeypatch, seconds)
+    file = write(tmp_path / "a.jsonl", [pair(0)])
+    for _ in range(2):
+        FileHashes().of([file])
+    assert len(read) == times
+
+
+def test_a_change_within_the_same_tick_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "a.jsonl", [pair(0)])
+    told = cache_module._described(file)
+    monkeypatch.setattr(cache_module, "_described", lambda _: told)  # a clock so coarse that nothing shows
+    first = FileHashes().of([file])
+    file.write_bytes(file.read_bytes().swapcase())
+    assert FileHashes().of([file]) == [file_sha256(file)] != first
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"x": 1', b"\xff", b"null"])
+def test_a_damaged_table_is_no_table(
+    tmp_path: Path, content: bytes, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later(monkeypatch, 5)
+    file = write(tmp_path / "a.jsonl", [pair(0)])
+    cache_root().mkdir(parents=True)
+    FileHashes().path.write_bytes(content)
+    for _ in range(2):
+        assert FileHashes().of([file]) == [file_sha256(file)]
+    assert len(read) == 1
+    for broken in (None, [], [1, 2, 3], [None, None, None], {"a": 1}):
+        FileHashes().path.write_text(json.dumps({str(file.resolve()): broken}))
+        assert FileHashes().of([file]) == [file_sha256(file)]
+
+
+def test_the_table_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    later(monkeypatch, 5)
+    monkeypatch.setattr(cache_module, "FILES_KEPT", 3)
+    files = [write(tmp_path / f"{i}.jsonl", [pair(i)]) for i in range(5)]
+    for file in files:
+        FileHashes().of([file])
+    assert [Path(name).name for name in json.loads(FileHashes().path.read_text())] == ["2.jsonl", "3.jsonl", "4.jsonl"]
+    assert [p.name for p in cache_root().iterdir()] == ["files.json"]
 
 
 def test_one_byte_makes_it_anew(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ import pytest
 from audit_rows import pair, planted, write
 
 from penchant import api
+from penchant.cli import main
+from penchant.data.converters import LAYOUTS
 from penchant.data.fix import DEFAULT, RULES, default_rules, fix
+from penchant.data.load import load_preferences
 from penchant.errors import DataError
 
+FOLDER = Path(__file__).parent / "layouts"
 ALL = [r for r in RULES if r != "leakage"]
 
 
@@ -131,9 +136,36 @@ def test_packed_lines_stay_packed_and_others_become_lines(tmp_path: Path) -> Non
 
 def test_a_lone_surrogate_is_written_as_an_escape(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
-    source.write_text('{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}\n')
+    good = '{"prompt": "p", "chosen": "a", "rejected": "b", "note": "\\ud800"}'
+    bad = good.replace('"p"', '"\\ud800"')
+    source.write_text(f"{good}\n{bad}\n")
     done = fix(str(source), tmp_path / "b.jsonl")
-    assert "\\ud800" in done.output.read_text()
+    assert lines(done.output) == [json.loads(good)] and done.dropped["bad_rows"] == 1
+    assert "\\ud800" in done.output.read_text() and "\\ud800" in done.touched.read_text()
+
+
+SEVERAL = {"oasst": "a row of the layout oasst gives several examples", "oasst_flat": "make examples together"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_mended_or_refused_with_a_command_that_works(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "some rows.jsonl"
+    source.write_bytes((FOLDER / f"{layout}.jsonl").read_bytes())
+    if layout not in SEVERAL:
+        done = fix(str(source), tmp_path / "b.jsonl")
+        assert done.rows == done.written + sum(done.dropped.values()) == len(lines(source)) and done.written
+        return
+    with pytest.raises(DataError, match=SEVERAL[layout]) as refused:
+        fix(str(source), tmp_path / "b.jsonl")
+    assert [p.name for p in tmp_path.iterdir()] == [source.name]
+    command = shlex.split(refused.value.how.partition(": penchant ")[2])
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--quiet"]) == 0
+    examples = load_preferences(str(source), on_bad_row="skip").trees
+    again = fix("data/mine/train.jsonl", tmp_path / "b.jsonl")
+    assert (again.rows, again.written) == (len(examples), len(examples)) and len(examples) > 1
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

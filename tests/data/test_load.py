@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_tokenizer
 
 from penchant.data.converters import RowError, from_hh
 from penchant.data.load import from_rows, load_preferences, summary, write_quarantine
 from penchant.data.split import prompt_key, split_by_prompt
+from penchant.data.tokenise import tokenise
 from penchant.errors import DataError
 from penchant.types import Message
 
@@ -182,3 +184,28 @@ def test_real_files(shared_dir: Path) -> None:
     for name, (shape, accepted, aside) in expected.items():
         dataset = load_preferences(str(shared_dir / "data" / name), on_bad_row="skip")
         assert (dataset.shape, dataset.accepted, len(dataset.quarantined)) == (shape, accepted, aside), name
+
+
+HALF = '"\\ud83d is half an emoji"'
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        f'{{"prompt": {HALF}, "chosen": "a", "rejected": "b"}}',
+        f'{{"prompt": "p", "chosen": "a", "rejected": {HALF}}}',
+        f'{{"messages": [{{"role": "user", "content": {HALF}}}, {{"role": "assistant", "content": "a"}}]}}',
+        f'{{"text": {HALF}}}',
+    ],
+)
+def test_half_of_a_surrogate_pair_is_a_bad_row(tmp_path: Path, row: str) -> None:
+    whole = row.replace("\\ud83d", "\\ud83d\\ude00")  # the whole emoji, in two escapes, is fine
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{whole}\n{row}\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:2: holds half of a surrogate pair \(\\ud83d, character 1 of a text"):
+        load_preferences(str(path))
+    kept = load_preferences(str(path), on_bad_row="skip")
+    assert (kept.accepted, kept.total, kept.quarantined[0].where) == (1, 2, "a.jsonl:2")
+    assert not tokenise(kept, tiny_tokenizer()).quarantined
+    written = write_quarantine(kept.quarantined, tmp_path, "train")
+    assert written is not None and json.loads(written.read_text())["row"] == json.loads(row)

@@ -39,9 +39,10 @@ from penchant.data.load import (
 from penchant.data.near import NearIndex
 from penchant.data.order import Columns
 from penchant.data.split import first_text
+from penchant.data.stored import StoredTokens, ranges
 from penchant.data.tokenise import TokenisedDataset
 from penchant.errors import DataError
-from penchant.types import PromptTree
+from penchant.types import PromptTree, TokenTree
 
 REASONS = 1000  # different reasons told apart
 
@@ -286,19 +287,34 @@ def _truncation(tokenised: TokenisedDataset) -> dict[str, Finding]:
 
 
 def _token_lengths(tokenised: TokenisedDataset) -> dict[str, dict[str, float]]:
-    columns: dict[str, list[int]] = defaultdict(list)
-    for t in tokenised.trees:
-        columns["prompt"].append(len(t.prompt_ids))
-        names: Sequence[str] = (
-            ("chosen", "rejected") if len(t.completion_ids) == 2 else ("completion",) * len(t.completion_ids)
-        )
-        for name, ids in zip(names, t.completion_ids, strict=True):
-            columns[name].append(len(ids))
+    columns = _columns(tokenised.trees)
     return {
         name: {
             "mean": float(np.mean(values)),
             **{f"p{q}": float(np.percentile(values, q)) for q in (5, 50, 95, 99)},
-            "max": float(max(values)),
+            "max": float(np.max(values)),
         }
         for name, values in columns.items()
     }
+
+
+def _columns(trees: Sequence[TokenTree]) -> Mapping[str, Sequence[int] | np.ndarray]:
+    """Tokens of prompts, of chosen and rejected answers of pairs, of all other completions."""
+    if not isinstance(trees, StoredTokens):
+        columns: dict[str, list[int]] = defaultdict(list)
+        for t in trees:
+            columns["prompt"].append(len(t.prompt_ids))
+            pair = len(t.completion_ids) == 2
+            names: Sequence[str] = ("chosen", "rejected") if pair else ("completion",) * len(t.completion_ids)
+            for name, ids in zip(names, t.completion_ids, strict=True):
+                columns[name].append(len(ids))
+        return columns
+    parts, lengths = trees.part_counts(), trees.part_lengths()
+    starts = np.cumsum(parts) - parts
+    pairs, other = starts[parts == 3], parts != 3
+    found = {"prompt": lengths[starts], "chosen": lengths[pairs + 1], "rejected": lengths[pairs + 2]}
+    found["completion"] = lengths[ranges(starts[other] + 1, parts[other] - 1)]
+    first = (
+        ("prompt", "completion") if len(parts) and parts[0] != 3 else tuple(found)
+    )  # in the order in which they come
+    return {name: found[name] for name in dict.fromkeys((*first, *found)) if len(found[name])}

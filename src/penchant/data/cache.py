@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 AUTO_BYTES = 4 << 20  # smaller data is read and tokenised faster than a cache is looked after
 META = "meta.json"
+RACY_NS = 2_000_000_000  # the coarsest clock of a file system (FAT) ticks every two seconds
+FILES_KEPT = 1000  # in the table of hashes
 
 
 def cache_root() -> Path:
@@ -33,6 +36,74 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class FileHashes:
+    """SHA-256 of files, read once: a table beside the cache says which file, as the file system describes it, had which.
+
+    Size, times of content and of inode, and the inode's number must be the same, as in git's index. And as there, an entry is not
+    trusted where the file was changed less than two seconds before it was read: a later change may have the same time.
+    """
+
+    def __init__(self) -> None:
+        self.path = cache_root() / "files.json"
+
+    def of(self, files: Sequence[Path]) -> list[str]:
+        """SHA-256 of each file's bytes."""
+        table = self._table()
+        new: dict[str, list[Any]] = {}
+        found = []
+        for file in files:
+            name, told = str(file.resolve()), _described(file)
+            known = table.get(name)
+            if isinstance(known, list) and len(known) == 3 and known[0] == told and _settled(told, known[1]):
+                found.append(str(known[2]))
+                continue
+            began = now_ns()
+            digest = file_sha256(file)
+            found.append(digest)
+            if _described(file) == told and _settled(told, began):
+                new[name] = [told, began, digest]
+        if new:
+            self._keep({**{k: v for k, v in table.items() if k not in new}, **new})
+        return found
+
+    def _table(self) -> dict[str, Any]:
+        try:
+            table = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return table if isinstance(table, dict) else {}
+
+    def _keep(self, table: Mapping[str, Any]) -> None:
+        """Written aside and renamed; of two processes that write at once one loses, and a file is read once more."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, aside = tempfile.mkstemp(prefix=".files-", dir=self.path.parent)
+        except OSError:
+            return
+        try:
+            with os.fdopen(handle, "w") as out:
+                json.dump(dict(list(table.items())[-FILES_KEPT:]), out)
+            os.replace(aside, self.path)
+        except OSError:
+            Path(aside).unlink(missing_ok=True)
+
+
+def now_ns() -> int:
+    """The time, ns since 1970."""
+    return time.time_ns()
+
+
+def _described(file: Path) -> list[int]:
+    """What a change of a file changes: size, time of content, time of inode (nobody can put that back), inode, device."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+
+
+def _settled(told: Sequence[int], read_at: Any) -> bool:
+    """Whether the last change was long enough before it was read that a later one has another time."""
+    return isinstance(read_at, int) and read_at - max(told[1], told[2]) > RACY_NS
 
 
 @cache

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from penchant.data.audit import audit
-from penchant.data.cache import AUTO_BYTES, Entry, cache_root, file_sha256, key_of, tokenizer_key
+from penchant.data.cache import AUTO_BYTES, Entry, FileHashes, cache_root, key_of, tokenizer_key
 from penchant.data.converters import Detection
 from penchant.data.findings import Audit, Finding
 from penchant.data.load import Dataset, Quarantined, Reading, fingerprint, load_preferences, stream_preferences
 from penchant.data.order import Columns
 from penchant.data.split import held_out_rows, split_by_prompt
-from penchant.data.stored import StoredRows, StoredTokens, TokenWriter, write_rows
-from penchant.data.tokenise import TokenisedDataset, Tokenising, tokenise
+from penchant.data.stored import StoredRows, StoredTokens, TokenWriter, ranges, write_rows
+from penchant.data.tokenise import ASIDE, CUT_COMPLETION, CUT_PROMPT, SPLIT, TokenisedDataset, Tokenising, tokenise
 from penchant.errors import DataError
+
+T = TypeVar("T")
 
 
 class NotStorable(Exception):
@@ -37,7 +40,7 @@ class DataCache:
 
     on: bool = True
     note: Callable[[str], None] = lambda _: None
-    _files: dict[str, str] = field(default_factory=dict)
+    _tokens: dict[Path, StoredDataset] = field(default_factory=dict)
 
     def load(self, path: str | Sequence[str], **reading: Any) -> Dataset:
         """`load_preferences`."""
@@ -45,7 +48,7 @@ class DataCache:
         files = [Path(p).expanduser() for p in paths]
         if not self.on or not all(f.is_file() for f in files) or sum(f.stat().st_size for f in files) < AUTO_BYTES:
             return load_preferences(path, **reading)
-        contents = [(f.name, self._sha256(f)) for f in files]
+        contents = [(f.name, digest) for f, digest in zip(files, FileHashes().of(files), strict=True)]
         key = key_of("rows", {"files": contents, **reading})
         entry = Entry("rows", key)
 
@@ -112,38 +115,32 @@ class DataCache:
         if not isinstance(rows, StoredRows) or by is None or (how["add_eos"] and tokenizer.eos_token_id is None):
             return tokenise(dataset, tokenizer, **how)
         making_how = {**how, "on_bad_row": "skip"}
-        depends_on = {"rows": rows.key, "kind": dataset.kind, "tokenizer": by, **making_how}
+        depends_on = {"rows": rows.whole, "kind": dataset.kind, "tokenizer": by, **making_how}
         entry = Entry("tokens", key_of("tokens", depends_on))
 
         def write(folder: Path) -> Mapping[str, Any]:
             making, writer = Tokenising(tokenizer, dataset.kind, **making_how), TokenWriter(folder)
-            for tree in making.trees(rows):
-                writer.write(tree)
+            whole = rows.all_rows()
+            for trees, mark in making.by_row(whole):
+                for tree in trees:
+                    writer.write(tree)
+                writer.end_row(len(trees), mark)
             writer.close()
-            done = making.result((), len(rows))
+            done = making.result((), len(whole))
             return {
-                "total": done.total,
                 "quarantined": _storable(done.quarantined),
                 "cut_prompts": done.cut_prompts,
                 "cut_completions": done.cut_completions,
-                "split_documents": done.split_documents,
                 "template": done.template,
             }
 
-        def read(folder: Path, meta: Mapping[str, Any]) -> TokenisedDataset:
-            return TokenisedDataset(
-                StoredTokens(folder),
-                meta["total"],
-                tuple(Quarantined(*q) for q in meta["quarantined"]),
-                tuple(meta["cut_prompts"]),
-                tuple(meta["cut_completions"]),
-                meta["split_documents"],
-                meta["template"],
-            )
-
-        made = self._made(entry, "tokens", write, read)
-        if made is None:
-            return tokenise(dataset, tokenizer, **how)
+        found = self._tokens.get(entry.folder)
+        if found is None:
+            found = self._made(entry, "tokens", write, StoredDataset.read)
+            if found is None:
+                return tokenise(dataset, tokenizer, **how)
+            self._tokens[entry.folder] = found
+        made = found.rows(rows.which)
         if how["on_bad_row"] == "error" and made.quarantined:
             first = made.quarantined[0]
             raise DataError(first.where, first.what, f"{first.how} (or set data.on_bad_row=skip)")
@@ -162,9 +159,10 @@ class DataCache:
         rows = {"": dataset, **splits}
         tokens = None if tokenised is None else tokenised.trees
         stored = {n: d.trees.key for n, d in rows.items() if isinstance(d.trees, StoredRows)}
-        if len(stored) < len(rows) or not (tokens is None or isinstance(tokens, StoredTokens)):
+        known = tokens is None or (isinstance(tokens, StoredTokens) and tokens.which is None)
+        if len(stored) < len(rows) or not known:
             return audit(dataset, tokenised, splits, path, languages=languages)
-        by = None if tokens is None else tokens.folder.name
+        by = tokens.folder.name if isinstance(tokens, StoredTokens) else None
         entry = Entry(
             "audit",
             key_of("audit", {"rows": stored, "kind": dataset.kind, "tokens": by, "path": path, "languages": languages}),
@@ -201,13 +199,59 @@ class DataCache:
         self.note(f"data cache: {what} kept in {entry.folder}")
         return entry.get(read)
 
-    def _sha256(self, file: Path) -> str:
-        """Of the file's bytes; read once by this run, and again whenever its size or time has changed."""
-        stat = file.stat()
-        seen = f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}"
-        if seen not in self._files:
-            self._files[seen] = file_sha256(file)
-        return self._files[seen]
+
+@dataclass(frozen=True, slots=True)
+class StoredDataset:
+    """All tokens of an entry, and what happened to each of its rows: those of a split are told from it, not made again.
+
+    Args:
+        of_row: (rows,) int32: trees of each row; marks: (rows,) uint8: see `Tokenising.by_row`.
+    """
+
+    trees: StoredTokens
+    of_row: np.ndarray
+    marks: np.ndarray
+    quarantined: tuple[Quarantined, ...]
+    cut_prompts: tuple[str, ...]
+    cut_completions: tuple[str, ...]
+    template: str
+
+    @staticmethod
+    def read(folder: Path, meta: Mapping[str, Any]) -> StoredDataset:
+        """Of an entry's folder."""
+        return StoredDataset(
+            StoredTokens(folder),
+            np.load(folder / "row_trees.npy"),
+            np.load(folder / "row_marks.npy"),
+            tuple(Quarantined(*q) for q in meta["quarantined"]),
+            tuple(meta["cut_prompts"]),
+            tuple(meta["cut_completions"]),
+            meta["template"],
+        )
+
+    def rows(self, which: np.ndarray | None) -> TokenisedDataset:
+        """What `tokenise` makes of these rows (ascending), or of all."""
+        trees, marks = self.trees, self.marks
+        if which is not None:
+            marks = self.marks[which]
+            starts = np.cumsum(self.of_row, dtype=np.int64) - self.of_row
+            trees = trees.take(ranges(starts[which], self.of_row[which]))
+        return TokenisedDataset(
+            trees,
+            len(marks),
+            self._told(self.quarantined, ASIDE, which),
+            self._told(self.cut_prompts, CUT_PROMPT, which),
+            self._told(self.cut_completions, CUT_COMPLETION, which),
+            int(((marks & SPLIT) > 0).sum()),
+            self.template,
+        )
+
+    def _told(self, what: tuple[T, ...], mark: int, which: np.ndarray | None) -> tuple[T, ...]:
+        """What is told of some of the rows, of what is told of all that have this mark."""
+        if which is None:
+            return what
+        kept = np.isin(np.flatnonzero(self.marks & mark), which, assume_unique=True)
+        return tuple(itertools.compress(what, kept.tolist()))
 
 
 def _described(dataset: Dataset) -> dict[str, Any]:

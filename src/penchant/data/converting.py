@@ -98,6 +98,8 @@ def _convert(
     try:
         values = [renamed(r.values, columns) for r in rows]
         trees = layout.convert(values[0] if layout.group is None else layout.group.fold(values), options)
+        for tree in trees:
+            _check_text(tree)
         if identical != "keep" and any(map(is_identical, trees)):
             raise RowError(IDENTICAL, "drop it or set data.identical=keep")
     except RowError as error:
@@ -107,6 +109,24 @@ def _convert(
         return Converted(len(rows), (replace(trees[0], source=where),), source=source)
     numbered = tuple(replace(t, source=f"{where}#{i}") for i, t in enumerate(trees, 1))
     return Converted(len(rows), numbered, source=source)
+
+
+def _check_text(tree: PromptTree) -> None:
+    """Whether every text can be written as UTF-8, which is what a tokenizer reads.
+
+    Raises:
+        RowError: one holds half of a surrogate pair; JSON can say that, and programs that cut texts in the middle do.
+    """
+    prompt = [tree.prompt] if isinstance(tree.prompt, str) else [m.content for m in tree.prompt]
+    for text in (*prompt, *(c.text for c in tree.completions)):
+        if text.isascii():  # a flag of the string: no look at its characters
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(text[error.start]):04x}"
+            what = f"holds half of a surrogate pair ({half}, character {error.start + 1} of a text), which is no text"
+            raise RowError(what, "the text was cut within an emoji or the like: mend it, or drop the row") from error
 
 
 def _aside(rows: Iterable[Row], error: RowError) -> tuple[Quarantined, ...]:

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import os
+import shlex
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -40,7 +41,6 @@ RULES = {  # in the order in which a row is told why it goes
     "near_duplicates": "near copies of an earlier row",
 }
 DEFAULT = ("unreadable", "bad_rows", "empty", "identical", "duplicates")
-ONE_EXAMPLE_A_ROW = "write an example a row first: penchant data get LAYOUT --from FILE"
 ALWAYS = "unreadable"  # such a row cannot be written
 JSONL = (".jsonl", ".jsonl.gz")
 
@@ -185,6 +185,12 @@ def _target(source: str, target: Path, inputs: Sequence[str], overwrite: bool) -
 # what goes
 
 
+def _first(source: str, shape: str) -> str:
+    """How to get a file that can be mended: with an example a row."""
+    command = f"penchant data get mine --from {shlex.quote(source)} --layout {shape} --split 1,0,0"
+    return f"write an example a row first: {command}"
+
+
 def _decide(source: str, rules: Sequence[str], against: Sequence[str], shape: str) -> Iterator[tuple[str, ...]]:
     """For each row of the file, in order, the rules by which it goes; one pass over the file."""
     flags = array("H")  # a bit for each rule, by its place in RULES
@@ -199,11 +205,15 @@ def _decide(source: str, rules: Sequence[str], against: Sequence[str], shape: st
     leakage = _others(against, shape) if "leakage" in rules else None
     groups = tuple(g for g in sensitive.GROUPS if g in rules)
     if stream.grouped:
-        raise DataError(source, f"rows of the layout {stream.shape} make examples together", ONE_EXAMPLE_A_ROW)
+        raise DataError(
+            source, f"rows of the layout {stream.shape} make examples together", _first(source, stream.shape)
+        )
     for made in stream:
         (row,) = made.source
         if len(made.trees) > 1:
-            raise DataError(row.where, f"a row of the layout {stream.shape} gives several examples", ONE_EXAMPLE_A_ROW)
+            raise DataError(
+                row.where, f"a row of the layout {stream.shape} gives several examples", _first(source, stream.shape)
+            )
         mark = 0
         if made.trees:
             (result,) = made.trees

@@ -318,8 +318,12 @@ def write_quarantine(quarantined: Sequence[Quarantined], folder: Path, name: str
     if not quarantined:
         path.unlink(missing_ok=True)
         return None
-    with path.open("w", encoding="utf-8") as out:
+    with path.open("wb") as out:
         for q in quarantined:
             row = {"where": q.where, "what": q.what, "how": q.how, "row": q.raw}
-            out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            try:
+                line = json.dumps(row, ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError:  # half of a surrogate pair can only be written as an escape
+                line = json.dumps(row, default=str).encode()
+            out.write(line + b"\n")
     return path

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
@@ -20,21 +23,30 @@ class StoredRows(Sequence[PromptTree]):
     """Prompt trees of a folder that `write_rows` made, or some of them; read like a tuple.
 
     Args:
-        key: names the content, for what is derived from it.
+        key: names the content, for what is derived from it; whole: the same of all rows of the folder.
+        which: (n,) int64, ascending: some of the rows; None: all.
     """
 
-    def __init__(self, folder: Path, key: str, which: np.ndarray | None = None) -> None:
-        self.folder, self.key = folder, key
+    def __init__(self, folder: Path, key: str, which: np.ndarray | None = None, whole: str | None = None) -> None:
+        self.folder, self.key, self.whole, self.which = folder, key, whole or key, which
         self._bytes = _mapped(folder / "rows.bin", np.uint8)
         self._ends = np.load(folder / "rows.ends.npy", mmap_mode="r")
-        self._which = which
 
     def __len__(self) -> int:
-        return len(self._ends) if self._which is None else len(self._which)
+        return len(self._ends) if self.which is None else len(self.which)
 
     def take(self, which: np.ndarray, key: str) -> StoredRows:
         """Some of the rows, by their place in the whole file."""
-        return StoredRows(self.folder, key, which)
+        return StoredRows(self.folder, key, which, self.whole)
+
+    def all_rows(self) -> StoredRows:
+        """Every row of the folder."""
+        return StoredRows(self.folder, self.whole)
+
+    def label_counts(self) -> tuple[int, int]:
+        """(good, bad) answers of all rows of the folder."""
+        good, bad = np.load(self.folder / "labels.npy").tolist()
+        return good, bad
 
     @overload
     def __getitem__(self, at: int) -> PromptTree: ...
@@ -43,12 +55,20 @@ class StoredRows(Sequence[PromptTree]):
     def __getitem__(self, at: int | slice) -> PromptTree | tuple[PromptTree, ...]:
         if isinstance(at, slice):
             return tuple(self[i] for i in range(*at.indices(len(self))))
-        row = range(len(self))[at] if self._which is None else int(self._which[at])
+        row = range(len(self))[at] if self.which is None else int(self.which[at])
         start = int(self._ends[row - 1]) if row else 0
         return _tree_of(json.loads(self._bytes[start : int(self._ends[row])].tobytes()))
 
     def __iter__(self) -> Iterator[PromptTree]:
         return (self[i] for i in range(len(self)))
+
+
+def label_counts(trees: Sequence[PromptTree]) -> tuple[int, int]:
+    """(good, bad) answers."""
+    if isinstance(trees, StoredRows) and trees.which is None:
+        return trees.label_counts()
+    labels = Counter(c.label for t in trees for c in t.completions)
+    return labels[True], labels[False]
 
 
 def _tree_of(stored: Any) -> PromptTree:
@@ -60,6 +80,7 @@ def _tree_of(stored: Any) -> PromptTree:
 def write_rows(folder: Path, trees: Iterable[PromptTree]) -> None:
     """Write prompt trees for `StoredRows`."""
     ends, total = array("q"), 0
+    labels: Counter[bool | None] = Counter()
     with (folder / "rows.bin").open("wb") as out:
         for t in trees:
             prompt = t.prompt if isinstance(t.prompt, str) else [[m.role, m.content] for m in t.prompt]
@@ -67,18 +88,22 @@ def write_rows(folder: Path, trees: Iterable[PromptTree]) -> None:
             line = json.dumps(row, ensure_ascii=True, separators=(",", ":")).encode()
             total += out.write(line)
             ends.append(total)
+            labels.update(c.label for c in t.completions)
+    np.save(folder / "labels.npy", np.array([labels[True], labels[False]], dtype=np.int64))
     np.save(folder / "rows.ends.npy", np.array(ends, dtype=np.int64))
 
 
 class StoredTokens(Sequence[TokenTree]):
     """Token trees of a folder that `TokenWriter` made; each is made when it is asked for, its ids are parts of the mapped file.
 
-    Args:
-        first: number of the first row.
+    `numbered_from`, `take` and `first_completions` give other views of the same files.
     """
 
-    def __init__(self, folder: Path, first: int = 0) -> None:
-        self.folder, self.first = folder, first
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.first = 0  # number of the first row
+        self.which: np.ndarray | None = None  # (n,) int64: some of the trees
+        self._few = False  # whether only the first completion of each tree is there
         self._ids = _mapped(folder / "ids.bin", np.int32)
         self._sources = _mapped(folder / "sources.bin", np.uint8)
         names = ("part_lengths", "parts", "truncated", "labels", "scores")
@@ -90,7 +115,7 @@ class StoredTokens(Sequence[TokenTree]):
         self._id_start = np.r_[0, np.cumsum(self._lengths, dtype=np.int64)]
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self._parts) if self.which is None else len(self.which)
 
     @overload
     def __getitem__(self, at: int) -> TokenTree: ...
@@ -99,14 +124,18 @@ class StoredTokens(Sequence[TokenTree]):
     def __getitem__(self, at: int | slice) -> TokenTree | tuple[TokenTree, ...]:
         if isinstance(at, slice):
             return tuple(self[i] for i in range(*at.indices(len(self))))
-        row = range(len(self))[at]
+        number = range(len(self))[at]
+        row = number if self.which is None else int(self.which[number])
         start, end = int(self._part_start[row]), int(self._part_start[row + 1])
+        one = start - row  # of completions: one part of each tree is its prompt
+        if self._few:
+            end = min(end, start + 2)
+        many = one + end - start - 1
         bounds = self._id_start[start : end + 1].tolist()
         parts = [np.asarray(self._ids[a:b]) for a, b in itertools.pairwise(bounds)]
-        one, many = start - row, end - row - 1  # of completions: one part of each tree is its prompt
         from_ = int(self._source_ends[row - 1]) if row else 0
         return TokenTree(
-            self.first + row,
+            self.first + number,
             parts[0],
             tuple(parts[1:]),
             tuple(bool(t) for t in self._truncated[one:many].tolist()),
@@ -120,12 +149,69 @@ class StoredTokens(Sequence[TokenTree]):
 
     def numbered_from(self, first: int) -> StoredTokens:
         """The same trees with other row numbers."""
-        return StoredTokens(self.folder, first)
+        other = copy.copy(self)
+        other.first = first
+        return other
+
+    def take(self, which: np.ndarray) -> StoredTokens:
+        """Some of the trees, by their place among these."""
+        other = copy.copy(self)
+        other.which = which if self.which is None else self.which[which]
+        return other
+
+    def first_completions(self) -> StoredTokens:
+        """The same trees with the first completion only."""
+        other = copy.copy(self)
+        other._few = True
+        return other
+
+    def part_counts(self, start: int = 0, end: int | None = None) -> np.ndarray:
+        """(n,) int64: parts of each tree from `start` to `end`, its prompt and its completions."""
+        part = slice(start, end)
+        counts = np.asarray(self._parts[part if self.which is None else self.which[part]], dtype=np.int64)
+        return np.minimum(counts, 2) if self._few else counts
+
+    def part_lengths(self, start: int = 0, end: int | None = None) -> np.ndarray:
+        """(parts,) int64: tokens of each part of the trees from `start` to `end`, tree after tree."""
+        at, counts = self._places(start, end)
+        return self._lengths[ranges(self._part_start[at], counts)].astype(np.int64)
+
+    def part_ids(self, start: int = 0, end: int | None = None) -> np.ndarray:
+        """(tokens,) int32: the ids of all those parts."""
+        at, counts = self._places(start, end)
+        parts = ranges(self._part_start[at], counts)
+        return self._ids[ranges(self._id_start[parts], self._lengths[parts])]
+
+    def _places(self, start: int, end: int | None) -> tuple[np.ndarray, np.ndarray]:
+        end = len(self) if end is None else end
+        return np.arange(start, end) if self.which is None else self.which[start:end], self.part_counts(start, end)
 
     @property
     def total(self) -> int:
         """Tokens of all trees, prompts counted once."""
-        return int(self._id_start[-1])
+        return int(self._id_start[-1]) if self.which is None and not self._few else int(self.part_lengths().sum())
+
+
+def first_completions(trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
+    """Trees with their first completion only."""
+    if isinstance(trees, StoredTokens):
+        return trees.first_completions()
+    return [
+        replace(
+            t,
+            completion_ids=t.completion_ids[:1],
+            truncated=t.truncated[:1],
+            labels=t.labels[:1],
+            scores=t.scores[:1],
+        )
+        for t in trees
+    ]
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(sum of counts,) int64: ``starts[i], starts[i] + 1, ...``, `counts[i]` numbers each, one after the other."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    return np.repeat(starts - ends + counts, counts) + np.arange(ends[-1] if len(ends) else 0)
 
 
 class TokenWriter:
@@ -137,7 +223,13 @@ class TokenWriter:
         self._sources: BinaryIO = (folder / "sources.bin").open("wb")
         self._lengths, self._parts, self._truncated = array("i"), array("i"), array("b")
         self._labels, self._scores, self._ends = array("b"), array("d"), array("q")
+        self._of_row, self._marks = array("i"), array("B")
         self._at = 0
+
+    def end_row(self, trees: int, mark: int) -> None:
+        """A row is done: it gave so many trees; `mark` says what happened to it."""
+        self._of_row.append(trees)
+        self._marks.append(mark)
 
     def write(self, tree: TokenTree) -> None:
         """One tree; it has a label and a score, or None, for each completion."""
@@ -163,6 +255,8 @@ class TokenWriter:
             ("labels", self._labels, np.int8),
             ("scores", self._scores, np.float64),
             ("sources.ends", self._ends, np.int64),
+            ("row_trees", self._of_row, np.int32),
+            ("row_marks", self._marks, np.uint8),
         ):
             np.save(self.folder / f"{name}.npy", np.array(values, dtype=kind))
 

@@ -17,6 +17,7 @@ from penchant.types import PromptTree, TokenTree
 
 Ids = list[int]
 CHUNK = 1024  # rows that are tokenised in one call; the tokenizer keeps about 100 bytes a token while it lasts
+MARKS = CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE = 1, 2, 4, 8  # what can happen to a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +120,27 @@ class Tokenising:
         self.row = 0
 
     def trees(self, rows: Sequence[PromptTree]) -> Iterator[TokenTree]:
-        """All trees, in order; `CHUNK` rows at a time are rendered and given to the tokenizer, which uses all cores."""
+        """All trees, in order."""
+        for made, _ in self.by_row(rows):
+            yield from made
+
+    def by_row(self, rows: Sequence[PromptTree]) -> Iterator[tuple[list[TokenTree], int]]:
+        """The trees of each row, in order, and what happened to it: a sum of `MARKS`.
+
+        `CHUNK` rows at a time are rendered and given to the tokenizer, which uses all cores.
+        """
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
             encoded = _encode(self.tokenizer, [_try(self.render, tree) for tree in part])
             for tree, ids in zip(part, encoded, strict=True):
-                yield from self._row(tree, ids)
+                before = self._happened()
+                made = self._row(tree, ids)
+                yield made, sum(m for m, a, b in zip(MARKS, before, self._happened(), strict=True) if a != b)
 
-    def _row(self, tree: PromptTree, ids: tuple[Ids, list[Ids]] | RowError) -> Iterator[TokenTree]:
+    def _happened(self) -> tuple[int, ...]:
+        return len(self.fit.cut_prompts), len(self.fit.cut_completions), self.fit.split, len(self.aside)
+
+    def _row(self, tree: PromptTree, ids: tuple[Ids, list[Ids]] | RowError) -> list[TokenTree]:
         try:
             if isinstance(ids, RowError):
                 raise ids
@@ -135,11 +149,10 @@ class Tokenising:
             if self.on_bad_row == "error":
                 raise DataError(tree.source, error.what, f"{error.how} (or set data.on_bad_row=skip)") from error
             self.aside.append(Quarantined(tree.source, error.what, error.how, raw_row(tree)))
-            return
+            return []
         labels, scores = tuple(c.label for c in tree.completions), tuple(c.score for c in tree.completions)
-        for one in made:
-            yield replace(one, row=self.row, labels=labels, scores=scores)
-            self.row += 1
+        first, self.row = self.row, self.row + len(made)
+        return [replace(one, row=first + i, labels=labels, scores=scores) for i, one in enumerate(made)]
 
     def result(self, trees: Sequence[TokenTree], total: int) -> TokenisedDataset:
         """The whole, when all trees have come out."""
