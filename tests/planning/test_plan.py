@@ -175,8 +175,8 @@ def _slow(more: dict[str, Any]) -> Any:
         _slow({"loss": {"name": "pmpo"}}),
         {"lora": {"r": 2}},
         _slow({"loss": "sft"}),
-        {"reference": {"ema": 0.9}},
-        {"algorithm": "reward_model"},
+        _slow({"reference": {"ema": 0.9}}),
+        _slow({"algorithm": "reward_model"}),
         {"algorithm": {"name": "ppo", "max_new_tokens": 3}, "reward": "words"},
         _slow({"algorithm": {"name": "ppo", "max_new_tokens": 3, "value": "separate"}, "reward": "words"}),
         _slow({"algorithm": {"name": "rloo", "max_new_tokens": 3, "samples": 2}, "reward": "words"}),
@@ -241,7 +241,7 @@ def test_the_fast_paths_formula_is_what_a_real_pass_holds(tmp_path: Path, dtype:
     assert found.total == pytest.approx(real.peak - gradients, rel=0.15)
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_shapes_alone_count_what_a_real_pass_holds(tmp_path: Path, lora: bool) -> None:
     config = _config(tmp_path, **({"lora": {"r": 4}} if lora else {}))
     config["model"]["kernels"] = "off"
@@ -353,6 +353,7 @@ def test_prepared_products_follow_the_sizes_of_passes_and_the_capacity(
     assert prepared("16") == 0
 
 
+@pytest.mark.slow
 def test_computing_activations_again_saves_most_of_them(tmp_path: Path) -> None:
     plain, again = (
         api.plan(_config(tmp_path), f"train.gradient_checkpointing={value}", "model.kernels=off", probe=False).memory

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
@@ -137,6 +137,8 @@ def test_values_follow_data_model_and_machine() -> None:
 
 
 @given(st.one_of(st.text(), st.integers(), st.booleans(), st.floats(1e-12, 1e12)))
+@example("\x85")
+@example("a\u2028b")
 def test_any_value_reads_back(value: Any) -> None:
     shown = _scalar(value)
     read, _ = parse_yaml(f"key: {shown}", "yaml")
