@@ -15,15 +15,19 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.cli import main
 from penchant.config import load_config, load_config_with_places
-from penchant.data.packing import pack
+from penchant.data.packing import pack, plan_balanced, tree_tokens
 from penchant.logprobs import Scorer
+from penchant.models.fast_decode import FastDecoder
 from penchant.models.load import cast_parameters, load_causal_model
 from penchant.models.options import ModelConfig
-from penchant.planning.activations import activations_of
+from penchant.planning.activations import activations_of, forward_bytes
+from penchant.planning.evaluating import decoding_bytes, packed_weights
 from penchant.planning.live_bytes import LiveBytes
+from penchant.planning.memory import CAPACITY, KERNEL, PRODUCT, WITH_GRADIENT
 from penchant.planning.origins import settings_of
 from penchant.planning.outline import OutlinedRun, outline, parameter_counts
 from penchant.planning.text import plan_text, printable, size
+from penchant.rollout.generate import sample
 from penchant.run import Run
 from penchant.training.optim import MasterAdamW
 from penchant.types import TokenTree
@@ -158,21 +162,25 @@ def test_autos_are_what_the_run_takes(tmp_path: Path) -> None:
 # ---- it leaves nothing behind ----------------------------------------------------------------------------------------
 
 
+def _slow(more: dict[str, Any]) -> Any:
+    return pytest.param(more, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "more",
     [
         {},
-        {"loss": "kto"},
-        {"loss": "simpo"},
-        {"loss": {"name": "pmpo"}},
+        _slow({"loss": "kto"}),
+        _slow({"loss": "simpo"}),
+        _slow({"loss": {"name": "pmpo"}}),
         {"lora": {"r": 2}},
-        {"loss": "sft"},
-        {"reference": {"ema": 0.9}},
-        {"algorithm": "reward_model"},
+        _slow({"loss": "sft"}),
+        _slow({"reference": {"ema": 0.9}}),
+        _slow({"algorithm": "reward_model"}),
         {"algorithm": {"name": "ppo", "max_new_tokens": 3}, "reward": "words"},
-        {"algorithm": {"name": "ppo", "max_new_tokens": 3, "value": "separate"}, "reward": "words"},
-        {"algorithm": {"name": "rloo", "max_new_tokens": 3, "samples": 2}, "reward": "words"},
-        {"algorithm": {"name": "online_dpo", "max_new_tokens": 3, "samples": 2}, "reward": "words"},
+        _slow({"algorithm": {"name": "ppo", "max_new_tokens": 3, "value": "separate"}, "reward": "words"}),
+        _slow({"algorithm": {"name": "rloo", "max_new_tokens": 3, "samples": 2}, "reward": "words"}),
+        _slow({"algorithm": {"name": "online_dpo", "max_new_tokens": 3, "samples": 2}, "reward": "words"}),
     ],
     ids=lambda m: str(next(iter(m.values()), "dpo")),
 )
@@ -233,7 +241,7 @@ def test_the_fast_paths_formula_is_what_a_real_pass_holds(tmp_path: Path, dtype:
     assert found.total == pytest.approx(real.peak - gradients, rel=0.15)
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_shapes_alone_count_what_a_real_pass_holds(tmp_path: Path, lora: bool) -> None:
     config = _config(tmp_path, **({"lora": {"r": 4}} if lora else {}))
     config["model"]["kernels"] = "off"
@@ -254,6 +262,98 @@ def test_shapes_alone_count_what_a_real_pass_holds(tmp_path: Path, lora: bool) -
     assert found.forward == pytest.approx(live.peak, rel=0.15)
 
 
+def test_a_head_too_large_to_keep_is_counted_by_its_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("penchant.models.fast_head", "penchant.planning.activations"):
+        monkeypatch.setattr(f"{module}._KEEP_BYTES", 1 << 16)
+        monkeypatch.setattr(f"{module}._MATMUL_ROWS", 64)
+        monkeypatch.setattr(f"{module}._SOFTMAX_ELEMENTS", 1 << 12)
+    config = _config(tmp_path)
+    run, real = (kind(api.as_config(config), quiet=True) for kind in (OutlinedRun, Run))
+    trees, scorer = _trees((10, 500, 400)), real.scorer
+    found = forward_bytes(run, run.model, trees, fast=True)
+    real.model.eval()
+    with LiveBytes(real.model.parameters()) as live, torch.no_grad():
+        scorer.logps(pack(trees))
+    assert found == pytest.approx(live.peak, rel=0.2)
+
+
+@pytest.mark.parametrize("n,lengths", [(1, (9, 30, 17)), (4, (40, 5))])
+def test_a_decoders_caches_and_weights_are_counted(
+    tmp_path: Path, n: int, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the decoder that `sample` makes, its tensors summed."""
+    model = load_causal_model(ModelConfig(path=tiny_model_folder(tmp_path / "model")), torch.device("cpu"))
+    made: list[FastDecoder] = []
+    init = FastDecoder.__init__
+
+    def kept(self: FastDecoder, *args: Any, **more: Any) -> None:
+        init(self, *args, **more)
+        made.append(self)
+
+    monkeypatch.setattr(FastDecoder, "__init__", kept)
+    sample(model, [[1] * length for length in lengths], n=n, max_new_tokens=20)
+    (decoder,) = made
+    caches = sum(getattr(decoder, f"_{name}").nbytes for name in ("keys", "values", "prompt_keys", "prompt_values"))
+    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name]
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    packed = sum(p.nbytes for p in weights) + (model.get_output_embeddings().weight.nbytes if tied else 0)
+    found = decoding_bytes(model, 4, lengths, n, 20)
+    assert packed_weights(model) * 4 == packed
+    config = model.config
+    widest = max(
+        (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim * 2,
+        3 * config.intermediate_size,
+    )
+    read = 4 * len(lengths) * max(lengths) * (2 * config.hidden_size + widest)
+    logits = n * len(lengths) * config.vocab_size * 12
+    assert found == packed + caches + max(read, logits)
+
+
+def test_evaluations_count_answers_and_the_start(tmp_path: Path) -> None:
+    """What is asked of an evaluation moves its moment and nothing else."""
+
+    def moments(*overrides: str) -> dict[str, int]:
+        return api.plan(_config(tmp_path), *overrides, probe=False).memory.moments
+
+    without = moments("evaluation.kl_prompts=0")
+    assert "an evaluation" in without and "an evaluation, which loads the start again" not in without
+    loading = moments("evaluation.kl_prompts=2")["an evaluation, which loads the start again"]
+    weights = sum(p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors"))
+    assert loading >= without["a training step"] + weights
+    adapter = moments("evaluation.kl_prompts=2", "lora={r: 2}")
+    assert "an evaluation" in adapter  # the adapter is switched off: nothing is loaded
+    long = moments("evaluation.kl_prompts=0", "evaluation.samples=4", "evaluation.sample_tokens=150")
+    assert long["an evaluation"] > without["an evaluation"]
+    wide = moments("evaluation.kl_prompts=0", "evaluation.tokens_per_step=3000")
+    assert wide["an evaluation"] > without["an evaluation"]
+
+
+def test_prepared_products_follow_the_sizes_of_passes_and_the_capacity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(tmp_path, loss="simpo")
+    del config["data"]["validation_rows"]
+    config["model"]["dtype"] = "bf16"
+
+    def prepared(capacity: str) -> int:
+        monkeypatch.setenv(CAPACITY, capacity)
+        return api.plan(config, probe=False).memory.parts["prepared products, by size of pass"]
+
+    sizes = api.plan(config, probe=False).work.sizes
+    run = Run(api.as_config(config), quiet=True)
+    met = set()
+    for step in range(run.schedule.total_steps):
+        tokens = [tree_tokens(run.trees[0][i], True) for i in run.schedule.batch(step)]
+        met |= {sum(tokens[i] for i in part) for part in plan_balanced(tokens, 300)}
+    assert sizes == len(met) > 1
+    assert prepared("0") == sizes * WITH_GRADIENT.kernels * KERNEL
+    assert prepared("16") - prepared("0") == 16 * PRODUCT
+    assert prepared("100000") - prepared("0") == sizes * WITH_GRADIENT.products * PRODUCT
+    config["model"]["dtype"] = "fp32"
+    assert prepared("16") == 0
+
+
+@pytest.mark.slow
 def test_computing_activations_again_saves_most_of_them(tmp_path: Path) -> None:
     plain, again = (
         api.plan(_config(tmp_path), f"train.gradient_checkpointing={value}", "model.kernels=off", probe=False).memory

@@ -172,7 +172,8 @@ def _by_formula(
     shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, head_dim)
     size = torch.empty(0, dtype=dtype).element_size()
     plans = [attention_plan(tree_layout(b, None), b.tokens, shape, dtype) for b in packed]
-    layouts = sum(_plan_bytes(plan) for plan in plans) + sum(_rotation_bytes(b.tokens, shape, size) for b in packed)
+    of_each = [_plan_bytes(p) + _rotation_bytes(b.tokens, shape, size) for p, b in zip(plans, packed, strict=True)]
+    layouts = sum(of_each)
     batch, plan = packed[0], plans[0]
     t, d, m = batch.tokens, config.hidden_size, config.intermediate_size
     softmax = sum(
@@ -200,7 +201,7 @@ def _by_formula(
     chunk = size * min(len(batch.target_ids), _MATMUL_ROWS) * config.vocab_size + _softmax_bytes(
         len(batch.target_ids), config.vocab_size
     )
-    forward = states + max(running, chunk * has_head)
+    forward = of_each[0] + states + max(running, chunk * has_head)
     # the head is done before the layers run backward: the larger of the two moments counts
     worst = max(head, passing + kept * recompute)
     return Activations(saved + states, worst, layouts, forward, "formula")

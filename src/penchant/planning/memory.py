@@ -31,10 +31,21 @@ TRAINING_LIBRARIES = (
 # What the heap loses between tensors of different sizes. The fast path makes the same few tensors layer by layer; autograd keeps
 # hundreds of many sizes, and frees them in another order than they came in.
 HEAP_LOSS = {"formula": 0.05, "shapes": 0.20, "rule of thumb": 0.20}
-# oneDNN prepares every bf16 product of a new size and keeps the last ones (the command line says 128, oneDNN itself 1,024).
+# oneDNN prepares every bf16 product of a new size. The kernel that it generates stays for good, whatever is set; the product around it
+# stays while it is among the last ones (the command line keeps 128, oneDNN itself 1,024).
 CAPACITY, CAPACITY_WITHOUT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 1024
-PREPARED_PRODUCT = MIB // 2
-PRODUCTS = {True: 31, False: 12}  # of a pass with gradient, and without
+KERNEL, PRODUCT = 262 << 10, 275 << 10  # bytes of one
+
+
+@dataclass(frozen=True, slots=True)
+class NewSize:
+    """What a pass of a size that was not met before makes oneDNN prepare."""
+
+    kernels: int
+    products: int
+
+
+WITH_GRADIENT, WITHOUT = NewSize(17, 31), NewSize(7, 12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +143,17 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
 
 
 def _prepared(run: OutlinedRun, work: Work) -> int:
-    """Of passes of sizes that do not come again, up to the cache's capacity in this process."""
+    """What oneDNN keeps of bf16 products: by the sizes of passes that the run meets, and the cache's capacity in this process."""
     if run.device.type != "cpu":
         return 0
     once = run.trees[0] if "reference" in run.needs and run.reference_kind == "cached" else []
     forward = len(passes_over(run, once)) + len(passes_over(run, run.trees[1]))
     said = os.environ.get(CAPACITY, "")
     capacity = int(said) if said.isdigit() else CAPACITY_WITHOUT
-    return min(capacity, PRODUCTS[True] * work.passes + PRODUCTS[False] * forward) * PREPARED_PRODUCT
+    kernels, products = (
+        work.sizes * getattr(WITH_GRADIENT, kind) + forward * getattr(WITHOUT, kind) for kind in ("kernels", "products")
+    )
+    return kernels * KERNEL + min(capacity, products) * PRODUCT
 
 
 def _heap(held: int, factor: float) -> int:

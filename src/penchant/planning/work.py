@@ -43,6 +43,7 @@ class Work:
 
     Args:
         steps, steps_per_epoch, warmup: optimiser steps; passes: micro-batches of them all; largest: tokens of the largest one.
+        sizes: how many different numbers of tokens the micro-batches have.
         tokens: tokens computed over the run; separate: what they would be with every prompt repeated; trained: completion tokens.
         evaluations, checkpoints: how often.
         batch: the step with the largest micro-batch, as its micro-batches, largest first.
@@ -56,6 +57,7 @@ class Work:
     separate: int
     trained: int
     largest: int
+    sizes: int
     evaluations: int
     checkpoints: int
     batch: tuple[tuple[TokenTree, ...], ...]
@@ -105,6 +107,7 @@ def work_of(run: OutlinedRun) -> Work:
     shared = run.shared_prompts
     passes = tokens = separate = trained = 0
     largest: tuple[int, list[list[TokenTree]]] = (0, [])
+    met: set[int] = set()
     for step in range(counted):
         batch = [trees[i] for i in schedule.batch(step)]
         if run.online is not None:  # an update takes a part of the rollouts
@@ -115,7 +118,9 @@ def work_of(run: OutlinedRun) -> Work:
         tokens += sum(sizes)
         separate += sum(t.separate_tokens for t in batch)
         trained += sum(len(c) for t in batch for c in t.completion_ids)
-        longest = max(sum(sizes[i] for i in members) for members in plan)
+        of_passes = [sum(sizes[i] for i in members) for members in plan]
+        met.update(of_passes)
+        longest = max(of_passes)
         if longest > largest[0]:
             made = sorted(([batch[i] for i in m] for m in plan), key=lambda b: -sum(tree_tokens(t, shared) for t in b))
             largest = (longest, made)
@@ -129,6 +134,7 @@ def work_of(run: OutlinedRun) -> Work:
         separate=round(separate * scale),
         trained=round(trained * scale),
         largest=largest[0],
+        sizes=len(met),
         evaluations=_evaluations(run),
         checkpoints=_times(run.config.checkpoint.every, schedule),
         batch=tuple(tuple(b) for b in largest[1]),

@@ -69,7 +69,8 @@ def _scalar(value: Any) -> str:
             if value % 1
             else f"{value:.1f}"
         )
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1 << 30).strip()
+    plain = not isinstance(value, str) or value.isprintable()  # YAML reads a raw U+0085 as a line's end
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=plain, width=1 << 30).strip()
     return text.removesuffix("...").strip()
 
 
