@@ -36,8 +36,8 @@ bench: $(READY)  ## DPO against the peer, in turn, on this machine (about half a
 	@$(INSTALL) -e '.[gguf]'
 	@$(BIN)/python benchmarks/dpo_vs_trl.py
 
-docs: $(TOOLS)  ## the documentation site, into site/; a warning is an error
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+docs: $(TOOLS)  ## the documentation site, into site/; a warning is an error (with --quiet it would be none)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "site/index.html; with search: $(BIN)/python -m http.server -d site -b 127.0.0.1"
 
 docker-check: $(TOOLS)  ## lint the Dockerfiles and run the CPU one's steps without an engine (as root, on Linux)

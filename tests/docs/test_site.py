@@ -23,7 +23,8 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_the_site_builds_and_is_offline(tmp_path: Path) -> None:
     pytest.importorskip("material")
     pytest.importorskip("latex2mathml")
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path / "site")]
+    # not --quiet: it keeps --strict from seeing warnings
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
     done = subprocess.run(
         words, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
     )
