@@ -161,6 +161,7 @@ def test_every_layout_is_mended_or_refused_with_a_command_that_works(
         fix(str(source), tmp_path / "b.jsonl")
     assert [p.name for p in tmp_path.iterdir()] == [source.name]
     command = shlex.split(refused.value.how.partition(": penchant ")[2])
+    assert command[-4:-2] == ["--layout", layout]
     monkeypatch.chdir(tmp_path)
     assert main([*command, "--quiet"]) == 0
     examples = load_preferences(str(source), on_bad_row="skip").trees

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penchant.data.sensitive import GROUPS, TITLES, entropy, find, iban, luhn, redact
+from penchant.data.sensitive import FINDERS, GROUPS, TITLES, Finder, entropy, find, iban, luhn, redact
 
 TOKEN = "aB3dE5fG7hI9jK1lM3nO5pQ7rS9tU1vW3"
 FOUND = {
@@ -93,3 +93,13 @@ def test_long_hostile_texts_take_no_long_time(text: str) -> None:
     start = time.process_time()
     find(text)
     assert time.process_time() - start < 2
+
+
+@given(
+    st.text("0123459af:. ", max_size=60)
+    | st.ip_addresses().map(str)
+    | st.ip_addresses(v=6).map(lambda a: f"a: {a.exploded}.")
+)
+@pytest.mark.parametrize("finder", FINDERS)
+def test_a_hint_never_hides_a_value(finder: Finder, text: str) -> None:
+    assert finder.hint(text) or not list(finder.find(text))

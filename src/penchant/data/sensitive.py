@@ -200,7 +200,8 @@ FINDERS = (  # of two values that overlap the earlier finder's stays
     Finder("secrets", _long_word, _random_tokens),
     Finder("pii", lambda t: "@" in t, _mails),
     Finder("pii", _digits, _ibans),
-    Finder("pii", lambda t: t.count(".") > 2 or t.count(":") > 2, _addresses),
+    # an address has three dots, or "::", or six colons and more: turns of a conversation have two or three
+    Finder("pii", lambda t: t.count(".") > 2 or "::" in t or t.count(":") > 5, _addresses),
     Finder("pii", _digits, _numbers),
 )
 
