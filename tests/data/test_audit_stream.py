@@ -277,3 +277,18 @@ def test_control_characters_are_escaped_in_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a\x1b[31m.jsonl", [pair(0), pair(0)])
     shown = audit_files({"a": str(path)}, languages=False).to_text()
     assert "\x1b" not in shown and "\\x1b" in shown
+
+
+@pytest.mark.parametrize(
+    ("longer", "of", "advised"), [(101, 200, False), (2, 2, False), (130, 200, True), (70, 200, True)]
+)
+def test_advice_about_length_needs_evidence(longer: int, of: int, advised: bool) -> None:
+    rows = [
+        {
+            "prompt": f"p{i}",
+            "chosen": "long answer" if i < longer else "ok",
+            "rejected": "ok" if i < longer else "long one",
+        }
+        for i in range(of)
+    ]
+    assert bool(audit(from_rows(rows), languages=False).findings["length_bias"].advice) is advised

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from penchant.data import sensitive
-from penchant.data.findings import KEPT, Finding, Places, Tally, quantiles, sampled
+from penchant.data.findings import KEPT, Finding, Places, Tally, quantiles, unlike_half
 from penchant.data.near import NearIndex, first_of_equal
 from penchant.data.order import Columns
 from penchant.types import PromptTree
@@ -342,7 +342,7 @@ class Lengths:
         advice = "far from 50%: the model may learn length; a length-controlled comparison shows it, length-normalised losses help"
         yield (
             "length_bias",
-            sampled(title, self.longer, self.differing, f"{ties:,} ties apart" if ties else "", advice=advice),
+            unlike_half(title, self.longer, self.differing, f"{ties:,} ties apart" if ties else "", advice),
         )
 
     def table(self) -> dict[str, dict[str, float]]:
@@ -462,4 +462,4 @@ def position_bias(columns: Columns | None) -> Finding:
     if columns is None or not columns.decided:
         return Finding(title, 0, 0, (), "not known: the rows do not say which answer was shown first")
     advice = "far from 50%: the raters looked at the order"
-    return sampled(title, columns.first, columns.decided, ", ".join(columns.layouts), advice=advice)
+    return unlike_half(title, columns.first, columns.decided, ", ".join(columns.layouts), advice)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,13 @@ def sampled(title: str, count: int, of: int, note: str = "", **more: Any) -> Fin
     low, high = wilson_interval(count, of)
     said = f"95% interval [{low:.1%}, {high:.1%}]"
     return Finding(title, count, of, note=said + (f", {note}" if note else ""), interval=(low, high), **more)
+
+
+def unlike_half(title: str, count: int, of: int, note: str, advice: str) -> Finding:
+    """`sampled`, with its advice only where the interval leaves one half out: else chance alone can give such a share."""
+    found = sampled(title, count, of, note)
+    low, high = found.interval or (0.0, 1.0)
+    return replace(found, advice=advice) if not low <= 0.5 <= high else found
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from penchant.evaluation.stats import Interval, bootstrap_ci
+from penchant.evaluation.stats import Interval, share_ci
 
 Z95 = 1.959963984540054
 RIDGE = 0.25  # 1 / variance of the penalty on both numbers of the logistic: keeps a fit finite where length decides everything
@@ -67,8 +67,8 @@ def length_figures(right: ArrayLike, gaps: ArrayLike, clusters: ArrayLike) -> di
     agrees = np.where(g == 0, 0.5, np.where(g > 0, y, 1.0 - y))
     found: dict[str, Any] = {}
     for name, interval in (
-        ("length/longer_wins", bootstrap_ci(longer, clusters=clusters, draws=2000)),
-        ("length/agreement", bootstrap_ci(agrees, clusters=clusters, draws=2000)),
+        ("length/longer_wins", share_ci(longer, clusters=clusters, draws=2000)),
+        ("length/agreement", share_ci(agrees, clusters=clusters, draws=2000)),
         ("length/controlled_accuracy", accuracy_at_equal_length(y, g, clusters)),
     ):
         found |= {name: interval.estimate, f"{name}/ci": [interval.low, interval.high]}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from penchant.evaluation.stats import Interval, bootstrap_ci, bootstrap_ratio
+from penchant.evaluation.stats import Interval, bootstrap_ci, bootstrap_ratio, share_ci
 from penchant.types import TokenTree
 
 PREFIX = "eval/"
@@ -46,6 +46,12 @@ def mean_of(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:
     """
     found = np.asarray(values, dtype=np.float64)
     return Figure.of(name, bootstrap_ci(found, clusters=clusters, draws=DRAWS), len(found), clusters)
+
+
+def share_of(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:
+    """`mean_of` of values within [0, 1], whose interval is none of zero width where all rows agree (see `share_ci`)."""
+    found = np.asarray(values, dtype=np.float64)
+    return Figure.of(name, share_ci(found, clusters=clusters, draws=DRAWS), len(found), clusters)
 
 
 def ratio_of(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from penchant.evaluation.stats import Interval, bootstrap_ci
+from penchant.evaluation.stats import Interval, bootstrap_ci, share_ci
 from penchant.evaluation.text import distinct_n
 from penchant.evaluation.written import Judge, Written, write
 
@@ -72,7 +72,7 @@ def completion_figures(written: Written) -> Metrics:
     lengths = np.array([len(i) for i in ids], dtype=np.float64)
     return {
         **_named("completions/length", bootstrap_ci(lengths, clusters=written.prompts, draws=DRAWS)),
-        **_named("completions/ended", bootstrap_ci(written.ended, clusters=written.prompts, draws=DRAWS)),
+        **_named("completions/ended", share_ci(written.ended, clusters=written.prompts, draws=DRAWS)),
         "completions/distinct_2": distinct_n(ids),
     }
 
@@ -92,7 +92,7 @@ def gain_figures(rewards: Sequence[float] | np.ndarray, start: Sequence[float] |
     if now.shape != then.shape:
         raise ValueError(f"rewards of the same prompts are wanted, not {now.shape} and {then.shape}")
     wins = (now > then) + 0.5 * (now == then)
-    return _named("reward", bootstrap_ci(now, draws=DRAWS)) | _named("win_rate", bootstrap_ci(wins, draws=DRAWS))
+    return _named("reward", bootstrap_ci(now, draws=DRAWS)) | _named("win_rate", share_ci(wins, draws=DRAWS))
 
 
 def _named(name: str, interval: Interval) -> Metrics:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from penchant.evaluation.figures import Figure, mean_of, ratio_of
+from penchant.evaluation.figures import Figure, mean_of, ratio_of, share_of
 from penchant.evaluation.given_answers import completion_sums, kl_figures
 from penchant.evaluation.text import distinct_n, distinct_n_interval, repetition
 from penchant.evaluation.token_scores import TokenScores
@@ -27,7 +27,7 @@ def text_of_written(written: Written, also: Mapping[str, np.ndarray]) -> list[Fi
         found.append(mean_of("generated/reward", written.rewards, prompts))
     found += [mean_of(f"generated/reward[{name}]", values, prompts) for name, values in also.items()]
     found.append(mean_of("generated/length", [len(ids) for ids in written.ids], prompts))
-    found.append(mean_of("generated/ended", written.ended, prompts))
+    found.append(share_of("generated/ended", written.ended, prompts))
     for n in (1, 2):
         interval = distinct_n_interval(written.ids, prompts.tolist(), n)
         span = None if interval is None else (interval.low, interval.high)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from penchant.evaluation.figures import Figure, exp, mean_of, prompt_clusters, ratio_of
+from penchant.evaluation.figures import Figure, exp, mean_of, prompt_clusters, ratio_of, share_of
 from penchant.evaluation.token_scores import TokenScores
 from penchant.types import TokenTree
 
@@ -120,4 +120,4 @@ def _margins(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:
 
 def _pair_share(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:
     gaps, clusters = _gaps(values, c)
-    return [mean_of(name, (gaps > 0) + 0.5 * (gaps == 0), clusters)] if len(gaps) else []
+    return [share_of(name, (gaps > 0) + 0.5 * (gaps == 0), clusters)] if len(gaps) else []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from penchant.data.packing import pack, plan_microbatches, tree_tokens
 from penchant.evaluation.answers import length_figures, likelihood_figures, mean_ratio
-from penchant.evaluation.stats import bootstrap_ci
+from penchant.evaluation.stats import bootstrap_ci, share_ci
 from penchant.training.reduce import Totals
 from penchant.types import Algorithm, LossOutput, Scored, TokenTree
 
@@ -93,7 +93,8 @@ def heldout_metrics(
         # one value a tree or a completion, equal weights: what the bootstrap over prompts is for
         labels = next((c for c in (clusters, by_completion) if len(c) == len(values)), None)
         if name in WITH_INTERVAL and weights is None and labels is not None and len(values) > 1:
-            interval = bootstrap_ci(values.double().cpu().numpy(), clusters=labels, draws=2000)
+            of = share_ci if name.endswith("accuracies") else bootstrap_ci
+            interval = of(values.double().cpu().numpy(), clusters=labels, draws=2000)
             metrics[f"{prefix}{name}/ci"] = [interval.low, interval.high]
         elif name in ("loss", "nll") and weights is not None and labels is not None and len(values) > 1:
             of_tokens = mean_ratio(values.double().cpu().numpy(), weights.double().cpu().numpy(), labels)

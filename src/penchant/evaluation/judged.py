@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from penchant.evaluation.measured import Measured, Metrics, Setting, named
-from penchant.evaluation.stats import Interval, bootstrap_ci
+from penchant.evaluation.stats import Interval, share_ci
 from penchant.evaluation.verdict import (
     MOST_UNJUDGED,
     Candidate,
@@ -185,7 +185,7 @@ def _meetings(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _position(values: np.ndarray, prompts: np.ndarray) -> Interval | None:
     heard = ~np.isnan(values)
-    return bootstrap_ci(values[heard], clusters=prompts[heard]) if heard.any() else None
+    return share_ci(values[heard], clusters=prompts[heard]) if heard.any() else None
 
 
 def sides(settings: Mapping[str, Sequence[Measured]], fixed: bool) -> list[Candidate]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from penchant.evaluation.stats import bootstrap_ci
+from penchant.evaluation.stats import bootstrap_ci, share_ci
 from penchant.logprobs import Scorer
 from penchant.reference import LiveReference, compute_logps
 from penchant.types import TokenTree
@@ -62,7 +62,7 @@ def evaluate_online(
     if start_rewards is not None:
         values_of["win_rate"] = (rewards > start_rewards) + 0.5 * (rewards == start_rewards)
     for name, values in values_of.items():
-        interval = bootstrap_ci(values, draws=2000)
+        interval = (share_ci if name == "win_rate" else bootstrap_ci)(values, draws=2000)
         metrics |= {f"eval/{name}": interval.estimate, f"eval/{name}/ci": [interval.low, interval.high]}
     metrics["eval/completions/length"] = float(np.mean([len(t.completion_ids[0]) for t in trees]))
     metrics["eval/completions/ended"] = float(np.mean([not t.truncated[0] for t in trees]))

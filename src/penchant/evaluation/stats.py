@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -51,6 +52,26 @@ def bootstrap_ci(
     sums, counts = np.bincount(member, weights=x), np.bincount(member).astype(np.float64)
     low, high = _percentiles(np.concatenate([a / b for a, b in _drawn(sums, counts, draws, seed)]), level)
     return Interval(float(x.mean()), low, high)
+
+
+def share_ci(
+    values: ArrayLike,
+    *,
+    clusters: ArrayLike | Sequence[object] | None = None,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """`bootstrap_ci` of a share (values within [0, 1]); arguments and errors as there.
+
+    Where every value is 0, or every value is 1, each draw gives the same and the bootstrap would claim certainty from any number
+    of rows: Wilson's interval of as many trials as there are clusters takes its place.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim == 1 and len(x) and x[0] in (0.0, 1.0) and (x == x[0]).all():
+        trials = len(x) if clusters is None else len(np.unique(np.asarray(clusters)))
+        return wilson(round(x[0] * trials), trials, NormalDist().inv_cdf((1 + level) / 2))
+    return bootstrap_ci(values, clusters=clusters, level=level, draws=draws, seed=seed)
 
 
 def bootstrap_ratio(
@@ -159,7 +180,7 @@ def win_rate(
 ) -> Interval:
     """How often `after` beats `before`; a tie counts `ties`."""
     a, b = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
-    return bootstrap_ci((a > b) + ties * (a == b), clusters=clusters, draws=draws, seed=seed)
+    return share_ci((a > b) + ties * (a == b), clusters=clusters, draws=draws, seed=seed)
 
 
 def wilson(successes: int, n: int, z: float = 1.959963984540054) -> Interval:

@@ -17,7 +17,7 @@ from penchant.evaluation.significance import (
     several_sources_p,
     sign_flip_test,
 )
-from penchant.evaluation.stats import Interval, bootstrap_ci, paired_bootstrap
+from penchant.evaluation.stats import Interval, paired_bootstrap, share_ci
 
 FEW_PROMPTS = 10  # below it a percentile bootstrap is too narrow to name a winner
 ALPHA = 0.05
@@ -189,7 +189,7 @@ def _raw(wins: np.ndarray, sources: Sequence[np.ndarray] | None) -> Interval:
     """The win rate, by prompt or over several sources of chance."""
     by_prompt = np.nanmean(wins, (0, 1, *range(3, wins.ndim)))
     if sources is None:
-        return bootstrap_ci(by_prompt)
+        return share_ci(by_prompt)
     raw = several_sources(float(by_prompt.mean()), sources)
     return Interval(raw.estimate, max(0.0, raw.low), min(1.0, raw.high))
 
