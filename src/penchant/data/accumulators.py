@@ -72,10 +72,7 @@ class Copies:
     def __init__(self, kind: str, places: Places) -> None:
         self.kind, self.places = kind, places
         self._row, self._there, self._back = array("Q"), array("Q"), array("Q")
-        self._label, self._owner = (
-            array("b"),
-            array("q"),
-        )  # of each labelled answer: good or bad, and the row that it is of
+        self._label, self._owner = array("b"), array("q")  # of each labelled answer: good or bad, and the row that it is of
 
     def update(self, row: View) -> None:
         # an answer with another label is no duplicate: it is a contradiction
@@ -382,10 +379,7 @@ class Scores:
             return
         low, mid, high = np.quantile(scores, [0.25, 0.5, 0.75])
         note = f"quartiles {low:g}, {mid:g}, {high:g}"
-        yield (
-            "scores",
-            Finding("answers at or above the median score", int((scores >= mid).sum()), len(scores), (), note),
-        )
+        yield "scores", Finding("answers at or above the median score", int((scores >= mid).sum()), len(scores), (), note)
 
 
 @cache
