@@ -309,7 +309,7 @@ def test_a_decoders_caches_and_weights_are_counted(
     assert found == packed + caches + max(read, logits)
 
 
-def test_evaluations_count_answers_and_the_start(tmp_path: Path) -> None:
+def test_evaluations_count_answers_and_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked of an evaluation moves its moment and nothing else."""
 
     def moments(*overrides: str) -> dict[str, int]:
@@ -320,6 +320,10 @@ def test_evaluations_count_answers_and_the_start(tmp_path: Path) -> None:
     loading = moments("evaluation.kl_prompts=2")["an evaluation, which loads the start again"]
     weights = sum(p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors"))
     assert loading >= without["a training step"] + weights
+    with monkeypatch.context() as patched:
+        patched.setattr("penchant.planning.memory.weight_file_bytes", lambda *_: weights + (1 << 30))
+        larger = moments("evaluation.kl_prompts=2")["an evaluation, which loads the start again"]
+    assert larger - loading == pytest.approx(1 << 30, abs=32 << 20)  # the process itself is measured anew
     adapter = moments("evaluation.kl_prompts=2", "lora={r: 2}")
     assert "an evaluation" in adapter  # the adapter is switched off: nothing is loaded
     long = moments("evaluation.kl_prompts=0", "evaluation.samples=4", "evaluation.sample_tokens=150")
