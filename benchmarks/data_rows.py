@@ -12,8 +12,10 @@ import numpy as np
 
 REFUSAL = "I'm sorry, but I can't help with that. "
 NEAR_FROM = 100  # characters: a longer text with a word more is a near-duplicate, a shorter one may not be
-MODERATION = ("harassment", "harassment/threatening", "hate", "hate/threatening", "self-harm", "self-harm/instructions")
-MODERATION += ("self-harm/intent", "sexual", "sexual/minors", "violence", "violence/graphic")
+MODERATION = (
+    *("harassment", "harassment/threatening", "hate", "hate/threatening", "self-harm", "self-harm/instructions"),
+    *("self-harm/intent", "sexual", "sexual/minors", "violence", "violence/graphic"),
+)
 
 Row = dict[str, Any]
 
