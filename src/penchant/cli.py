@@ -275,10 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    if getattr(args, "allocator", False):  # of a command in a module of its own
-        _with_allocator()
     try:
-        if getattr(args, "allocator", False):
+        if getattr(args, "allocator", False):  # of a command in a module of its own
             _with_allocator()
         return int(args.handler(args) or 0)
     except PenchantError as error:

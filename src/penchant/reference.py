@@ -161,7 +161,7 @@ def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, to
         is_id = np.ones(len(words), dtype=bool)
         is_id[ends - lengths - 1] = False
         words[~is_id], words[is_id] = lengths, ids
-        told = memoryview(words.view(np.uint8))
+        told = words.view(np.uint8).data
         bounds = (4 * np.r_[0, ends[np.cumsum(parts) - 1]]).tolist()
         digest.update(b"|".join([told[a:b] for a, b in itertools.pairwise(bounds)]) + b"|")
     return digest.hexdigest()

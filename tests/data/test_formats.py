@@ -143,3 +143,9 @@ def test_jsonl_and_json_round_trip(tmp_path_factory: pytest.TempPathFactory, row
         text = "\n".join(json.dumps(r) for r in rows) if name == "a.jsonl" else json.dumps(rows)
         path.write_text(text)
         assert [r.values for r in read_rows(str(path)) if isinstance(r, Row)] == rows
+
+
+def test_rows_of_a_list_on_one_line_have_places_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('[{"text": "a"}, {"text": "b"}, 3,\n {"text": "d"}]')
+    assert [r.where for r in read_rows(str(file))] == ["a.json:1", "a.json:1 (row 2)", "a.json:1 (row 3)", "a.json:2"]

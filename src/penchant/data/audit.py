@@ -153,7 +153,7 @@ class Leakage:
                             np.flatnonzero(first >= 0),
                             of,
                             lambda row, first=first: f"{place[row]} (as {place[int(first[row])]})",  # type: ignore[misc]
-                            advice="figures on such rows flatter: split by prompt, or data fix --drop leakage",
+                            advice="figures on such rows flatter: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE",
                         ),
                     )
 

@@ -196,12 +196,16 @@ def _read_json(file: Path) -> Iterator[Row | BadRow]:
         if at >= len(text) or text[at] != "[":
             raise DataError(file.name, "is not a JSON list", "give a list of objects, or name the file .jsonl")
         at = _skip(text, at + 1)
-        at_line, counted = 1, 0
+        at_line, counted, before, number = 1, 0, 0, 0
         while at < len(text) and text[at] != "]":
             at_line += text.count("\n", counted, at)
             counted = at
             value, at = decoder.raw_decode(text, at)
-            yield _object(f"{file.name}:{at_line}", value)
+            number += 1
+            # a file without line breaks has all its rows on one line
+            place = f"{file.name}:{at_line}" if at_line > before else f"{file.name}:{at_line} (row {number})"
+            before = at_line
+            yield _object(place, value)
             at = _skip(text, at)
             if at < len(text) and text[at] == ",":
                 at = _skip(text, at + 1)

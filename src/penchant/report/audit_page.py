@@ -45,6 +45,7 @@ def render_audit(audit: Mapping[str, Any], title: str) -> str:
             "header",
             el("p", "Penchant \u00b7 data audit", class_="kicker"),
             el("h1", said(title)),
+            el("p", said(text(audit.get("layout"))), class_="soft facts-line"),
             el("p", said(text(audit.get("summary"))), class_="soft facts-line"),
         ),
         made,

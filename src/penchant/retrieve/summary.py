@@ -16,7 +16,11 @@ def summary(result: GetResult) -> str:
         f"{data['name']}: {counts.rows:,} rows = {counts.accepted:,} accepted + {filtered} + {counts.quarantined:,} quarantined",
         "  " + ", ".join(_split_line(s, held) for s, held in data["splits"].items()) + f" ({data['kind']})",
         f"  {data['prompt_groups']['prompts']:,} prompts in {data['prompt_groups']['groups']:,} groups: "
-        "nearly equal ones stay on one side of the split",
+        + (
+            "published splits are kept as they are"
+            if data["request"]["published_splits"]
+            else "nearly equal ones stay on one side"
+        ),
     ]
     if counts.unlabelled:
         lines.append(f"  {counts.unlabelled:,} answers were given no label and are left out")
