@@ -16,6 +16,7 @@ from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.export.card import public
 from penchant.export.formats import FORMATS
+from penchant.export.request import DTYPES
 from penchant.export.subject import outputs
 
 ROW = [[5, 99, 17, 240, 31, 8]]
@@ -41,6 +42,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PENCHANT_CACHE", str(tmp / "cache"))
         for name, more in (("full", {}), ("lora", lora), ("reward", reward), ("reward-lora", {**reward, **lora})):
+            api.train({**config, **more, "output": str(tmp / name)}, quiet=True)
+        config["model"]["dtype"] = "bf16"
+        for name, more in (("bf16", {}), ("bf16-lora", lora), ("bf16-reward", reward)):
             api.train({**config, **more, "output": str(tmp / name)}, quiet=True)
     return tmp
 
@@ -94,6 +98,45 @@ def test_a_narrower_type_holds_the_rounded_weights_exactly(world: Path, tmp_path
     result = api.export(world / "lora", to=to, output=tmp_path / "out", dtype=dtype)
     assert result.check.read == 0.0 and 0.0 < result.check.own <= result.check.own_limit
     assert result.dtype == dtype
+
+
+def _names(folder: Path) -> dict[str, torch.dtype]:
+    """Tensors of a folder's safetensors files."""
+    from safetensors.torch import load_file
+
+    return {name: value.dtype for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp16", "fp32"])
+@pytest.mark.parametrize("run", ["bf16", "bf16-reward", "full", "bf16-lora", "lora"])
+def test_a_folder_loads_in_the_type_that_was_written_and_holds_no_tied_weight_twice(
+    world: Path, tmp_path: Path, run: str, dtype: str
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    lora = run.endswith("lora")
+    to = "merged" if lora else "safetensors"
+    result = api.export(world / run, to=to, output=tmp_path / "out", dtype=dtype, max_shard_size="30KB")
+    stored = _names(world / "model" if lora else _model(world / run))
+    written = _names(result.folder)
+    assert set(written) == set(stored) and "lm_head.weight" not in written and len(written) == 20 + ("reward" in run)
+    if dtype == "auto" and not lora:
+        assert written == stored
+    loader = AutoModelForSequenceClassification if "reward" in run else AutoModelForCausalLM
+    model = loader.from_pretrained(result.folder)  # as it stands in the card: no dtype is named
+    assert {p.dtype for p in model.parameters()} == set(written.values()) == {DTYPES[result.dtype]}
+    assert json.loads((result.folder / "config.json").read_text())["dtype"] == str(DTYPES[result.dtype])[6:]
+
+
+@pytest.mark.parametrize("run", ["bf16", "bf16-lora", "bf16-reward", "full"])
+def test_the_config_beside_a_state_dict_names_its_type(world: Path, tmp_path: Path, run: str) -> None:
+    result = api.export(world / run, to="pt", output=tmp_path / "out")
+    state = torch.load(result.folder / "state_dict.pt", weights_only=True)
+    code = (result.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("FOLDER", str(result.folder)), names)
+    assert {p.dtype for p in names["model"].parameters()} == {v.dtype for v in state.values()} == {DTYPES[result.dtype]}
+    assert json.loads((result.folder / "config.json").read_text())["dtype"] == str(DTYPES[result.dtype])[6:]
 
 
 @pytest.mark.parametrize("to", ["safetensors", "pt", "merged", "adapter"])
@@ -181,12 +224,17 @@ def test_the_card_is_valid_says_what_is_known_and_names_no_folder_of_this_machin
 
 
 def test_the_cards_code_loads_the_folder(world: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(world / "model")
     for to in ("safetensors", "pt", "gguf"):
         result = api.export(world / "full", to=to, output=tmp_path / to)
         code = (result.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
         names: dict[str, Any] = {}
         exec(code.replace("FOLDER", str(result.folder)), names)
-        found = outputs(names["model"].eval(), ROW)
+        assert not names["model"].training  # nothing is left to do before it is used
+        assert names["tokenizer"]("a word, é")["input_ids"] == own("a word, é")["input_ids"]
+        found = outputs(names["model"], ROW)
         torch.testing.assert_close(found, outputs(_load(_model(world / "full")), ROW), rtol=0, atol=1e-5)
 
 
