@@ -147,6 +147,8 @@ def test_the_config_beside_a_state_dict_names_its_type(world: Path, tmp_path: Pa
     exec(code.replace("FOLDER", str(result.folder)), names)
     assert {p.dtype for p in names["model"].parameters()} == {v.dtype for v in state.values()} == {DTYPES[result.dtype]}
     assert json.loads((result.folder / "config.json").read_text())["dtype"] == str(DTYPES[result.dtype])[6:]
+    if "reward" not in run:
+        assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
 
 
 @pytest.mark.parametrize("to", ["safetensors", "pt", "merged", "adapter"])
@@ -259,3 +261,93 @@ def test_the_command_says_what_it_compared(world: Path, capsys: pytest.CaptureFi
     assert "logits differ by at most 0 " in out and str(world / "full" / "export" / "step-2-safetensors") in out
     assert main(["export", str(world / "full"), "--to", "safetensors"]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pushed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Folders that went to the hub."""
+    folders: list[Path] = []
+
+    def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
+        folders.append(folder)
+        return f"https://hub/{repo}"
+
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    monkeypatch.setattr("penchant.export.export.push", push)
+    return folders
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_finished_export_is_pushed_as_it_stands(world: Path, tmp_path: Path, pushed: list[Path]) -> None:
+    first = api.export(world / "bf16", to="safetensors", output=tmp_path / "out")
+    assert pushed == []
+    card = first.folder / "README.md"
+    card.write_text(card.read_text().replace("---\n", "---\nlicense: mit\n", 1))
+    before = _files(first.folder)
+    said: list[str] = []
+    again = api.export(world / "bf16", to="safetensors", output=tmp_path / "out", push="me/tuned", say=said.append)
+    assert pushed == [first.folder] and again.url == "https://hub/me/tuned" and _files(first.folder) == before
+    assert (again.check, again.dtype, again.step) == (first.check, "bf16", 2) and "as it stands" in said[-1]
+    with pytest.raises(CheckpointError, match="nothing is overwritten"):  # without a push it is refused as ever
+        api.export(world / "bf16", to="safetensors", output=tmp_path / "out")
+
+
+def test_what_is_not_the_export_asked_for_is_not_pushed(world: Path, tmp_path: Path, pushed: list[Path]) -> None:
+    out = tmp_path / "out"
+    api.export(world / "full", to="safetensors", output=out)
+
+    def refused(why: str, run: Path = world / "full", to: str = "safetensors", **more: Any) -> None:
+        with pytest.raises(CheckpointError, match=f"is there already, and it.*{why}.*nothing is overwritten"):
+            api.export(run, to=to, push="me/tuned", **{"output": out, **more})
+
+    refused("another step", step="1")
+    refused("another dtype", dtype="bf16")
+    refused("another format", to="pt")
+    refused("another run", world / "bf16")
+    shutil.copytree(world / "bf16", tmp_path / "full")  # another training under the same name
+    refused("another checkpoint", tmp_path / "full", dtype="fp32")
+    (tmp_path / "empty").mkdir()
+    refused("no finished export", output=tmp_path / "empty")
+    (tmp_path / "link").symlink_to(out)
+    refused("no finished export", output=tmp_path / "link")
+    assert pushed == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda out: (out / "config.json").write_text("{}"), "'config.json' is not as the export wrote it"),
+        (lambda out: (out / "notes.txt").write_text("mine"), "'notes.txt' is not as the export wrote it"),
+        (lambda out: (out / "tokenizer.json").unlink(), "'tokenizer.json' is gone"),
+        (lambda out: (out / "README.md").unlink(), "'README.md' is gone"),
+        (lambda out: (out / "export.json").write_text("[1"), "no finished export"),
+        (lambda out: _record(out, checkpoint=None), "does not say which checkpoint"),
+        (lambda out: _record(out, sha256=7), "is not as the export wrote it"),
+        (lambda out: _record(out, check=[]), "no comparison that was passed"),
+        (lambda out: _record(out, check={"tokens": 1}), "no comparison that was passed"),
+        (lambda out: _record(out, check={**_about(out)["check"], "read": 9.0}), "no comparison that was passed"),
+        (lambda out: _record(out, notes=["\x1b[2J"]), "no comparison that was passed"),
+    ],
+)
+def test_an_export_that_was_changed_is_not_pushed(
+    world: Path, tmp_path: Path, pushed: list[Path], spoil: Any, why: str
+) -> None:
+    out = api.export(world / "full", to="safetensors", output=tmp_path / "out").folder
+    spoil(out)
+    with pytest.raises(CheckpointError, match=why):
+        api.export(world / "full", to="safetensors", output=out, push="me/tuned")
+    assert pushed == []
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "export.json").read_text())
+    return found
+
+
+def _record(folder: Path, **values: Any) -> None:
+    """Change the record; None takes a key away."""
+    kept = {k: v for k, v in {**_about(folder), **values}.items() if v is not None}
+    (folder / "export.json").write_text(json.dumps(kept))
