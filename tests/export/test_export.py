@@ -16,6 +16,7 @@ from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.export.card import public
 from penchant.export.formats import FORMATS
+from penchant.export.request import DTYPES
 from penchant.export.subject import outputs
 
 ROW = [[5, 99, 17, 240, 31, 8]]
@@ -25,8 +26,10 @@ ROW = [[5, 99, 17, 240, 31, 8]]
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs: full, lora, reward, reward-lora."""
     tmp = tmp_path_factory.mktemp("export")
+    base = tiny_model_folder(tmp / "model", chat=True)
+    _add_a_merge(tmp / "model" / "tokenizer.json")
     config: dict[str, Any] = {
-        "model": {"path": tiny_model_folder(tmp / "model", chat=True), "dtype": "fp32"},
+        "model": {"path": base, "dtype": "fp32"},
         "data": {
             "path": write_jsonl(tmp / "pairs|`x`.jsonl", polite_rows(12)),
             "validation_rows": 4,
@@ -42,7 +45,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("PENCHANT_CACHE", str(tmp / "cache"))
         for name, more in (("full", {}), ("lora", lora), ("reward", reward), ("reward-lora", {**reward, **lora})):
             api.train({**config, **more, "output": str(tmp / name)}, quiet=True)
+        config["model"]["dtype"] = "bf16"
+        for name, more in (("bf16", {}), ("bf16-lora", lora), ("bf16-reward", reward)):
+            api.train({**config, **more, "output": str(tmp / name)}, quiet=True)
     return tmp
+
+
+def _add_a_merge(path: Path) -> None:
+    """A GGUF file without merges is read by nobody; the tiny model has a row to spare."""
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["er"] = 259
+    tokenizer["model"]["merges"] = [["e", "r"]]
+    path.write_text(json.dumps(tokenizer))
 
 
 def _model(run: Path, step: int = 2) -> Path:
@@ -94,6 +108,47 @@ def test_a_narrower_type_holds_the_rounded_weights_exactly(world: Path, tmp_path
     result = api.export(world / "lora", to=to, output=tmp_path / "out", dtype=dtype)
     assert result.check.read == 0.0 and 0.0 < result.check.own <= result.check.own_limit
     assert result.dtype == dtype
+
+
+def _names(folder: Path) -> dict[str, torch.dtype]:
+    """Tensors of a folder's safetensors files."""
+    from safetensors.torch import load_file
+
+    return {name: value.dtype for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp16", "fp32"])
+@pytest.mark.parametrize("run", ["bf16", "bf16-reward", "full", "bf16-lora", "lora"])
+def test_a_folder_loads_in_the_type_that_was_written_and_holds_no_tied_weight_twice(
+    world: Path, tmp_path: Path, run: str, dtype: str
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    lora = run.endswith("lora")
+    to = "merged" if lora else "safetensors"
+    result = api.export(world / run, to=to, output=tmp_path / "out", dtype=dtype, max_shard_size="30KB")
+    stored = _names(world / "model" if lora else _model(world / run))
+    written = _names(result.folder)
+    assert set(written) == set(stored) and "lm_head.weight" not in written and len(written) == 20 + ("reward" in run)
+    if dtype == "auto" and not lora:
+        assert written == stored
+    loader = AutoModelForSequenceClassification if "reward" in run else AutoModelForCausalLM
+    model = loader.from_pretrained(result.folder)  # as it stands in the card: no dtype is named
+    assert {p.dtype for p in model.parameters()} == set(written.values()) == {DTYPES[result.dtype]}
+    assert json.loads((result.folder / "config.json").read_text())["dtype"] == str(DTYPES[result.dtype])[6:]
+
+
+@pytest.mark.parametrize("run", ["bf16", "bf16-lora", "bf16-reward", "full"])
+def test_the_config_beside_a_state_dict_names_its_type(world: Path, tmp_path: Path, run: str) -> None:
+    result = api.export(world / run, to="pt", output=tmp_path / "out")
+    state = torch.load(result.folder / "state_dict.pt", weights_only=True)
+    code = (result.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("FOLDER", str(result.folder)), names)
+    assert {p.dtype for p in names["model"].parameters()} == {v.dtype for v in state.values()} == {DTYPES[result.dtype]}
+    assert json.loads((result.folder / "config.json").read_text())["dtype"] == str(DTYPES[result.dtype])[6:]
+    if "reward" not in run:
+        assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
 
 
 @pytest.mark.parametrize("to", ["safetensors", "pt", "merged", "adapter"])
@@ -181,12 +236,17 @@ def test_the_card_is_valid_says_what_is_known_and_names_no_folder_of_this_machin
 
 
 def test_the_cards_code_loads_the_folder(world: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(world / "model")
     for to in ("safetensors", "pt", "gguf"):
         result = api.export(world / "full", to=to, output=tmp_path / to)
         code = (result.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
         names: dict[str, Any] = {}
         exec(code.replace("FOLDER", str(result.folder)), names)
-        found = outputs(names["model"].eval(), ROW)
+        assert not names["model"].training  # nothing is left to do before it is used
+        assert names["tokenizer"]("a water, é")["input_ids"] == own("a water, é")["input_ids"]
+        found = outputs(names["model"], ROW)
         torch.testing.assert_close(found, outputs(_load(_model(world / "full")), ROW), rtol=0, atol=1e-5)
 
 
@@ -201,3 +261,93 @@ def test_the_command_says_what_it_compared(world: Path, capsys: pytest.CaptureFi
     assert "logits differ by at most 0 " in out and str(world / "full" / "export" / "step-2-safetensors") in out
     assert main(["export", str(world / "full"), "--to", "safetensors"]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pushed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Folders that went to the hub."""
+    folders: list[Path] = []
+
+    def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
+        folders.append(folder)
+        return f"https://hub/{repo}"
+
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    monkeypatch.setattr("penchant.export.export.push", push)
+    return folders
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_finished_export_is_pushed_as_it_stands(world: Path, tmp_path: Path, pushed: list[Path]) -> None:
+    first = api.export(world / "bf16", to="safetensors", output=tmp_path / "out")
+    assert pushed == []
+    card = first.folder / "README.md"
+    card.write_text(card.read_text().replace("---\n", "---\nlicense: mit\n", 1))
+    before = _files(first.folder)
+    said: list[str] = []
+    again = api.export(world / "bf16", to="safetensors", output=tmp_path / "out", push="me/tuned", say=said.append)
+    assert pushed == [first.folder] and again.url == "https://hub/me/tuned" and _files(first.folder) == before
+    assert (again.check, again.dtype, again.step) == (first.check, "bf16", 2) and "as it stands" in said[-1]
+    with pytest.raises(CheckpointError, match="nothing is overwritten"):  # without a push it is refused as ever
+        api.export(world / "bf16", to="safetensors", output=tmp_path / "out")
+
+
+def test_what_is_not_the_export_asked_for_is_not_pushed(world: Path, tmp_path: Path, pushed: list[Path]) -> None:
+    out = tmp_path / "out"
+    api.export(world / "full", to="safetensors", output=out)
+
+    def refused(why: str, run: Path = world / "full", to: str = "safetensors", **more: Any) -> None:
+        with pytest.raises(CheckpointError, match=f"is there already, and it.*{why}.*nothing is overwritten"):
+            api.export(run, to=to, push="me/tuned", **{"output": out, **more})
+
+    refused("another step", step="1")
+    refused("another dtype", dtype="bf16")
+    refused("another format", to="pt")
+    refused("another run", world / "bf16")
+    shutil.copytree(world / "bf16", tmp_path / "full")  # another training under the same name
+    refused("another checkpoint", tmp_path / "full", dtype="fp32")
+    (tmp_path / "empty").mkdir()
+    refused("no finished export", output=tmp_path / "empty")
+    (tmp_path / "link").symlink_to(out)
+    refused("no finished export", output=tmp_path / "link")
+    assert pushed == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda out: (out / "config.json").write_text("{}"), "'config.json' is not as the export wrote it"),
+        (lambda out: (out / "notes.txt").write_text("mine"), "'notes.txt' is not as the export wrote it"),
+        (lambda out: (out / "tokenizer.json").unlink(), "'tokenizer.json' is gone"),
+        (lambda out: (out / "README.md").unlink(), "'README.md' is gone"),
+        (lambda out: (out / "export.json").write_text("[1"), "no finished export"),
+        (lambda out: _record(out, checkpoint=None), "does not say which checkpoint"),
+        (lambda out: _record(out, sha256=7), "is not as the export wrote it"),
+        (lambda out: _record(out, check=[]), "no comparison that was passed"),
+        (lambda out: _record(out, check={"tokens": 1}), "no comparison that was passed"),
+        (lambda out: _record(out, check={**_about(out)["check"], "read": 9.0}), "no comparison that was passed"),
+        (lambda out: _record(out, notes=["\x1b[2J"]), "no comparison that was passed"),
+    ],
+)
+def test_an_export_that_was_changed_is_not_pushed(
+    world: Path, tmp_path: Path, pushed: list[Path], spoil: Any, why: str
+) -> None:
+    out = api.export(world / "full", to="safetensors", output=tmp_path / "out").folder
+    spoil(out)
+    with pytest.raises(CheckpointError, match=why):
+        api.export(world / "full", to="safetensors", output=out, push="me/tuned")
+    assert pushed == []
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "export.json").read_text())
+    return found
+
+
+def _record(folder: Path, **values: Any) -> None:
+    """Change the record; None takes a key away."""
+    kept = {k: v for k, v in {**_about(folder), **values}.items() if v is not None}
+    (folder / "export.json").write_text(json.dumps(kept))

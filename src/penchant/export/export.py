@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -9,16 +10,17 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.export.card import CARD, card, hashes
 from penchant.export.check import Check, compared
+from penchant.export.finished import ABOUT, finished, taken
 from penchant.export.formats import FORMATS, Format, dtype_of
 from penchant.export.push import check_push, push
 from penchant.export.request import ExportRequest
 from penchant.export.subject import NAMES, Subject, find_subject, outputs
 
-ABOUT = "export.json"
 SIZE = re.compile(r"[1-9]\d*(KB|MB|GB|TB|KiB|MiB|GiB|TiB)")
 
 
@@ -43,6 +45,8 @@ class ExportResult:
 def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: None) -> ExportResult:
     """Write a run's model in the form asked for; it stands at its name only once it was read back and compared.
 
+    With a push, a finished and untouched export of the same is not made again: it is pushed as it stands.
+
     Raises:
         ConfigError: no such form, type or name; no token for a push. CheckpointError: no run or step, or the folder is there already.
         ModelError: the form cannot hold this model, or what was read back is another one (it is kept as ``NAME.failed``).
@@ -51,6 +55,26 @@ def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: No
     folder = _target(request, subject, form, dtype)
     if request.push is not None:
         check_push(request.push, subject.base.path if form.name == "adapter" else None)
+    if folder.exists() or folder.is_symlink():
+        if request.push is None:
+            raise taken(folder)
+        check, notes = finished(folder, _identity(subject, form, dtype))
+        notes = (*notes, "it was exported and compared before, and is pushed as it stands")
+    else:
+        check, notes = _make(subject, form, request, dtype, folder)
+    for note in notes:
+        say(note)
+    url = None
+    if request.push is not None:
+        message = f"{subject.run.name}, step {subject.step}: {form.what}"
+        url = push(folder, request.push, private=request.private, message=message)
+    return ExportResult(folder, form.name, dtype, subject.step, check, notes, url)
+
+
+def _make(
+    subject: Subject, form: Format, request: ExportRequest, dtype: str, folder: Path
+) -> tuple[Check, tuple[str, ...]]:
+    """Write aside, and rename what was found good."""
     form.check(subject, dtype)
     aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -60,7 +84,7 @@ def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: No
         if not check.good:
             raise _refused(folder, aside, check)
         if folder.exists():
-            raise _taken(folder)
+            raise taken(folder)
         os.rename(aside, folder)
     except OSError as error:
         raise CheckpointError(
@@ -68,13 +92,7 @@ def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: No
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    for note in notes:
-        say(note)
-    url = None
-    if request.push is not None:
-        message = f"{subject.run.name}, step {subject.step}: {form.what}"
-        url = push(folder, request.push, private=request.private, message=message)
-    return ExportResult(folder, form.name, dtype, subject.step, check, notes, url)
+    return check, notes
 
 
 def _checked(request: ExportRequest) -> tuple[Format, Subject, str]:
@@ -91,14 +109,14 @@ def _checked(request: ExportRequest) -> tuple[Format, Subject, str]:
 
 def _target(request: ExportRequest, subject: Subject, form: Format, dtype: str) -> Path:
     named = f"step-{subject.step}-{form.name}" + ("" if request.dtype == "auto" else f"-{dtype}")
-    folder = Path(request.output).expanduser() if request.output else subject.run / "export" / named
-    if folder.exists() or folder.is_symlink():
-        raise _taken(folder)
-    return folder
+    return Path(request.output).expanduser() if request.output else subject.run / "export" / named
 
 
-def _taken(folder: Path) -> CheckpointError:
-    return CheckpointError(str(folder), "is there already, and nothing is overwritten", "give another --output")
+def _identity(subject: Subject, form: Format, dtype: str) -> dict[str, Any]:
+    """What an export is of: with the sum over the checkpoint's own sums, for a run may be trained again under its name."""
+    sums = hashlib.sha256((subject.checkpoint / "manifest.json").read_bytes()).hexdigest()
+    named = {"run": subject.run.name, "step": subject.step, "format": form.name, "dtype": dtype}
+    return {**named, "checkpoint": sums}  # last: a difference that a person knows by name is told first
 
 
 def _write(
@@ -122,16 +140,8 @@ def _write(
         tokens=sum(map(len, rows)),
     )
     files = hashes(folder)
-    about = {
-        **{
-            "run": subject.run.name,
-            "step": subject.step,
-            "format": form.name,
-            "dtype": dtype,
-            "check": check.to_json(),
-        },
-        **{"notes": list(notes), "sha256": files},
-    }
+    record = {"check": check.to_json(), "notes": list(notes), "sha256": files}
+    about = {**_identity(subject, form, dtype), **record}
     (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     (folder / CARD).write_text(card(subject, form, dtype, check, files, notes), encoding="utf-8")
     return check, notes

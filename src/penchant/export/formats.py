@@ -73,11 +73,30 @@ def _save_whole(subject: Subject, request: ExportRequest, dtype: str, folder: Pa
     """A folder that transformers loads."""
     model = subject.whole()
     round_weights(model, stored_as(dtype))
-    state = {n: v.to(DTYPES[dtype]) if v.is_floating_point() else v for n, v in model.state_dict().items()}
-    model.config.dtype = DTYPES[dtype]
-    model.save_pretrained(folder, state_dict=state, max_shard_size=request.max_shard_size)
+    model.save_pretrained(folder, state_dict=_cast_state(model, dtype), max_shard_size=request.max_shard_size)
+    _save_config(model.config, dtype, folder)  # again: save_pretrained names the type that the model has in memory
     _save_beside(subject, folder)
     return Written(model)
+
+
+def _cast_state(model: Any, dtype: str) -> dict[str, Tensor]:
+    """A model's state in the type of the files; tied weights stay one tensor, so that none is written twice."""
+    shared: dict[tuple[int, torch.Size], Tensor] = {}
+
+    def cast(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        return shared.setdefault((value.data_ptr(), value.shape), value.to(DTYPES[dtype]))
+
+    return {name: cast(value) for name, value in model.state_dict().items()}
+
+
+def _save_config(config: Any, dtype: str, folder: Path) -> None:
+    """``config.json`` naming the type that the weights are written in, which is what they are loaded in."""
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    for one in (config, *(p for p in parts if p is not None)):
+        one.dtype = DTYPES[dtype]
+    config.save_pretrained(folder)
 
 
 def _save_beside(subject: Subject, folder: Path) -> None:
@@ -100,18 +119,10 @@ def _save_state_dict(subject: Subject, _request: ExportRequest, dtype: str, fold
     """One file of tensors, with the config and the tokenizer beside it."""
     model = subject.whole()
     round_weights(model, stored_as(dtype))
-    model.config.dtype = DTYPES[dtype]
-    model.config.save_pretrained(folder)
+    _save_config(model.config, dtype, folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    shared: dict[int, Tensor] = {}  # tied weights stay one tensor in the file
-
-    def cast(value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value
-        return shared.setdefault(value.data_ptr(), value.to(DTYPES[dtype]))
-
-    torch.save({name: cast(value) for name, value in model.state_dict().items()}, folder / STATE)
+    torch.save(_cast_state(model, dtype), folder / STATE)
     _save_beside(subject, folder)
     return Written(model)
 
@@ -170,15 +181,16 @@ _WHOLE = "from transformers import {auto}, AutoTokenizer\n\n" + 'model = {auto}.
 _PT = (
     "import torch\nfrom transformers import {auto}, AutoConfig, AutoTokenizer\n\n"
     'model = {auto}.from_config(AutoConfig.from_pretrained("{folder}"))\n'
-    f'model.load_state_dict(torch.load("{{folder}}/{STATE}", weights_only=True))\n' + _AUTO
+    f'model.load_state_dict(torch.load("{{folder}}/{STATE}", weights_only=True))\nmodel.eval()\n' + _AUTO
 )
 _ADAPTER = (
     "from peft import PeftModel\nfrom transformers import {auto}, AutoTokenizer\n\n"
     'base = {auto}.from_pretrained("{base}"{labels})\nmodel = PeftModel.from_pretrained(base, "{folder}")\n' + _AUTO
 )
 _GGUF = (
-    "from transformers import AutoModelForCausalLM\n\n"
+    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
     'model = AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="{file}")  # or: llama-cli -m {file}\n'
+    'tokenizer = AutoTokenizer.from_pretrained("{folder}", gguf_file="{file}")\n'
 )
 
 FORMATS = {

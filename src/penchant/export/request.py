@@ -17,7 +17,7 @@ class ExportRequest:
 
     Args:
         run: a run's folder or one of its checkpoints; to: a name of `formats.FORMATS`; step: last, best or a step's number.
-        output: folder to write, which must not be there; None: ``RUN/export/step-N-FORMAT``.
+        output: folder to write, which must not be there (but for a push of what was exported before); None: ``RUN/export/step-N-FORMAT``.
         dtype: fp32, bf16, fp16, for GGUF also q8_0; auto: what the checkpoint is stored in.
         max_shard_size: of one safetensors file, as ``5GB``; push: ``owner/name`` on the hub; private: for a repository that it makes.
     """
