@@ -15,6 +15,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.cli import main
 from penchant.config import RunConfig, load_config
+from penchant.data.load import load_preferences
 from penchant.errors import ConfigError
 from penchant.importing import SOURCES, Imported, import_config
 from penchant.importing.rules import translate
@@ -192,19 +193,74 @@ def test_names_in_dataset_info_are_looked_up(tmp_path: Path) -> None:
         "mine": {
             "file_name": "mine.jsonl",
             "ranking": True,
-            "columns": {"prompt": "question", "chosen": "good", "rejected": "bad", "system": "sys"},
+            "columns": {"prompt": "question", "chosen": "good", "rejected": "bad", "system": "sys", "images": "pics"},
         },
         "chat": {"hf_hub_url": "me/chat", "formatting": "sharegpt", "columns": {"messages": "turns"}},
     }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     made, config = _import(tmp_path, "lf_dpo")
     assert config.data.path == "data/mine.jsonl"
-    assert config.data.columns == {"instruction": "question", "chosen": "good", "rejected": "bad"}
-    assert "mine.columns.system: sys" in made.text and made.unsupported == 0  # a column's trouble, not a key's
+    assert config.data.columns == {"instruction": "question", "chosen": "good", "rejected": "bad", "system": "sys"}
+    assert "mine.columns.images: pics" in made.text and made.unsupported == 0  # a column's trouble, not a key's
     _, config = _import(tmp_path, "lf_sft", dataset="chat")
     assert config.data.path == "me/chat:train" and config.data.columns == {"conversations": "turns"}
     with pytest.raises(ConfigError, match="there is no 'gone'"):
         _import(tmp_path, "lf_sft", dataset="gone")
+
+
+TURN = {"from": "human", "value": "Name a prime."}
+GOOD, BAD = {"from": "gpt", "value": "Seven."}, {"from": "gpt", "value": "Eight."}
+ALPACA_ROW = {"q": "Name a prime.", "more": "Below 8.", "sys": "Be brief.", "before": [["Hi", "Hello"]]}
+DATA_SETS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # their description, a row of theirs, our layout
+    "ranking": (
+        {"ranking": True, "formatting": "sharegpt",
+         "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}},
+        {"conversations": [TURN], "chosen": GOOD, "rejected": BAD}, "sharegpt_pairs",
+    ),
+    "ranking, names of its own": (
+        {"ranking": True, "formatting": "sharegpt",
+         "columns": {"messages": "turns", "chosen": "good", "rejected": "bad", "system": "sys"}},
+        {"turns": [TURN], "good": GOOD, "bad": BAD, "sys": "Be brief.", "prompt": "an id"}, "sharegpt_pairs",
+    ),
+    "conversations": (
+        {"formatting": "sharegpt", "columns": {"messages": "turns", "system": "sys"}},
+        {"turns": [TURN, GOOD], "sys": "Be brief."}, "sharegpt",
+    ),
+    "kto": (
+        {"formatting": "sharegpt", "columns": {"messages": "conversations", "kto_tag": "good"}},
+        {"conversations": [TURN, GOOD], "good": True}, "sharegpt_kto",
+    ),
+    "alpaca": (
+        {"columns": {"prompt": "q", "query": "more", "response": "a", "system": "sys", "history": "before"}},
+        {**ALPACA_ROW, "a": "Seven."}, "alpaca",
+    ),
+    "alpaca ranking": (
+        {"ranking": True, "columns": {"prompt": "q", "query": "more", "chosen": "good", "rejected": "bad",
+                                      "system": "sys", "history": "before"}},
+        {**ALPACA_ROW, "good": "Seven.", "bad": "Eight."}, "alpaca_pairs",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(DATA_SETS))
+def test_rows_of_a_described_data_set_load(tmp_path: Path, name: str) -> None:
+    """What is imported reads the rows that the description is of, with their system prompts and earlier turns."""
+    described, row, layout = DATA_SETS[name]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "mine.jsonl", **described}}))
+    (tmp_path / "data" / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    made, config = _import(tmp_path, "lf_dpo")
+    file, data = str(tmp_path / str(config.data.path)), config.data
+    found = load_preferences(file, shape=data.shape, columns=data.columns)
+    assert (found.shape, found.accepted, len(found.quarantined)) == (layout, 1, 0)
+    prompt = found.trees[0].prompt
+    said = [prompt] if isinstance(prompt, str) else [m.content for m in prompt]
+    assert any("Name a prime." in text for text in said)
+    assert found.trees[0].completions[0].text == "Seven."
+    assert ("Be brief." in said) == ("sys" in row) and ("Hello" in said) == ("before" in row)
+    assert not any(
+        line.status == "unsupported" for line in made.translation.lines if line.theirs[0][0].startswith("mine")
+    )
 
 
 @pytest.mark.parametrize(

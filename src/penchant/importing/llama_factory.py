@@ -121,10 +121,17 @@ _ALPACA = {
     "chosen": "chosen",
     "rejected": "rejected",
     "kto_tag": "label",
+    "system": "system",
+    "history": "history",
+}
+_SHAREGPT = {
+    "messages": "conversations",
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "kto_tag": "label",
+    "system": "system",
 }
 _NOT_READ = {
-    "history": "earlier turns",
-    "system": "a system prompt",
     "tools": "tools",
     "images": "pictures",
     "videos": "videos",
@@ -154,16 +161,22 @@ def _named(given: Given, key: str, ours: str) -> Iterator[Line]:
         return
     paths: list[str] = []
     columns: dict[str, str] = {}
+    ranked: list[bool] = []
     for name in names:
         entry = known.get(name)
         if not isinstance(entry, Mapping):
             raise ConfigError(where, f"there is no {name!r}", f"there are {', '.join(sorted(map(str, known)))[:200]}")
         paths.append(_place(entry, folder))
         columns |= _columns(entry)
+        ranked.append(bool(entry.get("ranking")) and entry.get("formatting", "alpaca") == "sharegpt")
         yield from _left(name, entry)
     made: dict[str, Any] = {ours: paths if len(paths) > 1 else paths[0]}
     if columns and ours == "data.path":
         made["data.columns"] = columns
+    if all(ranked) and ours == "data.path":
+        made["data.shape"] = (
+            "sharegpt_pairs"  # the description says so; its rows may have a "prompt" of their own besides
+        )
     yield given.line([key, "dataset_dir"], "translated", made)
 
 
@@ -198,10 +211,7 @@ def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
     """Our field: their column, where the two differ."""
     given = _described(entry)
     if entry.get("formatting", "alpaca") == "sharegpt":
-        ours = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "kto_tag": "label"}
-        if entry.get("ranking"):
-            ours["messages"] = "prompt"
-        found = {ours[k]: str(v) for k, v in {"messages": "conversations", **given}.items() if k in ours}
+        found = {_SHAREGPT[k]: str(v) for k, v in {"messages": "conversations", **given}.items() if k in _SHAREGPT}
     else:
         found = {_ALPACA[k]: str(v) for k, v in given.items() if k in _ALPACA}
     return {ours: theirs for ours, theirs in found.items() if ours != theirs}
