@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
-from penchant.cli import main
+from penchant.cli import build_parser, main
 from penchant.config import RunConfig, load_config
 from penchant.data.load import load_preferences
 from penchant.errors import ConfigError
@@ -314,3 +316,71 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     theirs.write_text(theirs.read_text() + "load_in_4bit: true\n")
     assert main(["import", str(theirs), "--output", str(tmp_path / "no.yaml"), "--strict"]) == 2
     assert "1 key(s) are not supported" in capsys.readouterr().err and not (tmp_path / "no.yaml").exists()
+
+
+@pytest.mark.parametrize("tool,name", [("trl", "trl_dpo"), ("lf", "lf_dpo"), ("flat", "flat")])
+@pytest.mark.parametrize(
+    "asked,ours,reported",
+    [
+        (["wandb", "tensorboard", "mlflow", "trackio"], ["wandb", "tensorboard", "mlflow", "trackio"], ""),
+        ("wandb", ["wandb"], ""),
+        ("TensorBoard, wandb", ["tensorboard", "wandb"], ""),
+        (["comet_ml", "wandb", "swanlab"], ["wandb"], "report_to: comet_ml, swanlab: there is no tracker"),
+        ("comet_ml", [], "report_to: comet_ml: there is no tracker"),
+        ("none", [], ""),
+        (["none"], [], ""),
+        ([], [], ""),
+        (None, [], ""),
+        ("all", ["tensorboard", "trackio"], ""),
+    ],
+)
+def test_trackers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, name: str, asked: Any, ours: list[str], reported: str
+) -> None:
+    there = {"tensorboard": "x.py", "trackio": "x.py", "wandb": None}  # a folder `wandb` is no package
+    monkeypatch.setattr(
+        "penchant.importing.trackers.importlib.util.find_spec",
+        lambda module: SimpleNamespace(origin=there[module]) if module in there else None,
+    )
+    made, config = _import(tmp_path, name, report_to=asked, run_name="first try")
+    assert config.logging.trackers == ours and config.logging.name == "first try"
+    assert ("NOT SUPPORTED" in made.yaml) == bool(reported) and reported in made.yaml.replace("#   ", "")
+    assert made.unsupported == bool(reported) and "report_to" in made.text
+
+
+def test_flat_words_for_wandb(tmp_path: Path) -> None:
+    _, config = _import(tmp_path, "flat", report_to="mlflow", use_wandb=True, wandb_project="mine")
+    assert config.logging.trackers == ["mlflow", "wandb"] and config.logging.project == "mine"
+    made, config = _import(tmp_path, "flat", use_wandb=False)
+    assert config.logging.trackers == [] and "use_wandb: False (off, as here)" in made.text
+
+
+def _reported(text: str) -> set[str]:
+    """Names of the keys below NOT SUPPORTED, and the lines of what differs."""
+    lines = [line.removeprefix("#").strip() for line in text.splitlines()]
+    start = next((i for i, line in enumerate(lines) if line.startswith("NOT SUPPORTED")), len(lines))
+    listed = itertools.takewhile(lambda line: line and not line.startswith("differs"), lines[start + 1 :])
+    return {line.split(":")[0] for line in listed} | {line for line in lines if line.startswith("differs")}
+
+
+def test_the_screen_and_the_file_report_the_same(tmp_path: Path) -> None:
+    """A default of theirs without a counterpart is in neither list of what the file asks for, and in both remarks."""
+    (tmp_path / "train.jsonl").write_text("")
+    more = {"eval_strategy": "steps", "eval_steps": 5, "neftune_noise_alpha": 5, "deepspeed": "z.json"}
+    made, _ = _import(tmp_path, "trl_dpo", **more)
+    assert _reported(made.text) == _reported(made.yaml)
+    assert {k for k in _reported(made.text) if not k.startswith("differs")} == {"neftune_noise_alpha", "deepspeed"}
+    said = "differs: TRL's default dataset_test_split: test: a file has no test split"
+    assert said in made.text and said in made.yaml and made.unsupported == 2
+    made, config = _import(tmp_path, "trl_dpo", **more, test_split_size=0.1)
+    assert config.data.validation_fraction == 0.1 and "dataset_test_split" not in made.text + made.yaml
+
+
+def test_notes_name_what_there_is(tmp_path: Path) -> None:
+    made, _ = _import(tmp_path, "lf_dpo", push_to_hub=True, hub_token="hf_abcdefghijklmnop", template="qwen")
+    assert "penchant export RUN --to safetensors --push OWNER/NAME" in made.text
+    assert "hf_abcdef" not in made.text + made.yaml
+    assert "data.template" in made.text and "penchant data show" in made.text and "data audit" not in made.text
+    parser = build_parser()
+    parser.parse_args(["export", "RUN", "--to", "safetensors", "--push", "OWNER/NAME"])
+    parser.parse_args(["data", "show", "FILE"])

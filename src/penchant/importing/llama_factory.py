@@ -38,7 +38,7 @@ RULES: dict[str, Rule] = {
     "train_from_scratch": to("model.init", lambda v: "random" if flag(v) else "pretrained"),
     "moe_aux_loss_coef": unsupported("a mixture-of-experts model's balance loss is not added", 0, 0.0),
     "cutoff_len": to("data.max_length", whole),
-    "template": same("the tokenizer's own chat template is used; look whether it is this one: `penchant data audit` shows a rendered row"),
+    "template": same("the tokenizer's own chat template is used (data.template: auto), or plain text where it has none or data.template is plain; `penchant data show FILE` shows the turns that it is given"),
     "max_samples": to("data.limit", whole, "of all files together here"),
     "train_on_prompt": unsupported("prompts are never targets: give plain text (`text`) to train on all of it"),
     "mask_history": same("of a conversation the last answer is learned", True, otherwise="of a conversation the last answer is learned"),
@@ -293,8 +293,8 @@ def ppo_batch(given: Given) -> Iterator[Line]:
     yield given.line(keys, "translated", ours, f"prompts of one batch of rollouts, on {given.devices} device(s)")
 
 
-_COMMON = (hf.length, hf.schedule, hf.saving, hf.precision, lora, val_size, data)
-_PARTS = hf.LENGTH | hf.SCHEDULE | hf.SAVING | hf.PRECISION | {
+_COMMON = (*hf.COMMON, lora, val_size, data)
+_PARTS = hf.COMMON_PARTS | {
     "finetuning_type", "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora", "val_size", "dataset", "eval_dataset", "dataset_dir",
 }  # fmt: skip
 _STAGE: dict[str, Rule] = {"stage": same("the method")}
