@@ -86,14 +86,3 @@ def test_columns_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "--column: goes with data files, not with a config; set data.columns there" in capsys.readouterr().err
     assert main(["data", "show", path, *NAMED, "--column", "prompt=plus"]) == 2
     assert "'prompt' is given twice" in capsys.readouterr().err
-
-
-def test_fix_of_several_examples_a_row_names_the_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command that it proposes must read the file as this one did."""
-    rows = [{"q": "Q", "c": ["a", "b"], "s": [1, 0]}]
-    path = str(write(tmp_path / "a.jsonl", rows))
-    named = ["--column", "prompt=q", "--column", "completions=c", "--column", "scores=s"]
-    assert main(["data", "fix", path, str(tmp_path / "b.jsonl"), *named]) in (0, 2)
-    said = capsys.readouterr()
-    if "data get mine" in said.err:
-        assert "--column prompt=q --column completions=c" in said.err
