@@ -61,3 +61,28 @@ def test_fix_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "20 rows = 13 written (0 of them changed) + 7 dropped" in said
     assert main(["data", "fix", str(source), str(output), "--redact", "pii", "--overwrite", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["redacted"] == {"email": 1}
+
+
+NAMED = ["--column", "prompt=q", "--column", "chosen=plus", "--column", "rejected=minus"]
+
+
+def test_columns_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One spelling for each command that reads rows; the error names it, and a cleaned copy keeps the names."""
+    rows = [{"q": r["prompt"], "plus": r["chosen"], "minus": r["rejected"]} for r in (pair(i) for i in range(6))]
+    path, output = str(write(tmp_path / "a.jsonl", [*rows, rows[0]])), tmp_path / "b.jsonl"
+    other = str(write(tmp_path / "other.jsonl", rows[1:2]))
+    fix = ["data", "fix", path, str(output), "--drop", "leakage", "--against", other]
+    for command in (["data", "audit", path], fix, ["data", "show", path]):
+        assert main(command) == 2
+        assert "--column prompt=question" in capsys.readouterr().err
+        assert main([*command, *NAMED]) == 0
+        capsys.readouterr()
+        assert main([*command, "--column", "prompt"]) == 2
+        assert "write --column name=value" in capsys.readouterr().err
+    assert [json.loads(line) for line in output.read_text().splitlines()] == [rows[0], *rows[2:]]
+    assert main(["data", "audit", path, *NAMED, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["findings"]["duplicates"]["count"] == 1
+    assert main(["data", "audit", "run.yaml", *NAMED]) == 2
+    assert "--column: goes with data files, not with a config; set data.columns there" in capsys.readouterr().err
+    assert main(["data", "show", path, *NAMED, "--column", "prompt=plus"]) == 2
+    assert "'prompt' is given twice" in capsys.readouterr().err

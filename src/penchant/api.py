@@ -194,6 +194,7 @@ def audit_files(
     *paths: str | Path,
     splits: Mapping[str, str] | None = None,
     shape: str = "auto",
+    columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     reward: str | None = None,
     check: str | None = None,
@@ -203,7 +204,7 @@ def audit_files(
 
     Args:
         paths, splits: files; those in `splits` by the name of their split, the others are named by themselves. Prompts that
-            stand in two of them are counted. limit: rows of each that are read.
+            stand in two of them are counted. columns: ``{our field: your column}``. limit: rows of each that are read.
         reward, check, languages: as for `audit`.
 
     Raises:
@@ -213,7 +214,8 @@ def audit_files(
     from penchant.data.audit import names_of
 
     named = {**(splits or {}), **names_of([str(p) for p in paths])}
-    return run_audit(named, shape=shape, limit=limit, languages=languages, opinions=_opinions(reward, check))
+    opinions = _opinions(reward, check)
+    return run_audit(named, shape=shape, columns=columns, limit=limit, languages=languages, opinions=opinions)
 
 
 def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Path:
@@ -235,6 +237,7 @@ def fix(
     redact: Sequence[str] = (),
     against: Sequence[str | Path] = (),
     shape: str = "auto",
+    columns: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Fixed:
     """Write a cleaned copy of a data file, and ``OUTPUT.touched.jsonl`` with every row that was dropped or changed.
@@ -242,6 +245,7 @@ def fix(
     Args:
         drop: rules beyond the safe ones; keep: safe ones that are not used; redact: ``pii``, ``secrets``.
         against: files whose prompts must not stand in the copy (rule ``leakage``).
+        columns: ``{our field: your column}``; the copy keeps yours.
 
     Raises:
         DataError: a file that cannot be read, an unknown rule, an output that is the input or is there already.
@@ -250,7 +254,8 @@ def fix(
     from penchant.data.fix import fix as run_fix
 
     rules, others = default_rules(drop, keep), [str(a) for a in against]
-    return run_fix(str(source), output, drop=rules, redact=redact, against=others, shape=shape, overwrite=overwrite)
+    how = {"shape": shape, "columns": columns or {}, "overwrite": overwrite}
+    return run_fix(str(source), output, drop=rules, redact=redact, against=others, **how)
 
 
 def _opinions(reward: str | None, check: str | None) -> list[Any]:

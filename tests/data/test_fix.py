@@ -169,6 +169,19 @@ def test_every_layout_is_mended_or_refused_with_a_command_that_works(
     assert (again.rows, again.written) == (len(examples), len(examples)) and len(examples) > 1
 
 
+def test_that_command_reads_the_columns_as_fix_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = lines(FOLDER / "oasst.jsonl")
+    source = write(
+        tmp_path / "some rows.jsonl", [{"a tree" if k == "prompt" else k: v for k, v in r.items()} for r in rows]
+    )
+    with pytest.raises(DataError, match=SEVERAL["oasst"]) as refused:
+        fix(str(source), tmp_path / "b.jsonl", shape="oasst", columns={"prompt": "a tree"})
+    command = shlex.split(refused.value.how.partition(": penchant ")[2])
+    monkeypatch.chdir(tmp_path)
+    assert "prompt=a tree" in command and main([*command, "--quiet"]) == 0
+    assert lines(tmp_path / "data/mine/train.jsonl")
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [pair(0)])
     (tmp_path / "there.jsonl").write_text("x")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
-from penchant.cli import main
+from penchant.cli import build_parser, main
 from penchant.config import RunConfig, load_config
+from penchant.data.load import load_preferences
 from penchant.errors import ConfigError
 from penchant.importing import SOURCES, Imported, import_config
 from penchant.importing.rules import translate
@@ -192,19 +195,74 @@ def test_names_in_dataset_info_are_looked_up(tmp_path: Path) -> None:
         "mine": {
             "file_name": "mine.jsonl",
             "ranking": True,
-            "columns": {"prompt": "question", "chosen": "good", "rejected": "bad", "system": "sys"},
+            "columns": {"prompt": "question", "chosen": "good", "rejected": "bad", "system": "sys", "images": "pics"},
         },
         "chat": {"hf_hub_url": "me/chat", "formatting": "sharegpt", "columns": {"messages": "turns"}},
     }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     made, config = _import(tmp_path, "lf_dpo")
     assert config.data.path == "data/mine.jsonl"
-    assert config.data.columns == {"instruction": "question", "chosen": "good", "rejected": "bad"}
-    assert "mine.columns.system: sys" in made.text and made.unsupported == 0  # a column's trouble, not a key's
+    assert config.data.columns == {"instruction": "question", "chosen": "good", "rejected": "bad", "system": "sys"}
+    assert "mine.columns.images: pics" in made.text and made.unsupported == 0  # a column's trouble, not a key's
     _, config = _import(tmp_path, "lf_sft", dataset="chat")
     assert config.data.path == "me/chat:train" and config.data.columns == {"conversations": "turns"}
     with pytest.raises(ConfigError, match="there is no 'gone'"):
         _import(tmp_path, "lf_sft", dataset="gone")
+
+
+TURN = {"from": "human", "value": "Name a prime."}
+GOOD, BAD = {"from": "gpt", "value": "Seven."}, {"from": "gpt", "value": "Eight."}
+ALPACA_ROW = {"q": "Name a prime.", "more": "Below 8.", "sys": "Be brief.", "before": [["Hi", "Hello"]]}
+DATA_SETS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # their description, a row of theirs, our layout
+    "ranking": (
+        {"ranking": True, "formatting": "sharegpt",
+         "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}},
+        {"conversations": [TURN], "chosen": GOOD, "rejected": BAD}, "sharegpt_pairs",
+    ),
+    "ranking, names of its own": (
+        {"ranking": True, "formatting": "sharegpt",
+         "columns": {"messages": "turns", "chosen": "good", "rejected": "bad", "system": "sys"}},
+        {"turns": [TURN], "good": GOOD, "bad": BAD, "sys": "Be brief.", "prompt": "an id"}, "sharegpt_pairs",
+    ),
+    "conversations": (
+        {"formatting": "sharegpt", "columns": {"messages": "turns", "system": "sys"}},
+        {"turns": [TURN, GOOD], "sys": "Be brief."}, "sharegpt",
+    ),
+    "kto": (
+        {"formatting": "sharegpt", "columns": {"messages": "conversations", "kto_tag": "good"}},
+        {"conversations": [TURN, GOOD], "good": True}, "sharegpt_kto",
+    ),
+    "alpaca": (
+        {"columns": {"prompt": "q", "query": "more", "response": "a", "system": "sys", "history": "before"}},
+        {**ALPACA_ROW, "a": "Seven."}, "alpaca",
+    ),
+    "alpaca ranking": (
+        {"ranking": True, "columns": {"prompt": "q", "query": "more", "chosen": "good", "rejected": "bad",
+                                      "system": "sys", "history": "before"}},
+        {**ALPACA_ROW, "good": "Seven.", "bad": "Eight."}, "alpaca_pairs",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(DATA_SETS))
+def test_rows_of_a_described_data_set_load(tmp_path: Path, name: str) -> None:
+    """What is imported reads the rows that the description is of, with their system prompts and earlier turns."""
+    described, row, layout = DATA_SETS[name]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "mine.jsonl", **described}}))
+    (tmp_path / "data" / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    made, config = _import(tmp_path, "lf_dpo")
+    file, data = str(tmp_path / str(config.data.path)), config.data
+    found = load_preferences(file, shape=data.shape, columns=data.columns)
+    assert (found.shape, found.accepted, len(found.quarantined)) == (layout, 1, 0)
+    prompt = found.trees[0].prompt
+    said = [prompt] if isinstance(prompt, str) else [m.content for m in prompt]
+    assert any("Name a prime." in text for text in said)
+    assert found.trees[0].completions[0].text == "Seven."
+    assert ("Be brief." in said) == ("sys" in row) and ("Hello" in said) == ("before" in row)
+    assert not any(
+        line.status == "unsupported" for line in made.translation.lines if line.theirs[0][0].startswith("mine")
+    )
 
 
 @pytest.mark.parametrize(
@@ -258,3 +316,71 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     theirs.write_text(theirs.read_text() + "load_in_4bit: true\n")
     assert main(["import", str(theirs), "--output", str(tmp_path / "no.yaml"), "--strict"]) == 2
     assert "1 key(s) are not supported" in capsys.readouterr().err and not (tmp_path / "no.yaml").exists()
+
+
+@pytest.mark.parametrize("tool,name", [("trl", "trl_dpo"), ("lf", "lf_dpo"), ("flat", "flat")])
+@pytest.mark.parametrize(
+    "asked,ours,reported",
+    [
+        (["wandb", "tensorboard", "mlflow", "trackio"], ["wandb", "tensorboard", "mlflow", "trackio"], ""),
+        ("wandb", ["wandb"], ""),
+        ("TensorBoard, wandb", ["tensorboard", "wandb"], ""),
+        (["comet_ml", "wandb", "swanlab"], ["wandb"], "report_to: comet_ml, swanlab: there is no tracker"),
+        ("comet_ml", [], "report_to: comet_ml: there is no tracker"),
+        ("none", [], ""),
+        (["none"], [], ""),
+        ([], [], ""),
+        (None, [], ""),
+        ("all", ["tensorboard", "trackio"], ""),
+    ],
+)
+def test_trackers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, name: str, asked: Any, ours: list[str], reported: str
+) -> None:
+    there = {"tensorboard": "x.py", "trackio": "x.py", "wandb": None}  # a folder `wandb` is no package
+    monkeypatch.setattr(
+        "penchant.importing.trackers.importlib.util.find_spec",
+        lambda module: SimpleNamespace(origin=there[module]) if module in there else None,
+    )
+    made, config = _import(tmp_path, name, report_to=asked, run_name="first try")
+    assert config.logging.trackers == ours and config.logging.name == "first try"
+    assert ("NOT SUPPORTED" in made.yaml) == bool(reported) and reported in made.yaml.replace("#   ", "")
+    assert made.unsupported == bool(reported) and "report_to" in made.text
+
+
+def test_flat_words_for_wandb(tmp_path: Path) -> None:
+    _, config = _import(tmp_path, "flat", report_to="mlflow", use_wandb=True, wandb_project="mine")
+    assert config.logging.trackers == ["mlflow", "wandb"] and config.logging.project == "mine"
+    made, config = _import(tmp_path, "flat", use_wandb=False)
+    assert config.logging.trackers == [] and "use_wandb: False (off, as here)" in made.text
+
+
+def _reported(text: str) -> set[str]:
+    """Names of the keys below NOT SUPPORTED, and the lines of what differs."""
+    lines = [line.removeprefix("#").strip() for line in text.splitlines()]
+    start = next((i for i, line in enumerate(lines) if line.startswith("NOT SUPPORTED")), len(lines))
+    listed = itertools.takewhile(lambda line: line and not line.startswith("differs"), lines[start + 1 :])
+    return {line.split(":")[0] for line in listed} | {line for line in lines if line.startswith("differs")}
+
+
+def test_the_screen_and_the_file_report_the_same(tmp_path: Path) -> None:
+    """A default of theirs without a counterpart is in neither list of what the file asks for, and in both remarks."""
+    (tmp_path / "train.jsonl").write_text("")
+    more = {"eval_strategy": "steps", "eval_steps": 5, "neftune_noise_alpha": 5, "deepspeed": "z.json"}
+    made, _ = _import(tmp_path, "trl_dpo", **more)
+    assert _reported(made.text) == _reported(made.yaml)
+    assert {k for k in _reported(made.text) if not k.startswith("differs")} == {"neftune_noise_alpha", "deepspeed"}
+    said = "differs: TRL's default dataset_test_split: test: a file has no test split"
+    assert said in made.text and said in made.yaml and made.unsupported == 2
+    made, config = _import(tmp_path, "trl_dpo", **more, test_split_size=0.1)
+    assert config.data.validation_fraction == 0.1 and "dataset_test_split" not in made.text + made.yaml
+
+
+def test_notes_name_what_there_is(tmp_path: Path) -> None:
+    made, _ = _import(tmp_path, "lf_dpo", push_to_hub=True, hub_token="hf_abcdefghijklmnop", template="qwen")
+    assert "penchant export RUN --to safetensors --push OWNER/NAME" in made.text
+    assert "hf_abcdef" not in made.text + made.yaml
+    assert "data.template" in made.text and "penchant data show" in made.text and "data audit" not in made.text
+    parser = build_parser()
+    parser.parse_args(["export", "RUN", "--to", "safetensors", "--push", "OWNER/NAME"])
+    parser.parse_args(["data", "show", "FILE"])

@@ -370,8 +370,14 @@ def test_columns_and_detection(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main([*arguments, "--columns", "prompt=q", "chosen=plus", "rejected=minus"]) == 0
     said = capsys.readouterr()
     assert "layout pairs (columns chosen, rejected" in said.err and "override with --layout" in said.err
+    for named in (
+        ["--column", "prompt=q", "--column", "chosen=plus"],
+        ["--column", "prompt=q", "--columns", "chosen=plus"],
+    ):
+        assert main([*arguments, *named, "--columns", "rejected=minus"]) == 0
+        assert "holds this already" in capsys.readouterr().err  # the same columns in another spelling
     assert main([*arguments, "--columns", "prompt"]) == 2
-    assert "write name=value" in capsys.readouterr().err
+    assert "write --column name=value" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import select
+import shlex
 import subprocess
 import sys
 import time
@@ -208,3 +209,91 @@ def _until(terminal: int, text: str, seconds: float = 60.0) -> str:
         if select.select([terminal], [], [], 0.5)[0]:
             seen += os.read(terminal, 4096).decode(errors="replace")
     return seen
+
+
+def _init(folder: Path, model: str, *flags: str) -> Any:
+    """The data section that `penchant init` writes."""
+    output = folder / "run.yaml"
+    output.unlink(missing_ok=True)
+    assert main(["init", "--model", model, "--goal", "dpo", "--output", str(output), *flags]) == 0
+    return load_config(output).data
+
+
+def test_held_out_rows_in_a_file_of_their_own(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS["pairs"])
+    other = write_jsonl(tmp_path / "other.jsonl", [*ROWS["pairs"][:6], {"prompt": "x", "chosen": "y"}])
+    section = _init(tmp_path, model, "--data", data, "--eval-data", other)
+    assert (section.eval_path, section.validation_rows, section.on_bad_row) == (other, None, "skip")
+    run = str(tmp_path / "run.yaml")
+    assert api.train(run, *SMALL, f"output={tmp_path / 'run'}", quiet=True).model is not None
+    labels = write_jsonl(tmp_path / "labels.jsonl", ROWS["unpaired"])
+    for wrong, said in ((labels, "holds unpaired"), (data, "is what is trained on"), ("gone.jsonl", "no such file")):
+        flags = ["--data", data, "--eval-data", wrong, "--output", str(tmp_path / "no.yaml")]
+        assert main(["init", "--model", model, "--goal", "dpo", *flags]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "no.yaml").exists()
+
+
+def test_the_next_command_of_data_get_works(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    copy, folder = write_jsonl(tmp_path / "copy.jsonl", ROWS["pairs"]), tmp_path / "a folder"
+    get = ["data", "get", "mine", "--from", copy, "--split", "0.6,0.4,0", "--output", str(folder), "--quiet"]
+    assert main(get) == 0
+    command = next(line for line in capsys.readouterr().out.splitlines() if "penchant init" in line)
+    words = shlex.split(command, comments=True)
+    assert words[:2] == ["penchant", "init"] and "--eval-data" in words
+    section = _init(tmp_path, model, *words[2:])
+    assert section.path == str(folder / "train.jsonl") and section.eval_path == str(folder / "validation.jsonl")
+    assert api.train(str(tmp_path / "run.yaml"), *SMALL, f"output={tmp_path / 'run'}", quiet=True).model is not None
+
+
+def test_validation_rows_beside_are_proposed(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a folder that `data get` wrote; anybody else's validation.jsonl may be something else."""
+    data = write_jsonl(tmp_path / "train.jsonl", ROWS["pairs"][:30])
+    held_out = write_jsonl(tmp_path / "validation.jsonl", ROWS["pairs"][30:])
+    assert _init(tmp_path, model, "--data", data).eval_path is None
+    (tmp_path / "data.json").write_text("{}")
+    capsys.readouterr()
+    section = _init(tmp_path, model, "--data", data)
+    assert section.eval_path == held_out and section.validation_rows is None
+    assert f"held out: {held_out}, 10 rows" in capsys.readouterr().err
+    section = _init(tmp_path, model, "--data", data, "--eval-data", "none")
+    assert section.eval_path is None and section.validation_rows == 3
+    Path(held_out).write_text("")
+    assert _init(tmp_path, model, "--data", data).eval_path is None
+
+
+@pytest.mark.parametrize(
+    "goal,reward,said",
+    [
+        ("rloo", "sentimnt", "'sentimnt' is no reward; did you mean sentiment?"),
+        ("rloo", "mine.py:f", "mine.py: no such file"),
+        ("rloo", "runs/gone", "runs/gone: no such folder"),
+        ("rloo", "words:9-x", "words:9-x"),
+        ("dpo", "sentiment", "dpo uses no reward"),
+    ],
+)
+def test_a_reward_is_checked_at_once(
+    goal: str, reward: str, said: str, tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, output = write_jsonl(tmp_path / "rows.jsonl", ROWS["pairs"]), tmp_path / "run.yaml"
+    flags = ["--data", data, "--model", model, "--goal", goal, "--output", str(output)]
+    assert main(["init", *flags, "--reward", reward]) == 2
+    assert said in capsys.readouterr().err and not output.exists()
+
+
+def test_rewards_that_there_are(tmp_path: Path, model: str) -> None:
+    (tmp_path / "mine.py").write_text("def f(prompts, completions):\n    return [0.0] * len(completions)\n")
+    data = look_at_data(write_jsonl(tmp_path / "rows.jsonl", ROWS["pairs"]), model)
+    for reward in ("sentiment", "words", "words:20-60", "matches:a", f"{tmp_path}/mine.py:f"):
+        assert propose(data, look_at_model(model), "rloo", reward=reward).to_yaml()
+
+
+def test_columns_of_ones_own(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"q": r["prompt"], "plus\u2028": r["chosen"], "minus": r["rejected"]} for r in ROWS["pairs"]]
+    data, other = write_jsonl(tmp_path / "rows.jsonl", rows), write_jsonl(tmp_path / "other.jsonl", rows[:5])
+    flags = ["--data", data, "--eval-data", other]
+    assert main(["init", "--model", model, "--goal", "dpo", "--output", str(tmp_path / "run.yaml"), *flags]) == 2
+    assert "--column prompt=question" in capsys.readouterr().err
+    named = {"prompt": "q", "chosen": "plus\u2028", "rejected": "minus"}
+    section = _init(tmp_path, model, *flags, *(f"--column={ours}={yours}" for ours, yours in named.items()))
+    assert section.columns == named
+    assert api.train(str(tmp_path / "run.yaml"), *SMALL, f"output={tmp_path / 'run'}", quiet=True).model is not None

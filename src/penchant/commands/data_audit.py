@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+from penchant.commands import columns
+
 YAML = (".yaml", ".yml")
 
 
@@ -29,6 +31,7 @@ def add(verbs: Any) -> None:
         help="your own test of texts, e.g. for toxicity: a list of texts in, bools or numbers out",
     )
     audit.add_argument("--shape", default="auto", help="layout of a row (default: told by the columns)")
+    columns.add(audit)
     audit.add_argument("--limit", type=int, metavar="N", help="read the first N rows of each split only")
     audit.add_argument("--no-languages", action="store_true", help="do not guess languages")
     audit.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON (default: to the terminal)")
@@ -47,15 +50,17 @@ def run(args: argparse.Namespace) -> int:
     if not paths and not args.split:
         raise ConfigError("data audit", "no file is given", "give a CONFIG.yaml, data files or --split NAME=FILE")
     if paths and paths[0].endswith(YAML):
-        for name in ("split", "limit"):
+        for name, key in (("split", "eval_path"), ("limit", "limit"), ("columns", "columns")):
             if getattr(args, name):
-                raise ConfigError(f"--{name}", "goes with data files, not with a config", f"set data.{name} there")
+                flag = "--column" if name == "columns" else f"--{name}"
+                raise ConfigError(flag, "goes with data files, not with a config", f"set data.{key} there")
         result = api.audit(paths[0], *paths[1:], reward=args.reward, check=args.check, languages=not args.no_languages)
     else:
         result = api.audit_files(
             *paths,
             splits=_splits(args.split),
             shape=args.shape,
+            columns=columns.pairs(args.columns),
             limit=args.limit,
             reward=args.reward,
             check=args.check,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from penchant.commands import columns
+
 
 def add(verbs: Any) -> None:
     """Add the command."""
@@ -28,6 +30,7 @@ def add(verbs: Any) -> None:
         help="for --drop leakage: a split whose prompts go (again for more)",
     )
     fix.add_argument("--shape", default="auto", help="layout of a row (default: told by the columns)")
+    columns.add(fix)
     fix.add_argument("--overwrite", action="store_true", help="OUT may be there already")
     fix.add_argument("--json", action="store_true", help="print JSON")
     fix.set_defaults(handler=run)
@@ -47,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         redact=_names(args.redact),
         against=args.against,
         shape=args.shape,
+        columns=columns.pairs(args.columns),
         overwrite=args.overwrite,
     )
     print(json.dumps(result.to_json(), indent=1) if args.json else result.to_text())

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+from penchant.commands import columns
+
 
 def add(verbs: Any) -> None:
     """Put the command on the parser of `penchant data`."""
@@ -47,7 +49,7 @@ def add(verbs: Any) -> None:
         "--label-with", metavar="PATH.py:FUNCTION", help="labels answers: True, False, or None to leave out"
     )
     turn.add_argument("--layout", metavar="NAME", help="of the rows, as `penchant data formats` lists them")
-    turn.add_argument("--columns", nargs="+", action="extend", default=[], metavar="OURS=THEIRS", help="column names")
+    columns.add(turn, "--columns", nargs="+")
     turn.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the layout")
     get.set_defaults(handler=_get)
 
@@ -79,8 +81,8 @@ def _get(args: argparse.Namespace) -> int:
         threshold=args.threshold,
         label_with=args.label_with,
         layout=args.layout,
-        columns=_pairs("--columns", args.columns),
-        options={k: _value(v) for k, v in _pairs("--set", args.set).items()},
+        columns=columns.pairs(args.columns),
+        options={k: _value(v) for k, v in columns.pairs(args.set, "--set").items()},
         redo=args.redo,
         quiet=args.quiet,
     )
@@ -109,18 +111,6 @@ def _rule(text: str) -> str | float:
         return float(text)
     except ValueError:
         return text
-
-
-def _pairs(where: str, given: list[str]) -> dict[str, str]:
-    from penchant.errors import ConfigError
-
-    found = {}
-    for part in given:
-        name, sign, value = part.partition("=")
-        if not (name and sign and value):
-            raise ConfigError(where, f"is {part!r}", "write name=value")
-        found[name] = value
-    return found
 
 
 def _value(text: str) -> Any:

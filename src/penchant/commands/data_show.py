@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from penchant.commands import columns
+
 
 def add(verbs: Any) -> None:
     """Adds `show` to the verbs of `penchant data`."""
@@ -15,9 +17,7 @@ def add(verbs: Any) -> None:
     show.add_argument(
         "--set", action="append", default=[], metavar="name=value", help="an option of the layout (may be given again)"
     )
-    show.add_argument(
-        "--column", action="append", default=[], metavar="ours=yours", help="a column's name (may be given again)"
-    )
+    columns.add(show)
     show.add_argument("--json", action="store_true", help="print JSON")
     show.set_defaults(handler=run)
 
@@ -35,16 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.rows < 1:
         raise ConfigError("-n", f"is {args.rows}", "give 1 or more")
-    columns, options = _pairs(args.column, "--column"), _pairs(args.set, "--set")
-    found = preview(args.path, args.rows, shape=args.shape, columns=columns, layout_options=options)
+    named, options = columns.pairs(args.columns), columns.pairs(args.set, "--set")
+    found = preview(args.path, args.rows, shape=args.shape, columns=named, layout_options=options)
     print(json.dumps(found.to_json(), ensure_ascii=True, indent=1) if args.json else found.to_text())
     return 0
-
-
-def _pairs(given: list[str], flag: str) -> dict[str, str]:
-    from penchant.errors import ConfigError
-
-    for item in given:
-        if "=" not in item or item.startswith("="):
-            raise ConfigError(flag, f"{item!r} is no name=value", f"write {flag} name=value")
-    return {name: value for name, _, value in (item.partition("=") for item in given)}

@@ -23,7 +23,7 @@ from penchant.data.audit import Leakage
 from penchant.data.converting import is_identical
 from penchant.data.findings import Places
 from penchant.data.formats import BadRow, Row
-from penchant.data.load import IDENTICAL, Quarantined, prompt_text, stream_preferences
+from penchant.data.load import IDENTICAL, Quarantined, Stream, prompt_text, stream_preferences
 from penchant.errors import DataError
 
 RULES = {  # in the order in which a row is told why it goes
@@ -43,6 +43,17 @@ RULES = {  # in the order in which a row is told why it goes
 DEFAULT = ("unreadable", "bad_rows", "empty", "identical", "duplicates")
 ALWAYS = "unreadable"  # such a row cannot be written
 JSONL = (".jsonl", ".jsonl.gz")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How rows are read, of the file and of those given with --against."""
+
+    shape: str
+    columns: Mapping[str, str]
+
+    def stream(self, path: str | Sequence[str]) -> Stream:
+        return stream_preferences(path, shape=self.shape, columns=self.columns, identical="keep")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +106,7 @@ def fix(
     redact: Collection[str] = (),
     against: Sequence[str] = (),
     shape: str = "auto",
+    columns: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Fixed:
     """Write a cleaned copy of `source` to `output`, and ``OUTPUT.touched.jsonl``; `source` is read twice.
@@ -102,7 +114,7 @@ def fix(
     Args:
         drop: names of `RULES`; redact: ``pii``, ``secrets``: values are masked wherever they stand in a row that stays.
         against: files whose prompts must not stand in the copy (rule ``leakage``).
-        shape: as for `load_preferences`; overwrite: whether `output` may be there already.
+        shape, columns: as for `load_preferences`; the copy keeps the columns' own names. overwrite: whether `output` may be there already.
 
     Raises:
         DataError: an unknown rule, an output that is an input or is there already or has another format's ending.
@@ -110,15 +122,15 @@ def fix(
     rules = _rules(drop, redact, against)
     target, notes = _target(source, Path(output).expanduser(), [source, *against], overwrite)
     touched = target.with_name(target.name + ".touched.jsonl")
-    why = _decide(source, rules, against, shape)
+    reading = _Reading(shape, columns or {})
+    why = _decide(source, rules, against, reading)
     dropped: Counter[str] = Counter(dict.fromkeys(rules, 0))
     redacted: Counter[str] = Counter()
     rows = written = changed = 0
     with ExitStack() as stack:
         out = stack.enter_context(_atomic(target, _writer(source, target)))
         told = stack.enter_context(_atomic(touched, Lines()))
-        stream = stream_preferences(source, shape=shape, identical="keep")
-        for made, reasons in zip(stream, why, strict=True):
+        for made, reasons in zip(reading.stream(source), why, strict=True):
             (row,) = made.source
             rows += 1
             if reasons:
@@ -185,34 +197,39 @@ def _target(source: str, target: Path, inputs: Sequence[str], overwrite: bool) -
 # what goes
 
 
-def _first(source: str, shape: str) -> str:
+def _first(source: str, shape: str, columns: Mapping[str, str]) -> str:
     """How to get a file that can be mended: with an example a row."""
-    command = f"penchant data get mine --from {shlex.quote(source)} --layout {shape} --split 1,0,0"
+    named = "".join(f" --column {shlex.quote(f'{ours}={yours}')}" for ours, yours in columns.items())
+    command = f"penchant data get mine --from {shlex.quote(source)} --layout {shape}{named} --split 1,0,0"
     return f"write an example a row first: {command}"
 
 
-def _decide(source: str, rules: Sequence[str], against: Sequence[str], shape: str) -> Iterator[tuple[str, ...]]:
+def _decide(source: str, rules: Sequence[str], against: Sequence[str], reading: _Reading) -> Iterator[tuple[str, ...]]:
     """For each row of the file, in order, the rules by which it goes; one pass over the file."""
     flags = array("H")  # a bit for each rule, by its place in RULES
     bit = {rule: 1 << i for i, rule in enumerate(RULES)}
     accepted = array("q")  # numbers of the rows that are trees
-    stream = stream_preferences(source, shape=shape, identical="keep")
+    stream = reading.stream(source)
     places = Places()
     copies = Copies(stream.kind, places)
     near = (
         Near(stream.kind, places, copies) if {"near_duplicates", "near_contradictions", "cycles"} & set(rules) else None
     )
-    leakage = _others(against, shape) if "leakage" in rules else None
+    leakage = _others(against, reading) if "leakage" in rules else None
     groups = tuple(g for g in sensitive.GROUPS if g in rules)
     if stream.grouped:
         raise DataError(
-            source, f"rows of the layout {stream.shape} make examples together", _first(source, stream.shape)
+            source,
+            f"rows of the layout {stream.shape} make examples together",
+            _first(source, stream.shape, reading.columns),
         )
     for made in stream:
         (row,) = made.source
         if len(made.trees) > 1:
             raise DataError(
-                row.where, f"a row of the layout {stream.shape} gives several examples", _first(source, stream.shape)
+                row.where,
+                f"a row of the layout {stream.shape} gives several examples",
+                _first(source, stream.shape, reading.columns),
             )
         mark = 0
         if made.trees:
@@ -255,9 +272,9 @@ def _by_rule(copies: Copies, near: Near | None, leakage: Leakage | None, rules: 
     return {rule: which for rule, which in found.items() if rule in rules}
 
 
-def _others(against: Sequence[str], shape: str) -> Leakage:
+def _others(against: Sequence[str], reading: _Reading) -> Leakage:
     leakage = Leakage(["others", "this"])
-    for made in stream_preferences(list(against), shape=shape, identical="keep"):
+    for made in reading.stream(list(against)):
         for tree in made.trees:
             leakage.update(0, tree)
     return leakage

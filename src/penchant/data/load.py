@@ -252,8 +252,9 @@ def detected(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str
     raise DataError(
         name,
         _no_shape(first),
-        "map your columns, e.g. data.columns={prompt: question, chosen: good, rejected: bad}, or name the layout with "
-        "data.shape (`penchant data formats` lists them)",
+        "map your columns, e.g. --column prompt=question --column chosen=good --column rejected=bad (in a config, "
+        "data.columns={prompt: question, chosen: good, rejected: bad}), or name the layout with data.shape (`penchant data "
+        "formats` lists them)",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from penchant.importing import hf
+from penchant.importing import hf, trackers
 from penchant.importing.rules import (
     Given,
     Line,
@@ -68,7 +68,8 @@ _SAME_WORDS: dict[tuple[str, ...], Rule] = {
     ("logging_steps", "log_every"): to("logging.every", whole),
     ("save_steps", "save_every"): to("checkpoint.every", whole),
     ("eval_steps", "eval_every"): to("evaluation.every", whole),
-    ("num_workers", "report_to", "use_wandb", "wandb_project", "run_name"): same("changes nothing in what is trained"),
+    **{(key,): rule for key, rule in trackers.NAMES.items()},
+    ("num_workers",): same("changes nothing in what is trained"),
 }  # fmt: skip
 
 
@@ -118,8 +119,8 @@ METHODS = {
         {},
         {},
         {},
-        (batches, method_of, columns),
-        _BATCH | _COLUMNS | _METHOD,
+        (batches, method_of, columns, trackers.report_to),
+        _BATCH | _COLUMNS | _METHOD | trackers.PARTS,
         (
             "such a file says nothing of what its tool does by default: look through `penchant config` for what it leaves out",
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from penchant.importing import trackers
 from penchant.importing.rules import Given, Line, NotHere, Rule, flag, number, one_of, same, to, unsupported, whole
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
@@ -30,7 +31,8 @@ _LOGS = "says what is printed or logged, not what is trained; here metrics.jsonl
 _LOADER = "how their data loader works; here rows are tokenised and packed once"
 _SPEED = "speed or memory only; see docs/performance.md for what there is here"
 _PROCESSES = "how several processes talk; here a run is one process (their batch counts --devices times)"
-_HUB = "uploads; here nothing is uploaded: push the run's model folder yourself"
+_PUSH = "training uploads nothing; when it is done: penchant export RUN --to safetensors --push OWNER/NAME"
+_HUB = f"of uploading: {_PUSH}"
 
 _ASIDE: dict[str, str] = {
     **dict.fromkeys(
@@ -43,9 +45,6 @@ _ASIDE: dict[str, str] = {
             "log_on_each_node",
             "logging_nan_inf_filter",
             "disable_tqdm",
-            "report_to",
-            "run_name",
-            "project",
             "trackio_space_id",
             "include_num_input_tokens_seen",
             "include_tokens_per_second",
@@ -172,6 +171,7 @@ _ASIDE: dict[str, str] = {
 
 TABLE: dict[str, Rule] = {
     **{key: same(why) for key, why in _ASIDE.items()},
+    **{key: trackers.NAMES[key] for key in ("run_name", "project")},
     "output_dir": to("output", str),
     "learning_rate": to("train.lr", number),
     "weight_decay": to("train.weight_decay", number),
@@ -205,7 +205,7 @@ TABLE: dict[str, Rule] = {
     "label_smoothing_factor": unsupported("there is no label smoothing of tokens; leave it out", 0, 0.0),
     "neftune_noise_alpha": unsupported("no noise is added to embeddings; leave it out", 0, 0.0),
     "dataloader_drop_last": unsupported("no row is left out: an epoch's last batch may be smaller"),
-    "push_to_hub": unsupported("nothing is uploaded: push the run's model folder yourself"),
+    "push_to_hub": unsupported(_PUSH),
     "deepspeed": unsupported(
         "one process trains; give the number of its GPUs as --devices so that the batch stays the same"
     ),
@@ -346,8 +346,8 @@ def precision(given: Given) -> Iterator[Line]:
 
 PRECISION = frozenset({"bf16", "fp16", "pure_bf16"})
 
-DERIVE = (batch, length, schedule, saving, precision)
-PARTS = BATCH | LENGTH | SCHEDULE | SAVING | PRECISION
+COMMON = (length, schedule, saving, precision, trackers.report_to)
+COMMON_PARTS = LENGTH | SCHEDULE | SAVING | PRECISION | {"report_to"}
 
 
 def targets(value: Any) -> str | list[str]:

@@ -38,7 +38,7 @@ RULES: dict[str, Rule] = {
     "train_from_scratch": to("model.init", lambda v: "random" if flag(v) else "pretrained"),
     "moe_aux_loss_coef": unsupported("a mixture-of-experts model's balance loss is not added", 0, 0.0),
     "cutoff_len": to("data.max_length", whole),
-    "template": same("the tokenizer's own chat template is used; look whether it is this one: `penchant data audit` shows a rendered row"),
+    "template": same("the tokenizer's own chat template is used (data.template: auto), or plain text where it has none or data.template is plain; `penchant data show FILE` shows the turns that it is given"),
     "max_samples": to("data.limit", whole, "of all files together here"),
     "train_on_prompt": unsupported("prompts are never targets: give plain text (`text`) to train on all of it"),
     "mask_history": same("of a conversation the last answer is learned", True, otherwise="of a conversation the last answer is learned"),
@@ -121,10 +121,17 @@ _ALPACA = {
     "chosen": "chosen",
     "rejected": "rejected",
     "kto_tag": "label",
+    "system": "system",
+    "history": "history",
+}
+_SHAREGPT = {
+    "messages": "conversations",
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "kto_tag": "label",
+    "system": "system",
 }
 _NOT_READ = {
-    "history": "earlier turns",
-    "system": "a system prompt",
     "tools": "tools",
     "images": "pictures",
     "videos": "videos",
@@ -154,16 +161,22 @@ def _named(given: Given, key: str, ours: str) -> Iterator[Line]:
         return
     paths: list[str] = []
     columns: dict[str, str] = {}
+    ranked: list[bool] = []
     for name in names:
         entry = known.get(name)
         if not isinstance(entry, Mapping):
             raise ConfigError(where, f"there is no {name!r}", f"there are {', '.join(sorted(map(str, known)))[:200]}")
         paths.append(_place(entry, folder))
         columns |= _columns(entry)
+        ranked.append(bool(entry.get("ranking")) and entry.get("formatting", "alpaca") == "sharegpt")
         yield from _left(name, entry)
     made: dict[str, Any] = {ours: paths if len(paths) > 1 else paths[0]}
     if columns and ours == "data.path":
         made["data.columns"] = columns
+    if all(ranked) and ours == "data.path":
+        made["data.shape"] = (
+            "sharegpt_pairs"  # the description says so; its rows may have a "prompt" of their own besides
+        )
     yield given.line([key, "dataset_dir"], "translated", made)
 
 
@@ -198,10 +211,7 @@ def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
     """Our field: their column, where the two differ."""
     given = _described(entry)
     if entry.get("formatting", "alpaca") == "sharegpt":
-        ours = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "kto_tag": "label"}
-        if entry.get("ranking"):
-            ours["messages"] = "prompt"
-        found = {ours[k]: str(v) for k, v in {"messages": "conversations", **given}.items() if k in ours}
+        found = {_SHAREGPT[k]: str(v) for k, v in {"messages": "conversations", **given}.items() if k in _SHAREGPT}
     else:
         found = {_ALPACA[k]: str(v) for k, v in given.items() if k in _ALPACA}
     return {ours: theirs for ours, theirs in found.items() if ours != theirs}
@@ -283,8 +293,8 @@ def ppo_batch(given: Given) -> Iterator[Line]:
     yield given.line(keys, "translated", ours, f"prompts of one batch of rollouts, on {given.devices} device(s)")
 
 
-_COMMON = (hf.length, hf.schedule, hf.saving, hf.precision, lora, val_size, data)
-_PARTS = hf.LENGTH | hf.SCHEDULE | hf.SAVING | hf.PRECISION | {
+_COMMON = (*hf.COMMON, lora, val_size, data)
+_PARTS = hf.COMMON_PARTS | {
     "finetuning_type", "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora", "val_size", "dataset", "eval_dataset", "dataset_dir",
 }  # fmt: skip
 _STAGE: dict[str, Rule] = {"stage": same("the method")}

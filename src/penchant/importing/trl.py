@@ -168,7 +168,7 @@ def data(given: Given) -> Iterator[Line]:
             yield given.line(
                 ["dataset_test_split"], "translated", {"data.eval_path": f"{name}:{given['dataset_test_split']}"}
             )
-        elif evaluated:
+        elif evaluated and not given["test_split_size"]:
             note = "a file has no test split: hold rows out with data.validation_fraction, or set data.eval_path"
             yield given.line(["dataset_test_split"], "unsupported", note=note)
     if given.says("dataset_config"):
@@ -475,8 +475,8 @@ def ppo_length(given: Given) -> Iterator[Line]:
 # ---------------------------------------------------------------------------------------------------------------------
 # the trainers
 
-_COMMON: tuple[Derive, ...] = (hf.length, hf.schedule, hf.saving, hf.precision, lora, data)
-_PARTS = hf.LENGTH | hf.SCHEDULE | hf.SAVING | hf.PRECISION | LORA | DATA
+_COMMON: tuple[Derive, ...] = (*hf.COMMON, lora, data)
+_PARTS = hf.COMMON_PARTS | LORA | DATA
 _CUT = "rows longer than data.max_length: theirs keeps the beginning (keep_start); ours cuts the beginning of the prompt, then the answer's end"
 _SAMPLING: dict[str, Rule] = {
     "temperature": to("algorithm.temperature", number),

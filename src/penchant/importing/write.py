@@ -11,6 +11,7 @@ from penchant.algorithms.options import OnlineConfig
 from penchant.config import ALGORITHMS, RunConfig, default_settings
 from penchant.importing.rules import Line, Status, Translation
 from penchant.judges.text import shown
+from penchant.redact import HIDDEN, redact
 
 STATUS: dict[Status, str] = {"translated": "translated", "same": "nothing to write", "unsupported": "NOT SUPPORTED"}
 
@@ -64,11 +65,11 @@ def nested(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
 def as_yaml(translation: Translation, found: Mapping[str, tuple[Any, str]], name: str) -> str:
     """The config file: sections in our order, one key a line, each with where it comes from."""
     lines = [f"# {shown(name)} ({translation.source.title}, {translation.method.title}), written by `penchant import`"]
-    left = [line for line in translation.lines if line.status == "unsupported"]
+    left = _left(translation)
     if left:
         lines.append("# NOT SUPPORTED, and not in this file:")
         lines += [f"#   {_pairs(line.theirs)}: {shown(line.note)}" for line in left]
-    lines += [f"# differs: {shown(remark)}" for remark in translation.remarks]
+    lines += [f"# differs: {remark}" for remark in _remarks(translation)]
     for section in RunConfig.model_fields:
         keys = [k for k in found if k.split(".")[0] == section]
         if keys == [section]:
@@ -85,8 +86,24 @@ def _entry(key: str, value: Any, comment: str) -> str:
     return f"{line}  # {shown(comment)}" if comment else line
 
 
+SECRETS = frozenset({"hub_token", "hf_hub_token", "ms_hub_token", "swanlab_api_key", "push_to_hub_token"})
+
+
 def _pairs(theirs: Sequence[tuple[str, Any]]) -> str:
-    return ", ".join(shown(f"{k}: {v}")[:120] for k, v in theirs)
+    return ", ".join(shown(f"{k}: {HIDDEN if k in SECRETS and v else redact(str(v))}")[:120] for k, v in theirs)
+
+
+def _left(translation: Translation) -> list[Line]:
+    """What their file asks for and is not here: the same lines in our file and on the screen."""
+    return [line for line in translation.lines if line.given and line.status == "unsupported"]
+
+
+def _remarks(translation: Translation) -> list[str]:
+    """What differs though the file does not say it: by nature, and by a default of theirs that has no counterpart."""
+    tool = translation.source.title
+    silent = [line for line in translation.lines if not line.given and line.status == "unsupported"]
+    defaults = [f"{tool}'s default {_pairs(line.theirs)}: {shown(line.note)}" for line in silent]
+    return [*map(shown, translation.remarks), *defaults]
 
 
 def as_text(translation: Translation, found: Mapping[str, tuple[Any, str]]) -> str:
@@ -101,7 +118,8 @@ def as_text(translation: Translation, found: Mapping[str, tuple[Any, str]]) -> s
     if defaults:
         lines += ["", f"{translation.source.title}'s defaults that differ from ours, written out:"]
         lines += [f"  {k} = {shown(str(found[k][0]))}" for k in defaults]
-    lines += ["", *(f"differs: {shown(remark)}" for remark in translation.remarks)] if translation.remarks else []
+    remarks = _remarks(translation)
+    lines += ["", *(f"differs: {remark}" for remark in remarks)] if remarks else []
     lines += ["", ", ".join(f"{translation.count(s)} key(s): {title.lower()}" for s, title in STATUS.items())]
     return "\n".join(lines)
 

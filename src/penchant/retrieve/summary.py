@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 
 from penchant.retrieve.job import GetResult
@@ -47,9 +48,10 @@ def _split_line(name: str, held: Mapping[str, int]) -> str:
 def _next(result: GetResult) -> list[str]:
     train = result.folder / "train.jsonl"
     held_out = result.folder / "validation.jsonl"
-    more = f" data.eval_path={held_out}" if result.data["splits"]["validation"]["rows"] else ""
+    more = f" --eval-data {shlex.quote(str(held_out))}" if result.data["splits"]["validation"]["rows"] else ""
+    data = shlex.quote(str(train))
     return [
         "next:",
-        f"  penchant data audit {train}",
-        f"  penchant train CONFIG.yaml data.path={train}{more}",
+        f"  penchant data audit {data}",
+        f"  penchant init --data {data}{more}  # asks for model and goal, writes run.yaml",
     ]

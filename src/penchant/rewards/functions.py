@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import inspect
 import sys
@@ -166,6 +167,20 @@ def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: A
     return load_reward_function(name, folder, reward_device(config.device, device), policy)
 
 
+def check_reward(name: str) -> None:
+    """Whether a reward is there, without loading a model.
+
+    Raises:
+        ConfigError: as `load_reward`.
+    """
+    if rule_of(name) is not None or name in BUILT_IN:
+        return
+    from penchant.rewards.model import find_reward_model
+
+    if name.rpartition(":")[0].endswith(".py") or find_reward_model(name) is None:
+        _function(name)
+
+
 def reward_device(wanted: str, policys: Any = "cpu") -> torch.device:
     """Where reward models run; auto is where the policy is.
 
@@ -191,10 +206,12 @@ def _function(name: str) -> RewardFunction:
             raise ConfigError(
                 "reward", f"{name}: no such folder", "give a reward model's folder or run, or path.py:function"
             )
+        near = difflib.get_close_matches(name, BUILT_IN, 1)
         raise ConfigError(
             "reward",
             f"{name!r} is no reward",
-            f"there are {', '.join(BUILT_IN)}, words:20-60, matches:REGEX; or give path.py:function or a reward model's folder",
+            (f"did you mean {near[0]}? " if near else "")
+            + f"there are {', '.join(BUILT_IN)}, words:20-60, matches:REGEX; or give path.py:function or a reward model's folder",
         )
     found: RewardFunction = python_function(name)
     return found

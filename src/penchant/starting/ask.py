@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO, TypeVar
@@ -11,7 +11,15 @@ from typing import TextIO, TypeVar
 from penchant.errors import ConfigError, PenchantError
 from penchant.planning.text import printable
 from penchant.starting.goals import GOALS, fitting
-from penchant.starting.look import DataFacts, ModelFacts, look_at_data, look_at_model
+from penchant.starting.look import (
+    DataFacts,
+    HeldOut,
+    ModelFacts,
+    look_at_data,
+    look_at_held_out,
+    look_at_model,
+    validation_beside,
+)
 from penchant.starting.start import check_goal
 
 T = TypeVar("T")
@@ -25,6 +33,7 @@ class Answers:
     data: DataFacts
     model: ModelFacts
     goal: str
+    held_out: HeldOut | None = None
 
 
 @dataclass(slots=True)
@@ -75,8 +84,20 @@ def here() -> Asker:
     return Asker(sys.stdin, sys.stderr, sys.stdin.isatty() and sys.stderr.isatty())
 
 
-def answers(asker: Asker, data: str | None, model: str | None, goal: str | None) -> Answers:
+def answers(
+    asker: Asker,
+    data: str | None,
+    model: str | None,
+    goal: str | None,
+    *,
+    eval_data: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Answers:
     """What flags give, and for the rest what a person answers.
+
+    Args:
+        eval_data: a file of held-out rows, or ``none``; where it is not given, validation.jsonl of a folder that `penchant data get`
+            wrote is taken, and said. columns: ``{our field: the file's column}``.
 
     Raises:
         ConfigError: a flag is missing and nobody is there to be asked. DataError, ModelError: it cannot be used.
@@ -89,21 +110,22 @@ def answers(asker: Asker, data: str | None, model: str | None, goal: str | None)
         )  # fmt: skip
 
     def read(path: str) -> DataFacts:
-        return look_at_data(path, model)
+        return look_at_data(path, model, columns)
 
     facts = read(data) if data is not None else asker.ask("Data (a file, or a hub id)", a_file_here(), read)
     asker.say(f"  {facts.to_text()}")
+    held_out = _held_out(asker, facts, eval_data)
     found = (
         look_at_model(model)
         if model is not None
         else asker.ask("Model (a folder or hub id)", DEFAULT_MODEL, look_at_model)
     )
     if model is None:
-        facts = look_at_data(facts.path, found.path)  # in the model's own tokens
+        facts = look_at_data(facts.path, found.path, columns)  # in the model's own tokens
     if found.parameters is not None:
         asker.say(f"  {found.parameters:,} parameters")
     if goal is not None:
-        return Answers(facts, found, check_goal(goal, facts, found).name)
+        return Answers(facts, found, check_goal(goal, facts, found).name, held_out)
     able = [g for g in fitting(facts.kind) if not found.encoder or g.name == "reward"]
     if not able:
         raise ConfigError(
@@ -113,7 +135,19 @@ def answers(asker: Asker, data: str | None, model: str | None, goal: str | None)
     for g in able:
         asker.say(f"  {g.name:<7} {g.about}")
     chosen = asker.ask("Goal", able[0].name, lambda name: check_goal(name, facts, found).name)
-    return Answers(facts, found, chosen)
+    return Answers(facts, found, chosen, held_out)
+
+
+def _held_out(asker: Asker, facts: DataFacts, eval_data: str | None) -> HeldOut | None:
+    path = validation_beside(facts.path) if eval_data is None else None if eval_data == "none" else eval_data
+    if path is None:
+        return None
+    found = look_at_held_out(path, facts)
+    why = (
+        "" if eval_data is not None else " (of the same `penchant data get`; --eval-data none: part of the data itself)"
+    )
+    asker.say(f"  held out: {path}, {found.rows:,} rows{why}")
+    return found
 
 
 def a_file_here() -> str | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from penchant.data.load import Dataset, load_preferences
 from penchant.data.tokenise import tokenise
-from penchant.errors import PenchantError
+from penchant.errors import ConfigError, PenchantError
 from penchant.models.load import load_tokenizer
 from penchant.models.reward import load_model_config
 from penchant.types import Prompt
@@ -27,6 +28,7 @@ class DataFacts:
     Args:
         path: as given; layout, kind: detected; rows, aside: read, and of those kept aside; prompts: different ones.
         longest: quantiles of prompt + longest completion (50%, 95%, 99%, longest); prompt: the same of prompts alone.
+        columns: ``{our field: the file's column}``, as given.
         unit: ``tokens``, or ``tokens (a guess from characters)``; median_score: where rows have scores.
     """
 
@@ -40,6 +42,7 @@ class DataFacts:
     prompt: tuple[int, ...]
     unit: str
     median_score: float | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def to_text(self) -> str:
         aside = f", {self.aside:,} of them bad rows (they will be kept aside and counted)" if self.aside else ""
@@ -47,6 +50,19 @@ class DataFacts:
             f"{self.rows:,} rows, {self.layout}: {self.kind}{aside}; prompt and answer: half have {self.longest[0]:,} or less, "
             f"95% {self.longest[1]:,}, longest {self.longest[3]:,} {self.unit}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Rows of a file of their own that are not trained on.
+
+    Args:
+        path: as given; rows, aside: read, and of those kept aside.
+    """
+
+    path: str
+    rows: int
+    aside: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +82,16 @@ class ModelFacts:
     layers: int = 0
 
 
-def look_at_data(path: str, model: str | None) -> DataFacts:
+def look_at_data(path: str, model: str | None, columns: Mapping[str, str] | None = None) -> DataFacts:
     """Read the file as training would, and measure its rows.
+
+    Args:
+        columns: ``{our field: the file's column}``.
 
     Raises:
         DataError: the file cannot be read, or its layout is not known.
     """
-    dataset = load_preferences(path, on_bad_row="skip", identical="bad_row")
+    dataset = load_preferences(path, columns=columns, on_bad_row="skip", identical="bad_row")
     both, prompts, unit = _lengths(dataset, model)
     scores = [c.score for t in dataset.trees for c in t.completions if c.score is not None]
     return DataFacts(
@@ -86,7 +105,31 @@ def look_at_data(path: str, model: str | None) -> DataFacts:
         _quantiles(prompts),
         unit,
         float(np.median(scores)) if scores and dataset.kind == "scored" else None,
+        columns or {},
     )
+
+
+def look_at_held_out(path: str, data: DataFacts) -> HeldOut:
+    """Read a file of held-out rows as training would, beside the rows that are trained on.
+
+    Raises:
+        DataError: it cannot be read. ConfigError: it is the file of training rows, or holds rows of another kind.
+    """
+    if path == data.path or (Path(path).exists() and Path(data.path).exists() and Path(path).samefile(data.path)):
+        raise ConfigError("--eval-data", f"{path} is what is trained on", "give another file, or leave it out")
+    found = load_preferences(path, columns=data.columns, on_bad_row="skip", identical="bad_row")
+    if found.kind != data.kind:
+        raise ConfigError("--eval-data", f"{path} holds {found.kind}, {data.path} {data.kind}", "give rows of one kind")
+    return HeldOut(path, found.total, len(found.quarantined))
+
+
+def validation_beside(path: str) -> str | None:
+    """``FOLDER/validation.jsonl`` of a folder that `penchant data get` wrote, where `path` is its train.jsonl."""
+    train = Path(path)
+    held_out = train.with_name("validation.jsonl")
+    if train.name != "train.jsonl" or not held_out.is_file() or not train.with_name("data.json").is_file():
+        return None
+    return str(held_out) if held_out.stat().st_size else None
 
 
 def _quantiles(lengths: Sequence[int]) -> tuple[int, ...]:

@@ -13,8 +13,9 @@ import yaml
 from penchant.config import load_config
 from penchant.errors import ConfigError
 from penchant.planning.memory import machine_memory
+from penchant.rewards.functions import check_reward
 from penchant.starting.goals import GOALS, Goal, Lines, fitting
-from penchant.starting.look import DataFacts, ModelFacts
+from penchant.starting.look import DataFacts, HeldOut, ModelFacts
 
 LENGTHS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
 SHARE_OF_MEMORY = (
@@ -69,27 +70,41 @@ def _scalar(value: Any) -> str:
             if value % 1
             else f"{value:.1f}"
         )
-    plain = not isinstance(value, str) or value.isprintable()  # YAML reads a raw U+0085 as a line's end
+    plain = (
+        value.isprintable() if isinstance(value, str) else not isinstance(value, dict)
+    )  # YAML reads a raw U+0085 as a line's end
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=plain, width=1 << 30).strip()
     return text.removesuffix("...").strip()
 
 
 def propose(
-    data: DataFacts, model: ModelFacts, goal: str, *, reward: str | None = None, output: str | None = None
+    data: DataFacts,
+    model: ModelFacts,
+    goal: str,
+    *,
+    reward: str | None = None,
+    output: str | None = None,
+    held_out: HeldOut | None = None,
 ) -> Start:
     """A config that trains as it is.
 
     Args:
         goal: a name of `GOALS`; reward: of an online goal (default: sentiment); output: the run's folder.
+        held_out: rows in a file of their own; without it some of the data's are held out.
 
     Raises:
-        ConfigError: no such goal, or the data or the model cannot serve it.
+        ConfigError: no such goal or reward, or the data or the model cannot serve it.
     """
     chosen = check_goal(goal, data, model)
+    if reward is not None:
+        if not chosen.online:
+            online = ", ".join(g.name for g in GOALS.values() if g.online)
+            raise ConfigError("--reward", f"{goal} uses no reward", f"leave it out, or give a --goal of {online}")
+        check_reward(reward)
     lora = _wants_adapter(model)
     sections: dict[str, Lines] = {
         "model": {"path": (model.path, _about_model(model))},
-        "data": _data(data, model, chosen),
+        "data": _data(data, model, chosen, held_out),
     }
     if lora:
         sections["lora"] = {
@@ -145,17 +160,22 @@ def _wants_adapter(model: ModelFacts) -> bool:
     return model.parameters * WHOLE_BYTES > SHARE_OF_MEMORY * machine_memory()[0]
 
 
-def _data(data: DataFacts, model: ModelFacts, goal: Goal) -> Lines:
+def _data(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | None) -> Lines:
     keys: dict[str, tuple[Any, str]] = {
         # a run may be started from elsewhere than where this file was asked for
         "path": (data.path, f"{data.rows:,} rows, {data.layout}: {data.kind}"),
     }
-    if data.aside:
-        keys["on_bad_row"] = ("skip", f"{data.aside:,} bad rows are kept aside and counted; error stops at the first")
+    if held_out is not None:
+        keys["eval_path"] = (held_out.path, f"{held_out.rows:,} rows that are not trained on")
+    if data.columns:
+        keys["columns"] = (dict(data.columns), "our field: the file's column")
+    aside = data.aside + (held_out.aside if held_out is not None else 0)
+    if aside:
+        keys["on_bad_row"] = ("skip", f"{aside:,} bad rows are kept aside and counted; error stops at the first")
     keys |= _conversion(data, goal)
     rows = data.rows - data.aside
     held = min(HELD_OUT, max(1, rows // 10))
-    if data.prompts > 1 and rows > 3:
+    if held_out is None and data.prompts > 1 and rows > 3:
         keys["validation_rows"] = (held, "held out by prompt: no prompt stands on both sides")
     keys["max_length"] = _length(data, model, goal)
     return keys

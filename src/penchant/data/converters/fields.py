@@ -52,7 +52,7 @@ def text_field(row: Mapping[str, Any], name: str) -> str:
     if name not in row:
         raise RowError(
             f'"{name}" is missing',
-            f"there are {', '.join(map(plain_name, sorted(map(str, row))))}; map columns with data.columns",
+            f"there are {', '.join(map(plain_name, sorted(map(str, row))))}; map columns with --column {name}=YOURS, in a config data.columns",
         )
     return as_text(row[name], f'"{name}"')
 
