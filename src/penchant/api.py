@@ -254,8 +254,16 @@ def fix(
     from penchant.data.fix import fix as run_fix
 
     rules, others = default_rules(drop, keep), [str(a) for a in against]
-    how = {"shape": shape, "columns": columns or {}, "overwrite": overwrite}
-    return run_fix(str(source), output, drop=rules, redact=redact, against=others, **how)
+    return run_fix(
+        str(source),
+        output,
+        drop=rules,
+        redact=redact,
+        against=others,
+        shape=shape,
+        columns=columns,
+        overwrite=overwrite,
+    )
 
 
 def _opinions(reward: str | None, check: str | None) -> list[Any]:
