@@ -217,7 +217,7 @@ def test_judges_that_cannot_be_trusted(world: Path, tmp_path: Path, capsys: pyte
     text = capsys.readouterr().out
     figures = json.loads((tmp_path / "out/comparison.json").read_text())
     assert figures["judge"]["first_position"] == 1.0 and figures["judge"]["disagreed"] == figures["judge"]["pairs"]
-    assert "The judge judge-7b favours the first position: 100% [100%, 100%] of its verdicts" in text
+    assert "The judge judge-7b favours the first position: 100% [" in text and ", 100%] of its verdicts" in text
     assert figures["outcome"] == "mean reward" and "By judge-7b: Between dpo and start there is no clear winner" in text
     with serve(lambda *_: "It depends.\x1b[2J") as server:
         assert judged_by(world, server.url, *output, "--judge-parameters", '{"temperature": 1}') == 0

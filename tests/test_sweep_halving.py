@@ -154,9 +154,9 @@ def test_a_survivor_is_the_run_that_was_never_halved_bit_for_bit(
     full = {k: v for k, v in halved.items() if k != "halving"}
     whole = run(full, f"output={tmp_path}/whole")
     steps: list[tuple[str, int]] = []
-    real = Loop._step
+    real = Loop.take_step
     monkeypatch.setattr(
-        Loop, "_step", lambda self, step, *a: (steps.append((self.folder.name, step)), real(self, step, *a))[1]
+        Loop, "take_step", lambda self, step, *a: (steps.append((self.folder.name, step)), real(self, step, *a))[1]
     )
     result = run(halved)
     states = {n: r["state"] for n, r in result.runs.items()}
@@ -203,7 +203,7 @@ def test_killed_again_and_again_it_ends_with_the_same_ranks_also_two_at_a_time(
 ) -> None:
     """Between a checkpoint at a rung and its record, between a rung's end and its judgement, and by Ctrl-C in the second rung."""
     whole = run(halved, f"output={tmp_path}/whole")
-    real = Loop._step
+    real = Loop.take_step
 
     def interrupted(self: Loop, step: int, *rest: Any) -> Any:
         if step == 2:  # the first step beyond the first rung: its checkpoint lies between two rungs
@@ -213,7 +213,7 @@ def test_killed_again_and_again_it_ends_with_the_same_ranks_also_two_at_a_time(
     kills: list[tuple[Any, str, Any, type[BaseException]]] = [
         (Loop, "_pause", kill, Killed),
         (sweep_run, "standings_at", kill, Killed),
-        (Loop, "_step", interrupted, Interrupted),
+        (Loop, "take_step", interrupted, Interrupted),
     ]
     for where, name, by, error in kills:
         with monkeypatch.context() as patched:
