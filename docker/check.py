@@ -172,7 +172,7 @@ def check(made: list[Step], context: Path, root: Root) -> int:
             return code
     last = made[-1]
     words = [w for s in made if s.name in ("ENTRYPOINT", "CMD") for w in json.loads(s.text)]
-    for shell in (shlex.join(words), "id -u && touch /work/written && ! touch /opt/penchant/written 2>/dev/null"):
+    for shell in (shlex.join(words), "id -u && touch /workspace/written && ! touch /opt/penchant/written 2>/dev/null"):
         code = root.run(last, shell)
         print(f"[{code}] as user {last.user}: {shell}", flush=True)
         if code:

@@ -14,7 +14,7 @@ ENV PYTHONUNBUFFERED=1 \
     PATH=/opt/penchant/bin:$PATH
 
 # a user without rights, and folders that it may write to
-RUN useradd --create-home --uid 1000 penchant && mkdir -p /work /home/penchant/.cache && chown -R penchant:penchant /work /home/penchant
+RUN useradd --create-home --uid 1000 penchant && mkdir -p /workspace /home/penchant/.cache && chown -R penchant:penchant /workspace /home/penchant
 
 # dependencies first: this layer stays while only the source changes
 WORKDIR /src
@@ -32,7 +32,7 @@ COPY src src
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps .
 
 USER 1000:1000
-WORKDIR /work
-VOLUME ["/work", "/home/penchant/.cache"]
+WORKDIR /workspace
+VOLUME ["/workspace", "/home/penchant/.cache"]
 ENTRYPOINT ["penchant"]
 CMD ["--help"]

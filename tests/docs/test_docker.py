@@ -50,7 +50,7 @@ def test_the_steps_are_what_they_should_be(file: Path) -> None:
     runs = [check.command(s) for s in steps if s.name == "RUN"]
     assert not any(r.startswith("--") for r in runs) and any("-r requirements.txt" in r for r in runs)
     last = steps[-1]
-    assert last.user == "1000:1000" and last.folder == "/work"
+    assert last.user == "1000:1000" and last.folder == "/workspace"
     assert last.env["PATH"] == "/opt/penchant/bin:/usr/bin" and last.env["TORCH_INDEX"] == "https://index"
     assert next(s.text for s in steps if s.name == "ENTRYPOINT") == '["penchant"]'
     assert [s.text for s in copied][-1] == "src src"  # the source is the last layer
