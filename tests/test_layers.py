@@ -9,7 +9,7 @@ import penchant
 
 # lowest first; entries of one set are peers
 LAYERS = [
-    {"penchant", "errors", "redact"},
+    {"penchant", "errors", "redact", "printable", "files"},
     {"types", "schema", "sharing"},
     {"losses", "data", "models", "tracking"},
     {"head"},

@@ -382,7 +382,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
         print(json.dumps(finite(metrics), indent=1))
         return 0
-    from penchant.evaluate.output import explained, printable, table
+    from penchant.evaluate.output import explained, table
+    from penchant.printable import printable
 
     parts = [table(metrics), "\n".join(map(printable, metrics.get("notes", [])))]
     if "tables" in metrics:

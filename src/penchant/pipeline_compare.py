@@ -28,8 +28,9 @@ from penchant.comparison.models import (
 )
 from penchant.errors import ConfigError
 from penchant.evaluation.measured import Setting
+from penchant.files import file_sha256
 from penchant.models.load import load_tokenizer
-from penchant.models.merge import file_sha256, is_adapter, model_sha256
+from penchant.models.merge import is_adapter, model_sha256
 from penchant.models.options import ModelConfig
 from penchant.pipeline import Comparison, Pipeline, Ref, Resolve
 from penchant.pipeline_state import State, reward_hashes

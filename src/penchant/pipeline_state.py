@@ -14,7 +14,8 @@ import yaml
 
 from penchant.config import WATCHING_ONLY, RunConfig, default_settings
 from penchant.errors import CheckpointError
-from penchant.models.merge import file_sha256, model_sha256
+from penchant.files import file_sha256
+from penchant.models.merge import model_sha256
 from penchant.pipeline import Pipeline, Stage
 from penchant.training.checkpoint import checkpoints, latest_checkpoint
 from penchant.training.runfolder import RunLock, differences

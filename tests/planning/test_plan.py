@@ -26,7 +26,8 @@ from penchant.planning.live_bytes import LiveBytes
 from penchant.planning.memory import CAPACITY, KERNEL, PRODUCT, WITH_GRADIENT
 from penchant.planning.origins import settings_of
 from penchant.planning.outline import OutlinedRun, outline, parameter_counts
-from penchant.planning.text import plan_text, printable, size
+from penchant.planning.text import plan_text, size
+from penchant.printable import printable
 from penchant.rollout.generate import sample
 from penchant.run import Run
 from penchant.training.optim import MasterAdamW

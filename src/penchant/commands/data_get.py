@@ -61,6 +61,7 @@ def _get(args: argparse.Namespace) -> int:
         print(table())
         return 0
     from penchant import api
+    from penchant.printable import printable
     from penchant.retrieve.summary import summary
 
     result = api.get_data(
@@ -88,13 +89,9 @@ def _get(args: argparse.Namespace) -> int:
     )
     if not result.fresh:
         print(f"penchant: {result.folder} holds this already; nothing was done", file=sys.stderr)
-    print(printable(summary(result)))
+    for line in summary(result).split("\n"):  # control characters of names and reasons are shown, not obeyed
+        print(printable(line))
     return 0
-
-
-def printable(text: str) -> str:
-    """Text for a terminal: control characters of names and reasons are shown, not obeyed."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from penchant.errors import ConfigError
-    from penchant.planning.text import printable
+    from penchant.printable import printable
     from penchant.rewards.functions import check_reward
     from penchant.starting import propose, write_config
     from penchant.starting.ask import answers, here

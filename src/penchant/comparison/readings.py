@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.errors import DataError
-from penchant.models.merge import file_sha256
+from penchant.files import file_sha256
 
 READINGS = "test_readings.jsonl"
 

@@ -20,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+from penchant.files import file_sha256
+
 T = TypeVar("T")
 AUTO_BYTES = 4 << 20  # smaller data is read and tokenised faster than a cache is looked after
 META = "meta.json"
@@ -30,12 +32,6 @@ FILES_KEPT = 1000  # in the table of hashes
 def cache_root() -> Path:
     """``$PENCHANT_CACHE/data`` or ``~/.cache/penchant/data``."""
     return Path(os.environ.get("PENCHANT_CACHE", "~/.cache/penchant")).expanduser() / "data"
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class FileHashes:

@@ -9,16 +9,12 @@ from typing import Any
 
 from penchant.data.converters import LAYOUTS, Layout, Option
 from penchant.errors import ConfigError
+from penchant.printable import printable
 from penchant.types import PromptTree
 
 NAMES = {None: "answer", True: "good answer", False: "bad answer"}
 PAIR_NAMES = {None: "answer", True: "chosen", False: "rejected"}
 LONGEST = 600  # characters of one turn that `show` prints
-
-
-def printable(text: str) -> str:
-    """Text of others as one line of a terminal: whatever is not printable is written out as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def find(name: str) -> Layout:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from penchant.printable import printable
+
 SHOWN = 20  # places listed a finding
 KEPT = 1000  # places held a finding
 
@@ -86,13 +88,6 @@ class Audit:
                 lines += ["", f"{unit:<24}" + "".join(f"{n:>9}" for n in names)]
                 lines += [f"{what:<24}" + "".join(f"{v:>9,.0f}" for v in q.values()) for what, q in table.items()]
         return "\n".join(printable(line) for line in lines)
-
-
-def printable(text: str) -> str:
-    """Text for a terminal: control characters as escapes."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii", "replace") for c in text)
 
 
 def sampled(title: str, count: int, of: int, note: str = "", **more: Any) -> Finding:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penchant.data.catalogue import printable, rows_text, tree_json, tree_lines
+from penchant.data.catalogue import rows_text, tree_json, tree_lines
 from penchant.data.converters import Detection
 from penchant.data.converting import Converted, convert_rows, layout_named
 from penchant.data.formats import BadRow, Row, read_rows
 from penchant.data.load import FIRST_ROWS, detected
+from penchant.printable import printable
 
 MOST_ROWS = 2000  # read for a layout whose rows make groups
 

@@ -11,6 +11,7 @@ from typing import Any
 from penchant.errors import ConfigError
 from penchant.evaluate.evaluator import Evaluated
 from penchant.evaluation.glossary import meaning_of
+from penchant.printable import printable
 from penchant.training.runfolder import MetricsLog, finite
 
 LOG = "evaluations.jsonl"
@@ -100,11 +101,6 @@ def _over(metrics: Mapping[str, Any], name: str) -> str:
     if name.startswith("eval/kl/") and "eval/kl/completions" in metrics:
         return f"n={metrics['eval/kl/completions']:,} completions"
     return f"n={metrics['eval/rows']:,} rows" if "eval/rows" in metrics else ""
-
-
-def printable(text: str) -> str:
-    """Text with control characters made visible: a name may come from a stranger's file."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _span(interval: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from penchant.config import RunConfig
 from penchant.export.check import Check
 from penchant.export.formats import Format
 from penchant.export.subject import Subject
+from penchant.files import file_sha256
 from penchant.losses import LOSSES
 from penchant.models.load import looks_like_folder
 from penchant.report.glossary import meaning
@@ -90,11 +90,8 @@ def base_name(subject: Subject) -> str:
 
 def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a folder."""
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def _method_names(config: RunConfig) -> list[str]:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from penchant.errors import ConfigError, RewardError
+from penchant.files import file_sha256
 from penchant.judges.protocol import FIRST, SECOND, TIE, Answers, Progress, Question
 from penchant.judges.text import shown
-from penchant.models.merge import file_sha256
 from penchant.rewards.functions import python_function
 
 TAKES = ("prompt", "a", "b")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from penchant.errors import ModelError
+from penchant.files import file_sha256
 from penchant.models.load import load_causal_model, load_tokenizer, save_model
 from penchant.models.options import ModelConfig
 from penchant.models.structure import base_model_of
@@ -41,12 +42,6 @@ def model_sha256(folder: Path) -> str:
         if path.is_file() and path.suffix in WEIGHTS and path.name != MARK and not path.name.startswith("."):
             digest.update(f"{path.name}:{file_sha256(path)};".encode())
     return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def merged_model(base: ModelConfig, adapter: Path, device: torch.device, seed: int = 0) -> Any:

@@ -9,6 +9,7 @@ from penchant.planning.memory import Memory
 from penchant.planning.origins import Setting
 from penchant.planning.plan import Plan
 from penchant.planning.work import Rows
+from penchant.printable import printable
 from penchant.training.progress import duration
 
 UNITS = ((1 << 30, "GB", 2), (1 << 20, "MB", 0), (1 << 10, "kB", 0), (1, "B", 0))
@@ -36,11 +37,6 @@ def plan_text(plan: Plan) -> str:
     if plan.notes:
         lines += ["", *(f"! {note}" for note in plan.notes)]
     return "\n".join(printable(line) for line in lines)
-
-
-def printable(text: str) -> str:
-    """Text that comes from files, with control characters shown and not obeyed."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def columns(rows: Iterable[Sequence[str]]) -> list[str]:

@@ -18,6 +18,7 @@ from penchant.data.converting import renamed
 from penchant.data.formats import BadRow, Row
 from penchant.data.load import prompt_text
 from penchant.errors import CheckpointError, ConfigError, DataError
+from penchant.printable import printable
 from penchant.retrieve.catalogue import find
 from penchant.retrieve.convert import Way, way_of
 from penchant.retrieve.files import Counts, Pace, gigabytes, read_json, whole, write_json
@@ -98,8 +99,7 @@ def default_output(name: str) -> str:
 
 def on_stderr(line: str) -> None:
     """Progress as plain lines; control characters are shown, not obeyed."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-    print(f"penchant: {shown}", file=sys.stderr, flush=True)
+    print(f"penchant: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def _check_folder(folder: Path, identity: Mapping[str, Any], redo: bool) -> Mapping[str, Any] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 from penchant.errors import ConfigError, PenchantError
-from penchant.planning.text import printable
+from penchant.printable import printable
 from penchant.starting.goals import GOALS, fitting
 from penchant.starting.look import (
     DataFacts,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from penchant.errors import CheckpointError
+from penchant.files import file_sha256
 
 _STEP = re.compile(r"step-(\d+)$")
 
@@ -48,7 +48,7 @@ def save_checkpoint(
         write_model(aside / "model")
         save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "state.safetensors")
         (aside / "state.json").write_text(json.dumps(dict(state), indent=1, allow_nan=False))
-        sums = {str(p.relative_to(aside)): _sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+        sums = {str(p.relative_to(aside)): file_sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
         for path in aside.rglob("*"):
             _fsync(path)
         (aside / "manifest.json").write_text(json.dumps({"step": step, "sha256": sums}, indent=1))
@@ -132,7 +132,7 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> tuple[dict[str, Tenso
         manifest = json.loads((path / "manifest.json").read_text())
         if verify:
             for name, expected in manifest["sha256"].items():
-                if _sha256(path / name) != expected:
+                if file_sha256(path / name) != expected:
                     raise CheckpointError(
                         str(path / name),
                         "differs from what was written",
@@ -150,11 +150,6 @@ def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
     for path in checkpoints(folder)[:-keep_last]:
         if path.name != f"step-{best_step}":
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

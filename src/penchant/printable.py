@@ -1,0 +1,10 @@
+"""Text of others as it may reach a terminal."""
+
+from __future__ import annotations
+
+
+def printable(text: str) -> str:
+    """`text` with whatever is not printable written out as an escape: a name may come from a stranger's file."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
