@@ -313,6 +313,9 @@ def test_a_decoders_caches_and_weights_are_counted(
 def test_evaluations_count_answers_and_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked of an evaluation moves its moment and nothing else."""
 
+    # what this process happens to hold is no part of what is asked here
+    monkeypatch.setattr("penchant.planning.plan.resident", lambda: 300 << 20)
+
     def moments(*overrides: str) -> dict[str, int]:
         return api.plan(_config(tmp_path), *overrides, probe=False).memory.moments
 
@@ -327,7 +330,7 @@ def test_evaluations_count_answers_and_the_start(tmp_path: Path, monkeypatch: py
     assert larger - loading == pytest.approx(1 << 30, abs=32 << 20)  # the process itself is measured anew
     adapter = moments("evaluation.kl_prompts=2", "lora={r: 2}")
     assert "an evaluation" in adapter  # the adapter is switched off: nothing is loaded
-    long = moments("evaluation.kl_prompts=0", "evaluation.samples=4", "evaluation.sample_tokens=150")
+    long = moments("evaluation.kl_prompts=0", "evaluation.samples=4", "evaluation.sample_tokens=4000")
     assert long["an evaluation"] > without["an evaluation"]
     wide = moments("evaluation.kl_prompts=0", "evaluation.tokens_per_step=3000")
     assert wide["an evaluation"] > without["an evaluation"]
