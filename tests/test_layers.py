@@ -9,7 +9,7 @@ import penchant
 
 # lowest first; entries of one set are peers
 LAYERS = [
-    {"penchant", "errors", "redact", "printable", "files"},
+    {"penchant", "base", "errors", "redact", "printable", "files"},
     {"types", "schema", "sharing"},
     {"losses", "data", "models", "tracking"},
     {"head"},
@@ -20,8 +20,7 @@ LAYERS = [
     {"judges"},  # a person's own judge is loaded as rewards are
     {"retrieve"},  # labels answers with rewards
     {"algorithms", "evaluation", "report", "watch"},
-    {"loss_config"},
-    {"config", "manifest", "catalogue"},
+    {"config", "manifest"},
     {"pipeline", "track", "importing", "config_page"},
     {"sweep_search", "sweep_axes", "sweep_halving"},
     {"pipeline_state", "sweep"},

@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from penchant.catalogue import _parameters
 from penchant.config_page import Key, parts
 from penchant.losses import LOSSES
+from penchant.losses.page import parameters
 from penchant.losses.registry import NEEDS
 from penchant.report.glossary import GLOSSARY
 
@@ -45,7 +45,7 @@ def settings(names: list[str]) -> list[str]:
     lines = ["| setting | default | meaning and range |", "|---|---|---|"]
     for name in names:
         of = f" ({name})" if len(names) > 1 else ""
-        rows = [(f"loss.{key}", default, meaning) for key, default, meaning in _parameters(LOSSES[name])]
+        rows = [(f"loss.{key}", default, meaning) for key, default, meaning in parameters(LOSSES[name])]
         lines += [f"| `{key}`{of} | {default} | {_cell(meaning)} |" for key, default, meaning in rows]
     return [*lines, ""] if len(lines) > 2 else ["It has no hyperparameters of its own.", ""]
 

@@ -485,12 +485,12 @@ def _watch(args: argparse.Namespace) -> int:
 
 
 def _losses(args: argparse.Namespace) -> int:
-    from penchant import catalogue
+    from penchant.losses import page
 
     if args.markdown:
-        print(catalogue.markdown(), end="")
+        print(page.markdown(), end="")
     else:
-        print(catalogue.text() if args.name is None else catalogue.describe(args.name))
+        print(page.text() if args.name is None else page.describe(args.name))
     return 0
 
 

@@ -16,7 +16,7 @@ from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConf
 from penchant.data.options import DataConfig
 from penchant.errors import ConfigError
 from penchant.evaluation.trust.options import TrustConfig
-from penchant.loss_config import LossConfig, LossModifiers, LossProblem
+from penchant.losses.section import LossConfig, LossModifiers, LossProblem
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.rewards.options import BUILT_IN, RewardConfig
 from penchant.rewards.rules import RULES

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConfig
 from penchant.config import RunConfig, config_from_mapping
 from penchant.errors import ConfigError
-from penchant.loss_config import LossModifiers
+from penchant.losses.section import LossModifiers
 from penchant.schema import Section
 
 _PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}

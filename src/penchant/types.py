@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # torch and numpy cost half a second to import; `penchant --help` must not pay for them
     import numpy as np
@@ -178,6 +178,8 @@ class UnpairedLogps:
     delta: float | None = None
 
 
+Divergence = Literal["kl", "js", "renyi"]  # over the whole vocabulary, at each completion token
+Direction = Literal["ref_policy", "policy_ref"]  # KL(ref || policy), or KL(policy || ref)
 Weighted = tuple["Tensor", "Tensor | None"]  # values and weights; None: every value counts 1
 
 

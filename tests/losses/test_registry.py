@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import fields, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import torch
 from golden import ORDINARY, pairs
+from pydantic import ValidationError
 
 from penchant.losses import LOSSES, LossSpec
-from penchant.losses.registry import NEEDS
+from penchant.losses.registry import NEEDS, Key, Range, loss, params_of
 from penchant.training.reduce import reduced
 from penchant.types import LossOutput, PairLogps, UnpairedLogps
 
@@ -235,3 +238,46 @@ def test_a_spec_that_needs_what_nobody_gives_is_refused() -> None:
     spec = LOSSES["dpo"]
     with pytest.raises(ValueError, match="needs \\['luck'\\]"):
         replace(spec, needs=frozenset({"luck"}))
+
+
+def test_naming_the_losses_imports_no_torch() -> None:
+    """`penchant losses` and reading a config answer at once."""
+    code = (
+        "import sys, penchant.losses, penchant.losses.section, penchant.losses.page\n"
+        "penchant.losses.page.text()\n"
+        "penchant.losses.section.LossConfig.from_mapping({'mix': [{'name': 'dpo', 'beta': 0.2}, {'name': 'pmpo'}]})\n"
+        "print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_hyperparameters_are_read_off_the_keyword_only_arguments() -> None:
+    def fn(
+        logps: "NothingThatCouldBeLookedUp",  # type: ignore[name-defined]  # noqa: F821, UP037
+        *,
+        beta: Annotated[float, Range(gt=0, le=2), "pull"] = 0.5,
+        lam: Annotated[float, Key("lambda")] = 1.0,
+        kind: Literal["a", "b"] = "a",
+        plain=3,  # type: ignore[no-untyped-def]
+    ) -> LossOutput: ...
+
+    params = params_of(fn)
+    assert params().arguments() == {"beta": 0.5, "lam": 1.0, "kind": "a", "plain": 3}
+    assert params.model_validate({"lambda": 0.25}).to_mapping()["lambda"] == 0.25
+    assert params.model_fields["beta"].description == "pull"
+    for wrong in ({"beta": 0}, {"beta": 3}, {"kind": "c"}, {"plain": "x"}, {"other": 1}):
+        with pytest.raises(ValidationError):
+            params.model_validate(wrong)
+
+
+def test_a_hyperparameter_that_a_config_cannot_give_is_refused() -> None:
+    with pytest.raises(ValueError, match="beta has no default"):
+        params_of(lambda logps, *, beta: None)
+    with pytest.raises(ValueError, match="weights is neither"):
+        params_of(lambda logps, *, weights=(1.0, 2.0): None)
+
+
+def test_a_name_that_is_taken_is_refused() -> None:
+    with pytest.raises(ValueError, match="called dpo already"):
+        loss("dpo", "0")(lambda logps: logps)
+    assert LOSSES["dpo"].fn.__module__ == "penchant.losses.pairwise"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from penchant.algorithms.options import RewardModelConfig
-from penchant.losses.reward import bradley_terry
+from penchant.losses.supervised import bradley_terry
 from penchant.rewards.scorer import RewardScorer
 from penchant.types import LossOutput, PackedBatch, Scored, TokenTree
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 
 from penchant.evaluation.figures import Figure, mean_of, ratio_of, share_of
 from penchant.evaluation.given_answers import completion_sums, kl_figures
 from penchant.evaluation.text import distinct_n, distinct_n_interval, repetition
 from penchant.evaluation.token_scores import TokenScores
 from penchant.evaluation.written import Written
+from penchant.losses.divergences import kl_estimate
 
 REPEATED = 4  # length of the grams that count as repeated
 
@@ -55,8 +57,8 @@ def kl_of_written(scores: TokenScores, written: Written, *, sampled: bool) -> li
     lengths = np.array([len(ids) for ids in written.ids])
     found = []
     if sampled:
-        d = scores.policy - scores.reference
-        found.append(mean_of("generated/kl/k1", completion_sums(d, lengths), written.prompts))
-        k3 = np.expm1(np.minimum(-d, 20.0)) + d
+        policy, reference = torch.from_numpy(scores.policy), torch.from_numpy(scores.reference)
+        k1, k3 = kl_estimate(policy, reference, "k1").numpy(), kl_estimate(policy, reference, "k3").numpy()
+        found.append(mean_of("generated/kl/k1", completion_sums(k1, lengths), written.prompts))
         found.append(ratio_of("generated/kl/k3", completion_sums(k3, lengths), lengths, written.prompts))
     return found + kl_figures("generated/kl", scores, lengths, written.prompts)

@@ -10,6 +10,7 @@ import torch
 
 from penchant.data.packing import pack, plan_microbatches, tree_tokens
 from penchant.evaluation.stats import bootstrap_ci
+from penchant.losses.divergences import kl_estimate
 from penchant.reference import LiveReference
 from penchant.rollout.generate import sample
 from penchant.types import TokenTree
@@ -74,10 +75,11 @@ def kl_by_completion(
     k3 = 0.0
     for members in plan_microbatches([tree_tokens(t, shared) for t in trees], tokens_per_step):
         batch = pack([trees[i] for i in members], shared=shared).to(device)
-        d = (policy.completion_logps(batch).tokens - reference.completion_logps(batch).tokens).double()
+        logps, ref_logps = (m.completion_logps(batch).tokens.double() for m in (policy, reference))
+        d = kl_estimate(logps, ref_logps, "k1")
         sums = torch.zeros(len(batch.lengths), dtype=d.dtype, device=device).index_add(0, batch.completion_of, d)
         for i, part in zip(members, sums.split([len(trees[i].completion_ids) for i in members]), strict=True):
             by_tree[i] = part.tolist()
-        k3 += float((torch.exp(-d) - 1 + d).sum())
+        k3 += float(kl_estimate(logps, ref_logps, "k3").sum())
     k1 = np.array([v for i in range(len(trees)) for v in by_tree[i]])
     return k1, k3 / sum(len(c) for t in trees for c in t.completion_ids)

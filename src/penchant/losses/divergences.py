@@ -1,4 +1,4 @@
-"""Exact divergences of two distributions over a vocabulary, in log space, with closed-form gradients.
+"""Exact divergences of two distributions over a vocabulary, in log space, with closed-form gradients; estimates of KL from samples.
 
 Notation: p the policy, q the reference, lp and lq their log-probabilities, rows x vocabulary. With ``d = lp - lq``:
 
@@ -21,9 +21,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Divergence = Literal["kl", "js", "renyi"]
-Direction = Literal["ref_policy", "policy_ref"]
+from penchant.losses.helpers import require_vectors
+from penchant.types import Direction, Divergence
 
+Estimator = Literal["k1", "k2", "k3"]
 
 FLOOR = -1e5  # nats
 
@@ -143,3 +144,31 @@ def _renyi(a: Tensor, b: Tensor, order: float) -> Tensor:
         excess = (ra.exp() * (torch.expm1(rx) - rx)).sum(-1) + (order - 1) * _kl(ra, rb)
         far[near] = torch.log1p(excess)
     return far / (order - 1)
+
+
+def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: Estimator = "k3") -> Tensor:
+    """KL(policy || reference) per token, estimated from tokens that the policy sampled.
+
+    With ``d = log pi(y_t) - log ref(y_t)``: ``k1 = d`` (unbiased, may be negative), ``k2 = d^2 / 2`` (biased, never
+    negative, low variance), ``k3 = e^(-d) - 1 + d`` (unbiased, never negative).
+
+    Args:
+        logps, ref_logps: (R,) of tokens sampled from pi, nats.
+
+    Returns:
+        (R,) in nats; k3's exponent is held at 20, where a token is e^20 times as likely under the reference.
+
+    Raises:
+        ValueError: the shapes differ or the estimator is unknown.
+
+    Reference: Schulman, "Approximating KL divergence" (2020).
+    """
+    require_vectors(logps, ref_logps)
+    d = logps - ref_logps
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return 0.5 * d.square()
+    if estimator == "k3":
+        return torch.expm1((-d).clamp(max=20.0)) + d
+    raise ValueError(f"{estimator!r} is none of k1, k2, k3")

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from penchant.losses.checks import require_vectors
+from penchant.losses.helpers import require_vectors
 
 LOG_RATIO_LIMIT = 20.0  # e^20: a ratio beyond is an accident, and its square must not overflow
 

@@ -1,18 +1,21 @@
-"""What a loss is: a pure function, a typed spec of its hyperparameters, and what it needs. One file a family; the registry lists them."""
+"""What a loss is: a pure function whose keyword-only arguments are its hyperparameters. `@loss` registers it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field, create_model
 
 from penchant.losses.schedules import Schedule
 from penchant.schema import Section
 from penchant.types import LossOutput
 
 Signal = Literal["tokens", "pairs", "unpaired"]
+Function = TypeVar("Function", bound=Callable[..., LossOutput])
 
 # what a loss may need beyond policy log-probs and lengths, and what it means in a sentence
 NEEDS: Mapping[str, str] = {
@@ -34,9 +37,11 @@ class LossParams(Section):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
 
+    taken: ClassVar[tuple[str, ...]] = ()  # the keyword-only arguments of the loss function
+
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the loss function."""
-        return self.model_dump()
+        return {name: getattr(self, name) for name in self.taken}
 
     def to_mapping(self) -> dict[str, Any]:
         """What a config says to get these values again."""
@@ -78,3 +83,126 @@ class LossSpec:
         unknown = self.needs - NEEDS.keys()
         if unknown:
             raise ValueError(f"{self.name} needs {sorted(unknown)}, which is nothing that an engine gives")
+
+
+LOSSES: dict[str, LossSpec] = {}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The range of a hyperparameter, for `Annotated`: ``Range(ge=0, lt=0.5)``."""
+
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+
+
+@dataclass(frozen=True)
+class Key:
+    """A hyperparameter's name in a config, where the argument cannot have it: ``Key("lambda")``."""
+
+    name: str
+
+
+# hyperparameters that many losses share
+Beta = Annotated[float, Range(gt=0), "strength of the pull towards the reference"]
+LabelSmoothing = Annotated[float, Range(ge=0, lt=0.5), "assumed share of flipped labels"]
+
+
+def loss(
+    name: str,
+    formula: str,
+    *,
+    paper: str = "",
+    signal: Signal = "pairs",
+    needs: Iterable[str] = ("reference",),
+    equal: float | Callable[..., float] | None = None,
+    uses_lengths: bool = False,
+    params: type[LossParams] = LossParams,
+) -> Callable[[Function], Function]:
+    """Register a pure function as a loss.
+
+    Its keyword-only arguments are the hyperparameters: default, range and meaning of each stand in the signature, as in
+    ``beta: Annotated[float, Range(gt=0), "strength of the pull towards the reference"] = 0.1``. Its docstring is completed with the
+    formula and the paper.
+
+    Args:
+        name, formula, paper, signal, needs, uses_lengths: see `LossSpec`.
+        equal: the loss when policy and reference are equal: a number, or a function of the hyperparameters.
+        params: a base with settings that are no arguments of the function (DPO-Shift's schedule).
+
+    Raises:
+        ValueError: another loss has the name, or a hyperparameter has no default, or a type that a config cannot give.
+    """
+
+    def register(fn: Function) -> Function:
+        known = LOSSES.get(name)
+        if known is not None and inspect.getfile(known.fn) != inspect.getfile(fn):
+            raise ValueError(f"there is a loss called {name} already; choose another name")
+        value = equal if callable(equal) or equal is None else lambda **_: equal
+        of_fn = params_of(fn, params)
+        spec = LossSpec(name, signal, frozenset(needs), fn, of_fn, formula, paper, value, uses_lengths)
+        fn.__doc__ = _documented(spec)
+        LOSSES[name] = spec
+        return fn
+
+    return register
+
+
+def params_of(fn: Callable[..., Any], base: type[LossParams] = LossParams) -> type[LossParams]:
+    """The typed hyperparameters of a loss, read off its keyword-only arguments.
+
+    Raises:
+        ValueError: one of them has no default, or a type that a config cannot give.
+    """
+    arguments = {n: p for n, p in inspect.signature(fn).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    # of the keyword-only arguments alone: the others' types (Tensor, LossOutput) need not be there to be looked up
+    annotated = {n: p.annotation for n, p in arguments.items() if p.annotation is not p.empty}
+    hints = get_type_hints(
+        SimpleNamespace(__annotations__=annotated), getattr(fn, "__globals__", {}), include_extras=True
+    )
+    fields: dict[str, Any] = {}
+    for name, p in arguments.items():
+        if p.default is p.empty:
+            raise ValueError(f"{name} has no default")
+        hint = hints.get(name, type(p.default))
+        kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if kind not in (float, int, bool, str) and get_origin(kind) is not Literal:
+            raise ValueError(f"{name} is neither a number, a text, a bool nor a Literal")
+        bounds = next((e for e in extras if isinstance(e, Range)), Range())
+        fields[name] = (
+            kind,
+            Field(
+                p.default,
+                alias=next((e.name for e in extras if isinstance(e, Key)), None),
+                description=next((e for e in extras if isinstance(e, str)), ""),
+                gt=bounds.gt,
+                ge=bounds.ge,
+                lt=bounds.lt,
+                le=bounds.le,
+            ),
+        )
+    title = f"{getattr(fn, '__name__', 'Loss')}Params"
+    made = _model(title, LossParams, fields)
+    if base is not LossParams:  # what the function takes first, then what the base adds
+        made = _model(title, (base, made), {})
+    made.taken = tuple(fields)
+    return made
+
+
+def _model(title: str, base: Any, fields: dict[str, Any]) -> type[LossParams]:
+    return create_model(title, __base__=base, **fields)  # type: ignore[no-any-return]
+
+
+def _documented(spec: LossSpec) -> str:
+    """The function's docstring with what the decorator says."""
+    kind = "PairLogps" if spec.signal == "pairs" else "UnpairedLogps"
+    parts = [
+        inspect.cleandoc(spec.fn.__doc__ or spec.name),
+        f"``loss = {spec.formula}``",
+        f"Args:\n    logps: `{kind}`: log-probs summed over completions in nats, lengths in tokens, each of shape (batch,).",
+        "Returns:\n    Losses of shape (batch,), and metrics without gradient.",
+        "Raises:\n    ValueError: when a tensor is missing or its shape differs.",
+    ]
+    return "\n\n".join([*parts, f"Paper: arXiv {spec.paper}."] if spec.paper else parts)

@@ -7,9 +7,9 @@ from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from penchant.loss_config import LossModifiers, loss_name
 from penchant.losses import LOSSES, LossSpec
 from penchant.losses.registry import NEEDS
+from penchant.losses.section import LossModifiers, loss_name
 
 NOTATION = (
     "x prompt, y_w chosen and y_l rejected completion, pi policy, ref reference; log-probs are summed over a completion (nats), "
@@ -23,7 +23,7 @@ GROUPS = {
 }
 
 
-def _parameters(spec: LossSpec) -> list[tuple[str, str, str]]:
+def parameters(spec: LossSpec) -> list[tuple[str, str, str]]:
     """(name in a config, default, meaning with choices or range) of each hyperparameter."""
     return [
         (info.alias or name, _shown(info.default), (info.description or "") + _allowed(info))
@@ -57,7 +57,7 @@ def text() -> str:
             lines.append(spec.name + (f"  arXiv {spec.paper}" if spec.paper else ""))
             lines.append(f"    {spec.formula}")
             lines += [f"    needs {NEEDS[n]}" for n in _more(spec)]
-            lines += [f"    {name} = {default}: {meaning}" for name, default, meaning in _parameters(spec)]
+            lines += [f"    {name} = {default}: {meaning}" for name, default, meaning in parameters(spec)]
         lines.append("")
     lines += ["ANY LOSS", ""]
     lines += [f"    {name} = {_shown(i.default)}: {i.description}" for name, i in LossModifiers.model_fields.items()]
@@ -71,7 +71,7 @@ def describe(name: str) -> str:
     spec = LOSSES[loss_name(name, ("penchant losses",))]
     lines = [f"loss.name={spec.name}", "", inspect.cleandoc(spec.fn.__doc__ or ""), ""]
     lines += [f"needs {NEEDS[n]}" for n in sorted(spec.needs)]
-    lines += [f"loss.{key} = {default}: {meaning}" for key, default, meaning in _parameters(spec)]
+    lines += [f"loss.{key} = {default}: {meaning}" for key, default, meaning in parameters(spec)]
     return "\n".join(lines)
 
 
@@ -93,11 +93,11 @@ def markdown() -> str:
             "|---|---|---|---|",
         ]
         for spec in filter(belongs, LOSSES.values()):
-            parameters = "<br>".join(f"`{n}` {d}: {m}" for n, d, m in _parameters(spec))
+            shown = "<br>".join(f"`{n}` {d}: {m}" for n, d, m in parameters(spec))
             needs = "".join(f"<br>Needs {NEEDS[n]}." for n in _more(spec))
             paper = f"[{spec.paper}](https://arxiv.org/abs/{spec.paper})" if spec.paper else ""
             formula = spec.formula.replace("|", "\\|")
-            lines.append(f"| `{spec.name}` | `{formula}`{needs} | {parameters.replace('|', chr(92) + '|')} | {paper} |")
+            lines.append(f"| `{spec.name}` | `{formula}`{needs} | {shown.replace('|', chr(92) + '|')} | {paper} |")
         lines.append("")
     lines += [
         "## Any loss",

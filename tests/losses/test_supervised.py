@@ -1,4 +1,4 @@
-"""Bradley-Terry: values and gradients from closed forms, limits, stability, refusals."""
+"""Cross-entropy over tokens and Bradley-Terry: closed forms, gradients, limits, refusals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,22 @@ import math
 import pytest
 import torch
 
-from penchant.losses.reward import bradley_terry
+from penchant.losses.supervised import bradley_terry, sft
+from penchant.types import UnpairedLogps
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SFT: a mean over tokens of the global batch, not a mean of means.
+
+
+def test_tokens_are_the_weights() -> None:
+    out = sft(UnpairedLogps(torch.tensor([-6.0, -1.0]), torch.tensor([3.0, 1.0])))
+    assert out.losses.tolist() == [6.0, 1.0]
+    assert out.weights is not None
+    assert (out.losses.sum() / out.weights.sum()).item() == pytest.approx(7 / 4)  # a mean of means would be 1.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bradley-Terry: values and gradients from closed forms, limits, stability, refusals.
 
 
 def t(*values: float, grad: bool = False) -> torch.Tensor:

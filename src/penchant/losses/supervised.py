@@ -1,12 +1,26 @@
-"""The Bradley-Terry loss of a reward model. It is over rewards, not over log-probs, so it is in no registry of those."""
+"""Losses on targets: cross-entropy of completion tokens, and a reward model's Bradley-Terry loss."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from penchant.losses.checks import require_vectors
-from penchant.losses.rewards import logistic, reward_metrics
-from penchant.types import LossOutput
+from penchant.losses.helpers import logistic, require_vectors, reward_metrics
+from penchant.losses.registry import loss
+from penchant.types import LossOutput, UnpairedLogps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@loss("sft", "-sum_i log pi(y_i|x_i) / sum_i |y_i|", signal="tokens", needs=(), uses_lengths=True)
+def sft(logps: UnpairedLogps) -> LossOutput:
+    """SFT: mean negative log-likelihood per completion token, over all tokens of the global batch.
+
+    The losses are ``-log pi(y|x)``, their weights ``|y|``.
+    """
+    require_vectors(logps.policy_logps, logps.lengths)
+    losses = -logps.policy_logps
+    return LossOutput(losses, weights=logps.lengths, metrics={"nll": (losses.detach(), logps.lengths)})
 
 
 def bradley_terry(
@@ -18,6 +32,8 @@ def bradley_terry(
     centring: float = 0.0,
 ) -> LossOutput:
     """The negative log-likelihood of the preferences under P(y_w > y_l) = sigmoid(r_w - r_l).
+
+    It is over rewards, not over log-probs, so it is no loss of the registry.
 
     ``z = r_w - r_l - m``
     ``loss = -(1 - eps) log sigmoid(z) - eps log sigmoid(-z) + c (r_w + r_l)^2``

@@ -1,0 +1,25 @@
+"""Modules that are imported when something of them is first used: torch takes seconds, and `penchant losses` needs none of it."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+
+class _Lazy:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @cached_property
+    def _module(self) -> ModuleType:
+        return importlib.import_module(self._name)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._module, attribute)
+
+
+def lazy(name: str) -> Any:
+    """The module, imported at the first use of one of its attributes."""
+    return _Lazy(name)
