@@ -9,8 +9,8 @@ import penchant
 
 # lowest first; entries of one set are peers
 LAYERS = [
-    {"penchant", "base", "errors", "redact", "printable", "files"},
-    {"types", "schema", "sharing"},
+    {"penchant", "errors", "redact", "printable", "files"},
+    {"types", "schema", "sharing", "base"},
     {"losses", "data", "models", "tracking"},
     {"head"},
     {"logprobs"},

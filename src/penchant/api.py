@@ -276,7 +276,7 @@ def _opinions(reward: str | None, check: str | None) -> list[Any]:
 
         made.append(Disagreement(reward, load_reward(reward)))
     if check is not None:
-        from penchant.rewards.functions import python_function
+        from penchant.base.functions import python_function
 
         if not check.rpartition(":")[0].endswith(".py"):
             raise ConfigError("check", f"{check!r} names no function", "write path.py:function")

@@ -16,6 +16,7 @@ from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConf
 from penchant.data.options import DataConfig
 from penchant.errors import ConfigError
 from penchant.evaluation.trust.options import TrustConfig
+from penchant.losses.own import is_own
 from penchant.losses.section import LossConfig, LossModifiers, LossProblem
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.rewards.options import BUILT_IN, RewardConfig
@@ -347,6 +348,7 @@ def build(values: dict[str, Any], places: Places, source: str) -> RunConfig:
     Args:
         places: ``{key path: "file:line"}`` for messages; source: where a key stands that has no place of its own.
     """
+    values = _own_losses_found(values, places, source)
     _check_loss(values, places, source)
     try:
         return RunConfig.model_validate(values)
@@ -372,6 +374,29 @@ def _all_of(problems: Sequence[ConfigError]) -> ConfigError:
     first = problems[0]
     more = "".join(f"\n{p.where}: {p.what}" + (f"; {p.how}" if p.how else "") for p in problems[1:])
     return ConfigError(first.where, first.what, first.how + more)
+
+
+def _own_losses_found(values: dict[str, Any], places: Places, source: str) -> dict[str, Any]:
+    """The same with a user's own losses looked for beside the config that names them, then where the program was started."""
+
+    def found(name: Any, path: tuple[str, ...]) -> Any:
+        if not isinstance(name, str) or not is_own(name):
+            return name
+        file, _, function = name.rpartition(":")
+        beside = Path(place_of(path, places, source).rpartition(":")[0]).parent / file
+        return f"{beside.resolve()}:{function}" if beside.is_file() else name
+
+    def section(value: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(value, str):
+            return found(value, path)
+        if not isinstance(value, Mapping):
+            return value
+        made = {**value, "name": found(value["name"], (*path, "name"))} if "name" in value else dict(value)
+        if isinstance(made.get("mix"), list):
+            made["mix"] = [section(m, (*path, "mix", str(i))) for i, m in enumerate(made["mix"])]
+        return made
+
+    return {**values, "loss": section(values["loss"], ("loss",))} if "loss" in values else values
 
 
 def _check_loss(values: Mapping[str, Any], places: Places, source: str) -> None:

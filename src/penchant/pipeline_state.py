@@ -28,6 +28,7 @@ CHANGED = {  # parts of the inputs other than settings, and how a change in them
     "upstream": "the model of {} has changed",
     "models": "the model of {} has changed",
     "rewards": "{} has changed",
+    "losses": "the file of {} has changed",
 }
 
 
@@ -151,6 +152,7 @@ def stage_inputs(
         "upstream": {text: model_sha256(folder) for text, folder in upstream.items()},
         "models": {key: model_sha256(folder) for key, folder in local.items()},
         "rewards": reward_hashes(rewards) | reward_hashes(judging),
+        "losses": config.loss.contents(),
     }
 
 

@@ -44,7 +44,6 @@ from penchant.evaluation.sampled_kl import kl_on
 from penchant.evaluation.trust.files import write_flags
 from penchant.evaluation.written import Written
 from penchant.logprobs import Scorer
-from penchant.losses import LOSSES
 from penchant.losses.schedules import progress_at
 from penchant.manifest import hardware, tokenizer_sha256, versions
 from penchant.models.load import (
@@ -131,7 +130,7 @@ class Run:
         self.console = console(quiet)
         self.online = config.algorithm if isinstance(config.algorithm, OnlineConfig) else None
         self.learns_reward = config.algorithm if isinstance(config.algorithm, RewardModelConfig) else None
-        self.specs = [LOSSES[c.name] for c in config.loss.components] if config.algorithm is None else []
+        self.specs = [c.spec for c in config.loss.components] if config.algorithm is None else []
         self.method = "+".join(s.name for s in self.specs) if config.algorithm is None else config.algorithm.name
         needs: frozenset[str] = frozenset().union(*(s.needs for s in self.specs))
         if self.learns_reward is not None and self.learns_reward.margin == "scores":
@@ -797,7 +796,7 @@ class Run:
         started = time.time()
         live = LiveReport(self.folder, self.console.note)
         check_installed(self.config.logging.trackers)
-        rewards = reward_contents(self.config)
+        rewards = reward_contents(self.config) | loss_contents(self.config)
         identity = run_identity(self.config, [d.fingerprint for d in self.datasets if d is not None], rewards)
         # a run of an older version did not keep what its rewards were made of: it counts as unchanged
         open_run(self.folder, dump_config(self.config), identity, {"config": default_settings(), **rewards})
@@ -1039,6 +1038,11 @@ def reward_contents(config: RunConfig) -> dict[str, str]:
     rewards = [r for r in (config.reward, config.evaluation.reward) if r is not None]
     names = dict.fromkeys(name for reward in rewards for name in reward.terms)
     return {f"content of reward {name}": found for name in names if (found := content_sha256(name)) is not None}
+
+
+def loss_contents(config: RunConfig) -> dict[str, str]:
+    """The same of every loss that comes from a user's file."""
+    return {f"content of loss {name}": sha256 for name, sha256 in config.loss.contents().items()}
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -28,7 +28,6 @@ from penchant.config import (
     with_absolute_paths,
 )
 from penchant.errors import ConfigError, DataError, ModelError, PenchantError, RewardError
-from penchant.losses import LOSSES
 from penchant.pipeline import did_you_mean, merged
 from penchant.sweep_axes import Axis, axis, grid, label, long_key, short_keys
 from penchant.sweep_halving import Halving, read_halving
@@ -355,7 +354,7 @@ def usual_metric(config: RunConfig) -> str:
         return "eval/reward"
     if isinstance(config.algorithm, RewardModelConfig):
         return "eval/rewards/accuracies"
-    signals = {LOSSES[c.name].signal for c in config.loss.components}
+    signals = {c.spec.signal for c in config.loss.components}
     return "eval/loss" if signals == {"tokens"} else "eval/rewards/accuracies"
 
 

@@ -16,7 +16,6 @@ from penchant.export.check import Check
 from penchant.export.formats import Format
 from penchant.export.subject import Subject
 from penchant.files import file_sha256
-from penchant.losses import LOSSES
 from penchant.models.load import looks_like_folder
 from penchant.report.glossary import meaning
 
@@ -95,7 +94,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def _method_names(config: RunConfig) -> list[str]:
-    return [c.name for c in config.loss.components] if config.algorithm is None else [config.algorithm.name]
+    return [c.spec.name for c in config.loss.components] if config.algorithm is None else [config.algorithm.name]
 
 
 def _front(subject: Subject, form: Format) -> str:
@@ -143,7 +142,7 @@ def _method(config: RunConfig) -> str:
         return f"`{name}`: {METHODS[name]}."
     lines = []
     for component in config.loss.components:
-        spec = LOSSES[component.name]
+        spec = component.spec
         paper = f" ([arXiv {spec.paper}](https://arxiv.org/abs/{spec.paper}))" if spec.paper else ""
         lines.append(f"`{spec.name}`: `{spec.formula}`{paper}")
     return "\n\n".join(lines)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from penchant.base.functions import python_function
 from penchant.errors import ConfigError, RewardError
 from penchant.files import file_sha256
 from penchant.judges.protocol import FIRST, SECOND, TIE, Answers, Progress, Question
 from penchant.judges.text import shown
-from penchant.rewards.functions import python_function
 
 TAKES = ("prompt", "a", "b")
 BATCH = "prompts"  # the first parameter's name of a function that takes lists

@@ -8,6 +8,7 @@ from typing import Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from penchant.losses import LOSSES, LossSpec
+from penchant.losses.own import find_loss
 from penchant.losses.registry import NEEDS
 from penchant.losses.section import LossModifiers, loss_name
 
@@ -68,10 +69,10 @@ def text() -> str:
 
 def describe(name: str) -> str:
     """One loss: its own description, hyperparameters with ranges, and how to name it."""
-    spec = LOSSES[loss_name(name, ("penchant losses",))]
-    lines = [f"loss.name={spec.name}", "", inspect.cleandoc(spec.fn.__doc__ or ""), ""]
+    spec = find_loss(given := loss_name(name, ("penchant losses",)))
+    lines = [f"loss.name={given}", "", inspect.cleandoc(spec.fn.__doc__ or ""), ""]
     lines += [f"needs {NEEDS[n]}" for n in sorted(spec.needs)]
-    lines += [f"loss.{key} = {default}: {meaning}" for key, default, meaning in parameters(spec)]
+    lines += [f"loss.{key} = {default}" + f": {meaning}" * bool(meaning) for key, default, meaning in parameters(spec)]
     return "\n".join(lines)
 
 

@@ -138,7 +138,7 @@ def loss(
 
     def register(fn: Function) -> Function:
         known = LOSSES.get(name)
-        if known is not None and inspect.getfile(known.fn) != inspect.getfile(fn):
+        if known is not None and known.fn.__module__ != fn.__module__:
             raise ValueError(f"there is a loss called {name} already; choose another name")
         value = equal if callable(equal) or equal is None else lambda **_: equal
         of_fn = params_of(fn, params)

@@ -10,6 +10,10 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from penchant.errors import ConfigError
+from penchant.files import file_sha256
+from penchant.losses import LOSSES, LossSpec
+from penchant.losses.own import find_loss, is_own, loss_file
+from penchant.losses.schedules import Schedule
 from penchant.schema import Section
 
 Path = tuple[str, ...]
@@ -69,15 +73,16 @@ def _problems_at(path: Path, name: str, keys: Path) -> Iterator[None]:
 
 
 def loss_name(given: Any, path: Path = ("loss", "name")) -> str:
-    """The registry's name for what a person wrote."""
-    from penchant.losses import LOSSES
-
+    """The registry's name for what a person wrote; of a loss of their own, its absolute path and function."""
     where = ".".join(path)
     if not isinstance(given, str):
         what = "is missing" if given is None else f"is {given!r}"
         hint = "; several losses go into loss.mix" if isinstance(given, list) else ""
         raise ConfigError(where, what, f"give the name of one loss, such as dpo{hint}")
-    name = given.lower().replace("-", "_")
+    if is_own(given):
+        find_loss(given, where)
+        return f"{loss_file(given).resolve()}:{given.rpartition(':')[2]}"
+    name = given if given in LOSSES else given.lower().replace("-", "_")
     if name not in LOSSES:
         other = OTHER_NAMES.get(name)
         hint = f"it is called {other} here" if other else did_you_mean(name, LOSSES)
@@ -94,6 +99,11 @@ class ComponentConfig(BaseModel):
     schedules: dict[str, Any] = Field(default_factory=dict)
     weight: float = 1.0
 
+    @property
+    def spec(self) -> LossSpec:
+        """The loss, of the registry or of a file."""
+        return find_loss(self.name)
+
     @classmethod
     def from_mapping(cls, value: Mapping[str, Any], path: Path = ("loss",)) -> ComponentConfig:
         """Look the name up in the registry and validate the rest as its hyperparameters.
@@ -101,15 +111,12 @@ class ComponentConfig(BaseModel):
         A number may be given as ``{from: a, to: b, shape: linear}``; both ends must be in its range. `path` is where the
         section stands, for messages.
         """
-        from penchant.losses import LOSSES
-        from penchant.losses.schedules import Schedule
-
         rest = dict(value)
         name = loss_name(rest.pop("name", None), (*path, "name"))
         weight = rest.pop("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
             raise ConfigError(".".join((*path, "weight")), f"is {weight!r}", "give a number of at least 0")
-        params_type = LOSSES[name].params
+        params_type = find_loss(name).params
         names = {info.alias or field: field for field, info in params_type.model_fields.items()}
         schedules: dict[str, Schedule] = {}
         for key, given in rest.items():
@@ -189,9 +196,7 @@ class LossConfig(BaseModel):
         return made
 
     def _check(self) -> None:
-        from penchant.losses import LOSSES
-
-        specs = [LOSSES[c.name] for c in self.components]
+        specs = [c.spec for c in self.components]
         names = [s.name for s in specs]
         if len(set(names)) < len(names):
             raise ConfigError("loss.mix", "a loss is listed twice", "keep one, or change its weight")
@@ -203,6 +208,10 @@ class LossConfig(BaseModel):
                     raise ConfigError(
                         "loss.average_log_prob", f"{s.name} looks at lengths itself", "leave average_log_prob out"
                     )
+
+    def contents(self) -> dict[str, str]:
+        """SHA-256 of each file that a user's own loss comes from, by the loss's name."""
+        return {c.name: file_sha256(loss_file(c.name)) for c in self.components if is_own(c.name)}
 
     def to_mapping(self) -> dict[str, Any]:
         modifiers = {"nll_weight": self.nll_weight, "average_log_prob": self.average_log_prob}

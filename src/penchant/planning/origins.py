@@ -65,7 +65,7 @@ def _source(path: tuple[str, ...], places: Places, config: RunConfig) -> str:
     if path == ("reference", "ema") and ("loss", "ref_ema") in places:
         return places["loss", "ref_ema"]
     if path[0] == "loss" and config.loss.components:
-        return f"default of {'+'.join(c.name for c in config.loss.components)}"
+        return f"default of {'+'.join(c.spec.name for c in config.loss.components)}"
     if path[0] == "algorithm" and config.algorithm is not None:
         return f"default of {config.algorithm.name}"
     return "default"

@@ -77,7 +77,7 @@ def _by_reward(name: str, threshold: float) -> Judged:
 
 
 def _by_function(name: str) -> Judged:
-    from penchant.rewards.functions import python_function
+    from penchant.base.functions import python_function
 
     function = python_function(name, "--label-with")
 

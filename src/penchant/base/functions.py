@@ -1,0 +1,52 @@
+"""A user's own Python function, named ``path.py:function``."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from penchant.errors import ConfigError
+
+
+def python_function(name: str, where: str = "reward", takes: Sequence[str] = ("prompts", "completions")) -> Any:
+    """The function that ``path.py:function`` names; its file is run once.
+
+    Args:
+        where: what it is for, in errors; takes: what it is called with, in order.
+
+    Raises:
+        ConfigError: no such file or function, a file that cannot be imported, or a function that takes something else.
+    """
+    path, _, attribute = name.rpartition(":")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(where, f"{path}: no such file", "give the path of a Python file, then :function")
+    module: Any = importlib.util.module_from_spec(made := _module_spec(file))
+    sys.modules[made.name] = module  # dataclasses look their module up there
+    try:
+        # not exec_module: it may take what was compiled before an edit within the same second, and leaves __pycache__ behind
+        exec(made.loader.source_to_code(file.read_bytes(), str(file)), module.__dict__)
+    except (Exception, SystemExit) as error:  # a script that ends itself must not end the run unsaid
+        raise ConfigError(where, f"{path} cannot be imported ({type(error).__name__}: {error})", "mend it") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        there = sorted(n for n, v in vars(module).items() if inspect.isfunction(v))
+        raise ConfigError(where, f"{path} has no function {attribute!r}", f"there are {', '.join(there) or 'none'}")
+    arguments = ", ".join(takes)
+    try:
+        inspect.signature(function).bind(*takes)
+    except TypeError as error:
+        raise ConfigError(
+            where,
+            f"{name} does not take ({arguments}): {error}",
+            f"define it as def f({arguments}); what else it takes needs defaults",
+        ) from error
+    return function
+
+
+def _module_spec(file: Path) -> Any:
+    return importlib.util.spec_from_file_location(f"penchant_own_{file.stem}", file)

@@ -1,0 +1,188 @@
+"""A user's own loss, from a file: ``loss.name: my_losses.py:my_loss``. What our own tests ask of a loss is asked of it when it is loaded."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from penchant.base.functions import python_function
+from penchant.base.lazy import lazy
+from penchant.errors import ConfigError
+from penchant.files import file_sha256
+from penchant.losses.registry import LOSSES, LossSpec, params_of
+from penchant.types import LossOutput, PairLogps, UnpairedLogps
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy("torch")
+
+ROWS = 6  # of the inputs that a loss is tried on
+FAR = 1e4  # nats: log-ratios that a loss must survive
+
+
+def is_own(name: str) -> bool:
+    """Whether a loss's name is ``path.py:function``."""
+    return name.rpartition(":")[0].endswith(".py")
+
+
+def loss_file(name: str) -> Path:
+    """The file of ``path.py:function``."""
+    return Path(name.rpartition(":")[0]).expanduser()
+
+
+def find_loss(name: str, where: str = "loss.name") -> LossSpec:
+    """The loss of a name: of the registry, or of a file.
+
+    Args:
+        where: the key that names it, for errors.
+
+    Raises:
+        ConfigError: no such file or function, or a function that is no sound loss, with what is wrong about it.
+        KeyError: no such loss in the registry.
+    """
+    if not is_own(name):
+        return LOSSES[name]
+    file = loss_file(name)
+    if not file.is_file():
+        raise ConfigError(where, f"{file}: no such file", "give the path of a Python file, then :function")
+    return _load(str(file.resolve()), name.rpartition(":")[2], file_sha256(file), where)
+
+
+@functools.lru_cache(maxsize=64)
+def _load(file: str, attribute: str, sha256: str, where: str) -> LossSpec:
+    """Once for each content of a file."""
+    name = f"{file}:{attribute}"
+    registered = dict(LOSSES)
+    try:
+        function = python_function(name, where, ("logps",))
+        if not inspect.isfunction(function):
+            raise ValueError("is no function")
+        spec = next((s for s in LOSSES.values() if s.fn is function), None) or _plain(function)
+        check(spec)
+    except ValueError as error:
+        raise ConfigError(where, f"{name}: {error}", "mend the function; docs/own_losses.md has an example") from error
+    finally:  # it is known by its file; two files may call theirs by one name
+        LOSSES.clear()
+        LOSSES.update(registered)
+    return spec
+
+
+def _plain(function: Any) -> LossSpec:
+    """A function without `@loss`: on pairs, or on labeled answers where its first argument is `UnpairedLogps`; with a reference."""
+    name = function.__name__
+    if name in LOSSES:
+        raise ValueError(f"there is a loss called {name} already; choose another name")
+    first = next(iter(inspect.signature(function).parameters.values()))
+    unpaired = "UnpairedLogps" in str(first.annotation)
+    return LossSpec(
+        name=name,
+        signal="unpaired" if unpaired else "pairs",
+        needs=frozenset({"reference", "labels"} if unpaired else {"reference"}),
+        fn=function,
+        params=params_of(function),
+        formula=(inspect.getdoc(function) or name).splitlines()[0],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a loss must keep
+
+
+def check(spec: LossSpec) -> None:
+    """Try a loss with its default hyperparameters.
+
+    Raises:
+        ValueError: it fails, returns something else than a loss for each row, gives losses or gradients that are not finite (on ordinary
+            rows, where policy and reference are equal, or at log-ratios of +-1e4 nats), does not depend on the policy, or is not what
+            it is said to be where policy and reference are equal.
+    """
+    ordinary: Any = _inputs(spec)
+    gradients = _tried(spec, ordinary, "on ordinary log-probs")
+    if not any(bool(g.abs().sum() > 0) for g in gradients):
+        raise ValueError("no gradient reaches the policy's log-probs")
+    equal = replace(ordinary, **{k: getattr(ordinary, k.replace("ref_", "policy_")) for k in _named(ordinary, "ref_")})
+    if isinstance(equal, UnpairedLogps):
+        equal = replace(equal, z0=0.0, delta=0.0)
+    _tried(spec, equal, "where policy and reference are equal")
+    for key in [k for k in _named(ordinary, "policy_") if k.endswith("logps") and "shared" not in k]:
+        for policy, ref in ((-FAR, -1.0), (-1.0, -FAR)):
+            ref_key = key.replace("policy_", "ref_")
+            far = {k: torch.full((ROWS,), v) for k, v in ((key, policy), (ref_key, ref))}
+            _tried(spec, replace(ordinary, **far), f"at a log-ratio of {policy - ref:+.0f} nats")
+    if spec.equal_policy_loss is not None:
+        _check_value(spec, equal)
+
+
+def _check_value(spec: LossSpec, equal: PairLogps | UnpairedLogps) -> None:
+    arguments = spec.params().arguments()
+    assert spec.equal_policy_loss is not None
+    try:
+        declared = float(spec.equal_policy_loss(**arguments))
+    except Exception as error:
+        raise ValueError(f"its `equal` raises {type(error).__name__}: {error}") from error
+    for given in spec.fn(equal, **arguments).losses.tolist():
+        if not math.isclose(given, declared, rel_tol=1e-4, abs_tol=1e-5):
+            raise ValueError(f"gives {given:g} where policy and reference are equal, and declares {declared:g}")
+
+
+def _tried(spec: LossSpec, logps: PairLogps | UnpairedLogps, when: str) -> list[Tensor]:
+    """The gradients of the policy's numbers."""
+    leaves = {k: getattr(logps, k).clone().requires_grad_() for k in (*_named(logps, "policy_"), *_named(logps, "div"))}
+    try:
+        out = spec.fn(replace(logps, **leaves), **spec.params().arguments())
+    except Exception as error:
+        raise ValueError(f"raises {type(error).__name__} {when}: {error}") from error
+    if not isinstance(out, LossOutput):
+        raise ValueError(f"returns {type(out).__name__}; return LossOutput(losses)")
+    summands = {**out.summands(), **out.metrics}
+    for name, (values, _) in summands.items():
+        what = "losses" if name == "main" else name
+        shape = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+        if shape != [ROWS]:
+            raise ValueError(f"gives {what} of shape {shape} for {ROWS} rows; give one for each, (batch,)")
+        if not torch.isfinite(values).all():
+            raise ValueError(f"gives {what} that are not finite {when}")
+        if name in out.metrics and values.requires_grad:
+            raise ValueError(f"gives {what} with a gradient; detach() metrics")
+    total = sum(values.sum() for values, _ in out.summands().values())
+    if not isinstance(total, torch.Tensor) or not total.requires_grad:
+        raise ValueError("no gradient reaches the policy's log-probs")
+    total.backward()
+    gradients = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+    if not all(torch.isfinite(g).all() for g in gradients):
+        raise ValueError(f"has a gradient that is not finite {when}")
+    return gradients
+
+
+def _named(logps: PairLogps | UnpairedLogps, prefix: str) -> list[str]:
+    """The fields with a tensor whose names begin so."""
+    return [f.name for f in fields(logps) if f.name.startswith(prefix) and getattr(logps, f.name) is not None]
+
+
+def _inputs(spec: LossSpec) -> PairLogps | UnpairedLogps:
+    """Ordinary rows with everything that a loss could need, float32."""
+    generator = torch.Generator().manual_seed(0)
+
+    def positive() -> Tensor:
+        return torch.randn(ROWS, generator=generator).abs() * 3
+
+    lengths = torch.arange(1.0, ROWS + 1)
+    if spec.signal != "pairs":
+        labels = (torch.arange(ROWS) % 3 != 0).float()
+        return UnpairedLogps(-positive() - 1, lengths, -positive() - 1, labels, positive(), z0=0.3, delta=0.2)
+    scores = positive()
+    return PairLogps(
+        **{f.name: -positive() - 1 for f in fields(PairLogps) if "logps" in f.name},
+        chosen_lengths=lengths,
+        rejected_lengths=lengths.flip(0),
+        chosen_scores=scores,
+        rejected_scores=scores - positive() - 0.1,
+        chosen_alignment=-positive() / 9,
+        rejected_alignment=-positive() / 9,
+    )
