@@ -113,7 +113,10 @@ def parts() -> Iterator[Part]:
     for name, info in RunConfig.model_fields.items():
         if name == "loss":
             method = Key(
-                "loss.name", "one of `penchant losses`", "dpo", "which loss; its own hyperparameters stand beside it"
+                "loss.name",
+                "one of `penchant losses`, or path.py:function",
+                "dpo",
+                "which loss; its own hyperparameters stand beside it",
             )
             mix = Key("loss.mix", "list of losses, each with a weight", "", "several losses, in place of loss.name")
             yield Part(

@@ -129,7 +129,7 @@ class SweepConductor:
         named = (config.model.path, config.model.tokenizer, config.reference.path, json.dumps([reward, judged]))
         files = self.shared.once(("files", *named), lambda: stage_inputs(config, reward, {}, {}, judged))
         settings = config.model_dump(mode="json", exclude=set(WATCHING_ONLY))
-        return {**files, "config": settings, "data": data}
+        return {**files, "config": settings, "data": data, "losses": config.loss.contents()}
 
     def known_runs(self) -> list[SweepRun]:
         """The runs of a grid, or the trials of a search that were drawn already."""

@@ -110,7 +110,10 @@ def test_several_are_an_axis_of_a_sweep(config: dict[str, Any], tmp_path: Path) 
     runs = json.loads((tmp_path / "sweep/sweep.json").read_text())["runs"]
     assert sorted(runs) == ["dpo", "my_losses.py_mine", "other.py_mine"], found
     starts = {n: json.loads((tmp_path / "sweep" / n / "metrics.jsonl").read_text().splitlines()[0]) for n in runs}
-    assert [round(starts[n]["eval/loss"], 3) for n in sorted(runs)] == [0.693, 0.1, 0.4]
+    assert [round(starts[n]["eval/loss"], 3) for n in sorted(runs)] == [0.693, 0.1, 0.4]  # beta (2 - 0)^2
+    (tmp_path / "other.py").write_text(MINE.replace("1 - chosen", "3 - chosen"))
+    with pytest.raises(CheckpointError, match=r"run other\.py_mine .*the file of \S*other\.py:mine has changed"):
+        api.sweep(tmp_path / "config.yaml", quiet=True)
 
 
 def test_it_is_mixed_with_another(config: dict[str, Any], tmp_path: Path) -> None:
@@ -119,11 +122,16 @@ def test_it_is_mixed_with_another(config: dict[str, Any], tmp_path: Path) -> Non
     assert result.before["eval/mine/rewards/accuracies"] == result.before["eval/rewards/accuracies"]
 
 
-def test_the_example_of_the_page(config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_of_the_page(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "my_losses.py").write_text(page_example())
     config["loss"] = {"name": "my_losses.py:capped_dpo", "beta": 0.2}
+    exec(page_example(), {"__name__": "my_losses"})  # as a program that imports it
+    registered = LOSSES.pop("capped_dpo")
+    monkeypatch.setitem(LOSSES, "capped_dpo", registered)
     assert api.train(written(config, tmp_path), quiet=True).before["eval/loss"] == pytest.approx(0.6931, abs=1e-4)
-    assert "capped_dpo" not in LOSSES  # it is known by its file
+    assert LOSSES["capped_dpo"] is registered  # the file's is known by its path
     assert main(["losses", f"{tmp_path}/my_losses.py:capped_dpo"]) == 0
     assert "loss.cap = 3: the scaled margin at which a pair is done [> 0]" in capsys.readouterr().out
     config["loss"]["cap"] = -1

@@ -59,6 +59,8 @@ def _load(file: str, attribute: str, sha256: str, where: str) -> LossSpec:
     """Once for each content of a file."""
     name = f"{file}:{attribute}"
     registered = dict(LOSSES)
+    for other in [n for n, s in registered.items() if not s.fn.__module__.startswith("penchant.losses.")]:
+        del LOSSES[other]  # a program may have imported the same file, or another that has a loss of this name
     try:
         function = python_function(name, where, ("logps",))
         if not inspect.isfunction(function):
