@@ -1,1 +1,1 @@
-"""Talking to a model: one engine under `penchant chat` and `penchant serve`."""
+"""`penchant chat` and `penchant serve`: one model and one stream of completions under both."""

@@ -259,7 +259,7 @@ class Exchange:
     """The last message and its answers, left first.
 
     Args:
-        order: the chat_model that wrote each answer; judged: a preference was given; dropped: turns that no chat_model saw.
+        order: the model that wrote each answer; judged: a preference was given; dropped: turns that no model saw.
     """
 
     said: str

@@ -263,6 +263,10 @@ CODES = {
     "extra_forbidden": "unsupported_parameter",
     "unsupported_parameter": "unsupported_parameter",
 }
+SHAPES = {  # where pydantic's words would be of one of several shapes
+    "prompt": "must be a string, token ids, or a list of either, and not empty",
+    "stop": f"must be a string or a list of at most {MAX_STOPS} strings, none of them empty",
+}
 
 
 def read_request(kind: type[Request], body: bytes) -> Request:
@@ -281,8 +285,8 @@ def read_request(kind: type[Request], body: bytes) -> Request:
     name = str(location[0])
     if name in ("messages", "stream_options"):  # elsewhere the rest is an index or the branch of a union
         name += "".join(f"[{p}]" if isinstance(p, int) else f".{p[:80]}" for p in location[1:])
-    elif name == "prompt":
-        what = "must be a string, token ids, or a list of either, and not empty"
+    elif name in SHAPES:
+        what = SHAPES[name]
     elif code == "unsupported_parameter" and name not in kind.model_fields:
         near = difflib.get_close_matches(name, kind.model_fields, 1)
         what = "is not known to this server" + (f'; did you mean "{near[0]}"?' if near else "")
@@ -436,10 +440,10 @@ class Responses:
         }
 
     def _text_logprobs(self, tokens: Sequence[ShownToken]) -> TextLogprobs:
-        top = []
-        for t in tokens:
-            # half characters look alike: the likeliest of them is kept, which comes first
-            top.append({token_text(self._tokenizer, i): logp for i, logp in reversed(t.sampled.likeliest)})
+        top: list[dict[str, float]] = [{} for _ in tokens]
+        for likeliest, t in zip(top, tokens, strict=True):
+            for token, logp in t.sampled.likeliest:  # half characters look alike: the likeliest of them is kept
+                likeliest.setdefault(token_text(self._tokenizer, token), logp)
         return TextLogprobs(
             tokens=[token_text(self._tokenizer, t.sampled.token) for t in tokens],
             token_logprobs=[t.sampled.logp for t in tokens],

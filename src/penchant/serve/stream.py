@@ -385,7 +385,7 @@ class Completions:
     """All answers to one prompt.
 
     Args:
-        prompt: token ids; stops: texts at which an answer ends, beside those of the chat_model's style.
+        prompt: token ids; stops: texts at which an answer ends, beside those of the model's style.
         continued: whether the text goes on from the prompt's (no turn of its own begins).
     """
 
@@ -413,27 +413,27 @@ class Completions:
 
     def step(self) -> list[Piece]:
         """One more token of every answer that goes on, and the text that it makes certain; pieces without news are left out."""
-        pieces = [self._piece(drawn) for drawn in self._stream.step()]
+        pieces = [self._piece(sampled) for sampled in self._stream.step()]
         return [p for p in pieces if p.text or p.tokens or p.finish]
 
-    def _piece(self, drawn: SampledToken) -> Piece:
-        row = self._rows[drawn.row]
+    def _piece(self, sampled: SampledToken) -> Piece:
+        row = self._rows[sampled.row]
         row.count += 1
-        if not drawn.ended:
-            row.waiting.append(ShownToken(drawn, row.decoded))
-        new = "" if drawn.ended else row.detokenizer.add(drawn.token)
-        if drawn.last:
+        if not sampled.ended:
+            row.waiting.append(ShownToken(sampled, row.decoded))
+        new = "" if sampled.ended else row.detokenizer.add(sampled.token)
+        if sampled.last:
             new += row.detokenizer.flush()
         row.decoded += len(new)
         text, met = row.stops.add(new)
         if met:
             row.finish = STOP
-            self._stream.stop(drawn.row)
-        elif drawn.last:
+            self._stream.stop(sampled.row)
+        elif sampled.last:
             text += row.stops.flush()
-            row.finish = STOP if drawn.ended else LENGTH
+            row.finish = STOP if sampled.ended else LENGTH
         row.shown += len(text)
-        # a token is told with its text; one that lies wholly in a stop text is never told
-        told = tuple(t for t in row.waiting if t.start < row.shown or (row.finish is not None and not met))
-        row.waiting = [t for t in row.waiting if t not in told]
-        return Piece(drawn.row, text, told, row.finish)
+        # a token is reported with its text; one that lies wholly in a stop text never is
+        ready = tuple(t for t in row.waiting if t.start < row.shown or (row.finish is not None and not met))
+        row.waiting = [t for t in row.waiting if t not in ready]
+        return Piece(sampled.row, text, ready, row.finish)
