@@ -29,7 +29,7 @@ LAYERS = [
     {"comparison", "evaluate", "planning"},
     {"starting"},  # a first config: sizes and memory as planning knows them
     {"pipeline_compare", "sweep_worker", "export"},
-    {"sweep_jobs", "talk"},
+    {"sweep_jobs", "serve"},
     {"pipeline_run", "sweep_run"},
     {"api"},
     {"demo"},

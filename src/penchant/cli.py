@@ -400,7 +400,7 @@ def _compare(args: argparse.Namespace) -> int:
     _with_allocator()
     from penchant import api
     from penchant.errors import ConfigError
-    from penchant.judges.load import OF_ENDPOINTS, JudgeOptions
+    from penchant.judges import OF_ENDPOINTS, JudgeOptions
 
     of_judge = {name: getattr(args, f"judge_{name}") for name in OF_ENDPOINTS}
     given = [OF_ENDPOINTS[name] for name, value in of_judge.items() if value is not None]

@@ -33,7 +33,7 @@ NOT_RUN = {
     r"^docker ": "needs a container engine; tests/docs/test_docker.py checks the files",
     r"^(python -m )?pip install ": "needs the network",
     r"--judge http": "needs a model behind an endpoint; tests/judges/ has one on this machine",
-    r"--host 0\.0\.0\.0": "listens to other machines until it is ended; tests/talk/ does so on this one",
+    r"--host 0\.0\.0\.0": "listens to other machines until it is ended; tests/serve/ does so on this one",
     r"^export ": "is for the shell that a person sits at, and the command after it is not run here",
     r" --jobs \d": "starts processes, each importing torch; tests/test_sweep.py does",
     r"^penchant demo": "two minutes; tests/test_demo.py does, and a stand-in for runs/demo is here",

@@ -15,9 +15,7 @@ from endpoints import Asked, longer, serve
 
 from penchant.errors import CheckpointError, ConfigError, RewardError
 from penchant.judges import JudgeOptions, Question, load_judge
-from penchant.judges.endpoint import GIVE_UP, PARAMETERS, EndpointJudge
-from penchant.judges.http import connect
-from penchant.judges.replies import Replies, key_of
+from penchant.judges.endpoint import GIVE_UP, PARAMETERS, EndpointJudge, Replies, connect, key_of
 
 PAIRS = [Question(f"prompt {i}", "x" * (1 + i % 3), "y" * 2) for i in range(12)]
 EXPECTED = [0.0, 0.5, 1.0] * 4

@@ -6,10 +6,10 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from penchant.commands.talking import add_model, whole, within
+from penchant.commands.model_arguments import add_model, whole, within
 
 if TYPE_CHECKING:
-    from penchant.talk.chat import Terminal
+    from penchant.serve.chat import Terminal
 
 
 def add(commands: Any) -> None:
@@ -32,10 +32,9 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load and talk."""
     from penchant.errors import ConfigError
-    from penchant.talk.chat import Chat, Wanted
-    from penchant.talk.screen import safe
-    from penchant.talk.stream import Sampling
-    from penchant.talk.voice import load_voice
+    from penchant.serve.chat import Chat, ChatOptions, safe
+    from penchant.serve.model import load_chat_model
+    from penchant.serve.stream import Sampling
 
     for given, name in (
         (args.prefer, "--prefer"),
@@ -51,26 +50,26 @@ def run(args: argparse.Namespace) -> int:
     terminal = _terminal()
     which = [(args.model, args.step, args.base)]
     which += [] if args.against is None else [(args.against, args.against_step, None)]
-    voices = []
+    models = []
     for given, step, base in which:
         terminal.note(f"loading {safe(given)} ...")
-        voices.append(
-            load_voice(given, step=step, base=base, template=args.template, dtype=args.dtype, device=args.device)
+        models.append(
+            load_chat_model(given, step=step, base=base, template=args.template, dtype=args.dtype, device=args.device)
         )
-    if len(voices) == 2 and step_matters(which):
-        for voice, (given, step, _) in zip(voices, which, strict=True):
-            voice.name = f"{given} (step {step})"
-    if len({v.style.remembers for v in voices}) == 2:
+    if len(models) == 2 and step_matters(which):
+        for chat_model, (given, step, _) in zip(models, which, strict=True):
+            chat_model.name = f"{given} (step {step})"
+    if len({v.style.remembers for v in models}) == 2:
         raise ConfigError(
             "--against", "one model has a chat template and the other has none", "give --template transcript or plain"
         )
-    if args.system and not voices[0].style.remembers:
+    if args.system and not models[0].style.remembers:
         raise ConfigError("--system", "plain text has no system prompt", "leave it out, or give --template transcript")
     sampling = Sampling(args.max_new_tokens, 1, args.temperature, args.top_p, args.top_k, args.seed)
-    for style in {v.style.name: v.style for v in voices}.values():
+    for style in {v.style.name: v.style for v in models}.values():
         terminal.note(style.note)
     terminal.note("/help lists the commands")
-    return Chat(voices, Wanted(sampling, args.system, args.prefer, args.blind), terminal).run()
+    return Chat(models, ChatOptions(sampling, args.system, args.prefer, args.blind), terminal).run()
 
 
 def step_matters(which: list[tuple[str, str, str | None]]) -> bool:
@@ -79,7 +78,7 @@ def step_matters(which: list[tuple[str, str, str | None]]) -> bool:
 
 
 def _terminal() -> Terminal:
-    from penchant.talk.chat import Terminal, use_history
+    from penchant.serve.chat import Terminal, use_history
 
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if hasattr(stream, "reconfigure"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from penchant.commands.talking import add_model, whole, within
+from penchant.commands.model_arguments import add_model, whole, within
 
 
 def add(commands: Any) -> None:
@@ -34,19 +34,28 @@ def run(args: argparse.Namespace) -> int:
     """Bind, load and serve until a signal."""
     import sys
 
-    from penchant.talk.server import Server, address_of, check_host, key_from_environment, listen, log_to, served_name
+    from penchant.serve.server import (
+        Server,
+        address_of,
+        check_host,
+        key_from_environment,
+        listen,
+        log_to,
+        require_server,
+        served_name,
+    )
 
     key = key_from_environment()
     local = check_host(args.host, key)
     sock = listen(args.host, args.port)  # before the model is loaded: a port that is taken is told at once
     try:
-        from penchant.talk.app import App, Limits
-        from penchant.talk.schedule import Scheduler
-        from penchant.talk.screen import safe
-        from penchant.talk.voice import load_voice
+        require_server()
+        from penchant.serve.app import App, Limits, Scheduler
+        from penchant.serve.chat import safe
+        from penchant.serve.model import load_chat_model
 
         print(f"loading {safe(args.model)} ...", file=sys.stderr, flush=True)
-        voice = load_voice(
+        chat_model = load_chat_model(
             args.model,
             step=args.step,
             base=args.base,
@@ -57,12 +66,12 @@ def run(args: argparse.Namespace) -> int:
         )
         name = served_name(args.model, args.name)
         limits = Limits(max_tokens=args.max_tokens, body=args.max_body, seconds=args.timeout)
-        server = Server(App(voice, name, Scheduler(args.at_once, args.waiting), key, local, limits), sock)
+        server = Server(App(chat_model, name, Scheduler(args.at_once, args.waiting), key, local, limits), sock)
     except BaseException:
         sock.close()
         raise
     log_to(args.quiet)
-    print(f"messages: {voice.style.note}", file=sys.stderr)
+    print(f"messages: {chat_model.style.note}", file=sys.stderr)
     print(f"serving {safe(name)} at {address_of(sock)} ({'with' if key else 'without'} a key); Ctrl-C ends", flush=True)
     server.run_until_signal()
     return 0

@@ -16,7 +16,7 @@ from penchant.data.split import first_text, prompt_key
 from penchant.errors import ConfigError
 from penchant.evaluation.compare_models import Compared, compare_models, comparisons_table, table
 from penchant.evaluation.measured import Setting
-from penchant.judges.protocol import PairJudge
+from penchant.judges.judge import PairJudge
 from penchant.logprobs import Scorer
 from penchant.models.load import cast_parameters, load_causal_model
 from penchant.models.merge import merged_model

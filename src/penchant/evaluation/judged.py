@@ -20,8 +20,7 @@ from penchant.evaluation.verdict import (
     comparisons_table,
     corrected,
 )
-from penchant.judges.both_ways import BothWays, ask_both_ways
-from penchant.judges.protocol import PairJudge, Question
+from penchant.judges.judge import BothWays, PairJudge, Question, ask_both_ways
 
 WIN_RATE = "judged win rate"
 

@@ -15,7 +15,7 @@ from penchant.evaluation.significance import several_sources
 from penchant.evaluation.stats import Interval, bootstrap_ci
 from penchant.evaluation.text import distinct_n
 from penchant.evaluation.written import Judge, Written, judged, write
-from penchant.judges.protocol import PairJudge
+from penchant.judges.judge import PairJudge
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.reference import LiveReference, compute_logps
 from penchant.types import TokenTree

@@ -10,7 +10,7 @@ import yaml
 from penchant.algorithms.options import OnlineConfig
 from penchant.config import ALGORITHMS, RunConfig, default_settings
 from penchant.importing.rules import Line, Status, Translation
-from penchant.judges.text import shown
+from penchant.printable import shown
 from penchant.redact import HIDDEN, redact
 
 STATUS: dict[Status, str] = {"translated": "translated", "same": "nothing to write", "unsupported": "NOT SUPPORTED"}

@@ -1,7 +1,84 @@
 """Pairwise judges: which of two answers to a prompt is better, by a person's own function or a model behind an endpoint."""
 
-from penchant.judges.both_ways import BothWays, ask_both_ways
-from penchant.judges.load import JudgeOptions, load_judge
-from penchant.judges.protocol import Answers, PairJudge, Question
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from penchant.errors import ConfigError
+from penchant.judges.judge import Answers, BothWays, PairJudge, Question, ask_both_ways, load_function_judge
 
 __all__ = ["Answers", "BothWays", "JudgeOptions", "PairJudge", "Question", "ask_both_ways", "load_judge"]
+
+OF_ENDPOINTS = {
+    "model": "--judge-model",
+    "key_env": "--judge-key-env",
+    "instruction": "--judge-instruction",
+    "parameters": "--judge-parameters",
+    "concurrency": "--judge-concurrency",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeOptions:
+    """Which judge, and how it is asked.
+
+    Args:
+        spec: ``path.py:function`` or the address of an endpoint. The rest is of endpoints, None: the default.
+        model: as the endpoint calls it; key_env: environment variable with the key; instruction: file with a template.
+        parameters: of sampling, a mapping or JSON, in place of the default ones; concurrency: questions at a time.
+    """
+
+    spec: str
+    model: str | None = None
+    key_env: str | None = None
+    instruction: str | Path | None = None
+    parameters: Mapping[str, Any] | str | None = None
+    concurrency: int | None = None
+
+
+def load_judge(options: JudgeOptions) -> PairJudge:
+    """The judge; an endpoint is not asked yet.
+
+    Raises:
+        ConfigError: no such judge, or options that do not fit.
+    """
+    from penchant.judges.endpoint import INSTRUCTION, EndpointJudge, connect, read_instruction
+
+    if not options.spec.startswith(("http://", "https://")):
+        given = [flag for name, flag in OF_ENDPOINTS.items() if getattr(options, name) is not None]
+        if given:
+            raise ConfigError(given[0], f"is for endpoints, and {options.spec} is none", "leave it out")
+        return load_function_judge(options.spec)
+    if not options.model:
+        raise ConfigError("--judge-model", "is missing", "name the model as the endpoint calls it")
+    concurrency = 4 if options.concurrency is None else options.concurrency
+    if concurrency < 1:
+        raise ConfigError("--judge-concurrency", "is below 1", "give 1 or more")
+    return EndpointJudge(
+        connect(options.spec, options.key_env),
+        options.model,
+        INSTRUCTION if options.instruction is None else read_instruction(options.instruction),
+        _parameters(options.parameters),
+        concurrency,
+    )
+
+
+def _parameters(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    from penchant.judges.endpoint import PARAMETERS
+
+    if given is None:
+        return dict(PARAMETERS)
+    try:
+        found = json.loads(given) if isinstance(given, str) else json.loads(json.dumps(dict(given)))
+    except (ValueError, TypeError) as error:
+        raise ConfigError("--judge-parameters", f"is no JSON ({error})", """write '{"temperature": 0}'""") from error
+    if not isinstance(found, dict):
+        raise ConfigError("--judge-parameters", "is no mapping", """write '{"temperature": 0}'""")
+    fixed = sorted({"model", "messages", "stream", "n"} & set(found))
+    if fixed:
+        raise ConfigError("--judge-parameters", f"sets {fixed[0]}, which is not yours to set", "leave it out")
+    return found

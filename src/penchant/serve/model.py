@@ -1,28 +1,106 @@
-"""A model that can be talked to: weights, tokenizer, the way messages are written for it, and where its answers end."""
+"""A model to chat with or to serve: weights, tokenizer, how messages are written for it, and where its answers end."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from penchant.data.templates import plain
 from penchant.data.tokenise import uses_bos
 from penchant.errors import ConfigError
 from penchant.evaluate.sources import Source, check_there, find_model, runs_in
 from penchant.models.fast_decode import FastDecoder, can_decode_fast
 from penchant.models.load import cast_parameters, load_tokenizer, resolve_device, resolve_dtype
-from penchant.talk.styles import Style, style_of
-from penchant.types import Message
+from penchant.types import Message, PromptTree
+
+
+class TemplateRefused(Exception):
+    """The chat template does not take these messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How messages become text.
+
+    Args:
+        render: (tokenizer, messages) to the text before the answer; stops: texts at which an answer ends.
+        remembers: whether earlier turns stand before a new one; note: a sentence for whoever talks to it.
+    """
+
+    name: str
+    render: Callable[[Any, Sequence[Message]], str]
+    stops: tuple[str, ...]
+    remembers: bool
+    note: str
+
+
+def _chat(tokenizer: Any, messages: Sequence[Message]) -> str:
+    turns = [{"role": m.role, "content": m.content} for m in messages]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except (
+        Exception
+    ) as error:  # templates raise jinja errors of their own, e.g. for a system turn that they do not know
+        raise TemplateRefused(f"the model's chat template refuses these messages ({error})") from error
+    return str(text)
+
+
+def _transcript(_: Any, messages: Sequence[Message]) -> str:
+    return plain(PromptTree(tuple(messages), ()))[0]
+
+
+def _plain(_: Any, messages: Sequence[Message]) -> str:
+    return messages[-1].content
+
+
+STYLES = {
+    style.name: style
+    for style in (
+        Style("chat", _chat, (), True, "the model's own chat template"),
+        Style(
+            "transcript",
+            _transcript,
+            ("\n\nHuman:",),
+            True,
+            'no chat template: the conversation is written as "\\n\\nHuman: ...\\n\\nAssistant:"',
+        ),
+        Style("plain", _plain, (), False, "plain text: the model continues what you write; it answers nothing"),
+    )
+}
+
+
+def style_of(wanted: str, tokenizer: Any, *, trained_on: str = "auto", otherwise: str) -> Style:
+    """The style of a model.
+
+    Args:
+        wanted: auto or a style's name; trained_on: the `data.template` of its run; otherwise: where there is no chat template.
+
+    Raises:
+        ConfigError: `chat` was asked for and the tokenizer has no chat template.
+    """
+    has_chat = getattr(tokenizer, "chat_template", None) is not None
+    if wanted == "chat" and not has_chat:
+        raise ConfigError(
+            "--template", "the tokenizer has no chat template", "give transcript or plain, or leave it out"
+        )
+    if wanted != "auto":
+        return STYLES[wanted]
+    return STYLES["chat" if has_chat and trained_on != "plain" else otherwise]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model
 
 UNKNOWN_CONTEXT = 2048  # tokens, where a model does not say how far it can look
 ENDLESS = 10**6  # a tokenizer's way of saying that it does not know
 
 
 @dataclass
-class Voice:
+class ChatModel:
     """A loaded model.
 
     Args:
@@ -33,7 +111,7 @@ class Voice:
     model: Any
     tokenizer: Any
     style: Style
-    ends: frozenset[int]
+    eos_token_ids: frozenset[int]
     context: int
 
     @cached_property
@@ -68,7 +146,7 @@ class Voice:
         return self.encode(self.style.render(self.tokenizer, messages))
 
 
-def load_voice(
+def load_chat_model(
     given: str,
     *,
     step: str = "last",
@@ -77,7 +155,7 @@ def load_voice(
     otherwise: str = "plain",
     dtype: str | None = None,
     device: str | None = None,
-) -> Voice:
+) -> ChatModel:
     """Load what a person calls a model: a run, a config, a checkpoint, an adapter, a model's folder or a hub id.
 
     Args:
@@ -96,9 +174,11 @@ def load_voice(
     model = source.load(where)
     cast_parameters(model, resolve_dtype(dtype or settings.dtype, where))
     model.eval()
-    voice = Voice(given, model, tokenizer, style, ends_of(model, tokenizer), context_of(model, tokenizer))
-    _ = voice.decoder  # weights are packed now rather than at the first question
-    return voice
+    chat_model = ChatModel(
+        given, model, tokenizer, style, eos_token_ids_of(model, tokenizer), context_of(model, tokenizer)
+    )
+    _ = chat_model.decoder  # weights are packed now rather than at the first question
+    return chat_model
 
 
 def _find(given: str, step: str, base: str | None) -> Source:
@@ -109,7 +189,7 @@ def _find(given: str, step: str, base: str | None) -> Source:
     return find_model(given, step=step, base=base)
 
 
-def ends_of(model: Any, tokenizer: Any) -> frozenset[int]:
+def eos_token_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
     """The tokenizer's EOS, and those of the model's generation config that the tokenizer holds for special (an end of turn)."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     named = [named] if isinstance(named, int) else list(named or ())

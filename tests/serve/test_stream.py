@@ -7,24 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 from families import tiny_model
-from talking import random_folder, voice_of
+from serving import model_of, random_folder
 from tiny import tiny_tokenizer
 
 from penchant.rollout.generate import sample
-from penchant.talk.stream import Sampling, Stream
-from penchant.talk.styles import STYLES
-from penchant.talk.voice import Voice
+from penchant.serve.model import STYLES, ChatModel
+from penchant.serve.stream import Sampling, Stream
 
 PROMPT = [5, 17, 40, 8, 33]
 
 
-def _voice(family: str, ends: tuple[int, ...] = (2,)) -> Voice:
+def _model(family: str, ends: tuple[int, ...] = (2,)) -> ChatModel:
     model = tiny_model(family, dtype=torch.float32)
-    return Voice(family, model, tiny_tokenizer(), STYLES["plain"], frozenset(ends), 128)
+    return ChatModel(family, model, tiny_tokenizer(), STYLES["plain"], frozenset(ends), 128)
 
 
-def _drawn(voice: Voice, sampling: Sampling) -> list[list[int]]:
-    stream = Stream(voice, PROMPT, sampling)
+def _drawn(chat_model: ChatModel, sampling: Sampling) -> list[list[int]]:
+    stream = Stream(chat_model, PROMPT, sampling)
     rows: list[list[int]] = [[] for _ in range(sampling.n)]
     while not stream.done:
         for d in stream.step():
@@ -35,27 +34,27 @@ def _drawn(voice: Voice, sampling: Sampling) -> list[list[int]]:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mistral-window", "gemma2"])
 @pytest.mark.parametrize("temperature,top_p,top_k", [(1.0, 1.0, 0), (0.0, 1.0, 0), (1.5, 0.8, 20)])
 def test_a_stream_draws_what_sample_draws(family: str, temperature: float, top_p: float, top_k: int) -> None:
-    voice = _voice(family, ends=(7,))
+    chat_model = _model(family, ends=(7,))
     settings = dict(n=5, max_new_tokens=40, temperature=temperature, top_p=top_p, top_k=top_k, seed=3)
-    whole = sample(voice.model, [PROMPT], eos_token_id=7, **settings)[0]  # type: ignore[arg-type]
-    rows = _drawn(voice, Sampling(**settings))  # type: ignore[arg-type]
+    whole = sample(chat_model.model, [PROMPT], eos_token_id=7, **settings)[0]  # type: ignore[arg-type]
+    rows = _drawn(chat_model, Sampling(**settings))  # type: ignore[arg-type]
     assert rows == [s.ids for s in whole]
     if temperature:
         assert len({len(r) for r in rows}) > 1  # some ended early, so rows moved
 
 
 def test_fast_and_slow_are_told_apart() -> None:
-    assert _voice("llama").decoder is not None and _voice("gpt2").decoder is None
+    assert _model("llama").decoder is not None and _model("gpt2").decoder is None
 
 
 def test_log_probs_are_the_models_own(tmp_path: Path) -> None:
-    voice = voice_of(random_folder(tmp_path))
-    stream = Stream(voice, PROMPT, Sampling(12, n=2, temperature=1.7, top_k=9, top_logprobs=3, seed=1))
+    chat_model = model_of(random_folder(tmp_path))
+    stream = Stream(chat_model, PROMPT, Sampling(12, n=2, temperature=1.7, top_k=9, top_logprobs=3, seed=1))
     ids: list[list[int]] = [list(PROMPT), list(PROMPT)]
     while not stream.done:
         for d in stream.step():
             with torch.no_grad():
-                logps = voice.model(torch.tensor([ids[d.row]])).logits[0, -1].log_softmax(-1)
+                logps = chat_model.model(torch.tensor([ids[d.row]])).logits[0, -1].log_softmax(-1)
             assert d.logp == pytest.approx(float(logps[d.token]), abs=1e-4)
             values, tokens = logps.topk(3)
             assert [t for t, _ in d.likeliest] == tokens.tolist()
@@ -65,33 +64,33 @@ def test_log_probs_are_the_models_own(tmp_path: Path) -> None:
 
 
 def test_every_end_token_ends() -> None:
-    voice = _voice("llama")
-    free = _drawn(voice, Sampling(30, seed=5))[0]
-    voice.ends = frozenset({free[4], free[9], 96})
-    first = next(i for i, t in enumerate(free) if t in voice.ends)
-    assert _drawn(voice, Sampling(30, seed=5))[0] == free[: first + 1]
+    chat_model = _model("llama")
+    free = _drawn(chat_model, Sampling(30, seed=5))[0]
+    chat_model.eos_token_ids = frozenset({free[4], free[9], 96})
+    first = next(i for i, t in enumerate(free) if t in chat_model.eos_token_ids)
+    assert _drawn(chat_model, Sampling(30, seed=5))[0] == free[: first + 1]
 
 
 @pytest.mark.parametrize("presence,frequency", [(2.0, 0.0), (0.0, 1.0)])
 def test_penalties_are_taken_off_the_logits(presence: float, frequency: float) -> None:
-    voice = _voice("llama", ends=())
-    got = _drawn(voice, Sampling(25, temperature=0.0, presence=presence, frequency=frequency))[0]
+    chat_model = _model("llama", ends=())
+    got = _drawn(chat_model, Sampling(25, temperature=0.0, presence=presence, frequency=frequency))[0]
     ids, own = list(PROMPT), []
     for _ in range(25):
         with torch.no_grad():
-            logits = voice.model(torch.tensor([ids])).logits[0, -1]
+            logits = chat_model.model(torch.tensor([ids])).logits[0, -1]
         counts = torch.bincount(torch.tensor(own, dtype=torch.int64), minlength=len(logits))
         token = int((logits - frequency * counts - presence * (counts > 0)).argmax())
         ids.append(token)
         own.append(token)
     assert got == own
-    assert got != _drawn(voice, Sampling(25, temperature=0.0))[0]
+    assert got != _drawn(chat_model, Sampling(25, temperature=0.0))[0]
 
 
 def test_a_stopped_answer_leaves_and_the_others_are_what_they_were() -> None:
-    voice = _voice("llama", ends=())
-    whole = _drawn(voice, Sampling(20, n=4, seed=2))
-    stream = Stream(voice, PROMPT, Sampling(20, n=4, seed=2))
+    chat_model = _model("llama", ends=())
+    whole = _drawn(chat_model, Sampling(20, n=4, seed=2))
+    stream = Stream(chat_model, PROMPT, Sampling(20, n=4, seed=2))
     rows: list[list[int]] = [[] for _ in range(4)]
     for step in range(20):
         for d in stream.step():
@@ -103,9 +102,9 @@ def test_a_stopped_answer_leaves_and_the_others_are_what_they_were() -> None:
 
 
 def test_draws_differ_by_turn_and_attempt() -> None:
-    voice = _voice("llama", ends=())
+    chat_model = _model("llama", ends=())
     made = {
-        (turn, attempt): tuple(_drawn(voice, Sampling(8, seed=1, turn=turn, attempt=attempt))[0])
+        (turn, attempt): tuple(_drawn(chat_model, Sampling(8, seed=1, turn=turn, attempt=attempt))[0])
         for turn in (0, 1)
         for attempt in (0, 1)
     }

@@ -12,12 +12,210 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from penchant.talk.answer import Answers
-from penchant.talk.conversation import Conversation, Fitted, TooLong, Turn, fit
-from penchant.talk.screen import WIDE, OneColumn, TwoColumns, safe
-from penchant.talk.stream import Sampling
-from penchant.talk.styles import TemplateRefused
-from penchant.talk.voice import Voice
+from rich.cells import cell_len, chop_cells
+
+from penchant.serve.model import ChatModel, TemplateRefused
+from penchant.serve.stream import Completions, Sampling
+from penchant.types import Message
+from penchant.watch.text import clean
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the screen
+
+GAP = " │ "
+WIDE = 90  # cells from which two columns fit side by side
+
+
+def safe(text: str) -> str:
+    """Text of others as it may stand in a terminal: its lines are kept, everything that a terminal acts on is written out."""
+    return "\n".join(clean(line, len(line)) for line in text.split("\n"))
+
+
+class Wrapper:
+    """Text that is wrapped at words as it grows; only its last line may still change.
+
+    Args:
+        width: cells of a line.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = max(1, width)
+        self.lines: list[str] = [""]
+
+    def add(self, text: str) -> None:
+        """More text; it must be safe already."""
+        for i, part in enumerate(text.split("\n")):
+            if i:
+                self.lines.append("")
+            if part:
+                self.lines[-1:] = _wrapped(self.lines[-1] + part, self.width)
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    made = []
+    while cell_len(line.rstrip(" ")) > width:
+        head = chop_cells(line, width)[0]
+        rest = line[len(head) :]
+        if not head:  # one character wider than the line
+            head, rest = line[:1], line[1:]
+        at = head.rfind(" ")
+        if not rest.startswith(" ") and at > 0 and head[:at].strip(" "):
+            head, rest = line[:at], line[at + 1 :]
+        made.append(head.rstrip(" "))
+        line = rest.lstrip(" ")
+    return [*made, line]
+
+
+def padded(text: str, width: int) -> str:
+    """A line of exactly so many cells."""
+    return text + " " * max(0, width - cell_len(text))
+
+
+class OneColumn:
+    """An answer that is written as it comes, without wrapping of its own."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out, self._newline = out, True
+
+    def add(self, side: int, text: str) -> None:
+        if text:
+            self._out.write(safe(text))
+            self._out.flush()
+            self._newline = text.endswith("\n")
+
+    def end(self) -> None:
+        if not self._newline:
+            self._out.write("\n")
+        self._out.flush()
+
+
+class TwoColumns:
+    """Two answers side by side: a line is final when both are past it, and the one below it is written anew until then.
+
+    Args:
+        width: cells of the terminal.
+    """
+
+    def __init__(self, out: TextIO, width: int, titles: tuple[str, str]) -> None:
+        self._out = out
+        self._width = (width - 1 - len(GAP)) // 2
+        self._sides = (Wrapper(self._width), Wrapper(self._width))
+        self._done = 0
+        line = GAP.join(padded(clean(t)[: self._width], self._width) for t in titles)
+        self._out.write(f"{line.rstrip()}\n{'─' * self._width}─┼─{'─' * self._width}\n")
+
+    def add(self, side: int, text: str) -> None:
+        self._sides[side].add(safe(text))
+        while self._done < min(len(s.lines) for s in self._sides) - 1:
+            self._out.write(f"\r\x1b[K{self._line(self._done)}\n")
+            self._done += 1
+        self._out.write(f"\r\x1b[K{self._line(self._done)}")
+        self._out.flush()
+
+    def end(self) -> None:
+        """The lines that one side has more."""
+        for at in range(self._done, max(len(s.lines) for s in self._sides)):
+            self._out.write(f"\r\x1b[K{self._line(at)}\n")
+        self._out.flush()
+
+    def _line(self, at: int) -> str:
+        left, right = (s.lines[at] if at < len(s.lines) else "" for s in self._sides)
+        return f"{padded(left, self._width)}{GAP}{right}".rstrip(" ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the conversation
+
+
+class TooLong(Exception):
+    """A message that does not fit into the context by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What was said and what was answered."""
+
+    said: str
+    answer: str
+
+
+@dataclass
+class Conversation:
+    """Turns so far, and the system prompt before them ("" for none).
+
+    Args:
+        remembers: whether earlier turns stand before a new one; in plain text none do.
+    """
+
+    remembers: bool
+    system: str = ""
+    turns: list[Turn] = field(default_factory=list)
+
+    def messages(self, said: str, dropped: int = 0) -> tuple[Message, ...]:
+        """What a model gets before its answer to `said`, without the first `dropped` turns."""
+        before = [Message("system", self.system)] if self.system and self.remembers else []
+        for turn in self.turns[dropped:] if self.remembers else ():
+            before += [Message("user", turn.said), Message("assistant", turn.answer)]
+        return (*before, Message("user", said))
+
+    def prompt_row(self, said: str, dropped: int = 0) -> Any:
+        """The prompt of a row: messages, or the text that is continued."""
+        return as_json(self.messages(said, dropped)) if self.remembers else said
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows that penchant reads back: one conversation as messages, or one prompt with its completion each."""
+        if not self.turns:
+            return []
+        if not self.remembers:
+            return [{"prompt": t.said, "completion": t.answer} for t in self.turns]
+        last = self.turns[-1]
+        before = Conversation(True, self.system, self.turns[:-1]).messages(last.said)
+        return [{"messages": [*as_json(before), {"role": "assistant", "content": last.answer}]}]
+
+
+def as_json(messages: tuple[Message, ...]) -> list[dict[str, str]]:
+    """Messages as they stand in a row."""
+    return [{"role": m.role, "content": m.content} for m in messages]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A prompt that fits.
+
+    Args:
+        ids: its tokens; room: tokens that its answer may have; dropped: oldest turns that were left out.
+    """
+
+    ids: list[int]
+    room: int
+    dropped: int
+
+
+def fit(chat_model: ChatModel, conversation: Conversation, said: str, max_new_tokens: int, dropped: int = 0) -> Fitted:
+    """The prompt of the next answer, without as many of the oldest turns as must go for prompt and answer to fit into the context.
+
+    Half of the context is kept for the answer at most; an answer that has less room than `max_new_tokens` is simply shorter.
+
+    Args:
+        dropped: turns that are left out at least.
+
+    Raises:
+        TooLong: the message does not fit by itself. TemplateRefused: the chat template does not take it.
+    """
+    reserve = min(max_new_tokens, chat_model.context // 2)
+    turns = len(conversation.turns) if conversation.remembers else 0
+    for left_out in range(min(dropped, turns), turns + 1):
+        ids = chat_model.prompt_of(conversation.messages(said, left_out))
+        if len(ids) + reserve <= chat_model.context:
+            break
+    room = min(max_new_tokens, chat_model.context - len(ids))
+    if room < 1:
+        raise TooLong(f"it has {len(ids):,} tokens and the model's context is {chat_model.context:,}; nothing was sent")
+    return Fitted(ids, room, left_out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the session
 
 SIDES = ("left", "right")
 ReadLine = Callable[[], str]
@@ -43,7 +241,7 @@ class Terminal:
 
 
 @dataclass
-class Wanted:
+class ChatOptions:
     """What the command line asks for.
 
     Args:
@@ -61,7 +259,7 @@ class Exchange:
     """The last message and its answers, left first.
 
     Args:
-        order: the voice that wrote each answer; judged: a preference was given; dropped: turns that no voice saw.
+        order: the model that wrote each answer; judged: a preference was given; dropped: turns that no model saw.
     """
 
     said: str
@@ -76,11 +274,11 @@ class Chat:
     """One session.
 
     Args:
-        voices: the model, and the one that it is compared with, if any.
+        models: the model, and the one that it is compared with, if any.
     """
 
-    voices: list[Voice]
-    wanted: Wanted
+    models: list[ChatModel]
+    wanted: ChatOptions
     terminal: Terminal
     conversation: Conversation = field(init=False)
     last: Exchange | None = None
@@ -90,7 +288,7 @@ class Chat:
     sides: random.Random = field(default_factory=random.SystemRandom)
 
     def __post_init__(self) -> None:
-        self.conversation = Conversation(self.voices[0].style.remembers, self.wanted.system)
+        self.conversation = Conversation(self.models[0].style.remembers, self.wanted.system)
 
     # ---- the session ----------------------------------------------------------------------------------------------
 
@@ -174,7 +372,7 @@ class Chat:
         except (TooLong, TemplateRefused) as error:
             self.terminal.note(f"not sent: {safe(str(error))}")
             return
-        order = list(range(len(self.voices)))
+        order = list(range(len(self.models)))
         if self.wanted.blind:
             self.sides.shuffle(order)
         sampling = [
@@ -190,12 +388,12 @@ class Chat:
             for f in fitted
         ]
         writing = [
-            Answers(
-                self.voices[i],
+            Completions(
+                self.models[i],
                 fitted[i].ids,
                 sampling[i],
-                self.voices[i].style.stops,
-                continued=not self.voices[i].style.remembers,
+                self.models[i].style.stops,
+                continued=not self.models[i].style.remembers,
             )
             for i in order
         ]
@@ -205,18 +403,18 @@ class Chat:
     def _fitted(self, said: str) -> list[Fitted]:
         """The prompt for every model; all get the same turns."""
         tokens = self.wanted.sampling.max_new_tokens
-        fitted = [fit(v, self.conversation, said, tokens) for v in self.voices]
+        fitted = [fit(v, self.conversation, said, tokens) for v in self.models]
         dropped = max(f.dropped for f in fitted)
         if any(f.dropped != dropped for f in fitted):  # what one model has no room for is left out for the other too
-            fitted = [fit(v, self.conversation, said, tokens, dropped) for v in self.voices]
+            fitted = [fit(v, self.conversation, said, tokens, dropped) for v in self.models]
         if dropped and dropped != self.dropped:
-            context = min(v.context for v in self.voices)
+            context = min(v.context for v in self.models)
             turns = "the oldest turn is" if dropped == 1 else f"the {dropped} oldest turns are"
             self.terminal.note(f"(the context of {context:,} tokens is full: {turns} left out from here on)")
         self.dropped = dropped
         return fitted
 
-    def _show(self, writing: list[Answers], order: list[int]) -> list[str]:
+    def _show(self, writing: list[Completions], order: list[int]) -> list[str]:
         """Write the answers out as they come; Ctrl-C stops them and keeps what there is."""
         texts, ends = [""] * len(writing), [""] * len(writing)
         began = time.perf_counter()
@@ -243,7 +441,7 @@ class Chat:
         self._sum_up(writing, ends, stopped, time.perf_counter() - began)
         return texts
 
-    def _sum_up(self, writing: list[Answers], ends: list[str], stopped: bool, seconds: float) -> None:
+    def _sum_up(self, writing: list[Completions], ends: list[str], stopped: bool, seconds: float) -> None:
         tokens = sum(w.tokens for w in writing)
         parts = [" + ".join(f"{w.tokens:,}" for w in writing) + " tokens"]
         if tokens > 1 and seconds > 0:
@@ -264,13 +462,13 @@ class Chat:
 
     def title(self, side: int, order: list[int]) -> str:
         """What an answer is called."""
-        return SIDES[side] if self.wanted.blind else f"{SIDES[side]}: {safe(self.voices[order[side]].name)}"
+        return SIDES[side] if self.wanted.blind else f"{SIDES[side]}: {safe(self.models[order[side]].name)}"
 
     # ---- preferences ----------------------------------------------------------------------------------------------
 
     def prefer(self, side: int | None) -> None:
         """Write down which answer is better (None: neither), and go on with it."""
-        if len(self.voices) < 2:
+        if len(self.models) < 2:
             self.terminal.note("there is one model only: start with --against RUN to compare two")
             return
         last = self.last
@@ -279,7 +477,7 @@ class Chat:
                 "there is nothing to judge: " + ("this answer is judged" if last else "ask something first")
             )
             return
-        names = [self.voices[i].name for i in last.order]
+        names = [self.models[i].name for i in last.order]
         prompt = self.conversation.prompt_row(last.said, last.dropped)
         if side is not None and last.texts[0] == last.texts[1]:
             self.terminal.note("the two answers are the same: this counts as a tie")
@@ -350,7 +548,7 @@ def _help(chat: Chat, _: str) -> None:
     chat.terminal.note("  Ctrl-C               stop the answer; Ctrl-D leaves")
     if not chat.conversation.remembers:
         chat.terminal.note("  an empty line        continue the text so far")
-    if len(chat.voices) == 2:
+    if len(chat.models) == 2:
         chat.terminal.note(
             "both models see one conversation: it goes on with the better answer, without a choice with the left one"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import re
@@ -14,10 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penchant.errors import ConfigError
-from penchant.talk.app import App
+from penchant.judges.endpoint import is_loopback
+
+if TYPE_CHECKING:
+    from penchant.serve.app import App
 
 KEY = "PENCHANT_API_KEY"
 CONNECTIONS = 256  # at a time
@@ -52,12 +54,19 @@ def check_host(host: str, key: str | None) -> bool:
     return local
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+def require_server() -> None:
+    """Fail before the model is loaded where the extra is not installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "penchant serve", f"needs {error.name or 'a web server'}", "pip install 'penchant[serve]'"
+        ) from error
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -114,10 +123,7 @@ class Server:
     sock: socket.socket
 
     def __post_init__(self) -> None:
-        try:
-            import uvicorn
-        except ImportError as error:
-            raise ConfigError("penchant serve", "needs uvicorn", "pip install 'penchant[serve]'") from error
+        import uvicorn
 
         class Uvicorn(uvicorn.Server):
             """Signals are ours: its own raises them once more when all is over."""
@@ -127,7 +133,7 @@ class Server:
                 yield
 
         config = uvicorn.Config(
-            self.app,  # type: ignore[arg-type]
+            self.app,
             lifespan="off",
             ws="none",
             log_config=None,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tiny import tiny_model_folder, tiny_tokenizer
 
-from penchant.talk.voice import Voice, load_voice
+from penchant.serve.model import ChatModel, load_chat_model
 
 
 def random_folder(folder: Path, *, seed: int = 0, context: int = 4096, chat: bool = True) -> str:
@@ -69,21 +69,20 @@ def writer_folder(folder: Path, text: str, *, after: str = " ", context: int = 4
     return str(folder)
 
 
-def voice_of(folder: str, **options: Any) -> Voice:
+def model_of(folder: str, **options: Any) -> ChatModel:
     """A loaded model in fp32."""
-    return load_voice(folder, dtype="fp32", device="cpu", **options)
+    return load_chat_model(folder, dtype="fp32", device="cpu", **options)
 
 
 @contextmanager
-def serving(voice: Voice, name: str = "tiny", **options: Any) -> Iterator[Any]:
+def serving(chat_model: ChatModel, name: str = "tiny", **options: Any) -> Iterator[Any]:
     """A server in a thread; `server.url` is its address."""
-    from penchant.talk.app import App, Limits
-    from penchant.talk.schedule import Scheduler
-    from penchant.talk.server import Server, address_of, listen
+    from penchant.serve.app import App, Limits, Scheduler
+    from penchant.serve.server import Server, address_of, listen
 
     scheduler = Scheduler(options.pop("at_once", 4), options.pop("waiting", 64))
     key, local = options.pop("key", None), options.pop("local", True)
-    server: Any = Server(App(voice, name, scheduler, key, local, Limits(**options)), listen("127.0.0.1", 0))
+    server: Any = Server(App(chat_model, name, scheduler, key, local, Limits(**options)), listen("127.0.0.1", 0))
     server.url = address_of(server.sock)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -18,21 +18,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
-from talking import random_folder, voice_of, writer_folder
+from serving import model_of, random_folder, writer_folder
 
 from penchant.cli import main
 from penchant.data.load import load_preferences
 from penchant.data.tokenise import tokenise
-from penchant.talk.chat import Chat, Terminal, Wanted
-from penchant.talk.conversation import Conversation, TooLong, Turn, fit
-from penchant.talk.screen import TwoColumns, Wrapper, safe
-from penchant.talk.stream import Sampling
-from penchant.talk.voice import Voice
+from penchant.serve.chat import Chat, ChatOptions, Conversation, Terminal, TooLong, Turn, TwoColumns, Wrapper, fit, safe
+from penchant.serve.model import ChatModel
+from penchant.serve.stream import Sampling
 from penchant.types import Message
 
 
 def _session(
-    voices: list[Voice], lines: list[Any], *, live: bool = False, width: int = 80, tokens: int = 24, **wanted: Any
+    models: list[ChatModel], lines: list[Any], *, live: bool = False, width: int = 80, tokens: int = 24, **wanted: Any
 ) -> tuple[Chat, str, str]:
     """Run a session; what it wrote and what it noted. An exception in `lines` is raised at its place."""
     given = iter(lines)
@@ -45,46 +43,46 @@ def _session(
 
     out, notes = io.StringIO(), io.StringIO()
     sampling = Sampling(tokens, temperature=wanted.pop("temperature", 1.0))
-    chat = Chat(voices, Wanted(sampling, **wanted), Terminal(read, out, notes, live, lambda: width))
+    chat = Chat(models, ChatOptions(sampling, **wanted), Terminal(read, out, notes, live, lambda: width))
     chat.sides = random.Random(0)
     assert chat.run() == 0
     return chat, out.getvalue(), notes.getvalue()
 
 
 @pytest.fixture(scope="module")
-def voices(tmp_path_factory: pytest.TempPathFactory) -> list[Voice]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[ChatModel]:
     folders = [random_folder(tmp_path_factory.mktemp("model"), seed=s, context=512) for s in (0, 1)]
-    return [voice_of(f) for f in folders]
+    return [model_of(f) for f in folders]
 
 
 @pytest.fixture(scope="module")
-def plain_voice(tmp_path_factory: pytest.TempPathFactory) -> Voice:
-    return voice_of(random_folder(tmp_path_factory.mktemp("plain"), chat=False))
+def plain_model(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
+    return model_of(random_folder(tmp_path_factory.mktemp("plain"), chat=False))
 
 
 @pytest.fixture(scope="module")
-def writers(tmp_path_factory: pytest.TempPathFactory) -> list[Voice]:
+def writers(tmp_path_factory: pytest.TempPathFactory) -> list[ChatModel]:
     """Two models that answer always the same."""
-    return [voice_of(writer_folder(tmp_path_factory.mktemp("w"), text)) for text in ("Yes!\x1b[2J", "no-way")]
+    return [model_of(writer_folder(tmp_path_factory.mktemp("w"), text)) for text in ("Yes!\x1b[2J", "no-way")]
 
 
 # ---- one model ----------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_are_those_of_training(voices: list[Voice], plain_voice: Voice, tmp_path: Path) -> None:
+def test_prompts_are_those_of_training(models: list[ChatModel], plain_model: ChatModel, tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
     messages += [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Tea?"}]
     file = tmp_path / "sft.jsonl"
     file.write_text(json.dumps({"messages": [*messages, {"role": "assistant", "content": "Yes"}]}) + "\n")
     data = load_preferences(str(file))
     ours = tuple(Message(m["role"], m["content"]) for m in messages)
-    for voice in (voices[0], voice_of(plain_voice.name, template="transcript")):
-        (tree,) = tokenise(data, voice.tokenizer).trees
-        assert voice.prompt_of(ours) == tree.prompt_ids.tolist()
+    for chat_model in (models[0], model_of(plain_model.name, template="transcript")):
+        (tree,) = tokenise(data, chat_model.tokenizer).trees
+        assert chat_model.prompt_of(ours) == tree.prompt_ids.tolist()
     (tree,) = tokenise(
-        load_preferences(_rows(tmp_path, [{"prompt": "Once", "completion": " upon"}])), plain_voice.tokenizer
+        load_preferences(_rows(tmp_path, [{"prompt": "Once", "completion": " upon"}])), plain_model.tokenizer
     ).trees
-    assert plain_voice.prompt_of([Message("user", "Once")]) == tree.prompt_ids.tolist()
+    assert plain_model.prompt_of([Message("user", "Once")]) == tree.prompt_ids.tolist()
 
 
 def _rows(folder: Path, rows: list[dict[str, Any]]) -> str:
@@ -93,9 +91,9 @@ def _rows(folder: Path, rows: list[dict[str, Any]]) -> str:
     return str(file)
 
 
-def test_turns_are_remembered_and_a_seed_repeats_them(voices: list[Voice], asked: list[list[str]]) -> None:
-    chat, out, notes = _session(voices[:1], ["Hello", "And then?"], system="Be kind.")
-    assert _session(voices[:1], ["Hello", "And then?"], system="Be kind.")[1] == out
+def test_turns_are_remembered_and_a_seed_repeats_them(models: list[ChatModel], asked: list[list[str]]) -> None:
+    chat, out, notes = _session(models[:1], ["Hello", "And then?"], system="Be kind.")
+    assert _session(models[:1], ["Hello", "And then?"], system="Be kind.")[1] == out
     (turn,) = chat.conversation.turns
     assert turn.said == "Hello" and turn.answer and chat.last is not None and chat.last.texts[0] != turn.answer
     assert asked[:2] == [
@@ -107,60 +105,60 @@ def test_turns_are_remembered_and_a_seed_repeats_them(voices: list[Voice], asked
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The messages of every prompt that a voice gets."""
+    """The messages of every prompt that a chat_model gets."""
     seen: list[list[str]] = []
-    prompt_of = Voice.prompt_of
+    prompt_of = ChatModel.prompt_of
 
-    def spy(self: Voice, messages: Any) -> list[int]:
+    def spy(self: ChatModel, messages: Any) -> list[int]:
         seen.append([f"{m.role}: {m.content}" for m in messages])
         return prompt_of(self, messages)
 
-    monkeypatch.setattr(Voice, "prompt_of", spy)
+    monkeypatch.setattr(ChatModel, "prompt_of", spy)
     return seen
 
 
-def test_retry_undo_reset_system(voices: list[Voice], asked: list[list[str]]) -> None:
-    chat, _, notes = _session(voices[:1], ["Hello", "/retry"])
+def test_retry_undo_reset_system(models: list[ChatModel], asked: list[list[str]]) -> None:
+    chat, _, notes = _session(models[:1], ["Hello", "/retry"])
     assert chat.last is not None and not chat.conversation.turns and chat.attempt == 1
-    fresh, _, _ = _session(voices[:1], ["Hello"])
+    fresh, _, _ = _session(models[:1], ["Hello"])
     assert fresh.last is not None and fresh.last.texts != chat.last.texts
     chat, _, notes = _session(
-        voices[:1], ["/undo", "One", "Two", "/undo", "/undo", "/system Be kind.", "Three", "/reset"]
+        models[:1], ["/undo", "One", "Two", "/undo", "/undo", "/system Be kind.", "Three", "/reset"]
     )
     assert "nothing to undo" in notes and "(the last turn is gone; 0 left)" in notes
     assert asked[-1] == ["system: Be kind.", "user: Three"] and not chat.conversation.turns and chat.last is None
 
 
-def test_commands_that_are_none_and_messages_that_look_like_some(voices: list[Voice]) -> None:
-    chat, _, notes = _session(voices[:1], ["/foo\x1b[2J", "/left", "//left", "/help", "/quit", "never"])
+def test_commands_that_are_none_and_messages_that_look_like_some(models: list[ChatModel]) -> None:
+    chat, _, notes = _session(models[:1], ["/foo\x1b[2J", "/left", "//left", "/help", "/quit", "never"])
     assert "/foo\\x1b[2J is no command" in notes and "one model only" in notes
     assert chat.last is not None and chat.last.said == "/left"
     assert all(f"/{c}" in notes for c in ("retry", "undo", "save", "tie", "quit"))
 
 
-def test_a_block_of_lines_is_one_message(voices: list[Voice]) -> None:
-    chat, _, _ = _session(voices[:1], ['"""', "one", "", "two", '"""'])
+def test_a_block_of_lines_is_one_message(models: list[ChatModel]) -> None:
+    chat, _, _ = _session(models[:1], ['"""', "one", "", "two", '"""'])
     assert chat.last is not None and chat.last.said == "one\n\ntwo"
 
 
-def test_plain_text_is_continued(plain_voice: Voice) -> None:
-    chat, _, _ = _session([plain_voice], ["", "Once upon", "", "A new one"])
+def test_plain_text_is_continued(plain_model: ChatModel) -> None:
+    chat, _, _ = _session([plain_model], ["", "Once upon", "", "A new one"])
     first, second = chat.conversation.turns
     assert second.said == first.said + first.answer and chat.last is not None and chat.last.said == "A new one"
     assert len(chat.conversation.messages("x")) == 1
-    _, _, notes = _session([plain_voice], ["/system Be kind."])
+    _, _, notes = _session([plain_model], ["/system Be kind."])
     assert "no system prompt" in notes
 
 
-def test_control_characters_of_a_model_are_written_out(writers: list[Voice]) -> None:
+def test_control_characters_of_a_model_are_written_out(writers: list[ChatModel]) -> None:
     _, out, _ = _session(writers[:1], ["Hello"])
     assert out == "Yes!\\x1b[2J\n"
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_session(voices: list[Voice], monkeypatch: pytest.MonkeyPatch) -> None:
-    from penchant.talk import answer
+def test_ctrl_c_stops_the_answer_and_not_the_session(models: list[ChatModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    from penchant.serve import stream
 
-    step, calls = answer.Answers.step, []
+    step, calls = stream.Completions.step, []
 
     def interrupted(self: Any) -> Any:
         calls.append(1)
@@ -168,16 +166,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(voices: list[Voice], monkey
             raise KeyboardInterrupt
         return step(self)
 
-    monkeypatch.setattr(answer.Answers, "step", interrupted)
-    chat, _, notes = _session(voices[:1], ["Hello", KeyboardInterrupt(), "Again"])
+    monkeypatch.setattr(stream.Completions, "step", interrupted)
+    chat, _, notes = _session(models[:1], ["Hello", KeyboardInterrupt(), "Again"])
     assert "2 tokens" in notes and "stopped" in notes and "Ctrl-D or /quit leaves" in notes
     assert [t.said for t in chat.conversation.turns] == ["Hello"] and chat.last is not None
 
 
-def test_save_gives_rows_that_penchant_reads(voices: list[Voice], plain_voice: Voice, tmp_path: Path) -> None:
+def test_save_gives_rows_that_penchant_reads(models: list[ChatModel], plain_model: ChatModel, tmp_path: Path) -> None:
     file = tmp_path / "saved.jsonl"
     chat, _, notes = _session(
-        voices[:1], [f"/save {file}", "One", "Two", f"/save {file}", "/save here"], system="Be kind."
+        models[:1], [f"/save {file}", "One", "Two", f"/save {file}", "/save here"], system="Be kind."
     )
     assert "nothing to save" in notes and "give a file" in notes
     data = load_preferences(str(file))
@@ -185,49 +183,49 @@ def test_save_gives_rows_that_penchant_reads(voices: list[Voice], plain_voice: V
     assert [m.role for m in data.trees[0].prompt] == ["system", "user", "assistant", "user"]  # type: ignore[union-attr]
     assert chat.last is not None and data.trees[0].completions[0].text == chat.last.texts[0]
     file = tmp_path / "plain.jsonl"
-    _session([plain_voice], ["One", "Two", f"/save {file}"])
+    _session([plain_model], ["One", "Two", f"/save {file}"])
     assert [t.prompt for t in load_preferences(str(file)).trees] == ["One", "Two"]
-    _, _, notes = _session(voices[:1], ["One", f"/save {tmp_path}/no/where.jsonl"])
+    _, _, notes = _session(models[:1], ["One", f"/save {tmp_path}/no/where.jsonl"])
     assert "cannot be written" in notes
 
 
 # ---- the context ------------------------------------------------------------------------------------------------------
 
 
-def test_the_oldest_turns_leave_a_full_context_and_it_says_so(voices: list[Voice]) -> None:
-    chat, _, notes = _session(voices[:1], [c * 100 for c in "abcdefg"], tokens=40)
+def test_the_oldest_turns_leave_a_full_context_and_it_says_so(models: list[ChatModel]) -> None:
+    chat, _, notes = _session(models[:1], [c * 100 for c in "abcdefg"], tokens=40)
     assert "context of 512 tokens is full: the oldest turn is left out" in notes
     assert "oldest turns are left out" in notes
     assert len(chat.conversation.turns) == 6  # nothing is forgotten
 
 
-def test_what_fits_is_the_longest_that_does(voices: list[Voice]) -> None:
-    voice = voices[0]
+def test_what_fits_is_the_longest_that_does(models: list[ChatModel]) -> None:
+    chat_model = models[0]
     talk = Conversation(True, "Be kind.", [Turn(c * 60, "ok") for c in "abcdef"])
-    found = fit(voice, talk, "now", 100)
-    assert 0 < found.dropped < 6 and len(found.ids) + 100 <= voice.context
-    assert len(voice.prompt_of(talk.messages("now", found.dropped - 1))) + 100 > voice.context
-    assert found.ids == voice.prompt_of(talk.messages("now", found.dropped))
-    assert fit(voice, talk, "x" * 400, 100).room < 100  # the answer is shorter before the message is refused
+    found = fit(chat_model, talk, "now", 100)
+    assert 0 < found.dropped < 6 and len(found.ids) + 100 <= chat_model.context
+    assert len(chat_model.prompt_of(talk.messages("now", found.dropped - 1))) + 100 > chat_model.context
+    assert found.ids == chat_model.prompt_of(talk.messages("now", found.dropped))
+    assert fit(chat_model, talk, "x" * 400, 100).room < 100  # the answer is shorter before the message is refused
     with pytest.raises(TooLong, match="nothing was sent"):
-        fit(voice, talk, "x" * 600, 100)
-    _, _, notes = _session([voice], ["x" * 600])
+        fit(chat_model, talk, "x" * 600, 100)
+    _, _, notes = _session([chat_model], ["x" * 600])
     assert "not sent" in notes
 
 
 # ---- two models -------------------------------------------------------------------------------------------------------
 
 
-def test_preferences_are_rows_that_penchant_reads(voices: list[Voice], tmp_path: Path) -> None:
+def test_preferences_are_rows_that_penchant_reads(models: list[ChatModel], tmp_path: Path) -> None:
     file = tmp_path / "prefs.jsonl"
     chat, _, notes = _session(
-        voices, ["/left", "One", "/left", "/left", "Two", "/right", "Three", "/tie", "Four"], prefer=str(file)
+        models, ["/left", "One", "/left", "/left", "Two", "/right", "Three", "/tie", "Four"], prefer=str(file)
     )
     assert "ask something first" in notes and "this answer is judged" in notes
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     data = load_preferences(str(file))
     assert data.kind == "pairs" and len(data.trees) == 2 and not data.quarantined
-    names = [v.name for v in voices]
+    names = [v.name for v in models]
     assert [r["chosen_by"] for r in rows] == names and rows[0]["rejected_by"] == names[1]
     assert rows[0]["prompt"] == [{"role": "user", "content": "One"}]
     # the better answer goes on
@@ -239,16 +237,16 @@ def test_preferences_are_rows_that_penchant_reads(voices: list[Voice], tmp_path:
     assert f"left: {names[0]}" in notes and f"right: {names[1]}" in notes
 
 
-def test_equal_and_empty_answers_are_no_preference(writers: list[Voice], tmp_path: Path) -> None:
+def test_equal_and_empty_answers_are_no_preference(writers: list[ChatModel], tmp_path: Path) -> None:
     file = tmp_path / "prefs.jsonl"
     _, _, notes = _session([writers[0], writers[0]], ["One", "/right"], prefer=str(file))
     assert "counts as a tie" in notes and not file.exists()
-    empty = Voice("empty", writers[0].model, writers[0].tokenizer, writers[0].style, frozenset(range(264)), 4096)
+    empty = ChatModel("empty", writers[0].model, writers[0].tokenizer, writers[0].style, frozenset(range(264)), 4096)
     _, _, notes = _session([writers[0], empty], ["One", "/left", "/right"], prefer=str(file))
     assert "the other answer is empty" in notes and "that answer is empty" in notes and not file.exists()
 
 
-def test_blind_sides_are_shuffled_and_names_hidden_until_the_end(writers: list[Voice], tmp_path: Path) -> None:
+def test_blind_sides_are_shuffled_and_names_hidden_until_the_end(writers: list[ChatModel], tmp_path: Path) -> None:
     file = tmp_path / "prefs.jsonl"
     lines = [x for i in range(12) for x in (f"Message {i}", "/left")]
     _, out, notes = _session(writers, lines, prefer=str(file), blind=True)
@@ -261,9 +259,9 @@ def test_blind_sides_are_shuffled_and_names_hidden_until_the_end(writers: list[V
     assert not any(v.name in before_end for v in writers)
 
 
-def test_both_models_leave_out_the_same_turns(voices: list[Voice], asked: list[list[str]]) -> None:
-    small = Voice("small", voices[1].model, voices[1].tokenizer, voices[1].style, voices[1].ends, 300)
-    chat, _, _ = _session([voices[0], small], [c * 60 for c in "abcd"], tokens=20)
+def test_both_models_leave_out_the_same_turns(models: list[ChatModel], asked: list[list[str]]) -> None:
+    small = ChatModel("small", models[1].model, models[1].tokenizer, models[1].style, models[1].eos_token_ids, 300)
+    chat, _, _ = _session([models[0], small], [c * 60 for c in "abcd"], tokens=20)
     assert chat.last is not None and chat.last.dropped > 0
     assert (
         asked[-2] == asked[-1] and len(asked[-1]) == 2 * (3 - chat.last.dropped) + 1
@@ -271,7 +269,7 @@ def test_both_models_leave_out_the_same_turns(voices: list[Voice], asked: list[l
     assert chat.conversation.prompt_row("x", chat.last.dropped)[0]["content"][0] != "a"
 
 
-def test_two_columns_on_a_wide_terminal_one_below_the_other_on_a_narrow_one(writers: list[Voice]) -> None:
+def test_two_columns_on_a_wide_terminal_one_below_the_other_on_a_narrow_one(writers: list[ChatModel]) -> None:
     _, wide, _ = _session(writers, ["Hello"], live=True, width=100)
     last = wide.rstrip("\n").splitlines()[-1].rsplit("\x1b[K", 1)[1]
     assert last.startswith("Yes!\\x1b[2J ") and last.endswith("│ no-way")
@@ -427,13 +425,13 @@ def test_a_run_and_its_start(
         "output": str(tmp_path / "run"),
     }
     run = api.train(config, quiet=True)
-    last, first = voice_of(str(run.folder)), voice_of(str(run.folder), step="0")
+    last, first = model_of(str(run.folder)), model_of(str(run.folder), step="0")
     assert last.style.name == "plain"
     ids = torch.tensor([last.encode("Say 3")])
     merged = merged_model(ModelConfig(path=model), run.folder / "checkpoints/step-2/model", torch.device("cpu"))
     with torch.no_grad():
         assert torch.equal(last.model(ids).logits, merged(ids).logits)
-        assert torch.equal(first.model(ids).logits, voice_of(model).model(ids).logits)
+        assert torch.equal(first.model(ids).logits, model_of(model).model(ids).logits)
         assert not torch.equal(first.model(ids).logits, last.model(ids).logits)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Say 3\n/left\n"))
     monkeypatch.chdir(tmp_path)

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
-from penchant.talk.text import Detokeniser, Stops, token_bytes, token_text
+from penchant.serve.stream import Detokenizer, Stops, token_bytes, token_text
 
 TOKENIZER = tiny_tokenizer()
 
 
 def _pieces(ids: list[int], freeze: int = 64) -> list[str]:
-    made = Detokeniser(TOKENIZER, freeze=freeze)
+    made = Detokenizer(TOKENIZER, freeze=freeze)
     return [*(made.add(i) for i in ids), made.flush()]
 
 
@@ -45,7 +45,7 @@ def test_any_tokens_give_what_decoding_them_at_once_gives(ids: list[int], freeze
 def test_words_and_bytes_of_a_fallback(text: str, freeze: int) -> None:
     """A tokenizer that writes unknown characters as bytes, which are characters only where a whole run of them is."""
     ids = BYTES_TOO(text, add_special_tokens=False)["input_ids"]
-    made = Detokeniser(BYTES_TOO, freeze=freeze)
+    made = Detokenizer(BYTES_TOO, freeze=freeze)
     pieces = [*(made.add(i) for i in ids), made.flush()]
     assert "".join(pieces) == text and not any("\ufffd" in p for p in pieces)
 
@@ -77,7 +77,7 @@ def test_a_continued_text_keeps_its_first_space() -> None:
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
-    alone, continued = Detokeniser(tokenizer), Detokeniser(tokenizer, [1])
+    alone, continued = Detokenizer(tokenizer), Detokenizer(tokenizer, [1])
     assert [alone.add(2), alone.add(3), alone.add(1)] == ["day", "s", " good"]
     assert [continued.add(2), continued.add(3), continued.add(1)] == [" day", "s", " good"]
 

@@ -18,13 +18,12 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from talking import random_folder, serving, voice_of, writer_folder
+from serving import model_of, random_folder, serving, writer_folder
 
 from penchant.cli import main
 from penchant.judges import JudgeOptions, Question, load_judge
 from penchant.rollout.generate import sample
-from penchant.talk.styles import STYLES
-from penchant.talk.voice import Voice
+from penchant.serve.model import STYLES, ChatModel
 from penchant.types import Message
 
 pytest.importorskip("uvicorn")
@@ -35,13 +34,13 @@ KEY = "a-long-random-text"
 
 
 @pytest.fixture(scope="module")
-def voice(tmp_path_factory: pytest.TempPathFactory) -> Voice:
-    return voice_of(random_folder(tmp_path_factory.mktemp("model")), otherwise="transcript")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
+    return model_of(random_folder(tmp_path_factory.mktemp("model")), otherwise="transcript")
 
 
 @pytest.fixture(scope="module")
-def server(voice: Voice) -> Iterator[Any]:
-    with serving(voice, max_tokens=3000, body=100_000) as made:
+def server(chat_model: ChatModel) -> Iterator[Any]:
+    with serving(chat_model, max_tokens=3000, body=100_000) as made:
         yield made
 
 
@@ -67,13 +66,15 @@ def _text(client: Any, prompt: Any = "Hello", **options: Any) -> Any:
 # ---- answers ------------------------------------------------------------------------------------------------------------
 
 
-def test_chat_is_what_sample_gives(client: Any, voice: Voice) -> None:
-    prompt = voice.prompt_of([Message("system", "Be kind."), Message("user", "Hello")])
-    (rows,) = sample(voice.model, [prompt], n=2, max_new_tokens=24, seed=7, temperature=1.3, top_p=0.9, eos_token_id=1)
+def test_chat_is_what_sample_gives(client: Any, chat_model: ChatModel) -> None:
+    prompt = chat_model.prompt_of([Message("system", "Be kind."), Message("user", "Hello")])
+    (rows,) = sample(
+        chat_model.model, [prompt], n=2, max_new_tokens=24, seed=7, temperature=1.3, top_p=0.9, eos_token_id=1
+    )
     messages = [{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]}]
     reply = _chat(client, messages=[*messages, *HELLO], n=2, temperature=1.3, top_p=0.9)
     assert [c.message.content for c in reply.choices] == [
-        voice.tokenizer.decode(r.ids, skip_special_tokens=True) for r in rows
+        chat_model.tokenizer.decode(r.ids, skip_special_tokens=True) for r in rows
     ]
     assert [c.finish_reason for c in reply.choices] == ["stop" if r.finished else "length" for r in rows]
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(prompt), sum(len(r.ids) for r in rows))
@@ -101,10 +102,10 @@ def test_a_stream_is_the_whole_in_pieces(client: Any, options: dict[str, Any]) -
     assert all(c.usage is None and c.choices for c in without)
 
 
-def test_completions_continue_texts(client: Any, voice: Voice) -> None:
-    ids = voice.encode("Hello")
-    ((row,),) = sample(voice.model, [ids], max_new_tokens=24, seed=7, eos_token_id=1)
-    expected = voice.tokenizer.decode(row.ids, skip_special_tokens=True)
+def test_completions_continue_texts(client: Any, chat_model: ChatModel) -> None:
+    ids = chat_model.encode("Hello")
+    ((row,),) = sample(chat_model.model, [ids], max_new_tokens=24, seed=7, eos_token_id=1)
+    expected = chat_model.tokenizer.decode(row.ids, skip_special_tokens=True)
     reply = _text(client)
     assert reply.choices[0].text == expected and reply.object == "text_completion"
     assert _text(client, ids).choices[0].text == expected
@@ -116,7 +117,7 @@ def test_completions_continue_texts(client: Any, voice: Voice) -> None:
         and texts[0] == expected
         and texts[2:4] == [c.text for c in _text(client, "Good bye", n=2).choices]
     )
-    assert several.usage.prompt_tokens == 2 * len(ids) + len(voice.encode("Good bye"))
+    assert several.usage.prompt_tokens == 2 * len(ids) + len(chat_model.encode("Good bye"))
     assert [c.text for c in _text(client, [ids, ids]).choices] == [expected] * 2
     streamed = ["", "", ""]
     for chunk in _text(client, ["Hello", "Good bye", "Hello"], stream=True):
@@ -134,21 +135,23 @@ def test_seeds(client: Any) -> None:
     assert len(unseeded) == 3
 
 
-def test_log_probs_are_the_models(client: Any, voice: Voice) -> None:
-    prompt = voice.prompt_of([Message("user", "Hello")])
+def test_log_probs_are_the_models(client: Any, chat_model: ChatModel) -> None:
+    prompt = chat_model.prompt_of([Message("user", "Hello")])
     content = _chat(client, logprobs=True, top_logprobs=4, temperature=0.5).choices[0].logprobs.content
-    ((row,),) = sample(voice.model, [prompt], max_new_tokens=24, seed=7, temperature=0.5, eos_token_id=1)
+    ((row,),) = sample(chat_model.model, [prompt], max_new_tokens=24, seed=7, temperature=0.5, eos_token_id=1)
     ids = [i for i in row.ids if i != 1]
     assert len(content) == len(ids)
     with torch.no_grad():
-        logps = voice.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logps = chat_model.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     for told, token, row_logps in zip(content, ids, logps, strict=True):
         assert told.logprob == pytest.approx(float(row_logps[token]), abs=1e-4)
         values, tokens = row_logps.topk(4)
         assert [t.logprob for t in told.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
-        assert [t.token for t in told.top_logprobs] == [voice.tokenizer.decode([t]) for t in tokens.tolist()]
-    assert b"".join(bytes(t.bytes) for t in content).decode("utf-8", "replace") == voice.tokenizer.decode(ids)
-    legacy = _text(client, voice.prompt_of([Message("user", "Hello")]), logprobs=2, temperature=0.5).choices[0].logprobs
+        assert [t.token for t in told.top_logprobs] == [chat_model.tokenizer.decode([t]) for t in tokens.tolist()]
+    assert b"".join(bytes(t.bytes) for t in content).decode("utf-8", "replace") == chat_model.tokenizer.decode(ids)
+    legacy = (
+        _text(client, chat_model.prompt_of([Message("user", "Hello")]), logprobs=2, temperature=0.5).choices[0].logprobs
+    )
     assert legacy.token_logprobs == pytest.approx([t.logprob for t in content], abs=1e-4)
     assert legacy.text_offset[0] == 0 and legacy.text_offset == sorted(legacy.text_offset)
     assert all(1 <= len(t) <= 2 for t in legacy.top_logprobs)
@@ -166,7 +169,7 @@ TEXT = "é€😀Thequickfox"
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A model that says TEXT to everything, a byte a token."""
-    with serving(voice_of(writer_folder(tmp_path_factory.mktemp("writer"), TEXT))) as made:
+    with serving(model_of(writer_folder(tmp_path_factory.mktemp("writer"), TEXT))) as made:
         yield _client(made)
 
 
@@ -195,9 +198,9 @@ def test_an_answer_that_is_cut(writer: Any) -> None:
 
 def test_without_a_chat_template_messages_are_a_transcript(tmp_path: Path) -> None:
     folder = writer_folder(tmp_path, "Yes!", after=":", chat=False)
-    with serving(voice_of(folder, otherwise="transcript")) as server:
+    with serving(model_of(folder, otherwise="transcript")) as server:
         assert _chat(_client(server)).choices[0].message.content == "Yes!"
-    assert voice_of(folder, otherwise="transcript").style is STYLES["transcript"]
+    assert model_of(folder, otherwise="transcript").style is STYLES["transcript"]
 
 
 def test_requests_at_once_give_what_they_give_alone(client: Any) -> None:
@@ -336,8 +339,8 @@ def test_names_of_other_machines_and_other_pages(server: Any) -> None:
 # ---- keys, time, people who leave ----------------------------------------------------------------------------------------
 
 
-def test_a_key(voice: Voice) -> None:
-    with serving(voice, key=KEY) as server:
+def test_a_key(chat_model: ChatModel) -> None:
+    with serving(chat_model, key=KEY) as server:
         assert _chat(_client(server, KEY), max_tokens=2).usage.completion_tokens <= 2
         for wrong in ("no", KEY[:-1], KEY + "x", "é"):
             status, headers, body = _raw(server, "GET", "/v1/models", Authorization=f"Bearer {wrong}")
@@ -364,14 +367,14 @@ def _until_idle(server: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> Voice:
-    """A voice that never ends by itself."""
-    made = voice_of(random_folder(tmp_path_factory.mktemp("endless"), seed=3, context=100_000))
-    made.ends = frozenset()
+def endless(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
+    """A chat_model that never ends by itself."""
+    made = model_of(random_folder(tmp_path_factory.mktemp("endless"), seed=3, context=100_000))
+    made.eos_token_ids = frozenset()
     return made
 
 
-def test_a_client_that_leaves_ends_its_answer(endless: Voice) -> None:
+def test_a_client_that_leaves_ends_its_answer(endless: ChatModel) -> None:
     with serving(endless, max_tokens=90_000) as server:
         client = _client(server)
         stream = _chat(client, stream=True, max_tokens=90_000)
@@ -391,7 +394,7 @@ def test_a_client_that_leaves_ends_its_answer(endless: Voice) -> None:
         _until_idle(server)
 
 
-def test_more_than_may_wait_are_turned_away_and_a_short_one_is_not_kept_waiting(endless: Voice) -> None:
+def test_more_than_may_wait_are_turned_away_and_a_short_one_is_not_kept_waiting(endless: ChatModel) -> None:
     with serving(endless, max_tokens=90_000, at_once=2, waiting=1) as server:
         client = _client(server)
         long = _chat(client, stream=True, max_tokens=90_000)
@@ -406,7 +409,7 @@ def test_more_than_may_wait_are_turned_away_and_a_short_one_is_not_kept_waiting(
         _until_idle(server)
 
 
-def test_time_runs_out(endless: Voice) -> None:
+def test_time_runs_out(endless: ChatModel) -> None:
     with serving(endless, max_tokens=90_000, seconds=0.5) as server:
         with pytest.raises(openai.InternalServerError) as caught:
             _chat(_client(server), max_tokens=90_000)
@@ -416,8 +419,8 @@ def test_time_runs_out(endless: Voice) -> None:
         _until_idle(server)
 
 
-def test_a_body_that_never_comes(voice: Voice) -> None:
-    with serving(voice, body_seconds=0.3) as server:
+def test_a_body_that_never_comes(chat_model: ChatModel) -> None:
+    with serving(chat_model, body_seconds=0.3) as server:
         parts = urlsplit(server.url)
         with socket.create_connection((parts.hostname, parts.port), timeout=10) as sock:
             head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -426,13 +429,13 @@ def test_a_body_that_never_comes(voice: Voice) -> None:
 
 
 def test_a_failure_of_the_model_is_one_requests_own(client: Any, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from penchant.talk import app
+    from penchant.serve import app
 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a secret of the machine")
 
     with monkeypatch.context() as patch:
-        patch.setattr(app, "Answers", broken)
+        patch.setattr(app, "Completions", broken)
         with pytest.raises(openai.InternalServerError) as caught:
             _chat(client)
         assert "secret" not in str(caught.value)
@@ -440,7 +443,7 @@ def test_a_failure_of_the_model_is_one_requests_own(client: Any, server: Any, mo
 
 
 def test_a_template_that_refuses(tmp_path: Path) -> None:
-    made = voice_of(random_folder(tmp_path))
+    made = model_of(random_folder(tmp_path))
     made.tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
     with serving(made) as server, pytest.raises(openai.BadRequestError, match="no system turns"):
         _chat(_client(server))
@@ -451,7 +454,7 @@ def test_a_template_that_refuses(tmp_path: Path) -> None:
 
 def test_our_own_server_can_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "unused")
-    with serving(voice_of(writer_folder(tmp_path, "A")), name="judge") as server:
+    with serving(model_of(writer_folder(tmp_path, "A")), name="judge") as server:
         judge = load_judge(JudgeOptions(server.url, model="judge"))
         assert judge.check() is None
         assert judge.ask([Question("Tea?", "Yes.", "No."), Question("Tea?", "No.", "Yes.")]).values.tolist() == [
@@ -527,7 +530,7 @@ def test_a_server_without_uvicorn_says_what_to_install(
 
 
 def test_the_name_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from penchant.talk.server import served_name
+    from penchant.serve.server import served_name
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/first/checkpoints/step-5/model").mkdir(parents=True)

@@ -1,0 +1,547 @@
+"""The Starlette application of `penchant serve` and the model's thread, in which requests take turns token by token."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from penchant.judges.endpoint import is_local
+from penchant.serve import openai
+from penchant.serve.model import ChatModel, TemplateRefused
+from penchant.serve.openai import ApiError, ChatRequest, Prompt, Responses, TextRequest, Usage, invalid
+from penchant.serve.stream import Completions, Piece
+
+log = logging.getLogger("penchant.serve")
+CLIENT_GONE = 499  # as nginx logs it
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model's thread
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The prompt has been read."""
+
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """All completions of a prompt are written."""
+
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Something went wrong in this request; others go on."""
+
+    error: Exception
+
+
+Event = Started | Piece | Ended | Failed
+
+
+class Busy(Exception):
+    """As many requests are waiting as may."""
+
+
+class ShuttingDown(Exception):
+    """The server is shutting down."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One prompt.
+
+    Args:
+        start: reads the prompt; notify: called with every event. Both run in the model's thread. `cancel` ends the job without an event.
+    """
+
+    start: Callable[[], Completions]
+    notify: Callable[[Event], None]
+    completions: Completions | None = None
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def advance(self) -> bool:
+        """One step; whether there are more."""
+        if self.cancelled:
+            return False
+        try:
+            if self.completions is None:
+                self.completions = self.start()
+                self.notify(Started(len(self.completions.prompt)))
+            for piece in self.completions.step():
+                self.notify(piece)
+            if self.completions.done:
+                self.notify(Ended(self.completions.tokens))
+                return False
+        except Exception as error:  # one request's failure must not end the thread
+            self.notify(Failed(error))
+            return False
+        return True
+
+
+class Scheduler:
+    """The model's thread: prompts take turns, so each gets exactly what it would get alone.
+
+    Args:
+        at_once: prompts that take turns; waiting: prompts that wait for a turn.
+    """
+
+    def __init__(self, at_once: int = 4, waiting: int = 64) -> None:
+        self._at_once, self._max_waiting = at_once, waiting
+        self._active: list[Job] = []
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Take all jobs of a request.
+
+        Raises:
+            Busy: too many are waiting. ShuttingDown: none is taken any more.
+        """
+        with self._changed:
+            if self._closing:
+                raise ShuttingDown("the server is shutting down")
+            self._waiting = deque(j for j in self._waiting if not j.cancelled)
+            free = self._at_once - len(self._active) + self._max_waiting - len(self._waiting)
+            if len(jobs) > free:
+                raise Busy("too many requests are waiting; try again in a moment")
+            self._waiting.extend(jobs)
+            self._changed.notify()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """(active prompts, waiting prompts)."""
+        with self._changed:
+            return len(self._active), len(self._waiting)
+
+    def close(self, timeout: float = 30.0) -> None:
+        """End every request, and the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._closing or self._active or self._waiting):
+                    self._changed.wait()
+                if self._closing:
+                    left = [*self._active, *self._waiting]
+                    self._active, self._waiting = [], deque()
+                    break
+                while self._waiting and len(self._active) < self._at_once:
+                    self._active.append(self._waiting.popleft())
+                turn = list(self._active)
+            going = [job for job in turn if job.advance()]
+            with self._changed:
+                self._active = going
+        for job in left:
+            with suppress(Exception):  # whoever listened may be gone
+                job.notify(Failed(ShuttingDown("the server is shutting down")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HTTP
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask of the server.
+
+    Args:
+        max_tokens: of one completion; body: bytes; body_seconds: for a body to arrive; seconds: from the request to the last token.
+    """
+
+    max_tokens: int = 4096
+    body: int = 4 << 20
+    body_seconds: float = 30.0
+    seconds: float = 600.0
+
+
+@dataclass
+class App:
+    """A model over HTTP.
+
+    Args:
+        chat_model: the model; name: under which it is served; key: that every request must bring, None: none.
+        local: bound to this machine alone, so that only its own names are answered (a page of another site could otherwise have its
+            name point here).
+    """
+
+    chat_model: ChatModel
+    name: str
+    scheduler: Scheduler
+    key: str | None = field(default=None, repr=False)
+    local: bool = True
+    limits: Limits = field(default_factory=Limits)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        routes = [
+            Route("/health", self._health),
+            Route("/healthz", self._health),
+            Route("/v1/models", self._list),
+            Route("/v1/models/{name:path}", self._retrieve),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._text, methods=["POST"]),
+        ]
+        handlers: Any = {ApiError: _refuse, HTTPException: _no_route, ClientDisconnect: _gone}
+        self._starlette = Starlette(routes=routes, exception_handlers=handlers)
+        self._starlette.router.redirect_slashes = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check who asks, answer, and write a line to the log that holds no text of the client's."""
+        if scope["type"] != "http":
+            raise RuntimeError("only HTTP is served")
+        began, status = time.perf_counter(), 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers.update({"cache-control": "no-store", "x-content-type-options": "nosniff"})
+                if status >= 400:
+                    headers["connection"] = "close"
+            await send(message)
+
+        scope.setdefault("state", {})
+        try:
+            refused = self._refusal(Headers(scope=scope), scope["path"])
+            if refused is None:
+                await self._starlette(scope, receive, send_with_headers)
+            else:
+                await _response(refused)(scope, receive, send_with_headers)
+        except Exception:
+            log.exception("a request failed")
+            if not status:
+                error = ApiError(500, "something went wrong in the server", kind="server_error")
+                await _response(error)(scope, receive, send_with_headers)
+        known = scope["path"] if scope["path"] in PATHS else "/v1/models" if _is_model(scope["path"]) else "(unknown)"
+        status = scope["state"].get("status", status)
+        log.info("%s %s %d %.1f s", scope["method"], known, status, time.perf_counter() - began)
+
+    def _refusal(self, headers: Headers, path: str) -> ApiError | None:
+        """Why this request is not answered at all."""
+        try:
+            known = not self.local or is_local("http://" + headers.get("host", ""))
+        except ValueError:  # not a host at all
+            known = False
+        if not known:
+            return ApiError(403, "this server only answers to names of this machine", code="wrong_host")
+        if self.key is None or path in ("/health", "/healthz"):
+            return None
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.key.encode()):
+            return None
+        return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    # ---- endpoints --------------------------------------------------------------------------------------------------
+
+    async def _health(self, _: Request) -> Response:
+        active, waiting = self.scheduler.load
+        return JSONResponse({"status": "ok", "active": active, "waiting": waiting})
+
+    async def _list(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def _retrieve(self, request: Request) -> Response:
+        self._check_name(request.path_params["name"], None)
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "penchant"}
+
+    def _check_name(self, name: str, param: str | None) -> None:
+        if name != self.name:
+            what = f"there is no model {name[:80]!r} here, only {self.name!r}"
+            raise ApiError(404, what, param=param, code="model_not_found")
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._complete(request, ChatRequest)
+
+    async def _text(self, request: Request) -> Response:
+        return await self._complete(request, TextRequest)
+
+    async def _complete(self, request: Request, kind: type[openai.Request]) -> Response:
+        """Either endpoint that generates."""
+        params = openai.read_request(kind, await _body(request, self.limits))
+        self._check_name(params.model, "model")
+        if params.max_new_tokens is not None and params.max_new_tokens > self.limits.max_tokens:
+            raise invalid("max_tokens", f"this server writes {self.limits.max_tokens} tokens at most")
+        responses = Responses(params, self.chat_model, self.name)
+        running = _Running(self, params, request)
+        if not params.stream:
+            with running:
+                return await _whole(params, responses, running)
+        try:
+            first = await anext(running.events)  # before the status goes out: a prompt that is refused is a 400
+        except BaseException:
+            running.close()
+            raise
+        return _EventStream(_stream(params, responses, running, first, request), running)
+
+    def completions(self, params: openai.Request, prompt: Prompt) -> Completions:
+        """Read one prompt; called in the model's thread.
+
+        Raises:
+            ApiError: it cannot be used, or leaves no room.
+        """
+        model = self.chat_model
+        ids, continued = _token_ids(model, prompt)
+        room = model.context - len(ids)
+        if room < 1:
+            what = f"the prompt has {len(ids)} tokens and the model's context is {model.context}"
+            raise ApiError(400, what, param="prompt" if continued else "messages", code="context_length_exceeded")
+        most = min(room, params.max_new_tokens or self.limits.max_tokens)
+        stops = [*params.stop, *(() if continued else model.style.stops)]
+        return Completions(model, ids, params.sampling(most), stops, continued=continued)
+
+
+PATHS = ("/health", "/healthz", "/v1/models", "/v1/chat/completions", "/v1/completions")
+
+
+def _is_model(path: str) -> bool:
+    return path.startswith("/v1/models/")
+
+
+def _token_ids(model: ChatModel, prompt: Prompt) -> tuple[list[int], bool]:
+    """(token ids, whether a text is continued rather than messages answered)."""
+    if isinstance(prompt, str):
+        return model.encode(prompt), True
+    ids = [i for i in prompt if isinstance(i, int)]
+    if not ids:
+        try:
+            return model.prompt_of([m for m in prompt if not isinstance(m, int)]), False
+        except TemplateRefused as error:
+            raise invalid("messages", str(error)) from error
+    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    if not all(0 <= i < vocabulary for i in ids):
+        raise invalid("prompt", f"holds a token id that is not within 0 and {vocabulary - 1}")
+    return ids, True
+
+
+async def _body(request: Request, limits: Limits) -> bytes:
+    """The whole body.
+
+    Raises:
+        ApiError: it is not JSON by its header, too large or too slow. ClientDisconnect: the client went away.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a page of another site may send other kinds here without asking
+        raise ApiError(415, "send content-type: application/json", code="unsupported_media_type")
+    too_large = ApiError(413, f"the body is larger than {limits.body} bytes", code="request_too_large")
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length[:20]) > limits.body:
+        raise too_large
+    data = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > limits.body:
+                    raise too_large
+    except TimeoutError as error:
+        what = f"the body took longer than {limits.body_seconds:g} seconds"
+        raise ApiError(408, what, code="timeout") from error
+    return bytes(data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# completions under way
+
+
+class _Running:
+    """The jobs of one request, and what they report until the last has ended.
+
+    Raises:
+        ApiError: too many requests are waiting, or the server is shutting down.
+    """
+
+    def __init__(self, app: App, params: openai.Request, request: Request) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._seconds = app.limits.seconds
+        self._jobs = [self._job(app, params, prompt, i) for i, prompt in enumerate(params.prompts)]
+        self.usage = Usage(prompt_tokens=0, completion_tokens=0, total_tokens=0)
+        try:
+            app.scheduler.submit(self._jobs)
+        except (Busy, ShuttingDown) as error:
+            raise _as_api_error(error) from error
+        self._gone = asyncio.create_task(_wait_until_gone(request))
+        self.events = self._read()
+
+    def _job(self, app: App, params: openai.Request, prompt: Prompt, number: int) -> Job:
+        def notify(event: Event) -> None:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
+
+        return Job(lambda: app.completions(params, prompt), notify)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nobody waits for the rest."""
+        self._gone.cancel()
+        for job in self._jobs:
+            job.cancel()
+
+    async def _read(self) -> AsyncIterator[tuple[int, Event]]:
+        """(number of the prompt, event).
+
+        Raises:
+            ApiError: a job failed, or time is up. ClientDisconnect: the client went away.
+        """
+        deadline, left = self._loop.time() + self._seconds, len(self._jobs)
+        while left:
+            waiting = asyncio.ensure_future(self._queue.get())
+            seconds = max(0.0, deadline - self._loop.time())
+            await asyncio.wait({waiting, self._gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if self._gone.done() or not waiting.done():
+                waiting.cancel()
+                if self._gone.done():
+                    raise ClientDisconnect
+                what = f"the answer took longer than {self._seconds:g} seconds"
+                raise ApiError(503, what, code="timeout", kind="server_error")
+            number, event = waiting.result()
+            if isinstance(event, Failed):
+                raise _as_api_error(event.error) from event.error
+            self._count(event)
+            left -= isinstance(event, Ended)
+            yield number, event
+
+    def _count(self, event: Event) -> None:
+        usage = self.usage
+        usage.prompt_tokens += event.prompt_tokens if isinstance(event, Started) else 0
+        usage.completion_tokens += event.tokens if isinstance(event, Ended) else 0
+        usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
+
+
+async def _wait_until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _whole(params: openai.Request, responses: Responses, running: _Running) -> Response:
+    pieces: list[list[Piece]] = [[] for _ in range(params.n * len(params.prompts))]
+    async for number, event in running.events:
+        if isinstance(event, Piece):
+            pieces[number * params.n + event.row].append(event)
+    return Response(responses.whole(pieces, running.usage).to_json(), media_type="application/json")
+
+
+async def _stream(
+    params: openai.Request, responses: Responses, running: _Running, first: tuple[int, Event], request: Request
+) -> AsyncIterator[str]:
+    """Server-sent events; an error after the first one is the last event."""
+
+    def chunks(number: int, event: Event) -> list[openai.Response | None]:
+        if isinstance(event, Started):
+            return [responses.first(number * params.n + row) for row in range(params.n)]
+        return [responses.chunk(number * params.n + event.row, event)] if isinstance(event, Piece) else []
+
+    try:
+        for chunk in chunks(*first):
+            if chunk is not None:
+                yield _data(chunk.to_json())
+        async for number, event in running.events:
+            for chunk in chunks(number, event):
+                if chunk is not None:
+                    yield _data(chunk.to_json())
+        usage = responses.last(running.usage)
+        if usage is not None:
+            yield _data(usage.to_json())
+        yield _data("[DONE]")
+    except ClientDisconnect:
+        request.state.status = CLIENT_GONE
+    except ApiError as error:
+        request.state.status = error.status
+        yield _data(json.dumps(error.body))
+
+
+def _data(text: str) -> str:
+    return f"data: {text}\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events, after which the request's jobs end however the connection did."""
+
+    def __init__(self, events: AsyncIterator[str], running: _Running) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._running = running
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._running:
+            await super().__call__(scope, receive, send)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# errors
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, Busy):
+        return ApiError(429, str(error), code="rate_limit_exceeded", kind="rate_limit_error")
+    if isinstance(error, ShuttingDown):
+        return ApiError(503, str(error), code="shutting_down", kind="server_error")
+    log.error("a completion failed", exc_info=error)
+    return ApiError(500, "the model failed at this request", kind="server_error")
+
+
+def _response(error: ApiError) -> Response:
+    headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
+    return JSONResponse(error.body, error.status, headers)
+
+
+async def _refuse(_: Request, error: ApiError) -> Response:
+    return _response(error)
+
+
+async def _no_route(request: Request, error: HTTPException) -> Response:
+    if error.status_code == 405:
+        what = f"{request.method[:20]} is not allowed for this path"
+        return _response(ApiError(405, what, code="method_not_allowed"))
+    return _response(ApiError(404, f"there is no {request.url.path[:80]}", code="not_found"))
+
+
+async def _gone(_: Request, __: ClientDisconnect) -> Response:
+    return Response(status_code=CLIENT_GONE)  # nobody reads it, but the log does

@@ -1,0 +1,452 @@
+"""OpenAI's requests, answers and errors as pydantic models. A parameter that would change the answer and is not supported is refused."""
+
+from __future__ import annotations
+
+import difflib
+import secrets
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from penchant.serve.model import ChatModel
+from penchant.serve.stream import Piece, Sampling, ShownToken, token_bytes, token_text
+from penchant.types import Message
+
+MAX_COMPLETIONS = 32  # of a request, over all its prompts
+MAX_STOPS = 16
+MAX_TOP_LOGPROBS = 20
+TEXT_MAX_TOKENS = 16  # the default of /v1/completions
+
+Prompt = tuple[Message, ...] | str | tuple[int, ...]
+
+
+class ApiError(Exception):
+    """A refusal in OpenAI's shape.
+
+    Args:
+        param: the parameter that is wrong; code: a word for programs.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = "invalid_request_error",
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def invalid(param: str, what: str, code: str | None = None) -> ApiError:
+    """A parameter that cannot be used as it is."""
+    return ApiError(400, f"{param}: {what}", param=param, code=code or "invalid_value")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# requests
+
+
+def _only(*allowed: Any) -> AfterValidator:
+    """A parameter that this server does not support: only values that change nothing are accepted."""
+
+    def check(value: Any) -> Any:
+        if not any(type(value) is type(a) and value == a for a in allowed):
+            raise PydanticCustomError("unsupported_parameter", "is not supported by this server")
+        return value
+
+    return AfterValidator(check)
+
+
+class _Input(BaseModel):
+    """JSON types are not converted, and null is the same as leaving a parameter out."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: v for k, v in value.items() if v is not None or k not in cls.model_fields}
+
+
+class StreamOptions(_Input):
+    include_usage: bool = False
+    include_obfuscation: Annotated[Any, _only(False)] = False
+
+
+class TextPart(_Input):
+    type: Literal["text"]
+    text: str
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _text_part(part: Any) -> Any:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        raise PydanticCustomError("part_type", "must be of type text: this server reads nothing else")
+    return part
+
+
+class ChatMessage(_Input):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        list[Annotated[TextPart, BeforeValidator(_text_part)]], BeforeValidator(_as_parts), Field(min_length=1)
+    ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_extras(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: v for k, v in value.items() if k in cls.model_fields or v not in (None, [], "")}
+
+    @property
+    def message(self) -> Message:
+        role = "system" if self.role == "developer" else self.role
+        return Message(role, "".join(part.text for part in self.content))
+
+
+def _as_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class Request(_Input):
+    """The parameters that both endpoints take."""
+
+    default_max_tokens: ClassVar[int | None] = None
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    n: Annotated[int, Field(ge=1, le=MAX_COMPLETIONS)] = 1
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1, default_factory=lambda: secrets.randbits(63))]
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list), Field(max_length=MAX_STOPS)
+    ] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    max_tokens: Count | None = None
+    logit_bias: Annotated[Any, _only({})] = None
+    store: Annotated[Any, _only(False)] = None
+    # these say who asks or how an answer is kept, and change no answer
+    user: Any = None
+    metadata: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> Self:
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise invalid("stream_options", "goes with stream: true only")
+        return self
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """What is completed, each prompt `n` times."""
+        raise NotImplementedError
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """Tokens of each completion that were asked for; None: as many as fit."""
+        return self.max_tokens or self.default_max_tokens
+
+    @property
+    def logprob_count(self) -> int | None:
+        """Likeliest tokens to report beside each token; None: no log-probs."""
+        raise NotImplementedError
+
+    def sampling(self, max_new_tokens: int) -> Sampling:
+        """The same draws for each prompt of the request."""
+        return Sampling(
+            max_new_tokens,
+            n=self.n,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed % 2**64,
+            presence=self.presence_penalty,
+            frequency=self.frequency_penalty,
+            top_logprobs=self.logprob_count,
+        )
+
+
+class ChatRequest(Request):
+    """/v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
+    tools: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    functions: Annotated[Any, _only([])] = None
+    function_call: Annotated[Any, _only("none", "auto")] = None
+    parallel_tool_calls: Any = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    modalities: Annotated[Any, _only(["text"])] = None
+    service_tier: Annotated[Any, _only("auto", "default")] = None
+    reasoning_effort: Annotated[Any, _only("none")] = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if "top_logprobs" in self.model_fields_set and not self.logprobs:
+            raise invalid("top_logprobs", "goes with logprobs: true only")
+        if self.max_tokens and self.max_completion_tokens:
+            raise invalid("max_tokens", "is given together with max_completion_tokens; keep one")
+        return self
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [tuple(m.message for m in self.messages)]
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def logprob_count(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+
+TokenIds = Annotated[list[int], Field(min_length=1)]
+
+
+class TextRequest(Request):
+    """/v1/completions."""
+
+    default_max_tokens = TEXT_MAX_TOKENS
+
+    prompt: str | Annotated[list[str], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: Annotated[Any, _only(False)] = None
+    best_of: Annotated[Any, _only(1)] = None
+    suffix: Annotated[Any, _only("")] = None
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> Self:
+        if len(self.prompts) * self.n > MAX_COMPLETIONS:
+            raise invalid("prompt", f"asks for more than {MAX_COMPLETIONS} answers in one request")
+        return self
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        given: Any = self.prompt
+        several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+        return [p if isinstance(p, str) else tuple(p) for p in several]
+
+    @property
+    def logprob_count(self) -> int | None:
+        return self.logprobs
+
+
+CODES = {
+    "json_invalid": "invalid_json",
+    "missing": "missing_required_parameter",
+    "too_short": "missing_required_parameter",
+    "extra_forbidden": "unsupported_parameter",
+    "unsupported_parameter": "unsupported_parameter",
+}
+SHAPES = {  # where pydantic's words would be of one of several shapes
+    "prompt": "must be a string, token ids, or a list of either, and not empty",
+    "stop": f"must be a string or a list of at most {MAX_STOPS} strings, none of them empty",
+}
+
+
+def read_request(kind: type[Request], body: bytes) -> Request:
+    """The request in a body.
+
+    Raises:
+        ApiError: the body is not JSON, or a parameter cannot be used; the first one is named.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    location, what, code = first["loc"], first["msg"], CODES.get(first["type"], "invalid_value")
+    if not location:
+        raise ApiError(400, f"the body is not a JSON object ({what})", code="invalid_json")
+    name = str(location[0])
+    if name in ("messages", "stream_options"):  # elsewhere the rest is an index or the branch of a union
+        name += "".join(f"[{p}]" if isinstance(p, int) else f".{p[:80]}" for p in location[1:])
+    elif name in SHAPES:
+        what = SHAPES[name]
+    elif code == "unsupported_parameter" and name not in kind.model_fields:
+        near = difflib.get_close_matches(name, kind.model_fields, 1)
+        what = "is not known to this server" + (f'; did you mean "{near[0]}"?' if near else "")
+    raise invalid(name[:160], what, code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# responses: only fields that were set are sent, so that OpenAI's nulls are written and its absent keys are not
+
+
+class Logprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(Logprob):
+    top_logprobs: list[Logprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class TextLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    """One completion or a piece of it: `message` or `delta` of a chat, `text` of a text."""
+
+    index: int
+    message: AnswerMessage | None = None
+    delta: AnswerMessage | None = None
+    text: str | None = None
+    logprobs: ChatLogprobs | TextLogprobs | None
+    finish_reason: str | None
+
+
+class Usage(BaseModel):
+    """Tokens of all prompts and of all completions, end tokens included."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Response(BaseModel):
+    """A whole response, or one chunk of a stream."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: None
+    choices: list[Choice]
+    usage: Usage | None = None
+
+    def to_json(self) -> str:
+        return self.model_dump_json(exclude_unset=True)
+
+
+class Responses:
+    """The responses to one request: what they have in common, and the shape of its endpoint.
+
+    Args:
+        name: under which the model is served.
+    """
+
+    def __init__(self, request: Request, chat_model: ChatModel, name: str) -> None:
+        self._chat = isinstance(request, ChatRequest)
+        self._with_logprobs = request.logprob_count is not None
+        self._with_usage = request.stream_options.include_usage
+        self._tokenizer = chat_model.tokenizer
+        self._name, self._created = name, int(time.time())
+        self._id = ("chatcmpl-" if self._chat else "cmpl-") + uuid.uuid4().hex
+
+    def whole(self, completions: Sequence[Sequence[Piece]], usage: Usage) -> Response:
+        """The response that is not streamed; each completion is given as its pieces."""
+        choices = []
+        for index, pieces in enumerate(completions):
+            text, tokens = "".join(p.text for p in pieces), [t for p in pieces for t in p.tokens]
+            choices.append(self._choice(index, text, tokens, pieces[-1].finish, whole=True))
+        return self._response(choices, "chat.completion", usage=usage)
+
+    def first(self, index: int) -> Response | None:
+        """The chunk of a stream that opens a completion, where the endpoint has one."""
+        if not self._chat:
+            return None
+        delta = AnswerMessage(role="assistant", content="", refusal=None)
+        return self._chunk([Choice(index=index, delta=delta, logprobs=None, finish_reason=None)])
+
+    def chunk(self, index: int, piece: Piece) -> Response:
+        """A piece of one completion."""
+        return self._chunk([self._choice(index, piece.text, piece.tokens, piece.finish, whole=False)])
+
+    def last(self, usage: Usage) -> Response | None:
+        """The chunk with the usage, where it was asked for."""
+        return self._response([], "chat.completion.chunk", usage=usage) if self._with_usage else None
+
+    def _chunk(self, choices: list[Choice]) -> Response:
+        return self._response(choices, "chat.completion.chunk", **({"usage": None} if self._with_usage else {}))
+
+    def _response(self, choices: list[Choice], chat_object: str, **usage: Any) -> Response:
+        return Response(
+            id=self._id,
+            object=chat_object if self._chat else "text_completion",
+            created=self._created,
+            model=self._name,
+            system_fingerprint=None,
+            choices=choices,
+            **usage,
+        )
+
+    def _choice(self, index: int, text: str, tokens: Sequence[ShownToken], finish: str | None, whole: bool) -> Choice:
+        content: dict[str, Any] = {"text": text}
+        logprobs: ChatLogprobs | TextLogprobs | None = None
+        if self._chat and whole:
+            content = {"message": AnswerMessage(role="assistant", content=text, refusal=None)}
+        elif self._chat:
+            content = {"delta": AnswerMessage(content=text) if text or tokens else AnswerMessage()}
+        if self._with_logprobs:
+            logprobs = self._chat_logprobs(tokens) if self._chat else self._text_logprobs(tokens)
+        return Choice(index=index, **content, logprobs=logprobs, finish_reason=finish)
+
+    def _chat_logprobs(self, tokens: Sequence[ShownToken]) -> ChatLogprobs:
+        content = [
+            TokenLogprob(
+                **self._logprob(t.sampled.token, t.sampled.logp),
+                top_logprobs=[Logprob(**self._logprob(*other)) for other in t.sampled.likeliest],
+            )
+            for t in tokens
+        ]
+        return ChatLogprobs(content=content, refusal=None)
+
+    def _logprob(self, token: int, logp: float) -> dict[str, Any]:
+        return {
+            "token": token_text(self._tokenizer, token),
+            "logprob": logp,
+            "bytes": token_bytes(self._tokenizer, token),
+        }
+
+    def _text_logprobs(self, tokens: Sequence[ShownToken]) -> TextLogprobs:
+        top: list[dict[str, float]] = [{} for _ in tokens]
+        for likeliest, t in zip(top, tokens, strict=True):
+            for token, logp in t.sampled.likeliest:  # half characters look alike: the likeliest of them is kept
+                likeliest.setdefault(token_text(self._tokenizer, token), logp)
+        return TextLogprobs(
+            tokens=[token_text(self._tokenizer, t.sampled.token) for t in tokens],
+            token_logprobs=[t.sampled.logp for t in tokens],
+            top_logprobs=top,
+            text_offset=[t.start for t in tokens],
+        )

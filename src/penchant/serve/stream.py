@@ -1,0 +1,439 @@
+"""Completions of one prompt as they are written: sampled tokens, then their text. The tokens are those that `rollout.generate.sample` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penchant.models.fast_decode import FastDecoder, can_decode_fast
+from penchant.rollout.draw import draw, row_uniforms
+from penchant.serve.model import ChatModel
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are drawn.
+
+    Args:
+        max_new_tokens: of each answer; n: answers; temperature 0: the likeliest token; top_k 0: all tokens.
+        seed, turn, attempt: the draws are a function of these three and of the answer's number, and of nothing else.
+        presence, frequency: taken off the logit of a token that the answer holds already: once, and once for each time.
+        top_logprobs: likeliest tokens that are told beside each drawn one; None: no log-probs at all.
+    """
+
+    max_new_tokens: int
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    turn: int = 0
+    attempt: int = 0
+    presence: float = 0.0
+    frequency: float = 0.0
+    top_logprobs: int | None = None
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.presence != 0.0 or self.frequency != 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One token of one answer.
+
+    Args:
+        row: the answer's number; logp: of the token under the model's own softmax, before temperature, penalties, top-k and top-p.
+        likeliest: (token, log-prob), the likeliest first; ended: an end token; last: the answer has no further token.
+    """
+
+    row: int
+    token: int
+    logp: float
+    likeliest: tuple[tuple[int, float], ...]
+    ended: bool
+    last: bool
+
+
+class _Feed(Protocol):
+    """A model with the caches of one prompt."""
+
+    def first(self) -> Tensor:
+        """Logits after the prompt, (rows, V)."""
+        ...
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """Feed each row its last token; the logits (rows, V) of its next one."""
+        ...
+
+    def keep(self, going: Tensor) -> Tensor:
+        """Let the other rows go; where each row that stays now stood before."""
+        ...
+
+
+class _Packed:
+    """The packed decoder of models/fast_decode.py."""
+
+    def __init__(self, decoder: FastDecoder, prompt: Sequence[int], rows: int, new_tokens: int) -> None:
+        self._decoder = decoder.with_room(rows=rows, groups=1, prompt_tokens=len(prompt), new_tokens=new_tokens)
+        self._prompt, self._rows, self._age = list(prompt), rows, 0
+        self._lengths = torch.tensor([len(prompt)])
+
+    def first(self) -> Tensor:
+        return self._decoder.prefill([self._prompt], 0).repeat_interleave(self._rows, dim=0)
+
+    def next(self, tokens: Tensor) -> Tensor:
+        count = len(tokens)
+        ages = torch.full((count,), self._age, dtype=torch.int64)
+        self._age += 1
+        return self._decoder.step(tokens, torch.zeros(count, dtype=torch.int64), ages, self._lengths)
+
+    def keep(self, going: Tensor) -> Tensor:
+        stay = int(going.sum())
+        order = torch.arange(stay)
+        holes = (~going[:stay]).nonzero().squeeze(1)
+        order[holes] = going[stay:].nonzero().squeeze(1) + stay
+        if self._age:
+            self._decoder.move_rows(order[holes].tolist(), holes.tolist(), self._age)
+        return order
+
+
+class _Transformer:
+    """Any model of transformers, with its own cache."""
+
+    def __init__(self, model: Any, prompt: Sequence[int], rows: int) -> None:
+        self._model, self._prompt, self._rows = model, list(prompt), rows
+        self._device = next(model.parameters()).device
+        self._cache: Any = None
+        self._at = len(self._prompt)
+
+    def first(self) -> Tensor:
+        out = self._model(input_ids=torch.tensor([self._prompt], device=self._device), use_cache=True, logits_to_keep=1)
+        self._cache = out.past_key_values
+        if self._rows > 1:
+            self._cache.batch_repeat_interleave(self._rows)
+        logits: Tensor = out.logits[:, -1]
+        return logits.repeat_interleave(self._rows, dim=0)
+
+    def next(self, tokens: Tensor) -> Tensor:
+        position = torch.full((len(tokens), 1), self._at, device=self._device)
+        self._at += 1
+        out = self._model(
+            input_ids=tokens[:, None].to(self._device),
+            past_key_values=self._cache,
+            use_cache=True,
+            position_ids=position,
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def keep(self, going: Tensor) -> Tensor:
+        order = going.nonzero().squeeze(1)
+        self._cache.batch_select_indices(order.to(self._device))
+        return order
+
+
+class Stream:
+    """The answers to one prompt.
+
+    Args:
+        prompt: token ids, at least one; with `sampling.max_new_tokens` at most `chat_model.context` of them.
+    """
+
+    def __init__(self, chat_model: ChatModel, prompt: Sequence[int], sampling: Sampling) -> None:
+        self._ends, self._sampling = torch.tensor(sorted(chat_model.eos_token_ids), dtype=torch.int64), sampling
+        n, new_tokens = sampling.n, sampling.max_new_tokens
+        fast = chat_model.decoder if can_decode_fast(chat_model.model, len(prompt) + new_tokens) else None
+        self._feed: _Feed = (
+            _Transformer(chat_model.model, prompt, n) if fast is None else _Packed(fast, prompt, n, new_tokens)
+        )
+        self._rows = torch.arange(n)  # the answer that each living row writes
+        self._stopped: set[int] = set()
+        self._tokens: Tensor | None = None
+        self._counts: Tensor | None = None
+        self._step = 0
+        drawn = [row_uniforms(sampling.seed, sampling.turn, sampling.attempt + i, new_tokens) for i in range(n)]
+        self._uniforms = torch.from_numpy(np.stack(drawn))
+
+    @property
+    def done(self) -> bool:
+        return len(self._rows) == 0
+
+    def stop(self, row: int) -> None:
+        """Write no further token of an answer, once it has its first."""
+        self._stopped.add(row)
+
+    def step(self) -> list[SampledToken]:
+        """The next token of every answer that goes on."""
+        with torch.inference_mode():
+            if self._tokens is not None:
+                self._drop(torch.tensor([int(r) not in self._stopped for r in self._rows], dtype=torch.bool))
+            if self.done:
+                return []
+            logits = (self._feed.first() if self._tokens is None else self._feed.next(self._tokens)).cpu()
+            tokens = self._draw(logits)
+            ended = torch.isin(tokens, self._ends)
+            self._step += 1
+            last = ended | (self._step >= self._sampling.max_new_tokens)
+            logps, likeliest = self._log_probs(logits, tokens)
+            made = [
+                SampledToken(*values)
+                for values in zip(
+                    self._rows.tolist(), tokens.tolist(), logps, likeliest, ended.tolist(), last.tolist(), strict=True
+                )
+            ]
+            self._tokens = tokens
+            self._drop(~last)
+        return made
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        s = self._sampling
+        if s.has_penalties:
+            logits = logits.float()
+            if self._counts is None:
+                self._counts = torch.zeros(s.n, logits.shape[1])
+            counts = self._counts[self._rows]
+            logits = logits - s.frequency * counts - s.presence * (counts > 0)
+        uniforms = self._uniforms[self._rows, self._step]
+        tokens, _ = draw(logits, uniforms, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k)
+        if self._counts is not None:
+            self._counts[self._rows, tokens] += 1
+        return tokens
+
+    def _log_probs(self, logits: Tensor, tokens: Tensor) -> tuple[list[float], list[tuple[tuple[int, float], ...]]]:
+        count = self._sampling.top_logprobs
+        if count is None:
+            return [0.0] * len(tokens), [()] * len(tokens)
+        logps = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+        values, ids = logps.topk(min(count, logps.shape[1]), dim=-1)
+        likeliest = [tuple(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+        return logps.gather(1, tokens[:, None]).squeeze(1).tolist(), likeliest
+
+    def _drop(self, going: Tensor) -> None:
+        if bool(going.all()):
+            return
+        assert self._tokens is not None
+        order = self._feed.keep(going) if bool(going.any()) else going.nonzero().squeeze(1)
+        self._rows, self._tokens = self._rows[order], self._tokens[order]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokens to text
+
+BROKEN = "\ufffd"  # what bytes decode to that are no whole character yet
+CONTEXT = 8  # tokens of the prompt that are decoded along where text is continued
+
+
+class Detokenizer:
+    """The text of a growing list of tokens; the pieces joined are exactly what decoding all tokens at once gives.
+
+    Args:
+        before: the prompt's tokens where its text is continued: some tokenizers write a first token without its space.
+        freeze: tokens after which their text is settled and only the last few are decoded along with new ones.
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int] = (), freeze: int = 64) -> None:
+        self._tokenizer, self._freeze = tokenizer, freeze
+        self._before: list[int] = []
+        self._skip = ""
+        self._ids: list[int] = []
+        self._given = ""  # of the tokens in _ids
+        self._settle(list(before))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        # clean-up would take spaces away that an earlier piece has shown
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _settle(self, ids: list[int]) -> None:
+        """From here on these tokens' text is known."""
+        last = ids[-CONTEXT:]
+        skip = self._decode(last) if last else ""
+        if BROKEN not in skip:  # else a character may yet change
+            self._before, self._skip, self._ids, self._given = last, skip, [], ""
+
+    def _text(self) -> str:
+        """The text of the tokens in _ids, half characters as U+FFFD."""
+        return self._decode([*self._before, *self._ids])[len(self._skip) :]
+
+    def add(self, token: int) -> str:
+        """The characters that one more token completes; may be empty."""
+        self._ids.append(token)
+        text = self._text()
+        piece = self._up_to(text.rstrip(BROKEN))
+        if len(self._ids) >= self._freeze and self._given == text:
+            self._settle([*self._before, *self._ids])
+        return piece
+
+    def flush(self) -> str:
+        """What is left when no token follows: half characters."""
+        return self._up_to(self._text())
+
+    def _up_to(self, text: str) -> str:
+        if not text.startswith(self._given):
+            return ""
+        new = text[len(self._given) :]
+        self._given = text
+        return new
+
+
+class Stops:
+    """Text until the first of some stop texts, which is itself left out.
+
+    Args:
+        texts: none of them empty.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = tuple(texts)
+        self._held = ""
+
+    def add(self, piece: str) -> tuple[str, bool]:
+        """(what can be shown for certain, whether a stop text was met)."""
+        text = self._held + piece
+        found = [at for at in (text.find(t) for t in self._texts) if at >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        keep = max((_overlap(text, t) for t in self._texts), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """What was held back and did not become a stop text."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of a text with which a stop text begins."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# single tokens
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """A token by itself, special ones included; U+FFFD where it holds half a character."""
+    return str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def token_bytes(tokenizer: Any, token: int) -> list[int] | None:
+    """The bytes of a token, also where they are half a character; None where its tokenizer does not tell."""
+    text = token_text(tokenizer, token)
+    if BROKEN not in text:
+        return list(text.encode())
+    piece = tokenizer.convert_ids_to_tokens(token) or ""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return [int(piece[3:5], 16)]
+    table = _byte_of()
+    return [table[c] for c in piece] if all(c in table for c in piece) else None
+
+
+@lru_cache
+def _byte_of() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for: printable ones for themselves, the others from U+0100 on."""
+    themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in themselves]
+    return {chr(b): b for b in themselves} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the completions of one prompt
+
+STOP, LENGTH = "stop", "length"
+
+
+@dataclass(frozen=True, slots=True)
+class ShownToken:
+    """A token with its log-prob, and where its text begins, in characters of the answer."""
+
+    sampled: SampledToken
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step adds to one answer: text, the tokens that it is of, and why the answer ends (None while it goes on)."""
+
+    row: int
+    text: str
+    tokens: tuple[ShownToken, ...]
+    finish: str | None
+
+
+@dataclass
+class _Row:
+    """One answer so far: characters decoded, characters shown, tokens whose text is not shown yet."""
+
+    detokenizer: Detokenizer
+    stops: Stops
+    decoded: int = 0
+    shown: int = 0
+    count: int = 0
+    waiting: list[ShownToken] = field(default_factory=list)
+    finish: str | None = None
+
+
+class Completions:
+    """All answers to one prompt.
+
+    Args:
+        prompt: token ids; stops: texts at which an answer ends, beside those of the model's style.
+        continued: whether the text goes on from the prompt's (no turn of its own begins).
+    """
+
+    def __init__(
+        self,
+        chat_model: ChatModel,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        stops: Sequence[str] = (),
+        continued: bool = False,
+    ) -> None:
+        self.prompt, self.sampling = list(prompt), sampling
+        self._stream = Stream(chat_model, prompt, sampling)
+        before = prompt if continued else ()
+        self._rows = [_Row(Detokenizer(chat_model.tokenizer, before), Stops(stops)) for _ in range(sampling.n)]
+
+    @property
+    def done(self) -> bool:
+        return all(row.finish is not None for row in self._rows)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all answers have so far, end tokens included."""
+        return sum(row.count for row in self._rows)
+
+    def step(self) -> list[Piece]:
+        """One more token of every answer that goes on, and the text that it makes certain; pieces without news are left out."""
+        pieces = [self._piece(sampled) for sampled in self._stream.step()]
+        return [p for p in pieces if p.text or p.tokens or p.finish]
+
+    def _piece(self, sampled: SampledToken) -> Piece:
+        row = self._rows[sampled.row]
+        row.count += 1
+        if not sampled.ended:
+            row.waiting.append(ShownToken(sampled, row.decoded))
+        new = "" if sampled.ended else row.detokenizer.add(sampled.token)
+        if sampled.last:
+            new += row.detokenizer.flush()
+        row.decoded += len(new)
+        text, met = row.stops.add(new)
+        if met:
+            row.finish = STOP
+            self._stream.stop(sampled.row)
+        elif sampled.last:
+            text += row.stops.flush()
+            row.finish = STOP if sampled.ended else LENGTH
+        row.shown += len(text)
+        # a token is reported with its text; one that lies wholly in a stop text never is
+        ready = tuple(t for t in row.waiting if t.start < row.shown or (row.finish is not None and not met))
+        row.waiting = [t for t in row.waiting if t not in ready]
+        return Piece(sampled.row, text, ready, row.finish)

@@ -1,1 +1,0 @@
-"""Talking to a model: one engine under `penchant chat` and `penchant serve`."""
