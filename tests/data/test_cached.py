@@ -16,15 +16,14 @@ from safetensors.torch import load_file
 from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
 from penchant import api
-from penchant.data import cache as cache_module
+from penchant.data import cached as cache_module
 from penchant.data import cached as cached_module
 from penchant.data.audit import _token_lengths, audit
-from penchant.data.cache import Entry, FileHashes, cache_root, file_sha256
-from penchant.data.cached import DataCache
+from penchant.data.cached import DataCache, Entry, FileHashes, cache_root, file_sha256
 from penchant.data.load import load_preferences
+from penchant.data.mapped import StoredRows, StoredTokens, label_counts
 from penchant.data.split import split_by_prompt
-from penchant.data.stored import StoredRows, StoredTokens, label_counts
-from penchant.data.tokenise import tokenise
+from penchant.data.tokenize import tokenise
 from penchant.errors import DataError
 from penchant.types import TokenTree
 

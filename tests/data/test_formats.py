@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penchant.data.formats import BadRow, Row, read_rows
+from penchant.data.read import BadRow, Row, read_rows
 from penchant.errors import DataError
 
 ROWS = [{"prompt": 'a, "b"\nc', "chosen": "é ☃", "rejected": "x"}, {"prompt": "p", "chosen": "q", "rejected": "r"}]

@@ -22,7 +22,7 @@ from talking import random_folder, voice_of, writer_folder
 
 from penchant.cli import main
 from penchant.data.load import load_preferences
-from penchant.data.tokenise import tokenise
+from penchant.data.tokenize import tokenise
 from penchant.talk.chat import Chat, Terminal, Wanted
 from penchant.talk.conversation import Conversation, TooLong, Turn, fit
 from penchant.talk.screen import TwoColumns, Wrapper, safe

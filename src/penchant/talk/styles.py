@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from penchant.data.templates import plain
+from penchant.data.tokenize import plain
 from penchant.errors import ConfigError
 from penchant.types import Message, PromptTree
 

@@ -17,13 +17,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from penchant.data import sensitive
-from penchant.data.accumulators import Copies, Near, View
-from penchant.data.audit import Leakage
-from penchant.data.converting import is_identical
-from penchant.data.findings import Places
-from penchant.data.formats import BadRow, Row
-from penchant.data.load import IDENTICAL, Quarantined, Stream, prompt_text, stream_preferences
+from penchant.data.audit import Leakage, sensitive
+from penchant.data.audit.counters import Copies, Near, View
+from penchant.data.audit.findings import Places
+from penchant.data.load import IDENTICAL, Quarantined, Stream, is_identical, prompt_text, stream_preferences
+from penchant.data.read import BadRow, Row
 from penchant.errors import DataError
 
 RULES = {  # in the order in which a row is told why it goes

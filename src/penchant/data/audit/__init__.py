@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from penchant.data.accumulators import (
+from penchant.data.audit.counters import (
     Accumulator,
     Copies,
     Labels,
@@ -23,24 +23,24 @@ from penchant.data.accumulators import (
     finding_at,
     position_bias,
 )
-from penchant.data.converting import is_identical
-from penchant.data.findings import Audit, Finding, Places, Tally
-from penchant.data.languages import Languages
+from penchant.data.audit.findings import Audit, Finding, Places, Tally
+from penchant.data.audit.languages import Languages
+from penchant.data.audit.near import NearIndex
 from penchant.data.load import (
     IDENTICAL,
+    Columns,
     Dataset,
     Quarantined,
+    first_text,
+    is_identical,
     layout_line,
     layout_sentence,
     prompt_text,
     stream_preferences,
     summary_of,
 )
-from penchant.data.near import NearIndex
-from penchant.data.order import Columns
-from penchant.data.split import first_text
-from penchant.data.stored import StoredTokens, ranges
-from penchant.data.tokenise import TokenisedDataset
+from penchant.data.mapped import StoredTokens, ranges
+from penchant.data.tokenize import TokenisedDataset
 from penchant.errors import DataError
 from penchant.types import PromptTree, TokenTree
 

@@ -13,8 +13,8 @@ import pytest
 from fake_hub import COMMIT, FakeHub, fake_hub
 
 from penchant.cli import main
-from penchant.retrieve import hub as module
-from penchant.retrieve.hub import Hub
+from penchant.download import hub as module
+from penchant.download.hub import Hub
 
 SECRET = "hf_planted0123456789"
 HH = "Anthropic/hh-rlhf"

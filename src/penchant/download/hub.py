@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from penchant.download.catalogue import HUB
 from penchant.errors import DataError
-from penchant.retrieve.catalogue import HUB
 
 T = TypeVar("T")
 WAITS = (1.0, 2.0, 4.0)  # seconds before each further try

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from penchant.data.converters import basic
-from penchant.data.converters.fields import RowError, answered, holds_list, label_field, score_field
-from penchant.data.converters.layout import Fields, Layout
-from penchant.data.converters.plain import TURNS, messages, one
+from penchant.data.layouts.fields import RowError, answered, holds_list, label_field, score_field
+from penchant.data.layouts.layout import Fields, Layout
+from penchant.data.layouts.plain import (
+    TURNS,
+    answer_field,
+    conversation,
+    conversation_name,
+    from_alpaca,
+    from_alpaca_pairs,
+    messages,
+    one,
+    pair,
+)
 from penchant.types import Completion, PromptTree
 
 _QUESTION = {"from": "human", "value": "Name a prime number."}
@@ -16,29 +25,29 @@ _INSTRUCTION = {"instruction": "Name a prime number.", "input": "", "system": _S
 
 def sharegpt_pairs(row: Fields) -> PromptTree:
     """A conversation up to a user turn, with a better and a worse answer to it."""
-    before = basic.conversation(row)
+    before = conversation(row)
     if before[-1].role != "user":
         raise RowError(
-            f'"{basic.conversation_name(row)}" does not end with a user turn', "the two answers must follow a question"
+            f'"{conversation_name(row)}" does not end with a user turn', "the two answers must follow a question"
         )
-    return basic.pair(before, basic.answer_field(row, "chosen"), basic.answer_field(row, "rejected"), row)
+    return pair(before, answer_field(row, "chosen"), answer_field(row, "rejected"), row)
 
 
 def sharegpt_kto(row: Fields) -> PromptTree:
     """A conversation whose last answer is good or bad."""
-    before, answer = answered(basic.conversation(row), basic.conversation_name(row))
+    before, answer = answered(conversation(row), conversation_name(row))
     return PromptTree(before, (Completion(answer, label=label_field(row, _tag(row))),))
 
 
 def alpaca_kto(row: Fields) -> PromptTree:
     """An instruction with an answer that is good or bad."""
-    tree = basic.from_alpaca(row)
+    tree = from_alpaca(row)
     return PromptTree(tree.prompt, (Completion(tree.completions[0].text, label=label_field(row, _tag(row))),))
 
 
 def alpaca_scored(row: Fields) -> PromptTree:
     """An instruction with an answer and its score."""
-    tree, score = basic.from_alpaca(row), score_field(row, "score")
+    tree, score = from_alpaca(row), score_field(row, "score")
     if score is None:
         raise RowError('"score" is missing', "give a number, higher is better")
     return PromptTree(tree.prompt, (Completion(tree.completions[0].text, score=score),))
@@ -60,7 +69,7 @@ ALPACA_PAIRS = Layout(
     "alpaca_pairs",
     "pairs",
     ("instruction", "chosen", "rejected"),
-    one(basic.from_alpaca_pairs),
+    one(from_alpaca_pairs),
     "an instruction (and input, system, history) with a better and a worse answer",
     {**_INSTRUCTION, "chosen": "Seven.", "rejected": "Eight."},
     "LLaMA-Factory: alpaca format, preference",
@@ -90,7 +99,7 @@ ALPACA = Layout(
     "alpaca",
     "sft",
     ("instruction", "output"),
-    one(basic.from_alpaca),
+    one(from_alpaca),
     "an instruction (and input, system, history) with its answer",
     {**_INSTRUCTION, "output": "Seven."},
     "Stanford Alpaca; LLaMA-Factory: alpaca format, supervised",

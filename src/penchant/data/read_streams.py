@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, BinaryIO
 
-from penchant.data.formats import BadRow, Row
+from penchant.data.read import BadRow, Row
 from penchant.errors import DataError
 
 READABLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")

@@ -1,9 +1,10 @@
-"""`penchant data get`: fetch, convert file by file, group prompts, split, write. Killed at any moment, the same command continues."""
+"""`penchant data get`: published data sets to a folder that `penchant train` reads."""
 
 from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,23 +14,30 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from penchant.data.converters import detect
-from penchant.data.converting import renamed
-from penchant.data.formats import BadRow, Row
-from penchant.data.load import prompt_text
+from penchant.data.layouts import detect
+from penchant.data.load import prompt_text, renamed
+from penchant.data.read import BadRow, Row
+from penchant.data.read_streams import read_stream
+from penchant.data.split import SPLITS, Assignment, Splitter
+from penchant.download.catalogue import find
+from penchant.download.convert import (
+    Converter,
+    Counts,
+    Pace,
+    Part,
+    Way,
+    filters_of,
+    gigabytes,
+    labeller_of,
+    read_json,
+    way_of,
+    whole,
+    write_json,
+)
+from penchant.download.hub import BLOCK, Hub, digest
+from penchant.download.plan import GetRequest, Plan, Source, make_plan
 from penchant.errors import CheckpointError, ConfigError, DataError
 from penchant.printable import printable
-from penchant.retrieve.catalogue import find
-from penchant.retrieve.convert import Way, way_of
-from penchant.retrieve.files import Counts, Pace, gigabytes, read_json, whole, write_json
-from penchant.retrieve.filters import filters_of
-from penchant.retrieve.hub import BLOCK, Hub, digest
-from penchant.retrieve.labels import labeller_of
-from penchant.retrieve.part import Converter, Part
-from penchant.retrieve.plan import Plan, Source, make_plan
-from penchant.retrieve.request import SPLITS, GetRequest
-from penchant.retrieve.rows import read_stream
-from penchant.retrieve.split import Assignment, Splitter
 from penchant.training.runfolder import RunLock, differences
 from penchant.types import Message
 
@@ -393,3 +401,56 @@ def _check_kinds(layouts: list[list[Any]]) -> None:
     if len(kinds) > 1:
         what = f"the files give different kinds of data ({', '.join(kinds)})"
         raise ConfigError("--subset", what, "choose subsets of one kind, or say what they become with --as")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the summary
+
+
+def summary(result: GetResult) -> str:
+    """What was read, what became of it, and what to do next."""
+    data, counts = result.data, result.counts
+    left = "; ".join(f"{n:,} {reason}" for reason, n in counts.filtered.most_common())
+    filtered = f"{sum(counts.filtered.values()):,} filtered" + (f" ({left})" if left else "")
+    lines = [
+        f"{data['name']}: {counts.rows:,} rows = {counts.accepted:,} accepted + {filtered} + {counts.quarantined:,} quarantined",
+        "  " + ", ".join(_split_line(s, held) for s, held in data["splits"].items()) + f" ({data['kind']})",
+        f"  {data['prompt_groups']['prompts']:,} prompts in {data['prompt_groups']['groups']:,} groups: "
+        + (
+            "published splits are kept as they are"
+            if data["request"]["published_splits"]
+            else "nearly equal ones stay on one side"
+        ),
+    ]
+    if counts.unlabelled:
+        lines.append(f"  {counts.unlabelled:,} answers were given no label and are left out")
+    if data["straddling"]["groups"]:
+        held = data["straddling"]
+        lines.append(
+            f"  {held['groups']:,} groups of prompts ({held['rows']:,} rows) stand in several published splits"
+        )
+    published = {s["split"] for s in data["sources"]}
+    if len(published) > 1 and not data["request"]["published_splits"]:
+        lines.append(
+            f"  the published splits ({', '.join(sorted(published))}) were put together; --published-splits keeps them"
+        )
+    if counts.quarantined:
+        lines.append(f"  rows kept aside, with reasons: {result.folder / 'quarantine.jsonl'}")
+    return "\n".join([*lines, *_next(result)])
+
+
+def _split_line(name: str, held: Mapping[str, int]) -> str:
+    more = f" ({held['examples']:,} examples)" if held["examples"] != held["rows"] else ""
+    return f"{name} {held['rows']:,}{more}"
+
+
+def _next(result: GetResult) -> list[str]:
+    train = result.folder / "train.jsonl"
+    held_out = result.folder / "validation.jsonl"
+    more = f" --eval-data {shlex.quote(str(held_out))}" if result.data["splits"]["validation"]["rows"] else ""
+    data = shlex.quote(str(train))
+    return [
+        "next:",
+        f"  penchant data audit {data}",
+        f"  penchant init --data {data}{more}  # asks for model and goal, writes run.yaml",
+    ]

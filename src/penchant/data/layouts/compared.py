@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from penchant.data.converters import basic
-from penchant.data.converters.fields import (
+from penchant.data.layouts.fields import (
     LeftOut,
     RowError,
     answered,
@@ -21,7 +20,8 @@ from penchant.data.converters.fields import (
     score_field,
     text_field,
 )
-from penchant.data.converters.layout import Fields, Layout, Option
+from penchant.data.layouts.layout import Fields, Layout, Option
+from penchant.data.layouts.plain import every_answer, scored_pair
 from penchant.types import Completion, Message, PromptTree
 
 _ASKED = "Name a prime number."
@@ -44,7 +44,7 @@ def shp(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
         )
     chosen, rejected = text_field(row, f"human_ref_{better}"), text_field(row, f"human_ref_{worse}")
     scores = score_field(row, f"score_{better}"), score_field(row, f"score_{worse}")
-    return (basic.scored_pair(_user(text_field(row, "history")), chosen, rejected, *scores),)
+    return (scored_pair(_user(text_field(row, "history")), chosen, rejected, *scores),)
 
 
 def pku(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
@@ -53,7 +53,7 @@ def pku(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     if options["chosen"] == "safe" and not label_field(row, f"is_response_{best}_safe"):
         raise LeftOut("the preferred answer is unsafe", "keep it with data.layout_options.chosen=any")
     chosen, rejected = text_field(row, f"response_{best}"), text_field(row, f"response_{1 - best}")
-    return (basic.scored_pair(_user(text_field(row, "prompt")), chosen, rejected, None, None),)
+    return (scored_pair(_user(text_field(row, "prompt")), chosen, rejected, None, None),)
 
 
 def tldr(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
@@ -70,7 +70,7 @@ def tldr(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
         raise LeftOut(f"the choice has {said}", "lower data.layout_options.min_confidence")
     # a space before the answer, once: the prompt ends with "TL;DR:"
     chosen, rejected = (f" {texts[i].lstrip()}" for i in (best, 1 - best))
-    return (basic.scored_pair(_tldr_prompt(info), chosen, rejected, None, None),)
+    return (scored_pair(_tldr_prompt(info), chosen, rejected, None, None),)
 
 
 def _tldr_prompt(info: Fields) -> str:
@@ -142,7 +142,7 @@ def _battle(sides: tuple[tuple[Message, ...], tuple[Message, ...]], best: int, o
             "set data.layout_options.turns=first to compare their first answers",
         )
     chosen, rejected = (a, b) if best == 0 else (b, a)
-    return basic.scored_pair(before_a, chosen, rejected, None, None)
+    return scored_pair(before_a, chosen, rejected, None, None)
 
 
 def _first(messages: tuple[Message, ...], name: str) -> tuple[Message, ...]:
@@ -174,8 +174,8 @@ def _prompt(messages: tuple[Message, ...], place: int) -> tuple[PromptTree, ...]
 
 _USES: dict[str, Any] = {
     "sft": _last_answer,
-    "every_turn": basic.every_answer,
-    "first_turn": lambda messages: basic.every_answer(messages)[:1],
+    "every_turn": every_answer,
+    "first_turn": lambda messages: every_answer(messages)[:1],
     "prompts": lambda messages: _prompt(messages, -1),
     "first_prompt": lambda messages: _prompt(messages, 0),
 }

@@ -6,8 +6,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from penchant.data.converters import compared, factory, oasst, plain, rated
-from penchant.data.converters.basic import (
+from penchant.data.layouts import compared, factory, oasst, rated
+from penchant.data.layouts.fields import ROLES, LeftOut, RowError, label_field, messages_field, score_field, text_field
+from penchant.data.layouts.layout import Detection, Group, Layout, Option
+from penchant.data.layouts.plain import (
+    HH,
+    IMPLICIT_PAIRS,
+    MESSAGES,
+    PAIRS,
+    PROMPTS,
+    SCORED,
+    SFT,
+    TEXT,
+    UNPAIRED,
     from_alpaca_pairs,
     from_hh,
     from_implicit_pairs,
@@ -19,16 +30,6 @@ from penchant.data.converters.basic import (
     from_text,
     from_unpaired,
 )
-from penchant.data.converters.fields import (
-    ROLES,
-    LeftOut,
-    RowError,
-    label_field,
-    messages_field,
-    score_field,
-    text_field,
-)
-from penchant.data.converters.layout import Detection, Group, Layout, Option
 from penchant.types import PromptTree
 
 __all__ = [
@@ -87,16 +88,16 @@ LAYOUTS: dict[str, Layout] = {
         factory.ALPACA_KTO,
         factory.ALPACA_SCORED,
         factory.ALPACA,
-        plain.HH,
+        HH,
         rated.ORCA_PAIRS,
-        plain.PAIRS,
-        plain.IMPLICIT_PAIRS,
-        plain.UNPAIRED,
-        plain.SCORED,
-        plain.SFT,
-        plain.MESSAGES,
-        plain.PROMPTS,
-        plain.TEXT,
+        PAIRS,
+        IMPLICIT_PAIRS,
+        UNPAIRED,
+        SCORED,
+        SFT,
+        MESSAGES,
+        PROMPTS,
+        TEXT,
     )
 }
 KINDS: dict[str, str] = {name: layout.kind for name, layout in LAYOUTS.items()}

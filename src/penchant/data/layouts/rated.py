@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from penchant.data.converters import basic
-from penchant.data.converters.fields import (
+from penchant.data.layouts.fields import (
     LeftOut,
     RowError,
     answered,
@@ -21,8 +20,8 @@ from penchant.data.converters.fields import (
     shown,
     text_field,
 )
-from penchant.data.converters.layout import Fields, Layout, Option
-from penchant.data.converters.plain import one
+from penchant.data.layouts.layout import Fields, Layout, Option
+from penchant.data.layouts.plain import CHOSEN_SCORES, from_pairs, one, pair, scored_pair
 from penchant.types import Completion, Message, Prompt, PromptTree
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
@@ -91,7 +90,7 @@ _RATINGS: dict[str, Any] = {
 def binarized(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     """A pair; or the conversation of the messages column."""
     if options["use"] == "pairs":
-        return (basic.from_pairs(row),)
+        return (from_pairs(row),)
     before, answer = answered(messages_field(row, "messages"), "messages")
     return (PromptTree(before, (Completion(answer),)),)
 
@@ -147,7 +146,7 @@ def _by_strength(prompt: Prompt, answers: tuple[str, str], strength: float, opti
     if abs(strength) < options["min_strength"]:
         raise LeftOut(f"a preference weaker than {options['min_strength']:g}", "lower data.layout_options.min_strength")
     chosen, rejected = answers if strength < 0 else answers[::-1]
-    return basic.scored_pair(prompt, chosen, rejected, None, None)
+    return scored_pair(prompt, chosen, rejected, None, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,8 +204,8 @@ def argilla_pairs(row: Fields) -> PromptTree:
     if "chosen_response" in row:
         question = text_field(row, "instruction" if "instruction" in row else "prompt")
         chosen, rejected = text_field(row, "chosen_response"), text_field(row, "rejected_response")
-        return basic.pair(asked(row, question), chosen, rejected, row)
-    return basic.from_pairs(row)
+        return pair(asked(row, question), chosen, rejected, row)
+    return from_pairs(row)
 
 
 def orca_pairs(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
@@ -214,11 +213,11 @@ def orca_pairs(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     if row.get("status") == "tie" and options["ties"] == "leave_out":
         raise LeftOut("a tie", "nothing is wrong with it; keep it with data.layout_options.ties=keep")
     question = text_field(row, "question" if "question" in row else "input")
-    return (basic.pair(asked(row, question), text_field(row, "chosen"), text_field(row, "rejected"), row),)
+    return (pair(asked(row, question), text_field(row, "chosen"), text_field(row, "rejected"), row),)
 
 
 def _has_rating(row: Fields) -> bool:
-    return {"chosen", "rejected"} <= row.keys() and bool(set(basic.CHOSEN_SCORES[2:]) & row.keys())
+    return {"chosen", "rejected"} <= row.keys() and bool(set(CHOSEN_SCORES[2:]) & row.keys())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ import pytest
 
 from penchant import api
 from penchant.cli import main
-from penchant.data.converters import LAYOUTS
+from penchant.data.layouts import LAYOUTS
 from penchant.data.load import load_preferences
+from penchant.download import Converter, GetResult, Pace, _Job
+from penchant.download import convert as part
+from penchant.download.catalogue import CATALOGUE, SPECS, Spec, markdown
 from penchant.errors import ConfigError, DataError, PenchantError, RewardError
-from penchant.retrieve import job, part
-from penchant.retrieve.catalogue import CATALOGUE, SPECS, Spec, markdown
-from penchant.retrieve.job import GetResult
 
 SPLITS = ("train", "validation", "test")
 WORDS = [
@@ -488,9 +488,9 @@ def test_a_killed_get_continues_to_the_same_bytes(
             os._exit(9)
 
     def run() -> None:
-        step, replace = job.Pace.step, Path.replace
+        step, replace = Pace.step, Path.replace
         monkeypatch.setattr(
-            job.Pace,
+            Pace,
             "step",
             lambda pace, rows=1: (count(rows if pace._what != "grouping prompts" else 0), step(pace, rows)),
         )
@@ -510,7 +510,7 @@ def test_a_killed_get_continues_to_the_same_bytes(
 def test_finished_parts_are_not_converted_again(
     lmsys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = job.Converter.convert
+    original = Converter.convert
     names = []
 
     def convert(self: Any, rows: Any, name: str, *more: Any) -> Any:
@@ -519,7 +519,7 @@ def test_finished_parts_are_not_converted_again(
             raise KeyboardInterrupt
         return original(self, rows, name, *more)
 
-    monkeypatch.setattr(job.Converter, "convert", convert)
+    monkeypatch.setattr(Converter, "convert", convert)
     arguments = ["data", "get", "lmsys", "--from", str(lmsys), "--output", str(tmp_path / "out")]
     assert main(arguments) == 130
     assert main([*arguments, "--seed", "1"]) == 2
@@ -546,7 +546,7 @@ def test_a_redo_that_is_killed_leaves_nothing_that_looks_done(
 ) -> None:
     get("lmsys", lmsys, tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(job._Job, "_write_splits", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(_Job, "_write_splits", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             get("lmsys", lmsys, tmp_path / "out", seed=1, redo=True)
     with pytest.raises(ConfigError, match="holds the beginning of"):
@@ -590,7 +590,7 @@ def test_files_of_others_are_not_overwritten(lmsys: Path, tmp_path: Path) -> Non
 
 def test_a_copy_that_changed_is_not_continued(lmsys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(job._Job, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(_Job, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             get("lmsys", lmsys, tmp_path / "out")
     write(lmsys / "data/train-00000-of-00003.parquet", [lmsys_row(99)])

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 
-from penchant.data.accumulators import Named, View
-from penchant.data.findings import Finding, sampled
-from penchant.data.order import Columns
+from penchant.data.audit.counters import Named, View
+from penchant.data.audit.findings import Finding, sampled
+from penchant.data.load import Columns
 
 SAMPLE = 2000  # rows
 SHOWN = 8  # languages named

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from penchant.data.converters.fields import LeftOut, RowError, as_text, mapping_field, number, shown
-from penchant.data.converters.layout import Fields, Group, Layout, Option
+from penchant.data.layouts.fields import LeftOut, RowError, as_text, mapping_field, number, shown
+from penchant.data.layouts.layout import Fields, Group, Layout, Option
 from penchant.types import Completion, Message, PromptTree
 
 _NAMES = {"prompter": "user", "assistant": "assistant"}

@@ -1,13 +1,18 @@
-"""The layouts as text: what `penchant data formats` and `penchant data show` print and docs/data_formats.md holds."""
+"""The layouts as `penchant data formats` and docs/data_formats.md show them, and a file's first rows as `penchant data show` does."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from penchant.data.converters import LAYOUTS, Layout, Option
+from penchant.data.layouts import LAYOUTS, Detection, Layout, Option
+from penchant.data.load import FIRST_ROWS, Converted, convert_rows, detected, layout_named
+from penchant.data.read import BadRow, Row, read_rows
 from penchant.errors import ConfigError
 from penchant.printable import printable
 from penchant.types import PromptTree
@@ -213,3 +218,82 @@ def markdown() -> str:
 
 def _sentence(words: str) -> str:
     return words[0].upper() + words[1:] + "."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the first rows of a file: `penchant data show`
+
+
+MOST_ROWS = 2000  # read for a layout whose rows make groups
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A file's layout and its first rows as examples.
+
+    Args:
+        name: of the file; layout: its name; detection: None where a person named the layout; shown: rows, or groups of rows.
+    """
+
+    name: str
+    layout: str
+    detection: Detection | None
+    shown: tuple[Converted, ...]
+
+    @property
+    def headline(self) -> str:
+        """The layout, why, and how to choose another."""
+        if self.detection is None:
+            return f"{self.name}: layout {self.layout}, as --shape says"
+        return self.detection.sentence(self.name, "--shape NAME, or data.shape=NAME in a config")
+
+    def to_text(self) -> str:
+        """For a terminal."""
+        blocks = [(t.source, tree_lines(t)) for made in self.shown for t in made.trees]
+        aside = [
+            (q.where, ["  " + printable(f"{'left out' if made.left_out else 'kept aside'}: {q.what}; {q.how}")])
+            for made in self.shown
+            for q in made.aside[:1]
+        ]
+        return "\n\n".join(filter(None, (printable(self.headline), rows_text(blocks), rows_text(aside))))
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        found = self.detection
+        return {
+            "file": self.name,
+            "layout": self.layout,
+            "why": None if found is None else found.why,
+            "others": [] if found is None else list(found.others),
+            "examples": [{"where": t.source, **tree_json(t)} for made in self.shown for t in made.trees],
+            "aside": [
+                {"where": q.where, "what": q.what, "how": q.how, "left_out": made.left_out}
+                for made in self.shown
+                for q in made.aside
+            ],
+        }
+
+
+def preview(
+    path: str,
+    rows: int = 3,
+    *,
+    shape: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    layout_options: Mapping[str, Any] | None = None,
+) -> Preview:
+    """The layout of a file or hub id and its first `rows` rows (or groups of rows) as examples.
+
+    Raises:
+        DataError: it cannot be read, or is of no known layout. ConfigError: an unknown layout or option.
+    """
+    stream: Iterator[Row | BadRow] = itertools.islice(read_rows(path), MOST_ROWS)
+    detection = None
+    if shape == "auto":
+        first = list(itertools.islice(stream, FIRST_ROWS))
+        shape, detection = detected(first, path, columns or {})
+        stream = itertools.chain(first, stream)
+    layout = layout_named(shape)
+    options = layout.settings(layout_options or {})
+    shown = tuple(itertools.islice(convert_rows(stream, layout, options, columns), rows))
+    return Preview(Path(path).name if Path(path).exists() else path, shape, detection, shown)

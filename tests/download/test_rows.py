@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penchant.data.formats import BadRow, Row
+from penchant.data import read_streams as module
+from penchant.data.read import BadRow, Row
+from penchant.data.read_streams import read_stream
 from penchant.errors import DataError
-from penchant.retrieve import rows as module
-from penchant.retrieve.rows import read_stream
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
