@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penchant.data import read_streams as module
-from penchant.data.read import BadRow, Row
-from penchant.data.read_streams import read_stream
+from penchant.data import read as module
+from penchant.data.read import BadRow, Row, read_stream
 from penchant.errors import DataError
 
 VALUES = st.recursive(
@@ -73,7 +72,7 @@ def test_damaged_files_are_a_sentence(content: bytes, name: str) -> None:
     ("name", "content", "words"),
     [
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-20], "gzip file is cut short"),
-        ("a.json", b'[{"a": 1}, {"a"', "row 2: holds a value that is not valid JSON"),
+        ("a.json", b'[{"a": 1}, {"a"', "row 2: its value is cut short"),
         ("a.json", b'[{"a": 1},', "row 2: the list is not closed"),
         ("a.json", b'{\n"a": 1}', "one JSON object over several lines"),
         ("a.csv", b"a,a\n1,2\n", "name the columns, each once"),

@@ -16,8 +16,7 @@ from typing import Any, BinaryIO, cast
 
 from penchant.data.layouts import detect
 from penchant.data.load import prompt_text, renamed
-from penchant.data.read import BadRow, Row
-from penchant.data.read_streams import read_stream
+from penchant.data.read import BadRow, Row, read_stream
 from penchant.data.split import SPLITS, Assignment, Splitter
 from penchant.download.catalogue import find
 from penchant.download.convert import (

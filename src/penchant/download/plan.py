@@ -12,11 +12,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from penchant.data.read_streams import READABLE, readable
+from penchant.data.read import ENDINGS, ending
 from penchant.data.split import SPLITS
 from penchant.download.catalogue import HUB, Files, Spec, chosen_subsets, find, is_hub_id, unknown
 from penchant.download.hub import Hub, HubFile, Repository, digest
 from penchant.errors import ConfigError, DataError
+
+READABLE = tuple(e for e in ENDINGS if e != ".txt")  # a published text file is a licence or a readme
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the request
@@ -248,7 +251,7 @@ def hub_sources(
             for name, split, p, of_subset in _of_spec(spec, chosen_subsets(spec, asked.subsets), list(paths))
         )
         return found, _absent(spec, chosen_subsets(spec, asked.subsets), found)
-    data = [f for f in files if readable(f.path) and not f.path.startswith(".")]
+    data = [f for f in files if ending(f.path) in READABLE and not f.path.startswith(".")]
     chosen, left_out = _of_card(data, configs, asked.subsets) if configs else _by_name(data, asked.subsets)
     return tuple(Source(f.path, split, subset, f.size, f.sha256, f.git_sha1) for f, split, subset in chosen), left_out
 
@@ -369,10 +372,10 @@ def local_plan(root: Path, asked: GetRequest, spec: Spec | None) -> Plan:
 
 def _files(root: Path) -> dict[str, Path]:
     if root.is_file():
-        if not readable(root.name):
+        if ending(root.name) not in READABLE:
             raise DataError(str(root), "its ending is not known", f"rename it to what it holds: {', '.join(READABLE)}")
         return {root.name: root}
-    found = sorted(p for p in root.rglob("*") if p.is_file() and readable(p.name))
+    found = sorted(p for p in root.rglob("*") if p.is_file() and ending(p.name) in READABLE)
     inside = {p.relative_to(root).as_posix(): p for p in found}
     return {name: p for name, p in inside.items() if not any(part.startswith(".") for part in name.split("/"))}
 
