@@ -24,7 +24,7 @@ from penchant.data.audit import audit
 from penchant.data.audit.findings import Audit, Finding
 from penchant.data.layouts import Detection
 from penchant.data.load import Columns, Dataset, Quarantined, Reading, fingerprint, load_preferences, stream_preferences
-from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, ranges, write_rows
+from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, ranges, read_batch, write_rows
 from penchant.data.split import held_out_rows, split_by_prompt
 from penchant.data.tokenize import ASIDE, CUT_COMPLETION, CUT_PROMPT, SPLIT, TokenisedDataset, Tokenising, tokenise
 from penchant.errors import DataError
@@ -159,8 +159,6 @@ class Entry:
                 if path.stat().st_size != size or crc32(path) != crc:
                     raise ValueError(f"{path} is damaged")
             return read(self.folder, meta["content"])
-        except FileNotFoundError:
-            return None
         except (ValueError, KeyError, TypeError, OSError):
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
@@ -396,10 +394,11 @@ class StoredDataset:
     @staticmethod
     def read(folder: Path, meta: Mapping[str, Any]) -> StoredDataset:
         """Of an entry's folder."""
+        made = read_batch(folder / "made.arrow")
         return StoredDataset(
             StoredTokens(folder),
-            np.load(folder / "row_trees.npy"),
-            np.load(folder / "row_marks.npy"),
+            made.column("trees").to_numpy(),
+            made.column("marks").to_numpy(),
             tuple(Quarantined(*q) for q in meta["quarantined"]),
             tuple(meta["cut_prompts"]),
             tuple(meta["cut_completions"]),

@@ -1,16 +1,20 @@
-"""Rows and token trees in flat files that are mapped into memory: opened at once whatever their size, made when asked for."""
+"""Rows and token trees as Arrow IPC files that are mapped into memory: opened at once whatever their size, made when asked for.
+
+Each file holds one record batch, so that every column is one contiguous array that numpy reads in place.
+"""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import json
+import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import IO, Any, overload
 
 import numpy as np
 
@@ -29,11 +33,12 @@ class StoredRows(Sequence[PromptTree]):
 
     def __init__(self, folder: Path, key: str, which: np.ndarray | None = None, whole: str | None = None) -> None:
         self.folder, self.key, self.whole, self.which = folder, key, whole or key, which
-        self._bytes = _mapped(folder / "rows.bin", np.uint8)
-        self._ends = np.load(folder / "rows.ends.npy", mmap_mode="r")
+        batch = read_batch(folder / "rows.arrow")
+        self._good, self._bad = (batch.column(name).to_numpy() for name in ("good", "bad"))
+        self._ends, self._bytes = _binary(batch.column("tree"))
 
     def __len__(self) -> int:
-        return len(self._ends) if self.which is None else len(self.which)
+        return len(self._good) if self.which is None else len(self.which)
 
     def take(self, which: np.ndarray, key: str) -> StoredRows:
         """Some of the rows, by their place in the whole file."""
@@ -45,8 +50,7 @@ class StoredRows(Sequence[PromptTree]):
 
     def label_counts(self) -> tuple[int, int]:
         """(good, bad) answers of all rows of the folder."""
-        good, bad = np.load(self.folder / "labels.npy").tolist()
-        return good, bad
+        return int(self._good.sum()), int(self._bad.sum())
 
     @overload
     def __getitem__(self, at: int) -> PromptTree: ...
@@ -56,8 +60,7 @@ class StoredRows(Sequence[PromptTree]):
         if isinstance(at, slice):
             return tuple(self[i] for i in range(*at.indices(len(self))))
         row = range(len(self))[at] if self.which is None else int(self.which[at])
-        start = int(self._ends[row - 1]) if row else 0
-        return _tree_of(json.loads(self._bytes[start : int(self._ends[row])].tobytes()))
+        return _tree_of(json.loads(self._bytes[self._ends[row] : self._ends[row + 1]].tobytes()))
 
     def __iter__(self) -> Iterator[PromptTree]:
         return (self[i] for i in range(len(self)))
@@ -79,18 +82,15 @@ def _tree_of(stored: Any) -> PromptTree:
 
 def write_rows(folder: Path, trees: Iterable[PromptTree]) -> None:
     """Write prompt trees for `StoredRows`."""
-    ends, total = array("q"), 0
-    labels: Counter[bool | None] = Counter()
-    with (folder / "rows.bin").open("wb") as out:
+    ends, good, bad = array("q", [0]), array("i"), array("i")
+    with tempfile.TemporaryFile(dir=folder) as spill:
         for t in trees:
             prompt = t.prompt if isinstance(t.prompt, str) else [[m.role, m.content] for m in t.prompt]
             row = [prompt, [[c.text, c.label, c.score] for c in t.completions], t.source]
-            line = json.dumps(row, ensure_ascii=True, separators=(",", ":")).encode()
-            total += out.write(line)
-            ends.append(total)
-            labels.update(c.label for c in t.completions)
-    np.save(folder / "labels.npy", np.array([labels[True], labels[False]], dtype=np.int64))
-    np.save(folder / "rows.ends.npy", np.array(ends, dtype=np.int64))
+            ends.append(ends[-1] + spill.write(json.dumps(row, ensure_ascii=True, separators=(",", ":")).encode()))
+            good.append(sum(c.label is True for c in t.completions))
+            bad.append(sum(c.label is False for c in t.completions))
+        write_batch(folder / "rows.arrow", tree=_binary_array(ends, spill), good=np.array(good), bad=np.array(bad))
 
 
 class StoredTokens(Sequence[TokenTree]):
@@ -104,18 +104,17 @@ class StoredTokens(Sequence[TokenTree]):
         self.first = 0  # number of the first row
         self.which: np.ndarray | None = None  # (n,) int64: some of the trees
         self._few = False  # whether only the first completion of each tree is there
-        self._ids = _mapped(folder / "ids.bin", np.int32)
-        self._sources = _mapped(folder / "sources.bin", np.uint8)
-        names = ("part_lengths", "parts", "truncated", "labels", "scores")
-        self._lengths, self._parts, self._truncated, self._labels, self._scores = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in names
+        batch = read_batch(folder / "tokens.arrow")
+        parts = batch.column("parts")  # of each tree: the ids of its prompt and of its completions
+        self._part_start, self._id_start = parts.offsets.to_numpy(), parts.values.offsets.to_numpy()
+        self._ids = parts.values.values.to_numpy()
+        self._truncated, self._labels, self._scores = (
+            batch.column(name).values.to_numpy() for name in ("truncated", "labels", "scores")
         )
-        self._source_ends = np.load(folder / "sources.ends.npy", mmap_mode="r")
-        self._part_start = np.r_[0, np.cumsum(self._parts, dtype=np.int64)]
-        self._id_start = np.r_[0, np.cumsum(self._lengths, dtype=np.int64)]
+        self._source_ends, self._sources = _binary(batch.column("source"))
 
     def __len__(self) -> int:
-        return len(self._parts) if self.which is None else len(self.which)
+        return len(self._part_start) - 1 if self.which is None else len(self.which)
 
     @overload
     def __getitem__(self, at: int) -> TokenTree: ...
@@ -133,13 +132,14 @@ class StoredTokens(Sequence[TokenTree]):
         many = one + end - start - 1
         bounds = self._id_start[start : end + 1].tolist()
         parts = [np.asarray(self._ids[a:b]) for a, b in itertools.pairwise(bounds)]
-        from_ = int(self._source_ends[row - 1]) if row else 0
         return TokenTree(
             self.first + number,
             parts[0],
             tuple(parts[1:]),
             tuple(bool(t) for t in self._truncated[one:many].tolist()),
-            self._sources[from_ : int(self._source_ends[row])].tobytes().decode("utf-8", "surrogatepass"),
+            self._sources[self._source_ends[row] : self._source_ends[row + 1]]
+            .tobytes()
+            .decode("utf-8", "surrogatepass"),
             tuple(None if v == NO_LABEL else bool(v) for v in self._labels[one:many].tolist()),
             tuple(None if v != v else v for v in self._scores[one:many].tolist()),
         )
@@ -167,24 +167,26 @@ class StoredTokens(Sequence[TokenTree]):
 
     def part_counts(self, start: int = 0, end: int | None = None) -> np.ndarray:
         """(n,) int64: parts of each tree from `start` to `end`, its prompt and its completions."""
-        part = slice(start, end)
-        counts = np.asarray(self._parts[part if self.which is None else self.which[part]], dtype=np.int64)
+        at = self._rows(start, end)
+        counts = self._part_start[at + 1] - self._part_start[at]
         return np.minimum(counts, 2) if self._few else counts
 
     def part_lengths(self, start: int = 0, end: int | None = None) -> np.ndarray:
         """(parts,) int64: tokens of each part of the trees from `start` to `end`, tree after tree."""
-        at, counts = self._places(start, end)
-        return self._lengths[ranges(self._part_start[at], counts)].astype(np.int64)
+        parts = self._parts(start, end)
+        return self._id_start[parts + 1] - self._id_start[parts]
 
     def part_ids(self, start: int = 0, end: int | None = None) -> np.ndarray:
         """(tokens,) int32: the ids of all those parts."""
-        at, counts = self._places(start, end)
-        parts = ranges(self._part_start[at], counts)
-        return self._ids[ranges(self._id_start[parts], self._lengths[parts])]
+        parts = self._parts(start, end)
+        return self._ids[ranges(self._id_start[parts], self.part_lengths(start, end))]
 
-    def _places(self, start: int, end: int | None) -> tuple[np.ndarray, np.ndarray]:
-        end = len(self) if end is None else end
-        return np.arange(start, end) if self.which is None else self.which[start:end], self.part_counts(start, end)
+    def _rows(self, start: int, end: int | None) -> np.ndarray:
+        end = len(self) if end is None else min(end, len(self))
+        return np.arange(start, end) if self.which is None else self.which[start:end]
+
+    def _parts(self, start: int, end: int | None) -> np.ndarray:
+        return ranges(self._part_start[self._rows(start, end)], self.part_counts(start, end))
 
     @property
     def total(self) -> int:
@@ -215,16 +217,14 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 class TokenWriter:
-    """Writes token trees one by one for `StoredTokens`."""
+    """Writes token trees one by one for `StoredTokens`; ids and sources wait on disk."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._ids: BinaryIO = (folder / "ids.bin").open("wb")
-        self._sources: BinaryIO = (folder / "sources.bin").open("wb")
-        self._lengths, self._parts, self._truncated = array("i"), array("i"), array("b")
-        self._labels, self._scores, self._ends = array("b"), array("d"), array("q")
+        self._ids, self._sources = (tempfile.TemporaryFile(dir=folder) for _ in range(2))  # noqa: SIM115 - `close` does
+        self._part_start, self._id_start, self._source_ends = (array("q", [0]) for _ in range(3))
+        self._truncated, self._labels, self._scores = array("b"), array("b"), array("d")
         self._of_row, self._marks = array("i"), array("B")
-        self._at = 0
 
     def end_row(self, trees: int, mark: int) -> None:
         """A row is done: it gave so many trees; `mark` says what happened to it."""
@@ -236,31 +236,73 @@ class TokenWriter:
         parts = (tree.prompt_ids, *tree.completion_ids)
         for ids in parts:
             self._ids.write(np.ascontiguousarray(ids, dtype="<i4").tobytes())
-            self._lengths.append(len(ids))
-        self._parts.append(len(parts))
+            self._id_start.append(self._id_start[-1] + len(ids))
+        self._part_start.append(self._part_start[-1] + len(parts))
         self._truncated.extend(tree.truncated)
         self._labels.extend(NO_LABEL if label is None else int(label) for label in tree.labels)
         self._scores.extend(float("nan") if score is None else score for score in tree.scores)
-        self._at += self._sources.write(tree.source.encode("utf-8", "surrogatepass"))
-        self._ends.append(self._at)
+        source = tree.source.encode("utf-8", "surrogatepass")
+        self._source_ends.append(self._source_ends[-1] + self._sources.write(source))
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the files."""
+        import pyarrow as pa
+
+        one = np.array(self._part_start) - np.arange(len(self._part_start))  # of completions: one part is the prompt
+        ids = pa.Array.from_buffers(pa.int32(), self._id_start[-1], [None, _buffer(self._ids)])
+        parts = pa.LargeListArray.from_arrays(np.array(self._id_start), ids)
+        columns = {"truncated": self._truncated, "labels": self._labels, "scores": self._scores}
+        write_batch(
+            self.folder / "tokens.arrow",
+            parts=pa.LargeListArray.from_arrays(np.array(self._part_start), parts),
+            source=_binary_array(self._source_ends, self._sources),
+            **{name: pa.LargeListArray.from_arrays(one, np.array(values)) for name, values in columns.items()},
+        )
+        write_batch(self.folder / "made.arrow", trees=np.array(self._of_row), marks=np.array(self._marks))
         self._ids.close()
         self._sources.close()
-        for name, values, kind in (
-            ("part_lengths", self._lengths, np.int32),
-            ("parts", self._parts, np.int32),
-            ("truncated", self._truncated, np.int8),
-            ("labels", self._labels, np.int8),
-            ("scores", self._scores, np.float64),
-            ("sources.ends", self._ends, np.int64),
-            ("row_trees", self._of_row, np.int32),
-            ("row_marks", self._marks, np.uint8),
-        ):
-            np.save(self.folder / f"{name}.npy", np.array(values, dtype=kind))
 
 
-def _mapped(path: Path, kind: Any) -> np.ndarray:
-    """A file as an array that is read when it is looked at; an empty file cannot be mapped."""
-    return np.memmap(path, dtype=kind, mode="r") if path.stat().st_size else np.empty(0, kind)
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrow files of one record batch
+
+
+def write_batch(path: Path, **columns: Any) -> None:
+    """Write an Arrow IPC file of one record batch; columns are Arrow or numpy arrays of one length."""
+    import pyarrow as pa
+
+    batch = pa.record_batch(list(columns.values()), names=list(columns))
+    with pa.OSFile(str(path), "wb") as out, pa.ipc.new_file(out, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def read_batch(path: Path) -> Any:
+    """The record batch of a file that `write_batch` made, mapped into memory: nothing is read until it is looked at.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    import pyarrow as pa
+
+    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+
+
+def _buffer(spill: IO[bytes]) -> Any:
+    """What a temporary file holds, mapped into memory; an empty file cannot be mapped."""
+    import pyarrow as pa
+
+    spill.flush()
+    return pa.py_buffer(np.memmap(spill, dtype=np.uint8, mode="r") if spill.tell() else b"")  # type: ignore[call-overload]
+
+
+def _binary_array(ends: array[int], spill: IO[bytes]) -> Any:
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(pa.large_binary(), len(ends) - 1, [None, pa.py_buffer(np.array(ends)), _buffer(spill)])
+
+
+def _binary(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """((n + 1,) int64 offsets, all bytes) of a column of large_binary."""
+    _, offsets, content = column.buffers()
+    found = np.frombuffer(offsets, dtype=np.int64) if offsets else np.zeros(1, np.int64)
+    return found[: len(column) + 1], np.frombuffer(content, dtype=np.uint8) if content else np.empty(0, np.uint8)
