@@ -157,7 +157,7 @@ def _audit(path: str) -> dict[str, Any]:
 
 def _tokenise(path: str) -> dict[str, Any]:
     from penchant.data.load import load_preferences
-    from penchant.data.tokenise import tokenise
+    from penchant.data.tokenize import tokenise
     from penchant.models.load import load_tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"

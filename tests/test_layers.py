@@ -18,7 +18,7 @@ LAYERS = [
     {"training"},
     {"rewards"},  # a reward model runs on the engine and is found in its run's folder
     {"judges"},  # a person's own judge is loaded as rewards are
-    {"retrieve"},  # labels answers with rewards
+    {"download"},  # labels answers with rewards
     {"algorithms", "evaluation", "report", "watch"},
     {"config", "manifest"},
     {"pipeline", "track", "importing", "config_page"},

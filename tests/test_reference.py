@@ -15,8 +15,8 @@ import torch
 from families import some_pairs, tiny_model
 
 from penchant import reference
+from penchant.data.mapped import StoredTokens, TokenWriter
 from penchant.data.packing import pack
-from penchant.data.stored import StoredTokens, TokenWriter
 from penchant.logprobs import Scorer
 from penchant.models.load import add_lora, weights_sha256
 from penchant.models.options import LoraConfig

@@ -14,16 +14,16 @@ from penchant.errors import ConfigError
 if TYPE_CHECKING:
     from penchant.comparison.compare import RunComparison
     from penchant.config import RunConfig
-    from penchant.data.findings import Audit
-    from penchant.data.fix import Fixed
+    from penchant.data.audit.findings import Audit
+    from penchant.data.audit.fix import Fixed
     from penchant.data.load import Dataset
+    from penchant.download import GetResult
     from penchant.evaluation.flags import Flag
     from penchant.export import ExportResult
     from penchant.judges import JudgeOptions
     from penchant.pipeline import Pipeline
     from penchant.pipeline_run import PipelineResult
     from penchant.planning import Plan
-    from penchant.retrieve.job import GetResult
     from penchant.run import TrainResult
     from penchant.sweep import Sweep
     from penchant.sweep_run import SweepResult
@@ -63,13 +63,13 @@ def get_data(
         name: of the catalogue, or a hub id; output: the folder; None: ``data/NAME``; redo: make it anew where the folder holds
             another result; quiet: no progress.
         asked: what `penchant data get` has as options: ``source="copy/"``, ``first=500``, ``language=["English"]``, ``as_="prompts"``
-            ...; see `penchant.retrieve.request.GetRequest` and docs/data_get.md.
+            ...; see `penchant.download.plan.GetRequest` and docs/data_get.md.
 
     Raises:
         ConfigError, DataError, RewardError: a person can mend it.
     """
-    from penchant.retrieve.job import default_output, get_data, on_stderr
-    from penchant.retrieve.request import request_of
+    from penchant.download import default_output, get_data, on_stderr
+    from penchant.download.plan import request_of
 
     request = request_of(name, str(output) if output is not None else default_output(name), asked)
     return get_data(request, (lambda line: None) if quiet else on_stderr, redo=redo)
@@ -250,8 +250,8 @@ def fix(
     Raises:
         DataError: a file that cannot be read, an unknown rule, an output that is the input or is there already.
     """
-    from penchant.data.fix import default_rules
-    from penchant.data.fix import fix as run_fix
+    from penchant.data.audit.fix import default_rules
+    from penchant.data.audit.fix import fix as run_fix
 
     rules, others = default_rules(drop, keep), [str(a) for a in against]
     return run_fix(
@@ -268,7 +268,7 @@ def fix(
 
 def _opinions(reward: str | None, check: str | None) -> list[Any]:
     """Accumulators of a reward and of a person's own function."""
-    from penchant.data.opinions import Check, Disagreement
+    from penchant.data.audit.counters import Check, Disagreement
 
     made: list[Any] = []
     if reward is not None:

@@ -296,7 +296,7 @@ def _logps(model: Any, trees: list[Any]) -> np.ndarray:
 def _perplexity(model: Any, tokenizer: Any, path: str) -> float:
     """exp of the mean negative log-likelihood per token, EOS included."""
     from penchant.data.load import load_preferences
-    from penchant.data.tokenise import tokenise
+    from penchant.data.tokenize import tokenise
 
     dataset = load_preferences(path, shape="text", on_bad_row="skip")
     trees = list(tokenise(dataset, tokenizer, max_length=256).trees)

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penchant.data.mapped import StoredTokens
 from penchant.data.packing import pack, plan_microbatches, tree_tokens
-from penchant.data.stored import StoredTokens
 from penchant.head import RowLogits
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.types import PackedBatch, TokenTree

@@ -21,11 +21,11 @@ from penchant.algorithms.reward import RewardTraining
 from penchant.config import WATCHING_ONLY, RunConfig, default_settings, dump_config, with_absolute_paths
 from penchant.data.adapt import adapt, mismatch
 from penchant.data.audit import audit as run_audit
+from penchant.data.audit.findings import Audit
 from penchant.data.cached import DataCache
-from penchant.data.findings import Audit
 from penchant.data.load import Dataset, layout_line, summary, write_quarantine
-from penchant.data.stored import StoredTokens, first_completions, label_counts
-from penchant.data.tokenise import TokenisedDataset
+from penchant.data.mapped import StoredTokens, first_completions, label_counts
+from penchant.data.tokenize import TokenisedDataset
 from penchant.errors import CheckpointError, ConfigError, DataError, PenchantError
 from penchant.evaluation.flags import Flag
 from penchant.evaluation.fresh import (

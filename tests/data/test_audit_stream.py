@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 from audit_rows import Row, edited, pair, planted, text, write
 
-from penchant.data import languages
-from penchant.data.accumulators import cycles, earlier, refuses
-from penchant.data.audit import Leakage, audit, audit_files
-from penchant.data.converters import LAYOUTS
-from penchant.data.findings import KEPT, Finding, Places, histogram, quantiles, sampled, wilson_interval
+from penchant.data.audit import Leakage, audit, audit_files, languages
+from penchant.data.audit.counters import Check, Disagreement, calibrate, cycles, earlier, refuses
+from penchant.data.audit.findings import KEPT, Finding, Places, histogram, quantiles, sampled, wilson_interval
+from penchant.data.layouts import LAYOUTS
 from penchant.data.load import from_rows, load_preferences
-from penchant.data.opinions import Check, Disagreement, calibrate
 from penchant.errors import DataError
 
 EXPECTED = {

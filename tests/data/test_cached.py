@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,16 @@ from safetensors.torch import load_file
 from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
 from penchant import api
-from penchant.data import cache as cache_module
+from penchant.data import cached as cache_module
 from penchant.data import cached as cached_module
 from penchant.data.audit import _token_lengths, audit
-from penchant.data.cache import Entry, FileHashes, cache_root, file_sha256
-from penchant.data.cached import DataCache
+from penchant.data.cached import DataCache, Entry, FileHashes, cache_root, file_sha256
 from penchant.data.load import load_preferences
+from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, label_counts, write_rows
 from penchant.data.split import split_by_prompt
-from penchant.data.stored import StoredRows, StoredTokens, label_counts
-from penchant.data.tokenise import tokenise
+from penchant.data.tokenize import tokenise
 from penchant.errors import DataError
-from penchant.types import TokenTree
+from penchant.types import Completion, PromptTree, TokenTree
 
 READING = {"shape": "auto", "columns": {}, "on_bad_row": "skip", "identical": "bad_row", "limit": None}
 HOW = {
@@ -162,6 +162,44 @@ def test_labels_are_counted(tmp_path: Path) -> None:
     assert isinstance(rows.trees, StoredRows) and label_counts(rows.trees.take(np.array([0, 2, 3]), "")) == (1, 2)
 
 
+def test_opening_reads_nothing(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    count, ids = 5000, np.arange(40, dtype=np.int32)
+    write_rows(tmp_path, (PromptTree("p" * 100, (Completion("c" * 100, True),), f"a:{i}") for i in range(count)))
+    writer = TokenWriter(tmp_path)
+    for i in range(count):
+        writer.write(TokenTree(i, ids, (ids + i,), (False,), f"a:{i}", (True,), (0.5,)))
+        writer.end_row(1, 0)
+    writer.close()
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    try:
+        rows, tokens = StoredRows(tmp_path, "key"), StoredTokens(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * count and pa.total_allocated_bytes() - before < 8 * count  # not even eight bytes a row
+    assert len(rows) == len(tokens) == count and rows[4000].source == "a:4000"
+    assert np.array_equal(tokens[4000].completion_ids[0], ids + 4000)
+
+
+def test_an_entry_of_the_old_format_is_made_anew_with_one_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(write(tmp_path / "a.jsonl", [pair(i) for i in range(3)]))
+    first = DataCache().load(path, **READING)
+    assert isinstance(first.trees, StoredRows)
+    whole, folder = tuple(first.trees), first.trees.folder
+    (folder / "rows.arrow").unlink()
+    (folder / "rows.bin").write_bytes(b"old")
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["files"] = {"rows.bin": [3, cached_module.crc32(folder / "rows.bin")]}
+    (folder / "meta.json").write_text(json.dumps(meta))  # sums are right, and the files are those of an older version
+    said: list[str] = []
+    again = DataCache(note=said.append).load(path, **READING)
+    assert isinstance(again.trees, StoredRows) and tuple(again.trees) == whole
+    assert len(said) == 1 and "kept in" in said[0]
+
+
 # ---- hashes of files, kept -------------------------------------------------------------------------------------------
 
 
@@ -295,7 +333,7 @@ def test_every_part_of_the_tokenizer_counts(tmp_path: Path, other: dict[str, Any
     assert ["kept in" in s for s in said] == [True, True, False]
 
 
-@pytest.mark.parametrize("file", ["rows.bin", "rows.ends.npy", "meta.json"])
+@pytest.mark.parametrize("file", ["rows.arrow", "meta.json"])
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: bytes([b[0] ^ 1]) + b[1:], lambda b: b""])
 def test_a_damaged_entry_is_made_anew(tmp_path: Path, file: str, damage: Any) -> None:
     path = str(write(tmp_path / "a.jsonl", [pair(i) for i in range(3)]))

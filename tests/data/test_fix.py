@@ -15,8 +15,8 @@ from audit_rows import pair, planted, write
 
 from penchant import api
 from penchant.cli import main
-from penchant.data.converters import LAYOUTS
-from penchant.data.fix import DEFAULT, RULES, default_rules, fix
+from penchant.data.audit.fix import DEFAULT, RULES, default_rules, fix
+from penchant.data.layouts import LAYOUTS
 from penchant.data.load import load_preferences
 from penchant.errors import DataError
 

@@ -10,10 +10,9 @@ import pytest
 
 from penchant import api
 from penchant.cli import main
-from penchant.data.catalogue import describe, markdown, tree_lines
-from penchant.data.converters import LAYOUTS
+from penchant.data.layouts import LAYOUTS
+from penchant.data.layouts.page import MOST_ROWS, describe, markdown, preview, tree_lines
 from penchant.data.options import DataConfig
-from penchant.data.preview import MOST_ROWS, preview
 from penchant.types import Completion, PromptTree
 
 FOLDER = Path(__file__).parent / "layouts"

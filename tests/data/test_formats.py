@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penchant.data.formats import BadRow, Row, read_rows
+from penchant.data.read import BadRow, Row, read_rows, read_stream
 from penchant.errors import DataError
 
 ROWS = [{"prompt": 'a, "b"\nc', "chosen": "é ☃", "rejected": "x"}, {"prompt": "p", "chosen": "q", "rejected": "r"}]
@@ -149,3 +150,50 @@ def test_rows_of_a_list_on_one_line_have_places_of_their_own(tmp_path: Path) -> 
     file = tmp_path / "a.json"
     file.write_text('[{"text": "a"}, {"text": "b"}, 3,\n {"text": "d"}]')
     assert [r.where for r in read_rows(str(file))] == ["a.json:1", "a.json:1 (row 2)", "a.json:1 (row 3)", "a.json:2"]
+
+
+# ---- one reader for `train` and `data get` ---------------------------------------------------------------------------
+
+MIXED_UP = {
+    "lines in .json": ("a.json", b'{"text": "a"}\n{"text": "b"}\n'),
+    "lines in .json, the first one bad": ("a.json", b'{"text": "a"\n{"text": "a"}\n{"text": "b"}\n'),
+    "a list in .jsonl": ("a.jsonl", b'[{"text": "a"},\n{"text": "b"}]'),
+    "an object with a list, on one line": ("a.json", b'{"data": [{"text": "a"}, {"text": "b"}]}'),
+    "an object with a list, on several": ("a.json", b'{\n"version": 1,\n"rows": [{"text": "a"},\n{"text": "b"}]}'),
+    "packed without .gz": ("a.csv", gzip.compress(b"text\na\nb\n")),
+    "old line ends": ("a.csv", b"text\r\na\r\nb\r\n"),
+    "a NUL in one row of a table": ("a.csv", b"text\na\n\0\nb\n"),
+}
+
+
+@pytest.mark.parametrize("name", MIXED_UP)
+def test_files_are_read_by_what_they_hold_on_disk_and_in_a_stream(tmp_path: Path, name: str) -> None:
+    file, content = MIXED_UP[name]
+    (tmp_path / file).write_bytes(content)
+    found = list(read_rows(str(tmp_path / file)))
+    assert found == list(read_stream(io.BytesIO(content), file))
+    assert [r.values for r in found if isinstance(r, Row)] == [{"text": "a"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("a.json", b'[{"text": "a"}\n{"text": "b"}]', "a.json:2: .*no comma after row 1"),
+        ("a.json", b'[{"text": "a"},\n{"text": "\xff"}]', "a.json:2: is not UTF-8"),
+        ("a.csv", b"text\na\n\xff\n", "a.csv:3: is not UTF-8"),
+        ("a.json", b'{\n"text": "a"}', 'without a "data" list'),
+        ("a.json", '[{"text": "a"}]'.encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_a_damaged_file_is_named_with_its_line(tmp_path: Path, file: str, content: bytes, words: str) -> None:
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        list(read_rows(str(tmp_path / file)))
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 1000])
+def test_places_in_a_list_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    content = b'[\n{"a": "x\\n"},\n\n{"a": 2}, 345,\n {"a": [\n3]}\n,{"a": 4}]'
+    monkeypatch.setattr("penchant.data.read.CHUNK", block)
+    places = [r.where for r in read_stream(io.BytesIO(content), "a.json")]
+    assert places == ["a.json:2", "a.json:4", "a.json:4 (row 3)", "a.json:5", "a.json:7"]

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from penchant.data.catalogue import tree_json
-from penchant.data.converters import LAYOUTS, LeftOut, RowError, detect
-from penchant.data.converting import Converted, convert_rows
-from penchant.data.formats import BadRow, Row, read_rows
-from penchant.data.load import from_rows, load_preferences, summary
+from penchant.data.layouts import LAYOUTS, LeftOut, RowError, detect
+from penchant.data.layouts.page import tree_json
+from penchant.data.load import Converted, convert_rows, from_rows, load_preferences, summary
+from penchant.data.read import BadRow, Row, read_rows
 from penchant.errors import ConfigError, DataError
 
 FOLDER = Path(__file__).parent / "layouts"

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
-from penchant.data.converters import RowError, from_hh
+from penchant.data.layouts import RowError, from_hh
 from penchant.data.load import from_rows, load_preferences, summary, write_quarantine
 from penchant.data.split import prompt_key, split_by_prompt
-from penchant.data.tokenise import tokenise
+from penchant.data.tokenize import tokenise
 from penchant.errors import DataError
 from penchant.types import Message
 

@@ -12,7 +12,7 @@ from penchant.data.audit import audit
 from penchant.data.load import Dataset, from_rows
 from penchant.data.options import DataConfig
 from penchant.data.split import split_by_prompt
-from penchant.data.tokenise import tokenise
+from penchant.data.tokenize import tokenise
 
 NAMES = "hi there", "who", "what now"
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import penchant
-from penchant.data import near
-from penchant.data.near import NearIndex, group_ids, jaccard, shingle_hashes
+from penchant.data.audit import near
+from penchant.data.audit.near import NearIndex, group_ids, jaccard, shingle_hashes
 
 
 def _words(rng: random.Random) -> list[str]:
@@ -133,7 +133,7 @@ def test_the_same_in_every_process() -> None:
     rng = random.Random(5)
     words = _words(rng)
     texts = [t for _ in range(20) for t in _edited(rng, words, 20, 1)]
-    code = f"from penchant.data.near import *; print(signatures({texts!r}).sum(), group_ids({texts!r}).tolist())"
+    code = f"from penchant.data.audit.near import *; print(signatures({texts!r}).sum(), group_ids({texts!r}).tolist())"
     said = []
     for hash_seed, threads in (("1", "1"), ("2", "4")):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": threads}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penchant.data.sensitive import FINDERS, GROUPS, TITLES, Finder, entropy, find, iban, luhn, redact
+from penchant.data.audit.sensitive import FINDERS, GROUPS, TITLES, Finder, entropy, find, iban, luhn, redact
 
 TOKEN = "aB3dE5fG7hI9jK1lM3nO5pQ7rS9tU1vW3"
 FOUND = {

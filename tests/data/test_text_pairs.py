@@ -7,7 +7,7 @@ from encoders import encoder_tokenizer
 from tiny import tiny_tokenizer
 
 from penchant.data.load import from_rows
-from penchant.data.text_pairs import fit, pair_format, same_tokens, tokenise_text_pairs
+from penchant.data.tokenize import fit, pair_format, same_tokens, tokenise_text_pairs
 from penchant.errors import DataError, ModelError
 
 

@@ -11,7 +11,7 @@ from tiny import tiny_tokenizer
 from penchant.data.audit import audit
 from penchant.data.load import from_rows
 from penchant.data.split import split_by_prompt
-from penchant.data.tokenise import encode_texts, tokenise
+from penchant.data.tokenize import encode_texts, tokenise
 from penchant.errors import ConfigError, DataError, ModelError
 
 BOS, EOS = 0, 1

@@ -19,7 +19,7 @@ from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
 from penchant import api
 from penchant.config import config_from_mapping, dump_config
-from penchant.data.tokenise import tokenise
+from penchant.data.tokenize import tokenise
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.models.reward import head_of
 from penchant.models.structure import backbone_of

@@ -22,7 +22,7 @@ from serving import model_of, random_folder, writer_folder
 
 from penchant.cli import main
 from penchant.data.load import load_preferences
-from penchant.data.tokenise import tokenise
+from penchant.data.tokenize import tokenise
 from penchant.serve.chat import Chat, ChatOptions, Conversation, Terminal, TooLong, Turn, TwoColumns, Wrapper, fit, safe
 from penchant.serve.model import ChatModel
 from penchant.serve.stream import Sampling

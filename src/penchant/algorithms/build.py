@@ -12,7 +12,7 @@ from penchant.algorithms.online_dpo import OnlineDPO
 from penchant.algorithms.options import OnlineConfig, PPOConfig
 from penchant.algorithms.ppo import PPO
 from penchant.algorithms.rollouts import Writer
-from penchant.data.text_pairs import same_tokens
+from penchant.data.tokenize import same_tokens
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer
 from penchant.losses import LOSSES

@@ -23,14 +23,14 @@ def run(args: argparse.Namespace) -> int:
     """
     import json
 
-    from penchant.data import catalogue
-    from penchant.data.converters import LAYOUTS
+    from penchant.data.layouts import LAYOUTS
+    from penchant.data.layouts.page import as_json, describe, find, markdown, text
 
     if args.markdown:
-        print(catalogue.markdown(), end="")
+        print(markdown(), end="")
     elif args.json:
-        found = [catalogue.find(args.name)] if args.name else LAYOUTS.values()
-        print(json.dumps([catalogue.as_json(layout) for layout in found], ensure_ascii=False, indent=1))
+        found = [find(args.name)] if args.name else LAYOUTS.values()
+        print(json.dumps([as_json(layout) for layout in found], ensure_ascii=False, indent=1))
     else:
-        print(catalogue.describe(args.name) if args.name else catalogue.text())
+        print(describe(args.name) if args.name else text())
     return 0

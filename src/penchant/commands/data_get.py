@@ -56,13 +56,13 @@ def add(verbs: Any) -> None:
 
 def _get(args: argparse.Namespace) -> int:
     if args.name is None:
-        from penchant.retrieve.catalogue import table
+        from penchant.download.catalogue import table
 
         print(table())
         return 0
     from penchant import api
+    from penchant.download import summary
     from penchant.printable import printable
-    from penchant.retrieve.summary import summary
 
     result = api.get_data(
         args.name,

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """
     import json
 
-    from penchant.data.preview import preview
+    from penchant.data.layouts.page import preview
     from penchant.errors import ConfigError
 
     if args.rows < 1:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from penchant.data.load import Dataset
-from penchant.data.split import first_text, prompt_key
+from penchant.data.load import Dataset, first_text
+from penchant.data.split import prompt_key
 from penchant.errors import ConfigError
 from penchant.evaluation.compare_models import Compared, compare_models, comparisons_table, table
 from penchant.evaluation.measured import Setting

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from penchant.data.converters import LAYOUTS
+from penchant.data.layouts import LAYOUTS
 from penchant.schema import Section
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from penchant.config import RunConfig, config_from_mapping
 from penchant.data.adapt import adapt
 from penchant.data.load import Dataset, load_preferences
-from penchant.data.tokenise import TokenisedDataset, tokenise
+from penchant.data.tokenize import TokenisedDataset, tokenise
 from penchant.errors import DataError
 from penchant.evaluate.request import Request
 from penchant.evaluate.sources import START, Source

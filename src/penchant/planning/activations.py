@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penchant.data.packing import pack
-from penchant.data.text_pairs import pair_format
+from penchant.data.tokenize import pair_format
 from penchant.logprobs import Scorer
 from penchant.models.attention import tree_layout
 from penchant.models.fast_attention import _KEEP_UP_TO, AttentionShape, attention_plan

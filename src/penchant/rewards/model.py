@@ -13,8 +13,7 @@ import torch
 
 from penchant.data.load import Dataset
 from penchant.data.packing import pack, plan_microbatches, tree_tokens
-from penchant.data.text_pairs import pair_format, same_tokens, tokenise_text_pairs
-from penchant.data.tokenise import tokenise
+from penchant.data.tokenize import pair_format, same_tokens, tokenise, tokenise_text_pairs
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.models.load import DTYPES, cast_parameters, load_tokenizer
 from penchant.models.options import ModelConfig

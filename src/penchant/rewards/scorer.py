@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from penchant.data.text_pairs import PairFormat
+from penchant.data.tokenize import PairFormat
 from penchant.logprobs import Scorer
 from penchant.models.reward import head_of, head_scores
 from penchant.types import PackedBatch

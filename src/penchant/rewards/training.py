@@ -13,8 +13,7 @@ from torch import Tensor
 
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
-from penchant.data.text_pairs import tokenise_text_pairs
-from penchant.data.tokenise import TokenisedDataset, tokenise
+from penchant.data.tokenize import TokenisedDataset, tokenise, tokenise_text_pairs
 from penchant.models.load import add_lora
 from penchant.models.options import LoraConfig, ModelConfig
 from penchant.models.reward import (

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from penchant.data.templates import plain
-from penchant.data.tokenise import uses_bos
+from penchant.data.tokenize import plain, uses_bos
 from penchant.errors import ConfigError
 from penchant.evaluate.sources import Source, check_there, find_model, runs_in
 from penchant.models.fast_decode import FastDecoder, can_decode_fast

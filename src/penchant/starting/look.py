@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from penchant.data.load import Dataset, load_preferences
-from penchant.data.tokenise import tokenise
+from penchant.data.tokenize import tokenise
 from penchant.errors import ConfigError, PenchantError
 from penchant.models.load import load_tokenizer
 from penchant.models.reward import load_model_config

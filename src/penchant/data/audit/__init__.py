@@ -1,0 +1,320 @@
+"""The data audit: what is wrong or lopsided, counted, with line numbers; of rows in memory or of files in one pass."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from penchant.data.audit.counters import (
+    Accumulator,
+    Copies,
+    Labels,
+    Lengths,
+    Named,
+    Near,
+    Refusals,
+    Scores,
+    Sensitive,
+    View,
+    finding_at,
+    position_bias,
+)
+from penchant.data.audit.findings import Audit, Finding, Places, Tally
+from penchant.data.audit.languages import Languages
+from penchant.data.audit.near import NearIndex
+from penchant.data.load import (
+    IDENTICAL,
+    Columns,
+    Dataset,
+    Quarantined,
+    first_text,
+    is_identical,
+    layout_line,
+    layout_sentence,
+    prompt_text,
+    stream_preferences,
+    summary_of,
+)
+from penchant.data.mapped import StoredTokens, ranges
+from penchant.data.tokenize import TokenisedDataset
+from penchant.errors import DataError
+from penchant.types import PromptTree, TokenTree
+
+REASONS = 1000  # different reasons told apart
+
+
+class Auditor:
+    """Takes rows one by one, in bounded memory (about 700 bytes a row), and says at the end what was found.
+
+    Args:
+        shape, kind: of the rows; languages: whether to guess them; opinions: further accumulators, for pairs those of rewards.
+    """
+
+    def __init__(self, shape: str, kind: str, *, languages: bool = True, opinions: Sequence[Accumulator] = ()) -> None:
+        self.shape, self.kind = shape, kind
+        self.rows = self.examples = 0  # a row gives one example in most layouts
+        self.places = Places()
+        self.columns: Columns | None = Columns()
+        self.lengths = Lengths(kind)
+        self.languages = Languages() if languages else None
+        copies = Copies(kind, self.places)
+        self._parts: list[Accumulator] = [copies, Near(kind, self.places, copies)]
+        self._parts += [Labels()] if kind == "unpaired" else [Scores()] if kind == "scored" else []
+        self._parts += [self.lengths, *([self.languages] if self.languages else [])]
+        self._parts += [] if kind in ("prompts", "text") else [Refusals(kind)]
+        self._parts += [Sensitive(), *opinions]
+        self._aside, self._identical, self._empty = Tally(), Tally(), Tally()
+        self._reasons: Counter[str] = Counter()
+
+    def update(self, tree: PromptTree) -> None:
+        """Count an example."""
+        texts = tuple(c.text for c in tree.completions)
+        row = View(self.examples, tree.source, tree, prompt_text(tree.prompt), texts)
+        self.examples += 1
+        self.places.append(tree.source)
+        if is_identical(tree):
+            self._identical.add(tree.source)
+        for part in self._parts:
+            part.update(row)
+
+    def keep_aside(self, row: Quarantined) -> None:
+        """Count a row that was kept aside."""
+        self._aside.add(row.where)
+        if row.what in self._reasons or len(self._reasons) < REASONS:
+            self._reasons[row.what] += 1
+        if row.what.startswith(IDENTICAL):
+            self._identical.add(row.where)
+        if "is empty" in row.what or "empty answer" in row.what or "has no content" in row.what:
+            self._empty.add(row.where)
+
+    def result(self) -> Audit:
+        """All findings."""
+        total = self.rows + self._aside.count
+        if self.languages is not None:
+            self.languages.columns = self.columns
+        found = {
+            "bad_rows": _tallied("rows kept aside, all reasons", self._aside, total),
+            "identical_pairs": _tallied('"chosen" equals "rejected"', self._identical, total),
+            "empty_completions": _tallied("empty completions or prompts", self._empty, total),
+        }
+        for part in self._parts:
+            found |= dict(part.findings())
+            if part is self.lengths and self.kind == "pairs":
+                found["position_bias"] = position_bias(self.columns)
+        said = summary_of(self.shape, self.rows, self._reasons, self._aside.count, self.examples)
+        return Audit(said, found, {}, self.lengths.table())
+
+
+def _tallied(title: str, tally: Tally, of: int) -> Finding:
+    return Finding(title, tally.count, of, tuple(tally.where))
+
+
+class Leakage:
+    """Prompts that stand in more than one split, the same or nearly the same."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._index, self._places = NearIndex(), Places()
+        self._split = array("h")
+
+    def update(self, split: int, tree: PromptTree) -> None:
+        """Count a row of the split of this number."""
+        self._index.add([prompt_text(tree.prompt) or first_text(tree)])  # plain texts are keyed by themselves
+        self._places.append(tree.source)
+        self._split.append(split)
+
+    def shared(self, split: int) -> np.ndarray:
+        """(n,) bool: rows of this split whose prompt, or nearly the same one, stands in another."""
+        of = np.frombuffer(self._split, dtype=np.int16) if len(self._split) else np.empty(0, np.int16)
+        return _first_in(self._index.groups(), of != split, of == split) >= 0
+
+    def findings(self) -> Named:
+        """``leakage_A_B`` and ``near_leakage_A_B`` for each two splits."""
+        split = np.frombuffer(self._split, dtype=np.int16) if len(self._split) else np.empty(0, np.int16)
+        exact, near = self._index.exact_ids(), self._index.groups()
+        place = self._places
+        for i, a in enumerate(self.names):
+            for j, b in enumerate(self.names[i + 1 :], i + 1):
+                name, of = f"{a}_{b}".replace(" ", "_"), int((split == j).sum())
+                same = _first_in(exact, split == i, split == j)
+                alike = np.where(same < 0, _first_in(near, split == i, split == j), -1)
+                for kind, title, first in (
+                    ("leakage", f"leakage: prompts of {b} that also stand in {a}", same),
+                    ("near_leakage", f"near leakage: prompts of {b} that nearly stand in {a}", alike),
+                ):
+                    yield (
+                        f"{kind}_{name}",
+                        finding_at(
+                            title,
+                            np.flatnonzero(first >= 0),
+                            of,
+                            lambda row, first=first: f"{place[row]} (as {place[int(first[row])]})",  # type: ignore[misc]
+                            advice="figures on such rows flatter: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE",
+                        ),
+                    )
+
+
+def _first_in(ids: np.ndarray, there: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """(n,) int64: for each wanted row the first row `there` with the same id, -1 where there is none or it is not wanted."""
+    rows = np.flatnonzero(there)
+    known, first = np.unique(ids[rows], return_index=True)
+    found = np.full(len(ids), -1, dtype=np.int64)
+    if len(known):
+        at = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        has = wanted & (known[at] == ids)
+        found[has] = rows[first[at[has]]]
+    return found
+
+
+def audit(
+    dataset: Dataset,
+    tokenised: TokenisedDataset | None = None,
+    splits: Mapping[str, Dataset] | None = None,
+    path: str | Sequence[str] | None = None,
+    *,
+    languages: bool = True,
+    opinions: Sequence[Accumulator] = (),
+) -> Audit:
+    """Count what a person should know before training on this data.
+
+    Args:
+        dataset: as loaded; rows that were kept aside count too.
+        tokenised: adds truncation and token lengths.
+        splits: by name; adds prompts that stand in more than one. path: of the data; adds the layout that was found, and why.
+        languages: whether to guess them; opinions: further accumulators (see `opinions`).
+    """
+    auditor = Auditor(dataset.shape, dataset.kind, languages=languages, opinions=opinions)
+    auditor.columns, auditor.rows = dataset.columns, dataset.accepted
+    for tree in dataset.trees:
+        auditor.update(tree)
+    for aside in dataset.quarantined:
+        auditor.keep_aside(aside)
+    leakage = Leakage(list(splits or ()))
+    for i, part in enumerate((splits or {}).values()):
+        for tree in part.trees:
+            leakage.update(i, tree)
+    result = auditor.result()
+    findings = {**result.findings, **dict(leakage.findings())}
+    lengths: dict[str, dict[str, float]] = {}
+    if tokenised is not None:
+        findings |= _truncation(tokenised)
+        lengths = _token_lengths(tokenised)
+    layout = "" if path is None else layout_line(dataset, path)
+    return Audit(result.summary, findings, lengths, result.characters, layout)
+
+
+def audit_files(
+    splits: Mapping[str, str | Sequence[str]],
+    *,
+    shape: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    languages: bool = True,
+    opinions: Sequence[Accumulator] = (),
+    limit: int | None = None,
+    layout_options: Mapping[str, Any] | None = None,
+) -> Audit:
+    """The same of files, read once: no row is kept, memory grows by less than a kilobyte a row.
+
+    Args:
+        splits: files by the name of their split; with several, prompts that stand in more than one are counted.
+        shape, columns, layout_options, limit: as for `load_preferences` (`limit` rows of each split).
+
+    Raises:
+        DataError: a file that cannot be read, no usable row, splits of different kinds.
+    """
+    auditor: Auditor | None = None
+    leakage = Leakage(list(splits))
+    layouts: list[str] = []
+    for i, (name, path) in enumerate(splits.items()):
+        stream = stream_preferences(path, shape=shape, columns=columns, limit=limit, layout_options=layout_options)
+        layouts.append(layout_sentence(stream.shape, stream.detection, path))
+        if auditor is None:
+            auditor = Auditor(stream.shape, stream.kind, languages=languages, opinions=opinions)
+        elif stream.kind != auditor.kind:
+            what = f"holds {stream.kind}, the files before it hold {auditor.kind}"
+            raise DataError(name, what, "audit them one by one, or set the shape")
+        for made in stream:
+            if auditor.columns is not None:
+                auditor.columns.update_all(made.source)
+            auditor.rows += made.rows if made.trees else 0
+            for tree in made.trees:
+                auditor.update(tree)
+                if len(splits) > 1:
+                    leakage.update(i, tree)
+            for aside in made.aside:
+                auditor.keep_aside(aside)
+    if auditor is None or not auditor.examples:
+        raise DataError(", ".join(splits) or "audit", "no row could be used", "mend the rows or give the shape")
+    found = auditor.result()
+    findings = {**found.findings, **dict(leakage.findings())}
+    return Audit(found.summary, findings, {}, found.characters, "\n".join(layouts))
+
+
+def names_of(paths: Iterable[str]) -> dict[str, str]:
+    """Files as splits, each named by its file, with a number where two have one name."""
+    named: dict[str, str] = {}
+    for path in paths:
+        base = path.replace("\\", "/").rsplit("/", 1)[-1]
+        name, number = base, 2
+        while name in named:
+            name, number = f"{base} ({number})", number + 1
+        named[name] = path
+    return named
+
+
+def _truncation(tokenised: TokenisedDataset) -> dict[str, Finding]:
+    became = [q.where for q in tokenised.quarantined if q.what.startswith(IDENTICAL)]
+    n = tokenised.total
+    return {
+        "cut_prompts": Finding(
+            "prompts that lost their start to max_length", len(tokenised.cut_prompts), n, tokenised.cut_prompts
+        ),
+        "cut_completions": Finding(
+            "rows with a cut completion (its EOS is gone)", len(tokenised.cut_completions), n, tokenised.cut_completions
+        ),
+        "identical_after_cut": Finding("pairs that became equal in tokens", len(became), n, tuple(became)),
+        "bad_after_tokenising": Finding(
+            "rows kept aside when tokenising",
+            len(tokenised.quarantined),
+            n,
+            tuple(q.where for q in tokenised.quarantined),
+        ),
+    }
+
+
+def _token_lengths(tokenised: TokenisedDataset) -> dict[str, dict[str, float]]:
+    columns = _columns(tokenised.trees)
+    return {
+        name: {
+            "mean": float(np.mean(values)),
+            **{f"p{q}": float(np.percentile(values, q)) for q in (5, 50, 95, 99)},
+            "max": float(np.max(values)),
+        }
+        for name, values in columns.items()
+    }
+
+
+def _columns(trees: Sequence[TokenTree]) -> Mapping[str, Sequence[int] | np.ndarray]:
+    """Tokens of prompts, of chosen and rejected answers of pairs, of all other completions."""
+    if not isinstance(trees, StoredTokens):
+        columns: dict[str, list[int]] = defaultdict(list)
+        for t in trees:
+            columns["prompt"].append(len(t.prompt_ids))
+            pair = len(t.completion_ids) == 2
+            names: Sequence[str] = ("chosen", "rejected") if pair else ("completion",) * len(t.completion_ids)
+            for name, ids in zip(names, t.completion_ids, strict=True):
+                columns[name].append(len(ids))
+        return columns
+    parts, lengths = trees.part_counts(), trees.part_lengths()
+    starts = np.cumsum(parts) - parts
+    pairs, other = starts[parts == 3], parts != 3
+    found = {"prompt": lengths[starts], "chosen": lengths[pairs + 1], "rejected": lengths[pairs + 2]}
+    found["completion"] = lengths[ranges(starts[other] + 1, parts[other] - 1)]
+    first = (
+        ("prompt", "completion") if len(parts) and parts[0] != 3 else tuple(found)
+    )  # in the order in which they come
+    return {name: found[name] for name in dict.fromkeys((*first, *found)) if len(found[name])}

@@ -1,0 +1,609 @@
+"""One small counter for each thing that an audit counts: rows go in one by one, findings come out at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Protocol
+
+import numpy as np
+
+from penchant.data.audit import sensitive
+from penchant.data.audit.findings import KEPT, Finding, Places, Tally, quantiles, sampled, unlike_half
+from penchant.data.audit.near import NearIndex, first_of_equal
+from penchant.data.load import Columns
+from penchant.errors import DataError
+from penchant.types import PromptTree
+
+Named = Iterator[tuple[str, Finding]]
+
+
+@dataclass(slots=True)
+class View:
+    """One accepted row as accumulators see it.
+
+    Args:
+        index: of accepted rows, from 0; prompt: as one string; texts: of its completions.
+    """
+
+    index: int
+    where: str
+    tree: PromptTree
+    prompt: str
+    texts: tuple[str, ...]
+
+
+class Accumulator(Protocol):
+    """Counts something in bounded memory."""
+
+    def update(self, row: View) -> None:
+        """Take one accepted row."""
+
+    def findings(self) -> Named:
+        """What was found, by name."""
+
+
+def key(*texts: str) -> int:
+    """64 bits of a hash of several texts."""
+    joined = "\0".join(texts).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "little")
+
+
+def _uint64(values: array[int]) -> np.ndarray:
+    return np.frombuffer(values, dtype=np.uint64) if len(values) else np.empty(0, np.uint64)
+
+
+def finding_at(title: str, rows: np.ndarray, of: int, place: Callable[[int], str], advice: str = "") -> Finding:
+    """A finding of rows by their index."""
+    return Finding(title, len(rows), of, tuple(place(int(i)) for i in rows[:KEPT]), advice=advice)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# copies
+
+
+class Copies:
+    """Exact copies of an earlier row; the same pair the other way round; one answer called good and bad."""
+
+    def __init__(self, kind: str, places: Places) -> None:
+        self.kind, self.places = kind, places
+        self._row, self._there, self._back = array("Q"), array("Q"), array("Q")
+        self._label, self._owner = array("b"), array("q")  # of each labelled answer: good or bad, and its row
+
+    def update(self, row: View) -> None:
+        # an answer with another label is no duplicate: it is a contradiction
+        self._row.append(key(row.prompt, *(f"{c.text}\0{c.label}\0{c.score}" for c in row.tree.completions)))
+        if self.kind == "pairs":
+            a, b = row.texts[:2]
+            self._there.append(key(row.prompt, a, b))
+            self._back.append(key(row.prompt, b, a) if a != b else 0)
+        elif self.kind == "unpaired":
+            for answer in row.tree.completions:
+                self._there.append(key(row.prompt, answer.text))
+                self._label.append(-1 if answer.label is None else int(answer.label))
+                self._owner.append(len(self._row) - 1)
+
+    def duplicates(self) -> np.ndarray:
+        """(n,) int64: the first row that is the same."""
+        return first_of_equal(_uint64(self._row))
+
+    def against(self) -> np.ndarray:
+        """(n,) int64: the first earlier row that says the opposite, -1 where there is none."""
+        there, found = _uint64(self._there), np.full(len(self._row), -1)
+        if not len(there):
+            return found
+        if self.kind == "pairs":
+            return earlier(there, _uint64(self._back))
+        first, owner = first_of_equal(there), np.frombuffer(self._owner, dtype=np.int64)
+        for answer in self._contradicting(first)[::-1]:  # the first of a row's answers is written last
+            found[owner[answer]] = owner[first[answer]]
+        return found
+
+    def _contradicting(self, first: np.ndarray) -> np.ndarray:
+        """Answers whose label is not that of the first equal one."""
+        label = np.frombuffer(self._label, dtype=np.int8)
+        return np.flatnonzero(label != label[first])
+
+    def contradictory(self) -> np.ndarray:
+        """(n,) bool: rows to which some row, earlier or later, says the opposite."""
+        if self.kind == "pairs":
+            return np.isin(_uint64(self._back), _uint64(self._there))  # 0 stands for a pair of equal answers
+        found = np.zeros(len(self._row), bool)
+        if self.kind == "unpaired" and len(self._there):
+            first, owner = first_of_equal(_uint64(self._there)), np.frombuffer(self._owner, dtype=np.int64)
+            found[owner[np.isin(first, first[self._contradicting(first)])]] = True
+        return found
+
+    def findings(self) -> Named:
+        n, place = len(self._row), self.places
+        first = self.duplicates()
+        copies = np.flatnonzero(first != np.arange(n))
+        title = "exact duplicates of an earlier row"
+        yield (
+            "duplicates",
+            finding_at(
+                title, copies, n, lambda i: f"{place[i]} (as {place[int(first[i])]})", advice="drop them: data fix"
+            ),
+        )
+        if self.kind in ("pairs", "unpaired"):
+            other = self.against()
+            what = "the same pair the other way round" if self.kind == "pairs" else "one answer labelled good and bad"
+            yield (
+                "contradictions",
+                finding_at(
+                    f"contradictions: {what}",
+                    np.flatnonzero(other >= 0),
+                    n,
+                    lambda i: f"{place[i]} (against {place[int(other[i])]})",
+                    advice="look at both and drop the wrong one; many mean noisy labels: a loss with label smoothing",
+                ),
+            )
+
+
+def earlier(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """(n,) int64: for each row the first row before it whose key is the wanted one, -1 where there is none."""
+    order = np.argsort(keys, kind="stable")
+    at = np.searchsorted(keys[order], wanted)
+    found = np.minimum(at, len(keys) - 1)
+    first = order[found]
+    there = (keys[first] == wanted) & (first < np.arange(len(keys)))
+    return np.where(there, first, -1)
+
+
+class Near:
+    """Near-duplicates of rows, pairs that nearly contradict, answers that are nearly equal, cycles of preferences.
+
+    Prompts and answers are put in groups of near-duplicates; everything is counted in groups. Exact copies count elsewhere.
+    """
+
+    def __init__(self, kind: str, places: Places, copies: Copies) -> None:
+        self.kind, self.places, self.copies = kind, places, copies
+        self._prompts, self._answers = NearIndex(), NearIndex()
+        self._ends = array("q")  # of each row's answers
+
+    def update(self, row: View) -> None:
+        self._prompts.add([row.prompt])
+        self._answers.add(row.texts)
+        self._ends.append(len(self._answers))
+
+    def groups(self) -> tuple[np.ndarray, np.ndarray]:
+        """((n,) group of each row's prompt, (n, k) groups of its answers), k the most answers of a row, -1 behind fewer."""
+        prompts = self._prompts.groups()
+        answers = self._answers.groups()
+        ends = np.frombuffer(self._ends, dtype=np.int64) if len(self._ends) else np.empty(0, np.int64)
+        starts = np.r_[0, ends[:-1]] if len(ends) else ends
+        width = int((ends - starts).max(initial=0))
+        out = np.full((len(ends), width), -1, dtype=np.int64)
+        for j in range(width):
+            has = starts + j < ends
+            out[has, j] = answers[starts[has] + j]
+        return prompts, out
+
+    def rows(self) -> dict[str, np.ndarray]:
+        """By finding: (n,) int64, the row that each row goes with, -1 where there is none."""
+        prompts, answers = self.groups()
+        n = len(prompts)
+        rows = np.arange(n)
+        whole = (self.copies.duplicates() == rows) & (self.copies.against() < 0)  # others count as exact copies
+        first = first_of_equal(_combined(prompts, *answers.T))
+        found = {"near_duplicates": np.where((first != rows) & whole, first, -1)}
+        if self.kind == "pairs" and n:
+            good, bad = answers[:, 0], answers[:, 1]
+            other = earlier(_combined(prompts, good, bad), _combined(prompts, bad, good))
+            found["near_contradictions"] = np.where((good != bad) & whole, other, -1)
+            found["near_identical"] = np.where(good == bad, rows, -1)
+            found["cycles"] = np.where(cycles(_combined(prompts, good), _combined(prompts, bad)), rows, -1)
+        return found
+
+    def contradictory(self) -> np.ndarray:
+        """(n,) bool: pairs of which some row, earlier or later, nearly says the opposite; exact contradictions too."""
+        prompts, answers = self.groups()
+        if self.kind != "pairs" or not len(prompts):
+            return np.zeros(len(prompts), bool)
+        good, bad = answers[:, 0], answers[:, 1]
+        return (good != bad) & np.isin(_combined(prompts, good, bad), _combined(prompts, bad, good))
+
+    def findings(self) -> Named:
+        place, n = self.places, len(self._ends)
+        for name, other in self.rows().items():
+            title, joined, advice = NEAR_FINDINGS[name]
+
+            def said(i: int, other: np.ndarray = other, joined: str = joined) -> str:
+                return f"{place[i]} ({joined} {place[int(other[i])]})" if joined else place[i]
+
+            yield name, finding_at(title, np.flatnonzero(other >= 0), n, said, advice)
+
+
+NEAR_FINDINGS = {  # title, what joins the two places, advice
+    "near_duplicates": (
+        "near-duplicates of an earlier row (Jaccard about 0.8 or more)",
+        "as",
+        "data fix --drop near_duplicates drops them",
+    ),
+    "near_contradictions": (
+        "near contradictions: nearly the same pair the other way round",
+        "against",
+        "look at both",
+    ),
+    "near_identical": (
+        '"chosen" nearly equals "rejected"',
+        "",
+        "the signal of such pairs is small: look whether it is the one you mean",
+    ),
+    "cycles": (
+        "cycles: A over B, B over C, C over A for one prompt",
+        "",
+        "at least one label of each cycle is wrong",
+    ),
+}
+
+
+def _combined(*columns: np.ndarray) -> np.ndarray:
+    """One 64-bit number for each row of several columns."""
+    out = np.zeros(len(columns[0]), np.uint64)
+    for column in columns:
+        out = (out ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        out ^= out >> np.uint64(29)
+    return out
+
+
+def cycles(winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
+    """Which edges winner -> loser lie within a strongly connected part of at least three answers."""
+    nodes, ends = np.unique(np.concatenate([winners, losers]), return_inverse=True)
+    a, b = ends[: len(winners)], ends[len(winners) :]
+    left = a != b
+    while left.any():  # edges that lead nowhere or come from nowhere are on no cycle
+        out, into = np.zeros(len(nodes), bool), np.zeros(len(nodes), bool)
+        out[a[left]], into[b[left]] = True, True
+        keep = left & out[b] & into[a]
+        if (keep == left).all():
+            break
+        left = keep
+    edges = np.flatnonzero(left)
+    part = _components(a[edges].tolist(), b[edges].tolist())
+    sizes = Counter(part.values())
+    found = np.zeros(len(winners), bool)
+    for e in edges:
+        one, other = part[int(a[e])], part[int(b[e])]
+        found[e] = one == other and sizes[one] >= 3
+    return found
+
+
+def _components(tails: Sequence[int], heads: Sequence[int]) -> dict[int, int]:
+    """The strongly connected part of each node (Kosaraju's two passes, without recursion)."""
+    forward: dict[int, list[int]] = {}
+    backward: dict[int, list[int]] = {}
+    for t, h in zip(tails, heads, strict=True):
+        forward.setdefault(t, []).append(h)
+        backward.setdefault(h, []).append(t)
+    order: list[int] = []
+    seen: set[int] = set()
+    for root in [*forward, *backward]:
+        stack = [(root, iter(forward.get(root, ())))] if root not in seen else []
+        seen.add(root)
+        while stack:
+            node, rest = stack[-1]
+            following = next((x for x in rest if x not in seen), None)
+            if following is None:
+                order.append(node)
+                stack.pop()
+            else:
+                seen.add(following)
+                stack.append((following, iter(forward.get(following, ()))))
+    part: dict[int, int] = {}
+    for root in reversed(order):
+        todo = [root] if root not in part else []
+        while todo:
+            node = todo.pop()
+            if node not in part:
+                part[node] = root
+                todo += [x for x in backward.get(node, ()) if x not in part]
+    return part
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# answers
+
+
+class Lengths:
+    """How long prompts and answers are, and whether the longer answer is the chosen one."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.longer = self.differing = self.rows = 0
+        self.histograms: dict[str, Counter[int]] = {}
+
+    def update(self, row: View) -> None:
+        self.rows += 1
+        self._count("prompt", len(row.prompt))
+        names = ("chosen", "rejected") if self.kind == "pairs" else ("completion",) * len(row.texts)
+        for name, text in zip(names, row.texts, strict=False):
+            self._count(name, len(text))
+        if self.kind == "pairs":
+            longer = len(row.texts[0]) - len(row.texts[1])
+            self.longer += longer > 0
+            self.differing += longer != 0
+
+    def _count(self, name: str, length: int) -> None:
+        self.histograms.setdefault(name, Counter())[length] += 1
+
+    def findings(self) -> Named:
+        if self.kind != "pairs":
+            return
+        title = "length bias: the longer answer is the chosen one"
+        if not self.differing:
+            yield "length_bias", Finding(title, 0, 0, (), "all lengths are equal")
+            return
+        ties = self.rows - self.differing
+        advice = "far from 50%: the model may learn length; a length-controlled comparison shows it, length-normalised losses help"
+        yield (
+            "length_bias",
+            unlike_half(title, self.longer, self.differing, f"{ties:,} ties apart" if ties else "", advice),
+        )
+
+    def table(self) -> dict[str, dict[str, float]]:
+        """Characters: mean, percentiles, maximum."""
+        return {name: quantiles(h) for name, h in self.histograms.items()}
+
+
+class Labels:
+    """The share of good answers."""
+
+    def __init__(self) -> None:
+        self.good = self.answers = 0
+
+    def update(self, row: View) -> None:
+        self.answers += len(row.tree.completions)
+        self.good += sum(bool(c.label) for c in row.tree.completions)
+
+    def findings(self) -> Named:
+        yield "good_answers", Finding("answers labelled good", self.good, self.answers, ())
+
+
+class Scores:
+    """What to choose data.score_threshold from."""
+
+    def __init__(self) -> None:
+        self.values = array("d")
+
+    def update(self, row: View) -> None:
+        self.values.extend(c.score for c in row.tree.completions if c.score is not None)
+
+    def findings(self) -> Named:
+        scores = np.array(self.values)
+        if not len(scores):
+            return
+        low, mid, high = np.quantile(scores, [0.25, 0.5, 0.75])
+        note = f"quartiles {low:g}, {mid:g}, {high:g}"
+        yield (
+            "scores",
+            Finding("answers at or above the median score", int((scores >= mid).sum()), len(scores), (), note),
+        )
+
+
+@cache
+def refusal_phrases() -> tuple[str, ...]:
+    """The documented list, refusals.txt beside this file."""
+    text = (resources.files("penchant.data") / "refusals.txt").read_text(encoding="utf-8")
+    return tuple(line for line in text.splitlines() if line and not line.startswith("#"))
+
+
+def refuses(text: str) -> bool:
+    """Whether one of the phrases stands in a text's first 200 characters."""
+    head = text[:200].lower().replace("\u2019", "'")
+    return any(phrase in head for phrase in refusal_phrases())
+
+
+class Refusals:
+    """Answers that begin like a refusal, of chosen and rejected ones apart."""
+
+    def __init__(self, kind: str) -> None:
+        self.names = ("chosen", "rejected") if kind == "pairs" else ("",)
+        self.tallies = [Tally() for _ in self.names]
+        self.of = [0 for _ in self.names]
+
+    def update(self, row: View) -> None:
+        for i, text in enumerate(row.texts):
+            at = min(i, len(self.names) - 1)
+            self.of[at] += 1
+            if refuses(text):
+                self.tallies[at].add(row.where)
+
+    def findings(self) -> Named:
+        for name, tally, of in zip(self.names, self.tallies, self.of, strict=True):
+            title = f"{name or 'answers'} {'answers ' if name else ''}that begin like a refusal (phrase match)"
+            advice = "look at some: too many chosen ones teach over-refusal" if name != "rejected" else ""
+            yield (
+                f"refusals_{name}" if name else "refusals",
+                Finding(title, tally.count, of, tuple(tally.where), advice=advice),
+            )
+
+
+ADVICE = {
+    "pii": "data fix --redact pii puts [EMAIL] and the like in their place",
+    "secrets": "revoke those that are yours; data fix --drop secrets drops the rows, --redact secrets masks them",
+}
+
+
+class Sensitive:
+    """Rows with values that look like personal data or secrets; the values themselves are never kept."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.tallies = {name: Tally() for name in sensitive.TITLES}
+
+    def update(self, row: View) -> None:
+        self.rows += 1
+        spans = sensitive.find("\n".join((row.prompt, *row.texts)))
+        for kind in dict.fromkeys(s.kind for s in spans):
+            self.tallies[kind].add(row.where)
+
+    def findings(self) -> Named:
+        for group, names in sensitive.GROUPS.items():
+            for name in names:
+                tally, title = self.tallies[name], f"rows with {sensitive.TITLES[name]}"
+                yield (
+                    f"{group}_{name}",
+                    Finding(title, tally.count, self.rows, tuple(tally.where), advice=ADVICE[group]),
+                )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the columns say
+
+
+def position_bias(columns: Columns | None) -> Finding:
+    """How often the answer that was shown first won."""
+    title = "position bias: the answer shown first wins"
+    if columns is None or not columns.decided:
+        return Finding(title, 0, 0, (), "not known: the rows do not say which answer was shown first")
+    advice = "far from 50%: the raters looked at the order"
+    return unlike_half(title, columns.first, columns.decided, ", ".join(columns.layouts), advice)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a reward or a user's own function: disagreement with the labels, texts that it points at
+
+
+BATCH = 64
+SURE = 0.9  # the reward is sure of itself from this probability on
+
+RewardFunction = Callable[[Sequence[str], Sequence[str]], Any]
+TextFunction = Callable[[Sequence[str]], Any]
+
+
+class Disagreement:
+    """Pairs of which a reward prefers the rejected answer: an estimate of how noisy the labels are.
+
+    The reward's margins are calibrated on the pairs themselves: the scale s that makes sigmoid(s * margin) the likeliest
+    probabilities of the labels. A reward that knows nothing of the labels gets s = 0 and is sure of nothing.
+    """
+
+    def __init__(self, name: str, reward: RewardFunction) -> None:
+        self.name, self.reward = name, reward
+        self._waiting: list[View] = []
+        self._margins = array("d")
+        self._worst: list[tuple[float, int, str]] = []
+
+    def update(self, row: View) -> None:
+        self._waiting.append(row)
+        if len(self._waiting) >= BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        rows, self._waiting = self._waiting, []
+        prompts = [r.prompt for r in rows]
+        values = self.reward([p for p in prompts for _ in (0, 1)], [t for r in rows for t in r.texts[:2]])
+        margins = np.asarray(values, dtype=np.float64).reshape(-1, 2) @ [1.0, -1.0]
+        self._margins.extend(margins.tolist())
+        for row, margin in zip(rows, margins.tolist(), strict=True):
+            if margin < 0:
+                item = (-margin, -row.index, row.where)
+                (heapq.heappush if len(self._worst) < KEPT else heapq.heappushpop)(self._worst, item)
+
+    def findings(self) -> Named:
+        self._flush()
+        margins = np.array(self._margins)
+        decided = margins[margins != 0]
+        against = decided[decided < 0]
+        scale = calibrate(decided)
+        sure = int((-scale * against > np.log(SURE / (1 - SURE))).sum())
+        places = tuple(where for _, _, where in sorted(self._worst, reverse=True))
+        note = f"{len(margins) - len(decided):,} ties apart; " if len(margins) > len(decided) else ""
+        note += (
+            f"in {sure:,} of them it is at least {SURE:.0%} sure (margins times {scale:.3g}), the largest margin first"
+        )
+        title = f"label noise: {self.name} prefers the rejected answer"
+        yield (
+            "reward_disagreement",
+            sampled(title, len(against), len(decided), note, where=places, advice="look at the first of these places"),
+        )
+
+
+def calibrate(margins: np.ndarray) -> float:
+    """The s >= 0 that maximises the sum of log sigmoid(s * margin); at most 1000 / the mean margin where no pair disagrees."""
+    if not len(margins):
+        return 0.0
+    size = float(np.abs(margins).mean())
+    scaled = margins / size
+    low, high = 0.0, 1000.0
+    if _slope(scaled, 0.0) <= 0:
+        return 0.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _slope(scaled, middle) > 0 else (low, middle)
+    return low / size
+
+
+def _slope(margins: np.ndarray, s: float) -> float:
+    """The derivative of the sum of log sigmoid(s m): of m times sigmoid(-s m)."""
+    return float((margins * np.exp(-np.logaddexp(0.0, s * margins))).sum())
+
+
+class Check:
+    """A person's own function over all texts: it gets a list of texts and returns a bool or a number of each."""
+
+    def __init__(self, name: str, function: TextFunction) -> None:
+        self.name, self.function = name, function
+        self._texts: list[str] = []
+        self._places: list[str] = []
+        self._values = array("d")
+        self._tally = Tally()
+        self._bools = True
+
+    def update(self, row: View) -> None:
+        for what, text in [("prompt", row.prompt), *((f"answer {i}", t) for i, t in enumerate(row.texts, 1))]:
+            self._texts.append(text)
+            self._places.append(f"{row.where} ({what})")
+        if len(self._texts) >= BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._texts:
+            return
+        texts, places = self._texts, self._places
+        self._texts, self._places = [], []
+        values = _checked(self.name, self.function, texts)
+        self._bools &= bool(np.isin(values, (0.0, 1.0)).all())
+        self._values.extend(values.tolist())
+        for place, value in zip(places, values.tolist(), strict=True):
+            if value >= 0.5:
+                self._tally.add(place)
+
+    def findings(self) -> Named:
+        self._flush()
+        values = np.array(self._values)
+        note = (
+            ""
+            if self._bools or not len(values)
+            else "quantiles {:.3g}, {:.3g}, {:.3g} (50%, 95%, 99%)".format(*np.quantile(values, [0.5, 0.95, 0.99]))
+        )
+        title = f"texts of which {self.name} says {'yes' if self._bools else 'at least 0.5'}"
+        yield f"check_{self.name}", Finding(title, self._tally.count, len(values), tuple(self._tally.where), note)
+
+
+def _checked(name: str, function: TextFunction, texts: list[str]) -> np.ndarray:
+    try:
+        values = np.asarray([float(v) for v in function(list(texts))], dtype=np.float64)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"check {name}", what, "it gets a list of texts and returns a bool or a number of each"
+        ) from error
+    if values.shape != (len(texts),) or not np.isfinite(values).all():
+        raise DataError(
+            f"check {name}",
+            f"returned {values.size} values for {len(texts)} texts"
+            if values.size != len(texts)
+            else "returned NaN or infinity",
+            "return one finite number or bool for each text, in order",
+        )
+    return values

@@ -1,0 +1,433 @@
+"""A cleaned copy of a file, and a list of every row that was dropped or changed. The input is never written to."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+import shlex
+from array import array
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from penchant.data.audit import Leakage, sensitive
+from penchant.data.audit.counters import Copies, Near, View
+from penchant.data.audit.findings import Places
+from penchant.data.load import IDENTICAL, Quarantined, Stream, is_identical, prompt_text, stream_preferences
+from penchant.data.read import BadRow, Row
+from penchant.errors import DataError
+
+RULES = {  # in the order in which a row is told why it goes
+    "unreadable": "rows that cannot be read as a row at all",
+    "bad_rows": "rows that do not fit the layout",
+    "empty": "rows with an empty prompt or answer",
+    "identical": "pairs whose chosen equals rejected",
+    "secrets": "rows that hold something like a key or a password token",
+    "pii": "rows that hold something like personal data",
+    "leakage": "rows whose prompt stands, or nearly stands, in a file given with --against",
+    "contradictions": "both sides of pairs that stand there the other way round, or of an answer labelled good and bad",
+    "near_contradictions": "the same of nearly equal pairs",
+    "cycles": "rows of cycles: A over B, B over C, C over A",
+    "duplicates": "exact copies of an earlier row",
+    "near_duplicates": "near copies of an earlier row",
+}
+DEFAULT = ("unreadable", "bad_rows", "empty", "identical", "duplicates")
+ALWAYS = "unreadable"  # such a row cannot be written
+JSONL = (".jsonl", ".jsonl.gz")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How rows are read, of the file and of those given with --against."""
+
+    shape: str
+    columns: Mapping[str, str]
+
+    def stream(self, path: str | Sequence[str]) -> Stream:
+        return stream_preferences(path, shape=self.shape, columns=self.columns, identical="keep")
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """What was done; ``rows == written + dropped`` and every dropped or changed row is in `touched`."""
+
+    rows: int
+    written: int
+    dropped: Mapping[str, int]
+    changed: int
+    redacted: Mapping[str, int]
+    output: Path
+    touched: Path
+    rules: Sequence[str]
+    redact: Sequence[str]
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "rows": self.rows,
+            "written": self.written,
+            "dropped": dict(self.dropped),
+            "changed": self.changed,
+            "redacted": dict(self.redacted),
+            "output": str(self.output),
+            "touched": str(self.touched),
+            "drop": list(self.rules),
+            "redact": list(self.redact),
+        }
+
+    def to_text(self) -> str:
+        """For the terminal."""
+        gone = sum(self.dropped.values())
+        lines = [*self.notes, f"dropping: {', '.join(self.rules)}; redacting: {', '.join(self.redact) or 'nothing'}"]
+        lines.append(
+            f"{self.rows:,} rows = {self.written:,} written ({self.changed:,} of them changed) + {gone:,} dropped"
+        )
+        lines += [f"  {count:>9,}  {RULES[rule]}" for rule, count in self.dropped.items() if count]
+        lines += [f"  {count:>9,}  {sensitive.TITLES[kind]} masked" for kind, count in self.redacted.items()]
+        lines += [f"written: {self.output}", f"every row that was touched: {self.touched}"]
+        return "\n".join(lines)
+
+
+def fix(
+    source: str,
+    output: str | Path,
+    *,
+    drop: Collection[str] = DEFAULT,
+    redact: Collection[str] = (),
+    against: Sequence[str] = (),
+    shape: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Fixed:
+    """Write a cleaned copy of `source` to `output`, and ``OUTPUT.touched.jsonl``; `source` is read twice.
+
+    Args:
+        drop: names of `RULES`; redact: ``pii``, ``secrets``: values are masked wherever they stand in a row that stays.
+        against: files whose prompts must not stand in the copy (rule ``leakage``).
+        shape, columns: as for `load_preferences`; the copy keeps the columns' own names. overwrite: whether `output` may be there already.
+
+    Raises:
+        DataError: an unknown rule, an output that is an input or is there already or has another format's ending.
+    """
+    rules = _rules(drop, redact, against)
+    target, notes = _target(source, Path(output).expanduser(), [source, *against], overwrite)
+    touched = target.with_name(target.name + ".touched.jsonl")
+    reading = _Reading(shape, columns or {})
+    why = _decide(source, rules, against, reading)
+    dropped: Counter[str] = Counter(dict.fromkeys(rules, 0))
+    redacted: Counter[str] = Counter()
+    rows = written = changed = 0
+    with ExitStack() as stack:
+        out = stack.enter_context(_atomic(target, _writer(source, target)))
+        told = stack.enter_context(_atomic(touched, Lines()))
+        for made, reasons in zip(reading.stream(source), why, strict=True):
+            (row,) = made.source
+            rows += 1
+            if reasons:
+                dropped[reasons[0]] += 1
+                told.write(_told(row, "dropped", reasons))
+                continue
+            assert isinstance(row, Row)
+            values: Any = row.values
+            counts: Counter[str] = Counter()
+            if redact:
+                values = masked(values, redact, counts)
+            written += 1
+            if counts:
+                changed += 1
+                redacted += counts
+                told.write({"where": row.where, "action": "changed", "masked": dict(counts), "line": written})
+            out.write(values)
+        if rows != written + dropped.total():
+            raise AssertionError(f"{rows} rows != {written} written + {dropped.total()} dropped")
+        if not written:
+            raise DataError(source, "no row would be left", "drop less: --keep RULE")
+    return Fixed(rows, written, dropped, changed, redacted, target, touched, rules, tuple(redact), notes)
+
+
+def _rules(drop: Collection[str], redact: Collection[str], against: Sequence[str]) -> tuple[str, ...]:
+    for name in drop:
+        if name not in RULES:
+            raise DataError("--drop", f"{name!r} is no rule", f"there are {', '.join(RULES)}")
+    for name in redact:
+        if name not in sensitive.GROUPS:
+            raise DataError("--redact", f"{name!r} cannot be redacted", f"there are {', '.join(sensitive.GROUPS)}")
+        if name in drop:
+            raise DataError("--redact", f"rows with {name} are dropped already", "drop or redact, not both")
+    if "leakage" in drop and not against:
+        raise DataError("--drop leakage", "needs the other splits", "give --against test.jsonl")
+    if against and "leakage" not in drop:
+        raise DataError("--against", "is for the rule leakage", "add --drop leakage")
+    return tuple(rule for rule in RULES if rule in drop or rule == ALWAYS)
+
+
+def _target(source: str, target: Path, inputs: Sequence[str], overwrite: bool) -> tuple[Path, tuple[str, ...]]:
+    files = [Path(i).expanduser() for i in inputs]
+    touched = target.with_name(target.name + ".touched.jsonl")
+    for file in files:
+        for made in (target, touched):
+            if made.resolve() == file.resolve() or (made.exists() and file.exists() and made.samefile(file)):
+                raise DataError(str(target), "is an input", "give another name; the input is never written to")
+    for made in (target, touched):
+        if made.exists() and not overwrite:
+            raise DataError(str(made), "is there already", "give another name, or --overwrite")
+    parquet = source.lower().endswith(".parquet")
+    wanted = (".parquet",) if parquet else JSONL
+    if not target.name.lower().endswith(wanted):
+        raise DataError(
+            str(target), f"the copy is {'Parquet' if parquet else 'JSONL'}", f"name it {target.stem}{wanted[0]}"
+        )
+    if not target.parent.is_dir():
+        raise DataError(str(target), "its folder does not exist", f"mkdir -p {target.parent}")
+    same = parquet or source.lower().endswith((*JSONL, ".ndjson", ".ndjson.gz"))
+    return target, () if same else (f"{source} becomes JSONL",)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what goes
+
+
+def _first(source: str, shape: str, columns: Mapping[str, str]) -> str:
+    """How to get a file that can be mended: with an example a row."""
+    named = "".join(f" --column {shlex.quote(f'{ours}={yours}')}" for ours, yours in columns.items())
+    command = f"penchant data get mine --from {shlex.quote(source)} --layout {shape}{named} --split 1,0,0"
+    return f"write an example a row first: {command}"
+
+
+def _decide(source: str, rules: Sequence[str], against: Sequence[str], reading: _Reading) -> Iterator[tuple[str, ...]]:
+    """For each row of the file, in order, the rules by which it goes; one pass over the file."""
+    flags = array("H")  # a bit for each rule, by its place in RULES
+    bit = {rule: 1 << i for i, rule in enumerate(RULES)}
+    accepted = array("q")  # numbers of the rows that are trees
+    stream = reading.stream(source)
+    places = Places()
+    copies = Copies(stream.kind, places)
+    near = (
+        Near(stream.kind, places, copies) if {"near_duplicates", "near_contradictions", "cycles"} & set(rules) else None
+    )
+    leakage = _others(against, reading) if "leakage" in rules else None
+    groups = tuple(g for g in sensitive.GROUPS if g in rules)
+    if stream.grouped:
+        raise DataError(
+            source,
+            f"rows of the layout {stream.shape} make examples together",
+            _first(source, stream.shape, reading.columns),
+        )
+    for made in stream:
+        (row,) = made.source
+        if len(made.trees) > 1:
+            raise DataError(
+                row.where,
+                f"a row of the layout {stream.shape} gives several examples",
+                _first(source, stream.shape, reading.columns),
+            )
+        mark = 0
+        if made.trees:
+            (result,) = made.trees
+            texts = tuple(c.text for c in result.completions)
+            view = View(len(accepted), result.source, result, prompt_text(result.prompt), texts)
+            if is_identical(result):
+                mark |= bit["identical"]
+            copies.update(view)
+            if near is not None:
+                near.update(view)
+            if leakage is not None:
+                leakage.update(1, result)
+            accepted.append(len(flags))
+        elif not made.left_out:  # an option leaves it out of training; nothing is wrong with it
+            mark |= bit[_kind_of_bad(row, made.aside[0])]
+        if groups and isinstance(row, Row):
+            found = {s.kind for text in _texts(row.values) for s in sensitive.find(text, groups)}
+            mark |= sum(bit[g] for g in groups if found & set(sensitive.GROUPS[g]))
+        flags.append(mark)
+    marks = np.array(flags, dtype=np.uint16)
+    at = np.array(accepted, dtype=np.int64)
+    for rule, which in _by_rule(copies, near, leakage, rules).items():
+        marks[at[which]] |= bit[rule]
+    active = sum(bit[r] for r in rules)
+    for mark in (marks & active).tolist():
+        yield tuple(rule for rule in rules if mark & bit[rule]) if mark else ()
+
+
+def _by_rule(copies: Copies, near: Near | None, leakage: Leakage | None, rules: Sequence[str]) -> dict[str, np.ndarray]:
+    """(n,) bool of the accepted rows, by rule."""
+    first = copies.duplicates()
+    found = {"duplicates": first != np.arange(len(first)), "contradictions": copies.contradictory()}
+    if near is not None:
+        rows = near.rows()
+        found |= {name: rows[name] >= 0 for name in ("near_duplicates", "cycles") if name in rows}
+        found["near_contradictions"] = near.contradictory()
+    if leakage is not None:
+        found["leakage"] = leakage.shared(1)[-len(first) :]
+    return {rule: which for rule, which in found.items() if rule in rules}
+
+
+def _others(against: Sequence[str], reading: _Reading) -> Leakage:
+    leakage = Leakage(["others", "this"])
+    for made in reading.stream(list(against)):
+        for tree in made.trees:
+            leakage.update(0, tree)
+    return leakage
+
+
+def _kind_of_bad(row: Row | BadRow, result: Quarantined) -> str:
+    if isinstance(row, BadRow):
+        return "unreadable"
+    if result.what.startswith(IDENTICAL):
+        return "identical"
+    empty = "is empty" in result.what or "empty answer" in result.what or "has no content" in result.what
+    return "empty" if empty else "bad_rows"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# masking
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts within a row's value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def masked(value: Any, groups: Collection[str], counts: Counter[str]) -> Any:
+    """The value with personal data or secrets masked in all its texts; `counts` gets how many of each kind."""
+    if isinstance(value, str):
+        text, found = sensitive.redact(value, groups)
+        counts.update(found)
+        return text
+    if isinstance(value, Mapping):
+        return {k: masked(v, groups, counts) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [masked(v, groups, counts) for v in value]
+    return value
+
+
+def _told(row: Row | BadRow, action: str, reasons: Sequence[str]) -> dict[str, Any]:
+    raw = row.raw if isinstance(row, BadRow) else row.values
+    shown = masked(raw, tuple(sensitive.GROUPS), Counter())
+    told = {"where": row.where, "action": action, "rule": reasons[0], "also": list(reasons[1:]), "row": shown}
+    return told | ({"what": row.what} if isinstance(row, BadRow) else {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+class Sink(Protocol):
+    """Where rows go."""
+
+    def open(self, path: Path) -> None:
+        """Begin."""
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """One row."""
+
+    def close(self) -> None:
+        """End."""
+
+
+class Lines:
+    """JSONL, packed where `packed` says so."""
+
+    def __init__(self, packed: bool = False) -> None:
+        self.packed = packed
+
+    def open(self, path: Path) -> None:
+        self._out = gzip.open(path, "wb") if self.packed else path.open("wb")  # noqa: SIM115 (closed by close)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        try:
+            line = json.dumps(values, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:  # half of a surrogate pair can only be written as an escape
+            line = json.dumps(values, default=str).encode()
+        self._out.write(line + b"\n")
+
+    def close(self) -> None:
+        self._out.close()
+
+
+class Columns:
+    """Parquet with the input's schema."""
+
+    def __init__(self, source: Path) -> None:
+        import pyarrow.parquet as pq
+
+        self._schema = pq.read_schema(source)
+        self._waiting: list[Mapping[str, Any]] = []
+
+    def open(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        self._out = pq.ParquetWriter(path, self._schema)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        self._waiting.append(values)
+        if len(self._waiting) >= 1024:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        self._out.write_table(pa.Table.from_pylist(self._waiting, schema=self._schema))
+        self._waiting = []
+
+    def close(self) -> None:
+        if self._waiting:
+            self._flush()
+        self._out.close()
+
+
+def _writer(source: str, target: Path) -> Sink:
+    return Columns(Path(source).expanduser()) if target.suffix == ".parquet" else Lines(target.suffix == ".gz")
+
+
+class _atomic:
+    """A sink on a file beside the target, which takes its place at the end if nothing went wrong."""
+
+    def __init__(self, target: Path, sink: Sink) -> None:
+        self.target, self.sink = target, sink
+        self.aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Sink:
+        self.sink.open(self.aside)
+        return self.sink
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.sink.close()
+        if kind is None:
+            os.replace(self.aside, self.target)
+        else:
+            self.aside.unlink(missing_ok=True)
+
+
+def default_rules(drop: Sequence[str] = (), keep: Sequence[str] = ()) -> tuple[str, ...]:
+    """The safe rules, with those of `drop` and without those of `keep`.
+
+    Raises:
+        DataError: an unknown rule, or one that is both.
+    """
+    for name in itertools.chain(drop, keep):
+        if name not in RULES:
+            raise DataError("data fix", f"{name!r} is no rule", f"there are {', '.join(RULES)}")
+    both = sorted(set(drop) & set(keep)) or sorted({ALWAYS} & set(keep))
+    if both:
+        raise DataError(
+            "data fix",
+            f"{both[0]} cannot be kept",
+            "such rows cannot be written" if ALWAYS in both else "drop it or keep it",
+        )
+    return tuple(rule for rule in RULES if (rule in DEFAULT or rule in drop) and rule not in keep)

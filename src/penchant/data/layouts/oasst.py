@@ -1,0 +1,175 @@
+"""OpenAssistant: message trees, ready-made or as flat rows of messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from penchant.data.layouts.fields import LeftOut, RowError, as_text, mapping_field, number, shown
+from penchant.data.layouts.layout import Fields, Group, Layout, Option
+from penchant.types import Completion, Message, PromptTree
+
+_NAMES = {"prompter": "user", "assistant": "assistant"}
+
+
+def oasst(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+    """The trees of all prompts of a message tree that have what `use` asks for."""
+    found = tuple(
+        tree
+        for path, replies in _questions(mapping_field(row, "prompt"))
+        for tree in _USES[options["use"]](path, replies)
+    )
+    if not found:
+        raise LeftOut(_NOTHING[options["use"]], "nothing is wrong with it; choose another data.layout_options.use")
+    return found
+
+
+def _questions(root: Mapping[str, Any]) -> Iterator[tuple[tuple[Message, ...], list[Mapping[str, Any]]]]:
+    """Every prompt of a tree: the messages up to it, and its answers that are not deleted; without recursion."""
+    waiting: list[tuple[tuple[Message, ...], Mapping[str, Any]]] = [((), root)]
+    while waiting:
+        before, node = waiting.pop()
+        if node.get("deleted") is True:
+            continue
+        path = (*before, _message(node))
+        replies = [r for r in _replies(node) if r.get("deleted") is not True]
+        if path[-1].role == "user" and replies:
+            for reply in replies:
+                _message(reply)
+            yield path, replies
+        waiting += [(path, r) for r in reversed(replies)]
+
+
+def _message(node: Mapping[str, Any]) -> Message:
+    role = node.get("role")
+    if not isinstance(role, str) or role not in _NAMES:
+        raise RowError(f"a message has the role {shown(role)!r}", "it must be prompter or assistant")
+    return Message(_NAMES[role], as_text(node.get("text"), "a message"))
+
+
+def _replies(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    replies = node.get("replies")
+    if not replies:
+        return []
+    if not isinstance(replies, list) or not all(isinstance(r, Mapping) for r in replies):
+        raise RowError('"replies" is not a list of messages', "write [{...}, ...]")
+    return replies
+
+
+def _ranked(replies: Sequence[Mapping[str, Any]]) -> list[tuple[float, str]]:
+    """(rank, text) of the answers that people ranked; rank 0 is the best."""
+    known = [(number(r.get("rank")), r["text"]) for r in replies if r.get("role") == "assistant"]
+    return sorted(((rank, text) for rank, text in known if rank is not None), key=lambda r: r[0])
+
+
+def _pair(path: tuple[Message, ...], better: tuple[float, str], worse: tuple[float, str]) -> PromptTree:
+    return PromptTree(path, (Completion(better[1], True), Completion(worse[1], False)))
+
+
+def _best_worst(path: tuple[Message, ...], replies: Sequence[Mapping[str, Any]]) -> list[PromptTree]:
+    ranked = _ranked(replies)
+    return [_pair(path, ranked[0], ranked[-1])] if ranked and ranked[0][0] < ranked[-1][0] else []
+
+
+def _neighbours(path: tuple[Message, ...], replies: Sequence[Mapping[str, Any]]) -> list[PromptTree]:
+    return [_pair(path, a, b) for a, b in pairwise(_ranked(replies)) if a[0] < b[0]]
+
+
+def _scored(path: tuple[Message, ...], replies: Sequence[Mapping[str, Any]]) -> list[PromptTree]:
+    ranked = _ranked(replies)
+    if len(ranked) < 2:
+        return []
+    return [PromptTree(path, tuple(Completion(text, score=0.0 - rank) for rank, text in ranked))]
+
+
+def _best(path: tuple[Message, ...], replies: Sequence[Mapping[str, Any]]) -> list[PromptTree]:
+    answers = [r["text"] for r in replies if r.get("role") == "assistant"]
+    ranked = _ranked(replies)
+    best = ranked[0][1] if ranked else answers[0] if len(answers) == 1 else None
+    return [PromptTree(path, (Completion(best),))] if best is not None else []
+
+
+_USES: dict[str, Any] = {"pairs": _best_worst, "neighbours": _neighbours, "scored": _scored, "sft": _best}
+_UNRANKED = "a message tree without two ranked answers to one prompt"
+_NOTHING = {"pairs": _UNRANKED, "neighbours": _UNRANKED, "scored": _UNRANKED, "sft": "a message tree without an answer"}
+
+
+def fold(rows: Sequence[Fields]) -> Fields:
+    """The flat messages of one tree as a ready-made tree."""
+    nodes: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        name = as_text(row.get("message_id"), '"message_id"')
+        if name in nodes:
+            raise RowError(f"the message {shown(name)} stands there twice", "drop one of them")
+        nodes[name] = {**row, "replies": []}
+    roots = []
+    for node in nodes.values():
+        parent = node.get("parent_id")
+        if parent is None or parent == "":
+            roots.append(node)
+        elif isinstance(parent, str) and parent in nodes:
+            nodes[parent]["replies"].append(node)
+        else:
+            raise RowError(f"the parent {shown(parent)} of a message is not in its tree", "give the whole tree")
+    if len(roots) != 1:
+        raise RowError(f"the tree has {len(roots)} messages without a parent", "there must be one")
+    return {"message_tree_id": rows[0].get("message_tree_id"), "prompt": roots[0]}
+
+
+def _key(row: Fields) -> str:
+    return as_text(row.get("message_tree_id"), '"message_tree_id"')
+
+
+def _node(name: str, role: str, text: str, **more: Any) -> dict[str, Any]:
+    return {"message_id": name, "text": text, "role": role, "lang": "en", **more}
+
+
+_ASKED = "Name a prime number."
+_OPTIONS = {
+    "use": Option(
+        "pairs",
+        "the best against the worst answer, each against the next one, all of them with scores, or the best alone",
+        ("pairs", "neighbours", "scored", "sft"),
+        kinds={"scored": "scored", "sft": "sft"},
+    )
+}
+OASST = Layout(
+    "oasst",
+    "pairs",
+    ("message_tree_id", "prompt"),
+    oasst,
+    "a message tree: each prompt with ranked answers is an example",
+    {
+        "message_tree_id": "m1",
+        "tree_state": "ready_for_export",
+        "prompt": _node(
+            "m1",
+            "prompter",
+            _ASKED,
+            replies=[
+                _node("m2", "assistant", "Eight.", rank=1, replies=[]),
+                _node("m3", "assistant", "Seven.", rank=0, replies=[]),
+            ],
+        ),
+    },
+    "OpenAssistant/oasst1 and oasst2, *.trees.jsonl.gz",
+    options=_OPTIONS,
+    check=lambda row: isinstance(row["prompt"], Mapping),
+    shows="where prompt is a message with replies",
+)
+OASST_FLAT = Layout(
+    "oasst_flat",
+    "pairs",
+    ("message_id", "parent_id", "message_tree_id", "role", "text"),
+    oasst,
+    "the same as one row for each message; rows of one message_tree_id are put together first",
+    _node("m1", "prompter", _ASKED, parent_id=None, message_tree_id="m1", rank=None),
+    "OpenAssistant/oasst1 and oasst2 (parquet), *.messages.jsonl.gz",
+    options=_OPTIONS,
+    group=Group(_key, fold),
+    rest=(
+        _node("m2", "assistant", "Eight.", parent_id="m1", message_tree_id="m1", rank=1),
+        _node("m3", "assistant", "Seven.", parent_id="m1", message_tree_id="m1", rank=0),
+    ),
+)

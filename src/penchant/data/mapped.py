@@ -1,0 +1,308 @@
+"""Rows and token trees as Arrow IPC files that are mapped into memory: opened at once whatever their size, made when asked for.
+
+Each file holds one record batch, so that every column is one contiguous array that numpy reads in place.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any, overload
+
+import numpy as np
+
+from penchant.types import Completion, Message, PromptTree, TokenTree
+
+NO_LABEL = -1  # stands for None
+
+
+class StoredRows(Sequence[PromptTree]):
+    """Prompt trees of a folder that `write_rows` made, or some of them; read like a tuple.
+
+    Args:
+        key: names the content, for what is derived from it; whole: the same of all rows of the folder.
+        which: (n,) int64, ascending: some of the rows; None: all.
+    """
+
+    def __init__(self, folder: Path, key: str, which: np.ndarray | None = None, whole: str | None = None) -> None:
+        self.folder, self.key, self.whole, self.which = folder, key, whole or key, which
+        batch = read_batch(folder / "rows.arrow")
+        self._good, self._bad = (batch.column(name).to_numpy() for name in ("good", "bad"))
+        self._ends, self._bytes = _binary(batch.column("tree"))
+
+    def __len__(self) -> int:
+        return len(self._good) if self.which is None else len(self.which)
+
+    def take(self, which: np.ndarray, key: str) -> StoredRows:
+        """Some of the rows, by their place in the whole file."""
+        return StoredRows(self.folder, key, which, self.whole)
+
+    def all_rows(self) -> StoredRows:
+        """Every row of the folder."""
+        return StoredRows(self.folder, self.whole)
+
+    def label_counts(self) -> tuple[int, int]:
+        """(good, bad) answers of all rows of the folder."""
+        return int(self._good.sum()), int(self._bad.sum())
+
+    @overload
+    def __getitem__(self, at: int) -> PromptTree: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[PromptTree, ...]: ...
+    def __getitem__(self, at: int | slice) -> PromptTree | tuple[PromptTree, ...]:
+        if isinstance(at, slice):
+            return tuple(self[i] for i in range(*at.indices(len(self))))
+        row = range(len(self))[at] if self.which is None else int(self.which[at])
+        return _tree_of(json.loads(self._bytes[self._ends[row] : self._ends[row + 1]].tobytes()))
+
+    def __iter__(self) -> Iterator[PromptTree]:
+        return (self[i] for i in range(len(self)))
+
+
+def label_counts(trees: Sequence[PromptTree]) -> tuple[int, int]:
+    """(good, bad) answers."""
+    if isinstance(trees, StoredRows) and trees.which is None:
+        return trees.label_counts()
+    labels = Counter(c.label for t in trees for c in t.completions)
+    return labels[True], labels[False]
+
+
+def _tree_of(stored: Any) -> PromptTree:
+    prompt, completions, source = stored
+    shown = prompt if isinstance(prompt, str) else tuple(Message(role, content) for role, content in prompt)
+    return PromptTree(shown, tuple(Completion(text, label, score) for text, label, score in completions), source)
+
+
+def write_rows(folder: Path, trees: Iterable[PromptTree]) -> None:
+    """Write prompt trees for `StoredRows`."""
+    ends, good, bad = array("q", [0]), array("i"), array("i")
+    with tempfile.TemporaryFile(dir=folder) as spill:
+        for t in trees:
+            prompt = t.prompt if isinstance(t.prompt, str) else [[m.role, m.content] for m in t.prompt]
+            row = [prompt, [[c.text, c.label, c.score] for c in t.completions], t.source]
+            ends.append(ends[-1] + spill.write(json.dumps(row, ensure_ascii=True, separators=(",", ":")).encode()))
+            good.append(sum(c.label is True for c in t.completions))
+            bad.append(sum(c.label is False for c in t.completions))
+        write_batch(folder / "rows.arrow", tree=_binary_array(ends, spill), good=np.array(good), bad=np.array(bad))
+
+
+class StoredTokens(Sequence[TokenTree]):
+    """Token trees of a folder that `TokenWriter` made; each is made when it is asked for, its ids are parts of the mapped file.
+
+    `numbered_from`, `take` and `first_completions` give other views of the same files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.first = 0  # number of the first row
+        self.which: np.ndarray | None = None  # (n,) int64: some of the trees
+        self._few = False  # whether only the first completion of each tree is there
+        batch = read_batch(folder / "tokens.arrow")
+        parts = batch.column("parts")  # of each tree: the ids of its prompt and of its completions
+        self._part_start, self._id_start = parts.offsets.to_numpy(), parts.values.offsets.to_numpy()
+        self._ids = parts.values.values.to_numpy()
+        self._truncated, self._labels, self._scores = (
+            batch.column(name).values.to_numpy() for name in ("truncated", "labels", "scores")
+        )
+        self._source_ends, self._sources = _binary(batch.column("source"))
+
+    def __len__(self) -> int:
+        return len(self._part_start) - 1 if self.which is None else len(self.which)
+
+    @overload
+    def __getitem__(self, at: int) -> TokenTree: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[TokenTree, ...]: ...
+    def __getitem__(self, at: int | slice) -> TokenTree | tuple[TokenTree, ...]:
+        if isinstance(at, slice):
+            return tuple(self[i] for i in range(*at.indices(len(self))))
+        number = range(len(self))[at]
+        row = number if self.which is None else int(self.which[number])
+        start, end = int(self._part_start[row]), int(self._part_start[row + 1])
+        one = start - row  # of completions: one part of each tree is its prompt
+        if self._few:
+            end = min(end, start + 2)
+        many = one + end - start - 1
+        bounds = self._id_start[start : end + 1].tolist()
+        parts = [np.asarray(self._ids[a:b]) for a, b in itertools.pairwise(bounds)]
+        return TokenTree(
+            self.first + number,
+            parts[0],
+            tuple(parts[1:]),
+            tuple(bool(t) for t in self._truncated[one:many].tolist()),
+            self._sources[self._source_ends[row] : self._source_ends[row + 1]]
+            .tobytes()
+            .decode("utf-8", "surrogatepass"),
+            tuple(None if v == NO_LABEL else bool(v) for v in self._labels[one:many].tolist()),
+            tuple(None if v != v else v for v in self._scores[one:many].tolist()),
+        )
+
+    def __iter__(self) -> Iterator[TokenTree]:
+        return (self[i] for i in range(len(self)))
+
+    def numbered_from(self, first: int) -> StoredTokens:
+        """The same trees with other row numbers."""
+        other = copy.copy(self)
+        other.first = first
+        return other
+
+    def take(self, which: np.ndarray) -> StoredTokens:
+        """Some of the trees, by their place among these."""
+        other = copy.copy(self)
+        other.which = which if self.which is None else self.which[which]
+        return other
+
+    def first_completions(self) -> StoredTokens:
+        """The same trees with the first completion only."""
+        other = copy.copy(self)
+        other._few = True
+        return other
+
+    def part_counts(self, start: int = 0, end: int | None = None) -> np.ndarray:
+        """(n,) int64: parts of each tree from `start` to `end`, its prompt and its completions."""
+        at = self._rows(start, end)
+        counts = self._part_start[at + 1] - self._part_start[at]
+        return np.minimum(counts, 2) if self._few else counts
+
+    def part_lengths(self, start: int = 0, end: int | None = None) -> np.ndarray:
+        """(parts,) int64: tokens of each part of the trees from `start` to `end`, tree after tree."""
+        parts = self._parts(start, end)
+        return self._id_start[parts + 1] - self._id_start[parts]
+
+    def part_ids(self, start: int = 0, end: int | None = None) -> np.ndarray:
+        """(tokens,) int32: the ids of all those parts."""
+        parts = self._parts(start, end)
+        return self._ids[ranges(self._id_start[parts], self.part_lengths(start, end))]
+
+    def _rows(self, start: int, end: int | None) -> np.ndarray:
+        end = len(self) if end is None else min(end, len(self))
+        return np.arange(start, end) if self.which is None else self.which[start:end]
+
+    def _parts(self, start: int, end: int | None) -> np.ndarray:
+        return ranges(self._part_start[self._rows(start, end)], self.part_counts(start, end))
+
+    @property
+    def total(self) -> int:
+        """Tokens of all trees, prompts counted once."""
+        return int(self._id_start[-1]) if self.which is None and not self._few else int(self.part_lengths().sum())
+
+
+def first_completions(trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
+    """Trees with their first completion only."""
+    if isinstance(trees, StoredTokens):
+        return trees.first_completions()
+    return [
+        replace(
+            t,
+            completion_ids=t.completion_ids[:1],
+            truncated=t.truncated[:1],
+            labels=t.labels[:1],
+            scores=t.scores[:1],
+        )
+        for t in trees
+    ]
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(sum of counts,) int64: ``starts[i], starts[i] + 1, ...``, `counts[i]` numbers each, one after the other."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    return np.repeat(starts - ends + counts, counts) + np.arange(ends[-1] if len(ends) else 0)
+
+
+class TokenWriter:
+    """Writes token trees one by one for `StoredTokens`; ids and sources wait on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._ids, self._sources = (tempfile.TemporaryFile(dir=folder) for _ in range(2))  # noqa: SIM115 - `close` does
+        self._part_start, self._id_start, self._source_ends = (array("q", [0]) for _ in range(3))
+        self._truncated, self._labels, self._scores = array("b"), array("b"), array("d")
+        self._of_row, self._marks = array("i"), array("B")
+
+    def end_row(self, trees: int, mark: int) -> None:
+        """A row is done: it gave so many trees; `mark` says what happened to it."""
+        self._of_row.append(trees)
+        self._marks.append(mark)
+
+    def write(self, tree: TokenTree) -> None:
+        """One tree; it has a label and a score, or None, for each completion."""
+        parts = (tree.prompt_ids, *tree.completion_ids)
+        for ids in parts:
+            self._ids.write(np.ascontiguousarray(ids, dtype="<i4").tobytes())
+            self._id_start.append(self._id_start[-1] + len(ids))
+        self._part_start.append(self._part_start[-1] + len(parts))
+        self._truncated.extend(tree.truncated)
+        self._labels.extend(NO_LABEL if label is None else int(label) for label in tree.labels)
+        self._scores.extend(float("nan") if score is None else score for score in tree.scores)
+        source = tree.source.encode("utf-8", "surrogatepass")
+        self._source_ends.append(self._source_ends[-1] + self._sources.write(source))
+
+    def close(self) -> None:
+        """Write the files."""
+        import pyarrow as pa
+
+        one = np.array(self._part_start) - np.arange(len(self._part_start))  # of completions: one part is the prompt
+        ids = pa.Array.from_buffers(pa.int32(), self._id_start[-1], [None, _buffer(self._ids)])
+        parts = pa.LargeListArray.from_arrays(np.array(self._id_start), ids)
+        columns = {"truncated": self._truncated, "labels": self._labels, "scores": self._scores}
+        write_batch(
+            self.folder / "tokens.arrow",
+            parts=pa.LargeListArray.from_arrays(np.array(self._part_start), parts),
+            source=_binary_array(self._source_ends, self._sources),
+            **{name: pa.LargeListArray.from_arrays(one, np.array(values)) for name, values in columns.items()},
+        )
+        write_batch(self.folder / "made.arrow", trees=np.array(self._of_row), marks=np.array(self._marks))
+        self._ids.close()
+        self._sources.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrow files of one record batch
+
+
+def write_batch(path: Path, **columns: Any) -> None:
+    """Write an Arrow IPC file of one record batch; columns are Arrow or numpy arrays of one length."""
+    import pyarrow as pa
+
+    batch = pa.record_batch(list(columns.values()), names=list(columns))
+    with pa.OSFile(str(path), "wb") as out, pa.ipc.new_file(out, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def read_batch(path: Path) -> Any:
+    """The record batch of a file that `write_batch` made, mapped into memory: nothing is read until it is looked at.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    import pyarrow as pa
+
+    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+
+
+def _buffer(spill: IO[bytes]) -> Any:
+    """What a temporary file holds, mapped into memory; an empty file cannot be mapped."""
+    import pyarrow as pa
+
+    spill.flush()
+    return pa.py_buffer(np.memmap(spill, dtype=np.uint8, mode="r") if spill.tell() else b"")  # type: ignore[call-overload]
+
+
+def _binary_array(ends: array[int], spill: IO[bytes]) -> Any:
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(pa.large_binary(), len(ends) - 1, [None, pa.py_buffer(np.array(ends)), _buffer(spill)])
+
+
+def _binary(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """((n + 1,) int64 offsets, all bytes) of a column of large_binary."""
+    _, offsets, content = column.buffers()
+    found = np.frombuffer(offsets, dtype=np.int64) if offsets else np.zeros(1, np.int64)
+    return found[: len(column) + 1], np.frombuffer(content, dtype=np.uint8) if content else np.empty(0, np.uint8)

@@ -1,0 +1,455 @@
+"""`penchant data get`: published data sets to a folder that `penchant train` reads."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from penchant.data.layouts import detect
+from penchant.data.load import prompt_text, renamed
+from penchant.data.read import BadRow, Row, read_stream
+from penchant.data.split import SPLITS, Assignment, Splitter
+from penchant.download.catalogue import find
+from penchant.download.convert import (
+    Converter,
+    Counts,
+    Pace,
+    Part,
+    Way,
+    filters_of,
+    gigabytes,
+    labeller_of,
+    read_json,
+    way_of,
+    whole,
+    write_json,
+)
+from penchant.download.hub import BLOCK, Hub, digest
+from penchant.download.plan import GetRequest, Plan, Source, make_plan
+from penchant.errors import CheckpointError, ConfigError, DataError
+from penchant.printable import printable
+from penchant.training.runfolder import RunLock, differences
+from penchant.types import Message
+
+WORK = ".get"
+OURS = (*(f"{s}.jsonl" for s in SPLITS), "quarantine.jsonl", "data.json")
+GROWTH = {".gz": 3.5, ".parquet": 2.5}  # how much larger than the file its text is, roughly
+DETECT_ROWS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class GetResult:
+    """What `get` wrote.
+
+    Args:
+        folder: of the files; data: the content of its data.json; fresh: false where it was there already.
+    """
+
+    folder: Path
+    data: Mapping[str, Any]
+    fresh: bool
+
+    @property
+    def counts(self) -> Counts:
+        return Counts.from_json(self.data["counts"])
+
+
+def get_data(asked: GetRequest, say: Callable[[str], None] = lambda line: None, *, redo: bool = False) -> GetResult:
+    """A published data set as train.jsonl, validation.jsonl and test.jsonl, which `penchant train` reads as they are.
+
+    Args:
+        asked: what to get, and how; say: takes progress lines; redo: make it anew where the folder holds another result.
+
+    Raises:
+        ConfigError: the request cannot be done, or the folder holds the result of another one.
+        DataError: no access, no network, a damaged file, a full disk. RewardError: a reward or function went wrong.
+    """
+    folder = Path(asked.output).expanduser()
+    try:
+        work = folder / WORK
+        done = _check_folder(folder, asked.identity(), redo)
+        if done is not None:
+            shutil.rmtree(work, ignore_errors=True)
+            return GetResult(folder, done, fresh=False)
+        if redo or read_json(work / "request.json") != asked.identity():
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+        with RunLock(work):
+            result = _Job(asked, folder, work, say).run()
+        shutil.rmtree(work)
+        return result
+    except CheckpointError as error:
+        raise DataError(
+            str(folder), "another `penchant data get` is writing there", "wait for it, or choose another --output"
+        ) from error
+    except OSError as error:
+        how = "free some space" if error.errno == 28 else "mend that, or choose another --output"
+        raise DataError(
+            str(folder), f"cannot be written ({error.strerror or error})", f"{how}; then the same command continues"
+        ) from error
+
+
+def default_output(name: str) -> str:
+    """The folder that a data set is written to where nobody says: its name in the catalogue, or the last part of its id."""
+    spec = find(name)
+    return str(Path("data", spec.name if spec else name.rstrip("/").rpartition("/")[2]))
+
+
+def on_stderr(line: str) -> None:
+    """Progress as plain lines; control characters are shown, not obeyed."""
+    print(f"penchant: {printable(line)}", file=sys.stderr, flush=True)
+
+
+def _check_folder(folder: Path, identity: Mapping[str, Any], redo: bool) -> Mapping[str, Any] | None:
+    """The result that is there already; None where there is none.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
+    done, mine = read_json(folder / "data.json"), dict(identity)
+    anew = "choose another --output, or add --redo to make it anew in this one"
+    converted = any((folder / WORK).glob("part-*[0-9].json"))  # what is only planned is no loss
+    begun = read_json(folder / WORK / "request.json") if converted else None
+    if done is None and begun is None:
+        taken = [name for name in OURS if (folder / name).exists()]
+        if taken:
+            what = f"has a {taken[0]} that `penchant data get` did not write"
+            raise ConfigError(str(folder), what, "choose another --output")
+    if redo or (done is None and begun is None):
+        return None
+    if done is not None and done["request"] == mine:
+        _check_files(folder, done, anew)
+        return cast(Mapping[str, Any], done)
+    if begun == mine:
+        return None
+    state = "holds" if done is not None else "holds the beginning of"
+    changed = "".join(f"\n  {line}" for line in differences(done["request"] if done else begun, mine))
+    raise ConfigError(str(folder), f"{state} what other arguments gave; old -> new:{changed}\n", anew)
+
+
+def _check_files(folder: Path, done: Mapping[str, Any], anew: str) -> None:
+    for name, held in done["files"].items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size != held["bytes"]:
+            raise ConfigError(str(path), "was changed or removed since it was written", anew)
+
+
+@dataclass(slots=True)
+class _Job:
+    asked: GetRequest
+    folder: Path
+    work: Path
+    say: Callable[[str], None]
+    hub: Hub = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hub = Hub(self.say)
+
+    def run(self) -> GetResult:
+        labeller = labeller_of(self.asked)
+        plan = self._plan()
+        self._check_disk(plan)
+        ways: dict[str | None, Way] = {}
+        total = Counts()
+        read: list[dict[str, Any]] = []
+        left: dict[str, int] = {}
+        filters = filters_of(self.asked)
+        for number, source in enumerate(plan.sources):
+            part = Part(self.work, number)
+            limit = left.get(self._limited(source), self.asked.first or 0) if self.asked.first else None
+            if limit == 0:
+                break
+            counts = part.counts()
+            if counts is None:
+                with self._rows(plan, source) as rows:
+                    taken: Iterator[Row | BadRow] = islice(rows, limit)
+                    if source.layout is None and None not in ways:
+                        first = list(islice(taken, DETECT_ROWS))
+                        ways[None] = self._detected(source.path, first)
+                        taken = _chain(first, taken)
+                    way = ways.setdefault(source.layout, self._way(source)) if source.layout else ways[None]
+                    converter = Converter(way, dict(self.asked.columns), filters, labeller, self._transcripts(source))
+                    counts = converter.convert(taken, source.path, part, Pace(self.say, source.path))
+                write_json(self.work / f"layout-{number:05d}.json", [way.layout.name, way.kind, dict(way.options)])
+                self.say(f"{source.path}: {counts.rows:,} rows, {counts.accepted:,} accepted")
+            if self.asked.first:
+                left[self._limited(source)] = cast(int, limit) - counts.rows
+            total.add(counts)
+            read.append(_source_json(source, counts, whole=not self.asked.first))
+        self._check_kept(plan, total, filters.languages)
+        layouts = [read_json(self.work / f"layout-{n:05d}.json") for n in range(len(read))]
+        _check_kinds(layouts)
+        return self._write(plan, read, layouts, total, labeller.sha256 if labeller else None)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _plan(self) -> Plan:
+        """What is read, decided once: a resumed `get` reads the same commit and the same files."""
+        held = read_json(self.work / "plan.json")
+        if held is not None:
+            plan = Plan.from_json(held)
+            _check_unchanged(plan)
+            self.say("continuing what was begun")
+            return plan
+        plan = make_plan(self.asked, self.hub)
+        if self.asked.layout is not None:
+            plan = replace(plan, sources=tuple(replace(s, layout=self.asked.layout, options={}) for s in plan.sources))
+        for source in plan.sources:
+            if source.layout is not None:
+                self._way(source)  # says now what cannot be converted
+        write_json(self.work / "plan.json", plan.to_json())
+        write_json(self.work / "request.json", self.asked.identity())
+        if plan.left_out:
+            self.say(plan.left_out)
+        return plan
+
+    def _limited(self, source: Source) -> str:
+        return source.split if self.asked.published_splits else ""
+
+    def _transcripts(self, source: Source) -> bool:
+        return source.prompts_only and self.asked.layout is None
+
+    def _way(self, source: Source) -> Way:
+        if self._transcripts(source) and self.asked.as_ != "prompts":
+            raise ConfigError(
+                f"--subset {source.subset}",
+                "its publishers mean it for neither tuning nor preferences",
+                "add --as prompts",
+            )
+        assert source.layout is not None
+        labelled = self.asked.labels
+        return way_of(source.layout, {**source.options, **self.asked.options}, self.asked.as_, labelled)
+
+    def _detected(self, name: str, rows: list[Row | BadRow]) -> Way:
+        found = detect(renamed(r.values, self.asked.columns) for r in rows if isinstance(r, Row))
+        if found.layout is None:
+            columns = sorted({str(c) for r in rows if isinstance(r, Row) for c in r.values})
+            how = "map your columns, e.g. --columns prompt=question chosen=good rejected=bad, or name a --layout"
+            raise DataError(name, f"{found.why} ({', '.join(columns) or 'there are none'})", how)
+        also = f"; other fits: {', '.join(found.others)}" if found.others else ""
+        self.say(f"{name}: layout {found.layout} ({found.why}){also}; override with --layout")
+        return way_of(found.layout, self.asked.options, self.asked.as_, self.asked.labels)
+
+    def _check_disk(self, plan: Plan) -> None:
+        if self.asked.first:
+            self.say(
+                f"reading the first {self.asked.first:,} rows{' of each published split' if self.asked.published_splits else ''}"
+            )
+            return
+        text = sum(s.size * next((g for e, g in GROWTH.items() if s.path.endswith(e)), 1.0) for s in plan.sources)
+        free = shutil.disk_usage(self.folder).free
+        fetch = 0
+        if plan.hub_id:
+            cache = self.hub.cache_folder()
+            fetch = sum(s.size for s in plan.sources)
+            fetch -= self.hub.cached_bytes(plan.repository, [s.hub_file for s in plan.sources])
+            there = shutil.disk_usage(_existing(cache)).free
+            if fetch > there:
+                what = f"has {gigabytes(there)} free, and {gigabytes(fetch)} are to be fetched"
+                raise DataError(
+                    str(cache), what, "free some space, set HF_HOME to another disk, or look at --first 500"
+                )
+            self.say(
+                f"to fetch: {gigabytes(fetch)} in {len(plan.sources)} files, kept in {cache} ({gigabytes(there)} free)"
+            )
+        short = "; that may not be enough" if free < 2 * text else ""
+        self.say(f"to write: about {gigabytes(text)}, twice that for a moment ({gigabytes(free)} free{short})")
+
+    @contextmanager
+    def _rows(self, plan: Plan, source: Source) -> Iterator[Iterator[Row | BadRow]]:
+        if plan.hub_id and self.asked.first:
+            part = self.hub.open(plan.repository, source.hub_file)
+            with io.BufferedReader(part, BLOCK) as stream:
+                yield read_stream(cast(BinaryIO, stream), source.path)
+            self.say(
+                f"{source.path}: {gigabytes(part.fetched)} of {gigabytes(source.size)} read; its hash is not checked"
+            )
+            return
+        path = self.hub.fetch(plan.repository, source.hub_file) if plan.hub_id else Path(source.local or "")
+        with path.open("rb") as stream:
+            yield read_stream(stream, source.path)
+
+    def _check_kept(self, plan: Plan, total: Counts, languages: Mapping[str, int]) -> None:
+        """Something is left; otherwise nothing of this is worth continuing."""
+        if total.accepted:
+            return
+        (self.work / "request.json").unlink()
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in total.filtered.most_common()) or "none filtered"
+        what = f"none of {total.rows:,} rows is left ({reasons}, {total.quarantined:,} quarantined)"
+        common = sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:10]
+        if common and total.filtered["language"]:
+            raise DataError(
+                "--language", what, f"the languages are {', '.join(f'{name} ({n:,})' for name, n in common)}"
+            )
+        aside = (Part(self.work, n).aside for n in range(len(plan.sources)))
+        with_reason = next((p for p in aside if p.exists() and p.stat().st_size), None)
+        if with_reason is None:
+            raise DataError(self.asked.name, what, "choose other options")
+        with with_reason.open("rb") as stream:
+            q = json.loads(stream.readline())
+        raise DataError(q["where"], f"{q['what']}; {what}", q["how"])
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _write(
+        self, plan: Plan, read: list[dict[str, Any]], layouts: list[list[Any]], total: Counts, label_sha256: str | None
+    ) -> GetResult:
+        (self.folder / "data.json").unlink(
+            missing_ok=True
+        )  # of what --redo replaces: until the new one is there, nothing is done
+        parts = [Part(self.work, n) for n in range(len(read))]
+        assignment = self._assign(parts, [r["split"] for r in read])
+        rows, examples = self._write_splits(parts, assignment)
+        with whole(self.folder / "quarantine.jsonl") as out:
+            for part in parts:
+                with part.aside.open("rb") as stream:
+                    shutil.copyfileobj(stream, out)
+        _, kind, options = layouts[0]
+        files = {n: {"bytes": (p := self.folder / n).stat().st_size, "sha256": digest(p)} for n in OURS[:-1]}
+        data = {
+            "name": self.asked.name,
+            "origin": plan.origin,
+            "commit": plan.commit or None,
+            "terms": plan.terms or None,
+            "kind": kind,
+            "layouts": list(dict.fromkeys(held[0] for held in layouts)),
+            "layout_options": options,
+            "counts": total.to_json(),
+            "splits": {s: {"rows": rows[i], "examples": examples[i]} for i, s in enumerate(SPLITS)},
+            "prompt_groups": {"prompts": assignment.prompts, "groups": assignment.groups},
+            "straddling": dict(zip(("groups", "rows"), assignment.straddling, strict=True)),
+            "labelled_with_sha256": label_sha256,
+            "sources": read,
+            "files": files,
+            "request": self.asked.identity(),
+        }
+        write_json(self.folder / "data.json", data)
+        return GetResult(self.folder, read_json(self.folder / "data.json"), fresh=True)
+
+    def _assign(self, parts: list[Part], published: list[str]) -> Assignment:
+        splitter = Splitter()
+        pace = Pace(self.say, "grouping prompts")
+        for part, split in zip(parts, published, strict=True):
+            for rows in part.lines():
+                splitter.add([(key_text(rows[0]), split)])
+                pace.step()
+        return splitter.assign(self.asked.split, self.asked.seed, keep_published=self.asked.published_splits)
+
+    def _write_splits(self, parts: list[Part], assignment: Assignment) -> tuple[list[int], list[int]]:
+        rows, examples = [0, 0, 0], [0, 0, 0]
+        where = iter(assignment.split.tolist())
+        pace = Pace(self.say, "writing")
+        with (
+            whole(self.folder / OURS[0]) as train,
+            whole(self.folder / OURS[1]) as validation,
+            whole(self.folder / OURS[2]) as test,
+        ):
+            outs = (train, validation, test)
+            for part in parts:
+                for held in part.lines():
+                    to = next(where)
+                    for row in held:
+                        outs[to].write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                    rows[to] += 1
+                    examples[to] += len(held)
+                    pace.step()
+        return rows, examples
+
+
+def key_text(row: Mapping[str, Any]) -> str:
+    """What a written row is grouped by: its prompt, or its text where it has none."""
+    prompt = row.get("prompt") or row.get("text") or row.get("completion") or ""
+    return prompt if isinstance(prompt, str) else prompt_text(tuple(Message(m["role"], m["content"]) for m in prompt))
+
+
+def _chain(first: list[Row | BadRow], rest: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
+    yield from first
+    yield from rest
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def _source_json(source: Source, counts: Counts, whole: bool) -> dict[str, Any]:
+    held = asdict(source)
+    kept = {k: held[k] for k in ("path", "split", "subset", "size", "sha256", "git_sha1")}
+    return {k: v for k, v in kept.items() if v not in (None, "")} | {"rows_read": counts.rows, "whole": whole}
+
+
+def _check_unchanged(plan: Plan) -> None:
+    for source in plan.sources:
+        if source.local is None:
+            continue
+        path = Path(source.local)
+        if not path.exists() or path.stat().st_size != source.size or digest(path) != source.sha256:
+            raise DataError(source.local, "was changed or removed since this was begun", "add --redo to begin anew")
+
+
+def _check_kinds(layouts: list[list[Any]]) -> None:
+    kinds = sorted({kind for _, kind, _ in layouts})
+    if len(kinds) > 1:
+        what = f"the files give different kinds of data ({', '.join(kinds)})"
+        raise ConfigError("--subset", what, "choose subsets of one kind, or say what they become with --as")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the summary
+
+
+def summary(result: GetResult) -> str:
+    """What was read, what became of it, and what to do next."""
+    data, counts = result.data, result.counts
+    left = "; ".join(f"{n:,} {reason}" for reason, n in counts.filtered.most_common())
+    filtered = f"{sum(counts.filtered.values()):,} filtered" + (f" ({left})" if left else "")
+    lines = [
+        f"{data['name']}: {counts.rows:,} rows = {counts.accepted:,} accepted + {filtered} + {counts.quarantined:,} quarantined",
+        "  " + ", ".join(_split_line(s, held) for s, held in data["splits"].items()) + f" ({data['kind']})",
+        f"  {data['prompt_groups']['prompts']:,} prompts in {data['prompt_groups']['groups']:,} groups: "
+        + (
+            "published splits are kept as they are"
+            if data["request"]["published_splits"]
+            else "nearly equal ones stay on one side"
+        ),
+    ]
+    if counts.unlabelled:
+        lines.append(f"  {counts.unlabelled:,} answers were given no label and are left out")
+    if data["straddling"]["groups"]:
+        held = data["straddling"]
+        lines.append(
+            f"  {held['groups']:,} groups of prompts ({held['rows']:,} rows) stand in several published splits"
+        )
+    published = {s["split"] for s in data["sources"]}
+    if len(published) > 1 and not data["request"]["published_splits"]:
+        lines.append(
+            f"  the published splits ({', '.join(sorted(published))}) were put together; --published-splits keeps them"
+        )
+    if counts.quarantined:
+        lines.append(f"  rows kept aside, with reasons: {result.folder / 'quarantine.jsonl'}")
+    return "\n".join([*lines, *_next(result)])
+
+
+def _split_line(name: str, held: Mapping[str, int]) -> str:
+    more = f" ({held['examples']:,} examples)" if held["examples"] != held["rows"] else ""
+    return f"{name} {held['rows']:,}{more}"
+
+
+def _next(result: GetResult) -> list[str]:
+    train = result.folder / "train.jsonl"
+    held_out = result.folder / "validation.jsonl"
+    more = f" --eval-data {shlex.quote(str(held_out))}" if result.data["splits"]["validation"]["rows"] else ""
+    data = shlex.quote(str(train))
+    return [
+        "next:",
+        f"  penchant data audit {data}",
+        f"  penchant init --data {data}{more}  # asks for model and goal, writes run.yaml",
+    ]

@@ -1,0 +1,394 @@
+"""The Hugging Face hub through its own client: what a data set consists of, files with checked hashes, and parts of files.
+
+A token is read by that client from where a person keeps it (`hf auth login`, HF_TOKEN); this module never holds or shows one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from penchant.download.catalogue import HUB
+from penchant.errors import DataError
+
+T = TypeVar("T")
+WAITS = (1.0, 2.0, 4.0)  # seconds before each further try
+TRANSIENT = {408, 429, 500, 502, 503, 504}
+BLOCK = 1 << 18  # bytes of a part of a file that is read in order
+LOGIN = "log in with `hf auth login` or set HF_TOKEN"
+AGAIN = "run the same command again"
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a repository.
+
+    Args:
+        path: in the repository; size: bytes; sha256: of its content, where the hub keeps it in large file storage;
+            git_sha1: the git object id of the others.
+    """
+
+    path: str
+    size: int
+    sha256: str | None
+    git_sha1: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A data set's repository at one commit; `configs` is what its card says of subsets and splits."""
+
+    hub_id: str
+    commit: str
+    files: tuple[HubFile, ...]
+    configs: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(slots=True)
+class Hub:
+    """The hub that HF_ENDPOINT names, or huggingface.co.
+
+    Args:
+        say: takes a line for the person who waits.
+    """
+
+    say: Callable[[str], None]
+    endpoint: str | None = field(default_factory=lambda: os.environ.get("HF_ENDPOINT") or None)
+    cache: str | None = field(default_factory=lambda: os.environ.get("HF_HUB_CACHE") or None)
+
+    def __post_init__(self) -> None:
+        from huggingface_hub.utils import disable_progress_bars, logging
+
+        logging.set_verbosity_error()  # its warnings show addresses that are signed
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+
+    def look(self, hub_id: str, revision: str) -> Repository:
+        """What a data set consists of, at the commit that `revision` is now.
+
+        Raises:
+            DataError: no such data set or revision, no access, no network.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+
+        api = HfApi(endpoint=self.endpoint)
+        info = self._tried(hub_id, "its page", lambda: api.dataset_info(hub_id, revision=revision))
+        commit = str(info.sha)
+        tree = self._tried(
+            hub_id,
+            "its list of files",
+            lambda: list(api.list_repo_tree(hub_id, repo_type="dataset", revision=commit, recursive=True)),
+        )
+        files = [
+            HubFile(f.path, f.size, f.lfs.sha256 if f.lfs else None, None if f.lfs else f.blob_id)
+            for f in tree
+            if isinstance(f, RepoFile)
+        ]
+        card = getattr(info, "card_data", None)
+        configs = (card.to_dict().get("configs") if card is not None else None) or []
+        usable = tuple(c for c in configs if isinstance(c, dict)) if isinstance(configs, list) else ()
+        return Repository(hub_id, commit, tuple(sorted(files, key=lambda f: f.path)), usable)
+
+    def check_access(self, repository: Repository, file: HubFile) -> None:
+        """Whether files may be fetched at all, before anything else is done.
+
+        Raises:
+            DataError: the terms were not accepted, nobody is logged in, no network.
+        """
+        from huggingface_hub import get_hf_file_metadata
+
+        url = self._url(repository, file)
+        self._tried(repository.hub_id, file.path, lambda: get_hf_file_metadata(url, token=None, endpoint=self.endpoint))
+
+    def fetch(self, repository: Repository, file: HubFile) -> Path:
+        """The file in the hub's cache on this machine, with its hash checked; fetched once more if that is wrong.
+
+        Raises:
+            DataError: it cannot be fetched, or its hash is wrong twice.
+        """
+        path = self._download(repository, file, anew=False)
+        if matches(path, file):
+            return path
+        self.say(f"{file.path}: its hash is not the published one; fetching it again")
+        path = self._download(repository, file, anew=True)
+        if not matches(path, file):
+            what = f"{file.path} has another hash than the published one, twice"
+            raise DataError(
+                _page(repository.hub_id), what, f"something between here and the hub changes it; {AGAIN} later"
+            )
+        return path
+
+    def _download(self, repository: Repository, file: HubFile, anew: bool) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        return Path(
+            self._tried(
+                repository.hub_id,
+                file.path,
+                lambda: hf_hub_download(
+                    repository.hub_id,
+                    file.path,
+                    repo_type="dataset",
+                    revision=repository.commit,
+                    endpoint=self.endpoint,
+                    cache_dir=self.cache,
+                    force_download=anew,
+                ),
+            )
+        )
+
+    def open(self, repository: Repository, file: HubFile) -> PartFile:
+        """The file as one that is read over the network, as far as it is read."""
+        return PartFile(self, repository, file)
+
+    def part(self, repository: Repository, file: HubFile, start: int, end: int) -> bytes:
+        """Bytes from `start` up to `end` of a file."""
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        def ask() -> bytes:
+            headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+            answer = get_session().request(
+                "GET", self._url(repository, file), headers=headers, follow_redirects=True, timeout=30
+            )
+            hf_raise_for_status(answer)
+            content = bytes(answer.content)
+            found = content if answer.status_code == 206 else content[start:end]
+            if len(found) != end - start:
+                raise OSError("the connection broke")
+            return found
+
+        return self._tried(repository.hub_id, file.path, ask)
+
+    def _url(self, repository: Repository, file: HubFile) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(
+            repository.hub_id, file.path, repo_type="dataset", revision=repository.commit, endpoint=self.endpoint
+        )
+
+    def cached_bytes(self, repository: Repository, files: list[HubFile]) -> int:
+        """How much of these files is in the hub's cache already."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = 0
+        for file in files:
+            place = try_to_load_from_cache(
+                repository.hub_id, file.path, self.cache, repository.commit, repo_type="dataset"
+            )
+            found += file.size if isinstance(place, str) else 0
+        return found
+
+    def cache_folder(self) -> Path:
+        """Where fetched files are kept."""
+        from huggingface_hub import constants
+
+        return Path(self.cache or constants.HF_HUB_CACHE)
+
+    def _tried(self, hub_id: str, what: str, call: Callable[[], T]) -> T:
+        for wait in (*WAITS, None):
+            try:
+                return call()
+            except _known() as error:
+                if wait is None or not is_transient(error):
+                    raise explained(error, hub_id, what) from None  # its own words may hold a signed address
+                self.say(f"{what}: {_short(error)}; trying again in {wait:g} s")
+                time.sleep(wait)
+        raise AssertionError("unreachable")
+
+
+class PartFile(io.RawIOBase):
+    """A file on the hub that is read by ranges; `fetched` counts the bytes that came."""
+
+    def __init__(self, hub: Hub, repository: Repository, file: HubFile) -> None:
+        super().__init__()
+        self._ask = lambda start, end: hub.part(repository, file, start, end)
+        self._size, self._at, self.fetched = file.size, 0, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        if end <= self._at:
+            return 0
+        found = self._ask(self._at, end)
+        buffer[: len(found)] = found
+        self._at += len(found)
+        self.fetched += len(found)
+        return len(found)
+
+
+def matches(path: Path, file: HubFile) -> bool:
+    """Whether a file on disk is the published one: SHA-256, or the git object id where there is only that."""
+    if path.stat().st_size != file.size:
+        return False
+    if file.sha256 is not None:
+        return digest(path) == file.sha256
+    if file.git_sha1 is None:
+        return True
+    return digest(path, hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)) == file.git_sha1
+
+
+def digest(path: Path, start: Any = None) -> str:
+    """The hash of a file, SHA-256 where no other is given, in hexadecimal digits."""
+    found = hashlib.sha256() if start is None else start
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            found.update(block)
+    return str(found.hexdigest())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what went wrong
+
+
+def logged_in() -> bool:
+    """Whether the hub's client finds a token on this machine."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an error carries."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again may help: the hub is busy, or a connection broke."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):  # the client has tried several times itself
+        return False
+    if isinstance(error, HfHubHTTPError):
+        return status_of(error) in TRANSIENT
+    return isinstance(error, HTTPError) or (
+        isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError)
+    )
+
+
+def _known() -> tuple[type[Exception], ...]:
+    """What the hub's client raises; anything else is a mistake in this program."""
+    from huggingface_hub import errors
+
+    return errors.HTTPError, errors.EntryNotFoundError, OSError, ValueError, KeyError
+
+
+def _short(error: BaseException) -> str:
+    status = status_of(error)
+    return f"the hub answers {status}" if status is not None else "the connection failed"
+
+
+def _page(hub_id: str) -> str:
+    return HUB + hub_id
+
+
+def explained(error: BaseException, hub_id: str, what: str) -> DataError:
+    """An error of the hub's client in words that say what to do. Its own text is not repeated."""
+    from huggingface_hub import errors
+
+    page = _page(hub_id)
+    for kind, tell in _kinds(errors):
+        if isinstance(error, kind):
+            return DataError(page, *tell(hub_id, what, error))
+    return DataError(page, *_unreachable(hub_id, what, error))
+
+
+Told = tuple[str, str]
+
+
+def _gated(hub_id: str, what: str, error: BaseException) -> Told:
+    if not logged_in():
+        how = f"accept its terms on that page with your Hugging Face account, then {LOGIN}, and {AGAIN}"
+        return "this data set is gated, and nobody is logged in here", how
+    how = (
+        "accept them on that page (some are granted by hand, which takes a while) with the account that the token is of; a "
+        f"fine-grained token also needs the right to read public gated repositories; then {AGAIN}, or {LOGIN} anew"
+    )
+    return "this data set is gated, and the account that is logged in has not accepted its terms", how
+
+
+def _no_name(hub_id: str, what: str, error: BaseException) -> Told:
+    return "is no name that a data set can have", "write owner/name, as its page shows it"
+
+
+def _missing(hub_id: str, what: str, error: BaseException) -> Told:
+    private = "" if logged_in() else f"; if it is private, {LOGIN}"
+    return (
+        "there is no such data set on the hub, or it is private",
+        f"check the name: owner/name, as its page shows it{private}",
+    )
+
+
+def _revision(hub_id: str, what: str, error: BaseException) -> Told:
+    return "it has no such revision", "check --revision: a branch, a tag or a commit"
+
+
+def _entry(hub_id: str, what: str, error: BaseException) -> Told:
+    return f"{what} is not there", "its files may have been renamed; name another --revision"
+
+
+def _disabled(hub_id: str, what: str, error: BaseException) -> Told:
+    return "access to it was disabled", "its page says more"
+
+
+def _offline(hub_id: str, what: str, error: BaseException) -> Told:
+    return "HF_HUB_OFFLINE is set, so nothing is fetched", "unset it, or give a copy on this machine with --from"
+
+
+def _refused(hub_id: str, what: str, error: BaseException) -> Told:
+    status = status_of(error)
+    if status == 401:
+        return "the hub does not accept the token that it was given (401)", f"{LOGIN} anew, and {AGAIN}"
+    if status in TRANSIENT:
+        return (
+            f"the hub answers {status} for {what}, several times",
+            f"wait, and {AGAIN}; it continues where it stopped",
+        )
+    return f"the hub answers {status} for {what}", f"see its page; if you may read it, {LOGIN}, and {AGAIN}"
+
+
+def _unreachable(hub_id: str, what: str, error: BaseException) -> Told:
+    cause = error.__cause__ if status_of(error) is None else None
+    if cause is not None and status_of(cause) is not None:
+        return _refused(hub_id, what, cause)
+    if isinstance(error, (ValueError, KeyError)) and cause is None:
+        how = f"something in between, a proxy or a login page, may have given it; check the network, and {AGAIN}"
+        return "the hub's answer cannot be understood", how
+    if isinstance(error, OSError) and getattr(error, "strerror", None) and error.errno is not None:
+        return f"{what} cannot be kept on this machine ({error.strerror})", "mend that, or set HF_HOME to another place"
+    how = f"check the network, and {AGAIN}; it continues where it stopped; or give a copy on this machine with --from"
+    return "the hub cannot be reached", how
+
+
+def _kinds(errors: Any) -> tuple[tuple[Any, Callable[[str, str, BaseException], Told]], ...]:
+    """The most specific first."""
+    return (
+        (errors.OfflineModeIsEnabled, _offline),
+        (errors.HFValidationError, _no_name),
+        (errors.GatedRepoError, _gated),
+        (errors.DisabledRepoError, _disabled),
+        (errors.RepositoryNotFoundError, _missing),
+        (errors.RevisionNotFoundError, _revision),
+        (errors.LocalEntryNotFoundError, _unreachable),
+        (errors.EntryNotFoundError, _entry),
+        (errors.HfHubHTTPError, _refused),
+    )

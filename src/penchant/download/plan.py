@@ -1,0 +1,405 @@
+"""What a person asked `data get` for, and the files that this takes."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from penchant.data.read import ENDINGS, ending
+from penchant.data.split import SPLITS
+from penchant.download.catalogue import HUB, Files, Spec, chosen_subsets, find, is_hub_id, unknown
+from penchant.download.hub import Hub, HubFile, Repository, digest
+from penchant.errors import ConfigError, DataError
+
+READABLE = tuple(e for e in ENDINGS if e != ".txt")  # a published text file is a licence or a readme
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the request
+
+
+AS = ("sft", "prompts", "unpaired")
+REDACTED = ("keep", "only", "drop")
+
+
+@dataclass(frozen=True, slots=True)
+class GetRequest:
+    """The options of `penchant data get`; docs/data_get.md explains each.
+
+    Args:
+        name: of the catalogue, or a hub id; source: a local file or folder in its place; output: the folder to write.
+        first: read so many rows only; split: shares of train, validation and test; threshold: of the reward, or of moderation scores.
+    """
+
+    name: str
+    output: str
+    source: str | None = None
+    subsets: tuple[str, ...] = ()
+    revision: str | None = None
+    first: int | None = None
+    split: tuple[float, float, float] = (0.9, 0.05, 0.05)
+    seed: int = 0
+    published_splits: bool = False
+    language: tuple[str, ...] = ()
+    redacted: str = "keep"
+    moderation: str | float = "keep"
+    as_: str | None = None
+    reward: str | None = None
+    threshold: float | None = None
+    label_with: str | None = None
+    layout: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for check in (_check_split, _check_choices, _check_labels):
+            check(self)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, as JSON holds it: everything but where it is written."""
+        held = json.loads(json.dumps(asdict(self)))
+        held.pop("output")
+        held["source"] = None if self.source is None else str(Path(self.source).expanduser().resolve())
+        return dict(held)
+
+    @property
+    def labels(self) -> bool:
+        """Whether a reward or a function says which answers are good."""
+        return self.reward is not None or self.label_with is not None
+
+
+def request_of(name: str, output: str, asked: Mapping[str, Any]) -> GetRequest:
+    """A request from keyword arguments; sequences may be lists.
+
+    Raises:
+        ConfigError: an argument that there is not, or that cannot be.
+    """
+    known = {f.name for f in fields(GetRequest)}
+    for key in asked:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise ConfigError(
+                key, "is no option", f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+            )
+    held: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in asked.items()}
+    return GetRequest(name=name, output=output, **held)
+
+
+def _check_split(asked: GetRequest) -> None:
+    shares = asked.split
+    if len(shares) != 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or abs(sum(shares) - 1) > 1e-6:
+        raise ConfigError(
+            "--split",
+            f"{','.join(f'{s:g}' for s in shares)} are not the shares of train, validation and test",
+            "give three numbers from 0 to 1 that add up to 1, such as 0.9,0.05,0.05",
+        )
+    if shares[0] == 0:
+        raise ConfigError("--split", "train has no share", "give it one above 0")
+
+
+def _check_choices(asked: GetRequest) -> None:
+    if asked.first is not None and asked.first < 1:
+        raise ConfigError("--first", f"is {asked.first}", "give a number of rows, 1 or more")
+    if asked.as_ is not None and asked.as_ not in AS:
+        raise ConfigError("--as", f"is {asked.as_!r}", f"choose one of {', '.join(AS)}")
+    if asked.redacted not in REDACTED:
+        raise ConfigError("--redacted", f"is {asked.redacted!r}", f"choose one of {', '.join(REDACTED)}")
+    moderation = asked.moderation
+    if not (moderation in ("keep", "drop-flagged") or (isinstance(moderation, float) and 0 <= moderation <= 1)):
+        raise ConfigError("--moderation", f"is {moderation!r}", "give keep, drop-flagged or a score from 0 to 1")
+
+
+def _check_labels(asked: GetRequest) -> None:
+    if asked.reward is not None and asked.label_with is not None:
+        raise ConfigError(
+            "--reward", "is given together with --label-with", "keep one: both say which answers are good"
+        )
+    if asked.labels and asked.as_ != "unpaired":
+        given = "--reward" if asked.reward is not None else "--label-with"
+        raise ConfigError(given, "labels answers, which only unpaired data have", "add --as unpaired")
+    if (asked.reward is None) != (asked.threshold is None):
+        how = (
+            "a reward at or above it makes an answer good; give both"
+            if asked.threshold is None
+            else "give --reward too"
+        )
+        raise ConfigError("--threshold", "is missing" if asked.threshold is None else "is given without --reward", how)
+    if asked.threshold is not None and not math.isfinite(asked.threshold):
+        raise ConfigError("--threshold", f"is {asked.threshold}", "give a finite number")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the files, on the hub or in a local copy: subset, published split, layout of each
+
+
+_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval"), "test"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file to read.
+
+    Args:
+        path: in the data set; split: the published one; subset: of the catalogue, empty where there is none.
+        size: bytes; sha256, git_sha1: of its content, as far as known; local: where it is, when it is a local copy.
+        layout: of its rows, None where it is looked at; options: of that layout; prompts_only: its rows are prompts and nothing else.
+    """
+
+    path: str
+    split: str
+    subset: str
+    size: int
+    sha256: str | None = None
+    git_sha1: str | None = None
+    local: str | None = None
+    layout: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    prompts_only: bool = False
+
+    @property
+    def hub_file(self) -> HubFile:
+        return HubFile(self.path, self.size, self.sha256, self.git_sha1)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is read.
+
+    Args:
+        origin: the hub's page or the local path; hub_id, commit: of a data set on the hub, empty for a local copy.
+        sources: in the order in which they are read; terms: a word on its licence, where the catalogue has one.
+        left_out: what else is there, as far as a person would want to know.
+    """
+
+    origin: str
+    hub_id: str
+    commit: str
+    sources: tuple[Source, ...]
+    terms: str = ""
+    left_out: str = ""
+
+    @property
+    def repository(self) -> Repository:
+        return Repository(self.hub_id, self.commit, ())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(held: Mapping[str, Any]) -> Plan:
+        sources = tuple(Source(**s) for s in held["sources"])
+        return Plan(**{**held, "sources": sources})
+
+
+def make_plan(asked: GetRequest, hub: Hub) -> Plan:
+    """What a request reads.
+
+    Raises:
+        ConfigError: no such name, subset or path. DataError: no access, no network, or nothing that can be read.
+    """
+    spec = find(asked.name)
+    if spec is None and asked.subsets and asked.source is not None:
+        raise ConfigError(
+            "--subset", f"{asked.name} has none that are known here", "give the folder of one with --from"
+        )
+    if asked.source is not None:
+        return local_plan(Path(asked.source).expanduser(), asked, spec)
+    if spec is None and not is_hub_id(asked.name):
+        raise unknown(asked.name)
+    if spec is not None:
+        chosen_subsets(spec, asked.subsets)  # says what is not there before the network is asked
+    repository = hub.look(spec.hub if spec else asked.name, asked.revision or (spec.revision if spec else "main"))
+    sources, left_out = hub_sources(repository.files, repository.configs, asked, spec)
+    if not sources:
+        raise DataError(
+            HUB + repository.hub_id,
+            "holds no file that can be read here" if spec is None else "its files are not where they were published",
+            f"files are read that end with {', '.join(READABLE)}; name another --revision, or fetch it and give --from",
+        )
+    plan = Plan(HUB + repository.hub_id, repository.hub_id, repository.commit, sources, _terms(spec), left_out)
+    hub.check_access(repository, sources[0].hub_file)
+    return plan
+
+
+def _terms(spec: Spec | None) -> str:
+    return spec.terms if spec else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# on the hub
+
+
+def hub_sources(
+    files: Sequence[HubFile], configs: Sequence[Mapping[str, Any]], asked: GetRequest, spec: Spec | None
+) -> tuple[tuple[Source, ...], str]:
+    """The files of a repository that a request reads, and a word on what was left out."""
+    if spec is not None:
+        paths = {f.path: f for f in files}
+        found = tuple(
+            Source(p, split, name, paths[p].size, paths[p].sha256, paths[p].git_sha1, None, *of_subset)
+            for name, split, p, of_subset in _of_spec(spec, chosen_subsets(spec, asked.subsets), list(paths))
+        )
+        return found, _absent(spec, chosen_subsets(spec, asked.subsets), found)
+    data = [f for f in files if ending(f.path) in READABLE and not f.path.startswith(".")]
+    chosen, left_out = _of_card(data, configs, asked.subsets) if configs else _by_name(data, asked.subsets)
+    return tuple(Source(f.path, split, subset, f.size, f.sha256, f.git_sha1) for f, split, subset in chosen), left_out
+
+
+def _absent(spec: Spec, subsets: Iterable[str], found: Sequence[Source]) -> str:
+    there = {(s.subset, s.split) for s in found}
+    gone = [f"{n} ({split})" for n in subsets for split in spec.subsets[n].splits if (n, split) not in there]
+    return f"not there: {', '.join(gone)}" if found and gone else ""
+
+
+def _of_spec(
+    spec: Spec, subsets: Iterable[str], paths: Sequence[str]
+) -> Iterable[tuple[str, str, str, tuple[str, Mapping[str, Any], bool]]]:
+    """(subset, split, path, (layout, options, prompts only)) of the paths that a catalogue entry names."""
+    for name in subsets:
+        held = spec.subsets[name]
+        for split, pattern in held.splits.items():
+            for path in sorted(p for p in paths if fnmatchcase(p, pattern)):
+                yield name, split, path, _way(spec, held)
+
+
+def _way(spec: Spec, held: Files) -> tuple[str, Mapping[str, Any], bool]:
+    return held.layout or spec.layout, held.options, held.prompts_only
+
+
+Chosen = list[tuple[HubFile, str, str]]
+
+
+def _of_card(
+    files: Sequence[HubFile], configs: Sequence[Mapping[str, Any]], asked: tuple[str, ...]
+) -> tuple[Chosen, str]:
+    """By the subsets and splits that a data set's card names."""
+    named = {str(c.get("config_name", "default")): c for c in configs}
+    default = next(
+        (n for n, c in named.items() if c.get("default")), "default" if "default" in named else next(iter(named))
+    )
+    wanted = tuple(named) if asked == ("all",) else asked or (default,)
+    for name in wanted:
+        if name not in named:
+            raise ConfigError("--subset", f"it has no subset {name!r}", f"it has {', '.join(named)}")
+    chosen = [
+        (f, split, "" if name == "default" else name)
+        for name in wanted
+        for split, patterns in _card_splits(named[name])
+        for f in files
+        if any(fnmatchcase(f.path, p) or f.path.startswith(p.rstrip("/") + "/") for p in patterns)
+    ]
+    others = [n for n in named if n not in wanted]
+    if not chosen:
+        return _by_name(files, ())
+    return chosen, f"subsets not read: {', '.join(others)} (--subset)" if others else ""
+
+
+def _card_splits(config: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    given = config.get("data_files")
+    if isinstance(given, list) and all(isinstance(g, Mapping) for g in given):
+        return [(split_of(str(g.get("split", "train"))), _patterns(g.get("path"))) for g in given]
+    if given is not None:
+        return [("train", _patterns(given))]
+    folder = str(config.get("data_dir", "")).strip("/")
+    return [(split, [f"{folder}/*{split}*"]) for split in SPLITS] if folder else []
+
+
+def _patterns(value: Any) -> list[str]:
+    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+
+
+def _by_name(files: Sequence[HubFile], asked: tuple[str, ...]) -> tuple[Chosen, str]:
+    """Where a card says nothing: the kind of file that there is most of, splits by their names."""
+    if asked:
+        raise ConfigError("--subset", "this data set's page names no subsets", "leave it out")
+    sizes: dict[str, int] = {}
+    for f in files:
+        sizes[_kind(f.path)] = sizes.get(_kind(f.path), 0) + f.size
+    most = max(sizes, key=lambda k: sizes[k], default="")
+    others = [f.path for f in files if _kind(f.path) != most]
+    left_out = f"files not read: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}" if others else ""
+    return [(f, split_of(f.path), "") for f in files if _kind(f.path) == most], left_out
+
+
+def _kind(path: str) -> str:
+    return Path(path.removesuffix(".gz")).suffix
+
+
+def split_of(path: str) -> str:
+    """The published split that a path speaks of: the last word in it that names one; train where none does."""
+    found = [_WORDS[w] for w in re.findall(r"[a-z]+", path.lower()) if w in _WORDS]
+    return found[-1] if found else "train"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a local copy
+
+
+def local_plan(root: Path, asked: GetRequest, spec: Spec | None) -> Plan:
+    """The files of a local copy: in the published folders, or any files that can be read."""
+    if not root.exists():
+        raise DataError(str(root), "no such file or folder", "give a file or folder with --from")
+    paths = _files(root)
+    if not paths:
+        raise DataError(
+            str(root), "holds no file that can be read", f"files are read that end with {', '.join(READABLE)}"
+        )
+    subsets = chosen_subsets(spec, asked.subsets) if spec else ()
+    found = _published(spec, subsets, paths) if spec else []
+    found = found or _any(spec, subsets, paths)
+    if not found:
+        raise DataError(str(root), f"holds no file of {', '.join(subsets)}", "give another --subset or --from")
+    sources = tuple(
+        Source(
+            name, split, subset, paths[name].stat().st_size, digest(paths[name]), None, str(paths[name].resolve()), *way
+        )
+        for subset, split, name, way in found
+    )
+    left_out = _absent(spec, subsets, sources) if spec and any(s.subset for s in sources) else ""
+    return Plan(str(root.resolve()), "", "", sources, _terms(spec), left_out)
+
+
+def _files(root: Path) -> dict[str, Path]:
+    if root.is_file():
+        if ending(root.name) not in READABLE:
+            raise DataError(str(root), "its ending is not known", f"rename it to what it holds: {', '.join(READABLE)}")
+        return {root.name: root}
+    found = sorted(p for p in root.rglob("*") if p.is_file() and ending(p.name) in READABLE)
+    inside = {p.relative_to(root).as_posix(): p for p in found}
+    return {name: p for name, p in inside.items() if not any(part.startswith(".") for part in name.split("/"))}
+
+
+Found = list[tuple[str, str, str, tuple[Any, ...]]]
+
+
+def _published(spec: Spec, subsets: tuple[str, ...], paths: Mapping[str, Path]) -> Found:
+    return list(_of_spec(spec, subsets, list(paths)))
+
+
+def _any(spec: Spec | None, subsets: tuple[str, ...], paths: Mapping[str, Path]) -> Found:
+    """Files that lie otherwise than published: a subset by a part of the path that is its name, splits by their words."""
+    found: Found = []
+    for name in paths:
+        subset = _subset_of(spec, name)
+        if spec is None:
+            found.append(("", split_of(name), name, ()))
+        elif subset is None or subset in subsets:
+            held = spec.subsets[subset or subsets[0]]
+            found.append((subset or "", split_of(name), name, _way(spec, held)))
+    return found
+
+
+def _subset_of(spec: Spec | None, name: str) -> str | None:
+    parts = re.split(r"[/.]", name)
+    return next((s for s in spec.subsets if s in parts), None) if spec else None

@@ -1,1 +1,0 @@
-"""Published data sets to a folder that `penchant train` reads: catalogue, download, filters, conversion, split."""
