@@ -1,4 +1,4 @@
-"""What the README shows, beyond what tests/docs/test_code_blocks.py checks of every page: its longer examples, run small and looked into."""
+"""What the README and pages show, beyond what tests/docs/test_code_blocks.py checks of every page: its longer examples, run small and looked into."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_yaml_is_a_config(tmp_path: Path) -> None:
     assert config.loss.params.beta == 0.3
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/ppo.md"])
+@pytest.mark.parametrize("page", ["docs/ppo.md"])
 def test_the_online_example_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Write about {i}"} for i in range(60)])
@@ -78,7 +78,7 @@ def test_the_pipeline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert result.outcome is not None and "reward, by sentiment" in result.outcome.to_text()
 
 
-@pytest.mark.parametrize("page,runs", [("README.md", []), ("docs/sweep.md", [9, 0, 20])])
+@pytest.mark.parametrize("page,runs", [("docs/sweep.md", [9, 0, 20])])
 def test_every_sweep_shown_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str, runs: list[int]) -> None:
     monkeypatch.chdir(tmp_path)
     text = (ROOT / page).read_text()
