@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,8 +22,10 @@ def shared_dir() -> Path:
     return folder
 
 
+NUMBER = itertools.count()
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test reads or writes a person's reference cache."""
-    monkeypatch.setenv("PENCHANT_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes a person's cache; a folder of its own is made by those that write one."""
+    monkeypatch.setenv("PENCHANT_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / str(next(NUMBER))))

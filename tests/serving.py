@@ -26,17 +26,20 @@ def random_folder(folder: Path, *, seed: int = 0, context: int = 4096, chat: boo
     return path
 
 
-def writer_folder(folder: Path, text: str, *, after: str = " ", context: int = 4096, chat: bool = True) -> str:
+def writer_folder(
+    folder: Path, text: str, *, after: str = " ", context: int = 4096, chat: bool = True, endless: bool = False
+) -> str:
     """A model that writes `text` and ends, once its prompt ends in `after`: the next token is a function of the last one alone.
 
     Args:
-        text: no byte of it twice, and `after` not in it.
+        text: no byte of it twice, and `after` not in it; endless: it is written again and again.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = tiny_tokenizer(chat=chat)
     chain = [*tokenizer(after + text, add_special_tokens=False)["input_ids"], 1]
     assert len(set(chain)) == len(chain)
+    chain[-1] = chain[1] if endless else chain[-1]
     size = 264
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -9,7 +9,7 @@ import penchant
 
 # lowest first; entries of one set are peers
 LAYERS = [
-    {"penchant", "errors", "redact", "printable", "files"},
+    {"penchant", "errors", "redact", "printable", "files", "machine"},
     {"types", "schema", "sharing", "base"},
     {"losses", "data", "models", "tracking"},
     {"head"},

@@ -34,11 +34,11 @@ def test_hh_harmless_runs_with_lora_and_counts_its_bad_rows(shared_dir: Path, tm
             "path": str(shared_dir / "data/hh-harmless-1700.jsonl"),
             "limit": 100,
             "validation_rows": 20,
-            "max_length": 512,
+            "max_length": 192,
             "on_bad_row": "skip",
         },
         "train": {"batch_size": 16, "lr": 1e-3},
-        "evaluation": {"samples": 1, "sample_tokens": 8},
+        "evaluation": {"samples": 1, "sample_tokens": 8, "kl_prompts": 4},
         "output": str(tmp_path / "run"),
     }
     result = api.train(config, quiet=True)

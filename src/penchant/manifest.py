@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import penchant
+from penchant.machine import cores
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 
@@ -17,23 +19,27 @@ def versions() -> dict[str, Any]:
     """Versions of Penchant, Python and the libraries whose changes could change a number."""
     found: dict[str, Any] = {"penchant": penchant.__version__, "python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
+        found[package] = _version(package)
     return found
+
+
+@cache  # reading the metadata of a package takes as long as a step of a small model
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def hardware() -> dict[str, Any]:
     """CPU, cores, memory and threads."""
     import torch
 
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": round(pages / 2**30, 1),
+        "cores": cores(),
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "gpu": gpu,
         "threads": torch.get_num_threads(),
         "platform": platform.system(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +44,7 @@ from penchant.evaluation.trust.files import write_flags
 from penchant.evaluation.written import Written
 from penchant.logprobs import Scorer
 from penchant.losses.schedules import progress_at
+from penchant.machine import cores
 from penchant.manifest import hardware, tokenizer_sha256, versions
 from penchant.models.load import (
     add_lora,
@@ -368,7 +368,7 @@ class Run:
     def threads_for(self, parameters: int) -> int:
         threads = self.config.train.threads
         if threads == "auto":
-            return 1 if parameters < SMALL_MODEL else len(os.sched_getaffinity(0))
+            return 1 if parameters < SMALL_MODEL else cores()
         return int(threads)
 
     def _check_vocabulary(self, model: Any) -> None:

@@ -58,7 +58,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_optimum_is_reached_from_several_seeds(base: dict[str, Any], name: str, seed: int) -> None:
     base["algorithm"] |= {"name": name, "beta": 0.01}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from families import tiny_model
+from families import some_trees, tiny_model
 
-from penchant.evaluation.sampled_kl import sampled_kl
+from penchant.evaluation.sampled_kl import kl_by_completion, sampled_kl
 from penchant.logprobs import Scorer
 from penchant.reference import LiveReference
 
@@ -41,3 +41,27 @@ def test_both_estimators_agree_with_the_exact_kl() -> None:
     low, high = got["kl/policy_ref/ci"]  # type: ignore[misc]
     assert low < exact < high
     assert np.isfinite(exact) and exact > 0.001
+
+
+def test_k1_and_k3_by_hand() -> None:
+    """k3 is above zero with either sign of its argument: only the exact value tells them apart."""
+    models = [tiny_model("llama", seed=seed) for seed in (0, 1)]
+    for model in models:
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(20.0)  # far apart: by the wrong sign k3 is another number
+    trees = some_trees()
+    policy, reference = (LiveReference(Scorer(m, "shared")) for m in models)
+    k1, k3 = kl_by_completion(policy, reference, trees, tokens_per_step=30)
+    gaps = []
+    for tree in trees:
+        for ids in tree.completion_ids:
+            row = torch.tensor([[*tree.prompt_ids.tolist(), *ids.tolist()]])
+            start = len(tree.prompt_ids)
+            with torch.no_grad():
+                p, q = (torch.log_softmax(m(input_ids=row).logits[0, start - 1 : -1], -1) for m in models)
+            written = torch.tensor(ids.tolist())[:, None]
+            gaps.append((p - q).gather(1, written)[:, 0].numpy())
+    d = np.concatenate(gaps)
+    assert k1 == pytest.approx([g.sum() for g in gaps], rel=1e-9)
+    assert k3 == pytest.approx(np.mean(np.exp(-d) - 1 + d), rel=1e-9)
+    assert abs(np.mean(np.exp(d) - 1 - d) / k3 - 1) > 0.1  # the other sign is another number

@@ -364,13 +364,21 @@ def test_a_chat_template_that_is_not_there(tmp_path: Path, capsys: pytest.Captur
 def test_in_a_pseudo_terminal(tmp_path: Path) -> None:
     import pty
 
-    folder = random_folder(tmp_path / "model")
+    folder = writer_folder(tmp_path / "model", "one&up", endless=True)
     source = Path(__file__).parents[2] / "src"
     command = [sys.executable, "-m", "penchant", "chat", folder, "--max-new-tokens", "4000", "--temperature", "0"]
     parent, child = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": str(source), "TERM": "xterm"}
     process = subprocess.Popen(
-        command, stdin=child, stdout=child, stderr=child, env=environment, start_new_session=True, close_fds=True
+        command,
+        stdin=child,
+        stdout=child,
+        stderr=child,
+        env=environment,
+        start_new_session=True,
+        close_fds=True,
+        # a suite that runs in the background ignores Ctrl-C, and its children would inherit that; a terminal's do not
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     os.close(child)
     seen = ""
@@ -389,7 +397,7 @@ def test_in_a_pseudo_terminal(tmp_path: Path) -> None:
         until("> ")
         os.write(parent, b"Hello\n")
         until("Hello\r\n")
-        time.sleep(0.5)
+        until("&")  # it has begun to write
         process.send_signal(signal.SIGINT)
         until("stopped)")
         until("> ")  # bytes that come before the line is edited are read in another way

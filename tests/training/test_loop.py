@@ -17,6 +17,7 @@ from penchant.errors import TrainingStopped
 from penchant.evaluation.heldout import evaluate_heldout
 from penchant.logprobs import Scorer
 from penchant.losses import LOSSES
+from penchant.machine import peak_memory
 from penchant.models.load import cast_parameters
 from penchant.reference import LiveReference
 from penchant.training.loop import Interrupted, Loop
@@ -151,6 +152,14 @@ def test_learning_falls_and_every_row_is_seen(tmp_path: Path) -> None:
     assert train[-1]["rewards/accuracies"] == 1.0
     assert len(train) == 18
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
+
+
+def test_peak_memory_is_in_gib_and_never_falls(tmp_path: Path) -> None:
+    before = peak_memory()
+    make_loop(tmp_path / "run", epochs=1.0).run()
+    said = [json.loads(line)["peak_memory_gb"] for line in (tmp_path / "run/perf.jsonl").read_text().splitlines()]
+    assert said == sorted(said)
+    assert before / 1.01 <= said[0] * 2**30 and said[-1] * 2**30 <= peak_memory() * 1.01
 
 
 def test_a_reference_that_is_not_the_start_stops_the_run(tmp_path: Path) -> None:

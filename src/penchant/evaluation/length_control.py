@@ -67,6 +67,8 @@ def _equal_length_rate(x: np.ndarray, y: np.ndarray, weights: np.ndarray, steps:
         g0, g1 = error.sum(1) - ridge * theta, error @ x - ridge * phi
         h00, h01, h11 = curve.sum(1) + ridge, curve @ x, curve @ (x * x) + ridge
         det = h00 * h11 - h01 * h01
-        theta = theta + np.clip((h11 * g0 - h01 * g1) / det, -2.0, 2.0)
-        phi = phi + np.clip((h00 * g1 - h01 * g0) / det, -2.0, 2.0)
+        move = np.clip(np.stack((h11 * g0 - h01 * g1, h00 * g1 - h01 * g0)) / det, -2.0, 2.0)
+        theta, phi = theta + move[0], phi + move[1]
+        if np.abs(move).max() < 1e-13:  # nothing moves any more but rounding
+            break
     return 1.0 / (1.0 + np.exp(-theta))

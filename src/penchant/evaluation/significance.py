@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -118,6 +119,11 @@ def _variance(sources: Sequence[ArrayLike]) -> tuple[float, float]:
     return variance, variance**2 / sum(v**2 / f for v, f in parts)
 
 
+@cache
+def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(200)
+
+
 def t_quantile(p: float, freedom: float) -> float:
     """The p-quantile (p > 1/2) of Student's t with `freedom` > 0 degrees of freedom, to about 1e-8.
 
@@ -126,7 +132,7 @@ def t_quantile(p: float, freedom: float) -> float:
     if not 0.5 < p < 1.0 or freedom <= 0:
         raise ValueError(f"p is {p:g} and freedom {freedom:g}; give p in (0.5, 1) and freedom above 0")
     log_c = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(math.pi)
-    nodes, weights = np.polynomial.legendre.leggauss(200)
+    nodes, weights = _gauss_legendre()
 
     def above_half(theta: float) -> float:
         x = 0.5 * theta * (nodes + 1.0)
@@ -142,7 +148,7 @@ def t_quantile(p: float, freedom: float) -> float:
 def t_two_sided(t: float, freedom: float) -> float:
     """``P(|T| >= |t|)`` of Student's t with `freedom` > 0 degrees of freedom, to about 1e-8."""
     log_c = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(math.pi)
-    nodes, weights = np.polynomial.legendre.leggauss(200)
+    nodes, weights = _gauss_legendre()
     low = math.atan(abs(t) / math.sqrt(freedom))
     half = 0.5 * (math.pi / 2 - low)
     tail = half * (weights * np.exp(log_c + (freedom - 1) * np.log(np.cos(low + half * (nodes + 1.0))))).sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from penchant.types import TokenTree
 Judge = Callable[[Sequence[str], Sequence[str], Sequence[TokenTree]], np.ndarray]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Written:
     """Completions, prompt by prompt.
 
@@ -28,12 +29,12 @@ class Written:
     texts: list[str]
     rewards: np.ndarray | None
 
-    @property
+    @cached_property
     def ids(self) -> list[list[int]]:
         """Token ids of all completions in order."""
         return [c.tolist() for t in self.trees for c in t.completion_ids]
 
-    @property
+    @cached_property
     def ended(self) -> np.ndarray:
         """Whether each completion ended by itself, (prompts x n,)."""
         return np.array([not cut for t in self.trees for cut in t.truncated])

@@ -7,16 +7,15 @@ would only be faulted in again at the next step). So the peak is the largest of 
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from penchant.algorithms.options import PPOConfig
 from penchant.data.packing import tree_tokens
 from penchant.errors import PenchantError
+from penchant.machine import machine_memory
 from penchant.models.structure import base_model_of
 from penchant.planning.activations import Activations, activations_of, forward_bytes
 from penchant.planning.evaluating import start_weights, writing_bytes
@@ -212,40 +211,6 @@ def _value(run: OutlinedRun) -> tuple[int, int]:
     if not isinstance(run.online, PPOConfig) or run.online.value != "separate":
         return 0, 0
     return parameter_counts(run.model)[0], parameter_counts(run.model)[0]
-
-
-def machine_memory() -> tuple[int, int]:
-    """(all, free) bytes of this machine, or of the control group that this process is in where that is less."""
-    total = free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                free = int(line.split()[1]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            total, free = min(total, int(limit)), min(free, int(limit) - used)
-    except (OSError, ValueError):
-        pass  # no /proc, or no control group
-    return total, max(0, free)
-
-
-def resident() -> int:
-    """Bytes of this process in memory now; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def high_water() -> int:
-    """Bytes of this process at most so far."""
-    try:
-        line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(line.split()[1]) * 1024
 
 
 # ---------------------------------------------------------------------------------------------------------------------

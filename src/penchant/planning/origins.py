@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from penchant.config import Places, RunConfig
+from penchant.machine import cores
 from penchant.models.load import DTYPES
 from penchant.models.structure import base_model_of
 from penchant.planning.outline import OutlinedRun, parameter_counts
@@ -127,7 +127,7 @@ def _threads(run: OutlinedRun) -> Derived:
     threads = run.threads_for(parameters)
     if parameters < SMALL_MODEL:
         return threads, f"{parameters:,} parameters: a second thread costs more in waiting than it brings"
-    return threads, f"{len(os.sched_getaffinity(0))} cores"
+    return threads, f"{cores()} cores"
 
 
 def _lr(run: OutlinedRun) -> Derived:

@@ -9,8 +9,9 @@ from typing import Any
 
 from penchant.config import Places, RunConfig
 from penchant.errors import PenchantError
+from penchant.machine import resident
 from penchant.planning.disk import Disk, disk_of
-from penchant.planning.memory import Memory, memory_of, resident
+from penchant.planning.memory import Memory, memory_of
 from penchant.planning.origins import Setting, derived_values, settings_of
 from penchant.planning.outline import OutlinedRun, parameter_counts
 from penchant.planning.probe import Duration, Probe, duration_of, probe

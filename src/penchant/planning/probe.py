@@ -15,7 +15,7 @@ from pathlib import Path
 
 from penchant.config import RunConfig
 from penchant.data.packing import tree_tokens
-from penchant.planning.memory import high_water
+from penchant.machine import peak_memory
 from penchant.planning.outline import OutlinedRun
 from penchant.planning.work import Work
 from penchant.reference import CachedReference, LiveReference, adapter_off, compute_logps
@@ -108,7 +108,7 @@ def probe(run: OutlinedRun, work: Work, checkpoint_bytes: int, cached: bool | No
         evaluation,
         checkpoint_bytes * writing,
         load,
-        high_water(),
+        peak_memory(),
         copy.engine.packing,
         copy.engine.fast,
     )

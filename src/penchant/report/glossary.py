@@ -71,7 +71,7 @@ SPEED = {
     "seconds": "wall time of the optimiser step",
     "tokens_per_second": "tokens computed in the step, a shared prompt once, over its seconds",
     "trees_per_second": "rows (prompts with their completions) of the step over its seconds",
-    "peak_memory_gb": "the most memory that the process has had so far, GiB",
+    "peak_memory_gb": "the most memory that the process, or on a GPU its tensors there, has had so far, GiB",
 }
 
 

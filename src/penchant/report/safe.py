@@ -16,6 +16,8 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as
 
 def number_of(value: Any) -> float | None:
     """A finite number, or None."""
+    if type(value) is float:  # nearly all of them
+        return value if math.isfinite(value) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -26,7 +28,7 @@ def number_of(value: Any) -> float | None:
 
 def num(row: Any, key: str) -> float | None:
     """A finite number of a mapping, or None."""
-    return number_of(row.get(key)) if isinstance(row, Mapping) else None
+    return number_of(row.get(key)) if isinstance(row, (dict, Mapping)) else None
 
 
 def ci_of(row: Any, key: str) -> tuple[float, float] | None:

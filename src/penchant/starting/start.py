@@ -12,7 +12,7 @@ import yaml
 
 from penchant.config import load_config
 from penchant.errors import ConfigError
-from penchant.planning.memory import machine_memory
+from penchant.machine import machine_memory
 from penchant.rewards.functions import check_reward
 from penchant.starting.goals import GOALS, Goal, Lines, fitting
 from penchant.starting.look import DataFacts, HeldOut, ModelFacts

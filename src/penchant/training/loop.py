@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ import torch
 from penchant.data.packing import pack, plan_balanced, tree_tokens
 from penchant.errors import CheckpointError, TrainingStopped
 from penchant.losses.schedules import progress_at
+from penchant.machine import peak_memory
 from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
@@ -123,7 +123,7 @@ class Loop:
                 if (step + 1) % self.logging.every == 0 or step + 1 == total:
                     metrics.write(line)
                 seconds = time.perf_counter() - started
-                speed = _speed(step + 1, seconds, tokens, trees)
+                speed = _speed(step + 1, seconds, tokens, trees, next(self.model.parameters()).device)
                 perf.write(speed)
                 self.console.step(step + 1, total, {**line, **speed})
                 self._after_step(metrics, schedule, total)
@@ -446,13 +446,13 @@ def _due(every: int | str | None, step: int, schedule: BatchSchedule) -> bool:
     return schedule.ends_epoch(step) if every == "epoch" else step % int(every) == 0
 
 
-def _speed(step: int, seconds: float, tokens: int, trees: int) -> Metrics:
+def _speed(step: int, seconds: float, tokens: int, trees: int, device: torch.device) -> Metrics:
     return {
         "step": step,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "trees_per_second": trees / seconds,
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_memory_gb": peak_memory(device) / 2**30,
     }
 
 

@@ -1,0 +1,58 @@
+"""What this machine has and what was used of it: cores and memory, on Linux and macOS."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of getrusage's ru_maxrss
+
+
+def cores() -> int:
+    """CPU cores that this process may run on; all of them where the system does not restrict processes."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_memory() -> tuple[int, int]:
+    """(all, free) bytes of this machine, or of the control group that this process is in where that is less."""
+    total = free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                free = int(line.split()[1]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            total, free = min(total, int(limit)), min(free, int(limit) - used)
+    except (OSError, ValueError):
+        pass  # no /proc, or no control group
+    return total, max(0, free)
+
+
+def resident() -> int:
+    """Bytes of this process in memory now; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(device: Any = None) -> int:
+    """The most bytes held so far: of a GPU by this process's tensors, otherwise of this process in memory.
+
+    Args:
+        device: a `torch.device`; None and any but ``cuda`` stand for the process.
+    """
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
+    return int(line.split()[1]) * 1024

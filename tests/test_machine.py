@@ -1,0 +1,60 @@
+"""Cores and memory where the system says them, says them in another unit, or does not say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from penchant import machine
+from penchant.machine import cores, machine_memory, peak_memory, resident
+
+
+def without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(path: Path, *_: Any, **__: Any) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", gone)
+
+
+def test_figures_are_of_this_process_and_machine() -> None:
+    held = torch.zeros(32 << 20, dtype=torch.uint8) + 1
+    total, free = machine_memory()
+    assert len(held) < peak_memory() <= total and 0 <= free <= total
+    assert resident() == 0 or len(held) < resident() <= 1.01 * peak_memory()
+    assert 1 <= cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize("unit", [1, 1024])
+def test_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch, unit: int) -> None:
+    """macOS counts ru_maxrss in bytes, Linux in KiB."""
+    monkeypatch.setattr(machine, "MAXRSS_UNIT", unit)
+    monkeypatch.setattr(machine.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=(3 << 30) // unit))
+    without_proc(monkeypatch)
+    assert peak_memory() == 3 << 30 and resident() == 0
+    total, free = machine_memory()
+    assert total == free > 0
+
+
+def test_the_unit_is_this_systems() -> None:
+    used = machine.resource.getrusage(machine.resource.RUSAGE_SELF).ru_maxrss * machine.MAXRSS_UNIT
+    assert peak_memory() / 2 < used < 100 * peak_memory()
+
+
+def test_where_processes_are_not_restricted_to_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert cores() == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cores() == 1
+
+
+def test_of_a_gpu_it_is_the_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(device) or 7)
+    assert peak_memory(torch.device("cuda", 1)) == 7 and asked == [torch.device("cuda", 1)]
+    assert peak_memory(torch.device("cpu")) > 7
