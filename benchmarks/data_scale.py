@@ -178,8 +178,8 @@ LOSS = {"lmsys": "sft", "pairs": "simpo"}  # methods without a reference: its pa
 def _start(path: str, layout: str) -> dict[str, Any]:
     """All that `penchant train` does before its first optimiser step, with the bundled model; nothing is evaluated."""
     from penchant.config import RunConfig
-    from penchant.reference import cache_key
-    from penchant.run import Run
+    from penchant.logprobs.reference import cache_key
+    from penchant.runs import Run
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     data = {"path": path, "max_length": 512, "validation_rows": 500, "on_bad_row": "skip", "cache": "auto"}

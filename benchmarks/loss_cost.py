@@ -48,7 +48,7 @@ class Bench:
         from penchant.data.adapt import mismatch
         from penchant.data.packing import pack
         from penchant.logprobs import Scorer
-        from penchant.reference import LiveReference
+        from penchant.logprobs.reference import LiveReference
         from penchant.training.optim import MasterAdamW
         from penchant.types import TokenTree
 
@@ -71,7 +71,7 @@ class Bench:
         """Seconds of one optimiser step."""
         from penchant.algorithms.offline import Component, Offline
         from penchant.losses import LOSSES
-        from penchant.training.reduce import reduced
+        from penchant.training.steps import reduced
 
         spec = LOSSES[name]
         algorithm = Offline(

@@ -280,9 +280,9 @@ def our_loss(case: Case, rows: list[dict[str, Any]], policy: Any, reference: Any
     from penchant.algorithms.offline import Component, Offline
     from penchant.data.packing import pack
     from penchant.logprobs import Scorer
+    from penchant.logprobs.reference import LiveReference
     from penchant.losses import LOSSES
-    from penchant.reference import LiveReference
-    from penchant.training.reduce import reduced
+    from penchant.training.steps import reduced
 
     spec = LOSSES[case.loss]
     algorithm = Offline(

@@ -102,7 +102,7 @@ def main() -> None:
     import penchant
     from penchant.config import config_from_mapping
     from penchant.data.packing import tree_tokens
-    from penchant.run import Run
+    from penchant.runs import Run
 
     spec = json.loads(sys.argv[1])
     clock = Clock(spec["warmup_steps"])

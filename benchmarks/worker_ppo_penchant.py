@@ -99,7 +99,7 @@ def main() -> None:
 
     import penchant
     from penchant.config import config_from_mapping
-    from penchant.run import Run
+    from penchant.runs import Run
 
     spec = json.loads(sys.argv[1])
     clock = Clock(spec["warmup_batches"])

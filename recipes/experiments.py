@@ -24,8 +24,8 @@ import numpy as np
 from penchant import demo
 from penchant.api import train
 from penchant.errors import CheckpointError, PenchantError
-from penchant.evaluation.stats import bootstrap_ci
 from penchant.losses import LOSSES
+from penchant.metrics.stats import bootstrap_ci
 from penchant.training.loop import Interrupted
 
 Setting = Mapping[str, Any]  # the `loss` section of a config; or, without a name, whole sections to lay over the task's
@@ -212,11 +212,11 @@ def _measure(
     import torch
 
     from penchant.api import as_config
-    from penchant.evaluation.pairs import pair_change
-    from penchant.evaluation.text import distinct_n
-    from penchant.reference import LiveReference, adapter_off, compute_logps
+    from penchant.logprobs.reference import LiveReference, adapter_off, compute_logps
+    from penchant.metrics.completions import distinct_n
+    from penchant.metrics.heldout import pair_change
     from penchant.rollout.generate import sample
-    from penchant.run import Run
+    from penchant.runs import Run
     from penchant.training.checkpoint import load_checkpoint
     from penchant.types import TokenTree
 
@@ -260,7 +260,7 @@ def _measure(
         "length": float(np.mean([len(i) for i in ids])),
     }
     if is_demo:
-        from penchant.rewards.lexicon import sentiment
+        from penchant.rewards.builtin import sentiment
 
         texts = [run.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
         rewards = sentiment(texts)

@@ -21,7 +21,7 @@ import numpy as np
 from experiments import START, Task, arguments, fill, make_task, selected
 
 from penchant import demo
-from penchant.evaluation.stats import bootstrap_ci
+from penchant.metrics.stats import bootstrap_ci
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 

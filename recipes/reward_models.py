@@ -17,7 +17,7 @@ from typing import Any
 
 import penchant
 from penchant import api
-from penchant.evaluation.reward import as_text
+from penchant.metrics.heldout import as_text
 
 HELD_OUT = 500
 

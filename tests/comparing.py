@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from families import tiny_model
 
-from penchant.evaluation.measured import Setting
+from penchant.compare.measured import Setting
 from penchant.logprobs import Scorer
 from penchant.types import TokenTree
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from penchant.tracking.protocol import Line, RunInfo, Started
+from penchant.track.tracker import Line, RunInfo, Started
 
 
 class Records:

@@ -58,7 +58,7 @@ def tiny_model(name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch
     """A tiny random model; in float64 its norms are float64 too (transformers' RMSNorm goes through float32)."""
     from transformers import AutoModelForCausalLM
 
-    from penchant.models.structure import disable_dropout
+    from penchant.models.load import disable_dropout
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(family_configs()[name]).to(dtype).eval()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from penchant.data.packing import pack
-from penchant.training.reduce import reduced
+from penchant.training.steps import reduced
 from penchant.types import TokenTree
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from penchant import demo
 from penchant.errors import CheckpointError, DataError
-from penchant.rewards.lexicon import sentiment
-from penchant.training.runfolder import RunLock
+from penchant.rewards.builtin import sentiment
+from penchant.runfolder import RunLock
 
 
 @pytest.fixture

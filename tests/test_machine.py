@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from penchant import machine
-from penchant.machine import cores, machine_memory, peak_memory, resident
+from penchant.base import machine
+from penchant.base.machine import cores, machine_memory, peak_memory, resident
 
 
 def without_proc(monkeypatch: pytest.MonkeyPatch) -> None:

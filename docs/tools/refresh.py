@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from penchant.config_page import Key, parts
+from penchant.config.page import Key, parts
 from penchant.losses import LOSSES
 from penchant.losses.page import parameters
 from penchant.losses.registry import NEEDS
-from penchant.report.glossary import GLOSSARY
+from penchant.report.metrics import GLOSSARY
 
 DOCS = Path(__file__).resolve().parents[1]
 PART = re.compile(r"(<!-- generated: (\S+) ?(.*?) -->\n)(.*?)(<!-- end of generated -->)", re.S)

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 from penchant.errors import ConfigError
 
 if TYPE_CHECKING:
-    from penchant.comparison.compare import RunComparison
+    from penchant.compare import RunComparison
     from penchant.config import RunConfig
     from penchant.data.audit.findings import Audit
     from penchant.data.audit.fix import Fixed
     from penchant.data.load import Dataset
     from penchant.download import GetResult
-    from penchant.evaluation.flags import Flag
     from penchant.export import ExportResult
     from penchant.judges import JudgeOptions
+    from penchant.metrics.flags.rule import Flag
     from penchant.pipeline import Pipeline
-    from penchant.pipeline_run import PipelineResult
-    from penchant.planning import Plan
-    from penchant.run import TrainResult
+    from penchant.pipeline.conduct import PipelineResult
+    from penchant.plan import Plan
+    from penchant.runs import TrainResult
     from penchant.sweep import Sweep
-    from penchant.sweep_run import SweepResult
+    from penchant.sweep.conduct import SweepResult
 
 __all__ = [
     "audit",
@@ -86,7 +86,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, q
     Raises:
         ConfigError, DataError, ModelError, CheckpointError: a person can mend it. TrainingStopped: NaN/Inf or a signal.
     """
-    from penchant.run import Run
+    from penchant.runs import Run
 
     return Run(as_config(config, overrides), quiet=quiet).train()
 
@@ -102,11 +102,11 @@ def plan(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, pr
         ConfigError, DataError, ModelError, RewardError: what `train` would stop at.
     """
     from penchant.config import load_config_with_places
-    from penchant.planning import make_plan
+    from penchant.plan import make_plan
 
     if isinstance(config, (str, Path)):
         return make_plan(*load_config_with_places(config, list(overrides)), with_probe=probe)
-    from penchant.planning.origins import places_in
+    from penchant.plan.settings import places_in
 
     made = as_config(config, overrides)
     given = config if isinstance(config, Mapping) else config.model_dump(mode="json", exclude_unset=True)
@@ -155,7 +155,7 @@ def flags(path: str | Path) -> list[Flag]:
     Raises:
         CheckpointError: there is neither.
     """
-    from penchant.evaluation.trust.files import flags_of
+    from penchant.metrics.flags import flags_of
 
     return flags_of(path)
 
@@ -184,7 +184,7 @@ def audit(
         if overrides:
             raise ConfigError("command line", "overrides go with a config, not with a data file", "give a CONFIG.yaml")
         return audit_files(str(config), reward=reward, check=check, languages=languages)
-    from penchant.run import Run
+    from penchant.runs import Run
 
     run = Run(as_config(config, overrides), quiet=quiet)
     return run.audit(tokenise=tokenise, languages=languages, opinions=_opinions(reward, check))
@@ -317,8 +317,8 @@ def compare(
     Raises:
         ConfigError, DataError, ModelError, RewardError, CheckpointError: a person can mend it.
     """
-    from penchant.comparison.compare import Question, compare_runs
-    from penchant.comparison.models import Sampling
+    from penchant.compare import Question, compare_runs
+    from penchant.compare.models import Sampling
     from penchant.judges import JudgeOptions
 
     sampling = Sampling(prompts, samples, max_new_tokens, seed)
@@ -393,14 +393,14 @@ def pipeline(
     Raises:
         ConfigError, DataError, ModelError, RewardError, CheckpointError: a person can mend it. TrainingStopped: NaN/Inf or a signal.
     """
-    from penchant.pipeline_run import Conductor
+    from penchant.pipeline.conduct import Conductor
 
     return Conductor(_as_pipeline(config, overrides), quiet=quiet).run(only, redo)
 
 
 def pipeline_plan(config: Mapping[str, Any] | str | Path, *overrides: str, redo: Sequence[str] = ()) -> str:
     """What `pipeline` would do with each stage, and why, as text; nothing is trained or written."""
-    from penchant.pipeline_run import Conductor
+    from penchant.pipeline.conduct import Conductor
 
     return Conductor(_as_pipeline(config, overrides), quiet=True).plan_text(redo)
 
@@ -425,14 +425,14 @@ def sweep(config: Mapping[str, Any] | str | Path, *overrides: str, jobs: int = 1
         ConfigError, DataError, ModelError, RewardError, CheckpointError: a person can mend it. TrainingStopped: a signal; a run that
         stops itself is a result.
     """
-    from penchant.sweep_run import SweepConductor
+    from penchant.sweep.conduct import SweepConductor
 
     return SweepConductor(_as_sweep(config, overrides), jobs=jobs, quiet=quiet).run()
 
 
 def sweep_plan(config: Mapping[str, Any] | str | Path, *overrides: str) -> str:
     """What `sweep` would do with each run, and why, as text; nothing is trained or written."""
-    from penchant.sweep_run import SweepConductor
+    from penchant.sweep.conduct import SweepConductor
 
     return SweepConductor(_as_sweep(config, overrides), quiet=True).plan_text()
 

@@ -21,7 +21,7 @@ import numpy as np
 from penchant import api
 
 if TYPE_CHECKING:
-    from penchant.evaluation.written import Written
+    from penchant.metrics.completions import Written
 
 SAMPLES = 8  # continuations per training opening
 PAIRS = 3  # pairs per opening: the best against the worst, the second best against the second worst, ...
@@ -110,7 +110,7 @@ def _fresh(folder: Path) -> None:
     import shutil
 
     from penchant.errors import CheckpointError
-    from penchant.training.runfolder import RunLock
+    from penchant.runfolder import RunLock
 
     try:
         if folder.exists() and any(folder.iterdir()):
@@ -167,7 +167,7 @@ def _sample(model: Any, tokenizer: Any, openings: Sequence[str], n: int, seed: i
 
 def _make_pairs(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progress: Any) -> list[dict[str, Any]]:
     """The best against the worst continuations of each opening by the lexicon."""
-    from penchant.rewards.lexicon import sentiment
+    from penchant.rewards.builtin import sentiment
 
     pairs = []
     for opening, samples in zip(openings, _sample(model, tokenizer, openings, SAMPLES, seed, progress), strict=True):
@@ -189,8 +189,8 @@ def _make_pairs(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, 
 
 
 def _write(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progress: Any) -> Written:
-    from penchant.evaluation.written import write
-    from penchant.rewards.lexicon import sentiment
+    from penchant.metrics.completions import write
+    from penchant.rewards.builtin import sentiment
 
     return write(
         model,
@@ -218,8 +218,8 @@ def _measure(
     after: Written,
     reviews: str | None,
 ) -> dict[str, Any]:
-    from penchant.evaluation.stats import bootstrap_ci, paired_bootstrap, win_rate
-    from penchant.evaluation.text import distinct_n
+    from penchant.metrics.completions import distinct_n
+    from penchant.metrics.stats import bootstrap_ci, paired_bootstrap, win_rate
 
     assert before.rewards is not None and after.rewards is not None
     prompts = after.prompts
@@ -286,7 +286,7 @@ def _measure(
 
 def _logps(model: Any, trees: list[Any]) -> np.ndarray:
     from penchant.logprobs import Scorer
-    from penchant.reference import LiveReference, compute_logps
+    from penchant.logprobs.reference import LiveReference, compute_logps
 
     live = LiveReference(Scorer(model, "shared"))
     result: np.ndarray = compute_logps(live, trees, tokens_per_step=4096).sums.double().numpy()

@@ -16,9 +16,9 @@ from penchant.data.adapt import mismatch
 from penchant.data.packing import pack
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer
+from penchant.logprobs.reference import CachedReference, LiveReference, MovingReference, compute_logps
 from penchant.losses import LOSSES
 from penchant.losses.schedules import Schedule
-from penchant.reference import CachedReference, LiveReference, MovingReference, compute_logps
 from penchant.types import Scored, TokenTree
 
 

@@ -21,8 +21,8 @@ from penchant.algorithms.rollouts import Group, pack_groups, unpack_groups
 from penchant.data.packing import pack
 from penchant.errors import ConfigError, DataError, RewardError
 from penchant.logprobs import Scorer
+from penchant.logprobs.reference import LiveReference, compute_logps
 from penchant.losses.policy_gradient import leave_one_out
-from penchant.reference import LiveReference, compute_logps
 from penchant.rollout.generate import sample
 from penchant.training.loop import Loop
 from penchant.types import TokenTree

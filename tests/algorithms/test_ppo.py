@@ -15,13 +15,13 @@ from penchant.algorithms.ppo import PPO, _with
 from penchant.algorithms.rollouts import Group
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer
+from penchant.logprobs.reference import LiveReference
 from penchant.losses.policy_gradient import at_last_token, gae
-from penchant.models.value import ValueHead
-from penchant.reference import LiveReference
+from penchant.models.reward import ValueHead
+from penchant.training.console import QuietConsole
 from penchant.training.loop import Loop
 from penchant.training.optim import MasterAdamW
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
-from penchant.training.progress import QuietConsole
 
 LENGTHS = [3, 1, 6, 2]
 REWARDS = [1.0, -0.5, 2.0, 0.25]

@@ -15,14 +15,13 @@ from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
 from penchant import api
 from penchant.algorithms.options import RewardModelConfig
-from penchant.algorithms.reward import RewardTraining
+from penchant.algorithms.reward_model import RewardTraining
 from penchant.data.packing import pack
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.logprobs import Scorer
 from penchant.models.reward import choose_padding, head_of
-from penchant.rewards.model import make_scorer, rewards_of
-from penchant.rewards.scorer import CausalRewards, by_length
-from penchant.run import Run
+from penchant.rewards.reward_model import CausalRewards, by_length, make_scorer, rewards_of
+from penchant.runs import Run
 from penchant.training.loop import Loop
 
 

@@ -120,7 +120,7 @@ def test_the_audit_shows_the_layout(tmp_path: Path) -> None:
 
 
 def test_a_run_shows_and_records_the_layout_and_takes_its_options(tmp_path: Path) -> None:
-    from penchant.run import Run
+    from penchant.runs import Run
 
     rows = [json.loads(line) for line in (FOLDER / "shp.jsonl").read_text(encoding="utf-8").splitlines()][:2]
     config = {

@@ -19,7 +19,7 @@ from pages import BLOCKS, NAMES, ROOT, Block, Shell, blocks, of, page_file, runs
 
 from penchant.cli import build_parser
 from penchant.config import load_config, parse_yaml
-from penchant.importing import import_config
+from penchant.importers import import_config
 from penchant.pipeline import load_pipeline
 from penchant.sweep import load_sweep
 

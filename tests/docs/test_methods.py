@@ -41,7 +41,7 @@ def test_every_loss_has_its_formula_and_settings_on_a_page() -> None:
 
 
 def test_every_algorithm_has_its_settings_on_a_page() -> None:
-    from penchant.config_page import parts
+    from penchant.config.page import parts
 
     quoted = {m[3].strip() for p in PAGES for m in refresh.PART.finditer(p.read_text()) if m[2] == "algorithm"}
     assert quoted == {p.title.removeprefix("algorithm: ") for p in parts() if p.title.startswith("algorithm: ")}

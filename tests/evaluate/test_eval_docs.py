@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from penchant.cli import build_parser
-from penchant.evaluation.glossary import GLOSSARY, markdown, meaning_of
+from penchant.metrics.names import GLOSSARY, markdown, meaning_of
 
 PAGE = (Path(__file__).parents[2] / "docs/eval.md").read_text(encoding="utf-8")
 

@@ -10,8 +10,7 @@ import torch
 from tiny import tiny_tokenizer
 
 from penchant.errors import ModelError
-from penchant.export.gguf_model import check_config, gguf_writer, read_gguf
-from penchant.export.gguf_vocab import BYTE, CONTROL, NORMAL, UNUSED, vocabulary_of
+from penchant.export.gguf import BYTE, CONTROL, NORMAL, UNUSED, check_config, gguf_writer, read_gguf, vocabulary_of
 from penchant.export.subject import outputs, round_weights
 
 pytest.importorskip("gguf")
@@ -114,7 +113,7 @@ def _whole_words(tokenizer: Any) -> Any:
 def test_the_way_texts_are_cut_has_a_name_or_is_refused() -> None:
     from tokenizers import Regex, pre_tokenizers
 
-    from penchant.export.gguf_vocab import _LLAMA3, _QWEN2
+    from penchant.export.gguf import _LLAMA3, _QWEN2
 
     def split(pattern: str) -> Any:
         return pre_tokenizers.Split(Regex(pattern), "isolated")

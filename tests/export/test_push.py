@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from penchant.base.text import redact
 from penchant.errors import ConfigError
-from penchant.export.push import check_push
-from penchant.redact import redact
+from penchant.export.export import check_push
 
 TOKEN = "hf_not_to_be_seen_anywhere"
 
@@ -75,7 +75,7 @@ def _push_twice(hub: Any, folder: Path) -> subprocess.CompletedProcess[str]:
     """In a process of its own: the hub's address is read when its library is imported. The hub refuses the second one."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom penchant.errors import PenchantError\n"
-        "from penchant.export.push import check_push, push\n"
+        "from penchant.export.export import check_push, push\n"
         "check_push('me/tuned')\n"
         "print(push(Path(sys.argv[1]), 'me/tuned', private=True, message='m'))\n"
         "try:\n    push(Path(sys.argv[1]), 'me/tuned', private=True, message='m')\n"

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from penchant.losses import LOSSES, LossSpec
 from penchant.losses.registry import NEEDS, Key, Range, loss, params_of
-from penchant.training.reduce import reduced
+from penchant.training.steps import reduced
 from penchant.types import LossOutput, PairLogps, UnpairedLogps
 
 NAMES = sorted(LOSSES)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from families import tiny_model
 
-from penchant.models import fast_decode
-from penchant.models.fast_decode import FastDecoder, PackedLinear, can_decode_fast
+from penchant.models.cpu import decode as fast_decode
+from penchant.models.cpu.decode import FastDecoder, PackedLinear, can_decode_fast
 from penchant.models.load import add_lora
 from penchant.models.options import LoraConfig
 from penchant.rollout import generate

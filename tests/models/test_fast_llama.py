@@ -13,10 +13,11 @@ import transformers
 from torch import nn
 
 from penchant.data.packing import pack
-from penchant.models import fast_attention, fast_head
-from penchant.models.fast_head import fast_token_logps
-from penchant.models.fast_llama import FastForward, fast_forward
-from penchant.models.fast_ops import rms_norm, rms_norm_backward, rotary, rotary_backward, swiglu, swiglu_backward
+from penchant.models.cpu import attention as fast_attention
+from penchant.models.cpu import head as fast_head
+from penchant.models.cpu.head import fast_token_logps
+from penchant.models.cpu.layers import FastForward, fast_forward
+from penchant.models.cpu.ops import rms_norm, rms_norm_backward, rotary, rotary_backward, swiglu, swiglu_backward
 from penchant.types import PackedBatch, TokenTree
 
 VOCAB = 61

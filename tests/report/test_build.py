@@ -325,7 +325,7 @@ def test_a_report_that_takes_long_is_written_seldom(tmp_path: Path, monkeypatch:
         calls.append(folder)
         clock[0] += 2.0
 
-    monkeypatch.setattr("penchant.report.live.write_report", slow)
+    monkeypatch.setattr("penchant.report.write_report", slow)
     live = LiveReport(tmp_path, clock=lambda: clock[0])
     for _ in range(300):
         live.told("eval")

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from penchant.report.numbers import (
+from penchant.report.svg import (
     duration,
     estimate,
     interval,

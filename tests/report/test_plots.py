@@ -14,7 +14,7 @@ from report_folders import evaluation, make_comparison, make_run, make_sweep
 from penchant.report.curves import curves
 from penchant.report.data import read_report
 from penchant.report.frontier import Spot, best_so_far, frontier, of_comparison, of_runs
-from penchant.report.plot import Axis, Level, Line, Plot, apart, figure, path_of, sparkline, style_of
+from penchant.report.svg import Axis, Level, Line, Plot, apart, figure, path_of, sparkline, style_of
 
 
 def _plot(*lines: Line, **more: object) -> Plot:

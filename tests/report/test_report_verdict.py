@@ -12,10 +12,9 @@ from report_folders import evaluation, make_comparison, make_flags, make_run, ma
 
 from penchant.report.data import read_report
 from penchant.report.flags import flags
-from penchant.report.held_out import Change, changes, held_out
 from penchant.report.metrics import Figure
 from penchant.report.settings import ranking, settings_table
-from penchant.report.verdict import cards, verdict
+from penchant.report.verdict import Change, cards, changes, held_out, verdict
 
 
 def words(node: Any) -> str:

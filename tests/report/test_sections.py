@@ -11,11 +11,10 @@ import pytest
 from report_folders import ci, make_comparison, make_run, make_sweep, write_json, write_lines
 
 from penchant.report.audit import audit
-from penchant.report.configs import configs, differing, short
 from penchant.report.data import read_report
-from penchant.report.evaluations import evaluations
-from penchant.report.provenance import command, cost, provenance
+from penchant.report.provenance import command, cost, evaluations, provenance
 from penchant.report.samples import LONGEST, ROOM, samples, shelf
+from penchant.report.settings import configs, differing, short
 from penchant.report.winrates import cells_of, compared_figures, pairs_of, win_rates
 
 

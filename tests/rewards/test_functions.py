@@ -8,7 +8,7 @@ import pytest
 
 from penchant.errors import ConfigError, RewardError
 from penchant.rewards import load_reward
-from penchant.rewards.lexicon import sentiment
+from penchant.rewards.builtin import sentiment
 
 
 def write(tmp_path: Path, code: str) -> str:

@@ -21,11 +21,11 @@ from penchant import api
 from penchant.config import config_from_mapping, dump_config
 from penchant.data.tokenize import tokenise
 from penchant.errors import CheckpointError, ConfigError, ModelError
+from penchant.models.load import backbone_of
 from penchant.models.reward import head_of
-from penchant.models.structure import backbone_of
 from penchant.rewards import load_reward
-from penchant.rewards.model import PolicyText, find_reward_model, load_reward_function, rewards_of
-from penchant.run import Run, reward_contents
+from penchant.rewards.reward_model import PolicyText, find_reward_model, load_reward_function, rewards_of
+from penchant.runs import Run, reward_contents
 from penchant.types import TokenTree
 
 CPU = torch.device("cpu")

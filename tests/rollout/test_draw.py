@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from penchant.rollout.draw import draw, row_uniforms
+from penchant.rollout.generate import draw, row_uniforms
 
 
 def _spread(rows: int) -> torch.Tensor:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from penchant.errors import CheckpointError
+from penchant.runfolder import MetricsLog, RunLock, open_run
 from penchant.training.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, prune, save_checkpoint
-from penchant.training.runfolder import MetricsLog, RunLock, open_run
 
 TENSORS = {"a": torch.arange(5), "b": torch.tensor([1 / 3], dtype=torch.bfloat16)}
 STATE = {"step": 3, "loss": 0.1 + 0.2, "big": 2**60, "none": None}
@@ -109,7 +109,7 @@ def test_a_lock_of_a_dead_process_is_no_obstacle(tmp_path: Path) -> None:
     script = f"""
 import time
 from pathlib import Path
-from penchant.training.runfolder import RunLock
+from penchant.runfolder import RunLock
 RunLock(Path({str(tmp_path)!r})).__enter__(); print("locked", flush=True); time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)

@@ -13,17 +13,17 @@ import torch
 from families import some_pairs, tiny_model
 
 from penchant.algorithms.offline import Component, Offline
+from penchant.base.machine import peak_memory
 from penchant.errors import TrainingStopped
-from penchant.evaluation.heldout import evaluate_heldout
 from penchant.logprobs import Scorer
+from penchant.logprobs.reference import LiveReference
 from penchant.losses import LOSSES
-from penchant.machine import peak_memory
+from penchant.metrics.heldout import evaluate_heldout
 from penchant.models.load import cast_parameters
-from penchant.reference import LiveReference
+from penchant.training.console import QuietConsole
 from penchant.training.loop import Interrupted, Loop
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
-from penchant.training.progress import QuietConsole
 
 
 class Killed(BaseException):

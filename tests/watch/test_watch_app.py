@@ -18,7 +18,7 @@ import pytest
 from run_folders import lines, make_run, perf_rows, train_rows
 
 from penchant.cli import main
-from penchant.training.runfolder import RunLock
+from penchant.runfolder import RunLock
 
 COMMAND = [sys.executable, "-m", "penchant", "watch"]
 

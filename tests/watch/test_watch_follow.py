@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from penchant.training.runfolder import RunLock
-from penchant.watch import follow
-from penchant.watch.follow import Tail, Whole, json_object
-from penchant.watch.lock import lock_of
+from penchant.runfolder import RunLock
+from penchant.watch import views as follow
+from penchant.watch.views import Tail, Whole, json_object, lock_of
 
 
 def test_half_a_line_waits_for_its_end(tmp_path: Path) -> None:

@@ -14,14 +14,11 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from run_folders import eval_row, lines, make_run, perf_rows, train_rows
 
-from penchant.training.runfolder import RunLock
-from penchant.watch.group_screen import group_frame
-from penchant.watch.group_view import GroupView, open_view
-from penchant.watch.lines import Size
+from penchant.runfolder import RunLock
 from penchant.watch.plot import ASCII
-from penchant.watch.run_screen import run_frame
-from penchant.watch.run_view import RunView
+from penchant.watch.screens import Size, group_frame, run_frame
 from penchant.watch.text import clean, number, whole
+from penchant.watch.views import GroupView, RunView, open_view
 
 SIZES = [(80, 24), (80, 23), (120, 40), (40, 12), (200, 70), (20, 3), (60, 1)]
 

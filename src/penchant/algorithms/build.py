@@ -15,15 +15,13 @@ from penchant.algorithms.rollouts import Writer
 from penchant.data.tokenize import same_tokens
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer
+from penchant.logprobs.reference import LiveReference
 from penchant.losses import LOSSES
-from penchant.models.load import load_tokenizer
+from penchant.models.load import backbone_of, base_model_of, head_scaling, load_tokenizer
 from penchant.models.options import ModelConfig
-from penchant.models.reward import head_of, is_encoder, load_model_config, load_reward_model
-from penchant.models.structure import backbone_of, base_model_of, head_scaling
-from penchant.models.value import ValueModel
-from penchant.reference import LiveReference
+from penchant.models.reward import ValueModel, head_of, is_encoder, load_model_config, load_reward_model
 from penchant.rewards import RewardConfig, load_reward
-from penchant.rewards.model import PolicyText, find_reward_model
+from penchant.rewards.reward_model import PolicyText, find_reward_model
 
 OnlineAlgorithm = GroupPolicyGradient | OnlineDPO | PPO
 

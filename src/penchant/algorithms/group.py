@@ -11,9 +11,9 @@ from torch import Tensor
 from penchant.algorithms.options import OnlineConfig
 from penchant.algorithms.rollouts import Buffer, Group, Writer, reward_metrics_of, score_groups
 from penchant.logprobs import Scorer
+from penchant.logprobs.reference import LiveReference
 from penchant.losses.divergences import kl_estimate
 from penchant.losses.policy_gradient import clipped_surrogate, group_normalised, leave_one_out
-from penchant.reference import LiveReference
 from penchant.types import LossOutput, PackedBatch, TokenTree
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from penchant.data.packing import pack, plan_microbatches, tree_tokens
 from penchant.errors import ConfigError
 from penchant.logprobs import CompletionLogps, Scorer, per_completion
+from penchant.logprobs.reference import LiveReference, MovingReference, Reference
 from penchant.losses.divergences import DivergenceKind
 from penchant.losses.helpers import Metrics, reward_metrics, side_metrics
 from penchant.losses.registry import LossParams, LossSpec
 from penchant.losses.schedules import Schedule
 from penchant.losses.unpaired import kto_z0
-from penchant.reference import LiveReference, MovingReference, Reference
 from penchant.types import LossOutput, PackedBatch, PairLogps, Scored, TokenTree, UnpairedLogps, Weighted
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from penchant.schema import Section
+from penchant.base.section import Section
 
 DEFAULT_BETA = {"rloo": 0.05, "grpo": 0.04, "online_dpo": 0.1, "ppo": 0.05}
 

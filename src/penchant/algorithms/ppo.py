@@ -14,10 +14,10 @@ from torch import Tensor
 from penchant.algorithms.options import PPOConfig
 from penchant.algorithms.rollouts import Buffer, Group, Writer, reward_metrics_of, score_groups
 from penchant.logprobs import Scorer
+from penchant.logprobs.reference import LiveReference
 from penchant.losses.divergences import kl_estimate
 from penchant.losses.policy_gradient import at_last_token, clipped_surrogate, clipped_value_loss, gae, whitened
-from penchant.models.value import ValueHead
-from penchant.reference import LiveReference
+from penchant.models.reward import ValueHead
 from penchant.types import LossOutput, PackedBatch, TokenTree
 
 

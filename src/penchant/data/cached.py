@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from penchant.base.files import file_sha256
 from penchant.data.audit import audit
 from penchant.data.audit.findings import Audit, Finding
 from penchant.data.layouts import Detection
@@ -28,7 +29,6 @@ from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, ranges, 
 from penchant.data.split import held_out_rows, split_by_prompt
 from penchant.data.tokenize import ASIDE, CUT_COMPLETION, CUT_PROMPT, SPLIT, TokenisedDataset, Tokenising, tokenise
 from penchant.errors import DataError
-from penchant.files import file_sha256
 
 # ---------------------------------------------------------------------------------------------------------------------
 # entries on disk

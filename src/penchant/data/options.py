@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from penchant.base.section import Section
 from penchant.data.layouts import LAYOUTS
-from penchant.schema import Section
 
 
 class DataConfig(Section):

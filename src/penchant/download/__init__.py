@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from penchant.base.text import printable
 from penchant.data.layouts import detect
 from penchant.data.load import prompt_text, renamed
 from penchant.data.read import BadRow, Row, read_stream
@@ -36,8 +37,7 @@ from penchant.download.convert import (
 from penchant.download.hub import BLOCK, Hub, digest
 from penchant.download.plan import GetRequest, Plan, Source, make_plan
 from penchant.errors import CheckpointError, ConfigError, DataError
-from penchant.printable import printable
-from penchant.training.runfolder import RunLock, differences
+from penchant.runfolder import RunLock, differences
 from penchant.types import Message
 
 WORK = ".get"

@@ -263,7 +263,7 @@ def labeller_of(asked: GetRequest) -> Labeller | None:
 
 
 def _sha256(name: str) -> str | None:
-    from penchant.rewards.model import content_sha256
+    from penchant.rewards.reward_model import content_sha256
 
     return content_sha256(name)
 

@@ -12,7 +12,7 @@ from penchant.evaluate.evaluator import Evaluation, held_out_of_run
 from penchant.evaluate.material import Material
 from penchant.evaluate.output import keep
 from penchant.evaluate.request import Request
-from penchant.evaluate.sources import check_there, find_model, find_run, of_config, runs_in
+from penchant.runs.find import check_there, find_model, find_run, of_config, runs_in
 
 __all__ = ["evaluate_model"]
 

@@ -15,20 +15,25 @@ from penchant.config import RunConfig
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.evaluate.material import Material
 from penchant.evaluate.request import Request
-from penchant.evaluate.sources import START, Source, find_model
-from penchant.evaluation.figures import Figure, flat
-from penchant.evaluation.generated import kl_of_written, text_of_written
-from penchant.evaluation.given_answers import answer_figures
-from penchant.evaluation.overlap import overlap_figures, require_overlap
-from penchant.evaluation.perplexity import text_figures
-from penchant.evaluation.token_scores import TokenScores, score_tokens
-from penchant.evaluation.written import Judge, Written, judged, write
+from penchant.logprobs.packing import choose_packing
+from penchant.logprobs.reference import LiveReference
+from penchant.metrics.answers import TokenScores, answer_figures, score_tokens, text_figures
+from penchant.metrics.completions import (
+    Judge,
+    Written,
+    judged,
+    kl_of_written,
+    overlap_figures,
+    require_overlap,
+    text_of_written,
+    write,
+)
+from penchant.metrics.figures import Figure, flat
 from penchant.models.load import cast_parameters, load_tokenizer, looks_like_folder
-from penchant.packing_check import choose_packing
-from penchant.reference import LiveReference
 from penchant.rewards import load_reward
-from penchant.rewards.model import PolicyText
-from penchant.run import Run
+from penchant.rewards.reward_model import PolicyText
+from penchant.runs import Run
+from penchant.runs.find import START, Source, find_model
 from penchant.types import TokenTree
 
 NO_REFERENCE = "none"

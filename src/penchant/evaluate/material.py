@@ -12,12 +12,11 @@ from penchant.data.load import Dataset, load_preferences
 from penchant.data.tokenize import TokenisedDataset, tokenise
 from penchant.errors import DataError
 from penchant.evaluate.request import Request
-from penchant.evaluate.sources import START, Source
-from penchant.evaluation.given_answers import is_answer
-from penchant.evaluation.perplexity import without_eos
+from penchant.metrics.answers import is_answer, without_eos
 from penchant.models.load import load_tokenizer
 from penchant.models.reward import load_model_config
-from penchant.run import Run
+from penchant.runs import Run
+from penchant.runs.find import START, Source
 from penchant.types import TokenTree
 
 DEFAULT_LENGTH = 1024

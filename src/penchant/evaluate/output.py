@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from penchant.base.text import printable
 from penchant.errors import ConfigError
 from penchant.evaluate.evaluator import Evaluated
-from penchant.evaluation.glossary import meaning_of
-from penchant.printable import printable
-from penchant.training.runfolder import MetricsLog, finite
+from penchant.metrics.names import meaning_of
+from penchant.runfolder import MetricsLog, finite
 
 LOG = "evaluations.jsonl"
 NO_FIGURE = ("tables", "notes")

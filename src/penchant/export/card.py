@@ -11,13 +11,12 @@ from typing import Any
 import yaml
 
 import penchant
+from penchant.base.files import file_sha256
 from penchant.config import RunConfig
-from penchant.export.check import Check
-from penchant.export.formats import Format
+from penchant.export.formats import Check, Format
 from penchant.export.subject import Subject
-from penchant.files import file_sha256
 from penchant.models.load import looks_like_folder
-from penchant.report.glossary import meaning
+from penchant.report.metrics import meaning
 
 CARD = "README.md"
 NOT_SETTINGS = ("output", "logging", "trust", "checkpoint")  # they change nothing in the weights

@@ -1,4 +1,4 @@
-"""One export: write aside, read back, compare, describe, rename; then perhaps push."""
+"""`penchant export`: write aside, read back, compare, rename, push."""
 
 from __future__ import annotations
 
@@ -7,19 +7,133 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from penchant.base.text import told
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.export.card import CARD, card, hashes
-from penchant.export.check import Check, compared
-from penchant.export.finished import ABOUT, finished, taken
-from penchant.export.formats import FORMATS, Format, dtype_of
-from penchant.export.push import check_push, push
+from penchant.export.formats import FORMATS, Check, Format, compared, dtype_of
 from penchant.export.request import ExportRequest
 from penchant.export.subject import NAMES, Subject, find_subject, outputs
+from penchant.models.load import looks_like_folder
+
+# ---- A folder that an earlier export left: is it what is asked for now, untouched? Then it can be pushed as it stands ----
+
+ABOUT = "export.json"
+
+
+def finished(folder: Path, asked: Mapping[str, Any]) -> tuple[Check, tuple[str, ...]]:
+    """The comparison and the notes of a finished export.
+
+    Args:
+        folder: what is there; asked: what its record must say (run, step, format, dtype, checkpoint).
+
+    Raises:
+        CheckpointError: it is no export, one of something else, or its files are not as they were written. The card may be another:
+            whoever publishes adds a licence to it.
+    """
+    record = _record(folder)
+    for name, value in asked.items():
+        if record.get(name) != value:
+            how = (
+                f"is of another {name} ({record[name]!r}, not {value!r})"
+                if name in record
+                else f"does not say which {name}"
+            )
+            raise taken(folder, f"it {how}")
+    found, written = hashes(folder), record.get("sha256")
+    written = written if isinstance(written, Mapping) else {}
+    for name in sorted({*found, *written, CARD}):
+        if name not in found:
+            raise taken(folder, f"{name!r} is gone from it")
+        if name not in (ABOUT, CARD) and found[name] != written.get(name):
+            raise taken(folder, f"{name!r} is not as the export wrote it")
+    check, notes = _check(record.get("check")), record.get("notes")
+    if check is None or not check.good or not isinstance(notes, list) or not all(map(_is_line, notes)):
+        raise taken(folder, f"its {ABOUT} records no comparison that was passed")
+    return check, tuple(notes)
+
+
+def taken(folder: Path, why: str | None = None) -> CheckpointError:
+    """What is there stays; why: it cannot be pushed as it is."""
+    reason = "nothing is overwritten" if why is None else f"{why}, and nothing is overwritten"
+    return CheckpointError(str(folder), f"is there already, and {reason}", "give another --output")
+
+
+def _record(folder: Path) -> Mapping[str, Any]:
+    try:
+        found = None if folder.is_symlink() else json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, Mapping):
+        raise taken(folder, "it is no finished export")
+    return found
+
+
+def _check(found: Any) -> Check | None:
+    there = found if isinstance(found, Mapping) else {}
+    values: dict[str, Any] = {f.name: there.get(f.name) for f in fields(Check)}
+    numbers = [v for name, v in values.items() if not (name == "greedy" and v is None)]
+    return Check(**values) if all(isinstance(v, (int, float)) for v in numbers) else None
+
+
+def _is_line(note: Any) -> bool:
+    return isinstance(note, str) and note.isprintable()
+
+
+# ---- An exported folder to the hub. The token comes from the environment or the login, and is never shown ----
+
+
+def check_push(repo: str, base: str | None = None) -> None:
+    """Meet what would stop a push before anything is written.
+
+    Args:
+        base: of an adapter, which others need too.
+
+    Raises:
+        ConfigError: no such name, no token, or an adapter of a base that is on this machine only.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        named = repo.count("/") == 1
+    except HFValidationError:
+        named = False
+    if not named:
+        raise ConfigError("--push", f"{repo!r} is no name of a repository", "give owner/name")
+    if get_token() is None:
+        raise ConfigError("--push", "there is no token of the hub", "set HF_TOKEN, or log in with `hf auth login`")
+    if base is not None and looks_like_folder(base):
+        raise ConfigError("--push", "the adapter's base is a folder of this machine", "push --to merged instead")
+
+
+def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
+    """Make the repository if it is not there, and upload the folder in one commit; returns its address.
+
+    Raises:
+        ModelError: the hub refused or cannot be reached; the exported folder stays.
+    """
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi(library_name="penchant")
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))
+    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+        raise ModelError(
+            "--push", f"the hub did not take it ({told(error)})", f"{folder} is written and whole; try again later"
+        ) from None
+
+
+# ---- One export: write aside, read back, compare, describe, rename; then perhaps push ----
 
 SIZE = re.compile(r"[1-9]\d*(KB|MB|GB|TB|KiB|MiB|GiB|TiB)")
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from penchant.algorithms.options import RewardModelConfig
 from penchant.config import RunConfig, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError
-from penchant.evaluate.sources import check_there, find_run, runs_in
 from penchant.models.load import load_causal_model, load_tokenizer, own_memory
 from penchant.models.merge import is_adapter, merged_model
 from penchant.models.options import ModelConfig
 from penchant.models.reward import ADAPTER, choose_padding, load_reward_model, set_padding
+from penchant.runs.find import check_there, find_run, runs_in
 from penchant.training.checkpoint import find_checkpoint, load_checkpoint
 
 CPU = torch.device("cpu")

@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from penchant.base.text import shown
 from penchant.errors import CheckpointError, ConfigError, RewardError
 from penchant.judges.judge import WORDS, Answers, Progress, Question
-from penchant.printable import shown
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the instruction, and how its reply is read

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from penchant.base.files import file_sha256
+from penchant.base.text import shown
 from penchant.errors import ConfigError, RewardError
-from penchant.files import file_sha256
-from penchant.printable import shown
 
 Progress = Callable[[int, int], None]
 FIRST, TIE, SECOND = 1.0, 0.5, 0.0

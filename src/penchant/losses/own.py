@@ -9,10 +9,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penchant.base.files import file_sha256
 from penchant.base.functions import python_function
 from penchant.base.lazy import lazy
 from penchant.errors import ConfigError
-from penchant.files import file_sha256
 from penchant.losses.registry import LOSSES, LossSpec, params_of
 from penchant.types import LossOutput, PairLogps, UnpairedLogps
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_ori
 
 from pydantic import ConfigDict, Field, create_model
 
+from penchant.base.section import Section
 from penchant.losses.schedules import Schedule
-from penchant.schema import Section
 from penchant.types import LossOutput
 
 Signal = Literal["tokens", "pairs", "unpaired"]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from penchant.schema import Section
+from penchant.base.section import Section
 
 Shape = Literal["linear", "cosine"]
 

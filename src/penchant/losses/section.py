@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from penchant.base.files import file_sha256
+from penchant.base.section import Section
 from penchant.errors import ConfigError
-from penchant.files import file_sha256
 from penchant.losses import LOSSES, LossSpec
 from penchant.losses.own import find_loss, is_own, loss_file
 from penchant.losses.schedules import Schedule
-from penchant.schema import Section
 
 Path = tuple[str, ...]
 

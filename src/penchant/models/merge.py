@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penchant.base.files import file_sha256
 from penchant.errors import ModelError
-from penchant.files import file_sha256
-from penchant.models.load import load_causal_model, load_tokenizer, save_model
+from penchant.models.load import base_model_of, load_causal_model, load_tokenizer, save_model
 from penchant.models.options import ModelConfig
-from penchant.models.structure import base_model_of
 
 MARK = "merged.json"  # of which adapter the folder was made, and what was written
 WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")  # files that say what a model computes

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from penchant.schema import Section
+from penchant.base.section import Section
 
 
 class ModelConfig(Section):

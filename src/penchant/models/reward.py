@@ -1,4 +1,4 @@
-"""Reward models: a transformers model for sequence classification with one output, its head, its padding, and how it is saved."""
+"""Reward and value heads."""
 
 from __future__ import annotations
 
@@ -13,9 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from penchant.errors import ModelError
-from penchant.models.load import check_model_path, effective_weights, first_line, save_model
+from penchant.models.load import (
+    base_model_of,
+    check_model_path,
+    disable_dropout,
+    effective_weights,
+    first_line,
+    save_model,
+)
 from penchant.models.options import ModelConfig
-from penchant.models.structure import base_model_of, disable_dropout
+
+# ---- Reward models: a transformers model for sequence classification with one output, its head, its padding, and how it is saved ----
 
 HEADS = ("score", "classifier")  # what transformers calls a classification head
 SETTINGS = "reward_settings.json"  # in the model folder: how its texts were made and cut
@@ -248,3 +256,31 @@ def save_reward_model(
     if base is not model:
         model.save_pretrained(folder / ADAPTER, safe_serialization=True)
     (folder / SETTINGS).write_text(json.dumps(dict(settings), indent=1))
+
+
+# ---- A value for every token: a linear head on the policy's own hidden states, or on those of a model of its own ----
+
+
+class ValueHead(nn.Module):
+    """``V = w h + b``, from zero: before training every state is worth nothing, so the first advantages are the rewards."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, width))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(R, d) to (R,), in fp32 (fp64)."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return torch.nn.functional.linear(hidden.to(wide), self.weight.to(wide), self.bias.to(wide)).squeeze(1)
+
+
+class ValueModel(nn.Module):
+    """The head, and the backbone that it reads: the policy's own (None here) or a causal model of its own."""
+
+    def __init__(self, width: int, backbone: nn.Module | None = None) -> None:
+        super().__init__()
+        self.head = ValueHead(width)
+        self.backbone = backbone
+        if backbone is not None:  # its own output layer is never asked
+            backbone.get_output_embeddings().requires_grad_(False)  # type: ignore[operator]

@@ -2,7 +2,109 @@
 
 from __future__ import annotations
 
-from penchant.report.build import write_report
-from penchant.report.live import LiveReport
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from penchant.errors import CheckpointError
+from penchant.report.data import ReportData, read_report
+from penchant.report.page import render
 
 __all__ = ["LiveReport", "write_report"]
+
+
+# ---- Write a report: one HTML file that can be read offline, with nothing in it that could call home ----
+
+MARK = '<meta name="generator" content="penchant">'
+NAME = "report.html"
+
+
+def write_report(
+    paths: Path | str | Sequence[Path | str], output: Path | str | None = None, *, strict: bool = False
+) -> Path:
+    """Write the report of a run, of several, of a sweep, a pipeline or a comparison; what a folder lacks is said, not guessed.
+
+    Args:
+        paths: one folder or more. output: the file; default: ``report.html`` in the folder, or, of several folders, in the current one.
+        strict: whether a part that cannot be made raises, rather than saying so on the page.
+
+    Raises:
+        CheckpointError: a path does not exist or holds nothing of Penchant's, or the file cannot be written.
+    """
+    folders = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    data = read_report(folders, time.time())
+    target = _target(data, output)
+    text = render(data, strict=strict)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(aside, target)  # a page that loads itself anew never sees half of one
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise CheckpointError(
+            str(target), f"cannot be written ({error.strerror})", "choose another --output"
+        ) from error
+    return target
+
+
+def _target(data: ReportData, output: Path | str | None) -> Path:
+    if output is not None:
+        target = Path(output).expanduser()
+        return target / NAME if target.is_dir() else target
+    if len(data.paths) == 1:
+        return data.paths[0] / NAME
+    target = Path.cwd() / NAME
+    if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace")[:2000]:
+        raise CheckpointError(str(target), "is there already, and is no report of Penchant's", "give --output")
+    return target
+
+
+# ---- The report of something that still goes on, written now and then, and never at the cost of it ----
+
+EVERY = 30.0  # seconds between two reports
+SHARE = 50.0  # a report may take one fiftieth of the time
+
+
+class LiveReport:
+    """Writes a folder's report at most every 30 seconds, and at evaluations, as long as that takes no more than 2% of the time.
+
+    Args:
+        folder: the run's or the sweep's; say: where a failure is told, once; a report that cannot be written stops nothing.
+    """
+
+    def __init__(
+        self, folder: Path, say: Callable[[str], None] = lambda _: None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.folder = folder
+        self.say = say
+        self.clock = clock
+        self.failed = False
+        self._written: float | None = None
+        self._took = 0.0
+
+    @property
+    def path(self) -> Path:
+        """Where it stands."""
+        return self.folder / NAME
+
+    def told(self, what: str) -> None:
+        """After a step (``"step"``) or an evaluation (``"eval"``)."""
+        self._write(0.0 if what == "eval" else EVERY)
+
+    def now(self) -> None:
+        """At an end, whatever it costs."""
+        self._written, self.failed = None, False
+        self._write(0.0)
+
+    def _write(self, at_least: float) -> None:
+        now = self.clock()
+        if self.failed or (self._written is not None and now - self._written < max(at_least, SHARE * self._took)):
+            return
+        try:
+            write_report(self.folder)
+        except Exception as error:  # whatever it is, the run is worth more
+            self.failed = True
+            self.say(f"the report could not be written ({error}); `penchant report` tries again")
+        self._written = self.clock()
+        self._took = self._written - now

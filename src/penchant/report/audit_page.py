@@ -10,9 +10,9 @@ from typing import Any
 from penchant import __version__
 from penchant.report.audit import lengths_table
 from penchant.report.html import Element, Node, el, fold, said, table, visible
-from penchant.report.numbers import percent
 from penchant.report.page import asset, policy
 from penchant.report.safe import mapping, num, sequence, text
+from penchant.report.svg import percent
 
 GROUPS = (  # beginnings of findings' names, in the order in which they are shown
     ("Rows", ("bad_rows", "identical_pairs", "empty_completions", "cut_", "bad_after", "identical_after")),

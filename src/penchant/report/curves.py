@@ -9,9 +9,8 @@ from typing import Any
 from penchant.report.data import ReportData, RunData, Setting
 from penchant.report.html import Element, el, fold
 from penchant.report.metrics import PANELS, Panel
-from penchant.report.numbers import Point, count, shown, smooth
-from penchant.report.plot import Band, Level, Line, Plot, figure
 from penchant.report.safe import ci_of, num
+from penchant.report.svg import Band, Level, Line, Plot, Point, count, figure, shown, smooth
 
 MANY = 24  # points from which a training curve is drawn as its running mean
 BANDS = 3  # settings up to which intervals are drawn

@@ -9,9 +9,22 @@ from statistics import mean
 from penchant.report.curves import points_of
 from penchant.report.data import Comparison, ReportData, RunData, Setting
 from penchant.report.html import Element, Node, el, fold, said, table
-from penchant.report.numbers import Point, estimate, interval, number, shown
-from penchant.report.plot import BOTTOM, LEFT, TOP, Axis, apart, axis, path_of, style_of
 from penchant.report.safe import ci_of, mapping, num
+from penchant.report.svg import (
+    BOTTOM,
+    LEFT,
+    TOP,
+    Axis,
+    Point,
+    apart,
+    axis,
+    estimate,
+    interval,
+    number,
+    path_of,
+    shown,
+    style_of,
+)
 
 WIDTH, HEIGHT, RIGHT = 680, 390, 150
 GAINS = (  # what may stand on the upright axis, the first that is there: name, label, share

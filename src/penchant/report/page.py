@@ -13,22 +13,18 @@ from pathlib import Path
 
 from penchant import __version__
 from penchant.report.audit import audit
-from penchant.report.configs import configs, short
 from penchant.report.curves import curves
 from penchant.report.data import ReportData
-from penchant.report.evaluations import evaluations
 from penchant.report.flags import flags
 from penchant.report.frontier import frontier
-from penchant.report.glossary import GLOSSARY
-from penchant.report.held_out import by_length, held_out
 from penchant.report.html import Element, Node, el, fold, json_html, said, table, visible
-from penchant.report.numbers import count
-from penchant.report.plot import swatch
-from penchant.report.provenance import cost, provenance
+from penchant.report.metrics import GLOSSARY
+from penchant.report.provenance import cost, evaluations, provenance
 from penchant.report.safe import mapping, num, text
 from penchant.report.samples import samples
-from penchant.report.settings import settings_table
-from penchant.report.verdict import cards, verdict
+from penchant.report.settings import configs, settings_table, short
+from penchant.report.svg import count, swatch
+from penchant.report.verdict import by_length, cards, held_out, verdict
 from penchant.report.winrates import compared_figures, win_rates
 
 RELOAD_SECONDS = 30

@@ -9,9 +9,8 @@ from typing import Any
 
 from penchant.report.data import Comparison, ReportData
 from penchant.report.html import Element, Node, el, said, table
-from penchant.report.numbers import MISSING, estimate, interval, number, percent, shown
-from penchant.report.plot import strip
 from penchant.report.safe import ci_of, mapping, mappings, num, text
+from penchant.report.svg import MISSING, estimate, interval, number, percent, shown, strip
 
 SHADES = 5  # of a cell, to each side of one half
 FIGURES = (  # name, label, share

@@ -11,21 +11,20 @@ import numpy as np
 
 from penchant.base.functions import python_function
 from penchant.errors import ConfigError, PenchantError, RewardError
-from penchant.rewards.options import RewardConfig
-from penchant.rewards.rules import rule_of
+from penchant.rewards.builtin import RewardConfig, rule_of
 from penchant.types import TokenTree
 
 if TYPE_CHECKING:
     import torch
 
-    from penchant.rewards.model import PolicyText
+    from penchant.rewards.reward_model import PolicyText
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, completions) -> one number each
 
 
 def sentiment(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
     """VADER's compound sentiment of each completion, from -1 to 1."""
-    from penchant.rewards.lexicon import sentiment as vader
+    from penchant.rewards.builtin import sentiment as vader
 
     return [float(v) for v in vader(completions)]
 
@@ -156,7 +155,7 @@ def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: A
         return rule
     if name in BUILT_IN or name.rpartition(":")[0].endswith(".py"):
         return _function(name)
-    from penchant.rewards.model import find_reward_model, load_reward_function
+    from penchant.rewards.reward_model import find_reward_model, load_reward_function
 
     folder = find_reward_model(name)
     if folder is None:
@@ -172,7 +171,7 @@ def check_reward(name: str) -> None:
     """
     if rule_of(name) is not None or name in BUILT_IN:
         return
-    from penchant.rewards.model import find_reward_model
+    from penchant.rewards.reward_model import find_reward_model
 
     if name.rpartition(":")[0].endswith(".py") or find_reward_model(name) is None:
         _function(name)

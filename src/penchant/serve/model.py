@@ -11,9 +11,9 @@ import torch
 
 from penchant.data.tokenize import plain, uses_bos
 from penchant.errors import ConfigError
-from penchant.evaluate.sources import Source, check_there, find_model, runs_in
-from penchant.models.fast_decode import FastDecoder, can_decode_fast
+from penchant.models.cpu.decode import FastDecoder, can_decode_fast
 from penchant.models.load import cast_parameters, load_tokenizer, resolve_device, resolve_dtype
+from penchant.runs.find import Source, check_there, find_model, runs_in
 from penchant.types import Message, PromptTree
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penchant.models.fast_decode import FastDecoder, can_decode_fast
-from penchant.rollout.draw import draw, row_uniforms
+from penchant.models.cpu.decode import FastDecoder, can_decode_fast
+from penchant.rollout.generate import draw, row_uniforms
 from penchant.serve.model import ChatModel
 
 

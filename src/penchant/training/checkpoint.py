@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from penchant.base.files import file_sha256
 from penchant.errors import CheckpointError
-from penchant.files import file_sha256
 
 _STEP = re.compile(r"step-(\d+)$")
 

@@ -17,16 +17,15 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from penchant.base.machine import peak_memory
 from penchant.data.packing import pack, plan_balanced, tree_tokens
 from penchant.errors import CheckpointError, TrainingStopped
 from penchant.losses.schedules import progress_at
-from penchant.machine import peak_memory
+from penchant.runfolder import MetricsLog, finite
 from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
-from penchant.training.reduce import Totals, reduced
-from penchant.training.runfolder import MetricsLog, finite
-from penchant.training.schedule import BatchSchedule
+from penchant.training.steps import BatchSchedule, Totals, reduced
 from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
 
 Metrics = dict[str, Any]

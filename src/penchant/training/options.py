@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from penchant.schema import Section
+from penchant.base.section import Section
 
 
 class TrainConfig(Section):

@@ -2,6 +2,210 @@
 
 from __future__ import annotations
 
-from penchant.watch.app import watch
+import difflib
+import os
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from penchant.errors import CheckpointError, ConfigError
+from penchant.watch.plot import ASCII, UNICODE
+from penchant.watch.screens import Size, ends, group_frame, run_frame, whole_frame, wrapped
+from penchant.watch.text import clean
+from penchant.watch.views import GroupView, RunView, open_view
 
 __all__ = ["watch"]
+
+
+# ---- The `watch` command's loop: read what is new, draw a frame, wait for a key ----
+
+SLICE = 0.1  # seconds between two looks at keys and the window's size
+PRINTED = (80, 40)  # columns and lines of a frame that goes to no terminal
+QUIT, NEXT, BACK = ("q", "Q", "\x03", "\x04"), ("n", "\t"), ("p", "b")
+
+View = RunView | GroupView
+
+
+class Watch:
+    """What is watched, and which of its runs is on the screen.
+
+    Args:
+        paths: run, sweep and pipeline folders.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+        self.view: View = open_view(paths)
+        self.chosen = 0  # 0: all of them; n: the n-th run
+
+    def refresh(self) -> None:
+        if isinstance(self.view, RunView) and not self.view.exists:
+            self.view = open_view(self.paths)  # it may turn out to be a sweep
+        self.view.refresh()
+
+    @property
+    def nothing(self) -> bool:
+        """Whether there is nothing to show yet."""
+        return isinstance(self.view, RunView) and not self.view.exists
+
+    def press(self, key: str) -> None:
+        runs = len(self.view.members) if isinstance(self.view, GroupView) else 0
+        move = 1 if key in NEXT else -1 if key in BACK else 0
+        self.chosen = (self.chosen + move) % (runs + 1)
+
+    def frame(self, size: Size) -> list[Text]:
+        if self.nothing:
+            return whole_frame(wrapped("", waiting_words(self.paths[0]), size.width, size.height, 0), size)
+        if isinstance(self.view, RunView):
+            return run_frame(self.view, size)
+        if 0 < self.chosen <= len(self.view.members):
+            return run_frame(self.view.members[self.chosen - 1].view, size)
+        return group_frame(self.view, size)
+
+    def footer(self, every: float, width: int) -> Text:
+        keys = "q quits" + (", n and p: next and previous run" if isinstance(self.view, GroupView) else "")
+        return ends(Text(keys, "dim"), Text(f"{time.strftime('%H:%M:%S')}, every {every:g} s", "dim"), width)
+
+
+def watch(paths: Sequence[str], *, once: bool = False, interval: float = 2.0) -> int:
+    """Show runs in the terminal as they go on, until q or Ctrl-C; nothing is written into them.
+
+    Args:
+        paths: folders of runs, of a sweep or of a pipeline. once: print one frame and end, as where the output is no terminal.
+        interval: seconds between two frames.
+
+    Returns:
+        the exit code 0.
+
+    Raises:
+        ConfigError: a path is a file, or the interval is not above 0. CheckpointError: with `once`, there is nothing to show.
+    """
+    if not interval > 0:
+        raise ConfigError("--interval", f"is {interval:g}", "give seconds above 0")
+    for path in paths:
+        if Path(path).is_file():
+            raise ConfigError(clean(path), "is a file", "give the folder that its `output` names")
+    shown = Watch([Path(p) for p in paths])
+    with suppress(AttributeError, ValueError):
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    console = Console(highlight=False)
+    if once or not console.is_terminal or console.is_dumb_terminal:
+        return _print(shown, console)
+    return _follow(shown, console, interval)
+
+
+def waiting_words(path: Path) -> str:
+    """That nothing is there yet, and which folder may be meant."""
+    if path.is_dir():
+        return f"{clean(path)}: no run in this folder yet"
+    with suppress(OSError):
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], 1)
+        if near:
+            return f"{clean(path)}: no such folder yet; there is {clean(path.with_name(near[0]))}"
+    return f"{clean(path)}: no such folder yet"
+
+
+def _size(console: Console, width: int, height: int) -> Size:
+    """The room there is, and characters that the output knows (the console's: while it is live, sys.stdout has no encoding)."""
+    return Size(max(20, width), height, UNICODE if console.encoding.startswith("utf") else ASCII)
+
+
+def _print(shown: Watch, console: Console) -> int:
+    shown.refresh()
+    if shown.nothing:
+        raise CheckpointError(
+            clean(shown.paths[0]), waiting_words(shown.paths[0]).rpartition(": ")[2], "give a run's folder"
+        )
+    columns, lines = shutil.get_terminal_size(PRINTED)
+    frame = shown.frame(_size(console, columns, lines - 1))
+    console.width = max(20, columns)
+    for line in frame:
+        line.rstrip()
+        console.print(line, no_wrap=True, overflow="crop", markup=False, soft_wrap=False)
+    return 0
+
+
+def _follow(shown: Watch, console: Console, interval: float) -> int:
+    try:
+        with _ended_by_signals(), _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
+            while True:
+                shown.refresh()
+                if not _until(time.monotonic() + interval, shown, console, live, pressed, interval):
+                    return 0
+    except KeyboardInterrupt:
+        return 0
+
+
+def _until(
+    end: float, shown: Watch, console: Console, live: Live, pressed: Callable[[float], str], every: float
+) -> bool:
+    """Keep the frame on the screen until it is time for the next one; False where a key ended it."""
+    drawn = None
+    while time.monotonic() < end:
+        width, height = console.size
+        if (now := (width, height, shown.chosen)) != drawn:
+            drawn = now
+            size = _size(console, width, height - 1)
+            frame = shown.frame(size)
+            frame += [Text()] * (size.height - len(frame))
+            live.update(Group(*frame, shown.footer(every, size.width)), refresh=True)
+        key = pressed(min(SLICE, max(0.0, end - time.monotonic())))
+        if key in QUIT and key:
+            return False
+        shown.press(key)
+    return True
+
+
+@contextmanager
+def _keys() -> Iterator[Callable[[float], str]]:
+    """A function that waits for a key at most so many seconds; "" for none. Where there is no terminal to read from it only waits."""
+    if not sys.stdin or not sys.stdin.isatty():
+        yield _no_key
+        return
+    import termios
+    import tty
+
+    handle = sys.stdin.fileno()
+    before = termios.tcgetattr(handle)
+
+    def pressed(seconds: float) -> str:
+        if not select.select([handle], [], [], seconds)[0]:
+            return ""
+        return os.read(handle, 1).decode(errors="replace") or "q"  # a terminal that is gone has nothing more to say
+
+    tty.setcbreak(handle)
+    try:
+        yield pressed
+    finally:
+        termios.tcsetattr(handle, termios.TCSADRAIN, before)
+
+
+def _no_key(seconds: float) -> str:
+    time.sleep(seconds)
+    return ""
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and a closed window end it as Ctrl-C does, with the terminal as it was."""
+
+    def end(number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    old = {n: signal.signal(n, end) for n in numbers}
+    try:
+        yield
+    finally:
+        for n, handler in old.items():
+            signal.signal(n, handler)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from penchant.printable import printable
+from penchant.base.text import printable
 
 SHOWN = 20  # places listed a finding
 KEPT = 1000  # places held a finding

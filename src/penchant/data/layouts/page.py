@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from penchant.base.text import printable
 from penchant.data.layouts import LAYOUTS, Detection, Layout, Option
 from penchant.data.load import FIRST_ROWS, Converted, convert_rows, detected, layout_named
 from penchant.data.read import BadRow, Row, read_rows
 from penchant.errors import ConfigError
-from penchant.printable import printable
 from penchant.types import PromptTree
 
 NAMES = {None: "answer", True: "good answer", False: "bad answer"}

@@ -1,0 +1,74 @@
+"""Text for people: printable in any terminal, without secrets."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# ---- Text of others as it may reach a terminal ----
+
+
+def printable(text: str) -> str:
+    """`text` with whatever is not printable written out as an escape: a name may come from a stranger's file."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def shown(text: str) -> str:
+    """Text of others on one line, control characters escaped."""
+    return printable(" ".join(text.split()))
+
+
+def did_you_mean(word: str, names: Any) -> str:
+    """``did you mean "x"?``, or all there are."""
+    near = difflib.get_close_matches(word, list(names), 1)
+    return f'did you mean "{near[0]}"?' if near else f"there are {', '.join(names)}"
+
+
+# ---- Text without secrets: what a library says in an error may repeat a token that it was given ----
+
+SECRET_NAMES = re.compile(r"TOKEN|API_?KEY|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
+SHORTEST = 6  # shorter values are words of the text as often as not
+IN_A_URL = re.compile(r"(?<=://)[^/\s@]+@")
+IN_A_QUERY = re.compile(r"(?i)\b((?:api_?key|access_token|token|password|signature)=)[^&\s]+")
+BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}")
+KNOWN_SHAPES = re.compile(r"\bhf_[A-Za-z0-9]{8,}\b")
+HIDDEN = "[hidden]"
+
+
+def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """`text` with every secret that can be recognised replaced: values of variables called ..TOKEN, ..KEY, user names in URLs."""
+    found = os.environ if environment is None else environment
+    secrets = {v for k, v in found.items() if SECRET_NAMES.search(k) and len(v) >= SHORTEST}
+    for secret in sorted(secrets | _stored_token(found), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    text = IN_A_URL.sub(f"{HIDDEN}@", text)
+    text = IN_A_QUERY.sub(rf"\1{HIDDEN}", text)
+    text = BEARER.sub(rf"\1 {HIDDEN}", text)
+    return KNOWN_SHAPES.sub(HIDDEN, text)
+
+
+def one_line(text: str, longest: int = 300) -> str:
+    """Printable text on one line: a server's words reach a terminal."""
+    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return flat if len(flat) <= longest else flat[: longest - 3] + "..."
+
+
+def told(error: BaseException) -> str:
+    """What an error says, fit to be shown: its type, one line, no secrets."""
+    return one_line(redact(f"{type(error).__name__}: {error}"))
+
+
+def _stored_token(environment: Mapping[str, str]) -> set[str]:
+    """The hub token that a person has logged in with."""
+    home = environment.get("HF_HOME") or str(Path(environment.get("HOME", "~")).expanduser() / ".cache" / "huggingface")
+    try:
+        token = Path(environment.get("HF_TOKEN_PATH") or Path(home) / "token").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return set()
+    return {token} if len(token) >= SHORTEST else set()

@@ -1,0 +1,25 @@
+"""`penchant config`: every key of a config."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """The command's arguments."""
+    parser = commands.add_parser("config", help="list every key of a config: what it takes, its default, its meaning")
+    parser.add_argument("key", nargs="?", help="a section (train) or one key (train.lr)")
+    parser.add_argument("--markdown", action="store_true", help="the page docs/config.md")
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print them."""
+    from penchant.config import page as config_page
+
+    if args.markdown:
+        print(config_page.markdown(), end="")
+    else:
+        print(config_page.text(args.key))
+    return 0

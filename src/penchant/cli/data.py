@@ -1,0 +1,337 @@
+"""`penchant data get, formats, show, audit, fix`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from penchant.cli.arguments import add_columns, column_pairs
+
+# ---- `penchant data get`: its arguments and its handler ----
+
+
+def add_get(verbs: Any) -> None:
+    """Put the command on the parser of `penchant data`."""
+    get = verbs.add_parser(
+        "get", help="fetch a published data set, or read a copy of it, as train, validation and test rows"
+    )
+    get.add_argument(
+        "name", nargs="?", metavar="NAME", help="of the catalogue, or a hub id (owner/name); none: list it"
+    )
+    get.add_argument("--from", dest="source", metavar="PATH", help="a copy on this machine: a file or a folder")
+    get.add_argument("--subset", action="append", default=[], metavar="NAME", help="may be given again, or all")
+    get.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: the published one)")
+    get.add_argument("--output", metavar="FOLDER", help="where to write (default: data/NAME)")
+    get.add_argument(
+        "--first", type=int, metavar="N", help="read the first N rows only, and fetch no more than they need"
+    )
+    get.add_argument("--redo", action="store_true", help="make it anew where the folder holds another result")
+    get.add_argument("--quiet", action="store_true", help="no progress")
+    split = get.add_argument_group("split, by groups of prompts that are equal or nearly so")
+    split.add_argument("--split", default="0.9,0.05,0.05", metavar="A,B,C", help="shares (default: 0.9,0.05,0.05)")
+    split.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
+    split.add_argument("--published-splits", action="store_true", help="keep them; draw only those that are missing")
+    rows = get.add_argument_group("which rows")
+    rows.add_argument("--language", action="append", default=[], metavar="NAME", help="as the data has it: English, en")
+    rows.add_argument("--redacted", default="keep", help="rows with redacted names: keep, only or drop (default: keep)")
+    rows.add_argument(
+        "--moderation",
+        default="keep",
+        metavar="RULE",
+        help="keep, drop-flagged, or a score from which rows are dropped",
+    )
+    turn = get.add_argument_group("what they become")
+    turn.add_argument("--as", dest="as_", metavar="KIND", help="sft, prompts or unpaired (default: what the rows are)")
+    turn.add_argument(
+        "--reward", metavar="REWARD", help="labels answers for --as unpaired: sentiment, a run, path.py:function"
+    )
+    turn.add_argument("--threshold", type=float, metavar="X", help="an answer is good from this reward on")
+    turn.add_argument(
+        "--label-with", metavar="PATH.py:FUNCTION", help="labels answers: True, False, or None to leave out"
+    )
+    turn.add_argument("--layout", metavar="NAME", help="of the rows, as `penchant data formats` lists them")
+    add_columns(turn, "--columns", nargs="+")
+    turn.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the layout")
+    get.set_defaults(handler=_get)
+
+
+def _get(args: argparse.Namespace) -> int:
+    if args.name is None:
+        from penchant.download.catalogue import table
+
+        print(table())
+        return 0
+    from penchant import api
+    from penchant.base.text import printable
+    from penchant.download import summary
+
+    result = api.get_data(
+        args.name,
+        output=args.output,
+        source=args.source,
+        subsets=args.subset,
+        revision=args.revision,
+        first=args.first,
+        split=_numbers(args.split),
+        seed=args.seed,
+        published_splits=args.published_splits,
+        language=args.language,
+        redacted=args.redacted,
+        moderation=_rule(args.moderation),
+        as_=args.as_,
+        reward=args.reward,
+        threshold=args.threshold,
+        label_with=args.label_with,
+        layout=args.layout,
+        columns=column_pairs(args.columns),
+        options={k: _value(v) for k, v in column_pairs(args.set, "--set").items()},
+        redo=args.redo,
+        quiet=args.quiet,
+    )
+    if not result.fresh:
+        print(f"penchant: {result.folder} holds this already; nothing was done", file=sys.stderr)
+    for line in summary(result).split("\n"):  # control characters of names and reasons are shown, not obeyed
+        print(printable(line))
+    return 0
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    from penchant.errors import ConfigError
+
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError("--split", f"is {text!r}", "give three numbers, such as 0.9,0.05,0.05") from error
+
+
+def _rule(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _value(text: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+# ---- `penchant data formats`: the layouts that can be read ----
+
+
+def add_formats(verbs: Any) -> None:
+    """Adds `formats` to the verbs of `penchant data`."""
+    formats = verbs.add_parser("formats", help="list the layouts of rows that can be read, or describe one")
+    formats.add_argument("name", nargs="?", metavar="NAME", help="one layout: columns, options, an example")
+    formats.add_argument("--json", action="store_true", help="print JSON")
+    formats.add_argument("--markdown", action="store_true", help="the page docs/data_formats.md")
+    formats.set_defaults(handler=run_formats)
+
+
+def run_formats(args: argparse.Namespace) -> int:
+    """Print what was asked for.
+
+    Raises:
+        ConfigError: there is no such layout.
+    """
+    import json
+
+    from penchant.data.layouts import LAYOUTS
+    from penchant.data.layouts.page import as_json, describe, find, markdown, text
+
+    if args.markdown:
+        print(markdown(), end="")
+    elif args.json:
+        found = [find(args.name)] if args.name else LAYOUTS.values()
+        print(json.dumps([as_json(layout) for layout in found], ensure_ascii=False, indent=1))
+    else:
+        print(describe(args.name) if args.name else text())
+    return 0
+
+
+# ---- `penchant data show`: a file's layout and its first rows as examples ----
+
+
+def add_show(verbs: Any) -> None:
+    """Adds `show` to the verbs of `penchant data`."""
+    show = verbs.add_parser("show", help="the layout of a file, why, and its first rows as examples")
+    show.add_argument("path", metavar="FILE", help="data file, or hub id (owner/name)")
+    show.add_argument("-n", "--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)")
+    show.add_argument("--shape", default="auto", metavar="NAME", help="layout (default: found from the columns)")
+    show.add_argument(
+        "--set", action="append", default=[], metavar="name=value", help="an option of the layout (may be given again)"
+    )
+    add_columns(show)
+    show.add_argument("--json", action="store_true", help="print JSON")
+    show.set_defaults(handler=run_show)
+
+
+def run_show(args: argparse.Namespace) -> int:
+    """Print the layout and the first rows.
+
+    Raises:
+        ConfigError, DataError: a person can mend it.
+    """
+    import json
+
+    from penchant.data.layouts.page import preview
+    from penchant.errors import ConfigError
+
+    if args.rows < 1:
+        raise ConfigError("-n", f"is {args.rows}", "give 1 or more")
+    named, options = column_pairs(args.columns), column_pairs(args.set, "--set")
+    found = preview(args.path, args.rows, shape=args.shape, columns=named, layout_options=options)
+    print(json.dumps(found.to_json(), ensure_ascii=True, indent=1) if args.json else found.to_text())
+    return 0
+
+
+# ---- `penchant data audit`: the rows of a config, or files in one pass ----
+
+YAML = (".yaml", ".yml")
+
+
+def add_audit(verbs: Any) -> None:
+    """Add the command."""
+    audit = verbs.add_parser("audit", help="count duplicates, contradictions, leakage, truncation, bias, personal data")
+    audit.add_argument("paths", nargs="*", metavar="PATH", help="a CONFIG.yaml (and key.path=value), or data files")
+    audit.add_argument(
+        "--split",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a file and the name of its split (may be given again): counts prompts that stand in two",
+    )
+    audit.add_argument(
+        "--reward", metavar="REWARD", help="estimate label noise: sentiment, path.py:function, a reward model's run"
+    )
+    audit.add_argument(
+        "--check",
+        metavar="FILE.py:FUNCTION",
+        help="your own test of texts, e.g. for toxicity: a list of texts in, bools or numbers out",
+    )
+    audit.add_argument("--shape", default="auto", help="layout of a row (default: told by the columns)")
+    add_columns(audit)
+    audit.add_argument("--limit", type=int, metavar="N", help="read the first N rows of each split only")
+    audit.add_argument("--no-languages", action="store_true", help="do not guess languages")
+    audit.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON (default: to the terminal)")
+    audit.add_argument("--html", metavar="FILE", help="write a page of its own")
+    audit.set_defaults(handler=run_audit)
+
+
+def run_audit(args: argparse.Namespace) -> int:
+    """Audit and print."""
+    from penchant import api
+    from penchant.errors import ConfigError
+
+    paths = list(args.paths)
+    if args.json not in (None, "-") and ("=" in args.json or args.json.endswith((*YAML, ".jsonl", ".parquet"))):
+        paths, args.json = [*paths, args.json], "-"  # it stood behind a bare --json
+    if not paths and not args.split:
+        raise ConfigError("data audit", "no file is given", "give a CONFIG.yaml, data files or --split NAME=FILE")
+    if paths and paths[0].endswith(YAML):
+        for name, key in (("split", "eval_path"), ("limit", "limit"), ("columns", "columns")):
+            if getattr(args, name):
+                flag = "--column" if name == "columns" else f"--{name}"
+                raise ConfigError(flag, "goes with data files, not with a config", f"set data.{key} there")
+        result = api.audit(paths[0], *paths[1:], reward=args.reward, check=args.check, languages=not args.no_languages)
+    else:
+        result = api.audit_files(
+            *paths,
+            splits=_splits(args.split),
+            shape=args.shape,
+            columns=column_pairs(args.columns),
+            limit=args.limit,
+            reward=args.reward,
+            check=args.check,
+            languages=not args.no_languages,
+        )
+    if args.html:
+        print(f"written: {api.audit_page(result, args.html)}", file=sys.stderr)
+    if args.json:
+        _json(result, args.json)
+    if args.json != "-":
+        print(result.to_text())
+    return 0
+
+
+def _json(result: Any, where: str) -> None:
+    import json
+    from pathlib import Path
+
+    text = json.dumps(result.to_json(), indent=1)
+    if where == "-":
+        print(text)
+    else:
+        Path(where).write_text(text + "\n", encoding="utf-8")
+        print(f"written: {where}", file=sys.stderr)
+
+
+def _splits(given: list[str]) -> dict[str, str]:
+    from penchant.errors import ConfigError
+
+    splits: dict[str, str] = {}
+    for one in given:
+        name, equals, path = one.partition("=")
+        if not (name and equals and path) or name in splits:
+            what = f"{one!r} names no split" if name not in splits else f"{name!r} is given twice"
+            raise ConfigError("--split", what, "write --split train=train.jsonl --split test=test.jsonl")
+        splits[name] = path
+    return splits
+
+
+# ---- `penchant data fix`: a cleaned copy of a file ----
+
+
+def add_fix(verbs: Any) -> None:
+    """Add the command."""
+    fix = verbs.add_parser("fix", help="write a cleaned copy of a data file, and a list of every row it touched")
+    fix.add_argument("source", metavar="IN", help="a data file; it is never written to")
+    fix.add_argument("output", metavar="OUT", help="the copy: JSONL, or Parquet where IN is Parquet")
+    fix.add_argument(
+        "--drop",
+        metavar="RULES",
+        default="",
+        help="beyond the safe ones (bad_rows, empty, identical, duplicates): near_duplicates, contradictions, "
+        "near_contradictions, cycles, secrets, pii, leakage; separated by commas",
+    )
+    fix.add_argument("--keep", metavar="RULES", default="", help="safe rules that are not to be used")
+    fix.add_argument("--redact", metavar="KINDS", default="", help="mask values of rows that stay: pii, secrets")
+    fix.add_argument(
+        "--against",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="for --drop leakage: a split whose prompts go (again for more)",
+    )
+    fix.add_argument("--shape", default="auto", help="layout of a row (default: told by the columns)")
+    add_columns(fix)
+    fix.add_argument("--overwrite", action="store_true", help="OUT may be there already")
+    fix.add_argument("--json", action="store_true", help="print JSON")
+    fix.set_defaults(handler=run_fix)
+
+
+def run_fix(args: argparse.Namespace) -> int:
+    """Fix and print."""
+    import json
+
+    from penchant import api
+
+    result = api.fix(
+        args.source,
+        args.output,
+        drop=_names(args.drop),
+        keep=_names(args.keep),
+        redact=_names(args.redact),
+        against=args.against,
+        shape=args.shape,
+        columns=column_pairs(args.columns),
+        overwrite=args.overwrite,
+    )
+    print(json.dumps(result.to_json(), indent=1) if args.json else result.to_text())
+    return 0
+
+
+def _names(given: str) -> list[str]:
+    return [name for name in given.replace(" ", "").split(",") if name]

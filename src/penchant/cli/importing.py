@@ -1,0 +1,59 @@
+"""`penchant import`: another tool's config file in our terms."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """The command's arguments."""
+    parser = commands.add_parser(
+        "import", help="translate a config of TRL or LLaMA-Factory; every key is accounted for"
+    )
+    parser.add_argument("config", metavar="FILE.yaml", help="the other tool's file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="our settings to add or put in place"
+    )
+    parser.add_argument(
+        "--from", dest="source", default="auto", metavar="TOOL", help="trl, llama-factory, flat or auto (default)"
+    )
+    parser.add_argument(
+        "--method", default="auto", help="which of TRL's trainers, where the file does not tell: sft, dpo, grpo ..."
+    )
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs that its run used (default: 1)")
+    parser.add_argument("--output", metavar="FILE.yaml", help="write our config there (default: print it)")
+    parser.add_argument("--force", action="store_true", help="write over a file that is there")
+    parser.add_argument("--strict", action="store_true", help="write nothing where a key is not supported")
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Translate, write, and say what became of every key (on stderr where the config is printed)."""
+    from pathlib import Path
+
+    from penchant.errors import ConfigError
+    from penchant.importers import import_config
+
+    made = import_config(args.config, args.source, args.method, args.devices, args.overrides)
+    if args.strict and made.unsupported:
+        print(made.text, file=sys.stderr)
+        raise ConfigError(
+            args.config, f"{made.unsupported} key(s) are not supported", "mend them, or leave out --strict"
+        )
+    if args.output is None:
+        print(made.text, file=sys.stderr)
+        print(made.yaml, end="")
+        return 0
+    path = Path(args.output)
+    if path.exists() and not args.force:
+        raise ConfigError(args.output, "is there already", "give another name, or --force")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(made.yaml, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(args.output, f"cannot be written ({error.strerror})", "give another place") from error
+    print(made.text)
+    print(f"\nwritten to {path}; look through it, then: penchant train {path}")
+    return 0

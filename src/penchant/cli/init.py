@@ -1,0 +1,55 @@
+"""`penchant init`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from penchant.cli.arguments import add_columns, column_pairs
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    init = commands.add_parser("init", help="write a first config: three questions (data, model, goal), or flags")
+    init.add_argument("--data", metavar="FILE", help="preference data: a file or a hub id")
+    init.add_argument(
+        "--eval-data",
+        metavar="FILE",
+        help="held-out rows in a file of their own (default: validation.jsonl beside a train.jsonl of `data get`, "
+        "else part of the data; none: always part of the data)",
+    )
+    add_columns(init)
+    init.add_argument("--model", metavar="PATH", help="a model's folder or hub id")
+    init.add_argument("--goal", metavar="GOAL", help="dpo, simpo, orpo, reward, kto, pmpo, sft, ppo, rloo or grpo")
+    init.add_argument(
+        "--reward",
+        metavar="NAME",
+        help="of ppo, rloo, grpo: sentiment, words, path.py:function, a run (default: sentiment)",
+    )
+    init.add_argument("--run-folder", metavar="FOLDER", help="where the run will write (default: runs/GOAL)")
+    init.add_argument("--output", metavar="FILE", default="run.yaml", help="the config to write (default: run.yaml)")
+    init.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask what is not given, write the config, say what comes next."""
+    from pathlib import Path
+
+    from penchant.base.text import printable
+    from penchant.errors import ConfigError
+    from penchant.init import propose, write_config
+    from penchant.init.ask import answers, here
+    from penchant.rewards.functions import check_reward
+
+    if Path(args.output).exists():  # before a person has answered anything
+        raise ConfigError(args.output, "is there already", "give another --output; init never overwrites")
+    if args.reward is not None:  # before a person has answered anything
+        check_reward(args.reward)
+    named = column_pairs(args.columns)
+    found = answers(here(), args.data, args.model, args.goal, eval_data=args.eval_data, columns=named)
+    start = propose(
+        found.data, found.model, found.goal, reward=args.reward, output=args.run_folder, held_out=found.held_out
+    )
+    path = printable(str(write_config(start, args.output)))
+    print(f"written: {path}\nnext:    penchant plan {path}\n         penchant train {path}")
+    return 0

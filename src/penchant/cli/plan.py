@@ -1,0 +1,38 @@
+"""`penchant plan`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    plan = commands.add_parser(
+        "plan", help="what a run will be, without training: settings and their sources, steps, memory, disk, time"
+    )
+    plan.add_argument("config", metavar="CONFIG", help="CONFIG.yaml")
+    plan.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="settings that override the config's"
+    )
+    plan.add_argument("--no-probe", action="store_true", help="take no trial steps: no estimate of time")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(handler=run, allocator=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; 0 also where it does not fit."""
+    from penchant import api
+
+    found = api.plan(args.config, *args.overrides, probe=not args.no_probe)
+    if args.json:
+        import json
+
+        from penchant.runfolder import finite
+
+        print(json.dumps(finite(found.to_json()), indent=1, ensure_ascii=False))
+        return 0
+    from penchant.plan import plan_text
+
+    print(plan_text(found))
+    return 0

@@ -1,0 +1,400 @@
+"""`penchant compare`: several runs on the same prompts, and who is better."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from penchant.base.files import read_jsonl
+from penchant.compare.models import (
+    NO_OUTCOME,
+    Entrant,
+    HeldOut,
+    Sampling,
+    clear_of,
+    compare_entrants,
+    figures_of,
+    key_of,
+    make_setting,
+    text_of,
+    write_files,
+)
+from penchant.compare.runs import (
+    Readings,
+    TrainedRun,
+    all_trained_prompts,
+    budget_of,
+    budget_sentences,
+    by_setting,
+    check_bases,
+    check_tokenizers,
+    common_start,
+    data_sentences,
+    read_runs,
+    unfinished,
+)
+from penchant.data.load import Dataset, load_preferences
+from penchant.errors import CheckpointError, ConfigError, DataError
+from penchant.judges import JudgeOptions, PairJudge, load_judge
+from penchant.metrics.flags import comparison_flags, summary
+from penchant.metrics.flags.rule import Flag
+from penchant.runs.state import check_reward, reward_hashes, reward_terms
+from penchant.training.checkpoint import latest_checkpoint
+from penchant.training.console import console
+
+__all__ = ["Question", "RunComparison", "compare_runs"]
+
+
+# ---- `penchant compare`: any runs with what they start from and with each other, on rows that none of them was trained on ----
+
+NAMED = 4  # settings that the default folder is named after
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of the runs.
+
+    Args:
+        reward: as `load_reward` takes it, or None; also: names of other rewards, whose figures stand beside its own; against: a run that all others are compared with, in place of their common start.
+        judge: who decides between two answers, or None; step: ``best``, ``last``, a step's number, or None: the best where one is tracked and kept, else the last.
+        data: a file of test rows, or None: rows that the runs hold out; output: folder of both files, or None.
+    """
+
+    sampling: Sampling
+    reward: Any = None
+    also: Sequence[str] = ()
+    judge: JudgeOptions | None = None
+    against: str | Path | None = None
+    step: str | None = None
+    data: str | Path | None = None
+    output: str | Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunComparison:
+    """A comparison's figures as they stand in `comparison.json` in `folder`, and how they are read out."""
+
+    folder: Path
+    figures: dict[str, Any]
+
+    def to_text(self) -> str:
+        """Heading, notes, flags, tables, and last the verdict."""
+        flags = summary([Flag.from_json(f) for f in self.figures["flags"]])
+        return text_of(self.figures, self.figures["heading"], [*self.figures["notes"], *([flags] if flags else [])])
+
+
+@dataclass
+class RunComparer:
+    """One comparison of runs; everything is checked before a model writes.
+
+    Args:
+        paths: run folders; question: what is asked of them; quiet: no progress.
+
+    Raises:
+        CheckpointError, ConfigError, DataError, ModelError, RewardError: a person can mend it.
+    """
+
+    paths: Sequence[str | Path]
+    question: Question
+    quiet: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    # ---- who is compared ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def everyone(self) -> list[TrainedRun]:
+        """All runs, `against` last where it is not among them anyway."""
+        paths = [*self.paths]
+        if self.question.against is not None and self._against_path not in [_whole(p) for p in paths]:
+            paths.append(self.question.against)
+        return read_runs(paths, self.question.step)
+
+    @property
+    def _against_path(self) -> Path:
+        assert self.question.against is not None
+        return _whole(self.question.against)
+
+    @cached_property
+    def against(self) -> TrainedRun | None:
+        if self.question.against is None:
+            return None
+        return next(r for r in self.everyone if r.folder == self._against_path)
+
+    @cached_property
+    def settings(self) -> dict[str, list[TrainedRun]]:
+        """The settings that are compared, without `against`, each with its seeds."""
+        others = [r for r in self.everyone if r is not self.against]
+        if not others:
+            raise ConfigError("compare", "there is nothing to compare with --against", "give another run")
+        return by_setting(others)
+
+    @cached_property
+    def first(self) -> Entrant:
+        """What all are compared with."""
+        return common_start(self.everyone) if self.against is None else self.against.entrant()
+
+    # ---- on which rows --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def readers(self) -> list[TrainedRun]:
+        """Runs by whose config rows may be read: those on pairs first, which have figures of likelihood too."""
+        return sorted(self.everyone, key=lambda r: r.data.signal != "pairs")
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """Rows whose prompts no run, and no run that it started from, was trained on."""
+        test = self.question.data is not None
+        trained, notes = all_trained_prompts(self.everyone, lenient=test)
+        self.notes += notes
+        found = clear_of(self.readers[0].name, self.test_rows, trained) if test else self._validation(trained)
+        if not found.rows.trees:
+            raise DataError(
+                str(self.question.data) if test else "compare",
+                "every prompt there is one that a compared run was trained on",
+                "runs with other seeds hold out other rows: set data.eval_path in all of them, or give --data with rows of their own",
+            )
+        if found.leaked:
+            self.notes.append(f"Left out: {found.leaked:,} rows whose prompts a compared run was trained on.")
+        return found
+
+    def _validation(self, trained: set[str]) -> HeldOut:
+        found = None
+        for run in self.readers:
+            rows = run.data.datasets[1]
+            if rows is None or rows.kind == "text":
+                continue
+            found = clear_of(run.name, rows, trained)
+            if found.rows.trees:
+                return found
+        if found is None:
+            raise DataError("compare", "no run holds out rows with prompts", "give --data with a file of them")
+        return found
+
+    @cached_property
+    def test_rows(self) -> Dataset:
+        """The rows of `--data`, read as the first reader reads its own."""
+        file, data = _whole(str(self.question.data)), self.readers[0].config.data
+        if not file.is_file():
+            raise DataError(str(self.question.data), "no such file", "give a file of test rows")
+        rows = load_preferences(
+            str(file),
+            shape=data.shape,
+            columns=data.columns,
+            on_bad_row=data.on_bad_row,
+            identical=data.identical,
+            layout_options=data.layout_options,
+        )
+        if rows.kind == "text":
+            raise DataError(str(file), "holds texts without prompts", "give rows with prompts")
+        if rows.quarantined:
+            self.notes.append(f"Kept aside: {len(rows.quarantined):,} bad rows of {file.name}.")
+        return rows
+
+    def _readings(self) -> Readings | None:
+        if self.question.data is None:
+            return None
+        made = Readings(_whole(str(self.question.data)), self.test_rows.fingerprint)
+        made.check_writable()
+        return made
+
+    # ---- what is said beside the figures --------------------------------------------------------------------------
+
+    def _about_budgets(self) -> tuple[list[str], dict[str, Any]]:
+        step = self.question.step
+        up_to = int(step) if step is not None and step.isdigit() else None
+        budgets = {r.name: budget_of(r, up_to) for r in self.everyone}
+        of_settings = {name: [budgets[r.name] for r in runs] for name, runs in self.settings.items()}
+        said = budget_sentences(of_settings) + data_sentences(self.settings)
+        said += [] if up_to is not None else unfinished(budgets)
+        return said, {name: b.to_json() for name, b in budgets.items()}
+
+    def _about_selection(self) -> list[str]:
+        """On validation rows, a checkpoint that was chosen by such rows looks better than it is."""
+        best = [r.name for r in self.everyone if _was_chosen(r)]
+        if self.question.step == "last" or not best:
+            return []
+        if self.question.data is None:
+            return [
+                f"The checkpoints of {', '.join(best)} were chosen by held-out rows such as these; --data TEST has the last word."
+            ]
+        seen = {key_of(t) for r in self.everyone if (rows := r.data.datasets[1]) is not None for t in rows.trees}
+        shared = sum(key_of(t) in seen for t in self.held_out.rows.trees)
+        return [f"{shared:,} of the test rows are held-out rows by which checkpoints were chosen."] if shared else []
+
+    @cached_property
+    def judge(self) -> PairJudge | None:
+        return None if self.question.judge is None else load_judge(self.question.judge)
+
+    def _about_reward(self) -> list[str]:
+        """Which runs were trained to raise a reward by which they are judged."""
+        terms = {"this reward": reward_terms(self.question.reward), **{name: [name] for name in self.question.also}}
+        said = []
+        for what, names in terms.items():
+            judged = set(map(_absolute, names))
+            trained = [
+                r.name
+                for r in self.everyone
+                if r.config.reward is not None and judged & set(map(_absolute, r.config.reward.terms))
+            ]
+            said += [f"Trained to raise {what}: {', '.join(trained)}."] if trained else []
+        return said
+
+    # ---- doing it -------------------------------------------------------------------------------------------------
+
+    def run(self) -> RunComparison:
+        """Compare, write both files, and write a reading of the test set down."""
+        check_tokenizers(self.everyone)
+        for reward in (self.question.reward, *self.question.also):
+            check_reward(reward)
+        if self.judge is not None:
+            odd = self.judge.check()
+            self.notes += [odd] if odd else []
+        settings, first = self.settings, self.first
+        check_bases(self.everyone)
+        held = self.held_out
+        readings = self._readings()
+        folder = self._folder()
+        budget, budgets = self._about_budgets()
+        notes = [*self.notes, *self._about_selection(), *self._about_reward()]
+        owner = next(r for r in self.everyone if r.name == held.owner)
+        sampling = self.question.sampling
+        also = {name: name for name in self.question.also}
+        setting = make_setting(
+            owner.data,
+            owner.data.tokenizer,
+            held.rows,
+            self.question.reward,
+            sampling,
+            console(self.quiet),
+            also,
+            self.judge,
+        )
+        if not setting.prompts:
+            raise DataError("compare", "no row is left after cutting rows into tokens", "look at data.max_length")
+        if self.question.reward is None and self.judge is None and not setting.paired:
+            console(self.quiet).note(f"{NO_OUTCOME} Give --reward, --judge or rows with chosen and rejected answers.")
+        entrants = [first, *(r.entrant() for runs in settings.values() for r in runs)]
+        seeds = {name: [r.name for r in runs] for name, runs in settings.items()}
+        compared = compare_entrants(entrants, owner.data, setting, sampling, seeds=seeds, fixed=self.against is None)
+        notes += [] if compared.judgement is None else compared.judgement.sentences()
+        earlier = [] if readings is None else readings.earlier()
+        if readings is not None:
+            notes = [readings.sentence(earlier), *notes]
+        figures = figures_of(compared) | {
+            "heading": self._heading(len(setting.prompts)),
+            "notes": [*_listed_budget(budget), *notes],
+            "budget": {"equal": not budget, "sentences": budget, "runs": budgets},
+            "first": first.name,
+            "seeds": {n: {r.name: r.seed for r in runs} for n, runs in settings.items()},
+            "checkpoints": {r.name: str(r.model) for r in self.everyone},
+            "prompts": len(setting.prompts),
+            "answers": len(setting.answers),
+            "left_out": held.leaked,
+            "test_readings_before": None if readings is None else len(earlier),
+            "settings": self._asked(),
+        }
+        figures["flags"] = [f.to_json() for f in comparison_flags(figures, compared.rows)]
+        if readings is not None:  # before anybody sees a figure: a reading that is not written down did not happen
+            details = {"checkpoints": figures["checkpoints"], "output": str(folder), **self._asked()}
+            readings.record([r.name for r in self.everyone], details)
+        write_files(folder, figures, compared.rows)
+        return RunComparison(folder, figures)
+
+    def _asked(self) -> dict[str, Any]:
+        q = self.question
+        return {
+            "reward": q.reward,
+            "also": list(q.also),
+            "judge": None if self.judge is None else self.judge.describe(),
+            "rewards": reward_hashes(q.reward) | reward_hashes(dict.fromkeys(q.also, 1.0)),
+            "prompts_asked": q.sampling.prompts,
+            "samples": q.sampling.samples,
+            "max_new_tokens": q.sampling.max_new_tokens,
+            "seed": q.sampling.seed,
+            "step": q.step,
+            "data": None if q.data is None else str(_whole(q.data)),
+        }
+
+    def _heading(self, prompts: int) -> str:
+        q = self.question
+        rows = self.held_out.owner if q.data is None else f"the test set {Path(q.data).name}"
+        several = [name for name, runs in self.settings.items() if len(runs) > 1]
+        over = f", over seeds and prompts for {', '.join(several)}" if several else ""
+        return f"{q.sampling.heading(prompts, rows)}; in brackets 95% intervals by prompt{over}"
+
+    def _folder(self) -> Path:
+        """Where both files go: beside the first run, named after what is compared."""
+        folder = _whole(self.question.output) if self.question.output is not None else self._default_folder()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{os.getpid()}"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise CheckpointError(
+                str(folder), f"cannot be written ({error.strerror})", "choose another --output"
+            ) from error
+        return folder
+
+    def _default_folder(self) -> Path:
+        names = [n.replace("/", "-") for n in self.settings]
+        more = f"-and-{len(names) - NAMED}-more" if len(names) > NAMED else ""
+        rows = f"-on-{Path(self.question.data).stem}" if self.question.data is not None else ""
+        return self.everyone[0].folder.parent / f"compare-{'-'.join(names[:NAMED])}{more}{rows}"
+
+
+def compare_runs(paths: Sequence[str | Path], question: Question, *, quiet: bool = False) -> RunComparison:
+    """Compare runs with what they start from and with each other; see `RunComparer`."""
+    if question.step is not None and question.step not in ("best", "last") and not question.step.isdigit():
+        raise ConfigError("--step", f"{question.step!r} is no step", "give best, last or a step's number")
+    if not paths:
+        raise ConfigError("compare", "no run is given", "give the folders of one run or more")
+    _check_also(question)
+    for name in ("prompts", "samples", "max_new_tokens"):
+        if getattr(question.sampling, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}", "is below 1", "give 1 or more")
+    return RunComparer(paths, replace(question), quiet).run()
+
+
+def _check_also(question: Question) -> None:
+    also = list(question.also)
+    twice = sorted({n for n in also if also.count(n) > 1 or n == question.reward})
+    if twice:
+        raise ConfigError("--also", f"names {', '.join(twice)} twice, or as --reward too", "leave it out of --also")
+    if also and question.reward is None:
+        raise ConfigError("--also", "is given without a reward", "name the first one as --reward")
+
+
+def _listed_budget(sentences: Sequence[str]) -> list[str]:
+    if not sentences:
+        return ["Equal budgets: steps, rows, completions, tokens, learning rates and data agree within 5%."]
+    return ["The budgets are not equal:", *(f"- {s}" for s in sentences)]
+
+
+def _was_chosen(run: TrainedRun) -> bool:
+    """Whether its checkpoint is the best of several by held-out rows; the only one that was evaluated was not chosen."""
+    last, _ = latest_checkpoint(run.folder)
+    best = json.loads((last / "state.json").read_text()).get("best_step") if last is not None else None
+    evaluated = [x["step"] for x in read_jsonl(run.folder / "metrics.jsonl") if x["kind"] == "eval" and x["step"] > 0]
+    return best == run.step and len(evaluated) > 1
+
+
+def _whole(path: str | Path) -> Path:
+    return Path(path).expanduser().resolve()
+
+
+def _absolute(name: str) -> str:
+    path, colon, function = name.rpartition(":")
+    file = Path(path if colon else name).expanduser()
+    return (
+        f"{file.resolve()}{colon}{function}"
+        if colon and file.exists()
+        else str(file.resolve())
+        if file.exists()
+        else name
+    )

@@ -1,0 +1,209 @@
+"""Settings compared by a judge that decides pair by pair: win rates, what position did to them, and what could not be judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from penchant.compare.measured import Measured, Metrics, Setting, named
+from penchant.compare.verdict import (
+    MOST_UNJUDGED,
+    Candidate,
+    Family,
+    Pair,
+    compare_judged,
+    comparisons_table,
+    corrected,
+)
+from penchant.judges.judge import BothWays, PairJudge, Question, ask_both_ways
+from penchant.metrics.stats import Interval, share_ci
+
+WIN_RATE = "judged win rate"
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """Two models whose completions met, sample by sample: the settings and models of both sides, and where its pairs begin."""
+
+    settings: tuple[str, str]
+    models: tuple[str, str]
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a pairwise judge made of a comparison.
+
+    Args:
+        described: what its verdicts depend on; pairs: all comparisons, corrected; contests: whose pairs `both` holds, in order.
+        shape: (prompts, samples) of a contest; first_position: mean preference for the first position, 0.5 without a bias, interval by
+            prompt; None where nothing was judged.
+    """
+
+    name: str
+    described: Mapping[str, Any]
+    pairs: list[Pair]
+    contests: Sequence[Contest]
+    both: BothWays
+    shape: tuple[int, int]
+    first_position: Interval | None
+
+    @property
+    def judged(self) -> int:
+        """Pairs of texts that differ."""
+        return int((~self.both.identical).sum())
+
+    @property
+    def left_out(self) -> int:
+        """Those without a verdict."""
+        return int(np.isnan(self.both.wins).sum())
+
+    @property
+    def disagreed(self) -> int:
+        """Those whose two verdicts do not name the same answer: position decided."""
+        return int((~self.both.agreed & ~self.both.identical & ~np.isnan(self.both.wins)).sum())
+
+    @property
+    def family(self) -> Family:
+        """Its comparisons as they are said."""
+        doubt, share = "", self.left_out / max(1, self.judged)
+        if share > MOST_UNJUDGED:
+            doubt = f"{self.left_out:,} of {self.judged:,} pairs ({share:.0%}) could not be judged"
+        return Family(self.name, self.pairs, WIN_RATE, len(self.pairs), doubt)
+
+    def against(self, name: str, first: str) -> Metrics:
+        """A setting's win rates over the first one."""
+        return next((win_rates(p) for p in self.pairs if (p.name, p.other) == (name, first)), {})
+
+    def of_row(self, prompt: int, sample: int) -> list[dict[str, Any]]:
+        """Every verdict on one prompt's completions: `win` of a, and how much the first was preferred with a and with b there."""
+        found = []
+        for contest in self.contests:
+            at = contest.start + prompt * self.shape[1] + sample
+            values = [_finite(v) for v in (self.both.wins[at], *self.both.values[at])]
+            a, b = contest.models
+            found.append({"a": a, "b": b, "win": values[0], "first": values[1:]})
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in comparison.json."""
+        position = {} if self.first_position is None else named("first_position", self.first_position)
+        return {
+            "name": self.name,
+            **self.described,
+            **position,
+            "pairs": self.judged,
+            "disagreed": self.disagreed,
+            "identical": int(self.both.identical.sum()),
+            "left_out": self.left_out,
+            "asked": self.both.asked,
+            "cached": self.both.cached,
+            "failures": self.both.failures,
+            "comparisons": [p.to_json() for p in self.pairs],
+        }
+
+    def table(self) -> str:
+        """All comparisons as a plain table."""
+        return comparisons_table(self.pairs, WIN_RATE) if self.pairs else ""
+
+    def sentences(self) -> list[str]:
+        """What is to be known before its verdicts are believed."""
+        judge, said = f"The judge {self.name}", []
+        if self.first_position is not None:
+            p = self.first_position
+            share = f"{p.estimate:.0%} [{p.low:.0%}, {p.high:.0%}]"
+            heard = self.judged - self.left_out
+            biased = p.low > 0.5 or p.high < 0.5
+            says = "favours the first position" if p.estimate > 0.5 else "favours the second position"
+            said.append(
+                f"{judge} {says if biased else 'shows no clear preference for a position'}: {share} of its verdicts are for the first "
+                f"one (each pair was asked both ways round, so 50% is none). In {self.disagreed:,} of {heard:,} pairs its two "
+                f"verdicts disagree{'; those count as ties' if self._in_words else ''}."
+            )
+        if self.left_out:
+            unread = f"; for instance '{self.both.unread[0]}'" if self.both.unread else ""
+            said.append(
+                f"{judge} gave no verdict that can be read on {self.both.failures:,} questions{unread}. {self.left_out:,} of "
+                f"{self.judged:,} pairs are left out."
+            )
+        return said
+
+    @property
+    def _in_words(self) -> bool:
+        values = self.both.values[~np.isnan(self.both.values)]
+        return bool(np.isin(values, (0.0, 0.5, 1.0)).all())
+
+
+def judge_pairs(
+    judge: PairJudge, settings: Mapping[str, Sequence[Measured]], setting: Setting, fixed: bool
+) -> Judgement:
+    """Have every two settings judged, every seed of one with every seed of the other, sample by sample, each pair both ways round.
+
+    Args:
+        settings: models by setting, the first one first; fixed: whether that one is no seed's.
+
+    Raises:
+        RewardError: the judge broke or cannot be reached.
+    """
+    candidates = sides(settings, fixed)
+    shape = len(setting.prompts), setting.samples
+    size, contests = shape[0] * shape[1], []
+    questions: list[Question] = []
+    asked = [prompt for prompt in setting.asked for _ in range(setting.samples)]
+    for a, b in _meetings(list(settings)):
+        for mine in settings[a]:
+            for theirs in settings[b]:
+                contests.append(Contest((a, b), (mine.name, theirs.name), len(questions)))
+                texts = zip(asked, mine.written.texts, theirs.written.texts, strict=True)
+                questions += [Question(*three) for three in texts]
+    progress = setting.progress(f"{judge.name} judges, questions") if setting.progress else None
+    both = ask_both_ways(judge, questions, progress)
+    by_name = {c.name: c for c in candidates}
+    pairs = []
+    for a, b in _meetings(list(settings)):
+        starts = [c.start for c in contests if c.settings == (a, b)]
+        wins = np.stack([both.wins[s : s + size] for s in starts])
+        pair = compare_judged(by_name[a], by_name[b], wins.reshape(by_name[a].seeds, by_name[b].seeds, *shape))
+        pairs += [pair] if pair is not None else []
+    prompts = np.tile(np.repeat(np.arange(shape[0]), shape[1]), len(contests))
+    return Judgement(
+        judge.name, judge.describe(), corrected(pairs), contests, both, shape, _position(both.first_position, prompts)
+    )
+
+
+def _meetings(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Every setting with the first, then all others with each other."""
+    first, *others = names
+    yield from ((name, first) for name in others)
+    yield from combinations(others, 2)
+
+
+def _position(values: np.ndarray, prompts: np.ndarray) -> Interval | None:
+    heard = ~np.isnan(values)
+    return share_ci(values[heard], clusters=prompts[heard]) if heard.any() else None
+
+
+def sides(settings: Mapping[str, Sequence[Measured]], fixed: bool) -> list[Candidate]:
+    """Settings without an outcome of their own: a judge decides between two."""
+    first = next(iter(settings))
+    return [Candidate(n, None, None, lengths_of(seeds), fixed and n == first) for n, seeds in settings.items()]
+
+
+def lengths_of(seeds: Sequence[Measured]) -> np.ndarray:
+    """Tokens of each completion, (seeds, prompts, samples)."""
+    return np.stack([m.lengths for m in seeds])
+
+
+def win_rates(pair: Pair) -> Metrics:
+    """A setting's win rates over the first one, as figures."""
+    if pair.win_rate is None or pair.equal_length is None:
+        return {}
+    return named("win_rate", pair.win_rate) | named("win_rate_equal_length", pair.equal_length)
+
+
+def _finite(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,198 @@
+"""One model on the prompts that all compared models meet: what it wrote, what it finds likely, and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from penchant.judges.judge import PairJudge
+from penchant.logprobs import CompletionLogps, Scorer
+from penchant.logprobs.reference import LiveReference, compute_logps
+from penchant.metrics.completions import Judge, Written, distinct_n, judged, kl_by_completion, write
+from penchant.metrics.heldout import pair_change
+from penchant.metrics.stats import Interval, bootstrap_ci, several_sources
+from penchant.types import TokenTree
+
+Metrics = dict[str, Any]
+SEVERAL_DRAWS = 2000  # bootstrap draws of figures of which there are thousands of values
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What every model meets alike.
+
+    Args:
+        tokenizer: of all models; prompts: token ids, each once; sources: where each came from; answers: held-out rows of those prompts, pairs (chosen first) or
+            single answers; empty where there are none.
+        judge: the reward, or None; also: other rewards by name; pairwise: who decides between two answers, or None.
+        samples: completions of each prompt; seed: of the draws; tokens_per_step: of a forward pass.
+    """
+
+    tokenizer: Any
+    prompts: Sequence[Sequence[int]]
+    sources: Sequence[str]
+    answers: Sequence[TokenTree]
+    judge: Judge | None
+    samples: int
+    max_new_tokens: int
+    seed: int
+    tokens_per_step: int = 4096
+    also: Mapping[str, Judge] = field(default_factory=dict)
+    pairwise: PairJudge | None = None
+    progress: Callable[[str], Callable[[int, int], None]] | None = None
+
+    @property
+    def asked(self) -> list[str]:
+        """The prompts' texts."""
+        return [self.tokenizer.decode(list(p), skip_special_tokens=True) for p in self.prompts]
+
+    @property
+    def paired(self) -> bool:
+        """Whether the answers are pairs."""
+        return bool(self.answers) and all(len(t.completion_ids) == 2 for t in self.answers)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's raw figures; those against the first model are None for the first itself.
+
+    Args:
+        name: of the model; answers: log-probs of the setting's answers; correct: of each pair, 1 where the chosen answer gained more log-prob over the first
+            model than the rejected one, 0.5 for a tie.
+        also: the other rewards of its completions by name, (prompts x samples,).
+        kl: k1 of each completion against the first model, nats, (prompts x samples,); kl_per_token: mean of k3.
+    """
+
+    name: str
+    setting: Setting
+    written: Written
+    answers: CompletionLogps | None
+    also: Mapping[str, np.ndarray] = field(default_factory=dict)
+    correct: np.ndarray | None = None
+    kl: np.ndarray | None = None
+    kl_per_token: float | None = None
+
+    def rewards(self, judge: str | None = None) -> np.ndarray | None:
+        """By the reward, or by another one of its name, (prompts, samples); None where nobody judged."""
+        values = self.written.rewards if judge is None else self.also[judge]
+        return None if values is None else values.reshape(-1, self.setting.samples)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each completion, (prompts, samples)."""
+        return np.array([len(i) for i in self.written.ids], dtype=np.float64).reshape(-1, self.setting.samples)
+
+    @cached_property
+    def values(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """By figure: values whose mean it is, and each one's prompt."""
+        w = self.written
+        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        if w.rewards is not None:
+            found["reward"] = w.rewards, w.prompts
+        found["ended"] = w.ended.astype(np.float64), w.prompts
+        found["tokens"] = self.lengths.reshape(-1), w.prompts
+        if self.kl is not None:
+            found["kl"] = self.kl, w.prompts
+        if self.correct is not None:
+            found["preference_accuracy"] = self.correct, clusters_of(self.setting.answers)
+        return found
+
+    @cached_property
+    def surprise(self) -> tuple[np.ndarray, np.ndarray]:
+        """``-log p`` of every token of the chosen answers, and each one's prompt."""
+        assert self.answers is not None
+        answers = self.setting.answers
+        sizes = [len(c) for t in answers for c in t.completion_ids]
+        first = [i == 0 for t in answers for i in range(len(t.completion_ids))]
+        parts = [p for p, chosen in zip(self.answers.tokens.double().split(sizes), first, strict=True) if chosen]
+        return -np.concatenate([p.numpy() for p in parts]), np.repeat(clusters_of(answers), [len(p) for p in parts])
+
+
+def measure(
+    name: str, scorer: Scorer, setting: Setting, first: Measured | None = None, first_scorer: Scorer | None = None
+) -> Measured:
+    """Have a model write and read; with the first model's own, also against it."""
+    progress = setting.progress
+    written = write(
+        scorer.model,
+        setting.tokenizer,
+        setting.prompts,
+        n=setting.samples,
+        max_new_tokens=setting.max_new_tokens,
+        seed=setting.seed,
+        judge=setting.judge,
+        sources=setting.sources,
+        progress=progress(f"{name} writes, prompts") if progress else None,
+    )
+    answers = None
+    if setting.answers:
+        answers = compute_logps(LiveReference(scorer), setting.answers, tokens_per_step=setting.tokens_per_step)
+    also = {n: judged(j, setting.tokenizer, written.trees, written.texts) for n, j in setting.also.items()}
+    if first is None or first_scorer is None:
+        return Measured(name, setting, written, answers, also)
+    correct = None
+    if setting.paired and answers is not None and first.answers is not None:
+        correct = pair_change(answers.sums, first.answers.sums).correct
+    kl, per_token = kl_by_completion(
+        LiveReference(scorer),
+        LiveReference(first_scorer),
+        written.trees,
+        tokens_per_step=setting.tokens_per_step,
+    )
+    return Measured(name, setting, written, answers, also, correct, kl, per_token)
+
+
+def figures(seeds: Sequence[Measured]) -> Metrics:
+    """A setting's figures: of its only model with intervals by prompt, or means over the models of several seeds.
+
+    With several seeds the interval is that of `several_sources`: the seeds' means and the prompts' means.
+    """
+    metrics: Metrics = {}
+    for name in seeds[0].values:
+        metrics |= named(name, _interval([m.values[name] for m in seeds], SEVERAL_DRAWS if name == "kl" else 10_000))
+    if seeds[0].also:
+        metrics["also"] = {
+            judge: named("reward", _interval([(m.also[judge], m.written.prompts) for m in seeds], 10_000))
+            for judge in seeds[0].also
+        }
+    if seeds[0].kl_per_token is not None:
+        metrics["kl_per_token"] = float(np.mean([m.kl_per_token for m in seeds]))
+    metrics["distinct_2"] = float(np.mean([distinct_n(m.written.ids) for m in seeds]))
+    if seeds[0].answers is not None:
+        nll = _interval([m.surprise for m in seeds], SEVERAL_DRAWS)
+        metrics |= named("perplexity", Interval(*(float(np.exp(v)) for v in (nll.estimate, nll.low, nll.high))))
+    return metrics
+
+
+def _interval(seeds: Sequence[tuple[np.ndarray, np.ndarray]], draws: int) -> Interval:
+    if len(seeds) == 1:
+        return bootstrap_ci(seeds[0][0], clusters=seeds[0][1], draws=draws)
+    parts = np.stack([by_prompt(values, clusters) for values, clusters in seeds])
+    sources = [parts.mean(1), parts.mean(0)] if parts.shape[1] > 1 else [parts.mean(1)]
+    return several_sources(parts.mean(), sources)
+
+
+def by_prompt(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """One number a prompt whose mean over prompts is the mean of all values, (prompts,).
+
+    Prompts with more values count more: ``v_p = m + (sum_p - n_p m) / mean(n_p)``, the mean's linear part.
+    """
+    _, member = np.unique(clusters, return_inverse=True)
+    sums, counts = np.bincount(member, weights=values), np.bincount(member)
+    mean = values.mean()
+    return np.asarray(mean + (sums - counts * mean) / counts.mean())
+
+
+def clusters_of(answers: Sequence[TokenTree]) -> np.ndarray:
+    """The number of each row's prompt."""
+    numbers: dict[bytes, int] = {}
+    return np.array([numbers.setdefault(t.prompt_ids.tobytes(), len(numbers)) for t in answers])
+
+
+def named(name: str, interval: Interval) -> Metrics:
+    """A figure and its interval as they stand in files."""
+    return {name: interval.estimate, f"{name}/ci": [interval.low, interval.high]}

@@ -1,0 +1,452 @@
+"""Models on the same prompts, and the files that are left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from penchant.base.files import write_atomically, write_text_atomically
+from penchant.compare.judged import WIN_RATE, Judgement, judge_pairs, lengths_of, sides, win_rates
+from penchant.compare.measured import Measured, Metrics, Setting, clusters_of, figures, measure, named
+from penchant.compare.verdict import (
+    Candidate,
+    Family,
+    Pair,
+    columns,
+    compare_all,
+    compare_each,
+    comparisons_table,
+    corrected,
+    verdict,
+)
+from penchant.data.load import Dataset, first_text
+from penchant.data.split import prompt_key
+from penchant.errors import ConfigError
+from penchant.judges.judge import PairJudge
+from penchant.logprobs import Scorer
+from penchant.logprobs.packing import choose_packing
+from penchant.models.load import cast_parameters, load_causal_model
+from penchant.models.merge import merged_model
+from penchant.models.options import ModelConfig
+from penchant.rewards import load_reward
+from penchant.rewards.reward_model import PolicyText
+from penchant.runs import Run
+from penchant.training.console import PlainConsole
+from penchant.types import PromptTree, TokenTree
+
+# ---- Several models on the same held-out prompts: reward, win rate, KL, likelihood, each with its interval by prompt ----
+# What each figure is, with the first model as the one that all others are compared with:
+#
+# - reward: mean over completions sampled at temperature 1; `reward_change`: minus the first model's on the same prompts.
+# - also: the same by other rewards, each under its name: whether what was trained on is what was meant.
+# - win_rate: per prompt, the share of pairs (own completion, first model's completion) with the higher reward, ties half; the mean over prompts.
+# `win_rate_equal_length`: what a logistic model makes of it at equal length in tokens (see `length_control.py`).
+# - judged: win rates by a judge that decides pair by pair (see `judged.py`).
+# - kl: KL(policy || first model) in nats per completion, from the policy's own completions (see `sampled_kl.py`).
+# - preference_accuracy: share of held-out pairs whose chosen answer gained more log-prob over the first model's than the rejected one.
+# - perplexity: of held-out chosen answers, ``exp(-sum log p / tokens)``.
+#
+# Models that are one setting with several seeds have one column: means over the seeds.
+
+# name, label ({first} is the first model), digits; the first table is of every reward
+JUDGED = (
+    ("reward", "reward", 3),
+    ("reward_change", "change of reward against {first}", 3),
+    ("win_rate", "win rate against {first} (ties half)", 3),
+    ("win_rate_equal_length", "win rate at equal length", 3),
+)
+ROWS = (
+    ("kl", "KL(policy || {first}), nats per completion", 2),
+    ("kl_per_token", "KL(policy || {first}), nats per token", 4),
+    ("preference_accuracy", "held-out preference accuracy", 3),
+    ("perplexity", "perplexity of held-out chosen answers", 2),
+    ("ended", "share ended by EOS", 3),
+    ("tokens", "tokens per completion", 1),
+    ("distinct_2", "distinct-2", 3),
+)
+NO_OUTCOME = "No winner is named: there is neither a reward nor a held-out pair of answers."
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What came out.
+
+    Args:
+        models: figures by setting, the first model first; runs: by model, where a setting has several.
+        rows: every prompt's completions side by side; pairs: all comparisons; outcome: what they are of, in words.
+        also: the same comparisons by other rewards, by name; judgement: by a pairwise judge; sentences: the verdict.
+    """
+
+    models: dict[str, Metrics]
+    runs: dict[str, Metrics]
+    rows: list[dict[str, Any]]
+    pairs: list[Pair] = field(default_factory=list)
+    outcome: str = ""
+    also: dict[str, list[Pair]] = field(default_factory=dict)
+    judgement: Judgement | None = None
+    sentences: list[str] = field(default_factory=list)
+
+
+def compare_models(
+    names: Sequence[str],
+    load: Callable[[str], Scorer],
+    setting: Setting,
+    *,
+    seeds: Mapping[str, Sequence[str]] | None = None,
+    fixed: bool = False,
+) -> Compared:
+    """Compare models by their names; the first is what the others are compared with.
+
+    Args:
+        load: the scorer of a model; the first is held throughout, of the others one at a time.
+        seeds: which of the other models are one setting, by its name; default: each by itself.
+        fixed: whether the first is what training starts from, rather than trained with a seed.
+    """
+    start = load(names[0])
+    first = measure(names[0], start, setting)
+    measured = {names[0]: first}
+    for name in names[1:]:
+        scorer = load(name)
+        measured[name] = measure(name, scorer, setting, first, start)
+        del scorer
+    groups = {names[0]: [names[0]], **(seeds if seeds is not None else {n: [n] for n in names[1:]})}
+    by_setting = {name: [measured[m] for m in members] for name, members in groups.items()}
+    models = {name: figures(of_seeds) for name, of_seeds in by_setting.items()}
+    runs = {m: figures([measured[m]]) for members in groups.values() if len(members) > 1 for m in members}
+    candidates, outcome = _candidates(by_setting, fixed)
+    pairs = compare_all(candidates) if candidates and candidates[0].outcome is not None else []
+    also = _also(by_setting, fixed, setting.also)
+    for pair in pairs[: len(models) - 1]:
+        models[pair.name] |= _gain(pair)
+    for judge, by_it in also.items():
+        for pair in by_it[: len(models) - 1]:
+            models[pair.name]["also"][judge] |= _gain(pair)
+    judgement = None
+    if setting.pairwise is not None:
+        judgement = judge_pairs(setting.pairwise, by_setting, setting, fixed)
+        for name, metrics in models.items():
+            metrics["judged"] = {judgement.name: judgement.against(name, names[0])}
+    together = sum(map(len, also.values()))
+    families = [Family(judge, by_it, "mean reward", together) for judge, by_it in also.items()]
+    families += [judgement.family] if judgement is not None else []
+    said = verdict(candidates, pairs, outcome, families) if candidates else [NO_OUTCOME]
+    return Compared(models, runs, _rows(measured, setting, judgement), pairs, outcome, also, judgement, said)
+
+
+def _candidates(settings: Mapping[str, Sequence[Measured]], fixed: bool) -> tuple[list[Candidate], str]:
+    """What is compared: mean rewards where there is a reward, else preferences; nothing where there are neither."""
+    first = next(iter(settings))
+    setting = settings[first][0].setting
+    if setting.judge is not None:
+        return _by_reward(settings, fixed, None), "mean reward"
+    if setting.pairwise is not None:
+        return sides(settings, fixed), WIN_RATE
+    if not setting.paired:
+        return [], ""
+    return [
+        Candidate(name, np.stack([_right(m) for m in seeds]), None, lengths_of(seeds), fixed and name == first)
+        for name, seeds in settings.items()
+    ], "held-out preference accuracy"
+
+
+def _also(settings: Mapping[str, Sequence[Measured]], fixed: bool, names: Iterable[str]) -> dict[str, list[Pair]]:
+    """The comparisons by the other rewards, corrected for the number of all of them; the reward's own stand by themselves."""
+    by_judge = {judge: compare_each(_by_reward(settings, fixed, judge)) for judge in names}
+    together = iter(corrected([pair for pairs in by_judge.values() for pair in pairs]))
+    return {judge: [next(together) for _ in pairs] for judge, pairs in by_judge.items()}
+
+
+def _by_reward(settings: Mapping[str, Sequence[Measured]], fixed: bool, judge: str | None) -> list[Candidate]:
+    """Every setting with its mean rewards, by the reward or by another one."""
+    first, found = next(iter(settings)), []
+    for name, seeds in settings.items():
+        rewards = np.stack([r for m in seeds if (r := m.rewards(judge)) is not None])
+        found.append(Candidate(name, rewards.mean(2), rewards, lengths_of(seeds), fixed and name == first))
+    return found
+
+
+def _gain(pair: Pair) -> Metrics:
+    """Figures of a setting against the first model; none without a reward."""
+    return {} if pair.win_rate is None else named("reward_change", pair.difference) | win_rates(pair)
+
+
+def _right(m: Measured) -> np.ndarray:
+    """Preferences that a model got right by prompt, (prompts,); one half for the first, which gained nothing over itself.
+
+    A prompt with more pairs counts more: the mean over prompts is the mean over pairs.
+    """
+    clusters = clusters_of(m.setting.answers)
+    right = m.correct if m.correct is not None else np.full(len(clusters), 0.5)
+    counts = np.bincount(clusters)
+    return np.asarray(np.bincount(clusters, weights=right) / counts.mean())
+
+
+def _rows(
+    measured: Mapping[str, Measured], setting: Setting, judgement: Judgement | None = None
+) -> list[dict[str, Any]]:
+    rows = []
+    for i, asked in enumerate(setting.asked):
+        for s in range(setting.samples):
+            at = i * setting.samples + s
+            row: dict[str, Any] = {"prompt": asked, "sample": s, "completions": {}}
+            for name, m in measured.items():
+                w = m.written
+                made = {"text": w.texts[at], "tokens": len(w.ids[at]), "ended": bool(w.ended[at])}
+                made |= {} if w.rewards is None else {"reward": float(w.rewards[at])}
+                made |= {"also": {judge: float(v[at]) for judge, v in m.also.items()}} if m.also else {}
+                row["completions"][name] = made
+            if judgement is not None:
+                row["judged"] = judgement.of_row(i, s)
+            rows.append(row)
+    return rows
+
+
+def table(models: Mapping[str, Metrics]) -> str:
+    """Figures as a plain table: one line a figure, one column a model, 95% intervals in brackets."""
+    first = next(iter(models))
+    lines = [["", *models], *_lines(models, JUDGED, first)]
+    for judge in models[first].get("also", {}):
+        lines += _lines({n: m["also"][judge] for n, m in models.items()}, JUDGED, first, f", by {judge}")
+    for judge in models[first].get("judged", {}):
+        lines += _lines({n: m["judged"][judge] for n, m in models.items()}, JUDGED, first, f", by {judge}")
+    return columns(lines + _lines(models, ROWS, first))
+
+
+def _lines(
+    models: Mapping[str, Metrics], rows: Sequence[tuple[str, str, int]], first: str, by: str = ""
+) -> list[list[str]]:
+    """The rows that any of the models has a figure for."""
+    return [
+        [label.format(first=first) + by, *(_cell(m, name, digits) for m in models.values())]
+        for name, label, digits in rows
+        if any(name in m for m in models.values())
+    ]
+
+
+def _cell(metrics: Metrics, name: str, digits: int) -> str:
+    if name not in metrics:
+        return "-"
+    interval = metrics.get(f"{name}/ci")
+    shown = f"{metrics[name]:.{digits}f}"
+    return shown + (f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else "")
+
+
+# ---- Named models on held-out rows with a reward: loading them, what all of them meet alike, and the files that are left ----
+
+FIGURES, SAMPLES = "comparison.json", "comparison.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """A model to compare.
+
+    Args:
+        base: the whole model, or the one that `adapter` goes on; seed: of the run that trained the adapter.
+    """
+
+    name: str
+    base: ModelConfig
+    adapter: Path | None = None
+    seed: int = 0
+
+    def load(self, run: Run) -> Any:
+        """The model in fp32, on the run's device; an adapter is merged."""
+        if self.adapter is not None:
+            return merged_model(self.base, self.adapter, run.device, self.seed)
+        return load_causal_model(self.base, run.device, self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn; `place`: where these settings are written, for errors."""
+
+    prompts: int
+    samples: int
+    max_new_tokens: int
+    seed: int
+    place: str = "compare"
+
+    def heading(self, prompts: int, rows: str) -> str:
+        """What the figures are of."""
+        return (
+            f"{prompts} held-out prompts of {rows}, {self.samples} completion(s) each of at most "
+            f"{self.max_new_tokens} tokens at temperature 1"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Rows that no model was trained on, as the run `owner` reads them; `leaked`: rows that one was trained on, left out."""
+
+    owner: str
+    rows: Dataset
+    leaked: int
+
+
+def key_of(tree: PromptTree) -> str:
+    """What counts as the same prompt."""
+    return prompt_key(tree.prompt, first_text(tree))
+
+
+def trained_prompts(run: Run) -> set[str]:
+    """Keys of the prompts that a run trains on; a text without a prompt is none."""
+    rows = run.datasets[0]
+    return set() if rows.kind == "text" else {key_of(t) for t in rows.trees}
+
+
+def clear_of(owner: str, rows: Dataset, trained: set[str]) -> HeldOut:
+    """The rows whose prompts nobody trained on; possibly none."""
+    clean = [i for i, t in enumerate(rows.trees) if key_of(t) not in trained]
+    return HeldOut(owner, rows.subset(clean), len(rows.trees) - len(clean))
+
+
+def same_vocabulary(one: Any, other: Any) -> bool:
+    """Whether two tokenizers make the same tokens of the same conversation."""
+    return _vocabulary(one) == _vocabulary(other)
+
+
+def _vocabulary(tokenizer: Any) -> tuple[Any, ...]:
+    return tokenizer.get_vocab(), tokenizer.eos_token_id, getattr(tokenizer, "chat_template", None)
+
+
+def make_setting(
+    run: Run,
+    tokenizer: Any,
+    rows: Dataset,
+    reward: Any,
+    sampling: Sampling,
+    console: PlainConsole,
+    also: Mapping[str, Any] | None = None,
+    pairwise: PairJudge | None = None,
+) -> Setting:
+    """The same tokenizer, prompts, answers and rewards for every model.
+
+    Args:
+        run: as which the rows are made into tokens, and in whose precision and on whose device models run.
+        reward: as `load_reward` takes it, or None; also: other rewards by name; pairwise: who decides between two answers.
+    """
+    run.tokenizer = tokenizer  # its config may name a model that is yet to be made
+    trees = run.tokenise_rows(rows).trees
+    source_of = {tuple(t.prompt_ids.tolist()): t.source for t in reversed(trees)}
+    prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in trees))[: sampling.prompts]
+    kept = set(prompts)
+    policy = PolicyText(tokenizer, run.config.data.template, {t.source: t.prompt for t in rows.trees})
+    return Setting(
+        tokenizer=tokenizer,
+        prompts=prompts,
+        sources=[source_of[p] for p in prompts],
+        answers=_answers([t for t in trees if tuple(t.prompt_ids.tolist()) in kept], rows.kind),
+        judge=None if reward is None else load_reward(reward, policy, run.device),
+        samples=sampling.samples,
+        max_new_tokens=sampling.max_new_tokens,
+        seed=sampling.seed,
+        tokens_per_step=run.config.train.tokens_per_step,
+        also={name: load_reward(r, policy, run.device) for name, r in (also or {}).items()},
+        pairwise=pairwise,
+        progress=console.counter,
+    )
+
+
+def _answers(trees: Sequence[TokenTree], kind: str) -> list[TokenTree]:
+    """Pairs and single good answers among held-out rows; scores and bare prompts say nothing of what is likely to be right."""
+    if kind not in ("pairs", "sft", "unpaired"):
+        return []
+    found: list[TokenTree] = []
+    for t in trees:
+        labels = t.labels if any(label is not None for label in t.labels) else (True, False)
+        if len(t.completion_ids) in (1, 2) and labels[0] and (len(t.completion_ids) == 1 or not labels[1]):
+            found.append(replace(t, row=len(found)))
+    return found
+
+
+def compare_entrants(
+    entrants: Sequence[Entrant],
+    run: Run,
+    setting: Setting,
+    sampling: Sampling,
+    *,
+    seeds: Mapping[str, Sequence[str]] | None = None,
+    fixed: bool = False,
+) -> Compared:
+    """Compare models in the precision and on the device of `run`; the first is what the others are compared with."""
+    by_name = {e.name: e for e in entrants}
+    longest = max(map(len, setting.prompts)) + setting.max_new_tokens
+
+    def load(name: str) -> Scorer:
+        model = by_name[name].load(run)
+        _check_context(model, name, longest, sampling.place)
+        run.set_threads(sum(p.numel() for p in model.parameters()))
+        cast_parameters(model, run.dtype)
+        model.requires_grad_(False).eval()
+        return choose_packing(model, run.config.train.packing, run.config.model.kernels)[0]
+
+    return compare_models(list(by_name), load, setting, seeds=seeds, fixed=fixed)
+
+
+def _check_context(model: Any, name: str, longest: int, place: str) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ConfigError(
+            place,
+            f"the longest prompt and max_new_tokens make {longest} tokens, beyond {name}'s context of {context}",
+            "lower max_new_tokens of the comparison, or data.max_length, which cuts prompts",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is left
+
+
+def figures_of(compared: Compared) -> dict[str, Any]:
+    """A comparison as it stands in comparison.json."""
+    judged = compared.judgement
+    return {
+        "models": compared.models,
+        **({"runs": compared.runs} if compared.runs else {}),
+        "outcome": compared.outcome,
+        "comparisons": [p.to_json() for p in compared.pairs or (judged.pairs if judged else [])],
+        "comparisons_text": _tables(compared),
+        **({"also": {n: [p.to_json() for p in pairs] for n, pairs in compared.also.items()}} if compared.also else {}),
+        **({"judge": judged.to_json()} if judged is not None else {}),
+        "sentences": compared.sentences,
+    }
+
+
+def _tables(compared: Compared) -> str:
+    tables = [comparisons_table(compared.pairs, compared.outcome)] if compared.pairs else []
+    others = sum(map(len, compared.also.values()))
+    for name, pairs in compared.also.items():
+        tables.append(f"By {name}:\n{comparisons_table(pairs, 'mean reward', others)}")
+    if compared.judgement is not None and compared.judgement.pairs:
+        tables.append(f"By {compared.judgement.name}:\n{compared.judgement.table()}")
+    return "\n\n".join(tables)
+
+
+def text_of(figures: Mapping[str, Any], heading: str, notes: Iterable[str] = ()) -> str:
+    """A comparison as a person reads it: heading, notes, tables, and last the verdict."""
+    parts = [heading, "\n".join(notes), table(figures["models"]), figures.get("comparisons_text", "")]
+    return "\n\n".join(p for p in [*parts, "\n".join(figures["sentences"])] if p)
+
+
+def write_files(folder: Path, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Both files, each whole or not at all."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text_atomically(folder / SAMPLES, lines)
+    write_atomically(folder / FIGURES, figures)
+
+
+def tokens_sha256(setting: Setting) -> str:
+    """SHA-256 of the prompts and answers that are compared on."""
+    digest = hashlib.sha256()
+    for ids in setting.prompts:
+        digest.update(np.array(ids, dtype="<i4").tobytes() + b"|")
+    for tree in setting.answers:
+        for part in (tree.prompt_ids, *tree.completion_ids):
+            digest.update(part.astype("<i4").tobytes() + b"|")
+    return digest.hexdigest()

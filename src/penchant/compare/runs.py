@@ -1,0 +1,525 @@
+"""Which runs are one setting, what they spent, where they start, who read the test set."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from penchant.algorithms.options import OnlineConfig, RewardModelConfig
+from penchant.base.files import file_sha256, read_jsonl
+from penchant.compare.models import Entrant, trained_prompts
+from penchant.config import WATCHING_ONLY, RunConfig, load_config, with_absolute_paths
+from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError
+from penchant.models.load import cast_parameters, load_causal_model, resolve_device, weights_sha256
+from penchant.models.merge import is_adapter
+from penchant.models.options import ModelConfig
+from penchant.runs import Run
+from penchant.runs.state import STATE, model_folder
+
+# ---- Runs as a comparison sees them: what they were, which of them are one setting with several seeds, and where they started ----
+
+CONFIG, MANIFEST = "config.resolved.yaml", "manifest.json"
+START = "start"
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run's folder, read.
+
+    Args:
+        manifest: `manifest.json`; contents: SHA-256 of what its rewards were made of; model: folder of the checkpoint to compare.
+    """
+
+    name: str
+    folder: Path
+    config: RunConfig
+    manifest: Mapping[str, Any]
+    contents: Mapping[str, Any]
+    model: Path
+
+    @property
+    def step(self) -> int:
+        return int(self.model.parent.name.removeprefix("step-"))
+
+    @property
+    def seed(self) -> int:
+        return self.config.train.seed
+
+    @property
+    def setting(self) -> str:
+        """Everything that a run's result depends on but its seed; equal for runs that are one setting."""
+        values = self.config.model_dump(mode="json")
+        for name in WATCHING_ONLY:
+            values.pop(name)
+        values["train"].pop("seed")
+        data = self.manifest["data"]
+        whole = {name: data[name]["fingerprint"] for name in ("train", "heldout") if name in data}
+        start = self.manifest["model"]["sha256"] if self.config.model.init == "pretrained" else None
+        return json.dumps([values, whole, start, dict(self.contents)], sort_keys=True)
+
+    @cached_property
+    def data(self) -> Run:
+        """The run as its config says, for its rows, its tokens and its precision; a GPU that is not here is not asked for."""
+        device = self.config.model.device
+        if device == "cuda" and not torch.cuda.is_available():
+            device = "auto"
+        model = self.config.model.model_copy(update={"device": device})
+        return Run(self.config.model_copy(update={"model": model}), quiet=True)
+
+    def entrant(self) -> Entrant:
+        """Its model."""
+        if is_adapter(self.model):
+            return Entrant(self.name, self.config.model, self.model, self.seed)
+        return Entrant(self.name, ModelConfig(path=str(self.model)))
+
+
+def read_runs(paths: Sequence[str | Path], step: str | None) -> list[TrainedRun]:
+    """Runs by their folders, each with a name of its own: its folder's, with so many parents as tell it from the others.
+
+    Raises:
+        CheckpointError: no run, a pipeline's folder, no such checkpoint, or one run twice. ConfigError: a reward model.
+    """
+    folders = [Path(p).expanduser().resolve() for p in paths]
+    for i, folder in enumerate(folders):
+        if folder in folders[:i]:
+            raise CheckpointError(str(paths[i]), "is given twice", "give each run once")
+    return [_read(f, name, step) for f, name in zip(folders, _names(folders), strict=True)]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    def tail(folder: Path, parts: int) -> str:
+        return "/".join(folder.parts[-parts:])
+
+    found = []
+    for folder in folders:
+        others = [f for f in folders if f != folder]
+        parts = 1
+        while tail(folder, parts) in {START, *(tail(o, parts) for o in others)} and parts < len(folder.parts):
+            parts += 1
+        found.append(tail(folder, parts))
+    return found
+
+
+def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
+    missing = [file for file in (CONFIG, MANIFEST) if not (folder / file).exists()]
+    if len(missing) == 1:
+        raise CheckpointError(str(folder), f"has no {missing[0]}", "restore it, or train the run again")
+    if missing:
+        how = "give a folder that penchant train has written"
+        if (folder / STATE).exists():
+            stages = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
+            how = f"it is a pipeline: give its stages, such as {folder / stages[0] if stages else 'PIPELINE/STAGE'}"
+        raise CheckpointError(str(folder), "is no run" if folder.is_dir() else "no such run", how)
+    config = load_config(folder / CONFIG)
+    if isinstance(config.algorithm, RewardModelConfig):
+        raise ConfigError(str(folder), "is a reward model, which writes nothing", "leave it out; it can be --reward")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        _ = manifest["data"]["train"]["fingerprint"], manifest["model"]["sha256"], manifest["tokenizer_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(str(folder / MANIFEST), f"cannot be read ({error})", "train the run again") from error
+    identity = folder / "identity.json"
+    known = json.loads(identity.read_text(encoding="utf-8")) if identity.exists() else {}
+    contents = {k: v for k, v in known.items() if k.startswith("content of reward")}
+    return TrainedRun(name, folder, with_absolute_paths(config), manifest, contents, model_folder(folder, step))
+
+
+def by_setting(runs: Sequence[TrainedRun]) -> dict[str, list[TrainedRun]]:
+    """Runs that differ in nothing but their seed are one setting, named after the shortest of their names.
+
+    Raises:
+        CheckpointError: two runs of one setting have the same seed, so one of them says nothing new.
+    """
+    groups: dict[str, list[TrainedRun]] = {}
+    for run in runs:
+        groups.setdefault(run.setting, []).append(run)
+    for group in groups.values():
+        seeds: dict[int, str] = {}
+        for run in group:
+            if run.seed in seeds:
+                raise CheckpointError(
+                    str(run.folder),
+                    f"is the same setting as {seeds[run.seed]} with the same seed ({run.seed}), so it is no second seed",
+                    "give one of them",
+                )
+            seeds[run.seed] = run.name
+    return {min((r.name for r in group), key=len): group for group in groups.values()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# where they start
+
+
+def check_tokenizers(runs: Sequence[TrainedRun]) -> None:
+    """All runs make the same tokens.
+
+    Raises:
+        ConfigError: two of them do not.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        if run.manifest["tokenizer_sha256"] != first.manifest["tokenizer_sha256"]:
+            raise ConfigError(
+                "compare",
+                f"{run.name} and {first.name} have different tokenizers, so their tokens, KL and likelihoods are of different things",
+                "compare runs that have the same one",
+            )
+
+
+def common_start(runs: Sequence[TrainedRun]) -> Entrant:
+    """The model that all runs start from, checked to be still the one that it was.
+
+    Raises:
+        ConfigError: they start from different weights. ModelError: the start has changed since.
+    """
+    first = runs[0]
+    dtype_of = {r.name: r.manifest["hardware"]["dtype"] for r in runs}
+    kinds: dict[tuple[str, str], TrainedRun] = {}
+    for run in runs:
+        kinds.setdefault((run.manifest["model"]["sha256"], dtype_of[run.name]), run)
+    for (sha256, dtype), run in kinds.items():
+        # in another precision the same weights have another sum: those are looked at below
+        if dtype == dtype_of[first.name] and sha256 != first.manifest["model"]["sha256"]:
+            raise _other_start(first, run)
+    wide = {run.name: start_sha256(run) for run in kinds.values()}
+    for name, sha256 in wide.items():
+        if sha256 != wide[first.name]:
+            raise _other_start(first, next(r for r in runs if r.name == name))
+    return Entrant(START, first.data.config.model, seed=first.seed)
+
+
+def _other_start(one: TrainedRun, other: TrainedRun) -> ConfigError:
+    return ConfigError(
+        "compare",
+        f"{one.name} and {other.name} start from different weights, so there is no common start to compare with",
+        f"give --against RUN, for instance --against {one.folder}: all others are compared with that one",
+    )
+
+
+def start_sha256(run: TrainedRun) -> str:
+    """SHA-256 in fp32 of the weights that a run starts from.
+
+    Raises:
+        ModelError: they are not there any more, or not what they were.
+    """
+    config = run.data.config.model
+    model = load_causal_model(config, resolve_device("cpu"), run.seed)
+    wide = weights_sha256(model)
+    cast_parameters(model, getattr(torch, run.manifest["hardware"]["dtype"]))
+    if weights_sha256(model) != run.manifest["model"]["sha256"]:
+        raise ModelError(config.path, f"is not the model any more that {run.name} started from", "restore it")
+    return wide
+
+
+def check_bases(runs: Sequence[TrainedRun]) -> None:
+    """The models that adapters go on are what they were.
+
+    Raises:
+        ModelError: one has changed.
+    """
+    seen = set()
+    for run in runs:
+        key = (run.config.model.path, run.config.model.revision, run.manifest["model"]["sha256"])
+        if is_adapter(run.model) and key not in seen:
+            seen.add(key)
+            start_sha256(run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what they were trained on
+
+
+def lineage(run: TrainedRun) -> list[RunConfig]:
+    """Configs of the runs whose models it started from, the nearest first; a start that no run made ends it."""
+    found: list[RunConfig] = []
+    seen = {run.folder}
+    path = run.config.model.path
+    while (folder := _run_of(Path(path))) is not None and folder not in seen:
+        seen.add(folder)
+        found.append(with_absolute_paths(load_config(folder / CONFIG)))
+        path = found[-1].model.path
+    return found
+
+
+def _run_of(model: Path) -> Path | None:
+    """The run that a model's folder belongs to: ``RUN/checkpoints/step-N/model`` or ``RUN/merged/step-N``."""
+    for parents in (3, 2):
+        folder = model.parents[parents - 1] if len(model.parents) >= parents else None
+        if folder is not None and (folder / CONFIG).exists():
+            return folder
+    return None
+
+
+def all_trained_prompts(runs: Sequence[TrainedRun], *, lenient: bool) -> tuple[set[str], list[str]]:
+    """Keys of the prompts that the runs, and the runs that they started from, were trained on; and what could not be looked at.
+
+    Args:
+        lenient: rows that are gone or have changed are a sentence rather than an error.
+
+    Raises:
+        CheckpointError: the data is not what a run was trained on.
+    """
+    trained: set[str] = set()
+    notes: list[str] = []
+    for run in runs:
+        try:
+            _check_data(run)
+            trained |= trained_prompts(run.data)
+        except PenchantError as error:
+            if not lenient:
+                raise
+            notes.append(
+                f"What {run.name} was trained on cannot be looked at, so its prompts are not left out ({error})."
+            )
+        for config in lineage(run):
+            try:
+                trained |= trained_prompts(Run(config, quiet=True))
+            except PenchantError as error:
+                notes.append(
+                    f"What the start of {run.name} was trained on cannot be looked at, so its prompts are not left out ({error})."
+                )
+    return trained, list(dict.fromkeys(notes))
+
+
+def _check_data(run: TrainedRun) -> None:
+    known = run.manifest["data"].get("train split", run.manifest["data"]["train"])["fingerprint"]
+    if run.data.datasets[0].fingerprint != known:
+        raise CheckpointError(
+            str(run.config.data.path),
+            f"does not hold the rows any more that {run.name} was trained on, so nothing says which rows are held out",
+            "restore the file, or give --data with other rows",
+        )
+
+
+# ---- What each run spent, from its own files: steps, rows, completions, tokens, learning rates, data; and a sentence for each that differs ----
+
+TOLERANCE = 0.05  # beyond it something differs
+
+NUMBERS = {  # field: in words
+    "steps": "Optimiser steps",
+    "rows": "Rows seen in training",
+    "completions": "Completions written in training",
+    "tokens": "Tokens computed in training",
+    "peak_lr": "Peak learning rates",
+    "warmup": "Shares of the steps that warm up",
+    "min_lr": "Last learning rates, as a share of the peak,",
+    "trainable": "Trained parameters",
+}
+WORDS = {"schedule": "Learning-rate schedules", "template": "Prompt templates", "dtype": "Precisions"}
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a run spent in training, up to the checkpoint where one was asked for by its number, else in all.
+
+    Args:
+        steps: of the optimiser; rows: training rows (prompts of an online method) met, each time counted; completions: that an online
+            method wrote; tokens: computed, a shared prompt once; peak_lr, warmup, min_lr, schedule: of the learning rate.
+        trainable: parameters; finished: whether the run came to its end.
+    """
+
+    steps: float
+    rows: float
+    completions: float
+    tokens: float
+    peak_lr: float
+    warmup: float
+    min_lr: float
+    trainable: float
+    schedule: str
+    template: str
+    dtype: str
+    finished: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*NUMBERS, *WORDS, "finished")}
+
+
+def budget_of(run: TrainedRun, up_to: int | None = None) -> Budget:
+    """A run's budget; `up_to`: a step at which it would have ended."""
+    lines = [line for line in read_jsonl(run.folder / "metrics.jsonl") if line["kind"] == "train"]
+    lines = [line for line in lines if up_to is None or line["step"] <= up_to]
+    last: Mapping[str, Any] = lines[-1] if lines else {"step": 0, "epoch": 0.0, "tokens": 0}
+    data = run.manifest["data"]
+    split = data["train split"]["rows"] if "train split" in data else data["train"]["accepted"]
+    rows = last["epoch"] * split
+    online = run.config.algorithm if isinstance(run.config.algorithm, OnlineConfig) else None
+    t = run.config.train
+    return Budget(
+        steps=float(last["step"]),
+        rows=float(round(rows)),
+        completions=float(round(rows * online.samples)) if online is not None else 0.0,
+        tokens=float(last["tokens"]),
+        peak_lr=max((line["lr"] for line in lines if line.get("lr")), default=0.0),
+        warmup=t.warmup_fraction,
+        min_lr=t.min_lr_fraction,
+        trainable=float(run.manifest["model"]["trainable_parameters"]),
+        schedule=t.schedule,
+        template=run.config.data.template,
+        dtype=run.manifest["hardware"]["dtype"],
+        finished=run.manifest["status"] == "finished",
+    )
+
+
+def budget_sentences(budgets: Mapping[str, Sequence[Budget]]) -> list[str]:
+    """One sentence for each thing that differs by more than 5% between settings (their means over seeds) or within one."""
+    said = []
+    for field, words in NUMBERS.items():
+        means = {name: float(np.mean([getattr(b, field) for b in of])) for name, of in budgets.items()}
+        if _differ(list(means.values())):
+            said.append(f"{words} differ: {_listed({n: _shown(v) for n, v in means.items()})}.")
+        for name, of in budgets.items():
+            values = [getattr(b, field) for b in of]
+            if _differ(values):
+                said.append(f"{words} differ among the seeds of {name}: {', '.join(map(_shown, values))}.")
+    for field, words in WORDS.items():
+        of_each = {name: ", ".join(dict.fromkeys(getattr(b, field) for b in of)) for name, of in budgets.items()}
+        if len(set(of_each.values())) > 1:
+            said.append(f"{words} differ: {_listed(of_each)}.")
+    return said
+
+
+def data_sentences(settings: Mapping[str, Sequence[TrainedRun]]) -> list[str]:
+    """A sentence where settings were trained on other rows; the shape that a method needs makes no difference."""
+    first, *others = settings
+    said = []
+    for name in others:
+        one, other = settings[first][0], settings[name][0]
+        if one.manifest["data"]["train"]["fingerprint"] == other.manifest["data"]["train"]["fingerprint"]:
+            continue
+        try:
+            a, b = (trained_prompts(r.data) for r in (one, other))
+            shapes = {r.data.datasets[0].kind for r in (one, other)}
+        except PenchantError:
+            said.append(f"The data of {name} is not that of {first}.")
+            continue
+        if a != b:
+            said.append(
+                f"The data differs: {first} was trained on {len(a):,} prompts, {name} on {len(b):,}, and {len(a & b):,} are the same."
+            )
+        elif len(shapes) == 1:
+            said.append(f"The data differs: {first} and {name} were trained on the same prompts with other answers.")
+    return said
+
+
+def unfinished(budgets: Mapping[str, Budget]) -> list[str]:
+    """A sentence for each run that did not come to its end."""
+    return [
+        f"{name} has not come to its end: it stopped at step {b.steps:.0f}."
+        for name, b in budgets.items()
+        if not b.finished
+    ]
+
+
+def _differ(values: Sequence[float]) -> bool:
+    return max(values) > (1 + TOLERANCE) * min(values)
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) else f"{value:.3g}"
+
+
+def _listed(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+# ---- Readings of a test set: each one is written down beside the file, and the next comparison on it says so ----
+# A test set says what it promises once. Whoever looks, changes something and looks again has chosen by it.
+
+READINGS = "test_readings.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """The readings of a file of test rows.
+
+    Args:
+        file: absolute; fingerprint: SHA-256 of its rows, whatever the file's name and layout.
+    """
+
+    file: Path
+    fingerprint: str
+
+    @property
+    def log(self) -> Path:
+        """Where its readings are kept: in the folder of the file, so that every comparison on it finds them."""
+        return self.file.parent / READINGS
+
+    def earlier(self) -> list[dict[str, Any]]:
+        """Readings so far, oldest first: of the same rows, or of a file of the same name.
+
+        Raises:
+            DataError: a line is damaged.
+        """
+        if not self.log.exists():
+            return []
+        found = []
+        for number, line in enumerate(self.log.read_text(encoding="utf-8").split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                _ = row["time"], row["runs"], row["fingerprint"], row["file"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{self.log}:{number}", "is no reading of a test set", "restore the line") from error
+            if row["fingerprint"] == self.fingerprint or row["file"] == self.file.name:
+                found.append(row)
+        return found
+
+    def check_writable(self) -> None:
+        """A reading can be written down.
+
+        Raises:
+            DataError: the folder cannot be written, so that the next reader would not know.
+        """
+        try:
+            known = self.log.exists()
+            with self.log.open("ab"):
+                pass
+            if not known:  # nothing was read yet
+                self.log.unlink()
+        except OSError as error:
+            raise DataError(
+                str(self.log),
+                f"cannot be written ({error.strerror}), so nobody would know that the test set was read",
+                "put the file into a folder that you can write",
+            ) from error
+
+    def record(self, runs: Sequence[str], details: Mapping[str, Any]) -> None:
+        """Write a reading down, on disk before this returns."""
+        row = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "file": self.file.name,
+            "sha256": file_sha256(self.file),
+            "fingerprint": self.fingerprint,
+            "runs": list(runs),
+            **details,
+        }
+        with self.log.open("ab") as out:
+            out.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            out.flush()
+            os.fsync(out.fileno())
+
+    def sentence(self, earlier: Sequence[Mapping[str, Any]]) -> str:
+        """How often it was read before."""
+        if not earlier:
+            return f"This test set is read for the first time; the reading is written down in {self.log}."
+        times = "once" if len(earlier) == 1 else f"{len(earlier)} times"
+        first, last = earlier[0], earlier[-1]
+        said = (
+            f"This test set has been read {times} before, first on {first['time'][:10]} for {', '.join(first['runs'])}"
+        )
+        if len(earlier) > 1:
+            said += f", last on {last['time'][:10]} for {', '.join(last['runs'])}"
+        other = sum(row["fingerprint"] != self.fingerprint for row in earlier)
+        changed = f" ({other} of them with other rows in the file)" if other else ""
+        return f"{said}{changed}: what is chosen by it is no longer tested by it."

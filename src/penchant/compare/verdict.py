@@ -1,0 +1,361 @@
+"""Which of several settings is better, as far as paired tests on the same prompts, corrected for their number, and seeds say so."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from penchant.metrics.stats import (
+    Interval,
+    holm,
+    length_controlled_win_rate,
+    paired_bootstrap,
+    seeds_difference,
+    several_sources,
+    several_sources_p,
+    share_ci,
+    sign_flip_test,
+)
+
+FEW_PROMPTS = 10  # below it a percentile bootstrap is too narrow to name a winner
+ALPHA = 0.05
+MOST_UNJUDGED = 0.1  # share of pairs without a verdict beyond which no winner is named
+MANY_PROMPTS = 100  # below it a sentence without a winner says that prompts are few
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A setting on the prompts that all met.
+
+    Args:
+        outcome: what is compared, (seeds, prompts): mean rewards, or the share of preferences that it got right; None where pairs are judged.
+        rewards, lengths: of its completions and their tokens, (seeds, prompts, samples); rewards None where nobody judged.
+        fixed: a model that no other seed could have made otherwise (what training starts from).
+    """
+
+    name: str
+    outcome: np.ndarray | None
+    rewards: np.ndarray | None
+    lengths: np.ndarray
+    fixed: bool = False
+
+    @property
+    def seeds(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def prompts(self) -> int:
+        return int(self.lengths.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two settings compared: `name` minus `other`.
+
+    Args:
+        difference: of the mean outcome; p_prompts: of the sign-flip test by prompt; p_seeds: with seeds as a second source of chance,
+            None where a side has one seed; corrected: Holm's, of the larger of the two, over all comparisons made together.
+        win_rate, equal_length: of `name` over `other`, raw and at equal length; None without a reward.
+        unjudged: share of pairs of completions without a verdict, where a judge decides pair by pair; the difference is then that of the
+            win rate from one half. None else.
+    """
+
+    name: str
+    other: str
+    difference: Interval
+    p_prompts: float
+    p_seeds: float | None
+    win_rate: Interval | None
+    equal_length: Interval | None
+    corrected: float = 1.0
+    unjudged: float | None = None
+
+    @property
+    def p(self) -> float:
+        """The larger p-value: both have to be small."""
+        return self.p_prompts if self.p_seeds is None else max(self.p_prompts, self.p_seeds)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in comparison.json."""
+        intervals = {"difference": self.difference, "win_rate": self.win_rate, "equal_length": self.equal_length}
+        return {
+            "name": self.name,
+            "other": self.other,
+            **{k: None if v is None else v.to_dict() for k, v in intervals.items()},
+            "p_prompts": self.p_prompts,
+            "p_seeds": self.p_seeds,
+            "p": self.p,
+            "p_corrected": self.corrected,
+            **({} if self.unjudged is None else {"unjudged": self.unjudged}),
+        }
+
+
+def compare_all(candidates: Sequence[Candidate]) -> list[Pair]:
+    """Every candidate with the first, then all others with each other; corrected for all of them."""
+    return corrected(compare_each(candidates))
+
+
+def compare_each(candidates: Sequence[Candidate]) -> list[Pair]:
+    """The same, not yet corrected."""
+    first, *others = candidates
+    pairs = [compare_two(c, first) for c in others]
+    return pairs + [compare_two(a, b) for i, a in enumerate(others) for b in others[i + 1 :]]
+
+
+def corrected(pairs: Sequence[Pair]) -> list[Pair]:
+    """Comparisons corrected for their number."""
+    return [replace(p, corrected=c) for p, c in zip(pairs, holm([p.p for p in pairs]), strict=True)]
+
+
+def compare_two(a: Candidate, b: Candidate) -> Pair:
+    """One comparison, not yet corrected."""
+    assert a.outcome is not None and b.outcome is not None
+    over_seeds = _over_seeds(a, b)
+    mine, theirs = a.outcome.mean(0), b.outcome.mean(0)
+    p_seeds, difference = None, None
+    if over_seeds:
+        seeds = [o.mean(1) for c, o in ((a, a.outcome), (b, b.outcome)) if not c.fixed]
+        sources = [*seeds, mine - theirs]
+        p_seeds = several_sources_p(float(mine.mean() - theirs.mean()), sources)
+        difference = several_sources(float(mine.mean() - theirs.mean()), sources)
+        if not (a.fixed or b.fixed):
+            difference = seeds_difference(b.outcome, a.outcome)
+    difference = difference or paired_bootstrap(theirs, mine)
+    raw, controlled = _win_rates(a, b, over_seeds)
+    return Pair(a.name, b.name, difference, sign_flip_test(theirs, mine), p_seeds, raw, controlled)
+
+
+def _win_rates(a: Candidate, b: Candidate, over_seeds: bool) -> tuple[Interval | None, Interval | None]:
+    """Per prompt, the share of pairs of completions in which a's has the higher reward, ties half; raw and at equal length."""
+    if a.rewards is None or b.rewards is None:
+        return None, None
+    # (seeds of a, seeds of b, prompts, samples of a, samples of b)
+    x, y = a.rewards[:, None, :, :, None], b.rewards[None, :, :, None, :]
+    wins = (x > y) + 0.5 * (x == y)
+    raw = _raw(wins, _sources(a, b, wins) if over_seeds else None)
+    return raw, _controlled(wins, a.lengths[:, None, :, :, None], b.lengths[None, :, :, None, :])
+
+
+def compare_judged(a: Candidate, b: Candidate, wins: np.ndarray) -> Pair | None:
+    """One comparison by a judge that decides pair by pair, not yet corrected; None without any verdict.
+
+    The mean over prompts of their mean wins is tested against one half.
+
+    Args:
+        wins: of a, (seeds of a, seeds of b, prompts, samples), sample by sample; 1, 0 or between, NaN where there is no verdict.
+    """
+    heard = ~np.isnan(wins)
+    unjudged = 1.0 - float(heard.mean())
+    if not heard.any():
+        return None
+    wins = wins[:, :, heard.any((0, 1, 3))]
+    by_prompt = np.nanmean(wins, (0, 1, 3))
+    sources = _sources(a, b, wins) if _over_seeds(a, b) and len(by_prompt) > 1 else None
+    if sources is not None and any(np.isnan(s).any() for s in sources):
+        sources = None  # a seed of which nobody could say anything
+    raw = _raw(wins, sources)
+    gain = Interval(*(v - 0.5 for v in (raw.estimate, raw.low, raw.high)))
+    mine, theirs = (x[:, :, heard.any((0, 1, 3))] for x in (a.lengths[:, None], b.lengths[None, :]))
+    return Pair(
+        a.name,
+        b.name,
+        gain,
+        sign_flip_test(np.full(len(by_prompt), 0.5), by_prompt),
+        None if sources is None else several_sources_p(gain.estimate, sources),
+        raw,
+        _controlled(wins, mine, theirs),
+        unjudged=unjudged,
+    )
+
+
+def _over_seeds(a: Candidate, b: Candidate) -> bool:
+    """Whether there is something to say of what other seeds would have given."""
+    return all(c.fixed or c.seeds > 1 for c in (a, b)) and not (a.fixed and b.fixed) and a.prompts > 1
+
+
+def _sources(a: Candidate, b: Candidate, wins: np.ndarray) -> list[np.ndarray]:
+    """What a win rate's chance comes from: seeds of either side, prompts. wins: (seeds of a, seeds of b, prompts, ...)."""
+    rest = tuple(range(3, wins.ndim))
+    with warnings.catch_warnings():  # a mean of nothing is NaN, and is looked at
+        warnings.simplefilter("ignore", RuntimeWarning)
+        of_a, of_b = np.nanmean(wins, (1, 2, *rest)), np.nanmean(wins, (0, 2, *rest))
+    seeds = [of for c, of in ((a, of_a), (b, of_b)) if not c.fixed]
+    return [*seeds, np.nanmean(wins, (0, 1, *rest))]
+
+
+def _raw(wins: np.ndarray, sources: Sequence[np.ndarray] | None) -> Interval:
+    """The win rate, by prompt or over several sources of chance."""
+    by_prompt = np.nanmean(wins, (0, 1, *range(3, wins.ndim)))
+    if sources is None:
+        return share_ci(by_prompt)
+    raw = several_sources(float(by_prompt.mean()), sources)
+    return Interval(raw.estimate, max(0.0, raw.low), min(1.0, raw.high))
+
+
+def _controlled(wins: np.ndarray, mine: np.ndarray, theirs: np.ndarray) -> Interval:
+    """The win rate at equal length. mine, theirs: tokens, of shapes that go with (seeds of a, seeds of b, prompts, ...)."""
+    prompts = np.arange(wins.shape[2]).reshape(-1, *[1] * (wins.ndim - 3))
+    heard = ~np.isnan(wins)
+    lengths, others, clusters = (np.broadcast_to(x, wins.shape)[heard] for x in (mine, theirs, prompts))
+    draws = max(200, min(1000, 4_000_000 // wins.size))  # bounds the memory of the drawn weights
+    return length_controlled_win_rate(wins[heard], lengths, others, clusters=clusters, draws=draws)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in words
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Comparisons by one judge, said after those by the reward.
+
+    Args:
+        by: its name; pairs: corrected; what: as for `verdict`; comparisons: for how many they were corrected.
+        doubt: why no winner is named, whatever the pairs say.
+    """
+
+    by: str
+    pairs: Sequence[Pair]
+    what: str
+    comparisons: int
+    doubt: str = ""
+
+    def sentences(self, prompts: int) -> list[str]:
+        """One a comparison, or why there is none."""
+        if self.doubt:
+            return [f"By {self.by}: no winner is named: {self.doubt}."]
+        return [f"By {self.by}: {_sentence(p, self.comparisons, prompts, self.what)}" for p in self.pairs]
+
+
+def verdict(
+    candidates: Sequence[Candidate], pairs: Sequence[Pair], what: str, others: Sequence[Family] = ()
+) -> list[str]:
+    """Who is better, or that there is no clear winner, and why; a sentence a comparison, then what one seed cannot say.
+
+    Args:
+        what: the outcome in words (``mean reward``, ``held-out preference accuracy``).
+        others: the same comparisons by other judges.
+    """
+    prompts = candidates[0].prompts
+    if prompts < FEW_PROMPTS:
+        return [f"No winner is named: {prompts} prompts are too few for an interval (at least {FEW_PROMPTS})."]
+    said = [_sentence(pair, len(pairs), prompts, what) for pair in pairs]
+    said += [s for family in others for s in family.sentences(prompts)]
+    single = [c.name for c in candidates if c.seeds == 1 and not c.fixed]
+    if single:
+        have = "has one seed" if len(single) == 1 else "have one seed each"
+        said.append(f"{_listed(single)} {have}: another seed of the same setting could turn what is said of it.")
+    return said
+
+
+def _sentence(pair: Pair, comparisons: int, prompts: int, what: str) -> str:
+    ahead = pair.difference.estimate >= 0
+    best, worst = (pair.name, pair.other) if ahead else (pair.other, pair.name)
+    gap, rate, level = (_seen_from(ahead, i, c) for i, c in _intervals(pair))
+    assert gap is not None
+    shown = f"{what} is {_number(gap.estimate)} {_brackets(gap)} higher"
+    if pair.unjudged is not None and rate is not None:
+        shown = f"win rate is {rate.estimate:.0%} {_brackets(rate, '.0%')}"
+    elif rate is not None:
+        shown += f", its win rate {rate.estimate:.0%} {_brackets(rate, '.0%')}"
+    shown += f", p {_p_is(pair.corrected)} (corrected for {_comparisons(comparisons)})"
+    why = _doubt(pair, gap, rate, level, what)
+    if why is None:
+        return f"{best} is better than {worst}: its {shown}." + _about_length(rate, level)
+    if pair.corrected >= ALPHA and prompts < MANY_PROMPTS:
+        why += f"; with {prompts} prompts only a large difference shows"
+    return f"Between {pair.name} and {pair.other} there is no clear winner: {best}'s {shown}; {why}."
+
+
+def _doubt(pair: Pair, gap: Interval, rate: Interval | None, level: Interval | None, what: str) -> str | None:
+    """Why the one that is ahead is not called better; None where it is."""
+    if pair.unjudged is not None and pair.unjudged > MOST_UNJUDGED:
+        return f"{pair.unjudged:.0%} of their pairs could not be judged"
+    if pair.corrected < ALPHA:
+        if rate is not None and rate.estimate <= 0.5:
+            return f"the figures contradict each other: the higher {what}, and no more wins than losses"
+        if level is not None and level.high < 0.5:
+            return f"the figures contradict each other: at equal length its win rate is {level.estimate:.0%} {_brackets(level, '.0%')}"
+        return None if gap.low > 0.0 else _includes(pair)
+    if pair.p < ALPHA:
+        return f"p {_p_is(pair.p)} by itself is not small enough among so many comparisons"
+    if pair.p_prompts < ALPHA and pair.p_seeds is not None:
+        return "its seeds differ too much from each other: on these prompts alone it would be one"
+    if gap.low <= 0.0:
+        return _includes(pair)
+    return f"the interval is near {'0' if pair.unjudged is None else '50%'} and the test by prompt does not tell them apart"
+
+
+def _includes(pair: Pair) -> str:
+    return f"the interval of the {'difference includes 0' if pair.unjudged is None else 'win rate includes 50%'}"
+
+
+def _about_length(rate: Interval | None, level: Interval | None) -> str:
+    if rate is None or level is None or level.low > 0.5:
+        return ""
+    return (
+        f" At equal length its win rate is {level.estimate:.0%} {_brackets(level, '.0%')}: length may be why it wins."
+    )
+
+
+def _intervals(pair: Pair) -> list[tuple[Interval | None, float]]:
+    """The pair's intervals, and what each one is mirrored at."""
+    return [(pair.difference, 0.0), (pair.win_rate, 0.5), (pair.equal_length, 0.5)]
+
+
+def _seen_from(ahead: bool, interval: Interval | None, centre: float) -> Interval | None:
+    """The same interval of the other one of a pair."""
+    if interval is None or ahead:
+        return interval
+    mirror = 2 * centre
+    return Interval(mirror - interval.estimate, mirror - interval.high, mirror - interval.low)
+
+
+def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None = None) -> str:
+    """Comparisons as a plain table, with raw and corrected p-values, and how many there were (default: these)."""
+    by_pairs = any(p.unjudged is not None for p in pairs)  # then the difference is in the win rate
+    lines = [["comparison", *([] if by_pairs else [f"difference of {what}"])]]
+    judged = any(p.win_rate is not None for p in pairs)
+    lines[0] += ["win rate", "at equal length"] if judged else []
+    lines[0] += ["p", f"p corrected for {_comparisons(len(pairs) if comparisons is None else comparisons)}"]
+    for p in pairs:
+        line = [f"{p.name} - {p.other}"]
+        line += [] if by_pairs else [f"{_number(p.difference.estimate)} {_brackets(p.difference)}"]
+        if judged:
+            line += [f"{i.estimate:.3f} {_brackets(i)}" if i else "-" for i in (p.win_rate, p.equal_length)]
+        lines.append([*line, _p(p.p), _p(p.corrected)])
+    return columns(lines)
+
+
+def columns(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as a plain table."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _brackets(interval: Interval, form: str = ".3f") -> str:
+    return f"[{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _p(p: float) -> str:
+    return "<0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
+
+
+def _p_is(p: float) -> str:
+    return "< 0.0001" if p < 1e-4 else f"= {_p(p)}"
+
+
+def _comparisons(n: int) -> str:
+    return "1 comparison" if n == 1 else f"{n} comparisons"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,227 @@
+"""Every key of a config as text: what `penchant config` prints and docs/config.md holds, all from the schema."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConfig
+from penchant.base.section import Section
+from penchant.config import RunConfig, config_from_mapping
+from penchant.errors import ConfigError
+from penchant.losses.section import LossModifiers
+
+_PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+# settings that are refused together, so that the page shows the very words that a person gets
+REFUSED: tuple[tuple[str, ...], ...] = (
+    ("data.validation_rows=50", "data.validation_fraction=0.1"),
+    ("reference.ema=0.99", "reference.sync_every=64"),
+    ("reference.sync_mixup=0.5",),
+    ("reference.kind=cached", "reference.ema=0.99"),
+    ("reward=sentiment",),
+    ("algorithm=rloo",),
+    ("algorithm=grpo", "reward=words", "algorithm.samples=1"),
+    ("algorithm=online_dpo", "reward=words", "algorithm.epochs=2"),
+    ("algorithm=ppo", "reward=words", "algorithm.value_init=reward"),
+    ("algorithm=reward_model", "reward=words"),
+    ("algorithm=rloo", "reward=words", "loss=ipo"),
+    ("algorithm=rloo", "reward=words", "evaluation.reward=words"),
+    ("evaluation.reward=words", "evaluation.kl_prompts=0"),
+    ("trust.kl=[20.0, 5.0]",),
+    ("train.batch_size=0",),
+    ("train.lr=fast",),
+    ("train.batchsize=8",),
+    ("learning_rate=1e-5",),
+    ("loss=dpoo",),
+    ("loss.mix=[{name: dpo}, {name: dpo}]",),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of a config, as text: its full path, what it takes, its default ("required" where there is none), its meaning."""
+
+    path: str
+    takes: str
+    default: str
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One section, or one of the forms that a section has: its title, what it is for, its keys."""
+
+    title: str
+    about: str
+    keys: tuple[Key, ...]
+
+
+def takes(info: FieldInfo) -> str:
+    """What a field accepts: its type in words, its choices, its range."""
+    bounds = [
+        f"{sign} {getattr(m, name):g}" for m in info.metadata for name, sign in _SIGNS.items() if hasattr(m, name)
+    ]
+    return _words(info.annotation) + (f", {', '.join(bounds)}" if bounds else "")
+
+
+def _words(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(str(v) for v in inner)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_words(i) for i in inner)
+    if origin is list:
+        return f"list of {_words(inner[0])}"
+    if origin is dict:
+        return f"mapping of {_words(inner[0])} to {_words(inner[1])}"
+    return _PLAIN.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def shown(value: Any) -> str:
+    """A default as YAML would have it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else "{}" if value == {} else str(value)
+
+
+def _keys(section: type[BaseModel], prefix: str) -> tuple[Key, ...]:
+    found = []
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            continue
+        default = "required" if info.is_required() else shown(info.get_default(call_default_factory=True))
+        found.append(Key(prefix + (info.alias or name), takes(info), default, info.description or ""))
+    return tuple(found)
+
+
+def _first_line(kind: type) -> str:
+    return (kind.__doc__ or "").strip().splitlines()[0]
+
+
+def parts() -> Iterator[Part]:
+    """The config's sections in their order."""
+    for name, info in RunConfig.model_fields.items():
+        if name == "loss":
+            method = Key(
+                "loss.name",
+                "one of `penchant losses`, or path.py:function",
+                "dpo",
+                "which loss; its own hyperparameters stand beside it",
+            )
+            mix = Key("loss.mix", "list of losses, each with a weight", "", "several losses, in place of loss.name")
+            yield Part(
+                "loss",
+                "What is minimised: docs/losses.md lists every loss's own keys.",
+                (method, *_keys(LossModifiers, "loss."), mix),
+            )
+        elif name == "algorithm":
+            for title, kind in (
+                ("rloo, grpo, online_dpo", OnlineConfig),
+                ("ppo", PPOConfig),
+                ("reward_model", RewardModelConfig),
+            ):
+                yield Part(f"algorithm: {title}", _first_line(kind), _keys(kind, "algorithm."))
+        elif name == "reward":
+            yield Part("reward", "What judges completions.", (Key("reward", "text, or mapping of text to number", "null", info.description or ""),
+                       Key("reward.device", "auto or cpu or cuda", "auto", "of reward models; auto: the policy's")))  # fmt: skip
+        elif name == "output":
+            yield Part("output", "Where the run goes.", (Key("output", "text", "required", info.description or ""),))
+        else:
+            section = next(
+                k
+                for k in (info.annotation, *get_args(info.annotation))
+                if isinstance(k, type) and issubclass(k, Section)
+            )
+            extra = (
+                (Key("evaluation.reward", "as reward", "null", section.model_fields["reward"].description or ""),)
+                if name == "evaluation"
+                else ()
+            )
+            keys = tuple(k for k in _keys(section, f"{name}.") if k.path != "evaluation.reward")
+            yield Part(name, _first_line(section), (*keys, *extra))
+
+
+def text(key: str | None = None) -> str:
+    """Every key, or those of a section, or one of them.
+
+    Raises:
+        ConfigError: there is no such key.
+    """
+    found = [(p, k) for p in parts() for k in p.keys if key is None or k.path == key or k.path.startswith(f"{key}.")]
+    if not found:
+        names = sorted({k.path for p in parts() for k in p.keys})
+        near = difflib.get_close_matches(str(key), names, 1) or [n for n in names if n.rpartition(".")[2] == key][:1]
+        how = f"did you mean {near[0]}?" if near else f"there are the sections {', '.join(RunConfig.model_fields)}"
+        raise ConfigError("penchant config", f"{key!r} is no key of a config", how)
+    lines: list[str] = []
+    for part in dict.fromkeys(p.title for p, _ in found):
+        mine = [(p, k) for p, k in found if p.title == part]
+        lines += ["", f"{part.upper()}  {mine[0][0].about}"]
+        for _, k in mine:
+            default = (
+                f" (default: {k.default})"
+                if k.default not in ("required", "")
+                else f" ({k.default})"
+                if k.default
+                else ""
+            )
+            lines += [f"  {k.path}: {k.takes}{default}", f"      {k.meaning}"]
+    return "\n".join(lines[1:])
+
+
+def refusal(settings: tuple[str, ...]) -> str:
+    """What a config with these settings is answered with.
+
+    Raises:
+        AssertionError: it is accepted: the page would be wrong.
+    """
+    base: Mapping[str, Any] = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}, "output": "o"}
+    try:
+        config_from_mapping(base, settings)
+    except ConfigError as error:
+        return f"{error.what}" + (f"; {error.how}" if error.how else "")
+    raise AssertionError(f"{' '.join(settings)} is accepted")
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def markdown() -> str:
+    """docs/config.md."""
+    lines = [
+        "# Every key of a config",
+        "",
+        "Written by `penchant config --markdown` from the schema; a test compares the two. `penchant config SECTION` or `penchant config train.lr` prints a part of it.",
+        "",
+        "Any key can be set on the command line too: `penchant train run.yaml train.lr=1e-4`. A value of another type, outside its range or under",
+        "a name that is not here stops before anything is loaded, with the file's line and, for a mistyped name, the nearest one.",
+        "",
+    ]
+    for part in parts():
+        lines += [f"## {part.title}", "", part.about.replace("docs/losses.md", "[losses.md](losses.md)"), ""]
+        lines += ["| key | takes | default | meaning |", "|---|---|---|---|"]
+        lines += [
+            f"| `{k.path}` | {_cell(k.takes)} | {_cell(f'`{k.default}`' if k.default not in ('', 'required') else k.default)} | {_cell(k.meaning)} |"
+            for k in part.keys
+        ]
+        lines.append("")
+    lines += [
+        "## What is refused",
+        "",
+        "Settings that contradict each other, and common slips, with the answer that they get:",
+        "",
+    ]
+    lines += ["| settings | answer |", "|---|---|"]
+    lines += [f"| `{' '.join(settings)}` | {_cell(refusal(settings))} |" for settings in REFUSED]
+    return "\n".join(lines) + "\n"

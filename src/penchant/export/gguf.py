@@ -1,0 +1,410 @@
+"""GGUF: weights and vocabulary."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penchant.errors import ConfigError, ModelError
+from penchant.export.request import Q8
+
+if TYPE_CHECKING:
+    from penchant.export.subject import Subject
+
+
+# ---- A tokenizer's vocabulary as GGUF holds it; tokenizers whose splitting llama.cpp does not have under a name are refused ----
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # GGUF's token types
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>$")
+SPACE = "▁"
+
+# how a text is cut before merging, as `tokenizers` writes it down, and what llama.cpp calls the same
+_DIGITS = {"type": "Digits", "individual_digits": True}
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What GGUF's ``tokenizer.ggml`` keys say.
+
+    Args:
+        model: gpt2 (bytes as letters, merges) or llama (pieces with scores); pre: how a text is cut before; tokens, types, scores: by id.
+        special: ids of bos, eos, unk and pad, where there are such tokens; notes: what a person should know.
+    """
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    scores: list[float]
+    merges: list[str]
+    special: Mapping[str, int]
+    adds_bos: bool
+    adds_eos: bool
+    adds_space: bool
+    chat_template: str | None
+    notes: tuple[str, ...] = ()
+
+
+def vocabulary_of(tokenizer: Any, rows: int, where: str) -> Vocabulary:
+    """A tokenizer's vocabulary.
+
+    Args:
+        rows: of the model's embedding, which may have more than the tokenizer has tokens; where: for errors.
+
+    Raises:
+        ModelError: not a BPE, or one that cuts texts in a way that is not known here.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(where, "its tokenizer is not of the tokenizers library", "use --to safetensors")
+    definition = json.loads(backend.to_str())
+    model = definition["model"]
+    if model["type"] != "BPE":
+        raise ModelError(where, f"GGUF export knows BPE tokenizers, not {model['type']}", "use --to safetensors")
+    kind, pre, adds_space, notes = _kind(definition, where)
+    by_id = {int(i): str(t) for t, i in backend.get_vocab(with_added_tokens=True).items()}
+    added = {int(t["id"]): bool(t["special"]) for t in definition["added_tokens"]}
+    tokens = [by_id.get(i, f"[PAD{i}]") for i in range(rows)]
+    types = [_type(i, tokens[i], i in by_id, added, model.get("unk_token"), kind) for i in range(rows)]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    ids = {k: getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "unk", "pad")}
+    first = tokenizer("a")["input_ids"]
+    template = getattr(tokenizer, "chat_template", None)
+    return Vocabulary(
+        model=kind,
+        pre=pre,
+        tokens=tokens,
+        types=types,
+        scores=_scores(tokens, types, merges) if kind == "llama" else [],
+        merges=[] if kind == "llama" else merges,
+        special={k: int(v) for k, v in ids.items() if v is not None},
+        adds_bos=bool(first) and first[0] == tokenizer.bos_token_id,
+        adds_eos=bool(first) and first[-1] == tokenizer.eos_token_id,
+        adds_space=adds_space,
+        chat_template=template if isinstance(template, str) else None,
+        notes=notes,
+    )
+
+
+def _kind(definition: Mapping[str, Any], where: str) -> tuple[str, str, bool, tuple[str, ...]]:
+    """(model, pre, a space put before a text, notes) of a BPE."""
+    cut, normal, model = definition["pre_tokenizer"], definition["normalizer"], definition["model"]
+    marked = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model.get("byte_fallback"):
+        if not marked and cut is None and _spaces(normal) is not None:
+            return "llama", "default", bool(_spaces(normal)), ()
+    else:
+        name = _named(cut)
+        # of these, llama.cpp looks up whole words before it merges for Llama 3 alone
+        if bool(model.get("ignore_merges")) != (name == "llama-bpe") or marked:
+            name = None
+        if name is not None and (normal is None or normal == {"type": "NFC"}):
+            told = "texts are not normalised (NFC) by llama.cpp before they are cut, as they are in transformers"
+            return "gpt2", name, False, (told,) if normal else ()
+    raise ModelError(
+        where,
+        "its tokenizer cuts texts in a way that llama.cpp has no verified name for here",
+        "use --to safetensors; llama.cpp's own converter may know it",
+    )
+
+
+def _spaces(normal: Any) -> bool | None:
+    """Whether a space is put before a text, of a normalizer that writes spaces as pieces do; None: it is another one."""
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    parts = normal.get("normalizers", [normal]) if isinstance(normal, Mapping) else []
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    known: dict[str, bool] = {json.dumps([prepend, replace]): True, json.dumps([replace]): False}
+    return known.get(json.dumps(parts))
+
+
+def _named(cut: Any) -> str | None:
+    """llama.cpp's name of a pre-tokenizer."""
+    parts = cut.get("pretokenizers", [cut]) if isinstance(cut, Mapping) else []
+    if not parts or parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space"):
+        return None
+    before, regex = parts[:-1], bool(parts[-1].get("use_regex", True))
+    if not before and regex:
+        return "gpt-2"
+    if before == [_DIGITS] and regex:
+        return "smollm"
+    if len(before) == 1 and not regex and before[0].get("type") == "Split" and before[0].get("behavior") == "Isolated":
+        pattern = before[0].get("pattern", {}).get("Regex")
+        return {_QWEN2: "qwen2", _LLAMA3: "llama-bpe"}.get(pattern)
+    return None
+
+
+def _type(i: int, token: str, there: bool, added: Mapping[int, bool], unknown: str | None, kind: str) -> int:
+    if not there:
+        return UNUSED
+    if kind == "llama" and BYTE_TOKEN.match(token):
+        return BYTE
+    if token == unknown:
+        return UNKNOWN
+    if i in added:
+        return CONTROL if added[i] else USER_DEFINED
+    return NORMAL
+
+
+def _scores(tokens: list[str], types: list[int], merges: list[str]) -> list[float]:
+    """Pieces by the rank of their earliest merge: who merges first has the higher score; those that no merge makes come last."""
+    rank: dict[str, int] = {}
+    for i, merge in enumerate(merges):
+        rank.setdefault(merge.replace(" ", ""), i)
+    last = len(merges)
+    return [
+        -float(rank.get(token, last + i)) if kind in (NORMAL, USER_DEFINED) else 0.0
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+    ]
+
+
+# ---- GGUF: a model of a Llama's shape and its tokenizer in one file, by the `gguf` package's writer ----
+
+BLOCK = 32  # weights of a Q8_0 block: a row's length must be a multiple of it
+QWEN3_HEAD = 128  # transformers' reader knows no other size of a Qwen3 head
+TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", Q8: "Q8_0"}
+FILE_TYPES = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", Q8: "MOSTLY_Q8_0"}
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A model type of transformers in GGUF.
+
+    Args:
+        gguf: its name there; permuted: whether query and key rows stand in another order there (rotary halves interleaved).
+        biases: whether query, key and value have biases.
+    """
+
+    gguf: str
+    permuted: bool = False
+    biases: bool = False
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", permuted=True),
+    "mistral": Architecture("llama", permuted=True),
+    "qwen2": Architecture("qwen2", biases=True),
+    "qwen3": Architecture("qwen3"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GGUF:
+    """A file to be written.
+
+    Args:
+        write: writes it; seen: what is left of a weight (its name in transformers, its value) once it is stored there.
+        notes: what a person should know.
+    """
+
+    write: Callable[[Path], None]
+    seen: Callable[[str, Tensor], Tensor]
+    notes: tuple[str, ...]
+
+
+def refuse_what_gguf_cannot(subject: Subject, _dtype: str) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        ConfigError: a reward model, or the package is not installed. ModelError: a model or a tokenizer that has not been verified.
+    """
+    from penchant.models.reward import load_model_config
+
+    if subject.reward:
+        raise ConfigError("--to", "gguf is for language models, and this run is a reward model", "use safetensors")
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("--to", "gguf is not installed", "pip install 'penchant[gguf]'")
+    whole = subject.folder if (subject.folder / "config.json").exists() else subject.base.path
+    config = load_model_config(str(whole))
+    check_config(config, str(subject.run))
+    vocabulary_of(subject.tokenizer(), int(config.vocab_size), str(subject.run))
+
+
+def check_config(config: Any, where: str) -> Architecture:
+    """The architecture of a model's config.
+
+    Raises:
+        ModelError: one whose GGUF has not been verified here, with the setting that makes it so.
+    """
+    kind = str(config.model_type)
+    if kind not in ARCHITECTURES:
+        raise ModelError(where, f"GGUF export knows {', '.join(ARCHITECTURES)}, not {kind}", "use --to safetensors")
+    rope = dict(config.rope_parameters or {})
+    wrong = {
+        "rope_type": rope.get("rope_type", "default") != "default",
+        "partial_rotary_factor": float(rope.get("partial_rotary_factor", 1.0)) != 1.0,
+        "hidden_act": config.hidden_act != "silu",
+        "attention_bias": bool(getattr(config, "attention_bias", False)),
+        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+        "sliding_window": _slides(config),
+        "head_dim": kind == "qwen3" and getattr(config, "head_dim", None) != QWEN3_HEAD,
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            value = rope.get(name, getattr(config, name, None))
+            raise ModelError(
+                where, f"GGUF export of {kind} with {name}={value} is not verified", "use --to safetensors"
+            )
+    return ARCHITECTURES[kind]
+
+
+def _slides(config: Any) -> bool:
+    """Whether a query sees less than the whole row."""
+    window: int | None = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True)
+    return window is not None and bool(used) and window < int(config.max_position_embeddings)
+
+
+def gguf_writer(model: Any, tokenizer: Any, dtype: str, name: str) -> GGUF:
+    """A model as GGUF.
+
+    Args:
+        model: in fp32; dtype: of matrices (vectors stay in fp32): fp32, fp16, bf16 or q8_0; name: what the file calls the model.
+    """
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+    config = model.config
+    architecture = check_config(config, name)
+    number = next(a for a in MODEL_ARCH if MODEL_ARCH_NAMES[a] == architecture.gguf)
+    names = get_tensor_name_map(number, config.num_hidden_layers)
+    vocabulary = vocabulary_of(tokenizer, model.get_input_embeddings().weight.shape[0], name)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tensors = {n: p for n, p in model.named_parameters() if not (tied and n.startswith("lm_head."))}
+    kinds = {n: _type_of(p, dtype) for n, p in tensors.items()}
+    fallen = sum(k == "F16" and dtype == Q8 for k in kinds.values())
+    notes = [*vocabulary.notes]
+    if fallen:
+        notes.append(f"{fallen} matrices have rows that are no multiple of {BLOCK} and are stored in fp16")
+
+    def seen(n: str, value: Tensor) -> Tensor:
+        return torch.from_numpy(_back(_stored(_array(value), kinds[n]), kinds[n])) if n in kinds else value
+
+    def write(path: Path) -> None:
+        from gguf import GGUFWriter
+
+        writer = GGUFWriter(path, architecture.gguf)
+        _add_settings(writer, config, name, dtype)
+        _add_vocabulary(writer, vocabulary)
+        for n, p in tensors.items():
+            found = names.get_name(n, try_suffixes=(".weight", ".bias"))
+            if found is None:
+                raise ModelError(name, f"GGUF has no place for the weight {n}", "use --to safetensors")
+            _add_tensor(writer, found, _arranged(n, _array(p.data), config, architecture), kinds[n])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    return GGUF(write, seen, tuple(notes))
+
+
+def _type_of(p: Tensor, dtype: str) -> str:
+    """Matrices in the type asked for; vectors (norms, biases) are few and stay exact."""
+    if p.dim() < 2:
+        return "F32"
+    kind = TYPES[dtype]
+    return "F16" if kind == "Q8_0" and p.shape[-1] % BLOCK else kind
+
+
+def _array(value: Tensor) -> np.ndarray:
+    return value.detach().to(torch.float32).contiguous().numpy()
+
+
+def _stored(values: np.ndarray, kind: str) -> np.ndarray:
+    from gguf import GGMLQuantizationType, quants
+
+    return quants.quantize(values, GGMLQuantizationType[kind])
+
+
+def _back(data: np.ndarray, kind: str) -> np.ndarray:
+    from gguf import GGMLQuantizationType, quants
+
+    return np.array(quants.dequantize(data, GGMLQuantizationType[kind]), dtype=np.float32)
+
+
+def _add_tensor(writer: Any, name: str, values: np.ndarray, kind: str) -> None:
+    from gguf import GGMLQuantizationType
+
+    writer.add_tensor(name, _stored(values, kind), raw_dtype=GGMLQuantizationType[kind])
+
+
+def _arranged(name: str, values: np.ndarray, config: Any, architecture: Architecture) -> np.ndarray:
+    """Rows in GGUF's order: there the two coordinates that rotate together are neighbours, here they are half a head apart."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    part = name.split(".")[-2]
+    if not architecture.permuted or part not in heads:
+        return values
+    n = heads[part]
+    halves = values.reshape(n, 2, values.shape[0] // n // 2, *values.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
+
+
+def _add_settings(writer: Any, config: Any, name: str, dtype: str) -> None:
+    from gguf import LlamaFileType
+
+    head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    writer.add_name(name)
+    writer.add_file_type(LlamaFileType[FILE_TYPES[dtype]])
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_rope_dimension_count(head)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_vocab_size(config.vocab_size)
+    if dtype == Q8:
+        from gguf import GGML_QUANT_VERSION
+
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    adders: Mapping[str, Callable[[int], None]] = {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "unk": writer.add_unk_token_id,
+        "pad": writer.add_pad_token_id,
+    }
+    for kind, number in vocabulary.special.items():
+        adders[kind](number)
+    writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_eos_token(vocabulary.adds_eos)
+    writer.add_add_space_prefix(vocabulary.adds_space)
+    if vocabulary.chat_template:
+        writer.add_chat_template(vocabulary.chat_template)
+
+
+def read_gguf(folder: Path) -> Any:
+    """The one GGUF file of a folder as transformers' users load it, in fp32."""
+    from penchant.export.subject import read_causal_model
+
+    (path,) = folder.glob("*.gguf")
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be switched off
+        return read_causal_model(folder, gguf_file=path.name)

@@ -1,0 +1,230 @@
+"""Other tools' config files in our terms: TRL's, LLaMA-Factory's, and flat ones with the usual words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from penchant.algorithms.options import OnlineConfig
+from penchant.base.text import HIDDEN, redact, shown
+from penchant.config import ALGORITHMS, RunConfig, apply_overrides, build, default_settings, read_mapping
+from penchant.errors import ConfigError
+from penchant.importers import flat, llama_factory, trl
+from penchant.importers.rules import Line, Source, Status, Translation, choose, translate
+
+# ---- A translation as our YAML, with a comment at every line that has one, and as a table that says what became of each key ----
+
+STATUS: dict[Status, str] = {"translated": "translated", "same": "nothing to write", "unsupported": "NOT SUPPORTED"}
+
+
+def settings(translation: Translation, extra: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Our key -> (value, comment): what the file says, and their defaults wherever ours would be another.
+
+    Args:
+        extra: our keys from the command line; they win.
+    """
+    found = dict(translation.settings)
+    defaults = _our_defaults(found)
+    spoken = {k for line in translation.lines if line.given for k, _ in line.ours} | set(translation.method.base)
+    kept = {k: v for k, v in found.items() if k in spoken or k not in defaults or defaults[k] != v[0]}
+    if "lora.r" in found:
+        kept |= {k: v for k, v in found.items() if k.startswith("lora.")}
+    kept = {k: (v, c) for k, (v, c) in kept.items() if v != {} and not (v is None and defaults.get(k, ...) is None)}
+    return kept | {k: (v, "command line") for k, v in extra.items()}
+
+
+def _our_defaults(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
+    """Our default of every key, of this loss and of this algorithm."""
+    from penchant.losses import LOSSES
+
+    flat = {
+        f"{s}.{k}": v for s, part in default_settings().items() if isinstance(part, Mapping) for k, v in part.items()
+    }
+    loss = found.get("loss.name", (None, ""))[0]
+    if loss in LOSSES:
+        fields = LOSSES[loss].params.model_fields.items()
+        flat |= {f"loss.{i.alias or n}": i.default for n, i in fields}
+    name = found.get("algorithm.name", (None, ""))[0]
+    if name is not None:
+        fields = ALGORITHMS.get(name, OnlineConfig).model_fields.items()
+        flat |= {f"algorithm.{i.alias or n}": i.default for n, i in fields if not i.is_required()}
+    return flat
+
+
+def nested(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
+    """The settings as a config's mapping."""
+    made: dict[str, Any] = {}
+    for key, (value, _) in found.items():
+        section, _, rest = key.partition(".")
+        if rest:
+            made.setdefault(section, {})[rest] = value
+        else:
+            made[section] = value
+    return made
+
+
+def as_yaml(translation: Translation, found: Mapping[str, tuple[Any, str]], name: str) -> str:
+    """The config file: sections in our order, one key a line, each with where it comes from."""
+    lines = [f"# {shown(name)} ({translation.source.title}, {translation.method.title}), written by `penchant import`"]
+    left = _left(translation)
+    if left:
+        lines.append("# NOT SUPPORTED, and not in this file:")
+        lines += [f"#   {_pairs(line.theirs)}: {shown(line.note)}" for line in left]
+    lines += [f"# differs: {remark}" for remark in _remarks(translation)]
+    for section in RunConfig.model_fields:
+        keys = [k for k in found if k.split(".")[0] == section]
+        if keys == [section]:
+            lines.append(_entry(section, *found[section]))
+        elif keys:
+            lines.append(f"{section}:")
+            lines += ["  " + _entry(k.partition(".")[2], *found[k]) for k in keys if k != section]
+    return "\n".join(lines) + "\n"
+
+
+def _entry(key: str, value: Any, comment: str) -> str:
+    text = yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=False, width=10**9).strip()
+    line = text[1:-1]  # without the braces
+    return f"{line}  # {shown(comment)}" if comment else line
+
+
+SECRETS = frozenset({"hub_token", "hf_hub_token", "ms_hub_token", "swanlab_api_key", "push_to_hub_token"})
+
+
+def _pairs(theirs: Sequence[tuple[str, Any]]) -> str:
+    return ", ".join(shown(f"{k}: {HIDDEN if k in SECRETS and v else redact(str(v))}")[:120] for k, v in theirs)
+
+
+def _left(translation: Translation) -> list[Line]:
+    """What their file asks for and is not here: the same lines in our file and on the screen."""
+    return [line for line in translation.lines if line.given and line.status == "unsupported"]
+
+
+def _remarks(translation: Translation) -> list[str]:
+    """What differs though the file does not say it: by nature, and by a default of theirs that has no counterpart."""
+    tool = translation.source.title
+    silent = [line for line in translation.lines if not line.given and line.status == "unsupported"]
+    defaults = [f"{tool}'s default {_pairs(line.theirs)}: {shown(line.note)}" for line in silent]
+    return [*map(shown, translation.remarks), *defaults]
+
+
+def as_text(translation: Translation, found: Mapping[str, tuple[Any, str]]) -> str:
+    """What became of every key, one line each, and how many of each kind."""
+    asked = [line for line in translation.lines if line.given]
+    lines = [f"{translation.source.title}, {translation.method.title}"]
+    for status, title in STATUS.items():
+        those = [line for line in asked if line.status == status]
+        if those:
+            lines += ["", f"{title}:", *(f"  {_line(line)}" for line in those)]
+    defaults = [k for k in found if found[k][1].startswith(translation.source.title)]
+    if defaults:
+        lines += ["", f"{translation.source.title}'s defaults that differ from ours, written out:"]
+        lines += [f"  {k} = {shown(str(found[k][0]))}" for k in defaults]
+    remarks = _remarks(translation)
+    lines += ["", *(f"differs: {remark}" for remark in remarks)] if remarks else []
+    lines += ["", ", ".join(f"{translation.count(s)} key(s): {title.lower()}" for s, title in STATUS.items())]
+    return "\n".join(lines)
+
+
+def _line(line: Line) -> str:
+    ours = ", ".join(shown(f"{k} = {v}") for k, v in line.ours)
+    return _pairs(line.theirs) + (f" -> {ours}" if ours else "") + (f" ({shown(line.note)})" if line.note else "")
+
+
+# ---- Other tools' config files in our terms: TRL's, LLaMA-Factory's, and flat ones with the usual words ----
+
+SOURCES: dict[str, Source] = {s.name: s for s in (trl.SOURCE, llama_factory.SOURCE, flat.SOURCE)}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A file translated: our YAML, what became of every key, and how many were not supported."""
+
+    yaml: str
+    text: str
+    translation: Translation
+
+    @property
+    def unsupported(self) -> int:
+        """Keys of their file that have no counterpart."""
+        return self.translation.count("unsupported")
+
+
+def import_config(
+    path: str | Path, source: str = "auto", method: str = "auto", devices: int = 1, overrides: Sequence[str] = ()
+) -> Imported:
+    """Translate another tool's YAML (or JSON) file into a config of ours; every key of it is accounted for.
+
+    Args:
+        source: trl, llama-factory, flat, or auto.
+        method: of TRL, whose files do not say it: sft, dpo, kto ...; or auto.
+        devices: GPUs that the other tool's run used; its optimiser step holds so many batches.
+        overrides: our settings as ``key.path=value``, for what the file leaves to a command line; they win.
+
+    Raises:
+        ConfigError: the file cannot be read, is of no known tool or of several of TRL's trainers, lacks model, data or reward,
+            or translates into something that is no valid config.
+    """
+    values, _ = read_mapping(path, "another tool's config is a mapping of its keys")
+    if devices < 1:
+        raise ConfigError("--devices", f"is {devices}", "give the number of GPUs, 1 or more")
+    tool = choose(source, SOURCES, "--from", "tool that can be read") if source != "auto" else SOURCES[_tool(values)]
+    name = method if method != "auto" else tool.guess(values, Path(path).stem)
+    if name is None:
+        how = f"say which with --method: {', '.join(tool.methods)}"
+        raise ConfigError(str(path), f"does not say which of {tool.title}'s trainers it is for", how)
+    chosen = choose(name, tool.methods, str(path), f"method of {tool.title}")
+    try:
+        translation = translate(values, tool, chosen, devices, str(Path(path).parent))
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ConfigError(
+            str(path), f"a value cannot be understood ({error})", "mend it, or leave the key out"
+        ) from error
+    found = settings(translation, _given(overrides))
+    if "output" not in found:
+        found["output"] = (f"runs/{Path(path).stem}", "the file names no folder")
+    _complete(found, translation, str(path))
+    config = nested(found)
+    try:
+        build(config, {}, str(path))
+    except ConfigError as error:
+        raise ConfigError(str(path), f"translates into no valid config: {error.what}", error.how) from error
+    return Imported(as_yaml(translation, found, Path(path).name), as_text(translation, found), translation)
+
+
+def _tool(values: Mapping[str, Any]) -> str:
+    """Whose file it is: the tool that has most keys of its own in it; TRL where only the shared ones are there."""
+    counts = {name: len(source.marks & values.keys()) for name, source in SOURCES.items()}
+    best = max(counts, key=lambda name: counts[name])
+    shared = {"model_name_or_path", "per_device_train_batch_size", "num_train_epochs"} & values.keys()
+    return best if counts[best] else "trl" if shared else "flat"
+
+
+def _given(overrides: Sequence[str]) -> dict[str, Any]:
+    """``{"model.path": value}`` of the command line."""
+    made: dict[str, Any] = {}
+    apply_overrides(made, {}, overrides)
+    flat_keys: dict[str, Any] = {}
+    for section, value in made.items():
+        if isinstance(value, dict) and section != "reward":
+            flat_keys |= {f"{section}.{k}": v for k, v in value.items()}
+        else:
+            flat_keys[section] = value
+    return flat_keys
+
+
+def _complete(found: Mapping[str, Any], translation: Translation, path: str) -> None:
+    """Model, data and an online method's reward often stand on their command line or in a script."""
+    online = found.get("algorithm.name", ("reward_model", ""))[0] != "reward_model"
+    wanted = {
+        "model.path": "MODEL",
+        "data.path": "train.jsonl",
+        **({"reward": "rewards.py:FUNCTION"} if online else {}),
+    }
+    missing = {k: v for k, v in wanted.items() if k not in found}
+    if missing:
+        how = "add it behind the file: " + " ".join(f"{k}={v}" for k, v in missing.items())
+        raise ConfigError(path, f"says nothing of {' and '.join(missing)} that could be used", how)

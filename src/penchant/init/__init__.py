@@ -1,0 +1,351 @@
+"""A starting config from three answers: data, model, goal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from penchant.base.machine import machine_memory
+from penchant.config import load_config
+from penchant.errors import ConfigError
+from penchant.init.look import DataFacts, HeldOut, ModelFacts
+from penchant.rewards.functions import check_reward
+
+__all__ = ["Start", "propose", "write_config"]
+
+
+# ---- What a person may want of a run, and what each goal needs of the data and writes into a config ----
+
+Lines = Mapping[str, tuple[Any, str]]  # key: (value, why)
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """One goal.
+
+    Args:
+        name: what `--goal` says; about: one line; kinds: of data that it learns from, the first fits best.
+        lr: (whole model, adapter); batch_size: rows a step; section: of the config that names the method.
+        online: whether the model writes its own answers, which a reward judges.
+    """
+
+    name: str
+    about: str
+    kinds: tuple[str, ...]
+    lr: tuple[float, float]
+    batch_size: int
+    section: Mapping[str, Lines]
+    online: bool = False
+    reads_answers: bool = True
+    notes: tuple[str, ...] = field(default=())
+
+
+PAIRS = ("pairs",)
+LABELS = ("unpaired", "pairs", "scored")
+PREFERENCE_LR = (5e-6, 5e-5)
+
+
+def _loss(name: str, beta: float | None = None, why: str = "", **more: tuple[Any, str]) -> Mapping[str, Lines]:
+    keys: dict[str, tuple[Any, str]] = {"name": (name, f"`penchant losses {name}` explains it")}
+    if beta is not None:
+        keys["beta"] = (beta, why or "how firmly it is held to the model it starts from: more is firmer")
+    return {"loss": {**keys, **more}}
+
+
+def _online(name: str, **keys: tuple[Any, str]) -> Mapping[str, Lines]:
+    common: dict[str, tuple[Any, str]] = {
+        "name": (name, "the model writes answers, the reward judges them"),
+        "max_new_tokens": (64, "tokens of an answer at most"),
+    }
+    return {"algorithm": {**common, **keys}}
+
+
+GROUP_OF_4 = (4, "answers to each prompt, judged against each other")
+KL = "weight of the divergence from the start: more holds it closer"
+
+GOALS = {
+    goal.name: goal
+    for goal in (
+        Goal("dpo", "prefer the chosen answer of each pair (the usual first choice)", ("pairs", "scored"), PREFERENCE_LR, 32,
+             _loss("dpo", 0.1)),
+        Goal("simpo", "the same without a reference model, by mean log-prob", ("pairs", "scored"), PREFERENCE_LR, 32,
+             _loss("simpo", 2.0, "scale of the reward: 2 to 10 are usual")),
+        Goal("orpo", "learn the chosen answers and prefer them, in one run from a base model", ("pairs", "scored"),
+             (8e-6, 5e-5), 32, _loss("orpo", 0.1, "weight of the preference beside the likelihood")),
+        Goal("reward", "a reward model: which of two answers is better", ("pairs", "scored"), (1e-5, 1e-4), 32,
+             {"algorithm": {"name": ("reward_model", "learns one number for an answer"),
+                            "centring": (0.01, "keeps rewards around zero")}}, reads_answers=False),
+        Goal("kto", "learn from single answers labelled good or bad", LABELS, PREFERENCE_LR, 32, _loss("kto", 0.1)),
+        Goal("pmpo", "the same, each side by its own mean, held by an exact divergence", LABELS, PREFERENCE_LR, 32,
+             _loss("pmpo", 1.0, "weight of the divergence that holds it", alpha=(0.5, "share of good answers in the loss"))),
+        Goal("sft", "write answers like those of the data", ("sft", "text", "pairs", "unpaired", "scored"), (2e-5, 2e-4), 32,
+             _loss("sft")),
+        Goal("ppo", "raise a reward with PPO", ("prompts", "pairs", "sft", "unpaired", "scored"), (1e-6, 5e-5), 32,
+             _online("ppo", beta=(0.05, KL)), online=True),
+        Goal("rloo", "raise a reward, several answers a prompt against their mean", ("prompts", "pairs", "sft", "unpaired", "scored"),
+             (1e-6, 5e-5), 16, _online("rloo", samples=GROUP_OF_4, beta=(0.05, KL)), online=True),
+        Goal("grpo", "the same, divided by the group's spread", ("prompts", "pairs", "sft", "unpaired", "scored"),
+             (1e-6, 5e-5), 16, _online("grpo", samples=GROUP_OF_4, beta=(0.04, KL)), online=True),
+    )
+}  # fmt: skip
+
+
+def fitting(kind: str) -> list[Goal]:
+    """The goals that data of this kind can serve, the best fit first."""
+    order = list(GOALS.values())
+    able = [g for g in order if kind in g.kinds]
+    return sorted(able, key=lambda g: (g.kinds.index(kind) > 0, order.index(g)))
+
+
+# ---- The starting config: values chosen from what data, model and machine are like, each with the reason beside it ----
+
+LENGTHS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
+SHARE_OF_MEMORY = (
+    0.6  # of this machine's, for weights and optimiser of a whole model; the rest is for activations and others
+)
+WHOLE_BYTES = 16  # a parameter of a wholly trained model: weights, master, gradient, two moments (bf16: 18, fp32: 16)
+HELD_OUT = 200  # rows at most
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A proposed config.
+
+    Args:
+        sections: by name, each key's value and why; top: keys that stand alone.
+    """
+
+    goal: Goal
+    data: DataFacts
+    model: ModelFacts
+    sections: Mapping[str, Lines]
+    output: str
+
+    def to_yaml(self, file: str = "run.yaml") -> str:
+        """The file's text: one comment a key."""
+        lines = [
+            f"# {self.goal.name}: {self.goal.about}.",
+            f"# Written by penchant init for {_one_line(self.data.path)}: {self.data.to_text()}.",
+            f"#   penchant plan {file}     what it will be: steps, memory, disk, time",
+            f"#   penchant train {file}    train; the same command continues after an interruption",
+        ]
+        for name, keys in self.sections.items():
+            lines.append(f"{name}:")
+            shown = {key: f"  {key}: {_scalar(value)}" for key, (value, _) in keys.items()}
+            width = min(46, max(map(len, shown.values())))
+            lines += [f"{shown[key]:<{width}}  # {why}" for key, (_, why) in keys.items()]
+        lines.append(f"output: {_scalar(self.output)}  # the run's folder: checkpoints, metrics, report.html")
+        return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _scalar(value: Any) -> str:
+    """A value as one-line YAML that reads back as it is."""
+    if isinstance(value, float):
+        return (
+            f"{value:.1e}".replace("e-0", "e-")
+            if 0 < abs(value) < 1e-3
+            else f"{value:g}"
+            if value % 1
+            else f"{value:.1f}"
+        )
+    plain = (
+        value.isprintable() if isinstance(value, str) else not isinstance(value, dict)
+    )  # YAML reads a raw U+0085 as a line's end
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=plain, width=1 << 30).strip()
+    return text.removesuffix("...").strip()
+
+
+def propose(
+    data: DataFacts,
+    model: ModelFacts,
+    goal: str,
+    *,
+    reward: str | None = None,
+    output: str | None = None,
+    held_out: HeldOut | None = None,
+) -> Start:
+    """A config that trains as it is.
+
+    Args:
+        goal: a name of `GOALS`; reward: of an online goal (default: sentiment); output: the run's folder.
+        held_out: rows in a file of their own; without it some of the data's are held out.
+
+    Raises:
+        ConfigError: no such goal or reward, or the data or the model cannot serve it.
+    """
+    chosen = check_goal(goal, data, model)
+    if reward is not None:
+        if not chosen.online:
+            online = ", ".join(g.name for g in GOALS.values() if g.online)
+            raise ConfigError("--reward", f"{goal} uses no reward", f"leave it out, or give a --goal of {online}")
+        check_reward(reward)
+    lora = _wants_adapter(model)
+    sections: dict[str, Lines] = {
+        "model": {"path": (model.path, _about_model(model))},
+        "data": _data(data, model, chosen, held_out),
+    }
+    if lora:
+        sections["lora"] = {
+            "r": (16, f"an adapter in place of the whole model, which would need about {_gigabytes(model)} GB; rank"),
+            "alpha": (32, "its update is scaled by alpha / r"),
+        }
+    sections |= chosen.section
+    if chosen.online:
+        sections["reward"] = {
+            reward or "sentiment": (1.0, "weight of this reward; also words, path.py:function, a reward model's run")
+        }
+    sections["train"] = _train(data, model, chosen, lora)
+    sections["evaluation"] = {"every": ("epoch", "or a number of optimiser steps; also before the first step")}
+    return Start(chosen, data, model, sections, output or f"runs/{chosen.name}")
+
+
+def check_goal(goal: str, data: DataFacts, model: ModelFacts) -> Goal:
+    """The goal, if data and model can serve it.
+
+    Raises:
+        ConfigError: with the goals that they can.
+    """
+    able = [g.name for g in fitting(data.kind) if not model.encoder or g.name == "reward"]
+    if goal not in GOALS:
+        raise ConfigError("--goal", f"{goal!r} is not known", f"give one of {', '.join(GOALS)}")
+    if model.encoder and goal != "reward":
+        raise ConfigError(
+            "--goal", f"{model.path} is an encoder, which writes nothing", "give --goal reward, or a causal model"
+        )
+    if goal not in able:
+        raise ConfigError(
+            "--goal",
+            f"{goal} cannot learn from rows that are {data.kind}",
+            f"with these rows: {', '.join(able) or 'none'}",
+        )
+    return GOALS[goal]
+
+
+def _about_model(model: ModelFacts) -> str:
+    if model.parameters is None:
+        return "a hub id or a folder; its size is not known yet"
+    return f"{model.parameters:,} parameters; a folder or a hub id"
+
+
+def _gigabytes(model: ModelFacts) -> int:
+    return round((model.parameters or 0) * WHOLE_BYTES / 2**30)
+
+
+def _wants_adapter(model: ModelFacts) -> bool:
+    """Whether training the whole model would leave too little of this machine's memory."""
+    if model.parameters is None:
+        return True  # unknown: an adapter always fits better
+    return model.parameters * WHOLE_BYTES > SHARE_OF_MEMORY * machine_memory()[0]
+
+
+def _data(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | None) -> Lines:
+    keys: dict[str, tuple[Any, str]] = {
+        # a run may be started from elsewhere than where this file was asked for
+        "path": (data.path, f"{data.rows:,} rows, {data.layout}: {data.kind}"),
+    }
+    if held_out is not None:
+        keys["eval_path"] = (held_out.path, f"{held_out.rows:,} rows that are not trained on")
+    if data.columns:
+        keys["columns"] = (dict(data.columns), "our field: the file's column")
+    aside = data.aside + (held_out.aside if held_out is not None else 0)
+    if aside:
+        keys["on_bad_row"] = ("skip", f"{aside:,} bad rows are kept aside and counted; error stops at the first")
+    keys |= _conversion(data, goal)
+    rows = data.rows - data.aside
+    held = min(HELD_OUT, max(1, rows // 10))
+    if held_out is None and data.prompts > 1 and rows > 3:
+        keys["validation_rows"] = (held, "held out by prompt: no prompt stands on both sides")
+    keys["max_length"] = _length(data, model, goal)
+    return keys
+
+
+def _conversion(data: DataFacts, goal: Goal) -> dict[str, tuple[Any, str]]:
+    """What single answers with a score need to become pairs or labels."""
+    if data.kind != "scored":
+        return {}
+    if "scored" in goal.kinds and goal.kinds[0] == "pairs":
+        return {"pairs_from_scores": ("best_worst", "the best against the worst answer of each prompt")}
+    if goal.kinds == LABEL_KINDS and data.median_score is not None:
+        return {"score_threshold": (data.median_score, "at or above it an answer is good; this is the median")}
+    return {}
+
+
+LABEL_KINDS = GOALS["kto"].kinds
+
+
+def _length(data: DataFacts, model: ModelFacts, goal: Goal) -> tuple[int, str]:
+    lengths = data.prompt if goal.online else data.longest
+    wanted = next((n for n in LENGTHS if n >= lengths[1]), LENGTHS[-1])
+    what = "prompts" if goal.online else "rows"
+    room = None if model.context is None else model.context - (64 if goal.online else 0)
+    if room is not None and wanted > room:
+        return max(
+            8, room
+        ), f"tokens; the model's context is {model.context:,}, and 95% of {what} have {lengths[1]:,} or less"
+    if data.kind == "text":
+        return min(wanted, 512, room or 512), "tokens; longer documents become several rows"
+    return wanted, f"tokens; 95% of {what} have {lengths[1]:,} or less, longer ones lose the start of their prompt"
+
+
+def _train(data: DataFacts, model: ModelFacts, goal: Goal, lora: bool) -> Lines:
+    batch = _batch(data, goal)
+    length = _length(data, model, goal)[0]
+    trees = 1 if data.kind in ("sft", "text", "unpaired", "prompts") else 2
+    tokens = max(512, min(4096, _power_above(length * trees)))
+    if model.parameters is not None and model.parameters < 20_000_000:
+        tokens = max(tokens, 4096)
+    rate = _rate(model, goal, lora)
+    return {
+        "epochs": (1, "passes over the data; start with one"),
+        "batch_size": (batch, "rows per optimiser step"),
+        "tokens_per_step": (tokens, "tokens of one forward/backward pass: the unit of memory, no effect on the result"),
+        "lr": (rate, f"peak learning rate: usual for {goal.name} with {'an adapter' if lora else 'the whole model'}"),
+    }
+
+
+def _batch(data: DataFacts, goal: Goal) -> int:
+    """The goal's, or less where an epoch would have fewer than 20 steps."""
+    rows = (data.prompts if goal.online else data.rows - data.aside) - HELD_OUT
+    size = goal.batch_size
+    while size > 4 and rows // size < 20:
+        size //= 2
+    return size
+
+
+def _rate(model: ModelFacts, goal: Goal, lora: bool) -> float:
+    """Small models take larger steps."""
+    rate = goal.lr[1 if lora else 0]
+    small = model.parameters is not None and model.parameters < 20_000_000
+    return rate * 10 if small and not lora else rate
+
+
+def _power_above(n: int) -> int:
+    return 1 << max(0, (n - 1).bit_length())
+
+
+def write_config(start: Start, path: str | Path) -> Path:
+    """Write the file, and read it back as a config.
+
+    Raises:
+        ConfigError: there is such a file already, or it cannot be written.
+    """
+    path = Path(path)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError as error:
+        raise ConfigError(str(path), "is there already", "give another --output; init never overwrites") from error
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be written ({error.strerror})", "give another --output") from error
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(start.to_yaml(str(path)))
+    load_config(path)
+    return path

@@ -1,0 +1,157 @@
+"""Three questions in a terminal, with defaults; a wrong answer is said to be one, and asked again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from penchant.base.text import printable
+from penchant.errors import ConfigError, PenchantError
+from penchant.init import GOALS, check_goal, fitting
+from penchant.init.look import (
+    DataFacts,
+    HeldOut,
+    ModelFacts,
+    look_at_data,
+    look_at_held_out,
+    look_at_model,
+    validation_beside,
+)
+
+T = TypeVar("T")
+READABLE = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ENDS = 3  # wrong answers in a row
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    data: DataFacts
+    model: ModelFacts
+    goal: str
+    held_out: HeldOut | None = None
+
+
+@dataclass(slots=True)
+class Asker:
+    """Asks on a terminal; without one, says which flag is missing.
+
+    Args:
+        answers: where lines come from; screen: where questions go; terminal: whether somebody is there.
+    """
+
+    answers: TextIO
+    screen: TextIO
+    terminal: bool
+
+    def ask(self, question: str, default: str | None, check: Callable[[str], T]) -> T:
+        """One question, until `check` takes the answer.
+
+        Raises:
+            PenchantError: what `check` raised, after some tries. ConfigError: the input ended.
+        """
+        for attempt in range(ENDS):
+            print(
+                f"{question}" + (f" [{printable(default)}]" if default else "") + ": ",
+                end="",
+                file=self.screen,
+                flush=True,
+            )
+            line = self.answers.readline()
+            if not line:
+                raise ConfigError("init", "the input ended before the questions", "answer them, or give flags")
+            given = line.strip() or default or ""
+            try:
+                if not given:
+                    raise ConfigError("init", "nothing was given", "type an answer")
+                return check(given)
+            except PenchantError as error:
+                if attempt == ENDS - 1:
+                    raise
+                print(f"  {printable(str(error))}", file=self.screen)
+        raise AssertionError("unreachable")
+
+    def say(self, text: str) -> None:
+        print(printable(text), file=self.screen, flush=True)
+
+
+def here() -> Asker:
+    """On this process's terminal."""
+    return Asker(sys.stdin, sys.stderr, sys.stdin.isatty() and sys.stderr.isatty())
+
+
+def answers(
+    asker: Asker,
+    data: str | None,
+    model: str | None,
+    goal: str | None,
+    *,
+    eval_data: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Answers:
+    """What flags give, and for the rest what a person answers.
+
+    Args:
+        eval_data: a file of held-out rows, or ``none``; where it is not given, validation.jsonl of a folder that `penchant data get`
+            wrote is taken, and said. columns: ``{our field: the file's column}``.
+
+    Raises:
+        ConfigError: a flag is missing and nobody is there to be asked. DataError, ModelError: it cannot be used.
+    """
+    missing = [flag for flag, value in (("--data", data), ("--model", model), ("--goal", goal)) if value is None]
+    if missing and not asker.terminal:
+        raise ConfigError(
+            "init", f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not given, and there is no terminal to ask on",
+            "penchant init --data FILE --model PATH --goal " + "|".join(GOALS),
+        )  # fmt: skip
+
+    def read(path: str) -> DataFacts:
+        return look_at_data(path, model, columns)
+
+    facts = read(data) if data is not None else asker.ask("Data (a file, or a hub id)", a_file_here(), read)
+    asker.say(f"  {facts.to_text()}")
+    held_out = _held_out(asker, facts, eval_data)
+    found = (
+        look_at_model(model)
+        if model is not None
+        else asker.ask("Model (a folder or hub id)", DEFAULT_MODEL, look_at_model)
+    )
+    if model is None:
+        facts = look_at_data(facts.path, found.path, columns)  # in the model's own tokens
+    if found.parameters is not None:
+        asker.say(f"  {found.parameters:,} parameters")
+    if goal is not None:
+        return Answers(facts, found, check_goal(goal, facts, found).name, held_out)
+    able = [g for g in fitting(facts.kind) if not found.encoder or g.name == "reward"]
+    if not able:
+        raise ConfigError(
+            "init", f"no goal fits rows that are {facts.kind} and this model", "give other data or another model"
+        )
+    asker.say("Goals that these rows can serve:")
+    for g in able:
+        asker.say(f"  {g.name:<7} {g.about}")
+    chosen = asker.ask("Goal", able[0].name, lambda name: check_goal(name, facts, found).name)
+    return Answers(facts, found, chosen, held_out)
+
+
+def _held_out(asker: Asker, facts: DataFacts, eval_data: str | None) -> HeldOut | None:
+    path = validation_beside(facts.path) if eval_data is None else None if eval_data == "none" else eval_data
+    if path is None:
+        return None
+    found = look_at_held_out(path, facts)
+    why = (
+        "" if eval_data is not None else " (of the same `penchant data get`; --eval-data none: part of the data itself)"
+    )
+    asker.say(f"  held out: {path}, {found.rows:,} rows{why}")
+    return found
+
+
+def a_file_here() -> str | None:
+    """The one data file of the current folder, if there is just one."""
+    found = sorted(
+        p.name for p in Path().iterdir() if p.is_file() and p.suffix in READABLE and not p.name.startswith(".")
+    )
+    return found[0] if len(found) == 1 else None

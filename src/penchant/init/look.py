@@ -1,0 +1,199 @@
+"""A first look at data and model: what is known of them before anything is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from penchant.data.load import Dataset, load_preferences
+from penchant.data.tokenize import tokenise
+from penchant.errors import ConfigError, PenchantError
+from penchant.models.load import load_tokenizer
+from penchant.models.reward import load_model_config
+from penchant.types import Prompt
+
+SAMPLE = 2000  # rows that are tokenised
+NO_CUT = 1 << 30
+CHARACTERS_A_TOKEN = 3.5  # where there is no tokenizer yet: English text has four or so
+
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """What a file holds.
+
+    Args:
+        path: as given; layout, kind: detected; rows, aside: read, and of those kept aside; prompts: different ones.
+        longest: quantiles of prompt + longest completion (50%, 95%, 99%, longest); prompt: the same of prompts alone.
+        columns: ``{our field: the file's column}``, as given.
+        unit: ``tokens``, or ``tokens (a guess from characters)``; median_score: where rows have scores.
+    """
+
+    path: str
+    layout: str
+    kind: str
+    rows: int
+    aside: int
+    prompts: int
+    longest: tuple[int, ...]
+    prompt: tuple[int, ...]
+    unit: str
+    median_score: float | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def to_text(self) -> str:
+        aside = f", {self.aside:,} of them bad rows (they will be kept aside and counted)" if self.aside else ""
+        return (
+            f"{self.rows:,} rows, {self.layout}: {self.kind}{aside}; prompt and answer: half have {self.longest[0]:,} or less, "
+            f"95% {self.longest[1]:,}, longest {self.longest[3]:,} {self.unit}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Rows of a file of their own that are not trained on.
+
+    Args:
+        path: as given; rows, aside: read, and of those kept aside.
+    """
+
+    path: str
+    rows: int
+    aside: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model is.
+
+    Args:
+        path: as given; parameters: about how many, None where its config could not be read; context: tokens it takes at most.
+        encoder: a BERT-type model, which can only become a reward model.
+    """
+
+    path: str
+    parameters: int | None = None
+    context: int | None = None
+    encoder: bool = False
+    width: int = 0
+    layers: int = 0
+
+
+def look_at_data(path: str, model: str | None, columns: Mapping[str, str] | None = None) -> DataFacts:
+    """Read the file as training would, and measure its rows.
+
+    Args:
+        columns: ``{our field: the file's column}``.
+
+    Raises:
+        DataError: the file cannot be read, or its layout is not known.
+    """
+    dataset = load_preferences(path, columns=columns, on_bad_row="skip", identical="bad_row")
+    both, prompts, unit = _lengths(dataset, model)
+    scores = [c.score for t in dataset.trees for c in t.completions if c.score is not None]
+    return DataFacts(
+        path,
+        dataset.shape,
+        dataset.kind,
+        dataset.total,
+        len(dataset.quarantined),
+        len({t.prompt for t in dataset.trees}),
+        _quantiles(both),
+        _quantiles(prompts),
+        unit,
+        float(np.median(scores)) if scores and dataset.kind == "scored" else None,
+        columns or {},
+    )
+
+
+def look_at_held_out(path: str, data: DataFacts) -> HeldOut:
+    """Read a file of held-out rows as training would, beside the rows that are trained on.
+
+    Raises:
+        DataError: it cannot be read. ConfigError: it is the file of training rows, or holds rows of another kind.
+    """
+    if path == data.path or (Path(path).exists() and Path(data.path).exists() and Path(path).samefile(data.path)):
+        raise ConfigError("--eval-data", f"{path} is what is trained on", "give another file, or leave it out")
+    found = load_preferences(path, columns=data.columns, on_bad_row="skip", identical="bad_row")
+    if found.kind != data.kind:
+        raise ConfigError("--eval-data", f"{path} holds {found.kind}, {data.path} {data.kind}", "give rows of one kind")
+    return HeldOut(path, found.total, len(found.quarantined))
+
+
+def validation_beside(path: str) -> str | None:
+    """``FOLDER/validation.jsonl`` of a folder that `penchant data get` wrote, where `path` is its train.jsonl."""
+    train = Path(path)
+    held_out = train.with_name("validation.jsonl")
+    if train.name != "train.jsonl" or not held_out.is_file() or not train.with_name("data.json").is_file():
+        return None
+    return str(held_out) if held_out.stat().st_size else None
+
+
+def _quantiles(lengths: Sequence[int]) -> tuple[int, ...]:
+    found = np.quantile(lengths or [1], (0.5, 0.95, 0.99, 1.0), method="inverted_cdf")
+    return tuple(int(q) for q in found)
+
+
+def _lengths(dataset: Dataset, model: str | None) -> tuple[list[int], list[int], str]:
+    """Tokens of each row (prompt and longest completion) and of its prompt, of up to `SAMPLE` rows spread over the file."""
+    step = max(1, len(dataset.trees) // SAMPLE)
+    some = dataset.subset(range(0, len(dataset.trees), step))
+    try:
+        tokenizer = load_tokenizer(model) if model is not None else None
+    except PenchantError:
+        tokenizer = None
+    if tokenizer is not None:
+        made = tokenise(
+            some, tokenizer, max_length=NO_CUT, on_bad_row="skip", add_eos=tokenizer.eos_token_id is not None
+        )
+        both = [len(t.prompt_ids) + max(map(len, t.completion_ids), default=0) for t in made.trees]
+        return both, [len(t.prompt_ids) for t in made.trees], "tokens"
+    prompts = [_characters(t.prompt) for t in some.trees]
+    answers = [max((len(c.text) for c in t.completions), default=0) for t in some.trees]
+    guess = [round((p + a) / CHARACTERS_A_TOKEN) for p, a in zip(prompts, answers, strict=True)]
+    return guess, [round(p / CHARACTERS_A_TOKEN) for p in prompts], "tokens (a guess from characters)"
+
+
+def _characters(prompt: Prompt) -> int:
+    return len(prompt) if isinstance(prompt, str) else sum(len(m.content) for m in prompt)
+
+
+def look_at_model(path: str) -> ModelFacts:
+    """A model's size by its shapes alone; what is not known stays None (a hub id without a network).
+
+    Raises:
+        ModelError: a folder that holds no model.
+    """
+    from penchant.models.load import looks_like_folder
+    from penchant.models.reward import is_encoder
+
+    try:
+        config = load_model_config(path)
+    except PenchantError:
+        if looks_like_folder(path):
+            raise
+        return ModelFacts(path)
+    limit = getattr(config, "max_position_embeddings", None)
+    return ModelFacts(
+        path,
+        _parameters(config, path),
+        int(limit) if limit else None,
+        is_encoder(config, path),
+        int(getattr(config, "hidden_size", 0)),
+        int(getattr(config, "num_hidden_layers", 0)),
+    )
+
+
+def _parameters(config: Any, path: str) -> int | None:
+    from penchant.plan.outline import outline, parameter_counts
+
+    try:
+        from penchant.models.options import ModelConfig
+        from penchant.models.reward import is_encoder
+
+        return parameter_counts(outline(ModelConfig(path=path), reward=is_encoder(config, path)))[0]
+    except PenchantError:
+        return None

@@ -1,0 +1,180 @@
+"""From a packed batch to completion log-probs: the only place where a model meets its head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from penchant.logprobs.head import (
+    RowLogits,
+    divergence_logps,
+    head_logits,
+    module_divergence_logps,
+    module_token_logps,
+    scaled,
+    token_logps,
+)
+from penchant.losses.divergences import DivergenceKind
+from penchant.models.load import backbone_of, base_model_of, head_scaling
+from penchant.models.tree_attention import install_tree_attention
+from penchant.types import PackedBatch
+
+Packing = Literal["shared", "separate", "padded"]
+
+
+class CompletionLogps(NamedTuple):
+    """Log-probs in nats, fp32, or fp64 for fp64 models.
+
+    Args:
+        sums: (C,) of each completion; tokens: (R,) of each token.
+        alignment: (C,) mean over tokens of ``log pi(y_t) - log sum_v pi(v)^2``, without gradient, where asked for.
+        ref_tokens, divergence: (R,) the reference's log-probs and the divergence from it, of `Scorer.divergence`.
+    """
+
+    sums: Tensor
+    tokens: Tensor
+    alignment: Tensor | None = None
+    ref_tokens: Tensor | None = None
+    divergence: Tensor | None = None
+
+
+def per_completion(values: Tensor, batch: PackedBatch) -> Tensor:
+    """Sums over each completion's tokens: (R,) to (C,)."""
+    return values.new_zeros(len(batch.lengths)).index_add(0, batch.completion_of, values)
+
+
+@dataclass(slots=True)
+class Scorer:
+    """A causal model as the engine sees it: packed batch in, completion log-probs out.
+
+    Args:
+        model: a transformers causal model, or a peft model around one.
+        packing: ``shared``, ``separate`` or ``padded``; batches must be packed accordingly (`pack(shared=...)`).
+        temperature: log-probs are of ``softmax(logits / temperature)``: what an online method samples from, it must train on.
+        kernels: ``auto`` takes a model-family fast path where the model is exactly recognised; ``off`` never does.
+    """
+
+    model: nn.Module
+    packing: Packing = "shared"
+    kernels: str = "off"
+    temperature: float = 1.0
+    _fast: Any = None
+
+    def __post_init__(self) -> None:
+        install_tree_attention(base_model_of(self.model))
+        if self.kernels == "auto" and self.packing != "padded":
+            from penchant.models.cpu.layers import fast_forward
+
+            self._fast = fast_forward(self.model)
+
+    @property
+    def shared(self) -> bool:
+        return self.packing == "shared"
+
+    @property
+    def fast(self) -> bool:
+        """Whether a model-family fast path runs."""
+        return self._fast is not None
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether the head is a plain Linear, without an adapter."""
+        return type(self._head()[0]) is nn.Linear
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states (T, d) of a packed row, after the final norm."""
+        if self._fast is not None:
+            return self._fast.hidden(batch)
+        backbone = backbone_of(self.model)
+        if self.packing == "padded":
+            return self._padded_hidden(backbone, batch)
+        # a 4D mask is handed on as it is, so transformers builds none; the tree attention never looks at it
+        unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+        out = backbone(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=unused_mask,
+            use_cache=False,
+            penchant_batch=batch,
+        )
+        return out.last_hidden_state[0]
+
+    def _padded_hidden(self, backbone: nn.Module, batch: PackedBatch) -> Tensor:
+        """The plain way, for models whose layers carry state along the row: one padded row a segment."""
+        length = max(s.length for s in batch.segments)
+        ids = batch.input_ids.new_zeros(len(batch.segments), length)
+        mask = torch.zeros_like(ids)
+        for i, s in enumerate(batch.segments):
+            ids[i, : s.length] = batch.input_ids[s.start : s.start + s.length]
+            mask[i, : s.length] = 1
+        positions = torch.arange(length, device=ids.device).expand_as(ids)
+        out = backbone(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
+        return out.last_hidden_state[mask.bool()]
+
+    def predicting(self, batch: PackedBatch) -> Tensor:
+        """The hidden states (R, d) that predict the completion tokens."""
+        return self.hidden(batch).index_select(0, batch.predict_index)
+
+    def logps(self, batch: PackedBatch, *, alignment: bool = False, hidden: Tensor | None = None) -> CompletionLogps:
+        """Summed log-probs per completion (C,) and per token (R,), in nats; `alignment` on request.
+
+        `hidden` (R, d) from `predicting`, where the caller needs it too, saves a second forward pass.
+        """
+        hidden = self.predicting(batch) if hidden is None else hidden
+        head, scale, softcap = self._head()
+        if self.temperature != 1.0:
+            if softcap is not None:
+                raise ValueError("a model that caps its logits has no head for a temperature")
+            if type(head) is nn.Linear and head.bias is None:
+                hidden = hidden / self.temperature  # the same as logits / temperature, and the fast head stays
+            else:
+                scale = scale / self.temperature
+        if type(head) is not nn.Linear:
+            tokens, collision = module_token_logps(head, hidden, batch.target_ids, scale, softcap, alignment)
+        elif self._fast is not None and head.bias is None and scale == 1.0 and softcap is None:
+            from penchant.models.cpu.head import fast_token_logps
+
+            tokens, collision = fast_token_logps(hidden, head.weight, batch.target_ids, alignment)
+        else:
+            tokens, collision = token_logps(
+                hidden, head.weight, batch.target_ids, head.bias, scale=scale, softcap=softcap, alignment=alignment
+            )
+        sums = per_completion(tokens, batch)
+        if not alignment:
+            return CompletionLogps(sums, tokens)
+        mean = per_completion(tokens.detach() - collision, batch) / batch.lengths
+        return CompletionLogps(sums, tokens, alignment=mean)
+
+    def row_logits(self, batch: PackedBatch) -> RowLogits:
+        """The logits of a slice of predicting positions, in fp32 (fp64), without gradient: what a divergence compares with."""
+        with torch.no_grad():
+            hidden = self.predicting(batch)
+        head, scale, softcap = self._head()
+
+        @torch.no_grad()
+        def rows(part: slice) -> Tensor:
+            if type(head) is nn.Linear:
+                return head_logits(hidden[part], head.weight, head.bias, scale, softcap)
+            return scaled(head(hidden[part]), scale, softcap)
+
+        return rows
+
+    def divergence(self, batch: PackedBatch, ref_logits: RowLogits, kind: DivergenceKind) -> CompletionLogps:
+        """Log-probs as `logps` gives them, with the divergence from a reference at every completion token."""
+        hidden = self.predicting(batch)
+        head, scale, softcap = self._head()
+        if type(head) is nn.Linear:
+            out = divergence_logps(
+                hidden, head.weight, batch.target_ids, ref_logits, kind, head.bias, scale=scale, softcap=softcap
+            )
+        else:
+            out = module_divergence_logps(head, hidden, batch.target_ids, ref_logits, kind, scale, softcap)
+        sums = per_completion(out.logps, batch)
+        return CompletionLogps(sums, out.logps, ref_tokens=out.ref_logps, divergence=out.divergence)
+
+    def _head(self) -> tuple[Any, float, float | None]:
+        base = base_model_of(self.model)
+        return base.get_output_embeddings(), *head_scaling(base.config)

@@ -1,0 +1,267 @@
+"""The head in chunks of rows: log-probs, and what needs the whole vocabulary, without ever holding `[tokens, vocabulary]`.
+
+Each chunk's logits are computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from penchant.losses.divergences import DivergenceKind, divergence, grad_of, log_probs, value_of
+from penchant.models.cpu.head import add_weight_grad
+
+_CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MB in fp32
+_DIVERGENCE_ELEMENTS = 1 << 22  # the same where several such matrices are alive at once
+
+RowLogits = Callable[[slice], Tensor]  # rows to their logits (rows, vocabulary), without gradient
+
+
+class HeadDivergence(NamedTuple):
+    """Per completion token (R,), nats: log-probs of policy (with gradient) and reference, and their divergence (with gradient)."""
+
+    logps: Tensor
+    ref_logps: Tensor
+    divergence: Tensor
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """fp32 (or fp64) logits of a chunk: ``softcap * tanh(scale * (h W^T + b) / softcap)``."""
+    return scaled(torch.nn.functional.linear(hidden, weight, bias), scale, softcap)
+
+
+def scaled(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Raw logits in fp32 (or fp64), with the model's own scale and cap."""
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _before_scaling(d: Tensor, logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """d loss / d raw logits from d loss / d logits, in place: back through `scaled`."""
+    if softcap is not None:
+        d.mul_(1 - (logits / softcap) ** 2)
+    return d.mul_(scale) if scale != 1.0 else d
+
+
+class _ChunkedTokenLogps(torch.autograd.Function):
+    """log softmax(h W^T)[target], row chunk by row chunk; the backward pass recomputes each chunk's logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float | None,
+        chunk: int,
+        alignment: bool,
+    ) -> tuple[Tensor, Tensor]:
+        logps, lses, squares = [], [], []
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logits = head_logits(h, weight, bias, scale, softcap)
+            lse = torch.logsumexp(logits, dim=-1)
+            logps.append(logits.gather(1, t[:, None]).squeeze(1) - lse)
+            lses.append(lse)
+            if alignment:
+                squares.append(torch.logsumexp(2 * logits, dim=-1) - 2 * lse)
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(lses))
+        ctx.scale, ctx.softcap, ctx.chunk = scale, softcap, chunk
+        logps_of_rows = torch.cat(logps)
+        collision = torch.cat(squares) if alignment else logps_of_rows.new_empty(0)
+        ctx.mark_non_differentiable(collision)
+        return logps_of_rows, collision
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # d logp / d logits = onehot(target) - softmax(logits); through the cap: 1 - (logits / softcap)^2
+        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        grad = grads[0]
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
+        grad_bias = torch.zeros_like(bias) if need_bias else None
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            h, g = hidden[rows], grad[rows, None]
+            logits = head_logits(h, weight, bias, ctx.scale, ctx.softcap)
+            d = torch.exp(logits - lse[rows, None]).mul_(-g)
+            d.scatter_add_(1, targets[rows, None], g.to(d.dtype))
+            d = _before_scaling(d, logits, ctx.scale, ctx.softcap).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(d, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(d.t(), h)
+            if grad_bias is not None:
+                grad_bias.add_(d.sum(0))
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk: int | None = None,
+    alignment: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of target tokens under a linear head, without keeping the logits.
+
+    ``logp_r = log softmax(cap(scale * (W h_r + b)))[target_r]``
+
+    Args:
+        hidden: (R, d) states that predict the targets.
+        weight: (V, d) head; bias: (V,) or None.
+        targets: (R,) int64.
+        scale, softcap: the model's own changes to its logits.
+        chunk: rows at a time; chosen by memory when None.
+        alignment: also ``log sum_v pi(v)^2``, without gradient.
+
+    Returns:
+        Log-probs (R,) in nats, and the logarithm of the probability that two samples agree, (R,) or empty; fp32 (fp64 for
+        fp64 input).
+    """
+    rows = chunk or max(16, _CHUNK_ELEMENTS // weight.shape[0])
+    logps, collision = _ChunkedTokenLogps.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, scale, softcap, rows, alignment
+    )
+    return logps, collision
+
+
+def module_token_logps(
+    head: nn.Module, hidden: Tensor, targets: Tensor, scale: float, softcap: float | None, alignment: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The same through a head that is not a plain Linear (an adapter on it): each chunk is a checkpoint of its own."""
+
+    def of_chunk(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        logps = torch.log_softmax(scaled(head(h), scale, softcap), -1)
+        collision = torch.logsumexp(2 * logps.detach(), -1) if alignment else logps.new_empty(0)
+        return logps.gather(1, t[:, None]).squeeze(1), collision
+
+    parts = [
+        checkpoint(of_chunk, h, t, use_reentrant=False)
+        for h, t in zip(hidden.split(256), targets.split(256), strict=True)
+    ]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole vocabulary
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    """Log-probs of the targets and the divergence from the reference; the backward pass computes both sides' logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        ref_logits: RowLogits,
+        kind: DivergenceKind,
+        scale: float,
+        softcap: float | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logps, ref_logps, values = [], [], []
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            t = targets[rows, None]
+            lp = log_probs(head_logits(hidden[rows], weight, bias, scale, softcap))
+            lq = log_probs(ref_logits(rows))
+            logps.append(lp.gather(1, t).squeeze(1))
+            ref_logps.append(lq.gather(1, t).squeeze(1))
+            values.append(value_of(lp, lq, kind))
+        value = torch.cat(values)
+        ref = torch.cat(ref_logps)
+        ctx.save_for_backward(hidden, weight, bias, targets, value)
+        ctx.ref_logits, ctx.kind = ref_logits, kind
+        ctx.scale, ctx.softcap, ctx.chunk = scale, softcap, chunk
+        ctx.mark_non_differentiable(ref)
+        return torch.cat(logps), ref, value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, value = ctx.saved_tensors
+        of_logps, _, of_divergence = grads
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_bias = torch.zeros_like(bias) if need_bias else None
+        grad_weight: Tensor | None = None
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            g = of_logps[rows, None]
+            logits = head_logits(hidden[rows], weight, bias, ctx.scale, ctx.softcap)
+            lp = log_probs(logits)
+            d = grad_of(lp, log_probs(ctx.ref_logits(rows)), value[rows], ctx.kind)
+            d = d.mul_(of_divergence[rows, None]).sub_(lp.exp_().mul_(g))
+            d.scatter_add_(1, targets[rows, None], g.to(d.dtype))
+            d = _before_scaling(d, logits, ctx.scale, ctx.softcap).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(d, weight, out=grad_hidden[rows])
+            if need_weight:
+                grad_weight = add_weight_grad(weight, d, hidden[rows], grad_weight)
+            if grad_bias is not None:
+                grad_bias.add_(d.sum(0))
+        ctx.ref_logits = None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+
+
+def divergence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ref_logits: RowLogits,
+    kind: DivergenceKind,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk: int | None = None,
+) -> HeadDivergence:
+    """Log-probs of target tokens and the exact divergence from a reference at each of them, without keeping logits.
+
+    Args:
+        hidden, weight, targets, bias, scale, softcap: as for `token_logps`; ref_logits: the reference's logits of a slice
+            of rows, without gradient; kind: which divergence; chunk: rows at a time, chosen by memory when None.
+    """
+    rows = chunk or max(16, _DIVERGENCE_ELEMENTS // weight.shape[0])
+    out = _ChunkedDivergence.apply(hidden, weight, bias, targets, ref_logits, kind, scale, softcap, rows)  # type: ignore[no-untyped-call]
+    return HeadDivergence(*out)
+
+
+def module_divergence_logps(
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    ref_logits: RowLogits,
+    kind: DivergenceKind,
+    scale: float,
+    softcap: float | None,
+    chunk: int = 64,
+) -> HeadDivergence:
+    """The same through a head that is not a plain Linear: each chunk is a checkpoint of its own."""
+
+    def of_chunk(h: Tensor, t: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        logits, other = scaled(head(h), scale, softcap), ref_logits(rows)
+        picked = [torch.log_softmax(x, -1).gather(1, t[:, None]).squeeze(1) for x in (logits, other)]
+        return picked[0], picked[1], divergence(logits, other, kind)
+
+    parts = [
+        checkpoint(of_chunk, hidden[i : i + chunk], targets[i : i + chunk], slice(i, i + chunk), use_reentrant=False)
+        for i in range(0, hidden.shape[0], chunk)
+    ]
+    return HeadDivergence(*(torch.cat([p[i] for p in parts]) for i in range(3)))

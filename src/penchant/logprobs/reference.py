@@ -1,0 +1,336 @@
+"""The reference's log-probs: a frozen copy, the adapter switched off, or computed once and kept on disk."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penchant.data.mapped import StoredTokens
+from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.logprobs import CompletionLogps, Scorer
+from penchant.logprobs.head import RowLogits
+from penchant.types import PackedBatch, TokenTree
+
+BLOCK = 8192  # trees that are hashed at a time
+ENGINE_VERSION = "1"  # part of the cache key: raise it when the numbers of the engine change
+
+
+class Reference(Protocol):
+    """Where reference log-probs come from."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether equal weights give log-probs that are equal to the last bit (the same kernels on the same batch)."""
+
+    def logps(self, batch: PackedBatch) -> Tensor:
+        """Summed completion log-probs (C,) under the reference, without gradient."""
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        """Log-probs (R,) of every completion token under the reference, without gradient."""
+
+
+@dataclass(slots=True)
+class LiveReference:
+    """A reference that runs each step: a frozen copy (`off` does nothing) or the policy with its adapter switched off."""
+
+    scorer: Scorer
+    off: Callable[[], AbstractContextManager[Any]] = nullcontext
+    exact: bool = True
+
+    def logps(self, batch: PackedBatch) -> Tensor:
+        return self.completion_logps(batch).sums
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        return self.completion_logps(batch).tokens
+
+    def row_logits(self, batch: PackedBatch) -> RowLogits:
+        """The reference's logits of a slice of predicting positions: what an exact divergence compares the policy's with."""
+        model = self.scorer.model
+        training = model.training
+        model.eval()
+        try:
+            with self.off():
+                rows = self.scorer.row_logits(batch)
+        finally:
+            model.train(training)
+
+        def without_adapter(part: slice) -> Tensor:
+            with self.off():  # for an adapter on the head itself
+                return rows(part)
+
+        return rows if self.scorer.plain_head else without_adapter
+
+    def completion_logps(self, batch: PackedBatch) -> CompletionLogps:
+        """Log-probs per completion and per token, without gradient."""
+        model = self.scorer.model
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.off():
+                return self.scorer.logps(batch)
+        finally:
+            model.train(training)
+
+
+def adapter_off(scorer: Scorer) -> LiveReference:
+    """The reference of a LoRA run: the same weights and kernels with the adapter disabled."""
+    return LiveReference(scorer, off=scorer.model.disable_adapter)  # type: ignore[arg-type]
+
+
+@dataclass(slots=True)
+class MovingReference(LiveReference):
+    """A frozen copy that follows the policy (TR-DPO, arXiv 2404.09656): ``ref <- (1 - mixup) ref + mixup policy``.
+
+    Every `every` optimiser steps; mixup 1 is a hard update, ``every=1, mixup=0.01`` an exponential moving average with decay
+    0.99. The mean is kept in fp32: in bf16 a small step would be rounded away.
+
+    Args:
+        policy: gives the policy's weights in fp32, under the names of the reference's parameters.
+    """
+
+    policy: Callable[[], Mapping[str, Tensor]] = dict
+    every: int = 1
+    mixup: float = 1.0
+    masters: dict[str, Tensor] = field(default_factory=dict)
+
+    def after_step(self, step: int) -> None:
+        """Update where optimiser step `step` (1-based) is one to update at."""
+        if step % self.every:
+            return
+        parameters = dict(self.scorer.model.named_parameters())
+        with torch.no_grad():
+            for name, now in self.policy().items():
+                master = self.masters.setdefault(name, parameters[name].detach().to(now.dtype, copy=True))
+                master.lerp_(now, self.mixup)
+                parameters[name].copy_(master)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The moved weights, in fp32."""
+        return dict(self.masters)
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_tensors`."""
+        parameters = dict(self.scorer.model.named_parameters())
+        with torch.no_grad():
+            for name, value in tensors.items():
+                self.masters[name] = value.clone().to(parameters[name].device)
+                parameters[name].copy_(value)
+
+
+@dataclass(slots=True)
+class CachedReference:
+    """Reference log-probs by data set row: of completions, and of their tokens where those were asked for."""
+
+    by_row: Mapping[int, Tensor]
+    tokens_by_row: Mapping[int, Tensor] = field(default_factory=dict)
+    exact: bool = False
+
+    def logps(self, batch: PackedBatch) -> Tensor:
+        return torch.cat([self.by_row[row] for row in batch.rows]).to(batch.input_ids.device)
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        return torch.cat([self.tokens_by_row[row] for row in batch.rows]).to(batch.input_ids.device)
+
+
+def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, tokenizer: str, template: str) -> str:
+    """The name of a cache: SHA-256 over what reference log-probs depend on, and nothing else.
+
+    Model weights, tokenizer, template, every token id and boundary, and the dtype; not the learning rate, the output
+    folder, the loss or the packing.
+    """
+    digest = hashlib.sha256()
+    for part in (ENGINE_VERSION, weights_sha256, dtype, tokenizer, template):
+        digest.update(part.encode() + b"\0")
+    for start in range(0, len(trees), BLOCK):
+        parts, lengths, ids = _parts(trees, start, min(start + BLOCK, len(trees)))
+        # each part as its length and its ids, all 4 bytes; behind each tree a byte
+        ends = np.cumsum(lengths + 1)
+        words = np.empty(int(ends[-1]), dtype="<i4")
+        is_id = np.ones(len(words), dtype=bool)
+        is_id[ends - lengths - 1] = False
+        words[~is_id], words[is_id] = lengths, ids
+        told = words.view(np.uint8).data
+        bounds = (4 * np.r_[0, ends[np.cumsum(parts) - 1]]).tolist()
+        digest.update(b"|".join([told[a:b] for a, b in itertools.pairwise(bounds)]) + b"|")
+    return digest.hexdigest()
+
+
+def _parts(trees: Sequence[TokenTree], start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of some trees: how many parts each has, the tokens of each part, and the ids of all parts."""
+    if isinstance(trees, StoredTokens):
+        return trees.part_counts(start, end), trees.part_lengths(start, end), trees.part_ids(start, end)
+    some = [(t.prompt_ids, *t.completion_ids) for t in trees[start:end]]
+    counts, flat = [len(parts) for parts in some], [part for parts in some for part in parts]
+    return np.array(counts), np.array(list(map(len, flat))), np.concatenate(flat)
+
+
+def default_cache_dir() -> Path:
+    """``$PENCHANT_CACHE`` or ``~/.cache/penchant``."""
+    return Path(os.environ.get("PENCHANT_CACHE", "~/.cache/penchant")).expanduser() / "reference"
+
+
+def cached_reference(
+    live: LiveReference,
+    trees: Sequence[TokenTree],
+    key: str,
+    folder: Path,
+    *,
+    tokens_per_step: int,
+    tokens: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[CachedReference, bool]:
+    """Read the cache `key` in `folder`, or compute it and write it there (atomically); `tokens`: also token by token.
+
+    Returns:
+        The reference, and whether it was found on disk.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / f"{key}.safetensors"
+    count = int(_sizes(trees)[0].sum())
+
+    def on_disk() -> dict[str, Tensor] | None:
+        try:
+            stored = load_file(path) if path.exists() else {}
+        except (SafetensorError, OSError):
+            stored = {}
+        # a torn file, or one without the tokens that are wanted now, is computed again
+        return stored if len(stored.get("sums", ())) == count and (not tokens or "tokens" in stored) else None
+
+    stored = on_disk()
+    if stored is not None:
+        return _by_row(trees, stored), True
+    folder.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(folder / f".{key}.lock"):
+        stored = on_disk()  # another process may have computed it while this one waited
+        if stored is not None:
+            return _by_row(trees, stored), True
+        made = compute_logps(live, trees, tokens_per_step=tokens_per_step, progress=progress)
+        stored = {"sums": made.sums} | ({"tokens": made.tokens} if tokens else {})
+        _write_atomically(path, stored)
+    return _by_row(trees, stored), False
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """An advisory lock that the kernel drops when its holder dies; without one where the file system has none."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # whoever waits for it finds the result, or computes it too
+        os.close(handle)
+
+
+def compute_logps(
+    live: LiveReference,
+    trees: Sequence[TokenTree],
+    *,
+    tokens_per_step: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> CompletionLogps:
+    """Log-probs of all completions, in tree order, without gradient: sums (sum of k,) and tokens."""
+    shared = live.scorer.shared
+    sizes = [tree_tokens(t, shared) for t in trees]
+    parts: dict[int, tuple[Tensor, Tensor]] = {}
+    device = next(live.scorer.model.parameters()).device
+    for members in plan_microbatches(sizes, tokens_per_step):
+        made = live.completion_logps(pack([trees[i] for i in members], shared=shared).to(device))
+        sums = made.sums.cpu().split([len(trees[i].completion_ids) for i in members])
+        tokens = made.tokens.cpu().split([sum(map(len, trees[i].completion_ids)) for i in members])
+        parts |= dict(zip(members, zip(sums, tokens, strict=True), strict=True))
+        if progress is not None:
+            progress(len(parts), len(trees))
+    if not trees:
+        return CompletionLogps(torch.empty(0), torch.empty(0))
+    return CompletionLogps(*(torch.cat([parts[i][k] for i in range(len(trees))]) for k in (0, 1)))
+
+
+class RowParts(Mapping[int, Tensor]):
+    """Parts of long tensors by data set row, cut out when they are asked for: a million small tensors would take seconds to make.
+
+    Args:
+        segments: (first row, (n,) int64 end of each row's part, tensor) of n rows that are numbered on.
+    """
+
+    def __init__(self, segments: Sequence[tuple[int, np.ndarray, Tensor]]) -> None:
+        self.segments = tuple(segments)
+
+    def __getitem__(self, row: int) -> Tensor:
+        for first, ends, values in self.segments:
+            at = row - first
+            if 0 <= at < len(ends):
+                return values[int(ends[at - 1]) if at else 0 : int(ends[at])]
+        raise KeyError(row)
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.chain.from_iterable(range(f, f + len(ends)) for f, ends, _ in self.segments)
+
+    def __len__(self) -> int:
+        return sum(len(ends) for _, ends, _ in self.segments)
+
+
+def joined(references: Sequence[CachedReference]) -> CachedReference:
+    """One reference for all the rows of several."""
+    return CachedReference(_joined([r.by_row for r in references]), _joined([r.tokens_by_row for r in references]))
+
+
+def _joined(parts: Sequence[Mapping[int, Tensor]]) -> Mapping[int, Tensor]:
+    if all(isinstance(p, RowParts) for p in parts):
+        return RowParts([s for p in parts if isinstance(p, RowParts) for s in p.segments])
+    return {row: values for part in parts for row, values in part.items()}
+
+
+def _sizes(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) int64 twice: completions of each tree, and tokens of all its completions."""
+    if not isinstance(trees, StoredTokens):
+        made = [(len(t.completion_ids), sum(map(len, t.completion_ids))) for t in trees]
+        counts, tokens = np.array(made, dtype=np.int64).reshape(-1, 2).T
+        return counts, tokens
+    parts, lengths = trees.part_counts(), trees.part_lengths()
+    starts = np.cumsum(parts) - parts
+    whole = np.add.reduceat(lengths, starts) if len(parts) else lengths
+    return parts - 1, whole - lengths[starts]
+
+
+def _by_row(trees: Sequence[TokenTree], stored: Mapping[str, Tensor]) -> CachedReference:
+    sizes = dict(zip(("sums", "tokens"), _sizes(trees), strict=True))
+    first = trees[0].row if len(trees) else 0
+    numbered_on = isinstance(trees, StoredTokens) or [t.row for t in trees] == list(range(first, first + len(trees)))
+
+    def parts(name: str) -> Mapping[int, Tensor]:
+        if name not in stored:
+            return {}
+        if numbered_on:
+            return RowParts([(first, np.cumsum(sizes[name]), stored[name])])
+        return dict(zip([t.row for t in trees], stored[name].split(sizes[name].tolist()), strict=True))
+
+    return CachedReference(parts("sums"), parts("tokens"))
+
+
+def _write_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(tensors, name)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

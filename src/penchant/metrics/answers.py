@@ -1,0 +1,258 @@
+"""What a model makes of given answers: log-probs, KL, perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.errors import ModelError
+from penchant.logprobs.reference import LiveReference
+from penchant.losses.divergences import DivergenceKind, log_probs, value_of
+from penchant.metrics.figures import Figure, exp, mean_of, prompt_clusters, ratio_of, share_of
+from penchant.types import PackedBatch, TokenTree
+
+# ---- What a model makes of given answers: log-probs, preference accuracy and margin against a reference, perplexity, exact KL ----
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True, slots=True)
+class _Completions:
+    """Arrays over completions, tree by tree."""
+
+    tree: np.ndarray
+    slot: np.ndarray
+    good: np.ndarray
+    lengths: np.ndarray
+    clusters: np.ndarray
+
+
+def is_answer(tree: TokenTree) -> bool:
+    """Whether a row says which of its completions are good: a pair, one labelled answer, or one answer without label."""
+    k = len(tree.completion_ids)
+    return k == 1 or (k == 2 and (not any(label is not None for label in tree.labels) or tree.labels == (True, False)))
+
+
+def answer_figures(scores: TokenScores, trees: Sequence[TokenTree], beta: float) -> list[Figure]:
+    """Every figure of given answers, over rows, with intervals by prompt.
+
+    Args:
+        scores: of `trees`; trees: pairs (chosen first) or single answers (bad where their label says so); beta: of ``rewards/...``.
+    """
+    c = _completions(trees)
+    policy = _sums(scores.policy, c)
+    found = [*_by_side("logps", policy, c), *_pair_share("logps/accuracies", policy, c)]
+    found += _perplexities("perplexity", -policy, c)
+    if scores.reference is not None:
+        reference = _sums(scores.reference, c)
+        ratio = policy - reference
+        found += _perplexities("perplexity_ratio", -ratio, c)
+        found += [*_by_side("ref_logps", reference, c), *_by_side("logratios", ratio, c)]
+        found += _by_side("rewards", beta * ratio, c)
+        found += [*_margins("rewards/margins", beta * ratio, c), *_pair_share("rewards/accuracies", ratio, c)]
+    return found + kl_figures("answers/kl", scores, c.lengths, c.clusters)
+
+
+def kl_figures(name: str, scores: TokenScores, lengths: np.ndarray, clusters: np.ndarray) -> list[Figure]:
+    """Exact KL both ways round, summed over a completion and a token; nothing where it was not computed.
+
+    Args:
+        lengths, clusters: tokens and prompt of each completion, in order.
+    """
+    found = []
+    for way, values in (("policy_ref", scores.policy_ref), ("ref_policy", scores.ref_policy)):
+        if values is not None:
+            sums = completion_sums(values, lengths)
+            found.append(mean_of(f"{name}/{way}", sums, clusters))
+            found.append(ratio_of(f"{name}/{way}_per_token", sums, lengths, clusters))
+    return found
+
+
+def completion_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Sums over each completion's tokens: (R,) to (C,)."""
+    return np.add.reduceat(values, np.concatenate(([0], np.cumsum(lengths)[:-1])))
+
+
+def _completions(trees: Sequence[TokenTree]) -> _Completions:
+    by_tree = prompt_clusters(trees)
+    tree = [i for i, t in enumerate(trees) for _ in t.completion_ids]
+    slot = [s for t in trees for s in range(len(t.completion_ids))]
+    good = [_good(t, s) for t in trees for s in range(len(t.completion_ids))]
+    lengths = [len(ids) for t in trees for ids in t.completion_ids]
+    return _Completions(np.array(tree), np.array(slot), np.array(good), np.array(lengths), by_tree[tree])
+
+
+def _good(tree: TokenTree, slot: int) -> bool:
+    label = tree.labels[slot] if tree.labels else None
+    return slot == 0 if label is None else label
+
+
+def _sums(tokens: np.ndarray, c: _Completions) -> np.ndarray:
+    return completion_sums(tokens, c.lengths)
+
+
+def _by_side(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:
+    return [
+        mean_of(f"{name}/{side}", values[c.good == good], c.clusters[c.good == good])
+        for side, good in zip(SIDES, (True, False), strict=True)
+        if (c.good == good).any()
+    ]
+
+
+def _perplexities(name: str, nats: np.ndarray, c: _Completions) -> list[Figure]:
+    """``exp(sum nats / sum tokens)`` of each side."""
+    sides = [(side, c.good == good) for side, good in zip(SIDES, (True, False), strict=True)]
+    return [
+        ratio_of(f"{name}/{side}", nats[mine], c.lengths[mine], c.clusters[mine], exp)
+        for side, mine in sides
+        if mine.any()
+    ]
+
+
+def _gaps(values: np.ndarray, c: _Completions) -> tuple[np.ndarray, np.ndarray]:
+    """Chosen minus rejected of every pair, and each pair's prompt."""
+    second = np.flatnonzero(c.slot == 1)
+    return values[second - 1] - values[second], c.clusters[second]
+
+
+def _margins(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:
+    gaps, clusters = _gaps(values, c)
+    return [mean_of(name, gaps, clusters)] if len(gaps) else []
+
+
+def _pair_share(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:
+    gaps, clusters = _gaps(values, c)
+    return [share_of(name, (gaps > 0) + 0.5 * (gaps == 0), clusters)] if len(gaps) else []
+
+
+# ---- Both models' log-probs of every completion token, and the exact KL between them there: the whole vocabulary, chunk by chunk ----
+
+CHUNK_ELEMENTS = 1 << 22  # logits of one model alive at once: 16 MB in fp32
+POLICY_REF, REF_POLICY = DivergenceKind("kl", "policy_ref"), DivergenceKind("kl", "ref_policy")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """One number a completion token, in the trees' order, nats, float64, (R,) each.
+
+    Args:
+        policy, reference: log-probs; policy_ref: ``KL(policy || reference)`` of the next token there, ref_policy: the other way round.
+            None where there is no reference, or the exact KL was not asked for.
+    """
+
+    policy: np.ndarray
+    reference: np.ndarray | None = None
+    policy_ref: np.ndarray | None = None
+    ref_policy: np.ndarray | None = None
+
+
+def score_tokens(
+    policy: LiveReference,
+    reference: LiveReference | None,
+    trees: Sequence[TokenTree],
+    *,
+    exact: bool,
+    tokens_per_step: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenScores:
+    """Run the models over `trees`, without gradient.
+
+    ``KL(p || q) = sum_v p_v (log p_v - log q_v)`` at every position that predicts a completion token, in fp32 log space; logits are
+    never held for more than a few rows.
+
+    Args:
+        exact: also the exact KL, both ways round; tokens_per_step: of a forward pass.
+
+    Raises:
+        ModelError: the models' vocabularies differ in size.
+    """
+    device = next(policy.scorer.model.parameters()).device
+    sizes = [tree_tokens(t, policy.scorer.shared) for t in trees]
+    parts: dict[int, Tensor] = {}
+    for members in plan_microbatches(sizes, tokens_per_step):
+        chosen = [trees[i] for i in members]
+        batch = pack(chosen, shared=policy.scorer.shared).to(device)
+        if reference is None:
+            found = policy.completion_logps(batch).tokens[None]
+        else:
+            # completions are numbered tree by tree however they are laid out
+            same = reference.scorer.shared == policy.scorer.shared
+            other = batch if same else pack(chosen, shared=reference.scorer.shared).to(device)
+            found = _exact(policy, reference, batch, other) if exact else _sampled(policy, reference, batch, other)
+        counts = [sum(map(len, t.completion_ids)) for t in chosen]
+        parts |= dict(zip(members, found.double().cpu().split(counts, dim=1), strict=True))
+        if progress is not None:
+            progress(len(parts), len(trees))
+    whole = torch.cat([parts[i] for i in range(len(trees))], dim=1).numpy()
+    return TokenScores(*whole)
+
+
+def _sampled(policy: LiveReference, reference: LiveReference, batch: PackedBatch, other: PackedBatch) -> Tensor:
+    return torch.stack([policy.completion_logps(batch).tokens, reference.completion_logps(other).tokens])
+
+
+def _exact(policy: LiveReference, reference: LiveReference, batch: PackedBatch, other: PackedBatch) -> Tensor:
+    """(4, R): both log-probs, both divergences."""
+    of_policy, of_reference = policy.row_logits(batch), reference.row_logits(other)
+    models: list[Any] = [policy.scorer.model, reference.scorer.model]
+    rows = max(16, CHUNK_ELEMENTS // max(m.get_input_embeddings().weight.shape[0] for m in models))
+    found = []
+    for targets, at in zip(batch.target_ids.split(rows), range(0, len(batch.target_ids), rows), strict=True):
+        p, q = of_policy(slice(at, at + rows)), of_reference(slice(at, at + rows))
+        if p.shape != q.shape:
+            raise ModelError(
+                "reference",
+                f"has {q.shape[1]:,} logits a token, the model {p.shape[1]:,}",
+                "leave out the exact KL with --no-exact-kl, or give another --reference",
+            )
+        lp, lq = log_probs(p), log_probs(q)
+        picked = [x.gather(1, targets[:, None]).squeeze(1) for x in (lp, lq)]
+        found.append(torch.stack([*picked, value_of(lp, lq, POLICY_REF), value_of(lp, lq, REF_POLICY)]))
+    return torch.cat(found, dim=1)
+
+
+# ---- Perplexity and bits per byte of given texts, with intervals by document ----
+
+
+def without_eos(trees: Sequence[TokenTree], eos: int | None) -> list[TokenTree]:
+    """Chunks of documents without the EOS that was put behind them: the text is measured, not that it ends."""
+    found: list[TokenTree] = []
+    for t in trees:
+        ids = t.completion_ids[0]
+        if not t.truncated[0] and len(ids) and ids[-1] == eos:
+            ids = ids[:-1]
+        if len(ids):
+            found.append(replace(t, row=len(found), completion_ids=(ids,)))
+    return found
+
+
+def text_figures(scores: TokenScores, trees: Sequence[TokenTree], size: Mapping[str, int]) -> list[Figure]:
+    """``perplexity = exp(-sum log p / tokens)`` and ``bits per byte = -sum log2 p / bytes`` over all documents.
+
+    Args:
+        scores: of `trees`; trees: chunks of documents, one completion each, by `source`; size: bytes (UTF-8) of each document.
+    """
+    lengths = np.array([len(t.completion_ids[0]) for t in trees])
+    numbers = {source: i for i, source in enumerate(dict.fromkeys(t.source for t in trees))}
+    document = np.array([numbers[t.source] for t in trees])
+    n = len(numbers)
+    by_document = [np.bincount(document, weights=w) for w in (lengths, -completion_sums(scores.policy, lengths))]
+    tokens, nats = by_document
+    each = np.arange(n)
+    bytes_ = np.array([size[source] for source in numbers], dtype=np.float64)
+    found = [
+        ratio_of("text/perplexity", nats, tokens, each, exp),
+        ratio_of("text/bits_per_byte", nats / math.log(2), bytes_, each),
+    ]
+    if scores.reference is not None:
+        before = np.bincount(document, weights=-completion_sums(scores.reference, lengths))
+        found.append(ratio_of("text/ref_perplexity", before, tokens, each, exp))
+        found.append(ratio_of("text/perplexity_ratio", nats - before, tokens, each, exp))
+    return found

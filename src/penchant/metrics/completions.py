@@ -1,0 +1,575 @@
+"""What a model writes: reward, length, variety, overlap, KL."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.errors import ConfigError
+from penchant.logprobs import Scorer
+from penchant.logprobs.reference import LiveReference, compute_logps
+from penchant.losses.divergences import kl_estimate
+from penchant.metrics.answers import TokenScores, completion_sums, kl_figures
+from penchant.metrics.figures import DRAWS, Figure, mean_of, ratio_of, share_of
+from penchant.metrics.stats import Interval, bootstrap_ci, bootstrap_sums, share_ci, t_quantile
+from penchant.rollout.generate import sample
+from penchant.types import TokenTree
+
+# ---- Figures of generated text: how varied it is over all samples, and how much a sample repeats itself ----
+
+
+def distinct_n(samples: Sequence[Sequence[int]], n: int = 2) -> float:
+    """Share of n-grams that are different, over all samples together: ``unique / total`` (arXiv 1510.03055).
+
+    Args:
+        samples: token ids of each text; n: length of the grams.
+    """
+    grams = [g for ids in samples for g in _grams(ids, n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct_n_interval(
+    samples: Sequence[Sequence[int]], clusters: Sequence[int], n: int = 2, level: float = 0.95
+) -> Interval | None:
+    """`distinct_n` with a jackknife interval that leaves out one prompt at a time; None where there are fewer than two prompts.
+
+    ``D +- t_{k-1} s``, ``s^2 = (k-1)/k sum_c (D_(c) - mean D_(.))^2``, D_(c) without prompt c. A bootstrap would draw prompts twice, whose
+    grams are then no longer distinct: its draws lie below the figure itself.
+
+    Args:
+        clusters: the prompt of each sample.
+
+    Paper: Efron and Stein, "The jackknife estimate of variance" (1981), which shows that s^2 is not too small on average.
+    """
+    by_cluster: dict[int, Counter[tuple[int, ...]]] = {}
+    for ids, c in zip(samples, clusters, strict=True):
+        by_cluster.setdefault(c, Counter()).update(_grams(ids, n))
+    owners: Counter[tuple[int, ...]] = Counter(g for grams in by_cluster.values() for g in grams)
+    total = sum(sum(grams.values()) for grams in by_cluster.values())
+    k = len(by_cluster)
+    if k < 2:
+        return None
+    left = []
+    for grams in by_cluster.values():
+        alone = sum(owners[g] == 1 for g in grams)  # grams that nobody else wrote
+        rest = total - sum(grams.values())
+        left.append((len(owners) - alone) / rest if rest else 0.0)
+    without = np.array(left)
+    half = t_quantile((1 + level) / 2, k - 1) * float(np.sqrt((k - 1) / k * ((without - without.mean()) ** 2).sum()))
+    value = len(owners) / total if total else 0.0
+    return Interval(value, max(0.0, value - half), min(1.0, value + half))
+
+
+def repetition(ids: Sequence[int], n: int = 4) -> float | None:
+    """Share of a text's n-grams that occurred before in it: ``1 - unique / total``; None where it is shorter than n tokens.
+
+    Paper: arXiv 1908.04319 (seq-rep-n).
+    """
+    grams = list(_grams(ids, n))
+    return 1.0 - len(set(grams)) / len(grams) if grams else None
+
+
+def _grams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+
+
+# ---- What a model writes for held-out prompts, judged or not: the raw material of every comparison ----
+
+# (prompts, completions, the trees that they are the texts of) -> one number each
+Judge = Callable[[Sequence[str], Sequence[str], Sequence[TokenTree]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Completions, prompt by prompt.
+
+    Args:
+        trees: each prompt with its n completions; `truncated` where one did not end by itself.
+        texts: of all completions in order, (prompts x n); rewards: (prompts x n,), None where nobody judged.
+    """
+
+    trees: list[TokenTree]
+    texts: list[str]
+    rewards: np.ndarray | None
+
+    @cached_property
+    def ids(self) -> list[list[int]]:
+        """Token ids of all completions in order."""
+        return [c.tolist() for t in self.trees for c in t.completion_ids]
+
+    @cached_property
+    def ended(self) -> np.ndarray:
+        """Whether each completion ended by itself, (prompts x n,)."""
+        return np.array([not cut for t in self.trees for cut in t.truncated])
+
+    @property
+    def prompts(self) -> np.ndarray:
+        """The number of each completion's prompt, (prompts x n,): the clusters of an interval."""
+        return np.array([i for i, t in enumerate(self.trees) for _ in t.completion_ids])
+
+
+def write(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    n: int,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    judge: Judge | None = None,
+    sources: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Written:
+    """Sample `n` completions of each prompt and have them judged.
+
+    Args:
+        prompts: token ids; seed: of the draws; judge: a reward, called once with all of them.
+        sources: where each prompt came from, by which a reward model knows it in its own tokens; may be empty.
+    """
+    rows = sample(
+        model,
+        prompts,
+        n=n,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        eos_token_id=tokenizer.eos_token_id,
+        progress=progress,
+    )
+    trees = [
+        TokenTree(
+            i,
+            np.array(prompt, dtype=np.int32),
+            tuple(np.array(s.ids, dtype=np.int32) for s in row),
+            tuple(not s.finished for s in row),
+            sources[i] if sources else "",
+        )
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
+    ]
+    texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for row in rows for s in row]
+    return Written(trees, texts, None if judge is None else judged(judge, tokenizer, trees, texts))
+
+
+def judged(judge: Judge, tokenizer: Any, trees: Sequence[TokenTree], texts: Sequence[str]) -> np.ndarray:
+    """A reward's value of each completion, (completions,).
+
+    Args:
+        trees: prompts with their completions; texts: of all completions in order.
+    """
+    asked = [(tokenizer.decode(t.prompt_ids.tolist(), skip_special_tokens=True), len(t.completion_ids)) for t in trees]
+    return judge([prompt for prompt, n in asked for _ in range(n)], texts, trees)
+
+
+# ---- Figures of what a model wrote itself: rewards, length, variety, repetition, and how far it went from a reference on the way ----
+
+REPEATED = 4  # length of the grams that count as repeated
+
+
+def text_of_written(written: Written, also: Mapping[str, np.ndarray]) -> list[Figure]:
+    """Rewards, length, share ended by EOS, distinct-1 and -2, and repetition, with intervals by prompt.
+
+    Args:
+        also: other rewards of every completion, by name.
+    """
+    prompts = written.prompts
+    found = []
+    if written.rewards is not None:
+        found.append(mean_of("generated/reward", written.rewards, prompts))
+    found += [mean_of(f"generated/reward[{name}]", values, prompts) for name, values in also.items()]
+    found.append(mean_of("generated/length", [len(ids) for ids in written.ids], prompts))
+    found.append(share_of("generated/ended", written.ended, prompts))
+    for n in (1, 2):
+        interval = distinct_n_interval(written.ids, prompts.tolist(), n)
+        span = None if interval is None else (interval.low, interval.high)
+        found.append(Figure(f"generated/distinct_{n}", distinct_n(written.ids, n), span, len(written.ids)))
+    shares = [repetition(ids, REPEATED) for ids in written.ids]
+    long = [(share, prompt) for share, prompt in zip(shares, prompts.tolist(), strict=True) if share is not None]
+    if long:
+        found.append(mean_of("generated/repetition", [s for s, _ in long], [p for _, p in long]))
+    return found
+
+
+def kl_of_written(scores: TokenScores, written: Written, *, sampled: bool) -> list[Figure]:
+    """KL from a reference on own completions.
+
+    With ``d_t = log policy(y_t) - log reference(y_t)``: ``k1 = sum_t d_t`` a completion, ``k3 = exp(-d_t) - 1 + d_t`` a token, both
+    unbiased where the completions were drawn at temperature 1. The exact KL at every token, summed over a completion, estimates the same
+    as k1 with a variance that is never larger.
+
+    Args:
+        scores: of the completions, with a reference; sampled: also k1 and k3.
+
+    Papers: Schulman, "Approximating KL divergence" (2020); arXiv 2504.10637.
+    """
+    assert scores.reference is not None
+    lengths = np.array([len(ids) for ids in written.ids])
+    found = []
+    if sampled:
+        policy, reference = torch.from_numpy(scores.policy), torch.from_numpy(scores.reference)
+        k1, k3 = kl_estimate(policy, reference, "k1").numpy(), kl_estimate(policy, reference, "k3").numpy()
+        found.append(mean_of("generated/kl/k1", completion_sums(k1, lengths), written.prompts))
+        found.append(ratio_of("generated/kl/k3", completion_sums(k3, lengths), lengths, written.prompts))
+    return found + kl_figures("generated/kl", scores, lengths, written.prompts)
+
+
+# ---- BLEU (sacrebleu) and ROUGE (rouge-score) of completions against reference answers; the two packages are an extra ----
+
+ROUGE = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_L"}
+ORDERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Figures (``generated/bleu`` from 0 to 100, ``generated/rouge_...`` from 0 to 1), and how they were computed in the packages' words."""
+
+    figures: list[Figure]
+    signature: str
+
+
+def require_overlap() -> None:
+    """Both packages are there.
+
+    Raises:
+        ConfigError: they are not; it says how to install them.
+    """
+    try:
+        import rouge_score  # noqa: F401
+        import sacrebleu  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "BLEU and ROUGE",
+            f"need an extra ({error.name or error} is not installed)",
+            "pip install 'penchant[eval]', or leave them out with --no-overlap",
+        ) from error
+
+
+def overlap_figures(
+    texts: Sequence[str], references: Sequence[Sequence[str]], clusters: Sequence[int] | np.ndarray, *, stemmer: bool
+) -> Overlap:
+    """Corpus BLEU and mean ROUGE F1 over completions, with intervals by prompt.
+
+    BLEU is of the whole corpus, ``BP exp(mean_n log p_n)`` of summed n-gram counts; its interval draws prompts and computes it anew from
+    their counts. ROUGE is a mean over completions, each against the reference answer that gives it the highest F1.
+
+    Args:
+        texts: completions; references: of each, at least one; clusters: each one's prompt; stemmer: Porter's, for ROUGE.
+
+    Raises:
+        ConfigError: a package is missing.
+
+    Papers: Papineni et al. (2002); arXiv 1804.08771 (sacrebleu); Lin (2004).
+    """
+    require_overlap()
+    bleu, signature = _bleu(texts, references, clusters)
+    how = "on" if stemmer else "off"
+    return Overlap([bleu, *_rouge(texts, references, clusters, stemmer)], f"BLEU|{signature}; ROUGE F1|stemmer:{how}")
+
+
+def _bleu(
+    texts: Sequence[str], references: Sequence[Sequence[str]], clusters: Sequence[int] | np.ndarray
+) -> tuple[Figure, str]:
+    from sacrebleu.metrics import BLEU
+
+    rows = sentence_statistics(texts, references)
+    interval = bootstrap_sums(rows, bleu_of_sums, clusters=clusters, draws=DRAWS)
+    metric = BLEU(force=True)  # completions that look tokenised are no reason to warn
+    # also says with which settings; streams of references are as many as the most that one completion has
+    streams = [[r[i] if i < len(r) else None for r in references] for i in range(max(map(len, references)))]
+    whole = metric.corpus_score(list(texts), streams)  # type: ignore[arg-type]
+    if abs(whole.score - interval.estimate) > 1e-6:
+        raise AssertionError(f"BLEU from counts is {interval.estimate}, sacrebleu's own {whole.score}")
+    return Figure.of("generated/bleu", interval, len(texts), clusters), str(metric.get_signature())
+
+
+def sentence_statistics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """What corpus BLEU sums over completions, (n, 10): own and reference length, n-grams that match, n-grams in all."""
+    from sacrebleu.metrics import BLEU
+
+    metric: Any = BLEU(effective_order=True)  # of one sentence it is the counts alone that are taken
+    scores = [metric.sentence_score(text, list(refs)) for text, refs in zip(texts, references, strict=True)]
+    return np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores], dtype=np.float64)
+
+
+def bleu_of_sums(sums: np.ndarray) -> float:
+    """Corpus BLEU of summed `sentence_statistics`, as sacrebleu computes it by default (smoothing: exp)."""
+    from sacrebleu.metrics import BLEU
+
+    counts = [round(v) for v in sums]
+    return BLEU.compute_bleu(
+        counts[2 : 2 + ORDERS], counts[2 + ORDERS :], counts[0], counts[1], smooth_method="exp"
+    ).score
+
+
+def _rouge(
+    texts: Sequence[str], references: Sequence[Sequence[str]], clusters: Sequence[int] | np.ndarray, stemmer: bool
+) -> list[Figure]:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(list(ROUGE), use_stemmer=stemmer)
+    scores = [scorer.score_multi(list(refs), text) for text, refs in zip(texts, references, strict=True)]
+    return [mean_of(f"generated/{ours}", [s[name].fmeasure for s in scores], clusters) for name, ours in ROUGE.items()]
+
+
+# ---- KL(policy || reference) from completions that the policy itself writes ----
+
+
+def sampled_kl(
+    policy: LiveReference,
+    reference: LiveReference,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | None,
+    seed: int,
+    tokens_per_step: int,
+) -> dict[str, Any]:
+    """KL of the policy from the reference on completions sampled at temperature 1.
+
+    With ``d_t = log pi(y_t) - log ref(y_t)``: per completion ``k1 = sum_t d_t`` (unbiased), per token
+    ``k3 = exp(-d_t) - 1 + d_t`` (unbiased, never negative; Schulman, "Approximating KL divergence", 2020).
+
+    Args:
+        policy, reference: both run live, without gradient.
+        prompts: token ids; one completion each, of at most `max_new_tokens`.
+
+    Returns:
+        ``kl/policy_ref`` in nats per completion with its 95% interval by prompt, ``kl/per_token`` (k3), ``kl/completions``.
+    """
+    rows = sample(policy.scorer.model, prompts, max_new_tokens=max_new_tokens, seed=seed, eos_token_id=eos_token_id)
+    trees = [
+        TokenTree(i, np.array(p, np.int32), (np.array(r[0].ids, np.int32),), (not r[0].finished,))
+        for i, (p, r) in enumerate(zip(prompts, rows, strict=True))
+    ]
+    return kl_on(policy, reference, trees, tokens_per_step=tokens_per_step)
+
+
+def kl_on(
+    policy: LiveReference, reference: LiveReference, trees: Sequence[TokenTree], *, tokens_per_step: int
+) -> dict[str, Any]:
+    """The same on completions that the policy has written already, at temperature 1; any number of a prompt.
+
+    Args:
+        trees: each prompt with its completions; the interval draws whole trees.
+    """
+    per_completion, per_token = kl_by_completion(policy, reference, trees, tokens_per_step=tokens_per_step)
+    clusters = [i for i, t in enumerate(trees) for _ in t.completion_ids]
+    interval = bootstrap_ci(per_completion, clusters=clusters, draws=2000)
+    return {
+        "kl/policy_ref": interval.estimate,
+        "kl/policy_ref/ci": [interval.low, interval.high],
+        "kl/per_token": per_token,
+        "kl/completions": len(per_completion),
+    }
+
+
+def kl_by_completion(
+    policy: LiveReference, reference: LiveReference, trees: Sequence[TokenTree], *, tokens_per_step: int
+) -> tuple[np.ndarray, float]:
+    """k1 of every completion in nats, (completions,) in order, and the mean of k3 per token."""
+    shared = policy.scorer.shared
+    device = next(policy.scorer.model.parameters()).device
+    by_tree: dict[int, list[float]] = {}
+    k3 = 0.0
+    for members in plan_microbatches([tree_tokens(t, shared) for t in trees], tokens_per_step):
+        batch = pack([trees[i] for i in members], shared=shared).to(device)
+        logps, ref_logps = (m.completion_logps(batch).tokens.double() for m in (policy, reference))
+        d = kl_estimate(logps, ref_logps, "k1")
+        sums = torch.zeros(len(batch.lengths), dtype=d.dtype, device=device).index_add(0, batch.completion_of, d)
+        for i, part in zip(members, sums.split([len(trees[i].completion_ids) for i in members]), strict=True):
+            by_tree[i] = part.tolist()
+        k3 += float(kl_estimate(logps, ref_logps, "k3").sum())
+    k1 = np.array([v for i in range(len(trees)) for v in by_tree[i]])
+    return k1, k3 / sum(len(c) for t in trees for c in t.completion_ids)
+
+
+# ---- What a policy writes for held-out prompts while it is trained: length, ends, variety, and its reward against what its start wrote ----
+
+Metrics = dict[str, Any]
+
+START_FILE = "start.completions.json"  # of a run folder
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """What is asked of the policy at every evaluation.
+
+    Args:
+        tokenizer: of the policy; prompts: token ids, each once; sources: where each came from, by which a reward model knows it.
+        max_new_tokens: of a completion; seed: of the run; judge: of completions, or None; judge_name: what tells it from another one (JSON).
+    """
+
+    tokenizer: Any
+    prompts: Sequence[Sequence[int]]
+    sources: Sequence[str]
+    max_new_tokens: int
+    seed: int
+    judge: Judge | None = None
+    judge_name: Any = None
+
+    def write(self, model: Any, step: int) -> Written:
+        """One completion of each prompt at temperature 1, judged: a function of weights, seed and optimiser step."""
+        return write(
+            model,
+            self.tokenizer,
+            self.prompts,
+            n=1,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed * 1_000_003 + step,
+            judge=self.judge,
+            sources=self.sources,
+        )
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What completions and their rewards depend on, apart from weights and step; JSON."""
+        digest = hashlib.sha256()
+        for ids in self.prompts:
+            digest.update(np.array(ids, dtype="<i4").tobytes() + b"|")
+        return {
+            "prompts": digest.hexdigest(),
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.seed,
+            "judge": self.judge_name,
+        }
+
+
+def completion_figures(written: Written) -> Metrics:
+    """``completions/length`` in tokens and ``completions/ended`` with intervals by prompt, ``completions/distinct_2`` over all together."""
+    ids = written.ids
+    lengths = np.array([len(i) for i in ids], dtype=np.float64)
+    return {
+        **_named("completions/length", bootstrap_ci(lengths, clusters=written.prompts, draws=DRAWS)),
+        **_named("completions/ended", share_ci(written.ended, clusters=written.prompts, draws=DRAWS)),
+        "completions/distinct_2": distinct_n(ids),
+    }
+
+
+def gain_figures(rewards: Sequence[float] | np.ndarray, start: Sequence[float] | np.ndarray) -> Metrics:
+    """``reward``, and ``win_rate`` against the start's completion of the same prompt, each with its interval by prompt.
+
+    ``win_rate = mean_prompts 1[r > r_start] + 1[r = r_start] / 2``: one half is no gain.
+
+    Args:
+        rewards, start: (prompts,), one completion each.
+
+    Raises:
+        ValueError: shapes that differ, or nothing.
+    """
+    now, then = np.asarray(rewards, dtype=np.float64), np.asarray(start, dtype=np.float64)
+    if now.shape != then.shape:
+        raise ValueError(f"rewards of the same prompts are wanted, not {now.shape} and {then.shape}")
+    wins = (now > then) + 0.5 * (now == then)
+    return _named("reward", bootstrap_ci(now, draws=DRAWS)) | _named("win_rate", share_ci(wins, draws=DRAWS))
+
+
+def _named(name: str, interval: Interval) -> Metrics:
+    return {name: interval.estimate, f"{name}/ci": [interval.low, interval.high]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the start wrote
+
+
+def rows_of(written: Written, tokenizer: Any) -> list[dict[str, Any]]:
+    """Judged completions, one of each prompt, as they are kept."""
+    assert written.rewards is not None
+    return [
+        {
+            "prompt": tokenizer.decode(tree.prompt_ids.tolist(), skip_special_tokens=True),
+            "completion": text,
+            "tokens": len(tree.completion_ids[0]),
+            "ended": not tree.truncated[0],
+            "reward": float(reward),
+        }
+        for tree, text, reward in zip(written.trees, written.texts, written.rewards, strict=True)
+    ]
+
+
+def keep_start(path: Path, asked: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Write down what the start wrote and what it was worth: whole or not at all, so that a resumed run compares with the same."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(
+        json.dumps({"asked": asked, "completions": list(rows)}, ensure_ascii=False, indent=1), encoding="utf-8"
+    )
+    os.replace(partial, path)
+
+
+def kept_start(path: Path, asked: dict[str, Any]) -> np.ndarray | None:
+    """The rewards of what the start wrote, (prompts,); None where nothing was kept, or something else was asked."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["asked"] != json.loads(json.dumps(asked)):
+            return None
+        return np.array([row["reward"] for row in kept["completions"]], dtype=np.float64)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# ---- What an online method gained on held-out prompts: reward of fresh completions, and how far the policy went for it ----
+
+EVALUATION = 2**40  # an iteration of its own: training never draws with this seed
+
+
+class Judged(Protocol):
+    """A prompt's completions and their rewards."""
+
+    tree: TokenTree
+    rewards: torch.Tensor
+
+
+class Writes(Protocol):
+    """What writes completions and judges them; see `algorithms/rollouts.py`."""
+
+    def write(self, prompts: Sequence[TokenTree], iteration: int, samples: int | None = None) -> Sequence[Judged]: ...
+
+
+def evaluate_online(
+    writer: Any,
+    scorer: Scorer,
+    start: LiveReference,
+    prompts: Sequence[TokenTree],
+    tokens_per_step: int,
+    *,
+    rewards_of_start: Callable[[np.ndarray], np.ndarray | None] = lambda _: None,
+) -> dict[str, Any]:
+    """Mean reward of one completion a held-out prompt, with its 95% interval by prompt, and KL(policy || start) on them.
+
+    Args:
+        rewards_of_start: what the start's completions of the same prompts were worth, (prompts,), given the policy's own rewards (which they
+            are at the start); None: nobody knows.
+
+    Returns:
+        ``eval/reward``, ``eval/win_rate`` against the start (ties half) and ``eval/kl/policy_ref`` with ``/ci``, ``eval/completions/length``, ``eval/completions/ended``, ``eval/rows``;
+        ``eval/loss`` is minus the reward, so that the best checkpoint is the one with the highest.
+    """
+    source: Writes = writer
+    groups = source.write(prompts, EVALUATION, 1)
+    rewards = np.array([float(g.rewards[0]) for g in groups])
+    trees = [g.tree for g in groups]
+    now, then = (
+        compute_logps(m, trees, tokens_per_step=tokens_per_step).sums.double().numpy()
+        for m in (LiveReference(scorer), start)
+    )
+    metrics: dict[str, Any] = {"eval/loss": -float(rewards.mean()), "eval/rows": len(trees)}
+    values_of = {"reward": rewards, "kl/policy_ref": now - then}
+    start_rewards = rewards_of_start(rewards)
+    if start_rewards is not None:
+        values_of["win_rate"] = (rewards > start_rewards) + 0.5 * (rewards == start_rewards)
+    for name, values in values_of.items():
+        interval = (share_ci if name == "win_rate" else bootstrap_ci)(values, draws=2000)
+        metrics |= {f"eval/{name}": interval.estimate, f"eval/{name}/ci": [interval.low, interval.high]}
+    metrics["eval/completions/length"] = float(np.mean([len(t.completion_ids[0]) for t in trees]))
+    metrics["eval/completions/ended"] = float(np.mean([not t.truncated[0] for t in trees]))
+    return metrics

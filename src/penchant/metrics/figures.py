@@ -1,0 +1,95 @@
+"""One number of an evaluation with its interval and what it is over: always rows, never batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from penchant.metrics.stats import Interval, bootstrap_ci, bootstrap_ratio, share_ci
+from penchant.types import TokenTree
+
+PREFIX = "eval/"
+DRAWS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure.
+
+    Args:
+        name: without ``eval/``; see `glossary.py`; value: the estimate; interval: 95%, or None where there is one prompt only.
+        n: how many pairs, completions, documents ... it is over.
+    """
+
+    name: str
+    value: float
+    interval: tuple[float, float] | None
+    n: int
+
+    @staticmethod
+    def of(name: str, found: Interval, n: int, clusters: ArrayLike, map_: Callable[[float], float] = float) -> Figure:
+        """From an interval, which is left out where it was drawn from a single cluster; `map_`: a rising function of all three."""
+        several = len(np.unique(np.asarray(clusters))) > 1
+        return Figure(name, map_(found.estimate), (map_(found.low), map_(found.high)) if several else None, n)
+
+
+def mean_of(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:
+    """``mean(values)``; the interval draws whole clusters.
+
+    Args:
+        values: (n,); clusters: (n,) prompt of each.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    return Figure.of(name, bootstrap_ci(found, clusters=clusters, draws=DRAWS), len(found), clusters)
+
+
+def share_of(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:
+    """`mean_of` of values within [0, 1], whose interval is none of zero width where all rows agree (see `share_ci`)."""
+    found = np.asarray(values, dtype=np.float64)
+    return Figure.of(name, share_ci(found, clusters=clusters, draws=DRAWS), len(found), clusters)
+
+
+def ratio_of(
+    name: str,
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    clusters: ArrayLike,
+    map_: Callable[[float], float] = float,
+    n: int | None = None,
+) -> Figure:
+    """``map(sum a / sum b)`` with a rising `map_` (exp, of a perplexity); the interval draws whole clusters.
+
+    Args:
+        numerators, denominators, clusters: (n,); n: of the figure, where it is not the number of values.
+    """
+    found = bootstrap_ratio(numerators, denominators, clusters=clusters, draws=DRAWS)
+    count = len(np.asarray(numerators)) if n is None else n
+    return Figure.of(name, found, count, clusters, map_)
+
+
+def exp(value: float) -> float:
+    """``e^value``, finite."""
+    return math.exp(min(700.0, value))
+
+
+def flat(figures: Iterable[Figure]) -> dict[str, Any]:
+    """``{eval/NAME: value, eval/NAME/ci: [low, high], eval/NAME/n: n}``, as everything that reads metrics takes them."""
+    found: dict[str, Any] = {}
+    for f in figures:
+        found[PREFIX + f.name] = f.value
+        if f.interval is not None:
+            found[f"{PREFIX}{f.name}/ci"] = list(f.interval)
+        found[f"{PREFIX}{f.name}/n"] = f.n
+    return found
+
+
+def prompt_clusters(trees: Sequence[TokenTree]) -> np.ndarray:
+    """The number of each tree's prompt, (trees,); each tree by itself where all have one prompt (or none)."""
+    numbers: dict[bytes, int] = {}
+    found = np.array([numbers.setdefault(t.prompt_ids.tobytes(), len(numbers)) for t in trees])
+    return found if len(numbers) > 1 else np.arange(len(trees))

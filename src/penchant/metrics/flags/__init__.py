@@ -1,0 +1,250 @@
+"""Trust flags: what a careful reader would want to know before believing a run or a comparison, each with its evidence.
+
+A rule is one small file: a pure function of the lines of metrics.jsonl (and config and audit), or of comparison.json and its rows. `RULES` is the
+registry that the command, the docs page and the tests go through.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from penchant.errors import CheckpointError
+from penchant.metrics.flags.of_comparison import BY_LENGTH, DISAGREE, FAILURES, FEW_PROMPTS, ONE_SEED, POSITION
+from penchant.metrics.flags.of_training import (
+    DISPLACEMENT,
+    DRIFTED,
+    KL,
+    LENGTH,
+    MARGIN,
+    NOT_FINITE,
+    OVERFITTING,
+    PERPLEXITY,
+    SKIPPED,
+)
+from penchant.metrics.flags.rule import ComparisonView, Evidence, Flag, Rule, RunView, TrustConfig, number
+
+__all__ = ["RULES", "TrustConfig", "comparison_flags", "run_flags"]
+
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        MARGIN,
+        DISPLACEMENT,
+        OVERFITTING,
+        LENGTH,
+        KL,
+        PERPLEXITY,
+        BY_LENGTH,
+        POSITION,
+        FAILURES,
+        DISAGREE,
+        NOT_FINITE,
+        SKIPPED,
+        DRIFTED,
+        FEW_PROMPTS,
+        ONE_SEED,
+    )
+}
+
+
+def run_flags(
+    lines: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any] | None = None,
+    audit: Mapping[str, Any] | None = None,
+    *,
+    trust: TrustConfig | None = None,
+) -> list[Flag]:
+    """The flags of a run, warnings first.
+
+    Args:
+        lines: of metrics.jsonl; config: of config.resolved.yaml (its `trust` section is read where `trust` is None); audit: audit.json.
+    """
+    if trust is None:
+        section = (config or {}).get("trust")
+        trust = TrustConfig.model_validate(section) if isinstance(section, Mapping) else TrustConfig()
+    view = RunView(lines, config or {}, audit or {}, trust)
+    seen = [(rule, rule.of_run(view)) for rule in RULES.values() if rule.of_run is not None]
+    return _sorted([rule.flag(s) for rule, s in seen if s is not None])
+
+
+def comparison_flags(
+    figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = (), *, trust: TrustConfig | None = None
+) -> list[Flag]:
+    """The flags of a comparison, warnings first.
+
+    Args:
+        figures: comparison.json; rows: of comparison.jsonl, needed for the win rate at equal length where `figures` does not have it.
+    """
+    view = ComparisonView(figures, rows, trust or TrustConfig())
+    found = [
+        rule.flag(seen)
+        for rule in RULES.values()
+        if rule.of_comparison is not None
+        for seen in rule.of_comparison(view)
+    ]
+    return _sorted(found)
+
+
+def _sorted(flags: list[Flag]) -> list[Flag]:
+    return sorted(flags, key=lambda f: f.level != "warning")
+
+
+# ---- Flags of folders: read what a run or a comparison left, write flags.json, show them to a person ----
+
+FLAGS = "flags.json"
+SHOWN = 8  # values of a piece of evidence that fit in a line
+
+
+def flags_of(path: Path | str) -> list[Flag]:
+    """The flags of a run's folder, or of a folder (or file) with a comparison.json.
+
+    Raises:
+        CheckpointError: no such folder, neither a run nor a comparison in it, or files that Penchant did not write so.
+    """
+    try:
+        return _flags_of(Path(path))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            str(path), f"its files are not as Penchant writes them ({type(error).__name__}: {error})", "restore them"
+        ) from error
+
+
+def _flags_of(path: Path) -> list[Flag]:
+    folder = path.parent if path.name == "comparison.json" else path
+    if not folder.is_dir():
+        raise CheckpointError(str(path), "no such folder", "give a run's folder, or one with a comparison.json")
+    if (folder / "metrics.jsonl").exists():
+        return _of_run(folder)
+    if (folder / "comparison.json").exists():
+        figures = _json(folder / "comparison.json")
+        if not figures:
+            raise CheckpointError(str(folder / "comparison.json"), "cannot be read", "compare again")
+        return comparison_flags(figures, _jsonl(folder / "comparison.jsonl"))
+    raise CheckpointError(
+        str(folder), "holds neither metrics.jsonl nor comparison.json", "give a run's folder, or that of a comparison"
+    )
+
+
+def write_flags(run: Path) -> list[Flag]:
+    """Flags of a run, also as RUN/flags.json: a list, warnings first."""
+    found = _of_run(run)
+    target = run / FLAGS
+    partial = target.with_name(f".{FLAGS}.{os.getpid()}")
+    partial.write_text(json.dumps([f.to_json() for f in found], indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, target)
+    return found
+
+
+def _of_run(run: Path) -> list[Flag]:
+    try:
+        config = yaml.safe_load(_text(run / "config.resolved.yaml"))
+    except yaml.YAMLError:
+        config = {}
+    config = config if isinstance(config, Mapping) else {}
+    try:
+        trust = TrustConfig.model_validate(config.get("trust") or {})
+    except ValueError:  # a file of another version
+        trust = TrustConfig()
+    return run_flags(_jsonl(run / "metrics.jsonl"), config, _json(run / "audit.json"), trust=trust)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_text(path) or "{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _jsonl(path: Path) -> list[dict[str, Any]]:
+    """Whole lines only: the last one of a run that goes on may be half written."""
+    rows = []
+    for line in _text(path).split("\n"):  # not splitlines: JSON strings may hold U+2028
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            rows.append(value)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# for people
+
+
+def summary(flags: Sequence[Flag]) -> str:
+    """One line a flag, for the end of a run."""
+    return "\n".join(f"{_mark(f)}: {_about(f)}{visible(f.sentence)} ({f.name})" for f in flags)
+
+
+def as_text(flags: Sequence[Flag]) -> str:
+    """Every flag with its evidence and what to do."""
+    if not flags:
+        return "no flags: none of the rules in docs/trust.md speaks, which is no proof that nothing is wrong"
+    parts = []
+    for f in flags:
+        lines = [f"{_mark(f)}: {_about(f)}{f.title} ({f.name})", *_wrapped(f.sentence)]
+        lines += [f"    {visible(e.label)}: {_values(e)}" for e in f.evidence]
+        lines += _wrapped(f"What to do: {f.advice}")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _mark(flag: Flag) -> str:
+    return "! warning" if flag.level == "warning" else "  note"
+
+
+def _about(flag: Flag) -> str:
+    return f"{visible(flag.about)}: " if flag.about else ""
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(visible(text), 110, initial_indent="    ", subsequent_indent="    ", break_long_words=False)
+
+
+def _values(e: Evidence) -> str:
+    """First and last values, with their steps."""
+    shown = [
+        number(v) + (f" (step {s:,})" if s is not None else "")
+        for v, s in zip(e.values, e.steps or (None,) * len(e.values), strict=False)
+    ]
+    if len(shown) > SHOWN:
+        half = SHOWN // 2
+        shown = [*shown[:half], f"... {len(shown) - SHOWN} more ...", *shown[-half:]]
+    return ", ".join(shown)
+
+
+def visible(text: str) -> str:
+    """Control and direction marks by their number: names in files are not trusted with a terminal."""
+    return "".join(c if c.isprintable() else f"<U+{ord(c):04X}>" for c in text)
+
+
+def markdown() -> str:
+    """The rules as docs/trust.md lists them."""
+    fields = TrustConfig.model_fields
+    lines = ["| key | default | |", "|---|---|---|"]
+    lines += [f"| `trust.{name}` | `{info.default}` | {info.description} |" for name, info in fields.items()]
+    for rule in RULES.values():
+        of = [what for what, check in (("runs", rule.of_run), ("comparisons", rule.of_comparison)) if check]
+        keys = ", ".join(f"`trust.{t}` = {fields[t].default}" for t in rule.thresholds)
+        lines += ["", f"### {rule.name}", "", f"*{rule.title[0].upper()}{rule.title[1:]}.* Of {' and '.join(of)}.", ""]
+        lines += [f"- **When:** {rule.what}", f"- **Needs:** {rule.needs}."]
+        lines += [f"- **Threshold:** {keys}."] if keys else []
+        lines += [f"- **False alarms:** {rule.alarms}.", f"- **What to do:** {rule.advice}"]
+    return "\n".join(lines) + "\n"

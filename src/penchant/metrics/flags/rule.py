@@ -1,0 +1,385 @@
+"""What a trust rule is: its evidence, thresholds and wording."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, Literal, TypeGuard
+
+from pydantic import Field, model_validator
+
+from penchant.base.section import Section
+from penchant.metrics.stats import t_quantile
+
+# ---- What a warning about a run is: a sentence with its evidence, so that nobody has to take our word for it ----
+
+Level = Literal["warning", "note"]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Numbers that a flag rests on.
+
+    Args:
+        label: what the values are, with their unit: ``"log-prob of chosen answers, nats"``.
+        steps: optimiser steps of the values, or () where they are not over steps; values: as many, or any number without steps.
+    """
+
+    label: str
+    values: tuple[float, ...]
+    steps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """Something in a run or a comparison that a careful reader would want to know before trusting it.
+
+    Args:
+        name: of the rule, in snake case: ``likelihood_displacement``; title: a few words; level: ``warning`` or ``note``.
+        sentence: what was seen, with its figures and steps; advice: what to look at or change next.
+        about: the run or setting that it is about, "" for the only one.
+    """
+
+    name: str
+    title: str
+    level: Level
+    sentence: str
+    advice: str
+    evidence: tuple[Evidence, ...]
+    about: str = ""
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Flag:
+        """What `to_json` wrote."""
+        evidence = tuple(Evidence(e["label"], tuple(e["values"]), tuple(e["steps"])) for e in values["evidence"])
+        return Flag(**{**values, "evidence": evidence})
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in files."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "level": self.level,
+            "sentence": self.sentence,
+            "advice": self.advice,
+            "about": self.about,
+            "evidence": [{"label": e.label, "values": list(e.values), "steps": list(e.steps)} for e in self.evidence],
+        }
+
+
+# ---- The `trust` section of a config: from where on a figure is worth a flag. It changes nothing in what a run computes ----
+
+
+class TrustConfig(Section):
+    """Thresholds of the trust flags; docs/trust.md says what each rule does with them."""
+
+    kl: list[float] = Field(
+        [0.0, 20.0],
+        min_length=2,
+        max_length=2,
+        description="band of the KL to the start, nats per completion: [low, high]",
+    )
+    perplexity_ratio: float = Field(
+        1.5, gt=1, description="how many times the start's perplexity that of held-out chosen answers may become"
+    )
+    chosen_fall: float = Field(
+        1.0, ge=0, description="how far the log-prob of chosen answers may fall, nats per completion"
+    )
+    length_ratio: float = Field(1.25, gt=1, description="how many times their first length completions may become")
+    accuracy_gap: float = Field(
+        0.2, gt=0, lt=1, description="how far accuracy on trained rows may be above that on held-out ones"
+    )
+    win_rate: float = Field(
+        0.6, gt=0.5, lt=1, description="a win rate that certainly stays below this says that a risen margin won nothing"
+    )
+    first_position: float = Field(
+        0.05, ge=0, lt=0.5, description="how far a judge's share of first answers may be from one half"
+    )
+    judge_failures: float = Field(0.05, ge=0, lt=1, description="share of a judge's replies that may be unreadable")
+    skipped: float = Field(0.1, ge=0, lt=1, description="share of optimiser steps that may be skipped")
+    prompts: int = Field(50, ge=2, description="fewer prompts than this are called few")
+
+    @model_validator(mode="after")
+    def _a_band(self) -> TrustConfig:
+        if not 0 <= self.kl[0] < self.kl[1]:
+            raise ValueError(f"kl is {self.kl}; give [low, high] with 0 <= low < high")
+        return self
+
+
+# ---- What rules look at: figures with their noise, over the steps of a run ----
+
+Z95 = 1.959963984540054
+CONFIDENCE = 0.99  # of the two-sided intervals that rules look at: half a percent on each side
+SMALLEST_WINDOW = 5  # training lines that a mean is taken over, at least
+SHARES = ("win_rate", "ended", "accuracies", "agreement", "longer_wins")  # names of figures between 0 and 1
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A figure at a step.
+
+    Args:
+        se: its standard error, None where nothing is known of it; n: prompts or lines behind it.
+    """
+
+    step: int
+    value: float
+    se: float | None = None
+    n: int = 0
+
+    def bounds(self, tests: int = 1) -> tuple[float, float]:
+        """Its 99% interval (Student's t), or one that holds for `tests` of them together; the value itself without a standard error."""
+        half = self.half(tests)
+        return self.value - half, self.value + half
+
+    def half(self, tests: int = 1) -> float:
+        if self.se is None:
+            return 0.0
+        return critical(self.n, tests) * self.se
+
+
+@lru_cache(maxsize=1024)
+def critical(n: int, tests: int = 1) -> float:
+    """Student's t of a 99% interval from n clusters; Bonferroni over `tests`."""
+    return t_quantile(1 - (1 - CONFIDENCE) / (2 * tests), max(2, n) - 1)
+
+
+def change(now: Point, before: Point, times: float = 1.0) -> Point:
+    """``now - times * before``, as if they were independent: on the same rows that is too wide, never too narrow."""
+    parts = [p for p in (now.se, None if before.se is None else times * before.se) if p is not None]
+    se = math.sqrt(sum(p * p for p in parts)) if parts else None
+    return Point(now.step, now.value - times * before.value, se, min(now.n or before.n, before.n or now.n))
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as its files tell it.
+
+    Args:
+        lines: of metrics.jsonl; config: of config.resolved.yaml; audit: audit.json; trust: thresholds.
+    """
+
+    lines: Sequence[Mapping[str, Any]]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    audit: Mapping[str, Any] = field(default_factory=dict)
+    trust: TrustConfig = field(default_factory=TrustConfig)
+
+    @cached_property
+    def whole(self) -> list[Mapping[str, Any]]:
+        """Lines with a step."""
+        return [m for m in self.lines if _is_number(m.get("step"))]
+
+    @cached_property
+    def train(self) -> list[Mapping[str, Any]]:
+        return [m for m in self.whole if m.get("kind") == "train"]
+
+    @cached_property
+    def evals(self) -> list[Mapping[str, Any]]:
+        return [m for m in self.whole if m.get("kind") == "eval"]
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """A section of the config; empty where there is none."""
+        found = self.config.get(name)
+        return found if isinstance(found, Mapping) else {}
+
+    def held_out(self, name: str) -> list[Point]:
+        """A figure ``eval/NAME`` at every evaluation that has it, with its standard error from its 95% interval."""
+        return [
+            Point(int(m["step"]), float(m[key]), _standard_error(m, key, n), n)
+            for m in self.evals
+            if _is_number(m.get(key := f"eval/{name}"))
+            for n in [self._behind(m, name)]
+        ]
+
+    def _behind(self, line: Mapping[str, Any], name: str) -> int:
+        """Prompts behind a figure: of completions where it is one of those, else the held-out rows."""
+        rows = int(line.get("eval/rows") or 0)
+        if not name.startswith(("completions/", "kl/", "reward", "win_rate")) or name.startswith("rewards/"):
+            return rows
+        sampled = line.get("eval/kl/completions")
+        if sampled is not None:
+            return int(sampled)
+        asked = 0 if self.config.get("algorithm") else int(self.section("evaluation").get("kl_prompts") or 0)
+        return min(rows, asked) if asked else rows
+
+    def training(self, name: str) -> list[Point]:
+        """A figure of every training line that has it; one of rollouts that only repeats the last (a second epoch on them) is no new one."""
+        points: list[Point] = []
+        of_rollouts = name in ("reward", "kl/policy_ref") or name.startswith("completions/")
+        for m in self.train:
+            value = m.get(name)
+            if _is_number(value) and not (of_rollouts and points and points[-1].value == float(value)):
+                points.append(Point(int(m["step"]), float(value)))
+        return points
+
+    @cached_property
+    def chosen_tokens(self) -> float | None:
+        """Mean length of chosen answers (of all answers, where they are not pairs) in tokens, from the audit."""
+        lengths = self.audit.get("lengths") or {}
+        found = (lengths.get("chosen") or lengths.get("completion") or {}).get("mean")
+        return float(found) if _is_number(found) and found > 0 else None
+
+
+def window(points: Sequence[Point], last: bool = True) -> Point | None:
+    """Mean of the last (or first) quarter of training lines, at least five, with the standard error that their scatter gives; None if few.
+
+    A drift inside the window widens it: a rule becomes silent, not loud.
+    """
+    size = max(SMALLEST_WINDOW, len(points) // 4)
+    if len(points) < 2 * size:
+        return None
+    part = points[-size:] if last else points[:size]
+    mean = sum(p.value for p in part) / size
+    variance = sum((p.value - mean) ** 2 for p in part) / (size - 1)
+    return Point(part[-1].step if last else part[0].step, mean, math.sqrt(variance / size), size)
+
+
+def smooth(points: Sequence[Point]) -> list[Point]:
+    """Means over five lines that end at each, for finding a step."""
+    size = SMALLEST_WINDOW
+    return [
+        Point(points[i].step, sum(p.value for p in points[i - size + 1 : i + 1]) / size)
+        for i in range(size - 1, len(points))
+    ]
+
+
+def since(points: Sequence[Point], limit: float) -> int:
+    """The first step from which on every value is above `limit`."""
+    step = points[-1].step
+    for p in reversed(points):
+        if p.value <= limit:
+            break
+        step = p.step
+    return step
+
+
+def evidence(label: str, points: Sequence[Point]) -> Evidence:
+    """Points as they stand in a flag."""
+    return Evidence(label, tuple(p.value for p in points), tuple(p.step for p in points))
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _standard_error(line: Mapping[str, Any], key: str, n: int) -> float | None:
+    return standard_error(line[key], line.get(f"{key}/ci"), n, share=key.rpartition("/")[2] in SHARES)
+
+
+def standard_error(value: float, interval: Any, n: int, share: bool = False) -> float | None:
+    """From a 95% interval; None without one.
+
+    A bootstrap over few prompts is too narrow, by sqrt(n / (n - 1)), and has no width at all where every prompt agrees: a share gets at least
+    the width that Agresti and Coull give it.
+    """
+    if not isinstance(interval, Sequence) or len(interval) != 2 or not all(map(_is_number, interval)):
+        return None
+    se = (float(interval[1]) - float(interval[0])) / (2 * Z95)
+    if n > 1:
+        se *= math.sqrt(n / (n - 1))
+    if share and n > 0:
+        p = (value * n + 2) / (n + 4)
+        se = max(se, math.sqrt(p * (1 - p) / (n + 4)))
+    return se
+
+
+# ---- Figures in sentences ----
+
+
+def number(value: float) -> str:
+    """Three significant digits, no exponent where none is needed."""
+    shown = f"{value:.3g}"
+    return f"{value:,.0f}" if "e" in shown and abs(value) >= 100 else shown
+
+
+def interval(p: Point, tests: int = 1) -> str:
+    """`` (99% interval 1 to 2)``; empty where nothing is known of the noise."""
+    if p.se is None:
+        return ""
+    low, high = p.bounds(tests)
+    return f" (99% interval {number(low)} to {number(high)})"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f}%"
+
+
+def share_interval(p: Point) -> str:
+    """The same of a share, within 0 and 100%."""
+    low, high = p.bounds()
+    return f"{percent(p.value)} (99% interval {percent(max(0.0, low))} to {percent(min(1.0, high))})"
+
+
+# ---- What a trust rule is ----
+
+
+@dataclass(frozen=True)
+class ComparisonView:
+    """A comparison as its files tell it.
+
+    Args:
+        figures: comparison.json; rows: of comparison.jsonl; trust: thresholds.
+    """
+
+    figures: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    trust: TrustConfig
+
+    @property
+    def models(self) -> Mapping[str, Mapping[str, Any]]:
+        """Figures by model, the first model first."""
+        found = self.figures.get("models")
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def first(self) -> str:
+        """The model that all others are compared with."""
+        return str(self.figures.get("first") or next(iter(self.models), ""))
+
+    @property
+    def others(self) -> dict[str, Mapping[str, Any]]:
+        return {name: m for name, m in self.models.items() if name != self.first}
+
+    @property
+    def prompts(self) -> int:
+        return int(self.figures.get("prompts") or len({r.get("prompt") for r in self.rows}))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule, with all that its page says of it.
+
+    Args:
+        name, title: as in its flags; what: when it speaks, as a formula; thresholds: keys of the `trust` section; needs: figures without which
+            it is silent; alarms: how often it speaks where there is nothing; advice: what to do.
+        of_run, of_comparison: the rule itself, for either.
+    """
+
+    name: str
+    title: str
+    what: str
+    needs: str
+    alarms: str
+    advice: str
+    thresholds: tuple[str, ...] = ()
+    of_run: Callable[[RunView], Seen | None] | None = None
+    of_comparison: Callable[[ComparisonView], Sequence[Seen]] | None = None
+
+    def flag(self, seen: Seen) -> Flag:
+        """A flag of this rule."""
+        return Flag(
+            self.name, self.title, seen.level, seen.sentence, seen.advice or self.advice, seen.evidence, seen.about
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a rule saw; `advice` where the rule's own does not fit."""
+
+    sentence: str
+    evidence: tuple[Evidence, ...]
+    level: Level = "warning"
+    about: str = ""
+    advice: str = ""

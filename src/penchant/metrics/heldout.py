@@ -1,0 +1,338 @@
+"""A loss and its metrics on held-out rows."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.metrics.stats import Interval, bootstrap_ci, share_ci
+from penchant.training.steps import Totals
+from penchant.types import Algorithm, LossOutput, Scored, TokenTree
+
+# ---- A loss and its metrics on a held-out set: means over rows (never over batch means), with 95% intervals by prompt ----
+
+WITH_INTERVAL = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/accuracies",
+    "logratios/chosen",
+    "logratios/rejected",
+)
+
+
+def evaluate_heldout(
+    algorithm: Algorithm,
+    trees: Sequence[TokenTree],
+    *,
+    shared: bool,
+    tokens_per_step: int,
+    device: torch.device,
+    at: float = 0.0,
+    prefix: str = "eval/",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Every metric of an algorithm over `trees`, with scheduled hyperparameters as they are at progress `at`.
+
+    ``mean = sum_rows value / sum_rows weight``; intervals are percentile bootstraps that draw whole prompts.
+
+    Returns:
+        ``{prefix + name: mean}``, ``{prefix + name + "/ci": [low, high]}``, ``rows``, and ``perplexity`` for losses over tokens.
+    """
+    scored, order = score_heldout(
+        algorithm, trees, shared=shared, tokens_per_step=tokens_per_step, device=device, at=at, progress=progress
+    )
+    return heldout_metrics(algorithm, scored, [trees[i] for i in order], prefix=prefix)
+
+
+def score_heldout(
+    algorithm: Algorithm,
+    trees: Sequence[TokenTree],
+    *,
+    shared: bool,
+    tokens_per_step: int,
+    device: torch.device,
+    at: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Scored, list[int]]:
+    """What the forward passes over `trees` leave, and the order in which the trees went through."""
+    parts: list[Scored] = []
+    order: list[int] = []
+    with torch.no_grad():
+        algorithm.begin_step(0, at, trees)
+        for members in plan_microbatches([tree_tokens(t, shared) for t in trees], tokens_per_step):
+            parts.append(algorithm.score(pack([trees[i] for i in members], shared=shared).to(device)))
+            order += members
+            if progress is not None:
+                progress(len(order), len(trees))
+    return Scored.cat(parts), order
+
+
+def heldout_metrics(
+    algorithm: Algorithm, scored: Scored, trees: Sequence[TokenTree], *, prefix: str = "eval/"
+) -> dict[str, Any]:
+    """The metrics of `evaluate_heldout` from scored trees, in the order in which they were scored."""
+    with torch.no_grad():
+        # once over all rows: a loss that looks at its batch must not see a chance part of them
+        out = algorithm.loss(scored)
+    clusters = np.array([_prompt_cluster(t) for t in trees])
+    if len(set(clusters.tolist())) == 1:
+        clusters = np.arange(len(trees))  # one prompt for all (or none): rows are drawn one by one
+    totals = Totals()
+    totals.add(out)
+    metrics: dict[str, Any] = dict(totals.means(prefix))
+    by_completion = clusters[scored.tree.cpu().numpy()]
+    rows = {"loss": (out.losses, out.weights)} if not out.terms else {}
+    for name, (values, weights) in {**rows, **out.metrics}.items():
+        # one value a tree or a completion, equal weights: what the bootstrap over prompts is for
+        labels = next((c for c in (clusters, by_completion) if len(c) == len(values)), None)
+        if name in WITH_INTERVAL and weights is None and labels is not None and len(values) > 1:
+            of = share_ci if name.endswith("accuracies") else bootstrap_ci
+            interval = of(values.double().cpu().numpy(), clusters=labels, draws=2000)
+            metrics[f"{prefix}{name}/ci"] = [interval.low, interval.high]
+        elif name in ("loss", "nll") and weights is not None and labels is not None and len(values) > 1:
+            of_tokens = mean_ratio(values.double().cpu().numpy(), weights.double().cpu().numpy(), labels)
+            metrics[f"{prefix}{name}/ci"] = [of_tokens.low, of_tokens.high]
+    metrics |= {prefix + name: value for name, value in _pair_figures(scored, out, clusters).items()}
+    if prefix + "nll" in metrics:
+        metrics[prefix + "perplexity"] = math.exp(min(700.0, metrics[prefix + "nll"]))
+    metrics[prefix + "rows"] = len(trees)
+    return metrics
+
+
+def _pair_figures(scored: Scored, out: LossOutput, clusters: np.ndarray) -> dict[str, Any]:
+    """How likely the chosen answers of pairs are, and what length explains; nothing for other rows."""
+    if not scored.is_pairs or len(clusters) < 2:
+        return {}
+
+    def column(values: Tensor | None, slot: int) -> np.ndarray | None:
+        return None if values is None else values[scored.slot == slot].double().cpu().numpy()
+
+    lengths, others = column(scored.lengths, 0), column(scored.lengths, 1)
+    assert lengths is not None and others is not None
+    found: dict[str, Any] = {}
+    if "logps/chosen" in out.metrics:  # a reward model has rewards where others have log-probs
+        chosen = column(scored.policy_logps, 0)
+        assert chosen is not None
+        found |= likelihood_figures(chosen, lengths, clusters, column(scored.ref_logps, 0))
+    right, weights = out.metrics.get("rewards/accuracies", (None, None))
+    if right is not None and weights is None and len(right) == len(clusters):
+        found |= length_figures(right.double().cpu().numpy(), lengths - others, clusters)
+    return found
+
+
+def _prompt_cluster(tree: TokenTree) -> int:
+    return int.from_bytes(hashlib.blake2b(tree.prompt_ids.tobytes(), digest_size=7).digest(), "little")
+
+
+# ---- Held-out pairs beyond a loss's own metrics: how likely the chosen answers still are, and what their length explains. numpy only ----
+
+Z95 = 1.959963984540054
+RIDGE = 0.25  # 1 / variance of the penalty on both numbers of the logistic: keeps a fit finite where length decides everything
+
+
+def mean_ratio(values: ArrayLike, weights: ArrayLike, clusters: ArrayLike) -> Interval:
+    """``sum values / sum weights`` with its 95% interval, by the delta method over clusters.
+
+    ``se = sqrt(k / (k - 1) sum_c e_c^2) / sum weights, e_c = sum_{i in c} (v_i - r w_i)``; one cluster gives no width.
+
+    Args:
+        values, weights: (n,), weights above 0; clusters: (n,) prompt of each row.
+    """
+    v, w = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    _, member = np.unique(np.asarray(clusters), return_inverse=True)
+    ratio = float(v.sum() / w.sum())
+    e = np.bincount(member, weights=v - ratio * w)
+    k = len(e)
+    half = Z95 * math.sqrt(k / (k - 1) * float((e**2).sum())) / float(w.sum()) if k > 1 else 0.0
+    return Interval(ratio, ratio - half, ratio + half)
+
+
+def likelihood_figures(
+    chosen: ArrayLike, lengths: ArrayLike, clusters: ArrayLike, ref_chosen: ArrayLike | None = None
+) -> dict[str, Any]:
+    """``perplexity/chosen = exp(-sum log p / sum tokens)``, and its ratio to the reference's, with intervals by prompt.
+
+    Args:
+        chosen, ref_chosen: summed log-probs of chosen answers in nats, (rows,); lengths: their tokens; clusters: (rows,) prompts.
+    """
+    policy = np.asarray(chosen, dtype=np.float64)
+    found = _exp("perplexity/chosen", mean_ratio(-policy, lengths, clusters))
+    if ref_chosen is not None:
+        change = np.asarray(ref_chosen, dtype=np.float64) - policy
+        found |= _exp("perplexity_ratio/chosen", mean_ratio(change, lengths, clusters))
+    return found
+
+
+def _exp(name: str, nats: Interval) -> dict[str, Any]:
+    value, low, high = (math.exp(min(700.0, x)) for x in (nats.estimate, nats.low, nats.high))
+    return {name: value, f"{name}/ci": [low, high]}
+
+
+def length_figures(right: ArrayLike, gaps: ArrayLike, clusters: ArrayLike) -> dict[str, Any]:
+    """What length has to do with preferences, each figure with its interval by prompt.
+
+    - ``length/longer_wins``: accuracy of the rule that the longer answer is the better one; equal lengths count half.
+    - ``length/agreement``: share of pairs in which the model prefers the longer answer; equal lengths count half.
+    - ``length/controlled_accuracy``: the model's accuracy at equal length, by a logistic in the length gap.
+
+    Args:
+        right: (rows,) 1 where the chosen answer is preferred, 0.5 for a tie; gaps: chosen minus rejected tokens; clusters: prompts.
+    """
+    y, g = np.asarray(right, dtype=np.float64), np.asarray(gaps, dtype=np.float64)
+    longer = (g > 0) + 0.5 * (g == 0)
+    agrees = np.where(g == 0, 0.5, np.where(g > 0, y, 1.0 - y))
+    found: dict[str, Any] = {}
+    for name, interval in (
+        ("length/longer_wins", share_ci(longer, clusters=clusters, draws=2000)),
+        ("length/agreement", share_ci(agrees, clusters=clusters, draws=2000)),
+        ("length/controlled_accuracy", accuracy_at_equal_length(y, g, clusters)),
+    ):
+        found |= {name: interval.estimate, f"{name}/ci": [interval.low, interval.high]}
+    return found
+
+
+def accuracy_at_equal_length(right: ArrayLike, gaps: ArrayLike, clusters: ArrayLike) -> Interval:
+    """Accuracy that a logistic in the length gap gives at a gap of zero.
+
+    ``P(right) = sigmoid(theta + phi tanh(gap / s))``, s the standard deviation of the gaps; the figure is ``sigmoid(theta)``, its 95% interval
+    from the sandwich variance over prompts on the scale of theta. The form is that of length-controlled win rates (arXiv 2404.04475).
+
+    Args:
+        right: (rows,) within 0 and 1; gaps: (rows,) tokens; clusters: (rows,) prompts.
+    """
+    y, g = np.asarray(right, dtype=np.float64), np.asarray(gaps, dtype=np.float64)
+    spread = float(g.std())
+    x = np.stack([np.ones_like(g), np.tanh(g / spread) if spread > 0 else np.zeros_like(g)], axis=1)
+    beta = np.zeros(2)
+    for _ in range(50):
+        p = 1.0 / (1.0 + np.exp(-(x @ beta)))
+        hessian = (x * (p * (1 - p))[:, None]).T @ x + RIDGE * np.eye(2)
+        step = np.linalg.solve(hessian, x.T @ (y - p) - RIDGE * beta)
+        beta = beta + np.clip(step, -2.0, 2.0)
+    p = 1.0 / (1.0 + np.exp(-(x @ beta)))
+    _, member = np.unique(np.asarray(clusters), return_inverse=True)
+    k = int(member.max()) + 1
+    scores = np.stack([np.bincount(member, weights=x[:, j] * (y - p)) for j in range(2)], axis=1)
+    bread = np.linalg.inv((x * (p * (1 - p))[:, None]).T @ x + RIDGE * np.eye(2))
+    variance = float((bread @ (scores.T @ scores) @ bread)[0, 0]) * (k / (k - 1) if k > 1 else 1.0)
+    half = Z95 * math.sqrt(max(0.0, variance))
+    rate, low, high = (1.0 / (1.0 + math.exp(-t)) for t in (beta[0], beta[0] - half, beta[0] + half))
+    return Interval(float(rate), float(low), float(high))
+
+
+# ---- What training did to held-out pairs, whatever the loss was: the same figures for every method ----
+
+
+@dataclass(frozen=True, slots=True)
+class PairChange:
+    """Log-prob changes of held-out pairs in nats per completion, (rows,) each: policy minus reference."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    @property
+    def margins(self) -> np.ndarray:
+        """``d_w - d_l``: DPO's margin without its beta."""
+        return self.chosen - self.rejected
+
+    @property
+    def correct(self) -> np.ndarray:
+        """1 where the chosen completion gained more than the rejected one, 0.5 for a tie."""
+        return (self.margins > 0) + 0.5 * (self.margins == 0)
+
+
+def pair_change(policy: Tensor, reference: Tensor) -> PairChange:
+    """How the log-probs of pairs changed from reference to policy.
+
+    Args:
+        policy, reference: summed log-probs in nats, (2 x rows,), each pair's chosen completion before its rejected one.
+
+    Raises:
+        ValueError: the shapes differ, or the length is odd.
+    """
+    if policy.shape != reference.shape or policy.ndim != 1 or len(policy) % 2:
+        raise ValueError(f"log-probs must both be (2 x rows,), got {tuple(policy.shape)}, {tuple(reference.shape)}")
+    change = (policy.double() - reference.double()).numpy().reshape(-1, 2)
+    return PairChange(change[:, 0], change[:, 1])
+
+
+# ---- How good a reward model is on held-out pairs: accuracy, calibration, and what length has to do with it. numpy only ----
+
+BINS = 10
+
+
+def calibration(margins: np.ndarray, bins: int = BINS) -> dict[str, Any]:
+    """Whether sigmoid(margin) is the share of pairs that are ranked right.
+
+    The chosen answer always comes first, so each pair is folded: confidence ``c = sigmoid(|m|)`` in [0.5, 1], right ``1[m > 0]`` (a tie
+    counts half). ``ECE = sum_b n_b / n |mean right - mean c|`` over bins of equal counts; Brier score ``mean (c - right)^2``.
+
+    Args:
+        margins: (n,) reward of the chosen minus reward of the rejected answer; bins: at most so many.
+
+    Papers: arXiv 1706.04599 (ECE, with bins of equal width there); Brier (1950).
+    """
+    m = np.asarray(margins, dtype=np.float64)
+    confidence = 1.0 / (1.0 + np.exp(-np.abs(m)))
+    right = (m > 0) + 0.5 * (m == 0)
+    order = np.argsort(confidence, kind="stable")
+    parts = [p for p in np.array_split(order, min(bins, len(m))) if len(p)]
+    rows = [{"rows": len(p), "confidence": float(confidence[p].mean()), "right": float(right[p].mean())} for p in parts]
+    ece = sum(r["rows"] * abs(r["right"] - r["confidence"]) for r in rows) / len(m)
+    return {"ece": float(ece), "brier": float(np.mean((confidence - right) ** 2)), "bins": rows}
+
+
+def by_length_gap(margins: np.ndarray, gaps: np.ndarray) -> dict[str, Any]:
+    """Accuracy within quartiles of the length gap, and of the rule that the longer answer wins.
+
+    Args:
+        margins: (n,) as above; gaps: (n,) tokens of the chosen minus tokens of the rejected answer. Pairs of one gap stay together.
+    """
+    m, g = np.asarray(margins, dtype=np.float64), np.asarray(gaps, dtype=np.float64)
+    right = (m > 0) + 0.5 * (m == 0)
+    quartile = np.searchsorted(np.quantile(g, [0.25, 0.5, 0.75]), g, side="left")
+    rows = [
+        {
+            "quartile": q + 1,
+            "from": int(g[quartile == q].min()),
+            "to": int(g[quartile == q].max()),
+            "rows": int((quartile == q).sum()),
+            "accuracy": float(right[quartile == q].mean()),
+        }
+        for q in range(4)
+        if (quartile == q).any()
+    ]
+    return {"longer_wins": float(np.mean((g > 0) + 0.5 * (g == 0))), "quartiles": rows}
+
+
+def pair_quality(margins: np.ndarray, gaps: np.ndarray) -> tuple[dict[str, float], dict[str, Any]]:
+    """(flat ``eval/...`` figures for the log, tables for calibration.json and the report) of held-out pairs."""
+    fit, length = calibration(margins), by_length_gap(margins, gaps)
+    flat = {
+        "eval/calibration/ece": fit["ece"],
+        "eval/calibration/brier": fit["brier"],
+        "eval/length/longer_wins": length["longer_wins"],
+        **{f"eval/length/q{r['quartile']}/accuracy": r["accuracy"] for r in length["quartiles"]},
+    }
+    return flat, {"rows": len(margins), "calibration": fit, "length": length}
+
+
+def as_text(quality: dict[str, Any]) -> str:
+    """The tables as text: confidence against the share right, accuracy by length gap."""
+    lines = ["confidence  share right  pairs"]
+    lines += [f"{b['confidence']:>10.3f}  {b['right']:>11.3f}  {b['rows']:>5}" for b in quality["calibration"]["bins"]]
+    lines += ["", "chosen - rejected tokens  accuracy  pairs"]
+    for r in quality["length"]["quartiles"]:
+        span = f"{r['from']} to {r['to']}"
+        lines.append(f"{span:>24}  {r['accuracy']:>8.3f}  {r['rows']:>5}")
+    return "\n".join(lines)

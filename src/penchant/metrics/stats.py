@@ -1,0 +1,412 @@
+"""Bootstrap and Wilson intervals, sign-flip tests, Holm, seeds, win rates at equal length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+# ---- Intervals and win rates: percentile bootstrap that draws whole prompts, Wilson's interval. numpy only, deterministic by seed ----
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate and its interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def bootstrap_ci(
+    values: ArrayLike,
+    *,
+    clusters: ArrayLike | Sequence[object] | None = None,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap of a mean, drawing clusters (prompts) with replacement.
+
+    ``mean* = sum_{c in draw} sum(values_c) / sum_{c in draw} n_c``
+
+    Args:
+        values: (n,) floats; clusters: (n,) labels; rows of one label are drawn together. None: every row by itself.
+        level: coverage; draws: bootstrap samples; seed: of the draws.
+
+    Raises:
+        ValueError: no values, or lengths that differ.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or len(x) == 0:
+        raise ValueError("values must be a non-empty list of numbers")
+    labels = np.arange(len(x)) if clusters is None else np.asarray(clusters)
+    if labels.shape != x.shape:
+        raise ValueError(f"clusters has {len(labels)} labels for {len(x)} values")
+    _, member = np.unique(labels, return_inverse=True)
+    sums, counts = np.bincount(member, weights=x), np.bincount(member).astype(np.float64)
+    low, high = _percentiles(np.concatenate([a / b for a, b in _drawn(sums, counts, draws, seed)]), level)
+    return Interval(float(x.mean()), low, high)
+
+
+def share_ci(
+    values: ArrayLike,
+    *,
+    clusters: ArrayLike | Sequence[object] | None = None,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """`bootstrap_ci` of a share (values within [0, 1]); arguments and errors as there.
+
+    Where every value is 0, or every value is 1, each draw gives the same and the bootstrap would claim certainty from any number
+    of rows: Wilson's interval of as many trials as there are clusters takes its place.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim == 1 and len(x) and x[0] in (0.0, 1.0) and (x == x[0]).all():
+        trials = len(x) if clusters is None else len(np.unique(np.asarray(clusters)))
+        return wilson(round(x[0] * trials), trials, NormalDist().inv_cdf((1 + level) / 2))
+    return bootstrap_ci(values, clusters=clusters, level=level, draws=draws, seed=seed)
+
+
+def bootstrap_ratio(
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    *,
+    clusters: ArrayLike | Sequence[object] | None = None,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap of a ratio of sums, drawing clusters (prompts, documents) with replacement.
+
+    ``r = sum(a) / sum(b)``, and of each draw ``r* = sum_{c in draw} sum(a_c) / sum_{c in draw} sum(b_c)``: perplexity over tokens, a
+    divergence over tokens. Draws without any b are left out.
+
+    Args:
+        numerators, denominators: (n,) floats, b >= 0; clusters: (n,) labels as for `bootstrap_ci`.
+
+    Raises:
+        ValueError: no values, lengths that differ, or denominators that sum to nothing.
+    """
+    a, b = (np.asarray(x, dtype=np.float64) for x in (numerators, denominators))
+    if a.ndim != 1 or len(a) == 0 or a.shape != b.shape:
+        raise ValueError(f"give two equal, non-empty lists of numbers, not {a.shape} and {b.shape}")
+    if b.sum() <= 0:
+        raise ValueError("the denominators sum to nothing")
+    _, member = np.unique(np.arange(len(a)) if clusters is None else np.asarray(clusters), return_inverse=True)
+    above, below = np.bincount(member, weights=a), np.bincount(member, weights=b)
+    parts = [(x, y) for x, y in _drawn(above, below, draws, seed)]
+    drawn, weight = np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
+    low, high = _percentiles(drawn[weight > 0] / weight[weight > 0], level)
+    return Interval(float(a.sum() / b.sum()), low, high)
+
+
+def bootstrap_sums(
+    statistics: ArrayLike,
+    value: Callable[[np.ndarray], float],
+    *,
+    clusters: ArrayLike | Sequence[object] | None = None,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap of any figure of summed statistics (corpus BLEU): it is computed anew from each draw's sums.
+
+    Args:
+        statistics: (n, m) of each row; value: (m,) sums to the figure; clusters: (n,) labels as for `bootstrap_ci`.
+
+    Raises:
+        ValueError: no rows, or lengths that differ.
+    """
+    x = np.asarray(statistics, dtype=np.float64)
+    if x.ndim != 2 or len(x) == 0:
+        raise ValueError(f"statistics must be (rows, m) with at least one row, not {x.shape}")
+    labels = np.arange(len(x)) if clusters is None else np.asarray(clusters)
+    if len(labels) != len(x):
+        raise ValueError(f"clusters has {len(labels)} labels for {len(x)} rows")
+    _, member = np.unique(labels, return_inverse=True)
+    sums = np.stack([np.bincount(member, weights=column) for column in x.T], axis=1)
+    rng = np.random.default_rng(seed)
+    k = len(sums)
+    drawn = [value(np.bincount(rng.integers(0, k, k), minlength=k) @ sums) for _ in range(draws)]
+    low, high = _percentiles(np.array(drawn), level)
+    return Interval(float(value(x.sum(0))), low, high)
+
+
+def _drawn(sums: np.ndarray, counts: np.ndarray, draws: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Sums and counts over clusters drawn with replacement, a block of draws at a time: it bounds the memory of the indices."""
+    k = len(sums)
+    rng = np.random.default_rng(seed)
+    block = max(1, 4_000_000 // k)
+    for start in range(0, draws, block):
+        picks = rng.integers(0, k, size=(min(block, draws - start), k))
+        yield sums[picks].sum(1), counts[picks].sum(1)
+
+
+def _percentiles(drawn: np.ndarray, level: float) -> tuple[float, float]:
+    tail = (1 - level) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def paired_bootstrap(
+    before: ArrayLike,
+    after: ArrayLike,
+    *,
+    clusters: ArrayLike | None = None,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap interval of mean(after - before) over pairs."""
+    difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    return bootstrap_ci(difference, clusters=clusters, level=level, draws=draws, seed=seed)
+
+
+def win_rate(
+    before: ArrayLike,
+    after: ArrayLike,
+    *,
+    clusters: ArrayLike | None = None,
+    ties: float = 0.5,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """How often `after` beats `before`; a tie counts `ties`."""
+    a, b = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
+    return share_ci((a > b) + ties * (a == b), clusters=clusters, draws=draws, seed=seed)
+
+
+def wilson(successes: int, n: int, z: float = 1.959963984540054) -> Interval:
+    """Wilson's score interval of a proportion.
+
+    ``(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)``
+    """
+    if n <= 0:
+        raise ValueError("n must be positive")
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return Interval(p, max(0.0, centre - half), min(1.0, centre + half))
+
+
+# ---- Whether one model is better than another: paired tests on the same prompts, many comparisons at once, seeds as a source of chance ----
+
+EXACT_UP_TO = 14  # prompts: 2^14 sign patterns are all looked at
+
+
+def sign_flip_test(
+    before: ArrayLike, after: ArrayLike, *, clusters: ArrayLike | None = None, draws: int = 20_000, seed: int = 0
+) -> float:
+    """Two-sided p-value of mean(after - before) = 0 on the same prompts, by flipping the sign of whole prompts' differences.
+
+    ``p = P(|mean of flipped differences| >= |mean of the differences|)``; exact over all sign patterns up to 14 prompts, else over
+    `draws` random ones, with the observed one among them: ``(1 + hits) / (1 + draws)``.
+
+    Args:
+        before, after: (n,) of the same rows; clusters: (n,) prompt of each row, None: every row by itself.
+
+    Raises:
+        ValueError: no rows, or shapes that differ.
+    """
+    a, b = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 1 or len(a) == 0:
+        raise ValueError(f"before and after must be two equal, non-empty lists of numbers, not {b.shape} and {a.shape}")
+    labels = np.arange(len(a)) if clusters is None else np.asarray(clusters)
+    _, member = np.unique(labels, return_inverse=True)
+    sums = np.bincount(member, weights=a - b)
+    k = len(sums)
+    # rounding must not tell a flipped sum from its equal
+    observed = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()
+    if k <= EXACT_UP_TO:
+        signs = 1.0 - 2.0 * ((np.arange(2**k)[:, None] >> np.arange(k)) & 1)
+        return float((np.abs(signs @ sums) >= observed).mean())
+    rng = np.random.default_rng(seed)
+    hits = 0
+    block = max(1, 4_000_000 // k)
+    for start in range(0, draws, block):
+        signs = rng.integers(0, 2, size=(min(block, draws - start), k), dtype=np.int8) * 2.0 - 1.0
+        hits += int((np.abs(signs @ sums) >= observed).sum())
+    return (1 + hits) / (1 + draws)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values: below alpha, they are significant with the chance of any false one at most alpha.
+
+    ``p~_(i) = max_{j <= i} min(1, (m - j + 1) p_(j))`` over the sorted p-values.
+
+    Paper: Holm (1979).
+    """
+    order = np.argsort(p_values, kind="stable")
+    adjusted = np.empty(len(p_values))
+    highest = 0.0
+    for place, i in enumerate(order.tolist()):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[i]))
+        adjusted[i] = highest
+    return [float(p) for p in adjusted]
+
+
+def seeds_difference(before: ArrayLike, after: ArrayLike, *, level: float = 0.95) -> Interval:
+    """Mean difference of two methods over prompts and seeds, both drawn by chance, and its interval.
+
+    ``D +- t sqrt(s_a^2 / S_a + s_b^2 / S_b + s_p^2 / n)``: s_a, s_b are the standard deviations of the seeds' means (what another seed
+    would have given), s_p that of the prompts' mean differences (what other prompts would have given); t by Welch-Satterthwaite.
+
+    Args:
+        before, after: (S, n): a row of each seed's figures on the same n prompts; S may differ and must be at least 2.
+
+    Raises:
+        ValueError: fewer than two seeds or prompts, or other prompts.
+    """
+    b, a = (np.asarray(x, dtype=np.float64) for x in (before, after))
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(*a.shape, *b.shape) < 2:
+        raise ValueError(
+            f"give (seeds, prompts) of the same prompts, at least 2 of each, not {b.shape} and {a.shape}; with one seed "
+            "nothing says what another would have given"
+        )
+    # what is left of the prompts' noise in a seed's mean counts twice: the interval is a little too wide, never too narrow
+    return several_sources(a.mean() - b.mean(), [a.mean(1), b.mean(1), a.mean(0) - b.mean(0)], level=level)
+
+
+def several_sources(estimate: float, sources: Sequence[ArrayLike], *, level: float = 0.95) -> Interval:
+    """An estimate whose errors come from several independent sources of chance, and its interval.
+
+    ``E +- t sqrt(sum_k s_k^2 / n_k)``, s_k the standard deviation of source k's n_k draws; t by Welch-Satterthwaite.
+
+    Args:
+        sources: for each one what its draws gave, (n_k,) with n_k >= 2: means of seeds, means of prompts.
+    """
+    variance, freedom = _variance(sources)
+    half = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance) if variance > 0.0 else 0.0
+    return Interval(float(estimate), float(estimate - half), float(estimate + half))
+
+
+def several_sources_p(estimate: float, sources: Sequence[ArrayLike]) -> float:
+    """Two-sided p-value of an estimate of zero, of which `several_sources` gives the interval."""
+    variance, freedom = _variance(sources)
+    if variance == 0.0:
+        return 1.0 if estimate == 0.0 else 0.0
+    return t_two_sided(estimate / math.sqrt(variance), freedom)
+
+
+def _variance(sources: Sequence[ArrayLike]) -> tuple[float, float]:
+    """``sum_k s_k^2 / n_k`` and its degrees of freedom."""
+    draws = [np.asarray(x, dtype=np.float64) for x in sources]
+    parts = [(float(x.var(ddof=1)) / len(x), len(x) - 1) for x in draws]
+    variance = sum(v for v, _ in parts)
+    scale = max(float(np.abs(x).max()) for x in draws)
+    if variance <= (1e-15 * scale) ** 2:  # equal numbers, up to the rounding of their mean
+        return 0.0, 1.0
+    return variance, variance**2 / sum(v**2 / f for v, f in parts)
+
+
+@cache
+def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(200)
+
+
+def t_quantile(p: float, freedom: float) -> float:
+    """The p-quantile (p > 1/2) of Student's t with `freedom` > 0 degrees of freedom, to about 1e-8.
+
+    With ``t = sqrt(f) tan(theta)`` the density becomes ``c cos(theta)^(f - 1)``, which is integrated by Gauss-Legendre.
+    """
+    if not 0.5 < p < 1.0 or freedom <= 0:
+        raise ValueError(f"p is {p:g} and freedom {freedom:g}; give p in (0.5, 1) and freedom above 0")
+    log_c = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(math.pi)
+    nodes, weights = _gauss_legendre()
+
+    def above_half(theta: float) -> float:
+        x = 0.5 * theta * (nodes + 1.0)
+        return float(0.5 * theta * (weights * np.exp(log_c + (freedom - 1) * np.log(np.cos(x)))).sum())
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(80):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if above_half(middle) < p - 0.5 else (low, middle)
+    return math.sqrt(freedom) * math.tan(0.5 * (low + high))
+
+
+def t_two_sided(t: float, freedom: float) -> float:
+    """``P(|T| >= |t|)`` of Student's t with `freedom` > 0 degrees of freedom, to about 1e-8."""
+    log_c = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(math.pi)
+    nodes, weights = _gauss_legendre()
+    low = math.atan(abs(t) / math.sqrt(freedom))
+    half = 0.5 * (math.pi / 2 - low)
+    tail = half * (weights * np.exp(log_c + (freedom - 1) * np.log(np.cos(low + half * (nodes + 1.0))))).sum()
+    return min(1.0, 2.0 * float(tail))
+
+
+# ---- Win rates at equal length: what is left of a win rate when longer answers are no longer favoured for being longer ----
+
+
+def length_controlled_win_rate(
+    wins: ArrayLike,
+    lengths: ArrayLike,
+    other_lengths: ArrayLike,
+    *,
+    clusters: ArrayLike | Sequence[object] | None = None,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """The win rate that a logistic model gives for answers of equal length.
+
+    ``P(win) = sigmoid(theta + phi tanh((l - l') / s))``, s the standard deviation of the length differences; the figure is
+    ``sigmoid(theta)``. As in length-controlled AlpacaEval, without its instruction-difficulty term. The interval draws whole prompts
+    and fits anew.
+
+    Args:
+        wins: (n,) 1, 0, or 0.5 for a tie; lengths, other_lengths: (n,) of the judged and the other answer.
+        clusters: (n,) prompt of each row, None: every row by itself.
+
+    Raises:
+        ValueError: no rows, shapes that differ, or wins beyond [0, 1].
+
+    Paper: arXiv 2404.04475.
+    """
+    y = np.asarray(wins, dtype=np.float64)
+    gap = np.asarray(lengths, dtype=np.float64) - np.asarray(other_lengths, dtype=np.float64)
+    if y.ndim != 1 or len(y) == 0 or gap.shape != y.shape:
+        raise ValueError(f"wins and lengths must be equal, non-empty lists, not {y.shape} and {gap.shape}")
+    if y.min() < 0 or y.max() > 1:
+        raise ValueError("wins must be within 0 and 1, 0.5 for a tie")
+    spread = gap.std()
+    x = np.tanh(gap / spread) if spread > 0 else np.zeros_like(gap)
+    labels = np.arange(len(y)) if clusters is None else np.asarray(clusters)
+    _, member = np.unique(labels, return_inverse=True)
+    k = int(member.max()) + 1
+    rng = np.random.default_rng(seed)
+    counts = np.stack([np.bincount(rng.integers(0, k, k), minlength=k) for _ in range(draws)]).astype(np.float64)
+    rates = _equal_length_rate(x, y, np.concatenate((np.ones((1, k)), counts))[:, member])
+    tail = (1 - level) / 2
+    low, high = np.quantile(rates[1:], [tail, 1 - tail])
+    return Interval(float(rates[0]), float(low), float(high))
+
+
+def _equal_length_rate(x: np.ndarray, y: np.ndarray, weights: np.ndarray, steps: int = 30) -> np.ndarray:
+    """sigmoid(theta) of one weighted fit a row of `weights` (m, n), by Newton's method.
+
+    A Gaussian penalty (standard deviation 2 on both numbers) keeps fits finite where one side always wins.
+    """
+    ridge = 0.25
+    theta, phi = np.zeros(len(weights)), np.zeros(len(weights))
+    for _ in range(steps):
+        p = 1.0 / (1.0 + np.exp(-(theta[:, None] + phi[:, None] * x)))
+        error, curve = weights * (y - p), weights * p * (1 - p)
+        g0, g1 = error.sum(1) - ridge * theta, error @ x - ridge * phi
+        h00, h01, h11 = curve.sum(1) + ridge, curve @ x, curve @ (x * x) + ridge
+        det = h00 * h11 - h01 * h01
+        move = np.clip(np.stack((h11 * g0 - h01 * g1, h00 * g1 - h01 * g0)) / det, -2.0, 2.0)
+        theta, phi = theta + move[0], phi + move[1]
+        if np.abs(move).max() < 1e-13:  # nothing moves any more but rounding
+            break
+    return 1.0 / (1.0 + np.exp(-theta))

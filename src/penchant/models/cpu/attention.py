@@ -1,0 +1,206 @@
+"""Attention of the CPU fast path: batched matmul, softmax, matmul per group of equally long trees, with its own backward.
+
+Grouped-query heads are folded into the rows of one matmul, (B * kv, g * L, d) x (B * kv, d, L), so K and V are never
+repeated. One gather brings the packed row into that layout and one brings the outputs back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from penchant.models.tree_attention import TreeLayout
+
+_KEEP_UP_TO = 512  # longest tree whose softmax is kept for the backward pass; above it is computed again
+_TILE = 128  # queries per tile: a tile sees no keys behind its last query, which saves a third of a tree's scores
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Query heads, key/value heads, and the size of one head."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def width(self) -> int:
+        """Columns of the fused projection: queries, keys, values."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Some queries of every tree of a group; they see the first `keys` keys. `mask` (B, 1, 1, rows, keys): 0 or -inf."""
+
+    rows: int
+    keys: int
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """B trees padded to length L, and their queries in tiles."""
+
+    trees: int
+    length: int
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """Indices of head rows, one row = d numbers of one head of one token.
+
+    `to_heads` takes the rows of (T, q | k | v heads) to each group's blocks: q (B, kv, g, rows) tile by tile, k (B, kv, L),
+    v (B, kv, L); `from_heads` takes them back (padding is dropped); `out_to_heads`, `out_from_heads` do so for query
+    heads alone.
+    """
+
+    shape: AttentionShape
+    groups: tuple[GroupPlan, ...]
+    to_heads: Tensor
+    from_heads: Tensor
+    out_to_heads: Tensor
+    out_from_heads: Tensor
+
+
+def attention_plan(layout: TreeLayout, tokens: int, shape: AttentionShape, dtype: torch.dtype) -> AttentionPlan:
+    """The gather indices and additive masks of one packed row of `tokens` tokens."""
+    sizes = [g.index.numel() for g in layout.groups]
+    is_token = torch.zeros(sum(sizes), dtype=torch.bool).index_fill_(0, layout.inverse, True)  # False: padding
+    per_token = shape.heads + 2 * shape.kv_heads
+    q_heads, k_heads = torch.arange(shape.heads), torch.arange(shape.heads, shape.heads + shape.kv_heads)
+    groups, every, queries = [], _Rows(), _Rows()
+    for group, valid in zip(layout.groups, is_token.split(sizes), strict=True):
+        token, valid = group.index, valid.view_as(group.index)
+        tiles = []
+        for start, stop in _tile_bounds(token.shape[1]):
+            part = slice(start, stop)
+            every.add(token[:, part], valid[:, part], per_token, q_heads)
+            queries.add(token[:, part], valid[:, part], shape.heads, q_heads)
+            mask = torch.zeros(token.shape[0], 1, stop - start, stop, dtype=dtype)
+            mask.masked_fill_(~group.mask[:, :, part, :stop], float("-inf"))
+            tiles.append(Tile(stop - start, stop, mask.unsqueeze(1)))
+        every.add(token, valid, per_token, k_heads)
+        every.add(token, valid, per_token, k_heads + shape.kv_heads)
+        groups.append(GroupPlan(token.shape[0], token.shape[1], tuple(tiles)))
+    there, back = every.indices(tokens * per_token)
+    out_there, out_back = queries.indices(tokens * shape.heads)
+    return AttentionPlan(shape, tuple(groups), there, back, out_there, out_back)
+
+
+def _tile_bounds(length: int) -> list[tuple[int, int]]:
+    """Tiles of nearly equal size, at most `_TILE` queries, in multiples of 16."""
+    count = -(-length // _TILE)
+    step = -(-length // (count * 16)) * 16
+    return [(i, min(i + step, length)) for i in range(0, length, step)]
+
+
+class _Rows:
+    """Collects the head rows that a gather brings together, and which of them are padding."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+        self._valid: list[Tensor] = []
+
+    def add(self, token: Tensor, valid: Tensor, per_token: int, heads: Tensor) -> None:
+        """A block (B, heads, L) of tokens (B, L)."""
+        self._rows.append((token[:, None] * per_token + heads[:, None]).flatten())
+        self._valid.append(valid[:, None].expand(-1, len(heads), -1).flatten())
+
+    def indices(self, size: int) -> tuple[Tensor, Tensor]:
+        """The gather, and its inverse over `size` rows."""
+        rows, valid = torch.cat(self._rows), torch.cat(self._valid)
+        inverse = torch.empty(size, dtype=torch.int64)
+        inverse[rows[valid]] = torch.arange(len(rows))[valid]
+        return rows, inverse
+
+
+def _blocks(flat: Tensor, plan: AttentionPlan) -> list[tuple[tuple[Tensor, ...], Tensor, Tensor]]:
+    """Views of each group in the flat buffer of head rows: q tiles (B kv, g rows, d), k and v (B kv, L, d)."""
+    shape, blocks, at = plan.shape, [], 0
+    for group in plan.groups:
+        batch = group.trees * shape.kv_heads
+        lengths = [shape.group * t.rows for t in group.tiles] + [group.length, group.length]
+        size = batch * sum(lengths)
+        parts = flat.narrow(0, at, size).split([batch * n for n in lengths])
+        *q, k, v = (p.view(batch, n, shape.head_dim) for p, n in zip(parts, lengths, strict=True))
+        at += size
+        blocks.append((tuple(q), k, v))
+    return blocks
+
+
+def _out_blocks(flat: Tensor, plan: AttentionPlan) -> list[tuple[Tensor, ...]]:
+    """Views of each group's output tiles (B kv, g rows, d)."""
+    shape, blocks, at = plan.shape, [], 0
+    for group in plan.groups:
+        batch, tiles = group.trees * shape.kv_heads, []
+        for tile in group.tiles:
+            rows = shape.group * tile.rows
+            tiles.append(flat.narrow(0, at, batch * rows).view(batch, rows, shape.head_dim))
+            at += batch * rows
+        blocks.append(tuple(tiles))
+    return blocks
+
+
+def _softmax_scores(q: Tensor, k: Tensor, tile: Tile, shape: AttentionShape) -> Tensor:
+    """softmax(q k^T + mask), with q scaled already; (B kv, g rows, keys), computed in place."""
+    scores = torch.bmm(q, k[:, : tile.keys].transpose(1, 2))
+    scores.view(-1, shape.kv_heads, shape.group, tile.rows, tile.keys).add_(tile.mask)
+    torch._softmax(scores, -1, False, out=scores)
+    return scores
+
+
+def attention_forward(heads: Tensor, plan: AttentionPlan, *, keep: bool) -> tuple[Tensor, list[list[Tensor] | None]]:
+    """Attention within every tree.
+
+    ``o = softmax(q k^T + mask) v``; the scale is in q already.
+
+    Args:
+        heads: (N, d) head rows in the plan's order.
+        keep: whether the backward pass will want the softmax.
+
+    Returns:
+        Output rows (N_q, d) in the plan's order, and the softmax of each group's tiles (None: to be computed again).
+    """
+    out = heads.new_empty(plan.out_to_heads.shape[0], plan.shape.head_dim)
+    kept: list[list[Tensor] | None] = []
+    for (qs, k, v), os, group in zip(_blocks(heads, plan), _out_blocks(out, plan), plan.groups, strict=True):
+        softmax: list[Tensor] | None = [] if keep and group.length <= _KEEP_UP_TO else None
+        for q, o, tile in zip(qs, os, group.tiles, strict=True):
+            p = _softmax_scores(q, k, tile, plan.shape)
+            torch.bmm(p, v[:, : tile.keys], out=o)
+            if softmax is not None:
+                softmax.append(p)
+        kept.append(softmax)
+    return out, kept
+
+
+def attention_backward(grad_out: Tensor, heads: Tensor, kept: list[list[Tensor] | None], plan: AttentionPlan) -> Tensor:
+    """Gradient of `attention_forward` with respect to `heads`.
+
+    With P the softmax and dO the gradient of the output: ``dV = P^T dO``, ``dP = dO V^T``,
+    ``dS = P * (dP - rowsum(P * dP))``, ``dQ = dS K``, ``dK = dS^T Q``.
+    """
+    grad = torch.empty_like(heads)
+    inputs, grads, outputs = _blocks(heads, plan), _blocks(grad, plan), _out_blocks(grad_out, plan)
+    for (qs, k, v), (dqs, dk, dv), dos, group, softmax in zip(inputs, grads, outputs, plan.groups, kept, strict=True):
+        for i in reversed(range(len(group.tiles))):  # the last tile sees every key: it writes dK and dV, the others add
+            tile, q, do = group.tiles[i], qs[i], dos[i]
+            p = softmax.pop() if softmax is not None else _softmax_scores(q, k, tile, plan.shape)
+            ds = torch.bmm(do, v[:, : tile.keys].transpose(1, 2))
+            torch._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)
+            torch.bmm(ds, k[:, : tile.keys], out=dqs[i])
+            if tile.keys == group.length:
+                torch.bmm(p.transpose(1, 2), do, out=dv)
+                torch.bmm(ds.transpose(1, 2), q, out=dk)
+            else:
+                dv[:, : tile.keys] += torch.bmm(p.transpose(1, 2), do)
+                dk[:, : tile.keys] += torch.bmm(ds.transpose(1, 2), q)
+    return grad

@@ -1,0 +1,376 @@
+"""Decoding of Llama-type models on the CPU: weights packed once a call, caches that are written in place, prompts shared.
+
+Each prompt's keys and values stand once for all its samples. Rows come and go between steps, so that a step's matrix products
+never hold a finished row; what moves is one row of the caches, never the caches. An adapter (LoRA) is merged into the packed copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from penchant.models.cpu.layers import is_known_family, is_plain_layer
+from penchant.models.cpu.ops import rms_norm, rotary
+from penchant.models.load import base_model_of
+
+_ROW_STEP, _COLUMN_STEP = 8, 16  # sizes are rounded up: every new shape costs the matrix library a start
+
+
+class PackedLinear:
+    """``y = x W^T + b`` with W laid out for the matrix library beforehand, where it has such a layout."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        self._weight: Tensor | None = weight
+        self._bias = bias
+        self._packed: Tensor | None = None
+        if _can_pack(weight.dtype):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            self._weight = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._packed is None:
+            assert self._weight is not None
+            return F.linear(x, self._weight, self._bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return out
+
+
+@lru_cache
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build's packed product exists for a type and gives what F.linear gives."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    w, x, b = (torch.randn(*s, generator=generator).to(dtype) for s in ((48, 32), (5, 32), (48,)))
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(w, 16)
+        out = torch.ops.mkldnn._linear_pointwise(x, packed, b, "none", [], "")
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return torch.allclose(out.float(), F.linear(x, w, b).float(), atol=1e-4 if dtype == torch.float32 else 0.2)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLayer:
+    """One layer's weights, packed."""
+
+    norm1: Tensor
+    qkv: PackedLinear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: PackedLinear
+    norm2: Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What every layer of one step shares: shapes, where each row writes, what it may see."""
+
+    rows: int
+    groups: int
+    per_group: int  # rows of the largest group
+    prefix: int  # columns of the prompts' caches that are read
+    suffix: int  # columns of the rows' own caches that are read
+    to_padded: Tensor | None  # (groups * per_group,) row of each place; None: rows already stand in that order
+    from_padded: Tensor | None  # (rows,) place of each row
+    write: Tensor  # (rows * kv_heads,) where in the flattened caches this step's keys and values go
+    mask: Tensor  # (rows, 1, prefix + suffix): 0 or -inf
+    cos: Tensor
+    sin: Tensor
+
+
+class FastDecoder:
+    """A recognised model, ready to decode up to `rows` completions of up to `groups` prompts at once.
+
+    Args:
+        model: a causal model, or a peft model around one; its weights are read now, later changes are not seen.
+        rows, groups: room for completions and prompts; prompt_tokens, new_tokens: their longest lengths.
+    """
+
+    def __init__(self, model: Any, *, rows: int, groups: int, prompt_tokens: int, new_tokens: int) -> None:
+        base = base_model_of(model)
+        backbone, config = base.model, base.config
+        first = backbone.layers[0].self_attn
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            first.head_dim,
+        )
+        self._scale = float(first.scaling)
+        hint = _up(rows, _ROW_STEP)
+        self._layers = [_read_layer(m, hint) for m in backbone.layers]
+        self._norm, self._eps = backbone.norm.weight.detach(), backbone.norm.variance_epsilon
+        self._embedding = backbone.embed_tokens.weight.detach()
+        head = base.get_output_embeddings()
+        self._head = PackedLinear(_weight_of(head), _bias_of(head), hint)
+        self._rotary = backbone.rotary_emb
+        self._make_room(rows, groups, prompt_tokens, new_tokens)
+
+    def with_room(self, *, rows: int, groups: int, prompt_tokens: int, new_tokens: int) -> FastDecoder:
+        """The same weights with caches of their own: one decoder a request, without packing the weights again."""
+        other = copy.copy(self)
+        other._make_room(rows, groups, prompt_tokens, new_tokens)
+        return other
+
+    def _make_room(self, rows: int, groups: int, prompt_tokens: int, new_tokens: int) -> None:
+        dtype = self._embedding.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        cos, sin = self._rotary(torch.empty(0, dtype=wide), torch.arange(prompt_tokens + new_tokens)[None])
+        half = self.head_dim // 2
+        self._cos, self._sin = cos[0, :, None, :half].to(dtype), sin[0, :, None, :half].to(dtype)
+        self._room = _up(rows, _ROW_STEP)
+        depth, columns = len(self._layers), _up(new_tokens)
+        # zeros, not empty: masked columns are multiplied by 0, and 0 times an old NaN would be NaN
+        own = (depth, self._room * self.kv_heads, columns, self.head_dim)
+        shared = (depth, groups * self.kv_heads, _up(prompt_tokens), self.head_dim)
+        self._keys, self._values = torch.zeros(own, dtype=dtype), torch.zeros(own, dtype=dtype)
+        self._prompt_keys, self._prompt_values = torch.zeros(shared, dtype=dtype), torch.zeros(shared, dtype=dtype)
+
+    # ---- prompts ----------------------------------------------------------------------------------------------------
+
+    def prefill(self, prompts: Sequence[Sequence[int]], first_group: int, tokens_at_once: int = 4096) -> Tensor:
+        """Compute prompts into the groups from `first_group` on; the logits (len(prompts), V) that follow each."""
+        found = []
+        start = 0
+        while start < len(prompts):
+            end, longest = start, 0
+            while end < len(prompts):
+                longest = max(longest, len(prompts[end]))
+                if end > start and longest * (end + 1 - start) > tokens_at_once:
+                    break
+                end += 1
+            found.append(self._prefill(prompts[start:end], first_group + start))
+            start = end
+        return torch.cat(found)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
+        count, length = len(prompts), max(map(len, prompts))
+        ids = torch.zeros(count, length, dtype=torch.int64)  # padded behind: a causal mask never looks there
+        for i, p in enumerate(prompts):
+            ids[i, : len(p)] = torch.tensor(p)
+        x = F.embedding(ids.view(-1), self._embedding)
+        cos, sin = (t[:length].repeat(count, 1, 1) for t in (self._cos, self._sin))
+        lines = slice(first * self.kv_heads, (first + count) * self.kv_heads)
+        for depth, layer in enumerate(self._layers):
+            q, k, v = self._qkv(x, layer, cos, sin)
+            q, k, v = (t.view(count, length, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))
+            self._prompt_keys[depth, lines, :length] = k.reshape(-1, length, self.head_dim)
+            self._prompt_values[depth, lines, :length] = v.reshape(-1, length, self.head_dim)
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale, enable_gqa=True)
+            x = self._finish(x, o.transpose(1, 2).reshape(count * length, -1), layer)
+        last = torch.tensor([i * length + len(p) - 1 for i, p in enumerate(prompts)])
+        return self._logits(x[last])
+
+    # ---- one token of every row -----------------------------------------------------------------------------------------
+
+    def step(self, tokens: Tensor, group_of: Tensor, ages: Tensor, prompt_lengths: Tensor) -> Tensor:
+        """Feed each row its last token; the logits (rows, V) of its next one.
+
+        Args:
+            tokens, group_of, ages: (rows,) int64: last token, group, and how many completion tokens were fed before.
+            prompt_lengths: (groups,) int64.
+        """
+        count = len(tokens)
+        idle = _up(count, _ROW_STEP) - count if count > _ROW_STEP // 2 else 0
+        tokens, ages = (F.pad(t, (0, idle)) for t in (tokens, ages))
+        plan = self._plan(group_of, ages, prompt_lengths, idle)
+        x = F.embedding(tokens, self._embedding)
+        for depth, layer in enumerate(self._layers):
+            q, k, v = self._qkv(x, layer, plan.cos, plan.sin)
+            x = self._finish(x, self._attend(depth, q, k, v, plan), layer)
+        return self._logits(x[:count])
+
+    def _plan(self, group_of: Tensor, ages: Tensor, prompt_lengths: Tensor, idle: int) -> Plan:
+        real, groups = len(group_of), len(prompt_lengths)
+        sizes = torch.bincount(group_of, minlength=groups)
+        per_group = int(sizes.max())
+        order = torch.argsort(group_of, stable=True)
+        in_order = group_of[order]
+        place = in_order * per_group + torch.arange(real) - (sizes.cumsum(0) - sizes)[in_order]
+        from_padded = F.pad(torch.empty_like(place).scatter_(0, order, place), (0, idle))  # idle rows read anything
+        to_padded: Tensor | None = torch.zeros(groups * per_group, dtype=torch.int64).scatter_(0, place, order)
+        if len(from_padded) == groups * per_group and bool((from_padded == torch.arange(real + idle)).all()):
+            to_padded = None
+        lengths = F.pad(prompt_lengths[group_of], (0, idle))
+        prefix = min(_up(int(lengths.max())), self._prompt_keys.shape[2])
+        suffix = min(_up(int(ages.max()) + 1), self._keys.shape[2])
+        unseen = torch.cat((torch.arange(prefix) >= lengths[:, None], torch.arange(suffix) > ages[:, None]), 1)
+        mask = torch.zeros(unseen.shape, dtype=torch.promote_types(self._embedding.dtype, torch.float32))
+        mask.masked_fill_(unseen, float("-inf"))
+        lines = torch.arange((real + idle) * self.kv_heads).view(-1, self.kv_heads)
+        at = lengths + ages
+        return Plan(
+            rows=real + idle,
+            groups=groups,
+            per_group=per_group,
+            prefix=prefix,
+            suffix=suffix,
+            to_padded=to_padded,
+            from_padded=None if to_padded is None else from_padded,
+            write=(lines * self._keys.shape[2] + ages[:, None]).view(-1),
+            mask=mask[:, None],
+            cos=self._cos[at],
+            sin=self._sin[at],
+        )
+
+    def _attend(self, depth: int, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        """Attention of one query a row to its group's prompt and to its own tokens: (rows, heads * head_dim)."""
+        rows, kv, d = plan.rows, self.kv_heads, self.head_dim
+        rep = self.heads // kv
+        self._keys[depth].view(-1, d).index_copy_(0, plan.write, k.reshape(-1, d))
+        self._values[depth].view(-1, d).index_copy_(0, plan.write, v.reshape(-1, d))
+        keys, values = self._keys[depth, : rows * kv, : plan.suffix], self._values[depth, : rows * kv, : plan.suffix]
+        lines = plan.groups * kv
+        p_keys, p_values = (
+            self._prompt_keys[depth, :lines, : plan.prefix],
+            self._prompt_values[depth, :lines, : plan.prefix],
+        )
+        q = q * self._scale
+        own = torch.bmm(q.reshape(rows * kv, rep, d), keys.transpose(1, 2)).view(rows, self.heads, -1)
+        shared = self._from_groups(torch.bmm(self._to_groups(q, plan), p_keys.transpose(1, 2)), plan)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        weights = (torch.cat((shared, own), 2) + plan.mask).softmax(-1, dtype=wide).to(q.dtype)
+        from_prompt, from_own = weights.split((plan.prefix, plan.suffix), 2)
+        out = torch.bmm(from_own.reshape(rows * kv, rep, -1), values).view(rows, self.heads, d)
+        out = out + self._from_groups(torch.bmm(self._to_groups(from_prompt, plan), p_values), plan)
+        return out.view(rows, -1)
+
+    def _to_groups(self, x: Tensor, plan: Plan) -> Tensor:
+        """(rows, heads, n) to (groups * kv_heads, per_group * rep, n): the queries that read the same keys together."""
+        if plan.to_padded is not None:
+            x = x.index_select(0, plan.to_padded)
+        shape = (plan.groups, plan.per_group, self.kv_heads, self.heads // self.kv_heads, x.shape[-1])
+        return x.reshape(shape).transpose(1, 2).reshape(plan.groups * self.kv_heads, -1, x.shape[-1])
+
+    def _from_groups(self, x: Tensor, plan: Plan) -> Tensor:
+        """The inverse of `_to_groups`."""
+        shape = (plan.groups, self.kv_heads, plan.per_group, self.heads // self.kv_heads, x.shape[-1])
+        x = x.view(shape).transpose(1, 2).reshape(plan.groups * plan.per_group, self.heads, -1)
+        return x if plan.from_padded is None else x.index_select(0, plan.from_padded)
+
+    # ---- the layer -----------------------------------------------------------------------------------------------------
+
+    def _qkv(self, x: Tensor, layer: DecodeLayer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.heads + self.kv_heads
+        qkv = layer.qkv(rms_norm(x, layer.norm1, layer.eps)[0]).view(len(x), heads + self.kv_heads, self.head_dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            qkv[:, : self.heads] = rms_norm(qkv[:, : self.heads], layer.q_norm, layer.eps)[0]
+            qkv[:, self.heads : heads] = rms_norm(qkv[:, self.heads : heads], layer.k_norm, layer.eps)[0]
+        rotary(qkv[:, :heads], cos, sin)
+        return qkv[:, : self.heads], qkv[:, self.heads : heads], qkv[:, heads:]
+
+    def _finish(self, x: Tensor, attended: Tensor, layer: DecodeLayer) -> Tensor:
+        x = layer.o(attended).add_(x)
+        gate, up = layer.gate_up(rms_norm(x, layer.norm2, layer.eps)[0]).chunk(2, dim=1)
+        return layer.down(F.silu(gate).mul_(up)).add_(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self._head(rms_norm(x, self._norm, self._eps)[0])
+
+    # ---- rows that end -------------------------------------------------------------------------------------------------
+
+    def move_rows(self, source: Sequence[int], target: Sequence[int], age: int) -> None:
+        """Copy the first `age` own columns of rows onto others (which have ended)."""
+        _move((self._keys, self._values), source, target, self.kv_heads, min(_up(age), self._keys.shape[2]))
+
+    def move_groups(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
+        """Copy the first `length` prompt columns of groups onto others."""
+        _move((self._prompt_keys, self._prompt_values), source, target, self.kv_heads, length)
+
+
+def _move(caches: Sequence[Tensor], source: Sequence[int], target: Sequence[int], lines: int, columns: int) -> None:
+    for cache in caches:
+        by_row = cache.view(len(cache), -1, lines, *cache.shape[2:])
+        for a, b in zip(source, target, strict=True):
+            by_row[:, b, :, :columns] = by_row[:, a, :, :columns]
+
+
+def _up(n: int, step: int = _COLUMN_STEP) -> int:
+    return -(-n // step) * step
+
+
+def cache_bytes_per_token(model: Any) -> int:
+    """Bytes of keys and values that one token keeps in every layer."""
+    base = base_model_of(model)
+    attention = base.model.layers[0].self_attn
+    size = base.model.embed_tokens.weight.element_size()
+    return 2 * len(base.model.layers) * base.config.num_key_value_heads * attention.head_dim * size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# recognition
+
+
+def can_decode_fast(model: Any, tokens: int) -> bool:
+    """Whether the model is exactly of a known family (with a plain LoRA adapter or none), on the CPU, up to `tokens` long."""
+    base = base_model_of(model)
+    if not is_known_family(base) or not all(is_plain_layer(m, _is_linear) for m in base.model.layers):
+        return False
+    windows = [getattr(m.self_attn, "sliding_window", None) for m in base.model.layers]
+    windows.append(getattr(base.config, "sliding_window", None) if base.config.model_type == "mistral" else None)
+    return all(w is None or w >= tokens for w in windows) and _is_linear(base.get_output_embeddings())
+
+
+def _is_linear(module: Any) -> bool:
+    if type(module) is nn.Linear:
+        return True
+    return (
+        hasattr(module, "get_delta_weight")
+        and type(getattr(module, "base_layer", None)) is nn.Linear
+        and not module.merged_adapters
+        and not any(getattr(module, "use_dora", {}).values())
+        and not any(getattr(module, "lora_bias", {}).values())
+    )
+
+
+def _weight_of(module: Any) -> Tensor:
+    """The weight that acts: with an active adapter ``W + scale B A``."""
+    if type(module) is nn.Linear:
+        return module.weight.detach()
+    weight: Tensor = module.base_layer.weight.detach()
+    if module.disable_adapters:
+        return weight
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for name in module.active_adapters:
+        wide = wide + module.get_delta_weight(name).detach().to(wide)
+    return wide.to(weight.dtype)
+
+
+def _bias_of(module: Any) -> Tensor | None:
+    bias = getattr(module, "base_layer", module).bias
+    return None if bias is None else bias.detach()
+
+
+def _fused(modules: Sequence[Any], rows: int) -> PackedLinear:
+    biases = [b for b in map(_bias_of, modules) if b is not None]
+    return PackedLinear(torch.cat([_weight_of(m) for m in modules]), torch.cat(biases) if biases else None, rows)
+
+
+def _read_layer(module: Any, rows: int) -> DecodeLayer:
+    attention, mlp = module.self_attn, module.mlp
+
+    def norm(name: str) -> Tensor | None:
+        found = getattr(attention, name, None)
+        return None if found is None else found.weight.detach()
+
+    return DecodeLayer(
+        norm1=module.input_layernorm.weight.detach(),
+        qkv=_fused((attention.q_proj, attention.k_proj, attention.v_proj), rows),
+        q_norm=norm("q_norm"),
+        k_norm=norm("k_norm"),
+        o=_fused((attention.o_proj,), rows),
+        norm2=module.post_attention_layernorm.weight.detach(),
+        gate_up=_fused((mlp.gate_proj, mlp.up_proj), rows),
+        down=_fused((mlp.down_proj,), rows),
+        eps=module.input_layernorm.variance_epsilon,
+    )

@@ -1,0 +1,435 @@
+"""The CPU fast path for Llama-type models: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+One hand-written autograd function a decoder layer: fused q/k/v projection, attention tree by tree, elementwise work in row
+tiles that stay in cache. The transformers module remains the owner of the weights: fused weights are one storage of
+which the module's own parameters are views, so `state_dict()` and `save_pretrained` see no change.
+Gradients go to `param.main_grad` (an fp32 buffer) where the optimiser has set one, and are returned to autograd otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from penchant.models.cpu.attention import (
+    AttentionPlan,
+    AttentionShape,
+    attention_backward,
+    attention_forward,
+    attention_plan,
+)
+from penchant.models.cpu.ops import (
+    rms_norm,
+    rms_norm_backward,
+    rotary,
+    rotary_backward,
+    store_grad,
+    swiglu,
+    swiglu_backward,
+)
+from penchant.models.tree_attention import tree_layout
+from penchant.types import PackedBatch
+
+_FAMILIES = tuple(
+    f"{n}For{use}" for n in ("Llama", "Mistral", "Qwen2", "Qwen3") for use in ("CausalLM", "SequenceClassification")
+)
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the sequence length
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParams:
+    """The parameters of one decoder layer, by role; biases and head norms are None where the family has none."""
+
+    norm1: nn.Parameter
+    q: nn.Parameter
+    k: nn.Parameter
+    v: nn.Parameter
+    q_bias: nn.Parameter | None
+    k_bias: nn.Parameter | None
+    v_bias: nn.Parameter | None
+    q_norm: nn.Parameter | None
+    k_norm: nn.Parameter | None
+    o: nn.Parameter
+    o_bias: nn.Parameter | None
+    norm2: nn.Parameter
+    gate: nn.Parameter
+    up: nn.Parameter
+    down: nn.Parameter
+
+    def all(self) -> tuple[nn.Parameter | None, ...]:
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+
+@dataclass(slots=True)
+class Layer:
+    """One decoder layer: its parameters, the fused weights they are views of, and its constants."""
+
+    params: LayerParams
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    eps: float
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What every layer of one pass shares: the attention plan, cos and sin (T, H + H_kv, d/2), and the memory choice."""
+
+    plan: AttentionPlan
+    cos: Tensor
+    sin: Tensor
+    recompute: bool
+
+
+class FastForward:
+    """Runs a recognised model's backbone on packed rows. Made by `fast_forward`."""
+
+    def __init__(self, model: Any) -> None:
+        self._backbone: Any = model.model
+        config: Any = model.config
+        self._shape = AttentionShape(
+            config.num_attention_heads, config.num_key_value_heads, self._backbone.layers[0].self_attn.head_dim
+        )
+        self._layers = [_read_layer(m) for m in self._backbone.layers]
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states (T, d) after the final norm, differentiable with respect to the model's parameters."""
+        weight = self._backbone.embed_tokens.weight
+        x = _Embedding.apply(batch.input_ids, weight, self._backbone.embed_tokens.padding_idx)
+        recompute = bool(getattr(self._backbone, "gradient_checkpointing", False)) and torch.is_grad_enabled()
+        rows: dict[int | None, Row] = {}
+        for layer in self._layers:
+            _keep_fused(layer)
+            if layer.window not in rows:
+                rows[layer.window] = self._row(batch, layer.window, recompute)
+            x = _DecoderLayer.apply(x, rows[layer.window], layer, *layer.params.all())
+        return _Norm.apply(x, self._backbone.norm.weight, self._backbone.norm.variance_epsilon)
+
+    def _row(self, batch: PackedBatch, window: int | None, recompute: bool) -> Row:
+        dtype = self._backbone.embed_tokens.weight.dtype
+        key = f"fast/{window}/{dtype}/{self._shape}"
+        if key not in batch.cache:
+            made = attention_plan(tree_layout(batch, window), batch.tokens, self._shape, dtype)
+            batch.cache[key] = (made, *self._rotation(batch.position_ids, dtype))
+        known: Any = batch.cache[key]
+        plan, cos, sin = known
+        return Row(plan, cos, sin, recompute)
+
+    def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of the model's own rotary module for q and k heads; those of q carry the attention scale."""
+        shape = self._shape
+        wide = torch.promote_types(dtype, torch.float32)
+        cos, sin = self._backbone.rotary_emb(torch.empty(0, dtype=wide), position_ids[None])
+        scale = torch.ones(shape.heads + shape.kv_heads, 1, dtype=wide)
+        scale[: shape.heads] = float(self._backbone.layers[0].self_attn.scaling)
+        half = shape.head_dim // 2
+        return tuple((x[0, :, None, :half] * scale).to(dtype) for x in (cos, sin))  # type: ignore[return-value]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# recognition
+
+
+def fast_forward(model: Any) -> FastForward | None:
+    """The fast path of a model, or None where it is not exactly one of the known families on the CPU."""
+    if not is_known_family(model):
+        return None
+    plain = all(is_plain_layer(layer) for layer in model.model.layers) and not _hooked(model)
+    return FastForward(model) if plain else None
+
+
+def is_known_family(model: Any) -> bool:
+    """Whether a causal model is one of the families that the fast paths know, on the CPU, and nothing about it is unusual."""
+    if type(model).__name__ not in _FAMILIES or not type(model).__module__.startswith("transformers.models."):
+        return False
+    config: Any = model.config
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    return (
+        config.hidden_act == "silu"
+        and rope in _ROPE_TYPES
+        and not getattr(config, "mlp_bias", False)
+        and getattr(config, "quantization_config", None) is None
+        and not getattr(config, "attention_dropout", 0.0)
+        and all(_is_plain(p) for p in model.parameters())
+        and len({p.dtype for p in model.parameters()}) == 1
+        and type(model.model.embed_tokens) is nn.Embedding
+    )
+
+
+def _is_plain(p: Tensor) -> bool:
+    known = (torch.bfloat16, torch.float32, torch.float64)
+    here = ("cpu", "meta")  # meta: a plan asks what would run on the CPU, and runs nothing
+    return type(p) is nn.Parameter and p.device.type in here and p.dtype in known and p.is_contiguous()
+
+
+def _is_linear(module: Any) -> bool:
+    return type(module) is nn.Linear
+
+
+def is_plain_layer(layer: Any, is_linear: Callable[[Any], bool] = _is_linear) -> bool:
+    """Every projection an unwrapped Linear (no adapter, no quantised or parallel layer), every norm a known one."""
+    attention, mlp = layer.self_attn, layer.mlp
+    linears: tuple[Any, ...] = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    linears += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [n for n in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)) if n is not None]
+    if not all(map(is_linear, linears)):
+        return False
+    biases = [m.bias is None for m in linears[:3]]
+    return (
+        all(type(n).__name__.endswith("RMSNorm") for n in norms)
+        and len({n.variance_epsilon for n in norms}) == 1
+        and all(biases) == any(biases)
+        and attention.head_dim % 2 == 0
+    )
+
+
+def _hooked(model: Any) -> bool:
+    """Whether somebody listens to inner modules: a whole-layer function would never call them."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.model.modules())
+
+
+def _read_layer(module: Any) -> Layer:
+    attention, mlp = module.self_attn, module.mlp
+    params = LayerParams(
+        norm1=module.input_layernorm.weight,
+        q=attention.q_proj.weight,
+        k=attention.k_proj.weight,
+        v=attention.v_proj.weight,
+        q_bias=attention.q_proj.bias,
+        k_bias=attention.k_proj.bias,
+        v_bias=attention.v_proj.bias,
+        q_norm=attention.q_norm.weight if getattr(attention, "q_norm", None) is not None else None,
+        k_norm=attention.k_norm.weight if getattr(attention, "k_norm", None) is not None else None,
+        o=attention.o_proj.weight,
+        o_bias=attention.o_proj.bias,
+        norm2=module.post_attention_layernorm.weight,
+        gate=mlp.gate_proj.weight,
+        up=mlp.up_proj.weight,
+        down=mlp.down_proj.weight,
+    )
+    bias = None if params.q_bias is None else _fuse(_qkv_biases(params))
+    # Qwen says it layer by layer, Mistral once in its config
+    of_model = attention.config.sliding_window if attention.config.model_type == "mistral" else None
+    window = getattr(attention, "sliding_window", of_model)
+    return Layer(
+        params,
+        _fuse((params.q, params.k, params.v)),
+        bias,
+        module.input_layernorm.variance_epsilon,
+        window,
+    )
+
+
+def _qkv_biases(params: LayerParams) -> tuple[nn.Parameter, ...]:
+    return tuple(b for b in (params.q_bias, params.k_bias, params.v_bias) if b is not None)
+
+
+def _fuse(parts: Sequence[nn.Parameter]) -> Tensor:
+    """One tensor holding all parts, row block after row block; every part becomes a view of it."""
+    fused = torch.cat([p.detach() for p in parts])
+    for p, view in zip(parts, fused.split([p.shape[0] for p in parts]), strict=True):
+        p.data = view
+    return fused
+
+
+def _keep_fused(layer: Layer) -> None:
+    """Fuse again where somebody has given a parameter a storage of its own (`.to()`, an assigned state dict)."""
+    p = layer.params
+    if not _is_fused(layer.qkv, (p.q, p.k, p.v)):
+        layer.qkv = _fuse((p.q, p.k, p.v))
+    if layer.qkv_bias is not None and not _is_fused(layer.qkv_bias, _qkv_biases(p)):
+        layer.qkv_bias = _fuse(_qkv_biases(p))
+
+
+def _is_fused(fused: Tensor, parts: Sequence[nn.Parameter]) -> bool:
+    at = fused.data_ptr()
+    for p in parts:
+        if p.data_ptr() != at or p.dtype != fused.dtype:
+            return False
+        at += p.numel() * p.element_size()
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# autograd functions
+
+
+class _Embedding(torch.autograd.Function):
+    """x_t = E[id_t]; dE[id] = sum of dx_t over t with that id."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.padding_idx = weight, padding_idx
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,), (grad,) = ctx.saved_tensors, grads
+        if ctx.padding_idx is not None:  # nn.Embedding gives its padding row no gradient
+            grad = grad.masked_fill((ids == ctx.padding_idx)[:, None], 0.0)
+        main = getattr(ctx.weight, "main_grad", None)
+        if main is not None:
+            main.index_add_(0, ids, grad.to(main.dtype))
+            return None, None, None
+        return None, torch.zeros_like(ctx.weight).index_add_(0, ids, grad), None
+
+
+class _Norm(torch.autograd.Function):
+    """The final RMSNorm."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out, rstd = rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, rstd)
+        ctx.weight = weight
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, rstd = ctx.saved_tensors
+        grad_x, grad_weight = rms_norm_backward(grads[0], x, rstd, ctx.weight, None)
+        return grad_x, store_grad(ctx.weight, grad_weight) if ctx.needs_input_grad[1] else None, None
+
+
+class _DecoderLayer(torch.autograd.Function):
+    """One decoder layer.
+
+    ``y = x + W_o attention(rope(W_qkv norm1(x)))``, ``z = y + W_d (silu(W_g n) * W_u n)`` with ``n = norm2(y)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, row: Row, layer: Layer, *params: Tensor | None) -> Tensor:
+        keep = any(ctx.needs_input_grad) and not row.recompute
+        z, saved = _layer_forward(x, row, layer, keep=keep)
+        ctx.row, ctx.layer, ctx.x = row, layer, x
+        ctx.saved = saved if keep else None
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layer: Layer = ctx.layer
+        saved: Saved = ctx.saved or _layer_forward(ctx.x, ctx.row, layer, keep=True)[1]
+        ctx.saved = None  # this layer's activations are free as soon as their gradients exist
+        names = LayerParams.__slots__
+        wanted = {n for n, need in zip(names, ctx.needs_input_grad[3:], strict=True) if need}
+        grad_x, found = _layer_backward(grads[0], ctx.x, saved, ctx.row, layer, wanted, ctx.needs_input_grad[0])
+        ctx.x = None
+        return grad_x, None, None, *(found.get(n) for n in names)
+
+
+@dataclass(slots=True)
+class Saved:
+    """What the backward pass of one layer needs besides its input."""
+
+    rstd1: Tensor
+    n1: Tensor  # norm1(x)
+    projected: Tensor | None  # W_qkv n1 before the head norms (Qwen 3 only)
+    head_rstd: tuple[Tensor, Tensor] | None
+    heads: Tensor  # rotated q, k and v as head rows
+    softmax: list[list[Tensor] | None]
+    o: Tensor  # attention output (T, H d)
+    y: Tensor
+    rstd2: Tensor
+    n2: Tensor
+    gate: Tensor
+    up: Tensor
+
+
+def _layer_forward(x: Tensor, row: Row, layer: Layer, *, keep: bool) -> tuple[Tensor, Saved]:
+    p, shape = layer.params, row.plan.shape
+    tokens = x.shape[0]
+    n1, rstd1 = rms_norm(x, p.norm1, layer.eps)
+    qkv = F.linear(n1, layer.qkv, layer.qkv_bias)
+    by_head = qkv.view(tokens, -1, shape.head_dim)
+    projected, head_rstd = None, None
+    if p.q_norm is not None and p.k_norm is not None:
+        projected = qkv.clone() if keep else None
+        q, k = by_head[:, : shape.heads], by_head[:, shape.heads : shape.heads + shape.kv_heads]
+        q_normed, q_rstd = rms_norm(q, p.q_norm, layer.eps)
+        k_normed, k_rstd = rms_norm(k, p.k_norm, layer.eps)
+        q.copy_(q_normed)
+        k.copy_(k_normed)
+        head_rstd = (q_rstd, k_rstd)
+    rotary(by_head[:, : shape.heads + shape.kv_heads], row.cos, row.sin)
+    heads = by_head.reshape(-1, shape.head_dim).index_select(0, row.plan.to_heads)
+    del qkv, by_head
+    out, softmax = attention_forward(heads, row.plan, keep=keep)
+    o = out.index_select(0, row.plan.out_from_heads).view(tokens, -1)
+    y = torch.addmm(x, o, p.o.t())
+    if p.o_bias is not None:
+        y += p.o_bias
+    n2, rstd2 = rms_norm(y, p.norm2, layer.eps)
+    # gate and up are two matmuls: one fused output would leave their halves strided, and swiglu half as fast
+    gate, up = torch.mm(n2, p.gate.t()), torch.mm(n2, p.up.t())
+    z = torch.addmm(y, swiglu(gate, up), p.down.t())
+    return z, Saved(rstd1, n1, projected, head_rstd, heads, softmax, o, y, rstd2, n2, gate, up)
+
+
+def _layer_backward(
+    dz: Tensor, x: Tensor, s: Saved, row: Row, layer: Layer, wanted: set[str], want_x: bool
+) -> tuple[Tensor | None, dict[str, Tensor | None]]:
+    """Gradients of one layer: of its input, and of the wanted parameters by name (those without a `main_grad`)."""
+    p, shape = layer.params, row.plan.shape
+    tokens = dz.shape[0]
+    found: dict[str, Tensor | None] = {}
+
+    def store(name: str, grad: Tensor) -> None:
+        if name in wanted:
+            found[name] = store_grad(getattr(p, name), grad)
+
+    def store_product(names: tuple[str, ...], d_out: Tensor, inputs: Tensor) -> None:
+        if wanted.intersection(names):  # dW = d_out^T inputs, one matmul for all parts
+            grad = torch.mm(d_out.t(), inputs)
+            for name, part in zip(names, grad.split([getattr(p, n).shape[0] for n in names]), strict=True):
+                store(name, part)
+
+    # z = y + W_d a,  a = silu(g) * u,  g = W_g n2,  u = W_u n2
+    d_gate, d_up, a = swiglu_backward(torch.mm(dz, p.down), s.gate, s.up)
+    store_product(("down",), dz, a)
+    store_product(("gate",), d_gate, s.n2)
+    store_product(("up",), d_up, s.n2)
+    dn2 = torch.mm(d_gate, p.gate).addmm_(d_up, p.up)
+    del d_gate, d_up, a
+    dy, d_norm2 = rms_norm_backward(dn2, s.y, s.rstd2, p.norm2, dz)
+    store("norm2", d_norm2)
+
+    # y = x + W_o o
+    if p.o_bias is not None:
+        store("o_bias", dy.sum(0))
+    store_product(("o",), dy, s.o)
+    d_out = torch.mm(dy, p.o).view(-1, shape.head_dim).index_select(0, row.plan.out_to_heads)
+    d_heads = attention_backward(d_out, s.heads, s.softmax, row.plan)
+    d_qkv = d_heads.index_select(0, row.plan.from_heads).view(tokens, -1, shape.head_dim)
+    del d_out, d_heads
+    rotary_backward(d_qkv[:, : shape.heads + shape.kv_heads], row.cos, row.sin)
+    if s.head_rstd is not None and s.projected is not None:
+        projected = s.projected.view_as(d_qkv)
+        for name, heads, rstd in zip(
+            ("q_norm", "k_norm"),
+            (slice(0, shape.heads), slice(shape.heads, shape.heads + shape.kv_heads)),
+            s.head_rstd,
+            strict=True,
+        ):
+            grad, d_weight = rms_norm_backward(d_qkv[:, heads], projected[:, heads], rstd, getattr(p, name), None)
+            d_qkv[:, heads] = grad
+            store(name, d_weight)
+    d_qkv = d_qkv.view(tokens, -1)
+
+    # qkv = W_qkv n1 + b
+    store_product(("q", "k", "v"), d_qkv, s.n1)
+    if wanted.intersection(("q_bias", "k_bias", "v_bias")):
+        sizes = [b.shape[0] for b in _qkv_biases(p)]
+        for name, part in zip(("q_bias", "k_bias", "v_bias"), d_qkv.sum(0).split(sizes), strict=True):
+            store(name, part)
+    if not want_x and "norm1" not in wanted:
+        return None, found
+    dx, d_norm1 = rms_norm_backward(torch.mm(d_qkv, layer.qkv), x, s.rstd1, p.norm1, dy)
+    store("norm1", d_norm1)
+    return dx, found

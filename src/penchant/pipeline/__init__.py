@@ -1,0 +1,461 @@
+"""A pipeline's config: stages that start from shared defaults, use each other's models, and are compared at the end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from penchant.base.section import Section
+from penchant.base.text import did_you_mean
+from penchant.config import (
+    Places,
+    RunConfig,
+    apply_overrides,
+    build,
+    explain_all,
+    merged,
+    place_of,
+    plain_values,
+    read_mapping,
+    with_absolute_paths,
+)
+from penchant.errors import ConfigError
+from penchant.rewards.builtin import BUILT_IN, RewardConfig
+
+SHAPE = "a pipeline is a mapping with output, stages and, if you like, defaults and compare; see recipes/pipeline.yaml"
+KEYS = ("output", "defaults", "stages", "compare")
+FULL_MODEL = (("model", "path"), ("reference", "path"))  # an adapter there is merged first
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_REFERENCE = re.compile(r"([A-Za-z0-9_-]+)(?:@(best|last|\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """``stage:NAME`` or ``stage:NAME@which`` in a value or as a key.
+
+    Args:
+        text: as written; stage: its name; which: ``best``, ``last``, a step's number, or None: the best where one is tracked, else
+            the last.
+        path: the key path at which it stands (it is the last part itself where it is a key).
+    """
+
+    text: str
+    stage: str
+    which: str | None
+    path: tuple[str, ...]
+
+    @property
+    def full_model(self) -> bool:
+        """Whether what stands here must be a whole model rather than an adapter."""
+        return self.path in FULL_MODEL
+
+
+Resolve = Callable[[Ref], str]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: the values of its run's config, where each stands, and which stages it uses.
+
+    Args:
+        values: defaults and its own keys, merged; references are still ``stage:...``.
+        places: ``{key path: "file:line"}``; place: of the stage itself.
+        refs: in written order; folder: its run folder.
+    """
+
+    name: str
+    values: dict[str, Any]
+    places: Places
+    place: str
+    refs: tuple[Ref, ...]
+    folder: Path
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The config with its references as written: typed and checked, but not to be run."""
+        return self.resolved(lambda ref: ref.text)
+
+    def resolved(self, resolve: Resolve) -> RunConfig:
+        """The config with every reference replaced by what `resolve` says of it.
+
+        Raises:
+            ConfigError: with the pipeline file's line and the stage's name.
+        """
+        values = resolved({**self.values, "output": str(self.folder)}, resolve)
+        try:
+            return with_absolute_paths(build(values, self.places, self.place))
+        except ConfigError as error:
+            raise self.named(error) from error
+
+    def named(self, error: ConfigError) -> ConfigError:
+        """The same error with the stage's name, at a line of the pipeline file."""
+        # a place has a line or is the command line; anything else is a key of the config
+        at = error.where if error.where in {*self.places.values(), self.place} else ""
+        path = tuple(error.where.split("."))
+        what = error.what if at else f"{error.where} {error.what}"
+        return ConfigError(at or place_of(path, self.places, self.place), f"stages.{self.name}: {what}", error.how)
+
+    @property
+    def upstream(self) -> tuple[str, ...]:
+        """Names of the stages that it uses, each once."""
+        return tuple(dict.fromkeys(r.stage for r in self.refs))
+
+
+class CompareConfig(Section):
+    """The `compare` section."""
+
+    models: list[str] = Field(description="stages; the first is what the others are compared with")
+    reward: str | dict[str, float | str] | None = Field(None, description="any reward; stage:NAME for a trained one")
+    also: list[str] = Field([], description="other rewards, whose figures stand beside its own")
+    prompts: int = Field(200, ge=1, description="held-out prompts of the first stage that has some")
+    max_new_tokens: int = Field(64, ge=1, description="tokens of a completion")
+    samples: int = Field(1, ge=1, description="completions of each prompt")
+    seed: int = Field(0, ge=0, lt=2**31, description="of sampling")
+
+    @field_validator("models")
+    @classmethod
+    def _at_least_two(cls, models: list[str]) -> list[str]:
+        twice = sorted({m for m in models if models.count(m) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} stands there twice")
+        if len(models) < 2:
+            raise ValueError("name at least two stages, the one to compare with first")
+        return models
+
+    @field_validator("reward")
+    @classmethod
+    def _a_reward(cls, reward: Any) -> Any:
+        try:
+            RewardConfig.model_validate(reward if reward is not None else "words")
+        except ValidationError as error:  # said now, not when everything is trained
+            first = error.errors()[0]
+            raise ValueError(
+                ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
+            ) from error
+        return reward
+
+    @model_validator(mode="after")
+    def _other_rewards(self) -> CompareConfig:
+        twice = sorted({n for n in self.also if self.also.count(n) > 1 or n == self.reward})
+        if twice:
+            raise ValueError(f"also names {', '.join(twice)} twice, or as reward too; leave it out of also")
+        if self.also and self.reward is None:
+            raise ValueError("also is set without a reward; name the first one as compare.reward")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What is compared at the end: its settings, the models and the stages that its reward uses."""
+
+    config: CompareConfig
+    models: tuple[Ref, ...]
+    reward_refs: tuple[Ref, ...]
+    place: str
+
+    def reward(self, resolve: Resolve) -> Any:
+        """The reward with its references replaced."""
+        return resolved({"reward": self.config.reward}, resolve)["reward"]
+
+    def also(self, resolve: Resolve) -> dict[str, str]:
+        """The other rewards as written, and with their references replaced."""
+        return dict(zip(self.config.also, resolved({"also": self.config.also}, resolve)["also"], strict=True))
+
+    @property
+    def upstream(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(r.stage for r in (*self.models, *self.reward_refs)))
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A whole pipeline, checked as far as it can be without data and models."""
+
+    source: str
+    output: Path
+    stages: dict[str, Stage]
+    compare: Comparison | None
+
+    def downstream(self, names: Sequence[str]) -> list[str]:
+        """The stages `names` and every stage that uses one of them, directly or through others, in order."""
+        found: set[str] = set(names)
+        for stage in self.stages.values():  # references point backwards only
+            if found & set(stage.upstream):
+                found.add(stage.name)
+        return [n for n in self.stages if n in found]
+
+    def needed(self, name: str) -> list[str]:
+        """Every stage that `name` uses, directly or through others, in order."""
+        found: set[str] = set()
+        for stage in reversed(self.stages.values()):
+            if stage.name == name or stage.name in found:
+                found |= set(stage.upstream)
+        return [n for n in self.stages if n in found]
+
+    def stage(self, name: str, where: str) -> Stage:
+        """A stage by name.
+
+        Raises:
+            ConfigError: there is none; it suggests one.
+        """
+        if name not in self.stages:
+            raise ConfigError(where, f"there is no stage {name!r}", did_you_mean(name, self.stages))
+        return self.stages[name]
+
+
+def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
+    """Read a pipeline from a YAML file and apply ``stages.NAME.key=value`` overrides.
+
+    Raises:
+        ConfigError: with ``file:line: what, how to mend``; every stage's config is checked.
+    """
+    values, places = read_mapping(path, SHAPE)
+    return _pipeline(plain_values(values), places, overrides, str(path))
+
+
+def pipeline_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Pipeline:
+    """The same from a mapping, for Python callers."""
+    return _pipeline(plain_values(values), {}, overrides, "pipeline")
+
+
+def _pipeline(values: dict[str, Any], places: Places, overrides: Sequence[str], source: str) -> Pipeline:
+    named = list(values["stages"]) if isinstance(values.get("stages"), dict) else []
+    places = apply_overrides(values, places, overrides)
+    for key in values:
+        if key not in KEYS:
+            hint = f'it goes into "defaults" or a stage: defaults.{key}' if key in RunConfig.model_fields else ""
+            raise ConfigError(
+                place_of((key,), places, source),
+                f'unknown key "{key}" at the top level',
+                hint or did_you_mean(key, KEYS),
+            )
+    output = values.get("output")
+    if not isinstance(output, str) or not output:
+        raise ConfigError(place_of(("output",), places, source), "output is missing", "add it: the pipeline's folder")
+    stages, defaults = (_section(values, name, places, source) for name in ("stages", "defaults"))
+    if not stages:
+        raise ConfigError(source, "there are no stages", "add some: stages: {sft: {loss: sft}, ...}")
+    for name in stages:
+        if name not in named:
+            raise ConfigError("command line", f"there is no stage {name!r}", did_you_mean(name, named))
+    folder = Path(output).expanduser().resolve()
+    made = {name: _stage(name, stages, defaults, places, source, folder) for name in stages}
+    for stage in made.values():
+        _check_references(stage, made)
+    for stage in made.values():
+        _ = stage.config  # every stage is checked before anything trains
+    for stage in made.values():
+        _check_kinds(stage, made)
+        check_names(
+            stage.values.get("reward"),
+            made,
+            place_of(("reward",), stage.places, stage.place),
+            f"stages.{stage.name}: reward",
+        )
+    return Pipeline(source, folder, made, _comparison(values.get("compare"), made, places, source))
+
+
+def _section(values: Mapping[str, Any], name: str, places: Places, source: str) -> dict[str, Any]:
+    section = values.get(name)
+    if section is not None and not isinstance(section, dict):
+        raise ConfigError(place_of((name,), places, source), f"{name} is {section!r}", "indent its keys below it")
+    return section or {}
+
+
+def _stage(
+    name: str, stages: Mapping[str, Any], defaults: dict[str, Any], places: Places, source: str, folder: Path
+) -> Stage:
+    place = place_of(("stages", name), places, source)
+    if not _NAME.fullmatch(name):
+        raise ConfigError(place, f"stages.{name}: not a name", "use letters, digits, _ and -")
+    own = {} if stages[name] is None else stages[name]
+    if not isinstance(own, dict):
+        raise ConfigError(place, f"stages.{name} is {own!r}", "it is a section: indent its keys below it")
+    for where, section in ((("stages", name), own), (("defaults",), defaults)):
+        if "output" in section:
+            raise ConfigError(
+                place_of((*where, "output"), places, source),
+                f"{'.'.join(where)}.output is set",
+                "leave it out: a stage's folder is the pipeline's output and its name",
+            )
+    values = merged(defaults, own)
+    mine = {p[1:]: w for p, w in places.items() if p[0] == "defaults" and p[1:]}
+    mine |= {p[2:]: w for p, w in places.items() if p[:2] == ("stages", name) and p[2:]}
+    try:
+        refs = tuple(references(values))
+    except ConfigError as error:
+        raise ConfigError(
+            place_of(tuple(error.where.split(".")), mine, place),
+            f"stages.{name}: {error.where} {error.what}",
+            error.how,
+        ) from error
+    return Stage(name, values, mine, place, refs, folder / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# references
+
+
+def references(values: Any, path: tuple[str, ...] = ()) -> Iterator[Ref]:
+    """Every ``stage:...`` in values and keys, in written order.
+
+    Raises:
+        ConfigError: one that is not well formed; `where` is its key path.
+    """
+    if isinstance(values, dict):
+        for key, value in values.items():
+            if key.startswith("stage:"):
+                yield parse_reference(key, (*path, key))
+            yield from references(value, (*path, key))
+    elif isinstance(values, list):
+        for i, value in enumerate(values):
+            yield from references(value, (*path, str(i)))
+    elif isinstance(values, str) and values.startswith("stage:"):
+        yield parse_reference(values, path)
+
+
+def parse_reference(text: str, path: tuple[str, ...]) -> Ref:
+    """``stage:NAME[@best|@last|@STEP]``."""
+    found = _REFERENCE.fullmatch(text.removeprefix("stage:"))
+    if found is None:
+        raise ConfigError(
+            ".".join(path), f"{text!r} is no reference to a stage", "write stage:NAME, or stage:NAME@best, @last, @STEP"
+        )
+    return Ref(text, found[1], found[2], path)
+
+
+def resolved(values: Any, resolve: Resolve, path: tuple[str, ...] = ()) -> Any:
+    """A copy of `values` with every reference replaced, in keys too."""
+    if isinstance(values, dict):
+        made = {}
+        for key, value in values.items():
+            new = resolve(parse_reference(key, (*path, key))) if key.startswith("stage:") else key
+            made[new] = resolved(value, resolve, (*path, key))
+        return made
+    if isinstance(values, list):
+        return [resolved(value, resolve, (*path, str(i))) for i, value in enumerate(values)]
+    if isinstance(values, str) and values.startswith("stage:"):
+        return resolve(parse_reference(values, path))
+    return values
+
+
+def _check_references(stage: Stage, stages: Mapping[str, Stage]) -> None:
+    order = list(stages)
+    for ref in stage.refs:
+        where = place_of(ref.path, stage.places, stage.place)
+        if ref.stage not in stages:
+            raise ConfigError(
+                where, f"stages.{stage.name}: there is no stage {ref.stage!r}", did_you_mean(ref.stage, order)
+            )
+        if ref.stage == stage.name:
+            raise ConfigError(where, f"stages.{stage.name}: it refers to itself", "name a stage that stands before it")
+        if order.index(ref.stage) > order.index(stage.name):
+            if stage.name in _reached(ref.stage, stages):
+                raise ConfigError(
+                    where,
+                    f"stages.{stage.name} and stages.{ref.stage} need each other: a cycle",
+                    "take one of the references out",
+                )
+            raise ConfigError(
+                where,
+                f"stages.{stage.name}: it needs {ref.stage!r}, which stands after it",
+                f"write {ref.stage} before {stage.name}",
+            )
+
+
+def _check_kinds(stage: Stage, stages: Mapping[str, Stage]) -> None:
+    """A reward that a stage trained comes from a reward model, and no policy starts as one."""
+    for ref in stage.refs:
+        where = place_of(ref.path, stage.places, stage.place)
+        if ref.path[0] == "reward" or ref.path[:2] == ("evaluation", "reward"):
+            key = "evaluation.reward" if ref.path[0] == "evaluation" else "reward"
+            check_judge(ref, stages, where, f"stages.{stage.name}: {key}")
+        elif ref.path in FULL_MODEL and learns_reward(stages[ref.stage]) and not learns_reward(stage):
+            raise ConfigError(
+                where,
+                f"stages.{stage.name}: {'.'.join(ref.path)} is {ref.text}, a reward model, which writes nothing",
+                "name a stage that trains a language model; a reward model serves as reward, or as the start of another one",
+            )
+
+
+def check_judge(ref: Ref, stages: Mapping[str, Stage], where: str, what: str) -> None:
+    """Refuse a reward that is a stage of another kind."""
+    if not learns_reward(stages[ref.stage]):
+        there = [name for name, other in stages.items() if learns_reward(other)]
+        hint = f"there is stage:{', stage:'.join(there)}" if there else "add one: {algorithm: {name: reward_model}}"
+        raise ConfigError(where, f"{what} is {ref.text}, which trains no reward model", hint)
+
+
+def check_names(reward: Any, stages: Mapping[str, Stage], where: str, what: str) -> None:
+    """Refuse a stage's bare name as a reward."""
+    for name in [reward] if isinstance(reward, str) else list(reward or ()):
+        if name in stages and name not in BUILT_IN and not Path(name).exists():
+            raise ConfigError(where, f"{what} is {name!r}, a stage's bare name", f"write stage:{name}")
+
+
+def learns_reward(stage: Stage) -> bool:
+    """Whether the stage trains a reward model."""
+    algorithm = stage.values.get("algorithm")
+    return (algorithm.get("name") if isinstance(algorithm, dict) else algorithm) == "reward_model"
+
+
+def _reached(name: str, stages: Mapping[str, Stage]) -> set[str]:
+    """Every stage that `name` needs, directly or through others; unknown ones are passed over."""
+    found: set[str] = set()
+    open_ = [name]
+    while open_:
+        for other in stages[open_.pop()].upstream:
+            if other in stages and other not in found:
+                found.add(other)
+                open_.append(other)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the comparison
+
+
+def _comparison(section: Any, stages: Mapping[str, Stage], places: Places, source: str) -> Comparison | None:
+    if section is None:
+        return None
+    place = place_of(("compare",), places, source)
+    if not isinstance(section, dict):
+        raise ConfigError(place, f"compare is {section!r}", "it is a section: indent its keys below it")
+    try:
+        config = CompareConfig.model_validate(section)
+    except ValidationError as error:
+        fields = CompareConfig.model_fields
+        raise explain_all(error, ("compare",), places, source, lambda word: did_you_mean(word, fields)) from error
+    try:
+        models = tuple(
+            parse_reference("stage:" + m.removeprefix("stage:"), ("compare", "models", str(i)))
+            for i, m in enumerate(config.models)
+        )
+        judges = {"reward": config.reward, "also": config.also}
+        refs = tuple(references(judges, ("compare",)))
+    except ConfigError as error:
+        raise ConfigError(
+            place_of(tuple(error.where.split(".")), places, source), f"{error.where} {error.what}", error.how
+        ) from error
+    for ref in (*models, *refs):
+        where = place_of(ref.path, places, place)
+        if ref.stage not in stages:
+            raise ConfigError(where, f"compare: there is no stage {ref.stage!r}", did_you_mean(ref.stage, stages))
+    for rewards, key in ((config.reward, "reward"), (config.also, "also")):
+        check_names(rewards, stages, place_of(("compare", key), places, place), f"compare.{key}")
+    for ref in refs:
+        check_judge(ref, stages, place_of(ref.path, places, place), f"compare.{ref.path[1]}")
+    for ref in models:
+        if learns_reward(stages[ref.stage]):
+            raise ConfigError(
+                place_of(ref.path, places, place),
+                f"compare.models: {ref.stage} is a reward model, which writes nothing",
+                "leave it out; it can be compare.reward",
+            )
+    return Comparison(config, models, refs, place)

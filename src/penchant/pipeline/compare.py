@@ -1,0 +1,189 @@
+"""The end of a pipeline: its models on the same held-out prompts, printed, kept, and not done again where nothing changed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from penchant.base.files import file_sha256
+from penchant.compare.measured import Setting
+from penchant.compare.models import (
+    FIGURES,
+    SAMPLES,
+    Entrant,
+    HeldOut,
+    Sampling,
+    clear_of,
+    compare_entrants,
+    figures_of,
+    make_setting,
+    same_vocabulary,
+    text_of,
+    tokens_sha256,
+    trained_prompts,
+    write_files,
+)
+from penchant.errors import ConfigError
+from penchant.models.load import load_tokenizer
+from penchant.models.merge import is_adapter, model_sha256
+from penchant.models.options import ModelConfig
+from penchant.pipeline import Comparison, Pipeline, Ref, Resolve
+from penchant.runs import Run
+from penchant.runs.state import State, check_reward, reward_hashes
+from penchant.training.console import PlainConsole
+
+FolderOf = Callable[[Ref], Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A comparison's figures as they stand in its file; `done`: whether it was made now rather than read."""
+
+    figures: Mapping[str, Any]
+    heading: str
+    done: bool
+
+    @property
+    def models(self) -> dict[str, dict[str, Any]]:
+        return dict(self.figures["models"])
+
+    @property
+    def sentences(self) -> list[str]:
+        return list(self.figures["sentences"])
+
+    def to_text(self) -> str:
+        """The tables, then the sentences."""
+        return text_of(self.figures, self.heading)
+
+
+class Comparer:
+    """A pipeline's comparison.
+
+    Args:
+        runs: of every stage, with its data read. Raises ConfigError where nothing is held out.
+    """
+
+    def __init__(self, pipeline: Pipeline, runs: Mapping[str, Run], console: PlainConsole) -> None:
+        assert pipeline.compare is not None
+        self.pipeline, self.runs, self.console = pipeline, runs, console
+        self.compare: Comparison = pipeline.compare
+        c = self.compare.config
+        self.sampling = Sampling(c.prompts, c.samples, c.max_new_tokens, c.seed, f"{self.compare.place}: compare")
+        self.heldout = self._held_out()
+        try:
+            for reward in (c.reward, *c.also):
+                check_reward(reward)
+        except ConfigError as error:
+            raise ConfigError(self.compare.place, f"compare.{error.where}: {error.what}", error.how) from error
+
+    def _held_out(self) -> HeldOut:
+        """Held-out rows of the first stage that has some with prompts, without prompts that any stage trains on."""
+        trained: set[str] = set().union(*(trained_prompts(run) for run in self.runs.values()))
+        for name, run in self.runs.items():
+            rows = run.datasets[1]
+            if rows is None or rows.kind == "text":
+                continue
+            found = clear_of(name, rows, trained)
+            if not found.rows.trees:
+                raise ConfigError(
+                    self.compare.place,
+                    f"compare: every prompt that {name} holds out is trained on by another stage",
+                    "give all stages the same data, train.seed and way of holding out",
+                )
+            return found
+        raise ConfigError(
+            self.compare.place,
+            "compare: no stage holds out rows with prompts",
+            "set defaults.data.validation_fraction, validation_rows or eval_path",
+        )
+
+    # ---- what the models meet -------------------------------------------------------------------------------------
+
+    @property
+    def _run(self) -> Run:
+        return self.runs[self.heldout.owner]
+
+    def setting(self, resolve: Resolve, folder_of: FolderOf) -> Setting:
+        """The same tokenizer, prompts, answers and reward for every model."""
+        tokenizers = [load_tokenizer(str(folder_of(ref))) for ref in self.compare.models]
+        for ref, other in zip(self.compare.models[1:], tokenizers[1:], strict=True):
+            if not same_vocabulary(other, tokenizers[0]):
+                raise ConfigError(
+                    self.compare.place,
+                    f"compare: {ref.stage} has another tokenizer than {self.compare.models[0].stage}",
+                    "compare models that start from the same one: KL and likelihood are of the same tokens",
+                )
+        reward, also = self.compare.reward(resolve), self.compare.also(resolve)
+        return make_setting(self._run, tokenizers[0], self.heldout.rows, reward, self.sampling, self.console, also)
+
+    def _entrant(self, ref: Ref, resolve: Resolve, folder_of: FolderOf) -> Entrant:
+        folder = folder_of(ref)
+        if not is_adapter(folder):
+            return Entrant(_name(ref), ModelConfig(path=str(folder)))
+        config = self.pipeline.stages[ref.stage].resolved(resolve)
+        return Entrant(_name(ref), config.model, folder, config.train.seed)
+
+    # ---- doing it, once -------------------------------------------------------------------------------------------
+
+    def _inputs(self, setting: Setting, folder_of: FolderOf) -> dict[str, Any]:
+        c = self.compare
+        return {
+            # older ones have no `also`
+            "settings": {k: v for k, v in c.config.model_dump(mode="json").items() if v != []},
+            "models": {ref.text: model_sha256(folder_of(ref)) for ref in c.models},
+            "rewards": reward_hashes(c.config.reward)
+            | reward_hashes(dict.fromkeys(c.config.also, 1.0))
+            | {ref.text: model_sha256(folder_of(ref)) for ref in c.reward_refs},
+            "tokens": tokens_sha256(setting),
+            "dtype": str(self._run.dtype),
+        }
+
+    def unchanged(self, record: Mapping[str, Any], resolve: Resolve, folder_of: FolderOf) -> bool:
+        """Whether the comparison on disk is of these models, prompts and settings."""
+        if not record or self._files() != record.get("files"):
+            return False
+        return bool(record.get("inputs") == self._inputs(self.setting(resolve, folder_of), folder_of))
+
+    def _files(self) -> dict[str, str]:
+        paths = [self.pipeline.output / name for name in (FIGURES, SAMPLES)]
+        return {p.name: file_sha256(p) for p in paths if p.exists()}
+
+    def run(self, state: State, resolve: Resolve, folder_of: FolderOf) -> Outcome:
+        """Compare and write both files, or read them where nothing changed."""
+        if self.unchanged(state.comparison, resolve, folder_of):
+            self.console.note("comparison: unchanged")
+            figures = json.loads((self.pipeline.output / FIGURES).read_text(encoding="utf-8"))
+            return self._outcome(figures, done=False)
+        started = time.monotonic()
+        setting = self.setting(resolve, folder_of)
+        inputs = self._inputs(setting, folder_of)
+        self.console.note(f"comparison on {len(setting.prompts)} held-out prompts of {self.heldout.owner}")
+        if self.heldout.leaked:
+            self.console.note(f"left out: {self.heldout.leaked:,} held-out rows whose prompts another stage trains on")
+        entrants = [self._entrant(ref, resolve, folder_of) for ref in self.compare.models]
+        compared = compare_entrants(entrants, self._run, setting, self.sampling)
+        figures = figures_of(compared) | {
+            "prompts": len(setting.prompts),
+            "answers": len(setting.answers),
+            "held_out_of": self.heldout.owner,
+            "left_out": self.heldout.leaked,
+            "settings": self.compare.config.model_dump(mode="json"),
+            "checkpoints": {_name(ref): folder_of(ref).parent.name for ref in self.compare.models},
+        }
+        write_files(self.pipeline.output, figures, compared.rows)
+        seconds = round(time.monotonic() - started, 1)
+        state.comparison = {"inputs": inputs, "files": self._files(), "seconds": seconds}
+        state.save()
+        return self._outcome(figures, done=True)
+
+    def _outcome(self, figures: Mapping[str, Any], done: bool) -> Outcome:
+        heading = self.sampling.heading(figures["prompts"], figures["held_out_of"])
+        return Outcome(figures, f"{heading}; in brackets 95% intervals by prompt", done)
+
+
+def _name(ref: Ref) -> str:
+    return ref.text.removeprefix("stage:")

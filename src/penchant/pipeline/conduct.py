@@ -1,0 +1,398 @@
+"""A pipeline carried out: stages in order."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from penchant.config import RunConfig
+from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
+from penchant.models.load import check_model_path
+from penchant.models.merge import is_adapter, merge_to_folder, model_sha256
+from penchant.pipeline import Pipeline, Ref, Stage
+from penchant.pipeline.compare import Comparer, Outcome
+from penchant.runfolder import RunLock
+from penchant.runs import Run
+from penchant.runs.state import Inputs, State, changes, check_reward, model_folder, outputs_of, stage_inputs
+from penchant.training.checkpoint import latest_checkpoint
+from penchant.training.console import console, duration
+
+# ---- What a pipeline has done: `pipeline.json`, the inputs of its stages, and what follows from them for the next call ----
+
+Action = Literal["done", "run", "resume", "stale", "later"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a stage leaves, and what it starts from
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is to be done
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What is to be done with a stage, and why."""
+
+    name: str
+    action: Action
+    why: str
+
+
+def judge(stage: Stage, record: Mapping[str, Any] | None, inputs: Inputs) -> Planned:
+    """What is to be done with a stage whose inputs are all there.
+
+    Args:
+        record: what `pipeline.json` says of it, None where it says nothing; inputs: as they are now.
+    """
+    last, _ = latest_checkpoint(stage.folder)
+    if record is None:
+        if last is not None or (stage.folder / "identity.json").exists():
+            return Planned(stage.name, "stale", "its folder holds a run that this pipeline did not make")
+        return Planned(stage.name, "run", "not started")
+    finished = record["state"] == "finished"
+    if last is None:
+        return Planned(stage.name, "run", "its checkpoints are gone" if finished else "started, no checkpoint yet")
+    found = changes(record["inputs"], inputs)
+    if found:
+        return Planned(stage.name, "stale", "; ".join(found))
+    if not finished:
+        return Planned(stage.name, "resume", f"interrupted at {last.name.replace('-', ' ')}")
+    for name, sha256 in record["checkpoints"].items():
+        model = stage.folder / "checkpoints" / name / "model"
+        if not model.is_dir():
+            return Planned(stage.name, "stale", f"its {name} is gone")
+        if model_sha256(model) != sha256:
+            return Planned(stage.name, "stale", f"its own model ({name}) was changed after training")
+    return Planned(stage.name, "done", f"{record['steps']} steps")
+
+
+def refusal(planned: Planned, source: str) -> CheckpointError:
+    """Why a stale stage is neither skipped nor overwritten, and how to go on."""
+    return CheckpointError(
+        source,
+        f"stages.{planned.name} is done or half done with other inputs: {planned.why}",
+        f"--redo {planned.name} moves its folder aside and trains it anew, with every stage that uses it; "
+        "or undo the change, or choose another output",
+    )
+
+
+def move_aside(pipeline: Pipeline, names: Sequence[str], state: State) -> list[str]:
+    """Rename stages' folders to ``NAME.1`` (the first number that is free for all of them) and forget their records.
+
+    Paths into a moved folder that stand in a moved run's own config follow it, so that `penchant eval` of an old run looks at the
+    old models.
+
+    Returns:
+        One sentence a folder.
+    """
+    if not names:
+        return []
+    there = [pipeline.stages[n] for n in names if pipeline.stages[n].folder.exists()]
+    number = 1
+    while any(_numbered(s.folder, number).exists() for s in there):
+        number += 1
+    moved = {str(s.folder): str(_numbered(s.folder, number)) for s in there}
+    with ExitStack() as locks:
+        for stage in there:
+            locks.enter_context(RunLock(stage.folder))  # a run that still trains there is left alone
+        for stage in there:
+            os.rename(stage.folder, moved[str(stage.folder)])
+            state.stages.pop(stage.name, None)
+            state.save()
+    for name in names:
+        state.stages.pop(name, None)
+    state.save()
+    for folder in moved.values():
+        _follow(Path(folder), moved)
+    return [f"{Path(old).name}: moved aside to {Path(new).name}" for old, new in moved.items()]
+
+
+def _numbered(folder: Path, number: int) -> Path:
+    return folder.with_name(f"{folder.name}.{number}")
+
+
+def _follow(folder: Path, moved: Mapping[str, str]) -> None:
+    def renamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {renamed(k): renamed(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [renamed(v) for v in value]
+        for old, new in moved.items():
+            if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
+                return new + value[len(old) :]
+        return value
+
+    config, identity = folder / "config.resolved.yaml", folder / "identity.json"
+    if config.exists():
+        values = renamed(yaml.safe_load(config.read_text(encoding="utf-8")))
+        config.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    if identity.exists():
+        identity.write_text(json.dumps(renamed(json.loads(identity.read_text())), indent=1))
+
+
+# ---- Running a pipeline: its stages in order, each an ordinary run that is resumed or skipped, and the comparison at the end ----
+
+WORDS = {
+    "done": "unchanged",
+    "run": "to run",
+    "resume": "to continue",
+    "stale": "CHANGED",
+    "later": "to be looked at again",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineResult:
+    """What a call left.
+
+    Args:
+        folder: the pipeline's; models: by stage, the model folder that ``stage:NAME`` stands for; done: what was done with each
+            stage that was asked for; outcome: the comparison, or None.
+    """
+
+    folder: Path
+    models: dict[str, Path]
+    done: dict[str, str]
+    outcome: Outcome | None
+
+    def to_text(self) -> str:
+        """One line a stage, then the comparison."""
+        width = max(map(len, self.done), default=0)
+        lines = [f"{name:<{width}}  {did}  {self.models[name]}" for name, did in self.done.items()]
+        return "\n".join([*lines, *(["", self.outcome.to_text()] if self.outcome is not None else [])])
+
+
+class Conductor:
+    """One call of a pipeline.
+
+    Args:
+        pipeline: checked; quiet: no progress.
+    """
+
+    def __init__(self, pipeline: Pipeline, *, quiet: bool = False) -> None:
+        self.pipeline = pipeline
+        self.quiet = quiet
+        self.console = console(quiet)
+        self.state = State.read(pipeline.output)
+
+    # ---- before anything trains -----------------------------------------------------------------------------------
+
+    @cached_property
+    def data(self) -> dict[str, Run]:
+        """A run of every stage whose data is read; its references still stand as written, so it cannot be trained.
+
+        Raises:
+            ConfigError, DataError, ModelError: with the stage's name.
+        """
+        found = {}
+        for stage in self.pipeline.stages.values():
+            with _named(stage):
+                _check_models(stage)
+                check_reward(stage.values.get("reward"))
+                found[stage.name] = run = Run(stage.config, quiet=True)
+                _ = run.datasets
+        return found
+
+    @cached_property
+    def comparer(self) -> Comparer | None:
+        """The comparison, checked; None where the pipeline has none."""
+        if self.pipeline.compare is None:
+            return None
+        return Comparer(self.pipeline, self.data, self.console)
+
+    def inputs(self, stage: Stage) -> Inputs:
+        """What the stage starts from as things are; every stage that it uses must be done."""
+        splits = zip(("training", "held-out"), self.data[stage.name].datasets, strict=True)
+        return stage_inputs(
+            stage.config,
+            stage.values.get("reward"),
+            {name: split.fingerprint for name, split in splits if split is not None},
+            {ref.text: self.folder_of(ref) for ref in stage.refs},
+            (stage.values.get("evaluation") or {}).get("reward"),
+        )
+
+    def folder_of(self, ref: Ref) -> Path:
+        """The model folder that a reference stands for; an adapter's own."""
+        try:
+            return model_folder(self.pipeline.stages[ref.stage].folder, ref.which)
+        except CheckpointError as error:
+            raise CheckpointError(error.where, f"{ref.text}: {error.what}", error.how) from error
+
+    def plan(self) -> list[Planned]:
+        """What would be done with each stage, in order; nothing is trained or written."""
+        planned: dict[str, Planned] = {}
+        for stage in self.pipeline.stages.values():
+            record = self.state.stages.get(stage.name)
+            waits = [n for n in stage.upstream if planned[n].action != "done"]
+            if waits and record is not None and stage.folder.exists():
+                made = Planned(stage.name, "later", f"after {', '.join(waits)}")
+            elif waits:
+                made = judge(stage, record, {})
+                made = made if made.action == "stale" else Planned(stage.name, "run", f"after {', '.join(waits)}")
+            else:
+                made = judge(stage, record, self.inputs(stage))
+            planned[stage.name] = made
+        return list(planned.values())
+
+    def plan_text(self, redo: Sequence[str] = ()) -> str:
+        """The plan as a person reads it; with `redo`, what that would move aside."""
+        moved = set(self._redone(redo))
+        planned = self.plan()
+        width = max(len(n) for n in (*self.pipeline.stages, "compare"))
+        lines = []
+        for i, p in enumerate(planned, 1):
+            word, why = WORDS[p.action], p.why
+            if p.name in moved:
+                word, why = "to redo", "its folder is moved aside first" if self._folder(p.name).exists() else p.why
+            lines.append(f"{i}  {p.name:<{width}}  {word}: {why}")
+        if self.comparer is not None:
+            ready = not moved and all(p.action == "done" for p in planned)
+            same = ready and self.comparer.unchanged(self.state.comparison, self.resolve, self.folder_of)
+            lines.append(f"{len(planned) + 1}  {'compare':<{width}}  {'unchanged' if same else 'to run'}")
+        return "\n".join(lines)
+
+    # ---- doing it -------------------------------------------------------------------------------------------------
+
+    def run(self, only: str | None = None, redo: Sequence[str] = ()) -> PipelineResult:
+        """Train what is to be trained, in order, and compare.
+
+        Args:
+            only: one stage, whose inputs must be done; nothing is compared then.
+            redo: stages to train anew, with every stage that uses them; their folders are moved aside.
+
+        Raises:
+            ConfigError, DataError, ModelError, RewardError: a person can mend it. CheckpointError: a stage is done with other inputs,
+            or the folder is in use. TrainingStopped: NaN/Inf or a signal; the same command continues.
+        """
+        if only is not None:
+            self.pipeline.stage(only, "--only")
+        again = self._redone(redo)
+        _ = self.data, self.comparer  # everything is checked before anything trains
+        with _locked(self.pipeline.output):
+            self.state = State.read(self.pipeline.output)
+            for sentence in move_aside(self.pipeline, again, self.state):
+                self.console.note(sentence)
+            planned = {p.name: p for p in self.plan()}
+            if only is not None:
+                self._check_needed(only, planned)
+            targets = [only] if only is not None else list(self.pipeline.stages)
+            for name in targets:
+                if planned[name].action == "stale":
+                    raise refusal(planned[name], self.pipeline.stages[name].place)
+            done = {}
+            for number, name in enumerate(targets, 1):
+                done[name] = self._stage(self.pipeline.stages[name], f"[{number}/{len(targets)}]")
+            outcome = None
+            if only is None and self.comparer is not None:
+                outcome = self.comparer.run(self.state, self.resolve, self.folder_of)
+        models = {name: model_folder(self._folder(name), None) for name in done}
+        return PipelineResult(self.pipeline.output, models, done, outcome)
+
+    def _redone(self, redo: Sequence[str]) -> list[str]:
+        for name in redo:
+            self.pipeline.stage(name, "--redo")
+        return self.pipeline.downstream(redo)
+
+    def _folder(self, name: str) -> Path:
+        return self.pipeline.stages[name].folder
+
+    def _check_needed(self, only: str, planned: dict[str, Planned]) -> None:
+        for name in self.pipeline.needed(only):
+            if planned[name].action == "stale":
+                raise refusal(planned[name], self.pipeline.stages[name].place)
+            if planned[name].action != "done":
+                raise CheckpointError(
+                    self.pipeline.stages[only].place,
+                    f"stages.{only} needs {name}, which is not finished",
+                    f"run --only {name} first, or leave --only out",
+                )
+
+    def _stage(self, stage: Stage, number: str) -> str:
+        """Skip, resume or train one stage; returns what was done, in words."""
+        inputs = self.inputs(stage)
+        planned = judge(stage, self.state.stages.get(stage.name), inputs)
+        if planned.action == "stale":
+            raise refusal(planned, stage.place)
+        self.console.note(f"{number} {stage.name}: {WORDS[planned.action]}, {planned.why}")
+        if planned.action == "done":
+            return f"unchanged, {planned.why}"
+        with _named(stage):
+            return self._train(stage, inputs, planned)
+
+    def _train(self, stage: Stage, inputs: Inputs, planned: Planned) -> str:
+        config = stage.resolved(self.resolve)
+        before = self.state.stages.get(stage.name, {}) if planned.action == "resume" else {}
+        record = {"state": "running", "inputs": inputs, "seconds": before.get("seconds", 0.0)}
+        self.state.stages[stage.name] = record
+        self.state.save()
+        started = time.monotonic()
+        ended: dict[str, Any] = {"state": "stopped"}
+        try:
+            result = Run(config, quiet=self.quiet).train()
+            ended = {"state": "finished", "steps": result.steps, "checkpoints": outputs_of(stage.folder)}
+        finally:  # a kill that nothing can catch leaves "running", which is not finished either
+            seconds = round(record["seconds"] + time.monotonic() - started, 1)
+            self.state.stages[stage.name] = {**record, **ended, "seconds": seconds}
+            self.state.save()
+            gc.collect()  # the next stage needs the room
+        return f"{result.steps} steps, {duration(seconds)}"
+
+    def resolve(self, ref: Ref) -> str:
+        """A reference as a config needs it: a model folder; where an adapter cannot serve, the merged model's."""
+        folder = self.folder_of(ref)
+        if not (ref.full_model and is_adapter(folder)):
+            return str(folder)
+        stage = self.pipeline.stages[ref.stage]
+        trained = self._config(stage)
+        target = stage.folder / "merged" / folder.parent.name
+        if not target.exists():
+            self.console.note(f"{ref.text}: merging its adapter into {target}")
+        return str(merge_to_folder(trained.model, folder, target, trained.train.seed))
+
+    def _config(self, stage: Stage) -> RunConfig:
+        return stage.resolved(self.resolve)
+
+
+def _check_models(stage: Stage) -> None:
+    config = stage.config
+    for path in (config.model.path, config.reference.path):
+        if path is not None and not path.startswith("stage:"):
+            check_model_path(path)
+
+
+@contextmanager
+def _named(stage: Stage) -> Iterator[None]:
+    """Errors inside a stage say which one it is, and settings the pipeline file's line."""
+    try:
+        yield
+    except ConfigError as error:
+        raise stage.named(error) from error
+    except (DataError, ModelError) as error:
+        raise type(error)(error.where, f"stages.{stage.name}: {error.what}", error.how) from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(folder)
+        lock.__enter__()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CheckpointError(str(folder), "output is a file, or lies below one", "choose another output") from error
+    except OSError as error:
+        raise CheckpointError(str(folder), f"cannot be written ({error.strerror})", "choose another output") from error
+    try:
+        yield
+    finally:
+        lock.__exit__()

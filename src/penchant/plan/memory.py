@@ -1,0 +1,616 @@
+"""Bytes that a run needs, counted on the meta device."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from penchant.algorithms.options import PPOConfig
+from penchant.base.machine import machine_memory
+from penchant.data.packing import pack, tree_tokens
+from penchant.data.tokenize import pair_format
+from penchant.errors import PenchantError
+from penchant.logprobs import Scorer
+from penchant.models.cpu.attention import _KEEP_UP_TO, AttentionShape, attention_plan
+from penchant.models.cpu.decode import _COLUMN_STEP, _ROW_STEP, _up, can_decode_fast
+from penchant.models.cpu.head import _KEEP_BYTES, _MATMUL_ROWS, _SOFTMAX_ELEMENTS
+from penchant.models.cpu.ops import _TILE_ELEMENTS
+from penchant.models.load import base_model_of
+from penchant.models.tree_attention import tree_layout
+from penchant.plan.outline import META, OutlinedRun, parameter_counts, weight_file_bytes
+from penchant.plan.work import Work, passes_over
+from penchant.rewards.reward_model import CausalRewards, EncoderRewards
+from penchant.rollout.generate import PROMPTS_HELD, rows_by_memory
+from penchant.types import PackedBatch, TokenTree
+
+# ---- How many bytes of tensors are alive at a time: counted at every operation, on real tensors or on shapes alone (meta) ----
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations inside it make, until each is freed.
+
+    Args:
+        known: tensors that are there already and are counted elsewhere (weights).
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._held = list(known)
+        self._seen: dict[int, Any] = {t.untyped_storage()._cdata: None for t in self._held}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return False  # "is nothing padded?" asks for a number that is not there: the general case is counted
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def freed(_: Any) -> None:
+            self.live -= size
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, freed)
+
+
+# ---- Bytes of one forward and backward pass beyond weights: read off the model's own operations on shapes alone, or by a formula ----
+# Where transformers runs the layers, the very code of a training step runs on the meta device (every shape and no numbers), and
+# `LiveBytes` counts what it would have held. The CPU fast path keeps a fixed set of tensors a layer, so it has a formula, which a
+# test compares with a real pass.
+
+INDEX_BYTES = 8  # of a gather's index
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes beyond weights at the worst moment of a pass.
+
+    Args:
+        layers: what the layers keep for the backward pass, and the temporaries of that moment.
+        head: what the head holds; layouts: attention plans of every micro-batch of a step; forward: of a pass without gradient.
+        by: how it was found: ``formula`` or ``shapes``.
+    """
+
+    layers: int
+    head: int
+    layouts: int
+    forward: int
+    by: str
+
+    @property
+    def total(self) -> int:
+        return self.layers + self.head + self.layouts
+
+
+def activations_of(run: OutlinedRun, model: Any, batches: Sequence[Sequence[TokenTree]], fast: bool) -> Activations:
+    """Of a training step whose micro-batches are `batches`, the largest first."""
+    shared = run.shared_prompts
+    packed = [pack(list(b), shared=shared) for b in batches]
+    if fast:
+        return _by_formula(
+            model, packed, run.dtype, bool(run.config.train.gradient_checkpointing), run.reward_parts is None
+        )
+    return _by_shapes(run, model, packed[0])
+
+
+def forward_bytes(run: OutlinedRun, model: Any, batch: Sequence[TokenTree], fast: bool) -> int:
+    """Of a pass without gradient."""
+    packed = pack(list(batch), shared=run.shared_prompts)
+    if fast:
+        return _by_formula(model, [packed], run.dtype, False, run.reward_parts is None).forward
+    return _forward_by_shapes(run, model, packed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers' layers: the operations themselves, on shapes alone
+
+
+def _by_shapes(run: OutlinedRun, model: Any, packed: PackedBatch) -> Activations:
+    batch = packed.to(META)
+    hooks = _outlined_precision(model, run.dtype)
+    engine = _engine(run, model)
+    model.train()
+    with _flash_attention(), LiveBytes(_known(model)) as live:
+        _of_completions(engine, batch).backward()
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    for hook in hooks:
+        hook.remove()
+    for p in model.parameters():
+        p.grad = None
+    # gradients that stay are a part of their own; what is left of the peak is activations and passing gradients
+    forward = _forward_by_shapes(run, model, packed)
+    return Activations(max(0, live.peak - gradients), 0, 0, forward, "shapes")
+
+
+def _forward_by_shapes(run: OutlinedRun, model: Any, packed: PackedBatch) -> int:
+    for hook in _outlined_precision(model, run.dtype):
+        hook.remove()
+    engine = _engine(run, model)
+    model.eval()
+    with _flash_attention(), LiveBytes(_known(model)) as live, torch.no_grad():
+        _of_completions(engine, packed.to(META))
+    return live.peak
+
+
+def _known(model: Any) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+@contextmanager
+def _flash_attention() -> Iterator[None]:
+    """SDPA as it is on the CPU, which keeps no scores: on the meta device torch would take the plain one, which does."""
+    plain = F.scaled_dot_product_attention
+
+    def flash(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        if enable_gqa:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        mask = None if attn_mask is None else torch.zeros_like(attn_mask, dtype=q.dtype)
+        found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale
+        )[0]
+        return found
+
+    F.scaled_dot_product_attention = flash  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+def _of_completions(engine: Any, batch: PackedBatch) -> Tensor:
+    found: Tensor = engine.logps(batch).sums if isinstance(engine, Scorer) else engine.rewards(batch)
+    return found.sum()
+
+
+def _engine(run: OutlinedRun, model: Any) -> Any:
+    packing = run.layout[0]
+    if run.reward_parts is not None and run.reward_parts.encoder:
+        return EncoderRewards(model, pair_format(run.tokenizer))
+    scorer = Scorer(model, packing, "off")  # type: ignore[arg-type]
+    return scorer if run.reward_parts is None else CausalRewards(scorer)
+
+
+def _outlined_precision(model: Any, dtype: torch.dtype) -> list[Any]:
+    """The model in its training dtype, whose gradients go where they go in a run: into an fp32 buffer as soon as they exist."""
+    hooks = []
+    for p in model.parameters():
+        if p.is_floating_point() and p.dtype != dtype:
+            p.data = p.data.to(dtype)
+        if p.requires_grad and dtype == torch.bfloat16:
+            hooks.append(p.register_post_accumulate_grad_hook(_forget))
+    base_model_of(model).config.dtype = dtype
+    return hooks
+
+
+def _forget(p: Tensor) -> None:
+    p.grad = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the CPU fast path: what `models/fast_llama.py` keeps, tensor by tensor
+
+
+def _by_formula(
+    model: Any, packed: Sequence[PackedBatch], dtype: torch.dtype, recompute: bool, has_head: bool
+) -> Activations:
+    config = base_model_of(model).config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, head_dim)
+    size = torch.empty(0, dtype=dtype).element_size()
+    plans = [attention_plan(tree_layout(b, None), b.tokens, shape, dtype) for b in packed]
+    of_each = [_plan_bytes(p) + _rotation_bytes(b.tokens, shape, size) for p, b in zip(plans, packed, strict=True)]
+    layouts = sum(of_each)
+    batch, plan = packed[0], plans[0]
+    t, d, m = batch.tokens, config.hidden_size, config.intermediate_size
+    softmax = sum(
+        g.trees * shape.heads * tile.rows * tile.keys
+        for g in plan.groups
+        if g.length <= _KEEP_UP_TO
+        for tile in g.tiles
+    )
+    heads = len(plan.to_heads) * head_dim
+    normed_heads = t * shape.width if "qwen3" in str(config.model_type) else 0
+    # n1, y, n2 and the layer's input (d each), attention output, rotated heads, gate and up, softmax; two fp32 numbers a token
+    kept = size * (4 * t * d + t * shape.heads * head_dim + heads + 2 * t * m + softmax + normed_heads) + 8 * t
+    # while a layer runs backward: gate's and up's gradients, swiglu once more, the weight gradient of one projection
+    passing = size * (3 * t * m + 2 * t * d + d * m) + 5 * 4 * min(_TILE_ELEMENTS, t * max(d, m))
+    # while it runs forward and is not kept: the projection, heads, gate, up and their product
+    running = size * (t * shape.width + heads + 3 * t * m + 5 * t * d) + size * max(
+        (g.trees * shape.heads * tile.rows * tile.keys for g in plan.groups for tile in g.tiles), default=0
+    )
+    layers = config.num_hidden_layers
+    saved = layers * size * t * d if recompute else layers * kept
+    head = _head_bytes(len(batch.target_ids), config.vocab_size, d, size) if has_head else 0
+    states = size * (
+        2 * t * d + 2 * len(batch.target_ids) * d
+    )  # of the final norm, before and after; what the head reads
+    chunk = size * min(len(batch.target_ids), _MATMUL_ROWS) * config.vocab_size + _softmax_bytes(
+        len(batch.target_ids), config.vocab_size
+    )
+    forward = of_each[0] + states + max(running, chunk * has_head)
+    # the head is done before the layers run backward: the larger of the two moments counts
+    worst = max(head, passing + kept * recompute)
+    return Activations(saved + states, worst, layouts, forward, "formula")
+
+
+def _head_bytes(rows: int, vocabulary: int, d: int, size: int) -> int:
+    whole = rows * vocabulary * size
+    passing = max(rows * d * size * 2, _softmax_bytes(rows, vocabulary))  # of the backward pass, of the forward pass
+    kept = whole if whole <= _KEEP_BYTES else max(_MATMUL_ROWS * vocabulary * size, _KEEP_BYTES)
+    return min(whole, kept) + passing
+
+
+def _softmax_bytes(rows: int, vocabulary: int) -> int:
+    """Probabilities of some rows in fp32, and what makes them."""
+    return 3 * 4 * min(max(_SOFTMAX_ELEMENTS, vocabulary), rows * vocabulary)
+
+
+def _plan_bytes(plan: Any) -> int:
+    indices = (plan.to_heads, plan.from_heads, plan.out_to_heads, plan.out_from_heads)
+    return sum(i.nbytes for i in indices) + sum(t.mask.nbytes for g in plan.groups for t in g.tiles)
+
+
+def _rotation_bytes(tokens: int, shape: AttentionShape, size: int) -> int:
+    return 2 * tokens * (shape.heads + shape.kv_heads) * (shape.head_dim // 2) * size
+
+
+# ---- Bytes beyond weights that a run holds while it evaluates or writes rollouts: passes over rows, what decodes answers, the start's weights ----
+
+PREFILL_TOKENS = 4096  # `FastDecoder.prefill` reads so many at once
+BY_LENGTH_ROWS = 384  # rows that transformers' own cache holds at once
+
+
+def writes_answers(run: OutlinedRun) -> bool:
+    """Whether anything is decoded: at evaluations, for samples in the report, or as rollouts."""
+    return any(n for n, _, _ in _askings(run))
+
+
+def writing_bytes(run: OutlinedRun, size: int) -> int:
+    """Bytes of the largest round of decoding: packed weights, keys and values, a prompt's pass, logits; 0 where nothing is written.
+
+    Args:
+        size: bytes of one weight in the training dtype.
+    """
+    return max((decoding_bytes(run.model, size, p, n, new) for n, new, p in _askings(run)), default=0)
+
+
+def _askings(run: OutlinedRun) -> list[tuple[int, int, list[int]]]:
+    """(completions of a prompt, new tokens, lengths of the prompts) of every round of decoding that a run does."""
+    if run.reward_parts is not None:
+        return []
+    asked, found = run.config.evaluation, []
+    train, heldout = ([len(t.prompt_ids) for t in part] for part in run.trees)
+    if run.online is not None:
+        batch = max((run.schedule.batch(s) for s in _steps(run)), key=lambda b: sum(train[i] for i in b))
+        found.append((run.online.samples, run.online.max_new_tokens, [train[i] for i in batch]))
+        if heldout:
+            found.append((1, run.online.max_new_tokens, heldout))
+    elif run.writes_fresh and heldout:
+        prompts = list(dict.fromkeys(t.prompt_ids.tobytes() for t in run.trees[1]))[: asked.kl_prompts]
+        found.append((1, asked.sample_tokens, [len(p) // 4 for p in prompts]))  # int32
+    if asked.samples and not (run.signal == "tokens" and run.datasets[0].kind == "text"):
+        found.append((1, asked.sample_tokens, (heldout or train)[: asked.samples]))
+    return [(n, new, prompts) for n, new, prompts in found if prompts]
+
+
+def _steps(run: OutlinedRun) -> range:
+    """Steps that write rollouts, of the first epoch."""
+    return range(0, min(run.schedule.total_steps, run.schedule.steps_per_epoch), run.schedule.repeat)
+
+
+def decoding_bytes(model: Any, size: int, prompts: Sequence[int], n: int, new_tokens: int) -> int:
+    """Of one call of `rollout.generate.sample`.
+
+    Args:
+        size: bytes of one weight; prompts: tokens of each; n: completions of a prompt; new_tokens: of a completion, at most.
+    """
+    config = base_model_of(model).config
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    depth, vocabulary = config.num_hidden_layers, config.vocab_size
+    a_token = 2 * depth * kv_heads * head_dim * size
+    longest = max(prompts)
+    if not can_decode_fast(model, longest + new_tokens):
+        together = min(BY_LENGTH_ROWS, n * max(Counter(prompts).values()))
+        # a step writes its layer's keys and values anew before the old ones go
+        return round(together * (a_token * (longest + new_tokens) * (1 + 1 / depth) + vocabulary * (size + 8)))
+    at_once = max(1, min(len(prompts), rows_by_memory(a_token, vocabulary, n, longest, new_tokens) // n))
+    rows, groups = at_once * n, min(len(prompts), PROMPTS_HELD * at_once)
+    caches = a_token * (_up(rows, _ROW_STEP) * _up(new_tokens) + groups * _up(longest, _COLUMN_STEP))
+    read = min(at_once * longest, max(longest, PREFILL_TOKENS))
+    wide = max((heads + 2 * kv_heads) * head_dim * 2, 3 * getattr(config, "intermediate_size", 4 * config.hidden_size))
+    passing = max(size * read * (2 * config.hidden_size + wide), rows * vocabulary * (size + 8))
+    return packed_weights(model) * size + caches + passing
+
+
+def packed_weights(model: Any) -> int:
+    """Numbers in the decoder's own copy of the weights: every matrix of the layers, and the head."""
+    base = base_model_of(model)
+    head = base.get_output_embeddings().weight
+    layers = sum(p.numel() for name, p in base.model.layers.named_parameters() if p.ndim > 1 and "lora_" not in name)
+    return int(layers + head.numel())
+
+
+def start_weights(run: OutlinedRun) -> int:
+    """Parameters of the start that an evaluation loads and lets go again: where answers are compared with it and no reference runs live."""
+    if not run.trees[1] or run.reward_parts is not None or run.config.lora is not None or run.signal == "tokens":
+        return 0
+    held = "reference" in run.needs and run.reference_kind == "frozen" and not run.config.reference.moves
+    if not run.writes_fresh or run.online is not None or held:
+        return 0
+    return parameter_counts(base_model_of(run.model))[0]
+
+
+# ---- How much memory a run needs, part by part, from the shapes of its model and of its largest step ----
+# A process on the CPU keeps its high-water mark: the command line starts with allocator settings under which freed pages stay (they
+# would only be faulted in again at the next step). So the peak is the largest of the moments below, and each of them is a sum.
+
+MIB = 1 << 20
+# Measured on one machine (benchmarks/plan_memory.py); everything else is counted.
+TRAINING_LIBRARIES = (
+    110 * MIB
+)  # what is loaded only when training begins: peft, the optimiser, kernels and their scratch space
+# What the heap loses between tensors of different sizes. The fast path makes the same few tensors layer by layer; autograd keeps
+# hundreds of many sizes, and frees them in another order than they came in.
+HEAP_LOSS = {"formula": 0.05, "shapes": 0.20, "rule of thumb": 0.20}
+# oneDNN prepares every bf16 product of a new size. The kernel that it generates stays for good, whatever is set; the product around it
+# stays while it is among the last ones (the command line keeps 128, oneDNN itself 1,024).
+CAPACITY, CAPACITY_WITHOUT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 1024
+KERNEL, PRODUCT = 262 << 10, 275 << 10  # bytes of one
+
+
+@dataclass(frozen=True, slots=True)
+class NewSize:
+    """What a pass of a size that was not met before makes oneDNN prepare."""
+
+    kernels: int
+    products: int
+
+
+WITH_GRADIENT, WITHOUT = NewSize(17, 31), NewSize(7, 12)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes.
+
+    Args:
+        parts: of the training step, by name; moments: high-water marks of the phases of a run; machine: what there is in all, free: now.
+        coarse: why this is a rough estimate, or an empty string; advice: key, what to set, bytes that it would save.
+    """
+
+    parts: dict[str, int]
+    moments: dict[str, int]
+    machine: int
+    free: int
+    coarse: str
+    advice: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def peak(self) -> int:
+        return max(self.moments.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.machine
+
+
+def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
+    """The estimate.
+
+    Args:
+        baseline: bytes of this process with its libraries and tokenizer; rows: what the rows and their tokens added to it.
+    """
+    model = run.model
+    every, trainable = parameter_counts(model)
+    size = torch.empty(0, dtype=run.dtype).element_size()
+    shadow = size < 4  # bf16 weights are shadows of fp32 masters
+    held = _frozen_models(run)
+    more, more_trainable = _value(run)
+    trainable += more_trainable
+    activations, coarse = _activations(run, work)
+    passing = (
+        0 if shadow else trainable * 4
+    )  # fp32 gradients are the parameters' own, and stay from micro-batch to micro-batch
+    parts = {
+        "Python, torch, transformers": baseline + (TRAINING_LIBRARIES if run.device.type == "cpu" else 0),
+        "rows and tokens": rows,
+        "weights": (every + more) * size,
+        "fp32 master weights": trainable * 4 if shadow else 0,
+        "gradients": trainable * 4 if shadow else passing,
+        "optimiser (two moments)": trainable * 8,
+        # frozen weights turn from fp32 to bf16 one by one, and what each leaves is too small for an activation
+        "left by fp32 weights": (every - trainable) * 2 if shadow and run.device.type == "cpu" else 0,
+        "prepared products, by size of pass": _prepared(run, work) if shadow else 0,
+        "reference": held * size,
+        "activations of the largest micro-batch": activations.layers + activations.layouts,
+        "head (or the backward pass of a layer)": activations.head,
+    }
+    lasting = sum(list(parts.values())[:-2])
+    if run.device.type == "cuda":
+        parts.pop("Python, torch, transformers")
+        lasting = sum(list(parts.values())[:-2])
+        return _on_gpu(parts, lasting, activations)
+    process = parts["Python, torch, transformers"] + rows
+    loading = every * 4 + weight_file_bytes(run.config.model.path, model)
+    before = process + every * size + trainable * (8 if shadow else 0)
+    heap = 1.0 + HEAP_LOSS[activations.by]
+    step = process + _heap(lasting - process + activations.total, heap)
+    moments = {
+        "loading the model": process + loading,
+        "before the first step": before + _heap(activations.forward, heap) + held * size,
+        "a training step": step,
+    }
+    asked = [activations.forward, _scoring(run, activations), writing_bytes(run, size)]
+    evaluating = process + _heap(lasting - process + max(asked), heap)
+    again = start_weights(run)
+    if again:
+        # its fp32 weights take the place of activations, whose pages stay; the file that it is read from comes on top
+        evaluating = max(step, evaluating, process + _heap(lasting - process + again * 4, heap))
+        evaluating += weight_file_bytes(run.config.reference.path or run.config.model.path, model)
+    if run.trees[1]:
+        moments["an evaluation" + (", which loads the start again" if again else "")] = evaluating
+    elif asked[-1]:
+        moments["writing answers"] = evaluating
+    parts["lost between tensors"] = moments["a training step"] - sum(parts.values())
+    total, free = machine_memory()
+    return Memory(
+        parts,
+        moments,
+        total,
+        free,
+        coarse,
+        () if max(moments.values()) <= total else _advice(run, parts, activations, trainable, every),
+    )
+
+
+def _prepared(run: OutlinedRun, work: Work) -> int:
+    """What oneDNN keeps of bf16 products: by the sizes of passes that the run meets, and the cache's capacity in this process."""
+    if run.device.type != "cpu":
+        return 0
+    once = run.trees[0] if "reference" in run.needs and run.reference_kind == "cached" else []
+    forward = len(passes_over(run, once)) + len(passes_over(run, run.trees[1]))
+    said = os.environ.get(CAPACITY, "")
+    capacity = int(said) if said.isdigit() else CAPACITY_WITHOUT
+    kernels, products = (
+        work.sizes * getattr(WITH_GRADIENT, kind) + forward * getattr(WITHOUT, kind) for kind in ("kernels", "products")
+    )
+    return kernels * KERNEL + min(capacity, products) * PRODUCT
+
+
+def _heap(held: int, factor: float) -> int:
+    return round(held * factor)
+
+
+def _on_gpu(parts: dict[str, int], lasting: int, activations: Activations) -> Memory:
+    free, total = torch.cuda.mem_get_info()
+    moments = {"a training step": lasting + activations.total}
+    return Memory(parts, moments, total, free, "the GPU's own context and cached blocks are not counted")
+
+
+def _activations(run: OutlinedRun, work: Work) -> tuple[Activations, str]:
+    fast = run.layout[1]
+    try:
+        found = activations_of(run, run.model, work.batch, fast)
+    except (NotImplementedError, RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, PenchantError):
+            raise
+        found = _rule_of_thumb(run, work)
+        return found, "this model's operations cannot be counted on shapes alone; activations are a rule of thumb"
+    if run.online is not None:
+        return found, "rollouts count as long as they may be; reward models are not counted"
+    return found, ""
+
+
+def _rule_of_thumb(run: OutlinedRun, work: Work) -> Activations:
+    """34 numbers of width d a token and layer, as the literature counts a transformer layer's activations."""
+    config = base_model_of(run.model).config
+    size = torch.empty(0, dtype=run.dtype).element_size()
+    a_layer = work.largest * config.hidden_size * 34 * size // 2
+    layers = a_layer * int(getattr(config, "num_hidden_layers", 12))
+    return Activations(layers, work.largest * 4 * config.vocab_size // 4, 0, a_layer, "rule of thumb")
+
+
+def _frozen_models(run: OutlinedRun) -> int:
+    """Parameters of models that are held beside the trained one for the whole run."""
+    if "reference" not in run.needs or run.reference_kind != "frozen":
+        return 0
+    return parameter_counts(base_model_of(run._fresh_model(run.config.model)))[0]
+
+
+def _scoring(run: OutlinedRun, known: Activations) -> int:
+    """A pass over the largest micro-batch of held-out rows; `known` stands for it where training has a larger one."""
+    trees = run.trees[1]
+    passes = passes_over(run, trees) if trees and run.online is None else []
+    if not passes or known.by == "rule of thumb":
+        return 0
+    tokens = [sum(tree_tokens(trees[i], run.shared_prompts) for i in members) for members in passes]
+    largest = passes[tokens.index(max(tokens))]
+    return forward_bytes(run, run.model, [trees[i] for i in largest], run.layout[1])
+
+
+def _value(run: OutlinedRun) -> tuple[int, int]:
+    """(all, trainable) parameters of PPO's own value model."""
+    if not isinstance(run.online, PPOConfig) or run.online.value != "separate":
+        return 0, 0
+    return parameter_counts(run.model)[0], parameter_counts(run.model)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what could be changed where it does not fit
+
+
+def _advice(
+    run: OutlinedRun, parts: dict[str, int], activations: Activations, trainable: int, every: int
+) -> tuple[tuple[str, int], ...]:
+    """What to set, and what it would save, the largest saving first."""
+    found = [(text, saved(run, parts, activations, trainable, every)) for text, saved in CHANGES.items()]
+    return tuple(sorted(((t, s) for t, s in found if s > 0), key=lambda pair: -pair[1]))
+
+
+Saved = Callable[[OutlinedRun, dict[str, int], Activations, int, int], int]
+
+
+def _by_adapter(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
+    of_training = parts["fp32 master weights"] + parts["gradients"] + parts["optimiser (two moments)"]
+    return round(of_training * 0.96) if run.config.lora is None else 0
+
+
+def _by_half_the_tokens(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
+    longest = max((t.shared_tokens for t in run.trees[0]), default=0)
+    return a.total // 2 if run.config.train.tokens_per_step >= 2 * longest else 0
+
+
+def _by_length(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
+    longest = max((t.shared_tokens for t in run.trees[0]), default=0)
+    return a.total // 2 if run.config.train.tokens_per_step < 2 * longest else 0
+
+
+def _by_recomputing(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
+    return a.layers * 3 // 4 if not run.config.train.gradient_checkpointing else 0
+
+
+def _by_bf16(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
+    if run.dtype == torch.bfloat16:
+        return 0
+    return a.layers // 2 + every * 2 - trainable * 4
+
+
+def _by_cache(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
+    could = run.online is None and "divergence" not in run.needs and not run.config.reference.moves
+    return parts["reference"] if could else 0
+
+
+CHANGES: dict[str, Saved] = {
+    "lora={r: 16} (an adapter in place of the whole model)": _by_adapter,
+    "half of train.tokens_per_step": _by_half_the_tokens,
+    "half of data.max_length, with half of train.tokens_per_step": _by_length,
+    "train.gradient_checkpointing=true (a third slower)": _by_recomputing,
+    "model.dtype=bf16": _by_bf16,
+    "reference.kind=cached": _by_cache,
+}

@@ -1,0 +1,114 @@
+"""A run whose models are outlines: every shape and no numbers, so that a model that does not fit can be planned for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from penchant.errors import ModelError
+from penchant.logprobs.packing import packing_by_config
+from penchant.models.cpu.layers import fast_forward
+from penchant.models.load import (
+    add_lora,
+    base_model_of,
+    cast_parameters,
+    check_model_path,
+    disable_dropout,
+    first_line,
+    load_causal_model,
+)
+from penchant.models.options import ModelConfig
+from penchant.models.reward import HEADS, load_model_config, set_padding
+from penchant.runs import Run
+
+META = torch.device("meta")
+
+
+class OutlinedRun(Run):
+    """A run as far as it can be known without its weights. It trains nothing and writes nothing."""
+
+    def _untrained_model(self) -> Any:
+        if self.reward_parts is None:
+            return self._fresh_model(self.config.model)
+        model = outline(self.config.model, reward=True)
+        if not self.reward_parts.encoder:
+            set_padding(model, self.tokenizer)
+        if self.config.lora is None:
+            return model
+        heads = [name for name in HEADS if hasattr(model, name)]
+        return add_lora(model, self.config.lora, self.config.train.seed, task="SEQ_CLS", whole=heads)
+
+    def _fresh_model(self, source: ModelConfig) -> Any:
+        return outline(source)
+
+    @cached_property
+    def layout(self) -> tuple[str, bool, str]:
+        """(packing, whether a fast path runs, why): what a run chooses, and then checks on the model itself."""
+        if self.reward_parts is not None and self.reward_parts.encoder:
+            return "text pairs", False, "an encoder reads each text by itself, padded among texts of its length"
+        packing, why = packing_by_config(self.model)
+        requested = self.config.train.packing
+        if requested != "auto":
+            packing, why = requested, "as asked"
+        fast = (
+            packing != "padded"
+            and self.config.model.kernels == "auto"
+            and self.device.type == "cpu"
+            and fast_forward(self.model) is not None
+        )
+        return packing, fast, why
+
+    def cache_files(self) -> dict[str, Path]:
+        """By name of the rows: the file of their reference log-probs. The weights are read for it, and let go again."""
+        source = self.config.model
+        if self.config.reference.path is not None:
+            source = source.model_copy(update={"path": self.config.reference.path, "init": "pretrained"})
+        model = load_causal_model(source, torch.device("cpu"), self.config.train.seed)
+        cast_parameters(model, self.dtype)
+        return {name: path for name, (_, path) in self.cache_paths(model).items()}
+
+    @property
+    def shared_prompts(self) -> bool:
+        return self.layout[0] == "shared"
+
+
+def outline(source: ModelConfig, reward: bool = False) -> Any:
+    """A transformers model on the meta device, in fp32, dropout off.
+
+    Raises:
+        ModelError: transformers has no such model, or the folder has no weights.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = load_model_config(source.path, source.revision)
+    check_model_path(source.path)
+    family = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(source.path, "this is an encoder-decoder model", "give a causal (decoder-only) language model")
+    if reward:
+        config.num_labels, config.problem_type = 1, "regression"
+    try:
+        with META:
+            model = family.from_config(config, dtype=torch.float32)
+    except (ValueError, ImportError, KeyError) as error:
+        raise ModelError(
+            source.path, f"the model could not be outlined ({first_line(error)})", "give a causal model or an encoder"
+        ) from error
+    disable_dropout(model)
+    return model
+
+
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """(all, trainable) parameters; tied ones count once."""
+    every = list(model.parameters())
+    return sum(p.numel() for p in every), sum(p.numel() for p in every if p.requires_grad)
+
+
+def weight_file_bytes(path: str, model: Any) -> int:
+    """Bytes of a model folder's weights on disk; of a hub id that is not here, as many as bf16 weights have."""
+    folder = Path(path).expanduser()
+    found = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    return found or 2 * parameter_counts(base_model_of(model))[0]

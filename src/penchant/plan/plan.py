@@ -1,0 +1,153 @@
+"""Everything that a run will be, found before it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from penchant.base.machine import resident
+from penchant.config import Places, RunConfig
+from penchant.errors import PenchantError
+from penchant.plan.memory import Memory, memory_of
+from penchant.plan.outline import OutlinedRun, parameter_counts
+from penchant.plan.probe import Duration, Probe, duration_of, probe
+from penchant.plan.settings import Setting, derived_values, settings_of
+from penchant.plan.work import Disk, Rows, Work, disk_of, rows_of, to_json, work_of
+from penchant.training.checkpoint import latest_checkpoint
+
+PROBE_ROOM = 0.9  # of the free memory: a probe that would need more is not taken
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `penchant plan` shows.
+
+    Args:
+        method, output: of the run; folder: what is there already; settings: every key with its source.
+        rows, work, memory, disk: counted and estimated; parameters: (all, trainable).
+        reference: what it is, and whether its cache is there; probe, duration: measured, None without a probe; notes: what to know.
+    """
+
+    method: str
+    output: str
+    folder: str
+    settings: Sequence[Setting]
+    rows: dict[str, Rows]
+    work: Work
+    parameters: tuple[int, int]
+    memory: Memory
+    disk: Disk
+    reference: str
+    probe: Probe | None
+    duration: Duration | None
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON: bytes, seconds, tokens."""
+        memory = asdict(self.memory) | {"peak": self.memory.peak, "fits": self.memory.fits}
+        disk = asdict(self.disk) | {"peak": self.disk.peak, "fits": self.disk.fits}
+        return {
+            "method": self.method,
+            "output": self.output,
+            "folder": self.folder,
+            "settings": [s.to_json() for s in self.settings],
+            "data": {name: asdict(rows) for name, rows in self.rows.items()},
+            "work": to_json(self.work),
+            "parameters": {"all": self.parameters[0], "trainable": self.parameters[1]},
+            "memory": memory,
+            "disk": disk,
+            "reference": self.reference,
+            "probe": None if self.probe is None else asdict(self.probe),
+            "seconds": None if self.duration is None else asdict(self.duration),
+            "notes": list(self.notes),
+        }
+
+
+def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> Plan:
+    """Plan a run; nothing is trained that stays, and nothing is written to its folder or cache.
+
+    Args:
+        places: where each key of the config stands; with_probe: also take a few steps in a copy, to tell the time.
+
+    Raises:
+        ConfigError, DataError, ModelError, RewardError: what the run itself would stop at.
+    """
+    run = OutlinedRun(config, quiet=True)
+    _load_what_training_loads(run)
+    baseline = resident()
+    _ = run.trees, run.mismatched
+    if config.reward is not None or config.evaluation.reward is not None:
+        from penchant.runs import reward_contents
+
+        reward_contents(config)  # a file or folder that is not there is met now
+    held = max(0, resident() - baseline)
+    rows, work = rows_of(run), work_of(run)
+    settings = settings_of(config, places, derived_values(run))
+    parameters = parameter_counts(run.model)
+    memory = memory_of(run, work, baseline, held)
+    reference, cached, notes = _reference(run)
+    disk = disk_of(run, work, cached)
+    found = duration = None
+    if with_probe:
+        room = memory.free * PROBE_ROOM
+        if memory.peak - baseline > room:
+            notes.append("no probe: the run would need more memory than is free")
+        else:
+            found = probe(run, work, disk.checkpoint, cached)
+            duration = duration_of(found, work)
+            notes += _differences(run, found)
+    return Plan(
+        run.method, str(run.folder), _what_is_there(run.folder), settings, rows, work, parameters, memory, disk, reference,
+        found, duration, tuple(notes),
+    )  # fmt: skip
+
+
+def _load_what_training_loads(run: OutlinedRun) -> None:
+    """Libraries and tokenizer: what a process weighs before it has any data."""
+    import transformers  # noqa: F401
+
+    import penchant.report
+    import penchant.rollout.generate  # noqa: F401
+
+    if run.config.lora is not None:
+        import peft  # noqa: F401
+    _ = run.tokenizer
+
+
+def _reference(run: OutlinedRun) -> tuple[str, bool | None, list[str]]:
+    """(what it is, whether the cache is there already or None, notes)."""
+    if "reference" not in run.needs:
+        return "none is needed", None, []
+    kind = run.reference_kind
+    if run.config.reference.moves:
+        return "a frozen copy that follows the policy", None, []
+    words = {"adapter": "the adapter switched off, in each step", "frozen": "a frozen copy, in each step"}
+    if kind in words:
+        return words[kind], None, []
+    try:
+        there = run.cache_files()
+    except (PenchantError, MemoryError) as error:
+        return f"computed once and cached (whether it is there could not be told: {error})", False, []
+    missing = [name for name, path in there.items() if not path.exists()]
+    if not missing:
+        return "cached, and there already", True, []
+    return f"computed once and cached; not there yet: {', '.join(missing)} rows", False, []
+
+
+def _differences(run: OutlinedRun, found: Probe) -> list[str]:
+    packing, fast, _ = run.layout
+    if run.reward_parts is not None and run.reward_parts.encoder:
+        return []
+    if (found.packing, found.fast) == (packing, fast):
+        return []
+    real = f"{found.packing}{' with' if found.fast else ' without'} the fast path"
+    return [f"the model takes {real}, other than its config says: token counts and memory above are for {packing}"]
+
+
+def _what_is_there(folder: Path) -> str:
+    if not folder.exists():
+        return "new"
+    last, _ = latest_checkpoint(folder)
+    return f"holds {last.name}: training goes on from there" if last is not None else "exists, without a checkpoint"

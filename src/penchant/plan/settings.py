@@ -1,0 +1,174 @@
+"""Where each value of a config comes from: a line of a file, the command line, or a default; and what an `auto` became."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from penchant.base.machine import cores
+from penchant.config import Places, RunConfig
+from penchant.logprobs.reference import default_cache_dir
+from penchant.models.load import DTYPES, base_model_of
+from penchant.plan.outline import OutlinedRun, parameter_counts
+from penchant.runs import SMALL_MODEL
+
+Derived = tuple[Any, str]  # what a value became, and why
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One key of the resolved config.
+
+    Args:
+        key: dotted; value: as the config has it; source: ``run.yaml:7``, ``command line``, ``default`` or ``default of dpo``.
+        became, why: what an ``auto``, or a value that stands for another, is in this run.
+    """
+
+    key: str
+    value: Any
+    source: str
+    became: Any = None
+    why: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        known = {"key": self.key, "value": self.value, "source": self.source}
+        return known | ({"became": self.became, "why": self.why} if self.why else {})
+
+
+def settings_of(config: RunConfig, places: Places, derived: Mapping[str, Derived]) -> list[Setting]:
+    """Every key in the config's order."""
+    found = []
+    for path, value in _leaves(config.model_dump(mode="json")):
+        key = ".".join(path)
+        became, why = derived.get(key, (None, ""))
+        found.append(Setting(key, value, _source(path, places, config), became, why))
+    return found
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, (*path, str(key)))
+    else:
+        yield path, value
+
+
+def _source(path: tuple[str, ...], places: Places, config: RunConfig) -> str:
+    if path in places:
+        return places[path]
+    if path[1:] == ("name",) and path[:1] in places:  # `loss: kto` says the name and nothing else
+        return places[path[:1]]
+    if path == ("reference", "ema") and ("loss", "ref_ema") in places:
+        return places["loss", "ref_ema"]
+    if path[0] == "loss" and config.loss.components:
+        return f"default of {'+'.join(c.spec.name for c in config.loss.components)}"
+    if path[0] == "algorithm" and config.algorithm is not None:
+        return f"default of {config.algorithm.name}"
+    return "default"
+
+
+def places_in(values: Mapping[str, Any], where: str) -> Places:
+    """Every key of a mapping that a Python caller gave, at one place."""
+    return {path[:n]: where for path, _ in _leaves(values) for n in range(1, len(path) + 1)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what an `auto` becomes
+
+
+def derived_values(run: OutlinedRun) -> dict[str, Derived]:
+    """By key: what a value that stands for another becomes in this run, and why."""
+    asked = dict(_leaves(run.config.model_dump(mode="json")))
+    found = {}
+    for key, (stands, derive) in DERIVED.items():
+        path = tuple(key.split("."))
+        if path in asked and asked[path] == stands:
+            found[key] = derive(run)
+    encoder = run.reward_parts
+    if encoder is not None and encoder.max_length < run.config.data.max_length:
+        found["data.max_length"] = (encoder.max_length, "the encoder takes no more")
+    return found
+
+
+def _dtype(run: OutlinedRun) -> Derived:
+    name = next(n for n, d in DTYPES.items() if d == run.dtype)
+    native = run.dtype == torch.bfloat16
+    where = "this GPU" if run.device.type == "cuda" else "this CPU"
+    return name, f"bf16 matrix products are {'native' if native else 'not native'} on {where}"
+
+
+def _device(run: OutlinedRun) -> Derived:
+    return run.device.type, "a GPU is visible" if run.device.type == "cuda" else "no GPU is visible"
+
+
+def _kernels(run: OutlinedRun) -> Derived:
+    packing, fast, _ = run.layout
+    name = type(base_model_of(run.model)).__name__
+    if fast:
+        return "fast path", f"{name} is recognised"
+    if run.device.type != "cpu":
+        return "transformers", "the fast path is for the CPU"
+    if packing == "padded":
+        return "transformers", "the fast path takes packed rows"
+    return "transformers", "an adapter is not in the fast path" if run.config.lora else f"{name} is not recognised"
+
+
+def _packing(run: OutlinedRun) -> Derived:
+    packing, _, why = run.layout
+    return packing, why
+
+
+def _threads(run: OutlinedRun) -> Derived:
+    parameters = parameter_counts(run.model)[0]
+    threads = run.threads_for(parameters)
+    if parameters < SMALL_MODEL:
+        return threads, f"{parameters:,} parameters: a second thread costs more in waiting than it brings"
+    return threads, f"{cores()} cores"
+
+
+def _lr(run: OutlinedRun) -> Derived:
+    return run.peak_lr, f"{run.method}, {'an adapter' if run.config.lora else 'the whole model'}"
+
+
+def _template(run: OutlinedRun) -> Derived:
+    name = run.tokenised[0].template
+    why = "the tokenizer has a chat template" if name == "chat" else "the tokenizer has none"
+    return name, "plain documents" if run.datasets[0].kind == "text" else why
+
+
+def _reference(run: OutlinedRun) -> Derived:
+    if "reference" not in run.needs:
+        return "none", f"{run.method} needs no reference"
+    kind = run.reference_kind
+    why = {
+        "cached": "computed once and kept on disk",
+        "adapter": "the model with its adapter off; no copy is held",
+        "frozen": "it must run in each step",
+    }
+    return kind, why[kind]
+
+
+def _beta(run: OutlinedRun) -> Derived:
+    assert run.online is not None
+    return run.online.kl_weight, f"the default of {run.online.name}"
+
+
+DERIVED: dict[str, tuple[Any, Callable[[OutlinedRun], Derived]]] = {
+    "model.dtype": ("auto", _dtype),
+    "model.device": ("auto", _device),
+    "model.kernels": ("auto", _kernels),
+    "model.tokenizer": (None, lambda run: (run.config.model.path, "the model's own")),
+    "data.shape": ("auto", lambda run: (run.loaded["train"].shape, "by its columns")),
+    "data.template": ("auto", _template),
+    "data.split_seed": (None, lambda run: (run.config.train.seed, "train.seed")),
+    "reference.kind": ("auto", _reference),
+    "reference.cache_dir": (None, lambda run: (str(default_cache_dir()), "$PENCHANT_CACHE or ~/.cache/penchant")),
+    "train.packing": ("auto", _packing),
+    "train.threads": ("auto", _threads),
+    "train.lr": ("auto", _lr),
+    "evaluation.tokens_per_step": (None, lambda run: (run.config.train.tokens_per_step, "train.tokens_per_step")),
+    "algorithm.beta": ("auto", _beta),
+}

@@ -1,0 +1,140 @@
+"""A plan as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from penchant.base.text import printable
+from penchant.plan.memory import Memory
+from penchant.plan.plan import Plan
+from penchant.plan.settings import Setting
+from penchant.plan.work import Rows
+from penchant.training.console import duration
+
+UNITS = ((1 << 30, "GB", 2), (1 << 20, "MB", 0), (1 << 10, "kB", 0), (1, "B", 0))
+
+
+def size(n: float) -> str:
+    """Bytes as ``1.25 GB`` (of 2^30) or ``312 MB``."""
+    unit, name, digits = next((u for u in UNITS if abs(n) >= u[0]), UNITS[-1])
+    return f"{n / unit:,.{digits}f} {name}"
+
+
+def plan_text(plan: Plan) -> str:
+    """The whole plan, section by section."""
+    sections = {
+        "SETTINGS": _settings(plan.settings),
+        "DATA": [line for name, rows in plan.rows.items() for line in _data(name, rows)],
+        "WORK": _work(plan),
+        "MEMORY": _memory(plan.memory, plan),
+        "DISK": _disk(plan),
+        "TIME": _time(plan),
+    }
+    lines = [f"{plan.method} in {plan.output} ({plan.folder})"]
+    for title, body in sections.items():
+        lines += ["", title, *(f"  {line}" for line in body)]
+    if plan.notes:
+        lines += ["", *(f"! {note}" for note in plan.notes)]
+    return "\n".join(printable(line) for line in lines)
+
+
+def columns(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Cells as aligned lines; the last column is left as it is."""
+    cells = [tuple(r) for r in rows]
+    widths = [
+        max((len(r[i]) for r in cells if len(r) > i + 1), default=0) for i in range(max(map(len, cells), default=0))
+    ]
+    return ["  ".join(c.ljust(w) for c, w in zip(r[:-1], widths, strict=False)) + f"  {r[-1]}" for r in cells]
+
+
+def _settings(settings: Sequence[Setting]) -> list[str]:
+    found = []
+    for s in settings:
+        value = _value(s.value)
+        if s.why:
+            value += f" -> {_value(s.became)}"
+        found.append((s.key, value, s.source + (f"; {s.why}" if s.why else "")))
+    return columns(found)
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _data(name: str, rows: Rows) -> list[str]:
+    aside = f", {rows.aside:,} kept aside" if rows.aside else ""
+    lines = [f"{name}: {rows.used:,} rows of {rows.read:,} read ({rows.layout}: {rows.kind}){aside}"]
+    for label, q in (("prompt", rows.prompts), ("completion", rows.completions)):
+        if q:
+            lines.append(f"  {label} tokens: half have {q[0]:,} or less, 90% {q[1]:,}, 99% {q[2]:,}, longest {q[3]:,}")
+    lines.append(f"  cut to data.max_length: {rows.cut:.1%} of rows")
+    return lines
+
+
+def _work(plan: Plan) -> list[str]:
+    w = plan.work
+    about = "" if w.exact else "about "
+    tokens = f"{about}{w.tokens:,} ({w.trained:,} of completions)"
+    if w.saving > 0.0005:
+        tokens += f"; {w.separate:,} with every prompt repeated, so shared prompts save {w.saving:.0%}"
+    rows = [
+        ("optimiser steps", f"{w.steps:,} ({w.steps_per_epoch:,} an epoch), the first {w.warmup:,} warm up"),
+        (
+            "forward/backward passes",
+            f"{about}{w.passes:,}, {w.passes / w.steps:.1f} a step; the largest has {w.largest:,} tokens",
+        ),
+        ("tokens computed", tokens),
+        ("evaluations, checkpoints", f"{w.evaluations}, {w.checkpoints}"),
+        ("parameters", f"{plan.parameters[0]:,}, of which {plan.parameters[1]:,} are trained"),
+        ("reference", plan.reference),
+    ]
+    return columns(rows)
+
+
+def _memory(memory: Memory, plan: Plan) -> list[str]:
+    rows = [(name, size(n)) for name, n in memory.parts.items() if n]
+    rows += [(f"at its highest: {name}", size(n)) for name, n in memory.moments.items() if n == memory.peak]
+    rows.append(("this machine", f"{size(memory.machine)}, {size(memory.free)} of it free now"))
+    lines = columns(rows)
+    if plan.probe is not None:
+        lines.append(f"the probe's few steps took {size(plan.probe.peak)} (they need not meet the largest micro-batch)")
+    if memory.coarse:
+        lines.append(f"a rougher estimate: {memory.coarse}")
+    if not memory.fits:
+        lines.append("IT DOES NOT FIT. What to change, and about what it saves:")
+        lines += [f"  {text}: {size(saved)}" for text, saved in memory.advice]
+    elif memory.peak > memory.free:
+        lines.append("more than is free now: close something, or wait")
+    return lines
+
+
+def _disk(plan: Plan) -> list[str]:
+    d = plan.disk
+    rows = [
+        (
+            "checkpoints",
+            f"{d.kept} kept x {size(d.checkpoint)} = {size(d.kept * d.checkpoint)}, one more while it is written",
+        ),
+        ("logs, report", size(d.logs)),
+    ]
+    if d.cache:
+        rows.append(("reference cache", size(d.cache)))
+    rows.append(("free there", size(d.free)))
+    return columns(rows) + ([] if d.fits else ["IT DOES NOT FIT: lower checkpoint.keep_last, or choose another output"])
+
+
+def _time(plan: Plan) -> list[str]:
+    if plan.duration is None or plan.probe is None:
+        return ["not probed" if not plan.notes else "no probe was taken"]
+    t = plan.duration
+    steps = len(plan.probe.steps)
+    lines = [
+        f"{duration(t.likely)}, between {duration(t.low)} and {duration(t.high)} by {steps} timed step{'s' * (steps > 1)}"
+    ]
+    lines += columns((name, duration(seconds)) for name, seconds in t.parts.items() if seconds >= 0.5)
+    return lines

@@ -1,0 +1,262 @@
+"""Rows, tokens, steps, passes and files of a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from penchant.algorithms.options import PPOConfig
+from penchant.data.packing import plan_balanced, plan_microbatches, tree_tokens
+from penchant.plan.outline import OutlinedRun, parameter_counts
+from penchant.training.steps import BatchSchedule
+from penchant.types import TokenTree
+
+# ---- What a run will do, counted with its own rows, schedule and packer: rows, tokens, steps, passes, evaluations, checkpoints ----
+
+QUANTILES = (0.5, 0.9, 0.99, 1.0)
+EXACT_STEPS = 2000  # steps whose passes are counted one by one; beyond, these stand for the rest
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A part of the data.
+
+    Args:
+        read, accepted, aside: rows of the file(s) it comes from; used: token trees in this part; layout, kind: as detected.
+        prompts, completions: quantiles of tokens (50%, 90%, 99%, longest); cut: share of trees that lost tokens to max_length.
+    """
+
+    read: int
+    accepted: int
+    aside: int
+    used: int
+    layout: str
+    kind: str
+    prompts: tuple[int, ...]
+    completions: tuple[int, ...]
+    cut: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The whole run in numbers.
+
+    Args:
+        steps, steps_per_epoch, warmup: optimiser steps; passes: micro-batches of them all; largest: tokens of the largest one.
+        sizes: how many different numbers of tokens the micro-batches have.
+        tokens: tokens computed over the run; separate: what they would be with every prompt repeated; trained: completion tokens.
+        evaluations, checkpoints: how often.
+        batch: the step with the largest micro-batch, as its micro-batches, largest first.
+    """
+
+    steps: int
+    steps_per_epoch: int
+    warmup: int
+    passes: int
+    tokens: int
+    separate: int
+    trained: int
+    largest: int
+    sizes: int
+    evaluations: int
+    checkpoints: int
+    batch: tuple[tuple[TokenTree, ...], ...]
+    exact: bool
+
+    @property
+    def saving(self) -> float:
+        """Share of tokens that shared prompts save."""
+        return 1.0 - self.tokens / self.separate if self.separate else 0.0
+
+
+def rows_of(run: OutlinedRun) -> dict[str, Rows]:
+    """By part: ``train``, and ``held out`` where there is one."""
+    found = {}
+    names = ("train", "held out")
+    for name, tokenised, trees in zip(names, run.tokenised, run.trees, strict=True):
+        if tokenised is None:
+            continue
+        source = run.loaded["heldout" if name == "held out" and "heldout" in run.loaded else "train"]
+        cut = {*tokenised.cut_prompts, *tokenised.cut_completions}
+        found[name] = Rows(
+            source.total,
+            source.accepted,
+            len(source.quarantined) + len(tokenised.quarantined),
+            len(trees),
+            source.shape,
+            source.kind,
+            _quantiles([len(t.prompt_ids) for t in trees]),
+            _quantiles([len(c) for t in trees for c in t.completion_ids]),
+            len(cut) / max(1, len(tokenised.trees)),
+        )
+    return found
+
+
+def _quantiles(lengths: Sequence[int]) -> tuple[int, ...]:
+    if not lengths:
+        return ()
+    return tuple(int(q) for q in np.quantile(lengths, QUANTILES, method="inverted_cdf"))
+
+
+def work_of(run: OutlinedRun) -> Work:
+    """Counted step by step with the run's own schedule and packer; rollouts of an online method count as long as they may be."""
+    trees = with_rollouts(run, run.trees[0])
+    schedule, train = run.schedule, run.config.train
+    total = schedule.total_steps
+    counted = min(total, EXACT_STEPS)
+    shared = run.shared_prompts
+    passes = tokens = separate = trained = 0
+    largest: tuple[int, list[list[TokenTree]]] = (0, [])
+    met: set[int] = set()
+    for step in range(counted):
+        batch = [trees[i] for i in schedule.batch(step)]
+        if run.online is not None:  # an update takes a part of the rollouts
+            batch = batch[: -(-len(batch) // run.online.minibatches)]
+        sizes = [tree_tokens(t, shared) for t in batch]
+        plan = plan_balanced(sizes, train.tokens_per_step)
+        passes += len(plan)
+        tokens += sum(sizes)
+        separate += sum(t.separate_tokens for t in batch)
+        trained += sum(len(c) for t in batch for c in t.completion_ids)
+        of_passes = [sum(sizes[i] for i in members) for members in plan]
+        met.update(of_passes)
+        longest = max(of_passes)
+        if longest > largest[0]:
+            made = sorted(([batch[i] for i in m] for m in plan), key=lambda b: -sum(tree_tokens(t, shared) for t in b))
+            largest = (longest, made)
+    scale = total / counted
+    return Work(
+        steps=total,
+        steps_per_epoch=schedule.steps_per_epoch,
+        warmup=round(train.warmup_fraction * total),
+        passes=round(passes * scale),
+        tokens=round(tokens * scale),
+        separate=round(separate * scale),
+        trained=round(trained * scale),
+        largest=largest[0],
+        sizes=len(met),
+        evaluations=_evaluations(run),
+        checkpoints=_times(run.config.checkpoint.every, schedule),
+        batch=tuple(tuple(b) for b in largest[1]),
+        exact=counted == total and run.online is None,
+    )
+
+
+def with_rollouts(run: OutlinedRun, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
+    """The trees that a step trains on: for an online method each prompt with completions as long as they may be."""
+    online = run.online
+    if online is None:
+        return trees
+    ids = np.zeros(online.max_new_tokens, np.int32)
+    k = 2 if online.name == "online_dpo" else online.samples  # the best against the worst
+    return [replace(t, completion_ids=(ids,) * k, truncated=(True,) * k) for t in trees]
+
+
+def _times(every: int | str | None, schedule: BatchSchedule) -> int:
+    """How often something is due in a run, its end counted always."""
+    total = schedule.total_steps
+    if every is None:
+        return 1
+    due = schedule.steps_per_epoch if every == "epoch" else int(every)
+    return total // due + (total % due > 0)
+
+
+def _evaluations(run: OutlinedRun) -> int:
+    if not run.trees[1]:
+        return 0
+    asked = run.config.evaluation
+    return _times(asked.every, run.schedule) + asked.at_start
+
+
+def passes_over(run: OutlinedRun, trees: Sequence[TokenTree]) -> list[list[int]]:
+    """The passes without gradient over these trees, as evaluations and a cached reference make them."""
+    budget = run.config.evaluation.tokens_per_step or run.config.train.tokens_per_step
+    return plan_microbatches([tree_tokens(t, run.shared_prompts) for t in trees], budget)
+
+
+def to_json(work: Work) -> dict[str, Any]:
+    names = [f for f in Work.__dataclass_fields__ if f != "batch"]
+    return {name: getattr(work, name) for name in names} | {"saving": work.saving}
+
+
+# ---- What a run leaves on disk: checkpoints as they are written, the reference's cache, logs; against the free space there ----
+
+LINE_BYTES = 900  # of metrics.jsonl and perf.jsonl, a step; an evaluation's line is longer and rarer
+REPORT_BYTES = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Bytes.
+
+    Args:
+        checkpoint: one of them; kept: how many stay; writing: the one that is written while the others are still there.
+        cache: of the reference, where it is not there yet; logs: metrics, report, samples; free: where the run's folder will be.
+    """
+
+    checkpoint: int
+    kept: int
+    cache: int
+    logs: int
+    free: int
+
+    @property
+    def lasting(self) -> int:
+        return self.checkpoint * self.kept + self.logs
+
+    @property
+    def peak(self) -> int:
+        """While a checkpoint is written the oldest is still there."""
+        return self.lasting + self.checkpoint
+
+    @property
+    def fits(self) -> bool:
+        return self.peak + self.cache <= self.free
+
+
+def disk_of(run: OutlinedRun, work: Work, cached: bool | None) -> Disk:
+    """The estimate; `cached`: whether the reference's cache is there already (None: none is used)."""
+    keep = run.config.checkpoint
+    kept = min(work.checkpoints, keep.keep_last + (1 if keep.keep_best and work.evaluations else 0))
+    completions = sum(len(t.completion_ids) for part in run.trees for t in part)
+    tokens = sum(len(c) for part in run.trees for t in part for c in t.completion_ids)
+    cache = 0
+    if cached is False:
+        cache = 4 * (completions + (tokens if "shared_logps" in run.needs else 0))
+        cache += 4 * len(run.mismatched)
+    logs = LINE_BYTES * (work.steps + 4 * work.evaluations) + REPORT_BYTES
+    return Disk(_checkpoint(run), kept, cache, logs, _free(run.folder))
+
+
+def _checkpoint(run: OutlinedRun) -> int:
+    """The model in its dtype, and masters with both moments in fp32."""
+    every, trainable = parameter_counts(run.model)
+    size = torch.empty(0, dtype=run.dtype).element_size()
+    state = trainable * 12
+    if isinstance(run.online, PPOConfig) and run.online.value == "separate":
+        state += every * 12
+    if run.config.reference.moves:
+        state += parameter_counts(run.model)[0] * 4
+    whole = run.config.lora is None or run.reward_parts is not None  # a reward model is saved merged
+    model = (every if whole else trainable) * size + (trainable * size if whole and run.config.lora else 0)
+    return (model * (2 if run.config.checkpoint.pt else 1)) + state + _tokenizer(run)
+
+
+def _tokenizer(run: OutlinedRun) -> int:
+    folder = Path(run.config.model.tokenizer or run.config.model.path).expanduser()
+    return sum(p.stat().st_size for p in folder.glob("tok*")) if folder.is_dir() else 4 << 20
+
+
+def _free(folder: Path) -> int:
+    """Free bytes of the disk that the nearest existing folder above is on."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    return shutil.disk_usage(there).free if os.access(there, os.R_OK) else 0

@@ -1,0 +1,553 @@
+"""Numbers, plots and axes as SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from penchant.report.html import Element, Node, el, fold, said, table
+
+# ---- Figures as a person reads them, and round places on an axis ----
+
+MISSING = "–"
+MINUS = "\u2212"
+Point = tuple[float, float]
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, thousands separated, exponents only where they help."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e6 or size < 1e-3:
+        return _minus(f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e"))
+    if size >= 1000:
+        return _minus(f"{value:,.0f}")
+    return _minus(f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}")
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage with one digit."""
+    return MISSING if value is None or not math.isfinite(value) else _minus(f"{100 * value:.1f}%")
+
+
+def shown(value: float | None, share: bool = False) -> str:
+    """A figure by its kind."""
+    return percent(value) if share else number(value)
+
+
+def interval(low: float, high: float, share: bool = False) -> str:
+    """``[low, high]`` with as many digits as its width deserves."""
+    if share:
+        return f"[{percent(low)}, {percent(high)}]"
+    digits = _digits(low, high)
+    if digits is None:
+        return f"[{number(low)}, {number(high)}]"
+    return f"[{_fixed(low, digits)}, {_fixed(high, digits)}]"
+
+
+def estimate(value: float | None, ci: tuple[float, float] | None, share: bool = False) -> str:
+    """A figure with as many digits as its interval."""
+    digits = None if share or ci is None else _digits(*ci)
+    if value is None or digits is None:
+        return shown(value, share)
+    return _fixed(value, digits)
+
+
+def _digits(low: float, high: float) -> int | None:
+    """Decimals: two digits of the width, and so many that an end beside zero does not look like zero; None: as any number."""
+    width = high - low
+    if not math.isfinite(width) or width <= 0 or max(abs(low), abs(high)) >= 1e6:
+        return None
+    digits = max(0, 1 - math.floor(math.log10(width)))
+    nearest = min((abs(v) for v in (low, high) if v), default=width)
+    return min(6, max(digits, min(digits + 2, -math.floor(math.log10(nearest)))))
+
+
+def _fixed(value: float, digits: int) -> str:
+    text = f"{value:,.{digits}f}"
+    return _minus(text if float(text.replace(",", "")) != 0 else text.lstrip("-"))
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", MINUS, 1) if text.startswith("-") else text
+
+
+def duration(seconds: float | None) -> str:
+    """``1 h 05 min``, ``12 min 30 s``, ``45 s``."""
+    if seconds is None or not math.isfinite(seconds) or seconds < 0:
+        return MISSING
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    days, hours = divmod(whole // 3600, 24)
+    return (f"{days} d " if days else "") + f"{hours} h {whole % 3600 // 60:02d} min"
+
+
+def count(n: float, one: str, many: str | None = None) -> str:
+    """``1 run``, ``1,200 runs``."""
+    return f"{n:,.0f} {one if n == 1 else many or one + 's'}"
+
+
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round positions between low and high: steps of 1, 2 or 5 times a power of ten."""
+    span = high - low
+    if span <= 0 or not math.isfinite(span):
+        return [low]
+    raw = span / wanted
+    base = 10.0 ** math.floor(math.log10(raw))
+    step = next((m * base for m in (1, 2, 5, 10) if m * base >= raw * (1 - 1e-9)), 10 * base)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [round(i * step, digits) + 0.0 for i in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round positions on a log axis: 1, 2, 5 times powers of ten; of many decades powers of ten only."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors: Sequence[int] = (1, 2, 5) if last - first <= 3 else (1,)
+    every = max(1, (last - first) // 6)
+    found = [m * 10.0**e for e in range(first, last + 1) for m in factors if len(factors) > 1 or e % every == 0]
+    return [t for t in found if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)] or [low]
+
+
+def tick_labels(places: Sequence[float]) -> list[str]:
+    """One text a tick, all with the same number of decimals."""
+    if not places:
+        return []
+    sizes = [abs(p) for p in places if p]
+    if sizes and (max(sizes) >= 1e5 or min(sizes) < 1e-4):
+        return [_short(p) for p in places]
+    steps = [abs(b - a) for a, b in pairwise(places) if b != a]
+    digits = max(0, min(6, -math.floor(math.log10(min(steps)) + 1e-9))) if steps else 2
+    return [_fixed(p, digits) for p in places]
+
+
+def log_labels(places: Sequence[float]) -> list[str]:
+    """One text a tick of a log axis."""
+    return [_short(p) if p >= 1e5 or p < 1e-3 else f"{p:,.10g}" for p in places]
+
+
+def _short(value: float) -> str:
+    if value == 0:
+        return "0"
+    return _minus(f"{value:.6g}" if 1e-4 <= abs(value) < 1e5 else _exponent(value))
+
+
+def _exponent(value: float) -> str:
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def thin(points: Sequence[Point], columns: int) -> list[Point]:
+    """What a line of many points looks like in so many columns: the first, lowest, highest and last point of each.
+
+    Nothing that the eye could see is lost: every peak stays.
+    """
+    if len(points) <= 4 * columns:
+        return list(points)
+    low, high = points[0][0], points[-1][0]
+    width = (high - low) / columns or 1.0
+    kept: list[Point] = []
+    bucket: list[Point] = []
+    at = 0
+    for p in points:
+        place = min(columns - 1, int((p[0] - low) / width))
+        if place != at and bucket:
+            kept += _outline(bucket)
+            bucket = []
+        at = place
+        bucket.append(p)
+    return kept + _outline(bucket)
+
+
+def _outline(bucket: Sequence[Point]) -> list[Point]:
+    ends = {bucket[0], bucket[-1], min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])}
+    return sorted(ends)
+
+
+def smooth(points: Sequence[Point], windows: int = 30) -> tuple[list[Point], int]:
+    """Means of a moving, centred window, and how many points it holds; at the ends the window is what there is of it."""
+    half = max(2, len(points) // windows // 2)
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
+    made = []
+    for i, (x, _) in enumerate(points):
+        a, b = max(0, i - half), min(len(points), i + half + 1)
+        made.append((x, (sums[b] - sums[a]) / (b - a)))
+    return made, 2 * half + 1
+
+
+def spread_out(items: Sequence[int], limit: int) -> list[int]:
+    """At most `limit` of sorted numbers, evenly among them, with the first and the last."""
+    if len(items) <= limit:
+        return list(items)
+    places = sorted({round(i * (len(items) - 1) / (limit - 1)) for i in range(limit)})
+    return [items[p] for p in places]
+
+
+# ---- Plots as inline SVG: whole without script and on paper, coloured by the stylesheet, with the figures in a table behind them ----
+
+WIDTH, HEIGHT = 520, 290
+LEFT, TOP, BOTTOM = 60, 12, 44
+PLAIN_RIGHT, LETTER_RIGHT, WORD_RIGHT = 16, 34, 88
+COLOURS, DASHES = 8, ("", "7 4", "2 3", "9 3 2 3")
+ROWS_BEHIND = 40  # of the table behind a plot
+COLUMNS = 1500  # of all lines of a plot together, four points each: what keeps a page of many runs small
+LARGEST = 1e150  # beyond it differences overflow
+LABEL_GAP = 15.0
+MOST_TAGS = 16
+Band = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a plot.
+
+    Args:
+        label: in the table; points: exact (x, y); place: of its setting, for colour and dashes.
+        ends: (x, low, high) of intervals; marked: points are few and exact, each with a dot; look: ``thick``, ``thin``, ``faint``.
+        tag: what stands at its end, "" for nothing; column: whether the table behind shows it; group: what highlights it.
+        drawn: what is drawn in place of `points` (a running mean), or None.
+    """
+
+    label: str
+    points: tuple[Point, ...]
+    place: int = 0
+    ends: tuple[Band, ...] = ()
+    marked: bool = False
+    look: str = "thick"
+    tag: str = ""
+    column: bool = True
+    group: str = ""
+    drawn: tuple[Point, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A horizontal line at a value that means something: chance, the start."""
+
+    value: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A plot of lines.
+
+    Args:
+        key: its id on the page; says: what is to be seen, in a sentence, for those who cannot see it; note: how it was drawn.
+        share: values are shares, shown in percent; log_y: a log axis.
+    """
+
+    key: str
+    title: str
+    unit: str
+    x_label: str
+    lines: tuple[Line, ...]
+    says: str
+    note: str = ""
+    share: bool = False
+    log_y: bool = False
+    levels: tuple[Level, ...] = ()
+    whole_x: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A scale from values to places in the picture."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        a, b, v = (math.log(z) for z in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        return self.start + (v - a) / (b - a) * (self.end - self.start)
+
+    def ticks(self, wanted: int, whole: bool = False) -> list[tuple[float, str]]:
+        """Places and texts of round values."""
+        if self.log:
+            places = log_ticks(self.low, self.high)
+            return list(zip(places, log_labels(places), strict=True))
+        places = ticks(self.low, self.high, wanted)
+        if whole:
+            places = [p for p in places if p == int(p)]
+        return list(zip(places, tick_labels(places), strict=True))
+
+
+def axis(values: Sequence[float], start: float, end: float, *, log: bool = False, pad: float = 0.06) -> Axis:
+    """A scale that shows all values with a little room."""
+    low, high = min(values), max(values)
+    if log and low > 0:
+        factor = (high / low) ** pad if high > low else 2.0
+        return Axis(low / factor, high * factor, start, end, log=True)
+    room = (high - low) * pad or (max(abs(low) * 0.1, 1e-9) if pad else 0.5)
+    return Axis(low - room, high + room, start, end)
+
+
+def figure(plot: Plot) -> Element | None:
+    """A plot with its title, its picture, and the table behind it; None where there is not one point."""
+    lines = [x for x in (_finite(x) for x in plot.lines) if x.points]
+    if not lines:
+        return None
+    right = _right_margin(lines)
+    xs = [x for line in lines for x, _ in (line.points[0], line.points[-1])]
+    ys = [y for line in lines for _, y in line.drawn or line.points]
+    ys += [v for line in lines for _, low, high in line.ends for v in (low, high)]
+    log = plot.log_y and min(ys) > 0 and 100 < max(ys) / min(ys) < 1e30
+    ys += [level.value for level in plot.levels if not log or level.value > 0]
+    across = axis(xs, LEFT, WIDTH - right, pad=0.0)
+    up = axis(ys, HEIGHT - BOTTOM, TOP, log=log)
+    columns = min(round(across.end - across.start), max(30, COLUMNS // len(lines)))
+    picture = el(
+        "svg",
+        el("desc", plot.says),
+        _grid(up, across, plot, right),
+        [_level(level, up, right) for level in plot.levels],
+        [_draw(line, across, up, columns) for line in sorted(lines, key=lambda x: x.look == "thick")],
+        _tags(lines, across, up),
+        el("g", class_="cross"),
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+        aria_label=f"{plot.title}. {plot.says}",
+        class_="chart",
+        tabindex="0",
+    )
+    unit = f", {plot.unit}" if plot.unit and plot.unit != "%" else ""
+    return el(
+        "figure",
+        el("figcaption", el("b", plot.title), el("span", unit, class_="unit")),
+        el("div", picture, el("div", class_="tip", hidden=True), class_="plot"),
+        fold(
+            ["figures", el("small", f" \u00b7 {plot.note}") if plot.note else None],
+            _behind(plot, lines),
+            key=f"plot-{plot.key}",
+        ),
+        id=plot.key,
+        data_axis=f"{across.low:.10g} {across.high:.10g} {LEFT} {WIDTH - right} {TOP} {HEIGHT - BOTTOM}",
+    )
+
+
+def _finite(line: Line) -> Line:
+    points = tuple((x, y) for x, y in line.points if math.isfinite(x) and abs(y) < LARGEST)
+    drawn = None if line.drawn is None else tuple((x, y) for x, y in line.drawn if math.isfinite(x + y))
+    return replace(line, points=points, drawn=drawn or None)
+
+
+def _right_margin(lines: Sequence[Line]) -> int:
+    longest = max((len(x.tag) for x in lines), default=0)
+    return PLAIN_RIGHT if not longest else LETTER_RIGHT if longest <= 2 else WORD_RIGHT
+
+
+def _grid(up: Axis, across: Axis, plot: Plot, right: int) -> list[Element]:
+    made = []
+    for value, label in up.ticks(5):
+        text = f"{_plain(100 * value)}%" if plot.share else label
+        made.append(
+            el("line", class_="grid", x1=LEFT, x2=WIDTH - right, y1=round(up(value), 1), y2=round(up(value), 1))
+        )
+        made.append(el("text", text, class_="tick", x=LEFT - 8, y=round(up(value) + 4, 1), text_anchor="end"))
+    for value, label in across.ticks(5, whole=plot.whole_x):
+        made.append(
+            el("text", label, class_="tick", x=round(across(value), 1), y=HEIGHT - BOTTOM + 19, text_anchor="middle")
+        )
+    middle = (LEFT + WIDTH - right) / 2
+    return [*made, el("text", plot.x_label, class_="axis", x=middle, y=HEIGHT - 6, text_anchor="middle")]
+
+
+def _plain(value: float) -> str:
+    return f"{value:.6g}".replace("-", "\u2212")
+
+
+def _level(level: Level, up: Axis, right: int) -> Element | None:
+    if not up.low <= level.value <= up.high:
+        return None
+    y = round(up(level.value), 1)
+    return el(
+        "g",
+        el("line", x1=LEFT, x2=WIDTH - right, y1=y, y2=y),
+        el("text", level.label, x=LEFT + 5, y=y - 5),
+        class_="level",
+    )
+
+
+def style_of(place: int) -> str:
+    """Classes of a setting's colour and dashes: eight colours, then the same ones dashed."""
+    return f"c{place % COLOURS} d{place // COLOURS % len(DASHES)}"
+
+
+def path_of(points: Iterable[Point], across: Axis, up: Axis) -> str:
+    """A path through the points, in whole tenths; steps are relative, which takes half the room."""
+    made: list[str] = []
+    last = (0, 0)
+    for x, y in points:
+        at = (round(across(x) * 10), round(up(y) * 10))
+        if not made:
+            made.append(f"M{at[0] / 10:g} {at[1] / 10:g}l")
+        else:
+            dx, dy = at[0] - last[0], at[1] - last[1]
+            made.append(f"{_joined(dx / 10, not made[-1].endswith('l'))}{_joined(dy / 10, True)}")
+        last = at
+    return "".join(made).removesuffix("l")
+
+
+def _joined(value: float, after_number: bool) -> str:
+    text = f"{value:g}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:g}"
+    return text if text.startswith("-") or not after_number else f" {text}"
+
+
+def _draw(line: Line, across: Axis, up: Axis, columns: int) -> Element:
+    points = line.drawn or line.points
+    drawn = thin(points, columns)
+    parts: list[Node] = []
+    if len(drawn) > 1:
+        parts.append(el("path", class_=line.look, d=path_of(drawn, across, up)))
+    ends = [e for e in line.ends if not up.log or e[1] > 0]
+    if len(ends) > 1:
+        outline = [*((x, high) for x, _, high in ends), *((x, low) for x, low, _ in reversed(ends))]
+        parts.insert(0, el("path", class_="band", d=path_of(outline, across, up) + "z"))
+    elif ends and ends[0][1] < ends[0][2]:
+        x, low, high = ends[0]
+        parts.append(el("path", class_="whisker", d=f"M{across(x):.1f} {up(low):.1f}V{up(high):.1f}"))
+    if line.marked or len(points) == 1:
+        parts += [el("circle", cx=f"{across(x):.1f}", cy=f"{up(y):.1f}", r=3) for x, y in points[:400]]
+    return el("g", *parts, class_=f"s {style_of(line.place)}", data_g=line.group or None)
+
+
+def _tags(lines: Sequence[Line], across: Axis, up: Axis) -> list[Element]:
+    """Letters or words at the lines' ends, moved apart where they would stand on each other."""
+    tagged = [(up((x.drawn or x.points)[-1][1]), across((x.drawn or x.points)[-1][0]), x) for x in lines if x.tag]
+    if len(tagged) > MOST_TAGS:  # then the legend tells them apart
+        return []
+    return [tag for side in _sides(tagged) for tag in _column(side)]
+
+
+def _sides(tagged: Sequence[tuple[float, float, Line]]) -> list[list[tuple[float, float, Line]]]:
+    """Tags that stand beside each other: lines that end at about the same place."""
+    found: list[list[tuple[float, float, Line]]] = []
+    for item in sorted(tagged, key=lambda t: t[1]):
+        if found and item[1] - found[-1][-1][1] < LABEL_GAP:
+            found[-1].append(item)
+        else:
+            found.append([item])
+    return found
+
+
+def _column(tagged: Sequence[tuple[float, float, Line]]) -> list[Element]:
+    places = apart([y for y, _, _ in tagged], TOP + 4.0, HEIGHT - BOTTOM + 2.0, LABEL_GAP)
+    return [
+        el(
+            "text",
+            line.tag,
+            class_=f"tag {style_of(line.place)}",
+            x=f"{x + 7:.1f}",
+            y=f"{y + 4:.1f}",
+            data_g=line.group or None,
+        )
+        for y, (_, x, line) in zip(places, tagged, strict=True)
+    ]
+
+
+def apart(places: Sequence[float], low: float, high: float, gap: float) -> list[float]:
+    """Places moved so that neighbours stand `gap` apart (less where there is no room), near where they were, in their order."""
+    if not places:
+        return []
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    gap = min(gap, (high - low) / max(1, len(places) - 1))
+    moved = [min(max(places[i], low), high) for i in order]
+    for _ in range(60):
+        for k in range(len(moved) - 1):
+            short = gap - (moved[k + 1] - moved[k])
+            if short > 0:
+                moved[k] -= short / 2
+                moved[k + 1] += short / 2
+        moved = [min(max(m, low + k * gap), high - (len(moved) - 1 - k) * gap) for k, m in enumerate(moved)]
+    found = [0.0] * len(places)
+    for k, i in enumerate(order):
+        found[i] = moved[k]
+    return found
+
+
+def _behind(plot: Plot, lines: Sequence[Line]) -> Element:
+    """The exact figures at so many of the places; the script reads its read-outs from here."""
+    columns = [x for x in lines if x.column]
+    limit = ROWS_BEHIND if len(columns) > 4 else 2 * ROWS_BEHIND
+    every = sorted({x for line in columns for x, _ in line.points})
+    exact = {x for line in columns if line.marked for x, _ in line.points}
+    chosen = {every[i] for i in spread_out(range(len(every)), limit)} | (exact if len(exact) <= limit else set())
+    values = [dict(line.points) for line in columns]
+    ends = [{x: (low, high) for x, low, high in line.ends} for line in columns]
+    rows = []
+    for x in sorted(chosen):
+        cells: list[Node] = [f"{x:,.0f}" if x == int(x) else number(x)]
+        for points, of in zip(values, ends, strict=True):
+            cells.append(_cell(points.get(x), of.get(x), plot.share))
+        rows.append(cells)
+    caption = f"{plot.title}{f' ({plot.unit})' if plot.unit else ''}"
+    if len(chosen) < len(every):
+        caption += f", {len(chosen)} of {len(every):,} places"
+    head: list[Node] = [plot.x_label, *(said(x.label, data_c=style_of(x.place)) for x in columns)]
+    return table(head, rows, numeric=range(len(head)), caption=caption)
+
+
+def _cell(value: float | None, ends: tuple[float, float] | None, share: bool) -> str:
+    if value is None:
+        return ""
+    if ends is None or ends[0] == ends[1]:
+        return shown(value, share)
+    return f"{estimate(value, ends, share)} {interval(*ends, share)}"
+
+
+def swatch(place: int) -> Element:
+    """A short piece of a setting's line, for legends."""
+    return el(
+        "svg",
+        el("path", class_="thick", d="M1 5H27"),
+        viewBox="0 0 28 10",
+        class_=f"swatch s {style_of(place)}",
+        aria_hidden="true",
+    )
+
+
+def strip(
+    value: float, ci: tuple[float, float] | None, null: float | None, low: float, high: float, place: int = 0
+) -> Element:
+    """An estimate with its interval on a short axis, and the value at which nothing was learned."""
+    at = Axis(low, high, 6, 154) if high > low else Axis(low - 1, high + 1, 6, 154)
+    parts: list[Node] = [el("line", class_="grid", x1=0, x2=160, y1=10, y2=10)]
+    if null is not None:
+        parts.append(el("line", class_="null", x1=round(at(null), 1), x2=round(at(null), 1), y1=1, y2=19))
+    if ci is not None:
+        parts.append(el("path", class_="bar", d=f"M{at(ci[0]):.1f} 10H{at(ci[1]):.1f}"))
+    parts.append(el("circle", cx=f"{at(value):.1f}", cy=10, r=4))
+    return el("svg", *parts, viewBox="0 0 160 20", class_=f"strip s c{place % COLOURS}", aria_hidden="true")
+
+
+def sparkline(values: Sequence[float], label: str) -> Element | None:
+    """A small line of a flag's evidence."""
+    kept = [v for v in values if math.isfinite(v)]
+    if len(kept) < 2:
+        return None
+    across = Axis(0, len(kept) - 1, 3, 157)
+    up = axis(kept, 33, 5, pad=0.05)
+    points = thin([(float(i), v) for i, v in enumerate(kept)], 120)
+    return el(
+        "svg",
+        el("path", class_="thick", d=path_of(points, across, up)),
+        el("circle", cx=157, cy=f"{up(kept[-1]):.1f}", r=2.5),
+        viewBox="0 0 164 38",
+        class_="spark s c1",
+        role="img",
+        aria_label=f"{label}: from {number(kept[0])} to {number(kept[-1])}",
+    )

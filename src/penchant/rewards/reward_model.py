@@ -1,0 +1,464 @@
+"""A trained reward model as a function, and how one is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from penchant.data.load import Dataset
+from penchant.data.options import DataConfig
+from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.data.tokenize import PairFormat, TokenisedDataset, pair_format, same_tokens, tokenise, tokenise_text_pairs
+from penchant.errors import CheckpointError, ConfigError, ModelError
+from penchant.logprobs import Scorer
+from penchant.logprobs.packing import choose_packing
+from penchant.models.load import DTYPES, add_lora, cast_parameters, load_tokenizer
+from penchant.models.options import LoraConfig, ModelConfig
+from penchant.models.reward import (
+    HEADS,
+    SETTINGS,
+    choose_padding,
+    context_of,
+    head_of,
+    head_scores,
+    is_encoder,
+    is_reward_model,
+    load_model_config,
+    load_reward_model,
+    save_reward_model,
+    set_padding,
+)
+from penchant.rewards.builtin import BUILT_IN
+from penchant.training.checkpoint import checkpoints, latest_checkpoint
+from penchant.types import Completion, PackedBatch, Prompt, PromptTree, TokenTree
+
+# ---- From a packed batch to one reward for each completion: causal models on shared prompts, encoders on text pairs ----
+
+SHORTEST = 0.75  # rows of one padded pass are at least this share of its longest: a quarter of it is padding at most
+
+
+class RewardScorer(Protocol):
+    """What training, evaluation and reward functions ask of a reward model."""
+
+    @property
+    def model(self) -> Any:
+        """The transformers model, or peft's around it."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether batches are packed with shared prompts."""
+
+    @property
+    def packing(self) -> str:
+        """How rows are laid out, for the log."""
+
+    @property
+    def fast(self) -> bool:
+        """Whether a model-family fast path runs."""
+
+    def rewards(self, batch: PackedBatch) -> Tensor:
+        """The reward of each completion (C,), fp32 (fp64)."""
+
+
+@dataclass(slots=True)
+class CausalRewards:
+    """A causal reward model: the head reads the last real token of each completion (EOS, where it was not cut).
+
+    Args:
+        scorer: runs the backbone; its language-model head is not there and never asked.
+    """
+
+    scorer: Scorer
+
+    @property
+    def model(self) -> Any:
+        return self.scorer.model
+
+    @property
+    def shared(self) -> bool:
+        return self.scorer.shared
+
+    @property
+    def packing(self) -> str:
+        return self.scorer.packing
+
+    @property
+    def fast(self) -> bool:
+        return self.scorer.fast
+
+    def rewards(self, batch: PackedBatch) -> Tensor:
+        last = torch.tensor(last_positions(batch), device=batch.input_ids.device)
+        return head_scores(head_of(self.model), self.scorer.hidden(batch).index_select(0, last))
+
+
+def last_positions(batch: PackedBatch) -> list[int]:
+    """Where each completion's last token lies in the packed row."""
+    found = []
+    for s in batch.segments:
+        end = s.start + s.prompt_len
+        for n in s.completion_lens:
+            end += n
+            found.append(end - 1)
+    return found
+
+
+@dataclass(slots=True)
+class EncoderRewards:
+    """An encoder reward model: every prompt with each completion is a row of its own, padded among rows of its length.
+
+    Args:
+        model: for sequence classification with one output; layout: of its tokenizer's text pairs.
+    """
+
+    model: Any
+    layout: PairFormat
+    shared: bool = False
+    packing: str = "text pairs, padded by length"
+    fast: bool = False
+
+    def rewards(self, batch: PackedBatch) -> Tensor:
+        rows = [
+            (batch.input_ids[s.start : s.start + s.length], s.prompt_len) for s in batch.segments
+        ]  # packed separately: one completion a segment
+        found: list[Tensor] = []
+        order: list[int] = []
+        for members in by_length([len(ids) for ids, _ in rows]):
+            found.append(self._padded([rows[i] for i in members]))
+            order += members
+        place = torch.tensor(order, device=batch.input_ids.device).argsort()
+        return torch.cat(found).index_select(0, place)
+
+    def _padded(self, rows: Sequence[tuple[Tensor, int]]) -> Tensor:
+        width = max(len(ids) for ids, _ in rows)
+        ids = rows[0][0].new_full((len(rows), width), self.layout.pad)
+        mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
+        for i, (row, prompt) in enumerate(rows):
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = 1
+            if self.layout.types is not None:
+                types[i, :prompt], types[i, prompt : len(row)] = self.layout.types
+        more = {} if self.layout.types is None else {"token_type_ids": types}
+        head = head_of(self.model)
+        features: list[Tensor] = []
+        # the head once more in fp32, on what the model itself gives it
+        listening = head.register_forward_pre_hook(lambda _, given: features.append(given[0]))
+        try:
+            self.model(input_ids=ids, attention_mask=mask, **more)
+        finally:
+            listening.remove()
+        return head_scores(head, features[0])
+
+
+def by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices in groups of similar length, longest first."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups and lengths[i] >= SHORTEST * lengths[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+# ---- A trained reward model as a reward function ----
+
+TOKENS_PER_STEP = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyText:
+    """What a reward model must know of the policy whose completions it judges.
+
+    Args:
+        tokenizer, template: the policy's; prompts: as the data has them, by the `source` of their trees.
+    """
+
+    tokenizer: Any
+    template: str = "auto"
+    prompts: Mapping[str, Prompt] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class RewardModel:
+    """Scores texts, or the policy's own tokens.
+
+    Where the policy has the same tokenizer and template, its token ids are scored as they are. Otherwise prompt (as the data has it)
+    and completion are tokenised anew, as they were when the reward model was trained.
+
+    Args:
+        scorer, tokenizer: the reward model's; template, max_length, add_eos: what it was trained with.
+        policy: whose completions `score_trees` gets.
+    """
+
+    scorer: RewardScorer
+    tokenizer: Any
+    encoder: bool
+    template: str
+    max_length: int
+    add_eos: bool
+    policy: PolicyText | None = None
+    _same: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        policy = self.policy
+        self._same = (
+            policy is not None
+            and not self.encoder
+            and self.add_eos
+            and same_tokens(policy.tokenizer, self.tokenizer)
+            and _renders(policy.template, policy.tokenizer) == _renders(self.template, self.tokenizer)
+        )
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """The reward of each completion, taken as whole (with its EOS)."""
+        pairs = [PromptTree(p, (Completion(c),)) for p, c in zip(prompts, completions, strict=True)]
+        return rewards_of(self.scorer, self._tokenised(pairs, [False] * len(pairs)))
+
+    def score_trees(self, trees: Sequence[TokenTree]) -> list[float]:
+        """The reward of each completion of rollouts, tree by tree; one that did not end by itself is judged without EOS."""
+        if self._same and all(_longest(t) <= self.max_length for t in trees):
+            return rewards_of(self.scorer, trees)
+        assert self.policy is not None
+        decode = self.policy.tokenizer.decode
+        pairs, unfinished = [], []
+        for tree in trees:
+            prompt = self.policy.prompts.get(tree.source)
+            if prompt is None:
+                prompt = decode(tree.prompt_ids, skip_special_tokens=True)
+            for ids, cut in zip(tree.completion_ids, tree.truncated, strict=True):
+                pairs.append(PromptTree(prompt, (Completion(decode(ids, skip_special_tokens=True)),)))
+                unfinished.append(cut)
+        return rewards_of(self.scorer, self._tokenised(pairs, unfinished))
+
+    def _tokenised(self, pairs: Sequence[PromptTree], unfinished: Sequence[bool]) -> list[TokenTree]:
+        dataset = Dataset(tuple(pairs), "rollouts", "pairs", len(pairs), (), "")
+        if self.encoder:
+            return list(tokenise_text_pairs(dataset, self.tokenizer, max_length=self.max_length).trees)
+        # a policy may end at once; where the reward model has learned no EOS either, nothing is left but the prompt
+        nothing = [not self.add_eos and not p.completions[0].text for p in pairs]
+        if any(nothing):
+            held = [replace(p, completions=(Completion("."),)) if n else p for p, n in zip(pairs, nothing, strict=True)]
+            dataset = replace(dataset, trees=tuple(held))
+        made: Sequence[TokenTree] = tokenise(
+            dataset, self.tokenizer, template=self.template, max_length=self.max_length, add_eos=self.add_eos
+        ).trees
+        made = [
+            replace(t, completion_ids=(t.completion_ids[0][:0],)) if n else t
+            for t, n in zip(made, nothing, strict=True)
+        ]
+        eos = self.tokenizer.eos_token_id
+        return [_without(eos, t) if cut else t for t, cut in zip(made, unfinished, strict=True)]
+
+
+def _renders(template: str, tokenizer: Any) -> str:
+    has_chat = getattr(tokenizer, "chat_template", None) is not None
+    return "chat" if template != "plain" and has_chat else "plain"
+
+
+def _longest(tree: TokenTree) -> int:
+    return len(tree.prompt_ids) + max(map(len, tree.completion_ids))
+
+
+def _without(eos: int | None, tree: TokenTree) -> TokenTree:
+    ids = tree.completion_ids[0]
+    return replace(tree, completion_ids=(ids[:-1],)) if len(ids) > 1 and ids[-1] == eos else tree
+
+
+def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step: int = TOKENS_PER_STEP) -> list[float]:
+    """The reward of every completion, tree by tree, without gradient."""
+    device = next(scorer.model.parameters()).device
+    found: list[list[float]] = [[] for _ in trees]
+    training = scorer.model.training
+    scorer.model.eval()
+    with torch.no_grad():
+        for members in plan_microbatches([tree_tokens(t, scorer.shared) for t in trees], tokens_per_step):
+            batch = pack([trees[i] for i in members], shared=scorer.shared).to(device)
+            sizes = [len(trees[i].completion_ids) for i in members]
+            for i, part in zip(members, scorer.rewards(batch).double().cpu().split(sizes), strict=True):
+                found[i] = part.tolist()
+    scorer.model.train(training)
+    return [r for of_tree in found for r in of_tree]
+
+
+def make_scorer(model: Any, encoder: bool, tokenizer: Any, packing: str, kernels: str) -> tuple[RewardScorer, str]:
+    """The scorer that fits a reward model, and a sentence for the log."""
+    if encoder:
+        scorer = EncoderRewards(model, pair_format(tokenizer))
+        return scorer, f"packing: {scorer.packing}"
+    causal, note = choose_packing(model, packing, kernels)
+    return CausalRewards(causal), note
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loading
+
+
+def find_reward_model(path: str) -> Path | None:
+    """The model folder that a reward of this name means: a run's best or last checkpoint, or the folder itself; None: another kind.
+
+    Raises:
+        CheckpointError: a run without a checkpoint.
+    """
+    folder = Path(path).expanduser()
+    if path in BUILT_IN or not folder.is_dir():
+        return None
+    if not (folder / "checkpoints").is_dir() and not (folder / "config.resolved.yaml").exists():
+        return folder
+    last, _ = latest_checkpoint(folder)
+    if last is None:
+        raise CheckpointError(path, "this run has no checkpoint yet", "train the reward model first")
+    best = json.loads((last / "state.json").read_text()).get("best_step")
+    there = {p.name: p for p in checkpoints(folder)}
+    return there.get(f"step-{best}", last) / "model"
+
+
+def check_reward_folder(name: str, folder: Path) -> Any:
+    """The config of a folder that is used as a reward.
+
+    Raises:
+        ConfigError: it holds another kind of model. ModelError: it holds none.
+    """
+    config = load_model_config(str(folder))
+    if not is_reward_model(config):
+        kind = ", ".join(getattr(config, "architectures", None) or ()) or "no architecture named"
+        raise ConfigError(
+            "reward",
+            f"{name} is no reward model ({kind})",
+            "give the run folder of one, trained with algorithm.name=reward_model, or a classifier with one label",
+        )
+    return config
+
+
+def load_reward_function(name: str, folder: Path, device: torch.device, policy: PolicyText | None) -> RewardModel:
+    """A reward model from its folder, in the dtype in which it was saved.
+
+    Raises:
+        ConfigError: the folder holds another kind of model. ModelError: it holds none.
+    """
+    config = check_reward_folder(name, folder)
+    loaded = load_reward_model(ModelConfig(path=str(folder)), device)
+    if loaded.fresh:
+        raise ModelError(str(folder), f"its weights lack {', '.join(loaded.fresh)}", "give a whole reward model")
+    dtype = next((d for d in DTYPES.values() if d == getattr(config, "dtype", None)), torch.float32)
+    cast_parameters(loaded.model, dtype)
+    loaded.model.requires_grad_(False).eval()
+    tokenizer = load_tokenizer(str(folder))
+    scorer, _ = make_scorer(loaded.model, loaded.encoder, tokenizer, "auto", "auto")
+    path = folder / SETTINGS
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    return RewardModel(
+        scorer,
+        tokenizer,
+        loaded.encoder,
+        str(settings.get("template", "auto")),
+        int(settings.get("max_length") or context_of(config, tokenizer) or 1024),
+        bool(settings.get("add_eos", tokenizer.eos_token_id is not None)),
+        policy,
+    )
+
+
+def content_sha256(name: str) -> str | None:
+    """SHA-256 of what a reward of this name is made of: its file, or its model's weights and tokenizer; None for a built-in one."""
+    folder = find_reward_model(name)
+    file = Path(name.rpartition(":")[0]).expanduser()
+    if folder is None and (not name.rpartition(":")[0] or not file.is_file()):
+        return None
+    files = [file] if folder is None else sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json"))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode())
+        with path.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+# ---- What a reward model's training run is composed of, beside what every run has: its tokens, its model, its folder ----
+
+SMALL_ENCODER = 50_000_000  # parameters
+
+
+@dataclass(slots=False)
+class RewardModelParts:
+    """One reward model: from a causal model, an encoder, or a reward model.
+
+    Args:
+        model_config, data, lora: the run's sections; tokenizer: the model's own.
+    """
+
+    model_config: ModelConfig
+    data: DataConfig
+    lora: LoraConfig | None
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
+        if not self.encoder:
+            choose_padding(self.tokenizer)
+
+    @cached_property
+    def encoder(self) -> bool:
+        path = self.model_config.path
+        return is_encoder(load_model_config(path, self.model_config.revision), path)
+
+    @cached_property
+    def max_length(self) -> int:
+        """Tokens of a row; an encoder's own limit where that is lower, so that the default needs no thought."""
+        if not self.encoder:
+            return self.data.max_length
+        config = load_model_config(self.model_config.path, self.model_config.revision)
+        return min(self.data.max_length, context_of(config, self.tokenizer) or self.data.max_length)
+
+    def tokenise(self, dataset: Dataset, on_bad_row: str) -> TokenisedDataset:
+        d = self.data
+        if self.encoder:
+            return tokenise_text_pairs(
+                dataset,
+                self.tokenizer,
+                max_length=self.max_length,
+                truncation=d.truncation,
+                on_bad_row=on_bad_row,
+                identical=d.identical,
+            )
+        return tokenise(
+            dataset,
+            self.tokenizer,
+            template=d.template,
+            max_length=d.max_length,
+            truncation=d.truncation,
+            on_bad_row=on_bad_row,
+            identical=d.identical,
+            add_eos=d.add_eos,
+        )
+
+    def load(self, device: torch.device, seed: int) -> Any:
+        """The trainable model in fp32: whole, or an adapter with a head (and whatever else is new) that is trained with it."""
+        loaded = load_reward_model(self.model_config, device, seed)
+        if not self.encoder:
+            set_padding(loaded.model, self.tokenizer)
+        if self.lora is None:
+            return loaded.model
+        heads = [name for name in HEADS if hasattr(loaded.model, name)]
+        return add_lora(loaded.model, self.lora, seed, task="SEQ_CLS", whole=sorted({*loaded.fresh, *heads}))
+
+    def save(self, model: Any, masters: Mapping[str, Tensor], folder: Path) -> None:
+        settings = {
+            "template": self.data.template,
+            "max_length": self.max_length,
+            "add_eos": self.data.add_eos and self.tokenizer.eos_token_id is not None,
+        }
+        save_reward_model(model, self.tokenizer, folder, masters, settings)
+
+    def default_lr(self, parameters: int) -> float:
+        """Peak learning rate where the config says auto: LoRA 1e-4, causal 1e-5, encoders 2e-5 (small ones 5e-5)."""
+        if self.lora is not None:
+            return 1e-4
+        if not self.encoder:
+            return 1e-5
+        return 5e-5 if parameters < SMALL_ENCODER else 2e-5

@@ -1,0 +1,193 @@
+"""What a run starts from, and what a set of runs has done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from penchant.base.files import file_sha256, write_atomically
+from penchant.config import WATCHING_ONLY, RunConfig, default_settings
+from penchant.errors import CheckpointError
+from penchant.models.merge import model_sha256
+from penchant.rewards import load_reward
+from penchant.rewards.functions import reward_device
+from penchant.rewards.reward_model import check_reward_folder, find_reward_model
+from penchant.runfolder import differences
+from penchant.training.checkpoint import checkpoints, latest_checkpoint
+
+Inputs = dict[str, Any]
+
+
+STATE = "pipeline.json"
+
+
+CHANGED = {  # parts of the inputs other than settings, and how a change in them is said
+    "data": "the {} rows have changed",
+    "upstream": "the model of {} has changed",
+    "models": "the model of {} has changed",
+    "rewards": "{} has changed",
+    "losses": "the file of {} has changed",
+}
+
+
+@dataclass(slots=True)
+class State:
+    """`pipeline.json`: one record a stage, and one of the comparison.
+
+    A stage's record holds its state (``running``, ``stopped``, ``finished``), the inputs it was started with, seconds, steps, and
+    the checkpoints it left with the SHA-256 of their models. Only a run that came to its end is ever ``finished``.
+    """
+
+    path: Path
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    comparison: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> State:
+        """The state of the pipeline in `folder`; an empty one where there is none.
+
+        Raises:
+            CheckpointError: the file was damaged.
+        """
+        path = folder / STATE
+        if not path.exists():
+            return cls(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(path, dict(values["stages"]), dict(values["comparison"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                str(path), f"cannot be read ({error})", "restore it, or choose another output"
+            ) from error
+
+    def save(self) -> None:
+        """Write the file so that a reader, or a crash, sees the old or the new one."""
+        write_atomically(self.path, {"stages": self.stages, "comparison": self.comparison})
+
+
+def model_folder(folder: Path, which: str | None) -> Path:
+    """The model folder of a run's checkpoint.
+
+    Args:
+        folder: the run's; which: ``last``, ``best``, a step's number, or None: the best where it is tracked and kept, else the last.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    last, _ = latest_checkpoint(folder)
+    if last is None:
+        raise CheckpointError(str(folder), "has no checkpoint", "train it first")
+    name = last.name
+    if which not in ("last", None, "best"):
+        name = f"step-{which}"
+    elif which != "last":
+        best = json.loads((last / "state.json").read_text())["best_step"]
+        kept = best is not None and (folder / "checkpoints" / f"step-{best}" / "manifest.json").exists()
+        if which == "best" and not kept:
+            raise CheckpointError(
+                str(folder), "has no best checkpoint", "hold something out and set checkpoint.keep_best, or use @last"
+            )
+        name = f"step-{best}" if kept else last.name
+    path = folder / "checkpoints" / name
+    if not (path / "manifest.json").exists():
+        there = ", ".join(p.name for p in checkpoints(folder))
+        raise CheckpointError(
+            str(path), "no such checkpoint", f"there are {there}; checkpoint.keep_last says how many are kept"
+        )
+    return path / "model"
+
+
+def outputs_of(folder: Path) -> dict[str, str]:
+    """``{checkpoint: SHA-256 of its model}`` for the best and the last one."""
+    found = {model_folder(folder, which) for which in (None, "last")}
+    return {model.parent.name: model_sha256(model) for model in sorted(found)}
+
+
+def stage_inputs(
+    config: RunConfig,
+    rewards: Any,
+    data: Mapping[str, str],
+    upstream: Mapping[str, Path],
+    judging: Any = None,
+) -> Inputs:
+    """Everything that a stage's result depends on, apart from the program.
+
+    Args:
+        config: the stage's, with its references as written (a folder that is moved changes nothing); rewards, judging: reward and evaluation.reward as written;
+        data: fingerprints of its splits; upstream: the model folder behind each reference.
+    """
+    settings = config.model_dump(mode="json")
+    for watching_only in WATCHING_ONLY:
+        settings.pop(watching_only)
+    paths = {
+        "model.path": config.model.path,
+        "model.tokenizer": config.model.tokenizer,
+        "reference.path": config.reference.path,
+    }
+    local = {k: Path(p).expanduser() for k, p in paths.items() if p is not None and Path(p).expanduser().is_dir()}
+    return {
+        "config": settings,
+        "data": dict(data),
+        "upstream": {text: model_sha256(folder) for text, folder in upstream.items()},
+        "models": {key: model_sha256(folder) for key, folder in local.items()},
+        "rewards": reward_hashes(rewards) | reward_hashes(judging),
+        "losses": config.loss.contents(),
+    }
+
+
+def reward_terms(reward: Any) -> list[str]:
+    """The names in a reward as it is written in a config; references to stages are left out."""
+    names = [reward] if isinstance(reward, str) else list(reward or ())
+    return [n for n in names if not n.startswith("stage:")]
+
+
+def reward_hashes(reward: Any) -> dict[str, str]:
+    """SHA-256 of every file and model folder that a reward names."""
+    found = {}
+    for name in reward_terms(reward):
+        file = Path(name.rpartition(":")[0]).expanduser()
+        folder = Path(name).expanduser()
+        if file.suffix == ".py" and file.is_file():
+            found[str(file.resolve())] = file_sha256(file)
+        elif folder.is_dir():
+            run = (folder / "checkpoints").is_dir()
+            found[str(folder.resolve())] = model_sha256(model_folder(folder, None) if run else folder)
+    return found
+
+
+def changes(old: Inputs, new: Inputs) -> list[str]:
+    """What differs between two stages' inputs, in words; empty where nothing does."""
+    defaults = json.loads(json.dumps(default_settings()))
+    new = json.loads(json.dumps(new))
+    found = differences(old.get("config"), new.get("config"), defaults=defaults)
+    for part, words in CHANGED.items():
+        before, now = old.get(part, {}), new.get(part, {})
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
+                found.append(words.format(key) + f" ({_short(before.get(key))} -> {_short(now.get(key))})")
+    return found
+
+
+def _short(sha256: str | None) -> str:
+    return "none" if sha256 is None else sha256[:12]
+
+
+def check_reward(reward: Any) -> None:
+    """A reward's built-in names and files are there and can be called; of a model's folder its config is looked at.
+
+    Raises:
+        ConfigError: no such reward, file or function, or a folder with another model. ModelError, CheckpointError: with none.
+    """
+    weights = reward if isinstance(reward, dict) else {}
+    reward_device(str(weights.get("device", "auto")))
+    for name in reward_terms(reward):
+        if not isinstance(weights.get(name, 1.0), (int, float)):
+            continue
+        folder = find_reward_model(name)
+        if folder is None:
+            load_reward(name)
+        else:
+            check_reward_folder(name, folder)

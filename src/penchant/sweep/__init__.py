@@ -1,0 +1,518 @@
+"""The keys that vary in a sweep: short ones written out, their values, and how those stand in a folder's name."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConfig
+from penchant.base.text import did_you_mean
+from penchant.config import (
+    SYNONYMS,
+    Places,
+    RunConfig,
+    apply_overrides,
+    build,
+    explain_all,
+    merged,
+    parse_yaml,
+    place_of,
+    plain_values,
+    read_mapping,
+    set_key,
+    with_absolute_paths,
+)
+from penchant.errors import ConfigError, DataError, ModelError, PenchantError, RewardError
+from penchant.losses import LOSSES
+from penchant.sweep.halving import Halving, read_halving
+from penchant.sweep.search import Range, SearchConfig
+
+LONGEST_LABEL = 40  # characters of a value in a folder's name
+
+_SECTIONS = {
+    name: {f for a in (i.annotation, *getattr(i.annotation, "__args__", ())) for f in getattr(a, "model_fields", ())}
+    for name, i in RunConfig.model_fields.items()
+    if name not in ("loss", "algorithm", "reward")
+}
+_OF_A_LOSS = {i.alias or n for s in LOSSES.values() for n, i in s.params.model_fields.items()}
+_OF_AN_ALGORITHM = {
+    i.alias or n for c in (OnlineConfig, PPOConfig, RewardModelConfig) for n, i in c.model_fields.items()
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A key that varies, and its values with their place and the way they stand in a folder's name."""
+
+    key: str
+    values: tuple[Any, ...]
+    labels: tuple[str, ...]
+    places: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[tuple[str, Any, str, str]]:
+        return ((self.key, v, label, p) for v, label, p in zip(self.values, self.labels, self.places, strict=True))
+
+
+def long_key(key: str, base: Mapping[str, Any], where: str) -> str:
+    """The key path that a short key stands for: ``seed`` is ``train.seed``, ``beta`` is ``loss.beta``.
+
+    Raises:
+        ConfigError: there is none such, or several.
+    """
+    if "." in key or key in RunConfig.model_fields:
+        return key
+    if key in SYNONYMS:
+        raise ConfigError(where, f'unknown key "{key}"', f'did you mean "{SYNONYMS[key]}"?')
+    method = "algorithm" if base.get("algorithm") is not None else "loss"
+    found = [name for name, keys in _SECTIONS.items() if key in keys]
+    if key in (_OF_AN_ALGORITHM if method == "algorithm" else _OF_A_LOSS) or key == "name":
+        found.append(method)
+    if len(found) == 1:
+        return f"{found[0]}.{key}"
+    if found:
+        raise ConfigError(where, f'"{key}" may be {" or ".join(f"{f}.{key}" for f in found)}', "write it out")
+    every = sorted({f for keys in _SECTIONS.values() for f in keys} | _OF_A_LOSS | _OF_AN_ALGORITHM)
+    near = difflib.get_close_matches(key, every, 1)
+    raise ConfigError(where, f'unknown key "{key}"', did_you_mean(key, near) if near else "write it out: section.key")
+
+
+def grid(section: Any, places: Places, source: str, base: Mapping[str, Any]) -> dict[str, Axis]:
+    """The axes of a sweep's `grid` section, by key.
+
+    Raises:
+        ConfigError: with the file's line.
+    """
+    place = place_of(("grid",), places, source)
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise ConfigError(place, f"grid is {section!r}", "indent keys with lists below it: loss.beta: [0.1, 0.3]")
+    axes: dict[str, Axis] = {}
+    for path, values in _leaves(section, ("grid",)):
+        at = place_of(path, places, source)
+        key = long_key(".".join(path[1:]), base, at)
+        if not isinstance(values, list) or not values:
+            raise ConfigError(at, f"grid.{key} is {values!r}", "give a list of values")
+        if key in axes:
+            raise ConfigError(at, f"{key} stands twice in the grid", "keep one")
+        axes[key] = axis(key, values, [place_of((*path, str(i)), places, at) for i in range(len(values))])
+    return axes
+
+
+def _leaves(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def axis(key: str, values: Sequence[Any], places: Sequence[str]) -> Axis:
+    """A key with its values, each once."""
+    for i, value in enumerate(values):
+        if any(value == other and type(value) is type(other) for other in values[:i]):
+            raise ConfigError(places[i], f"{key}: {value!r} stands there twice", "keep one")
+    labels: list[str] = []
+    for value in values:
+        made = label(value)
+        labels.append(made if made not in labels else f"{made}_{len(labels) + 1}")
+    return Axis(key, tuple(values), tuple(labels), tuple(places))
+
+
+def label(value: Any) -> str:
+    """A value as part of a folder's name."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    if isinstance(value, dict):
+        return "_".join(label(v) for v in value.values())[:LONGEST_LABEL] or "none"
+    if isinstance(value, list):
+        return "_".join(label(v) for v in value)[:LONGEST_LABEL] or "none"
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", str(value)).strip("_.")[-LONGEST_LABEL:] or "none"
+
+
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each key, or the whole of it where two end alike."""
+    last = [k.split(".")[-1] for k in keys]
+    return {k: end if last.count(end) == 1 else k for k, end in zip(keys, last, strict=True)}
+
+
+# ---- A sweep's config: one run's config, what varies in it, and the runs that follow, each named by what it varies ----
+
+SHAPE = "a sweep is a mapping with output, base and one or more of grid, runs and search; see docs/sweep.md"
+KEYS = ("output", "base", "grid", "runs", "search", "halving", "metric", "direction")
+SEED = "train.seed"
+BASE = "base"  # the name of the one variant of a sweep without `runs`
+HELD_OUT = ("eval_path", "validation_rows", "validation_fraction")
+LOWER_IS_BETTER = re.compile(r"(^|/)(loss|nll|perplexity|ece|brier)$|(^|/)kl(/|$)")
+
+_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep.
+
+    Args:
+        name: its folder's; setting: the same without its seed: runs of one setting are put together in the table.
+        varied: ``{key path: value}`` that tells it from the others; values: of its config, without output.
+        places: ``{key path: "file:line"}``; place: of the sweep; folder: the run's.
+    """
+
+    name: str
+    setting: str
+    varied: Mapping[str, Any]
+    values: dict[str, Any]
+    places: Places
+    place: str
+    folder: Path
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The run's config, checked.
+
+        Raises:
+            ConfigError: with the file's line and the run's name.
+        """
+        values = {**copy.deepcopy(self.values), "output": str(self.folder)}
+        try:
+            return with_absolute_paths(build(values, self.places, self.place))
+        except ConfigError as error:
+            raise self.named(error) from error
+
+    @property
+    def seed(self) -> int:
+        return self.config.train.seed
+
+    def named(self, error: ConfigError) -> ConfigError:
+        """The same error with the run's name, at a line of the file."""
+        at = error.where if error.where in {*self.places.values(), self.place} else ""
+        what = error.what if at else f"{error.where} {error.what}"
+        where = at or place_of(tuple(error.where.split(".")), self.places, self.place)
+        return ConfigError(where, f"run {self.name}: {what}", error.how)
+
+
+def named(run: SweepRun, error: PenchantError) -> PenchantError:
+    """An error that a run met, with the run's name, and at the file's line where it is about a setting."""
+    if isinstance(error, ConfigError):
+        return run.named(error)
+    if isinstance(error, (DataError, ModelError, RewardError)):
+        return type(error)(error.where, f"run {run.name}: {error.what}", error.how)
+    return error
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A whole sweep, checked as far as it can be without data and models.
+
+    Args:
+        runs: in the order in which they are trained; empty for a search.
+        metric, higher: what is best, and whether higher is better.
+        halving: how settings are stopped early, or None; search: its settings, or None; trial: the run of a search by number and ``{key: value}``.
+    """
+
+    source: str
+    output: Path
+    runs: tuple[SweepRun, ...]
+    metric: str
+    higher: bool
+    place_of_metric: str
+    halving: Halving | None = None
+    search: SearchConfig | None = None
+    trial: Callable[[int, Mapping[str, Any]], SweepRun] | None = field(default=None, compare=False)
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep from a YAML file, or make one of a run's config and the lists on the command line.
+
+    Args:
+        overrides: ``key.path=value`` of the sweep's own keys or of the base's; ``key.path=a,b,c`` makes the key vary.
+
+    Raises:
+        ConfigError: with ``file:line: what, how to mend``; every run's config is checked.
+    """
+    values, places = read_mapping(path, SHAPE)
+    return _sweep(plain_values(values), places, overrides, str(path), Path(path).parent)
+
+
+def sweep_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Sweep:
+    """The same from a mapping, for Python callers."""
+    return _sweep(plain_values(values), {}, overrides, "sweep", Path())
+
+
+def _sweep(values: dict[str, Any], places: Places, overrides: Sequence[str], source: str, beside: Path) -> Sweep:
+    if not set(values) & {"base", "grid", "runs", "search"} and "model" in values:
+        values, places = _of_a_run(values, places)
+    own, of_base = _told_apart(overrides)
+    places = apply_overrides(values, places, own)
+    for key in values:
+        if key not in KEYS:
+            hint = f'it goes into "base": base.{key}' if key in RunConfig.model_fields else ""
+            raise ConfigError(
+                place_of((key,), places, source),
+                f'unknown key "{key}" at the top level',
+                hint or did_you_mean(key, KEYS),
+            )
+    output = values.get("output")
+    if not isinstance(output, str) or not output:
+        raise ConfigError(place_of(("output",), places, source), "output is missing", "add it: the sweep's folder")
+    base, base_places = _base(values, places, source, beside)
+    axes = grid(values.get("grid"), places, source, base)
+    for text in of_base:
+        key, listed = _listed(text)
+        key = long_key(key, base, "command line") if "." not in key else key
+        if len(listed) > 1 or key in axes:
+            axes[key] = axis(key, listed, ["command line"] * len(listed))
+        else:
+            base_places = apply_overrides(base, base_places, [text])
+    maker = _Maker(base, base_places, source, Path(output).expanduser().resolve())
+    if values.get("search") is not None:
+        return _search(values, places, source, maker, axes)
+    variants = _variants(values.get("runs"), places, source)
+    if not axes and list(variants) == [BASE]:
+        raise ConfigError(
+            source, "nothing varies", "add a grid: {loss.beta: [0.1, 0.3]}, or runs, or loss.beta=0.1,0.3"
+        )
+    runs = tuple(maker.run(*made) for made in _products(variants, axes))
+    _check_names(runs, source)
+    for run in runs:
+        _check_run(run)
+    metric, higher, place = _metric(values, places, source, [r.config for r in runs])
+    settings = {r.setting: r.config for r in reversed(runs)}
+    halving = read_halving(
+        values, places, source, settings, metric, lambda name: higher if name == metric else higher_is_better(name)
+    )
+    return Sweep(source, maker.output, runs, metric, higher, place, halving)
+
+
+def _of_a_run(values: dict[str, Any], places: Places) -> tuple[dict[str, Any], Places]:
+    """A run's config as the base of a sweep that stands beside its folder."""
+    base = {k: v for k, v in values.items() if k != "output"}
+    made: dict[str, Any] = {"base": base}
+    if isinstance(values.get("output"), str):
+        made["output"] = f"{values['output']}-sweep"
+    return made, {("base", *p): place for p, place in places.items()}
+
+
+def _told_apart(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of the sweep's own keys, and of its base's."""
+    own, of_base = [], []
+    for text in overrides:
+        first = text.split("=")[0].split(".")[0].strip()
+        if first in KEYS and first != "base":
+            own.append(text)
+        else:
+            of_base.append(text.removeprefix("base."))
+    return own, of_base
+
+
+def _listed(text: str) -> tuple[str, list[Any]]:
+    """``key=a,b,c`` taken apart at the commas that stand outside brackets, braces and quotes."""
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError("command line", f"{text!r} is not an override", "write key.path=value, or key.path=a,b,c")
+    try:
+        listed, _ = parse_yaml(f"[{raw}]", "command line")
+    except ConfigError:
+        listed = [raw]  # no list; whether it is a value is found where it is set
+    return key.strip(), listed
+
+
+def _base(values: Mapping[str, Any], places: Places, source: str, beside: Path) -> tuple[dict[str, Any], Places]:
+    """The run's config that everything starts from: inline, or of a file beside the sweep's."""
+    base = values.get("base")
+    place = place_of(("base",), places, source)
+    if isinstance(base, str):
+        near = beside / base
+        base, found = read_mapping(near if near.exists() else base, SHAPE)
+        base = plain_values(base)
+    else:
+        found = {p[1:]: place for p, place in places.items() if p[0] == "base" and p[1:]}
+    if not isinstance(base, dict) or not base:
+        raise ConfigError(place, "base is missing", "add it: the path of a run's config, or its sections")
+    if "stages" in base:
+        raise ConfigError(place, "base is a pipeline", "give a run's config")
+    base.pop("output", None)
+    return base, found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what varies
+
+
+def _variants(section: Any, places: Places, source: str) -> dict[str, tuple[dict[str, Any], Places]]:
+    """``runs`` by name: what each lays over the base."""
+    if section is None:
+        return {BASE: ({}, {})}
+    place = place_of(("runs",), places, source)
+    if not isinstance(section, dict) or not section:
+        raise ConfigError(place, "runs is no mapping", "write runs: {dpo: {loss: dpo}, ipo: {loss: {name: ipo}}}")
+    made = {}
+    for name, values in section.items():
+        at = place_of(("runs", name), places, source)
+        if not _NAME.fullmatch(name):
+            raise ConfigError(at, f"runs.{name}: not a name", "use letters, digits, _, -, + and .")
+        if values is not None and not isinstance(values, dict):
+            raise ConfigError(at, f"runs.{name} is {values!r}", "it is a section: indent its keys below it")
+        if "output" in (values or {}):
+            raise ConfigError(at, f"runs.{name}.output is set", "leave it out: its folder is the sweep's and its name")
+        own = {p[2:]: where for p, where in places.items() if p[:2] == ("runs", name) and p[2:]}
+        made[name] = (values or {}, own)
+    return made
+
+
+Setting = tuple[str, Any, str, str]  # key, value, label, place
+
+
+def _products(
+    variants: Mapping[str, tuple[dict[str, Any], Places]], axes: Mapping[str, Axis]
+) -> Iterator[tuple[str, tuple[dict[str, Any], Places], list[Setting]]]:
+    """Every run's variant and settings: seeds outermost, so that an interrupted sweep has treated all settings alike."""
+    rest = [a for key, a in axes.items() if key != SEED]
+    seeds: list[tuple[Setting, ...]] = [(s,) for s in axes[SEED]] if SEED in axes else [()]
+    for seed in seeds:
+        for name, over in variants.items():
+            for settings in itertools.product(*rest):
+                yield name, over, [*settings, *seed]
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Runs of one base."""
+
+    base: dict[str, Any]
+    places: Places
+    source: str
+    output: Path
+
+    def run(self, variant: str, over: tuple[dict[str, Any], Places], settings: Sequence[Setting]) -> SweepRun:
+        short = short_keys([key for key, *_ in settings])
+        before = [variant] if variant != BASE else []
+        values, places = merged(copy.deepcopy(self.base), copy.deepcopy(over[0])), {**self.places, **over[1]}
+        # a loss's name first: it takes the settings of another loss away
+        for key, value, _, where in sorted(settings, key=lambda s: not s[0].endswith("name")):
+            places = set_key(values, places, tuple(key.split(".")), copy.deepcopy(value), where)
+        pieces = [(key, t if key in ("loss", "loss.name") else f"{short[key]}-{t}") for key, _, t, _ in settings]
+        name = "-".join([*before, *(piece for _, piece in pieces)])
+        setting = "-".join([*before, *(piece for key, piece in pieces if key != SEED)]) or "all"
+        varied = ({"run": variant} if variant != BASE else {}) | {key: value for key, value, *_ in settings}
+        self._hold_out_alike(values)
+        return SweepRun(name, setting, varied, values, places, self.source, self.output / name)
+
+    def _hold_out_alike(self, values: dict[str, Any]) -> None:
+        """What is held out stays the same whatever train.seed is: runs are compared on the same rows."""
+        data = values.get("data")
+        if isinstance(data, dict) and data.get("split_seed") is None and not data.get("eval_path"):
+            train = self.base.get("train")
+            data["split_seed"] = (train.get("seed") if isinstance(train, dict) else None) or 0
+
+
+def _check_names(runs: Sequence[SweepRun], source: str) -> None:
+    seen: set[str] = set()
+    for run in runs:
+        if run.name.lower() in seen:
+            raise ConfigError(source, f"two runs would be called {run.name}", "give runs other names")
+        seen.add(run.name.lower())
+
+
+def _check_run(run: SweepRun) -> None:
+    data = run.config.data
+    if all(getattr(data, name) is None for name in HELD_OUT):
+        raise ConfigError(
+            place_of(("data",), run.places, run.place),
+            "nothing is held out, so runs cannot be compared",
+            "set data.validation_fraction, data.validation_rows or data.eval_path",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is best
+
+
+def _metric(
+    values: Mapping[str, Any], places: Places, source: str, configs: Sequence[RunConfig]
+) -> tuple[str, bool, str]:
+    """(metric, higher is better, its place)."""
+    metric, direction = values.get("metric"), values.get("direction")
+    place = place_of(("metric",), places, source)
+    if metric is None:
+        usual = sorted({usual_metric(c) for c in configs})
+        if len(usual) > 1:
+            raise ConfigError(
+                place, f"metric is missing, and these runs have no one ({', '.join(usual)})", "set metric"
+            )
+        metric = usual[0]
+    if not isinstance(metric, str) or not metric.startswith("eval/") or metric.endswith("/ci"):
+        raise ConfigError(place, f"metric is {metric!r}", "give a held-out figure, e.g. eval/rewards/accuracies")
+    if direction not in (None, "min", "max"):
+        raise ConfigError(place_of(("direction",), places, source), f"direction is {direction!r}", "give min or max")
+    return metric, higher_is_better(metric) if direction is None else direction == "max", place
+
+
+def higher_is_better(metric: str) -> bool:
+    """Of a held-out figure, by its name."""
+    return LOWER_IS_BETTER.search(metric) is None
+
+
+def usual_metric(config: RunConfig) -> str:
+    """What a method is judged by on held-out rows."""
+    if isinstance(config.algorithm, OnlineConfig):
+        return "eval/reward"
+    if isinstance(config.algorithm, RewardModelConfig):
+        return "eval/rewards/accuracies"
+    signals = {c.spec.signal for c in config.loss.components}
+    return "eval/loss" if signals == {"tokens"} else "eval/rewards/accuracies"
+
+
+def _search(values: Mapping[str, Any], places: Places, source: str, maker: _Maker, axes: Mapping[str, Axis]) -> Sweep:
+    place = place_of(("search",), places, source)
+    if axes or values.get("runs") is not None:
+        raise ConfigError(
+            place, "search stands beside a grid or runs", "keep one; lists go into search.space as choices"
+        )
+    if values.get("halving") is not None:
+        raise ConfigError(
+            place_of(("halving",), places, source),
+            "halving stands beside a search, whose trials follow one another and cannot wait for each other at a rung",
+            "keep one; halving goes with a grid or runs",
+        )
+    section = values["search"]
+    if not isinstance(section, dict):
+        raise ConfigError(place, f"search is {section!r}", "it is a section: indent its keys below it")
+    try:
+        config = SearchConfig.model_validate(section)
+    except ValidationError as error:
+        fields = SearchConfig.model_fields
+        raise explain_all(error, ("search",), places, source, lambda word: did_you_mean(word, fields)) from error
+    keys = {key: long_key(key, maker.base, place_of(("search", "space", key), places, source)) for key in config.space}
+    config = config.model_copy(update={"space": {keys[k]: v for k, v in config.space.items()}})
+    where = {long: place_of(("search", "space", key), places, source) for key, long in keys.items()}
+
+    def trial(number: int, drawn: Mapping[str, Any]) -> SweepRun:
+        settings = [(key, value, label(value), where[key]) for key, value in drawn.items()]
+        made = maker.run(BASE, ({}, {}), settings)
+        name = f"trial-{number}"
+        return SweepRun(name, name, made.varied, made.values, made.places, made.place, maker.output / name)
+
+    configs = []
+    for corner in _corners(config.space):  # every end and choice is checked before anything trains
+        made = trial(0, corner)
+        _check_run(made)
+        configs.append(made.config)
+    return Sweep(source, maker.output, (), *_metric(values, places, source, configs), None, config, trial)
+
+
+def _corners(space: Mapping[str, Range | list[Any]]) -> Iterator[dict[str, Any]]:
+    ends = {k: v if isinstance(v, list) else [v.low, v.high] for k, v in space.items()}
+    for i in range(max(map(len, ends.values()))):
+        yield {k: v[min(i, len(v) - 1)] for k, v in ends.items()}

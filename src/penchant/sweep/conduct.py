@@ -1,0 +1,611 @@
+"""A sweep carried out: skip, resume, train; rungs."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from penchant.base.files import write_atomically
+from penchant.base.text import did_you_mean
+from penchant.config import WATCHING_ONLY
+from penchant.errors import CheckpointError, ConfigError, PenchantError
+from penchant.models.load import check_model_path
+from penchant.report import LiveReport
+from penchant.runfolder import RunLock, differences
+from penchant.runs import Run
+from penchant.runs.sharing import Shared
+from penchant.runs.state import Inputs, changes, check_reward, stage_inputs
+from penchant.sweep import Sweep, SweepRun, named
+from penchant.sweep.halving import Halving, Standing, standings
+from penchant.sweep.search import SearchConfig, draw
+from penchant.sweep.table import Table, make_table
+from penchant.sweep.worker import train_one
+from penchant.sweep.workers import Finished, Workers
+from penchant.training.checkpoint import latest_checkpoint
+from penchant.training.console import PlainConsole, QuietConsole, duration
+from penchant.training.loop import Interrupted
+
+# ---- Rungs of a sweep with successive halving: how settings stand at them, as the runs' records say, and who is stopped there ----
+
+Records = Mapping[str, dict[str, Any]]
+
+
+def at_rung(record: Mapping[str, Any], rung: int) -> Mapping[str, Any] | None:
+    """The held-out figures of a run at a rung; None where it has not come so far."""
+    found = record.get("rungs", {}).get(str(rung))
+    return None if found is None else found["metrics"]
+
+
+def standings_at(runs: Sequence[SweepRun], records: Records, halving: Halving, rung: int) -> list[Standing]:
+    """How the settings that entered a rung stand there, best first: a function of the records alone, so it comes out the same again."""
+    entered = list(dict.fromkeys(r.setting for r in runs))
+    found: list[Standing] = []
+    for k in range(1, rung + 1):
+        values = {s: [_value(records, r, halving, k) for r in runs if r.setting == s] for s in entered}
+        found = standings(values, halving)
+        entered = [s.setting for s in found if s.kept]
+    return found
+
+
+def stop_the_rest(
+    runs: Sequence[SweepRun], records: Records, halving: Halving, rung: int, found: Sequence[Standing]
+) -> None:
+    """Mark the runs of every setting that does not go on; those that stopped themselves stay what they are."""
+    for standing in found:
+        for run in runs:
+            record = records.get(run.name, {})
+            if not standing.kept and run.setting == standing.setting and record.get("state") == "paused":
+                cut = {
+                    **{"rung": rung, "of": halving.rungs, "rank": standing.rank, "among": len(found)},
+                    **{"metric": halving.metric, "mean": standing.mean},
+                }
+                record |= {"state": "cut", "cut": cut, "why": why_cut(cut)}
+
+
+def why_cut(cut: Mapping[str, Any]) -> str:
+    """``stopped at rung 1 of 3: rank 5 of 9``."""
+    stood = f"rank {cut['rank']} of {cut['among']}" if cut["mean"] is not None else "another seed of it stopped itself"
+    return f"stopped at rung {cut['rung']} of {cut['of']}: {stood}"
+
+
+def _value(records: Records, run: SweepRun, halving: Halving, rung: int) -> float | None:
+    metrics = at_rung(records.get(run.name, {}), rung)
+    found = None if metrics is None else metrics.get(halving.metric)
+    return None if found is None else float(found)
+
+
+# ---- What a sweep has done: `sweep.json`, and what follows from it for the next call ----
+
+Action = Literal["done", "run", "resume", "changed"]
+STATE, LINES = "sweep.json", "sweep.jsonl"
+ENDED = ("finished", "stopped")  # a run that stopped itself is a result, one that was interrupted is not
+
+
+@dataclass(slots=True)
+class State:
+    """`sweep.json`: a record of each run, the search that drew them, the table, and what the last call was about.
+
+    A record holds the run's state (``running``, ``interrupted``, ``finished``, ``stopped``; with halving ``paused`` at a rung and ``cut``),
+    what it varied, the inputs that it was started with, seconds, and its steps and held-out metrics or why it stopped itself. With
+    halving, its metrics at the end stand apart from those at its rungs. `about` holds the metric, its direction, every run's name, and
+    halving with how settings stood at its rungs.
+    """
+
+    path: Path
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    search: dict[str, Any] | None = None
+    table: dict[str, Any] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> State:
+        """The state of the sweep in `folder`; an empty one where there is none.
+
+        Raises:
+            CheckpointError: the file was damaged, or the folder holds something else.
+        """
+        path = folder / STATE
+        if not path.exists():
+            for other, what in (("identity.json", "one run"), ("pipeline.json", "a pipeline")):
+                if (folder / other).exists():
+                    raise CheckpointError(str(folder), f"is the folder of {what}", "choose another output")
+            return cls(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(path, dict(values["runs"]), values["search"], values["table"], dict(values.get("sweep", {})))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                str(path), f"cannot be read ({error})", "restore it, or choose another output"
+            ) from error
+
+    def save(self) -> None:
+        """Write the file so that a reader, or a crash, sees the old or the new one."""
+        write_atomically(
+            self.path, {"sweep": self.about, "table": self.table, "search": self.search, "runs": self.runs}
+        )
+
+    def write_lines(self, runs: Sequence[SweepRun]) -> None:
+        """`sweep.jsonl`: one line a run that came to an end, in the sweep's order."""
+        lines = []
+        for run in runs:
+            record = self.runs.get(run.name)
+            if record is not None and record["state"] in (*ENDED, "cut"):
+                known = {k: v for k, v in record.items() if k != "inputs"}
+                lines.append({"run": run.name, "setting": run.setting, "seed": run.seed, **known})
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self.path.with_name(LINES).write_text(text, encoding="utf-8")
+
+    def same_search(self, search: SearchConfig, where: str) -> None:
+        """Remember what draws the trials, or refuse where it is not what drew those that are there.
+
+        Raises:
+            CheckpointError: with what changed.
+        """
+        now = json.loads(search.model_dump_json(by_alias=True, exclude={"trials"}))
+        trials = [name for name in self.runs if name.startswith("trial-")]
+        found = differences(self.search, now) if trials and self.search is not None else []
+        if found:
+            raise CheckpointError(
+                where,
+                f"search has changed since {len(trials)} of its trials were drawn: {'; '.join(found)}",
+                "undo the change, or choose another output",
+            )
+        self.search = now
+
+    def same_halving(self, halving: Halving | None, runs: Sequence[str], where: str) -> None:
+        """Remember how settings are halved, or refuse where runs have begun that were not judged so; leaving it out is no matter.
+
+        Raises:
+            CheckpointError: with what changed.
+        """
+        old, begun = self.about.get("halving"), [name for name in runs if name in self.runs]
+        if halving is None or not begun:
+            self.about["halving"] = None if halving is None else {**halving.to_json(), "runs": list(runs), "judged": []}
+            return
+        now = {**halving.to_json(), "runs": list(runs), "judged": (old or {}).get("judged", [])}
+        changed = "it was not there" if old is None else ""
+        if old is not None:
+            before = {k: v for k, v in old.items() if k not in ("runs", "judged")}
+            changed = "; ".join(differences(before, halving.to_json()))
+            if not changed and old["judged"] and set(old["runs"]) != set(runs):
+                changed = "runs were added or left out after a rung was judged"
+        if changed:
+            raise CheckpointError(
+                where,
+                f"halving has changed since {len(begun)} of the runs were begun: {changed}",
+                "undo the change, choose another output, or leave halving out to have every run trained to its end",
+            )
+        self.about["halving"] = now
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What is to be done with a run, and why."""
+
+    name: str
+    action: Action
+    why: str
+
+
+def judge(run: SweepRun, record: Mapping[str, Any] | None, inputs: Inputs, halved: bool = False) -> Planned:
+    """What is to be done with a run.
+
+    Args:
+        record: what `sweep.json` says of it, None where it says nothing; inputs: as they are now; halved: whether what was cut stays so.
+    """
+    last, _ = latest_checkpoint(run.folder)
+    if record is None:
+        if last is not None or (run.folder / "identity.json").exists():
+            return Planned(run.name, "changed", "its folder holds a run that this sweep did not make")
+        return Planned(run.name, "run", "not started")
+    state = record["state"]
+    if state == "cut" and halved and not changes(record["inputs"], inputs):
+        return Planned(run.name, "done", record["why"])  # whether its folder is still there or not
+    if not run.folder.exists() or (state == "finished" and last is None):
+        return Planned(run.name, "run", "its checkpoints are gone")
+    if last is None and state not in ENDED:
+        return Planned(run.name, "run", "started, no checkpoint yet")
+    found = changes(record["inputs"], inputs)
+    if found:
+        return Planned(run.name, "changed", "; ".join(found))
+    if state == "stopped":
+        return Planned(run.name, "done", f"stopped itself: {record['why']}")
+    if state == "finished":
+        return Planned(run.name, "done", f"{record['steps']} steps")
+    assert last is not None
+    if state in ("paused", "cut"):
+        return Planned(run.name, "resume", f"at a rung, {last.name.replace('-', ' ')}")
+    return Planned(run.name, "resume", f"interrupted at {last.name.replace('-', ' ')}")
+
+
+def refusal(planned: Planned, folder: Path, source: str) -> CheckpointError:
+    """Why a changed run is neither skipped nor overwritten, and how to go on."""
+    return CheckpointError(
+        source,
+        f"run {planned.name} is done or half done with other inputs: {planned.why}",
+        f"undo the change, choose another output, or move {folder / planned.name} away to have it trained anew",
+    )
+
+
+# ---- Running a sweep: its runs one after another in this process, or n at a time in others, each skipped, resumed or trained ----
+
+WORDS = {"done": "unchanged", "run": "to run", "resume": "to continue", "changed": "CHANGED"}
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """What a call left.
+
+    Args:
+        folder: the sweep's; table: its settings; runs: the record of each run.
+    """
+
+    folder: Path
+    table: Table
+    runs: Mapping[str, Mapping[str, Any]]
+
+    def to_text(self) -> str:
+        return self.table.to_text()
+
+
+class _Lines(PlainConsole):
+    """Progress of one run of several: now and then a line with its name, nothing of how it began."""
+
+    def __init__(self, prefix: str, told: Callable[[str], None]) -> None:
+        super().__init__(every_seconds=15.0)
+        self.prefix = prefix
+        self.told = told
+        self.last = time.monotonic()  # short runs have no line but that of their end
+
+    def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self.told("eval")
+
+    def note(self, text: str) -> None:
+        pass
+
+    def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        if step != total:
+            super().step(step, total, metrics)
+
+    def _print(self, text: str) -> None:
+        super()._print(f"{self.prefix}: {text}")
+
+
+class SweepConductor:
+    """One call of a sweep.
+
+    Args:
+        sweep: checked; jobs: runs at a time; quiet: no progress.
+    """
+
+    def __init__(self, sweep: Sweep, *, jobs: int = 1, quiet: bool = False) -> None:
+        if jobs < 1:
+            raise ConfigError("--jobs", f"is {jobs}", "give 1 or more")
+        self.sweep = sweep
+        self.jobs = jobs
+        self.quiet = quiet
+        self.console = QuietConsole() if quiet else PlainConsole()
+        self.shared = Shared()
+        self.state = State.read(sweep.output)
+        self.runs: list[SweepRun] = []  # as far as they are known: a search draws them one by one
+        self.report = LiveReport(sweep.output, self.console.note)
+        self._inputs: dict[str, Inputs] = {}
+        self._steps: dict[str, int] = {}  # of each whole run
+        self._trained: list[float] = []  # seconds of each run of this call, or of this rung
+        self.rung = 0  # the one to which runs are trained now; 0: to the end, without halving
+
+    # ---- before anything trains -----------------------------------------------------------------------------------
+
+    @property
+    def total(self) -> int:
+        return self.sweep.search.trials if self.sweep.search is not None else len(self.sweep.runs)
+
+    def inputs(self, run: SweepRun) -> Inputs:
+        """What a run starts from as things are: its settings, rows, models and reward files.
+
+        Raises:
+            ConfigError, DataError, ModelError: with the run's name.
+        """
+        if run.name not in self._inputs:
+            with _named(run):
+                self._inputs[run.name] = self._read_inputs(run)
+        return self._inputs[run.name]
+
+    def _read_inputs(self, run: SweepRun) -> Inputs:
+        config = run.config
+        for path in (config.model.path, config.reference.path):
+            if path is not None:
+                check_model_path(path)
+        reward = None if config.reward is None else dict(config.reward.terms)
+        judging = config.evaluation.reward
+        judged = None if judging is None else dict(judging.terms)
+        for one in (reward, judged):
+            check_reward(one)
+        splits = Run(config, quiet=True, shared=self.shared).datasets
+        data = {n: d.fingerprint for n, d in zip(("training", "held-out"), splits, strict=True) if d is not None}
+        named = (config.model.path, config.model.tokenizer, config.reference.path, json.dumps([reward, judged]))
+        files = self.shared.once(("files", *named), lambda: stage_inputs(config, reward, {}, {}, judged))
+        settings = config.model_dump(mode="json", exclude=set(WATCHING_ONLY))
+        return {**files, "config": settings, "data": data, "losses": config.loss.contents()}
+
+    def known_runs(self) -> list[SweepRun]:
+        """The runs of a grid, or the trials of a search that were drawn already."""
+        if self.sweep.search is None:
+            return list(self.sweep.runs)
+        names = [f"trial-{i}" for i in range(self.sweep.search.trials)]
+        assert self.sweep.trial is not None
+        return [self.sweep.trial(i, self.state.runs[n]["varied"]) for i, n in enumerate(names) if n in self.state.runs]
+
+    def plan(self) -> list[Planned]:
+        """What would be done with each run, in order; nothing is trained or written."""
+        halved = self.sweep.halving is not None
+        planned = [judge(run, self.state.runs.get(run.name), self.inputs(run), halved) for run in self.known_runs()]
+        if self.sweep.halving is not None:
+            for run in self.sweep.runs:
+                self._rungs(self.sweep.halving, run)
+        return planned
+
+    def _rungs(self, halving: Halving, run: SweepRun) -> list[int]:
+        """The steps of a run's rungs; the last one is its end.
+
+        Raises:
+            ConfigError: it is too short for them.
+        """
+        if run.name not in self._steps:
+            with _named(run):
+                self._steps[run.name] = Run(run.config, quiet=True, shared=self.shared).total_steps
+        total = self._steps[run.name]
+        steps = halving.steps(total)
+        if len(set(steps)) < len(steps):
+            raise ConfigError(
+                halving.place,
+                f"run {run.name} has {total} optimiser steps, too few for {halving.rungs} rungs with a factor of {halving.factor}",
+                "lower rungs or factor, or train for longer",
+            )
+        return steps
+
+    def plan_text(self) -> str:
+        """The plan as a person reads it."""
+        planned = self.plan()
+        width = max((len(p.name) for p in planned), default=0)
+        digits = len(str(self.total))
+        lines = [f"{i:>{digits}}  {p.name:<{width}}  {WORDS[p.action]}: {p.why}" for i, p in enumerate(planned, 1)]
+        if self.total > len(planned):
+            lines.append(f"{self.total - len(planned)} trials are still to be drawn")
+        if self.sweep.halving is not None:
+            lines.append(self.sweep.halving.to_text())
+        return "\n".join([*lines, f"in {self.sweep.output}; best by {self.sweep.metric}"])
+
+    # ---- doing it -------------------------------------------------------------------------------------------------
+
+    def run(self) -> SweepResult:
+        """Train what is to be trained, in order.
+
+        Raises:
+            ConfigError, DataError, ModelError, RewardError: a person can mend it. CheckpointError: a run is done with other inputs, or
+            the folder is in use. Interrupted: a signal; the same command continues.
+        """
+        with _locked(self.sweep.output):
+            self.state = State.read(self.sweep.output)
+            if self.sweep.search is not None:
+                self.state.same_search(self.sweep.search, self.sweep.source)
+            for planned in self.plan():
+                if planned.action == "changed":
+                    raise refusal(planned, self.sweep.output, self.sweep.source)
+            self._say_what_is_not_ours()
+            self._remember_what_it_is()
+            try:
+                if self.jobs == 1:
+                    self._rung_by_rung(self._one_by_one)
+                else:
+                    with Workers(self.jobs, self.sweep.output, self.quiet, self._pause_at) as workers:
+                        self._rung_by_rung(lambda todo: workers.run(todo, self._begin, self._end))
+            finally:
+                table = self._write()
+                self.report.now()
+        return SweepResult(self.sweep.output, table, {r.name: self.state.runs[r.name] for r in self.runs})
+
+    def _remember_what_it_is(self) -> None:
+        """What `sweep.json` says of the whole, for whoever watches."""
+        trials = [f"trial-{i}" for i in range(self.total)] if self.sweep.search is not None else []
+        names = [r.name for r in self.sweep.runs] or trials
+        self.state.same_halving(self.sweep.halving, names, self.sweep.source)
+        direction = "max" if self.sweep.higher else "min"
+        self.state.about |= {"metric": self.sweep.metric, "direction": direction, "runs": names}
+
+    def _rung_by_rung(self, train: Callable[[Iterator[SweepRun]], None]) -> None:
+        """Train every run to its end, or with halving all of them to a rung before any goes on to the next."""
+        halving = self.sweep.halving
+        if halving is None:
+            train(self._to_train())
+            return
+        self.console.note(halving.to_text())
+        for self.rung in range(1, halving.rungs + 1):
+            self._trained.clear()
+            train(self._to_train())
+            if self.rung < halving.rungs:
+                self._judge_rung(halving)
+
+    def _judge_rung(self, halving: Halving) -> None:
+        """Stop the settings that are not among the best at this rung, and say it."""
+        found = standings_at(self.runs, self.state.runs, halving, self.rung)
+        stop_the_rest(self.runs, self.state.runs, halving, self.rung, found)
+        judged = self.state.about["halving"]["judged"]
+        judged[self.rung - 1 :] = [[s.to_json() for s in found]]
+        self.state.save()
+        names = ", ".join(s.setting for s in found if s.kept)
+        kept = sum(s.kept for s in found)
+        goes = "goes" if kept == 1 else "go"
+        self.console.note(f"rung {self.rung} of {halving.rungs}: {kept} of {len(found)} settings {goes} on: {names}")
+
+    def _pause_at(self, run: SweepRun) -> int | None:
+        """The step at which a run is to pause now; None: it goes to its end."""
+        halving = self.sweep.halving
+        if halving is None or self.rung == halving.rungs:
+            return None
+        return self._rungs(halving, run)[self.rung - 1]
+
+    def _settled(self, run: SweepRun) -> bool:
+        """Whether nothing more is to be done with a run, or not before the next rung."""
+        record = self.state.runs.get(run.name, {})
+        return record.get("state") in (*ENDED, "cut") or (self.rung > 0 and at_rung(record, self.rung) is not None)
+
+    def _write(self) -> Table:
+        table = make_table(self.runs, self.state.runs, self.sweep.metric, self.sweep.higher)
+        self.state.table = table.to_json()
+        self.state.save()
+        self.state.write_lines(self.runs)
+        return table
+
+    def _say_what_is_not_ours(self) -> None:
+        ours = {r.name for r in self.sweep.runs} | {f"trial-{i}" for i in range(self.total)}
+        others = [name for name in self.state.runs if name not in ours]
+        if others:
+            self.console.note(
+                f"left alone, and not in the table: {', '.join(others)} (runs of this folder's earlier sweeps)"
+            )
+
+    def _to_train(self) -> Iterator[SweepRun]:
+        """The runs that are not done, in order; those of a search are drawn when they are asked for."""
+        if self.sweep.search is None:
+            self.runs = list(self.sweep.runs)
+        for number in range(self.total):
+            run = self._drawn(number) if self.sweep.search is not None else self.sweep.runs[number]
+            if self.rung and at_rung(self.state.runs.get(run.name, {}), self.rung) is not None:
+                continue  # it is there, or was further already
+            planned = judge(run, self.state.runs.get(run.name), self.inputs(run), self.rung > 0)
+            if planned.action == "changed":
+                raise refusal(planned, self.sweep.output, self.sweep.source)
+            if planned.action != "done":
+                yield run
+                continue
+            if self.rung in (0, 1) or self.state.runs[run.name]["state"] == "finished":
+                self.console.note(f"{self._number(run)}: unchanged, {planned.why}")
+            self._check_metric(run)
+
+    def _drawn(self, number: int) -> SweepRun:
+        search, trial = self.sweep.search, self.sweep.trial
+        assert search is not None and trial is not None
+        known = self.state.runs.get(f"trial-{number}")
+        if known is None:
+            ended = [r for r in self.runs if self.state.runs[r.name]["state"] in ENDED]
+            earlier = [(r.varied, self._value(r)) for r in ended]
+            run = trial(number, draw(search, number, earlier, self.sweep.higher))
+        else:
+            run = trial(number, known["varied"])
+        self.runs.append(run)
+        return run
+
+    def _value(self, run: SweepRun) -> float | None:
+        found = self.state.runs[run.name].get("metrics", {}).get(self.sweep.metric)
+        return None if found is None else float(found)
+
+    def _one_by_one(self, todo: Iterator[SweepRun]) -> None:
+        for run in todo:
+            self._begin(run)
+            started = time.monotonic()
+            lines = None if self.quiet else _Lines(self._number(run), self.report.told)
+            try:
+                made = train_one(run.config, self.shared, lines, self._pause_at(run))
+            except BaseException as error:
+                made = {"state": "interrupted", "seconds": time.monotonic() - started}
+                self._end(run, made)
+                if isinstance(error, PenchantError) and not isinstance(error, Interrupted):
+                    raise named(run, error) from error
+                raise
+            gc.collect()  # the next run needs the room
+            self._end(run, {**made, "seconds": time.monotonic() - started})
+
+    def _begin(self, run: SweepRun) -> None:
+        """Remember that a run has begun: a kill that nothing can catch leaves that it is not finished."""
+        before = self.state.runs.get(run.name, {})
+        resumed = before.get("state") in ("running", "interrupted", "paused", "cut")
+        seconds = before.get("seconds", 0.0) if resumed else 0.0
+        record = {"state": "running", "varied": dict(run.varied), "inputs": self.inputs(run), "seconds": seconds}
+        if self.rung:
+            record["rungs"] = before.get("rungs", {})
+        self.state.runs[run.name] = record
+        self.state.save()
+        self.report.told("step")
+
+    def _end(self, run: SweepRun, made: Finished) -> None:
+        """Remember what a run brought, and say it in a line."""
+        record = self.state.runs[run.name]
+        seconds = round(record["seconds"] + made["seconds"], 2)
+        self._trained.append(made["seconds"])
+        if made["state"] == "paused":  # its figures are no result: they stand at their rung
+            rungs = {**record["rungs"], str(self.rung): {"step": made["steps"], "metrics": made["metrics"]}}
+            made = {"state": "paused", "steps": made["steps"], "rungs": rungs}
+        self.state.runs[run.name] = {**record, **made, "seconds": seconds}
+        self._write()
+        self.report.told("eval")
+        if made["state"] not in (*ENDED, "paused"):
+            return
+        to_come = self.total - len(self.runs) + sum(not self._settled(r) for r in self.runs)
+        left = duration(sum(self._trained) / len(self._trained) * to_come / self.jobs)
+        said = f"stopped itself: {made['why']}" if made["state"] == "stopped" else f"{made['steps']} steps"
+        metric, value = self._figure(run)
+        if value is not None:
+            said = f"{metric} {value:.4f}, {said}"
+        rung = f" in rung {self.rung}" if self.rung else ""
+        end = f"; left{rung} {left}" if to_come else ""
+        self.console.note(f"{self._number(run)}: {said}, {duration(seconds)}{end}")
+        self._check_metric(run)
+
+    def _figure(self, run: SweepRun) -> tuple[str, float | None]:
+        """(name, value) of what a run is compared by: at its end, or at the rung that it has reached."""
+        metrics, halving = at_rung(self.state.runs[run.name], self.rung), self.sweep.halving
+        if metrics is None or halving is None:
+            return self.sweep.metric, self._value(run)
+        return halving.metric, metrics.get(halving.metric)
+
+    def _check_metric(self, run: SweepRun) -> None:
+        metrics = self.state.runs[run.name].get("metrics") or at_rung(self.state.runs[run.name], self.rung)
+        wanted = [(self.sweep.metric, self.sweep.place_of_metric)]
+        if self.sweep.halving is not None:
+            wanted.append((self.sweep.halving.metric, self.sweep.halving.place))
+        for metric, place in wanted:
+            if metrics is not None and metric not in metrics:
+                there = sorted(m for m in metrics if m.startswith("eval/") and not m.endswith("/ci"))
+                raise ConfigError(
+                    place,
+                    f"metric is {metric}, which run {run.name} does not have",
+                    did_you_mean(metric, there) + " (what is trained is kept; mend it and run the command again)",
+                )
+
+    def _number(self, run: SweepRun) -> str:
+        at = next(i for i, r in enumerate(self.runs, 1) if r.name == run.name)
+        varied = ""
+        if self.sweep.search is not None:
+            varied = " (" + ", ".join(f"{k}={v}" for k, v in run.varied.items()) + ")"
+        return f"[{at}/{self.total}] {run.name}{varied}"
+
+
+@contextmanager
+def _named(run: SweepRun) -> Iterator[None]:
+    try:
+        yield
+    except PenchantError as error:
+        raise named(run, error) from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(folder)
+        lock.__enter__()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CheckpointError(str(folder), "output is a file, or lies below one", "choose another output") from error
+    except OSError as error:
+        raise CheckpointError(str(folder), f"cannot be written ({error.strerror})", "choose another output") from error
+    try:
+        yield
+    finally:
+        lock.__exit__()

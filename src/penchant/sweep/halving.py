@@ -1,0 +1,142 @@
+"""Successive halving: settings are compared at rungs before the end, and only the better ones are trained on (arXiv:1502.07943)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from penchant.base.section import Section
+from penchant.base.text import did_you_mean
+from penchant.config import Places, RunConfig, explain_all, place_of
+from penchant.errors import ConfigError
+
+SCALED = ("eval/loss", "eval/rewards/margins", "eval/rewards/chosen", "eval/rewards/rejected")  # in units of the loss
+
+
+class HalvingConfig(Section):
+    """The `halving` section."""
+
+    rungs: int = Field(3, ge=2, le=8, description="places where settings are compared, the end among them")
+    factor: int = Field(
+        3, ge=2, description="one in so many settings goes on, and rungs lie so many times further apart"
+    )
+    metric: str | None = Field(None, description="what settings are compared by at a rung; default: the sweep's metric")
+
+
+@dataclass(frozen=True, slots=True)
+class Halving:
+    """How settings are halved.
+
+    Args:
+        rungs: with the end; factor: of steps between rungs, and of settings that stay; metric, higher: what is better there.
+        place: of the metric in the file.
+    """
+
+    rungs: int
+    factor: int
+    metric: str
+    higher: bool
+    place: str
+
+    def steps(self, total: int) -> list[int]:
+        """The optimiser steps of the rungs of a run: ``total / factor^(rungs - k)``, rounded, for rung k = 1 to rungs."""
+        return [max(1, round(total / self.factor ** (self.rungs - k))) for k in range(1, self.rungs + 1)]
+
+    def kept(self, settings: int) -> int:
+        """How many of so many settings go on: one in `factor`, rounded up."""
+        return -(-settings // self.factor)
+
+    def to_json(self) -> dict[str, Any]:
+        direction = "max" if self.higher else "min"
+        return {"rungs": self.rungs, "factor": self.factor, "metric": self.metric, "direction": direction}
+
+    def to_text(self) -> str:
+        """The rule in a sentence."""
+        shares = [f"1/{self.factor ** (self.rungs - k)}" for k in range(1, self.rungs)]
+        return (
+            f"successive halving: after {' and '.join(shares)} of its steps a setting goes on if it is among the best 1 in "
+            f"{self.factor} by {self.metric}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a setting stands at a rung: its mean over seeds (None where one of them has no figure), its rank, and whether it goes on."""
+
+    setting: str
+    mean: float | None
+    rank: int
+    kept: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def standings(values: Mapping[str, Sequence[float | None]], halving: Halving) -> list[Standing]:
+    """Every setting of a rung, best first; seeds stay or go together.
+
+    The best ``ceil(n / factor)`` of n go on, and every setting whose mean equals the last of those: no tie is broken by the order in the
+    file. One of which a seed stopped itself stands last and does not go on: the mean of those that survived would flatter it.
+
+    Args:
+        values: the metric of each run of a setting at the rung.
+    """
+    means = {s: mean(v) if v and None not in v else None for s, v in values.items()}  # type: ignore[type-var]
+    sign = -1.0 if halving.higher else 1.0
+    found = sorted(sign * m for m in means.values() if m is not None)
+    last = found[min(len(found), halving.kept(len(values))) - 1] if found else None
+    made = []
+    for setting, m in means.items():
+        rank = len(found) + 1 if m is None else 1 + sum(other < sign * m for other in found)
+        made.append(Standing(setting, m, rank, m is not None and last is not None and sign * m <= last))
+    return sorted(made, key=lambda s: s.rank)
+
+
+def read_halving(
+    values: Mapping[str, Any],
+    places: Places,
+    source: str,
+    settings: Mapping[str, RunConfig],
+    metric: str,
+    higher: Callable[[str], bool],
+) -> Halving | None:
+    """The `halving` section of a sweep, or None.
+
+    Args:
+        settings: a config of each; metric: the sweep's; higher: whether higher values of a metric are better.
+
+    Raises:
+        ConfigError: with the file's line.
+    """
+    section = values.get("halving")
+    if section is None:
+        return None
+    place = place_of(("halving",), places, source)
+    if not isinstance(section, dict):
+        raise ConfigError(place, f"halving is {section!r}", "write halving: {rungs: 3, factor: 3}")
+    try:
+        config = HalvingConfig.model_validate(section)
+    except ValidationError as error:
+        fields = HalvingConfig.model_fields
+        raise explain_all(error, ("halving",), places, source, lambda word: did_you_mean(word, fields)) from error
+    chosen = config.metric or metric
+    place = place_of(("halving", "metric"), places, place) if config.metric else place
+    if not chosen.startswith("eval/") or chosen.endswith("/ci"):
+        raise ConfigError(
+            place, f"halving.metric is {chosen!r}", "give a held-out figure, e.g. eval/rewards/accuracies"
+        )
+    if len(settings) < 2:
+        raise ConfigError(place, "there is one setting only, so nothing can be halved", "leave halving out")
+    losses = {json.dumps(c.loss.to_mapping(), sort_keys=True) for c in settings.values()}
+    if chosen in SCALED and len(losses) > 1:
+        raise ConfigError(
+            place,
+            f"settings would be halved by {chosen}, but the loss varies, so it is not on one scale",
+            "set halving.metric to a figure that means the same for all, e.g. eval/rewards/accuracies",
+        )
+    return Halving(config.rungs, config.factor, chosen, higher(chosen), place)

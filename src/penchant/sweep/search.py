@@ -1,0 +1,129 @@
+"""A search: numbers and choices drawn for one trial after another, at random or from what earlier trials brought (Optuna)."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from penchant.base.section import Section
+from penchant.errors import ConfigError
+
+DIGITS = 4  # significant ones of a drawn number: more say nothing, and a person must be able to type it
+
+
+class Range(Section):
+    """Numbers that a search draws from; whole ones where both ends are."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
+
+    low: int | float = Field(alias="from", description="the lowest number")
+    high: int | float = Field(alias="to", description="the highest number")
+    log: bool = Field(False, description="draw evenly in the logarithm")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"from is {self.low:g} and to is {self.high:g}; give a lower and a higher number")
+        if self.log and self.low <= 0:
+            raise ValueError(f"from is {self.low:g}; with log: true give a number above 0")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+class SearchConfig(Section):
+    """The `search` section."""
+
+    trials: int = Field(description="runs", ge=1)
+    space: dict[str, Range | list[Any]] = Field(description="key: {from, to, log} or a list of choices")
+    seed: int = Field(0, ge=0, lt=2**31, description="of what is drawn")
+    sampler: Literal["tpe", "random"] = Field("tpe", description="tpe learns from earlier trials (Optuna), or random")
+
+    @model_validator(mode="after")
+    def _something_to_search(self) -> SearchConfig:
+        if not self.space:
+            raise ValueError("space is empty; add keys, e.g. space: {loss.beta: {from: 0.01, to: 1.0, log: true}}")
+        short = [key for key, values in self.space.items() if isinstance(values, list) and len(values) < 2]
+        if short:
+            raise ValueError(f"space.{short[0]} has no two choices; give a list of at least two, or {{from, to}}")
+        return self
+
+
+def draw(
+    search: SearchConfig, number: int, earlier: Sequence[tuple[Mapping[str, Any], float | None]], higher: bool
+) -> dict[str, Any]:
+    """What trial `number` is run with: a function of the search, the number and the earlier trials, so that it can be drawn again.
+
+    Args:
+        earlier: what earlier trials were run with, and what each brought; None for one that stopped itself.
+        higher: whether higher values are better.
+
+    Raises:
+        ConfigError: Optuna is wanted and not installed.
+    """
+    if search.sampler == "random":
+        rng = random.Random(f"{search.seed}:{number}")
+        return {key: _at_random(rng, values) for key, values in search.space.items()}
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError(
+            "search.sampler", "tpe needs Optuna", "pip install 'penchant[search]', or set search.sampler=random"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    dists = {key: _distribution(values) for key, values in search.space.items()}
+    # one seed a trial: what is drawn does not depend on how often the search was interrupted
+    sampler = optuna.samplers.TPESampler(seed=(search.seed * 1_000_003 + number) % 2**32)
+    study = optuna.create_study(direction="maximize" if higher else "minimize", sampler=sampler)
+    values = [v for _, v in earlier if v is not None]
+    worst = (min(values) if higher else max(values)) if values else 0.0
+    for (
+        params,
+        value,
+    ) in earlier:  # a trial that stopped itself counts as the worst, so that its neighbourhood is avoided
+        given = {k: _as_choice(search.space[k], v) for k, v in params.items()}
+        study.add_trial(
+            optuna.trial.create_trial(params=given, distributions=dists, value=worst if value is None else value)
+        )
+    asked = study.ask(dists).params
+    return {key: _of_choice(values, asked[key]) for key, values in search.space.items()}
+
+
+def _at_random(rng: random.Random, values: Range | list[Any]) -> Any:
+    if isinstance(values, list):
+        return rng.choice(values)
+    if values.whole and not values.log:
+        return rng.randint(int(values.low), int(values.high))
+    low, high = (math.log(values.low), math.log(values.high)) if values.log else (values.low, values.high)
+    drawn = rng.uniform(low, high)
+    return _rounded(values, math.exp(drawn) if values.log else drawn)
+
+
+def _rounded(values: Range, number: float) -> int | float:
+    made = round(number) if values.whole else float(f"{number:.{DIGITS}g}")
+    return min(max(made, values.low), values.high)
+
+
+def _distribution(values: Range | list[Any]) -> Any:
+    from optuna import distributions
+
+    if isinstance(values, list):
+        return distributions.CategoricalDistribution([str(i) for i in range(len(values))])
+    if values.whole:
+        return distributions.IntDistribution(int(values.low), int(values.high), log=values.log)
+    return distributions.FloatDistribution(float(values.low), float(values.high), log=values.log)
+
+
+def _as_choice(values: Range | list[Any], value: Any) -> Any:
+    """Choices go by their place: Optuna takes no sections as choices."""
+    return str(values.index(value)) if isinstance(values, list) else value
+
+
+def _of_choice(values: Range | list[Any], value: Any) -> Any:
+    return values[int(value)] if isinstance(values, list) else _rounded(values, value)

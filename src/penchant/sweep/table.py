@@ -1,0 +1,197 @@
+"""What a sweep found: one line a setting, its seeds together, the best by validation, and nothing claimed beyond that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from penchant.sweep import SEED, SweepRun
+from penchant.sweep.halving import SCALED
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One setting.
+
+    Args:
+        values: the metric of each run that came to its end; interval: of the only one, over held-out rows; seeds: of all its runs.
+        stopped: why a run stopped itself, by the run's name; varied: what tells it from other settings; open_: runs not done yet.
+        cut: where and why its runs were stopped early (successive halving), None where they were not.
+    """
+
+    setting: str
+    varied: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    interval: tuple[float, float] | None
+    stopped: Mapping[str, str]
+    open_: int
+    cut: Mapping[str, Any] | None = None
+
+    @property
+    def mean(self) -> float | None:
+        return mean(self.values) if self.values else None
+
+    @property
+    def whole(self) -> bool:
+        """Whether every run of it came to its end with a figure: a mean over those that survived would flatter it."""
+        return bool(self.values) and len(self.values) == len(self.seeds)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "setting": self.setting,
+            "varied": dict(self.varied),
+            "seeds": list(self.seeds),
+            "values": list(self.values),
+            "mean": self.mean,
+            "sd": stdev(self.values) if len(self.values) > 1 else None,
+            "interval": self.interval,
+            "stopped": dict(self.stopped),
+            "cut": None if self.cut is None else dict(self.cut),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A sweep's settings, best first."""
+
+    metric: str
+    higher: bool
+    rows: tuple[Row, ...]
+    held_out: tuple[int, ...]
+
+    @property
+    def best(self) -> tuple[Row, ...]:
+        """The setting with the best mean (all of them where several share it); only whole ones can be it."""
+        whole = [r for r in self.rows if r.whole]
+        if not whole:
+            return ()
+        means = [r.mean or 0.0 for r in whole]
+        top = max(means) if self.higher else min(means)
+        return tuple(r for r in whole if r.mean == top)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric,
+            "direction": "max" if self.higher else "min",
+            "held_out_rows": list(self.held_out),
+            "settings": [r.to_json() for r in self.rows],
+            "best": [r.setting for r in self.best],
+            "tried": len(self.rows),
+        }
+
+    def to_text(self) -> str:
+        """The table as a person reads it."""
+        head = ("setting", "mean", "spread", "runs")
+        body = [(r.setting, _figure(r.mean), _spread(r), _runs(r)) for r in self.rows]
+        widths = [max(len(line[i]) for line in (head, *body)) for i in range(4)]
+        lines = [self._title(), ""]
+        lines += ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in (head, *body)]
+        return "\n".join([*lines, "", *self._words()])
+
+    def _title(self) -> str:
+        rows = (
+            " to ".join(f"{n:,}" for n in dict.fromkeys((self.held_out[0], self.held_out[-1])))
+            if self.held_out
+            else "no"
+        )
+        better = "higher" if self.higher else "lower"
+        return f"{self.metric} ({better} is better) at the end of each run, {rows} held-out rows"
+
+    def _words(self) -> list[str]:
+        found = []
+        cut = [r.cut for r in self.rows if r.cut is not None]
+        if self.best:
+            names, n = " and ".join(r.setting for r in self.best), len(self.rows)
+            found.append(
+                f"best by validation: {names} ({_figure(self.best[0].mean)}); {n} setting{'s were' if n > 1 else ' was'} tried"
+                + (f", {len(cut)} of them only in part" if cut else "")
+            )
+            if n > 1:
+                found.append(
+                    "These held-out rows chose it, so its figure flatters it, and nothing is claimed of its lead; measure it on "
+                    "rows that no run has seen."
+                )
+        else:
+            found.append("no setting has come to its end with all its seeds, so none is called best")
+        if any(not r.whole and r.values for r in self.rows):
+            found.append("A setting of which a run stopped or is still to come is not called best.")
+        if cut:
+            were, have = ("setting was", "it has") if len(cut) == 1 else ("settings were", "they have")
+            found.append(
+                f"{len(cut)} {were} stopped early by successive halving: {have} no result, only a rank by {cut[0]['metric']} at a "
+                "rung, and what is cut early might have won later."
+            )
+        varied = {key for r in self.rows for key in r.varied}
+        if self.metric in SCALED and any(k == "run" or k.split(".")[0] == "loss" for k in varied):
+            found.append(f"The loss varies, and {self.metric} is in its own units: these figures are not on one scale.")
+        return found
+
+
+def make_table(runs: Sequence[SweepRun], records: Mapping[str, Record], metric: str, higher: bool) -> Table:
+    """The table of a sweep's runs as far as they are done."""
+    by_setting: dict[str, list[SweepRun]] = {}
+    for run in runs:
+        by_setting.setdefault(run.setting, []).append(run)
+    rows = [_row(name, members, records, metric) for name, members in by_setting.items()]
+    sign = -1.0 if higher else 1.0
+    # settings with nothing to show stand last, the others best first, ties in written order; those that were cut as they stood
+    rows.sort(key=lambda r: (not r.whole, _stood(r), sign * (r.mean if r.mean is not None else math.inf * sign)))
+    held = [m["eval/rows"] for r in runs if (m := records.get(r.name, {}).get("metrics")) and "eval/rows" in m]
+    return Table(metric, higher, tuple(rows), tuple(sorted(set(held))))
+
+
+def _row(setting: str, runs: Sequence[SweepRun], records: Mapping[str, Record], metric: str) -> Row:
+    values, stopped, open_ = [], {}, 0
+    interval = cut = None
+    for run in runs:
+        record = records.get(run.name, {})
+        state = record.get("state")
+        value = record.get("metrics", {}).get(metric) if state == "finished" else None
+        if state == "stopped":
+            stopped[run.name] = record["why"]
+        elif state == "cut":
+            cut = {**record["cut"], "why": record["why"]}
+        elif state != "finished":
+            open_ += 1
+        elif value is None:
+            stopped[run.name] = f"{metric} is not a number"
+        else:
+            values.append(float(value))
+            interval = record["metrics"].get(f"{metric}/ci")
+    varied = {k: v for k, v in runs[0].varied.items() if k != SEED}
+    pair = (float(interval[0]), float(interval[1])) if len(runs) == 1 and interval is not None else None
+    return Row(setting, varied, tuple(r.seed for r in runs), tuple(values), pair, stopped, open_, cut)
+
+
+def _stood(row: Row) -> tuple[int, int]:
+    """(rung, rank) of a setting that was cut: the later the rung, the further up."""
+    return (0, 0) if row.cut is None else (-row.cut["rung"], row.cut["rank"])
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _spread(row: Row) -> str:
+    if len(row.values) > 1:
+        return f"sd {stdev(row.values):.4f} over seeds, {min(row.values):.4f} to {max(row.values):.4f}"
+    if row.interval is not None:
+        return f"95% by prompt [{row.interval[0]:.4f}, {row.interval[1]:.4f}]"
+    return "-"
+
+
+def _runs(row: Row) -> str:
+    parts = [f"{len(row.values)} of {len(row.seeds)}" if not row.whole else str(len(row.seeds))]
+    if row.cut is not None:
+        mean = row.cut["mean"]
+        parts.append(row.cut["why"] + (f" ({_figure(mean)} there)" if mean is not None else ""))
+    if row.open_:
+        parts.append(f"{row.open_} to come")
+    parts += [f"stopped: {why}" for why in dict.fromkeys(row.stopped.values())]
+    return ", ".join(parts)

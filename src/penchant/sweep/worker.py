@@ -1,0 +1,98 @@
+"""One run of a sweep: in this process, or in a worker that is told runs line by line and answers line by line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from penchant import errors
+from penchant.errors import PenchantError, TrainingStopped
+from penchant.runs.sharing import Alone, Shared
+
+PARENT_LOOKED_AT = 2.0  # seconds between two looks whether the sweep is still there
+
+
+def train_one(config: Any, shared: Alone, console: Any = None, pause_at: int | None = None) -> dict[str, Any]:
+    """Train one run to its end, or to where it stops itself, which is a result too.
+
+    Args:
+        config: a `RunConfig`; shared: what runs of this process have in common; console: where its progress goes; None: nowhere.
+        pause_at: a step before its end at which it pauses.
+
+    Returns:
+        ``state`` (``finished``, ``paused`` or ``stopped``), ``steps`` and ``metrics`` or ``why``.
+
+    Raises:
+        Interrupted: a signal; a checkpoint was written. PenchantError: a person can mend it.
+    """
+    from penchant.runs import Run
+    from penchant.training.loop import Interrupted, Paused
+
+    run = Run(config, quiet=True, shared=shared, pause_at=pause_at)
+    if console is not None:
+        run.console = console
+    try:
+        result = run.train()
+    except Interrupted:
+        raise
+    except Paused as pause:
+        return {"state": "paused", "steps": pause.step, "metrics": pause.metrics}
+    except TrainingStopped as error:
+        return {"state": "stopped", "why": f"{error.where.rpartition(': ')[2]}: {error.what}"}
+    metrics = {k: v for k, v in result.after.items() if k not in ("kind", "epoch")}
+    return {"state": "finished", "steps": result.steps, "metrics": metrics}
+
+
+def answer(line: str, shared: Alone) -> dict[str, Any]:
+    """Train the run that a line tells of (its config, and where to pause); whatever comes of it as JSON."""
+    from penchant.config import config_from_mapping
+    from penchant.training.loop import Interrupted
+
+    started = time.monotonic()
+    try:
+        told = json.loads(line)
+        made = train_one(config_from_mapping(told["config"]), shared, pause_at=told["pause_at"])
+    except Interrupted as error:
+        made = {"state": "interrupted", "why": error.what}
+    except PenchantError as error:
+        made = {"error": type(error).__name__, "where": error.where, "what": error.what, "how": error.how}
+    return {**made, "seconds": time.monotonic() - started}
+
+
+def error_of(made: Mapping[str, Any]) -> PenchantError:
+    """The error that a worker met, as it met it."""
+    kind = getattr(errors, made["error"], PenchantError)
+    return kind(made["where"], made["what"], made["how"])
+
+
+def serve(cores: list[int]) -> None:
+    """Answer runs from standard input until it ends; nothing but answers goes to standard output."""
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)  # before torch counts them
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a library prints is no answer
+    threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+    shared = Shared()
+    for line in sys.stdin:
+        answers.write(json.dumps(answer(line, shared)) + "\n")
+        answers.flush()
+
+
+def _follow_parent(parent: int) -> None:
+    """A sweep that was killed leaves no run behind: its checkpoint is written, then the worker ends."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_LOOKED_AT)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    try:
+        serve([int(c) for c in sys.argv[1].split(",") if c])
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,181 @@
+"""W&B, TensorBoard, MLflow and Trackio."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from penchant.track.tracker import STEP, Line, RunInfo, Started
+
+# ---- W&B: a history row for each line, drawn over the optimiser step. `WANDB_MODE=offline` works as wandb has it ----
+
+EXIT_CODES = {"finished": 0, "paused": 0}  # any other end is a failed run
+
+
+class WeightsAndBiases:
+    """One run of W&B. It gets figures, settings and the sampled answers: no code, no console, no machine's figures."""
+
+    def start(self, info: RunInfo) -> Started:
+        import wandb
+
+        settings = wandb.Settings(
+            console="off", disable_code=True, disable_git=True, disable_job_creation=True, x_disable_stats=True
+        )
+        self.run = wandb.init(
+            id=info.id or secrets.token_hex(6),
+            resume="allow",
+            project=info.project,
+            name=info.name,
+            group=info.group,
+            tags=list(info.tags) or None,
+            config=dict(info.config),
+            dir=info.dir,
+            settings=settings,
+        )
+        # steps of a resumed run need not come in order: each row carries its own
+        self.run.define_metric(STEP)
+        for names in ("train/*", "eval/*", "perf/*"):
+            self.run.define_metric(names, step_metric=STEP)
+        url = (self.run.url or "").split("?")[0]
+        return Started(str(self.run.id), url or str(self.run.dir).removesuffix("/files"))
+
+    def log(self, lines: Sequence[Line]) -> None:
+        for line in lines:
+            self.run.log({**line.values, STEP: line.step})
+
+    def finish(self, status: str, summary: Mapping[str, Any], samples: Sequence[Mapping[str, str]]) -> None:
+        import wandb
+
+        if samples:
+            names: list[str | int] = list(samples[0])
+            table = wandb.Table(columns=names, data=[[row.get(str(n)) for n in names] for row in samples])
+            self.run.log({"samples": table})
+        self.run.summary.update({**summary, "status": status})
+        self.run.finish(exit_code=EXIT_CODES.get(status, 1))
+
+
+# ---- TensorBoard: event files, written without torch ----
+
+
+class TensorBoard:
+    """One folder of event files; a resumed run adds a file to it."""
+
+    def start(self, info: RunInfo) -> Started:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        folder = Path(info.dir) / "tensorboard" / info.id if info.id else self._free(info)
+        self.writer = EventFileWriter(str(folder))
+        if info.id is None:
+            self._text("config", json.dumps(info.config, indent=1), 0)
+        self.writer.flush()
+        return Started(folder.name, str(folder))
+
+    def _free(self, info: RunInfo) -> Path:
+        """A folder that no earlier run has: curves of two runs in one are one tangle."""
+        root = Path(info.dir) / "tensorboard"
+        names = (info.name if i == 1 else f"{info.name}-{i}" for i in range(1, 10_000))
+        return next(root / name for name in names if not (root / name).exists())
+
+    def log(self, lines: Sequence[Line]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for line in lines:
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in line.values.items()]
+            self.writer.add_event(Event(wall_time=time.time(), step=line.step, summary=Summary(value=values)))
+        self.writer.flush()
+
+    def finish(self, status: str, summary: Mapping[str, Any], samples: Sequence[Mapping[str, str]]) -> None:
+        self._text("status", status, int(summary.get("step", 0)))
+        self.writer.close()
+
+    def _text(self, tag: str, text: str, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        # four spaces before each line: the text plugin reads Markdown, and a person's names are no markup
+        shown = "\n".join(f"    {line}" for line in text.split("\n"))
+        self.writer.add_event(Event(wall_time=time.time(), step=step, summary=text_pb(tag, shown)))
+
+
+# ---- MLflow: a run of an experiment that is called as the project, in `MLFLOW_TRACKING_URI` or a SQLite file of its own ----
+
+STATUS = {"finished": "FINISHED", "paused": "FINISHED", "stopped": "FAILED"}  # the others were killed
+METRICS, PARAMS, LONGEST = 1000, 100, 6000  # of one request, as MLflow's servers bound them; characters of a parameter
+
+
+class MLflow:
+    """One run of MLflow, by its client: nothing global is set."""
+
+    def start(self, info: RunInfo) -> Started:
+        from mlflow.entities import Param
+        from mlflow.tracking import MlflowClient
+
+        where = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(info.dir) / 'mlflow.db'}"
+        self.client = MlflowClient(tracking_uri=where)
+        if info.id is not None:
+            self.id = info.id
+            self.client.update_run(self.id, status="RUNNING")
+            return Started(self.id, where)
+        known = self.client.get_experiment_by_name(info.project)
+        experiment = known.experiment_id if known else self.client.create_experiment(info.project)
+        tags = {"mlflow.source.name": "penchant", **dict.fromkeys(info.tags, "true")}
+        if info.group:
+            tags["group"] = info.group
+        self.id = self.client.create_run(experiment, run_name=info.name, tags=tags).info.run_id
+        params = [Param(name, str(value)[:LONGEST]) for name, value in flat(info.config)]
+        for at in range(0, len(params), PARAMS):
+            self.client.log_batch(self.id, params=params[at : at + PARAMS])
+        return Started(self.id, where)
+
+    def log(self, lines: Sequence[Line]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, line.step) for line in lines for name, value in line.values.items()]
+        for at in range(0, len(metrics), METRICS):
+            self.client.log_batch(self.id, metrics=metrics[at : at + METRICS])
+
+    def finish(self, status: str, summary: Mapping[str, Any], samples: Sequence[Mapping[str, str]]) -> None:
+        self.client.set_tag(self.id, "status", status)
+        self.client.set_terminated(self.id, status=STATUS.get(status, "KILLED"))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``train.lr`` for every leaf: MLflow's parameters have no levels."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+# ---- Trackio: a local database that `trackio show` draws; a Space or a server where trackio's own variables name one ----
+
+
+class Trackio:
+    """One run of Trackio; its name there ends with an id of its own, for a project may have many runs of one name."""
+
+    def start(self, info: RunInfo) -> Started:
+        if info.own_dir:  # else where `trackio show` looks by itself
+            os.environ.setdefault("TRACKIO_DIR", str(Path(info.dir) / "trackio"))
+        import trackio
+
+        name = info.id or f"{info.name}-{secrets.token_hex(3)}"
+        config = {k: v for k, v in info.config.items() if not k.startswith("_")}
+        self.run = trackio.init(
+            project=info.project, name=name, group=info.group, config=config, resume="allow", embed=False
+        )
+        return Started(name, f"trackio show --project {info.project}")
+
+    def log(self, lines: Sequence[Line]) -> None:
+        for line in lines:
+            self.run.log(dict(line.values), step=line.step)
+
+    def finish(self, status: str, summary: Mapping[str, Any], samples: Sequence[Mapping[str, str]]) -> None:
+        self.run.finish()

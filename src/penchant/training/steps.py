@@ -1,0 +1,111 @@
+"""Which rows a step has, and sums over global counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penchant.types import LossOutput
+
+# ---- Which trees a step trains on: a pure function of seed and step, so that a resumed run needs no data cursor but the step ----
+
+
+@lru_cache(maxsize=2)  # drawn once an epoch, not at every step: a million rows take 20 ms
+def _order(rows: int, seed: int | None, epoch: int) -> np.ndarray:
+    order = np.arange(rows) if seed is None else np.random.default_rng([seed, epoch]).permutation(rows)
+    order.flags.writeable = False
+    return order
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSchedule:
+    """The batches of a run.
+
+    Args:
+        rows: trees in the training set; batch_size: trees per optimiser step (an epoch's last batch may be smaller; no row
+            is ever left out).
+        epochs: passes over the data, may be a fraction; max_steps: an upper bound, or None.
+        seed: of the order; shuffle: False keeps the file's order.
+        repeat: optimiser steps on each batch (online methods take several on the same rollouts).
+    """
+
+    rows: int
+    batch_size: int
+    epochs: float
+    max_steps: int | None = None
+    seed: int = 0
+    shuffle: bool = True
+    repeat: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.rows / self.batch_size) * self.repeat
+
+    @property
+    def total_steps(self) -> int:
+        steps = max(1, round(self.epochs * self.steps_per_epoch))
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The order of rows in an epoch (0-based)."""
+        return _order(self.rows, self.seed if self.shuffle else None, epoch)
+
+    def batch(self, step: int) -> list[int]:
+        """Row indices of optimiser step `step` (0-based)."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        order = self.order(epoch)
+        at //= self.repeat
+        return [int(i) for i in order[at * self.batch_size : (at + 1) * self.batch_size]]
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether `step` steps done is the end of an epoch."""
+        return step % self.steps_per_epoch == 0
+
+
+# ---- Reduction by global counts: sums over micro-batches, then one division, so that 1x8 equals 4x2 ----
+
+
+def reduced(output: LossOutput, totals: Mapping[str, float]) -> Tensor:
+    """The micro-batch's part of the step's loss: each term over its global count; a term without a count is exactly zero."""
+    parts = [values.sum() / totals[name] for name, (values, _) in output.summands().items() if totals[name] > 0]
+    # no term at all counts (a batch of only bad answers with no weight on them): zero, with a graph to go back through
+    return torch.stack(parts).sum() if parts else output.losses.sum() * 0.0
+
+
+class Totals:
+    """Sums and counts of losses and metrics over any number of micro-batches, in fp64."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, float] = {}
+        self.terms: set[str] = set()
+
+    def add(self, output: LossOutput) -> None:
+        """Add one micro-batch."""
+        for name, (values, weights) in output.summands().items():
+            self.terms.add(f"loss/{name}")
+            self._add(f"loss/{name}", values.detach(), weights)
+        for name, (values, weights) in output.metrics.items():
+            self._add(name, values, weights)
+
+    def _add(self, name: str, values: Tensor, weights: Tensor | None) -> None:
+        count = float(weights.double().sum()) if weights is not None else float(values.numel())
+        self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
+        self.counts[name] = self.counts.get(name, 0.0) + count
+
+    def means(self, prefix: str = "") -> dict[str, float]:
+        """``loss``, its terms where it has several, and every metric; one without a single example is left out."""
+        means = {name: s / self.counts[name] for name, s in self.sums.items() if self.counts[name] > 0}
+        loss = {"loss": sum(v for name, v in means.items() if name in self.terms)}
+        hidden = self.terms if len(self.terms) == 1 else set()
+        return {prefix + name: v for name, v in (loss | means).items() if name not in hidden}

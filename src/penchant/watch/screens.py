@@ -1,0 +1,462 @@
+"""Frames of `penchant watch`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+from rich.text import Text
+
+from penchant.training.console import duration
+from penchant.watch.plot import ASCII, LINE, POINT, UNICODE, Glyphs, plot
+from penchant.watch.text import clean, figure, interval, number, whole, with_interval
+from penchant.watch.views import OPEN_STATES, GroupView, Member, Metric, RunView, steps_of
+
+# ---- Lines of a frame: Texts that are cut to the terminal's width, side by side and one below the other ----
+
+STYLES = {
+    "running": "bold green",
+    "preparing": "green",
+    "paused": "cyan",
+    "finished": "bold",
+    "stopped": "bold red",
+    "interrupted": "bold yellow",
+    "cut": "dim",
+    "to come": "dim",
+    "waiting": "dim",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Cells of a frame, and what it is drawn with."""
+
+    width: int
+    height: int
+    glyphs: Glyphs = UNICODE
+
+    def lower(self, height: int) -> Size:
+        return Size(self.width, max(0, height), self.glyphs)
+
+    @property
+    def dots(self) -> str:
+        """Between figures of one line."""
+        return "  "
+
+    @property
+    def full(self) -> tuple[str, str]:
+        """A progress bar's two halves."""
+        return ("#", "-") if self.glyphs is ASCII else ("━", "─")
+
+
+def fit(text: Text, width: int) -> Text:
+    """The text in exactly `width` cells."""
+    made = text.copy()
+    made.truncate(width, overflow="ellipsis", pad=True)
+    return made
+
+
+def ends(left: Text, right: Text, width: int) -> Text:
+    """One text at each end of a line; the left one is cut where both do not fit."""
+    room = max(0, width - right.cell_len - 2)
+    return fit(Text.assemble(fit(left, room), "  ", right), width)
+
+
+def title(kind: str, name: str, state: Text, width: int) -> Text:
+    """The first line: what is shown, and its state at the other end. Of a long path the end is kept, which tells it from others."""
+    kind = f"{kind}  " if kind else ""
+    room = max(1, width - state.cell_len - 2 - cell_len(kind))
+    if cell_len(name) > room:
+        while name and cell_len(name) >= room:
+            name = name[1:]
+        name = f"…{name}"
+    return ends(Text.assemble((kind, "bold cyan"), (name, "bold")), state, width)
+
+
+def beside(blocks: Sequence[Sequence[Text]], widths: Sequence[int], gap: int = 2) -> list[Text]:
+    """Blocks of lines next to each other."""
+    height = max((len(b) for b in blocks), default=0)
+    rows = []
+    for i in range(height):
+        cells = [fit(b[i] if i < len(b) else Text(), w) for b, w in zip(blocks, widths, strict=True)]
+        rows.append(Text(" " * gap).join(cells))
+    return rows
+
+
+def wrapped(label: str, text: str, width: int, most: int, label_width: int) -> list[Text]:
+    """A labelled text on at most `most` lines, the last one cut with an ellipsis where it goes on."""
+    room = max(1, width - label_width)
+    lines = list(_broken(text, room)) or [""]
+    if len(lines) > most:
+        last = Text(lines[most - 1] + "…")
+        last.truncate(room, overflow="ellipsis")
+        lines = [*lines[: most - 1], last.plain]
+    first = [label, *[""] * (len(lines) - 1)]
+    return [Text.assemble((f"{w:<{label_width}}", "dim"), line) for w, line in zip(first, lines, strict=True)]
+
+
+def _broken(text: str, width: int) -> Iterator[str]:
+    """Pieces of at most `width` cells, cut at spaces where there are any."""
+    line = ""
+    for word in text.split(" "):
+        if line and cell_len(f"{line} {word}") > width:
+            yield line
+            line = ""
+        line = f"{line} {word}" if line else word
+        while cell_len(line) > width:
+            n = max(1, next((i for i in range(len(line)) if cell_len(line[: i + 1]) > width), len(line)))
+            yield line[:n]
+            line = line[n:]
+    if line:
+        yield line
+
+
+def heading(title: str, width: int, glyphs: Glyphs) -> Text:
+    """A rule with a title in it."""
+    start = f"{glyphs.rule * 2} {title} "
+    return Text(start + glyphs.rule * max(0, width - cell_len(start)), "dim")
+
+
+def bar(done: float, width: int, size: Size) -> Text:
+    """A progress bar."""
+    full, rest = size.full
+    n = min(width, max(0, round(done * width)))
+    return Text.assemble((full * n, "green"), (rest * (width - n), "dim"))
+
+
+def whole_frame(lines: Sequence[Text], size: Size) -> list[Text]:
+    """At most `size.height` lines, each of exactly its width."""
+    return [fit(line, size.width) for line in lines[: size.height]]
+
+
+# ---- A frame of one run: how far it is, its curves, the last evaluation beside the first, flags, and its last answers ----
+
+PANEL_WIDTH = 38  # the least
+PANEL_HEIGHT = 7  # the least that shows a shape
+TALLEST = 18
+LABEL = 8  # cells before a sample's text
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A picture: its title, and the training and held-out figures in it ("" for none)."""
+
+    title: str
+    line: str
+    points: str = ""
+
+
+LOSS = Panel("loss", "loss", "eval/loss")
+OFFLINE = (
+    LOSS,
+    Panel("preference accuracy", "rewards/accuracies", "eval/rewards/accuracies"),
+    Panel("reward margin", "rewards/margins", "eval/rewards/margins"),
+    Panel("KL to the start", "", "eval/kl/policy_ref"),
+    Panel("reward", "", "eval/reward"),
+    Panel("win rate", "", "eval/win_rate"),
+    Panel("log-prob, chosen", "logps/chosen", "eval/logps/chosen"),
+    Panel("perplexity", "", "eval/perplexity"),
+    Panel("completion tokens", "", "eval/completions/length"),
+    Panel("gradient norm", "grad_norm"),
+    Panel("learning rate", "lr"),
+)
+ONLINE = (
+    Panel("reward", "reward", "eval/reward"),
+    Panel("KL to the start", "kl/policy_ref", "eval/kl/policy_ref"),
+    Panel("completion tokens", "completions/length", "eval/completions/length"),
+    Panel("loss", "loss"),  # held out it is another figure
+    Panel("win rate", "", "eval/win_rate"),
+    Panel("gradient norm", "grad_norm"),
+    Panel("learning rate", "lr"),
+)
+TABLE = (
+    ("eval/reward", "reward"),
+    ("eval/win_rate", "win rate"),
+    ("eval/loss", "loss"),
+    ("eval/rewards/accuracies", "accuracy"),
+    ("eval/rewards/margins", "margin"),
+    ("eval/kl/policy_ref", "KL, nats"),
+    ("eval/perplexity", "perplexity"),
+    ("eval/completions/length", "tokens"),
+    ("eval/logps/chosen", "log-prob, chosen"),
+    ("eval/logps/rejected", "log-prob, rejected"),
+    ("eval/calibration/ece", "calibration error"),
+)
+WAITING = {
+    "waiting": "nothing there yet; it is shown when it begins",
+    "preparing": "reading data and models; the first step is still to come",
+}
+
+
+def run_frame(view: RunView, size: Size) -> list[Text]:
+    """A run in `size.height` lines at most."""
+    lines = header(view, size)
+    if view.state in WAITING and not view.last and not view.last_eval:
+        lines.append(Text(WAITING[view.state], "dim"))
+    lines += _flags(view, size)
+    room = size.height - len(lines)
+    table = _table(view, size)
+    samples_room = 4 if view.samples else 0
+    table = table[: max(0, room - samples_room - PANEL_HEIGHT)]
+    curves = panels(view, size.lower(room - len(table) - samples_room))
+    lines += curves + table
+    lines += _samples(view, size.lower(size.height - len(lines)))
+    return whole_frame(lines, size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# how far it is
+
+
+def header(view: RunView, size: Size) -> list[Text]:
+    """What it is and its state; progress; speed; and a line of explanation where the state wants one."""
+    lines = [title(view.method, view.name, state_words(view), size.width)]
+    if view.step or view.total:
+        lines.append(_progress(view, size))
+    if figures := _figures(view):
+        lines.append(Text(size.dots).join(figures))
+    if view.why:
+        lines += wrapped("", view.why, size.width, 2, 0)
+    if view.unreadable:
+        n = view.unreadable
+        lines.append(Text(f"{n} line{'s' if n > 1 else ''} of its logs cannot be read", "yellow"))
+    return lines
+
+
+def state_words(view: RunView) -> Text:
+    """The state, with the time left or taken."""
+    rest = ""
+    if view.state == "running" and view.left is not None:
+        rest = f", {duration(view.left)} left"
+    elif view.state == "finished" and view.took is not None:
+        rest = f" in {duration(view.took)}"
+    return Text.assemble((view.state, STYLES[view.state]), rest)
+
+
+def _progress(view: RunView, size: Size) -> Text:
+    step, total = view.step, view.total
+    said = f"step {step:,}" + (f"/{total:,}" if total else "")
+    epoch, epochs = view.epoch
+    end = "" if epoch is None else f"epoch {epoch:.2f}" + (f" of {epochs:.3g}" if epochs is not None else "")
+    if not total:
+        return Text(f"{said}  {end}")
+    end = f"{min(100, 100 * step // total)}%  {end}".rstrip()
+    room = max(4, min(60, size.width - len(said) - len(end) - 4))
+    return Text.assemble(f"{said}  ", bar(step / total, room, size), f"  {end}")
+
+
+def _figures(view: RunView) -> list[Text]:
+    """Speed, memory, learning rate, and how long it has been going."""
+    found = []
+    speed = view.speed
+    if speed is not None:
+        rows = {"sft": "rows", "kto": "rows", "bco": "rows", "pmpo": "rows"}.get(view.method, "pairs")
+        found += [f"{speed.tokens:,.0f} tokens/s", f"{speed.trees:,.1f} {'prompts' if view.online else rows}/s"]
+    if view.memory is not None:
+        found.append(f"peak {view.memory:.2f} GB")
+    rate = number(view.last.get("lr"))
+    if rate is not None:
+        found.append(f"lr {rate:.1e}")
+    if view.state in ("running", "preparing") and view.took is not None:
+        found.append(f"going for {duration(view.took)}")
+    return [Text(f) for f in found]
+
+
+def _flags(view: RunView, size: Size) -> list[Text]:
+    most = max(1, size.height // 12)
+    lines = []
+    for flag in view.flags[:most]:
+        style = "bold red" if flag.get("level") == "warning" else "yellow"
+        named, sentence = clean(flag.get("title") or flag.get("name") or "flag", 80), clean(flag.get("sentence", ""))
+        lines.append(fit(Text.assemble((f"! {named}: ", style), sentence), size.width))
+    if len(view.flags) > most:
+        lines.append(Text(f"! and {len(view.flags) - most} more in flags.json", "yellow"))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# curves
+
+
+def panels(view: RunView, size: Size) -> list[Text]:
+    """As many pictures as fit, the most telling first."""
+    wanted = [p for p in (ONLINE if view.online else OFFLINE) if view.line.get(p.line) or view.points.get(p.points)]
+    across = min(len(wanted), max(1, (size.width + 2) // (PANEL_WIDTH + 2)))
+    if not wanted or size.height < PANEL_HEIGHT:
+        return []
+    down = min(-(-len(wanted) // across), max(1, size.height // (PANEL_HEIGHT + 2)))
+    height = min(TALLEST, size.height // down)
+    width = (size.width - 2 * (across - 1)) // across
+    lines: list[Text] = []
+    for i in range(down):
+        row = wanted[i * across : (i + 1) * across]
+        lines += beside([_panel(view, p, width, height, size) for p in row], [width] * len(row))
+    return lines
+
+
+def _panel(view: RunView, panel: Panel, width: int, height: int, size: Size) -> list[Text]:
+    line, points = view.line.get(panel.line, []), view.points.get(panel.points, [])
+    trained = (f"  {figure(line[-1][1])}" if line else "", LINE)
+    last = points[-1] if points else None
+    words = [""] if last is None else [with_interval(last.value, last.interval), figure(last.value)]
+    made = [
+        Text.assemble((panel.title, "bold"), trained, (f"  {size.glyphs.point} {w}" if w else "", POINT)) for w in words
+    ]
+    shown = next((t for t in made if t.cell_len <= width), made[-1])  # without the interval where that does not fit
+    return [shown, *plot(line, points, width, height - 1, size.glyphs, view.step)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the last evaluation beside the first, and answers
+
+
+def _table(view: RunView, size: Size) -> list[Text]:
+    if view.last_eval:
+        rows = [_held_out_row(view, key, name) for key, name in TABLE if number(view.last_eval.get(key)) is not None]
+        first, last = (whole(e.get("step")) or 0 for e in (view.first_eval, view.last_eval))
+        held = whole(view.last_eval.get("rows", view.last_eval.get("eval/rows")))
+        which = "held out" + (f", {held:,} rows" if held else "")
+        head = ("", f"step {first:,}", f"step {last:,}", "change") if first != last else ("", "", f"step {last:,}", "")
+    else:
+        keys = [(key.removeprefix("eval/"), name) for key, name in TABLE]
+        rows = [(n, figure(e[0]), figure(e[1]), f"{e[1] - e[0]:+.4f}") for k, n in keys if (e := view.edges(k))]
+        which, head = "training: mean of the first and of the last steps", ("", "first", "last", "change")
+    if not rows:
+        return []
+    widths = [max(len(r[i]) for r in (head, *rows)) for i in range(4)]
+    body = [heading(which, size.width, size.glyphs)]
+    for cells, style in ((head, "dim"), *((r, "") for r in rows)):
+        padded = [cells[0].ljust(widths[0]), *(c.ljust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        body.append(Text("  ".join(padded).rstrip(), style))
+    return body
+
+
+def _held_out_row(view: RunView, key: str, name: str) -> tuple[str, str, str, str]:
+    """Where there is one evaluation only, it is the last."""
+    first, last = (number(e.get(key)) for e in (view.first_eval, view.last_eval))
+    before = with_interval(first, interval(view.first_eval.get(f"{key}/ci")))
+    after = with_interval(last, interval(view.last_eval.get(f"{key}/ci")))
+    if view.first_eval.get("step") == view.last_eval.get("step"):
+        return name, "", after, ""
+    change = "" if first is None or last is None else f"{last - first:+.4f}"
+    return name, before if first is not None else "", after, change
+
+
+def _samples(view: RunView, size: Size) -> list[Text]:
+    rows = view.samples
+    if not rows or size.height < 3:
+        return []
+    which = "last answers" if any("after" in r for r in rows) else "answers before training"
+    lines = [heading(which, size.width, size.glyphs)]
+    parts = [("prompt", "prompt"), ("before", "before"), ("completion", "start"), ("after", "after")]
+    per = [[(label, clean(row[key])) for key, label in parts if isinstance(row.get(key), str)] for row in rows]
+    per = [p for p in per if p]
+    shown = max(1, (size.height - 1) // 4)
+    per = per[-shown:]
+    most = max(1, (size.height - 1) // max(1, sum(len(p) for p in per)))
+    for sample in per:
+        for label, text in sample:
+            lines += wrapped(label, text, size.width, most, LABEL)
+    return _cut(lines, size.height)
+
+
+def _cut(lines: Sequence[Text], height: int) -> list[Text]:
+    return list(lines[:height])
+
+
+# ---- A frame of several runs: one line each, what is left of all, and below them the one that goes on ----
+
+BAR = 10  # cells
+ORDER = ("running", "preparing", "interrupted", "paused", "stopped", "finished", "cut", "to come", "waiting")
+
+
+def group_frame(view: GroupView, size: Size) -> list[Text]:
+    """The runs in `size.height` lines at most."""
+    lines = [title(view.kind, view.title, _state(view), size.width)]
+    if not view.members:
+        return whole_frame([*lines, Text("no run has begun", "dim")], size)
+    lines.append(_counts(view))
+    rest = size.height - len(lines)
+    table = _table_group_screen(
+        view, size.lower(rest if rest < len(view.members) + 2 + PANEL_HEIGHT else len(view.members) + 1)
+    )
+    lines += table
+    shown = _shown(view)
+    room = size.height - len(lines) - 1
+    if shown is not None and room >= PANEL_HEIGHT:
+        curves = panels(shown.view, size.lower(room))
+        lines += [heading(shown.view.name, size.width, size.glyphs), *curves] if curves else []
+    return whole_frame(lines, size)
+
+
+def _state(view: GroupView) -> Text:
+    if view.going:
+        left = view.left
+        upper = "at most " if view.about.get("halving") else ""
+        rest = f", {upper}{duration(left)} left" if left is not None else ""
+        return Text.assemble(("running", STYLES["running"]), rest)
+    done = bool(view.members) and all(m.ended for m in view.members)
+    return Text("finished", "bold") if done else Text("not running", STYLES["interrupted"])
+
+
+def _counts(view: GroupView) -> Text:
+    counts = view.counts
+    said = [f"{counts[s]} {s}" for s in ORDER if s in counts]
+    n = len(view.members)
+    return Text(f"{n} run{'s' if n > 1 else ''}: {', '.join(said)}")
+
+
+def _table_group_screen(view: GroupView, size: Size) -> list[Text]:
+    """One line a run; where they do not all fit, those that go on first, and how many are left out."""
+    members = view.members
+    room = size.height - 1
+    if len(members) > room:
+        ranked = sorted(members, key=lambda m: ORDER.index(m.state) if m.state in ORDER else 0)
+        kept = {id(m) for m in ranked[: max(0, room - 1)]}
+        members = [m for m in members if id(m) in kept]
+    metrics = [m.metric(view.metric) for m in members]
+    names = sorted({m.name for m in metrics if m is not None})
+    rows = [_row(m, found, size, mixed=len(names) > 1) for m, found in zip(members, metrics, strict=True)]
+    words = ("run", "state", "steps", clean(names[0]) if len(names) == 1 else "metric", "")
+    head = [Text(w, "dim") for w in words]
+    widths = [max(r[i].cell_len for r in (head, *rows)) for i in range(4)]
+    widths[0] = min(widths[0], max(12, size.width - sum(widths[1:]) - 2 * 4 - 12))
+    lines = [_line(row, widths) for row in (head, *rows)]
+    if len(members) < len(view.members):
+        lines.append(Text(f"and {len(view.members) - len(members)} more, for which there is no room", "dim"))
+    return lines
+
+
+def _row(member: Member, metric: Metric | None, size: Size, mixed: bool) -> list[Text]:
+    step, total = steps_of(member)
+    steps = (
+        Text.assemble(bar(step / total, BAR, size), f" {step:,}/{total:,}")
+        if total
+        else Text(f"{step:,}" if step else "")
+    )
+    end = ""
+    if member.state in ("stopped", "cut"):
+        end = member.why.removeprefix("stopped at ")
+    elif member.state == "running":
+        speed, left = member.view.speed, member.view.left
+        end = "" if left is None else f"{duration(left)} left"
+        end += "" if speed is None else f", {speed.tokens:,.0f} tokens/s"
+    elif member.state == "finished" and (took := member.took) is not None:
+        end = duration(took)
+    value = "" if metric is None else with_interval(metric.value, metric.interval)
+    if mixed and metric is not None:
+        value += f" {metric.name}"
+    return [Text(member.view.name), Text(member.state, STYLES.get(member.state, "")), steps, Text(value), Text(end)]
+
+
+def _line(cells: Sequence[Text], widths: Sequence[int]) -> Text:
+    return Text("  ").join([*(fit(c, w) for c, w in zip(cells, widths, strict=False)), cells[-1]])
+
+
+def _shown(view: GroupView) -> Member | None:
+    """The run below the lines: the first that goes on, else the last that came to its end, else the last that has figures."""
+    members = [m for m in view.members if m.view.last]
+    going = [m for m in members if m.state in OPEN_STATES]
+    done = [m for m in members if m.state == "finished"] or members
+    return going[0] if going else done[-1] if done else None

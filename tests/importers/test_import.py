@@ -1,0 +1,386 @@
+"""Other tools' files: every key is accounted for, the outcome is a config of ours that means the same, and trains."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import polite_rows, tiny_model_folder, write_jsonl
+
+from penchant import api
+from penchant.cli import build_parser, main
+from penchant.config import RunConfig, load_config
+from penchant.data.load import load_preferences
+from penchant.errors import ConfigError
+from penchant.importers import SOURCES, Imported, import_config
+from penchant.importers.rules import translate
+
+MODEL = {"model_name_or_path": "owner/model", "dataset_name": "train.jsonl", "output_dir": "out"}
+LF = {"model_name_or_path": "owner/model", "dataset": "mine", "output_dir": "out"}
+
+# (their tool, method, their keys, what must come out of it)
+FIXTURES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "trl_sft": (
+        "trl", "sft",
+        {**MODEL, "learning_rate": "2.0e-4", "num_train_epochs": 2, "packing": False, "dataset_text_field": "body", "eos_token": "<|im_end|>"},
+        {"loss.name": "sft", "train.lr": 2e-4, "train.epochs": 2.0, "data.columns": {"text": "body"}, "data.max_length": 1024, "train.batch_size": 8},
+    ),
+    "trl_dpo": (
+        "trl", "dpo",
+        {**MODEL, "beta": 0.3, "loss_type": "sigmoid", "label_smoothing": 0.1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 6,
+         "lr_scheduler_type": "cosine", "warmup_steps": 0.2, "use_peft": True, "lora_alpha": 8, "use_rslora": True, "lora_target_modules": "all-linear"},
+        {"loss.name": "dpo", "loss.beta": 0.3, "loss.label_smoothing": 0.1, "train.batch_size": 12, "train.schedule": "cosine",
+         "train.warmup_fraction": 0.2, "train.lr": 1e-6, "lora.alpha": 32.0, "lora.r": 16, "lora.target_modules": "all-linear", "train.epochs": 3.0},
+    ),
+    "trl_dpo_mix": (
+        "trl", "auto",
+        {**MODEL, "loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.2], "sync_ref_model": True},
+        {"loss.mix": [{"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "weight": 0.8}, {"name": "sft", "weight": 0.2}],
+         "reference.sync_every": 512, "reference.sync_mixup": 0.6},
+    ),
+    "trl_f_dpo": (
+        "trl", "auto", {**MODEL, "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
+        {"loss.name": "f_dpo", "loss.divergence": "alpha", "loss.alpha": pytest.approx(0.3)},
+    ),
+    "trl_kto": ("trl", "auto", {**MODEL, "desirable_weight": 1.5, "fp16": True}, {"loss.name": "kto", "loss.desirable_weight": 1.5}),
+    "trl_bco": ("trl", "bco", {**MODEL, "prompt_sample_size": 512}, {"loss.name": "bco", "train.lr": 5e-7}),
+    "trl_orpo": ("trl", "orpo", {**MODEL, "beta": 0.2, "max_length": 512}, {"loss.name": "orpo", "loss.beta": 0.2, "data.max_length": 512}),
+    "trl_simpo": (
+        "trl", "auto", {**MODEL, "loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.8, "beta": 2.5},
+        {"loss.name": "simpo", "loss.beta": 2.5, "loss.gamma": 0.8},
+    ),
+    "trl_cpo": ("trl", "cpo", {**MODEL, "loss_type": "sigmoid"}, {"loss.name": "cpo", "train.lr": 1e-6}),
+    "trl_reward": (
+        "trl", "auto", {**MODEL, "center_rewards_coefficient": 0.01, "max_steps": 40, "warmup_steps": 4},
+        {"algorithm.name": "reward_model", "algorithm.centring": 0.01, "train.lr": 1e-4, "train.max_steps": 40, "train.warmup_fraction": 0.1},
+    ),
+    "trl_grpo": (
+        "trl", "grpo",
+        {**MODEL, "num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_iterations": 2,
+         "steps_per_generation": 4, "reward_funcs": ["rewards.short", "think_format_reward"], "scale_rewards": False, "epsilon_high": 0.28},
+        {"algorithm.name": "grpo", "algorithm.samples": 4, "train.batch_size": 8, "algorithm.minibatches": 2, "algorithm.epochs": 2,
+         "algorithm.beta": 0.0, "algorithm.loss_mean": "token", "algorithm.scale_rewards": "none", "algorithm.max_new_tokens": 512,
+         "algorithm.clip_high": 0.28, "reward": {"rewards.py:short": 1.0}},
+    ),
+    "trl_rloo": (
+        "trl", "rloo", {**MODEL, "num_generations": 2, "reward_model_name_or_path": "runs/rm", "max_completion_length": 64},
+        {"algorithm.name": "rloo", "algorithm.samples": 2, "train.batch_size": 4, "algorithm.max_new_tokens": 64, "reward": {"runs/rm": 1.0}},
+    ),
+    "trl_online_dpo": (
+        "trl", "online_dpo", {**MODEL, "reward_model_path": "runs/rm", "beta": [0.2]},
+        {"algorithm.name": "online_dpo", "algorithm.samples": 2, "algorithm.beta": 0.2, "algorithm.temperature": 0.9, "train.batch_size": 8},
+    ),
+    "trl_ppo": (
+        "trl", "auto",
+        {"sft_model_path": "owner/model", "reward_model_path": "runs/rm", "dataset_name": "me/prompts", "output_dir": "out", "total_episodes": 1000,
+         "num_mini_batches": 2, "per_device_train_batch_size": 16, "kl_coef": 0.1},
+        {"model.path": "owner/model", "algorithm.name": "ppo", "algorithm.beta": 0.1, "train.batch_size": 32, "algorithm.minibatches": 2,
+         "train.max_steps": 32 * 4 * 2, "algorithm.adam_eps": 1e-8, "algorithm.value": "separate", "data.path": "me/prompts:train"},
+    ),
+    "lf_sft": (
+        "llama-factory", "auto", {**LF, "stage": "sft", "finetuning_type": "full", "template": "qwen", "val_size": 0.1, "cutoff_len": 512, "plot_loss": True},
+        {"loss.name": "sft", "data.validation_fraction": 0.1, "data.max_length": 512, "data.path": "data/mine.json", "train.batch_size": 8},
+    ),
+    "lf_dpo": (
+        "llama-factory", "auto",
+        {**LF, "stage": "dpo", "lora_rank": 4, "lora_target": "q_proj,v_proj", "pref_beta": 0.2, "pref_ftx": 0.1, "val_size": 50, "bf16": True},
+        {"loss.name": "dpo", "loss.beta": 0.2, "loss.nll_weight": 0.1, "lora.r": 4, "lora.alpha": 8.0, "lora.target_modules": ["q_proj", "v_proj"],
+         "data.validation_rows": 50, "model.dtype": "bf16", "train.schedule": "linear", "train.warmup_fraction": 0.0, "data.max_length": 2048},
+    ),
+    "lf_simpo": ("llama-factory", "auto", {**LF, "stage": "dpo", "pref_loss": "simpo", "pref_beta": 2.0, "simpo_gamma": 1.2},
+                 {"loss.name": "simpo", "loss.beta": 2.0, "loss.gamma": 1.2, "lora.r": 8}),
+    "lf_kto": ("llama-factory", "auto", {**LF, "stage": "kto", "kto_rejected_weight": 1.3}, {"loss.name": "kto", "loss.undesirable_weight": 1.3}),
+    "lf_rm": ("llama-factory", "auto", {**LF, "stage": "rm"}, {"algorithm.name": "reward_model"}),
+    "lf_ppo": (
+        "llama-factory", "auto", {**LF, "stage": "ppo", "reward_model": "runs/rm", "reward_model_type": "full", "max_new_tokens": 32, "top_p": 0.9},
+        {"algorithm.kl_control": "adaptive", "algorithm.beta": 0.2, "algorithm.top_p": 0.9, "algorithm.top_k": 50, "algorithm.max_new_tokens": 32,
+         "reward": "runs/rm"},
+    ),
+    "flat": (
+        "auto", "auto",
+        {"model_path": "m", "dataset_path": "d.jsonl", "loss_type": "dpo", "beta": 0.2, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05,
+         "max_seq_length": 256, "batch_size": 4, "gradient_accumulation_steps": 4, "learning_rate": 5e-5, "epochs": 3, "chosen_column": "good"},
+        {"model.path": "m", "data.path": "d.jsonl", "loss.beta": 0.2, "lora.r": 8, "lora.dropout": 0.05, "data.max_length": 256,
+         "train.batch_size": 16, "train.lr": 5e-5, "train.epochs": 3.0, "data.columns": {"chosen": "good"}},
+    ),
+}  # fmt: skip
+
+
+def _import(folder: Path, name: str, *overrides: str, **more: Any) -> tuple[Imported, RunConfig]:
+    source, method, values, _ = FIXTURES[name]
+    path = folder / "theirs.yaml"
+    path.write_text(yaml.safe_dump(values | more))
+    made = import_config(path, source, method, overrides=overrides)
+    (folder / "ours.yaml").write_text(made.yaml)
+    return made, load_config(folder / "ours.yaml")
+
+
+def _at(config: RunConfig, key: str) -> Any:
+    value: Any = config.model_dump(mode="json")
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+@pytest.mark.parametrize("name", sorted(FIXTURES))
+def test_it_loads_and_means_the_same(tmp_path: Path, name: str) -> None:
+    made, config = _import(tmp_path, name)
+    for key, wanted in FIXTURES[name][3].items():
+        found = _at(config, key)
+        if key == "loss.mix":
+            found = [{k: part[k] for k in want} for part, want in zip(found, wanted, strict=True)]
+        assert found == wanted, key
+    accounted = {k for line in made.translation.lines for k, _ in line.theirs}
+    assert FIXTURES[name][2].keys() <= accounted
+    for key in FIXTURES[name][2]:
+        assert key in made.text
+
+
+def _any_value() -> st.SearchStrategy[Any]:
+    return st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-3, 3),
+        st.floats(0.001, 2),
+        st.sampled_from(["x", "no", "all"]),
+        st.lists(st.just("a"), max_size=2),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_no_key_is_ever_dropped(data: st.DataObject) -> None:
+    """Whatever stands in a file: a key has a line of its own, or the whole file is refused with a sentence."""
+    source = SOURCES[data.draw(st.sampled_from(sorted(SOURCES)))]
+    method = source.methods[data.draw(st.sampled_from(sorted(source.methods)))]
+    known = sorted({*source.rules, *method.rules, *method.parts, "foreign_key", "another-one"})
+    values = data.draw(st.dictionaries(st.sampled_from(known), _any_value(), max_size=8))
+    try:
+        lines = translate(values, source, method).lines
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, ConfigError):
+        return  # import_config makes a ConfigError of it
+    assert values.keys() <= {k for line in lines for k, _ in line.theirs}
+
+
+def test_a_key_that_nobody_knows_is_reported(tmp_path: Path) -> None:
+    made, _ = _import(tmp_path, "trl_dpo", betta=3)
+    assert made.unsupported == 1
+    assert "betta: 3 (not a key that the importer knows; did you mean beta?)" in made.text
+    assert "#   betta: 3" in made.yaml
+
+
+def test_defaults_that_differ_are_written_with_a_comment(tmp_path: Path) -> None:
+    made, config = _import(tmp_path, "trl_kto")
+    assert "schedule: linear  # TRL's default (lr_scheduler_type: linear)" in made.yaml
+    assert config.train.warmup_fraction == 0.0 and config.train.seed == 42
+    assert "weight_decay" not in made.yaml  # 0 there and here
+
+
+def test_the_devices_of_their_run_count(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(FIXTURES["trl_dpo"][2]))
+    assert "batch_size: 48" in import_config(tmp_path / "t.yaml", method="dpo", devices=4).yaml
+
+
+def test_names_in_dataset_info_are_looked_up(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    info = {
+        "mine": {
+            "file_name": "mine.jsonl",
+            "ranking": True,
+            "columns": {"prompt": "question", "chosen": "good", "rejected": "bad", "system": "sys", "images": "pics"},
+        },
+        "chat": {"hf_hub_url": "me/chat", "formatting": "sharegpt", "columns": {"messages": "turns"}},
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    made, config = _import(tmp_path, "lf_dpo")
+    assert config.data.path == "data/mine.jsonl"
+    assert config.data.columns == {"instruction": "question", "chosen": "good", "rejected": "bad", "system": "sys"}
+    assert "mine.columns.images: pics" in made.text and made.unsupported == 0  # a column's trouble, not a key's
+    _, config = _import(tmp_path, "lf_sft", dataset="chat")
+    assert config.data.path == "me/chat:train" and config.data.columns == {"conversations": "turns"}
+    with pytest.raises(ConfigError, match="there is no 'gone'"):
+        _import(tmp_path, "lf_sft", dataset="gone")
+
+
+TURN = {"from": "human", "value": "Name a prime."}
+GOOD, BAD = {"from": "gpt", "value": "Seven."}, {"from": "gpt", "value": "Eight."}
+ALPACA_ROW = {"q": "Name a prime.", "more": "Below 8.", "sys": "Be brief.", "before": [["Hi", "Hello"]]}
+DATA_SETS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # their description, a row of theirs, our layout
+    "ranking": (
+        {"ranking": True, "formatting": "sharegpt",
+         "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}},
+        {"conversations": [TURN], "chosen": GOOD, "rejected": BAD}, "sharegpt_pairs",
+    ),
+    "ranking, names of its own": (
+        {"ranking": True, "formatting": "sharegpt",
+         "columns": {"messages": "turns", "chosen": "good", "rejected": "bad", "system": "sys"}},
+        {"turns": [TURN], "good": GOOD, "bad": BAD, "sys": "Be brief.", "prompt": "an id"}, "sharegpt_pairs",
+    ),
+    "conversations": (
+        {"formatting": "sharegpt", "columns": {"messages": "turns", "system": "sys"}},
+        {"turns": [TURN, GOOD], "sys": "Be brief."}, "sharegpt",
+    ),
+    "kto": (
+        {"formatting": "sharegpt", "columns": {"messages": "conversations", "kto_tag": "good"}},
+        {"conversations": [TURN, GOOD], "good": True}, "sharegpt_kto",
+    ),
+    "alpaca": (
+        {"columns": {"prompt": "q", "query": "more", "response": "a", "system": "sys", "history": "before"}},
+        {**ALPACA_ROW, "a": "Seven."}, "alpaca",
+    ),
+    "alpaca ranking": (
+        {"ranking": True, "columns": {"prompt": "q", "query": "more", "chosen": "good", "rejected": "bad",
+                                      "system": "sys", "history": "before"}},
+        {**ALPACA_ROW, "good": "Seven.", "bad": "Eight."}, "alpaca_pairs",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(DATA_SETS))
+def test_rows_of_a_described_data_set_load(tmp_path: Path, name: str) -> None:
+    """What is imported reads the rows that the description is of, with their system prompts and earlier turns."""
+    described, row, layout = DATA_SETS[name]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "mine.jsonl", **described}}))
+    (tmp_path / "data" / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    made, config = _import(tmp_path, "lf_dpo")
+    file, data = str(tmp_path / str(config.data.path)), config.data
+    found = load_preferences(file, shape=data.shape, columns=data.columns)
+    assert (found.shape, found.accepted, len(found.quarantined)) == (layout, 1, 0)
+    prompt = found.trees[0].prompt
+    said = [prompt] if isinstance(prompt, str) else [m.content for m in prompt]
+    assert any("Name a prime." in text for text in said)
+    assert found.trees[0].completions[0].text == "Seven."
+    assert ("Be brief." in said) == ("sys" in row) and ("Hello" in said) == ("before" in row)
+    assert not any(
+        line.status == "unsupported" for line in made.translation.lines if line.theirs[0][0].startswith("mine")
+    )
+
+
+@pytest.mark.parametrize(
+    "values,more,match",
+    [
+        ({"model_name_or_path": "m", "learning_rate": 1e-5}, {}, "does not say which of TRL's trainers"),
+        ({"model_name_or_path": "m", "beta": 0.1}, {"method": "dpo"}, "says nothing of data.path"),
+        ({**MODEL, "num_generations": 4}, {"method": "grpo"}, "reward"),
+        ({**MODEL, "gradient_accumulation_steps": "many"}, {"method": "dpo"}, "'many' is no number"),
+        ({**MODEL, "learning_rate": 1e-5}, {"method": "dpoo"}, 'did you mean dpo'),
+        ({**MODEL, "learning_rate": 1e-5}, {"source": "trll"}, 'did you mean trl'),
+        ({**MODEL, "weight_decay": -1}, {"method": "dpo"}, "translates into no valid config"),
+    ],
+)  # fmt: skip
+def test_a_persons_mistake_is_a_sentence(tmp_path: Path, values: Any, more: Any, match: str) -> None:
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=match):
+        import_config(tmp_path / "t.yaml", **more)
+
+
+def test_text_of_others_cannot_act(tmp_path: Path) -> None:
+    made, _ = _import(tmp_path, "trl_dpo", **{"run_name": "a\x1b[31m\nmodel: {path: evil}", "\x1b[2Jkey": "x\ny: z"})
+    assert "\x1b" not in made.text + made.yaml
+    assert yaml.safe_load(made.yaml)["model"]["path"] == "owner/model"
+
+
+@pytest.mark.parametrize(
+    "name", ["trl_dpo", "trl_kto", "trl_simpo", "trl_reward", "trl_dpo_mix", "lf_dpo", "lf_kto", "flat"]
+)
+def test_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """One step on a tiny model, with their keys for data and model."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model_folder(tmp_path / "model")
+    write_jsonl(tmp_path / "train.jsonl", polite_rows(16))
+    _import(tmp_path, name, f"model.path={model}", "data.path=train.jsonl", "data.max_length=128", "data.columns={}", "data.validation_rows=4",
+            "data.validation_fraction=null", "evaluation.samples=0", "evaluation.kl_prompts=0", "train.max_steps=1", "model.dtype=fp32")  # fmt: skip
+    result = api.train(tmp_path / "ours.yaml", quiet=True)
+    assert result.model is not None and Path(result.model).is_dir()
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs, ours = tmp_path / "simpo.yaml", tmp_path / "ours.yaml"
+    theirs.write_text(yaml.safe_dump(FIXTURES["trl_simpo"][2]))
+    assert main(["import", str(theirs)]) == 0
+    printed = capsys.readouterr()
+    assert yaml.safe_load(printed.out)["loss"]["gamma"] == 0.8 and "loss.gamma = 0.8" in printed.err
+    assert main(["import", str(theirs), "train.lr=1e-3", "--output", str(ours)]) == 0
+    assert load_config(ours).train.lr == 1e-3
+    assert main(["import", str(theirs), "--output", str(ours)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    theirs.write_text(theirs.read_text() + "load_in_4bit: true\n")
+    assert main(["import", str(theirs), "--output", str(tmp_path / "no.yaml"), "--strict"]) == 2
+    assert "1 key(s) are not supported" in capsys.readouterr().err and not (tmp_path / "no.yaml").exists()
+
+
+@pytest.mark.parametrize("tool,name", [("trl", "trl_dpo"), ("lf", "lf_dpo"), ("flat", "flat")])
+@pytest.mark.parametrize(
+    "asked,ours,reported",
+    [
+        (["wandb", "tensorboard", "mlflow", "trackio"], ["wandb", "tensorboard", "mlflow", "trackio"], ""),
+        ("wandb", ["wandb"], ""),
+        ("TensorBoard, wandb", ["tensorboard", "wandb"], ""),
+        (["comet_ml", "wandb", "swanlab"], ["wandb"], "report_to: comet_ml, swanlab: there is no tracker"),
+        ("comet_ml", [], "report_to: comet_ml: there is no tracker"),
+        ("none", [], ""),
+        (["none"], [], ""),
+        ([], [], ""),
+        (None, [], ""),
+        ("all", ["tensorboard", "trackio"], ""),
+    ],
+)
+def test_trackers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, name: str, asked: Any, ours: list[str], reported: str
+) -> None:
+    there = {"tensorboard": "x.py", "trackio": "x.py", "wandb": None}  # a folder `wandb` is no package
+    monkeypatch.setattr(
+        "penchant.importers.hf.importlib.util.find_spec",
+        lambda module: SimpleNamespace(origin=there[module]) if module in there else None,
+    )
+    made, config = _import(tmp_path, name, report_to=asked, run_name="first try")
+    assert config.logging.trackers == ours and config.logging.name == "first try"
+    assert ("NOT SUPPORTED" in made.yaml) == bool(reported) and reported in made.yaml.replace("#   ", "")
+    assert made.unsupported == bool(reported) and "report_to" in made.text
+
+
+def test_flat_words_for_wandb(tmp_path: Path) -> None:
+    _, config = _import(tmp_path, "flat", report_to="mlflow", use_wandb=True, wandb_project="mine")
+    assert config.logging.trackers == ["mlflow", "wandb"] and config.logging.project == "mine"
+    made, config = _import(tmp_path, "flat", use_wandb=False)
+    assert config.logging.trackers == [] and "use_wandb: False (off, as here)" in made.text
+
+
+def _reported(text: str) -> set[str]:
+    """Names of the keys below NOT SUPPORTED, and the lines of what differs."""
+    lines = [line.removeprefix("#").strip() for line in text.splitlines()]
+    start = next((i for i, line in enumerate(lines) if line.startswith("NOT SUPPORTED")), len(lines))
+    listed = itertools.takewhile(lambda line: line and not line.startswith("differs"), lines[start + 1 :])
+    return {line.split(":")[0] for line in listed} | {line for line in lines if line.startswith("differs")}
+
+
+def test_the_screen_and_the_file_report_the_same(tmp_path: Path) -> None:
+    """A default of theirs without a counterpart is in neither list of what the file asks for, and in both remarks."""
+    (tmp_path / "train.jsonl").write_text("")
+    more = {"eval_strategy": "steps", "eval_steps": 5, "neftune_noise_alpha": 5, "deepspeed": "z.json"}
+    made, _ = _import(tmp_path, "trl_dpo", **more)
+    assert _reported(made.text) == _reported(made.yaml)
+    assert {k for k in _reported(made.text) if not k.startswith("differs")} == {"neftune_noise_alpha", "deepspeed"}
+    said = "differs: TRL's default dataset_test_split: test: a file has no test split"
+    assert said in made.text and said in made.yaml and made.unsupported == 2
+    made, config = _import(tmp_path, "trl_dpo", **more, test_split_size=0.1)
+    assert config.data.validation_fraction == 0.1 and "dataset_test_split" not in made.text + made.yaml
+
+
+def test_notes_name_what_there_is(tmp_path: Path) -> None:
+    made, _ = _import(tmp_path, "lf_dpo", push_to_hub=True, hub_token="hf_abcdefghijklmnop", template="qwen")
+    assert "penchant export RUN --to safetensors --push OWNER/NAME" in made.text
+    assert "hf_abcdef" not in made.text + made.yaml
+    assert "data.template" in made.text and "penchant data show" in made.text and "data audit" not in made.text
+    parser = build_parser()
+    parser.parse_args(["export", "RUN", "--to", "safetensors", "--push", "OWNER/NAME"])
+    parser.parse_args(["data", "show", "FILE"])

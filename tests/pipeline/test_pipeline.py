@@ -1,0 +1,842 @@
+"""A pipeline from one YAML: what it refuses before anything trains, what it skips, resumes and refuses to overwrite."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from encoders import encoder_folder
+from tiny import polite_rows, tiny_model_folder, write_jsonl
+
+from penchant import api
+from penchant.cli import main
+from penchant.config import merged
+from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, TrainingStopped
+from penchant.models.load import load_tokenizer
+from penchant.pipeline import Pipeline, Stage, _comparison, load_pipeline, pipeline_from_mapping
+from penchant.rewards import load_reward
+from penchant.rewards.reward_model import PolicyText
+from penchant.runfolder import RunLock
+from penchant.runs import Run
+from penchant.runs.state import State, changes, model_folder
+from penchant.training.loop import Loop
+from penchant.types import TokenTree
+
+TEXT = """\
+output: {output}
+defaults:
+  model: {{path: some/model, dtype: fp32}}
+  data: {{path: train.jsonl, validation_fraction: 0.1}}
+stages:
+  sft: {{loss: sft}}
+  dpo:
+    model: {{path: stage:sft}}
+    loss:
+      name: dpo
+      {key}: 0.3
+  judge: {{model: {{path: stage:dpo}}, algorithm: reward_model}}
+  ppo: {{model: {{path: stage:sft@last}}, algorithm: {{name: ppo}}, reward: {{stage:judge: 1.0, words: -0.01}}}}
+compare:
+  models: [sft, dpo, ppo]
+"""
+
+
+def written(tmp_path: Path, text: str = TEXT, key: str = "beta") -> Path:
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(text.format(output=tmp_path / "hh", key=key))
+    return path
+
+
+def refused(tmp_path: Path, old: str, new: str, *overrides: str) -> str:
+    assert old in TEXT
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(written(tmp_path, TEXT.replace(old, new)), overrides)
+    return str(error.value).replace(f"{tmp_path}/", "")
+
+
+# ---- the config -----------------------------------------------------------------------------------------------------
+
+
+def test_stages_start_from_the_defaults_and_refer_to_each_other(tmp_path: Path) -> None:
+    pipeline = load_pipeline(written(tmp_path), ["stages.dpo.loss.beta=0.5", "defaults.train.seed=7"])
+    assert list(pipeline.stages) == ["sft", "dpo", "judge", "ppo"]
+    dpo = pipeline.stages["dpo"]
+    assert dpo.config.loss.components[0].params.beta == 0.5
+    assert dpo.config.model.dtype == "fp32" and dpo.config.train.seed == 7
+    assert dpo.config.output == str(tmp_path / "hh/dpo")
+    assert [(r.stage, r.which, r.full_model) for r in dpo.refs] == [("sft", None, True)]
+    ppo = pipeline.stages["ppo"].resolved(lambda ref: f"/models/{ref.stage}/{ref.which}")
+    assert ppo.model.path == "/models/sft/last"
+    assert ppo.reward is not None and ppo.reward.terms == {"/models/judge/None": 1.0, "words": -0.01}
+    assert [r.full_model for r in pipeline.stages["ppo"].refs] == [True, False]
+    assert pipeline.downstream(["dpo"]) == ["dpo", "judge", "ppo"]
+    assert pipeline.needed("ppo") == ["sft", "dpo", "judge"]
+
+
+def test_what_a_stage_inherits() -> None:
+    defaults = {
+        "model": {"path": "a", "init": "random", "tokenizer": "t", "dtype": "fp32"},
+        "data": {"path": "d", "validation_fraction": 0.1},
+        "loss": {"name": "dpo", "beta": 0.1},
+        "reward": "words",
+        "lora": {"r": 4},
+    }
+    own = {"model": {"path": "b"}, "data": {"validation_rows": 5}, "loss": {"name": "ipo"}, "lora": None}
+    assert merged(defaults, own) == {
+        "model": {"path": "b", "dtype": "fp32"},  # init: random of another model would train from scratch
+        "data": {"path": "d", "validation_rows": 5},
+        "loss": {"name": "ipo"},
+        "lora": None,
+    }
+    online = merged(defaults, {"algorithm": {"name": "rloo"}})
+    assert "loss" not in online and online["reward"] == "words"
+    assert merged({"algorithm": "rloo", "reward": "words"}, {"loss": "sft"}) == {"loss": "sft"}
+
+
+@pytest.mark.parametrize(
+    "old,new,expected",
+    [
+        ("{key}", "btea", 'pipeline.yaml:11: stages.dpo: unknown key "btea" in loss; did you mean "beta"?'),
+        ("{key}: 0.3", "beta: yes", "pipeline.yaml:11: stages.dpo: loss.beta is 'yes'; give a number"),
+        (
+            "path: stage:sft}}\n",
+            "path: stage:sfd}}\n",
+            "pipeline.yaml:8: stages.dpo: there is no stage 'sfd'; did you mean \"sft\"?",
+        ),
+        (
+            "path: stage:sft}}\n",
+            "path: stage:ppo}}\n",
+            "pipeline.yaml:8: stages.dpo and stages.ppo need each other: a cycle",
+        ),
+        (
+            "sft: {{loss: sft}}",
+            "sft: {{loss: sft, model: {{path: stage:dpo}}}}",
+            "pipeline.yaml:6: stages.sft and stages.dpo need each other: a cycle",
+        ),
+        (
+            "sft: {{loss: sft}}",
+            "sft: {{loss: sft, model: {{path: stage:sft}}}}",
+            "pipeline.yaml:6: stages.sft: it refers to itself",
+        ),
+        (
+            "sft: {{loss: sft}}",
+            "a: {{loss: sft, model: {{path: stage:sft}}}}\n  sft: {{loss: sft}}",
+            "pipeline.yaml:6: stages.a: it needs 'sft', which stands after it; write sft before a",
+        ),
+        (
+            "stage:sft@last",
+            "stage:sft@first",
+            "pipeline.yaml:13: stages.ppo: model.path 'stage:sft@first' is no reference to a stage",
+        ),
+        (
+            "stage:judge: 1.0",
+            "stage:jugde: 1.0",
+            "pipeline.yaml:13: stages.ppo: there is no stage 'jugde'; did you mean \"judge\"?",
+        ),
+        (
+            "  sft: {{loss: sft}}",
+            "  sf.t: {{loss: sft}}",
+            "pipeline.yaml:6: stages.sf.t: not a name; use letters, digits, _ and -",
+        ),
+        (
+            "  sft: {{loss: sft}}",
+            "  sft: {{loss: sft, output: x}}",
+            "pipeline.yaml:6: stages.sft.output is set; leave it out",
+        ),
+        (
+            "[sft, dpo, ppo]",
+            "[sft, dpoo]",
+            "pipeline.yaml:15: compare: there is no stage 'dpoo'; did you mean \"dpo\"?",
+        ),
+        ("[sft, dpo, ppo]", "[sft]", "pipeline.yaml:15: compare.models: name at least two stages"),
+        ("[sft, dpo, ppo]", "[sft, sft]", "pipeline.yaml:15: compare.models: sft stands there twice"),
+        (
+            "  models: [sft, dpo, ppo]",
+            "  modles: [sft, dpo]",
+            'unknown key "modles" in compare; did you mean "models"?',
+        ),
+        (
+            "stage:judge: 1.0",
+            "stage:sft: 1.0",
+            "pipeline.yaml:13: stages.ppo: reward is stage:sft, which trains no reward model; there is stage:judge",
+        ),
+        (
+            "{{stage:judge: 1.0, words: -0.01}}",
+            "stage:late}}\n  late: {{algorithm: reward_model",
+            "pipeline.yaml:13: stages.ppo: it needs 'late', which stands after it; write late before ppo",
+        ),
+        (
+            "stage:sft@last",
+            "stage:judge",
+            "pipeline.yaml:13: stages.ppo: model.path is stage:judge, a reward model, which writes nothing",
+        ),
+        (
+            "[sft, dpo, ppo]",
+            "[sft, judge]",
+            "pipeline.yaml:15: compare.models: judge is a reward model, which writes nothing",
+        ),
+        (
+            "[sft, dpo, ppo]",
+            "[sft, dpo]\n  reward: stage:sft",
+            "pipeline.yaml:16: compare.reward is stage:sft, which trains no reward model; there is stage:judge",
+        ),
+        (
+            "[sft, dpo, ppo]",
+            "[sft, dpo]\n  reward: words\n  also: [stage:jugde]",
+            "pipeline.yaml:17: compare: there is no stage 'jugde'; did you mean \"judge\"?",
+        ),
+        (
+            "{{stage:judge: 1.0, words: -0.01}}",
+            "judge",
+            "pipeline.yaml:13: stages.ppo: reward is 'judge', a stage's bare name; write stage:judge",
+        ),
+        (
+            "[sft, dpo, ppo]",
+            "[sft, dpo]\n  reward: {{stage:judge: 1.0, device: tpu}}",
+            "pipeline.yaml:16: compare.reward: device: Input should be 'auto', 'cpu' or 'cuda'",
+        ),
+        (
+            "[sft, dpo, ppo]",
+            "[sft, dpo]\n  reward: {{words: much}}",
+            "pipeline.yaml:16: compare.reward: words is 'much'; give each reward a number",
+        ),
+        ("[sft, dpo, ppo]", "[sft, dpo]\n  also: [words]", "pipeline.yaml:14: compare: also is set without a reward"),
+        (
+            "[sft, dpo, ppo]",
+            "[sft, dpo]\n  reward: words\n  also: [words]",
+            "pipeline.yaml:14: compare: also names words twice, or as reward too",
+        ),
+        ("compare:", "comprae:", 'pipeline.yaml:14: unknown key "comprae" at the top level; did you mean "compare"?'),
+        (
+            "compare:",
+            "train: {{lr: 1e-4}}\ncompare:",
+            'pipeline.yaml:14: unknown key "train" at the top level; it goes into "defaults"',
+        ),
+        ("output: {output}\n", "", "pipeline.yaml: output is missing"),
+        (
+            "{{path: train.jsonl, validation_fraction: 0.1}}",
+            "{{validation_fraction: 0.1}}",
+            "stages.sft: data.path is missing",
+        ),
+        ("loss: sft}}", "loss: sft, train: {{learning_rate: 1}}}}", 'did you mean "train.lr"?'),
+    ],
+)
+def test_mistakes_are_met_with_their_line(tmp_path: Path, old: str, new: str, expected: str) -> None:
+    assert expected in refused(tmp_path, old, new)
+
+
+@pytest.mark.parametrize(
+    "override,expected",
+    [
+        ("stages.dop.loss.beta=1", "command line: there is no stage 'dop'; did you mean \"dpo\"?"),
+        ("stages.dpo.loss.btea=1", 'command line: stages.dpo: unknown key "btea" in loss; did you mean "beta"?'),
+        ("stages.dpo.train.lr=true", "command line: stages.dpo: train.lr is true (a boolean)"),
+    ],
+)
+def test_mistaken_overrides(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in refused(tmp_path, "sft", "sft", override)
+
+
+def test_another_loss_on_the_command_line_starts_from_its_own_defaults(tmp_path: Path) -> None:
+    pipeline = load_pipeline(written(tmp_path), ["stages.dpo.loss.name=simpo"])
+    assert pipeline.stages["dpo"].config.loss.components[0].params.beta != 0.3
+
+
+def test_a_reward_model_is_not_compared() -> None:
+    judge, sft = ({"algorithm": {"name": "reward_model"}}, {"loss": "sft"})
+    stages = {n: Stage(n, v, {}, "p.yaml:3", (), Path(n)) for n, v in (("sft", sft), ("judge", judge))}
+    with pytest.raises(ConfigError, match="judge is a reward model, which writes nothing"):
+        _comparison({"models": ["sft", "judge"]}, stages, {}, "p.yaml")
+    made = _comparison({"models": ["sft", "sft@last"], "reward": {"stage:judge": 1.0}}, stages, {}, "p.yaml")
+    assert made is not None and made.upstream == ("sft", "judge")
+    assert made.reward(lambda ref: f"models/{ref.stage}") == {"models/judge": 1.0}
+
+
+# ---- doing it -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> dict[str, Any]:
+    reward = tmp_path / "rewards.py"
+    reward.write_text(
+        "def vowels(prompts, completions):\n    return [sum(c in 'aeiou' for c in t) for t in completions]\n"
+    )
+    return {
+        "output": str(tmp_path / "hh"),
+        "defaults": {
+            "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
+            "data": {
+                "path": write_jsonl(tmp_path / "pairs.jsonl", polite_rows(36)),
+                "validation_rows": 12,
+                "max_length": 96,
+            },
+            "train": {"batch_size": 6, "lr": 3e-3, "tokens_per_step": 900, "warmup_fraction": 0.0},
+            "evaluation": {"samples": 0, "kl_prompts": 0},
+            "checkpoint": {"every": 1, "keep_last": 9},
+        },
+        "stages": {
+            "sft": {"loss": "sft"},
+            "dpo": {"model": {"path": "stage:sft"}, "loss": {"name": "dpo", "beta": 0.3}},
+            "rloo": {
+                "model": {"path": "stage:sft"},
+                "algorithm": {"name": "rloo", "samples": 2, "max_new_tokens": 6, "epochs": 1},
+                "reward": f"{reward}:vowels",
+                "train": {"max_steps": 2},
+            },
+        },
+        "compare": {"models": ["sft", "dpo"], "reward": f"{reward}:vowels", "prompts": 10, "max_new_tokens": 6},
+    }
+
+
+def run(base: dict[str, Any], *overrides: str, **options: Any) -> Any:
+    return api.pipeline(base, *overrides, quiet=True, **options)
+
+
+def plan(base: dict[str, Any], *overrides: str, **options: Any) -> dict[str, str]:
+    lines = api.pipeline_plan(base, *overrides, **options).splitlines()
+    return {line.split()[1]: " ".join(line.split()[2:]) for line in lines}
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the stages whose loop is entered from now on."""
+    names: list[str] = []
+    real = Loop.run
+    monkeypatch.setattr(Loop, "run", lambda self: (names.append(self.folder.name), real(self))[1])
+    return names
+
+
+def state(base: dict[str, Any]) -> State:
+    return State.read(Path(base["output"]))
+
+
+def test_all_of_it_then_nothing_twice(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert plan(base) == {
+        "sft": "to run: not started",
+        "dpo": "to run: after sft",
+        "rloo": "to run: after sft",
+        "compare": "to run",
+    }
+    assert not Path(base["output"]).exists()  # a plan writes nothing
+    names = trained(monkeypatch)
+    result = run(base)
+    assert names == ["sft", "dpo", "rloo"]
+    config = yaml.safe_load((tmp_path / "hh/dpo/config.resolved.yaml").read_text())
+    assert config["model"]["path"] == str(result.models["sft"])
+    assert {s["state"] for s in state(base).stages.values()} == {"finished"}
+    assert result.outcome.done and list(result.outcome.models) == ["sft", "dpo"]
+    rows = [json.loads(x) for x in (tmp_path / "hh/comparison.jsonl").read_text().splitlines()]
+    held = {r["prompt"] for r in rows}
+    assert len(rows) == len(held) == 10 and all(set(r["completions"]) == {"sft", "dpo"} for r in rows)
+    said = result.to_text()
+    assert "held-out preference accuracy" in said and "KL(policy || sft)" in said
+
+    assert plan(base) == {
+        "sft": "unchanged: 4 steps",
+        "dpo": "unchanged: 4 steps",
+        "rloo": "unchanged: 2 steps",
+        "compare": "unchanged",
+    }
+    again = run(base)
+    assert names == ["sft", "dpo", "rloo"]
+    assert not again.outcome.done
+    assert again.outcome.to_text() == result.outcome.to_text()
+    # other settings of the comparison: it is made again, and nothing is trained for it
+    more = run(base, "compare.samples=2")
+    assert more.outcome.done and names == ["sft", "dpo", "rloo"]
+    (tmp_path / "hh/comparison.json").write_text("{}")
+    assert run(base, "compare.samples=2").outcome.done
+
+
+def test_the_best_checkpoint_is_what_a_reference_means(base: dict[str, Any], tmp_path: Path) -> None:
+    base |= {"compare": None}
+    del base["stages"]["rloo"]
+    base["defaults"]["evaluation"]["every"] = 1
+    base["stages"]["sft"]["checkpoint"] = {"mode": "max"}  # the loss falls, so the worst is the first
+    base["stages"]["dpo"]["train"] = {"max_steps": 1}
+    run(base)
+    sft = tmp_path / "hh/sft"
+    best = json.loads((sft / "checkpoints/step-4/state.json").read_text())["best_step"]
+    assert best == 1
+    used = yaml.safe_load((tmp_path / "hh/dpo/config.resolved.yaml").read_text())["model"]["path"]
+    assert used == str(sft / f"checkpoints/step-{best}/model") == str(model_folder(sft, "best"))
+    assert model_folder(sft, "last").parent.name == "step-4"
+    assert model_folder(sft, "2").parent.name == "step-2"
+    with pytest.raises(CheckpointError, match=r"there are step-1, step-2"):
+        model_folder(sft, "77")
+
+
+@pytest.mark.parametrize("how", ["signal", "crash"])
+def test_an_interrupted_stage_is_resumed_and_ends_bit_for_bit_the_same(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+) -> None:
+    base |= {"compare": None}
+    del base["stages"]["rloo"]
+    whole = run(base, f"output={tmp_path}/whole")
+    real = Loop._after_step
+
+    def interrupt(self: Loop, *args: Any) -> None:
+        if self.folder.name == "dpo" and self.state.step == 2:
+            if how == "crash":
+                raise MemoryError  # nothing is saved after step 1
+            os.kill(os.getpid(), signal.SIGINT)
+        real(self, *args)
+
+    path = tmp_path / "pipeline.json.yaml"
+    path.write_text(json.dumps(base))
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "_after_step", interrupt)
+        if how == "signal":
+            assert main(["pipeline", str(path), "--quiet"]) == 4
+        else:
+            with pytest.raises(MemoryError):
+                run(base)
+    assert state(base).stages["dpo"]["state"] == "stopped"
+    step = 2 if how == "signal" else 1
+    assert plan(base) == {"sft": "unchanged: 4 steps", "dpo": f"to continue: interrupted at step {step}"}
+    assert main(["pipeline", str(path), "--quiet"]) == 0
+    for name in ("sft", "dpo"):
+        one, other = Path(base["output"]) / name, tmp_path / "whole" / name
+        assert weights(model_folder(one, "last")) == weights(model_folder(other, "last"))
+        assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    assert whole.models["dpo"].parent.name == model_folder(tmp_path / "hh/dpo", None).parent.name
+
+
+def test_a_stage_that_was_killed_is_not_done(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between its last checkpoint and the end: nothing but its record says so."""
+    base |= {"compare": None}
+    run(base, only="sft")
+    now = state(base)
+    now.stages["sft"]["state"] = "running"  # what a kill -9 leaves
+    now.save()
+    assert plan(base)["sft"] == "to continue: interrupted at step 4"
+    names = trained(monkeypatch)
+    run(base, only="sft")
+    assert names == ["sft"]
+    assert plan(base)["sft"] == "unchanged: 4 steps"
+
+
+def other_weights(base: dict[str, Any], tmp_path: Path) -> None:
+    """The upstream model is not what it was, at the same path."""
+    from safetensors.torch import load_file, save_file
+
+    path = model_folder(tmp_path / "hh/sft", None) / "model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] += 1e-3
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def other_start(base: dict[str, Any], tmp_path: Path) -> None:
+    tiny_model_folder(tmp_path / "model", seed=1)
+
+
+def other_rows(base: dict[str, Any], tmp_path: Path) -> None:
+    rows = polite_rows(36)
+    rows[0]["chosen"] += "!"
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+
+
+def other_reward(base: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "rewards.py"
+    path.write_text(path.read_text().replace("aeiou", "aeiouy"))
+
+
+@pytest.mark.parametrize(
+    "change,stage,said",
+    [
+        (other_weights, "sft", r"its own model \(step-4\) was changed after training"),
+        (other_start, "sft", r"the model of model.path has changed \(\w{12} -> \w{12}\)"),
+        (other_rows, "sft", r"the (training|held-out) rows have changed"),
+        (other_reward, "rloo", r"rewards.py has changed"),
+    ],
+)
+def test_a_changed_input_is_refused_with_its_name_and_nothing_is_overwritten(
+    base: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any], Path], None],
+    stage: str,
+    said: str,
+) -> None:
+    base |= {"compare": None}
+    if stage == "sft":
+        del base["stages"]["rloo"]
+    del base["stages"]["dpo"]
+    run(base)
+    change(base, tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "hh").rglob("*") if p.is_file() and p.name != ".lock"}
+    names = trained(monkeypatch)
+    assert re.search(said, plan(base)[stage])
+    with pytest.raises(CheckpointError, match=said) as error:
+        run(base)
+    assert f"--redo {stage}" in str(error.value) and names == []
+    assert before == {
+        p: p.stat().st_mtime_ns for p in (tmp_path / "hh").rglob("*") if p.is_file() and p.name != ".lock"
+    }
+
+
+def test_redo_trains_a_stage_and_all_that_use_it_anew_and_keeps_the_old(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base |= {"compare": None}
+    base["stages"]["other"] = {"loss": "sft", "train": {"max_steps": 1}}
+    del base["stages"]["rloo"]
+    old = run(base)
+    old_weights = {name: weights(folder) for name, folder in old.models.items()}
+    changed = "stages.sft.train.lr=1e-3"
+    assert plan(base, changed)["sft"] == "CHANGED: train.lr: 0.003 -> 0.001"
+    assert plan(base, changed)["dpo"] == "to be looked at again: after sft"
+    assert "to redo" in plan(base, changed, redo=["sft"])["dpo"]
+    names = trained(monkeypatch)
+    new = run(base, changed, redo=["sft"])
+    assert names == ["sft", "dpo"]
+    for name in ("sft", "dpo"):
+        assert weights(model_folder(tmp_path / f"hh/{name}.1", None)) == old_weights[name] != weights(new.models[name])
+    assert not (tmp_path / "hh/other.1").exists()
+    # the old run still evaluates with the old model that it started from
+    kept = yaml.safe_load((tmp_path / "hh/dpo.1/config.resolved.yaml").read_text())
+    assert kept["output"] == str(tmp_path / "hh/dpo.1")
+    assert kept["model"]["path"].startswith(str(tmp_path / "hh/sft.1/"))
+    start = api.evaluate(tmp_path / "hh/dpo.1", quiet=True, step="0")
+    assert start["eval/logps/chosen"] == pytest.approx(
+        next(json.loads(x) for x in (tmp_path / "hh/dpo.1/metrics.jsonl").open())["eval/logps/chosen"], rel=1e-5
+    )
+    assert plan(base, changed)["dpo"] == "unchanged: 4 steps"
+
+
+def test_an_upstream_that_comes_out_differently_makes_a_finished_stage_stale(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    base |= {"compare": None}
+    del base["stages"]["rloo"]
+    run(base)
+    shutil.rmtree(tmp_path / "hh/sft")
+    assert plan(base) == {"sft": "to run: its checkpoints are gone", "dpo": "to be looked at again: after sft"}
+    run(base)  # training is deterministic: the same weights, so dpo is still right
+    assert plan(base)["dpo"] == "unchanged: 4 steps"
+    shutil.rmtree(tmp_path / "hh/sft")
+    with pytest.raises(CheckpointError, match=r"stages.dpo .* the model of stage:sft has changed .*--redo dpo"):
+        run(base, "stages.sft.train.lr=1e-3")
+
+
+def test_only_one_stage(base: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"stages.dpo needs sft, which is not finished; run --only sft first"):
+        run(base, only="dpo")
+    run(base, only="sft")
+    result = run(base, only="dpo")
+    assert list(result.done) == ["dpo"] and result.outcome is None
+    assert not (tmp_path / "hh/rloo").exists()
+    with pytest.raises(ConfigError, match=r"--only: there is no stage 'dop'; did you mean \"dpo\"\?"):
+        run(base, only="dop")
+    with pytest.raises(ConfigError, match=r"--redo: there is no stage 'dop'"):
+        run(base, redo=["dop"])
+
+
+def test_a_folder_that_is_not_the_pipelines_is_left_alone(base: dict[str, Any], tmp_path: Path) -> None:
+    api.train({**base["defaults"], "loss": "sft", "output": str(tmp_path / "hh/sft")}, "train.max_steps=1", quiet=True)
+    with pytest.raises(CheckpointError, match="holds a run that this pipeline did not make"):
+        run(base)
+    with RunLock(tmp_path / "hh"), pytest.raises(CheckpointError, match="another run holds"):
+        run(base)
+    (tmp_path / "hh/pipeline.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        run(base)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        run(base, f"output={tmp_path}/file")
+
+
+@pytest.mark.parametrize(
+    "override,kind,said",
+    [
+        ("stages.rloo.reward=nice", ConfigError, r"stages.rloo: reward 'nice' is no reward"),
+        ("compare.reward=nice", ConfigError, r"compare.reward: 'nice' is no reward"),
+        ("stages.dpo.data.path=missing.jsonl", DataError, r"stages.dpo: .*no such"),
+        ("stages.sft.model.path=./missing", ModelError, r"stages.sft: no such folder"),
+        ("defaults.data.validation_rows=null", ConfigError, r"compare: no stage holds out rows"),
+    ],
+)
+def test_everything_is_checked_before_anything_trains(
+    base: dict[str, Any], override: str, kind: type[Exception], said: str
+) -> None:
+    with pytest.raises(kind, match=said):
+        run(base, override)
+    assert not Path(base["output"]).exists()
+
+
+def test_an_error_while_training_names_stage_and_line(base: dict[str, Any], tmp_path: Path) -> None:
+    base["stages"]["dpo"]["data"] = {"max_length": 4096}
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(base, sort_keys=False))
+    line = 1 + next(i for i, x in enumerate(path.read_text().splitlines()) if "4096" in x)
+    with pytest.raises(ConfigError, match=rf"pipeline.yaml:{line}: stages.dpo: data.max_length .*context of 256"):
+        api.pipeline(path, quiet=True)
+    assert state(base).stages["sft"]["state"] == "finished" and state(base).stages["dpo"]["state"] == "stopped"
+
+
+def test_a_stage_that_stops_itself_is_not_done(base: dict[str, Any]) -> None:
+    with pytest.raises(TrainingStopped):
+        run(base, "stages.dpo.train.logp_floor=-0.001", only=None)
+    assert state(base).stages["dpo"]["state"] == "stopped"
+
+
+def test_the_comparison_keeps_clear_of_prompts_that_a_stage_trained_on(base: dict[str, Any], tmp_path: Path) -> None:
+    base["stages"] = {"sft": {"loss": "sft"}, "dpo": {"loss": "dpo", "train": {"max_steps": 1, "seed": 5}}}
+    base["stages"]["sft"]["train"] = {"max_steps": 1}
+    result = run(base)  # another seed holds out other prompts
+    figures = json.loads((tmp_path / "hh/comparison.json").read_text())
+    assert figures["left_out"] > 0 and figures["left_out"] + figures["prompts"] == 12
+    compared = {json.loads(x)["prompt"] for x in (tmp_path / "hh/comparison.jsonl").open()}
+    for stage in pipeline_from_mapping(base).stages.values():
+        assert not compared & {t.prompt for t in Run(stage.config, quiet=True).datasets[0].trees}
+    assert result.outcome is not None
+
+
+def test_a_lora_stage_is_merged_once_for_the_stage_that_needs_a_whole_model(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    del base["stages"]["rloo"]
+    base["stages"]["sft"] |= {"lora": {"r": 4, "alpha": 32}, "train": {"lr": 5e-2}}
+    base["stages"]["dpo"]["train"] = {"max_steps": 1}
+    result = run(base)
+    made = tmp_path / "hh/sft/merged/step-4"
+    used = yaml.safe_load((tmp_path / "hh/dpo/config.resolved.yaml").read_text())["model"]["path"]
+    assert used == str(made)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        one = AutoPeftModelForCausalLM.from_pretrained(result.models["sft"])(input_ids=ids).logits
+        other = AutoModelForCausalLM.from_pretrained(made)(input_ids=ids).logits
+        start = AutoModelForCausalLM.from_pretrained(tmp_path / "model")(input_ids=ids).logits
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert float((other - start).abs().max()) > 0.1
+    before = (made / "model.safetensors").stat().st_mtime_ns
+    assert plan(base)["dpo"] == "unchanged: 1 steps"
+    base["stages"]["ipo"] = {**base["stages"]["dpo"], "loss": "ipo"}
+    run(base)
+    assert (made / "model.safetensors").stat().st_mtime_ns == before
+    (made / "model.safetensors").write_bytes(b"torn")  # made again from the adapter, not trusted
+    base["stages"]["slic"] = {**base["stages"]["dpo"], "loss": "slic"}
+    run(base)
+    assert (made / "model.safetensors").stat().st_size > 1000
+
+
+def test_a_last_adapter_needs_no_merging(base: dict[str, Any], tmp_path: Path) -> None:
+    del base["stages"]["rloo"]
+    base["stages"]["sft"]["train"] = {"max_steps": 1}
+    base["stages"]["dpo"] |= {"lora": {"r": 4}, "train": {"max_steps": 1}}
+    result = run(base)
+    assert (result.models["dpo"] / "adapter_config.json").exists() and result.outcome.models["dpo"]["kl"] is not None
+    assert not (tmp_path / "hh/dpo/merged").exists()
+
+
+def test_a_setting_that_an_older_version_did_not_know_counts_as_its_default() -> None:
+    new = {"config": {"train": {"lr": 0.1, "shuffle": True}}, "data": {}, "upstream": {}, "models": {}, "rewards": {}}
+    old = {**new, "config": {"train": {"lr": 0.1}}}
+    assert changes(old, new) == []
+    assert changes(old, {**new, "config": {"train": {"lr": 0.1, "shuffle": False}}}) == ["train.shuffle: true -> false"]
+    assert changes({**old, "rewards": {"r.py": "a" * 64}}, new) == ["r.py has changed (aaaaaaaaaaaa -> none)"]
+
+
+def test_the_command_line(base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    del base["stages"]["rloo"]
+    base["defaults"]["train"]["max_steps"] = 1
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(base, sort_keys=False))
+    assert main(["pipeline", str(path), "stages.dpo.loss.beta=0.2", "--plan"]) == 0
+    assert "dpo      to run: after sft" in capsys.readouterr().out
+    assert main(["pipeline", str(path), "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "1 steps" in out and "win rate against sft" in out and "clear winner" in out
+    assert main(["pipeline", str(path), "--quiet", "stages.dpo.loss.beta=0.2"]) == 2
+    assert "loss.beta: 0.3 -> 0.2; --redo dpo" in capsys.readouterr().err
+    assert main(["pipeline", str(path), "stages.dpo.loss.beta=0.2", "--redo", "dpo", "--quiet"]) == 0
+
+
+def test_pipelines_are_checked_without_a_machine(tmp_path: Path) -> None:
+    assert isinstance(load_pipeline(written(tmp_path)), Pipeline)
+
+
+# ---- the classical pipeline: a reward model that a stage trains ---------------------------------------------------------
+
+
+@pytest.fixture
+def classical(base: dict[str, Any]) -> dict[str, Any]:
+    """SFT -> reward model -> PPO, and SFT -> DPO; judged by the reward model and by the true reward."""
+    vowels = base["compare"]["reward"]
+    ppo = {"name": "ppo", "value": "separate", "value_init": "reward", "max_new_tokens": 6, "epochs": 1}
+    base["defaults"]["train"] |= {"max_steps": 2}
+    base["stages"] = {
+        "sft": {"loss": "sft"},
+        "reward": {"model": {"path": "stage:sft"}, "algorithm": {"name": "reward_model", "centring": 0.01}},
+        "ppo": {"model": {"path": "stage:sft"}, "algorithm": ppo, "reward": {"stage:reward": 0.5, "words": 0.01}},
+        "dpo": {"model": {"path": "stage:sft"}, "loss": "dpo"},
+    }
+    base["compare"] |= {"models": ["sft", "ppo", "dpo"], "reward": "stage:reward", "also": [vowels]}
+    return base
+
+
+@pytest.fixture
+def written_by(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[TokenTree]]:
+    """What each compared model wrote, token by token, filled while a comparison runs."""
+    from penchant.compare import measured
+    from penchant.compare import models as compare_models
+
+    found: dict[str, list[TokenTree]] = {}
+    real_write, real_measure = measured.write, measured.measure
+
+    def measure(name: str, *args: Any) -> Any:
+        def recording(*given: Any, **options: Any) -> Any:
+            made = real_write(*given, **options)
+            found[name] = made.trees
+            return made
+
+        with monkeypatch.context() as patched:
+            patched.setattr(measured, "write", recording)
+            return real_measure(name, *args)
+
+    monkeypatch.setattr(compare_models, "measure", measure)
+    return found
+
+
+def said_of(base: dict[str, Any], name: str) -> list[float]:
+    """The rewards of a model's completions, as the comparison has written them down."""
+    rows = [json.loads(x) for x in (Path(base["output"]) / "comparison.jsonl").read_text().splitlines()]
+    return [r["completions"][name]["reward"] for r in rows]
+
+
+def directly(base: dict[str, Any], reward: Path, trees: list[TokenTree]) -> list[float]:
+    """The reward model called by itself, on one prompt and completion at a time."""
+    held_out = Run(pipeline_from_mapping(base).stages["sft"].config, quiet=True).datasets[1]
+    assert held_out is not None
+    tokenizer = load_tokenizer(str(base["defaults"]["model"]["path"]))
+    prompts = {t.source: t.prompt for t in held_out.trees}
+    judge = load_reward(str(reward), PolicyText(tokenizer, "auto", prompts))
+    texts = [tokenizer.decode(t.completion_ids[0].tolist(), skip_special_tokens=True) for t in trees]
+    return [float(judge([str(prompts[t.source])], [s], [t])[0]) for t, s in zip(trees, texts, strict=True)]
+
+
+def strangers(reward: Path, trees: list[TokenTree]) -> list[float]:
+    """What transformers says of the policy's very tokens."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(reward).eval()
+    rows = [torch.tensor([[*t.prompt_ids.tolist(), *t.completion_ids[0].tolist()]]) for t in trees]
+    with torch.no_grad():
+        return [float(model(input_ids=row).logits[0, 0]) for row in rows]
+
+
+def test_the_classical_pipeline(
+    classical: dict[str, Any], written_by: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = trained(monkeypatch)
+    result = run(classical)
+    assert names == ["sft", "reward", "ppo", "dpo"]
+    used = yaml.safe_load((tmp_path / "hh/ppo/config.resolved.yaml").read_text())
+    assert used["reward"] == {str(result.models["reward"]): 0.5, "words": 0.01}
+    # PPO's value model did start as the reward model: value_init is reward, which is refused where it cannot
+    figures = result.outcome.models
+    assert all("reward/ci" in m and len(m["also"]) == 1 for m in figures.values())
+    assert all(figures[n]["kl"] != 0 and "kl/ci" in figures[n] and "win_rate/ci" in figures[n] for n in ("ppo", "dpo"))
+    rows = [json.loads(x) for x in (tmp_path / "hh/comparison.jsonl").read_text().splitlines()]
+    for name in figures:
+        said, reward = said_of(classical, name), result.models["reward"]
+        assert len(said) == 10 and np.std(said) > 1e-3
+        assert said == pytest.approx(directly(classical, reward, written_by[name]), abs=1e-5)
+        assert said == pytest.approx(strangers(reward, written_by[name]), abs=1e-5)
+        (truth,) = figures[name]["also"].values()
+        vowels = [sum(c in "aeiou" for c in r["completions"][name]["text"]) for r in rows]
+        assert truth["reward"] == pytest.approx(np.mean(vowels))
+        assert [next(iter(r["completions"][name]["also"].values())) for r in rows] == vowels
+    text = result.outcome.to_text()
+    assert f"reward, by {classical['compare']['also'][0]}" in text and "By " in text
+
+    assert set(plan(classical).values()) == {"unchanged: 2 steps", "unchanged"}
+    assert not run(classical).outcome.done and len(names) == 4
+    # another reward model: what uses it is stale, what does not is not
+    changed = "stages.reward.algorithm.centring=0.5"
+    assert plan(classical, changed)["reward"] == "CHANGED: algorithm.centring: 0.01 -> 0.5"
+    with pytest.raises(CheckpointError, match=r"stages.reward is done or half done with other inputs"):
+        run(classical, changed)
+    run(classical, changed, redo=["reward"])
+    assert names[4:] == ["reward", "ppo"]
+    # the same, where the reward model was trained anew behind the pipeline's back
+    shutil.rmtree(tmp_path / "hh/reward")
+    with pytest.raises(CheckpointError, match=r"stages.ppo .* the model of stage:reward has changed"):
+        run(classical, "stages.reward.algorithm.centring=0.1")
+    assert names[6:] == ["reward"]
+    assert plan(classical, "stages.reward.algorithm.centring=0.1")["dpo"] == "unchanged: 2 steps"
+
+
+def test_a_lora_reward_model_judges_as_it_was_merged_and_is_trained_further(
+    classical: dict[str, Any], written_by: dict[str, Any], tmp_path: Path
+) -> None:
+    stages = classical["stages"]
+    stages["reward"] |= {"lora": {"r": 4, "alpha": 32}, "train": {"lr": 5e-2}}
+    further = {"model": {"path": "stage:reward"}, "algorithm": "reward_model", "train": {"max_steps": 1, "lr": 1e-9}}
+    stages["ppo"] |= {"reward": "stage:more"}
+    classical["stages"] = {"sft": stages["sft"], "reward": stages["reward"], "more": further, "ppo": stages["ppo"]}
+    classical["compare"] |= {"models": ["sft", "ppo"]}
+    result = run(classical)
+    folder = result.models["reward"]
+    assert (folder / "adapter").is_dir()
+    used = yaml.safe_load((tmp_path / "hh/more/config.resolved.yaml").read_text())["model"]["path"]
+    assert used == str(folder)  # no merging: the folder holds the whole model
+    said = said_of(classical, "ppo")
+    assert said == pytest.approx(directly(classical, folder, written_by["ppo"]), abs=1e-5)
+    assert said == pytest.approx(strangers(folder, written_by["ppo"]), abs=1e-4)
+    # what it goes on from is the trained reward model with its head: it starts where the other ended
+    before, after = ([json.loads(x) for x in (tmp_path / f"hh/{n}/metrics.jsonl").open()] for n in ("reward", "more"))
+    end = [m for m in before if "eval/loss" in m][-1]  # the only one with a checkpoint, so the best too
+    start = next(m for m in after if "eval/loss" in m)
+    for metric in ("eval/rewards/margins", "eval/rewards/chosen", "eval/rewards/rejected"):
+        assert start[metric] == pytest.approx(end[metric], abs=1e-5)
+
+
+def test_an_encoder_judges_an_online_stage(
+    classical: dict[str, Any], written_by: dict[str, Any], tmp_path: Path
+) -> None:
+    encoder = encoder_folder(tmp_path / "encoder")
+    stages = classical["stages"]
+    judge = {"model": {"path": encoder}, "algorithm": "reward_model"}
+    rloo = {"name": "rloo", "samples": 2, "max_new_tokens": 6}
+    stages |= {"reward": judge, "rloo": {**stages["ppo"], "algorithm": rloo, "reward": "stage:reward"}}
+    del stages["ppo"], stages["dpo"]
+    classical["compare"] |= {"models": ["sft", "rloo"]}
+    result = run(classical)
+    said = said_of(classical, "rloo")
+    assert np.std(said) > 1e-3
+    assert said == pytest.approx(directly(classical, result.models["reward"], written_by["rloo"]), abs=1e-5)
+    # what an encoder cannot be is said with the stage's name, before the stage has written anything
+    stages["ppo"] = {**stages["rloo"], "algorithm": {"name": "ppo", "value": "separate", "value_init": "reward"}}
+    with pytest.raises(
+        ConfigError, match=r"stages.ppo: algorithm.value_init is reward, but the reward model is an encoder"
+    ):
+        run(classical)
+
+
+def test_a_folder_that_is_no_reward_model_is_met_before_anything_trains(base: dict[str, Any], tmp_path: Path) -> None:
+    other = tiny_model_folder(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"stages.rloo: reward .*other is no reward model \(LlamaForCausalLM\)"):
+        run(base, f"stages.rloo.reward={other}")
+    with pytest.raises(ConfigError, match=r"compare.reward: .*other is no reward model"):
+        run(base, f"compare.reward={other}")
+    with pytest.raises(ConfigError, match=r"compare.reward: 'nicer' is no reward"):
+        run(base, "compare.also=[nicer]")
+    assert not Path(base["output"]).exists()

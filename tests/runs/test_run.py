@@ -1,0 +1,272 @@
+"""A run from config to report: what a user does, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import polite_rows, tiny_model_folder, write_jsonl
+
+from penchant import api
+from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("PENCHANT_CACHE", str(tmp_path / "cache"))
+    return {
+        "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
+        "data": {"path": write_jsonl(tmp_path / "pairs.jsonl", polite_rows()), "validation_rows": 6, "max_length": 128},
+        "loss": {"name": "dpo", "beta": 0.5},
+        "train": {"epochs": 2, "batch_size": 6, "tokens_per_step": 600, "lr": 3e-3, "warmup_fraction": 0.0},
+        "evaluation": {"samples": 2, "sample_tokens": 4},
+        "output": str(tmp_path / "run"),
+    }
+
+
+def _lines(folder: Path | str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    (path,) = folder.glob("*.safetensors")
+    return load_file(path)
+
+
+def test_dpo_learns_and_leaves_a_whole_run_folder(base: dict[str, Any]) -> None:
+    result = api.train(base, quiet=True)
+    assert result.before["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert result.after["eval/rewards/accuracies"] == 1.0
+    assert result.after["eval/loss"] < 0.5
+    assert result.after["eval/rows"] == 6
+    for name in (
+        "config.resolved.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "manifest.json",
+        "report.html",
+        "audit.json",
+    ):
+        assert (result.folder / name).exists(), name
+    manifest = json.loads((result.folder / "manifest.json").read_text())
+    assert manifest["status"] == "finished" and manifest["steps"] == result.steps == 6
+    assert api.evaluate(result.folder, quiet=True)["eval/loss"] == pytest.approx(result.after["eval/loss"], rel=1e-6)
+    start = api.evaluate(result.folder, quiet=True, step="0")
+    assert start["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_report_is_written_while_the_run_goes_on_and_never_ends_it(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def spied(folder: Path) -> None:
+        state = json.loads((folder / "manifest.json").read_text())["status"]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        seen.append((state, sum(line["kind"] == "eval" for line in lines)))
+        if len(seen) == 3:
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr("penchant.report.write_report", spied)
+    monkeypatch.setattr("penchant.report.SHARE", 0.0)
+    result = api.train({**base, "evaluation": {**base.get("evaluation", {}), "every": 2}}, quiet=True)
+    # at the start, after steps 2 and 4 and 6 (of which the second failed, and was let be), and at the end
+    assert seen[0] == ("running", 1) and seen[1] == ("running", 2) and seen[2] == ("running", 3)
+    assert seen[-1] == ("finished", 4) and len(seen) == 4 and result.steps == 6
+
+
+def test_the_checkpoint_loads_with_transformers_as_it_is(base: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = api.train(base, quiet=True)
+    model, info = AutoModelForCausalLM.from_pretrained(result.model, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(result.model)
+    ids = tokenizer("Ask 1: may I", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3).shape[1] == ids.shape[1] + 3
+    assert "penchant" not in (result.model / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["frozen", "cached"])
+def test_every_reference_gives_the_same_run(base: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    one = api.train(base, "reference.kind=frozen", quiet=True)
+    other = api.train(base, f"reference.kind={kind}", f"output={tmp_path}/other", quiet=True)
+    assert other.after["eval/loss"] == pytest.approx(one.after["eval/loss"], rel=1e-4)
+
+
+def test_lora_trains_the_adapter_only_and_loads_with_peft(base: dict[str, Any]) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    base |= {"lora": {"r": 4, "alpha": 16}}
+    base["train"]["lr"] = 2e-2
+    result = api.train(base, quiet=True)
+    assert result.after["eval/rewards/accuracies"] == 1.0
+    assert (result.model / "adapter_model.safetensors").exists()
+    names = set(_weights(result.model))
+    assert names and all("lora_" in n for n in names)
+    assert all(float(v.abs().max()) > 0 for n, v in _weights(result.model).items() if "lora_B" in n)
+    model = AutoPeftModelForCausalLM.from_pretrained(result.model)
+    assert model.peft_config["default"].r == 4
+
+
+def test_lora_dropout_is_not_ignored(base: dict[str, Any], tmp_path: Path) -> None:
+    base |= {"lora": {"r": 4, "alpha": 16}}
+    base["train"] |= {"lr": 2e-2, "max_steps": 3}
+    without = api.train(base, quiet=True)
+    with_dropout = api.train(base, "lora.dropout=0.5", f"output={tmp_path}/dropout", quiet=True)
+    assert _lines(without.folder)[-2]["loss"] != _lines(with_dropout.folder)[-2]["loss"]
+
+
+def test_sft_on_pairs_learns_the_chosen_answer(base: dict[str, Any]) -> None:
+    base["loss"] = {"name": "sft"}
+    result = api.train(base, quiet=True)
+    assert result.after["eval/nll"] < result.before["eval/nll"] - 0.5
+    assert result.after["eval/perplexity"] == pytest.approx(math.exp(result.after["eval/nll"]))
+
+
+def test_sft_from_scratch_on_plain_text(base: dict[str, Any], tmp_path: Path) -> None:
+    base["data"] = {
+        "path": write_jsonl(
+            tmp_path / "text.jsonl", [{"text": f"mat {i}: " + "the cat sat on the mat. " * 9} for i in range(30)]
+        ),
+        "validation_rows": 4,
+        "max_length": 64,
+    }
+    base["loss"] = "sft"
+    base["model"]["init"] = "random"
+    result = api.train(base, quiet=True)
+    assert result.after["eval/perplexity"] < result.before["eval/perplexity"] / 4
+
+
+def test_a_new_learning_rate_or_folder_reuses_the_cache_but_a_new_token_or_template_does_not(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    base["train"]["max_steps"] = 1
+    cache = tmp_path / "cache" / "reference"
+
+    def caches_after(*overrides: str) -> int:
+        api.train(base, "reference.kind=cached", *overrides, quiet=True)
+        return len(list(cache.glob("*.safetensors")))
+
+    assert caches_after() == 2  # train and held out
+    assert caches_after("train.lr=1e-4", f"output={tmp_path}/b") == 2
+    assert caches_after("loss.beta=0.1", f"output={tmp_path}/c") == 2
+    rows = polite_rows()
+    rows[0]["chosen"] += "!"
+    changed = write_jsonl(tmp_path / "changed.jsonl", rows)
+    assert caches_after(f"data.path={changed}", f"output={tmp_path}/d") > 2
+    before = len(list(cache.glob("*.safetensors")))
+    other = tiny_model_folder(tmp_path / "other", seed=1)
+    assert caches_after(f"model.path={other}", f"output={tmp_path}/e") == before + 2
+
+
+def test_kill_9_then_the_same_command_ends_bit_for_bit_the_same(base: dict[str, Any], tmp_path: Path) -> None:
+    """The real thing: a process killed at an arbitrary moment."""
+    base["train"] |= {"epochs": 5, "batch_size": 3}
+    base["checkpoint"] = {"every": 3}
+    base["evaluation"] |= {"every": 5}
+    whole = api.train(base, quiet=True)
+    base["output"] = str(tmp_path / "killed")
+    log = tmp_path / "killed/metrics.jsonl"
+    # it imports once; every attempt is a fork of it, a process of its own
+    script = f"""
+import json, os, sys
+import transformers.models.llama.modeling_llama
+from penchant import api, run
+for _ in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        api.train(json.loads({json.dumps(base)!r}), quiet=True)
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+    killed, ends = 0, []
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as starter:
+        assert starter.stdin is not None and starter.stdout is not None
+        while len(ends) < 20 and 0 not in ends:
+            starter.stdin.write("go\n")
+            starter.stdin.flush()
+            pid = int(starter.stdout.readline())
+            seen = log.read_bytes().count(b"\n") if log.exists() else 0
+            if killed < 2:
+                while not log.exists() or log.read_bytes().count(b"\n") < seen + 8:
+                    time.sleep(0.002)
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+            ends.append(int(starter.stdout.readline()))
+    assert ends == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    assert (whole.folder / "metrics.jsonl").read_bytes() == log.read_bytes()
+    last = whole.model.parent.name
+    for name in ("state.safetensors", "model/model.safetensors"):
+        a, b = whole.folder / "checkpoints" / last / name, tmp_path / "killed/checkpoints" / last / name
+        assert a.read_bytes() == b.read_bytes(), name
+
+
+def test_gradient_checkpointing_changes_nothing(base: dict[str, Any], tmp_path: Path) -> None:
+    one = api.train(base, quiet=True)
+    other = api.train(base, "train.gradient_checkpointing=true", f"output={tmp_path}/gc", quiet=True)
+    assert other.after["eval/loss"] == pytest.approx(one.after["eval/loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", ["separate", "padded"])
+def test_packings_train_alike(base: dict[str, Any], tmp_path: Path, packing: str) -> None:
+    one = api.train(base, quiet=True)
+    other = api.train(base, f"train.packing={packing}", f"output={tmp_path}/other", quiet=True)
+    assert other.after["eval/loss"] == pytest.approx(one.after["eval/loss"], rel=1e-3)
+
+
+def test_a_run_can_be_read_from_anywhere(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base["train"]["max_steps"] = 1
+    base["data"]["path"], base["output"] = "pairs.jsonl", "run"
+    base["model"]["path"] = "model"
+    result = api.train(base, quiet=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert api.evaluate(tmp_path / "run", quiet=True)["eval/loss"] == pytest.approx(result.after["eval/loss"], rel=1e-6)
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_a_different_run_in_the_folder_is_refused_and_the_difference_shown(base: dict[str, Any]) -> None:
+    base["train"]["max_steps"] = 1
+    api.train(base, quiet=True)
+    with pytest.raises(CheckpointError, match=r"config\.train\.lr: 0\.003 -> 0\.01"):
+        api.train(base, "train.lr=0.01", quiet=True)
+
+
+def test_prompt_longer_than_the_context_is_refused(base: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="beyond the model's context of 256"):
+        api.train(base, "data.max_length=512", quiet=True)
+
+
+def test_a_missing_model_folder(base: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such folder"):
+        api.train(base, f"model.path={tmp_path}/nowhere", quiet=True)
+
+
+def test_dpo_on_plain_text_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "text.jsonl", [{"text": "hello there"}] * 3)
+    with pytest.raises(DataError, match="needs pairs"):
+        api.train(base, f"data.path={path}", quiet=True)
+
+
+def test_nothing_held_out_to_evaluate(base: dict[str, Any]) -> None:
+    base["data"].pop("validation_rows")
+    with pytest.raises(ConfigError, match="nothing held out"):
+        api.evaluate(base, quiet=True)

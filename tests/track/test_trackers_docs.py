@@ -1,0 +1,19 @@
+"""docs/trackers.md says what the registry and the glossary say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from penchant.report.metrics import markdown
+from penchant.track import TRACKERS
+from penchant.training.options import LoggingConfig
+
+PAGE = (Path(__file__).parents[2] / "docs" / "trackers.md").read_text()
+
+
+def test_the_page_has_every_metric_every_tracker_and_every_key() -> None:
+    assert markdown() in PAGE
+    for name, spec in TRACKERS.items():
+        assert f"| `{name}` |" in PAGE and spec.extra == name
+    for key in LoggingConfig.model_fields.keys() - {"every"}:
+        assert f"| `logging.{key}` |" in PAGE
