@@ -5,7 +5,7 @@ READY := .venv/.ready
 TOOLS := .venv/.ready-tools
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # one thread a worker: as many workers as cores share the machine without getting into each other's way
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: demo test test-all bench docs docker-check lint clean

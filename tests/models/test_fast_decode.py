@@ -62,7 +62,7 @@ def test_a_completion_does_not_depend_on_what_runs_beside_it(rows: int) -> None:
 
 
 def test_prompts_come_in_as_places_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", dtype=torch.float32)
+    model = tiny_model("llama", dtype=torch.float64)
     sizes: list[int] = []
     step = FastDecoder.step
     monkeypatch.setattr(

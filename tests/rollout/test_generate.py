@@ -17,7 +17,7 @@ PROMPTS = [[5, 6, 7], [9, 8], [11, 12, 13], [4]]
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_greedy_equals_transformers(family: str) -> None:
-    model = tiny_model(family, dtype=torch.float32)
+    model = tiny_model(family, dtype=torch.float64)
     rows = sample(model, PROMPTS, max_new_tokens=8, temperature=0)
     for prompt, (row,) in zip(PROMPTS, rows, strict=True):
         expected = model.generate(

@@ -383,7 +383,7 @@ def test_in_a_pseudo_terminal(tmp_path: Path) -> None:
     os.close(child)
     seen = ""
 
-    def until(text: str, seconds: float = 60.0) -> None:
+    def until(text: str, seconds: float = 240.0) -> None:
         """Read on until a text comes that was not there before."""
         nonlocal seen
         end = time.monotonic() + seconds
@@ -405,7 +405,7 @@ def test_in_a_pseudo_terminal(tmp_path: Path) -> None:
         until("(the last turn is gone; 0 left)")
         until("> ")
         os.write(parent, b"\x04")  # Ctrl-D
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
     finally:
         process.kill()
         process.wait()

@@ -120,7 +120,7 @@ def test_a_tracker_that_fails_costs_a_warning_and_its_time_limit(
     for _ in range(100):
         mirrors.poll()
     assert not mirrors.finish("finished")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert process is not None and process.poll() is not None
     whole = "\n".join(said)
     assert said_of in whole and "not-to-be-seen" not in whole and "\x1b" not in whole
@@ -174,7 +174,7 @@ def test_a_run_that_is_killed_leaves_its_lines_in_its_trackers(tmp_path: Path) -
     with subprocess.Popen([sys.executable, "-c", script, str(run)], stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None and process.stdout.readline() == b"up\n"
         process.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not any("finish" in c for c in _calls_or_none(run)):
         time.sleep(0.05)
     calls = _calls(run)

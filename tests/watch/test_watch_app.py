@@ -88,7 +88,7 @@ class Terminal:
         os.close(slave)
         self.said = ""
 
-    def wait_for(self, text: str, seconds: float = 30.0) -> None:
+    def wait_for(self, text: str, seconds: float = 120.0) -> None:
         end = time.monotonic() + seconds
         while text not in self.said:
             assert time.monotonic() < end, f"{text!r} was not said in\n{self.said[-3000:]}"
@@ -104,7 +104,7 @@ class Terminal:
     def close(self) -> int:
         while select.select([self.master], [], [], 0.2)[0] and (more := self._read()):
             self.said += more
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=120)
 
 
 @contextmanager
