@@ -40,6 +40,12 @@ NOT_RUN = {
 }
 # a command that is only planned in the default suite, as it trains many runs: what is put behind it
 PLANNED = {r"^penchant sweep ": "--plan", r"^penchant pipeline .*(?=stages\.|pipeline\.yaml)": "--plan"}
+# a command that writes texts: what keeps them short in the default suite
+SHORT = {
+    r"^penchant chat ": "--max-new-tokens=8",
+    r"^penchant compare ": "--max-new-tokens=8",
+    r"^penchant train ": "evaluation.kl_prompts=4 evaluation.samples=2 evaluation.sample_tokens=4",
+}
 # a command that reads: what a person types
 TYPED = {r"^penchant chat .*--prefer": "The film was\n/left\n/quit\n", r"^penchant chat ": "The film was\n/quit\n"}
 # pages that run in `make test-all` only: why
@@ -57,7 +63,7 @@ def test_no_kind_of_block_is_unaccounted_for() -> None:
 def test_no_exception_is_left_over() -> None:
     """A table's entry that fits no command any more would hide the next one that it fits."""
     commands = [c for b in of("sh") for c in b.commands()]
-    for table in (NOT_RUN, PLANNED, TYPED):
+    for table in (NOT_RUN, PLANNED, SHORT, TYPED):
         assert [p for p in table if not any(re.search(p, c, flags=re.M) for c in commands)] == []
     assert set(SLOW_PAGES) <= {p for p in NAMES if runs_something(p)}
 
@@ -167,7 +173,7 @@ RUNNABLE = [p for p in NAMES if runs_something(p)]
 def test_a_page_runs_in_order(
     page: str, page_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _run(page, Shell(capsys, monkeypatch, NOT_RUN, PLANNED, TYPED))
+    _run(page, Shell(capsys, monkeypatch, NOT_RUN, {**PLANNED, **SHORT}, TYPED))
 
 
 @pytest.mark.slow
