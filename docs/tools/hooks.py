@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 MATH = re.compile(r"^```math\n(.*?)\n```$", re.S | re.M)
-OUTSIDE = re.compile(r"\[([^\]\n]+)\]\((?:\.\./)+((?:src|recipes|benchmarks|tests|docker)(?:/[^)\s]*)?)\)")
+OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:src|recipes|benchmarks|tests|docker)(?:/[^)\s]*)?)\)")
 
 
 def mathml(latex: str) -> str:

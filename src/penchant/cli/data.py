@@ -138,13 +138,13 @@ def run_formats(args: argparse.Namespace) -> int:
     """
     import json
 
-    from penchant.data.layouts import LAYOUTS
-    from penchant.data.layouts.page import as_json, describe, find, markdown, text
+    from penchant.data.layouts import LAYOUTS, layout_named
+    from penchant.data.layouts.page import as_json, describe, markdown, text
 
     if args.markdown:
         print(markdown(), end="")
     elif args.json:
-        found = [find(args.name)] if args.name else LAYOUTS.values()
+        found = [layout_named(args.name, "data formats")] if args.name else LAYOUTS.values()
         print(json.dumps([as_json(layout) for layout in found], ensure_ascii=False, indent=1))
     else:
         print(describe(args.name) if args.name else text())

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConfig
 from penchant.base.section import Section
+from penchant.data.layouts.own import is_own
 from penchant.data.options import DataConfig
 from penchant.errors import ConfigError
 from penchant.losses.own import is_own
@@ -350,7 +351,7 @@ def build(values: dict[str, Any], places: Places, source: str) -> RunConfig:
     values = _own_losses_found(values, places, source)
     _check_loss(values, places, source)
     try:
-        return RunConfig.model_validate(values)
+        return RunConfig.model_validate(_own_layout_found(values, places, source))
     except ValidationError as error:
         raise explain_all(error, (), places, source) from error
     except ConfigError as error:
@@ -420,6 +421,18 @@ def _with_place(error: ConfigError, places: Mapping[tuple[str, ...], str], sourc
     if path[0] not in RunConfig.model_fields:
         return error
     return ConfigError(place_of(path, places, source), f"{error.where} {error.what}", error.how)
+
+
+def _own_layout_found(values: Mapping[str, Any], places: Places, source: str) -> Mapping[str, Any]:
+    """The same with a user's own layout looked for beside the config that names it, then where the program was started."""
+    data = values.get("data")
+    name = data.get("shape") if isinstance(data, Mapping) else None
+    if not isinstance(data, Mapping) or not isinstance(name, str) or not is_own(name):
+        return values
+    file, _, attribute = name.rpartition(":")
+    beside = Path(place_of(("data", "shape"), places, source).rpartition(":")[0]).parent / file
+    found = beside if beside.is_file() else Path(file).expanduser()
+    return {**values, "data": {**data, "shape": f"{found.resolve()}:{attribute}"}} if found.is_file() else values
 
 
 def place_of(path: tuple[str, ...], places: Mapping[tuple[str, ...], str], source: str) -> str:

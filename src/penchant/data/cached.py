@@ -24,6 +24,7 @@ from penchant.base.files import file_sha256
 from penchant.data.audit import audit
 from penchant.data.audit.findings import Audit, Finding
 from penchant.data.layouts import Detection
+from penchant.data.layouts.own import own_sha256
 from penchant.data.load import Columns, Dataset, Quarantined, Reading, fingerprint, load_preferences, stream_preferences
 from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, ranges, read_batch, write_rows
 from penchant.data.split import held_out_rows, split_by_prompt
@@ -224,7 +225,7 @@ class DataCache:
         if not self.on or not all(f.is_file() for f in files) or sum(f.stat().st_size for f in files) < AUTO_BYTES:
             return load_preferences(path, **reading)
         contents = [(f.name, digest) for f, digest in zip(files, FileHashes().of(files), strict=True)]
-        key = key_of("rows", {"files": contents, **reading})
+        key = key_of("rows", {"files": contents, **reading, "layout": own_sha256(reading.get("shape", "auto"))})
         entry = Entry("rows", key)
 
         def write(folder: Path) -> Mapping[str, Any]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from penchant.data.layouts import LAYOUTS, Detection, Group, Layout, LeftOut, RowError, detect
+from penchant.data.layouts import Detection, Group, Layout, LeftOut, RowError, detect, layout_named
 from penchant.data.layouts.fields import plain_name
 from penchant.data.read import BadRow, Row, read_rows
-from penchant.errors import ConfigError, DataError
+from penchant.errors import DataError
 from penchant.types import Message, PromptTree
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,17 +115,6 @@ class Converted:
     aside: tuple[Quarantined, ...] = ()
     left_out: bool = False
     source: tuple[Row | BadRow, ...] = ()
-
-
-def layout_named(name: str) -> Layout:
-    """A layout of the registry.
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
-    if name not in LAYOUTS:
-        raise ConfigError("data.shape", f"{name!r} is no layout", f"choose auto or one of {', '.join(LAYOUTS)}")
-    return LAYOUTS[name]
 
 
 def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:

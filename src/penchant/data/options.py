@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from penchant.base.section import Section
-from penchant.data.layouts import LAYOUTS
+from penchant.data.layouts import LAYOUTS, no_layout
+from penchant.data.layouts.own import is_own
 
 
 class DataConfig(Section):
@@ -19,7 +19,9 @@ class DataConfig(Section):
     validation_rows: int | None = Field(None, ge=1, description="rows to hold out, by prompt")
     validation_fraction: float | None = Field(None, gt=0, lt=1, description="share of rows to hold out, by prompt")
     split_seed: int | None = Field(None, ge=0, lt=2**31, description="of what is held out; default: train.seed")
-    shape: str = Field("auto", description="layout of a row: auto, or one that `penchant data formats` lists")
+    shape: str = Field(
+        "auto", description="layout of a row: auto, one that `penchant data formats` lists, or your own: path.py:Name"
+    )
     layout_options: dict[str, Any] = Field(
         default_factory=dict, description="what can be chosen about the layout: `penchant data formats NAME`"
     )
@@ -48,11 +50,9 @@ class DataConfig(Section):
     @field_validator("shape")
     @classmethod
     def _known_layout(cls, name: str) -> str:
-        if name == "auto" or name in LAYOUTS:
+        if name == "auto" or name in LAYOUTS or is_own(name):  # a file is read when the rows are
             return name
-        near = difflib.get_close_matches(name, LAYOUTS, 1)
-        how = f'did you mean "{near[0]}"?' if near else f"choose auto or one of {', '.join(LAYOUTS)}"
-        raise ValueError(f"{name!r} is no layout; {how}")
+        raise ValueError(f"{name!r} is no layout; {no_layout(name)}")
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> DataConfig:

@@ -12,8 +12,8 @@ from pathlib import Path
 from time import monotonic
 from typing import IO, Any
 
-from penchant.data.layouts import Layout, LeftOut, RowError, label_field
-from penchant.data.load import IDENTICAL, Converted, Quarantined, convert_rows, is_identical, layout_named, prompt_text
+from penchant.data.layouts import Layout, LeftOut, RowError, label_field, layout_named
+from penchant.data.load import IDENTICAL, Converted, Quarantined, convert_rows, is_identical, prompt_text
 from penchant.data.read import BadRow, Row
 from penchant.download.plan import GetRequest
 from penchant.errors import ConfigError, DataError, RewardError

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from penchant.data.layouts.own import own_sha256
 from penchant.data.read import ENDINGS, ending
 from penchant.data.split import SPLITS
 from penchant.download.catalogue import HUB, Files, Spec, chosen_subsets, find, is_hub_id, unknown
@@ -67,7 +68,8 @@ class GetRequest:
         held = json.loads(json.dumps(asdict(self)))
         held.pop("output")
         held["source"] = None if self.source is None else str(Path(self.source).expanduser().resolve())
-        return dict(held)
+        own = own_sha256(self.layout or "")
+        return dict(held) if own is None else {**held, "layout_sha256": own}
 
     @property
     def labels(self) -> bool:

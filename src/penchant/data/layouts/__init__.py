@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from penchant.data.layouts import compared, factory, oasst, rated
-from penchant.data.layouts.fields import ROLES, LeftOut, RowError, label_field, messages_field, score_field, text_field
+from penchant.data.layouts import compared, factory, oasst, own, plain, rated
+from penchant.data.layouts.fields import LeftOut, RowError, label_field
 from penchant.data.layouts.layout import Detection, Group, Layout, Option
-from penchant.data.layouts.plain import (
-    HH,
-    IMPLICIT_PAIRS,
-    MESSAGES,
-    PAIRS,
-    PROMPTS,
-    SCORED,
-    SFT,
-    TEXT,
-    UNPAIRED,
-    from_alpaca_pairs,
-    from_hh,
-    from_implicit_pairs,
-    from_messages,
-    from_pairs,
-    from_prompts,
-    from_scored,
-    from_sft,
-    from_text,
-    from_unpaired,
-)
-from penchant.types import PromptTree
+from penchant.errors import ConfigError
 
 __all__ = [
-    "KINDS",
     "LAYOUTS",
-    "ROLES",
-    "SHAPES",
     "Detection",
     "Group",
     "Layout",
@@ -44,21 +21,9 @@ __all__ = [
     "Option",
     "RowError",
     "detect",
-    "detect_shape",
-    "from_alpaca_pairs",
-    "from_hh",
-    "from_implicit_pairs",
-    "from_messages",
-    "from_pairs",
-    "from_prompts",
-    "from_scored",
-    "from_sft",
-    "from_text",
-    "from_unpaired",
     "label_field",
-    "messages_field",
-    "score_field",
-    "text_field",
+    "layout_named",
+    "no_layout",
 ]
 
 # the most specific first: of several layouts that a row fits, detection takes the first and names the others
@@ -88,30 +53,39 @@ LAYOUTS: dict[str, Layout] = {
         factory.ALPACA_KTO,
         factory.ALPACA_SCORED,
         factory.ALPACA,
-        HH,
+        plain.HH,
         rated.ORCA_PAIRS,
-        PAIRS,
-        IMPLICIT_PAIRS,
-        UNPAIRED,
-        SCORED,
-        SFT,
-        MESSAGES,
-        PROMPTS,
-        TEXT,
+        plain.PAIRS,
+        plain.IMPLICIT_PAIRS,
+        plain.UNPAIRED,
+        plain.SCORED,
+        plain.SFT,
+        plain.MESSAGES,
+        plain.PROMPTS,
+        plain.TEXT,
     )
 }
-KINDS: dict[str, str] = {name: layout.kind for name, layout in LAYOUTS.items()}
-SHAPES: dict[str, Callable[[Mapping[str, Any]], PromptTree]] = {
-    "pairs": from_pairs,
-    "hh": from_hh,
-    "alpaca_pairs": from_alpaca_pairs,
-    "unpaired": from_unpaired,
-    "scored": from_scored,
-    "sft": from_sft,
-    "messages": from_messages,
-    "prompts": from_prompts,
-    "text": from_text,
-}
+
+
+def layout_named(name: str, where: str = "data.shape") -> Layout:
+    """A layout of the registry, or a user's own: ``path.py:Name``.
+
+    Raises:
+        ConfigError: there is none of this name, or something is wrong with the user's own.
+    """
+    if own.is_own(name):
+        return own.own_layout(name, where)
+    if name not in LAYOUTS:
+        raise ConfigError(where, f"{name!r} is no layout", no_layout(name))
+    return LAYOUTS[name]
+
+
+def no_layout(name: str) -> str:
+    """What to write in place of a layout that there is not."""
+    near = difflib.get_close_matches(name, LAYOUTS, 1)
+    if near:
+        return f'did you mean "{near[0]}"?'
+    return f"choose auto, path.py:Name of your own, or one of {', '.join(LAYOUTS)}"
 
 
 STEPWISE = (
@@ -144,8 +118,3 @@ def detect(rows: Iterable[Mapping[str, Any]]) -> Detection:
         )
     others = tuple(n for n in LAYOUTS if n != name and 2 * fits[n] >= votes[name])
     return Detection(name, LAYOUTS[name].why, others)
-
-
-def detect_shape(rows: Iterable[Mapping[str, Any]]) -> str | None:
-    """The name of the layout alone; None when none fits."""
-    return detect(rows).layout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,28 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from penchant.base.text import printable
-from penchant.data.layouts import LAYOUTS, Detection, Layout, Option
-from penchant.data.load import FIRST_ROWS, Converted, convert_rows, detected, layout_named
+from penchant.data.layouts import LAYOUTS, Detection, Layout, Option, layout_named
+from penchant.data.load import FIRST_ROWS, Converted, convert_rows, detected
 from penchant.data.read import BadRow, Row, read_rows
-from penchant.errors import ConfigError
 from penchant.types import PromptTree
 
 NAMES = {None: "answer", True: "good answer", False: "bad answer"}
 PAIR_NAMES = {None: "answer", True: "chosen", False: "rejected"}
 LONGEST = 600  # characters of one turn that `show` prints
-
-
-def find(name: str) -> Layout:
-    """A layout by its name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name in LAYOUTS:
-        return LAYOUTS[name]
-    near = difflib.get_close_matches(name, LAYOUTS, 1)
-    how = f'did you mean "{near[0]}"?' if near else "`penchant data formats` lists them"
-    raise ConfigError("data formats", f"{name!r} is no layout", how)
 
 
 def kinds(layout: Layout) -> str:
@@ -54,7 +39,7 @@ def text() -> str:
 
 def describe(name: str) -> str:
     """One layout: what it is found by, its options, an example and what it becomes."""
-    layout = find(name)
+    layout = layout_named(name, "data formats")
     lines = [f"{layout.name}: {layout.summary}", f"published as: {layout.source}", f"kind: {kinds(layout)}"]
     lines += [f"found by: {layout.why}", ""]
     lines += [f"data.layout_options.{n} = {_value(o.default)}: {meaning(o)}" for n, o in layout.options.items()]
@@ -192,6 +177,29 @@ The second pair is left out: its better comment has not twice the votes.
   sentence. TRL's stepwise supervision is refused: no method here learns from it.
 - **A layout of message rows** (`oasst_flat`) needs rows that may stand anywhere: they are written to a temporary file first, and one message tree at a time is
   in memory. A tree with a broken message is kept aside whole.
+- **Your own layout.** A class in a file of yours, named in `data.shape`, `--shape`, `--layout` and `penchant data formats`; the path is relative to the config's
+  folder (else to the folder that you start from). `convert` gets a row and returns a row of the plain layout of its `kind` (`pairs`, `unpaired`, `scored`, `sft`,
+  `prompts`, `text`), a `penchant.types.PromptTree`, a list of these, or None for a row to leave out. Its example is converted when it is loaded; a row that it
+  cannot convert is a bad row like any other. The file's hash is part of the data cache's key.
+
+```python
+# my_layout.py
+class MyLayout:
+    "Support tickets with a good and a bad reply"
+
+    kind = "pairs"
+    columns = ("ticket", "replies")  # what every row has
+    example = {"ticket": "How do I log in?", "replies": ["With your e-mail address.", "No idea."]}
+
+    def convert(self, row):
+        good, bad = row["replies"]
+        return {"prompt": row["ticket"], "chosen": good, "rejected": bad}
+```
+
+```yaml
+data: {path: tickets.jsonl, shape: my_layout.py:MyLayout}
+```
+
 - **What it does not do.** It filters nothing by language, model or topic, and converts no file on disk. Of LLaMA-Factory's `dataset_info.json`, `data.columns` says the
   same as `columns`; role names other than those of ShareGPT and OpenAI (its `tags`) are not read.
 """

@@ -1,0 +1,132 @@
+"""A user's own layout, from a file: ``data.shape: my_layout.py:MyLayout``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from penchant.base.files import file_sha256
+from penchant.base.functions import python_function
+from penchant.data.layouts import plain
+from penchant.data.layouts.fields import LeftOut, RowError
+from penchant.data.layouts.layout import Fields, Layout
+from penchant.errors import ConfigError
+from penchant.types import PromptTree
+
+# of each kind of data: the layout of a row that `convert` returns as a mapping, and whether a tree is of that kind
+KINDS: dict[str, tuple[Layout, Callable[[PromptTree], bool]]] = {
+    "pairs": (plain.PAIRS, lambda tree: [c.label for c in tree.completions] == [True, False]),
+    "unpaired": (plain.UNPAIRED, lambda tree: all(c.label is not None for c in tree.completions)),
+    "scored": (plain.SCORED, lambda tree: all(c.score is not None for c in tree.completions)),
+    "sft": (plain.SFT, lambda tree: bool(tree.completions)),
+    "prompts": (plain.PROMPTS, lambda tree: not tree.completions),
+    "text": (plain.TEXT, lambda tree: bool(tree.completions)),
+}
+DESCRIBED = "see `Your own layout` in docs/data_formats.md"
+
+
+def is_own(name: str) -> bool:
+    """Whether a layout's name is that of a file, ``path.py:Name``."""
+    return name.rpartition(":")[0].endswith(".py")
+
+
+def own_sha256(name: str) -> str | None:
+    """SHA-256 of the file of a user's own layout; None of any other name, or where there is no such file."""
+    file = Path(name.rpartition(":")[0]).expanduser()
+    return file_sha256(file) if is_own(name) and file.is_file() else None
+
+
+def own_layout(name: str, where: str = "data.shape") -> Layout:
+    """The layout that ``path.py:Name`` names: a class that is made without arguments, or a function that returns a `Layout`.
+
+    The class has `convert(row)`, which returns a row of the plain layout of its `kind` (``{"prompt", "chosen", "rejected"}`` for pairs),
+    a `PromptTree`, a list of these, or None for a row that is left out; `kind`; `columns`, which every row has; and `example`, a row.
+
+    Raises:
+        ConfigError: there is none, or it fails the checks that Penchant's own layouts pass in its tests.
+    """
+    return _checked(name, own_sha256(name), where)
+
+
+@lru_cache(maxsize=32)
+def _checked(name: str, sha256: str | None, where: str) -> Layout:
+    """`own_layout`; `sha256` is there so that an edited file is read again."""
+    function = python_function(name, where, ())
+    try:
+        made = function()
+    except Exception as error:
+        raise ConfigError(where, f"{name} cannot be made ({type(error).__name__}: {error})", "mend it") from error
+    layout = replace(made, name=name) if isinstance(made, Layout) else _layout_of(made, name, where)
+    missing = [c for c in layout.columns if c not in layout.example]
+    if missing:
+        raise ConfigError(where, f"{name}: its example has no column {missing[0]!r}", "add it to the example")
+    try:
+        trees = layout.example_trees
+    except RowError as error:
+        raise ConfigError(
+            where, f"{name}: its example does not convert: {error.what}", error.how or "mend it"
+        ) from error
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ConfigError(where, f"{name}: its example does not convert ({said})", "mend it") from error
+    if not trees:
+        raise ConfigError(where, f"{name}: its example gives nothing", "give a row that becomes an example")
+    return layout
+
+
+def _layout_of(made: Any, name: str, where: str) -> Layout:
+    convert, kind, columns = (getattr(made, n, None) for n in ("convert", "kind", "columns"))
+    example = getattr(made, "example", None)
+    if not callable(convert):
+        raise ConfigError(where, f"{name} has no method convert(row)", DESCRIBED)
+    if kind not in KINDS:
+        raise ConfigError(where, f"{name}: its kind is {kind!r}", f"set kind to one of {', '.join(KINDS)}")
+    if isinstance(columns, str) or not all(isinstance(c, str) for c in columns or ()):
+        raise ConfigError(where, f"{name}: its columns are {columns!r}", "give a tuple of names")
+    if not isinstance(example, Mapping):
+        raise ConfigError(where, f"{name} has no example", "set example to a row that it converts")
+    turn = _turn(convert, str(kind), Path(name.rpartition(":")[0]).name + ":" + name.rpartition(":")[2], columns or ())
+    about = (type(made).__doc__ or "a layout of your own").strip().splitlines()[0].rstrip(".")
+    return Layout(
+        name, str(kind), tuple(columns or ()), turn, about, example, "a file of yours", shows="of your own layout"
+    )
+
+
+def _turn(
+    convert: Callable[[Fields], Any], kind: str, short: str, columns: tuple[str, ...]
+) -> Callable[[Fields, Fields], tuple[PromptTree, ...]]:
+    row_layout, fits = KINDS[kind]
+
+    def tree_of(item: Any) -> PromptTree:
+        if isinstance(item, Mapping):
+            (tree,) = row_layout.convert(item, {})
+        elif isinstance(item, PromptTree):
+            tree = item
+        else:
+            raise RowError(f"{short} returned {type(item).__name__}, not a row or a PromptTree", DESCRIBED)
+        if not fits(tree):
+            raise RowError(f"{short} returned an example that is not of kind {kind}", DESCRIBED)
+        return tree
+
+    def turn(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+        missing = [c for c in columns if c not in row]
+        if missing:
+            raise RowError(f"has no column {missing[0]!r}, which {short} needs", "mend the row, or map data.columns")
+        try:
+            found = convert(dict(row))
+        except RowError:
+            raise
+        except Exception as error:
+            what = f"cannot be converted by {short} ({type(error).__name__}: {error})"
+            raise RowError(what, "mend the row or the layout") from error
+        if found is None:
+            raise LeftOut(f"is left out by {short}", "return an example for it to keep it")
+        trees = tuple(tree_of(item) for item in (found if isinstance(found, (list, tuple)) else [found]))
+        if not trees:
+            raise RowError(f"gives no example in {short}", "return None to leave a row out")
+        return trees
+
+    return turn
