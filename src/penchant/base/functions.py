@@ -50,3 +50,13 @@ def python_function(name: str, where: str = "reward", takes: Sequence[str] = ("p
 
 def _module_spec(file: Path) -> Any:
     return importlib.util.spec_from_file_location(f"penchant_own_{file.stem}", file)
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is ``path.py:name``: something of the user's own, from a file."""
+    return name.rpartition(":")[0].endswith(".py")
+
+
+def own_file(name: str) -> Path:
+    """The file of ``path.py:name``."""
+    return Path(name.rpartition(":")[0]).expanduser()

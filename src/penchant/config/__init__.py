@@ -13,11 +13,10 @@ from pydantic import BaseModel, Field, ValidationError, field_serializer, field_
 from pydantic.fields import FieldInfo
 
 from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConfig
+from penchant.base.functions import is_own
 from penchant.base.section import Section
-from penchant.data.layouts.own import is_own
 from penchant.data.options import DataConfig
 from penchant.errors import ConfigError
-from penchant.losses.own import is_own
 from penchant.losses.section import LossConfig, LossModifiers, LossProblem
 from penchant.metrics.flags.rule import TrustConfig
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
@@ -348,10 +347,10 @@ def build(values: dict[str, Any], places: Places, source: str) -> RunConfig:
     Args:
         places: ``{key path: "file:line"}`` for messages; source: where a key stands that has no place of its own.
     """
-    values = _own_losses_found(values, places, source)
+    values = _own_files_found(values, places, source)
     _check_loss(values, places, source)
     try:
-        return RunConfig.model_validate(_own_layout_found(values, places, source))
+        return RunConfig.model_validate(values)
     except ValidationError as error:
         raise explain_all(error, (), places, source) from error
     except ConfigError as error:
@@ -376,15 +375,16 @@ def _all_of(problems: Sequence[ConfigError]) -> ConfigError:
     return ConfigError(first.where, first.what, first.how + more)
 
 
-def _own_losses_found(values: dict[str, Any], places: Places, source: str) -> dict[str, Any]:
-    """The same with a user's own losses looked for beside the config that names them, then where the program was started."""
+def _own_files_found(values: dict[str, Any], places: Places, source: str) -> dict[str, Any]:
+    """The same with the user's own losses and layout looked for beside the config that names them, then in the working folder."""
 
     def found(name: Any, path: tuple[str, ...]) -> Any:
         if not isinstance(name, str) or not is_own(name):
             return name
         file, _, function = name.rpartition(":")
         beside = Path(place_of(path, places, source).rpartition(":")[0]).parent / file
-        return f"{beside.resolve()}:{function}" if beside.is_file() else name
+        there = beside if beside.is_file() else Path(file).expanduser()
+        return f"{there.resolve()}:{function}" if there.is_file() else name
 
     def section(value: Any, path: tuple[str, ...]) -> Any:
         if isinstance(value, str):
@@ -396,6 +396,9 @@ def _own_losses_found(values: dict[str, Any], places: Places, source: str) -> di
             made["mix"] = [section(m, (*path, "mix", str(i))) for i, m in enumerate(made["mix"])]
         return made
 
+    data = values.get("data")
+    if isinstance(data, Mapping) and "shape" in data:
+        values = {**values, "data": {**data, "shape": found(data["shape"], ("data", "shape"))}}
     return {**values, "loss": section(values["loss"], ("loss",))} if "loss" in values else values
 
 
@@ -421,18 +424,6 @@ def _with_place(error: ConfigError, places: Mapping[tuple[str, ...], str], sourc
     if path[0] not in RunConfig.model_fields:
         return error
     return ConfigError(place_of(path, places, source), f"{error.where} {error.what}", error.how)
-
-
-def _own_layout_found(values: Mapping[str, Any], places: Places, source: str) -> Mapping[str, Any]:
-    """The same with a user's own layout looked for beside the config that names it, then where the program was started."""
-    data = values.get("data")
-    name = data.get("shape") if isinstance(data, Mapping) else None
-    if not isinstance(data, Mapping) or not isinstance(name, str) or not is_own(name):
-        return values
-    file, _, attribute = name.rpartition(":")
-    beside = Path(place_of(("data", "shape"), places, source).rpartition(":")[0]).parent / file
-    found = beside if beside.is_file() else Path(file).expanduser()
-    return {**values, "data": {**data, "shape": f"{found.resolve()}:{attribute}"}} if found.is_file() else values
 
 
 def place_of(path: tuple[str, ...], places: Mapping[tuple[str, ...], str], source: str) -> str:

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from penchant.base.functions import is_own
 from penchant.base.section import Section
 from penchant.data.layouts import LAYOUTS, no_layout
-from penchant.data.layouts.own import is_own
 
 
 class DataConfig(Section):

@@ -6,11 +6,10 @@ import functools
 import inspect
 import math
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penchant.base.files import file_sha256
-from penchant.base.functions import python_function
+from penchant.base.functions import is_own, own_file, python_function
 from penchant.base.lazy import lazy
 from penchant.errors import ConfigError
 from penchant.losses.registry import LOSSES, LossSpec, params_of
@@ -26,16 +25,6 @@ ROWS = 6  # of the inputs that a loss is tried on
 FAR = 1e4  # nats: log-ratios that a loss must survive
 
 
-def is_own(name: str) -> bool:
-    """Whether a loss's name is ``path.py:function``."""
-    return name.rpartition(":")[0].endswith(".py")
-
-
-def loss_file(name: str) -> Path:
-    """The file of ``path.py:function``."""
-    return Path(name.rpartition(":")[0]).expanduser()
-
-
 def find_loss(name: str, where: str = "loss.name") -> LossSpec:
     """The loss of a name: of the registry, or of a file.
 
@@ -48,7 +37,7 @@ def find_loss(name: str, where: str = "loss.name") -> LossSpec:
     """
     if not is_own(name):
         return LOSSES[name]
-    file = loss_file(name)
+    file = own_file(name)
     if not file.is_file():
         raise ConfigError(where, f"{file}: no such file", "give the path of a Python file, then :function")
     return _load(str(file.resolve()), name.rpartition(":")[2], file_sha256(file), where)

@@ -10,10 +10,11 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from penchant.base.files import file_sha256
+from penchant.base.functions import is_own, own_file
 from penchant.base.section import Section
 from penchant.errors import ConfigError
 from penchant.losses import LOSSES, LossSpec
-from penchant.losses.own import find_loss, is_own, loss_file
+from penchant.losses.own import find_loss
 from penchant.losses.schedules import Schedule
 
 Path = tuple[str, ...]
@@ -81,7 +82,7 @@ def loss_name(given: Any, path: Path = ("loss", "name")) -> str:
         raise ConfigError(where, what, f"give the name of one loss, such as dpo{hint}")
     if is_own(given):
         find_loss(given, where)
-        return f"{loss_file(given).resolve()}:{given.rpartition(':')[2]}"
+        return f"{own_file(given).resolve()}:{given.rpartition(':')[2]}"
     name = given if given in LOSSES else given.lower().replace("-", "_")
     if name not in LOSSES:
         other = OTHER_NAMES.get(name)
@@ -211,7 +212,7 @@ class LossConfig(BaseModel):
 
     def contents(self) -> dict[str, str]:
         """SHA-256 of each file that a user's own loss comes from, by the loss's name."""
-        return {c.name: file_sha256(loss_file(c.name)) for c in self.components if is_own(c.name)}
+        return {c.name: file_sha256(own_file(c.name)) for c in self.components if is_own(c.name)}
 
     def to_mapping(self) -> dict[str, Any]:
         modifiers = {"nll_weight": self.nll_weight, "average_log_prob": self.average_log_prob}

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from penchant.base.functions import is_own
 from penchant.data.layouts import compared, factory, oasst, own, plain, rated
 from penchant.data.layouts.fields import LeftOut, RowError, label_field
 from penchant.data.layouts.layout import Detection, Group, Layout, Option
@@ -73,7 +74,7 @@ def layout_named(name: str, where: str = "data.shape") -> Layout:
     Raises:
         ConfigError: there is none of this name, or something is wrong with the user's own.
     """
-    if own.is_own(name):
+    if is_own(name):
         return own.own_layout(name, where)
     if name not in LAYOUTS:
         raise ConfigError(where, f"{name!r} is no layout", no_layout(name))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.base.files import file_sha256
-from penchant.base.functions import python_function
+from penchant.base.functions import is_own, own_file, python_function
 from penchant.data.layouts import plain
 from penchant.data.layouts.fields import LeftOut, RowError
 from penchant.data.layouts.layout import Fields, Layout
@@ -28,15 +28,9 @@ KINDS: dict[str, tuple[Layout, Callable[[PromptTree], bool]]] = {
 DESCRIBED = "see `Your own layout` in docs/data_formats.md"
 
 
-def is_own(name: str) -> bool:
-    """Whether a layout's name is that of a file, ``path.py:Name``."""
-    return name.rpartition(":")[0].endswith(".py")
-
-
 def own_sha256(name: str) -> str | None:
     """SHA-256 of the file of a user's own layout; None of any other name, or where there is no such file."""
-    file = Path(name.rpartition(":")[0]).expanduser()
-    return file_sha256(file) if is_own(name) and file.is_file() else None
+    return file_sha256(own_file(name)) if is_own(name) and own_file(name).is_file() else None
 
 
 def own_layout(name: str, where: str = "data.shape") -> Layout:
