@@ -183,7 +183,7 @@ def test_kill_9_then_the_same_command_ends_bit_for_bit_the_same(base: dict[str, 
     script = f"""
 import json, os, sys
 import transformers.models.llama.modeling_llama
-from penchant import api, run
+from penchant import api, runs
 for _ in sys.stdin:
     pid = os.fork()
     if pid == 0:
