@@ -7,6 +7,7 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from penchant import __version__
@@ -64,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", default="runs/demo", help="run folder (default: runs/demo)")
     demo.add_argument("--reviews", help="film reviews (JSONL with a text field) for a second held-out perplexity")
     demo.add_argument("--seed", type=int, default=0)
-    demo.set_defaults(handler=_demo)
+    demo.set_defaults(handler=_demo, allocator=True)
 
     from penchant.cli import init, plan
 
@@ -74,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train as a config says; run it again to continue after an interruption")
     _config_arguments(train, "CONFIG.yaml")
     train.add_argument("--quiet", action="store_true", help="no progress")
-    train.set_defaults(handler=_train)
+    train.set_defaults(handler=_train, allocator=True, reads="run")
 
     pipeline = commands.add_parser(
         "pipeline", help="train several stages from one file and compare them; run it again to continue"
@@ -90,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="train it anew, and every stage that uses it; their folders are moved aside (may be given again)",
     )
     pipeline.add_argument("--quiet", action="store_true", help="no progress")
-    pipeline.set_defaults(handler=_pipeline)
+    pipeline.set_defaults(handler=_pipeline, allocator=True, reads="pipeline")
 
     sweep = commands.add_parser(
         "sweep", help="train one config with many settings and compare them; run it again to continue"
@@ -108,19 +109,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
     sweep.add_argument("--quiet", action="store_true", help="no progress")
-    sweep.set_defaults(handler=_sweep)
+    sweep.set_defaults(handler=_sweep, allocator=True, reads="sweep")
 
     evaluate = commands.add_parser(
         "eval", help="figures of a run, a checkpoint, an adapter or any model: docs/eval.md defines each"
     )
     _eval_arguments(evaluate)
-    evaluate.set_defaults(handler=_evaluate)
+    evaluate.set_defaults(handler=_evaluate, allocator=True, reads="run")
 
     compare = commands.add_parser(
         "compare", help="compare runs with their start and with each other: figures, paired tests, a verdict in words"
     )
     _compare_arguments(compare)
-    compare.set_defaults(handler=_compare)
+    compare.set_defaults(handler=_compare, allocator=True)
 
     data = commands.add_parser("data", help="get data, and look at it before training on it")
     verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
@@ -266,7 +267,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        if getattr(args, "allocator", False):  # of a command in a module of its own
+        if getattr(args, "allocator", False):  # the command needs tensors
+            _check_config(args)
+            if sys.stderr.isatty() and not os.environ.get("PENCHANT_REEXECUTED"):
+                print(f"penchant {args.command}: loading torch", file=sys.stderr)
             _with_allocator()
         return int(args.handler(args) or 0)
     except PenchantError as error:
@@ -280,6 +284,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _check_config(args: argparse.Namespace) -> None:
+    """Check the config, and that the files it names are there, before torch is imported: a mistake is answered at once.
+
+    Raises:
+        PenchantError: as the command itself would.
+    """
+    reads = getattr(args, "reads", None)
+    if reads is None or os.environ.get("PENCHANT_REEXECUTED"):
+        return
+    if reads == "pipeline":
+        from penchant.pipeline import load_pipeline
+
+        load_pipeline(args.config, args.overrides)
+        return
+    if reads == "sweep":
+        from penchant.sweep import load_sweep
+
+        load_sweep(args.config, args.overrides)
+        return
+    if Path(args.config).suffix not in (".yaml", ".yml"):
+        return  # `penchant eval` also takes the folder of a run or a model
+    from penchant.config import load_config
+    from penchant.data.read import find_file
+    from penchant.models.options import check_model_path
+
+    config = load_config(args.config, args.overrides)
+    check_model_path(config.model.path)
+    if args.command == "eval":
+        return  # of other data, perhaps
+    for path in (config.data.path, config.data.eval_path):
+        for name in path if isinstance(path, (list, tuple)) else [path]:
+            if name is not None:
+                find_file(str(name))
+
+
 def _with_allocator() -> None:
     """Start this process anew with the allocator's settings, once."""
     if sys.platform != "linux" or os.environ.get("PENCHANT_REEXECUTED") or "pytest" in sys.modules:
@@ -289,14 +328,12 @@ def _with_allocator() -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    _with_allocator()
     from penchant.demo import run_demo
 
     return run_demo(args.output, reviews=args.reviews, seed=args.seed)
 
 
 def _train(args: argparse.Namespace) -> int:
-    _with_allocator()
     from penchant import api
 
     result = api.train(args.config, *args.overrides, quiet=args.quiet)
@@ -313,7 +350,6 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _pipeline(args: argparse.Namespace) -> int:
-    _with_allocator()
     from penchant import api
 
     if args.plan:
@@ -326,7 +362,6 @@ def _pipeline(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    _with_allocator()
     from penchant import api
 
     if args.plan:
@@ -339,7 +374,6 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    _with_allocator()
     from penchant import api
 
     metrics = api.evaluate(
@@ -387,7 +421,6 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    _with_allocator()
     from penchant import api
     from penchant.errors import ConfigError
     from penchant.judges import OF_ENDPOINTS, JudgeOptions

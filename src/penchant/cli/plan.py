@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
     )
     plan.add_argument("--no-probe", action="store_true", help="take no trial steps: no estimate of time")
     plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.set_defaults(handler=run, allocator=True)
+    plan.set_defaults(handler=run, allocator=True, reads="run")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -48,17 +48,16 @@ class BadRow:
     raw: Any
 
 
-def read_rows(path: str) -> Iterator[Row | BadRow]:
-    """All rows of a file or hub id, in order.
+def find_file(path: str) -> Path | None:
+    """The file that a path names; None for a hub id.
 
     Raises:
-        DataError: the file is missing, empty, a folder, damaged or of an unknown ending.
+        DataError: the file is missing, empty, a folder or of an unknown ending.
     """
     file = Path(path).expanduser()
     if not file.exists():
         if _looks_like_hub_id(path):
-            yield from _read_hub(path)
-            return
+            return None
         raise DataError(path, "no such file", _sibling(file))
     if file.is_dir():
         raise DataError(path, "is a folder", f"give a file ({READABLE})")
@@ -66,6 +65,19 @@ def read_rows(path: str) -> Iterator[Row | BadRow]:
         raise DataError(path, f'the ending "{file.suffix}" is not known', f"rename it to what it holds: {READABLE}")
     if file.stat().st_size == 0:
         raise DataError(path, "the file is empty", "give a file with at least one row")
+    return file
+
+
+def read_rows(path: str) -> Iterator[Row | BadRow]:
+    """All rows of a file or hub id, in order.
+
+    Raises:
+        DataError: as `find_file`, or the file is damaged or has no rows.
+    """
+    file = find_file(path)
+    if file is None:
+        yield from _read_hub(path)
+        return
     seen = False
     try:
         with file.open("rb") as stream:

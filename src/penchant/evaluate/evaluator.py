@@ -29,7 +29,8 @@ from penchant.metrics.completions import (
     write,
 )
 from penchant.metrics.figures import Figure, flat
-from penchant.models.load import cast_parameters, load_tokenizer, looks_like_folder
+from penchant.models.load import cast_parameters, load_tokenizer
+from penchant.models.options import looks_like_folder
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText
 from penchant.runs import Run

@@ -15,7 +15,7 @@ from penchant.base.files import file_sha256
 from penchant.config import RunConfig
 from penchant.export.formats import Check, Format
 from penchant.export.subject import Subject
-from penchant.models.load import looks_like_folder
+from penchant.models.options import looks_like_folder
 from penchant.report.metrics import meaning
 
 CARD = "README.md"

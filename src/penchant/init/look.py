@@ -167,7 +167,7 @@ def look_at_model(path: str) -> ModelFacts:
     Raises:
         ModelError: a folder that holds no model.
     """
-    from penchant.models.load import looks_like_folder
+    from penchant.models.options import looks_like_folder
     from penchant.models.reward import is_encoder
 
     try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from penchant.errors import ConfigError, ModelError
-from penchant.models.options import LoraConfig, ModelConfig
+from penchant.models.options import LoraConfig, ModelConfig, check_model_path
 
 # ---- Load a causal model and its tokenizer from a folder or hub id, as fp32 or bf16 parameters, with a LoRA adapter or without ----
 
@@ -42,25 +42,6 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def _cpu_has_bf16() -> bool:
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(check()) if callable(check) else False
-
-
-def looks_like_folder(path: str) -> bool:
-    """A path rather than a hub id: absolute, relative with a dot, home, or existing; a hub id has exactly one slash."""
-    return path.startswith(("/", "./", "../", "~")) or Path(path).exists() or path.count("/") != 1
-
-
-def check_model_path(path: str, holds: str = "config.json") -> str:
-    """The path as transformers should get it; ModelError when a folder is missing or lacks the file `holds`."""
-    folder = Path(path).expanduser()
-    if not looks_like_folder(path):
-        return path
-    if not folder.exists():
-        raise ModelError(path, "no such folder", f"give a folder with {holds}, or a hub id (owner/name)")
-    if not (folder / holds).exists():
-        inside = folder / "model"
-        hint = f"did you mean {inside}?" if (inside / holds).exists() else "it must hold a transformers model"
-        raise ModelError(path, f"the folder has no {holds}", hint)
-    return str(folder)
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> Any:

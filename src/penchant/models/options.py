@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from penchant.base.section import Section
+from penchant.errors import ModelError
 
 
 class ModelConfig(Section):
@@ -64,3 +66,22 @@ class ReferenceConfig(Section):
     def moves(self) -> bool:
         """Whether the reference follows the policy."""
         return self.ema is not None or self.sync_every is not None
+
+
+def looks_like_folder(path: str) -> bool:
+    """A path rather than a hub id: absolute, relative with a dot, home, or existing; a hub id has exactly one slash."""
+    return path.startswith(("/", "./", "../", "~")) or Path(path).exists() or path.count("/") != 1
+
+
+def check_model_path(path: str, holds: str = "config.json") -> str:
+    """The path as transformers should get it; ModelError when a folder is missing or lacks the file `holds`."""
+    folder = Path(path).expanduser()
+    if not looks_like_folder(path):
+        return path
+    if not folder.exists():
+        raise ModelError(path, "no such folder", f"give a folder with {holds}, or a hub id (owner/name)")
+    if not (folder / holds).exists():
+        inside = folder / "model"
+        hint = f"did you mean {inside}?" if (inside / holds).exists() else "it must hold a transformers model"
+        raise ModelError(path, f"the folder has no {holds}", hint)
+    return str(folder)

@@ -13,15 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from penchant.errors import ModelError
-from penchant.models.load import (
-    base_model_of,
-    check_model_path,
-    disable_dropout,
-    effective_weights,
-    first_line,
-    save_model,
-)
-from penchant.models.options import ModelConfig
+from penchant.models.load import base_model_of, disable_dropout, effective_weights, first_line, save_model
+from penchant.models.options import ModelConfig, check_model_path
 
 # ---- Reward models: a transformers model for sequence classification with one output, its head, its padding, and how it is saved ----
 

@@ -17,8 +17,8 @@ import yaml
 
 from penchant.config import RunConfig
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
-from penchant.models.load import check_model_path
 from penchant.models.merge import is_adapter, merge_to_folder, model_sha256
+from penchant.models.options import check_model_path
 from penchant.pipeline import Pipeline, Ref, Stage
 from penchant.pipeline.compare import Comparer, Outcome
 from penchant.runfolder import RunLock

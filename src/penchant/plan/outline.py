@@ -15,12 +15,11 @@ from penchant.models.load import (
     add_lora,
     base_model_of,
     cast_parameters,
-    check_model_path,
     disable_dropout,
     first_line,
     load_causal_model,
 )
-from penchant.models.options import ModelConfig
+from penchant.models.options import ModelConfig, check_model_path
 from penchant.models.reward import HEADS, load_model_config, set_padding
 from penchant.runs import Run
 

@@ -14,9 +14,9 @@ import torch
 from penchant.algorithms.options import RewardModelConfig
 from penchant.config import RunConfig, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, ModelError
-from penchant.models.load import load_causal_model, looks_like_folder
+from penchant.models.load import load_causal_model
 from penchant.models.merge import is_adapter, merged_model
-from penchant.models.options import ModelConfig
+from penchant.models.options import ModelConfig, looks_like_folder
 from penchant.training.checkpoint import find_checkpoint
 
 CONFIG = "config.resolved.yaml"

@@ -15,7 +15,7 @@ from penchant.base.files import write_atomically
 from penchant.base.text import did_you_mean
 from penchant.config import WATCHING_ONLY
 from penchant.errors import CheckpointError, ConfigError, PenchantError
-from penchant.models.load import check_model_path
+from penchant.models.options import check_model_path
 from penchant.report import LiveReport
 from penchant.runfolder import RunLock, differences
 from penchant.runs import Run
