@@ -66,7 +66,7 @@ def get_data(
             ...; see `penchant.download.plan.GetRequest` and docs/data_get.md.
 
     Raises:
-        ConfigError, DataError, RewardError: a person can mend it.
+        ConfigError, DataError, RewardError: the user can fix it.
     """
     from penchant.download import default_output, get_data, on_stderr
     from penchant.download.plan import request_of
@@ -84,7 +84,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, q
         quiet: no progress output.
 
     Raises:
-        ConfigError, DataError, ModelError, CheckpointError: a person can mend it. TrainingStopped: NaN/Inf or a signal.
+        ConfigError, DataError, ModelError, CheckpointError: the user can fix it. TrainingStopped: NaN/Inf or a signal.
     """
     from penchant.runs import Run
 
@@ -137,7 +137,7 @@ def evaluate(
         ``eval/...`` figures with ``eval/.../ci`` and ``eval/.../n``, and ``notes``.
 
     Raises:
-        CheckpointError, ConfigError, DataError, ModelError, RewardError: a person can mend it.
+        CheckpointError, ConfigError, DataError, ModelError, RewardError: the user can fix it.
     """
     from penchant.evaluate import evaluate_model
     from penchant.evaluate.request import request_of
@@ -315,7 +315,7 @@ def compare(
         What came out, with `figures` and `to_text()`.
 
     Raises:
-        ConfigError, DataError, ModelError, RewardError, CheckpointError: a person can mend it.
+        ConfigError, DataError, ModelError, RewardError, CheckpointError: the user can fix it.
     """
     from penchant.compare import Question, compare_runs
     from penchant.compare.models import Sampling
@@ -348,7 +348,7 @@ def export(run: str | Path, *, to: str, say: Callable[[str], None] = lambda _: N
         options: ``step``, ``output``, ``dtype``, ``max_shard_size``, ``push``, ``private``.
 
     Raises:
-        ConfigError, CheckpointError, ModelError: a person can mend it.
+        ConfigError, CheckpointError, ModelError: the user can fix it.
     """
     from penchant.export import ExportRequest, export_run
 
@@ -391,7 +391,7 @@ def pipeline(
         redo: stages to train anew, with every stage that uses them; their old folders are moved aside.
 
     Raises:
-        ConfigError, DataError, ModelError, RewardError, CheckpointError: a person can mend it. TrainingStopped: NaN/Inf or a signal.
+        ConfigError, DataError, ModelError, RewardError, CheckpointError: the user can fix it. TrainingStopped: NaN/Inf or a signal.
     """
     from penchant.pipeline.conduct import Conductor
 
@@ -422,7 +422,7 @@ def sweep(config: Mapping[str, Any] | str | Path, *overrides: str, jobs: int = 1
         jobs: runs at a time, each in a process of its own with its share of the cores.
 
     Raises:
-        ConfigError, DataError, ModelError, RewardError, CheckpointError: a person can mend it. TrainingStopped: a signal; a run that
+        ConfigError, DataError, ModelError, RewardError, CheckpointError: the user can fix it. TrainingStopped: a signal; a run that
         stops itself is a result.
     """
     from penchant.sweep.conduct import SweepConductor

@@ -1,4 +1,4 @@
-"""Errors a person can mend: each says where, what, and how to mend it. The CLI prints them as one paragraph, exit code 2."""
+"""Errors a user can fix: each says where, what, and how to fix it. The CLI prints them as one paragraph, exit code 2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class PenchantError(Exception):
     Args:
         where: the place, e.g. ``"train.jsonl:118"`` or ``"run.yaml:7"``.
         what: what is wrong there.
-        how: how to mend it (may be empty when there is nothing to say).
+        how: how to fix it (may be empty when there is nothing to say).
     """
 
     exit_code = 2

@@ -14,7 +14,7 @@ HERE = Path(__file__).parents[2] / "benchmarks"
 
 
 def load(name: str) -> ModuleType:
-    """A module of benchmarks/, which is no package and on nobody's path."""
+    """A module of benchmarks/, which is not a package and on nobody's path."""
     spec = importlib.util.spec_from_file_location(f"penchant_benchmarks_{name}", HERE / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

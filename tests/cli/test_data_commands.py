@@ -38,7 +38,7 @@ def test_reward_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["data", "audit", "run.yaml", "--limit", "3"], "goes with data files"),
         (["data", "fix", "FILE", "FILE"], "is an input"),
         (["data", "fix", "FILE", "out.txt"], "the copy is JSONL"),
-        (["data", "fix", "FILE", "out.jsonl", "--drop", "nonsense"], "is no rule"),
+        (["data", "fix", "FILE", "out.jsonl", "--drop", "nonsense"], "is not a rule"),
     ],
 )
 def test_mistakes_are_sentences(

@@ -164,7 +164,7 @@ def test_other_rewards_stand_beside_it(world: Path, tmp_path: Path, capsys: pyte
     refused(world, ConfigError, "--also: is given without a reward", "dpo", also=["words"])
     refused(world, ConfigError, "--also: names words twice", "dpo", reward="words", also=["words"])
     refused(world, ConfigError, "'nicer' is no reward", "dpo", reward="words", also=["nicer"])
-    refused(world, ConfigError, "dpo is no reward model", "dpo", reward="words", also=[str(world / "runs/dpo")])
+    refused(world, ConfigError, "dpo is not a reward model", "dpo", reward="words", also=[str(world / "runs/dpo")])
 
 
 def judged_by(world: Path, url: str, *more: str) -> int:
@@ -395,7 +395,7 @@ def test_validation_rows_that_chose_a_checkpoint_are_said(world: Path, tmp_path:
     assert "4 of the test rows are held-out rows by which checkpoints were chosen." in notes
     refused(world, CheckpointError, "no such checkpoint; there are step-1, step-2", run, step="7")
     assert not any("were chosen by" in n for n in compare(world, "dpo").figures["notes"])  # it was evaluated once
-    refused(world, ConfigError, "'first' is no step", "dpo", step="first")
+    refused(world, ConfigError, "'first' is not a step", "dpo", step="first")
 
 
 # ---- the test set ---------------------------------------------------------------------------------------------------
@@ -500,7 +500,7 @@ def test_five_per_cent_are_no_difference() -> None:
 def test_mistakes_are_sentences(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(tmp_path / "nothing")]) == 2
     assert "no such run; give a folder that penchant train has written" in capsys.readouterr().err
-    refused(world, CheckpointError, "is no run", tmp_path)
+    refused(world, CheckpointError, "is not a run", tmp_path)
     shutil.copytree(world / "runs/dpo", tmp_path / "hh/dpo")
     (tmp_path / "hh/pipeline.json").write_text("{}")
     refused(world, CheckpointError, "is a pipeline: give its stages, such as .*hh/dpo", tmp_path / "hh")

@@ -1,4 +1,4 @@
-"""The config: typed, strict, with the line of every mistake and a way to mend it."""
+"""The config: typed, strict, with the line of every mistake and a way to fix it."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=said):
             fix(str(source), tmp_path / output, overwrite=output != "there.jsonl")
     for more, said in (
-        ({"drop": ("nonsense",)}, "is no rule"),
+        ({"drop": ("nonsense",)}, "is not a rule"),
         ({"redact": ("names",)}, "cannot be redacted"),
         ({"drop": ("pii",), "redact": ("pii",)}, "dropped already"),
         ({"drop": ("leakage",)}, "needs the other splits"),

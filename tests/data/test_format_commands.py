@@ -42,7 +42,7 @@ def test_every_layout_is_listed_and_described(capsys: pytest.CaptureFixture[str]
 
 def test_a_mistyped_layout_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "formats", "shpp"]) == 2
-    assert "'shpp' is no layout; did you mean \"shp\"?" in capsys.readouterr().err
+    assert "'shpp' is not a layout; did you mean \"shp\"?" in capsys.readouterr().err
     with pytest.raises(ValueError, match='did you mean "ultrafeedback"'):
         DataConfig(path="x", shape="ultrafeedbak")
     assert all(DataConfig(path="x", shape=name).shape == name for name in ("auto", *LAYOUTS))

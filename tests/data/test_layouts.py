@@ -47,7 +47,7 @@ def test_rows_become_exactly_these_examples(name: str) -> None:
         assert [tree_json(t) for t in got.trees] == want.get("trees", [])
         assert got.rows == want.get("rows", 1)
         assert [want["aside"] in q.what for q in got.aside] == ([True] * got.rows if "aside" in want else [])
-        assert all(q.how for q in got.aside), "how to mend it is said"
+        assert all(q.how for q in got.aside), "how to fix it is said"
     assert any(m.trees for m in made) and any(m.aside for m in made)
 
 
@@ -197,12 +197,12 @@ def test_an_orca_tie_can_be_kept() -> None:
 @pytest.mark.parametrize(
     "shape,options,what",
     [
-        ("hh", {"ties": "keep"}, "data.layout_options.ties: is no option of the layout hh; it has no options"),
+        ("hh", {"ties": "keep"}, "data.layout_options.ties: is not an option of the layout hh; it has no options"),
         ("shp", {"min_score": 2}, "it has min_score_ratio"),
         ("shp", {"min_score_ratio": 0}, "give a number from 1"),
         ("shp", {"min_score_ratio": True}, "give a number from 1"),
         ("lmsys", {"use": "all"}, "choose one of sft, every_turn"),
-        ("nope", {}, "'nope' is no layout"),
+        ("nope", {}, "'nope' is not a layout"),
     ],
 )
 def test_wrong_options_are_refused(shape: str, options: dict[str, Any], what: str) -> None:
@@ -230,7 +230,7 @@ def test_rows_and_examples_are_counted_apart() -> None:
 
 def test_rows_that_cannot_be_read_are_counted_among_groups() -> None:
     flat = [Row(f"x:{i}", r) for i, r in enumerate(rows_of("oasst_flat"), 1)]
-    rows: list[Row | BadRow] = [BadRow("x:0", "broken", "mend it", "{"), *flat, Row("x:99", {"message_id": "z"})]
+    rows: list[Row | BadRow] = [BadRow("x:0", "broken", "fix it", "{"), *flat, Row("x:99", {"message_id": "z"})]
     made = list(convert_rows(rows, LAYOUTS["oasst_flat"], {}))
     assert sum(m.rows for m in made) == len(rows)
     assert {q.what for m in made for q in m.aside} >= {"broken", '"message_tree_id" is null'}

@@ -241,7 +241,7 @@ MISTAKES = {
     "nothing to write to": (["{base}", "--text", "{text}", "--generate", "4"], "there are no prompts"),
     "an unknown reward": (["{base}", "--data", "{test}", "--generate", "2", "--reward", "wrds"], "is no reward"),
     "a reward of nothing": (["{base}", "--data", "{test}", "--reward", "words"], "add --generate 100"),
-    "a reward that is no number": (
+    "a reward that is not a number": (
         ["{base}", "--data", "{test}", "--generate", "2", "--reward", "{{words: many}}"],
         "give each reward a number",
     ),
@@ -253,7 +253,7 @@ MISTAKES = {
         "all alike",
     ),
     "a beta of nothing": (["{base}", "--data", "{test}", "--beta", "0"], "--beta: is 0"),
-    "steps of a model": (["{base}", "--data", "{test}", "--step", "3"], "is no run, so it has no steps"),
+    "steps of a model": (["{base}", "--data", "{test}", "--step", "3"], "is not a run, so it has no steps"),
     "a step that is not there": (["{run}", "--data", "{test}", "--step", "7"], "there are step-"),
     "two steps": (["{run}/checkpoints/step-2", "--data", "{test}", "--step", "1"], "is step 2 already"),
     "a base of what is no adapter": (["{base}", "--data", "{test}", "--base", "{run}"], "is no adapter"),

@@ -194,7 +194,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_overwritten(world: Path, tmp_p
         api.export(world / "full", to="merged")
     with pytest.raises(ConfigError, match="safetensors has no q8_0"):
         api.export(world / "full", to="safetensors", dtype="q8_0")
-    with pytest.raises(ConfigError, match="is no size"):
+    with pytest.raises(ConfigError, match="is not a size"):
         api.export(world / "full", to="safetensors", max_shard_size="much")
     with pytest.raises(ConfigError, match="reward model"):
         api.export(world / "reward", to="gguf")

@@ -269,9 +269,9 @@ def test_rows_of_a_described_data_set_load(tmp_path: Path, name: str) -> None:
     "values,more,match",
     [
         ({"model_name_or_path": "m", "learning_rate": 1e-5}, {}, "does not say which of TRL's trainers"),
-        ({"model_name_or_path": "m", "beta": 0.1}, {"method": "dpo"}, "says nothing of data.path"),
+        ({"model_name_or_path": "m", "beta": 0.1}, {"method": "dpo"}, "no usable data.path"),
         ({**MODEL, "num_generations": 4}, {"method": "grpo"}, "reward"),
-        ({**MODEL, "gradient_accumulation_steps": "many"}, {"method": "dpo"}, "'many' is no number"),
+        ({**MODEL, "gradient_accumulation_steps": "many"}, {"method": "dpo"}, "'many' is not a number"),
         ({**MODEL, "learning_rate": 1e-5}, {"method": "dpoo"}, 'did you mean dpo'),
         ({**MODEL, "learning_rate": 1e-5}, {"source": "trll"}, 'did you mean trl'),
         ({**MODEL, "weight_decay": -1}, {"method": "dpo"}, "translates into no valid config"),
@@ -337,7 +337,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_trackers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, name: str, asked: Any, ours: list[str], reported: str
 ) -> None:
-    there = {"tensorboard": "x.py", "trackio": "x.py", "wandb": None}  # a folder `wandb` is no package
+    there = {"tensorboard": "x.py", "trackio": "x.py", "wandb": None}  # a folder `wandb` is not a package
     monkeypatch.setattr(
         "penchant.importers.hf.importlib.util.find_spec",
         lambda module: SimpleNamespace(origin=there[module]) if module in there else None,

@@ -129,7 +129,7 @@ def test_an_endpoint_that_refuses_ends_it_with_its_own_words() -> None:
     refusal = json.dumps({"error": {"message": "no model m\x1b]0;x"}})
     with serve(lambda a, n: (404, {}, refusal) if n > 3 else longer(a, n)) as server:
         judge = judge_at(server.url, concurrency=1)
-        with pytest.raises(RewardError, match=r"answered 404 Not Found: no model m\\x1b\]0;x; mend that") as caught:
+        with pytest.raises(RewardError, match=r"answered 404 Not Found: no model m\\x1b\]0;x; fix that") as caught:
             judge.ask(PAIRS)
         assert "\x1b" not in str(caught.value) and len(server.asked) == 4
         with pytest.raises(RewardError, match="404"):
@@ -229,8 +229,8 @@ def test_whose_key_goes_where(monkeypatch: pytest.MonkeyPatch) -> None:
     assert connect("https://example.org/v1", None).key is None
     for url, env, match in (
         ("https://example.org/v1", "NOT_SET", "NOT_SET is not set"),
-        ("http://", None, "is no address"),
-        ("http://h:port/v1", None, "is no address"),
+        ("http://", None, "is not an address"),
+        ("http://h:port/v1", None, "is not an address"),
         (f"http://me:{SECRET}@h/v1", None, "holds more than an address"),
         (f"http://h/v1?key={SECRET}", None, "holds more than an address"),
     ):
@@ -249,7 +249,7 @@ def test_whose_key_goes_where(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model": None}, "--judge-model: is missing"),
         ({"concurrency": 0}, "--judge-concurrency: is below 1"),
         ({"parameters": "{"}, "--judge-parameters: is no JSON"),
-        ({"parameters": "[1]"}, "--judge-parameters: is no mapping"),
+        ({"parameters": "[1]"}, "--judge-parameters: is not a mapping"),
         ({"parameters": '{"messages": []}'}, "sets messages, which is not yours to set"),
     ],
 )

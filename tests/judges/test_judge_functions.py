@@ -79,7 +79,7 @@ def test_what_it_may_return(file: str, name: str, values: list[float], graded: b
         ("nan", RewardError, "returned 'nan' for pair 0"),
         ("short", RewardError, "returned 1 verdicts for 3 pairs"),
         ("single", RewardError, "returned str; return a list of verdicts"),
-        ("raises", RewardError, r"ValueError: no\\x1b\[2J; mend the function; it gets lists"),
+        ("raises", RewardError, r"ValueError: no\\x1b\[2J; fix the function; it gets lists"),
         ("two", ConfigError, r"judge: .* does not take \(prompt, a, b\)"),
         ("missing", ConfigError, "has no function 'missing'"),
     ],

@@ -107,7 +107,7 @@ def test_every_hyperparameter_changes_the_result(name: str, field: str) -> None:
 
 
 def _moved(value: Any) -> Any:
-    assert isinstance(value, float), "a hyperparameter that is no number needs a line in OTHER"
+    assert isinstance(value, float), "a hyperparameter that is not a number needs a line in OTHER"
     return value * 0.7 if value else 0.1
 
 

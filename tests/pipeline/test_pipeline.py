@@ -833,9 +833,9 @@ def test_an_encoder_judges_an_online_stage(
 
 def test_a_folder_that_is_no_reward_model_is_met_before_anything_trains(base: dict[str, Any], tmp_path: Path) -> None:
     other = tiny_model_folder(tmp_path / "other")
-    with pytest.raises(ConfigError, match=r"stages.rloo: reward .*other is no reward model \(LlamaForCausalLM\)"):
+    with pytest.raises(ConfigError, match=r"stages.rloo: reward .*other is not a reward model \(LlamaForCausalLM\)"):
         run(base, f"stages.rloo.reward={other}")
-    with pytest.raises(ConfigError, match=r"compare.reward: .*other is no reward model"):
+    with pytest.raises(ConfigError, match=r"compare.reward: .*other is not a reward model"):
         run(base, f"compare.reward={other}")
     with pytest.raises(ConfigError, match=r"compare.reward: 'nicer' is no reward"):
         run(base, "compare.also=[nicer]")

@@ -264,7 +264,7 @@ def test_a_section_that_is_none(tmp_path: Path, written: Any) -> None:
 
 
 def test_folders_that_hold_no_reward_model(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no reward model"):
+    with pytest.raises(ConfigError, match="is not a reward model"):
         load_reward(tiny_model_folder(tmp_path / "policy"))
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.resolved.yaml").write_text("")
@@ -305,7 +305,7 @@ def test_a_changed_reward_is_another_run(tmp_path: Path) -> None:
 def test_the_content_of_a_reward_model_is_its_weights(tmp_path: Path, trained: Any) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(find_reward_model(str(trained("plain").run.folder)), folder)  # type: ignore[type-var]
-    (tmp_path / "words").mkdir()  # a folder of a built-in reward's name is no reward model
+    (tmp_path / "words").mkdir()  # a folder of a built-in reward's name is not a reward model
     config = api.as_config(online(tmp_path, "m", {str(folder): 1.0, "words": 1.0}))
     with contextlib.chdir(tmp_path):
         (one,) = reward_contents(config).values()

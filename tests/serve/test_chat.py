@@ -340,7 +340,7 @@ def test_piped_lines_and_the_command_line(
         (["--prefer", "a.jsonl"], "--prefer: is given without a second model"),
         (["--against", "MODEL", "--prefer", "a.csv"], "does not end in .jsonl"),
         (["--template", "plain", "--system", "Be kind."], "plain text has no system prompt"),
-        (["--step", "best"], "is no run, so it has no steps"),
+        (["--step", "best"], "is not a run, so it has no steps"),
         (["--against", "MODEL-away"], "no such run"),
     ],
 )
@@ -447,4 +447,4 @@ def test_a_run_and_its_start(
     row = json.loads((tmp_path / "preferences.jsonl").read_text())
     assert (row["chosen_by"], row["rejected_by"], row["prompt"]) == ("run (step last)", "run (step 0)", "Say 3")
     assert main(["chat", "."]) == 2
-    assert "is no run but a folder of runs; give one of them: run" in capsys.readouterr().err
+    assert "is not a run but a folder of runs; give one of them: run" in capsys.readouterr().err

@@ -133,7 +133,7 @@ def test_a_base_in_a_file_of_its_own(tmp_path: Path) -> None:
             'unknown key "train" at the top level; it goes into "base": base.train',
         ),
         ("output: {output}\n", "", "sweep.yaml: output is missing"),
-        ("grid:", "runs: [{{name: dpo}}]\ngrid:", "sweep.yaml:6: runs is no mapping; write runs: {dpo: {loss: dpo}"),
+        ("grid:", "runs: [{{name: dpo}}]\ngrid:", "sweep.yaml:6: runs is not a mapping; write runs: {dpo: {loss: dpo}"),
         ("grid:", "runs: {{a/b: {{loss: dpo}}}}\ngrid:", "sweep.yaml:6: runs.a/b: not a name"),
         ("grid:", "metric: accuracy\ngrid:", "sweep.yaml:6: metric is 'accuracy'; give a held-out figure"),
         ("grid:", "direction: up\ngrid:", "sweep.yaml:6: direction is 'up'; give min or max"),

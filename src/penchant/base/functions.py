@@ -31,7 +31,7 @@ def python_function(name: str, where: str = "reward", takes: Sequence[str] = ("p
         # not exec_module: it may take what was compiled before an edit within the same second, and leaves __pycache__ behind
         exec(made.loader.source_to_code(file.read_bytes(), str(file)), module.__dict__)
     except (Exception, SystemExit) as error:  # a script that ends itself must not end the run unsaid
-        raise ConfigError(where, f"{path} cannot be imported ({type(error).__name__}: {error})", "mend it") from error
+        raise ConfigError(where, f"{path} cannot be imported ({type(error).__name__}: {error})", "fix it") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         there = sorted(n for n, v in vars(module).items() if inspect.isfunction(v))

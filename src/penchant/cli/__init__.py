@@ -18,7 +18,7 @@ from penchant.cli.serve import add_chat, add_serve
 EXIT_CODES = """exit codes:
   0  done                        3  the run stopped itself (NaN/Inf, failed step-0 check)
   1  a bug in penchant           4  interrupted; a checkpoint was written, the same command continues
-  2  something you can mend    130  interrupted before there was anything to save"""
+  2  something you can fix    130  interrupted before there was anything to save"""
 
 # glibc gives freed activations back to the kernel and faults them in again each step, which costs a third of the time;
 # passive waiting keeps a shared machine usable, and a short spin before it saves waking a thread for every small operation (15% of a

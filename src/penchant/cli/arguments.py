@@ -28,7 +28,7 @@ def column_pairs(given: Sequence[str], flag: str = "--column") -> dict[str, str]
     """``["prompt=question"]`` as a mapping.
 
     Raises:
-        ConfigError: one of them is no name=value, or a name is given twice with different values.
+        ConfigError: one of them is not name=value, or a name is given twice with different values.
     """
     from penchant.errors import ConfigError
 
@@ -36,7 +36,7 @@ def column_pairs(given: Sequence[str], flag: str = "--column") -> dict[str, str]
     for item in given:
         name, sign, value = item.partition("=")
         if not (name and sign and value):
-            raise ConfigError(flag, f"{item!r} is no name=value", f"write {flag} name=value")
+            raise ConfigError(flag, f"{item!r} is not name=value", f"write {flag} name=value")
         if found.setdefault(name, value) != value:
             raise ConfigError(flag, f"{name!r} is given twice", "give each name once")
     return found

@@ -172,7 +172,7 @@ def run_show(args: argparse.Namespace) -> int:
     """Print the layout and the first rows.
 
     Raises:
-        ConfigError, DataError: a person can mend it.
+        ConfigError, DataError: the user can fix it.
     """
     import json
 

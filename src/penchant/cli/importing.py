@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if args.strict and made.unsupported:
         print(made.text, file=sys.stderr)
         raise ConfigError(
-            args.config, f"{made.unsupported} key(s) are not supported", "mend them, or leave out --strict"
+            args.config, f"{made.unsupported} key(s) are not supported", "fix them, or leave out --strict"
         )
     if args.output is None:
         print(made.text, file=sys.stderr)

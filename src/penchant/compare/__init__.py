@@ -96,7 +96,7 @@ class RunComparer:
         paths: run folders; question: what is asked of them; quiet: no progress.
 
     Raises:
-        CheckpointError, ConfigError, DataError, ModelError, RewardError: a person can mend it.
+        CheckpointError, ConfigError, DataError, ModelError, RewardError: the user can fix it.
     """
 
     paths: Sequence[str | Path]
@@ -351,7 +351,7 @@ class RunComparer:
 def compare_runs(paths: Sequence[str | Path], question: Question, *, quiet: bool = False) -> RunComparison:
     """Compare runs with what they start from and with each other; see `RunComparer`."""
     if question.step is not None and question.step not in ("best", "last") and not question.step.isdigit():
-        raise ConfigError("--step", f"{question.step!r} is no step", "give best, last or a step's number")
+        raise ConfigError("--step", f"{question.step!r} is not a step", "give best, last or a step's number")
     if not paths:
         raise ConfigError("compare", "no run is given", "give the folders of one run or more")
     _check_also(question)

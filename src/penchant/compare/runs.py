@@ -118,7 +118,7 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
         if (folder / STATE).exists():
             stages = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
             how = f"it is a pipeline: give its stages, such as {folder / stages[0] if stages else 'PIPELINE/STAGE'}"
-        raise CheckpointError(str(folder), "is no run" if folder.is_dir() else "no such run", how)
+        raise CheckpointError(str(folder), "is not a run" if folder.is_dir() else "no such run", how)
     config = load_config(folder / CONFIG)
     if isinstance(config.algorithm, RewardModelConfig):
         raise ConfigError(str(folder), "is a reward model, which writes nothing", "leave it out; it can be --reward")
@@ -470,7 +470,7 @@ class Readings:
                 row = json.loads(line)
                 _ = row["time"], row["runs"], row["fingerprint"], row["file"]
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{self.log}:{number}", "is no reading of a test set", "restore the line") from error
+                raise DataError(f"{self.log}:{number}", "is not a reading of a test set", "restore the line") from error
             if row["fingerprint"] == self.fingerprint or row["file"] == self.file.name:
                 found.append(row)
         return found

@@ -221,7 +221,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML config and apply ``key.path=value`` overrides.
 
     Raises:
-        ConfigError: with ``file:line: what, how to mend`` for every problem found.
+        ConfigError: with ``file:line: what, how to fix`` for every problem found.
     """
     return load_config_with_places(path, overrides)[0]
 

@@ -162,7 +162,7 @@ def text(key: str | None = None) -> str:
         names = sorted({k.path for p in parts() for k in p.keys})
         near = difflib.get_close_matches(str(key), names, 1) or [n for n in names if n.rpartition(".")[2] == key][:1]
         how = f"did you mean {near[0]}?" if near else f"there are the sections {', '.join(RunConfig.model_fields)}"
-        raise ConfigError("penchant config", f"{key!r} is no key of a config", how)
+        raise ConfigError("penchant config", f"{key!r} is not a config key", how)
     lines: list[str] = []
     for part in dict.fromkeys(p.title for p, _ in found):
         mine = [(p, k) for p, k in found if p.title == part]

@@ -95,7 +95,7 @@ IDENTICAL = '"chosen" equals "rejected"'
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """A row that was kept aside: where it stands, what is wrong, how to mend it, and the row itself."""
+    """A row that was kept aside: where it stands, what is wrong, how to fix it, and the row itself."""
 
     where: str
     what: str
@@ -191,7 +191,7 @@ def _check_text(tree: PromptTree) -> None:
         except UnicodeEncodeError as error:
             half = f"\\u{ord(text[error.start]):04x}"
             what = f"holds half of a surrogate pair ({half}, character {error.start + 1} of a text), which is no text"
-            raise RowError(what, "the text was cut within an emoji or the like: mend it, or drop the row") from error
+            raise RowError(what, "the text was cut within an emoji or the like: fix it, or drop the row") from error
 
 
 def _aside(rows: Iterable[Row], error: RowError) -> tuple[Quarantined, ...]:
@@ -300,7 +300,7 @@ def load_preferences(
 
     Raises:
         ConfigError: an unknown layout, or an option that it does not have.
-        DataError: ``file:line: what; how to mend it``.
+        DataError: ``file:line: what; how to fix it``.
     """
     paths = [path] if isinstance(path, str) else [str(p) for p in path]
     rows = itertools.chain.from_iterable(read_rows(p) for p in paths)
@@ -379,7 +379,7 @@ class Reading:
         if not trees:
             reasons = "; ".join(f"{n}x {what}" for what, n in Counter(q.what for q in aside).most_common(3))
             raise DataError(
-                name, f"none of {len(aside)} rows could be used ({reasons})", "mend the rows or set data.shape"
+                name, f"none of {len(aside)} rows could be used ({reasons})", "fix the rows or set data.shape"
             )
         return Dataset(
             trees,

@@ -52,7 +52,7 @@ class DataConfig(Section):
     def _known_layout(cls, name: str) -> str:
         if name == "auto" or name in LAYOUTS or is_own(name):  # a file is read when the rows are
             return name
-        raise ValueError(f"{name!r} is no layout; {no_layout(name)}")
+        raise ValueError(f"{name!r} is not a layout; {no_layout(name)}")
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> DataConfig:

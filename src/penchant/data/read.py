@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be read: where, what, how to mend it, and what was found there."""
+    """A row that cannot be read: where, what, how to fix it, and what was found there."""
 
     where: str
     what: str
@@ -223,9 +223,9 @@ def _json_line(where: str, text: str) -> Row | BadRow:
         if isinstance(error, json.JSONDecodeError):
             cut = error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg
             what = "the line ends in the middle of a JSON value" if cut else f"is not valid JSON (column {error.colno})"
-            how = "the file was cut; copy it again or drop the line" if cut else "mend the line or drop it"
+            how = "the file was cut; copy it again or drop the line" if cut else "fix the line or drop it"
             return BadRow(where, what, how, text[:SHOWN])
-        return BadRow(where, "is not valid JSON", "mend the line or drop it", text[:SHOWN])
+        return BadRow(where, "is not valid JSON", "fix the line or drop it", text[:SHOWN])
 
 
 def _json_object(stream: BinaryIO, name: str) -> Iterator[Row | BadRow]:

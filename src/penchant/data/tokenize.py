@@ -60,9 +60,7 @@ def chat(tree: PromptTree, tokenizer: Any) -> Rendered:
             for c in tree.completions
         ]
     except Exception as error:  # templates raise jinja errors of their own, e.g. for a system turn they do not know
-        raise RowError(
-            f"the chat template refuses it ({error})", "mend the turns or set data.template=plain"
-        ) from error
+        raise RowError(f"the chat template refuses it ({error})", "fix the turns or set data.template=plain") from error
     for whole in wholes:
         if not whole.startswith(prompt):
             raise RowError("the chat template changes the prompt when an answer follows", "set data.template=plain")

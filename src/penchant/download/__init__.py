@@ -92,7 +92,7 @@ def get_data(asked: GetRequest, say: Callable[[str], None] = lambda line: None, 
             str(folder), "another `penchant data get` is writing there", "wait for it, or choose another --output"
         ) from error
     except OSError as error:
-        how = "free some space" if error.errno == 28 else "mend that, or choose another --output"
+        how = "free some space" if error.errno == 28 else "fix that, or choose another --output"
         raise DataError(
             str(folder), f"cannot be written ({error.strerror or error})", f"{how}; then the same command continues"
         ) from error

@@ -292,7 +292,7 @@ def _by_function(name: str) -> Judged:
             given = list(function([prompt_text(p) for p in prompts], list(answers)))
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
-            raise RewardError(name, what, "mend the function; it gets lists of prompts and answers") from error
+            raise RewardError(name, what, "fix the function; it gets lists of prompts and answers") from error
         if len(given) != len(answers):
             how = "return one label for each answer: True, False, or None to leave it out"
             raise RewardError(name, f"returned {len(given)} labels for {len(answers)} answers", how)
@@ -591,7 +591,7 @@ class _Writer:
         except UnicodeEncodeError:
             self.counts.quarantined += made.rows
             what = "holds half a surrogate pair, which is no text"
-            self._quarantine(Quarantined(made.trees[0].source, what, "mend its text or drop it", rows))
+            self._quarantine(Quarantined(made.trees[0].source, what, "fix its text or drop it", rows))
             return
         self.out.write(line + b"\n")
         self.counts.accepted += made.rows

@@ -374,7 +374,7 @@ def _unreachable(hub_id: str, what: str, error: BaseException) -> Told:
         how = f"something in between, a proxy or a login page, may have given it; check the network, and {AGAIN}"
         return "the hub's answer cannot be understood", how
     if isinstance(error, OSError) and getattr(error, "strerror", None) and error.errno is not None:
-        return f"{what} cannot be kept on this machine ({error.strerror})", "mend that, or set HF_HOME to another place"
+        return f"{what} cannot be kept on this machine ({error.strerror})", "fix that, or set HF_HOME to another place"
     how = f"check the network, and {AGAIN}; it continues where it stopped; or give a copy on this machine with --from"
     return "the hub cannot be reached", how
 

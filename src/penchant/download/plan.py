@@ -88,7 +88,7 @@ def request_of(name: str, output: str, asked: Mapping[str, Any]) -> GetRequest:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             raise ConfigError(
-                key, "is no option", f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+                key, "is not an option", f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
             )
     held: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in asked.items()}
     return GetRequest(name=name, output=output, **held)

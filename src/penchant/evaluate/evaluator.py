@@ -62,7 +62,7 @@ class Evaluation:
     """One evaluation of one model; everything is checked before a model is loaded.
 
     Raises:
-        CheckpointError, ConfigError, DataError, ModelError, RewardError: a person can mend it.
+        CheckpointError, ConfigError, DataError, ModelError, RewardError: the user can fix it.
     """
 
     on: Material

@@ -31,7 +31,7 @@ class Material:
         notes: sentences about what was left out or cut.
 
     Raises:
-        ConfigError, DataError, ModelError: a person can mend it.
+        ConfigError, DataError, ModelError: the user can fix it.
     """
 
     source: Source

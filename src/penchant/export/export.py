@@ -214,7 +214,7 @@ def _checked(request: ExportRequest) -> tuple[Format, Subject, str]:
         raise ConfigError("--to", f"{request.to} is no form of a model", f"there are {', '.join(FORMATS)}")
     if not SIZE.fullmatch(request.max_shard_size):
         raise ConfigError(
-            "--max-shard-size", f"{request.max_shard_size!r} is no size", "give a number of GB or MB: 5GB"
+            "--max-shard-size", f"{request.max_shard_size!r} is not a size", "give a number of GB or MB: 5GB"
         )
     form = FORMATS[request.to]
     subject = find_subject(request.run, request.step)

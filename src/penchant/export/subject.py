@@ -122,7 +122,7 @@ def find_subject(given: str | Path, step: str = "last") -> Subject:
         check_there(str(given))
         inside = runs_in(str(given))
         how = f"name one of its runs: {', '.join(inside)}" if inside else "give a run's folder"
-        raise CheckpointError(str(given), "is no run", how)
+        raise CheckpointError(str(given), "is not a run", how)
     config = with_absolute_paths(found[0])
     run = Path(config.output)
     checkpoint = find_checkpoint(run, found[1])

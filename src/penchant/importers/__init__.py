@@ -166,7 +166,7 @@ def import_config(
 
     Raises:
         ConfigError: the file cannot be read, is of no known tool or of several of TRL's trainers, lacks model, data or reward,
-            or translates into something that is no valid config.
+            or translates into something that is not a valid config.
     """
     values, _ = read_mapping(path, "another tool's config is a mapping of its keys")
     if devices < 1:
@@ -181,7 +181,7 @@ def import_config(
         translation = translate(values, tool, chosen, devices, str(Path(path).parent))
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ConfigError(
-            str(path), f"a value cannot be understood ({error})", "mend it, or leave the key out"
+            str(path), f"a value cannot be understood ({error})", "fix it, or leave the key out"
         ) from error
     found = settings(translation, _given(overrides))
     if "output" not in found:
@@ -227,4 +227,4 @@ def _complete(found: Mapping[str, Any], translation: Translation, path: str) -> 
     missing = {k: v for k, v in wanted.items() if k not in found}
     if missing:
         how = "add it behind the file: " + " ".join(f"{k}={v}" for k, v in missing.items())
-        raise ConfigError(path, f"says nothing of {' and '.join(missing)} that could be used", how)
+        raise ConfigError(path, f"has no usable {' and '.join(missing)}", how)

@@ -121,9 +121,7 @@ METHODS = {
         {},
         (batches, method_of, columns, report_to),
         _BATCH | _COLUMNS | _METHOD | PARTS,
-        (
-            "such a file says nothing of what its tool does by default: look through `penchant config` for what it leaves out",
-        ),
+        ("the file does not say what its tool does by default: look through `penchant config` for what it leaves out",),
     )
 }
 

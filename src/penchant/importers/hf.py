@@ -64,7 +64,7 @@ def _names(value: Any) -> list[str]:
 
 
 def _installed() -> list[str]:
-    """A folder of that name in the current one (W&B makes one) is no package."""
+    """A folder of that name in the current one (W&B makes one) is not a package."""
     found = {name: importlib.util.find_spec(spec.module) for name, spec in TRACKERS.items()}
     return [name for name, spec in found.items() if spec is not None and spec.origin is not None]
 

@@ -188,7 +188,7 @@ def _dataset_info(folder: Path, beside: Path) -> tuple[Mapping[str, Any] | None,
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise ConfigError(str(path), f"cannot be read ({error})", "mend the file") from error
+                raise ConfigError(str(path), f"cannot be read ({error})", "fix the file") from error
             if not isinstance(found, dict):
                 raise ConfigError(str(path), "is no JSON object", "it maps names to descriptions")
             return found, str(path)

@@ -104,18 +104,18 @@ def unsupported(how: str, *off: Any) -> Rule:
 def number(value: Any) -> float:
     """A number, also where YAML 1.1 has left ``1e-5`` a text."""
     if isinstance(value, bool):
-        raise NotHere(f"{value!r} is no number; set the key by hand")
+        raise NotHere(f"{value!r} is not a number; set the key by hand")
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise NotHere(f"{value!r} is no number; set the key by hand") from error
+        raise NotHere(f"{value!r} is not a number; set the key by hand") from error
 
 
 def whole(value: Any) -> int:
     """A whole number."""
     found = number(value)
     if found != int(found):
-        raise NotHere(f"{value!r} is no whole number; set the key by hand")
+        raise NotHere(f"{value!r} is not a whole number; set the key by hand")
     return int(found)
 
 

@@ -379,7 +379,7 @@ def _prompts(given: Given) -> tuple[int, int, int]:
     completions = whole(given["generation_batch_size"] or one * devices * rounds)
     if completions % group:
         raise NotHere(
-            f"{completions} completions cannot be shared among groups of {group}: mend per_device_train_batch_size"
+            f"{completions} completions cannot be shared among groups of {group}: fix per_device_train_batch_size"
         )
     return group, completions // group, max(1, completions // (one * devices * accumulation))
 

@@ -77,7 +77,7 @@ def _parameters(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise ConfigError("--judge-parameters", f"is no JSON ({error})", """write '{"temperature": 0}'""") from error
     if not isinstance(found, dict):
-        raise ConfigError("--judge-parameters", "is no mapping", """write '{"temperature": 0}'""")
+        raise ConfigError("--judge-parameters", "is not a mapping", """write '{"temperature": 0}'""")
     fixed = sorted({"model", "messages", "stream", "n"} & set(found))
     if fixed:
         raise ConfigError("--judge-parameters", f"sets {fixed[0]}, which is not yours to set", "leave it out")

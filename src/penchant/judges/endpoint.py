@@ -280,9 +280,9 @@ def connect(url: str, key_env: str | None, where: str = "--judge") -> Connection
     try:
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigError(where, "is no address", "write http://HOST:PORT/v1") from error
+        raise ConfigError(where, "is not an address", "write http://HOST:PORT/v1") from error
     if not host or parts.scheme not in ("http", "https"):
-        raise ConfigError(where, f"{shown(url)} is no address", "write http://HOST:PORT/v1")
+        raise ConfigError(where, f"{shown(url)} is not an address", "write http://HOST:PORT/v1")
     if parts.username is not None or parts.query or parts.fragment:
         raise ConfigError(
             where, "holds more than an address", "leave user, password and query out; a key comes by --judge-key-env"
@@ -455,7 +455,7 @@ class EndpointJudge:
         return RewardError(
             f"judge {self.connection.url}",
             str(error),
-            "mend that and run again; every verdict so far is kept and is not asked for again",
+            "fix that and run again; every verdict so far is kept and is not asked for again",
         )
 
 

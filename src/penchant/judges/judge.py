@@ -188,7 +188,7 @@ class FunctionJudge:
             raise RewardError(
                 f"judge {self.name}",
                 f"{type(error).__name__}: {shown(str(error))} (pair {at}: {q.first[:40]!r} and {q.second[:40]!r})",
-                "mend the function; it gets a prompt and two answers",
+                "fix the function; it gets a prompt and two answers",
             ) from error
 
     def _all(self, questions: Sequence[Question]) -> list[Any]:
@@ -202,7 +202,7 @@ class FunctionJudge:
             raise RewardError(
                 f"judge {self.name}",
                 f"{type(error).__name__}: {shown(str(error))}",
-                "mend the function; it gets lists of prompts, of first and of second answers",
+                "fix the function; it gets lists of prompts, of first and of second answers",
             ) from error
         if hasattr(given, "detach"):  # a tensor, wherever it is
             given = given.detach().double().cpu().numpy()

@@ -32,7 +32,7 @@ def find_loss(name: str, where: str = "loss.name") -> LossSpec:
         where: the key that names it, for errors.
 
     Raises:
-        ConfigError: no such file or function, or a function that is no sound loss, with what is wrong about it.
+        ConfigError: no such file or function, or a function that is not a sound loss, with what is wrong about it.
         KeyError: no such loss in the registry.
     """
     if not is_own(name):
@@ -57,7 +57,7 @@ def _load(file: str, attribute: str, sha256: str, where: str) -> LossSpec:
         spec = next((s for s in LOSSES.values() if s.fn is function), None) or _plain(function)
         check(spec)
     except ValueError as error:
-        raise ConfigError(where, f"{name}: {error}", "mend the function; docs/own_losses.md has an example") from error
+        raise ConfigError(where, f"{name}: {error}", "fix the function; docs/own_losses.md has an example") from error
     finally:  # it is known by its file; two files may call theirs by one name
         LOSSES.clear()
         LOSSES.update(registered)

@@ -109,7 +109,7 @@ def whitened(x: Tensor, *, keep_mean: bool = False, eps: float = 1e-8) -> Tensor
         x: (R,).
 
     Raises:
-        ValueError: x is no vector.
+        ValueError: x is not a vector.
     """
     require_vectors(x)
     mean = x.mean()

@@ -129,7 +129,9 @@ class ComponentConfig(BaseModel):
             params = params_type.model_validate(rest | {k: s.start for k, s in schedules.items()})
         for key in schedules:
             if not isinstance(getattr(params, names[key]), float):
-                raise ConfigError(".".join((*path, key)), "is no number that could follow a schedule", "give one value")
+                raise ConfigError(
+                    ".".join((*path, key)), "is not a number that could follow a schedule", "give one value"
+                )
         by_field = {names[key]: s for key, s in schedules.items()}
         own = params.schedules()
         both = sorted(own.keys() & by_field.keys())
@@ -187,7 +189,7 @@ class LossConfig(BaseModel):
                 )
             if not isinstance(mix, list) or not mix or not all(isinstance(m, Mapping) for m in mix):
                 raise ConfigError(
-                    "loss.mix", "is no list of losses", "write [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]"
+                    "loss.mix", "is not a list of losses", "write [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]"
                 )
             components = tuple(ComponentConfig.from_mapping(m, ("loss", "mix", str(i))) for i, m in enumerate(mix))
             if not any(c.weight for c in components):

@@ -86,7 +86,7 @@ def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
 
 
 def _check_complete(path: str, info: Mapping[str, Any]) -> None:
-    """Refuse a folder that is no whole language model: transformers would draw what is missing at random and go on."""
+    """Refuse a folder that is not a whole language model: transformers would draw what is missing at random and go on."""
     missing, left = (sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys"))
     heads = [n for n in left if n.split(".")[0] in ("score", "classifier")]
     if heads:

@@ -213,7 +213,7 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     """Read a pipeline from a YAML file and apply ``stages.NAME.key=value`` overrides.
 
     Raises:
-        ConfigError: with ``file:line: what, how to mend``; every stage's config is checked.
+        ConfigError: with ``file:line: what, how to fix``; every stage's config is checked.
     """
     values, places = read_mapping(path, SHAPE)
     return _pipeline(plain_values(values), places, overrides, str(path))

@@ -272,7 +272,7 @@ class Conductor:
             redo: stages to train anew, with every stage that uses them; their folders are moved aside.
 
         Raises:
-            ConfigError, DataError, ModelError, RewardError: a person can mend it. CheckpointError: a stage is done with other inputs,
+            ConfigError, DataError, ModelError, RewardError: the user can fix it. CheckpointError: a stage is done with other inputs,
             or the folder is in use. TrainingStopped: NaN/Inf or a signal; the same command continues.
         """
         if only is not None:

@@ -56,7 +56,7 @@ def _target(data: ReportData, output: Path | str | None) -> Path:
         return data.paths[0] / NAME
     target = Path.cwd() / NAME
     if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace")[:2000]:
-        raise CheckpointError(str(target), "is there already, and is no report of Penchant's", "give --output")
+        raise CheckpointError(str(target), "is there already, and is not a report that Penchant wrote", "give --output")
     return target
 
 

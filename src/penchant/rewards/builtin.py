@@ -39,7 +39,9 @@ def words_between(given: str) -> Rule:
     found = re.fullmatch(r"(\d*)-(\d*)", given)
     low, high = (int(n) if n else None for n in found.groups()) if found else (None, None)
     if found is None or (low is None and high is None) or (low is not None and high is not None and low > high):
-        raise ConfigError("reward", f"words:{given} is no range of words", "write words:20-60, words:20- or words:-60")
+        raise ConfigError(
+            "reward", f"words:{given} is not a range of words", "write words:20-60, words:20- or words:-60"
+        )
 
     def rule(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
         counts = [len(c.split()) for c in completions]
@@ -53,7 +55,7 @@ def matches(given: str) -> Rule:
     try:
         pattern = re.compile(given, re.DOTALL)
     except re.error as error:
-        raise ConfigError("reward", f"matches:{given} is no regular expression ({error})", "mend it") from error
+        raise ConfigError("reward", f"matches:{given} is not a regular expression ({error})", "fix it") from error
 
     def rule(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
         return [float(pattern.search(c) is not None) for c in completions]

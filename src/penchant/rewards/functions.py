@@ -79,13 +79,13 @@ def _values(
         given = term.function(list(prompts), list(completions)) if on_trees is None else on_trees(trees)
     except Exception as error:
         at = _first_to_blame(term.function, prompts, completions) if on_trees is None else None
-        if isinstance(error, PenchantError):  # a reward model's own sentence; there is no function to mend
+        if isinstance(error, PenchantError):  # a reward model's own sentence; there is no function to fix
             raise RewardError(f"reward {term.name}", error.what, error.how) from error
         raise RewardError(
             f"reward {term.name}",
             f"{type(error).__name__}: {error}"
             + (f" (completion {at}: {completions[at][:60]!r})" if at is not None else ""),
-            "mend the function; it gets lists of prompts and completions and returns one number each",
+            "fix the function; it gets lists of prompts and completions and returns one number each",
         ) from error
     values = _numbers(term.name, given)
     if values.shape != (len(completions),):

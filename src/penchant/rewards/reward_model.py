@@ -331,7 +331,7 @@ def check_reward_folder(name: str, folder: Path) -> Any:
         kind = ", ".join(getattr(config, "architectures", None) or ()) or "no architecture named"
         raise ConfigError(
             "reward",
-            f"{name} is no reward model ({kind})",
+            f"{name} is not a reward model ({kind})",
             "give the run folder of one, trained with algorithm.name=reward_model, or a classifier with one label",
         )
     return config

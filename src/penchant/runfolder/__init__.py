@@ -65,7 +65,7 @@ def open_run(
         raise CheckpointError(str(folder), "output is a file, or lies below one", "choose another output") from error
     except OSError as error:
         raise CheckpointError(
-            str(folder), f"cannot be written ({error.strerror})", "choose another output or mend its permissions"
+            str(folder), f"cannot be written ({error.strerror})", "choose another output or fix its permissions"
         ) from error
     mine = json.loads(json.dumps(identity))
     path = folder / "identity.json"

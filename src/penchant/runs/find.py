@@ -99,7 +99,7 @@ def find_model(given: str, *, step: str = "last", base: str | None = None, overr
     check_there(given)
     path = Path(given).expanduser()
     if step != "last":
-        raise ConfigError("--step", f"{given} is no run, so it has no steps", "leave it out, or give the run")
+        raise ConfigError("--step", f"{given} is not a run, so it has no steps", "leave it out, or give the run")
     if path.is_dir() and is_adapter(path):
         return _of_adapter(given, path, base)
     _no_base(given, base)

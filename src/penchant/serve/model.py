@@ -184,7 +184,7 @@ def _find(given: str, step: str, base: str | None) -> Source:
     runs = runs_in(given)
     if runs:
         check_there(given)
-        raise ConfigError(given, "is no run but a folder of runs", f"give one of them: {', '.join(runs)}")
+        raise ConfigError(given, "is not a run but a folder of runs", f"give one of them: {', '.join(runs)}")
     return find_model(given, step=step, base=base)
 
 

@@ -239,7 +239,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         overrides: ``key.path=value`` of the sweep's own keys or of the base's; ``key.path=a,b,c`` makes the key vary.
 
     Raises:
-        ConfigError: with ``file:line: what, how to mend``; every run's config is checked.
+        ConfigError: with ``file:line: what, how to fix``; every run's config is checked.
     """
     values, places = read_mapping(path, SHAPE)
     return _sweep(plain_values(values), places, overrides, str(path), Path(path).parent)
@@ -356,7 +356,7 @@ def _variants(section: Any, places: Places, source: str) -> dict[str, tuple[dict
         return {BASE: ({}, {})}
     place = place_of(("runs",), places, source)
     if not isinstance(section, dict) or not section:
-        raise ConfigError(place, "runs is no mapping", "write runs: {dpo: {loss: dpo}, ipo: {loss: {name: ipo}}}")
+        raise ConfigError(place, "runs is not a mapping", "write runs: {dpo: {loss: dpo}, ipo: {loss: {name: ipo}}}")
     made = {}
     for name, values in section.items():
         at = place_of(("runs", name), places, source)

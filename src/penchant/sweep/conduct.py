@@ -388,7 +388,7 @@ class SweepConductor:
         """Train what is to be trained, in order.
 
         Raises:
-            ConfigError, DataError, ModelError, RewardError: a person can mend it. CheckpointError: a run is done with other inputs, or
+            ConfigError, DataError, ModelError, RewardError: the user can fix it. CheckpointError: a run is done with other inputs, or
             the folder is in use. Interrupted: a signal; the same command continues.
         """
         with _locked(self.sweep.output):
@@ -576,7 +576,7 @@ class SweepConductor:
                 raise ConfigError(
                     place,
                     f"metric is {metric}, which run {run.name} does not have",
-                    did_you_mean(metric, there) + " (what is trained is kept; mend it and run the command again)",
+                    did_you_mean(metric, there) + " (what is trained is kept; fix it and run the command again)",
                 )
 
     def _number(self, run: SweepRun) -> str:

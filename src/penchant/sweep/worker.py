@@ -29,7 +29,7 @@ def train_one(config: Any, shared: Alone, console: Any = None, pause_at: int | N
         ``state`` (``finished``, ``paused`` or ``stopped``), ``steps`` and ``metrics`` or ``why``.
 
     Raises:
-        Interrupted: a signal; a checkpoint was written. PenchantError: a person can mend it.
+        Interrupted: a signal; a checkpoint was written. PenchantError: the user can fix it.
     """
     from penchant.runs import Run
     from penchant.training.loop import Interrupted, Paused

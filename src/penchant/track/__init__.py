@@ -269,10 +269,10 @@ def track_run(
     """
     folder = Path(run).expanduser()
     if not (folder / CONFIG).exists() or not (folder / METRICS).exists():
-        raise CheckpointError(str(run), "is no run that has begun", f"give a folder with {CONFIG} and {METRICS}")
+        raise CheckpointError(str(run), "is not a run that has begun", f"give a folder with {CONFIG} and {METRICS}")
     unknown = [name for name in to if name not in TRACKERS]
     if unknown or not to:
-        raise ConfigError("--to", f"{(unknown or ['nothing'])[0]} is no tracker", f"there are {', '.join(TRACKERS)}")
+        raise ConfigError("--to", f"{(unknown or ['nothing'])[0]} is not a tracker", f"there are {', '.join(TRACKERS)}")
     check_installed(to, "--to")
     config = load_config(folder / CONFIG)
     given = {name: value for name, value in settings.items() if value is not None}

@@ -81,7 +81,7 @@ def watch(paths: Sequence[str], *, once: bool = False, interval: float = 2.0) ->
     """Show runs in the terminal as they go on, until q or Ctrl-C; nothing is written into them.
 
     Args:
-        paths: folders of runs, of a sweep or of a pipeline. once: print one frame and end, as where the output is no terminal.
+        paths: folders of runs, of a sweep or of a pipeline. once: print one frame and end, as where the output is not a terminal.
         interval: seconds between two frames.
 
     Returns:

@@ -248,7 +248,7 @@ def audit_files(
             for aside in made.aside:
                 auditor.keep_aside(aside)
     if auditor is None or not auditor.examples:
-        raise DataError(", ".join(splits) or "audit", "no row could be used", "mend the rows or give the shape")
+        raise DataError(", ".join(splits) or "audit", "no row could be used", "fix the rows or give the shape")
     found = auditor.result()
     findings = {**found.findings, **dict(leakage.findings())}
     return Audit(found.summary, findings, {}, found.characters, "\n".join(layouts))

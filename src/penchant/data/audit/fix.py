@@ -156,7 +156,7 @@ def fix(
 def _rules(drop: Collection[str], redact: Collection[str], against: Sequence[str]) -> tuple[str, ...]:
     for name in drop:
         if name not in RULES:
-            raise DataError("--drop", f"{name!r} is no rule", f"there are {', '.join(RULES)}")
+            raise DataError("--drop", f"{name!r} is not a rule", f"there are {', '.join(RULES)}")
     for name in redact:
         if name not in sensitive.GROUPS:
             raise DataError("--redact", f"{name!r} cannot be redacted", f"there are {', '.join(sensitive.GROUPS)}")
@@ -196,7 +196,7 @@ def _target(source: str, target: Path, inputs: Sequence[str], overwrite: bool) -
 
 
 def _first(source: str, shape: str, columns: Mapping[str, str]) -> str:
-    """How to get a file that can be mended: with an example a row."""
+    """How to get a file that can be fixed: with an example a row."""
     named = "".join(f" --column {shlex.quote(f'{ours}={yours}')}" for ours, yours in columns.items())
     command = f"penchant data get mine --from {shlex.quote(source)} --layout {shape}{named} --split 1,0,0"
     return f"write an example a row first: {command}"
@@ -422,7 +422,7 @@ def default_rules(drop: Sequence[str] = (), keep: Sequence[str] = ()) -> tuple[s
     """
     for name in itertools.chain(drop, keep):
         if name not in RULES:
-            raise DataError("data fix", f"{name!r} is no rule", f"there are {', '.join(RULES)}")
+            raise DataError("data fix", f"{name!r} is not a rule", f"there are {', '.join(RULES)}")
     both = sorted(set(drop) & set(keep)) or sorted({ALWAYS} & set(keep))
     if both:
         raise DataError(

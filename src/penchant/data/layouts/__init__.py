@@ -77,7 +77,7 @@ def layout_named(name: str, where: str = "data.shape") -> Layout:
     if is_own(name):
         return own.own_layout(name, where)
     if name not in LAYOUTS:
-        raise ConfigError(where, f"{name!r} is no layout", no_layout(name))
+        raise ConfigError(where, f"{name!r} is not a layout", no_layout(name))
     return LAYOUTS[name]
 
 

@@ -123,7 +123,7 @@ def _texts(row: Fields, name: str) -> list[str]:
         except (ValueError, RecursionError) as error:
             raise RowError(f'"{name}" is no JSON list of texts', 'write ["...", "..."]') from error
     if not isinstance(value, list) or not value:
-        raise RowError(f'"{name}" is no list of texts', 'write ["...", "..."]')
+        raise RowError(f'"{name}" is not a list of texts', 'write ["...", "..."]')
     return [as_text(v, f'"{name}"[{i}]') for i, v in enumerate(value)]
 
 

@@ -23,7 +23,7 @@ WITHOUT_TOOLS = "penchant trains conversations without tools; drop the row"
 
 
 class RowError(Exception):
-    """A row that does not fit its layout: what is wrong, and how to mend it."""
+    """A row that does not fit its layout: what is wrong, and how to fix it."""
 
     def __init__(self, what: str, how: str) -> None:
         super().__init__(what)

@@ -132,7 +132,7 @@ class Layout:
         for name in given:
             if name not in self.options:
                 there = f"it has {', '.join(self.options)}" if self.options else "it has no options"
-                raise ConfigError(f"{where}.{name}", f"is no option of the layout {self.name}", there)
+                raise ConfigError(f"{where}.{name}", f"is not an option of the layout {self.name}", there)
         return {n: o.check(given[n], f"{where}.{n}") if n in given else o.default for n, o in self.options.items()}
 
     def kind_of(self, options: Fields) -> str:

@@ -52,7 +52,7 @@ def _checked(name: str, sha256: str | None, where: str) -> Layout:
     try:
         made = function()
     except Exception as error:
-        raise ConfigError(where, f"{name} cannot be made ({type(error).__name__}: {error})", "mend it") from error
+        raise ConfigError(where, f"{name} cannot be made ({type(error).__name__}: {error})", "fix it") from error
     layout = replace(made, name=name) if isinstance(made, Layout) else _layout_of(made, name, where)
     missing = [c for c in layout.columns if c not in layout.example]
     if missing:
@@ -61,11 +61,11 @@ def _checked(name: str, sha256: str | None, where: str) -> Layout:
         trees = layout.example_trees
     except RowError as error:
         raise ConfigError(
-            where, f"{name}: its example does not convert: {error.what}", error.how or "mend it"
+            where, f"{name}: its example does not convert: {error.what}", error.how or "fix it"
         ) from error
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
-        raise ConfigError(where, f"{name}: its example does not convert ({said})", "mend it") from error
+        raise ConfigError(where, f"{name}: its example does not convert ({said})", "fix it") from error
     if not trees:
         raise ConfigError(where, f"{name}: its example gives nothing", "give a row that becomes an example")
     return layout
@@ -108,14 +108,14 @@ def _turn(
     def turn(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
         missing = [c for c in columns if c not in row]
         if missing:
-            raise RowError(f"has no column {missing[0]!r}, which {short} needs", "mend the row, or map data.columns")
+            raise RowError(f"has no column {missing[0]!r}, which {short} needs", "fix the row, or map data.columns")
         try:
             found = convert(dict(row))
         except RowError:
             raise
         except Exception as error:
             what = f"cannot be converted by {short} ({type(error).__name__}: {error})"
-            raise RowError(what, "mend the row or the layout") from error
+            raise RowError(what, "fix the row or the layout") from error
         if found is None:
             raise LeftOut(f"is left out by {short}", "return an example for it to keep it")
         trees = tuple(tree_of(item) for item in (found if isinstance(found, (list, tuple)) else [found]))
