@@ -89,3 +89,15 @@ def whole(low: int, high: int | None = None) -> type:
         return value
 
     return number  # type: ignore[return-value]
+
+
+def add_config(parser: argparse.ArgumentParser, what: str, metavar: str = "CONFIG") -> None:
+    """The config that a command reads, and settings that override its own."""
+    parser.add_argument("config", metavar=metavar, help=what)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],  # without one, argparse calls them required
+        metavar="key.path=value",
+        help="settings that override the config's",
+    )

@@ -8,6 +8,18 @@ from typing import Any
 
 from penchant.cli.arguments import add_columns, column_pairs
 
+
+def add(commands: Any) -> None:
+    """The verbs of `penchant data`."""
+    data = commands.add_parser("data", help="get data, and look at it before training on it")
+    verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True)
+    add_get(verbs)
+    add_formats(verbs)
+    add_show(verbs)
+    add_audit(verbs)
+    add_fix(verbs)
+
+
 # ---- `penchant data get`: its arguments and its handler ----
 
 

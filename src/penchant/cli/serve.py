@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from penchant.serve.chat import Terminal
 
 
+def add(commands: Any) -> None:
+    """Both commands' arguments."""
+    add_chat(commands)
+    add_serve(commands)
+
+
 # ---- `penchant chat` ----
 
 

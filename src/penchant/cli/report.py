@@ -1,0 +1,71 @@
+"""`penchant report`, `penchant flags`, `penchant watch`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """The command's arguments."""
+    report = commands.add_parser(
+        "report", help="write the report of runs, a sweep, a pipeline or a comparison: one HTML file"
+    )
+    report.add_argument("paths", nargs="+", metavar="PATH", help="folder of a run, a sweep, a pipeline or a comparison")
+    report.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where to write it (default: report.html in PATH; of several, in the current folder)",
+    )
+    report.set_defaults(handler=_report)
+
+    flags = commands.add_parser("flags", help="what to know before trusting a run or a comparison, with the evidence")
+    flags.add_argument(
+        "path", metavar="RUN or COMPARISON", nargs="?", help="a run's folder, or one with a comparison.json"
+    )
+    flags.add_argument("--json", action="store_true", help="print JSON")
+    flags.add_argument(
+        "--rules", action="store_true", help="list the rules and their thresholds instead, as in docs/trust.md"
+    )
+    flags.set_defaults(handler=_flags)
+
+    watch = commands.add_parser("watch", help="follow runs in the terminal: progress, curves, figures, last answers")
+    watch.add_argument(
+        "paths", nargs="+", metavar="RUN", help="folder of a run, a sweep or a pipeline; or several runs"
+    )
+    watch.add_argument("--once", action="store_true", help="print one frame and end")
+    watch.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two frames (default: 2)")
+    watch.set_defaults(handler=_watch)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from penchant import api
+
+    print(api.report(*args.paths, output=args.output))
+    return 0
+
+
+def _flags(args: argparse.Namespace) -> int:
+    from penchant import api
+    from penchant.errors import ConfigError
+    from penchant.metrics.flags import as_text, markdown
+
+    if args.rules:
+        print(markdown(), end="")
+        return 0
+    if args.path is None:
+        raise ConfigError("flags", "no folder is given", "give a run's folder, one with a comparison.json, or --rules")
+    found = api.flags(args.path)
+    if args.json:
+        import json
+
+        print(json.dumps([f.to_json() for f in found], indent=1))
+    else:
+        print(as_text(found))
+    return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from penchant.watch import watch
+
+    return watch(args.paths, once=args.once, interval=args.interval)

@@ -1,0 +1,50 @@
+"""`penchant train`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from penchant.cli.arguments import add_config
+
+
+def add(commands: Any) -> None:
+    """The command's arguments."""
+    train = commands.add_parser("train", help="train as a config says; run it again to continue after an interruption")
+    add_config(train, "CONFIG.yaml")
+    train.add_argument("--quiet", action="store_true", help="no progress")
+    train.set_defaults(handler=_train, allocator=True, reads="run")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from penchant import api
+
+    result = api.train(args.config, *args.overrides, quiet=args.quiet)
+    for name, metrics in (("before", result.before), ("after", result.after)):
+        if metrics:
+            print(f"{name:>6}: {_held_out_line(metrics)}")
+    print(f" model: {result.model}")
+    print(f"report: {result.folder / 'report.html'}")
+    if result.flags:
+        from penchant.metrics.flags import summary
+
+        print(f"{summary(result.flags)}\nevidence and advice: penchant flags {result.folder}")
+    return 0
+
+
+def _held_out_line(metrics: Any) -> str:
+    parts = []
+    for name, label in (
+        ("eval/rewards/accuracies", "preference accuracy"),
+        ("eval/rewards/margins", "margin"),
+        ("eval/reward", "reward"),
+        ("eval/loss", "loss"),
+        ("eval/kl/policy_ref", "KL"),
+        ("eval/perplexity", "perplexity"),
+    ):
+        if name in metrics and not (name == "eval/loss" and "eval/reward" in metrics):
+            interval = metrics.get(f"{name}/ci")
+            parts.append(
+                f"{label} {metrics[name]:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+            )
+    return ", ".join(parts) + f" ({metrics['eval/rows']} held-out rows)"
