@@ -422,7 +422,7 @@ def test_every_reading_of_a_test_set_is_written_down_and_shown(world: Path, tmp_
     other = write_jsonl(tmp_path / "other.jsonl", ROWS[30:])
     assert "first time" in compare(world, "dpo", data=other).to_text()
     (tmp_path / "test_readings.jsonl").write_text("{}\n")
-    refused(world, DataError, "test_readings.jsonl:1: is no reading", "dpo", data=renamed)
+    refused(world, DataError, "test_readings.jsonl:1: is not a reading", "dpo", data=renamed)
 
 
 def test_a_reading_that_cannot_be_written_down_does_not_happen(

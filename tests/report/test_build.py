@@ -291,7 +291,7 @@ def test_where_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(here)
     assert write_report([a, b]) == here / "report.html" == write_report([a, b])  # its own may be written over
     (here / "report.html").write_text("mine")
-    with pytest.raises(CheckpointError, match="no report of Penchant's"):
+    with pytest.raises(CheckpointError, match="not a report that Penchant wrote"):
         write_report([a, b])
     assert not list(here.glob(".*.tmp"))
     with pytest.raises(CheckpointError, match="cannot be written"):

@@ -264,7 +264,7 @@ def test_a_divergence_ceiling_stops_too(base: dict[str, Any]) -> None:
         ({"loss": {"name": "simpo", "average_log_prob": True}}, "looks at lengths itself"),
         ({"loss": {"name": "dpo", "weight": 0.5}}, "a single loss has no weight"),
         ({"loss": {"mix": [{"name": "dpo"}, {"name": "dpo"}]}}, "listed twice"),
-        ({"loss": {"mix": "dpo"}}, "no list of losses"),
+        ({"loss": {"mix": "dpo"}}, "not a list of losses"),
         ({"loss": {"mix": [{"name": "dpo", "weight": -1}]}}, "at least 0"),
         ({"loss": {"mix": [{"name": "dpo"}], "beta": 0.1}}, "beside mix"),
         ({"loss": {"name": "pmpo"}, "reference": {"kind": "cached"}}, "a cache does not hold"),
