@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if getattr(args, "allocator", False):  # the command needs tensors
             _check_config(args)
-            if sys.stderr.isatty() and not os.environ.get("PENCHANT_REEXECUTED"):
+            quiet = getattr(args, "quiet", False)
+            if sys.stderr.isatty() and not quiet and not os.environ.get("PENCHANT_REEXECUTED"):
                 print(f"penchant {args.command}: loading torch", file=sys.stderr)
             _with_allocator()
         return int(args.handler(args) or 0)
@@ -156,13 +157,12 @@ def _check_config(args: argparse.Namespace) -> None:
     from penchant.models.options import check_model_path
 
     config = load_config(args.config, args.overrides)
-    check_model_path(config.model.path)
     if args.command == "eval":
-        return  # of other data, perhaps
-    for path in (config.data.path, config.data.eval_path):
-        for name in path if isinstance(path, (list, tuple)) else [path]:
-            if name is not None:
-                find_file(str(name))
+        return  # a finished run needs neither the model that it started from nor, with --data, its own rows
+    check_model_path(config.model.path)
+    for path in (config.data.path, config.data.eval_path or []):
+        for name in [path] if isinstance(path, str) else path:
+            find_file(name)
 
 
 def _with_allocator() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from penchant.base.files import file_sha256
 from penchant.base.functions import is_own, own_file
 from penchant.base.section import Section
+from penchant.base.text import did_you_mean
 from penchant.errors import ConfigError
 from penchant.losses import LOSSES, LossSpec
 from penchant.losses.own import find_loss
@@ -86,7 +87,7 @@ def loss_name(given: Any, path: Path = ("loss", "name")) -> str:
     name = given if given in LOSSES else given.lower().replace("-", "_")
     if name not in LOSSES:
         other = OTHER_NAMES.get(name)
-        hint = f"it is called {other} here" if other else did_you_mean(name, LOSSES)
+        hint = f"it is called {other} here" if other else did_you_mean(name, sorted(LOSSES))
         raise ConfigError(where, f"{given!r} is not a loss", hint)
     return name
 
@@ -230,9 +231,3 @@ class LossModifiers(Section):
         0.0, ge=0, description="adds the chosen answers' negative log-likelihood, a mean over tokens"
     )
     average_log_prob: bool = Field(False, description="the loss sees log-probs per token instead of sums")
-
-
-def did_you_mean(word: str, options: Sequence[str] | Mapping[str, Any]) -> str:
-    """``did you mean "x"?`` or the list of what there is."""
-    close = difflib.get_close_matches(word, list(options), 1)
-    return f'did you mean "{close[0]}"?' if close else f"there are {', '.join(sorted(options))}"

@@ -284,11 +284,6 @@ PREFILL_TOKENS = 4096  # `FastDecoder.prefill` reads so many at once
 BY_LENGTH_ROWS = 384  # rows that transformers' own cache holds at once
 
 
-def writes_answers(run: OutlinedRun) -> bool:
-    """Whether anything is decoded: at evaluations, for samples in the report, or as rollouts."""
-    return any(n for n, _, _ in _askings(run))
-
-
 def writing_bytes(run: OutlinedRun, size: int) -> int:
     """Bytes of the largest round of decoding: packed weights, keys and values, a prompt's pass, logits; 0 where nothing is written.
 

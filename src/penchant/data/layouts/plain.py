@@ -257,10 +257,6 @@ def messages(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     return every_answer(conversation(row)) if options["turns"] == "every" else (last,)
 
 
-def _answered(row: Fields) -> bool:
-    return {"prompt", "completion"} <= row.keys()
-
-
 def _transcript_text(row: Fields) -> bool:
     chosen = row["chosen"]
     return "prompt" not in row and isinstance(chosen, str) and chosen.lstrip().startswith("Human:")
