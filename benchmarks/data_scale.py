@@ -1,4 +1,4 @@
-"""Data at scale: rows/s and peak memory of `data audit` and of tokenising, on synthetic rows; found against planted.
+"""Data at scale: rows/s and peak memory of `data audit` and of tokenizing, on synthetic rows; found against planted.
 
     python benchmarks/data_scale.py                      # lmsys layout: 10k, 100k and 1M rows
     python benchmarks/data_scale.py --rows 10000 100000 --no-tokens
@@ -38,9 +38,9 @@ def main() -> None:
         "--scale", type=float, default=1.0, help="length of the texts, 1: questions of about 30 words, answers of 100"
     )
     parser.add_argument("--folder", type=Path, help="where rows and cache go and stay (default: a temporary folder)")
-    parser.add_argument("--no-tokens", action="store_true", help="leave tokenising and starting out")
+    parser.add_argument("--no-tokens", action="store_true", help="leave tokenizing and starting out")
     parser.add_argument("--no-audit", action="store_true", help="leave the audit out")
-    parser.add_argument("--no-threads", action="store_true", help="leave out tokenising with one and two processes")
+    parser.add_argument("--no-threads", action="store_true", help="leave out tokenizing with one and two processes")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--worker", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -98,13 +98,13 @@ def table(figures: list[dict[str, Any]]) -> str:
 
 
 def tokens(path: Path, n: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Rows/s of tokenising, and a start of training without and with the cache."""
+    """Rows/s of tokenizing, and a start of training without and with the cache."""
     figures: dict[str, Any] = {}
     if not args.no_threads:
         for threads in (1, 2):
-            figures[f"threads_{threads}"] = made = worker("tokenise", str(path), RAYON_NUM_THREADS=str(threads))
+            figures[f"threads_{threads}"] = made = worker("tokenize", str(path), RAYON_NUM_THREADS=str(threads))
             print(
-                f"  tokenise, {threads} thread(s): {n / made['seconds']:,.0f} rows/s, {made['tokens'] / n:.0f} tokens a row, "
+                f"  tokenize, {threads} thread(s): {n / made['seconds']:,.0f} rows/s, {made['tokens'] / n:.0f} tokens a row, "
                 f"{made['cpu']:.1f} s of CPU in {made['seconds']:.1f} s, {made['main']:.1f} s of it outside the tokenizer's threads "
                 f"(loading the rows: {made['load']:.1f} s)",
                 flush=True,
@@ -155,9 +155,9 @@ def _audit(path: str) -> dict[str, Any]:
     return {"seconds": seconds, "cpu": cpu, "peak_mb": _peak(), "start_mb": before, "found": found}
 
 
-def _tokenise(path: str) -> dict[str, Any]:
+def _tokenize(path: str) -> dict[str, Any]:
     from penchant.data.load import load_preferences
-    from penchant.data.tokenize import tokenise
+    from penchant.data.tokenize import tokenize
     from penchant.models.load import load_tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -166,7 +166,7 @@ def _tokenise(path: str) -> dict[str, Any]:
     load = time.perf_counter() - start
     tokenizer = load_tokenizer(_model())
     start, cpu, main = time.perf_counter(), time.process_time(), time.thread_time()
-    made = tokenise(rows, tokenizer, max_length=512, on_bad_row="skip")
+    made = tokenize(rows, tokenizer, max_length=512, on_bad_row="skip")
     seconds, cpu, main = time.perf_counter() - start, time.process_time() - cpu, time.thread_time() - main
     count = sum(t.shared_tokens for t in made.trees)
     return {"seconds": seconds, "cpu": cpu, "main": main, "load": load, "tokens": count, "peak_mb": _peak()}
@@ -176,7 +176,7 @@ LOSS = {"lmsys": "sft", "pairs": "simpo"}  # methods without a reference: its pa
 
 
 def _start(path: str, layout: str) -> dict[str, Any]:
-    """All that `penchant train` does before its first optimiser step, with the bundled model; nothing is evaluated."""
+    """All that `penchant train` does before its first optimizer step, with the bundled model; nothing is evaluated."""
     from penchant.config import RunConfig
     from penchant.logprobs.reference import cache_key
     from penchant.runs import Run
@@ -205,10 +205,10 @@ def _start(path: str, layout: str) -> dict[str, Any]:
         said("load")
         _ = run.datasets
         said("split")
-        for tokenised in run.tokenised:
-            assert tokenised is not None
-            tokenised.summary()
-        said("tokenise")
+        for tokenized in run.tokenized:
+            assert tokenized is not None
+            tokenized.summary()
+        said("tokenize")
         json.dumps(run.audit().to_json())
         said("audit")
         train, _ = run.trees
@@ -227,7 +227,7 @@ def _start(path: str, layout: str) -> dict[str, Any]:
     return {"seconds": seconds, "cpu": cpu, "peak_mb": _peak(), "parts": parts, "trees": len(train), "batch": first}
 
 
-WORKERS = {"audit": _audit, "tokenise": _tokenise, "start": _start}
+WORKERS = {"audit": _audit, "tokenize": _tokenize, "start": _start}
 
 if __name__ == "__main__":
     main()

@@ -108,7 +108,7 @@ def run_case(
     return outcome
 
 
-def summarise(
+def summarize(
     case: Case, size: Size, outcome: dict[str, Any], rows: list[dict[str, Any]], shape: ModelShape, peak: dict[str, Any]
 ) -> dict[str, Any]:
     """A case's figures: speeds, ratio, memory, share of peak, loss curves."""
@@ -222,7 +222,7 @@ def main() -> int:
             outcomes.append(run_case(case, spec, sides, args.threads, logs))
         after = run_worker(sys.executable, "gemm_peak.py", gemm, threads=args.threads, log=logs / "gemm.log")
     peak, shape = best_peaks(before, after), read_shape(model)
-    lines = [summarise(c, size, o, rows, shape, peak) for c, o in zip(args.chosen, outcomes, strict=True)]
+    lines = [summarize(c, size, o, rows, shape, peak) for c, o in zip(args.chosen, outcomes, strict=True)]
     result = {
         "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "quick": args.quick,

@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/engine_share.py --threads 1 --cpu   # CPU time of one thread, for a machine that is shared
     .venv/bin/python benchmarks/engine_share.py --kernels off       # plain transformers with the tree attention
 
-SmolLM2-135M's shape with random weights: no download. No optimiser, no data pipeline: what is left is the engine's own.
+SmolLM2-135M's shape with random weights: no download. No optimizer, no data pipeline: what is left is the engine's own.
 """
 
 from __future__ import annotations

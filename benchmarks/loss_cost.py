@@ -1,4 +1,4 @@
-"""What each loss costs: its optimiser step against DPO's in the same process, and PMPO's exact divergences in time and memory.
+"""What each loss costs: its optimizer step against DPO's in the same process, and PMPO's exact divergences in time and memory.
 
     .venv/bin/python benchmarks/loss_cost.py                # every loss, bf16, about ten minutes on two quiet cores
     .venv/bin/python benchmarks/loss_cost.py --only pmpo    # a part of a loss's name, or a comma list of them
@@ -54,7 +54,7 @@ class Bench:
 
         self.dtype = torch.bfloat16 if dtype_name == "bf16" else torch.float32
         model, frozen = build_model(torch.float32), build_model(torch.float32)
-        self.optimiser = MasterAdamW(model.named_parameters(), dtype=self.dtype)
+        self.optimizer = MasterAdamW(model.named_parameters(), dtype=self.dtype)
         model.to(self.dtype)
         frozen.to(self.dtype).requires_grad_(False).eval()
         self.scorer = Scorer(model, "shared", "auto")
@@ -68,7 +68,7 @@ class Bench:
         }
 
     def step(self, name: str, params: dict[str, Any]) -> float:
-        """Seconds of one optimiser step."""
+        """Seconds of one optimizer step."""
         from penchant.algorithms.offline import Component, Offline
         from penchant.losses import LOSSES
         from penchant.training.steps import reduced
@@ -81,8 +81,8 @@ class Bench:
         algorithm.begin_step(0, 0.0, self.trees)
         out = algorithm.loss(algorithm.score(self.batch))
         reduced(out, algorithm.weights(self.batch)).backward()
-        self.optimiser.clip(1.0)
-        self.optimiser.step(1e-7)
+        self.optimizer.clip(1.0)
+        self.optimizer.step(1e-7)
         return time.perf_counter() - started
 
 

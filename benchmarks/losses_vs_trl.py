@@ -8,7 +8,7 @@ one batch. A gradient is over all parameters of the policy; its difference is th
 loss or gradient differs by more than 1e-4 relative, other than for a reason given here. Where there is a reason, the losses
 are compared a second time on pairs, or by terms, for which the definitions coincide.
 
-Not here, since TRL 1.16 has no such loss: DPO-Shift, DPOP, R-DPO, Cal-DPO, chi-PO, REBEL, ODPO, PMPO, SLiC's regularisation,
+Not here, since TRL 1.16 has no such loss: DPO-Shift, DPOP, R-DPO, Cal-DPO, chi-PO, REBEL, ODPO, PMPO, SLiC's regularization,
 BCO's running mean. Not here, since we have none: CPO's `ipo`, KTO's `apo_zero_unpaired`, TPO.
 Not compared: divergences' exponents beyond 20, from where ours go on as their tangent, and what makes the ids (templates,
 truncation, TRL's choice of KTO's mismatched answers: both sides get the same ones).
@@ -276,7 +276,7 @@ def flat_gradient(model: Any) -> np.ndarray:
 
 
 def our_loss(case: Case, rows: list[dict[str, Any]], policy: Any, reference: Any) -> tuple[float, np.ndarray]:
-    """Penchant's loss of the rows as one optimiser step, and its gradient."""
+    """Penchant's loss of the rows as one optimizer step, and its gradient."""
     from penchant.algorithms.offline import Component, Offline
     from penchant.data.packing import pack
     from penchant.logprobs import Scorer

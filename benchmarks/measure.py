@@ -1,4 +1,4 @@
-"""What both workers share: a clock on whole optimiser steps, peak memory, the closing line (standard library only)."""
+"""What both workers share: a clock on whole optimizer steps, peak memory, the closing line (standard library only)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(slots=True)
 class Clock:
-    """Marks the end of each optimiser step; step i takes from the end of step i-1, so nothing falls between."""
+    """Marks the end of each optimizer step; step i takes from the end of step i-1, so nothing falls between."""
 
     warmup_steps: int
     ends: list[float] = field(default_factory=list)
@@ -20,7 +20,7 @@ class Clock:
     losses: list[float] = field(default_factory=list)
 
     def step(self) -> None:
-        """An optimiser step has ended."""
+        """An optimizer step has ended."""
         self.ends.append(time.perf_counter())
         self.cpu.append(time.process_time())
 

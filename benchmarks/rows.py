@@ -34,11 +34,11 @@ def make_rows(data: Path, model: Path, count: int, max_length: int) -> tuple[lis
             elif texts[0] == texts[1] or not all(t.strip() for t in texts):
                 skipped["identical or empty"] += 1
             else:
-                rows.append({"line": number, **_tokenise(tokenizer, prompt, texts, max_length)})
+                rows.append({"line": number, **_tokenize(tokenizer, prompt, texts, max_length)})
     return rows, skipped
 
 
-def _tokenise(tokenizer: Any, prompt: str, texts: tuple[str, ...], max_length: int) -> Row:
+def _tokenize(tokenizer: Any, prompt: str, texts: tuple[str, ...], max_length: int) -> Row:
     whole = [tokenizer(prompt + t + tokenizer.eos_token)["input_ids"] for t in texts]
     prompt_ids = tokenizer(prompt)["input_ids"]
     # TRL's rule: the completion starts where the texts' tokens leave the prompt's

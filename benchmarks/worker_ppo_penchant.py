@@ -1,7 +1,7 @@
 """Our side of PPO: the product's own run and loop on the given prompts. Reads a JSON spec, ends with a JSON line.
 
 As in worker_penchant.py, the token ids are handed in and the console is a clock; here it marks a batch of episodes, which
-takes `epochs x minibatches` optimiser steps.
+takes `epochs x minibatches` optimizer steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from worker_penchant import ClockConsole
 
 
 class EpisodeConsole(ClockConsole):
-    """Marks every `updates`-th optimiser step, and keeps what the rollouts were like."""
+    """Marks every `updates`-th optimizer step, and keeps what the rollouts were like."""
 
     def __init__(self, clock: Clock, updates: int) -> None:
         super().__init__(clock)

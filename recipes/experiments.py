@@ -226,12 +226,12 @@ def _measure(
     of_policy = {k: v for k, v in config.items() if k not in ("algorithm", "reward")} | {"data": data}
     run = Run(as_config({"output": "unused", **of_policy}), quiet=True)
     if checkpoint is not None:
-        run.optimiser.load_state_tensors(load_checkpoint(checkpoint)[0])
+        run.optimizer.load_state_tensors(load_checkpoint(checkpoint)[0])
     _ = run.scorer
     run.model.eval()
     policy = LiveReference(run.scorer)
     start = adapter_off(run.scorer) if "lora" in config else LiveReference(run._frozen_scorer())
-    trees = run.tokenise_rows(run._load(task.config["data"]["eval_path"])).trees
+    trees = run.tokenize_rows(run._load(task.config["data"]["eval_path"])).trees
     budget = config["train"]["tokens_per_step"]
     logps = compute_logps(policy, trees, tokens_per_step=budget).sums
     change = pair_change(logps, logps if before is None else torch.tensor(before["logps"]))

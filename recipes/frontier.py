@@ -127,7 +127,7 @@ def hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
             (x1, y1), (x2, y2) = found[-2:]
             if (y2 - y1) * (x - x1) > (y - y1) * (x2 - x1):
                 break
-            found.pop()  # it lies below the line from its neighbour to the new point
+            found.pop()  # it lies below the line from its neighbor to the new point
         found.append((x, y))
     return found
 
@@ -141,13 +141,13 @@ def draw(done: Runs, path: Path) -> None:
 
     start = done[START][0]["reward"]
     figure, axes = plt.subplots(figsize=(8, 5), dpi=120, layout="constrained")
-    colours = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#cc79a7")  # told apart by colour-blind eyes too
-    for (method, _), colour, mark in zip(BETAS.items(), colours, "osD^vP", strict=True):
+    colors = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#cc79a7")  # told apart by color-blind eyes too
+    for (method, _), color, mark in zip(BETAS.items(), colors, "osD^vP", strict=True):
         runs = [r for k, v in done.items() if k.startswith(f"{method} beta") for r in v if "stopped" not in r]
         points = [(r["kl"], r["reward"]) for r in runs]
         if points:
-            axes.scatter(*zip(*points, strict=True), s=22, marker=mark, color=colour, alpha=0.6, label=method)
-            axes.plot(*zip(*hull([(0.0, start), *points]), strict=True), color=colour, linewidth=1.2)
+            axes.scatter(*zip(*points, strict=True), s=22, marker=mark, color=color, alpha=0.6, label=method)
+            axes.plot(*zip(*hull([(0.0, start), *points]), strict=True), color=color, linewidth=1.2)
     axes.scatter([0], [start], marker="*", s=90, color="black", label="before training")
     axes.set(xlabel="KL(policy || start), nats per continuation", ylabel="mean sentiment reward (lexicon)")
     axes.set_title("What each method pays for reward: runs and their hulls", loc="left")

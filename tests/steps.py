@@ -1,4 +1,4 @@
-"""One optimiser step cut into micro-batches, as the loop takes it: what equality tests compare."""
+"""One optimizer step cut into micro-batches, as the loop takes it: what equality tests compare."""
 
 from __future__ import annotations
 

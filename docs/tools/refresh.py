@@ -30,7 +30,7 @@ def _paper(number: str) -> str:
 
 
 def formula(names: list[str]) -> list[str]:
-    """What each loss minimises and needs, as `penchant losses` has it."""
+    """What each loss minimizes and needs, as `penchant losses` has it."""
     lines = []
     for spec in (LOSSES[n] for n in names):
         lines += ["```text", f"{spec.name}: {spec.formula}", "```", ""]

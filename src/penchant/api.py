@@ -187,7 +187,7 @@ def audit(
     from penchant.runs import Run
 
     run = Run(as_config(config, overrides), quiet=quiet)
-    return run.audit(tokenise=tokenise, languages=languages, opinions=_opinions(reward, check))
+    return run.audit(tokenize=tokenise, languages=languages, counters=_own_counters(reward, check))
 
 
 def audit_files(
@@ -214,8 +214,8 @@ def audit_files(
     from penchant.data.audit import names_of
 
     named = {**(splits or {}), **names_of([str(p) for p in paths])}
-    opinions = _opinions(reward, check)
-    return run_audit(named, shape=shape, columns=columns, limit=limit, languages=languages, opinions=opinions)
+    counters = _own_counters(reward, check)
+    return run_audit(named, shape=shape, columns=columns, limit=limit, languages=languages, counters=counters)
 
 
 def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Path:
@@ -266,7 +266,7 @@ def fix(
     )
 
 
-def _opinions(reward: str | None, check: str | None) -> list[Any]:
+def _own_counters(reward: str | None, check: str | None) -> list[Any]:
     """Accumulators of a reward and of a person's own function."""
     from penchant.data.audit.counters import Check, Disagreement
 

@@ -296,10 +296,10 @@ def _logps(model: Any, trees: list[Any]) -> np.ndarray:
 def _perplexity(model: Any, tokenizer: Any, path: str) -> float:
     """exp of the mean negative log-likelihood per token, EOS included."""
     from penchant.data.load import load_preferences
-    from penchant.data.tokenize import tokenise
+    from penchant.data.tokenize import tokenize
 
     dataset = load_preferences(path, shape="text", on_bad_row="skip")
-    trees = list(tokenise(dataset, tokenizer, max_length=256).trees)
+    trees = list(tokenize(dataset, tokenizer, max_length=256).trees)
     tokens = sum(len(t.completion_ids[0]) for t in trees)
     return float(np.exp(-_logps(model, trees).sum() / tokens))
 

@@ -53,7 +53,7 @@ class PromptTree:
 
 @dataclass(frozen=True, slots=True)
 class TokenTree:
-    """A tokenised prompt tree.
+    """A tokenized prompt tree.
 
     `prompt_ids` has at least one token (BOS, or EOS as document separator, where the text is empty), so that the first
     completion token is always predicted from something. `truncated[i]` says that completion i lost its end (and hence has no EOS).
@@ -166,7 +166,7 @@ class UnpairedLogps:
     """What an unpaired loss gets: tensors of shape (batch,), float32 or float64, None where it did not ask.
 
     `labels` are 1 (good) or 0 (bad); `divergence` is summed over the completion's tokens (nats). `z0` and `delta` are
-    numbers of the whole optimiser step: KTO's reference point and BCO's running mean of rewards.
+    numbers of the whole optimizer step: KTO's reference point and BCO's running mean of rewards.
     """
 
     policy_logps: Tensor
@@ -208,7 +208,7 @@ class Scored:
     """What a forward pass over a batch leaves: one number per completion, each of shape (C,), None where nobody asked.
 
     Losses see it as pairs or as single completions. Several of them concatenate to one, so a loss that looks at a whole
-    optimiser step, or at a whole held-out set, gets the numbers that it would get from one big batch.
+    optimizer step, or at a whole held-out set, gets the numbers that it would get from one big batch.
     """
 
     tree: Tensor  # int64, ascending: which tree a completion belongs to
@@ -255,7 +255,7 @@ class Algorithm(Protocol):
         """Whether the loss of one example depends on the log-probs of the others: then `loss` gets a whole step at once."""
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
-        """Fix what holds for optimiser step `step` (0-based), and say what it trains on: `trees`, or what was written to them.
+        """Fix what holds for optimizer step `step` (0-based), and say what it trains on: `trees`, or what was written to them.
 
         `progress` goes from 0 at the first to 1 at the last step.
         """
@@ -276,10 +276,10 @@ class Algorithm(Protocol):
         """Whether the step may be taken, by its metrics' global means; a refused one leaves the weights as they are."""
 
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
-        """After optimiser step `step` (1-based), with its metrics' global means."""
+        """After optimizer step `step` (1-based), with its metrics' global means."""
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What a resumed run needs beside model and optimiser."""
+        """What a resumed run needs beside model and optimizer."""
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `state_tensors`."""

@@ -100,16 +100,16 @@ def test_micro_batches_do_not_matter() -> None:
 
 def test_values_learn_their_returns() -> None:
     ppo = made(value_clip=None, value_coef=1.0)
-    optimiser = torch.optim.Adam(ppo.value_head.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(ppo.value_head.parameters(), lr=0.05)
     ppo.begin_step(0, 0.0, [])
     batch = pack([g.tree for g in ppo.buffer.groups])
     errors = []
     for _ in range(60):
         out = ppo.loss(ppo.score(batch))
         errors.append(float(out.metrics["value/error"][0].mean()))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         out.terms["value"][0].mean().backward()
-        optimiser.step()
+        optimizer.step()
     assert errors[-1] < errors[0] / 5
 
 
@@ -137,7 +137,7 @@ def test_adaptive_control_follows_its_target() -> None:
     assert far.beta == pytest.approx(0.2 * (1 - 0.2 * 4 / 10))
 
 
-def test_scores_are_normalised_by_their_running_deviation_and_clipped() -> None:
+def test_scores_are_normalized_by_their_running_deviation_and_clipped() -> None:
     ppo = made(normalise_scores=True, score_clip=1.0)
     first, second = torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64), torch.tensor([-2.0, 8.0], dtype=torch.float64)
     assert ppo._shaped(first).tolist() == pytest.approx([0.5, 1.0, 1.0])
@@ -169,7 +169,7 @@ def test_the_ratio_guard_refuses_a_whole_step(tmp_path: Path, jump: float, taken
     loop = Loop(
         model=model,
         algorithm=ppo,
-        optimiser=MasterAdamW(model.named_parameters(), dtype=torch.float64),
+        optimizer=MasterAdamW(model.named_parameters(), dtype=torch.float64),
         trees=trees,
         shared=True,
         folder=tmp_path,

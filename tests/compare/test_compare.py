@@ -219,7 +219,7 @@ def test_judges_that_cannot_be_trusted(world: Path, tmp_path: Path, capsys: pyte
     text = capsys.readouterr().out
     figures = json.loads((tmp_path / "out/comparison.json").read_text())
     assert figures["judge"]["first_position"] == 1.0 and figures["judge"]["disagreed"] == figures["judge"]["pairs"]
-    assert "The judge judge-7b favours the first position: 100% [" in text and ", 100%] of its verdicts" in text
+    assert "The judge judge-7b favors the first position: 100% [" in text and ", 100%] of its verdicts" in text
     assert figures["outcome"] == "mean reward" and "By judge-7b: Between dpo and start there is no clear winner" in text
     with serve(lambda *_: "It depends.\x1b[2J") as server:
         assert judged_by(world, server.url, *output, "--judge-parameters", '{"temperature": 1}') == 0
@@ -452,7 +452,7 @@ def test_without_data_nothing_is_a_reading(world: Path) -> None:
 def test_budgets_are_compared_from_the_runs_own_files(world: Path) -> None:
     found = compare(world, "dpo", "ipo", "rloo").figures
     said = found["budget"]["sentences"]
-    assert "Optimiser steps differ: dpo 2, ipo 4, rloo 2." in said
+    assert "Optimizer steps differ: dpo 2, ipo 4, rloo 2." in said
     assert "Rows seen in training differ: dpo 12, ipo 24, rloo 12." in said
     assert "Completions written in training differ: dpo 0, ipo 0, rloo 24." in said
     assert any(s.startswith("Tokens computed in training differ: dpo ") for s in said)
@@ -482,9 +482,9 @@ def test_an_unfinished_run_is_said(world: Path, tmp_path: Path) -> None:
 def test_five_per_cent_are_no_difference() -> None:
     one = Budget(100, 800, 0, 1e5, 1e-4, 0.1, 0.0, 1e6, "cosine", "auto", "float32", True)
     assert budget_sentences({"a": [one], "b": [replace(one, steps=105, tokens=1.05e5)]}) == []
-    assert budget_sentences({"a": [one], "b": [replace(one, steps=106)]}) == ["Optimiser steps differ: a 100, b 106."]
+    assert budget_sentences({"a": [one], "b": [replace(one, steps=106)]}) == ["Optimizer steps differ: a 100, b 106."]
     assert budget_sentences({"a": [one, replace(one, steps=50)]}) == [
-        "Optimiser steps differ among the seeds of a: 100, 50."
+        "Optimizer steps differ among the seeds of a: 100, 50."
     ]
     said = budget_sentences({"a": [one], "b": [replace(one, peak_lr=3e-4, schedule="linear", template="plain")]})
     assert said == [

@@ -129,14 +129,14 @@ def test_a_judge_that_sees_positions_only_decides_nothing() -> None:
     assert judged.disagreed == judged.judged > 0
     (said,) = judged.sentences()
     assert (
-        "favours the first position: 100% [" in said
+        "favors the first position: 100% [" in said
         and ", 100%] of its verdicts" in said
         and "those count as ties" in said
     )
     found = judged.to_json()
     assert found["first_position"] == 1.0 and found["first_position/ci"][1] == 1.0 > found["first_position/ci"][0]
     other = compared(By(lambda q: 0.2, graded=True)).judgement
-    assert other is not None and "favours the second position: 20%" in other.sentences()[0]
+    assert other is not None and "favors the second position: 20%" in other.sentences()[0]
     assert "count as ties" not in other.sentences()[0]
     fair = compared(By(by_reward)).judgement
     assert fair is not None and "shows no clear preference for a position: 50%" in fair.sentences()[0]

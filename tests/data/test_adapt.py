@@ -38,7 +38,7 @@ def made(rows: list[dict[str, Any]], loss: str, **options: Any) -> Dataset:
     return adapt(from_rows(rows, name="x.jsonl"), loss, spec.signal, spec.needs, data, "x.jsonl")
 
 
-def test_shapes_are_recognised() -> None:
+def test_shapes_are_recognized() -> None:
     assert [from_rows(r).shape for r in (PAIRS, LABELLED, SCORED)] == ["pairs", "unpaired", "scored"]
     labels = [t.completions[0].label for t in from_rows(LABELLED).trees]
     assert labels == [True, False, True]

@@ -155,7 +155,7 @@ def test_reward_disagreement_and_its_calibration() -> None:
         assert len(prompts) == len(completions)
         return [float(len(c.split())) for c in completions]
 
-    found = audit(from_rows(rows), languages=False, opinions=[Disagreement("words", reward)]).findings[
+    found = audit(from_rows(rows), languages=False, counters=[Disagreement("words", reward)]).findings[
         "reward_disagreement"
     ]
     assert (found.count, found.of) == (10, 40) and found.interval == wilson_interval(10, 40)
@@ -173,11 +173,11 @@ def test_calibration_in_closed_form() -> None:
 def test_a_persons_own_function() -> None:
     rows = [pair(i) for i in range(50)]
     rows[7]["rejected"] = "rude " + rows[7]["rejected"]
-    found = audit(from_rows(rows), opinions=[Check("rude", lambda texts: ["rude" in t for t in texts])]).findings[
+    found = audit(from_rows(rows), counters=[Check("rude", lambda texts: ["rude" in t for t in texts])]).findings[
         "check_rude"
     ]
     assert (found.count, found.of, found.where) == (1, 150, ("rows:8 (answer 2)",))
-    graded = audit(from_rows(rows), opinions=[Check("f", lambda texts: [0.7 if "rude" in t else 0.2 for t in texts])])
+    graded = audit(from_rows(rows), counters=[Check("f", lambda texts: [0.7 if "rude" in t else 0.2 for t in texts])])
     assert graded.findings["check_f"].count == 1 and "0.2, 0.2, 0.2" in graded.findings["check_f"].note
 
 
@@ -192,7 +192,7 @@ def test_a_persons_own_function() -> None:
 )
 def test_a_function_that_fails_is_named(function: Any, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        audit(from_rows([pair(i) for i in range(5)]), opinions=[Check("mine", function)])
+        audit(from_rows([pair(i) for i in range(5)]), counters=[Check("mine", function)])
 
 
 def test_splits_of_two_kinds_are_refused(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from penchant.data.cached import DataCache, Entry, FileHashes, cache_root, file_
 from penchant.data.load import load_preferences
 from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, label_counts, write_rows
 from penchant.data.split import split_by_prompt
-from penchant.data.tokenize import tokenise
+from penchant.data.tokenize import tokenize
 from penchant.errors import DataError
 from penchant.types import Completion, PromptTree, TokenTree
 
@@ -74,7 +74,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 def test_what_comes_out_equals_what_is_made_anew(tmp_path: Path, name: str) -> None:
     path = str(write(tmp_path / "a.jsonl", ROWS[name]))
     plain, tokenizer = load_preferences(path, **READING), tiny_tokenizer()
-    plain_tokens = tokenise(plain, tokenizer, **HOW)
+    plain_tokens = tokenize(plain, tokenizer, **HOW)
     for turn in ("made", "found"):
         said: list[str] = []
         data = DataCache(note=said.append)
@@ -86,7 +86,7 @@ def test_what_comes_out_equals_what_is_made_anew(tmp_path: Path, name: str) -> N
         )
         for field in ("shape", "kind", "total", "accepted", "quarantined", "fingerprint", "detection", "columns"):
             assert getattr(rows, field) == getattr(plain, field), field
-        tokens = data.tokenise(rows, tokenizer, **HOW)
+        tokens = data.tokenize(rows, tokenizer, **HOW)
         assert isinstance(tokens.trees, StoredTokens) and len(tokens.trees) == len(plain_tokens.trees)
         assert all(same_tree(a, b) for a, b in zip(tokens.trees, plain_tokens.trees, strict=True))
         for field in ("total", "quarantined", "cut_prompts", "cut_completions", "split_documents", "template"):
@@ -134,7 +134,7 @@ def test_tokens_of_a_split_are_told_from_those_of_the_whole(tmp_path: Path, name
     n = len(rows.trees)
     for which in ([0], [n - 1], list(range(0, n, 2)), list(range(1, n)), list(range(n))):
         part = data._subset(rows, np.array(which), "content", "key")
-        made, want = data.tokenise(part, tokenizer, **how), tokenise(part, tokenizer, **how)
+        made, want = data.tokenize(part, tokenizer, **how), tokenize(part, tokenizer, **how)
         assert all(same_tree(a, b) for a, b in zip(made.trees, want.trees, strict=True))
         for field in ("total", "quarantined", "cut_prompts", "cut_completions", "split_documents", "template"):
             assert getattr(made, field) == getattr(want, field), field
@@ -151,7 +151,7 @@ def test_lengths_of_stored_tokens_are_those_of_trees(tmp_path: Path) -> None:
         path = str(write(tmp_path / f"{name}.jsonl", of))
         data = DataCache()
         loaded = data.load(path, **READING)
-        stored = data.tokenise(loaded, tiny_tokenizer(), **HOW)
+        stored = data.tokenize(loaded, tiny_tokenizer(), **HOW)
         assert isinstance(stored.trees, StoredTokens)
         assert _token_lengths(stored) == _token_lengths(replace(stored, trees=tuple(stored.trees))), name
 
@@ -315,11 +315,11 @@ def test_one_byte_makes_it_anew(tmp_path: Path) -> None:
 def test_every_setting_counts(tmp_path: Path, change: dict[str, Any]) -> None:
     path = str(write(tmp_path / "a.jsonl", [pair(i) for i in range(4)]))
     rows = DataCache().load(path, **READING)
-    DataCache().tokenise(rows, tiny_tokenizer(), **HOW)
+    DataCache().tokenize(rows, tiny_tokenizer(), **HOW)
     said: list[str] = []
     how = {**HOW, **change}
-    made = DataCache(note=said.append).tokenise(rows, tiny_tokenizer(), **how)
-    want = tokenise(load_preferences(path, **READING), tiny_tokenizer(), **how)
+    made = DataCache(note=said.append).tokenize(rows, tiny_tokenizer(), **how)
+    want = tokenize(load_preferences(path, **READING), tiny_tokenizer(), **how)
     assert "kept in" in said[0] and len(made.trees) == len(want.trees)
     assert all(same_tree(a, b) for a, b in zip(made.trees, want.trees, strict=True))
 
@@ -329,7 +329,7 @@ def test_every_part_of_the_tokenizer_counts(tmp_path: Path, other: dict[str, Any
     rows = DataCache().load(str(write(tmp_path / "a.jsonl", [pair(0)])), **READING)
     said: list[str] = []
     for kind in ({}, other, {}):
-        DataCache(note=said.append).tokenise(rows, tiny_tokenizer(**kind), **HOW)
+        DataCache(note=said.append).tokenize(rows, tiny_tokenizer(**kind), **HOW)
     assert ["kept in" in s for s in said] == [True, True, False]
 
 
@@ -358,8 +358,8 @@ def test_bad_rows_are_errors_where_they_should_be_and_leave_nothing(tmp_path: Pa
     how = {**HOW, "truncation": "bad_row", "max_length": 200, "on_bad_row": "error"}
     said = []
     for make in (
-        lambda: DataCache().tokenise(rows, tiny_tokenizer(), **how),
-        lambda: tokenise(rows, tiny_tokenizer(), **how),
+        lambda: DataCache().tokenize(rows, tiny_tokenizer(), **how),
+        lambda: tokenize(rows, tiny_tokenizer(), **how),
     ):
         with pytest.raises(DataError) as caught:
             make()

@@ -15,7 +15,7 @@ from penchant.data.layouts import RowError
 from penchant.data.layouts.plain import from_hh
 from penchant.data.load import from_rows, load_preferences, summary, write_quarantine
 from penchant.data.split import prompt_key, split_by_prompt
-from penchant.data.tokenize import tokenise
+from penchant.data.tokenize import tokenize
 from penchant.errors import DataError
 from penchant.types import Message
 
@@ -207,6 +207,6 @@ def test_half_of_a_surrogate_pair_is_a_bad_row(tmp_path: Path, row: str) -> None
         load_preferences(str(path))
     kept = load_preferences(str(path), on_bad_row="skip")
     assert (kept.accepted, kept.total, kept.quarantined[0].where) == (1, 2, "a.jsonl:2")
-    assert not tokenise(kept, tiny_tokenizer()).quarantined
+    assert not tokenize(kept, tiny_tokenizer()).quarantined
     written = write_quarantine(kept.quarantined, tmp_path, "train")
     assert written is not None and json.loads(written.read_text())["row"] == json.loads(row)

@@ -1,4 +1,4 @@
-"""Trees with several scored answers, and rows with several trees: adapted, split, counted and tokenised as what they are."""
+"""Trees with several scored answers, and rows with several trees: adapted, split, counted and tokenized as what they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from penchant.data.audit import audit
 from penchant.data.load import Dataset, from_rows
 from penchant.data.options import DataConfig
 from penchant.data.split import split_by_prompt
-from penchant.data.tokenize import tokenise
+from penchant.data.tokenize import tokenize
 
 NAMES = "hi there", "who", "what now"
 
@@ -71,7 +71,7 @@ def test_equal_answers_are_bad_only_in_a_pair(kind: str, kept: int) -> None:
     }
     dataset = from_rows([rows[kind]], identical="keep")
     assert audit(dataset).findings["identical_pairs"].count == 1 - kept
-    assert tokenise(dataset, tiny_tokenizer(), max_length=32, on_bad_row="skip").accepted == kept
+    assert tokenize(dataset, tiny_tokenizer(), max_length=32, on_bad_row="skip").accepted == kept
 
 
 def test_rows_of_several_examples_are_split_by_example() -> None:

@@ -7,7 +7,7 @@ from encoders import encoder_tokenizer
 from tiny import tiny_tokenizer
 
 from penchant.data.load import from_rows
-from penchant.data.tokenize import fit, pair_format, same_tokens, tokenise_text_pairs
+from penchant.data.tokenize import fit, pair_format, same_tokens, tokenize_text_pairs
 from penchant.errors import DataError, ModelError
 
 
@@ -16,7 +16,7 @@ def test_rows_are_the_tokenizers_own(style: str) -> None:
     prompt = "Why not?"
     tokenizer = encoder_tokenizer(style)
     data = from_rows([{"prompt": prompt, "chosen": "yes, it is", "rejected": "no"}])
-    (tree,) = tokenise_text_pairs(data, tokenizer, max_length=64).trees
+    (tree,) = tokenize_text_pairs(data, tokenizer, max_length=64).trees
     for text, ids in zip(("yes, it is", "no"), tree.completion_ids, strict=True):
         assert [*tree.prompt_ids, *ids] == tokenizer(prompt, text)["input_ids"]
     layout = pair_format(tokenizer)
@@ -27,7 +27,7 @@ def test_chat_prompts_are_lines() -> None:
     tokenizer = encoder_tokenizer()
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     data = from_rows([{"prompt": messages, "chosen": "Hello", "rejected": "What"}])
-    (tree,) = tokenise_text_pairs(data, tokenizer, max_length=64).trees
+    (tree,) = tokenize_text_pairs(data, tokenizer, max_length=64).trees
     assert [*tree.prompt_ids, *tree.completion_ids[0]] == tokenizer("system: Be kind.\nuser: Hi", "Hello")["input_ids"]
 
 
@@ -45,14 +45,14 @@ def test_cuts_are_counted_and_rows_that_become_equal_are_kept_aside() -> None:
         {"prompt": "p", "chosen": "z" * 20 + "1", "rejected": "z" * 20 + "2"},
         {"prompt": "p", "chosen": "a", "rejected": "b"},
     ]
-    made = tokenise_text_pairs(from_rows(rows), tokenizer, max_length=16, on_bad_row="skip")
+    made = tokenize_text_pairs(from_rows(rows), tokenizer, max_length=16, on_bad_row="skip")
     assert made.cut_prompts == ("rows:1", "rows:2") and made.cut_completions == ("rows:2",)
     assert [q.where for q in made.quarantined] == ["rows:3"] and made.accepted == 3
     assert [t.truncated for t in made.trees] == [(False, False), (True, False), (False, False)]
     assert all(len(t.prompt_ids) + max(map(len, t.completion_ids)) <= 16 for t in made.trees)
     assert "1 rows have a cut completion" in made.summary()
     with pytest.raises(DataError, match="more than max_length 16"):
-        tokenise_text_pairs(from_rows(rows), tokenizer, max_length=16, truncation="bad_row")
+        tokenize_text_pairs(from_rows(rows), tokenizer, max_length=16, truncation="bad_row")
 
 
 def test_a_tokenizer_without_padding_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Tokenising: the boundary, BOS and EOS, the cut, and the audit that counts it all."""
+"""Tokenizing: the boundary, BOS and EOS, the cut, and the audit that counts it all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiny import tiny_tokenizer
 from penchant.data.audit import audit
 from penchant.data.load import from_rows
 from penchant.data.split import split_by_prompt
-from penchant.data.tokenize import encode_texts, tokenise
+from penchant.data.tokenize import encode_texts, tokenize
 from penchant.errors import ConfigError, DataError, ModelError
 
 BOS, EOS = 0, 1
@@ -22,7 +22,7 @@ def _pair(prompt: str = "hello", chosen: str = "good", rejected: str = "bad") ->
 
 
 def _only(rows: list[dict[str, Any]], tokenizer: Any, **options: Any) -> Any:
-    return tokenise(from_rows(rows), tokenizer, **{"max_length": 64, **options}).trees[0]
+    return tokenize(from_rows(rows), tokenizer, **{"max_length": 64, **options}).trees[0]
 
 
 @pytest.mark.parametrize("pad", [False, True])
@@ -76,13 +76,13 @@ def test_the_boundary_cannot_move() -> None:
 
 def test_no_room_cuts_the_prompts_start_first_then_the_ends() -> None:
     tokenizer = tiny_tokenizer()
-    done = tokenise(from_rows([_pair("0123456789" * 3, "abcdef", "xy")]), tokenizer, max_length=20)
+    done = tokenize(from_rows([_pair("0123456789" * 3, "abcdef", "xy")]), tokenizer, max_length=20)
     tree = done.trees[0]
     assert tokenizer.decode(tree.prompt_ids) == "7890123456789"[-13:]
     assert tokenizer.decode(tree.completion_ids[0]) == "abcdef</s>"
     assert tree.truncated == (False, False)
     assert (len(done.cut_prompts), len(done.cut_completions)) == (1, 0)
-    done = tokenise(from_rows([_pair("0123456789" * 3, "abcdefghijklmnop", "xy")]), tokenizer, max_length=20)
+    done = tokenize(from_rows([_pair("0123456789" * 3, "abcdefghijklmnop", "xy")]), tokenizer, max_length=20)
     tree = done.trees[0]
     assert len(tree.prompt_ids) == 10
     assert tokenizer.decode(tree.completion_ids[0]) == "abcdefghij"  # cut: no EOS is pretended
@@ -94,21 +94,21 @@ def test_no_room_cuts_the_prompts_start_first_then_the_ends() -> None:
 def test_pairs_that_become_equal_by_the_cut_do_not_train() -> None:
     rows = [_pair("p" * 10, "same start, good end", "same start, bad end"), _pair()]
     with pytest.raises(DataError, match='"chosen" equals "rejected" after the cut'):
-        tokenise(from_rows(rows), tiny_tokenizer(), max_length=12)
-    done = tokenise(from_rows(rows), tiny_tokenizer(), max_length=12, on_bad_row="skip")
+        tokenize(from_rows(rows), tiny_tokenizer(), max_length=12)
+    done = tokenize(from_rows(rows), tiny_tokenizer(), max_length=12, on_bad_row="skip")
     assert (done.accepted, len(done.quarantined), done.total) == (1, 1, 2)
-    kept = tokenise(from_rows(rows), tiny_tokenizer(), max_length=12, identical="keep")
+    kept = tokenize(from_rows(rows), tiny_tokenizer(), max_length=12, identical="keep")
     assert kept.accepted == 2
 
 
 def test_long_rows_can_be_bad_rows() -> None:
     with pytest.raises(DataError, match="more than max_length 12"):
-        tokenise(from_rows([_pair("p" * 30)]), tiny_tokenizer(), max_length=12, truncation="bad_row")
+        tokenize(from_rows([_pair("p" * 30)]), tiny_tokenizer(), max_length=12, truncation="bad_row")
 
 
 def test_plain_documents_are_split_without_losing_a_token() -> None:
     tokenizer = tiny_tokenizer()
-    done = tokenise(from_rows([{"text": "0123456789" * 5}, {"text": "short"}]), tokenizer, max_length=16)
+    done = tokenize(from_rows([{"text": "0123456789" * 5}, {"text": "short"}]), tokenizer, max_length=16)
     chunks = [t for t in done.trees if t.source == "rows:1"]
     assert all(t.prompt_ids.tolist() == [BOS] for t in done.trees)
     assert all(len(t.prompt_ids) + len(t.completion_ids[0]) <= 16 for t in done.trees)
@@ -155,7 +155,7 @@ def test_the_audit_counts_what_is_planted() -> None:
         _pair("e", "the long one", "no"),
     ]
     dataset = from_rows(rows, on_bad_row="skip")
-    found = audit(dataset, tokenise(dataset, tiny_tokenizer(), max_length=12)).findings
+    found = audit(dataset, tokenize(dataset, tiny_tokenizer(), max_length=12)).findings
     assert (found["identical_pairs"].count, found["identical_pairs"].where) == (1, ("rows:4",))
     assert (found["empty_completions"].count, found["empty_completions"].where) == (1, ("rows:5",))
     assert (found["duplicates"].count, found["duplicates"].where) == (1, ("rows:2 (as rows:1)",))
@@ -190,7 +190,7 @@ def test_hh_rows_are_packed_full(shared_dir: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(shared_dir / "models/stories260k")
     dataset = load_preferences(str(shared_dir / "data/hh-harmless-1700.jsonl"), on_bad_row="skip", limit=600)
-    trees = tokenise(dataset, tokenizer, max_length=512, on_bad_row="skip").trees
+    trees = tokenize(dataset, tokenizer, max_length=512, on_bad_row="skip").trees
     plan = plan_microbatches([t.shared_tokens for t in trees], 4096)
     assert sum(t.shared_tokens for t in trees) / (len(plan) * 4096) >= 0.95
 

@@ -50,7 +50,7 @@ def test_every_packing_equals_one_by_one(family: str) -> None:
 
 
 def test_the_mask_matters() -> None:
-    """Guards the test above: with a completion's neighbour changed the others must not move, with the prompt they must."""
+    """Guards the test above: with a completion's neighbor changed the others must not move, with the prompt they must."""
     trees = some_trees()
     scorer = Scorer(tiny_model("llama"), "shared")
     before = scorer.logps(pack(trees)).sums
@@ -66,7 +66,7 @@ def test_the_mask_matters() -> None:
     assert ((before - after).abs() > 1e-9).tolist() == [True, True] + [False] * (len(before) - 2)
 
 
-def test_a_tree_does_not_depend_on_its_neighbours_in_fp64() -> None:
+def test_a_tree_does_not_depend_on_its_neighbors_in_fp64() -> None:
     trees = some_trees()
     scorer = Scorer(tiny_model("llama"), "shared")
     together = scorer.logps(pack(trees)).sums

@@ -445,7 +445,7 @@ def test_paired_golden_values_and_gradients() -> None:
     logps = pairs(POINTS, grad=True)
     out = aot(logps, beta=beta)
     out.losses.sum().backward()
-    # two margins are equal: which of them gets which neighbour is open, their sum is not
+    # two margins are equal: which of them gets which neighbor is open, their sum is not
     assert sum(out.losses.tolist()) == pytest.approx(
         sum(-log_sigmoid(x) for x in _ties_in_order(margins, ref, beta)), rel=1e-12
     )

@@ -12,7 +12,7 @@ from penchant.losses.policy_gradient import (
     clipped_surrogate,
     clipped_value_loss,
     gae,
-    group_normalised,
+    group_normalized,
     leave_one_out,
     whitened,
 )
@@ -25,18 +25,18 @@ def test_leave_one_out_by_hand() -> None:
     assert got.tolist() == [[pytest.approx(v) for v in (1 - 4, 2 - 3.5, 6 - 1.5)], [0.0, 0.0, 0.0]]
 
 
-def test_group_normalised_by_hand_and_its_variants() -> None:
+def test_group_normalized_by_hand_and_its_variants() -> None:
     r = torch.tensor([[1.0, 3.0], [0.0, 8.0]], dtype=F64)
-    assert group_normalised(r, eps=0.0)[0].tolist() == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)])
-    assert group_normalised(r, "none").tolist() == [[-1.0, 1.0], [-4.0, 4.0]]
+    assert group_normalized(r, eps=0.0)[0].tolist() == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)])
+    assert group_normalized(r, "none").tolist() == [[-1.0, 1.0], [-4.0, 4.0]]
     spread = torch.tensor([1.0, 3.0, 0.0, 8.0], dtype=F64).std()
-    assert torch.allclose(group_normalised(r, "batch", eps=0.0), group_normalised(r, "none") / spread)
-    assert group_normalised(torch.ones(1, 4)).tolist() == [
+    assert torch.allclose(group_normalized(r, "batch", eps=0.0), group_normalized(r, "none") / spread)
+    assert group_normalized(torch.ones(1, 4)).tolist() == [
         [0.0] * 4
     ]  # equal rewards teach nothing, and divide by nothing
 
 
-@pytest.mark.parametrize("fn", [leave_one_out, group_normalised])
+@pytest.mark.parametrize("fn", [leave_one_out, group_normalized])
 def test_a_group_of_one_is_refused(fn) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match="k >= 2"):
         fn(torch.ones(3, 1))

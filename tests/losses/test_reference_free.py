@@ -129,7 +129,7 @@ def test_golden_values_and_gradients_of_cpo() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# SLiC: closed forms, the regulariser stays where the margin is reached.
+# SLiC: closed forms, the regularizer stays where the margin is reached.
 
 
 def test_golden_values_and_gradients_of_slic() -> None:

@@ -67,7 +67,7 @@ def test_limits() -> None:
     chosen, rejected = t(1.0, 2.0), t(0.5, 3.0)
     plain = bradley_terry(chosen, rejected).losses
     assert torch.equal(bradley_terry(chosen, rejected, torch.zeros_like(chosen)).losses, plain)
-    # only the difference counts, until rewards are centred
+    # only the difference counts, until rewards are centered
     assert torch.allclose(bradley_terry(chosen + 9, rejected + 9).losses, plain)
     assert (bradley_terry(chosen + 9, rejected + 9, centring=0.1).losses > plain + 1).all()
     assert bradley_terry(t(1.0), t(-1.0), centring=5.0).losses.item() == pytest.approx(

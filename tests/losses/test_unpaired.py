@@ -123,7 +123,7 @@ def test_at_alpha_one_half_the_gradient_is_not_zero() -> None:
 
 
 def test_the_divergence_carries_gradient() -> None:
-    """Trap: a detached divergence regularises nothing."""
+    """Trap: a detached divergence regularizes nothing."""
     x = batch([1.0, 1.0], grad=True)
     total(pmpo(x, beta=2.0)).backward()
     assert x.divergence is not None and x.divergence.grad is not None and (x.divergence.grad > 0).all()
@@ -164,11 +164,11 @@ def test_the_tabular_optimum_is_reached(alpha: float, beta: float) -> None:
         expected = (alpha * a - (1 - alpha) * r + beta * q) / (2 * alpha - 1 + beta)
     assert (expected > 0).all() and expected.sum().item() == pytest.approx(1.0)
     logits = torch.zeros(vocab, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([logits], lr=1.0, max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16)
+    optimizer = torch.optim.LBFGS([logits], lr=1.0, max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16)
     tokens = torch.arange(vocab)
 
     def closure() -> torch.Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         logps = torch.log_softmax(logits, 0)
         d = divergence(logits[None], q.log()[None], DivergenceKind("kl", "ref_policy"))
         # each token once a side, weighed by its share: the same sums as drawing the tokens themselves
@@ -183,7 +183,7 @@ def test_the_tabular_optimum_is_reached(alpha: float, beta: float) -> None:
         loss.backward()
         return loss
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     assert torch.allclose(torch.softmax(logits.detach(), 0), expected, atol=1e-7)
 
 

@@ -273,7 +273,7 @@ LOUD: dict[str, tuple[list[Line], str]] = {
     ),
     "skipped_steps": (
         [{"kind": "train", "step": i, **({"skipped": "equal"} if i % 2 else {"loss": 1.0 / i})} for i in range(1, 9)],
-        r"4 of 8 optimiser steps \(50%\) were not taken, most of them because: equal",
+        r"4 of 8 optimizer steps \(50%\) were not taken, most of them because: equal",
     ),
     "reference_drift": (
         [{"kind": "train", "step": 1, "logratios/chosen": -3.0, "loss": 1.0}],

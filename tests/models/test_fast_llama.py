@@ -110,7 +110,7 @@ def fast_logps(model: Any, fast: FastForward, batch: PackedBatch) -> torch.Tenso
     return fast_token_logps(hidden, model.lm_head.weight, batch.target_ids)[0]
 
 
-def recognised(model: nn.Module) -> FastForward:
+def recognized(model: nn.Module) -> FastForward:
     fast = fast_forward(model)
     assert fast is not None
     return fast
@@ -138,7 +138,7 @@ def test_equals_plain_transformers(family: str, shared: bool, plain_norms: None)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
-    got = fast_logps(model, recognised(model), batch)
+    got = fast_logps(model, recognized(model), batch)
     (got * g).sum().backward()
     assert close(got, expected, 1e-9)
     assert set(gradients) == {n for n, p in model.named_parameters()}
@@ -149,7 +149,7 @@ def test_equals_plain_transformers(family: str, shared: bool, plain_norms: None)
 def test_fp32_is_close(plain_norms: None) -> None:
     model = build("llama", torch.float32).eval()
     data = trees()
-    got = fast_logps(model, recognised(model), pack(data))
+    got = fast_logps(model, recognized(model), pack(data))
     assert close(got, plain_logps(model, data), 1e-5)
 
 
@@ -161,7 +161,7 @@ def test_long_trees_take_tiles_and_equal_short_ones(monkeypatch: pytest.MonkeyPa
     for keep, tile in ((512, 256), (8, 16)):
         monkeypatch.setattr(fast_attention, "_KEEP_UP_TO", keep)
         monkeypatch.setattr(fast_attention, "_TILE", tile)
-        logps = fast_logps(model, recognised(model), batch)
+        logps = fast_logps(model, recognized(model), batch)
         (logps * g).sum().backward()
         results.append([logps.detach(), *(p.grad.clone() for p in model.parameters())])
         model.zero_grad()
@@ -175,7 +175,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     results = []
     for on in (False, True):
         model.model.gradient_checkpointing = on
-        (fast_logps(model, recognised(model), batch) * g).sum().backward()
+        (fast_logps(model, recognized(model), batch) * g).sum().backward()
         results.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -185,13 +185,13 @@ def test_main_grad_collects_micro_batches() -> None:
     model = build("qwen2")
     batches = [pack(trees(seed)) for seed in (0, 1)]
     for batch in batches:
-        (fast_logps(model, recognised(model), batch) * weights_for(batch)).sum().backward()
+        (fast_logps(model, recognized(model), batch) * weights_for(batch)).sum().backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     for p in model.parameters():
         p.main_grad = torch.zeros_like(p)
     for batch in batches:
-        (fast_logps(model, recognised(model), batch) * weights_for(batch)).sum().backward()
+        (fast_logps(model, recognized(model), batch) * weights_for(batch)).sum().backward()
     for p, e in zip(model.parameters(), expected, strict=True):
         assert p.grad is None
         assert close(p.main_grad, e, 1e-12)
@@ -200,13 +200,13 @@ def test_main_grad_collects_micro_batches() -> None:
 def test_frozen_parameters_get_no_gradient_and_change_no_other() -> None:
     model, batch = build("llama"), pack(trees())
     g = weights_for(batch)
-    (fast_logps(model, recognised(model), batch) * g).sum().backward()
+    (fast_logps(model, recognized(model), batch) * g).sum().backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     trained = ("model.layers.1.self_attn.k_proj.weight", "model.layers.1.input_layernorm.weight")
     for n, p in model.named_parameters():
         p.requires_grad_(n in trained)
-    (fast_logps(model, recognised(model), batch) * g).sum().backward()
+    (fast_logps(model, recognized(model), batch) * g).sum().backward()
     for n, p in model.named_parameters():
         assert (p.grad is not None) == (n in trained)
         assert n not in trained or close(p.grad, expected[n], 1e-12)
@@ -215,7 +215,7 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_no_grad_pass_is_bit_equal(dtype: torch.dtype) -> None:
     model = build("llama", dtype)
-    fast = recognised(model)
+    fast = recognized(model)
     data = trees()
     together = fast_logps(model, fast, pack(data)).detach()
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_no_grad_pass_is_bit_equal(dtype: torch.dtype) -> None:
 def test_module_keeps_its_weights(tmp_path: Path) -> None:
     model = build("qwen2", torch.float32)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    fast = recognised(model)
+    fast = recognized(model)
     assert set(model.state_dict()) == set(before)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     model.save_pretrained(tmp_path)
@@ -238,7 +238,7 @@ def test_module_keeps_its_weights(tmp_path: Path) -> None:
     updated = fast.hidden(batch)
     model.model.layers[0].self_attn.k_proj.weight.data = model.model.layers[0].self_attn.k_proj.weight.data * 3.0
     replaced = fast.hidden(batch)
-    fresh = recognised(copy.deepcopy(model))
+    fresh = recognized(copy.deepcopy(model))
     assert not torch.equal(updated, replaced)
     assert torch.equal(fresh.hidden(batch), replaced)
 

@@ -201,7 +201,7 @@ def test_the_probe_times_any_method_and_leaves_nothing(tmp_path: Path, more: dic
     assert 0 < plan.duration.low <= plan.duration.likely <= plan.duration.high
     assert plan.duration.parts["evaluations"] > 0 and len(plan.probe.steps) == 2
     assert plan.memory.peak > 100 << 20 and plan.memory.fits
-    assert "optimiser steps" in plan_text(plan)
+    assert "optimizer steps" in plan_text(plan)
 
 
 def test_probed_steps_are_the_runs_first_steps(tmp_path: Path) -> None:
@@ -387,18 +387,18 @@ def test_outlines_have_the_models_parameters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype,lora", [("fp32", False), ("bf16", False), ("bf16", True)])
-def test_parts_are_what_the_optimiser_holds(tmp_path: Path, dtype: str, lora: bool) -> None:
+def test_parts_are_what_the_optimizer_holds(tmp_path: Path, dtype: str, lora: bool) -> None:
     config = _config(tmp_path, **({"lora": {"r": 4}} if lora else {}))
     config["model"]["dtype"] = dtype
     parts = api.plan(config, probe=False).memory.parts
     run = Run(api.as_config(config), quiet=True)
-    masters = sum(m.nbytes for n, m in run.optimiser.masters.items() if m is not run.optimiser.params[n])
+    masters = sum(m.nbytes for n, m in run.optimizer.masters.items() if m is not run.optimizer.params[n])
     assert parts["weights"] == sum(p.nbytes for p in run.model.parameters())
     assert parts["fp32 master weights"] == masters
     assert (
         parts["gradients"]
-        == parts["optimiser (two moments)"] // 2
-        == 4 * sum(p.numel() for p in run.optimiser.params.values())
+        == parts["optimizer (two moments)"] // 2
+        == 4 * sum(p.numel() for p in run.optimizer.params.values())
     )
 
 

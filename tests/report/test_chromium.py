@@ -218,11 +218,11 @@ def test_nothing_is_wider_than_the_screen(browser: Browser, tmp_path: Path) -> N
 
 def test_light_dark_and_print(browser: Browser, tmp_path: Path) -> None:
     target = page(tmp_path, make_run(tmp_path / "r"))
-    colour = "getComputedStyle(document.body).backgroundColor"
+    color = "getComputedStyle(document.body).backgroundColor"
     found = []
     for options in ({}, {"dark": True}, {"dark": True, "media": "print"}):
         browser.open(target, **options)  # type: ignore[arg-type]
-        found.append(browser.run(colour))
+        found.append(browser.run(color))
     assert found[0] != found[1] and found[2] == "rgb(255, 255, 255)"
     assert browser.run("getComputedStyle(document.querySelector('nav')).display") == "none"
     browser.open(target)

@@ -81,7 +81,7 @@ def test_labels_are_moved_apart_and_stay_inside() -> None:
     assert apart([], 0, 1, 1) == []
 
 
-def test_eight_colours_then_dashes() -> None:
+def test_eight_colors_then_dashes() -> None:
     assert [style_of(i) for i in (0, 7, 8, 33)] == ["c0 d0", "c7 d0", "c0 d1", "c1 d0"]
     assert len({style_of(i) for i in range(32)}) == 32
 

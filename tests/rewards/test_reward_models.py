@@ -19,7 +19,7 @@ from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
 from penchant import api
 from penchant.config import config_from_mapping, dump_config
-from penchant.data.tokenize import tokenise
+from penchant.data.tokenize import tokenize
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.models.load import backbone_of
 from penchant.models.reward import head_of
@@ -80,7 +80,7 @@ def as_rollouts(run: Run, tokenizer: Any, template: str = "auto") -> tuple[list[
     """The run's held-out pairs as if a policy with this tokenizer had written them."""
     assert run.datasets[1] is not None
     data = run.datasets[1]
-    trees = tokenise(data, tokenizer, template=template, max_length=4096).trees
+    trees = tokenize(data, tokenizer, template=template, max_length=4096).trees
     return list(trees), PolicyText(tokenizer, template, {t.source: t.prompt for t in data.trees})
 
 

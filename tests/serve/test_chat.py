@@ -22,7 +22,7 @@ from serving import model_of, random_folder, writer_folder
 
 from penchant.cli import main
 from penchant.data.load import load_preferences
-from penchant.data.tokenize import tokenise
+from penchant.data.tokenize import tokenize
 from penchant.serve.chat import Chat, ChatOptions, Conversation, Terminal, TooLong, Turn, TwoColumns, Wrapper, fit, safe
 from penchant.serve.model import ChatModel
 from penchant.serve.stream import Sampling
@@ -77,9 +77,9 @@ def test_prompts_are_those_of_training(models: list[ChatModel], plain_model: Cha
     data = load_preferences(str(file))
     ours = tuple(Message(m["role"], m["content"]) for m in messages)
     for chat_model in (models[0], model_of(plain_model.name, template="transcript")):
-        (tree,) = tokenise(data, chat_model.tokenizer).trees
+        (tree,) = tokenize(data, chat_model.tokenizer).trees
         assert chat_model.prompt_of(ours) == tree.prompt_ids.tolist()
-    (tree,) = tokenise(
+    (tree,) = tokenize(
         load_preferences(_rows(tmp_path, [{"prompt": "Once", "completion": " upon"}])), plain_model.tokenizer
     ).trees
     assert plain_model.prompt_of([Message("user", "Once")]) == tree.prompt_ids.tolist()

@@ -130,7 +130,7 @@ def test_a_run_too_short_is_refused_before_anything_trains(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered = trained(monkeypatch)
-    with pytest.raises(ConfigError, match="has 2 optimiser steps, too few for 3 rungs with a factor of 3; lower"):
+    with pytest.raises(ConfigError, match="has 2 optimizer steps, too few for 3 rungs with a factor of 3; lower"):
         run(base, "halving={rungs: 3}")
     assert entered == []
 

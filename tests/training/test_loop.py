@@ -1,4 +1,4 @@
-"""The loop: accumulation by global counts, exact resume, step-0 check, NaN, signals, the optimiser's masters."""
+"""The loop: accumulation by global counts, exact resume, step-0 check, NaN, signals, the optimizer's masters."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def make_loop(
     folder.mkdir(exist_ok=True)
     model = tiny_model("smollm-tied", dtype=torch.float32)
     frozen = tiny_model("smollm-tied", dtype=torch.float32, seed=reference_seed)
-    optimiser = MasterAdamW(model.named_parameters(), dtype=dtype)
+    optimizer = MasterAdamW(model.named_parameters(), dtype=dtype)
     for m in (model, frozen):
         cast_parameters(m, dtype)
     if dtype == torch.float64:
-        optimiser = MasterAdamW(model.named_parameters(), dtype=dtype)
+        optimizer = MasterAdamW(model.named_parameters(), dtype=dtype)
     scorer = Scorer(model, "shared")
     algorithm = Offline(
         scorer, [Component(LOSSES[name], LOSSES[name].params())], LiveReference(Scorer(frozen, "shared"))
@@ -66,7 +66,7 @@ def make_loop(
     return Loop(
         model=model,
         algorithm=algorithm,
-        optimiser=optimiser,
+        optimizer=optimizer,
         trees=pairs[:10],
         shared=True,
         folder=folder,
@@ -86,7 +86,7 @@ def make_loop(
 
 def final_state(loop: Loop) -> dict[str, torch.Tensor]:
     weights = {f"model/{n}": p.detach().clone() for n, p in loop.model.named_parameters()}
-    return weights | {k: v.clone() for k, v in loop.optimiser.state_tensors().items()}
+    return weights | {k: v.clone() for k, v in loop.optimizer.state_tensors().items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -121,7 +121,7 @@ def test_1x10_equals_10x1(tmp_path: Path, name: str) -> None:
         loop.start_tolerance = None
         assert (len(loop._micro_batches(loop.trees)) > 4) == (budget == 16)
         params = list(loop.model.parameters())
-        loop.optimiser.step = lambda _lr, params=params: grads.append(torch.cat([p.grad.flatten() for p in params]))  # type: ignore[method-assign]
+        loop.optimizer.step = lambda _lr, params=params: grads.append(torch.cat([p.grad.flatten() for p in params]))  # type: ignore[method-assign]
         loop.take_step(0, loop.schedule)
     one, many = grads
     assert (one - many).norm() <= 1e-6 * one.norm()
@@ -211,12 +211,12 @@ def test_keeps_last_and_best(tmp_path: Path) -> None:
 
 def test_masters_keep_updates_that_bf16_would_lose() -> None:
     p = torch.nn.Parameter(torch.ones(4))
-    optimiser = MasterAdamW([("p", p)], dtype=torch.bfloat16)
+    optimizer = MasterAdamW([("p", p)], dtype=torch.bfloat16)
     for _ in range(64):  # each step is a quarter of bf16's spacing below 1
         p.main_grad.fill_(1.0)  # type: ignore[attr-defined]
-        optimiser.step(1e-3)
+        optimizer.step(1e-3)
     assert p.dtype == torch.bfloat16
-    assert optimiser.masters["p"].tolist() == pytest.approx([1 - 64e-3] * 4, rel=1e-4)
+    assert optimizer.masters["p"].tolist() == pytest.approx([1 - 64e-3] * 4, rel=1e-4)
     assert p.tolist() == pytest.approx([0.9375] * 4, abs=0.004)
 
 
@@ -240,7 +240,7 @@ def test_learning_rate_shapes(schedule: str, expected_end: float) -> None:
 
 def test_clip_returns_the_norm_before_and_scales() -> None:
     p = torch.nn.Parameter(torch.zeros(2))
-    optimiser = MasterAdamW([("p", p)], dtype=torch.float32)
+    optimizer = MasterAdamW([("p", p)], dtype=torch.float32)
     p.grad = torch.tensor([3.0, 4.0])
-    assert optimiser.clip(1.0) == 5.0
+    assert optimizer.clip(1.0) == 5.0
     assert p.grad.tolist() == pytest.approx([0.6, 0.8])

@@ -13,7 +13,7 @@ from penchant.algorithms.rollouts import Buffer, Group, Writer, reward_metrics_o
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference
 from penchant.losses.divergences import kl_estimate
-from penchant.losses.policy_gradient import clipped_surrogate, group_normalised, leave_one_out
+from penchant.losses.policy_gradient import clipped_surrogate, group_normalized, leave_one_out
 from penchant.types import LossOutput, PackedBatch, TokenTree
 
 
@@ -76,7 +76,7 @@ class GroupPolicyGradient:
             rewards = rewards - self.config.kl_weight * torch.stack([g.extras["kl"] for g in groups])
             advantages = leave_one_out(rewards)
         else:
-            advantages = group_normalised(rewards, self.config.scale_rewards)
+            advantages = group_normalized(rewards, self.config.scale_rewards)
         for g, a in zip(groups, advantages, strict=True):
             g.extras["advantages"] = a
 

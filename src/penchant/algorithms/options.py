@@ -24,7 +24,7 @@ class OnlineConfig(Section):
         "auto", description="weight of the KL to the reference; auto: 0.05 (rloo), 0.04 (grpo), 0.1 (online_dpo)"
     )
     epochs: int = Field(1, ge=1, description="passes over the rollouts")
-    minibatches: int = Field(1, ge=1, description="optimiser steps of a pass")
+    minibatches: int = Field(1, ge=1, description="optimizer steps of a pass")
     clip: float = Field(0.2, gt=0, description="the probability ratio is held within 1 +- clip")
     clip_high: float | None = Field(None, gt=0, description="its upper end where that differs (DAPO: 0.28)")
     scale_rewards: Literal["group", "batch", "none"] = Field(
@@ -57,7 +57,7 @@ class OnlineConfig(Section):
 
     @property
     def updates(self) -> int:
-        """Optimiser steps on each batch of rollouts."""
+        """Optimizer steps on each batch of rollouts."""
         return self.epochs * self.minibatches
 
 
@@ -73,7 +73,7 @@ class PPOConfig(OnlineConfig):
     kl_target: float = Field(6.0, gt=0, description="adaptive: wanted KL per completion, nats")
     kl_horizon: float = Field(10_000, gt=0, description="adaptive: completions over which beta follows")
     gamma: float = Field(1.0, ge=0, le=1, description="discount of later rewards")
-    lam: float = Field(0.95, alias="lambda", ge=0, le=1, description="of generalised advantage estimation")
+    lam: float = Field(0.95, alias="lambda", ge=0, le=1, description="of generalized advantage estimation")
     value: Literal["head", "separate"] = Field("head", description="a head on the policy, or a model of its own")
     value_init: Literal["auto", "zero", "reward"] = Field(
         "auto",

@@ -1,4 +1,4 @@
-"""PPO: a value for every token, generalised advantages, the clipped surrogate; several passes over each batch of rollouts.
+"""PPO: a value for every token, generalized advantages, the clipped surrogate; several passes over each batch of rollouts.
 
 docs/ppo.md lists every detail with its source.
 """

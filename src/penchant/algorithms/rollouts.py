@@ -108,7 +108,7 @@ class Buffer:
     def part(
         self, step: int, prompts: Sequence[TokenTree], prepare: Callable[[list[Group]], None]
     ) -> Sequence[TokenTree]:
-        """The trees of optimiser step `step`: new rollouts (made ready by `prepare`) at an iteration's first update."""
+        """The trees of optimizer step `step`: new rollouts (made ready by `prepare`) at an iteration's first update."""
         iteration, update = divmod(step, self.updates)
         if iteration != self.iteration:
             groups = self.writer.write(prompts, iteration)

@@ -42,7 +42,7 @@ HIDDEN = "[hidden]"
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """`text` with every secret that can be recognised replaced: values of variables called ..TOKEN, ..KEY, user names in URLs."""
+    """`text` with every secret that can be recognized replaced: values of variables called ..TOKEN, ..KEY, user names in URLs."""
     found = os.environ if environment is None else environment
     secrets = {v for k, v in found.items() if SECRET_NAMES.search(k) and len(v) >= SHORTEST}
     for secret in sorted(secrets | _stored_token(found), key=len, reverse=True):

@@ -118,7 +118,7 @@ class Judgement:
             share = f"{p.estimate:.0%} [{p.low:.0%}, {p.high:.0%}]"
             heard = self.judged - self.left_out
             biased = p.low > 0.5 or p.high < 0.5
-            says = "favours the first position" if p.estimate > 0.5 else "favours the second position"
+            says = "favors the first position" if p.estimate > 0.5 else "favors the second position"
             said.append(
                 f"{judge} {says if biased else 'shows no clear preference for a position'}: {share} of its verdicts are for the first "
                 f"one (each pair was asked both ways round, so 50% is none). In {self.disagreed:,} of {heard:,} pairs its two "

@@ -332,7 +332,7 @@ def make_setting(
         reward: as `load_reward` takes it, or None; also: other rewards by name; pairwise: who decides between two answers.
     """
     run.tokenizer = tokenizer  # its config may name a model that is yet to be made
-    trees = run.tokenise_rows(rows).trees
+    trees = run.tokenize_rows(rows).trees
     source_of = {tuple(t.prompt_ids.tolist()): t.source for t in reversed(trees)}
     prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in trees))[: sampling.prompts]
     kept = set(prompts)

@@ -305,7 +305,7 @@ def _check_data(run: TrainedRun) -> None:
 TOLERANCE = 0.05  # beyond it something differs
 
 NUMBERS = {  # field: in words
-    "steps": "Optimiser steps",
+    "steps": "Optimizer steps",
     "rows": "Rows seen in training",
     "completions": "Completions written in training",
     "tokens": "Tokens computed in training",
@@ -322,7 +322,7 @@ class Budget:
     """What a run spent in training, up to the checkpoint where one was asked for by its number, else in all.
 
     Args:
-        steps: of the optimiser; rows: training rows (prompts of an online method) met, each time counted; completions: that an online
+        steps: of the optimizer; rows: training rows (prompts of an online method) met, each time counted; completions: that an online
             method wrote; tokens: computed, a shared prompt once; peak_lr, warmup, min_lr, schedule: of the learning rate.
         trainable: parameters; finished: whether the run came to its end.
     """

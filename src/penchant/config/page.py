@@ -121,7 +121,7 @@ def parts() -> Iterator[Part]:
             mix = Key("loss.mix", "list of losses, each with a weight", "", "several losses, in place of loss.name")
             yield Part(
                 "loss",
-                "What is minimised: docs/losses.md lists every loss's own keys.",
+                "What is minimized: docs/losses.md lists every loss's own keys.",
                 (method, *_keys(LossModifiers, "loss."), mix),
             )
         elif name == "algorithm":

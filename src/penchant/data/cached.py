@@ -28,7 +28,7 @@ from penchant.data.layouts.own import own_sha256
 from penchant.data.load import Columns, Dataset, Quarantined, Reading, fingerprint, load_preferences, stream_preferences
 from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, ranges, read_batch, write_rows
 from penchant.data.split import held_out_rows, split_by_prompt
-from penchant.data.tokenize import ASIDE, CUT_COMPLETION, CUT_PROMPT, SPLIT, TokenisedDataset, Tokenising, tokenise
+from penchant.data.tokenize import ASIDE, CUT_COMPLETION, CUT_PROMPT, SPLIT, TokenizedDataset, Tokenizing, tokenize
 from penchant.errors import DataError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ from penchant.errors import DataError
 
 
 T = TypeVar("T")
-AUTO_BYTES = 4 << 20  # smaller data is read and tokenised faster than a cache is looked after
+AUTO_BYTES = 4 << 20  # smaller data is read and tokenized faster than a cache is looked after
 META = "meta.json"
 RACY_NS = 2_000_000_000  # the coarsest clock of a file system (FAT) ticks every two seconds
 FILES_KEPT = 1000  # in the table of hashes
@@ -285,17 +285,17 @@ class DataCache:
             dataset, trees=trees, total=rows, accepted=rows, quarantined=(), fingerprint=content, columns=None
         )
 
-    def tokenise(self, dataset: Dataset, tokenizer: Any, **how: Any) -> TokenisedDataset:
-        """`tokenise`. An entry is made with bad rows kept aside; where those are errors, the first one is raised afterwards."""
+    def tokenize(self, dataset: Dataset, tokenizer: Any, **how: Any) -> TokenizedDataset:
+        """`tokenize`. An entry is made with bad rows kept aside; where those are errors, the first one is raised afterwards."""
         rows, by = dataset.trees, tokenizer_key(tokenizer)
         if not isinstance(rows, StoredRows) or by is None or (how["add_eos"] and tokenizer.eos_token_id is None):
-            return tokenise(dataset, tokenizer, **how)
+            return tokenize(dataset, tokenizer, **how)
         making_how = {**how, "on_bad_row": "skip"}
         depends_on = {"rows": rows.whole, "kind": dataset.kind, "tokenizer": by, **making_how}
         entry = Entry("tokens", key_of("tokens", depends_on))
 
         def write(folder: Path) -> Mapping[str, Any]:
-            making, writer = Tokenising(tokenizer, dataset.kind, **making_how), TokenWriter(folder)
+            making, writer = Tokenizing(tokenizer, dataset.kind, **making_how), TokenWriter(folder)
             whole = rows.all_rows()
             for trees, mark in making.by_row(whole):
                 for tree in trees:
@@ -314,7 +314,7 @@ class DataCache:
         if found is None:
             found = self._made(entry, "tokens", write, StoredDataset.read)
             if found is None:
-                return tokenise(dataset, tokenizer, **how)
+                return tokenize(dataset, tokenizer, **how)
             self._tokens[entry.folder] = found
         made = found.rows(rows.which)
         if how["on_bad_row"] == "error" and made.quarantined:
@@ -325,7 +325,7 @@ class DataCache:
     def audit(
         self,
         dataset: Dataset,
-        tokenised: TokenisedDataset | None,
+        tokenized: TokenizedDataset | None,
         splits: Mapping[str, Dataset],
         path: str | Sequence[str],
         *,
@@ -333,11 +333,11 @@ class DataCache:
     ) -> Audit:
         """`audit`, without opinions."""
         rows = {"": dataset, **splits}
-        tokens = None if tokenised is None else tokenised.trees
+        tokens = None if tokenized is None else tokenized.trees
         stored = {n: d.trees.key for n, d in rows.items() if isinstance(d.trees, StoredRows)}
         known = tokens is None or (isinstance(tokens, StoredTokens) and tokens.which is None)
         if len(stored) < len(rows) or not known:
-            return audit(dataset, tokenised, splits, path, languages=languages)
+            return audit(dataset, tokenized, splits, path, languages=languages)
         by = tokens.folder.name if isinstance(tokens, StoredTokens) else None
         entry = Entry(
             "audit",
@@ -345,13 +345,13 @@ class DataCache:
         )
 
         def write(folder: Path) -> Mapping[str, Any]:
-            return asdict(audit(dataset, tokenised, splits, path, languages=languages))
+            return asdict(audit(dataset, tokenized, splits, path, languages=languages))
 
         def read(folder: Path, meta: Mapping[str, Any]) -> Audit:
             found = {name: _finding(f) for name, f in meta["findings"].items()}
             return Audit(meta["summary"], found, meta["lengths"], meta["characters"], meta["layout"])
 
-        return self._made(entry, "audit", write, read) or audit(dataset, tokenised, splits, path, languages=languages)
+        return self._made(entry, "audit", write, read) or audit(dataset, tokenized, splits, path, languages=languages)
 
     def _made(
         self,
@@ -381,7 +381,7 @@ class StoredDataset:
     """All tokens of an entry, and what happened to each of its rows: those of a split are told from it, not made again.
 
     Args:
-        of_row: (rows,) int32: trees of each row; marks: (rows,) uint8: see `Tokenising.by_row`.
+        of_row: (rows,) int32: trees of each row; marks: (rows,) uint8: see `Tokenizing.by_row`.
     """
 
     trees: StoredTokens
@@ -406,14 +406,14 @@ class StoredDataset:
             meta["template"],
         )
 
-    def rows(self, which: np.ndarray | None) -> TokenisedDataset:
-        """What `tokenise` makes of these rows (ascending), or of all."""
+    def rows(self, which: np.ndarray | None) -> TokenizedDataset:
+        """What `tokenize` makes of these rows (ascending), or of all."""
         trees, marks = self.trees, self.marks
         if which is not None:
             marks = self.marks[which]
             starts = np.cumsum(self.of_row, dtype=np.int64) - self.of_row
             trees = trees.take(ranges(starts[which], self.of_row[which]))
-        return TokenisedDataset(
+        return TokenizedDataset(
             trees,
             len(marks),
             self._told(self.quarantined, ASIDE, which),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from penchant.data.audit.near import NearIndex, normalise, text_hash
+from penchant.data.audit.near import NearIndex, normalize, text_hash
 from penchant.data.load import Dataset, first_text, prompt_text
 from penchant.errors import DataError
 
@@ -20,7 +20,7 @@ SPLITS = ("train", "validation", "test")
 def prompt_key(prompt: object, text: str = "") -> str:
     """What counts as the same prompt: case and white space do not matter; plain texts are keyed by themselves."""
     shown = prompt_text(prompt) or text  # type: ignore[arg-type]
-    return normalise(shown)
+    return normalize(shown)
 
 
 def split_by_prompt(

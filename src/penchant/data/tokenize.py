@@ -72,12 +72,12 @@ def chat(tree: PromptTree, tokenizer: Any) -> Rendered:
 
 
 Ids = list[int]
-CHUNK = 1024  # rows that are tokenised in one call; the tokenizer keeps about 100 bytes a token while it lasts
+CHUNK = 1024  # rows that are tokenized in one call; the tokenizer keeps about 100 bytes a token while it lasts
 MARKS = CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE = 1, 2, 4, 8  # what can happen to a row
 
 
 @dataclass(frozen=True, slots=True)
-class TokenisedDataset:
+class TokenizedDataset:
     """Token trees and what happened on the way.
 
     Args:
@@ -105,7 +105,7 @@ class TokenisedDataset:
         trees = self.trees
         tokens = trees.total if isinstance(trees, StoredTokens) else sum(t.shared_tokens for t in trees)
         parts = [
-            f"{self.total:,} rows = {self.accepted:,} tokenised + {len(self.quarantined):,} quarantined",
+            f"{self.total:,} rows = {self.accepted:,} tokenized + {len(self.quarantined):,} quarantined",
             f"{tokens:,} tokens",
         ]
         if self.split_documents:
@@ -117,7 +117,7 @@ class TokenisedDataset:
         return f"{self.template} template: " + ", ".join(parts)
 
 
-def tokenise(
+def tokenize(
     dataset: Dataset,
     tokenizer: Any,
     *,
@@ -127,10 +127,10 @@ def tokenise(
     on_bad_row: str = "error",
     identical: str = "bad_row",
     add_eos: bool = True,
-) -> TokenisedDataset:
-    """Tokenise a data set.
+) -> TokenizedDataset:
+    """Tokenize a data set.
 
-    Prompt and completion are tokenised apart and joined as ids, so that no token spans the boundary. BOS stands once, at the
+    Prompt and completion are tokenized apart and joined as ids, so that no token spans the boundary. BOS stands once, at the
     start, where the tokenizer uses one. A row longer than `max_length` (prompt + longest completion) loses the start of its
     prompt first, down to half of `max_length`, then the ends of its completions; plain documents are split into chunks.
 
@@ -148,13 +148,13 @@ def tokenise(
             "the tokenizer has no EOS token, so a model could not learn to stop",
             "set eos_token in its tokenizer_config.json",
         )
-    making = Tokenising(tokenizer, dataset.kind, template, max_length, truncation, on_bad_row, identical, add_eos)
+    making = Tokenizing(tokenizer, dataset.kind, template, max_length, truncation, on_bad_row, identical, add_eos)
     trees = tuple(making.trees(dataset.trees))
     return making.result(trees, len(dataset.trees))
 
 
-class Tokenising:
-    """Tokenising as it goes on: trees come out one by one, what else is to be told is there at the end."""
+class Tokenizing:
+    """Tokenizing as it goes on: trees come out one by one, what else is to be told is there at the end."""
 
     def __init__(
         self,
@@ -210,10 +210,10 @@ class Tokenising:
         first, self.row = self.row, self.row + len(made)
         return [replace(one, row=first + i, labels=labels, scores=scores) for i, one in enumerate(made)]
 
-    def result(self, trees: Sequence[TokenTree], total: int) -> TokenisedDataset:
+    def result(self, trees: Sequence[TokenTree], total: int) -> TokenizedDataset:
         """The whole, when all trees have come out."""
         cut = tuple(self.fit.cut_prompts), tuple(self.fit.cut_completions)
-        return TokenisedDataset(trees, total, tuple(self.aside), *cut, self.fit.split, self.name)
+        return TokenizedDataset(trees, total, tuple(self.aside), *cut, self.fit.split, self.name)
 
 
 def _try(render: Any, tree: PromptTree) -> Rendered | RowError:
@@ -413,7 +413,7 @@ def pair_format(tokenizer: Any) -> PairFormat:
     )
 
 
-def tokenise_text_pairs(
+def tokenize_text_pairs(
     dataset: Dataset,
     tokenizer: Any,
     *,
@@ -421,14 +421,14 @@ def tokenise_text_pairs(
     truncation: str = "prompt_then_completion",
     on_bad_row: str = "error",
     identical: str = "bad_row",
-) -> TokenisedDataset:
-    """Tokenise a data set for an encoder: the texts themselves, with its own tokenizer, whatever model wrote them.
+) -> TokenizedDataset:
+    """Tokenize a data set for an encoder: the texts themselves, with its own tokenizer, whatever model wrote them.
 
     Chat prompts become lines ``role: content``. A row longer than `max_length` (prompt, longest completion and special tokens) loses the
     start of its prompt, all of it if need be, and only then the ends of its completions; both are counted.
 
     Args:
-        truncation, on_bad_row, identical: as for `tokenise`.
+        truncation, on_bad_row, identical: as for `tokenize`.
 
     Returns:
         Trees whose prompt ids end with the separator and whose completion ids end the row: prompt + completion is the row that
@@ -473,7 +473,7 @@ def tokenise_text_pairs(
         )
         labels, scores = tuple(c.label for c in tree.completions), tuple(c.score for c in tree.completions)
         trees.append(replace(made, labels=labels, scores=scores))
-    return TokenisedDataset(
+    return TokenizedDataset(
         tuple(trees), len(dataset.trees), tuple(aside), tuple(cut_prompts), tuple(cut_completions), 0, "text pair"
     )
 

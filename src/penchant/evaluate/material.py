@@ -9,7 +9,7 @@ from functools import cached_property
 from penchant.config import RunConfig, config_from_mapping
 from penchant.data.adapt import adapt
 from penchant.data.load import Dataset, load_preferences
-from penchant.data.tokenize import TokenisedDataset, tokenise
+from penchant.data.tokenize import TokenizedDataset, tokenize
 from penchant.errors import DataError
 from penchant.evaluate.request import Request
 from penchant.metrics.answers import is_answer, without_eos
@@ -98,9 +98,9 @@ class Material:
         return rows
 
     @cached_property
-    def tokens(self) -> TokenisedDataset:
+    def tokens(self) -> TokenizedDataset:
         assert self.rows is not None
-        made = self.run.tokenise_rows(self.rows)
+        made = self.run.tokenize_rows(self.rows)
         for what, count in (
             ("rows could not be made into tokens", len(made.quarantined)),
             ("prompts lost their start", len(made.cut_prompts)),
@@ -129,7 +129,7 @@ class Material:
         texts = load_preferences(self.request.text, shape="text", on_bad_row=data.on_bad_row)
         if texts.quarantined:
             self.notes.append(f"Kept aside: {len(texts.quarantined):,} bad documents of {texts.total:,}.")
-        made = tokenise(
+        made = tokenize(
             texts, tokenizer, max_length=data.max_length, add_eos=tokenizer.eos_token_id is not None, on_bad_row="error"
         )
         if made.split_documents:

@@ -23,9 +23,9 @@ NOT_SETTINGS = ("output", "logging", "trust", "checkpoint")  # they change nothi
 PUNCTUATION = re.compile(r"([\\`*_{}\[\]<>#|~!&])")
 METHODS = {
     "reward_model": "Bradley-Terry: -log sigmoid(r(x, y_w) - r(x, y_l))",
-    "ppo": "PPO: clipped policy gradient on generalised advantage estimates, with a KL penalty to the start",
+    "ppo": "PPO: clipped policy gradient on generalized advantage estimates, with a KL penalty to the start",
     "rloo": "RLOO: policy gradient whose baseline is the mean reward of the prompt's other completions",
-    "grpo": "GRPO: clipped policy gradient on rewards normalised within a prompt's completions",
+    "grpo": "GRPO: clipped policy gradient on rewards normalized within a prompt's completions",
     "online_dpo": "online DPO: -log sigmoid(beta h) on pairs of its own completions, ranked by the reward",
 }
 
@@ -124,7 +124,7 @@ def _summary(subject: Subject, form: Format, dtype: str, manifest: Mapping[str, 
     of = f" of {steps}" if steps else ""
     return (
         f"{what}, made from {coded(base_name(subject))} by {' and '.join(_method_names(subject.config))}: {how} trained for "
-        f"{subject.step}{of} optimiser steps with Penchant {penchant.__version__}. This is {form.what}, in {dtype}."
+        f"{subject.step}{of} optimizer steps with Penchant {penchant.__version__}. This is {form.what}, in {dtype}."
     )
 
 

@@ -114,7 +114,7 @@ def _kind(definition: Mapping[str, Any], where: str) -> tuple[str, str, bool, tu
         if bool(model.get("ignore_merges")) != (name == "llama-bpe") or marked:
             name = None
         if name is not None and (normal is None or normal == {"type": "NFC"}):
-            told = "texts are not normalised (NFC) by llama.cpp before they are cut, as they are in transformers"
+            told = "texts are not normalized (NFC) by llama.cpp before they are cut, as they are in transformers"
             return "gpt2", name, False, (told,) if normal else ()
     raise ModelError(
         where,
@@ -343,7 +343,7 @@ def _add_tensor(writer: Any, name: str, values: np.ndarray, kind: str) -> None:
 
 
 def _arranged(name: str, values: np.ndarray, config: Any, architecture: Architecture) -> np.ndarray:
-    """Rows in GGUF's order: there the two coordinates that rotate together are neighbours, here they are half a head apart."""
+    """Rows in GGUF's order: there the two coordinates that rotate together are neighbors, here they are half a head apart."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     part = name.split(".")[-2]
     if not architecture.permuted or part not in heads:

@@ -161,7 +161,7 @@ def import_config(
     Args:
         source: trl, llama-factory, flat, or auto.
         method: of TRL, whose files do not say it: sft, dpo, kto ...; or auto.
-        devices: GPUs that the other tool's run used; its optimiser step holds so many batches.
+        devices: GPUs that the other tool's run used; its optimizer step holds so many batches.
         overrides: our settings as ``key.path=value``, for what the file leaves to a command line; they win.
 
     Raises:

@@ -43,7 +43,7 @@ _SAME_WORDS: dict[tuple[str, ...], Rule] = {
     ("max_steps",): to("train.max_steps", lambda v: whole(v) if whole(v) > 0 else None),
     ("lr_scheduler", "lr_scheduler_type", "scheduler"): to("train.schedule", one_of(_SHAPES, "set train.schedule: linear, cosine or constant")),
     ("warmup_ratio", "warmup_fraction"): to("train.warmup_fraction", number),
-    ("warmup_steps",): unsupported("warm-up is a share here: set train.warmup_fraction to these steps / all optimiser steps", 0),
+    ("warmup_steps",): unsupported("warm-up is a share here: set train.warmup_fraction to these steps / all optimizer steps", 0),
     ("weight_decay",): to("train.weight_decay", number),
     ("max_grad_norm", "grad_clip", "gradient_clipping"): to("train.max_grad_norm", lambda v: number(v) or None),
     ("gradient_checkpointing",): to("train.gradient_checkpointing", flag),
@@ -62,7 +62,7 @@ _SAME_WORDS: dict[tuple[str, ...], Rule] = {
     ("device",): to("model.device", one_of({"cpu": "cpu", "cuda": "cuda", "auto": "auto"}, "set model.device: auto, cpu or cuda")),
     ("bf16",): to("model.dtype", lambda v: "bf16" if flag(v) else "auto"),
     ("fp16",): unsupported("there is no fp16 with loss scaling: set model.dtype: bf16"),
-    ("load_in_4bit", "load_in_8bit"): unsupported("weights are not quantised: use LoRA with model.dtype: bf16"),
+    ("load_in_4bit", "load_in_8bit"): unsupported("weights are not quantized: use LoRA with model.dtype: bf16"),
     ("max_prompt_length",): unsupported("prompt and answer share data.max_length, the prompt is cut first"),
     ("optimizer", "optim"): same("AdamW", "adamw", "AdamW", *ADAMW, otherwise="only AdamW is here"),
     ("logging_steps", "log_every"): to("logging.every", whole),
@@ -92,7 +92,7 @@ def batches(given: Given) -> Iterator[Line]:
     more = "gradient_accumulation_steps" if given.says("gradient_accumulation_steps") else "grad_accum"
     if given.says(one, more):
         rows = whole(given[one] or 1) * whole(given[more] or 1) * given.devices
-        note = f"rows of one optimiser step, on {given.devices} device(s)"
+        note = f"rows of one optimizer step, on {given.devices} device(s)"
         yield given.line([k for k in (one, more) if given.says(k)], "translated", {"train.batch_size": rows}, note)
 
 

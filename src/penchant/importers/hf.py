@@ -91,7 +91,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 _LOGS = "says what is printed or logged, not what is trained; here metrics.jsonl holds every figure"
-_LOADER = "how their data loader works; here rows are tokenised and packed once"
+_LOADER = "how their data loader works; here rows are tokenized and packed once"
 _SPEED = "speed or memory only; see docs/performance.md for what there is here"
 _PROCESSES = "how several processes talk; here a run is one process (their batch counts --devices times)"
 _PUSH = "training uploads nothing; when it is done: penchant export RUN --to safetensors --push OWNER/NAME"
@@ -289,7 +289,7 @@ TABLE: dict[str, Rule] = {
 
 
 def batch(given: Given) -> Iterator[Line]:
-    """per device x accumulation x devices: rows of one optimiser step."""
+    """per device x accumulation x devices: rows of one optimizer step."""
     keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
     rows = whole(given[keys[0]]) * whole(given[keys[1]]) * given.devices
     yield given.line(
@@ -364,7 +364,7 @@ def _warmup(given: Given) -> Line:
     if total > steps:
         ours = {"train.warmup_fraction": round(steps / total, 6)}
         return given.line(["warmup_steps", "max_steps"], "translated", ours)
-    how = "warm-up is a share here: set train.warmup_fraction to these steps / all optimiser steps (the run prints how many)"
+    how = "warm-up is a share here: set train.warmup_fraction to these steps / all optimizer steps (the run prints how many)"
     return given.line(["warmup_steps"], "unsupported", note=how)
 
 
@@ -386,7 +386,7 @@ def _every(given: Given, strategy: str, steps: str, ours: str) -> Iterator[Line]
     if how_often == "" and kind == "steps" and given[steps] is not None and number(given[steps]) >= 1:
         how_often = whole(given[steps])
     if how_often == "":
-        yield given.line([strategy, steps], "unsupported", note=f"set {ours} to a number of optimiser steps, or epoch")
+        yield given.line([strategy, steps], "unsupported", note=f"set {ours} to a number of optimizer steps, or epoch")
     else:
         note = "the end is always saved" if strategy == "save_strategy" and how_often is None else ""
         yield given.line([strategy, steps], "translated", {ours: how_often}, note)

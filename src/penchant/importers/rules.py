@@ -217,7 +217,7 @@ def translate(
     """Every key of `values` by the source's rules, then what their defaults make.
 
     Args:
-        devices: GPUs that their run used: an optimiser step there holds so many batches.
+        devices: GPUs that their run used: an optimizer step there holds so many batches.
         folder: where their file stands; files that it names are looked for there.
     """
     given = Given(values, method.defaults, devices, folder)

@@ -62,8 +62,8 @@ RULES: dict[str, Rule] = {
         otherwise="set model.dtype: bf16 or fp32",
     ),
     "model_init_kwargs": unsupported("set model.dtype and model.revision; nothing else is passed to the model"),
-    "load_in_8bit": unsupported("weights are not quantised: use LoRA (lora: {r: 16}) with model.dtype: bf16"),
-    "load_in_4bit": unsupported("weights are not quantised: use LoRA (lora: {r: 16}) with model.dtype: bf16"),
+    "load_in_8bit": unsupported("weights are not quantized: use LoRA (lora: {r: 16}) with model.dtype: bf16"),
+    "load_in_4bit": unsupported("weights are not quantized: use LoRA (lora: {r: 16}) with model.dtype: bf16"),
     "bnb_4bit_quant_type": same("of load_in_4bit"),
     "use_bnb_nested_quant": same("of load_in_4bit"),
     "bnb_4bit_quant_storage": same("of load_in_4bit"),
@@ -372,7 +372,7 @@ def cpo_loss(given: Given) -> Iterator[Line]:
 
 
 def _prompts(given: Given) -> tuple[int, int, int]:
-    """(completions of a prompt, prompts of a batch of rollouts, optimiser steps on it) of GRPO and RLOO, which count completions."""
+    """(completions of a prompt, prompts of a batch of rollouts, optimizer steps on it) of GRPO and RLOO, which count completions."""
     group, devices = whole(given["num_generations"]), given.devices
     one, accumulation = whole(given["per_device_train_batch_size"]), whole(given["gradient_accumulation_steps"])
     rounds = whole(given["steps_per_generation"] or accumulation)
@@ -532,7 +532,7 @@ _GROUP_RULES: dict[str, Rule] = {
     "entropy_coef": unsupported("there is no entropy term", 0, 0.0),
     "off_policy_mask_threshold": unsupported("leave it out"),
     "multi_objective_aggregation": same(
-        "rewards are summed by weight, then normalised",
+        "rewards are summed by weight, then normalized",
         "sum_then_normalize",
         otherwise="rewards are summed by weight first",
     ),

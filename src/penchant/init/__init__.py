@@ -106,7 +106,7 @@ def fitting(kind: str) -> list[Goal]:
 
 LENGTHS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
 SHARE_OF_MEMORY = (
-    0.6  # of this machine's, for weights and optimiser of a whole model; the rest is for activations and others
+    0.6  # of this machine's, for weights and optimizer of a whole model; the rest is for activations and others
 )
 WHOLE_BYTES = 16  # a parameter of a wholly trained model: weights, master, gradient, two moments (bf16: 18, fp32: 16)
 HELD_OUT = 200  # rows at most
@@ -204,7 +204,7 @@ def propose(
             reward or "sentiment": (1.0, "weight of this reward; also words, path.py:function, a reward model's run")
         }
     sections["train"] = _train(data, model, chosen, lora)
-    sections["evaluation"] = {"every": ("epoch", "or a number of optimiser steps; also before the first step")}
+    sections["evaluation"] = {"every": ("epoch", "or a number of optimizer steps; also before the first step")}
     return Start(chosen, data, model, sections, output or f"runs/{chosen.name}")
 
 
@@ -306,7 +306,7 @@ def _train(data: DataFacts, model: ModelFacts, goal: Goal, lora: bool) -> Lines:
     rate = _rate(model, goal, lora)
     return {
         "epochs": (1, "passes over the data; start with one"),
-        "batch_size": (batch, "rows per optimiser step"),
+        "batch_size": (batch, "rows per optimizer step"),
         "tokens_per_step": (tokens, "tokens of one forward/backward pass: the unit of memory, no effect on the result"),
         "lr": (rate, f"peak learning rate: usual for {goal.name} with {'an adapter' if lora else 'the whole model'}"),
     }

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from penchant.data.load import Dataset, load_preferences
-from penchant.data.tokenize import tokenise
+from penchant.data.tokenize import tokenize
 from penchant.errors import ConfigError, PenchantError
 from penchant.models.load import load_tokenizer
 from penchant.models.reward import load_model_config
 from penchant.types import Prompt
 
-SAMPLE = 2000  # rows that are tokenised
+SAMPLE = 2000  # rows that are tokenized
 NO_CUT = 1 << 30
 CHARACTERS_A_TOKEN = 3.5  # where there is no tokenizer yet: English text has four or so
 
@@ -146,7 +146,7 @@ def _lengths(dataset: Dataset, model: str | None) -> tuple[list[int], list[int],
     except PenchantError:
         tokenizer = None
     if tokenizer is not None:
-        made = tokenise(
+        made = tokenize(
             some, tokenizer, max_length=NO_CUT, on_bad_row="skip", add_eos=tokenizer.eos_token_id is not None
         )
         both = [len(t.prompt_ids) + max(map(len, t.completion_ids), default=0) for t in made.trees]

@@ -54,7 +54,7 @@ class Scorer:
         model: a transformers causal model, or a peft model around one.
         packing: ``shared``, ``separate`` or ``padded``; batches must be packed accordingly (`pack(shared=...)`).
         temperature: log-probs are of ``softmax(logits / temperature)``: what an online method samples from, it must train on.
-        kernels: ``auto`` takes a model-family fast path where the model is exactly recognised; ``off`` never does.
+        kernels: ``auto`` takes a model-family fast path where the model is exactly recognized; ``off`` never does.
     """
 
     model: nn.Module

@@ -93,7 +93,7 @@ def adapter_off(scorer: Scorer) -> LiveReference:
 class MovingReference(LiveReference):
     """A frozen copy that follows the policy (TR-DPO, arXiv 2404.09656): ``ref <- (1 - mixup) ref + mixup policy``.
 
-    Every `every` optimiser steps; mixup 1 is a hard update, ``every=1, mixup=0.01`` an exponential moving average with decay
+    Every `every` optimizer steps; mixup 1 is a hard update, ``every=1, mixup=0.01`` an exponential moving average with decay
     0.99. The mean is kept in fp32: in bf16 a small step would be rounded away.
 
     Args:
@@ -106,7 +106,7 @@ class MovingReference(LiveReference):
     masters: dict[str, Tensor] = field(default_factory=dict)
 
     def after_step(self, step: int) -> None:
-        """Update where optimiser step `step` (1-based) is one to update at."""
+        """Update where optimizer step `step` (1-based) is one to update at."""
         if step % self.every:
             return
         parameters = dict(self.scorer.model.named_parameters())

@@ -8,7 +8,7 @@ Notation: p the policy, q the reference, lp and lq their log-probabilities, rows
     Renyi_a(q || p) = log sum q^a p^(1-a) / (a - 1)            d/dlogits_p = p - w
     Renyi_a(p || q) = log sum p^a q^(1-a) / (a - 1)            d/dlogits_p = a (w - p) / (a - 1)
 
-with w the normalised terms of the sum. Every sum runs over exponentials of log-probabilities that are never exponentiated
+with w the normalized terms of the sum. Every sum runs over exponentials of log-probabilities that are never exponentiated
 one by one: q^a p^(1-a) under- or overflows long before its logarithm does. Log-probabilities are held at -1e5 nats, where a
 model rules a token out (-inf): what both rule out adds nothing, what one rules out adds much, and nothing is NaN.
 """
@@ -41,7 +41,7 @@ def divergence(policy_logits: Tensor, ref_logits: Tensor, kind: DivergenceKind) 
     """The divergence of each row, differentiable with respect to the policy's logits.
 
     Args:
-        policy_logits, ref_logits: (rows, vocabulary), fp32 or fp64, not normalised; kind: which divergence.
+        policy_logits, ref_logits: (rows, vocabulary), fp32 or fp64, not normalized; kind: which divergence.
 
     Returns:
         (rows,) in nats, >= 0 (JS <= log 2).

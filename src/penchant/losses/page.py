@@ -111,7 +111,7 @@ def markdown() -> str:
         "([2404.09656](https://arxiv.org/abs/2404.09656)) |",
         "",
         "**Schedules.** Any numeric hyperparameter of any loss (not the modifiers above, nor the weights of a mix) may change over the run: `beta: {from: 0.1, to: 0.5, shape: linear}`. "
-        "`from` holds at the first optimiser step and `to` at the last one, exactly; `shape` is linear or cosine. The current "
+        "`from` holds at the first optimizer step and `to` at the last one, exactly; `shape` is linear or cosine. The current "
         "value is in every training line of `metrics.jsonl`; held-out figures are with the last step's value.",
         "",
         "**Where there is no bound.** PMPO pushes rejected answers down without end where the divergence does not outweigh them: "

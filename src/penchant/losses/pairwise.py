@@ -52,7 +52,7 @@ class ShiftSchedule(LossParams):
     """How DPO-Shift's lambda changes over the run."""
 
     schedule: Literal["fixed", "increase_linear", "decrease_linear", "linear_increase", "linear_decrease"] = Field(
-        "fixed", description="lambda over the run, from its first optimiser step to its last one"
+        "fixed", description="lambda over the run, from its first optimizer step to its last one"
     )
     lambda_min: float = Field(0.5, gt=0, le=1, description="lowest lambda of a linear schedule")
     lambda_max: float = Field(1.0, gt=0, le=1, description="highest lambda of a linear schedule")
@@ -127,7 +127,7 @@ def rdpo(
 def ipo(
     logps: PairLogps,
     *,
-    beta: Annotated[float, Range(gt=0), "regularisation (tau in the paper); the target margin is 1 / (2 beta)"] = 0.1,
+    beta: Annotated[float, Range(gt=0), "regularization (tau in the paper); the target margin is 1 / (2 beta)"] = 0.1,
     average: Annotated[
         bool,
         "log-ratios per token (default: the target then means the same for short and long answers, as the "
@@ -152,7 +152,7 @@ def hinge(
     *,
     beta: Annotated[float, Range(gt=0), "1 / beta is the margin in nats at which a pair is done (gamma in RSO)"] = 0.1,
 ) -> LossOutput:
-    """RSO's hinge: SLiC's loss on normalised likelihoods."""
+    """RSO's hinge: SLiC's loss on normalized likelihoods."""
     chosen, rejected = pair_logratios(logps)
     return pair_output(torch.relu(1 - beta * (chosen - rejected)), beta * chosen, beta * rejected)
 
@@ -320,7 +320,7 @@ def nca(logps: PairLogps, *, beta: Beta = 0.1) -> LossOutput:
 
 @loss(
     "aot",
-    "l(beta (m_i - ref m_(rank i))),  m = log pi_w - log pi_l, sorted over the optimiser step",
+    "l(beta (m_i - ref m_(rank i))),  m = log pi_w - log pi_l, sorted over the optimizer step",
     paper="2406.05882",
     needs=("reference", "batch"),
     equal=LOG2,
@@ -340,7 +340,7 @@ def aot(logps: PairLogps, *, beta: Beta = 0.1, label_smoothing: LabelSmoothing =
 
 @loss(
     "aot_unpaired",
-    "l(beta (d_w,i - d_l,(rank i))),  sorted over the optimiser step",
+    "l(beta (d_w,i - d_l,(rank i))),  sorted over the optimizer step",
     paper="2406.05882",
     needs=("reference", "batch"),
     equal=LOG2,

@@ -1,4 +1,4 @@
-"""What online methods are made of: advantages, generalised advantage estimation, whitening, the clipped surrogate.
+"""What online methods are made of: advantages, generalized advantage estimation, whitening, the clipped surrogate.
 
 Tokens of all completions lie in one vector (R,), completion after completion; `completion_of` (R,) says whose a token is. There
 is no padding, so none can be rewarded, whitened or averaged over.
@@ -34,8 +34,8 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean(1, keepdim=True)) * (k / (k - 1))
 
 
-def group_normalised(rewards: Tensor, scale: Literal["group", "batch", "none"] = "group", eps: float = 1e-4) -> Tensor:
-    """GRPO's advantages: rewards centred within their group and divided by a standard deviation.
+def group_normalized(rewards: Tensor, scale: Literal["group", "batch", "none"] = "group", eps: float = 1e-4) -> Tensor:
+    """GRPO's advantages: rewards centered within their group and divided by a standard deviation.
 
     ``A_i = (r_i - mean(r)) / (std(r) + eps)``; ``scale``: the group's standard deviation, the batch's, or none (Dr. GRPO: no
     prompt counts more because its rewards are close together).
@@ -49,11 +49,11 @@ def group_normalised(rewards: Tensor, scale: Literal["group", "batch", "none"] =
     Paper: arXiv 2402.03300; without the standard deviation: arXiv 2503.20783.
     """
     _require_group(rewards)
-    centred = rewards - rewards.mean(1, keepdim=True)
+    centered = rewards - rewards.mean(1, keepdim=True)
     if scale == "none":
-        return centred
+        return centered
     std = rewards.std(1, keepdim=True) if scale == "group" else rewards.std()
-    return centred / (std + eps)
+    return centered / (std + eps)
 
 
 def _require_group(rewards: Tensor) -> None:
@@ -64,7 +64,7 @@ def _require_group(rewards: Tensor) -> None:
 def gae(
     rewards: Tensor, values: Tensor, lengths: Tensor, *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over completions of unequal length.
+    """Generalized advantage estimation over completions of unequal length.
 
     ``delta_t = r_t + gamma V_(t+1) - V_t``, ``A_t = delta_t + gamma lam A_(t+1)``, both zero beyond the last token; returns are
     ``A_t + V_t``.
@@ -103,7 +103,7 @@ def gae(
 def whitened(x: Tensor, *, keep_mean: bool = False, eps: float = 1e-8) -> Tensor:
     """Zero mean (unless kept) and unit variance over all real tokens.
 
-    ``(x - mean) / sqrt(var + eps)``, var unbiased; a single token is only centred.
+    ``(x - mean) / sqrt(var + eps)``, var unbiased; a single token is only centered.
 
     Args:
         x: (R,).
@@ -113,10 +113,10 @@ def whitened(x: Tensor, *, keep_mean: bool = False, eps: float = 1e-8) -> Tensor
     """
     require_vectors(x)
     mean = x.mean()
-    centred = x - mean
+    centered = x - mean
     if len(x) > 1:
-        centred = centred * torch.rsqrt(x.var() + eps)
-    return centred + mean if keep_mean else centred
+        centered = centered * torch.rsqrt(x.var() + eps)
+    return centered + mean if keep_mean else centered
 
 
 def clipped_surrogate(

@@ -28,7 +28,7 @@ NEEDS: Mapping[str, str] = {
     "divergence": "the exact divergence from the reference over the whole vocabulary (a reference that runs in each step)",
     "z0": "log-ratios of mismatched completions (a prompt with another prompt's completion)",
     "delta": "the running mean of rewards",
-    "batch": "the log-probs of the whole optimiser step at once",
+    "batch": "the log-probs of the whole optimizer step at once",
 }
 
 

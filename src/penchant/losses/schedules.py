@@ -13,12 +13,12 @@ Shape = Literal["linear", "cosine"]
 
 
 class Schedule(Section):
-    """A value that goes from `from` at the first optimiser step to `to` at the last one."""
+    """A value that goes from `from` at the first optimizer step to `to` at the last one."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
 
-    start: float = Field(alias="from", description="value at the first optimiser step")
-    end: float = Field(alias="to", description="value at the last optimiser step")
+    start: float = Field(alias="from", description="value at the first optimizer step")
+    end: float = Field(alias="to", description="value at the last optimizer step")
     shape: Shape = Field("linear", description="linear, or half a cosine")
 
     def at(self, t: float) -> float:
@@ -28,5 +28,5 @@ class Schedule(Section):
 
 
 def progress_at(step: int, total: int) -> float:
-    """How far optimiser step `step` (0-based) of `total` is: 0 at the first, 1 at the last and after it."""
+    """How far optimizer step `step` (0-based) of `total` is: 0 at the first, 1 at the last and after it."""
     return min(1.0, step / max(1, total - 1))

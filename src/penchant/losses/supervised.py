@@ -60,7 +60,7 @@ def bradley_terry(
     losses = logistic(z, label_smoothing)
     metrics = reward_metrics(chosen, rejected)
     if centring:
-        off_centre = centring * (chosen + rejected).square()
-        losses = losses + off_centre
-        metrics["rewards/centring"] = (off_centre.detach(), None)
+        off_center = centring * (chosen + rejected).square()
+        losses = losses + off_center
+        metrics["rewards/centring"] = (off_center.detach(), None)
     return LossOutput(losses, metrics=metrics)

@@ -50,7 +50,7 @@ def kto_z0(policy_logps: Tensor, ref_logps: Tensor) -> float:
     """The reference point: ``z0 = max(0, mean_i [log pi(y_j|x_i) - log ref(y_j|x_i)])`` over mismatched completions, j != i.
 
     Args:
-        policy_logps, ref_logps: summed log-probs in nats of the whole optimiser step, (batch,), without gradient.
+        policy_logps, ref_logps: summed log-probs in nats of the whole optimizer step, (batch,), without gradient.
     """
     require_vectors(policy_logps, ref_logps)
     return max(0.0, float((policy_logps.double() - ref_logps.double()).mean()))

@@ -284,7 +284,7 @@ def _bleu(
 
     rows = sentence_statistics(texts, references)
     interval = bootstrap_sums(rows, bleu_of_sums, clusters=clusters, draws=DRAWS)
-    metric = BLEU(force=True)  # completions that look tokenised are no reason to warn
+    metric = BLEU(force=True)  # completions that look tokenized are no reason to warn
     # also says with which settings; streams of references are as many as the most that one completion has
     streams = [[r[i] if i < len(r) else None for r in references] for i in range(max(map(len, references)))]
     whole = metric.corpus_score(list(texts), streams)  # type: ignore[arg-type]
@@ -419,7 +419,7 @@ class Fresh:
     judge_name: Any = None
 
     def write(self, model: Any, step: int) -> Written:
-        """One completion of each prompt at temperature 1, judged: a function of weights, seed and optimiser step."""
+        """One completion of each prompt at temperature 1, judged: a function of weights, seed and optimizer step."""
         return write(
             model,
             self.tokenizer,

@@ -345,7 +345,7 @@ def t_two_sided(t: float, freedom: float) -> float:
     return min(1.0, 2.0 * float(tail))
 
 
-# ---- Win rates at equal length: what is left of a win rate when longer answers are no longer favoured for being longer ----
+# ---- Win rates at equal length: what is left of a win rate when longer answers are no longer favored for being longer ----
 
 
 def length_controlled_win_rate(

@@ -164,7 +164,7 @@ def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Te
     """The trained weights in fp32 (fp64) under the base model's names, adapters merged in: ``W + scale B A``.
 
     Args:
-        model: a causal model, or a peft model around one; masters: the optimiser's fp32 copies by parameter name.
+        model: a causal model, or a peft model around one; masters: the optimizer's fp32 copies by parameter name.
     """
     base = base_model_of(model)
     if base is model:

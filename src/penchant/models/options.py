@@ -44,7 +44,7 @@ class ReferenceConfig(Section):
         None, description="another model as reference; default: the model that training starts from"
     )
     sync_every: int | None = Field(
-        None, ge=1, description="optimiser steps between updates of the reference from the policy (TR-DPO); null: never"
+        None, ge=1, description="optimizer steps between updates of the reference from the policy (TR-DPO); null: never"
     )
     sync_mixup: float = Field(1.0, gt=0, le=1, description="share of the policy in such an update; 1: a copy of it")
     ema: float | None = Field(

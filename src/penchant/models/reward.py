@@ -241,7 +241,7 @@ def save_reward_model(
     Of a LoRA run it holds the merged model, and below it ``adapter/``, which peft loads.
 
     Args:
-        masters: the optimiser's fp32 weights; settings: template, max_length and add_eos, for those who score with it.
+        masters: the optimizer's fp32 weights; settings: template, max_length and add_eos, for those who score with it.
     """
     base = base_model_of(model)
     state = whole_state_dict(model, masters)

@@ -369,7 +369,7 @@ MIB = 1 << 20
 # Measured on one machine (benchmarks/plan_memory.py); everything else is counted.
 TRAINING_LIBRARIES = (
     110 * MIB
-)  # what is loaded only when training begins: peft, the optimiser, kernels and their scratch space
+)  # what is loaded only when training begins: peft, the optimizer, kernels and their scratch space
 # What the heap loses between tensors of different sizes. The fast path makes the same few tensors layer by layer; autograd keeps
 # hundreds of many sizes, and frees them in another order than they came in.
 HEAP_LOSS = {"formula": 0.05, "shapes": 0.20, "rule of thumb": 0.20}
@@ -438,7 +438,7 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
         "weights": (every + more) * size,
         "fp32 master weights": trainable * 4 if shadow else 0,
         "gradients": trainable * 4 if shadow else passing,
-        "optimiser (two moments)": trainable * 8,
+        "optimizer (two moments)": trainable * 8,
         # frozen weights turn from fp32 to bf16 one by one, and what each leaves is too small for an activation
         "left by fp32 weights": (every - trainable) * 2 if shadow and run.device.type == "cpu" else 0,
         "prepared products, by size of pass": _prepared(run, work) if shadow else 0,
@@ -572,7 +572,7 @@ Saved = Callable[[OutlinedRun, dict[str, int], Activations, int, int], int]
 
 
 def _by_adapter(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
-    of_training = parts["fp32 master weights"] + parts["gradients"] + parts["optimiser (two moments)"]
+    of_training = parts["fp32 master weights"] + parts["gradients"] + parts["optimizer (two moments)"]
     return round(of_training * 0.96) if run.config.lora is None else 0
 
 

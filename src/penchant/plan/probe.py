@@ -83,7 +83,7 @@ class _Throwaway(Run):
 
 
 def probe(run: OutlinedRun, work: Work, checkpoint_bytes: int, cached: bool | None, *, steps: int = 3) -> Probe:
-    """Take `steps` optimiser steps of the run (the first one warms up), and a small evaluation, and time them.
+    """Take `steps` optimizer steps of the run (the first one warms up), and a small evaluation, and time them.
 
     Raises:
         ConfigError, DataError, ModelError, RewardError: what the run itself would raise.
@@ -129,7 +129,7 @@ def _copy_of(run: OutlinedRun, folder: Path, steps: int) -> _Throwaway:
     folder.mkdir(parents=True)
     copy = _Throwaway(config, quiet=True)
     # what is known of the data is taken over; the trees are the copy's own few
-    for name in ("tokenizer", "loaded", "datasets", "tokenised"):
+    for name in ("tokenizer", "loaded", "datasets", "tokenized"):
         copy.__dict__[name] = getattr(run, name)
     copy.__dict__["trees"] = (trees, heldout)
     if run.mismatched:

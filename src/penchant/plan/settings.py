@@ -108,12 +108,12 @@ def _kernels(run: OutlinedRun) -> Derived:
     packing, fast, _ = run.layout
     name = type(base_model_of(run.model)).__name__
     if fast:
-        return "fast path", f"{name} is recognised"
+        return "fast path", f"{name} is recognized"
     if run.device.type != "cpu":
         return "transformers", "the fast path is for the CPU"
     if packing == "padded":
         return "transformers", "the fast path takes packed rows"
-    return "transformers", "an adapter is not in the fast path" if run.config.lora else f"{name} is not recognised"
+    return "transformers", "an adapter is not in the fast path" if run.config.lora else f"{name} is not recognized"
 
 
 def _packing(run: OutlinedRun) -> Derived:
@@ -134,7 +134,7 @@ def _lr(run: OutlinedRun) -> Derived:
 
 
 def _template(run: OutlinedRun) -> Derived:
-    name = run.tokenised[0].template
+    name = run.tokenized[0].template
     why = "the tokenizer has a chat template" if name == "chat" else "the tokenizer has none"
     return name, "plain documents" if run.datasets[0].kind == "text" else why
 

@@ -83,7 +83,7 @@ def _work(plan: Plan) -> list[str]:
     if w.saving > 0.0005:
         tokens += f"; {w.separate:,} with every prompt repeated, so shared prompts save {w.saving:.0%}"
     rows = [
-        ("optimiser steps", f"{w.steps:,} ({w.steps_per_epoch:,} an epoch), the first {w.warmup:,} warm up"),
+        ("optimizer steps", f"{w.steps:,} ({w.steps_per_epoch:,} an epoch), the first {w.warmup:,} warm up"),
         (
             "forward/backward passes",
             f"{about}{w.passes:,}, {w.passes / w.steps:.1f} a step; the largest has {w.largest:,} tokens",

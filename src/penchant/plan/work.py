@@ -49,7 +49,7 @@ class Work:
     """The whole run in numbers.
 
     Args:
-        steps, steps_per_epoch, warmup: optimiser steps; passes: micro-batches of them all; largest: tokens of the largest one.
+        steps, steps_per_epoch, warmup: optimizer steps; passes: micro-batches of them all; largest: tokens of the largest one.
         sizes: how many different numbers of tokens the micro-batches have.
         tokens: tokens computed over the run; separate: what they would be with every prompt repeated; trained: completion tokens.
         evaluations, checkpoints: how often.
@@ -80,21 +80,21 @@ def rows_of(run: OutlinedRun) -> dict[str, Rows]:
     """By part: ``train``, and ``held out`` where there is one."""
     found = {}
     names = ("train", "held out")
-    for name, tokenised, trees in zip(names, run.tokenised, run.trees, strict=True):
-        if tokenised is None:
+    for name, tokenized, trees in zip(names, run.tokenized, run.trees, strict=True):
+        if tokenized is None:
             continue
         source = run.loaded["heldout" if name == "held out" and "heldout" in run.loaded else "train"]
-        cut = {*tokenised.cut_prompts, *tokenised.cut_completions}
+        cut = {*tokenized.cut_prompts, *tokenized.cut_completions}
         found[name] = Rows(
             source.total,
             source.accepted,
-            len(source.quarantined) + len(tokenised.quarantined),
+            len(source.quarantined) + len(tokenized.quarantined),
             len(trees),
             source.shape,
             source.kind,
             _quantiles([len(t.prompt_ids) for t in trees]),
             _quantiles([len(c) for t in trees for c in t.completion_ids]),
-            len(cut) / max(1, len(tokenised.trees)),
+            len(cut) / max(1, len(tokenized.trees)),
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Curves of all runs, overlaid: settings by colour and letter, seeds thin, their mean thick."""
+"""Curves of all runs, overlaid: settings by color and letter, seeds thin, their mean thick."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def curves(data: ReportData) -> Element | None:
         "div",
         el("div", figures, class_="plots") if figures else None,
         fold(
-            f"{count(len(more), 'more plot')}: optimisation and training details",
+            f"{count(len(more), 'more plot')}: optimization and training details",
             el("div", more, class_="plots"),
             key="more-plots",
             open_=not figures,

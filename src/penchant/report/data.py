@@ -53,7 +53,7 @@ class RunData:
 
     @cached_property
     def trained(self) -> list[Mapping[str, Any]]:
-        """Lines of optimiser steps, in order."""
+        """Lines of optimizer steps, in order."""
         return [m for m in self.metrics if m.get("kind") == "train"]
 
     @property
@@ -83,10 +83,10 @@ class RunData:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Runs that differ in their seed only; drawn with one colour and called by one letter all over the report.
+    """Runs that differ in their seed only; drawn with one color and called by one letter all over the report.
 
     Args:
-        key: its letter; place: its number, for colour and dashes; varied: what tells it from the others, where a sweep says so.
+        key: its letter; place: its number, for color and dashes; varied: what tells it from the others, where a sweep says so.
     """
 
     key: str

@@ -151,7 +151,7 @@ GLOSSARY = {
     "perplexity/chosen": "perplexity of held-out chosen answers: exp of minus their log-prob per token",
     "perplexity_ratio/chosen": "the same divided by the reference's: 1 is no change",
     "win_rate": "share of prompts whose completion has a higher reward than the start's, ties half: one half is no gain",
-    "completions/distinct_2": "share of pairs of neighbouring tokens that are different, over all completions together",
+    "completions/distinct_2": "share of pairs of neighboring tokens that are different, over all completions together",
     "kl/policy_ref": "sampled KL(policy || start) per completion, nats",
     "kl/per_token": "the same per token, by the k3 estimator, which is never negative",
     "kl/completions": "sampled completions that the KL is a mean over",
@@ -184,7 +184,7 @@ def meaning(name: str) -> str:
 
 
 SPEED = {
-    "seconds": "wall time of the optimiser step",
+    "seconds": "wall time of the optimizer step",
     "tokens_per_second": "tokens computed in the step, a shared prompt once, over its seconds",
     "trees_per_second": "rows (prompts with their completions) of the step over its seconds",
     "peak_memory_gb": "the most memory that the process, or on a GPU its tensors there, has had so far, GiB",

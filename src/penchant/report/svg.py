@@ -174,7 +174,7 @@ def _outline(bucket: Sequence[Point]) -> list[Point]:
 
 
 def smooth(points: Sequence[Point], windows: int = 30) -> tuple[list[Point], int]:
-    """Means of a moving, centred window, and how many points it holds; at the ends the window is what there is of it."""
+    """Means of a moving, centered window, and how many points it holds; at the ends the window is what there is of it."""
     half = max(2, len(points) // windows // 2)
     sums = [0.0]
     for _, y in points:
@@ -194,12 +194,12 @@ def spread_out(items: Sequence[int], limit: int) -> list[int]:
     return [items[p] for p in places]
 
 
-# ---- Plots as inline SVG: whole without script and on paper, coloured by the stylesheet, with the figures in a table behind them ----
+# ---- Plots as inline SVG: whole without script and on paper, colored by the stylesheet, with the figures in a table behind them ----
 
 WIDTH, HEIGHT = 520, 290
 LEFT, TOP, BOTTOM = 60, 12, 44
 PLAIN_RIGHT, LETTER_RIGHT, WORD_RIGHT = 16, 34, 88
-COLOURS, DASHES = 8, ("", "7 4", "2 3", "9 3 2 3")
+COLORS, DASHES = 8, ("", "7 4", "2 3", "9 3 2 3")
 ROWS_BEHIND = 40  # of the table behind a plot
 COLUMNS = 1500  # of all lines of a plot together, four points each: what keeps a page of many runs small
 LARGEST = 1e150  # beyond it differences overflow
@@ -213,7 +213,7 @@ class Line:
     """One line of a plot.
 
     Args:
-        label: in the table; points: exact (x, y); place: of its setting, for colour and dashes.
+        label: in the table; points: exact (x, y); place: of its setting, for color and dashes.
         ends: (x, low, high) of intervals; marked: points are few and exact, each with a dot; look: ``thick``, ``thin``, ``faint``.
         tag: what stands at its end, "" for nothing; column: whether the table behind shows it; group: what highlights it.
         drawn: what is drawn in place of `points` (a running mean), or None.
@@ -383,8 +383,8 @@ def _level(level: Level, up: Axis, right: int) -> Element | None:
 
 
 def style_of(place: int) -> str:
-    """Classes of a setting's colour and dashes: eight colours, then the same ones dashed."""
-    return f"c{place % COLOURS} d{place // COLOURS % len(DASHES)}"
+    """Classes of a setting's color and dashes: eight colors, then the same ones dashed."""
+    return f"c{place % COLORS} d{place // COLORS % len(DASHES)}"
 
 
 def path_of(points: Iterable[Point], across: Axis, up: Axis) -> str:
@@ -460,7 +460,7 @@ def _column(tagged: Sequence[tuple[float, float, Line]]) -> list[Element]:
 
 
 def apart(places: Sequence[float], low: float, high: float, gap: float) -> list[float]:
-    """Places moved so that neighbours stand `gap` apart (less where there is no room), near where they were, in their order."""
+    """Places moved so that neighbors stand `gap` apart (less where there is no room), near where they were, in their order."""
     if not places:
         return []
     order = sorted(range(len(places)), key=lambda i: places[i])
@@ -531,7 +531,7 @@ def strip(
     if ci is not None:
         parts.append(el("path", class_="bar", d=f"M{at(ci[0]):.1f} 10H{at(ci[1]):.1f}"))
     parts.append(el("circle", cx=f"{at(value):.1f}", cy=10, r=4))
-    return el("svg", *parts, viewBox="0 0 160 20", class_=f"strip s c{place % COLOURS}", aria_hidden="true")
+    return el("svg", *parts, viewBox="0 0 160 20", class_=f"strip s c{place % COLORS}", aria_hidden="true")
 
 
 def sparkline(values: Sequence[float], label: str) -> Element | None:

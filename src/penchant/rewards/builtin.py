@@ -17,7 +17,7 @@ from penchant.errors import ConfigError
 
 
 @lru_cache(maxsize=1)
-def _analyser() -> Any:
+def _analyzer() -> Any:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     return SentimentIntensityAnalyzer()
@@ -25,8 +25,8 @@ def _analyser() -> Any:
 
 def sentiment(texts: Iterable[str]) -> np.ndarray:
     """VADER's compound sentiment of each text, in [-1, 1] (Hutto & Gilbert, ICWSM 2014)."""
-    analyser = _analyser()
-    return np.array([analyser.polarity_scores(text)["compound"] for text in texts], dtype=np.float64)
+    analyzer = _analyzer()
+    return np.array([analyzer.polarity_scores(text)["compound"] for text in texts], dtype=np.float64)
 
 
 # ---- Rules of length and format as rewards: ``words:20-60``, ``matches:REGEX`` ----

@@ -16,7 +16,7 @@ from torch import Tensor
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
 from penchant.data.packing import pack, plan_microbatches, tree_tokens
-from penchant.data.tokenize import PairFormat, TokenisedDataset, pair_format, same_tokens, tokenise, tokenise_text_pairs
+from penchant.data.tokenize import PairFormat, TokenizedDataset, pair_format, same_tokens, tokenize, tokenize_text_pairs
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.logprobs import Scorer
 from penchant.logprobs.packing import choose_packing
@@ -191,7 +191,7 @@ class RewardModel:
     """Scores texts, or the policy's own tokens.
 
     Where the policy has the same tokenizer and template, its token ids are scored as they are. Otherwise prompt (as the data has it)
-    and completion are tokenised anew, as they were when the reward model was trained.
+    and completion are tokenized anew, as they were when the reward model was trained.
 
     Args:
         scorer, tokenizer: the reward model's; template, max_length, add_eos: what it was trained with.
@@ -220,7 +220,7 @@ class RewardModel:
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         """The reward of each completion, taken as whole (with its EOS)."""
         pairs = [PromptTree(p, (Completion(c),)) for p, c in zip(prompts, completions, strict=True)]
-        return rewards_of(self.scorer, self._tokenised(pairs, [False] * len(pairs)))
+        return rewards_of(self.scorer, self._tokenized(pairs, [False] * len(pairs)))
 
     def score_trees(self, trees: Sequence[TokenTree]) -> list[float]:
         """The reward of each completion of rollouts, tree by tree; one that did not end by itself is judged without EOS."""
@@ -236,18 +236,18 @@ class RewardModel:
             for ids, cut in zip(tree.completion_ids, tree.truncated, strict=True):
                 pairs.append(PromptTree(prompt, (Completion(decode(ids, skip_special_tokens=True)),)))
                 unfinished.append(cut)
-        return rewards_of(self.scorer, self._tokenised(pairs, unfinished))
+        return rewards_of(self.scorer, self._tokenized(pairs, unfinished))
 
-    def _tokenised(self, pairs: Sequence[PromptTree], unfinished: Sequence[bool]) -> list[TokenTree]:
+    def _tokenized(self, pairs: Sequence[PromptTree], unfinished: Sequence[bool]) -> list[TokenTree]:
         dataset = Dataset(tuple(pairs), "rollouts", "pairs", len(pairs), (), "")
         if self.encoder:
-            return list(tokenise_text_pairs(dataset, self.tokenizer, max_length=self.max_length).trees)
+            return list(tokenize_text_pairs(dataset, self.tokenizer, max_length=self.max_length).trees)
         # a policy may end at once; where the reward model has learned no EOS either, nothing is left but the prompt
         nothing = [not self.add_eos and not p.completions[0].text for p in pairs]
         if any(nothing):
             held = [replace(p, completions=(Completion("."),)) if n else p for p, n in zip(pairs, nothing, strict=True)]
             dataset = replace(dataset, trees=tuple(held))
-        made: Sequence[TokenTree] = tokenise(
+        made: Sequence[TokenTree] = tokenize(
             dataset, self.tokenizer, template=self.template, max_length=self.max_length, add_eos=self.add_eos
         ).trees
         made = [
@@ -415,10 +415,10 @@ class RewardModelParts:
         config = load_model_config(self.model_config.path, self.model_config.revision)
         return min(self.data.max_length, context_of(config, self.tokenizer) or self.data.max_length)
 
-    def tokenise(self, dataset: Dataset, on_bad_row: str) -> TokenisedDataset:
+    def tokenize(self, dataset: Dataset, on_bad_row: str) -> TokenizedDataset:
         d = self.data
         if self.encoder:
-            return tokenise_text_pairs(
+            return tokenize_text_pairs(
                 dataset,
                 self.tokenizer,
                 max_length=self.max_length,
@@ -426,7 +426,7 @@ class RewardModelParts:
                 on_bad_row=on_bad_row,
                 identical=d.identical,
             )
-        return tokenise(
+        return tokenize(
             dataset,
             self.tokenizer,
             template=d.template,

@@ -48,7 +48,7 @@ def draw(
         return tokens, logps.gather(1, tokens[:, None]).squeeze(1)
     logits = logits / temperature if temperature != 1.0 else logits
     top = logits.amax(-1, keepdim=True)
-    weights = (logits - top).exp_()  # unnormalised probabilities: at least one is 1
+    weights = (logits - top).exp_()  # unnormalized probabilities: at least one is 1
     total = weights.sum(-1)
     if top_k or top_p < 1.0:
         tokens = _draw_among_likely(weights, total, uniforms, top_p, top_k)

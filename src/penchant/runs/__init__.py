@@ -26,7 +26,7 @@ from penchant.data.audit.findings import Audit
 from penchant.data.cached import DataCache
 from penchant.data.load import Dataset, layout_line, summary, write_quarantine
 from penchant.data.mapped import StoredTokens, first_completions, label_counts
-from penchant.data.tokenize import TokenisedDataset
+from penchant.data.tokenize import TokenizedDataset
 from penchant.errors import CheckpointError, ConfigError, DataError, PenchantError
 from penchant.logprobs import Scorer
 from penchant.logprobs.packing import choose_packing
@@ -97,7 +97,7 @@ class TrainResult:
 
     Args:
         folder: the run folder; model: the last checkpoint's model folder, which transformers or peft loads as it is.
-        steps: optimiser steps done; before, after: held-out metrics at step 0 and at the end (empty without a held-out set).
+        steps: optimizer steps done; before, after: held-out metrics at step 0 and at the end (empty without a held-out set).
         best_step: the step of the best checkpoint, or None; flags: what to know before trusting it, warnings first.
     """
 
@@ -115,7 +115,7 @@ class Run:
 
     Args:
         shared: keeps what other runs of this process can use as it is; it changes no figure.
-        pause_at: an optimiser step at which training pauses, see `Loop`; a later call goes on from there.
+        pause_at: an optimizer step at which training pauses, see `Loop`; a later call goes on from there.
     """
 
     def __init__(
@@ -207,26 +207,26 @@ class Run:
         return adapted
 
     @cached_property
-    def tokenised(self) -> tuple[TokenisedDataset, TokenisedDataset | None]:
+    def tokenized(self) -> tuple[TokenizedDataset, TokenizedDataset | None]:
         train, heldout = self.datasets
-        return self.tokenise_rows(train), None if heldout is None else self.tokenise_rows(heldout)
+        return self.tokenize_rows(train), None if heldout is None else self.tokenize_rows(heldout)
 
-    def tokenise_rows(self, dataset: Dataset, on_bad_row: str | None = None) -> TokenisedDataset:
+    def tokenize_rows(self, dataset: Dataset, on_bad_row: str | None = None) -> TokenizedDataset:
         """Rows as this run would train on them."""
         data = self.config.data
         if self.reward_parts is not None:
-            return self.reward_parts.tokenise(dataset, on_bad_row or data.on_bad_row)
+            return self.reward_parts.tokenize(dataset, on_bad_row or data.on_bad_row)
         how = data.model_dump(include={"template", "max_length", "truncation", "on_bad_row", "identical", "add_eos"})
         how["on_bad_row"] = on_bad_row or data.on_bad_row
         key = ("tokens", *self._tokenizer_key[1:], str(data.path), str(data.eval_path), *_content(dataset))
         return self.shared.once(
-            (*key, json.dumps(how, sort_keys=True)), lambda: self.data_cache.tokenise(dataset, self.tokenizer, **how)
+            (*key, json.dumps(how, sort_keys=True)), lambda: self.data_cache.tokenize(dataset, self.tokenizer, **how)
         )
 
     @cached_property
     def trees(self) -> tuple[Sequence[TokenTree], Sequence[TokenTree]]:
         """(train, held out) token trees; rows are numbered through both, so that one reference cache holds both."""
-        train, heldout = self.tokenised
+        train, heldout = self.tokenized
         parts: list[Sequence[TokenTree]] = [train.trees, heldout.trees if heldout is not None else ()]
         if self.signal == "tokens":  # SFT on pairs learns the chosen completion only
             parts = [first_completions(part) for part in parts]
@@ -264,21 +264,21 @@ class Run:
                 found[tree.row] = TokenTree(offset + tree.row, tree.prompt_ids, (ids[:room],), (len(ids) > room,))
         return found
 
-    def audit(self, tokenise: bool = True, *, languages: bool = False, opinions: Sequence[Any] = ()) -> Audit:
-        """The data audit, over every split; `opinions` are further accumulators (they are no part of what runs share)."""
+    def audit(self, tokenize: bool = True, *, languages: bool = False, counters: Sequence[Any] = ()) -> Audit:
+        """The data audit, over every split; `counters` are further accumulators (they are no part of what runs share)."""
         train, heldout = self.datasets
         splits = {"train": train} | ({"held out": heldout} if heldout is not None else {})
         whole, path = self.loaded["train"], self.config.data.path
 
         def made() -> Audit:
-            tokens = self.tokenise_rows(whole, on_bad_row="skip") if tokenise else None
-            if opinions:
-                return run_audit(whole, tokens, splits, path, languages=languages, opinions=opinions)
+            tokens = self.tokenize_rows(whole, on_bad_row="skip") if tokenize else None
+            if counters:
+                return run_audit(whole, tokens, splits, path, languages=languages, counters=counters)
             return self.data_cache.audit(whole, tokens, splits, path, languages=languages)
 
-        if opinions:
+        if counters:
             return made()  # a person's own functions are in no key
-        return self.shared.once(("audit", tokenise, languages, *_content(whole), *self._rows_key), made)
+        return self.shared.once(("audit", tokenize, languages, *_content(whole), *self._rows_key), made)
 
     # ---- what parts depend on: keys of what runs can share -------------------------------------------------------------
 
@@ -331,7 +331,7 @@ class Run:
 
     @cached_property
     def model(self) -> Any:
-        """The trained model: fp32 as loaded, with its adapter; `optimiser` takes the masters, then it is cast."""
+        """The trained model: fp32 as loaded, with its adapter; `optimizer` takes the masters, then it is cast."""
         cfg = self.config
         model = self._untrained_model()
         self.set_threads(sum(p.numel() for p in model.parameters()))
@@ -387,7 +387,7 @@ class Run:
             )
 
     @cached_property
-    def optimiser(self) -> MasterAdamW:
+    def optimizer(self) -> MasterAdamW:
         t = self.config.train
         value = [(f"value.{name}", p) for name, p in self.value.named_parameters()] if self.value is not None else []
         made = MasterAdamW(
@@ -420,7 +420,7 @@ class Run:
     @cached_property
     def reward_scorer(self) -> RewardScorer:
         """The model as reward training and its evaluation see it."""
-        _ = self.optimiser  # masters are taken before the cast
+        _ = self.optimizer  # masters are taken before the cast
         assert self.reward_parts is not None
         train = self.config.train
         scorer, note = make_scorer(
@@ -436,7 +436,7 @@ class Run:
 
     @cached_property
     def scorer(self) -> Scorer:
-        _ = self.optimiser  # masters are taken before the cast
+        _ = self.optimizer  # masters are taken before the cast
         kernels = self.config.model.kernels
         found: list[Scorer] = []
 
@@ -481,7 +481,7 @@ class Run:
             every, mixup = (cfg.sync_every, cfg.sync_mixup) if cfg.ema is None else (1, 1.0 - cfg.ema)
             return MovingReference(
                 self._frozen_scorer(),
-                policy=lambda: effective_weights(self.model, self.optimiser.masters),
+                policy=lambda: effective_weights(self.model, self.optimizer.masters),
                 every=int(every or 1),
                 mixup=mixup,
             )
@@ -672,18 +672,18 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run; needs the data, and no model."""
+        """Optimizer steps of the whole run; needs the data, and no model."""
         return self.schedule.total_steps
 
     @property
     def schedule(self) -> BatchSchedule:
-        """Which rows each optimiser step trains on."""
+        """Which rows each optimizer step trains on."""
         t = self.config.train
         return BatchSchedule(len(self.trees[0]), t.batch_size, t.epochs, t.max_steps, t.seed, t.shuffle, self._updates)
 
     @property
     def _updates(self) -> int:
-        """Optimiser steps on each batch of prompts."""
+        """Optimizer steps on each batch of prompts."""
         return 1 if self.online is None else self.online.updates
 
     # ---- completions that the policy writes at evaluations ----------------------------------------------------------------
@@ -801,10 +801,10 @@ class Run:
         with RunLock(self.folder):
             for name, dataset in self.loaded.items():
                 write_quarantine(dataset.quarantined, self.folder, name)
-            for name, tokenised in zip(("train", "heldout"), self.tokenised, strict=True):
-                if tokenised is not None:
-                    self.console.note(f"{name}: {tokenised.summary()}")
-                    write_quarantine(tokenised.quarantined, self.folder, f"{name}.tokens")
+            for name, tokenized in zip(("train", "heldout"), self.tokenized, strict=True):
+                if tokenized is not None:
+                    self.console.note(f"{name}: {tokenized.summary()}")
+                    write_quarantine(tokenized.quarantined, self.folder, f"{name}.tokens")
             if self.writes_fresh and self.trees[1]:
                 _ = self.fresh  # a judge that cannot be loaded is met before any work is done
             (self.folder / "audit.json").write_text(json.dumps(self.audit().to_json(), indent=1))
@@ -869,7 +869,7 @@ class Run:
         return Loop(
             model=self.model,
             algorithm=algorithm,
-            optimiser=self.optimiser,
+            optimizer=self.optimizer,
             trees=self.trees[0],
             shared=self.engine.shared,
             folder=self.folder,
@@ -888,7 +888,7 @@ class Run:
 
     def _write_model(self, folder: Path) -> None:
         if self.reward_parts is not None:
-            self.reward_parts.save(self.model, self.optimiser.masters, folder)
+            self.reward_parts.save(self.model, self.optimizer.masters, folder)
         else:
             save_model(self.model, self.tokenizer, folder)
         if self.config.checkpoint.pt:
@@ -917,7 +917,7 @@ class Run:
             )
         if path is not None:
             tensors, _state = load_checkpoint(path)
-            self.optimiser.load_state_tensors(tensors)
+            self.optimizer.load_state_tensors(tensors)
             self.algorithm.load_state_tensors(algorithm_state(tensors))
         self.model.eval()
         at = 0

@@ -47,7 +47,7 @@ class Source:
 
     @property
     def step(self) -> int | None:
-        """Optimiser steps of a run's checkpoint, 0 at its start; None for a model by itself."""
+        """Optimizer steps of a run's checkpoint, 0 at its start; None for a model by itself."""
         if not self.checkpoint:
             return None
         return 0 if self.checkpoint == START else int(self.checkpoint.removeprefix("step-"))

@@ -365,7 +365,7 @@ class SweepConductor:
         if len(set(steps)) < len(steps):
             raise ConfigError(
                 halving.place,
-                f"run {run.name} has {total} optimiser steps, too few for {halving.rungs} rungs with a factor of {halving.factor}",
+                f"run {run.name} has {total} optimizer steps, too few for {halving.rungs} rungs with a factor of {halving.factor}",
                 "lower rungs or factor, or train for longer",
             )
         return steps

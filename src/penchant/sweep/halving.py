@@ -44,7 +44,7 @@ class Halving:
     place: str
 
     def steps(self, total: int) -> list[int]:
-        """The optimiser steps of the rungs of a run: ``total / factor^(rungs - k)``, rounded, for rung k = 1 to rungs."""
+        """The optimizer steps of the rungs of a run: ``total / factor^(rungs - k)``, rounded, for rung k = 1 to rungs."""
         return [max(1, round(total / self.factor ** (self.rungs - k))) for k in range(1, self.rungs + 1)]
 
     def kept(self, settings: int) -> int:

@@ -86,7 +86,7 @@ def draw(
     for (
         params,
         value,
-    ) in earlier:  # a trial that stopped itself counts as the worst, so that its neighbourhood is avoided
+    ) in earlier:  # a trial that stopped itself counts as the worst, so that its neighborhood is avoided
         given = {k: _as_choice(search.space[k], v) for k, v in params.items()}
         study.add_trial(
             optuna.trial.create_trial(params=given, distributions=dists, value=worst if value is None else value)

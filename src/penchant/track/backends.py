@@ -12,7 +12,7 @@ from typing import Any
 
 from penchant.track.tracker import STEP, Line, RunInfo, Started
 
-# ---- W&B: a history row for each line, drawn over the optimiser step. `WANDB_MODE=offline` works as wandb has it ----
+# ---- W&B: a history row for each line, drawn over the optimizer step. `WANDB_MODE=offline` works as wandb has it ----
 
 EXIT_CODES = {"finished": 0, "paused": 0}  # any other end is a failed run
 

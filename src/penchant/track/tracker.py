@@ -18,7 +18,7 @@ class Line:
     """A line of `metrics.jsonl` or `perf.jsonl` as trackers get it.
 
     Args:
-        kind: train, eval or perf; step: optimiser steps done; values: finite numbers by the name that they are shown under.
+        kind: train, eval or perf; step: optimizer steps done; values: finite numbers by the name that they are shown under.
     """
 
     kind: str

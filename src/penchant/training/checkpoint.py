@@ -29,7 +29,7 @@ def save_checkpoint(
     """Write ``checkpoints/step-N``: ``model/``, ``state.safetensors``, ``state.json`` and a manifest of SHA-256 sums.
 
     Args:
-        folder: the run folder; step: optimiser steps done.
+        folder: the run folder; step: optimizer steps done.
         write_model: writes the model into the folder that it is given.
         tensors, state: what a resumed run needs beside the model; `state` must be JSON.
 

@@ -59,7 +59,7 @@ class Loop:
         trees: the training set; shared: whether prompts are shared in packing.
         write_model: saves the model folder of a checkpoint.
         evaluate: metrics of the held-out set (keys start with ``eval/``), or None.
-        updates: optimiser steps on each batch (online methods: on each batch of rollouts).
+        updates: optimizer steps on each batch (online methods: on each batch of rollouts).
         watched: told ``"start"`` when the logs stand at the first line to be written, ``"step"`` after each step and ``"eval"`` after
             each evaluation, when their lines are written.
         pause_at: a step before the end at which it writes a checkpoint, evaluates and ends with `Paused`; None: it goes on to its end.
@@ -69,7 +69,7 @@ class Loop:
 
     model: Any
     algorithm: Algorithm
-    optimiser: MasterAdamW
+    optimizer: MasterAdamW
     trees: Sequence[TokenTree]
     shared: bool
     folder: Path
@@ -172,7 +172,7 @@ class Loop:
         raise Paused(str(self.folder), step, total, finite(values))
 
     def take_step(self, step: int, schedule: BatchSchedule) -> tuple[Metrics, int, int]:
-        """One optimiser step, and nothing around it: no log, no evaluation, no checkpoint.
+        """One optimizer step, and nothing around it: no log, no evaluation, no checkpoint.
 
         Args:
             step: counted from 0; schedule: the loop's own, made once for many steps.
@@ -204,7 +204,7 @@ class Loop:
                 totals.add(out)
         t = self.train
         lr = learning_rate(step, total, self.peak_lr, t.schedule, t.warmup_fraction, t.min_lr_fraction)
-        grad_norm = self.optimiser.clip(t.max_grad_norm)
+        grad_norm = self.optimizer.clip(t.max_grad_norm)
         if grad_norm == 0.0 and step == 0:
             self.console.note(
                 "the gradient of the first step is exactly zero: with these settings and rows nothing is learned"
@@ -216,9 +216,9 @@ class Loop:
         values = self.algorithm.step_values()
         taken = self.algorithm.accepts(means)
         if taken:
-            self.optimiser.step(lr)
+            self.optimizer.step(lr)
         else:
-            self.optimiser.zero_grad()
+            self.optimizer.zero_grad()
         self.algorithm.end_step(step + 1, means)
         tokens = sum(b.tokens for b in batches)
         line = {
@@ -385,7 +385,7 @@ class Loop:
             self.folder,
             s.step,
             write_model=self.write_model,
-            tensors=self.optimiser.state_tensors()
+            tensors=self.optimizer.state_tensors()
             | {f"algorithm/{name}": value for name, value in self.algorithm.state_tensors().items()},
             state=state,
         )
@@ -399,7 +399,7 @@ class Loop:
         if path is None:
             return False
         tensors, state = load_checkpoint(path)
-        self.optimiser.load_state_tensors(tensors)
+        self.optimizer.load_state_tensors(tensors)
         self.algorithm.load_state_tensors(algorithm_state(tensors))
         metrics.truncate(int(state["metrics_offset"]))
         self.state = RunState(
@@ -423,7 +423,7 @@ class Paused(TrainingStopped):
     """The step to pause at was reached: a checkpoint was written, and the held-out figures are here.
 
     Args:
-        folder: the run's; step, total: optimiser steps done and of the whole run; metrics: keys start with ``eval/``.
+        folder: the run's; step, total: optimizer steps done and of the whole run; metrics: keys start with ``eval/``.
     """
 
     exit_code = 4

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: str, warmup_fraction: float, floor: float) -> float:
-    """The learning rate of optimiser step `step` (0-based) of `total`.
+    """The learning rate of optimizer step `step` (0-based) of `total`.
 
     Warm-up: ``peak * (step + 1) / (w + 1)`` over the first ``w = round(warmup_fraction * total)`` steps; then, with
     ``t = (step - w) / max(1, total - w)``: constant ``peak``; linear ``peak (floor + (1 - floor) (1 - t))``;

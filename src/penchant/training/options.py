@@ -10,11 +10,11 @@ from penchant.base.section import Section
 
 
 class TrainConfig(Section):
-    """The optimiser, its schedule, and what one step is."""
+    """The optimizer, its schedule, and what one step is."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the data; may be a fraction")
-    max_steps: int | None = Field(None, ge=1, description="an upper bound on optimiser steps")
-    batch_size: int = Field(32, ge=1, description="prompt trees (rows) per optimiser step")
+    max_steps: int | None = Field(None, ge=1, description="an upper bound on optimizer steps")
+    batch_size: int = Field(32, ge=1, description="prompt trees (rows) per optimizer step")
     tokens_per_step: int = Field(4096, ge=16, description="tokens of one forward/backward pass: the unit of memory")
     lr: float | Literal["auto"] = Field("auto", description="peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="shape after warm-up")
@@ -41,7 +41,7 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """When the held-out set is evaluated, and how many completions are sampled for the report."""
 
-    every: int | Literal["epoch"] | None = Field("epoch", description="optimiser steps, or epoch")
+    every: int | Literal["epoch"] | None = Field("epoch", description="optimizer steps, or epoch")
     at_start: bool = Field(True, description="also before the first step")
     tokens_per_step: int | None = Field(None, ge=16, description="default: train.tokens_per_step")
     kl_prompts: int = Field(16, ge=0, description="held-out prompts whose sampled completions estimate the KL; 0: none")
@@ -52,7 +52,7 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
 
-    every: int | Literal["epoch"] | None = Field("epoch", description="optimiser steps, or epoch; the end always")
+    every: int | Literal["epoch"] | None = Field("epoch", description="optimizer steps, or epoch; the end always")
     keep_last: int = Field(2, ge=1, description="newest checkpoints kept")
     keep_best: bool = Field(True, description="also keep the best one")
     metric: str = Field("eval/loss", description="what best means")
@@ -66,7 +66,7 @@ TrackerName = Literal["wandb", "tensorboard", "mlflow", "trackio"]
 class LoggingConfig(Section):
     """How often a training line is written, and which trackers get a copy (docs/trackers.md)."""
 
-    every: int = Field(1, ge=1, description="optimiser steps")
+    every: int = Field(1, ge=1, description="optimizer steps")
     trackers: list[TrackerName] = Field(default_factory=list, description="mirrors of metrics.jsonl")
     project: str = Field("penchant", min_length=1, description="W&B's and Trackio's project, MLflow's experiment")
     name: str | None = Field(None, description="of the run in its trackers; default: its folder's name")

@@ -28,11 +28,11 @@ class BatchSchedule:
     """The batches of a run.
 
     Args:
-        rows: trees in the training set; batch_size: trees per optimiser step (an epoch's last batch may be smaller; no row
+        rows: trees in the training set; batch_size: trees per optimizer step (an epoch's last batch may be smaller; no row
             is ever left out).
         epochs: passes over the data, may be a fraction; max_steps: an upper bound, or None.
         seed: of the order; shuffle: False keeps the file's order.
-        repeat: optimiser steps on each batch (online methods take several on the same rollouts).
+        repeat: optimizer steps on each batch (online methods take several on the same rollouts).
     """
 
     rows: int
@@ -57,7 +57,7 @@ class BatchSchedule:
         return _order(self.rows, self.seed if self.shuffle else None, epoch)
 
     def batch(self, step: int) -> list[int]:
-        """Row indices of optimiser step `step` (0-based)."""
+        """Row indices of optimizer step `step` (0-based)."""
         epoch, at = divmod(step, self.steps_per_epoch)
         order = self.order(epoch)
         at //= self.repeat

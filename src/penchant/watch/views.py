@@ -316,7 +316,7 @@ class RunView:
 
     @property
     def step(self) -> int:
-        """Optimiser steps done: of metrics.jsonl, which a resumed run cuts back; of perf.jsonl where that logs only every n-th."""
+        """Optimizer steps done: of metrics.jsonl, which a resumed run cuts back; of perf.jsonl where that logs only every n-th."""
         logged = whole(self.last.get("step")) or whole(self.last_eval.get("step")) or 0
         every = whole(_section(self.config, "logging").get("every")) or 1
         timed = self._perf[-1][0] if self._perf else 0
@@ -324,7 +324,7 @@ class RunView:
 
     @property
     def total(self) -> int | None:
-        """Optimiser steps of the whole run: as the manifest says, or from epochs where an older run's does not."""
+        """Optimizer steps of the whole run: as the manifest says, or from epochs where an older run's does not."""
         said = whole(self.manifest.get("total_steps"))
         if said:
             return said

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from penchant.data.audit.counters import (
-    Accumulator,
+    AuditCounter,
     Copies,
     Labels,
     Lengths,
@@ -40,7 +40,7 @@ from penchant.data.load import (
     summary_of,
 )
 from penchant.data.mapped import StoredTokens, ranges
-from penchant.data.tokenize import TokenisedDataset
+from penchant.data.tokenize import TokenizedDataset
 from penchant.errors import DataError
 from penchant.types import PromptTree, TokenTree
 
@@ -51,10 +51,10 @@ class Auditor:
     """Takes rows one by one, in bounded memory (about 700 bytes a row), and says at the end what was found.
 
     Args:
-        shape, kind: of the rows; languages: whether to guess them; opinions: further accumulators, for pairs those of rewards.
+        shape, kind: of the rows; languages: whether to guess them; counters: further accumulators, for pairs those of rewards.
     """
 
-    def __init__(self, shape: str, kind: str, *, languages: bool = True, opinions: Sequence[Accumulator] = ()) -> None:
+    def __init__(self, shape: str, kind: str, *, languages: bool = True, counters: Sequence[AuditCounter] = ()) -> None:
         self.shape, self.kind = shape, kind
         self.rows = self.examples = 0  # a row gives one example in most layouts
         self.places = Places()
@@ -62,11 +62,11 @@ class Auditor:
         self.lengths = Lengths(kind)
         self.languages = Languages() if languages else None
         copies = Copies(kind, self.places)
-        self._parts: list[Accumulator] = [copies, Near(kind, self.places, copies)]
+        self._parts: list[AuditCounter] = [copies, Near(kind, self.places, copies)]
         self._parts += [Labels()] if kind == "unpaired" else [Scores()] if kind == "scored" else []
         self._parts += [self.lengths, *([self.languages] if self.languages else [])]
         self._parts += [] if kind in ("prompts", "text") else [Refusals(kind)]
-        self._parts += [Sensitive(), *opinions]
+        self._parts += [Sensitive(), *counters]
         self._aside, self._identical, self._empty = Tally(), Tally(), Tally()
         self._reasons: Counter[str] = Counter()
 
@@ -172,22 +172,22 @@ def _first_in(ids: np.ndarray, there: np.ndarray, wanted: np.ndarray) -> np.ndar
 
 def audit(
     dataset: Dataset,
-    tokenised: TokenisedDataset | None = None,
+    tokenized: TokenizedDataset | None = None,
     splits: Mapping[str, Dataset] | None = None,
     path: str | Sequence[str] | None = None,
     *,
     languages: bool = True,
-    opinions: Sequence[Accumulator] = (),
+    counters: Sequence[AuditCounter] = (),
 ) -> Audit:
     """Count what a person should know before training on this data.
 
     Args:
         dataset: as loaded; rows that were kept aside count too.
-        tokenised: adds truncation and token lengths.
+        tokenized: adds truncation and token lengths.
         splits: by name; adds prompts that stand in more than one. path: of the data; adds the layout that was found, and why.
-        languages: whether to guess them; opinions: further accumulators (see `opinions`).
+        languages: whether to guess them; counters: further accumulators (see `counters`).
     """
-    auditor = Auditor(dataset.shape, dataset.kind, languages=languages, opinions=opinions)
+    auditor = Auditor(dataset.shape, dataset.kind, languages=languages, counters=counters)
     auditor.columns, auditor.rows = dataset.columns, dataset.accepted
     for tree in dataset.trees:
         auditor.update(tree)
@@ -200,9 +200,9 @@ def audit(
     result = auditor.result()
     findings = {**result.findings, **dict(leakage.findings())}
     lengths: dict[str, dict[str, float]] = {}
-    if tokenised is not None:
-        findings |= _truncation(tokenised)
-        lengths = _token_lengths(tokenised)
+    if tokenized is not None:
+        findings |= _truncation(tokenized)
+        lengths = _token_lengths(tokenized)
     layout = "" if path is None else layout_line(dataset, path)
     return Audit(result.summary, findings, lengths, result.characters, layout)
 
@@ -213,7 +213,7 @@ def audit_files(
     shape: str = "auto",
     columns: Mapping[str, str] | None = None,
     languages: bool = True,
-    opinions: Sequence[Accumulator] = (),
+    counters: Sequence[AuditCounter] = (),
     limit: int | None = None,
     layout_options: Mapping[str, Any] | None = None,
 ) -> Audit:
@@ -233,7 +233,7 @@ def audit_files(
         stream = stream_preferences(path, shape=shape, columns=columns, limit=limit, layout_options=layout_options)
         layouts.append(layout_sentence(stream.shape, stream.detection, path))
         if auditor is None:
-            auditor = Auditor(stream.shape, stream.kind, languages=languages, opinions=opinions)
+            auditor = Auditor(stream.shape, stream.kind, languages=languages, counters=counters)
         elif stream.kind != auditor.kind:
             what = f"holds {stream.kind}, the files before it hold {auditor.kind}"
             raise DataError(name, what, "audit them one by one, or set the shape")
@@ -266,28 +266,28 @@ def names_of(paths: Iterable[str]) -> dict[str, str]:
     return named
 
 
-def _truncation(tokenised: TokenisedDataset) -> dict[str, Finding]:
-    became = [q.where for q in tokenised.quarantined if q.what.startswith(IDENTICAL)]
-    n = tokenised.total
+def _truncation(tokenized: TokenizedDataset) -> dict[str, Finding]:
+    became = [q.where for q in tokenized.quarantined if q.what.startswith(IDENTICAL)]
+    n = tokenized.total
     return {
         "cut_prompts": Finding(
-            "prompts that lost their start to max_length", len(tokenised.cut_prompts), n, tokenised.cut_prompts
+            "prompts that lost their start to max_length", len(tokenized.cut_prompts), n, tokenized.cut_prompts
         ),
         "cut_completions": Finding(
-            "rows with a cut completion (its EOS is gone)", len(tokenised.cut_completions), n, tokenised.cut_completions
+            "rows with a cut completion (its EOS is gone)", len(tokenized.cut_completions), n, tokenized.cut_completions
         ),
         "identical_after_cut": Finding("pairs that became equal in tokens", len(became), n, tuple(became)),
         "bad_after_tokenising": Finding(
-            "rows kept aside when tokenising",
-            len(tokenised.quarantined),
+            "rows kept aside when tokenizing",
+            len(tokenized.quarantined),
             n,
-            tuple(q.where for q in tokenised.quarantined),
+            tuple(q.where for q in tokenized.quarantined),
         ),
     }
 
 
-def _token_lengths(tokenised: TokenisedDataset) -> dict[str, dict[str, float]]:
-    columns = _columns(tokenised.trees)
+def _token_lengths(tokenized: TokenizedDataset) -> dict[str, dict[str, float]]:
+    columns = _columns(tokenized.trees)
     return {
         name: {
             "mean": float(np.mean(values)),

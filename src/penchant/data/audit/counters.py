@@ -39,7 +39,7 @@ class View:
     texts: tuple[str, ...]
 
 
-class Accumulator(Protocol):
+class AuditCounter(Protocol):
     """Counts something in bounded memory."""
 
     def update(self, row: View) -> None:
@@ -341,7 +341,7 @@ class Lengths:
             yield "length_bias", Finding(title, 0, 0, (), "all lengths are equal")
             return
         ties = self.rows - self.differing
-        advice = "far from 50%: the model may learn length; a length-controlled comparison shows it, length-normalised losses help"
+        advice = "far from 50%: the model may learn length; a length-controlled comparison shows it, length-normalized losses help"
         yield (
             "length_bias",
             unlike_half(title, self.longer, self.differing, f"{ties:,} ties apart" if ties else "", advice),
@@ -529,7 +529,7 @@ class Disagreement:
 
 
 def calibrate(margins: np.ndarray) -> float:
-    """The s >= 0 that maximises the sum of log sigmoid(s * margin); at most 1000 / the mean margin where no pair disagrees."""
+    """The s >= 0 that maximizes the sum of log sigmoid(s * margin); at most 1000 / the mean margin where no pair disagrees."""
     if not len(margins):
         return 0.0
     size = float(np.abs(margins).mean())

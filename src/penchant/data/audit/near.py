@@ -24,7 +24,7 @@ _ODD = np.array(
 )
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """What counts as the same text: case and white space do not matter."""
     return " ".join(text.lower().split())
 
@@ -56,7 +56,7 @@ class NearIndex:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold {threshold} is not in (0, 1]")
         self.threshold, self.seed = threshold, seed
-        self._exact: list[np.ndarray] = []  # (b,) uint64: hash of the normalised text
+        self._exact: list[np.ndarray] = []  # (b,) uint64: hash of the normalized text
         self._bands: list[np.ndarray] = []  # (b, BANDS) uint32: chance meetings are sorted out by the check
         self._bytes: list[np.ndarray] = []  # (b, SLOTS) uint8: enough of each slot to check a candidate by
         self._waiting: list[str] = []
@@ -69,7 +69,7 @@ class NearIndex:
     def add(self, texts: Iterable[str]) -> None:
         """Take more texts."""
         for text in texts:
-            plain = normalise(text)
+            plain = normalize(text)
             self._waiting.append(plain)
             self._characters += len(plain)
             self._count += 1
@@ -145,8 +145,8 @@ def shingle_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def jaccard(a: str, b: str) -> float:
-    """The exact similarity that the signatures estimate: of the sets of 5-character shingles, after normalising."""
-    one, other = (set(shingle_hashes([normalise(t)])[0].tolist()) for t in (a, b))
+    """The exact similarity that the signatures estimate: of the sets of 5-character shingles, after normalizing."""
+    one, other = (set(shingle_hashes([normalize(t)])[0].tolist()) for t in (a, b))
     return len(one & other) / len(one | other)
 
 

@@ -159,7 +159,7 @@ POSITION = Rule(
     what="the 99% interval of the share of replies for the first answer lies outside of 50% plus or minus `first_position`.",
     needs="`judge.first_position` with its interval in comparison.json (a judge that was asked both ways round)",
     alarms="at most 1% where the judge's share is within the band",
-    advice="Each pair is asked both ways round, so it favours nobody, but every contradicted reply is a tie that hides a difference. Use another judge or "
+    advice="Each pair is asked both ways round, so it favors nobody, but every contradicted reply is a tie that hides a difference. Use another judge or "
     "another instruction.",
     thresholds=("first_position",),
     of_comparison=_position,

@@ -549,7 +549,7 @@ def _skipped(run: RunView) -> Seen | None:
         return None
     (why, _), *_ = Counter(str(m["skipped"]) for m in skipped).most_common(1)
     share = len(skipped) / len(run.train)
-    sentence = f"{len(skipped):,} of {len(run.train):,} optimiser steps ({percent(share)}) were not taken, most of them because: {why}."
+    sentence = f"{len(skipped):,} of {len(run.train):,} optimizer steps ({percent(share)}) were not taken, most of them because: {why}."
     return Seen(sentence, (evidence("steps not taken", [Point(int(m["step"]), 1.0) for m in skipped]),))
 
 

@@ -24,7 +24,7 @@ class Evidence:
 
     Args:
         label: what the values are, with their unit: ``"log-prob of chosen answers, nats"``.
-        steps: optimiser steps of the values, or () where they are not over steps; values: as many, or any number without steps.
+        steps: optimizer steps of the values, or () where they are not over steps; values: as many, or any number without steps.
     """
 
     label: str
@@ -98,7 +98,7 @@ class TrustConfig(Section):
         0.05, ge=0, lt=0.5, description="how far a judge's share of first answers may be from one half"
     )
     judge_failures: float = Field(0.05, ge=0, lt=1, description="share of a judge's replies that may be unreadable")
-    skipped: float = Field(0.1, ge=0, lt=1, description="share of optimiser steps that may be skipped")
+    skipped: float = Field(0.1, ge=0, lt=1, description="share of optimizer steps that may be skipped")
     prompts: int = Field(50, ge=2, description="fewer prompts than this are called few")
 
     @model_validator(mode="after")

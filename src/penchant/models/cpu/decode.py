@@ -90,7 +90,7 @@ class Plan:
 
 
 class FastDecoder:
-    """A recognised model, ready to decode up to `rows` completions of up to `groups` prompts at once.
+    """A recognized model, ready to decode up to `rows` completions of up to `groups` prompts at once.
 
     Args:
         model: a causal model, or a peft model around one; its weights are read now, later changes are not seen.

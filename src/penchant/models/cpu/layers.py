@@ -3,7 +3,7 @@
 One hand-written autograd function a decoder layer: fused q/k/v projection, attention tree by tree, elementwise work in row
 tiles that stay in cache. The transformers module remains the owner of the weights: fused weights are one storage of
 which the module's own parameters are views, so `state_dict()` and `save_pretrained` see no change.
-Gradients go to `param.main_grad` (an fp32 buffer) where the optimiser has set one, and are returned to autograd otherwise.
+Gradients go to `param.main_grad` (an fp32 buffer) where the optimizer has set one, and are returned to autograd otherwise.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Row:
 
 
 class FastForward:
-    """Runs a recognised model's backbone on packed rows. Made by `fast_forward`."""
+    """Runs a recognized model's backbone on packed rows. Made by `fast_forward`."""
 
     def __init__(self, model: Any) -> None:
         self._backbone: Any = model.model
@@ -172,7 +172,7 @@ def _is_linear(module: Any) -> bool:
 
 
 def is_plain_layer(layer: Any, is_linear: Callable[[Any], bool] = _is_linear) -> bool:
-    """Every projection an unwrapped Linear (no adapter, no quantised or parallel layer), every norm a known one."""
+    """Every projection an unwrapped Linear (no adapter, no quantized or parallel layer), every norm a known one."""
     attention, mlp = layer.self_attn, layer.mlp
     linears: tuple[Any, ...] = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     linears += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
