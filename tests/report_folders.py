@@ -147,6 +147,7 @@ def make_comparison(folder: Path, *, word: str = "fine", prompts: int = 4) -> Pa
     figures = {
         "models": models, "outcome": "mean reward", "comparisons": pairs, "heading": word, "notes": [word],
         "sentences": [f"ours is better than start: {word}", f"Between ours and {word} there is no clear winner: x"],
+        "verdict": [{"tone": "good", "by": ""}, {"tone": "open", "by": ""}],
         "settings": {"reward": "sentiment", "prompts_asked": 4, "samples": 1, "max_new_tokens": 8, "seed": 0, "step": None, "data": None},
         "checkpoints": {word: "/nowhere/checkpoints/step-1/model"}, "prompts": prompts,
     }  # fmt: skip

@@ -28,7 +28,7 @@ def test_a_model_against_itself_is_a_draw(compared: Compared) -> None:
     assert same["reward_change"] == 0.0
     assert same["preference_accuracy"] == 0.5
     assert same["perplexity"] == compared.models["a"]["perplexity"]
-    assert "Between same and a there is no clear winner" in " ".join(compared.sentences)
+    assert "Between same and a there is no clear winner" in " ".join(s.text for s in compared.sentences)
 
 
 def test_every_model_meets_the_same_prompts(compared: Compared) -> None:
@@ -82,7 +82,7 @@ def test_the_sampled_kl_agrees_with_the_exact_one() -> None:
     assert low < exact < high and exact > 1e-3
     assert got.models["b"]["kl_per_token"] == pytest.approx(exact, rel=0.15)
     assert "win_rate" not in got.models["b"] and "preference_accuracy" not in got.models["b"]
-    assert got.sentences == [NO_OUTCOME]
+    assert [(s.text, s.tone) for s in got.sentences] == [(NO_OUTCOME, "open")]
 
 
 def test_the_table_is_plain_and_whole(compared: Compared) -> None:
@@ -127,7 +127,7 @@ def test_several_seeds_are_one_column_of_means() -> None:
     low, high = got.models["x"]["reward/ci"]
     gap = abs(got.runs["x1"]["reward"] - got.runs["x2"]["reward"])
     assert high - low > gap > 0  # with two seeds the interval knows how far they are apart
-    assert "y has one seed: another seed" in got.sentences[-1]
+    assert "y has one seed: another seed" in got.sentences[-1].text
     assert all(set(r["completions"]) == set(made) for r in got.rows)
 
 
@@ -161,8 +161,8 @@ def test_another_judge_has_figures_of_its_own() -> None:
         "win rate against a (ties half), by odd",
         "win rate at equal length, by odd",
     ]
-    assert [s.startswith("By odd: ") for s in made.sentences] == [False, True, False]
-    assert "have one seed each" in made.sentences[-1]
+    assert [s.text.startswith("By odd: ") for s in made.sentences] == [False, True, False]
+    assert "have one seed each" in made.sentences[-1].text
     (pair,), (opposed,) = made.pairs, made.also["odd"]
     assert opposed.difference.estimate == pytest.approx(-pair.difference.estimate) and opposed.p == pair.p
 
@@ -185,7 +185,7 @@ def test_other_judges_are_corrected_for_all_of_their_comparisons_and_the_reward_
     together = [p.corrected for pairs in got.also.values() for p in pairs]
     assert together == pytest.approx(holm(raw * 3))
     assert min(together) > min(p.corrected for p in got.pairs)
-    said = [s for s in got.sentences if s.startswith("By x")]
+    said = [s.text for s in got.sentences if s.text.startswith("By x")]
     assert len(said) == 9 and all("corrected for 9 comparisons" in s for s in said)
 
 

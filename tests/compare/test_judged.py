@@ -73,8 +73,8 @@ def test_a_judge_that_decides_as_the_reward_gives_the_rewards_win_rates() -> Non
         assert {k: got.models[name][k] for k in judged} == judged and set(judged) >= {"win_rate/ci"}
     assert got.judgement.first_position is not None and got.judgement.first_position.estimate == 0.5
     assert "win rate against a (ties half), by oracle" in table(got.models)
-    said = [s for s in got.sentences if s.startswith("By oracle: ")]
-    assert len(said) == 3 and "y has one seed" in got.sentences[-1]
+    said = [s.text for s in got.sentences if s.text.startswith("By oracle: ")]
+    assert len(said) == 3 and "y has one seed" in got.sentences[-1].text
 
 
 def test_the_test_is_of_the_mean_win_by_prompt_against_one_half() -> None:
@@ -115,8 +115,8 @@ def test_a_judge_alone_is_the_outcome() -> None:
     got = compared(By(by_reward), judge=None)
     assert got.outcome == WIN_RATE and got.pairs == [] and got.judgement is not None
     assert "reward" not in got.models["x1"] and "win_rate" in got.models["x1"]["judged"]["oracle"]
-    assert [s.startswith("By oracle: Between x1 and a") for s in got.sentences] == [True, False]
-    assert "mean reward" not in got.sentences[0] and "win rate is" in got.sentences[0]
+    assert [s.text.startswith("By oracle: Between x1 and a") for s in got.sentences] == [True, False]
+    assert "mean reward" not in got.sentences[0].text and "win rate is" in got.sentences[0].text
     assert got.judgement.table().split("\n")[0].split()[:3] == ["comparison", "win", "rate"]
 
 
@@ -176,13 +176,13 @@ def test_too_many_failures_name_no_winner() -> None:
     assert "on 2 questions; for instance 'hm'. 1 of 12 pairs are left out." in one.sentences()[1]
     two = compared(without(2), judge=None)
     assert two.judgement is not None and (two.judgement.both.failures, two.judgement.left_out) == (4, 2)
-    assert two.sentences[0] == "By oracle: no winner is named: 2 of 12 pairs (17%) could not be judged."
+    assert two.sentences[0].text == "By oracle: no winner is named: 2 of 12 pairs (17%) could not be judged."
     assert two.models["x1"]["judged"]["oracle"]["win_rate"] == pytest.approx(
         np.mean([r["judged"][0]["win"] for r in two.rows[2:]])
     )
     none = compared(By(lambda q: NAN), judge=None)
     assert none.judgement is not None and none.judgement.pairs == [] and none.models["x1"]["judged"] == {"oracle": {}}
-    assert "12 of 12 pairs (100%) could not be judged" in none.sentences[0]
+    assert "12 of 12 pairs (100%) could not be judged" in none.sentences[0].text
     assert "first_position" not in none.judgement.to_json() and table(none.models)
     json.dumps([none.judgement.to_json(), none.rows], allow_nan=False)
 
@@ -190,13 +190,13 @@ def test_too_many_failures_name_no_winner() -> None:
 def test_failures_of_one_comparison_leave_that_one_without_a_winner() -> None:
     win, level = Interval(0.8, 0.7, 0.9), Interval(0.75, 0.6, 0.85)
     clear = Pair("b", "a", Interval(0.3, 0.2, 0.4), 0.001, None, win, level, corrected=0.003, unjudged=0.05)
-    (said,) = Family("oracle", [clear], WIN_RATE, 3).sentences(200)
+    (said,) = (s.text for s in Family("oracle", [clear], WIN_RATE, 3).sentences(200))
     assert (
         said
         == "By oracle: b is better than a: its win rate is 80% [70%, 90%], p = 0.0030 (corrected for 3 comparisons)."
     )
-    (said,) = Family("oracle", [replace(clear, unjudged=0.2)], WIN_RATE, 3).sentences(200)
+    (said,) = (s.text for s in Family("oracle", [replace(clear, unjudged=0.2)], WIN_RATE, 3).sentences(200))
     assert "there is no clear winner" in said and said.endswith("20% of their pairs could not be judged.")
     near = replace(clear, difference=Interval(0.1, -0.01, 0.2), corrected=0.2, p_prompts=0.2)
-    (said,) = Family("oracle", [near], WIN_RATE, 3).sentences(200)
+    (said,) = (s.text for s in Family("oracle", [near], WIN_RATE, 3).sentences(200))
     assert said.endswith("the interval of the win rate includes 50%.")

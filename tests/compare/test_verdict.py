@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from penchant.compare.verdict import FEW_PROMPTS, Candidate, compare_all, compare_two, comparisons_table, verdict
+from penchant.compare.verdict import (
+    FEW_PROMPTS,
+    Candidate,
+    Family,
+    compare_all,
+    compare_two,
+    comparisons_table,
+    verdict,
+)
 from penchant.metrics.stats import (
     Interval,
     holm,
@@ -33,7 +41,11 @@ def noise(seed: int, n: int = N, scale: float = 1.0) -> np.ndarray:
 
 
 def said(*candidates: Candidate) -> str:
-    return "\n".join(verdict(candidates, compare_all(candidates), "mean reward"))
+    return "\n".join(s.text for s in verdict(candidates, compare_all(candidates), "mean reward"))
+
+
+def tones(*candidates: Candidate) -> list[str]:
+    return [s.tone for s in verdict(candidates, compare_all(candidates), "mean reward")]
 
 
 def test_win_rate_by_prompt_counts_all_pairs_and_halves_ties() -> None:
@@ -85,8 +97,9 @@ def test_a_p_value_that_is_small_by_itself_is_not_among_many() -> None:
     assert len(pairs) == 5 + 10
     assert [p.corrected for p in pairs] == holm([p.p for p in pairs])
     crowd = verdict([candidate("a", [base]), candidate("lucky", [lucky]), *others], pairs, "mean reward")
-    assert "no clear winner" in crowd[0] and "by itself is not small enough among so many comparisons" in crowd[0]
-    assert "corrected for 15 comparisons" in crowd[0]
+    first = crowd[0].text
+    assert "no clear winner" in first and "by itself is not small enough among so many comparisons" in first
+    assert "corrected for 15 comparisons" in first and crowd[0].tone == "open"
     assert "p corrected for 15 comparisons" in comparisons_table(pairs, "mean reward").splitlines()[0]
 
 
@@ -149,7 +162,26 @@ def test_without_rewards_there_is_no_win_rate() -> None:
     (pair,) = compare_all([a, b])
     assert pair.win_rate is None and pair.equal_length is None
     assert "win rate" not in comparisons_table([pair], "held-out preference accuracy")
-    assert "win rate" not in verdict([a, b], [pair], "held-out preference accuracy")[0]
+    assert "win rate" not in verdict([a, b], [pair], "held-out preference accuracy")[0].text
+
+
+def test_the_tone_says_whether_a_winner_is_named_whatever_the_names_are() -> None:
+    # a name must not decide how a sentence is shown
+    start = candidate("no clear winner", [noise(0)], fixed=True)
+    up = [noise(0) + 1 + noise(i, scale=0.1) for i in (1, 2)]
+    assert tones(start, candidate("x", up)) == tones(candidate("x", up), start) == ["good"]
+    assert tones(candidate("a", [noise(0)]), candidate("b is better than a, or wins", [noise(0)])) == ["open", "plain"]
+    assert tones(candidate("a", [noise(0, 9)]), candidate("b", [noise(0, 9) + 5])) == ["open"]
+
+
+def test_sentences_of_another_reward_say_so_and_have_their_own_tone() -> None:
+    start = candidate("start", [noise(0)], fixed=True)
+    pairs = compare_all([start, candidate("x", [noise(0)] * 2)])
+    better = compare_all([start, candidate("x", [noise(0) + 1 + noise(i, scale=0.1) for i in (1, 2)])])
+    families = [Family("words", better, "mean reward", 1), Family("judge", better, "win rate", 1, doubt="it failed")]
+    found = verdict([start, candidate("x", [noise(0)] * 2)], pairs, "mean reward", families)
+    assert [(s.tone, s.by) for s in found] == [("open", ""), ("good", "words"), ("open", "judge")]
+    assert all(s.text.startswith(f"By {s.by}: ") for s in found if s.by)
 
 
 # ---- the arithmetic of seeds ----------------------------------------------------------------------------------------

@@ -179,9 +179,31 @@ def test_sentences_by_other_rewards_are_folded(tmp_path: Path) -> None:
     folder = make_comparison(tmp_path / "c")
     figures = json.loads((folder / "comparison.json").read_text())
     figures["sentences"] = ["a is better than b: x"] * 12 + ["By words: a is better than b: y"]
+    figures["verdict"] = [{"tone": "good", "by": ""}] * 12 + [{"tone": "good", "by": "words"}]
     write_json(folder / "comparison.json", figures)
     made = str(verdict(read_report([folder], 0.0)))
     assert "4 more sentences" in made and "<summary>The same by other rewards</summary>" in made
+
+
+def test_the_mark_of_a_sentence_is_its_tone_and_none_of_its_words(tmp_path: Path) -> None:
+    folder = make_comparison(tmp_path / "c")
+    figures = json.loads((folder / "comparison.json").read_text())
+    figures["sentences"] = ["no clear winner wins", "By the way is better than b: x"]
+    figures["verdict"] = [{"tone": "good", "by": ""}, {"tone": "open", "by": ""}]
+    write_json(folder / "comparison.json", figures)
+    made = str(verdict(read_report([folder], 0.0)))
+    assert made.index("mark good") < made.index("no clear winner wins") < made.index("mark open")
+    assert made.count("mark good") == made.count("mark open") == 1 and "The same by" not in made
+
+
+@pytest.mark.parametrize("given", [None, [], [{"tone": "worst", "by": None}], "good", [7]])
+def test_a_file_that_says_nothing_of_its_sentences_is_read(tmp_path: Path, given: Any) -> None:
+    folder = make_comparison(tmp_path / "c")
+    figures = json.loads((folder / "comparison.json").read_text())
+    write_json(folder / "comparison.json", {**figures, "verdict": given})
+    made = str(verdict(read_report([folder], 0.0)))
+    assert all(s in words(made) for s in figures["sentences"])
+    assert "mark plain" in made and "mark good" not in made and "mark open" not in made
 
 
 def test_flags_stand_with_their_evidence_warnings_first(tmp_path: Path) -> None:

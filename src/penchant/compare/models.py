@@ -18,6 +18,7 @@ from penchant.compare.verdict import (
     Candidate,
     Family,
     Pair,
+    Sentence,
     columns,
     compare_all,
     compare_each,
@@ -90,7 +91,7 @@ class Compared:
     outcome: str = ""
     also: dict[str, list[Pair]] = field(default_factory=dict)
     judgement: Judgement | None = None
-    sentences: list[str] = field(default_factory=list)
+    sentences: list[Sentence] = field(default_factory=list)
 
 
 def compare_models(
@@ -135,7 +136,7 @@ def compare_models(
     together = sum(map(len, also.values()))
     families = [Family(judge, by_it, "mean reward", together) for judge, by_it in also.items()]
     families += [judgement.family] if judgement is not None else []
-    said = verdict(candidates, pairs, outcome, families) if candidates else [NO_OUTCOME]
+    said = verdict(candidates, pairs, outcome, families) if candidates else [Sentence(NO_OUTCOME, "open")]
     return Compared(models, runs, _rows(measured, setting, judgement), pairs, outcome, also, judgement, said)
 
 
@@ -414,7 +415,8 @@ def figures_of(compared: Compared) -> dict[str, Any]:
         "comparisons_text": _tables(compared),
         **({"also": {n: [p.to_json() for p in pairs] for n, pairs in compared.also.items()}} if compared.also else {}),
         **({"judge": judged.to_json()} if judged is not None else {}),
-        "sentences": compared.sentences,
+        "sentences": [s.text for s in compared.sentences],
+        "verdict": [{"tone": s.tone, "by": s.by} for s in compared.sentences],
     }
 
 

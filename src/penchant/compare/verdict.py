@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -210,6 +210,20 @@ def _controlled(wins: np.ndarray, mine: np.ndarray, theirs: np.ndarray) -> Inter
 
 
 @dataclass(frozen=True, slots=True)
+class Sentence:
+    """A sentence of the verdict.
+
+    Args:
+        tone: ``good``: a winner is named; ``open``: none is; ``plain``: something else that should be known.
+        by: the other reward or the judge that it is said by, "" for the comparison's own outcome.
+    """
+
+    text: str
+    tone: Literal["good", "open", "plain"] = "plain"
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """Comparisons by one judge, said after those by the reward.
 
@@ -224,16 +238,17 @@ class Family:
     comparisons: int
     doubt: str = ""
 
-    def sentences(self, prompts: int) -> list[str]:
+    def sentences(self, prompts: int) -> list[Sentence]:
         """One a comparison, or why there is none."""
         if self.doubt:
-            return [f"By {self.by}: no winner is named: {self.doubt}."]
-        return [f"By {self.by}: {_sentence(p, self.comparisons, prompts, self.what)}" for p in self.pairs]
+            return [Sentence(f"By {self.by}: no winner is named: {self.doubt}.", "open", self.by)]
+        said = (_sentence(p, self.comparisons, prompts, self.what) for p in self.pairs)
+        return [Sentence(f"By {self.by}: {s.text}", s.tone, self.by) for s in said]
 
 
 def verdict(
     candidates: Sequence[Candidate], pairs: Sequence[Pair], what: str, others: Sequence[Family] = ()
-) -> list[str]:
+) -> list[Sentence]:
     """Who is better, or that there is no clear winner, and why; a sentence a comparison, then what one seed cannot say.
 
     Args:
@@ -242,17 +257,20 @@ def verdict(
     """
     prompts = candidates[0].prompts
     if prompts < FEW_PROMPTS:
-        return [f"No winner is named: {prompts} prompts are too few for an interval (at least {FEW_PROMPTS})."]
+        why = f"{prompts} prompts are too few for an interval (at least {FEW_PROMPTS})"
+        return [Sentence(f"No winner is named: {why}.", "open")]
     said = [_sentence(pair, len(pairs), prompts, what) for pair in pairs]
     said += [s for family in others for s in family.sentences(prompts)]
     single = [c.name for c in candidates if c.seeds == 1 and not c.fixed]
     if single:
         have = "has one seed" if len(single) == 1 else "have one seed each"
-        said.append(f"{_listed(single)} {have}: another seed of the same setting could turn what is said of it.")
+        said.append(
+            Sentence(f"{_listed(single)} {have}: another seed of the same setting could turn what is said of it.")
+        )
     return said
 
 
-def _sentence(pair: Pair, comparisons: int, prompts: int, what: str) -> str:
+def _sentence(pair: Pair, comparisons: int, prompts: int, what: str) -> Sentence:
     ahead = pair.difference.estimate >= 0
     best, worst = (pair.name, pair.other) if ahead else (pair.other, pair.name)
     gap, rate, level = (_seen_from(ahead, i, c) for i, c in _intervals(pair))
@@ -265,10 +283,10 @@ def _sentence(pair: Pair, comparisons: int, prompts: int, what: str) -> str:
     shown += f", p {_p_is(pair.corrected)} (corrected for {_comparisons(comparisons)})"
     why = _doubt(pair, gap, rate, level, what)
     if why is None:
-        return f"{best} is better than {worst}: its {shown}." + _about_length(rate, level)
+        return Sentence(f"{best} is better than {worst}: its {shown}.{_about_length(rate, level)}", "good")
     if pair.corrected >= ALPHA and prompts < MANY_PROMPTS:
         why += f"; with {prompts} prompts only a large difference shows"
-    return f"Between {pair.name} and {pair.other} there is no clear winner: {best}'s {shown}; {why}."
+    return Sentence(f"Between {pair.name} and {pair.other} there is no clear winner: {best}'s {shown}; {why}.", "open")
 
 
 def _doubt(pair: Pair, gap: Interval, rate: Interval | None, level: Interval | None, what: str) -> str | None:

@@ -54,6 +54,8 @@ def of_comparison(comparison: Comparison) -> list[Node]:
     """The comparison's own sentences, and what they are of."""
     figures = comparison.figures
     sentences = [text(s) for s in sequence(figures.get("sentences"))]
+    about = [mapping(v) for v in sequence(figures.get("verdict"))]
+    about += [{}] * (len(sentences) - len(about))  # an older file says nothing of its sentences
     if not sentences:
         return [
             statement(
@@ -63,16 +65,16 @@ def of_comparison(comparison: Comparison) -> list[Node]:
                 lead=True,
             )
         ]
-    aside = [s for s in sentences if s.startswith("By ")]
-    main = [s for s in sentences if s not in aside] or sentences
-    spoken = [statement(_tone(s), said(s, tag="span"), lead=i == 0) for i, s in enumerate(main)]
-    made: list[Node] = [*spoken[:MOST]]
+    spoken = [(text(a.get("by")), _tone(a), said(s, tag="span")) for s, a in zip(sentences, about, strict=False)]
+    aside = [statement(tone, words) for by, tone, words in spoken if by]
+    main = [(tone, words) for by, tone, words in spoken if not by]
+    if not main:  # it is by a judge alone
+        main, aside = [(tone, words) for _, tone, words in spoken], []
+    stated = [statement(tone, words, lead=i == 0) for i, (tone, words) in enumerate(main)]
+    made: list[Node] = [*stated[:MOST]]
     for title, rest in (
-        (f"{count(len(main) - MOST, 'more sentence')}", spoken[MOST:]),
-        (
-            "The same by other rewards",
-            [statement(_tone(s), said(s, tag="span")) for s in aside if main is not sentences],
-        ),
+        (f"{count(len(main) - MOST, 'more sentence')}", stated[MOST:]),
+        ("The same by other rewards", aside),
     ):
         made += [fold(title, rest, key=f"verdict-{comparison.name}-{title}")] if rest else []
     heading = text(figures.get("heading"))
@@ -86,10 +88,9 @@ def of_comparison(comparison: Comparison) -> list[Node]:
     return made
 
 
-def _tone(sentence: str) -> Tone:
-    if "no clear winner" in sentence or "No winner" in sentence or "too few" in sentence:
-        return "open"
-    return "good" if " is better than " in sentence or " wins " in sentence else "plain"
+def _tone(about: Mapping[str, Any]) -> Tone:
+    tones: dict[str, Tone] = {"good": "good", "bad": "bad", "open": "open"}
+    return tones.get(text(about.get("tone")), "plain")
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------
