@@ -1,10 +1,12 @@
-"""Every test: no network, one thread, a cache of its own."""
+"""Every test: no network, one thread, a cache of its own, and no metric that is not in the table."""
 
 from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,3 +36,21 @@ NUMBER = itertools.count()
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes a person's cache; a folder of its own is made by those that write one."""
     monkeypatch.setenv("PENCHANT_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / str(next(NUMBER))))
+
+
+@pytest.fixture(autouse=True)
+def _known_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run logs a metric that is not in `penchant.metrics.names`."""
+    from penchant.metrics.names import SPEED, metric
+    from penchant.runfolder import MetricsLog
+
+    write = MetricsLog.write
+    speed = {m.name for m in SPEED}
+
+    def checked(log: MetricsLog, row: Mapping[str, Any]) -> None:
+        figures = row if "kind" in row else row.get("metrics", {})
+        for name in (k.removesuffix("/ci") for k, v in figures.items() if isinstance(v, (float, list))):
+            assert name in speed or metric(name).meaning, f"{name} is not in penchant.metrics.names"
+        write(log, row)
+
+    monkeypatch.setattr(MetricsLog, "write", checked)

@@ -15,7 +15,7 @@ from penchant.config.page import Key, parts
 from penchant.losses import LOSSES
 from penchant.losses.page import parameters
 from penchant.losses.registry import NEEDS
-from penchant.report.metrics import GLOSSARY
+from penchant.metrics.names import METRICS
 
 DOCS = Path(__file__).resolve().parents[1]
 PART = re.compile(r"(<!-- generated: (\S+) ?(.*?) -->\n)(.*?)(<!-- end of generated -->)", re.S)
@@ -60,7 +60,7 @@ def algorithm(names: list[str]) -> list[str]:
 
 def metrics(names: list[str]) -> list[str]:
     """What metrics mean, from the glossary."""
-    return ["| metric | meaning |", "|---|---|", *(f"| `{n}` | {_cell(GLOSSARY[n])} |" for n in names), ""]
+    return ["| metric | meaning |", "|---|---|", *(f"| `{n}` | {_cell(METRICS[n].meaning)} |" for n in names), ""]
 
 
 def measured(names: list[str]) -> list[str]:

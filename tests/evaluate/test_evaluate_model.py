@@ -68,12 +68,17 @@ def test_the_full_figures_are_the_runs_own_where_both_have_them(there: Paths) ->
     own = api.evaluate(there["run"], quiet=True)
     full = api.evaluate(there["run"], quiet=True, exact_kl=True)
     shared = {n for n in own if n in full and n.startswith("eval/")}
-    assert {"eval/rewards/accuracies", "eval/rewards/margins", "eval/logps/chosen", "eval/logratios/rejected"} <= shared
+    assert {"eval/logps/chosen", "eval/logratios/rejected", "eval/perplexity/chosen"} <= shared
+    # of DPO the loss's own reward is the implicit one, but under its own name
+    assert not any(n.startswith("eval/rewards/") for n in full) and not any("implicit_reward" in n for n in own)
+    rewards = {n: v for n, v in own.items() if n.startswith("eval/rewards/")}
+    as_implicit = {n.replace("eval/rewards/", "eval/implicit_reward/"): v for n, v in rewards.items()}
+    assert len(as_implicit) > 4 and as_implicit.keys() <= full.keys()
     # intervals are from other draws: theirs number the prompts otherwise
-    close({n: v for n, v in own.items() if not n.endswith("/ci")}, full)
+    close({n: v for n, v in (own | as_implicit).items() if not n.endswith("/ci")}, full)
     assert full["checkpoint"] == own["checkpoint"] == "step-2" and full["reference"] == "start"
-    assert full["eval/rewards/margins"] > 0 and "beta = 0.5" in " ".join(full["notes"])
-    assert full["eval/rewards/margins/n"] == own["eval/rows"] == 6
+    assert full["eval/implicit_reward/margins"] > 0 and "beta = 0.5" in " ".join(full["notes"])
+    assert full["eval/implicit_reward/margins/n"] == own["eval/rows"] == 6
     assert full["eval/answers/kl/policy_ref"] > full["eval/answers/kl/policy_ref_per_token"] > 0
 
 
@@ -87,14 +92,14 @@ def test_a_model_is_the_same_by_every_name(there: Paths) -> None:
     shutil.copytree(checkpoint / "model", alone, dirs_exist_ok=True)
     close(run, api.evaluate(alone, FP32, reference=there["base"], beta=0.5, **asked))
     without = api.evaluate(alone, FP32, **asked)  # nobody knows what it started from
-    assert "reference" not in without and "eval/rewards/margins" not in without
+    assert "reference" not in without and "eval/implicit_reward/margins" not in without
     assert without["eval/logps/chosen"] == pytest.approx(run["eval/logps/chosen"], rel=1e-5)
 
 
 def test_an_adapter_is_the_same_by_every_name(there: Paths, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"data": there["test"], "quiet": True}
     run = api.evaluate(there["lora"], **asked)
-    assert run["eval/rewards/margins"] > 0
+    assert run["eval/implicit_reward/margins"] > 0
     shutil.copytree(Path(there["lora"]) / "checkpoints" / run["checkpoint"] / "model", tmp_path / "adapter")
     adapter = api.evaluate(tmp_path / "adapter", FP32, beta=0.5, **asked)
     close(run, adapter)
@@ -116,14 +121,16 @@ def test_the_start_of_a_run_and_another_reference(there: Paths) -> None:
     other = api.evaluate(there["base"], FP32, data=there["test"], reference=there["run"], quiet=True)
     run = api.evaluate(there["run"], data=there["test"], quiet=True)
     assert other["eval/ref_logps/chosen"] == pytest.approx(run["eval/logps/chosen"], rel=1e-5)
-    assert other["eval/rewards/margins"] == pytest.approx(-2 * run["eval/rewards/margins"], rel=1e-4)  # beta 1, not 0.5
+    assert other["eval/implicit_reward/margins"] == pytest.approx(
+        -2 * run["eval/implicit_reward/margins"], rel=1e-4
+    )  # beta 1, not 0.5
     # KL(base || run) is KL(run || base) the other way round
     assert other["eval/answers/kl/policy_ref"] == pytest.approx(run["eval/answers/kl/ref_policy"], rel=1e-4)
     plain = api.evaluate(there["run"], data=there["test"], exact_kl=False, quiet=True)
     assert "eval/answers/kl/policy_ref" not in plain
-    assert plain["eval/rewards/margins"] == pytest.approx(run["eval/rewards/margins"], rel=1e-4)
+    assert plain["eval/implicit_reward/margins"] == pytest.approx(run["eval/implicit_reward/margins"], rel=1e-4)
     alone = api.evaluate(there["run"], data=there["test"], reference="none", quiet=True)
-    assert "eval/rewards/margins" not in alone
+    assert "eval/implicit_reward/margins" not in alone
 
 
 def test_perplexity_is_of_the_texts_tokens_and_bytes(there: Paths) -> None:
@@ -191,8 +198,10 @@ def test_a_run_keeps_a_line_of_each_evaluation_and_others_keep_none(there: Paths
     assert first["step"] == second["step"] == 2
     assert first["what"]["data"] == "held out" and second["what"]["data"] == there["test"]
     assert second["what"]["rows"] == 7 and len(second["what"]["fingerprint"]) == 64
-    assert second["metrics"]["eval/rewards/margins"] == found["eval/rewards/margins"]
-    assert second["n"]["eval/rewards/margins"] == 7 and not any(name.endswith("/n") for name in second["metrics"])
+    assert second["metrics"]["eval/implicit_reward/margins"] == found["eval/implicit_reward/margins"]
+    assert second["n"]["eval/implicit_reward/margins"] == 7 and not any(
+        name.endswith("/n") for name in second["metrics"]
+    )
     assert second["time"] and second["notes"] == found["notes"]
     whole = json.loads((tmp_path / "all.json").read_text())
     assert {k: v for k, v in whole.items() if k != "time"} == {k: v for k, v in second.items() if k != "time"}
@@ -215,7 +224,10 @@ def test_the_table_has_every_figure_its_interval_and_what_it_is(
     out = capsys.readouterr().out
     table, notes, explained = out.split("\n\n")
     lines = {line.split()[0]: line for line in table.splitlines()}
-    assert lines["eval/rewards/accuracies"].endswith("n=7 pairs") and "[" in lines["eval/rewards/accuracies"]
+    assert (
+        lines["eval/implicit_reward/accuracies"].endswith("n=7 pairs")
+        and "[" in lines["eval/implicit_reward/accuracies"]
+    )
     assert lines["eval/generated/reward[words]"].endswith("n=2 completions")
     assert "beta = 0.5" in notes
     assert all(name in explained for name in lines if name.startswith("eval/"))
@@ -223,7 +235,7 @@ def test_the_table_has_every_figure_its_interval_and_what_it_is(
     assert main(["eval", there["run"]]) == 0
     assert "n=6 rows" in capsys.readouterr().out
     assert main(["eval", there["run"], "--data", there["test"], "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["eval/rewards/margins/n"] == 7
+    assert json.loads(capsys.readouterr().out)["eval/implicit_reward/margins/n"] == 7
 
 
 MISTAKES = {
@@ -318,7 +330,7 @@ def test_what_it_started_from_may_be_gone(there: Paths, tmp_path: Path) -> None:
     config = run / "config.resolved.yaml"
     config.write_text(config.read_text().replace(there["base"], "/gone/base"))
     found = api.evaluate(run, data=there["test"], quiet=True)
-    assert "name one with --reference" in " ".join(found["notes"]) and "eval/rewards/margins" not in found
+    assert "name one with --reference" in " ".join(found["notes"]) and "eval/implicit_reward/margins" not in found
 
 
 def test_without_the_extra_bleu_is_a_sentence_and_the_rest_goes_on(

@@ -40,19 +40,19 @@ def test_pairs_by_hand() -> None:
     assert values["ref_logps/chosen"] == pytest.approx(-4.0)
     assert values["logratios/chosen"] == pytest.approx((1 + 0 + 1) / 3)
     assert values["logratios/rejected"] == pytest.approx((0 + 1 + 3) / 3)
-    assert values["rewards/margins"] == pytest.approx(0.1 * (1 - 1 - 2) / 3)
-    assert values["rewards/accuracies"] == pytest.approx(1 / 3)
+    assert values["implicit_reward/margins"] == pytest.approx(0.1 * (1 - 1 - 2) / 3)
+    assert values["implicit_reward/accuracies"] == pytest.approx(1 / 3)
     assert values["answers/kl/policy_ref"] == pytest.approx(4 / 6)
     assert values["answers/kl/policy_ref_per_token"] == pytest.approx(0.5)
     assert values["answers/kl/ref_policy"] == pytest.approx(28 / 6)
-    assert found["rewards/margins"].n == 3 and found["answers/kl/policy_ref"].n == 6
+    assert found["implicit_reward/margins"].n == 3 and found["answers/kl/policy_ref"].n == 6
     # two prompts: the first and third pair are drawn together
-    assert found["rewards/margins"].interval == (pytest.approx(-0.1), pytest.approx(-0.05))
+    assert found["implicit_reward/margins"].interval == (pytest.approx(-0.1), pytest.approx(-0.05))
 
 
 def test_a_margin_against_itself_is_nothing() -> None:
     found = by_name(answer_figures(TokenScores(POLICY, POLICY), PAIRS, beta=1.0))
-    assert found["rewards/accuracies"].value == 0.5 and found["rewards/margins"].value == 0.0
+    assert found["implicit_reward/accuracies"].value == 0.5 and found["implicit_reward/margins"].value == 0.0
 
 
 def test_without_a_reference_nothing_is_said_of_one() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from report_folders import evaluation, make_comparison, make_flags, make_run, make_sweep, write_json
 
+from penchant.metrics.names import Metric
 from penchant.report.data import read_report
 from penchant.report.flags import flags
-from penchant.report.metrics import Figure
 from penchant.report.settings import ranking, settings_table
 from penchant.report.verdict import Change, cards, changes, held_out, verdict
 
@@ -28,18 +28,18 @@ def _said(*paths: Path) -> str:
 @pytest.mark.parametrize(
     "figure,before,before_ci,after,after_ci,reading",
     [
-        (Figure("a", "a", null=0.5, up=True), 0.5, None, 0.7, (0.6, 0.8), "better"),
-        (Figure("a", "a", null=0.5, up=True), 0.5, None, 0.4, (0.3, 0.45), "worse"),
-        (Figure("a", "a", null=0.5, up=True), 0.5, None, 0.6, (0.5, 0.7), "unclear"),
-        (Figure("l", "l", up=False), 0.69, (0.69, 0.69), 0.6, (0.5, 0.68), "better"),
-        (Figure("l", "l", up=False), 0.69, (0.6, 0.8), 0.6, (0.5, 0.68), "unclear"),
-        (Figure("k", "k"), 0.0, None, 3.0, (2.0, 4.0), "moved"),
-        (Figure("k", "k", up=True), None, None, 3.0, (2.0, 4.0), "plain"),
-        (Figure("k", "k", up=True), 1.0, None, 3.0, None, "plain"),
+        (Metric("a", "", null=0.5, better="higher"), 0.5, None, 0.7, (0.6, 0.8), "better"),
+        (Metric("a", "", null=0.5, better="higher"), 0.5, None, 0.4, (0.3, 0.45), "worse"),
+        (Metric("a", "", null=0.5, better="higher"), 0.5, None, 0.6, (0.5, 0.7), "unclear"),
+        (Metric("l", "", better="lower"), 0.69, (0.69, 0.69), 0.6, (0.5, 0.68), "better"),
+        (Metric("l", "", better="lower"), 0.69, (0.6, 0.8), 0.6, (0.5, 0.68), "unclear"),
+        (Metric("k", ""), 0.0, None, 3.0, (2.0, 4.0), "moved"),
+        (Metric("k", "", better="higher"), None, None, 3.0, (2.0, 4.0), "plain"),
+        (Metric("k", "", better="higher"), 1.0, None, 3.0, None, "plain"),
     ],
 )
 def test_an_interval_decides_what_may_be_said(
-    figure: Figure, before: Any, before_ci: Any, after: float, after_ci: Any, reading: str
+    figure: Metric, before: Any, before_ci: Any, after: float, after_ci: Any, reading: str
 ) -> None:
     assert Change(figure, before, before_ci, after, after_ci).reading == reading
 

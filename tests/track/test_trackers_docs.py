@@ -1,10 +1,10 @@
-"""docs/trackers.md says what the registry and the glossary say."""
+"""docs/trackers.md says what the registry and the table of metrics say."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from penchant.report.metrics import markdown
+from penchant.metrics.names import trackers_page
 from penchant.track import TRACKERS
 from penchant.training.options import LoggingConfig
 
@@ -12,7 +12,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "trackers.md").read_text()
 
 
 def test_the_page_has_every_metric_every_tracker_and_every_key() -> None:
-    assert markdown() in PAGE
+    assert trackers_page() in PAGE
     for name, spec in TRACKERS.items():
         assert f"| `{name}` |" in PAGE and spec.extra == name
     for key in LoggingConfig.model_fields.keys() - {"every"}:

@@ -219,7 +219,7 @@ class Evaluation:
                 self._scores(policy, reference, self.on.answers, "answers"), self.on.answers, self.beta
             )
             if reference is not None:
-                self.notes.append(f"eval/rewards are beta x (log pi - log ref) with beta = {self.beta:g}.")
+                self.notes.append(f"eval/implicit_reward is beta x (log pi - log ref) with beta = {self.beta:g}.")
         if self.request.text is not None:
             chunks, size, _ = self.on.documents
             figures += text_figures(self._scores(policy, reference, chunks, "texts", exact=False), chunks, size)

@@ -11,7 +11,7 @@ from typing import Any
 from penchant.base.text import printable
 from penchant.errors import ConfigError
 from penchant.evaluate.evaluator import Evaluated
-from penchant.metrics.names import meaning_of
+from penchant.metrics.names import metric
 from penchant.runfolder import MetricsLog, finite
 
 LOG = "evaluations.jsonl"
@@ -83,9 +83,9 @@ def explained(metrics: Mapping[str, Any]) -> str:
     """What each figure is, and its formula."""
     lines = []
     for name in _shown(metrics):
-        meaning = meaning_of(name)
-        if meaning is not None:
-            lines.append(f"{printable(name)}\n    {meaning.sentence}\n    {meaning.formula}")
+        known = metric(name)
+        if known.meaning:
+            lines += [printable(name), *(f"    {line}" for line in (known.meaning, known.formula) if line)]
     return "\n".join(lines)
 
 
@@ -95,9 +95,8 @@ def _shown(metrics: Mapping[str, Any]) -> list[str]:
 
 def _over(metrics: Mapping[str, Any], name: str) -> str:
     """``n=200 pairs``; a run's own metrics are over its held-out rows, its KL over completions."""
-    meaning = meaning_of(name)
     if f"{name}/n" in metrics:
-        return f"n={metrics[f'{name}/n']:,}" + (f" {meaning.over}" if meaning else "")
+        return f"n={metrics[f'{name}/n']:,} {metric(name).over}".rstrip()
     if name.startswith("eval/kl/") and "eval/kl/completions" in metrics:
         return f"n={metrics['eval/kl/completions']:,} completions"
     return f"n={metrics['eval/rows']:,} rows" if "eval/rows" in metrics else ""

@@ -15,8 +15,8 @@ from penchant.base.files import file_sha256
 from penchant.config import RunConfig
 from penchant.export.formats import Check, Format
 from penchant.export.subject import Subject
+from penchant.metrics.names import metric
 from penchant.models.options import looks_like_folder
-from penchant.report.metrics import meaning
 
 CARD = "README.md"
 NOT_SETTINGS = ("output", "logging", "trust", "checkpoint")  # they change nothing in the weights
@@ -186,7 +186,7 @@ def _results(subject: Subject) -> str:
         start = before.get(name)
         shown = f"{start:.4f}" if isinstance(start, (int, float)) else ""
         rows.append(
-            f"| {plain(name.removeprefix('eval/'))} | {shown} | {value:.4f} | {interval} | {plain(meaning(name))} |"
+            f"| {plain(name.removeprefix('eval/'))} | {shown} | {value:.4f} | {interval} | {plain(metric(name).meaning)} |"
         )
     many = after.get("eval/rows")
     return f"On {many} rows that were held out from training (intervals over rows or prompts):\n\n" + "\n".join(rows)

@@ -44,7 +44,7 @@ def answer_figures(scores: TokenScores, trees: Sequence[TokenTree], beta: float)
     """Every figure of given answers, over rows, with intervals by prompt.
 
     Args:
-        scores: of `trees`; trees: pairs (chosen first) or single answers (bad where their label says so); beta: of ``rewards/...``.
+        scores: of `trees`; trees: pairs (chosen first) or single answers (bad where their label says so); beta: of ``implicit_reward/...``.
     """
     c = _completions(trees)
     policy = _sums(scores.policy, c)
@@ -55,8 +55,9 @@ def answer_figures(scores: TokenScores, trees: Sequence[TokenTree], beta: float)
         ratio = policy - reference
         found += _perplexities("perplexity_ratio", -ratio, c)
         found += [*_by_side("ref_logps", reference, c), *_by_side("logratios", ratio, c)]
-        found += _by_side("rewards", beta * ratio, c)
-        found += [*_margins("rewards/margins", beta * ratio, c), *_pair_share("rewards/accuracies", ratio, c)]
+        found += _by_side("implicit_reward", beta * ratio, c)
+        found += _margins("implicit_reward/margins", beta * ratio, c)
+        found += _pair_share("implicit_reward/accuracies", ratio, c)
     return found + kl_figures("answers/kl", scores, c.lengths, c.clusters)
 
 

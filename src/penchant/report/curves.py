@@ -3,18 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from penchant.metrics.names import METRICS
 from penchant.report.data import ReportData, RunData, Setting
 from penchant.report.html import Element, el, fold
-from penchant.report.metrics import PANELS, Panel
 from penchant.report.safe import ci_of, num
 from penchant.report.svg import Band, Level, Line, Plot, Point, count, figure, shown, smooth
 
 MANY = 24  # points from which a training curve is drawn as its running mean
 BANDS = 3  # settings up to which intervals are drawn
 START_LINE = {"eval/win_rate": 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A plot of this section.
+
+    Args:
+        lines: (metric as logged, label); log: a log axis where values span more than two decades; main: among those that stand open when many
+            runs are drawn.
+    """
+
+    title: str
+    unit: str
+    lines: tuple[tuple[str, str], ...]
+    log: bool = False
+    main: bool = True
+
+    @property
+    def share(self) -> bool:
+        return METRICS[self.lines[0][0].removeprefix("eval/")].share
+
+
+def _both(title: str, name: str, unit: str = "", *, log: bool = False, main: bool = True) -> Panel:
+    """A metric in training and on held-out rows."""
+    return Panel(title, unit, ((name, "train"), (f"eval/{name}", "held out")), log, main)
+
+
+def _sides(title: str, name: str, unit: str = "", *, main: bool = True) -> Panel:
+    """A metric of the chosen and of the rejected answer."""
+    return Panel(title, unit, tuple((f"{name}/{side}", side) for side in ("chosen", "rejected")), main=main)
+
+
+def _trained(title: str, name: str, unit: str = "", label: str = "train", *, log: bool = False) -> Panel:
+    """A metric of training that is a detail."""
+    return Panel(title, unit, ((name, label),), log, main=False)
+
+
+PANELS = (
+    _both("Loss", "loss"),
+    _both("Preference accuracy", "rewards/accuracies", "%"),
+    _both("Reward margin", "rewards/margins", "chosen \u2212 rejected"),
+    _both("Reward of completions", "reward"),
+    Panel("Win rate against the start", "%", (("eval/win_rate", "held out"),)),
+    _both("KL to the start", "kl/policy_ref", "nats per completion"),
+    _both("Perplexity", "perplexity", log=True),
+    _sides("Rewards, held out", "eval/rewards"),
+    _sides("Rewards in training", "rewards", main=False),
+    _sides("Log-probs, held out", "eval/logps", "nats per answer"),
+    _sides("Shift from the reference, held out", "eval/logratios", "nats per answer"),
+    _trained("Log-prob in training", "logps/per_token", "nats per token"),
+    _both("Divergence", "divergence", "nats per token"),
+    _both("Length of completions", "completions/length", "tokens"),
+    _both("Completions that ended", "completions/ended", "%", main=False),
+    _trained("Spread of rewards", "reward/std", "within a prompt"),
+    Panel("Clipped tokens", "%", (("clip_fraction", "train"), ("value/clip_fraction", "value")), main=False),
+    _trained("Value error", "value/error", log=True),
+    _trained("Entropy", "entropy/sampled", "nats per token"),
+    _trained("Scheduled \u03bb", "lambda", label="\u03bb"),
+    _trained("Scheduled \u03b2", "beta", label="\u03b2"),
+    _trained("Learning rate", "lr", label="learning rate"),
+    _trained("Gradient norm", "grad_norm", "before clipping", log=True),
+)
 
 
 def curves(data: ReportData) -> Element | None:

@@ -12,13 +12,13 @@ from html import escape
 from pathlib import Path
 
 from penchant import __version__
+from penchant.metrics.names import METRICS
 from penchant.report.audit import audit
 from penchant.report.curves import curves
 from penchant.report.data import ReportData
 from penchant.report.flags import flags
 from penchant.report.frontier import frontier
 from penchant.report.html import Element, Node, el, fold, json_html, said, table, visible
-from penchant.report.metrics import GLOSSARY
 from penchant.report.provenance import cost, evaluations, provenance
 from penchant.report.safe import mapping, num, text
 from penchant.report.samples import samples
@@ -241,7 +241,7 @@ def _reward_models(data: ReportData) -> bool:
 
 def _glossary(data: ReportData) -> Node:
     logged = {k.removeprefix("eval/") for r in data.runs for m in (*r.evals[-1:], *r.trained[-1:]) for k in m}
-    rows: list[list[Node]] = [[said(n), GLOSSARY[n]] for n in sorted(logged & set(GLOSSARY))]
+    rows: list[list[Node]] = [[said(n), METRICS[n].meaning] for n in sorted(logged & METRICS.keys())]
     return fold(f"{len(rows)} names", el("div", table([], rows), class_="panel"), key="words") if rows else None
 
 

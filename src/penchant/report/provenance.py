@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from penchant.metrics.names import metric, of_evaluation
 from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, said, table
-from penchant.report.metrics import BY_NAME, meaning
 from penchant.report.safe import ci_of, flat, mapping, num, sequence, text
 from penchant.report.settings import short
 from penchant.report.svg import MISSING, count, duration, estimate, interval, number
@@ -197,7 +197,7 @@ MOST = 20
 
 def evaluations(data: ReportData) -> Element | None:
     """The newest first; None where there are none."""
-    found = [(run, line) for run in data.runs for line in run.evaluations if mapping(line.get("metrics"))]
+    found = [(r, of_evaluation(e)) for r in data.runs for e in r.evaluations if mapping(e.get("metrics"))]
     if not found:
         return None
     found.sort(key=lambda f: text(f[1].get("time")), reverse=True)
@@ -218,15 +218,15 @@ def _one(run: RunData | None, line: Mapping[str, Any], i: int) -> Element:
         value, ci = num(metrics, name), ci_of(metrics, name)
         if value is None:
             continue
-        short = name.removeprefix("eval/")
-        share = short in BY_NAME and BY_NAME[short].share
+        known = metric(name)
+        share = known.share
         rows.append(
             [
-                said(short),
+                said(name.removeprefix("eval/")),
                 el("b", estimate(value, ci, share)),
                 interval(*ci, share) if ci else "",
                 "" if (n := num(line.get("n"), name)) is None else f"{n:,.0f}",
-                el("small", meaning(name)),
+                el("small", known.meaning),
             ]
         )
     what = ", ".join(f"{k}={text(v)}" for k, v in flat(mapping(line.get("what"))).items() if v not in (None, ""))

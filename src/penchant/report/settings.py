@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from penchant.metrics.names import METRICS, Metric, higher_is_better, metric
 from penchant.report.data import ReportData, RunData, Setting
 from penchant.report.html import Element, Node, el, fold, said, table
-from penchant.report.metrics import BY_NAME, Figure
 from penchant.report.safe import ci_of, flat, mapping, mappings, num, text
 from penchant.report.svg import MISSING, count, estimate, interval, shown, strip, swatch
 
@@ -109,7 +109,8 @@ def _whole(config: str, summary: Any, key: str) -> Element:
 
 # ---- Settings side by side: one line each, its seeds together, the best first, and what may be said of it ----
 
-JUDGED_BY = ("win_rate", "reward", "rewards/accuracies", "perplexity", "loss")
+# the loss last: it means something else for every method
+JUDGED_BY = sorted((m.name for m in METRICS.values() if m.main), key=lambda n: n == "loss")
 Pair = tuple[float, float]
 
 
@@ -142,7 +143,7 @@ class Row:
 class Ranking:
     """Settings by a figure, best first; those without one last."""
 
-    figure: Figure
+    figure: Metric
     up: bool
     rows: tuple[Row, ...]
 
@@ -156,21 +157,21 @@ class Ranking:
 def ranking(data: ReportData) -> Ranking | None:
     """Settings by what the sweep is judged by, or else by the first figure that the runs have; None where they have none."""
     table_ = mapping(data.sweep.get("table"))
-    metric = text(table_.get("metric")).removeprefix("eval/") or next(
+    name = text(table_.get("metric")).removeprefix("eval/") or next(
         (m for m in JUDGED_BY if any(num(r.evals[-1], f"eval/{m}") is not None for r in data.runs if r.evals)), ""
     )
-    if not metric:
+    if not name:
         return None
-    figure = BY_NAME.get(metric, Figure(metric, metric))
-    up = text(table_.get("direction")) != "min" if table_ else figure.up is not False
+    figure = metric(name)
+    up = text(table_.get("direction")) != "min" if table_ else higher_is_better(name)
     records = mapping(data.sweep.get("runs"))
-    rows = [_row(s, metric, records) for s in data.settings]
+    rows = [_row(s, name, records) for s in data.settings]
     sign = -1.0 if up else 1.0
     rows.sort(key=lambda r: (not r.values, not r.whole, sign * r.mean if r.values else 0.0))
     return Ranking(figure, up, tuple(rows)) if any(r.values for r in rows) else None
 
 
-def _row(setting: Setting, metric: str, records: Mapping[str, Any]) -> Row:
+def _row(setting: Setting, figure: str, records: Mapping[str, Any]) -> Row:
     values: list[float] = []
     remarks: list[str] = []
     ci = None
@@ -178,10 +179,10 @@ def _row(setting: Setting, metric: str, records: Mapping[str, Any]) -> Row:
         record = mapping(records.get(run.name))
         state = text(record.get("state")) or run.status
         last = run.evals[-1] if run.evals else {}
-        value = num(last, f"eval/{metric}")
+        value = num(last, f"eval/{figure}")
         if state == "finished" and value is not None and (num(last, "step") or 0) > 0:
             values.append(value)
-            ci = ci_of(last, f"eval/{metric}")
+            ci = ci_of(last, f"eval/{figure}")
         else:
             remarks.append(_remark(run, state, record))
     return Row(setting, tuple(values), ci if len(values) == 1 else None, not remarks, tuple(remarks))
@@ -223,7 +224,7 @@ def settings_table(data: ReportData) -> Element | None:
     best = {r.setting.key for r in ranked.best}
     body = [_line(r, ranked, share, scale, r.setting.key in best) for r in ranked.rows]
     better = "higher is better" if ranked.up else "lower is better"
-    caption = f"{ranked.figure.label} ({better}) on held-out rows, at the end of each run"
+    caption = f"{ranked.figure.title} ({better}) on held-out rows, at the end of each run"
     return el(
         "div",
         table(["setting", "mean", "spread", "", "seeds"], body, numeric=(1,), caption=caption, class_="ranked"),

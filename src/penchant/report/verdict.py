@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from penchant.metrics.names import METRICS, Metric
 from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, said, table
-from penchant.report.metrics import HELD_OUT, Figure, meaning
 from penchant.report.safe import ci_of, mapping, mappings, num, sequence, text
 from penchant.report.settings import Ranking, Row, held_out_rows, ranking, spread, tried
 from penchant.report.svg import MISSING, count, estimate, interval, number, shown, strip
@@ -19,7 +19,7 @@ Tone = Literal["good", "bad", "open", "plain"]
 MARK = {"good": "\u25b2", "bad": "\u25bc", "open": "\u25cb", "plain": "\u2022"}
 TONE_WORD = {"good": "shown: ", "bad": "worse: ", "open": "not shown: ", "plain": ""}
 MOST = 8  # sentences of a comparison that are not folded
-MAIN = ("win_rate", "reward", "rewards/accuracies", "loss", "perplexity")
+HELD_OUT = [m for m in METRICS.values() if m.label]
 
 
 def statement(tone: Tone, *words: Node | Iterable[Node], lead: bool = False) -> Element:
@@ -109,7 +109,7 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
         if not own:
             made.append(statement("open", f"No held-out comparison with the start: {why}.", lead=first))
         return made
-    order = [found[n] for n in MAIN if n in found and not (n == "loss" and "reward" in found)]
+    order = [c for n, c in found.items() if c.figure.main and not (n == "loss" and "reward" in found)]
     for i, change in enumerate(order):
         made.append(statement(_tone_of(change), _sentence(change, run), lead=first and i == 0 and not own))
     if "kl/policy_ref" in found:
@@ -263,7 +263,7 @@ def of_runs(data: ReportData) -> list[Node]:
     rows = held_out_rows(data)
     on = f" on {rows[0]:,.0f} held-out rows" if len(rows) == 1 else ""
     only = tried(data) == 1
-    figure = f", {ranked.figure.label} {estimate(best[0].mean, best[0].ci, share)}{on} ({spread(best[0], share)})."
+    figure = f", {ranked.figure.title} {estimate(best[0].mean, best[0].ci, share)}{on} ({spread(best[0], share)})."
     start = "" if only else f"Best by validation of {tried(data)} settings: "
     made: list[Node] = [statement("plain", start, names, figure.replace(" ()", ""), lead=True)]
     made += _doubts(ranked, best)
@@ -350,7 +350,7 @@ class Change:
         before: None where it was not evaluated at the start, or means nothing there; reading: what may be said of it.
     """
 
-    figure: Figure
+    figure: Metric
     before: float | None
     before_ci: Pair
     after: float
@@ -372,9 +372,9 @@ class Change:
             return "plain"
         if self.after_ci[0] <= against[1] and self.after_ci[1] >= against[0]:
             return "unclear"
-        if self.figure.up is None:
+        if self.figure.better not in ("higher", "lower"):
             return "moved"
-        return "better" if (self.after_ci[0] > against[1]) == self.figure.up else "worse"
+        return "better" if (self.after_ci[0] > against[1]) == (self.figure.better == "higher") else "worse"
 
 
 def changes(run: RunData) -> list[Change]:
@@ -410,7 +410,7 @@ def held_out(run: RunData) -> Element | None:
 def _row(c: Change, started: bool) -> list[Node]:
     share = c.figure.share
     unit = el("small", f" {c.figure.unit}") if c.figure.unit else None
-    what = el("small", meaning(c.figure.name), class_="what")
+    what = el("small", c.figure.meaning, class_="what")
     name = el("span", c.figure.label, unit, what)
     shown_ci = interval(*c.after_ci, share) if c.after_ci and c.after_ci[0] < c.after_ci[1] else ""
     after = estimate(c.after, c.after_ci, share)

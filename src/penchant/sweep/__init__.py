@@ -33,6 +33,7 @@ from penchant.config import (
 )
 from penchant.errors import ConfigError, DataError, ModelError, PenchantError, RewardError
 from penchant.losses import LOSSES
+from penchant.metrics.names import higher_is_better
 from penchant.sweep.halving import Halving, read_halving
 from penchant.sweep.search import Range, SearchConfig
 
@@ -154,7 +155,6 @@ KEYS = ("output", "base", "grid", "runs", "search", "halving", "metric", "direct
 SEED = "train.seed"
 BASE = "base"  # the name of the one variant of a sweep without `runs`
 HELD_OUT = ("eval_path", "validation_rows", "validation_fraction")
-LOWER_IS_BETTER = re.compile(r"(^|/)(loss|nll|perplexity|ece|brier)$|(^|/)kl(/|$)")
 
 _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
 
@@ -457,11 +457,6 @@ def _metric(
     if direction not in (None, "min", "max"):
         raise ConfigError(place_of(("direction",), places, source), f"direction is {direction!r}", "give min or max")
     return metric, higher_is_better(metric) if direction is None else direction == "max", place
-
-
-def higher_is_better(metric: str) -> bool:
-    """Of a held-out figure, by its name."""
-    return LOWER_IS_BETTER.search(metric) is None
 
 
 def usual_metric(config: RunConfig) -> str:

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from penchant.metrics.names import METRICS
 from penchant.watch.plot import Point
 from penchant.watch.text import clean, interval, number, whole
 
@@ -193,15 +194,7 @@ State = Literal["waiting", "preparing", "running", "paused", "finished", "stoppe
 RECENT = 20  # steps whose mean speed the time left follows from
 EDGE = 10  # a training figure's first and last value are means over a tenth of its steps, at most so many
 
-TRAIN = (
-    *("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "reward", "kl/policy_ref"),
-    *("completions/length", "grad_norm", "lr"),
-)
-HELD_OUT = (
-    *("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "eval/logps/chosen", "eval/logps/rejected"),
-    *("eval/reward", "eval/win_rate", "eval/kl/policy_ref", "eval/completions/length", "eval/perplexity"),
-    *("eval/calibration/ece",),
-)
+FOLLOWED = (*(m.name for m in METRICS.values() if m.label), "grad_norm", "lr")
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +264,7 @@ class RunView:
             return
         if row.get("kind") == "train":
             self.last = dict(row)
-            for key in TRAIN:
+            for key in FOLLOWED:
                 value = number(row.get(key))
                 if value is not None:
                     known = self.line.setdefault(key, [])
@@ -281,7 +274,7 @@ class RunView:
         elif row.get("kind") == "eval":
             self.first_eval = self.first_eval or dict(row)
             self.last_eval = dict(row)
-            for key in HELD_OUT:
+            for key in (f"eval/{name}" for name in FOLLOWED):
                 value = number(row.get(key))
                 if value is not None:
                     self.points.setdefault(key, []).append(Point(step, value, interval(row.get(f"{key}/ci"))))

@@ -416,7 +416,7 @@ MARGIN = Rule(
     what="the held-out reward margin rose (99% interval of its change above 0), and the win rate of sampled completions against the start's has a "
     "99% interval that includes or lies below 50% and ends below `win_rate`; or it fell from its best evaluation by more than noise (Bonferroni "
     "over evaluations) while the margin rose on. A note where the interval includes 50% but is too wide to tell. Paper: arXiv 2406.02900.",
-    needs="`eval/rewards/margins` and `eval/win_rate`: set `evaluation.reward`",
+    needs="`eval/rewards/margins` (by the loss's own reward) and `eval/win_rate`: set `evaluation.reward`",
     alarms="at most 0.5% where completions win in `win_rate` of prompts or more; the fall from the best is tested at 0.5%",
     advice="The margin is the loss's own figure. Stop at the step with the best win rate, raise loss.beta or lower train.lr, and look at whether the "
     "data prefer what evaluation.reward prefers.",
@@ -528,7 +528,7 @@ OVERFITTING = Rule(
     title="overfitting",
     what="n = the step of the best held-out loss; `loss_last - loss_n` is above 0 with its whole 99% interval, Bonferroni over all evaluations (since n was "
     "searched for). Both intervals are treated as independent, which on the same rows is too wide. Overfitting where training's loss went on falling, else "
-    "divergence. Accuracy is watched likewise; alone where the loss has a schedule; an online method's held-out reward. Also where accuracy over the last quarter "
+    "divergence. Accuracy by the loss's own reward is watched likewise; alone where the loss has a schedule; an online method's held-out reward. Also where accuracy over the last quarter "
     "of training lines is above held-out accuracy by more than `accuracy_gap` with the whole 99% interval.",
     needs="three evaluations with `eval/loss/ci` (or `eval/rewards/accuracies/ci`, `eval/reward/ci`); for the gap one evaluation, after training",
     alarms="at most 0.5% where held-out loss does not rise; 1% with accuracy; 0.5% where the gap is `accuracy_gap`",

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeGuard
 from pydantic import Field, model_validator
 
 from penchant.base.section import Section
+from penchant.metrics.names import metric
 from penchant.metrics.stats import t_quantile
 
 # ---- What a warning about a run is: a sentence with its evidence, so that nobody has to take our word for it ----
@@ -113,7 +114,6 @@ class TrustConfig(Section):
 Z95 = 1.959963984540054
 CONFIDENCE = 0.99  # of the two-sided intervals that rules look at: half a percent on each side
 SMALLEST_WINDOW = 5  # training lines that a mean is taken over, at least
-SHARES = ("win_rate", "ended", "accuracies", "agreement", "longer_wins")  # names of figures between 0 and 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +265,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _standard_error(line: Mapping[str, Any], key: str, n: int) -> float | None:
-    return standard_error(line[key], line.get(f"{key}/ci"), n, share=key.rpartition("/")[2] in SHARES)
+    return standard_error(line[key], line.get(f"{key}/ci"), n, share=metric(key).share)
 
 
 def standard_error(value: float, interval: Any, n: int, share: bool = False) -> float | None:

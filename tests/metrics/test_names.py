@@ -1,0 +1,85 @@
+"""The one table of metrics: names that are logged stand in it, which way they are better, and what old files meant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penchant.metrics.names import METRICS, SPEED, higher_is_better, metric, of_evaluation
+from penchant.runfolder import MetricsLog
+
+OLD = Path(__file__).parents[1] / "fixtures/v0_1"
+
+
+def logged(pattern: str) -> Iterator[dict[str, Any]]:
+    for file in sorted(OLD.glob(pattern)):
+        yield from map(json.loads, file.read_text(encoding="utf-8").splitlines())
+
+
+def figures(line: dict[str, Any]) -> set[str]:
+    return {k.removesuffix("/ci") for k, v in line.items() if k.endswith("/ci") or isinstance(v, float)}
+
+
+def test_no_run_may_log_a_name_that_is_not_in_the_table(tmp_path: Path) -> None:
+    """Whatever any test trains is held against the table (see conftest.py)."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write({"kind": "eval", "step": 1, "eval/rewards/accuracies": 0.5, "eval/rewards/accuracies/ci": [0.4, 0.6]})
+    for name in ("rewards/accuracy", "eval/reward/mean"):
+        with pytest.raises(AssertionError, match=f"{name} is not in"):
+            log.write({"kind": "train", "step": 1, name: 0.5})
+
+
+def test_what_old_versions_logged_is_in_the_table() -> None:
+    names = {n for line in logged("**/metrics.jsonl") for n in figures(line)}
+    assert len(names) > 40 and [n for n in names if not metric(n).meaning] == []
+    timed = {n for line in logged("**/perf.jsonl") for n in figures(line)}
+    assert timed == {m.name for m in SPEED}
+
+
+@pytest.mark.parametrize("name", ["win_rate", "eval/rewards/accuracies", "generated/reward[words]", "mine/gain", "lr"])
+def test_higher_is_better(name: str) -> None:
+    assert higher_is_better(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["eval/loss", "nll", "sft/nll", "eval/perplexity", "eval/perplexity/chosen", "calibration/ece", "kl/policy_ref",
+     "generated/kl/k3", "answers/kl/ref_policy_per_token", "loss/sft", "loss/dpo", "divergence"],
+)  # fmt: skip
+def test_lower_is_better(name: str) -> None:
+    assert not higher_is_better(name)
+
+
+def test_a_part_of_a_mix_is_its_metric_and_an_own_metric_is_only_a_name() -> None:
+    part = metric("eval/sft/nll")
+    assert (part.name, part.meaning, part.better) == ("sft/nll", METRICS["nll"].meaning, "lower")
+    own = metric("mine/gain")
+    assert (own.title, own.meaning, own.better, own.share) == ("mine/gain", "", None, False)
+    assert metric("eval/rewards/margins") is METRICS["rewards/margins"]
+    assert not metric("eval/rewards/margins/ci").meaning and not metric("").meaning
+
+
+def test_two_accuracies_have_two_names_and_two_meanings() -> None:
+    own, implicit = METRICS["rewards/accuracies"], METRICS["implicit_reward/accuracies"]
+    assert own.meaning != implicit.meaning and (own.logged, implicit.logged) == (True, False)
+    for m in (own, implicit):
+        assert (m.share, m.null, m.better) == (True, 0.5, "higher")
+
+
+def test_an_old_evaluation_on_asked_rows_is_read_as_what_it_meant() -> None:
+    (asked,) = logged("finished/evaluations.jsonl")
+    assert "beta" in asked["what"]
+    found = of_evaluation(asked)
+    for part in ("metrics", "n"):
+        assert not any(k.startswith("eval/rewards/") for k in found[part])
+        assert list(found[part].values()) == list(asked[part].values())
+    assert found["metrics"]["eval/implicit_reward/margins/ci"] == asked["metrics"]["eval/rewards/margins/ci"]
+    assert of_evaluation(found) == found
+    # the run's own figures: by the loss's own reward, then and now
+    bare = {**asked, "what": {"checkpoint": "step-6", "data": "held out"}}
+    assert of_evaluation(bare) == bare and "eval/rewards/accuracies" in bare["metrics"]
+    assert of_evaluation({"what": 3, "metrics": None}) == {"what": 3, "metrics": None}
