@@ -1,0 +1,251 @@
+"""Breaks the code on purpose, one place at a time, and runs the tests that should notice.
+
+    python tools/mutate.py                       # every mutation of tools/mutations.toml, each with its own tests
+    python tools/mutate.py k3-sign 'resume-*'    # some of them, by name
+    python tools/mutate.py --file training/      # those in files below src/penchant/training/
+    python tools/mutate.py --list                # what there is, and why each one matters
+
+A mutation replaces one text in one file of src/penchant. It is applied to a temporary copy of the repository, never here. It is
+killed when a test fails, and survives when all pass. The unchanged copy is tested first, because a test that fails anyway kills
+nothing. A survivor needs a test, or a line `accepted = "..."` in the table that says why it does no harm.
+
+Exit code 0: all killed, or survived as accepted. 1: something survived, its text is no longer in the file exactly once, its tests
+could not be run, or the tests fail without it. 2: no such mutation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from queue import SimpleQueue
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "tools" / "mutations.toml"
+SOURCE = Path("src/penchant")
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """One place to break.
+
+    Args:
+        name: of the mutation; file: below src/penchant; old, new: the text and what replaces it; why: what would go wrong.
+        tests: files or tests below tests/, separated by spaces; accepted: why it may survive, empty where it must not.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    why: str
+    tests: str
+    accepted: str = ""
+
+    def paths(self) -> list[str]:
+        """Its tests, from the repository's root."""
+        return [f"tests/{test}" for test in self.tests.split()]
+
+    def problem(self, root: Path) -> str | None:
+        """Why it cannot be applied to the repository at `root`, or None."""
+        path = root / SOURCE / self.file
+        times = path.read_text(encoding="utf-8").count(self.old) if path.is_file() else 0
+        if times == 1:
+            return None
+        others = [
+            str(p.relative_to(root / SOURCE))
+            for p in sorted((root / SOURCE).rglob("*.py"))
+            if p != path and self.old in p.read_text(encoding="utf-8")
+        ]
+        moved = f"; it stands in {', '.join(others)}" if others else ""
+        return f"its text stands {times} times in {self.file}, not once{moved}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a mutation: ``killed``, ``survived``, ``accepted`` (survived, as the table says), ``not applicable`` or ``broken``."""
+
+    mutation: Mutation
+    kind: str
+    detail: str = ""
+    seconds: float = 0.0
+
+    @property
+    def good(self) -> bool:
+        return self.kind in ("killed", "accepted")
+
+    def line(self) -> str:
+        detail = f"  {self.detail}" if self.detail else ""
+        return f"{self.kind:<14}  {self.mutation.name:<34}  {self.mutation.file}  ({self.seconds:.0f} s){detail}"
+
+
+def read_table(path: Path = TABLE) -> list[Mutation]:
+    """Every mutation, in the table's order."""
+    with path.open("rb") as file:
+        return [Mutation(**row) for row in tomllib.load(file)["mutation"]]
+
+
+def chosen(table: Sequence[Mutation], names: Sequence[str], file: str = "") -> list[Mutation]:
+    """Those whose names match one of `names` (shell patterns; none: all) and whose files begin with `file`."""
+    of_file = [m for m in table if m.file.startswith(file)]
+    return [m for m in of_file if not names or any(fnmatchcase(m.name, n) for n in names)]
+
+
+def copy_repository(root: Path, folder: Path) -> Path:
+    """Every file that git knows or would add, as it is now; `shared` beside the repository is linked, for tests that read it."""
+    copy = folder / "repository"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=root,
+        capture_output=True,
+        check=True,
+    )
+    for name in listed.stdout.decode().split("\0"):
+        if name and (root / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, copy / name)
+    shared = root.parent / "shared"
+    if shared.is_dir():
+        (folder / "shared").symlink_to(shared)
+    return copy
+
+
+def run_tests(copy: Path, tests: Sequence[str], timeout: float | None, *more: str) -> tuple[int | None, str]:
+    """pytest's exit code (None: it took too long) and output."""
+    env = os.environ | {"PYTHONPATH": str(copy / "src")}
+    env.setdefault("OMP_NUM_THREADS", "1")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--durations=0",
+        "--tb=line",
+        *more,
+        *tests,
+    ]
+    try:
+        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return done.returncode, done.stdout + done.stderr
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a source file and forget its bytecode: a change of equal length within a second would go unseen."""
+    path.write_text(text, encoding="utf-8")
+    for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
+        compiled.unlink()
+
+
+def try_mutation(mutation: Mutation, copy: Path, *, whole_suite: bool = False, timeout: float | None = None) -> Outcome:
+    """Apply it to the copy, run its tests, and take it back."""
+    started = time.monotonic()
+    problem = mutation.problem(copy)
+    if problem is not None:
+        return Outcome(mutation, "not applicable", problem)
+    path = copy / SOURCE / mutation.file
+    text = path.read_text(encoding="utf-8")
+    _write(path, text.replace(mutation.old, mutation.new))
+    try:
+        code, output = run_tests(copy, ["tests"] if whole_suite else mutation.paths(), timeout, "-x")
+    finally:
+        _write(path, text)
+    seconds = time.monotonic() - started
+    if code is None:
+        return Outcome(mutation, "killed", "the tests did not come to an end", seconds)
+    if code == 1:
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        return Outcome(mutation, "killed", f"by {failed.group(1)}" if failed else "", seconds)
+    if code == 0:
+        kind = "accepted" if mutation.accepted else "survived"
+        return Outcome(mutation, kind, mutation.accepted or mutation.why, seconds)
+    return Outcome(mutation, "broken", f"pytest ended with {code}: {_last_line(output)}", seconds)
+
+
+def _last_line(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+def run(mutations: Sequence[Mutation], root: Path = ROOT, *, options: argparse.Namespace) -> int:
+    """Try each of them; prints a line each and a summary, returns the exit code."""
+    with tempfile.TemporaryDirectory(prefix="penchant-mutate-") as folder:
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for i in range(options.jobs):
+            copies.put(copy_repository(root, Path(folder) / str(i)))
+        if not options.no_check:
+            copy = copies.get()
+            tests = ["tests"] if options.all else list(dict.fromkeys(t for m in mutations for t in m.paths()))
+            code, output = run_tests(copy, tests, None)
+            copies.put(copy)
+            if code != 0:
+                print(output, "\nThe tests fail without any mutation; nothing was tried.", sep="")
+                return 1
+            print(f"without a mutation: {_last_line(output)}", flush=True)
+
+        def one(mutation: Mutation) -> Outcome:
+            copy = copies.get()
+            try:
+                outcome = try_mutation(mutation, copy, whole_suite=options.all, timeout=options.timeout)
+            finally:
+                copies.put(copy)
+            print(outcome.line(), flush=True)
+            return outcome
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            outcomes = list(pool.map(one, mutations))
+    kinds = [o.kind for o in outcomes]
+    counts = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(("killed", "survived", *kinds)))
+    print(f"\n{len(outcomes)} mutations: {counts}")
+    for outcome in outcomes:
+        if outcome.kind == "killed" and outcome.mutation.accepted:
+            print(f"{outcome.mutation.name} is killed now: take `accepted` out of the table")
+    return 0 if all(o.good for o in outcomes) else 1
+
+
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="names of mutations, or shell patterns; default: all")
+    parser.add_argument("--file", default="", help="only those in files whose path below src/penchant begins so")
+    parser.add_argument("--list", action="store_true", help="list them, run nothing")
+    parser.add_argument("--all", action="store_true", help="run the whole suite for each, not only its own tests")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="how many at a time, each in a copy of its own (default: 1)"
+    )
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for the tests of one (default: 900)")
+    parser.add_argument("--no-check", action="store_true", help="do not test the unchanged copy first")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    options = options_of(arguments)
+    mutations = chosen(read_table(), options.names, options.file)
+    if not mutations:
+        print("no mutation is called that; --list shows them", file=sys.stderr)
+        return 2
+    if options.list:
+        for m in mutations:
+            print(f"{m.name:<34}  {m.file}: {m.why}" + (f" (accepted: {m.accepted})" if m.accepted else ""))
+        return 0
+    return run(mutations, options=options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
