@@ -67,7 +67,7 @@ def test_a_change_that_a_test_notices_is_killed_and_another_survives(
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     root = _repository(tmp_path / "root")
     before = (root / "src/penchant/sums.py").read_text()
-    assert mutate.run([KILLED, SURVIVED], root, options=mutate.options_of(["--no-check"])) == 1
+    assert mutate.run([KILLED, SURVIVED], root, options=mutate.options_of(["--no-check", "--fresh"])) == 1
     out = capfd.readouterr().out
     assert "by tests/test_sums.py::test_total" in out and "2 mutations: 1 killed, 1 survived" in out
     assert (root / "src/penchant/sums.py").read_text() == before  # the working tree is never touched
@@ -93,7 +93,7 @@ def test_what_becomes_of_a_mutation(
     code: int,
     said: str,
 ) -> None:
-    monkeypatch.setattr(mutate, "run_tests", lambda *_: (pytest_code, ""))
+    monkeypatch.setattr(mutate, "run_tests", lambda *_, **__: (pytest_code, ""))
     root = _repository(tmp_path / "root")
     assert mutate.run([mutation], root, options=mutate.options_of(["--no-check"])) == code
     assert said in capfd.readouterr().out
@@ -102,7 +102,7 @@ def test_what_becomes_of_a_mutation(
 def test_nothing_is_tried_where_the_tests_fail_anyway(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mutate, "run_tests", lambda *_: (1, ""))
+    monkeypatch.setattr(mutate, "run_tests", lambda *_, **__: (1, ""))
     assert mutate.run([KILLED], _repository(tmp_path / "root"), options=mutate.options_of([])) == 1
     assert "killed" not in capfd.readouterr().out
 
