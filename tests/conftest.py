@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# no test cuts the power: what the kernel holds is there for every process, and waiting for the disk is a tenth of the suite
+os.fsync = lambda _file: None
 
 # how long an example takes is the machine's affair
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -30,6 +35,18 @@ def shared_dir() -> Path:
 
 
 NUMBER = itertools.count()
+FROZEN = 0  # modules that the garbage collector no longer walks through
+
+
+@pytest.fixture(autouse=True)
+def _short_collections() -> Iterator[None]:
+    """torch and transformers bring a million objects; each `gc.collect` would look at all of them."""
+    global FROZEN
+    yield
+    if len(sys.modules) > FROZEN + 100:
+        gc.collect()
+        gc.freeze()
+        FROZEN = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)
