@@ -187,7 +187,7 @@ def audit(
     from penchant.runs import Run
 
     run = Run(as_config(config, overrides), quiet=quiet)
-    return run.audit(tokenize=tokenise, languages=languages, counters=_own_counters(reward, check))
+    return run.rows.audit(tokenize=tokenise, languages=languages, counters=_own_counters(reward, check))
 
 
 def audit_files(

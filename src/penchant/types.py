@@ -248,38 +248,48 @@ class Algorithm(Protocol):
     """What the loop trains: it knows each micro-batch's share of the global means, and turns a micro-batch into losses.
 
     A step is `begin_step` with everything that it trains on, then `score` and `loss` for each micro-batch, then `end_step`.
+    A class that inherits from this one writes `weights`, `score` and `loss`; the others do nothing until they are overridden.
     """
 
     @property
     def coupled(self) -> bool:
         """Whether the loss of one example depends on the log-probs of the others: then `loss` gets a whole step at once."""
+        return False
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
         """Fix what holds for optimizer step `step` (0-based), and say what it trains on: `trees`, or what was written to them.
 
         `progress` goes from 0 at the first to 1 at the last step.
         """
+        return trees
 
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
         """The batch's part of each term's denominator, known before its forward pass."""
+        ...
 
     def score(self, batch: PackedBatch) -> Any:
         """The forward pass: what `loss` takes (a `Scored` for losses over completions)."""
 
     def loss(self, scored: Any) -> LossOutput:
         """Unreduced losses with gradient, and detached metrics."""
+        ...
 
     def step_values(self) -> Mapping[str, float]:
         """Numbers of the step for its log line: scheduled hyperparameters and the like."""
+        return {}
 
     def accepts(self, means: Mapping[str, float]) -> bool:
         """Whether the step may be taken, by its metrics' global means; a refused one leaves the weights as they are."""
+        return True
 
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
         """After optimizer step `step` (1-based), with its metrics' global means."""
+        return None
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What a resumed run needs beside model and optimizer."""
+        return {}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `state_tensors`."""
+        return None

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from families import make_tree, tiny_model
+from penchant.algorithms.options import OnlineConfig
 from steps import step_gradient
 from tiny import tiny_model_folder, write_jsonl
 
 from penchant import api
 from penchant.algorithms.group import GroupPolicyGradient
 from penchant.algorithms.online_dpo import best_against_worst
-from penchant.algorithms.options import OnlineConfig
 from penchant.algorithms.rollouts import Group, pack_groups, unpack_groups
 from penchant.data.packing import pack
 from penchant.errors import ConfigError, DataError, RewardError

@@ -11,10 +11,10 @@ import pytest
 import torch
 from encoders import encoder_configs, encoder_folder
 from families import family_configs, some_pairs, tiny_model
+from penchant.algorithms.options import RewardModelConfig
 from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
 from penchant import api
-from penchant.algorithms.options import RewardModelConfig
 from penchant.algorithms.reward_model import RewardTraining
 from penchant.data.packing import pack
 from penchant.errors import ConfigError, DataError, ModelError

@@ -1,1 +1,59 @@
-"""Algorithms: each turns packed batches into losses; the loop owns everything else."""
+"""Algorithms: each turns packed batches into losses; the loop owns everything else.
+
+`ALGORITHMS` holds them by name, or ``path.py:Class`` names one of a user's own: its class is a section of the config (see `Method`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+from penchant.algorithms.group import GroupConfig
+from penchant.algorithms.method import AlgorithmConfig, Method
+from penchant.algorithms.online_dpo import OnlineDPOConfig
+from penchant.algorithms.ppo import PPOConfig
+from penchant.algorithms.reward_model import RewardModelConfig
+from penchant.base.files import file_sha256
+from penchant.base.functions import is_own, own_file, python_object
+from penchant.base.text import did_you_mean
+from penchant.errors import ConfigError
+
+ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
+    "rloo": GroupConfig,
+    "grpo": GroupConfig,
+    "online_dpo": OnlineDPOConfig,
+    "ppo": PPOConfig,
+    "reward_model": RewardModelConfig,
+}
+
+
+def find_algorithm(name: str, where: str = "algorithm.name") -> type[AlgorithmConfig]:
+    """The section of an algorithm: of `ALGORITHMS`, or of a user's file.
+
+    Raises:
+        ConfigError: no such file or class, or a class that is not an `AlgorithmConfig`. ValueError: no such algorithm.
+    """
+    if is_own(name):
+        return _own(name, content_of(name), where)
+    if name not in ALGORITHMS:
+        raise ValueError(f"name is {name!r}; {did_you_mean(name, ALGORITHMS)}")
+    return ALGORITHMS[name]
+
+
+def content_of(name: str) -> str | None:
+    """SHA-256 of the file of a user's own algorithm; None of any other name, or where there is no such file."""
+    return file_sha256(own_file(name)) if is_own(name) and own_file(name).is_file() else None
+
+
+@functools.lru_cache(maxsize=16)
+def _own(name: str, sha256: str | None, where: str) -> type[AlgorithmConfig]:
+    """Once for each content of a file: `sha256` is there so that an edited file is read again."""
+    found = python_object(name, where)
+    if not inspect.isclass(found) or not issubclass(found, AlgorithmConfig):
+        raise ConfigError(where, f"{name} is not an AlgorithmConfig", "see `Your own algorithm` in CONTRIBUTING.md")
+    if found.build is Method.build:
+        raise ConfigError(where, f"{name} has no method build(parts)", "see `Your own algorithm` in CONTRIBUTING.md")
+    return found
+
+
+__all__ = ["ALGORITHMS", "AlgorithmConfig", "Method", "content_of", "find_algorithm"]

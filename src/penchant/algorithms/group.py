@@ -4,17 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from penchant.algorithms.options import OnlineConfig
-from penchant.algorithms.rollouts import Buffer, Group, Writer, reward_metrics_of, score_groups
-from penchant.logprobs import Scorer
-from penchant.logprobs.reference import LiveReference
-from penchant.losses.divergences import kl_estimate
+from penchant.algorithms.method import Parts
+from penchant.algorithms.rollouts import (
+    Buffer,
+    Group,
+    OnlineConfig,
+    Writer,
+    against_each_other,
+    reward_metrics_of,
+    score_groups,
+)
+from penchant.base.lazy import lazy
 from penchant.losses.policy_gradient import clipped_surrogate, group_normalized, leave_one_out
-from penchant.types import LossOutput, PackedBatch, TokenTree
+from penchant.types import Algorithm, LossOutput, PackedBatch, TokenTree
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from penchant.logprobs import Scorer
+    from penchant.logprobs import reference as references
+    from penchant.logprobs.reference import LiveReference
+    from penchant.losses import divergences
+else:
+    torch, references = lazy("torch"), lazy("penchant.logprobs.reference")
+    divergences = lazy("penchant.losses.divergences")
+
+
+class GroupConfig(OnlineConfig):
+    """RLOO or GRPO: completions of one prompt are judged against each other."""
+
+    name: Literal["rloo", "grpo"] = Field(description="rloo or grpo")
+
+    @model_validator(mode="after")
+    def _against_each_other(self) -> GroupConfig:
+        return against_each_other(self)
+
+    @property
+    def about(self) -> str:
+        how = {
+            "rloo": "RLOO: policy gradient whose baseline is the mean reward of the prompt's other completions",
+            "grpo": "GRPO: clipped policy gradient on rewards normalized within a prompt's completions",
+        }
+        return f"`{self.name}`: {how[self.name]}."
+
+    @property
+    def default_beta(self) -> float:  # type: ignore[override]
+        return 0.04 if self.name == "grpo" else 0.05
+
+    def build(self, parts: Parts) -> GroupPolicyGradient:
+        writer = self.writer(parts)
+        return GroupPolicyGradient(parts.scorer, parts.live_reference, writer, self, parts.config.train.tokens_per_step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +74,7 @@ class ScoredTokens:
 
 
 @dataclass(slots=True)
-class GroupPolicyGradient:
+class GroupPolicyGradient(Algorithm):
     """RLOO (arXiv 2402.14740) and GRPO (arXiv 2402.03300).
 
     RLOO: ``A_i = R_i - mean_{j != i} R_j`` with ``R = r - beta sum_t (log pi - log ref)``, summed over a completion's tokens.
@@ -47,7 +91,6 @@ class GroupPolicyGradient:
     writer: Writer
     config: OnlineConfig
     tokens_per_step: int
-    coupled: bool = False
     buffer: Buffer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,7 +108,7 @@ class GroupPolicyGradient:
             lambda batch: {"ref": self.reference.token_logps(batch)}
         ]
         if self.config.updates > 1:
-            passes.append(lambda batch: {"old": LiveReference(self.scorer).token_logps(batch)})
+            passes.append(lambda batch: {"old": references.LiveReference(self.scorer).token_logps(batch)})
         score_groups(groups, passes, self.scorer, self.tokens_per_step)
         for g in groups:
             drift = g.extras["old"] - g.extras["ref"]
@@ -97,7 +140,7 @@ class GroupPolicyGradient:
         losses, ratios, bound = clipped_surrogate(
             s.logps, s.old_logps, s.advantages[s.completion_of], clip=cfg.clip, clip_high=cfg.clip_high
         )
-        k3 = kl_estimate(s.logps, s.ref_logps, "k3")
+        k3 = divergences.kl_estimate(s.logps, s.ref_logps, "k3")
         tokens = torch.ones_like(ratios)
         metrics = {
             "ratio": (ratios, None),
@@ -118,12 +161,6 @@ class GroupPolicyGradient:
     def step_values(self) -> dict[str, float]:
         groups = self.buffer.groups
         return reward_metrics_of(groups) | {"kl/policy_ref": float(torch.cat([g.extras["kl"] for g in groups]).mean())}
-
-    def accepts(self, means: Mapping[str, float]) -> bool:
-        return True
-
-    def end_step(self, step: int, means: Mapping[str, float]) -> None:
-        pass
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The current rollouts: a run that stops between two updates goes on with the same ones."""

@@ -4,21 +4,103 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from penchant.algorithms.method import Evaluation, Method, Parts, Signal
+from penchant.base.lazy import lazy
 from penchant.data.packing import pack, plan_microbatches, tree_tokens
 from penchant.errors import ConfigError
-from penchant.logprobs import CompletionLogps, Scorer, per_completion
-from penchant.logprobs.reference import LiveReference, MovingReference, Reference
-from penchant.losses.divergences import DivergenceKind
 from penchant.losses.helpers import Metrics, reward_metrics, side_metrics
 from penchant.losses.registry import LossParams, LossSpec
 from penchant.losses.schedules import Schedule
+from penchant.losses.section import LossConfig
 from penchant.losses.unpaired import kto_z0
 from penchant.types import LossOutput, PackedBatch, PairLogps, Scored, TokenTree, UnpairedLogps, Weighted
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from penchant import logprobs
+    from penchant.logprobs import CompletionLogps, Scorer
+    from penchant.logprobs import reference as references
+    from penchant.logprobs.reference import Reference
+    from penchant.losses import divergences
+else:
+    torch, logprobs = lazy("torch"), lazy("penchant.logprobs")
+    references, divergences = lazy("penchant.logprobs.reference"), lazy("penchant.losses.divergences")
+
+# needs of a loss that change nothing in the log-probs that a pass over held-out rows leaves
+SCORED_ALIKE = frozenset({"reference", "scores", "score_gap", "labels", "delta", "batch"})
+
+
+@dataclass(frozen=True, slots=True)
+class Losses(Method):
+    """The `loss` section of a config: one loss or a mix, on given answers."""
+
+    config: LossConfig
+
+    @property
+    def specs(self) -> list[LossSpec]:
+        return [c.spec for c in self.config.components]
+
+    @property
+    def name(self) -> str:
+        return "+".join(s.name for s in self.specs)
+
+    @property
+    def about(self) -> str:
+        papers = {
+            s.name: f" ([arXiv {s.paper}](https://arxiv.org/abs/{s.paper}))" if s.paper else "" for s in self.specs
+        }
+        return "\n\n".join(f"`{s.name}`: `{s.formula}`{papers[s.name]}" for s in self.specs)
+
+    @property
+    def signal(self) -> Signal:
+        """One loss on labels among them takes pairs apart, one on pairs needs both answers."""
+        order: tuple[Signal, ...] = ("pairs", "unpaired", "tokens")
+        return next(s for s in order if s in {spec.signal for spec in self.specs})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(s.needs for s in self.specs))
+
+    @property
+    def live_reference(self) -> bool:
+        return "divergence" in self.needs  # a cache does not hold whole distributions
+
+    @property
+    def metric(self) -> str:
+        return "eval/loss" if {s.signal for s in self.specs} == {"tokens"} else "eval/rewards/accuracies"
+
+    @property
+    def default_lr(self) -> tuple[float, float]:
+        return (2e-5, 2e-4) if self.signal == "tokens" else (1e-6, 5e-5)
+
+    def build(self, parts: Parts) -> Offline:
+        config, train = self.config, parts.config.train
+        return Offline(
+            parts.scorer,
+            [
+                Component(spec, c.params, c.weight, c.schedules)
+                for spec, c in zip(self.specs, config.components, strict=True)
+            ],
+            parts.reference,
+            nll_weight=config.nll_weight,
+            average_log_prob=config.average_log_prob,
+            mismatched=parts.mismatched,
+            tokens_per_step=parts.config.evaluation.tokens_per_step or train.tokens_per_step,
+        )
+
+    def evaluate(self, held_out: Evaluation) -> dict[str, Any]:
+        from penchant.metrics.heldout import heldout_metrics
+
+        algorithm: Offline = held_out.algorithm
+        moves = held_out.parts.config.reference.moves
+        if moves:  # rewards against a reference that went along would say nothing of what was learned
+            algorithm = replace(algorithm, reference=held_out.start())
+        scored, trees = held_out.scored(algorithm, alike=self.needs <= SCORED_ALIKE and not moves)
+        return heldout_metrics(algorithm, scored, trees) | held_out.completions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +148,7 @@ class Offline:
         for c in self.components:
             if "reference" in c.spec.needs and self.reference is None:
                 raise ConfigError("loss.name", f"{c.spec.name} needs a reference model", "set reference.kind")
-        if "divergence" in self.needs and not isinstance(self.reference, LiveReference):
+        if "divergence" in self.needs and not isinstance(self.reference, references.LiveReference):
             raise ConfigError(
                 "reference.kind",
                 "an exact divergence needs the reference's whole distribution, which a cache does not hold",
@@ -94,7 +176,7 @@ class Offline:
     def _estimate_z0(self, trees: Sequence[TokenTree]) -> float:
         assert self.reference is not None
         policy, ref = [], []
-        live = LiveReference(self.scorer)
+        live = references.LiveReference(self.scorer)
         device = next(self.scorer.model.parameters()).device
         for members in plan_microbatches([tree_tokens(t, self.scorer.shared) for t in trees], self.tokens_per_step):
             batch = pack([trees[i] for i in members], shared=self.scorer.shared).to(device)
@@ -107,7 +189,9 @@ class Offline:
         """Every term's denominator: what the loss says of made-up log-probs, since weights do not depend on them."""
         zeros = torch.zeros(len(batch.lengths), device=batch.lengths.device)
         with torch.no_grad():
-            out = self.loss(self._scored(batch, CompletionLogps(zeros, zeros.new_zeros(0), zeros), zeros, zeros, zeros))
+            out = self.loss(
+                self._scored(batch, logprobs.CompletionLogps(zeros, zeros.new_zeros(0), zeros), zeros, zeros, zeros)
+            )
         return {
             name: float(values.numel()) if weights is None else float(weights.double().sum())
             for name, (values, weights) in out.summands().items()
@@ -118,18 +202,20 @@ class Offline:
         needs, reference = self.needs, self.reference
         shared = "shared_logps" in needs
         if "divergence" in needs:
-            assert isinstance(reference, LiveReference)
+            assert isinstance(reference, references.LiveReference)
             (params,) = (p for c, p in zip(self.components, self._now, strict=True) if "divergence" in c.spec.needs)
-            kind = DivergenceKind(params.divergence, params.direction, params.renyi_alpha)  # type: ignore[attr-defined]
+            kind = divergences.DivergenceKind(params.divergence, params.direction, params.renyi_alpha)  # type: ignore[attr-defined]
             policy = self.scorer.divergence(batch, reference.row_logits(batch), kind)
             assert policy.ref_tokens is not None and policy.divergence is not None
             ref_tokens = policy.ref_tokens if shared else None
-            divergence = per_completion(policy.divergence, batch)
-            return self._scored(batch, policy, per_completion(policy.ref_tokens, batch), divergence, None, ref_tokens)
+            divergence = logprobs.per_completion(policy.divergence, batch)
+            return self._scored(
+                batch, policy, logprobs.per_completion(policy.ref_tokens, batch), divergence, None, ref_tokens
+            )
         ref_tokens = ref = None
         if reference is not None and "reference" in needs:
             ref_tokens = reference.token_logps(batch) if shared else None
-            ref = per_completion(ref_tokens, batch) if ref_tokens is not None else reference.logps(batch)
+            ref = logprobs.per_completion(ref_tokens, batch) if ref_tokens is not None else reference.logps(batch)
         policy = self.scorer.logps(batch, alignment="alignment" in needs)
         return self._scored(batch, policy, ref, None, None, ref_tokens)
 
@@ -146,8 +232,8 @@ class Offline:
         ref_shared = shared
         if shared is None and ref_tokens is not None:
             first = _first_tokens(batch).to(dtype)
-            shared = per_completion(policy.tokens * first, batch)
-            ref_shared = per_completion(ref_tokens.to(dtype) * first, batch)
+            shared = logprobs.per_completion(policy.tokens * first, batch)
+            ref_shared = logprobs.per_completion(ref_tokens.to(dtype) * first, batch)
         return Scored(
             tree=batch.completion_tree,
             slot=batch.completion_slot,
@@ -218,7 +304,7 @@ class Offline:
                 for side, name in enumerate(("rewards/chosen", "rewards/rejected")):
                     if prefix + name in means:
                         self._reward_means[side] += torch.tensor([means[prefix + name], 1.0], dtype=torch.float64)
-        if isinstance(self.reference, MovingReference):
+        if isinstance(self.reference, references.MovingReference):
             self.reference.after_step(step)
 
     @property
@@ -243,14 +329,14 @@ class Offline:
 
     def state_tensors(self) -> dict[str, Tensor]:
         state = {"reward_means": self._reward_means.clone()} if "delta" in self.needs else {}
-        if isinstance(self.reference, MovingReference):
+        if isinstance(self.reference, references.MovingReference):
             state |= {f"reference/{name}": value for name, value in self.reference.state_tensors().items()}
         return state
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         if "reward_means" in tensors:
             self._reward_means = tensors["reward_means"].clone()
-        if isinstance(self.reference, MovingReference):
+        if isinstance(self.reference, references.MovingReference):
             prefix = "reference/"
             moved = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
             self.reference.load_state_tensors(moved)

@@ -4,16 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from penchant.algorithms.offline import Offline
-from penchant.algorithms.rollouts import Group, Writer, reward_metrics_of
-from penchant.types import LossOutput, PackedBatch, Scored, TokenTree
+from penchant.algorithms.method import Parts, Rollouts
+from penchant.algorithms.offline import Component, Offline
+from penchant.algorithms.rollouts import Group, OnlineConfig, Writer, against_each_other, reward_metrics_of
+from penchant.losses import LOSSES
+from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class OnlineDPOConfig(OnlineConfig):
+    """Online DPO: the best against the worst completion of each prompt."""
+
+    name: Literal["online_dpo"] = Field(description="online_dpo")
+
+    about: ClassVar[str] = (
+        "`online_dpo`: online DPO: -log sigmoid(beta h) on pairs of its own completions, ranked by the reward."
+    )
+    default_beta: ClassVar[float] = 0.1
+
+    @model_validator(mode="after")
+    def _one_step_on_each_pair(self) -> OnlineDPOConfig:
+        against_each_other(self)
+        if self.updates > 1:
+            raise ValueError("online_dpo takes one step on each batch of rollouts; leave out epochs and minibatches")
+        if self.kl_weight == 0:
+            raise ValueError("beta is 0; give a number above 0")
+        return self
+
+    @property
+    def rollouts(self) -> Rollouts:
+        return Rollouts(self.samples, 2, self.max_new_tokens)
+
+    def build(self, parts: Parts) -> OnlineDPO:
+        writer, dpo = self.writer(parts), LOSSES["dpo"]
+        component = Component(dpo, dpo.params.model_validate({"beta": self.kl_weight}))
+        return OnlineDPO(Offline(parts.scorer, [component], parts.live_reference), writer)
 
 
 @dataclass(slots=True)
-class OnlineDPO:
+class OnlineDPO(Algorithm):
     """Online DPO (arXiv 2402.04792): DPO on pairs that are written and judged in each step.
 
     Args:
@@ -22,7 +57,6 @@ class OnlineDPO:
 
     offline: Offline
     writer: Writer
-    coupled: bool = False
     _groups: list[Group] = field(default_factory=list)
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
@@ -44,9 +78,6 @@ class OnlineDPO:
     def step_values(self) -> dict[str, float]:
         used = sum(best_against_worst(g) is not None for g in self._groups)
         return {**reward_metrics_of(self._groups), "pairs": float(used), **self.offline.step_values()}
-
-    def accepts(self, means: Mapping[str, float]) -> bool:
-        return self.offline.accepts(means)
 
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
         self.offline.end_step(step, means)

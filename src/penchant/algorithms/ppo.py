@@ -5,20 +5,106 @@ docs/ppo.md lists every detail with its source.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from penchant.algorithms.options import PPOConfig
-from penchant.algorithms.rollouts import Buffer, Group, Writer, reward_metrics_of, score_groups
-from penchant.logprobs import Scorer
-from penchant.logprobs.reference import LiveReference
-from penchant.losses.divergences import kl_estimate
+from penchant.algorithms.method import Parts
+from penchant.algorithms.rollouts import Buffer, Group, OnlineConfig, Writer, reward_metrics_of, score_groups
+from penchant.base.lazy import lazy
+from penchant.data.tokenize import same_tokens
+from penchant.errors import ConfigError
 from penchant.losses.policy_gradient import at_last_token, clipped_surrogate, clipped_value_loss, gae, whitened
-from penchant.models.reward import ValueHead
-from penchant.types import LossOutput, PackedBatch, TokenTree
+from penchant.models.options import ModelConfig
+from penchant.types import Algorithm, LossOutput, PackedBatch, TokenTree
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from penchant.logprobs import Scorer
+    from penchant.logprobs.reference import LiveReference
+    from penchant.losses import divergences
+    from penchant.models.reward import ValueHead, ValueModel
+    from penchant.rewards import RewardConfig
+else:
+    torch, divergences = lazy("torch"), lazy("penchant.losses.divergences")
+
+
+class PPOConfig(OnlineConfig):
+    """PPO's own settings and defaults; docs/ppo.md says where each comes from."""
+
+    name: Literal["ppo"] = Field(description="ppo")
+    samples: int = Field(1, ge=1, description="completions of each prompt")
+    temperature: float = Field(0.7, gt=0, description="of sampling, and of every log-prob in the update")
+    epochs: int = Field(4, ge=1, description="passes over the rollouts")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="per-token KL penalty in the reward")
+    kl_control: Literal["fixed", "adaptive"] = Field("fixed", description="beta stays, or follows kl_target")
+    kl_target: float = Field(6.0, gt=0, description="adaptive: wanted KL per completion, nats")
+    kl_horizon: float = Field(10_000, gt=0, description="adaptive: completions over which beta follows")
+    gamma: float = Field(1.0, ge=0, le=1, description="discount of later rewards")
+    lam: float = Field(0.95, alias="lambda", ge=0, le=1, description="of generalized advantage estimation")
+    value: Literal["head", "separate"] = Field("head", description="a head on the policy, or a model of its own")
+    value_init: Literal["auto", "zero", "reward"] = Field(
+        "auto",
+        description="of a separate value model: the reward model (auto: where it fits), or head zero on the policy",
+    )
+    value_coef: float = Field(0.1, ge=0, description="weight of the value loss")
+    value_clip: float | None = Field(
+        0.2, gt=0, description="the value is held within +- this of its old one; null: not"
+    )
+    whiten_advantages: bool = Field(True, description="zero mean, unit variance over all real tokens of the rollouts")
+    whiten_rewards: bool = Field(False, description="unit variance of token rewards, mean kept")
+    normalise_scores: bool = Field(False, description="divide rewards by their running standard deviation")
+    score_clip: float | None = Field(None, gt=0, description="hold rewards within +- this")
+    adam_eps: float = Field(1e-5, gt=0, description="Adam's, in place of train.adam_eps")
+    ratio_limit: float = Field(
+        10.0, gt=1, description="a minibatch whose mean probability ratio is beyond this is not learned from"
+    )
+
+    @model_validator(mode="after")
+    def _a_value_model_to_start(self) -> PPOConfig:
+        if self.value_init == "reward" and self.value != "separate":
+            raise ValueError("value_init is reward, but a head on the policy cannot start there; set value: separate")
+        return self
+
+    @property
+    def start_beta(self) -> float:
+        """beta, resolved: 0.05 fixed; adaptive control starts at 0.2."""
+        return 0.2 if self.beta == "auto" and self.kl_control == "adaptive" else self.kl_weight
+
+    about: ClassVar[str] = (
+        "`ppo`: PPO: clipped policy gradient on generalized advantage estimates, with a KL penalty to the start."
+    )
+
+    @property
+    def optimizer(self) -> dict[str, Any]:
+        return {"adam_eps": self.adam_eps}
+
+    @property
+    def copies(self) -> int:
+        return 1 if self.value == "separate" else 0
+
+    def modules(self, parts: Parts, load: Callable[[], Any], note: Callable[[str], None]) -> dict[str, ValueModel]:
+        """The value: a head on the policy's hidden states, or a model of its own that starts as the policy or the reward model does."""
+        from penchant.models.reward import ValueModel
+
+        own = load() if self.value == "separate" else None
+        made = ValueModel(parts.model.get_input_embeddings().weight.shape[1], own)
+        if own is not None and self.value_init != "zero":
+            note(start_value(made, parts.config.reward, parts.tokenizer, demanded=self.value_init == "reward"))
+        return {"value": made.to(parts.device)}
+
+    def build(self, parts: Parts) -> PPO:
+        from penchant.logprobs import Scorer
+
+        writer, scorer, value = self.writer(parts), parts.scorer, parts.modules["value"]
+        own = None
+        if value.backbone is not None:
+            own = Scorer(value.backbone, scorer.packing, "auto" if scorer.fast else "off")
+        return PPO(scorer, parts.live_reference, value.head, writer, self, parts.config.train.tokens_per_step, own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +121,7 @@ class ScoredSteps:
 
 
 @dataclass(slots=True)
-class PPO:
+class PPO(Algorithm):
     """PPO (arXiv 1707.06347) on completions, as in arXiv 1909.08593 and 2009.01325.
 
     Token reward ``r_t = -beta kl_t``, plus the completion's reward at its last real token; advantages by GAE; loss
@@ -54,7 +140,6 @@ class PPO:
     config: PPOConfig
     tokens_per_step: int
     value_scorer: Scorer | None = None
-    coupled: bool = False
     buffer: Buffer = field(init=False)
     beta: float = field(init=False)
     _moments: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # count, mean, sum of squares
@@ -77,7 +162,7 @@ class PPO:
         lengths = torch.tensor([len(c) for g in groups for c in g.tree.completion_ids])
         old, ref, values = (torch.cat([g.extras[name] for g in groups]) for name in ("old", "ref", "values"))
         scores = self._shaped(torch.cat([g.rewards for g in groups])).to(old.dtype)
-        rewards = at_last_token(scores, lengths) - self.beta * kl_estimate(old, ref, cfg.kl_estimator)
+        rewards = at_last_token(scores, lengths) - self.beta * divergences.kl_estimate(old, ref, cfg.kl_estimator)
         if cfg.whiten_rewards:
             rewards = whitened(rewards, keep_mean=True)
         advantages, returns = gae(rewards, values, lengths, gamma=cfg.gamma, lam=cfg.lam)
@@ -145,8 +230,8 @@ class PPO:
             "value/clip_fraction": (value_bound, None),
             "value/error": (explained, None),
             "value/mean": (s.values.detach(), None),
-            "kl/per_token": (kl_estimate(s.logps.detach(), s.ref_logps, "k3"), None),
-            "kl/old_new": (kl_estimate(s.old_logps, s.logps.detach(), "k3"), None),
+            "kl/per_token": (divergences.kl_estimate(s.logps.detach(), s.ref_logps, "k3"), None),
+            "kl/old_new": (divergences.kl_estimate(s.old_logps, s.logps.detach(), "k3"), None),
             "entropy/sampled": (-s.logps.detach(), None),
             "logps/per_token": (s.logps.detach(), None),
         }
@@ -163,9 +248,6 @@ class PPO:
     def accepts(self, means: Mapping[str, float]) -> bool:
         """Not beyond `ratio_limit`: there the rollouts say nothing of the policy that is trained."""
         return means["ratio"] <= self.config.ratio_limit
-
-    def end_step(self, step: int, means: Mapping[str, float]) -> None:
-        pass
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The rollouts, the adaptive beta and the running moments of rewards."""
@@ -186,3 +268,54 @@ def _with(moments: Tensor, new: Tensor) -> Tensor:
     gap = m - mean
     squares += float((new - m).square().sum()) + gap * gap * count * n / total
     return torch.tensor([total, mean + gap * n / total, squares], dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# where a value model of its own starts
+
+
+def start_value(value: ValueModel, reward: RewardConfig, tokenizer: Any, *, demanded: bool) -> str:
+    """Let a separate value model start as the reward model: its backbone, and its head times the reward's weight.
+
+    Returns:
+        A sentence for the log.
+
+    Raises:
+        ConfigError: it cannot (no causal reward model of the policy's architecture and tokenizer among the rewards) and is `demanded`.
+    """
+    from penchant.rewards.reward_model import find_reward_model
+
+    folders = {name: found for name in reward.terms if (found := find_reward_model(name)) is not None}
+    why = "" if len(folders) == 1 else f"{len(folders)} of the rewards are reward models"
+    if not why:
+        ((name, folder),) = folders.items()
+        why = _start_there(value, str(folder), reward.terms[name], tokenizer)
+        if not why:
+            return f"value model: starts as {name}"
+    if demanded:
+        raise ConfigError("algorithm.value_init", f"is reward, but {why}", "set it to auto or zero")
+    return f"value model: starts as the policy, its head from zero ({why})"
+
+
+def _start_there(value: ValueModel, folder: str, weight: float, tokenizer: Any) -> str:
+    """Copy the weights; why not, where it cannot be."""
+    from penchant.models.load import backbone_of, load_tokenizer
+    from penchant.models.reward import head_of, is_encoder, load_model_config, load_reward_model
+
+    if is_encoder(load_model_config(folder), folder):
+        return "the reward model is an encoder, which gives no value to each token"
+    if not same_tokens(tokenizer, load_tokenizer(folder)):
+        return "the reward model has another tokenizer"
+    start = load_reward_model(ModelConfig(path=folder), torch.device("cpu")).model
+    own = backbone_of(value.backbone).state_dict() if value.backbone is not None else {}
+    # a token that was added for padding has a row behind the others, which nothing reads
+    theirs = {
+        n: w[: own[n].shape[0]] if n in own and w.ndim == 2 else w for n, w in backbone_of(start).state_dict().items()
+    }
+    if {n: w.shape for n, w in theirs.items()} != {n: w.shape for n, w in own.items()}:
+        return "the reward model has another architecture"
+    with torch.no_grad():
+        for name, to in own.items():
+            to.copy_(theirs[name])
+        value.head.weight.copy_(weight * head_of(start).weight)
+    return ""

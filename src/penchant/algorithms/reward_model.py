@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import Tensor
+from pydantic import Field
 
-from penchant.algorithms.options import RewardModelConfig
+from penchant.algorithms.method import AlgorithmConfig, Evaluation, Parts
 from penchant.losses.supervised import bradley_terry
-from penchant.rewards.reward_model import RewardScorer
-from penchant.types import LossOutput, PackedBatch, Scored, TokenTree
+from penchant.types import Algorithm, LossOutput, PackedBatch, Scored
+
+if TYPE_CHECKING:
+    from penchant.rewards.reward_model import RewardScorer
+
+
+class RewardModelConfig(AlgorithmConfig):
+    """Training a reward model on pairs; present: neither `loss` nor `reward` is used. See docs/reward_models.md."""
+
+    name: Literal["reward_model"] = Field(description="reward_model")
+    margin: Literal["none", "scores"] = Field(
+        "none", description="scores: the chosen answer should be ahead by chosen_score - rejected_score"
+    )
+    centring: float = Field(0.0, ge=0, description="weight of (r_chosen + r_rejected)^2: the mean reward goes to 0")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed share of flipped labels")
+
+    about: ClassVar[str] = "`reward_model`: Bradley-Terry: -log sigmoid(r(x, y_w) - r(x, y_l))."
+    learns_reward: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"scores"}) if self.margin == "scores" else frozenset()
+
+    def build(self, parts: Parts) -> RewardTraining:
+        return RewardTraining(parts.engine, self)
+
+    def evaluate(self, held_out: Evaluation) -> dict[str, Any]:
+        """Loss and accuracy on held-out pairs, calibration, and what length has to do with it."""
+        from penchant.metrics.heldout import heldout_metrics, pair_quality
+
+        scored, trees = held_out.scored(held_out.algorithm)
+        rewards, lengths = (v.double().cpu().numpy().reshape(-1, 2) for v in (scored.policy_logps, scored.lengths))
+        flat, tables = pair_quality(rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1])
+        held_out.keep_tables(tables)
+        return heldout_metrics(held_out.algorithm, scored, trees) | flat
 
 
 @dataclass(slots=True)
-class RewardTraining:
+class RewardTraining(Algorithm):
     """The Bradley-Terry loss on packed batches of pairs; see `losses/reward.py`.
 
     Args:
@@ -23,10 +57,6 @@ class RewardTraining:
 
     scorer: RewardScorer
     config: RewardModelConfig
-    coupled: bool = False
-
-    def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
-        return trees
 
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
         return {"main": float(batch.trees)}
@@ -55,18 +85,3 @@ class RewardTraining:
             label_smoothing=self.config.label_smoothing,
             centring=self.config.centring,
         )
-
-    def step_values(self) -> dict[str, float]:
-        return {}
-
-    def accepts(self, means: Mapping[str, float]) -> bool:
-        return True
-
-    def end_step(self, step: int, means: Mapping[str, float]) -> None:
-        pass
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        pass

@@ -4,18 +4,132 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from penchant.algorithms.options import OnlineConfig
+from penchant.algorithms.method import AlgorithmConfig, Evaluation, Parts, Rollouts, Signal
+from penchant.base.lazy import lazy
 from penchant.data.packing import pack, plan_microbatches, tree_tokens
-from penchant.logprobs import Scorer
-from penchant.rewards import Reward
-from penchant.rollout.generate import sample
+from penchant.errors import ConfigError
 from penchant.types import PackedBatch, TokenTree
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from penchant.logprobs import Scorer
+    from penchant.rewards import Reward
+else:
+    torch = lazy("torch")
+
+
+Online = TypeVar("Online", bound="OnlineConfig")
+
+
+class OnlineConfig(AlgorithmConfig):
+    """An online method, its rollouts, and its update. Present: `loss` is not used; `reward` is needed."""
+
+    samples: int = Field(4, ge=1, description="completions of each prompt")
+    max_new_tokens: int = Field(64, ge=1, description="tokens of a completion")
+    temperature: float = Field(1.0, gt=0, description="of sampling, and of every log-prob in the update")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set of tokens of this probability")
+    top_k: int = Field(0, ge=0, description="sample from so many most likely tokens; 0: all")
+    beta: float | Literal["auto"] = Field(
+        "auto", description="weight of the KL to the reference; auto: 0.05 (rloo), 0.04 (grpo), 0.1 (online_dpo)"
+    )
+    epochs: int = Field(1, ge=1, description="passes over the rollouts")
+    minibatches: int = Field(1, ge=1, description="optimizer steps of a pass")
+    clip: float = Field(0.2, gt=0, description="the probability ratio is held within 1 +- clip")
+    clip_high: float | None = Field(None, gt=0, description="its upper end where that differs (DAPO: 0.28)")
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="grpo: standard deviation that rewards are divided by; none: Dr. GRPO"
+    )
+    loss_mean: Literal["sequence", "token", "constant"] = Field(
+        "sequence",
+        description="grpo: a mean over each completion's tokens, over all tokens (DAPO), or tokens over a constant",
+    )
+    missing_eos_penalty: float = Field(0.0, ge=0, description="taken off the reward of a completion that did not end")
+
+    signal: ClassVar[Signal] = "prompts"
+    needs: ClassVar[frozenset[str]] = frozenset({"reference"})
+    takes_reward: ClassVar[bool] = True
+    live_reference: ClassVar[bool] = True  # a cache does not hold completions that are yet to be written
+    metric: ClassVar[str] = "eval/reward"
+    default_beta: ClassVar[float] = 0.05
+
+    @model_validator(mode="after")
+    def _beta_is_no_reward(self) -> OnlineConfig:
+        if self.kl_weight < 0:
+            raise ValueError(f"beta is {self.kl_weight:g}; give a number of at least 0")
+        return self
+
+    @property
+    def kl_weight(self) -> float:
+        """beta, resolved."""
+        return self.default_beta if self.beta == "auto" else float(self.beta)
+
+    @property
+    def resolved(self) -> Mapping[str, float]:
+        return {"beta": self.kl_weight}
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps on each batch of rollouts."""
+        return self.epochs * self.minibatches
+
+    @property
+    def rollouts(self) -> Rollouts:
+        return Rollouts(self.samples, self.samples, self.max_new_tokens, self.minibatches)
+
+    def check(self, parts: Parts) -> None:
+        from penchant.models.load import base_model_of, head_scaling
+
+        config = base_model_of(parts.model).config
+        context = getattr(config, "max_position_embeddings", None)
+        longest = max(len(t.prompt_ids) for part in parts.trees for t in part) + self.max_new_tokens
+        if context is not None and longest > context:
+            raise ConfigError(
+                "algorithm.max_new_tokens",
+                f"the longest prompt and its completion make {longest} tokens, beyond the model's context of {context}",
+                "lower it, or data.max_length, which cuts prompts",
+            )
+        if self.temperature != 1.0 and head_scaling(config)[1] is not None:
+            raise ConfigError("algorithm.temperature", "this model caps its logits", "set it to 1.0")
+
+    def writer(self, parts: Parts) -> Writer:
+        """What samples and judges; policy and reference get the method's temperature."""
+        from penchant.rewards import load_reward
+        from penchant.rewards.reward_model import PolicyText
+
+        parts.scorer.temperature = parts.live_reference.scorer.temperature = self.temperature
+        policy = PolicyText(parts.tokenizer, parts.config.data.template, parts.prompts())
+        judge = load_reward(parts.config.reward, policy, parts.device)
+        return Writer(parts.model, parts.tokenizer, judge, self, parts.config.train.seed)
+
+    def evaluate(self, held_out: Evaluation) -> dict[str, Any]:
+        """Reward, win rate against the start and KL of one completion of each held-out prompt."""
+        from penchant.metrics.completions import evaluate_online
+
+        asked = self.model_dump(mode="json", include={"temperature", "top_p", "top_k", "missing_eos_penalty"})
+        return evaluate_online(
+            held_out.algorithm.writer,
+            held_out.parts.scorer,
+            held_out.start(),
+            held_out.parts.trees[1],
+            held_out.budget,
+            rewards_of_start=lambda rewards: held_out.rewards_of_start(self.max_new_tokens, asked, rewards),
+        )
+
+
+def against_each_other(config: Online) -> Online:
+    """Refuse a single sample where completions of one prompt are judged against each other."""
+    if config.samples < 2:
+        raise ValueError(
+            f"samples is 1; {config.name} judges completions of one prompt against each other: give 2 or more"
+        )
+    return config
 
 
 @dataclass(slots=True)
@@ -55,6 +169,8 @@ class Writer:
         Raises:
             RewardError: the reward function failed; it names the completion.
         """
+        from penchant.rollout.generate import sample
+
         cfg = self.config
         k = samples or cfg.samples
         rows = sample(

@@ -21,6 +21,25 @@ def python_function(name: str, where: str = "reward", takes: Sequence[str] = ("p
     Raises:
         ConfigError: no such file or function, a file that cannot be imported, or a function that takes something else.
     """
+    function = python_object(name, where)
+    arguments = ", ".join(takes)
+    try:
+        inspect.signature(function).bind(*takes)
+    except TypeError as error:
+        raise ConfigError(
+            where,
+            f"{name} does not take ({arguments}): {error}",
+            f"define it as def f({arguments}); what else it takes needs defaults",
+        ) from error
+    return function
+
+
+def python_object(name: str, where: str) -> Any:
+    """The function or class that ``path.py:name`` names; its file is run once.
+
+    Raises:
+        ConfigError: no such file or function, or a file that cannot be imported.
+    """
     path, _, attribute = name.rpartition(":")
     file = Path(path).expanduser()
     if not file.is_file():
@@ -36,15 +55,6 @@ def python_function(name: str, where: str = "reward", takes: Sequence[str] = ("p
     if not callable(function):
         there = sorted(n for n, v in vars(module).items() if inspect.isfunction(v))
         raise ConfigError(where, f"{path} has no function {attribute!r}", f"there are {', '.join(there) or 'none'}")
-    arguments = ", ".join(takes)
-    try:
-        inspect.signature(function).bind(*takes)
-    except TypeError as error:
-        raise ConfigError(
-            where,
-            f"{name} does not take ({arguments}): {error}",
-            f"define it as def f({arguments}); what else it takes needs defaults",
-        ) from error
     return function
 
 

@@ -143,7 +143,7 @@ class RunComparer:
     @cached_property
     def readers(self) -> list[TrainedRun]:
         """Runs by whose config rows may be read: those on pairs first, which have figures of likelihood too."""
-        return sorted(self.everyone, key=lambda r: r.data.signal != "pairs")
+        return sorted(self.everyone, key=lambda r: r.data.method.signal != "pairs")
 
     @cached_property
     def held_out(self) -> HeldOut:
@@ -165,7 +165,7 @@ class RunComparer:
     def _validation(self, trained: set[str]) -> HeldOut:
         found = None
         for run in self.readers:
-            rows = run.data.datasets[1]
+            rows = run.data.rows.datasets[1]
             if rows is None or rows.kind == "text":
                 continue
             found = clear_of(run.name, rows, trained)
@@ -222,7 +222,7 @@ class RunComparer:
             return [
                 f"The checkpoints of {', '.join(best)} were chosen by held-out rows such as these; --data TEST has the last word."
             ]
-        seen = {key_of(t) for r in self.everyone if (rows := r.data.datasets[1]) is not None for t in rows.trees}
+        seen = {key_of(t) for r in self.everyone if (rows := r.data.rows.datasets[1]) is not None for t in rows.trees}
         shared = sum(key_of(t) in seen for t in self.held_out.rows.trees)
         return [f"{shared:,} of the test rows are held-out rows by which checkpoints were chosen."] if shared else []
 
@@ -266,7 +266,7 @@ class RunComparer:
         also = {name: name for name in self.question.also}
         setting = make_setting(
             owner.data,
-            owner.data.tokenizer,
+            owner.data.rows.tokenizer,
             held.rows,
             self.question.reward,
             sampling,

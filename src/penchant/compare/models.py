@@ -38,6 +38,8 @@ from penchant.models.options import ModelConfig
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText
 from penchant.runs import Run
+from penchant.runs.parts import set_threads
+from penchant.runs.rows import Rows
 from penchant.training.console import PlainConsole
 from penchant.types import PromptTree, TokenTree
 
@@ -297,7 +299,7 @@ def key_of(tree: PromptTree) -> str:
 
 def trained_prompts(run: Run) -> set[str]:
     """Keys of the prompts that a run trains on; a text without a prompt is none."""
-    rows = run.datasets[0]
+    rows = run.rows.datasets[0]
     return set() if rows.kind == "text" else {key_of(t) for t in rows.trees}
 
 
@@ -332,8 +334,8 @@ def make_setting(
         run: as which the rows are made into tokens, and in whose precision and on whose device models run.
         reward: as `load_reward` takes it, or None; also: other rewards by name; pairwise: who decides between two answers.
     """
-    run.tokenizer = tokenizer  # its config may name a model that is yet to be made
-    trees = run.tokenize_rows(rows).trees
+    # the run's config may name a model that is yet to be made
+    trees = Rows(run.config, run.shared, run.console, tokenizer).tokenize(rows).trees
     source_of = {tuple(t.prompt_ids.tolist()): t.source for t in reversed(trees)}
     prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in trees))[: sampling.prompts]
     kept = set(prompts)
@@ -382,7 +384,7 @@ def compare_entrants(
     def load(name: str) -> Scorer:
         model = by_name[name].load(run)
         _check_context(model, name, longest, sampling.place)
-        run.set_threads(sum(p.numel() for p in model.parameters()))
+        set_threads(run.config, model)
         cast_parameters(model, run.dtype)
         model.requires_grad_(False).eval()
         return choose_packing(model, run.config.train.packing, run.config.model.kernels)[0]

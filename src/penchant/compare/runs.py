@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from penchant.algorithms.options import OnlineConfig, RewardModelConfig
 from penchant.base.files import file_sha256, read_jsonl
 from penchant.compare.models import Entrant, trained_prompts
 from penchant.config import WATCHING_ONLY, RunConfig, load_config, with_absolute_paths
@@ -120,7 +119,7 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
             how = f"it is a pipeline: give its stages, such as {folder / stages[0] if stages else 'PIPELINE/STAGE'}"
         raise CheckpointError(str(folder), "is not a run" if folder.is_dir() else "no such run", how)
     config = load_config(folder / CONFIG)
-    if isinstance(config.algorithm, RewardModelConfig):
+    if config.method.learns_reward:
         raise ConfigError(str(folder), "is a reward model, which writes nothing", "leave it out; it can be --reward")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -292,7 +291,7 @@ def all_trained_prompts(runs: Sequence[TrainedRun], *, lenient: bool) -> tuple[s
 
 def _check_data(run: TrainedRun) -> None:
     known = run.manifest["data"].get("train split", run.manifest["data"]["train"])["fingerprint"]
-    if run.data.datasets[0].fingerprint != known:
+    if run.data.rows.datasets[0].fingerprint != known:
         raise CheckpointError(
             str(run.config.data.path),
             f"does not hold the rows any more that {run.name} was trained on, so nothing says which rows are held out",
@@ -352,12 +351,12 @@ def budget_of(run: TrainedRun, up_to: int | None = None) -> Budget:
     data = run.manifest["data"]
     split = data["train split"]["rows"] if "train split" in data else data["train"]["accepted"]
     rows = last["epoch"] * split
-    online = run.config.algorithm if isinstance(run.config.algorithm, OnlineConfig) else None
+    rollouts = run.config.method.rollouts
     t = run.config.train
     return Budget(
         steps=float(last["step"]),
         rows=float(round(rows)),
-        completions=float(round(rows * online.samples)) if online is not None else 0.0,
+        completions=0.0 if rollouts is None else float(round(rows * rollouts.samples)),
         tokens=float(last["tokens"]),
         peak_lr=max((line["lr"] for line in lines if line.get("lr")), default=0.0),
         warmup=t.warmup_fraction,
@@ -398,7 +397,7 @@ def data_sentences(settings: Mapping[str, Sequence[TrainedRun]]) -> list[str]:
             continue
         try:
             a, b = (trained_prompts(r.data) for r in (one, other))
-            shapes = {r.data.datasets[0].kind for r in (one, other)}
+            shapes = {r.data.rows.datasets[0].kind for r in (one, other)}
         except PenchantError:
             said.append(f"The data of {name} is not that of {first}.")
             continue

@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_serializer, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConfig
+from penchant.algorithms import ALGORITHMS, AlgorithmConfig, Method, content_of, find_algorithm
+from penchant.algorithms.offline import Losses
 from penchant.base.functions import is_own
 from penchant.base.section import Section
 from penchant.data.options import DataConfig
@@ -51,8 +52,6 @@ SYNONYMS = {
 
 WATCHING_ONLY = ("output", "logging", "trust")  # sections that change nothing in what a run computes
 
-ALGORITHMS: dict[str, type[Section]] = {"ppo": PPOConfig, "reward_model": RewardModelConfig}  # the others: OnlineConfig
-
 
 class EvaluationConfig(EvalConfig):
     """The `evaluation` section, with what judges the sampled completions."""
@@ -78,7 +77,7 @@ class RunConfig(Section):
     data: DataConfig
     lora: LoraConfig | None = None
     loss: LossConfig = Field(default_factory=lambda: LossConfig.from_mapping({"name": "dpo"}))
-    algorithm: OnlineConfig | PPOConfig | RewardModelConfig | None = None
+    algorithm: AlgorithmConfig | None = None
     reward: RewardConfig | None = Field(
         None,
         description="of an online method: sentiment, words:20-60, matches:REGEX, path.py:function, a reward model's folder, or a mapping to weights",
@@ -114,10 +113,9 @@ class RunConfig(Section):
         if isinstance(value, str):
             value = {"name": value}
         if isinstance(value, Mapping):
-            name = str(value.get("name"))
-            if name not in ALGORITHMS and difflib.get_close_matches(name, ["reward_model"]):
-                raise ValueError(f'name is {name!r}; did you mean "reward_model"?')
-            return ALGORITHMS.get(name, OnlineConfig).model_validate(value)
+            if not isinstance(value.get("name"), str):
+                raise ValueError(f"name is missing; give one of {', '.join(ALGORITHMS)}, or path.py:Class")
+            return find_algorithm(value["name"]).model_validate(value)
         return value
 
     @field_serializer("algorithm")
@@ -128,9 +126,10 @@ class RunConfig(Section):
     def _online_or_offline(self) -> RunConfig:
         if self.algorithm is None and self.reward is not None:
             raise ValueError("reward is set without an algorithm; add algorithm.name (rloo, grpo, online_dpo, ppo)")
-        if isinstance(self.algorithm, RewardModelConfig) and self.reward is not None:
-            raise ValueError("reward_model learns a reward from pairs and takes none; leave out reward")
-        if isinstance(self.algorithm, OnlineConfig) and self.reward is None:
+        if self.algorithm is not None and self.reward is not None and not self.algorithm.takes_reward:
+            why = "learns a reward from pairs and" if self.algorithm.learns_reward else "has no completions judged and"
+            raise ValueError(f"{self.algorithm.name} {why} takes none; leave out reward")
+        if self.algorithm is not None and self.reward is None and self.algorithm.takes_reward:
             raise ValueError(
                 "algorithm needs a reward; set reward to sentiment, words, path.py:function or a reward model's folder"
             )
@@ -142,6 +141,16 @@ class RunConfig(Section):
         if self.algorithm is not None and "loss" in self.model_fields_set and self.loss.name != "dpo":
             raise ValueError("loss and algorithm are both set; keep one")
         return self
+
+    @property
+    def method(self) -> Method:
+        """What trains: the algorithm, or the losses where there is none."""
+        return Losses(self.loss) if self.algorithm is None else self.algorithm
+
+    def own_contents(self) -> dict[str, str]:
+        """SHA-256 of each file of a user's own loss or algorithm, by its name."""
+        sha256 = None if self.algorithm is None else content_of(self.algorithm.name)
+        return self.loss.contents() | ({} if sha256 is None else {self.method.name: sha256})
 
     @field_validator("loss", mode="before")
     @classmethod
@@ -399,7 +408,7 @@ def _own_files_found(values: dict[str, Any], places: Places, source: str) -> dic
     data = values.get("data")
     if isinstance(data, Mapping) and "shape" in data:
         values = {**values, "data": {**data, "shape": found(data["shape"], ("data", "shape"))}}
-    return {**values, "loss": section(values["loss"], ("loss",))} if "loss" in values else values
+    return {k: section(v, (k,)) if k in BY_NAME else v for k, v in values.items()}
 
 
 def _check_loss(values: Mapping[str, Any], places: Places, source: str) -> None:

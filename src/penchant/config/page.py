@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConfig
+from penchant.algorithms import ALGORITHMS
 from penchant.base.section import Section
 from penchant.config import RunConfig, config_from_mapping
 from penchant.errors import ConfigError
@@ -125,12 +125,14 @@ def parts() -> Iterator[Part]:
                 (method, *_keys(LossModifiers, "loss."), mix),
             )
         elif name == "algorithm":
-            for title, kind in (
-                ("rloo, grpo, online_dpo", OnlineConfig),
-                ("ppo", PPOConfig),
-                ("reward_model", RewardModelConfig),
-            ):
-                yield Part(f"algorithm: {title}", _first_line(kind), _keys(kind, "algorithm."))
+            names_of: dict[tuple[str, ...], list[str]] = {}
+            for algorithm, kind in ALGORITHMS.items():
+                names_of.setdefault(tuple(kind.model_fields), []).append(algorithm)
+            for names in names_of.values():
+                kind = ALGORITHMS[names[0]]
+                name_key = Key("algorithm.name", "text", "required", ", ".join(names))
+                others = [k for k in _keys(kind, "algorithm.") if k.path != name_key.path]
+                yield Part(f"algorithm: {', '.join(names)}", _first_line(kind), (name_key, *others))
         elif name == "reward":
             yield Part("reward", "What judges completions.", (Key("reward", "text, or mapping of text to number", "null", info.description or ""),
                        Key("reward.device", "auto or cpu or cuda", "auto", "of reward models; auto: the policy's")))  # fmt: skip

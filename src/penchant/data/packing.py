@@ -5,11 +5,17 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from penchant.base.lazy import lazy
 from penchant.types import PackedBatch, Segment, TokenTree
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
 
 
 def plan_microbatches(sizes: Sequence[int], budget: int) -> list[list[int]]:

@@ -35,6 +35,7 @@ from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText
 from penchant.runs import Run
 from penchant.runs.find import START, Source, find_model
+from penchant.runs.parts import set_threads
 from penchant.types import TokenTree
 
 NO_REFERENCE = "none"
@@ -92,7 +93,7 @@ class Evaluation:
         asked: dict[str, Any] = {} if self.request.reward is None else {"": self.request.reward}
         asked |= {name: name for name in self.request.also}
         prompts = {t.source: t.prompt for t in self.on.rows.trees}
-        policy = PolicyText(self.run.tokenizer, self.on.config.data.template, prompts)
+        policy = PolicyText(self.run.rows.tokenizer, self.on.config.data.template, prompts)
         try:
             return {name: load_reward(reward, policy, self.run.device) for name, reward in asked.items()}
         except ValidationError as error:  # a mapping that holds something else than names and weights
@@ -118,7 +119,7 @@ class Evaluation:
         return start
 
     def _check_same_tokens(self, other: Source) -> None:
-        own, theirs = self.run.tokenizer, load_tokenizer(other.tokenizer)
+        own, theirs = self.run.rows.tokenizer, load_tokenizer(other.tokenizer)
         if own.get_vocab() != theirs.get_vocab():
             raise ConfigError(
                 "--reference",
@@ -129,7 +130,7 @@ class Evaluation:
     def _load(self, source: Source) -> LiveReference:
         run = self.run
         model = source.load(run.device)
-        run.set_threads(sum(p.numel() for p in model.parameters()))
+        set_threads(run.config, model)
         self._check_context(source, model)
         cast_parameters(model, run.dtype)
         model.requires_grad_(False).eval()
@@ -137,9 +138,9 @@ class Evaluation:
 
     def _check_context(self, source: Source, model: Any) -> None:
         rows = model.get_input_embeddings().weight.shape[0]
-        if len(self.run.tokenizer) > rows:
+        if len(self.run.rows.tokenizer) > rows:
             raise ModelError(
-                source.name, f"has {rows:,} embeddings, the tokenizer {len(self.run.tokenizer):,} tokens", ""
+                source.name, f"has {rows:,} embeddings, the tokenizer {len(self.run.rows.tokenizer):,} tokens", ""
             )
         context = getattr(model.config, "max_position_embeddings", None)
         longest = max((len(t.prompt_ids) for t in self.on.prompts), default=0) if self.request.generate else 0
@@ -269,7 +270,7 @@ class Evaluation:
 
     def _generated(self, policy: LiveReference) -> tuple[Written, list[Figure], list[dict[str, Any]]]:
         """What the model wrote, its figures, and its rows for a file."""
-        r, tokenizer = self.request, self.run.tokenizer
+        r, tokenizer = self.request, self.run.rows.tokenizer
         written = write(
             policy.scorer.model,
             tokenizer,
@@ -302,7 +303,7 @@ class Evaluation:
     def _completions(
         self, written: Written, also: Mapping[str, np.ndarray], references: Sequence[Sequence[str]]
     ) -> list[dict[str, Any]]:
-        decode = self.run.tokenizer.decode
+        decode = self.run.rows.tokenizer.decode
         rows = []
         for i, prompt in enumerate(written.prompts.tolist()):
             tree = written.trees[prompt]
@@ -339,7 +340,7 @@ def held_out_of_run(config: RunConfig, step: str, quiet: bool) -> Evaluated:
     """A run's own held-out metrics, as they are computed while it trains."""
     run = Run(config, quiet=quiet)
     metrics = run.evaluate(step)
-    held = run.datasets[1]
+    held = run.rows.datasets[1]
     assert held is not None
     name = metrics["checkpoint"]
     what = {"checkpoint": name, "data": "held out", "fingerprint": held.fingerprint, "rows": held.accepted}

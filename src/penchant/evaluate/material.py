@@ -62,12 +62,10 @@ class Material:
     @cached_property
     def run(self) -> Run:
         """Reads rows, makes tokens, and says in what precision and on which device models run."""
-        run = Run(self.config, quiet=self.quiet)
-        if self.source.adapter is not None or self.source.checkpoint not in ("", START):
-            run.tokenizer = load_tokenizer(
-                self.source.tokenizer
-            )  # the checkpoint's own: what it started from may be gone
-        return run
+        own = self.source.adapter is not None or self.source.checkpoint not in ("", START)
+        # the checkpoint's own tokenizer: what it started from may be gone
+        tokenizer = load_tokenizer(self.source.tokenizer) if own else None
+        return Run(self.config, quiet=self.quiet, tokenizer=tokenizer)
 
     @cached_property
     def rows(self) -> Dataset | None:
@@ -76,7 +74,7 @@ class Material:
         if self.request.data is None:
             if self.source.run is None:
                 return None
-            held = self.run.datasets[1]
+            held = self.run.rows.datasets[1]
             return None if held is None or held.kind == "text" else held
         own_shape = self.source.run is not None  # an online run reads prompts alone; these rows may have answers
         own_limit = self.source.run is None or any(o.startswith("data.limit=") for o in self.overrides)
@@ -100,7 +98,7 @@ class Material:
     @cached_property
     def tokens(self) -> TokenizedDataset:
         assert self.rows is not None
-        made = self.run.tokenize_rows(self.rows)
+        made = self.run.rows.tokenize(self.rows)
         for what, count in (
             ("rows could not be made into tokens", len(made.quarantined)),
             ("prompts lost their start", len(made.cut_prompts)),
@@ -125,7 +123,7 @@ class Material:
     def documents(self) -> tuple[list[TokenTree], dict[str, int], str]:
         """Chunks of --text, the bytes of each document, and the file's fingerprint."""
         assert self.request.text is not None
-        data, tokenizer = self.config.data, self.run.tokenizer
+        data, tokenizer = self.config.data, self.run.rows.tokenizer
         texts = load_preferences(self.request.text, shape="text", on_bad_row=data.on_bad_row)
         if texts.quarantined:
             self.notes.append(f"Kept aside: {len(texts.quarantined):,} bad documents of {texts.total:,}.")

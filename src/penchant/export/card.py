@@ -21,13 +21,6 @@ from penchant.models.options import looks_like_folder
 CARD = "README.md"
 NOT_SETTINGS = ("output", "logging", "trust", "checkpoint")  # they change nothing in the weights
 PUNCTUATION = re.compile(r"([\\`*_{}\[\]<>#|~!&])")
-METHODS = {
-    "reward_model": "Bradley-Terry: -log sigmoid(r(x, y_w) - r(x, y_l))",
-    "ppo": "PPO: clipped policy gradient on generalized advantage estimates, with a KL penalty to the start",
-    "rloo": "RLOO: policy gradient whose baseline is the mean reward of the prompt's other completions",
-    "grpo": "GRPO: clipped policy gradient on rewards normalized within a prompt's completions",
-    "online_dpo": "online DPO: -log sigmoid(beta h) on pairs of its own completions, ranked by the reward",
-}
 
 
 def card(
@@ -47,7 +40,7 @@ def card(
         "> **No licence is chosen.** Whoever publishes this decides on one: add `license:` to the first lines of this file, and see "
         "what the base model's licence and that of the data ask for.",
         f"## Load it\n\n```python\n{_load(subject, form, files)}```",
-        f"## Method\n\n{_method(subject.config)}\n\n<details><summary>Every setting</summary>\n\n```yaml\n{_settings(subject.config)}"
+        f"## Method\n\n{subject.config.method.about}\n\n<details><summary>Every setting</summary>\n\n```yaml\n{_settings(subject.config)}"
         "```\n\n</details>",
         f"## Data\n\n{_data(subject, manifest)}",
         f"## Results\n\n{_results(subject)}",
@@ -92,10 +85,6 @@ def hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
-def _method_names(config: RunConfig) -> list[str]:
-    return [c.spec.name for c in config.loss.components] if config.algorithm is None else [config.algorithm.name]
-
-
 def _front(subject: Subject, form: Format) -> str:
     config = subject.config
     values: dict[str, Any] = {
@@ -103,7 +92,7 @@ def _front(subject: Subject, form: Format) -> str:
         "pipeline_tag": "text-classification" if subject.reward else "text-generation",
         "tags": [
             "penchant",
-            *(n.replace("_", "-") for n in _method_names(config)),
+            *(n.replace("_", "-") for n in config.method.name.split("+")),
             *(["lora"] if subject.adapter else []),
         ],
     }
@@ -123,7 +112,7 @@ def _summary(subject: Subject, form: Format, dtype: str, manifest: Mapping[str, 
     steps = manifest.get("total_steps")
     of = f" of {steps}" if steps else ""
     return (
-        f"{what}, made from {coded(base_name(subject))} by {' and '.join(_method_names(subject.config))}: {how} trained for "
+        f"{what}, made from {coded(base_name(subject))} by {subject.config.method.name.replace('+', ' and ')}: {how} trained for "
         f"{subject.step}{of} optimizer steps with Penchant {penchant.__version__}. This is {form.what}, in {dtype}."
     )
 
@@ -133,18 +122,6 @@ def _load(subject: Subject, form: Format, files: Mapping[str, str]) -> str:
     file = next((f for f in files if f.endswith(".gguf")), "")
     labels = ", num_labels=1" if subject.reward else ""
     return form.load.format(auto=auto, folder="FOLDER", base=base_name(subject), file=file, labels=labels)
-
-
-def _method(config: RunConfig) -> str:
-    if config.algorithm is not None:
-        name = config.algorithm.name
-        return f"`{name}`: {METHODS[name]}."
-    lines = []
-    for component in config.loss.components:
-        spec = component.spec
-        paper = f" ([arXiv {spec.paper}](https://arxiv.org/abs/{spec.paper}))" if spec.paper else ""
-        lines.append(f"`{spec.name}`: `{spec.formula}`{paper}")
-    return "\n\n".join(lines)
 
 
 def _settings(config: RunConfig) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penchant.algorithms.options import RewardModelConfig
 from penchant.config import RunConfig, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError
 from penchant.models.load import load_causal_model, load_tokenizer, own_memory
@@ -129,7 +128,7 @@ def find_subject(given: str | Path, step: str = "last") -> Subject:
     if checkpoint is None:
         raise CheckpointError(str(given), "there is no trained checkpoint to export", "train it first, or name a step")
     load_checkpoint(checkpoint)  # its sums are checked: what is exported is what was trained
-    reward = isinstance(config.algorithm, RewardModelConfig)
+    reward = config.method.learns_reward
     model = checkpoint / "model"
     inside_adapter = model / ADAPTER
     adapter = model if is_adapter(model) else inside_adapter if reward and inside_adapter.is_dir() else None

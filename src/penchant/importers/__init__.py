@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from penchant.algorithms.options import OnlineConfig
+from penchant.algorithms import ALGORITHMS
 from penchant.base.text import HIDDEN, redact, shown
-from penchant.config import ALGORITHMS, RunConfig, apply_overrides, build, default_settings, read_mapping
+from penchant.config import RunConfig, apply_overrides, build, default_settings, read_mapping
 from penchant.errors import ConfigError
 from penchant.importers import flat, llama_factory, trl
 from penchant.importers.rules import Line, Source, Status, Translation, choose, translate
@@ -50,7 +50,7 @@ def _our_defaults(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
         flat |= {f"loss.{i.alias or n}": i.default for n, i in fields}
     name = found.get("algorithm.name", (None, ""))[0]
     if name is not None:
-        fields = ALGORITHMS.get(name, OnlineConfig).model_fields.items()
+        fields = ALGORITHMS[name].model_fields.items()
         flat |= {f"algorithm.{i.alias or n}": i.default for n, i in fields if not i.is_required()}
     return flat
 
@@ -218,11 +218,11 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _complete(found: Mapping[str, Any], translation: Translation, path: str) -> None:
     """Model, data and an online method's reward often stand on their command line or in a script."""
-    online = found.get("algorithm.name", ("reward_model", ""))[0] != "reward_model"
+    method = ALGORITHMS.get(found.get("algorithm.name", ("", ""))[0])
     wanted = {
         "model.path": "MODEL",
         "data.path": "train.jsonl",
-        **({"reward": "rewards.py:FUNCTION"} if online else {}),
+        **({"reward": "rewards.py:FUNCTION"} if method is not None and method.takes_reward else {}),
     }
     missing = {k: v for k, v in wanted.items() if k not in found}
     if missing:

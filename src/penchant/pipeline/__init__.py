@@ -401,8 +401,8 @@ def check_names(reward: Any, stages: Mapping[str, Stage], where: str, what: str)
 
 def learns_reward(stage: Stage) -> bool:
     """Whether the stage trains a reward model."""
-    algorithm = stage.values.get("algorithm")
-    return (algorithm.get("name") if isinstance(algorithm, dict) else algorithm) == "reward_model"
+    algorithm = stage.config.algorithm
+    return algorithm is not None and algorithm.learns_reward
 
 
 def _reached(name: str, stages: Mapping[str, Stage]) -> set[str]:

@@ -84,7 +84,7 @@ class Comparer:
         """Held-out rows of the first stage that has some with prompts, without prompts that any stage trains on."""
         trained: set[str] = set().union(*(trained_prompts(run) for run in self.runs.values()))
         for name, run in self.runs.items():
-            rows = run.datasets[1]
+            rows = run.rows.datasets[1]
             if rows is None or rows.kind == "text":
                 continue
             found = clear_of(name, rows, trained)

@@ -201,7 +201,7 @@ class Conductor:
                 _check_models(stage)
                 check_reward(stage.values.get("reward"))
                 found[stage.name] = run = Run(stage.config, quiet=True)
-                _ = run.datasets
+                _ = run.rows.datasets
         return found
 
     @cached_property
@@ -213,7 +213,7 @@ class Conductor:
 
     def inputs(self, stage: Stage) -> Inputs:
         """What the stage starts from as things are; every stage that it uses must be done."""
-        splits = zip(("training", "held-out"), self.data[stage.name].datasets, strict=True)
+        splits = zip(("training", "held-out"), self.data[stage.name].rows.datasets, strict=True)
         return stage_inputs(
             stage.config,
             stage.values.get("reward"),

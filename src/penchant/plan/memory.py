@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from penchant.algorithms.options import PPOConfig
 from penchant.base.machine import machine_memory
 from penchant.data.packing import pack, tree_tokens
 from penchant.data.tokenize import pair_format
@@ -28,10 +27,12 @@ from penchant.models.cpu.head import _KEEP_BYTES, _MATMUL_ROWS, _SOFTMAX_ELEMENT
 from penchant.models.cpu.ops import _TILE_ELEMENTS
 from penchant.models.load import base_model_of
 from penchant.models.tree_attention import tree_layout
-from penchant.plan.outline import META, OutlinedRun, parameter_counts, weight_file_bytes
+from penchant.plan.outline import META, OutlinedRun, outline, parameter_counts, weight_file_bytes
 from penchant.plan.work import Work, passes_over
 from penchant.rewards.reward_model import CausalRewards, EncoderRewards
 from penchant.rollout.generate import PROMPTS_HELD, rows_by_memory
+from penchant.runs.evaluating import writes_completions
+from penchant.runs.parts import reference_kind
 from penchant.types import PackedBatch, TokenTree
 
 # ---- How many bytes of tensors are alive at a time: counted at every operation, on real tensors or on shapes alone (meta) ----
@@ -109,7 +110,7 @@ def activations_of(run: OutlinedRun, model: Any, batches: Sequence[Sequence[Toke
     packed = [pack(list(b), shared=shared) for b in batches]
     if fast:
         return _by_formula(
-            model, packed, run.dtype, bool(run.config.train.gradient_checkpointing), run.reward_parts is None
+            model, packed, run.dtype, bool(run.config.train.gradient_checkpointing), not run.method.learns_reward
         )
     return _by_shapes(run, model, packed[0])
 
@@ -118,7 +119,7 @@ def forward_bytes(run: OutlinedRun, model: Any, batch: Sequence[TokenTree], fast
     """Of a pass without gradient."""
     packed = pack(list(batch), shared=run.shared_prompts)
     if fast:
-        return _by_formula(model, [packed], run.dtype, False, run.reward_parts is None).forward
+        return _by_formula(model, [packed], run.dtype, False, not run.method.learns_reward).forward
     return _forward_by_shapes(run, model, packed)
 
 
@@ -188,10 +189,10 @@ def _of_completions(engine: Any, batch: PackedBatch) -> Tensor:
 
 def _engine(run: OutlinedRun, model: Any) -> Any:
     packing = run.layout[0]
-    if run.reward_parts is not None and run.reward_parts.encoder:
-        return EncoderRewards(model, pair_format(run.tokenizer))
+    if run.encoder:
+        return EncoderRewards(model, pair_format(run.rows.tokenizer))
     scorer = Scorer(model, packing, "off")  # type: ignore[arg-type]
-    return scorer if run.reward_parts is None else CausalRewards(scorer)
+    return scorer if not run.method.learns_reward else CausalRewards(scorer)
 
 
 def _outlined_precision(model: Any, dtype: torch.dtype) -> list[Any]:
@@ -295,19 +296,20 @@ def writing_bytes(run: OutlinedRun, size: int) -> int:
 
 def _askings(run: OutlinedRun) -> list[tuple[int, int, list[int]]]:
     """(completions of a prompt, new tokens, lengths of the prompts) of every round of decoding that a run does."""
-    if run.reward_parts is not None:
+    if run.method.learns_reward:
         return []
     asked, found = run.config.evaluation, []
-    train, heldout = ([len(t.prompt_ids) for t in part] for part in run.trees)
-    if run.online is not None:
+    train, heldout = ([len(t.prompt_ids) for t in part] for part in run.rows.trees)
+    rollouts = run.method.rollouts
+    if rollouts is not None:
         batch = max((run.schedule.batch(s) for s in _steps(run)), key=lambda b: sum(train[i] for i in b))
-        found.append((run.online.samples, run.online.max_new_tokens, [train[i] for i in batch]))
+        found.append((rollouts.samples, rollouts.max_new_tokens, [train[i] for i in batch]))
         if heldout:
-            found.append((1, run.online.max_new_tokens, heldout))
-    elif run.writes_fresh and heldout:
-        prompts = list(dict.fromkeys(t.prompt_ids.tobytes() for t in run.trees[1]))[: asked.kl_prompts]
+            found.append((1, rollouts.max_new_tokens, heldout))
+    elif writes_completions(run.config, run.rows) and heldout:
+        prompts = list(dict.fromkeys(t.prompt_ids.tobytes() for t in run.rows.trees[1]))[: asked.kl_prompts]
         found.append((1, asked.sample_tokens, [len(p) // 4 for p in prompts]))  # int32
-    if asked.samples and not (run.signal == "tokens" and run.datasets[0].kind == "text"):
+    if asked.samples and not (run.method.signal == "tokens" and run.rows.datasets[0].kind == "text"):
         found.append((1, asked.sample_tokens, (heldout or train)[: asked.samples]))
     return [(n, new, prompts) for n, new, prompts in found if prompts]
 
@@ -353,10 +355,15 @@ def packed_weights(model: Any) -> int:
 
 def start_weights(run: OutlinedRun) -> int:
     """Parameters of the start that an evaluation loads and lets go again: where answers are compared with it and no reference runs live."""
-    if not run.trees[1] or run.reward_parts is not None or run.config.lora is not None or run.signal == "tokens":
+    if (
+        not run.rows.trees[1]
+        or run.method.learns_reward
+        or run.config.lora is not None
+        or run.method.signal == "tokens"
+    ):
         return 0
-    held = "reference" in run.needs and run.reference_kind == "frozen" and not run.config.reference.moves
-    if not run.writes_fresh or run.online is not None or held:
+    held = "reference" in run.method.needs and reference_kind(run.config) == "frozen" and not run.config.reference.moves
+    if not writes_completions(run.config, run.rows) or held:
         return 0
     return parameter_counts(base_model_of(run.model))[0]
 
@@ -426,7 +433,7 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
     size = torch.empty(0, dtype=run.dtype).element_size()
     shadow = size < 4  # bf16 weights are shadows of fp32 masters
     held = _frozen_models(run)
-    more, more_trainable = _value(run)
+    more, more_trainable = _copies(run)
     trainable += more_trainable
     activations, coarse = _activations(run, work)
     passing = (
@@ -468,7 +475,7 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
         # its fp32 weights take the place of activations, whose pages stay; the file that it is read from comes on top
         evaluating = max(step, evaluating, process + _heap(lasting - process + again * 4, heap))
         evaluating += weight_file_bytes(run.config.reference.path or run.config.model.path, model)
-    if run.trees[1]:
+    if run.rows.trees[1]:
         moments["an evaluation" + (", which loads the start again" if again else "")] = evaluating
     elif asked[-1]:
         moments["writing answers"] = evaluating
@@ -488,8 +495,8 @@ def _prepared(run: OutlinedRun, work: Work) -> int:
     """What oneDNN keeps of bf16 products: by the sizes of passes that the run meets, and the cache's capacity in this process."""
     if run.device.type != "cpu":
         return 0
-    once = run.trees[0] if "reference" in run.needs and run.reference_kind == "cached" else []
-    forward = len(passes_over(run, once)) + len(passes_over(run, run.trees[1]))
+    once = run.rows.trees[0] if "reference" in run.method.needs and reference_kind(run.config) == "cached" else []
+    forward = len(passes_over(run, once)) + len(passes_over(run, run.rows.trees[1]))
     said = os.environ.get(CAPACITY, "")
     capacity = int(said) if said.isdigit() else CAPACITY_WITHOUT
     kernels, products = (
@@ -517,7 +524,7 @@ def _activations(run: OutlinedRun, work: Work) -> tuple[Activations, str]:
             raise
         found = _rule_of_thumb(run, work)
         return found, "this model's operations cannot be counted on shapes alone; activations are a rule of thumb"
-    if run.online is not None:
+    if run.method.rollouts is not None:
         return found, "rollouts count as long as they may be; reward models are not counted"
     return found, ""
 
@@ -533,15 +540,15 @@ def _rule_of_thumb(run: OutlinedRun, work: Work) -> Activations:
 
 def _frozen_models(run: OutlinedRun) -> int:
     """Parameters of models that are held beside the trained one for the whole run."""
-    if "reference" not in run.needs or run.reference_kind != "frozen":
+    if "reference" not in run.method.needs or reference_kind(run.config) != "frozen":
         return 0
-    return parameter_counts(base_model_of(run._fresh_model(run.config.model)))[0]
+    return parameter_counts(base_model_of(outline(run.config.model)))[0]
 
 
 def _scoring(run: OutlinedRun, known: Activations) -> int:
     """A pass over the largest micro-batch of held-out rows; `known` stands for it where training has a larger one."""
-    trees = run.trees[1]
-    passes = passes_over(run, trees) if trees and run.online is None else []
+    trees = run.rows.trees[1]
+    passes = passes_over(run, trees) if trees and run.method.rollouts is None else []
     if not passes or known.by == "rule of thumb":
         return 0
     tokens = [sum(tree_tokens(trees[i], run.shared_prompts) for i in members) for members in passes]
@@ -549,11 +556,10 @@ def _scoring(run: OutlinedRun, known: Activations) -> int:
     return forward_bytes(run, run.model, [trees[i] for i in largest], run.layout[1])
 
 
-def _value(run: OutlinedRun) -> tuple[int, int]:
-    """(all, trainable) parameters of PPO's own value model."""
-    if not isinstance(run.online, PPOConfig) or run.online.value != "separate":
-        return 0, 0
-    return parameter_counts(run.model)[0], parameter_counts(run.model)[0]
+def _copies(run: OutlinedRun) -> tuple[int, int]:
+    """(all, trainable) parameters of models that are trained beside the policy."""
+    copies = run.method.copies * parameter_counts(run.model)[0]
+    return copies, copies
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -577,12 +583,12 @@ def _by_adapter(run: OutlinedRun, parts: dict[str, int], a: Activations, trainab
 
 
 def _by_half_the_tokens(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
-    longest = max((t.shared_tokens for t in run.trees[0]), default=0)
+    longest = max((t.shared_tokens for t in run.rows.trees[0]), default=0)
     return a.total // 2 if run.config.train.tokens_per_step >= 2 * longest else 0
 
 
 def _by_length(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
-    longest = max((t.shared_tokens for t in run.trees[0]), default=0)
+    longest = max((t.shared_tokens for t in run.rows.trees[0]), default=0)
     return a.total // 2 if run.config.train.tokens_per_step < 2 * longest else 0
 
 
@@ -597,7 +603,7 @@ def _by_bf16(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable:
 
 
 def _by_cache(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
-    could = run.online is None and "divergence" not in run.needs and not run.config.reference.moves
+    could = not run.method.live_reference and not run.config.reference.moves
     return parts["reference"] if could else 0
 
 

@@ -18,10 +18,12 @@ from penchant.models.load import (
     disable_dropout,
     first_line,
     load_causal_model,
+    weights_sha256,
 )
 from penchant.models.options import ModelConfig, check_model_path
 from penchant.models.reward import HEADS, load_model_config, set_padding
 from penchant.runs import Run
+from penchant.runs.parts import cache_paths, prepared, reference_source, set_threads
 
 META = torch.device("meta")
 
@@ -29,24 +31,28 @@ META = torch.device("meta")
 class OutlinedRun(Run):
     """A run as far as it can be known without its weights. It trains nothing and writes nothing."""
 
-    def _untrained_model(self) -> Any:
-        if self.reward_parts is None:
-            return self._fresh_model(self.config.model)
-        model = outline(self.config.model, reward=True)
-        if not self.reward_parts.encoder:
-            set_padding(model, self.tokenizer)
-        if self.config.lora is None:
-            return model
-        heads = [name for name in HEADS if hasattr(model, name)]
-        return add_lora(model, self.config.lora, self.config.train.seed, task="SEQ_CLS", whole=heads)
+    @cached_property
+    def model(self) -> Any:
+        """The trained model's outline, with its adapter."""
+        config, reward = self.config, self.rows.reward_parts
+        made = outline(config.model, reward=reward is not None)
+        if reward is not None and not reward.encoder:
+            set_padding(made, self.rows.tokenizer)
+        if reward is not None and config.lora is not None:
+            heads = [name for name in HEADS if hasattr(made, name)]
+            made = add_lora(made, config.lora, config.train.seed, task="SEQ_CLS", whole=heads)
+        set_threads(config, made)
+        return prepared(made, config, self.rows)
 
-    def _fresh_model(self, source: ModelConfig) -> Any:
-        return outline(source)
+    @property
+    def encoder(self) -> bool:
+        """Whether an encoder is trained, as a reward model."""
+        return self.rows.reward_parts is not None and self.rows.reward_parts.encoder
 
     @cached_property
     def layout(self) -> tuple[str, bool, str]:
         """(packing, whether a fast path runs, why): what a run chooses, and then checks on the model itself."""
-        if self.reward_parts is not None and self.reward_parts.encoder:
+        if self.encoder:
             return "text pairs", False, "an encoder reads each text by itself, padded among texts of its length"
         packing, why = packing_by_config(self.model)
         requested = self.config.train.packing
@@ -62,12 +68,10 @@ class OutlinedRun(Run):
 
     def cache_files(self) -> dict[str, Path]:
         """By name of the rows: the file of their reference log-probs. The weights are read for it, and let go again."""
-        source = self.config.model
-        if self.config.reference.path is not None:
-            source = source.model_copy(update={"path": self.config.reference.path, "init": "pretrained"})
-        model = load_causal_model(source, torch.device("cpu"), self.config.train.seed)
+        config = self.config
+        model = load_causal_model(reference_source(config), torch.device("cpu"), config.train.seed)
         cast_parameters(model, self.dtype)
-        return {name: path for name, (_, path) in self.cache_paths(model).items()}
+        return {name: path for name, (_, path) in cache_paths(config, self.rows, weights_sha256(model)).items()}
 
     @property
     def shared_prompts(self) -> bool:

@@ -15,6 +15,8 @@ from penchant.plan.outline import OutlinedRun, parameter_counts
 from penchant.plan.probe import Duration, Probe, duration_of, probe
 from penchant.plan.settings import Setting, derived_values, settings_of
 from penchant.plan.work import Disk, Rows, Work, disk_of, rows_of, to_json, work_of
+from penchant.runs.parts import reference_kind
+from penchant.runs.record import reward_contents
 from penchant.training.checkpoint import latest_checkpoint
 
 PROBE_ROOM = 0.9  # of the free memory: a probe that would need more is not taken
@@ -77,10 +79,8 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> 
     run = OutlinedRun(config, quiet=True)
     _load_what_training_loads(run)
     baseline = resident()
-    _ = run.trees, run.mismatched
+    _ = run.rows.trees, run.rows.mismatched
     if config.reward is not None or config.evaluation.reward is not None:
-        from penchant.runs import reward_contents
-
         reward_contents(config)  # a file or folder that is not there is met now
     held = max(0, resident() - baseline)
     rows, work = rows_of(run), work_of(run)
@@ -99,7 +99,7 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> 
             duration = duration_of(found, work)
             notes += _differences(run, found)
     return Plan(
-        run.method, str(run.folder), _what_is_there(run.folder), settings, rows, work, parameters, memory, disk, reference,
+        run.method.name, str(run.folder), _what_is_there(run.folder), settings, rows, work, parameters, memory, disk, reference,
         found, duration, tuple(notes),
     )  # fmt: skip
 
@@ -113,14 +113,14 @@ def _load_what_training_loads(run: OutlinedRun) -> None:
 
     if run.config.lora is not None:
         import peft  # noqa: F401
-    _ = run.tokenizer
+    _ = run.rows.tokenizer
 
 
 def _reference(run: OutlinedRun) -> tuple[str, bool | None, list[str]]:
     """(what it is, whether the cache is there already or None, notes)."""
-    if "reference" not in run.needs:
+    if "reference" not in run.method.needs:
         return "none is needed", None, []
-    kind = run.reference_kind
+    kind = reference_kind(run.config)
     if run.config.reference.moves:
         return "a frozen copy that follows the policy", None, []
     words = {"adapter": "the adapter switched off, in each step", "frozen": "a frozen copy, in each step"}
@@ -138,7 +138,7 @@ def _reference(run: OutlinedRun) -> tuple[str, bool | None, list[str]]:
 
 def _differences(run: OutlinedRun, found: Probe) -> list[str]:
     packing, fast, _ = run.layout
-    if run.reward_parts is not None and run.reward_parts.encoder:
+    if run.encoder:
         return []
     if (found.packing, found.fast) == (packing, fast):
         return []

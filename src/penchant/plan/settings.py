@@ -13,7 +13,7 @@ from penchant.config import Places, RunConfig
 from penchant.logprobs.reference import default_cache_dir
 from penchant.models.load import DTYPES, base_model_of
 from penchant.plan.outline import OutlinedRun, parameter_counts
-from penchant.runs import SMALL_MODEL
+from penchant.runs.parts import SMALL_MODEL, peak_lr, reference_kind, threads_for
 
 Derived = tuple[Any, str]  # what a value became, and why
 
@@ -87,7 +87,10 @@ def derived_values(run: OutlinedRun) -> dict[str, Derived]:
         path = tuple(key.split("."))
         if path in asked and asked[path] == stands:
             found[key] = derive(run)
-    encoder = run.reward_parts
+    for name, value in run.method.resolved.items():
+        if asked.get(("algorithm", name)) == "auto":
+            found[f"algorithm.{name}"] = (value, f"the default of {run.method.name}")
+    encoder = run.rows.reward_parts
     if encoder is not None and encoder.max_length < run.config.data.max_length:
         found["data.max_length"] = (encoder.max_length, "the encoder takes no more")
     return found
@@ -123,26 +126,28 @@ def _packing(run: OutlinedRun) -> Derived:
 
 def _threads(run: OutlinedRun) -> Derived:
     parameters = parameter_counts(run.model)[0]
-    threads = run.threads_for(parameters)
+    threads = threads_for(run.config, parameters)
     if parameters < SMALL_MODEL:
         return threads, f"{parameters:,} parameters: a second thread costs more in waiting than it brings"
     return threads, f"{cores()} cores"
 
 
 def _lr(run: OutlinedRun) -> Derived:
-    return run.peak_lr, f"{run.method}, {'an adapter' if run.config.lora else 'the whole model'}"
+    return peak_lr(
+        run.config, run.rows, parameter_counts(run.model)[0]
+    ), f"{run.method.name}, {'an adapter' if run.config.lora else 'the whole model'}"
 
 
 def _template(run: OutlinedRun) -> Derived:
-    name = run.tokenized[0].template
+    name = run.rows.tokenized[0].template
     why = "the tokenizer has a chat template" if name == "chat" else "the tokenizer has none"
-    return name, "plain documents" if run.datasets[0].kind == "text" else why
+    return name, "plain documents" if run.rows.datasets[0].kind == "text" else why
 
 
 def _reference(run: OutlinedRun) -> Derived:
-    if "reference" not in run.needs:
-        return "none", f"{run.method} needs no reference"
-    kind = run.reference_kind
+    if "reference" not in run.method.needs:
+        return "none", f"{run.method.name} needs no reference"
+    kind = reference_kind(run.config)
     why = {
         "cached": "computed once and kept on disk",
         "adapter": "the model with its adapter off; no copy is held",
@@ -151,17 +156,12 @@ def _reference(run: OutlinedRun) -> Derived:
     return kind, why[kind]
 
 
-def _beta(run: OutlinedRun) -> Derived:
-    assert run.online is not None
-    return run.online.kl_weight, f"the default of {run.online.name}"
-
-
 DERIVED: dict[str, tuple[Any, Callable[[OutlinedRun], Derived]]] = {
     "model.dtype": ("auto", _dtype),
     "model.device": ("auto", _device),
     "model.kernels": ("auto", _kernels),
     "model.tokenizer": (None, lambda run: (run.config.model.path, "the model's own")),
-    "data.shape": ("auto", lambda run: (run.loaded["train"].shape, "by its columns")),
+    "data.shape": ("auto", lambda run: (run.rows.loaded["train"].shape, "by its columns")),
     "data.template": ("auto", _template),
     "data.split_seed": (None, lambda run: (run.config.train.seed, "train.seed")),
     "reference.kind": ("auto", _reference),
@@ -170,5 +170,4 @@ DERIVED: dict[str, tuple[Any, Callable[[OutlinedRun], Derived]]] = {
     "train.threads": ("auto", _threads),
     "train.lr": ("auto", _lr),
     "evaluation.tokens_per_step": (None, lambda run: (run.config.train.tokens_per_step, "train.tokens_per_step")),
-    "algorithm.beta": ("auto", _beta),
 }

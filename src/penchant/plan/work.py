@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from penchant.algorithms.options import PPOConfig
 from penchant.data.packing import plan_balanced, plan_microbatches, tree_tokens
 from penchant.plan.outline import OutlinedRun, parameter_counts
 from penchant.training.steps import BatchSchedule
@@ -80,10 +79,10 @@ def rows_of(run: OutlinedRun) -> dict[str, Rows]:
     """By part: ``train``, and ``held out`` where there is one."""
     found = {}
     names = ("train", "held out")
-    for name, tokenized, trees in zip(names, run.tokenized, run.trees, strict=True):
+    for name, tokenized, trees in zip(names, run.rows.tokenized, run.rows.trees, strict=True):
         if tokenized is None:
             continue
-        source = run.loaded["heldout" if name == "held out" and "heldout" in run.loaded else "train"]
+        source = run.rows.loaded["heldout" if name == "held out" and "heldout" in run.rows.loaded else "train"]
         cut = {*tokenized.cut_prompts, *tokenized.cut_completions}
         found[name] = Rows(
             source.total,
@@ -107,8 +106,8 @@ def _quantiles(lengths: Sequence[int]) -> tuple[int, ...]:
 
 def work_of(run: OutlinedRun) -> Work:
     """Counted step by step with the run's own schedule and packer; rollouts of an online method count as long as they may be."""
-    trees = with_rollouts(run, run.trees[0])
-    schedule, train = run.schedule, run.config.train
+    trees = with_rollouts(run, run.rows.trees[0])
+    schedule, train, rollouts = run.schedule, run.config.train, run.method.rollouts
     total = schedule.total_steps
     counted = min(total, EXACT_STEPS)
     shared = run.shared_prompts
@@ -117,8 +116,8 @@ def work_of(run: OutlinedRun) -> Work:
     met: set[int] = set()
     for step in range(counted):
         batch = [trees[i] for i in schedule.batch(step)]
-        if run.online is not None:  # an update takes a part of the rollouts
-            batch = batch[: -(-len(batch) // run.online.minibatches)]
+        if rollouts is not None:  # an update takes a part of the rollouts
+            batch = batch[: -(-len(batch) // rollouts.minibatches)]
         sizes = [tree_tokens(t, shared) for t in batch]
         plan = plan_balanced(sizes, train.tokens_per_step)
         passes += len(plan)
@@ -145,17 +144,16 @@ def work_of(run: OutlinedRun) -> Work:
         evaluations=_evaluations(run),
         checkpoints=_times(run.config.checkpoint.every, schedule),
         batch=tuple(tuple(b) for b in largest[1]),
-        exact=counted == total and run.online is None,
+        exact=counted == total and rollouts is None,
     )
 
 
 def with_rollouts(run: OutlinedRun, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
     """The trees that a step trains on: for an online method each prompt with completions as long as they may be."""
-    online = run.online
-    if online is None:
+    rollouts = run.method.rollouts
+    if rollouts is None:
         return trees
-    ids = np.zeros(online.max_new_tokens, np.int32)
-    k = 2 if online.name == "online_dpo" else online.samples  # the best against the worst
+    ids, k = np.zeros(rollouts.max_new_tokens, np.int32), rollouts.trained
     return [replace(t, completion_ids=(ids,) * k, truncated=(True,) * k) for t in trees]
 
 
@@ -169,7 +167,7 @@ def _times(every: int | str | None, schedule: BatchSchedule) -> int:
 
 
 def _evaluations(run: OutlinedRun) -> int:
-    if not run.trees[1]:
+    if not run.rows.trees[1]:
         return 0
     asked = run.config.evaluation
     return _times(asked.every, run.schedule) + asked.at_start
@@ -225,12 +223,12 @@ def disk_of(run: OutlinedRun, work: Work, cached: bool | None) -> Disk:
     """The estimate; `cached`: whether the reference's cache is there already (None: none is used)."""
     keep = run.config.checkpoint
     kept = min(work.checkpoints, keep.keep_last + (1 if keep.keep_best and work.evaluations else 0))
-    completions = sum(len(t.completion_ids) for part in run.trees for t in part)
-    tokens = sum(len(c) for part in run.trees for t in part for c in t.completion_ids)
+    completions = sum(len(t.completion_ids) for part in run.rows.trees for t in part)
+    tokens = sum(len(c) for part in run.rows.trees for t in part for c in t.completion_ids)
     cache = 0
     if cached is False:
-        cache = 4 * (completions + (tokens if "shared_logps" in run.needs else 0))
-        cache += 4 * len(run.mismatched)
+        cache = 4 * (completions + (tokens if "shared_logps" in run.method.needs else 0))
+        cache += 4 * len(run.rows.mismatched)
     logs = LINE_BYTES * (work.steps + 4 * work.evaluations) + REPORT_BYTES
     return Disk(_checkpoint(run), kept, cache, logs, _free(run.folder))
 
@@ -240,11 +238,10 @@ def _checkpoint(run: OutlinedRun) -> int:
     every, trainable = parameter_counts(run.model)
     size = torch.empty(0, dtype=run.dtype).element_size()
     state = trainable * 12
-    if isinstance(run.online, PPOConfig) and run.online.value == "separate":
-        state += every * 12
+    state += every * 12 * run.method.copies
     if run.config.reference.moves:
         state += parameter_counts(run.model)[0] * 4
-    whole = run.config.lora is None or run.reward_parts is not None  # a reward model is saved merged
+    whole = run.config.lora is None or run.method.learns_reward  # a reward model is saved merged
     model = (every if whole else trainable) * size + (trainable * size if whole and run.config.lora else 0)
     return (model * (2 if run.config.checkpoint.pt else 1)) + state + _tokenizer(run)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from penchant.algorithms.options import RewardModelConfig
 from penchant.config import RunConfig, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.models.load import load_causal_model
@@ -162,7 +161,7 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
     """
     config = with_absolute_paths(config)
     folder, given = Path(config.output), given or config.output
-    if isinstance(config.algorithm, RewardModelConfig):
+    if config.method.learns_reward:
         raise ConfigError(
             given,
             "is a reward model, which writes nothing and has no log-probs",

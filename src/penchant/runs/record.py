@@ -1,16 +1,27 @@
-"""What a run ran on: versions, hardware, hashes."""
+"""What a run leaves beside its checkpoints: identity, manifest, samples; versions, hardware, hashes."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
+import time
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import penchant
 from penchant.base.machine import cores
+from penchant.config import WATCHING_ONLY, RunConfig
+from penchant.rewards.reward_model import content_sha256
+from penchant.runs.sharing import Alone
+
+if TYPE_CHECKING:
+    from penchant.runs.parts import Built
+    from penchant.runs.rows import Rows
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 
@@ -60,3 +71,133 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     definition = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     extra = f"{tokenizer.bos_token_id}|{tokenizer.eos_token_id}|{getattr(tokenizer, 'chat_template', None)}"
     return hashlib.sha256((definition + extra).encode()).hexdigest()
+
+
+# ---- identity: what must not change when a run is resumed ---------------------------------------------------------------
+
+
+def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[str, str]) -> dict[str, Any]:
+    """All settings but those that only watch, the data, and what rewards, losses and algorithms of a user's own are made of."""
+    settings = config.model_dump(mode="json")
+    for section in WATCHING_ONLY:
+        settings.pop(section, None)
+    settings["data"].pop("cache", None)  # it changes no row
+    if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
+        settings["algorithm"].pop("value_init")  # older runs do not have it
+    return {"config": settings, "data": fingerprints, **contents}
+
+
+def contents_of(config: RunConfig) -> dict[str, str]:
+    """SHA-256 of all that a run uses beside its config and rows, under the name that a person is told when it has changed."""
+    what = "loss" if config.algorithm is None else "algorithm"
+    return reward_contents(config) | {f"content of {what} {n}": sha256 for n, sha256 in config.own_contents().items()}
+
+
+def reward_contents(config: RunConfig) -> dict[str, str]:
+    """The same of every reward's Python file or model."""
+    rewards = [r for r in (config.reward, config.evaluation.reward) if r is not None]
+    names = dict.fromkeys(name for reward in rewards for name in reward.terms)
+    return {f"content of reward {name}": found for name in names if (found := content_sha256(name)) is not None}
+
+
+# ---- manifest ------------------------------------------------------------------------------------------------------------
+
+
+def write_manifest(
+    path: Path,
+    rows: Rows,
+    built: Built,
+    sha256: str,
+    started: float,
+    steps: tuple[int, int],
+    status: str,
+    why: str | None,
+) -> None:
+    """What the run is made of and how far it came.
+
+    Args:
+        sha256: of the weights before training; started: seconds since the epoch; steps: (done, of the whole run).
+        status: running, finished, paused, interrupted or stopped; why: where it did not come to its end.
+    """
+    config, parts = built.parts.config, built.parts
+    data: dict[str, Any] = {
+        name: {
+            "layout": d.shape,
+            "total": d.total,
+            "accepted": d.accepted,
+            "quarantined": len(d.quarantined),
+            "fingerprint": d.fingerprint,
+        }
+        for name, d in rows.loaded.items()
+    }
+    for name, split in zip(("train split", "held-out split"), rows.datasets, strict=True):
+        if split is not None:
+            data[name] = {"rows": len(split.trees), "fingerprint": split.fingerprint}
+    manifest = {
+        **versions(),
+        "status": status,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
+        "seconds": round(time.time() - started, 1),
+        "steps": steps[0],
+        "total_steps": steps[1],
+        **({"why": why} if why is not None else {}),
+        "seed": config.train.seed,
+        "loss": config.method.name,
+        "model": {
+            "path": config.model.path,
+            "sha256": sha256,
+            "parameters": sum(p.numel() for p in parts.model.parameters()),
+            "trainable_parameters": sum(p.numel() for p in parts.model.parameters() if p.requires_grad),
+        },
+        "tokenizer_sha256": tokenizer_sha256(rows.tokenizer),
+        "packing": parts.engine.packing + (" (fast path)" if parts.engine.fast else ""),
+        "reference": built.reference_kind,
+        "data": data,
+        "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},
+    }
+    path.write_text(json.dumps(manifest, indent=1))
+
+
+# ---- samples -------------------------------------------------------------------------------------------------------------
+
+
+def sampled(config: RunConfig, rows: Rows) -> bool:
+    """Whether the model answers some prompts before and after training."""
+    texts = config.method.signal == "tokens" and rows.datasets[0].kind == "text"
+    return bool(config.evaluation.samples) and not config.method.learns_reward and not texts
+
+
+def write_samples(
+    path: Path, rows: Rows, model: Any, shared: Alone, key: tuple[Any, ...] | None
+) -> list[dict[str, Any]]:
+    """Greedy completions of the first held-out prompts, kept in a file: a resumed run still has those of its start.
+
+    Args:
+        key: what the start's completions depend on, so that other runs from it share them; None after training.
+    """
+    from penchant.rollout.generate import greedy
+
+    config = rows.config
+    count, longest = config.evaluation.samples, config.evaluation.sample_tokens
+    prompts = [t.prompt_ids.tolist() for t in (rows.trees[1] or rows.trees[0])[:count]]
+    model.eval()
+
+    def write() -> list[str]:
+        return greedy(model, rows.tokenizer, prompts, max_new_tokens=longest)
+
+    asked = ("answers", key, rows.key, bool(rows.trees[1]), count, longest)
+    texts = write() if key is None else shared.once(asked, write)
+    found = [
+        {"prompt": rows.tokenizer.decode(p, skip_special_tokens=True), "completion": c}
+        for p, c in zip(prompts, texts, strict=True)
+    ]
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found), encoding="utf-8")
+    return found
+
+
+def join_samples(path: Path, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
+    """samples.jsonl: each prompt with its completion before and after training."""
+    with path.open("w", encoding="utf-8") as out:
+        for b, a in zip(before, after, strict=False):
+            row = {"prompt": a["prompt"], "before": b["completion"], "after": a["completion"]}
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from penchant.algorithms.options import OnlineConfig, PPOConfig, RewardModelConfig
+from penchant.algorithms import ALGORITHMS
 from penchant.base.text import did_you_mean
 from penchant.config import (
     SYNONYMS,
@@ -45,9 +45,7 @@ _SECTIONS = {
     if name not in ("loss", "algorithm", "reward")
 }
 _OF_A_LOSS = {i.alias or n for s in LOSSES.values() for n, i in s.params.model_fields.items()}
-_OF_AN_ALGORITHM = {
-    i.alias or n for c in (OnlineConfig, PPOConfig, RewardModelConfig) for n, i in c.model_fields.items()
-}
+_OF_AN_ALGORITHM = {i.alias or n for c in ALGORITHMS.values() for n, i in c.model_fields.items()}
 
 
 @dataclass(frozen=True)
@@ -446,7 +444,7 @@ def _metric(
     metric, direction = values.get("metric"), values.get("direction")
     place = place_of(("metric",), places, source)
     if metric is None:
-        usual = sorted({usual_metric(c) for c in configs})
+        usual = sorted({c.method.metric for c in configs})
         if len(usual) > 1:
             raise ConfigError(
                 place, f"metric is missing, and these runs have no one ({', '.join(usual)})", "set metric"
@@ -457,16 +455,6 @@ def _metric(
     if direction not in (None, "min", "max"):
         raise ConfigError(place_of(("direction",), places, source), f"direction is {direction!r}", "give min or max")
     return metric, higher_is_better(metric) if direction is None else direction == "max", place
-
-
-def usual_metric(config: RunConfig) -> str:
-    """What a method is judged by on held-out rows."""
-    if isinstance(config.algorithm, OnlineConfig):
-        return "eval/reward"
-    if isinstance(config.algorithm, RewardModelConfig):
-        return "eval/rewards/accuracies"
-    signals = {c.spec.signal for c in config.loss.components}
-    return "eval/loss" if signals == {"tokens"} else "eval/rewards/accuracies"
 
 
 def _search(values: Mapping[str, Any], places: Places, source: str, maker: _Maker, axes: Mapping[str, Axis]) -> Sweep:

@@ -327,12 +327,12 @@ class SweepConductor:
         judged = None if judging is None else dict(judging.terms)
         for one in (reward, judged):
             check_reward(one)
-        splits = Run(config, quiet=True, shared=self.shared).datasets
+        splits = Run(config, quiet=True, shared=self.shared).rows.datasets
         data = {n: d.fingerprint for n, d in zip(("training", "held-out"), splits, strict=True) if d is not None}
         named = (config.model.path, config.model.tokenizer, config.reference.path, json.dumps([reward, judged]))
         files = self.shared.once(("files", *named), lambda: stage_inputs(config, reward, {}, {}, judged))
         settings = config.model_dump(mode="json", exclude=set(WATCHING_ONLY))
-        return {**files, "config": settings, "data": data, "losses": config.loss.contents()}
+        return {**files, "config": settings, "data": data, "losses": config.own_contents()}
 
     def known_runs(self) -> list[SweepRun]:
         """The runs of a grid, or the trials of a search that were drawn already."""
@@ -359,7 +359,7 @@ class SweepConductor:
         """
         if run.name not in self._steps:
             with _named(run):
-                self._steps[run.name] = Run(run.config, quiet=True, shared=self.shared).total_steps
+                self._steps[run.name] = Run(run.config, quiet=True, shared=self.shared).schedule.total_steps
         total = self._steps[run.name]
         steps = halving.steps(total)
         if len(set(steps)) < len(steps):

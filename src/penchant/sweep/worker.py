@@ -34,9 +34,7 @@ def train_one(config: Any, shared: Alone, console: Any = None, pause_at: int | N
     from penchant.runs import Run
     from penchant.training.loop import Interrupted, Paused
 
-    run = Run(config, quiet=True, shared=shared, pause_at=pause_at)
-    if console is not None:
-        run.console = console
+    run = Run(config, quiet=True, shared=shared, pause_at=pause_at, console=console)
     try:
         result = run.train()
     except Interrupted:

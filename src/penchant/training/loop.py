@@ -286,7 +286,7 @@ class Loop:
     def _check_start(self, scored: Scored) -> None:
         """Policy and reference are one model before the first step: their log-probs must be equal."""
         assert self.start_tolerance is not None
-        if scored.ref_logps is None:
+        if not isinstance(scored, Scored) or scored.ref_logps is None:
             return
         away = (scored.policy_logps.detach() - scored.ref_logps).abs()
         per_completion, per_token = self.start_tolerance

@@ -1,0 +1,223 @@
+"""Held-out figures of a run, in training and after it; what the start's completions were worth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from penchant.algorithms.method import Parts
+from penchant.config import RunConfig
+from penchant.logprobs.reference import LiveReference, adapter_off
+from penchant.losses.schedules import progress_at
+from penchant.metrics.completions import (
+    START_FILE,
+    Fresh,
+    Written,
+    completion_figures,
+    gain_figures,
+    keep_start,
+    kept_start,
+    kl_on,
+    rows_of,
+)
+from penchant.metrics.heldout import score_heldout
+from penchant.rewards import load_reward
+from penchant.rewards.reward_model import PolicyText
+from penchant.runs.parts import Built, frozen_scorer, start_key
+from penchant.runs.record import reward_contents
+from penchant.runs.rows import Rows
+from penchant.runs.sharing import Alone
+from penchant.types import Algorithm, Scored, TokenTree
+
+
+def writes_completions(config: RunConfig, rows: Rows) -> bool:
+    """Whether the policy answers held-out prompts at evaluations beside its method's own: on given answers always, SFT where somebody judges."""
+    method, asked = config.method, config.evaluation
+    if method.rollouts is not None or method.learns_reward or not asked.kl_prompts or rows.datasets[0].kind == "text":
+        return False
+    return method.signal != "tokens" or asked.reward is not None
+
+
+def prompts_of(config: RunConfig, rows: Rows, device: Any) -> Fresh:
+    """What is asked of the policy at every evaluation, and who judges it.
+
+    Raises:
+        ConfigError, RewardError: the judge cannot be loaded.
+    """
+    sources: dict[tuple[int, ...], str] = {}
+    for tree in rows.trees[1]:
+        sources.setdefault(tuple(tree.prompt_ids.tolist()), tree.source)
+    prompts = list(sources)[: config.evaluation.kl_prompts]
+    reward, judge = config.evaluation.reward, None
+    if reward is not None:
+        judge = load_reward(reward, PolicyText(rows.tokenizer, config.data.template, rows.prompts), device)
+    return Fresh(
+        rows.tokenizer,
+        prompts,
+        [sources[p] for p in prompts],
+        config.evaluation.sample_tokens,
+        config.train.seed,
+        judge,
+        None if reward is None else [reward.model_dump(mode="json"), reward_contents(config)],
+    )
+
+
+@dataclass
+class HeldOut:
+    """Evaluates a run on the rows that it holds out.
+
+    Args:
+        folder: the run's, where the start's completions are kept; total_steps: of the whole run.
+        fresh: what is asked of the policy beside the method's own evaluation, or None.
+        tables: of the last evaluation (a reward model's calibration).
+    """
+
+    config: RunConfig
+    rows: Rows
+    built: Built
+    folder: Path
+    shared: Alone
+    console: Any
+    total_steps: int
+    fresh: Fresh | None = None
+    tables: dict[str, Any] = field(default_factory=dict)
+
+    def at(self, step: int, *, keep: bool = False) -> dict[str, Any]:
+        """Metrics of the policy after `step` optimizer steps; `keep`: what the start's completions were worth goes into the run's folder."""
+        return self.config.method.evaluate(_Evaluation(self, step, keep))
+
+    # ---- the start --------------------------------------------------------------------------------------------------
+
+    def start(self) -> LiveReference:
+        """The model that training starts from (or reference.path), run live; it may be loaded for this."""
+        parts = self.built.parts
+        if type(parts.reference) is LiveReference:
+            return parts.reference
+        if self.config.lora is not None and self.config.reference.path is None:
+            return adapter_off(parts.scorer)
+        return LiveReference(frozen_scorer(parts, self.shared))
+
+    def _start_policy(self) -> LiveReference:
+        """The model that training starts from, whatever reference.path says; it may be loaded for this."""
+        if self.config.reference.path is None:
+            return self.start()
+        if self.config.lora is not None:
+            return adapter_off(self.built.parts.scorer)
+        return LiveReference(frozen_scorer(self.built.parts, self.shared, start=True))
+
+    def rewards_of_start(self, fresh: Fresh, written: Written | None, keep: bool) -> np.ndarray:
+        """What the start's completions of the same prompts were worth; asked once and kept, so that a resumed run has the same.
+
+        Args:
+            written: the start's own, where the policy is still the start; keep: whether they may be written into the run's folder.
+        """
+        path = self.folder / START_FILE
+        if written is None:
+            found = kept_start(path, fresh.asked)
+            if found is not None:
+                return found
+            start = self._start_policy()
+            with start.off():
+                written = fresh.write(start.scorer.model, 0)
+        if keep:
+            keep_start(path, fresh.asked, rows_of(written, self.rows.tokenizer))
+        assert written.rewards is not None
+        return written.rewards
+
+
+@dataclass
+class _Evaluation:
+    """One evaluation: what `Method.evaluate` can use (`algorithms.method.Evaluation`)."""
+
+    of: HeldOut
+    step: int
+    keep: bool
+
+    @property
+    def parts(self) -> Parts:
+        return self.of.built.parts
+
+    @property
+    def algorithm(self) -> Any:
+        return self.of.built.algorithm
+
+    @cached_property
+    def budget(self) -> int:
+        config = self.of.config
+        return config.evaluation.tokens_per_step or config.train.tokens_per_step
+
+    def start(self) -> LiveReference:
+        return self.of.start()
+
+    def scored(self, algorithm: Algorithm, *, alike: bool = False) -> tuple[Scored, list[TokenTree]]:
+        of, trees = self.of, self.parts.trees[1]
+        at = progress_at(max(0, self.step - 1), of.total_steps)
+
+        def score() -> tuple[Scored, list[int]]:
+            return score_heldout(
+                algorithm,
+                trees,
+                shared=self.parts.engine.shared,
+                tokens_per_step=self.budget,
+                device=self.parts.device,
+                at=at,
+                progress=of.console.counter("held-out rows"),
+            )
+
+        if self.step == 0 and alike:
+            # the start's log-probs are the same under every loss; what a loss makes of them is not
+            algorithm.begin_step(0, at, trees)
+            needs = tuple(sorted(of.config.method.needs))
+            scored, order = of.shared.once(("start", start_key(of.config), of.rows.key, needs, self.budget), score)
+        else:
+            scored, order = score()
+        return scored, [trees[i] for i in order]
+
+    def completions(self) -> dict[str, Any]:
+        """KL to the start (or reference.path), length and variety of sampled completions, and their reward against the start's.
+
+        Where no model to compare with is held, one is loaded and let go again.
+        """
+        of, fresh = self.of, self.of.fresh
+        if fresh is None:
+            return {}
+        asked = json.dumps(fresh.asked, sort_keys=True)
+
+        def estimate() -> tuple[Written, dict[str, Any]]:
+            written = fresh.write(self.parts.model, self.step)
+            if of.config.method.signal == "tokens":
+                return written, {}
+            policy = LiveReference(self.parts.scorer)
+            return written, kl_on(policy, self.start(), written.trees, tokens_per_step=self.budget)
+
+        key = ("start completions", start_key(of.config), of.rows.key, asked, self.budget)
+        written, metrics = estimate() if self.step else of.shared.once(key, estimate)
+        metrics = metrics | completion_figures(written)
+        if written.rewards is not None:
+            start = of.rewards_of_start(fresh, None if self.step else written, self.keep)
+            metrics |= gain_figures(written.rewards, start)
+        return {f"eval/{name}": value for name, value in metrics.items()}
+
+    def rewards_of_start(
+        self, max_new_tokens: int, sampling: Mapping[str, Any], rewards: np.ndarray
+    ) -> np.ndarray | None:
+        of, config = self.of, self.of.config
+        assert config.reward is not None
+        judge = [config.reward.model_dump(mode="json"), reward_contents(config)]
+        prompts = [t.prompt_ids.tolist() for t in self.parts.trees[1]]
+        fresh = Fresh(of.rows.tokenizer, prompts, [], max_new_tokens, config.train.seed, None, judge)
+        asked, path = {**fresh.asked, **sampling}, of.folder / START_FILE
+        if self.step:
+            return kept_start(path, asked)
+        if self.keep:
+            keep_start(path, asked, [{"reward": float(r)} for r in rewards])
+        return rewards
+
+    def keep_tables(self, tables: Mapping[str, Any]) -> None:
+        self.of.tables = dict(tables)

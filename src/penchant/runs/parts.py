@@ -1,0 +1,368 @@
+"""The parts of a run, made in the one order that is right: model, masters, cast, packing, reference, algorithm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from penchant.algorithms.method import Parts
+from penchant.base.machine import cores
+from penchant.config import RunConfig
+from penchant.data.packing import tree_tokens
+from penchant.errors import ConfigError
+from penchant.logprobs import Scorer
+from penchant.logprobs.packing import choose_packing
+from penchant.logprobs.reference import (
+    CachedReference,
+    LiveReference,
+    MovingReference,
+    Reference,
+    adapter_off,
+    cache_key,
+    cached_reference,
+    compute_logps,
+    default_cache_dir,
+    joined,
+)
+from penchant.models.load import (
+    add_lora,
+    cast_parameters,
+    effective_weights,
+    load_causal_model,
+    resolve_device,
+    resolve_dtype,
+    save_model,
+    weights_sha256,
+    write_state_dict,
+)
+from penchant.models.options import ModelConfig
+from penchant.rewards.reward_model import RewardScorer, make_scorer
+from penchant.runs.record import tokenizer_sha256
+from penchant.runs.rows import Rows
+from penchant.runs.sharing import Alone, Key
+from penchant.training.optim import MasterAdamW
+from penchant.types import TokenTree
+
+SMALL_MODEL = 20_000_000  # parameters; below this a second thread costs more in waiting than it brings
+
+
+@dataclass(slots=True)
+class Built:
+    """Everything that a run trains with.
+
+    Args:
+        parts: the model and what runs it; optimizer: holds the fp32 masters; algorithm: what the loop trains.
+        reference_kind: ``frozen``, ``adapter``, ``cached``, or None.
+        reference_seconds, reference_tokens: what a cached reference took, where it was computed now.
+    """
+
+    parts: Parts
+    optimizer: MasterAdamW
+    algorithm: Any = None
+    reference_kind: str | None = None
+    reference_seconds: float = 0.0
+    reference_tokens: int = 0
+
+
+def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: bool = True) -> Built:
+    """Make every part.
+
+    Args:
+        shared: keeps what other runs of this process can use as it is; console: says what was chosen.
+        cache: False computes a cached reference anew, for these rows, and leaves the cache's files alone.
+
+    Raises:
+        ConfigError, DataError, ModelError, RewardError: the user can fix it.
+    """
+    method, train = config.method, config.train
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(config.model.dtype, device)
+    kind = reference_kind(config) if "reference" in method.needs else None
+    if "reference" not in method.needs and config.reference.moves:
+        raise ConfigError(
+            "reference", f"{method.name} has no reference that could move", "leave out ema and sync_every"
+        )
+
+    # the model in fp32, and what is trained beside it
+    model = _untrained(config, rows, device, shared)
+    set_threads(config, model)
+    model = prepared(model, config, rows)
+    parts = Parts(
+        config, device, dtype, rows.tokenizer, lambda: rows.prompts, rows.trees, rows.mismatched, model, {}, None
+    )
+    method.check(parts)
+    parts.modules = method.modules(parts, lambda: fresh_model(config, config.model, device, shared), console.note)
+
+    # masters are taken before the cast
+    beside = [(f"{name}.{n}", p) for name, m in parts.modules.items() for n, p in m.named_parameters()]
+    how = train.model_copy(update=dict(method.optimizer))
+    optimizer = MasterAdamW(
+        [*model.named_parameters(), *beside],
+        dtype=dtype,
+        betas=(how.adam_beta1, how.adam_beta2),
+        eps=how.adam_eps,
+        weight_decay=how.weight_decay,
+    )
+    for trained in (model, *(m.backbone for m in parts.modules.values() if getattr(m, "backbone", None) is not None)):
+        cast_parameters(trained, dtype)
+
+    # what runs it, what it is compared with, what trains it
+    parts.engine = _engine(parts, rows, shared, console)
+    built = Built(parts, optimizer, reference_kind=kind)
+    if kind is not None:
+        parts.reference = _reference(built, kind, rows, shared, console, cache)
+    built.algorithm = method.build(parts)
+    return built
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model
+
+
+def _untrained(config: RunConfig, rows: Rows, device: torch.device, shared: Alone) -> Any:
+    """As loaded, in fp32; a reward model has its adapter already, for its head is trained with it."""
+    if rows.reward_parts is not None:
+        return rows.reward_parts.load(device, config.train.seed)
+    return fresh_model(config, config.model, device, shared)
+
+
+def fresh_model(config: RunConfig, source: ModelConfig, device: torch.device, shared: Alone) -> Any:
+    """A causal model as loaded, in fp32, of which nobody else holds a part."""
+    seed = config.train.seed
+    if type(shared) is Alone:
+        return load_causal_model(source, device, seed)
+    key: Key = ("model", *weights_key(config, source))
+    kept = shared.fresh(key, lambda: load_causal_model(source, torch.device("cpu"), seed))
+    return kept.to(device)
+
+
+def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
+    """A loaded model as it is trained: with its adapter; checked against tokenizer and rows."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if len(rows.tokenizer) > vocabulary:
+        raise ConfigError(
+            "model.tokenizer",
+            f"the tokenizer has {len(rows.tokenizer):,} tokens but the model's embedding only {vocabulary:,}",
+            "give the tokenizer that the model was trained with",
+        )
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and rows.max_length > limit:
+        raise ConfigError(
+            "data.max_length",
+            f"{rows.max_length} is beyond the model's context of {limit}",
+            f"set it to at most {limit}",
+        )
+    if config.lora is not None and rows.reward_parts is None:
+        model = add_lora(model, config.lora, config.train.seed)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.lora is not None:
+            model.enable_input_require_grads()
+    return model
+
+
+def threads_for(config: RunConfig, parameters: int) -> int:
+    """As `train.threads` says for a model of this size."""
+    threads = config.train.threads
+    if threads == "auto":
+        return 1 if parameters < SMALL_MODEL else cores()
+    return int(threads)
+
+
+def set_threads(config: RunConfig, model: Any) -> None:
+    """torch's threads as `train.threads` says for this model."""
+    torch.set_num_threads(threads_for(config, sum(p.numel() for p in model.parameters())))
+
+
+def peak_lr(config: RunConfig, rows: Rows, parameters: int) -> float:
+    """`train.lr`, or what auto is for this method and a model of so many parameters."""
+    if config.train.lr != "auto":
+        return float(config.train.lr)
+    if rows.reward_parts is not None:
+        return rows.reward_parts.default_lr(parameters)
+    return config.method.default_lr[config.lora is not None]
+
+
+def write_model(built: Built, rows: Rows, folder: Path) -> None:
+    """The trained model as transformers or peft loads it."""
+    parts = built.parts
+    if rows.reward_parts is not None:
+        rows.reward_parts.save(parts.model, built.optimizer.masters, folder)
+    else:
+        save_model(parts.model, parts.tokenizer, folder)
+    if parts.config.checkpoint.pt:
+        write_state_dict(folder)
+
+
+def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | RewardScorer:
+    """What runs the model: how rows are packed is its business."""
+    packing, kernels = parts.config.train.packing, parts.config.model.kernels
+    found: list[Scorer | RewardScorer] = []
+    if rows.reward_parts is not None:
+        engine, note = make_scorer(parts.model, rows.reward_parts.encoder, parts.tokenizer, packing, kernels)
+        console.note(note)
+        return engine
+
+    def choose() -> tuple[Any, str]:
+        scorer, note = choose_packing(parts.model, packing, kernels)
+        found.append(scorer)
+        return scorer.packing, note
+
+    chosen, note = shared.once(("packing", start_key(parts.config)), choose)
+    console.note(note)
+    return found[0] if found else Scorer(parts.model, chosen, kernels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the reference
+
+
+def reference_kind(config: RunConfig) -> str:
+    """Where the reference's log-probs come from, ``auto`` resolved.
+
+    Raises:
+        ConfigError: the method or the model cannot have it so.
+    """
+    kind, own = str(config.reference.kind), config.reference.path is not None
+    if kind == "auto" and (config.reference.moves or (config.lora is None and config.method.live_reference)):
+        kind = "frozen"
+    elif kind == "auto":
+        kind = "adapter" if config.lora is not None and not own else "cached"
+    if kind == "adapter" and (config.lora is None or own):
+        raise ConfigError(
+            "reference.kind",
+            "adapter means the model with its LoRA adapter off",
+            "add a lora section and no reference.path",
+        )
+    if kind == "cached" and config.method.signal == "prompts":
+        raise ConfigError(
+            "reference.kind",
+            "a cache does not hold completions that are yet to be written",
+            "set reference.kind=frozen (or adapter, with LoRA)",
+        )
+    return kind
+
+
+def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any, cache: bool) -> Reference:
+    parts, cfg = built.parts, built.parts.config.reference
+    if cfg.moves:
+        every, mixup = (cfg.sync_every, cfg.sync_mixup) if cfg.ema is None else (1, 1.0 - cfg.ema)
+        return MovingReference(
+            frozen_scorer(parts, shared),
+            policy=lambda: effective_weights(parts.model, built.optimizer.masters),
+            every=int(every or 1),
+            mixup=mixup,
+        )
+    if kind == "adapter":
+        return adapter_off(parts.scorer)
+    if kind == "frozen":
+        return LiveReference(frozen_scorer(parts, shared))
+    # the initial policy itself where it is the reference, so no copy is held
+    live = LiveReference(parts.scorer) if parts.config.lora is None else adapter_off(parts.scorer)
+    if cfg.path is not None:
+        live = LiveReference(frozen_scorer(parts, shared))
+    if not cache:
+        return _computed(built, live)
+    return _cached(parts, live, rows, shared, console)
+
+
+def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer:
+    """A frozen model in the policy's precision: the reference, or the `start` of training where they differ."""
+    config = parts.config
+    model = fresh_model(config, config.model if start else reference_source(config), parts.device, shared)
+    cast_parameters(model, parts.dtype)
+    model.requires_grad_(False).eval()
+    # the policy's own numeric path: with an adapter it has no fast one, and the start would not be equal
+    return Scorer(model, parts.scorer.packing, "auto" if parts.scorer.fast else "off")
+
+
+def reference_source(config: RunConfig) -> ModelConfig:
+    """The model that is the reference: `reference.path`, or what training starts from."""
+    if config.reference.path is None:
+        return config.model
+    return config.model.model_copy(update={"path": config.reference.path, "init": "pretrained"})
+
+
+def _cached(parts: Parts, live: LiveReference, rows: Rows, shared: Alone, console: Any) -> CachedReference:
+    """From disk, or computed now."""
+    found_for: list[CachedReference] = []
+    sha256 = start_sha256(parts.config, live.scorer.model, reference_source(parts.config), shared)
+    for name, (trees, path) in cache_paths(parts.config, rows, sha256).items():
+        cached, found = cached_reference(
+            live,
+            trees,
+            path.stem,
+            path.parent,
+            tokens_per_step=parts.config.train.tokens_per_step,
+            tokens="shared_logps" in parts.config.method.needs,
+            progress=console.counter(f"reference log-probs of {name} rows"),
+        )
+        verb = "read from cache" if found else "computed and cached"
+        console.note(f"reference log-probs of {len(trees):,} {name} rows: {verb}")
+        found_for.append(cached)
+    return joined(found_for)
+
+
+def _computed(built: Built, live: LiveReference) -> CachedReference:
+    """Computed anew, and timed."""
+    parts = built.parts
+    trees = [*parts.trees[0], *parts.trees[1], *parts.mismatched.values()]
+    started = time.perf_counter()
+    found = compute_logps(live, trees, tokens_per_step=parts.config.train.tokens_per_step)
+    built.reference_seconds = time.perf_counter() - started
+    built.reference_tokens = sum(tree_tokens(t, live.scorer.shared) for t in trees)
+    sums = found.sums.split([len(t.completion_ids) for t in trees])
+    tokens = found.tokens.split([sum(map(len, t.completion_ids)) for t in trees])
+    by_row = {t.row: s for t, s in zip(trees, sums, strict=True)}
+    return CachedReference(by_row, {t.row: s for t, s in zip(trees, tokens, strict=True)})
+
+
+def cache_paths(config: RunConfig, rows: Rows, weights: str) -> dict[str, tuple[Sequence[TokenTree], Path]]:
+    """By name of the rows: them, and the file that holds (or will hold) their log-probs under the reference.
+
+    Args:
+        weights: SHA-256 of the reference model's.
+    """
+    cfg = config.reference
+    folder = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else default_cache_dir()
+    groups = {"training": rows.trees[0], "held-out": rows.trees[1], "mismatched": list(rows.mismatched.values())}
+    dtype = str(resolve_dtype(config.model.dtype, resolve_device(config.model.device)))
+    how = {"dtype": dtype, "tokenizer": tokenizer_sha256(rows.tokenizer), "template": config.data.template}
+    return {
+        name: (trees, folder / f"{cache_key(weights, trees, **how)}.safetensors")
+        for name, trees in groups.items()
+        if trees
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what runs can share: keys
+
+
+def weights_key(config: RunConfig, source: ModelConfig) -> Key:
+    """Everything that a model's weights in fp32 depend on before it is trained."""
+    seed = config.train.seed if source.init == "random" else None
+    return (source.path, source.revision, source.init, seed)
+
+
+def start_key(config: RunConfig) -> Key:
+    """Everything that figures of the untrained policy depend on, apart from the rows and from what is asked of them."""
+    adapter = None if config.lora is None else (config.lora.model_dump_json(), config.train.seed)
+    t, device = config.train, resolve_device(config.model.device)
+    dtype = resolve_dtype(config.model.dtype, device)
+    held = (str(device), str(dtype), config.model.kernels, t.packing, t.gradient_checkpointing, t.threads)
+    learns_policy = not config.method.learns_reward
+    return (weights_key(config, config.model), adapter, *held, learns_policy, config.reference.model_dump_json())
+
+
+def start_sha256(config: RunConfig, model: Any, source: ModelConfig, shared: Alone) -> str:
+    """SHA-256 of an untrained model that was loaded from `source`."""
+    if config.method.learns_reward:  # its head depends on the seed
+        return weights_sha256(model)
+    dtype = str(resolve_dtype(config.model.dtype, resolve_device(config.model.device)))
+    return shared.once(("sha256", *weights_key(config, source), dtype), lambda: weights_sha256(model))

@@ -1,0 +1,224 @@
+"""The rows of a run: what its files hold, split, made into tokens and numbered; the audit."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from penchant.config import RunConfig
+from penchant.data.adapt import adapt, mismatch
+from penchant.data.audit import audit as run_audit
+from penchant.data.audit.findings import Audit
+from penchant.data.cached import DataCache
+from penchant.data.load import Dataset, layout_line, summary
+from penchant.data.mapped import StoredTokens, first_completions, label_counts
+from penchant.data.tokenize import TokenizedDataset
+from penchant.errors import ConfigError, DataError
+from penchant.models.load import load_tokenizer
+from penchant.rewards.reward_model import RewardModelParts
+from penchant.runs.sharing import Alone, Key
+from penchant.types import Prompt, TokenTree
+
+
+class Rows:
+    """Rows and tokens as a run's config says; each is read or made when it is first asked for, and nothing else depends on that moment.
+
+    Args:
+        shared: keeps what other runs of this process can use as it is; console: for what a person should know of the rows.
+        tokenizer: in place of the config's (a checkpoint's own, where what it started from may be gone).
+    """
+
+    def __init__(self, config: RunConfig, shared: Alone, console: Any, tokenizer: Any = None) -> None:
+        self.config, self.shared, self.console = config, shared, console
+        self.method = config.method
+        self.cache = DataCache(config.data.cache != "off", console.note)
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is not None:
+            return self._tokenizer
+        # a reward model may add a pad token
+        get = self.shared.fresh if self.method.learns_reward else self.shared.once
+        model = self.config.model
+        return get(self.tokenizer_key, lambda: load_tokenizer(model.tokenizer or model.path, model.revision))
+
+    @cached_property
+    def loaded(self) -> dict[str, Dataset]:
+        """What the files hold, with the rows kept aside: ``train``, and ``heldout`` where it has a file of its own."""
+        found = {"train": self._load(self.config.data.path)}
+        if self.config.data.eval_path is not None:
+            found["heldout"] = self._load(self.config.data.eval_path)
+        for name, dataset in found.items():
+            self.console.note(f"{name}: {summary(dataset)}")
+        return found
+
+    @cached_property
+    def datasets(self) -> tuple[Dataset, Dataset | None]:
+        """(train, held out): as files say, or split off by prompt."""
+        data = self.config.data
+        train = self.loaded["train"]
+        if "heldout" in self.loaded:
+            return train, self.loaded["heldout"]
+        if data.validation_rows is None and data.validation_fraction is None:
+            if self.config.evaluation.reward is not None:
+                raise ConfigError(
+                    "evaluation.reward",
+                    "is set, but nothing is held out whose prompts could be answered",
+                    "set data.validation_rows, data.validation_fraction or data.eval_path, or leave it out",
+                )
+            return train, None
+        seed = self.config.train.seed if data.split_seed is None else data.split_seed
+        train, heldout = self.shared.once(
+            ("split", *content_of(train), str(data.path), data.validation_rows, data.validation_fraction, seed),
+            lambda: self.cache.split(
+                self.loaded["train"],
+                validation_rows=data.validation_rows,
+                validation_fraction=data.validation_fraction,
+                seed=seed,
+            ),
+        )
+        self.console.note(f"split by prompt: {train.accepted:,} train, {heldout.accepted:,} held out")
+        return train, heldout
+
+    def _load(self, path: Any) -> Dataset:
+        data, method = self.config.data, self.method
+        reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
+        dataset = self.shared.once(
+            ("rows", str(path), json.dumps(reading, sort_keys=True)), lambda: self.cache.load(path, **reading)
+        )
+        self.console.note(layout_line(dataset, path))
+        adapted = adapt(dataset, method.name, method.signal, method.needs, data, str(path))
+        if method.signal == "unpaired":
+            good, bad = label_counts(adapted.trees)
+            self.console.note(f"{path}: {good:,} good and {bad:,} bad answers")
+        return adapted
+
+    @cached_property
+    def reward_parts(self) -> RewardModelParts | None:
+        """How a reward model's rows are made into tokens, and what else it has of its own; None where a language model is trained."""
+        if not self.method.learns_reward:
+            return None
+        cfg = self.config
+        parts = RewardModelParts(cfg.model, cfg.data, cfg.lora, self.tokenizer)
+        if parts.max_length < cfg.data.max_length:
+            self.console.note(
+                f"data.max_length {cfg.data.max_length} is beyond the encoder: rows have {parts.max_length}"
+            )
+        return parts
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a row, at most."""
+        return self.config.data.max_length if self.reward_parts is None else self.reward_parts.max_length
+
+    @cached_property
+    def tokenized(self) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+        train, heldout = self.datasets
+        return self.tokenize(train), None if heldout is None else self.tokenize(heldout)
+
+    def tokenize(self, dataset: Dataset, on_bad_row: str | None = None) -> TokenizedDataset:
+        """Rows as this run would train on them."""
+        data = self.config.data
+        if self.reward_parts is not None:
+            return self.reward_parts.tokenize(dataset, on_bad_row or data.on_bad_row)
+        how = data.model_dump(include={"template", "max_length", "truncation", "on_bad_row", "identical", "add_eos"})
+        how["on_bad_row"] = on_bad_row or data.on_bad_row
+        key = ("tokens", *self.tokenizer_key[1:], str(data.path), str(data.eval_path), *content_of(dataset))
+        return self.shared.once(
+            (*key, json.dumps(how, sort_keys=True)), lambda: self.cache.tokenize(dataset, self.tokenizer, **how)
+        )
+
+    @cached_property
+    def trees(self) -> tuple[Sequence[TokenTree], Sequence[TokenTree]]:
+        """(train, held out) token trees; rows are numbered through both, so that one reference cache holds both."""
+        train, heldout = self.tokenized
+        parts: list[Sequence[TokenTree]] = [train.trees, heldout.trees if heldout is not None else ()]
+        if self.method.signal == "tokens":  # SFT on pairs learns the chosen completion only
+            parts = [first_completions(part) for part in parts]
+        numbered: list[Sequence[TokenTree]] = []
+        start = 0
+        for part in parts:
+            if isinstance(part, StoredTokens):
+                numbered.append(part.numbered_from(start))
+            else:
+                numbered.append([replace(t, row=start + i) for i, t in enumerate(part)])
+            start += len(part)
+        if not numbered[0]:
+            raise DataError(str(self.config.data.path), "no row is left to train on", "look at the quarantine file")
+        return numbered[0], numbered[1]
+
+    @cached_property
+    def mismatched(self) -> Mapping[int, TokenTree]:
+        """By row: its prompt with a completion of the next row that has another prompt. Rows go on counting behind the others."""
+        if "z0" not in self.method.needs:
+            return {}
+        found: dict[int, TokenTree] = {}
+        offset = sum(map(len, self.trees))
+        for trees in self.trees:
+            partners = mismatch([t.prompt_ids.tobytes() for t in trees])
+            if partners is None and trees:
+                raise DataError(
+                    str(self.config.data.path),
+                    "all rows have the same prompt, so KTO's reference point cannot be estimated",
+                    "give data with at least two prompts (in the held-out part too), or choose bco or pmpo",
+                )
+            for tree, partner in zip(trees, partners or [], strict=True):
+                other = trees[partner]
+                ids = other.completion_ids[tree.row % len(other.completion_ids)]
+                room = max(1, self.config.data.max_length - len(tree.prompt_ids))
+                found[tree.row] = TokenTree(offset + tree.row, tree.prompt_ids, (ids[:room],), (len(ids) > room,))
+        return found
+
+    @cached_property
+    def prompts(self) -> Mapping[str, Prompt]:
+        """Every prompt as the data has it, by its row's source."""
+        return {t.source: t.prompt for d in self.datasets if d is not None for t in d.trees}
+
+    def part(self, train: Sequence[int], heldout: int, config: RunConfig) -> Rows:
+        """Some of the rows for a run of another config: these of training, and the first `heldout` ones of the others."""
+        few = copy.copy(self)  # with everything that was read already
+        few.config = config
+        few.trees = [self.trees[0][i] for i in train], self.trees[1][:heldout]
+        rows = {t.row for part in few.trees for t in part}
+        few.mismatched = {row: t for row, t in self.mismatched.items() if row in rows}
+        return few
+
+    def audit(self, tokenize: bool = True, *, languages: bool = False, counters: Sequence[Any] = ()) -> Audit:
+        """The data audit, over every split; `counters` are further ones (they are no part of what runs share)."""
+        train, heldout = self.datasets
+        splits = {"train": train} | ({"held out": heldout} if heldout is not None else {})
+        whole, path = self.loaded["train"], self.config.data.path
+
+        def made() -> Audit:
+            tokens = self.tokenize(whole, on_bad_row="skip") if tokenize else None
+            if counters:
+                return run_audit(whole, tokens, splits, path, languages=languages, counters=counters)
+            return self.cache.audit(whole, tokens, splits, path, languages=languages)
+
+        if counters:
+            return made()  # a person's own functions are in no key
+        return self.shared.once(("audit", tokenize, languages, *content_of(whole), *self.key), made)
+
+    # ---- what runs can share: keys -------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer_key(self) -> Key:
+        model = self.config.model
+        return ("tokenizer", model.tokenizer or model.path, model.revision)
+
+    @property
+    def key(self) -> Key:
+        """Everything that the token trees depend on."""
+        content = [content_of(d) for d in self.datasets if d is not None]
+        method = self.method.name if self.method.learns_reward else "rows"
+        return (method, self.method.signal, self.tokenizer_key, self.config.data.model_dump_json(), *content)
+
+
+def content_of(dataset: Dataset) -> Key:
+    """What tells a data set from every other that comes from the same files."""
+    return (dataset.fingerprint, dataset.kind, dataset.accepted, dataset.total)
