@@ -199,19 +199,19 @@ def _start(path: str, layout: str) -> dict[str, Any]:
             nonlocal last
             parts[part], last = time.perf_counter() - last, time.perf_counter()
 
-        _ = run.tokenizer
+        _ = run.rows.tokenizer
         said("libraries and tokenizer")  # the same for every size
-        _ = run.loaded
+        _ = run.rows.loaded
         said("load")
-        _ = run.datasets
+        _ = run.rows.datasets
         said("split")
-        for tokenized in run.tokenized:
+        for tokenized in run.rows.tokenized:
             assert tokenized is not None
             tokenized.summary()
         said("tokenize")
-        json.dumps(run.audit().to_json())
+        json.dumps(run.rows.audit().to_json())
         said("audit")
-        train, _ = run.trees
+        train, _ = run.rows.trees
         loop = run.make_loop()
         said("model and loop")
         batch = [train[i] for i in loop.schedule.batch(0)]

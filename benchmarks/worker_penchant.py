@@ -103,13 +103,15 @@ def main() -> None:
     from penchant.config import config_from_mapping
     from penchant.data.packing import tree_tokens
     from penchant.runs import Run
+    from penchant.runs.rows import Rows
+    from penchant.runs.sharing import Alone
 
     spec = json.loads(sys.argv[1])
     clock = Clock(spec["warmup_steps"])
-    run = Run(config_from_mapping(settings_of(spec), []), quiet=True)
-    run.console = console = ClockConsole(clock)
-    trees = read_trees(spec)
-    run.__dict__["trees"] = (trees, [])  # in place of the cached property that reads a data file
+    config, console, trees = config_from_mapping(settings_of(spec), []), ClockConsole(clock), read_trees(spec)
+    rows = Rows(config, Alone(), console)
+    rows.trees = (trees, [])  # in place of the cached property that reads a data file
+    run = Run(config, console=console, rows=rows)
     run.folder.mkdir(parents=True, exist_ok=True)
     loop = run.make_loop()
     loop.run()
@@ -118,12 +120,12 @@ def main() -> None:
         clock.result(
             name=f"penchant {getattr(penchant, '__version__', 'dev')}",
             pairs=len(timed),
-            computed_tokens=sum(tree_tokens(t, run.scorer.shared) for t in timed),
+            computed_tokens=sum(tree_tokens(t, run.built.parts.engine.shared) for t in timed),
             settings=spec["ours"],
             notes=console.notes,
             versions={m.__name__: m.__version__ for m in (torch, transformers, peft)},
-            trainable=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
-            dtypes=sorted({str(p.dtype) for p in run.model.parameters()}),
+            trainable=sum(p.numel() for p in run.built.parts.model.parameters() if p.requires_grad),
+            dtypes=sorted({str(p.dtype) for p in run.built.parts.model.parameters()}),
         )
     )
 

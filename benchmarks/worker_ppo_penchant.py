@@ -100,19 +100,23 @@ def main() -> None:
     import penchant
     from penchant.config import config_from_mapping
     from penchant.runs import Run
+    from penchant.runs.rows import Rows
+    from penchant.runs.sharing import Alone
 
     spec = json.loads(sys.argv[1])
     clock = Clock(spec["warmup_batches"])
-    run = Run(config_from_mapping(settings_of(spec), []), quiet=True)
-    run.console = console = EpisodeConsole(clock, spec["epochs"] * spec["minibatches"])
+    config, console = (
+        config_from_mapping(settings_of(spec), []),
+        EpisodeConsole(clock, spec["epochs"] * spec["minibatches"]),
+    )
+    rows = Rows(config, Alone(), console)
     # in place of the cached properties that read a data file
-    run.__dict__["trees"] = (read_trees(spec), [])
-    run.__dict__["datasets"] = (None, None)
+    rows.trees, rows.prompts = (read_trees(spec), []), {}
+    run = Run(config, console=console, rows=rows)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.make_loop().run()
     timed = clock.result()  # up to the last update: the checkpoint that a run ends with is not in it
-    assert run.value is not None
-    parameters = [*run.model.parameters(), *run.value.parameters()]
+    parameters = [*run.built.parts.model.parameters(), *run.built.parts.modules["value"].parameters()]
     finish(
         timed
         | {

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from families import make_tree, tiny_model
-from penchant.algorithms.options import OnlineConfig
 from steps import step_gradient
 from tiny import tiny_model_folder, write_jsonl
 
 from penchant import api
-from penchant.algorithms.group import GroupPolicyGradient
+from penchant.algorithms.group import GroupConfig, GroupPolicyGradient
 from penchant.algorithms.online_dpo import best_against_worst
 from penchant.algorithms.rollouts import Group, pack_groups, unpack_groups
 from penchant.data.packing import pack
@@ -107,7 +106,7 @@ def gradient_of(algorithm: GroupPolicyGradient, sizes: list[int]) -> torch.Tenso
 
 def made(model: Any, **config: Any) -> GroupPolicyGradient:
     reference = LiveReference(Scorer(tiny_model("llama", seed=1), "shared"))
-    cfg = OnlineConfig(**{"name": "rloo", "samples": 3, "max_new_tokens": 6, **config})
+    cfg = GroupConfig(**{"name": "rloo", "samples": 3, "max_new_tokens": 6, **config})
     return GroupPolicyGradient(Scorer(model, "shared"), reference, Fixed(groups(), model), cfg, tokens_per_step=20)  # type: ignore[arg-type]
 
 

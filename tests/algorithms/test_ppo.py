@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from families import make_tree, tiny_model
-from penchant.algorithms.options import PPOConfig
 from steps import step_gradient
 
-from penchant.algorithms.ppo import PPO, _with
+from penchant.algorithms.ppo import PPO, PPOConfig, _with
 from penchant.algorithms.rollouts import Group
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer

@@ -11,17 +11,17 @@ import pytest
 import torch
 from encoders import encoder_configs, encoder_folder
 from families import family_configs, some_pairs, tiny_model
-from penchant.algorithms.options import RewardModelConfig
 from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
 from penchant import api
-from penchant.algorithms.reward_model import RewardTraining
+from penchant.algorithms.reward_model import RewardModelConfig, RewardTraining
 from penchant.data.packing import pack
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.logprobs import Scorer
 from penchant.models.reward import choose_padding, head_of
 from penchant.rewards.reward_model import CausalRewards, by_length, make_scorer, rewards_of
 from penchant.runs import Run
+from penchant.runs.parts import write_model
 from penchant.training.loop import Loop
 
 
@@ -88,12 +88,12 @@ def test_an_encoder_learns(encoder: dict[str, Any]) -> None:
 def test_micro_batches_do_not_matter(base: dict[str, Any], encoder: dict[str, Any], kind: str) -> None:
     """1x8 == 4x2, in the gradient of one step."""
     run = Run(api.as_config(base if kind == "causal" else encoder), quiet=True)
-    training = RewardTraining(run.reward_scorer, RewardModelConfig(name="reward_model", centring=0.1))
-    run.model.double()
-    trees = run.trees[0][:8]
+    training = RewardTraining(run.built.parts.engine, RewardModelConfig(name="reward_model", centring=0.1))
+    run.built.parts.model.double()
+    trees = run.rows.trees[0][:8]
     cut = {}
     for sizes in ((8,), (2, 2, 2, 2), (5, 3)):
-        cut[sizes] = gradient(training, trees, sizes, shared=run.engine.shared)
+        cut[sizes] = gradient(training, trees, sizes, shared=run.built.parts.engine.shared)
     for other in ((2, 2, 2, 2), (5, 3)):
         assert (cut[other] - cut[8,]).norm() <= 1e-6 * cut[8,].norm()
 
@@ -196,8 +196,8 @@ def test_a_stranger_gets_our_scores_from_the_saved_causal_model(base: dict[str, 
     result = api.train(base, quiet=True)
     run = Run(api.as_config(result.folder / "config.resolved.yaml"), quiet=True)
     run.evaluate()
-    trees = run.trees[1]
-    ours = rewards_of(run.reward_scorer, trees)
+    trees = run.rows.trees[1]
+    ours = rewards_of(run.built.parts.engine, trees)
     model, tokenizer = stranger(result.model)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     rows = [np.concatenate([t.prompt_ids, c]).tolist() for t in trees for c in t.completion_ids]
@@ -212,7 +212,7 @@ def test_a_stranger_gets_our_scores_from_the_saved_causal_model(base: dict[str, 
         alone = [float(model(input_ids=torch.tensor([r])).logits[0, 0]) for r in rows]
     assert alone == pytest.approx(ours, abs=2e-4)
     # and from text, as the settings beside the model say it was made
-    text = [t.prompt + t.completions[0].text + tokenizer.eos_token for t in run.datasets[1].trees]  # type: ignore[union-attr, operator]
+    text = [t.prompt + t.completions[0].text + tokenizer.eos_token for t in run.rows.datasets[1].trees]  # type: ignore[union-attr, operator]
     tokenizer.padding_side = "right"
     batch = tokenizer(text, padding=True, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
@@ -224,11 +224,11 @@ def test_a_stranger_gets_our_scores_from_the_saved_causal_model(base: dict[str, 
 def test_a_stranger_gets_our_scores_from_the_saved_encoder(base: dict[str, Any], tmp_path: Path, family: str) -> None:
     base |= {"model": {"path": encoder_folder(tmp_path / "encoder", family), "dtype": "fp32"}}
     run = Run(api.as_config(base), quiet=True)
-    ours = rewards_of(run.reward_scorer, run.trees[1])
+    ours = rewards_of(run.built.parts.engine, run.rows.trees[1])
     assert np.std(ours) > 1e-3
-    run._write_model(tmp_path / "saved")
+    write_model(run.built, run.rows, tmp_path / "saved")
     model, tokenizer = stranger(tmp_path / "saved")
-    pairs = [(t.prompt, c.text) for t in run.datasets[1].trees for c in t.completions]  # type: ignore[union-attr]
+    pairs = [(t.prompt, c.text) for t in run.rows.datasets[1].trees for c in t.completions]  # type: ignore[union-attr]
     batch = tokenizer([p for p, _ in pairs], [c for _, c in pairs], padding=True, return_tensors="pt")
     with torch.no_grad():
         assert model(**batch).logits[:, 0].tolist() == pytest.approx(ours, abs=1e-5)
@@ -258,11 +258,11 @@ def test_a_new_padding_token_gets_a_row_of_its_own(base: dict[str, Any], tmp_pat
     tokenizer.save_pretrained(tmp_path / "gpt2")
     base |= {"model": {"path": str(tmp_path / "gpt2"), "dtype": "fp32"}, "lora": lora}
     run = Run(api.as_config(base), quiet=True)
-    ours = rewards_of(run.reward_scorer, run.trees[1])
-    run._write_model(tmp_path / "saved")
+    ours = rewards_of(run.built.parts.engine, run.rows.trees[1])
+    write_model(run.built, run.rows, tmp_path / "saved")
     model, saved = stranger(tmp_path / "saved")
     assert saved.pad_token_id == 259 and model.get_input_embeddings().weight.shape[0] == 260
-    rows = [np.concatenate([t.prompt_ids, c]).tolist() for t in run.trees[1] for c in t.completion_ids]
+    rows = [np.concatenate([t.prompt_ids, c]).tolist() for t in run.rows.trees[1] for c in t.completion_ids]
     batch = saved.pad({"input_ids": rows}, return_tensors="pt")
     with torch.no_grad():
         theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].tolist()
@@ -281,15 +281,15 @@ def test_under_lora_the_head_is_trained_and_saved(base: dict[str, Any], encoder:
     """The trap: a reward head that LoRA leaves random and frozen."""
     config = {**(base if kind == "causal" else encoder), "lora": {"r": 4}}
     config["train"] |= {"max_steps": 1, "lr": 1e-2}
-    before = head_of(Run(api.as_config(config), quiet=True).model).weight.detach().clone()
+    before = head_of(Run(api.as_config(config), quiet=True).built.parts.model).weight.detach().clone()
     result = api.train(config, quiet=True)
     name = "score.weight" if kind == "causal" else "classifier.weight"
     after = weights(result.model)[name]
     assert not torch.allclose(before, after, atol=1e-3)
     run = Run(api.as_config(result.folder / "config.resolved.yaml"), quiet=True)
     run.evaluate()
-    assert torch.equal(head_of(run.model).weight, after)
-    body = [n for n, p in run.model.named_parameters() if p.requires_grad and "lora_" not in n]
+    assert torch.equal(head_of(run.built.parts.model).weight, after)
+    body = [n for n, p in run.built.parts.model.named_parameters() if p.requires_grad and "lora_" not in n]
     assert all("modules_to_save" in n for n in body)
     if kind == "encoder":  # the tiny BERT was saved with its pooler, which therefore has an adapter like the rest
         assert not any("pooler" in n for n in body)
@@ -301,7 +301,7 @@ def test_a_new_pooler_is_trained_under_lora(encoder: dict[str, Any]) -> None:
     file = Path(encoder["model"]["path"]) / "model.safetensors"
     save_file({n: w for n, w in load_file(file).items() if "pooler" not in n}, file, {"format": "pt"})
     run = Run(api.as_config({**encoder, "lora": {"r": 4}}), quiet=True)
-    trained = [n for n, p in run.model.named_parameters() if p.requires_grad]
+    trained = [n for n, p in run.built.parts.model.named_parameters() if p.requires_grad]
     assert any("pooler.modules_to_save" in n for n in trained) and not any(
         "pooler" in n and "lora_" in n for n in trained
     )
@@ -326,8 +326,11 @@ def test_a_reward_model_keeps_its_head_and_a_new_head_is_small(base: dict[str, A
     base["train"]["max_steps"] = 1
     result = api.train(base, quiet=True)
     again = Run(api.as_config({**base, "model": {"path": str(result.model), "dtype": "fp32"}}), quiet=True)
-    assert torch.equal(head_of(again.model).weight, weights(result.model)["score.weight"])
-    fresh = [head_of(Run(api.as_config({**base, "train": {"seed": s}}), quiet=True).model).weight for s in (0, 0, 1)]
+    assert torch.equal(head_of(again.built.parts.model).weight, weights(result.model)["score.weight"])
+    fresh = [
+        head_of(Run(api.as_config({**base, "train": {"seed": s}}), quiet=True).built.parts.model).weight
+        for s in (0, 0, 1)
+    ]
     assert torch.equal(fresh[0], fresh[1]) and not torch.equal(fresh[0], fresh[2])
     assert float(fresh[0].detach().std()) == pytest.approx(1 / 33**0.5, rel=0.4)
 
@@ -338,8 +341,8 @@ def test_a_classifier_of_several_labels_gives_its_body(base: dict[str, Any], tmp
     three = AutoModelForSequenceClassification.from_pretrained(encoder_folder(tmp_path / "e"), num_labels=3)
     three.save_pretrained(tmp_path / "e")
     run = Run(api.as_config({**base, "model": {"path": str(tmp_path / "e"), "dtype": "fp32"}}), quiet=True)
-    assert torch.equal(run.model.bert.pooler.dense.weight, three.bert.pooler.dense.weight)
-    assert head_of(run.model).weight.shape == (1, 32)
+    assert torch.equal(run.built.parts.model.bert.pooler.dense.weight, three.bert.pooler.dense.weight)
+    assert head_of(run.built.parts.model).weight.shape == (1, 32)
 
 
 def test_a_state_dict_on_request(base: dict[str, Any]) -> None:
@@ -394,6 +397,8 @@ def test_a_folder_with_half_the_weights_is_refused(base: dict[str, Any]) -> None
 
 def test_make_scorer_uses_the_fast_path_where_it_can(base: dict[str, Any]) -> None:
     run = Run(api.as_config(base), quiet=True)
-    slow, _ = make_scorer(run.model, False, run.tokenizer, "auto", "off")
-    assert run.reward_scorer.fast and not slow.fast
-    assert rewards_of(run.reward_scorer, run.trees[0]) == pytest.approx(rewards_of(slow, run.trees[0]), abs=1e-5)
+    slow, _ = make_scorer(run.built.parts.model, False, run.rows.tokenizer, "auto", "off")
+    assert run.built.parts.engine.fast and not slow.fast
+    assert rewards_of(run.built.parts.engine, run.rows.trees[0]) == pytest.approx(
+        rewards_of(slow, run.rows.trees[0]), abs=1e-5
+    )

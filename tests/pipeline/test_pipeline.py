@@ -600,7 +600,7 @@ def test_the_comparison_keeps_clear_of_prompts_that_a_stage_trained_on(base: dic
     assert figures["left_out"] > 0 and figures["left_out"] + figures["prompts"] == 12
     compared = {json.loads(x)["prompt"] for x in (tmp_path / "hh/comparison.jsonl").open()}
     for stage in pipeline_from_mapping(base).stages.values():
-        assert not compared & {t.prompt for t in Run(stage.config, quiet=True).datasets[0].trees}
+        assert not compared & {t.prompt for t in Run(stage.config, quiet=True).rows.datasets[0].trees}
     assert result.outcome is not None
 
 
@@ -722,7 +722,7 @@ def said_of(base: dict[str, Any], name: str) -> list[float]:
 
 def directly(base: dict[str, Any], reward: Path, trees: list[TokenTree]) -> list[float]:
     """The reward model called by itself, on one prompt and completion at a time."""
-    held_out = Run(pipeline_from_mapping(base).stages["sft"].config, quiet=True).datasets[1]
+    held_out = Run(pipeline_from_mapping(base).stages["sft"].config, quiet=True).rows.datasets[1]
     assert held_out is not None
     tokenizer = load_tokenizer(str(base["defaults"]["model"]["path"]))
     prompts = {t.source: t.prompt for t in held_out.trees}

@@ -159,10 +159,10 @@ def test_autos_are_what_the_run_takes(tmp_path: Path) -> None:
     config["model"].pop("dtype")
     settings = {s.key: s for s in api.plan(config, probe=False).settings}
     run = Run(api.as_config(config), quiet=True)
-    assert settings["train.lr"].became == run.peak_lr
-    assert settings["reference.kind"].became == run.reference_kind == "cached"
-    assert settings["train.packing"].became == run.engine.packing
-    assert (settings["model.kernels"].became == "fast path") == run.engine.fast
+    assert settings["train.lr"].became == run.make_loop().peak_lr
+    assert settings["reference.kind"].became == run.built.reference_kind == "cached"
+    assert settings["train.packing"].became == run.built.parts.engine.packing
+    assert (settings["model.kernels"].became == "fast path") == run.built.parts.engine.fast
     assert settings["train.threads"].became == torch.get_num_threads()
     assert settings["data.template"].became == "plain" and settings["data.shape"].became == "pairs"
 
@@ -256,7 +256,7 @@ def test_shapes_alone_count_what_a_real_pass_holds(tmp_path: Path, lora: bool) -
     run = OutlinedRun(api.as_config(config), quiet=True)
     real = Run(api.as_config(config), quiet=True)
     trees = _trees((90, 100, 60), (120, 40, 40), (60, 100, 90))
-    scorer = real.scorer
+    scorer = real.built.parts.engine
     real.model.train()
     with LiveBytes([*real.model.parameters(), *real.model.buffers()]) as live:
         scorer.logps(pack(trees)).sums.sum().backward()
@@ -358,7 +358,7 @@ def test_prepared_products_follow_the_sizes_of_passes_and_the_capacity(
     run = Run(api.as_config(config), quiet=True)
     met = set()
     for step in range(run.schedule.total_steps):
-        tokens = [tree_tokens(run.trees[0][i], True) for i in run.schedule.batch(step)]
+        tokens = [tree_tokens(run.rows.trees[0][i], True) for i in run.schedule.batch(step)]
         met |= {sum(tokens[i] for i in part) for part in plan_balanced(tokens, 300)}
     assert sizes == len(met) > 1
     assert prepared("0") == sizes * WITH_GRADIENT.kernels * KERNEL
@@ -392,13 +392,13 @@ def test_parts_are_what_the_optimizer_holds(tmp_path: Path, dtype: str, lora: bo
     config["model"]["dtype"] = dtype
     parts = api.plan(config, probe=False).memory.parts
     run = Run(api.as_config(config), quiet=True)
-    masters = sum(m.nbytes for n, m in run.optimizer.masters.items() if m is not run.optimizer.params[n])
-    assert parts["weights"] == sum(p.nbytes for p in run.model.parameters())
+    masters = sum(m.nbytes for n, m in run.built.optimizer.masters.items() if m is not run.built.optimizer.params[n])
+    assert parts["weights"] == sum(p.nbytes for p in run.built.parts.model.parameters())
     assert parts["fp32 master weights"] == masters
     assert (
         parts["gradients"]
         == parts["optimizer (two moments)"] // 2
-        == 4 * sum(p.numel() for p in run.optimizer.params.values())
+        == 4 * sum(p.numel() for p in run.built.optimizer.params.values())
     )
 
 

@@ -25,7 +25,8 @@ from penchant.models.load import backbone_of
 from penchant.models.reward import head_of
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, find_reward_model, load_reward_function, rewards_of
-from penchant.runs import Run, reward_contents
+from penchant.runs import Run
+from penchant.runs.record import reward_contents
 from penchant.types import TokenTree
 
 CPU = torch.device("cpu")
@@ -71,15 +72,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
         api.train(config, quiet=True)
         run = Run(api.as_config(Path(config["output"]) / "config.resolved.yaml"), quiet=True)
         run.evaluate()
-        return Trained(run, rewards_of(run.reward_scorer, run.trees[1]), start)
+        return Trained(run, rewards_of(run.built.parts.engine, run.rows.trees[1]), start)
 
     return of
 
 
 def as_rollouts(run: Run, tokenizer: Any, template: str = "auto") -> tuple[list[TokenTree], PolicyText]:
     """The run's held-out pairs as if a policy with this tokenizer had written them."""
-    assert run.datasets[1] is not None
-    data = run.datasets[1]
+    assert run.rows.datasets[1] is not None
+    data = run.rows.datasets[1]
     trees = tokenize(data, tokenizer, template=template, max_length=4096).trees
     return list(trees), PolicyText(tokenizer, template, {t.source: t.prompt for t in data.trees})
 
@@ -110,15 +111,15 @@ def test_an_encoder_judges_the_texts(trained: Any) -> None:
     run, own, _ = trained("encoder")
     trees, policy = as_rollouts(run, tiny_tokenizer(chat=True))
     reward = load_reward({str(run.folder): 2.0, "words": -1.0}, policy)
-    words = [float(len(c.text.split())) for t in run.datasets[1].trees for c in t.completions]  # type: ignore[union-attr]
-    texts = [c.text for t in run.datasets[1].trees for c in t.completions]  # type: ignore[union-attr]
+    words = [float(len(c.text.split())) for t in run.rows.datasets[1].trees for c in t.completions]  # type: ignore[union-attr]
+    texts = [c.text for t in run.rows.datasets[1].trees for c in t.completions]  # type: ignore[union-attr]
     expected = [2.0 * r - w for r, w in zip(own, words, strict=True)]
     assert reward([""] * len(own), texts, trees).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_texts_alone_can_be_judged_too(trained: Any) -> None:
     run, own, _ = trained("plain")
-    pairs = [(t.prompt, c.text) for t in run.datasets[1].trees for c in t.completions]  # type: ignore[union-attr]
+    pairs = [(t.prompt, c.text) for t in run.rows.datasets[1].trees for c in t.completions]  # type: ignore[union-attr]
     reward = load_reward(str(run.folder))
     assert reward([str(p) for p, _ in pairs], [c for _, c in pairs]).tolist() == pytest.approx(own, abs=1e-5)
 
@@ -130,8 +131,10 @@ def test_an_unfinished_completion_is_judged_without_eos(trained: Any, chat: bool
     cut = TokenTree(0, trees[0].prompt_ids, (trees[0].completion_ids[0][:-1],), (True,), trees[0].source)
     assert find_reward_model(str(run.folder)) is not None
     model = load_reward_function("r", find_reward_model(str(run.folder)), CPU, policy)  # type: ignore[arg-type]
-    plain = run.trees[1][0]
-    expected = rewards_of(run.reward_scorer, [TokenTree(0, plain.prompt_ids, (plain.completion_ids[0][:-1],), (True,))])
+    plain = run.rows.trees[1][0]
+    expected = rewards_of(
+        run.built.parts.engine, [TokenTree(0, plain.prompt_ids, (plain.completion_ids[0][:-1],), (True,))]
+    )
     assert model.score_trees([cut]) == pytest.approx(expected, abs=1e-5)
     assert model.score_trees([cut]) != pytest.approx(model.score_trees(trees[:1])[:1], abs=1e-4)
 
@@ -198,8 +201,8 @@ def test_an_online_run_is_judged_by_the_reward_model(tmp_path: Path, trained: An
     run, _, model = trained("chat")
     config = online(tmp_path, model, {str(run.folder): 1.0, "device": "cpu"}, name="rloo")
     policy = Run(api.as_config(config), quiet=True)
-    groups = policy.algorithm.writer.write(policy.trees[1], 0)  # type: ignore[union-attr]
-    expected = rewards_of(run.reward_scorer, [g.tree for g in groups])
+    groups = policy.built.algorithm.writer.write(policy.rows.trees[1], 0)
+    expected = rewards_of(run.built.parts.engine, [g.tree for g in groups])
     assert torch.cat([g.rewards for g in groups]).tolist() == pytest.approx(expected, abs=1e-5)
     assert "eval/reward" in api.train(config, quiet=True).after
 
@@ -208,12 +211,12 @@ def test_ppos_value_model_starts_as_the_reward_model(tmp_path: Path, trained: An
     reward, _, model = trained("plain")
     config = online(tmp_path, model, {str(reward.folder): 0.5, "words": 0.1}, value="separate")
     run = Run(api.as_config(config), quiet=True)
-    assert run.value is not None and run.value.backbone is not None
+    value = run.built.parts.modules["value"]
     theirs = backbone_of(reward.model).state_dict()
-    assert all(torch.equal(w, theirs[n]) for n, w in backbone_of(run.value.backbone).state_dict().items())
-    assert torch.allclose(run.value.head.weight, 0.5 * head_of(reward.model).weight)
+    assert all(torch.equal(w, theirs[n]) for n, w in backbone_of(value.backbone).state_dict().items())
+    assert torch.allclose(value.head.weight, 0.5 * head_of(reward.model).weight)
     zero = Run(api.as_config({**config, "algorithm": {**config["algorithm"], "value_init": "zero"}}), quiet=True)
-    assert zero.value is not None and not zero.value.head.weight.any()
+    assert not zero.built.parts.modules["value"].head.weight.any()
     assert api.train(config, quiet=True).steps == 1
 
 
@@ -232,10 +235,10 @@ def test_a_value_model_that_cannot_start_there(tmp_path: Path, trained: Any, why
         reward = str(tmp_path / "small")
     config = online(tmp_path, model, reward, value="separate")
     run = Run(api.as_config(config), quiet=True)
-    assert run.value is not None and not run.value.head.weight.any()
+    assert not run.built.parts.modules["value"].head.weight.any()
     config["algorithm"]["value_init"] = "reward"
     with pytest.raises(ConfigError, match=r"algorithm\.value_init: is reward, but"):
-        _ = Run(api.as_config(config), quiet=True).value
+        _ = Run(api.as_config(config), quiet=True).built
 
 
 def test_a_head_on_the_policy_cannot_start_as_a_reward_model(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_micro_batches_do_not_matter_where_a_loss_looks_at_the_step(
 def test_ref_ema_of_pmpo_is_the_references(base: dict[str, Any]) -> None:
     config = config_from_mapping({**base, "loss": {"name": "pmpo", "ref_ema": 0.99}})
     assert config.reference.ema == 0.99
-    assert Run(config, quiet=True).reference_kind == "frozen"
+    assert Run(config, quiet=True).built.reference_kind == "frozen"
 
 
 def test_a_moving_reference_loosens_the_pull(base: dict[str, Any], tmp_path: Path) -> None:
