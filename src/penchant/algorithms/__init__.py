@@ -50,9 +50,9 @@ def _own(name: str, sha256: str | None, where: str) -> type[AlgorithmConfig]:
     """Once for each content of a file: `sha256` is there so that an edited file is read again."""
     found = python_object(name, where)
     if not inspect.isclass(found) or not issubclass(found, AlgorithmConfig):
-        raise ConfigError(where, f"{name} is not an AlgorithmConfig", "see `Your own algorithm` in CONTRIBUTING.md")
+        raise ConfigError(where, f"{name} is not an AlgorithmConfig", "docs/own_algorithms.md has an example")
     if found.build is Method.build:
-        raise ConfigError(where, f"{name} has no method build(parts)", "see `Your own algorithm` in CONTRIBUTING.md")
+        raise ConfigError(where, f"{name} has no method build(parts)", "docs/own_algorithms.md has an example")
     return found
 
 

@@ -24,7 +24,15 @@ from penchant.models.load import resolve_device, resolve_dtype
 from penchant.runfolder import RunLock, finite, open_run
 from penchant.runs.evaluating import HeldOut, prompts_of, writes_completions
 from penchant.runs.parts import Built, build, peak_lr, start_key, start_sha256, write_model
-from penchant.runs.record import contents_of, join_samples, run_identity, sampled, write_manifest, write_samples
+from penchant.runs.record import (
+    contents_of,
+    join_samples,
+    run_identity,
+    sampled,
+    versions,
+    write_manifest,
+    write_samples,
+)
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Alone
 from penchant.track import Mirrors, check_installed
@@ -136,6 +144,8 @@ class Run:
             mirrors = Mirrors(self.folder, self.config.logging, self.config.model_dump(mode="json"), self.console.note)
             loop.watched = _watchers(live.told, mirrors, anew)
             manifest = self._manifest(loop, started)
+            if not anew:
+                self._check_start()
             manifest("running", None)
             before = self._samples("before", anew)
             try:
@@ -226,6 +236,7 @@ class Run:
             )
         built, held_out = self.built, self.held_out
         if path is not None:
+            self._check_start()
             tensors, _state = load_checkpoint(path)
             built.optimizer.load_state_tensors(tensors)
             built.algorithm.load_state_tensors(algorithm_state(tensors))
@@ -245,6 +256,27 @@ class Run:
             return read_jsonl(path)
         key = start_key(self.config) if name == "before" else None
         return write_samples(path, self.rows, self.built.parts.model, self.shared, key)
+
+    def _check_start(self) -> None:
+        """Refuse to go on from another model than the one that the checkpoints were trained from.
+
+        Raises:
+            CheckpointError: the weights at model.path have changed. With another torch or dtype nothing can be said.
+        """
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            return
+        known = json.loads(path.read_text())
+        dtype = str(self.dtype).removeprefix("torch.")
+        if (known["hardware"]["dtype"], known.get("torch")) != (dtype, versions()["torch"]):
+            return
+        start = start_sha256(self.config, self.built.parts.model, self.config.model, self.shared)
+        if start != known["model"]["sha256"]:
+            raise CheckpointError(
+                self.config.model.path,
+                f"its weights are not those that {self.folder} was trained from",
+                "put them back, or choose another output",
+            )
 
     def _manifest(self, loop: Loop, started: float) -> Callable[[str, str | None], None]:
         """What writes manifest.json; the hash of the weights is of the start, so it is taken now, or read where the run goes on."""

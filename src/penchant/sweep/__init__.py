@@ -45,7 +45,6 @@ _SECTIONS = {
     if name not in ("loss", "algorithm", "reward")
 }
 _OF_A_LOSS = {i.alias or n for s in LOSSES.values() for n, i in s.params.model_fields.items()}
-_OF_AN_ALGORITHM = {i.alias or n for c in ALGORITHMS.values() for n, i in c.model_fields.items()}
 
 
 @dataclass(frozen=True)
@@ -73,13 +72,14 @@ def long_key(key: str, base: Mapping[str, Any], where: str) -> str:
         raise ConfigError(where, f'unknown key "{key}"', f'did you mean "{SYNONYMS[key]}"?')
     method = "algorithm" if base.get("algorithm") is not None else "loss"
     found = [name for name, keys in _SECTIONS.items() if key in keys]
-    if key in (_OF_AN_ALGORITHM if method == "algorithm" else _OF_A_LOSS) or key == "name":
+    algorithms = {i.alias or n for c in ALGORITHMS.values() for n, i in c.model_fields.items()}
+    if key in (algorithms if method == "algorithm" else _OF_A_LOSS) or key == "name":
         found.append(method)
     if len(found) == 1:
         return f"{found[0]}.{key}"
     if found:
         raise ConfigError(where, f'"{key}" may be {" or ".join(f"{f}.{key}" for f in found)}', "write it out")
-    every = sorted({f for keys in _SECTIONS.values() for f in keys} | _OF_A_LOSS | _OF_AN_ALGORITHM)
+    every = sorted({f for keys in _SECTIONS.values() for f in keys} | _OF_A_LOSS | algorithms)
     near = difflib.get_close_matches(key, every, 1)
     raise ConfigError(where, f'unknown key "{key}"', did_you_mean(key, near) if near else "write it out: section.key")
 

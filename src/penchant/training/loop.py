@@ -325,8 +325,11 @@ class Loop:
             )
 
     def _seed(self, step: int, micro_batch: int) -> None:
-        """Dropout (LoRA's) is a function of step and micro-batch: a resumed run draws what an uninterrupted one would."""
-        torch.manual_seed((self.train.seed << 32) + (step << 10) + micro_batch)
+        """Dropout (LoRA's) is a function of seed, step and micro-batch: a resumed run draws what an uninterrupted one would.
+
+        The generator of a CPU reads the low 32 bits alone, so the seed must reach them.
+        """
+        torch.manual_seed((self.train.seed * 0x9E3779B1 + (step << 10) + micro_batch) % 2**32)
 
     def _dump_and_stop(
         self,
