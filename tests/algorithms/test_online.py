@@ -277,7 +277,7 @@ def test_the_missing_eos_penalty_lowers_the_reward(base: dict[str, Any], tmp_pat
         ({"reward": None}, "algorithm needs a reward"),
         ({"algorithm": None}, "reward is set without an algorithm"),
         ({"loss": "kto"}, "loss and algorithm are both set"),
-        ({"algorithm": {"name": "rlo"}}, "'rloo', 'grpo', 'online_dpo' or 'ppo'"),
+        ({"algorithm": {"name": "rlo"}}, 'did you mean "rloo"'),
         ({"algorithm": {"name": "rloo", "samples": 1}}, "samples is 1; rloo judges"),
         ({"algorithm": {"name": "online_dpo", "epochs": 2}}, "takes one step"),
         ({"algorithm": {"name": "online_dpo", "beta": 0.0}}, "beta is 0; give a number above 0"),
