@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from penchant.base.section import Section
 from penchant.types import Algorithm, Prompt, Scored, TokenTree
@@ -52,7 +52,7 @@ class Parts:
     device: torch.device
     dtype: torch.dtype
     tokenizer: Any
-    prompts: Callable[[], Mapping[str, Prompt]]
+    prompts: Callable[[], Mapping[str, Prompt | None]]
     trees: tuple[Sequence[TokenTree], Sequence[TokenTree]]
     mismatched: Mapping[int, TokenTree]
     model: Any
@@ -212,4 +212,4 @@ class AlgorithmConfig(Section, Method):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
 
-    name: str
+    name: str = Field(description="an algorithm's name, or path.py:Class")

@@ -130,7 +130,9 @@ def parts() -> Iterator[Part]:
                 names_of.setdefault(tuple(kind.model_fields), []).append(algorithm)
             for names in names_of.values():
                 kind = ALGORITHMS[names[0]]
-                name_key = Key("algorithm.name", "text", "required", ", ".join(names))
+                if len({ALGORITHMS[n] for n in names}) > 1:
+                    kind = kind.__mro__[1]  # the base that they share
+                name_key = Key("algorithm.name", " or ".join(names), "required", "which algorithm, or path.py:Class")
                 others = [k for k in _keys(kind, "algorithm.") if k.path != name_key.path]
                 yield Part(f"algorithm: {', '.join(names)}", _first_line(kind), (name_key, *others))
         elif name == "reward":

@@ -17,7 +17,7 @@ from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
 from penchant.data.packing import pack, plan_microbatches, tree_tokens
 from penchant.data.tokenize import PairFormat, TokenizedDataset, pair_format, same_tokens, tokenize, tokenize_text_pairs
-from penchant.errors import CheckpointError, ConfigError, ModelError
+from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.logprobs import Scorer
 from penchant.logprobs.packing import choose_packing
 from penchant.models.load import DTYPES, add_lora, cast_parameters, load_tokenizer
@@ -178,12 +178,12 @@ class PolicyText:
     """What a reward model must know of the policy whose completions it judges.
 
     Args:
-        tokenizer, template: the policy's; prompts: as the data has them, by the `source` of their trees.
+        tokenizer, template: the policy's; prompts: as the data has them, by the `source` of their trees; None: several are called so.
     """
 
     tokenizer: Any
     template: str = "auto"
-    prompts: Mapping[str, Prompt] = field(default_factory=dict)
+    prompts: Mapping[str, Prompt | None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -230,8 +230,14 @@ class RewardModel:
         decode = self.policy.tokenizer.decode
         pairs, unfinished = [], []
         for tree in trees:
-            prompt = self.policy.prompts.get(tree.source)
+            prompt = self.policy.prompts.get(tree.source, "")
             if prompt is None:
+                raise DataError(
+                    tree.source,
+                    "stands for rows of several files, so the reward model cannot tell their prompts apart",
+                    "give the data files different names",
+                )
+            if not prompt:
                 prompt = decode(tree.prompt_ids, skip_special_tokens=True)
             for ids, cut in zip(tree.completion_ids, tree.truncated, strict=True):
                 pairs.append(PromptTree(prompt, (Completion(decode(ids, skip_special_tokens=True)),)))

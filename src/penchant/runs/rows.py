@@ -175,9 +175,12 @@ class Rows:
         return found
 
     @cached_property
-    def prompts(self) -> Mapping[str, Prompt]:
-        """Every prompt as the data has it, by its row's source."""
-        return {t.source: t.prompt for d in self.datasets if d is not None for t in d.trees}
+    def prompts(self) -> Mapping[str, Prompt | None]:
+        """Every prompt as the data has it, by its row's source; None where files of one name have different prompts there."""
+        found: dict[str, Prompt | None] = {}
+        for tree in (t for d in self.datasets if d is not None for t in d.trees):
+            found[tree.source] = tree.prompt if found.get(tree.source, tree.prompt) == tree.prompt else None
+        return found
 
     def part(self, train: Sequence[int], heldout: int, config: RunConfig) -> Rows:
         """Some of the rows for a run of another config: these of training, and the first `heldout` ones of the others."""
