@@ -318,7 +318,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "1 key(s) are not supported" in capsys.readouterr().err and not (tmp_path / "no.yaml").exists()
 
 
-@pytest.mark.parametrize("tool,name", [("trl", "trl_dpo"), ("lf", "lf_dpo"), ("flat", "flat")])
+@pytest.mark.parametrize("tool,name", [("trl", "trl_dpo"), ("trl", "trl_ppo"), ("lf", "lf_dpo"), ("flat", "flat")])
 @pytest.mark.parametrize(
     "asked,ours,reported",
     [

@@ -16,8 +16,7 @@ from penchant.errors import ConfigError
 from penchant.importers import flat, llama_factory, trl
 from penchant.importers.rules import Line, Source, Status, Translation, choose, translate
 
-# ---- A translation as our YAML, with a comment at every line that has one, and as a table that says what became of each key ----
-
+SOURCES: dict[str, Source] = {s.name: s for s in (trl.SOURCE, llama_factory.SOURCE, flat.SOURCE)}
 STATUS: dict[Status, str] = {"translated": "translated", "same": "nothing to write", "unsupported": "NOT SUPPORTED"}
 
 
@@ -134,11 +133,6 @@ def _line(line: Line) -> str:
     return _pairs(line.theirs) + (f" -> {ours}" if ours else "") + (f" ({shown(line.note)})" if line.note else "")
 
 
-# ---- Other tools' config files in our terms: TRL's, LLaMA-Factory's, and flat ones with the usual words ----
-
-SOURCES: dict[str, Source] = {s.name: s for s in (trl.SOURCE, llama_factory.SOURCE, flat.SOURCE)}
-
-
 @dataclass(frozen=True)
 class Imported:
     """A file translated: our YAML, what became of every key, and how many were not supported."""
@@ -180,9 +174,8 @@ def import_config(
     try:
         translation = translate(values, tool, chosen, devices, str(Path(path).parent))
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ConfigError(
-            str(path), f"a value cannot be understood ({error})", "fix it, or leave the key out"
-        ) from error
+        what = f"a value cannot be understood ({error})"
+        raise ConfigError(str(path), what, "fix it, or leave the key out") from error
     found = settings(translation, _given(overrides))
     if "output" not in found:
         found["output"] = (f"runs/{Path(path).stem}", "the file names no folder")
@@ -207,13 +200,8 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
     """``{"model.path": value}`` of the command line."""
     made: dict[str, Any] = {}
     apply_overrides(made, {}, overrides)
-    flat_keys: dict[str, Any] = {}
-    for section, value in made.items():
-        if isinstance(value, dict) and section != "reward":
-            flat_keys |= {f"{section}.{k}": v for k, v in value.items()}
-        else:
-            flat_keys[section] = value
-    return flat_keys
+    sections = {k: v if isinstance(v, dict) and k != "reward" else {"": v} for k, v in made.items()}
+    return {f"{k}.{name}".rstrip("."): v for k, section in sections.items() for name, v in section.items()}
 
 
 def _complete(found: Mapping[str, Any], translation: Translation, path: str) -> None:

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from penchant.importers.rules import Given, Line, NotHere, Rule, flag, number, one_of, same, to, unsupported, whole
+from penchant.importers.rules import Given, Line, NotHere, flag, number, whole
 from penchant.track.tracker import TRACKERS
 
 # ---- Where their figures are sent: `report_to` as our `logging.trackers` ----
-
-PARTS = frozenset({"report_to", "use_wandb"})
-
-
-def _one_word(value: Any) -> str:
-    if not isinstance(value, (str, int, float)) or not str(value).strip():
-        raise NotHere(f"{value!r} is no name; set the key by hand")
-    return str(value)
-
-
-NAMES: dict[str, Rule] = {
-    "run_name": to("logging.name", _one_word),
-    "project": to("logging.project", _one_word),
-    "wandb_project": to("logging.project", _one_word),
-}
 
 
 def report_to(given: Given) -> Iterator[Line]:
@@ -69,238 +55,18 @@ def _installed() -> list[str]:
     return [name for name, spec in found.items() if spec is not None and spec.origin is not None]
 
 
-# ---- The keys of transformers' TrainingArguments, which TRL and LLaMA-Factory share, and what several of them make together ----
+# ---- What several keys make together ----
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
 MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
-ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
-
-DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "num_train_epochs": 3.0,
-    "learning_rate": 5e-5,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0,
-    "weight_decay": 0.0,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "adam_epsilon": 1e-8,
-    "max_grad_norm": 1.0,
-    "seed": 42,
-}
-
-_LOGS = "says what is printed or logged, not what is trained; here metrics.jsonl holds every figure"
-_LOADER = "how their data loader works; here rows are tokenized and packed once"
-_SPEED = "speed or memory only; see docs/performance.md for what there is here"
-_PROCESSES = "how several processes talk; here a run is one process (their batch counts --devices times)"
-_PUSH = "training uploads nothing; when it is done: penchant export RUN --to safetensors --push OWNER/NAME"
-_HUB = f"of uploading: {_PUSH}"
-
-_ASIDE: dict[str, str] = {
-    **dict.fromkeys(
-        [
-            "logging_strategy",
-            "logging_first_step",
-            "logging_dir",
-            "log_level",
-            "log_level_replica",
-            "log_on_each_node",
-            "logging_nan_inf_filter",
-            "disable_tqdm",
-            "trackio_space_id",
-            "include_num_input_tokens_seen",
-            "include_tokens_per_second",
-            "skip_memory_metrics",
-            "include_for_metrics",
-            "prediction_loss_only",
-            "plot_loss",
-            "debug",
-            "log_completions",
-            "num_completions_to_print",
-            "log_unique_prompts",
-            "log_multimodal",
-            "generate_during_eval",
-            "num_sample_generations",
-        ],
-        _LOGS,
-    ),
-    **dict.fromkeys(
-        [
-            "dataloader_num_workers",
-            "dataloader_pin_memory",
-            "dataloader_persistent_workers",
-            "dataloader_prefetch_factor",
-            "dataloader_in_order",
-            "remove_unused_columns",
-            "label_names",
-            "group_by_length",
-            "length_column_name",
-            "dataset_num_proc",
-            "preprocessing_num_workers",
-            "preprocessing_batch_size",
-            "overwrite_cache",
-            "dataset_kwargs",
-            "pad_to_multiple_of",
-            "padding_value",
-            "pad_token",
-            "padding_free",
-            "packing_strategy",
-            "eval_packing",
-            "ignore_data_skip",
-            "local_rollout_forward_batch_size",
-        ],
-        _LOADER,
-    ),
-    **dict.fromkeys(
-        [
-            "torch_compile",
-            "torch_compile_backend",
-            "torch_compile_mode",
-            "tf32",
-            "use_liger_kernel",
-            "liger_kernel_config",
-            "enable_liger_kernel",
-            "gradient_checkpointing_kwargs",
-            "activation_offloading",
-            "auto_find_batch_size",
-            "torch_empty_cache_steps",
-            "attn_implementation",
-            "flash_attn",
-            "use_cache",
-            "bf16_full_eval",
-            "fp16_full_eval",
-            "per_device_eval_batch_size",
-            "eval_accumulation_steps",
-            "eval_do_concat_batches",
-            "batch_eval_metrics",
-            "low_cpu_mem_usage",
-            "precompute_ref_batch_size",
-            "use_unsloth",
-            "use_unsloth_gc",
-            "upcast_layernorm",
-            "disable_gradient_checkpointing",
-            "use_reentrant_gc",
-            "use_fast_tokenizer",
-        ],
-        _SPEED,
-    ),
-    **dict.fromkeys(
-        [
-            "ddp_timeout",
-            "ddp_find_unused_parameters",
-            "ddp_bucket_cap_mb",
-            "ddp_broadcast_buffers",
-            "ddp_static_graph",
-            "ddp_backend",
-            "local_rank",
-            "accelerator_config",
-            "average_tokens_across_devices",
-            "ds3_gather_for_generation",
-            "ignore_bias_buffers",
-            "save_on_each_node",
-            "eval_use_gather_object",
-        ],
-        _PROCESSES,
-    ),
-    **dict.fromkeys(
-        [
-            "hub_token",
-            "hub_private_repo",
-            "hub_model_id",
-            "hub_strategy",
-            "hub_always_push",
-            "hub_revision",
-            "hf_hub_token",
-            "ms_hub_token",
-        ],
-        _HUB,
-    ),
-    **dict.fromkeys(
-        [
-            "do_train",
-            "do_eval",
-            "do_predict",
-            "overwrite_output_dir",
-            "save_safetensors",
-            "save_only_model",
-            "resume_from_checkpoint",
-            "full_determinism",
-            "use_mca",
-        ],
-        "penchant train trains and evaluates; the same command continues; a run is repeatable bit for bit, and safetensors",
-    ),
-}
-
-TABLE: dict[str, Rule] = {
-    **{key: same(why) for key, why in _ASIDE.items()},
-    **{key: NAMES[key] for key in ("run_name", "project")},
-    "output_dir": to("output", str),
-    "learning_rate": to("train.lr", number),
-    "weight_decay": to("train.weight_decay", number),
-    "adam_beta1": to("train.adam_beta1", number),
-    "adam_beta2": to("train.adam_beta2", number),
-    "adam_epsilon": to("train.adam_eps", number),
-    "max_grad_norm": to("train.max_grad_norm", lambda v: number(v) or None),
-    "seed": to("train.seed", whole, "the order of rows is another one all the same: seeds mean nothing across tools"),
-    "data_seed": unsupported("the order of rows follows train.seed"),
-    "gradient_checkpointing": to("train.gradient_checkpointing", flag),
-    "logging_steps": to("logging.every", whole),
-    "save_total_limit": to("checkpoint.keep_last", whole),
-    "eval_on_start": to("evaluation.at_start", flag),
-    "metric_for_best_model": to(
-        "checkpoint.metric",
-        one_of({"loss": "eval/loss", "eval_loss": "eval/loss"}, "docs/eval.md lists our figures' names"),
-    ),
-    "greater_is_better": to("checkpoint.mode", lambda v: "max" if flag(v) else "min"),
-    "load_best_model_at_end": same(
-        "the best checkpoint is kept and `penchant eval --step best` takes it; the last stays the last"
-    ),
-    "use_cpu": to("model.device", lambda v: "cpu" if flag(v) else "auto"),
-    "no_cuda": to("model.device", lambda v: "cpu" if flag(v) else "auto"),
-    "optim": same(
-        "AdamW", *ADAMW, otherwise="only AdamW is here; its step needs another learning rate than theirs: set train.lr"
-    ),
-    "optim_args": unsupported("only AdamW is here"),
-    "lr_scheduler_kwargs": unsupported(
-        "only min_lr_rate is understood, with cosine_with_min_lr: set train.min_lr_fraction"
-    ),
-    "label_smoothing_factor": unsupported("there is no label smoothing of tokens; leave it out", 0, 0.0),
-    "neftune_noise_alpha": unsupported("no noise is added to embeddings; leave it out", 0, 0.0),
-    "dataloader_drop_last": unsupported("no row is left out: an epoch's last batch may be smaller"),
-    "push_to_hub": unsupported(_PUSH),
-    "deepspeed": unsupported(
-        "one process trains; give the number of its GPUs as --devices so that the batch stays the same"
-    ),
-    "fsdp": unsupported(
-        "one process trains; give the number of its GPUs as --devices so that the batch stays the same"
-    ),
-    "fsdp_config": unsupported("one process trains"),
-    "parallelism_config": unsupported("one process trains"),
-    "use_adam_mini": unsupported("only AdamW is here"),
-    "trust_remote_code": same(
-        "code from a model's folder is never run here; models that need it cannot be loaded",
-        False,
-        otherwise=(
-            "code from a model's folder is never run; Llama, Qwen2, Qwen3, Mistral, Gemma, GPT-2 and GPT-NeoX need none: leave it out"
-        ),
-    ),
-}
 
 
 def batch(given: Given) -> Iterator[Line]:
     """per device x accumulation x devices: rows of one optimizer step."""
-    keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    rows = whole(given[keys[0]]) * whole(given[keys[1]]) * given.devices
-    yield given.line(
-        keys,
-        "translated",
-        {"train.batch_size": rows},
-        f"{given[keys[0]]} x {given[keys[1]]} x {given.devices} device(s); memory is train.tokens_per_step here",
-    )
-
-
-BATCH = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
+    one, more = keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    ours = {"train.batch_size": whole(given[one]) * whole(given[more]) * given.devices}
+    note = f"{given[one]} x {given[more]} x {given.devices} device(s); memory is train.tokens_per_step here"
+    yield given.line(keys, "translated", ours, note)
 
 
 def length(given: Given) -> Iterator[Line]:
@@ -308,19 +74,12 @@ def length(given: Given) -> Iterator[Line]:
     steps = whole(given["max_steps"]) if given["max_steps"] is not None else -1
     if steps > 0:
         ours = {"train.max_steps": steps, "train.epochs": 1000.0}
-        yield given.line(
-            ["max_steps", "num_train_epochs"],
-            "translated",
-            ours,
-            "max_steps decides; epochs only must not end it before",
-        )
+        note = "max_steps decides; epochs only must not end it before"
+        yield given.line(["max_steps", "num_train_epochs"], "translated", ours, note)
         return
     yield given.line(["num_train_epochs"], "translated", {"train.epochs": number(given["num_train_epochs"])})
     if given.says("max_steps"):
         yield given.line(["max_steps"], "same", note="no bound")
-
-
-LENGTH = frozenset({"max_steps", "num_train_epochs"})
 
 
 def schedule(given: Given) -> Iterator[Line]:
@@ -340,16 +99,12 @@ def schedule(given: Given) -> Iterator[Line]:
     else:
         yield given.line(keys, "unsupported", note="set train.schedule: linear, cosine or constant")
     if given.says("lr_scheduler_kwargs") and name not in MIN_LR:
-        yield given.line(
-            ["lr_scheduler_kwargs"], "unsupported", note="set train.schedule and train.min_lr_fraction by hand"
-        )
+        how = "set train.schedule and train.min_lr_fraction by hand"
+        yield given.line(["lr_scheduler_kwargs"], "unsupported", note=how)
     if name == "constant":
-        yield given.line(
-            ["lr_scheduler_type", "warmup_steps", "warmup_ratio"],
-            "translated",
-            {"train.warmup_fraction": 0.0},
-            "their constant schedule has no warm-up",
-        )
+        warmup = ["lr_scheduler_type", "warmup_steps", "warmup_ratio"]
+        note = "their constant schedule has no warm-up"
+        yield given.line(warmup, "translated", {"train.warmup_fraction": 0.0}, note)
     else:
         yield _warmup(given)
 
@@ -366,9 +121,6 @@ def _warmup(given: Given) -> Line:
         return given.line(["warmup_steps", "max_steps"], "translated", ours)
     how = "warm-up is a share here: set train.warmup_fraction to these steps / all optimizer steps (the run prints how many)"
     return given.line(["warmup_steps"], "unsupported", note=how)
-
-
-SCHEDULE = frozenset({"lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"})
 
 
 def saving(given: Given) -> Iterator[Line]:
@@ -392,9 +144,6 @@ def _every(given: Given, strategy: str, steps: str, ours: str) -> Iterator[Line]
         yield given.line([strategy, steps], "translated", {ours: how_often}, note)
 
 
-SAVING = frozenset({"save_strategy", "save_steps", "eval_strategy", "evaluation_strategy", "eval_steps"})
-
-
 def precision(given: Given) -> Iterator[Line]:
     """bf16, fp16 and the dtype that weights are loaded in."""
     keys = ("bf16", "fp16", "pure_bf16")
@@ -407,17 +156,21 @@ def precision(given: Given) -> Iterator[Line]:
     yield given.line(keys, "translated", {"model.dtype": dtype}, note)
 
 
-PRECISION = frozenset({"bf16", "fp16", "pure_bf16"})
+def ppo_batch(given: Given, split: str) -> Iterator[Line]:
+    """PPO's batch: one batch of rollouts is all its minibatches, of which `split` says how many there are."""
+    keys = ("per_device_train_batch_size", "gradient_accumulation_steps", split)
+    parts = whole(given[split])
+    rows = whole(given[keys[0]]) * whole(given[keys[1]]) * parts * given.devices
+    ours = {"train.batch_size": rows, "algorithm.minibatches": parts}
+    yield given.line(keys, "translated", ours, f"prompts of one batch of rollouts, on {given.devices} device(s)")
 
-COMMON = (length, schedule, saving, precision, report_to)
-COMMON_PARTS = LENGTH | SCHEDULE | SAVING | PRECISION | {"report_to"}
+
+def rank_stabilized(given: Given, alpha: float, rank: int) -> tuple[float, str]:
+    """LoRA's alpha here, and what to say of it: rsLoRA divides by the root of the rank."""
+    if not given["use_rslora"]:
+        return alpha, ""
+    note = "rsLoRA divides by the root of the rank: alpha is that much larger here"
+    return round(alpha * math.sqrt(rank), 6), note
 
 
-def targets(value: Any) -> str | list[str]:
-    """Layers of an adapter: a list, a text with commas, or all of them."""
-    names = [v.strip() for v in value.split(",")] if isinstance(value, str) else [str(v) for v in value]
-    if names in (["all"], ["all-linear"]):
-        return "all-linear"
-    if not all(names):
-        raise NotHere(f"{value!r} names no layer")
-    return names
+DERIVATIONS = (batch, length, schedule, saving, precision, report_to)

@@ -1,76 +1,17 @@
-"""LLaMA-Factory's files (`llamafactory-cli train FILE`): its keys and defaults, read at version 0.9."""
+"""LLaMA-Factory's files (`llamafactory-cli train FILE`): what several keys make together; the plain ones are in llama_factory.yaml."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from penchant.errors import ConfigError
 from penchant.importers import hf
-from penchant.importers.rules import Given, Line, Method, Rule, Source, flag, number, same, to, unsupported, whole
+from penchant.importers.rules import Given, Line, layers, number, source, table, whole
 
-DEFAULTS: dict[str, Any] = {
-    **hf.DEFAULTS,
-    "cutoff_len": 2048,
-    "finetuning_type": "lora",
-    "lora_rank": 8,
-    "lora_dropout": 0.0,
-    "lora_target": "all",
-    "dataset_dir": "data",
-    "bf16": False,
-}
-
-_OTHER_WAYS = "full and lora only: set finetuning_type to one of them"
-RULES: dict[str, Rule] = {
-    **hf.TABLE,
-    "model_name_or_path": to("model.path", str),
-    "model_revision": to("model.revision", lambda v: None if v == "main" else str(v)),
-    "adapter_name_or_path": unsupported("a run starts from a whole model: merge the adapter first (their `export`), and set model.path"),
-    "cache_dir": same("models are kept where HF_HOME says"),
-    "quantization_bit": unsupported("weights are not quantized: use LoRA with model.dtype: bf16"),
-    "rope_scaling": unsupported("set it in the model's own config.json"),
-    "resize_vocab": unsupported("the model's own vocabulary is used"),
-    "add_tokens": unsupported("the model's own vocabulary is used"),
-    "add_special_tokens": unsupported("the model's own vocabulary is used"),
-    "train_from_scratch": to("model.init", lambda v: "random" if flag(v) else "pretrained"),
-    "moe_aux_loss_coef": unsupported("a mixture-of-experts model's balance loss is not added", 0, 0.0),
-    "cutoff_len": to("data.max_length", whole),
-    "template": same("the tokenizer's own chat template is used (data.template: auto), or plain text where it has none or data.template is plain; `penchant data show FILE` shows the turns that it is given"),
-    "max_samples": to("data.limit", whole, "of all files together here"),
-    "train_on_prompt": unsupported("prompts are never targets: give plain text (`text`) to train on all of it"),
-    "mask_history": same("of a conversation the last answer is learned", True, otherwise="of a conversation the last answer is learned"),
-    "packing": unsupported("rows are always packed, but a step is train.batch_size rows, not blocks of cutoff_len: multiply it by the rows of a block"),
-    "neat_packing": unsupported("rows are always packed, none sees another; a step is train.batch_size rows, not blocks of cutoff_len"),
-    "mix_strategy": same("files are read one after the other", "concat", otherwise="files are read one after the other"),
-    "interleave_probs": unsupported("files are read one after the other; repeat a file in data.path to weigh it"),
-    "streaming": unsupported("a run's rows are held in memory"),
-    "buffer_size": same("of streaming"),
-    "tokenized_path": same("rows are tokenized when the run starts"),
-    "ignore_pad_token_for_loss": same("nothing is padded"),
-    "disable_shuffling": to("train.shuffle", lambda v: not flag(v)),
-    "early_stopping_steps": unsupported("`penchant sweep` with halving stops early; a run's best checkpoint is kept"),
-    "compute_accuracy": same("see docs/eval.md for what is measured"),
-    "additional_target": unsupported("an adapter's layers only (a reward model's head is trained with it)"),
-    "loraplus_lr_ratio": unsupported("one learning rate for both halves of an adapter"),
-    "use_dora": unsupported("plain LoRA only"),
-    "pissa_init": unsupported("an adapter starts at zero"),
-    "create_new_adapter": same("a run always makes a new adapter"),
-    "use_galore": unsupported("only AdamW is here"),
-    "use_apollo": unsupported("only AdamW is here"),
-    "use_badam": unsupported("only AdamW is here"),
-    "use_muon": unsupported("only AdamW is here"),
-    "use_llama_pro": unsupported(_OTHER_WAYS),
-    "use_dft_loss": unsupported("plain likelihood only"),
-    "use_swanlab": unsupported("metrics.jsonl holds every figure"),
-    "ref_model": to("reference.path", str),
-    "ref_model_adapters": unsupported("merge the adapter first, and set reference.path"),
-    "ref_model_quantization_bit": unsupported("the reference is not quantized"),
-    "media_dir": unsupported("text only"),
-    "eval_on_each_dataset": unsupported("held-out rows are evaluated together"),
-}  # fmt: skip
+TABLE = table("llama_factory")
 
 
 def val_size(given: Given) -> Iterator[Line]:
@@ -87,56 +28,27 @@ def val_size(given: Given) -> Iterator[Line]:
 
 def lora(given: Given) -> Iterator[Line]:
     """finetuning_type and the adapter's keys."""
-    keys = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora")
-    kind = given["finetuning_type"]
+    kind_key, *keys = TABLE["derived"]["lora"]
+    kind = given[kind_key]
     if kind == "full":
-        yield given.line(
-            ["finetuning_type", *(k for k in keys if given.says(k))],
-            "same",
-            note="without `lora` the whole model is trained",
-        )
+        there = [kind_key, *(k for k in keys if given.says(k))]
+        yield given.line(there, "same", note="without `lora` the whole model is trained")
         return
     if kind != "lora":
-        yield given.line(["finetuning_type"], "unsupported", note=_OTHER_WAYS)
+        yield given.line([kind_key], "unsupported", note="full and lora only: set finetuning_type to one of them")
         return
     rank = whole(given["lora_rank"])
-    alpha = number(given["lora_alpha"] or 2 * rank)
+    alpha, note = hf.rank_stabilized(given, number(given["lora_alpha"] or 2 * rank), rank)
     ours = {
         "lora.r": rank,
-        "lora.alpha": round(alpha * math.sqrt(rank), 6) if given["use_rslora"] else alpha,
+        "lora.alpha": alpha,
         "lora.dropout": number(given["lora_dropout"]),
-        "lora.target_modules": hf.targets(given["lora_target"]),
+        "lora.target_modules": layers(given["lora_target"]),
     }
-    note = "rsLoRA divides by the root of the rank: alpha is that much larger here" if given["use_rslora"] else ""
-    yield given.line(["finetuning_type", *(k for k in keys if given[k] is not None)], "translated", ours, note)
+    yield given.line([kind_key, *(k for k in keys if given[k] is not None)], "translated", ours, note)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data sets by name
-
-_ALPACA = {
-    "prompt": "instruction",
-    "query": "input",
-    "response": "output",
-    "chosen": "chosen",
-    "rejected": "rejected",
-    "kto_tag": "label",
-    "system": "system",
-    "history": "history",
-}
-_SHAREGPT = {
-    "messages": "conversations",
-    "chosen": "chosen",
-    "rejected": "rejected",
-    "kto_tag": "label",
-    "system": "system",
-}
-_NOT_READ = {
-    "tools": "tools",
-    "images": "pictures",
-    "videos": "videos",
-    "audios": "sound",
-}
+# ---- Data sets by name ----
 
 
 def data(given: Given) -> Iterator[Line]:
@@ -147,11 +59,8 @@ def data(given: Given) -> Iterator[Line]:
 
 
 def _named(given: Given, key: str, ours: str) -> Iterator[Line]:
-    names = (
-        [n.strip() for n in str(given[key]).split(",")]
-        if not isinstance(given[key], list)
-        else [str(n) for n in given[key]]
-    )
+    listed = given[key]
+    names = [str(n) for n in listed] if isinstance(listed, list) else [n.strip() for n in str(listed).split(",")]
     folder = Path(str(given["dataset_dir"]))
     known, where = _dataset_info(folder, Path(given.folder))
     if known is None:
@@ -174,9 +83,8 @@ def _named(given: Given, key: str, ours: str) -> Iterator[Line]:
     if columns and ours == "data.path":
         made["data.columns"] = columns
     if all(ranked) and ours == "data.path":
-        made["data.shape"] = (
-            "sharegpt_pairs"  # the description says so; its rows may have a "prompt" of their own besides
-        )
+        # the description says so; its rows may have a "prompt" of their own besides
+        made["data.shape"] = "sharegpt_pairs"
     yield given.line([key, "dataset_dir"], "translated", made)
 
 
@@ -211,58 +119,45 @@ def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
     """Our field: their column, where the two differ."""
     given = _described(entry)
     if entry.get("formatting", "alpaca") == "sharegpt":
-        found = {_SHAREGPT[k]: str(v) for k, v in {"messages": "conversations", **given}.items() if k in _SHAREGPT}
+        given, fields = {"messages": "conversations", **given}, TABLE["sharegpt"]
     else:
-        found = {_ALPACA[k]: str(v) for k, v in given.items() if k in _ALPACA}
+        fields = TABLE["alpaca"]
+    found = {fields[k]: str(v) for k, v in given.items() if k in fields}
     return {ours: theirs for ours, theirs in found.items() if ours != theirs}
 
 
 def _left(name: str, entry: Mapping[str, Any]) -> Iterator[Line]:
     given = _described(entry)
-    for column in (c for c in given if c in _NOT_READ):
-        note = f"{_NOT_READ[column]} in a column of its own is not read: put it into the prompt (messages with a system turn)"
+    for column in (c for c in given if c in TABLE["not_read"]):
+        note = f"{TABLE['not_read'][column]} in a column of its own is not read: put it into the prompt (messages with a system turn)"
         yield Line(((f"{name}.columns.{column}", given[column]),), "unsupported", (), note)
     for key in ("subset", "folder", "num_samples", "script_url", "ms_hub_url"):
         if entry.get(key):
             yield Line(((f"{name}.{key}", entry[key]),), "unsupported", (), "save the rows as a file and set data.path")
     tags = entry.get("tags")
-    wanted = {
-        "role_tag": ("from", "role"),
-        "content_tag": ("value", "content"),
-        "user_tag": ("human", "user"),
-        "assistant_tag": ("gpt", "assistant"),
-    }
-    for tag, words in wanted.items():
+    for tag, words in TABLE["tags"].items():
         if isinstance(tags, Mapping) and tags.get(tag, words[0]) not in words:
             yield Line(((f"{name}.tags.{tag}", tags[tag]),), "unsupported", (), f"write {words[1]!r} in the rows")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# losses
-
-PREFERENCE: dict[str, dict[str, Any]] = {
-    "sigmoid": {"name": "dpo"},
-    "hinge": {"name": "hinge"},
-    "ipo": {"name": "ipo"},
-    "orpo": {"name": "orpo"},
-    "simpo": {"name": "simpo"},
-}
+# ---- Losses ----
 
 
 def preference(given: Given) -> Iterator[Line]:
     """pref_loss, pref_beta and what goes with them."""
     name, beta = str(given["pref_loss"]), number(given["pref_beta"])
     used = ["pref_loss", "pref_beta"]
-    if name not in PREFERENCE:
+    if name not in TABLE["pref_losses"]:
         note = "kto_pair: set loss.name: kto, which takes pairs apart; `penchant losses` lists the others"
         yield given.line(used, "unsupported", {"loss.name": "dpo", "loss.beta": beta}, note)
         return
-    ours: dict[str, Any] = {"loss.name": PREFERENCE[name]["name"], "loss.beta": beta}
+    ours: dict[str, Any] = {"loss.name": TABLE["pref_losses"][name], "loss.beta": beta}
+    smoothing, note = number(given["dpo_label_smoothing"] or 0) if name == "sigmoid" else 0, ""
     if name == "simpo":
         ours["loss.gamma"] = number(given["simpo_gamma"])
         used.append("simpo_gamma")
-    if name == "sigmoid" and number(given["dpo_label_smoothing"] or 0):
-        ours["loss.label_smoothing"] = number(given["dpo_label_smoothing"])
+    if smoothing:
+        ours["loss.label_smoothing"] = smoothing
         used.append("dpo_label_smoothing")
     elif name == "sigmoid" and given["ld_alpha"] is not None:
         ours |= {"loss.name": "ld_dpo", "loss.alpha": number(given["ld_alpha"])}
@@ -270,122 +165,24 @@ def preference(given: Given) -> Iterator[Line]:
     if number(given["pref_ftx"] or 0):
         ours["loss.nll_weight"] = number(given["pref_ftx"])
         used.append("pref_ftx")
-    note = "the likelihood term is a mean over all tokens here, over answers there" if "pref_ftx" in used else ""
+        note = "the likelihood term is a mean over all tokens here, over answers there"
     yield given.line(used, "translated", ours, note)
-    for key in ("simpo_gamma", "dpo_label_smoothing", "ld_alpha", "pref_ftx"):
+    for key in TABLE["derived"]["preference"]:
         if given.says(key) and key not in used:
-            idle = key in ("simpo_gamma", "pref_ftx") or not given[key]
-            how = "choose one loss that has it: `penchant losses`"
-            yield given.line(
-                [key], "same" if idle else "unsupported", note=f"without effect on {name}" if idle else how
-            )
-
-
-PREFERENCE_PARTS = frozenset({"pref_loss", "pref_beta", "simpo_gamma", "dpo_label_smoothing", "ld_alpha", "pref_ftx"})
+            if key in ("simpo_gamma", "pref_ftx") or not given[key]:
+                yield given.line([key], "same", note=f"without effect on {name}")
+            else:
+                yield given.line([key], "unsupported", note="choose one loss that has it: `penchant losses`")
 
 
 def ppo_batch(given: Given) -> Iterator[Line]:
     """Their buffer is what is sampled between two updates, in minibatches of one device's batch times accumulation."""
-    keys = ("per_device_train_batch_size", "gradient_accumulation_steps", "ppo_buffer_size")
-    parts = whole(given["ppo_buffer_size"])
-    rows = whole(given[keys[0]]) * whole(given[keys[1]]) * parts * given.devices
-    ours = {"train.batch_size": rows, "algorithm.minibatches": parts}
-    yield given.line(keys, "translated", ours, f"prompts of one batch of rollouts, on {given.devices} device(s)")
+    return hf.ppo_batch(given, "ppo_buffer_size")
 
 
-_COMMON = (*hf.COMMON, lora, val_size, data)
-_PARTS = hf.COMMON_PARTS | {
-    "finetuning_type", "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora", "val_size", "dataset", "eval_dataset", "dataset_dir",
-}  # fmt: skip
-_STAGE: dict[str, Rule] = {"stage": same("the method")}
-_TEXT = "an instruction and its input are joined by an empty line here, by a line break there"
-
-METHODS: dict[str, Method] = {
-    "sft": Method("SFT", {"loss.name": "sft"}, DEFAULTS, _STAGE, (hf.batch, *_COMMON), hf.BATCH | _PARTS,
-                  (_TEXT, "of a conversation only the last answer is learned here, every answer there unless mask_history is on")),
-    "pt": Method("continued pre-training", {"loss.name": "sft", "data.shape": "text"}, DEFAULTS, _STAGE, (hf.batch, *_COMMON), hf.BATCH | _PARTS,
-                 ("their pre-training packs documents into blocks and counts those; a step is train.batch_size documents here",)),
-    "dpo": Method(
-        "DPO, ORPO, SimPO",
-        {},
-        {**DEFAULTS, "pref_loss": "sigmoid", "pref_beta": 0.1, "simpo_gamma": 0.5},
-        {**_STAGE, "pref_bco_weight": unsupported("list both losses in loss.mix, each with its weight", 0, 0.0)},
-        (hf.batch, *_COMMON, preference),
-        hf.BATCH | _PARTS | PREFERENCE_PARTS,
-        (_TEXT,),
-    ),
-    "kto": Method(
-        "KTO",
-        {"loss.name": "kto"},
-        {**DEFAULTS, "pref_beta": 0.1, "kto_chosen_weight": 1.0, "kto_rejected_weight": 1.0},
-        {
-            **_STAGE,
-            "pref_beta": to("loss.beta", number),
-            "kto_chosen_weight": to("loss.desirable_weight", number),
-            "kto_rejected_weight": to("loss.undesirable_weight", number),
-            "pref_ftx": to("loss.nll_weight", number, "a mean over all tokens of good answers"),
-        },
-        (hf.batch, *_COMMON),
-        hf.BATCH | _PARTS,
-        (_TEXT,),
-    ),
-    "rm": Method("reward model", {"algorithm.name": "reward_model"}, DEFAULTS, _STAGE, (hf.batch, *_COMMON), hf.BATCH | _PARTS, (_TEXT,)),
-    "ppo": Method(
-        "PPO",
-        {"algorithm.name": "ppo", "algorithm.value": "head", "algorithm.kl_control": "adaptive", "algorithm.beta": 0.2},
-        {
-            **DEFAULTS, "ppo_buffer_size": 1, "ppo_epochs": 4, "ppo_target": 6.0, "max_new_tokens": 1024, "temperature": 0.95, "top_p": 0.7,
-            "top_k": 50,
-        },
-        {
-            **_STAGE,
-            "reward_model": to("reward", str, "a folder with a one-label classifier or our own run; their value-head checkpoints are neither: train it here"),
-            "reward_model_type": same("a whole model", "full", otherwise="merge the adapter first; an endpoint goes into a Python function (reward: FILE.py:FUNCTION)"),
-            "reward_model_adapters": unsupported("merge the adapter first"),
-            "reward_model_quantization_bit": unsupported("the reward model is not quantized"),
-            "ppo_epochs": to("algorithm.epochs", whole),
-            "ppo_target": to("algorithm.kl_target", number),
-            "ppo_score_norm": to("algorithm.normalise_scores", flag),
-            "ppo_whiten_rewards": to("algorithm.whiten_rewards", flag),
-            "max_new_tokens": to("algorithm.max_new_tokens", whole),
-            "temperature": to("algorithm.temperature", number),
-            "top_p": to("algorithm.top_p", number),
-            "top_k": to("algorithm.top_k", whole),
-            "adam_epsilon": to("algorithm.adam_eps", number),
-            "do_sample": same("completions are sampled", True, otherwise="completions are sampled"),
-            "num_beams": same("none", 1, otherwise="completions are sampled"),
-            "repetition_penalty": unsupported("log-probs are the model's own: leave it out", 1, 1.0),
-        },
-        (ppo_batch, *_COMMON),
-        hf.BATCH | {"ppo_buffer_size"} | _PARTS,
-        ("beta starts at 0.2 and follows ppo_target, as their PPO does", _TEXT),
-    ),
-}  # fmt: skip
-
-
-def guess(values: Mapping[str, Any], name: str) -> str | None:
-    """The stage; they take sft where none is given."""
-    return str(values.get("stage", "sft"))
-
-
-SOURCE = Source(
+# a file that names no stage is for sft
+SOURCE = source(
     "llama-factory",
-    "LLaMA-Factory",
-    METHODS,
-    RULES,
-    frozenset(
-        {
-            "stage",
-            "finetuning_type",
-            "cutoff_len",
-            "lora_rank",
-            "lora_target",
-            "pref_beta",
-            "pref_loss",
-            "dataset_dir",
-            "template",
-            "val_size",
-        }
-    ),
-    guess,
+    (*hf.DERIVATIONS, lora, val_size, data, preference, ppo_batch),
+    lambda values, name: str(values.get("stage", "sft")),
 )

@@ -1,11 +1,25 @@
-"""What becomes of another tool's keys: a table of rules a source, and the one engine that applies them. Nothing is dropped silently."""
+"""What becomes of another tool's keys: a table of rules for each source (NAME.yaml), and the one engine that applies them.
+
+A table may hold, each optional:
+  defaults     their defaults that a run's meaning rests on; null takes one of the tool's away
+  translated   key: {to: our key, as: how its value is read (`CONVERSIONS`), values: {theirs: ours}, note: ...}; with `otherwise`, a
+               value that is not among `values` has no counterpart, and `otherwise` says what to do
+  ignored      key: why there is nothing to write; or {why, when: values for which that holds, otherwise: what to do about another}
+  unsupported  key: what to do instead; or {how: the same, idle: values, beside none and false, that ask for nothing}
+Keys with one rule may stand together, with commas. A tool's table has its `methods` and `groups` of keys that methods share (`like`) as
+tables too, and under `derived` the keys of every function that makes something of several. Nothing is dropped silently.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from typing import Any, Literal
+
+import yaml
 
 from penchant.errors import ConfigError
 
@@ -60,42 +74,46 @@ class Given:
 Convert = Callable[[Any], Any]
 Rule = Callable[[str, Given], Line]
 Derive = Callable[[Given], Iterator[Line]]
+Guess = Callable[[Mapping[str, Any], str], str | None]
 
 
 class NotHere(ValueError):
     """A value that has no counterpart; its text says what to do."""
 
 
-def to(ours: str, convert: Convert = lambda v: v, note: str = "", also: Mapping[str, Any] | None = None) -> Rule:
-    """The key is `ours`, its value converted; `also` is set with it."""
+def translated(to: str, read: Convert, values: Mapping[Any, Any], otherwise: str, note: str) -> Rule:
+    """The key is `to`, its value read and then looked up in `values`; `otherwise` refuses one that is not there."""
 
     def rule(key: str, given: Given) -> Line:
         if given[key] is None:
             return given.line([key], "same", note="not set")
         try:
-            value = convert(given[key])
+            value = read(given[key])
+            known = isinstance(value, Hashable) and value in values
+            if otherwise and not known:
+                raise NotHere(f"{value!r} has no counterpart; {otherwise}")
         except NotHere as problem:
             return given.line([key], "unsupported", note=str(problem))
-        return given.line([key], "translated", {ours: value, **(also or {})}, note)
+        return given.line([key], "translated", {to: values[value] if known else value}, note)
 
     return rule
 
 
-def same(note: str, *values: Any, otherwise: str = "") -> Rule:
-    """Nothing to write: with one of `values` (with any, where none is named) it is so here already."""
+def ignored(why: str, when: Sequence[Any], otherwise: str) -> Rule:
+    """Nothing to write: with one of `when` (with any, where none is named) it is so here already."""
 
     def rule(key: str, given: Given) -> Line:
-        asks = bool(values) and given[key] not in values and given[key] is not None
-        return given.line([key], "unsupported" if asks else "same", note=otherwise if asks else note)
+        asks = bool(when) and given[key] not in when and given[key] is not None
+        return given.line([key], "unsupported" if asks else "same", note=otherwise if asks else why)
 
     return rule
 
 
-def unsupported(how: str, *off: Any) -> Rule:
-    """Not here: `how` says what to do instead. A value in `off` (or false, none, empty) asks for nothing."""
+def unsupported(how: str, idle: Sequence[Any]) -> Rule:
+    """Not here: `how` says what to do instead. A value in `idle` (or false, none, empty) asks for nothing."""
 
     def rule(key: str, given: Given) -> Line:
-        asks = not any(type(given[key]) is type(v) and given[key] == v for v in (*OFF, *off))
+        asks = not any(type(given[key]) is type(v) and given[key] == v for v in (*OFF, *idle))
         return given.line([key], "unsupported" if asks else "same", note=how if asks else "off, as here")
 
     return rule
@@ -128,16 +146,36 @@ def flag(value: Any) -> bool:
     return found
 
 
-def one_of(names: Mapping[Any, Any], how: str) -> Convert:
-    """The value's name here; `how` says what to do with one that has none."""
+def name(value: Any) -> str:
+    """One word or several, as a text."""
+    if not isinstance(value, (str, int, float)) or not str(value).strip():
+        raise NotHere(f"{value!r} is no name; set the key by hand")
+    return str(value)
 
-    def convert(value: Any) -> Any:
-        try:
-            return names[value]
-        except (KeyError, TypeError) as error:
-            raise NotHere(f"{value!r} has no counterpart; {how}") from error
 
-    return convert
+def layers(value: Any) -> str | list[str]:
+    """Layers of an adapter: a list, a text with commas, or all of them."""
+    names = [v.strip() for v in value.split(",")] if isinstance(value, str) else [str(v) for v in value]
+    if names in (["all"], ["all-linear"]):
+        return "all-linear"
+    if not all(names):
+        raise NotHere(f"{value!r} names no layer")
+    return names
+
+
+CONVERSIONS: dict[str, Convert] = {
+    "as it is": lambda v: v,
+    "text": str,
+    "number": number,
+    "whole": whole,
+    "flag": flag,
+    "name": name,
+    "layers": layers,
+    "steps": lambda v: whole(v) if whole(v) > 0 else None,
+    "whole_or_zero": lambda v: whole(v or 0),
+    "single_number": lambda v: number(v[0] if isinstance(v, list) and len(v) == 1 else v),
+    "text_column": lambda v: {} if v == "text" else {"text": str(v)},
+}
 
 
 @dataclass(frozen=True)
@@ -154,11 +192,11 @@ class Method:
 
     title: str
     base: Mapping[str, Any]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    rules: Mapping[str, Rule] = field(default_factory=dict)
-    derive: tuple[Derive, ...] = ()
-    parts: frozenset[str] = frozenset()
-    remarks: tuple[str, ...] = ()
+    defaults: Mapping[str, Any]
+    rules: Mapping[str, Rule]
+    derive: tuple[Derive, ...]
+    parts: frozenset[str]
+    remarks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -174,7 +212,60 @@ class Source:
     methods: Mapping[str, Method]
     rules: Mapping[str, Rule]
     marks: frozenset[str]
-    guess: Callable[[Mapping[str, Any], str], str | None]
+    guess: Guess
+
+
+@cache
+def table(name: str) -> dict[str, Any]:
+    """NAME.yaml beside this file."""
+    return yaml.safe_load((resources.files(__package__) / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def _rules(part: Mapping[str, Any]) -> dict[str, Rule]:
+    """The rules of one table."""
+    made: dict[str, Rule] = {}
+    for keys, rule in part.get("translated", {}).items():
+        read = CONVERSIONS[rule.get("as", "as it is")]
+        found = translated(rule["to"], read, rule.get("values", {}), rule.get("otherwise", ""), rule.get("note", ""))
+        made |= dict.fromkeys(keys.split(", "), found)
+    for keys, rule in part.get("ignored", {}).items():
+        said = rule if isinstance(rule, dict) else {"why": rule}
+        found = ignored(said["why"], said.get("when", ()), said.get("otherwise", ""))
+        made |= dict.fromkeys(keys.split(", "), found)
+    for keys, rule in part.get("unsupported", {}).items():
+        said = rule if isinstance(rule, dict) else {"how": rule}
+        made |= dict.fromkeys(keys.split(", "), unsupported(said["how"], said.get("idle", ())))
+    return made
+
+
+def _together(parts: Iterable[Mapping[str, Any]], what: str) -> dict[str, Any]:
+    """One part of several tables, the later ones over the earlier."""
+    return {key: value for part in parts for key, value in part.get(what, {}).items()}
+
+
+def source(name: str, derivations: Iterable[Derive], guess: Guess) -> Source:
+    """The tool that NAME.yaml describes; the functions that it derives things with are among `derivations`."""
+    tool = table(name.replace("-", "_"))
+    tables = [*map(table, tool.get("shares", ())), tool]
+    functions = {f.__name__: f for f in derivations}
+    keys = _together(tables, "derived")
+
+    def method(own: Mapping[str, Any]) -> Method:
+        parts = [*(tool["groups"][group] for group in own.get("like", ())), own]
+        defaults = _together([*tables, *parts], "defaults")
+        return Method(
+            own["title"],
+            own.get("base", {}),
+            {key: value for key, value in defaults.items() if value is not None},
+            {key: rule for part in parts for key, rule in _rules(part).items()},
+            tuple(functions[f] for f in own["derived"]),
+            frozenset(key for f in own["derived"] for key in keys[f]),
+            tuple(own.get("remarks", ())),
+        )
+
+    rules = {key: rule for part in tables for key, rule in _rules(part).items()}
+    methods = {key: method(own) for key, own in tool["methods"].items()}
+    return Source(name, tool["title"], methods, rules, frozenset(tool["marks"]), guess)
 
 
 @dataclass(frozen=True)
@@ -189,15 +280,8 @@ class Translation:
 
     def count(self, status: Status) -> int:
         """Keys of their file of which a line of this status speaks."""
-        return len(
-            {
-                k
-                for line in self.lines
-                if line.status == status
-                for k, _ in line.theirs
-                if k.split(".")[0] in self.values
-            }
-        )
+        keys = {k for line in self.lines if line.status == status for k, _ in line.theirs}
+        return sum(k.split(".")[0] in self.values for k in keys)
 
     @property
     def settings(self) -> dict[str, tuple[Any, str]]:
@@ -228,11 +312,8 @@ def translate(
     for derive in method.derive:
         lines += derive(given)
     seen = {k for line in lines for k, _ in line.theirs}
-    lines += [
-        given.line([k], "same", note="without effect there: nothing that uses it is on")
-        for k in values
-        if k not in seen
-    ]
+    idle = "without effect there: nothing that uses it is on"
+    lines += [given.line([k], "same", note=idle) for k in values if k not in seen]
     return Translation(source, method, values, tuple(lines), method.remarks)
 
 
