@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from audit_rows import Row, edited, pair, planted, text, write
 
 from penchant.data.audit import Leakage, audit, audit_files, languages
 from penchant.data.audit.counters import Check, Disagreement, calibrate, cycles, earlier, refuses
-from penchant.data.audit.findings import KEPT, Finding, Places, histogram, quantiles, sampled, wilson_interval
+from penchant.data.audit.findings import KEPT, Finding, Places, quantiles, sampled, wilson_interval
 from penchant.data.layouts import LAYOUTS
 from penchant.data.load import from_rows, load_preferences
 from penchant.errors import DataError
@@ -230,7 +231,7 @@ def test_earlier_looks_back_only() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_quantiles_are_numpys(seed: int) -> None:
     values = np.random.default_rng(seed).integers(0, 300, 57).tolist()
-    made = quantiles(histogram(values))
+    made = quantiles(Counter(values))
     assert made["mean"] == pytest.approx(np.mean(values)) and made["max"] == max(values)
     for q in (5, 50, 95, 99):
         assert made[f"p{q}"] == pytest.approx(np.percentile(values, q))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import replace
+from typing import Any
 
 from penchant.data.load import Dataset, Quarantined, fingerprint
 from penchant.data.options import DataConfig
@@ -33,18 +34,13 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
     Raises:
         DataError: the rows cannot serve; it names the file, the field and the option.
     """
-    if options.score_threshold is not None and (signal != "unpaired" or dataset.kind != "scored"):
-        raise DataError(
-            name,
-            f"data.score_threshold is set, but {setting(loss)} on rows that are {dataset.kind} does not use it",
-            "leave it out",
-        )
-    if options.pairs_from_scores != "off" and (signal != "pairs" or dataset.kind != "scored"):
-        raise DataError(
-            name,
-            f"data.pairs_from_scores is set, but {setting(loss)} on rows that are {dataset.kind} does not use it",
-            "leave it out",
-        )
+    for key, given, use in (
+        ("score_threshold", options.score_threshold is not None, "unpaired"),
+        ("pairs_from_scores", options.pairs_from_scores != "off", "pairs"),
+    ):
+        if given and (signal != use or dataset.kind != "scored"):
+            what = f"data.{key} is set, but {setting(loss)} on rows that are {dataset.kind} does not use it"
+            raise DataError(name, what, "leave it out")
     if signal == "pairs":
         dataset = _as_pairs(dataset, loss, options, name)
         return _with_scores(dataset, loss, needs, options, name) if "scores" in needs else dataset
@@ -55,27 +51,21 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
     if dataset.kind == "prompts":
         raise DataError(name, f"{setting(loss)} needs answers, but these rows are prompts alone", "give completions")
     if dataset.kind == "unpaired":
-        good = [i for i, t in enumerate(dataset.trees) if t.completions[0].label]
+        good = [t for t in dataset.trees if t.completions[0].label]
+        how = "use kto, bco or pmpo"
         if not good:
-            raise DataError(
-                name,
-                f'{setting(loss)} learns answers whose "label" is true, and there is none',
-                "use kto, bco or pmpo",
-            )
-        aside = tuple(
-            Quarantined(t.source, f"{setting(loss)} does not learn answers labelled bad", "use kto, bco or pmpo", None)
-            for t in dataset.trees
-            if not t.completions[0].label
-        )
-        return _changed(dataset, tuple(dataset.trees[i] for i in good), aside)
+            raise DataError(name, f'{setting(loss)} learns answers whose "label" is true, and there is none', how)
+        bad = (t for t in dataset.trees if not t.completions[0].label)
+        what = f"{setting(loss)} does not learn answers labelled bad"
+        return _changed(dataset, good, [Quarantined(t.source, what, how, None) for t in bad])
     return dataset
 
 
-def _changed(dataset: Dataset, trees: tuple[PromptTree, ...], aside: tuple[Quarantined, ...]) -> Dataset:
-    """From here on an example counts as a row."""
-    kept, rows = dataset.quarantined + aside, len(trees)
-    total = rows + len(kept)
-    return replace(dataset, trees=trees, quarantined=kept, accepted=rows, total=total, fingerprint=fingerprint(trees))
+def _changed(dataset: Dataset, trees: Sequence[PromptTree], aside: Sequence[Quarantined] = (), **more: Any) -> Dataset:
+    """The data set with other trees. From here on an example counts as a row."""
+    made = dataset.with_trees(tuple(trees), fingerprint(trees))
+    kept = (*dataset.quarantined, *aside)
+    return replace(made, quarantined=kept, total=len(trees) + len(kept), columns=dataset.columns, **more)
 
 
 def _as_prompts(dataset: Dataset, name: str) -> Dataset:
@@ -83,16 +73,7 @@ def _as_prompts(dataset: Dataset, name: str) -> Dataset:
     if dataset.kind == "text":
         raise DataError(name, "online methods need prompts, but these rows are plain text", "give a prompt column")
     trees = {t.prompt: replace(t, completions=()) for t in reversed(dataset.trees)}
-    once = tuple(reversed(trees.values()))
-    aside = dataset.quarantined
-    return replace(
-        dataset,
-        trees=once,
-        kind="prompts",
-        accepted=len(once),
-        total=len(once) + len(aside),
-        fingerprint=fingerprint(once),
-    )
+    return _changed(dataset, list(reversed(trees.values())), kind="prompts")
 
 
 def _instead_of_pairs(loss: str, kind: str) -> str:
@@ -105,11 +86,8 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
     if dataset.kind == "pairs":
         return dataset
     if dataset.kind != "scored":
-        raise DataError(
-            name,
-            f"{setting(loss)} needs pairs (chosen and rejected), but these rows are {dataset.kind}",
-            _instead_of_pairs(loss, dataset.kind),
-        )
+        what = f"{setting(loss)} needs pairs (chosen and rejected), but these rows are {dataset.kind}"
+        raise DataError(name, what, _instead_of_pairs(loss, dataset.kind))
     if options.pairs_from_scores == "off":
         raise DataError(
             name,
@@ -132,10 +110,9 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
             what = f"a prompt whose {len(ranked)} answers have no two different scores"
             aside.append(Quarantined(group[0].source, what, "give it answers with different scores, or drop it", None))
     if not trees:
-        raise DataError(
-            name, "no prompt has two answers with different scores", "give each prompt answers that differ in score"
-        )
-    return replace(_changed(dataset, tuple(trees), tuple(aside)), kind="pairs")
+        how = "give each prompt answers that differ in score"
+        raise DataError(name, "no prompt has two answers with different scores", how)
+    return _changed(dataset, trees, aside, kind="pairs")
 
 
 def _with_scores(dataset: Dataset, loss: str, needs: Set[str], options: DataConfig, name: str) -> Dataset:
@@ -145,10 +122,8 @@ def _with_scores(dataset: Dataset, loss: str, needs: Set[str], options: DataConf
     for tree in dataset.trees:
         good, bad = (c.score for c in tree.completions)
         if good is None or bad is None:
-            what, how = (
-                f'{setting(loss)} needs "chosen_score" and "rejected_score"',
-                "add them, or choose another loss",
-            )
+            what = f'{setting(loss)} needs "chosen_score" and "rejected_score"'
+            how = "add them, or choose another loss"
         elif "score_gap" in needs and good <= bad:
             what = f'"chosen_score" ({good:g}) is not above "rejected_score" ({bad:g})'
             how = "drop the row, or choose a loss without scores"
@@ -159,19 +134,17 @@ def _with_scores(dataset: Dataset, loss: str, needs: Set[str], options: DataConf
             raise DataError(tree.source, what, f"{how} (or set data.on_bad_row=skip to keep such rows aside)")
         aside.append(Quarantined(tree.source, what, how, None))
     if not trees:
-        raise DataError(
-            name, f"none of {len(dataset.trees)} pairs has the scores that {setting(loss)} needs", aside[0].how
-        )
-    return _changed(dataset, tuple(trees), tuple(aside))
+        what = f"none of {len(dataset.trees)} pairs has the scores that {setting(loss)} needs"
+        raise DataError(name, what, aside[0].how)
+    return _changed(dataset, trees, aside)
 
 
 def _as_labelled(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Dataset:
     if dataset.kind in ("pairs", "unpaired"):
         return dataset
     if dataset.kind != "scored":
-        raise DataError(
-            name, f"{setting(loss)} needs answers with a label, but these rows are {dataset.kind}", LABEL_HINT
-        )
+        what = f"{setting(loss)} needs answers with a label, but these rows are {dataset.kind}"
+        raise DataError(name, what, LABEL_HINT)
     threshold = options.score_threshold
     if threshold is None:
         scores = sorted(c.score or 0.0 for t in dataset.trees for c in t.completions)

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import metadata
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from penchant.base.files import file_sha256
+from penchant.base.files import file_sha256, write_atomically
 from penchant.data.audit import audit
 from penchant.data.audit.findings import Audit, Finding
 from penchant.data.layouts import Detection
@@ -28,7 +29,7 @@ from penchant.data.layouts.own import own_sha256
 from penchant.data.load import Columns, Dataset, Quarantined, Reading, fingerprint, load_preferences, stream_preferences
 from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, ranges, read_batch, write_rows
 from penchant.data.split import held_out_rows, split_by_prompt
-from penchant.data.tokenize import ASIDE, CUT_COMPLETION, CUT_PROMPT, SPLIT, TokenizedDataset, Tokenizing, tokenize
+from penchant.data.tokenize import ASIDE, CUT_COMPLETION, CUT_PROMPT, SPLIT, TokenizedDataset, tokenize, tokenizing
 from penchant.errors import DataError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,18 +89,10 @@ class FileHashes:
         return table if isinstance(table, dict) else {}
 
     def _keep(self, table: Mapping[str, Any]) -> None:
-        """Written aside and renamed; of two processes that write at once one loses, and a file is read once more."""
-        try:
+        """Of two processes that write at once one loses, and a file is read once more."""
+        with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, aside = tempfile.mkstemp(prefix=".files-", dir=self.path.parent)
-        except OSError:
-            return
-        try:
-            with os.fdopen(handle, "w") as out:
-                json.dump(dict(list(table.items())[-FILES_KEPT:]), out)
-            os.replace(aside, self.path)
-        except OSError:
-            Path(aside).unlink(missing_ok=True)
+            write_atomically(self.path, dict(list(table.items())[-FILES_KEPT:]))
 
 
 def now_ns() -> int:
@@ -123,7 +116,7 @@ def code_sha256() -> str:
     """SHA-256 over the sources of this package: rows that other code made are not taken for this code's."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.*")):
-        if path.suffix in (".py", ".txt"):
+        if path.suffix in (".py", ".txt", ".yaml"):
             digest.update(str(path.relative_to(Path(__file__).parent)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -232,25 +225,22 @@ class DataCache:
             how = {k: v for k, v in reading.items() if k != "on_bad_row"}
             stream, going = stream_preferences(path, **how), Reading(reading.get("on_bad_row", "error"))
             write_rows(folder, going.trees(stream))
-            return _meta_of(going.result(StoredRows(folder, key), stream, ", ".join(paths)))
+            made = going.result(StoredRows(folder, key), stream, ", ".join(paths))
+            return {
+                **{name: getattr(made, name) for name in ("shape", "kind", "total", "accepted", "fingerprint")},
+                "detection": made.detection and asdict(made.detection),
+                "quarantined": _storable(made.quarantined),
+                "columns": {name: getattr(going.columns, name) for name in Columns.__slots__},
+            }
 
         def read(folder: Path, meta: Mapping[str, Any]) -> Dataset:
-            aside = tuple(Quarantined(*q) for q in meta["quarantined"])
-            said = meta["columns"]
-            columns = Columns(said["first"], said["decided"], Counter(said["layouts"]), Counter(said["languages"]))
-            rows = StoredRows(folder, key)
-            found = meta["detection"]
-            return Dataset(
-                rows,
-                meta["shape"],
-                meta["kind"],
-                meta["total"],
-                aside,
-                meta["fingerprint"],
-                meta["accepted"],
-                None if found is None else Detection(**{**found, "others": tuple(found["others"])}),
-                columns,
-            )
+            found, said = meta["detection"], meta["columns"]
+            more = {
+                "quarantined": tuple(Quarantined(*q) for q in meta["quarantined"]),
+                "detection": found and Detection(**{**found, "others": tuple(found["others"])}),
+                "columns": Columns(**said | {n: Counter(said[n]) for n in ("layouts", "languages")}),
+            }
+            return Dataset(StoredRows(folder, key), **{**meta, **more})
 
         return self._made(entry, "rows", write, read) or load_preferences(path, **reading)
 
@@ -270,20 +260,12 @@ class DataCache:
 
         def read(folder: Path, meta: Mapping[str, Any]) -> tuple[Dataset, Dataset]:
             train, held = (
-                self._subset(dataset, np.load(folder / f"{n}.npy"), meta[n], f"{key}/{n}") for n in ("train", "held")
+                dataset.with_trees(rows.take(np.load(folder / f"{n}.npy"), f"{key}/{n}"), meta[n])
+                for n in ("train", "held")
             )
             return train, held
 
         return self._made(Entry("split", key), "split", write, read) or split_by_prompt(dataset, **how)
-
-    @staticmethod
-    def _subset(dataset: Dataset, which: np.ndarray, content: str, key: str) -> Dataset:
-        assert isinstance(dataset.trees, StoredRows)
-        trees = dataset.trees.take(which, key)
-        rows = len(trees)
-        return replace(
-            dataset, trees=trees, total=rows, accepted=rows, quarantined=(), fingerprint=content, columns=None
-        )
 
     def tokenize(self, dataset: Dataset, tokenizer: Any, **how: Any) -> TokenizedDataset:
         """`tokenize`. An entry is made with bad rows kept aside; where those are errors, the first one is raised afterwards."""
@@ -295,7 +277,7 @@ class DataCache:
         entry = Entry("tokens", key_of("tokens", depends_on))
 
         def write(folder: Path) -> Mapping[str, Any]:
-            making, writer = Tokenizing(tokenizer, dataset.kind, **making_how), TokenWriter(folder)
+            making, writer = tokenizing(tokenizer, dataset.kind, **making_how), TokenWriter(folder)
             whole = rows.all_rows()
             for trees, mark in making.by_row(whole):
                 for tree in trees:
@@ -384,70 +366,41 @@ class StoredDataset:
         of_row: (rows,) int32: trees of each row; marks: (rows,) uint8: see `Tokenizing.by_row`.
     """
 
-    trees: StoredTokens
+    whole: TokenizedDataset
     of_row: np.ndarray
     marks: np.ndarray
-    quarantined: tuple[Quarantined, ...]
-    cut_prompts: tuple[str, ...]
-    cut_completions: tuple[str, ...]
-    template: str
 
     @staticmethod
     def read(folder: Path, meta: Mapping[str, Any]) -> StoredDataset:
         """Of an entry's folder."""
         made = read_batch(folder / "made.arrow")
-        return StoredDataset(
-            StoredTokens(folder),
-            made.column("trees").to_numpy(),
-            made.column("marks").to_numpy(),
-            tuple(Quarantined(*q) for q in meta["quarantined"]),
-            tuple(meta["cut_prompts"]),
-            tuple(meta["cut_completions"]),
-            meta["template"],
-        )
+        of_row, marks = (made.column(name).to_numpy() for name in ("trees", "marks"))
+        aside = tuple(Quarantined(*q) for q in meta["quarantined"])
+        cut = tuple(meta["cut_prompts"]), tuple(meta["cut_completions"])
+        split = int(((marks & SPLIT) > 0).sum())
+        whole = TokenizedDataset(StoredTokens(folder), len(marks), aside, *cut, split, meta["template"])
+        return StoredDataset(whole, of_row, marks)
 
     def rows(self, which: np.ndarray | None) -> TokenizedDataset:
         """What `tokenize` makes of these rows (ascending), or of all."""
-        trees, marks = self.trees, self.marks
-        if which is not None:
-            marks = self.marks[which]
-            starts = np.cumsum(self.of_row, dtype=np.int64) - self.of_row
-            trees = trees.take(ranges(starts[which], self.of_row[which]))
-        return TokenizedDataset(
-            trees,
-            len(marks),
-            self._told(self.quarantined, ASIDE, which),
-            self._told(self.cut_prompts, CUT_PROMPT, which),
-            self._told(self.cut_completions, CUT_COMPLETION, which),
-            int(((marks & SPLIT) > 0).sum()),
-            self.template,
-        )
-
-    def _told(self, what: tuple[T, ...], mark: int, which: np.ndarray | None) -> tuple[T, ...]:
-        """What is told of some of the rows, of what is told of all that have this mark."""
         if which is None:
-            return what
-        kept = np.isin(np.flatnonzero(self.marks & mark), which, assume_unique=True)
-        return tuple(itertools.compress(what, kept.tolist()))
+            return self.whole
+        assert isinstance(self.whole.trees, StoredTokens)
+        starts = np.cumsum(self.of_row, dtype=np.int64) - self.of_row
 
+        def told(what: tuple[T, ...], mark: int) -> tuple[T, ...]:  # of what is told of all rows that have this mark
+            kept = np.isin(np.flatnonzero(self.marks & mark), which, assume_unique=True)
+            return tuple(itertools.compress(what, kept.tolist()))
 
-def _meta_of(dataset: Dataset) -> dict[str, Any]:
-    said = dataset.columns or Columns()
-    return {
-        "shape": dataset.shape,
-        "kind": dataset.kind,
-        "total": dataset.total,
-        "accepted": dataset.accepted,
-        "detection": None if dataset.detection is None else asdict(dataset.detection),
-        "quarantined": _storable(dataset.quarantined),
-        "fingerprint": dataset.fingerprint,
-        "columns": {
-            "first": said.first,
-            "decided": said.decided,
-            "layouts": dict(said.layouts),  # asdict cannot take counters
-            "languages": dict(said.languages),
-        },
-    }
+        return replace(
+            self.whole,
+            trees=self.whole.trees.take(ranges(starts[which], self.of_row[which])),
+            total=len(which),
+            quarantined=told(self.whole.quarantined, ASIDE),
+            cut_prompts=told(self.whole.cut_prompts, CUT_PROMPT),
+            cut_completions=told(self.whole.cut_completions, CUT_COMPLETION),
+            split_documents=int(((self.marks[which] & SPLIT) > 0).sum()),
+        )
 
 
 def _storable(aside: Sequence[Quarantined]) -> list[list[Any]]:

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from penchant.base.text import printable
 from penchant.data.layouts import Detection, Group, Layout, LeftOut, RowError, detect, layout_named
-from penchant.data.layouts.fields import plain_name
+from penchant.data.mapped import plain_content
 from penchant.data.read import BadRow, Row, read_rows
 from penchant.errors import DataError
-from penchant.types import Message, PromptTree
+from penchant.types import Prompt, PromptTree
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what a row's own columns say: which of two answers came first, and the row's language
@@ -93,14 +94,7 @@ class Columns:
 IDENTICAL = '"chosen" equals "rejected"'
 
 
-@dataclass(frozen=True, slots=True)
-class Quarantined:
-    """A row that was kept aside: where it stands, what is wrong, how to fix it, and the row itself."""
-
-    where: str
-    what: str
-    how: str
-    raw: Any
+Quarantined = BadRow  # also of a row that can be read and was kept aside: where it stands, what is wrong, how to fix it
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,19 +134,13 @@ def convert_rows(
         identical: ``bad_row`` or ``keep``: what a pair with chosen == rejected is.
     """
     columns = columns or {}
-    if layout.group is not None:
-        for group in _grouped(rows, layout.group, columns):
-            yield group if isinstance(group, Converted) else _convert(group, layout, options, columns, identical)
-        return
-    for row in rows:
-        if isinstance(row, BadRow):
-            yield _bad(row)
-        else:
-            yield _convert([row], layout, options, columns, identical)
+    for group in map(_alone, rows) if layout.group is None else _grouped(rows, layout.group, columns):
+        yield group if isinstance(group, Converted) else _convert(group, layout, options, columns, identical)
 
 
-def _bad(row: BadRow) -> Converted:
-    return Converted(1, aside=(Quarantined(row.where, row.what, row.how, row.raw),), source=(row,))
+def _alone(row: Row | BadRow) -> list[Row] | Converted:
+    """A row as a group of its own, or kept aside where it cannot be read."""
+    return [row] if isinstance(row, Row) else Converted(1, aside=(row,), source=(row,))
 
 
 def _convert(
@@ -169,11 +157,9 @@ def _convert(
             raise RowError(IDENTICAL, "drop it or set data.identical=keep")
     except RowError as error:
         return Converted(len(rows), (), _aside(rows, error), isinstance(error, LeftOut), source)
-    where = rows[0].where
-    if len(trees) == 1:
-        return Converted(len(rows), (replace(trees[0], source=where),), source=source)
-    numbered = tuple(replace(t, source=f"{where}#{i}") for i, t in enumerate(trees, 1))
-    return Converted(len(rows), numbered, source=source)
+    several = len(trees) > 1
+    named = (replace(t, source=rows[0].where + f"#{i}" * several) for i, t in enumerate(trees, 1))
+    return Converted(len(rows), tuple(named), source=source)
 
 
 def _check_text(tree: PromptTree) -> None:
@@ -214,7 +200,7 @@ def _grouped(rows: Iterable[Row | BadRow], group: Group, columns: Mapping[str, s
     with tempfile.TemporaryFile() as spill:
         for row in rows:
             if isinstance(row, BadRow):
-                yield _bad(row)
+                yield _alone(row)
                 continue
             try:
                 key = group.key(renamed(row.values, columns))
@@ -273,7 +259,11 @@ class Dataset:
     def subset(self, indices: Sequence[int]) -> Dataset:
         """The trees at `indices`, as a data set of its own that has a row for each."""
         trees = tuple(self.trees[i] for i in indices)
-        rows, content = len(trees), fingerprint(trees)
+        return self.with_trees(trees, fingerprint(trees))
+
+    def with_trees(self, trees: Sequence[PromptTree], content: str) -> Dataset:
+        """A data set of these trees, with a row for each; `content` is their fingerprint."""
+        rows = len(trees)
         return replace(self, trees=trees, total=rows, accepted=rows, quarantined=(), fingerprint=content, columns=None)
 
 
@@ -302,44 +292,33 @@ def load_preferences(
         ConfigError: an unknown layout, or an option that it does not have.
         DataError: ``file:line: what; how to fix it``.
     """
+    return _collect(*_rows_of(path), on_bad_row, shape, columns, identical, limit, layout_options)
+
+
+def _rows_of(path: str | Sequence[str]) -> tuple[Iterator[Row | BadRow], str]:
+    """All rows of one or several files, and the files' names."""
     paths = [path] if isinstance(path, str) else [str(p) for p in path]
-    rows = itertools.chain.from_iterable(read_rows(p) for p in paths)
-    how = _How(shape, columns or {}, on_bad_row, identical, limit, layout_options or {})
-    return _collect(rows, ", ".join(paths), how)
+    return itertools.chain.from_iterable(map(read_rows, paths)), ", ".join(paths)
 
 
-def from_rows(rows: Iterable[Mapping[str, Any]], *, name: str = "rows", shape: str = "auto", **options: Any) -> Dataset:
+def from_rows(rows: Iterable[Mapping[str, Any]], *, name: str = "rows", **options: Any) -> Dataset:
     """The same from rows in memory; options as for `load_preferences`."""
-    numbered = (Row(f"{name}:{i}", r) for i, r in enumerate(rows, 1))
-    how = _How(
-        shape,
-        options.get("columns") or {},
-        options.get("on_bad_row", "error"),
-        options.get("identical", "bad_row"),
-        options.get("limit"),
-        options.get("layout_options") or {},
-    )
-    return _collect(numbered, name, how)
+    return _collect((Row(f"{name}:{i}", r) for i, r in enumerate(rows, 1)), name, **options)
 
 
-@dataclass(frozen=True, slots=True)
-class _How:
-    """How rows are read; see `load_preferences`."""
-
-    shape: str
-    columns: Mapping[str, str]
-    on_bad_row: str
-    identical: str
-    limit: int | None
-    layout_options: Mapping[str, Any]
-
-
-def _collect(rows: Iterable[Row | BadRow], name: str, how: _How) -> Dataset:
-    limited = itertools.islice(rows, how.limit)
-    stream = stream_rows(limited, name, how.shape, how.columns, how.identical, how.layout_options)
-    reading = Reading(how.on_bad_row)
-    trees = tuple(reading.trees(stream))
-    return reading.result(trees, stream, name)
+def _collect(
+    rows: Iterable[Row | BadRow],
+    name: str,
+    on_bad_row: str = "error",
+    shape: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    identical: str = "bad_row",
+    limit: int | None = None,
+    layout_options: Mapping[str, Any] | None = None,
+) -> Dataset:
+    stream = stream_rows(itertools.islice(rows, limit), name, shape, columns, identical, layout_options)
+    reading = Reading(on_bad_row)
+    return reading.result(tuple(reading.trees(stream)), stream, name)
 
 
 class Reading:
@@ -366,7 +345,7 @@ class Reading:
             self.accepted += made.rows if made.trees else 0
             self.aside += made.aside
             for tree in made.trees:
-                self.digest.update(_content_of(tree))
+                self.digest.update(json.dumps(plain_content(tree)).encode())
                 yield tree
 
     def result(self, trees: Sequence[PromptTree], stream: Stream, name: str) -> Dataset:
@@ -415,8 +394,8 @@ class Stream:
 def stream_rows(
     rows: Iterable[Row | BadRow],
     name: str,
-    shape: str,
-    columns: Mapping[str, str],
+    shape: str = "auto",
+    columns: Mapping[str, str] | None = None,
     identical: str = "bad_row",
     layout_options: Mapping[str, Any] | None = None,
 ) -> Stream:
@@ -429,7 +408,7 @@ def stream_rows(
     detection = None
     if shape == "auto":
         first = list(itertools.islice(stream, FIRST_ROWS))
-        shape, detection = detected(first, name, columns)
+        shape, detection = detected(first, name, columns or {})
         stream = itertools.chain(first, stream)
     layout = layout_named(shape)
     options = layout.settings(layout_options or {})
@@ -447,9 +426,8 @@ def stream_preferences(
     layout_options: Mapping[str, Any] | None = None,
 ) -> Stream:
     """`load_preferences` without keeping anything: arguments as there, bad rows come as `Quarantined`."""
-    paths = [path] if isinstance(path, str) else [str(p) for p in path]
-    rows = itertools.chain.from_iterable(read_rows(p) for p in paths)
-    return stream_rows(itertools.islice(rows, limit), ", ".join(paths), shape, columns or {}, identical, layout_options)
+    rows, name = _rows_of(path)
+    return stream_rows(itertools.islice(rows, limit), name, shape, columns, identical, layout_options)
 
 
 def detected(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]) -> tuple[str, Detection]:
@@ -461,44 +439,35 @@ def detected(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str
     found = detect(renamed(r.values, columns) for r in first if isinstance(r, Row))
     if found.layout is not None:
         return found.layout, found
-    _raise_first_bad(first)
+    bad = next((row for row in first if isinstance(row, BadRow)), None)
+    if bad is not None:
+        raise DataError(bad.where, bad.what, bad.how)
     if found.how:
         raise DataError(name, found.why, found.how)
+    there = sorted({printable(str(c)) for r in first if isinstance(r, Row) for c in r.values})
     raise DataError(
         name,
-        _no_shape(first),
+        f"the columns ({', '.join(there) or 'none'}) are of no known shape",
         "map your columns, e.g. --column prompt=question --column chosen=good --column rejected=bad (in a config, "
         "data.columns={prompt: question, chosen: good, rejected: bad}), or name the layout with data.shape (`penchant data "
         "formats` lists them)",
     )
 
 
-def _raise_first_bad(rows: Sequence[Row | BadRow]) -> None:
-    for row in rows:
-        if isinstance(row, BadRow):
-            raise DataError(row.where, row.what, row.how)
-
-
-def _no_shape(rows: Sequence[Row | BadRow]) -> str:
-    columns = sorted({plain_name(str(c)) for r in rows if isinstance(r, Row) for c in r.values})
-    return f"the columns ({', '.join(columns) or 'none'}) are of no known shape"
-
-
 def fingerprint(trees: Iterable[PromptTree]) -> str:
     """SHA-256 over prompts and completions, in order."""
     digest = hashlib.sha256()
     for tree in trees:
-        digest.update(_content_of(tree))
+        digest.update(json.dumps(plain_content(tree)).encode())
     return digest.hexdigest()
 
 
-def _content_of(tree: PromptTree) -> bytes:
-    prompt = tree.prompt if isinstance(tree.prompt, str) else [[m.role, m.content] for m in tree.prompt]
-    content = [prompt, [[c.text, c.label, c.score] for c in tree.completions]]
-    return json.dumps(content, ensure_ascii=True).encode()
+def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
+    """A prompt as text, or as the messages that programs write."""
+    return prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]
 
 
-def prompt_text(prompt: str | tuple[Message, ...]) -> str:
+def prompt_text(prompt: Prompt) -> str:
     """A prompt as one string, for comparing and showing."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m.role}: {m.content}" for m in prompt)
 
@@ -521,16 +490,10 @@ def summary_of(shape: str, accepted: int, reasons: Counter[str], aside: int, exa
     return f"{accepted + aside:,} rows ({shape}) = {accepted:,} accepted + {aside:,} quarantined{shown}{more}"
 
 
-def layout_line(dataset: Dataset, path: str | Sequence[str]) -> str:
+def layout_line(rows: Dataset | Stream, path: str | Sequence[str]) -> str:
     """``train.jsonl: layout hh (columns chosen, rejected hold ...); other fits: pairs; override with data.shape=NAME``."""
-    return layout_sentence(dataset.shape, dataset.detection, path)
-
-
-def layout_sentence(shape: str, detection: Detection | None, path: str | Sequence[str]) -> str:
-    """The same of a layout and why it is this one."""
-    paths = [path] if isinstance(path, str) else path
-    name = ", ".join(Path(p).name if Path(p).exists() else p for p in paths)
-    return f"{name}: layout {shape}, as data.shape says" if detection is None else detection.sentence(name)
+    name = ", ".join(Path(p).name if Path(p).exists() else p for p in ([path] if isinstance(path, str) else path))
+    return rows.detection.sentence(name) if rows.detection else f"{name}: layout {rows.shape}, as data.shape says"
 
 
 def write_quarantine(quarantined: Sequence[Quarantined], folder: Path, name: str) -> Path | None:
@@ -541,10 +504,14 @@ def write_quarantine(quarantined: Sequence[Quarantined], folder: Path, name: str
         return None
     with path.open("wb") as out:
         for q in quarantined:
-            row = {"where": q.where, "what": q.what, "how": q.how, "row": q.raw}
-            try:
-                line = json.dumps(row, ensure_ascii=False, default=str).encode()
-            except UnicodeEncodeError:  # half of a surrogate pair can only be written as an escape
-                line = json.dumps(row, default=str).encode()
-            out.write(line + b"\n")
+            out.write(json_line({"where": q.where, "what": q.what, "how": q.how, "row": q.raw}))
     return path
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """A row of a JSONL file."""
+    try:
+        line = json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair can only be written as an escape
+        line = json.dumps(row, default=str).encode()
+    return line + b"\n"

@@ -80,14 +80,19 @@ def _tree_of(stored: Any) -> PromptTree:
     return PromptTree(shown, tuple(Completion(text, label, score) for text, label, score in completions), source)
 
 
+def plain_content(tree: PromptTree) -> list[Any]:
+    """A tree's prompt and completions as lists, for JSON."""
+    prompt = tree.prompt if isinstance(tree.prompt, str) else [[m.role, m.content] for m in tree.prompt]
+    return [prompt, [[c.text, c.label, c.score] for c in tree.completions]]
+
+
 def write_rows(folder: Path, trees: Iterable[PromptTree]) -> None:
     """Write prompt trees for `StoredRows`."""
     ends, good, bad = array("q", [0]), array("i"), array("i")
     with tempfile.TemporaryFile(dir=folder) as spill:
         for t in trees:
-            prompt = t.prompt if isinstance(t.prompt, str) else [[m.role, m.content] for m in t.prompt]
-            row = [prompt, [[c.text, c.label, c.score] for c in t.completions], t.source]
-            ends.append(ends[-1] + spill.write(json.dumps(row, ensure_ascii=True, separators=(",", ":")).encode()))
+            row = [*plain_content(t), t.source]
+            ends.append(ends[-1] + spill.write(json.dumps(row, separators=(",", ":")).encode()))
             good.append(sum(c.label is True for c in t.completions))
             bad.append(sum(c.label is False for c in t.completions))
         write_batch(folder / "rows.arrow", tree=_binary_array(ends, spill), good=np.array(good), bad=np.array(bad))

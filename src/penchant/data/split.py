@@ -45,23 +45,18 @@ def held_out_rows(
     Raises:
         DataError: too few rows or prompts to leave something on both sides.
     """
-    wanted = (
-        validation_rows if validation_rows is not None else round((validation_fraction or 0.0) * len(dataset.trees))
-    )
-    if not 0 < wanted < len(dataset.trees):
-        raise DataError(
-            "data.validation_rows",
-            f"{wanted} of {len(dataset.trees)} rows cannot be held out",
-            "leave at least one row on both sides",
-        )
+    rows = len(dataset.trees)
+    wanted = validation_rows if validation_rows is not None else round((validation_fraction or 0.0) * rows)
+    if not 0 < wanted < rows:
+        what = f"{wanted} of {rows} rows cannot be held out"
+        raise DataError("data.validation_rows", what, "leave at least one row on both sides")
     groups: dict[str, list[int]] = defaultdict(list)
     for i, tree in enumerate(dataset.trees):
         groups[prompt_key(tree.prompt, first_text(tree))].append(i)
-    drawn = [groups[key] for key in sorted(groups, key=lambda key: _draw(seed, key))]
     held: list[int] = []
-    for group in drawn:
-        if len(held) + len(group) <= wanted:
-            held += group
+    for key in sorted(groups, key=lambda key: hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()):
+        if len(held) + len(groups[key]) <= wanted:
+            held += groups[key]
     if not held:
         raise DataError(
             "data.validation_rows or data.validation_fraction",
@@ -69,10 +64,6 @@ def held_out_rows(
             "hold out more rows, give data.eval_path, or leave both out (data.validation_fraction=null)",
         )
     return sorted(held)
-
-
-def _draw(seed: int, key: str) -> bytes:
-    return hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,25 +111,19 @@ class Splitter:
             shares: of train, validation and test; keep_published: rows stay in their published split, and only a split that was not
                 published is drawn, from train.
         """
-        published = np.array(self._published, dtype=np.uint8)
+        published, hashes = np.array(self._published), np.array(self._hashes)
         groups = self._near.groups()
-        hashes = np.array(self._hashes, dtype=np.uint64)
         if not len(groups):
             return Assignment(published, 0, 0, (0, 0))
         leaders, member = np.unique(groups, return_inverse=True)
         # a group is drawn by its smallest hash, so that neither the order of the rows nor their number moves it
         smallest = np.full(len(leaders), np.iinfo(np.uint64).max, dtype=np.uint64)
         np.minimum.at(smallest, member, hashes)
-        there = set(published.tolist()) if keep_published else set()
-        drawn = draw(smallest, _shares_left(shares, there), seed)[member]
+        there = published if keep_published else ()  # a split that was published takes nothing from train
+        validation, test = (0.0 if i in there else shares[i] for i in (1, 2))
+        drawn = draw(smallest, (1.0 - validation - test, validation, test), seed)[member]
         split = np.where(published == 0, drawn, published).astype(np.uint8) if keep_published else drawn
         return Assignment(split, len(leaders), len(np.unique(hashes)), _straddling(member, split))
-
-
-def _shares_left(shares: Sequence[float], there: set[int]) -> tuple[float, float, float]:
-    """The shares of what is drawn: a split that was published takes nothing from train."""
-    validation, test = (0.0 if i in there else shares[i] for i in (1, 2))
-    return 1.0 - validation - test, validation, test
 
 
 def draw(keys: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:

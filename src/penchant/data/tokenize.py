@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from penchant.data.layouts import RowError
-from penchant.data.load import IDENTICAL, Dataset, Quarantined, prompt_text
+from penchant.data.load import IDENTICAL, Dataset, Quarantined, prompt_json, prompt_text
 from penchant.data.mapped import StoredTokens
 from penchant.errors import ConfigError, DataError, ModelError
-from penchant.types import Message, PromptTree, TokenTree
+from penchant.types import PromptTree, TokenTree
 
 # ---------------------------------------------------------------------------------------------------------------------
 # templates: the tokenizer's chat template where there is one, plain text otherwise
@@ -51,8 +51,8 @@ def plain(tree: PromptTree) -> Rendered:
 
 def chat(tree: PromptTree, tokenizer: Any) -> Rendered:
     """The tokenizer's chat template; a text prompt is one user turn. The prompt's text must be a prefix of the whole."""
-    messages = tree.prompt if isinstance(tree.prompt, tuple) else (Message("user", tree.prompt),)
-    turns = [{"role": m.role, "content": m.content} for m in messages]
+    asked = prompt_json(tree.prompt)
+    turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     try:
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         wholes = [
@@ -73,7 +73,7 @@ def chat(tree: PromptTree, tokenizer: Any) -> Rendered:
 
 Ids = list[int]
 CHUNK = 1024  # rows that are tokenized in one call; the tokenizer keeps about 100 bytes a token while it lasts
-MARKS = CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE = 1, 2, 4, 8  # what can happen to a row
+CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE = 1, 2, 4, 8  # what can happen to a row: its mark is the sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +117,15 @@ class TokenizedDataset:
         return f"{self.template} template: " + ", ".join(parts)
 
 
-def tokenize(
-    dataset: Dataset,
+def tokenize(dataset: Dataset, tokenizer: Any, **how: Any) -> TokenizedDataset:
+    """Tokenize a data set; arguments and errors as for `tokenizing`."""
+    making = tokenizing(tokenizer, dataset.kind, **how)
+    return making.result(tuple(making.trees(dataset.trees)), len(dataset.trees))
+
+
+def tokenizing(
     tokenizer: Any,
+    kind: str,
     *,
     template: str = "auto",
     max_length: int = 1024,
@@ -127,8 +133,8 @@ def tokenize(
     on_bad_row: str = "error",
     identical: str = "bad_row",
     add_eos: bool = True,
-) -> TokenizedDataset:
-    """Tokenize a data set.
+) -> Tokenizing:
+    """How the rows of a data set of this kind are tokenized.
 
     Prompt and completion are tokenized apart and joined as ids, so that no token spans the boundary. BOS stands once, at the
     start, where the tokenizer uses one. A row longer than `max_length` (prompt + longest completion) loses the start of its
@@ -140,7 +146,7 @@ def tokenize(
         add_eos: False for a tokenizer without EOS.
 
     Raises:
-        ModelError: the tokenizer has no EOS. DataError: a bad row and ``on_bad_row="error"``.
+        ModelError: the tokenizer has no EOS. DataError (later): a bad row and ``on_bad_row="error"``.
     """
     if add_eos and tokenizer.eos_token_id is None:
         raise ModelError(
@@ -148,32 +154,31 @@ def tokenize(
             "the tokenizer has no EOS token, so a model could not learn to stop",
             "set eos_token in its tokenizer_config.json",
         )
-    making = Tokenizing(tokenizer, dataset.kind, template, max_length, truncation, on_bad_row, identical, add_eos)
-    trees = tuple(making.trees(dataset.trees))
-    return making.result(trees, len(dataset.trees))
+    render, name = renderer(template, tokenizer, kind)
+    if kind == "scored":  # two answers with equal scores or texts are no pair
+        identical = "keep"
+    fitter = _Fitter(tokenizer, max_length, truncation, identical, add_eos, kind == "text")
+    return Tokenizing(tokenizer, render, name, fitter, on_bad_row)
 
 
+@dataclass(slots=True)
 class Tokenizing:
-    """Tokenizing as it goes on: trees come out one by one, what else is to be told is there at the end."""
+    """Tokenizing as it goes on: trees come out one by one, what else is to be told is there at the end.
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        kind: str,
-        template: str,
-        max_length: int,
-        truncation: str,
-        on_bad_row: str,
-        identical: str,
-        add_eos: bool,
-    ) -> None:
-        self.tokenizer, self.on_bad_row = tokenizer, on_bad_row
-        self.render, self.name = renderer(template, tokenizer, kind)
-        if kind == "scored":  # two answers with equal scores or texts are no pair
-            identical = "keep"
-        self.fit = _Fitter(tokenizer, max_length, truncation, identical, add_eos, kind == "text")
-        self.aside: list[Quarantined] = []
-        self.row = 0
+    Args:
+        render: a tree to its texts; name: of that; fit: the ids of one row to its token trees.
+    """
+
+    tokenizer: Any
+    render: Callable[[PromptTree], Rendered]
+    name: str
+    fit: _Fitter | _PairFitter
+    on_bad_row: str
+    row: int = 0
+    aside: list[Quarantined] = field(default_factory=list)
+    cut_prompts: list[str] = field(default_factory=list)
+    cut_completions: list[str] = field(default_factory=list)
+    split: int = 0
 
     def trees(self, rows: Sequence[PromptTree]) -> Iterator[TokenTree]:
         """All trees, in order."""
@@ -181,7 +186,7 @@ class Tokenizing:
             yield from made
 
     def by_row(self, rows: Sequence[PromptTree]) -> Iterator[tuple[list[TokenTree], int]]:
-        """The trees of each row, in order, and what happened to it: a sum of `MARKS`.
+        """The trees of each row, in order, and what happened to it: its mark.
 
         `CHUNK` rows at a time are rendered and given to the tokenizer, which uses all cores.
         """
@@ -189,12 +194,12 @@ class Tokenizing:
             part = rows[start : start + CHUNK]
             encoded = _encode(self.tokenizer, [_try(self.render, tree) for tree in part])
             for tree, ids in zip(part, encoded, strict=True):
-                before = self._happened()
+                self.fit.mark = 0
                 made = self._row(tree, ids)
-                yield made, sum(m for m, a, b in zip(MARKS, before, self._happened(), strict=True) if a != b)
-
-    def _happened(self) -> tuple[int, ...]:
-        return len(self.fit.cut_prompts), len(self.fit.cut_completions), self.fit.split, len(self.aside)
+                self.cut_prompts += [tree.source] * bool(self.fit.mark & CUT_PROMPT)
+                self.cut_completions += [tree.source] * bool(self.fit.mark & CUT_COMPLETION)
+                self.split += bool(self.fit.mark & SPLIT)
+                yield made, self.fit.mark
 
     def _row(self, tree: PromptTree, ids: tuple[Ids, list[Ids]] | RowError) -> list[TokenTree]:
         try:
@@ -205,6 +210,7 @@ class Tokenizing:
             if self.on_bad_row == "error":
                 raise DataError(tree.source, error.what, f"{error.how} (or set data.on_bad_row=skip)") from error
             self.aside.append(Quarantined(tree.source, error.what, error.how, raw_row(tree)))
+            self.fit.mark |= ASIDE
             return []
         labels, scores = tuple(c.label for c in tree.completions), tuple(c.score for c in tree.completions)
         first, self.row = self.row, self.row + len(made)
@@ -212,8 +218,8 @@ class Tokenizing:
 
     def result(self, trees: Sequence[TokenTree], total: int) -> TokenizedDataset:
         """The whole, when all trees have come out."""
-        cut = tuple(self.fit.cut_prompts), tuple(self.fit.cut_completions)
-        return TokenizedDataset(trees, total, tuple(self.aside), *cut, self.fit.split, self.name)
+        cut = tuple(self.cut_prompts), tuple(self.cut_completions)
+        return TokenizedDataset(trees, total, tuple(self.aside), *cut, self.split, self.name)
 
 
 def _try(render: Any, tree: PromptTree) -> Rendered | RowError:
@@ -269,9 +275,7 @@ class _Fitter:
         self.bos_id, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id if add_eos else None
         self.max_length, self.truncation, self.identical, self.text = max_length, truncation, identical, text
         self.is_space = _white_space_ids(tokenizer)
-        self.cut_prompts: list[str] = []
-        self.cut_completions: list[str] = []
-        self.split = 0
+        self.mark = 0  # of the row in hand
 
     def __call__(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
         prompt = self._start(prompt)
@@ -283,12 +287,9 @@ class _Fitter:
         longest = max(map(len, completions), default=0)
         cut = (False,) * len(completions)
         if len(prompt) + longest > self.max_length:
-            prompt, completions, cut = self._cut(source, prompt, completions, longest)
-        if self.identical != "keep" and len(completions) == 2 and completions[0] == completions[1]:
-            raise RowError(
-                f"{IDENTICAL} after the cut to {self.max_length} tokens" if any(cut) else f"{IDENTICAL} in tokens",
-                "raise data.max_length, drop it, or set data.identical=keep",
-            )
+            prompt, completions, cut = self._cut(prompt, completions, longest)
+        if self.identical != "keep":
+            _check_different(completions, any(cut), self.max_length)
         return [_tree(source, prompt, completions, cut)]
 
     def _start(self, prompt: Ids) -> Ids:
@@ -313,33 +314,35 @@ class _Fitter:
             return completion[:end]
         return [*completion, self.eos]
 
-    def _cut(
-        self, source: str, prompt: Ids, completions: list[Ids], longest: int
-    ) -> tuple[Ids, list[Ids], tuple[bool, ...]]:
+    def _cut(self, prompt: Ids, completions: list[Ids], longest: int) -> tuple[Ids, list[Ids], tuple[bool, ...]]:
         if self.truncation == "bad_row":
-            raise RowError(
-                f"{len(prompt) + longest} tokens are more than max_length {self.max_length}", "raise data.max_length"
-            )
+            tokens = f"{len(prompt) + longest} tokens"
+            raise RowError(f"{tokens} are more than max_length {self.max_length}", "raise data.max_length")
         keep = min(len(prompt), max(self.max_length - longest, self.max_length // 2))
         if keep < len(prompt):
             bos = prompt[:1] if prompt[0] == self.bos_id else []
             prompt = [*bos, *prompt[len(prompt) - keep + len(bos) :]]
-            self.cut_prompts.append(source)
+            self.mark |= CUT_PROMPT
         room = self.max_length - len(prompt)
         if room < 1:
-            raise RowError(
-                f"max_length {self.max_length} leaves no room for a completion token", "raise data.max_length"
-            )
+            what = f"max_length {self.max_length} leaves no room for a completion token"
+            raise RowError(what, "raise data.max_length")
         cut = tuple(len(c) > room for c in completions)
-        if any(cut):
-            self.cut_completions.append(source)
+        self.mark |= CUT_COMPLETION * any(cut)
         return prompt, [c[:room] for c in completions], cut
 
     def _chunks(self, source: str, prompt: Ids, document: Ids) -> list[TokenTree]:
         room = self.max_length - len(prompt)
         parts = [document[i : i + room] for i in range(0, len(document), room)]
-        self.split += len(parts) > 1
+        self.mark |= SPLIT * (len(parts) > 1)
         return [_tree(source, prompt, [part], (i < len(parts) - 1,)) for i, part in enumerate(parts)]
+
+
+def _check_different(completions: Sequence[Ids], cut: bool, max_length: int) -> None:
+    """Refuses a pair whose answers are the same tokens."""
+    if len(completions) == 2 and completions[0] == completions[1]:
+        where = f"after the cut to {max_length} tokens" if cut else "in tokens"
+        raise RowError(f"{IDENTICAL} {where}", "raise data.max_length, drop it, or set data.identical=keep")
 
 
 def _white_space_ids(tokenizer: Any) -> frozenset[int]:
@@ -354,10 +357,7 @@ def _tree(source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...
 
 def raw_row(tree: PromptTree) -> dict[str, Any]:
     """A tree as a row of a quarantine file."""
-    prompt = (
-        tree.prompt if isinstance(tree.prompt, str) else [{"role": m.role, "content": m.content} for m in tree.prompt]
-    )
-    return {"prompt": prompt, "completions": [c.text for c in tree.completions]}
+    return {"prompt": prompt_json(tree.prompt), "completions": [c.text for c in tree.completions]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,9 +400,8 @@ def pair_format(tokenizer: Any) -> PairFormat:
     b = [i for i, part in enumerate(parts) if part == 1]
     kinds = list(encoded["token_type_ids"])
     if not a or not b or a[-1] > b[0] or len({*kinds[: b[0]]}) > 1 or len({*kinds[b[0] :]}) > 1:
-        raise ModelError(
-            name, "the tokenizer lays out text pairs in a way that is not known here", "use a BERT-type one"
-        )
+        what = "the tokenizer lays out text pairs in a way that is not known here"
+        raise ModelError(name, what, "use a BERT-type one")
     takes_types = "token_type_ids" in tokenizer.model_input_names
     return PairFormat(
         tuple(ids[: a[0]]),
@@ -437,45 +436,36 @@ def tokenize_text_pairs(
     Raises:
         DataError: a bad row and ``on_bad_row="error"``.
     """
-    layout = pair_format(tokenizer)
-    texts = list(
-        dict.fromkeys(s for t in dataset.trees for s in (prompt_text(t.prompt), *(c.text for c in t.completions)))
-    )
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    by_text = dict(zip(texts, ids, strict=True))
-    trees: list[TokenTree] = []
-    aside: list[Quarantined] = []
-    cut_prompts: list[str] = []
-    cut_completions: list[str] = []
-    for tree in dataset.trees:
-        prompt, completions = by_text[prompt_text(tree.prompt)], [by_text[c.text] for c in tree.completions]
-        kept_prompt, kept = fit(prompt, completions, max_length - layout.specials)
+    fitter = _PairFitter(pair_format(tokenizer), max_length, truncation, identical)
+    making = Tokenizing(tokenizer, _as_they_are, "text pair", fitter, on_bad_row)
+    return making.result(tuple(making.trees(dataset.trees)), len(dataset.trees))
+
+
+def _as_they_are(tree: PromptTree) -> Rendered:
+    return prompt_text(tree.prompt), tuple(c.text for c in tree.completions)
+
+
+@dataclass(slots=True)
+class _PairFitter:
+    """Ids of one row to its token tree, as the tokenizer lays out a pair."""
+
+    layout: PairFormat
+    max_length: int
+    truncation: str
+    identical: str
+    mark: int = 0  # of the row in hand
+
+    def __call__(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
+        layout = self.layout
+        kept_prompt, kept = fit(prompt, completions, self.max_length - layout.specials)
         cut = tuple(len(k) < len(c) for k, c in zip(kept, completions, strict=True))
-        try:
-            if truncation == "bad_row" and (any(cut) or len(kept_prompt) < len(prompt)):
-                raise RowError(f"it has more than max_length {max_length} tokens", "raise data.max_length")
-            if identical != "keep" and len(kept) == 2 and kept[0] == kept[1]:
-                where = f"after the cut to {max_length} tokens" if any(cut) else "in tokens"
-                raise RowError(f"{IDENTICAL} {where}", "raise data.max_length, drop it, or set data.identical=keep")
-        except RowError as error:
-            if on_bad_row == "error":
-                raise DataError(tree.source, error.what, f"{error.how} (or set data.on_bad_row=skip)") from error
-            aside.append(Quarantined(tree.source, error.what, error.how, raw_row(tree)))
-            continue
-        cut_prompts += [tree.source] if len(kept_prompt) < len(prompt) else []
-        cut_completions += [tree.source] if any(cut) else []
-        made = TokenTree(
-            len(trees),
-            np.array([*layout.before, *kept_prompt, *layout.between], np.int32),
-            tuple(np.array([*k, *layout.after], np.int32) for k in kept),
-            cut,
-            tree.source,
-        )
-        labels, scores = tuple(c.label for c in tree.completions), tuple(c.score for c in tree.completions)
-        trees.append(replace(made, labels=labels, scores=scores))
-    return TokenizedDataset(
-        tuple(trees), len(dataset.trees), tuple(aside), tuple(cut_prompts), tuple(cut_completions), 0, "text pair"
-    )
+        if self.truncation == "bad_row" and (any(cut) or len(kept_prompt) < len(prompt)):
+            raise RowError(f"it has more than max_length {self.max_length} tokens", "raise data.max_length")
+        if self.identical != "keep":
+            _check_different(kept, any(cut), self.max_length)
+        self.mark = CUT_PROMPT * (len(kept_prompt) < len(prompt)) | CUT_COMPLETION * any(cut)
+        before = [*layout.before, *kept_prompt, *layout.between]
+        return [_tree(source, before, [[*k, *layout.after] for k in kept], cut)]
 
 
 def fit(prompt: Ids, completions: Sequence[Ids], room: int) -> tuple[Ids, list[Ids]]:

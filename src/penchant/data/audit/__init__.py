@@ -25,7 +25,7 @@ from penchant.data.audit.counters import (
 )
 from penchant.data.audit.findings import Audit, Finding, Places, Tally
 from penchant.data.audit.languages import Languages
-from penchant.data.audit.near import NearIndex
+from penchant.data.audit.near import NearIndex, first_with
 from penchant.data.load import (
     IDENTICAL,
     Columns,
@@ -34,7 +34,6 @@ from penchant.data.load import (
     first_text,
     is_identical,
     layout_line,
-    layout_sentence,
     prompt_text,
     stream_preferences,
     summary_of,
@@ -72,8 +71,7 @@ class Auditor:
 
     def update(self, tree: PromptTree) -> None:
         """Count an example."""
-        texts = tuple(c.text for c in tree.completions)
-        row = View(self.examples, tree.source, tree, prompt_text(tree.prompt), texts)
+        row = View(self.examples, tree)
         self.examples += 1
         self.places.append(tree.source)
         if is_identical(tree):
@@ -88,29 +86,30 @@ class Auditor:
             self._reasons[row.what] += 1
         if row.what.startswith(IDENTICAL):
             self._identical.add(row.where)
-        if "is empty" in row.what or "empty answer" in row.what or "has no content" in row.what:
+        if is_empty(row):
             self._empty.add(row.where)
 
-    def result(self) -> Audit:
-        """All findings."""
+    def result(self, more: Mapping[str, Finding], lengths: Mapping[str, Mapping[str, float]], layout: str) -> Audit:
+        """All findings, with `more` behind them."""
         total = self.rows + self._aside.count
         if self.languages is not None:
             self.languages.columns = self.columns
         found = {
-            "bad_rows": _tallied("rows kept aside, all reasons", self._aside, total),
-            "identical_pairs": _tallied('"chosen" equals "rejected"', self._identical, total),
-            "empty_completions": _tallied("empty completions or prompts", self._empty, total),
+            "bad_rows": self._aside.finding("rows kept aside, all reasons", total),
+            "identical_pairs": self._identical.finding(IDENTICAL, total),
+            "empty_completions": self._empty.finding("empty completions or prompts", total),
         }
         for part in self._parts:
             found |= dict(part.findings())
             if part is self.lengths and self.kind == "pairs":
                 found["position_bias"] = position_bias(self.columns)
         said = summary_of(self.shape, self.rows, self._reasons, self._aside.count, self.examples)
-        return Audit(said, found, {}, self.lengths.table())
+        return Audit(said, {**found, **more}, lengths, self.lengths.table(), layout)
 
 
-def _tallied(title: str, tally: Tally, of: int) -> Finding:
-    return Finding(title, tally.count, of, tuple(tally.where))
+def is_empty(row: Quarantined) -> bool:
+    """Whether a row was kept aside for an empty prompt or answer."""
+    return any(said in row.what for said in ("is empty", "empty answer", "has no content"))
 
 
 class Leakage:
@@ -129,12 +128,12 @@ class Leakage:
 
     def shared(self, split: int) -> np.ndarray:
         """(n,) bool: rows of this split whose prompt, or nearly the same one, stands in another."""
-        of = np.frombuffer(self._split, dtype=np.int16) if len(self._split) else np.empty(0, np.int16)
-        return _first_in(self._index.groups(), of != split, of == split) >= 0
+        of, groups = np.array(self._split), self._index.groups()
+        return (of == split) & np.isin(groups, groups[of != split])
 
     def findings(self) -> Named:
         """``leakage_A_B`` and ``near_leakage_A_B`` for each two splits."""
-        split = np.frombuffer(self._split, dtype=np.int16) if len(self._split) else np.empty(0, np.int16)
+        split = np.array(self._split)
         exact, near = self._index.exact_ids(), self._index.groups()
         place = self._places
         for i, a in enumerate(self.names):
@@ -142,32 +141,24 @@ class Leakage:
                 name, of = f"{a}_{b}".replace(" ", "_"), int((split == j).sum())
                 same = _first_in(exact, split == i, split == j)
                 alike = np.where(same < 0, _first_in(near, split == i, split == j), -1)
+                advice = (
+                    "figures on such rows flatter: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE"
+                )
                 for kind, title, first in (
                     ("leakage", f"leakage: prompts of {b} that also stand in {a}", same),
                     ("near_leakage", f"near leakage: prompts of {b} that nearly stand in {a}", alike),
                 ):
-                    yield (
-                        f"{kind}_{name}",
-                        finding_at(
-                            title,
-                            np.flatnonzero(first >= 0),
-                            of,
-                            lambda row, first=first: f"{place[row]} (as {place[int(first[row])]})",  # type: ignore[misc]
-                            advice="figures on such rows flatter: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE",
-                        ),
-                    )
+
+                    def said(row: int, first: np.ndarray = first) -> str:
+                        return f"{place[row]} (as {place[int(first[row])]})"
+
+                    yield f"{kind}_{name}", finding_at(title, np.flatnonzero(first >= 0), of, said, advice)
 
 
 def _first_in(ids: np.ndarray, there: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """(n,) int64: for each wanted row the first row `there` with the same id, -1 where there is none or it is not wanted."""
-    rows = np.flatnonzero(there)
-    known, first = np.unique(ids[rows], return_index=True)
-    found = np.full(len(ids), -1, dtype=np.int64)
-    if len(known):
-        at = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-        has = wanted & (known[at] == ids)
-        found[has] = rows[first[at[has]]]
-    return found
+    rows = np.append(np.flatnonzero(there), -1)  # the last one stands for none
+    return np.where(wanted, rows[first_with(ids[rows[:-1]], ids)], -1)
 
 
 def audit(
@@ -197,14 +188,10 @@ def audit(
     for i, part in enumerate((splits or {}).values()):
         for tree in part.trees:
             leakage.update(i, tree)
-    result = auditor.result()
-    findings = {**result.findings, **dict(leakage.findings())}
-    lengths: dict[str, dict[str, float]] = {}
+    findings, lengths = dict(leakage.findings()), {}
     if tokenized is not None:
-        findings |= _truncation(tokenized)
-        lengths = _token_lengths(tokenized)
-    layout = "" if path is None else layout_line(dataset, path)
-    return Audit(result.summary, findings, lengths, result.characters, layout)
+        findings, lengths = findings | _truncation(tokenized), _token_lengths(tokenized)
+    return auditor.result(findings, lengths, "" if path is None else layout_line(dataset, path))
 
 
 def audit_files(
@@ -231,7 +218,7 @@ def audit_files(
     layouts: list[str] = []
     for i, (name, path) in enumerate(splits.items()):
         stream = stream_preferences(path, shape=shape, columns=columns, limit=limit, layout_options=layout_options)
-        layouts.append(layout_sentence(stream.shape, stream.detection, path))
+        layouts.append(layout_line(stream, path))
         if auditor is None:
             auditor = Auditor(stream.shape, stream.kind, languages=languages, counters=counters)
         elif stream.kind != auditor.kind:
@@ -249,9 +236,7 @@ def audit_files(
                 auditor.keep_aside(aside)
     if auditor is None or not auditor.examples:
         raise DataError(", ".join(splits) or "audit", "no row could be used", "fix the rows or give the shape")
-    found = auditor.result()
-    findings = {**found.findings, **dict(leakage.findings())}
-    return Audit(found.summary, findings, {}, found.characters, "\n".join(layouts))
+    return auditor.result(dict(leakage.findings()), {}, "\n".join(layouts))
 
 
 def names_of(paths: Iterable[str]) -> dict[str, str]:
@@ -267,35 +252,25 @@ def names_of(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _truncation(tokenized: TokenizedDataset) -> dict[str, Finding]:
-    became = [q.where for q in tokenized.quarantined if q.what.startswith(IDENTICAL)]
-    n = tokenized.total
-    return {
-        "cut_prompts": Finding(
-            "prompts that lost their start to max_length", len(tokenized.cut_prompts), n, tokenized.cut_prompts
+    aside = tokenized.quarantined
+    found = {
+        "cut_prompts": ("prompts that lost their start to max_length", tokenized.cut_prompts),
+        "cut_completions": ("rows with a cut completion (its EOS is gone)", tokenized.cut_completions),
+        "identical_after_cut": (
+            "pairs that became equal in tokens",
+            tuple(q.where for q in aside if q.what.startswith(IDENTICAL)),
         ),
-        "cut_completions": Finding(
-            "rows with a cut completion (its EOS is gone)", len(tokenized.cut_completions), n, tokenized.cut_completions
-        ),
-        "identical_after_cut": Finding("pairs that became equal in tokens", len(became), n, tuple(became)),
-        "bad_after_tokenising": Finding(
-            "rows kept aside when tokenizing",
-            len(tokenized.quarantined),
-            n,
-            tuple(q.where for q in tokenized.quarantined),
-        ),
+        "bad_after_tokenising": ("rows kept aside when tokenizing", tuple(q.where for q in aside)),
     }
+    return {name: Finding(title, len(where), tokenized.total, where) for name, (title, where) in found.items()}
 
 
 def _token_lengths(tokenized: TokenizedDataset) -> dict[str, dict[str, float]]:
-    columns = _columns(tokenized.trees)
-    return {
-        name: {
-            "mean": float(np.mean(values)),
-            **{f"p{q}": float(np.percentile(values, q)) for q in (5, 50, 95, 99)},
-            "max": float(np.max(values)),
-        }
-        for name, values in columns.items()
-    }
+    found = {}
+    for name, values in _columns(tokenized.trees).items():
+        middle = {f"p{q}": float(np.percentile(values, q)) for q in (5, 50, 95, 99)}
+        found[name] = {"mean": float(np.mean(values)), **middle, "max": float(np.max(values))}
+    return found
 
 
 def _columns(trees: Sequence[TokenTree]) -> Mapping[str, Sequence[int] | np.ndarray]:

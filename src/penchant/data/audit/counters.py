@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any, Protocol
@@ -16,8 +15,8 @@ import numpy as np
 
 from penchant.data.audit import sensitive
 from penchant.data.audit.findings import KEPT, Finding, Places, Tally, quantiles, sampled, unlike_half
-from penchant.data.audit.near import NearIndex, first_of_equal
-from penchant.data.load import Columns
+from penchant.data.audit.near import NearIndex, first_of_equal, first_with, text_hash
+from penchant.data.load import Columns, prompt_text
 from penchant.errors import DataError
 from penchant.types import PromptTree
 
@@ -26,17 +25,21 @@ Named = Iterator[tuple[str, Finding]]
 
 @dataclass(slots=True)
 class View:
-    """One accepted row as accumulators see it.
+    """One accepted row as counters see it.
 
     Args:
         index: of accepted rows, from 0; prompt: as one string; texts: of its completions.
     """
 
     index: int
-    where: str
     tree: PromptTree
-    prompt: str
-    texts: tuple[str, ...]
+    where: str = field(init=False)
+    prompt: str = field(init=False)
+    texts: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.where, self.prompt = self.tree.source, prompt_text(self.tree.prompt)
+        self.texts = tuple(c.text for c in self.tree.completions)
 
 
 class AuditCounter(Protocol):
@@ -51,12 +54,7 @@ class AuditCounter(Protocol):
 
 def key(*texts: str) -> int:
     """64 bits of a hash of several texts."""
-    joined = "\0".join(texts).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "little")
-
-
-def _uint64(values: array[int]) -> np.ndarray:
-    return np.frombuffer(values, dtype=np.uint64) if len(values) else np.empty(0, np.uint64)
+    return text_hash("\0".join(texts))
 
 
 def finding_at(title: str, rows: np.ndarray, of: int, place: Callable[[int], str], advice: str = "") -> Finding:
@@ -91,69 +89,56 @@ class Copies:
 
     def duplicates(self) -> np.ndarray:
         """(n,) int64: the first row that is the same."""
-        return first_of_equal(_uint64(self._row))
+        return first_of_equal(np.array(self._row))
 
     def against(self) -> np.ndarray:
         """(n,) int64: the first earlier row that says the opposite, -1 where there is none."""
-        there, found = _uint64(self._there), np.full(len(self._row), -1)
-        if not len(there):
-            return found
+        there, found = np.array(self._there), np.full(len(self._row), -1)
         if self.kind == "pairs":
-            return earlier(there, _uint64(self._back))
-        first, owner = first_of_equal(there), np.frombuffer(self._owner, dtype=np.int64)
+            return earlier(there, np.array(self._back))
+        first, owner = first_of_equal(there), np.array(self._owner)
         for answer in self._contradicting(first)[::-1]:  # the first of a row's answers is written last
             found[owner[answer]] = owner[first[answer]]
         return found
 
     def _contradicting(self, first: np.ndarray) -> np.ndarray:
         """Answers whose label is not that of the first equal one."""
-        label = np.frombuffer(self._label, dtype=np.int8)
+        label = np.array(self._label)
         return np.flatnonzero(label != label[first])
 
     def contradictory(self) -> np.ndarray:
         """(n,) bool: rows to which some row, earlier or later, says the opposite."""
         if self.kind == "pairs":
-            return np.isin(_uint64(self._back), _uint64(self._there))  # 0 stands for a pair of equal answers
+            return np.isin(np.array(self._back), np.array(self._there))  # 0 stands for a pair of equal answers
         found = np.zeros(len(self._row), bool)
-        if self.kind == "unpaired" and len(self._there):
-            first, owner = first_of_equal(_uint64(self._there)), np.frombuffer(self._owner, dtype=np.int64)
+        if self.kind == "unpaired":
+            first, owner = first_of_equal(np.array(self._there)), np.array(self._owner)
             found[owner[np.isin(first, first[self._contradicting(first)])]] = True
         return found
 
     def findings(self) -> Named:
         n, place = len(self._row), self.places
+
+        def found(title: str, which: np.ndarray, first: np.ndarray, joined: str, advice: str) -> Finding:
+            return finding_at(title, which, n, lambda i: f"{place[i]} ({joined} {place[int(first[i])]})", advice)
+
         first = self.duplicates()
         copies = np.flatnonzero(first != np.arange(n))
-        title = "exact duplicates of an earlier row"
-        yield (
-            "duplicates",
-            finding_at(
-                title, copies, n, lambda i: f"{place[i]} (as {place[int(first[i])]})", advice="drop them: data fix"
-            ),
-        )
+        yield "duplicates", found("exact duplicates of an earlier row", copies, first, "as", "drop them: data fix")
         if self.kind in ("pairs", "unpaired"):
             other = self.against()
             what = "the same pair the other way round" if self.kind == "pairs" else "one answer labelled good and bad"
+            advice = "look at both and drop the wrong one; many mean noisy labels: a loss with label smoothing"
             yield (
                 "contradictions",
-                finding_at(
-                    f"contradictions: {what}",
-                    np.flatnonzero(other >= 0),
-                    n,
-                    lambda i: f"{place[i]} (against {place[int(other[i])]})",
-                    advice="look at both and drop the wrong one; many mean noisy labels: a loss with label smoothing",
-                ),
+                found(f"contradictions: {what}", np.flatnonzero(other >= 0), other, "against", advice),
             )
 
 
 def earlier(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """(n,) int64: for each row the first row before it whose key is the wanted one, -1 where there is none."""
-    order = np.argsort(keys, kind="stable")
-    at = np.searchsorted(keys[order], wanted)
-    found = np.minimum(at, len(keys) - 1)
-    first = order[found]
-    there = (keys[first] == wanted) & (first < np.arange(len(keys)))
-    return np.where(there, first, -1)
+    first = first_with(keys, wanted)
+    return np.where(first < np.arange(len(keys)), first, -1)
 
 
 class Near:
@@ -176,8 +161,8 @@ class Near:
         """((n,) group of each row's prompt, (n, k) groups of its answers), k the most answers of a row, -1 behind fewer."""
         prompts = self._prompts.groups()
         answers = self._answers.groups()
-        ends = np.frombuffer(self._ends, dtype=np.int64) if len(self._ends) else np.empty(0, np.int64)
-        starts = np.r_[0, ends[:-1]] if len(ends) else ends
+        ends = np.array(self._ends)
+        starts = np.r_[0, ends][:-1]
         width = int((ends - starts).max(initial=0))
         out = np.full((len(ends), width), -1, dtype=np.int64)
         for j in range(width):
@@ -222,26 +207,16 @@ class Near:
 
 NEAR_FINDINGS = {  # title, what joins the two places, advice
     "near_duplicates": (
-        "near-duplicates of an earlier row (Jaccard about 0.8 or more)",
-        "as",
-        "data fix --drop near_duplicates drops them",
-    ),
+        "near-duplicates of an earlier row (Jaccard about 0.8 or more)", "as",
+        "data fix --drop near_duplicates drops them"),
     "near_contradictions": (
-        "near contradictions: nearly the same pair the other way round",
-        "against",
-        "look at both",
-    ),
+        "near contradictions: nearly the same pair the other way round", "against", "look at both"),
     "near_identical": (
-        '"chosen" nearly equals "rejected"',
-        "",
-        "the signal of such pairs is small: look whether it is the one you mean",
-    ),
+        '"chosen" nearly equals "rejected"', "",
+        "the signal of such pairs is small: look whether it is the one you mean"),
     "cycles": (
-        "cycles: A over B, B over C, C over A for one prompt",
-        "",
-        "at least one label of each cycle is wrong",
-    ),
-}
+        "cycles: A over B, B over C, C over A for one prompt", "", "at least one label of each cycle is wrong"),
+}  # fmt: skip
 
 
 def _combined(*columns: np.ndarray) -> np.ndarray:
@@ -255,8 +230,10 @@ def _combined(*columns: np.ndarray) -> np.ndarray:
 
 def cycles(winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
     """Which edges winner -> loser lie within a strongly connected part of at least three answers."""
-    nodes, ends = np.unique(np.concatenate([winners, losers]), return_inverse=True)
-    a, b = ends[: len(winners)], ends[len(winners) :]
+    from networkx import DiGraph, strongly_connected_components
+
+    nodes, members = np.unique(np.concatenate([winners, losers]), return_inverse=True)
+    a, b = members[: len(winners)], members[len(winners) :]
     left = a != b
     while left.any():  # edges that lead nowhere or come from nowhere are on no cycle
         out, into = np.zeros(len(nodes), bool), np.zeros(len(nodes), bool)
@@ -266,45 +243,12 @@ def cycles(winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
             break
         left = keep
     edges = np.flatnonzero(left)
-    part = _components(a[edges].tolist(), b[edges].tolist())
-    sizes = Counter(part.values())
+    ends = list(zip(a[edges].tolist(), b[edges].tolist(), strict=True))
+    parts = strongly_connected_components(DiGraph(ends))
+    part = {node: i for i, nodes in enumerate(parts) if len(nodes) >= 3 for node in nodes}
     found = np.zeros(len(winners), bool)
-    for e in edges:
-        one, other = part[int(a[e])], part[int(b[e])]
-        found[e] = one == other and sizes[one] >= 3
+    found[edges] = [one in part and part[one] == part.get(other) for one, other in ends]
     return found
-
-
-def _components(tails: Sequence[int], heads: Sequence[int]) -> dict[int, int]:
-    """The strongly connected part of each node (Kosaraju's two passes, without recursion)."""
-    forward: dict[int, list[int]] = {}
-    backward: dict[int, list[int]] = {}
-    for t, h in zip(tails, heads, strict=True):
-        forward.setdefault(t, []).append(h)
-        backward.setdefault(h, []).append(t)
-    order: list[int] = []
-    seen: set[int] = set()
-    for root in [*forward, *backward]:
-        stack = [(root, iter(forward.get(root, ())))] if root not in seen else []
-        seen.add(root)
-        while stack:
-            node, rest = stack[-1]
-            following = next((x for x in rest if x not in seen), None)
-            if following is None:
-                order.append(node)
-                stack.pop()
-            else:
-                seen.add(following)
-                stack.append((following, iter(forward.get(following, ()))))
-    part: dict[int, int] = {}
-    for root in reversed(order):
-        todo = [root] if root not in part else []
-        while todo:
-            node = todo.pop()
-            if node not in part:
-                part[node] = root
-                todo += [x for x in backward.get(node, ()) if x not in part]
-    return part
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,11 +285,9 @@ class Lengths:
             yield "length_bias", Finding(title, 0, 0, (), "all lengths are equal")
             return
         ties = self.rows - self.differing
+        note = f"{ties:,} ties apart" if ties else ""
         advice = "far from 50%: the model may learn length; a length-controlled comparison shows it, length-normalized losses help"
-        yield (
-            "length_bias",
-            unlike_half(title, self.longer, self.differing, f"{ties:,} ties apart" if ties else "", advice),
-        )
+        yield "length_bias", unlike_half(title, self.longer, self.differing, note, advice)
 
     def table(self) -> dict[str, dict[str, float]]:
         """Characters: mean, percentiles, maximum."""
@@ -380,11 +322,8 @@ class Scores:
         if not len(scores):
             return
         low, mid, high = np.quantile(scores, [0.25, 0.5, 0.75])
-        note = f"quartiles {low:g}, {mid:g}, {high:g}"
-        yield (
-            "scores",
-            Finding("answers at or above the median score", int((scores >= mid).sum()), len(scores), (), note),
-        )
+        above, note = int((scores >= mid).sum()), f"quartiles {low:g}, {mid:g}, {high:g}"
+        yield "scores", Finding("answers at or above the median score", above, len(scores), (), note)
 
 
 @cache
@@ -419,10 +358,7 @@ class Refusals:
         for name, tally, of in zip(self.names, self.tallies, self.of, strict=True):
             title = f"{name or 'answers'} {'answers ' if name else ''}that begin like a refusal (phrase match)"
             advice = "look at some: too many chosen ones teach over-refusal" if name != "rejected" else ""
-            yield (
-                f"refusals_{name}" if name else "refusals",
-                Finding(title, tally.count, of, tuple(tally.where), advice=advice),
-            )
+            yield f"refusals_{name}" if name else "refusals", tally.finding(title, of, advice=advice)
 
 
 ADVICE = {
@@ -447,11 +383,10 @@ class Sensitive:
     def findings(self) -> Named:
         for group, names in sensitive.GROUPS.items():
             for name in names:
-                tally, title = self.tallies[name], f"rows with {sensitive.TITLES[name]}"
-                yield (
-                    f"{group}_{name}",
-                    Finding(title, tally.count, self.rows, tuple(tally.where), advice=ADVICE[group]),
+                found = self.tallies[name].finding(
+                    f"rows with {sensitive.TITLES[name]}", self.rows, advice=ADVICE[group]
                 )
+                yield f"{group}_{name}", found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -521,11 +456,8 @@ class Disagreement:
         note += (
             f"in {sure:,} of them it is at least {SURE:.0%} sure (margins times {scale:.3g}), the largest margin first"
         )
-        title = f"label noise: {self.name} prefers the rejected answer"
-        yield (
-            "reward_disagreement",
-            sampled(title, len(against), len(decided), note, where=places, advice="look at the first of these places"),
-        )
+        title, advice = f"label noise: {self.name} prefers the rejected answer", "look at the first of these places"
+        yield "reward_disagreement", sampled(title, len(against), len(decided), note, where=places, advice=advice)
 
 
 def calibrate(margins: np.ndarray) -> float:
@@ -581,13 +513,11 @@ class Check:
     def findings(self) -> Named:
         self._flush()
         values = np.array(self._values)
-        note = (
-            ""
-            if self._bools or not len(values)
-            else "quantiles {:.3g}, {:.3g}, {:.3g} (50%, 95%, 99%)".format(*np.quantile(values, [0.5, 0.95, 0.99]))
-        )
+        note = ""
+        if len(values) and not self._bools:
+            note = "quantiles {:.3g}, {:.3g}, {:.3g} (50%, 95%, 99%)".format(*np.quantile(values, [0.5, 0.95, 0.99]))
         title = f"texts of which {self.name} says {'yes' if self._bools else 'at least 0.5'}"
-        yield f"check_{self.name}", Finding(title, self._tally.count, len(values), tuple(self._tally.where), note)
+        yield f"check_{self.name}", self._tally.finding(title, len(values), note)
 
 
 def _checked(name: str, function: TextFunction, texts: list[str]) -> np.ndarray:
@@ -599,11 +529,7 @@ def _checked(name: str, function: TextFunction, texts: list[str]) -> np.ndarray:
             f"check {name}", what, "it gets a list of texts and returns a bool or a number of each"
         ) from error
     if values.shape != (len(texts),) or not np.isfinite(values).all():
-        raise DataError(
-            f"check {name}",
-            f"returned {values.size} values for {len(texts)} texts"
-            if values.size != len(texts)
-            else "returned NaN or infinity",
-            "return one finite number or bool for each text, in order",
-        )
+        many = f"returned {values.size} values for {len(texts)} texts"
+        what = many if values.size != len(texts) else "returned NaN or infinity"
+        raise DataError(f"check {name}", what, "return one finite number or bool for each text, in order")
     return values

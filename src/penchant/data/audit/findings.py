@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -52,24 +51,14 @@ class Audit:
         """JSON-able: ``{"layout", "summary", "findings": {name: {title, count, of, share, where, note, interval, advice}}, "lengths", "characters"}``."""
         found = {
             name: {
-                "title": f.title,
-                "count": f.count,
-                "of": f.of,
+                **asdict(f),
                 "share": f.share,
                 "where": list(f.where[:SHOWN]),
-                "note": f.note,
-                "interval": None if f.interval is None else list(f.interval),
-                "advice": f.advice,
+                "interval": f.interval and [*f.interval],
             }
             for name, f in self.findings.items()
         }
-        return {
-            "layout": self.layout,
-            "summary": self.summary,
-            "findings": found,
-            "lengths": {k: dict(v) for k, v in self.lengths.items()},
-            "characters": {k: dict(v) for k, v in self.characters.items()},
-        }
+        return {"layout": self.layout, "summary": self.summary, **asdict(self), "findings": found}
 
     def to_text(self) -> str:
         """A readable table."""
@@ -128,6 +117,10 @@ class Tally:
         if len(self.where) < KEPT:
             self.where.append(where)
 
+    def finding(self, title: str, of: int, note: str = "", advice: str = "") -> Finding:
+        """As a finding."""
+        return Finding(title, self.count, of, tuple(self.where), note, advice=advice)
+
 
 class Places:
     """The places of all rows, ``file:line`` each, in 12 bytes a row: the line as a number, the rest once."""
@@ -173,8 +166,3 @@ def quantiles(histogram: Mapping[int, int]) -> dict[str, float]:
         **{f"p{q}": at((n - 1) * q / 100) for q in (5, 50, 95, 99)},
         "max": float(values[-1]),
     }
-
-
-def histogram(values: Iterable[int]) -> Counter[int]:
-    """How often each whole number stands there."""
-    return Counter(values)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import gzip
-import itertools
-import json
 import os
 import shlex
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from penchant.data.audit import Leakage, sensitive
+from penchant.data.audit import Leakage, is_empty, sensitive
 from penchant.data.audit.counters import Copies, Near, View
 from penchant.data.audit.findings import Places
-from penchant.data.load import IDENTICAL, Quarantined, Stream, is_identical, prompt_text, stream_preferences
+from penchant.data.load import IDENTICAL, Quarantined, is_identical, json_line, stream_preferences
 from penchant.data.read import BadRow, Row
 from penchant.errors import DataError
 
@@ -44,17 +42,6 @@ JSONL = (".jsonl", ".jsonl.gz")
 
 
 @dataclass(frozen=True, slots=True)
-class _Reading:
-    """How rows are read, of the file and of those given with --against."""
-
-    shape: str
-    columns: Mapping[str, str]
-
-    def stream(self, path: str | Sequence[str]) -> Stream:
-        return stream_preferences(path, shape=self.shape, columns=self.columns, identical="keep")
-
-
-@dataclass(frozen=True, slots=True)
 class Fixed:
     """What was done; ``rows == written + dropped`` and every dropped or changed row is in `touched`."""
 
@@ -71,17 +58,10 @@ class Fixed:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able."""
-        return {
-            "rows": self.rows,
-            "written": self.written,
-            "dropped": dict(self.dropped),
-            "changed": self.changed,
-            "redacted": dict(self.redacted),
-            "output": str(self.output),
-            "touched": str(self.touched),
-            "drop": list(self.rules),
-            "redact": list(self.redact),
-        }
+        found = {n: getattr(self, n) for n in ("rows", "written", "changed")}
+        found |= {n: dict(getattr(self, n)) for n in ("dropped", "redacted")}
+        found |= {n: str(getattr(self, n)) for n in ("output", "touched")}
+        return {**found, "drop": list(self.rules), "redact": list(self.redact)}
 
     def to_text(self) -> str:
         """For the terminal."""
@@ -120,20 +100,21 @@ def fix(
     rules = _rules(drop, redact, against)
     target, notes = _target(source, Path(output).expanduser(), [source, *against], overwrite)
     touched = target.with_name(target.name + ".touched.jsonl")
-    reading = _Reading(shape, columns or {})
+    reading: dict[str, Any] = {"shape": shape, "columns": columns, "identical": "keep"}
     why = _decide(source, rules, against, reading)
     dropped: Counter[str] = Counter(dict.fromkeys(rules, 0))
     redacted: Counter[str] = Counter()
     rows = written = changed = 0
     with ExitStack() as stack:
-        out = stack.enter_context(_atomic(target, _writer(source, target)))
-        told = stack.enter_context(_atomic(touched, Lines()))
-        for made, reasons in zip(reading.stream(source), why, strict=True):
+        schema_of = Path(source).expanduser() if target.suffix == ".parquet" else None
+        write = stack.enter_context(_writing(target, schema_of))
+        tell = stack.enter_context(_writing(touched))
+        for made, reasons in zip(stream_preferences(source, **reading), why, strict=True):
             (row,) = made.source
             rows += 1
             if reasons:
                 dropped[reasons[0]] += 1
-                told.write(_told(row, "dropped", reasons))
+                tell(_told(row, "dropped", reasons))
                 continue
             assert isinstance(row, Row)
             values: Any = row.values
@@ -144,8 +125,8 @@ def fix(
             if counts:
                 changed += 1
                 redacted += counts
-                told.write({"where": row.where, "action": "changed", "masked": dict(counts), "line": written})
-            out.write(values)
+                tell({"where": row.where, "action": "changed", "masked": dict(counts), "line": written})
+            write(values)
         if rows != written + dropped.total():
             raise AssertionError(f"{rows} rows != {written} written + {dropped.total()} dropped")
         if not written:
@@ -154,9 +135,7 @@ def fix(
 
 
 def _rules(drop: Collection[str], redact: Collection[str], against: Sequence[str]) -> tuple[str, ...]:
-    for name in drop:
-        if name not in RULES:
-            raise DataError("--drop", f"{name!r} is not a rule", f"there are {', '.join(RULES)}")
+    _check_rules(drop, "--drop")
     for name in redact:
         if name not in sensitive.GROUPS:
             raise DataError("--redact", f"{name!r} cannot be redacted", f"there are {', '.join(sensitive.GROUPS)}")
@@ -167,6 +146,12 @@ def _rules(drop: Collection[str], redact: Collection[str], against: Sequence[str
     if against and "leakage" not in drop:
         raise DataError("--against", "is for the rule leakage", "add --drop leakage")
     return tuple(rule for rule in RULES if rule in drop or rule == ALWAYS)
+
+
+def _check_rules(names: Collection[str], where: str) -> None:
+    for name in names:
+        if name not in RULES:
+            raise DataError(where, f"{name!r} is not a rule", f"there are {', '.join(RULES)}")
 
 
 def _target(source: str, target: Path, inputs: Sequence[str], overwrite: bool) -> tuple[Path, tuple[str, ...]]:
@@ -182,9 +167,8 @@ def _target(source: str, target: Path, inputs: Sequence[str], overwrite: bool) -
     parquet = source.lower().endswith(".parquet")
     wanted = (".parquet",) if parquet else JSONL
     if not target.name.lower().endswith(wanted):
-        raise DataError(
-            str(target), f"the copy is {'Parquet' if parquet else 'JSONL'}", f"name it {target.stem}{wanted[0]}"
-        )
+        kind = "Parquet" if parquet else "JSONL"
+        raise DataError(str(target), f"the copy is {kind}", f"name it {target.stem}{wanted[0]}")
     if not target.parent.is_dir():
         raise DataError(str(target), "its folder does not exist", f"mkdir -p {target.parent}")
     same = parquet or source.lower().endswith((*JSONL, ".ndjson", ".ndjson.gz"))
@@ -202,38 +186,31 @@ def _first(source: str, shape: str, columns: Mapping[str, str]) -> str:
     return f"write an example a row first: {command}"
 
 
-def _decide(source: str, rules: Sequence[str], against: Sequence[str], reading: _Reading) -> Iterator[tuple[str, ...]]:
+def _decide(
+    source: str, rules: Sequence[str], against: Sequence[str], reading: Mapping[str, Any]
+) -> Iterator[tuple[str, ...]]:
     """For each row of the file, in order, the rules by which it goes; one pass over the file."""
     flags = array("H")  # a bit for each rule, by its place in RULES
     bit = {rule: 1 << i for i, rule in enumerate(RULES)}
     accepted = array("q")  # numbers of the rows that are trees
-    stream = reading.stream(source)
+    stream = stream_preferences(source, **reading)
     places = Places()
     copies = Copies(stream.kind, places)
-    near = (
-        Near(stream.kind, places, copies) if {"near_duplicates", "near_contradictions", "cycles"} & set(rules) else None
-    )
+    of_near = {"near_duplicates", "near_contradictions", "cycles"} & set(rules)
+    near = Near(stream.kind, places, copies) if of_near else None
     leakage = _others(against, reading) if "leakage" in rules else None
     groups = tuple(g for g in sensitive.GROUPS if g in rules)
+    how = _first(source, stream.shape, reading.get("columns") or {})
     if stream.grouped:
-        raise DataError(
-            source,
-            f"rows of the layout {stream.shape} make examples together",
-            _first(source, stream.shape, reading.columns),
-        )
+        raise DataError(source, f"rows of the layout {stream.shape} make examples together", how)
     for made in stream:
         (row,) = made.source
         if len(made.trees) > 1:
-            raise DataError(
-                row.where,
-                f"a row of the layout {stream.shape} gives several examples",
-                _first(source, stream.shape, reading.columns),
-            )
+            raise DataError(row.where, f"a row of the layout {stream.shape} gives several examples", how)
         mark = 0
         if made.trees:
             (result,) = made.trees
-            texts = tuple(c.text for c in result.completions)
-            view = View(len(accepted), result.source, result, prompt_text(result.prompt), texts)
+            view = View(len(accepted), result)
             if is_identical(result):
                 mark |= bit["identical"]
             copies.update(view)
@@ -270,9 +247,9 @@ def _by_rule(copies: Copies, near: Near | None, leakage: Leakage | None, rules: 
     return {rule: which for rule, which in found.items() if rule in rules}
 
 
-def _others(against: Sequence[str], reading: _Reading) -> Leakage:
+def _others(against: Sequence[str], reading: Mapping[str, Any]) -> Leakage:
     leakage = Leakage(["others", "this"])
-    for made in reading.stream(list(against)):
+    for made in stream_preferences(list(against), **reading):
         for tree in made.trees:
             leakage.update(0, tree)
     return leakage
@@ -283,8 +260,7 @@ def _kind_of_bad(row: Row | BadRow, result: Quarantined) -> str:
         return "unreadable"
     if result.what.startswith(IDENTICAL):
         return "identical"
-    empty = "is empty" in result.what or "empty answer" in result.what or "has no content" in result.what
-    return "empty" if empty else "bad_rows"
+    return "empty" if is_empty(result) else "bad_rows"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,91 +303,50 @@ def _told(row: Row | BadRow, action: str, reasons: Sequence[str]) -> dict[str, A
 # writing
 
 
-class Sink(Protocol):
-    """Where rows go."""
-
-    def open(self, path: Path) -> None:
-        """Begin."""
-
-    def write(self, values: Mapping[str, Any]) -> None:
-        """One row."""
-
-    def close(self) -> None:
-        """End."""
+Write = Callable[[Mapping[str, Any]], object]
 
 
-class Lines:
-    """JSONL, packed where `packed` says so."""
+@contextmanager
+def _writing(target: Path, schema_of: Path | None = None) -> Iterator[Write]:
+    """Write rows to a file beside the target, which takes its place at the end if nothing went wrong.
 
-    def __init__(self, packed: bool = False) -> None:
-        self.packed = packed
-
-    def open(self, path: Path) -> None:
-        self._out = gzip.open(path, "wb") if self.packed else path.open("wb")  # noqa: SIM115 (closed by close)
-
-    def write(self, values: Mapping[str, Any]) -> None:
-        try:
-            line = json.dumps(values, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError:  # half of a surrogate pair can only be written as an escape
-            line = json.dumps(values, default=str).encode()
-        self._out.write(line + b"\n")
-
-    def close(self) -> None:
-        self._out.close()
-
-
-class Columns:
-    """Parquet with the input's schema."""
-
-    def __init__(self, source: Path) -> None:
-        import pyarrow.parquet as pq
-
-        self._schema = pq.read_schema(source)
-        self._waiting: list[Mapping[str, Any]] = []
-
-    def open(self, path: Path) -> None:
-        import pyarrow.parquet as pq
-
-        self._out = pq.ParquetWriter(path, self._schema)
-
-    def write(self, values: Mapping[str, Any]) -> None:
-        self._waiting.append(values)
-        if len(self._waiting) >= 1024:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        self._out.write_table(pa.Table.from_pylist(self._waiting, schema=self._schema))
-        self._waiting = []
-
-    def close(self) -> None:
-        if self._waiting:
-            self._flush()
-        self._out.close()
-
-
-def _writer(source: str, target: Path) -> Sink:
-    return Columns(Path(source).expanduser()) if target.suffix == ".parquet" else Lines(target.suffix == ".gz")
-
-
-class _atomic:
-    """A sink on a file beside the target, which takes its place at the end if nothing went wrong."""
-
-    def __init__(self, target: Path, sink: Sink) -> None:
-        self.target, self.sink = target, sink
-        self.aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Sink:
-        self.sink.open(self.aside)
-        return self.sink
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self.sink.close()
-        if kind is None:
-            os.replace(self.aside, self.target)
+    Args:
+        schema_of: the Parquet file whose schema a Parquet copy has; None: JSONL, packed where the target's name says so.
+    """
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        if schema_of is not None:
+            with _parquet(aside, schema_of) as write:
+                yield write
         else:
-            self.aside.unlink(missing_ok=True)
+            with (gzip.open if target.suffix == ".gz" else open)(aside, "wb") as out:
+                yield lambda values: out.write(json_line(values))
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _parquet(path: Path, schema_of: Path) -> Iterator[Write]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(schema_of)
+    waiting: list[Mapping[str, Any]] = []
+    with pq.ParquetWriter(path, schema) as out:
+
+        def flush() -> None:
+            if waiting:
+                out.write_table(pa.Table.from_pylist(waiting, schema=schema))
+                waiting.clear()
+
+        def write(values: Mapping[str, Any]) -> None:
+            waiting.append(values)
+            if len(waiting) >= 1024:
+                flush()
+
+        yield write
+        flush()
 
 
 def default_rules(drop: Sequence[str] = (), keep: Sequence[str] = ()) -> tuple[str, ...]:
@@ -420,14 +355,9 @@ def default_rules(drop: Sequence[str] = (), keep: Sequence[str] = ()) -> tuple[s
     Raises:
         DataError: an unknown rule, or one that is both.
     """
-    for name in itertools.chain(drop, keep):
-        if name not in RULES:
-            raise DataError("data fix", f"{name!r} is not a rule", f"there are {', '.join(RULES)}")
+    _check_rules([*drop, *keep], "data fix")
     both = sorted(set(drop) & set(keep)) or sorted({ALWAYS} & set(keep))
     if both:
-        raise DataError(
-            "data fix",
-            f"{both[0]} cannot be kept",
-            "such rows cannot be written" if ALWAYS in both else "drop it or keep it",
-        )
+        how = "such rows cannot be written" if ALWAYS in both else "drop it or keep it"
+        raise DataError("data fix", f"{both[0]} cannot be kept", how)
     return tuple(rule for rule in RULES if (rule in DEFAULT or rule in drop) and rule not in keep)

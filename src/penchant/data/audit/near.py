@@ -172,13 +172,18 @@ def _rows(parts: list[np.ndarray], wanted: np.ndarray) -> np.ndarray:
 
 def first_of_equal(keys: np.ndarray) -> np.ndarray:
     """(n,) int64: for each key the first index at which it stands."""
-    if not len(keys):
-        return np.empty(0, np.int64)
-    order = np.argsort(keys, kind="stable")
-    starts = np.r_[True, keys[order][1:] != keys[order][:-1]]
-    first = np.empty(len(keys), np.int64)
-    first[order] = order[starts][np.cumsum(starts) - 1]
-    return first
+    _, first, member = np.unique(keys, return_index=True, return_inverse=True)
+    found: np.ndarray = first[member]
+    return found
+
+
+def first_with(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """For each wanted key the first index at which it stands in `keys`, -1 where it does not: int64, shape of `wanted`."""
+    known, first = np.unique(keys, return_index=True)
+    if not len(known):
+        return np.full(len(wanted), -1)
+    at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    return np.where(known[at] == wanted, first[at], -1)
 
 
 def _slots_needed(threshold: float) -> float:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from penchant.base.functions import is_own
-from penchant.data.layouts import compared, factory, oasst, own, plain, rated
+from penchant.data.layouts import compared, factory, oasst, own, plain, rated  # noqa: F401  they fill LAYOUTS
 from penchant.data.layouts.fields import LeftOut, RowError, label_field
-from penchant.data.layouts.layout import Detection, Group, Layout, Option
+from penchant.data.layouts.layout import LAYOUTS, Detection, Group, Layout, Option
 from penchant.errors import ConfigError
 
 __all__ = [
@@ -26,46 +26,6 @@ __all__ = [
     "layout_named",
     "no_layout",
 ]
-
-# the most specific first: of several layouts that a row fits, detection takes the first and names the others
-LAYOUTS: dict[str, Layout] = {
-    layout.name: layout
-    for layout in (
-        rated.ULTRAFEEDBACK,
-        rated.BINARIZED,
-        rated.HELPSTEER,
-        rated.HELPSTEER2_PAIRS,
-        rated.HELPSTEER3_PAIRS,
-        compared.SHP,
-        compared.PKU,
-        compared.TLDR,
-        compared.ARENA,
-        compared.ARENA_55K,
-        compared.LMSYS,
-        oasst.OASST,
-        oasst.OASST_FLAT,
-        rated.ARGILLA_RATINGS,
-        rated.ARGILLA_PAIRS,
-        rated.DISTILABEL,
-        factory.SHAREGPT_PAIRS,
-        factory.SHAREGPT_KTO,
-        factory.SHAREGPT,
-        factory.ALPACA_PAIRS,
-        factory.ALPACA_KTO,
-        factory.ALPACA_SCORED,
-        factory.ALPACA,
-        plain.HH,
-        rated.ORCA_PAIRS,
-        plain.PAIRS,
-        plain.IMPLICIT_PAIRS,
-        plain.UNPAIRED,
-        plain.SCORED,
-        plain.SFT,
-        plain.MESSAGES,
-        plain.PROMPTS,
-        plain.TEXT,
-    )
-}
 
 
 def layout_named(name: str, where: str = "data.shape") -> Layout:

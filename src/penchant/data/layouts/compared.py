@@ -20,18 +20,17 @@ from penchant.data.layouts.fields import (
     score_field,
     text_field,
 )
-from penchant.data.layouts.layout import Fields, Layout, Option
+from penchant.data.layouts.layout import Fields, layout
 from penchant.data.layouts.plain import every_answer, scored_pair
-from penchant.types import Completion, Message, PromptTree
-
-_ASKED = "Name a prime number."
+from penchant.types import Message, PromptTree
 
 
 def _user(text: str) -> tuple[Message, ...]:
     return (Message("user", text),)
 
 
-def shp(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+@layout("shp")
+def shp(row: Fields, options: Fields) -> PromptTree:
     """A post with two comments; the preferred one has more votes though it is the later one."""
     better = "A" if index_field(row, "labels") == 1 else "B"
     worse = "B" if better == "A" else "A"
@@ -44,19 +43,21 @@ def shp(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
         )
     chosen, rejected = text_field(row, f"human_ref_{better}"), text_field(row, f"human_ref_{worse}")
     scores = score_field(row, f"score_{better}"), score_field(row, f"score_{worse}")
-    return (scored_pair(_user(text_field(row, "history")), chosen, rejected, *scores),)
+    return scored_pair(_user(text_field(row, "history")), chosen, rejected, *scores)
 
 
-def pku(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+@layout("pku_saferlhf")
+def pku(row: Fields, options: Fields) -> PromptTree:
     """Two answers, of which one is more helpful and one is safer."""
     best = index_field(row, f"{options['prefer']}_response_id")
     if options["chosen"] == "safe" and not label_field(row, f"is_response_{best}_safe"):
         raise LeftOut("the preferred answer is unsafe", "keep it with data.layout_options.chosen=any")
     chosen, rejected = text_field(row, f"response_{best}"), text_field(row, f"response_{1 - best}")
-    return (scored_pair(_user(text_field(row, "prompt")), chosen, rejected, None, None),)
+    return scored_pair(_user(text_field(row, "prompt")), chosen, rejected, None, None)
 
 
-def tldr(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+@layout("tldr_comparisons", check=lambda row: holds_list(row, "summaries", "text"))
+def tldr(row: Fields, options: Fields) -> PromptTree:
     """Two summaries of a post (or an article), of which one was chosen."""
     info, summaries = mapping_field(row, "info"), items_field(row, "summaries")
     if len(summaries) != 2:
@@ -70,7 +71,7 @@ def tldr(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
         raise LeftOut(f"the choice has {said}", "lower data.layout_options.min_confidence")
     # a space before the answer, once: the prompt ends with "TL;DR:"
     chosen, rejected = (f" {texts[i].lstrip()}" for i in (best, 1 - best))
-    return (scored_pair(_tldr_prompt(info), chosen, rejected, None, None),)
+    return scored_pair(_tldr_prompt(info), chosen, rejected, None, None)
 
 
 def _tldr_prompt(info: Fields) -> str:
@@ -87,24 +88,26 @@ WINNERS = {"model_a": 0, "model_b": 1}
 TIES = frozenset({"tie", "tie (bothbad)", "both_bad"})
 
 
-def arena(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+@layout("arena")
+def arena(row: Fields, options: Fields) -> PromptTree:
     """Two conversations with two models; the user turns are the same, and one was voted better."""
     winner = row.get("winner")
     if isinstance(winner, str) and winner in TIES:
-        return _tie(winner, options)
+        raise _tie(winner, options)
     if not isinstance(winner, str) or winner not in WINNERS:
         raise RowError('"winner" names no model', f"it must be one of {', '.join((*WINNERS, *sorted(TIES)))}")
     sides = messages_field(row, "conversation_a"), messages_field(row, "conversation_b")
-    return (_battle(sides, WINNERS[winner], options),)
+    return _battle(sides, WINNERS[winner], options)
 
 
-def arena_55k(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+@layout("arena_55k")
+def arena_55k(row: Fields, options: Fields) -> PromptTree:
     """The same with prompts and answers as JSON lists in strings, and the vote in three columns."""
     votes = [index_field(row, f"winner_{n}") for n in ("model_a", "model_b", "tie")]
     if sum(votes) != 1:
         raise RowError("the three winner columns do not name one outcome", "one of them must be 1, the others 0")
     if votes[2]:
-        return _tie("tie", options)
+        raise _tie("tie", options)
     asked, a, b = (_texts(row, n) for n in ("prompt", "response_a", "response_b"))
     if not len(asked) == len(a) == len(b):
         raise RowError(f"{len(asked)} prompts have {len(a)} and {len(b)} answers", "there must be one for each")
@@ -112,7 +115,7 @@ def arena_55k(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
         tuple(m for q, r in zip(asked, answers, strict=True) for m in (Message("user", q), Message("assistant", r)))
         for answers in (a, b)
     )
-    return (_battle((sides[0], sides[1]), votes[1], options),)
+    return _battle((sides[0], sides[1]), votes[1], options)
 
 
 def _texts(row: Fields, name: str) -> list[str]:
@@ -127,22 +130,22 @@ def _texts(row: Fields, name: str) -> list[str]:
     return [as_text(v, f'"{name}"[{i}]') for i, v in enumerate(value)]
 
 
-def _tie(winner: str, options: Fields) -> tuple[PromptTree, ...]:
+def _tie(winner: str, options: Fields) -> RowError:
     kind = LeftOut if options["ties"] == "leave_out" else RowError
-    raise kind("both are bad" if "bad" in winner else "a tie", "nothing is wrong with it; it has no better answer")
+    return kind("both are bad" if "bad" in winner else "a tie", "nothing is wrong with it; it has no better answer")
 
 
 def _battle(sides: tuple[tuple[Message, ...], tuple[Message, ...]], best: int, options: Fields) -> PromptTree:
     if options["turns"] == "first":
         sides = _first(sides[0], "conversation_a"), _first(sides[1], "conversation_b")
-    (before_a, a), (before_b, b) = answered(sides[0], "conversation_a"), answered(sides[1], "conversation_b")
-    if before_a != before_b:
+    a, b = answered(sides[0], "conversation_a"), answered(sides[1], "conversation_b")
+    if a.prompt != b.prompt:
         raise LeftOut(
             "the two conversations differ before their last answer",
             "set data.layout_options.turns=first to compare their first answers",
         )
     chosen, rejected = (a, b) if best == 0 else (b, a)
-    return scored_pair(before_a, chosen, rejected, None, None)
+    return scored_pair(a.prompt, chosen.completions[0].text, rejected.completions[0].text, None, None)
 
 
 def _first(messages: tuple[Message, ...], name: str) -> tuple[Message, ...]:
@@ -153,6 +156,7 @@ def _first(messages: tuple[Message, ...], name: str) -> tuple[Message, ...]:
     raise RowError(f'"{name}" holds no answer', "drop the row")
 
 
+@layout("lmsys", check=lambda row: holds_list(row, "conversation", "role"))
 def lmsys(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     """A conversation with a model: an answer of it, every answer, or a prompt."""
     messages = messages_field(row, "conversation")
@@ -162,175 +166,15 @@ def lmsys(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     return found
 
 
-def _last_answer(messages: tuple[Message, ...]) -> tuple[PromptTree, ...]:
-    before, answer = answered(messages, "conversation")
-    return (PromptTree(before, (Completion(answer),)),)
-
-
 def _prompt(messages: tuple[Message, ...], place: int) -> tuple[PromptTree, ...]:
     asked = [i for i, m in enumerate(messages) if m.role == "user"]
     return (PromptTree(messages[: asked[place] + 1], ()),) if asked else ()
 
 
 _USES: dict[str, Any] = {
-    "sft": _last_answer,
+    "sft": lambda messages: (answered(messages, "conversation"),),
     "every_turn": every_answer,
     "first_turn": lambda messages: every_answer(messages)[:1],
     "prompts": lambda messages: _prompt(messages, -1),
     "first_prompt": lambda messages: _prompt(messages, 0),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# layouts
-
-
-def _chat(answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": answer}]
-
-
-SHP = Layout(
-    "shp",
-    "pairs",
-    ("history", "human_ref_A", "human_ref_B", "labels"),
-    shp,
-    "a post with two comments; labels is 1 where A is preferred",
-    {
-        "post_id": "qt3nxl",
-        "domain": "askmath_train",
-        "history": _ASKED,
-        "human_ref_A": "Eight.",
-        "human_ref_B": "Seven.",
-        "labels": 0,
-        "score_A": 3,
-        "score_B": 12,
-        "score_ratio": 4.0,
-    },
-    "stanfordnlp/SHP",
-    options={
-        "min_score_ratio": Option(
-            1.0, "leave out pairs whose better comment has fewer times the votes of the worse", low=1, high=1e9
-        )
-    },
-)
-PKU = Layout(
-    "pku_saferlhf",
-    "pairs",
-    ("prompt", "response_0", "response_1", "better_response_id"),
-    pku,
-    "two answers, of which one is more helpful and one is safer",
-    {
-        "prompt": _ASKED,
-        "response_0": "Seven.",
-        "response_1": "Eight.",
-        "is_response_0_safe": True,
-        "is_response_1_safe": True,
-        "better_response_id": 0,
-        "safer_response_id": 1,
-    },
-    "PKU-Alignment/PKU-SafeRLHF",
-    options={
-        "prefer": Option("better", "whether the more helpful or the safer answer is chosen", ("better", "safer")),
-        "chosen": Option("any", "leave out rows whose chosen answer is unsafe, or keep any", ("any", "safe")),
-    },
-)
-TLDR = Layout(
-    "tldr_comparisons",
-    "pairs",
-    ("info", "summaries", "choice"),
-    tldr,
-    'two summaries of a post, of which one was chosen; the prompt ends with "TL;DR:"',
-    {
-        "info": {"id": "t3_1", "post": "I found that seven is prime.", "title": "Primes", "subreddit": "math"},
-        "summaries": [
-            {"text": " Seven is even.", "policy": "sup1", "note": None},
-            {"text": " Seven is prime.", "policy": "ref", "note": None},
-        ],
-        "choice": 1,
-        "worker": "w1",
-        "batch": "batch3",
-        "split": "train",
-        "extra": {"confidence": None},
-    },
-    "openai/summarize_from_feedback, comparisons",
-    options={
-        "min_confidence": Option(
-            0.0, "leave out choices made with less confidence than this, or with none said (0: keep all)", low=0, high=9
-        )
-    },
-    check=lambda row: holds_list(row, "summaries", "text"),
-)
-_ARENA_OPTIONS = {
-    "ties": Option("leave_out", "leave ties out, or count them as bad rows", ("leave_out", "bad_row")),
-    "turns": Option(
-        "last",
-        "compare the last answers of conversations that are equal before, or the first answers",
-        ("last", "first"),
-    ),
-}
-ARENA = Layout(
-    "arena",
-    "pairs",
-    ("conversation_a", "conversation_b", "winner"),
-    arena,
-    "two conversations with two models, and which one people voted for",
-    {
-        "question_id": "5c",
-        "model_a": "vicuna-13b",
-        "model_b": "koala-13b",
-        "winner": "model_a",
-        "conversation_a": _chat("Seven."),
-        "conversation_b": _chat("Eight."),
-        "turn": 1,
-        "language": "English",
-    },
-    "lmsys/chatbot_arena_conversations, lmarena-ai/arena-human-preference-100k and -140k",
-    options=_ARENA_OPTIONS,
-)
-ARENA_55K = Layout(
-    "arena_55k",
-    "pairs",
-    ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie"),
-    arena_55k,
-    "the same with JSON lists in strings and three winner columns",
-    {
-        "id": 30192,
-        "model_a": "gpt-4-1106-preview",
-        "model_b": "koala-13b",
-        "prompt": json.dumps([_ASKED]),
-        "response_a": '["Seven."]',
-        "response_b": '["Eight."]',
-        "winner_model_a": 1,
-        "winner_model_b": 0,
-        "winner_tie": 0,
-    },
-    "lmarena-ai/arena-human-preference-55k",
-    options=_ARENA_OPTIONS,
-)
-LMSYS = Layout(
-    "lmsys",
-    "sft",
-    ("conversation", "model"),
-    lmsys,
-    "a conversation with a model, without a judgement",
-    {
-        "conversation_id": "5c",
-        "model": "vicuna-13b",
-        "conversation": _chat("Seven."),
-        "turn": 1,
-        "language": "English",
-        "openai_moderation": [],
-        "redacted": False,
-    },
-    "lmsys/lmsys-chat-1m; allenai/WildChat-1M",
-    options={
-        "use": Option(
-            "sft",
-            "the last answer, every answer, the first answer; or the conversation up to its last question, or its first",
-            ("sft", "every_turn", "first_turn", "prompts", "first_prompt"),
-            kinds={"prompts": "prompts", "first_prompt": "prompts"},
-        )
-    },
-    check=lambda row: holds_list(row, "conversation", "role"),
-    shows="hold a list of turns and who gave them",
-)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from penchant.types import Message, Prompt
+from penchant.base.text import printable
+from penchant.types import Completion, Message, Prompt, PromptTree
 
 ROLES = {
     "user": "user",
@@ -42,18 +43,12 @@ def shown(value: Any, length: int = 40) -> str:
         return "a number of very many digits"
 
 
-def plain_name(name: str) -> str:
-    """A column's name for a message; it may come from a stranger's file."""
-    return name if name.isprintable() else name.encode("unicode_escape").decode("ascii")
-
-
 def text_field(row: Mapping[str, Any], name: str) -> str:
     """A field as non-empty text."""
     if name not in row:
-        raise RowError(
-            f'"{name}" is missing',
-            f"there are {', '.join(map(plain_name, sorted(map(str, row))))}; map columns with --column {name}=YOURS, in a config data.columns",
-        )
+        there = ", ".join(map(printable, sorted(map(str, row))))
+        how = f"there are {there}; map columns with --column {name}=YOURS, in a config data.columns"
+        raise RowError(f'"{name}" is missing', how)
     return as_text(row[name], f'"{name}"')
 
 
@@ -62,13 +57,7 @@ def as_text(value: Any, what: str) -> str:
     if value is None:
         raise RowError(f"{what} is null", "give it a text or drop the row")
     if not isinstance(value, str):
-        kind = (
-            "boolean"
-            if isinstance(value, bool)
-            else "number"
-            if isinstance(value, (int, float))
-            else type(value).__name__
-        )
+        kind = {bool: "boolean", int: "number", float: "number"}.get(type(value), type(value).__name__)
         raise RowError(f"{what} is a {kind} ({shown(value)})", "make it a string")
     if not value.strip():
         raise RowError(f"{what} is empty", "give it a text or drop the row")
@@ -77,8 +66,8 @@ def as_text(value: Any, what: str) -> str:
 
 def messages_field(row: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     """A field as a list of chat messages (role/content, or from/value)."""
-    value = row.get(name)
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
+    value: Any = row.get(name)
+    if not _is_list(value):
         raise RowError(f'"{name}" is not a list of messages', 'write [{"role": "user", "content": "..."}, ...]')
     return tuple(as_message(turn, f'"{name}"[{i}]') for i, turn in enumerate(value))
 
@@ -110,12 +99,12 @@ def _joined_parts(parts: Sequence[Any], what: str) -> str:
     return "\n".join(texts)
 
 
-def answered(messages: tuple[Message, ...], name: str) -> tuple[tuple[Message, ...], str]:
-    """What is before the last assistant turn, and that turn's text; there must be a turn before it."""
+def answered(messages: tuple[Message, ...], name: str) -> PromptTree:
+    """A conversation's last answer, to what is before it; there must be a turn before it."""
     before, answer = split_last_answer(messages, name)
     if not before:
         raise RowError(f'"{name}" has no turn before the answer', "give the prompt as a user turn")
-    return before, answer
+    return PromptTree(before, (Completion(answer),))
 
 
 def split_last_answer(messages: tuple[Message, ...], name: str) -> tuple[tuple[Message, ...], str]:
@@ -217,20 +206,19 @@ def label_field(row: Mapping[str, Any], name: str) -> bool:
 
 def holds_list(row: Mapping[str, Any], name: str, *keys: str) -> bool:
     """Whether a field is a list whose first item is a mapping with these keys."""
-    value = row.get(name)
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, (str, bytes))
-        and len(value) > 0
-        and isinstance(value[0], Mapping)
-        and all(k in value[0] for k in keys)
-    )
+    value: Any = row.get(name)
+    return _is_list(value) and isinstance(value[0], Mapping) and all(k in value[0] for k in keys)
+
+
+def _is_list(value: Any) -> bool:
+    """Whether a value is a list with something in it."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > 0
 
 
 def items_field(row: Mapping[str, Any], name: str) -> Sequence[Any]:
     """A field as a list that is not empty."""
-    value = row.get(name)
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
+    value: Any = row.get(name)
+    if not _is_list(value):
         raise RowError(f'"{name}" is not a list', "give a list with something in it")
     return value
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import resources
+from typing import Any, TypeVar
+
+import yaml
 
 from penchant.errors import ConfigError
 from penchant.types import PromptTree
 
 Fields = Mapping[str, Any]
+Converter = TypeVar("Converter", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +85,7 @@ class Layout:
     Args:
         name: how `data.shape` calls it; kind: ``pairs``, ``unpaired``, ``scored``, ``sft``, ``prompts`` or ``text``.
         columns: what detection looks for; check: what else must hold of a row; shows: that in words.
-        turn: a row and all options to its trees, or a `RowError`; use `convert`.
+        turn: a row and all options to its tree or trees, or a `RowError`; use `convert`.
         summary: one line; example: a row in this layout; source: where it is published.
         options: what can be chosen; group: how rows become one first; rest: further rows of the example's group.
     """
@@ -88,7 +93,7 @@ class Layout:
     name: str
     kind: str
     columns: tuple[str, ...]
-    turn: Callable[[Fields, Fields], tuple[PromptTree, ...]]
+    turn: Callable[[Fields, Fields], PromptTree | tuple[PromptTree, ...]]
     summary: str
     example: Fields
     source: str
@@ -104,7 +109,8 @@ class Layout:
         Raises:
             RowError: the row does not fit, or is kept aside by an option.
         """
-        return self.turn(row, {n: options.get(n, o.default) for n, o in self.options.items()})
+        made = self.turn(row, {n: options.get(n, o.default) for n, o in self.options.items()})
+        return made if isinstance(made, tuple) else (made,)
 
     def fits(self, row: Fields) -> bool:
         """Whether a row looks like this layout."""
@@ -142,6 +148,36 @@ class Layout:
             if chosen in option.kinds:
                 return option.kinds[chosen]
         return self.kind
+
+
+_TABLE: dict[str, Any] = yaml.load(
+    (resources.files(__package__) / "layouts.yaml").read_text(encoding="utf-8"),
+    getattr(yaml, "CSafeLoader", yaml.SafeLoader),  # the same, ten times as fast
+)
+LAYOUTS: dict[str, Layout] = dict.fromkeys(_TABLE)  # type: ignore[arg-type,assignment]  # filled by `layout`, in the table's order
+
+
+def layout(
+    name: str, *, check: Callable[[Fields], bool] = _anything, group: Group | None = None
+) -> Callable[[Converter], Converter]:
+    """Make a function the converter of a layout of layouts.yaml.
+
+    The function takes a row, and the options where the layout has some; it returns a tree or a tuple of trees.
+
+    Args:
+        check, group: see `Layout`.
+    """
+
+    def register(convert: Converter) -> Converter:
+        about = {"options": {}, **_TABLE[name]}
+        options = {n: Option(**{**o, "choices": tuple(o.get("choices", ()))}) for n, o in about["options"].items()}
+        takes = len(inspect.signature(convert).parameters)
+        about |= {"options": options, "turn": convert if takes == 2 else lambda row, _: convert(row)}
+        about |= {"columns": tuple(about.get("columns", ())), "rest": tuple(about.get("rest", ()))}
+        LAYOUTS[name] = Layout(name, **about, check=check, group=group)
+        return convert
+
+    return register
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,40 @@ from itertools import pairwise
 from typing import Any
 
 from penchant.data.layouts.fields import LeftOut, RowError, as_text, mapping_field, number, shown
-from penchant.data.layouts.layout import Fields, Group, Layout, Option
+from penchant.data.layouts.layout import Fields, Group, layout
 from penchant.types import Completion, Message, PromptTree
 
 _NAMES = {"prompter": "user", "assistant": "assistant"}
 
 
+def fold(rows: Sequence[Fields]) -> Fields:
+    """The flat messages of one tree as a ready-made tree."""
+    nodes: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        name = as_text(row.get("message_id"), '"message_id"')
+        if name in nodes:
+            raise RowError(f"the message {shown(name)} stands there twice", "drop one of them")
+        nodes[name] = {**row, "replies": []}
+    roots = []
+    for node in nodes.values():
+        parent = node.get("parent_id")
+        if parent is None or parent == "":
+            roots.append(node)
+        elif isinstance(parent, str) and parent in nodes:
+            nodes[parent]["replies"].append(node)
+        else:
+            raise RowError(f"the parent {shown(parent)} of a message is not in its tree", "give the whole tree")
+    if len(roots) != 1:
+        raise RowError(f"the tree has {len(roots)} messages without a parent", "there must be one")
+    return {"message_tree_id": rows[0].get("message_tree_id"), "prompt": roots[0]}
+
+
+def _key(row: Fields) -> str:
+    return as_text(row.get("message_tree_id"), '"message_tree_id"')
+
+
+@layout("oasst_flat", group=Group(_key, fold))
+@layout("oasst", check=lambda row: isinstance(row["prompt"], Mapping))
 def oasst(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     """The trees of all prompts of a message tree that have what `use` asks for."""
     found = tuple(
@@ -93,83 +121,3 @@ def _best(path: tuple[Message, ...], replies: Sequence[Mapping[str, Any]]) -> li
 _USES: dict[str, Any] = {"pairs": _best_worst, "neighbours": _neighbours, "scored": _scored, "sft": _best}
 _UNRANKED = "a message tree without two ranked answers to one prompt"
 _NOTHING = {"pairs": _UNRANKED, "neighbours": _UNRANKED, "scored": _UNRANKED, "sft": "a message tree without an answer"}
-
-
-def fold(rows: Sequence[Fields]) -> Fields:
-    """The flat messages of one tree as a ready-made tree."""
-    nodes: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        name = as_text(row.get("message_id"), '"message_id"')
-        if name in nodes:
-            raise RowError(f"the message {shown(name)} stands there twice", "drop one of them")
-        nodes[name] = {**row, "replies": []}
-    roots = []
-    for node in nodes.values():
-        parent = node.get("parent_id")
-        if parent is None or parent == "":
-            roots.append(node)
-        elif isinstance(parent, str) and parent in nodes:
-            nodes[parent]["replies"].append(node)
-        else:
-            raise RowError(f"the parent {shown(parent)} of a message is not in its tree", "give the whole tree")
-    if len(roots) != 1:
-        raise RowError(f"the tree has {len(roots)} messages without a parent", "there must be one")
-    return {"message_tree_id": rows[0].get("message_tree_id"), "prompt": roots[0]}
-
-
-def _key(row: Fields) -> str:
-    return as_text(row.get("message_tree_id"), '"message_tree_id"')
-
-
-def _node(name: str, role: str, text: str, **more: Any) -> dict[str, Any]:
-    return {"message_id": name, "text": text, "role": role, "lang": "en", **more}
-
-
-_ASKED = "Name a prime number."
-_OPTIONS = {
-    "use": Option(
-        "pairs",
-        "the best against the worst answer, each against the next one, all of them with scores, or the best alone",
-        ("pairs", "neighbours", "scored", "sft"),
-        kinds={"scored": "scored", "sft": "sft"},
-    )
-}
-OASST = Layout(
-    "oasst",
-    "pairs",
-    ("message_tree_id", "prompt"),
-    oasst,
-    "a message tree: each prompt with ranked answers is an example",
-    {
-        "message_tree_id": "m1",
-        "tree_state": "ready_for_export",
-        "prompt": _node(
-            "m1",
-            "prompter",
-            _ASKED,
-            replies=[
-                _node("m2", "assistant", "Eight.", rank=1, replies=[]),
-                _node("m3", "assistant", "Seven.", rank=0, replies=[]),
-            ],
-        ),
-    },
-    "OpenAssistant/oasst1 and oasst2, *.trees.jsonl.gz",
-    options=_OPTIONS,
-    check=lambda row: isinstance(row["prompt"], Mapping),
-    shows="where prompt is a message with replies",
-)
-OASST_FLAT = Layout(
-    "oasst_flat",
-    "pairs",
-    ("message_id", "parent_id", "message_tree_id", "role", "text"),
-    oasst,
-    "the same as one row for each message; rows of one message_tree_id are put together first",
-    _node("m1", "prompter", _ASKED, parent_id=None, message_tree_id="m1", rank=None),
-    "OpenAssistant/oasst1 and oasst2 (parquet), *.messages.jsonl.gz",
-    options=_OPTIONS,
-    group=Group(_key, fold),
-    rest=(
-        _node("m2", "assistant", "Eight.", parent_id="m1", message_tree_id="m1", rank=1),
-        _node("m3", "assistant", "Seven.", parent_id="m1", message_tree_id="m1", rank=0),
-    ),
-)

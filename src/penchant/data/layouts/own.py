@@ -10,20 +10,19 @@ from typing import Any
 
 from penchant.base.files import file_sha256
 from penchant.base.functions import is_own, own_file, python_function
-from penchant.data.layouts import plain
 from penchant.data.layouts.fields import LeftOut, RowError
-from penchant.data.layouts.layout import Fields, Layout
+from penchant.data.layouts.layout import LAYOUTS, Fields, Layout
 from penchant.errors import ConfigError
 from penchant.types import PromptTree
 
-# of each kind of data: the layout of a row that `convert` returns as a mapping, and whether a tree is of that kind
-KINDS: dict[str, tuple[Layout, Callable[[PromptTree], bool]]] = {
-    "pairs": (plain.PAIRS, lambda tree: [c.label for c in tree.completions] == [True, False]),
-    "unpaired": (plain.UNPAIRED, lambda tree: all(c.label is not None for c in tree.completions)),
-    "scored": (plain.SCORED, lambda tree: all(c.score is not None for c in tree.completions)),
-    "sft": (plain.SFT, lambda tree: bool(tree.completions)),
-    "prompts": (plain.PROMPTS, lambda tree: not tree.completions),
-    "text": (plain.TEXT, lambda tree: bool(tree.completions)),
+# whether a tree is of a kind; a row that `convert` returns as a mapping is of the layout that is called like the kind
+KINDS: dict[str, Callable[[PromptTree], bool]] = {
+    "pairs": lambda tree: [c.label for c in tree.completions] == [True, False],
+    "unpaired": lambda tree: all(c.label is not None for c in tree.completions),
+    "scored": lambda tree: all(c.score is not None for c in tree.completions),
+    "sft": lambda tree: bool(tree.completions),
+    "prompts": lambda tree: not tree.completions,
+    "text": lambda tree: bool(tree.completions),
 }
 DESCRIBED = "see `Your own layout` in docs/data_formats.md"
 
@@ -92,16 +91,14 @@ def _layout_of(made: Any, name: str, where: str) -> Layout:
 def _turn(
     convert: Callable[[Fields], Any], kind: str, short: str, columns: tuple[str, ...]
 ) -> Callable[[Fields, Fields], tuple[PromptTree, ...]]:
-    row_layout, fits = KINDS[kind]
-
     def tree_of(item: Any) -> PromptTree:
         if isinstance(item, Mapping):
-            (tree,) = row_layout.convert(item, {})
+            (tree,) = LAYOUTS[kind].convert(item, {})
         elif isinstance(item, PromptTree):
             tree = item
         else:
             raise RowError(f"{short} returned {type(item).__name__}, not a row or a PromptTree", DESCRIBED)
-        if not fits(tree):
+        if not KINDS[kind](tree):
             raise RowError(f"{short} returned an example that is not of kind {kind}", DESCRIBED)
         return tree
 

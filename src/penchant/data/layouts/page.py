@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from penchant.base.text import printable
 from penchant.data.layouts import LAYOUTS, Detection, Layout, Option, layout_named
-from penchant.data.load import FIRST_ROWS, Converted, convert_rows, detected
-from penchant.data.read import BadRow, Row, read_rows
+from penchant.data.load import Converted, prompt_json, stream_rows
+from penchant.data.read import read_rows
 from penchant.types import PromptTree
 
 NAMES = {None: "answer", True: "good answer", False: "bad answer"}
@@ -79,17 +80,8 @@ def as_json(layout: Layout) -> dict[str, Any]:
 
 def tree_json(tree: PromptTree) -> dict[str, Any]:
     """A prompt tree as JSON; what is not known of a completion is left out."""
-    prompt = tree.prompt
-    answers: list[Mapping[str, Any]] = [
-        {
-            "text": c.text,
-            **({} if c.label is None else {"label": c.label}),
-            **({} if c.score is None else {"score": c.score}),
-        }
-        for c in tree.completions
-    ]
-    asked = prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]
-    return {"prompt": asked, "completions": answers}
+    answers = [{k: v for k, v in asdict(c).items() if v is not None} for c in tree.completions]
+    return {"prompt": prompt_json(tree.prompt), "completions": answers}
 
 
 def tree_lines(tree: PromptTree, longest: int = LONGEST) -> list[str]:
@@ -118,96 +110,11 @@ def rows_text(shown: Sequence[tuple[str, Sequence[str]]]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # docs/data_formats.md
 
-INTRODUCTION = """# Data formats
-
-Written by `penchant data formats --markdown` from the registry; a test compares the two. `penchant data formats NAME` tells more of one.
-
-```sh
-cat > pairs.jsonl <<'END'
-{"prompt": "Name a prime number.", "chosen": "Seven.", "rejected": "Eight."}
-{"prompt": "Name an even number.", "chosen": "Eight.", "rejected": "Seven."}
-END
-penchant data show pairs.jsonl              # the layout that was found, why, what else fits, and the first rows as examples
-penchant data audit pairs.jsonl             # the same line, and what is wrong or lopsided in the file
-penchant data formats                       # every layout, its kind and where it is published
-penchant data formats shp                   # one: columns, options, an example row and the example that it becomes
-penchant data formats --json                # all of it for programs
-```
-
-Files are JSON, JSONL (plain or gzip), CSV, TSV, Parquet, text or a hub id. The layout is found from the columns and what stands in them, over the
-first 100 rows; it is always shown, with the reason and what else fits:
-
-```
-pairs.jsonl: layout pairs (columns chosen, rejected with a "prompt", or of messages); override with data.shape=NAME
-```
-
-In a config:
-
-```yaml
-# run.yaml
-model: {path: HuggingFaceTB/SmolLM2-135M-Instruct}
-data:
-  path: posts.jsonl
-  shape: shp                            # or auto (default)
-  layout_options: {min_score_ratio: 2}
-  columns: {history: post}              # our field: your column
-  on_bad_row: skip                      # keep bad rows aside and count them; default: stop at the first
-loss: {name: dpo}
-output: runs/posts
-```
-
-The same reading, before anything is trained:
-
-```sh
-cat > posts.jsonl <<'END'
-{"post": "How long do eggs boil?", "human_ref_A": "An hour.", "human_ref_B": "Ten minutes.", "labels": 0, "score_A": 2, "score_B": 9, "score_ratio": 4.5}
-{"post": "Is seven prime?", "human_ref_A": "Yes.", "human_ref_B": "No.", "labels": 1, "score_A": 5, "score_B": 4, "score_ratio": 1.25}
-END
-penchant data show posts.jsonl --shape shp --set min_score_ratio=2 --column history=post
-```
-
-The second pair is left out: its better comment has not twice the votes.
-
-- **Rows and examples.** A row gives one example in most layouts. `ultrafeedback`, `distilabel` and `argilla_ratings` give one with all its answers and their
-  scores, the best first (supervised training learns that one; `data.pairs_from_scores=best_worst` makes a pair of it, `data.score_threshold` labels). `oasst`,
-  and `lmsys`, `sharegpt` and `messages` where every answer is asked for, give several. `accepted + quarantined == total` counts rows; examples are counted beside them.
-- **Left out, not dropped.** A tie, or a pair below `min_score_ratio`, is no bad row: it stops nothing, is counted with its reason, and is kept in
-  `quarantine.NAME.jsonl` with the bad rows.
-- **Turns.** A system prompt stays a system turn. Several turns stay several turns. A row with a tool, a function call, a picture or a sound is kept aside with a
-  sentence. TRL's stepwise supervision is refused: no method here learns from it.
-- **A layout of message rows** (`oasst_flat`) needs rows that may stand anywhere: they are written to a temporary file first, and one message tree at a time is
-  in memory. A tree with a broken message is kept aside whole.
-- **Your own layout.** A class in a file of yours, named in `data.shape`, `--shape`, `--layout` and `penchant data formats`; the path is relative to the config's
-  folder (else to the folder that you start from). `convert` gets a row and returns a row of the plain layout of its `kind` (`pairs`, `unpaired`, `scored`, `sft`,
-  `prompts`, `text`), a `penchant.types.PromptTree`, a list of these, or None for a row to leave out. Its example is converted when it is loaded; a row that it
-  cannot convert is a bad row like any other. The file's hash is part of the data cache's key.
-
-```python
-# my_layout.py
-class MyLayout:
-    "Support tickets with a good and a bad reply"
-
-    kind = "pairs"
-    columns = ("ticket", "replies")  # what every row has
-    example = {"ticket": "How do I log in?", "replies": ["With your e-mail address.", "No idea."]}
-
-    def convert(self, row):
-        good, bad = row["replies"]
-        return {"prompt": row["ticket"], "chosen": good, "rejected": bad}
-```
-
-```yaml
-data: {path: tickets.jsonl, shape: my_layout.py:MyLayout}
-```
-
-- **What it does not do.** It filters nothing by language, model or topic, and converts no file on disk. Of LLaMA-Factory's `dataset_info.json`, `data.columns` says the
-  same as `columns`; role names other than those of ShareGPT and OpenAI (its `tags`) are not read.
-"""
-
 
 def markdown() -> str:
     """docs/data_formats.md."""
-    lines = [INTRODUCTION, "| `data.shape` | kind | what | found by | published as |", "|---|---|---|---|---|"]
+    introduction = (resources.files(__package__) / "page.md").read_text(encoding="utf-8")
+    lines = [introduction, "| `data.shape` | kind | what | found by | published as |", "|---|---|---|---|---|"]
     for layout in LAYOUTS.values():
         cells = (f"[`{layout.name}`](#{layout.name})", kinds(layout), layout.summary, layout.why, layout.source)
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
@@ -295,13 +202,6 @@ def preview(
     Raises:
         DataError: it cannot be read, or is of no known layout. ConfigError: an unknown layout or option.
     """
-    stream: Iterator[Row | BadRow] = itertools.islice(read_rows(path), MOST_ROWS)
-    detection = None
-    if shape == "auto":
-        first = list(itertools.islice(stream, FIRST_ROWS))
-        shape, detection = detected(first, path, columns or {})
-        stream = itertools.chain(first, stream)
-    layout = layout_named(shape)
-    options = layout.settings(layout_options or {})
-    shown = tuple(itertools.islice(convert_rows(stream, layout, options, columns), rows))
-    return Preview(Path(path).name if Path(path).exists() else path, shape, detection, shown)
+    stream = stream_rows(islice(read_rows(path), MOST_ROWS), path, shape, columns or {}, layout_options=layout_options)
+    name = Path(path).name if Path(path).exists() else path
+    return Preview(name, stream.shape, stream.detection, tuple(islice(stream, rows)))

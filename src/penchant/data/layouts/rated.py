@@ -20,8 +20,8 @@ from penchant.data.layouts.fields import (
     shown,
     text_field,
 )
-from penchant.data.layouts.layout import Fields, Layout, Option
-from penchant.data.layouts.plain import CHOSEN_SCORES, from_pairs, one, pair, scored_pair
+from penchant.data.layouts.layout import Fields, layout
+from penchant.data.layouts.plain import CHOSEN_SCORES, from_pairs, pair, scored_pair
 from penchant.types import Completion, Message, Prompt, PromptTree
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
@@ -41,7 +41,8 @@ def ranked(prompt: Prompt, answers: Sequence[tuple[str, float]]) -> PromptTree:
 # UltraFeedback
 
 
-def ultrafeedback(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+@layout("ultrafeedback", check=lambda row: holds_list(row, "completions", "response"))
+def ultrafeedback(row: Fields, options: Fields) -> PromptTree:
     """One tree with all answers of an instruction, each with its score."""
     answers = []
     for i, answer in enumerate(items_field(row, "completions")):
@@ -49,7 +50,7 @@ def ultrafeedback(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
         if not isinstance(answer, Mapping):
             raise RowError(f"{what} is not an object", 'write {"response": "...", "annotations": {...}}')
         answers.append((as_text(answer.get("response"), f'the "response" of {what}'), _rating(answer, options, what)))
-    return (ranked((Message("user", text_field(row, "instruction")),), answers),)
+    return ranked((Message("user", text_field(row, "instruction")),), answers)
 
 
 def _rating(answer: Mapping[str, Any], options: Fields, what: str) -> float:
@@ -87,12 +88,12 @@ _RATINGS: dict[str, Any] = {
 }
 
 
-def binarized(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+@layout("ultrafeedback_binarized")
+def binarized(row: Fields, options: Fields) -> PromptTree:
     """A pair; or the conversation of the messages column."""
     if options["use"] == "pairs":
-        return (from_pairs(row),)
-    before, answer = answered(messages_field(row, "messages"), "messages")
-    return (PromptTree(before, (Completion(answer),)),)
+        return from_pairs(row)
+    return answered(messages_field(row, "messages"), "messages")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +113,8 @@ def helpsteer_prompt(text: str) -> tuple[Message, ...]:
     return turns
 
 
-def helpsteer(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+@layout("helpsteer")
+def helpsteer(row: Fields, options: Fields) -> PromptTree:
     """An answer with one attribute, or a weighted mean of all, as its score."""
     if options["attribute"] == "mean":
         weights = {a: options[f"weight_{a}"] for a in ATTRIBUTES}
@@ -123,21 +125,23 @@ def helpsteer(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     else:
         score = number_field(row, options["attribute"])
     prompt = helpsteer_prompt(text_field(row, "prompt"))
-    return (PromptTree(prompt, (Completion(text_field(row, "response"), score=score),)),)
+    return PromptTree(prompt, (Completion(text_field(row, "response"), score=score),))
 
 
-def helpsteer2_pairs(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+@layout("helpsteer2_pairs")
+def helpsteer2_pairs(row: Fields, options: Fields) -> PromptTree:
     """Two answers and how much better one is, from -3 (the first) to 3 (the second)."""
     prompt = helpsteer_prompt(text_field(row, "prompt"))
     answers = text_field(row, "response_1"), text_field(row, "response_2")
-    return (_by_strength(prompt, answers, number_field(row, "preference_strength"), options),)
+    return _by_strength(prompt, answers, number_field(row, "preference_strength"), options)
 
 
-def helpsteer3_pairs(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+@layout("helpsteer3_pairs")
+def helpsteer3_pairs(row: Fields, options: Fields) -> PromptTree:
     """A conversation, two answers and how much better one is."""
     answers = text_field(row, "response1"), text_field(row, "response2")
     strength = number_field(row, "overall_preference")
-    return (_by_strength(messages_field(row, "context"), answers, strength, options),)
+    return _by_strength(messages_field(row, "context"), answers, strength, options)
 
 
 def _by_strength(prompt: Prompt, answers: tuple[str, str], strength: float, options: Fields) -> PromptTree:
@@ -153,6 +157,7 @@ def _by_strength(prompt: Prompt, answers: tuple[str, str], strength: float, opti
 # distilabel and Argilla
 
 
+@layout("distilabel", check=lambda row: ("instruction" in row or "messages" in row) and "chosen" not in row)
 def distilabel(row: Fields) -> PromptTree:
     """An instruction with generations and the ratings of them."""
     generations, ratings = items_field(row, "generations"), items_field(row, "ratings")
@@ -169,11 +174,12 @@ def distilabel(row: Fields) -> PromptTree:
     return ranked(asked(row, text_field(row, "instruction")), answers)
 
 
-def argilla_ratings(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+@layout("argilla_ratings")
+def argilla_ratings(row: Fields, options: Fields) -> PromptTree:
     """A record with generations-0, generations-1, ... and what people, or a model, rated them."""
     names = sorted((n for n in row if _GENERATION.fullmatch(n) and row[n]), key=lambda n: int(n.split("-")[1]))
     answers = [(text_field(row, n), _argilla_rating(row, f"{n}-rating", options["rated_by"])) for n in names]
-    return (ranked(asked(row, text_field(row, "instruction")), answers),)
+    return ranked(asked(row, text_field(row, "instruction")), answers)
 
 
 def _argilla_rating(row: Fields, question: str, rated_by: str) -> float:
@@ -199,6 +205,7 @@ def _submitted(row: Fields, question: str) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+@layout("argilla_pairs", check=lambda row: {"chosen_response", "rejected_response"} <= row.keys() or _has_rating(row))
 def argilla_pairs(row: Fields) -> PromptTree:
     """A better and a worse answer with their ratings, under any of the names that Argilla's data sets use."""
     if "chosen_response" in row:
@@ -208,178 +215,19 @@ def argilla_pairs(row: Fields) -> PromptTree:
     return from_pairs(row)
 
 
-def orca_pairs(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+def _asks_a_question(row: Fields) -> bool:
+    asks = "question" in row or "input" in row
+    return asks and not {"prompt", "instruction"} & row.keys() and isinstance(row["chosen"], str)
+
+
+@layout("orca_pairs", check=_asks_a_question)
+def orca_pairs(row: Fields, options: Fields) -> PromptTree:
     """A question behind a system prompt, with a better and a worse answer."""
     if row.get("status") == "tie" and options["ties"] == "leave_out":
         raise LeftOut("a tie", "nothing is wrong with it; keep it with data.layout_options.ties=keep")
     question = text_field(row, "question" if "question" in row else "input")
-    return (pair(asked(row, question), text_field(row, "chosen"), text_field(row, "rejected"), row),)
+    return pair(asked(row, question), text_field(row, "chosen"), text_field(row, "rejected"), row)
 
 
 def _has_rating(row: Fields) -> bool:
     return {"chosen", "rejected"} <= row.keys() and bool(set(CHOSEN_SCORES[2:]) & row.keys())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# layouts
-
-_ASKED = "Name a prime number."
-
-
-def _turns(answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": answer}]
-
-
-def _rated(rating: str) -> dict[str, dict[str, str]]:
-    return {aspect: {"Rating": rating, "Rationale": "..."} for aspect in ASPECTS}
-
-
-ULTRAFEEDBACK = Layout(
-    "ultrafeedback",
-    "scored",
-    ("instruction", "completions"),
-    ultrafeedback,
-    "an instruction with (four) rated answers: one tree, the best answer first",
-    {
-        "source": "evol_instruct",
-        "instruction": _ASKED,
-        "models": ["gpt-4", "starchat"],
-        "completions": [
-            {"model": "starchat", "response": "Eight.", "annotations": _rated("1"), "overall_score": 2.0},
-            {"model": "gpt-4", "response": "Seven.", "annotations": _rated("5"), "overall_score": 9.0},
-        ],
-    },
-    "openbmb/UltraFeedback",
-    options={
-        "score": Option(
-            "fine",
-            "the mean of the four ratings, the overall score of the critique, or one rating",
-            ("fine", "overall", *ASPECTS),
-        )
-    },
-    check=lambda row: holds_list(row, "completions", "response"),
-    shows='hold answers with a "response"',
-)
-BINARIZED = Layout(
-    "ultrafeedback_binarized",
-    "pairs",
-    ("prompt", "prompt_id", "chosen", "rejected", "score_chosen", "score_rejected"),
-    binarized,
-    "UltraFeedback as pairs of conversations with both scores",
-    {
-        "prompt": _ASKED,
-        "prompt_id": "5c",
-        "chosen": _turns("Seven."),
-        "rejected": _turns("Eight."),
-        "messages": _turns("Seven."),
-        "score_chosen": 9.0,
-        "score_rejected": 2.0,
-    },
-    "HuggingFaceH4/ultrafeedback_binarized",
-    options={"use": Option("pairs", "the pairs, or the messages column", ("pairs", "sft"), kinds={"sft": "sft"})},
-)
-HELPSTEER = Layout(
-    "helpsteer",
-    "scored",
-    ("prompt", "response", *ATTRIBUTES),
-    helpsteer,
-    "an answer with five ratings from 0 to 4; answers of one prompt stand in several rows",
-    {"prompt": _ASKED, "response": "Seven.", **dict(zip(ATTRIBUTES, (4, 4, 4, 0, 1), strict=True))},
-    "nvidia/HelpSteer and nvidia/HelpSteer2",
-    options={
-        "attribute": Option("helpfulness", "what the score is", (*ATTRIBUTES, "mean")),
-        **{f"weight_{a}": Option(1.0, f"weight of {a} in the mean", low=-100, high=100) for a in ATTRIBUTES},
-    },
-)
-_STRENGTH = Option(1.0, "leave out preferences weaker than this (1 slightly, 2 clearly, 3 much better)", low=1, high=3)
-HELPSTEER2_PAIRS = Layout(
-    "helpsteer2_pairs",
-    "pairs",
-    ("prompt", "response_1", "response_2", "preference_strength"),
-    helpsteer2_pairs,
-    "two answers and how much better one is, from -3 (the first) to 3 (the second)",
-    {
-        "split": "train",
-        "prompt": f"Name a number.\n<extra_id_1>Assistant\nSix.\n<extra_id_1>User\n{_ASKED}",
-        "response_1": "Seven.",
-        "response_2": "Eight.",
-        "preference_strength": -2,
-        "preference_statement": "@Response 1 is better than @Response 2.",
-        "preference_elaboration": "Eight is even.",
-    },
-    "nvidia/HelpSteer2, preference",
-    options={"min_strength": _STRENGTH},
-)
-HELPSTEER3_PAIRS = Layout(
-    "helpsteer3_pairs",
-    "pairs",
-    ("context", "response1", "response2", "overall_preference"),
-    helpsteer3_pairs,
-    "a conversation, two answers and how much better one is, from -3 to 3",
-    {"context": _turns("")[:1], "response1": "Seven.", "response2": "Eight.", "overall_preference": -2},
-    "nvidia/HelpSteer3, preference",
-    options={"min_strength": _STRENGTH},
-)
-DISTILABEL = Layout(
-    "distilabel",
-    "scored",
-    ("generations", "ratings"),
-    one(distilabel),
-    "an instruction with generations and their ratings: one tree, the best first",
-    {"instruction": _ASKED, "generations": ["Eight.", "Seven."], "ratings": [1, 5]},
-    "distilabel: UltraFeedback task",
-    check=lambda row: ("instruction" in row or "messages" in row) and "chosen" not in row,
-)
-ARGILLA_RATINGS = Layout(
-    "argilla_ratings",
-    "scored",
-    ("instruction", "generations-0"),
-    argilla_ratings,
-    "Argilla records of distilabel's preferences: generations with people's or a model's ratings",
-    {
-        "id": "5c",
-        "instruction": _ASKED,
-        "generations-0": "Eight.",
-        "generations-1": "Seven.",
-        "generations-0-rating.responses": [1, 2],
-        "generations-0-rating.responses.status": ["submitted", "submitted"],
-        "generations-0-rating.suggestion": 2,
-        "generations-1-rating.responses": [5],
-        "generations-1-rating.responses.status": ["submitted"],
-    },
-    "Argilla 2: records of distilabel's PreferenceToArgilla, flattened",
-    options={
-        "rated_by": Option(
-            "either",
-            "people's submitted responses (their mean), the model's suggestion, or people before the model",
-            ("either", "people", "model"),
-        )
-    },
-)
-ARGILLA_PAIRS = Layout(
-    "argilla_pairs",
-    "pairs",
-    (),
-    one(argilla_pairs),
-    "a better and a worse answer with their ratings",
-    {"chosen": _turns("Seven."), "rejected": _turns("Eight."), "chosen_rating": 5.0, "rejected_rating": 2.0},
-    "argilla/dpo-mix-7k, argilla/ultrafeedback-binarized-preferences(-cleaned), distilabel: FormatTextGenerationDPO",
-    check=lambda row: {"chosen_response", "rejected_response"} <= row.keys() or _has_rating(row),
-    shows='chosen and rejected (or chosen_response and rejected_response) with a "rating" of each',
-)
-ORCA_PAIRS = Layout(
-    "orca_pairs",
-    "pairs",
-    ("chosen", "rejected"),
-    orca_pairs,
-    "a system prompt and a question, with a better and a worse answer",
-    {"system": "Answer in one word.", "question": _ASKED, "chosen": "Seven.", "rejected": "Eight."},
-    "Intel/orca_dpo_pairs, argilla/distilabel-intel-orca-dpo-pairs",
-    options={"ties": Option("leave_out", 'rows whose "status" is "tie"', ("leave_out", "keep"))},
-    check=lambda row: (
-        ("question" in row or "input" in row)
-        and not {"prompt", "instruction"} & row.keys()
-        and isinstance(row["chosen"], str)
-    ),
-    shows='are texts beside a "question" (or "input")',
-)
