@@ -11,7 +11,7 @@ import penchant
 LAYERS = [
     {"penchant", "errors"},
     {"base"},
-    {"types"},
+    {"requests", "types"},
     {"data", "losses", "models", "runfolder"},
     {"logprobs", "rollout", "training"},
     {"metrics", "rewards"},

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penchant.errors import ConfigError
+from penchant.requests import CompareRequest, EvalRequest, ExportRequest, GetRequest, request_of, shows
 
 if TYPE_CHECKING:
     from penchant.compare import RunComparison
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from penchant.data.load import Dataset
     from penchant.download import GetResult
     from penchant.export import ExportResult
-    from penchant.judges import JudgeOptions
     from penchant.metrics.flags.rule import Flag
     from penchant.pipeline import Pipeline
     from penchant.pipeline.conduct import PipelineResult
@@ -54,25 +54,22 @@ def load_preferences(path: str | Sequence[str], **options: Any) -> Dataset:
     return load(path, **options)
 
 
-def get_data(
-    name: str, *, output: str | Path | None = None, redo: bool = False, quiet: bool = False, **asked: Any
-) -> GetResult:
+@shows(GetRequest)
+def get_data(name: str, **asked: Any) -> GetResult:
     """A published data set, from the hub or a local copy, as train.jsonl, validation.jsonl and test.jsonl in a folder.
 
     Args:
-        name: of the catalogue, or a hub id; output: the folder; None: ``data/NAME``; redo: make it anew where the folder holds
-            another result; quiet: no progress.
-        asked: what `penchant data get` has as options: ``source="copy/"``, ``first=500``, ``language=["English"]``, ``as_="prompts"``
-            ...; see `penchant.download.plan.GetRequest` and docs/data_get.md.
+        name: of the catalogue, or a hub id.
+        asked: what `penchant data get` has as options: ``source="copy/"``, ``first=500``, ``language=["English"]``, ``as_="prompts"``,
+            ``output="folder"``, ``redo=True``, ``quiet=True`` ...; see `penchant.requests.GetRequest` and docs/data_get.md.
 
     Raises:
         ConfigError, DataError, RewardError: the user can fix it.
     """
-    from penchant.download import default_output, get_data, on_stderr
-    from penchant.download.plan import request_of
+    from penchant.download import get_data, on_stderr
 
-    request = request_of(name, str(output) if output is not None else default_output(name), asked)
-    return get_data(request, (lambda line: None) if quiet else on_stderr, redo=redo)
+    request = request_of(GetRequest, {"name": name, **asked}, "data get")
+    return get_data(request, (lambda line: None) if request.quiet else on_stderr)
 
 
 def train(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = False) -> TrainResult:
@@ -115,12 +112,9 @@ def plan(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, pr
     return make_plan(made, places, with_probe=probe)
 
 
+@shows(EvalRequest)
 def evaluate(
-    config: RunConfig | Mapping[str, Any] | str | Path,
-    *overrides: str,
-    quiet: bool = False,
-    step: str = "last",
-    **asked: Any,
+    config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = False, **asked: Any
 ) -> dict[str, Any]:
     """Figures of a model, over rows, with 95% intervals by prompt.
 
@@ -129,9 +123,8 @@ def evaluate(
     Args:
         config: a run folder, a YAML path, a mapping or a `RunConfig`; with `asked` also a checkpoint's, an adapter's or a model's
             folder, or a hub id.
-        step: of a run: ``last``, ``best``, ``0`` (the start) or a step's number.
-        asked: what `penchant eval` has as options: ``data="test.jsonl"``, ``text="book.txt"``, ``generate=100``, ``reward="words"``,
-            ``reference="runs/other"`` ...; see `penchant.evaluate.request.Request` and docs/eval.md.
+        asked: what `penchant eval` has as options: ``step="best"``, ``data="test.jsonl"``, ``text="book.txt"``, ``generate=100``,
+            ``reward="words"``, ``reference="runs/other"`` ...; see `penchant.requests.EvalRequest` and docs/eval.md.
 
     Returns:
         ``eval/...`` figures with ``eval/.../ci`` and ``eval/.../n``, and ``notes``.
@@ -139,11 +132,14 @@ def evaluate(
     Raises:
         CheckpointError, ConfigError, DataError, ModelError, RewardError: the user can fix it.
     """
+    from penchant.config import parse_yaml
     from penchant.evaluate import evaluate_model
-    from penchant.evaluate.request import request_of
 
+    reward = asked.get("reward")
+    if isinstance(reward, str) and reward.lstrip().startswith("{"):
+        asked["reward"], _ = parse_yaml(reward, "--reward")
     given = config if isinstance(config, (str, Path)) else as_config(config, overrides)
-    return evaluate_model(given, overrides, request_of(asked), step=step, quiet=quiet)
+    return evaluate_model(given, overrides, request_of(EvalRequest, asked, "eval"), quiet=quiet)
 
 
 def flags(path: str | Path) -> list[Flag]:
@@ -284,28 +280,15 @@ def _own_counters(reward: str | None, check: str | None) -> list[Any]:
     return made
 
 
-def compare(
-    *runs: str | Path,
-    reward: Any = None,
-    also: Sequence[str] = (),
-    judge: str | JudgeOptions | None = None,
-    against: str | Path | None = None,
-    prompts: int = 200,
-    samples: int = 1,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    step: str | None = None,
-    data: str | Path | None = None,
-    output: str | Path | None = None,
-    quiet: bool = False,
-) -> RunComparison:
+@shows(CompareRequest)
+def compare(*runs: str | Path, quiet: bool = False, **asked: Any) -> RunComparison:
     """Compare runs with the model that they start from and with each other, on rows that none of them was trained on.
 
     Args:
         runs: run folders; those that differ in nothing but `train.seed` are one setting with several seeds.
         reward: any reward; None: only what the models find likely is compared. also: other rewards, whose figures stand beside its own.
-        judge: who decides between two answers: ``path.py:function``, or `JudgeOptions` with an endpoint. against: a run, in place of the
-            common start.
+        judge: who decides between two answers: ``path.py:function``, or `JudgeOptions` with an endpoint, or its address and
+            ``judge_model=`` ...; against: a run, in place of the common start.
         prompts, samples, max_new_tokens, seed: how many prompts, completions of each, tokens of one, and the seed of the draws.
         step: ``best``, ``last``, a step's number; None: the best where one is tracked and kept, else the last.
         data: a file of test rows; each reading of it is written down beside it. None: rows that the runs hold out.
@@ -317,13 +300,9 @@ def compare(
     Raises:
         ConfigError, DataError, ModelError, RewardError, CheckpointError: the user can fix it.
     """
-    from penchant.compare import Question, compare_runs
-    from penchant.compare.models import Sampling
-    from penchant.judges import JudgeOptions
+    from penchant.compare import compare_runs
 
-    sampling = Sampling(prompts, samples, max_new_tokens, seed)
-    asked = JudgeOptions(judge) if isinstance(judge, str) else judge
-    return compare_runs(runs, Question(sampling, reward, also, asked, against, step, data, output), quiet=quiet)
+    return compare_runs(runs, request_of(CompareRequest, asked, "compare"), quiet=quiet)
 
 
 def report(*paths: str | Path, output: str | Path | None = None) -> Path:
@@ -340,19 +319,20 @@ def report(*paths: str | Path, output: str | Path | None = None) -> Path:
     return write_report(paths, output)
 
 
-def export(run: str | Path, *, to: str, say: Callable[[str], None] = lambda _: None, **options: Any) -> ExportResult:
-    """Write a run's model in the form asked for, read back and compared; see `penchant.export.ExportRequest` and docs/export.md.
+@shows(ExportRequest)
+def export(run: str | Path, *, say: Callable[[str], None] = lambda _: None, **asked: Any) -> ExportResult:
+    """Write a run's model in the form asked for, read back and compared; see `penchant.requests.ExportRequest` and docs/export.md.
 
     Args:
-        run: a run's folder, or a checkpoint in it; to: safetensors, pt, merged, adapter or gguf; say: told what a person should know.
-        options: ``step``, ``output``, ``dtype``, ``max_shard_size``, ``push``, ``private``.
+        run: a run's folder, or a checkpoint in it; say: told what a person should know.
+        asked: ``to`` (safetensors, pt, merged, adapter or gguf), ``step``, ``output``, ``dtype``, ``max_shard_size``, ``push``, ``private``.
 
     Raises:
         ConfigError, CheckpointError, ModelError: the user can fix it.
     """
-    from penchant.export import ExportRequest, export_run
+    from penchant.export import export_run
 
-    return export_run(ExportRequest(run, to, **options), say)
+    return export_run(request_of(ExportRequest, {"run": run, **asked}, "export"), say)
 
 
 def track(run: str | Path, *to: str, **options: Any) -> bool:

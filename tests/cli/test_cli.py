@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
+from penchant import api
 from penchant.cli import main
+from penchant.errors import ConfigError
+from penchant.requests import CompareRequest, EvalRequest, ExportRequest, GetRequest
 
 
 def _config(tmp_path: Path, **data: Any) -> str:
@@ -159,3 +165,32 @@ def test_eval_of_a_sweeps_folder_names_its_runs(tmp_path: Path, capsys: pytest.C
     assert main(["eval", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "a folder of runs" in said and f"{tmp_path}/dpo-seed-0, {tmp_path}/ipo-seed-0" in said
+
+
+@pytest.mark.parametrize(
+    ("call", "request_kind"),
+    [
+        (api.evaluate, EvalRequest),
+        (api.compare, CompareRequest),
+        (api.export, ExportRequest),
+        (api.get_data, GetRequest),
+    ],
+)
+def test_an_option_stands_once(call: Callable[..., object], request_kind: type) -> None:
+    """The keywords that a call shows, and the options on the command line, are the fields of the request."""
+    shown = inspect.signature(call).parameters
+    assert {f.name for f in fields(request_kind)} <= set(shown)
+    assert shown["seed" if "seed" in shown else "step"].default == (0 if "seed" in shown else "last")
+    with pytest.raises(ConfigError, match="did you mean"):
+        call("x", **{f"{fields(request_kind)[-1].name}x": 1})
+
+
+def test_bounds_of_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (
+        ["chat", "m", "--top-p", "0"],
+        ["chat", "m", "--temperature", "nan"],
+        ["serve", "m", "--port", "70000"],
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(command)
+        assert end.value.code == 2 and f"{command[-2]}: {command[-1]} is not" in capsys.readouterr().err

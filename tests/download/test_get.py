@@ -353,7 +353,7 @@ def test_pairs_become_other_kinds(tmp_path: Path) -> None:
         ({"options": {"use": "what"}}, "choose one of"),
         ({"options": {"nosuch": 1}}, "is not an option of the layout lmsys"),
         ({"subsets": ["nosuch"]}, "has no subset"),
-        ({"languages": ["x"]}, "did you mean language"),
+        ({"languages": ["x"]}, 'did you mean "language"'),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is(lmsys: Path, tmp_path: Path, asked: Row, words: str) -> None:

@@ -15,8 +15,7 @@ from penchant import api
 from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.export.card import public
-from penchant.export.formats import FORMATS
-from penchant.export.request import DTYPES
+from penchant.export.formats import DTYPES, FORMATS
 from penchant.export.subject import outputs
 
 ROW = [[5, 99, 17, 240, 31, 8]]

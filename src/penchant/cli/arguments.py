@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import MISSING, fields
+from typing import Any, get_args, get_type_hints
 
 # ---- `--column ours=yours`, in one spelling for every command that reads rows ----
 
@@ -42,53 +43,71 @@ def column_pairs(given: Sequence[str], flag: str = "--column") -> dict[str, str]
     return found
 
 
-# ---- Arguments that `penchant chat` and `penchant serve` share ----
+# ---- options from the fields of a request ----
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """The model and how it is held."""
-    parser.add_argument(
-        "model", metavar="RUN", help="a run, a config, a checkpoint's, an adapter's or a model's folder, or a hub id"
-    )
-    parser.add_argument(
-        "--step", default="last", help="of a run: last, best, 0 (the start) or a number (default: last)"
-    )
-    parser.add_argument("--base", metavar="MODEL", help="of an adapter (default: what the adapter names)")
-    parser.add_argument(
-        "--template",
-        choices=("auto", "chat", "transcript", "plain"),
-        default="auto",
-        help="how messages are written for the model (default: its chat template where it has one)",
-    )
-    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), help="default: as the run has it, else auto")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as the run has it, else auto")
+def add_arguments(parser: argparse.ArgumentParser, request: type) -> None:
+    """Give a command the options that the fields of its request describe; see `penchant.requests.option`."""
+    kinds, groups = get_type_hints(request), {"": parser}
+    for held in fields(request):
+        about, required = dict(held.metadata), held.default is MISSING and held.default_factory is MISSING
+        heading = about.get("group", "")
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)  # type: ignore[assignment]
+        if held.name == "columns":
+            add_columns(groups[heading], "--columns", nargs="+")
+            continue
+        inner = get_args(kinds[held.name])
+        kind = inner[0] if type(None) in inner else kinds[held.name]
+        given: dict[str, Any] = {"help": about["help"], "default": None if required else held.default}
+        if about.get("either"):
+            given["action"] = argparse.BooleanOptionalAction
+        elif kind is bool:
+            given["action"] = "store_true"
+        else:
+            given |= {"metavar": about["metavar"], "choices": about.get("choices")}
+        if held.default in ((), MISSING) and not required:
+            given |= {"action": "append", "default": []}
+        elif kind in (int, float):
+            given["type"] = within(kind, about.get("low"), about.get("high"), about.get("above"))
+        if about.get("positional"):
+            groups[heading].add_argument(held.name, nargs=None if required else "?", **given)
+        else:
+            flag = about.get("flag", "--" + held.name.strip("_").replace("_", "-"))
+            groups[heading].add_argument(flag, dest=held.name, required=required, **given)
 
 
-def within(low: float, high: float = math.inf, *, open_low: bool = False) -> type:
-    """An argparse type: a finite number within bounds."""
+def options_of(args: argparse.Namespace, request: type) -> dict[str, Any]:
+    """What was given for a request, by the names of its fields.
+
+    Raises:
+        ConfigError: an option that cannot be read.
+    """
+    found: dict[str, Any] = {}
+    for held in fields(request):
+        value, read = getattr(args, held.name), held.metadata.get("read", lambda text: text)
+        if held.default_factory is not MISSING:
+            pairs = column_pairs(value, held.metadata.get("flag", "--column"))
+            value = {name: read(text) for name, text in pairs.items()}
+        found[held.name] = read(value) if isinstance(value, str) else value
+    return found
+
+
+def within(kind: type, low: float | None, high: float | None, above: float | None) -> Any:
+    """An argparse type: a finite number within bounds; the number's own type where there are none."""
+    if low is None and high is None and above is None:
+        return kind
+    bounds = [(low, "at least"), (above, "more than"), (high, "at most")]
+    wanted = " and ".join(f"{word} {bound:g}" for bound, word in bounds if bound is not None)
 
     def number(text: str) -> float:
-        value = float(text)
-        if not (low <= value <= high) or not math.isfinite(value) or (open_low and value == low):
-            raise argparse.ArgumentTypeError(f"{text} is not within {low:g} and {high:g}")
+        value: float = kind(text)
+        fits = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+        if not (fits and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
 
-    return number  # type: ignore[return-value]
-
-
-def whole(low: int, high: int | None = None) -> type:
-    """An argparse type: a whole number within bounds."""
-
-    def number(text: str) -> int:
-        value = int(text)
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(
-                f"{text} is not {'at least' if high is None else 'within'} {low}"
-                + ("" if high is None else f" and {high}")
-            )
-        return value
-
-    return number  # type: ignore[return-value]
+    return number
 
 
 def add_config(parser: argparse.ArgumentParser, what: str, metavar: str = "CONFIG") -> None:

@@ -6,7 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from penchant.cli.arguments import add_model, whole, within
+from penchant.cli.arguments import add_arguments
+from penchant.requests import ChatRequest, ServeRequest
 
 if TYPE_CHECKING:
     from penchant.serve.chat import Terminal
@@ -24,17 +25,7 @@ def add(commands: Any) -> None:
 def add_chat(commands: Any) -> None:
     """Put `chat` on the command line."""
     parser = commands.add_parser("chat", help="talk to a model in the terminal, or to two side by side")
-    add_model(parser)
-    parser.add_argument("--against", metavar="RUN", help="a second model that answers the same")
-    parser.add_argument("--against-step", default="last", metavar="STEP", help="its step, where it is a run")
-    parser.add_argument("--prefer", metavar="FILE.jsonl", help="where /left and /right go (default: preferences.jsonl)")
-    parser.add_argument("--blind", action="store_true", help="do not show which answer is whose")
-    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
-    parser.add_argument("--temperature", type=within(0), default=0.7, help="0: the likeliest token (default: 0.7)")
-    parser.add_argument("--top-p", type=within(0, 1, open_low=True), default=1.0, help="default: 1")
-    parser.add_argument("--top-k", type=whole(0), default=0, help="default: 0, all tokens")
-    parser.add_argument("--max-new-tokens", type=whole(1), default=256, help="tokens of an answer (default: 256)")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the draws (default: 0)")
+    add_arguments(parser, ChatRequest)
     parser.set_defaults(handler=run_chat, allocator=True)
 
 
@@ -112,22 +103,7 @@ def _next_line() -> str:
 def add_serve(commands: Any) -> None:
     """Put `serve` on the command line."""
     parser = commands.add_parser("serve", help="an OpenAI-compatible endpoint of a model on 127.0.0.1")
-    add_model(parser)
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="default: 127.0.0.1; any other needs PENCHANT_API_KEY in the environment"
-    )
-    parser.add_argument("--port", type=whole(0, 65535), default=8000, help="0: one that is free (default: 8000)")
-    parser.add_argument("--name", help="of the model, as clients call it (default: the folder's, or the hub id)")
-    parser.add_argument("--at-once", type=whole(1, 64), default=4, help="prompts that take turns (default: 4)")
-    parser.add_argument("--waiting", type=whole(0), default=64, help="prompts that may wait for a turn (default: 64)")
-    parser.add_argument("--max-tokens", type=whole(1), default=4096, help="of one answer at most (default: 4096)")
-    parser.add_argument(
-        "--max-body", type=whole(1), default=4 << 20, metavar="BYTES", help="of a request (default: 4 MiB)"
-    )
-    parser.add_argument(
-        "--timeout", type=within(0, open_low=True), default=600.0, metavar="SECONDS", help="of a request (default: 600)"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no line for each request")
+    add_arguments(parser, ServeRequest)
     parser.set_defaults(handler=run_serve, allocator=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,39 +40,20 @@ from penchant.compare.runs import (
 )
 from penchant.data.load import Dataset, load_preferences
 from penchant.errors import CheckpointError, ConfigError, DataError
-from penchant.judges import JudgeOptions, PairJudge, load_judge
+from penchant.judges import OF_ENDPOINTS, JudgeOptions, PairJudge, load_judge
 from penchant.metrics.flags import comparison_flags, summary
 from penchant.metrics.flags.rule import Flag
+from penchant.requests import CompareRequest
 from penchant.runs.state import check_reward, reward_hashes, reward_terms
 from penchant.training.checkpoint import latest_checkpoint
 from penchant.training.console import console
 
-__all__ = ["Question", "RunComparison", "compare_runs"]
+__all__ = ["RunComparison", "compare_runs"]
 
 
 # ---- `penchant compare`: any runs with what they start from and with each other, on rows that none of them was trained on ----
 
 NAMED = 4  # settings that the default folder is named after
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked of the runs.
-
-    Args:
-        reward: as `load_reward` takes it, or None; also: names of other rewards, whose figures stand beside its own; against: a run that all others are compared with, in place of their common start.
-        judge: who decides between two answers, or None; step: ``best``, ``last``, a step's number, or None: the best where one is tracked and kept, else the last.
-        data: a file of test rows, or None: rows that the runs hold out; output: folder of both files, or None.
-    """
-
-    sampling: Sampling
-    reward: Any = None
-    also: Sequence[str] = ()
-    judge: JudgeOptions | None = None
-    against: str | Path | None = None
-    step: str | None = None
-    data: str | Path | None = None
-    output: str | Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +81,7 @@ class RunComparer:
     """
 
     paths: Sequence[str | Path]
-    question: Question
+    question: CompareRequest
     quiet: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -228,7 +209,13 @@ class RunComparer:
 
     @cached_property
     def judge(self) -> PairJudge | None:
-        return None if self.question.judge is None else load_judge(self.question.judge)
+        options = _judge_of(self.question)
+        return None if options is None else load_judge(options)
+
+    @property
+    def sampling(self) -> Sampling:
+        q = self.question
+        return Sampling(q.prompts, q.samples, q.max_new_tokens, q.seed)
 
     def _about_reward(self) -> list[str]:
         """Which runs were trained to raise a reward by which they are judged."""
@@ -262,14 +249,13 @@ class RunComparer:
         budget, budgets = self._about_budgets()
         notes = [*self.notes, *self._about_selection(), *self._about_reward()]
         owner = next(r for r in self.everyone if r.name == held.owner)
-        sampling = self.question.sampling
         also = {name: name for name in self.question.also}
         setting = make_setting(
             owner.data,
             owner.data.rows.tokenizer,
             held.rows,
             self.question.reward,
-            sampling,
+            self.sampling,
             console(self.quiet),
             also,
             self.judge,
@@ -280,7 +266,9 @@ class RunComparer:
             console(self.quiet).note(f"{NO_OUTCOME} Give --reward, --judge or rows with chosen and rejected answers.")
         entrants = [first, *(r.entrant() for runs in settings.values() for r in runs)]
         seeds = {name: [r.name for r in runs] for name, runs in settings.items()}
-        compared = compare_entrants(entrants, owner.data, setting, sampling, seeds=seeds, fixed=self.against is None)
+        compared = compare_entrants(
+            entrants, owner.data, setting, self.sampling, seeds=seeds, fixed=self.against is None
+        )
         notes += [] if compared.judgement is None else compared.judgement.sentences()
         earlier = [] if readings is None else readings.earlier()
         if readings is not None:
@@ -312,10 +300,10 @@ class RunComparer:
             "also": list(q.also),
             "judge": None if self.judge is None else self.judge.describe(),
             "rewards": reward_hashes(q.reward) | reward_hashes(dict.fromkeys(q.also, 1.0)),
-            "prompts_asked": q.sampling.prompts,
-            "samples": q.sampling.samples,
-            "max_new_tokens": q.sampling.max_new_tokens,
-            "seed": q.sampling.seed,
+            "prompts_asked": q.prompts,
+            "samples": q.samples,
+            "max_new_tokens": q.max_new_tokens,
+            "seed": q.seed,
             "step": q.step,
             "data": None if q.data is None else str(_whole(q.data)),
         }
@@ -325,7 +313,7 @@ class RunComparer:
         rows = self.held_out.owner if q.data is None else f"the test set {Path(q.data).name}"
         several = [name for name, runs in self.settings.items() if len(runs) > 1]
         over = f", over seeds and prompts for {', '.join(several)}" if several else ""
-        return f"{q.sampling.heading(prompts, rows)}; in brackets 95% intervals by prompt{over}"
+        return f"{self.sampling.heading(prompts, rows)}; in brackets 95% intervals by prompt{over}"
 
     def _folder(self) -> Path:
         """Where both files go: beside the first run, named after what is compared."""
@@ -348,20 +336,29 @@ class RunComparer:
         return self.everyone[0].folder.parent / f"compare-{'-'.join(names[:NAMED])}{more}{rows}"
 
 
-def compare_runs(paths: Sequence[str | Path], question: Question, *, quiet: bool = False) -> RunComparison:
+def compare_runs(paths: Sequence[str | Path], question: CompareRequest, *, quiet: bool = False) -> RunComparison:
     """Compare runs with what they start from and with each other; see `RunComparer`."""
     if question.step is not None and question.step not in ("best", "last") and not question.step.isdigit():
         raise ConfigError("--step", f"{question.step!r} is not a step", "give best, last or a step's number")
     if not paths:
         raise ConfigError("compare", "no run is given", "give the folders of one run or more")
     _check_also(question)
+    _judge_of(question)  # refuses an endpoint's option without a judge
     for name in ("prompts", "samples", "max_new_tokens"):
-        if getattr(question.sampling, name) < 1:
+        if getattr(question, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}", "is below 1", "give 1 or more")
-    return RunComparer(paths, replace(question), quiet).run()
+    return RunComparer(paths, question, quiet).run()
 
 
-def _check_also(question: Question) -> None:
+def _judge_of(question: CompareRequest) -> JudgeOptions | None:
+    of_endpoint = {name: getattr(question, f"judge_{name}") for name in OF_ENDPOINTS}
+    given = [OF_ENDPOINTS[name] for name, value in of_endpoint.items() if value is not None]
+    if question.judge is None and given:
+        raise ConfigError(given[0], "is given without --judge", "name the judge")
+    return JudgeOptions(question.judge, **of_endpoint) if isinstance(question.judge, str) else question.judge
+
+
+def _check_also(question: CompareRequest) -> None:
     also = list(question.also)
     twice = sorted({n for n in also if also.count(n) > 1 or n == question.reward})
     if twice:

@@ -35,8 +35,9 @@ from penchant.download.convert import (
     write_json,
 )
 from penchant.download.hub import BLOCK, Hub, digest
-from penchant.download.plan import GetRequest, Plan, Source, make_plan
+from penchant.download.plan import Plan, Source, check_request, identity, make_plan
 from penchant.errors import CheckpointError, ConfigError, DataError
+from penchant.requests import GetRequest
 from penchant.runfolder import RunLock, differences
 from penchant.types import Message
 
@@ -63,24 +64,25 @@ class GetResult:
         return Counts.from_json(self.data["counts"])
 
 
-def get_data(asked: GetRequest, say: Callable[[str], None] = lambda line: None, *, redo: bool = False) -> GetResult:
+def get_data(asked: GetRequest, say: Callable[[str], None] = lambda line: None) -> GetResult:
     """A published data set as train.jsonl, validation.jsonl and test.jsonl, which `penchant train` reads as they are.
 
     Args:
-        asked: what to get, and how; say: takes progress lines; redo: make it anew where the folder holds another result.
+        asked: what to get, and how; say: takes progress lines.
 
     Raises:
         ConfigError: the request cannot be done, or the folder holds the result of another one.
         DataError: no access, no network, a damaged file, a full disk. RewardError: a reward or function went wrong.
     """
-    folder = Path(asked.output).expanduser()
+    check_request(asked)
+    folder = Path(asked.output or default_output(asked.name)).expanduser()
     try:
         work = folder / WORK
-        done = _check_folder(folder, asked.identity(), redo)
+        done = _check_folder(folder, identity(asked), asked.redo)
         if done is not None:
             shutil.rmtree(work, ignore_errors=True)
             return GetResult(folder, done, fresh=False)
-        if redo or read_json(work / "request.json") != asked.identity():
+        if asked.redo or read_json(work / "request.json") != identity(asked):
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
         with RunLock(work):
@@ -207,7 +209,7 @@ class _Job:
             if source.layout is not None:
                 self._way(source)  # says now what cannot be converted
         write_json(self.work / "plan.json", plan.to_json())
-        write_json(self.work / "request.json", self.asked.identity())
+        write_json(self.work / "request.json", identity(self.asked))
         if plan.left_out:
             self.say(plan.left_out)
         return plan
@@ -330,7 +332,7 @@ class _Job:
             "labelled_with_sha256": label_sha256,
             "sources": read,
             "files": files,
-            "request": self.asked.identity(),
+            "request": identity(self.asked),
         }
         write_json(self.folder / "data.json", data)
         return GetResult(self.folder, read_json(self.folder / "data.json"), fresh=True)

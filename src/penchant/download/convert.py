@@ -15,8 +15,8 @@ from typing import IO, Any
 from penchant.data.layouts import Layout, LeftOut, RowError, label_field, layout_named
 from penchant.data.load import IDENTICAL, Converted, Quarantined, convert_rows, is_identical, prompt_text
 from penchant.data.read import BadRow, Row
-from penchant.download.plan import GetRequest
 from penchant.errors import ConfigError, DataError, RewardError
+from penchant.requests import GetRequest
 from penchant.types import Completion, Prompt, PromptTree
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from penchant.data.split import SPLITS
 from penchant.download.catalogue import HUB, Files, Spec, chosen_subsets, find, is_hub_id, unknown
 from penchant.download.hub import Hub, HubFile, Repository, digest
 from penchant.errors import ConfigError, DataError
+from penchant.requests import GetRequest
 
 READABLE = tuple(e for e in ENDINGS if e != ".txt")  # a published text file is a licence or a readme
 
@@ -30,68 +30,22 @@ AS = ("sft", "prompts", "unpaired")
 REDACTED = ("keep", "only", "drop")
 
 
-@dataclass(frozen=True, slots=True)
-class GetRequest:
-    """The options of `penchant data get`; docs/data_get.md explains each.
-
-    Args:
-        name: of the catalogue, or a hub id; source: a local file or folder in its place; output: the folder to write.
-        first: read so many rows only; split: shares of train, validation and test; threshold: of the reward, or of moderation scores.
-    """
-
-    name: str
-    output: str
-    source: str | None = None
-    subsets: tuple[str, ...] = ()
-    revision: str | None = None
-    first: int | None = None
-    split: tuple[float, float, float] = (0.9, 0.05, 0.05)
-    seed: int = 0
-    published_splits: bool = False
-    language: tuple[str, ...] = ()
-    redacted: str = "keep"
-    moderation: str | float = "keep"
-    as_: str | None = None
-    reward: str | None = None
-    threshold: float | None = None
-    label_with: str | None = None
-    layout: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for check in (_check_split, _check_choices, _check_labels):
-            check(self)
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the result, as JSON holds it: everything but where it is written."""
-        held = json.loads(json.dumps(asdict(self)))
-        held.pop("output")
-        held["source"] = None if self.source is None else str(Path(self.source).expanduser().resolve())
-        own = own_sha256(self.layout or "")
-        return dict(held) if own is None else {**held, "layout_sha256": own}
-
-    @property
-    def labels(self) -> bool:
-        """Whether a reward or a function says which answers are good."""
-        return self.reward is not None or self.label_with is not None
+def identity(asked: GetRequest) -> dict[str, Any]:
+    """What decides the result, as JSON holds it: everything but where and how it is written."""
+    held = json.loads(json.dumps({k: v for k, v in asdict(asked).items() if k not in ("output", "redo", "quiet")}))
+    held["source"] = None if asked.source is None else str(Path(asked.source).expanduser().resolve())
+    own = own_sha256(asked.layout or "")
+    return dict(held) if own is None else {**held, "layout_sha256": own}
 
 
-def request_of(name: str, output: str, asked: Mapping[str, Any]) -> GetRequest:
-    """A request from keyword arguments; sequences may be lists.
+def check_request(asked: GetRequest) -> None:
+    """Refuse what cannot be meant.
 
     Raises:
-        ConfigError: an argument that there is not, or that cannot be.
+        ConfigError: it names the option.
     """
-    known = {f.name for f in fields(GetRequest)}
-    for key in asked:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            raise ConfigError(
-                key, "is not an option", f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
-            )
-    held: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in asked.items()}
-    return GetRequest(name=name, output=output, **held)
+    for check in (_check_split, _check_choices, _check_labels):
+        check(asked)
 
 
 def _check_split(asked: GetRequest) -> None:

@@ -11,14 +11,14 @@ from penchant.errors import ConfigError
 from penchant.evaluate.evaluator import Evaluation, held_out_of_run
 from penchant.evaluate.material import Material
 from penchant.evaluate.output import keep
-from penchant.evaluate.request import Request
+from penchant.requests import EvalRequest
 from penchant.runs.find import check_there, find_model, find_run, of_config, runs_in
 
 __all__ = ["evaluate_model"]
 
 
 def evaluate_model(
-    given: str | Path | RunConfig, overrides: Sequence[str], request: Request, *, step: str, quiet: bool
+    given: str | Path | RunConfig, overrides: Sequence[str], request: EvalRequest, *, quiet: bool
 ) -> dict[str, Any]:
     """Evaluate a model and keep the figures; see `penchant.api.evaluate`.
 
@@ -27,7 +27,7 @@ def evaluate_model(
     """
     request.check()
     name = given.output if isinstance(given, RunConfig) else str(given)
-    found = (given, step) if isinstance(given, RunConfig) else find_run(name, step, overrides)
+    found = (given, request.step) if isinstance(given, RunConfig) else find_run(name, request.step, overrides)
     if request.bare:
         if found is None:
             check_there(name)
@@ -41,9 +41,9 @@ def evaluate_model(
         folder: Path | None = Path(found[0].output)
     else:
         if isinstance(given, RunConfig):
-            source = of_config(given, step, request.base)
+            source = of_config(given, request.step, request.base)
         else:
-            source = find_model(name, step=step, base=request.base, overrides=overrides)
+            source = find_model(name, step=request.step, base=request.base, overrides=overrides)
         evaluated = Evaluation(Material(source, request, tuple(overrides), quiet)).measure()
         folder = source.folder
     evaluated.notes.extend(keep(evaluated, folder, request.output, request.samples_output))

@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from penchant.config import RunConfig
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.evaluate.material import Material
-from penchant.evaluate.request import Request
 from penchant.logprobs.packing import choose_packing
 from penchant.logprobs.reference import LiveReference
 from penchant.metrics.answers import TokenScores, answer_figures, score_tokens, text_figures
@@ -31,6 +30,7 @@ from penchant.metrics.completions import (
 from penchant.metrics.figures import Figure, flat
 from penchant.models.load import cast_parameters, load_tokenizer
 from penchant.models.options import looks_like_folder
+from penchant.requests import EvalRequest
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText
 from penchant.runs import Run
@@ -73,7 +73,7 @@ class Evaluation:
         return self.on.source
 
     @property
-    def request(self) -> Request:
+    def request(self) -> EvalRequest:
         return self.on.request
 
     @property

@@ -11,10 +11,10 @@ from penchant.data.adapt import adapt
 from penchant.data.load import Dataset, load_preferences
 from penchant.data.tokenize import TokenizedDataset, tokenize
 from penchant.errors import DataError
-from penchant.evaluate.request import Request
 from penchant.metrics.answers import is_answer, without_eos
 from penchant.models.load import load_tokenizer
 from penchant.models.reward import load_model_config
+from penchant.requests import EvalRequest
 from penchant.runs import Run
 from penchant.runs.find import START, Source
 from penchant.types import TokenTree
@@ -35,7 +35,7 @@ class Material:
     """
 
     source: Source
-    request: Request
+    request: EvalRequest
     overrides: Sequence[str] = ()
     quiet: bool = False
     notes: list[str] = field(default_factory=list)

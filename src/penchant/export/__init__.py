@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from penchant.export.export import ExportResult, export_run
-from penchant.export.request import ExportRequest
+from penchant.requests import ExportRequest
 
 __all__ = ["ExportRequest", "ExportResult", "export_run"]

@@ -16,9 +16,9 @@ from penchant.base.text import told
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.export.card import CARD, card, hashes
 from penchant.export.formats import FORMATS, Check, Format, compared, dtype_of
-from penchant.export.request import ExportRequest
 from penchant.export.subject import NAMES, Subject, find_subject, outputs
 from penchant.models.options import looks_like_folder
+from penchant.requests import ExportRequest
 
 # ---- A folder that an earlier export left: is it what is asked for now, untouched? Then it can be pushed as it stands ----
 

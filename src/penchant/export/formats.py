@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from penchant.errors import ConfigError
-from penchant.export.gguf import gguf_writer, read_gguf, refuse_what_gguf_cannot
-from penchant.export.request import DTYPES, Q8, ExportRequest
+from penchant.export.gguf import Q8, gguf_writer, read_gguf, refuse_what_gguf_cannot
 from penchant.export.subject import (
     NAMES,
     Subject,
@@ -26,10 +25,12 @@ from penchant.export.subject import (
 )
 from penchant.models.merge import TOLERANCE
 from penchant.models.reward import SETTINGS
+from penchant.requests import ExportRequest
 
 # ---- The forms that a model can take: how each is written, and how its users read it. A new one is a spec here ----
 
 STATE = "state_dict.pt"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from penchant.errors import ConfigError, ModelError
-from penchant.export.request import Q8
 
 if TYPE_CHECKING:
     from penchant.export.subject import Subject
@@ -174,6 +173,7 @@ def _scores(tokens: list[str], types: list[int], merges: list[str]) -> list[floa
 
 # ---- GGUF: a model of a Llama's shape and its tokenizer in one file, by the `gguf` package's writer ----
 
+Q8 = "q8_0"
 BLOCK = 32  # weights of a Q8_0 block: a row's length must be a multiple of it
 QWEN3_HEAD = 128  # transformers' reader knows no other size of a Qwen3 head
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", Q8: "Q8_0"}

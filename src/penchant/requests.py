@@ -1,0 +1,317 @@
+"""The options of each command, once: the command line, `penchant.api` and the work itself take them from here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from penchant.base.text import did_you_mean
+from penchant.errors import ConfigError
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def option(about: str, default: Any = None, metavar: str | None = None, **more: Any) -> Any:
+    """A field of a request.
+
+    Args:
+        about: its help; ``%(default)g`` in it is the default.
+        more: `flag`, where it is not the name; `positional`; `choices`; `group`: its heading in the help; `either`: a switch
+            that also has ``--no-``; `read`: makes the value of the command line's text; `low`, `high`, `above`: bounds.
+    """
+    metadata = {"help": about, "metavar": metavar, **more}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
+    """A request from keywords; sequences may be lists, a path may stand for its text.
+
+    Raises:
+        ConfigError: a keyword that is not an option.
+    """
+    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    for name in asked:
+        if name not in names:
+            raise ConfigError(command, f"unknown option {name!r}", did_you_mean(name, names))
+    made = {f.name: _plain(asked[f.name], f.default == ()) for f in fields(kind) if f.name in asked}  # type: ignore[arg-type]
+    return kind(**made)
+
+
+def shows(kind: type) -> Callable[[F], F]:
+    """Let the signature of a function that takes a request as ``**asked`` list its keywords."""
+
+    def mark(function: F) -> F:
+        own = inspect.signature(function)
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            p.replace(kind=p.KEYWORD_ONLY)
+            for name, p in inspect.signature(kind).parameters.items()
+            if name not in own.parameters
+        ]
+        function.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def _plain(value: Any, several: bool) -> Any:
+    if several or isinstance(value, (list, tuple)):
+        return (value,) if isinstance(value, str) else tuple(value or ())
+    return str(value) if isinstance(value, Path) else value
+
+
+# ---- `penchant eval` ----
+
+WRITES = "what the model writes"
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRequest:
+    """What `penchant eval` is asked of a model; docs/eval.md explains each option."""
+
+    step: str = option("of a run: last, best, 0 (the start) or a number (default: last)", "last")
+    data: str | None = option("rows to evaluate on (default: those that the run holds out)", metavar="FILE")
+    text: str | None = option("plain text: perplexity and bits per byte", metavar="FILE")
+    reference: str | None = option("default: what it started from, where known; or none", metavar="MODEL")
+    base: str | None = option("of an adapter (default: what the adapter names)", metavar="MODEL")
+    beta: float | None = option("of implicit rewards (default: the run's loss.beta, else 1)")
+    exact_kl: bool | None = option("over the whole vocabulary (default: with a reference)", either=True)
+    generate: int | None = option("write to so many prompts", metavar="N", group=WRITES)
+    samples: int = option("completions of each prompt (default: %(default)d)", 1, group=WRITES)
+    max_new_tokens: int = option("tokens of a completion (default: %(default)d)", 64, group=WRITES)
+    temperature: float = option("0: the likeliest token (default: %(default)g)", 1.0, group=WRITES)
+    seed: int = option("of sampling (default: %(default)d)", 0, group=WRITES)
+    reward: Any = option("any reward: sentiment, path.py:function, a reward model's run", group=WRITES)  # noqa: RUF009
+    also: tuple[str, ...] = option("another reward (may be given again)", (), "REWARD", group=WRITES)
+    overlap: bool = option("BLEU and ROUGE against the data's answers", True, either=True, group=WRITES)
+    stemmer: bool = option("Porter's stemmer for ROUGE", False, flag="--rouge-stemmer", group=WRITES)
+    samples_output: str | None = option("write the completions there", metavar="FILE.jsonl", group=WRITES)
+    output: str | None = option("write all figures there", metavar="FILE.json")
+
+    @property
+    def bare(self) -> bool:
+        """Whether nothing is asked beyond a run's own held-out metrics."""
+        asked = (self.data, self.text, self.reference, self.base, self.generate, self.exact_kl, self.beta)
+        return all(value is None for value in asked)
+
+    @property
+    def text_alone(self) -> bool:
+        """Whether a text is all that is to be read: no answers are then."""
+        others = (self.data, self.generate, self.exact_kl, self.beta)
+        return self.text is not None and all(value is None for value in others)
+
+    def check(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            ConfigError: it names the flag.
+        """
+        for flag, value, least in (
+            ("--generate", self.generate, 1),
+            ("--samples", self.samples, 1),
+            ("--max-new-tokens", self.max_new_tokens, 1),
+            ("--seed", self.seed, 0),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(flag, f"is {value}", f"give at least {least}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError("--temperature", f"is {self.temperature:g}", "give 0 (the likeliest token) or more")
+        if self.beta is not None and not 0 < self.beta < float("inf"):
+            raise ConfigError("--beta", f"is {self.beta:g}", "give a positive number")
+        needs = {"--reward": self.reward, "--also": self.also, "--samples-output": self.samples_output}
+        idle = next((flag for flag, value in needs.items() if value), None)
+        if self.generate is None and idle is not None:
+            raise ConfigError(idle, "is about what the model writes, and it writes nothing", "add --generate 100")
+        if self.temperature == 0 and self.samples > 1:
+            raise ConfigError(
+                "--samples", "greedy completions of one prompt are all alike", "give --temperature 1, or one sample"
+            )
+        for flag, path in (("--output", self.output), ("--samples-output", self.samples_output)):
+            if path is not None and Path(path).expanduser().is_dir():
+                raise ConfigError(flag, f"{path} is a folder", "give a file")
+            if path is not None and not Path(path).expanduser().parent.is_dir():
+                raise ConfigError(flag, f"{Path(path).parent}: no such folder", "make it first, or give another file")
+
+    def settings(self) -> dict[str, Any]:
+        """What the figures depend on, apart from model and rows, for the log."""
+        if self.generate is None:
+            return {}
+        names = ("generate", "samples", "temperature", "max_new_tokens", "seed")
+        reward = dict(self.reward) if isinstance(self.reward, Mapping) else self.reward
+        return {n: getattr(self, n) for n in names} | {"reward": reward} | ({"also": [*self.also]} if self.also else {})
+
+
+# ---- `penchant compare` ----
+
+
+@dataclass(frozen=True, slots=True)
+class CompareRequest:
+    """What `penchant compare` is asked of runs; docs/compare.md explains each option. `judge` is text or `JudgeOptions`."""
+
+    reward: Any = option("any reward: sentiment, path.py:function, a reward model's run (default: none)")  # noqa: RUF009
+    also: tuple[str, ...] = option("another reward beside it; may be given again", (), "NAME")
+    judge: Any = option(  # noqa: RUF009
+        "who decides between two answers: path.py:function, or http://HOST:PORT/v1", metavar="JUDGE"
+    )
+    judge_model: str | None = option("the endpoint's model", metavar="NAME")
+    judge_key_env: str | None = option("variable that holds its key (default: OPENAI_API_KEY)", metavar="NAME")
+    judge_instruction: str | None = option("a template in place of the built-in one", metavar="FILE")
+    judge_parameters: str | None = option("of its sampling, in place of the built-in ones", metavar="JSON")
+    judge_concurrency: int | None = option("questions at a time (default: 4)", metavar="N")
+    against: str | None = option("what all are compared with (default: their common start)", metavar="RUN")
+    prompts: int = option("held-out prompts (default: %(default)d)", 200)
+    samples: int = option("completions of each prompt (default: %(default)d)", 1)
+    max_new_tokens: int = option("tokens of a completion (default: %(default)d)", 64)
+    seed: int = option("of sampling (default: %(default)d)", 0)
+    step: str | None = option("best, last or a step's number (default: best where one is tracked, else last)")
+    data: str | None = option("test rows; each reading is written down beside the file", metavar="FILE")
+    output: str | None = option("where both files go (default: beside the first run)", metavar="FOLDER")
+
+
+# ---- `penchant export` ----
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRequest:
+    """What `penchant export` writes; docs/export.md explains each option."""
+
+    run: str = option("a run's folder, or a checkpoint in it", MISSING, "RUN", positional=True)
+    to: str = option("safetensors, pt, merged, adapter or gguf", MISSING, "FORMAT")
+    step: str = option("last, best or a number (default: last)", "last")
+    output: str | None = option("(default: RUN/export/step-N-FORMAT)", metavar="FOLDER")
+    dtype: str = option("fp32, bf16, fp16; gguf also q8_0 (default: as it is stored)", "auto")
+    max_shard_size: str = option("of a safetensors file (default: %(default)s)", "5GB", "SIZE")
+    push: str | None = option("upload the folder to the hub (token: HF_TOKEN or login)", metavar="OWNER/NAME")
+    private: bool = option("where --push makes the repository", False)
+
+
+# ---- `penchant data get` ----
+
+SPLIT = "split, by groups of prompts that are equal or nearly so"
+WHICH = "which rows"
+BECOME = "what they become"
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError("--split", f"is {text!r}", "give three numbers, such as 0.9,0.05,0.05") from error
+
+
+def _rule(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _value(text: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+@dataclass(frozen=True, slots=True)
+class GetRequest:
+    """What `penchant data get` fetches; docs/data_get.md explains each option."""
+
+    name: str = option("of the catalogue, or a hub id (owner/name); none: list it", "", "NAME", positional=True)
+    source: str | None = option("a copy on this machine: a file or a folder", None, "PATH", flag="--from")
+    subsets: tuple[str, ...] = option("may be given again, or all", (), "NAME", flag="--subset")
+    revision: str | None = option("branch, tag or commit (default: the published one)", metavar="NAME")
+    output: str | None = option("where to write (default: data/NAME)", metavar="FOLDER")
+    first: int | None = option("read the first N rows only, and fetch no more than they need", metavar="N")
+    redo: bool = option("make it anew where the folder holds another result", False)
+    quiet: bool = option("no progress", False)
+    split: tuple[float, ...] = option(
+        "shares (default: 0.9,0.05,0.05)", (0.9, 0.05, 0.05), "A,B,C", group=SPLIT, read=_shares
+    )
+    seed: int = option("of the split (default: %(default)d)", 0, group=SPLIT)
+    published_splits: bool = option("keep them; draw only those that are missing", False, group=SPLIT)
+    language: tuple[str, ...] = option("as the data has it: English, en", (), "NAME", group=WHICH)
+    redacted: str = option("rows with redacted names: keep, only or drop (default: keep)", "keep", group=WHICH)
+    moderation: str | float = option(
+        "keep, drop-flagged, or a score from which rows are dropped", "keep", "RULE", group=WHICH, read=_rule
+    )
+    as_: str | None = option("sft, prompts or unpaired (default: what the rows are)", metavar="KIND", group=BECOME)
+    reward: str | None = option(
+        "labels answers for --as unpaired: sentiment, a run, path.py:function", metavar="REWARD", group=BECOME
+    )
+    threshold: float | None = option("an answer is good from this reward on", metavar="X", group=BECOME)
+    label_with: str | None = option(
+        "labels answers: True, False, or None to leave out", metavar="PATH.py:FUNCTION", group=BECOME
+    )
+    layout: str | None = option("of the rows, as `penchant data formats` lists them", metavar="NAME", group=BECOME)
+    columns: Mapping[str, str] = option("", {}, group=BECOME, also=("--columns",))
+    options: Mapping[str, Any] = option(
+        "an option of the layout", {}, "OPTION=VALUE", flag="--set", group=BECOME, read=_value
+    )
+
+    @property
+    def labels(self) -> bool:
+        """Whether a reward or a function says which answers are good."""
+        return self.reward is not None or self.label_with is not None
+
+
+# ---- `penchant chat`, `penchant serve` ----
+
+TEMPLATES = ("auto", "chat", "transcript", "plain")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """Which model answers, and how it is held."""
+
+    model: str = option(
+        "a run, a config, a checkpoint's, an adapter's or a model's folder, or a hub id",
+        MISSING,
+        "RUN",
+        positional=True,
+    )
+    step: str = option("of a run: last, best, 0 (the start) or a number (default: last)", "last")
+    base: str | None = option("of an adapter (default: what the adapter names)", metavar="MODEL")
+    template: str = option(
+        "how messages are written for the model (default: its chat template where it has one)",
+        "auto",
+        choices=TEMPLATES,
+    )
+    dtype: str | None = option("default: as the run has it, else auto", choices=("auto", "fp32", "bf16"))
+    device: str | None = option("default: as the run has it, else auto", choices=("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest(ModelRequest):
+    """What `penchant chat` is asked."""
+
+    against: str | None = option("a second model that answers the same", metavar="RUN")
+    against_step: str = option("its step, where it is a run", "last", "STEP")
+    prefer: str | None = option("where /left and /right go (default: preferences.jsonl)", metavar="FILE.jsonl")
+    blind: bool = option("do not show which answer is whose", False)
+    system: str = option("system prompt", "", "TEXT")
+    temperature: float = option("0: the likeliest token (default: %(default)g)", 0.7, low=0)
+    top_p: float = option("default: %(default)g", 1.0, above=0, high=1)
+    top_k: int = option("default: %(default)d, all tokens", 0, low=0)
+    max_new_tokens: int = option("tokens of an answer (default: %(default)d)", 256, low=1)
+    seed: int = option("of the draws (default: %(default)d)", 0, low=0)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeRequest(ModelRequest):
+    """What `penchant serve` is asked."""
+
+    host: str = option("default: 127.0.0.1; any other needs PENCHANT_API_KEY in the environment", "127.0.0.1")
+    port: int = option("0: one that is free (default: %(default)d)", 8000, low=0, high=65535)
+    name: str | None = option("of the model, as clients call it (default: the folder's, or the hub id)")
+    at_once: int = option("prompts that take turns (default: %(default)d)", 4, low=1, high=64)
+    waiting: int = option("prompts that may wait for a turn (default: %(default)d)", 64, low=0)
+    max_tokens: int = option("of one answer at most (default: %(default)d)", 4096, low=1)
+    max_body: int = option("of a request (default: 4 MiB)", 4 << 20, "BYTES", low=1)
+    timeout: float = option("of a request (default: %(default)g)", 600.0, "SECONDS", above=0)
+    quiet: bool = option("no line for each request", False)
