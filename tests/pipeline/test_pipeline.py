@@ -253,7 +253,7 @@ def test_another_loss_on_the_command_line_starts_from_its_own_defaults(tmp_path:
 
 def test_a_reward_model_is_not_compared() -> None:
     judge, sft = ({"algorithm": {"name": "reward_model"}}, {"loss": "sft"})
-    stages = {n: Stage(n, v, {}, "p.yaml:3", (), Path(n)) for n, v in (("sft", sft), ("judge", judge))}
+    stages = {n: Stage(n, v, {}, "p.yaml:3", Path(n), ()) for n, v in (("sft", sft), ("judge", judge))}
     with pytest.raises(ConfigError, match="judge is a reward model, which writes nothing"):
         _comparison({"models": ["sft", "judge"]}, stages, {}, "p.yaml")
     made = _comparison({"models": ["sft", "sft@last"], "reward": {"stage:judge": 1.0}}, stages, {}, "p.yaml")

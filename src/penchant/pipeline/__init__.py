@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -17,14 +17,12 @@ from penchant.config import (
     Places,
     RunConfig,
     apply_overrides,
-    build,
-    explain_all,
     merged,
     place_of,
     plain_values,
     read_mapping,
-    with_absolute_paths,
 )
+from penchant.config.several import Member, read_section, read_top
 from penchant.errors import ConfigError
 from penchant.rewards.builtin import BUILT_IN, RewardConfig
 
@@ -61,21 +59,16 @@ Resolve = Callable[[Ref], str]
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage: the values of its run's config, where each stands, and which stages it uses.
+class Stage(Member):
+    """One stage: defaults and its own keys, merged, with references still as written.
 
     Args:
-        values: defaults and its own keys, merged; references are still ``stage:...``.
-        places: ``{key path: "file:line"}``; place: of the stage itself.
-        refs: in written order; folder: its run folder.
+        refs: the stages that it uses, in written order.
     """
 
-    name: str
-    values: dict[str, Any]
-    places: Places
-    place: str
     refs: tuple[Ref, ...]
-    folder: Path
+
+    title: ClassVar[str] = "stages.{}"
 
     @cached_property
     def config(self) -> RunConfig:
@@ -83,24 +76,8 @@ class Stage:
         return self.resolved(lambda ref: ref.text)
 
     def resolved(self, resolve: Resolve) -> RunConfig:
-        """The config with every reference replaced by what `resolve` says of it.
-
-        Raises:
-            ConfigError: with the pipeline file's line and the stage's name.
-        """
-        values = resolved({**self.values, "output": str(self.folder)}, resolve)
-        try:
-            return with_absolute_paths(build(values, self.places, self.place))
-        except ConfigError as error:
-            raise self.named(error) from error
-
-    def named(self, error: ConfigError) -> ConfigError:
-        """The same error with the stage's name, at a line of the pipeline file."""
-        # a place has a line or is the command line; anything else is a key of the config
-        at = error.where if error.where in {*self.places.values(), self.place} else ""
-        path = tuple(error.where.split("."))
-        what = error.what if at else f"{error.where} {error.what}"
-        return ConfigError(at or place_of(path, self.places, self.place), f"stages.{self.name}: {what}", error.how)
+        """The config with every reference replaced by what `resolve` says of it."""
+        return self.made_of(resolved(self.values, resolve))
 
     @property
     def upstream(self) -> tuple[str, ...]:
@@ -227,24 +204,13 @@ def pipeline_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = 
 def _pipeline(values: dict[str, Any], places: Places, overrides: Sequence[str], source: str) -> Pipeline:
     named = list(values["stages"]) if isinstance(values.get("stages"), dict) else []
     places = apply_overrides(values, places, overrides)
-    for key in values:
-        if key not in KEYS:
-            hint = f'it goes into "defaults" or a stage: defaults.{key}' if key in RunConfig.model_fields else ""
-            raise ConfigError(
-                place_of((key,), places, source),
-                f'unknown key "{key}" at the top level',
-                hint or did_you_mean(key, KEYS),
-            )
-    output = values.get("output")
-    if not isinstance(output, str) or not output:
-        raise ConfigError(place_of(("output",), places, source), "output is missing", "add it: the pipeline's folder")
+    folder = read_top(values, KEYS, places, source, "pipeline", '"defaults" or a stage: defaults')
     stages, defaults = (_section(values, name, places, source) for name in ("stages", "defaults"))
     if not stages:
         raise ConfigError(source, "there are no stages", "add some: stages: {sft: {loss: sft}, ...}")
     for name in stages:
         if name not in named:
             raise ConfigError("command line", f"there is no stage {name!r}", did_you_mean(name, named))
-    folder = Path(output).expanduser().resolve()
     made = {name: _stage(name, stages, defaults, places, source, folder) for name in stages}
     for stage in made.values():
         _check_references(stage, made)
@@ -258,7 +224,7 @@ def _pipeline(values: dict[str, Any], places: Places, overrides: Sequence[str], 
             place_of(("reward",), stage.places, stage.place),
             f"stages.{stage.name}: reward",
         )
-    return Pipeline(source, folder, made, _comparison(values.get("compare"), made, places, source))
+    return Pipeline(source, folder, made, _comparison(values, made, places, source))
 
 
 def _section(values: Mapping[str, Any], name: str, places: Places, source: str) -> dict[str, Any]:
@@ -295,7 +261,7 @@ def _stage(
             f"stages.{name}: {error.where} {error.what}",
             error.how,
         ) from error
-    return Stage(name, values, mine, place, refs, folder / name)
+    return Stage(name, values, mine, place, folder / name, refs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -421,17 +387,13 @@ def _reached(name: str, stages: Mapping[str, Stage]) -> set[str]:
 # the comparison
 
 
-def _comparison(section: Any, stages: Mapping[str, Stage], places: Places, source: str) -> Comparison | None:
-    if section is None:
+def _comparison(
+    values: Mapping[str, Any], stages: Mapping[str, Stage], places: Places, source: str
+) -> Comparison | None:
+    if values.get("compare") is None:
         return None
     place = place_of(("compare",), places, source)
-    if not isinstance(section, dict):
-        raise ConfigError(place, f"compare is {section!r}", "it is a section: indent its keys below it")
-    try:
-        config = CompareConfig.model_validate(section)
-    except ValidationError as error:
-        fields = CompareConfig.model_fields
-        raise explain_all(error, ("compare",), places, source, lambda word: did_you_mean(word, fields)) from error
+    config = read_section(CompareConfig, "compare", values, places, source)
     try:
         models = tuple(
             parse_reference("stage:" + m.removeprefix("stage:"), ("compare", "models", str(i)))

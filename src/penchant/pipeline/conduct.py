@@ -6,85 +6,63 @@ import gc
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from penchant.config import RunConfig
-from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
+from penchant.errors import CheckpointError
 from penchant.models.merge import is_adapter, merge_to_folder, model_sha256
 from penchant.models.options import check_model_path
 from penchant.pipeline import Pipeline, Ref, Stage
 from penchant.pipeline.compare import Comparer, Outcome
 from penchant.runfolder import RunLock
 from penchant.runs import Run
-from penchant.runs.state import Inputs, State, changes, check_reward, model_folder, outputs_of, stage_inputs
-from penchant.training.checkpoint import latest_checkpoint
+from penchant.runs.state import (
+    Inputs,
+    Planned,
+    State,
+    check_reward,
+    judge,
+    locked,
+    model_folder,
+    outputs_of,
+    stage_inputs,
+)
 from penchant.training.console import console, duration
 
 # ---- What a pipeline has done: `pipeline.json`, the inputs of its stages, and what follows from them for the next call ----
 
-Action = Literal["done", "run", "resume", "stale", "later"]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a stage leaves, and what it starts from
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is to be done
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """What is to be done with a stage, and why."""
-
-    name: str
-    action: Action
-    why: str
-
-
-def judge(stage: Stage, record: Mapping[str, Any] | None, inputs: Inputs) -> Planned:
+def judge_stage(stage: Stage, record: Mapping[str, Any] | None, inputs: Inputs) -> Planned:
     """What is to be done with a stage whose inputs are all there.
 
     Args:
         record: what `pipeline.json` says of it, None where it says nothing; inputs: as they are now.
     """
-    last, _ = latest_checkpoint(stage.folder)
-    if record is None:
-        if last is not None or (stage.folder / "identity.json").exists():
-            return Planned(stage.name, "stale", "its folder holds a run that this pipeline did not make")
-        return Planned(stage.name, "run", "not started")
-    finished = record["state"] == "finished"
-    if last is None:
-        return Planned(stage.name, "run", "its checkpoints are gone" if finished else "started, no checkpoint yet")
-    found = changes(record["inputs"], inputs)
-    if found:
-        return Planned(stage.name, "stale", "; ".join(found))
-    if not finished:
-        return Planned(stage.name, "resume", f"interrupted at {last.name.replace('-', ' ')}")
+    made = judge(stage, record, inputs, "pipeline")
+    if made is not None:
+        return made
+    assert record is not None
     for name, sha256 in record["checkpoints"].items():
         model = stage.folder / "checkpoints" / name / "model"
         if not model.is_dir():
-            return Planned(stage.name, "stale", f"its {name} is gone")
+            return Planned(stage.name, "changed", f"its {name} is gone")
         if model_sha256(model) != sha256:
-            return Planned(stage.name, "stale", f"its own model ({name}) was changed after training")
+            return Planned(stage.name, "changed", f"its own model ({name}) was changed after training")
     return Planned(stage.name, "done", f"{record['steps']} steps")
 
 
-def refusal(planned: Planned, source: str) -> CheckpointError:
-    """Why a stale stage is neither skipped nor overwritten, and how to go on."""
-    return CheckpointError(
-        source,
-        f"stages.{planned.name} is done or half done with other inputs: {planned.why}",
-        f"--redo {planned.name} moves its folder aside and trains it anew, with every stage that uses it; "
-        "or undo the change, or choose another output",
-    )
+def _check(stage: Stage, planned: Planned) -> None:
+    """Refuse a stage that would come out otherwise now, and say how to go on."""
+    if planned.action == "changed":
+        how = f"--redo {stage.name} moves its folder aside and trains it anew, with every stage that uses it; "
+        raise stage.refusal(planned.why, how + "or undo the change, or choose another output")
 
 
 def move_aside(pipeline: Pipeline, names: Sequence[str], state: State) -> list[str]:
@@ -147,7 +125,7 @@ WORDS = {
     "done": "unchanged",
     "run": "to run",
     "resume": "to continue",
-    "stale": "CHANGED",
+    "changed": "CHANGED",
     "later": "to be looked at again",
 }
 
@@ -197,7 +175,7 @@ class Conductor:
         """
         found = {}
         for stage in self.pipeline.stages.values():
-            with _named(stage):
+            with stage.naming():
                 _check_models(stage)
                 check_reward(stage.values.get("reward"))
                 found[stage.name] = run = Run(stage.config, quiet=True)
@@ -238,10 +216,10 @@ class Conductor:
             if waits and record is not None and stage.folder.exists():
                 made = Planned(stage.name, "later", f"after {', '.join(waits)}")
             elif waits:
-                made = judge(stage, record, {})
-                made = made if made.action == "stale" else Planned(stage.name, "run", f"after {', '.join(waits)}")
+                made = judge_stage(stage, record, {})
+                made = made if made.action == "changed" else Planned(stage.name, "run", f"after {', '.join(waits)}")
             else:
-                made = judge(stage, record, self.inputs(stage))
+                made = judge_stage(stage, record, self.inputs(stage))
             planned[stage.name] = made
         return list(planned.values())
 
@@ -279,7 +257,7 @@ class Conductor:
             self.pipeline.stage(only, "--only")
         again = self._redone(redo)
         _ = self.data, self.comparer  # everything is checked before anything trains
-        with _locked(self.pipeline.output):
+        with locked(self.pipeline.output):
             self.state = State.read(self.pipeline.output)
             for sentence in move_aside(self.pipeline, again, self.state):
                 self.console.note(sentence)
@@ -288,8 +266,7 @@ class Conductor:
                 self._check_needed(only, planned)
             targets = [only] if only is not None else list(self.pipeline.stages)
             for name in targets:
-                if planned[name].action == "stale":
-                    raise refusal(planned[name], self.pipeline.stages[name].place)
+                _check(self.pipeline.stages[name], planned[name])
             done = {}
             for number, name in enumerate(targets, 1):
                 done[name] = self._stage(self.pipeline.stages[name], f"[{number}/{len(targets)}]")
@@ -309,8 +286,7 @@ class Conductor:
 
     def _check_needed(self, only: str, planned: dict[str, Planned]) -> None:
         for name in self.pipeline.needed(only):
-            if planned[name].action == "stale":
-                raise refusal(planned[name], self.pipeline.stages[name].place)
+            _check(self.pipeline.stages[name], planned[name])
             if planned[name].action != "done":
                 raise CheckpointError(
                     self.pipeline.stages[only].place,
@@ -321,13 +297,12 @@ class Conductor:
     def _stage(self, stage: Stage, number: str) -> str:
         """Skip, resume or train one stage; returns what was done, in words."""
         inputs = self.inputs(stage)
-        planned = judge(stage, self.state.stages.get(stage.name), inputs)
-        if planned.action == "stale":
-            raise refusal(planned, stage.place)
+        planned = judge_stage(stage, self.state.stages.get(stage.name), inputs)
+        _check(stage, planned)
         self.console.note(f"{number} {stage.name}: {WORDS[planned.action]}, {planned.why}")
         if planned.action == "done":
             return f"unchanged, {planned.why}"
-        with _named(stage):
+        with stage.naming():
             return self._train(stage, inputs, planned)
 
     def _train(self, stage: Stage, inputs: Inputs, planned: Planned) -> str:
@@ -369,30 +344,3 @@ def _check_models(stage: Stage) -> None:
     for path in (config.model.path, config.reference.path):
         if path is not None and not path.startswith("stage:"):
             check_model_path(path)
-
-
-@contextmanager
-def _named(stage: Stage) -> Iterator[None]:
-    """Errors inside a stage say which one it is, and settings the pipeline file's line."""
-    try:
-        yield
-    except ConfigError as error:
-        raise stage.named(error) from error
-    except (DataError, ModelError) as error:
-        raise type(error)(error.where, f"stages.{stage.name}: {error.what}", error.how) from error
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(folder)
-        lock.__enter__()
-    except (FileExistsError, NotADirectoryError) as error:
-        raise CheckpointError(str(folder), "output is a file, or lies below one", "choose another output") from error
-    except OSError as error:
-        raise CheckpointError(str(folder), f"cannot be written ({error.strerror})", "choose another output") from error
-    try:
-        yield
-    finally:
-        lock.__exit__()

@@ -1,28 +1,103 @@
-"""What a run starts from, and what a set of runs has done."""
+"""What a run starts from, and what several runs of one file (a sweep's runs, a pipeline's stages) are and have done."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from penchant.base.files import file_sha256, write_atomically
 from penchant.config import WATCHING_ONLY, RunConfig, default_settings
+from penchant.config.several import Member
 from penchant.errors import CheckpointError
 from penchant.models.merge import model_sha256
 from penchant.rewards import load_reward
 from penchant.rewards.functions import reward_device
 from penchant.rewards.reward_model import check_reward_folder, find_reward_model
-from penchant.runfolder import differences
+from penchant.runfolder import RunLock, differences
 from penchant.training.checkpoint import checkpoints, latest_checkpoint
 
 Inputs = dict[str, Any]
 
+# ---- What several runs of one file have done, and what is to be done with each ----
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What is to be done with a run (``done``: nothing; ``run``, ``resume``, ``changed``, ``later``), and why."""
+
+    name: str
+    action: str
+    why: str
+
+
+def judge(
+    member: Member, record: Mapping[str, Any] | None, inputs: Inputs, what: str, ended: Collection[str] = ("finished",)
+) -> Planned | None:
+    """What is to be done with a run that cannot go on from a checkpoint as it is, or has not ended; None: its record says.
+
+    Args:
+        record: what the state says of it, None where it says nothing; inputs: as they are now; what: made it, a sweep or a pipeline.
+        ended: states of runs that came to an end.
+    """
+    last, _ = latest_checkpoint(member.folder)
+    if record is None:
+        if last is not None or (member.folder / "identity.json").exists():
+            return Planned(member.name, "changed", f"its folder holds a run that this {what} did not make")
+        return Planned(member.name, "run", "not started")
+    state = record["state"]
+    if last is None and not (state == "stopped" and state in ended and member.folder.exists()):
+        gone = state in ended or state in ("paused", "cut")
+        return Planned(member.name, "run", "its checkpoints are gone" if gone else "started, no checkpoint yet")
+    found = changes(record["inputs"], inputs)
+    if found:
+        return Planned(member.name, "changed", "; ".join(found))
+    if state not in (*ended, "paused", "cut"):
+        assert last is not None
+        return Planned(member.name, "resume", f"interrupted at {last.name.replace('-', ' ')}")
+    return None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder of several runs, made and held.
+
+    Raises:
+        CheckpointError: it cannot be, or another process has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(folder)
+        lock.__enter__()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CheckpointError(str(folder), "output is a file, or lies below one", "choose another output") from error
+    except OSError as error:
+        raise CheckpointError(str(folder), f"cannot be written ({error.strerror})", "choose another output") from error
+    try:
+        yield
+    finally:
+        lock.__exit__()
+
+
+def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """What several runs have done; empty where nothing is written yet.
+
+    Raises:
+        CheckpointError: the file was damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {**values, **{key: values[key] for key in keys}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(str(path), f"cannot be read ({error})", "restore it, or choose another output") from error
+
 
 STATE = "pipeline.json"
-
 
 CHANGED = {  # parts of the inputs other than settings, and how a change in them is said
     "data": "the {} rows have changed",
@@ -47,25 +122,15 @@ class State:
 
     @classmethod
     def read(cls, folder: Path) -> State:
-        """The state of the pipeline in `folder`; an empty one where there is none.
-
-        Raises:
-            CheckpointError: the file was damaged.
-        """
-        path = folder / STATE
-        if not path.exists():
-            return cls(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(path, dict(values["stages"]), dict(values["comparison"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                str(path), f"cannot be read ({error})", "restore it, or choose another output"
-            ) from error
+        """The state of the pipeline in `folder`; an empty one where there is none."""
+        return cls(folder / STATE, **read_state(folder / STATE, ("stages", "comparison")))
 
     def save(self) -> None:
         """Write the file so that a reader, or a crash, sees the old or the new one."""
         write_atomically(self.path, {"stages": self.stages, "comparison": self.comparison})
+
+
+# ---- What a run starts from ----
 
 
 def model_folder(folder: Path, which: str | None) -> Path:

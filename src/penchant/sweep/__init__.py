@@ -7,12 +7,10 @@ import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from penchant.algorithms import ALGORITHMS
 from penchant.base.text import did_you_mean
@@ -21,17 +19,15 @@ from penchant.config import (
     Places,
     RunConfig,
     apply_overrides,
-    build,
-    explain_all,
     merged,
     parse_yaml,
     place_of,
     plain_values,
     read_mapping,
     set_key,
-    with_absolute_paths,
 )
-from penchant.errors import ConfigError, DataError, ModelError, PenchantError, RewardError
+from penchant.config.several import Member, read_section, read_top
+from penchant.errors import ConfigError
 from penchant.losses import LOSSES
 from penchant.metrics.names import higher_is_better
 from penchant.sweep.halving import Halving, read_halving
@@ -158,55 +154,25 @@ _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
 
 
 @dataclass(frozen=True)
-class SweepRun:
+class SweepRun(Member):
     """One run of a sweep.
 
     Args:
-        name: its folder's; setting: the same without its seed: runs of one setting are put together in the table.
-        varied: ``{key path: value}`` that tells it from the others; values: of its config, without output.
-        places: ``{key path: "file:line"}``; place: of the sweep; folder: the run's.
+        setting: its name without its seed: runs of one setting are put together in the table.
+        varied: ``{key path: value}`` that tells it from the others.
     """
 
-    name: str
     setting: str
     varied: Mapping[str, Any]
-    values: dict[str, Any]
-    places: Places
-    place: str
-    folder: Path
 
     @cached_property
     def config(self) -> RunConfig:
-        """The run's config, checked.
-
-        Raises:
-            ConfigError: with the file's line and the run's name.
-        """
-        values = {**copy.deepcopy(self.values), "output": str(self.folder)}
-        try:
-            return with_absolute_paths(build(values, self.places, self.place))
-        except ConfigError as error:
-            raise self.named(error) from error
+        """The run's config, checked."""
+        return self.made_of(copy.deepcopy(self.values))
 
     @property
     def seed(self) -> int:
         return self.config.train.seed
-
-    def named(self, error: ConfigError) -> ConfigError:
-        """The same error with the run's name, at a line of the file."""
-        at = error.where if error.where in {*self.places.values(), self.place} else ""
-        what = error.what if at else f"{error.where} {error.what}"
-        where = at or place_of(tuple(error.where.split(".")), self.places, self.place)
-        return ConfigError(where, f"run {self.name}: {what}", error.how)
-
-
-def named(run: SweepRun, error: PenchantError) -> PenchantError:
-    """An error that a run met, with the run's name, and at the file's line where it is about a setting."""
-    if isinstance(error, ConfigError):
-        return run.named(error)
-    if isinstance(error, (DataError, ModelError, RewardError)):
-        return type(error)(error.where, f"run {run.name}: {error.what}", error.how)
-    return error
 
 
 @dataclass(frozen=True)
@@ -253,17 +219,7 @@ def _sweep(values: dict[str, Any], places: Places, overrides: Sequence[str], sou
         values, places = _of_a_run(values, places)
     own, of_base = _told_apart(overrides)
     places = apply_overrides(values, places, own)
-    for key in values:
-        if key not in KEYS:
-            hint = f'it goes into "base": base.{key}' if key in RunConfig.model_fields else ""
-            raise ConfigError(
-                place_of((key,), places, source),
-                f'unknown key "{key}" at the top level',
-                hint or did_you_mean(key, KEYS),
-            )
-    output = values.get("output")
-    if not isinstance(output, str) or not output:
-        raise ConfigError(place_of(("output",), places, source), "output is missing", "add it: the sweep's folder")
+    output = read_top(values, KEYS, places, source, "sweep", '"base": base')
     base, base_places = _base(values, places, source, beside)
     axes = grid(values.get("grid"), places, source, base)
     for text in of_base:
@@ -273,7 +229,7 @@ def _sweep(values: dict[str, Any], places: Places, overrides: Sequence[str], sou
             axes[key] = axis(key, listed, ["command line"] * len(listed))
         else:
             base_places = apply_overrides(base, base_places, [text])
-    maker = _Maker(base, base_places, source, Path(output).expanduser().resolve())
+    maker = _Maker(base, base_places, source, output)
     if values.get("search") is not None:
         return _search(values, places, source, maker, axes)
     variants = _variants(values.get("runs"), places, source)
@@ -405,7 +361,7 @@ class _Maker:
         setting = "-".join([*before, *(piece for key, piece in pieces if key != SEED)]) or "all"
         varied = ({"run": variant} if variant != BASE else {}) | {key: value for key, value, *_ in settings}
         self._hold_out_alike(values)
-        return SweepRun(name, setting, varied, values, places, self.source, self.output / name)
+        return SweepRun(name, values, places, self.source, self.output / name, setting, varied)
 
     def _hold_out_alike(self, values: dict[str, Any]) -> None:
         """What is held out stays the same whatever train.seed is: runs are compared on the same rows."""
@@ -469,14 +425,7 @@ def _search(values: Mapping[str, Any], places: Places, source: str, maker: _Make
             "halving stands beside a search, whose trials follow one another and cannot wait for each other at a rung",
             "keep one; halving goes with a grid or runs",
         )
-    section = values["search"]
-    if not isinstance(section, dict):
-        raise ConfigError(place, f"search is {section!r}", "it is a section: indent its keys below it")
-    try:
-        config = SearchConfig.model_validate(section)
-    except ValidationError as error:
-        fields = SearchConfig.model_fields
-        raise explain_all(error, ("search",), places, source, lambda word: did_you_mean(word, fields)) from error
+    config = read_section(SearchConfig, "search", values, places, source)
     keys = {key: long_key(key, maker.base, place_of(("search", "space", key), places, source)) for key in config.space}
     config = config.model_copy(update={"space": {keys[k]: v for k, v in config.space.items()}})
     where = {long: place_of(("search", "space", key), places, source) for key, long in keys.items()}
@@ -485,7 +434,7 @@ def _search(values: Mapping[str, Any], places: Places, source: str, maker: _Make
         settings = [(key, value, label(value), where[key]) for key, value in drawn.items()]
         made = maker.run(BASE, ({}, {}), settings)
         name = f"trial-{number}"
-        return SweepRun(name, name, made.varied, made.values, made.places, made.place, maker.output / name)
+        return replace(made, name=name, setting=name, folder=maker.output / name)
 
     configs = []
     for corner in _corners(config.space):  # every end and choice is checked before anything trains

@@ -6,10 +6,9 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from penchant.base.files import write_atomically
 from penchant.base.text import did_you_mean
@@ -17,11 +16,11 @@ from penchant.config import WATCHING_ONLY
 from penchant.errors import CheckpointError, ConfigError, PenchantError
 from penchant.models.options import check_model_path
 from penchant.report import LiveReport
-from penchant.runfolder import RunLock, differences
+from penchant.runfolder import differences
 from penchant.runs import Run
 from penchant.runs.sharing import Shared
-from penchant.runs.state import Inputs, changes, check_reward, stage_inputs
-from penchant.sweep import Sweep, SweepRun, named
+from penchant.runs.state import Inputs, Planned, changes, check_reward, judge, locked, read_state, stage_inputs
+from penchant.sweep import Sweep, SweepRun
 from penchant.sweep.halving import Halving, Standing, standings
 from penchant.sweep.search import SearchConfig, draw
 from penchant.sweep.table import Table, make_table
@@ -82,7 +81,6 @@ def _value(records: Records, run: SweepRun, halving: Halving, rung: int) -> floa
 
 # ---- What a sweep has done: `sweep.json`, and what follows from it for the next call ----
 
-Action = Literal["done", "run", "resume", "changed"]
 STATE, LINES = "sweep.json", "sweep.jsonl"
 ENDED = ("finished", "stopped")  # a run that stopped itself is a result, one that was interrupted is not
 
@@ -111,18 +109,11 @@ class State:
             CheckpointError: the file was damaged, or the folder holds something else.
         """
         path = folder / STATE
-        if not path.exists():
-            for other, what in (("identity.json", "one run"), ("pipeline.json", "a pipeline")):
-                if (folder / other).exists():
-                    raise CheckpointError(str(folder), f"is the folder of {what}", "choose another output")
-            return cls(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(path, dict(values["runs"]), values["search"], values["table"], dict(values.get("sweep", {})))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                str(path), f"cannot be read ({error})", "restore it, or choose another output"
-            ) from error
+        for other, what in (("identity.json", "one run"), ("pipeline.json", "a pipeline")):
+            if not path.exists() and (folder / other).exists():
+                raise CheckpointError(str(folder), f"is the folder of {what}", "choose another output")
+        values = read_state(path, ("runs", "search", "table"))
+        return cls(path, about=values.pop("sweep", {}), **values)
 
     def save(self) -> None:
         """Write the file so that a reader, or a crash, sees the old or the new one."""
@@ -184,52 +175,30 @@ class State:
         self.about["halving"] = now
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """What is to be done with a run, and why."""
-
-    name: str
-    action: Action
-    why: str
-
-
-def judge(run: SweepRun, record: Mapping[str, Any] | None, inputs: Inputs, halved: bool = False) -> Planned:
+def judge_run(run: SweepRun, record: Mapping[str, Any] | None, inputs: Inputs, halved: bool = False) -> Planned:
     """What is to be done with a run.
 
     Args:
         record: what `sweep.json` says of it, None where it says nothing; inputs: as they are now; halved: whether what was cut stays so.
     """
-    last, _ = latest_checkpoint(run.folder)
-    if record is None:
-        if last is not None or (run.folder / "identity.json").exists():
-            return Planned(run.name, "changed", "its folder holds a run that this sweep did not make")
-        return Planned(run.name, "run", "not started")
-    state = record["state"]
-    if state == "cut" and halved and not changes(record["inputs"], inputs):
+    if record is not None and record["state"] == "cut" and halved and not changes(record["inputs"], inputs):
         return Planned(run.name, "done", record["why"])  # whether its folder is still there or not
-    if not run.folder.exists() or (state == "finished" and last is None):
-        return Planned(run.name, "run", "its checkpoints are gone")
-    if last is None and state not in ENDED:
-        return Planned(run.name, "run", "started, no checkpoint yet")
-    found = changes(record["inputs"], inputs)
-    if found:
-        return Planned(run.name, "changed", "; ".join(found))
-    if state == "stopped":
+    made = judge(run, record, inputs, "sweep", ENDED)
+    if made is not None:
+        return made
+    assert record is not None
+    if record["state"] == "stopped":
         return Planned(run.name, "done", f"stopped itself: {record['why']}")
-    if state == "finished":
+    if record["state"] == "finished":
         return Planned(run.name, "done", f"{record['steps']} steps")
+    last, _ = latest_checkpoint(run.folder)
     assert last is not None
-    if state in ("paused", "cut"):
-        return Planned(run.name, "resume", f"at a rung, {last.name.replace('-', ' ')}")
-    return Planned(run.name, "resume", f"interrupted at {last.name.replace('-', ' ')}")
+    return Planned(run.name, "resume", f"at a rung, {last.name.replace('-', ' ')}")
 
 
-def refusal(planned: Planned, folder: Path, source: str) -> CheckpointError:
-    """Why a changed run is neither skipped nor overwritten, and how to go on."""
-    return CheckpointError(
-        source,
-        f"run {planned.name} is done or half done with other inputs: {planned.why}",
-        f"undo the change, choose another output, or move {folder / planned.name} away to have it trained anew",
+def _refusal(run: SweepRun, why: str) -> CheckpointError:
+    return run.refusal(
+        why, f"undo the change, choose another output, or move {run.folder} away to have it trained anew"
     )
 
 
@@ -313,7 +282,7 @@ class SweepConductor:
             ConfigError, DataError, ModelError: with the run's name.
         """
         if run.name not in self._inputs:
-            with _named(run):
+            with run.naming():
                 self._inputs[run.name] = self._read_inputs(run)
         return self._inputs[run.name]
 
@@ -345,7 +314,7 @@ class SweepConductor:
     def plan(self) -> list[Planned]:
         """What would be done with each run, in order; nothing is trained or written."""
         halved = self.sweep.halving is not None
-        planned = [judge(run, self.state.runs.get(run.name), self.inputs(run), halved) for run in self.known_runs()]
+        planned = [judge_run(run, self.state.runs.get(run.name), self.inputs(run), halved) for run in self.known_runs()]
         if self.sweep.halving is not None:
             for run in self.sweep.runs:
                 self._rungs(self.sweep.halving, run)
@@ -358,7 +327,7 @@ class SweepConductor:
             ConfigError: it is too short for them.
         """
         if run.name not in self._steps:
-            with _named(run):
+            with run.naming():
                 self._steps[run.name] = Run(run.config, quiet=True, shared=self.shared).schedule.total_steps
         total = self._steps[run.name]
         steps = halving.steps(total)
@@ -391,13 +360,13 @@ class SweepConductor:
             ConfigError, DataError, ModelError, RewardError: the user can fix it. CheckpointError: a run is done with other inputs, or
             the folder is in use. Interrupted: a signal; the same command continues.
         """
-        with _locked(self.sweep.output):
+        with locked(self.sweep.output):
             self.state = State.read(self.sweep.output)
             if self.sweep.search is not None:
                 self.state.same_search(self.sweep.search, self.sweep.source)
-            for planned in self.plan():
+            for run, planned in zip(self.known_runs(), self.plan(), strict=True):
                 if planned.action == "changed":
-                    raise refusal(planned, self.sweep.output, self.sweep.source)
+                    raise _refusal(run, planned.why)
             self._say_what_is_not_ours()
             self._remember_what_it_is()
             try:
@@ -479,9 +448,9 @@ class SweepConductor:
             run = self._drawn(number) if self.sweep.search is not None else self.sweep.runs[number]
             if self.rung and at_rung(self.state.runs.get(run.name, {}), self.rung) is not None:
                 continue  # it is there, or was further already
-            planned = judge(run, self.state.runs.get(run.name), self.inputs(run), self.rung > 0)
+            planned = judge_run(run, self.state.runs.get(run.name), self.inputs(run), self.rung > 0)
             if planned.action == "changed":
-                raise refusal(planned, self.sweep.output, self.sweep.source)
+                raise _refusal(run, planned.why)
             if planned.action != "done":
                 yield run
                 continue
@@ -517,7 +486,7 @@ class SweepConductor:
                 made = {"state": "interrupted", "seconds": time.monotonic() - started}
                 self._end(run, made)
                 if isinstance(error, PenchantError) and not isinstance(error, Interrupted):
-                    raise named(run, error) from error
+                    raise run.named(error) from error
                 raise
             gc.collect()  # the next run needs the room
             self._end(run, {**made, "seconds": time.monotonic() - started})
@@ -585,27 +554,3 @@ class SweepConductor:
         if self.sweep.search is not None:
             varied = " (" + ", ".join(f"{k}={v}" for k, v in run.varied.items()) + ")"
         return f"[{at}/{self.total}] {run.name}{varied}"
-
-
-@contextmanager
-def _named(run: SweepRun) -> Iterator[None]:
-    try:
-        yield
-    except PenchantError as error:
-        raise named(run, error) from error
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(folder)
-        lock.__enter__()
-    except (FileExistsError, NotADirectoryError) as error:
-        raise CheckpointError(str(folder), "output is a file, or lies below one", "choose another output") from error
-    except OSError as error:
-        raise CheckpointError(str(folder), f"cannot be written ({error.strerror})", "choose another output") from error
-    try:
-        yield
-    finally:
-        lock.__exit__()

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from penchant.base.section import Section
-from penchant.base.text import did_you_mean
-from penchant.config import Places, RunConfig, explain_all, place_of
+from penchant.config import Places, RunConfig, place_of
+from penchant.config.several import read_section
 from penchant.errors import ConfigError
 
 SCALED = ("eval/loss", "eval/rewards/margins", "eval/rewards/chosen", "eval/rewards/rejected")  # in units of the loss
@@ -113,17 +113,10 @@ def read_halving(
     Raises:
         ConfigError: with the file's line.
     """
-    section = values.get("halving")
-    if section is None:
+    if values.get("halving") is None:
         return None
     place = place_of(("halving",), places, source)
-    if not isinstance(section, dict):
-        raise ConfigError(place, f"halving is {section!r}", "write halving: {rungs: 3, factor: 3}")
-    try:
-        config = HalvingConfig.model_validate(section)
-    except ValidationError as error:
-        fields = HalvingConfig.model_fields
-        raise explain_all(error, ("halving",), places, source, lambda word: did_you_mean(word, fields)) from error
+    config = read_section(HalvingConfig, "halving", values, places, source)
     chosen = config.metric or metric
     place = place_of(("halving", "metric"), places, place) if config.metric else place
     if not chosen.startswith("eval/") or chosen.endswith("/ci"):

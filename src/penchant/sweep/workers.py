@@ -15,7 +15,7 @@ from typing import Any
 
 import penchant
 from penchant.errors import CheckpointError
-from penchant.sweep import SweepRun, named
+from penchant.sweep import SweepRun
 from penchant.sweep.worker import error_of
 from penchant.training.loop import Interrupted
 
@@ -141,7 +141,7 @@ class Workers:
         else:
             end(run, made)
         if made is not None and "error" in made:
-            raise named(run, error_of(made))
+            raise run.named(error_of(made))
         if made is None and not self.stopping.is_set():
             code = worker.process.wait()
             raise CheckpointError(

@@ -1,0 +1,105 @@
+"""A file of several runs: a sweep's runs, a pipeline's stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from penchant.base.text import did_you_mean
+from penchant.config import Places, RunConfig, build, explain_all, place_of, with_absolute_paths
+from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError, RewardError
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def read_top(values: Mapping[str, Any], keys: Sequence[str], places: Places, source: str, what: str, part: str) -> Path:
+    """The output folder of a file of several runs.
+
+    Args:
+        keys: of the file; what: it is, a sweep or a pipeline; part: where the keys of a run go, as far as the key itself.
+
+    Raises:
+        ConfigError: an unknown key, or no output.
+    """
+    for key in values:
+        if key not in keys:
+            belongs = f"it goes into {part}.{key}" if key in RunConfig.model_fields else did_you_mean(key, keys)
+            raise ConfigError(place_of((key,), places, source), f'unknown key "{key}" at the top level', belongs)
+    output = values.get("output")
+    if not isinstance(output, str) or not output:
+        raise ConfigError(place_of(("output",), places, source), "output is missing", f"add it: the {what}'s folder")
+    return Path(output).expanduser().resolve()
+
+
+def read_section(kind: type[S], name: str, values: Mapping[str, Any], places: Places, source: str) -> S:
+    """A section of such a file, checked.
+
+    Raises:
+        ConfigError: with the file's line.
+    """
+    section = values[name]
+    if not isinstance(section, dict):
+        place = place_of((name,), places, source)
+        raise ConfigError(place, f"{name} is {section!r}", "it is a section: indent its keys below it")
+    try:
+        return kind.model_validate(section)
+    except ValidationError as error:
+        hint = lambda word: did_you_mean(word, kind.model_fields)  # noqa: E731
+        raise explain_all(error, (name,), places, source, hint) from error
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run of a sweep or a stage of a pipeline, as the file describes it.
+
+    Args:
+        values: of its config, without output; places: ``{key path: "file:line"}``; place: of a key that has none; folder: the run's.
+    """
+
+    name: str
+    values: dict[str, Any]
+    places: Places
+    place: str
+    folder: Path
+
+    title: ClassVar[str] = "run {}"
+
+    def made_of(self, values: Mapping[str, Any]) -> RunConfig:
+        """The config that `values` give in this run's folder.
+
+        Raises:
+            ConfigError: with the file's line and the run's name.
+        """
+        with self.naming():
+            return with_absolute_paths(build({**values, "output": str(self.folder)}, self.places, self.place))
+
+    def named(self, error: PenchantError) -> PenchantError:
+        """The same error with the run's name, and at the file's line where it is about a setting."""
+        title = self.title.format(self.name)
+        if isinstance(error, ConfigError):
+            # a place has a line or is the command line; anything else is a key of the config
+            known = error.where in {*self.places.values(), self.place}
+            where = error.where if known else place_of(tuple(error.where.split(".")), self.places, self.place)
+            what = error.what if known else f"{error.where} {error.what}"
+            return ConfigError(where, f"{title}: {what}", error.how)
+        if isinstance(error, (DataError, ModelError, RewardError)):
+            return type(error)(error.where, f"{title}: {error.what}", error.how)
+        return error
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Errors inside say which run they are of."""
+        try:
+            yield
+        except PenchantError as error:
+            raise self.named(error) from error
+
+    def refusal(self, why: str, how: str) -> CheckpointError:
+        """Why it is neither skipped nor overwritten when it would come out otherwise now."""
+        what = f"{self.title.format(self.name)} is done or half done with other inputs: {why}"
+        return CheckpointError(self.place, what, how)
