@@ -214,3 +214,21 @@ def test_a_tokenizer_with_a_call_of_its_own_is_called() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.__class__ = Own
     assert encode_texts(tokenizer, ["a", "b"]) == [[7], [7]]
+
+
+def test_a_cut_prompt_keeps_its_bos() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.post_processor = _bos_first()
+    tree = _only([_pair("0123456789" * 3, "abcdef", "xy")], tokenizer, max_length=20)
+    assert tokenizer.decode(tree.prompt_ids) == "<s>890123456789"
+    assert len(tree.prompt_ids) + max(map(len, tree.completion_ids)) == 20
+
+
+def test_what_just_fits_is_not_cut() -> None:
+    """Six letters and EOS behind a prompt of ten tokens: whole at 17, without EOS at 16, and counted as that."""
+    for max_length, cut in ((17, False), (16, True)):
+        done = tokenize(from_rows([_pair("p" * 8, "abcdefgh", "xy")]), tiny_tokenizer(), max_length=max_length)
+        (tree,) = done.trees
+        assert tree.truncated == (cut, False) and len(done.cut_completions) == cut and not done.cut_prompts
+        assert (tree.completion_ids[0][-1] == EOS) != cut and len(tree.completion_ids[0]) == max_length - 8
+        assert tree.completion_ids[1][-1] == EOS

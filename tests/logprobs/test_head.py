@@ -122,6 +122,8 @@ def test_every_packing_gives_the_divergence_of_full_logits(family: str, packing:
             [_of_one(policy, ref, t.prompt_ids.tolist(), c.tolist(), kind) for t in trees for c in t.completion_ids]
         )
     assert torch.allclose(sums, expected, rtol=1e-8)
+    ref_logps = LiveReference(Scorer(ref, packing)).token_logps(batch)  # scale and cap of its head included
+    assert out.ref_tokens is not None and torch.allclose(out.ref_tokens, ref_logps, rtol=1e-10)
 
 
 def _of_one(policy: Any, ref: Any, prompt: list[int], completion: list[int], kind: DivergenceKind) -> torch.Tensor:

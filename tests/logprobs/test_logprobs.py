@@ -9,6 +9,8 @@ from families import VOCAB, family_configs, some_trees, tiny_model
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer
 from penchant.logprobs.head import token_logps
+from penchant.models.load import add_lora
+from penchant.models.options import LoraConfig
 from penchant.models.tree_attention import install_tree_attention
 from penchant.types import TokenTree
 
@@ -17,13 +19,13 @@ def _flat_grad(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def _one_by_one(model: torch.nn.Module, trees: list[TokenTree]) -> torch.Tensor:
+def _one_by_one(model: torch.nn.Module, trees: list[TokenTree], temperature: float = 1.0) -> torch.Tensor:
     """Straight from transformers' full logits, one unpadded sequence at a time."""
     sums = []
     for tree in trees:
         for completion in tree.completion_ids:
             ids = torch.tensor([*tree.prompt_ids.tolist(), *completion.tolist()])[None]
-            logps = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1], -1)
+            logps = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1] / temperature, -1)
             picked = logps.gather(1, ids[0, 1:, None]).squeeze(1)
             sums.append(picked[len(tree.prompt_ids) - 1 :].sum())
     return torch.stack(sums)
@@ -122,3 +124,19 @@ def test_the_boundary_is_not_off_by_one() -> None:
     assert [int(batch.target_ids[i]) for i in first_of] == [int(c[0]) for c in tree.completion_ids]
     assert len(batch.target_ids) == sum(len(c) for c in tree.completion_ids)
     assert int(batch.target_ids.max()) < VOCAB
+
+
+@pytest.mark.parametrize("head", ["plain", "with a bias", "with an adapter"])
+def test_a_temperature_divides_the_logits_of_every_head(head: str) -> None:
+    model = tiny_model("llama")
+    if head == "with a bias":
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB, dtype=torch.float64))
+    elif head == "with an adapter":
+        model = add_lora(model, LoraConfig(r=2, target_modules=["lm_head"]), seed=0)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p)
+    trees = some_trees()
+    with torch.no_grad():
+        got = Scorer(model, "shared", temperature=0.7).logps(pack(trees)).sums
+        assert torch.allclose(got, _one_by_one(model, trees, 0.7), rtol=1e-9, atol=0)

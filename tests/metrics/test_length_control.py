@@ -66,3 +66,11 @@ def test_bad_input() -> None:
         length_controlled_win_rate([2.0], [1.0], [1.0])
     with pytest.raises(ValueError, match="non-empty"):
         length_controlled_win_rate([], [], [])
+
+
+def test_the_interval_has_the_level_that_was_asked_for() -> None:
+    """Of equal lengths the figure is the raw rate, so the interval's width is that of a share: 2 z sqrt(p (1 - p) / n)."""
+    wins = np.array([1.0] * 300 + [0.0] * 100)
+    for level, z in ((0.95, 1.96), (0.5, 0.6745)):
+        ci = length_controlled_win_rate(wins, np.ones(400), np.ones(400), level=level, draws=4000)
+        assert ci.high - ci.low == pytest.approx(2 * z * (0.75 * 0.25 / 400) ** 0.5, rel=0.1)

@@ -7,7 +7,14 @@ import itertools
 import numpy as np
 import pytest
 
-from penchant.metrics.stats import holm, seeds_difference, sign_flip_test, t_quantile
+from penchant.metrics.stats import (
+    holm,
+    seeds_difference,
+    several_sources,
+    several_sources_p,
+    sign_flip_test,
+    t_quantile,
+)
 
 
 def test_few_prompts_are_enumerated() -> None:
@@ -95,3 +102,25 @@ def test_intervals_over_seeds_cover(spread_of_seeds: float, seeds: int) -> None:
 def test_one_seed_says_nothing_of_another() -> None:
     with pytest.raises(ValueError, match="another would have given"):
         seeds_difference(np.zeros((1, 5)), np.zeros((3, 5)))
+
+
+def test_several_sources_by_hand() -> None:
+    """s^2 / n of {1, 3} is 2 / 2 = 1 with one degree of freedom, of {0, 1, 2} it is 1 / 3 with two."""
+    variance, freedom = 4 / 3, (4 / 3) ** 2 / (1 / 1 + (1 / 3) ** 2 / 2)
+    found = several_sources(5.0, [[1.0, 3.0], [0.0, 1.0, 2.0]])
+    half = t_quantile(0.975, freedom) * variance**0.5
+    assert (found.estimate, found.low, found.high) == pytest.approx((5.0, 5.0 - half, 5.0 + half))
+    two_seeds = several_sources(0.0, [[1.0, 3.0]])  # Student's t with one degree of freedom, as it is tabulated
+    assert two_seeds.high == pytest.approx(12.7062047)
+    assert several_sources_p(12.7062047, [[1.0, 3.0]]) == pytest.approx(0.05, rel=1e-6)
+
+
+def test_random_flips_never_promise_more_than_they_can_tell() -> None:
+    """Thirty prompts that all gain: no flip is as large, and p is one of the draws and the observation, not zero."""
+    assert sign_flip_test(np.zeros(30), np.ones(30), draws=99) == pytest.approx(1 / 100)
+
+
+def test_both_sides_count() -> None:
+    gain = np.random.default_rng(0).normal(0.4, 1.0, 40)
+    one, other = sign_flip_test(np.zeros(40), gain), sign_flip_test(gain, np.zeros(40))
+    assert one == pytest.approx(other, abs=0.01) and 0.001 < one < 0.2

@@ -79,3 +79,11 @@ def test_degenerate_input() -> None:
 def test_distinct_n() -> None:
     assert distinct_n([[1, 2, 1, 2], [1, 2]]) == pytest.approx(2 / 4)  # grams 12 21 12 and 12: two different of four
     assert distinct_n([[1]]) == 0.0
+
+
+def test_a_prompt_with_many_rows_weighs_as_many_in_every_draw() -> None:
+    """Prompt a: one row of 1; b: nine rows of 0. A draw is a twice (1), b twice (0), or both (1/10, half of all draws)."""
+    found = bootstrap_ci([1.0] + [0.0] * 9, clusters=["a"] + ["b"] * 9, level=0.2)
+    assert (found.estimate, found.low, found.high) == (pytest.approx(0.1),) * 3
+    wide = bootstrap_ci([1.0] + [0.0] * 9, clusters=["a"] + ["b"] * 9)
+    assert (wide.low, wide.high) == (0.0, 1.0)

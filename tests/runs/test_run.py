@@ -18,6 +18,9 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
+from penchant.runs import Run
+from penchant.runs.sharing import Shared
+from penchant.training.loop import Loop
 
 
 @pytest.fixture
@@ -238,6 +241,58 @@ def test_a_run_can_be_read_from_anywhere(base: dict[str, Any], tmp_path: Path, m
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert api.evaluate(tmp_path / "run", quiet=True)["eval/loss"] == pytest.approx(result.after["eval/loss"], rel=1e-6)
+
+
+OPTIONS = (
+    "train.batch_size=4 train.lr=1e-3 train.schedule=constant train.warmup_fraction=0.5 train.min_lr_fraction=0.5 "
+    "train.weight_decay=0.5 train.adam_beta1=0.5 train.adam_beta2=0.9 train.adam_eps=0.1 train.max_grad_norm=0.01 "
+    "train.seed=1 train.shuffle=false data.split_seed=1 data.validation_rows=12 data.max_length=40 data.add_eos=false "
+    "loss.beta=0.1 loss.label_smoothing=0.2 loss.nll_weight=0.5 loss.average_log_prob=true reference.ema=0.5 "
+    "lora.r=2 lora.alpha=32 lora.dropout=0.3 lora.target_modules=[q_proj]"
+)
+
+
+def test_no_option_is_silently_ignored(base: dict[str, Any]) -> None:
+    """Each of them, away from its default, gives other weights after three steps."""
+    base["train"] |= {"max_steps": 3, "threads": 1}
+    shared = Shared()
+
+    def trained(*overrides: str) -> torch.Tensor:
+        lora = {"lora": {"r": 4, "alpha": 16}} if any(o.startswith("lora") for o in overrides) else {}
+        run = Run(api.as_config({**base, **lora}, [o for o in overrides if o != "lora"]), quiet=True, shared=shared)
+        loop = run.make_loop()
+        for step in range(3):
+            loop.take_step(step, loop.schedule)
+        return torch.cat([m.detach().flatten() for m in loop.optimizer.masters.values()])
+
+    plain, adapter = trained(), trained("lora")
+    assert torch.equal(plain, trained())
+    without_effect = [
+        option
+        for option in OPTIONS.split()
+        if torch.equal(trained(option), adapter if option.startswith("lora") else plain)
+    ]
+    assert without_effect == []
+
+
+@pytest.mark.xfail(strict=True, reason="run_identity knows the model's path, not its weights")
+def test_another_model_at_the_same_path_is_another_run(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base |= {"lora": {"r": 4}, "checkpoint": {"every": 1}, "evaluation": {"samples": 0, "kl_prompts": 0}}
+    real = Loop._after_step
+
+    def stop(self: Loop, *args: Any) -> None:
+        real(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_after_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            api.train(base, quiet=True)
+    tiny_model_folder(tmp_path / "model", seed=5)
+    with pytest.raises(CheckpointError):
+        api.train(base, quiet=True)
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,14 @@ import torch
 
 from penchant.errors import CheckpointError
 from penchant.runfolder import MetricsLog, RunLock, open_run
-from penchant.training.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from penchant.training.checkpoint import (
+    checkpoints,
+    find_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+)
 
 TENSORS = {"a": torch.arange(5), "b": torch.tensor([1 / 3], dtype=torch.bfloat16)}
 STATE = {"step": 3, "loss": 0.1 + 0.2, "big": 2**60, "none": None}
@@ -172,3 +179,15 @@ def test_the_log_can_be_cut_back_and_has_no_nan(tmp_path: Path) -> None:
     log.write({"a": 3})
     lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert lines == [{"a": 1 / 3, "nan": None, "inner": [None, 1]}, {"a": 3}]
+
+
+def test_a_checkpoint_is_found_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="train first"):
+        find_checkpoint(tmp_path, "best")
+    assert find_checkpoint(tmp_path, "last") is None and find_checkpoint(tmp_path, "0") is None
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, write_model=lambda p: p.mkdir(), tensors=TENSORS, state={"best_step": 2})
+    found = {name: find_checkpoint(tmp_path, name) for name in ("last", "best", "1", "0")}
+    assert {n: p and p.name for n, p in found.items()} == {"last": "step-3", "best": "step-2", "1": "step-1", "0": None}
+    with pytest.raises(CheckpointError, match="there are step-1, step-2, step-3"):
+        find_checkpoint(tmp_path, "4")

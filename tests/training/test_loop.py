@@ -244,3 +244,157 @@ def test_clip_returns_the_norm_before_and_scales() -> None:
     p.grad = torch.tensor([3.0, 4.0])
     assert optimizer.clip(1.0) == 5.0
     assert p.grad.tolist() == pytest.approx([0.6, 0.8])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_adamw_by_hand(decay: float) -> None:
+    """Two steps of arXiv 1711.05101 with every option away from its default; a matrix decays, a vector never does."""
+    gradients, lr, (b1, b2), eps = ([3.0, -0.5], [-1.0, 2.0]), 0.1, (0.8, 0.9), 0.05
+    matrix, vector = torch.nn.Parameter(torch.tensor([[1.0, -2.0]])), torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = MasterAdamW(
+        [("m", matrix), ("v", vector)], dtype=torch.float32, betas=(b1, b2), eps=eps, weight_decay=decay
+    )
+    for g in gradients:
+        matrix.grad, vector.grad = torch.tensor([g]), torch.tensor(g)
+        optimizer.step(lr)
+    for p, of in ((matrix, decay), (vector, 0.0)):
+        for i, x in enumerate((1.0, -2.0)):
+            mean = square = 0.0
+            for t, g in enumerate((gradients[0][i], gradients[1][i]), 1):
+                mean, square = b1 * mean + (1 - b1) * g, b2 * square + (1 - b2) * g**2
+                x = x * (1 - lr * of) - lr * (mean / (1 - b1**t)) / ((square / (1 - b2**t)) ** 0.5 + eps)
+            assert p.flatten()[i].item() == pytest.approx(x, rel=1e-5)
+
+
+def test_bf16_gradients_are_of_one_step_only() -> None:
+    p = torch.nn.Parameter(torch.ones(1))
+    optimizer = MasterAdamW([("p", p)], dtype=torch.bfloat16)
+    for _ in range(2):
+        (3.0 * p).sum().backward()
+        assert p.main_grad.item() == 3.0  # type: ignore[attr-defined]
+        optimizer.step(1e-3)
+
+
+def test_rates_and_clipping_reach_the_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six steps, half of them warm-up: 1/4, 2/4, 3/4 of the peak, then the peak; gradients as long as max_grad_norm."""
+    loop = make_loop(tmp_path / "run", warmup_fraction=0.5, schedule="constant", max_grad_norm=0.125)
+    rates, norms = [], []
+    step = loop.optimizer.step
+
+    def spied(lr: float) -> None:
+        rates.append(lr)
+        norms.append(float(torch.cat([p.grad.flatten() for p in loop.model.parameters() if p.grad is not None]).norm()))
+        step(lr)
+
+    monkeypatch.setattr(loop.optimizer, "step", spied)
+    loop.run()
+    assert rates == pytest.approx([1e-2 * share for share in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0)])
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    said = [line["grad_norm"] for line in lines if line["kind"] == "train"]
+    assert max(said) > 0.125
+    assert norms == pytest.approx([min(0.125, n) for n in said], rel=1e-5)
+
+
+def _draws(folder: Path, monkeypatch: pytest.MonkeyPatch, before: int = 0, **train: Any) -> list[tuple[float, float]]:
+    """A number drawn in each step of a run of six, as dropout would draw it, and the step's progress; `before` drew others first."""
+    begin, seen = Offline.begin_step, []
+
+    def spied(self: Offline, step: int, progress: float, trees: Any) -> Any:
+        if self.scorer.model.training:  # not at an evaluation
+            seen.append((float(torch.rand(())), progress))
+        return begin(self, step, progress, trees)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Offline, "begin_step", spied)
+        loop = make_loop(folder, **train)
+        torch.manual_seed(before)
+        for step in range(6):
+            loop.take_step(step, loop.schedule)
+    return seen
+
+
+def test_every_step_draws_its_own_dropout_and_trains_in_training_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step draws is a function of the step alone; progress goes from 0 to 1."""
+    one = _draws(tmp_path / "one", monkeypatch)
+    assert _draws(tmp_path / "two", monkeypatch, before=99) == one
+    assert len({value for value, _ in one}) == 6
+    assert [progress for _, progress in one] == pytest.approx([i / 5 for i in range(6)])
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the CPU's generator reads the low 32 bits of a seed, and train.seed is above them"
+)
+def test_another_seed_draws_other_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (_draws(tmp_path / str(seed), monkeypatch, seed=seed) for seed in (0, 1))
+    assert not {value for value, _ in one} & {value for value, _ in other}
+
+
+def test_a_coupled_loss_draws_the_same_dropout_in_both_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = make_loop(tmp_path / "run", name="aot", batch_size=10, tokens_per_step=16)
+    score, draws = Offline.score, []
+    monkeypatch.setattr(
+        Offline, "score", lambda self, batch: (draws.append(float(torch.rand(()))), score(self, batch))[1]
+    )
+    loop.take_step(0, loop.schedule)
+    half = len(draws) // 2
+    assert half > 4 and draws[:half] == draws[half:] and len(set(draws)) == half
+
+
+def test_lines_are_written_at_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path / "run")
+    loop.logging = LoggingConfig(every=4)
+    loop.run()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [4, 6]
+
+
+def test_speeds_times_seconds_are_what_was_done(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path / "run")
+    loop.run()
+    perf = [json.loads(line) for line in (tmp_path / "run/perf.jsonl").read_text().splitlines()]
+    assert sum(p["tokens_per_second"] * p["seconds"] for p in perf) == pytest.approx(loop.state.tokens)
+    assert sum(p["trees_per_second"] * p["seconds"] for p in perf) == pytest.approx(20)  # two epochs of ten rows
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 4), ("max", 2)])
+@pytest.mark.parametrize("killed_at", [None, 5])
+def test_the_best_step_is_that_of_the_best_value(tmp_path: Path, mode: Any, best: int, killed_at: int | None) -> None:
+    """The start has no checkpoint and is no candidate; a resumed run knows what was best before."""
+    values = {0: -9.0 if mode == "min" else 9.0, 2: 3.0, 4: 1.0, 6: 2.0}
+
+    def loop_with(console: Any) -> Loop:
+        loop = make_loop(tmp_path / "run", console=console)
+        loop.checkpoint = CheckpointConfig(every=2, keep_last=1, mode=mode)
+        loop.evaluate = lambda step: {"eval/loss": values[step]}
+        return loop
+
+    if killed_at is not None:
+        with pytest.raises(Killed):
+            loop_with(KillAt(killed_at)).run()
+    loop = loop_with(QuietConsole())
+    loop.run()
+    assert (loop.state.best_step, loop.state.best_value) == (best, values[best])
+    assert {p.name for p in (tmp_path / "run/checkpoints").glob("step-*")} == {f"step-{best}", "step-6"}
+
+
+def test_a_refused_step_changes_nothing_and_leaves_no_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = make_loop(tmp_path / "run")
+    monkeypatch.setattr(Offline, "accepts", lambda self, means: False)
+    before = final_state(loop)
+    line, _, _ = loop.take_step(0, loop.schedule)
+    assert "skipped" in line and all(torch.equal(v, final_state(loop)[k]) for k, v in before.items())
+    assert all(p.grad is None for p in loop.model.parameters())
+
+
+def test_floor_and_ceiling_stop_beyond_them_only(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path / "run", logp_floor=-5.0, divergence_ceiling=2.0)
+    for means in ({}, {"logps/per_token": -4.9, "divergence": 1.9}):
+        loop._check_floor(3, means, [])
+    for means, said in (
+        ({"logps/per_token": -5.1}, "below train.logp_floor=-5"),
+        ({"divergence": 2.1}, "above train.div"),
+    ):
+        with pytest.raises(TrainingStopped, match=said):
+            loop._check_floor(3, means, [])
