@@ -176,6 +176,7 @@ def _in_a_fork(copy: Path, arguments: list[str], output: Path) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.chdir(copy)
+    sys.dont_write_bytecode = False  # the next run of this copy reads it
     os.environ.update(ENVIRONMENT | dict(os.environ) | {"PYTHONPATH": str(copy / "src")})
     sys.path.insert(0, str(copy / "src"))
     code = int(pytest.main(arguments))
