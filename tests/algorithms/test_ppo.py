@@ -205,3 +205,21 @@ def test_the_ratio_guard_refuses_a_whole_step(tmp_path: Path, jump: float, taken
 def test_every_option_changes_the_gradient(option: dict[str, Any]) -> None:
     base = {"whiten_advantages": False} if "whiten_advantages" in option and len(option) > 1 else {}
     assert not torch.allclose(gradients(made(**base), [4]), gradients(made(**option), [4]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "option", [{"clip": 0.05}, {"clip_high": 0.5}, {"value_clip": 0.01}, {"value_clip": None}], ids=str
+)
+def test_every_clip_changes_a_later_update(option: dict[str, Any]) -> None:
+    """Where the policy and its values have moved by more than the clip since they wrote."""
+
+    def loss(**config: Any) -> torch.Tensor:
+        ppo = made(**config)
+        batch = pack(ppo.begin_step(0, 0.0, []))
+        for g in ppo.buffer.groups:
+            g.extras["old"] = g.extras["old"] - 0.3
+            g.extras["values"] = g.extras["values"] + 1.0
+        out = ppo.loss(ppo.score(batch))
+        return torch.cat([out.losses, out.terms["value"][0]])
+
+    assert not torch.allclose(loss(), loss(**option), rtol=1e-3)

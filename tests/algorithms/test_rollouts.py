@@ -19,7 +19,7 @@ from penchant.data.packing import pack
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference
 from penchant.rewards.functions import Reward, RewardTerm
-from penchant.types import TokenTree
+from penchant.types import LossOutput, TokenTree
 
 EOS = 1
 
@@ -86,6 +86,15 @@ def test_draws_belong_to_seed_iteration_and_row(model: Any) -> None:
     assert ids(writer(model, seed=1).write([one, two], 0)) != ids(writer(model).write([one, two], 1))
 
 
+@pytest.mark.parametrize(
+    "option", [{"temperature": 0.5}, {"top_p": 0.5}, {"top_k": 2}, {"max_new_tokens": 4}, {"samples": 2}], ids=str
+)
+def test_every_option_of_sampling_changes_what_is_written(model: Any, option: dict[str, Any]) -> None:
+    assert ids(writer(model, **option).write(prompts("a", "bcd"), 0)) != ids(
+        writer(model).write(prompts("a", "bcd"), 0)
+    )
+
+
 def test_completions_end_with_eos_and_those_that_do_not_pay_for_it(model: Any) -> None:
     (group,) = writer(model, samples=24, missing_eos_penalty=0.25).write(prompts("abc"), 0)
     cut = np.array(group.tree.truncated)
@@ -103,11 +112,11 @@ def test_minibatches_are_cut_anew_in_every_epoch_and_miss_nobody(model: Any) -> 
     assert len({tuple(p) for p in parts[::2]}) > 1
 
 
-def test_a_later_update_is_measured_against_the_policy_that_wrote() -> None:
+def _later_update(**config: Any) -> tuple[GroupPolicyGradient, LossOutput, torch.Tensor]:
+    """A second update on the same rollouts by a policy that has moved: the method, its loss, and the ratios by hand."""
     model = tiny_model("llama")
-    tree = TokenTree(
-        0, np.array([5, 6], np.int32), (np.array([7, 8, 9], np.int32), np.array([10], np.int32)), (True,) * 2
-    )
+    answers = (np.array([7, 8, 9], np.int32), np.array([10], np.int32))
+    tree = TokenTree(0, np.array([5, 6], np.int32), answers, (True, True))
 
     class Fixed:
         seed = 0
@@ -115,15 +124,29 @@ def test_a_later_update_is_measured_against_the_policy_that_wrote() -> None:
         def write(self, *_: Any) -> list[Group]:
             return [Group(tree, torch.tensor([1.0, 0.0], dtype=torch.float64))]
 
-    config = OnlineConfig(name="grpo", samples=2, max_new_tokens=4, epochs=2)
+    settings = OnlineConfig(**{"name": "grpo", "samples": 2, "max_new_tokens": 4, "epochs": 2, "beta": 0.0, **config})
     reference = LiveReference(Scorer(tiny_model("llama", seed=1), "shared"))
-    algorithm = GroupPolicyGradient(Scorer(model, "shared"), reference, Fixed(), config, 50)  # type: ignore[arg-type]
+    algorithm = GroupPolicyGradient(Scorer(model, "shared"), reference, Fixed(), settings, 50)  # type: ignore[arg-type]
     batch = pack(algorithm.begin_step(0, 0.0, []))
     wrote = algorithm.scorer.logps(batch).tokens.detach()
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(1.05)
+            p.mul_(1.3)
     algorithm.begin_step(1, 1.0, [])
     out = algorithm.loss(algorithm.score(batch))
-    expected = torch.exp(algorithm.scorer.logps(batch).tokens.detach() - wrote)
-    assert torch.allclose(out.metrics["ratio"][0], expected, rtol=1e-9) and (expected - 1).abs().max() > 1e-3
+    return algorithm, out, torch.exp(algorithm.scorer.logps(batch).tokens.detach() - wrote)
+
+
+def test_a_later_update_is_measured_against_the_policy_that_wrote() -> None:
+    _, out, expected = _later_update()
+    assert torch.allclose(out.metrics["ratio"][0], expected, rtol=1e-9) and (expected - 1).abs().max() > 1e-2
+
+
+def test_both_clips_are_the_options() -> None:
+    """RLOO's advantages of rewards 1 and 0 are 1 and -1; each token is held at its own end."""
+    for clip, clip_high in ((0.01, None), (0.01, 0.03), (0.5, None)):
+        _, out, ratio = _later_update(name="rloo", clip=clip, clip_high=clip_high)
+        a = torch.tensor([1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
+        bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+        per_token = torch.maximum(-a * ratio, -a * bounded)
+        assert torch.allclose(out.losses, torch.stack([per_token[:3].sum(), per_token[3]]), rtol=1e-9)

@@ -140,6 +140,33 @@ def test_evaluation_is_over_rows_not_over_batches(tmp_path: Path) -> None:
         assert other["eval/rows"] == 13
 
 
+@pytest.mark.parametrize("name", ["dpo", "sft", "aot"])
+def test_no_figure_is_a_mean_of_batches(tmp_path: Path, name: str) -> None:
+    """Neither of held-out rows nor of a step's own: every one is the same however the rows are cut into passes."""
+    held_out, steps = [], []
+    for budget in (16, 50, 10_000):
+        loop = make_loop(
+            tmp_path / f"{budget}",
+            dtype=torch.float64,
+            name=name,
+            reference_seed=1,
+            batch_size=10,
+            tokens_per_step=budget,
+        )
+        loop.start_tolerance = None
+        held_out.append(
+            evaluate_heldout(
+                loop.algorithm, some_pairs(13), shared=True, tokens_per_step=budget, device=torch.device("cpu")
+            )
+        )
+        steps.append(loop.take_step(0, loop.schedule)[0])
+    for first, *others in (held_out, steps):
+        figures = {k: v for k, v in first.items() if isinstance(v, float)}
+        assert len(figures) > 5
+        for other in others:
+            assert {k: other[k] for k in figures} == pytest.approx(figures, rel=1e-9)
+
+
 def test_learning_falls_and_every_row_is_seen(tmp_path: Path) -> None:
     loop = make_loop(tmp_path / "run", epochs=6.0)
     seen = [i for step in range(3) for i in loop.schedule.batch(step)]
