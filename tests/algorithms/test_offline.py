@@ -278,3 +278,37 @@ def test_parts_of_a_held_out_set_concatenate() -> None:
     parts = Scored.cat([algorithm.score(pack(trees[:2])), algorithm.score(pack(trees[2:]))])
     assert torch.allclose(whole.policy_logps, parts.policy_logps, rtol=1e-9)
     assert torch.equal(whole.tree, parts.tree)
+
+
+def test_sft_learns_the_chosen_answer_of_a_pair_and_the_good_one_of_singles() -> None:
+    """By itself and as nll_weight: minus the log-probs of those answers, over their tokens."""
+    for trees, wanted in ((pairs(), [0, 2, 4, 6, 8, 10]), (singles(), [0, 2, 4])):
+        algorithm = offline("sft")
+        scored = algorithm.score(pack(trees))
+        out = algorithm.loss(scored)
+        assert torch.equal(out.losses, -scored.policy_logps[wanted])
+        assert out.weights is not None and torch.equal(out.weights, scored.lengths[wanted])
+    with_nll = offline("dpo", nll_weight=0.3).loss(offline("dpo").score(pack(pairs()))).terms["nll"]
+    scored = offline("dpo").score(pack(pairs()))
+    assert torch.allclose(with_nll[0], -0.3 * scored.policy_logps[::2])
+
+
+def test_a_weight_is_of_every_term_of_a_loss() -> None:
+    """PMPO has three: good answers, bad ones, and the divergence."""
+    scored = offline("pmpo").score(pack(pairs()))
+    whole = offline("pmpo").loss(scored).summands()
+    half = offline("pmpo", components=[Component(LOSSES["pmpo"], LOSSES["pmpo"].params(), 0.5)]).loss(scored).summands()
+    assert whole.keys() == half.keys() and len(whole) == 3
+    for name, (values, _) in whole.items():
+        assert torch.allclose(half[name][0], 0.5 * values) and values.any()
+
+
+def test_a_hard_update_comes_after_every_so_many_steps() -> None:
+    ref, policy = tiny_model("llama", seed=1), dict(tiny_model("llama").named_parameters())
+    moving = MovingReference(Scorer(ref, "shared"), policy=lambda: policy, every=3, mixup=1.0)
+    weight = ref.get_input_embeddings().weight
+    equal = []
+    for step in range(1, 4):
+        moving.after_step(step)
+        equal.append(torch.equal(weight, policy["model.embed_tokens.weight"]))
+    assert equal == [False, False, True]

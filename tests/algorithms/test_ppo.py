@@ -223,3 +223,18 @@ def test_every_clip_changes_a_later_update(option: dict[str, Any]) -> None:
         return torch.cat([out.losses, out.terms["value"][0]])
 
     assert not torch.allclose(loss(), loss(**option), rtol=1e-3)
+
+
+def test_both_ends_of_a_reward_are_clipped() -> None:
+    assert made(score_clip=1.0)._shaped(torch.tensor([-3.0, -0.5, 0.5, 3.0])).tolist() == [-1.0, -0.5, 0.5, 1.0]
+
+
+def test_whitened_rewards_keep_their_mean() -> None:
+    ppo = made(beta=0.2, whiten_rewards=True, whiten_advantages=False, gamma=0.9, **{"lambda": 0.8})
+    ppo.begin_step(0, 0.0, [])
+    lengths = torch.tensor(LENGTHS)
+    rewards = at_last_token(torch.tensor(REWARDS, dtype=torch.float64), lengths)
+    rewards = rewards - 0.2 * (extras(ppo, "old") - extras(ppo, "ref"))
+    rewards = (rewards - rewards.mean()) / rewards.std() + rewards.mean()
+    expected, _ = gae(rewards, extras(ppo, "values"), lengths, gamma=0.9, lam=0.8)
+    assert torch.allclose(extras(ppo, "advantages"), expected, rtol=1e-6)

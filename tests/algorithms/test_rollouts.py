@@ -12,8 +12,7 @@ from families import tiny_model
 from tiny import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from penchant.algorithms.group import GroupPolicyGradient
-from penchant.algorithms.options import OnlineConfig
+from penchant.algorithms.group import GroupConfig, GroupPolicyGradient
 from penchant.algorithms.rollouts import Buffer, Group, Writer
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer
@@ -60,7 +59,7 @@ def writer(model: Any, seen: list[tuple[str, str]] | None = None, seed: int = 0,
         return [float(len(p)) for p in asked]
 
     settings = {"name": "rloo", "samples": 3, "max_new_tokens": 6, "temperature": 1.0, **config}
-    return Writer(model, tiny_tokenizer(), Reward((RewardTerm("mine", judge),)), OnlineConfig(**settings), seed)
+    return Writer(model, tiny_tokenizer(), Reward((RewardTerm("mine", judge),)), GroupConfig(**settings), seed)
 
 
 def ids(groups: Sequence[Group]) -> list[list[list[int]]]:
@@ -124,7 +123,7 @@ def _later_update(**config: Any) -> tuple[GroupPolicyGradient, LossOutput, torch
         def write(self, *_: Any) -> list[Group]:
             return [Group(tree, torch.tensor([1.0, 0.0], dtype=torch.float64))]
 
-    settings = OnlineConfig(**{"name": "grpo", "samples": 2, "max_new_tokens": 4, "epochs": 2, "beta": 0.0, **config})
+    settings = GroupConfig(**{"name": "grpo", "samples": 2, "max_new_tokens": 4, "epochs": 2, "beta": 0.0, **config})
     reference = LiveReference(Scorer(tiny_model("llama", seed=1), "shared"))
     algorithm = GroupPolicyGradient(Scorer(model, "shared"), reference, Fixed(), settings, 50)  # type: ignore[arg-type]
     batch = pack(algorithm.begin_step(0, 0.0, []))

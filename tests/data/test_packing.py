@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from families import make_tree, some_trees
@@ -55,3 +57,20 @@ def test_losses_cannot_tell_the_packings_apart() -> None:
     for name in ("target_ids", "completion_of", "completion_tree", "completion_slot", "lengths"):
         assert torch.equal(getattr(shared, name), getattr(separate, name)), name
     assert torch.equal(shared.input_ids[shared.predict_index], separate.input_ids[separate.predict_index])
+
+
+def test_a_balanced_plan_gives_way_where_it_would_break_the_budget() -> None:
+    """Longest first onto the emptier pass puts 5, 3 and 3 together: 11 tokens where 10 were asked for."""
+    sizes = [5, 5, 4, 3, 3]
+    plan = plan_balanced(sizes, 10)
+    assert sorted(sum(sizes[i] for i in members) for members in plan) == [10, 10]
+
+
+def test_what_some_completions_lack_the_batch_does_not_have() -> None:
+    tree = make_tree(0, 3, (2, 4))
+    for scores, labels in (((1.0, None), (None, True)), ((), ())):
+        batch = pack([replace(tree, scores=scores, labels=labels)])
+        assert batch.scores is None and batch.labels is None
+    batch = pack([replace(tree, scores=(2.0, 1.0), labels=(True, False))])
+    assert batch.scores is not None and batch.scores.tolist() == [2.0, 1.0]
+    assert batch.labels is not None and batch.labels.tolist() == [1.0, 0.0]

@@ -232,3 +232,9 @@ def test_what_just_fits_is_not_cut() -> None:
         assert tree.truncated == (cut, False) and len(done.cut_completions) == cut and not done.cut_prompts
         assert (tree.completion_ids[0][-1] == EOS) != cut and len(tree.completion_ids[0]) == max_length - 8
         assert tree.completion_ids[1][-1] == EOS
+
+
+def test_the_last_chunk_of_a_document_is_whole() -> None:
+    done = tokenize(from_rows([{"text": "0123456789" * 5}, {"text": "short"}]), tiny_tokenizer(), max_length=16)
+    flags = [t.truncated for t in done.trees]
+    assert flags == [(True,)] * (len(flags) - 2) + [(False,)] * 2

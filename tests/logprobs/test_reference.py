@@ -60,6 +60,18 @@ def test_a_torn_cache_is_computed_again(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_cache_of_other_rows_or_without_tokens_is_computed_again(tmp_path: Path) -> None:
+    """Whatever its name says: the number of completions must be right, and their tokens there where they are wanted."""
+    live = LiveReference(Scorer(tiny_model("llama"), "shared"))
+    pairs = some_pairs(4)
+    cached_reference(live, pairs[:3], "k", tmp_path, tokens_per_step=30)
+    fresh, found = cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30)
+    assert not found and torch.allclose(fresh.logps(pack(pairs)), live.logps(pack(pairs)), rtol=1e-12)
+    assert cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30)[1]
+    by_token, found = cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30, tokens=True)
+    assert not found and torch.allclose(by_token.token_logps(pack(pairs)), live.token_logps(pack(pairs)), rtol=1e-12)
+
+
 def test_adapter_off_is_the_start_and_on_is_not() -> None:
     start = Scorer(tiny_model("llama", dtype=torch.float32), "shared")
     batch = pack(some_pairs(5))

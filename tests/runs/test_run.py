@@ -275,7 +275,6 @@ def test_no_option_is_silently_ignored(base: dict[str, Any]) -> None:
     assert without_effect == []
 
 
-@pytest.mark.xfail(strict=True, reason="run_identity knows the model's path, not its weights")
 def test_another_model_at_the_same_path_is_another_run(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
