@@ -20,14 +20,20 @@ from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 from penchant import api
 from penchant.config import config_from_mapping, dump_config
 from penchant.data.tokenize import tokenize
-from penchant.errors import CheckpointError, ConfigError, ModelError
+from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.models.load import backbone_of
 from penchant.models.reward import head_of
 from penchant.rewards import load_reward
-from penchant.rewards.reward_model import PolicyText, find_reward_model, load_reward_function, rewards_of
+from penchant.rewards.reward_model import (
+    PolicyText,
+    find_reward_model,
+    load_reward_function,
+    prompts_by_source,
+    rewards_of,
+)
 from penchant.runs import Run
 from penchant.runs.record import reward_contents
-from penchant.types import TokenTree
+from penchant.types import PromptTree, TokenTree
 
 CPU = torch.device("cpu")
 
@@ -137,6 +143,21 @@ def test_an_unfinished_completion_is_judged_without_eos(trained: Any, chat: bool
     )
     assert model.score_trees([cut]) == pytest.approx(expected, abs=1e-5)
     assert model.score_trees([cut]) != pytest.approx(model.score_trees(trees[:1])[:1], abs=1e-4)
+
+
+def test_prompts_of_files_with_one_name_are_not_mixed_up(trained: Any) -> None:
+    run = trained("plain").run
+    trees, policy = as_rollouts(run, tiny_tokenizer(chat=True), "auto")
+    first = next(iter(policy.prompts))
+    other = PromptTree("another prompt", (), first)
+    known = run.rows.datasets[1].trees
+    twice = prompts_by_source([*known, other])
+    assert twice[first] is None and len(twice) == len(prompts_by_source(known))
+    folder = find_reward_model(str(run.folder))
+    assert folder is not None
+    model = load_reward_function("r", folder, CPU, replace(policy, prompts=twice))
+    with pytest.raises(DataError, match="different names"):
+        model.score_trees([t for t in trees if t.source == first])
 
 
 @pytest.mark.parametrize("kind", ["plain", "encoder", "open"])

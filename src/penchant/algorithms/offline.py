@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from penchant.algorithms.method import Evaluation, Method, Parts, Signal
 from penchant.base.lazy import lazy
-from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.data.packing import batches_of
 from penchant.errors import ConfigError
 from penchant.losses.helpers import Metrics, reward_metrics, side_metrics
 from penchant.losses.registry import LossParams, LossSpec
@@ -178,8 +178,7 @@ class Offline:
         policy, ref = [], []
         live = references.LiveReference(self.scorer)
         device = next(self.scorer.model.parameters()).device
-        for members in plan_microbatches([tree_tokens(t, self.scorer.shared) for t in trees], self.tokens_per_step):
-            batch = pack([trees[i] for i in members], shared=self.scorer.shared).to(device)
+        for _, batch in batches_of(trees, self.tokens_per_step, shared=self.scorer.shared, device=device):
             size = batch.lengths if self.average_log_prob else 1
             policy.append(live.logps(batch) / size)
             ref.append(self.reference.logps(batch) / size)

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from penchant.algorithms.method import AlgorithmConfig, Evaluation, Parts, Rollouts, Signal
 from penchant.base.lazy import lazy
-from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.data.packing import batches_of
 from penchant.errors import ConfigError
 from penchant.types import PackedBatch, TokenTree
 
@@ -263,8 +263,7 @@ def score_groups(
     """Keep what forward passes give, numbers per token (R,) by name (log-probs, values), as extras of those names."""
     trees = [g.tree for g in groups]
     device = next(scorer.model.parameters()).device
-    for members in plan_microbatches([tree_tokens(t, scorer.shared) for t in trees], tokens_per_step):
-        batch = pack([trees[i] for i in members], shared=scorer.shared).to(device)
+    for members, batch in batches_of(trees, tokens_per_step, shared=scorer.shared, device=device):
         sizes = [sum(map(len, trees[i].completion_ids)) for i in members]
         for of_batch in passes:
             for name, values in of_batch(batch).items():

@@ -36,7 +36,7 @@ from penchant.models.load import cast_parameters, load_causal_model
 from penchant.models.merge import merged_model
 from penchant.models.options import ModelConfig
 from penchant.rewards import load_reward
-from penchant.rewards.reward_model import PolicyText
+from penchant.rewards.reward_model import PolicyText, prompts_by_source
 from penchant.runs import Run
 from penchant.runs.parts import set_threads
 from penchant.runs.rows import Rows
@@ -339,7 +339,7 @@ def make_setting(
     source_of = {tuple(t.prompt_ids.tolist()): t.source for t in reversed(trees)}
     prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in trees))[: sampling.prompts]
     kept = set(prompts)
-    policy = PolicyText(tokenizer, run.config.data.template, {t.source: t.prompt for t in rows.trees})
+    policy = PolicyText(tokenizer, run.config.data.template, prompts_by_source(rows.trees))
     return Setting(
         tokenizer=tokenizer,
         prompts=prompts,

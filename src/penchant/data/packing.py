@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -134,3 +134,14 @@ def _if_complete(values: Sequence[bool | float | None]) -> torch.Tensor | None:
 def tree_tokens(tree: TokenTree, shared: bool) -> int:
     """Tokens that a tree takes in a packed row."""
     return tree.shared_tokens if shared else tree.separate_tokens
+
+
+def batches_of(
+    trees: Sequence[TokenTree], tokens_per_step: int, *, shared: bool, device: torch.device
+) -> Iterator[tuple[list[int], PackedBatch]]:
+    """All trees as forward passes of at most `tokens_per_step` tokens: which trees are in a pass, and the packed batch.
+
+    Passes do not follow the order of the trees; put results back by the indices, or keep to the order in which trees were scored.
+    """
+    for members in plan_microbatches([tree_tokens(t, shared) for t in trees], tokens_per_step):
+        yield members, pack([trees[i] for i in members], shared=shared).to(device)

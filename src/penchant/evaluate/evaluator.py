@@ -32,7 +32,7 @@ from penchant.models.load import cast_parameters, load_tokenizer
 from penchant.models.options import looks_like_folder
 from penchant.requests import EvalRequest
 from penchant.rewards import load_reward
-from penchant.rewards.reward_model import PolicyText
+from penchant.rewards.reward_model import PolicyText, prompts_by_source
 from penchant.runs import Run
 from penchant.runs.find import START, Source, find_model
 from penchant.runs.parts import set_threads
@@ -92,7 +92,7 @@ class Evaluation:
         assert self.on.rows is not None
         asked: dict[str, Any] = {} if self.request.reward is None else {"": self.request.reward}
         asked |= {name: name for name in self.request.also}
-        prompts = {t.source: t.prompt for t in self.on.rows.trees}
+        prompts = prompts_by_source(self.on.rows.trees)
         policy = PolicyText(self.run.rows.tokenizer, self.on.config.data.template, prompts)
         try:
             return {name: load_reward(reward, policy, self.run.device) for name, reward in asked.items()}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from penchant.data.mapped import StoredTokens
-from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.data.packing import batches_of
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.logprobs.head import RowLogits
 from penchant.types import PackedBatch, TokenTree
@@ -246,11 +246,10 @@ def compute_logps(
 ) -> CompletionLogps:
     """Log-probs of all completions, in tree order, without gradient: sums (sum of k,) and tokens."""
     shared = live.scorer.shared
-    sizes = [tree_tokens(t, shared) for t in trees]
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     device = next(live.scorer.model.parameters()).device
-    for members in plan_microbatches(sizes, tokens_per_step):
-        made = live.completion_logps(pack([trees[i] for i in members], shared=shared).to(device))
+    for members, batch in batches_of(trees, tokens_per_step, shared=shared, device=device):
+        made = live.completion_logps(batch)
         sums = made.sums.cpu().split([len(trees[i].completion_ids) for i in members])
         tokens = made.tokens.cpu().split([sum(map(len, trees[i].completion_ids)) for i in members])
         parts |= dict(zip(members, zip(sums, tokens, strict=True), strict=True))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.data.packing import batches_of, pack
 from penchant.errors import ModelError
 from penchant.logprobs.reference import LiveReference
 from penchant.losses.divergences import DivergenceKind, log_probs, value_of
@@ -175,11 +175,9 @@ def score_tokens(
         ModelError: the models' vocabularies differ in size.
     """
     device = next(policy.scorer.model.parameters()).device
-    sizes = [tree_tokens(t, policy.scorer.shared) for t in trees]
     parts: dict[int, Tensor] = {}
-    for members in plan_microbatches(sizes, tokens_per_step):
+    for members, batch in batches_of(trees, tokens_per_step, shared=policy.scorer.shared, device=device):
         chosen = [trees[i] for i in members]
-        batch = pack(chosen, shared=policy.scorer.shared).to(device)
         if reference is None:
             found = policy.completion_logps(batch).tokens[None]
         else:

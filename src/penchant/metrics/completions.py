@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.data.packing import batches_of
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference, compute_logps
@@ -382,8 +382,7 @@ def kl_by_completion(
     device = next(policy.scorer.model.parameters()).device
     by_tree: dict[int, list[float]] = {}
     k3 = 0.0
-    for members in plan_microbatches([tree_tokens(t, shared) for t in trees], tokens_per_step):
-        batch = pack([trees[i] for i in members], shared=shared).to(device)
+    for members, batch in batches_of(trees, tokens_per_step, shared=shared, device=device):
         logps, ref_logps = (m.completion_logps(batch).tokens.double() for m in (policy, reference))
         d = kl_estimate(logps, ref_logps, "k1")
         sums = torch.zeros(len(batch.lengths), dtype=d.dtype, device=device).index_add(0, batch.completion_of, d)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.data.packing import batches_of
 from penchant.metrics.stats import Interval, bootstrap_ci, share_ci
 from penchant.training.steps import Totals
 from penchant.types import Algorithm, LossOutput, Scored, TokenTree
@@ -69,8 +69,8 @@ def score_heldout(
     order: list[int] = []
     with torch.no_grad():
         algorithm.begin_step(0, at, trees)
-        for members in plan_microbatches([tree_tokens(t, shared) for t in trees], tokens_per_step):
-            parts.append(algorithm.score(pack([trees[i] for i in members], shared=shared).to(device)))
+        for members, batch in batches_of(trees, tokens_per_step, shared=shared, device=device):
+            parts.append(algorithm.score(batch))
             order += members
             if progress is not None:
                 progress(len(order), len(trees))

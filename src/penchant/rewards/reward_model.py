@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
-from penchant.data.packing import pack, plan_microbatches, tree_tokens
+from penchant.data.packing import batches_of
 from penchant.data.tokenize import PairFormat, TokenizedDataset, pair_format, same_tokens, tokenize, tokenize_text_pairs
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.logprobs import Scorer
@@ -186,6 +186,14 @@ class PolicyText:
     prompts: Mapping[str, Prompt | None] = field(default_factory=dict)
 
 
+def prompts_by_source(trees: Iterable[PromptTree]) -> dict[str, Prompt | None]:
+    """Prompts by the `source` of their rows; None where files of one name have different prompts there."""
+    found: dict[str, Prompt | None] = {}
+    for tree in trees:
+        found[tree.source] = tree.prompt if found.get(tree.source, tree.prompt) == tree.prompt else None
+    return found
+
+
 @dataclass(slots=True)
 class RewardModel:
     """Scores texts, or the policy's own tokens.
@@ -230,15 +238,14 @@ class RewardModel:
         decode = self.policy.tokenizer.decode
         pairs, unfinished = [], []
         for tree in trees:
-            prompt = self.policy.prompts.get(tree.source, "")
+            known = self.policy.prompts
+            prompt = known[tree.source] if tree.source in known else decode(tree.prompt_ids, skip_special_tokens=True)
             if prompt is None:
                 raise DataError(
                     tree.source,
                     "stands for rows of several files, so the reward model cannot tell their prompts apart",
                     "give the data files different names",
                 )
-            if not prompt:
-                prompt = decode(tree.prompt_ids, skip_special_tokens=True)
             for ids, cut in zip(tree.completion_ids, tree.truncated, strict=True):
                 pairs.append(PromptTree(prompt, (Completion(decode(ids, skip_special_tokens=True)),)))
                 unfinished.append(cut)
@@ -285,8 +292,7 @@ def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step
     training = scorer.model.training
     scorer.model.eval()
     with torch.no_grad():
-        for members in plan_microbatches([tree_tokens(t, scorer.shared) for t in trees], tokens_per_step):
-            batch = pack([trees[i] for i in members], shared=scorer.shared).to(device)
+        for members, batch in batches_of(trees, tokens_per_step, shared=scorer.shared, device=device):
             sizes = [len(trees[i].completion_ids) for i in members]
             for i, part in zip(members, scorer.rewards(batch).double().cpu().split(sizes), strict=True):
                 found[i] = part.tolist()

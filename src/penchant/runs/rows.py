@@ -19,7 +19,7 @@ from penchant.data.mapped import StoredTokens, first_completions, label_counts
 from penchant.data.tokenize import TokenizedDataset
 from penchant.errors import ConfigError, DataError
 from penchant.models.load import load_tokenizer
-from penchant.rewards.reward_model import RewardModelParts
+from penchant.rewards.reward_model import RewardModelParts, prompts_by_source
 from penchant.runs.sharing import Alone, Key
 from penchant.types import Prompt, TokenTree
 
@@ -177,10 +177,7 @@ class Rows:
     @cached_property
     def prompts(self) -> Mapping[str, Prompt | None]:
         """Every prompt as the data has it, by its row's source; None where files of one name have different prompts there."""
-        found: dict[str, Prompt | None] = {}
-        for tree in (t for d in self.datasets if d is not None for t in d.trees):
-            found[tree.source] = tree.prompt if found.get(tree.source, tree.prompt) == tree.prompt else None
-        return found
+        return prompts_by_source(t for d in self.datasets if d is not None for t in d.trees)
 
     def part(self, train: Sequence[int], heldout: int, config: RunConfig) -> Rows:
         """Some of the rows for a run of another config: these of training, and the first `heldout` ones of the others."""
