@@ -29,6 +29,11 @@ def page_example() -> str:
     return found[1]
 
 
+@pytest.fixture(autouse=True)
+def _known_metrics() -> None:
+    """In place of conftest's: a user's algorithm may log figures of its own."""
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "my_algorithms.py").write_text(page_example())

@@ -257,15 +257,15 @@ def test_shapes_alone_count_what_a_real_pass_holds(tmp_path: Path, lora: bool) -
     real = Run(api.as_config(config), quiet=True)
     trees = _trees((90, 100, 60), (120, 40, 40), (60, 100, 90))
     scorer = real.built.parts.engine
-    real.model.train()
-    with LiveBytes([*real.model.parameters(), *real.model.buffers()]) as live:
+    real.built.parts.model.train()
+    with LiveBytes([*real.built.parts.model.parameters(), *real.built.parts.model.buffers()]) as live:
         scorer.logps(pack(trees)).sums.sum().backward()
-    gradients = sum(p.grad.nbytes for p in real.model.parameters() if p.grad is not None)
+    gradients = sum(p.grad.nbytes for p in real.built.parts.model.parameters() if p.grad is not None)
     found = activations_of(run, run.model, [trees], fast=False)
     assert found.by == "shapes"
     assert found.total == pytest.approx(live.peak - gradients, rel=0.05)
-    with LiveBytes([*real.model.parameters(), *real.model.buffers()]) as live, torch.no_grad():
-        real.model.eval()
+    with LiveBytes([*real.built.parts.model.parameters(), *real.built.parts.model.buffers()]) as live, torch.no_grad():
+        real.built.parts.model.eval()
         scorer.logps(pack(trees))
     assert found.forward == pytest.approx(live.peak, rel=0.15)
 
@@ -277,10 +277,10 @@ def test_a_head_too_large_to_keep_is_counted_by_its_chunks(tmp_path: Path, monke
         monkeypatch.setattr(f"{module}._SOFTMAX_ELEMENTS", 1 << 12)
     config = _config(tmp_path)
     run, real = (kind(api.as_config(config), quiet=True) for kind in (OutlinedRun, Run))
-    trees, scorer = _trees((10, 500, 400)), real.scorer
+    trees, scorer = _trees((10, 500, 400)), real.built.parts.engine
     found = forward_bytes(run, run.model, trees, fast=True)
-    real.model.eval()
-    with LiveBytes(real.model.parameters()) as live, torch.no_grad():
+    real.built.parts.model.eval()
+    with LiveBytes(real.built.parts.model.parameters()) as live, torch.no_grad():
         scorer.logps(pack(trees))
     assert found == pytest.approx(live.peak, rel=0.2)
 

@@ -233,9 +233,9 @@ def test_ppos_value_model_starts_as_the_reward_model(tmp_path: Path, trained: An
     config = online(tmp_path, model, {str(reward.folder): 0.5, "words": 0.1}, value="separate")
     run = Run(api.as_config(config), quiet=True)
     value = run.built.parts.modules["value"]
-    theirs = backbone_of(reward.model).state_dict()
+    theirs = backbone_of(reward.built.parts.model).state_dict()
     assert all(torch.equal(w, theirs[n]) for n, w in backbone_of(value.backbone).state_dict().items())
-    assert torch.allclose(value.head.weight, 0.5 * head_of(reward.model).weight)
+    assert torch.allclose(value.head.weight, 0.5 * head_of(reward.built.parts.model).weight)
     zero = Run(api.as_config({**config, "algorithm": {**config["algorithm"], "value_init": "zero"}}), quiet=True)
     assert not zero.built.parts.modules["value"].head.weight.any()
     assert api.train(config, quiet=True).steps == 1

@@ -483,17 +483,19 @@ def _explain(
     return ConfigError(where, f"{dotted} is {shown}", f"give {_wanted(error, path)}")
 
 
+def _sections(info: FieldInfo) -> list[type[BaseModel]]:
+    """The forms that a section has; none where the field is a value."""
+    kinds = (info.annotation, *getattr(info.annotation, "__args__", ()))
+    found = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+    return list(dict.fromkeys(ALGORITHMS.values())) if AlgorithmConfig in found else list(found)
+
+
 def _fields_of(path: tuple[str, ...]) -> dict[str, FieldInfo]:
     """The keys of the section that a key path lies in; of all of them, where a section has several forms."""
     sections: list[Any] = [RunConfig]
     for part in path[:-1]:
         infos = [s.model_fields[part] for s in sections if part != "loss" and part in s.model_fields]
-        sections = [
-            a
-            for info in infos
-            for a in (info.annotation, *getattr(info.annotation, "__args__", ()))
-            if isinstance(a, type) and issubclass(a, BaseModel)
-        ]
+        sections = [section for info in infos for section in _sections(info)]
     return {name: info for s in reversed(sections) for name, info in s.model_fields.items()}
 
 
@@ -527,11 +529,7 @@ def _suggest_key(path: tuple[str, ...]) -> str:
     if close:
         return f'did you mean "{close[0]}"?'
     for name, info in RunConfig.model_fields.items():
-        inner = [
-            a
-            for a in (info.annotation, *getattr(info.annotation, "__args__", ()))
-            if isinstance(a, type) and issubclass(a, BaseModel)
-        ]
+        inner = _sections(info)
         if inner and word in inner[0].model_fields:
             return f'did you mean "{name}.{word}"?'
     return f"there are {', '.join(sorted(names))}"
