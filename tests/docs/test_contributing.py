@@ -41,8 +41,7 @@ from penchant.types import Algorithm, LossOutput, Scored
 SECTION = """
 from penchant.report.data import ReportData
 from penchant.report.html import Element, said, table
-from penchant.report.page import Section
-from penchant.report.safe import num
+from penchant.report.page import Section, num
 from penchant.report.svg import number
 """
 COMMAND = """
