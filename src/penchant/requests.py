@@ -75,23 +75,17 @@ WRITES = "what the model writes"
 class EvalRequest:
     """What `penchant eval` is asked of a model; docs/eval.md explains each option."""
 
-    step: str = option(
-        "which checkpoint of a run: last, best, 0 (the start) or a step's number (default: last)", "last"
-    )
+    step: str = option("checkpoint of a run: last, best, 0 (the start) or a step's number (default: last)", "last")
     data: str | None = option("rows to evaluate on (default: the run's held-out rows)", metavar="FILE")
     text: str | None = option("plain text on which to measure perplexity and bits per byte", metavar="FILE")
-    reference: str | None = option(
-        "model to compare with, or none (default: what it started from, if known)", metavar="MODEL"
-    )
+    reference: str | None = option("model to compare with, or none (default: its start, if known)", metavar="MODEL")
     base: str | None = option("base model of an adapter (default: the one that the adapter names)", metavar="MODEL")
     beta: float | None = option("beta of implicit rewards (default: the run's loss.beta, else 1)")
     exact_kl: bool | None = option("KL over the whole vocabulary (default: if there is a reference)", either=True)
     generate: int | None = option("how many prompts to write completions for", metavar="N", group=WRITES)
     samples: int = option("completions per prompt (default: %(default)d)", 1, group=WRITES)
     max_new_tokens: int = option("maximum number of tokens in a completion (default: %(default)d)", 64, group=WRITES)
-    temperature: float = option(
-        "sampling temperature; 0 always takes the likeliest token (default: %(default)g)", 1.0, group=WRITES
-    )
+    temperature: float = option("temperature; 0: the likeliest token (default: %(default)g)", 1.0, group=WRITES)
     seed: int = option("seed for sampling (default: %(default)d)", 0, group=WRITES)
     reward: Any = option("any reward: sentiment, path.py:function, a reward model's run", group=WRITES)  # noqa: RUF009
     also: tuple[str, ...] = option("another reward to report (repeatable)", (), "REWARD", group=WRITES)
@@ -166,9 +160,7 @@ class CompareRequest:
         "judge that picks the better of two answers: path.py:function, or http://HOST:PORT/v1", metavar="JUDGE"
     )
     judge_model: str | None = option("the model's name at the endpoint", metavar="NAME")
-    judge_key_env: str | None = option(
-        "environment variable that holds its key (default: OPENAI_API_KEY)", metavar="NAME"
-    )
+    judge_key_env: str | None = option("environment variable with its key (default: OPENAI_API_KEY)", metavar="NAME")
     judge_instruction: str | None = option("file with a template that replaces the built-in one", metavar="FILE")
     judge_parameters: str | None = option("sampling parameters that replace the built-in ones", metavar="JSON")
     judge_concurrency: int | None = option("how many questions to ask at a time (default: 4)", metavar="N")
@@ -177,9 +169,7 @@ class CompareRequest:
     samples: int = option("completions per prompt (default: %(default)d)", 1)
     max_new_tokens: int = option("maximum number of tokens in a completion (default: %(default)d)", 64)
     seed: int = option("seed for sampling (default: %(default)d)", 0)
-    step: str | None = option(
-        "which checkpoint: best, last or a step's number (default: best if one is tracked, else last)"
-    )
+    step: str | None = option("checkpoint: best, last or a step's number (default: best if one is tracked, else last)")
     data: str | None = option("test rows; every use of them is recorded beside the file", metavar="FILE")
     output: str | None = option("where to write the comparison (default: beside the first run)", metavar="FOLDER")
 
@@ -261,9 +251,7 @@ class GetRequest:
     moderation: str | float = option(
         "keep, drop-flagged, or a score at which rows are dropped", "keep", "RULE", group=WHICH, read=_rule
     )
-    as_: str | None = option(
-        "sft, prompts or unpaired (default: the kind that the rows have)", metavar="KIND", group=BECOME
-    )
+    as_: str | None = option("sft, prompts or unpaired (default: as the rows are)", metavar="KIND", group=BECOME)
     reward: str | None = option(
         "reward that labels the answers for --as unpaired: sentiment, a run, path.py:function",
         metavar="REWARD",
@@ -273,9 +261,7 @@ class GetRequest:
     label_with: str | None = option(
         "function that labels an answer: True, False, or None to leave it out", metavar="PATH.py:FUNCTION", group=BECOME
     )
-    layout: str | None = option(
-        "layout of the rows, as `penchant data formats` lists them", metavar="NAME", group=BECOME
-    )
+    layout: str | None = option("a layout that `penchant data formats` lists", metavar="NAME", group=BECOME)
     columns: Mapping[str, str] = option("", {}, group=BECOME, also=("--columns",))
     options: Mapping[str, Any] = option(
         "an option of the layout (repeatable)", {}, "OPTION=VALUE", flag="--set", group=BECOME, read=_value
@@ -302,9 +288,7 @@ class ModelRequest:
         "RUN",
         positional=True,
     )
-    step: str = option(
-        "which checkpoint of a run: last, best, 0 (the start) or a step's number (default: last)", "last"
-    )
+    step: str = option("checkpoint of a run: last, best, 0 (the start) or a step's number (default: last)", "last")
     base: str | None = option("base model of an adapter (default: the one that the adapter names)", metavar="MODEL")
     template: str = option(
         "how messages are written for the model (default: its chat template where it has one)",
@@ -321,14 +305,10 @@ class ChatRequest(ModelRequest):
 
     against: str | None = option("a second model, which answers the same messages", metavar="RUN")
     against_step: str = option("which checkpoint of the second model, if it is a run (default: last)", "last", "STEP")
-    prefer: str | None = option(
-        "file that /left and /right write to (default: preferences.jsonl)", metavar="FILE.jsonl"
-    )
+    prefer: str | None = option("file for /left and /right (default: preferences.jsonl)", metavar="FILE.jsonl")
     blind: bool = option("do not show which answer is whose", False)
     system: str = option("system prompt", "", "TEXT")
-    temperature: float = option(
-        "sampling temperature; 0 always takes the likeliest token (default: %(default)g)", 0.7, low=0
-    )
+    temperature: float = option("temperature; 0: the likeliest token (default: %(default)g)", 0.7, low=0)
     top_p: float = option(
         "sample from the smallest set of tokens with this probability (default: %(default)g)", 1.0, above=0, high=1
     )

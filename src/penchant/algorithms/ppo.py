@@ -40,27 +40,19 @@ class PPOConfig(OnlineConfig):
     samples: int = Field(1, ge=1, description="completions of each prompt")
     temperature: float = Field(0.7, gt=0, description="temperature of sampling and of every log-prob in the update")
     epochs: int = Field(4, ge=1, description="passes over each batch of rollouts")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        "k1", description="estimator of the per-token KL penalty in the reward"
-    )
-    kl_control: Literal["fixed", "adaptive"] = Field(
-        "fixed", description="keep beta fixed, or adapt it towards kl_target"
-    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="estimator of the per-token KL penalty")
+    kl_control: Literal["fixed", "adaptive"] = Field("fixed", description="keep beta, or adapt it towards kl_target")
     kl_target: float = Field(6.0, gt=0, description="adaptive: the target KL per completion, in nats")
     kl_horizon: float = Field(10_000, gt=0, description="adaptive: number of completions over which beta adapts")
     gamma: float = Field(1.0, ge=0, le=1, description="discount of later rewards")
     lam: float = Field(0.95, alias="lambda", ge=0, le=1, description="lambda of generalized advantage estimation")
-    value: Literal["head", "separate"] = Field(
-        "head", description="the value function: a head on the policy, or a separate model"
-    )
+    value: Literal["head", "separate"] = Field("head", description="value function: a head on the policy, or a model")
     value_init: Literal["auto", "zero", "reward"] = Field(
         "auto",
         description="start of a separate value model: the reward model (auto: if it fits), or the policy with a zero head",
     )
     value_coef: float = Field(0.1, ge=0, description="weight of the value loss")
-    value_clip: float | None = Field(
-        0.2, gt=0, description="clip the value to +- this around its old one; null: do not"
-    )
+    value_clip: float | None = Field(0.2, gt=0, description="clip the value to its old one +- this; null: do not")
     whiten_advantages: bool = Field(
         True,
         description="normalize advantages to zero mean and unit variance over all completion tokens of the rollouts",

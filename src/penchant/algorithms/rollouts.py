@@ -34,9 +34,7 @@ class OnlineConfig(AlgorithmConfig):
     samples: int = Field(4, ge=1, description="completions of each prompt")
     max_new_tokens: int = Field(64, ge=1, description="tokens of a completion")
     temperature: float = Field(1.0, gt=0, description="temperature of sampling and of every log-prob in the update")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="sample from the smallest set of tokens whose probability adds up to this"
-    )
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set of tokens with this probability")
     top_k: int = Field(0, ge=0, description="sample from this many of the likeliest tokens; 0: all")
     beta: float | Literal["auto"] = Field(
         "auto", description="weight of the KL to the reference; auto: 0.05 (rloo), 0.04 (grpo), 0.1 (online_dpo)"
@@ -52,9 +50,7 @@ class OnlineConfig(AlgorithmConfig):
         "sequence",
         description="grpo: average over each completion's tokens, over all tokens (DAPO), or divide by a constant",
     )
-    missing_eos_penalty: float = Field(
-        0.0, ge=0, description="subtracted from the reward of a completion that did not end"
-    )
+    missing_eos_penalty: float = Field(0.0, ge=0, description="taken off the reward of a completion that did not end")
 
     signal: ClassVar[Signal] = "prompts"
     needs: ClassVar[frozenset[str]] = frozenset({"reference"})

@@ -17,10 +17,10 @@ class DataConfig(Section):
     path: str | list[str] = Field(description="file, files or hub id (owner/name)")
     eval_path: str | list[str] | None = Field(None, description="held-out rows from files of their own")
     validation_rows: int | None = Field(
-        None, ge=1, description="how many rows to hold out; rows with the same prompt stay together"
+        None, ge=1, description="how many rows to hold out; equal prompts stay together"
     )
     validation_fraction: float | None = Field(
-        None, gt=0, lt=1, description="share of rows to hold out; rows with the same prompt stay together"
+        None, gt=0, lt=1, description="share of rows to hold out; equal prompts stay together"
     )
     split_seed: int | None = Field(None, ge=0, lt=2**31, description="seed of the split; default: train.seed")
     shape: str = Field(
@@ -45,9 +45,7 @@ class DataConfig(Section):
         description="what to do with longer rows: cut the prompt and then the completion, or treat them as bad rows",
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a bad row, or set it aside and count it")
-    identical: Literal["bad_row", "keep"] = Field(
-        "bad_row", description="how to treat a pair whose chosen and rejected answers are equal"
-    )
+    identical: Literal["bad_row", "keep"] = Field("bad_row", description="how to treat a pair of equal answers")
     score_threshold: float | None = Field(
         None, description="for scored rows and a loss on labels: scores at or above this are good, lower ones are bad"
     )

@@ -21,9 +21,7 @@ class ModelConfig(Section):
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 if the hardware has it, else fp32")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU if there is one")
-    kernels: Literal["auto", "off"] = Field(
-        "auto", description="auto: fast kernels for model families that have them; off: never"
-    )
+    kernels: Literal["auto", "off"] = Field("auto", description="auto: fast kernels for the models that have them")
     tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer; default: model.path")
 
 
@@ -43,7 +41,7 @@ class ReferenceConfig(Section):
         "auto", description="auto: adapter off with LoRA, else computed once and cached on disk"
     )
     path: str | None = Field(
-        None, description="another model as the reference; default: the model that training starts from"
+        None, description="another model as reference; default: the model that training starts from"
     )
     sync_every: int | None = Field(
         None, ge=1, description="optimizer steps between updates of the reference from the policy (TR-DPO); null: never"

@@ -15,13 +15,9 @@ class TrainConfig(Section):
     epochs: float = Field(1.0, gt=0, description="passes over the data, possibly a fraction")
     max_steps: int | None = Field(None, ge=1, description="upper limit on optimizer steps")
     batch_size: int = Field(32, ge=1, description="prompt trees (rows) per optimizer step")
-    tokens_per_step: int = Field(
-        4096, ge=16, description="tokens in one forward and backward pass; lower it to save memory"
-    )
+    tokens_per_step: int = Field(4096, ge=16, description="tokens in one forward and backward pass: the unit of memory")
     lr: float | Literal["auto"] = Field("auto", description="peak learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="shape of the learning rate after warm-up"
-    )
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="learning-rate shape after warm-up")
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="share of all steps spent on warm-up")
     min_lr_fraction: float = Field(0.0, ge=0, le=1, description="final learning rate as a share of lr")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of matrices; norms and biases never decay")
@@ -53,12 +49,8 @@ class EvalConfig(Section):
         "epoch", description="how often to evaluate: a number of optimizer steps, or epoch; null: only at the end"
     )
     at_start: bool = Field(True, description="also evaluate before the first step")
-    tokens_per_step: int | None = Field(
-        None, ge=16, description="tokens in one forward pass; default: train.tokens_per_step"
-    )
-    kl_prompts: int = Field(
-        16, ge=0, description="number of held-out prompts whose sampled completions estimate the KL; 0: none"
-    )
+    tokens_per_step: int | None = Field(None, ge=16, description="tokens in one pass; default: train.tokens_per_step")
+    kl_prompts: int = Field(16, ge=0, description="held-out prompts whose sampled completions estimate the KL; 0: none")
     samples: int = Field(4, ge=0, description="number of held-out prompts to answer before and after training; 0: none")
     sample_tokens: int = Field(64, ge=1, description="limit on the tokens of such an answer")
 
@@ -87,14 +79,10 @@ class LoggingConfig(Section):
     trackers: list[TrackerName] = Field(default_factory=list, description="trackers that get a copy of metrics.jsonl")
     project: str = Field("penchant", min_length=1, description="project in W&B and Trackio, experiment in MLflow")
     name: str | None = Field(None, description="the run's name in its trackers; default: the folder's name")
-    group: str | None = Field(
-        None, description="the run's group in its trackers; default: the sweep or pipeline it belongs to"
-    )
+    group: str | None = Field(None, description="group in its trackers; default: the sweep or pipeline it belongs to")
     tags: list[str] = Field(default_factory=list, description="tags in W&B and MLflow")
     dir: str | None = Field(None, description="where trackers write on this machine; default: RUN/trackers")
-    tracker_timeout: float = Field(
-        30.0, gt=0, description="seconds that all trackers together may take at the end of the run"
-    )
+    tracker_timeout: float = Field(30.0, gt=0, description="seconds that all trackers together may take at the end")
 
     @field_validator("trackers", mode="before")
     @classmethod

@@ -88,11 +88,9 @@ class TrustConfig(Section):
         description="how far the perplexity of held-out chosen answers may rise, as a multiple of the start's",
     )
     chosen_fall: float = Field(
-        1.0, ge=0, description="how far the log-prob of chosen answers may fall, nats per completion"
+        1.0, ge=0, description="how far log-probs of chosen answers may fall, nats per completion"
     )
-    length_ratio: float = Field(
-        1.25, gt=1, description="how long completions may become, as a multiple of their first length"
-    )
+    length_ratio: float = Field(1.25, gt=1, description="how many times their first length completions may become")
     accuracy_gap: float = Field(
         0.2, gt=0, lt=1, description="how far the accuracy on training rows may exceed that on held-out rows"
     )
