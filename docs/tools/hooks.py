@@ -6,7 +6,9 @@ import re
 from typing import Any
 
 MATH = re.compile(r"^```math\n(.*?)\n```$", re.S | re.M)
-OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:src|recipes|benchmarks|tests|docker)(?:/[^)\s]*)?)\)")
+OUTSIDE = re.compile(
+    r"\[([^\]]+)\]\((?:\.\./)+((?:src|recipes|benchmarks|tests|docker|CONTRIBUTING\.md)(?:/[^)\s]*)?)\)"
+)
 
 
 def mathml(latex: str) -> str:

@@ -75,24 +75,24 @@ WRITES = "what the model writes"
 class EvalRequest:
     """What `penchant eval` is asked of a model; docs/eval.md explains each option."""
 
-    step: str = option("of a run: last, best, 0 (the start) or a number (default: last)", "last")
-    data: str | None = option("rows to evaluate on (default: those that the run holds out)", metavar="FILE")
-    text: str | None = option("plain text: perplexity and bits per byte", metavar="FILE")
-    reference: str | None = option("default: what it started from, where known; or none", metavar="MODEL")
-    base: str | None = option("of an adapter (default: what the adapter names)", metavar="MODEL")
-    beta: float | None = option("of implicit rewards (default: the run's loss.beta, else 1)")
-    exact_kl: bool | None = option("over the whole vocabulary (default: with a reference)", either=True)
-    generate: int | None = option("write to so many prompts", metavar="N", group=WRITES)
-    samples: int = option("completions of each prompt (default: %(default)d)", 1, group=WRITES)
-    max_new_tokens: int = option("tokens of a completion (default: %(default)d)", 64, group=WRITES)
-    temperature: float = option("0: the likeliest token (default: %(default)g)", 1.0, group=WRITES)
-    seed: int = option("of sampling (default: %(default)d)", 0, group=WRITES)
+    step: str = option("checkpoint of a run: last, best, 0 (the start) or a step's number (default: last)", "last")
+    data: str | None = option("rows to evaluate on (default: the run's held-out rows)", metavar="FILE")
+    text: str | None = option("plain text on which to measure perplexity and bits per byte", metavar="FILE")
+    reference: str | None = option("model to compare with, or none (default: its start, if known)", metavar="MODEL")
+    base: str | None = option("base model of an adapter (default: the one that the adapter names)", metavar="MODEL")
+    beta: float | None = option("beta of implicit rewards (default: the run's loss.beta, else 1)")
+    exact_kl: bool | None = option("KL over the whole vocabulary (default: if there is a reference)", either=True)
+    generate: int | None = option("how many prompts to write completions for", metavar="N", group=WRITES)
+    samples: int = option("completions per prompt (default: %(default)d)", 1, group=WRITES)
+    max_new_tokens: int = option("maximum number of tokens in a completion (default: %(default)d)", 64, group=WRITES)
+    temperature: float = option("temperature; 0: the likeliest token (default: %(default)g)", 1.0, group=WRITES)
+    seed: int = option("seed for sampling (default: %(default)d)", 0, group=WRITES)
     reward: Any = option("any reward: sentiment, path.py:function, a reward model's run", group=WRITES)  # noqa: RUF009
-    also: tuple[str, ...] = option("another reward (may be given again)", (), "REWARD", group=WRITES)
-    overlap: bool = option("BLEU and ROUGE against the data's answers", True, either=True, group=WRITES)
-    stemmer: bool = option("Porter's stemmer for ROUGE", False, flag="--rouge-stemmer", group=WRITES)
-    samples_output: str | None = option("write the completions there", metavar="FILE.jsonl", group=WRITES)
-    output: str | None = option("write all figures there", metavar="FILE.json")
+    also: tuple[str, ...] = option("another reward to report (repeatable)", (), "REWARD", group=WRITES)
+    overlap: bool = option("compute BLEU and ROUGE against the data's answers", True, either=True, group=WRITES)
+    stemmer: bool = option("use Porter's stemmer for ROUGE", False, flag="--rouge-stemmer", group=WRITES)
+    samples_output: str | None = option("file to write the completions to", metavar="FILE.jsonl", group=WRITES)
+    output: str | None = option("file to write all figures to", metavar="FILE.json")
 
     @property
     def bare(self) -> bool:
@@ -155,23 +155,23 @@ class CompareRequest:
     """What `penchant compare` is asked of runs; docs/compare.md explains each option. `judge` is text or `JudgeOptions`."""
 
     reward: Any = option("any reward: sentiment, path.py:function, a reward model's run (default: none)")  # noqa: RUF009
-    also: tuple[str, ...] = option("another reward beside it; may be given again", (), "NAME")
+    also: tuple[str, ...] = option("another reward to report beside it (repeatable)", (), "NAME")
     judge: Any = option(  # noqa: RUF009
-        "who decides between two answers: path.py:function, or http://HOST:PORT/v1", metavar="JUDGE"
+        "judge that picks the better of two answers: path.py:function, or http://HOST:PORT/v1", metavar="JUDGE"
     )
-    judge_model: str | None = option("the endpoint's model", metavar="NAME")
-    judge_key_env: str | None = option("variable that holds its key (default: OPENAI_API_KEY)", metavar="NAME")
-    judge_instruction: str | None = option("a template in place of the built-in one", metavar="FILE")
-    judge_parameters: str | None = option("of its sampling, in place of the built-in ones", metavar="JSON")
-    judge_concurrency: int | None = option("questions at a time (default: 4)", metavar="N")
-    against: str | None = option("what all are compared with (default: their common start)", metavar="RUN")
-    prompts: int = option("held-out prompts (default: %(default)d)", 200)
-    samples: int = option("completions of each prompt (default: %(default)d)", 1)
-    max_new_tokens: int = option("tokens of a completion (default: %(default)d)", 64)
-    seed: int = option("of sampling (default: %(default)d)", 0)
-    step: str | None = option("best, last or a step's number (default: best where one is tracked, else last)")
-    data: str | None = option("test rows; each reading is written down beside the file", metavar="FILE")
-    output: str | None = option("where both files go (default: beside the first run)", metavar="FOLDER")
+    judge_model: str | None = option("the model's name at the endpoint", metavar="NAME")
+    judge_key_env: str | None = option("environment variable with its key (default: OPENAI_API_KEY)", metavar="NAME")
+    judge_instruction: str | None = option("file with a template that replaces the built-in one", metavar="FILE")
+    judge_parameters: str | None = option("sampling parameters that replace the built-in ones", metavar="JSON")
+    judge_concurrency: int | None = option("how many questions to ask at a time (default: 4)", metavar="N")
+    against: str | None = option("run to compare all others with (default: their common start)", metavar="RUN")
+    prompts: int = option("number of held-out prompts (default: %(default)d)", 200)
+    samples: int = option("completions per prompt (default: %(default)d)", 1)
+    max_new_tokens: int = option("maximum number of tokens in a completion (default: %(default)d)", 64)
+    seed: int = option("seed for sampling (default: %(default)d)", 0)
+    step: str | None = option("checkpoint: best, last or a step's number (default: best if one is tracked, else last)")
+    data: str | None = option("test rows; every use of them is recorded beside the file", metavar="FILE")
+    output: str | None = option("where to write the comparison (default: beside the first run)", metavar="FOLDER")
 
 
 # ---- `penchant export` ----
@@ -184,18 +184,18 @@ class ExportRequest:
     run: str = option("a run's folder, or a checkpoint in it", MISSING, "RUN", positional=True)
     to: str = option("safetensors, pt, merged, adapter or gguf", MISSING, "FORMAT")
     step: str = option("last, best or a number (default: last)", "last")
-    output: str | None = option("(default: RUN/export/step-N-FORMAT)", metavar="FOLDER")
-    dtype: str = option("fp32, bf16, fp16; gguf also q8_0 (default: as it is stored)", "auto")
-    max_shard_size: str = option("of a safetensors file (default: %(default)s)", "5GB", "SIZE")
+    output: str | None = option("where to write (default: RUN/export/step-N-FORMAT)", metavar="FOLDER")
+    dtype: str = option("fp32, bf16, fp16, and q8_0 for gguf (default: as stored)", "auto")
+    max_shard_size: str = option("largest size of a safetensors file (default: %(default)s)", "5GB", "SIZE")
     push: str | None = option("upload the folder to the hub (token: HF_TOKEN or login)", metavar="OWNER/NAME")
-    private: bool = option("where --push makes the repository", False)
+    private: bool = option("if --push creates the repository, make it private", False)
 
 
 # ---- `penchant data get` ----
 
-SPLIT = "split, by groups of prompts that are equal or nearly so"
+SPLIT = "split (prompts that are equal or nearly equal stay together)"
 WHICH = "which rows"
-BECOME = "what they become"
+BECOME = "what the rows become"
 
 
 def _shares(text: str) -> tuple[float, ...]:
@@ -222,36 +222,49 @@ def _value(text: str) -> Any:
 class GetRequest:
     """What `penchant data get` fetches; docs/data_get.md explains each option."""
 
-    name: str = option("of the catalogue, or a hub id (owner/name); none: list it", "", "NAME", positional=True)
+    name: str = option(
+        "a name in the catalogue or a hub id (owner/name); without one the catalogue is listed",
+        "",
+        "NAME",
+        positional=True,
+    )
     source: str | None = option("a copy on this machine: a file or a folder", None, "PATH", flag="--from")
-    subsets: tuple[str, ...] = option("may be given again, or all", (), "NAME", flag="--subset")
+    subsets: tuple[str, ...] = option("subset to read (repeatable), or all", (), "NAME", flag="--subset")
     revision: str | None = option("branch, tag or commit (default: the published one)", metavar="NAME")
     output: str | None = option("where to write (default: data/NAME)", metavar="FOLDER")
-    first: int | None = option("read the first N rows only, and fetch no more than they need", metavar="N")
-    redo: bool = option("make it anew where the folder holds another result", False)
-    quiet: bool = option("no progress", False)
+    first: int | None = option("read only the first N rows, and download no more than they need", metavar="N")
+    redo: bool = option("start again if the folder holds another result", False)
+    quiet: bool = option("do not show progress", False)
     split: tuple[float, ...] = option(
-        "shares (default: 0.9,0.05,0.05)", (0.9, 0.05, 0.05), "A,B,C", group=SPLIT, read=_shares
+        "shares of train, validation and test (default: 0.9,0.05,0.05)",
+        (0.9, 0.05, 0.05),
+        "A,B,C",
+        group=SPLIT,
+        read=_shares,
     )
-    seed: int = option("of the split (default: %(default)d)", 0, group=SPLIT)
-    published_splits: bool = option("keep them; draw only those that are missing", False, group=SPLIT)
-    language: tuple[str, ...] = option("as the data has it: English, en", (), "NAME", group=WHICH)
+    seed: int = option("seed of the split (default: %(default)d)", 0, group=SPLIT)
+    published_splits: bool = option("keep the published splits; draw only the missing ones", False, group=SPLIT)
+    language: tuple[str, ...] = option(
+        "keep rows in this language, spelled as in the data: English, en (repeatable)", (), "NAME", group=WHICH
+    )
     redacted: str = option("rows with redacted names: keep, only or drop (default: keep)", "keep", group=WHICH)
     moderation: str | float = option(
-        "keep, drop-flagged, or a score from which rows are dropped", "keep", "RULE", group=WHICH, read=_rule
+        "keep, drop-flagged, or a score at which rows are dropped", "keep", "RULE", group=WHICH, read=_rule
     )
-    as_: str | None = option("sft, prompts or unpaired (default: what the rows are)", metavar="KIND", group=BECOME)
+    as_: str | None = option("sft, prompts or unpaired (default: as the rows are)", metavar="KIND", group=BECOME)
     reward: str | None = option(
-        "labels answers for --as unpaired: sentiment, a run, path.py:function", metavar="REWARD", group=BECOME
+        "reward that labels the answers for --as unpaired: sentiment, a run, path.py:function",
+        metavar="REWARD",
+        group=BECOME,
     )
-    threshold: float | None = option("an answer is good from this reward on", metavar="X", group=BECOME)
+    threshold: float | None = option("rewards at or above this are good", metavar="X", group=BECOME)
     label_with: str | None = option(
-        "labels answers: True, False, or None to leave out", metavar="PATH.py:FUNCTION", group=BECOME
+        "function that labels an answer: True, False, or None to leave it out", metavar="PATH.py:FUNCTION", group=BECOME
     )
-    layout: str | None = option("of the rows, as `penchant data formats` lists them", metavar="NAME", group=BECOME)
+    layout: str | None = option("a layout that `penchant data formats` lists", metavar="NAME", group=BECOME)
     columns: Mapping[str, str] = option("", {}, group=BECOME, also=("--columns",))
     options: Mapping[str, Any] = option(
-        "an option of the layout", {}, "OPTION=VALUE", flag="--set", group=BECOME, read=_value
+        "an option of the layout (repeatable)", {}, "OPTION=VALUE", flag="--set", group=BECOME, read=_value
     )
 
     @property
@@ -270,48 +283,52 @@ class ModelRequest:
     """Which model answers, and how it is held."""
 
     model: str = option(
-        "a run, a config, a checkpoint's, an adapter's or a model's folder, or a hub id",
+        "a run, a CONFIG.yaml, the folder of a checkpoint, an adapter or a model, or a hub id",
         MISSING,
         "RUN",
         positional=True,
     )
-    step: str = option("of a run: last, best, 0 (the start) or a number (default: last)", "last")
-    base: str | None = option("of an adapter (default: what the adapter names)", metavar="MODEL")
+    step: str = option("checkpoint of a run: last, best, 0 (the start) or a step's number (default: last)", "last")
+    base: str | None = option("base model of an adapter (default: the one that the adapter names)", metavar="MODEL")
     template: str = option(
         "how messages are written for the model (default: its chat template where it has one)",
         "auto",
         choices=TEMPLATES,
     )
-    dtype: str | None = option("default: as the run has it, else auto", choices=("auto", "fp32", "bf16"))
-    device: str | None = option("default: as the run has it, else auto", choices=("auto", "cpu", "cuda"))
+    dtype: str | None = option("precision (default: the run's, else auto)", choices=("auto", "fp32", "bf16"))
+    device: str | None = option("device (default: the run's, else auto)", choices=("auto", "cpu", "cuda"))
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest(ModelRequest):
     """What `penchant chat` is asked."""
 
-    against: str | None = option("a second model that answers the same", metavar="RUN")
-    against_step: str = option("its step, where it is a run", "last", "STEP")
-    prefer: str | None = option("where /left and /right go (default: preferences.jsonl)", metavar="FILE.jsonl")
+    against: str | None = option("a second model, which answers the same messages", metavar="RUN")
+    against_step: str = option("which checkpoint of the second model, if it is a run (default: last)", "last", "STEP")
+    prefer: str | None = option("file for /left and /right (default: preferences.jsonl)", metavar="FILE.jsonl")
     blind: bool = option("do not show which answer is whose", False)
     system: str = option("system prompt", "", "TEXT")
-    temperature: float = option("0: the likeliest token (default: %(default)g)", 0.7, low=0)
-    top_p: float = option("default: %(default)g", 1.0, above=0, high=1)
-    top_k: int = option("default: %(default)d, all tokens", 0, low=0)
-    max_new_tokens: int = option("tokens of an answer (default: %(default)d)", 256, low=1)
-    seed: int = option("of the draws (default: %(default)d)", 0, low=0)
+    temperature: float = option("temperature; 0: the likeliest token (default: %(default)g)", 0.7, low=0)
+    top_p: float = option(
+        "sample from the smallest set of tokens with this probability (default: %(default)g)", 1.0, above=0, high=1
+    )
+    top_k: int = option("sample from this many of the likeliest tokens; 0 means all (default: %(default)d)", 0, low=0)
+    max_new_tokens: int = option("maximum number of tokens in an answer (default: %(default)d)", 256, low=1)
+    seed: int = option("random seed (default: %(default)d)", 0, low=0)
 
 
 @dataclass(frozen=True, slots=True)
 class ServeRequest(ModelRequest):
     """What `penchant serve` is asked."""
 
-    host: str = option("default: 127.0.0.1; any other needs PENCHANT_API_KEY in the environment", "127.0.0.1")
-    port: int = option("0: one that is free (default: %(default)d)", 8000, low=0, high=65535)
-    name: str | None = option("of the model, as clients call it (default: the folder's, or the hub id)")
-    at_once: int = option("prompts that take turns (default: %(default)d)", 4, low=1, high=64)
-    waiting: int = option("prompts that may wait for a turn (default: %(default)d)", 64, low=0)
-    max_tokens: int = option("of one answer at most (default: %(default)d)", 4096, low=1)
-    max_body: int = option("of a request (default: 4 MiB)", 4 << 20, "BYTES", low=1)
-    timeout: float = option("of a request (default: %(default)g)", 600.0, "SECONDS", above=0)
-    quiet: bool = option("no line for each request", False)
+    host: str = option(
+        "address to listen on (default: 127.0.0.1); any other needs PENCHANT_API_KEY in the environment", "127.0.0.1"
+    )
+    port: int = option("port; 0 takes a free one (default: %(default)d)", 8000, low=0, high=65535)
+    name: str | None = option("the model's name for clients (default: the folder's name or the hub id)")
+    at_once: int = option("how many prompts are answered at the same time (default: %(default)d)", 4, low=1, high=64)
+    waiting: int = option("how many prompts may wait (default: %(default)d)", 64, low=0)
+    max_tokens: int = option("most tokens in one answer (default: %(default)d)", 4096, low=1)
+    max_body: int = option("largest request body (default: 4 MiB)", 4 << 20, "BYTES", low=1)
+    timeout: float = option("longest time for a request (default: %(default)g)", 600.0, "SECONDS", above=0)
+    quiet: bool = option("do not log requests", False)

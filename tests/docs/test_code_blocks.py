@@ -74,11 +74,11 @@ def test_no_exception_is_left_over() -> None:
 
 @pytest.fixture(scope="module")
 def shown_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the README's run.yaml and the page's own loss, which other blocks build on."""
+    """A folder with the README's run.yaml and the pages' own loss and algorithm, which other blocks build on."""
     folder = tmp_path_factory.mktemp("shown")
     (folder / "run.yaml").write_text(page_file("README.md", "run.yaml"))
-    example = next(b for b in of("python") if str(b).startswith("docs/own_losses.md"))
-    (folder / "my_losses.py").write_text(example.text)
+    for page, file in (("docs/own_losses.md", "my_losses.py"), ("docs/own_algorithms.md", "my_algorithms.py")):
+        (folder / file).write_text(next(b for b in of("python") if str(b).startswith(page)).text)
     return folder
 
 

@@ -1,26 +1,68 @@
-"""CONTRIBUTING.md: the files that it names are there, and its loss is what it says."""
+"""CONTRIBUTING.md: the files that it names are there, and the code of its recipes does what they say."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from report_folders import make_run, write_lines
+from tiny import polite_rows, tiny_model_folder, write_jsonl
 
+from penchant import api, cli
+from penchant.algorithms import ALGORITHMS
+from penchant.errors import ConfigError
 from penchant.losses import LOSSES
+from penchant.report import page
+from penchant.report.data import read_report
 from penchant.types import PairLogps
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-HEADER = """
+LOSS = """
 from typing import Annotated
 import torch.nn.functional as F
 from penchant.losses import Range, loss
 from penchant.losses.helpers import pair_logratios, pair_output
 from penchant.types import LossOutput, PairLogps
 """
+ALGORITHM = """
+from dataclasses import dataclass
+from pydantic import Field
+from penchant.algorithms import AlgorithmConfig
+from penchant.logprobs import Scorer
+from penchant.types import Algorithm, LossOutput, Scored
+"""
+SECTION = """
+from penchant.report.data import ReportData
+from penchant.report.html import Element, said, table
+from penchant.report.page import Section, num
+from penchant.report.svg import number
+"""
+COMMAND = """
+import argparse
+from dataclasses import MISSING, dataclass
+from typing import Any
+from penchant.cli.arguments import add_arguments, options_of
+from penchant.data.load import load_preferences
+from penchant.requests import option, request_of, shows
+"""
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def recipe(title: str, imports: str) -> dict[str, Any]:
+    """What the code of a recipe defines."""
+    section = PAGE.split(f"### {title}\n")[1].split("\n### ")[0]
+    code = "".join(re.findall(r"```python\n(.*?)```", section, flags=re.S))
+    module = ModuleType("recipe")
+    sys.modules["recipe"] = module  # dataclasses look their module up
+    exec("from __future__ import annotations\n" + imports + code, vars(module))
+    return vars(module)
 
 
 def test_the_files_it_names_are_there() -> None:
@@ -32,11 +74,9 @@ def test_the_files_it_names_are_there() -> None:
 
 
 def test_its_loss_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
     monkeypatch.setitem(LOSSES, "capped_dpo", None)  # taken out again afterwards
     del LOSSES["capped_dpo"]
-    space: dict[str, object] = {}
-    exec(HEADER + code, space)
+    recipe("Add a loss", LOSS)
     spec = LOSSES["capped_dpo"]
     assert {n: f.default for n, f in spec.params.model_fields.items()} == {"beta": 0.1, "cap": 3.0}
     rows = [[-5.0, -50.0, -9.0], [-6.0, -12.0, -8.0], [-5.5, -10.0, -9.5], [-5.5, -11.0, -7.0]]
@@ -46,3 +86,48 @@ def test_its_loss_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     out = spec.fn(logps, beta=2.0, cap=1.0)
     h = [a - c - (b - d) for a, b, c, d in zip(*rows, strict=True)]
     assert out.losses.tolist() == pytest.approx([math.log1p(math.exp(-min(2.0 * x, 1.0))) for x in h], abs=1e-12)
+
+
+def test_its_algorithm_trains_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(ALGORITHMS, "chosen_only", recipe("Add an algorithm", ALGORITHM)["ChosenOnly"])
+    config = {
+        "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
+        "data": {
+            "path": write_jsonl(tmp_path / "pairs.jsonl", polite_rows(12)),
+            "validation_rows": 4,
+            "max_length": 128,
+        },
+        "algorithm": {"name": "chosen_only", "label_smoothing": 0.0},
+        "train": {"epochs": 4, "batch_size": 8, "lr": 1e-2},
+        "evaluation": {"samples": 0, "kl_prompts": 0},
+        "output": str(tmp_path / "run"),
+    }
+    api.train(config, quiet=True)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [m["loss"] for m in lines if m["kind"] == "train"]
+    assert len(losses) == 4 and losses[-1] < losses[0] - 1
+    with pytest.raises(ConfigError, match="label_smoothing"):
+        api.train({**config, "algorithm": {"name": "chosen_only", "label_smoothing": 1.0}}, quiet=True)
+
+
+def test_its_section_is_on_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = recipe("Add a report section", SECTION)["SECTION"]
+    monkeypatch.setattr(page, "SECTIONS", (*page.SECTIONS, made))
+    shown = page.render(read_report([make_run(tmp_path / "run", steps=40)], 0.0), strict=True)
+    (section,) = re.findall(r'<section id="steps".*?</section>', shown, flags=re.S)
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", section)[0] == "40.0"
+    write_lines(tmp_path / "run/metrics.jsonl", [])
+    assert 'id="steps"' not in page.render(read_report([tmp_path / "run"], 0.0), strict=True)
+
+
+def test_its_command_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = recipe("Add a command", COMMAND)
+    monkeypatch.setattr(cli, "COMMANDS", (*cli.COMMANDS, SimpleNamespace(add=made["add"])))
+    data = write_jsonl(tmp_path / "pairs.jsonl", polite_rows(5))
+    assert cli.main(["count", data]) == 0 and cli.main(["count", data, "--limit", "2"]) == 0
+    assert capsys.readouterr().out.split() == ["5", "2"]
+    assert made["count"](data, limit=3) == 3
+    with pytest.raises(SystemExit):
+        cli.main(["count", data, "--limit", "0"])

@@ -252,11 +252,13 @@ def test_another_loss_on_the_command_line_starts_from_its_own_defaults(tmp_path:
 
 
 def test_a_reward_model_is_not_compared() -> None:
-    judge, sft = ({"algorithm": {"name": "reward_model"}}, {"loss": "sft"})
+    base: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}}
+    judge, sft = ({**base, "algorithm": {"name": "reward_model"}}, {**base, "loss": "sft"})
     stages = {n: Stage(n, v, {}, "p.yaml:3", Path(n), ()) for n, v in (("sft", sft), ("judge", judge))}
     with pytest.raises(ConfigError, match="judge is a reward model, which writes nothing"):
-        _comparison({"models": ["sft", "judge"]}, stages, {}, "p.yaml")
-    made = _comparison({"models": ["sft", "sft@last"], "reward": {"stage:judge": 1.0}}, stages, {}, "p.yaml")
+        _comparison({"compare": {"models": ["sft", "judge"]}}, stages, {}, "p.yaml")
+    compared = {"models": ["sft", "sft@last"], "reward": {"stage:judge": 1.0}}
+    made = _comparison({"compare": compared}, stages, {}, "p.yaml")
     assert made is not None and made.upstream == ("sft", "judge")
     assert made.reward(lambda ref: f"models/{ref.stage}") == {"models/judge": 1.0}
 

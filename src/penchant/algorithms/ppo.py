@@ -38,31 +38,30 @@ class PPOConfig(OnlineConfig):
 
     name: Literal["ppo"] = Field(description="ppo")
     samples: int = Field(1, ge=1, description="completions of each prompt")
-    temperature: float = Field(0.7, gt=0, description="of sampling, and of every log-prob in the update")
-    epochs: int = Field(4, ge=1, description="passes over the rollouts")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="per-token KL penalty in the reward")
-    kl_control: Literal["fixed", "adaptive"] = Field("fixed", description="beta stays, or follows kl_target")
-    kl_target: float = Field(6.0, gt=0, description="adaptive: wanted KL per completion, nats")
-    kl_horizon: float = Field(10_000, gt=0, description="adaptive: completions over which beta follows")
+    temperature: float = Field(0.7, gt=0, description="temperature of sampling and of every log-prob in the update")
+    epochs: int = Field(4, ge=1, description="passes over each batch of rollouts")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="estimator of the per-token KL penalty")
+    kl_control: Literal["fixed", "adaptive"] = Field("fixed", description="keep beta, or adapt it towards kl_target")
+    kl_target: float = Field(6.0, gt=0, description="adaptive: the target KL per completion, in nats")
+    kl_horizon: float = Field(10_000, gt=0, description="adaptive: number of completions over which beta adapts")
     gamma: float = Field(1.0, ge=0, le=1, description="discount of later rewards")
-    lam: float = Field(0.95, alias="lambda", ge=0, le=1, description="of generalized advantage estimation")
-    value: Literal["head", "separate"] = Field("head", description="a head on the policy, or a model of its own")
+    lam: float = Field(0.95, alias="lambda", ge=0, le=1, description="lambda of generalized advantage estimation")
+    value: Literal["head", "separate"] = Field("head", description="value function: a head on the policy, or a model")
     value_init: Literal["auto", "zero", "reward"] = Field(
         "auto",
-        description="of a separate value model: the reward model (auto: where it fits), or head zero on the policy",
+        description="start of a separate value model: the reward model (auto: if it fits), or the policy with a zero head",
     )
     value_coef: float = Field(0.1, ge=0, description="weight of the value loss")
-    value_clip: float | None = Field(
-        0.2, gt=0, description="the value is held within +- this of its old one; null: not"
+    value_clip: float | None = Field(0.2, gt=0, description="clip the value to its old one +- this; null: do not")
+    whiten_advantages: bool = Field(
+        True,
+        description="normalize advantages to zero mean and unit variance over all completion tokens of the rollouts",
     )
-    whiten_advantages: bool = Field(True, description="zero mean, unit variance over all real tokens of the rollouts")
-    whiten_rewards: bool = Field(False, description="unit variance of token rewards, mean kept")
+    whiten_rewards: bool = Field(False, description="scale token rewards to unit variance and keep their mean")
     normalise_scores: bool = Field(False, description="divide rewards by their running standard deviation")
-    score_clip: float | None = Field(None, gt=0, description="hold rewards within +- this")
-    adam_eps: float = Field(1e-5, gt=0, description="Adam's, in place of train.adam_eps")
-    ratio_limit: float = Field(
-        10.0, gt=1, description="a minibatch whose mean probability ratio is beyond this is not learned from"
-    )
+    score_clip: float | None = Field(None, gt=0, description="clip rewards to +- this")
+    adam_eps: float = Field(1e-5, gt=0, description="Adam's epsilon, instead of train.adam_eps")
+    ratio_limit: float = Field(10.0, gt=1, description="skip a minibatch whose mean probability ratio exceeds this")
 
     @model_validator(mode="after")
     def _a_value_model_to_start(self) -> PPOConfig:

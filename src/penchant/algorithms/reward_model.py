@@ -21,9 +21,11 @@ class RewardModelConfig(AlgorithmConfig):
 
     name: Literal["reward_model"] = Field(description="reward_model")
     margin: Literal["none", "scores"] = Field(
-        "none", description="scores: the chosen answer should be ahead by chosen_score - rejected_score"
+        "none", description="scores: require a margin of chosen_score - rejected_score between the answers"
     )
-    centring: float = Field(0.0, ge=0, description="weight of (r_chosen + r_rejected)^2: the mean reward goes to 0")
+    centring: float = Field(
+        0.0, ge=0, description="weight of (r_chosen + r_rejected)^2, which keeps the mean reward near 0"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed share of flipped labels")
 
     about: ClassVar[str] = "`reward_model`: Bradley-Terry: -log sigmoid(r(x, y_w) - r(x, y_l))."

@@ -33,22 +33,22 @@ class OnlineConfig(AlgorithmConfig):
 
     samples: int = Field(4, ge=1, description="completions of each prompt")
     max_new_tokens: int = Field(64, ge=1, description="tokens of a completion")
-    temperature: float = Field(1.0, gt=0, description="of sampling, and of every log-prob in the update")
-    top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set of tokens of this probability")
-    top_k: int = Field(0, ge=0, description="sample from so many most likely tokens; 0: all")
+    temperature: float = Field(1.0, gt=0, description="temperature of sampling and of every log-prob in the update")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set of tokens with this probability")
+    top_k: int = Field(0, ge=0, description="sample from this many of the likeliest tokens; 0: all")
     beta: float | Literal["auto"] = Field(
         "auto", description="weight of the KL to the reference; auto: 0.05 (rloo), 0.04 (grpo), 0.1 (online_dpo)"
     )
-    epochs: int = Field(1, ge=1, description="passes over the rollouts")
-    minibatches: int = Field(1, ge=1, description="optimizer steps of a pass")
-    clip: float = Field(0.2, gt=0, description="the probability ratio is held within 1 +- clip")
-    clip_high: float | None = Field(None, gt=0, description="its upper end where that differs (DAPO: 0.28)")
+    epochs: int = Field(1, ge=1, description="passes over each batch of rollouts")
+    minibatches: int = Field(1, ge=1, description="optimizer steps in each pass")
+    clip: float = Field(0.2, gt=0, description="clip the probability ratio to 1 +- this")
+    clip_high: float | None = Field(None, gt=0, description="upper clip, if it differs from the lower one (DAPO: 0.28)")
     scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="grpo: standard deviation that rewards are divided by; none: Dr. GRPO"
+        "group", description="grpo: which standard deviation rewards are divided by; none: Dr. GRPO"
     )
     loss_mean: Literal["sequence", "token", "constant"] = Field(
         "sequence",
-        description="grpo: a mean over each completion's tokens, over all tokens (DAPO), or tokens over a constant",
+        description="grpo: average over each completion's tokens, over all tokens (DAPO), or divide by a constant",
     )
     missing_eos_penalty: float = Field(0.0, ge=0, description="taken off the reward of a completion that did not end")
 

@@ -17,11 +17,11 @@ def add_columns(parser: argparse.ArgumentParser | Any, *also: str, nargs: str | 
     Args:
         also: older spellings of it, which take several at once where `nargs` says so.
     """
-    about = "a column's name: prompt=question (may be given again)"
+    about = "which of your columns holds a field, as in prompt=question (repeatable)"
     parser.add_argument("--column", action="append", default=[], metavar="ours=yours", dest="columns", help=about)
     if also:
         parser.add_argument(
-            *also, nargs=nargs, action="extend", dest="columns", metavar="ours=yours", help="several at once"
+            *also, nargs=nargs, action="extend", dest="columns", metavar="ours=yours", help="several of these at once"
         )
 
 

@@ -13,14 +13,14 @@ from penchant.requests import CompareRequest
 def add(commands: Any) -> None:
     """The command's arguments."""
     compare = commands.add_parser(
-        "compare", help="compare runs with their start and with each other: figures, paired tests, a verdict in words"
+        "compare", help="compare runs with their start and with each other: figures, paired tests, a written verdict"
     )
     compare.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folders; those that differ in train.seed alone are one setting"
+        "runs", nargs="+", metavar="RUN", help="run folders; runs that differ only in train.seed count as one setting"
     )
     add_arguments(compare, CompareRequest)
     compare.add_argument("--json", action="store_true", help="print JSON")
-    compare.add_argument("--quiet", action="store_true", help="no progress")
+    compare.add_argument("--quiet", action="store_true", help="do not show progress")
     compare.set_defaults(handler=_compare, allocator=True)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 def add(commands: Any) -> None:
     """The command's arguments."""
-    parser = commands.add_parser("config", help="list every key of a config: what it takes, its default, its meaning")
+    parser = commands.add_parser("config", help="list every config key with its type, default and meaning")
     parser.add_argument("key", nargs="?", help="a section (train) or one key (train.lr)")
-    parser.add_argument("--markdown", action="store_true", help="the page docs/config.md")
+    parser.add_argument("--markdown", action="store_true", help="print docs/config.md")
     parser.set_defaults(handler=run)
 
 

@@ -12,7 +12,7 @@ from penchant.requests import GetRequest
 
 def add(commands: Any) -> None:
     """The verbs of `penchant data`."""
-    data = commands.add_parser("data", help="get data, and look at it before training on it")
+    data = commands.add_parser("data", help="get data, and inspect it before you train on it")
     verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True)
     add_get(verbs)
     add_formats(verbs)
@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
 def add_get(verbs: Any) -> None:
     """Put the command on the parser of `penchant data`."""
     get = verbs.add_parser(
-        "get", help="fetch a published data set, or read a copy of it, as train, validation and test rows"
+        "get", help="fetch a published data set, or read a copy of it, and write train, validation and test rows"
     )
     add_arguments(get, GetRequest)
     get.set_defaults(handler=_get)
@@ -56,10 +56,10 @@ def _get(args: argparse.Namespace) -> int:
 
 def add_formats(verbs: Any) -> None:
     """Adds `formats` to the verbs of `penchant data`."""
-    formats = verbs.add_parser("formats", help="list the layouts of rows that can be read, or describe one")
-    formats.add_argument("name", nargs="?", metavar="NAME", help="one layout: columns, options, an example")
+    formats = verbs.add_parser("formats", help="list the row layouts that can be read, or describe one")
+    formats.add_argument("name", nargs="?", metavar="NAME", help="describe one layout: columns, options, an example")
     formats.add_argument("--json", action="store_true", help="print JSON")
-    formats.add_argument("--markdown", action="store_true", help="the page docs/data_formats.md")
+    formats.add_argument("--markdown", action="store_true", help="print docs/data_formats.md")
     formats.set_defaults(handler=run_formats)
 
 
@@ -89,12 +89,16 @@ def run_formats(args: argparse.Namespace) -> int:
 
 def add_show(verbs: Any) -> None:
     """Adds `show` to the verbs of `penchant data`."""
-    show = verbs.add_parser("show", help="the layout of a file, why, and its first rows as examples")
+    show = verbs.add_parser(
+        "show", help="show how a file's rows are read: the layout, why it was chosen, and the first examples"
+    )
     show.add_argument("path", metavar="FILE", help="data file, or hub id (owner/name)")
     show.add_argument("-n", "--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)")
-    show.add_argument("--shape", default="auto", metavar="NAME", help="layout (default: found from the columns)")
     show.add_argument(
-        "--set", action="append", default=[], metavar="name=value", help="an option of the layout (may be given again)"
+        "--shape", default="auto", metavar="NAME", help="layout of the rows (default: detected from the columns)"
+    )
+    show.add_argument(
+        "--set", action="append", default=[], metavar="name=value", help="an option of the layout (repeatable)"
     )
     add_columns(show)
     show.add_argument("--json", action="store_true", help="print JSON")
@@ -134,7 +138,7 @@ def add_audit(verbs: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="a file and the name of its split (may be given again): counts prompts that stand in two",
+        help="a file and the name of its split (repeatable); prompts found in two splits are counted",
     )
     audit.add_argument(
         "--reward", metavar="REWARD", help="estimate label noise: sentiment, path.py:function, a reward model's run"
@@ -142,14 +146,16 @@ def add_audit(verbs: Any) -> None:
     audit.add_argument(
         "--check",
         metavar="FILE.py:FUNCTION",
-        help="your own test of texts, e.g. for toxicity: a list of texts in, bools or numbers out",
+        help="your own check, for example for toxicity: takes a list of texts, returns bools or numbers",
     )
-    audit.add_argument("--shape", default="auto", help="layout of a row (default: told by the columns)")
+    audit.add_argument("--shape", default="auto", help="layout of the rows (default: detected from the columns)")
     add_columns(audit)
-    audit.add_argument("--limit", type=int, metavar="N", help="read the first N rows of each split only")
+    audit.add_argument("--limit", type=int, metavar="N", help="read only the first N rows of each split")
     audit.add_argument("--no-languages", action="store_true", help="do not guess languages")
-    audit.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON (default: to the terminal)")
-    audit.add_argument("--html", metavar="FILE", help="write a page of its own")
+    audit.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or to the terminal if none is given"
+    )
+    audit.add_argument("--html", metavar="FILE", help="also write an HTML page")
     audit.set_defaults(handler=run_audit)
 
 
@@ -220,27 +226,27 @@ def _splits(given: list[str]) -> dict[str, str]:
 def add_fix(verbs: Any) -> None:
     """Add the command."""
     fix = verbs.add_parser("fix", help="write a cleaned copy of a data file, and a list of every row it touched")
-    fix.add_argument("source", metavar="IN", help="a data file; it is never written to")
-    fix.add_argument("output", metavar="OUT", help="the copy: JSONL, or Parquet where IN is Parquet")
+    fix.add_argument("source", metavar="IN", help="a data file, which is left as it is")
+    fix.add_argument("output", metavar="OUT", help="the copy: JSONL, or Parquet if IN is Parquet")
     fix.add_argument(
         "--drop",
         metavar="RULES",
         default="",
-        help="beyond the safe ones (bad_rows, empty, identical, duplicates): near_duplicates, contradictions, "
+        help="rules to apply beyond the safe ones (bad_rows, empty, identical, duplicates): near_duplicates, contradictions, "
         "near_contradictions, cycles, secrets, pii, leakage; separated by commas",
     )
-    fix.add_argument("--keep", metavar="RULES", default="", help="safe rules that are not to be used")
-    fix.add_argument("--redact", metavar="KINDS", default="", help="mask values of rows that stay: pii, secrets")
+    fix.add_argument("--keep", metavar="RULES", default="", help="safe rules to switch off")
+    fix.add_argument("--redact", metavar="KINDS", default="", help="what to mask in the rows that stay: pii, secrets")
     fix.add_argument(
         "--against",
         metavar="FILE",
         action="append",
         default=[],
-        help="for --drop leakage: a split whose prompts go (again for more)",
+        help="for --drop leakage: a split whose prompts are dropped (repeatable)",
     )
-    fix.add_argument("--shape", default="auto", help="layout of a row (default: told by the columns)")
+    fix.add_argument("--shape", default="auto", help="layout of the rows (default: detected from the columns)")
     add_columns(fix)
-    fix.add_argument("--overwrite", action="store_true", help="OUT may be there already")
+    fix.add_argument("--overwrite", action="store_true", help="overwrite OUT")
     fix.add_argument("--json", action="store_true", help="print JSON")
     fix.set_defaults(handler=run_fix)
 

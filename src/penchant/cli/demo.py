@@ -8,9 +8,11 @@ from typing import Any
 
 def add(commands: Any) -> None:
     """The command's arguments."""
-    demo = commands.add_parser("demo", help="see it work: align the bundled small model, offline, in about two minutes")
+    demo = commands.add_parser(
+        "demo", help="see Penchant work: align the bundled small model offline in about two minutes"
+    )
     demo.add_argument("--output", default="runs/demo", help="run folder (default: runs/demo)")
-    demo.add_argument("--reviews", help="film reviews (JSONL with a text field) for a second held-out perplexity")
+    demo.add_argument("--reviews", help="film reviews (JSONL with a text field) on which perplexity is also measured")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(handler=_demo, allocator=True)
 

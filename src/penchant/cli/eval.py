@@ -12,12 +12,14 @@ from penchant.requests import EvalRequest
 def add(commands: Any) -> None:
     """The command's arguments."""
     evaluate = commands.add_parser(
-        "eval", help="figures of a run, a checkpoint, an adapter or any model: docs/eval.md defines each"
+        "eval", help="evaluate a run, a checkpoint, an adapter or any model; docs/eval.md defines every figure"
     )
-    add_config(evaluate, "RUN, CONFIG.yaml, a checkpoint's, an adapter's or a model's folder, or a hub id", "MODEL")
+    add_config(
+        evaluate, "a run, a CONFIG.yaml, the folder of a checkpoint, an adapter or a model, or a hub id", "MODEL"
+    )
     add_arguments(evaluate, EvalRequest)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
-    evaluate.add_argument("--explain", action="store_true", help="say what each figure is")
+    evaluate.add_argument("--explain", action="store_true", help="explain each figure")
     evaluate.set_defaults(handler=_evaluate, allocator=True, reads="run")
 
 

@@ -13,7 +13,7 @@ from penchant.requests import ExportRequest
 def add(commands: Any) -> None:
     """The command's arguments."""
     parser = commands.add_parser(
-        "export", help="write a run's model as safetensors, pt, merged, adapter or gguf, checked and with a model card"
+        "export", help="export a run's model as safetensors, pt, merged, adapter or gguf, checked, with a model card"
     )
     add_arguments(parser, ExportRequest)
     parser.add_argument("--json", action="store_true", help="print JSON")

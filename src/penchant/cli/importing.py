@@ -14,18 +14,20 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("config", metavar="FILE.yaml", help="the other tool's file")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key.path=value", help="our settings to add or put in place"
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="settings of Penchant to add or to change"
     )
     parser.add_argument(
         "--from", dest="source", default="auto", metavar="TOOL", help="trl, llama-factory, flat or auto (default)"
     )
     parser.add_argument(
-        "--method", default="auto", help="which of TRL's trainers, where the file does not tell: sft, dpo, grpo ..."
+        "--method", default="auto", help="which TRL trainer the file is for, if it does not say: sft, dpo, grpo ..."
     )
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs that its run used (default: 1)")
-    parser.add_argument("--output", metavar="FILE.yaml", help="write our config there (default: print it)")
-    parser.add_argument("--force", action="store_true", help="write over a file that is there")
-    parser.add_argument("--strict", action="store_true", help="write nothing where a key is not supported")
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="number of GPUs that its run used (default: 1)"
+    )
+    parser.add_argument("--output", metavar="FILE.yaml", help="where to write the config (default: print it)")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing file")
+    parser.add_argument("--strict", action="store_true", help="write nothing if a key is not supported")
     parser.set_defaults(handler=run)
 
 

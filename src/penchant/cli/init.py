@@ -10,13 +10,15 @@ from penchant.cli.arguments import add_columns, column_pairs
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    init = commands.add_parser("init", help="write a first config: three questions (data, model, goal), or flags")
+    init = commands.add_parser(
+        "init", help="write a first config from three answers (data, model, goal) or from options"
+    )
     init.add_argument("--data", metavar="FILE", help="preference data: a file or a hub id")
     init.add_argument(
         "--eval-data",
         metavar="FILE",
-        help="held-out rows in a file of their own (default: validation.jsonl beside a train.jsonl of `data get`, "
-        "else part of the data; none: always part of the data)",
+        help="file with held-out rows (default: validation.jsonl beside a train.jsonl of `data get`, "
+        "else a part of the data; none: always a part of the data)",
     )
     add_columns(init)
     init.add_argument("--model", metavar="PATH", help="a model's folder or hub id")
@@ -24,7 +26,7 @@ def add(commands: Any) -> None:
     init.add_argument(
         "--reward",
         metavar="NAME",
-        help="of ppo, rloo, grpo: sentiment, words, path.py:function, a run (default: sentiment)",
+        help="for ppo, rloo and grpo: sentiment, words, path.py:function, a run (default: sentiment)",
     )
     init.add_argument("--run-folder", metavar="FOLDER", help="where the run will write (default: runs/GOAL)")
     init.add_argument("--output", metavar="FILE", default="run.yaml", help="the config to write (default: run.yaml)")

@@ -9,8 +9,8 @@ from typing import Any
 def add(commands: Any) -> None:
     """The command's arguments."""
     losses = commands.add_parser("losses", help="list the losses with their formulas and hyperparameters")
-    losses.add_argument("name", nargs="?", help="one loss, with its whole description")
-    losses.add_argument("--markdown", action="store_true", help="the page docs/losses.md")
+    losses.add_argument("name", nargs="?", help="describe one loss in full")
+    losses.add_argument("--markdown", action="store_true", help="print docs/losses.md")
     losses.set_defaults(handler=_losses)
 
 

@@ -9,13 +9,13 @@ from typing import Any
 def add(commands: Any) -> None:
     """Declare the command."""
     plan = commands.add_parser(
-        "plan", help="what a run will be, without training: settings and their sources, steps, memory, disk, time"
+        "plan", help="predict a run without training: settings and their sources, steps, memory, disk, time"
     )
     plan.add_argument("config", metavar="CONFIG", help="CONFIG.yaml")
     plan.add_argument(
         "overrides", nargs="*", default=[], metavar="key.path=value", help="settings that override the config's"
     )
-    plan.add_argument("--no-probe", action="store_true", help="take no trial steps: no estimate of time")
+    plan.add_argument("--no-probe", action="store_true", help="skip the trial steps, and so the estimate of time")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(handler=run, allocator=True, reads="run")
 

@@ -15,26 +15,28 @@ def add(commands: Any) -> None:
     report.add_argument(
         "--output",
         metavar="FILE",
-        help="where to write it (default: report.html in PATH; of several, in the current folder)",
+        help="where to write it (default: report.html in PATH, or in the current folder for several)",
     )
     report.set_defaults(handler=_report)
 
-    flags = commands.add_parser("flags", help="what to know before trusting a run or a comparison, with the evidence")
+    flags = commands.add_parser("flags", help="list what to know before you trust a run or a comparison, with evidence")
     flags.add_argument(
         "path", metavar="RUN or COMPARISON", nargs="?", help="a run's folder, or one with a comparison.json"
     )
     flags.add_argument("--json", action="store_true", help="print JSON")
-    flags.add_argument(
-        "--rules", action="store_true", help="list the rules and their thresholds instead, as in docs/trust.md"
-    )
+    flags.add_argument("--rules", action="store_true", help="list the rules and their thresholds, as in docs/trust.md")
     flags.set_defaults(handler=_flags)
 
-    watch = commands.add_parser("watch", help="follow runs in the terminal: progress, curves, figures, last answers")
+    watch = commands.add_parser(
+        "watch", help="follow runs in the terminal: progress, curves, figures, latest completions"
+    )
     watch.add_argument(
         "paths", nargs="+", metavar="RUN", help="folder of a run, a sweep or a pipeline; or several runs"
     )
-    watch.add_argument("--once", action="store_true", help="print one frame and end")
-    watch.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two frames (default: 2)")
+    watch.add_argument("--once", action="store_true", help="print one frame and exit")
+    watch.add_argument(
+        "--interval", type=float, default=2.0, metavar="SECONDS", help="seconds between two frames (default: 2)"
+    )
     watch.set_defaults(handler=_watch)
 
 

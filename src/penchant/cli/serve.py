@@ -102,7 +102,7 @@ def _next_line() -> str:
 
 def add_serve(commands: Any) -> None:
     """Put `serve` on the command line."""
-    parser = commands.add_parser("serve", help="an OpenAI-compatible endpoint of a model on 127.0.0.1")
+    parser = commands.add_parser("serve", help="serve a model on 127.0.0.1 with an OpenAI-compatible API")
     add_arguments(parser, ServeRequest)
     parser.set_defaults(handler=run_serve, allocator=True)
 

@@ -12,23 +12,23 @@ from penchant.cli.arguments import add_config
 def add(commands: Any) -> None:
     """The command's arguments."""
     pipeline = commands.add_parser(
-        "pipeline", help="train several stages from one file and compare them; run it again to continue"
+        "pipeline", help="train several stages from one file and compare them; run it again to resume"
     )
     add_config(pipeline, "PIPELINE.yaml")
-    pipeline.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
-    pipeline.add_argument("--only", metavar="STAGE", help="one stage, whose inputs must be done")
+    pipeline.add_argument("--plan", action="store_true", help="print what would be done, without doing it")
+    pipeline.add_argument("--only", metavar="STAGE", help="train only this stage; the stages it uses must be done")
     pipeline.add_argument(
         "--redo",
         metavar="STAGE",
         action="append",
         default=[],
-        help="train it anew, and every stage that uses it; their folders are moved aside (may be given again)",
+        help="retrain this stage and every stage that uses it; the old folders are moved aside (repeatable)",
     )
-    pipeline.add_argument("--quiet", action="store_true", help="no progress")
+    pipeline.add_argument("--quiet", action="store_true", help="do not show progress")
     pipeline.set_defaults(handler=_pipeline, allocator=True, reads="pipeline")
 
     sweep = commands.add_parser(
-        "sweep", help="train one config with many settings and compare them; run it again to continue"
+        "sweep", help="train one config with many settings and compare them; run it again to resume"
     )
     sweep.add_argument("config", metavar="CONFIG", help="SWEEP.yaml, or a run's CONFIG.yaml")
     sweep.add_argument(
@@ -36,13 +36,17 @@ def add(commands: Any) -> None:
         nargs="*",
         default=[],
         metavar="key.path=value",
-        help="settings of every run; key.path=a,b,c makes the key vary",
+        help="settings for every run; key.path=a,b,c varies the key",
     )
     sweep.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="runs at a time, each with its share of the cores"
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many runs to train at a time, each on its share of the cores (default: 1)",
     )
-    sweep.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
-    sweep.add_argument("--quiet", action="store_true", help="no progress")
+    sweep.add_argument("--plan", action="store_true", help="print what would be done, without doing it")
+    sweep.add_argument("--quiet", action="store_true", help="do not show progress")
     sweep.set_defaults(handler=_sweep, allocator=True, reads="sweep")
 
 

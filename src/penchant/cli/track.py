@@ -9,20 +9,24 @@ from typing import Any
 
 def add(commands: Any) -> None:
     """The command's arguments."""
-    parser = commands.add_parser("track", help="send runs' metrics to W&B, TensorBoard, MLflow or Trackio afterwards")
+    parser = commands.add_parser(
+        "track", help="send the metrics of finished runs to W&B, TensorBoard, MLflow or Trackio"
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument(
         "--to",
         required=True,
         action="append",
         metavar="TRACKER",
-        help="wandb, tensorboard, mlflow or trackio; may be given again",
+        help="wandb, tensorboard, mlflow or trackio (repeatable)",
     )
-    parser.add_argument("--new", action="store_true", help="as a new run with every line (default: what it lacks)")
-    parser.add_argument("--project", help="(default: the run's logging.project)")
-    parser.add_argument("--name", help="of the run there (default: the folder's name)")
-    parser.add_argument("--group", help="(default: the sweep or pipeline that it belongs to)")
-    parser.add_argument("--tag", action="append", dest="tags", metavar="TAG", help="may be given again")
+    parser.add_argument(
+        "--new", action="store_true", help="send every line to a new run (default: only the missing lines)"
+    )
+    parser.add_argument("--project", help="project (default: the run's logging.project)")
+    parser.add_argument("--name", help="the run's name there (default: the folder's name)")
+    parser.add_argument("--group", help="the run's group (default: the sweep or pipeline it belongs to)")
+    parser.add_argument("--tag", action="append", dest="tags", metavar="TAG", help="a tag (repeatable)")
     parser.add_argument("--dir", help="where trackers write on this machine (default: RUN/trackers)")
     parser.set_defaults(handler=_track)
 

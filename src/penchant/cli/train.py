@@ -10,9 +10,9 @@ from penchant.cli.arguments import add_config
 
 def add(commands: Any) -> None:
     """The command's arguments."""
-    train = commands.add_parser("train", help="train as a config says; run it again to continue after an interruption")
+    train = commands.add_parser("train", help="train from a config; run it again to resume after an interruption")
     add_config(train, "CONFIG.yaml")
-    train.add_argument("--quiet", action="store_true", help="no progress")
+    train.add_argument("--quiet", action="store_true", help="do not show progress")
     train.set_defaults(handler=_train, allocator=True, reads="run")
 
 

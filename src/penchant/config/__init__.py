@@ -58,7 +58,7 @@ class EvaluationConfig(EvalConfig):
 
     reward: RewardConfig | None = Field(
         None,
-        description="judges the completions of kl_prompts prompts: eval/reward, and eval/win_rate against the start; any reward",
+        description="any reward: it judges the completions of the kl_prompts prompts (eval/reward, and eval/win_rate against the start)",
     )
 
     @model_validator(mode="after")
@@ -80,7 +80,7 @@ class RunConfig(Section):
     algorithm: AlgorithmConfig | None = None
     reward: RewardConfig | None = Field(
         None,
-        description="of an online method: sentiment, words:20-60, matches:REGEX, path.py:function, a reward model's folder, or a mapping to weights",
+        description="for an online method: sentiment, words:20-60, matches:REGEX, path.py:function, a reward model's folder, or a mapping from these to weights",
     )
     reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()

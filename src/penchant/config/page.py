@@ -116,7 +116,7 @@ def parts() -> Iterator[Part]:
                 "loss.name",
                 "one of `penchant losses`, or path.py:function",
                 "dpo",
-                "which loss; its own hyperparameters stand beside it",
+                "which loss; its hyperparameters are further keys of this section",
             )
             mix = Key("loss.mix", "list of losses, each with a weight", "", "several losses, in place of loss.name")
             yield Part(
@@ -137,7 +137,7 @@ def parts() -> Iterator[Part]:
                 yield Part(f"algorithm: {', '.join(names)}", _first_line(kind), (name_key, *others))
         elif name == "reward":
             yield Part("reward", "What judges completions.", (Key("reward", "text, or mapping of text to number", "null", info.description or ""),
-                       Key("reward.device", "auto or cpu or cuda", "auto", "of reward models; auto: the policy's")))  # fmt: skip
+                       Key("reward.device", "auto or cpu or cuda", "auto", "device of reward models; auto: the policy's")))  # fmt: skip
         elif name == "output":
             yield Part("output", "Where the run goes.", (Key("output", "text", "required", info.description or ""),))
         else:

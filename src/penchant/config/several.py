@@ -36,8 +36,13 @@ def read_top(values: Mapping[str, Any], keys: Sequence[str], places: Places, sou
     return Path(output).expanduser().resolve()
 
 
-def read_section(kind: type[S], name: str, values: Mapping[str, Any], places: Places, source: str) -> S:
-    """A section of such a file, checked.
+SECTION = "it is a section: indent its keys below it"
+
+
+def read_section(
+    kind: type[S], name: str, values: Mapping[str, Any], places: Places, source: str, how: str = SECTION
+) -> S:
+    """A section of such a file, checked; `how` it is written.
 
     Raises:
         ConfigError: with the file's line.
@@ -45,7 +50,7 @@ def read_section(kind: type[S], name: str, values: Mapping[str, Any], places: Pl
     section = values[name]
     if not isinstance(section, dict):
         place = place_of((name,), places, source)
-        raise ConfigError(place, f"{name} is {section!r}", "it is a section: indent its keys below it")
+        raise ConfigError(place, f"{name} is {section!r}", how)
     try:
         return kind.model_validate(section)
     except ValidationError as error:

@@ -15,36 +15,47 @@ class DataConfig(Section):
     """Where the data is, how it is read, and what happens to rows that do not fit."""
 
     path: str | list[str] = Field(description="file, files or hub id (owner/name)")
-    eval_path: str | list[str] | None = Field(None, description="held-out data of its own")
-    validation_rows: int | None = Field(None, ge=1, description="rows to hold out, by prompt")
-    validation_fraction: float | None = Field(None, gt=0, lt=1, description="share of rows to hold out, by prompt")
-    split_seed: int | None = Field(None, ge=0, lt=2**31, description="of what is held out; default: train.seed")
+    eval_path: str | list[str] | None = Field(None, description="held-out rows from files of their own")
+    validation_rows: int | None = Field(
+        None, ge=1, description="how many rows to hold out; equal prompts stay together"
+    )
+    validation_fraction: float | None = Field(
+        None, gt=0, lt=1, description="share of rows to hold out; equal prompts stay together"
+    )
+    split_seed: int | None = Field(None, ge=0, lt=2**31, description="seed of the split; default: train.seed")
     shape: str = Field(
         "auto", description="layout of a row: auto, one that `penchant data formats` lists, or your own: path.py:Name"
     )
     layout_options: dict[str, Any] = Field(
-        default_factory=dict, description="what can be chosen about the layout: `penchant data formats NAME`"
+        default_factory=dict, description="options of the layout, as `penchant data formats NAME` lists them"
     )
-    columns: dict[str, str] = Field(default_factory=dict, description="our field: your column")
-    template: Literal["auto", "chat", "plain"] = Field("auto", description="how a prompt becomes text")
-    max_length: int = Field(1024, ge=8, description="tokens of prompt + longest completion")
-    add_eos: bool = Field(True, description="false: completions are open-ended, the model is not taught to stop there")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="which of your columns holds each field, as field: column"
+    )
+    template: Literal["auto", "chat", "plain"] = Field(
+        "auto", description="how a prompt becomes text: with the chat template, or as plain text"
+    )
+    max_length: int = Field(1024, ge=8, description="limit on the tokens of the prompt plus the longest completion")
+    add_eos: bool = Field(
+        True,
+        description="end completions with EOS; false: they are open-ended, and the model does not learn to stop there",
+    )
     truncation: Literal["prompt_then_completion", "bad_row"] = Field(
-        "prompt_then_completion", description="what happens to longer rows"
+        "prompt_then_completion",
+        description="what to do with longer rows: cut the prompt and then the completion, or treat them as bad rows",
     )
-    on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="stop at a bad row, or keep it aside and count it"
-    )
-    identical: Literal["bad_row", "keep"] = Field("bad_row", description="what a pair with chosen == rejected is")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a bad row, or set it aside and count it")
+    identical: Literal["bad_row", "keep"] = Field("bad_row", description="how to treat a pair of equal answers")
     score_threshold: float | None = Field(
-        None, description="scored rows for a loss on labels: a score at or above it is good, below it is bad"
+        None, description="for scored rows and a loss on labels: scores at or above this are good, lower ones are bad"
     )
     pairs_from_scores: Literal["off", "best_worst"] = Field(
-        "off", description="scored rows for a loss on pairs: the best against the worst answer of each prompt"
+        "off", description="for scored rows and a loss on pairs: pair the best answer of each prompt with the worst"
     )
-    limit: int | None = Field(None, ge=1, description="read the first n rows only")
+    limit: int | None = Field(None, ge=1, description="read only the first n rows")
     cache: Literal["auto", "off"] = Field(
-        "auto", description="keep rows, tokens and audit of files of 4 MB and more on disk, by content; off: never"
+        "auto",
+        description="auto: cache the rows, tokens and audit of files of 4 MB and more on disk, by content; off: never",
     )
 
     @field_validator("shape")

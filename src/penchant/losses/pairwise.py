@@ -35,7 +35,9 @@ LOG2 = math.log(2.0)
 def dpo(
     logps: PairLogps,
     *,
-    beta: Annotated[float, Range(gt=0), "strength of the pull towards the reference; larger stays closer"] = 0.1,
+    beta: Annotated[
+        float, Range(gt=0), "strength of the pull towards the reference; with a larger one the policy stays closer"
+    ] = 0.1,
     label_smoothing: Annotated[
         float, Range(ge=0, lt=0.5), "assumed share of flipped labels (cDPO); 0 is plain DPO"
     ] = 0.0,
@@ -52,7 +54,7 @@ class ShiftSchedule(LossParams):
     """How DPO-Shift's lambda changes over the run."""
 
     schedule: Literal["fixed", "increase_linear", "decrease_linear", "linear_increase", "linear_decrease"] = Field(
-        "fixed", description="lambda over the run, from its first optimizer step to its last one"
+        "fixed", description="how lambda changes from the first optimizer step to the last"
     )
     lambda_min: float = Field(0.5, gt=0, le=1, description="lowest lambda of a linear schedule")
     lambda_max: float = Field(1.0, gt=0, le=1, description="highest lambda of a linear schedule")
@@ -87,7 +89,7 @@ def dpo_shift(
     *,
     beta: Beta = 0.1,
     lam: Annotated[
-        float, Range(gt=0, le=1), Key("lambda"), "weight of the rejected log-ratio where it is fixed; 1 is DPO"
+        float, Range(gt=0, le=1), Key("lambda"), "weight of the rejected log-ratio when it is fixed; 1 is DPO"
     ] = 0.75,
 ) -> LossOutput:
     """DPO-Shift: DPO with the rejected log-ratio weighed by lambda. Schedules pass the current value in."""
@@ -130,8 +132,8 @@ def ipo(
     beta: Annotated[float, Range(gt=0), "regularization (tau in the paper); the target margin is 1 / (2 beta)"] = 0.1,
     average: Annotated[
         bool,
-        "log-ratios per token (default: the target then means the same for short and long answers, as the "
-        "authors advised the field's implementations) or, false, the paper's sums",
+        "use log-ratios per token, so that the target means the same for short and long answers (the authors advise it); "
+        "false: the paper's sums",
     ] = True,
 ) -> LossOutput:
     """IPO: the log-ratio margin is pulled to ``1 / (2 beta)``, by a squared loss that cannot run away.
@@ -150,7 +152,9 @@ def ipo(
 def hinge(
     logps: PairLogps,
     *,
-    beta: Annotated[float, Range(gt=0), "1 / beta is the margin in nats at which a pair is done (gamma in RSO)"] = 0.1,
+    beta: Annotated[
+        float, Range(gt=0), "the loss of a pair is zero from a margin of 1 / beta nats on (gamma in RSO)"
+    ] = 0.1,
 ) -> LossOutput:
     """RSO's hinge: SLiC's loss on normalized likelihoods."""
     chosen, rejected = pair_logratios(logps)
@@ -162,7 +166,9 @@ def dpop(
     logps: PairLogps,
     *,
     beta: Beta = 0.1,
-    penalty: Annotated[float, Range(ge=0), "weight of the chosen answer's lost log-prob (lambda); 0 is DPO"] = 50.0,
+    penalty: Annotated[
+        float, Range(ge=0), "weight of the penalty on a falling log-prob of the chosen answer (lambda); 0 is DPO"
+    ] = 50.0,
 ) -> LossOutput:
     """DPO-Positive (Smaug): penalizes a chosen answer that is less likely than under the reference."""
     chosen, rejected = pair_logratios(logps)
@@ -191,7 +197,7 @@ def r_dpo(
     logps: PairLogps,
     *,
     beta: Beta = 0.1,
-    alpha: Annotated[float, Range(ge=0), "reward that a token costs; 0 is DPO"] = 0.01,
+    alpha: Annotated[float, Range(ge=0), "penalty per token of length; 0 is DPO"] = 0.01,
 ) -> LossOutput:
     """R-DPO: DPO for the reward ``r - alpha |y|``; a longer chosen answer is already explained by its length."""
     chosen, rejected = pair_logratios(logps)
@@ -390,7 +396,7 @@ def discopop(
 def cal_dpo(
     logps: PairLogps,
     *,
-    beta: Annotated[float, Range(gt=0), "the log-ratios are drawn to +-1 / (2 beta) nats"] = 0.1,
+    beta: Annotated[float, Range(gt=0), "the log-ratios are pulled to +-1 / (2 beta) nats"] = 0.1,
     calibration: Annotated[float, Range(ge=0), "weight of the squared terms (the authors' own runs use 0.5)"] = 1.0,
 ) -> LossOutput:
     """Cal-DPO: the implicit rewards get a scale, not only an order."""
@@ -405,8 +411,12 @@ def f_dpo(
     logps: PairLogps,
     *,
     beta: Beta = 0.1,
-    divergence: Annotated[Literal["reverse_kl", "forward_kl", "js", "alpha"], "which f; reverse_kl is DPO"] = "js",
-    alpha: Annotated[float, Range(gt=0, lt=1), "of divergence=alpha: towards 0 reverse KL, towards 1 forward KL"] = 0.5,
+    divergence: Annotated[
+        Literal["reverse_kl", "forward_kl", "js", "alpha"], "which f-divergence; reverse_kl is DPO"
+    ] = "js",
+    alpha: Annotated[
+        float, Range(gt=0, lt=1), "for divergence=alpha: near 0 it is the reverse KL, near 1 the forward KL"
+    ] = 0.5,
 ) -> LossOutput:
     """f-DPO: the implicit reward is ``beta f'(u)`` with ``u = pi(y|x) / ref(y|x) = e^d``.
 
@@ -476,7 +486,7 @@ def odpo(
     *,
     beta: Beta = 0.1,
     alpha: Annotated[float, Range(ge=0), "weight of the offset; 0 is DPO"] = 0.5,
-    offset: Annotated[Literal["log", "linear"], "offset from the score gap g: log g, or g itself"] = "log",
+    offset: Annotated[Literal["log", "linear"], "how the score gap g becomes the offset: log g, or g itself"] = "log",
 ) -> LossOutput:
     """ODPO, DPO with an offset: how much better an answer is decides how far apart the two must be.
 

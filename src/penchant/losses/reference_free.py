@@ -116,7 +116,7 @@ def cpo(
 def slic(
     logps: PairLogps,
     *,
-    delta: Annotated[float, Range(gt=0), "margin in nats at which a pair is done"] = 1.0,
+    delta: Annotated[float, Range(gt=0), "margin in nats from which the ranking loss of a pair is zero"] = 1.0,
     reg_weight: Annotated[float, Range(ge=0), "weight of the chosen answer's negative log-likelihood (lambda)"] = 0.1,
 ) -> LossOutput:
     """SLiC-HF's rank calibration, with the chosen completion as regularization target."""

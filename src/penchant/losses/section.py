@@ -228,6 +228,6 @@ class LossModifiers(Section):
     """What any loss can be combined with."""
 
     nll_weight: float = Field(
-        0.0, ge=0, description="adds the chosen answers' negative log-likelihood, a mean over tokens"
+        0.0, ge=0, description="weight of an added negative log-likelihood of the chosen answers, averaged over tokens"
     )
-    average_log_prob: bool = Field(False, description="the loss sees log-probs per token instead of sums")
+    average_log_prob: bool = Field(False, description="give the loss mean log-probs per token instead of sums")

@@ -89,15 +89,26 @@ def bco(logps: UnpairedLogps, *, beta: Beta = 0.1) -> LossOutput:
 def pmpo(
     logps: UnpairedLogps,
     *,
-    alpha: Annotated[float, Range(ge=0, le=1), "1: accepted answers only, 0: rejected answers only"] = 0.5,
+    alpha: Annotated[
+        float,
+        Range(ge=0, le=1),
+        "weight of accepted against rejected answers; 1: only accepted ones, 0: only rejected ones",
+    ] = 0.5,
     beta: Annotated[float, Range(ge=0), "weight of the divergence from the reference"] = 1.0,
-    weighting: Annotated[Literal["alpha", "unit"], "unit: both sides count 1, whatever alpha is"] = "alpha",
-    divergence: Annotated[Divergence, "kl, js or renyi, exact over the vocabulary at every completion token"] = "kl",
-    direction: Annotated[Direction, "ref_policy: KL(ref || policy), as in the paper; or policy_ref"] = "ref_policy",
+    weighting: Annotated[
+        Literal["alpha", "unit"], "alpha: weights alpha and 1 - alpha; unit: weight 1 for both, whatever alpha is"
+    ] = "alpha",
+    divergence: Annotated[
+        Divergence, "which divergence, computed exactly over the vocabulary at every completion token"
+    ] = "kl",
+    direction: Annotated[
+        Direction,
+        "direction of the KL; ref_policy: KL(ref || policy), as in the paper; policy_ref: the other way round",
+    ] = "ref_policy",
     renyi_alpha: Annotated[float, Range(gt=0), "order of the Renyi divergence; 1 is KL"] = 1.5,
     reduction: Annotated[
         Literal["token_mean", "sequence_sum"],
-        "each side's mean is over its tokens, or over its completions of summed tokens",
+        "average each side over its tokens, or sum over tokens and average over completions",
     ] = "token_mean",
 ) -> LossOutput:
     """PMPO: accepted answers up, rejected answers down, each side by itself, held by an exact divergence from the reference.

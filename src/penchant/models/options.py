@@ -17,21 +17,21 @@ class ModelConfig(Section):
     path: str = Field(description="folder or hub id (owner/name)")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     init: Literal["pretrained", "random"] = Field(
-        "pretrained", description="random: weights from scratch, by the config in `path`"
+        "pretrained", description="pretrained weights, or random ones made from the config in `path`"
     )
-    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where it is native, else fp32")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU when there is one")
-    kernels: Literal["auto", "off"] = Field("auto", description="model-family fast paths")
-    tokenizer: str | None = Field(None, description="folder or hub id; default: model.path")
+    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 if the hardware has it, else fp32")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU if there is one")
+    kernels: Literal["auto", "off"] = Field("auto", description="auto: fast kernels for the models that have them")
+    tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer; default: model.path")
 
 
 class LoraConfig(Section):
     """A low-rank adapter; present = trained instead of the full model."""
 
     r: int = Field(16, ge=1, description="rank")
-    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / r")
+    alpha: float = Field(32.0, gt=0, description="scale of the update, which is multiplied by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    target_modules: str | list[str] = Field("all-linear", description="layers that get an adapter")
+    target_modules: str | list[str] = Field("all-linear", description="which layers get an adapter")
 
 
 class ReferenceConfig(Section):
@@ -46,11 +46,13 @@ class ReferenceConfig(Section):
     sync_every: int | None = Field(
         None, ge=1, description="optimizer steps between updates of the reference from the policy (TR-DPO); null: never"
     )
-    sync_mixup: float = Field(1.0, gt=0, le=1, description="share of the policy in such an update; 1: a copy of it")
+    sync_mixup: float = Field(1.0, gt=0, le=1, description="weight of the policy in such an update; 1: copy it")
     ema: float | None = Field(
         None, gt=0, lt=1, description="the reference follows the policy at every step, with this decay (0.99 is usual)"
     )
-    cache_dir: str | None = Field(None, description="default: $PENCHANT_CACHE or ~/.cache/penchant")
+    cache_dir: str | None = Field(
+        None, description="where cached log-probs are kept; default: $PENCHANT_CACHE or ~/.cache/penchant"
+    )
 
     @model_validator(mode="after")
     def _one_way_to_move(self) -> ReferenceConfig:

@@ -89,7 +89,7 @@ class RewardConfig(Section):
     """
 
     terms: dict[str, float] = Field(description="name, path.py:function or a reward model's folder: its weight")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="of reward models; auto: the policy's")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of reward models; auto: the policy's")
     single: bool = Field(False, description="written as one name")
 
     @model_validator(mode="before")

@@ -116,7 +116,7 @@ def read_halving(
     if values.get("halving") is None:
         return None
     place = place_of(("halving",), places, source)
-    config = read_section(HalvingConfig, "halving", values, places, source)
+    config = read_section(HalvingConfig, "halving", values, places, source, "write halving: {rungs: 3, factor: 3}")
     chosen = config.metric or metric
     place = place_of(("halving", "metric"), places, place) if config.metric else place
     if not chosen.startswith("eval/") or chosen.endswith("/ci"):
