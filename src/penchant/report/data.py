@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.errors import CheckpointError
-from penchant.runfolder import COMPARISON, METRICS, PERF
+from penchant.runfolder import CHECKPOINTS, COMPARISON, METRICS, PERF
 from penchant.runfolder.read import Folder, alive, read
 from penchant.runfolder.values import flat, mapping, mappings, num, text
 
@@ -226,8 +226,8 @@ def _compared_runs(folder: Folder) -> tuple[Path, ...]:
     found = []
     for path in mapping(folder.comparison.get("checkpoints")).values():
         parts = Path(path).parts if isinstance(path, str) and os.path.isabs(path) else ()
-        if "checkpoints" in parts:
-            run = Path(*parts[: len(parts) - 1 - parts[::-1].index("checkpoints")])
+        if CHECKPOINTS in parts:
+            run = Path(*parts[: len(parts) - 1 - parts[::-1].index(CHECKPOINTS)])
             found += [run] if _is_run(run) else []
     return tuple(dict.fromkeys(found))
 
