@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from penchant import api
+from penchant import api, runfolder
 
 if TYPE_CHECKING:
     from penchant.metrics.completions import Written
@@ -97,7 +97,7 @@ def run_demo(
     with say.stage("measuring perplexity and KL"):
         results = _measure(start, aligned, tokenizer, openings["eval"], before, after, reviews)
     results["seconds"] = round(time.monotonic() - started, 1)
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    (folder / runfolder.RESULTS).write_text(json.dumps(results, indent=1))
     _write_samples(folder, openings["eval"], before, after)
     report = write_report(folder)
     say.results(results)
@@ -307,7 +307,7 @@ def _perplexity(model: Any, tokenizer: Any, path: str) -> float:
 def _write_samples(folder: Path, openings: Sequence[str], before: Written, after: Written, count: int = 12) -> None:
     """The first continuation of the first openings, before and after: not chosen by what they say."""
     assert before.rewards is not None and after.rewards is not None
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as out:
+    with (folder / runfolder.SAMPLES).open("w", encoding="utf-8") as out:
         for i, opening in enumerate(openings[:count]):
             at = i * EVAL_SAMPLES
             row = {

@@ -11,8 +11,9 @@ import pytest
 from report_folders import evaluation, make_comparison, make_run, make_sweep, write_json
 
 from penchant.errors import CheckpointError
-from penchant.report.data import alive, letter, read_report, without_seed
-from penchant.report.safe import ci_of, flat, num, read_lines
+from penchant.report.data import letter, read_report, without_seed
+from penchant.runfolder.read import alive, read_lines
+from penchant.runfolder.values import ci_of, flat, num
 
 
 def test_a_wrong_path_is_said(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_runs_on_the_same_rows_share_an_audit(tmp_path: Path) -> None:
     data = read_report([make_sweep(tmp_path / "s")], 0.0)
     made = str(audit(data))
     assert made.count("Looked for and not found") == 1 and "<h3>" not in made
-    write_json(data.runs[0].folder / "audit.json", {"summary": "other", "findings": {"x": {"title": "t", "count": 3}}})
+    write_json(data.runs[0].path / "audit.json", {"summary": "other", "findings": {"x": {"title": "t", "count": 3}}})
     assert str(audit(read_report([tmp_path / "s"], 0.0))).count("<h3>") == 2
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from penchant.runfolder import RunLock
-from penchant.watch import views as follow
-from penchant.watch.views import Tail, Whole, json_object, lock_of
+from penchant.runfolder import read as follow
+from penchant.runfolder.read import Tail, Whole, json_object, lock_of
 
 
 def test_half_a_line_waits_for_its_end(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from run_folders import eval_row, lines, make_run, perf_rows, train_rows
 
+from penchant.base.text import clean
 from penchant.runfolder import RunLock
 from penchant.watch.plot import ASCII
 from penchant.watch.screens import Size, group_frame, run_frame
-from penchant.watch.text import clean, number, whole
-from penchant.watch.views import GroupView, RunView, open_view
+from penchant.watch.views import GroupView, RunView, number, open_view, whole
 
 SIZES = [(80, 24), (80, 23), (120, 40), (40, 12), (200, 70), (20, 3), (60, 1)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,17 @@ def printable(text: str) -> str:
 def shown(text: str) -> str:
     """Text of others on one line, control characters escaped."""
     return printable(" ".join(text.split()))
+
+
+def clean(text: object, most: int = 4000) -> str:
+    """A text as one line that no terminal acts on: control, format and bidirectional characters are written out as escapes."""
+    return "".join(_plain(c) for c in str(text)[:most])
+
+
+def _plain(c: str) -> str:
+    if c == "\n":
+        return "↵ "
+    return " " if c == "\t" or unicodedata.category(c) == "Zs" else printable(c)
 
 
 def did_you_mean(word: str, names: Any) -> str:

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import read_jsonl
 from penchant.compare.models import (
     NO_OUTCOME,
     Entrant,
@@ -44,6 +43,7 @@ from penchant.judges import OF_ENDPOINTS, JudgeOptions, PairJudge, load_judge
 from penchant.metrics.flags import comparison_flags, summary
 from penchant.metrics.flags.rule import Flag
 from penchant.requests import CompareRequest
+from penchant.runfolder.read import read
 from penchant.runs.state import check_reward, reward_hashes, reward_terms
 from penchant.training.checkpoint import latest_checkpoint
 from penchant.training.console import console
@@ -377,7 +377,7 @@ def _was_chosen(run: TrainedRun) -> bool:
     """Whether its checkpoint is the best of several by held-out rows; the only one that was evaluated was not chosen."""
     last, _ = latest_checkpoint(run.folder)
     best = json.loads((last / "state.json").read_text()).get("best_step") if last is not None else None
-    evaluated = [x["step"] for x in read_jsonl(run.folder / "metrics.jsonl") if x["kind"] == "eval" and x["step"] > 0]
+    evaluated = [x["step"] for x in read(run.folder).metrics if x.get("kind") == "eval" and x["step"] > 0]
     return best == run.step and len(evaluated) > 1
 
 

@@ -37,6 +37,7 @@ from penchant.models.merge import merged_model
 from penchant.models.options import ModelConfig
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, prompts_by_source
+from penchant.runfolder import COMPARISON, COMPARISON_ROWS
 from penchant.runs import Run
 from penchant.runs.parts import set_threads
 from penchant.runs.rows import Rows
@@ -242,8 +243,6 @@ def _cell(metrics: Metrics, name: str, digits: int) -> str:
 
 # ---- Named models on held-out rows with a reward: loading them, what all of them meet alike, and the files that are left ----
 
-FIGURES, SAMPLES = "comparison.json", "comparison.jsonl"
-
 
 @dataclass(frozen=True, slots=True)
 class Entrant:
@@ -441,8 +440,8 @@ def text_of(figures: Mapping[str, Any], heading: str, notes: Iterable[str] = ())
 def write_files(folder: Path, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Both files, each whole or not at all."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text_atomically(folder / SAMPLES, lines)
-    write_atomically(folder / FIGURES, figures)
+    write_text_atomically(folder / COMPARISON_ROWS, lines)
+    write_atomically(folder / COMPARISON, figures)
 
 
 def tokens_sha256(setting: Setting) -> str:

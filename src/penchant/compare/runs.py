@@ -14,19 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from penchant.base.files import file_sha256, read_jsonl
+from penchant.base.files import file_sha256
 from penchant.compare.models import Entrant, trained_prompts
 from penchant.config import WATCHING_ONLY, RunConfig, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError
 from penchant.models.load import cast_parameters, load_causal_model, resolve_device, weights_sha256
 from penchant.models.merge import is_adapter
 from penchant.models.options import ModelConfig
+from penchant.runfolder import CONFIG, MANIFEST, PIPELINE
+from penchant.runfolder.read import read
 from penchant.runs import Run
-from penchant.runs.state import STATE, model_folder
+from penchant.runs.state import model_folder
 
 # ---- Runs as a comparison sees them: what they were, which of them are one setting with several seeds, and where they started ----
 
-CONFIG, MANIFEST = "config.resolved.yaml", "manifest.json"
 START = "start"
 
 
@@ -114,7 +115,7 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
         raise CheckpointError(str(folder), f"has no {missing[0]}", "restore it, or train the run again")
     if missing:
         how = "give a folder that penchant train has written"
-        if (folder / STATE).exists():
+        if (folder / PIPELINE).exists():
             stages = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
             how = f"it is a pipeline: give its stages, such as {folder / stages[0] if stages else 'PIPELINE/STAGE'}"
         raise CheckpointError(str(folder), "is not a run" if folder.is_dir() else "no such run", how)
@@ -126,9 +127,7 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
         _ = manifest["data"]["train"]["fingerprint"], manifest["model"]["sha256"], manifest["tokenizer_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(str(folder / MANIFEST), f"cannot be read ({error})", "train the run again") from error
-    identity = folder / "identity.json"
-    known = json.loads(identity.read_text(encoding="utf-8")) if identity.exists() else {}
-    contents = {k: v for k, v in known.items() if k.startswith("content of reward")}
+    contents = {k: v for k, v in read(folder).identity.items() if k.startswith("content of reward")}
     return TrainedRun(name, folder, with_absolute_paths(config), manifest, contents, model_folder(folder, step))
 
 
@@ -345,7 +344,7 @@ class Budget:
 
 def budget_of(run: TrainedRun, up_to: int | None = None) -> Budget:
     """A run's budget; `up_to`: a step at which it would have ended."""
-    lines = [line for line in read_jsonl(run.folder / "metrics.jsonl") if line["kind"] == "train"]
+    lines = [line for line in read(run.folder).metrics if line.get("kind") == "train"]
     lines = [line for line in lines if up_to is None or line["step"] <= up_to]
     last: Mapping[str, Any] = lines[-1] if lines else {"step": 0, "epoch": 0.0, "tokens": 0}
     data = run.manifest["data"]

@@ -12,9 +12,8 @@ from penchant.base.text import printable
 from penchant.errors import ConfigError
 from penchant.evaluate.evaluator import Evaluated
 from penchant.metrics.names import metric
-from penchant.runfolder import MetricsLog, finite
+from penchant.runfolder import EVALUATIONS, IDENTITY, MetricsLog, finite
 
-LOG = "evaluations.jsonl"
 NO_FIGURE = ("tables", "notes")
 COUNT = "/n"
 SUFFIXES = ("/ci", COUNT)
@@ -46,12 +45,12 @@ def keep(evaluated: Evaluated, run: Path | None, output: str | None, samples_out
     if samples_output is not None:
         rows = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in evaluated.rows)
         _write("--samples-output", samples_output, rows)
-    if run is None or not (run / "identity.json").exists():
+    if run is None or not (run / IDENTITY).exists():
         return []
     try:
-        MetricsLog(run / LOG).write(line)
+        MetricsLog(run / EVALUATIONS).write(line)
     except OSError as error:
-        return [f"Not kept in {run / LOG}: it cannot be written ({error.strerror})."]
+        return [f"Not kept in {run / EVALUATIONS}: it cannot be written ({error.strerror})."]
     return []
 
 

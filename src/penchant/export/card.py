@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from penchant.export.formats import Check, Format
 from penchant.export.subject import Subject
 from penchant.metrics.names import metric
 from penchant.models.options import looks_like_folder
+from penchant.runfolder.read import read
 
 CARD = "README.md"
 NOT_SETTINGS = ("output", "logging", "trust", "checkpoint")  # they change nothing in the weights
@@ -31,7 +31,7 @@ def card(
     Args:
         files: SHA-256 by name; notes: of the export.
     """
-    manifest = _json(subject.run / "manifest.json")
+    manifest = read(subject.run).manifest
     name = f"{subject.run.name} (step {subject.step})"
     parts = [
         _front(subject, form),
@@ -139,7 +139,7 @@ def _data(subject: Subject, manifest: Mapping[str, Any]) -> str:
         one = _mapping(part)
         count = one.get("accepted", one.get("rows", ""))
         rows.append(f"| {plain(name)} | {count} | {one.get('quarantined', '')} | `{one.get('fingerprint', '')}` |")
-    found = _mapping(_json(subject.run / "audit.json").get("findings")).values()
+    found = _mapping(read(subject.run).audit.get("findings")).values()
     met = [f for f in map(_mapping, found) if f.get("count")]
     audit = [f"- {plain(f.get('title'))}: {f.get('count')} of {f.get('of')}" for f in met]
     told = "\n".join(audit) if audit else "- nothing was found"
@@ -147,7 +147,7 @@ def _data(subject: Subject, manifest: Mapping[str, Any]) -> str:
 
 
 def _results(subject: Subject) -> str:
-    lines = [row for row in _jsonl(subject.run / "metrics.jsonl") if row.get("kind") == "eval"]
+    lines = [row for row in read(subject.run).metrics if row.get("kind") == "eval"]
     after = next((row for row in lines if row.get("step") == subject.step), None)
     if after is None:
         return "Nothing was evaluated at this step."
@@ -170,10 +170,9 @@ def _results(subject: Subject) -> str:
 
 
 def _flags(subject: Subject) -> str:
-    found = _json(subject.run / "flags.json", [])
     lines = [
         f"- **{plain(f.get('title'))}** ({plain(f.get('level'))}): {plain(f.get('sentence'))}"
-        for f in map(_mapping, found if isinstance(found, list) else [])
+        for f in read(subject.run).flags or ()
     ]
     return "\n".join(lines) if lines else "No flag was raised."
 
@@ -206,17 +205,3 @@ def _interval(bounds: Any) -> str:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _json(path: Path, otherwise: Any = None) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {} if otherwise is None else otherwise
-
-
-def _jsonl(path: Path) -> list[Mapping[str, Any]]:
-    try:
-        return [_mapping(json.loads(t)) for t in path.read_text(encoding="utf-8").split("\n") if t]
-    except (OSError, ValueError):
-        return []

@@ -19,6 +19,7 @@ from penchant.export.formats import FORMATS, Check, Format, compared, dtype_of
 from penchant.export.subject import NAMES, Subject, find_subject, outputs
 from penchant.models.options import looks_like_folder
 from penchant.requests import ExportRequest
+from penchant.runfolder import MANIFEST
 
 # ---- A folder that an earlier export left: is it what is asked for now, untouched? Then it can be pushed as it stands ----
 
@@ -228,7 +229,7 @@ def _target(request: ExportRequest, subject: Subject, form: Format, dtype: str) 
 
 def _identity(subject: Subject, form: Format, dtype: str) -> dict[str, Any]:
     """What an export is of: with the sum over the checkpoint's own sums, for a run may be trained again under its name."""
-    sums = hashlib.sha256((subject.checkpoint / "manifest.json").read_bytes()).hexdigest()
+    sums = hashlib.sha256((subject.checkpoint / MANIFEST).read_bytes()).hexdigest()
     named = {"run": subject.run.name, "step": subject.step, "format": form.name, "dtype": dtype}
     return {**named, "checkpoint": sums}  # last: a difference that a person knows by name is told first
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from penchant.models.load import load_causal_model, load_tokenizer, own_memory
 from penchant.models.merge import is_adapter, merged_model
 from penchant.models.options import ModelConfig
 from penchant.models.reward import ADAPTER, choose_padding, load_reward_model, set_padding
+from penchant.runfolder.read import read
 from penchant.runs.find import check_there, find_run, runs_in
 from penchant.training.checkpoint import find_checkpoint, load_checkpoint
 
@@ -101,7 +101,7 @@ class Subject:
     def rows(self) -> list[list[int]]:
         """Token ids on which models are compared: the run's own samples, and a fixed row of its vocabulary."""
         tokenizer = self.tokenizer()
-        texts = [str(s.get("prompt", "")) + str(s.get("after", "")) for s in _samples(self.run)[:PROMPTS]]
+        texts = [str(s.get("prompt", "")) + str(s.get("after", "")) for s in read(self.run).samples[:PROMPTS]]
         found = [tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST] for text in texts]
         top = min(len(tokenizer), int(_text_config(self).vocab_size))
         drawn = torch.randint(0, top, (FIXED,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -179,14 +179,6 @@ def round_weights(model: Any, seen: Callable[[str, Tensor], Tensor]) -> None:
     """Replace every weight by what is left of it once it is stored; the model stays in fp32."""
     for name, p in model.named_parameters():
         p.data = seen(name, p.data).to(torch.float32)
-
-
-def _samples(run: Path) -> list[dict[str, Any]]:
-    try:
-        text = (run / "samples.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.split("\n") if line]
-    except (OSError, ValueError):
-        return []
 
 
 def _text_config(subject: Subject) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from penchant.base.files import write_atomically
 from penchant.data.packing import batches_of
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer
@@ -498,11 +498,7 @@ def rows_of(written: Written, tokenizer: Any) -> list[dict[str, Any]]:
 
 def keep_start(path: Path, asked: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Write down what the start wrote and what it was worth: whole or not at all, so that a resumed run compares with the same."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(
-        json.dumps({"asked": asked, "completions": list(rows)}, ensure_ascii=False, indent=1), encoding="utf-8"
-    )
-    os.replace(partial, path)
+    write_atomically(path, {"asked": asked, "completions": list(rows)})
 
 
 def kept_start(path: Path, asked: dict[str, Any]) -> np.ndarray | None:

@@ -12,8 +12,6 @@ from typing import Any
 from penchant.base.files import file_sha256
 from penchant.compare.measured import Setting
 from penchant.compare.models import (
-    FIGURES,
-    SAMPLES,
     Entrant,
     HeldOut,
     Sampling,
@@ -32,6 +30,7 @@ from penchant.models.load import load_tokenizer
 from penchant.models.merge import is_adapter, model_sha256
 from penchant.models.options import ModelConfig
 from penchant.pipeline import Comparison, Pipeline, Ref, Resolve
+from penchant.runfolder import COMPARISON, COMPARISON_ROWS
 from penchant.runs import Run
 from penchant.runs.state import State, check_reward, reward_hashes
 from penchant.training.console import PlainConsole
@@ -149,14 +148,14 @@ class Comparer:
         return bool(record.get("inputs") == self._inputs(self.setting(resolve, folder_of), folder_of))
 
     def _files(self) -> dict[str, str]:
-        paths = [self.pipeline.output / name for name in (FIGURES, SAMPLES)]
+        paths = [self.pipeline.output / name for name in (COMPARISON, COMPARISON_ROWS)]
         return {p.name: file_sha256(p) for p in paths if p.exists()}
 
     def run(self, state: State, resolve: Resolve, folder_of: FolderOf) -> Outcome:
         """Compare and write both files, or read them where nothing changed."""
         if self.unchanged(state.comparison, resolve, folder_of):
             self.console.note("comparison: unchanged")
-            figures = json.loads((self.pipeline.output / FIGURES).read_text(encoding="utf-8"))
+            figures = json.loads((self.pipeline.output / COMPARISON).read_text(encoding="utf-8"))
             return self._outcome(figures, done=False)
         started = time.monotonic()
         setting = self.setting(resolve, folder_of)

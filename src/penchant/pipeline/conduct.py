@@ -21,7 +21,7 @@ from penchant.models.merge import is_adapter, merge_to_folder, model_sha256
 from penchant.models.options import check_model_path
 from penchant.pipeline import Pipeline, Ref, Stage
 from penchant.pipeline.compare import Comparer, Outcome
-from penchant.runfolder import RunLock
+from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY, RunLock
 from penchant.runs import Run
 from penchant.runs.state import (
     Inputs,
@@ -50,7 +50,7 @@ def judge_stage(stage: Stage, record: Mapping[str, Any] | None, inputs: Inputs) 
         return made
     assert record is not None
     for name, sha256 in record["checkpoints"].items():
-        model = stage.folder / "checkpoints" / name / "model"
+        model = stage.folder / CHECKPOINTS / name / "model"
         if not model.is_dir():
             return Planned(stage.name, "changed", f"its {name} is gone")
         if model_sha256(model) != sha256:
@@ -111,7 +111,7 @@ def _follow(folder: Path, moved: Mapping[str, str]) -> None:
                 return new + value[len(old) :]
         return value
 
-    config, identity = folder / "config.resolved.yaml", folder / "identity.json"
+    config, identity = folder / CONFIG, folder / IDENTITY
     if config.exists():
         values = renamed(yaml.safe_load(config.read_text(encoding="utf-8")))
         config.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -10,6 +10,7 @@ from pathlib import Path
 from penchant.errors import CheckpointError
 from penchant.report.data import ReportData, read_report
 from penchant.report.page import render
+from penchant.runfolder import REPORT
 
 __all__ = ["LiveReport", "write_report"]
 
@@ -17,7 +18,6 @@ __all__ = ["LiveReport", "write_report"]
 # ---- Write a report: one HTML file that can be read offline, with nothing in it that could call home ----
 
 MARK = '<meta name="generator" content="penchant">'
-NAME = "report.html"
 
 
 def write_report(
@@ -51,10 +51,10 @@ def write_report(
 def _target(data: ReportData, output: Path | str | None) -> Path:
     if output is not None:
         target = Path(output).expanduser()
-        return target / NAME if target.is_dir() else target
+        return target / REPORT if target.is_dir() else target
     if len(data.paths) == 1:
-        return data.paths[0] / NAME
-    target = Path.cwd() / NAME
+        return data.paths[0] / REPORT
+    target = Path.cwd() / REPORT
     if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace")[:2000]:
         raise CheckpointError(str(target), "is there already, and is not a report that Penchant wrote", "give --output")
     return target
@@ -86,7 +86,7 @@ class LiveReport:
     @property
     def path(self) -> Path:
         """Where it stands."""
-        return self.folder / NAME
+        return self.folder / REPORT
 
     def told(self, what: str) -> None:
         """After a step (``"step"``) or an evaluation (``"eval"``)."""

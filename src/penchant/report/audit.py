@@ -7,8 +7,8 @@ from typing import Any
 
 from penchant.report.data import ReportData, RunData
 from penchant.report.html import Element, Node, el, said, table
-from penchant.report.safe import mapping, num, sequence, text
 from penchant.report.svg import MISSING, percent
+from penchant.runfolder.values import mapping, num, sequence, text
 
 
 def audit(data: ReportData) -> Element | None:

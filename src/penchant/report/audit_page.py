@@ -11,8 +11,8 @@ from penchant import __version__
 from penchant.report.audit import lengths_table
 from penchant.report.html import Element, Node, el, fold, said, table, visible
 from penchant.report.page import asset, policy
-from penchant.report.safe import mapping, num, sequence, text
 from penchant.report.svg import percent
+from penchant.runfolder.values import mapping, num, sequence, text
 
 GROUPS = (  # beginnings of findings' names, in the order in which they are shown
     ("Rows", ("bad_rows", "identical_pairs", "empty_completions", "cut_", "bad_after", "identical_after")),

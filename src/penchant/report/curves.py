@@ -9,8 +9,8 @@ from typing import Any
 from penchant.metrics.names import METRICS
 from penchant.report.data import ReportData, RunData, Setting
 from penchant.report.html import Element, el, fold
-from penchant.report.safe import ci_of, num
 from penchant.report.svg import Band, Level, Line, Plot, Point, count, figure, shown, smooth
+from penchant.runfolder.values import ci_of, num
 
 MANY = 24  # points from which a training curve is drawn as its running mean
 BANDS = 3  # settings up to which intervals are drawn

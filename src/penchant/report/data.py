@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,38 +12,41 @@ from pathlib import Path
 from typing import Any
 
 from penchant.errors import CheckpointError
-from penchant.report.safe import flat, mapping, mappings, num, read_json, read_lines, read_text, read_yaml, text
+from penchant.runfolder import CHECKPOINTS, COMPARISON, METRICS, PERF
+from penchant.runfolder.read import Folder, alive, read
+from penchant.runfolder.values import flat, mapping, mappings, num, text
 
-RUN_FILES = ("metrics.jsonl", "manifest.json", "config.resolved.yaml", "results.json")
 NOT_A_SETTING = ("output", "logging", "train.seed")
 MOST_RUNS = 200
 HOW = "give the folder of a run, a sweep, a pipeline or a comparison"
 
 
-@dataclass(frozen=True)
-class RunData:
+class RunData(Folder):
     """A run's folder, read; what it lacks is empty.
 
     Args:
-        name: as it is called in the report; config: resolved; metrics: lines of metrics.jsonl with a step; bad_lines: lines of its
-            files that could not be read; flags: None where nobody looked for any.
+        name: as it is called in the report.
     """
 
-    name: str
-    folder: Path
-    manifest: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    config_text: str = ""
-    audit: Mapping[str, Any] = field(default_factory=dict)
-    results: Mapping[str, Any] = field(default_factory=dict)
-    calibration: Mapping[str, Any] = field(default_factory=dict)
-    flags: Sequence[Mapping[str, Any]] | None = None
-    metrics: Sequence[Mapping[str, Any]] = ()
-    perf: Sequence[Mapping[str, Any]] = ()
-    samples: Sequence[Mapping[str, Any]] = ()
-    evaluations: Sequence[Mapping[str, Any]] = ()
-    bad_lines: int = 0
-    alive: bool = True
+    def __init__(self, path: Path, name: str) -> None:
+        super().__init__(path)
+        self.name = name
+        self.alive = alive(path)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Of what is over steps the lines that have one."""
+        found = super().rows(name)
+        if name not in (METRICS, PERF):
+            return found
+        kept = [row for row in found if num(row, "step") is not None]
+        self.unreadable[name] += len(found) - len(kept) if name == METRICS else 0
+        return kept
+
+    @property
+    def bad_lines(self) -> int:
+        """Lines of its files that could not be read."""
+        _ = self.metrics, self.perf, self.samples, self.evaluations
+        return sum(self.unreadable.values())
 
     @cached_property
     def evals(self) -> list[Mapping[str, Any]]:
@@ -104,7 +106,7 @@ class Comparison:
     folder: Path
     figures: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
-    flags: Sequence[Mapping[str, Any]] | None = None
+    flags: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def read_report(paths: Sequence[Path], now: float) -> ReportData:
     sweep = next((c.sweep for c in found if c.sweep), {})
     pipeline = next((c.pipeline for c in found if c.pipeline), {})
     names = _names(run_folders, folders)
-    runs = tuple(read_run(f, names[f]) for f in run_folders[:MOST_RUNS])
+    runs = tuple(RunData(f, names[f]) for f in run_folders[:MOST_RUNS])
     kind = found[0].kind if len(found) == 1 else "runs" if run_folders else "comparison"
     title = folders[0].name if len(folders) == 1 else _together([f.name for f in folders])
     states = [text(mapping(r).get("state")) for r in mapping(sweep.get("runs")).values()]
@@ -191,43 +193,42 @@ def _checked(path: Path) -> Path:
     return path.resolve()
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds anything of a run."""
-    return any((folder / name).is_file() for name in RUN_FILES)
-
-
 def _contents(folder: Path) -> _Contents:
-    comparisons = (folder,) if (folder / "comparison.json").is_file() else ()
-    sweep, pipeline = mapping(read_json(folder / "sweep.json")), mapping(read_json(folder / "pipeline.json"))
-    if sweep:
-        return _Contents("sweep", _inside(folder, mapping(sweep.get("runs"))), comparisons, sweep=sweep)
-    if pipeline:
-        return _Contents("pipeline", _inside(folder, mapping(pipeline.get("stages"))), comparisons, pipeline=pipeline)
-    if is_run(folder):
+    here = read(folder)
+    comparisons = (folder,) if (folder / COMPARISON).is_file() else ()
+    if here.sweep:
+        return _Contents("sweep", _inside(folder, mapping(here.sweep.get("runs"))), comparisons, sweep=here.sweep)
+    if here.pipeline:
+        stages = _inside(folder, mapping(here.pipeline.get("stages")))
+        return _Contents("pipeline", stages, comparisons, pipeline=here.pipeline)
+    if here.is_run:
         return _Contents("run", (folder,), comparisons)
     if comparisons:
-        return _Contents("comparison", _compared_runs(folder), comparisons)
-    runs = tuple(sorted((f for p in ("*", "*/*") for f in folder.glob(p) if f.is_dir() and is_run(f)), key=_natural))
-    inside = tuple(sorted(p.parent for p in folder.glob("*/comparison.json")))
+        return _Contents("comparison", _compared_runs(here), comparisons)
+    runs = tuple(sorted((f for p in ("*", "*/*") for f in folder.glob(p) if _is_run(f)), key=_natural))
+    inside = tuple(sorted(p.parent for p in folder.glob(f"*/{COMPARISON}")))
     if not runs and not inside:
         raise CheckpointError(str(folder), "holds no run", HOW)
     return _Contents("runs" if runs else "comparison", runs, inside)
 
 
+def _is_run(folder: Path) -> bool:
+    return folder.is_dir() and read(folder).is_run
+
+
 def _inside(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
     """Folders of that name directly in `folder`; a name that leads elsewhere is none."""
-    return tuple(f for n in names if n and Path(n).name == n and (f := folder / n).is_dir() and is_run(f))
+    return tuple(f for n in names if n and Path(n).name == n and _is_run(f := folder / n))
 
 
-def _compared_runs(folder: Path) -> tuple[Path, ...]:
+def _compared_runs(folder: Folder) -> tuple[Path, ...]:
     """The runs whose checkpoints were compared, where they still are: ``RUN/checkpoints/step-N/model``."""
-    figures = mapping(read_json(folder / "comparison.json"))
     found = []
-    for path in mapping(figures.get("checkpoints")).values():
+    for path in mapping(folder.comparison.get("checkpoints")).values():
         parts = Path(path).parts if isinstance(path, str) and os.path.isabs(path) else ()
-        if "checkpoints" in parts:
-            run = Path(*parts[: len(parts) - 1 - parts[::-1].index("checkpoints")])
-            found += [run] if run.is_dir() and is_run(run) else []
+        if CHECKPOINTS in parts:
+            run = Path(*parts[: len(parts) - 1 - parts[::-1].index(CHECKPOINTS)])
+            found += [run] if _is_run(run) else []
     return tuple(dict.fromkeys(found))
 
 
@@ -254,57 +255,12 @@ def _together(names: Sequence[str]) -> str:
     return ", ".join(names[: 3 if more else 4]) + more
 
 
-def read_run(folder: Path, name: str) -> RunData:
-    """A run's folder as far as it can be read."""
-    lines = {n: read_lines(folder / f"{n}.jsonl") for n in ("metrics", "perf", "samples", "evaluations")}
-    metrics = [m for m in lines["metrics"][0] if num(m, "step") is not None]
-    return RunData(
-        name=name,
-        folder=folder,
-        manifest=mapping(read_json(folder / "manifest.json")),
-        config=read_yaml(folder / "config.resolved.yaml"),
-        config_text=read_text(folder / "config.resolved.yaml"),
-        audit=mapping(read_json(folder / "audit.json")),
-        results=mapping(read_json(folder / "results.json")),
-        calibration=mapping(read_json(folder / "calibration.json")),
-        flags=read_flags(folder),
-        metrics=metrics,
-        perf=[p for p in lines["perf"][0] if num(p, "step") is not None],
-        samples=lines["samples"][0],
-        evaluations=lines["evaluations"][0],
-        bad_lines=sum(bad for _, bad in lines.values()) + len(lines["metrics"][0]) - len(metrics),
-        alive=alive(folder),
-    )
-
-
-def alive(folder: Path) -> bool:
-    """Whether the process that last held a folder may still be there: False only where it is known to be gone."""
-    found = re.match(r"PID (\d+) on (.*)", read_text(folder / ".lock"))
-    if found is None or found[2].strip() != socket.gethostname():
-        return True
-    try:
-        os.kill(int(found[1]), 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def read_comparison(folder: Path) -> Comparison:
+def read_comparison(path: Path) -> Comparison:
     """A comparison's folder as far as it can be read."""
-    rows, _ = read_lines(folder / "comparison.jsonl")
-    figures = mapping(read_json(folder / "comparison.json"))
-    flags = mappings(figures["flags"]) if "flags" in figures else None if is_run(folder) else read_flags(folder)
-    return Comparison(folder.name, folder, figures, rows, flags)
-
-
-def read_flags(folder: Path) -> list[dict[str, Any]] | None:
-    """What ``flags.json`` holds; None where there is no such file."""
-    found = read_json(folder / "flags.json")
-    if found is None:
-        return None
-    return mappings(found.get("flags") if isinstance(found, dict) else found)
+    folder = read(path)
+    figures = folder.comparison
+    flags = mappings(figures["flags"]) if "flags" in figures else None if folder.is_run else folder.flags
+    return Comparison(path.name, path, figures, folder.comparison_rows, flags)
 
 
 def group(runs: Sequence[RunData], sweep: Mapping[str, Any]) -> tuple[Setting, ...]:

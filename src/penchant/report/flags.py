@@ -7,8 +7,8 @@ from typing import Any
 
 from penchant.report.data import ReportData
 from penchant.report.html import Element, Node, el, fold, said
-from penchant.report.safe import mappings, number_of, sequence, text
 from penchant.report.svg import number, sparkline
+from penchant.runfolder.values import mappings, number_of, sequence, text
 
 MOST = 40  # kinds of flags
 Found = tuple[str, Mapping[str, Any]]  # the run, "" for the only one, and its flag

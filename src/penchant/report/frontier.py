@@ -9,7 +9,6 @@ from statistics import mean
 from penchant.report.curves import points_of
 from penchant.report.data import Comparison, ReportData, RunData, Setting
 from penchant.report.html import Element, Node, el, fold, said, table
-from penchant.report.safe import ci_of, mapping, num
 from penchant.report.svg import (
     BOTTOM,
     LEFT,
@@ -25,6 +24,7 @@ from penchant.report.svg import (
     shown,
     style_of,
 )
+from penchant.runfolder.values import ci_of, mapping, num
 
 WIDTH, HEIGHT, RIGHT = 680, 390, 150
 GAINS = (  # what may stand on the upright axis, the first that is there: name, label, share

@@ -20,12 +20,12 @@ from penchant.report.flags import flags
 from penchant.report.frontier import frontier
 from penchant.report.html import Element, Node, el, fold, json_html, said, table, visible
 from penchant.report.provenance import cost, evaluations, provenance
-from penchant.report.safe import mapping, num, text
 from penchant.report.samples import samples
 from penchant.report.settings import configs, settings_table, short
 from penchant.report.svg import count, swatch
 from penchant.report.verdict import by_length, cards, held_out, verdict
 from penchant.report.winrates import compared_figures, win_rates
+from penchant.runfolder.values import mapping, num, text
 
 RELOAD_SECONDS = 30
 KINDS = {"run": "run", "runs": "runs", "sweep": "sweep", "pipeline": "pipeline", "comparison": "comparison"}

@@ -10,9 +10,9 @@ from typing import Any
 from penchant.metrics.names import metric, of_evaluation
 from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, said, table
-from penchant.report.safe import ci_of, flat, mapping, num, sequence, text
 from penchant.report.settings import short
 from penchant.report.svg import MISSING, count, duration, estimate, interval, number
+from penchant.runfolder.values import ci_of, flat, mapping, num, sequence, text
 
 # ---- Where the figures come from: time and memory, versions, hashes, data, seeds, machine, and how to make them again ----
 
@@ -137,7 +137,7 @@ def _commands(data: ReportData) -> Element | None:
         )
     for run in data.runs[:1] if data.sweep or len(data.runs) > 8 else data.runs:
         if run.config_text:
-            target = f"{run.folder.name}-again"
+            target = f"{run.path.name}-again"
             lines.append(
                 f"penchant train {shlex.quote(run.name + '/config.resolved.yaml')} output={shlex.quote(target)}"
             )

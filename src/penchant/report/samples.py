@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from penchant.report.data import ReportData, RunData
 from penchant.report.html import Element, Node, el, said
-from penchant.report.safe import mapping, num, text
 from penchant.report.svg import number
+from penchant.runfolder.values import mapping, num, text
 
 OPEN = 20  # cards that stand open
 ROOM = 800_000  # bytes of texts and their markup that one page takes

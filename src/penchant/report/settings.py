@@ -11,8 +11,8 @@ from typing import Any
 from penchant.metrics.names import METRICS, Metric, higher_is_better, metric
 from penchant.report.data import ReportData, RunData, Setting
 from penchant.report.html import Element, Node, el, fold, said, table
-from penchant.report.safe import ci_of, flat, mapping, mappings, num, text
 from penchant.report.svg import MISSING, count, estimate, interval, shown, strip, swatch
+from penchant.runfolder.values import ci_of, flat, mapping, mappings, num, text
 
 # ---- Settings: first what differs, then every config whole ----
 

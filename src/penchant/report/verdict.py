@@ -9,9 +9,9 @@ from typing import Any, Literal
 from penchant.metrics.names import METRICS, Metric
 from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, said, table
-from penchant.report.safe import ci_of, mapping, mappings, num, sequence, text
 from penchant.report.settings import Ranking, Row, held_out_rows, ranking, spread, tried
 from penchant.report.svg import MISSING, count, estimate, interval, number, shown, strip
+from penchant.runfolder.values import ci_of, mapping, mappings, num, sequence, text
 
 # ---- The verdict: what came out, in words, before any figure; also that nothing did ----
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from penchant.report.data import Comparison, ReportData
 from penchant.report.html import Element, Node, el, said, table
-from penchant.report.safe import ci_of, mapping, mappings, num, text
 from penchant.report.svg import MISSING, estimate, interval, number, percent, shown, strip
+from penchant.runfolder.values import ci_of, mapping, mappings, num, text
 
 SHADES = 5  # of a cell, to each side of one half
 FIGURES = (  # name, label, share

@@ -37,6 +37,7 @@ from penchant.models.reward import (
     set_padding,
 )
 from penchant.rewards.builtin import BUILT_IN
+from penchant.runfolder import CHECKPOINTS, CONFIG
 from penchant.training.checkpoint import checkpoints, latest_checkpoint
 from penchant.types import Completion, PackedBatch, Prompt, PromptTree, TokenTree
 
@@ -322,7 +323,7 @@ def find_reward_model(path: str) -> Path | None:
     folder = Path(path).expanduser()
     if path in BUILT_IN or not folder.is_dir():
         return None
-    if not (folder / "checkpoints").is_dir() and not (folder / "config.resolved.yaml").exists():
+    if not (folder / CHECKPOINTS).is_dir() and not (folder / CONFIG).exists():
         return folder
     last, _ = latest_checkpoint(folder)
     if last is None:

@@ -1,4 +1,4 @@
-"""A run's folder: one lock, one identity, append-only logs that can be cut back to a checkpoint."""
+"""A run's folder: the names of its files, one lock, one identity, append-only logs that can be cut back to a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,12 +12,23 @@ from typing import Any
 
 from penchant.errors import CheckpointError
 
+# ---- Its files ----
+
+CONFIG, IDENTITY, MANIFEST, LOCK = "config.resolved.yaml", "identity.json", "manifest.json", ".lock"
+METRICS, PERF, EVALUATIONS = "metrics.jsonl", "perf.jsonl", "evaluations.jsonl"
+SAMPLES, SAMPLES_BEFORE = "samples.jsonl", "samples.before.jsonl"
+AUDIT, CALIBRATION, FLAGS = "audit.json", "calibration.json", "flags.json"
+RESULTS, REPORT = "results.json", "report.html"
+CHECKPOINTS = "checkpoints"  # a folder of step-N, each with a manifest of its own
+COMPARISON, COMPARISON_ROWS = "comparison.json", "comparison.jsonl"  # of a comparison's folder
+SWEEP, PIPELINE = "sweep.json", "pipeline.json"  # of a sweep's and a pipeline's, in which runs' folders lie
+
 
 class RunLock:
     """One process a run folder: an advisory lock on ``.lock``, which the kernel drops when its holder dies."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / ".lock"
+        self.path = folder / LOCK
         self._handle: int | None = None
 
     def __enter__(self) -> RunLock:
@@ -68,8 +79,8 @@ def open_run(
             str(folder), f"cannot be written ({error.strerror})", "choose another output or fix its permissions"
         ) from error
     mine = json.loads(json.dumps(identity))
-    path = folder / "identity.json"
-    has_checkpoints = any((folder / "checkpoints").glob("step-*"))
+    path = folder / IDENTITY
+    has_checkpoints = any((folder / CHECKPOINTS).glob("step-*"))
     if has_checkpoints and not path.exists():
         raise CheckpointError(
             str(folder),
@@ -87,7 +98,7 @@ def open_run(
                 "choose another output, or delete the folder to start over",
             )
     path.write_text(json.dumps(mine, indent=1))
-    (folder / "config.resolved.yaml").write_text(resolved_config)
+    (folder / CONFIG).write_text(resolved_config)
 
 
 def differences(old: Any, new: Any, prefix: str = "", defaults: Any = None) -> list[str]:

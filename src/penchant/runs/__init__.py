@@ -21,7 +21,8 @@ from penchant.metrics.completions import START_FILE
 from penchant.metrics.flags import write_flags
 from penchant.metrics.flags.rule import Flag
 from penchant.models.load import resolve_device, resolve_dtype
-from penchant.runfolder import RunLock, finite, open_run
+from penchant.runfolder import AUDIT, CALIBRATION, CHECKPOINTS, IDENTITY, MANIFEST, SAMPLES, RunLock, finite, open_run
+from penchant.runfolder.read import read
 from penchant.runs.evaluating import HeldOut, prompts_of, writes_completions
 from penchant.runs.parts import Built, build, peak_lr, start_key, start_sha256, write_model
 from penchant.runs.record import (
@@ -136,7 +137,7 @@ class Run:
                 if tokenized is not None:
                     self.console.note(f"{name}: {tokenized.summary()}")
                     write_quarantine(tokenized.quarantined, self.folder, f"{name}.tokens")
-            (self.folder / "audit.json").write_text(json.dumps(rows.audit().to_json(), indent=1))
+            (self.folder / AUDIT).write_text(json.dumps(rows.audit().to_json(), indent=1))
             anew = latest_checkpoint(self.folder)[0] is None
             if anew:  # what another start wrote is not this one's
                 (self.folder / START_FILE).unlink(missing_ok=True)
@@ -156,16 +157,16 @@ class Run:
                 live.now()
                 mirrors.finish(_ended_by(error)[0], finite(loop.state.last_eval))
                 raise
-            join_samples(self.folder / "samples.jsonl", before, self._samples("after", True))
+            join_samples(self.folder / SAMPLES, before, self._samples("after", True))
             manifest("finished", None)
             flags = write_flags(self.folder)
             live.now()
             mirrors.finish("finished", finite(loop.state.last_eval))
         self.console.note(f"report: {live.path}")
-        evals = [line for line in read_jsonl(self.folder / "metrics.jsonl") if line["kind"] == "eval"]
+        evals = [line for line in read(self.folder).metrics if line["kind"] == "eval"]
         return TrainResult(
             folder=self.folder,
-            model=self.folder / "checkpoints" / f"step-{loop.state.step}" / "model",
+            model=self.folder / CHECKPOINTS / f"step-{loop.state.step}" / "model",
             steps=loop.state.step,
             before=evals[0] if evals and evals[0]["step"] == 0 else {},
             after=evals[-1] if evals else {},
@@ -218,7 +219,7 @@ class Run:
         metrics = self.held_out.at(step, keep=True)
         if self.held_out.tables:
             tables = {"step": step, **self.held_out.tables}
-            (self.folder / "calibration.json").write_text(json.dumps(tables, indent=1))
+            (self.folder / CALIBRATION).write_text(json.dumps(tables, indent=1))
         return metrics
 
     def evaluate(self, step: str = "last") -> dict[str, Any]:
@@ -228,7 +229,7 @@ class Run:
                 "data", "there is nothing held out to evaluate on", "set data.eval_path or data.validation_rows"
             )
         path = find_checkpoint(self.folder, step)
-        if path is None and step != "0" and (self.folder / "identity.json").exists():
+        if path is None and step != "0" and (self.folder / IDENTITY).exists():
             raise CheckpointError(
                 str(self.folder),
                 "this run has no checkpoint yet",
@@ -263,7 +264,7 @@ class Run:
         Raises:
             CheckpointError: the weights at model.path have changed. With another torch or dtype nothing can be said.
         """
-        path = self.folder / "manifest.json"
+        path = self.folder / MANIFEST
         if not path.exists():
             return
         known = json.loads(path.read_text())
@@ -280,7 +281,7 @@ class Run:
 
     def _manifest(self, loop: Loop, started: float) -> Callable[[str, str | None], None]:
         """What writes manifest.json; the hash of the weights is of the start, so it is taken now, or read where the run goes on."""
-        path, built = self.folder / "manifest.json", self.built
+        path, built = self.folder / MANIFEST, self.built
         if path.exists():
             sha256 = json.loads(path.read_text())["model"]["sha256"]
         else:

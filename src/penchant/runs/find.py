@@ -16,9 +16,9 @@ from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.models.load import load_causal_model
 from penchant.models.merge import is_adapter, merged_model
 from penchant.models.options import ModelConfig, looks_like_folder
+from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY
 from penchant.training.checkpoint import find_checkpoint
 
-CONFIG = "config.resolved.yaml"
 START = "start"
 
 
@@ -77,7 +77,7 @@ def find_run(given: str, step: str, overrides: Sequence[str] = ()) -> tuple[RunC
         return _config_of(folder, overrides), own
     if (path / CONFIG).exists():
         return _config_of(path, overrides), step
-    if (path / "checkpoints").is_dir():
+    if (path / CHECKPOINTS).is_dir():
         raise CheckpointError(given, f"has checkpoints but no {CONFIG}", "give the model folder in a checkpoint")
     return None
 
@@ -112,7 +112,7 @@ def _config_of(folder: Path, overrides: Sequence[str]) -> RunConfig:
 
 def runs_in(given: str, limit: int = 4) -> list[str]:
     """The run folders right inside a folder (a sweep's, a pipeline's), the first `limit` of them."""
-    found = sorted(str(p.parent) for p in Path(given).expanduser().glob("*/config.resolved.yaml"))
+    found = sorted(str(p.parent) for p in Path(given).expanduser().glob(f"*/{CONFIG}"))
     return found if len(found) <= limit else [*found[:limit], "..."]
 
 
@@ -143,7 +143,7 @@ def _checkpoint_of(path: Path) -> tuple[Path, str] | None:
     whole = path.resolve()
     for at in (whole, whole.parent if whole.name == "model" else whole):
         run = at.parent.parent
-        if at.name.startswith("step-") and at.parent.name == "checkpoints" and (run / CONFIG).exists():
+        if at.name.startswith("step-") and at.parent.name == CHECKPOINTS and (run / CONFIG).exists():
             return run, at.name.removeprefix("step-")
     return None
 
@@ -168,7 +168,7 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
             "penchant eval on its run, without options, gives accuracy and calibration; it can be --reward of a language model",
         )
     checkpoint = find_checkpoint(folder, step)
-    if checkpoint is None and step != "0" and (folder / "identity.json").exists():
+    if checkpoint is None and step != "0" and (folder / IDENTITY).exists():
         raise CheckpointError(given, "this run has no checkpoint yet", "train it on, or give --step 0 for its start")
     seed, tokenizer = config.train.seed, config.model.tokenizer or config.model.path
     first = Source(START, config.model, tokenizer, seed=seed, run=config, folder=folder, checkpoint=START)

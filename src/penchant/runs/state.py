@@ -17,7 +17,7 @@ from penchant.models.merge import model_sha256
 from penchant.rewards import load_reward
 from penchant.rewards.functions import reward_device
 from penchant.rewards.reward_model import check_reward_folder, find_reward_model
-from penchant.runfolder import RunLock, differences
+from penchant.runfolder import CHECKPOINTS, IDENTITY, MANIFEST, PIPELINE, RunLock, differences
 from penchant.training.checkpoint import checkpoints, latest_checkpoint
 
 Inputs = dict[str, Any]
@@ -45,7 +45,7 @@ def judge(
     """
     last, _ = latest_checkpoint(member.folder)
     if record is None:
-        if last is not None or (member.folder / "identity.json").exists():
+        if last is not None or (member.folder / IDENTITY).exists():
             return Planned(member.name, "changed", f"its folder holds a run that this {what} did not make")
         return Planned(member.name, "run", "not started")
     state = record["state"]
@@ -97,8 +97,6 @@ def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
         raise CheckpointError(str(path), f"cannot be read ({error})", "restore it, or choose another output") from error
 
 
-STATE = "pipeline.json"
-
 CHANGED = {  # parts of the inputs other than settings, and how a change in them is said
     "data": "the {} rows have changed",
     "upstream": "the model of {} has changed",
@@ -123,7 +121,7 @@ class State:
     @classmethod
     def read(cls, folder: Path) -> State:
         """The state of the pipeline in `folder`; an empty one where there is none."""
-        return cls(folder / STATE, **read_state(folder / STATE, ("stages", "comparison")))
+        return cls(folder / PIPELINE, **read_state(folder / PIPELINE, ("stages", "comparison")))
 
     def save(self) -> None:
         """Write the file so that a reader, or a crash, sees the old or the new one."""
@@ -150,14 +148,14 @@ def model_folder(folder: Path, which: str | None) -> Path:
         name = f"step-{which}"
     elif which != "last":
         best = json.loads((last / "state.json").read_text())["best_step"]
-        kept = best is not None and (folder / "checkpoints" / f"step-{best}" / "manifest.json").exists()
+        kept = best is not None and (folder / CHECKPOINTS / f"step-{best}" / MANIFEST).exists()
         if which == "best" and not kept:
             raise CheckpointError(
                 str(folder), "has no best checkpoint", "hold something out and set checkpoint.keep_best, or use @last"
             )
         name = f"step-{best}" if kept else last.name
-    path = folder / "checkpoints" / name
-    if not (path / "manifest.json").exists():
+    path = folder / CHECKPOINTS / name
+    if not (path / MANIFEST).exists():
         there = ", ".join(p.name for p in checkpoints(folder))
         raise CheckpointError(
             str(path), "no such checkpoint", f"there are {there}; checkpoint.keep_last says how many are kept"
@@ -218,7 +216,7 @@ def reward_hashes(reward: Any) -> dict[str, str]:
         if file.suffix == ".py" and file.is_file():
             found[str(file.resolve())] = file_sha256(file)
         elif folder.is_dir():
-            run = (folder / "checkpoints").is_dir()
+            run = (folder / CHECKPOINTS).is_dir()
             found[str(folder.resolve())] = model_sha256(model_folder(folder, None) if run else folder)
     return found
 

@@ -14,10 +14,10 @@ from typing import Any, TextIO
 
 from rich.cells import cell_len, chop_cells
 
+from penchant.base.text import clean
 from penchant.serve.model import ChatModel, TemplateRefused
 from penchant.serve.stream import Completions, Sampling
 from penchant.types import Message
-from penchant.watch.text import clean
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the screen

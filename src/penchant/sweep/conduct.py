@@ -16,7 +16,7 @@ from penchant.config import WATCHING_ONLY
 from penchant.errors import CheckpointError, ConfigError, PenchantError
 from penchant.models.options import check_model_path
 from penchant.report import LiveReport
-from penchant.runfolder import differences
+from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, differences
 from penchant.runs import Run
 from penchant.runs.sharing import Shared
 from penchant.runs.state import Inputs, Planned, changes, check_reward, judge, locked, read_state, stage_inputs
@@ -81,7 +81,7 @@ def _value(records: Records, run: SweepRun, halving: Halving, rung: int) -> floa
 
 # ---- What a sweep has done: `sweep.json`, and what follows from it for the next call ----
 
-STATE, LINES = "sweep.json", "sweep.jsonl"
+LINES = "sweep.jsonl"
 ENDED = ("finished", "stopped")  # a run that stopped itself is a result, one that was interrupted is not
 
 
@@ -108,8 +108,8 @@ class State:
         Raises:
             CheckpointError: the file was damaged, or the folder holds something else.
         """
-        path = folder / STATE
-        for other, what in (("identity.json", "one run"), ("pipeline.json", "a pipeline")):
+        path = folder / SWEEP
+        for other, what in ((IDENTITY, "one run"), (PIPELINE, "a pipeline")):
             if not path.exists() and (folder / other).exists():
                 raise CheckpointError(str(folder), f"is the folder of {what}", "choose another output")
         values = read_state(path, ("runs", "search", "table"))

@@ -18,16 +18,15 @@ from typing import Any, Protocol
 from penchant.base.text import one_line
 from penchant.config import load_config
 from penchant.errors import CheckpointError, ConfigError
-from penchant.runfolder import RunLock
-from penchant.track.tracker import FOLDER, TRACKERS, Line, RunInfo, Sent, Started, Tracker, TrackerSpec, forget, read
+from penchant.runfolder import CONFIG, METRICS, PIPELINE, SWEEP, RunLock
+from penchant.runfolder.read import Folder, read
+from penchant.track.tracker import FOLDER, TRACKERS, Line, RunInfo, Sent, Started, Tracker, TrackerSpec, forget, sent_to
 from penchant.training.options import LoggingConfig
 
 __all__ = ["TRACKERS", "Line", "Mirrors", "RunInfo", "Started", "Tracker", "TrackerSpec", "check_installed", "run_info"]
 
 
 # ---- The run's side of its trackers: a process each, told when the run begins and ends, and looked at without waiting ----
-
-GROUP_FILES = ("sweep.json", "pipeline.json")  # beside a run's folder: it is one of several
 
 
 class Settings(Protocol):
@@ -63,7 +62,7 @@ def check_installed(names: Sequence[str], where: str = "logging.trackers") -> No
 def run_info(folder: Path, settings: Settings, config: Mapping[str, Any]) -> RunInfo:
     """Which run trackers are told of: its folder's name, the sweep or the pipeline that it belongs to as its group."""
     folder = folder.resolve()
-    belongs = any((folder.parent / name).exists() for name in GROUP_FILES)
+    belongs = any((folder.parent / name).exists() for name in (SWEEP, PIPELINE))
     own = settings.dir
     return RunInfo(
         folder=str(folder),
@@ -97,7 +96,7 @@ class Mirror:
     def start(self) -> None:
         """Start the process; a failure to do so is told, and that is all."""
         folder = Path(self.info.folder)
-        info = asdict(self.info) | {"id": read(folder, self.spec.name).id}
+        info = asdict(self.info) | {"id": sent_to(folder, self.spec.name).id}
         request = {"tracker": self.spec.name, "factory": self.spec.factory, "info": info, "timeout": self.timeout}
         paths = os.pathsep.join(p for p in sys.path if p)
         try:
@@ -147,7 +146,7 @@ class Mirror:
         self.poll()
         hung = self.process is not None and not self.done and self.process.poll() is None
         self._kill()
-        sent = read(Path(self.info.folder), self.spec.name)
+        sent = sent_to(Path(self.info.folder), self.spec.name)
         whole = self.done and sent.unsent == 0 and sent.error is None
         if not whole:
             self.say(f"{self.spec.label}: {self._why(hung, sent)}; metrics.jsonl has every line. {self._later()}")
@@ -244,8 +243,6 @@ class Mirrors:
 
 # ---- A run's metrics sent to trackers after it was trained: what they do not have yet, or all of it to a new run of theirs ----
 
-CONFIG, METRICS = "config.resolved.yaml", "metrics.jsonl"
-
 
 def track_run(
     run: str | Path,
@@ -280,24 +277,11 @@ def track_run(
     with RunLock(folder):
         mirrors = Mirrors(folder, logging, config.model_dump(mode="json"), say)
         mirrors.begin(anew=anew)
-        return mirrors.finish(_status(folder), _last_eval(folder), patient=True)
+        known = read(folder)
+        last = next((row for row in reversed(known.metrics) if row.get("kind") == "eval"), {})
+        return mirrors.finish(_status(known), last, patient=True)
 
 
-def _status(folder: Path) -> str:
-    try:
-        found = str(json.loads((folder / "manifest.json").read_text())["status"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "killed"
+def _status(run: Folder) -> str:
+    found = str(run.manifest.get("status", "killed"))
     return "killed" if found == "running" else found  # it says so and holds no lock: its process is gone
-
-
-def _last_eval(folder: Path) -> Mapping[str, Any]:
-    last: Mapping[str, Any] = {}
-    for text in (folder / METRICS).read_bytes().split(b"\n"):
-        try:
-            row = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.get("kind") == "eval":
-            last = row
-    return last

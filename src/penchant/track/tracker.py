@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from penchant.base.files import write_atomically
+from penchant.runfolder import METRICS, PERF
+from penchant.runfolder import read as runfolder
 
 # ---- What a tracker is: three calls, made in a process of its own, from which no error and no delay reaches training ----
 
@@ -136,7 +139,7 @@ def path_of(folder: Path, tracker: str) -> Path:
     return folder / FOLDER / f"{tracker}.json"
 
 
-def read(folder: Path, tracker: str) -> Sent:
+def sent_to(folder: Path, tracker: str) -> Sent:
     """What is known of a tracker; nothing where the file is absent or torn."""
     try:
         found = json.loads(path_of(folder, tracker).read_text(encoding="utf-8"))
@@ -149,9 +152,7 @@ def write(folder: Path, tracker: str, sent: Sent) -> None:
     """Replace the file at once; a reader sees the old or the new one."""
     path = path_of(folder, tracker)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(asdict(sent), indent=1), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomically(path, asdict(sent))
 
 
 def forget(folder: Path, tracker: str) -> None:
@@ -161,7 +162,7 @@ def forget(folder: Path, tracker: str) -> None:
 
 # ---- From the run's own files to what trackers get: names as the field has them, whole lines only, each once ----
 
-FILES = {"metrics.jsonl": None, "perf.jsonl": "perf"}  # the kind of a line that does not say it
+FILES = {METRICS: None, PERF: "perf"}  # the kind of a line that does not say it
 NOT_VALUES = ("kind", "step")
 STEP = "train/global_step"
 
@@ -199,40 +200,16 @@ class Tail:
     """The lines that were added to a run's logs since it was asked last; half-written ones wait for their end."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._at = dict.fromkeys(FILES, 0)
+        self._logs = [(runfolder.Tail(folder / name), kind) for name, kind in FILES.items()]
 
     def new(self) -> list[Line]:
-        """Lines in the order of their steps; of one step as they were written: train, then its speed, then eval."""
-        found = [line for name, kind in FILES.items() for line in self._of(name, kind)]
+        """Lines in the order of their steps; of one step as they were written: train, then its speed, then eval.
+
+        Where a log was cut back, all of its lines again: a resumed run writes the same ones.
+        """
+        rows = [(row, kind) for log, kind in self._logs for row in log.read()[1]]
+        found = [as_line(row, kind) for row, kind in rows if isinstance(row.get("step"), int)]
         return sorted(found, key=lambda line: (line.step, line.kind == "eval"))
-
-    def _of(self, name: str, kind: str | None) -> Iterator[Line]:
-        path = self.folder / name
-        try:
-            with path.open("rb") as file:
-                if file.seek(0, 2) < self._at[name]:  # cut back: a resumed run writes the same lines again
-                    self._at[name] = 0
-                file.seek(self._at[name])
-                data = file.read()
-        except FileNotFoundError:
-            return
-        whole = data.rfind(b"\n") + 1
-        self._at[name] += whole
-        for text in data[:whole].split(b"\n"):
-            row = _row(text)
-            if row is not None:
-                yield as_line(row, kind)
-
-
-def _row(text: bytes) -> dict[str, Any] | None:
-    """A row of a log; None for a line that is none (an older crash may have left half of one)."""
-    try:
-        row = json.loads(text)
-    except ValueError:
-        return None
-    whole = isinstance(row, dict) and isinstance(row.get("step"), int)
-    return row if whole else None
 
 
 def unsent(lines: Sequence[Line], sent: Mapping[str, int]) -> list[Line]:

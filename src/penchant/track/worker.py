@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from penchant.base.text import one_line, redact, told
-from penchant.track.tracker import Line, RunInfo, Tail, Tracker, read, unsent, write
+from penchant.runfolder.read import read
+from penchant.track.tracker import Line, RunInfo, Tail, Tracker, sent_to, unsent, write
 
 EVERY = 0.5  # seconds between two looks at the logs
 BATCH = 200  # lines of one call: the file that says what was sent is never far behind
@@ -38,7 +39,7 @@ class Worker:
         self.tracker, self.name, self.info, self.say = tracker, name, info, say
         self.folder = Path(info.folder)
         self.tail = Tail(self.folder)
-        self.sent = read(self.folder, name)
+        self.sent = sent_to(self.folder, name)
         self.sent.error = None
         self.waiting: list[Line] = []
         self.started = False
@@ -73,7 +74,7 @@ class Worker:
                 break
         if self.started:
             try:
-                self.tracker.finish(status, summary, _samples(self.folder))
+                self.tracker.finish(status, summary, read(self.folder).samples)
             except Exception as error:
                 self._failed(error)
         self._write()
@@ -99,14 +100,6 @@ class Worker:
     def _write(self) -> None:
         self.sent.unsent = len(self.waiting)
         write(self.folder, self.name, self.sent)
-
-
-def _samples(folder: Path) -> list[dict[str, str]]:
-    try:
-        text = (folder / "samples.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.split("\n") if line]
-    except (OSError, ValueError):
-        return []
 
 
 def _listen(lines: queue.Queue[dict[str, Any]], timeout: float) -> None:

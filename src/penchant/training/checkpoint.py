@@ -14,6 +14,7 @@ from torch import Tensor
 
 from penchant.base.files import file_sha256
 from penchant.errors import CheckpointError
+from penchant.runfolder import CHECKPOINTS, MANIFEST
 
 _STEP = re.compile(r"step-(\d+)$")
 
@@ -38,7 +39,7 @@ def save_checkpoint(
     """
     from safetensors.torch import save_file
 
-    root = folder / "checkpoints"
+    root = folder / CHECKPOINTS
     final = root / f"step-{step}"
     aside = root / f".tmp-step-{step}-{os.getpid()}"
     try:
@@ -51,8 +52,8 @@ def save_checkpoint(
         sums = {str(p.relative_to(aside)): file_sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
         for path in aside.rglob("*"):
             _fsync(path)
-        (aside / "manifest.json").write_text(json.dumps({"step": step, "sha256": sums}, indent=1))
-        _fsync(aside / "manifest.json")
+        (aside / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=1))
+        _fsync(aside / MANIFEST)
         _fsync(aside)
         if final.exists():  # a resumed run reaches the same step again
             shutil.rmtree(final)
@@ -74,7 +75,7 @@ def clean_leftovers(root: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoints of a run, oldest first."""
-    found = [(int(m.group(1)), p) for p in (folder / "checkpoints").glob("step-*") if (m := _STEP.search(p.name))]
+    found = [(int(m.group(1)), p) for p in (folder / CHECKPOINTS).glob("step-*") if (m := _STEP.search(p.name))]
     return [p for _, p in sorted(found)]
 
 
@@ -82,7 +83,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and a warning for each newer one that is not whole."""
     warnings: list[str] = []
     for path in reversed(checkpoints(folder)):
-        if (path / "manifest.json").exists():
+        if (path / MANIFEST).exists():
             return path, warnings
         warnings.append(f"{path}: no manifest, so it is not whole; an older checkpoint is taken")
     return None, warnings
@@ -114,7 +115,7 @@ def find_checkpoint(folder: Path, step: str) -> Path | None:
                 str(folder), "this run did not look for its best step", f"give last, 0 or a step: {', '.join(there)}"
             )
         step = str(best)
-    path = folder / "checkpoints" / f"step-{step}"
+    path = folder / CHECKPOINTS / f"step-{step}"
     if path.name not in there:
         raise CheckpointError(str(path), "no such checkpoint", f"there are {', '.join(there)}; or last, best, 0")
     return path
@@ -129,7 +130,7 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> tuple[dict[str, Tenso
     from safetensors.torch import load_file
 
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / MANIFEST).read_text())
         if verify:
             for name, expected in manifest["sha256"].items():
                 if file_sha256(path / name) != expected:

@@ -21,7 +21,7 @@ from penchant.base.machine import peak_memory
 from penchant.data.packing import pack, plan_balanced, tree_tokens
 from penchant.errors import CheckpointError, TrainingStopped
 from penchant.losses.schedules import progress_at
-from penchant.runfolder import MetricsLog, finite
+from penchant.runfolder import METRICS, PERF, MetricsLog, finite
 from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
@@ -104,8 +104,8 @@ class Loop:
         """
         schedule = self.schedule
         total = schedule.total_steps
-        metrics = MetricsLog(self.folder / "metrics.jsonl")
-        perf = MetricsLog(self.folder / "perf.jsonl")
+        metrics = MetricsLog(self.folder / METRICS)
+        perf = MetricsLog(self.folder / PERF)
         resumed = self._resume(metrics)
         if not resumed:
             metrics.truncate(0)

@@ -18,11 +18,11 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from penchant.base.text import clean
 from penchant.errors import CheckpointError, ConfigError
 from penchant.watch.plot import ASCII, UNICODE
 from penchant.watch.screens import Size, ends, group_frame, run_frame, whole_frame, wrapped
-from penchant.watch.text import clean
-from penchant.watch.views import GroupView, RunView, open_view
+from penchant.watch.views import GroupView, RunView, is_run, open_view
 
 __all__ = ["watch"]
 
@@ -49,14 +49,14 @@ class Watch:
         self.chosen = 0  # 0: all of them; n: the n-th run
 
     def refresh(self) -> None:
-        if isinstance(self.view, RunView) and not self.view.exists:
+        if isinstance(self.view, RunView) and not is_run(self.view.folder):
             self.view = open_view(self.paths)  # it may turn out to be a sweep
         self.view.refresh()
 
     @property
     def nothing(self) -> bool:
         """Whether there is nothing to show yet."""
-        return isinstance(self.view, RunView) and not self.view.exists
+        return isinstance(self.view, RunView) and not is_run(self.view.folder)
 
     def press(self, key: str) -> None:
         runs = len(self.view.members) if isinstance(self.view, GroupView) else 0

@@ -72,37 +72,6 @@ def _limits(values: Sequence[float]) -> Pair:
     return low, high
 
 
-class _Canvas:
-    """Cells of a plot: dots of the line, and characters above them."""
-
-    def __init__(self, width: int, height: int) -> None:
-        self.width, self.height = width, height
-        self.dots = [[0] * width for _ in range(height)]
-        self.over: dict[tuple[int, int], str] = {}
-
-    def dot(self, x: int, y: int) -> None:
-        """x from the left, y from the top, both in dots."""
-        self.dots[y // 4][x // 2] |= _BITS[y % 4][x % 2]
-
-    def segment(self, a: tuple[int, int], b: tuple[int, int]) -> None:
-        steps = max(abs(b[0] - a[0]), abs(b[1] - a[1]), 1)
-        for i in range(steps + 1):
-            self.dot(round(a[0] + (b[0] - a[0]) * i / steps), round(a[1] + (b[1] - a[1]) * i / steps))
-
-    def row(self, y: int, glyphs: Glyphs) -> Text:
-        made = Text()
-        for x in range(self.width):
-            if (x, y) in self.over:
-                made.append(self.over[x, y], POINT)
-            elif not (dots := self.dots[y][x]):
-                made.append(" ")
-            elif glyphs.braille:
-                made.append(chr(0x2800 + dots), LINE)
-            else:
-                made.append("." if dots & 0xE4 else "'", LINE)  # whether the lower half has a dot
-        return made
-
-
 def plot(
     line: Sequence[Pair], points: Sequence[Point], width: int, height: int, glyphs: Glyphs = UNICODE, x_end: float = 0
 ) -> list[Text]:
@@ -115,47 +84,51 @@ def plot(
     steps = [x for x, _ in line] + [p.step for p in points]
     if not steps or width < GUTTER + 4 or height < 2:
         return [Text(" " * max(0, width)) for _ in range(max(0, height))]
-    canvas = _Canvas(width - GUTTER - 1, height - 1)
+    columns, rows = width - GUTTER - 1, height - 1
     x0, x1 = min(steps), max(*steps, x_end)
-    columns = binned(line, x0, x1, canvas.width * 2)
-    ends = [e for p in points for e in (p.value, *(p.interval or ()))]
-    y0, y1 = _limits([y for _, y in columns] + ends)
-    dots = [(at, canvas.height * 4 - 1 - _scaled(y, y0, y1, canvas.height * 4)) for at, y in columns]
-    for a, b in zip(dots, [*dots[1:], dots[-1]] if dots else [], strict=True):
-        canvas.segment(a, b)
-    _draw_points(canvas, points, (x0, x1), (y0, y1), glyphs)
-    return [*_rows(canvas, y0, y1, glyphs), _x_axis(x0, x1, width, glyphs)]
+    means = binned(line, x0, x1, columns * 2)
+    y0, y1 = _limits([y for _, y in means] + [e for p in points for e in (p.value, *(p.interval or ()))])
 
+    def up(value: float) -> int:
+        """Dots from the top."""
+        return rows * 4 - 1 - _scaled(value, y0, y1, rows * 4)
 
-def _draw_points(canvas: _Canvas, points: Sequence[Point], xs: Pair, ys: Pair, glyphs: Glyphs) -> None:
-    def cell(value: float) -> int:
-        return (canvas.height * 4 - 1 - _scaled(value, *ys, canvas.height * 4)) // 4
-
-    at = [_scaled(p.step, *xs, canvas.width * 2) // 2 for p in points]
+    dots = _dots([(x, up(y)) for x, y in means])
+    over: dict[tuple[int, int], str] = {}
+    at = [_scaled(p.step, x0, x1, columns * 2) // 2 for p in points]
     for x, p in zip(at, points, strict=True):
         if p.interval is not None:
-            for y in range(cell(p.interval[1]), cell(p.interval[0]) + 1):
-                canvas.over.setdefault((x, y), glyphs.whisker)
-    for x, p in zip(at, points, strict=True):
-        canvas.over[x, cell(p.value)] = glyphs.point
-
-
-def _rows(canvas: _Canvas, y0: float, y1: float, glyphs: Glyphs) -> list[Text]:
-    span, largest, last = y1 - y0, max(abs(y0), abs(y1)), canvas.height - 1
+            over |= {(x, y): glyphs.whisker for y in range(up(p.interval[1]) // 4, up(p.interval[0]) // 4 + 1)}
+    over |= {(x, up(p.value) // 4): glyphs.point for x, p in zip(at, points, strict=True)}
     # the outer labels are the plot's edges, the one between them stands for the middle of its row
-    values = {0: y1, last // 2: y1 - span * (last // 2 + 0.5) / canvas.height, last: y0}
-    if canvas.height < 5:
-        values = {0: y1, last: y0}
-    made = []
-    for y in range(canvas.height):
-        label = axis_label(values[y], span, largest) if y in values else ""
-        left = Text(f"{label[:GUTTER]:>{GUTTER}}{glyphs.bar}", AXIS)
-        made.append(Text.assemble(left, canvas.row(y, glyphs)))
+    middle = {(rows - 1) // 2: y1 - (y1 - y0) * ((rows - 1) // 2 + 0.5) / rows} if rows >= 5 else {}
+    labels = {y: axis_label(v, y1 - y0, max(abs(y0), abs(y1))) for y, v in {0: y1, **middle, rows - 1: y0}.items()}
+    made = [
+        Text.assemble(
+            (f"{labels.get(y, '')[:GUTTER]:>{GUTTER}}{glyphs.bar}", AXIS),
+            *((over[x, y], POINT) if (x, y) in over else _cell(dots.get((x, y), 0), glyphs) for x in range(columns)),
+        )
+        for y in range(rows)
+    ]
+    first, last = f"{x0:,.0f}", f"{x1:,.0f}"
+    rule = glyphs.rule * max(1, columns - len(first) - len(last))
+    return [*made, Text(f"{'':>{GUTTER}}{glyphs.corner}{first}{rule}{last}"[:width], AXIS)]
+
+
+def _dots(path: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """Braille bits of each cell that a path through dots touches."""
+    made: dict[tuple[int, int], int] = {}
+    for (x0, y0), (x1, y1) in zip(path, [*path[1:], *path[-1:]], strict=True):
+        n = max(abs(x1 - x0), abs(y1 - y0), 1)
+        for i in range(n + 1):
+            x, y = round(x0 + (x1 - x0) * i / n), round(y0 + (y1 - y0) * i / n)
+            made[x // 2, y // 4] = made.get((x // 2, y // 4), 0) | _BITS[y % 4][x % 2]
     return made
 
 
-def _x_axis(x0: float, x1: float, width: int, glyphs: Glyphs) -> Text:
-    first, last = f"{x0:,.0f}", f"{x1:,.0f}"
-    room = width - GUTTER - 1 - len(first) - len(last)
-    rule = glyphs.rule * max(1, room)
-    return Text(f"{'':>{GUTTER}}{glyphs.corner}{first}{rule}{last}"[:width], AXIS)
+def _cell(bits: int, glyphs: Glyphs) -> tuple[str, str]:
+    if not bits:
+        return " ", ""
+    if glyphs.braille:
+        return chr(0x2800 + bits), LINE
+    return "." if bits & 0xE4 else "'", LINE  # whether the lower half has a dot

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len
+from rich.console import Console
 from rich.text import Text
 
+from penchant.base.text import clean
 from penchant.training.console import duration
 from penchant.watch.plot import ASCII, LINE, POINT, UNICODE, Glyphs, plot
-from penchant.watch.text import clean, figure, interval, number, whole, with_interval
-from penchant.watch.views import OPEN_STATES, GroupView, Member, Metric, RunView, steps_of
+from penchant.watch.views import (
+    FIGURES,
+    OPEN_STATES,
+    GroupView,
+    Member,
+    Metric,
+    RunView,
+    interval,
+    number,
+    steps_of,
+    whole,
+)
 
 # ---- Lines of a frame: Texts that are cut to the terminal's width, side by side and one below the other ----
 
+CONSOLE = Console()  # only to wrap with
 STYLES = {
     "running": "bold green",
     "preparing": "green",
@@ -28,6 +41,21 @@ STYLES = {
 }
 
 
+def figure(value: float | None) -> str:
+    """A figure with four decimals, fewer where it is large: ``0.5833``, ``-165.74``, ``1.20e-05``."""
+    if value is None:
+        return "-"
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:,.{4 if size < 10 else 2 if size < 1000 else 0}f}"
+
+
+def with_interval(value: float | None, ci: tuple[float, float] | None) -> str:
+    """``0.7000 [0.6000, 0.8000]``."""
+    return figure(value) if ci is None else f"{figure(value)} [{figure(ci[0])}, {figure(ci[1])}]"
+
+
 @dataclass(frozen=True, slots=True)
 class Size:
     """Cells of a frame, and what it is drawn with."""
@@ -38,16 +66,6 @@ class Size:
 
     def lower(self, height: int) -> Size:
         return Size(self.width, max(0, height), self.glyphs)
-
-    @property
-    def dots(self) -> str:
-        """Between figures of one line."""
-        return "  "
-
-    @property
-    def full(self) -> tuple[str, str]:
-        """A progress bar's two halves."""
-        return ("#", "-") if self.glyphs is ASCII else ("━", "─")
 
 
 def fit(text: Text, width: int) -> Text:
@@ -74,42 +92,22 @@ def title(kind: str, name: str, state: Text, width: int) -> Text:
     return ends(Text.assemble((kind, "bold cyan"), (name, "bold")), state, width)
 
 
-def beside(blocks: Sequence[Sequence[Text]], widths: Sequence[int], gap: int = 2) -> list[Text]:
-    """Blocks of lines next to each other."""
-    height = max((len(b) for b in blocks), default=0)
-    rows = []
-    for i in range(height):
-        cells = [fit(b[i] if i < len(b) else Text(), w) for b, w in zip(blocks, widths, strict=True)]
-        rows.append(Text(" " * gap).join(cells))
-    return rows
+def columns(cells: Sequence[Text], widths: Sequence[int]) -> Text:
+    """Cells of one line, each but the last ones in its width."""
+    made = [fit(c, w) for c, w in zip(cells, widths, strict=False)]
+    return Text("  ").join([*made, *cells[len(made) :]])
 
 
 def wrapped(label: str, text: str, width: int, most: int, label_width: int) -> list[Text]:
     """A labelled text on at most `most` lines, the last one cut with an ellipsis where it goes on."""
     room = max(1, width - label_width)
-    lines = list(_broken(text, room)) or [""]
+    lines = [line.plain.strip() for line in Text(text).wrap(CONSOLE, room)]
     if len(lines) > most:
         last = Text(lines[most - 1] + "…")
         last.truncate(room, overflow="ellipsis")
         lines = [*lines[: most - 1], last.plain]
     first = [label, *[""] * (len(lines) - 1)]
     return [Text.assemble((f"{w:<{label_width}}", "dim"), line) for w, line in zip(first, lines, strict=True)]
-
-
-def _broken(text: str, width: int) -> Iterator[str]:
-    """Pieces of at most `width` cells, cut at spaces where there are any."""
-    line = ""
-    for word in text.split(" "):
-        if line and cell_len(f"{line} {word}") > width:
-            yield line
-            line = ""
-        line = f"{line} {word}" if line else word
-        while cell_len(line) > width:
-            n = max(1, next((i for i in range(len(line)) if cell_len(line[: i + 1]) > width), len(line)))
-            yield line[:n]
-            line = line[n:]
-    if line:
-        yield line
 
 
 def heading(title: str, width: int, glyphs: Glyphs) -> Text:
@@ -120,7 +118,7 @@ def heading(title: str, width: int, glyphs: Glyphs) -> Text:
 
 def bar(done: float, width: int, size: Size) -> Text:
     """A progress bar."""
-    full, rest = size.full
+    full, rest = ("#", "-") if size.glyphs is ASCII else ("━", "─")
     n = min(width, max(0, round(done * width)))
     return Text.assemble((full * n, "green"), (rest * (width - n), "dim"))
 
@@ -137,52 +135,11 @@ PANEL_HEIGHT = 7  # the least that shows a shape
 TALLEST = 18
 LABEL = 8  # cells before a sample's text
 
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """A picture: its title, and the training and held-out figures in it ("" for none)."""
-
-    title: str
-    line: str
-    points: str = ""
-
-
-LOSS = Panel("loss", "loss", "eval/loss")
-OFFLINE = (
-    LOSS,
-    Panel("preference accuracy", "rewards/accuracies", "eval/rewards/accuracies"),
-    Panel("reward margin", "rewards/margins", "eval/rewards/margins"),
-    Panel("KL to the start", "", "eval/kl/policy_ref"),
-    Panel("reward", "", "eval/reward"),
-    Panel("win rate", "", "eval/win_rate"),
-    Panel("log-prob, chosen", "logps/chosen", "eval/logps/chosen"),
-    Panel("perplexity", "", "eval/perplexity"),
-    Panel("completion tokens", "", "eval/completions/length"),
-    Panel("gradient norm", "grad_norm"),
-    Panel("learning rate", "lr"),
+OFFLINE = (  # pictures, the most telling first
+    *("loss", "rewards/accuracies", "rewards/margins", "kl/policy_ref", "reward", "win_rate", "logps/chosen"),
+    *("perplexity", "completions/length", "grad_norm", "lr"),
 )
-ONLINE = (
-    Panel("reward", "reward", "eval/reward"),
-    Panel("KL to the start", "kl/policy_ref", "eval/kl/policy_ref"),
-    Panel("completion tokens", "completions/length", "eval/completions/length"),
-    Panel("loss", "loss"),  # held out it is another figure
-    Panel("win rate", "", "eval/win_rate"),
-    Panel("gradient norm", "grad_norm"),
-    Panel("learning rate", "lr"),
-)
-TABLE = (
-    ("eval/reward", "reward"),
-    ("eval/win_rate", "win rate"),
-    ("eval/loss", "loss"),
-    ("eval/rewards/accuracies", "accuracy"),
-    ("eval/rewards/margins", "margin"),
-    ("eval/kl/policy_ref", "KL, nats"),
-    ("eval/perplexity", "perplexity"),
-    ("eval/completions/length", "tokens"),
-    ("eval/logps/chosen", "log-prob, chosen"),
-    ("eval/logps/rejected", "log-prob, rejected"),
-    ("eval/calibration/ece", "calibration error"),
-)
+ONLINE = ("reward", "kl/policy_ref", "completions/length", "loss", "win_rate", "grad_norm", "lr")
 WAITING = {
     "waiting": "nothing there yet; it is shown when it begins",
     "preparing": "reading data and models; the first step is still to come",
@@ -215,7 +172,7 @@ def header(view: RunView, size: Size) -> list[Text]:
     if view.step or view.total:
         lines.append(_progress(view, size))
     if figures := _figures(view):
-        lines.append(Text(size.dots).join(figures))
+        lines.append(Text("  ".join(figures)))
     if view.why:
         lines += wrapped("", view.why, size.width, 2, 0)
     if view.unreadable:
@@ -246,7 +203,7 @@ def _progress(view: RunView, size: Size) -> Text:
     return Text.assemble(f"{said}  ", bar(step / total, room, size), f"  {end}")
 
 
-def _figures(view: RunView) -> list[Text]:
+def _figures(view: RunView) -> list[str]:
     """Speed, memory, learning rate, and how long it has been going."""
     found = []
     speed = view.speed
@@ -260,7 +217,7 @@ def _figures(view: RunView) -> list[Text]:
         found.append(f"lr {rate:.1e}")
     if view.state in ("running", "preparing") and view.took is not None:
         found.append(f"going for {duration(view.took)}")
-    return [Text(f) for f in found]
+    return found
 
 
 def _flags(view: RunView, size: Size) -> list[Text]:
@@ -281,27 +238,29 @@ def _flags(view: RunView, size: Size) -> list[Text]:
 
 def panels(view: RunView, size: Size) -> list[Text]:
     """As many pictures as fit, the most telling first."""
-    wanted = [p for p in (ONLINE if view.online else OFFLINE) if view.line.get(p.line) or view.points.get(p.points)]
+    keys = [(key, f"eval/{key}") for key in (ONLINE if view.online else OFFLINE)]
+    wanted = [(line, points) for line, points in keys if view.line.get(line) or view.points.get(points)]
     across = min(len(wanted), max(1, (size.width + 2) // (PANEL_WIDTH + 2)))
     if not wanted or size.height < PANEL_HEIGHT:
         return []
     down = min(-(-len(wanted) // across), max(1, size.height // (PANEL_HEIGHT + 2)))
-    height = min(TALLEST, size.height // down)
-    width = (size.width - 2 * (across - 1)) // across
+    height, width = min(TALLEST, size.height // down), (size.width - 2 * (across - 1)) // across
     lines: list[Text] = []
     for i in range(down):
-        row = wanted[i * across : (i + 1) * across]
-        lines += beside([_panel(view, p, width, height, size) for p in row], [width] * len(row))
+        row = [_panel(view, *keys, width, height, size) for keys in wanted[i * across : (i + 1) * across]]
+        lines += [columns(cells, [width] * len(cells)) for cells in zip(*row, strict=True)]
     return lines
 
 
-def _panel(view: RunView, panel: Panel, width: int, height: int, size: Size) -> list[Text]:
-    line, points = view.line.get(panel.line, []), view.points.get(panel.points, [])
+def _panel(view: RunView, key: str, held_out: str, width: int, height: int, size: Size) -> list[Text]:
+    line, points = view.line.get(key, []), view.points.get(held_out, [])
+    if view.online and key == "loss":
+        points = []  # held out it is another figure
     trained = (f"  {figure(line[-1][1])}" if line else "", LINE)
-    last = points[-1] if points else None
-    words = [""] if last is None else [with_interval(last.value, last.interval), figure(last.value)]
+    words = [with_interval(points[-1].value, points[-1].interval), figure(points[-1].value)] if points else [""]
     made = [
-        Text.assemble((panel.title, "bold"), trained, (f"  {size.glyphs.point} {w}" if w else "", POINT)) for w in words
+        Text.assemble((FIGURES[key][0], "bold"), trained, (f"  {size.glyphs.point} {w}" if w else "", POINT))
+        for w in words
     ]
     shown = next((t for t in made if t.cell_len <= width), made[-1])  # without the interval where that does not fit
     return [shown, *plot(line, points, width, height - 1, size.glyphs, view.step)]
@@ -312,35 +271,33 @@ def _panel(view: RunView, panel: Panel, width: int, height: int, size: Size) -> 
 
 
 def _table(view: RunView, size: Size) -> list[Text]:
-    if view.last_eval:
-        rows = [_held_out_row(view, key, name) for key, name in TABLE if number(view.last_eval.get(key)) is not None]
-        first, last = (whole(e.get("step")) or 0 for e in (view.first_eval, view.last_eval))
-        held = whole(view.last_eval.get("rows", view.last_eval.get("eval/rows")))
+    keys = [(key, label) for key, (_, label) in FIGURES.items() if label]
+    first, last = view.first_eval, view.last_eval
+    if last:
+        rows = [_held_out(view, f"eval/{k}", label) for k, label in keys if number(last.get(f"eval/{k}")) is not None]
+        begin, end = (f"step {whole(e.get('step')) or 0:,}" for e in (first, last))
+        held = whole(last.get("rows", last.get("eval/rows")))
         which = "held out" + (f", {held:,} rows" if held else "")
-        head = ("", f"step {first:,}", f"step {last:,}", "change") if first != last else ("", "", f"step {last:,}", "")
+        head = ("", begin, end, "change") if begin != end else ("", "", end, "")
     else:
-        keys = [(key.removeprefix("eval/"), name) for key, name in TABLE]
-        rows = [(n, figure(e[0]), figure(e[1]), f"{e[1] - e[0]:+.4f}") for k, n in keys if (e := view.edges(k))]
+        rows = [(label, figure(e[0]), figure(e[1]), f"{e[1] - e[0]:+.4f}") for k, label in keys if (e := view.edges(k))]
         which, head = "training: mean of the first and of the last steps", ("", "first", "last", "change")
     if not rows:
         return []
     widths = [max(len(r[i]) for r in (head, *rows)) for i in range(4)]
-    body = [heading(which, size.width, size.glyphs)]
-    for cells, style in ((head, "dim"), *((r, "") for r in rows)):
-        padded = [cells[0].ljust(widths[0]), *(c.ljust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
-        body.append(Text("  ".join(padded).rstrip(), style))
-    return body
+    lines = [("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip()) for r in (head, *rows)]
+    return [heading(which, size.width, size.glyphs), Text(lines[0], "dim"), *map(Text, lines[1:])]
 
 
-def _held_out_row(view: RunView, key: str, name: str) -> tuple[str, str, str, str]:
+def _held_out(view: RunView, key: str, label: str) -> tuple[str, str, str, str]:
     """Where there is one evaluation only, it is the last."""
-    first, last = (number(e.get(key)) for e in (view.first_eval, view.last_eval))
-    before = with_interval(first, interval(view.first_eval.get(f"{key}/ci")))
-    after = with_interval(last, interval(view.last_eval.get(f"{key}/ci")))
-    if view.first_eval.get("step") == view.last_eval.get("step"):
-        return name, "", after, ""
-    change = "" if first is None or last is None else f"{last - first:+.4f}"
-    return name, before if first is not None else "", after, change
+    first, last = number(view.first_eval.get(key)), number(view.last_eval.get(key))
+    before, after = (
+        with_interval(v, interval(e.get(f"{key}/ci"))) for v, e in ((first, view.first_eval), (last, view.last_eval))
+    )
+    if first is None or last is None or view.first_eval.get("step") == view.last_eval.get("step"):
+        return label, "", after, ""
+    return label, before, after, f"{last - first:+.4f}"
 
 
 def _samples(view: RunView, size: Size) -> list[Text]:
@@ -358,11 +315,7 @@ def _samples(view: RunView, size: Size) -> list[Text]:
     for sample in per:
         for label, text in sample:
             lines += wrapped(label, text, size.width, most, LABEL)
-    return _cut(lines, size.height)
-
-
-def _cut(lines: Sequence[Text], height: int) -> list[Text]:
-    return list(lines[:height])
+    return lines[: size.height]
 
 
 # ---- A frame of several runs: one line each, what is left of all, and below them the one that goes on ----
@@ -378,10 +331,8 @@ def group_frame(view: GroupView, size: Size) -> list[Text]:
         return whole_frame([*lines, Text("no run has begun", "dim")], size)
     lines.append(_counts(view))
     rest = size.height - len(lines)
-    table = _table_group_screen(
-        view, size.lower(rest if rest < len(view.members) + 2 + PANEL_HEIGHT else len(view.members) + 1)
-    )
-    lines += table
+    n = len(view.members) + 1
+    lines += _runs(view, size.lower(rest if rest < n + 1 + PANEL_HEIGHT else n))
     shown = _shown(view)
     room = size.height - len(lines) - 1
     if shown is not None and room >= PANEL_HEIGHT:
@@ -407,7 +358,7 @@ def _counts(view: GroupView) -> Text:
     return Text(f"{n} run{'s' if n > 1 else ''}: {', '.join(said)}")
 
 
-def _table_group_screen(view: GroupView, size: Size) -> list[Text]:
+def _runs(view: GroupView, size: Size) -> list[Text]:
     """One line a run; where they do not all fit, those that go on first, and how many are left out."""
     members = view.members
     room = size.height - 1
@@ -422,7 +373,7 @@ def _table_group_screen(view: GroupView, size: Size) -> list[Text]:
     head = [Text(w, "dim") for w in words]
     widths = [max(r[i].cell_len for r in (head, *rows)) for i in range(4)]
     widths[0] = min(widths[0], max(12, size.width - sum(widths[1:]) - 2 * 4 - 12))
-    lines = [_line(row, widths) for row in (head, *rows)]
+    lines = [columns(row, widths) for row in (head, *rows)]
     if len(members) < len(view.members):
         lines.append(Text(f"and {len(view.members) - len(members)} more, for which there is no room", "dim"))
     return lines
@@ -448,10 +399,6 @@ def _row(member: Member, metric: Metric | None, size: Size, mixed: bool) -> list
     if mixed and metric is not None:
         value += f" {metric.name}"
     return [Text(member.view.name), Text(member.state, STYLES.get(member.state, "")), steps, Text(value), Text(end)]
-
-
-def _line(cells: Sequence[Text], widths: Sequence[int]) -> Text:
-    return Text("  ").join([*(fit(c, w) for c, w in zip(cells, widths, strict=False)), cells[-1]])
 
 
 def _shown(view: GroupView) -> Member | None:

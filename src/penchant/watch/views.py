@@ -2,190 +2,43 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import socket
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from penchant.metrics.names import METRICS
+from penchant.base.text import clean
+from penchant.runfolder import CONFIG, IDENTITY, METRICS, PIPELINE, SWEEP
+from penchant.runfolder.read import Held, Whole, follow, json_object, lock_of
+from penchant.runfolder.values import mapping, mappings, number_of, sequence
 from penchant.watch.plot import Point
-from penchant.watch.text import clean, interval, number, whole
 
-# ---- Files that another process writes: read as they grow, each byte once, and only read ----
+# ---- Numbers that a terminal can draw ----
 
-CHUNK = 1 << 20  # bytes read at once
-MARK = 256  # bytes before the place reached, by which a file is known again
-LARGEST = 1 << 24  # bytes of a file that is read whole; a longer one is not what it says
+LARGEST = 1e100  # differences of larger numbers may not be finite
 
 
-class Tail:
-    """The rows of a JSONL file that grows.
-
-    A last line without its end is left for the next call. Where the file became shorter, was replaced, or holds other bytes before the
-    place reached (a resumed run cuts its log back and writes on), it is read from its start.
-
-    Args:
-        path: may not exist yet.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.unreadable = 0  # whole lines that are no JSON object
-        self._offset = 0
-        self._mark = b""
-        self._seen: tuple[int, int, int] | None = None
-
-    def read(self) -> tuple[bool, list[dict[str, Any]]]:
-        """(whether what earlier calls gave holds no longer, the new rows)."""
-        try:
-            with self.path.open("rb") as file:
-                stat = os.fstat(file.fileno())
-                seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-                if seen == self._seen:
-                    return False, []
-                anew = self._offset > 0 and not self._is_same(file, stat.st_ino)
-                if anew:
-                    self._forget()
-                self._seen = seen
-                return anew, self._rows(file)
-        except OSError:  # not there (yet, or any more)
-            anew = self._offset > 0
-            self._forget()
-            return anew, []
-
-    def _forget(self) -> None:
-        self._offset, self._mark, self._seen, self.unreadable = 0, b"", None, 0
-
-    def _is_same(self, file: Any, inode: int) -> bool:
-        if self._seen is None or inode != self._seen[0]:
-            return False
-        file.seek(self._offset - len(self._mark))
-        return bool(file.read(len(self._mark)) == self._mark)
-
-    def _rows(self, file: Any) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        file.seek(self._offset)
-        rest = b""
-        while chunk := file.read(CHUNK):
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                self._offset += len(line) + 1
-                self._mark = (self._mark + line + b"\n")[-MARK:]
-                row = _object(line)
-                if row is not None:
-                    rows.append(row)
-                elif line.strip():
-                    self.unreadable += 1
-        return rows
+def number(value: Any) -> float | None:
+    """A number that can be drawn, or None for anything else that a file may hold in its place."""
+    made = number_of(value)
+    return None if made is None or abs(made) >= LARGEST else made
 
 
-class Whole:
-    """What a small file says, parsed again only when the file has changed; what it last said where it cannot be read now.
-
-    Args:
-        parse: of its text; raises ValueError where the text is not what it should be.
-    """
-
-    def __init__(self, path: Path, parse: Callable[[str], Any], empty: Any) -> None:
-        self.path = path
-        self.value = empty
-        self._parse = parse
-        self._seen: tuple[int, int, int] | None = None
-
-    def read(self) -> Any:
-        try:
-            stat = self.path.stat()
-            seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-            if seen != self._seen and stat.st_size <= LARGEST:
-                self._seen = seen
-                self.value = self._parse(self.path.read_text(encoding="utf-8", errors="replace"))
-        except (OSError, ValueError, RecursionError):
-            pass
-        return self.value
+def whole(value: Any) -> int | None:
+    """A number of steps: whole and not below 0."""
+    made = number(value)
+    return int(made) if made is not None and made >= 0 and made == int(made) else None
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """A JSON object; anything else is a ValueError."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError("no object")
-    return value
-
-
-def json_rows(text: str) -> list[dict[str, Any]]:
-    """The objects of a JSONL text, without lines that are none."""
-    return [row for line in text.split("\n") if (row := _object(line.encode(errors="replace"))) is not None]
-
-
-def yaml_object(text: str) -> dict[str, Any]:
-    """A YAML mapping; anything else is a ValueError."""
-    import yaml
-
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
-    if not isinstance(value, dict):
-        raise ValueError("no mapping")
-    return value
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line.decode(errors="replace"))
-    except (ValueError, RecursionError):
+def interval(value: Any) -> tuple[float, float] | None:
+    """(low, high), or None."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None
-    return value if isinstance(value, dict) else None
-
-
-# ---- Whether a run's process is alive, found without touching its lock: a probe that held it for a moment could turn a run away ----
-
-LOCKS = Path("/proc/locks")
-Held = Literal["held", "free", "elsewhere"]
-
-_HOLDER = re.compile(r"PID (\d+) on (\S+)")
-
-
-def lock_of(folder: Path, locks: Path = LOCKS) -> Held:
-    """Who holds a run folder's ``.lock``: a process of this machine, nobody, or (as far as can be told from here) another machine.
-
-    A process that has ended leaves its number in the file, and the system may give that number to another one; so the system's list of
-    locks must show the file too, where there is such a list.
-    """
-    try:
-        found = _HOLDER.search((folder / ".lock").read_text(errors="replace")[:200])
-        inode = (folder / ".lock").stat().st_ino
-    except OSError:
-        return "free"
-    if found is None:
-        return "free"
-    if found[2] != socket.gethostname():
-        return "elsewhere"
-    if not _alive(int(found[1])):
-        return "free"
-    try:
-        listed = [line.split() for line in locks.read_text().splitlines()]
-    except OSError:
-        return "held"  # no such list on this system: the process is alive, and more is not known
-    ours = any(found[1] in words and any(w.endswith(f":{inode}") for w in words) for words in listed)
-    return "held" if ours else "free"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # signal 0 is none: it only asks
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+    low, high = number(value[0]), number(value[1])
+    return None if low is None or high is None else (low, high)
 
 
 # ---- What a run's folder says of it, kept up to date as the run goes on. Nothing is ever written there ----
@@ -194,7 +47,21 @@ State = Literal["waiting", "preparing", "running", "paused", "finished", "stoppe
 RECENT = 20  # steps whose mean speed the time left follows from
 EDGE = 10  # a training figure's first and last value are means over a tenth of its steps, at most so many
 
-FOLLOWED = (*(m.name for m in METRICS.values() if m.label), "grad_norm", "lr")
+FIGURES = {  # what is shown of training and, with eval/ before it, of held-out rows: as the title of a picture, as a line of the table
+    "reward": ("reward", "reward"),
+    "win_rate": ("win rate", "win rate"),
+    "loss": ("loss", "loss"),
+    "rewards/accuracies": ("preference accuracy", "accuracy"),
+    "rewards/margins": ("reward margin", "margin"),
+    "kl/policy_ref": ("KL to the start", "KL, nats"),
+    "perplexity": ("perplexity", "perplexity"),
+    "completions/length": ("completion tokens", "tokens"),
+    "logps/chosen": ("log-prob, chosen", "log-prob, chosen"),
+    "logps/rejected": ("", "log-prob, rejected"),
+    "calibration/ece": ("", "calibration error"),
+    "grad_norm": ("gradient norm", ""),
+    "lr": ("learning rate", ""),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +73,6 @@ class Speed:
     trees: float
 
 
-@dataclass(slots=True)
 class RunView:
     """One run, followed.
 
@@ -214,70 +80,59 @@ class RunView:
         folder: the run's, which may not exist yet; name: what it is called on the screen.
     """
 
-    folder: Path
-    name: str
-    line: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # training figures over steps
-    points: dict[str, list[Point]] = field(default_factory=dict)  # held-out figures over steps
-    last: dict[str, Any] = field(default_factory=dict)  # the last training line
-    first_eval: dict[str, Any] = field(default_factory=dict)
-    last_eval: dict[str, Any] = field(default_factory=dict)
-    memory: float | None = None
-    state: State = "waiting"
-    why: str = ""
-    _perf: deque[tuple[int, float, float, float]] = field(default_factory=lambda: deque(maxlen=RECENT))
-    _files: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.state: State = "waiting"
+        self.why = ""
+        self.memory: float | None = None
+        self.config: dict[str, Any] = {}
+        self.manifest: dict[str, Any] = {}
+        self.flags: list[dict[str, Any]] = []
+        self.samples: list[dict[str, Any]] = []  # the last answers: before and after training, or only those before
+        self._files = follow(folder)
+        self._perf: deque[tuple[int, float, float, float]] = deque(maxlen=RECENT)
+        self._forget()
 
-    def __post_init__(self) -> None:
-        at = self.folder
-        self._files = {
-            "metrics": Tail(at / "metrics.jsonl"),
-            "perf": Tail(at / "perf.jsonl"),
-            "manifest": Whole(at / "manifest.json", json_object, {}),
-            "config": Whole(at / "config.resolved.yaml", yaml_object, {}),
-            "samples": Whole(at / "samples.jsonl", json_rows, []),
-            "before": Whole(at / "samples.before.jsonl", json_rows, []),
-            "flags": Whole(at / "flags.json", _flags, []),
-        }
-
-    # ---- reading --------------------------------------------------------------------------------------------------
+    def _forget(self) -> None:
+        self.line: dict[str, list[tuple[float, float]]] = {}  # training figures over steps
+        self.points: dict[str, list[Point]] = {}  # held-out figures over steps
+        self.last: dict[str, Any] = {}  # the last training line
+        self.first_eval: dict[str, Any] = {}
+        self.last_eval: dict[str, Any] = {}
 
     def refresh(self) -> None:
         """Read what is new."""
-        anew, rows = self._files["metrics"].read()
+        files = self._files
+        anew, rows = files.metrics.read()
         if anew:
-            self.line, self.points = {}, {}
-            self.last, self.first_eval, self.last_eval = {}, {}, {}
+            self._forget()
         for row in rows:
             self._take(row)
-        anew, rows = self._files["perf"].read()
+        anew, rows = files.perf.read()
         if anew:
             self._perf.clear()
         for row in rows:
             self._take_speed(row)
-        for name in ("manifest", "config", "samples", "before", "flags"):
-            self._files[name].read()
+        self.config, self.manifest, self.flags = files.config.read(), files.manifest.read(), files.flags.read()
+        self.samples = files.samples.read() or files.samples_before.read()
         self.state, self.why = self._state(lock_of(self.folder))
 
-    def _take(self, row: Mapping[str, Any]) -> None:
-        step = whole(row.get("step"))
-        if step is None:
+    def _take(self, row: dict[str, Any]) -> None:
+        step, kind = whole(row.get("step")), row.get("kind")
+        if step is None or kind not in ("train", "eval"):
             return
-        if row.get("kind") == "train":
-            self.last = dict(row)
-            for key in FOLLOWED:
-                value = number(row.get(key))
-                if value is not None:
-                    known = self.line.setdefault(key, [])
-                    while known and known[-1][0] >= step:
-                        known.pop()
-                    known.append((step, value))
-        elif row.get("kind") == "eval":
-            self.first_eval = self.first_eval or dict(row)
-            self.last_eval = dict(row)
-            for key in (f"eval/{name}" for name in FOLLOWED):
-                value = number(row.get(key))
-                if value is not None:
-                    self.points.setdefault(key, []).append(Point(step, value, interval(row.get(f"{key}/ci"))))
+        if kind == "train":
+            self.last = row
+        else:
+            self.first_eval, self.last_eval = self.first_eval or row, row
+        for key in FIGURES:
+            if kind == "train" and (value := number(row.get(key))) is not None:
+                known = self.line.setdefault(key, [])
+                while known and known[-1][0] >= step:
+                    known.pop()
+                known.append((step, value))
+            elif kind == "eval" and (value := number(row.get(key := f"eval/{key}"))) is not None:
+                self.points.setdefault(key, []).append(Point(step, value, interval(row.get(f"{key}/ci"))))
 
     def _take_speed(self, row: Mapping[str, Any]) -> None:
         step, seconds = whole(row.get("step")), number(row.get("seconds"))
@@ -292,26 +147,14 @@ class RunView:
     # ---- what follows ---------------------------------------------------------------------------------------------
 
     @property
-    def config(self) -> dict[str, Any]:
-        return self._files["config"].value
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        return self._files["manifest"].value
-
-    @property
     def unreadable(self) -> int:
-        return int(self._files["metrics"].unreadable + self._files["perf"].unreadable)
-
-    @property
-    def exists(self) -> bool:
-        return any((self.folder / n).exists() for n in ("identity.json", "config.resolved.yaml", "metrics.jsonl"))
+        return self._files.metrics.unreadable + self._files.perf.unreadable
 
     @property
     def step(self) -> int:
         """Optimizer steps done: of metrics.jsonl, which a resumed run cuts back; of perf.jsonl where that logs only every n-th."""
         logged = whole(self.last.get("step")) or whole(self.last_eval.get("step")) or 0
-        every = whole(_section(self.config, "logging").get("every")) or 1
+        every = whole(mapping(self.config.get("logging")).get("every")) or 1
         timed = self._perf[-1][0] if self._perf else 0
         return timed if logged <= timed < logged + every else logged
 
@@ -323,7 +166,7 @@ class RunView:
             return said
         if self.state == "finished":
             return whole(self.manifest.get("steps"))
-        train = _section(self.config, "train")
+        train = mapping(self.config.get("train"))
         epochs, most = number(train.get("epochs")), whole(train.get("max_steps"))
         step, epoch = whole(self.last.get("step")), number(self.last.get("epoch"))
         if not epochs or not step or not epoch:
@@ -334,7 +177,7 @@ class RunView:
     @property
     def epoch(self) -> tuple[float | None, float | None]:
         """(done, of)."""
-        train = _section(self.config, "train")
+        train = mapping(self.config.get("train"))
         epochs, total, epoch = number(train.get("epochs")), self.total, number(self.last.get("epoch"))
         step = whole(self.last.get("step"))
         if epochs is not None and total and step and epoch:
@@ -383,15 +226,6 @@ class RunView:
     def online(self) -> bool:
         return "reward" in self.last or self.algorithm not in (None, "reward_model")
 
-    @property
-    def samples(self) -> list[dict[str, Any]]:
-        """The last answers: before and after training, or only those before where it goes on."""
-        return self._files["samples"].value or self._files["before"].value
-
-    @property
-    def flags(self) -> list[dict[str, Any]]:
-        return self._files["flags"].value
-
     def edges(self, key: str) -> tuple[float, float] | None:
         """A training figure's mean over its first and over its last steps: a tenth of all, at most EDGE."""
         values = [y for _, y in self.line.get(key, ())]
@@ -400,7 +234,7 @@ class RunView:
 
     def _state(self, lock: Held) -> tuple[State, str]:
         said = self.manifest.get("status")
-        if not self.exists:
+        if not is_run(self.folder):
             return "waiting", ""
         if said == "finished":
             return "finished", ""
@@ -409,40 +243,18 @@ class RunView:
             return ("running" if said == "running" and self.step else "preparing"), where
         if said == "paused":
             return "paused", clean(self.manifest.get("why", ""), 300)
-        if said == "stopped":
-            return self._stopped()
+        if said == "stopped":  # it ended before its end: by itself, or by a signal (older ones do not say which)
+            why = self.manifest.get("why")
+            if not isinstance(why, str):
+                batch = self.folder / f"stopped-batch-step-{self.manifest.get('steps')}.json"
+                why = Whole[Any](batch, json_object, {}).read().get("what")
+            known = isinstance(why, str)
+            return ("stopped", clean(why, 300)) if known else ("interrupted", "it ended before its last step")
         if said == "running":
             return "interrupted", "its process ended without a word; the same command continues"
         if said is None:
             return "interrupted", "it has no manifest.json" if self.step else "before its first step"
         return "interrupted", "the same command continues"
-
-    def _stopped(self) -> tuple[State, str]:
-        """A run that ended before its end: by itself, or by a signal (older ones do not say which)."""
-        why = self.manifest.get("why")
-        if isinstance(why, str):
-            return "stopped", clean(why, 300)
-        batch = self.folder / f"stopped-batch-step-{self.manifest.get('steps')}.json"
-        found = Whole(batch, json_object, {}).read().get("what")
-        return (
-            ("stopped", clean(found, 300))
-            if isinstance(found, str)
-            else ("interrupted", "it ended before its last step")
-        )
-
-
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = config.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def _flags(text: str) -> list[dict[str, Any]]:
-    """The flags of flags.json: a list, or a list under `flags`."""
-    import json
-
-    value = json.loads(text)
-    listed = value.get("flags") if isinstance(value, dict) else value
-    return [f for f in listed if isinstance(f, dict)] if isinstance(listed, list) else []
 
 
 # ---- Several runs, followed: those of a sweep, of a pipeline, of a folder, or as they are named ----
@@ -474,7 +286,7 @@ class Member:
     @property
     def state(self) -> Status:
         said = self.record.get("state")
-        if said in ("finished", "stopped", "cut"):
+        if said in ENDED:
             return str(said)
         if self.view.state == "finished":  # its record is written after the run's own end
             return "finished"
@@ -496,12 +308,11 @@ class Member:
     @property
     def _at_rung(self) -> dict[str, Any]:
         """Its figures at the last rung that it has reached, if it stands there; they are in none of its own files."""
-        rungs = self.record.get("rungs")
-        if self.state not in ("paused", "cut") or not isinstance(rungs, dict):
+        if self.state not in ("paused", "cut"):
             return {}
-        steps = [(whole(r.get("step")) or 0, r.get("metrics")) for r in rungs.values() if isinstance(r, dict)]
-        found = max(steps, key=lambda s: s[0], default=(0, None))[1]
-        return found if isinstance(found, dict) else {}
+        rungs = mappings([*mapping(self.record.get("rungs")).values()])
+        last = max(rungs, key=lambda r: whole(r.get("step")) or 0, default={})
+        return mapping(last.get("metrics"))
 
     def metric(self, name: str | None) -> Metric | None:
         """The metric's last value: held out where there is one (of a run at a rung: there), else the mean of the last training steps."""
@@ -516,7 +327,6 @@ class Member:
         return None
 
 
-@dataclass(slots=True)
 class GroupView:
     """Runs, their states, and what is left of all of them.
 
@@ -524,38 +334,27 @@ class GroupView:
         title: shown above them; kind: ``sweep``, ``pipeline`` or ``runs``; folder: of the sweep or pipeline; named: runs by their folders.
     """
 
-    title: str
-    kind: str
-    folder: Path | None = None
-    named: Sequence[Path] = ()
-    members: list[Member] = field(default_factory=list)
-    _file: Whole | None = None
-    _known: dict[Path, RunView] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.folder is not None and self.kind != "runs":
-            self._file = Whole(self.folder / f"{self.kind}.json", json_object, {})
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return self._file.value if self._file is not None else {}
+    def __init__(self, title: str, kind: str, folder: Path | None = None, named: Sequence[Path] = ()) -> None:
+        self.title, self.kind, self.folder, self.named = title, kind, folder, named
+        self.members: list[Member] = []
+        self.record: dict[str, Any] = {}  # what sweep.json or pipeline.json says
+        self._file = None if folder is None or kind == "runs" else Whole[Any](folder / f"{kind}.json", json_object, {})
+        self._known: dict[Path, RunView] = {}
 
     @property
     def about(self) -> Mapping[str, Any]:
         """What `sweep.json` says of the sweep: its runs, metric and halving."""
-        found = self.record.get("sweep")
-        return found if isinstance(found, dict) else {}
+        return mapping(self.record.get("sweep"))
 
     @property
     def metric(self) -> str | None:
-        table = self.record.get("table")
-        found = self.about.get("metric") or (table.get("metric") if isinstance(table, dict) else None)
+        found = self.about.get("metric") or mapping(self.record.get("table")).get("metric")
         return found if isinstance(found, str) else None
 
     def refresh(self) -> None:
         """Read what is new in every run that has not ended."""
         if self._file is not None:
-            self._file.read()
+            self.record = self._file.read()
         made = []
         for name, folder, record in self._listed():
             view = self._known.setdefault(folder, RunView(folder, name))
@@ -566,18 +365,14 @@ class GroupView:
         self.members = made
 
     def _listed(self) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
-        if self.folder is None:
-            for path in self.named:
-                yield clean(path, 200), path, {}
+        if self._file is None or self.folder is None:
+            below = self.folder
+            for path in self.named if below is None else runs_below(below):
+                yield clean(path if below is None else path.relative_to(below), 200), path, {}
             return
-        if self.kind == "runs":
-            for path in runs_below(self.folder):
-                yield clean(path.relative_to(self.folder), 200), path, {}
-            return
-        records = self.record.get("runs" if self.kind == "sweep" else "stages")
-        records = {k: v for k, v in records.items() if isinstance(v, dict)} if isinstance(records, dict) else {}
-        listed = self.about.get("runs")
-        names = listed if isinstance(listed, list) else []
+        records = mapping(self.record.get("runs" if self.kind == "sweep" else "stages"))
+        records = {k: v for k, v in records.items() if isinstance(v, dict)}
+        names = sequence(self.about.get("runs"))
         for name in dict.fromkeys([*(n for n in names if isinstance(n, str)), *(() if names else records)]):
             if Path(name).name == name and name not in ("", "..") and "\0" not in name:  # no path that leads elsewhere
                 yield clean(name, 200), self.folder / name, records.get(name, {})
@@ -585,18 +380,14 @@ class GroupView:
     # ---- what follows ---------------------------------------------------------------------------------------------
 
     @property
-    def counts(self) -> dict[Status, int]:
-        found: dict[Status, int] = {}
-        for member in self.members:
-            found[member.state] = found.get(member.state, 0) + 1
-        return found
+    def counts(self) -> Mapping[Status, int]:
+        return Counter(m.state for m in self.members)
 
     @property
     def going(self) -> bool:
         """Whether any of it goes on; between two of its runs none does, but the sweep's or pipeline's own process is there."""
-        if self.folder is not None and self.kind != "runs" and lock_of(self.folder) == "held":
-            return True
-        return any(m.state in OPEN_STATES for m in self.members)
+        held = self._file is not None and lock_of(self._file.path.parent) == "held"
+        return held or any(m.state in OPEN_STATES for m in self.members)
 
     @property
     def left(self) -> float | None:
@@ -632,7 +423,7 @@ def runs_below(folder: Path) -> list[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("identity.json", "metrics.jsonl"))
+    return any((folder / name).exists() for name in (IDENTITY, CONFIG, METRICS))
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -647,9 +438,9 @@ def open_view(paths: Sequence[Path]) -> RunView | GroupView:
     if len(paths) > 1:
         return GroupView(f"{len(paths)} runs", "runs", named=paths)
     folder = paths[0]
-    for kind in ("sweep", "pipeline"):
-        if (folder / f"{kind}.json").exists():
-            return GroupView(clean(folder, 200), kind, folder)
+    for name in (SWEEP, PIPELINE):
+        if (folder / name).exists():
+            return GroupView(clean(folder, 200), name.removesuffix(".json"), folder)
     if not is_run(folder) and runs_below(folder):
         return GroupView(clean(folder, 200), "runs", folder)
     return RunView(folder, clean(folder, 200))

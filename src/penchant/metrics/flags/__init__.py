@@ -6,15 +6,12 @@ registry that the command, the docs page and the tests go through.
 
 from __future__ import annotations
 
-import json
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from penchant.base.files import write_atomically
 from penchant.errors import CheckpointError
 from penchant.metrics.flags.of_comparison import BY_LENGTH, DISAGREE, FAILURES, FEW_PROMPTS, ONE_SEED, POSITION
 from penchant.metrics.flags.of_training import (
@@ -29,6 +26,8 @@ from penchant.metrics.flags.of_training import (
     SKIPPED,
 )
 from penchant.metrics.flags.rule import ComparisonView, Evidence, Flag, Rule, RunView, TrustConfig, number
+from penchant.runfolder import COMPARISON, FLAGS, METRICS
+from penchant.runfolder.read import read
 
 __all__ = ["RULES", "TrustConfig", "comparison_flags", "run_flags"]
 
@@ -99,7 +98,6 @@ def _sorted(flags: list[Flag]) -> list[Flag]:
 
 # ---- Flags of folders: read what a run or a comparison left, write flags.json, show them to a person ----
 
-FLAGS = "flags.json"
 SHOWN = 8  # values of a piece of evidence that fit in a line
 
 
@@ -118,70 +116,35 @@ def flags_of(path: Path | str) -> list[Flag]:
 
 
 def _flags_of(path: Path) -> list[Flag]:
-    folder = path.parent if path.name == "comparison.json" else path
+    folder = path.parent if path.name == COMPARISON else path
     if not folder.is_dir():
-        raise CheckpointError(str(path), "no such folder", "give a run's folder, or one with a comparison.json")
-    if (folder / "metrics.jsonl").exists():
+        raise CheckpointError(str(path), "no such folder", f"give a run's folder, or one with a {COMPARISON}")
+    if (folder / METRICS).exists():
         return _of_run(folder)
-    if (folder / "comparison.json").exists():
-        figures = _json(folder / "comparison.json")
-        if not figures:
-            raise CheckpointError(str(folder / "comparison.json"), "cannot be read", "compare again")
-        return comparison_flags(figures, _jsonl(folder / "comparison.jsonl"))
+    if (folder / COMPARISON).exists():
+        found = read(folder)
+        if not found.comparison:
+            raise CheckpointError(str(folder / COMPARISON), "cannot be read", "compare again")
+        return comparison_flags(found.comparison, found.comparison_rows)
     raise CheckpointError(
-        str(folder), "holds neither metrics.jsonl nor comparison.json", "give a run's folder, or that of a comparison"
+        str(folder), f"holds neither {METRICS} nor {COMPARISON}", "give a run's folder, or that of a comparison"
     )
 
 
 def write_flags(run: Path) -> list[Flag]:
     """Flags of a run, also as RUN/flags.json: a list, warnings first."""
     found = _of_run(run)
-    target = run / FLAGS
-    partial = target.with_name(f".{FLAGS}.{os.getpid()}")
-    partial.write_text(json.dumps([f.to_json() for f in found], indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, target)
+    write_atomically(run / FLAGS, [f.to_json() for f in found])
     return found
 
 
-def _of_run(run: Path) -> list[Flag]:
+def _of_run(path: Path) -> list[Flag]:
+    run = read(path)
     try:
-        config = yaml.safe_load(_text(run / "config.resolved.yaml"))
-    except yaml.YAMLError:
-        config = {}
-    config = config if isinstance(config, Mapping) else {}
-    try:
-        trust = TrustConfig.model_validate(config.get("trust") or {})
+        trust = TrustConfig.model_validate(run.config.get("trust") or {})
     except ValueError:  # a file of another version
         trust = TrustConfig()
-    return run_flags(_jsonl(run / "metrics.jsonl"), config, _json(run / "audit.json"), trust=trust)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_text(path) or "{}")
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _jsonl(path: Path) -> list[dict[str, Any]]:
-    """Whole lines only: the last one of a run that goes on may be half written."""
-    rows = []
-    for line in _text(path).split("\n"):  # not splitlines: JSON strings may hold U+2028
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            rows.append(value)
-    return rows
+    return run_flags(run.metrics, run.config, run.audit, trust=trust)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

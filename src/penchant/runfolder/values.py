@@ -5,13 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-import yaml
-
-Row = Mapping[str, Any]
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast
 
 
 def number_of(value: Any) -> float | None:
@@ -79,50 +73,6 @@ def flat(value: Any, prefix: str = "", depth: int = 0) -> dict[str, Any]:
     for key, inner in value.items():
         found |= flat(inner, f"{prefix}.{key}" if prefix else str(key), depth + 1)
     return found
-
-
-def read_text(path: Path) -> str:
-    """A file's text; empty where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    except OSError:
-        return ""
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's value; None where it cannot be read."""
-    try:
-        return json.loads(read_text(path) or "null")
-    except (ValueError, RecursionError):
-        return None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping; empty where it cannot be read."""
-    try:
-        return mapping(yaml.load(read_text(path), Loader=LOADER))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-
-
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The mappings of a JSONL file, and how many whole lines were none; the last line of a run that goes on may be half."""
-    rows: list[dict[str, Any]] = []
-    bad = 0
-    lines = read_text(path).split("\n")  # not splitlines: JSON strings may hold U+2028
-    for i, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            bad += i + 1 < len(lines)
-            continue
-        if isinstance(value, dict):
-            rows.append(value)
-        else:
-            bad += 1
-    return rows, bad
 
 
 def quantile(values: Sequence[float], share: float) -> float:
