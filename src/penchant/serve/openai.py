@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import secrets
 import time
 import uuid
@@ -12,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from penchant.base.text import closest
 from penchant.serve.model import ChatModel
 from penchant.serve.stream import Piece, Sampling, ShownToken, token_bytes, token_text
 from penchant.types import Message
@@ -288,8 +288,8 @@ def read_request(kind: type[Request], body: bytes) -> Request:
     elif name in SHAPES:
         what = SHAPES[name]
     elif code == "unsupported_parameter" and name not in kind.model_fields:
-        near = difflib.get_close_matches(name, kind.model_fields, 1)
-        what = "is not known to this server" + (f'; did you mean "{near[0]}"?' if near else "")
+        near = closest(name, kind.model_fields)
+        what = "is not known to this server" + (f'; did you mean "{near}"?' if near else "")
     raise invalid(name[:160], what, code)
 
 
