@@ -61,12 +61,8 @@ class Failed:
 Event = Started | Piece | Ended | Failed
 
 
-class Busy(Exception):
-    """As many requests are waiting as may."""
-
-
-class ShuttingDown(Exception):
-    """The server is shutting down."""
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down", kind="server_error")
 
 
 @dataclass(eq=False)
@@ -129,15 +125,16 @@ class Scheduler:
         """Take all jobs of a request.
 
         Raises:
-            Busy: too many are waiting. ShuttingDown: none is taken any more.
+            ApiError: too many are waiting, or none is taken any more.
         """
         with self._changed:
             if self._closing:
-                raise ShuttingDown("the server is shutting down")
+                raise shutting_down()
             self._waiting = deque(j for j in self._waiting if not j.cancelled)
             free = self._at_once - len(self._active) + self._max_waiting - len(self._waiting)
             if len(jobs) > free:
-                raise Busy("too many requests are waiting; try again in a moment")
+                what = "too many requests are waiting; try again in a moment"
+                raise ApiError(429, what, code="rate_limit_exceeded", kind="rate_limit_error")
             self._waiting.extend(jobs)
             self._changed.notify()
 
@@ -171,7 +168,7 @@ class Scheduler:
                 self._active = going
         for job in left:
             with suppress(Exception):  # whoever listened may be gone
-                job.notify(Failed(ShuttingDown("the server is shutting down")))
+                job.notify(Failed(shutting_down()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,10 +384,7 @@ class _Running:
         self._seconds = app.limits.seconds
         self._jobs = [self._job(app, params, prompt, i) for i, prompt in enumerate(params.prompts)]
         self.usage: Json = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), 0)
-        try:
-            app.scheduler.submit(self._jobs)
-        except (Busy, ShuttingDown) as error:
-            raise _as_api_error(error) from error
+        app.scheduler.submit(self._jobs)
         self._gone = asyncio.create_task(self._wait_until_gone(request))
         self.events = self._read()
 
@@ -503,10 +497,6 @@ class _EventStream(StreamingResponse):
 def _as_api_error(error: Exception) -> Exception:
     if isinstance(error, (ApiError, ClientDisconnect)):
         return error
-    if isinstance(error, Busy):
-        return ApiError(429, str(error), code="rate_limit_exceeded", kind="rate_limit_error")
-    if isinstance(error, ShuttingDown):
-        return ApiError(503, str(error), code="shutting_down", kind="server_error")
     log.error("a completion failed", exc_info=error)
     return ApiError(500, "the model failed at this request", kind="server_error")
 
