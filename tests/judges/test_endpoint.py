@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from endpoints import Asked, longer, serve
@@ -44,6 +45,23 @@ def test_a_judge_that_behaves_is_asked_once_and_never_again() -> None:
         swapped = judge.ask([PAIRS[0].swapped])  # the order is part of the question
         assert (swapped.asked, swapped.cached) == (1, 0) and swapped.values.tolist() == [1.0]
     assert judge.ask(PAIRS).cached == 12  # and with nobody there
+
+
+def test_its_sockets_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[httpx.Client] = []
+    opened = httpx.Client.__init__
+
+    def noted(self: httpx.Client, *args: Any, **options: Any) -> None:
+        opened(self, *args, **options)
+        made.append(self)
+
+    monkeypatch.setattr(httpx.Client, "__init__", noted)
+    with serve(longer) as server:
+        judge = judge_at(server.url)
+        judge.check()
+        judge.ask(PAIRS[:2])
+        judge.ask(PAIRS[2:4])
+    assert len(made) >= 3 and all(client.is_closed for client in made)
 
 
 def test_a_cache_is_of_a_model_an_instruction_and_parameters() -> None:

@@ -292,6 +292,10 @@ def test_models(client: Any) -> None:
         client.models.retrieve("other")
 
 
+def test_a_slash_behind_models_is_the_list_too(server: Any) -> None:
+    assert _raw(server, "GET", "/v1/models/")[2] == _raw(server, "GET", "/v1/models")[2]
+
+
 def _raw(
     server: Any, method: str, path: str, body: bytes | None = None, **headers: str
 ) -> tuple[int, dict[str, str], Any]:

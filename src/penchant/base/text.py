@@ -6,9 +6,8 @@ import difflib
 import os
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 # ---- Text of others as it may reach a terminal ----
 
@@ -36,10 +35,15 @@ def _plain(c: str) -> str:
     return " " if c == "\t" or unicodedata.category(c) == "Zs" else printable(c)
 
 
-def did_you_mean(word: str, names: Any) -> str:
+def closest(word: str, names: Iterable[str]) -> str:
+    """The name that is most like a word; empty where none is."""
+    return next(iter(difflib.get_close_matches(word, list(names), 1)), "")
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
     """``did you mean "x"?``, or all there are."""
-    near = difflib.get_close_matches(word, list(names), 1)
-    return f'did you mean "{near[0]}"?' if near else f"there are {', '.join(names)}"
+    near = closest(word, names)
+    return f'did you mean "{near}"?' if near else f"there are {', '.join(names)}"
 
 
 # ---- Text without secrets: what a library says in an error may repeat a token that it was given ----

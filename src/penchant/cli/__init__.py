@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from penchant import __version__
+from penchant.base.text import closest
 from penchant.cli import (
     compare,
     config,
@@ -76,10 +76,9 @@ class _Parser(argparse.ArgumentParser):
             names = list(action.choices or ())
             given = [a for a in sys.argv[1:] if not a.startswith("-")]
             if "invalid choice" in message and given:
-                near = difflib.get_close_matches(given[0], names, 1) or difflib.get_close_matches(given[-1], names, 1)
-                message = f"{given[0]!r} is not a command" + (
-                    f'; did you mean "{near[0]}"?' if near else f"; there are {', '.join(names)}"
-                )
+                near = closest(given[0], names) or closest(given[-1], names)
+                how = f'did you mean "{near}"?' if near else f"there are {', '.join(names)}"
+                message = f"{given[0]!r} is not a command; {how}"
         self.exit(2, f"penchant: {message}\n")
 
 

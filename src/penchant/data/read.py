@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import difflib
 import gzip
 import io
 import json
@@ -20,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from penchant.base.text import closest
 from penchant.errors import DataError
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
@@ -115,8 +115,8 @@ def ending(name: str) -> str:
 
 def _sibling(file: Path) -> str:
     names = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-    near = difflib.get_close_matches(file.name, names, 1)
-    return f"did you mean {file.parent / near[0]}?" if near else "check the path; a hub id is written owner/name"
+    near = closest(file.name, names)
+    return f"did you mean {file.parent / near}?" if near else "check the path; a hub id is written owner/name"
 
 
 def _looks_like_hub_id(path: str) -> bool:

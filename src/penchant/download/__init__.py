@@ -8,12 +8,13 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from penchant.base.files import file_sha256
 from penchant.base.text import printable
 from penchant.data.layouts import detect
 from penchant.data.load import prompt_text, renamed
@@ -21,20 +22,20 @@ from penchant.data.read import BadRow, Row, read_stream
 from penchant.data.split import SPLITS, Assignment, Splitter
 from penchant.download.catalogue import find
 from penchant.download.convert import (
+    Conversion,
     Converter,
     Counts,
     Pace,
     Part,
-    Way,
+    conversion_of,
     filters_of,
     gigabytes,
     labeller_of,
     read_json,
-    way_of,
     whole,
     write_json,
 )
-from penchant.download.hub import BLOCK, Hub, digest
+from penchant.download.hub import BLOCK, Hub
 from penchant.download.plan import Plan, Source, check_request, identity, make_plan
 from penchant.errors import CheckpointError, ConfigError, DataError
 from penchant.requests import GetRequest
@@ -90,14 +91,12 @@ def get_data(asked: GetRequest, say: Callable[[str], None] = lambda line: None) 
         shutil.rmtree(work)
         return result
     except CheckpointError as error:
-        raise DataError(
-            str(folder), "another `penchant data get` is writing there", "wait for it, or choose another --output"
-        ) from error
+        what, how = "another `penchant data get` is writing there", "wait for it, or choose another --output"
+        raise DataError(str(folder), what, how) from error
     except OSError as error:
+        what = f"cannot be written ({error.strerror or error})"
         how = "free some space" if error.errno == 28 else "fix that, or choose another --output"
-        raise DataError(
-            str(folder), f"cannot be written ({error.strerror or error})", f"{how}; then the same command continues"
-        ) from error
+        raise DataError(str(folder), what, f"{how}; then the same command continues") from error
 
 
 def default_output(name: str) -> str:
@@ -160,7 +159,7 @@ class _Job:
         labeller = labeller_of(self.asked)
         plan = self._plan()
         self._check_disk(plan)
-        ways: dict[str | None, Way] = {}
+        conversions: dict[str | None, Conversion] = {}
         total = Counts()
         read: list[dict[str, Any]] = []
         left: dict[str, int] = {}
@@ -174,14 +173,17 @@ class _Job:
             if counts is None:
                 with self._rows(plan, source) as rows:
                     taken: Iterator[Row | BadRow] = islice(rows, limit)
-                    if source.layout is None and None not in ways:
+                    if source.layout is None and None not in conversions:
                         first = list(islice(taken, DETECT_ROWS))
-                        ways[None] = self._detected(source.path, first)
-                        taken = _chain(first, taken)
-                    way = ways.setdefault(source.layout, self._way(source)) if source.layout else ways[None]
-                    converter = Converter(way, dict(self.asked.columns), filters, labeller, self._transcripts(source))
+                        conversions[None] = self._detected(source.path, first)
+                        taken = chain(first, taken)
+                    if source.layout and source.layout not in conversions:
+                        conversions[source.layout] = self._conversion(source)
+                    how, transcripts = conversions[source.layout], self._transcripts(source)
+                    converter = Converter(how, dict(self.asked.columns), filters, labeller, transcripts)
                     counts = converter.convert(taken, source.path, part, Pace(self.say, source.path))
-                write_json(self.work / f"layout-{number:05d}.json", [way.layout.name, way.kind, dict(way.options)])
+                layout = [how.layout.name, how.kind, dict(how.options)]
+                write_json(self.work / f"layout-{number:05d}.json", layout)
                 self.say(f"{source.path}: {counts.rows:,} rows, {counts.accepted:,} accepted")
             if self.asked.first:
                 left[self._limited(source)] = cast(int, limit) - counts.rows
@@ -204,10 +206,10 @@ class _Job:
             return plan
         plan = make_plan(self.asked, self.hub)
         if self.asked.layout is not None:
-            plan = replace(plan, sources=tuple(replace(s, layout=self.asked.layout, options={}) for s in plan.sources))
+            plan = replace(plan, sources=tuple(replace(s, layout=self.asked.layout) for s in plan.sources))
         for source in plan.sources:
             if source.layout is not None:
-                self._way(source)  # says now what cannot be converted
+                self._conversion(source)  # says now what cannot be converted
         write_json(self.work / "plan.json", plan.to_json())
         write_json(self.work / "request.json", identity(self.asked))
         if plan.left_out:
@@ -220,18 +222,14 @@ class _Job:
     def _transcripts(self, source: Source) -> bool:
         return source.prompts_only and self.asked.layout is None
 
-    def _way(self, source: Source) -> Way:
+    def _conversion(self, source: Source) -> Conversion:
         if self._transcripts(source) and self.asked.as_ != "prompts":
-            raise ConfigError(
-                f"--subset {source.subset}",
-                "its publishers mean it for neither tuning nor preferences",
-                "add --as prompts",
-            )
+            what = "its publishers mean it for neither tuning nor preferences"
+            raise ConfigError(f"--subset {source.subset}", what, "add --as prompts")
         assert source.layout is not None
-        labelled = self.asked.labels
-        return way_of(source.layout, {**source.options, **self.asked.options}, self.asked.as_, labelled)
+        return conversion_of(source.layout, self.asked.options, self.asked.as_, self.asked.labels)
 
-    def _detected(self, name: str, rows: list[Row | BadRow]) -> Way:
+    def _detected(self, name: str, rows: list[Row | BadRow]) -> Conversion:
         found = detect(renamed(r.values, self.asked.columns) for r in rows if isinstance(r, Row))
         if found.layout is None:
             columns = sorted({str(c) for r in rows if isinstance(r, Row) for c in r.values})
@@ -239,30 +237,25 @@ class _Job:
             raise DataError(name, f"{found.why} ({', '.join(columns) or 'there are none'})", how)
         also = f"; other fits: {', '.join(found.others)}" if found.others else ""
         self.say(f"{name}: layout {found.layout} ({found.why}){also}; override with --layout")
-        return way_of(found.layout, self.asked.options, self.asked.as_, self.asked.labels)
+        return conversion_of(found.layout, self.asked.options, self.asked.as_, self.asked.labels)
 
     def _check_disk(self, plan: Plan) -> None:
         if self.asked.first:
-            self.say(
-                f"reading the first {self.asked.first:,} rows{' of each published split' if self.asked.published_splits else ''}"
-            )
+            of_each = " of each published split" if self.asked.published_splits else ""
+            self.say(f"reading the first {self.asked.first:,} rows{of_each}")
             return
         text = sum(s.size * next((g for e, g in GROWTH.items() if s.path.endswith(e)), 1.0) for s in plan.sources)
         free = shutil.disk_usage(self.folder).free
-        fetch = 0
         if plan.hub_id:
             cache = self.hub.cache_folder()
-            fetch = sum(s.size for s in plan.sources)
-            fetch -= self.hub.cached_bytes(plan.repository, [s.hub_file for s in plan.sources])
-            there = shutil.disk_usage(_existing(cache)).free
+            cached = self.hub.cached_bytes(plan.repository, [s.hub_file for s in plan.sources])
+            fetch, there = sum(s.size for s in plan.sources) - cached, shutil.disk_usage(_existing(cache)).free
             if fetch > there:
                 what = f"has {gigabytes(there)} free, and {gigabytes(fetch)} are to be fetched"
-                raise DataError(
-                    str(cache), what, "free some space, set HF_HOME to another disk, or look at --first 500"
-                )
-            self.say(
-                f"to fetch: {gigabytes(fetch)} in {len(plan.sources)} files, kept in {cache} ({gigabytes(there)} free)"
-            )
+                how = "free some space, set HF_HOME to another disk, or look at --first 500"
+                raise DataError(str(cache), what, how)
+            where = f"kept in {cache} ({gigabytes(there)} free)"
+            self.say(f"to fetch: {gigabytes(fetch)} in {len(plan.sources)} files, {where}")
         short = "; that may not be enough" if free < 2 * text else ""
         self.say(f"to write: about {gigabytes(text)}, twice that for a moment ({gigabytes(free)} free{short})")
 
@@ -272,9 +265,8 @@ class _Job:
             part = self.hub.open(plan.repository, source.hub_file)
             with io.BufferedReader(part, BLOCK) as stream:
                 yield read_stream(cast(BinaryIO, stream), source.path)
-            self.say(
-                f"{source.path}: {gigabytes(part.fetched)} of {gigabytes(source.size)} read; its hash is not checked"
-            )
+            read = f"{gigabytes(part.fetched)} of {gigabytes(source.size)} read"
+            self.say(f"{source.path}: {read}; its hash is not checked")
             return
         path = self.hub.fetch(plan.repository, source.hub_file) if plan.hub_id else Path(source.local or "")
         with path.open("rb") as stream:
@@ -289,9 +281,8 @@ class _Job:
         what = f"none of {total.rows:,} rows is left ({reasons}, {total.quarantined:,} quarantined)"
         common = sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:10]
         if common and total.filtered["language"]:
-            raise DataError(
-                "--language", what, f"the languages are {', '.join(f'{name} ({n:,})' for name, n in common)}"
-            )
+            named = ", ".join(f"{name} ({n:,})" for name, n in common)
+            raise DataError("--language", what, f"the languages are {named}")
         aside = (Part(self.work, n).aside for n in range(len(plan.sources)))
         with_reason = next((p for p in aside if p.exists() and p.stat().st_size), None)
         if with_reason is None:
@@ -305,9 +296,8 @@ class _Job:
     def _write(
         self, plan: Plan, read: list[dict[str, Any]], layouts: list[list[Any]], total: Counts, label_sha256: str | None
     ) -> GetResult:
-        (self.folder / "data.json").unlink(
-            missing_ok=True
-        )  # of what --redo replaces: until the new one is there, nothing is done
+        # of what --redo replaces: until the new one is there, nothing is done
+        (self.folder / "data.json").unlink(missing_ok=True)
         parts = [Part(self.work, n) for n in range(len(read))]
         assignment = self._assign(parts, [r["split"] for r in read])
         rows, examples = self._write_splits(parts, assignment)
@@ -316,7 +306,7 @@ class _Job:
                 with part.aside.open("rb") as stream:
                     shutil.copyfileobj(stream, out)
         _, kind, options = layouts[0]
-        files = {n: {"bytes": (p := self.folder / n).stat().st_size, "sha256": digest(p)} for n in OURS[:-1]}
+        files = {n: {"bytes": (p := self.folder / n).stat().st_size, "sha256": file_sha256(p)} for n in OURS[:-1]}
         data = {
             "name": self.asked.name,
             "origin": plan.origin,
@@ -350,12 +340,8 @@ class _Job:
         rows, examples = [0, 0, 0], [0, 0, 0]
         where = iter(assignment.split.tolist())
         pace = Pace(self.say, "writing")
-        with (
-            whole(self.folder / OURS[0]) as train,
-            whole(self.folder / OURS[1]) as validation,
-            whole(self.folder / OURS[2]) as test,
-        ):
-            outs = (train, validation, test)
+        with ExitStack() as stack:
+            outs = [stack.enter_context(whole(self.folder / name)) for name in OURS[:3]]
             for part in parts:
                 for held in part.lines():
                     to = next(where)
@@ -373,11 +359,6 @@ def key_text(row: Mapping[str, Any]) -> str:
     return prompt if isinstance(prompt, str) else prompt_text(tuple(Message(m["role"], m["content"]) for m in prompt))
 
 
-def _chain(first: list[Row | BadRow], rest: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
-    yield from first
-    yield from rest
-
-
 def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
@@ -393,7 +374,7 @@ def _check_unchanged(plan: Plan) -> None:
         if source.local is None:
             continue
         path = Path(source.local)
-        if not path.exists() or path.stat().st_size != source.size or digest(path) != source.sha256:
+        if not path.exists() or path.stat().st_size != source.size or file_sha256(path) != source.sha256:
             raise DataError(source.local, "was changed or removed since this was begun", "add --redo to begin anew")
 
 
@@ -413,28 +394,24 @@ def summary(result: GetResult) -> str:
     data, counts = result.data, result.counts
     left = "; ".join(f"{n:,} {reason}" for reason, n in counts.filtered.most_common())
     filtered = f"{sum(counts.filtered.values()):,} filtered" + (f" ({left})" if left else "")
+    kept = data["request"]["published_splits"]
+    together = "published splits are kept as they are" if kept else "nearly equal ones stay on one side"
+    groups = data["prompt_groups"]
     lines = [
         f"{data['name']}: {counts.rows:,} rows = {counts.accepted:,} accepted + {filtered} + {counts.quarantined:,} quarantined",
         "  " + ", ".join(_split_line(s, held) for s, held in data["splits"].items()) + f" ({data['kind']})",
-        f"  {data['prompt_groups']['prompts']:,} prompts in {data['prompt_groups']['groups']:,} groups: "
-        + (
-            "published splits are kept as they are"
-            if data["request"]["published_splits"]
-            else "nearly equal ones stay on one side"
-        ),
+        f"  {groups['prompts']:,} prompts in {groups['groups']:,} groups: {together}",
     ]
     if counts.unlabelled:
         lines.append(f"  {counts.unlabelled:,} answers were given no label and are left out")
     if data["straddling"]["groups"]:
         held = data["straddling"]
-        lines.append(
-            f"  {held['groups']:,} groups of prompts ({held['rows']:,} rows) stand in several published splits"
-        )
-    published = {s["split"] for s in data["sources"]}
-    if len(published) > 1 and not data["request"]["published_splits"]:
-        lines.append(
-            f"  the published splits ({', '.join(sorted(published))}) were put together; --published-splits keeps them"
-        )
+        many = f"{held['groups']:,} groups of prompts ({held['rows']:,} rows)"
+        lines.append(f"  {many} stand in several published splits")
+    published = sorted({s["split"] for s in data["sources"]})
+    if len(published) > 1 and not kept:
+        put = f"the published splits ({', '.join(published)}) were put together"
+        lines.append(f"  {put}; --published-splits keeps them")
     if counts.quarantined:
         lines.append(f"  rows kept aside, with reasons: {result.folder / 'quarantine.jsonl'}")
     return "\n".join([*lines, *_next(result)])

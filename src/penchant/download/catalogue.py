@@ -1,17 +1,19 @@
-"""The data sets that have a name: where each is published, in which files, and in which layout. docs/data_get.md names the sources."""
+"""The data sets that have a name (catalogue.yaml): where each is published, in which files, and in which layout."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
+import yaml
+
+from penchant.base.text import closest
 from penchant.errors import ConfigError
 
 HUB = "https://huggingface.co/datasets/"
-PARQUET = "refs/convert/parquet"  # where the hub keeps its own Parquet copy of a data set that is published as a script
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +22,11 @@ class Files:
 
     Args:
         splits: published split (train, validation or test) to a pattern of paths, as `fnmatch` has them.
-        layout: of these rows, where it is not the data set's; options: of that layout, unless a person says otherwise.
-        prompts_only: these rows are for prompts alone (`--as prompts`).
+        layout: of these rows, where it is not the data set's; prompts_only: these rows are for prompts alone (`--as prompts`).
     """
 
     splits: Mapping[str, str]
     layout: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
     prompts_only: bool = False
 
 
@@ -59,187 +59,22 @@ class Spec:
         return HUB + self.hub
 
 
-def _one(splits: Mapping[str, str], name: str = "default", **more: Any) -> dict[str, Files]:
-    return {name: Files(splits, **more)}
+def _files(part: Mapping[str, Any]) -> Files:
+    splits = {key: value for key, value in part.items() if key not in ("layout", "prompts_only")}
+    return Files(splits, part.get("layout"), part.get("prompts_only", False))
 
 
-def _train(pattern: str) -> dict[str, Files]:
-    return _one({"train": pattern})
+def _spec(name: str, held: Mapping[str, Any]) -> Spec:
+    subsets = {subset: _files(part) for subset, part in held["subsets"].items()}
+    default = held.get("default", ["default"])
+    chosen = tuple(subsets if default == "all" else default)
+    lists = {key: tuple(held.get(key, ())) for key in ("aliases", "filters")}
+    others: Any = {**held, **lists, "subsets": subsets, "default": chosen}
+    return Spec(name, **others)
 
 
-_HH = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
-_ULTRA = ("evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat")
-_SHP_DOMAINS = (
-    *("askacademia", "askanthropology", "askbaking", "askcarguys", "askculinary", "askdocs", "askengineers"),
-    *("askhistorians", "askhr", "askphilosophy", "askphysics", "askscience", "asksciencefiction", "asksocialscience"),
-    *("askvet", "changemyview", "explainlikeimfive", "legaladvice"),
-)
-_PKU = ("Alpaca-7B", "Alpaca2-7B", "Alpaca3-8B")
-
-SPECS = (
-    Spec(
-        "lmsys-chat-1m",
-        "lmsys/lmsys-chat-1m",
-        _train("data/train-*.parquet"),
-        ("default",),
-        "lmsys",
-        "LMSYS-Chat-1M licence agreement",
-        "one million conversations with 25 models, without preferences",
-        aliases=("lmsys", "lmsys_chat_1m"),
-        gated=True,
-        filters=("language", "redacted", "moderation"),
-    ),
-    Spec(
-        "hh-rlhf",
-        "Anthropic/hh-rlhf",
-        {
-            **{s: Files({"train": f"{s}/train.jsonl*", "test": f"{s}/test.jsonl*"}) for s in _HH},
-            "red-team-attempts": Files(
-                {"train": "red-team-attempts/red_team_attempts.jsonl*"}, layout="prompts", prompts_only=True
-            ),
-        },
-        _HH,
-        "hh",
-        "MIT",
-        "helpful and harmless pairs of whole transcripts; red-team-attempts for its prompts",
-        aliases=("hh", "hh_rlhf"),
-    ),
-    Spec(
-        "ultrafeedback",
-        "openbmb/UltraFeedback",
-        {s: Files({"train": f"{s}.jsonl"}) for s in _ULTRA},
-        _ULTRA,
-        "ultrafeedback",
-        "MIT",
-        "64k prompts with four answers each, scored by GPT-4",
-    ),
-    Spec(
-        "ultrafeedback-binarized",
-        "HuggingFaceH4/ultrafeedback_binarized",
-        {
-            "prefs": Files({"train": "data/train_prefs-*.parquet", "test": "data/test_prefs-*.parquet"}),
-            "sft": Files({"train": "data/train_sft-*.parquet", "test": "data/test_sft-*.parquet"}, layout="messages"),
-            "gen": Files({"train": "data/train_gen-*.parquet", "test": "data/test_gen-*.parquet"}, layout="prompts"),
-        },
-        ("prefs",),
-        "ultrafeedback_binarized",
-        "MIT",
-        "UltraFeedback as pairs: the best answer against one of the others",
-        aliases=("ultrafeedback_binarized", "ultrafeedback-binarised", "ultrafeedback_binarised"),
-    ),
-    Spec(
-        "shp",
-        "stanfordnlp/SHP",
-        {d: Files({s: f"{d}/{s}.json*" for s in ("train", "validation", "test")}) for d in _SHP_DOMAINS},
-        _SHP_DOMAINS,
-        "shp",
-        "Reddit's API terms; see its page",
-        "385k pairs of Reddit comments in 18 domains",
-    ),
-    Spec(
-        "pku-saferlhf",
-        "PKU-Alignment/PKU-SafeRLHF",
-        {s: Files({"train": f"data/{s}/train.jsonl", "test": f"data/{s}/test.jsonl"}) for s in _PKU},
-        _PKU,
-        "pku_saferlhf",
-        "CC BY-NC 4.0",
-        "pairs with a vote for the better and one for the safer answer",
-        aliases=("pku_saferlhf", "pku-safe-rlhf", "saferlhf"),
-    ),
-    Spec(
-        "helpsteer",
-        "nvidia/HelpSteer",
-        _one({"train": "train.jsonl*", "validation": "validation.jsonl*"}),
-        ("default",),
-        "helpsteer",
-        "CC BY 4.0",
-        "37k answers with five scores each",
-    ),
-    Spec(
-        "helpsteer2",
-        "nvidia/HelpSteer2",
-        {
-            "default": Files({"train": "train.jsonl*", "validation": "validation.jsonl*"}),
-            "preference": Files({"train": "preference/preference.jsonl*"}, layout="helpsteer2_pairs"),
-        },
-        ("default",),
-        "helpsteer",
-        "CC BY 4.0",
-        "21k answers with five scores each; subset preference: votes between two answers",
-    ),
-    Spec(
-        "oasst1",
-        "OpenAssistant/oasst1",
-        {
-            "default": Files({"train": "data/train-*.parquet", "validation": "data/validation-*.parquet"}),
-            "ready-trees": Files({"train": "*_oasst_ready.trees.jsonl*"}, layout="oasst"),
-        },
-        ("default",),
-        "oasst_flat",
-        "Apache 2.0",
-        "trees of messages by volunteers in many languages, with ranks",
-        aliases=("oasst",),
-        filters=("language",),
-    ),
-    Spec(
-        "oasst2",
-        "OpenAssistant/oasst2",
-        {
-            "default": Files({"train": "data/train-*.parquet", "validation": "data/validation-*.parquet"}),
-            "ready-trees": Files({"train": "*_oasst2_ready.trees.jsonl*"}, layout="oasst"),
-        },
-        ("default",),
-        "oasst_flat",
-        "Apache 2.0",
-        "the second release of oasst1",
-        filters=("language",),
-    ),
-    Spec(
-        "tldr",
-        "openai/summarize_from_feedback",
-        _one({s: f"comparisons/{s}/*.parquet" for s in ("train", "validation")}),
-        ("default",),
-        "tldr_comparisons",
-        "see its page",
-        "comparisons of two summaries of a Reddit post",
-        aliases=("tldr-comparisons", "tldr_comparisons", "summarize_from_feedback"),
-        revision=PARQUET,
-    ),
-    Spec(
-        "chatbot-arena",
-        "lmsys/chatbot_arena_conversations",
-        _train("data/train-*.parquet"),
-        ("default",),
-        "arena",
-        "Creative Commons; see its page",
-        "33k votes between two models' conversations",
-        aliases=("arena", "chatbot_arena_conversations", "arena-33k"),
-        gated=True,
-        filters=("language", "moderation"),
-    ),
-    Spec(
-        "arena-55k",
-        "lmarena-ai/arena-human-preference-55k",
-        _train("train.csv"),
-        ("default",),
-        "arena_55k",
-        "Apache 2.0",
-        "55k votes of the Chatbot Arena",
-        aliases=("lmsys-arena-human-preference-55k", "arena-human-preference-55k"),
-    ),
-    Spec(
-        "arena-100k",
-        "lmarena-ai/arena-human-preference-100k",
-        _train("default/train/*.parquet"),
-        ("default",),
-        "arena",
-        "see its page",
-        "100k votes of the Chatbot Arena",
-        aliases=("arena-human-preference-100k",),
-        revision=PARQUET,
-        filters=("language",),
-    ),
-)
+_HELD = yaml.safe_load((resources.files(__package__) / "catalogue.yaml").read_text(encoding="utf-8"))
+SPECS = tuple(_spec(name, held) for name, held in _HELD.items())
 CATALOGUE: dict[str, Spec] = {spec.name: spec for spec in SPECS}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -265,11 +100,10 @@ def is_hub_id(name: str) -> bool:
 
 def unknown(name: str) -> ConfigError:
     """What to say of a name that is neither in the catalogue nor a hub id."""
-    near = difflib.get_close_matches(_plain(name), _NAMES, 1)
-    guess = f"did you mean {_NAMES[near[0]].name}? " if near else ""
-    return ConfigError(
-        name, "is no data set of the catalogue", f"{guess}there are {', '.join(CATALOGUE)}, or any owner/name"
-    )
+    near = closest(_plain(name), _NAMES)
+    guess = f"did you mean {_NAMES[near].name}? " if near else ""
+    how = f"{guess}there are {', '.join(CATALOGUE)}, or any owner/name"
+    return ConfigError(name, "is no data set of the catalogue", how)
 
 
 def chosen_subsets(spec: Spec, asked: tuple[str, ...]) -> tuple[str, ...]:
@@ -281,11 +115,9 @@ def chosen_subsets(spec: Spec, asked: tuple[str, ...]) -> tuple[str, ...]:
     wanted = spec.subsets if asked == ("all",) else asked or spec.default
     for name in wanted:
         if name not in spec.subsets:
-            near = difflib.get_close_matches(name, spec.subsets, 1)
-            how = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(
-                "--subset", f"{spec.name} has no subset {name!r}", f"{how}it has {', '.join(spec.subsets)}"
-            )
+            near = closest(name, spec.subsets)
+            how = (f"did you mean {near}? " if near else "") + f"it has {', '.join(spec.subsets)}"
+            raise ConfigError("--subset", f"{spec.name} has no subset {name!r}", how)
     return tuple(s for s in spec.subsets if s in wanted)
 
 
@@ -303,14 +135,9 @@ def markdown() -> str:
     ]
     for s in SPECS:
         names = list(s.subsets)
-        subsets = (
-            ", ".join(f"**{n}**" if n in s.default else n for n in names)
-            if len(names) <= 8
-            else f"**{len(names)} domains**"
-        )
+        subsets = ", ".join(f"**{n}**" if n in s.default else n for n in names)
+        subsets = "" if names == ["default"] else subsets if len(names) <= 8 else f"**{len(names)} domains**"
         splits = ", ".join(dict.fromkeys(x for n in s.default for x in s.subsets[n].splits))
-        gated = ", gated" if s.gated else ""
-        lines.append(
-            f"| {s.name} | [{s.hub}]({s.page}) | {'' if names == ['default'] else subsets} | {splits} | {s.layout} | {s.terms}{gated} |"
-        )
+        cells = [s.name, f"[{s.hub}]({s.page})", subsets, splits, s.layout, s.terms + (", gated" if s.gated else "")]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from time import monotonic
 from typing import IO, Any
@@ -39,19 +39,10 @@ class Counts:
     filtered: Counter[str] = field(default_factory=Counter)
     unlabelled: int = 0
 
-    def check(self) -> None:
-        """Every row that was read is accounted for."""
-        if self.accepted + self.quarantined + sum(self.filtered.values()) != self.rows:
-            raise AssertionError(f"rows do not add up: {self}")
-
     def add(self, other: Counts) -> None:
         """Take another file's counts."""
-        self.rows += other.rows
-        self.accepted += other.accepted
-        self.examples += other.examples
-        self.quarantined += other.quarantined
-        self.filtered.update(other.filtered)
-        self.unlabelled += other.unlabelled
+        for f in fields(self):  # numbers, and counters of reasons
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "filtered": dict(sorted(self.filtered.items()))}
@@ -124,7 +115,7 @@ class MissingColumn(Exception):
     """A row does not have the column that a filter reads."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Filters:
     """The filters of a request, in one pass.
 
@@ -134,7 +125,7 @@ class Filters:
     """
 
     tests: Mapping[str, Callable[[Fields], bool]]
-    languages: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str]
 
     def reason(self, row: Fields, where: str) -> str | None:
         """Why a row is left out; None where it stays.
@@ -154,20 +145,18 @@ class Filters:
 
 def filters_of(asked: GetRequest) -> Filters:
     """The filters that a request asks for."""
-    found = Filters({})
+    met: Counter[str] = Counter()
     tests: dict[str, Callable[[Fields], bool]] = {}
     if asked.language:
         wanted = {name.casefold() for name in asked.language}
-        tests["language"] = lambda row: _language(row, found.languages).casefold() in wanted
+        tests["language"] = lambda row: _language(row, met).casefold() in wanted
     if asked.redacted != "keep":
-        tests["redacted" if asked.redacted == "drop" else "not redacted"] = lambda row: (
-            _redacted(row) == (asked.redacted == "only")
-        )
+        only = asked.redacted == "only"
+        tests["not redacted" if only else "redacted"] = lambda row: _redacted(row) == only
     if asked.moderation != "keep":
         limit = asked.moderation if isinstance(asked.moderation, float) else None
         tests["moderation"] = lambda row: not _objected(row, limit)
-    found.tests = tests
-    return found
+    return Filters(tests, met)
 
 
 def _language(row: Fields, met: Counter[str]) -> str:
@@ -195,12 +184,9 @@ def _objected(row: Fields, limit: float | None) -> bool:
     column = next((c for c in MODERATION if c in row), None)
     if column is None:
         raise MissingColumn("moderation")
-    results = list(_results(row[column]))
+    value = row[column]
+    results = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     return not results or any(_bad(r, limit) for r in results)
-
-
-def _results(value: Any) -> Iterator[Any]:
-    yield from value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def _bad(result: Any, limit: float | None) -> bool:
@@ -255,17 +241,14 @@ def labeller_of(asked: GetRequest) -> Labeller | None:
     Raises:
         ConfigError: no such reward, file or function.
     """
-    if asked.label_with is not None:
-        return Labeller(asked.label_with, _by_function(asked.label_with), _sha256(asked.label_with))
-    if asked.reward is None or asked.threshold is None:
-        return None
-    return Labeller(asked.reward, _by_reward(asked.reward, asked.threshold), _sha256(asked.reward))
-
-
-def _sha256(name: str) -> str | None:
     from penchant.rewards.reward_model import content_sha256
 
-    return content_sha256(name)
+    if asked.label_with is not None:
+        judge = _by_function(asked.label_with)
+        return Labeller(asked.label_with, judge, content_sha256(asked.label_with))
+    if asked.reward is None or asked.threshold is None:
+        return None
+    return Labeller(asked.reward, _by_reward(asked.reward, asked.threshold), content_sha256(asked.reward))
 
 
 def _by_reward(name: str, threshold: float) -> Judged:
@@ -314,7 +297,7 @@ def _label(name: str, value: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Conversion:
     """How the rows of a file are converted: their layout, its options, the kind of data that comes out."""
 
     layout: Layout
@@ -338,12 +321,11 @@ class Way:
         return replace(self.layout, turn=turn)
 
 
-# what a layout gives where a person asks for something else: options of the layout, tried in this order
-_OPTIONS = {"sft": ("sft",), "prompts": ("prompts",), "unpaired": ()}
-_TO_LABEL = ("sft",)
+# what a layout's option `use` gives where a person asks for something else
+_USE = {"sft": "sft", "prompts": "prompts"}
 
 
-def way_of(name: str, given: Mapping[str, Any], as_: str | None, labelled: bool) -> Way:
+def conversion_of(name: str, given: Mapping[str, Any], as_: str | None, labelled: bool) -> Conversion:
     """How a layout's rows are converted.
 
     Args:
@@ -356,8 +338,8 @@ def way_of(name: str, given: Mapping[str, Any], as_: str | None, labelled: bool)
     wanted = dict(given)
     use = layout.options.get("use")
     if as_ is not None and use is not None and "use" not in wanted:
-        fitting = [c for c in (_TO_LABEL if labelled else _OPTIONS[as_]) if c in use.choices]
-        wanted |= {"use": fitting[0]} if fitting else {}
+        fitting = "sft" if labelled else _USE.get(as_)  # single answers are labelled
+        wanted |= {"use": fitting} if fitting in use.choices else {}
     options = layout.settings(wanted, "--set")
     kind = layout.kind_of(options)
     if as_ == "sft" and kind == "prompts":
@@ -367,11 +349,7 @@ def way_of(name: str, given: Mapping[str, Any], as_: str | None, labelled: bool)
         raise ConfigError("--as unpaired", f"rows of the layout {name} are {kind} and have no labels", how)
     if as_ == "unpaired" and kind in ("prompts", "text"):
         raise ConfigError("--as unpaired", f"rows of the layout {name} are {kind}, without answers to a prompt", "")
-    return Way(layout, options, as_ or kind)
-
-
-def _as_it_is(tree: PromptTree) -> list[PromptTree]:
-    return [tree]
+    return Conversion(layout, options, as_ or kind)
 
 
 def _as_pairs(tree: PromptTree) -> list[PromptTree]:
@@ -405,7 +383,7 @@ def _as_unpaired(tree: PromptTree) -> list[PromptTree]:
 
 
 TURNS: dict[str, Callable[[PromptTree], list[PromptTree]]] = {
-    **dict.fromkeys(("scored", "text"), _as_it_is),
+    **dict.fromkeys(("scored", "text"), lambda tree: [tree]),
     "pairs": _as_pairs,
     "prompts": _as_prompts,
     "sft": _as_sft,
@@ -473,11 +451,11 @@ class Converter:
     """What happens to the rows of a file.
 
     Args:
-        way: layout and kind; columns: our names to a person's; filters: what is left out; labeller: what labels answers.
+        conversion: layout and kind; columns: our names to a person's; filters: what is left out; labeller: what labels answers.
         transcripts: rows are red-team transcripts, of which the first prompt is taken.
     """
 
-    way: Way
+    conversion: Conversion
     columns: dict[str, str]
     filters: Filters
     labeller: Labeller | None
@@ -493,14 +471,15 @@ class Converter:
             DataError: the file is damaged, or has not the column that a filter reads. RewardError: a function went wrong.
         """
         counts = Counts()
-        layout = self.way.turning(lambda values: self._before(values, name))
+        layout = self.conversion.turning(lambda values: self._before(values, name))
         with whole(part.rows) as out, whole(part.aside) as aside:
             writer = _Writer(out, aside, counts, self)
-            for made in convert_rows(rows, layout, self.way.options, self.columns, identical="keep"):
+            for made in convert_rows(rows, layout, self.conversion.options, self.columns, identical="keep"):
                 pace.step(made.rows)
                 writer.take(made)
             writer.flush()
-        counts.check()
+        if counts.accepted + counts.quarantined + sum(counts.filtered.values()) != counts.rows:
+            raise AssertionError(f"rows do not add up: {counts}")
         write_json(part.done, counts.to_json())
         return counts
 
@@ -585,7 +564,7 @@ class _Writer:
         self.waiting, self.answers = [], 0
 
     def _write(self, made: Converted) -> None:
-        rows = [row for tree in made.trees for row in rows_of(tree, self.how.way.kind)]
+        rows = [row for tree in made.trees for row in rows_of(tree, self.how.conversion.kind)]
         try:
             line = json.dumps(rows, ensure_ascii=False).encode()
         except UnicodeEncodeError:

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from penchant.base.files import file_sha256
 from penchant.download.catalogue import HUB
 from penchant.errors import DataError
 
 T = TypeVar("T")
+Told = tuple[str, str]  # what went wrong, and what to do
 WAITS = (1.0, 2.0, 4.0)  # seconds before each further try
 TRANSIENT = {408, 429, 500, 502, 503, 504}
 BLOCK = 1 << 18  # bytes of a part of a file that is read in order
@@ -82,14 +84,13 @@ class Hub:
         api = HfApi(endpoint=self.endpoint)
         info = self._tried(hub_id, "its page", lambda: api.dataset_info(hub_id, revision=revision))
         commit = str(info.sha)
-        tree = self._tried(
-            hub_id,
-            "its list of files",
-            lambda: list(api.list_repo_tree(hub_id, repo_type="dataset", revision=commit, recursive=True)),
-        )
+
+        def list_files() -> list[Any]:
+            return list(api.list_repo_tree(hub_id, repo_type="dataset", revision=commit, recursive=True))
+
         files = [
             HubFile(f.path, f.size, f.lfs.sha256 if f.lfs else None, None if f.lfs else f.blob_id)
-            for f in tree
+            for f in self._tried(hub_id, "its list of files", list_files)
             if isinstance(f, RepoFile)
         ]
         card = getattr(info, "card_data", None)
@@ -121,29 +122,25 @@ class Hub:
         path = self._download(repository, file, anew=True)
         if not matches(path, file):
             what = f"{file.path} has another hash than the published one, twice"
-            raise DataError(
-                _page(repository.hub_id), what, f"something between here and the hub changes it; {AGAIN} later"
-            )
+            how = f"something between here and the hub changes it; {AGAIN} later"
+            raise DataError(HUB + repository.hub_id, what, how)
         return path
 
     def _download(self, repository: Repository, file: HubFile, anew: bool) -> Path:
         from huggingface_hub import hf_hub_download
 
-        return Path(
-            self._tried(
+        def fetch() -> str:
+            return hf_hub_download(
                 repository.hub_id,
                 file.path,
-                lambda: hf_hub_download(
-                    repository.hub_id,
-                    file.path,
-                    repo_type="dataset",
-                    revision=repository.commit,
-                    endpoint=self.endpoint,
-                    cache_dir=self.cache,
-                    force_download=anew,
-                ),
+                repo_type="dataset",
+                revision=repository.commit,
+                endpoint=self.endpoint,
+                cache_dir=self.cache,
+                force_download=anew,
             )
-        )
+
+        return Path(self._tried(repository.hub_id, file.path, fetch))
 
     def open(self, repository: Repository, file: HubFile) -> PartFile:
         """The file as one that is read over the network, as far as it is read."""
@@ -178,13 +175,9 @@ class Hub:
         """How much of these files is in the hub's cache already."""
         from huggingface_hub import try_to_load_from_cache
 
-        found = 0
-        for file in files:
-            place = try_to_load_from_cache(
-                repository.hub_id, file.path, self.cache, repository.commit, repo_type="dataset"
-            )
-            found += file.size if isinstance(place, str) else 0
-        return found
+        where = (self.cache, repository.commit)
+        there = [try_to_load_from_cache(repository.hub_id, f.path, *where, repo_type="dataset") for f in files]
+        return sum(f.size for f, place in zip(files, there, strict=True) if isinstance(place, str))
 
     def cache_folder(self) -> Path:
         """Where fetched files are kept."""
@@ -241,19 +234,14 @@ def matches(path: Path, file: HubFile) -> bool:
     if path.stat().st_size != file.size:
         return False
     if file.sha256 is not None:
-        return digest(path) == file.sha256
+        return file_sha256(path) == file.sha256
     if file.git_sha1 is None:
         return True
-    return digest(path, hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)) == file.git_sha1
-
-
-def digest(path: Path, start: Any = None) -> str:
-    """The hash of a file, SHA-256 where no other is given, in hexadecimal digits."""
-    found = hashlib.sha256() if start is None else start
+    found = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
             found.update(block)
-    return str(found.hexdigest())
+    return found.hexdigest() == file.git_sha1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,25 +285,39 @@ def _short(error: BaseException) -> str:
     return f"the hub answers {status}" if status is not None else "the connection failed"
 
 
-def _page(hub_id: str) -> str:
-    return HUB + hub_id
-
-
 def explained(error: BaseException, hub_id: str, what: str) -> DataError:
     """An error of the hub's client in words that say what to do. Its own text is not repeated."""
     from huggingface_hub import errors
 
-    page = _page(hub_id)
-    for kind, tell in _kinds(errors):
-        if isinstance(error, kind):
-            return DataError(page, *tell(hub_id, what, error))
-    return DataError(page, *_unreachable(hub_id, what, error))
+    private = "" if logged_in() else f"; if it is private, {LOGIN}"
+    told: dict[type[Exception], Told] = {  # the most specific first
+        errors.OfflineModeIsEnabled: (
+            "HF_HUB_OFFLINE is set, so nothing is fetched",
+            "unset it, or give a copy on this machine with --from",
+        ),
+        errors.HFValidationError: (
+            "is no name that a data set can have",
+            "write owner/name, as its page shows it",
+        ),
+        errors.GatedRepoError: _gated(),
+        errors.DisabledRepoError: ("access to it was disabled", "its page says more"),
+        errors.RepositoryNotFoundError: (
+            "there is no such data set on the hub, or it is private",
+            f"check the name: owner/name, as its page shows it{private}",
+        ),
+        errors.RevisionNotFoundError: ("it has no such revision", "check --revision: a branch, a tag or a commit"),
+        errors.LocalEntryNotFoundError: _unreachable(what, error),
+        errors.EntryNotFoundError: (
+            f"{what} is not there",
+            "its files may have been renamed; name another --revision",
+        ),
+        errors.HfHubHTTPError: _refused(what, status_of(error)),
+    }
+    found = (said for kind, said in told.items() if isinstance(error, kind))
+    return DataError(HUB + hub_id, *next(found, _unreachable(what, error)))
 
 
-Told = tuple[str, str]
-
-
-def _gated(hub_id: str, what: str, error: BaseException) -> Told:
+def _gated() -> Told:
     if not logged_in():
         how = f"accept its terms on that page with your Hugging Face account, then {LOGIN}, and {AGAIN}"
         return "this data set is gated, and nobody is logged in here", how
@@ -326,50 +328,19 @@ def _gated(hub_id: str, what: str, error: BaseException) -> Told:
     return "this data set is gated, and the account that is logged in has not accepted its terms", how
 
 
-def _no_name(hub_id: str, what: str, error: BaseException) -> Told:
-    return "is no name that a data set can have", "write owner/name, as its page shows it"
-
-
-def _missing(hub_id: str, what: str, error: BaseException) -> Told:
-    private = "" if logged_in() else f"; if it is private, {LOGIN}"
-    return (
-        "there is no such data set on the hub, or it is private",
-        f"check the name: owner/name, as its page shows it{private}",
-    )
-
-
-def _revision(hub_id: str, what: str, error: BaseException) -> Told:
-    return "it has no such revision", "check --revision: a branch, a tag or a commit"
-
-
-def _entry(hub_id: str, what: str, error: BaseException) -> Told:
-    return f"{what} is not there", "its files may have been renamed; name another --revision"
-
-
-def _disabled(hub_id: str, what: str, error: BaseException) -> Told:
-    return "access to it was disabled", "its page says more"
-
-
-def _offline(hub_id: str, what: str, error: BaseException) -> Told:
-    return "HF_HUB_OFFLINE is set, so nothing is fetched", "unset it, or give a copy on this machine with --from"
-
-
-def _refused(hub_id: str, what: str, error: BaseException) -> Told:
-    status = status_of(error)
+def _refused(what: str, status: int | None) -> Told:
     if status == 401:
         return "the hub does not accept the token that it was given (401)", f"{LOGIN} anew, and {AGAIN}"
     if status in TRANSIENT:
-        return (
-            f"the hub answers {status} for {what}, several times",
-            f"wait, and {AGAIN}; it continues where it stopped",
-        )
+        how = f"wait, and {AGAIN}; it continues where it stopped"
+        return f"the hub answers {status} for {what}, several times", how
     return f"the hub answers {status} for {what}", f"see its page; if you may read it, {LOGIN}, and {AGAIN}"
 
 
-def _unreachable(hub_id: str, what: str, error: BaseException) -> Told:
+def _unreachable(what: str, error: BaseException) -> Told:
     cause = error.__cause__ if status_of(error) is None else None
     if cause is not None and status_of(cause) is not None:
-        return _refused(hub_id, what, cause)
+        return _refused(what, status_of(cause))
     if isinstance(error, (ValueError, KeyError)) and cause is None:
         how = f"something in between, a proxy or a login page, may have given it; check the network, and {AGAIN}"
         return "the hub's answer cannot be understood", how
@@ -377,18 +348,3 @@ def _unreachable(hub_id: str, what: str, error: BaseException) -> Told:
         return f"{what} cannot be kept on this machine ({error.strerror})", "fix that, or set HF_HOME to another place"
     how = f"check the network, and {AGAIN}; it continues where it stopped; or give a copy on this machine with --from"
     return "the hub cannot be reached", how
-
-
-def _kinds(errors: Any) -> tuple[tuple[Any, Callable[[str, str, BaseException], Told]], ...]:
-    """The most specific first."""
-    return (
-        (errors.OfflineModeIsEnabled, _offline),
-        (errors.HFValidationError, _no_name),
-        (errors.GatedRepoError, _gated),
-        (errors.DisabledRepoError, _disabled),
-        (errors.RepositoryNotFoundError, _missing),
-        (errors.RevisionNotFoundError, _revision),
-        (errors.LocalEntryNotFoundError, _unreachable),
-        (errors.EntryNotFoundError, _entry),
-        (errors.HfHubHTTPError, _refused),
-    )

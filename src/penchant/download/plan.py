@@ -6,16 +6,17 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from penchant.base.files import file_sha256
 from penchant.data.layouts.own import own_sha256
 from penchant.data.read import ENDINGS, ending
 from penchant.data.split import SPLITS
 from penchant.download.catalogue import HUB, Files, Spec, chosen_subsets, find, is_hub_id, unknown
-from penchant.download.hub import Hub, HubFile, Repository, digest
+from penchant.download.hub import Hub, HubFile, Repository
 from penchant.errors import ConfigError, DataError
 from penchant.requests import GetRequest
 
@@ -51,11 +52,8 @@ def check_request(asked: GetRequest) -> None:
 def _check_split(asked: GetRequest) -> None:
     shares = asked.split
     if len(shares) != 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or abs(sum(shares) - 1) > 1e-6:
-        raise ConfigError(
-            "--split",
-            f"{','.join(f'{s:g}' for s in shares)} are not the shares of train, validation and test",
-            "give three numbers from 0 to 1 that add up to 1, such as 0.9,0.05,0.05",
-        )
+        what = f"{','.join(f'{s:g}' for s in shares)} are not the shares of train, validation and test"
+        raise ConfigError("--split", what, "give three numbers from 0 to 1 that add up to 1, such as 0.9,0.05,0.05")
     if shares[0] == 0:
         raise ConfigError("--split", "train has no share", "give it one above 0")
 
@@ -74,19 +72,15 @@ def _check_choices(asked: GetRequest) -> None:
 
 def _check_labels(asked: GetRequest) -> None:
     if asked.reward is not None and asked.label_with is not None:
-        raise ConfigError(
-            "--reward", "is given together with --label-with", "keep one: both say which answers are good"
-        )
+        how = "keep one: both say which answers are good"
+        raise ConfigError("--reward", "is given together with --label-with", how)
     if asked.labels and asked.as_ != "unpaired":
         given = "--reward" if asked.reward is not None else "--label-with"
         raise ConfigError(given, "labels answers, which only unpaired data have", "add --as unpaired")
-    if (asked.reward is None) != (asked.threshold is None):
-        how = (
-            "a reward at or above it makes an answer good; give both"
-            if asked.threshold is None
-            else "give --reward too"
-        )
-        raise ConfigError("--threshold", "is missing" if asked.threshold is None else "is given without --reward", how)
+    if asked.reward is not None and asked.threshold is None:
+        raise ConfigError("--threshold", "is missing", "a reward at or above it makes an answer good; give both")
+    if asked.reward is None and asked.threshold is not None:
+        raise ConfigError("--threshold", "is given without --reward", "give --reward too")
     if asked.threshold is not None and not math.isfinite(asked.threshold):
         raise ConfigError("--threshold", f"is {asked.threshold}", "give a finite number")
 
@@ -109,7 +103,7 @@ class Source:
     Args:
         path: in the data set; split: the published one; subset: of the catalogue, empty where there is none.
         size: bytes; sha256, git_sha1: of its content, as far as known; local: where it is, when it is a local copy.
-        layout: of its rows, None where it is looked at; options: of that layout; prompts_only: its rows are prompts and nothing else.
+        layout: of its rows, None where it is looked at; prompts_only: its rows are prompts and nothing else.
     """
 
     path: str
@@ -120,7 +114,6 @@ class Source:
     git_sha1: str | None = None
     local: str | None = None
     layout: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
     prompts_only: bool = False
 
     @property
@@ -154,7 +147,8 @@ class Plan:
 
     @staticmethod
     def from_json(held: Mapping[str, Any]) -> Plan:
-        sources = tuple(Source(**s) for s in held["sources"])
+        known = {f.name for f in fields(Source)}  # a plan of 0.1.0 has more
+        sources = tuple(Source(**{k: v for k, v in s.items() if k in known}) for s in held["sources"])
         return Plan(**{**held, "sources": sources})
 
 
@@ -166,9 +160,8 @@ def make_plan(asked: GetRequest, hub: Hub) -> Plan:
     """
     spec = find(asked.name)
     if spec is None and asked.subsets and asked.source is not None:
-        raise ConfigError(
-            "--subset", f"{asked.name} has none that are known here", "give the folder of one with --from"
-        )
+        what = f"{asked.name} has none that are known here"
+        raise ConfigError("--subset", what, "give the folder of one with --from")
     if asked.source is not None:
         return local_plan(Path(asked.source).expanduser(), asked, spec)
     if spec is None and not is_hub_id(asked.name):
@@ -178,18 +171,16 @@ def make_plan(asked: GetRequest, hub: Hub) -> Plan:
     repository = hub.look(spec.hub if spec else asked.name, asked.revision or (spec.revision if spec else "main"))
     sources, left_out = hub_sources(repository.files, repository.configs, asked, spec)
     if not sources:
-        raise DataError(
-            HUB + repository.hub_id,
-            "holds no file that can be read here" if spec is None else "its files are not where they were published",
-            f"files are read that end with {', '.join(READABLE)}; name another --revision, or fetch it and give --from",
+        what = "holds no file that can be read here" if spec is None else "its files are not where they were published"
+        how = (
+            f"files are read that end with {', '.join(READABLE)}; name another --revision, or fetch it and give --from"
         )
-    plan = Plan(HUB + repository.hub_id, repository.hub_id, repository.commit, sources, _terms(spec), left_out)
+        raise DataError(HUB + repository.hub_id, what, how)
+    plan = Plan(
+        HUB + repository.hub_id, repository.hub_id, repository.commit, sources, spec.terms if spec else "", left_out
+    )
     hub.check_access(repository, sources[0].hub_file)
     return plan
-
-
-def _terms(spec: Spec | None) -> str:
-    return spec.terms if spec else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,17 +211,17 @@ def _absent(spec: Spec, subsets: Iterable[str], found: Sequence[Source]) -> str:
 
 def _of_spec(
     spec: Spec, subsets: Iterable[str], paths: Sequence[str]
-) -> Iterable[tuple[str, str, str, tuple[str, Mapping[str, Any], bool]]]:
-    """(subset, split, path, (layout, options, prompts only)) of the paths that a catalogue entry names."""
+) -> Iterable[tuple[str, str, str, tuple[str, bool]]]:
+    """(subset, split, path, (layout, prompts only)) of the paths that a catalogue entry names."""
     for name in subsets:
         held = spec.subsets[name]
         for split, pattern in held.splits.items():
             for path in sorted(p for p in paths if fnmatchcase(p, pattern)):
-                yield name, split, path, _way(spec, held)
+                yield name, split, path, _rows_of(spec, held)
 
 
-def _way(spec: Spec, held: Files) -> tuple[str, Mapping[str, Any], bool]:
-    return held.layout or spec.layout, held.options, held.prompts_only
+def _rows_of(spec: Spec, held: Files) -> tuple[str, bool]:
+    return held.layout or spec.layout, held.prompts_only
 
 
 Chosen = list[tuple[HubFile, str, str]]
@@ -241,9 +232,8 @@ def _of_card(
 ) -> tuple[Chosen, str]:
     """By the subsets and splits that a data set's card names."""
     named = {str(c.get("config_name", "default")): c for c in configs}
-    default = next(
-        (n for n, c in named.items() if c.get("default")), "default" if "default" in named else next(iter(named))
-    )
+    default = next((n for n, c in named.items() if c.get("default")), None)
+    default = default or ("default" if "default" in named else next(iter(named)))
     wanted = tuple(named) if asked == ("all",) else asked or (default,)
     for name in wanted:
         if name not in named:
@@ -308,22 +298,20 @@ def local_plan(root: Path, asked: GetRequest, spec: Spec | None) -> Plan:
         raise DataError(str(root), "no such file or folder", "give a file or folder with --from")
     paths = _files(root)
     if not paths:
-        raise DataError(
-            str(root), "holds no file that can be read", f"files are read that end with {', '.join(READABLE)}"
-        )
+        how = f"files are read that end with {', '.join(READABLE)}"
+        raise DataError(str(root), "holds no file that can be read", how)
     subsets = chosen_subsets(spec, asked.subsets) if spec else ()
-    found = _published(spec, subsets, paths) if spec else []
+    found: Found = list(_of_spec(spec, subsets, list(paths))) if spec else []
     found = found or _any(spec, subsets, paths)
     if not found:
         raise DataError(str(root), f"holds no file of {', '.join(subsets)}", "give another --subset or --from")
-    sources = tuple(
-        Source(
-            name, split, subset, paths[name].stat().st_size, digest(paths[name]), None, str(paths[name].resolve()), *way
-        )
-        for subset, split, name, way in found
-    )
+    sources = []
+    for subset, split, name, rows in found:
+        path = paths[name]
+        made = Source(name, split, subset, path.stat().st_size, file_sha256(path), None, str(path.resolve()), *rows)
+        sources.append(made)
     left_out = _absent(spec, subsets, sources) if spec and any(s.subset for s in sources) else ""
-    return Plan(str(root.resolve()), "", "", sources, _terms(spec), left_out)
+    return Plan(str(root.resolve()), "", "", tuple(sources), spec.terms if spec else "", left_out)
 
 
 def _files(root: Path) -> dict[str, Path]:
@@ -339,10 +327,6 @@ def _files(root: Path) -> dict[str, Path]:
 Found = list[tuple[str, str, str, tuple[Any, ...]]]
 
 
-def _published(spec: Spec, subsets: tuple[str, ...], paths: Mapping[str, Path]) -> Found:
-    return list(_of_spec(spec, subsets, list(paths)))
-
-
 def _any(spec: Spec | None, subsets: tuple[str, ...], paths: Mapping[str, Path]) -> Found:
     """Files that lie otherwise than published: a subset by a part of the path that is its name, splits by their words."""
     found: Found = []
@@ -352,7 +336,7 @@ def _any(spec: Spec | None, subsets: tuple[str, ...], paths: Mapping[str, Path])
             found.append(("", split_of(name), name, ()))
         elif subset is None or subset in subsets:
             held = spec.subsets[subset or subsets[0]]
-            found.append((subset or "", split_of(name), name, _way(spec, held)))
+            found.append((subset or "", split_of(name), name, _rows_of(spec, held)))
     return found
 
 

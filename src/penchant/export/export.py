@@ -39,12 +39,8 @@ def finished(folder: Path, asked: Mapping[str, Any]) -> tuple[Check, tuple[str, 
     record = _record(folder)
     for name, value in asked.items():
         if record.get(name) != value:
-            how = (
-                f"is of another {name} ({record[name]!r}, not {value!r})"
-                if name in record
-                else f"does not say which {name}"
-            )
-            raise taken(folder, f"it {how}")
+            other = f"is of another {name} ({record.get(name)!r}, not {value!r})"
+            raise taken(folder, f"it {other if name in record else f'does not say which {name}'}")
     found, written = hashes(folder), record.get("sha256")
     written = written if isinstance(written, Mapping) else {}
     for name in sorted({*found, *written, CARD}):
@@ -129,9 +125,8 @@ def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))
     except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
-        raise ModelError(
-            "--push", f"the hub did not take it ({told(error)})", f"{folder} is written and whole; try again later"
-        ) from None
+        how = f"{folder} is written and whole; try again later"
+        raise ModelError("--push", f"the hub did not take it ({told(error)})", how) from None
 
 
 # ---- One export: write aside, read back, compare, describe, rename; then perhaps push ----
@@ -202,9 +197,8 @@ def _make(
             raise taken(folder)
         os.rename(aside, folder)
     except OSError as error:
-        raise CheckpointError(
-            str(folder), f"could not be written ({error.strerror or error})", "free some space or give another --output"
-        ) from error
+        what = f"could not be written ({error.strerror or error})"
+        raise CheckpointError(str(folder), what, "free some space or give another --output") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return check, notes
@@ -214,9 +208,8 @@ def _checked(request: ExportRequest) -> tuple[Format, Subject, str]:
     if request.to not in FORMATS:
         raise ConfigError("--to", f"{request.to} is no form of a model", f"there are {', '.join(FORMATS)}")
     if not SIZE.fullmatch(request.max_shard_size):
-        raise ConfigError(
-            "--max-shard-size", f"{request.max_shard_size!r} is not a size", "give a number of GB or MB: 5GB"
-        )
+        what = f"{request.max_shard_size!r} is not a size"
+        raise ConfigError("--max-shard-size", what, "give a number of GB or MB: 5GB")
     form = FORMATS[request.to]
     subject = find_subject(request.run, request.step)
     return form, subject, dtype_of(form, subject, request.dtype)

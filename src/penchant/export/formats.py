@@ -109,11 +109,6 @@ def _save_beside(subject: Subject, folder: Path) -> None:
         shutil.copyfile(subject.folder / SETTINGS, folder / SETTINGS)
 
 
-def _save_merged(subject: Subject, request: ExportRequest, dtype: str, folder: Path) -> Written:
-    need_adapter(subject, "merged")
-    return _save_whole(subject, request, dtype, folder)
-
-
 def _read_whole(subject: Subject, folder: Path) -> Any:
     return (read_reward_model if subject.reward else read_causal_model)(folder)
 
@@ -161,12 +156,11 @@ def _read_adapter(subject: Subject, folder: Path) -> Any:
     return with_adapter(subject.bare(), folder)
 
 
-def _check_adapter(subject: Subject, _dtype: str) -> None:
-    need_adapter(subject, "adapter")
+def _needs_adapter(to: str) -> Callable[[Subject, str], None]:
+    def check(subject: Subject, _dtype: str) -> None:
+        need_adapter(subject, to)
 
-
-def _check_merged(subject: Subject, _dtype: str) -> None:
-    need_adapter(subject, "merged")
+    return check
 
 
 def _save_gguf(subject: Subject, _request: ExportRequest, dtype: str, folder: Path) -> Written:
@@ -177,6 +171,10 @@ def _save_gguf(subject: Subject, _request: ExportRequest, dtype: str, folder: Pa
     round_weights(model, written.seen)
     written.write(folder / f"{name}-{dtype}.gguf")
     return Written(model, written.notes)
+
+
+def _read_gguf(_subject: Subject, folder: Path) -> Any:
+    return read_gguf(folder)
 
 
 _AUTO = 'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
@@ -196,42 +194,18 @@ _GGUF = (
     'tokenizer = AutoTokenizer.from_pretrained("{folder}", gguf_file="{file}")\n'
 )
 
+_MERGED = "the same of a LoRA run, its adapter merged into the base"
+_ALL = (*DTYPES, Q8)
 FORMATS = {
     f.name: f
     for f in (
         Format("safetensors", "a folder that transformers loads", _save_whole, _read_whole, "transformers", _WHOLE),
         Format("pt", "one state dict for torch.load", _save_state_dict, _read_state_dict, "transformers", _PT),
-        Format(
-            "merged",
-            "the same of a LoRA run, its adapter merged into the base",
-            _save_merged,
-            _read_whole,
-            "transformers",
-            _WHOLE,
-            _check_merged,
-        ),
-        Format(
-            "adapter",
-            "the LoRA adapter alone, for peft",
-            _save_adapter,
-            _read_adapter,
-            "peft",
-            _ADAPTER,
-            _check_adapter,
-        ),
-        Format(
-            "gguf",
-            "one file for llama.cpp and its kin",
-            _save_gguf,
-            lambda _subject, folder: read_gguf(folder),
-            "gguf",
-            _GGUF,
-            refuse_what_gguf_cannot,
-            TOLERANCE,
-            (*DTYPES, Q8),
-        ),
+        Format("merged", _MERGED, _save_whole, _read_whole, "transformers", _WHOLE, _needs_adapter("merged")),
+        Format("adapter", "the LoRA adapter alone, for peft", _save_adapter, _read_adapter, "peft", _ADAPTER, _needs_adapter("adapter")),
+        Format("gguf", "one file for llama.cpp and its kin", _save_gguf, _read_gguf, "gguf", _GGUF, refuse_what_gguf_cannot, TOLERANCE, _ALL),
     )
-}
+}  # fmt: skip
 
 
 def dtype_of(form: Format, subject: Subject, asked: str) -> str:

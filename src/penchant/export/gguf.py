@@ -115,11 +115,8 @@ def _kind(definition: Mapping[str, Any], where: str) -> tuple[str, str, bool, tu
         if name is not None and (normal is None or normal == {"type": "NFC"}):
             told = "texts are not normalized (NFC) by llama.cpp before they are cut, as they are in transformers"
             return "gpt2", name, False, (told,) if normal else ()
-    raise ModelError(
-        where,
-        "its tokenizer cuts texts in a way that llama.cpp has no verified name for here",
-        "use --to safetensors; llama.cpp's own converter may know it",
-    )
+    what = "its tokenizer cuts texts in a way that llama.cpp has no verified name for here"
+    raise ModelError(where, what, "use --to safetensors; llama.cpp's own converter may know it")
 
 
 def _spaces(normal: Any) -> bool | None:
@@ -256,9 +253,8 @@ def check_config(config: Any, where: str) -> Architecture:
     for name, is_wrong in wrong.items():
         if is_wrong:
             value = rope.get(name, getattr(config, name, None))
-            raise ModelError(
-                where, f"GGUF export of {kind} with {name}={value} is not verified", "use --to safetensors"
-            )
+            what = f"GGUF export of {kind} with {name}={value} is not verified"
+            raise ModelError(where, what, "use --to safetensors")
     return ARCHITECTURES[kind]
 
 
@@ -386,14 +382,8 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
         writer.add_token_scores(vocabulary.scores)
     if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
-    adders: Mapping[str, Callable[[int], None]] = {
-        "bos": writer.add_bos_token_id,
-        "eos": writer.add_eos_token_id,
-        "unk": writer.add_unk_token_id,
-        "pad": writer.add_pad_token_id,
-    }
     for kind, number in vocabulary.special.items():
-        adders[kind](number)
+        getattr(writer, f"add_{kind}_token_id")(number)
     writer.add_add_bos_token(vocabulary.adds_bos)
     writer.add_add_eos_token(vocabulary.adds_eos)
     writer.add_add_space_prefix(vocabulary.adds_space)

@@ -195,7 +195,6 @@ def need_adapter(subject: Subject, to: str) -> Path:
         ConfigError: the whole model was trained.
     """
     if subject.adapter is None:
-        raise ConfigError(
-            "--to", f"{to} needs a LoRA run, and {subject.run} trained the whole model", "use safetensors"
-        )
+        what = f"{to} needs a LoRA run, and {subject.run} trained the whole model"
+        raise ConfigError("--to", what, "use safetensors")
     return subject.adapter

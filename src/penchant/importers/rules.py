@@ -12,7 +12,6 @@ tables too, and under `derived` the keys of every function that makes something 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
+from penchant.base.text import closest
 from penchant.errors import ConfigError
 
 Status = Literal["translated", "same", "unsupported"]
@@ -318,15 +318,15 @@ def translate(
 
 
 def _unknown(key: str, given: Given, known: Iterable[str]) -> Line:
-    near = difflib.get_close_matches(key, list(known), 1)
-    how = f"did you mean {near[0]}?" if near else "see `penchant config` for what there is"
+    near = closest(key, known)
+    how = f"did you mean {near}?" if near else "see `penchant config` for what there is"
     return given.line([key], "unsupported", note=f"not a key that the importer knows; {how}")
 
 
 def choose(name: str, there: Mapping[str, Any], where: str, what: str) -> Any:
     """``there[name]``, or an error that lists what there is."""
     if name not in there:
-        near = difflib.get_close_matches(name, list(there), 1)
-        how = f"did you mean {near[0]}?" if near else f"there are {', '.join(there)}"
+        near = closest(name, there)
+        how = f"did you mean {near}?" if near else f"there are {', '.join(there)}"
         raise ConfigError(where, f"{name!r} is no {what}", how)
     return there[name]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from penchant.rewards.functions import check_reward
 __all__ = ["Start", "propose", "write_config"]
 
 
-# ---- What a person may want of a run, and what each goal needs of the data and writes into a config ----
+# ---- What a person may want of a run (goals.yaml), and what each goal needs of the data and writes into a config ----
 
 Lines = Mapping[str, tuple[Any, str]]  # key: (value, why)
 
@@ -41,58 +42,16 @@ class Goal:
     batch_size: int
     section: Mapping[str, Lines]
     online: bool = False
-    reads_answers: bool = True
-    notes: tuple[str, ...] = field(default=())
 
 
-PAIRS = ("pairs",)
-LABELS = ("unpaired", "pairs", "scored")
-PREFERENCE_LR = (5e-6, 5e-5)
+def _goal(name: str, held: Mapping[str, Any]) -> Goal:
+    section = {s: {key: tuple(said) for key, said in keys.items()} for s, keys in held["section"].items()}
+    lists: Any = {"kinds": tuple(held["kinds"]), "lr": tuple(held["lr"]), "section": section}
+    return Goal(name, **{**held, **lists})
 
 
-def _loss(name: str, beta: float | None = None, why: str = "", **more: tuple[Any, str]) -> Mapping[str, Lines]:
-    keys: dict[str, tuple[Any, str]] = {"name": (name, f"`penchant losses {name}` explains it")}
-    if beta is not None:
-        keys["beta"] = (beta, why or "how firmly it is held to the model it starts from: more is firmer")
-    return {"loss": {**keys, **more}}
-
-
-def _online(name: str, **keys: tuple[Any, str]) -> Mapping[str, Lines]:
-    common: dict[str, tuple[Any, str]] = {
-        "name": (name, "the model writes answers, the reward judges them"),
-        "max_new_tokens": (64, "tokens of an answer at most"),
-    }
-    return {"algorithm": {**common, **keys}}
-
-
-GROUP_OF_4 = (4, "answers to each prompt, judged against each other")
-KL = "weight of the divergence from the start: more holds it closer"
-
-GOALS = {
-    goal.name: goal
-    for goal in (
-        Goal("dpo", "prefer the chosen answer of each pair (the usual first choice)", ("pairs", "scored"), PREFERENCE_LR, 32,
-             _loss("dpo", 0.1)),
-        Goal("simpo", "the same without a reference model, by mean log-prob", ("pairs", "scored"), PREFERENCE_LR, 32,
-             _loss("simpo", 2.0, "scale of the reward: 2 to 10 are usual")),
-        Goal("orpo", "learn the chosen answers and prefer them, in one run from a base model", ("pairs", "scored"),
-             (8e-6, 5e-5), 32, _loss("orpo", 0.1, "weight of the preference beside the likelihood")),
-        Goal("reward", "a reward model: which of two answers is better", ("pairs", "scored"), (1e-5, 1e-4), 32,
-             {"algorithm": {"name": ("reward_model", "learns one number for an answer"),
-                            "centring": (0.01, "keeps rewards around zero")}}, reads_answers=False),
-        Goal("kto", "learn from single answers labelled good or bad", LABELS, PREFERENCE_LR, 32, _loss("kto", 0.1)),
-        Goal("pmpo", "the same, each side by its own mean, held by an exact divergence", LABELS, PREFERENCE_LR, 32,
-             _loss("pmpo", 1.0, "weight of the divergence that holds it", alpha=(0.5, "share of good answers in the loss"))),
-        Goal("sft", "write answers like those of the data", ("sft", "text", "pairs", "unpaired", "scored"), (2e-5, 2e-4), 32,
-             _loss("sft")),
-        Goal("ppo", "raise a reward with PPO", ("prompts", "pairs", "sft", "unpaired", "scored"), (1e-6, 5e-5), 32,
-             _online("ppo", beta=(0.05, KL)), online=True),
-        Goal("rloo", "raise a reward, several answers a prompt against their mean", ("prompts", "pairs", "sft", "unpaired", "scored"),
-             (1e-6, 5e-5), 16, _online("rloo", samples=GROUP_OF_4, beta=(0.05, KL)), online=True),
-        Goal("grpo", "the same, divided by the group's spread", ("prompts", "pairs", "sft", "unpaired", "scored"),
-             (1e-6, 5e-5), 16, _online("grpo", samples=GROUP_OF_4, beta=(0.04, KL)), online=True),
-    )
-}  # fmt: skip
+_HELD = yaml.safe_load((resources.files(__package__) / "goals.yaml").read_text(encoding="utf-8"))
+GOALS = {name: _goal(name, held) for name, held in _HELD.items()}
 
 
 def fitting(kind: str) -> list[Goal]:
@@ -105,9 +64,8 @@ def fitting(kind: str) -> list[Goal]:
 # ---- The starting config: values chosen from what data, model and machine are like, each with the reason beside it ----
 
 LENGTHS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
-SHARE_OF_MEMORY = (
-    0.6  # of this machine's, for weights and optimizer of a whole model; the rest is for activations and others
-)
+# of this machine's memory, for weights and optimizer of a whole model; the rest is for activations and others
+SHARE_OF_MEMORY = 0.6
 WHOLE_BYTES = 16  # a parameter of a wholly trained model: weights, master, gradient, two moments (bf16: 18, fp32: 16)
 HELD_OUT = 200  # rows at most
 
@@ -149,17 +107,12 @@ def _one_line(text: str) -> str:
 
 def _scalar(value: Any) -> str:
     """A value as one-line YAML that reads back as it is."""
+    if isinstance(value, float) and 0 < abs(value) < 1e-3:
+        return f"{value:.1e}".replace("e-0", "e-")
     if isinstance(value, float):
-        return (
-            f"{value:.1e}".replace("e-0", "e-")
-            if 0 < abs(value) < 1e-3
-            else f"{value:g}"
-            if value % 1
-            else f"{value:.1f}"
-        )
-    plain = (
-        value.isprintable() if isinstance(value, str) else not isinstance(value, dict)
-    )  # YAML reads a raw U+0085 as a line's end
+        return f"{value:g}" if value % 1 else f"{value:.1f}"
+    # YAML reads a raw U+0085 as a line's end
+    plain = value.isprintable() if isinstance(value, str) else not isinstance(value, dict)
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=plain, width=1 << 30).strip()
     return text.removesuffix("...").strip()
 
@@ -200,9 +153,8 @@ def propose(
         }
     sections |= chosen.section
     if chosen.online:
-        sections["reward"] = {
-            reward or "sentiment": (1.0, "weight of this reward; also words, path.py:function, a reward model's run")
-        }
+        why = "weight of this reward; also words, path.py:function, a reward model's run"
+        sections["reward"] = {reward or "sentiment": (1.0, why)}
     sections["train"] = _train(data, model, chosen, lora)
     sections["evaluation"] = {"every": ("epoch", "or a number of optimizer steps; also before the first step")}
     return Start(chosen, data, model, sections, output or f"runs/{chosen.name}")
@@ -218,15 +170,11 @@ def check_goal(goal: str, data: DataFacts, model: ModelFacts) -> Goal:
     if goal not in GOALS:
         raise ConfigError("--goal", f"{goal!r} is not known", f"give one of {', '.join(GOALS)}")
     if model.encoder and goal != "reward":
-        raise ConfigError(
-            "--goal", f"{model.path} is an encoder, which writes nothing", "give --goal reward, or a causal model"
-        )
+        how = "give --goal reward, or a causal model"
+        raise ConfigError("--goal", f"{model.path} is an encoder, which writes nothing", how)
     if goal not in able:
-        raise ConfigError(
-            "--goal",
-            f"{goal} cannot learn from rows that are {data.kind}",
-            f"with these rows: {', '.join(able) or 'none'}",
-        )
+        how = f"with these rows: {', '.join(able) or 'none'}"
+        raise ConfigError("--goal", f"{goal} cannot learn from rows that are {data.kind}", how)
     return GOALS[goal]
 
 
@@ -248,10 +196,7 @@ def _wants_adapter(model: ModelFacts) -> bool:
 
 
 def _data(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | None) -> Lines:
-    keys: dict[str, tuple[Any, str]] = {
-        # a run may be started from elsewhere than where this file was asked for
-        "path": (data.path, f"{data.rows:,} rows, {data.layout}: {data.kind}"),
-    }
+    keys: dict[str, tuple[Any, str]] = {"path": (data.path, f"{data.rows:,} rows, {data.layout}: {data.kind}")}
     if held_out is not None:
         keys["eval_path"] = (held_out.path, f"{held_out.rows:,} rows that are not trained on")
     if data.columns:
@@ -287,13 +232,12 @@ def _length(data: DataFacts, model: ModelFacts, goal: Goal) -> tuple[int, str]:
     wanted = next((n for n in LENGTHS if n >= lengths[1]), LENGTHS[-1])
     what = "prompts" if goal.online else "rows"
     room = None if model.context is None else model.context - (64 if goal.online else 0)
+    most = f"95% of {what} have {lengths[1]:,} or less"
     if room is not None and wanted > room:
-        return max(
-            8, room
-        ), f"tokens; the model's context is {model.context:,}, and 95% of {what} have {lengths[1]:,} or less"
+        return max(8, room), f"tokens; the model's context is {model.context:,}, and {most}"
     if data.kind == "text":
         return min(wanted, 512, room or 512), "tokens; longer documents become several rows"
-    return wanted, f"tokens; 95% of {what} have {lengths[1]:,} or less, longer ones lose the start of their prompt"
+    return wanted, f"tokens; {most}, longer ones lose the start of their prompt"
 
 
 def _train(data: DataFacts, model: ModelFacts, goal: Goal, lora: bool) -> Lines:

@@ -54,12 +54,8 @@ class Asker:
             PenchantError: what `check` raised, after some tries. ConfigError: the input ended.
         """
         for attempt in range(ENDS):
-            print(
-                f"{question}" + (f" [{printable(default)}]" if default else "") + ": ",
-                end="",
-                file=self.screen,
-                flush=True,
-            )
+            proposed = f" [{printable(default)}]" if default else ""
+            print(f"{question}{proposed}: ", end="", file=self.screen, flush=True)
             line = self.answers.readline()
             if not line:
                 raise ConfigError("init", "the input ended before the questions", "answer them, or give flags")
@@ -114,12 +110,10 @@ def answers(
     facts = read(data) if data is not None else asker.ask("Data (a file, or a hub id)", a_file_here(), read)
     asker.say(f"  {facts.to_text()}")
     held_out = _held_out(asker, facts, eval_data)
-    found = (
-        look_at_model(model)
-        if model is not None
-        else asker.ask("Model (a folder or hub id)", DEFAULT_MODEL, look_at_model)
-    )
-    if model is None:
+    if model is not None:
+        found = look_at_model(model)
+    else:
+        found = asker.ask("Model (a folder or hub id)", DEFAULT_MODEL, look_at_model)
         facts = look_at_data(facts.path, found.path, columns)  # in the model's own tokens
     if found.parameters is not None:
         asker.say(f"  {found.parameters:,} parameters")
@@ -127,9 +121,8 @@ def answers(
         return Answers(facts, found, check_goal(goal, facts, found).name, held_out)
     able = [g for g in fitting(facts.kind) if not found.encoder or g.name == "reward"]
     if not able:
-        raise ConfigError(
-            "init", f"no goal fits rows that are {facts.kind} and this model", "give other data or another model"
-        )
+        what = f"no goal fits rows that are {facts.kind} and this model"
+        raise ConfigError("init", what, "give other data or another model")
     asker.say("Goals that these rows can serve:")
     for g in able:
         asker.say(f"  {g.name:<7} {g.about}")
@@ -142,16 +135,13 @@ def _held_out(asker: Asker, facts: DataFacts, eval_data: str | None) -> HeldOut 
     if path is None:
         return None
     found = look_at_held_out(path, facts)
-    why = (
-        "" if eval_data is not None else " (of the same `penchant data get`; --eval-data none: part of the data itself)"
-    )
+    why = " (of the same `penchant data get`; --eval-data none: part of the data itself)" if eval_data is None else ""
     asker.say(f"  held out: {path}, {found.rows:,} rows{why}")
     return found
 
 
 def a_file_here() -> str | None:
     """The one data file of the current folder, if there is just one."""
-    found = sorted(
-        p.name for p in Path().iterdir() if p.is_file() and p.suffix in READABLE and not p.name.startswith(".")
-    )
+    files = [p for p in Path().iterdir() if p.is_file() and p.suffix in READABLE]
+    found = sorted(p.name for p in files if not p.name.startswith("."))
     return found[0] if len(found) == 1 else None

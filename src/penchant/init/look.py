@@ -78,8 +78,6 @@ class ModelFacts:
     parameters: int | None = None
     context: int | None = None
     encoder: bool = False
-    width: int = 0
-    layers: int = 0
 
 
 def look_at_data(path: str, model: str | None, columns: Mapping[str, str] | None = None) -> DataFacts:
@@ -146,9 +144,8 @@ def _lengths(dataset: Dataset, model: str | None) -> tuple[list[int], list[int],
     except PenchantError:
         tokenizer = None
     if tokenizer is not None:
-        made = tokenize(
-            some, tokenizer, max_length=NO_CUT, on_bad_row="skip", add_eos=tokenizer.eos_token_id is not None
-        )
+        ends = tokenizer.eos_token_id is not None
+        made = tokenize(some, tokenizer, max_length=NO_CUT, on_bad_row="skip", add_eos=ends)
         both = [len(t.prompt_ids) + max(map(len, t.completion_ids), default=0) for t in made.trees]
         return both, [len(t.prompt_ids) for t in made.trees], "tokens"
     prompts = [_characters(t.prompt) for t in some.trees]
@@ -177,14 +174,7 @@ def look_at_model(path: str) -> ModelFacts:
             raise
         return ModelFacts(path)
     limit = getattr(config, "max_position_embeddings", None)
-    return ModelFacts(
-        path,
-        _parameters(config, path),
-        int(limit) if limit else None,
-        is_encoder(config, path),
-        int(getattr(config, "hidden_size", 0)),
-        int(getattr(config, "num_hidden_layers", 0)),
-    )
+    return ModelFacts(path, _parameters(config, path), int(limit) if limit else None, is_encoder(config, path))
 
 
 def _parameters(config: Any, path: str) -> int | None:

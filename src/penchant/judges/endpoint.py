@@ -10,7 +10,7 @@ import random
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -67,9 +67,8 @@ def read_instruction(path: str | Path) -> str:
         raise ConfigError("--judge-instruction", f"{file} cannot be read ({reason})", "give a text file") from error
     lacking = [name for name in NEEDED if f"{{{name}}}" not in text]
     if lacking:
-        raise ConfigError(
-            str(file), f"has no {{{lacking[0]}}}", "write {prompt}, {answer_a} and {answer_b} where the texts go"
-        )
+        how = "write {prompt}, {answer_a} and {answer_b} where the texts go"
+        raise ConfigError(str(file), f"has no {{{lacking[0]}}}", how)
     return text
 
 
@@ -141,11 +140,8 @@ class Replies:
             found = cls(path)
             found._read()
         except OSError as error:
-            raise CheckpointError(
-                str(path),
-                f"a judge's replies cannot be kept ({error.strerror})",
-                "set PENCHANT_CACHE to another folder",
-            ) from error
+            what = f"a judge's replies cannot be kept ({error.strerror})"
+            raise CheckpointError(str(path), what, "set PENCHANT_CACHE to another folder") from error
         return found
 
     def _read(self) -> None:
@@ -238,6 +234,12 @@ class Connection:
             trust_env=not is_local(self.url),  # no proxy on the way to this machine
         )
 
+    def close(self) -> None:
+        """Let its sockets go; the next question opens new ones."""
+        client = self.__dict__.pop("_client", None)
+        if client is not None:
+            client.close()
+
     def _once(self, path: str, data: bytes) -> tuple[tuple[Any] | str, float]:
         """One attempt: the reply in a tuple, or what went wrong and the seconds that the endpoint wants to be left alone."""
         import httpx
@@ -284,9 +286,8 @@ def connect(url: str, key_env: str | None, where: str = "--judge") -> Connection
     if not host or parts.scheme not in ("http", "https"):
         raise ConfigError(where, f"{shown(url)} is not an address", "write http://HOST:PORT/v1")
     if parts.username is not None or parts.query or parts.fragment:
-        raise ConfigError(
-            where, "holds more than an address", "leave user, password and query out; a key comes by --judge-key-env"
-        )
+        how = "leave user, password and query out; a key comes by --judge-key-env"
+        raise ConfigError(where, "holds more than an address", how)
     address = url.rstrip("/").removesuffix("/chat/completions")
     key = os.environ.get(key_env if key_env is not None else DEFAULT_KEY, "").strip()
     if key_env is not None and not key:
@@ -406,9 +407,7 @@ class EndpointJudge:
         silent = 0  # questions in a row to which nobody answered
         stop = threading.Event()
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge")
-        futures: dict[Future[tuple[float | None, str]], int] = {
-            pool.submit(self._verdict, questions[i], stop): i for i in todo
-        }
+        futures = {pool.submit(self._verdict, questions[i], stop): i for i in todo}
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 i = futures[future]
@@ -418,7 +417,8 @@ class EndpointJudge:
                 except NoReply as error:
                     silent = silent + 1 if error.silent else 0
                     if error.final or silent >= give_up or give_up == 1:
-                        raise self._refused(error) from error
+                        how = "fix that and run again; every verdict so far is kept and is not asked for again"
+                        raise RewardError(f"judge {self.connection.url}", str(error), how) from error
                     verdict, reply = None, str(error)
                 if verdict is None:
                     unread += [shown(reply[:80])] if len(unread) < UNREAD else []
@@ -430,14 +430,12 @@ class EndpointJudge:
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
+            self.connection.close()
         return Answers(values, np.zeros(len(values), dtype=bool), len(questions), len(questions) - len(todo), unread)
 
     def _verdict(self, question: Question, stop: threading.Event) -> tuple[float | None, str]:
-        body = {
-            **self.parameters,
-            "model": self.model,
-            "messages": [{"role": "user", "content": filled(self.instruction, question)}],
-        }
+        messages = [{"role": "user", "content": filled(self.instruction, question)}]
+        body = {**self.parameters, "model": self.model, "messages": messages}
         reply = ""
         for _ in range(READS):
             try:
@@ -450,13 +448,6 @@ class EndpointJudge:
             if verdict is not None:
                 return verdict, reply
         return None, reply
-
-    def _refused(self, error: NoReply) -> RewardError:
-        return RewardError(
-            f"judge {self.connection.url}",
-            str(error),
-            "fix that and run again; every verdict so far is kept and is not asked for again",
-        )
 
 
 def text_of(reply: Any) -> str:

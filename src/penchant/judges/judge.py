@@ -175,57 +175,43 @@ class FunctionJudge:
 
     def describe(self) -> dict[str, Any]:
         """Its name, and what its file held."""
-        return {
-            "kind": "function",
-            "function": self.name,
-            "sha256": file_sha256(Path(self.name.rpartition(":")[0]).expanduser()),
-        }
+        own = Path(self.name.rpartition(":")[0]).expanduser()
+        return {"kind": "function", "function": self.name, "sha256": file_sha256(own)}
 
     def _one(self, at: int, q: Question) -> Any:
-        try:
-            return self.function(q.prompt, q.first, q.second)
-        except Exception as error:
-            raise RewardError(
-                f"judge {self.name}",
-                f"{type(error).__name__}: {shown(str(error))} (pair {at}: {q.first[:40]!r} and {q.second[:40]!r})",
-                "fix the function; it gets a prompt and two answers",
-            ) from error
+        return self._called((q.prompt, q.first, q.second), f" (pair {at}: {_answers(q)})", "a prompt and two answers")
 
     def _all(self, questions: Sequence[Question]) -> list[Any]:
         if not questions:
             return []
-        try:
-            given = self.function(
-                [q.prompt for q in questions], [q.first for q in questions], [q.second for q in questions]
-            )
-        except Exception as error:
-            raise RewardError(
-                f"judge {self.name}",
-                f"{type(error).__name__}: {shown(str(error))}",
-                "fix the function; it gets lists of prompts, of first and of second answers",
-            ) from error
+        lists = ([q.prompt for q in questions], [q.first for q in questions], [q.second for q in questions])
+        given = self._called(lists, "", "lists of prompts, of first and of second answers")
         if hasattr(given, "detach"):  # a tensor, wherever it is
             given = given.detach().double().cpu().numpy()
         if isinstance(given, str) or not hasattr(given, "__len__"):
             raise RewardError(f"judge {self.name}", f"returned {type(given).__name__}", "return a list of verdicts")
         if len(given) != len(questions):
-            raise RewardError(
-                f"judge {self.name}",
-                f"returned {len(given)} verdicts for {len(questions)} pairs",
-                "return one for each pair, in order",
-            )
+            what = f"returned {len(given)} verdicts for {len(questions)} pairs"
+            raise RewardError(f"judge {self.name}", what, "return one for each pair, in order")
         return list(given)
+
+    def _called(self, arguments: tuple[Any, ...], where: str, gets: str) -> Any:
+        try:
+            return self.function(*arguments)
+        except Exception as error:
+            what = f"{type(error).__name__}: {shown(str(error))}{where}"
+            raise RewardError(f"judge {self.name}", what, f"fix the function; it gets {gets}") from error
 
     def _value(self, at: int, verdict: Any, q: Question) -> float:
         if isinstance(verdict, str) and verdict.strip().lower() in WORDS:
             return WORDS[verdict.strip().lower()]
         if isinstance(verdict, (numbers.Real, np.bool_)) and 0.0 <= float(verdict) <= 1.0:
             return float(verdict)
-        raise RewardError(
-            f"judge {self.name}",
-            f"returned {str(verdict)[:60]!r} for pair {at} ({q.first[:40]!r} and {q.second[:40]!r})",
-            RETURN,
-        )
+        raise RewardError(f"judge {self.name}", f"returned {str(verdict)[:60]!r} for pair {at} ({_answers(q)})", RETURN)
+
+
+def _answers(q: Question) -> str:
+    return f"{q.first[:40]!r} and {q.second[:40]!r}"
 
 
 def load_function_judge(spec: str) -> FunctionJudge:
@@ -241,9 +227,8 @@ def load_function_judge(spec: str) -> FunctionJudge:
 
     path, colon, _ = spec.rpartition(":")
     if not colon or not path.endswith(".py"):
-        raise ConfigError(
-            "judge", f"{spec!r} is no judge", "give path.py:function, or an endpoint: http://HOST:PORT/v1"
-        )
+        how = "give path.py:function, or an endpoint: http://HOST:PORT/v1"
+        raise ConfigError("judge", f"{spec!r} is no judge", how)
     function = python_function(spec, "judge", TAKES)
     first = next(iter(inspect.signature(function).parameters), "")
     return FunctionJudge(spec, function, first == BATCH)

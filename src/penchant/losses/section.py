@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from penchant.base.files import file_sha256
 from penchant.base.functions import is_own, own_file
 from penchant.base.section import Section
-from penchant.base.text import did_you_mean
+from penchant.base.text import closest, did_you_mean
 from penchant.errors import ConfigError
 from penchant.losses import LOSSES, LossSpec
 from penchant.losses.own import find_loss
@@ -61,8 +60,8 @@ class LossProblem(Exception):
     def suggestion(self, word: str) -> str:
         """What a mistyped key could have meant."""
         known = OTHER_KEYS.get(word, "")
-        close = [known] if known in self.keys else difflib.get_close_matches(word, self.keys, 1)
-        there = f'did you mean "{close[0]}"?' if close else f"there are {', '.join(self.keys) or 'none'}"
+        near = known if known in self.keys else closest(word, self.keys)
+        there = f'did you mean "{near}"?' if near else f"there are {', '.join(self.keys) or 'none'}"
         return f"{there} (`penchant losses {self.name}` tells more)"
 
 

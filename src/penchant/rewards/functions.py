@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from penchant.base.functions import python_function
+from penchant.base.text import closest
 from penchant.errors import ConfigError, PenchantError, RewardError
 from penchant.rewards.builtin import RewardConfig, rule_of
 from penchant.types import TokenTree
@@ -202,11 +202,11 @@ def _function(name: str) -> RewardFunction:
             raise ConfigError(
                 "reward", f"{name}: no such folder", "give a reward model's folder or run, or path.py:function"
             )
-        near = difflib.get_close_matches(name, BUILT_IN, 1)
+        near = closest(name, BUILT_IN)
         raise ConfigError(
             "reward",
             f"{name!r} is no reward",
-            (f"did you mean {near[0]}? " if near else "")
+            (f"did you mean {near}? " if near else "")
             + f"there are {', '.join(BUILT_IN)}, words:20-60, matches:REGEX; or give path.py:function or a reward model's folder",
         )
     found: RewardFunction = python_function(name)

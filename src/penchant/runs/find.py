@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from penchant.base.text import closest
 from penchant.config import RunConfig, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.models.load import load_causal_model
@@ -129,12 +129,9 @@ def check_there(given: str) -> None:
         return
     if looks_like_folder(given) or (path.parent.is_dir() and path.parent != Path(".")):
         names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, 1)
-        how = (
-            f"did you mean {path.parent / near[0]}?"
-            if near
-            else "give a run, a CONFIG.yaml, a model's folder or a hub id"
-        )
+        near = closest(path.name, names)
+        how = "give a run, a CONFIG.yaml, a model's folder or a hub id"
+        how = f"did you mean {path.parent / near}?" if near else how
         raise CheckpointError(given, "no such run or config, nor a model", how)
 
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -25,7 +26,7 @@ from starlette.types import Message, Receive, Scope, Send
 from penchant.judges.endpoint import is_local
 from penchant.serve import openai
 from penchant.serve.model import ChatModel, TemplateRefused
-from penchant.serve.openai import ApiError, ChatRequest, Prompt, Responses, TextRequest, Usage, invalid
+from penchant.serve.openai import ApiError, ChatRequest, Json, Prompt, Responses, TextRequest, as_json, invalid
 from penchant.serve.stream import Completions, Piece
 
 log = logging.getLogger("penchant.serve")
@@ -60,12 +61,8 @@ class Failed:
 Event = Started | Piece | Ended | Failed
 
 
-class Busy(Exception):
-    """As many requests are waiting as may."""
-
-
-class ShuttingDown(Exception):
-    """The server is shutting down."""
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down", kind="server_error")
 
 
 @dataclass(eq=False)
@@ -128,15 +125,16 @@ class Scheduler:
         """Take all jobs of a request.
 
         Raises:
-            Busy: too many are waiting. ShuttingDown: none is taken any more.
+            ApiError: too many are waiting, or none is taken any more.
         """
         with self._changed:
             if self._closing:
-                raise ShuttingDown("the server is shutting down")
+                raise shutting_down()
             self._waiting = deque(j for j in self._waiting if not j.cancelled)
             free = self._at_once - len(self._active) + self._max_waiting - len(self._waiting)
             if len(jobs) > free:
-                raise Busy("too many requests are waiting; try again in a moment")
+                what = "too many requests are waiting; try again in a moment"
+                raise ApiError(429, what, code="rate_limit_exceeded", kind="rate_limit_error")
             self._waiting.extend(jobs)
             self._changed.notify()
 
@@ -170,7 +168,7 @@ class Scheduler:
                 self._active = going
         for job in left:
             with suppress(Exception):  # whoever listened may be gone
-                job.notify(Failed(ShuttingDown("the server is shutting down")))
+                job.notify(Failed(shutting_down()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,12 +211,12 @@ class App:
         routes = [
             Route("/health", self._health),
             Route("/healthz", self._health),
-            Route("/v1/models", self._list),
-            Route("/v1/models/{name:path}", self._retrieve),
-            Route("/v1/chat/completions", self._chat, methods=["POST"]),
-            Route("/v1/completions", self._text, methods=["POST"]),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._models),
+            Route("/v1/chat/completions", partial(self._complete, ChatRequest), methods=["POST"]),
+            Route("/v1/completions", partial(self._complete, TextRequest), methods=["POST"]),
         ]
-        handlers: Any = {ApiError: _refuse, HTTPException: _no_route, ClientDisconnect: _gone}
+        handlers: Any = {ApiError: _refused, HTTPException: _no_route, ClientDisconnect: _gone}
         self._starlette = Starlette(routes=routes, exception_handlers=handlers)
         self._starlette.router.redirect_slashes = False
 
@@ -250,7 +248,8 @@ class App:
             if not status:
                 error = ApiError(500, "something went wrong in the server", kind="server_error")
                 await _response(error)(scope, receive, send_with_headers)
-        known = scope["path"] if scope["path"] in PATHS else "/v1/models" if _is_model(scope["path"]) else "(unknown)"
+        path = scope["path"]
+        known = path if path in PATHS else "/v1/models" if path.startswith("/v1/models/") else "(unknown)"
         status = scope["state"].get("status", status)
         log.info("%s %s %d %.1f s", scope["method"], known, status, time.perf_counter() - began)
 
@@ -275,28 +274,20 @@ class App:
         active, waiting = self.scheduler.load
         return JSONResponse({"status": "ok", "active": active, "waiting": waiting})
 
-    async def _list(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
-
-    async def _retrieve(self, request: Request) -> Response:
-        self._check_name(request.path_params["name"], None)
-        return JSONResponse(self._model())
-
-    def _model(self) -> dict[str, Any]:
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "penchant"}
+    async def _models(self, request: Request) -> Response:
+        """The list of models, or the one that is named."""
+        name = request.path_params.get("name", "")
+        model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "penchant"}
+        if name:
+            self._check_name(name, None)
+        return JSONResponse(model if name else {"object": "list", "data": [model]})
 
     def _check_name(self, name: str, param: str | None) -> None:
         if name != self.name:
             what = f"there is no model {name[:80]!r} here, only {self.name!r}"
             raise ApiError(404, what, param=param, code="model_not_found")
 
-    async def _chat(self, request: Request) -> Response:
-        return await self._complete(request, ChatRequest)
-
-    async def _text(self, request: Request) -> Response:
-        return await self._complete(request, TextRequest)
-
-    async def _complete(self, request: Request, kind: type[openai.Request]) -> Response:
+    async def _complete(self, kind: type[openai.Request], request: Request) -> Response:
         """Either endpoint that generates."""
         params = openai.read_request(kind, await _body(request, self.limits))
         self._check_name(params.model, "model")
@@ -332,10 +323,6 @@ class App:
 
 
 PATHS = ("/health", "/healthz", "/v1/models", "/v1/chat/completions", "/v1/completions")
-
-
-def _is_model(path: str) -> bool:
-    return path.startswith("/v1/models/")
 
 
 def _token_ids(model: ChatModel, prompt: Prompt) -> tuple[list[int], bool]:
@@ -396,12 +383,9 @@ class _Running:
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._seconds = app.limits.seconds
         self._jobs = [self._job(app, params, prompt, i) for i, prompt in enumerate(params.prompts)]
-        self.usage = Usage(prompt_tokens=0, completion_tokens=0, total_tokens=0)
-        try:
-            app.scheduler.submit(self._jobs)
-        except (Busy, ShuttingDown) as error:
-            raise _as_api_error(error) from error
-        self._gone = asyncio.create_task(_wait_until_gone(request))
+        self.usage: Json = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), 0)
+        app.scheduler.submit(self._jobs)
+        self._gone = asyncio.create_task(self._wait_until_gone(request))
         self.events = self._read()
 
     def _job(self, app: App, params: openai.Request, prompt: Prompt, number: int) -> Job:
@@ -410,6 +394,11 @@ class _Running:
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
 
         return Job(lambda: app.completions(params, prompt), notify)
+
+    async def _wait_until_gone(self, request: Request) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self._queue.put_nowait((0, Failed(ClientDisconnect())))
 
     def __enter__(self) -> None:
         return None
@@ -431,32 +420,21 @@ class _Running:
         """
         deadline, left = self._loop.time() + self._seconds, len(self._jobs)
         while left:
-            waiting = asyncio.ensure_future(self._queue.get())
-            seconds = max(0.0, deadline - self._loop.time())
-            await asyncio.wait({waiting, self._gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if self._gone.done() or not waiting.done():
-                waiting.cancel()
-                if self._gone.done():
-                    raise ClientDisconnect
+            try:
+                async with asyncio.timeout_at(deadline):
+                    number, event = await self._queue.get()
+            except TimeoutError as error:
                 what = f"the answer took longer than {self._seconds:g} seconds"
-                raise ApiError(503, what, code="timeout", kind="server_error")
-            number, event = waiting.result()
+                raise ApiError(503, what, code="timeout", kind="server_error") from error
             if isinstance(event, Failed):
                 raise _as_api_error(event.error) from event.error
-            self._count(event)
-            left -= isinstance(event, Ended)
+            if isinstance(event, Started):
+                self.usage["prompt_tokens"] += event.prompt_tokens
+            elif isinstance(event, Ended):
+                self.usage["completion_tokens"] += event.tokens
+                left -= 1
+            self.usage["total_tokens"] = self.usage["prompt_tokens"] + self.usage["completion_tokens"]
             yield number, event
-
-    def _count(self, event: Event) -> None:
-        usage = self.usage
-        usage.prompt_tokens += event.prompt_tokens if isinstance(event, Started) else 0
-        usage.completion_tokens += event.tokens if isinstance(event, Ended) else 0
-        usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
-
-
-async def _wait_until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _whole(params: openai.Request, responses: Responses, running: _Running) -> Response:
@@ -464,7 +442,7 @@ async def _whole(params: openai.Request, responses: Responses, running: _Running
     async for number, event in running.events:
         if isinstance(event, Piece):
             pieces[number * params.n + event.row].append(event)
-    return Response(responses.whole(pieces, running.usage).to_json(), media_type="application/json")
+    return Response(as_json(responses.whole(pieces, running.usage)), media_type="application/json")
 
 
 async def _stream(
@@ -472,7 +450,7 @@ async def _stream(
 ) -> AsyncIterator[str]:
     """Server-sent events; an error after the first one is the last event."""
 
-    def chunks(number: int, event: Event) -> list[openai.Response | None]:
+    def chunks(number: int, event: Event) -> list[Json | None]:
         if isinstance(event, Started):
             return [responses.first(number * params.n + row) for row in range(params.n)]
         return [responses.chunk(number * params.n + event.row, event)] if isinstance(event, Piece) else []
@@ -480,14 +458,14 @@ async def _stream(
     try:
         for chunk in chunks(*first):
             if chunk is not None:
-                yield _data(chunk.to_json())
+                yield _data(as_json(chunk))
         async for number, event in running.events:
             for chunk in chunks(number, event):
                 if chunk is not None:
-                    yield _data(chunk.to_json())
+                    yield _data(as_json(chunk))
         usage = responses.last(running.usage)
         if usage is not None:
-            yield _data(usage.to_json())
+            yield _data(as_json(usage))
         yield _data("[DONE]")
     except ClientDisconnect:
         request.state.status = CLIENT_GONE
@@ -516,13 +494,9 @@ class _EventStream(StreamingResponse):
 # errors
 
 
-def _as_api_error(error: Exception) -> ApiError:
-    if isinstance(error, ApiError):
+def _as_api_error(error: Exception) -> Exception:
+    if isinstance(error, (ApiError, ClientDisconnect)):
         return error
-    if isinstance(error, Busy):
-        return ApiError(429, str(error), code="rate_limit_exceeded", kind="rate_limit_error")
-    if isinstance(error, ShuttingDown):
-        return ApiError(503, str(error), code="shutting_down", kind="server_error")
     log.error("a completion failed", exc_info=error)
     return ApiError(500, "the model failed at this request", kind="server_error")
 
@@ -532,7 +506,7 @@ def _response(error: ApiError) -> Response:
     return JSONResponse(error.body, error.status, headers)
 
 
-async def _refuse(_: Request, error: ApiError) -> Response:
+async def _refused(_: Request, error: ApiError) -> Response:
     return _response(error)
 
 

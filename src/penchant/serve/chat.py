@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -331,32 +331,24 @@ class Chat:
     def _command(self, line: str) -> bool:
         """Obey; True where the session ends."""
         name, _, rest = line[1:].partition(" ")
-        command = COMMANDS.get(name)
-        if command is None:
-            self.terminal.note(
-                f"/{safe(name)} is no command; /help lists them (write // for a message that begins with /)"
-            )
+        if name not in COMMANDS:
+            how = "/help lists them (write // for a message that begins with /)"
+            self.terminal.note(f"/{safe(name)} is no command; {how}")
             return False
-        return bool(command.obey(self, rest.strip()))
+        return bool(COMMANDS[name].obey(self, rest.strip()))
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
     def _say(self, line: str) -> None:
+        """Answer a message; in plain text an empty line continues the text so far."""
+        if not line.strip() and (self.conversation.remembers or self.last is None):
+            return
+        self.keep()
+        self.attempt = 0
         if not line.strip():
-            self._go_on()
-            return
-        self.keep()
-        self.attempt = 0
+            turn = self.conversation.turns[-1]
+            line = turn.said + turn.answer
         self.answer(line)
-
-    def _go_on(self) -> None:
-        """An empty line in plain text: the text so far is continued."""
-        if self.conversation.remembers or self.last is None:
-            return
-        self.keep()
-        turn = self.conversation.turns[-1]
-        self.attempt = 0
-        self.answer(turn.said + turn.answer)
 
     def keep(self, side: int = 0) -> None:
         """The last message and one of its answers become a turn of the conversation."""
@@ -366,7 +358,6 @@ class Chat:
 
     def answer(self, said: str) -> None:
         """Let every model answer and show it."""
-        wanted = self.wanted.sampling
         try:
             fitted = self._fitted(said)
         except (TooLong, TemplateRefused) as error:
@@ -375,30 +366,14 @@ class Chat:
         order = list(range(len(self.models)))
         if self.wanted.blind:
             self.sides.shuffle(order)
-        sampling = [
-            Sampling(
-                f.room,
-                temperature=wanted.temperature,
-                top_p=wanted.top_p,
-                top_k=wanted.top_k,
-                seed=wanted.seed,
-                turn=len(self.conversation.turns),
-                attempt=self.attempt,
-            )
-            for f in fitted
-        ]
-        writing = [
-            Completions(
-                self.models[i],
-                fitted[i].ids,
-                sampling[i],
-                self.models[i].style.stops,
-                continued=not self.models[i].style.remembers,
-            )
-            for i in order
-        ]
-        texts = self._show(writing, order)
-        self.last = Exchange(said, texts, order, self.dropped)
+        turn = len(self.conversation.turns)
+        writing = []
+        for i in order:
+            style, prompt = self.models[i].style, fitted[i]
+            sampling = replace(self.wanted.sampling, max_new_tokens=prompt.room, turn=turn, attempt=self.attempt)
+            made = Completions(self.models[i], prompt.ids, sampling, style.stops, continued=not style.remembers)
+            writing.append(made)
+        self.last = Exchange(said, self._show(writing, order), order, self.dropped)
 
     def _fitted(self, said: str) -> list[Fitted]:
         """The prompt for every model; all get the same turns."""
@@ -473,40 +448,26 @@ class Chat:
             return
         last = self.last
         if last is None or last.judged:
-            self.terminal.note(
-                "there is nothing to judge: " + ("this answer is judged" if last else "ask something first")
-            )
+            why = "ask something first" if last is None else "this answer is judged"
+            self.terminal.note(f"there is nothing to judge: {why}")
             return
         names = [self.models[i].name for i in last.order]
         prompt = self.conversation.prompt_row(last.said, last.dropped)
         if side is not None and last.texts[0] == last.texts[1]:
             self.terminal.note("the two answers are the same: this counts as a tie")
             side = None
-        if side is not None and not last.texts[side].strip():
-            self.terminal.note("that answer is empty, and no training could use it: nothing was written")
-            return
-        if side is not None and not last.texts[1 - side].strip():
-            self.terminal.note("the other answer is empty, and no training could use it: nothing was written")
+        empty = [] if side is None else [i for i in (side, 1 - side) if not last.texts[i].strip()]
+        if empty:
+            which = "that" if empty[0] == side else "the other"
+            self.terminal.note(f"{which} answer is empty, and no training could use it: nothing was written")
             return
         file = Path(self.wanted.prefer or "preferences.jsonl").expanduser()
+        first, second, one, other = ("left", "right", 0, 1) if side is None else ("chosen", "rejected", side, 1 - side)
         if side is None:
             # a row with two answers and no verdict would be trained on as if the first were better
             file = file.with_name(f"{file.name.removesuffix('.jsonl')}.ties.jsonl")
-            row = {
-                "prompt": prompt,
-                "left": last.texts[0],
-                "right": last.texts[1],
-                "left_by": names[0],
-                "right_by": names[1],
-            }
-        else:
-            row = {
-                "prompt": prompt,
-                "chosen": last.texts[side],
-                "rejected": last.texts[1 - side],
-                "chosen_by": names[side],
-                "rejected_by": names[1 - side],
-            }
+        row = {"prompt": prompt, first: last.texts[one], second: last.texts[other]}
+        row |= {f"{first}_by": names[one], f"{second}_by": names[other]}
         if not self.append(file, [row]):
             return
         winner = "neither" if side is None else names[side]
@@ -549,9 +510,8 @@ def _help(chat: Chat, _: str) -> None:
     if not chat.conversation.remembers:
         chat.terminal.note("  an empty line        continue the text so far")
     if len(chat.models) == 2:
-        chat.terminal.note(
-            "both models see one conversation: it goes on with the better answer, without a choice with the left one"
-        )
+        both = "both models see one conversation"
+        chat.terminal.note(f"{both}: it goes on with the better answer, without a choice with the left one")
 
 
 def _reset(chat: Chat, _: str) -> None:
@@ -590,9 +550,8 @@ def _system(chat: Chat, text: str) -> None:
         chat.terminal.note("plain text has no system prompt")
         return
     chat.conversation.system = text
-    chat.terminal.note(
-        "(the system prompt is set; /reset forgets the turns before it)" if text else "(no system prompt)"
-    )
+    said = "(the system prompt is set; /reset forgets the turns before it)"
+    chat.terminal.note(said if text else "(no system prompt)")
 
 
 def _save(chat: Chat, file: str) -> None:

@@ -41,9 +41,7 @@ def _chat(tokenizer: Any, messages: Sequence[Message]) -> str:
     turns = [{"role": m.role, "content": m.content} for m in messages]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except (
-        Exception
-    ) as error:  # templates raise jinja errors of their own, e.g. for a system turn that they do not know
+    except Exception as error:  # jinja errors of the template's own, e.g. for a system turn that it does not know
         raise TemplateRefused(f"the model's chat template refuses these messages ({error})") from error
     return str(text)
 
@@ -56,19 +54,12 @@ def _plain(_: Any, messages: Sequence[Message]) -> str:
     return messages[-1].content
 
 
+_WRITTEN = 'no chat template: the conversation is written as "\\n\\nHuman: ...\\n\\nAssistant:"'
+_PLAIN = "plain text: the model continues what you write; it answers nothing"
 STYLES = {
-    style.name: style
-    for style in (
-        Style("chat", _chat, (), True, "the model's own chat template"),
-        Style(
-            "transcript",
-            _transcript,
-            ("\n\nHuman:",),
-            True,
-            'no chat template: the conversation is written as "\\n\\nHuman: ...\\n\\nAssistant:"',
-        ),
-        Style("plain", _plain, (), False, "plain text: the model continues what you write; it answers nothing"),
-    )
+    "chat": Style("chat", _chat, (), True, "the model's own chat template"),
+    "transcript": Style("transcript", _transcript, ("\n\nHuman:",), True, _WRITTEN),
+    "plain": Style("plain", _plain, (), False, _PLAIN),
 }
 
 
@@ -83,9 +74,8 @@ def style_of(wanted: str, tokenizer: Any, *, trained_on: str = "auto", otherwise
     """
     has_chat = getattr(tokenizer, "chat_template", None) is not None
     if wanted == "chat" and not has_chat:
-        raise ConfigError(
-            "--template", "the tokenizer has no chat template", "give transcript or plain, or leave it out"
-        )
+        how = "give transcript or plain, or leave it out"
+        raise ConfigError("--template", "the tokenizer has no chat template", how)
     if wanted != "auto":
         return STYLES[wanted]
     return STYLES["chat" if has_chat and trained_on != "plain" else otherwise]
@@ -173,9 +163,8 @@ def load_chat_model(
     model = source.load(where)
     cast_parameters(model, resolve_dtype(dtype or settings.dtype, where))
     model.eval()
-    chat_model = ChatModel(
-        given, model, tokenizer, style, eos_token_ids_of(model, tokenizer), context_of(model, tokenizer)
-    )
+    ends = eos_token_ids_of(model, tokenizer)
+    chat_model = ChatModel(given, model, tokenizer, style, ends, context_of(model, tokenizer))
     _ = chat_model.decoder  # weights are packed now rather than at the first question
     return chat_model
 

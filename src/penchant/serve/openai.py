@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import secrets
 import time
 import uuid
@@ -10,8 +9,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, to_json
 
+from penchant.base.text import closest
 from penchant.serve.model import ChatModel
 from penchant.serve.stream import Piece, Sampling, ShownToken, token_bytes, token_text
 from penchant.types import Message
@@ -22,6 +22,7 @@ MAX_TOP_LOGPROBS = 20
 TEXT_MAX_TOKENS = 16  # the default of /v1/completions
 
 Prompt = tuple[Message, ...] | str | tuple[int, ...]
+Json = dict[str, Any]
 
 
 class ApiError(Exception):
@@ -176,11 +177,11 @@ class Request(_Input):
         """The same draws for each prompt of the request."""
         return Sampling(
             max_new_tokens,
-            n=self.n,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed % 2**64,
+            self.n,
+            self.temperature,
+            self.top_p,
+            self.top_k,
+            self.seed % 2**64,
             presence=self.presence_penalty,
             frequency=self.frequency_penalty,
             top_logprobs=self.logprob_count,
@@ -288,75 +289,18 @@ def read_request(kind: type[Request], body: bytes) -> Request:
     elif name in SHAPES:
         what = SHAPES[name]
     elif code == "unsupported_parameter" and name not in kind.model_fields:
-        near = difflib.get_close_matches(name, kind.model_fields, 1)
-        what = "is not known to this server" + (f'; did you mean "{near[0]}"?' if near else "")
+        near = closest(name, kind.model_fields)
+        what = "is not known to this server" + (f'; did you mean "{near}"?' if near else "")
     raise invalid(name[:160], what, code)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# responses: only fields that were set are sent, so that OpenAI's nulls are written and its absent keys are not
+# responses, with the fields that OpenAI's have: some of them are null, others absent
 
 
-class Logprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class TokenLogprob(Logprob):
-    top_logprobs: list[Logprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[TokenLogprob]
-    refusal: None
-
-
-class TextLogprobs(BaseModel):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class AnswerMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str = ""
-    refusal: None = None
-
-
-class Choice(BaseModel):
-    """One completion or a piece of it: `message` or `delta` of a chat, `text` of a text."""
-
-    index: int
-    message: AnswerMessage | None = None
-    delta: AnswerMessage | None = None
-    text: str | None = None
-    logprobs: ChatLogprobs | TextLogprobs | None
-    finish_reason: str | None
-
-
-class Usage(BaseModel):
-    """Tokens of all prompts and of all completions, end tokens included."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Response(BaseModel):
-    """A whole response, or one chunk of a stream."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    system_fingerprint: None
-    choices: list[Choice]
-    usage: Usage | None = None
-
-    def to_json(self) -> str:
-        return self.model_dump_json(exclude_unset=True)
+def as_json(response: Json) -> str:
+    """A response as text."""
+    return to_json(response, inf_nan_mode="null").decode()
 
 
 class Responses:
@@ -374,79 +318,75 @@ class Responses:
         self._name, self._created = name, int(time.time())
         self._id = ("chatcmpl-" if self._chat else "cmpl-") + uuid.uuid4().hex
 
-    def whole(self, completions: Sequence[Sequence[Piece]], usage: Usage) -> Response:
+    def whole(self, completions: Sequence[Sequence[Piece]], usage: Json) -> Json:
         """The response that is not streamed; each completion is given as its pieces."""
         choices = []
         for index, pieces in enumerate(completions):
             text, tokens = "".join(p.text for p in pieces), [t for p in pieces for t in p.tokens]
-            choices.append(self._choice(index, text, tokens, pieces[-1].finish, whole=True))
+            message = {"role": "assistant", "content": text, "refusal": None}
+            content = {"message": message} if self._chat else {"text": text}
+            choices.append(self._choice(index, content, tokens, pieces[-1].finish))
         return self._response(choices, "chat.completion", usage=usage)
 
-    def first(self, index: int) -> Response | None:
+    def first(self, index: int) -> Json | None:
         """The chunk of a stream that opens a completion, where the endpoint has one."""
-        if not self._chat:
-            return None
-        delta = AnswerMessage(role="assistant", content="", refusal=None)
-        return self._chunk([Choice(index=index, delta=delta, logprobs=None, finish_reason=None)])
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._chunk([choice]) if self._chat else None
 
-    def chunk(self, index: int, piece: Piece) -> Response:
+    def chunk(self, index: int, piece: Piece) -> Json:
         """A piece of one completion."""
-        return self._chunk([self._choice(index, piece.text, piece.tokens, piece.finish, whole=False)])
+        delta = {"content": piece.text} if piece.text or piece.tokens else {}
+        content = {"delta": delta} if self._chat else {"text": piece.text}
+        return self._chunk([self._choice(index, content, piece.tokens, piece.finish)])
 
-    def last(self, usage: Usage) -> Response | None:
+    def last(self, usage: Json) -> Json | None:
         """The chunk with the usage, where it was asked for."""
         return self._response([], "chat.completion.chunk", usage=usage) if self._with_usage else None
 
-    def _chunk(self, choices: list[Choice]) -> Response:
+    def _chunk(self, choices: list[Json]) -> Json:
         return self._response(choices, "chat.completion.chunk", **({"usage": None} if self._with_usage else {}))
 
-    def _response(self, choices: list[Choice], chat_object: str, **usage: Any) -> Response:
-        return Response(
-            id=self._id,
-            object=chat_object if self._chat else "text_completion",
-            created=self._created,
-            model=self._name,
-            system_fingerprint=None,
-            choices=choices,
-            **usage,
-        )
-
-    def _choice(self, index: int, text: str, tokens: Sequence[ShownToken], finish: str | None, whole: bool) -> Choice:
-        content: dict[str, Any] = {"text": text}
-        logprobs: ChatLogprobs | TextLogprobs | None = None
-        if self._chat and whole:
-            content = {"message": AnswerMessage(role="assistant", content=text, refusal=None)}
-        elif self._chat:
-            content = {"delta": AnswerMessage(content=text) if text or tokens else AnswerMessage()}
-        if self._with_logprobs:
-            logprobs = self._chat_logprobs(tokens) if self._chat else self._text_logprobs(tokens)
-        return Choice(index=index, **content, logprobs=logprobs, finish_reason=finish)
-
-    def _chat_logprobs(self, tokens: Sequence[ShownToken]) -> ChatLogprobs:
-        content = [
-            TokenLogprob(
-                **self._logprob(t.sampled.token, t.sampled.logp),
-                top_logprobs=[Logprob(**self._logprob(*other)) for other in t.sampled.likeliest],
-            )
-            for t in tokens
-        ]
-        return ChatLogprobs(content=content, refusal=None)
-
-    def _logprob(self, token: int, logp: float) -> dict[str, Any]:
+    def _response(self, choices: list[Json], chat_object: str, **usage: Any) -> Json:
         return {
-            "token": token_text(self._tokenizer, token),
-            "logprob": logp,
-            "bytes": token_bytes(self._tokenizer, token),
+            "id": self._id,
+            "object": chat_object if self._chat else "text_completion",
+            "created": self._created,
+            "model": self._name,
+            "system_fingerprint": None,
+            "choices": choices,
+            **usage,
         }
 
-    def _text_logprobs(self, tokens: Sequence[ShownToken]) -> TextLogprobs:
+    def _choice(self, index: int, content: Json, tokens: Sequence[ShownToken], finish: str | None) -> Json:
+        """One completion or a piece of it: `message` or `delta` of a chat, `text` of a text."""
+        logprobs = None
+        if self._with_logprobs:
+            logprobs = self._chat_logprobs(tokens) if self._chat else self._text_logprobs(tokens)
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
+
+    def _chat_logprobs(self, tokens: Sequence[ShownToken]) -> Json:
+        content = [
+            {
+                **self._logprob(t.sampled.token, t.sampled.logp),
+                "top_logprobs": [self._logprob(*other) for other in t.sampled.likeliest],
+            }
+            for t in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _logprob(self, token: int, logp: float) -> Json:
+        text = token_text(self._tokenizer, token)
+        return {"token": text, "logprob": logp, "bytes": token_bytes(self._tokenizer, token)}
+
+    def _text_logprobs(self, tokens: Sequence[ShownToken]) -> Json:
         top: list[dict[str, float]] = [{} for _ in tokens]
         for likeliest, t in zip(top, tokens, strict=True):
             for token, logp in t.sampled.likeliest:  # half characters look alike: the likeliest of them is kept
                 likeliest.setdefault(token_text(self._tokenizer, token), logp)
-        return TextLogprobs(
-            tokens=[token_text(self._tokenizer, t.sampled.token) for t in tokens],
-            token_logprobs=[t.sampled.logp for t in tokens],
-            top_logprobs=top,
-            text_offset=[t.start for t in tokens],
-        )
+        return {
+            "tokens": [token_text(self._tokenizer, t.sampled.token) for t in tokens],
+            "token_logprobs": [t.sampled.logp for t in tokens],
+            "top_logprobs": top,
+            "text_offset": [t.start for t in tokens],
+        }

@@ -46,11 +46,9 @@ def check_host(host: str, key: str | None) -> bool:
     """
     local = is_loopback(host)
     if not local and key is None:
-        raise ConfigError(
-            "--host",
-            f"{host!r} can be reached from other machines, and there is no key",
-            f"set the environment variable {KEY} to a long random text, or leave --host out",
-        )
+        what = f"{host!r} can be reached from other machines, and there is no key"
+        how = f"set the environment variable {KEY} to a long random text, or leave --host out"
+        raise ConfigError("--host", what, how)
     return local
 
 
@@ -64,9 +62,8 @@ def require_server() -> None:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
-            "penchant serve", f"needs {error.name or 'a web server'}", "pip install 'penchant[serve]'"
-        ) from error
+        what = f"needs {error.name or 'a web server'}"
+        raise ConfigError("penchant serve", what, "pip install 'penchant[serve]'") from error
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -80,18 +77,11 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         found = socket.getaddrinfo("127.0.0.1" if host == "localhost" else host, port, type=socket.SOCK_STREAM)
-        made = socket.socket(found[0][0], socket.SOCK_STREAM)
-        try:
-            if os.name == "posix":
-                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.bind(found[0][4])
-            made.listen(128)
-        except BaseException:
-            made.close()
-            raise
+        family, *_, address = found[0]
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: is every address of this machine
+        return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
     except (OSError, UnicodeError, OverflowError) as error:
         raise ConfigError(f"{host}:{port}", f"cannot be bound ({error})", "choose another --port or --host") from error
-    return made
 
 
 def address_of(made: socket.socket) -> str:

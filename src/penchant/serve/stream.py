@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,20 +61,10 @@ class SampledToken:
     last: bool
 
 
-class _Feed(Protocol):
-    """A model with the caches of one prompt."""
-
-    def first(self) -> Tensor:
-        """Logits after the prompt, (rows, V)."""
-        ...
-
-    def next(self, tokens: Tensor) -> Tensor:
-        """Feed each row its last token; the logits (rows, V) of its next one."""
-        ...
-
-    def keep(self, going: Tensor) -> Tensor:
-        """Let the other rows go; where each row that stays now stood before."""
-        ...
+# A model with the caches of one prompt:
+#   first() -> logits after the prompt (rows, V)
+#   next(tokens) -> feeds each row its last token; the logits (rows, V) of its next one
+#   keep(going) -> lets the other rows go; where each row that stays now stood before
 
 
 class _Packed:
@@ -122,14 +112,10 @@ class _Transformer:
         return logits.repeat_interleave(self._rows, dim=0)
 
     def next(self, tokens: Tensor) -> Tensor:
-        position = torch.full((len(tokens), 1), self._at, device=self._device)
+        ids = tokens[:, None].to(self._device)
+        position = torch.full_like(ids, self._at)
         self._at += 1
-        out = self._model(
-            input_ids=tokens[:, None].to(self._device),
-            past_key_values=self._cache,
-            use_cache=True,
-            position_ids=position,
-        )
+        out = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, position_ids=position)
         logits: Tensor = out.logits[:, -1]
         return logits
 
@@ -150,9 +136,8 @@ class Stream:
         self._ends, self._sampling = torch.tensor(sorted(chat_model.eos_token_ids), dtype=torch.int64), sampling
         n, new_tokens = sampling.n, sampling.max_new_tokens
         fast = chat_model.decoder if can_decode_fast(chat_model.model, len(prompt) + new_tokens) else None
-        self._feed: _Feed = (
-            _Transformer(chat_model.model, prompt, n) if fast is None else _Packed(fast, prompt, n, new_tokens)
-        )
+        self._feed: _Packed | _Transformer
+        self._feed = _Packed(fast, prompt, n, new_tokens) if fast else _Transformer(chat_model.model, prompt, n)
         self._rows = torch.arange(n)  # the answer that each living row writes
         self._stopped: set[int] = set()
         self._tokens: Tensor | None = None
@@ -182,12 +167,9 @@ class Stream:
             self._step += 1
             last = ended | (self._step >= self._sampling.max_new_tokens)
             logps, likeliest = self._log_probs(logits, tokens)
-            made = [
-                SampledToken(*values)
-                for values in zip(
-                    self._rows.tolist(), tokens.tolist(), logps, likeliest, ended.tolist(), last.tolist(), strict=True
-                )
-            ]
+            rows, drawn = self._rows.tolist(), tokens.tolist()
+            columns = (rows, drawn, logps, likeliest, ended.tolist(), last.tolist())
+            made = [SampledToken(*values) for values in zip(*columns, strict=True)]
             self._tokens = tokens
             self._drop(~last)
         return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.algorithms import ALGORITHMS
-from penchant.base.text import did_you_mean
+from penchant.base.text import closest
 from penchant.config import (
     SYNONYMS,
     Places,
@@ -76,8 +75,9 @@ def long_key(key: str, base: Mapping[str, Any], where: str) -> str:
     if found:
         raise ConfigError(where, f'"{key}" may be {" or ".join(f"{f}.{key}" for f in found)}', "write it out")
     every = sorted({f for keys in _SECTIONS.values() for f in keys} | _OF_A_LOSS | algorithms)
-    near = difflib.get_close_matches(key, every, 1)
-    raise ConfigError(where, f'unknown key "{key}"', did_you_mean(key, near) if near else "write it out: section.key")
+    near = closest(key, every)
+    how = f'did you mean "{near}"?' if near else "write it out: section.key"
+    raise ConfigError(where, f'unknown key "{key}"', how)
 
 
 def grid(section: Any, places: Places, source: str, base: Mapping[str, Any]) -> dict[str, Axis]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from penchant.base.functions import is_own
+from penchant.base.text import closest
 from penchant.data.layouts import compared, factory, oasst, own, plain, rated  # noqa: F401  they fill LAYOUTS
 from penchant.data.layouts.fields import LeftOut, RowError, label_field
 from penchant.data.layouts.layout import LAYOUTS, Detection, Group, Layout, Option
@@ -43,9 +43,9 @@ def layout_named(name: str, where: str = "data.shape") -> Layout:
 
 def no_layout(name: str) -> str:
     """What to write in place of a layout that there is not."""
-    near = difflib.get_close_matches(name, LAYOUTS, 1)
+    near = closest(name, LAYOUTS)
     if near:
-        return f'did you mean "{near[0]}"?'
+        return f'did you mean "{near}"?'
     return f"choose auto, path.py:Name of your own, or one of {', '.join(LAYOUTS)}"
 
 
