@@ -30,8 +30,8 @@ def test_the_matrix_is_filled_both_ways_round() -> None:
         [{"name": "a", "other": "b", "win_rate": ci(0.8, 0.7, 0.9)}, {"name": "a", "other": "c", "win_rate": None}],
         "win_rate",
     )
-    assert cells["a", "b"].value == 0.8 and len(cells) == 2
-    assert (cells["b", "a"].value, cells["b", "a"].low, cells["b", "a"].high) == pytest.approx((0.2, 0.1, 0.3))
+    assert cells["a", "b"].estimate == 0.8 and len(cells) == 2
+    assert (cells["b", "a"].estimate, cells["b", "a"].low, cells["b", "a"].high) == pytest.approx((0.2, 0.1, 0.3))
 
 
 def test_the_matrix_shows_intervals_and_pales_where_they_include_one_half(tmp_path: Path) -> None:

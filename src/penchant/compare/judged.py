@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from penchant.compare.measured import Measured, Metrics, Setting, named
+from penchant.compare.measured import Measured, Metrics, Setting
 from penchant.compare.verdict import (
     MOST_UNJUDGED,
     Candidate,
@@ -91,7 +91,7 @@ class Judgement:
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in comparison.json."""
-        position = {} if self.first_position is None else named("first_position", self.first_position)
+        position = {} if self.first_position is None else self.first_position.named("first_position")
         return {
             "name": self.name,
             **self.described,
@@ -202,7 +202,7 @@ def win_rates(pair: Pair) -> Metrics:
     """A setting's win rates over the first one, as figures."""
     if pair.win_rate is None or pair.equal_length is None:
         return {}
-    return named("win_rate", pair.win_rate) | named("win_rate_equal_length", pair.equal_length)
+    return pair.win_rate.named("win_rate") | pair.equal_length.named("win_rate_equal_length")
 
 
 def _finite(value: float) -> float | None:

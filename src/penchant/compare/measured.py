@@ -13,6 +13,7 @@ from penchant.judges.judge import PairJudge
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.logprobs.reference import LiveReference, compute_logps
 from penchant.metrics.completions import Judge, Written, distinct_n, judged, kl_by_completion, write
+from penchant.metrics.figures import prompt_numbers
 from penchant.metrics.heldout import pair_change
 from penchant.metrics.stats import Interval, bootstrap_ci, several_sources
 from penchant.types import TokenTree
@@ -98,7 +99,7 @@ class Measured:
         if self.kl is not None:
             found["kl"] = self.kl, w.prompts
         if self.correct is not None:
-            found["preference_accuracy"] = self.correct, clusters_of(self.setting.answers)
+            found["preference_accuracy"] = self.correct, prompt_numbers(self.setting.answers)
         return found
 
     @cached_property
@@ -109,7 +110,7 @@ class Measured:
         sizes = [len(c) for t in answers for c in t.completion_ids]
         first = [i == 0 for t in answers for i in range(len(t.completion_ids))]
         parts = [p for p, chosen in zip(self.answers.tokens.double().split(sizes), first, strict=True) if chosen]
-        return -np.concatenate([p.numpy() for p in parts]), np.repeat(clusters_of(answers), [len(p) for p in parts])
+        return -np.concatenate([p.numpy() for p in parts]), np.repeat(prompt_numbers(answers), [len(p) for p in parts])
 
 
 def measure(
@@ -153,10 +154,10 @@ def figures(seeds: Sequence[Measured]) -> Metrics:
     """
     metrics: Metrics = {}
     for name in seeds[0].values:
-        metrics |= named(name, _interval([m.values[name] for m in seeds], SEVERAL_DRAWS if name == "kl" else 10_000))
+        metrics |= _interval([m.values[name] for m in seeds], SEVERAL_DRAWS if name == "kl" else 10_000).named(name)
     if seeds[0].also:
         metrics["also"] = {
-            judge: named("reward", _interval([(m.also[judge], m.written.prompts) for m in seeds], 10_000))
+            judge: _interval([(m.also[judge], m.written.prompts) for m in seeds], 10_000).named("reward")
             for judge in seeds[0].also
         }
     if seeds[0].kl_per_token is not None:
@@ -164,7 +165,7 @@ def figures(seeds: Sequence[Measured]) -> Metrics:
     metrics["distinct_2"] = float(np.mean([distinct_n(m.written.ids) for m in seeds]))
     if seeds[0].answers is not None:
         nll = _interval([m.surprise for m in seeds], SEVERAL_DRAWS)
-        metrics |= named("perplexity", Interval(*(float(np.exp(v)) for v in (nll.estimate, nll.low, nll.high))))
+        metrics |= Interval(*(float(np.exp(v)) for v in (nll.estimate, nll.low, nll.high))).named("perplexity")
     return metrics
 
 
@@ -185,14 +186,3 @@ def by_prompt(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     sums, counts = np.bincount(member, weights=values), np.bincount(member)
     mean = values.mean()
     return np.asarray(mean + (sums - counts * mean) / counts.mean())
-
-
-def clusters_of(answers: Sequence[TokenTree]) -> np.ndarray:
-    """The number of each row's prompt."""
-    numbers: dict[bytes, int] = {}
-    return np.array([numbers.setdefault(t.prompt_ids.tobytes(), len(numbers)) for t in answers])
-
-
-def named(name: str, interval: Interval) -> Metrics:
-    """A figure and its interval as they stand in files."""
-    return {name: interval.estimate, f"{name}/ci": [interval.low, interval.high]}

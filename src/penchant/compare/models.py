@@ -13,7 +13,7 @@ import numpy as np
 
 from penchant.base.files import write_atomically, write_text_atomically
 from penchant.compare.judged import WIN_RATE, Judgement, judge_pairs, lengths_of, sides, win_rates
-from penchant.compare.measured import Measured, Metrics, Setting, clusters_of, figures, measure, named
+from penchant.compare.measured import Measured, Metrics, Setting, figures, measure
 from penchant.compare.verdict import (
     Candidate,
     Family,
@@ -32,6 +32,7 @@ from penchant.errors import ConfigError
 from penchant.judges.judge import PairJudge
 from penchant.logprobs import Scorer
 from penchant.logprobs.packing import choose_packing
+from penchant.metrics.figures import prompt_numbers
 from penchant.models.load import cast_parameters, load_causal_model
 from penchant.models.merge import merged_model
 from penchant.models.options import ModelConfig
@@ -177,7 +178,7 @@ def _by_reward(settings: Mapping[str, Sequence[Measured]], fixed: bool, judge: s
 
 def _gain(pair: Pair) -> Metrics:
     """Figures of a setting against the first model; none without a reward."""
-    return {} if pair.win_rate is None else named("reward_change", pair.difference) | win_rates(pair)
+    return {} if pair.win_rate is None else pair.difference.named("reward_change") | win_rates(pair)
 
 
 def _right(m: Measured) -> np.ndarray:
@@ -185,7 +186,7 @@ def _right(m: Measured) -> np.ndarray:
 
     A prompt with more pairs counts more: the mean over prompts is the mean over pairs.
     """
-    clusters = clusters_of(m.setting.answers)
+    clusters = prompt_numbers(m.setting.answers)
     right = m.correct if m.correct is not None else np.full(len(clusters), 0.5)
     counts = np.bincount(clusters)
     return np.asarray(np.bincount(clusters, weights=right) / counts.mean())

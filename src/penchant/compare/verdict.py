@@ -273,7 +273,8 @@ def verdict(
 def _sentence(pair: Pair, comparisons: int, prompts: int, what: str) -> Sentence:
     ahead = pair.difference.estimate >= 0
     best, worst = (pair.name, pair.other) if ahead else (pair.other, pair.name)
-    gap, rate, level = (_seen_from(ahead, i, c) for i, c in _intervals(pair))
+    intervals = ((pair.difference, 0.0), (pair.win_rate, 0.5), (pair.equal_length, 0.5))
+    gap, rate, level = (i if i is None or ahead else i.mirrored(about) for i, about in intervals)
     assert gap is not None
     shown = f"{what} is {_number(gap.estimate)} {_brackets(gap)} higher"
     if pair.unjudged is not None and rate is not None:
@@ -318,19 +319,6 @@ def _about_length(rate: Interval | None, level: Interval | None) -> str:
     return (
         f" At equal length its win rate is {level.estimate:.0%} {_brackets(level, '.0%')}: length may be why it wins."
     )
-
-
-def _intervals(pair: Pair) -> list[tuple[Interval | None, float]]:
-    """The pair's intervals, and what each one is mirrored at."""
-    return [(pair.difference, 0.0), (pair.win_rate, 0.5), (pair.equal_length, 0.5)]
-
-
-def _seen_from(ahead: bool, interval: Interval | None, centre: float) -> Interval | None:
-    """The same interval of the other one of a pair."""
-    if interval is None or ahead:
-        return interval
-    mirror = 2 * centre
-    return Interval(mirror - interval.estimate, mirror - interval.high, mirror - interval.low)
 
 
 def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None = None) -> str:

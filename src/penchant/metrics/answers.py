@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,6 @@ from penchant.metrics.figures import Figure, exp, mean_of, prompt_clusters, rati
 from penchant.types import PackedBatch, TokenTree
 
 # ---- What a model makes of given answers: log-probs, preference accuracy and margin against a reference, perplexity, exact KL ----
-
-SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +45,11 @@ def answer_figures(scores: TokenScores, trees: Sequence[TokenTree], beta: float)
         scores: of `trees`; trees: pairs (chosen first) or single answers (bad where their label says so); beta: of ``implicit_reward/...``.
     """
     c = _completions(trees)
-    policy = _sums(scores.policy, c)
+    policy = completion_sums(scores.policy, c.lengths)
     found = [*_by_side("logps", policy, c), *_pair_share("logps/accuracies", policy, c)]
     found += _perplexities("perplexity", -policy, c)
     if scores.reference is not None:
-        reference = _sums(scores.reference, c)
+        reference = completion_sums(scores.reference, c.lengths)
         ratio = policy - reference
         found += _perplexities("perplexity_ratio", -ratio, c)
         found += [*_by_side("ref_logps", reference, c), *_by_side("logratios", ratio, c)]
@@ -95,26 +93,19 @@ def _good(tree: TokenTree, slot: int) -> bool:
     return slot == 0 if label is None else label
 
 
-def _sums(tokens: np.ndarray, c: _Completions) -> np.ndarray:
-    return completion_sums(tokens, c.lengths)
+def _sides(name: str, c: _Completions) -> Iterator[tuple[str, np.ndarray]]:
+    """A figure's name and the completions of each side that there is."""
+    sides = ((f"{name}/chosen", c.good), (f"{name}/rejected", ~c.good))
+    return ((side, mine) for side, mine in sides if mine.any())
 
 
 def _by_side(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:
-    return [
-        mean_of(f"{name}/{side}", values[c.good == good], c.clusters[c.good == good])
-        for side, good in zip(SIDES, (True, False), strict=True)
-        if (c.good == good).any()
-    ]
+    return [mean_of(side, values[mine], c.clusters[mine]) for side, mine in _sides(name, c)]
 
 
 def _perplexities(name: str, nats: np.ndarray, c: _Completions) -> list[Figure]:
     """``exp(sum nats / sum tokens)`` of each side."""
-    sides = [(side, c.good == good) for side, good in zip(SIDES, (True, False), strict=True)]
-    return [
-        ratio_of(f"{name}/{side}", nats[mine], c.lengths[mine], c.clusters[mine], exp)
-        for side, mine in sides
-        if mine.any()
-    ]
+    return [ratio_of(s, nats[mine], c.lengths[mine], c.clusters[mine], exp) for s, mine in _sides(name, c)]
 
 
 def _gaps(values: np.ndarray, c: _Completions) -> tuple[np.ndarray, np.ndarray]:

@@ -148,7 +148,14 @@ def write(
         eos_token_id=tokenizer.eos_token_id,
         progress=progress,
     )
-    trees = [
+    trees = _trees(prompts, rows, sources)
+    texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for row in rows for s in row]
+    return Written(trees, texts, None if judge is None else judged(judge, tokenizer, trees, texts))
+
+
+def _trees(prompts: Sequence[Sequence[int]], rows: Sequence[Any], sources: Sequence[str] = ()) -> list[TokenTree]:
+    """Prompts with what was sampled of each."""
+    return [
         TokenTree(
             i,
             np.array(prompt, dtype=np.int32),
@@ -158,8 +165,6 @@ def write(
         )
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
     ]
-    texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for row in rows for s in row]
-    return Written(trees, texts, None if judge is None else judged(judge, tokenizer, trees, texts))
 
 
 def judged(judge: Judge, tokenizer: Any, trees: Sequence[TokenTree], texts: Sequence[str]) -> np.ndarray:
@@ -348,11 +353,7 @@ def sampled_kl(
         ``kl/policy_ref`` in nats per completion with its 95% interval by prompt, ``kl/per_token`` (k3), ``kl/completions``.
     """
     rows = sample(policy.scorer.model, prompts, max_new_tokens=max_new_tokens, seed=seed, eos_token_id=eos_token_id)
-    trees = [
-        TokenTree(i, np.array(p, np.int32), (np.array(r[0].ids, np.int32),), (not r[0].finished,))
-        for i, (p, r) in enumerate(zip(prompts, rows, strict=True))
-    ]
-    return kl_on(policy, reference, trees, tokens_per_step=tokens_per_step)
+    return kl_on(policy, reference, _trees(prompts, rows), tokens_per_step=tokens_per_step)
 
 
 def kl_on(
@@ -365,13 +366,8 @@ def kl_on(
     """
     per_completion, per_token = kl_by_completion(policy, reference, trees, tokens_per_step=tokens_per_step)
     clusters = [i for i, t in enumerate(trees) for _ in t.completion_ids]
-    interval = bootstrap_ci(per_completion, clusters=clusters, draws=2000)
-    return {
-        "kl/policy_ref": interval.estimate,
-        "kl/policy_ref/ci": [interval.low, interval.high],
-        "kl/per_token": per_token,
-        "kl/completions": len(per_completion),
-    }
+    found = bootstrap_ci(per_completion, clusters=clusters, draws=2000).named("kl/policy_ref")
+    return found | {"kl/per_token": per_token, "kl/completions": len(per_completion)}
 
 
 def kl_by_completion(
@@ -449,8 +445,8 @@ def completion_figures(written: Written) -> Metrics:
     ids = written.ids
     lengths = np.array([len(i) for i in ids], dtype=np.float64)
     return {
-        **_named("completions/length", bootstrap_ci(lengths, clusters=written.prompts, draws=DRAWS)),
-        **_named("completions/ended", share_ci(written.ended, clusters=written.prompts, draws=DRAWS)),
+        **bootstrap_ci(lengths, clusters=written.prompts, draws=DRAWS).named("completions/length"),
+        **share_ci(written.ended, clusters=written.prompts, draws=DRAWS).named("completions/ended"),
         "completions/distinct_2": distinct_n(ids),
     }
 
@@ -470,11 +466,7 @@ def gain_figures(rewards: Sequence[float] | np.ndarray, start: Sequence[float] |
     if now.shape != then.shape:
         raise ValueError(f"rewards of the same prompts are wanted, not {now.shape} and {then.shape}")
     wins = (now > then) + 0.5 * (now == then)
-    return _named("reward", bootstrap_ci(now, draws=DRAWS)) | _named("win_rate", share_ci(wins, draws=DRAWS))
-
-
-def _named(name: str, interval: Interval) -> Metrics:
-    return {name: interval.estimate, f"{name}/ci": [interval.low, interval.high]}
+    return bootstrap_ci(now, draws=DRAWS).named("reward") | share_ci(wins, draws=DRAWS).named("win_rate")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -563,8 +555,7 @@ def evaluate_online(
     if start_rewards is not None:
         values_of["win_rate"] = (rewards > start_rewards) + 0.5 * (rewards == start_rewards)
     for name, values in values_of.items():
-        interval = (share_ci if name == "win_rate" else bootstrap_ci)(values, draws=2000)
-        metrics |= {f"eval/{name}": interval.estimate, f"eval/{name}/ci": [interval.low, interval.high]}
+        metrics |= (share_ci if name == "win_rate" else bootstrap_ci)(values, draws=2000).named(f"eval/{name}")
     metrics["eval/completions/length"] = float(np.mean([len(t.completion_ids[0]) for t in trees]))
     metrics["eval/completions/ended"] = float(np.mean([not t.truncated[0] for t in trees]))
     return metrics

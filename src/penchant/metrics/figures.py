@@ -88,8 +88,13 @@ def flat(figures: Iterable[Figure]) -> dict[str, Any]:
     return found
 
 
-def prompt_clusters(trees: Sequence[TokenTree]) -> np.ndarray:
-    """The number of each tree's prompt, (trees,); each tree by itself where all have one prompt (or none)."""
+def prompt_numbers(trees: Sequence[TokenTree]) -> np.ndarray:
+    """The number of each tree's prompt, (trees,)."""
     numbers: dict[bytes, int] = {}
-    found = np.array([numbers.setdefault(t.prompt_ids.tobytes(), len(numbers)) for t in trees])
-    return found if len(numbers) > 1 else np.arange(len(trees))
+    return np.array([numbers.setdefault(t.prompt_ids.tobytes(), len(numbers)) for t in trees])
+
+
+def prompt_clusters(trees: Sequence[TokenTree]) -> np.ndarray:
+    """The same; each tree by itself where all have one prompt (or none)."""
+    found = prompt_numbers(trees)
+    return found if found.any() else np.arange(len(trees))

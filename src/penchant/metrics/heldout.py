@@ -31,27 +31,11 @@ WITH_INTERVAL = (
 
 
 def evaluate_heldout(
-    algorithm: Algorithm,
-    trees: Sequence[TokenTree],
-    *,
-    shared: bool,
-    tokens_per_step: int,
-    device: torch.device,
-    at: float = 0.0,
-    prefix: str = "eval/",
-    progress: Callable[[int, int], None] | None = None,
+    algorithm: Algorithm, trees: Sequence[TokenTree], *, shared: bool, tokens_per_step: int, device: torch.device
 ) -> dict[str, Any]:
-    """Every metric of an algorithm over `trees`, with scheduled hyperparameters as they are at progress `at`.
-
-    ``mean = sum_rows value / sum_rows weight``; intervals are percentile bootstraps that draw whole prompts.
-
-    Returns:
-        ``{prefix + name: mean}``, ``{prefix + name + "/ci": [low, high]}``, ``rows``, and ``perplexity`` for losses over tokens.
-    """
-    scored, order = score_heldout(
-        algorithm, trees, shared=shared, tokens_per_step=tokens_per_step, device=device, at=at, progress=progress
-    )
-    return heldout_metrics(algorithm, scored, [trees[i] for i in order], prefix=prefix)
+    """Every metric of an algorithm over `trees`, with scheduled hyperparameters as at the first step."""
+    scored, order = score_heldout(algorithm, trees, shared=shared, tokens_per_step=tokens_per_step, device=device)
+    return heldout_metrics(algorithm, scored, [trees[i] for i in order])
 
 
 def score_heldout(
@@ -64,7 +48,10 @@ def score_heldout(
     at: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Scored, list[int]]:
-    """What the forward passes over `trees` leave, and the order in which the trees went through."""
+    """What the forward passes over `trees` leave, and the order in which the trees went through.
+
+    Scheduled hyperparameters are as they are at progress `at`.
+    """
     parts: list[Scored] = []
     order: list[int] = []
     with torch.no_grad():
@@ -80,7 +67,13 @@ def score_heldout(
 def heldout_metrics(
     algorithm: Algorithm, scored: Scored, trees: Sequence[TokenTree], *, prefix: str = "eval/"
 ) -> dict[str, Any]:
-    """The metrics of `evaluate_heldout` from scored trees, in the order in which they were scored."""
+    """Every metric of an algorithm over scored trees, in the order in which they were scored.
+
+    ``mean = sum_rows value / sum_rows weight``; intervals are percentile bootstraps that draw whole prompts.
+
+    Returns:
+        ``{prefix + name: mean}``, ``{prefix + name + "/ci": [low, high]}``, ``rows``, and ``perplexity`` for losses over tokens.
+    """
     with torch.no_grad():
         # once over all rows: a loss that looks at its batch must not see a chance part of them
         out = algorithm.loss(scored)
@@ -174,8 +167,7 @@ def likelihood_figures(
 
 
 def _exp(name: str, nats: Interval) -> dict[str, Any]:
-    value, low, high = (math.exp(min(700.0, x)) for x in (nats.estimate, nats.low, nats.high))
-    return {name: value, f"{name}/ci": [low, high]}
+    return Interval(*(math.exp(min(700.0, x)) for x in (nats.estimate, nats.low, nats.high))).named(name)
 
 
 def length_figures(right: ArrayLike, gaps: ArrayLike, clusters: ArrayLike) -> dict[str, Any]:
@@ -191,14 +183,11 @@ def length_figures(right: ArrayLike, gaps: ArrayLike, clusters: ArrayLike) -> di
     y, g = np.asarray(right, dtype=np.float64), np.asarray(gaps, dtype=np.float64)
     longer = (g > 0) + 0.5 * (g == 0)
     agrees = np.where(g == 0, 0.5, np.where(g > 0, y, 1.0 - y))
-    found: dict[str, Any] = {}
-    for name, interval in (
-        ("length/longer_wins", share_ci(longer, clusters=clusters, draws=2000)),
-        ("length/agreement", share_ci(agrees, clusters=clusters, draws=2000)),
-        ("length/controlled_accuracy", accuracy_at_equal_length(y, g, clusters)),
-    ):
-        found |= {name: interval.estimate, f"{name}/ci": [interval.low, interval.high]}
-    return found
+    return {
+        **share_ci(longer, clusters=clusters, draws=2000).named("length/longer_wins"),
+        **share_ci(agrees, clusters=clusters, draws=2000).named("length/agreement"),
+        **accuracy_at_equal_length(y, g, clusters).named("length/controlled_accuracy"),
+    }
 
 
 def accuracy_at_equal_length(right: ArrayLike, gaps: ArrayLike, clusters: ArrayLike) -> Interval:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,6 +25,14 @@ class Interval:
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
+
+    def mirrored(self, about: float = 0.5) -> Interval:
+        """The same seen from the other side: of a share about one half, of a difference about zero."""
+        return Interval(2 * about - self.estimate, 2 * about - self.high, 2 * about - self.low)
+
+    def named(self, name: str) -> dict[str, Any]:
+        """``{NAME: estimate, NAME/ci: [low, high]}``, as figures stand in files."""
+        return {name: self.estimate, f"{name}/ci": [self.low, self.high]}
 
 
 def bootstrap_ci(
@@ -48,10 +57,7 @@ def bootstrap_ci(
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or len(x) == 0:
         raise ValueError("values must be a non-empty list of numbers")
-    labels = np.arange(len(x)) if clusters is None else np.asarray(clusters)
-    if labels.shape != x.shape:
-        raise ValueError(f"clusters has {len(labels)} labels for {len(x)} values")
-    _, member = np.unique(labels, return_inverse=True)
+    member = _members(len(x), clusters)
     sums, counts = np.bincount(member, weights=x), np.bincount(member).astype(np.float64)
     low, high = _percentiles(np.concatenate([a / b for a, b in _drawn(sums, counts, draws, seed)]), level)
     return Interval(float(x.mean()), low, high)
@@ -102,7 +108,7 @@ def bootstrap_ratio(
         raise ValueError(f"give two equal, non-empty lists of numbers, not {a.shape} and {b.shape}")
     if b.sum() <= 0:
         raise ValueError("the denominators sum to nothing")
-    _, member = np.unique(np.arange(len(a)) if clusters is None else np.asarray(clusters), return_inverse=True)
+    member = _members(len(a), clusters)
     above, below = np.bincount(member, weights=a), np.bincount(member, weights=b)
     parts = [(x, y) for x, y in _drawn(above, below, draws, seed)]
     drawn, weight = np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
@@ -130,16 +136,21 @@ def bootstrap_sums(
     x = np.asarray(statistics, dtype=np.float64)
     if x.ndim != 2 or len(x) == 0:
         raise ValueError(f"statistics must be (rows, m) with at least one row, not {x.shape}")
-    labels = np.arange(len(x)) if clusters is None else np.asarray(clusters)
-    if len(labels) != len(x):
-        raise ValueError(f"clusters has {len(labels)} labels for {len(x)} rows")
-    _, member = np.unique(labels, return_inverse=True)
+    member = _members(len(x), clusters)
     sums = np.stack([np.bincount(member, weights=column) for column in x.T], axis=1)
     rng = np.random.default_rng(seed)
     k = len(sums)
     drawn = [value(np.bincount(rng.integers(0, k, k), minlength=k) @ sums) for _ in range(draws)]
     low, high = _percentiles(np.array(drawn), level)
     return Interval(float(value(x.sum(0))), low, high)
+
+
+def _members(n: int, clusters: ArrayLike | Sequence[object] | None) -> np.ndarray:
+    """The number of each row's cluster, (n,); every row by itself where there are none."""
+    labels = np.arange(n) if clusters is None else np.asarray(clusters)
+    if labels.shape != (n,):
+        raise ValueError(f"clusters has {len(labels)} labels for {n} rows")
+    return np.unique(labels, return_inverse=True)[1]
 
 
 def _drawn(sums: np.ndarray, counts: np.ndarray, draws: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -221,8 +232,7 @@ def sign_flip_test(
     a, b = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or len(a) == 0:
         raise ValueError(f"before and after must be two equal, non-empty lists of numbers, not {b.shape} and {a.shape}")
-    labels = np.arange(len(a)) if clusters is None else np.asarray(clusters)
-    _, member = np.unique(labels, return_inverse=True)
+    member = _members(len(a), clusters)
     sums = np.bincount(member, weights=a - b)
     k = len(sums)
     # rounding must not tell a flipped sum from its equal
@@ -314,35 +324,28 @@ def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
     return np.polynomial.legendre.leggauss(200)
 
 
-def t_quantile(p: float, freedom: float) -> float:
-    """The p-quantile (p > 1/2) of Student's t with `freedom` > 0 degrees of freedom, to about 1e-8.
-
-    With ``t = sqrt(f) tan(theta)`` the density becomes ``c cos(theta)^(f - 1)``, which is integrated by Gauss-Legendre.
-    """
-    if not 0.5 < p < 1.0 or freedom <= 0:
-        raise ValueError(f"p is {p:g} and freedom {freedom:g}; give p in (0.5, 1) and freedom above 0")
+def _t_mass(low: float, high: float, freedom: float) -> float:
+    """The mass of Student's t between two angles: with ``t = sqrt(f) tan(theta)`` its density is ``c cos(theta)^(f - 1)``."""
     log_c = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(math.pi)
     nodes, weights = _gauss_legendre()
+    half = 0.5 * (high - low)
+    return float(half * (weights * np.exp(log_c + (freedom - 1) * np.log(np.cos(low + half * (nodes + 1.0))))).sum())
 
-    def above_half(theta: float) -> float:
-        x = 0.5 * theta * (nodes + 1.0)
-        return float(0.5 * theta * (weights * np.exp(log_c + (freedom - 1) * np.log(np.cos(x)))).sum())
 
+def t_quantile(p: float, freedom: float) -> float:
+    """The p-quantile (p > 1/2) of Student's t with `freedom` > 0 degrees of freedom, to about 1e-8."""
+    if not 0.5 < p < 1.0 or freedom <= 0:
+        raise ValueError(f"p is {p:g} and freedom {freedom:g}; give p in (0.5, 1) and freedom above 0")
     low, high = 0.0, math.pi / 2
     for _ in range(80):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if above_half(middle) < p - 0.5 else (low, middle)
+        low, high = (middle, high) if _t_mass(0.0, middle, freedom) < p - 0.5 else (low, middle)
     return math.sqrt(freedom) * math.tan(0.5 * (low + high))
 
 
 def t_two_sided(t: float, freedom: float) -> float:
     """``P(|T| >= |t|)`` of Student's t with `freedom` > 0 degrees of freedom, to about 1e-8."""
-    log_c = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(math.pi)
-    nodes, weights = _gauss_legendre()
-    low = math.atan(abs(t) / math.sqrt(freedom))
-    half = 0.5 * (math.pi / 2 - low)
-    tail = half * (weights * np.exp(log_c + (freedom - 1) * np.log(np.cos(low + half * (nodes + 1.0))))).sum()
-    return min(1.0, 2.0 * float(tail))
+    return min(1.0, 2.0 * _t_mass(math.atan(abs(t) / math.sqrt(freedom)), math.pi / 2, freedom))
 
 
 # ---- Win rates at equal length: what is left of a win rate when longer answers are no longer favored for being longer ----
@@ -381,8 +384,7 @@ def length_controlled_win_rate(
         raise ValueError("wins must be within 0 and 1, 0.5 for a tie")
     spread = gap.std()
     x = np.tanh(gap / spread) if spread > 0 else np.zeros_like(gap)
-    labels = np.arange(len(y)) if clusters is None else np.asarray(clusters)
-    _, member = np.unique(labels, return_inverse=True)
+    member = _members(len(y), clusters)
     k = int(member.max()) + 1
     rng = np.random.default_rng(seed)
     counts = np.stack([np.bincount(rng.integers(0, k, k), minlength=k) for _ in range(draws)]).astype(np.float64)

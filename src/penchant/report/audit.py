@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from penchant.report.data import ReportData, RunData
-from penchant.report.html import Element, Node, el, said, table
+from penchant.report.html import Element, Node, el, note, panel, said
 from penchant.report.svg import MISSING, percent
 from penchant.runfolder.values import mapping, num, sequence, text
 
@@ -50,10 +50,8 @@ def _one(of: Mapping[str, Any]) -> Element:
     return el(
         "div",
         el("p", said(text(of.get("summary")), tag="span")) if of.get("summary") else None,
-        el("div", table(["found", "rows", "", "share", "where"], rows, numeric=(1, 2, 3)), class_="panel")
-        if rows
-        else None,
-        el("p", "Looked for and not found: ", clear, ".", class_="soft small") if clear else None,
+        panel(["found", "rows", "", "share", "where"], rows, numeric=(1, 2, 3)) if rows else None,
+        note("Looked for and not found: ", clear, ".") if clear else None,
         lengths_table(mapping(of.get("lengths"))),
     )
 
@@ -77,13 +75,9 @@ def lengths_table(lengths: Mapping[str, Any], unit: str = "tokens") -> Element |
     for what, q in lengths.items():
         values = [num(q, c) for c in columns]
         rows.append([said(what), *(MISSING if v is None else f"{v:,.0f}" for v in values)])
-    return el(
-        "div",
-        table(
-            ["", *(said(c) for c in columns)],
-            rows,
-            numeric=range(1, len(columns) + 1),
-            caption=f"Lengths in {'tokens' if unit == 'lengths' else unit}",
-        ),
-        class_="panel",
+    return panel(
+        ["", *(said(c) for c in columns)],
+        rows,
+        numeric=range(1, len(columns) + 1),
+        caption=f"Lengths in {'tokens' if unit == 'lengths' else unit}",
     )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from penchant import __version__
 from penchant.report.audit import lengths_table
-from penchant.report.html import Element, Node, el, fold, said, table, visible
-from penchant.report.page import asset, policy
+from penchant.report.html import Element, Node, el, fold, note, panel, said
+from penchant.report.page import document
 from penchant.report.svg import percent
 from penchant.runfolder.values import mapping, num, sequence, text
 
@@ -56,14 +55,7 @@ def render_audit(audit: Mapping[str, Any], title: str) -> str:
             "Values that look like personal data or secrets are counted, never shown. This file loads nothing.",
         ),
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy(), quote=False)}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="referrer" content="no-referrer">\n<meta name="generator" content="penchant">\n'
-        f"<title>{escape(visible(title))} \u00b7 Penchant data audit</title>\n<style>{asset('page.css')}</style>\n"
-        f"</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
+    return document(f"{title} \u00b7 Penchant data audit", f"{body}\n")
 
 
 def _group(name: str) -> str:
@@ -77,11 +69,9 @@ def _section(title: str, findings: Sequence[Mapping[str, Any]]) -> Element:
     return el(
         "section",
         el("h2", title),
-        el("div", table(["", "rows", "of", "share", "95% interval"], rows, numeric=(1, 2, 3)), class_="panel")
-        if rows
-        else None,
+        panel(["", "rows", "of", "share", "95% interval"], rows, numeric=(1, 2, 3)) if rows else None,
         [_places(f) for f in some if sequence(f.get("where"))],
-        el("p", "Looked for and not found: ", "; ".join(clear), ".", class_="soft small") if clear else None,
+        note("Looked for and not found: ", "; ".join(clear), ".") if clear else None,
         aria_label=title,
     )
 

@@ -14,7 +14,6 @@ from penchant.runfolder.values import ci_of, num
 
 MANY = 24  # points from which a training curve is drawn as its running mean
 BANDS = 3  # settings up to which intervals are drawn
-START_LINE = {"eval/win_rate": 0.5}
 
 
 @dataclass(frozen=True, slots=True)

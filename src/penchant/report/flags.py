@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from penchant.report.data import ReportData
-from penchant.report.html import Element, Node, el, fold, said
+from penchant.report.html import Element, Node, el, fold, note, said
 from penchant.report.svg import number, sparkline
 from penchant.runfolder.values import mappings, number_of, sequence, text
 
@@ -60,7 +60,7 @@ def _card(of_one_kind: Sequence[Found], looked: int) -> Element:
         )
         if rest
         else None,
-        el("p", said(text(first.get("advice")), tag="span"), class_="soft small") if first.get("advice") else None,
+        note(said(text(first.get("advice")), tag="span")) if first.get("advice") else None,
         class_="flag warning" if warning else "flag",
     )
 

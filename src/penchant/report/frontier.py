@@ -8,7 +8,7 @@ from statistics import mean
 
 from penchant.report.curves import points_of
 from penchant.report.data import Comparison, ReportData, RunData, Setting
-from penchant.report.html import Element, Node, el, fold, said, table
+from penchant.report.html import Element, Node, el, fold, note, said, table
 from penchant.report.svg import (
     BOTTOM,
     LEFT,
@@ -17,12 +17,12 @@ from penchant.report.svg import (
     Point,
     apart,
     axis,
-    estimate,
-    interval,
     number,
     path_of,
     shown,
     style_of,
+    tag,
+    with_interval,
 )
 from penchant.runfolder.values import ci_of, mapping, num
 
@@ -218,10 +218,8 @@ def picture(found: Frontier) -> Element:
             el("span", f" on {found.source}", class_="unit"),
         ),
         svg,
-        el(
-            "p",
-            "Up and to the left is better. The dotted steps join those for which no other has as much with less KL; the steps are not a test.",
-            class_="soft small",
+        note(
+            "Up and to the left is better. The dotted steps join those for which no other has as much with less KL; the steps are not a test."
         ),
         fold("figures", _table(found), key="plot-frontier"),
         class_="wide",
@@ -233,29 +231,19 @@ def _axes(across: Axis, up: Axis, found: Frontier) -> list[Element]:
     made = []
     for value, label in up.ticks(5):
         y = round(up(value), 1)
-        text = f"{100 * value:.6g}%" if found.share else label
+        shares = f"{100 * value:.6g}%" if found.share else label
         made.append(el("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y))
-        made.append(el("text", text, class_="tick", x=LEFT - 8, y=y + 4, text_anchor="end"))
+        made.append(el("text", shares, class_="tick", x=LEFT - 8, y=y + 4, text_anchor="end"))
     for value, label in across.ticks(6):
         x = round(across(value), 1)
         made.append(el("line", class_="grid", x1=x, x2=x, y1=TOP, y2=HEIGHT - BOTTOM))
         made.append(el("text", label, class_="tick", x=x, y=HEIGHT - BOTTOM + 19, text_anchor="middle"))
     if found.start is not None and up.low <= found.start <= up.high:
         y = round(up(found.start), 1)
-        made.append(
-            el(
-                "g",
-                el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y),
-                el(
-                    "text",
-                    f"the start: {shown(found.start, found.share)}",
-                    x=WIDTH - RIGHT - 6,
-                    y=y - 6,
-                    text_anchor="end",
-                ),
-                class_="level",
-            )
-        )
+        words = f"the start: {shown(found.start, found.share)}"
+        line = el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y)
+        text = el("text", words, x=WIDTH - RIGHT - 6, y=y - 6, text_anchor="end")
+        made.append(el("g", line, text, class_="level"))
     title = "KL to the start, nats per completion" + (" (log scale)" if across.log else "")
     return [*made, el("text", title, class_="axis", x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle")]
 
@@ -285,33 +273,15 @@ def _names(spots: Sequence[Spot], across: Axis, up: Axis) -> list[Element]:
     """Names in the margin to the right in the spots' order, each with a thin line to its spot; letters alone where they are many."""
     order = sorted(spots, key=lambda s: up(s.y))
     if len(spots) > LABELLED:
-        return [
-            el(
-                "text",
-                s.key or s.name[:8],
-                class_=f"tag {style_of(s.place)}",
-                x=f"{across(s.x) + 9:.1f}",
-                y=f"{up(s.y) - 7:.1f}",
-                data_g=s.key or None,
-            )
-            for s in spots
-        ]
+        return [tag(s.key or s.name[:8], s.place, f"{across(s.x) + 9:.1f}", up(s.y) - 7, s.key) for s in spots]
     places = apart([up(s.y) for s in order], TOP + 8.0, HEIGHT - BOTTOM - 4.0, 20.0)
     made = []
     for spot, y in zip(order, places, strict=True):
         edge = WIDTH - RIGHT
         made.append(el("path", class_="lead", d=f"M{across(spot.x) + 8:.1f} {up(spot.y):.1f}L{edge + 2} {y:.1f}"))
-        made.append(
-            el(
-                "text",
-                el("tspan", f"{spot.key} " if spot.key else "", class_="letter"),
-                el("tspan", _short(spot.name, 17 - len(spot.key)), class_="name" if spot.key else None),
-                class_=f"tag {style_of(spot.place)}",
-                x=edge + 6,
-                y=f"{y + 4:.1f}",
-                data_g=spot.key or None,
-            )
-        )
+        letter = el("tspan", f"{spot.key} " if spot.key else "", class_="letter")
+        name = el("tspan", _short(spot.name, 17 - len(spot.key)), class_="name" if spot.key else None)
+        made.append(tag([letter, name], spot.place, edge + 6, y + 4, spot.key))
     return made
 
 
@@ -322,15 +292,8 @@ def _short(name: str, most: int) -> str:
 def _table(found: Frontier) -> Element:
     rows: list[list[Node]] = []
     for s in sorted(found.spots, key=lambda s: s.x):
-        x, y = estimate(s.x, s.x_ci), estimate(s.y, s.y_ci, found.share)
-        rows.append(
-            [
-                said(f"{s.key} {s.name}".strip()),
-                f"{x} {interval(*s.x_ci) if s.x_ci else ''}".strip(),
-                f"{y} {interval(*s.y_ci, found.share) if s.y_ci else ''}".strip(),
-                str(s.runs),
-            ]
-        )
+        x, y = with_interval(s.x, s.x_ci), with_interval(s.y, s.y_ci, found.share)
+        rows.append([said(f"{s.key} {s.name}".strip()), x, y, str(s.runs)])
     return table(
         ["model", "KL, nats per completion", found.label, "seeds"],
         rows,

@@ -166,6 +166,21 @@ def table(
     )
 
 
+def keyed(key: str, name: str) -> list[Node]:
+    """A setting's letter before its name."""
+    return [el("b", key, class_="key"), " ", said(name)]
+
+
+def panel(head: Sequence[Node], rows: Iterable[Sequence[Node]], **options: Any) -> Element:
+    """A table on a ground of its own; options of `table`."""
+    return el("div", table(head, rows, **options), class_="panel")
+
+
+def note(*children: Node | Iterable[Node]) -> Element:
+    """A remark in small letters."""
+    return el("p", *children, class_="soft small")
+
+
 def fold(summary: Node | Iterable[Node], *children: Node | Iterable[Node], key: str, open_: bool = False) -> Element:
     """A part that is folded until it is asked for; `key` keeps it open when the page reloads itself."""
     return el("details", el("summary", summary), *children, data_key=key, open=open_)

@@ -18,7 +18,7 @@ from penchant.report.curves import curves
 from penchant.report.data import ReportData
 from penchant.report.flags import flags
 from penchant.report.frontier import frontier
-from penchant.report.html import Element, Node, el, fold, json_html, said, table, visible
+from penchant.report.html import Element, Node, el, fold, json_html, panel, said, visible
 from penchant.report.provenance import cost, evaluations, provenance
 from penchant.report.samples import samples
 from penchant.report.settings import configs, settings_table, short
@@ -242,7 +242,7 @@ def _reward_models(data: ReportData) -> bool:
 def _glossary(data: ReportData) -> Node:
     logged = {k.removeprefix("eval/") for r in data.runs for m in (*r.evals[-1:], *r.trained[-1:]) for k in m}
     rows: list[list[Node]] = [[said(n), METRICS[n].meaning] for n in sorted(logged & METRICS.keys())]
-    return fold(f"{len(rows)} names", el("div", table([], rows), class_="panel"), key="words") if rows else None
+    return fold(f"{len(rows)} names", panel([], rows), key="words") if rows else None
 
 
 def _footer(data: ReportData) -> Element:
@@ -290,13 +290,23 @@ def _document(data: ReportData, body: str) -> str:
     refresh = (
         f'<noscript><meta http-equiv="refresh" content="{2 * RELOAD_SECONDS}"></noscript>' if data.going_on else ""
     )
+    script = (
+        f'<script type="application/json" id="state">{json_html(state)}</script>\n<script>{asset("page.js")}</script>\n'
+    )
+    return document(f"{data.title} \u00b7 Penchant report", f"{body}\n{script}", refresh)
+
+
+def document(title: str, body: str, head: str = "") -> str:
+    """A page by itself: the stylesheet and the policy in it.
+
+    Args:
+        title: escaped here; body, head: HTML.
+    """
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy(), quote=False)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n<meta name="generator" content="penchant">\n'
-        f"{refresh}<title>{escape(visible(data.title))} \u00b7 Penchant report</title>\n"
-        f"<style>{asset('page.css')}</style>\n</head>\n<body>\n{body}\n"
-        f'<script type="application/json" id="state">{json_html(state)}</script>\n'
-        f"<script>{asset('page.js')}</script>\n</body>\n</html>\n"
+        f"{head}<title>{escape(visible(title))}</title>\n<style>{asset('page.css')}</style>\n</head>\n<body>\n{body}"
+        "</body>\n</html>\n"
     )

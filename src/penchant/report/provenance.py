@@ -9,7 +9,7 @@ from typing import Any
 
 from penchant.metrics.names import metric, of_evaluation
 from penchant.report.data import Comparison, ReportData, RunData
-from penchant.report.html import Element, Node, el, fold, said, table
+from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said
 from penchant.report.settings import short
 from penchant.report.svg import MISSING, count, duration, estimate, interval, number
 from penchant.runfolder.values import ci_of, flat, mapping, num, sequence, text
@@ -29,7 +29,7 @@ def cost(data: ReportData) -> Element | None:
             continue
         who: Node = said(run.name)
         if len(data.runs) > 1:
-            who = el("span", el("b", data.setting_of(run).key, class_="key"), " ", said(run.name))
+            who = el("span", keyed(data.setting_of(run).key, run.name))
         gb = MISSING if memory is None else f"{memory:.2f} GB"
         rows.append([who, duration(seconds), duration(steps), number(tokens), number(trees), gb])
     if not rows:
@@ -44,7 +44,7 @@ def cost(data: ReportData) -> Element | None:
     return el(
         "div",
         el("p", total) if total else None,
-        el("div", table(head, rows, numeric=range(1, 6), caption=caption), class_="panel"),
+        panel(head, rows, numeric=range(1, 6), caption=caption),
     )
 
 
@@ -99,7 +99,7 @@ def _shared(manifests: Sequence[tuple[RunData, Mapping[str, Any]]]) -> Element:
         more = f", \u2026 ({len(values)} different)" if len(values) > FEW else ""
         rows.append([said(key), said(", ".join(values[:FEW]) + more)])
     name = "versions, hashes, data, machine" + ("" if one else f", of all {len(manifests)} runs")
-    return fold(name, el("div", table([], rows, class_="facts"), class_="panel"), key="versions")
+    return fold(name, panel([], rows, class_="facts"), key="versions")
 
 
 def _value(key: str, value: Any) -> str:
@@ -113,7 +113,7 @@ def _value(key: str, value: Any) -> str:
 def _each(runs: Sequence[RunData], data: ReportData) -> Element:
     rows: list[list[Node]] = [
         [
-            el("span", el("b", data.setting_of(r).key, class_="key"), " ", said(r.name)),
+            el("span", keyed(data.setting_of(r).key, r.name)),
             said(r.method),
             said(r.seed),
             said(text(r.manifest.get("steps"))),
@@ -124,7 +124,7 @@ def _each(runs: Sequence[RunData], data: ReportData) -> Element:
     ]
     return fold(
         "every run: method, seed, steps, state, start",
-        el("div", table(["run", "method", "seed", "steps", "state", "started"], rows, numeric=(2, 3)), class_="panel"),
+        panel(["run", "method", "seed", "steps", "state", "started"], rows, numeric=(2, 3)),
         key="every-run",
     )
 
@@ -144,7 +144,7 @@ def _commands(data: ReportData) -> Element | None:
     lines += [c for c in map(command, data.comparisons) if c]
     if not lines:
         return None
-    return el("div", el("p", "To make it again:", class_="soft small"), el("pre", said("\n".join(lines), tag="code")))
+    return el("div", note("To make it again:"), el("pre", said("\n".join(lines), tag="code")))
 
 
 def command(comparison: Comparison) -> str:
@@ -185,7 +185,7 @@ def _of_comparison(comparison: Comparison) -> Element | None:
     rows: list[list[Node]] = [[said(k), said(short(v) if isinstance(v, str) else text(v))] for k, v in values.items()]
     return fold(
         ["the comparison ", said(comparison.name), ": settings, checkpoints, budgets"],
-        el("div", table([], rows, class_="facts"), class_="panel"),
+        panel([], rows, class_="facts"),
         key=f"comparison-{comparison.name}",
     )
 
@@ -236,9 +236,7 @@ def _one(run: RunData | None, line: Mapping[str, Any], i: int) -> Element:
         said(text(line.get("time"))),
         f" \u00b7 step {text(line.get('step'))}",
     ]
-    body = el(
-        "div", table(["figure", "value", "95% interval", "n", "what it is"], rows, numeric=(1, 2, 3)), class_="panel"
-    )
+    body = panel(["figure", "value", "95% interval", "n", "what it is"], rows, numeric=(1, 2, 3))
     notes = [el("li", said(text(n))) for n in sequence(line.get("notes")) if text(n)]
     return fold(
         title,

@@ -10,7 +10,7 @@ from typing import Any
 
 from penchant.metrics.names import METRICS, Metric, higher_is_better, metric
 from penchant.report.data import ReportData, RunData, Setting
-from penchant.report.html import Element, Node, el, fold, said, table
+from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, table
 from penchant.report.svg import MISSING, count, estimate, interval, shown, strip, swatch
 from penchant.runfolder.values import ci_of, flat, mapping, mappings, num, text
 
@@ -46,14 +46,14 @@ def configs(data: ReportData) -> Element | None:
         return el("div", _main(runs[0].config), _whole(runs[0].config_text, "resolved config, whole", "config"))
     firsts = [next((r for r in s.runs if r.config_text), None) for s in data.settings]
     folded = [
-        _whole(r.config_text, [el("b", s.key, class_="key"), " ", said(r.name)], f"config-{s.key}")
+        _whole(r.config_text, keyed(s.key, r.name), f"config-{s.key}")
         for s, r in zip(data.settings, firsts, strict=True)
         if r is not None
     ]
     return el(
         "div",
         differences(data),
-        el("p", "Whole configs, of the first run of each setting:", class_="soft small"),
+        note("Whole configs, of the first run of each setting:"),
         folded,
     )
 
@@ -70,11 +70,7 @@ def differences(data: ReportData) -> Element:
         return el("p", "No setting differs.", class_="soft")
     kept = keys[:MOST_COLUMNS]
     rows: list[list[Node]] = [[name(s), *(said(short(of[s.key].get(k))) for k in kept)] for s in data.settings]
-    more = (
-        el("p", f"And {len(keys) - len(kept)} more: {', '.join(keys[len(kept) :])}.", class_="soft small")
-        if len(keys) > len(kept)
-        else None
-    )
+    more = note(f"And {len(keys) - len(kept)} more: {', '.join(keys[len(kept) :])}.") if len(keys) > len(kept) else None
     head: list[Node] = ["setting", *(said(k) for k in kept)]
     return el("div", table(head, rows, caption="Only keys that differ", class_="keys"), more, class_="panel")
 
@@ -92,7 +88,7 @@ def _main(config: Mapping[str, Any]) -> Element | None:
     rows: list[list[Node]] = [
         [label, said(short(values[key]))] for key, label in MAIN if values.get(key) not in (None, "")
     ]
-    return el("div", table([], rows, class_="facts"), class_="panel") if rows else None
+    return panel([], rows, class_="facts") if rows else None
 
 
 def short(value: Any) -> str:
@@ -212,9 +208,7 @@ def settings_table(data: ReportData) -> Element | None:
             ]
             for s in data.settings
         ]
-        return (
-            el("div", table(["setting", "method", "seeds"], rows, caption="Settings"), class_="panel") if rows else None
-        )
+        return panel(["setting", "method", "seeds"], rows, caption="Settings") if rows else None
     share = ranked.figure.share
     ends = [v for r in ranked.rows if r.values for v in r.range] + (
         [ranked.figure.null] if ranked.figure.null is not None else []
@@ -225,11 +219,7 @@ def settings_table(data: ReportData) -> Element | None:
     body = [_line(r, ranked, share, scale, r.setting.key in best) for r in ranked.rows]
     better = "higher is better" if ranked.up else "lower is better"
     caption = f"{ranked.figure.title} ({better}) on held-out rows, at the end of each run"
-    return el(
-        "div",
-        table(["setting", "mean", "spread", "", "seeds"], body, numeric=(1,), caption=caption, class_="ranked"),
-        class_="panel",
-    )
+    return panel(["setting", "mean", "spread", "", "seeds"], body, numeric=(1,), caption=caption, class_="ranked")
 
 
 def name(setting: Setting) -> Element:

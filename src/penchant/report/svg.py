@@ -58,6 +58,11 @@ def estimate(value: float | None, ci: tuple[float, float] | None, share: bool = 
     return _fixed(value, digits)
 
 
+def with_interval(value: float, ci: tuple[float, float] | None, share: bool = False) -> str:
+    """A figure with its interval behind it, where it has one."""
+    return f"{estimate(value, ci, share)} {interval(*ci, share)}" if ci else shown(value, share)
+
+
 def _digits(low: float, high: float) -> int | None:
     """Decimals: two digits of the width, and so many that an end beside zero does not look like zero; None: as any number."""
     width = high - low
@@ -354,14 +359,12 @@ def _grid(up: Axis, across: Axis, plot: Plot, right: int) -> list[Element]:
     made = []
     for value, label in up.ticks(5):
         text = f"{_plain(100 * value)}%" if plot.share else label
-        made.append(
-            el("line", class_="grid", x1=LEFT, x2=WIDTH - right, y1=round(up(value), 1), y2=round(up(value), 1))
-        )
-        made.append(el("text", text, class_="tick", x=LEFT - 8, y=round(up(value) + 4, 1), text_anchor="end"))
+        y = up(value)
+        made.append(el("line", class_="grid", x1=LEFT, x2=WIDTH - right, y1=round(y, 1), y2=round(y, 1)))
+        made.append(el("text", text, class_="tick", x=LEFT - 8, y=round(y + 4, 1), text_anchor="end"))
     for value, label in across.ticks(5, whole=plot.whole_x):
-        made.append(
-            el("text", label, class_="tick", x=round(across(value), 1), y=HEIGHT - BOTTOM + 19, text_anchor="middle")
-        )
+        x = round(across(value), 1)
+        made.append(el("text", label, class_="tick", x=x, y=HEIGHT - BOTTOM + 19, text_anchor="middle"))
     middle = (LEFT + WIDTH - right) / 2
     return [*made, el("text", plot.x_label, class_="axis", x=middle, y=HEIGHT - 6, text_anchor="middle")]
 
@@ -374,12 +377,8 @@ def _level(level: Level, up: Axis, right: int) -> Element | None:
     if not up.low <= level.value <= up.high:
         return None
     y = round(up(level.value), 1)
-    return el(
-        "g",
-        el("line", x1=LEFT, x2=WIDTH - right, y1=y, y2=y),
-        el("text", level.label, x=LEFT + 5, y=y - 5),
-        class_="level",
-    )
+    line = el("line", x1=LEFT, x2=WIDTH - right, y1=y, y2=y)
+    return el("g", line, el("text", level.label, x=LEFT + 5, y=y - 5), class_="level")
 
 
 def style_of(place: int) -> str:
@@ -430,7 +429,7 @@ def _tags(lines: Sequence[Line], across: Axis, up: Axis) -> list[Element]:
     tagged = [(up((x.drawn or x.points)[-1][1]), across((x.drawn or x.points)[-1][0]), x) for x in lines if x.tag]
     if len(tagged) > MOST_TAGS:  # then the legend tells them apart
         return []
-    return [tag for side in _sides(tagged) for tag in _column(side)]
+    return [made for side in _sides(tagged) for made in _column(side)]
 
 
 def _sides(tagged: Sequence[tuple[float, float, Line]]) -> list[list[tuple[float, float, Line]]]:
@@ -447,14 +446,7 @@ def _sides(tagged: Sequence[tuple[float, float, Line]]) -> list[list[tuple[float
 def _column(tagged: Sequence[tuple[float, float, Line]]) -> list[Element]:
     places = apart([y for y, _, _ in tagged], TOP + 4.0, HEIGHT - BOTTOM + 2.0, LABEL_GAP)
     return [
-        el(
-            "text",
-            line.tag,
-            class_=f"tag {style_of(line.place)}",
-            x=f"{x + 7:.1f}",
-            y=f"{y + 4:.1f}",
-            data_g=line.group or None,
-        )
+        tag(line.tag, line.place, f"{x + 7:.1f}", y + 4, line.group)
         for y, (_, x, line) in zip(places, tagged, strict=True)
     ]
 
@@ -504,9 +496,12 @@ def _behind(plot: Plot, lines: Sequence[Line]) -> Element:
 def _cell(value: float | None, ends: tuple[float, float] | None, share: bool) -> str:
     if value is None:
         return ""
-    if ends is None or ends[0] == ends[1]:
-        return shown(value, share)
-    return f"{estimate(value, ends, share)} {interval(*ends, share)}"
+    return with_interval(value, None if ends is None or ends[0] == ends[1] else ends, share)
+
+
+def tag(words: Node | Iterable[Node], place: int, x: float | str, y: float, group: str) -> Element:
+    """A setting's letter or name beside its line."""
+    return el("text", words, class_=f"tag {style_of(place)}", x=x, y=f"{y:.1f}", data_g=group or None)
 
 
 def swatch(place: int) -> Element:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from penchant.metrics.names import METRICS, Metric
 from penchant.report.data import Comparison, ReportData, RunData
-from penchant.report.html import Element, Node, el, fold, said, table
+from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, table
 from penchant.report.settings import Ranking, Row, held_out_rows, ranking, spread, tried
 from penchant.report.svg import MISSING, count, estimate, interval, number, shown, strip
 from penchant.runfolder.values import ci_of, mapping, mappings, num, sequence, text
@@ -16,6 +16,7 @@ from penchant.runfolder.values import ci_of, mapping, mappings, num, sequence, t
 # ---- The verdict: what came out, in words, before any figure; also that nothing did ----
 
 Tone = Literal["good", "bad", "open", "plain"]
+TONES: tuple[Tone, ...] = ("good", "bad", "open")
 MARK = {"good": "\u25b2", "bad": "\u25bc", "open": "\u25cb", "plain": "\u2022"}
 TONE_WORD = {"good": "shown: ", "bad": "worse: ", "open": "not shown: ", "plain": ""}
 MOST = 8  # sentences of a comparison that are not folded
@@ -41,9 +42,8 @@ def verdict(data: ReportData) -> Element:
     elif len(data.runs) > 1 and (data.kind != "comparison" and not (data.comparisons and data.kind == "pipeline")):
         parts += of_runs(data)
     if not parts:
-        parts.append(
-            statement("open", "Nothing can be said yet: there is no held-out figure in this folder.", lead=True)
-        )
+        nothing = "Nothing can be said yet: there is no held-out figure in this folder."
+        parts.append(statement("open", nothing, lead=True))
     return el("div", parts, class_="verdict")
 
 
@@ -57,14 +57,8 @@ def of_comparison(comparison: Comparison) -> list[Node]:
     about = [mapping(v) for v in sequence(figures.get("verdict"))]
     about += [{}] * (len(sentences) - len(about))  # an older file says nothing of its sentences
     if not sentences:
-        return [
-            statement(
-                "open",
-                said(comparison.name),
-                " holds no verdict: it was not finished, or is of an older version.",
-                lead=True,
-            )
-        ]
+        why = " holds no verdict: it was not finished, or is of an older version."
+        return [statement("open", said(comparison.name), why, lead=True)]
     spoken = [(text(a.get("by")), _tone(a), said(s, tag="span")) for s, a in zip(sentences, about, strict=False)]
     aside = [statement(tone, words) for by, tone, words in spoken if by]
     main = [(tone, words) for by, tone, words in spoken if not by]
@@ -72,25 +66,21 @@ def of_comparison(comparison: Comparison) -> list[Node]:
         main, aside = [(tone, words) for _, tone, words in spoken], []
     stated = [statement(tone, words, lead=i == 0) for i, (tone, words) in enumerate(main)]
     made: list[Node] = [*stated[:MOST]]
-    for title, rest in (
-        (f"{count(len(main) - MOST, 'more sentence')}", stated[MOST:]),
-        ("The same by other rewards", aside),
-    ):
+    folded = ((count(len(main) - MOST, "more sentence"), stated[MOST:]), ("The same by other rewards", aside))
+    for title, rest in folded:
         made += [fold(title, rest, key=f"verdict-{comparison.name}-{title}")] if rest else []
     heading = text(figures.get("heading"))
     notes = [text(n) for n in sequence(figures.get("notes")) if text(n)]
     if heading:
-        made.append(el("p", said(heading, tag="span"), class_="soft small"))
+        made.append(note(said(heading, tag="span")))
     if notes:
-        made.append(
-            el("ul", [el("li", said(n.removeprefix("- "), tag="span")) for n in notes], class_="soft small notes")
-        )
+        items = [el("li", said(n.removeprefix("- "), tag="span")) for n in notes]
+        made.append(el("ul", items, class_="soft small notes"))
     return made
 
 
 def _tone(about: Mapping[str, Any]) -> Tone:
-    tones: dict[str, Tone] = {"good": "good", "bad": "bad", "open": "open"}
-    return tones.get(text(about.get("tone")), "plain")
+    return next((tone for tone in TONES if tone == about.get("tone")), "plain")
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------
@@ -119,13 +109,10 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
         at = 1 if own else 0
         rows = num(run.evals[-1], "eval/rows")
         held = "" if rows is None else f"{rows:,.0f} "
-        nothing = statement(
-            "open",
-            f"On the {held}held-out rows by themselves nothing separates from chance."
-            if own
-            else "Nothing separates from chance on the held-out rows.",
-            lead=first and not own,
-        )
+        words = "Nothing separates from chance on the held-out rows."
+        if own:
+            words = f"On the {held}held-out rows by themselves nothing separates from chance."
+        nothing = statement("open", words, lead=first and not own)
         made = [*made[:at], nothing, *(_small(m) for m in made[at:])]
     return made
 
@@ -152,13 +139,8 @@ def _sentence(c: Change, run: RunData) -> list[Node]:
         what = " the chosen answer higher in " if run.method == "reward_model" else " the chosen answer in "
         return [who, what, value, brackets, of, _against_null(c, "one half")]
     if c.figure.name == "win_rate":
-        return [
-            "Its completions win ",
-            value,
-            brackets,
-            " of comparisons with the start\u2019s",
-            _against_null(c, "one half"),
-        ]
+        of = " of comparisons with the start\u2019s"
+        return ["Its completions win ", value, brackets, of, _against_null(c, "one half")]
     label = c.figure.label[0].upper() + c.figure.label[1:]
     if c.before is None:
         return [f"{label} is ", value, brackets, "; the start was not evaluated."]
@@ -200,21 +182,10 @@ def cards(run: RunData) -> Element | None:
         pair = h.get("ci")
         ci = ci_of({"x/ci": pair}, "x")
         share = "win rate" in text(h.get("name")).lower()
-        made.append(
-            el(
-                "div",
-                el("dt", said(text(h.get("name")))),
-                el(
-                    "dd",
-                    el("span", f"{number(before)} \u2192 ", class_="soft") if before is not None else None,
-                    shown(after, share),
-                    class_="value",
-                ),
-                el("dd", _card_note(h, ci, share), class_="soft small"),
-                _goal(h),
-                class_="card",
-            )
-        )
+        was = el("span", f"{number(before)} \u2192 ", class_="soft") if before is not None else None
+        name, value = el("dt", said(text(h.get("name")))), el("dd", was, shown(after, share), class_="value")
+        remark = el("dd", _card_note(h, ci, share), class_="soft small")
+        made.append(el("div", name, value, remark, _goal(h), class_="card"))
     return el("dl", made, class_="cards") if made else None
 
 
@@ -242,24 +213,17 @@ def of_runs(data: ReportData) -> list[Node]:
     progress = _progress(data)
     ranked = ranking(data)
     if ranked is None:
-        return [
-            statement(
-                "open",
-                f"{count(len(data.runs), 'run')} of {count(len(data.settings), 'setting')}, none of them with a figure on held-out rows at its end.",
-                lead=True,
-            ),
-            *progress,
-        ]
+        of = f"{count(len(data.runs), 'run')} of {count(len(data.settings), 'setting')}"
+        none = f"{of}, none of them with a figure on held-out rows at its end."
+        return [statement("open", none, lead=True), *progress]
     best = ranked.best
     if not best:
-        return [
-            statement("open", "No setting has come to its end with all its seeds, so none is called best.", lead=True),
-            *progress,
-        ]
+        none = "No setting has come to its end with all its seeds, so none is called best."
+        return [statement("open", none, lead=True), *progress]
     share = ranked.figure.share
     names: list[Node] = []
     for i, row in enumerate(best):
-        names += [" and " if i else None, el("b", row.setting.key, class_="key"), " ", said(row.setting.name)]
+        names += [" and " if i else None, *keyed(row.setting.key, row.setting.name)]
     rows = held_out_rows(data)
     on = f" on {rows[0]:,.0f} held-out rows" if len(rows) == 1 else ""
     only = tried(data) == 1
@@ -295,7 +259,7 @@ def _doubts(ranked: Ranking, best: tuple[Row, ...]) -> list[Node]:
         next_ = others[0]
         (a, b), (c, d) = best[0].range, next_.range
         kind = "Seeds" if len(best[0].values) > 1 or len(next_.values) > 1 else "Intervals"
-        words: list[Node] = [el("b", next_.setting.key, class_="key"), " ", said(next_.setting.name)]
+        words = keyed(next_.setting.key, next_.setting.name)
         if a <= d and c <= b:
             made.append(
                 statement(
@@ -404,7 +368,7 @@ def held_out(run: RunData) -> Element | None:
     step = num(run.evals[-1], "step") or 0
     caption = f"At step {step:,.0f}" + (f", over {count:,.0f} held-out rows" if count is not None else "")
     right = (1, 2, 3) if started else (1, 2)
-    return el("div", table(head, rows, numeric=right, caption=caption, class_="held"), class_="panel")
+    return panel(head, rows, numeric=right, caption=caption, class_="held")
 
 
 def _row(c: Change, started: bool) -> list[Node]:
@@ -451,6 +415,6 @@ def by_length(run: RunData) -> Element | None:
             numeric=(1, 2),
             caption="Accuracy by length: held-out pairs in quartiles",
         ),
-        el("p", f"The rule that the longer answer wins is right for {shown(rule, True)} of them.", class_="soft small"),
+        note(f"The rule that the longer answer wins is right for {shown(rule, True)} of them."),
         class_="panel",
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from penchant.metrics.stats import Interval
 from penchant.report.data import Comparison, ReportData
-from penchant.report.html import Element, Node, el, said, table
-from penchant.report.svg import MISSING, estimate, interval, number, percent, shown, strip
+from penchant.report.html import Element, Node, el, note, panel, said
+from penchant.report.svg import MISSING, estimate, interval, percent, shown, strip
 from penchant.runfolder.values import ci_of, mapping, mappings, num, text
 
 SHADES = 5  # of a cell, to each side of one half
@@ -28,19 +28,6 @@ FIGURES = (  # name, label, share
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """An estimate with its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def mirrored(self) -> Rate:
-        """The same seen from the other side."""
-        return Rate(1 - self.value, 1 - self.high, 1 - self.low)
-
-
 def win_rates(data: ReportData) -> Element | None:
     """Both matrices of every comparison, by its reward and by every other one; None where there are no pairs."""
     parts: list[Node] = []
@@ -57,11 +44,9 @@ def win_rates(data: ReportData) -> Element | None:
             parts += [_pairs_table(pairs, judge, text(c.figures.get("outcome")))] if pairs else []
     if not parts:
         return None
-    legend = el(
-        "p",
+    legend = note(
         "Each cell: how often the row\u2019s completion has the higher reward than the column\u2019s on the same prompt, a tie counting half, with its 95% interval. ",
         "Cells whose interval includes one half are pale.",
-        class_="soft small",
     )
     has_matrix = any(isinstance(p, Element) and ("class", "matrices") in p.attributes for p in parts)
     return el("div", legend if has_matrix else None, parts)
@@ -86,16 +71,16 @@ def pairs_of(comparison: Comparison) -> list[dict[str, Any]]:
     return made
 
 
-def rate_of(pair: Mapping[str, Any], field: str) -> Rate | None:
+def rate_of(pair: Mapping[str, Any], field: str) -> Interval | None:
     """One of a pair's intervals."""
     found = mapping(pair.get(field))
     value, low, high = num(found, "estimate"), num(found, "low"), num(found, "high")
-    return None if value is None or low is None or high is None else Rate(value, low, high)
+    return None if value is None or low is None or high is None else Interval(value, low, high)
 
 
-def cells_of(pairs: Sequence[Mapping[str, Any]], field: str) -> dict[tuple[str, str], Rate]:
+def cells_of(pairs: Sequence[Mapping[str, Any]], field: str) -> dict[tuple[str, str], Interval]:
     """(row, column) -> rate, both ways round."""
-    cells: dict[tuple[str, str], Rate] = {}
+    cells: dict[tuple[str, str], Interval] = {}
     for pair in pairs:
         rate = rate_of(pair, field)
         if rate is not None:
@@ -125,15 +110,15 @@ def _matrix(pairs: Sequence[Mapping[str, Any]], field: str, title: str, first: s
     )
 
 
-def _cell(rate: Rate | None, same: bool) -> Element:
+def _cell(rate: Interval | None, same: bool) -> Element:
     if rate is None:
         return el("td", "" if same else MISSING, class_="same" if same else None)
     clear = rate.low > 0.5 or rate.high < 0.5
-    shade = min(SHADES, max(1, math.ceil(abs(rate.value - 0.5) * 2 * SHADES - 1e-9))) if clear else 0
-    side = "up" if rate.value >= 0.5 else "down"
+    shade = min(SHADES, max(1, math.ceil(abs(rate.estimate - 0.5) * 2 * SHADES - 1e-9))) if clear else 0
+    side = "up" if rate.estimate >= 0.5 else "down"
     return el(
         "td",
-        el("b", percent(rate.value)),
+        el("b", percent(rate.estimate)),
         el("small", f"{100 * rate.low:.0f}\u2013{100 * rate.high:.0f}"),
         class_=f"{side}{shade}",
     )
@@ -151,24 +136,20 @@ def _pairs_table(pairs: Sequence[Mapping[str, Any]], judge: str, outcome: str) -
         rows.append(
             [
                 el("span", said(text(pair.get("name"))), " \u2212 ", said(text(pair.get("other")))),
-                el("b", estimate(d.value, ci)),
+                el("b", estimate(d.estimate, ci)),
                 interval(*ci),
-                el("span", strip(d.value, ci, 0.0, min(ends) - room, max(ends) + room), class_="marks"),
+                el("span", strip(d.estimate, ci, 0.0, min(ends) - room, max(ends) + room), class_="marks"),
                 p_value(num(pair, "p")),
                 p_value(num(pair, "p_corrected")),
             ]
         )
     what = f"reward by {judge}" if judge else outcome or "outcome"
     caption = f"Differences of {what}; p by prompt{', and by seeds where there are several' if any(num(p, 'p_seeds') is not None for p, _ in found) else ''}, corrected (Holm) for {len(found)}"
-    return el(
-        "div",
-        table(
-            ["comparison", "difference", "95% interval", "", "p", "p corrected"],
-            rows,
-            numeric=(1, 2, 4, 5),
-            caption=caption,
-        ),
-        class_="panel",
+    return panel(
+        ["comparison", "difference", "95% interval", "", "p", "p corrected"],
+        rows,
+        numeric=(1, 2, 4, 5),
+        caption=caption,
     )
 
 
@@ -199,15 +180,11 @@ def compared_figures(data: ReportData) -> Element | None:
                     by = f", by {judge}" if judge else ""
                     rows.append([said(label.format(first=first) + by), *(_figure(f, name, share) for f in of.values())])
         parts.append(
-            el(
-                "div",
-                table(
-                    ["", *(said(m) for m in models)],
-                    rows,
-                    numeric=range(1, len(models) + 1),
-                    caption="Every figure on the same prompts, with 95% intervals",
-                ),
-                class_="panel",
+            panel(
+                ["", *(said(m) for m in models)],
+                rows,
+                numeric=range(1, len(models) + 1),
+                caption="Every figure on the same prompts, with 95% intervals",
             )
         )
     return el("div", parts) if parts else None
@@ -218,5 +195,5 @@ def _figure(figures: Mapping[str, Any], name: str, share: bool) -> Node:
     if value is None:
         return MISSING
     if ci is None:
-        return shown(value, share) if share or abs(value) >= 1 else number(value)
+        return shown(value, share)
     return el("span", el("b", estimate(value, ci, share)), " ", el("small", interval(*ci, share), class_="ci"))

@@ -16,6 +16,7 @@ from penchant.metrics.flags.rule import (
     Seen,
     number,
     percent,
+    seen,
     share_interval,
     standard_error,
 )
@@ -73,8 +74,8 @@ def _of_comparison(view: ComparisonView) -> Sequence[Seen]:
             f"The win rate of {name} against {view.first} is {_shown(raw)}, but {_shown(equal)} at equal length: length may be why it "
             f"{'wins' if wins else 'loses'}."
         )
-        shown = (Evidence("win rate, raw and at equal length", (raw.estimate, equal.estimate)),)
-        found.append(Seen(sentence, shown, about=name))
+        label = "win rate, raw and at equal length"
+        found.append(seen(sentence, label, raw.estimate, equal.estimate, about=name))
     return found
 
 
@@ -150,7 +151,7 @@ def _position(view: ComparisonView) -> Sequence[Seen]:
         return []
     which = "first" if share > 0.5 else "second"
     sentence = f"The judge names the {which} answer more often, whatever it is: the first one in {share_interval(point)} of {asked:,} replies."
-    return [Seen(sentence, (Evidence("share of replies for the first answer", (float(share), low, high)),))]
+    return [seen(sentence, "share of replies for the first answer", share, low, high)]
 
 
 POSITION = Rule(
@@ -172,7 +173,7 @@ def _failures(view: ComparisonView) -> Sequence[Seen]:
     if not asked or failed / asked <= view.trust.judge_failures:
         return []
     sentence = f"{failed:,} of {asked:,} replies of the judge ({percent(failed / asked)}) could not be read; they are left out."
-    return [Seen(sentence, (Evidence("share of replies that could not be read", (failed / asked,)),))]
+    return [seen(sentence, "share of replies that could not be read", failed / asked)]
 
 
 FAILURES = Rule(
@@ -197,7 +198,7 @@ def _disagree(view: ComparisonView) -> Sequence[Seen]:
                 continue
             change, theirs = float(figures["reward_change"]), float(by_it["reward_change"])
             sentence = f"By the reward {name} gained {number(change)} over {view.first}, by {other} {number(theirs)}: they say the opposite of each other."
-            found.append(Seen(sentence, (Evidence("change of reward, by both", (change, theirs)),), about=name))
+            found.append(seen(sentence, "change of reward, by both", change, theirs, about=name))
     return found
 
 
@@ -232,14 +233,14 @@ def _prompts_of_run(run: RunView) -> Seen | None:
     sentence = (
         f"Held-out figures rest on {count:,} {what}: their intervals are wide, and only large effects can be seen."
     )
-    return Seen(sentence, (Evidence(what, (float(count),)),), "note", advice=f"To see more, {how}.")
+    return seen(sentence, what, count, level="note", advice=f"To see more, {how}.")
 
 
 def _prompts_of_comparison(view: ComparisonView) -> Sequence[Seen]:
     if not 0 < view.prompts < view.trust.prompts:
         return []
     sentence = f"The comparison rests on {view.prompts:,} prompts: only large differences can be seen."
-    return [Seen(sentence, (Evidence("prompts", (float(view.prompts),)),), "note", advice="Compare on more prompts.")]
+    return [seen(sentence, "prompts", view.prompts, level="note", advice="Compare on more prompts.")]
 
 
 FEW_PROMPTS = Rule(
@@ -265,7 +266,7 @@ def _one_seed(view: ComparisonView) -> Sequence[Seen]:
     if not one:
         return []
     sentence = f"{', '.join(one)}: trained with one seed, so nothing says what another seed would have given."
-    return [Seen(sentence, (Evidence("seeds of each setting", tuple(float(n) for n in counts.values())),), "note")]
+    return [seen(sentence, "seeds of each setting", *counts.values(), level="note")]
 
 
 ONE_SEED = Rule(

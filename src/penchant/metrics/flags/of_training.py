@@ -21,6 +21,7 @@ from penchant.metrics.flags.rule import (
     interval,
     number,
     percent,
+    seen,
     share_interval,
     since,
     smooth,
@@ -65,15 +66,10 @@ def _kl_of_comparison(view: ComparisonView) -> Sequence[Seen]:
     found = []
     high = view.trust.kl[1]
     for name, figures in view.others.items():
-        value = figures.get("kl")
-        if not isinstance(value, (int, float)):
-            continue
-        now = Point(0, float(value), standard_error(float(value), figures.get("kl/ci"), view.prompts), view.prompts)
-        if now.bounds()[0] > high:
+        now = view.point(figures, "kl")
+        if now is not None and now.bounds()[0] > high:
             sentence = f"{name} is {number(now.value)} nats per completion away from {view.first}{interval(now)}, above trust.kl's {number(high)}."
-            found.append(
-                Seen(sentence, (Evidence("KL to the first model, nats per completion", (now.value,)),), about=name)
-            )
+            found.append(seen(sentence, "KL to the first model, nats per completion", now.value, about=name))
     return found
 
 
@@ -149,13 +145,7 @@ def _perplexity_of_comparison(view: ComparisonView) -> Sequence[Seen]:
             continue
         if mine / base > view.trust.perplexity_ratio:
             sentence = f"Held-out chosen answers have a perplexity of {number(mine)} under {name}, {number(base)} under {view.first}: {number(mine / base)} times."
-            found.append(
-                Seen(
-                    sentence,
-                    (Evidence("perplexity, first model and this one", (float(base), float(mine))),),
-                    about=name,
-                )
-            )
+            found.append(seen(sentence, "perplexity, first model and this one", base, mine, about=name))
     return found
 
 
@@ -332,23 +322,16 @@ def _bias(audit: Mapping[str, Any]) -> tuple[str, Evidence] | None:
 
 
 def _of_comparison(view: ComparisonView) -> Sequence[Seen]:
-    base = _tokens(view.models.get(view.first, {}), view.prompts)
+    base = view.point(view.models.get(view.first, {}), "tokens")
     found = []
     for name, figures in view.others.items():
-        mine = _tokens(figures, view.prompts)
+        mine = view.point(figures, "tokens")
         if base is None or mine is None or change(mine, base, view.trust.length_ratio).bounds()[0] <= 0:
             continue
         sentence = f"{name} writes {number(mine.value)} tokens per completion, {view.first} {number(base.value)}."
-        shown = (Evidence("tokens per completion, first model and this one", (base.value, mine.value)),)
-        found.append(Seen(sentence, shown, about=name, advice="Look at the win rate at equal length."))
+        label, advice = "tokens per completion, first model and this one", "Look at the win rate at equal length."
+        found.append(seen(sentence, label, base.value, mine.value, about=name, advice=advice))
     return found
-
-
-def _tokens(figures: Mapping[str, Any], prompts: int) -> Point | None:
-    value = figures.get("tokens")
-    if not isinstance(value, (int, float)):
-        return None
-    return Point(0, float(value), standard_error(float(value), figures.get("tokens/ci"), prompts), prompts)
 
 
 LENGTH = Rule(
@@ -604,16 +587,8 @@ def _drift(run: RunView) -> Seen | None:
                 f"Before the first step {side} answers already differ from the reference by {number(value)} nats per completion, though the reference "
                 "should be the model that training starts from."
             )
-            return Seen(
-                sentence,
-                (
-                    Evidence(
-                        f"log-ratio of {side} answers before the first step, nats",
-                        (float(value),),
-                        (int(first["step"]),),
-                    ),
-                ),
-            )
+            label = f"log-ratio of {side} answers before the first step, nats"
+            return Seen(sentence, (Evidence(label, (float(value),), (int(first["step"]),)),))
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal, TypeGuard
 
@@ -59,14 +59,8 @@ class Flag:
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in files."""
-        return {
-            "name": self.name,
-            "title": self.title,
-            "level": self.level,
-            "sentence": self.sentence,
-            "advice": self.advice,
-            "about": self.about,
-            "evidence": [{"label": e.label, "values": list(e.values), "steps": list(e.steps)} for e in self.evidence],
+        return asdict(self) | {
+            "evidence": [{"label": e.label, "values": list(e.values), "steps": list(e.steps)} for e in self.evidence]
         }
 
 
@@ -351,6 +345,13 @@ class ComparisonView:
     def prompts(self) -> int:
         return int(self.figures.get("prompts") or len({r.get("prompt") for r in self.rows}))
 
+    def point(self, figures: Mapping[str, Any], name: str) -> Point | None:
+        """A figure of a model with its standard error; None where there is none."""
+        value, n = figures.get(name), self.prompts
+        if not _is_number(value):
+            return None
+        return Point(0, float(value), standard_error(value, figures.get(f"{name}/ci"), n), n)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -388,3 +389,10 @@ class Seen:
     level: Level = "warning"
     about: str = ""
     advice: str = ""
+
+
+def seen(
+    sentence: str, label: str, *values: float, level: Level = "warning", about: str = "", advice: str = ""
+) -> Seen:
+    """What a rule saw, with one piece of evidence that is not over steps."""
+    return Seen(sentence, (Evidence(label, tuple(map(float, values))),), level, about, advice)
