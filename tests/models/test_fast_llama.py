@@ -52,6 +52,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral_windowed": ("Mistral", {"sliding_window": 5}),
     "qwen2": ("Qwen2", {}),
+    "qwen2_windowed_above": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {}),
 }
 
@@ -155,13 +156,15 @@ def test_fp32_is_close(plain_norms: None) -> None:
 
 def test_long_trees_take_tiles_and_equal_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = build("llama"), trees(sizes=((3, (4, 6)), (20, (30, 25))))
-    batch = pack(data)
-    g = weights_for(batch)
+    g = weights_for(pack(data))
     results = []
-    for keep, tile in ((512, 256), (8, 16)):
+    for keep, tile, most in ((512, 256, 1), (8, 16, 5)):
         monkeypatch.setattr(fast_attention, "_KEEP_UP_TO", keep)
         monkeypatch.setattr(fast_attention, "_TILE", tile)
+        batch = pack(data)  # a batch keeps its plan
         logps = fast_logps(model, recognized(model), batch)
+        (plan,) = (kept[0] for name, kept in batch.cache.items() if name.startswith("fast/"))  # type: ignore[index]
+        assert max(len(group.tiles) for group in plan.groups) == most
         (logps * g).sum().backward()
         results.append([logps.detach(), *(p.grad.clone() for p in model.parameters())])
         model.zero_grad()
