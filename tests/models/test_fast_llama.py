@@ -147,6 +147,25 @@ def test_equals_plain_transformers(family: str, shared: bool, plain_norms: None)
         assert p.grad is not None and close(p.grad, gradients[name], 1e-9), name
 
 
+def test_the_padding_token_learns_nothing_as_an_input(plain_norms: None) -> None:
+    """Its row is an output of a tied head, which does learn; without padding in the config it is a token like others."""
+    ids = lambda *n: np.array(n, np.int32)  # noqa: E731
+    data = [TokenTree(0, ids(3, 5, 3), (ids(4, 3, 6), ids(7, 3)), (False, False))]
+    rows = []
+    for padding in (3, None):
+        model = build("llama").eval()
+        model.model.embed_tokens.padding_idx = padding
+        model.set_attn_implementation("eager")
+        batch = pack(data)
+        (plain_logps(model, data) * weights_for(batch)).sum().backward()
+        expected = model.model.embed_tokens.weight.grad.clone()
+        model.zero_grad()
+        (fast_logps(model, recognized(model), batch) * weights_for(batch)).sum().backward()
+        assert close(model.model.embed_tokens.weight.grad, expected, 1e-9)
+        rows.append(expected[3])
+    assert not close(*rows, 1e-3)
+
+
 def test_fp32_is_close(plain_norms: None) -> None:
     model = build("llama", torch.float32).eval()
     data = trees()
