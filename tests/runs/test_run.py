@@ -275,6 +275,16 @@ def test_no_option_is_silently_ignored(base: dict[str, Any]) -> None:
     assert without_effect == []
 
 
+def test_rows_that_changed_are_another_run(base: dict[str, Any]) -> None:
+    base["train"]["max_steps"] = 1
+    api.train(base, quiet=True)
+    rows = polite_rows()
+    rows[3]["chosen"] += "!"
+    write_jsonl(Path(base["data"]["path"]), rows)
+    with pytest.raises(CheckpointError, match="holds checkpoints of a different run"):
+        api.train(base, quiet=True)
+
+
 def test_another_model_at_the_same_path_is_another_run(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
