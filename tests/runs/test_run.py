@@ -334,3 +334,15 @@ def test_nothing_held_out_to_evaluate(base: dict[str, Any]) -> None:
     base["data"].pop("validation_rows")
     with pytest.raises(ConfigError, match="nothing held out"):
         api.evaluate(base, quiet=True)
+
+
+def test_prompts_of_files_with_one_name_are_told_apart_or_not_at_all(base: dict[str, Any], tmp_path: Path) -> None:
+    """A row's source is its file's name and line; where two rows are called alike, nobody takes one's prompt for the other's."""
+    for name, rows in (("a", polite_rows(3)), ("b", [*polite_rows(1), *polite_rows(4)[2:]])):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "x.jsonl", rows)
+    base["data"] = {"path": str(tmp_path / "a/x.jsonl"), "eval_path": str(tmp_path / "b/x.jsonl")}
+    prompts = Run(api.as_config(base), quiet=True).rows.prompts
+    first, *others = prompts.values()
+    assert list(prompts) == [f"x.jsonl:{i}" for i in (1, 2, 3)]
+    assert first == polite_rows()[0]["prompt"] and others == [None, None]
