@@ -17,6 +17,7 @@ import torch
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
+from penchant.algorithms.offline import Offline
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.runs import Run
 from penchant.runs.sharing import Shared
@@ -273,6 +274,38 @@ def test_no_option_is_silently_ignored(base: dict[str, Any]) -> None:
         if torch.equal(trained(option), adapter if option.startswith("lora") else plain)
     ]
     assert without_effect == []
+
+
+def test_a_moving_reference_is_the_mean_that_its_option_says(base: dict[str, Any]) -> None:
+    """ema=0.9: nine parts of what it was, one part of the policy, after the first step."""
+    run = Run(api.as_config({**base, "reference": {"ema": 0.9}}), quiet=True)
+    loop = run.make_loop()
+    start = {n: m.detach().clone() for n, m in loop.optimizer.masters.items()}
+    loop.take_step(0, loop.schedule)
+    moved = loop.algorithm.state_tensors()
+    for name, policy in loop.optimizer.masters.items():
+        assert torch.allclose(
+            moved[f"reference/{name}"], 0.9 * start[name] + 0.1 * policy.detach(), rtol=1e-5, atol=1e-7
+        )
+        assert not torch.equal(start[name], policy)
+
+
+def test_an_evaluation_is_with_the_values_of_the_step_before_it(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three steps with progress 0, 1/2 and 1: what is held out meets a scheduled value as it was last trained with."""
+    begin, seen = Offline.begin_step, []
+
+    def spied(self: Offline, step: int, progress: float, trees: Any) -> Any:
+        if not self.scorer.model.training:
+            seen.append(progress)
+        return begin(self, step, progress, trees)
+
+    monkeypatch.setattr(Offline, "begin_step", spied)
+    base["train"]["max_steps"] = 3
+    base["evaluation"] |= {"every": 1, "samples": 0, "kl_prompts": 0}
+    api.train(base, quiet=True)
+    assert seen[-3:] == [0.0, 0.5, 1.0] and set(seen[:-3]) <= {0.0}
 
 
 def test_rows_that_changed_are_another_run(base: dict[str, Any]) -> None:
