@@ -179,10 +179,7 @@ def _in_a_fork(copy: Path, arguments: list[str], output: Path) -> None:
     sys.dont_write_bytecode = False  # the next run of this copy reads it
     os.environ.update(ENVIRONMENT | dict(os.environ) | {"PYTHONPATH": str(copy / "src")})
     sys.path.insert(0, str(copy / "src"))
-    code = int(pytest.main(arguments))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    sys.exit(int(pytest.main(arguments)))
 
 
 def _write(path: Path, text: str) -> None:
