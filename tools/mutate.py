@@ -142,7 +142,7 @@ def run_tests(
     Args:
         fresh: in a new Python; otherwise in a fork of one that has imported torch and its kin, which saves most of the time.
     """
-    arguments = ["-q", "-p", "no:cacheprovider", "--durations=0", "--tb=line", *more, *tests]
+    arguments = ["-p", "no:cacheprovider", "--tb=line", *more, *tests]
     with tempfile.TemporaryDirectory(dir=copy.parent) as folder:
         output = Path(folder) / "output"
         if fresh:
