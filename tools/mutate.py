@@ -142,7 +142,7 @@ def run_tests(
     Args:
         fresh: in a new Python; otherwise in a fork of one that has imported torch and its kin, which saves most of the time.
     """
-    arguments = ["-q", "-p", "no:cacheprovider", "--durations=0", "--tb=line", *more, *tests]
+    arguments = ["-p", "no:cacheprovider", "--tb=line", *more, *tests]
     with tempfile.TemporaryDirectory(dir=copy.parent) as folder:
         output = Path(folder) / "output"
         if fresh:
@@ -179,10 +179,7 @@ def _in_a_fork(copy: Path, arguments: list[str], output: Path) -> None:
     sys.dont_write_bytecode = False  # the next run of this copy reads it
     os.environ.update(ENVIRONMENT | dict(os.environ) | {"PYTHONPATH": str(copy / "src")})
     sys.path.insert(0, str(copy / "src"))
-    code = int(pytest.main(arguments))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    sys.exit(int(pytest.main(arguments)))
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from comparing import Letters, even, scorer, setting
 from families import make_tree
 
+from penchant.compare.measured import by_prompt
 from penchant.compare.models import NO_OUTCOME, Compared, compare_models, table
 from penchant.metrics.stats import holm
 from penchant.types import TokenTree
@@ -197,3 +198,9 @@ def test_seeds_are_averaged_by_another_judge_too() -> None:
     for figure in ("reward", "reward/ci", "reward_change", "reward_change/ci", "win_rate", "win_rate/ci"):
         assert got.models["x"]["also"]["odd"][figure] == pytest.approx(got.models["x"][figure])
     assert got.also["odd"][0].p_seeds == got.pairs[0].p_seeds is not None
+
+
+def test_a_prompts_share_of_a_mean_by_hand() -> None:
+    """One row of 1 and three of 0: the mean is 1/4, the two prompts' parts of it are 1/4 + 3/8 and 1/4 - 3/8."""
+    parts = by_prompt(np.array([1.0, 0.0, 0.0, 0.0]), np.array([0, 1, 1, 1]))
+    assert parts.tolist() == pytest.approx([0.625, -0.125]) and parts.mean() == pytest.approx(0.25)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -211,3 +212,16 @@ def test_the_win_rate_over_seeds_knows_that_seeds_differ() -> None:
     (pair,) = compare_all([b, a])
     assert pair.win_rate is not None and pair.win_rate.estimate == 0.5
     assert (pair.win_rate.low, pair.win_rate.high) == (0.0, 1.0)
+
+
+def test_a_loser_is_seen_from_the_winners_side() -> None:
+    """The same figures whoever stands first: the difference changes its sign, a win rate is mirrored at one half."""
+    one, other = (
+        candidate("a", [noise(0)], fixed=True),
+        candidate("b", [noise(0) + 0.8 + noise(1, scale=0.2)], fixed=True),
+    )
+    texts = [said(one, other), said(other, one)]
+    found = [re.findall(r"([\d.]+)(%?) \[([\d.]+)%?, ([\d.]+)%?\]", text) for text in texts]
+    assert found[0] == found[1] and len(found[0]) >= 2
+    for estimate, _, low, high in found[0]:
+        assert float(low) <= float(estimate) <= float(high)

@@ -291,3 +291,21 @@ def test_advice_about_length_needs_evidence(longer: int, of: int, advised: bool)
         for i in range(of)
     ]
     assert bool(audit(from_rows(rows), languages=False).findings["length_bias"].advice) is advised
+
+
+def test_a_reward_is_sure_of_large_margins_only() -> None:
+    """Nine times as likely is 90%: the calibrated margin must be beyond log 9."""
+    margins = [2.0] * 30 + [-0.1] * 4 + [-3.0]
+    rows = [{"prompt": f"p{i}", "chosen": f"c {m}", "rejected": "r 0"} for i, m in enumerate(margins)]
+    reward = lambda prompts, completions: [float(c.split()[1]) for c in completions]  # noqa: E731
+    scale = calibrate(np.array(margins))
+    assert 0.1 * scale < np.log(9) < 3 * scale
+    found = audit(from_rows(rows), languages=False, counters=[Disagreement("numbers", reward)]).findings
+    assert found["reward_disagreement"].count == 5
+    assert "in 1 of them it is at least 90% sure" in found["reward_disagreement"].note
+
+
+def test_a_pair_of_equal_answers_contradicts_nothing() -> None:
+    same = {"prompt": "b", "chosen": "x", "rejected": "x"}
+    found = audit(from_rows([same, same, pair(1)], identical="keep"), languages=False).findings
+    assert (found["identical_pairs"].count, found["duplicates"].count, found["contradictions"].count) == (2, 1, 0)

@@ -220,3 +220,14 @@ def test_rules_are_added_and_kept() -> None:
     for more in ({"drop": ["x"]}, {"keep": ["unreadable"]}, {"drop": ["pii"], "keep": ["pii"]}):
         with pytest.raises(DataError):
             default_rules(**more)  # type: ignore[arg-type]
+
+
+def test_a_pair_of_equal_answers_is_no_contradiction(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [{"prompt": "b", "chosen": "x", "rejected": "x"}, pair(1)])
+    assert fix(str(source), tmp_path / "b.jsonl", drop=("contradictions",)).written == 2
+
+
+def test_marks_are_of_their_own_rows_behind_a_bad_one(tmp_path: Path) -> None:
+    rows = [pair(1), {"prompt": "no answers"}, pair(2), pair(2), pair(3)]
+    done = fix(str(write(tmp_path / "a.jsonl", rows)), tmp_path / "b.jsonl", drop=("duplicates",))
+    assert numbers(done.touched) == {"duplicates": [4]} and done.written == 4

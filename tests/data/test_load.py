@@ -176,6 +176,12 @@ def test_a_split_of_unique_prompts_is_exact() -> None:
     assert split_by_prompt(dataset, validation_fraction=0.2)[1].accepted == 10
 
 
+def test_a_split_is_its_seeds() -> None:
+    dataset = from_rows([{"prompt": f"p{i}", "chosen": "c", "rejected": "r"} for i in range(50)])
+    held = [[t.source for t in split_by_prompt(dataset, validation_rows=7, seed=s)[1].trees] for s in (0, 0, 1)]
+    assert held[0] == held[1] != held[2]
+
+
 def test_real_files(shared_dir: Path) -> None:
     expected = {
         "hh-harmless-1700.jsonl": ("hh", 1694, 6),

@@ -15,7 +15,7 @@ from penchant import api
 from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.export.card import public
-from penchant.export.formats import DTYPES, FORMATS
+from penchant.export.formats import DTYPES, FORMATS, compared
 from penchant.export.subject import outputs
 
 ROW = [[5, 99, 17, 240, 31, 8]]
@@ -353,3 +353,17 @@ def _record(folder: Path, **values: Any) -> None:
     """Change the record; None takes a key away."""
     kept = {k: v for k, v in {**_about(folder), **values}.items() if v is not None}
     (folder / "export.json").write_text(json.dumps(kept))
+
+
+def test_a_comparison_is_with_the_weights_written_and_with_the_runs_own_model() -> None:
+    """Either alone would let another model through; NaN is near nothing."""
+    one = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    near, far, nan = one + 1e-6, one + 1.0, one.clone()
+    nan[0, 0] = float("nan")
+
+    def good(own: torch.Tensor, written: torch.Tensor, read: torch.Tensor) -> bool:
+        return compared(own, written, read, equal=1e-5, dtype="fp32", exact=False, tokens=2).good
+
+    assert good(one, one, one) and good(near, one, one)
+    assert not good(far, one, one) and not good(one, far, one) and not good(one, one, nan)
+    assert not good(one, one, one[:1])

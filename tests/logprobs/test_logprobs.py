@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from families import VOCAB, family_configs, some_trees, tiny_model
 
 from penchant.data.packing import pack
@@ -140,3 +141,20 @@ def test_a_temperature_divides_the_logits_of_every_head(head: str) -> None:
     with torch.no_grad():
         got = Scorer(model, "shared", temperature=0.7).logps(pack(trees)).sums
         assert torch.allclose(got, _one_by_one(model, trees, 0.7), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", ["granite", "cohere"])
+def test_a_models_own_scale_of_its_logits_counts(name: str) -> None:
+    """Granite divides its logits by a number, Cohere multiplies them."""
+    common = family_configs()["llama"].to_dict()
+    sizes = {k: v for k, v in common.items() if k.endswith("_size") or k.startswith(("num_", "max_position"))}
+    config = {
+        "granite": lambda: transformers.GraniteConfig(**sizes, logits_scaling=4.0),
+        "cohere": lambda: transformers.CohereConfig(**sizes, logit_scale=4.0),
+    }[name]()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    trees = some_trees()
+    with torch.no_grad():
+        got = Scorer(model, "shared").logps(pack(trees)).sums
+        assert torch.allclose(got, _one_by_one(model, trees), rtol=1e-4, atol=0)

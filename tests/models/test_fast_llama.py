@@ -52,6 +52,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral_windowed": ("Mistral", {"sliding_window": 5}),
     "qwen2": ("Qwen2", {}),
+    "qwen2_windowed_above": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {}),
 }
 
@@ -146,6 +147,25 @@ def test_equals_plain_transformers(family: str, shared: bool, plain_norms: None)
         assert p.grad is not None and close(p.grad, gradients[name], 1e-9), name
 
 
+def test_the_padding_token_learns_nothing_as_an_input(plain_norms: None) -> None:
+    """Its row is an output of a tied head, which does learn; without padding in the config it is a token like others."""
+    ids = lambda *n: np.array(n, np.int32)  # noqa: E731
+    data = [TokenTree(0, ids(3, 5, 3), (ids(4, 3, 6), ids(7, 3)), (False, False))]
+    rows = []
+    for padding in (3, None):
+        model = build("llama").eval()
+        model.model.embed_tokens.padding_idx = padding
+        model.set_attn_implementation("eager")
+        batch = pack(data)
+        (plain_logps(model, data) * weights_for(batch)).sum().backward()
+        expected = model.model.embed_tokens.weight.grad.clone()
+        model.zero_grad()
+        (fast_logps(model, recognized(model), batch) * weights_for(batch)).sum().backward()
+        assert close(model.model.embed_tokens.weight.grad, expected, 1e-9)
+        rows.append(expected[3])
+    assert not close(*rows, 1e-3)
+
+
 def test_fp32_is_close(plain_norms: None) -> None:
     model = build("llama", torch.float32).eval()
     data = trees()
@@ -155,13 +175,15 @@ def test_fp32_is_close(plain_norms: None) -> None:
 
 def test_long_trees_take_tiles_and_equal_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = build("llama"), trees(sizes=((3, (4, 6)), (20, (30, 25))))
-    batch = pack(data)
-    g = weights_for(batch)
+    g = weights_for(pack(data))
     results = []
-    for keep, tile in ((512, 256), (8, 16)):
+    for keep, tile, most in ((512, 256, 1), (8, 16, 5)):
         monkeypatch.setattr(fast_attention, "_KEEP_UP_TO", keep)
         monkeypatch.setattr(fast_attention, "_TILE", tile)
+        batch = pack(data)  # a batch keeps its plan
         logps = fast_logps(model, recognized(model), batch)
+        (plan,) = (kept[0] for name, kept in batch.cache.items() if name.startswith("fast/"))  # type: ignore[index]
+        assert max(len(group.tiles) for group in plan.groups) == most
         (logps * g).sum().backward()
         results.append([logps.detach(), *(p.grad.clone() for p in model.parameters())])
         model.zero_grad()

@@ -26,6 +26,7 @@ from penchant.models.reward import head_of
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import (
     PolicyText,
+    RewardModel,
     find_reward_model,
     load_reward_function,
     prompts_by_source,
@@ -345,3 +346,12 @@ def test_the_best_checkpoint_is_taken(tmp_path: Path) -> None:
     result = api.train(config, quiet=True)
     assert result.best_step is not None and result.best_step < result.steps
     assert find_reward_model(config["output"]) == result.folder / f"checkpoints/step-{result.best_step}/model"
+
+
+def test_a_prompt_that_cannot_be_told_is_no_other_rows() -> None:
+    tokenizer = tiny_tokenizer()
+    policy = PolicyText(tokenizer, prompts={"x.jsonl:1": None})
+    judge = RewardModel(None, tokenizer, True, "auto", 32, True, policy)  # type: ignore[arg-type]
+    tree = TokenTree(0, np.array([5, 6], np.int32), (np.array([7], np.int32),), (True,), "x.jsonl:1")
+    with pytest.raises(DataError, match="give the data files different names"):
+        judge.score_trees([tree])

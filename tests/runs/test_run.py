@@ -17,6 +17,7 @@ import torch
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
+from penchant.algorithms.offline import Offline
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.runs import Run
 from penchant.runs.sharing import Shared
@@ -275,6 +276,48 @@ def test_no_option_is_silently_ignored(base: dict[str, Any]) -> None:
     assert without_effect == []
 
 
+def test_a_moving_reference_is_the_mean_that_its_option_says(base: dict[str, Any]) -> None:
+    """ema=0.9: nine parts of what it was, one part of the policy, after the first step."""
+    run = Run(api.as_config({**base, "reference": {"ema": 0.9}}), quiet=True)
+    loop = run.make_loop()
+    start = {n: m.detach().clone() for n, m in loop.optimizer.masters.items()}
+    loop.take_step(0, loop.schedule)
+    moved = loop.algorithm.state_tensors()
+    for name, policy in loop.optimizer.masters.items():
+        assert torch.allclose(
+            moved[f"reference/{name}"], 0.9 * start[name] + 0.1 * policy.detach(), rtol=1e-5, atol=1e-7
+        )
+        assert not torch.equal(start[name], policy)
+
+
+def test_an_evaluation_is_with_the_values_of_the_step_before_it(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three steps with progress 0, 1/2 and 1: what is held out meets a scheduled value as it was last trained with."""
+    begin, seen = Offline.begin_step, []
+
+    def spied(self: Offline, step: int, progress: float, trees: Any) -> Any:
+        if not self.scorer.model.training:
+            seen.append(progress)
+        return begin(self, step, progress, trees)
+
+    monkeypatch.setattr(Offline, "begin_step", spied)
+    base["train"]["max_steps"] = 3
+    base["evaluation"] |= {"every": 1, "samples": 0, "kl_prompts": 0}
+    api.train(base, quiet=True)
+    assert seen[-3:] == [0.0, 0.5, 1.0] and set(seen[:-3]) <= {0.0}
+
+
+def test_rows_that_changed_are_another_run(base: dict[str, Any]) -> None:
+    base["train"]["max_steps"] = 1
+    api.train(base, quiet=True)
+    rows = polite_rows()
+    rows[3]["chosen"] += "!"
+    write_jsonl(Path(base["data"]["path"]), rows)
+    with pytest.raises(CheckpointError, match="holds checkpoints of a different run"):
+        api.train(base, quiet=True)
+
+
 def test_another_model_at_the_same_path_is_another_run(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,3 +367,15 @@ def test_nothing_held_out_to_evaluate(base: dict[str, Any]) -> None:
     base["data"].pop("validation_rows")
     with pytest.raises(ConfigError, match="nothing held out"):
         api.evaluate(base, quiet=True)
+
+
+def test_prompts_of_files_with_one_name_are_told_apart_or_not_at_all(base: dict[str, Any], tmp_path: Path) -> None:
+    """A row's source is its file's name and line; where two rows are called alike, nobody takes one's prompt for the other's."""
+    for name, rows in (("a", polite_rows(3)), ("b", [*polite_rows(1), *polite_rows(4)[2:]])):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "x.jsonl", rows)
+    base["data"] = {"path": str(tmp_path / "a/x.jsonl"), "eval_path": str(tmp_path / "b/x.jsonl")}
+    prompts = Run(api.as_config(base), quiet=True).rows.prompts
+    first, *others = prompts.values()
+    assert list(prompts) == [f"x.jsonl:{i}" for i in (1, 2, 3)]
+    assert first == polite_rows()[0]["prompt"] and others == [None, None]

@@ -1,0 +1,39 @@
+"""Held-out metrics: intervals draw whole prompts, so copies of a row bring no certainty."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from families import some_pairs, tiny_model
+
+from penchant.algorithms.offline import Component, Offline
+from penchant.logprobs import Scorer
+from penchant.logprobs.reference import LiveReference
+from penchant.losses import LOSSES
+from penchant.metrics.heldout import evaluate_heldout
+from penchant.types import TokenTree
+
+
+def _evaluated(name: str, trees: list[TokenTree]) -> dict[str, object]:
+    reference = LiveReference(Scorer(tiny_model("llama", seed=1), "shared"))
+    algorithm = Offline(
+        Scorer(tiny_model("llama"), "shared"), [Component(LOSSES[name], LOSSES[name].params())], reference
+    )
+    trees = [replace(t, row=i) for i, t in enumerate(trees)]
+    return evaluate_heldout(algorithm, trees, shared=True, tokens_per_step=60, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [("dpo", ("loss", "rewards/margins", "rewards/accuracies", "logratios/chosen")), ("sft", ("nll",))],
+)
+def test_copies_of_a_prompt_bring_no_certainty(name: str, figures: tuple[str, ...]) -> None:
+    pairs = some_pairs(8)
+    once, copied = _evaluated(name, pairs), _evaluated(name, [t for t in pairs for _ in range(5)])
+    assert copied["eval/rows"] == 40
+    for figure in figures:
+        assert copied[f"eval/{figure}"] == pytest.approx(once[f"eval/{figure}"], rel=1e-9)
+        low, high = once[f"eval/{figure}/ci"]  # type: ignore[misc]
+        assert copied[f"eval/{figure}/ci"] == pytest.approx([low, high], rel=1e-9) and low < high
