@@ -19,7 +19,6 @@ from penchant.runs import Run, TrainResult
 from penchant.runs.sharing import Shared
 from penchant.training.loop import Loop
 
-
 SHORT = {"samples": 0, "sample_tokens": 6}
 
 
