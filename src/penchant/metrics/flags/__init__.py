@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from penchant.base.files import YAML_LOADER
 from penchant.errors import CheckpointError
 from penchant.metrics.flags.of_comparison import BY_LENGTH, DISAGREE, FAILURES, FEW_PROMPTS, ONE_SEED, POSITION
 from penchant.metrics.flags.of_training import (
@@ -145,7 +146,7 @@ def write_flags(run: Path) -> list[Flag]:
 
 def _of_run(run: Path) -> list[Flag]:
     try:
-        config = yaml.safe_load(_text(run / "config.resolved.yaml"))
+        config = yaml.load(_text(run / "config.resolved.yaml"), Loader=YAML_LOADER)
     except yaml.YAMLError:
         config = {}
     config = config if isinstance(config, Mapping) else {}
