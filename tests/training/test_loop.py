@@ -92,7 +92,9 @@ def final_state(loop: Loop) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], tuple[dict[str, torch.Tensor], bytes]]:
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[torch.dtype], tuple[dict[str, torch.Tensor], bytes]]:
     """The final state of a loop that runs to its end, and its metrics; run once for each dtype."""
 
     @cache
