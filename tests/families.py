@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,21 +25,23 @@ _COMMON = dict(
 )
 
 
-def family_configs() -> dict[str, Any]:
-    """transformers configs by name; sliding windows are shorter than the rows on purpose."""
+def family_configs() -> dict[str, Callable[[], Any]]:
+    """What makes a transformers config, by name; sliding windows are shorter than the rows on purpose."""
     import transformers as t
 
     return {
-        "llama": t.LlamaConfig(**_COMMON),
-        "smollm-tied": t.LlamaConfig(**_COMMON, tie_word_embeddings=True),
-        "mistral-window": t.MistralConfig(**_COMMON, sliding_window=6),
-        "qwen2": t.Qwen2Config(**_COMMON),
-        "qwen2-window": t.Qwen2Config(**_COMMON, use_sliding_window=True, sliding_window=5, max_window_layers=1),
-        "qwen3": t.Qwen3Config(**_COMMON, head_dim=8),
-        "gpt2": t.GPT2Config(
+        "llama": lambda: t.LlamaConfig(**_COMMON),
+        "smollm-tied": lambda: t.LlamaConfig(**_COMMON, tie_word_embeddings=True),
+        "mistral-window": lambda: t.MistralConfig(**_COMMON, sliding_window=6),
+        "qwen2": lambda: t.Qwen2Config(**_COMMON),
+        "qwen2-window": lambda: t.Qwen2Config(
+            **_COMMON, use_sliding_window=True, sliding_window=5, max_window_layers=1
+        ),
+        "qwen3": lambda: t.Qwen3Config(**_COMMON, head_dim=8),
+        "gpt2": lambda: t.GPT2Config(
             vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
         ),
-        "gpt_neox": t.GPTNeoXConfig(
+        "gpt_neox": lambda: t.GPTNeoXConfig(
             vocab_size=VOCAB,
             hidden_size=32,
             num_hidden_layers=2,
@@ -48,9 +51,9 @@ def family_configs() -> dict[str, Any]:
             bos_token_id=1,
             eos_token_id=2,
         ),
-        "gemma": t.GemmaConfig(**_COMMON, head_dim=8),
-        "gemma2": t.Gemma2Config(**_COMMON, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
-        "gemma3": t.Gemma3TextConfig(**_COMMON, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
+        "gemma": lambda: t.GemmaConfig(**_COMMON, head_dim=8),
+        "gemma2": lambda: t.Gemma2Config(**_COMMON, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
+        "gemma3": lambda: t.Gemma3TextConfig(**_COMMON, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
     }
 
 
@@ -61,7 +64,7 @@ def tiny_model(name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch
     from penchant.models.load import disable_dropout
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(family_configs()[name]).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(family_configs()[name]()).to(dtype).eval()
     disable_dropout(model)
     if dtype == torch.float64:
         _float64_norms(model)

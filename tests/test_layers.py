@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import penchant
@@ -35,18 +36,21 @@ def _unit(path: Path) -> str:
     return "penchant" if parts == ("__init__",) else parts[0]
 
 
+def _statements(body: Sequence[ast.AST]) -> Iterator[ast.AST]:
+    """Every statement below, but those for type checkers; imports are statements, so expressions are not walked through."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from _statements(node.orelse)
+        else:
+            for part in ("body", "handlers", "cases", "orelse", "finalbody"):
+                inner = getattr(node, part, [])
+                yield from _statements(inner if isinstance(inner, list) else [])
+
+
 def _imports(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
-    }
     found = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+    for node in _statements(ast.parse(path.read_text()).body):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "penchant":
             inside = node.module.split(".")[1:]
             found |= {inside[0]} if inside else {a.name if a.name in RANK else "penchant" for a in node.names}

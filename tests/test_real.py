@@ -18,7 +18,7 @@ def test_dpo_on_polite_is_learned_by_the_260k_model(shared_dir: Path, tmp_path: 
             "on_bad_row": "skip",
         },
         "train": {"epochs": 1, "batch_size": 16, "lr": 1e-3, "tokens_per_step": 2048},
-        "evaluation": {"samples": 0},
+        "evaluation": {"samples": 0, "kl_prompts": 4, "sample_tokens": 8},
         "output": str(tmp_path / "run"),
     }
     result = api.train(config, quiet=True)
@@ -34,7 +34,7 @@ def test_hh_harmless_runs_with_lora_and_counts_its_bad_rows(shared_dir: Path, tm
             "path": str(shared_dir / "data/hh-harmless-1700.jsonl"),
             "limit": 100,
             "validation_rows": 20,
-            "max_length": 192,
+            "max_length": 96,
             "on_bad_row": "skip",
         },
         "train": {"batch_size": 16, "lr": 1e-3},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 
@@ -33,8 +34,27 @@ def tiny_tokenizer(*, chat: bool = False, bos: bool = True, eos: bool = True, pa
     return fast
 
 
+MADE: dict[Any, tuple[dict[str, bytes], Any]] = {}  # the files of a tiny model, and torch's random state after it
+
+
 def tiny_model_folder(folder: Path, *, seed: int = 0, **tokenizer: Any) -> str:
-    """Save a tiny random Llama and its tokenizer; returns the folder as a string."""
+    """Save a tiny random Llama and its tokenizer; returns the folder as a string. Made once a process, then written again."""
+    import torch
+
+    key = (seed, *sorted(tokenizer.items()))
+    if key not in MADE:
+        with TemporaryDirectory() as made:
+            _make_tiny_model(Path(made), seed, tokenizer)
+            MADE[key] = {p.name: p.read_bytes() for p in Path(made).iterdir()}, torch.get_rng_state()
+    files, random_state = MADE[key]
+    torch.set_rng_state(random_state)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return str(folder)
+
+
+def _make_tiny_model(folder: Path, seed: int, tokenizer: dict[str, Any]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,7 +74,6 @@ def tiny_model_folder(folder: Path, *, seed: int = 0, **tokenizer: Any) -> str:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer(**tokenizer).save_pretrained(folder)
-    return str(folder)
 
 
 def polite_rows(n: int = 24) -> list[dict[str, str]]:

@@ -252,7 +252,7 @@ def test_a_new_padding_token_gets_a_row_of_its_own(base: dict[str, Any], tmp_pat
 
     tokenizer = tiny_tokenizer(bos=False)
     tokenizer.unk_token = tokenizer.eos_token
-    config = family_configs()["gpt2"]
+    config = family_configs()["gpt2"]()
     config.vocab_size = len(tokenizer)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,53 @@ from penchant import api
 from penchant.config import config_from_mapping, dump_config, load_config
 from penchant.errors import ConfigError, DataError, TrainingStopped
 from penchant.losses import LOSSES
-from penchant.runs import Run
+from penchant.runs import Run, TrainResult
+from penchant.runs.sharing import Shared
 from penchant.training.loop import Loop
+
+SHORT = {"samples": 0, "sample_tokens": 6}
+
+
+def base_in(folder: Path) -> dict[str, Any]:
+    rows = [{**r, "chosen_score": 1.0, "rejected_score": -0.5} for r in polite_rows(18)]
+    return {
+        "model": {"path": tiny_model_folder(folder / "model"), "dtype": "fp32"},
+        "data": {"path": write_jsonl(folder / "pairs.jsonl", rows), "validation_rows": 6, "max_length": 128},
+        "train": {"epochs": 1, "batch_size": 4, "tokens_per_step": 300, "lr": 3e-3, "warmup_fraction": 0.0},
+        "evaluation": SHORT | {"kl_prompts": 0},
+        "output": str(folder / "run"),
+    }
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> dict[str, Any]:
-    rows = [{**r, "chosen_score": 1.0, "rejected_score": -0.5} for r in polite_rows(18)]
-    return {
-        "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
-        "data": {"path": write_jsonl(tmp_path / "pairs.jsonl", rows), "validation_rows": 6, "max_length": 128},
-        "train": {"epochs": 1, "batch_size": 4, "tokens_per_step": 300, "lr": 3e-3, "warmup_fraction": 0.0},
-        "evaluation": {"samples": 0, "kl_prompts": 0},
-        "output": str(tmp_path / "run"),
-    }
+    return base_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Shared]:
+    """A folder with model and data, and what runs on them have in common, as in a sweep: it changes no figure (tests/sweep)."""
+    folder = tmp_path_factory.mktemp("together")
+    base_in(folder)
+    for keep in SIDES:
+        unpaired(folder, keep)
+    return folder, Shared()
+
+
+@pytest.fixture
+def one_of_many(together: tuple[Path, Shared], tmp_path: Path) -> Callable[..., TrainResult]:
+    """Trains one of the runs that have the model and the data in common."""
+    folder, shared = together
+
+    def train(loss: str, data: Path | None = None) -> TrainResult:
+        values = {**base_in(tmp_path), "loss": loss, "model": {"path": str(folder / "model"), "dtype": "fp32"}}
+        values["data"]["path"] = str(data or folder / "pairs.jsonl")
+        return Run(config_from_mapping(values), quiet=True, shared=shared).train()
+
+    return train
+
+
+SIDES = [(True, False), (True,), (False,)]
 
 
 def unpaired(tmp_path: Path, keep: tuple[bool, ...] = (True, False)) -> str:
@@ -36,7 +70,7 @@ def unpaired(tmp_path: Path, keep: tuple[bool, ...] = (True, False)) -> str:
         for name, label in (("chosen", True), ("rejected", False)):
             if label in keep:
                 rows.append({"prompt": r["prompt"], "completion": r[name], "label": label})
-    return write_jsonl(tmp_path / "unpaired.jsonl", rows)
+    return write_jsonl(tmp_path / f"unpaired-{'-'.join(map(str, keep))}.jsonl", rows)
 
 
 def lines(result: Any, kind: str = "train") -> list[dict[str, Any]]:
@@ -45,8 +79,8 @@ def lines(result: Any, kind: str = "train") -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
-def test_every_loss_trains_by_its_name(base: dict[str, Any], name: str) -> None:
-    result = api.train({**base, "loss": name}, quiet=True)
+def test_every_loss_trains_by_its_name(one_of_many: Callable[..., TrainResult], name: str) -> None:
+    result = one_of_many(name)
     assert result.steps == 3
     rows = lines(result)
     assert all(torch.isfinite(torch.tensor(r["loss"])) for r in rows)
@@ -59,16 +93,16 @@ def test_every_loss_trains_by_its_name(base: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["kto", "bco", "pmpo", "sft"])
-@pytest.mark.parametrize("keep", [(True, False), (True,), (False,)])
+@pytest.mark.parametrize("keep", SIDES)
 def test_labelled_answers_and_data_of_one_side(
-    base: dict[str, Any], tmp_path: Path, name: str, keep: tuple[bool, ...]
+    one_of_many: Callable[..., TrainResult], together: tuple[Path, Shared], name: str, keep: tuple[bool, ...]
 ) -> None:
-    base["data"]["path"] = unpaired(tmp_path, keep)
+    data = together[0] / f"unpaired-{'-'.join(map(str, keep))}.jsonl"
     if name == "sft" and keep == (False,):
         with pytest.raises(DataError, match="there is none"):
-            api.train({**base, "loss": name}, quiet=True)
+            one_of_many(name, data)
         return
-    result = api.train({**base, "loss": name}, quiet=True)
+    result = one_of_many(name, data)
     before, after = result.before, result.after
     if True in keep and name != "bco":
         assert after["eval/logps/chosen"] > before["eval/logps/chosen"]
@@ -144,7 +178,7 @@ class Killed(BaseException):
 def test_a_killed_run_ends_where_an_uninterrupted_one_ends(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Any, more: Any
 ) -> None:
-    base |= {"loss": loss, "checkpoint": {"every": 2}, "evaluation": {"samples": 0, "kl_prompts": 2}, **more}
+    base |= {"loss": loss, "checkpoint": {"every": 2}, "evaluation": SHORT | {"kl_prompts": 2}, **more}
     base["train"] |= {"epochs": 2, "tokens_per_step": 250}
     whole = api.train(base, quiet=True)
     base["output"] = str(tmp_path / "killed")

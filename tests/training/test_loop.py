@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +91,38 @@ def final_state(loop: Loop) -> dict[str, torch.Tensor]:
     return weights | {k: v.clone() for k, v in loop.optimizer.state_tensors().items()}
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[torch.dtype], tuple[dict[str, torch.Tensor], bytes]]:
+    """The final state of a loop that runs to its end, and its metrics; run once for each dtype."""
+
+    @cache
+    def run(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], bytes]:
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        loop = make_loop(folder, dtype=dtype)
+        loop.run()
+        return final_state(loop), (folder / "metrics.jsonl").read_bytes()
+
+    return run
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("killed_at", [1, 2, 3, 4, 5])
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, dtype: torch.dtype, killed_at: int) -> None:
-    whole = make_loop(tmp_path / "whole", dtype=dtype)
-    whole.run()
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    tmp_path: Path,
+    uninterrupted: Callable[[torch.dtype], tuple[dict[str, torch.Tensor], bytes]],
+    dtype: torch.dtype,
+    killed_at: int,
+) -> None:
     with pytest.raises(Killed):
         make_loop(tmp_path / "killed", dtype=dtype, console=KillAt(killed_at)).run()
     resumed = make_loop(tmp_path / "killed", dtype=dtype)
     resumed.run()
-    a, b = final_state(whole), final_state(resumed)
+    (a, metrics), b = uninterrupted(dtype), final_state(resumed)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "killed/metrics.jsonl").read_bytes()
+    assert metrics == (tmp_path / "killed/metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["dpo", "sft", "aot", "aot_unpaired"])
@@ -212,20 +233,21 @@ def test_nan_takes_no_step_and_lists_the_rows(tmp_path: Path) -> None:
     assert torch.equal(before[key], after[key])
 
 
-def test_a_signal_writes_a_checkpoint_and_the_same_command_continues(tmp_path: Path) -> None:
+def test_a_signal_writes_a_checkpoint_and_the_same_command_continues(
+    tmp_path: Path, uninterrupted: Callable[[torch.dtype], tuple[dict[str, torch.Tensor], bytes]]
+) -> None:
     class SignalAt(QuietConsole):
         def step(self, step: int, total: int, metrics: Any) -> None:
             if step == 3:
                 signal.raise_signal(signal.SIGTERM)
 
-    whole = make_loop(tmp_path / "whole")
-    whole.run()
     with pytest.raises(Interrupted, match="SIGTERM at step 3"):
         make_loop(tmp_path / "stopped", console=SignalAt()).run()
     assert (tmp_path / "stopped/checkpoints/step-3/manifest.json").exists()
     resumed = make_loop(tmp_path / "stopped")
     resumed.run()
-    assert all(torch.equal(v, final_state(resumed)[k]) for k, v in final_state(whole).items())
+    found = final_state(resumed)
+    assert all(torch.equal(v, found[k]) for k, v in uninterrupted(torch.float32)[0].items())
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -8,6 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast
+
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""

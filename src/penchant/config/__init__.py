@@ -290,9 +290,10 @@ def plain_values(value: Any) -> Any:
 def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
     """What a YAML text holds, and where each of its keys stands."""
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        loader = _Loader(text)  # a SafeLoader
+        node = loader.get_single_node()
         places = _lines(node, source) if node is not None else {}
-        return yaml.load(text, Loader=_Loader), places  # a SafeLoader
+        return loader.construct_document(node) if node is not None else None, places
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark is not None else source

@@ -127,6 +127,9 @@ def key_of(kind: str, depends_on: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+_version = cache(metadata.version)
+
+
 def tokenizer_key(tokenizer: Any) -> str | None:
     """Everything of a tokenizer that its ids and texts depend on, hashed; None where that cannot be told (a slow tokenizer)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -134,7 +137,7 @@ def tokenizer_key(tokenizer: Any) -> str | None:
         return None
     names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "add_bos_token", "add_eos_token")
     parts = [type(tokenizer).__name__, backend.to_str(), *(repr(getattr(tokenizer, n, None)) for n in names)]
-    parts += [metadata.version(package) for package in ("tokenizers", "transformers")]
+    parts += [_version(package) for package in ("tokenizers", "transformers")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

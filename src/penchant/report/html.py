@@ -114,6 +114,8 @@ def text_html(text: str) -> str:
 
 def visible(text: str) -> str:
     """Plain text in which hidden characters are shown by name, for attributes and titles."""
+    if text.isascii() and text.isprintable():
+        return text
     return "".join(f"\u27e8U+{ord(p):04X}\u27e9" if hidden else p for p, hidden in marks(text))
 
 
