@@ -15,7 +15,6 @@ from typing import Any
 
 from penchant.base.text import printable
 from penchant.data.layouts import Detection, Group, Layout, LeftOut, RowError, detect, layout_named
-from penchant.data.mapped import plain_content
 from penchant.data.read import BadRow, Row, read_rows
 from penchant.errors import DataError
 from penchant.types import Prompt, PromptTree
@@ -460,6 +459,12 @@ def fingerprint(trees: Iterable[PromptTree]) -> str:
     for tree in trees:
         digest.update(json.dumps(plain_content(tree)).encode())
     return digest.hexdigest()
+
+
+def plain_content(tree: PromptTree) -> list[Any]:
+    """A tree's prompt and completions as lists, for JSON."""
+    prompt = tree.prompt if isinstance(tree.prompt, str) else [[m.role, m.content] for m in tree.prompt]
+    return [prompt, [[c.text, c.label, c.score] for c in tree.completions]]
 
 
 def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:

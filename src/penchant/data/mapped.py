@@ -18,6 +18,7 @@ from typing import IO, Any, overload
 
 import numpy as np
 
+from penchant.data.load import plain_content
 from penchant.types import Completion, Message, PromptTree, TokenTree
 
 NO_LABEL = -1  # stands for None
@@ -78,12 +79,6 @@ def _tree_of(stored: Any) -> PromptTree:
     prompt, completions, source = stored
     shown = prompt if isinstance(prompt, str) else tuple(Message(role, content) for role, content in prompt)
     return PromptTree(shown, tuple(Completion(text, label, score) for text, label, score in completions), source)
-
-
-def plain_content(tree: PromptTree) -> list[Any]:
-    """A tree's prompt and completions as lists, for JSON."""
-    prompt = tree.prompt if isinstance(tree.prompt, str) else [[m.role, m.content] for m in tree.prompt]
-    return [prompt, [[c.text, c.label, c.score] for c in tree.completions]]
 
 
 def write_rows(folder: Path, trees: Iterable[PromptTree]) -> None:

@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -21,12 +21,9 @@ from penchant.data.packing import pack, tree_tokens
 from penchant.data.tokenize import pair_format
 from penchant.errors import PenchantError
 from penchant.logprobs import Scorer
-from penchant.models.cpu.attention import _KEEP_UP_TO, AttentionShape, attention_plan
-from penchant.models.cpu.decode import _COLUMN_STEP, _ROW_STEP, _up, can_decode_fast
-from penchant.models.cpu.head import _KEEP_BYTES, _MATMUL_ROWS, _SOFTMAX_ELEMENTS
-from penchant.models.cpu.ops import _TILE_ELEMENTS
+from penchant.models.cpu.decode import cached_tokens, can_decode_fast
+from penchant.models.cpu.layers import fast_forward
 from penchant.models.load import base_model_of
-from penchant.models.tree_attention import tree_layout
 from penchant.plan.outline import META, OutlinedRun, outline, parameter_counts, weight_file_bytes
 from penchant.plan.work import Work, passes_over
 from penchant.rewards.reward_model import CausalRewards, EncoderRewards
@@ -75,12 +72,9 @@ class LiveBytes(TorchDispatchMode):
         self._seen[key] = weakref.ref(storage, freed)
 
 
-# ---- Bytes of one forward and backward pass beyond weights: read off the model's own operations on shapes alone, or by a formula ----
-# Where transformers runs the layers, the very code of a training step runs on the meta device (every shape and no numbers), and
-# `LiveBytes` counts what it would have held. The CPU fast path keeps a fixed set of tensors a layer, so it has a formula, which a
-# test compares with a real pass.
-
-INDEX_BYTES = 8  # of a gather's index
+# ---- Bytes of one forward and backward pass beyond weights: read off the model's own operations on shapes alone ----
+# The very code of a training step, transformers' layers or the CPU kernels, runs on the meta device (every shape and no numbers),
+# and `LiveBytes` counts what it would have held. Tests compare both with a real pass.
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +82,9 @@ class Activations:
     """Bytes beyond weights at the worst moment of a pass.
 
     Args:
-        layers: what the layers keep for the backward pass, and the temporaries of that moment.
-        head: what the head holds; layouts: attention plans of every micro-batch of a step; forward: of a pass without gradient.
-        by: how it was found: ``formula`` or ``shapes``.
+        layers: what the layers keep for the backward pass; head: what comes on top at the worst moment.
+        layouts: attention plans of every micro-batch of a step; forward: of a pass without gradient.
+        by: whose operations were counted, ``kernels`` or ``transformers``; or ``rule of thumb``.
     """
 
     layers: int
@@ -106,56 +100,69 @@ class Activations:
 
 def activations_of(run: OutlinedRun, model: Any, batches: Sequence[Sequence[TokenTree]], fast: bool) -> Activations:
     """Of a training step whose micro-batches are `batches`, the largest first."""
-    shared = run.shared_prompts
-    packed = [pack(list(b), shared=shared) for b in batches]
-    if fast:
-        return _by_formula(
-            model, packed, run.dtype, bool(run.config.train.gradient_checkpointing), not run.method.learns_reward
-        )
-    return _by_shapes(run, model, packed[0])
+    with _on_shapes(run, model, batches if fast else batches[:1], fast) as (engine, packed):
+        model.train()
+        if fast and run.dtype != torch.bfloat16 and len(packed) > 1:  # those of the micro-batches before
+            for p in model.parameters():
+                p.grad = torch.empty_like(p) if p.requires_grad else None
+        known, layers = _known(model), 0
+        if fast:
+            with LiveBytes(known) as live:
+                hidden = getattr(engine, "scorer", engine).hidden(packed[0])
+                layers = live.live
+                del hidden
+        with LiveBytes(known) as live:
+            _of_completions(engine, packed[0]).backward()
+        # gradients that stay are a part of their own; what is left of the peak is activations and passing gradients
+        there = {id(t) for t in known}
+        gradients = (p.grad for p in model.parameters() if p.grad is not None and id(p.grad) not in there)
+        peak = max(layers, live.peak - sum(g.nbytes for g in gradients))
+        layouts = sum(_held(b.cache.values()) for b in packed)
+    forward = forward_bytes(run, model, batches[0], fast)
+    layers = layers or peak
+    return Activations(layers, peak - layers, layouts, forward, "kernels" if fast else "transformers")
 
 
 def forward_bytes(run: OutlinedRun, model: Any, batch: Sequence[TokenTree], fast: bool) -> int:
     """Of a pass without gradient."""
-    packed = pack(list(batch), shared=run.shared_prompts)
-    if fast:
-        return _by_formula(model, [packed], run.dtype, False, not run.method.learns_reward).forward
-    return _forward_by_shapes(run, model, packed)
+    with _on_shapes(run, model, [batch], fast) as (engine, packed):
+        model.eval()
+        with LiveBytes(_known(model)) as live, torch.no_grad():
+            _of_completions(engine, packed[0])
+        return live.peak + _held(packed[0].cache.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# transformers' layers: the operations themselves, on shapes alone
-
-
-def _by_shapes(run: OutlinedRun, model: Any, packed: PackedBatch) -> Activations:
-    batch = packed.to(META)
-    hooks = _outlined_precision(model, run.dtype)
-    engine = _engine(run, model)
-    model.train()
-    with _flash_attention(), LiveBytes(_known(model)) as live:
-        _of_completions(engine, batch).backward()
-    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    for hook in hooks:
-        hook.remove()
-    for p in model.parameters():
-        p.grad = None
-    # gradients that stay are a part of their own; what is left of the peak is activations and passing gradients
-    forward = _forward_by_shapes(run, model, packed)
-    return Activations(max(0, live.peak - gradients), 0, 0, forward, "shapes")
-
-
-def _forward_by_shapes(run: OutlinedRun, model: Any, packed: PackedBatch) -> int:
-    for hook in _outlined_precision(model, run.dtype):
-        hook.remove()
-    engine = _engine(run, model)
-    model.eval()
-    with _flash_attention(), LiveBytes(_known(model)) as live, torch.no_grad():
-        _of_completions(engine, packed.to(META))
-    return live.peak
+@contextmanager
+def _on_shapes(
+    run: OutlinedRun, model: Any, batches: Sequence[Sequence[TokenTree]], fast: bool
+) -> Iterator[tuple[Any, list[PackedBatch]]]:
+    """The engine of a run and its batches, ready for passes on the meta device; afterwards the model has no gradients."""
+    hooks = _outlined_precision(model, run.dtype, fast)
+    packed = [pack(list(b), shared=run.shared_prompts) for b in batches]
+    kernels = fast_forward(model) if fast else None
+    engine = _engine(run, model, "auto" if fast else "off")
+    try:
+        with _flash_attention():
+            yield engine, [b.to(META) if kernels is None else kernels.outlined(b) for b in packed]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p in model.parameters():
+            p.grad = None
+            vars(p).pop("main_grad", None)
 
 
 def _known(model: Any) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    gradients = [g for p in model.parameters() for g in (p.grad, getattr(p, "main_grad", None)) if g is not None]
+    return [*model.parameters(), *model.buffers(), *gradients]
+
+
+def _held(made: Any) -> int:
+    """Bytes of all tensors within what a batch keeps of its layouts."""
+    if isinstance(made, torch.Tensor):
+        return made.nbytes
+    parts = [getattr(made, f.name) for f in fields(made)] if is_dataclass(made) else made
+    return sum(map(_held, parts)) if isinstance(parts, Iterable) else 0
 
 
 @contextmanager
@@ -187,21 +194,23 @@ def _of_completions(engine: Any, batch: PackedBatch) -> Tensor:
     return found.sum()
 
 
-def _engine(run: OutlinedRun, model: Any) -> Any:
+def _engine(run: OutlinedRun, model: Any, kernels: str) -> Any:
     packing = run.layout[0]
     if run.encoder:
         return EncoderRewards(model, pair_format(run.rows.tokenizer))
-    scorer = Scorer(model, packing, "off")  # type: ignore[arg-type]
+    scorer = Scorer(model, packing, kernels)  # type: ignore[arg-type]
     return scorer if not run.method.learns_reward else CausalRewards(scorer)
 
 
-def _outlined_precision(model: Any, dtype: torch.dtype) -> list[Any]:
+def _outlined_precision(model: Any, dtype: torch.dtype, fast: bool) -> list[Any]:
     """The model in its training dtype, whose gradients go where they go in a run: into an fp32 buffer as soon as they exist."""
     hooks = []
     for p in model.parameters():
         if p.is_floating_point() and p.dtype != dtype:
             p.data = p.data.to(dtype)
         if p.requires_grad and dtype == torch.bfloat16:
+            if fast:
+                p.main_grad = torch.empty_like(p, dtype=torch.float32)
             hooks.append(p.register_post_accumulate_grad_hook(_forget))
     base_model_of(model).config.dtype = dtype
     return hooks
@@ -209,74 +218,6 @@ def _outlined_precision(model: Any, dtype: torch.dtype) -> list[Any]:
 
 def _forget(p: Tensor) -> None:
     p.grad = None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the CPU fast path: what `models/fast_llama.py` keeps, tensor by tensor
-
-
-def _by_formula(
-    model: Any, packed: Sequence[PackedBatch], dtype: torch.dtype, recompute: bool, has_head: bool
-) -> Activations:
-    config = base_model_of(model).config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, head_dim)
-    size = torch.empty(0, dtype=dtype).element_size()
-    plans = [attention_plan(tree_layout(b, None), b.tokens, shape, dtype) for b in packed]
-    of_each = [_plan_bytes(p) + _rotation_bytes(b.tokens, shape, size) for p, b in zip(plans, packed, strict=True)]
-    layouts = sum(of_each)
-    batch, plan = packed[0], plans[0]
-    t, d, m = batch.tokens, config.hidden_size, config.intermediate_size
-    softmax = sum(
-        g.trees * shape.heads * tile.rows * tile.keys
-        for g in plan.groups
-        if g.length <= _KEEP_UP_TO
-        for tile in g.tiles
-    )
-    heads = len(plan.to_heads) * head_dim
-    normed_heads = t * shape.width if "qwen3" in str(config.model_type) else 0
-    # n1, y, n2 and the layer's input (d each), attention output, rotated heads, gate and up, softmax; two fp32 numbers a token
-    kept = size * (4 * t * d + t * shape.heads * head_dim + heads + 2 * t * m + softmax + normed_heads) + 8 * t
-    # while a layer runs backward: gate's and up's gradients, swiglu once more, the weight gradient of one projection
-    passing = size * (3 * t * m + 2 * t * d + d * m) + 5 * 4 * min(_TILE_ELEMENTS, t * max(d, m))
-    # while it runs forward and is not kept: the projection, heads, gate, up and their product
-    running = size * (t * shape.width + heads + 3 * t * m + 5 * t * d) + size * max(
-        (g.trees * shape.heads * tile.rows * tile.keys for g in plan.groups for tile in g.tiles), default=0
-    )
-    layers = config.num_hidden_layers
-    saved = layers * size * t * d if recompute else layers * kept
-    head = _head_bytes(len(batch.target_ids), config.vocab_size, d, size) if has_head else 0
-    states = size * (
-        2 * t * d + 2 * len(batch.target_ids) * d
-    )  # of the final norm, before and after; what the head reads
-    chunk = size * min(len(batch.target_ids), _MATMUL_ROWS) * config.vocab_size + _softmax_bytes(
-        len(batch.target_ids), config.vocab_size
-    )
-    forward = of_each[0] + states + max(running, chunk * has_head)
-    # the head is done before the layers run backward: the larger of the two moments counts
-    worst = max(head, passing + kept * recompute)
-    return Activations(saved + states, worst, layouts, forward, "formula")
-
-
-def _head_bytes(rows: int, vocabulary: int, d: int, size: int) -> int:
-    whole = rows * vocabulary * size
-    passing = max(rows * d * size * 2, _softmax_bytes(rows, vocabulary))  # of the backward pass, of the forward pass
-    kept = whole if whole <= _KEEP_BYTES else max(_MATMUL_ROWS * vocabulary * size, _KEEP_BYTES)
-    return min(whole, kept) + passing
-
-
-def _softmax_bytes(rows: int, vocabulary: int) -> int:
-    """Probabilities of some rows in fp32, and what makes them."""
-    return 3 * 4 * min(max(_SOFTMAX_ELEMENTS, vocabulary), rows * vocabulary)
-
-
-def _plan_bytes(plan: Any) -> int:
-    indices = (plan.to_heads, plan.from_heads, plan.out_to_heads, plan.out_from_heads)
-    return sum(i.nbytes for i in indices) + sum(t.mask.nbytes for g in plan.groups for t in g.tiles)
-
-
-def _rotation_bytes(tokens: int, shape: AttentionShape, size: int) -> int:
-    return 2 * tokens * (shape.heads + shape.kv_heads) * (shape.head_dim // 2) * size
 
 
 # ---- Bytes beyond weights that a run holds while it evaluates or writes rollouts: passes over rows, what decodes answers, the start's weights ----
@@ -338,7 +279,7 @@ def decoding_bytes(model: Any, size: int, prompts: Sequence[int], n: int, new_to
         return round(together * (a_token * (longest + new_tokens) * (1 + 1 / depth) + vocabulary * (size + 8)))
     at_once = max(1, min(len(prompts), rows_by_memory(a_token, vocabulary, n, longest, new_tokens) // n))
     rows, groups = at_once * n, min(len(prompts), PROMPTS_HELD * at_once)
-    caches = a_token * (_up(rows, _ROW_STEP) * _up(new_tokens) + groups * _up(longest, _COLUMN_STEP))
+    caches = a_token * cached_tokens(rows, groups, longest, new_tokens)
     read = min(at_once * longest, max(longest, PREFILL_TOKENS))
     wide = max((heads + 2 * kv_heads) * head_dim * 2, 3 * getattr(config, "intermediate_size", 4 * config.hidden_size))
     passing = max(size * read * (2 * config.hidden_size + wide), rows * vocabulary * (size + 8))
@@ -379,7 +320,7 @@ TRAINING_LIBRARIES = (
 )  # what is loaded only when training begins: peft, the optimizer, kernels and their scratch space
 # What the heap loses between tensors of different sizes. The fast path makes the same few tensors layer by layer; autograd keeps
 # hundreds of many sizes, and frees them in another order than they came in.
-HEAP_LOSS = {"formula": 0.05, "shapes": 0.20, "rule of thumb": 0.20}
+HEAP_LOSS = {"kernels": 0.02, "transformers": 0.20, "rule of thumb": 0.20}
 # oneDNN prepares every bf16 product of a new size. The kernel that it generates stays for good, whatever is set; the product around it
 # stays while it is among the last ones (the command line keeps 128, oneDNN itself 1,024).
 CAPACITY, CAPACITY_WITHOUT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 1024

@@ -6,7 +6,8 @@ repeated. One gather brings the packed row into that layout and one brings the o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,12 @@ class AttentionPlan:
     from_heads: Tensor
     out_to_heads: Tensor
     out_from_heads: Tensor
+
+    def to(self, device: torch.device) -> AttentionPlan:
+        """The plan on a device."""
+        indices: dict[str, Any] = {n: i.to(device) for n in self.__slots__ if isinstance(i := getattr(self, n), Tensor)}
+        groups = [replace(g, tiles=tuple(replace(t, mask=t.mask.to(device)) for t in g.tiles)) for g in self.groups]
+        return replace(self, groups=tuple(groups), **indices)
 
 
 def attention_plan(layout: TreeLayout, tokens: int, shape: AttentionShape, dtype: torch.dtype) -> AttentionPlan:

@@ -299,6 +299,11 @@ def _up(n: int, step: int = _COLUMN_STEP) -> int:
     return -(-n // step) * step
 
 
+def cached_tokens(rows: int, groups: int, prompt_tokens: int, new_tokens: int) -> int:
+    """Tokens whose keys and values a decoder with this much room has a place for."""
+    return _up(rows, _ROW_STEP) * _up(new_tokens) + groups * _up(prompt_tokens)
+
+
 def cache_bytes_per_token(model: Any) -> int:
     """Bytes of keys and values that one token keeps in every layer."""
     base = base_model_of(model)

@@ -41,7 +41,7 @@ def _softmax_rows(
     ``log sum_v pi(v)^2`` goes to `collision` where one is given.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    logps = torch.empty(logits.shape[0], dtype=wide)
+    logps = torch.empty(logits.shape[0], dtype=wide, device=logits.device)
     step = max(1, _SOFTMAX_ELEMENTS // logits.shape[1])
     for i in range(0, logits.shape[0], step):
         rows = slice(i, i + step)
@@ -70,7 +70,8 @@ class _TokenLogps(torch.autograd.Function):
         keep = wants_grad and rows * vocab * hidden.element_size() <= _KEEP_BYTES
         kept = hidden.new_empty(rows, vocab) if keep else None
         logps = []
-        collision = torch.empty(rows if alignment else 0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        collision = torch.empty(rows if alignment else 0, dtype=wide, device=hidden.device)
         for i in range(0, rows, _MATMUL_ROWS):
             part = slice(i, i + _MATMUL_ROWS)
             d = kept[part] if kept is not None else hidden.new_empty(hidden[part].shape[0], vocab)

@@ -111,8 +111,7 @@ class FastForward:
         return _Norm.apply(x, self._backbone.norm.weight, self._backbone.norm.variance_epsilon)
 
     def _row(self, batch: PackedBatch, window: int | None, recompute: bool) -> Row:
-        dtype = self._backbone.embed_tokens.weight.dtype
-        key = f"fast/{window}/{dtype}/{self._shape}"
+        key, dtype = self._key(window)
         if key not in batch.cache:
             made = attention_plan(tree_layout(batch, window), batch.tokens, self._shape, dtype)
             batch.cache[key] = (made, *self._rotation(batch.position_ids, dtype))
@@ -120,12 +119,28 @@ class FastForward:
         plan, cos, sin = known
         return Row(plan, cos, sin, recompute)
 
+    def _key(self, window: int | None) -> tuple[str, torch.dtype]:
+        dtype = self._backbone.embed_tokens.weight.dtype
+        return f"fast/{window}/{dtype}/{self._shape}", dtype
+
+    def outlined(self, batch: PackedBatch) -> PackedBatch:
+        """A batch on the meta device, for a model that is there; its plans, which need numbers, are made here first."""
+        there = batch.to(torch.device("meta"))
+        for window in {layer.window for layer in self._layers}:
+            key, dtype = self._key(window)
+            made = attention_plan(tree_layout(batch, window), batch.tokens, self._shape, dtype).to(
+                there.input_ids.device
+            )
+            there.cache[key] = (made, *self._rotation(there.position_ids, dtype))
+        there.cache |= batch.cache
+        return there
+
     def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of the model's own rotary module for q and k heads; those of q carry the attention scale."""
         shape = self._shape
         wide = torch.promote_types(dtype, torch.float32)
-        cos, sin = self._backbone.rotary_emb(torch.empty(0, dtype=wide), position_ids[None])
-        scale = torch.ones(shape.heads + shape.kv_heads, 1, dtype=wide)
+        cos, sin = self._backbone.rotary_emb(torch.empty(0, dtype=wide, device=position_ids.device), position_ids[None])
+        scale = torch.ones(shape.heads + shape.kv_heads, 1, dtype=wide, device=position_ids.device)
         scale[: shape.heads] = float(self._backbone.layers[0].self_attn.scaling)
         half = shape.head_dim // 2
         return tuple((x[0, :, None, :half] * scale).to(dtype) for x in (cos, sin))  # type: ignore[return-value]
@@ -248,11 +263,11 @@ def _keep_fused(layer: Layer) -> None:
 
 
 def _is_fused(fused: Tensor, parts: Sequence[nn.Parameter]) -> bool:
-    at = fused.data_ptr()
+    at, storage = fused.storage_offset(), fused.untyped_storage()._cdata  # no data_ptr: on the meta device it is 0
     for p in parts:
-        if p.data_ptr() != at or p.dtype != fused.dtype:
+        if p.untyped_storage()._cdata != storage or p.storage_offset() != at or p.dtype != fused.dtype:
             return False
-        at += p.numel() * p.element_size()
+        at += p.numel()
     return True
 
 

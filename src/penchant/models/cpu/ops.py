@@ -48,7 +48,7 @@ def rms_norm_backward(
         x, grad, rstd = x.reshape(-1, d), grad.reshape(-1, d), rstd.reshape(-1, 1)
     w = weight.detach().to(wide)
     dx = torch.empty_like(x)
-    dw = torch.zeros(d, dtype=wide)
+    dw = torch.zeros(d, dtype=wide, device=x.device)
     step = max(1, _TILE_ELEMENTS // d)
     for i in range(0, x.shape[0], step):
         rows = slice(i, i + step)
