@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from report_folders import make_run, write_lines
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api, cli
 from penchant.algorithms import ALGORITHMS
-from penchant.errors import ConfigError
+from penchant.data.layouts import LAYOUTS
+from penchant.data.layouts import layout as layouts
+from penchant.data.load import load_preferences
+from penchant.errors import ConfigError, DataError
 from penchant.losses import LOSSES
 from penchant.report import page
 from penchant.report.data import read_report
@@ -30,6 +34,12 @@ import torch.nn.functional as F
 from penchant.losses import Range, loss
 from penchant.losses.helpers import pair_logratios, pair_output
 from penchant.types import LossOutput, PairLogps
+"""
+LAYOUT = """
+from penchant.data.layouts.fields import RowError, text_field
+from penchant.data.layouts.layout import Fields, layout
+from penchant.data.layouts.plain import pair
+from penchant.types import PromptTree
 """
 ALGORITHM = """
 from dataclasses import dataclass
@@ -86,6 +96,23 @@ def test_its_loss_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     out = spec.fn(logps, beta=2.0, cap=1.0)
     h = [a - c - (b - d) for a, b, c, d in zip(*rows, strict=True)]
     assert out.losses.tolist() == pytest.approx([math.log1p(math.exp(-min(2.0 * x, 1.0))) for x in h], abs=1e-12)
+
+
+def test_its_layout_is_detected_and_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (entry,) = re.findall(r"### Add a data layout\n.*?```yaml\n(.*?)```", PAGE, flags=re.S)
+    for name, about in yaml.safe_load(entry).items():
+        monkeypatch.setitem(layouts._TABLE, name, about)
+        monkeypatch.setitem(LAYOUTS, name, None)  # taken out again afterwards
+    recipe("Add a data layout", LAYOUT)
+    rows = [{"ticket": f"Where is {n}?", "replies": ["Here.", "Who knows."]} for n in "abc"]
+    read = load_preferences(write_jsonl(tmp_path / "tickets.jsonl", rows))
+    assert [t.prompt for t in read.trees] == ["Where is a?", "Where is b?", "Where is c?"]
+    assert [[(c.text, c.label) for c in t.completions] for t in read.trees] == [
+        [("Here.", True), ("Who knows.", False)]
+    ] * 3
+    bad = write_jsonl(tmp_path / "bad.jsonl", [*rows, {"ticket": "And d?", "replies": ["Here."]}])
+    with pytest.raises(DataError, match=r"bad\.jsonl:4.*replies does not hold two texts"):
+        load_preferences(bad)
 
 
 def test_its_algorithm_trains_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
