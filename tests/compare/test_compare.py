@@ -355,7 +355,7 @@ def test_rows_that_any_run_trained_on_are_left_out_and_counted(world: Path, tmp_
     one, other = (train(world, f"split-{s}", data=split, train={"seed": s}) for s in (0, 1))
     kept, left = set(), set()
     for folder in (one, other):
-        held = {t.prompt for t in read_runs([folder], None)[0].data.datasets[1].trees}
+        held = {t.prompt for t in read_runs([folder], None)[0].data.rows.datasets[1].trees}
         left, kept = (held, held) if not kept else (left, kept & held)
     found = compare(world, "split-0", "split-1", output=tmp_path)
     assert found.figures["prompts"] == len(kept) and found.figures["left_out"] == 12 - len(kept) > 0

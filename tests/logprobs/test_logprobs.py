@@ -146,7 +146,7 @@ def test_a_temperature_divides_the_logits_of_every_head(head: str) -> None:
 @pytest.mark.parametrize("name", ["granite", "cohere"])
 def test_a_models_own_scale_of_its_logits_counts(name: str) -> None:
     """Granite divides its logits by a number, Cohere multiplies them."""
-    common = family_configs()["llama"].to_dict()
+    common = family_configs()["llama"]().to_dict()
     sizes = {k: v for k, v in common.items() if k.endswith("_size") or k.startswith(("num_", "max_position"))}
     config = {
         "granite": lambda: transformers.GraniteConfig(**sizes, logits_scaling=4.0),
