@@ -197,7 +197,7 @@ def stage_inputs(
         "upstream": {text: model_sha256(folder) for text, folder in upstream.items()},
         "models": {key: model_sha256(folder) for key, folder in local.items()},
         "rewards": reward_hashes(rewards) | reward_hashes(judging),
-        "losses": config.loss.contents(),
+        "losses": config.own_contents(),
     }
 
 
