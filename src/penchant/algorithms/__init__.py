@@ -13,8 +13,7 @@ from penchant.algorithms.method import AlgorithmConfig, Method
 from penchant.algorithms.online_dpo import OnlineDPOConfig
 from penchant.algorithms.ppo import PPOConfig
 from penchant.algorithms.reward_model import RewardModelConfig
-from penchant.base.files import file_sha256
-from penchant.base.functions import is_own, own_file, python_object
+from penchant.base.functions import is_own, own_sha256, python_object
 from penchant.base.text import did_you_mean
 from penchant.errors import ConfigError
 
@@ -34,15 +33,10 @@ def find_algorithm(name: str, where: str = "algorithm.name") -> type[AlgorithmCo
         ConfigError: no such file or class, or a class that is not an `AlgorithmConfig`. ValueError: no such algorithm.
     """
     if is_own(name):
-        return _own(name, content_of(name), where)
+        return _own(name, own_sha256(name), where)
     if name not in ALGORITHMS:
         raise ValueError(f"name is {name!r}; {did_you_mean(name, ALGORITHMS)}")
     return ALGORITHMS[name]
-
-
-def content_of(name: str) -> str | None:
-    """SHA-256 of the file of a user's own algorithm; None of any other name, or where there is no such file."""
-    return file_sha256(own_file(name)) if is_own(name) and own_file(name).is_file() else None
 
 
 @functools.lru_cache(maxsize=16)
@@ -56,4 +50,4 @@ def _own(name: str, sha256: str | None, where: str) -> type[AlgorithmConfig]:
     return found
 
 
-__all__ = ["ALGORITHMS", "AlgorithmConfig", "Method", "content_of", "find_algorithm"]
+__all__ = ["ALGORITHMS", "AlgorithmConfig", "Method", "find_algorithm"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from penchant.algorithms.method import Parts
 from penchant.algorithms.rollouts import (
@@ -14,7 +14,6 @@ from penchant.algorithms.rollouts import (
     Group,
     OnlineConfig,
     Writer,
-    against_each_other,
     reward_metrics_of,
     score_groups,
 )
@@ -40,9 +39,7 @@ class GroupConfig(OnlineConfig):
 
     name: Literal["rloo", "grpo"] = Field(description="rloo or grpo")
 
-    @model_validator(mode="after")
-    def _against_each_other(self) -> GroupConfig:
-        return against_each_other(self)
+    least_samples: ClassVar[int] = 2
 
     @property
     def about(self) -> str:

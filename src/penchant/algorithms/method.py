@@ -75,7 +75,7 @@ class Parts:
         return self.reference
 
 
-class Evaluation(Protocol):
+class EvaluationContext(Protocol):
     """What `Method.evaluate` can use: one evaluation of the held-out rows, in training or after it."""
 
     @property
@@ -199,7 +199,7 @@ class Method:
         """What the loop trains."""
         raise NotImplementedError
 
-    def evaluate(self, held_out: Evaluation) -> dict[str, Any]:
+    def evaluate(self, held_out: EvaluationContext) -> dict[str, Any]:
         """Held-out metrics; keys start with ``eval/``."""
         from penchant.metrics.heldout import heldout_metrics
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from penchant.algorithms.method import Evaluation, Method, Parts, Signal
+from penchant.algorithms.method import EvaluationContext, Method, Parts, Signal
 from penchant.base.lazy import lazy
 from penchant.data.packing import batches_of
 from penchant.errors import ConfigError
@@ -92,7 +92,7 @@ class Losses(Method):
             tokens_per_step=parts.config.evaluation.tokens_per_step or train.tokens_per_step,
         )
 
-    def evaluate(self, held_out: Evaluation) -> dict[str, Any]:
+    def evaluate(self, held_out: EvaluationContext) -> dict[str, Any]:
         from penchant.metrics.heldout import heldout_metrics
 
         algorithm: Offline = held_out.algorithm

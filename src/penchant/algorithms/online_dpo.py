@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from penchant.algorithms.method import Parts, Rollouts
 from penchant.algorithms.offline import Component, Offline
-from penchant.algorithms.rollouts import Group, OnlineConfig, Writer, against_each_other, reward_metrics_of
+from penchant.algorithms.rollouts import Group, OnlineConfig, Writer, reward_metrics_of
 from penchant.losses import LOSSES
 from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
 
@@ -27,10 +27,10 @@ class OnlineDPOConfig(OnlineConfig):
         "`online_dpo`: online DPO: -log sigmoid(beta h) on pairs of its own completions, ranked by the reward."
     )
     default_beta: ClassVar[float] = 0.1
+    least_samples: ClassVar[int] = 2
 
     @model_validator(mode="after")
     def _one_step_on_each_pair(self) -> OnlineDPOConfig:
-        against_each_other(self)
         if self.updates > 1:
             raise ValueError("online_dpo takes one step on each batch of rollouts; leave out epochs and minibatches")
         if self.kl_weight == 0:

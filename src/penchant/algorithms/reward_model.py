@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from penchant.algorithms.method import AlgorithmConfig, Evaluation, Parts
+from penchant.algorithms.method import AlgorithmConfig, EvaluationContext, Parts
 from penchant.losses.supervised import bradley_terry
 from penchant.types import Algorithm, LossOutput, PackedBatch, Scored
 
@@ -38,7 +38,7 @@ class RewardModelConfig(AlgorithmConfig):
     def build(self, parts: Parts) -> RewardTraining:
         return RewardTraining(parts.engine, self)
 
-    def evaluate(self, held_out: Evaluation) -> dict[str, Any]:
+    def evaluate(self, held_out: EvaluationContext) -> dict[str, Any]:
         """Loss and accuracy on held-out pairs, calibration, and what length has to do with it."""
         from penchant.metrics.heldout import heldout_metrics, pair_quality
 

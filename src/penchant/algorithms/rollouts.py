@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from penchant.algorithms.method import AlgorithmConfig, Evaluation, Parts, Rollouts, Signal
+from penchant.algorithms.method import AlgorithmConfig, EvaluationContext, Parts, Rollouts, Signal
 from penchant.base.lazy import lazy
 from penchant.data.packing import batches_of
 from penchant.errors import ConfigError
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from penchant.rewards import Reward
 else:
     torch = lazy("torch")
-
-
-Online = TypeVar("Online", bound="OnlineConfig")
 
 
 class OnlineConfig(AlgorithmConfig):
@@ -58,9 +55,15 @@ class OnlineConfig(AlgorithmConfig):
     live_reference: ClassVar[bool] = True  # a cache does not hold completions that are yet to be written
     metric: ClassVar[str] = "eval/reward"
     default_beta: ClassVar[float] = 0.05
+    least_samples: ClassVar[int] = 1  # 2 where completions of one prompt are judged against each other
 
     @model_validator(mode="after")
-    def _beta_is_no_reward(self) -> OnlineConfig:
+    def _enough_samples_and_no_reward_for_drift(self) -> OnlineConfig:
+        if self.samples < self.least_samples:
+            raise ValueError(
+                f"samples is {self.samples}; {self.name} judges completions of one prompt against each other: give "
+                f"{self.least_samples} or more"
+            )
         if self.kl_weight < 0:
             raise ValueError(f"beta is {self.kl_weight:g}; give a number of at least 0")
         return self
@@ -108,7 +111,7 @@ class OnlineConfig(AlgorithmConfig):
         judge = load_reward(parts.config.reward, policy, parts.device)
         return Writer(parts.model, parts.tokenizer, judge, self, parts.config.train.seed)
 
-    def evaluate(self, held_out: Evaluation) -> dict[str, Any]:
+    def evaluate(self, held_out: EvaluationContext) -> dict[str, Any]:
         """Reward, win rate against the start and KL of one completion of each held-out prompt."""
         from penchant.metrics.completions import evaluate_online
 
@@ -121,15 +124,6 @@ class OnlineConfig(AlgorithmConfig):
             held_out.budget,
             rewards_of_start=lambda rewards: held_out.rewards_of_start(self.max_new_tokens, asked, rewards),
         )
-
-
-def against_each_other(config: Online) -> Online:
-    """Refuse a single sample where completions of one prompt are judged against each other."""
-    if config.samples < 2:
-        raise ValueError(
-            f"samples is 1; {config.name} judges completions of one prompt against each other: give 2 or more"
-        )
-    return config
 
 
 @dataclass(slots=True)

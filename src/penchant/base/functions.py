@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from penchant.base.files import file_sha256
 from penchant.errors import ConfigError
 
 
@@ -70,3 +71,8 @@ def is_own(name: str) -> bool:
 def own_file(name: str) -> Path:
     """The file of ``path.py:name``."""
     return Path(name.rpartition(":")[0]).expanduser()
+
+
+def own_sha256(name: str) -> str | None:
+    """SHA-256 of that file; None of any other name, or where there is no such file."""
+    return file_sha256(own_file(name)) if is_own(name) and own_file(name).is_file() else None

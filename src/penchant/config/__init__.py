@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,10 +11,11 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_serializer, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from penchant.algorithms import ALGORITHMS, AlgorithmConfig, Method, content_of, find_algorithm
+from penchant.algorithms import ALGORITHMS, AlgorithmConfig, Method, find_algorithm
 from penchant.algorithms.offline import Losses
-from penchant.base.functions import is_own
+from penchant.base.functions import is_own, own_sha256
 from penchant.base.section import Section
+from penchant.base.text import closest
 from penchant.data.options import DataConfig
 from penchant.errors import ConfigError
 from penchant.losses.section import LossConfig, LossModifiers, LossProblem
@@ -149,7 +149,7 @@ class RunConfig(Section):
 
     def own_contents(self) -> dict[str, str]:
         """SHA-256 of each file of a user's own loss or algorithm, by its name."""
-        sha256 = None if self.algorithm is None else content_of(self.algorithm.name)
+        sha256 = None if self.algorithm is None else own_sha256(self.algorithm.name)
         return self.loss.contents() | ({} if sha256 is None else {self.method.name: sha256})
 
     @field_validator("loss", mode="before")
@@ -255,13 +255,9 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        near = (
-            difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
-            if path.parent.is_dir()
-            else []
-        )
+        near = closest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
         raise ConfigError(
-            str(path), "no such file", f"did you mean {near[0]}?" if near else "give the path of a YAML config"
+            str(path), "no such file", f"did you mean {near}?" if near else "give the path of a YAML config"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), f"cannot be read ({error})", "give a UTF-8 YAML file") from error
@@ -526,9 +522,8 @@ def _suggest_key(path: tuple[str, ...]) -> str:
     if word in SYNONYMS:
         return f'did you mean "{SYNONYMS[word]}"?'
     names = list(_fields_of(path))
-    close = difflib.get_close_matches(word, names, 1)
-    if close:
-        return f'did you mean "{close[0]}"?'
+    if near := closest(word, names):
+        return f'did you mean "{near}"?'
     for name, info in RunConfig.model_fields.items():
         inner = _sections(info)
         if inner and word in inner[0].model_fields:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from penchant.algorithms import ALGORITHMS
 from penchant.base.section import Section
+from penchant.base.text import closest
 from penchant.config import RunConfig, config_from_mapping
 from penchant.errors import ConfigError
 from penchant.losses.section import LossModifiers
@@ -164,8 +164,8 @@ def text(key: str | None = None) -> str:
     found = [(p, k) for p in parts() for k in p.keys if key is None or k.path == key or k.path.startswith(f"{key}.")]
     if not found:
         names = sorted({k.path for p in parts() for k in p.keys})
-        near = difflib.get_close_matches(str(key), names, 1) or [n for n in names if n.rpartition(".")[2] == key][:1]
-        how = f"did you mean {near[0]}?" if near else f"there are the sections {', '.join(RunConfig.model_fields)}"
+        near = closest(str(key), names) or next((n for n in names if n.rpartition(".")[2] == key), "")
+        how = f"did you mean {near}?" if near else f"there are the sections {', '.join(RunConfig.model_fields)}"
         raise ConfigError("penchant config", f"{key!r} is not a config key", how)
     lines: list[str] = []
     for part in dict.fromkeys(p.title for p, _ in found):

@@ -22,10 +22,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from penchant.base.files import file_sha256, write_atomically
+from penchant.base.functions import own_sha256
 from penchant.data.audit import audit
 from penchant.data.audit.findings import Audit, Finding
 from penchant.data.layouts import Detection
-from penchant.data.layouts.own import own_sha256
 from penchant.data.load import Columns, Dataset, Quarantined, Reading, fingerprint, load_preferences, stream_preferences
 from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, ranges, read_batch, write_rows
 from penchant.data.split import held_out_rows, split_by_prompt

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
-import yaml
-
+from penchant.base.files import packaged_yaml
 from penchant.base.text import closest
 from penchant.errors import ConfigError
 
@@ -73,7 +71,7 @@ def _spec(name: str, held: Mapping[str, Any]) -> Spec:
     return Spec(name, **others)
 
 
-_HELD = yaml.safe_load((resources.files(__package__) / "catalogue.yaml").read_text(encoding="utf-8"))
+_HELD = packaged_yaml(__package__, "catalogue.yaml")
 SPECS = tuple(_spec(name, held) for name, held in _HELD.items())
 CATALOGUE: dict[str, Spec] = {spec.name: spec for spec in SPECS}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.base.files import file_sha256
-from penchant.data.layouts.own import own_sha256
+from penchant.base.functions import own_sha256
 from penchant.data.read import ENDINGS, ending
 from penchant.data.split import SPLITS
 from penchant.download.catalogue import HUB, Files, Spec, chosen_subsets, find, is_hub_id, unknown

@@ -15,11 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from typing import Any, Literal
 
-import yaml
-
+from penchant.base.files import packaged_yaml
 from penchant.base.text import closest
 from penchant.errors import ConfigError
 
@@ -218,7 +216,7 @@ class Source:
 @cache
 def table(name: str) -> dict[str, Any]:
     """NAME.yaml beside this file."""
-    return yaml.safe_load((resources.files(__package__) / f"{name}.yaml").read_text(encoding="utf-8"))
+    return packaged_yaml(__package__, f"{name}.yaml")
 
 
 def _rules(part: Mapping[str, Any]) -> dict[str, Rule]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from penchant.base.files import packaged_yaml
 from penchant.base.machine import machine_memory
 from penchant.config import load_config
 from penchant.errors import ConfigError
@@ -50,7 +50,7 @@ def _goal(name: str, held: Mapping[str, Any]) -> Goal:
     return Goal(name, **{**held, **lists})
 
 
-_HELD = yaml.safe_load((resources.files(__package__) / "goals.yaml").read_text(encoding="utf-8"))
+_HELD = packaged_yaml(__package__, "goals.yaml")
 GOALS = {name: _goal(name, held) for name, held in _HELD.items()}
 
 

@@ -30,6 +30,7 @@ from penchant.rewards.reward_model import CausalRewards, EncoderRewards
 from penchant.rollout.generate import PROMPTS_HELD, rows_by_memory
 from penchant.runs.evaluating import writes_completions
 from penchant.runs.parts import reference_kind
+from penchant.runs.record import sampled
 from penchant.types import PackedBatch, TokenTree
 
 # ---- How many bytes of tensors are alive at a time: counted at every operation, on real tensors or on shapes alone (meta) ----
@@ -250,7 +251,7 @@ def _askings(run: OutlinedRun) -> list[tuple[int, int, list[int]]]:
     elif writes_completions(run.config, run.rows) and heldout:
         prompts = list(dict.fromkeys(t.prompt_ids.tobytes() for t in run.rows.trees[1]))[: asked.kl_prompts]
         found.append((1, asked.sample_tokens, [len(p) // 4 for p in prompts]))  # int32
-    if asked.samples and not (run.method.signal == "tokens" and run.rows.datasets[0].kind == "text"):
+    if sampled(run.config, run.rows):
         found.append((1, asked.sample_tokens, (heldout or train)[: asked.samples]))
     return [(n, new, prompts) for n, new, prompts in found if prompts]
 
@@ -374,8 +375,8 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
     size = torch.empty(0, dtype=run.dtype).element_size()
     shadow = size < 4  # bf16 weights are shadows of fp32 masters
     held = _frozen_models(run)
-    more, more_trainable = _copies(run)
-    trainable += more_trainable
+    more = _copies(run)
+    trainable += more
     activations, coarse = _activations(run, work)
     passing = (
         0 if shadow else trainable * 4
@@ -497,10 +498,9 @@ def _scoring(run: OutlinedRun, known: Activations) -> int:
     return forward_bytes(run, run.model, [trees[i] for i in largest], run.layout[1])
 
 
-def _copies(run: OutlinedRun) -> tuple[int, int]:
-    """(all, trainable) parameters of models that are trained beside the policy."""
-    copies = run.method.copies * parameter_counts(run.model)[0]
-    return copies, copies
+def _copies(run: OutlinedRun) -> int:
+    """Parameters of models that are trained beside the policy."""
+    return run.method.copies * parameter_counts(run.model)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

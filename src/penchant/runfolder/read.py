@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+import yaml
+
 from penchant.base.files import YAML_LOADER
 from penchant.runfolder import (
     AUDIT,
@@ -52,8 +54,6 @@ def json_object(text: str) -> Row:
 
 def yaml_object(text: str) -> Row:
     """A YAML mapping, its keys as text."""
-    import yaml
-
     try:
         value = yaml.load(text, Loader=YAML_LOADER)
     except yaml.YAMLError as error:

@@ -20,11 +20,10 @@ from penchant.logprobs.reference import Reference
 from penchant.metrics.completions import START_FILE
 from penchant.metrics.flags import write_flags
 from penchant.metrics.flags.rule import Flag
-from penchant.models.load import resolve_device, resolve_dtype
 from penchant.runfolder import AUDIT, CALIBRATION, CHECKPOINTS, IDENTITY, MANIFEST, SAMPLES, RunLock, finite, open_run
 from penchant.runfolder.read import read
 from penchant.runs.evaluating import HeldOut, prompts_of, writes_completions
-from penchant.runs.parts import Built, build, peak_lr, start_key, start_sha256, write_model
+from penchant.runs.parts import Built, build, peak_lr, placed, start_key, write_model
 from penchant.runs.record import (
     contents_of,
     join_samples,
@@ -89,8 +88,7 @@ class Run:
         self.folder = Path(config.output)
         self.shared = Alone() if shared is None else shared
         self.console = make_console(quiet) if console is None else console
-        self.device = resolve_device(config.model.device)
-        self.dtype = resolve_dtype(config.model.dtype, self.device)
+        self.device, self.dtype = placed(config)
         self.rows = Rows(config, self.shared, self.console, tokenizer) if rows is None else rows
         self.pause_at, self.cache = pause_at, cache
 
@@ -271,8 +269,7 @@ class Run:
         dtype = str(self.dtype).removeprefix("torch.")
         if (known["hardware"]["dtype"], known.get("torch")) != (dtype, versions()["torch"]):
             return
-        start = start_sha256(self.config, self.built.parts.model, self.config.model, self.shared)
-        if start != known["model"]["sha256"]:
+        if self.built.start_sha256(self.shared) != known["model"]["sha256"]:
             raise CheckpointError(
                 self.config.model.path,
                 f"its weights are not those that {self.folder} was trained from",
@@ -285,7 +282,7 @@ class Run:
         if path.exists():
             sha256 = json.loads(path.read_text())["model"]["sha256"]
         else:
-            sha256 = start_sha256(self.config, built.parts.model, self.config.model, self.shared)
+            sha256 = built.start_sha256(self.shared)
 
         def write(status: str, why: str | None) -> None:
             steps = loop.state.step, loop.schedule.total_steps

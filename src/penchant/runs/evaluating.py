@@ -90,7 +90,7 @@ class HeldOut:
 
     def at(self, step: int, *, keep: bool = False) -> dict[str, Any]:
         """Metrics of the policy after `step` optimizer steps; `keep`: what the start's completions were worth goes into the run's folder."""
-        return self.config.method.evaluate(_Evaluation(self, step, keep))
+        return self.config.method.evaluate(_Context(self, step, keep))
 
     # ---- the start --------------------------------------------------------------------------------------------------
 
@@ -132,8 +132,8 @@ class HeldOut:
 
 
 @dataclass
-class _Evaluation:
-    """One evaluation: what `Method.evaluate` can use (`algorithms.method.Evaluation`)."""
+class _Context:
+    """One evaluation: what `Method.evaluate` can use (`algorithms.method.EvaluationContext`)."""
 
     of: HeldOut
     step: int

@@ -67,6 +67,14 @@ class Built:
     reference_kind: str | None = None
     reference_seconds: float = 0.0
     reference_tokens: int = 0
+    _start: str | None = None
+
+    def start_sha256(self, shared: Alone) -> str:
+        """SHA-256 of the weights before training: to be asked for the first time before they change."""
+        if self._start is None:
+            config = self.parts.config
+            self._start = start_sha256(config, self.parts.model, config.model, shared)
+        return self._start
 
 
 def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: bool = True) -> Built:
@@ -80,8 +88,7 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
         ConfigError, DataError, ModelError, RewardError: the user can fix it.
     """
     method, train = config.method, config.train
-    device = resolve_device(config.model.device)
-    dtype = resolve_dtype(config.model.dtype, device)
+    device, dtype = placed(config)
     kind = reference_kind(config) if "reference" in method.needs else None
     if "reference" not in method.needs and config.reference.moves:
         raise ConfigError(
@@ -172,6 +179,12 @@ def threads_for(config: RunConfig, parameters: int) -> int:
     if threads == "auto":
         return 1 if parameters < SMALL_MODEL else cores()
     return int(threads)
+
+
+def placed(config: RunConfig) -> tuple[torch.device, torch.dtype]:
+    """(device, dtype) of training, ``auto`` resolved."""
+    device = resolve_device(config.model.device)
+    return device, resolve_dtype(config.model.dtype, device)
 
 
 def set_threads(config: RunConfig, model: Any) -> None:
@@ -268,7 +281,7 @@ def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any,
         live = LiveReference(frozen_scorer(parts, shared))
     if not cache:
         return _computed(built, live)
-    return _cached(parts, live, rows, shared, console)
+    return _cached(built, live, rows, shared, console)
 
 
 def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer:
@@ -288,10 +301,14 @@ def reference_source(config: RunConfig) -> ModelConfig:
     return config.model.model_copy(update={"path": config.reference.path, "init": "pretrained"})
 
 
-def _cached(parts: Parts, live: LiveReference, rows: Rows, shared: Alone, console: Any) -> CachedReference:
+def _cached(built: Built, live: LiveReference, rows: Rows, shared: Alone, console: Any) -> CachedReference:
     """From disk, or computed now."""
     found_for: list[CachedReference] = []
-    sha256 = start_sha256(parts.config, live.scorer.model, reference_source(parts.config), shared)
+    parts, own = built.parts, built.parts.config.reference.path
+    if own is None:  # the start itself
+        sha256 = built.start_sha256(shared)
+    else:
+        sha256 = start_sha256(parts.config, live.scorer.model, reference_source(parts.config), shared)
     for name, (trees, path) in cache_paths(parts.config, rows, sha256).items():
         cached, found = cached_reference(
             live,
@@ -331,7 +348,7 @@ def cache_paths(config: RunConfig, rows: Rows, weights: str) -> dict[str, tuple[
     cfg = config.reference
     folder = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else default_cache_dir()
     groups = {"training": rows.trees[0], "held-out": rows.trees[1], "mismatched": list(rows.mismatched.values())}
-    dtype = str(resolve_dtype(config.model.dtype, resolve_device(config.model.device)))
+    dtype = str(placed(config)[1])
     how = {"dtype": dtype, "tokenizer": tokenizer_sha256(rows.tokenizer), "template": config.data.template}
     return {
         name: (trees, folder / f"{cache_key(weights, trees, **how)}.safetensors")
@@ -353,8 +370,7 @@ def weights_key(config: RunConfig, source: ModelConfig) -> Key:
 def start_key(config: RunConfig) -> Key:
     """Everything that figures of the untrained policy depend on, apart from the rows and from what is asked of them."""
     adapter = None if config.lora is None else (config.lora.model_dump_json(), config.train.seed)
-    t, device = config.train, resolve_device(config.model.device)
-    dtype = resolve_dtype(config.model.dtype, device)
+    t, (device, dtype) = config.train, placed(config)
     held = (str(device), str(dtype), config.model.kernels, t.packing, t.gradient_checkpointing, t.threads)
     learns_policy = not config.method.learns_reward
     return (weights_key(config, config.model), adapter, *held, learns_policy, config.reference.model_dump_json())
@@ -364,5 +380,5 @@ def start_sha256(config: RunConfig, model: Any, source: ModelConfig, shared: Alo
     """SHA-256 of an untrained model that was loaded from `source`."""
     if config.method.learns_reward:  # its head depends on the seed
         return weights_sha256(model)
-    dtype = str(resolve_dtype(config.model.dtype, resolve_device(config.model.device)))
+    dtype = str(placed(config)[1])
     return shared.once(("sha256", *weights_key(config, source), dtype), lambda: weights_sha256(model))

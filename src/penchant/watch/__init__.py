@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import select
 import shutil
@@ -18,7 +17,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from penchant.base.text import clean
+from penchant.base.text import clean, closest
 from penchant.errors import CheckpointError, ConfigError
 from penchant.watch.plot import ASCII, UNICODE
 from penchant.watch.screens import Size, ends, group_frame, run_frame, whole_frame, wrapped
@@ -109,9 +108,9 @@ def waiting_words(path: Path) -> str:
     if path.is_dir():
         return f"{clean(path)}: no run in this folder yet"
     with suppress(OSError):
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], 1)
+        near = closest(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()])
         if near:
-            return f"{clean(path)}: no such folder yet; there is {clean(path.with_name(near[0]))}"
+            return f"{clean(path)}: no such folder yet; there is {clean(path.with_name(near))}"
     return f"{clean(path)}: no such folder yet"
 
 

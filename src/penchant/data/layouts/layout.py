@@ -6,12 +6,9 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any, TypeVar
 
-import yaml
-
-from penchant.base.files import YAML_LOADER
+from penchant.base.files import packaged_yaml
 from penchant.errors import ConfigError
 from penchant.types import PromptTree
 
@@ -151,10 +148,7 @@ class Layout:
         return self.kind
 
 
-_TABLE: dict[str, Any] = yaml.load(
-    (resources.files(__package__) / "layouts.yaml").read_text(encoding="utf-8"),
-    YAML_LOADER,
-)
+_TABLE: dict[str, Any] = packaged_yaml(__package__, "layouts.yaml")
 LAYOUTS: dict[str, Layout] = dict.fromkeys(_TABLE)  # type: ignore[arg-type,assignment]  # filled by `layout`, in the table's order
 
 

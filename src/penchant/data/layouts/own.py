@@ -8,8 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import file_sha256
-from penchant.base.functions import is_own, own_file, python_function
+from penchant.base.functions import own_sha256, python_function
 from penchant.data.layouts.fields import LeftOut, RowError
 from penchant.data.layouts.layout import LAYOUTS, Fields, Layout
 from penchant.errors import ConfigError
@@ -25,11 +24,6 @@ KINDS: dict[str, Callable[[PromptTree], bool]] = {
     "text": lambda tree: bool(tree.completions),
 }
 DESCRIBED = "see `Your own layout` in docs/data_formats.md"
-
-
-def own_sha256(name: str) -> str | None:
-    """SHA-256 of the file of a user's own layout; None of any other name, or where there is no such file."""
-    return file_sha256(own_file(name)) if is_own(name) and own_file(name).is_file() else None
 
 
 def own_layout(name: str, where: str = "data.shape") -> Layout:
