@@ -105,6 +105,15 @@ def test_a_finished_run_is_left_as_it_is_evaluated_and_reported(
     assert "finished" in capsys.readouterr().out
 
 
+def test_a_reward_head_that_another_processor_drew_is_no_other_start(old: Path) -> None:
+    path = old / "reward/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["model"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    assert main(["train", "reward.yaml", "--quiet"]) == 0
+    assert main(["eval", "reward", "--json"]) == 0
+
+
 def test_a_cached_reference_is_found_again(old: Path) -> None:
     files = sorted(p.name for p in (old / "cache/reference").iterdir())
     assert main(["train", "finished.yaml", "output=again", "--quiet"]) == 0

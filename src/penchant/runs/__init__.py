@@ -263,7 +263,8 @@ class Run:
             CheckpointError: the weights at model.path have changed. With another torch or dtype nothing can be said.
         """
         path = self.folder / MANIFEST
-        if not path.exists():
+        drawn = self.method.learns_reward or self.config.model.init == "random"  # another processor draws other weights
+        if drawn or not path.exists():
             return
         known = json.loads(path.read_text())
         dtype = str(self.dtype).removeprefix("torch.")
