@@ -151,6 +151,7 @@ def _prompt_ids(tokenizer: Any, opening: str) -> list[int]:
 
 
 def _sample(model: Any, tokenizer: Any, openings: Sequence[str], n: int, seed: int, progress: Any) -> Any:
+    from penchant.data.tokenize import end_ids
     from penchant.rollout.generate import sample
 
     return sample(
@@ -160,7 +161,7 @@ def _sample(model: Any, tokenizer: Any, openings: Sequence[str], n: int, seed: i
         max_new_tokens=NEW_TOKENS,
         temperature=TEMPERATURE,
         seed=seed,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_ids(tokenizer, model),
         progress=progress,
     )
 

@@ -107,7 +107,8 @@ class OnlineConfig(AlgorithmConfig):
         from penchant.rewards.reward_model import PolicyText
 
         parts.scorer.temperature = parts.live_reference.scorer.temperature = self.temperature
-        policy = PolicyText(parts.tokenizer, parts.config.data.template, parts.prompts())
+        data = parts.config.data
+        policy = PolicyText(parts.tokenizer, data.template, parts.prompts(), data.template_options)
         judge = load_reward(parts.config.reward, policy, parts.device)
         return Writer(parts.model, parts.tokenizer, judge, self, parts.config.train.seed)
 
@@ -163,6 +164,7 @@ class Writer:
         Raises:
             RewardError: the reward function failed; it names the completion.
         """
+        from penchant.data.tokenize import end_ids
         from penchant.rollout.generate import sample
 
         cfg = self.config
@@ -177,7 +179,7 @@ class Writer:
             top_k=cfg.top_k,
             seed=(self.seed * 1_000_003 + iteration) % 2**63,
             prompt_seeds=[t.row for t in prompts],
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=end_ids(self.tokenizer, self.model),
         )
         asked = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
         texts = [[self.tokenizer.decode(s.ids, skip_special_tokens=True) for s in row] for row in rows]

@@ -29,7 +29,16 @@ from penchant.data.layouts import Detection
 from penchant.data.load import Columns, Dataset, Quarantined, Reading, fingerprint, load_preferences, stream_preferences
 from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, ranges, read_batch, write_rows
 from penchant.data.split import held_out_rows, split_by_prompt
-from penchant.data.tokenize import ASIDE, CUT_COMPLETION, CUT_PROMPT, SPLIT, TokenizedDataset, tokenize, tokenizing
+from penchant.data.tokenize import (
+    ASIDE,
+    CUT_COMPLETION,
+    CUT_PROMPT,
+    MOVED,
+    SPLIT,
+    TokenizedDataset,
+    tokenize,
+    tokenizing,
+)
 from penchant.errors import DataError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,8 +389,8 @@ class StoredDataset:
         of_row, marks = (made.column(name).to_numpy() for name in ("trees", "marks"))
         aside = tuple(Quarantined(*q) for q in meta["quarantined"])
         cut = tuple(meta["cut_prompts"]), tuple(meta["cut_completions"])
-        split = int(((marks & SPLIT) > 0).sum())
-        whole = TokenizedDataset(StoredTokens(folder), len(marks), aside, *cut, split, meta["template"])
+        split, moved = int(((marks & SPLIT) > 0).sum()), int((marks & (MOVED | ASIDE) == MOVED).sum())
+        whole = TokenizedDataset(StoredTokens(folder), len(marks), aside, *cut, split, meta["template"], moved)
         return StoredDataset(whole, of_row, marks)
 
     def rows(self, which: np.ndarray | None) -> TokenizedDataset:
@@ -403,6 +412,7 @@ class StoredDataset:
             cut_prompts=told(self.whole.cut_prompts, CUT_PROMPT),
             cut_completions=told(self.whole.cut_completions, CUT_COMPLETION),
             split_documents=int(((self.marks[which] & SPLIT) > 0).sum()),
+            moved_prompts=int((self.marks[which] & (MOVED | ASIDE) == MOVED).sum()),
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,50 +23,120 @@ from penchant.types import PromptTree, TokenTree
 
 PLAIN_NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
-Rendered = tuple[str, tuple[str, ...]]
+CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE, MOVED = 1, 2, 4, 8, 16  # what can happen to a row: its mark is the sum
 
 
-def renderer(template: str, tokenizer: Any, kind: str) -> tuple[Callable[[PromptTree], Rendered], str]:
+class Rendered(NamedTuple):
+    """A row as text. `mark` is MOVED where the chat template renders the prompt differently once an answer follows."""
+
+    prompt: str
+    completions: tuple[str, ...]
+    mark: int = 0
+
+
+def renderer(
+    template: str, tokenizer: Any, kind: str, options: Mapping[str, Any] | None = None, *, strict: bool = True
+) -> tuple[Callable[[PromptTree], Rendered], str]:
     """The function that turns a tree into (prompt text, completion texts), and its name.
 
     ``auto`` is the chat template where the tokenizer has one; plain documents (kind ``text``) never get a template.
 
+    Args:
+        options: handed to the chat template, e.g. ``{"enable_thinking": False}``; strict: see `chat`.
+
     Raises:
-        ConfigError: ``chat`` was asked for and the tokenizer has no chat template.
+        ConfigError: ``chat`` was asked for and the tokenizer has no chat template; or options without a chat template.
     """
     has_chat = getattr(tokenizer, "chat_template", None) is not None
     if template == "chat" and not has_chat:
         raise ConfigError("data.template", "the tokenizer has no chat template", "set data.template=plain or auto")
     if kind == "text" or template == "plain" or not has_chat:
+        if options:
+            raise ConfigError(
+                "data.template_options", "no chat template is used that could take them", "leave them out"
+            )
         return plain, "plain"
-    return lambda tree: chat(tree, tokenizer), "chat"
+    return lambda tree: chat(tree, tokenizer, options, strict=strict), "chat"
 
 
 def plain(tree: PromptTree) -> Rendered:
     """Text prompts as they are; chat prompts as a ``\\n\\nHuman: ...\\n\\nAssistant:`` transcript."""
     texts = tuple(c.text for c in tree.completions)
     if isinstance(tree.prompt, str):
-        return tree.prompt, texts
+        return Rendered(tree.prompt, texts)
     turns = "".join(f"\n\n{PLAIN_NAMES[m.role]}: {m.content}" for m in tree.prompt)
-    return f"{turns}\n\nAssistant:", tuple(f" {t.lstrip()}" for t in texts)
+    return Rendered(f"{turns}\n\nAssistant:", tuple(f" {t.lstrip()}" for t in texts))
 
 
-def chat(tree: PromptTree, tokenizer: Any) -> Rendered:
-    """The tokenizer's chat template; a text prompt is one user turn. The prompt's text must be a prefix of the whole."""
+def chat(
+    tree: PromptTree, tokenizer: Any, options: Mapping[str, Any] | None = None, *, strict: bool = True
+) -> Rendered:
+    """The tokenizer's chat template; a text prompt is one user turn.
+
+    The prompt is what the template writes for generation. Where that is not how the whole conversation begins (a template that
+    opens a thought, or moves the system text), the prompt ends where both begin to differ, or the answer is put behind the
+    prompt for generation; such rows are counted.
+
+    Args:
+        strict: False takes answers as the template changes them: what a model wrote is no bad row.
+
+    Raises:
+        RowError: the template refuses the turns or leaves out a part of an answer, or the prompt is answered already.
+    """
     asked = prompt_json(tree.prompt)
     turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    if strict and turns and turns[-1]["role"] == "assistant":
+        raise RowError(
+            f"the prompt ends with an assistant turn ({_short(turns[-1]['content'])}), so the answer would follow an answer",
+            "let the prompt end with what is to be answered",
+        )
+
+    def render(more: Sequence[Mapping[str, Any]], generate: bool) -> str:
+        found = tokenizer.apply_chat_template(
+            [*turns, *more], tokenize=False, add_generation_prompt=generate, **(options or {})
+        )
+        return str(found)
+
     try:
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        wholes = [
-            tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": c.text}], tokenize=False)
-            for c in tree.completions
-        ]
+        prompt = render((), True)
+        wholes = [render(({"role": "assistant", "content": c.text},), False) for c in tree.completions]
+        moved = not all(whole.startswith(prompt) for whole in wholes)
+        unanswered = render((), False) if moved else ""
     except Exception as error:  # templates raise jinja errors of their own, e.g. for a system turn they do not know
         raise RowError(f"the chat template refuses it ({error})", "fix the turns or set data.template=plain") from error
-    for whole in wholes:
-        if not whole.startswith(prompt):
-            raise RowError("the chat template changes the prompt when an answer follows", "set data.template=plain")
-    return prompt, tuple(whole[len(prompt) :] for whole in wholes)
+    if moved and all(whole.startswith(unanswered) for whole in wholes):
+        shared = os.path.commonprefix([prompt, *wholes])  # noqa: RUF071 (characters, not paths)
+        word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # "<" of "<think>" and of "<b>" is no place to stop
+        prompt = shared[: max(len(unanswered), word_end.end() if word_end else 0)]
+    elif moved:
+        answers = [c.text.strip() for c in tree.completions]
+        wholes = [prompt + _behind(prompt, whole, answer) for whole, answer in zip(wholes, answers, strict=True)]
+    texts = tuple(whole[len(prompt) :] for whole in wholes)
+    for text, c in zip(texts, tree.completions, strict=True):
+        if strict and "".join(c.text.split()) not in "".join(text.split()):
+            raise RowError(
+                f"the chat template changes the answer: {_short(c.text)} becomes {_short(text)}",
+                "take out of the answer what the template removes, set data.template_options, or use data.template=plain",
+            )
+    return Rendered(prompt, texts, MOVED * moved)
+
+
+def _behind(prompt: str, whole: str, answer: str) -> str:
+    """What follows the prompt's last words in a conversation that begins otherwise: a template that moves the system text."""
+    at = whole.rfind(answer)
+    for n in range(min(len(prompt), 32), 3, -1):
+        found = whole.rfind(prompt[-n:], 0, max(at, 0))
+        if found >= 0:
+            return whole[found + n :]
+    raise RowError(
+        f"the chat template renders the prompt differently when an answer follows: {_short(prompt[-40:])} is not in {_short(whole)}",
+        "set data.template_options to what makes both equal, or data.template=plain",
+    )
+
+
+def _short(text: str) -> str:
+    """A text for a message: its start and its end."""
+    return repr(text if len(text) <= 60 else f"{text[:28]} ... {text[-28:]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,8 +144,8 @@ def chat(tree: PromptTree, tokenizer: Any) -> Rendered:
 
 
 Ids = list[int]
+CONTEXT = 64  # characters of the prompt's end with which a completion is encoded
 CHUNK = 1024  # rows that are tokenized in one call; the tokenizer keeps about 100 bytes a token while it lasts
-CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE = 1, 2, 4, 8  # what can happen to a row: its mark is the sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +157,7 @@ class TokenizedDataset:
             plain document that was split into chunks counts once).
         cut_prompts: sources of rows whose prompt lost its start; cut_completions: of rows with a completion that lost its end.
         split_documents: plain documents that became several chunks.
+        moved_prompts: rows whose prompt the chat template renders differently once an answer follows (see `chat`).
         template: ``chat`` or ``plain``.
     """
 
@@ -95,6 +168,7 @@ class TokenizedDataset:
     cut_completions: tuple[str, ...]
     split_documents: int
     template: str
+    moved_prompts: int = 0
 
     @property
     def accepted(self) -> int:
@@ -110,6 +184,8 @@ class TokenizedDataset:
         ]
         if self.split_documents:
             parts.append(f"{self.split_documents:,} long documents split into chunks")
+        if self.moved_prompts:
+            parts.append(f"{self.moved_prompts:,} prompts that the template renders differently once an answer follows")
         if self.cut_prompts:
             parts.append(f"{len(self.cut_prompts):,} prompts lost their start")
         if self.cut_completions:
@@ -133,17 +209,21 @@ def tokenizing(
     on_bad_row: str = "error",
     identical: str = "bad_row",
     add_eos: bool = True,
+    template_options: Mapping[str, Any] | None = None,
+    strict: bool = True,
 ) -> Tokenizing:
     """How the rows of a data set of this kind are tokenized.
 
-    Prompt and completion are tokenized apart and joined as ids, so that no token spans the boundary. BOS stands once, at the
-    start, where the tokenizer uses one. A row longer than `max_length` (prompt + longest completion) loses the start of its
+    A completion's ids are those that the tokenizer gives it behind its prompt; where a token would span the boundary, it is
+    split there, and prompt + completion must decode to the text. BOS stands once, at the start, where the tokenizer uses one;
+    EOS once, at the end, unless the completion ends with another of `end_ids`. A row longer than `max_length` (prompt + longest completion) loses the start of its
     prompt first, down to half of `max_length`, then the ends of its completions; plain documents are split into chunks.
 
     Args:
         truncation: ``prompt_then_completion``, or ``bad_row`` to keep long rows aside.
         on_bad_row, identical: as for `load_preferences`; ``identical`` also for pairs that become equal by the cut.
         add_eos: False for a tokenizer without EOS.
+        template_options: for the chat template; strict: False for what a model wrote, see `chat`.
 
     Raises:
         ModelError: the tokenizer has no EOS. DataError (later): a bad row and ``on_bad_row="error"``.
@@ -154,7 +234,7 @@ def tokenizing(
             "the tokenizer has no EOS token, so a model could not learn to stop",
             "set eos_token in its tokenizer_config.json",
         )
-    render, name = renderer(template, tokenizer, kind)
+    render, name = renderer(template, tokenizer, kind, template_options, strict=strict)
     if kind == "scored":  # two answers with equal scores or texts are no pair
         identical = "keep"
     fitter = _Fitter(tokenizer, max_length, truncation, identical, add_eos, kind == "text")
@@ -179,6 +259,7 @@ class Tokenizing:
     cut_prompts: list[str] = field(default_factory=list)
     cut_completions: list[str] = field(default_factory=list)
     split: int = 0
+    moved: int = 0
 
     def trees(self, rows: Sequence[PromptTree]) -> Iterator[TokenTree]:
         """All trees, in order."""
@@ -192,13 +273,15 @@ class Tokenizing:
         """
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
-            encoded = _encode(self.tokenizer, [_try(self.render, tree) for tree in part])
-            for tree, ids in zip(part, encoded, strict=True):
-                self.fit.mark = 0
+            rendered = [_try(self.render, tree) for tree in part]
+            encoded = self.fit.encode(rendered)
+            for tree, texts, ids in zip(part, rendered, encoded, strict=True):
+                self.fit.mark = 0 if isinstance(texts, RowError) else texts.mark
                 made = self._row(tree, ids)
                 self.cut_prompts += [tree.source] * bool(self.fit.mark & CUT_PROMPT)
                 self.cut_completions += [tree.source] * bool(self.fit.mark & CUT_COMPLETION)
                 self.split += bool(self.fit.mark & SPLIT)
+                self.moved += self.fit.mark & (MOVED | ASIDE) == MOVED
                 yield made, self.fit.mark
 
     def _row(self, tree: PromptTree, ids: tuple[Ids, list[Ids]] | RowError) -> list[TokenTree]:
@@ -219,7 +302,7 @@ class Tokenizing:
     def result(self, trees: Sequence[TokenTree], total: int) -> TokenizedDataset:
         """The whole, when all trees have come out."""
         cut = tuple(self.cut_prompts), tuple(self.cut_completions)
-        return TokenizedDataset(trees, total, tuple(self.aside), *cut, self.split, self.name)
+        return TokenizedDataset(trees, total, tuple(self.aside), *cut, self.split, self.name, self.moved)
 
 
 def _try(render: Any, tree: PromptTree) -> Rendered | RowError:
@@ -230,11 +313,83 @@ def _try(render: Any, tree: PromptTree) -> Rendered | RowError:
         return error
 
 
-def _encode(tokenizer: Any, rendered: Sequence[Rendered | RowError]) -> list[tuple[Ids, list[Ids]] | RowError]:
-    """All texts in one call of the fast tokenizer; equal prompts are encoded once."""
-    texts = list(dict.fromkeys(t for r in rendered if not isinstance(r, RowError) for t in (r[0], *r[1])))
+Encoded = tuple[Ids, list[Ids]]
+
+
+def encode_apart(tokenizer: Any, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
+    """Prompts and completions as texts of their own, in one call of the fast tokenizer; equal texts are encoded once."""
+    texts = list(dict.fromkeys(t for r in rendered if not isinstance(r, RowError) for t in (r.prompt, *r.completions)))
     by_text = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
-    return [r if isinstance(r, RowError) else (by_text[r[0]], [by_text[t] for t in r[1]]) for r in rendered]
+    return [
+        r if isinstance(r, RowError) else (by_text[r.prompt], [by_text[t] for t in r.completions]) for r in rendered
+    ]
+
+
+def encode_in_context(tokenizer: Any, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
+    """Prompts, and completions as the tokenizer encodes them behind their prompt; equal texts are encoded once.
+
+    A SentencePiece-type tokenizer puts a dummy space before a text of its own, which nothing puts there in context.
+    """
+    special = [t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values()]
+    begins = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+    contexts = {p: _end_of(p, begins) for p in {r.prompt: None for r in rendered if not isinstance(r, RowError)}}
+    texts: dict[str, None] = {}
+    for r in rendered:
+        if not isinstance(r, RowError):
+            context = contexts[r.prompt]
+            texts |= dict.fromkeys((r.prompt, context, *(context + t for t in r.completions)))
+    by_text = dict(zip(texts, encode_texts(tokenizer, list(texts)), strict=True))
+
+    def encoded(r: Rendered | RowError) -> Encoded | RowError:
+        if isinstance(r, RowError):
+            return r
+        context, found = contexts[r.prompt], []
+        before = by_text[context]
+        for text in r.completions:
+            whole = by_text[context + text]
+            if whole[: len(before)] == before:
+                found.append(whole[len(before) :])
+                continue
+            completion = _split_at(tokenizer, before, whole, context, text)
+            if completion is None:
+                return RowError(
+                    f"prompt and answer do not decode to their text: {_short(context)} and {_short(text)}",
+                    "move white space between the prompt's end and the answer's start",
+                )
+            found.append(completion)
+        return by_text[r.prompt], found
+
+    return [encoded(r) for r in rendered]
+
+
+def _end_of(prompt: str, begins: re.Pattern[str]) -> str:
+    """The end of a prompt on which the ids behind it depend: from its last special token or, in plain text, a word's start."""
+    if len(prompt) <= CONTEXT:
+        return prompt
+    tail = prompt[-CONTEXT:]
+    specials = [m.start() for m in begins.finditer(tail)]
+    word = re.search(r"\s\S", tail)
+    return tail[specials[-1] :] if specials else tail[word.start() :] if word else tail
+
+
+def _split_at(tokenizer: Any, before: Ids, whole: Ids, context: str, text: str) -> Ids | None:
+    """The ids of `text` behind `context`, whose ids are `before`, where `whole`, those of both, do not begin with them.
+
+    Either the context alone is encoded differently and a token begins at the boundary all the same, or a token spans it: then the
+    text is encoded behind something else. What is found must decode to the whole; None where nothing does.
+    """
+    candidates = []
+    if getattr(tokenizer, "is_fast", False):
+        offsets = tokenizer(context + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        at = next((i for i, (start, _) in enumerate(offsets["offset_mapping"]) if start >= len(context)), len(whole))
+        candidates.append(whole[at:])
+    for anchor in ("\n", ".", tokenizer.eos_token or "", ""):
+        head, both = encode_texts(tokenizer, [anchor, anchor + text])
+        if both[: len(head)] == head:
+            candidates.append(both[len(head) :])
+    how = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    wanted = tokenizer.decode(whole, **how)
+    return next((c for c in candidates if tokenizer.decode([*before, *c], **how) == wanted), None)
 
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[Ids]:
@@ -265,16 +420,45 @@ def uses_bos(tokenizer: Any) -> bool:
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
+def end_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
+    """The ids that end an answer: one definition for training, sampling, evaluation, chat and serving.
+
+    The tokenizer's EOS; the special token that its chat template writes behind an answer; and those of the model's generation
+    config that are special tokens (a model's end of turn).
+    """
+    found = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {i: token.content for i, token in added.items() if token.special}
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    named = [named] if isinstance(named, int) else list(named or ())
+    found |= {i for i in named if i in special or i in tokenizer.all_special_ids}
+    behind = _behind_an_answer(tokenizer)
+    return frozenset(found | {i for i, content in special.items() if behind.startswith(content)})
+
+
+def _behind_an_answer(tokenizer: Any) -> str:
+    """What the chat template writes behind an answer; nothing without a template, or with one that takes no such turns."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return ""
+    turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "Zebra4711."}]
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("Zebra4711.")[2].lstrip()
+    except Exception:  # a template's own jinja errors; `chat` reports them row by row
+        return ""
+
+
 class _Fitter:
-    """Specials and length: ids of one row to its token tree (several for a split document)."""
+    """Specials and length: the texts of one row to its token tree (several for a split document)."""
 
     def __init__(
         self, tokenizer: Any, max_length: int, truncation: str, identical: str, add_eos: bool, text: bool
     ) -> None:
+        self.tokenizer = tokenizer
         self.bos = tokenizer.bos_token_id if uses_bos(tokenizer) else None
         self.bos_id, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id if add_eos else None
         self.max_length, self.truncation, self.identical, self.text = max_length, truncation, identical, text
-        self.is_space = _white_space_ids(tokenizer)
+        self.ends = end_ids(tokenizer)
+        self.end_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self.ends)))
         self.mark = 0  # of the row in hand
 
     def __call__(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
@@ -292,6 +476,22 @@ class _Fitter:
             _check_different(completions, any(cut), self.max_length)
         return [_tree(source, prompt, completions, cut)]
 
+    def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
+        """Ids of the texts, each ended once."""
+        ended = [
+            r if isinstance(r, RowError) else r._replace(completions=tuple(map(self._ended_once, r.completions)))
+            for r in rendered
+        ]
+        return encode_in_context(self.tokenizer, ended)
+
+    def _ended_once(self, text: str) -> str:
+        """A completion without what stands behind its end: a template's white space, an end of the row's own beside the template's."""
+        whole = text
+        while (bare := text.rstrip()).endswith(self.end_texts):
+            end = next(e for e in self.end_texts if bare.endswith(e))
+            whole, text = bare, bare[: -len(end)]
+        return whole
+
     def _start(self, prompt: Ids) -> Ids:
         """BOS once where the tokenizer uses it; an empty prompt gets BOS, or EOS as document separator."""
         if self.bos is not None and prompt[:1] != [self.bos]:
@@ -304,14 +504,9 @@ class _Fitter:
         return [first]
 
     def _end(self, completion: Ids) -> Ids:
-        """EOS once at the end; white space that a template puts behind EOS is not part of the answer."""
-        if self.eos is None:
+        """An end, once."""
+        if self.eos is None or (completion and completion[-1] in self.ends):
             return completion
-        end = len(completion)
-        while end and completion[end - 1] in self.is_space:
-            end -= 1
-        if end and completion[end - 1] == self.eos:
-            return completion[:end]
         return [*completion, self.eos]
 
     def _cut(self, prompt: Ids, completions: list[Ids], longest: int) -> tuple[Ids, list[Ids], tuple[bool, ...]]:
@@ -343,11 +538,6 @@ def _check_different(completions: Sequence[Ids], cut: bool, max_length: int) -> 
     if len(completions) == 2 and completions[0] == completions[1]:
         where = f"after the cut to {max_length} tokens" if cut else "in tokens"
         raise RowError(f"{IDENTICAL} {where}", "raise data.max_length, drop it, or set data.identical=keep")
-
-
-def _white_space_ids(tokenizer: Any) -> frozenset[int]:
-    ids = (tokenizer(s, add_special_tokens=False)["input_ids"] for s in ("\n", "\n\n", " ", " \n"))
-    return frozenset(i[0] for i in ids if len(i) == 1 and i[0] != tokenizer.eos_token_id)
 
 
 def _tree(source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...]) -> TokenTree:
@@ -436,24 +626,28 @@ def tokenize_text_pairs(
     Raises:
         DataError: a bad row and ``on_bad_row="error"``.
     """
-    fitter = _PairFitter(pair_format(tokenizer), max_length, truncation, identical)
+    fitter = _PairFitter(tokenizer, pair_format(tokenizer), max_length, truncation, identical)
     making = Tokenizing(tokenizer, _as_they_are, "text pair", fitter, on_bad_row)
     return making.result(tuple(making.trees(dataset.trees)), len(dataset.trees))
 
 
 def _as_they_are(tree: PromptTree) -> Rendered:
-    return prompt_text(tree.prompt), tuple(c.text for c in tree.completions)
+    return Rendered(prompt_text(tree.prompt), tuple(c.text for c in tree.completions))
 
 
 @dataclass(slots=True)
 class _PairFitter:
     """Ids of one row to its token tree, as the tokenizer lays out a pair."""
 
+    tokenizer: Any
     layout: PairFormat
     max_length: int
     truncation: str
     identical: str
     mark: int = 0  # of the row in hand
+
+    def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
+        return encode_apart(self.tokenizer, rendered)
 
     def __call__(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
         layout = self.layout

@@ -93,7 +93,8 @@ class Evaluation:
         asked: dict[str, Any] = {} if self.request.reward is None else {"": self.request.reward}
         asked |= {name: name for name in self.request.also}
         prompts = prompts_by_source(self.on.rows.trees)
-        policy = PolicyText(self.run.rows.tokenizer, self.on.config.data.template, prompts)
+        data = self.on.config.data
+        policy = PolicyText(self.run.rows.tokenizer, data.template, prompts, data.template_options)
         try:
             return {name: load_reward(reward, policy, self.run.device) for name, reward in asked.items()}
         except ValidationError as error:  # a mapping that holds something else than names and weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 
 from penchant.base.files import write_atomically
 from penchant.data.packing import batches_of
+from penchant.data.tokenize import end_ids
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference, compute_logps
@@ -145,7 +146,7 @@ def write(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_ids(tokenizer, model),
         progress=progress,
     )
     trees = _trees(prompts, rows, sources)
@@ -336,7 +337,7 @@ def sampled_kl(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_token_id: int | None,
+    eos_token_id: Collection[int],
     seed: int,
     tokens_per_step: int,
 ) -> dict[str, Any]:
