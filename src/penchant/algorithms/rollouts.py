@@ -164,7 +164,7 @@ class Writer:
         Raises:
             RewardError: the reward function failed; it names the completion.
         """
-        from penchant.data.tokenize import end_ids
+        from penchant.data.templates import end_ids
         from penchant.rollout.generate import sample
 
         cfg = self.config

@@ -1,151 +1,35 @@
-"""Prompt trees to token trees: templates, boundaries, BOS and EOS, truncation; text pairs for encoders."""
+"""Prompt trees to token trees: boundaries, BOS and EOS, truncation; text pairs for encoders."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from penchant.data.layouts import RowError
 from penchant.data.load import IDENTICAL, Dataset, Quarantined, prompt_json, prompt_text
 from penchant.data.mapped import StoredTokens
+from penchant.data.templates import Rendered, chat, end_ids, excerpt, plain
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.types import PromptTree, TokenTree
 
-# ---------------------------------------------------------------------------------------------------------------------
-# templates: the tokenizer's chat template where there is one, plain text otherwise
-
-
-PLAIN_NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
-
-CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE, MOVED = 1, 2, 4, 8, 16  # what can happen to a row: its mark is the sum
-
-
-class Rendered(NamedTuple):
-    """A row as text. `mark` is MOVED where the chat template renders the prompt differently once an answer follows."""
-
-    prompt: str
-    completions: tuple[str, ...]
-    mark: int = 0
-
-
-def renderer(
-    template: str, tokenizer: Any, kind: str, options: Mapping[str, Any] | None = None, *, strict: bool = True
-) -> tuple[Callable[[PromptTree], Rendered], str]:
-    """The function that turns a tree into (prompt text, completion texts), and its name.
-
-    ``auto`` is the chat template where the tokenizer has one; plain documents (kind ``text``) never get a template.
-
-    Args:
-        options: handed to the chat template, e.g. ``{"enable_thinking": False}``; strict: see `chat`.
-
-    Raises:
-        ConfigError: ``chat`` was asked for and the tokenizer has no chat template; or options without a chat template.
-    """
-    has_chat = getattr(tokenizer, "chat_template", None) is not None
-    if template == "chat" and not has_chat:
-        raise ConfigError("data.template", "the tokenizer has no chat template", "set data.template=plain or auto")
-    if kind == "text" or template == "plain" or not has_chat:
-        if options:
-            raise ConfigError(
-                "data.template_options", "no chat template is used that could take them", "leave them out"
-            )
-        return plain, "plain"
-    return lambda tree: chat(tree, tokenizer, options, strict=strict), "chat"
-
-
-def plain(tree: PromptTree) -> Rendered:
-    """Text prompts as they are; chat prompts as a ``\\n\\nHuman: ...\\n\\nAssistant:`` transcript."""
-    texts = tuple(c.text for c in tree.completions)
-    if isinstance(tree.prompt, str):
-        return Rendered(tree.prompt, texts)
-    turns = "".join(f"\n\n{PLAIN_NAMES[m.role]}: {m.content}" for m in tree.prompt)
-    return Rendered(f"{turns}\n\nAssistant:", tuple(f" {t.lstrip()}" for t in texts))
-
-
-def chat(
-    tree: PromptTree, tokenizer: Any, options: Mapping[str, Any] | None = None, *, strict: bool = True
-) -> Rendered:
-    """The tokenizer's chat template; a text prompt is one user turn.
-
-    The prompt is what the template writes for generation. Where that is not how the whole conversation begins (a template that
-    opens a thought, or moves the system text), the prompt ends where both begin to differ, or the answer is put behind the
-    prompt for generation; such rows are counted.
-
-    Args:
-        strict: False takes answers as the template changes them: what a model wrote is no bad row.
-
-    Raises:
-        RowError: the template refuses the turns or leaves out a part of an answer, or the prompt is answered already.
-    """
-    asked = prompt_json(tree.prompt)
-    turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-    if strict and turns and turns[-1]["role"] == "assistant":
-        raise RowError(
-            f"the prompt ends with an assistant turn ({_short(turns[-1]['content'])}), so the answer would follow an answer",
-            "let the prompt end with what is to be answered",
-        )
-
-    def render(more: Sequence[Mapping[str, Any]], generate: bool) -> str:
-        found = tokenizer.apply_chat_template(
-            [*turns, *more], tokenize=False, add_generation_prompt=generate, **(options or {})
-        )
-        return str(found)
-
-    try:
-        prompt = render((), True)
-        wholes = [render(({"role": "assistant", "content": c.text},), False) for c in tree.completions]
-        moved = not all(whole.startswith(prompt) for whole in wholes)
-        unanswered = render((), False) if moved else ""
-    except Exception as error:  # templates raise jinja errors of their own, e.g. for a system turn they do not know
-        raise RowError(f"the chat template refuses it ({error})", "fix the turns or set data.template=plain") from error
-    if moved and all(whole.startswith(unanswered) for whole in wholes):
-        shared = os.path.commonprefix([prompt, *wholes])  # noqa: RUF071 (characters, not paths)
-        word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # "<" of "<think>" and of "<b>" is no place to stop
-        prompt = shared[: max(len(unanswered), word_end.end() if word_end else 0)]
-    elif moved:
-        answers = [c.text.strip() for c in tree.completions]
-        wholes = [prompt + _behind(prompt, whole, answer) for whole, answer in zip(wholes, answers, strict=True)]
-    texts = tuple(whole[len(prompt) :] for whole in wholes)
-    for text, c in zip(texts, tree.completions, strict=True):
-        if strict and "".join(c.text.split()) not in "".join(text.split()):
-            raise RowError(
-                f"the chat template changes the answer: {_short(c.text)} becomes {_short(text)}",
-                "take out of the answer what the template removes, set data.template_options, or use data.template=plain",
-            )
-    return Rendered(prompt, texts, MOVED * moved)
-
-
-def _behind(prompt: str, whole: str, answer: str) -> str:
-    """What follows the prompt's last words in a conversation that begins otherwise: a template that moves the system text."""
-    at = whole.rfind(answer)
-    for n in range(min(len(prompt), 32), 3, -1):
-        found = whole.rfind(prompt[-n:], 0, max(at, 0))
-        if found >= 0:
-            return whole[found + n :]
-    raise RowError(
-        f"the chat template renders the prompt differently when an answer follows: {_short(prompt[-40:])} is not in {_short(whole)}",
-        "set data.template_options to what makes both equal, or data.template=plain",
-    )
-
-
-def _short(text: str) -> str:
-    """A text for a message: its start and its end."""
-    return repr(text if len(text) <= 60 else f"{text[:28]} ... {text[-28:]}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# token trees: the boundary cannot move, BOS never doubles, EOS is there unless the text was cut
+# ---- Token trees: the boundary cannot move, BOS never doubles, EOS is there unless the text was cut ----
 
 
 Ids = list[int]
-CONTEXT = 64  # characters of the prompt's end with which a completion is encoded
+Encoded = tuple[Ids, list[Ids]]
+CONTEXT = 64  # characters of the prompt's end with which an answer is encoded
 CHUNK = 1024  # rows that are tokenized in one call; the tokenizer keeps about 100 bytes a token while it lasts
+
+
+class Mark:
+    """What can happen to a row; its mark is the sum."""
+
+    CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE, MOVED = 1, 2, 4, 8, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +41,7 @@ class TokenizedDataset:
             plain document that was split into chunks counts once).
         cut_prompts: sources of rows whose prompt lost its start; cut_completions: of rows with a completion that lost its end.
         split_documents: plain documents that became several chunks.
-        moved_prompts: rows whose prompt the chat template renders differently once an answer follows (see `chat`).
+        moved_prompts: rows whose prompt the chat template renders differently once an answer follows (see `templates.chat`).
         template: ``chat`` or ``plain``.
     """
 
@@ -194,77 +78,52 @@ class TokenizedDataset:
 
 
 def tokenize(dataset: Dataset, tokenizer: Any, **how: Any) -> TokenizedDataset:
-    """Tokenize a data set; arguments and errors as for `tokenizing`."""
-    making = tokenizing(tokenizer, dataset.kind, **how)
-    return making.result(tuple(making.trees(dataset.trees)), len(dataset.trees))
+    """Tokenize a data set; arguments and errors as for `CausalTokenization`."""
+    return CausalTokenization(tokenizer, dataset.kind, **how).all(dataset.trees)
 
 
-def tokenizing(
-    tokenizer: Any,
-    kind: str,
-    *,
-    template: str = "auto",
-    max_length: int = 1024,
-    truncation: str = "prompt_then_completion",
-    on_bad_row: str = "error",
-    identical: str = "bad_row",
-    add_eos: bool = True,
-    template_options: Mapping[str, Any] | None = None,
-    strict: bool = True,
-) -> Tokenizing:
-    """How the rows of a data set of this kind are tokenized.
-
-    A completion's ids are those that the tokenizer gives it behind its prompt; where a token would span the boundary, it is
-    split there, and prompt + completion must decode to the text. BOS stands once, at the start, where the tokenizer uses one;
-    EOS once, at the end, unless the completion ends with another of `end_ids`. A row longer than `max_length` (prompt + longest completion) loses the start of its
-    prompt first, down to half of `max_length`, then the ends of its completions; plain documents are split into chunks.
-
-    Args:
-        truncation: ``prompt_then_completion``, or ``bad_row`` to keep long rows aside.
-        on_bad_row, identical: as for `load_preferences`; ``identical`` also for pairs that become equal by the cut.
-        add_eos: False for a tokenizer without EOS.
-        template_options: for the chat template; strict: False for what a model wrote, see `chat`.
-
-    Raises:
-        ModelError: the tokenizer has no EOS. DataError (later): a bad row and ``on_bad_row="error"``.
-    """
-    if add_eos and tokenizer.eos_token_id is None:
-        raise ModelError(
-            getattr(tokenizer, "name_or_path", "") or "tokenizer",
-            "the tokenizer has no EOS token, so a model could not learn to stop",
-            "set eos_token in its tokenizer_config.json",
-        )
-    render, name = renderer(template, tokenizer, kind, template_options, strict=strict)
-    if kind == "scored":  # two answers with equal scores or texts are no pair
-        identical = "keep"
-    fitter = _Fitter(tokenizer, max_length, truncation, identical, add_eos, kind == "text")
-    return Tokenizing(tokenizer, render, name, fitter, on_bad_row)
-
-
-@dataclass(slots=True)
-class Tokenizing:
+class Tokenization:
     """Tokenizing as it goes on: trees come out one by one, what else is to be told is there at the end.
 
-    Args:
-        render: a tree to its texts; name: of that; fit: the ids of one row to its token trees.
+    Its two ways differ in what a tree's texts are (`render`, by a `template`) and in what becomes of the ids of a row (`fit_row`).
     """
 
-    tokenizer: Any
-    render: Callable[[PromptTree], Rendered]
-    name: str
-    fit: _Fitter | _PairFitter
-    on_bad_row: str
-    row: int = 0
-    aside: list[Quarantined] = field(default_factory=list)
-    cut_prompts: list[str] = field(default_factory=list)
-    cut_completions: list[str] = field(default_factory=list)
-    split: int = 0
-    moved: int = 0
+    template: str
 
-    def trees(self, rows: Sequence[PromptTree]) -> Iterator[TokenTree]:
-        """All trees, in order."""
-        for made, _ in self.by_row(rows):
-            yield from made
+    def __init__(self, tokenizer: Any, max_length: int, truncation: str, identical: str, on_bad_row: str) -> None:
+        self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
+        self.identical, self.on_bad_row = identical, on_bad_row
+        self.mark = 0  # of the row in hand
+        self._number = self._split = self._moved = 0
+        self._aside: list[Quarantined] = []
+        self._cut_prompts: list[str] = []
+        self._cut_completions: list[str] = []
+
+    def render(self, tree: PromptTree) -> Rendered:
+        """(Prompt text, completion texts)."""
+        raise NotImplementedError
+
+    def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
+        """Their ids. Texts of their own here, in one call of the fast tokenizer; equal ones are encoded once."""
+        texts = list(
+            dict.fromkeys(t for r in rendered if not isinstance(r, RowError) for t in (r.prompt, *r.completions))
+        )
+        by_text = dict(zip(texts, encode_texts(self.tokenizer, texts), strict=True))
+        return [
+            r if isinstance(r, RowError) else (by_text[r.prompt], [by_text[t] for t in r.completions]) for r in rendered
+        ]
+
+    def fit_row(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
+        """The ids of one row as its token tree (several of a document that is split).
+
+        Raises:
+            RowError: the row cannot be used.
+        """
+        raise NotImplementedError
+
+    def all(self, rows: Sequence[PromptTree]) -> TokenizedDataset:
+        """All rows, in memory."""
+        return self.result(tuple(tree for made, _ in self.by_row(rows) for tree in made), len(rows))
 
     def by_row(self, rows: Sequence[PromptTree]) -> Iterator[tuple[list[TokenTree], int]]:
         """The trees of each row, in order, and what happened to it: its mark.
@@ -273,56 +132,48 @@ class Tokenizing:
         """
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
-            rendered = [_try(self.render, tree) for tree in part]
-            encoded = self.fit.encode(rendered)
-            for tree, texts, ids in zip(part, rendered, encoded, strict=True):
-                self.fit.mark = 0 if isinstance(texts, RowError) else texts.mark
+            rendered = [self._rendered(tree) for tree in part]
+            for tree, texts, ids in zip(part, rendered, self.encode(rendered), strict=True):
+                self.mark = Mark.MOVED if isinstance(texts, Rendered) and texts.moved else 0
                 made = self._row(tree, ids)
-                self.cut_prompts += [tree.source] * bool(self.fit.mark & CUT_PROMPT)
-                self.cut_completions += [tree.source] * bool(self.fit.mark & CUT_COMPLETION)
-                self.split += bool(self.fit.mark & SPLIT)
-                self.moved += self.fit.mark & (MOVED | ASIDE) == MOVED
-                yield made, self.fit.mark
+                self._cut_prompts += [tree.source] * bool(self.mark & Mark.CUT_PROMPT)
+                self._cut_completions += [tree.source] * bool(self.mark & Mark.CUT_COMPLETION)
+                self._split += bool(self.mark & Mark.SPLIT)
+                self._moved += self.mark & (Mark.MOVED | Mark.ASIDE) == Mark.MOVED
+                yield made, self.mark
 
-    def _row(self, tree: PromptTree, ids: tuple[Ids, list[Ids]] | RowError) -> list[TokenTree]:
+    def _rendered(self, tree: PromptTree) -> Rendered | RowError:
+        try:
+            return self.render(tree)
+        except RowError as error:
+            return error
+
+    def _row(self, tree: PromptTree, ids: Encoded | RowError) -> list[TokenTree]:
         try:
             if isinstance(ids, RowError):
                 raise ids
-            made = self.fit(tree.source, *ids)
+            made = self.fit_row(tree.source, *ids)
         except RowError as error:
             if self.on_bad_row == "error":
                 raise DataError(tree.source, error.what, f"{error.how} (or set data.on_bad_row=skip)") from error
-            self.aside.append(Quarantined(tree.source, error.what, error.how, raw_row(tree)))
-            self.fit.mark |= ASIDE
+            raw = {"prompt": prompt_json(tree.prompt), "completions": [c.text for c in tree.completions]}
+            self._aside.append(Quarantined(tree.source, error.what, error.how, raw))
+            self.mark |= Mark.ASIDE
             return []
         labels, scores = tuple(c.label for c in tree.completions), tuple(c.score for c in tree.completions)
-        first, self.row = self.row, self.row + len(made)
+        first, self._number = self._number, self._number + len(made)
         return [replace(one, row=first + i, labels=labels, scores=scores) for i, one in enumerate(made)]
+
+    def check_different(self, completions: Sequence[Ids], cut: bool) -> None:
+        """Refuses a pair whose answers are the same tokens, where such pairs are bad rows."""
+        if self.identical != "keep" and len(completions) == 2 and completions[0] == completions[1]:
+            where = f"after the cut to {self.max_length} tokens" if cut else "in tokens"
+            raise RowError(f"{IDENTICAL} {where}", "raise data.max_length, drop it, or set data.identical=keep")
 
     def result(self, trees: Sequence[TokenTree], total: int) -> TokenizedDataset:
         """The whole, when all trees have come out."""
-        cut = tuple(self.cut_prompts), tuple(self.cut_completions)
-        return TokenizedDataset(trees, total, tuple(self.aside), *cut, self.split, self.name, self.moved)
-
-
-def _try(render: Any, tree: PromptTree) -> Rendered | RowError:
-    try:
-        result: Rendered = render(tree)
-        return result
-    except RowError as error:
-        return error
-
-
-Encoded = tuple[Ids, list[Ids]]
-
-
-def encode_apart(tokenizer: Any, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
-    """Prompts and completions as texts of their own, in one call of the fast tokenizer; equal texts are encoded once."""
-    texts = list(dict.fromkeys(t for r in rendered if not isinstance(r, RowError) for t in (r.prompt, *r.completions)))
-    by_text = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
-    return [
-        r if isinstance(r, RowError) else (by_text[r.prompt], [by_text[t] for t in r.completions]) for r in rendered
-    ]
+        cut = tuple(self._cut_prompts), tuple(self._cut_completions)
+        return TokenizedDataset(trees, total, tuple(self._aside), *cut, self._split, self.template, self._moved)
 
 
 def encode_in_context(tokenizer: Any, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
@@ -353,7 +204,7 @@ def encode_in_context(tokenizer: Any, rendered: Sequence[Rendered | RowError]) -
             completion = _split_at(tokenizer, before, whole, context, text)
             if completion is None:
                 return RowError(
-                    f"prompt and answer do not decode to their text: {_short(context)} and {_short(text)}",
+                    f"prompt and answer do not decode to their text: {excerpt(context)} and {excerpt(text)}",
                     "move white space between the prompt's end and the answer's start",
                 )
             found.append(completion)
@@ -420,48 +271,83 @@ def uses_bos(tokenizer: Any) -> bool:
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-def end_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
-    """The ids that end an answer: one definition for training, sampling, evaluation, chat and serving.
+class CausalTokenization(Tokenization):
+    """Prompts and completions for a language model.
 
-    The tokenizer's EOS; the special token that its chat template writes behind an answer; and those of the model's generation
-    config that are special tokens (a model's end of turn).
+    A completion's ids are those that the tokenizer gives it behind its prompt; where a token would span the boundary, it is
+    split there, and prompt + completion must decode to the text. BOS stands once, at the start, where the tokenizer uses one;
+    EOS once, at the end, unless the completion ends with another of `end_ids`. A row longer than `max_length` (prompt + longest completion) loses the start of its
+    prompt first, down to half of `max_length`, then the ends of its completions; plain documents are split into chunks.
+
+    Args:
+        kind: of the data set.
+        template: ``auto`` is the chat template where the tokenizer has one; ``chat``, ``plain``. Documents never get a template.
+        truncation: ``prompt_then_completion``, or ``bad_row`` to keep long rows aside.
+        on_bad_row, identical: as for `load_preferences`; ``identical`` also for pairs that become equal by the cut.
+        add_eos: False for a tokenizer without EOS.
+        template_options: handed to the chat template, e.g. ``{"enable_thinking": False}``.
+        strict: False for what a model wrote: see `templates.chat`.
+
+    Raises:
+        ModelError: the tokenizer has no EOS. ConfigError: ``chat`` was asked for and it has no chat template.
+        DataError (later): a bad row and ``on_bad_row="error"``.
     """
-    found = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {i: token.content for i, token in added.items() if token.special}
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    named = [named] if isinstance(named, int) else list(named or ())
-    found |= {i for i in named if i in special or i in tokenizer.all_special_ids}
-    behind = _behind_an_answer(tokenizer)
-    return frozenset(found | {i for i, content in special.items() if behind.startswith(content)})
-
-
-def _behind_an_answer(tokenizer: Any) -> str:
-    """What the chat template writes behind an answer; nothing without a template, or with one that takes no such turns."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return ""
-    turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "Zebra4711."}]
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("Zebra4711.")[2].lstrip()
-    except Exception:  # a template's own jinja errors; `chat` reports them row by row
-        return ""
-
-
-class _Fitter:
-    """Specials and length: the texts of one row to its token tree (several for a split document)."""
 
     def __init__(
-        self, tokenizer: Any, max_length: int, truncation: str, identical: str, add_eos: bool, text: bool
+        self,
+        tokenizer: Any,
+        kind: str,
+        *,
+        template: str = "auto",
+        max_length: int = 1024,
+        truncation: str = "prompt_then_completion",
+        on_bad_row: str = "error",
+        identical: str = "bad_row",
+        add_eos: bool = True,
+        template_options: Mapping[str, Any] | None = None,
+        strict: bool = True,
     ) -> None:
-        self.tokenizer = tokenizer
+        if kind == "scored":  # two answers with equal scores or texts are no pair
+            identical = "keep"
+        super().__init__(tokenizer, max_length, truncation, identical, on_bad_row)
+        if add_eos and tokenizer.eos_token_id is None:
+            name = getattr(tokenizer, "name_or_path", "") or "tokenizer"
+            what = "the tokenizer has no EOS token, so a model could not learn to stop"
+            raise ModelError(name, what, "set eos_token in its tokenizer_config.json")
+        has_chat = getattr(tokenizer, "chat_template", None) is not None
+        if template == "chat" and not has_chat:
+            raise ConfigError("data.template", "the tokenizer has no chat template", "set data.template=plain or auto")
+        self.template = "chat" if has_chat and template != "plain" and kind != "text" else "plain"
+        if template_options and self.template != "chat":
+            raise ConfigError(
+                "data.template_options", "no chat template is used that could take them", "leave them out"
+            )
+        self.options, self.strict = template_options, strict
+        self.text = kind == "text"
         self.bos = tokenizer.bos_token_id if uses_bos(tokenizer) else None
         self.bos_id, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id if add_eos else None
-        self.max_length, self.truncation, self.identical, self.text = max_length, truncation, identical, text
         self.ends = end_ids(tokenizer)
         self.end_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self.ends)))
-        self.mark = 0  # of the row in hand
 
-    def __call__(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
+    def render(self, tree: PromptTree) -> Rendered:
+        """Each answer ended once: what stands behind its end is none of it, a template's white space or a second EOS."""
+        if self.template == "chat":
+            rendered = chat(tree, self.tokenizer, self.options, strict=self.strict)
+        else:
+            rendered = plain(tree)
+        return rendered._replace(completions=tuple(map(self._ended_once, rendered.completions)))
+
+    def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
+        return encode_in_context(self.tokenizer, rendered)
+
+    def _ended_once(self, text: str) -> str:
+        whole = text
+        while (bare := text.rstrip()).endswith(self.end_texts):
+            end = next(e for e in self.end_texts if bare.endswith(e))
+            whole, text = bare, bare[: -len(end)]
+        return whole
+
+    def fit_row(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
         prompt = self._start(prompt)
         completions = [self._end(c) for c in completions]
         if any(not c for c in completions):
@@ -472,25 +358,8 @@ class _Fitter:
         cut = (False,) * len(completions)
         if len(prompt) + longest > self.max_length:
             prompt, completions, cut = self._cut(prompt, completions, longest)
-        if self.identical != "keep":
-            _check_different(completions, any(cut), self.max_length)
+        self.check_different(completions, any(cut))
         return [_tree(source, prompt, completions, cut)]
-
-    def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
-        """Ids of the texts, each ended once."""
-        ended = [
-            r if isinstance(r, RowError) else r._replace(completions=tuple(map(self._ended_once, r.completions)))
-            for r in rendered
-        ]
-        return encode_in_context(self.tokenizer, ended)
-
-    def _ended_once(self, text: str) -> str:
-        """A completion without what stands behind its end: a template's white space, an end of the row's own beside the template's."""
-        whole = text
-        while (bare := text.rstrip()).endswith(self.end_texts):
-            end = next(e for e in self.end_texts if bare.endswith(e))
-            whole, text = bare, bare[: -len(end)]
-        return whole
 
     def _start(self, prompt: Ids) -> Ids:
         """BOS once where the tokenizer uses it; an empty prompt gets BOS, or EOS as document separator."""
@@ -504,7 +373,6 @@ class _Fitter:
         return [first]
 
     def _end(self, completion: Ids) -> Ids:
-        """An end, once."""
         if self.eos is None or (completion and completion[-1] in self.ends):
             return completion
         return [*completion, self.eos]
@@ -517,27 +385,20 @@ class _Fitter:
         if keep < len(prompt):
             bos = prompt[:1] if prompt[0] == self.bos_id else []
             prompt = [*bos, *prompt[len(prompt) - keep + len(bos) :]]
-            self.mark |= CUT_PROMPT
+            self.mark |= Mark.CUT_PROMPT
         room = self.max_length - len(prompt)
         if room < 1:
             what = f"max_length {self.max_length} leaves no room for a completion token"
             raise RowError(what, "raise data.max_length")
         cut = tuple(len(c) > room for c in completions)
-        self.mark |= CUT_COMPLETION * any(cut)
+        self.mark |= Mark.CUT_COMPLETION * any(cut)
         return prompt, [c[:room] for c in completions], cut
 
     def _chunks(self, source: str, prompt: Ids, document: Ids) -> list[TokenTree]:
         room = self.max_length - len(prompt)
         parts = [document[i : i + room] for i in range(0, len(document), room)]
-        self.mark |= SPLIT * (len(parts) > 1)
+        self.mark |= Mark.SPLIT * (len(parts) > 1)
         return [_tree(source, prompt, [part], (i < len(parts) - 1,)) for i, part in enumerate(parts)]
-
-
-def _check_different(completions: Sequence[Ids], cut: bool, max_length: int) -> None:
-    """Refuses a pair whose answers are the same tokens."""
-    if len(completions) == 2 and completions[0] == completions[1]:
-        where = f"after the cut to {max_length} tokens" if cut else "in tokens"
-        raise RowError(f"{IDENTICAL} {where}", "raise data.max_length, drop it, or set data.identical=keep")
 
 
 def _tree(source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...]) -> TokenTree:
@@ -545,13 +406,7 @@ def _tree(source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...
     return TokenTree(0, np.array(prompt, dtype=np.int32), arrays, cut, source)
 
 
-def raw_row(tree: PromptTree) -> dict[str, Any]:
-    """A tree as a row of a quarantine file."""
-    return {"prompt": prompt_json(tree.prompt), "completions": [c.text for c in tree.completions]}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# encoders: prompt and completion as the text pair that a BERT-type model was trained on
+# ---- Encoders: prompt and completion as the text pair that a BERT-type model was trained on ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -602,62 +457,50 @@ def pair_format(tokenizer: Any) -> PairFormat:
     )
 
 
-def tokenize_text_pairs(
-    dataset: Dataset,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    truncation: str = "prompt_then_completion",
-    on_bad_row: str = "error",
-    identical: str = "bad_row",
-) -> TokenizedDataset:
-    """Tokenize a data set for an encoder: the texts themselves, with its own tokenizer, whatever model wrote them.
+def tokenize_text_pairs(dataset: Dataset, tokenizer: Any, **how: Any) -> TokenizedDataset:
+    """Tokenize a data set for an encoder; arguments and errors as for `PairTokenization`."""
+    return PairTokenization(tokenizer, **how).all(dataset.trees)
+
+
+class PairTokenization(Tokenization):
+    """Rows for an encoder: the texts themselves, with its own tokenizer, whatever model wrote them.
 
     Chat prompts become lines ``role: content``. A row longer than `max_length` (prompt, longest completion and special tokens) loses the
-    start of its prompt, all of it if need be, and only then the ends of its completions; both are counted.
+    start of its prompt, all of it if need be, and only then the ends of its completions; both are counted. A tree's prompt ids end with
+    the separator and its completion ids end the row: prompt + completion is the row that ``tokenizer(prompt, completion)`` gives.
 
     Args:
-        truncation, on_bad_row, identical: as for `tokenize`.
-
-    Returns:
-        Trees whose prompt ids end with the separator and whose completion ids end the row: prompt + completion is the row that
-        ``tokenizer(prompt, completion)`` gives.
+        truncation, on_bad_row, identical: as for `CausalTokenization`.
 
     Raises:
-        DataError: a bad row and ``on_bad_row="error"``.
+        ModelError: see `pair_format`. DataError (later): a bad row and ``on_bad_row="error"``.
     """
-    fitter = _PairFitter(tokenizer, pair_format(tokenizer), max_length, truncation, identical)
-    making = Tokenizing(tokenizer, _as_they_are, "text pair", fitter, on_bad_row)
-    return making.result(tuple(making.trees(dataset.trees)), len(dataset.trees))
 
+    template = "text pair"
 
-def _as_they_are(tree: PromptTree) -> Rendered:
-    return Rendered(prompt_text(tree.prompt), tuple(c.text for c in tree.completions))
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        truncation: str = "prompt_then_completion",
+        on_bad_row: str = "error",
+        identical: str = "bad_row",
+    ) -> None:
+        super().__init__(tokenizer, max_length, truncation, identical, on_bad_row)
+        self.layout = pair_format(tokenizer)
 
+    def render(self, tree: PromptTree) -> Rendered:
+        return Rendered(prompt_text(tree.prompt), tuple(c.text for c in tree.completions))
 
-@dataclass(slots=True)
-class _PairFitter:
-    """Ids of one row to its token tree, as the tokenizer lays out a pair."""
-
-    tokenizer: Any
-    layout: PairFormat
-    max_length: int
-    truncation: str
-    identical: str
-    mark: int = 0  # of the row in hand
-
-    def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
-        return encode_apart(self.tokenizer, rendered)
-
-    def __call__(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
+    def fit_row(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
         layout = self.layout
         kept_prompt, kept = fit(prompt, completions, self.max_length - layout.specials)
         cut = tuple(len(k) < len(c) for k, c in zip(kept, completions, strict=True))
         if self.truncation == "bad_row" and (any(cut) or len(kept_prompt) < len(prompt)):
             raise RowError(f"it has more than max_length {self.max_length} tokens", "raise data.max_length")
-        if self.identical != "keep":
-            _check_different(kept, any(cut), self.max_length)
-        self.mark = CUT_PROMPT * (len(kept_prompt) < len(prompt)) | CUT_COMPLETION * any(cut)
+        self.check_different(kept, any(cut))
+        self.mark = Mark.CUT_PROMPT * (len(kept_prompt) < len(prompt)) | Mark.CUT_COMPLETION * any(cut)
         before = [*layout.before, *kept_prompt, *layout.between]
         return [_tree(source, before, [[*k, *layout.after] for k in kept], cut)]
 

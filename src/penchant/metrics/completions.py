@@ -16,7 +16,7 @@ import torch
 
 from penchant.base.files import write_atomically
 from penchant.data.packing import batches_of
-from penchant.data.tokenize import end_ids
+from penchant.data.templates import end_ids
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference, compute_logps

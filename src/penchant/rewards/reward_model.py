@@ -16,10 +16,10 @@ from torch import Tensor
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
 from penchant.data.packing import batches_of
+from penchant.data.templates import end_ids
 from penchant.data.tokenize import (
     PairFormat,
     TokenizedDataset,
-    end_ids,
     pair_format,
     same_tokens,
     tokenize,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penchant.data.tokenize import end_ids
+from penchant.data.templates import end_ids
 from penchant.models.cpu.decode import FastDecoder, cache_bytes_per_token, can_decode_fast
 
 # ---- One token of every row: temperature, top-k, top-p, and a draw that belongs to the row alone ----

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from penchant.data.tokenize import end_ids, plain, uses_bos
+from penchant.data.templates import end_ids, plain
+from penchant.data.tokenize import uses_bos
 from penchant.errors import ConfigError
 from penchant.models.cpu.decode import FastDecoder, can_decode_fast
 from penchant.models.load import cast_parameters, load_tokenizer, resolve_device, resolve_dtype
