@@ -20,6 +20,8 @@ from penchant.export.subject import NAMES, Subject, find_subject, outputs
 from penchant.models.options import looks_like_folder
 from penchant.requests import ExportRequest
 from penchant.runfolder import MANIFEST
+from penchant.runfolder.read import json_object
+from penchant.runfolder.values import mapping
 
 # ---- A folder that an earlier export left: is it what is asked for now, untouched? Then it can be pushed as it stands ----
 
@@ -36,22 +38,27 @@ def finished(folder: Path, asked: Mapping[str, Any]) -> tuple[Check, tuple[str, 
         CheckpointError: it is no export, one of something else, or its files are not as they were written. The card may be another:
             whoever publishes adds a licence to it.
     """
-    record = _record(folder)
+    try:
+        record = {} if folder.is_symlink() else json_object((folder / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = {}
+    if not record:
+        raise taken(folder, "it is no finished export")
     for name, value in asked.items():
         if record.get(name) != value:
             other = f"is of another {name} ({record.get(name)!r}, not {value!r})"
             raise taken(folder, f"it {other if name in record else f'does not say which {name}'}")
-    found, written = hashes(folder), record.get("sha256")
-    written = written if isinstance(written, Mapping) else {}
+    found, written = hashes(folder), mapping(record.get("sha256"))
     for name in sorted({*found, *written, CARD}):
         if name not in found:
             raise taken(folder, f"{name!r} is gone from it")
         if name not in (ABOUT, CARD) and found[name] != written.get(name):
             raise taken(folder, f"{name!r} is not as the export wrote it")
     check, notes = _check(record.get("check")), record.get("notes")
-    if check is None or not check.good or not isinstance(notes, list) or not all(map(_is_line, notes)):
+    lines = isinstance(notes, list) and all(isinstance(note, str) and note.isprintable() for note in notes)
+    if check is None or not check.good or not lines:
         raise taken(folder, f"its {ABOUT} records no comparison that was passed")
-    return check, tuple(notes)
+    return check, tuple(record["notes"])
 
 
 def taken(folder: Path, why: str | None = None) -> CheckpointError:
@@ -60,25 +67,10 @@ def taken(folder: Path, why: str | None = None) -> CheckpointError:
     return CheckpointError(str(folder), f"is there already, and {reason}", "give another --output")
 
 
-def _record(folder: Path) -> Mapping[str, Any]:
-    try:
-        found = None if folder.is_symlink() else json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, Mapping):
-        raise taken(folder, "it is no finished export")
-    return found
-
-
 def _check(found: Any) -> Check | None:
-    there = found if isinstance(found, Mapping) else {}
-    values: dict[str, Any] = {f.name: there.get(f.name) for f in fields(Check)}
+    values: dict[str, Any] = {f.name: mapping(found).get(f.name) for f in fields(Check)}
     numbers = [v for name, v in values.items() if not (name == "greedy" and v is None)]
     return Check(**values) if all(isinstance(v, (int, float)) for v in numbers) else None
-
-
-def _is_line(note: Any) -> bool:
-    return isinstance(note, str) and note.isprintable()
 
 
 # ---- An exported folder to the hub. The token comes from the environment or the login, and is never shown ----
