@@ -10,8 +10,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -37,28 +38,13 @@ CLIENT_GONE = 499  # as nginx logs it
 # the model's thread
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The prompt has been read."""
+class Moment(Enum):
+    """What happens to a job beside its pieces: the prompt has been read, all of its completions are written."""
 
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """All completions of a prompt are written."""
-
-    tokens: int
+    STARTED, ENDED = range(2)
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """Something went wrong in this request; others go on."""
-
-    error: Exception
-
-
-Event = Started | Piece | Ended | Failed
+Event = Moment | Piece | Exception  # an exception: something went wrong in this request; others go on
 
 
 def shutting_down() -> ApiError:
@@ -70,21 +56,14 @@ class Job:
     """One prompt.
 
     Args:
-        start: reads the prompt; notify: called with every event. Both run in the model's thread. `cancel` ends the job without an event.
+        start: reads the prompt; notify: called with every event. Both run in the model's thread.
+        cancelled: nobody waits for it any more; it ends without an event.
     """
 
     start: Callable[[], Completions]
     notify: Callable[[Event], None]
     completions: Completions | None = None
-    _cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        """Nobody waits for it any more."""
-        self._cancelled.set()
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled.is_set()
+    cancelled: bool = False
 
     def advance(self) -> bool:
         """One step; whether there are more."""
@@ -93,14 +72,14 @@ class Job:
         try:
             if self.completions is None:
                 self.completions = self.start()
-                self.notify(Started(len(self.completions.prompt)))
+                self.notify(Moment.STARTED)
             for piece in self.completions.step():
                 self.notify(piece)
             if self.completions.done:
-                self.notify(Ended(self.completions.tokens))
+                self.notify(Moment.ENDED)
                 return False
         except Exception as error:  # one request's failure must not end the thread
-            self.notify(Failed(error))
+            self.notify(error)
             return False
         return True
 
@@ -168,7 +147,7 @@ class Scheduler:
                 self._active = going
         for job in left:
             with suppress(Exception):  # whoever listened may be gone
-                job.notify(Failed(shutting_down()))
+                job.notify(shutting_down())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +275,7 @@ class App:
         responses = Responses(params, self.chat_model, self.name)
         running = _Running(self, params, request)
         if not params.stream:
-            with running:
+            with closing(running):
                 return await _whole(params, responses, running)
         try:
             first = await anext(running.events)  # before the status goes out: a prompt that is refused is a 400
@@ -383,7 +362,6 @@ class _Running:
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._seconds = app.limits.seconds
         self._jobs = [self._job(app, params, prompt, i) for i, prompt in enumerate(params.prompts)]
-        self.usage: Json = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), 0)
         app.scheduler.submit(self._jobs)
         self._gone = asyncio.create_task(self._wait_until_gone(request))
         self.events = self._read()
@@ -398,19 +376,20 @@ class _Running:
     async def _wait_until_gone(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self._queue.put_nowait((0, Failed(ClientDisconnect())))
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+        self._queue.put_nowait((0, ClientDisconnect()))
 
     def close(self) -> None:
         """Nobody waits for the rest."""
         self._gone.cancel()
         for job in self._jobs:
-            job.cancel()
+            job.cancelled = True
+
+    @property
+    def usage(self) -> Json:
+        """Tokens of the prompts that were read and of what has been written."""
+        begun = [job.completions for job in self._jobs if job.completions is not None]
+        prompt, written = sum(len(c.prompt) for c in begun), sum(c.tokens for c in begun)
+        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
     async def _read(self) -> AsyncIterator[tuple[int, Event]]:
         """(number of the prompt, event).
@@ -426,14 +405,9 @@ class _Running:
             except TimeoutError as error:
                 what = f"the answer took longer than {self._seconds:g} seconds"
                 raise ApiError(503, what, code="timeout", kind="server_error") from error
-            if isinstance(event, Failed):
-                raise _as_api_error(event.error) from event.error
-            if isinstance(event, Started):
-                self.usage["prompt_tokens"] += event.prompt_tokens
-            elif isinstance(event, Ended):
-                self.usage["completion_tokens"] += event.tokens
-                left -= 1
-            self.usage["total_tokens"] = self.usage["prompt_tokens"] + self.usage["completion_tokens"]
+            if isinstance(event, Exception):
+                raise _as_api_error(event) from event
+            left -= event is Moment.ENDED
             yield number, event
 
 
@@ -450,22 +424,20 @@ async def _stream(
 ) -> AsyncIterator[str]:
     """Server-sent events; an error after the first one is the last event."""
 
-    def chunks(number: int, event: Event) -> list[Json | None]:
-        if isinstance(event, Started):
-            return [responses.first(number * params.n + row) for row in range(params.n)]
-        return [responses.chunk(number * params.n + event.row, event)] if isinstance(event, Piece) else []
+    def chunks(number: int, event: Event) -> list[str]:
+        at = number * params.n
+        if event is Moment.STARTED:
+            return [_data(as_json(chunk)) for chunk in responses.first(range(at, at + params.n))]
+        return [_data(as_json(responses.chunk(at + event.row, event)))] if isinstance(event, Piece) else []
 
     try:
         for chunk in chunks(*first):
-            if chunk is not None:
-                yield _data(as_json(chunk))
+            yield chunk
         async for number, event in running.events:
             for chunk in chunks(number, event):
-                if chunk is not None:
-                    yield _data(as_json(chunk))
-        usage = responses.last(running.usage)
-        if usage is not None:
-            yield _data(as_json(usage))
+                yield chunk
+        if params.stream_options.include_usage:
+            yield _data(as_json(responses.last(running.usage)))
         yield _data("[DONE]")
     except ClientDisconnect:
         request.state.status = CLIENT_GONE
@@ -486,7 +458,7 @@ class _EventStream(StreamingResponse):
         self._running = running
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._running:
+        with closing(self._running):
             await super().__call__(scope, receive, send)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from penchant.data.load import prompt_json
 from penchant.data.tokenize import plain, uses_bos
 from penchant.errors import ConfigError
 from penchant.models.cpu.decode import FastDecoder, can_decode_fast
@@ -38,7 +39,7 @@ class Style:
 
 
 def _chat(tokenizer: Any, messages: Sequence[Message]) -> str:
-    turns = [{"role": m.role, "content": m.content} for m in messages]
+    turns = prompt_json(tuple(messages))
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # jinja errors of the template's own, e.g. for a system turn that it does not know
