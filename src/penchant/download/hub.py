@@ -244,8 +244,7 @@ def matches(path: Path, file: HubFile) -> bool:
     return found.hexdigest() == file.git_sha1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what went wrong
+# ---- what went wrong ----
 
 
 def logged_in() -> bool:

@@ -23,8 +23,7 @@ from penchant.requests import GetRequest
 READABLE = tuple(e for e in ENDINGS if e != ".txt")  # a published text file is a licence or a readme
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the request
+# ---- the request ----
 
 
 AS = ("sft", "prompts", "unpaired")
@@ -85,8 +84,7 @@ def _check_labels(asked: GetRequest) -> None:
         raise ConfigError("--threshold", f"is {asked.threshold}", "give a finite number")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the files, on the hub or in a local copy: subset, published split, layout of each
+# ---- the files, on the hub or in a local copy: subset, published split, layout of each ----
 
 
 _WORDS = {
@@ -183,8 +181,7 @@ def make_plan(asked: GetRequest, hub: Hub) -> Plan:
     return plan
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# on the hub
+# ---- on the hub ----
 
 
 def hub_sources(
@@ -288,8 +285,7 @@ def split_of(path: str) -> str:
     return found[-1] if found else "train"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a local copy
+# ---- a local copy ----
 
 
 def local_plan(root: Path, asked: GetRequest, spec: Spec | None) -> Plan:

@@ -23,8 +23,7 @@ from penchant.base.text import shown
 from penchant.errors import CheckpointError, ConfigError, RewardError
 from penchant.judges.judge import WORDS, Answers, Progress, Question
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the instruction, and how its reply is read
+# ---- the instruction, and how its reply is read ----
 
 INSTRUCTION = """\
 You compare two answers to the same prompt and say which one is better for the person who wrote the prompt: more helpful, more correct, \
@@ -95,8 +94,7 @@ def verdict_of(reply: str) -> float | None:
     return WORDS[found.pop()] if len(found) == 1 else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# verdicts on disk
+# ---- verdicts on disk ----
 
 VERSION = 1  # part of every key: raise it when the same question is put otherwise
 
@@ -162,8 +160,7 @@ class Replies:
             out.write(line.encode())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# HTTP
+# ---- HTTP ----
 
 LARGEST = 4 << 20  # bytes of a reply
 LONGEST = 60.0  # seconds between two attempts
@@ -336,8 +333,7 @@ def _seconds(header: str | None) -> float:
         return 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the judge
+# ---- the judge ----
 
 PARAMETERS: Mapping[str, Any] = {"temperature": 0, "max_tokens": 512}
 READS = 2  # times that a question is put whose reply cannot be read

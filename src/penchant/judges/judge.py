@@ -80,8 +80,7 @@ class PairJudge(Protocol):
         ...
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# both orders
+# ---- both orders ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +135,7 @@ def ask_both_ways(judge: PairJudge, pairs: Sequence[Question], progress: Progres
     return BothWays(values, wins, agreed, identical, found.asked, found.cached, failures, found.unread)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a Python function
+# ---- a Python function ----
 
 TAKES = ("prompt", "a", "b")
 BATCH = "prompts"  # the first parameter's name of a function that takes lists

@@ -34,8 +34,7 @@ log = logging.getLogger("penchant.serve")
 CLIENT_GONE = 499  # as nginx logs it
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the model's thread
+# ---- the model's thread ----
 
 
 class Moment(Enum):
@@ -150,8 +149,7 @@ class Scheduler:
                 job.notify(shutting_down())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# HTTP
+# ---- HTTP ----
 
 
 @dataclass(frozen=True)
@@ -276,7 +274,11 @@ class App:
         running = _Running(self, params, request)
         if not params.stream:
             with closing(running):
-                return await _whole(params, responses, running)
+                pieces: list[list[Piece]] = [[] for _ in range(params.n * len(params.prompts))]
+                async for number, event in running.events:
+                    if isinstance(event, Piece):
+                        pieces[number * params.n + event.row].append(event)
+            return Response(as_json(responses.whole(pieces, running.usage)), media_type="application/json")
         try:
             first = await anext(running.events)  # before the status goes out: a prompt that is refused is a 400
         except BaseException:
@@ -346,8 +348,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
     return bytes(data)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# completions under way
+# ---- completions under way ----
 
 
 class _Running:
@@ -405,18 +406,13 @@ class _Running:
             except TimeoutError as error:
                 what = f"the answer took longer than {self._seconds:g} seconds"
                 raise ApiError(503, what, code="timeout", kind="server_error") from error
+            if isinstance(event, (ApiError, ClientDisconnect)):
+                raise event
             if isinstance(event, Exception):
-                raise _as_api_error(event) from event
+                log.error("a completion failed", exc_info=event)
+                raise ApiError(500, "the model failed at this request", kind="server_error") from event
             left -= event is Moment.ENDED
             yield number, event
-
-
-async def _whole(params: openai.Request, responses: Responses, running: _Running) -> Response:
-    pieces: list[list[Piece]] = [[] for _ in range(params.n * len(params.prompts))]
-    async for number, event in running.events:
-        if isinstance(event, Piece):
-            pieces[number * params.n + event.row].append(event)
-    return Response(as_json(responses.whole(pieces, running.usage)), media_type="application/json")
 
 
 async def _stream(
@@ -462,15 +458,7 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# errors
-
-
-def _as_api_error(error: Exception) -> Exception:
-    if isinstance(error, (ApiError, ClientDisconnect)):
-        return error
-    log.error("a completion failed", exc_info=error)
-    return ApiError(500, "the model failed at this request", kind="server_error")
+# ---- errors ----
 
 
 def _response(error: ApiError) -> Response:

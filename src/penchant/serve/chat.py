@@ -19,8 +19,7 @@ from penchant.serve.model import ChatModel, TemplateRefused
 from penchant.serve.stream import Completions, Sampling
 from penchant.types import Message
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the screen
+# ---- the screen ----
 
 GAP = " │ "
 WIDE = 90  # cells from which two columns fit side by side
@@ -124,8 +123,7 @@ class TwoColumns:
         return f"{padded(left, self._width)}{GAP}{right}".rstrip(" ")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the conversation
+# ---- the conversation ----
 
 
 class TooLong(Exception):
@@ -210,8 +208,7 @@ def fit(chat_model: ChatModel, conversation: Conversation, said: str, max_new_to
     return Fitted(ids, room, left_out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the session
+# ---- the session ----
 
 SIDES = ("left", "right")
 
@@ -475,8 +472,7 @@ class Chat:
         return True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# commands
+# ---- commands ----
 
 
 def _help(chat: Chat, _: str) -> None:

@@ -82,8 +82,7 @@ def style_of(wanted: str, tokenizer: Any, *, trained_on: str = "auto", otherwise
     return STYLES["chat" if has_chat and trained_on != "plain" else otherwise]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the model
+# ---- the model ----
 
 UNKNOWN_CONTEXT = 2048  # tokens, where a model does not say how far it can look
 ENDLESS = 10**6  # a tokenizer's way of saying that it does not know

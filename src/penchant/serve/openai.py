@@ -51,8 +51,7 @@ def invalid(param: str, what: str, code: str | None = None) -> ApiError:
     return ApiError(400, f"{param}: {what}", param=param, code=code or "invalid_value")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# requests
+# ---- requests ----
 
 
 def _only(*allowed: Any) -> AfterValidator:
@@ -294,8 +293,7 @@ def read_request(kind: type[Request], body: bytes) -> Request:
     raise invalid(name[:160], what, code)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# responses, with the fields that OpenAI's have: some of them are null, others absent
+# ---- responses, with the fields that OpenAI's have: some of them are null, others absent ----
 
 
 def as_json(response: Json) -> str:
