@@ -6,15 +6,13 @@ import asyncio
 import hmac
 import json
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import closing, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -30,123 +28,81 @@ from penchant.serve.model import ChatModel, TemplateRefused
 from penchant.serve.openai import ApiError, ChatRequest, Json, Prompt, Responses, TextRequest, as_json, invalid
 from penchant.serve.stream import Completions, Piece
 
+T = TypeVar("T")
 log = logging.getLogger("penchant.serve")
 CLIENT_GONE = 499  # as nginx logs it
 
 
 # ---- the model's thread ----
 
-
-class Moment(Enum):
-    """What happens to a job beside its pieces: the prompt has been read, all of its completions are written."""
-
-    STARTED, ENDED = range(2)
-
-
-Event = Moment | Piece | Exception  # an exception: something went wrong in this request; others go on
-
-
-def shutting_down() -> ApiError:
-    return ApiError(503, "the server is shutting down", code="shutting_down", kind="server_error")
-
-
-@dataclass(eq=False)
-class Job:
-    """One prompt.
-
-    Args:
-        start: reads the prompt; notify: called with every event. Both run in the model's thread.
-        cancelled: nobody waits for it any more; it ends without an event.
-    """
-
-    start: Callable[[], Completions]
-    notify: Callable[[Event], None]
-    completions: Completions | None = None
-    cancelled: bool = False
-
-    def advance(self) -> bool:
-        """One step; whether there are more."""
-        if self.cancelled:
-            return False
-        try:
-            if self.completions is None:
-                self.completions = self.start()
-                self.notify(Moment.STARTED)
-            for piece in self.completions.step():
-                self.notify(piece)
-            if self.completions.done:
-                self.notify(Moment.ENDED)
-                return False
-        except Exception as error:  # one request's failure must not end the thread
-            self.notify(error)
-            return False
-        return True
+# of a prompt: its completions once it has been read, then their pieces, and None when all are written; or what went wrong
+Event = Completions | Piece | None | Exception
 
 
 class Scheduler:
-    """The model's thread: prompts take turns, so each gets exactly what it would get alone.
+    """The model's thread, in which prompts take turns token by token, so each gets exactly what it would get alone.
 
     Args:
         at_once: prompts that take turns; waiting: prompts that wait for a turn.
     """
 
     def __init__(self, at_once: int = 4, waiting: int = 64) -> None:
-        self._at_once, self._max_waiting = at_once, waiting
-        self._active: list[Job] = []
-        self._waiting: deque[Job] = deque()
-        self._changed = threading.Condition()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
-        self._thread.start()
-
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Take all jobs of a request.
-
-        Raises:
-            ApiError: too many are waiting, or none is taken any more.
-        """
-        with self._changed:
-            if self._closing:
-                raise shutting_down()
-            self._waiting = deque(j for j in self._waiting if not j.cancelled)
-            free = self._at_once - len(self._active) + self._max_waiting - len(self._waiting)
-            if len(jobs) > free:
-                what = "too many requests are waiting; try again in a moment"
-                raise ApiError(429, what, code="rate_limit_exceeded", kind="rate_limit_error")
-            self._waiting.extend(jobs)
-            self._changed.notify()
+        self._slots, self._most = asyncio.Semaphore(at_once), at_once + waiting
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")  # first come, first served
+        self._prompts: set[asyncio.Task[None]] = set()
+        self._active = 0
+        self.closing = False  # every request ends with an error before its next token
 
     @property
     def load(self) -> tuple[int, int]:
         """(active prompts, waiting prompts)."""
-        with self._changed:
-            return len(self._active), len(self._waiting)
+        return self._active, len(self._prompts) - self._active
 
-    def close(self, timeout: float = 30.0) -> None:
-        """End every request, and the thread."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join(timeout)
+    def submit(
+        self, starts: Sequence[Callable[[], Completions]], notify: Callable[[int, Event], None]
+    ) -> list[asyncio.Task[None]]:
+        """Take all prompts of a request; each ends when its task is cancelled.
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._closing or self._active or self._waiting):
-                    self._changed.wait()
-                if self._closing:
-                    left = [*self._active, *self._waiting]
-                    self._active, self._waiting = [], deque()
-                    break
-                while self._waiting and len(self._active) < self._at_once:
-                    self._active.append(self._waiting.popleft())
-                turn = list(self._active)
-            going = [job for job in turn if job.advance()]
-            with self._changed:
-                self._active = going
-        for job in left:
-            with suppress(Exception):  # whoever listened may be gone
-                job.notify(shutting_down())
+        Args:
+            starts: read a prompt, in the model's thread; notify: called with the number of a prompt and every event of it.
+
+        Raises:
+            ApiError: too many are waiting.
+        """
+        if len(starts) > self._most - len(self._prompts):
+            what = "too many requests are waiting; try again in a moment"
+            raise ApiError(429, what, code="rate_limit_exceeded", kind="rate_limit_error")
+        tasks = [asyncio.create_task(self._write(start, partial(notify, i))) for i, start in enumerate(starts)]
+        for task in tasks:
+            self._prompts.add(task)
+            task.add_done_callback(self._prompts.discard)
+        return tasks
+
+    async def _write(self, start: Callable[[], Completions], notify: Callable[[Event], None]) -> None:
+        try:
+            async with self._slots:
+                self._active += 1
+                try:
+                    completions = await self._turn(start)
+                    notify(completions)
+                    while not completions.done:
+                        for piece in await self._turn(completions.step):
+                            notify(piece)
+                finally:
+                    self._active -= 1
+            notify(None)
+        except Exception as error:  # one request's failure is its own
+            notify(error)
+
+    async def _turn(self, call: Callable[[], T]) -> T:
+        if self.closing:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", kind="server_error")
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    def close(self) -> None:
+        """End every request, and the thread once its step is done."""
+        self.closing = True
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 # ---- HTTP ----
@@ -352,27 +308,20 @@ async def _body(request: Request, limits: Limits) -> bytes:
 
 
 class _Running:
-    """The jobs of one request, and what they report until the last has ended.
+    """The prompts of one request, and what is reported of them until the last has ended.
 
     Raises:
-        ApiError: too many requests are waiting, or the server is shutting down.
+        ApiError: too many requests are waiting.
     """
 
     def __init__(self, app: App, params: openai.Request, request: Request) -> None:
-        self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._seconds = app.limits.seconds
-        self._jobs = [self._job(app, params, prompt, i) for i, prompt in enumerate(params.prompts)]
-        app.scheduler.submit(self._jobs)
-        self._gone = asyncio.create_task(self._wait_until_gone(request))
+        self._seconds, self._left = app.limits.seconds, len(params.prompts)
+        self._begun: list[Completions] = []
+        starts = [partial(app.completions, params, prompt) for prompt in params.prompts]
+        self._tasks = app.scheduler.submit(starts, lambda *event: self._queue.put_nowait(event))
+        self._tasks.append(asyncio.create_task(self._wait_until_gone(request)))
         self.events = self._read()
-
-    def _job(self, app: App, params: openai.Request, prompt: Prompt, number: int) -> Job:
-        def notify(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
-
-        return Job(lambda: app.completions(params, prompt), notify)
 
     async def _wait_until_gone(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -381,25 +330,23 @@ class _Running:
 
     def close(self) -> None:
         """Nobody waits for the rest."""
-        self._gone.cancel()
-        for job in self._jobs:
-            job.cancelled = True
+        for task in self._tasks:
+            task.cancel()
 
     @property
     def usage(self) -> Json:
         """Tokens of the prompts that were read and of what has been written."""
-        begun = [job.completions for job in self._jobs if job.completions is not None]
-        prompt, written = sum(len(c.prompt) for c in begun), sum(c.tokens for c in begun)
+        prompt, written = sum(len(c.prompt) for c in self._begun), sum(c.tokens for c in self._begun)
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
     async def _read(self) -> AsyncIterator[tuple[int, Event]]:
         """(number of the prompt, event).
 
         Raises:
-            ApiError: a job failed, or time is up. ClientDisconnect: the client went away.
+            ApiError: a prompt failed, or time is up. ClientDisconnect: the client went away.
         """
-        deadline, left = self._loop.time() + self._seconds, len(self._jobs)
-        while left:
+        deadline = asyncio.get_running_loop().time() + self._seconds
+        while self._left:
             try:
                 async with asyncio.timeout_at(deadline):
                     number, event = await self._queue.get()
@@ -411,7 +358,9 @@ class _Running:
             if isinstance(event, Exception):
                 log.error("a completion failed", exc_info=event)
                 raise ApiError(500, "the model failed at this request", kind="server_error") from event
-            left -= event is Moment.ENDED
+            if isinstance(event, Completions):
+                self._begun.append(event)
+            self._left -= event is None
             yield number, event
 
 
@@ -422,7 +371,7 @@ async def _stream(
 
     def chunks(number: int, event: Event) -> list[str]:
         at = number * params.n
-        if event is Moment.STARTED:
+        if isinstance(event, Completions):
             return [_data(as_json(chunk)) for chunk in responses.first(range(at, at + params.n))]
         return [_data(as_json(responses.chunk(at + event.row, event)))] if isinstance(event, Piece) else []
 
@@ -447,7 +396,7 @@ def _data(text: str) -> str:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events, after which the request's jobs end however the connection did."""
+    """Server-sent events, after which the request's prompts end however the connection did."""
 
     def __init__(self, events: AsyncIterator[str], running: _Running) -> None:
         super().__init__(events, media_type="text/event-stream")

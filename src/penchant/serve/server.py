@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,8 +150,7 @@ class Server:
 
     def stop(self) -> None:
         """End: requests under way get an error, the socket closes, `run` returns."""
-        # a thread: a signal's handler may hold a lock that closing needs
-        threading.Thread(target=self.app.scheduler.close, daemon=True).start()
+        self.app.scheduler.closing = True
         self._uvicorn.should_exit = True
 
     def run_until_signal(self) -> None:
