@@ -172,10 +172,8 @@ class App:
         scope.setdefault("state", {})
         try:
             refused = self._refusal(Headers(scope=scope), scope["path"])
-            if refused is None:
-                await self._starlette(scope, receive, send_with_headers)
-            else:
-                await _response(refused)(scope, receive, send_with_headers)
+            answer = self._starlette if refused is None else _response(refused)
+            await answer(scope, receive, send_with_headers)
         except Exception:
             log.exception("a request failed")
             if not status:
@@ -316,12 +314,12 @@ class _Running:
 
     def __init__(self, app: App, params: openai.Request, request: Request) -> None:
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._seconds, self._left = app.limits.seconds, len(params.prompts)
+        self._seconds = app.limits.seconds
         self._begun: list[Completions] = []
         starts = [partial(app.completions, params, prompt) for prompt in params.prompts]
         self._tasks = app.scheduler.submit(starts, lambda *event: self._queue.put_nowait(event))
         self._tasks.append(asyncio.create_task(self._wait_until_gone(request)))
-        self.events = self._read()
+        self.events = self._read(len(starts))
 
     async def _wait_until_gone(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -339,14 +337,14 @@ class _Running:
         prompt, written = sum(len(c.prompt) for c in self._begun), sum(c.tokens for c in self._begun)
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
-    async def _read(self) -> AsyncIterator[tuple[int, Event]]:
+    async def _read(self, left: int) -> AsyncIterator[tuple[int, Event]]:
         """(number of the prompt, event).
 
         Raises:
             ApiError: a prompt failed, or time is up. ClientDisconnect: the client went away.
         """
         deadline = asyncio.get_running_loop().time() + self._seconds
-        while self._left:
+        while left:
             try:
                 async with asyncio.timeout_at(deadline):
                     number, event = await self._queue.get()
@@ -360,7 +358,7 @@ class _Running:
                 raise ApiError(500, "the model failed at this request", kind="server_error") from event
             if isinstance(event, Completions):
                 self._begun.append(event)
-            self._left -= event is None
+            left -= event is None
             yield number, event
 
 
