@@ -154,7 +154,8 @@ def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: No
         ModelError: the form cannot hold this model, or what was read back is another one (it is kept as ``NAME.failed``).
     """
     form, subject, dtype = _checked(request)
-    folder = _target(request, subject, form, dtype)
+    named = f"step-{subject.step}-{form.name}" + ("" if request.dtype == "auto" else f"-{dtype}")
+    folder = Path(request.output).expanduser() if request.output else subject.run / "export" / named
     if request.push is not None:
         check_push(request.push, subject.base.path if form.name == "adapter" else None)
     if folder.exists() or folder.is_symlink():
@@ -183,8 +184,12 @@ def _make(
     try:
         aside.mkdir(parents=True)
         check, notes = _write(subject, form, request, dtype, aside)
-        if not check.good:
-            raise _refused(folder, aside, check)
+        if not check.good:  # what is not the run's model is kept for a look, under a name that says so
+            names = (folder.with_name(f"{folder.name}.failed{i or ''}") for i in range(10_000))
+            failed = next(n for n in names if not n.exists())
+            os.rename(aside, failed)
+            what = f"what was written is not the run's model: {check.to_text()}"
+            raise ModelError(str(folder), what, f"see {failed}")
         if folder.exists():
             raise taken(folder)
         os.rename(aside, folder)
@@ -207,11 +212,6 @@ def _checked(request: ExportRequest) -> tuple[Format, Subject, str]:
     return form, subject, dtype_of(form, subject, request.dtype)
 
 
-def _target(request: ExportRequest, subject: Subject, form: Format, dtype: str) -> Path:
-    named = f"step-{subject.step}-{form.name}" + ("" if request.dtype == "auto" else f"-{dtype}")
-    return Path(request.output).expanduser() if request.output else subject.run / "export" / named
-
-
 def _identity(subject: Subject, form: Format, dtype: str) -> dict[str, Any]:
     """What an export is of: with the sum over the checkpoint's own sums, for a run may be trained again under its name."""
     sums = hashlib.sha256((subject.checkpoint / MANIFEST).read_bytes()).hexdigest()
@@ -225,10 +225,9 @@ def _write(
     """Write the files, compare what is read back, and describe them."""
     rows = subject.rows()
     own = outputs(subject.own(), rows)
-    written = form.write(subject, request, dtype, folder)
-    expected = outputs(written.model, rows)
-    notes = written.notes
-    del written
+    model, notes = form.write(subject, request, dtype, folder)
+    expected = outputs(model, rows)
+    del model
     merged = subject.adapter is not None and form.name != "adapter" and not subject.reward
     check = compared(
         own,
@@ -245,11 +244,3 @@ def _write(
     (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     (folder / CARD).write_text(card(subject, form, dtype, check, files, notes), encoding="utf-8")
     return check, notes
-
-
-def _refused(folder: Path, aside: Path, check: Check) -> ModelError:
-    """What is not the run's model is kept for a look, under a name that says so."""
-    names = (folder.with_name(f"{folder.name}.failed{i or ''}") for i in range(10_000))
-    failed = next(n for n in names if not n.exists())
-    os.rename(aside, failed)
-    return ModelError(str(folder), f"what was written is not the run's model: {check.to_text()}", f"see {failed}")

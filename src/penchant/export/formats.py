@@ -25,17 +25,8 @@ STATE = "state_dict.pt"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What was written.
-
-    Args:
-        model: in fp32, with the weights that the files should hold: what is read back must compute the same.
-        notes: what a person should know.
-    """
-
-    model: Any
-    notes: tuple[str, ...] = ()
+# the model in fp32 with the weights that the files should hold (what is read back must compute the same), and what a person should know
+Written = tuple[Any, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +62,7 @@ def _save_whole(subject: Subject, request: ExportRequest, dtype: str, folder: Pa
     model.save_pretrained(folder, state_dict=_cast_state(model, dtype), max_shard_size=request.max_shard_size)
     _save_config(model.config, dtype, folder)  # again: save_pretrained names the type that the model has in memory
     _save_beside(subject, folder)
-    return Written(model)
+    return model, ()
 
 
 def _cast_state(model: Any, dtype: str) -> dict[str, Tensor]:
@@ -109,7 +100,7 @@ def _save_state_dict(subject: Subject, _request: ExportRequest, dtype: str, fold
         model.generation_config.save_pretrained(folder)
     torch.save(_cast_state(model, dtype), folder / STATE)
     _save_beside(subject, folder)
-    return Written(model)
+    return model, ()
 
 
 def _read_state_dict(subject: Subject, folder: Path) -> Any:
@@ -136,7 +127,7 @@ def _save_adapter(subject: Subject, _request: ExportRequest, dtype: str, folder:
     model = with_adapter(subject.bare(), adapter)
     trained = {name for name, _ in model.named_parameters() if "lora_" in name or ".modules_to_save." in name}
     round_weights(model, lambda name, value: _cast(value, dtype) if name in trained else value)
-    return Written(model)
+    return model, ()
 
 
 def _read_adapter(subject: Subject, folder: Path) -> Any:
@@ -157,7 +148,7 @@ def _save_gguf(subject: Subject, _request: ExportRequest, dtype: str, folder: Pa
     model = subject.whole()
     name = f"{subject.run.name}-step-{subject.step}"
     round_weights(model, lambda _name, value: as_stored(value, dtype))
-    return Written(model, write_gguf(folder / f"{name}-{dtype}.gguf", model, subject.tokenizer(), dtype, name))
+    return model, write_gguf(folder / f"{name}-{dtype}.gguf", model, subject.tokenizer(), dtype, name)
 
 
 def _read_gguf(_subject: Subject, folder: Path) -> Any:
