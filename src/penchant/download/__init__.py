@@ -213,7 +213,7 @@ class _Job:
         for source in plan.sources:
             if source.layout is not None:
                 self._conversion(source)  # says now what cannot be converted
-        write_json(self.work / "plan.json", plan.to_json())
+        write_json(self.work / "plan.json", asdict(plan))
         write_json(self.work / "request.json", identity(self.asked))
         if plan.left_out:
             self.say(plan.left_out)
@@ -247,7 +247,7 @@ class _Job:
         free = shutil.disk_usage(self.folder).free
         if plan.hub_id:
             cache = self.hub.cache_folder()
-            cached = self.hub.cached_bytes(plan.repository, [s.hub_file for s in plan.sources])
+            cached = self.hub.cached_bytes(plan.repository, plan.sources)
             fetch, there = sum(s.size for s in plan.sources) - cached, shutil.disk_usage(_existing(cache)).free
             if fetch > there:
                 what = f"has {gigabytes(there)} free, and {gigabytes(fetch)} are to be fetched"
@@ -261,13 +261,13 @@ class _Job:
     @contextmanager
     def _rows(self, plan: Plan, source: Source) -> Iterator[Iterator[Row | BadRow]]:
         if plan.hub_id and self.asked.first:
-            part = self.hub.open(plan.repository, source.hub_file)
+            part = self.hub.open(plan.repository, source)
             with io.BufferedReader(part, BLOCK) as stream:
                 yield read_stream(cast(BinaryIO, stream), source.path)
             read = f"{gigabytes(part.fetched)} of {gigabytes(source.size)} read"
             self.say(f"{source.path}: {read}; its hash is not checked")
             return
-        path = self.hub.fetch(plan.repository, source.hub_file) if plan.hub_id else Path(source.local or "")
+        path = self.hub.fetch(plan.repository, source) if plan.hub_id else Path(source.local or "")
         with path.open("rb") as stream:
             yield read_stream(stream, source.path)
 

@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -171,7 +171,7 @@ class Hub:
             repository.hub_id, file.path, repo_type="dataset", revision=repository.commit, endpoint=self.endpoint
         )
 
-    def cached_bytes(self, repository: Repository, files: list[HubFile]) -> int:
+    def cached_bytes(self, repository: Repository, files: Sequence[HubFile]) -> int:
         """How much of these files is in the hub's cache already."""
         from huggingface_hub import try_to_load_from_cache
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -95,28 +95,19 @@ _WORDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Source(HubFile):
     """One file to read.
 
     Args:
-        path: in the data set; split: the published one; subset: of the catalogue, empty where there is none.
-        size: bytes; sha256, git_sha1: of its content, as far as known; local: where it is, when it is a local copy.
+        split: the published one; subset: of the catalogue, empty where there is none; local: where it is, when it is a local copy.
         layout: of its rows, None where it is looked at; prompts_only: its rows are prompts and nothing else.
     """
 
-    path: str
     split: str
     subset: str
-    size: int
-    sha256: str | None = None
-    git_sha1: str | None = None
     local: str | None = None
     layout: str | None = None
     prompts_only: bool = False
-
-    @property
-    def hub_file(self) -> HubFile:
-        return HubFile(self.path, self.size, self.sha256, self.git_sha1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +130,6 @@ class Plan:
     @property
     def repository(self) -> Repository:
         return Repository(self.hub_id, self.commit, ())
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @staticmethod
     def from_json(held: Mapping[str, Any]) -> Plan:
@@ -177,7 +165,7 @@ def make_plan(asked: GetRequest, hub: Hub) -> Plan:
     plan = Plan(
         HUB + repository.hub_id, repository.hub_id, repository.commit, sources, spec.terms if spec else "", left_out
     )
-    hub.check_access(repository, sources[0].hub_file)
+    hub.check_access(repository, sources[0])
     return plan
 
 
@@ -191,13 +179,13 @@ def hub_sources(
     if spec is not None:
         paths = {f.path: f for f in files}
         found = tuple(
-            Source(p, split, name, paths[p].size, paths[p].sha256, paths[p].git_sha1, None, *of_subset)
+            Source(*astuple(paths[p]), split, name, None, *of_subset)
             for name, split, p, of_subset in _of_spec(spec, chosen_subsets(spec, asked.subsets), list(paths))
         )
         return found, _absent(spec, chosen_subsets(spec, asked.subsets), found)
     data = [f for f in files if ending(f.path) in READABLE and not f.path.startswith(".")]
     chosen, left_out = _of_card(data, configs, asked.subsets) if configs else _by_name(data, asked.subsets)
-    return tuple(Source(f.path, split, subset, f.size, f.sha256, f.git_sha1) for f, split, subset in chosen), left_out
+    return tuple(Source(*astuple(f), split, subset) for f, split, subset in chosen), left_out
 
 
 def _absent(spec: Spec, subsets: Iterable[str], found: Sequence[Source]) -> str:
@@ -304,8 +292,8 @@ def local_plan(root: Path, asked: GetRequest, spec: Spec | None) -> Plan:
     sources = []
     for subset, split, name, rows in found:
         path = paths[name]
-        made = Source(name, split, subset, path.stat().st_size, file_sha256(path), None, str(path.resolve()), *rows)
-        sources.append(made)
+        size, place = path.stat().st_size, str(path.resolve())
+        sources.append(Source(name, size, file_sha256(path), None, split, subset, place, *rows))
     left_out = _absent(spec, subsets, sources) if spec and any(s.subset for s in sources) else ""
     return Plan(str(root.resolve()), "", "", tuple(sources), spec.terms if spec else "", left_out)
 
