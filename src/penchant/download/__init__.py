@@ -35,7 +35,7 @@ from penchant.download.convert import (
     whole,
     write_json,
 )
-from penchant.download.hub import BLOCK, Hub
+from penchant.download.hub import BLOCK, Hub, PartFile
 from penchant.download.plan import Plan, Source, check_request, identity, make_plan
 from penchant.errors import CheckpointError, ConfigError, DataError
 from penchant.requests import GetRequest
@@ -261,7 +261,7 @@ class _Job:
     @contextmanager
     def _rows(self, plan: Plan, source: Source) -> Iterator[Iterator[Row | BadRow]]:
         if plan.hub_id and self.asked.first:
-            part = self.hub.open(plan.repository, source)
+            part = PartFile(self.hub, plan.repository, source)
             with io.BufferedReader(part, BLOCK) as stream:
                 yield read_stream(cast(BinaryIO, stream), source.path)
             read = f"{gigabytes(part.fetched)} of {gigabytes(source.size)} read"

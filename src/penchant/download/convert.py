@@ -96,10 +96,8 @@ class Pace:
         self.rows += rows
         if self.rows & 0xFF == 0 and monotonic() - self._last >= self._every:
             self._last = monotonic()
-            self._say(self.line())
-
-    def line(self) -> str:
-        return f"{self._what}: {self.rows:,} rows, {self.rows / max(monotonic() - self._started, 1e-9):,.0f} rows/s"
+            speed = self.rows / (self._last - self._started)
+            self._say(f"{self._what}: {self.rows:,} rows, {speed:,.0f} rows/s")
 
 
 # ---- filters: language, redaction, moderation ----

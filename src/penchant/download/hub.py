@@ -142,10 +142,6 @@ class Hub:
 
         return Path(self._tried(repository.hub_id, file.path, fetch))
 
-    def open(self, repository: Repository, file: HubFile) -> PartFile:
-        """The file as one that is read over the network, as far as it is read."""
-        return PartFile(self, repository, file)
-
     def part(self, repository: Repository, file: HubFile, start: int, end: int) -> bytes:
         """Bytes from `start` up to `end` of a file."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -198,7 +194,7 @@ class Hub:
 
 
 class PartFile(io.RawIOBase):
-    """A file on the hub that is read by ranges; `fetched` counts the bytes that came."""
+    """A file on the hub that is read over the network, as far as it is read; `fetched` counts the bytes that came."""
 
     def __init__(self, hub: Hub, repository: Repository, file: HubFile) -> None:
         super().__init__()

@@ -51,16 +51,12 @@ def _transcript(_: Any, messages: Sequence[Message]) -> str:
     return plain(PromptTree(tuple(messages), ()))[0]
 
 
-def _plain(_: Any, messages: Sequence[Message]) -> str:
-    return messages[-1].content
-
-
 _WRITTEN = 'no chat template: the conversation is written as "\\n\\nHuman: ...\\n\\nAssistant:"'
 _PLAIN = "plain text: the model continues what you write; it answers nothing"
 STYLES = {
     "chat": Style("chat", _chat, (), True, "the model's own chat template"),
     "transcript": Style("transcript", _transcript, ("\n\nHuman:",), True, _WRITTEN),
-    "plain": Style("plain", _plain, (), False, _PLAIN),
+    "plain": Style("plain", lambda _, messages: messages[-1].content, (), False, _PLAIN),
 }
 
 

@@ -39,10 +39,6 @@ class Sampling:
     frequency: float = 0.0
     top_logprobs: int | None = None
 
-    @property
-    def has_penalties(self) -> bool:
-        return self.presence != 0.0 or self.frequency != 0.0
-
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
@@ -176,7 +172,7 @@ class Stream:
 
     def _draw(self, logits: Tensor) -> Tensor:
         s = self._sampling
-        if s.has_penalties:
+        if s.presence or s.frequency:
             logits = logits.float()
             if self._counts is None:
                 self._counts = torch.zeros(s.n, logits.shape[1])
