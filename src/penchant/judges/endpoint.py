@@ -22,6 +22,8 @@ import numpy as np
 from penchant.base.text import shown
 from penchant.errors import CheckpointError, ConfigError, RewardError
 from penchant.judges.judge import WORDS, Answers, Progress, Question
+from penchant.runfolder.read import read_lines
+from penchant.runfolder.values import num
 
 # ---- the instruction, and how its reply is read ----
 
@@ -135,22 +137,11 @@ class Replies:
             with path.open("ab") as out:
                 torn = out.tell() > 0 and path.read_bytes()[-1:] != b"\n"
                 out.write(b"\n" if torn else b"")
-            found = cls(path)
-            found._read()
         except OSError as error:
             what = f"a judge's replies cannot be kept ({error.strerror})"
             raise CheckpointError(str(path), what, "set PENCHANT_CACHE to another folder") from error
-        return found
-
-    def _read(self) -> None:
-        for line in self.path.read_bytes().split(b"\n"):
-            try:
-                row = json.loads(line)
-                verdict = float(row["verdict"])
-            except (ValueError, KeyError, TypeError):
-                continue
-            if 0.0 <= verdict <= 1.0:
-                self.known[str(row["key"])] = verdict
+        rows = ((row.get("key"), num(row, "verdict")) for row in read_lines(path)[0])
+        return cls(path, {str(key): v for key, v in rows if key is not None and v is not None and 0.0 <= v <= 1.0})
 
     def keep(self, key: str, verdict: float, reply: str) -> None:
         """Write a reply down."""
