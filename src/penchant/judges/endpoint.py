@@ -203,13 +203,11 @@ class Connection:
             failure, wait = self._once(path, data)
             if not isinstance(failure, str):
                 return failure[0]
-            if attempt == self.attempts or stop.wait(min(LONGEST, max(wait, self._back_off(attempt)))):
+            # drawn, so that many waiting questions do not come back together
+            pause = self.pause * 2.0 ** (attempt - 1) * random.uniform(0.75, 1.25)
+            if attempt == self.attempts or stop.wait(min(LONGEST, max(wait, pause))):
                 raise NoReply(f"{failure} ({attempt} attempts)" if attempt > 1 else failure, silent=True)
         raise AssertionError("at least one attempt")
-
-    def _back_off(self, attempt: int) -> float:
-        """So that many waiting questions do not come back together."""
-        return self.pause * 2.0 ** (attempt - 1) * random.uniform(0.75, 1.25)
 
     @cached_property
     def _client(self) -> Any:
@@ -257,7 +255,7 @@ class Connection:
         return text.replace(self.key, "[key]") if self.key else text
 
 
-def connect(url: str, key_env: str | None, where: str = "--judge") -> Connection:
+def connect(url: str, key_env: str | None) -> Connection:
     """An endpoint from its address, with the key of an environment variable.
 
     Args:
@@ -270,12 +268,12 @@ def connect(url: str, key_env: str | None, where: str = "--judge") -> Connection
     try:
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigError(where, "is not an address", "write http://HOST:PORT/v1") from error
+        raise ConfigError("--judge", "is not an address", "write http://HOST:PORT/v1") from error
     if not host or parts.scheme not in ("http", "https"):
-        raise ConfigError(where, f"{shown(url)} is not an address", "write http://HOST:PORT/v1")
+        raise ConfigError("--judge", f"{shown(url)} is not an address", "write http://HOST:PORT/v1")
     if parts.username is not None or parts.query or parts.fragment:
         how = "leave user, password and query out; a key comes by --judge-key-env"
-        raise ConfigError(where, "holds more than an address", how)
+        raise ConfigError("--judge", "holds more than an address", how)
     address = url.rstrip("/").removesuffix("/chat/completions")
     key = os.environ.get(key_env if key_env is not None else DEFAULT_KEY, "").strip()
     if key_env is not None and not key:
@@ -339,15 +337,13 @@ class EndpointJudge:
 
     Args:
         model: as the endpoint calls it; parameters: of sampling, sent as they are; concurrency: questions at a time.
-        cache: folder of replies, None: the default one.
     """
 
     connection: Connection
     model: str
-    instruction: str = INSTRUCTION
-    parameters: Mapping[str, Any] = field(default_factory=lambda: dict(PARAMETERS))
-    concurrency: int = 4
-    cache: Path | None = None
+    instruction: str
+    parameters: Mapping[str, Any]
+    concurrency: int
 
     @property
     def name(self) -> str:
@@ -386,7 +382,7 @@ class EndpointJudge:
     # ---- many at a time -------------------------------------------------------------------------------------------
 
     def _ask(self, questions: Sequence[Question], progress: Progress | None, *, give_up: int) -> Answers:
-        replies = Replies.open(self.cache or default_folder(), self.model, self.instruction, self.parameters)
+        replies = Replies.open(default_folder(), self.model, self.instruction, self.parameters)
         keys = [key_of(self.model, self.instruction, self.parameters, q) for q in questions]
         values = np.array([replies.known.get(k, np.nan) for k in keys], dtype=np.float64)
         todo = np.flatnonzero(np.isnan(values)).tolist()
