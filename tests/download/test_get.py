@@ -544,6 +544,23 @@ def test_finished_parts_are_not_converted_again(
     assert len(names) == 4 and names[2] == names[3]
 
 
+def test_a_part_that_is_done_says_what_it_holds(lmsys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed as soon as the first part is done."""
+    original = Converter.convert
+
+    def convert(self: Any, *asked: Any) -> None:
+        original(self, *asked)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Converter, "convert", convert)
+        with pytest.raises(KeyboardInterrupt):
+            get("lmsys", lmsys, tmp_path / "killed")
+    get("lmsys", lmsys, tmp_path / "killed")
+    get("lmsys", lmsys, tmp_path / "whole")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
 def test_other_arguments_are_refused_and_redo_makes_it_anew(lmsys: Path, tmp_path: Path) -> None:
     get("lmsys", lmsys, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"(?s)seed: 0 -> 1.*--redo"):

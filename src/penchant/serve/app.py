@@ -317,7 +317,7 @@ class _Running:
         self._seconds = app.limits.seconds
         self._begun: list[Completions] = []
         starts = [partial(app.completions, params, prompt) for prompt in params.prompts]
-        self._tasks = app.scheduler.submit(starts, lambda *event: self._queue.put_nowait(event))
+        self._tasks = app.scheduler.submit(starts, lambda number, event: self._queue.put_nowait((number, event)))
         self._tasks.append(asyncio.create_task(self._wait_until_gone(request)))
         self.events = self._read(len(starts))
 
