@@ -25,7 +25,6 @@ READABLE = tuple(e for e in ENDINGS if e != ".txt")  # a published text file is 
 
 # ---- the request ----
 
-
 AS = ("sft", "prompts", "unpaired")
 REDACTED = ("keep", "only", "drop")
 
@@ -44,29 +43,24 @@ def check_request(asked: GetRequest) -> None:
     Raises:
         ConfigError: it names the option.
     """
-    for check in (_check_split, _check_choices, _check_labels):
-        check(asked)
+    _check_split(asked.split)
+    if asked.first is not None and asked.first < 1:
+        raise ConfigError("--first", f"is {asked.first}", "give a number of rows, 1 or more")
+    for flag, value, allowed in (("--as", asked.as_, (None, *AS)), ("--redacted", asked.redacted, REDACTED)):
+        if value not in allowed:
+            raise ConfigError(flag, f"is {value!r}", f"choose one of {', '.join(filter(None, allowed))}")
+    moderation = asked.moderation
+    if not (moderation in ("keep", "drop-flagged") or (isinstance(moderation, float) and 0 <= moderation <= 1)):
+        raise ConfigError("--moderation", f"is {moderation!r}", "give keep, drop-flagged or a score from 0 to 1")
+    _check_labels(asked)
 
 
-def _check_split(asked: GetRequest) -> None:
-    shares = asked.split
+def _check_split(shares: Sequence[float]) -> None:
     if len(shares) != 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or abs(sum(shares) - 1) > 1e-6:
         what = f"{','.join(f'{s:g}' for s in shares)} are not the shares of train, validation and test"
         raise ConfigError("--split", what, "give three numbers from 0 to 1 that add up to 1, such as 0.9,0.05,0.05")
     if shares[0] == 0:
         raise ConfigError("--split", "train has no share", "give it one above 0")
-
-
-def _check_choices(asked: GetRequest) -> None:
-    if asked.first is not None and asked.first < 1:
-        raise ConfigError("--first", f"is {asked.first}", "give a number of rows, 1 or more")
-    if asked.as_ is not None and asked.as_ not in AS:
-        raise ConfigError("--as", f"is {asked.as_!r}", f"choose one of {', '.join(AS)}")
-    if asked.redacted not in REDACTED:
-        raise ConfigError("--redacted", f"is {asked.redacted!r}", f"choose one of {', '.join(REDACTED)}")
-    moderation = asked.moderation
-    if not (moderation in ("keep", "drop-flagged") or (isinstance(moderation, float) and 0 <= moderation <= 1)):
-        raise ConfigError("--moderation", f"is {moderation!r}", "give keep, drop-flagged or a score from 0 to 1")
 
 
 def _check_labels(asked: GetRequest) -> None:
@@ -85,7 +79,6 @@ def _check_labels(asked: GetRequest) -> None:
 
 
 # ---- the files, on the hub or in a local copy: subset, published split, layout of each ----
-
 
 _WORDS = {
     **dict.fromkeys(("train", "training"), "train"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.cells import cell_len, chop_cells
+from rich.cells import cell_len, chop_cells, set_cell_size
 
 from penchant.base.text import clean
 from penchant.data.load import prompt_json
@@ -65,11 +65,6 @@ def _wrapped(line: str, width: int) -> list[str]:
     return [*made, line]
 
 
-def padded(text: str, width: int) -> str:
-    """A line of exactly so many cells."""
-    return text + " " * max(0, width - cell_len(text))
-
-
 class OneColumn:
     """An answer that is written as it comes, without wrapping of its own."""
 
@@ -101,7 +96,7 @@ class TwoColumns:
         self._width = (width - 1 - len(GAP)) // 2
         self._sides = (Wrapper(self._width), Wrapper(self._width))
         self._done = 0
-        line = GAP.join(padded(clean(t)[: self._width], self._width) for t in titles)
+        line = GAP.join(set_cell_size(clean(t), self._width) for t in titles)
         self._out.write(f"{line.rstrip()}\n{'─' * self._width}─┼─{'─' * self._width}\n")
 
     def add(self, side: int, text: str) -> None:
@@ -120,7 +115,7 @@ class TwoColumns:
 
     def _line(self, at: int) -> str:
         left, right = (s.lines[at] if at < len(s.lines) else "" for s in self._sides)
-        return f"{padded(left, self._width)}{GAP}{right}".rstrip(" ")
+        return f"{set_cell_size(left, self._width)}{GAP}{right}".rstrip(" ")
 
 
 # ---- the conversation ----
