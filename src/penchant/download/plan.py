@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -172,13 +172,15 @@ def hub_sources(
     if spec is not None:
         paths = {f.path: f for f in files}
         found = tuple(
-            Source(*astuple(paths[p]), split, name, None, *of_subset)
-            for name, split, p, of_subset in _of_spec(spec, chosen_subsets(spec, asked.subsets), list(paths))
+            Source(**asdict(paths[p]), split=split, subset=name, layout=layout, prompts_only=prompts_only)
+            for name, split, p, (layout, prompts_only) in _of_spec(
+                spec, chosen_subsets(spec, asked.subsets), list(paths)
+            )
         )
         return found, _absent(spec, chosen_subsets(spec, asked.subsets), found)
     data = [f for f in files if ending(f.path) in READABLE and not f.path.startswith(".")]
     chosen, left_out = _of_card(data, configs, asked.subsets) if configs else _by_name(data, asked.subsets)
-    return tuple(Source(*astuple(f), split, subset) for f, split, subset in chosen), left_out
+    return tuple(Source(**asdict(f), split=split, subset=subset) for f, split, subset in chosen), left_out
 
 
 def _absent(spec: Spec, subsets: Iterable[str], found: Sequence[Source]) -> str:

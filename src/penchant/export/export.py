@@ -178,7 +178,7 @@ def _make(
     subject: Subject, form: Format, request: ExportRequest, dtype: str, folder: Path
 ) -> tuple[Check, tuple[str, ...]]:
     """Write aside, and rename what was found good."""
-    form.check(subject, dtype)
+    form.check(subject)
     aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
