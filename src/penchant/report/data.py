@@ -53,6 +53,16 @@ class RunData(Folder):
         """Lines of held-out evaluations, in order."""
         return [m for m in self.metrics if m.get("kind") == "eval"]
 
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The last of them; empty where there is none."""
+        return self.evals[-1] if self.evals else {}
+
+    @property
+    def first(self) -> Mapping[str, Any]:
+        """The start's; empty where it was not evaluated."""
+        return self.evals[0] if self.evals and num(self.evals[0], "step") == 0 else {}
+
     @cached_property
     def trained(self) -> list[Mapping[str, Any]]:
         """Lines of optimizer steps, in order."""
