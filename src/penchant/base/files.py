@@ -33,14 +33,11 @@ def write_atomically(path: Path, value: Any) -> None:
 def write_text_atomically(path: Path, text: str) -> None:
     """A text file, written aside, fsynced and renamed."""
     aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with aside.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(aside, path)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
