@@ -196,7 +196,7 @@ def _one(run: RunData | None, line: Mapping[str, Any], i: int) -> Element:
             ]
         )
     what = ", ".join(f"{k}={text(v)}" for k, v in _flat(mapping(line.get("what"))).items())
-    title = [
+    title: list[Node] = [
         *([said(run.name), " "] if run else []),
         said(text(line.get("time"))),
         f" \u00b7 step {text(line.get('step'))}",

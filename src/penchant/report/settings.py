@@ -76,7 +76,9 @@ def _main(config: Mapping[str, Any]) -> Element | None:
     values = flat(config)
     if algorithm_of(config):  # then the loss section says nothing
         values = {k: v for k, v in values.items() if not k.startswith("loss.")}
-    rows = [[label, said(short(values[key]))] for key, label in MAIN if values.get(key) not in (None, "")]
+    rows: list[list[Node]] = [
+        [label, said(short(values[key]))] for key, label in MAIN if values.get(key) not in (None, "")
+    ]
     return panel([], rows, class_="facts") if rows else None
 
 
@@ -187,7 +189,7 @@ def settings_table(data: ReportData) -> Element | None:
     ranked = ranking(data)
     if ranked is None:
         seeds = [", ".join(f"{r.seed}: {r.status or '?'}" for r in s.runs) for s in data.settings]
-        rows = [[name(s), s.runs[0].method, of] for s, of in zip(data.settings, seeds, strict=True)]
+        rows: list[list[Node]] = [[name(s), s.runs[0].method, of] for s, of in zip(data.settings, seeds, strict=True)]
         return panel(["setting", "method", "seeds"], rows, caption="Settings") if rows else None
     share = ranked.figure.share
     ends = [v for r in ranked.rows if r.values for v in r.range]

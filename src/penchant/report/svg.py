@@ -360,7 +360,7 @@ def grid(
     left, right, bottom = across.start, across.end, up.start
     made = []
     for value, label in up.ticks(5):
-        y, text = up(value), _minus(f"{100 * value:.6g}%") if share else label
+        y, text = up(value), f"{100 * value:.6g}%".replace("-", MINUS) if share else label
         made.append(el("line", class_="grid", x1=left, x2=right, y1=round(y, 1), y2=round(y, 1)))
         made.append(el("text", text, class_="tick", x=left - 8, y=round(y + 4, 1), text_anchor="end"))
     for value, label in across.ticks(wanted, whole):
