@@ -196,11 +196,8 @@ def _one(run: RunData | None, line: Mapping[str, Any], i: int) -> Element:
             ]
         )
     what = ", ".join(f"{k}={text(v)}" for k, v in _flat(mapping(line.get("what"))).items())
-    title: list[Node] = [
-        *([said(run.name), " "] if run else []),
-        said(text(line.get("time"))),
-        f" \u00b7 step {text(line.get('step'))}",
-    ]
+    title: list[Node] = [said(run.name), " "] if run else []
+    title += [said(text(line.get("time"))), f" \u00b7 step {text(line.get('step'))}"]
     body = panel(["figure", "value", "95% interval", "n", "what it is"], rows, numeric=(1, 2, 3))
     notes = [el("li", said(text(n))) for n in sequence(line.get("notes")) if text(n)]
     return fold(
