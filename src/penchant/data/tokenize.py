@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,29 @@ from penchant.data.mapped import StoredTokens
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.types import PromptTree, TokenTree
 
-# ---- Templates: the tokenizer's chat template where there is one, plain text otherwise ----
+# ---------------------------------------------------------------------------------------------------------------------
+# templates: the tokenizer's chat template where there is one, plain text otherwise
 
 
 PLAIN_NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 Rendered = tuple[str, tuple[str, ...]]
+
+
+def renderer(template: str, tokenizer: Any, kind: str) -> tuple[Callable[[PromptTree], Rendered], str]:
+    """The function that turns a tree into (prompt text, completion texts), and its name.
+
+    ``auto`` is the chat template where the tokenizer has one; plain documents (kind ``text``) never get a template.
+
+    Raises:
+        ConfigError: ``chat`` was asked for and the tokenizer has no chat template.
+    """
+    has_chat = getattr(tokenizer, "chat_template", None) is not None
+    if template == "chat" and not has_chat:
+        raise ConfigError("data.template", "the tokenizer has no chat template", "set data.template=plain or auto")
+    if kind == "text" or template == "plain" or not has_chat:
+        return plain, "plain"
+    return lambda tree: chat(tree, tokenizer), "chat"
 
 
 def plain(tree: PromptTree) -> Rendered:
@@ -50,17 +67,13 @@ def chat(tree: PromptTree, tokenizer: Any) -> Rendered:
     return prompt, tuple(whole[len(prompt) :] for whole in wholes)
 
 
-# ---- Token trees: the boundary cannot move, BOS never doubles, EOS is there unless the text was cut ----
+# ---------------------------------------------------------------------------------------------------------------------
+# token trees: the boundary cannot move, BOS never doubles, EOS is there unless the text was cut
 
 
 Ids = list[int]
 CHUNK = 1024  # rows that are tokenized in one call; the tokenizer keeps about 100 bytes a token while it lasts
-
-
-class Mark:
-    """What can happen to a row; its mark is the sum."""
-
-    CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE = 1, 2, 4, 8
+CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE = 1, 2, 4, 8  # what can happen to a row: its mark is the sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,42 +118,72 @@ class TokenizedDataset:
 
 
 def tokenize(dataset: Dataset, tokenizer: Any, **how: Any) -> TokenizedDataset:
-    """Tokenize a data set; arguments and errors as for `CausalTokenization`."""
-    return CausalTokenization(tokenizer, dataset.kind, **how).all(dataset.trees)
+    """Tokenize a data set; arguments and errors as for `tokenizing`."""
+    making = tokenizing(tokenizer, dataset.kind, **how)
+    return making.result(tuple(making.trees(dataset.trees)), len(dataset.trees))
 
 
-class Tokenization:
+def tokenizing(
+    tokenizer: Any,
+    kind: str,
+    *,
+    template: str = "auto",
+    max_length: int = 1024,
+    truncation: str = "prompt_then_completion",
+    on_bad_row: str = "error",
+    identical: str = "bad_row",
+    add_eos: bool = True,
+) -> Tokenizing:
+    """How the rows of a data set of this kind are tokenized.
+
+    Prompt and completion are tokenized apart and joined as ids, so that no token spans the boundary. BOS stands once, at the
+    start, where the tokenizer uses one. A row longer than `max_length` (prompt + longest completion) loses the start of its
+    prompt first, down to half of `max_length`, then the ends of its completions; plain documents are split into chunks.
+
+    Args:
+        truncation: ``prompt_then_completion``, or ``bad_row`` to keep long rows aside.
+        on_bad_row, identical: as for `load_preferences`; ``identical`` also for pairs that become equal by the cut.
+        add_eos: False for a tokenizer without EOS.
+
+    Raises:
+        ModelError: the tokenizer has no EOS. DataError (later): a bad row and ``on_bad_row="error"``.
+    """
+    if add_eos and tokenizer.eos_token_id is None:
+        raise ModelError(
+            getattr(tokenizer, "name_or_path", "") or "tokenizer",
+            "the tokenizer has no EOS token, so a model could not learn to stop",
+            "set eos_token in its tokenizer_config.json",
+        )
+    render, name = renderer(template, tokenizer, kind)
+    if kind == "scored":  # two answers with equal scores or texts are no pair
+        identical = "keep"
+    fitter = _Fitter(tokenizer, max_length, truncation, identical, add_eos, kind == "text")
+    return Tokenizing(tokenizer, render, name, fitter, on_bad_row)
+
+
+@dataclass(slots=True)
+class Tokenizing:
     """Tokenizing as it goes on: trees come out one by one, what else is to be told is there at the end.
 
-    Its two ways differ in what a tree's texts are (`render`, by a `template`) and in what becomes of the ids of a row (`fit_row`).
+    Args:
+        render: a tree to its texts; name: of that; fit: the ids of one row to its token trees.
     """
 
-    template: str
+    tokenizer: Any
+    render: Callable[[PromptTree], Rendered]
+    name: str
+    fit: _Fitter | _PairFitter
+    on_bad_row: str
+    row: int = 0
+    aside: list[Quarantined] = field(default_factory=list)
+    cut_prompts: list[str] = field(default_factory=list)
+    cut_completions: list[str] = field(default_factory=list)
+    split: int = 0
 
-    def __init__(self, tokenizer: Any, max_length: int, truncation: str, identical: str, on_bad_row: str) -> None:
-        self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
-        self.identical, self.on_bad_row = identical, on_bad_row
-        self.mark = 0  # of the row in hand
-        self._number = self._split = 0
-        self._aside: list[Quarantined] = []
-        self._cut_prompts: list[str] = []
-        self._cut_completions: list[str] = []
-
-    def render(self, tree: PromptTree) -> Rendered:
-        """(Prompt text, completion texts)."""
-        raise NotImplementedError
-
-    def fit_row(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
-        """The ids of one row as its token tree (several of a document that is split).
-
-        Raises:
-            RowError: the row cannot be used.
-        """
-        raise NotImplementedError
-
-    def all(self, rows: Sequence[PromptTree]) -> TokenizedDataset:
-        """All rows, in memory."""
-        return self.result(tuple(tree for made, _ in self.by_row(rows) for tree in made), len(rows))
+    def trees(self, rows: Sequence[PromptTree]) -> Iterator[TokenTree]:
+        """All trees, in order."""
+        for made, _ in self.by_row(rows):
+            yield from made
 
     def by_row(self, rows: Sequence[PromptTree]) -> Iterator[tuple[list[TokenTree], int]]:
         """The trees of each row, in order, and what happened to it: its mark.
@@ -149,47 +192,42 @@ class Tokenization:
         """
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
-            encoded = _encode(self.tokenizer, [self._rendered(tree) for tree in part])
+            encoded = _encode(self.tokenizer, [_try(self.render, tree) for tree in part])
             for tree, ids in zip(part, encoded, strict=True):
-                self.mark = 0
+                self.fit.mark = 0
                 made = self._row(tree, ids)
-                self._cut_prompts += [tree.source] * bool(self.mark & Mark.CUT_PROMPT)
-                self._cut_completions += [tree.source] * bool(self.mark & Mark.CUT_COMPLETION)
-                self._split += bool(self.mark & Mark.SPLIT)
-                yield made, self.mark
-
-    def _rendered(self, tree: PromptTree) -> Rendered | RowError:
-        try:
-            return self.render(tree)
-        except RowError as error:
-            return error
+                self.cut_prompts += [tree.source] * bool(self.fit.mark & CUT_PROMPT)
+                self.cut_completions += [tree.source] * bool(self.fit.mark & CUT_COMPLETION)
+                self.split += bool(self.fit.mark & SPLIT)
+                yield made, self.fit.mark
 
     def _row(self, tree: PromptTree, ids: tuple[Ids, list[Ids]] | RowError) -> list[TokenTree]:
         try:
             if isinstance(ids, RowError):
                 raise ids
-            made = self.fit_row(tree.source, *ids)
+            made = self.fit(tree.source, *ids)
         except RowError as error:
             if self.on_bad_row == "error":
                 raise DataError(tree.source, error.what, f"{error.how} (or set data.on_bad_row=skip)") from error
-            raw = {"prompt": prompt_json(tree.prompt), "completions": [c.text for c in tree.completions]}
-            self._aside.append(Quarantined(tree.source, error.what, error.how, raw))
-            self.mark |= Mark.ASIDE
+            self.aside.append(Quarantined(tree.source, error.what, error.how, raw_row(tree)))
+            self.fit.mark |= ASIDE
             return []
         labels, scores = tuple(c.label for c in tree.completions), tuple(c.score for c in tree.completions)
-        first, self._number = self._number, self._number + len(made)
+        first, self.row = self.row, self.row + len(made)
         return [replace(one, row=first + i, labels=labels, scores=scores) for i, one in enumerate(made)]
-
-    def check_different(self, completions: Sequence[Ids], cut: bool) -> None:
-        """Refuses a pair whose answers are the same tokens, where such pairs are bad rows."""
-        if self.identical != "keep" and len(completions) == 2 and completions[0] == completions[1]:
-            where = f"after the cut to {self.max_length} tokens" if cut else "in tokens"
-            raise RowError(f"{IDENTICAL} {where}", "raise data.max_length, drop it, or set data.identical=keep")
 
     def result(self, trees: Sequence[TokenTree], total: int) -> TokenizedDataset:
         """The whole, when all trees have come out."""
-        cut = tuple(self._cut_prompts), tuple(self._cut_completions)
-        return TokenizedDataset(trees, total, tuple(self._aside), *cut, self._split, self.template)
+        cut = tuple(self.cut_prompts), tuple(self.cut_completions)
+        return TokenizedDataset(trees, total, tuple(self.aside), *cut, self.split, self.name)
+
+
+def _try(render: Any, tree: PromptTree) -> Rendered | RowError:
+    try:
+        result: Rendered = render(tree)
+        return result
+    except RowError as error:
+        return error
 
 
 def _encode(tokenizer: Any, rendered: Sequence[Rendered | RowError]) -> list[tuple[Ids, list[Ids]] | RowError]:
@@ -227,57 +265,19 @@ def uses_bos(tokenizer: Any) -> bool:
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-class CausalTokenization(Tokenization):
-    """Prompts and completions for a language model.
-
-    Prompt and completion are tokenized apart and joined as ids, so that no token spans the boundary. BOS stands once, at the
-    start, where the tokenizer uses one. A row longer than `max_length` (prompt + longest completion) loses the start of its
-    prompt first, down to half of `max_length`, then the ends of its completions; plain documents are split into chunks.
-
-    Args:
-        kind: of the data set.
-        template: ``auto`` is the chat template where the tokenizer has one; ``chat``, ``plain``. Documents never get a template.
-        truncation: ``prompt_then_completion``, or ``bad_row`` to keep long rows aside.
-        on_bad_row, identical: as for `load_preferences`; ``identical`` also for pairs that become equal by the cut.
-        add_eos: False for a tokenizer without EOS.
-
-    Raises:
-        ModelError: the tokenizer has no EOS. ConfigError: ``chat`` was asked for and it has no chat template.
-        DataError (later): a bad row and ``on_bad_row="error"``.
-    """
+class _Fitter:
+    """Specials and length: ids of one row to its token tree (several for a split document)."""
 
     def __init__(
-        self,
-        tokenizer: Any,
-        kind: str,
-        *,
-        template: str = "auto",
-        max_length: int = 1024,
-        truncation: str = "prompt_then_completion",
-        on_bad_row: str = "error",
-        identical: str = "bad_row",
-        add_eos: bool = True,
+        self, tokenizer: Any, max_length: int, truncation: str, identical: str, add_eos: bool, text: bool
     ) -> None:
-        if kind == "scored":  # two answers with equal scores or texts are no pair
-            identical = "keep"
-        super().__init__(tokenizer, max_length, truncation, identical, on_bad_row)
-        if add_eos and tokenizer.eos_token_id is None:
-            name = getattr(tokenizer, "name_or_path", "") or "tokenizer"
-            what = "the tokenizer has no EOS token, so a model could not learn to stop"
-            raise ModelError(name, what, "set eos_token in its tokenizer_config.json")
-        has_chat = getattr(tokenizer, "chat_template", None) is not None
-        if template == "chat" and not has_chat:
-            raise ConfigError("data.template", "the tokenizer has no chat template", "set data.template=plain or auto")
-        self.template = "chat" if has_chat and template != "plain" and kind != "text" else "plain"
-        self.text = kind == "text"
         self.bos = tokenizer.bos_token_id if uses_bos(tokenizer) else None
         self.bos_id, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id if add_eos else None
+        self.max_length, self.truncation, self.identical, self.text = max_length, truncation, identical, text
         self.is_space = _white_space_ids(tokenizer)
+        self.mark = 0  # of the row in hand
 
-    def render(self, tree: PromptTree) -> Rendered:
-        return chat(tree, self.tokenizer) if self.template == "chat" else plain(tree)
-
-    def fit_row(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
+    def __call__(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
         prompt = self._start(prompt)
         completions = [self._end(c) for c in completions]
         if any(not c for c in completions):
@@ -288,7 +288,8 @@ class CausalTokenization(Tokenization):
         cut = (False,) * len(completions)
         if len(prompt) + longest > self.max_length:
             prompt, completions, cut = self._cut(prompt, completions, longest)
-        self.check_different(completions, any(cut))
+        if self.identical != "keep":
+            _check_different(completions, any(cut), self.max_length)
         return [_tree(source, prompt, completions, cut)]
 
     def _start(self, prompt: Ids) -> Ids:
@@ -321,20 +322,27 @@ class CausalTokenization(Tokenization):
         if keep < len(prompt):
             bos = prompt[:1] if prompt[0] == self.bos_id else []
             prompt = [*bos, *prompt[len(prompt) - keep + len(bos) :]]
-            self.mark |= Mark.CUT_PROMPT
+            self.mark |= CUT_PROMPT
         room = self.max_length - len(prompt)
         if room < 1:
             what = f"max_length {self.max_length} leaves no room for a completion token"
             raise RowError(what, "raise data.max_length")
         cut = tuple(len(c) > room for c in completions)
-        self.mark |= Mark.CUT_COMPLETION * any(cut)
+        self.mark |= CUT_COMPLETION * any(cut)
         return prompt, [c[:room] for c in completions], cut
 
     def _chunks(self, source: str, prompt: Ids, document: Ids) -> list[TokenTree]:
         room = self.max_length - len(prompt)
         parts = [document[i : i + room] for i in range(0, len(document), room)]
-        self.mark |= Mark.SPLIT * (len(parts) > 1)
+        self.mark |= SPLIT * (len(parts) > 1)
         return [_tree(source, prompt, [part], (i < len(parts) - 1,)) for i, part in enumerate(parts)]
+
+
+def _check_different(completions: Sequence[Ids], cut: bool, max_length: int) -> None:
+    """Refuses a pair whose answers are the same tokens."""
+    if len(completions) == 2 and completions[0] == completions[1]:
+        where = f"after the cut to {max_length} tokens" if cut else "in tokens"
+        raise RowError(f"{IDENTICAL} {where}", "raise data.max_length, drop it, or set data.identical=keep")
 
 
 def _white_space_ids(tokenizer: Any) -> frozenset[int]:
@@ -347,7 +355,13 @@ def _tree(source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...
     return TokenTree(0, np.array(prompt, dtype=np.int32), arrays, cut, source)
 
 
-# ---- Encoders: prompt and completion as the text pair that a BERT-type model was trained on ----
+def raw_row(tree: PromptTree) -> dict[str, Any]:
+    """A tree as a row of a quarantine file."""
+    return {"prompt": prompt_json(tree.prompt), "completions": [c.text for c in tree.completions]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encoders: prompt and completion as the text pair that a BERT-type model was trained on
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,50 +412,58 @@ def pair_format(tokenizer: Any) -> PairFormat:
     )
 
 
-def tokenize_text_pairs(dataset: Dataset, tokenizer: Any, **how: Any) -> TokenizedDataset:
-    """Tokenize a data set for an encoder; arguments and errors as for `PairTokenization`."""
-    return PairTokenization(tokenizer, **how).all(dataset.trees)
-
-
-class PairTokenization(Tokenization):
-    """Rows for an encoder: the texts themselves, with its own tokenizer, whatever model wrote them.
+def tokenize_text_pairs(
+    dataset: Dataset,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    truncation: str = "prompt_then_completion",
+    on_bad_row: str = "error",
+    identical: str = "bad_row",
+) -> TokenizedDataset:
+    """Tokenize a data set for an encoder: the texts themselves, with its own tokenizer, whatever model wrote them.
 
     Chat prompts become lines ``role: content``. A row longer than `max_length` (prompt, longest completion and special tokens) loses the
-    start of its prompt, all of it if need be, and only then the ends of its completions; both are counted. A tree's prompt ids end with
-    the separator and its completion ids end the row: prompt + completion is the row that ``tokenizer(prompt, completion)`` gives.
+    start of its prompt, all of it if need be, and only then the ends of its completions; both are counted.
 
     Args:
-        truncation, on_bad_row, identical: as for `CausalTokenization`.
+        truncation, on_bad_row, identical: as for `tokenize`.
+
+    Returns:
+        Trees whose prompt ids end with the separator and whose completion ids end the row: prompt + completion is the row that
+        ``tokenizer(prompt, completion)`` gives.
 
     Raises:
-        ModelError: see `pair_format`. DataError (later): a bad row and ``on_bad_row="error"``.
+        DataError: a bad row and ``on_bad_row="error"``.
     """
+    fitter = _PairFitter(pair_format(tokenizer), max_length, truncation, identical)
+    making = Tokenizing(tokenizer, _as_they_are, "text pair", fitter, on_bad_row)
+    return making.result(tuple(making.trees(dataset.trees)), len(dataset.trees))
 
-    template = "text pair"
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        max_length: int,
-        truncation: str = "prompt_then_completion",
-        on_bad_row: str = "error",
-        identical: str = "bad_row",
-    ) -> None:
-        super().__init__(tokenizer, max_length, truncation, identical, on_bad_row)
-        self.layout = pair_format(tokenizer)
+def _as_they_are(tree: PromptTree) -> Rendered:
+    return prompt_text(tree.prompt), tuple(c.text for c in tree.completions)
 
-    def render(self, tree: PromptTree) -> Rendered:
-        return prompt_text(tree.prompt), tuple(c.text for c in tree.completions)
 
-    def fit_row(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
+@dataclass(slots=True)
+class _PairFitter:
+    """Ids of one row to its token tree, as the tokenizer lays out a pair."""
+
+    layout: PairFormat
+    max_length: int
+    truncation: str
+    identical: str
+    mark: int = 0  # of the row in hand
+
+    def __call__(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
         layout = self.layout
         kept_prompt, kept = fit(prompt, completions, self.max_length - layout.specials)
         cut = tuple(len(k) < len(c) for k, c in zip(kept, completions, strict=True))
         if self.truncation == "bad_row" and (any(cut) or len(kept_prompt) < len(prompt)):
             raise RowError(f"it has more than max_length {self.max_length} tokens", "raise data.max_length")
-        self.check_different(kept, any(cut))
-        self.mark = Mark.CUT_PROMPT * (len(kept_prompt) < len(prompt)) | Mark.CUT_COMPLETION * any(cut)
+        if self.identical != "keep":
+            _check_different(kept, any(cut), self.max_length)
+        self.mark = CUT_PROMPT * (len(kept_prompt) < len(prompt)) | CUT_COMPLETION * any(cut)
         before = [*layout.before, *kept_prompt, *layout.between]
         return [_tree(source, before, [[*k, *layout.after] for k in kept], cut)]
 
