@@ -268,9 +268,7 @@ def _sentencepiece(scheme: str) -> Any:
 
 
 @pytest.mark.parametrize("scheme", ["prepend", "always", "first"])
-@pytest.mark.parametrize(
-    "prompt, answer", [("a", " girl."), ("a\n", "girl."), ("a ", "girl."), ("a gi", "rl."), ("", "girl")]
-)
+@pytest.mark.parametrize("prompt, answer", [("a", " girl."), ("a\n", "girl."), ("a ", "girl."), ("a gi", "rl.")])
 def test_an_answer_is_encoded_as_behind_its_prompt(scheme: str, prompt: str, answer: str) -> None:
     """No dummy space at the boundary: the ids are those of the text in one piece, and at any rate they decode to it."""
     tokenizer = _sentencepiece(scheme)
@@ -380,6 +378,11 @@ def test_a_prompt_that_opens_a_thought_ends_where_the_answer_differs() -> None:
     assert done.moved_prompts == 1 and "1 prompts that the template" in done.summary()
     answered = tokenize(from_rows([_chat_row("<think>\nhm</think>yes")]), tokenizer, max_length=96)
     assert tokenizer.decode(answered.trees[0].completion_ids[0]) == "<think>\nhm</think>yes</s>"
+    both = _chat_row("<think>\nhm</think>yes")
+    both["rejected"][0]["content"] = "<think>\nno</think>no"
+    done = tokenize(from_rows([both]), tokenizer, max_length=96)
+    assert done.moved_prompts == 0 and tokenizer.decode(done.trees[0].prompt_ids).endswith("<think>\n")
+    assert tokenizer.decode(done.trees[0].completion_ids[0]) == "hm</think>yes</s>"
 
 
 def test_template_options_reach_the_template() -> None:
