@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,14 +148,7 @@ def write(
         eos_token_id=tokenizer.eos_token_id,
         progress=progress,
     )
-    trees = _trees(prompts, rows, sources)
-    texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for row in rows for s in row]
-    return Written(trees, texts, None if judge is None else judged(judge, tokenizer, trees, texts))
-
-
-def _trees(prompts: Sequence[Sequence[int]], rows: Sequence[Any], sources: Sequence[str] = ()) -> list[TokenTree]:
-    """Prompts with what was sampled of each."""
-    return [
+    trees = [
         TokenTree(
             i,
             np.array(prompt, dtype=np.int32),
@@ -165,6 +158,8 @@ def _trees(prompts: Sequence[Sequence[int]], rows: Sequence[Any], sources: Seque
         )
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
     ]
+    texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for row in rows for s in row]
+    return Written(trees, texts, None if judge is None else judged(judge, tokenizer, trees, texts))
 
 
 def judged(judge: Judge, tokenizer: Any, trees: Sequence[TokenTree], texts: Sequence[str]) -> np.ndarray:
@@ -330,39 +325,19 @@ def _rouge(
 # ---- KL(policy || reference) from completions that the policy itself writes ----
 
 
-def sampled_kl(
-    policy: LiveReference,
-    reference: LiveReference,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    eos_token_id: int | None,
-    seed: int,
-    tokens_per_step: int,
+def kl_on(
+    policy: LiveReference, reference: LiveReference, trees: Sequence[TokenTree], *, tokens_per_step: int
 ) -> dict[str, Any]:
-    """KL of the policy from the reference on completions sampled at temperature 1.
+    """KL of the policy from the reference on completions that the policy wrote at temperature 1; any number of a prompt.
 
     With ``d_t = log pi(y_t) - log ref(y_t)``: per completion ``k1 = sum_t d_t`` (unbiased), per token
     ``k3 = exp(-d_t) - 1 + d_t`` (unbiased, never negative; Schulman, "Approximating KL divergence", 2020).
 
     Args:
-        policy, reference: both run live, without gradient.
-        prompts: token ids; one completion each, of at most `max_new_tokens`.
+        policy, reference: both run live, without gradient; trees: each prompt with its completions; the interval draws whole trees.
 
     Returns:
         ``kl/policy_ref`` in nats per completion with its 95% interval by prompt, ``kl/per_token`` (k3), ``kl/completions``.
-    """
-    rows = sample(policy.scorer.model, prompts, max_new_tokens=max_new_tokens, seed=seed, eos_token_id=eos_token_id)
-    return kl_on(policy, reference, _trees(prompts, rows), tokens_per_step=tokens_per_step)
-
-
-def kl_on(
-    policy: LiveReference, reference: LiveReference, trees: Sequence[TokenTree], *, tokens_per_step: int
-) -> dict[str, Any]:
-    """The same on completions that the policy has written already, at temperature 1; any number of a prompt.
-
-    Args:
-        trees: each prompt with its completions; the interval draws whole trees.
     """
     per_completion, per_token = kl_by_completion(policy, reference, trees, tokens_per_step=tokens_per_step)
     clusters = [i for i, t in enumerate(trees) for _ in t.completion_ids]
@@ -509,19 +484,6 @@ def kept_start(path: Path, asked: dict[str, Any]) -> np.ndarray | None:
 EVALUATION = 2**40  # an iteration of its own: training never draws with this seed
 
 
-class Judged(Protocol):
-    """A prompt's completions and their rewards."""
-
-    tree: TokenTree
-    rewards: torch.Tensor
-
-
-class Writes(Protocol):
-    """What writes completions and judges them; see `algorithms/rollouts.py`."""
-
-    def write(self, prompts: Sequence[TokenTree], iteration: int, samples: int | None = None) -> Sequence[Judged]: ...
-
-
 def evaluate_online(
     writer: Any,
     scorer: Scorer,
@@ -534,6 +496,7 @@ def evaluate_online(
     """Mean reward of one completion a held-out prompt, with its 95% interval by prompt, and KL(policy || start) on them.
 
     Args:
+        writer: writes completions and judges them, the `Writer` of `algorithms/rollouts.py`.
         rewards_of_start: what the start's completions of the same prompts were worth, (prompts,), given the policy's own rewards (which they
             are at the start); None: nobody knows.
 
@@ -541,8 +504,7 @@ def evaluate_online(
         ``eval/reward``, ``eval/win_rate`` against the start (ties half) and ``eval/kl/policy_ref`` with ``/ci``, ``eval/completions/length``, ``eval/completions/ended``, ``eval/rows``;
         ``eval/loss`` is minus the reward, so that the best checkpoint is the one with the highest.
     """
-    source: Writes = writer
-    groups = source.write(prompts, EVALUATION, 1)
+    groups = writer.write(prompts, EVALUATION, 1)
     rewards = np.array([float(g.rewards[0]) for g in groups])
     trees = [g.tree for g in groups]
     now, then = (

@@ -30,14 +30,6 @@ WITH_INTERVAL = (
 )
 
 
-def evaluate_heldout(
-    algorithm: Algorithm, trees: Sequence[TokenTree], *, shared: bool, tokens_per_step: int, device: torch.device
-) -> dict[str, Any]:
-    """Every metric of an algorithm over `trees`, with scheduled hyperparameters as at the first step."""
-    scored, order = score_heldout(algorithm, trees, shared=shared, tokens_per_step=tokens_per_step, device=device)
-    return heldout_metrics(algorithm, scored, [trees[i] for i in order])
-
-
 def score_heldout(
     algorithm: Algorithm,
     trees: Sequence[TokenTree],

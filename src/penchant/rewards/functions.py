@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,30 +11,13 @@ import numpy as np
 from penchant.base.functions import python_function
 from penchant.base.text import closest
 from penchant.errors import ConfigError, PenchantError, RewardError
-from penchant.rewards.builtin import RewardConfig, rule_of
+from penchant.rewards.builtin import BUILT_IN, RewardConfig, RewardFunction, rule_of
 from penchant.types import TokenTree
 
 if TYPE_CHECKING:
     import torch
 
     from penchant.rewards.reward_model import PolicyText
-
-RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, completions) -> one number each
-
-
-def sentiment(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
-    """VADER's compound sentiment of each completion, from -1 to 1."""
-    from penchant.rewards.builtin import sentiment as vader
-
-    return [float(v) for v in vader(completions)]
-
-
-def words(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
-    """The number of words of each completion; a negative weight makes it a price."""
-    return [float(len(c.split())) for c in completions]
-
-
-BUILT_IN: dict[str, RewardFunction] = {"sentiment": sentiment, "words": words}
 
 
 @dataclass(frozen=True, slots=True)
