@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 from families import evaluate_heldout, some_pairs, tiny_model
 
 from penchant.algorithms.offline import Component, Offline
