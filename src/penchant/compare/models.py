@@ -31,16 +31,13 @@ from penchant.data.split import prompt_key
 from penchant.errors import ConfigError
 from penchant.judges.judge import PairJudge
 from penchant.logprobs import Scorer
-from penchant.logprobs.packing import choose_packing
 from penchant.metrics.figures import prompt_numbers
-from penchant.models.load import cast_parameters, load_causal_model
-from penchant.models.merge import merged_model
-from penchant.models.options import ModelConfig
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, prompts_by_source
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS
 from penchant.runs import Run
-from penchant.runs.parts import set_threads
+from penchant.runs.find import Source
+from penchant.runs.parts import answering
 from penchant.runs.rows import Rows
 from penchant.training.console import PlainConsole
 from penchant.types import PromptTree, TokenTree
@@ -246,26 +243,6 @@ def _cell(metrics: Metrics, name: str, digits: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Entrant:
-    """A model to compare.
-
-    Args:
-        base: the whole model, or the one that `adapter` goes on; seed: of the run that trained the adapter.
-    """
-
-    name: str
-    base: ModelConfig
-    adapter: Path | None = None
-    seed: int = 0
-
-    def load(self, run: Run) -> Any:
-        """The model in fp32, on the run's device; an adapter is merged."""
-        if self.adapter is not None:
-            return merged_model(self.base, self.adapter, run.device, self.seed)
-        return load_causal_model(self.base, run.device, self.seed)
-
-
-@dataclass(frozen=True, slots=True)
 class Sampling:
     """How completions are drawn; `place`: where these settings are written, for errors."""
 
@@ -368,8 +345,8 @@ def _answers(trees: Sequence[TokenTree], kind: str) -> list[TokenTree]:
     return found
 
 
-def compare_entrants(
-    entrants: Sequence[Entrant],
+def compare_sources(
+    sources: Sequence[Source],
     run: Run,
     setting: Setting,
     sampling: Sampling,
@@ -378,16 +355,13 @@ def compare_entrants(
     fixed: bool = False,
 ) -> Compared:
     """Compare models in the precision and on the device of `run`; the first is what the others are compared with."""
-    by_name = {e.name: e for e in entrants}
+    by_name = {s.name: s for s in sources}
     longest = max(map(len, setting.prompts)) + setting.max_new_tokens
 
     def load(name: str) -> Scorer:
-        model = by_name[name].load(run)
+        model = by_name[name].load(run.device)
         _check_context(model, name, longest, sampling.place)
-        set_threads(run.config, model)
-        cast_parameters(model, run.dtype)
-        model.requires_grad_(False).eval()
-        return choose_packing(model, run.config.train.packing, run.config.model.kernels)[0]
+        return answering(model, run.config, run.dtype)
 
     return compare_models(list(by_name), load, setting, seeds=seeds, fixed=fixed)
 

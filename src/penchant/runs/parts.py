@@ -192,6 +192,14 @@ def set_threads(config: RunConfig, model: Any) -> None:
     torch.set_num_threads(threads_for(config, sum(p.numel() for p in model.parameters())))
 
 
+def answering(model: Any, config: RunConfig, dtype: torch.dtype) -> Scorer:
+    """A loaded language model that only answers: frozen, in `dtype`, with threads and packing as its config says."""
+    set_threads(config, model)
+    cast_parameters(model, dtype)
+    model.requires_grad_(False).eval()
+    return choose_packing(model, config.train.packing, config.model.kernels)[0]
+
+
 def peak_lr(config: RunConfig, rows: Rows, parameters: int) -> float:
     """`train.lr`, or what auto is for this method and a model of so many parameters."""
     if config.train.lr != "auto":

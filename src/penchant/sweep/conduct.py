@@ -12,14 +12,23 @@ from typing import Any
 
 from penchant.base.files import write_atomically
 from penchant.base.text import did_you_mean
-from penchant.config import WATCHING_ONLY
 from penchant.errors import CheckpointError, ConfigError, PenchantError
-from penchant.models.options import check_model_path
 from penchant.report import LiveReport
 from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, differences
 from penchant.runs import Run
 from penchant.runs.sharing import Shared
-from penchant.runs.state import Inputs, Planned, changes, check_reward, judge, locked, read_state, stage_inputs
+from penchant.runs.state import (
+    Inputs,
+    Planned,
+    changes,
+    check_models,
+    check_reward,
+    files_of,
+    inputs_of,
+    judge,
+    locked,
+    read_state,
+)
 from penchant.sweep import Sweep, SweepRun
 from penchant.sweep.halving import Halving, Standing, standings
 from penchant.sweep.search import SearchConfig, draw
@@ -288,20 +297,14 @@ class SweepConductor:
 
     def _read_inputs(self, run: SweepRun) -> Inputs:
         config = run.config
-        for path in (config.model.path, config.reference.path):
-            if path is not None:
-                check_model_path(path)
-        reward = None if config.reward is None else dict(config.reward.terms)
-        judging = config.evaluation.reward
-        judged = None if judging is None else dict(judging.terms)
-        for one in (reward, judged):
-            check_reward(one)
+        check_models(config)
+        rewards = [None if r is None else dict(r.terms) for r in (config.reward, config.evaluation.reward)]
+        for reward in rewards:
+            check_reward(reward)
         splits = Run(config, quiet=True, shared=self.shared).rows.datasets
-        data = {n: d.fingerprint for n, d in zip(("training", "held-out"), splits, strict=True) if d is not None}
-        named = (config.model.path, config.model.tokenizer, config.reference.path, json.dumps([reward, judged]))
-        files = self.shared.once(("files", *named), lambda: stage_inputs(config, reward, {}, {}, judged))
-        settings = config.model_dump(mode="json", exclude=set(WATCHING_ONLY))
-        return {**files, "config": settings, "data": data, "losses": config.own_contents()}
+        named = (config.model.path, config.model.tokenizer, config.reference.path, json.dumps(rewards))
+        files = self.shared.once(("files", *named), lambda: files_of(config, *rewards))
+        return inputs_of(config, splits, files)
 
     def known_runs(self) -> list[SweepRun]:
         """The runs of a grid, or the trials of a search that were drawn already."""
