@@ -31,6 +31,7 @@ from penchant.data.split import prompt_key
 from penchant.errors import ConfigError
 from penchant.judges.judge import PairJudge
 from penchant.logprobs import Scorer
+from penchant.metrics.answers import is_answer
 from penchant.metrics.figures import prompt_numbers
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, prompts_by_source
@@ -43,18 +44,10 @@ from penchant.training.console import PlainConsole
 from penchant.types import PromptTree, TokenTree
 
 # ---- Several models on the same held-out prompts: reward, win rate, KL, likelihood, each with its interval by prompt ----
-# What each figure is, with the first model as the one that all others are compared with:
-#
-# - reward: mean over completions sampled at temperature 1; `reward_change`: minus the first model's on the same prompts.
-# - also: the same by other rewards, each under its name: whether what was trained on is what was meant.
-# - win_rate: per prompt, the share of pairs (own completion, first model's completion) with the higher reward, ties half; the mean over prompts.
-# `win_rate_equal_length`: what a logistic model makes of it at equal length in tokens (see `length_control.py`).
-# - judged: win rates by a judge that decides pair by pair (see `judged.py`).
-# - kl: KL(policy || first model) in nats per completion, from the policy's own completions (see `sampled_kl.py`).
-# - preference_accuracy: share of held-out pairs whose chosen answer gained more log-prob over the first model's than the rejected one.
-# - perplexity: of held-out chosen answers, ``exp(-sum log p / tokens)``.
-#
-# Models that are one setting with several seeds have one column: means over the seeds.
+# The first model is the one that all others are compared with; models that are one setting with several seeds have one column.
+# A win rate is, per prompt, the share of pairs (own completion, first model's completion) with the higher reward, ties half; the mean
+# over prompts. KL is estimated from the policy's own completions. A preference is right where the chosen answer gained more log-prob
+# over the first model's than the rejected one. Perplexity is ``exp(-sum log p / tokens)``.
 
 # name, label ({first} is the first model), digits; the first table is of every reward
 JUDGED = (
@@ -337,12 +330,8 @@ def _answers(trees: Sequence[TokenTree], kind: str) -> list[TokenTree]:
     """Pairs and single good answers among held-out rows; scores and bare prompts say nothing of what is likely to be right."""
     if kind not in ("pairs", "sft", "unpaired"):
         return []
-    found: list[TokenTree] = []
-    for t in trees:
-        labels = t.labels if any(label is not None for label in t.labels) else (True, False)
-        if len(t.completion_ids) in (1, 2) and labels[0] and (len(t.completion_ids) == 1 or not labels[1]):
-            found.append(replace(t, row=len(found)))
-    return found
+    good = [t for t in trees if is_answer(t) and t.labels[:1] != (False,)]
+    return [replace(t, row=i) for i, t in enumerate(good)]
 
 
 def compare_sources(

@@ -155,11 +155,7 @@ def by_setting(runs: Sequence[TrainedRun]) -> dict[str, list[TrainedRun]]:
 
 
 def check_tokenizers(runs: Sequence[TrainedRun]) -> None:
-    """All runs make the same tokens.
-
-    Raises:
-        ConfigError: two of them do not.
-    """
+    """Refuse runs whose tokens differ (ConfigError)."""
     first = runs[0]
     for run in runs[1:]:
         if run.manifest["tokenizer_sha256"] != first.manifest["tokenizer_sha256"]:
@@ -201,11 +197,7 @@ def _other_start(one: TrainedRun, other: TrainedRun) -> ConfigError:
 
 
 def start_sha256(run: TrainedRun) -> str:
-    """SHA-256 in fp32 of the weights that a run starts from.
-
-    Raises:
-        ModelError: they are not there any more, or not what they were.
-    """
+    """SHA-256 in fp32 of the weights that a run starts from; ModelError where they are not what they were."""
     config = run.data.config.model
     model = load_causal_model(config, resolve_device("cpu"), run.seed)
     wide = weights_sha256(model)
@@ -216,11 +208,7 @@ def start_sha256(run: TrainedRun) -> str:
 
 
 def check_bases(runs: Sequence[TrainedRun]) -> None:
-    """The models that adapters go on are what they were.
-
-    Raises:
-        ModelError: one has changed.
-    """
+    """Refuse adapters whose base models have changed (ModelError)."""
     seen = set()
     for run in runs:
         key = (run.config.model.path, run.config.model.revision, run.manifest["model"]["sha256"])
@@ -429,11 +417,7 @@ class Readings:
         return self.file.parent / READINGS
 
     def earlier(self) -> list[dict[str, Any]]:
-        """Readings so far, oldest first: of the same rows, or of a file of the same name.
-
-        Raises:
-            DataError: a line is damaged.
-        """
+        """Readings so far, oldest first: of the same rows, or of a file of the same name."""
         if not self.log.exists():
             return []
         found = []
@@ -450,11 +434,7 @@ class Readings:
         return found
 
     def check_writable(self) -> None:
-        """A reading can be written down.
-
-        Raises:
-            DataError: the folder cannot be written, so that the next reader would not know.
-        """
+        """Refuse a folder in which no reading can be written down, so that the next reader would not know (DataError)."""
         try:
             known = self.log.exists()
             with self.log.open("ab"):

@@ -139,11 +139,7 @@ class Evaluation(Material):
     # ---- the figures ----------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Everything that can be wrong before a model is loaded.
-
-        Raises:
-            ConfigError, DataError, ModelError, RewardError.
-        """
+        """Meet everything that can be wrong before a model is loaded."""
         self.request.check()
         request = self.request
         if self.rows is None and request.text is None:
@@ -260,14 +256,14 @@ class Evaluation(Material):
         references = [self.good_answers.get(t.prompt_ids.tobytes(), []) for t in self.prompts for _ in range(r.samples)]
         have = [i for i, refs in enumerate(references) if refs]
         if r.overlap and have:
-            overlap = overlap_figures(
+            overlap, signature = overlap_figures(
                 [written.texts[i].strip() for i in have],
                 [references[i] for i in have],
                 written.prompts[have],
                 stemmer=r.stemmer,
             )
-            figures += overlap.figures
-            self.notes.append(f"{overlap.signature}.")
+            figures += overlap
+            self.notes.append(f"{signature}.")
         return written, figures, self._completions(written, also, references)
 
     def _completions(

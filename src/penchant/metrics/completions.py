@@ -230,20 +230,8 @@ ROUGE = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_L"}
 ORDERS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Overlap:
-    """Figures (``generated/bleu`` from 0 to 100, ``generated/rouge_...`` from 0 to 1), and how they were computed in the packages' words."""
-
-    figures: list[Figure]
-    signature: str
-
-
 def require_overlap() -> None:
-    """Both packages are there.
-
-    Raises:
-        ConfigError: they are not; it says how to install them.
-    """
+    """Say how to install both packages where they are not there (ConfigError)."""
     try:
         import rouge_score  # noqa: F401
         import sacrebleu  # noqa: F401
@@ -257,7 +245,7 @@ def require_overlap() -> None:
 
 def overlap_figures(
     texts: Sequence[str], references: Sequence[Sequence[str]], clusters: Sequence[int] | np.ndarray, *, stemmer: bool
-) -> Overlap:
+) -> tuple[list[Figure], str]:
     """Corpus BLEU and mean ROUGE F1 over completions, with intervals by prompt.
 
     BLEU is of the whole corpus, ``BP exp(mean_n log p_n)`` of summed n-gram counts; its interval draws prompts and computes it anew from
@@ -265,6 +253,9 @@ def overlap_figures(
 
     Args:
         texts: completions; references: of each, at least one; clusters: each one's prompt; stemmer: Porter's, for ROUGE.
+
+    Returns:
+        ``generated/bleu`` (0 to 100) and ``generated/rouge_...`` (0 to 1), and how they were computed in the packages' words.
 
     Raises:
         ConfigError: a package is missing.
@@ -274,7 +265,7 @@ def overlap_figures(
     require_overlap()
     bleu, signature = _bleu(texts, references, clusters)
     how = "on" if stemmer else "off"
-    return Overlap([bleu, *_rouge(texts, references, clusters, stemmer)], f"BLEU|{signature}; ROUGE F1|stemmer:{how}")
+    return [bleu, *_rouge(texts, references, clusters, stemmer)], f"BLEU|{signature}; ROUGE F1|stemmer:{how}"
 
 
 def _bleu(

@@ -166,11 +166,7 @@ class Pipeline:
         return [n for n in self.stages if n in found]
 
     def stage(self, name: str, where: str) -> Stage:
-        """A stage by name.
-
-        Raises:
-            ConfigError: there is none; it suggests one.
-        """
+        """A stage by name."""
         if name not in self.stages:
             raise ConfigError(where, f"there is no stage {name!r}", did_you_mean(name, self.stages))
         return self.stages[name]

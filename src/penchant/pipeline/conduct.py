@@ -168,11 +168,7 @@ class Conductor:
 
     @cached_property
     def data(self) -> dict[str, Run]:
-        """A run of every stage whose data is read; its references still stand as written, so it cannot be trained.
-
-        Raises:
-            ConfigError, DataError, ModelError: with the stage's name.
-        """
+        """A run of every stage whose data is read; its references still stand as written, so it cannot be trained."""
         found = {}
         for stage in self.pipeline.stages.values():
             with stage.naming():

@@ -73,11 +73,7 @@ RULES: dict[str, Callable[[str], RewardFunction]] = {"words": words_between, "ma
 
 
 def rule_of(name: str) -> RewardFunction | None:
-    """The rule of a reward's name, None where it is another kind of reward.
-
-    Raises:
-        ConfigError: a rule that cannot be read.
-    """
+    """The rule of a reward's name; None where it is another kind of reward."""
     kind, colon, given = name.partition(":")
     return RULES[kind](given) if colon and kind in RULES else None
 

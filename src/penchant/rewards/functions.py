@@ -147,11 +147,7 @@ def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: A
 
 
 def check_reward(name: str) -> None:
-    """Whether a reward is there, without loading a model.
-
-    Raises:
-        ConfigError: as `load_reward`.
-    """
+    """Refuse a reward that is not there, as `load_reward` does, without loading a model."""
     if rule_of(name) is not None or name in BUILT_IN:
         return
     from penchant.rewards.reward_model import find_reward_model
@@ -161,11 +157,7 @@ def check_reward(name: str) -> None:
 
 
 def reward_device(wanted: str, policys: Any = "cpu") -> torch.device:
-    """Where reward models run; auto is where the policy is.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
+    """Where reward models run; auto is where the policy is."""
     from penchant.models.load import resolve_device
 
     try:

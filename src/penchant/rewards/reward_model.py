@@ -290,11 +290,7 @@ def make_scorer(model: Any, encoder: bool, tokenizer: Any, packing: str, kernels
 
 
 def find_reward_model(path: str) -> Path | None:
-    """The model folder that a reward of this name means: a run's best or last checkpoint, or the folder itself; None: another kind.
-
-    Raises:
-        CheckpointError: a run without a checkpoint.
-    """
+    """The model folder that a reward of this name means: a run's best or last checkpoint, or the folder itself; None: another kind."""
     folder = Path(path).expanduser()
     if path in BUILT_IN or not folder.is_dir():
         return None
@@ -326,11 +322,7 @@ def check_reward_folder(name: str, folder: Path) -> Any:
 
 
 def load_reward_function(name: str, folder: Path, device: torch.device, policy: PolicyText | None) -> RewardModel:
-    """A reward model from its folder, in the dtype in which it was saved.
-
-    Raises:
-        ConfigError: the folder holds another kind of model. ModelError: it holds none.
-    """
+    """A reward model from its folder, in the dtype in which it was saved; errors as of `check_reward_folder`."""
     config = check_reward_folder(name, folder)
     loaded = load_reward_model(ModelConfig(path=str(folder)), device)
     if loaded.fresh:

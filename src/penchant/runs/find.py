@@ -124,11 +124,7 @@ def runs_in(given: str, limit: int = 4) -> list[str]:
 
 
 def check_there(given: str) -> None:
-    """A path that is not there is met here rather than by the hub's own words.
-
-    Raises:
-        CheckpointError: it looks like a path and is none of a folder.
-    """
+    """Refuse what looks like a path and is none of a folder (CheckpointError), before the hub does in its own words."""
     path = Path(given).expanduser()
     if path.exists():
         if path.is_file():

@@ -85,11 +85,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """What several runs have done; empty where nothing is written yet.
-
-    Raises:
-        CheckpointError: the file was damaged.
-    """
+    """What several runs have done; empty where nothing is written yet."""
     if not path.exists():
         return {}
     try:
@@ -203,11 +199,7 @@ def files_of(config: RunConfig, *rewards: Any) -> Inputs:
 
 
 def check_models(config: RunConfig) -> None:
-    """The folders of models that a config names are there.
-
-    Raises:
-        ModelError: one is not.
-    """
+    """Refuse folders of models that are not there (ModelError)."""
     for path in (config.model.path, config.reference.path):
         if path is not None and not path.startswith("stage:"):
             check_model_path(path)

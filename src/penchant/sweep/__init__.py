@@ -74,11 +74,7 @@ def long_key(key: str, base: Mapping[str, Any], where: str) -> str:
 
 
 def grid(section: Any, places: Places, source: str, base: Mapping[str, Any]) -> dict[str, list[Setting]]:
-    """The axes of a sweep's `grid` section, by key.
-
-    Raises:
-        ConfigError: with the file's line.
-    """
+    """The axes of a sweep's `grid` section, by key."""
     place = place_of(("grid",), places, source)
     if section is None:
         return {}

@@ -142,11 +142,7 @@ class State:
         self.path.with_name(LINES).write_text(text, encoding="utf-8")
 
     def same_search(self, search: SearchConfig, where: str) -> None:
-        """Remember what draws the trials, or refuse where it is not what drew those that are there.
-
-        Raises:
-            CheckpointError: with what changed.
-        """
+        """Remember what draws the trials, or refuse where it is not what drew those that are there (CheckpointError)."""
         now = json.loads(search.model_dump_json(by_alias=True, exclude={"trials"}))
         trials = [name for name in self.runs if name.startswith("trial-")]
         found = differences(self.search, now) if trials and self.search is not None else []
@@ -159,11 +155,7 @@ class State:
         self.search = now
 
     def same_halving(self, halving: Halving | None, runs: Sequence[str], where: str) -> None:
-        """Remember how settings are halved, or refuse where runs have begun that were not judged so; leaving it out is no matter.
-
-        Raises:
-            CheckpointError: with what changed.
-        """
+        """Remember how settings are halved, or refuse where runs have begun that were not judged so; leaving it out is no matter."""
         old, begun = self.about.get("halving"), [name for name in runs if name in self.runs]
         if halving is None or not begun:
             self.about["halving"] = None if halving is None else {**halving.to_json(), "runs": list(runs), "judged": []}
@@ -285,11 +277,7 @@ class SweepConductor:
         return self.sweep.search.trials if self.sweep.search is not None else len(self.sweep.runs)
 
     def inputs(self, run: SweepRun) -> Inputs:
-        """What a run starts from as things are: its settings, rows, models and reward files.
-
-        Raises:
-            ConfigError, DataError, ModelError: with the run's name.
-        """
+        """What a run starts from as things are: its settings, rows, models and reward files."""
         if run.name not in self._inputs:
             with run.naming():
                 self._inputs[run.name] = self._read_inputs(run)
@@ -324,11 +312,7 @@ class SweepConductor:
         return planned
 
     def _rungs(self, halving: Halving, run: SweepRun) -> list[int]:
-        """The steps of a run's rungs; the last one is its end.
-
-        Raises:
-            ConfigError: it is too short for them.
-        """
+        """The steps of a run's rungs, the last one its end; ConfigError where it is too short for them."""
         if run.name not in self._steps:
             with run.naming():
                 self._steps[run.name] = Run(run.config, quiet=True, shared=self.shared).schedule.total_steps

@@ -110,9 +110,6 @@ def read_halving(
 
     Args:
         settings: a config of each; metric, higher: the sweep's.
-
-    Raises:
-        ConfigError: with the file's line.
     """
     if values.get("halving") is None:
         return None
