@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from penchant.base.files import write_atomically, write_text_atomically
+from penchant.base.text import columns
 from penchant.compare.judged import WIN_RATE, Judgement, judge_pairs, lengths_of, sides, win_rates
 from penchant.compare.measured import Measured, Metrics, Setting, figures, measure
 from penchant.compare.verdict import (
@@ -19,7 +20,6 @@ from penchant.compare.verdict import (
     Family,
     Pair,
     Sentence,
-    columns,
     compare_all,
     compare_each,
     comparisons_table,
@@ -191,11 +191,7 @@ def _rows(
             at = i * setting.samples + s
             row: dict[str, Any] = {"prompt": asked, "sample": s, "completions": {}}
             for name, m in measured.items():
-                w = m.written
-                made = {"text": w.texts[at], "tokens": len(w.ids[at]), "ended": bool(w.ended[at])}
-                made |= {} if w.rewards is None else {"reward": float(w.rewards[at])}
-                made |= {"also": {judge: float(v[at]) for judge, v in m.also.items()}} if m.also else {}
-                row["completions"][name] = made
+                row["completions"][name] = {"text": m.written.texts[at], **m.written.row(at, m.also)}
             if judgement is not None:
                 row["judged"] = judgement.of_row(i, s)
             rows.append(row)
@@ -391,7 +387,7 @@ def _tables(compared: Compared) -> str:
     for name, pairs in compared.also.items():
         tables.append(f"By {name}:\n{comparisons_table(pairs, 'mean reward', others)}")
     if compared.judgement is not None and compared.judgement.pairs:
-        tables.append(f"By {compared.judgement.name}:\n{compared.judgement.table()}")
+        tables.append(f"By {compared.judgement.name}:\n{comparisons_table(compared.judgement.pairs, WIN_RATE)}")
     return "\n\n".join(tables)
 
 

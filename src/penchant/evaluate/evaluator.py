@@ -278,11 +278,8 @@ class Evaluation(Material):
                 "prompt": decode(tree.prompt_ids.tolist(), skip_special_tokens=True),
                 "sample": i % self.request.samples,
                 "completion": written.texts[i],
-                "tokens": len(written.ids[i]),
-                "ended": bool(written.ended[i]),
+                **written.row(i, also),
             }
-            row |= {} if written.rewards is None else {"reward": float(written.rewards[i])}
-            row |= {"also": {name: float(v[i]) for name, v in also.items()}} if also else {}
             row |= {"references": list(references[i])} if references[i] else {}
             rows.append(row)
         return rows

@@ -54,7 +54,8 @@ def answer_figures(scores: TokenScores, trees: Sequence[TokenTree], beta: float)
         found += _perplexities("perplexity_ratio", -ratio, c)
         found += [*_by_side("ref_logps", reference, c), *_by_side("logratios", ratio, c)]
         found += _by_side("implicit_reward", beta * ratio, c)
-        found += _margins("implicit_reward/margins", beta * ratio, c)
+        gaps, clusters = _gaps(beta * ratio, c)
+        found += [mean_of("implicit_reward/margins", gaps, clusters)] if len(gaps) else []
         found += _pair_share("implicit_reward/accuracies", ratio, c)
     return found + kl_figures("answers/kl", scores, c.lengths, c.clusters)
 
@@ -112,11 +113,6 @@ def _gaps(values: np.ndarray, c: _Completions) -> tuple[np.ndarray, np.ndarray]:
     """Chosen minus rejected of every pair, and each pair's prompt."""
     second = np.flatnonzero(c.slot == 1)
     return values[second - 1] - values[second], c.clusters[second]
-
-
-def _margins(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:
-    gaps, clusters = _gaps(values, c)
-    return [mean_of(name, gaps, clusters)] if len(gaps) else []
 
 
 def _pair_share(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:

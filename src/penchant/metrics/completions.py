@@ -118,6 +118,12 @@ class Written:
         """The number of each completion's prompt, (prompts x n,): the clusters of an interval."""
         return np.array([i for i, t in enumerate(self.trees) for _ in t.completion_ids])
 
+    def row(self, at: int, also: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
+        """What files say of a completion beside its text; `also`: other rewards of all completions, by name."""
+        row: dict[str, Any] = {"tokens": len(self.ids[at]), "ended": bool(self.ended[at])}
+        row |= {} if self.rewards is None else {"reward": float(self.rewards[at])}
+        return row | ({"also": {name: float(v[at]) for name, v in also.items()}} if also else {})
+
 
 def write(
     model: Any,
@@ -441,17 +447,9 @@ def gain_figures(rewards: Sequence[float] | np.ndarray, start: Sequence[float] |
 
 def rows_of(written: Written, tokenizer: Any) -> list[dict[str, Any]]:
     """Judged completions, one of each prompt, as they are kept."""
-    assert written.rewards is not None
-    return [
-        {
-            "prompt": tokenizer.decode(tree.prompt_ids.tolist(), skip_special_tokens=True),
-            "completion": text,
-            "tokens": len(tree.completion_ids[0]),
-            "ended": not tree.truncated[0],
-            "reward": float(reward),
-        }
-        for tree, text, reward in zip(written.trees, written.texts, written.rewards, strict=True)
-    ]
+    prompts = [tokenizer.decode(tree.prompt_ids.tolist(), skip_special_tokens=True) for tree in written.trees]
+    both = enumerate(zip(prompts, written.texts, strict=True))
+    return [{"prompt": prompt, "completion": text, **written.row(i)} for i, (prompt, text) in both]
 
 
 def keep_start(path: Path, asked: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:

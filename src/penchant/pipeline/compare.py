@@ -49,10 +49,6 @@ class Outcome:
     def models(self) -> dict[str, dict[str, Any]]:
         return dict(self.figures["models"])
 
-    @property
-    def sentences(self) -> list[str]:
-        return list(self.figures["sentences"])
-
     def to_text(self) -> str:
         """The tables, then the sentences."""
         return text_of(self.figures, self.heading)
