@@ -171,17 +171,16 @@ def score_tokens(
             # completions are numbered tree by tree however they are laid out
             same = reference.scorer.shared == policy.scorer.shared
             other = batch if same else pack(chosen, shared=reference.scorer.shared).to(device)
-            found = _exact(policy, reference, batch, other) if exact else _sampled(policy, reference, batch, other)
+            if exact:
+                found = _exact(policy, reference, batch, other)
+            else:
+                found = torch.stack([policy.completion_logps(batch).tokens, reference.completion_logps(other).tokens])
         counts = [sum(map(len, t.completion_ids)) for t in chosen]
         parts |= dict(zip(members, found.double().cpu().split(counts, dim=1), strict=True))
         if progress is not None:
             progress(len(parts), len(trees))
     whole = torch.cat([parts[i] for i in range(len(trees))], dim=1).numpy()
     return TokenScores(*whole)
-
-
-def _sampled(policy: LiveReference, reference: LiveReference, batch: PackedBatch, other: PackedBatch) -> Tensor:
-    return torch.stack([policy.completion_logps(batch).tokens, reference.completion_logps(other).tokens])
 
 
 def _exact(policy: LiveReference, reference: LiveReference, batch: PackedBatch, other: PackedBatch) -> Tensor:

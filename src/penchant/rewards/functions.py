@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from penchant.base.functions import python_function
+from penchant.base.functions import is_own, python_function
 from penchant.base.text import closest
 from penchant.errors import ConfigError, PenchantError, RewardError
 from penchant.rewards.builtin import BUILT_IN, RewardConfig, RewardFunction, rule_of
@@ -136,7 +136,7 @@ def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: A
     rule = rule_of(name)
     if rule is not None:
         return rule
-    if name in BUILT_IN or name.rpartition(":")[0].endswith(".py"):
+    if name in BUILT_IN or is_own(name):
         return _function(name)
     from penchant.rewards.reward_model import find_reward_model, load_reward_function
 
@@ -152,7 +152,7 @@ def check_reward(name: str) -> None:
         return
     from penchant.rewards.reward_model import find_reward_model
 
-    if name.rpartition(":")[0].endswith(".py") or find_reward_model(name) is None:
+    if is_own(name) or find_reward_model(name) is None:
         _function(name)
 
 
@@ -169,8 +169,7 @@ def reward_device(wanted: str, policys: Any = "cpu") -> torch.device:
 def _function(name: str) -> RewardFunction:
     if name in BUILT_IN:
         return BUILT_IN[name]
-    path, colon, _ = name.rpartition(":")
-    if not colon or not path.endswith(".py"):
+    if not is_own(name):
         if name.startswith("stage:"):
             raise ConfigError("reward", f"{name!r} is a pipeline's stage", "here give that stage's run folder")
         if "/" in name:
@@ -184,5 +183,4 @@ def _function(name: str) -> RewardFunction:
             (f"did you mean {near}? " if near else "")
             + f"there are {', '.join(BUILT_IN)}, words:20-60, matches:REGEX; or give path.py:function or a reward model's folder",
         )
-    found: RewardFunction = python_function(name)
-    return found
+    return python_function(name)  # type: ignore[no-any-return]
