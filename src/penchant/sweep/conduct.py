@@ -276,21 +276,19 @@ class SweepConductor:
 
     def inputs(self, run: SweepRun) -> Inputs:
         """What a run starts from as things are: its settings, rows, models and reward files."""
-        if run.name not in self._inputs:
-            with run.naming():
-                self._inputs[run.name] = self._read_inputs(run)
-        return self._inputs[run.name]
-
-    def _read_inputs(self, run: SweepRun) -> Inputs:
+        if run.name in self._inputs:
+            return self._inputs[run.name]
         config = run.config
-        check_models(config)
         rewards = [None if r is None else dict(r.terms) for r in (config.reward, config.evaluation.reward)]
-        for reward in rewards:
-            check_reward(reward)
-        splits = Run(config, quiet=True, shared=self.shared).rows.datasets
         named = (config.model.path, config.model.tokenizer, config.reference.path, json.dumps(rewards))
-        files = self.shared.once(("files", *named), lambda: files_of(config, *rewards))
-        return inputs_of(config, splits, files)
+        with run.naming():
+            check_models(config)
+            for reward in rewards:
+                check_reward(reward)
+            splits = Run(config, quiet=True, shared=self.shared).rows.datasets
+            files = self.shared.once(("files", *named), lambda: files_of(config, *rewards))
+            self._inputs[run.name] = inputs_of(config, splits, files)
+        return self._inputs[run.name]
 
     def known_runs(self) -> list[SweepRun]:
         """The runs of a grid, or the trials of a search that were drawn already."""
