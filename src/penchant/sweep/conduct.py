@@ -69,7 +69,7 @@ def stop_the_rest(
         for run in runs:
             record = records.get(run.name, {})
             if not standing.kept and run.setting == standing.setting and record.get("state") == "paused":
-                cut = {"rung": rung, "of": halving.rungs, "rank": standing.rank, "among": len(found)}
+                cut: dict[str, Any] = {"rung": rung, "of": halving.rungs, "rank": standing.rank, "among": len(found)}
                 cut |= {"metric": halving.metric, "mean": standing.mean}
                 record |= {"state": "cut", "cut": cut, "why": why_cut(cut)}
 
