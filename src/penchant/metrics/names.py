@@ -14,12 +14,13 @@ Better = Literal["higher", "lower", "cost"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric; names.yaml holds them.
+    """A metric.
 
     Args:
         name: as logged, without ``eval/``; meaning: a sentence; formula: with pi the policy, ref the reference, y_w and y_l the chosen and the
             rejected answer; over: what its ``/n`` counts where `penchant eval` measures it, "" elsewhere.
-        label: in words, for the held-out table of the report, "" where it does not stand there; unit: "" where it has none.
+        label: in words, for the held-out table of the report, "" where it does not stand there; picture, row: the same for `penchant watch`, as
+            the title of a picture and as a line of its table; unit: "" where it has none.
         better: which way, None where that cannot be said; null: its value where nothing was learned (one half, zero), None where there is none.
         share: a share of rows, shown in percent; main: what a run is judged by; logged: whether runs log it; else only `penchant eval` has it.
     """
@@ -29,6 +30,8 @@ class Metric:
     formula: str = ""
     over: str = ""
     label: str = ""
+    picture: str = ""
+    row: str = ""
     unit: str = ""
     better: Better | None = None
     null: float | None = None
@@ -43,7 +46,7 @@ class Metric:
 
 
 METRICS: Mapping[str, Metric] = {
-    name: Metric(name, **values) for name, values in packaged_yaml(__package__, "names.yaml").items()
+    name: Metric(name, **facts) for name, facts in packaged_yaml(__package__, "metrics.yaml").items()
 }
 OTHER_REWARD = Metric(
     "generated/reward[NAME]",
