@@ -22,7 +22,7 @@ from penchant.cli import main
 from penchant.config import merged
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, TrainingStopped
 from penchant.models.load import load_tokenizer
-from penchant.pipeline import Pipeline, Stage, _comparison, load_pipeline, pipeline_from_mapping
+from penchant.pipeline import Pipeline, Stage, _comparison, load_pipeline
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText
 from penchant.runfolder import RunLock
@@ -254,7 +254,7 @@ def test_another_loss_on_the_command_line_starts_from_its_own_defaults(tmp_path:
 def test_a_reward_model_is_not_compared() -> None:
     base: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}}
     judge, sft = ({**base, "algorithm": {"name": "reward_model"}}, {**base, "loss": "sft"})
-    stages = {n: Stage(n, v, {}, "p.yaml:3", Path(n), ()) for n, v in (("sft", sft), ("judge", judge))}
+    stages = {n: Stage(n, v, {}, "p.yaml:3", Path(n)) for n, v in (("sft", sft), ("judge", judge))}
     with pytest.raises(ConfigError, match="judge is a reward model, which writes nothing"):
         _comparison({"compare": {"models": ["sft", "judge"]}}, stages, {}, "p.yaml")
     compared = {"models": ["sft", "sft@last"], "reward": {"stage:judge": 1.0}}
@@ -601,7 +601,7 @@ def test_the_comparison_keeps_clear_of_prompts_that_a_stage_trained_on(base: dic
     figures = json.loads((tmp_path / "hh/comparison.json").read_text())
     assert figures["left_out"] > 0 and figures["left_out"] + figures["prompts"] == 12
     compared = {json.loads(x)["prompt"] for x in (tmp_path / "hh/comparison.jsonl").open()}
-    for stage in pipeline_from_mapping(base).stages.values():
+    for stage in load_pipeline(base).stages.values():
         assert not compared & {t.prompt for t in Run(stage.config, quiet=True).rows.datasets[0].trees}
     assert result.outcome is not None
 
@@ -724,7 +724,7 @@ def said_of(base: dict[str, Any], name: str) -> list[float]:
 
 def directly(base: dict[str, Any], reward: Path, trees: list[TokenTree]) -> list[float]:
     """The reward model called by itself, on one prompt and completion at a time."""
-    held_out = Run(pipeline_from_mapping(base).stages["sft"].config, quiet=True).rows.datasets[1]
+    held_out = Run(load_pipeline(base).stages["sft"].config, quiet=True).rows.datasets[1]
     assert held_out is not None
     tokenizer = load_tokenizer(str(base["defaults"]["model"]["path"]))
     prompts = {t.source: t.prompt for t in held_out.trees}

@@ -19,7 +19,7 @@ from penchant import api
 from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.runs.sharing import Alone, Shared
-from penchant.sweep import Sweep, load_sweep, sweep_from_mapping
+from penchant.sweep import Sweep, load_sweep
 from penchant.sweep import workers as sweep_jobs
 from penchant.sweep.conduct import SweepConductor
 from penchant.sweep.search import Range, SearchConfig, draw
@@ -263,7 +263,7 @@ def test_a_run_in_a_sweep_is_the_run_by_itself_bit_for_bit(
             "bf16": {"model": {"dtype": "bf16"}},
         },
     }
-    sweep = sweep_from_mapping(base)
+    sweep = load_sweep(base)
     conductor = SweepConductor(sweep, quiet=True)
     conductor.run()
     made = conductor.shared.made
@@ -304,7 +304,7 @@ def test_all_of_it_then_nothing_twice(
 ) -> None:
     base["base"]["train"]["max_steps"] = 1
     base["grid"]["train.seed"] = [0, 1]
-    assert plan(base) == [f"{n}  to run: not started" for n in names(sweep_from_mapping(base))]
+    assert plan(base) == [f"{n}  to run: not started" for n in names(load_sweep(base))]
     assert not (tmp_path / "sweep").exists()  # a plan writes nothing
     entered = trained(monkeypatch)
     path = tmp_path / "sweep.yaml"
@@ -491,7 +491,7 @@ def test_two_at_a_time_is_the_same(base: dict[str, Any], tmp_path: Path, monkeyp
     base["base"]["train"]["max_steps"] = 1
     said = run(base).to_text()
     worker = sweep_jobs.Worker(shares(1)[0], quiet=True)
-    for one in sweep_from_mapping(base, [f"output={tmp_path}/process"]).runs:
+    for one in load_sweep(base, [f"output={tmp_path}/process"]).runs:
         made = worker.train(one)
         assert made is not None and made["state"] == "finished"
     worker.close()
