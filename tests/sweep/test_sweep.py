@@ -28,6 +28,8 @@ from penchant.sweep.worker import answer
 from penchant.sweep.workers import shares, told
 from penchant.training.loop import Loop
 
+pytestmark = pytest.mark.xdist_group("sweep")  # one worker makes what these tests share
+
 TEXT = """\
 output: {output}
 base:
@@ -202,14 +204,13 @@ def test_shared_things_are_made_once_and_handed_out_unshared() -> None:
     assert Alone().once(("rows", 1), make) is not Alone().once(("rows", 1), make)
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> dict[str, Any]:
+def base_in(folder: Path) -> dict[str, Any]:
     return {
-        "output": str(tmp_path / "sweep"),
+        "output": str(folder / "sweep"),
         "base": {
-            "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
+            "model": {"path": tiny_model_folder(folder / "model"), "dtype": "fp32"},
             "data": {
-                "path": write_jsonl(tmp_path / "pairs.jsonl", polite_rows(24)),
+                "path": write_jsonl(folder / "pairs.jsonl", polite_rows(24)),
                 "validation_rows": 8,
                 "max_length": 96,
             },
@@ -219,6 +220,11 @@ def base(tmp_path: Path) -> dict[str, Any]:
         },
         "grid": {"loss.beta": [0.1, 0.5]},
     }
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> dict[str, Any]:
+    return base_in(tmp_path)
 
 
 def run(base: dict[str, Any], *overrides: str, **options: Any) -> Any:
@@ -299,6 +305,7 @@ def test_the_reference_is_computed_once_for_all(base: dict[str, Any], monkeypatc
 # ---- doing it -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("live_reports")
 def test_all_of_it_then_nothing_twice(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -337,9 +344,17 @@ def test_all_of_it_then_nothing_twice(
     assert wider.table.rows[0].interval is not None and "95% by prompt [" in wider.to_text()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of runs of three steps that nothing interrupted, to be read only."""
+    base = base_in(tmp_path_factory.mktemp("whole"))
+    run(base, "train.epochs=1.5")
+    return Path(base["output"])
+
+
 @pytest.mark.parametrize("how", ["signal", "kill"])
 def test_an_interrupted_run_is_resumed_and_is_no_result(
-    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+    base: dict[str, Any], whole: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
 ) -> None:
     real = Loop._after_step
 
@@ -352,7 +367,6 @@ def test_an_interrupted_run_is_resumed_and_is_no_result(
 
     path = tmp_path / "sweep.json.yaml"
     base["base"]["train"]["epochs"] = 1.5
-    run(base, f"output={tmp_path}/whole")
     base["output"] = str(tmp_path / "other")
     path.write_text(json.dumps(base))
     with monkeypatch.context() as patched:
@@ -377,7 +391,7 @@ def test_an_interrupted_run_is_resumed_and_is_no_result(
     run(base)
     assert entered == ["beta-0.5"]
     for name in ("beta-0.1", "beta-0.5"):
-        assert left(tmp_path / "other" / name) == left(tmp_path / "whole" / name)
+        assert left(tmp_path / "other" / name) == left(whole / name)
 
 
 def test_a_run_that_stops_itself_is_a_result(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
