@@ -17,21 +17,17 @@ from penchant.algorithms.rollouts import (
     reward_metrics_of,
     score_groups,
 )
-from penchant.base.lazy import lazy
+from penchant.base.lazy import Tensor, lazy, torch
 from penchant.losses.policy_gradient import clipped_surrogate, group_normalized, leave_one_out
 from penchant.types import Algorithm, LossOutput, PackedBatch, TokenTree
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from penchant.logprobs import Scorer
     from penchant.logprobs import reference as references
     from penchant.logprobs.reference import LiveReference
     from penchant.losses import divergences
 else:
-    torch, references = lazy("torch"), lazy("penchant.logprobs.reference")
-    divergences = lazy("penchant.losses.divergences")
+    references, divergences = lazy("penchant.logprobs.reference"), lazy("penchant.losses.divergences")
 
 
 class GroupConfig(OnlineConfig):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from penchant.algorithms.method import EvaluationContext, Method, Parts, Signal
-from penchant.base.lazy import lazy
+from penchant.base.lazy import Tensor, lazy, torch
 from penchant.data.packing import batches_of
 from penchant.errors import ConfigError
 from penchant.losses.helpers import Metrics, reward_metrics, side_metrics
@@ -18,17 +18,14 @@ from penchant.losses.unpaired import kto_z0
 from penchant.types import LossOutput, PackedBatch, PairLogps, Scored, TokenTree, UnpairedLogps, Weighted
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from penchant import logprobs
     from penchant.logprobs import CompletionLogps, Scorer
     from penchant.logprobs import reference as references
     from penchant.logprobs.reference import Reference
     from penchant.losses import divergences
 else:
-    torch, logprobs = lazy("torch"), lazy("penchant.logprobs")
-    references, divergences = lazy("penchant.logprobs.reference"), lazy("penchant.losses.divergences")
+    logprobs, divergences = lazy("penchant.logprobs"), lazy("penchant.losses.divergences")
+    references = lazy("penchant.logprobs.reference")
 
 # needs of a loss that change nothing in the log-probs that a pass over held-out rows leaves
 SCORED_ALIKE = frozenset({"reference", "scores", "score_gap", "labels", "delta", "batch"})

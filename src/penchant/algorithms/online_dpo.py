@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from penchant.algorithms.method import Parts, Rollouts
 from penchant.algorithms.offline import Component, Offline
 from penchant.algorithms.rollouts import Group, OnlineConfig, Writer, reward_metrics_of
+from penchant.base.lazy import Tensor
 from penchant.losses import LOSSES
 from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class OnlineDPOConfig(OnlineConfig):

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from penchant.algorithms.method import Parts
 from penchant.algorithms.rollouts import Buffer, Group, OnlineConfig, Writer, reward_metrics_of, score_groups
-from penchant.base.lazy import lazy
+from penchant.base.lazy import Tensor, lazy, torch
 from penchant.data.tokenize import same_tokens
 from penchant.errors import ConfigError
 from penchant.losses.policy_gradient import at_last_token, clipped_surrogate, clipped_value_loss, gae, whitened
@@ -21,16 +21,13 @@ from penchant.models.options import ModelConfig
 from penchant.types import Algorithm, LossOutput, PackedBatch, TokenTree
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from penchant.logprobs import Scorer
     from penchant.logprobs.reference import LiveReference
     from penchant.losses import divergences
     from penchant.models.reward import ValueHead, ValueModel
     from penchant.rewards import RewardConfig
 else:
-    torch, divergences = lazy("torch"), lazy("penchant.losses.divergences")
+    divergences = lazy("penchant.losses.divergences")
 
 
 class PPOConfig(OnlineConfig):

@@ -10,19 +10,14 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from penchant.algorithms.method import AlgorithmConfig, EvaluationContext, Parts, Rollouts, Signal
-from penchant.base.lazy import lazy
+from penchant.base.lazy import Tensor, torch
 from penchant.data.packing import batches_of
 from penchant.errors import ConfigError
 from penchant.types import PackedBatch, TokenTree
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from penchant.logprobs import Scorer
     from penchant.rewards import Reward
-else:
-    torch = lazy("torch")
 
 
 class OnlineConfig(AlgorithmConfig):

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from penchant.base.lazy import lazy
+from penchant.base.lazy import F, Tensor, torch
 from penchant.types import LossOutput, PairLogps, UnpairedLogps, Weighted
-
-if TYPE_CHECKING:
-    import torch
-    import torch.nn.functional as F
-    from torch import Tensor
-else:
-    torch, F = lazy("torch"), lazy("torch.nn.functional")
 
 Metrics = dict[str, Weighted]
 

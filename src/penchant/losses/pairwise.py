@@ -6,22 +6,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from penchant.base.lazy import lazy
+from penchant.base.lazy import F, Tensor, torch
 from penchant.losses.helpers import expm1_then_linear, logistic, pair_logratios, pair_output, require, reward_metrics
 from penchant.losses.registry import Beta, Key, LabelSmoothing, LossParams, Range, loss
 from penchant.losses.schedules import Schedule
 from penchant.types import LossOutput, PairLogps
-
-if TYPE_CHECKING:
-    import torch
-    import torch.nn.functional as F
-    from torch import Tensor
-else:
-    torch, F = lazy("torch"), lazy("torch.nn.functional")
 
 LOG2 = math.log(2.0)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from penchant.base.lazy import lazy
+from penchant.base.lazy import Tensor, torch
 from penchant.losses.helpers import (
     expm1_then_linear,
     log1mexp,
@@ -16,12 +16,6 @@ from penchant.losses.helpers import (
 )
 from penchant.losses.registry import LabelSmoothing, Range, loss
 from penchant.types import LossOutput, PairLogps
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    torch = lazy("torch")
 
 Gamma = Annotated[float, Range(ge=0), "target margin between the rewards"]
 
