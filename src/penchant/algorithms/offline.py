@@ -15,7 +15,7 @@ from penchant.losses.registry import LossParams, LossSpec
 from penchant.losses.schedules import Schedule
 from penchant.losses.section import LossConfig
 from penchant.losses.unpaired import kto_z0
-from penchant.types import LossOutput, PackedBatch, PairLogps, Scored, TokenTree, UnpairedLogps, Weighted
+from penchant.types import Algorithm, LossOutput, PackedBatch, PairLogps, Scored, TokenTree, UnpairedLogps, Weighted
 
 if TYPE_CHECKING:
     from penchant import logprobs
@@ -115,7 +115,7 @@ class Component:
 
 
 @dataclass(slots=True)
-class Offline:
+class Offline(Algorithm):
     """Losses of the registry on packed batches of a fixed data set.
 
     ``loss = sum_c weight_c loss_c (+ nll_weight x SFT on the chosen completions)``
@@ -288,9 +288,6 @@ class Offline:
             z0=self._z0 if "z0" in spec.needs else None,
             delta=self.delta if "delta" in spec.needs else None,
         )
-
-    def accepts(self, means: Mapping[str, float]) -> bool:
-        return True
 
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
         """BCO's running mean of rewards, and a reference that follows the policy."""

@@ -6,47 +6,31 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 from penchant import __version__
 from penchant.base.text import closest
-from penchant.cli import (
-    compare,
-    config,
-    data,
-    demo,
-    eval,
-    export,
-    importing,
-    init,
-    losses,
-    plan,
-    report,
-    serve,
-    sweep,
-    track,
-    train,
-)
 
-# in the order of `penchant --help`
-COMMANDS = (
-    demo,
-    init,
-    plan,
-    train,
-    sweep,
-    eval,
-    compare,
-    data,
-    report,
-    export,
-    track,
-    serve,
-    losses,
-    config,
-    importing,
-)
+# modules of this package, in the order of `penchant --help`
+COMMANDS = [
+    "demo",
+    "init",
+    "plan",
+    "train",
+    "sweep",
+    "eval",
+    "compare",
+    "data",
+    "report",
+    "export",
+    "track",
+    "serve",
+    "losses",
+    "config",
+    "importing",
+]
 
 EXIT_CODES = """exit codes:
   0  done                        3  the run stopped itself (NaN/Inf, failed step-0 check)
@@ -93,8 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"penchant {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
-    for command in COMMANDS:
-        command.add(commands)
+    for name in COMMANDS:
+        import_module(f"penchant.cli.{name}").add(commands)
     return parser
 
 

@@ -110,7 +110,12 @@ def within(kind: type, low: float | None, high: float | None, above: float | Non
     return number
 
 
-def add_config(parser: argparse.ArgumentParser, what: str, metavar: str = "CONFIG") -> None:
+def add_config(
+    parser: argparse.ArgumentParser,
+    what: str,
+    metavar: str = "CONFIG",
+    overrides: str = "settings that override the config's",
+) -> None:
     """The config that a command reads, and settings that override its own."""
     parser.add_argument("config", metavar=metavar, help=what)
     parser.add_argument(
@@ -118,5 +123,5 @@ def add_config(parser: argparse.ArgumentParser, what: str, metavar: str = "CONFI
         nargs="*",
         default=[],  # without one, argparse calls them required
         metavar="key.path=value",
-        help="settings that override the config's",
+        help=overrides,
     )

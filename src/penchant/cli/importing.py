@@ -6,16 +6,15 @@ import argparse
 import sys
 from typing import Any
 
+from penchant.cli.arguments import add_config
+
 
 def add(commands: Any) -> None:
     """The command's arguments."""
     parser = commands.add_parser(
         "import", help="translate a config of TRL or LLaMA-Factory; every key is accounted for"
     )
-    parser.add_argument("config", metavar="FILE.yaml", help="the other tool's file")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key.path=value", help="settings of Penchant to add or to change"
-    )
+    add_config(parser, "the other tool's file", "FILE.yaml", "settings of Penchant to add or to change")
     parser.add_argument(
         "--from", dest="source", default="auto", metavar="TOOL", help="trl, llama-factory, flat or auto (default)"
     )

@@ -99,7 +99,7 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
     return ConfigError(where, f"{dotted} is {shown}", f"give {_wanted(error, path)}")
 
 
-def _sections(info: FieldInfo) -> list[type[BaseModel]]:
+def sections_of(info: FieldInfo) -> list[type[BaseModel]]:
     """The forms that a section has; none where the field is a value."""
     kinds = (info.annotation, *getattr(info.annotation, "__args__", ()))
     found = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
@@ -111,7 +111,7 @@ def _fields_of(path: tuple[str, ...]) -> dict[str, FieldInfo]:
     sections: list[Any] = [RunConfig]
     for part in path[:-1]:
         infos = [s.model_fields[part] for s in sections if part != "loss" and part in s.model_fields]
-        sections = [section for info in infos for section in _sections(info)]
+        sections = [section for info in infos for section in sections_of(info)]
     return {name: info for s in reversed(sections) for name, info in s.model_fields.items()}
 
 
@@ -144,7 +144,7 @@ def _suggest_key(path: tuple[str, ...]) -> str:
     if near := closest(word, names):
         return f'did you mean "{near}"?'
     for name, info in RunConfig.model_fields.items():
-        inner = _sections(info)
+        inner = sections_of(info)
         if inner and word in inner[0].model_fields:
             return f'did you mean "{name}.{word}"?'
     return f"there are {', '.join(sorted(names))}"
