@@ -42,7 +42,7 @@ def made(seed: int = 0, **config: Any) -> PPO:
     torch.nn.init.normal_(head.weight, std=0.3)
     cfg = PPOConfig(**{"name": "ppo", "max_new_tokens": 6, "epochs": 1, "temperature": 1.0, **config})
     reference = LiveReference(Scorer(tiny_model("llama", seed=1), "shared"))
-    return PPO(Scorer(tiny_model("llama", seed=seed), "shared"), reference, head, Fixed(), cfg, 20)  # type: ignore[arg-type]
+    return PPO(Scorer(tiny_model("llama", seed=seed), "shared"), reference, Fixed(), cfg, 20, head)  # type: ignore[arg-type]
 
 
 def gradients(ppo: PPO, sizes: list[int]) -> torch.Tensor:

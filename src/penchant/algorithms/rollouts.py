@@ -13,10 +13,11 @@ from penchant.algorithms.method import AlgorithmConfig, EvaluationContext, Parts
 from penchant.base.lazy import Tensor, torch
 from penchant.data.packing import batches_of
 from penchant.errors import ConfigError
-from penchant.types import PackedBatch, TokenTree
+from penchant.types import Algorithm, PackedBatch, TokenTree
 
 if TYPE_CHECKING:
     from penchant.logprobs import Scorer
+    from penchant.logprobs.reference import LiveReference
     from penchant.rewards import Reward
 
 
@@ -241,6 +242,41 @@ class Buffer:
             self.iteration = int(tensors["iteration"])
             prefix = "rollouts/"
             self.groups = unpack_groups({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
+
+
+@dataclass(slots=True)
+class OnPolicy(Algorithm):
+    """What RLOO, GRPO and PPO share: rollouts that serve one or several updates.
+
+    Args:
+        scorer: the policy, with the rollouts' temperature; reference: runs once a batch of rollouts.
+        writer: samples and judges; config: the method; tokens_per_step: tokens of one forward pass.
+    """
+
+    scorer: Scorer
+    reference: LiveReference
+    writer: Writer
+    config: OnlineConfig
+    tokens_per_step: int
+    buffer: Buffer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.buffer = Buffer(self.writer, self.config.epochs, self.config.minibatches)
+
+    def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
+        """The groups of this update: new rollouts at the first update of an iteration, else a part of the old ones."""
+        return self.buffer.part(step, trees, self.prepare)
+
+    def prepare(self, groups: list[Group]) -> None:
+        """Make new rollouts ready to train on: advantages, and what else the loss takes, as extras."""
+        raise NotImplementedError
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The current rollouts: a run that stops between two updates goes on with the same ones."""
+        return self.buffer.state_tensors()
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        self.buffer.load_state_tensors(tensors)
 
 
 def score_groups(

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from penchant.base.functions import is_own
@@ -16,6 +15,7 @@ from penchant.config.yaml import (
     BY_NAME,
     Places,
     apply_overrides,
+    dump_config,
     parse_yaml,
     place_of,
     plain_values,
@@ -52,11 +52,6 @@ def config_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()
     """The same from a mapping, for Python callers."""
     plain = plain_values(values)
     return build(plain, apply_overrides(plain, {}, overrides), "config")
-
-
-def dump_config(config: RunConfig) -> str:
-    """YAML that loads back to an equal config, every default spelled out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def build(values: dict[str, Any], places: Places, source: str) -> RunConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from penchant.base.text import closest
 from penchant.errors import ConfigError
@@ -159,3 +160,8 @@ def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value
             del at[key_of_file]
     at[path[-1]] = value
     return {p: place for p, place in places.items() if p[: len(path)] != path} | {path: where}
+
+
+def dump_config(config: BaseModel) -> str:
+    """YAML that loads back to an equal config, every default spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
