@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penchant.errors import ConfigError
-from penchant.requests import CompareRequest, EvalRequest, ExportRequest, GetRequest, request_of, shows
+from penchant.requests import CompareRequest, EvalRequest, ExportRequest, GetRequest, request_of, shows, write_output
 
 if TYPE_CHECKING:
     from penchant.compare import RunComparison
@@ -206,6 +206,8 @@ def audit_files(
     Raises:
         DataError: a file that cannot be read. ConfigError: a reward or function that cannot be loaded.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError("limit", f"is {limit}", "give 1 or more")
     from penchant.data.audit import audit_files as run_audit
     from penchant.data.audit import names_of
 
@@ -215,13 +217,14 @@ def audit_files(
 
 
 def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Path:
-    """Write an audit as one self-contained HTML file."""
+    """Write an audit as one self-contained HTML file.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     from penchant.report.audit_page import render_audit
 
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(render_audit(audit.to_json(), title), encoding="utf-8")
-    return file
+    return write_output(path, render_audit(audit.to_json(), title))
 
 
 def fix(
@@ -348,7 +351,7 @@ def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Seq
 
     if isinstance(config, RunConfig):
         if overrides:
-            raise ConfigError("overrides", "a RunConfig is final", "give a mapping or a path together with overrides")
+            raise ConfigError("overrides", "cannot change a RunConfig", "give a mapping or a path with them")
         return config
     if isinstance(config, Mapping):
         return config_from_mapping(config, list(overrides))

@@ -66,6 +66,21 @@ def _plain(value: Any, several: bool) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def write_output(path: str | Path, text: str) -> Path:
+    """Write a text where a person wants it.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    file = Path(path).expanduser()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be written ({error.strerror})", "give another place") from error
+    return file
+
+
 # ---- `penchant eval` ----
 
 WRITES = "what the model writes"
@@ -215,7 +230,10 @@ def _rule(text: str) -> str | float:
 def _value(text: str) -> Any:
     import yaml
 
-    return yaml.safe_load(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("--set", f"{text!r} is not YAML", "write name=value, such as margin=1.5") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from penchant import __version__
-from penchant.base.text import closest
+from penchant.base.text import did_you_mean
 
 # modules of this package, in the order of `penchant --help`
 COMMANDS = [
@@ -56,13 +57,10 @@ class _Parser(argparse.ArgumentParser):
     """argparse with suggestions for mistyped commands."""
 
     def error(self, message: str) -> NoReturn:
-        for action in self._subparsers._group_actions if self._subparsers else []:
-            names = list(action.choices or ())
-            given = [a for a in sys.argv[1:] if not a.startswith("-")]
-            if "invalid choice" in message and given:
-                near = closest(given[0], names) or closest(given[-1], names)
-                how = f'did you mean "{near}"?' if near else f"there are {', '.join(names)}"
-                message = f"{given[0]!r} is not a command; {how}"
+        given = re.search(r"invalid choice: '(.*?)'", message)
+        for action in self._subparsers._group_actions if self._subparsers and given else []:
+            word = given[1] if given else ""
+            message = f"{word!r} is not a command; {did_you_mean(word, list(action.choices or ()))}"
         self.exit(2, f"penchant: {message}\n")
 
 

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from penchant.cli.arguments import add_arguments, add_columns, column_pairs, options_of
-from penchant.requests import GetRequest
+from penchant.requests import GetRequest, write_output
 
 
 def add(commands: Any) -> None:
@@ -143,6 +143,8 @@ def _add_audit(verbs: Any) -> None:
 
 
 def _audit(args: argparse.Namespace) -> int:
+    import json
+
     from penchant import api
     from penchant.errors import ConfigError
 
@@ -170,23 +172,14 @@ def _audit(args: argparse.Namespace) -> int:
         )
     if args.html:
         print(f"written: {api.audit_page(result, args.html)}", file=sys.stderr)
+    as_json = json.dumps(result.to_json(), indent=1) + "\n" if args.json else ""
+    if args.json == "-":
+        print(as_json, end="")
+        return 0
     if args.json:
-        _json(result, args.json)
-    if args.json != "-":
-        print(result.to_text())
+        print(f"written: {write_output(args.json, as_json)}", file=sys.stderr)
+    print(result.to_text())
     return 0
-
-
-def _json(result: Any, where: str) -> None:
-    import json
-    from pathlib import Path
-
-    text = json.dumps(result.to_json(), indent=1)
-    if where == "-":
-        print(text)
-    else:
-        Path(where).write_text(text + "\n", encoding="utf-8")
-        print(f"written: {where}", file=sys.stderr)
 
 
 def _splits(given: list[str]) -> dict[str, str]:
@@ -197,7 +190,9 @@ def _splits(given: list[str]) -> dict[str, str]:
         name, equals, path = one.partition("=")
         if not (name and equals and path) or name in splits:
             what = f"{one!r} names no split" if name not in splits else f"{name!r} is given twice"
-            raise ConfigError("--split", what, "write --split train=train.jsonl --split test=test.jsonl")
+            raise ConfigError(
+                "--split", what, "give each file a name: --split train=train.jsonl --split test=test.jsonl"
+            )
         splits[name] = path
     return splits
 

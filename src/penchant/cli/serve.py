@@ -43,7 +43,7 @@ def _chat(args: argparse.Namespace) -> int:
             raise ConfigError(name, "is given without a second model", "name it with --against")
     if args.prefer and not args.prefer.endswith(".jsonl"):
         raise ConfigError(
-            "--prefer", f"{args.prefer} does not end in .jsonl", "penchant tells a file's kind by its ending"
+            "--prefer", f"{args.prefer} does not end in .jsonl", "give it that ending, by which its kind is told"
         )
     terminal = _terminal()
     which = [(args.model, args.step, args.base)]

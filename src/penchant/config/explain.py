@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from penchant.algorithms import ALGORITHMS, AlgorithmConfig
+from penchant.base.section import as_yaml
 from penchant.base.text import closest
 from penchant.config.schema import RunConfig
 from penchant.config.yaml import Places, place_of
@@ -88,14 +89,12 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
     if kind == "missing":
         return ConfigError(where, f"{dotted} is missing", f"add it: {_description(path)}")
     if kind in ("model_type", "dict_type"):
-        return ConfigError(where, f"{dotted} is {value!r}", "it is a section: indent its keys below it")
+        return ConfigError(where, f"{dotted} is {as_yaml(value)}", "it is a section: indent its keys below it")
     if kind == "value_error" and not isinstance(value, bool):
         what, _, how = str(error["msg"]).removeprefix("Value error, ").partition("; ")
         return ConfigError(where, f"{dotted}: {what}" if dotted else what, how)
-    if isinstance(value, bool):
-        shown = f"{str(value).lower()} (a boolean)"
-    else:
-        shown = f"a {type(value).__name__}" if isinstance(value, (dict, list)) else repr(value)
+    kinds = {dict: "a mapping", list: "a list", bool: f"{as_yaml(value)} (a boolean)", type(None): "null"}
+    shown = kinds.get(type(value), repr(value))
     return ConfigError(where, f"{dotted} is {shown}", f"give {_wanted(error, path)}")
 
 
@@ -125,6 +124,7 @@ WANTED = {
     "finite": "a number such as 5e-6",
     "int": "a whole number",
     "bool": "true or false",
+    "list": "a list",
 }
 
 

@@ -148,7 +148,7 @@ def text(key: str | None = None) -> str:
         names = sorted({k.path for p in parts() for k in p.keys})
         near = closest(str(key), names) or next((n for n in names if n.rpartition(".")[2] == key), "")
         how = f"did you mean {near}?" if near else f"there are the sections {', '.join(RunConfig.model_fields)}"
-        raise ConfigError("penchant config", f"{key!r} is not a config key", how)
+        raise ConfigError("config", f"{key!r} is not a config key", how)
     lines: list[str] = []
     for part in dict.fromkeys(p.title for p, _ in found):
         mine = [(p, k) for p, k in found if p.title == part]

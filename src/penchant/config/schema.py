@@ -69,7 +69,7 @@ class RunConfig(Section):
             return values
         reference = dict(values.get("reference") or {})
         if "ema" in reference:
-            raise ConfigError("loss.ref_ema", "reference.ema is set too", "keep one")
+            raise ConfigError("loss.ref_ema", "and reference.ema are both set", "keep one")
         ema = loss["ref_ema"]
         return {
             **values,

@@ -65,7 +65,7 @@ def text() -> str:
 
 def describe(name: str) -> str:
     """One loss: its own description, hyperparameters with ranges, and how to name it."""
-    spec = find_loss(given := loss_name(name, ("penchant losses",)))
+    spec = find_loss(given := loss_name(name, ("losses",)))
     lines = [f"loss.name={given}", "", inspect.cleandoc(spec.fn.__doc__ or ""), ""]
     lines += [f"needs {NEEDS[n]}" for n in sorted(spec.needs)]
     lines += [f"loss.{key} = {default}" + f": {meaning}" * bool(meaning) for key, default, meaning in parameters(spec)]

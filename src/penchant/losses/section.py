@@ -134,9 +134,9 @@ class ComponentConfig(BaseModel):
                 )
         by_field = {names[key]: s for key, s in schedules.items()}
         own = params.schedules()
-        both = sorted(own.keys() & by_field.keys())
+        both = [key for key in schedules if names[key] in own]
         if both and params.model_fields_set & {"schedule"}:
-            raise ConfigError(".".join(path), "schedule and a from/to of its own are both set", "keep one")
+            raise ConfigError(".".join(path), f"has a schedule, and a from/to for {both[0]}", "keep one of the two")
         return cls(name=name, params=params, schedules=own | by_field, weight=float(weight))
 
     def to_mapping(self) -> dict[str, Any]:
@@ -178,14 +178,16 @@ class LossConfig(BaseModel):
         if mix is None:
             if "weight" in rest:
                 raise ConfigError(
-                    "loss.weight", "a single loss has no weight", "lower train.lr, or list losses in loss.mix"
+                    "loss.weight",
+                    "is set, but a single loss has no weight",
+                    "lower train.lr, or list losses in loss.mix",
                 )
             rest.setdefault("name", "dpo")
             components: tuple[ComponentConfig, ...] = (ComponentConfig.from_mapping(rest),)
         else:
             if rest:
                 raise ConfigError(
-                    "loss", f"{', '.join(rest)} beside mix", "put it into the entry of mix that it is for"
+                    "loss", f"has {', '.join(rest)} beside mix", "put it into the entry of mix that it is for"
                 )
             if not isinstance(mix, list) or not mix or not all(isinstance(m, Mapping) for m in mix):
                 raise ConfigError(
@@ -193,7 +195,7 @@ class LossConfig(BaseModel):
                 )
             components = tuple(ComponentConfig.from_mapping(m, ("loss", "mix", str(i))) for i, m in enumerate(mix))
             if not any(c.weight for c in components):
-                raise ConfigError("loss.mix", "all weights are 0", "give one of them a weight")
+                raise ConfigError("loss.mix", "counts for nothing: all weights are 0", "give one of them a weight")
         made = cls(components=components, **modifiers.model_dump())
         made._check()
         return made
@@ -202,14 +204,16 @@ class LossConfig(BaseModel):
         specs = [c.spec for c in self.components]
         names = [s.name for s in specs]
         if len(set(names)) < len(names):
-            raise ConfigError("loss.mix", "a loss is listed twice", "keep one, or change its weight")
+            raise ConfigError("loss.mix", "has a loss that is listed twice", "keep one, or change its weight")
         if sum("divergence" in s.needs for s in specs) > 1:
-            raise ConfigError("loss.mix", "two losses with a divergence of their own", "keep one")
+            raise ConfigError("loss.mix", "has two losses with a divergence of their own", "keep one")
         if self.average_log_prob:
             for s in specs:
                 if s.uses_lengths:
                     raise ConfigError(
-                        "loss.average_log_prob", f"{s.name} looks at lengths itself", "leave average_log_prob out"
+                        "loss.average_log_prob",
+                        f"is set, but {s.name} looks at lengths itself",
+                        "leave average_log_prob out",
                     )
 
     def contents(self) -> dict[str, str]:
