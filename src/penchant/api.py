@@ -1,7 +1,4 @@
-"""What the command line does, as a handful of calls.
-
-`load_preferences`, `train`, `evaluate`, `compare`, `audit`, `pipeline`, `sweep`, `report`.
-"""
+"""What the command line does, as calls; docs/python.md has a line for each."""
 
 from __future__ import annotations
 
@@ -27,24 +24,6 @@ if TYPE_CHECKING:
     from penchant.runs import TrainResult
     from penchant.sweep import Sweep
     from penchant.sweep.conduct import SweepResult
-
-__all__ = [
-    "audit",
-    "compare",
-    "evaluate",
-    "export",
-    "flags",
-    "get_data",
-    "load_preferences",
-    "pipeline",
-    "pipeline_plan",
-    "plan",
-    "report",
-    "sweep",
-    "sweep_plan",
-    "track",
-    "train",
-]
 
 
 def load_preferences(path: str | Sequence[str], **options: Any) -> Dataset:

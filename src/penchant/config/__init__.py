@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from penchant.base.functions import is_own
-from penchant.config.explain import SYNONYMS, explain_all, with_place
-from penchant.config.schema import WATCHING_ONLY, RunConfig, default_settings, merged, with_absolute_paths
-from penchant.config.yaml import (
+from penchant.config.explain import SYNONYMS, explain_all, with_place  # noqa: F401
+from penchant.config.schema import WATCHING_ONLY, RunConfig, default_settings, merged, with_absolute_paths  # noqa: F401
+from penchant.config.yaml import (  # noqa: F401
     BY_NAME,
     Places,
     apply_overrides,
@@ -24,12 +24,6 @@ from penchant.config.yaml import (
 )
 from penchant.errors import ConfigError
 from penchant.losses.section import LossConfig, LossProblem
-
-__all__ = [
-    "SYNONYMS", "WATCHING_ONLY", "Places", "RunConfig", "apply_overrides", "build", "config_from_mapping", "default_settings",
-    "dump_config", "explain_all", "load_config", "load_config_with_places", "merged", "parse_yaml", "place_of", "plain_values",
-    "read_mapping", "set_key", "with_absolute_paths",
-]  # fmt: skip
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

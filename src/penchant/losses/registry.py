@@ -177,22 +177,15 @@ def params_of(fn: Callable[..., Any], base: type[LossParams] = LossParams) -> ty
                 p.default,
                 alias=next((e.name for e in extras if isinstance(e, Key)), None),
                 description=next((e for e in extras if isinstance(e, str)), ""),
-                gt=bounds.gt,
-                ge=bounds.ge,
-                lt=bounds.lt,
-                le=bounds.le,
+                **vars(bounds),
             ),
         )
     title = f"{getattr(fn, '__name__', 'Loss')}Params"
-    made = _model(title, LossParams, fields)
+    made = create_model(title, __base__=LossParams, **fields)
     if base is not LossParams:  # what the function takes first, then what the base adds
-        made = _model(title, (base, made), {})
+        made = create_model(title, __base__=(base, made))
     made.taken = tuple(fields)
     return made
-
-
-def _model(title: str, base: Any, fields: dict[str, Any]) -> type[LossParams]:
-    return create_model(title, __base__=base, **fields)  # type: ignore[no-any-return]
 
 
 def _documented(spec: LossSpec) -> str:
