@@ -91,10 +91,19 @@ def loss_name(given: Any, path: Path = ("loss", "name")) -> str:
     return name
 
 
+class LossModifiers(Section):
+    """What any loss can be combined with."""
+
+    nll_weight: float = Field(
+        0.0, ge=0, description="weight of an added negative log-likelihood of the chosen answers, averaged over tokens"
+    )
+    average_log_prob: bool = Field(False, description="give the loss mean log-probs per token instead of sums")
+
+
 class ComponentConfig(BaseModel):
     """A loss by name, with its own typed hyperparameters, some of which may follow a schedule."""
 
-    model_config = {"frozen": True, "arbitrary_types_allowed": True}
+    model_config = {"frozen": True}
     name: str
     params: Any
     schedules: dict[str, Any] = Field(default_factory=dict)
@@ -132,10 +141,9 @@ class ComponentConfig(BaseModel):
                 raise ConfigError(
                     ".".join((*path, key)), "is not a number that could follow a schedule", "give one value"
                 )
-        by_field = {names[key]: s for key, s in schedules.items()}
-        own = params.schedules()
+        by_field, own = {names[key]: s for key, s in schedules.items()}, params.schedules()
         both = [key for key in schedules if names[key] in own]
-        if both and params.model_fields_set & {"schedule"}:
+        if both and "schedule" in params.model_fields_set:
             raise ConfigError(".".join(path), f"has a schedule, and a from/to for {both[0]}", "keep one of the two")
         return cls(name=name, params=params, schedules=own | by_field, weight=float(weight))
 
@@ -149,13 +157,10 @@ class ComponentConfig(BaseModel):
         return {"name": self.name, **values}
 
 
-class LossConfig(BaseModel):
+class LossConfig(LossModifiers):
     """A loss, or a mix of several by weight, and what modifies any of them."""
 
-    model_config = {"frozen": True, "arbitrary_types_allowed": True}
     components: tuple[ComponentConfig, ...]
-    nll_weight: float = 0.0
-    average_log_prob: bool = False
 
     @property
     def name(self) -> str:
@@ -221,16 +226,7 @@ class LossConfig(BaseModel):
         return {c.name: file_sha256(own_file(c.name)) for c in self.components if is_own(c.name)}
 
     def to_mapping(self) -> dict[str, Any]:
-        modifiers = {"nll_weight": self.nll_weight, "average_log_prob": self.average_log_prob}
+        modifiers = self.model_dump(include=set(LossModifiers.model_fields))
         if len(self.components) == 1:
             return {**self.components[0].to_mapping(), **modifiers}
         return {"mix": [{**c.to_mapping(), "weight": c.weight} for c in self.components], **modifiers}
-
-
-class LossModifiers(Section):
-    """What any loss can be combined with."""
-
-    nll_weight: float = Field(
-        0.0, ge=0, description="weight of an added negative log-likelihood of the chosen answers, averaged over tokens"
-    )
-    average_log_prob: bool = Field(False, description="give the loss mean log-probs per token instead of sums")

@@ -34,7 +34,7 @@ Metrics = dict[str, Any]
 
 
 class Console(Protocol):
-    """Where a person watches the run; see `training/progress.py`."""
+    """Where a person watches the run; see `training/console.py`."""
 
     def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None: ...
     def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None: ...
