@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penchant.errors import ConfigError
-from penchant.requests import CompareRequest, EvalRequest, ExportRequest, GetRequest, request_of, shows, write_output
+from penchant.requests import (
+    CompareRequest,
+    EvalRequest,
+    ExportRequest,
+    FixRequest,
+    GetRequest,
+    request_of,
+    shows,
+    write_output,
+)
 
 if TYPE_CHECKING:
     from penchant.compare import RunComparison
@@ -206,24 +215,14 @@ def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Pat
     return write_output(path, render_audit(audit.to_json(), title))
 
 
-def fix(
-    source: str | Path,
-    output: str | Path,
-    *,
-    drop: Sequence[str] = (),
-    keep: Sequence[str] = (),
-    redact: Sequence[str] = (),
-    against: Sequence[str | Path] = (),
-    shape: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    overwrite: bool = False,
-) -> Fixed:
+@shows(FixRequest)
+def fix(source: str | Path, output: str | Path, **asked: Any) -> Fixed:
     """Write a cleaned copy of a data file, and ``OUTPUT.touched.jsonl`` with every row that was dropped or changed.
 
     Args:
-        drop: rules beyond the safe ones; keep: safe ones that are not used; redact: ``pii``, ``secrets``.
-        against: files whose prompts must not stand in the copy (rule ``leakage``).
-        columns: ``{our field: your column}``; the copy keeps yours.
+        asked: ``drop``: rules beyond the safe ones; ``keep``: safe ones that are not used; ``redact``: ``pii``, ``secrets``;
+            ``against``: files whose prompts must not stand in the copy (rule ``leakage``); ``columns``: ``{our field: your column}``
+            (the copy keeps yours); ``shape``, ``overwrite``; see `penchant.requests.FixRequest`.
 
     Raises:
         DataError: a file that cannot be read, an unknown rule, an output that is the input or is there already.
@@ -231,17 +230,10 @@ def fix(
     from penchant.data.audit.fix import default_rules
     from penchant.data.audit.fix import fix as run_fix
 
-    rules, others = default_rules(drop, keep), [str(a) for a in against]
-    return run_fix(
-        str(source),
-        output,
-        drop=rules,
-        redact=redact,
-        against=others,
-        shape=shape,
-        columns=columns,
-        overwrite=overwrite,
-    )
+    r = request_of(FixRequest, {"source": source, "output": output, **asked}, "data fix")
+    rules, others = default_rules(tuple(r.drop), tuple(r.keep)), [str(a) for a in r.against]
+    reading: dict[str, Any] = {"shape": r.shape, "columns": r.columns, "overwrite": r.overwrite}
+    return run_fix(r.source, r.output, drop=rules, redact=tuple(r.redact), against=others, **reading)
 
 
 def _own_counters(reward: str | None, check: str | None) -> list[Any]:

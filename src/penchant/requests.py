@@ -291,6 +291,34 @@ class GetRequest:
         return self.reward is not None or self.label_with is not None
 
 
+# ---- `penchant data fix` ----
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.replace(" ", "").split(",") if name)
+
+
+@dataclass(frozen=True, slots=True)
+class FixRequest:
+    """What `penchant data fix` writes; docs/data_audit.md explains each rule."""
+
+    source: str = option("a data file, which is left as it is", MISSING, "IN", positional=True)
+    output: str = option("the copy: JSONL, or Parquet if IN is Parquet", MISSING, "OUT", positional=True)
+    drop: str | tuple[str, ...] = option(
+        "rules to apply beyond the safe ones (bad_rows, empty, identical, duplicates): near_duplicates, contradictions, "
+        "near_contradictions, cycles, secrets, pii, leakage; separated by commas",
+        "",
+        "RULES",
+        read=_names,
+    )
+    keep: str | tuple[str, ...] = option("safe rules to switch off", "", "RULES", read=_names)
+    redact: str | tuple[str, ...] = option("what to mask in the rows that stay: pii, secrets", "", "KINDS", read=_names)
+    against: tuple[str, ...] = option("for --drop leakage: a split whose prompts are dropped (repeatable)", (), "FILE")
+    shape: str = option("layout of the rows (default: detected from the columns)", "auto")
+    columns: Mapping[str, str] = option("", {})
+    overwrite: bool = option("overwrite OUT", False)
+
+
 # ---- `penchant chat`, `penchant serve` ----
 
 TEMPLATES = ("auto", "chat", "transcript", "plain")

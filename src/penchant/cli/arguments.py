@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser, request: type) -> None:
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)  # type: ignore[assignment]
         if held.name == "columns":
-            add_columns(groups[heading], "--columns", nargs="+")
+            add_columns(groups[heading], *about.get("also", ()), nargs="+")
             continue
         inner = get_args(kinds[held.name])
         kind = inner[0] if type(None) in inner else kinds[held.name]

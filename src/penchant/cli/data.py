@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from penchant.cli.arguments import add_arguments, add_columns, column_pairs, options_of
-from penchant.requests import GetRequest, write_output
+from penchant.requests import FixRequest, GetRequest, write_output
 
 
 def add(commands: Any) -> None:
@@ -202,27 +202,7 @@ def _splits(given: list[str]) -> dict[str, str]:
 
 def _add_fix(verbs: Any) -> None:
     fix = verbs.add_parser("fix", help="write a cleaned copy of a data file, and a list of every row it touched")
-    fix.add_argument("source", metavar="IN", help="a data file, which is left as it is")
-    fix.add_argument("output", metavar="OUT", help="the copy: JSONL, or Parquet if IN is Parquet")
-    fix.add_argument(
-        "--drop",
-        metavar="RULES",
-        default="",
-        help="rules to apply beyond the safe ones (bad_rows, empty, identical, duplicates): near_duplicates, contradictions, "
-        "near_contradictions, cycles, secrets, pii, leakage; separated by commas",
-    )
-    fix.add_argument("--keep", metavar="RULES", default="", help="safe rules to switch off")
-    fix.add_argument("--redact", metavar="KINDS", default="", help="what to mask in the rows that stay: pii, secrets")
-    fix.add_argument(
-        "--against",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="for --drop leakage: a split whose prompts are dropped (repeatable)",
-    )
-    fix.add_argument("--shape", default="auto", help="layout of the rows (default: detected from the columns)")
-    add_columns(fix)
-    fix.add_argument("--overwrite", action="store_true", help="overwrite OUT")
+    add_arguments(fix, FixRequest)
     fix.add_argument("--json", action="store_true", help="print JSON")
     fix.set_defaults(handler=_fix)
 
@@ -232,20 +212,6 @@ def _fix(args: argparse.Namespace) -> int:
 
     from penchant import api
 
-    result = api.fix(
-        args.source,
-        args.output,
-        drop=_names(args.drop),
-        keep=_names(args.keep),
-        redact=_names(args.redact),
-        against=args.against,
-        shape=args.shape,
-        columns=column_pairs(args.columns),
-        overwrite=args.overwrite,
-    )
+    result = api.fix(**options_of(args, FixRequest))
     print(json.dumps(result.to_json(), indent=1) if args.json else result.to_text())
     return 0
-
-
-def _names(given: str) -> list[str]:
-    return [name for name in given.replace(" ", "").split(",") if name]
