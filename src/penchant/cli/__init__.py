@@ -57,10 +57,10 @@ class _Parser(argparse.ArgumentParser):
     """argparse with suggestions for mistyped commands."""
 
     def error(self, message: str) -> NoReturn:
-        given = re.search(r"invalid choice: '(.*?)'", message)
-        for action in self._subparsers._group_actions if self._subparsers and given else []:
-            word = given[1] if given else ""
-            message = f"{word!r} is not a command; {did_you_mean(word, list(action.choices or ()))}"
+        wrong = re.search(r"invalid choice: '(.*?)'", message)
+        if wrong and self._subparsers:
+            (commands,) = self._subparsers._group_actions
+            message = f"{wrong[1]!r} is not a command; {did_you_mean(wrong[1], list(commands.choices or ()))}"
         self.exit(2, f"penchant: {message}\n")
 
 
@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if rest:  # argparse takes no overrides behind an option
         if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest):
-            command = " ".join(["penchant", *filter(None, [args.command])])
-            parser.error(f"unrecognized arguments: {' '.join(rest)}; `{command} --help` lists what there is")
+            known = f"penchant {args.command or ''}".strip() + " --help"
+            parser.error(f"unrecognized arguments: {' '.join(rest)}; `{known}` lists what there is")
         args.overrides += rest
     if args.command is None:
         parser.print_help()
