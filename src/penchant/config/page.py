@@ -143,19 +143,18 @@ def text(key: str | None = None) -> str:
     Raises:
         ConfigError: there is no such key.
     """
-    found = [(p, k) for p in parts() for k in p.keys if key is None or k.path == key or k.path.startswith(f"{key}.")]
-    if not found:
+    lines: list[str] = []
+    for part in parts():
+        found = [k for k in part.keys if key is None or k.path == key or k.path.startswith(f"{key}.")]
+        lines += ["", f"{part.title.upper()}  {part.about}"] if found else []
+        for k in found:
+            default = {"": "", "required": " (required)"}.get(k.default, f" (default: {k.default})")
+            lines += [f"  {k.path}: {k.takes}{default}", f"      {k.meaning}"]
+    if not lines:
         names = sorted({k.path for p in parts() for k in p.keys})
         near = closest(str(key), names) or next((n for n in names if n.rpartition(".")[2] == key), "")
         how = f"did you mean {near}?" if near else f"there are the sections {', '.join(RunConfig.model_fields)}"
         raise ConfigError("config", f"{key!r} is not a config key", how)
-    lines: list[str] = []
-    for part in dict.fromkeys(p.title for p, _ in found):
-        mine = [(p, k) for p, k in found if p.title == part]
-        lines += ["", f"{part.upper()}  {mine[0][0].about}"]
-        for _, k in mine:
-            default = {"": "", "required": " (required)"}.get(k.default, f" (default: {k.default})")
-            lines += [f"  {k.path}: {k.takes}{default}", f"      {k.meaning}"]
     return "\n".join(lines[1:])
 
 
