@@ -181,11 +181,15 @@ def params_of(fn: Callable[..., Any], base: type[LossParams] = LossParams) -> ty
             ),
         )
     title = f"{getattr(fn, '__name__', 'Loss')}Params"
-    made = create_model(title, __base__=LossParams, **fields)
+    made = _model(title, LossParams, fields)
     if base is not LossParams:  # what the function takes first, then what the base adds
-        made = create_model(title, __base__=(base, made))
+        made = _model(title, (base, made), {})
     made.taken = tuple(fields)
     return made
+
+
+def _model(title: str, base: Any, fields: dict[str, Any]) -> type[LossParams]:
+    return create_model(title, __base__=base, **fields)  # type: ignore[no-any-return]
 
 
 def _documented(spec: LossSpec) -> str:
