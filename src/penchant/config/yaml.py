@@ -150,7 +150,7 @@ def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value
             at[part] = {"name": at[part]}
         at = at[part]
         if not isinstance(at, dict):
-            what = f"{'.'.join(path[: i + 1])} is a value and has no keys, so {'.'.join(path)} cannot be set"
+            what = f"{'.'.join(path[: i + 1])} is a value, not a section, so {'.'.join(path)} cannot be set"
             raise ConfigError(where, what, "see `penchant config` for the keys that there are")
     if path[-2:] == ("loss", "name") and at.get("name", "dpo") != value:
         # another loss starts from its own defaults: a beta that was meant for the file's loss is not meant for it
