@@ -210,7 +210,7 @@ def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Pat
     Raises:
         ConfigError: it cannot be written.
     """
-    from penchant.report.audit_page import render_audit
+    from penchant.report.audit import render_audit
 
     return write_output(path, render_audit(audit.to_json(), title))
 
