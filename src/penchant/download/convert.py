@@ -12,7 +12,8 @@ from pathlib import Path
 from time import monotonic
 from typing import IO, Any
 
-from penchant.data.layouts import Layout, LeftOut, RowError, label_field, layout_named
+from penchant.data.layouts import Layout, LeftOut, RowError, layout_named
+from penchant.data.layouts import fields as row_fields
 from penchant.data.load import IDENTICAL, Converted, convert_rows, is_identical, prompt_json, prompt_text
 from penchant.data.read import BadRow, Row
 from penchant.errors import ConfigError, DataError, RewardError
@@ -269,7 +270,7 @@ def _by_function(name: str) -> Judged:
 def _label(name: str, value: Any) -> bool:
     plain = value.item() if hasattr(value, "item") else value
     try:
-        return label_field({"label": plain}, "label")
+        return row_fields.label({"label": plain}, "label")
     except RowError as error:
         raise RewardError(name, f"returned {str(value)[:40]!r} as a label", "return True, False or None") from error
 
