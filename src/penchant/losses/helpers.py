@@ -27,12 +27,6 @@ def require(logps: PairLogps | UnpairedLogps, *names: str) -> tuple[Tensor, ...]
     return tuple(found.values())
 
 
-def pair_policy(logps: PairLogps) -> tuple[Tensor, Tensor]:
-    """(policy_chosen_logps, policy_rejected_logps), checked."""
-    chosen, rejected = require(logps, "policy_chosen_logps", "policy_rejected_logps")
-    return chosen, rejected
-
-
 def pair_logratios(logps: PairLogps) -> tuple[Tensor, Tensor]:
     """(d_w, d_l): ``log pi(y|x) - log ref(y|x)`` of chosen and rejected, checked."""
     chosen, rejected, ref_chosen, ref_rejected = require(

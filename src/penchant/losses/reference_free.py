@@ -11,7 +11,6 @@ from penchant.losses.helpers import (
     logistic,
     pair_averages,
     pair_output,
-    pair_policy,
     require,
 )
 from penchant.losses.registry import LabelSmoothing, Range, loss
@@ -98,7 +97,7 @@ def cpo(
     label_smoothing: LabelSmoothing = 0.0,
 ) -> LossOutput:
     """CPO: DPO's loss on plain log-probs, and the chosen answer's likelihood."""
-    chosen, rejected = pair_policy(logps)
+    chosen, rejected = require(logps, "policy_chosen_logps", "policy_rejected_logps")
     losses = logistic(beta * (chosen - rejected), label_smoothing)
     if alpha:
         (lengths,) = require(logps, "chosen_lengths")
@@ -114,5 +113,5 @@ def slic(
     reg_weight: Annotated[float, Range(ge=0), "weight of the chosen answer's negative log-likelihood (lambda)"] = 0.1,
 ) -> LossOutput:
     """SLiC-HF's rank calibration, with the chosen completion as regularization target."""
-    chosen, rejected = pair_policy(logps)
+    chosen, rejected = require(logps, "policy_chosen_logps", "policy_rejected_logps")
     return pair_output(torch.relu(delta - chosen + rejected) - reg_weight * chosen, chosen, rejected)

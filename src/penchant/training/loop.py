@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 
@@ -25,20 +25,13 @@ from penchant.errors import CheckpointError, TrainingStopped
 from penchant.losses.schedules import progress_at
 from penchant.runfolder import METRICS, PERF, MetricsLog, finite
 from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 from penchant.training.steps import BatchSchedule, Totals, reduced
 from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
 
 Metrics = dict[str, Any]
-
-
-class Console(Protocol):
-    """Where a person watches the run; see `training/console.py`."""
-
-    def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None: ...
-    def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None: ...
-    def note(self, text: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -81,7 +74,7 @@ class Loop:
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     write_model: Callable[[Path], None]
-    console: Console
+    console: PlainConsole
     evaluate: Callable[[int], Metrics] | None = None
     start_tolerance: tuple[float, float] | None = None
     updates: int = 1
