@@ -5,14 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from penchant.base.lazy import Tensor, torch
-from penchant.losses.helpers import (
-    expm1_then_linear,
-    log1mexp,
-    logistic,
-    pair_averages,
-    pair_output,
-    require,
-)
+from penchant.losses.helpers import expm1_then_linear, log1mexp, logistic, pair_averages, pair_output, require
 from penchant.losses.registry import LabelSmoothing, Range, loss
 from penchant.types import LossOutput, PairLogps
 
