@@ -94,9 +94,9 @@ class GroupPolicyGradient(OnPolicy):
 
     def score(self, batch: PackedBatch) -> ScoredTokens:
         tokens = self.scorer.logps(batch).tokens
-        ref, advantages = (self.buffer.of(batch, name).to(tokens) for name in ("ref", "advantages"))
+        ref, advantages = (self.extra(batch, name).to(tokens) for name in ("ref", "advantages"))
         # with one update a batch of rollouts, the policy that is trained is the one that wrote
-        old = tokens.detach() if self.config.updates == 1 else self.buffer.of(batch, "old").to(tokens)
+        old = tokens.detach() if self.config.updates == 1 else self.extra(batch, "old").to(tokens)
         return ScoredTokens(tokens, old, ref, advantages, batch.completion_of, batch.lengths.to(tokens.dtype))
 
     def loss(self, scored: ScoredTokens) -> LossOutput:
@@ -121,7 +121,7 @@ class GroupPolicyGradient(OnPolicy):
         return LossOutput(_sums(losses, s) / size, None, metrics)
 
     def step_values(self) -> dict[str, float]:
-        groups = self.buffer.groups
+        groups = self.groups
         return reward_metrics_of(groups) | {"kl/policy_ref": float(torch.cat([g.extras["kl"] for g in groups]).mean())}
 
 

@@ -133,7 +133,6 @@ class PPO(OnPolicy):
     _moments: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # count, mean, sum of squares
 
     def __post_init__(self) -> None:
-        OnPolicy.__post_init__(self)
         self.beta = self.config.start_beta
 
     # ---- rollouts ---------------------------------------------------------------------------------------------------
@@ -196,7 +195,7 @@ class PPO(OnPolicy):
         logps = self.scorer.logps(batch, hidden=hidden).tokens
         values = self._values(batch, hidden)
         old, old_values, ref, advantages, returns = (
-            self.buffer.of(batch, name).to(logps) for name in ("old", "values", "ref", "advantages", "returns")
+            self.extra(batch, name).to(logps) for name in ("old", "values", "ref", "advantages", "returns")
         )
         return ScoredSteps(logps, values, old, old_values, ref, advantages, returns)
 
@@ -224,7 +223,7 @@ class PPO(OnPolicy):
     # ---- around a step ------------------------------------------------------------------------------------------------
 
     def step_values(self) -> dict[str, float]:
-        groups = self.buffer.groups
+        groups = self.groups
         drift = torch.cat([g.extras["old"] - g.extras["ref"] for g in groups])
         count = sum(len(g.tree.completion_ids) for g in groups)
         return reward_metrics_of(groups) | {"kl/policy_ref": float(drift.sum() / count), "beta": self.beta}
@@ -236,10 +235,10 @@ class PPO(OnPolicy):
     def state_tensors(self) -> dict[str, Tensor]:
         """The rollouts, the adaptive beta and the running moments of rewards."""
         own = {"beta": torch.tensor(self.beta, dtype=torch.float64), "moments": self._moments.clone()}
-        return self.buffer.state_tensors() | own
+        return OnPolicy.state_tensors(self) | own
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        self.buffer.load_state_tensors(tensors)
+        OnPolicy.load_state_tensors(self, tensors)
         if "beta" in tensors:
             self.beta, self._moments = float(tensors["beta"]), tensors["moments"].clone()
 

@@ -193,60 +193,8 @@ class Writer:
 
 
 @dataclass(slots=True)
-class Buffer:
-    """The rollouts of an iteration and the part of them that an update trains on; survives a checkpoint between two updates.
-
-    Args:
-        writer: samples and judges; epochs, minibatches: of each iteration.
-    """
-
-    writer: Writer
-    epochs: int
-    minibatches: int
-    groups: list[Group] = field(default_factory=list)
-    iteration: int = -1
-    by_row: dict[int, Group] = field(default_factory=dict)
-
-    @property
-    def updates(self) -> int:
-        return self.epochs * self.minibatches
-
-    def part(
-        self, step: int, prompts: Sequence[TokenTree], prepare: Callable[[list[Group]], None]
-    ) -> Sequence[TokenTree]:
-        """The trees of optimizer step `step`: new rollouts (made ready by `prepare`) at an iteration's first update."""
-        iteration, update = divmod(step, self.updates)
-        if iteration != self.iteration:
-            groups = self.writer.write(prompts, iteration)
-            prepare(groups)
-            self.groups, self.iteration = groups, iteration
-        epoch, at = divmod(update, self.minibatches)
-        order = np.random.default_rng([self.writer.seed, iteration, epoch]).permutation(len(self.groups))
-        mine = sorted(np.array_split(order, self.minibatches)[at].tolist())
-        chosen = [self.groups[i] for i in mine]
-        self.by_row = {g.tree.row: g for g in chosen}
-        return [g.tree for g in chosen]
-
-    def of(self, batch: PackedBatch, name: str) -> Tensor:
-        """An extra of the groups in a batch, in its order."""
-        return torch.cat([self.by_row[row].extras[name] for row in batch.rows]).to(batch.input_ids.device)
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        if self.iteration < 0 or self.updates == 1:
-            return {}
-        packed = {f"rollouts/{name}": value.contiguous() for name, value in pack_groups(self.groups).items()}
-        return packed | {"iteration": torch.tensor(self.iteration)}
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        if "iteration" in tensors:
-            self.iteration = int(tensors["iteration"])
-            prefix = "rollouts/"
-            self.groups = unpack_groups({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
-
-
-@dataclass(slots=True)
 class OnPolicy(Algorithm):
-    """What RLOO, GRPO and PPO share: rollouts that serve one or several updates.
+    """What RLOO, GRPO and PPO share: the rollouts of an iteration, and the part of them that an update trains on.
 
     Args:
         scorer: the policy, with the rollouts' temperature; reference: runs once a batch of rollouts.
@@ -258,25 +206,44 @@ class OnPolicy(Algorithm):
     writer: Writer
     config: OnlineConfig
     tokens_per_step: int
-    buffer: Buffer = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.buffer = Buffer(self.writer, self.config.epochs, self.config.minibatches)
+    groups: list[Group] = field(default_factory=list, init=False)
+    iteration: int = field(default=-1, init=False)
+    _by_row: dict[int, Group] = field(default_factory=dict, init=False)
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
-        """The groups of this update: new rollouts at the first update of an iteration, else a part of the old ones."""
-        return self.buffer.part(step, trees, self.prepare)
+        """The groups of this update: new rollouts at an iteration's first update, else a part of the old ones."""
+        iteration, update = divmod(step, self.config.updates)
+        if iteration != self.iteration:
+            groups = self.writer.write(trees, iteration)
+            self.prepare(groups)
+            self.groups, self.iteration = groups, iteration
+        epoch, at = divmod(update, self.config.minibatches)
+        order = np.random.default_rng([self.writer.seed, iteration, epoch]).permutation(len(self.groups))
+        mine = sorted(np.array_split(order, self.config.minibatches)[at].tolist())
+        chosen = [self.groups[i] for i in mine]
+        self._by_row = {g.tree.row: g for g in chosen}
+        return [g.tree for g in chosen]
 
     def prepare(self, groups: list[Group]) -> None:
         """Make new rollouts ready to train on: advantages, and what else the loss takes, as extras."""
         raise NotImplementedError
 
+    def extra(self, batch: PackedBatch, name: str) -> Tensor:
+        """An extra of the groups in a batch, in its order."""
+        return torch.cat([self._by_row[row].extras[name] for row in batch.rows]).to(batch.input_ids.device)
+
     def state_tensors(self) -> dict[str, Tensor]:
         """The current rollouts: a run that stops between two updates goes on with the same ones."""
-        return self.buffer.state_tensors()
+        if self.iteration < 0 or self.config.updates == 1:
+            return {}
+        packed = {f"rollouts/{name}": value.contiguous() for name, value in pack_groups(self.groups).items()}
+        return packed | {"iteration": torch.tensor(self.iteration)}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        self.buffer.load_state_tensors(tensors)
+        if "iteration" in tensors:
+            self.iteration = int(tensors["iteration"])
+            prefix = "rollouts/"
+            self.groups = unpack_groups({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
 
 
 def score_groups(
