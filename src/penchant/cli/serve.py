@@ -102,18 +102,19 @@ def _add_serve(commands: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from penchant.judges.endpoint import key_from_environment
     from penchant.serve.server import (
+        KEY,
         Server,
         address_of,
         check_host,
-        key_from_environment,
         listen,
         log_to,
         require_server,
         served_name,
     )
 
-    key = key_from_environment()
+    key = key_from_environment(KEY)
     local = check_host(args.host, key)
     sock = listen(args.host, args.port)  # before the model is loaded: a port that is taken is told at once
     try:
