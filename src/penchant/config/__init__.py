@@ -10,7 +10,14 @@ from pydantic import ValidationError
 
 from penchant.base.functions import is_own
 from penchant.config.explain import SYNONYMS, explain_all, with_place  # noqa: F401
-from penchant.config.schema import WATCHING_ONLY, RunConfig, default_settings, merged, with_absolute_paths  # noqa: F401
+from penchant.config.schema import (  # noqa: F401
+    HOLD_OUT,
+    WATCHING_ONLY,
+    RunConfig,
+    default_settings,
+    merged,
+    with_absolute_paths,
+)
 from penchant.config.yaml import (  # noqa: F401
     BY_NAME,
     Places,
