@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from penchant.base.files import packaged_yaml
+from penchant.data.layouts import fields
 from penchant.errors import ConfigError
 from penchant.types import PromptTree
 
@@ -100,11 +101,20 @@ class Layout:
     def convert(self, row: Fields, options: Fields) -> tuple[PromptTree, ...]:
         """The trees of a row (of a folded group, where there is `group`); options left out are at their defaults.
 
+        What no published layout can leave unread is looked at here, once: a system prompt in a column of its own goes in front of
+        the prompt; tools, pictures, sound and films are refused.
+
         Raises:
             RowError: the row does not fit, or is kept aside by an option.
         """
+        ours = self.name in LAYOUTS
+        if ours:
+            fields.text_alone(row)
         made = self.turn(row, {n: options.get(n, o.default) for n, o in self.options.items()})
-        return made if isinstance(made, tuple) else (made,)
+        trees = made if isinstance(made, tuple) else (made,)
+        if not ours or self.kind == "text":
+            return trees
+        return tuple(replace(t, prompt=fields.behind_system(row, t.prompt)) for t in trees)
 
     def fits(self, row: Fields) -> bool:
         """Whether a row looks like this layout."""
