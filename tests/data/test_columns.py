@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from penchant.cli import main
 from penchant.data.layouts import LAYOUTS, RowError
-from penchant.data.load import load_preferences
+from penchant.data.load import layout_line, load_preferences
 from penchant.errors import DataError
 from penchant.types import Message
 
@@ -79,3 +80,60 @@ def test_turns_between_the_prompt_and_the_answer_are_kept(tmp_path: Path) -> Non
         load_preferences(
             written(tmp_path, {"prompt": USER, "chosen": [*other, *said("a")], "rejected": [*other, *said("b")]})
         )
+
+
+def test_columns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "id": 7, "topic": "ports", "note": None, "chosen_score": 1}
+    path = written(tmp_path, row, {**row, "prompt": "q"})
+    found = load_preferences(path)
+    assert found.columns is not None and found.columns.unused == ["id", "topic"]
+    assert layout_line(found, path).endswith("; not used: id, topic")
+    assert layout_line(load_preferences(path, shape="pairs"), path).endswith("; not used: id, topic")
+    del row["id"], row["topic"]
+    assert "not used" not in layout_line(load_preferences(written(tmp_path, row)), path)
+
+
+def test_the_commands_name_columns_that_are_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, *({"prompt": f"p{i}", "completion": "a", "topic": "ports"} for i in range(4)))
+    for command in (["show"], ["audit"]):
+        assert main(["data", *command, path]) == 0
+        assert "not used: topic" in capsys.readouterr().out
+    assert main(["data", "show", path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unused"] == ["topic"]
+
+
+@pytest.mark.parametrize("name", [n for n, layout in LAYOUTS.items() if layout.group is None])
+def test_what_detection_looks_for_is_used(name: str) -> None:
+    layout = LAYOUTS[name]
+    strange = {**layout.example, "a_column_of_mine": "x y"}
+    assert [c for c in layout.unused([strange], {}) if c not in layout.example] == ["a_column_of_mine"]
+
+
+@pytest.mark.parametrize(
+    "theirs,row",
+    [
+        ("promt", {"promt": "Name one, please.", "chosen": "The one.", "rejected": "The two."}),
+        ("Prompt", {"Prompt": "Name one.", "completion": "The one."}),
+        ("lable", {"prompt": "Name one.", "completion": "The one.", "lable": True}),
+        ("competion", {"prompt": "Name one.", "competion": "The one."}),
+        ("sytem", {"sytem": "Be brief.", "prompt": "Name one.", "completion": "The one."}),
+        ("rejectd", {"prompt": "Name one.", "chosen": "The one.", "rejectd": "The two."}),
+    ],
+)
+def test_a_slip_in_a_name_is_asked_about(tmp_path: Path, theirs: str, row: dict[str, Any]) -> None:
+    ours = {"promt": "prompt", "Prompt": "prompt", "lable": "label", "competion": "completion", "sytem": "system"}
+    with pytest.raises(DataError, match=f'"{theirs}"') as error:
+        load_preferences(written(tmp_path, row))
+    name = ours.get(theirs, "rejected")
+    assert f"--column {name}={theirs}" in str(error.value)
+    found = load_preferences(written(tmp_path, row), columns={name: theirs})
+    assert found.columns is not None and not found.columns.unused
+
+
+def test_a_shared_start_is_no_prompt_beside_another_text(tmp_path: Path) -> None:
+    row = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
+    assert load_preferences(written(tmp_path, {**row, "source": "web", "margin": "0.5"})).shape == "implicit_pairs"
+    with pytest.raises(DataError, match="query"):
+        load_preferences(written(tmp_path, {**row, "query": "What color is the sky?"}))
+    named = load_preferences(written(tmp_path, {**row, "query": "Sky?"}), shape="implicit_pairs")
+    assert named.columns is not None and named.columns.unused == ["query"]

@@ -174,14 +174,14 @@ def text_alone(row: Mapping[str, Any]) -> None:
         RowError: there are some.
     """
     for name in ("tools", "functions"):
-        if _holds_something(row.get(name)):
+        if holds_something(row.get(name)):
             raise RowError(f'"{name}" describes tools', WITHOUT_TOOLS)
     for name in ("images", "videos", "audios", "image", "video", "audio"):
-        if _holds_something(row.get(name)):
+        if holds_something(row.get(name)):
             raise RowError(f'"{name}" is not empty', "penchant trains on text alone; drop the row")
 
 
-def _holds_something(value: Any) -> bool:
+def holds_something(value: Any) -> bool:
     """Whether a cell is not empty; a list that was written as text may be."""
     return value.strip() not in ("", "[]", "{}", "null", "None", "nan") if isinstance(value, str) else bool(value)
 

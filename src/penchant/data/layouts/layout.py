@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -61,6 +61,22 @@ class Option:
         return " ".join(filter(None, (low, high))) or "(any)"
 
 
+class _Watched(dict[str, Any]):
+    """A row that knows which of its columns were read."""
+
+    def __init__(self, row: Fields) -> None:
+        super().__init__(row)
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.used.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.used.add(name)
+        return super().get(name, default)
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """How rows that belong together become one.
@@ -115,6 +131,21 @@ class Layout:
         if not ours or self.kind == "text":
             return trees
         return tuple(replace(t, prompt=fields.behind_system(row, t.prompt)) for t in trees)
+
+    def unused(self, rows: Iterable[Fields], options: Fields) -> list[str]:
+        """The columns of these rows that hold something and that no example was made of, in their order."""
+        if self.group is not None or self.name not in LAYOUTS:  # a fold, or a person's own code, takes the whole row
+            return []
+        there: dict[str, None] = {}
+        used = set(self.columns)
+        for row in map(_Watched, rows):
+            try:
+                self.convert(row, options)
+            except fields.RowError:  # it was not read to its end
+                continue
+            used |= row.used
+            there |= dict.fromkeys(name for name, value in row.items() if fields.holds_something(value))
+        return [name for name in there if name not in used]
 
     def fits(self, row: Fields) -> bool:
         """Whether a row looks like this layout."""

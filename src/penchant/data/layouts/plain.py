@@ -46,7 +46,26 @@ def _transcripts(row: Fields) -> bool:
 
 def _shares_start(row: Fields) -> bool:
     asked = {"prompt", "instruction", "question", "input", "conversations", "messages"}
-    return not asked & row.keys() and isinstance(row["chosen"], str) and not _transcripts(row)
+    return (
+        not asked & row.keys()
+        and isinstance(row["chosen"], str)
+        and not _transcripts(row)
+        and not any(_may_ask(name, value) for name, value in row.items())
+    )
+
+
+# names of columns that describe a row, and are no text of it
+_ABOUT = re.compile(
+    r"chosen.*|rejected.*|.*_(chosen|rejected)|.*_?id|source|origin|dataset|language|lang|split|subset|category|domain|topic|"
+    r"task|type|model|.*_model|url|link|license|date|.*time(stamp)?|system|system_prompt",
+    re.IGNORECASE,
+)
+
+
+def _may_ask(name: str, value: object) -> bool:
+    """Whether a column beside two answers may be what they answer: any text that is no number and does not describe the row."""
+    is_text = isinstance(value, str) and bool(value.strip()) and fields.finite(value) is None
+    return is_text and not _ABOUT.fullmatch(name)
 
 
 @layout("implicit_pairs", check=_shares_start)
