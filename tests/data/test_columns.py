@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,48 @@ def test_a_shared_start_is_no_prompt_beside_another_text(tmp_path: Path) -> None
         load_preferences(written(tmp_path, {**row, "query": "What color is the sky?"}))
     named = load_preferences(written(tmp_path, {**row, "query": "Sky?"}), shape="implicit_pairs")
     assert named.columns is not None and named.columns.unused == ["query"]
+
+
+def csv_of(tmp_path: Path, *rows: dict[str, Any]) -> str:
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return str(path)
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_messages_as_text_in_a_cell_are_messages(tmp_path: Path, write: Any) -> None:
+    asked = [SYSTEM, {"role": "user", "content": 'Where\'s it?\n"There"'}]
+    before = tuple(Message(m["role"], m["content"]) for m in asked)
+    rows: list[dict[str, Any]] = [
+        {"prompt": asked, "chosen": said("a"), "rejected": said("b")},
+        {"chosen": [*asked, *said("a")], "rejected": [*asked, *said("b")]},
+        {"messages": [*asked, *said("a")]},
+        {"prompt": asked, "completion": said("a"), "label": "True"},
+        {"conversations": asked, "chosen": said("a")[0], "rejected": said("b")[0]},
+    ]
+    for row in rows:
+        (tree,) = load_preferences(csv_of(tmp_path, {k: v if k == "label" else write(v) for k, v in row.items()})).trees
+        assert tree.prompt == before and tree.completions[0].text == "a"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "[{'role': 'user', 'content': 'Where?'", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "completion": "[{'role': 'assistant', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]"},
+        {"text": "[{'content': 'Where?', 'role': 'user'}]"},
+        {"instruction": "i", "output": '{"from": "gpt", "value": "a"}'},
+    ],
+)
+def test_messages_as_text_that_cannot_be_read_are_a_bad_row(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="holds messages as text"):
+        load_preferences(csv_of(tmp_path, row))
+
+
+def test_other_texts_that_begin_with_a_bracket_are_texts(tmp_path: Path) -> None:
+    for text in ('[{"name": "x"}]', '{"value": 3}', "[1, 2]", "{'role'}"):
+        (tree,) = load_preferences(csv_of(tmp_path, {"prompt": "p", "completion": text})).trees
+        assert tree.completions[0].text == text

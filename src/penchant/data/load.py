@@ -15,6 +15,7 @@ from typing import Any, TypedDict, Unpack
 
 from penchant.base.text import printable
 from penchant.data.layouts import Detection, Group, Layout, LeftOut, RowError, detect, layout_named, near_name
+from penchant.data.layouts.fields import opened
 from penchant.data.read import BadRow, Row, read_rows
 from penchant.errors import DataError
 from penchant.types import Prompt, PromptTree
@@ -106,12 +107,12 @@ class Converted:
 
 
 def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
-    """A row with a person's columns under our names (``{our field: your column}``)."""
+    """A row with a person's columns under our names (``{our field: your column}``), and with cells of messages opened."""
     if not columns:
-        return values
+        return opened(values)
     taken = set(columns.values())
     kept = {k: v for k, v in values.items() if k not in taken and k not in columns}
-    return kept | {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
+    return opened(kept | {ours: values[theirs] for ours, theirs in columns.items() if theirs in values})
 
 
 def convert_rows(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from penchant.base.text import printable
@@ -70,6 +74,49 @@ def messages(row: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     if not _is_list(value):
         raise RowError(f'"{name}" is not a list of messages', 'write [{"role": "user", "content": "..."}, ...]')
     return tuple(as_message(turn, f'"{name}"[{i}]') for i, turn in enumerate(value))
+
+
+# how a list of messages, or one message, begins where a spreadsheet or pandas wrote it into a cell as text
+_WRITTEN = re.compile(r"""\s*(\[\s*)?\{\s*['"](role|from|content|value)['"]\s*:""")
+_MESSAGES = frozenset(
+    "prompt chosen rejected completion messages conversations conversation context conversation_a conversation_b".split()
+)
+
+
+def opened(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row whose messages that are written as text (JSON, or as Python shows a list) are messages; others stay text."""
+    written = {n: v for n, v in row.items() if n in _MESSAGES and isinstance(v, str) and _WRITTEN.match(v)}
+    found = {name: _opened(value) for name, value in written.items()}
+    return {**row, **{n: v for n, v in found.items() if v is not None}} if found else row
+
+
+def _opened(text: str) -> Any:
+    """What a text says in JSON or as Python shows it, if that is messages; else None."""
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            value = read(text)
+            turns = value if isinstance(value, list) else [value]
+            if turns and all(
+                isinstance(t, dict) and ({"role", "content"} <= t.keys() or {"from", "value"} <= t.keys())
+                for t in turns
+            ):
+                return value
+    return None
+
+
+def no_written_messages(row: Mapping[str, Any]) -> None:
+    """Refuses messages that stand in a cell as text and could not be read.
+
+    Raises:
+        RowError: there are some.
+    """
+    for name, value in row.items():
+        if isinstance(value, str) and _WRITTEN.match(value) and _ROLE.search(value) and _CONTENT.search(value):
+            what = f'"{name}" holds messages as text that cannot be read'
+            raise RowError(what, 'write them as JSON, [{"role": "user", "content": "..."}, ...], or drop the row')
+
+
+_ROLE, _CONTENT = (re.compile(rf"""['"]({names})['"]\s*:""") for names in ("role|from", "content|value"))
 
 
 def as_message(turn: Any, what: str) -> Message:

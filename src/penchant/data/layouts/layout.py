@@ -118,7 +118,7 @@ class Layout:
         """The trees of a row (of a folded group, where there is `group`); options left out are at their defaults.
 
         What no published layout can leave unread is looked at here, once: a system prompt in a column of its own goes in front of
-        the prompt; tools, pictures, sound and films are refused.
+        the prompt; tools, pictures, sound and films are refused, and messages in a cell of text that could not be read.
 
         Raises:
             RowError: the row does not fit, or is kept aside by an option.
@@ -126,6 +126,7 @@ class Layout:
         ours = self.name in LAYOUTS
         if ours:
             fields.text_alone(row)
+            fields.no_written_messages(row)
         made = self.turn(row, {n: options.get(n, o.default) for n, o in self.options.items()})
         trees = made if isinstance(made, tuple) else (made,)
         if not ours or self.kind == "text":
