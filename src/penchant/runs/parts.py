@@ -224,11 +224,12 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
     def choose() -> tuple[Any, str]:
         scorer, note = choose_packing(parts.model, packing, kernels)
         found.append(scorer)
-        return scorer.packing, note
+        how = {"own_attention": scorer.own_attention, "own_head": scorer.own_head}
+        return (scorer.packing, "auto" if scorer.fast else "off", how), note
 
-    chosen, note = shared.once(("packing", start_key(parts.config)), choose)
+    (chosen, kernels, how), note = shared.once(("packing", start_key(parts.config)), choose)
     console.note(note)
-    return found[0] if found else Scorer(parts.model, chosen, kernels)
+    return found[0] if found else Scorer(parts.model, chosen, kernels, **how)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,8 +291,10 @@ def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer
     model = fresh_model(config, config.model if start else reference_source(config), parts.device, shared)
     cast_parameters(model, parts.dtype)
     model.requires_grad_(False).eval()
+    if not start and config.reference.path is not None:  # maybe of another architecture
+        return choose_packing(model, parts.scorer.packing, "auto" if parts.scorer.fast else "off")[0]
     # the policy's own numeric path: with an adapter it has no fast one, and the start would not be equal
-    return Scorer(model, parts.scorer.packing, "auto" if parts.scorer.fast else "off")
+    return parts.scorer.on(model)
 
 
 def reference_source(config: RunConfig) -> ModelConfig:
