@@ -28,6 +28,10 @@ CLOSE = 1e-4  # nats, of a completion's log-prob
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 8,
+    "global_head_dim": 8,
+    "num_kv_shared_layers": 0,
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -120,10 +124,22 @@ _SIZES: dict[str, Any] = {
 }
 
 _OWN: dict[str, dict[str, Any]] = {  # what single families want besides
+    "gemma3": {"final_logit_softcapping": None},  # transformers' model with images forgets the cap
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
-    "mamba2": {"head_dim": 16},
-    "reformer": {"is_decoder": True},
+    "mamba2": {"head_dim": 16, "n_groups": 1},
+    "nemotron_h": {"mamba_n_groups": 1, "n_groups": 1},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
 }
+
+_IMAGES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 16,
+    "patch_size": 8,
+}
+_VISION: dict[str, Any] = {"vision_config": _IMAGES, "audio_config": None}
 
 
 def causal_types() -> list[str]:
@@ -138,16 +154,18 @@ def tiny_config(kind: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     family = CONFIG_MAPPING[kind]
+    own = _OWN.get(kind, {})
     if "text_config" in family.sub_configs:
-        return family(text_config=_sizes(family.sub_configs["text_config"]) | _OWN.get(kind, {}))
-    return family(**_sizes(family) | _OWN.get(kind, {}))
+        parts = {k: v for k, v in _VISION.items() if k in family.sub_configs}
+        return family(text_config=_sizes(family.sub_configs["text_config"]) | own, **parts)
+    return family(**_sizes(family) | own)
 
 
 def _sizes(family: Any) -> dict[str, Any]:
     known = set(inspect.signature(family.__init__).parameters) | set(getattr(family, "__dataclass_fields__", ()))
-    named = {getattr(family, "attribute_map", {}).get(k, k): k for k in _SIZES}
     sizes = _SIZES | ({"head_dim": 4, "num_key_value_heads": 4} if "qk_rope_head_dim" in known else {})
-    return {k: sizes[k] for k in _SIZES if k in known} | {k: _SIZES[n] for k, n in named.items() if k in known}
+    other = getattr(family, "attribute_map", {})
+    return {name: sizes[k] for k in sizes for name in (k, other.get(k, k)) if name in known}
 
 
 def tiny_model(kind: str) -> Any:
