@@ -247,9 +247,8 @@ def add_lora(model: Any, cfg: LoraConfig, seed: int, *, task: str = "CAUSAL_LM",
             warnings.simplefilter("ignore", UserWarning)  # of tied weights, which _check_adapter refuses
             adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise ConfigError(
-            "lora.target_modules", first_line(error), 'use "all-linear" or names of linear layers of this model'
-        ) from error
+        other = "name" if targets == "all-linear" else 'use "all-linear" or names of'
+        raise ConfigError("lora.target_modules", first_line(error), f"{other} linear layers of this model") from error
     _check_adapter(adapted)
     return adapted
 

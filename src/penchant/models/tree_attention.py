@@ -264,6 +264,7 @@ def own_attention(model: Any) -> str:
 
 def _configs(model: nn.Module) -> list[Any]:
     """The configs of a model and of the models in it; the model's own first."""
-    found = [m.config for m in model.modules() if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")]
+    of_modules: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    found = [c for c in of_modules if hasattr(c, "_attn_implementation")]
     found += [getattr(c, name) for c in found for name in c.sub_configs if getattr(c, name, None) is not None]
     return list({id(c): c for c in found}.values())
