@@ -1,7 +1,4 @@
-"""What the command line does, as a handful of calls.
-
-`load_preferences`, `train`, `evaluate`, `compare`, `audit`, `pipeline`, `sweep`, `report`.
-"""
+"""What the command line does, as calls; docs/python.md has a line for each."""
 
 from __future__ import annotations
 
@@ -10,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penchant.errors import ConfigError
-from penchant.requests import CompareRequest, EvalRequest, ExportRequest, GetRequest, request_of, shows
+from penchant.requests import (
+    CompareRequest,
+    EvalRequest,
+    ExportRequest,
+    FixRequest,
+    GetRequest,
+    request_of,
+    shows,
+    write_output,
+)
 
 if TYPE_CHECKING:
     from penchant.compare import RunComparison
@@ -21,30 +27,10 @@ if TYPE_CHECKING:
     from penchant.download import GetResult
     from penchant.export import ExportResult
     from penchant.metrics.flags.rule import Flag
-    from penchant.pipeline import Pipeline
     from penchant.pipeline.conduct import PipelineResult
     from penchant.plan import Plan
     from penchant.runs import TrainResult
-    from penchant.sweep import Sweep
     from penchant.sweep.conduct import SweepResult
-
-__all__ = [
-    "audit",
-    "compare",
-    "evaluate",
-    "export",
-    "flags",
-    "get_data",
-    "load_preferences",
-    "pipeline",
-    "pipeline_plan",
-    "plan",
-    "report",
-    "sweep",
-    "sweep_plan",
-    "track",
-    "train",
-]
 
 
 def load_preferences(path: str | Sequence[str], **options: Any) -> Dataset:
@@ -206,6 +192,8 @@ def audit_files(
     Raises:
         DataError: a file that cannot be read. ConfigError: a reward or function that cannot be loaded.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError("limit", f"is {limit}", "give 1 or more")
     from penchant.data.audit import audit_files as run_audit
     from penchant.data.audit import names_of
 
@@ -215,33 +203,24 @@ def audit_files(
 
 
 def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Path:
-    """Write an audit as one self-contained HTML file."""
-    from penchant.report.audit_page import render_audit
+    """Write an audit as one self-contained HTML file.
 
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(render_audit(audit.to_json(), title), encoding="utf-8")
-    return file
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    from penchant.report.audit import render_audit
+
+    return write_output(path, render_audit(audit.to_json(), title))
 
 
-def fix(
-    source: str | Path,
-    output: str | Path,
-    *,
-    drop: Sequence[str] = (),
-    keep: Sequence[str] = (),
-    redact: Sequence[str] = (),
-    against: Sequence[str | Path] = (),
-    shape: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    overwrite: bool = False,
-) -> Fixed:
+@shows(FixRequest)
+def fix(source: str | Path, output: str | Path, **asked: Any) -> Fixed:
     """Write a cleaned copy of a data file, and ``OUTPUT.touched.jsonl`` with every row that was dropped or changed.
 
     Args:
-        drop: rules beyond the safe ones; keep: safe ones that are not used; redact: ``pii``, ``secrets``.
-        against: files whose prompts must not stand in the copy (rule ``leakage``).
-        columns: ``{our field: your column}``; the copy keeps yours.
+        asked: ``drop``: rules beyond the safe ones; ``keep``: safe ones that are not used; ``redact``: ``pii``, ``secrets``;
+            ``against``: files whose prompts must not stand in the copy (rule ``leakage``); ``columns``: ``{our field: your column}``
+            (the copy keeps yours); ``shape``, ``overwrite``; see `penchant.requests.FixRequest`.
 
     Raises:
         DataError: a file that cannot be read, an unknown rule, an output that is the input or is there already.
@@ -249,17 +228,10 @@ def fix(
     from penchant.data.audit.fix import default_rules
     from penchant.data.audit.fix import fix as run_fix
 
-    rules, others = default_rules(drop, keep), [str(a) for a in against]
-    return run_fix(
-        str(source),
-        output,
-        drop=rules,
-        redact=redact,
-        against=others,
-        shape=shape,
-        columns=columns,
-        overwrite=overwrite,
-    )
+    r = request_of(FixRequest, {"source": source, "output": output, **asked}, "data fix")
+    rules, others = default_rules(tuple(r.drop), tuple(r.keep)), [str(a) for a in r.against]
+    reading: dict[str, Any] = {"shape": r.shape, "columns": r.columns, "overwrite": r.overwrite}
+    return run_fix(r.source, r.output, drop=rules, redact=tuple(r.redact), against=others, **reading)
 
 
 def _own_counters(reward: str | None, check: str | None) -> list[Any]:
@@ -348,7 +320,7 @@ def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Seq
 
     if isinstance(config, RunConfig):
         if overrides:
-            raise ConfigError("overrides", "a RunConfig is final", "give a mapping or a path together with overrides")
+            raise ConfigError("overrides", "cannot change a RunConfig", "give a mapping or a path with them")
         return config
     if isinstance(config, Mapping):
         return config_from_mapping(config, list(overrides))
@@ -373,24 +345,18 @@ def pipeline(
     Raises:
         ConfigError, DataError, ModelError, RewardError, CheckpointError: the user can fix it. TrainingStopped: NaN/Inf or a signal.
     """
+    from penchant.pipeline import load_pipeline
     from penchant.pipeline.conduct import Conductor
 
-    return Conductor(_as_pipeline(config, overrides), quiet=quiet).run(only, redo)
+    return Conductor(load_pipeline(config, overrides), quiet=quiet).run(only, redo)
 
 
 def pipeline_plan(config: Mapping[str, Any] | str | Path, *overrides: str, redo: Sequence[str] = ()) -> str:
     """What `pipeline` would do with each stage, and why, as text; nothing is trained or written."""
+    from penchant.pipeline import load_pipeline
     from penchant.pipeline.conduct import Conductor
 
-    return Conductor(_as_pipeline(config, overrides), quiet=True).plan_text(redo)
-
-
-def _as_pipeline(config: Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> Pipeline:
-    from penchant.pipeline import load_pipeline, pipeline_from_mapping
-
-    if isinstance(config, Mapping):
-        return pipeline_from_mapping(config, overrides)
-    return load_pipeline(config, overrides)
+    return Conductor(load_pipeline(config, overrides), quiet=True).plan_text(redo)
 
 
 def sweep(config: Mapping[str, Any] | str | Path, *overrides: str, jobs: int = 1, quiet: bool = False) -> SweepResult:
@@ -405,21 +371,15 @@ def sweep(config: Mapping[str, Any] | str | Path, *overrides: str, jobs: int = 1
         ConfigError, DataError, ModelError, RewardError, CheckpointError: the user can fix it. TrainingStopped: a signal; a run that
         stops itself is a result.
     """
+    from penchant.sweep import load_sweep
     from penchant.sweep.conduct import SweepConductor
 
-    return SweepConductor(_as_sweep(config, overrides), jobs=jobs, quiet=quiet).run()
+    return SweepConductor(load_sweep(config, overrides), jobs=jobs, quiet=quiet).run()
 
 
 def sweep_plan(config: Mapping[str, Any] | str | Path, *overrides: str) -> str:
     """What `sweep` would do with each run, and why, as text; nothing is trained or written."""
+    from penchant.sweep import load_sweep
     from penchant.sweep.conduct import SweepConductor
 
-    return SweepConductor(_as_sweep(config, overrides), quiet=True).plan_text()
-
-
-def _as_sweep(config: Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> Sweep:
-    from penchant.sweep import load_sweep, sweep_from_mapping
-
-    if isinstance(config, Mapping):
-        return sweep_from_mapping(config, overrides)
-    return load_sweep(config, overrides)
+    return SweepConductor(load_sweep(config, overrides), quiet=True).plan_text()

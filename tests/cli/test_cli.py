@@ -45,6 +45,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert not {"torch", "transformers", "numpy", "pydantic", "yaml", "jinja2", "rich"} & set(loaded)
 
 
+@pytest.mark.usefixtures("live_reports")
 def test_train_eval_audit_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = _config(tmp_path)
     assert main(["train", config, "train.epochs=2", "--quiet"]) == 0
@@ -156,6 +157,14 @@ def test_overrides_are_not_called_required(command: str, needed: str, capsys: py
     with pytest.raises(SystemExit):
         main([command])
     assert capsys.readouterr().err == f"penchant: the following arguments are required: {needed}\n"
+
+
+@pytest.mark.parametrize(("command", "meant"), [(["trian"], "train"), (["data", "gett"], "get")])
+def test_a_mistyped_command_is_named(command: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(command)
+    said = capsys.readouterr().err
+    assert repr(command[-1]) in said and f'did you mean "{meant}"' in said
 
 
 def test_eval_of_a_sweeps_folder_names_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from penchant.cli.arguments import add_arguments
@@ -15,22 +16,20 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Both commands' arguments."""
-    add_chat(commands)
-    add_serve(commands)
+    _add_chat(commands)
+    _add_serve(commands)
 
 
 # ---- `penchant chat` ----
 
 
-def add_chat(commands: Any) -> None:
-    """Put `chat` on the command line."""
+def _add_chat(commands: Any) -> None:
     parser = commands.add_parser("chat", help="talk to a model in the terminal, or to two side by side")
     add_arguments(parser, ChatRequest)
-    parser.set_defaults(handler=run_chat, allocator=True)
+    parser.set_defaults(handler=_chat, allocator=True)
 
 
-def run_chat(args: argparse.Namespace) -> int:
-    """Load and talk."""
+def _chat(args: argparse.Namespace) -> int:
     from penchant.errors import ConfigError
     from penchant.serve.chat import Chat, ChatOptions, safe
     from penchant.serve.model import load_chat_model
@@ -45,7 +44,7 @@ def run_chat(args: argparse.Namespace) -> int:
             raise ConfigError(name, "is given without a second model", "name it with --against")
     if args.prefer and not args.prefer.endswith(".jsonl"):
         raise ConfigError(
-            "--prefer", f"{args.prefer} does not end in .jsonl", "penchant tells a file's kind by its ending"
+            "--prefer", f"{args.prefer} does not end in .jsonl", "give it that ending, by which its kind is told"
         )
     terminal = _terminal()
     which = [(args.model, args.step, args.base)]
@@ -56,7 +55,7 @@ def run_chat(args: argparse.Namespace) -> int:
         models.append(
             load_chat_model(given, step=step, base=base, template=args.template, dtype=args.dtype, device=args.device)
         )
-    if len(models) == 2 and step_matters(which):
+    if args.model == args.against:  # one run at two steps
         for chat_model, (given, step, _) in zip(models, which, strict=True):
             chat_model.name = f"{given} (step {step})"
     if len({v.style.remembers for v in models}) == 2:
@@ -72,20 +71,16 @@ def run_chat(args: argparse.Namespace) -> int:
     return Chat(models, ChatOptions(sampling, args.system, args.prefer, args.blind), terminal).run()
 
 
-def step_matters(which: list[tuple[str, str, str | None]]) -> bool:
-    """Whether two models are one run at two steps."""
-    return which[0][0] == which[1][0]
-
-
 def _terminal() -> Terminal:
-    from penchant.serve.chat import Terminal, use_history
+    from penchant.serve.chat import Terminal
 
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)
     live = sys.stdin.isatty() and sys.stdout.isatty()
     if live:
-        use_history()
+        with suppress(ImportError):  # line editing and history where Python has them
+            import readline  # noqa: F401
         return Terminal(lambda: input("> "), sys.stdout, sys.stdout, True)
     return Terminal(_next_line, sys.stdout, sys.stderr, False)
 
@@ -100,29 +95,26 @@ def _next_line() -> str:
 # ---- `penchant serve` ----
 
 
-def add_serve(commands: Any) -> None:
-    """Put `serve` on the command line."""
+def _add_serve(commands: Any) -> None:
     parser = commands.add_parser("serve", help="serve a model on 127.0.0.1 with an OpenAI-compatible API")
     add_arguments(parser, ServeRequest)
-    parser.set_defaults(handler=run_serve, allocator=True)
+    parser.set_defaults(handler=_serve, allocator=True)
 
 
-def run_serve(args: argparse.Namespace) -> int:
-    """Bind, load and serve until a signal."""
-    import sys
-
+def _serve(args: argparse.Namespace) -> int:
+    from penchant.judges.endpoint import key_from_environment
     from penchant.serve.server import (
+        KEY,
         Server,
         address_of,
         check_host,
-        key_from_environment,
         listen,
         log_to,
         require_server,
         served_name,
     )
 
-    key = key_from_environment()
+    key = key_from_environment(KEY)
     local = check_host(args.host, key)
     sock = listen(args.host, args.port)  # before the model is loaded: a port that is taken is told at once
     try:

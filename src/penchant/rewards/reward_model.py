@@ -13,10 +13,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from penchant.base.files import file_sha256
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
 from penchant.data.packing import batches_of
-from penchant.data.tokenize import PairFormat, TokenizedDataset, pair_format, same_tokens, tokenize, tokenize_text_pairs
+from penchant.data.templates import end_ids
+from penchant.data.tokenize import (
+    PairFormat,
+    TokenizedDataset,
+    pair_format,
+    same_tokens,
+    tokenize,
+    tokenize_text_pairs,
+)
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.logprobs import Scorer
 from penchant.logprobs.packing import choose_packing
@@ -49,27 +58,15 @@ SHORTEST = 0.75  # rows of one padded pass are at least this share of its longes
 class RewardScorer(Protocol):
     """What training, evaluation and reward functions ask of a reward model."""
 
-    @property
-    def model(self) -> Any:
-        """The transformers model, or peft's around it."""
-
-    @property
-    def shared(self) -> bool:
-        """Whether batches are packed with shared prompts."""
-
-    @property
-    def packing(self) -> str:
-        """How rows are laid out, for the log."""
-
-    @property
-    def fast(self) -> bool:
-        """Whether a model-family fast path runs."""
+    model: Any  # the transformers model, or peft's around it
+    shared: bool  # whether batches are packed with shared prompts
+    packing: str  # how rows are laid out, for the log
+    fast: bool  # whether a model-family fast path runs
 
     def rewards(self, batch: PackedBatch) -> Tensor:
         """The reward of each completion (C,), fp32 (fp64)."""
 
 
-@dataclass(slots=True)
 class CausalRewards:
     """A causal reward model: the head reads the last real token of each completion (EOS, where it was not cut).
 
@@ -77,23 +74,9 @@ class CausalRewards:
         scorer: runs the backbone; its language-model head is not there and never asked.
     """
 
-    scorer: Scorer
-
-    @property
-    def model(self) -> Any:
-        return self.scorer.model
-
-    @property
-    def shared(self) -> bool:
-        return self.scorer.shared
-
-    @property
-    def packing(self) -> str:
-        return self.scorer.packing
-
-    @property
-    def fast(self) -> bool:
-        return self.scorer.fast
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer, self.model = scorer, scorer.model
+        self.shared, self.packing, self.fast = scorer.shared, str(scorer.packing), scorer.fast
 
     def rewards(self, batch: PackedBatch) -> Tensor:
         last = torch.tensor(last_positions(batch), device=batch.input_ids.device)
@@ -179,12 +162,13 @@ class PolicyText:
     """What a reward model must know of the policy whose completions it judges.
 
     Args:
-        tokenizer, template: the policy's; prompts: as the data has them, by the `source` of their trees; None: several are called so.
+        tokenizer, template, template_options: the policy's; prompts: as the data has them, by the `source` of their trees; None: several are called so.
     """
 
     tokenizer: Any
     template: str = "auto"
     prompts: Mapping[str, Prompt | None] = field(default_factory=dict)
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prompts_by_source(trees: Iterable[PromptTree]) -> dict[str, Prompt | None]:
@@ -203,7 +187,7 @@ class RewardModel:
     and completion are tokenized anew, as they were when the reward model was trained.
 
     Args:
-        scorer, tokenizer: the reward model's; template, max_length, add_eos: what it was trained with.
+        scorer, tokenizer: the reward model's; template, max_length, add_eos, template_options: what it was trained with.
         policy: whose completions `score_trees` gets.
     """
 
@@ -214,6 +198,7 @@ class RewardModel:
     max_length: int
     add_eos: bool
     policy: PolicyText | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
     _same: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -224,6 +209,7 @@ class RewardModel:
             and self.add_eos
             and same_tokens(policy.tokenizer, self.tokenizer)
             and _renders(policy.template, policy.tokenizer) == _renders(self.template, self.tokenizer)
+            and dict(policy.template_options) == dict(self.template_options)
         )
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -262,14 +248,20 @@ class RewardModel:
             held = [replace(p, completions=(Completion("."),)) if n else p for p, n in zip(pairs, nothing, strict=True)]
             dataset = replace(dataset, trees=tuple(held))
         made: Sequence[TokenTree] = tokenize(
-            dataset, self.tokenizer, template=self.template, max_length=self.max_length, add_eos=self.add_eos
+            dataset,
+            self.tokenizer,
+            template=self.template,
+            max_length=self.max_length,
+            add_eos=self.add_eos,
+            template_options=self.template_options,
+            strict=False,
         ).trees
         made = [
             replace(t, completion_ids=(t.completion_ids[0][:0],)) if n else t
             for t, n in zip(made, nothing, strict=True)
         ]
-        eos = self.tokenizer.eos_token_id
-        return [_without(eos, t) if cut else t for t, cut in zip(made, unfinished, strict=True)]
+        ends = end_ids(self.tokenizer)
+        return [_without(ends, t) if cut else t for t, cut in zip(made, unfinished, strict=True)]
 
 
 def _renders(template: str, tokenizer: Any) -> str:
@@ -281,9 +273,9 @@ def _longest(tree: TokenTree) -> int:
     return len(tree.prompt_ids) + max(map(len, tree.completion_ids))
 
 
-def _without(eos: int | None, tree: TokenTree) -> TokenTree:
+def _without(ends: frozenset[int], tree: TokenTree) -> TokenTree:
     ids = tree.completion_ids[0]
-    return replace(tree, completion_ids=(ids[:-1],)) if len(ids) > 1 and ids[-1] == eos else tree
+    return replace(tree, completion_ids=(ids[:-1],)) if len(ids) > 1 and int(ids[-1]) in ends else tree
 
 
 def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step: int = TOKENS_PER_STEP) -> list[float]:
@@ -315,11 +307,7 @@ def make_scorer(model: Any, encoder: bool, tokenizer: Any, packing: str, kernels
 
 
 def find_reward_model(path: str) -> Path | None:
-    """The model folder that a reward of this name means: a run's best or last checkpoint, or the folder itself; None: another kind.
-
-    Raises:
-        CheckpointError: a run without a checkpoint.
-    """
+    """The model folder that a reward of this name means: a run's best or last checkpoint, or the folder itself; None: another kind."""
     folder = Path(path).expanduser()
     if path in BUILT_IN or not folder.is_dir():
         return None
@@ -351,11 +339,7 @@ def check_reward_folder(name: str, folder: Path) -> Any:
 
 
 def load_reward_function(name: str, folder: Path, device: torch.device, policy: PolicyText | None) -> RewardModel:
-    """A reward model from its folder, in the dtype in which it was saved.
-
-    Raises:
-        ConfigError: the folder holds another kind of model. ModelError: it holds none.
-    """
+    """A reward model from its folder, in the dtype in which it was saved; errors as of `check_reward_folder`."""
     config = check_reward_folder(name, folder)
     loaded = load_reward_model(ModelConfig(path=str(folder)), device)
     if loaded.fresh:
@@ -375,6 +359,7 @@ def load_reward_function(name: str, folder: Path, device: torch.device, policy: 
         int(settings.get("max_length") or context_of(config, tokenizer) or 1024),
         bool(settings.get("add_eos", tokenizer.eos_token_id is not None)),
         policy,
+        dict(settings.get("template_options", {})),
     )
 
 
@@ -387,9 +372,7 @@ def content_sha256(name: str) -> str | None:
     files = [file] if folder is None else sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json"))
     digest = hashlib.sha256()
     for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        digest.update(path.name.encode() + bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()
 
 
@@ -398,7 +381,7 @@ def content_sha256(name: str) -> str | None:
 SMALL_ENCODER = 50_000_000  # parameters
 
 
-@dataclass(slots=False)
+@dataclass
 class RewardModelParts:
     """One reward model: from a causal model, an encoder, or a reward model.
 
@@ -429,26 +412,12 @@ class RewardModelParts:
         return min(self.data.max_length, context_of(config, self.tokenizer) or self.data.max_length)
 
     def tokenize(self, dataset: Dataset, on_bad_row: str) -> TokenizedDataset:
-        d = self.data
+        how: dict[str, Any] = self.data.model_dump(include={"truncation", "identical"})
+        how |= {"max_length": self.max_length, "on_bad_row": on_bad_row}
         if self.encoder:
-            return tokenize_text_pairs(
-                dataset,
-                self.tokenizer,
-                max_length=self.max_length,
-                truncation=d.truncation,
-                on_bad_row=on_bad_row,
-                identical=d.identical,
-            )
-        return tokenize(
-            dataset,
-            self.tokenizer,
-            template=d.template,
-            max_length=d.max_length,
-            truncation=d.truncation,
-            on_bad_row=on_bad_row,
-            identical=d.identical,
-            add_eos=d.add_eos,
-        )
+            return tokenize_text_pairs(dataset, self.tokenizer, **how)
+        how |= self.data.model_dump(include={"template", "template_options", "add_eos"})
+        return tokenize(dataset, self.tokenizer, **how)
 
     def load(self, device: torch.device, seed: int) -> Any:
         """The trainable model in fp32: whole, or an adapter with a head (and whatever else is new) that is trained with it."""
@@ -463,6 +432,7 @@ class RewardModelParts:
     def save(self, model: Any, masters: Mapping[str, Tensor], folder: Path) -> None:
         settings = {
             "template": self.data.template,
+            **({"template_options": self.data.template_options} if self.data.template_options else {}),
             "max_length": self.max_length,
             "add_eos": self.data.add_eos and self.tokenizer.eos_token_id is not None,
         }

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from penchant.base.text import clean
+from penchant.metrics.names import METRICS
 from penchant.training.console import duration
 from penchant.watch.plot import ASCII, LINE, POINT, UNICODE, Glyphs, plot
 from penchant.watch.views import (
@@ -21,7 +22,6 @@ from penchant.watch.views import (
     RunView,
     interval,
     number,
-    steps_of,
     whole,
 )
 
@@ -259,7 +259,7 @@ def _panel(view: RunView, key: str, held_out: str, width: int, height: int, size
     trained = (f"  {figure(line[-1][1])}" if line else "", LINE)
     words = [with_interval(points[-1].value, points[-1].interval), figure(points[-1].value)] if points else [""]
     made = [
-        Text.assemble((FIGURES[key][0], "bold"), trained, (f"  {size.glyphs.point} {w}" if w else "", POINT))
+        Text.assemble((METRICS[key].picture, "bold"), trained, (f"  {size.glyphs.point} {w}" if w else "", POINT))
         for w in words
     ]
     shown = next((t for t in made if t.cell_len <= width), made[-1])  # without the interval where that does not fit
@@ -271,7 +271,7 @@ def _panel(view: RunView, key: str, held_out: str, width: int, height: int, size
 
 
 def _table(view: RunView, size: Size) -> list[Text]:
-    keys = [(key, label) for key, (_, label) in FIGURES.items() if label]
+    keys = [(key, METRICS[key].row) for key in FIGURES if METRICS[key].row]
     first, last = view.first_eval, view.last_eval
     if last:
         rows = [_held_out(view, f"eval/{k}", label) for k, label in keys if number(last.get(f"eval/{k}")) is not None]
@@ -380,25 +380,22 @@ def _runs(view: GroupView, size: Size) -> list[Text]:
 
 
 def _row(member: Member, metric: Metric | None, size: Size, mixed: bool) -> list[Text]:
-    step, total = steps_of(member)
-    steps = (
-        Text.assemble(bar(step / total, BAR, size), f" {step:,}/{total:,}")
-        if total
-        else Text(f"{step:,}" if step else "")
-    )
-    end = ""
+    step, total = member.steps
+    steps = Text(f"{step:,}" if step else "")
+    if total:
+        steps = Text.assemble(bar(step / total, BAR, size), f" {step:,}/{total:,}")
+    end, view, took = "", member.view, member.took
     if member.state in ("stopped", "cut"):
         end = member.why.removeprefix("stopped at ")
     elif member.state == "running":
-        speed, left = member.view.speed, member.view.left
-        end = "" if left is None else f"{duration(left)} left"
-        end += "" if speed is None else f", {speed.tokens:,.0f} tokens/s"
-    elif member.state == "finished" and (took := member.took) is not None:
+        end = "" if view.left is None else f"{duration(view.left)} left"
+        end += "" if view.speed is None else f", {view.speed.tokens:,.0f} tokens/s"
+    elif member.state == "finished" and took is not None:
         end = duration(took)
     value = "" if metric is None else with_interval(metric.value, metric.interval)
     if mixed and metric is not None:
         value += f" {metric.name}"
-    return [Text(member.view.name), Text(member.state, STYLES.get(member.state, "")), steps, Text(value), Text(end)]
+    return [Text(view.name), Text(member.state, STYLES.get(member.state, "")), steps, Text(value), Text(end)]
 
 
 def _shown(view: GroupView) -> Member | None:
