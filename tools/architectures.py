@@ -1,6 +1,7 @@
 """Every causal architecture of the installed transformers against the engine: how each is run, or why it is refused.
 
-    python tools/architectures.py           # the table of docs/models.md
+    python tools/architectures.py --page    # docs/models.md
+    python tools/architectures.py           # one line each
     python tools/architectures.py mamba opt # these only
 
 Each is built tiny and random from its own config class, its special vectors (attention sinks) away from zero, saved, and loaded as
@@ -280,11 +281,62 @@ def silent() -> Iterator[None]:
     logging.set_verbosity(before)
 
 
+_HEADS = {
+    "shared": "Run with shared prompts: a prompt is computed once for all its completions.",
+    "separate": "Run packed, each completion with its prompt: the attention takes a mask for rows side by side, not for trees.",
+    "padded": "Run as padded rows, one for each completion: layers that carry state along a row, or an attention that cannot be replaced. Slower.",
+    "refused": "Refused with a sentence: encoders, models that draw numbers in training, models that want more than text.",
+    "unbuilt": "Not tried: no tiny model of it could be made.",
+    "wrong": "WRONG",
+}
+
+
+def page(verdicts: list[Verdict]) -> str:
+    """docs/models.md."""
+    import transformers
+
+    lines = [
+        "# Models",
+        "",
+        "Any causal language model that `AutoModelForCausalLM` of transformers loads can be trained, where the engine gives the",
+        "log-probs that the model's own `forward` gives. This is tried on the model itself, in fp32, before the first step: each",
+        "packing, the attention and the head. The first that agrees is taken, and named in the log; where none agrees, the run ends",
+        "with a sentence. A model whose logits depend on later tokens (an encoder), or that differ from pass to pass in training",
+        "(dropout that cannot be turned off), is refused as it is loaded. Of a model of text and images the text part is trained,",
+        "where transformers has it as a model of its own.",
+        "",
+        "Sampling takes transformers' cache where decoding with it gives what whole rows give, and else computes the whole row for",
+        "each token, which is slow (Mamba, RWKV).",
+        "",
+        "LoRA: an adapter on a weight that two layers share (`lm_head` or `embed_tokens` of a tied model) is refused, and so is one",
+        "that cannot be merged; experts are adapted and merged.",
+        "",
+        f"Below is what comes out for every causal architecture of transformers {transformers.__version__}, with tiny random models:",
+        "`python tools/architectures.py --page` tries them and prints this page.",
+        "",
+    ]
+    for way, head in _HEADS.items():
+        members = [v for v in verdicts if v.way == way]
+        if members:
+            lines += [f"## {way.capitalize()} ({len(members)})", "", head, ""]
+        if way == "refused" and members:
+            lines += ["| architecture | why |", "|---|---|"]
+            lines += [f"| {v.kind} | {v.note.removeprefix('MODEL: ').split('; ')[0]} |" for v in members] + [""]
+        elif members:
+            lines += [", ".join(v.kind for v in members), ""]
+    return "\n".join(lines)
+
+
 def main() -> None:
-    for kind in sys.argv[1:] or causal_types():
+    kinds = [a for a in sys.argv[1:] if not a.startswith("--")] or causal_types()
+    verdicts = []
+    for kind in kinds:
         with silent():
-            verdict = judge(kind)
-        print(f"{verdict.kind:26} {verdict.way:10} {verdict.note}", flush=True)
+            verdicts.append(judge(kind))
+        if "--page" not in sys.argv:
+            print(f"{kind:26} {verdicts[-1].way:10} {verdicts[-1].note}", flush=True)
+    if "--page" in sys.argv:
+        print(page(verdicts), end="")
 
 
 if __name__ == "__main__":
