@@ -43,6 +43,7 @@ T = TypeVar("T")
 AUTO_BYTES = 4 << 20  # smaller data is read and tokenized faster than a cache is looked after
 META = "meta.json"
 RACY_NS = 2_000_000_000  # the coarsest clock of a file system (FAT) ticks every two seconds
+ABANDONED = 86_400  # seconds after which an entry that is still being made has lost its maker
 FILES_KEPT = 1000  # in the table of hashes
 
 
@@ -151,6 +152,8 @@ class Entry:
         """What `read` makes of the folder and its meta; None where there is none, or a damaged one, which is removed."""
         try:
             meta = json.loads((self.folder / META).read_text())
+            if meta.pop("sha256") != _sha256_of(meta):
+                raise ValueError(f"{self.folder / META} is damaged")
             for name, (size, crc) in meta["files"].items():
                 path = self.folder / name
                 if path.stat().st_size != size or crc32(path) != crc:
@@ -167,22 +170,27 @@ class Entry:
         """
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.parent.glob(".making-*"):
+                if time.time() - leftover.stat().st_mtime > ABANDONED:
+                    shutil.rmtree(leftover, ignore_errors=True)
             aside = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder.parent))
         except OSError:
             return False
         try:
             content = write(aside)
             files = {p.name: (p.stat().st_size, crc32(p)) for p in sorted(aside.iterdir())}
-            with (aside / META).open("w") as out:
-                json.dump({"content": content, "files": files}, out)
-                out.flush()
-                os.fsync(out.fileno())
+            meta = json.loads(json.dumps({"content": content, "files": files}))
+            write_atomically(aside / META, meta | {"sha256": _sha256_of(meta)})
             os.rename(aside, self.folder)
         except OSError:
             return (self.folder / META).exists()  # another process was faster, or the disk is full
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return True
+
+
+def _sha256_of(meta: Any) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def crc32(path: Path) -> int:

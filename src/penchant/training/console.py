@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TextIO
 
 SHOWN = {
@@ -78,7 +79,8 @@ class PlainConsole:
         return update
 
     def _print(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        with suppress(OSError, ValueError):  # a reader that goes away does not end a run
+            print(text, file=self.stream, flush=True)
 
 
 class RichConsole(PlainConsole):
@@ -86,6 +88,7 @@ class RichConsole(PlainConsole):
 
     def __init__(self) -> None:
         super().__init__()
+        from rich.console import Console
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -103,6 +106,7 @@ class RichConsole(PlainConsole):
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
+            console=Console(stderr=True),
         )
         self.task: Any = None
 

@@ -6,12 +6,13 @@ registry that the command, the docs page and the tests go through.
 
 from __future__ import annotations
 
+import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import write_atomically
+from penchant.base.files import spared
 from penchant.errors import CheckpointError
 from penchant.metrics.flags.of_comparison import BY_LENGTH, DISAGREE, FAILURES, FEW_PROMPTS, ONE_SEED, POSITION
 from penchant.metrics.flags.of_training import (
@@ -26,7 +27,7 @@ from penchant.metrics.flags.of_training import (
     SKIPPED,
 )
 from penchant.metrics.flags.rule import ComparisonView, Evidence, Flag, Rule, RunView, TrustConfig, number
-from penchant.runfolder import COMPARISON, FLAGS, METRICS
+from penchant.runfolder import COMPARISON, FLAGS, METRICS, keep
 from penchant.runfolder.read import read
 
 __all__ = ["RULES", "TrustConfig", "comparison_flags", "run_flags"]
@@ -131,10 +132,11 @@ def _flags_of(path: Path) -> list[Flag]:
     )
 
 
-def write_flags(run: Path) -> list[Flag]:
-    """Flags of a run, also as RUN/flags.json: a list, warnings first."""
+def write_flags(run: Path, say: Callable[[str], None] = lambda _: None) -> list[Flag]:
+    """Flags of a run, also as RUN/flags.json: a list, warnings first; `say`: where it is told that the file cannot be written."""
     found = _of_run(run)
-    write_atomically(run / FLAGS, [f.to_json() for f in found])
+    with spared(run / FLAGS, say):
+        keep(run / FLAGS, json.dumps([f.to_json() for f in found], indent=1, ensure_ascii=False))
     return found
 
 
