@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from penchant.base.files import file_sha256, write_atomically
+from penchant.base.files import file_sha256, write_atomically, write_text_atomically
 from penchant.base.functions import own_sha256
 from penchant.data.audit import audit
 from penchant.data.audit.findings import Audit, Finding
@@ -180,7 +180,7 @@ class Entry:
             content = write(aside)
             files = {p.name: (p.stat().st_size, crc32(p)) for p in sorted(aside.iterdir())}
             meta = json.loads(json.dumps({"content": content, "files": files}))
-            write_atomically(aside / META, meta | {"sha256": _sha256_of(meta)})
+            write_text_atomically(aside / META, json.dumps(meta | {"sha256": _sha256_of(meta)}))
             os.rename(aside, self.folder)
         except OSError:
             return (self.folder / META).exists()  # another process was faster, or the disk is full
