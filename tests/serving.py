@@ -90,7 +90,7 @@ def serving(chat_model: ChatModel, name: str = "tiny", **options: Any) -> Iterat
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until = time.monotonic() + 60
-    while not server.started and time.monotonic() < until:
+    while not server.uvicorn.started and time.monotonic() < until:
         time.sleep(0.01)
     try:
         yield server

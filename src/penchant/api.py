@@ -216,7 +216,7 @@ def audit_files(
 
 def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Path:
     """Write an audit as one self-contained HTML file."""
-    from penchant.report.audit_page import render_audit
+    from penchant.report.audit import render_audit
 
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)

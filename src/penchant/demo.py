@@ -65,7 +65,7 @@ def run_demo(
     folder = Path(output)
     started = time.monotonic()
     say = _Stages(quiet)
-    openings = json.loads(asset("openings.json").read_text())
+    drawn = json.loads(asset("openings.json").read_text())
     start_folder = str(asset("model"))
     tokenizer = load_tokenizer(start_folder)
     start = _load(start_folder)
@@ -73,16 +73,16 @@ def run_demo(
         _check_reviews(reviews)
     _fresh(folder)
 
-    with say.stage(f"writing {SAMPLES} continuations of each of {len(openings['train'])} openings") as progress:
-        pairs = _make_pairs(start, tokenizer, openings["train"], seed, progress)
+    openings, held_out = drawn["train"], drawn["eval"]
+    with say.stage(f"writing {SAMPLES} continuations of each of {len(openings)} openings") as progress:
+        pairs = _make_pairs(start, tokenizer, openings, seed, progress)
         data = folder / "pairs.jsonl"
         data.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs))
     say.line(f"{len(pairs)} pairs whose sentiment differs by at least {MIN_GAP} (VADER, from -1 to 1)")
 
-    with say.stage(
-        f"writing {EVAL_SAMPLES} continuations of {len(openings['eval'])} held-out openings, before"
-    ) as progress:
-        before = _write(start, tokenizer, openings["eval"], seed + 1, progress)
+    writing = f"writing {EVAL_SAMPLES} continuations of {len(held_out)} held-out openings"
+    with say.stage(f"{writing}, before") as progress:
+        before = _write(start, tokenizer, held_out, EVAL_SAMPLES, seed + 1, progress)
     with say.stage("training with DPO"):
         config: dict[str, Any] = {k: dict(v) for k, v in TRAINING.items()}
         config["data"]["path"] = str(data)
@@ -90,15 +90,13 @@ def run_demo(
         config |= {"model": {"path": start_folder, "dtype": "fp32"}, "output": str(folder)}
         result = api.train(config, quiet=quiet)
     aligned = _load(str(result.model))
-    with say.stage(
-        f"writing {EVAL_SAMPLES} continuations of {len(openings['eval'])} held-out openings, after"
-    ) as progress:
-        after = _write(aligned, tokenizer, openings["eval"], seed + 1, progress)
+    with say.stage(f"{writing}, after") as progress:
+        after = _write(aligned, tokenizer, held_out, EVAL_SAMPLES, seed + 1, progress)
     with say.stage("measuring perplexity and KL"):
-        results = _measure(start, aligned, tokenizer, openings["eval"], before, after, reviews)
+        results = _measure(start, aligned, tokenizer, before, after, reviews)
     results["seconds"] = round(time.monotonic() - started, 1)
     (folder / runfolder.RESULTS).write_text(json.dumps(results, indent=1))
-    _write_samples(folder, openings["eval"], before, after)
+    _write_samples(folder, held_out, before, after)
     report = write_report(folder)
     say.results(results)
     say.line(f"report: {report}  ({results['seconds']:.0f} s in all)")
@@ -115,9 +113,8 @@ def _fresh(folder: Path) -> None:
     try:
         if folder.exists() and any(folder.iterdir()):
             if folder.is_symlink() or not (folder / MARK).is_file():
-                raise CheckpointError(
-                    str(folder), "is not empty and was not made by `penchant demo`", "give another --output"
-                )
+                what = "is not empty and was not made by `penchant demo`"
+                raise CheckpointError(str(folder), what, "give another --output")
             with RunLock(folder):  # a demo that still trains there is left alone
                 shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,57 +143,16 @@ def _load(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def _prompt_ids(tokenizer: Any, opening: str) -> list[int]:
-    return [tokenizer.bos_token_id, *tokenizer(opening, add_special_tokens=False)["input_ids"]]
-
-
-def _sample(model: Any, tokenizer: Any, openings: Sequence[str], n: int, seed: int, progress: Any) -> Any:
-    from penchant.rollout.generate import sample
-
-    return sample(
-        model,
-        [_prompt_ids(tokenizer, o) for o in openings],
-        n=n,
-        max_new_tokens=NEW_TOKENS,
-        temperature=TEMPERATURE,
-        seed=seed,
-        eos_token_id=tokenizer.eos_token_id,
-        progress=progress,
-    )
-
-
-def _make_pairs(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progress: Any) -> list[dict[str, Any]]:
-    """The best against the worst continuations of each opening by the lexicon."""
-    from penchant.rewards.builtin import sentiment
-
-    pairs = []
-    for opening, samples in zip(openings, _sample(model, tokenizer, openings, SAMPLES, seed, progress), strict=True):
-        texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples]
-        rewards = sentiment(texts)
-        order = rewards.argsort(kind="stable")
-        for best, worst in zip(order[::-1][:PAIRS].tolist(), order[:PAIRS].tolist(), strict=True):
-            if rewards[best] - rewards[worst] >= MIN_GAP and texts[best].strip() and texts[worst].strip():
-                pairs.append(
-                    {
-                        "prompt": opening,
-                        "chosen": texts[best],
-                        "rejected": texts[worst],
-                        "chosen_score": float(rewards[best]),
-                        "rejected_score": float(rewards[worst]),
-                    }
-                )
-    return pairs
-
-
-def _write(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progress: Any) -> Written:
+def _write(model: Any, tokenizer: Any, openings: Sequence[str], n: int, seed: int, progress: Any) -> Written:
+    """`n` continuations of each opening, judged by the lexicon."""
     from penchant.metrics.completions import write
     from penchant.rewards.builtin import sentiment
 
     return write(
         model,
         tokenizer,
-        [_prompt_ids(tokenizer, o) for o in openings],
-        n=EVAL_SAMPLES,
+        [[tokenizer.bos_token_id, *tokenizer(o, add_special_tokens=False)["input_ids"]] for o in openings],
+        n=n,
         max_new_tokens=NEW_TOKENS,
         seed=seed,
         temperature=TEMPERATURE,
@@ -205,18 +161,27 @@ def _write(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progr
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what was gained, and what it cost
+def _make_pairs(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progress: Any) -> list[dict[str, Any]]:
+    """The best against the worst continuations of each opening by the lexicon."""
+    written = _write(model, tokenizer, openings, SAMPLES, seed, progress)
+    assert written.rewards is not None
+    pairs = []
+    for i, opening in enumerate(openings):
+        own = slice(i * SAMPLES, (i + 1) * SAMPLES)
+        texts, rewards = written.texts[own], written.rewards[own]
+        order = rewards.argsort(kind="stable")
+        for best, worst in zip(order[::-1][:PAIRS].tolist(), order[:PAIRS].tolist(), strict=True):
+            if rewards[best] - rewards[worst] >= MIN_GAP and texts[best].strip() and texts[worst].strip():
+                scores = {"chosen_score": float(rewards[best]), "rejected_score": float(rewards[worst])}
+                pairs.append({"prompt": opening, "chosen": texts[best], "rejected": texts[worst], **scores})
+    return pairs
+
+
+# ---- What was gained, and what it cost ----
 
 
 def _measure(
-    start: Any,
-    aligned: Any,
-    tokenizer: Any,
-    openings: Sequence[str],
-    before: Written,
-    after: Written,
-    reviews: str | None,
+    start: Any, aligned: Any, tokenizer: Any, before: Written, after: Written, reviews: str | None
 ) -> dict[str, Any]:
     from penchant.metrics.completions import distinct_n
     from penchant.metrics.stats import bootstrap_ci, paired_bootstrap, win_rate
@@ -228,60 +193,41 @@ def _measure(
     kl = _logps(aligned, after.trees) - _logps(start, after.trees)
     per_sequence = bootstrap_ci(kl, clusters=prompts)
     tokens = sum(map(len, after.ids))
-    headline: list[dict[str, Any]] = [
-        {
-            "name": "mean sentiment reward",
-            "before": float(before.rewards.mean()),
-            "after": float(after.rewards.mean()),
-            "change": gain.estimate,
-            "ci": [gain.low, gain.high],
-            "goal": "up by at least 0.3",
-            "met": gain.estimate >= 0.3,
-        },
-        {
-            "name": "win rate against the start",
-            "after": wins.estimate,
-            "ci": [wins.low, wins.high],
-            "goal": "above 0.75",
-            "met": wins.estimate > 0.75,
-        },
-    ]
+    headline: list[dict[str, Any]] = []
+
+    def tell(name: str, **figures: Any) -> None:
+        headline.append({"name": name, **figures})
+
+    tell(
+        "mean sentiment reward",
+        before=float(before.rewards.mean()),
+        after=float(after.rewards.mean()),
+        change=gain.estimate,
+        ci=[gain.low, gain.high],
+        goal="up by at least 0.3",
+        met=gain.estimate >= 0.3,
+    )
+    share, ci = wins.estimate, [wins.low, wins.high]
+    tell("win rate against the start", after=share, ci=ci, goal="above 0.75", met=share > 0.75)
     sources = {"perplexity of hand-written reviews": str(asset("reviews.jsonl"))}
     if reviews is not None:
         sources["perplexity of the given reviews"] = reviews
     for name, path in sources.items():
         b, a = (_perplexity(m, tokenizer, path) for m in (start, aligned))
-        headline.append(
-            {
-                "name": name,
-                "before": b,
-                "after": a,
-                "ratio": a / b,
-                "goal": "at most 1.3 times the start's",
-                "met": a / b <= 1.3,
-            }
-        )
-    headline += [
-        {
-            "name": "KL(policy || start) per continuation, nats",
-            "after": per_sequence.estimate,
-            "ci": [per_sequence.low, per_sequence.high],
-        },
-        {"name": "KL(policy || start) per token, nats", "after": float(kl.sum() / tokens)},
-        {"name": "distinct-2", "before": distinct_n(before.ids), "after": distinct_n(after.ids)},
-        {
-            "name": "tokens per continuation",
-            "before": float(np.mean([len(i) for i in before.ids])),
-            "after": tokens / len(after.ids),
-        },
-    ]
-    met = all(h.get("met", True) for h in headline)
+        tell(name, before=b, after=a, ratio=a / b, goal="at most 1.3 times the start's", met=a / b <= 1.3)
+    ci = [per_sequence.low, per_sequence.high]
+    tell("KL(policy || start) per continuation, nats", after=per_sequence.estimate, ci=ci)
+    tell("KL(policy || start) per token, nats", after=float(kl.sum() / tokens))
+    tell("distinct-2", before=distinct_n(before.ids), after=distinct_n(after.ids))
+    length = float(np.mean([len(i) for i in before.ids]))
+    tell("tokens per continuation", before=length, after=tokens / len(after.ids))
+    met, openings = all(h.get("met", True) for h in headline), len(after.trees)
     verdict = (
         f"{'Every goal was met' if met else 'Not every goal was met'}: sentiment rose by {gain.estimate:.2f} "
-        f"[{gain.low:.2f}, {gain.high:.2f}] on {len(openings)} openings that were not trained on, and the aligned model wins "
+        f"[{gain.low:.2f}, {gain.high:.2f}] on {openings} openings that were not trained on, and the aligned model wins "
         f"{wins.estimate:.0%} [{wins.low:.0%}, {wins.high:.0%}] of comparisons with its start."
     )
-    return {"verdict": verdict, "headline": headline, "openings": len(openings), "samples_per_opening": EVAL_SAMPLES}
+    return {"verdict": verdict, "headline": headline, "openings": openings, "samples_per_opening": EVAL_SAMPLES}
 
 
 def _logps(model: Any, trees: list[Any]) -> np.ndarray:
@@ -310,18 +256,12 @@ def _write_samples(folder: Path, openings: Sequence[str], before: Written, after
     with (folder / runfolder.SAMPLES).open("w", encoding="utf-8") as out:
         for i, opening in enumerate(openings[:count]):
             at = i * EVAL_SAMPLES
-            row = {
-                "prompt": opening,
-                "before": before.texts[at],
-                "after": after.texts[at],
-                "reward_before": float(before.rewards[at]),
-                "reward_after": float(after.rewards[at]),
-            }
+            rewards = {"reward_before": float(before.rewards[at]), "reward_after": float(after.rewards[at])}
+            row = {"prompt": opening, "before": before.texts[at], "after": after.texts[at], **rewards}
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what a person sees
+# ---- What a person sees ----
 
 
 class _Stages:

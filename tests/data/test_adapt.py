@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rows import from_rows
 
 from penchant.data.adapt import adapt, mismatch
-from penchant.data.load import Dataset, from_rows
+from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
 from penchant.errors import DataError
 from penchant.losses import LOSSES

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from rows import from_rows
+
 from penchant.data.audit import audit
-from penchant.data.load import from_rows
 
 
 def test_labels_and_contradictions() -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from audit_rows import Row, edited, pair, planted, text, write
+from rows import from_rows
 
 from penchant.data.audit import Leakage, audit, audit_files, languages
 from penchant.data.audit.counters import Check, Disagreement, calibrate, cycles, earlier, refuses
 from penchant.data.audit.findings import KEPT, Finding, Places, quantiles, sampled, wilson_interval
 from penchant.data.layouts import LAYOUTS
-from penchant.data.load import from_rows, load_preferences
+from penchant.data.load import load_preferences
 from penchant.errors import DataError
 
 EXPECTED = {

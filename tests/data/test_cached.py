@@ -20,7 +20,7 @@ from penchant import api
 from penchant.data import cached as cache_module
 from penchant.data import cached as cached_module
 from penchant.data.audit import _token_lengths, audit
-from penchant.data.cached import DataCache, Entry, FileHashes, cache_root, file_sha256
+from penchant.data.cached import HASHES, DataCache, Entry, cache_root, file_sha256, hashes_of
 from penchant.data.load import load_preferences
 from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, label_counts, write_rows
 from penchant.data.split import split_by_prompt
@@ -218,7 +218,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Files are hashed so many seconds after they were written."""
-    monkeypatch.setattr(cache_module, "now_ns", lambda: time.time_ns() + int(seconds * 1e9))
+    monkeypatch.setattr(cache_module, "time_ns", lambda: time.time_ns() + int(seconds * 1e9))
 
 
 def test_a_file_is_read_once(tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,11 +226,11 @@ def test_a_file_is_read_once(tmp_path: Path, read: list[str], monkeypatch: pytes
     files = [write(tmp_path / name, [pair(i)]) for i, name in enumerate(("a.jsonl", "b.jsonl"))]
     want = [file_sha256(f) for f in files]
     for _ in range(3):
-        assert FileHashes().of(files) == want
-    assert FileHashes().of([files[1], files[0]]) == want[::-1] and read == ["a.jsonl", "b.jsonl"]
+        assert hashes_of(files) == want
+    assert hashes_of([files[1], files[0]]) == want[::-1] and read == ["a.jsonl", "b.jsonl"]
     write(tmp_path / "c.jsonl", [pair(9)])
     os.replace(tmp_path / "c.jsonl", files[0])
-    assert FileHashes().of(files) == [file_sha256(f) for f in files] and read == ["a.jsonl", "b.jsonl", "a.jsonl"]
+    assert hashes_of(files) == [file_sha256(f) for f in files] and read == ["a.jsonl", "b.jsonl", "a.jsonl"]
 
 
 def test_a_byte_changed_with_the_old_time_put_back_is_seen(
@@ -238,7 +238,7 @@ def test_a_byte_changed_with_the_old_time_put_back_is_seen(
 ) -> None:
     later(monkeypatch, 5)
     file = write(tmp_path / "a.jsonl", [pair(0)])
-    first, before = FileHashes().of([file]), file.stat()
+    first, before = hashes_of([file]), file.stat()
     time.sleep(0.05)  # the clock of the file system ticks every few milliseconds
     content = file.read_bytes()
     with file.open("r+b") as out:
@@ -246,7 +246,7 @@ def test_a_byte_changed_with_the_old_time_put_back_is_seen(
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     after = file.stat()
     assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
-    assert FileHashes().of([file]) == [file_sha256(file)] != first and len(read) == 2
+    assert hashes_of([file]) == [file_sha256(file)] != first and len(read) == 2
 
 
 @pytest.mark.parametrize(("seconds", "times"), [(0.0, 2), (1.9, 2), (-60.0, 2), (2.5, 1)])
@@ -256,7 +256,7 @@ def test_a_file_that_was_changed_just_before_is_read_again(
     later(monkeypatch, seconds)
     file = write(tmp_path / "a.jsonl", [pair(0)])
     for _ in range(2):
-        FileHashes().of([file])
+        hashes_of([file])
     assert len(read) == times
 
 
@@ -264,9 +264,9 @@ def test_a_change_within_the_same_tick_is_seen(tmp_path: Path, monkeypatch: pyte
     file = write(tmp_path / "a.jsonl", [pair(0)])
     told = cache_module._described(file)
     monkeypatch.setattr(cache_module, "_described", lambda _: told)  # a clock so coarse that nothing shows
-    first = FileHashes().of([file])
+    first = hashes_of([file])
     file.write_bytes(file.read_bytes().swapcase())
-    assert FileHashes().of([file]) == [file_sha256(file)] != first
+    assert hashes_of([file]) == [file_sha256(file)] != first
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"x": 1', b"\xff", b"null"])
@@ -276,13 +276,13 @@ def test_a_damaged_table_is_no_table(
     later(monkeypatch, 5)
     file = write(tmp_path / "a.jsonl", [pair(0)])
     cache_root().mkdir(parents=True)
-    FileHashes().path.write_bytes(content)
+    (cache_root() / HASHES).write_bytes(content)
     for _ in range(2):
-        assert FileHashes().of([file]) == [file_sha256(file)]
+        assert hashes_of([file]) == [file_sha256(file)]
     assert len(read) == 1
     for broken in (None, [], [1, 2, 3], [None, None, None], {"a": 1}):
-        FileHashes().path.write_text(json.dumps({str(file.resolve()): broken}))
-        assert FileHashes().of([file]) == [file_sha256(file)]
+        (cache_root() / HASHES).write_text(json.dumps({str(file.resolve()): broken}))
+        assert hashes_of([file]) == [file_sha256(file)]
 
 
 def test_the_table_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,8 +290,12 @@ def test_the_table_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(cache_module, "FILES_KEPT", 3)
     files = [write(tmp_path / f"{i}.jsonl", [pair(i)]) for i in range(5)]
     for file in files:
-        FileHashes().of([file])
-    assert [Path(name).name for name in json.loads(FileHashes().path.read_text())] == ["2.jsonl", "3.jsonl", "4.jsonl"]
+        hashes_of([file])
+    assert [Path(name).name for name in json.loads((cache_root() / HASHES).read_text())] == [
+        "2.jsonl",
+        "3.jsonl",
+        "4.jsonl",
+    ]
     assert [p.name for p in cache_root().iterdir()] == ["files.json"]
 
 

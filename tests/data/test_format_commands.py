@@ -102,7 +102,7 @@ def test_a_layout_of_groups_reads_a_bounded_part_of_a_file(tmp_path: Path) -> No
         {**tree[0], "parent_id": None, "message_id": str(i), "message_tree_id": str(i)} for i in range(MOST_ROWS + 5)
     ]
     found = preview(write(tmp_path / "flat.jsonl", *rows), MOST_ROWS + 5)
-    assert found.layout == "oasst_flat" and sum(m.rows for m in found.shown) == MOST_ROWS
+    assert found.stream.shape == "oasst_flat" and sum(m.rows for m in found.shown) == MOST_ROWS
 
 
 def test_the_audit_shows_the_layout(tmp_path: Path) -> None:

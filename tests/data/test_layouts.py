@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rows import from_rows
 
 from penchant.data.layouts import LAYOUTS, LeftOut, RowError, detect
 from penchant.data.layouts.page import tree_json
-from penchant.data.load import Converted, convert_rows, from_rows, load_preferences, summary
+from penchant.data.load import Converted, convert_rows, load_preferences, summary
 from penchant.data.read import BadRow, Row, read_rows
 from penchant.errors import ConfigError, DataError
 

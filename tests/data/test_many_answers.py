@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from rows import from_rows
 from tiny import tiny_tokenizer
 
 from penchant.data.adapt import adapt
 from penchant.data.audit import audit
-from penchant.data.load import Dataset, from_rows
+from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
 from penchant.data.split import split_by_prompt
 from penchant.data.tokenize import tokenize

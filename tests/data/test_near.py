@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,19 @@ from hypothesis import strategies as st
 
 import penchant
 from penchant.data.audit import near
-from penchant.data.audit.near import NearIndex, group_ids, jaccard, shingle_hashes
+from penchant.data.audit.near import NearIndex, normalize, shingle_hashes
+
+
+def group_ids(texts: Iterable[str], threshold: float = near.NEAR) -> np.ndarray:
+    index = NearIndex(threshold=threshold)
+    index.add(texts)
+    return index.groups()
+
+
+def jaccard(a: str, b: str) -> float:
+    """The exact similarity that the signatures estimate: of the sets of 5-character shingles, after normalizing."""
+    one, other = (set(shingle_hashes([normalize(t)])[0].tolist()) for t in (a, b))
+    return len(one & other) / len(one | other)
 
 
 def _words(rng: random.Random) -> list[str]:
@@ -133,7 +146,10 @@ def test_the_same_in_every_process() -> None:
     rng = random.Random(5)
     words = _words(rng)
     texts = [t for _ in range(20) for t in _edited(rng, words, 20, 1)]
-    code = f"from penchant.data.audit.near import *; print(signatures({texts!r}).sum(), group_ids({texts!r}).tolist())"
+    code = (
+        f"from penchant.data.audit.near import *; texts = {texts!r}; index = NearIndex(); index.add(texts); "
+        "print(signatures(texts).sum(), index.groups().tolist())"
+    )
     said = []
     for hash_seed, threads in (("1", "1"), ("2", "4")):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": threads}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 from encoders import encoder_tokenizer
+from rows import from_rows
 from tiny import tiny_tokenizer
 
-from penchant.data.load import from_rows
 from penchant.data.tokenize import fit, pair_format, same_tokens, tokenize_text_pairs
 from penchant.errors import DataError, ModelError
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rows import from_rows
 from tiny import tiny_tokenizer
 
 from penchant.data.audit import audit
-from penchant.data.load import from_rows
 from penchant.data.split import split_by_prompt
 from penchant.data.tokenize import encode_texts, tokenize
 from penchant.errors import ConfigError, DataError, ModelError

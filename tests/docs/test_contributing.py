@@ -36,7 +36,8 @@ from penchant.losses.helpers import pair_logratios, pair_output
 from penchant.types import LossOutput, PairLogps
 """
 LAYOUT = """
-from penchant.data.layouts.fields import RowError, text_field
+from penchant.data.layouts import fields
+from penchant.data.layouts.fields import RowError
 from penchant.data.layouts.layout import Fields, layout
 from penchant.data.layouts.plain import pair
 from penchant.types import PromptTree

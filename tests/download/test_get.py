@@ -21,7 +21,7 @@ from penchant.data.layouts import LAYOUTS
 from penchant.data.load import load_preferences
 from penchant.download import Converter, GetResult, Pace, _Job
 from penchant.download import convert as part
-from penchant.download.catalogue import CATALOGUE, SPECS, Spec, markdown
+from penchant.download.catalogue import CATALOGUE, HUB, SPECS, Spec
 from penchant.errors import ConfigError, DataError, PenchantError, RewardError
 
 SPLITS = ("train", "validation", "test")
@@ -183,9 +183,25 @@ def test_the_catalogue_is_sound() -> None:
             assert set(held.splits) <= set(SPLITS)
 
 
+def catalogue_table() -> str:
+    """The catalogue as the table of docs/data_get.md."""
+    lines = [
+        "| name | published as | subsets (read by default in bold) | splits | layout | terms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for s in SPECS:
+        names = list(s.subsets)
+        subsets = ", ".join(f"**{n}**" if n in s.default else n for n in names)
+        subsets = "" if names == ["default"] else subsets if len(names) <= 8 else f"**{len(names)} domains**"
+        splits = ", ".join(dict.fromkeys(x for n in s.default for x in s.subsets[n].splits))
+        terms = s.terms + (", gated" if s.gated else "")
+        lines.append(f"| {' | '.join([s.name, f'[{s.hub}]({HUB}{s.hub})', subsets, splits, s.layout, terms])} |")
+    return "\n".join(lines) + "\n"
+
+
 def test_the_page_has_the_catalogue() -> None:
     page = Path(__file__).parents[2] / "docs/data_get.md"
-    assert markdown() in page.read_text()
+    assert catalogue_table() in page.read_text()
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
@@ -526,6 +542,23 @@ def test_finished_parts_are_not_converted_again(
     assert "holds the beginning of what other arguments gave" in capsys.readouterr().err
     assert main(arguments) == 0
     assert len(names) == 4 and names[2] == names[3]
+
+
+def test_a_part_that_is_done_says_what_it_holds(lmsys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed as soon as the first part is done."""
+    original = Converter.convert
+
+    def convert(self: Any, *asked: Any) -> None:
+        original(self, *asked)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Converter, "convert", convert)
+        with pytest.raises(KeyboardInterrupt):
+            get("lmsys", lmsys, tmp_path / "killed")
+    get("lmsys", lmsys, tmp_path / "killed")
+    get("lmsys", lmsys, tmp_path / "whole")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_other_arguments_are_refused_and_redo_makes_it_anew(lmsys: Path, tmp_path: Path) -> None:

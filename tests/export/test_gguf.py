@@ -10,7 +10,17 @@ import torch
 from tiny import tiny_tokenizer
 
 from penchant.errors import ModelError
-from penchant.export.gguf import BYTE, CONTROL, NORMAL, UNUSED, check_config, gguf_writer, read_gguf, vocabulary_of
+from penchant.export.gguf import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNUSED,
+    as_stored,
+    check_config,
+    read_gguf,
+    vocabulary_of,
+    write_gguf,
+)
 from penchant.export.subject import outputs, round_weights
 
 pytest.importorskip("gguf")
@@ -52,9 +62,8 @@ def test_what_is_read_back_computes_what_was_written(tmp_path: Path, family: str
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(p, 1.0, 0.3)  # what starts at one or zero would hide an error
     before = outputs(model, ROWS)
-    written = gguf_writer(model, tiny_tokenizer(), dtype, f"a-{family}")
-    round_weights(model, written.seen)
-    written.write(tmp_path / "m.gguf")
+    round_weights(model, lambda _name, value: as_stored(value, dtype))
+    write_gguf(tmp_path / "m.gguf", model, tiny_tokenizer(), dtype, f"a-{family}")
     read = outputs(read_gguf(tmp_path), ROWS)
     torch.testing.assert_close(read, outputs(model, ROWS), rtol=0, atol=1e-5)
     assert torch.equal(outputs(model, ROWS), before) == (dtype == "fp32")
@@ -66,7 +75,7 @@ def test_the_file_says_what_the_config_says(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM(_configs()["llama"])
-    gguf_writer(model, tiny_tokenizer(chat=True), "q8_0", "name").write(tmp_path / "m.gguf")
+    write_gguf(tmp_path / "m.gguf", model, tiny_tokenizer(chat=True), "q8_0", "name")
     reader = GGUFReader(tmp_path / "m.gguf")
     said = {name: field.contents() for name, field in reader.fields.items()}
     assert said["general.architecture"] == "llama" and said["llama.rope.freq_base"] == 50000.0

@@ -591,7 +591,7 @@ def test_names_in_files_do_not_reach_the_terminal_raw() -> None:
     evil = "dpo\x1b[2J\u202e"
     flags = comparison_flags({"models": {"start": {}, evil: {"kl": 90.0, "kl/ci": [80.0, 99.0]}}, "prompts": 200})
     for text in (as_text(flags), summary(flags)):
-        assert "dpo<U+001B>[2J<U+202E>" in text and "\x1b" not in text and "\u202e" not in text
+        assert r"dpo\x1b[2J\u202e" in text and "\x1b" not in text and "\u202e" not in text
 
 
 @pytest.mark.parametrize(

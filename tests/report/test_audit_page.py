@@ -9,7 +9,7 @@ from audit_rows import planted, write
 
 from penchant import api
 from penchant.cli import main
-from penchant.report.audit_page import GROUPS, OTHER, _group, render_audit
+from penchant.report.audit import GROUPS, OTHER, _group, render_audit
 
 
 def test_every_finding_is_on_the_page(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from report_folders import evaluation, make_comparison, make_flags, make_run, ma
 from penchant.errors import CheckpointError
 from penchant.report import LiveReport, write_report
 from penchant.report.data import read_report
-from penchant.report.page import SECTIONS, Section, asset, digest, policy, render
+from penchant.report.html import asset, digest, policy
+from penchant.report.page import SECTIONS, Section, render
 
 EVIL = "<script>document.title='owned'</script></style></script></title><!--\u202e\x00\"'><img src=x onerror=alert(2)>&#x3c;javascript:alert(3)"
 VOID = {"br", "hr", "input", "meta"}
@@ -293,7 +294,7 @@ def test_where_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "report.html").write_text("mine")
     with pytest.raises(CheckpointError, match="not a report that Penchant wrote"):
         write_report([a, b])
-    assert not list(here.glob(".*.tmp"))
+    assert not list(here.glob(".tmp-*"))
     with pytest.raises(CheckpointError, match="cannot be written"):
         write_report(a, tmp_path / "no/such/folder.html")
     with pytest.raises(CheckpointError, match="no path"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from penchant.cli.arguments import add_arguments
@@ -78,14 +79,15 @@ def step_matters(which: list[tuple[str, str, str | None]]) -> bool:
 
 
 def _terminal() -> Terminal:
-    from penchant.serve.chat import Terminal, use_history
+    from penchant.serve.chat import Terminal
 
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)
     live = sys.stdin.isatty() and sys.stdout.isatty()
     if live:
-        use_history()
+        with suppress(ImportError):  # line editing and history where Python has them
+            import readline  # noqa: F401
         return Terminal(lambda: input("> "), sys.stdout, sys.stdout, True)
     return Terminal(_next_line, sys.stdout, sys.stderr, False)
 

@@ -89,11 +89,9 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
         what = f"{setting(loss)} needs pairs (chosen and rejected), but these rows are {dataset.kind}"
         raise DataError(name, what, _instead_of_pairs(loss, dataset.kind))
     if options.pairs_from_scores == "off":
-        raise DataError(
-            name,
-            f'{setting(loss)} needs pairs (chosen and rejected), but these rows are single answers with a "score"',
-            "set data.pairs_from_scores=best_worst to set the best against the worst answer of each prompt",
-        )
+        what = f'{setting(loss)} needs pairs (chosen and rejected), but these rows are single answers with a "score"'
+        how = "set data.pairs_from_scores=best_worst to set the best against the worst answer of each prompt"
+        raise DataError(name, what, how)
     # from here on a row is a prompt: the answers between its best and its worst are used for neither, and are no bad rows
     by_prompt: dict[object, list[PromptTree]] = defaultdict(list)
     for tree in dataset.trees:
@@ -148,11 +146,8 @@ def _as_labelled(dataset: Dataset, loss: str, options: DataConfig, name: str) ->
     threshold = options.score_threshold
     if threshold is None:
         scores = sorted(c.score or 0.0 for t in dataset.trees for c in t.completions)
-        raise DataError(
-            name,
-            f'{setting(loss)} needs labels, but these rows have a "score" (median {scores[len(scores) // 2]:g})',
-            "set data.score_threshold: a score at or above it is good, below it is bad",
-        )
+        what = f'{setting(loss)} needs labels, but these rows have a "score" (median {scores[len(scores) // 2]:g})'
+        raise DataError(name, what, "set data.score_threshold: a score at or above it is good, below it is bad")
     trees = tuple(
         replace(t, completions=tuple(replace(c, label=(c.score or 0.0) >= threshold) for c in t.completions))
         for t in dataset.trees

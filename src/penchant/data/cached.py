@@ -8,16 +8,16 @@ import json
 import os
 import shutil
 import tempfile
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from time import time_ns
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 
@@ -32,8 +32,7 @@ from penchant.data.split import held_out_rows, split_by_prompt
 from penchant.data.tokenize import ASIDE, CUT_COMPLETION, CUT_PROMPT, SPLIT, TokenizedDataset, tokenize, tokenizing
 from penchant.errors import DataError
 
-# ---------------------------------------------------------------------------------------------------------------------
-# entries on disk
+# ---- Entries on disk ----
 # An entry is a folder whose name is the SHA-256 of everything that it depends on: the bytes of the data files, the settings, the
 # tokenizer's definition, this package's own data code. So it can be missing or right, never stale. It is written aside and
 # renamed; every file's size and CRC-32 stand in its ``meta.json`` and are checked when it is opened.
@@ -41,7 +40,7 @@ from penchant.errors import DataError
 
 T = TypeVar("T")
 AUTO_BYTES = 4 << 20  # smaller data is read and tokenized faster than a cache is looked after
-META = "meta.json"
+META, HASHES = "meta.json", "files.json"
 RACY_NS = 2_000_000_000  # the coarsest clock of a file system (FAT) ticks every two seconds
 ABANDONED = 86_400  # seconds after which an entry that is still being made has lost its maker
 FILES_KEPT = 1000  # in the table of hashes
@@ -52,53 +51,37 @@ def cache_root() -> Path:
     return Path(os.environ.get("PENCHANT_CACHE", "~/.cache/penchant")).expanduser() / "data"
 
 
-class FileHashes:
+def hashes_of(files: Sequence[Path]) -> list[str]:
     """SHA-256 of files, read once: a table beside the cache says which file, as the file system describes it, had which.
 
     Size, times of content and of inode, and the inode's number must be the same, as in git's index. And as there, an entry is not
     trusted where the file was changed less than two seconds before it was read: a later change may have the same time.
     """
-
-    def __init__(self) -> None:
-        self.path = cache_root() / "files.json"
-
-    def of(self, files: Sequence[Path]) -> list[str]:
-        """SHA-256 of each file's bytes."""
-        table = self._table()
-        new: dict[str, list[Any]] = {}
-        found = []
-        for file in files:
-            name, told = str(file.resolve()), _described(file)
-            known = table.get(name)
-            if isinstance(known, list) and len(known) == 3 and known[0] == told and _settled(told, known[1]):
-                found.append(str(known[2]))
-                continue
-            began = now_ns()
-            digest = file_sha256(file)
-            found.append(digest)
-            if _described(file) == told and _settled(told, began):
-                new[name] = [told, began, digest]
-        if new:
-            self._keep({**{k: v for k, v in table.items() if k not in new}, **new})
-        return found
-
-    def _table(self) -> dict[str, Any]:
-        try:
-            table = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            return {}
-        return table if isinstance(table, dict) else {}
-
-    def _keep(self, table: Mapping[str, Any]) -> None:
-        """Of two processes that write at once one loses, and a file is read once more."""
-        with suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, dict(list(table.items())[-FILES_KEPT:]))
-
-
-def now_ns() -> int:
-    """The time, ns since 1970."""
-    return time.time_ns()
+    path = cache_root() / HASHES
+    try:
+        held = json.loads(path.read_text())
+    except (OSError, ValueError):
+        held = None
+    table = held if isinstance(held, dict) else {}
+    new: dict[str, list[Any]] = {}
+    found = []
+    for file in files:
+        name, told = str(file.resolve()), _described(file)
+        known = table.get(name)
+        if isinstance(known, list) and len(known) == 3 and known[0] == told and _settled(told, known[1]):
+            found.append(str(known[2]))
+            continue
+        began = time_ns()
+        digest = file_sha256(file)
+        found.append(digest)
+        if _described(file) == told and _settled(told, began):
+            new[name] = [told, began, digest]
+    if new:
+        kept = {**{k: v for k, v in table.items() if k not in new}, **new}
+        with suppress(OSError):  # of two processes that write at once one loses, and a file is read once more
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, dict(list(kept.items())[-FILES_KEPT:]))
+    return found
 
 
 def _described(file: Path) -> list[int]:
@@ -202,8 +185,7 @@ def crc32(path: Path) -> int:
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the steps of a run, each cached
+# ---- The steps of a run, each cached ----
 
 
 class NotStorable(Exception):
@@ -220,28 +202,27 @@ class DataCache:
 
     on: bool = True
     note: Callable[[str], None] = lambda _: None
-    _tokens: dict[Path, StoredDataset] = field(default_factory=dict)
+    _tokens: dict[str, StoredDataset] = field(default_factory=dict)  # by key
 
-    def load(self, path: str | Sequence[str], **reading: Any) -> Dataset:
+    def load(self, path: str | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
         """`load_preferences`."""
         paths = [path] if isinstance(path, str) else [str(p) for p in path]
         files = [Path(p).expanduser() for p in paths]
         if not self.on or not all(f.is_file() for f in files) or sum(f.stat().st_size for f in files) < AUTO_BYTES:
-            return load_preferences(path, **reading)
-        contents = [(f.name, digest) for f, digest in zip(files, FileHashes().of(files), strict=True)]
-        key = key_of("rows", {"files": contents, **reading, "layout": own_sha256(reading.get("shape", "auto"))})
-        entry = Entry("rows", key)
+            return load_preferences(path, on_bad_row=on_bad_row, **how)
+        contents = [(f.name, digest) for f, digest in zip(files, hashes_of(files), strict=True)]
+        layout = own_sha256(how.get("shape", "auto"))
+        key = key_of("rows", {"files": contents, **how, "on_bad_row": on_bad_row, "layout": layout})
 
         def write(folder: Path) -> Mapping[str, Any]:
-            how = {k: v for k, v in reading.items() if k != "on_bad_row"}
-            stream, going = stream_preferences(path, **how), Reading(reading.get("on_bad_row", "error"))
-            write_rows(folder, going.trees(stream))
-            made = going.result(StoredRows(folder, key), stream, ", ".join(paths))
+            stream = stream_preferences(path, **how)
+            write_rows(folder, stream.trees(on_bad_row))
+            made = stream.dataset(StoredRows(folder, key))
             return {
                 **{name: getattr(made, name) for name in ("shape", "kind", "total", "accepted", "fingerprint")},
                 "detection": made.detection and asdict(made.detection),
                 "quarantined": _storable(made.quarantined),
-                "columns": {name: getattr(going.columns, name) for name in Columns.__slots__},
+                "columns": {name: getattr(stream.columns, name) for name in Columns.__slots__},
             }
 
         def read(folder: Path, meta: Mapping[str, Any]) -> Dataset:
@@ -253,7 +234,7 @@ class DataCache:
             }
             return Dataset(StoredRows(folder, key), **{**meta, **more})
 
-        return self._made(entry, "rows", write, read) or load_preferences(path, **reading)
+        return self._made("rows", key, write, read) or load_preferences(path, on_bad_row=on_bad_row, **how)
 
     def split(self, dataset: Dataset, **how: Any) -> tuple[Dataset, Dataset]:
         """`split_by_prompt`."""
@@ -276,7 +257,7 @@ class DataCache:
             )
             return train, held
 
-        return self._made(Entry("split", key), "split", write, read) or split_by_prompt(dataset, **how)
+        return self._made("split", key, write, read) or split_by_prompt(dataset, **how)
 
     def tokenize(self, dataset: Dataset, tokenizer: Any, **how: Any) -> TokenizedDataset:
         """`tokenize`. An entry is made with bad rows kept aside; where those are errors, the first one is raised afterwards."""
@@ -284,8 +265,7 @@ class DataCache:
         if not isinstance(rows, StoredRows) or by is None or (how["add_eos"] and tokenizer.eos_token_id is None):
             return tokenize(dataset, tokenizer, **how)
         making_how = {**how, "on_bad_row": "skip"}
-        depends_on = {"rows": rows.whole, "kind": dataset.kind, "tokenizer": by, **making_how}
-        entry = Entry("tokens", key_of("tokens", depends_on))
+        key = key_of("tokens", {"rows": rows.whole, "kind": dataset.kind, "tokenizer": by, **making_how})
 
         def write(folder: Path) -> Mapping[str, Any]:
             making, writer = tokenizing(tokenizer, dataset.kind, **making_how), TokenWriter(folder)
@@ -296,20 +276,15 @@ class DataCache:
                 writer.end_row(len(trees), mark)
             writer.close()
             done = making.result((), len(whole))
-            return {
-                "quarantined": _storable(done.quarantined),
-                "cut_prompts": done.cut_prompts,
-                "cut_completions": done.cut_completions,
-                "template": done.template,
-            }
+            kept = {name: getattr(done, name) for name in ("cut_prompts", "cut_completions", "template")}
+            return {"quarantined": _storable(done.quarantined), **kept}
 
-        found = self._tokens.get(entry.folder)
-        if found is None:
-            found = self._made(entry, "tokens", write, StoredDataset.read)
+        if key not in self._tokens:
+            found = self._made("tokens", key, write, StoredDataset.read)
             if found is None:
                 return tokenize(dataset, tokenizer, **how)
-            self._tokens[entry.folder] = found
-        made = found.rows(rows.which)
+            self._tokens[key] = found
+        made = self._tokens[key].rows(rows.which)
         if how["on_bad_row"] == "error" and made.quarantined:
             first = made.quarantined[0]
             raise DataError(first.where, first.what, f"{first.how} (or set data.on_bad_row=skip)")
@@ -325,38 +300,33 @@ class DataCache:
         languages: bool,
     ) -> Audit:
         """`audit`, without opinions."""
+        make = partial(audit, dataset, tokenized, splits, path, languages=languages)
         rows = {"": dataset, **splits}
         tokens = None if tokenized is None else tokenized.trees
         stored = {n: d.trees.key for n, d in rows.items() if isinstance(d.trees, StoredRows)}
         known = tokens is None or (isinstance(tokens, StoredTokens) and tokens.which is None)
         if len(stored) < len(rows) or not known:
-            return audit(dataset, tokenized, splits, path, languages=languages)
+            return make()
         by = tokens.folder.name if isinstance(tokens, StoredTokens) else None
-        entry = Entry(
-            "audit",
-            key_of("audit", {"rows": stored, "kind": dataset.kind, "tokens": by, "path": path, "languages": languages}),
-        )
-
-        def write(folder: Path) -> Mapping[str, Any]:
-            return asdict(audit(dataset, tokenized, splits, path, languages=languages))
+        depends_on = {"rows": stored, "kind": dataset.kind, "tokens": by, "path": path, "languages": languages}
 
         def read(folder: Path, meta: Mapping[str, Any]) -> Audit:
-            found = {name: _finding(f) for name, f in meta["findings"].items()}
-            return Audit(meta["summary"], found, meta["lengths"], meta["characters"], meta["layout"])
+            return Audit(**{**meta, "findings": {name: _finding(f) for name, f in meta["findings"].items()}})
 
-        return self._made(entry, "audit", write, read) or audit(dataset, tokenized, splits, path, languages=languages)
+        return self._made("audit", key_of("audit", depends_on), lambda _: asdict(make()), read) or make()
 
     def _made(
         self,
-        entry: Entry,
-        what: str,
+        kind: str,
+        key: str,
         write: Callable[[Path], Mapping[str, Any]],
         read: Callable[[Path, Mapping[str, Any]], Any],
     ) -> Any:
         """The entry, made where it is not there yet; None where it cannot be kept."""
+        entry = Entry(kind, key)
         found = entry.get(read)
         if found is not None:
-            self.note(f"data cache: {what} read from {entry.folder}")
+            self.note(f"data cache: {kind} read from {entry.folder}")
             return found
         try:
             kept = entry.put(write)
@@ -365,7 +335,7 @@ class DataCache:
         if not kept:
             self.note(f"data cache: {cache_root()} cannot be written; going on without")
             return None
-        self.note(f"data cache: {what} kept in {entry.folder}")
+        self.note(f"data cache: {kind} kept in {entry.folder}")
         return entry.get(read)
 
 
@@ -426,6 +396,4 @@ def _storable(aside: Sequence[Quarantined]) -> list[list[Any]]:
 
 def _finding(stored: Mapping[str, Any]) -> Finding:
     interval = stored["interval"]
-    return Finding(
-        **{**stored, "where": tuple(stored["where"]), "interval": None if interval is None else tuple(interval)}
-    )
+    return Finding(**{**stored, "where": tuple(stored["where"]), "interval": interval and tuple(interval)})

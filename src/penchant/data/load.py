@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from penchant.base.files import write_text_atomically
 from penchant.base.text import printable
@@ -20,33 +20,27 @@ from penchant.data.read import BadRow, Row, read_rows
 from penchant.errors import DataError
 from penchant.types import Prompt, PromptTree
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what a row's own columns say: which of two answers came first, and the row's language
+# ---- What a row's own columns say: which of two answers came first, and the row's language ----
 
 
 def _arena(row: Mapping[str, Any]) -> bool | None:
-    if row.get("winner_model_a") is not None:
-        a, b = row.get("winner_model_a"), row.get("winner_model_b")
+    a, b = row.get("winner_model_a"), row.get("winner_model_b")
+    if a is not None:
         return None if bool(a) == bool(b) else bool(a)
     return {"model_a": True, "model_b": False}.get(str(row.get("winner")))
 
 
-def _shp(row: Mapping[str, Any]) -> bool | None:
-    return {"1": True, "0": False}.get(str(row.get("labels")))
-
-
-def _pku(row: Mapping[str, Any]) -> bool | None:
-    return {"0": True, "1": False}.get(str(row.get("better_response_id")))
-
-
-# columns that a layout with two answers in the order in which they were shown has, and how it says which of them won
-SHOWN_ORDERS: tuple[tuple[str, frozenset[str], Callable[[Mapping[str, Any]], bool | None]], ...] = (
-    ("arena", frozenset({"winner_model_a", "winner_model_b"}), _arena),
-    ("arena", frozenset({"winner", "model_a", "model_b"}), _arena),
-    ("shp", frozenset({"human_ref_A", "human_ref_B", "labels"}), _shp),
-    ("pku", frozenset({"response_0", "response_1", "better_response_id"}), _pku),
+# columns that a layout with two answers in the order in which they were shown has, and how it says whether the first won
+SHOWN_ORDERS: tuple[tuple[str, set[str], Callable[[Mapping[str, Any]], bool | None]], ...] = (
+    ("arena", {"winner_model_a", "winner_model_b"}, _arena),
+    ("arena", {"winner", "model_a", "model_b"}, _arena),
+    ("shp", {"human_ref_A", "human_ref_B", "labels"}, lambda row: {"1": True, "0": False}.get(str(row["labels"]))),
+    (
+        "pku",
+        {"response_0", "response_1", "better_response_id"},
+        lambda row: {"0": True, "1": False}.get(str(row["better_response_id"])),
+    ),
 )
-LANGUAGE_COLUMNS = ("language", "lang")
 
 
 @dataclass(slots=True)
@@ -62,33 +56,29 @@ class Columns:
     layouts: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
 
-    def update_all(self, rows: Iterable[Row | BadRow]) -> None:
-        """Count those that can be read."""
+    def update(self, rows: Iterable[Row | BadRow]) -> None:
+        """Count those rows that can be read."""
         for row in rows:
             if isinstance(row, Row):
-                self.update(row.values)
+                self._order(row.values)
+                self._language(row.values)
 
-    def update(self, row: Mapping[str, Any]) -> None:
-        """Count one row."""
-        keys = row.keys()
-        for name, needed, first_won in SHOWN_ORDERS:
-            if needed <= keys:
-                won = first_won(row)
-                self.layouts[name] += 1
-                if won is not None:
-                    self.decided += 1
-                    self.first += won
-                break
-        for column in LANGUAGE_COLUMNS:
-            value = row.get(column)
-            if isinstance(value, str) and value:
-                if value in self.languages or len(self.languages) < 1000:
-                    self.languages[value[:40]] += 1
-                break
+    def _order(self, row: Mapping[str, Any]) -> None:
+        shown = next(((name, won) for name, needed, won in SHOWN_ORDERS if needed <= row.keys()), None)
+        if shown is not None:
+            name, first_won = shown
+            won = first_won(row)
+            self.layouts[name] += 1
+            self.decided += won is not None
+            self.first += won is True
+
+    def _language(self, row: Mapping[str, Any]) -> None:
+        value = next((v for v in (row.get("language"), row.get("lang")) if isinstance(v, str) and v), None)
+        if value is not None and (value in self.languages or len(self.languages) < 1000):
+            self.languages[value[:40]] += 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rows to prompt trees: each row, or group of rows, gives trees or is kept aside with its reason
+# ---- Rows to prompt trees: each row, or group of rows, gives trees or is kept aside with its reason ----
 
 
 IDENTICAL = '"chosen" equals "rejected"'
@@ -218,8 +208,7 @@ def _grouped(rows: Iterable[Row | BadRow], group: Group, columns: Mapping[str, s
             yield group_rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data sets
+# ---- Data sets ----
 
 
 FIRST_ROWS = 100  # what detection looks at
@@ -267,167 +256,122 @@ class Dataset:
         return replace(self, trees=trees, total=rows, accepted=rows, quarantined=(), fingerprint=content, columns=None)
 
 
-def load_preferences(
-    path: str | Sequence[str],
-    *,
-    shape: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    on_bad_row: str = "error",
-    identical: str = "bad_row",
-    limit: int | None = None,
-    layout_options: Mapping[str, Any] | None = None,
-) -> Dataset:
+class Reading(TypedDict, total=False):
+    """How rows are read.
+
+    Args:
+        shape: ``auto`` looks at the columns; or a layout that `penchant data formats` lists, or a user's own.
+        columns: ``{our field: your column}``.
+        identical: ``bad_row`` or ``keep``: what a pair with chosen == rejected is.
+        limit: read the first n rows only.
+        layout_options: what can be chosen about the layout, see `penchant data formats NAME`.
+    """
+
+    shape: str
+    columns: Mapping[str, str] | None
+    identical: str
+    limit: int | None
+    layout_options: Mapping[str, Any] | None
+
+
+def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
     """Read files or hub ids into prompt trees.
 
     Args:
         path: one or several of .json, .jsonl(.gz), .csv, .tsv, .parquet, .txt, or a hub id ``owner/name[:split]``.
-        shape: ``auto`` looks at the columns; or a layout that `penchant data formats` lists.
-        columns: ``{our field: your column}``.
         on_bad_row: ``error`` stops at the first bad row, ``skip`` keeps bad rows aside.
-        identical: ``bad_row`` or ``keep``: what a pair with chosen == rejected is.
-        limit: read the first n rows only.
-        layout_options: what can be chosen about the layout, see `penchant data formats NAME`.
+        how: see `Reading`.
 
     Raises:
         ConfigError: an unknown layout, or an option that it does not have.
         DataError: ``file:line: what; how to fix it``.
     """
-    return _collect(*_rows_of(path), on_bad_row, shape, columns, identical, limit, layout_options)
+    return stream_preferences(path, **how).load(on_bad_row)
 
 
-def _rows_of(path: str | Sequence[str]) -> tuple[Iterator[Row | BadRow], str]:
-    """All rows of one or several files, and the files' names."""
+def stream_preferences(path: str | Sequence[str], **how: Unpack[Reading]) -> Stream:
+    """`load_preferences` without keeping anything: bad rows come as `Quarantined`."""
     paths = [path] if isinstance(path, str) else [str(p) for p in path]
-    return itertools.chain.from_iterable(map(read_rows, paths)), ", ".join(paths)
+    return Stream(itertools.chain.from_iterable(map(read_rows, paths)), ", ".join(paths), **how)
 
 
-def from_rows(rows: Iterable[Mapping[str, Any]], *, name: str = "rows", **options: Any) -> Dataset:
-    """The same from rows in memory; options as for `load_preferences`."""
-    return _collect((Row(f"{name}:{i}", r) for i, r in enumerate(rows, 1)), name, **options)
+class Stream:
+    """Rows as they are read, each (or each group of them) with what became of it.
 
+    `shape` and `kind` are those of the rows; `detection` says why it is this layout (None where a person named it), `grouped`
+    whether rows make examples together.
 
-def _collect(
-    rows: Iterable[Row | BadRow],
-    name: str,
-    on_bad_row: str = "error",
-    shape: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    identical: str = "bad_row",
-    limit: int | None = None,
-    layout_options: Mapping[str, Any] | None = None,
-) -> Dataset:
-    stream = stream_rows(itertools.islice(rows, limit), name, shape, columns, identical, layout_options)
-    reading = Reading(on_bad_row)
-    return reading.result(tuple(reading.trees(stream)), stream, name)
+    Args:
+        rows: of one or several files; name: of those, for messages; the others: see `Reading`.
 
+    Raises:
+        ConfigError: an unknown layout, or an option that it does not have. DataError: the columns are of no known layout.
+    """
 
-class Reading:
-    """Reading as it goes on: trees come out one by one, what else is to be told is there at the end."""
-
-    def __init__(self, on_bad_row: str) -> None:
-        self.on_bad_row = on_bad_row
-        self.accepted = 0
-        self.aside: list[Quarantined] = []
+    def __init__(
+        self,
+        rows: Iterable[Row | BadRow],
+        name: str,
+        shape: str = "auto",
+        columns: Mapping[str, str] | None = None,
+        identical: str = "bad_row",
+        limit: int | None = None,
+        layout_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        stream: Iterator[Row | BadRow] = itertools.islice(rows, limit)
+        self.name = name
+        self.detection: Detection | None = None
+        if shape == "auto":
+            first = list(itertools.islice(stream, FIRST_ROWS))
+            shape, self.detection = detected(first, name, columns or {})
+            stream = itertools.chain(first, stream)
+        layout = layout_named(shape)
+        options = layout.settings(layout_options or {})
+        self.shape, self.kind, self.grouped = shape, layout.kind_of(options), layout.group is not None
+        self._converted = convert_rows(stream, layout, options, columns, identical)
+        self._accepted = 0
+        self._aside: list[Quarantined] = []
         self.columns = Columns()
-        self.digest = hashlib.sha256()
+        self._digest = hashlib.sha256()
 
-    def trees(self, stream: Stream) -> Iterator[PromptTree]:
-        """All trees, in order.
+    def __iter__(self) -> Iterator[Converted]:
+        return self._converted
+
+    def load(self, on_bad_row: str) -> Dataset:
+        """All trees in memory."""
+        return self.dataset(tuple(self.trees(on_bad_row)))
+
+    def trees(self, on_bad_row: str) -> Iterator[PromptTree]:
+        """All trees, in order; what else is to be told is there at the end, in `dataset`.
 
         Raises:
             DataError: a bad row, where those are errors.
         """
-        for made in stream:
-            self.columns.update_all(made.source)
-            if made.aside and self.on_bad_row == "error" and not made.left_out:
+        for made in self:
+            self.columns.update(made.source)
+            if made.aside and on_bad_row == "error" and not made.left_out:
                 bad = made.aside[0]
                 raise DataError(bad.where, bad.what, bad.how + " (or set data.on_bad_row=skip to keep such rows aside)")
-            self.accepted += made.rows if made.trees else 0
-            self.aside += made.aside
+            self._accepted += made.rows if made.trees else 0
+            self._aside += made.aside
             for tree in made.trees:
-                self.digest.update(json.dumps(plain_content(tree)).encode())
+                self._digest.update(json.dumps(plain_content(tree)).encode())
                 yield tree
 
-    def result(self, trees: Sequence[PromptTree], stream: Stream, name: str) -> Dataset:
+    def dataset(self, trees: Sequence[PromptTree]) -> Dataset:
         """The whole, when all trees have come out.
 
         Raises:
             DataError: there are none.
         """
-        aside = self.aside
+        aside = tuple(self._aside)
         if not trees:
             reasons = "; ".join(f"{n}x {what}" for what, n in Counter(q.what for q in aside).most_common(3))
-            raise DataError(
-                name, f"none of {len(aside)} rows could be used ({reasons})", "fix the rows or set data.shape"
-            )
-        return Dataset(
-            trees,
-            stream.shape,
-            stream.kind,
-            self.accepted + len(aside),
-            tuple(aside),
-            self.digest.hexdigest(),
-            self.accepted,
-            stream.detection,
-            self.columns,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """Rows as they are read, each (or each group of them) with what became of it; nothing is kept.
-
-    Args:
-        detection: why it is this layout; None where a person named it; grouped: whether rows make examples together.
-    """
-
-    shape: str
-    kind: str
-    rows: Iterable[Converted]
-    detection: Detection | None = None
-    grouped: bool = False
-
-    def __iter__(self) -> Iterator[Converted]:
-        return iter(self.rows)
-
-
-def stream_rows(
-    rows: Iterable[Row | BadRow],
-    name: str,
-    shape: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    identical: str = "bad_row",
-    layout_options: Mapping[str, Any] | None = None,
-) -> Stream:
-    """Convert rows one by one; ``auto`` looks at the first hundred.
-
-    Raises:
-        ConfigError: an unknown layout, or an option that it does not have. DataError: the columns are of no known layout.
-    """
-    stream: Iterator[Row | BadRow] = iter(rows)
-    detection = None
-    if shape == "auto":
-        first = list(itertools.islice(stream, FIRST_ROWS))
-        shape, detection = detected(first, name, columns or {})
-        stream = itertools.chain(first, stream)
-    layout = layout_named(shape)
-    options = layout.settings(layout_options or {})
-    converted = convert_rows(stream, layout, options, columns, identical)
-    return Stream(shape, layout.kind_of(options), converted, detection, layout.group is not None)
-
-
-def stream_preferences(
-    path: str | Sequence[str],
-    *,
-    shape: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    identical: str = "bad_row",
-    limit: int | None = None,
-    layout_options: Mapping[str, Any] | None = None,
-) -> Stream:
-    """`load_preferences` without keeping anything: arguments as there, bad rows come as `Quarantined`."""
-    rows, name = _rows_of(path)
-    return stream_rows(itertools.islice(rows, limit), name, shape, columns, identical, layout_options)
+            what = f"none of {len(aside)} rows could be used ({reasons})"
+            raise DataError(self.name, what, "fix the rows or set data.shape")
+        total, content = self._accepted + len(aside), self._digest.hexdigest()
+        more = self._accepted, self.detection, self.columns
+        return Dataset(trees, self.shape, self.kind, total, aside, content, *more)
 
 
 def detected(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]) -> tuple[str, Detection]:
@@ -496,10 +440,19 @@ def summary_of(shape: str, accepted: int, reasons: Counter[str], aside: int, exa
     return f"{accepted + aside:,} rows ({shape}) = {accepted:,} accepted + {aside:,} quarantined{shown}{more}"
 
 
-def layout_line(rows: Dataset | Stream, path: str | Sequence[str]) -> str:
+def layout_line(
+    rows: Dataset | Stream, path: str | Sequence[str], option: str = "data.shape", override: str = "data.shape=NAME"
+) -> str:
     """``train.jsonl: layout hh (columns chosen, rejected hold ...); other fits: pairs; override with data.shape=NAME``."""
-    name = ", ".join(Path(p).name if Path(p).exists() else p for p in ([path] if isinstance(path, str) else path))
-    return rows.detection.sentence(name) if rows.detection else f"{name}: layout {rows.shape}, as data.shape says"
+    name = ", ".join(map(shown_path, [path] if isinstance(path, str) else path))
+    if rows.detection is None:
+        return f"{name}: layout {rows.shape}, as {option} says"
+    return rows.detection.sentence(name, override)
+
+
+def shown_path(path: str) -> str:
+    """A file's bare name; a hub id as it is."""
+    return Path(path).name if Path(path).exists() else path
 
 
 def write_quarantine(quarantined: Sequence[Quarantined], folder: Path, name: str) -> Path | None:

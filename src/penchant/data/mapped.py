@@ -6,7 +6,6 @@ Each file holds one record batch, so that every column is one contiguous array t
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import tempfile
 from array import array
@@ -36,7 +35,7 @@ class StoredRows(Sequence[PromptTree]):
         self.folder, self.key, self.whole, self.which = folder, key, whole or key, which
         batch = read_batch(folder / "rows.arrow")
         self._good, self._bad = (batch.column(name).to_numpy() for name in ("good", "bad"))
-        self._ends, self._bytes = _binary(batch.column("tree"))
+        self._trees = batch.column("tree")
 
     def __len__(self) -> int:
         return len(self._good) if self.which is None else len(self.which)
@@ -49,10 +48,6 @@ class StoredRows(Sequence[PromptTree]):
         """Every row of the folder."""
         return StoredRows(self.folder, self.whole)
 
-    def label_counts(self) -> tuple[int, int]:
-        """(good, bad) answers of all rows of the folder."""
-        return int(self._good.sum()), int(self._bad.sum())
-
     @overload
     def __getitem__(self, at: int) -> PromptTree: ...
     @overload
@@ -61,7 +56,9 @@ class StoredRows(Sequence[PromptTree]):
         if isinstance(at, slice):
             return tuple(self[i] for i in range(*at.indices(len(self))))
         row = range(len(self))[at] if self.which is None else int(self.which[at])
-        return _tree_of(json.loads(self._bytes[self._ends[row] : self._ends[row + 1]].tobytes()))
+        prompt, completions, source = json.loads(self._trees[row].as_py())
+        shown = prompt if isinstance(prompt, str) else tuple(Message(role, content) for role, content in prompt)
+        return PromptTree(shown, tuple(Completion(text, label, score) for text, label, score in completions), source)
 
     def __iter__(self) -> Iterator[PromptTree]:
         return (self[i] for i in range(len(self)))
@@ -70,15 +67,9 @@ class StoredRows(Sequence[PromptTree]):
 def label_counts(trees: Sequence[PromptTree]) -> tuple[int, int]:
     """(good, bad) answers."""
     if isinstance(trees, StoredRows) and trees.which is None:
-        return trees.label_counts()
+        return int(trees._good.sum()), int(trees._bad.sum())
     labels = Counter(c.label for t in trees for c in t.completions)
     return labels[True], labels[False]
-
-
-def _tree_of(stored: Any) -> PromptTree:
-    prompt, completions, source = stored
-    shown = prompt if isinstance(prompt, str) else tuple(Message(role, content) for role, content in prompt)
-    return PromptTree(shown, tuple(Completion(text, label, score) for text, label, score in completions), source)
 
 
 def write_rows(folder: Path, trees: Iterable[PromptTree]) -> None:
@@ -105,13 +96,10 @@ class StoredTokens(Sequence[TokenTree]):
         self.which: np.ndarray | None = None  # (n,) int64: some of the trees
         self._few = False  # whether only the first completion of each tree is there
         batch = read_batch(folder / "tokens.arrow")
-        parts = batch.column("parts")  # of each tree: the ids of its prompt and of its completions
+        self._columns = {name: batch.column(name) for name in ("parts", "truncated", "labels", "scores", "source")}
+        parts = self._columns["parts"]  # of each tree: the ids of its prompt and of its completions
         self._part_start, self._id_start = parts.offsets.to_numpy(), parts.values.offsets.to_numpy()
         self._ids = parts.values.values.to_numpy()
-        self._truncated, self._labels, self._scores = (
-            batch.column(name).values.to_numpy() for name in ("truncated", "labels", "scores")
-        )
-        self._source_ends, self._sources = _binary(batch.column("source"))
 
     def __len__(self) -> int:
         return len(self._part_start) - 1 if self.which is None else len(self.which)
@@ -125,23 +113,18 @@ class StoredTokens(Sequence[TokenTree]):
             return tuple(self[i] for i in range(*at.indices(len(self))))
         number = range(len(self))[at]
         row = number if self.which is None else int(self.which[number])
-        start, end = int(self._part_start[row]), int(self._part_start[row + 1])
-        one = start - row  # of completions: one part of each tree is its prompt
-        if self._few:
-            end = min(end, start + 2)
-        many = one + end - start - 1
-        bounds = self._id_start[start : end + 1].tolist()
-        parts = [np.asarray(self._ids[a:b]) for a, b in itertools.pairwise(bounds)]
+        held = {name: column[row] for name, column in self._columns.items()}
+        prompt, *completions = (ids.values.to_numpy() for ids in held["parts"].values)
+        most = 1 if self._few else len(completions)
+        truncated, labels, scores = (held[name].as_py()[:most] for name in ("truncated", "labels", "scores"))
         return TokenTree(
             self.first + number,
-            parts[0],
-            tuple(parts[1:]),
-            tuple(bool(t) for t in self._truncated[one:many].tolist()),
-            self._sources[self._source_ends[row] : self._source_ends[row + 1]]
-            .tobytes()
-            .decode("utf-8", "surrogatepass"),
-            tuple(None if v == NO_LABEL else bool(v) for v in self._labels[one:many].tolist()),
-            tuple(None if v != v else v for v in self._scores[one:many].tolist()),
+            prompt,
+            tuple(completions[:most]),
+            tuple(map(bool, truncated)),
+            held["source"].as_py().decode("utf-8", "surrogatepass"),
+            tuple(None if v == NO_LABEL else bool(v) for v in labels),
+            tuple(None if v != v else v for v in scores),
         )
 
     def __iter__(self) -> Iterator[TokenTree]:
@@ -149,20 +132,19 @@ class StoredTokens(Sequence[TokenTree]):
 
     def numbered_from(self, first: int) -> StoredTokens:
         """The same trees with other row numbers."""
-        other = copy.copy(self)
-        other.first = first
-        return other
+        return self._view(first=first)
 
     def take(self, which: np.ndarray) -> StoredTokens:
         """Some of the trees, by their place among these."""
-        other = copy.copy(self)
-        other.which = which if self.which is None else self.which[which]
-        return other
+        return self._view(which=which if self.which is None else self.which[which])
 
     def first_completions(self) -> StoredTokens:
         """The same trees with the first completion only."""
+        return self._view(_few=True)
+
+    def _view(self, **changed: Any) -> StoredTokens:
         other = copy.copy(self)
-        other._few = True
+        vars(other).update(changed)
         return other
 
     def part_counts(self, start: int = 0, end: int | None = None) -> np.ndarray:
@@ -198,16 +180,8 @@ def first_completions(trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
     """Trees with their first completion only."""
     if isinstance(trees, StoredTokens):
         return trees.first_completions()
-    return [
-        replace(
-            t,
-            completion_ids=t.completion_ids[:1],
-            truncated=t.truncated[:1],
-            labels=t.labels[:1],
-            scores=t.scores[:1],
-        )
-        for t in trees
-    ]
+    each = ("completion_ids", "truncated", "labels", "scores")  # one entry a completion
+    return [replace(t, **{name: getattr(t, name)[:1] for name in each}) for t in trees]
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -263,8 +237,7 @@ class TokenWriter:
         self._sources.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arrow files of one record batch
+# ---- Arrow files of one record batch ----
 
 
 def write_batch(path: Path, **columns: Any) -> None:
@@ -299,10 +272,3 @@ def _binary_array(ends: array[int], spill: IO[bytes]) -> Any:
     import pyarrow as pa
 
     return pa.Array.from_buffers(pa.large_binary(), len(ends) - 1, [None, pa.py_buffer(np.array(ends)), _buffer(spill)])
-
-
-def _binary(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    """((n + 1,) int64 offsets, all bytes) of a column of large_binary."""
-    _, offsets, content = column.buffers()
-    found = np.frombuffer(offsets, dtype=np.int64) if offsets else np.zeros(1, np.int64)
-    return found[: len(column) + 1], np.frombuffer(content, dtype=np.uint8) if content else np.empty(0, np.uint8)

@@ -13,7 +13,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -124,8 +124,7 @@ def _looks_like_hub_id(path: str) -> bool:
     return named and not path.startswith(".") and Path(path).suffix not in (*ENDINGS, ".gz")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# lines
+# ---- Lines ----
 
 
 def _unpacked(stream: BinaryIO) -> BinaryIO:
@@ -171,6 +170,20 @@ def _not_text(stream: BinaryIO, name: str) -> DataError:
     return DataError(bad.where, bad.what, bad.how)
 
 
+@contextmanager
+def _decoded(stream: BinaryIO, name: str) -> Iterator[io.TextIOWrapper]:
+    """The stream as text; it is open still when this is done."""
+    reader = io.TextIOWrapper(stream, encoding="utf-8-sig")  # type: ignore[type-var]
+    try:
+        yield reader
+    except UnicodeDecodeError as error:
+        reader.detach()
+        raise _not_text(stream, name) from error
+    finally:
+        with suppress(ValueError):  # it is detached
+            reader.detach()  # a wrapper that is collected would close the stream
+
+
 def _documents(stream: BinaryIO, name: str) -> Iterator[Row | BadRow]:
     """Documents are separated by blank lines."""
     parts: list[str] = []
@@ -188,8 +201,7 @@ def _documents(stream: BinaryIO, name: str) -> Iterator[Row | BadRow]:
         yield Row(start, {"text": "\n".join(parts)})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# JSON
+# ---- JSON ----
 
 
 def _json(stream: BinaryIO, name: str) -> Iterator[Row | BadRow]:
@@ -258,9 +270,8 @@ def _rows_in(whole: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _json_list(stream: BinaryIO, name: str) -> Iterator[Row | BadRow]:
-    reader = io.TextIOWrapper(stream, encoding="utf-8-sig")  # type: ignore[type-var]
     decoder = json.JSONDecoder()
-    try:
+    with _decoded(stream, name) as reader:
         held, at, number, want, ended = reader.read(CHUNK), 0, 0, CHUNK, False
         while "[" not in held:
             held += reader.read(CHUNK)
@@ -295,16 +306,6 @@ def _json_list(stream: BinaryIO, name: str) -> Iterator[Row | BadRow]:
             if at > CHUNK:
                 line, counted = line + held.count("\n", counted, at), 0
                 held, at = held[at:], 0
-    except UnicodeDecodeError as error:
-        reader.detach()
-        raise _not_text(stream, name) from error
-    finally:
-        _release(reader)
-
-
-def _release(reader: io.TextIOWrapper) -> None:
-    with suppress(ValueError):  # it is detached
-        reader.detach()  # a wrapper that is collected would close the stream
 
 
 def _skip(text: str, at: int) -> int:
@@ -325,36 +326,31 @@ def _object(where: str, value: Any) -> Row | BadRow:
     return BadRow(where, what, 'write {"prompt": ..., "chosen": ..., "rejected": ...}', value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tables
+# ---- Tables ----
 
 
 def _csv(stream: BinaryIO, name: str) -> Iterator[Row | BadRow]:
     csv.field_size_limit(2**31 - 1)
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig")  # type: ignore[type-var]  # line breaks in fields become \n
-    reader = csv.reader(text, delimiter="\t" if ending(name) == ".tsv" else ",")
-    try:
-        header = next(reader, None)
-        if header is None or len(set(header)) != len(header):
-            how = "add a header such as prompt,chosen,rejected"
-            raise DataError(f"{name}:1", "the first line must name the columns, each once", how)
-        done = reader.line_num
-        for fields in reader:
-            where, done = f"{name}:{done + 1}", reader.line_num
-            if any("\0" in f for f in fields):
-                yield BadRow(where, "holds a NUL byte", "the file is damaged or binary; export it again", fields)
-            elif fields and len(fields) != len(header):
-                what = f"has {len(fields)} fields, the header {len(header)}"
-                yield BadRow(where, what, "quote fields that hold the delimiter", [f[:SHOWN] for f in fields])
-            elif fields:
-                yield Row(where, dict(zip(header, fields, strict=True)))
-    except csv.Error as error:
-        raise DataError(f"{name}:{reader.line_num}", f"is not a readable table ({error})", "export it again") from error
-    except UnicodeDecodeError as error:
-        text.detach()
-        raise _not_text(stream, name) from error
-    finally:
-        _release(text)
+    with _decoded(stream, name) as text:  # line breaks in fields become \n
+        reader = csv.reader(text, delimiter="\t" if ending(name) == ".tsv" else ",")
+        try:
+            header = next(reader, None)
+            if header is None or len(set(header)) != len(header):
+                how = "add a header such as prompt,chosen,rejected"
+                raise DataError(f"{name}:1", "the first line must name the columns, each once", how)
+            done = reader.line_num
+            for fields in reader:
+                where, done = f"{name}:{done + 1}", reader.line_num
+                if any("\0" in f for f in fields):
+                    yield BadRow(where, "holds a NUL byte", "the file is damaged or binary; export it again", fields)
+                elif fields and len(fields) != len(header):
+                    what = f"has {len(fields)} fields, the header {len(header)}"
+                    yield BadRow(where, what, "quote fields that hold the delimiter", [f[:SHOWN] for f in fields])
+                elif fields:
+                    yield Row(where, dict(zip(header, fields, strict=True)))
+        except csv.Error as error:
+            what = f"is not a readable table ({error})"
+            raise DataError(f"{name}:{reader.line_num}", what, "export it again") from error
 
 
 def _parquet(stream: BinaryIO, name: str) -> Iterator[Row | BadRow]:

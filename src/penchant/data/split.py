@@ -7,6 +7,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +24,9 @@ def prompt_key(prompt: object, text: str = "") -> str:
     return normalize(shown)
 
 
-def split_by_prompt(
-    dataset: Dataset, *, validation_rows: int | None = None, validation_fraction: float | None = None, seed: int = 0
-) -> tuple[Dataset, Dataset]:
+def split_by_prompt(dataset: Dataset, **how: Any) -> tuple[Dataset, Dataset]:
     """(train, validation) without a prompt in both; arguments and errors as for `held_out_rows`."""
-    held = held_out_rows(dataset, validation_rows=validation_rows, validation_fraction=validation_fraction, seed=seed)
+    held = held_out_rows(dataset, **how)
     outside = set(held)
     return dataset.subset([i for i in range(len(dataset.trees)) if i not in outside]), dataset.subset(held)
 
@@ -66,8 +65,7 @@ def held_out_rows(
     return sorted(held)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# groups of nearly equal prompts
+# ---- Groups of nearly equal prompts ----
 
 
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))

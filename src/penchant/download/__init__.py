@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -25,16 +25,16 @@ from penchant.download.convert import (
     Conversion,
     Converter,
     Counts,
+    Filters,
     Pace,
     Part,
     conversion_of,
-    filters_of,
     labeller_of,
     read_json,
     whole,
     write_json,
 )
-from penchant.download.hub import BLOCK, Hub
+from penchant.download.hub import BLOCK, Hub, PartFile
 from penchant.download.plan import Plan, Source, check_request, identity, make_plan
 from penchant.errors import CheckpointError, ConfigError, DataError
 from penchant.requests import GetRequest
@@ -86,7 +86,7 @@ def get_data(asked: GetRequest, say: Callable[[str], None] = lambda line: None) 
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
         with RunLock(work):
-            result = _Job(asked, folder, work, say).run()
+            result = _Job(asked, folder, work, say, Hub(say)).run()
         shutil.rmtree(work)
         return result
     except CheckpointError as error:
@@ -149,10 +149,7 @@ class _Job:
     folder: Path
     work: Path
     say: Callable[[str], None]
-    hub: Hub = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.hub = Hub(self.say)
+    hub: Hub
 
     def run(self) -> GetResult:
         labeller = labeller_of(self.asked)
@@ -162,10 +159,11 @@ class _Job:
         total = Counts()
         read: list[dict[str, Any]] = []
         left: dict[str, int] = {}
-        filters = filters_of(self.asked)
+        filters = Filters(self.asked)
         for number, source in enumerate(plan.sources):
             part = Part(self.work, number)
-            limit = left.get(self._limited(source), self.asked.first or 0) if self.asked.first else None
+            limited = source.split if self.asked.published_splits else ""
+            limit = left.get(limited, self.asked.first) if self.asked.first else None
             if limit == 0:
                 break
             counts = part.counts()
@@ -179,19 +177,24 @@ class _Job:
                     if source.layout and source.layout not in conversions:
                         conversions[source.layout] = self._conversion(source)
                     how, transcripts = conversions[source.layout], self._transcripts(source)
+                    write_json(
+                        part.layout, [how.layout.name, how.kind, dict(how.options)]
+                    )  # a part that is done has one
                     converter = Converter(how, dict(self.asked.columns), filters, labeller, transcripts)
                     counts = converter.convert(taken, source.path, part, Pace(self.say, source.path))
-                layout = [how.layout.name, how.kind, dict(how.options)]
-                write_json(self.work / f"layout-{number:05d}.json", layout)
                 self.say(f"{source.path}: {counts.rows:,} rows, {counts.accepted:,} accepted")
-            if self.asked.first:
-                left[self._limited(source)] = cast(int, limit) - counts.rows
+            if limit is not None:
+                left[limited] = limit - counts.rows
             total.add(counts)
             read.append(_source_json(source, counts, whole=not self.asked.first))
         self._check_kept(plan, total, filters.languages)
-        layouts = [read_json(self.work / f"layout-{n:05d}.json") for n in range(len(read))]
-        _check_kinds(layouts)
-        return self._write(plan, read, layouts, total, labeller.sha256 if labeller else None)
+        parts = [Part(self.work, n) for n in range(len(read))]
+        layouts = [read_json(part.layout) for part in parts]
+        kinds = sorted({kind for _, kind, _ in layouts})
+        if len(kinds) > 1:
+            what = f"the files give different kinds of data ({', '.join(kinds)})"
+            raise ConfigError("--subset", what, "choose subsets of one kind, or say what they become with --as")
+        return self._write(plan, parts, read, layouts, total, labeller.sha256 if labeller else None)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -209,14 +212,11 @@ class _Job:
         for source in plan.sources:
             if source.layout is not None:
                 self._conversion(source)  # says now what cannot be converted
-        write_json(self.work / "plan.json", plan.to_json())
+        write_json(self.work / "plan.json", asdict(plan))
         write_json(self.work / "request.json", identity(self.asked))
         if plan.left_out:
             self.say(plan.left_out)
         return plan
-
-    def _limited(self, source: Source) -> str:
-        return source.split if self.asked.published_splits else ""
 
     def _transcripts(self, source: Source) -> bool:
         return source.prompts_only and self.asked.layout is None
@@ -226,7 +226,7 @@ class _Job:
             what = "its publishers mean it for neither tuning nor preferences"
             raise ConfigError(f"--subset {source.subset}", what, "add --as prompts")
         assert source.layout is not None
-        return conversion_of(source.layout, self.asked.options, self.asked.as_, self.asked.labels)
+        return conversion_of(source.layout, self.asked)
 
     def _detected(self, name: str, rows: list[Row | BadRow]) -> Conversion:
         found = detect(renamed(r.values, self.asked.columns) for r in rows if isinstance(r, Row))
@@ -234,9 +234,8 @@ class _Job:
             columns = sorted({str(c) for r in rows if isinstance(r, Row) for c in r.values})
             how = "map your columns, e.g. --columns prompt=question chosen=good rejected=bad, or name a --layout"
             raise DataError(name, f"{found.why} ({', '.join(columns) or 'there are none'})", how)
-        also = f"; other fits: {', '.join(found.others)}" if found.others else ""
-        self.say(f"{name}: layout {found.layout} ({found.why}){also}; override with --layout")
-        return conversion_of(found.layout, self.asked.options, self.asked.as_, self.asked.labels)
+        self.say(found.sentence(name, "--layout"))
+        return conversion_of(found.layout, self.asked)
 
     def _check_disk(self, plan: Plan) -> None:
         if self.asked.first:
@@ -247,7 +246,7 @@ class _Job:
         free = shutil.disk_usage(self.folder).free
         if plan.hub_id:
             cache = self.hub.cache_folder()
-            cached = self.hub.cached_bytes(plan.repository, [s.hub_file for s in plan.sources])
+            cached = self.hub.cached_bytes(plan.repository, plan.sources)
             fetch, there = sum(s.size for s in plan.sources) - cached, shutil.disk_usage(_existing(cache)).free
             if fetch > there:
                 what = f"has {gigabytes(there)} free, and {gigabytes(fetch)} are to be fetched"
@@ -261,13 +260,13 @@ class _Job:
     @contextmanager
     def _rows(self, plan: Plan, source: Source) -> Iterator[Iterator[Row | BadRow]]:
         if plan.hub_id and self.asked.first:
-            part = self.hub.open(plan.repository, source.hub_file)
+            part = PartFile(self.hub, plan.repository, source)
             with io.BufferedReader(part, BLOCK) as stream:
                 yield read_stream(cast(BinaryIO, stream), source.path)
             read = f"{gigabytes(part.fetched)} of {gigabytes(source.size)} read"
             self.say(f"{source.path}: {read}; its hash is not checked")
             return
-        path = self.hub.fetch(plan.repository, source.hub_file) if plan.hub_id else Path(source.local or "")
+        path = self.hub.fetch(plan.repository, source) if plan.hub_id else Path(source.local or "")
         with path.open("rb") as stream:
             yield read_stream(stream, source.path)
 
@@ -293,11 +292,16 @@ class _Job:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _write(
-        self, plan: Plan, read: list[dict[str, Any]], layouts: list[list[Any]], total: Counts, label_sha256: str | None
+        self,
+        plan: Plan,
+        parts: list[Part],
+        read: list[dict[str, Any]],
+        layouts: list[list[Any]],
+        total: Counts,
+        label_sha256: str | None,
     ) -> GetResult:
         # of what --redo replaces: until the new one is there, nothing is done
         (self.folder / "data.json").unlink(missing_ok=True)
-        parts = [Part(self.work, n) for n in range(len(read))]
         assignment = self._assign(parts, [r["split"] for r in read])
         rows, examples = self._write_splits(parts, assignment)
         with whole(self.folder / "quarantine.jsonl") as out:
@@ -377,15 +381,7 @@ def _check_unchanged(plan: Plan) -> None:
             raise DataError(source.local, "was changed or removed since this was begun", "add --redo to begin anew")
 
 
-def _check_kinds(layouts: list[list[Any]]) -> None:
-    kinds = sorted({kind for _, kind, _ in layouts})
-    if len(kinds) > 1:
-        what = f"the files give different kinds of data ({', '.join(kinds)})"
-        raise ConfigError("--subset", what, "choose subsets of one kind, or say what they become with --as")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the summary
+# ---- the summary ----
 
 
 def summary(result: GetResult) -> str:

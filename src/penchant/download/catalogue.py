@@ -36,7 +36,7 @@ class Spec:
         name: what a person types; aliases: other names for it; hub: its id there; revision: a branch other than main.
         subsets: name to files; default: the subsets that are read where nobody chooses.
         layout: of its rows (`penchant data formats`); gated: whether its terms must be accepted first.
-        terms: licence, in a few words; summary: one line; filters: which of language, redacted and moderation apply.
+        terms: licence, in a few words; summary: one line.
     """
 
     name: str
@@ -49,12 +49,6 @@ class Spec:
     aliases: tuple[str, ...] = ()
     revision: str = "main"
     gated: bool = False
-    filters: tuple[str, ...] = ()
-
-    @property
-    def page(self) -> str:
-        """Its page, where its terms are."""
-        return HUB + self.hub
 
 
 def _files(part: Mapping[str, Any]) -> Files:
@@ -66,14 +60,12 @@ def _spec(name: str, held: Mapping[str, Any]) -> Spec:
     subsets = {subset: _files(part) for subset, part in held["subsets"].items()}
     default = held.get("default", ["default"])
     chosen = tuple(subsets if default == "all" else default)
-    lists = {key: tuple(held.get(key, ())) for key in ("aliases", "filters")}
-    others: Any = {**held, **lists, "subsets": subsets, "default": chosen}
+    others: Any = {**held, "aliases": tuple(held.get("aliases", ())), "subsets": subsets, "default": chosen}
     return Spec(name, **others)
 
 
-_HELD = packaged_yaml(__package__, "catalogue.yaml")
-SPECS = tuple(_spec(name, held) for name, held in _HELD.items())
-CATALOGUE: dict[str, Spec] = {spec.name: spec for spec in SPECS}
+CATALOGUE = {name: _spec(name, held) for name, held in packaged_yaml(__package__, "catalogue.yaml").items()}
+SPECS = tuple(CATALOGUE.values())
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -123,19 +115,3 @@ def table() -> str:
     """The catalogue as text, a line a data set."""
     wide = max(len(s.name) for s in SPECS)
     return "\n".join(f"{s.name:<{wide}}  {'gated  ' if s.gated else '       '}{s.summary} ({s.terms})" for s in SPECS)
-
-
-def markdown() -> str:
-    """The catalogue as the table of docs/data_get.md."""
-    lines = [
-        "| name | published as | subsets (read by default in bold) | splits | layout | terms |",
-        "|---|---|---|---|---|---|",
-    ]
-    for s in SPECS:
-        names = list(s.subsets)
-        subsets = ", ".join(f"**{n}**" if n in s.default else n for n in names)
-        subsets = "" if names == ["default"] else subsets if len(names) <= 8 else f"**{len(names)} domains**"
-        splits = ", ".join(dict.fromkeys(x for n in s.default for x in s.subsets[n].splits))
-        cells = [s.name, f"[{s.hub}]({s.page})", subsets, splits, s.layout, s.terms + (", gated" if s.gated else "")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"

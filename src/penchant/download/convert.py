@@ -12,15 +12,15 @@ from pathlib import Path
 from time import monotonic
 from typing import IO, Any
 
-from penchant.data.layouts import Layout, LeftOut, RowError, label_field, layout_named
-from penchant.data.load import IDENTICAL, Converted, Quarantined, convert_rows, is_identical, prompt_text
+from penchant.data.layouts import Layout, LeftOut, RowError, layout_named
+from penchant.data.layouts import fields as row_fields
+from penchant.data.load import IDENTICAL, Converted, convert_rows, is_identical, prompt_json, prompt_text
 from penchant.data.read import BadRow, Row
 from penchant.errors import ConfigError, DataError, RewardError
 from penchant.requests import GetRequest
 from penchant.types import Completion, Prompt, PromptTree
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files that are there whole or not at all, and counts
+# ---- files that are there whole or not at all, and counts ----
 
 
 @dataclass(slots=True)
@@ -90,14 +90,11 @@ class Pace:
         self.rows += rows
         if self.rows & 0xFF == 0 and monotonic() - self._last >= self._every:
             self._last = monotonic()
-            self._say(self.line())
-
-    def line(self) -> str:
-        return f"{self._what}: {self.rows:,} rows, {self.rows / max(monotonic() - self._started, 1e-9):,.0f} rows/s"
+            speed = self.rows / (self._last - self._started)
+            self._say(f"{self._what}: {self.rows:,} rows, {speed:,.0f} rows/s")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# filters: language, redaction, moderation
+# ---- filters: language, redaction, moderation ----
 
 
 Fields = Mapping[str, Any]
@@ -108,17 +105,22 @@ class MissingColumn(Exception):
     """A row does not have the column that a filter reads."""
 
 
-@dataclass(frozen=True, slots=True)
 class Filters:
-    """The filters of a request, in one pass.
+    """The filters that a request asks for, in one pass; `languages`: how often each one was met, for a message where none is left."""
 
-    Args:
-        tests: reason to test; a row is counted under the first reason whose test it does not pass.
-        languages: how often each language was met, for a message where none is left.
-    """
-
-    tests: Mapping[str, Callable[[Fields], bool]]
-    languages: Counter[str]
+    def __init__(self, asked: GetRequest) -> None:
+        self.languages: Counter[str] = Counter()
+        # a row is counted under the first reason whose test it does not pass
+        self.tests: dict[str, Callable[[Fields], bool]] = {}
+        if asked.language:
+            wanted = {name.casefold() for name in asked.language}
+            self.tests["language"] = lambda row: _language(row, self.languages).casefold() in wanted
+        if asked.redacted != "keep":
+            only = asked.redacted == "only"
+            self.tests["not redacted" if only else "redacted"] = lambda row: _redacted(row) == only
+        if asked.moderation != "keep":
+            limit = asked.moderation if isinstance(asked.moderation, float) else None
+            self.tests["moderation"] = lambda row: not _objected(row, limit)
 
     def reason(self, row: Fields, where: str) -> str | None:
         """Why a row is left out; None where it stays.
@@ -134,22 +136,6 @@ class Filters:
                 columns = ", ".join(sorted(map(str, row)))
                 raise DataError(where, f"--{error} needs a column that is not there", f"there are {columns}") from error
         return None
-
-
-def filters_of(asked: GetRequest) -> Filters:
-    """The filters that a request asks for."""
-    met: Counter[str] = Counter()
-    tests: dict[str, Callable[[Fields], bool]] = {}
-    if asked.language:
-        wanted = {name.casefold() for name in asked.language}
-        tests["language"] = lambda row: _language(row, met).casefold() in wanted
-    if asked.redacted != "keep":
-        only = asked.redacted == "only"
-        tests["not redacted" if only else "redacted"] = lambda row: _redacted(row) == only
-    if asked.moderation != "keep":
-        limit = asked.moderation if isinstance(asked.moderation, float) else None
-        tests["moderation"] = lambda row: not _objected(row, limit)
-    return Filters(tests, met)
 
 
 def _language(row: Fields, met: Counter[str]) -> str:
@@ -193,8 +179,7 @@ def _bad(result: Any, limit: float | None) -> bool:
     return any(isinstance(s, (int, float)) and s >= limit for s in scores.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# labels: from a reward and a threshold, or from a user's own function
+# ---- labels: from a reward and a threshold, or from a user's own function ----
 
 
 BATCH = 256  # answers that are judged at a time
@@ -206,11 +191,10 @@ class Labeller:
     """Labels trees of one answer each, many at a time.
 
     Args:
-        name: of the reward or function; judge: prompts and answers to (label, score); a label of None leaves the answer out.
+        judge: prompts and answers to (label, score); a label of None leaves the answer out.
         sha256: of what it is made of; None for a built-in reward.
     """
 
-    name: str
     judge: Judged
     sha256: str | None
 
@@ -237,11 +221,10 @@ def labeller_of(asked: GetRequest) -> Labeller | None:
     from penchant.rewards.reward_model import content_sha256
 
     if asked.label_with is not None:
-        judge = _by_function(asked.label_with)
-        return Labeller(asked.label_with, judge, content_sha256(asked.label_with))
+        return Labeller(_by_function(asked.label_with), content_sha256(asked.label_with))
     if asked.reward is None or asked.threshold is None:
         return None
-    return Labeller(asked.reward, _by_reward(asked.reward, asked.threshold), content_sha256(asked.reward))
+    return Labeller(_by_reward(asked.reward, asked.threshold), content_sha256(asked.reward))
 
 
 def _by_reward(name: str, threshold: float) -> Judged:
@@ -280,13 +263,12 @@ def _by_function(name: str) -> Judged:
 def _label(name: str, value: Any) -> bool:
     plain = value.item() if hasattr(value, "item") else value
     try:
-        return label_field({"label": plain}, "label")
+        return row_fields.label({"label": plain}, "label")
     except RowError as error:
         raise RewardError(name, f"returned {str(value)[:40]!r} as a label", "return True, False or None") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# by layout, then as what was asked for
+# ---- by layout, then as what was asked for ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,24 +296,17 @@ class Conversion:
         return replace(self.layout, turn=turn)
 
 
-# what a layout's option `use` gives where a person asks for something else
-_USE = {"sft": "sft", "prompts": "prompts"}
-
-
-def conversion_of(name: str, given: Mapping[str, Any], as_: str | None, labelled: bool) -> Conversion:
+def conversion_of(name: str, asked: GetRequest) -> Conversion:
     """How a layout's rows are converted.
-
-    Args:
-        given: its options; as_: sft, prompts or unpaired; labelled: whether a reward or a function labels the answers.
 
     Raises:
         ConfigError: no such layout or option, or it cannot become what is asked.
     """
-    layout = layout_named(name)
-    wanted = dict(given)
+    layout, as_, labelled = layout_named(name), asked.as_, asked.labels
+    wanted = dict(asked.options)
     use = layout.options.get("use")
     if as_ is not None and use is not None and "use" not in wanted:
-        fitting = "sft" if labelled else _USE.get(as_)  # single answers are labelled
+        fitting = "sft" if labelled else as_  # single answers are labelled
         wanted |= {"use": fitting} if fitting in use.choices else {}
     options = layout.settings(wanted, "--set")
     kind = layout.kind_of(options)
@@ -384,18 +359,7 @@ TURNS: dict[str, Callable[[PromptTree], list[PromptTree]]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rows as they are written
-
-
-def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
-    """A prompt as JSON holds it: text, or messages."""
-    return prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]
-
-
-def rows_of(tree: PromptTree, kind: str) -> list[dict[str, Any]]:
-    """The rows of a tree in the plain layout of its kind, which `penchant train` reads as they are."""
-    return _WRITERS[kind](tree)
+# ---- rows as they are written: those of a tree in the plain layout of its kind, which `penchant train` reads ----
 
 
 def _pair_row(tree: PromptTree) -> list[dict[str, Any]]:
@@ -410,13 +374,11 @@ def _answers(tree: PromptTree, more: Callable[[Completion], Mapping[str, Any]]) 
     return [{"prompt": prompt_json(tree.prompt), "completion": c.text, **more(c)} for c in tree.completions]
 
 
-def _unpaired_rows(tree: PromptTree) -> list[dict[str, Any]]:
-    return _answers(tree, lambda c: {"label": c.label} | ({} if c.score is None else {"score": c.score}))
-
-
-_WRITERS: dict[str, Callable[[PromptTree], list[dict[str, Any]]]] = {
+WRITERS: dict[str, Callable[[PromptTree], list[dict[str, Any]]]] = {
     "pairs": _pair_row,
-    "unpaired": _unpaired_rows,
+    "unpaired": lambda tree: _answers(
+        tree, lambda c: {"label": c.label} | ({} if c.score is None else {"score": c.score})
+    ),
     "scored": lambda tree: _answers(tree, lambda c: {"score": c.score}),
     "sft": lambda tree: _answers(tree, lambda c: {}),
     "prompts": lambda tree: [{"prompt": prompt_json(tree.prompt)}],
@@ -435,8 +397,7 @@ def prompts_of_transcript(values: Fields) -> Fields:
     return {"prompt": [{"role": "user", "content": said}]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one published file to one file of converted rows
+# ---- one published file to one file of converted rows ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,24 +444,14 @@ class Converter:
         return prompts_of_transcript(values) if self.transcripts else values
 
 
-@dataclass(frozen=True, slots=True)
 class Part:
     """Where the converted rows of file `number` are kept: one line for each published row (or group), a list of rows to write."""
 
-    folder: Path
-    number: int
-
-    @property
-    def rows(self) -> Path:
-        return self.folder / f"part-{self.number:05d}.jsonl"
-
-    @property
-    def aside(self) -> Path:
-        return self.folder / f"part-{self.number:05d}.quarantine.jsonl"
-
-    @property
-    def done(self) -> Path:
-        return self.folder / f"part-{self.number:05d}.json"
+    def __init__(self, folder: Path, number: int) -> None:
+        self.rows = folder / f"part-{number:05d}.jsonl"
+        self.aside = folder / f"part-{number:05d}.quarantine.jsonl"
+        self.done = folder / f"part-{number:05d}.json"
+        self.layout = folder / f"layout-{number:05d}.json"
 
     def counts(self) -> Counts | None:
         """What was counted; None where the part is not done."""
@@ -532,7 +483,8 @@ class _Writer:
         elif made.aside:
             self.counts.quarantined += made.rows
             for q in made.aside:
-                self._quarantine(q)
+                held = {"where": q.where, "what": q.what, "how": q.how, "row": q.raw}
+                self.aside.write(json.dumps(held, default=str).encode() + b"\n")
         elif self.how.labeller is None:
             self._write(made)
         else:
@@ -557,18 +509,7 @@ class _Writer:
         self.waiting, self.answers = [], 0
 
     def _write(self, made: Converted) -> None:
-        rows = [row for tree in made.trees for row in rows_of(tree, self.how.conversion.kind)]
-        try:
-            line = json.dumps(rows, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            self.counts.quarantined += made.rows
-            what = "holds half a surrogate pair, which is no text"
-            self._quarantine(Quarantined(made.trees[0].source, what, "fix its text or drop it", rows))
-            return
-        self.out.write(line + b"\n")
+        rows = [row for tree in made.trees for row in WRITERS[self.how.conversion.kind](tree)]
+        self.out.write(json.dumps(rows, ensure_ascii=False).encode() + b"\n")
         self.counts.accepted += made.rows
         self.counts.examples += len(rows)
-
-    def _quarantine(self, q: Quarantined) -> None:
-        held = {"where": q.where, "what": q.what, "how": q.how, "row": q.raw}
-        self.aside.write(json.dumps(held, default=str).encode() + b"\n")

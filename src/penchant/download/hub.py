@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -142,10 +142,6 @@ class Hub:
 
         return Path(self._tried(repository.hub_id, file.path, fetch))
 
-    def open(self, repository: Repository, file: HubFile) -> PartFile:
-        """The file as one that is read over the network, as far as it is read."""
-        return PartFile(self, repository, file)
-
     def part(self, repository: Repository, file: HubFile, start: int, end: int) -> bytes:
         """Bytes from `start` up to `end` of a file."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -171,7 +167,7 @@ class Hub:
             repository.hub_id, file.path, repo_type="dataset", revision=repository.commit, endpoint=self.endpoint
         )
 
-    def cached_bytes(self, repository: Repository, files: list[HubFile]) -> int:
+    def cached_bytes(self, repository: Repository, files: Sequence[HubFile]) -> int:
         """How much of these files is in the hub's cache already."""
         from huggingface_hub import try_to_load_from_cache
 
@@ -198,7 +194,7 @@ class Hub:
 
 
 class PartFile(io.RawIOBase):
-    """A file on the hub that is read by ranges; `fetched` counts the bytes that came."""
+    """A file on the hub that is read over the network, as far as it is read; `fetched` counts the bytes that came."""
 
     def __init__(self, hub: Hub, repository: Repository, file: HubFile) -> None:
         super().__init__()
@@ -244,8 +240,7 @@ def matches(path: Path, file: HubFile) -> bool:
     return found.hexdigest() == file.git_sha1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what went wrong
+# ---- what went wrong ----
 
 
 def logged_in() -> bool:

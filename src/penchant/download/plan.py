@@ -23,9 +23,7 @@ from penchant.requests import GetRequest
 READABLE = tuple(e for e in ENDINGS if e != ".txt")  # a published text file is a licence or a readme
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the request
-
+# ---- the request ----
 
 AS = ("sft", "prompts", "unpaired")
 REDACTED = ("keep", "only", "drop")
@@ -45,29 +43,24 @@ def check_request(asked: GetRequest) -> None:
     Raises:
         ConfigError: it names the option.
     """
-    for check in (_check_split, _check_choices, _check_labels):
-        check(asked)
+    _check_split(asked.split)
+    if asked.first is not None and asked.first < 1:
+        raise ConfigError("--first", f"is {asked.first}", "give a number of rows, 1 or more")
+    for flag, value, allowed in (("--as", asked.as_, (None, *AS)), ("--redacted", asked.redacted, REDACTED)):
+        if value not in allowed:
+            raise ConfigError(flag, f"is {value!r}", f"choose one of {', '.join(filter(None, allowed))}")
+    moderation = asked.moderation
+    if not (moderation in ("keep", "drop-flagged") or (isinstance(moderation, float) and 0 <= moderation <= 1)):
+        raise ConfigError("--moderation", f"is {moderation!r}", "give keep, drop-flagged or a score from 0 to 1")
+    _check_labels(asked)
 
 
-def _check_split(asked: GetRequest) -> None:
-    shares = asked.split
+def _check_split(shares: Sequence[float]) -> None:
     if len(shares) != 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or abs(sum(shares) - 1) > 1e-6:
         what = f"{','.join(f'{s:g}' for s in shares)} are not the shares of train, validation and test"
         raise ConfigError("--split", what, "give three numbers from 0 to 1 that add up to 1, such as 0.9,0.05,0.05")
     if shares[0] == 0:
         raise ConfigError("--split", "train has no share", "give it one above 0")
-
-
-def _check_choices(asked: GetRequest) -> None:
-    if asked.first is not None and asked.first < 1:
-        raise ConfigError("--first", f"is {asked.first}", "give a number of rows, 1 or more")
-    if asked.as_ is not None and asked.as_ not in AS:
-        raise ConfigError("--as", f"is {asked.as_!r}", f"choose one of {', '.join(AS)}")
-    if asked.redacted not in REDACTED:
-        raise ConfigError("--redacted", f"is {asked.redacted!r}", f"choose one of {', '.join(REDACTED)}")
-    moderation = asked.moderation
-    if not (moderation in ("keep", "drop-flagged") or (isinstance(moderation, float) and 0 <= moderation <= 1)):
-        raise ConfigError("--moderation", f"is {moderation!r}", "give keep, drop-flagged or a score from 0 to 1")
 
 
 def _check_labels(asked: GetRequest) -> None:
@@ -85,9 +78,7 @@ def _check_labels(asked: GetRequest) -> None:
         raise ConfigError("--threshold", f"is {asked.threshold}", "give a finite number")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the files, on the hub or in a local copy: subset, published split, layout of each
-
+# ---- the files, on the hub or in a local copy: subset, published split, layout of each ----
 
 _WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -97,28 +88,19 @@ _WORDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Source(HubFile):
     """One file to read.
 
     Args:
-        path: in the data set; split: the published one; subset: of the catalogue, empty where there is none.
-        size: bytes; sha256, git_sha1: of its content, as far as known; local: where it is, when it is a local copy.
+        split: the published one; subset: of the catalogue, empty where there is none; local: where it is, when it is a local copy.
         layout: of its rows, None where it is looked at; prompts_only: its rows are prompts and nothing else.
     """
 
-    path: str
     split: str
     subset: str
-    size: int
-    sha256: str | None = None
-    git_sha1: str | None = None
     local: str | None = None
     layout: str | None = None
     prompts_only: bool = False
-
-    @property
-    def hub_file(self) -> HubFile:
-        return HubFile(self.path, self.size, self.sha256, self.git_sha1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +123,6 @@ class Plan:
     @property
     def repository(self) -> Repository:
         return Repository(self.hub_id, self.commit, ())
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @staticmethod
     def from_json(held: Mapping[str, Any]) -> Plan:
@@ -179,12 +158,11 @@ def make_plan(asked: GetRequest, hub: Hub) -> Plan:
     plan = Plan(
         HUB + repository.hub_id, repository.hub_id, repository.commit, sources, spec.terms if spec else "", left_out
     )
-    hub.check_access(repository, sources[0].hub_file)
+    hub.check_access(repository, sources[0])
     return plan
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# on the hub
+# ---- on the hub ----
 
 
 def hub_sources(
@@ -194,13 +172,15 @@ def hub_sources(
     if spec is not None:
         paths = {f.path: f for f in files}
         found = tuple(
-            Source(p, split, name, paths[p].size, paths[p].sha256, paths[p].git_sha1, None, *of_subset)
-            for name, split, p, of_subset in _of_spec(spec, chosen_subsets(spec, asked.subsets), list(paths))
+            Source(**asdict(paths[p]), split=split, subset=name, layout=layout, prompts_only=prompts_only)
+            for name, split, p, (layout, prompts_only) in _of_spec(
+                spec, chosen_subsets(spec, asked.subsets), list(paths)
+            )
         )
         return found, _absent(spec, chosen_subsets(spec, asked.subsets), found)
     data = [f for f in files if ending(f.path) in READABLE and not f.path.startswith(".")]
     chosen, left_out = _of_card(data, configs, asked.subsets) if configs else _by_name(data, asked.subsets)
-    return tuple(Source(f.path, split, subset, f.size, f.sha256, f.git_sha1) for f, split, subset in chosen), left_out
+    return tuple(Source(**asdict(f), split=split, subset=subset) for f, split, subset in chosen), left_out
 
 
 def _absent(spec: Spec, subsets: Iterable[str], found: Sequence[Source]) -> str:
@@ -288,8 +268,7 @@ def split_of(path: str) -> str:
     return found[-1] if found else "train"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a local copy
+# ---- a local copy ----
 
 
 def local_plan(root: Path, asked: GetRequest, spec: Spec | None) -> Plan:
@@ -308,8 +287,8 @@ def local_plan(root: Path, asked: GetRequest, spec: Spec | None) -> Plan:
     sources = []
     for subset, split, name, rows in found:
         path = paths[name]
-        made = Source(name, split, subset, path.stat().st_size, file_sha256(path), None, str(path.resolve()), *rows)
-        sources.append(made)
+        size, place = path.stat().st_size, str(path.resolve())
+        sources.append(Source(name, size, file_sha256(path), None, split, subset, place, *rows))
     left_out = _absent(spec, subsets, sources) if spec and any(s.subset for s in sources) else ""
     return Plan(str(root.resolve()), "", "", tuple(sources), spec.terms if spec else "", left_out)
 

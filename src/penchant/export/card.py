@@ -16,7 +16,8 @@ from penchant.export.formats import Check, Format
 from penchant.export.subject import Subject
 from penchant.metrics.names import metric
 from penchant.models.options import looks_like_folder
-from penchant.runfolder.read import read
+from penchant.runfolder.read import Folder, read
+from penchant.runfolder.values import ci_of, mapping, num
 
 CARD = "README.md"
 NOT_SETTINGS = ("output", "logging", "trust", "checkpoint")  # they change nothing in the weights
@@ -31,7 +32,8 @@ def card(
     Args:
         files: SHA-256 by name; notes: of the export.
     """
-    manifest = read(subject.run).manifest
+    run = read(subject.run)
+    manifest = run.manifest
     name = f"{subject.run.name} (step {subject.step})"
     parts = [
         _front(subject, form),
@@ -42,9 +44,9 @@ def card(
         f"## Load it\n\n```python\n{_load(subject, form, files)}```",
         f"## Method\n\n{subject.config.method.about}\n\n<details><summary>Every setting</summary>\n\n```yaml\n{_settings(subject.config)}"
         "```\n\n</details>",
-        f"## Data\n\n{_data(subject, manifest)}",
-        f"## Results\n\n{_results(subject)}",
-        f"## What to know before trusting it\n\n{_flags(subject)}",
+        f"## Data\n\n{_data(subject, run)}",
+        f"## Results\n\n{_results(run.metrics, subject.step)}",
+        f"## What to know before trusting it\n\n{_flags(run)}",
         f"## This export\n\n{_export(form, dtype, check, notes)}",
         f"## Hashes\n\n{_hashes(files, manifest)}",
         f"## Versions\n\n{_versions(manifest)}",
@@ -54,14 +56,16 @@ def card(
 
 def plain(text: object) -> str:
     """Text in which nothing is markup, on one line."""
-    flat = "".join(c if c.isprintable() else " " for c in str(text))
-    return PUNCTUATION.sub(r"\\\1", flat)
+    return PUNCTUATION.sub(r"\\\1", _one_line(text))
 
 
 def coded(text: object) -> str:
     """Text as code, on one line."""
-    flat = "".join(c if c.isprintable() else " " for c in str(text)).replace("`", "'").replace("|", "\\|")
-    return f"`{flat}`"
+    return "`" + _one_line(text).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _one_line(text: object) -> str:
+    return "".join(c if c.isprintable() else " " for c in str(text))
 
 
 def public(value: Any) -> Any:
@@ -131,24 +135,23 @@ def _settings(config: RunConfig) -> str:
     return text.replace("```", "'''")
 
 
-def _data(subject: Subject, manifest: Mapping[str, Any]) -> str:
+def _data(subject: Subject, run: Folder) -> str:
     names = public(subject.config.data.path)
     shown = ", ".join(coded(n) for n in ([names] if isinstance(names, str) else names))
     rows = ["| | rows | kept aside | fingerprint |", "|---|---|---|---|"]
-    for name, part in _mapping(manifest.get("data")).items():
-        one = _mapping(part)
+    for name, part in mapping(run.manifest.get("data")).items():
+        one = mapping(part)
         count = one.get("accepted", one.get("rows", ""))
         rows.append(f"| {plain(name)} | {count} | {one.get('quarantined', '')} | `{one.get('fingerprint', '')}` |")
-    found = _mapping(read(subject.run).audit.get("findings")).values()
-    met = [f for f in map(_mapping, found) if f.get("count")]
-    audit = [f"- {plain(f.get('title'))}: {f.get('count')} of {f.get('of')}" for f in met]
+    found = map(mapping, mapping(run.audit.get("findings")).values())
+    audit = [f"- {plain(f.get('title'))}: {f.get('count')} of {f.get('of')}" for f in found if f.get("count")]
     told = "\n".join(audit) if audit else "- nothing was found"
     return f"From {shown}.\n\n" + "\n".join(rows) + f"\n\nWhat the audit of the data found:\n\n{told}"
 
 
-def _results(subject: Subject) -> str:
-    lines = [row for row in read(subject.run).metrics if row.get("kind") == "eval"]
-    after = next((row for row in lines if row.get("step") == subject.step), None)
+def _results(metrics: Sequence[Mapping[str, Any]], step: int) -> str:
+    lines = [row for row in metrics if row.get("kind") == "eval"]
+    after = next((row for row in lines if row.get("step") == step), None)
     if after is None:
         return "Nothing was evaluated at this step."
     before = next((row for row in lines if row.get("step") == 0), {})
@@ -158,23 +161,22 @@ def _results(subject: Subject) -> str:
             continue
         if name.rsplit("/", 1)[-1] in ("n", "ci"):
             continue
-        bounds = after.get(f"{name}/ci")
-        interval = _interval(bounds)
-        start = before.get(name)
-        shown = f"{start:.4f}" if isinstance(start, (int, float)) else ""
-        rows.append(
-            f"| {plain(name.removeprefix('eval/'))} | {shown} | {value:.4f} | {interval} | {plain(metric(name).meaning)} |"
-        )
+        start, interval = num(before, name), ci_of(after, name)
+        cells = [
+            plain(name.removeprefix("eval/")),
+            "" if start is None else f"{start:.4f}",
+            f"{value:.4f}",
+            "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
+            plain(metric(name).meaning),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     many = after.get("eval/rows")
     return f"On {many} rows that were held out from training (intervals over rows or prompts):\n\n" + "\n".join(rows)
 
 
-def _flags(subject: Subject) -> str:
-    lines = [
-        f"- **{plain(f.get('title'))}** ({plain(f.get('level'))}): {plain(f.get('sentence'))}"
-        for f in read(subject.run).flags or ()
-    ]
-    return "\n".join(lines) if lines else "No flag was raised."
+def _flags(run: Folder) -> str:
+    shown = ((plain(f.get(key)) for key in ("title", "level", "sentence")) for f in run.flags or ())
+    return "\n".join(f"- **{title}** ({level}): {said}" for title, level, said in shown) or "No flag was raised."
 
 
 def _export(form: Format, dtype: str, check: Check, notes: Sequence[str]) -> str:
@@ -184,24 +186,13 @@ def _export(form: Format, dtype: str, check: Check, notes: Sequence[str]) -> str
 
 def _hashes(files: Mapping[str, str], manifest: Mapping[str, Any]) -> str:
     rows = ["| file | SHA-256 |", "|---|---|", *(f"| {coded(n)} | `{h}` |" for n, h in files.items())]
-    base = _mapping(manifest.get("model")).get("sha256")
+    base = mapping(manifest.get("model")).get("sha256")
     rows += [f"| the base model's weights, as loaded | `{base}` |"] if base else []
     return "\n".join(rows)
 
 
 def _versions(manifest: Mapping[str, Any]) -> str:
     names = ("penchant", "python", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
-    hardware = _mapping(manifest.get("hardware"))
+    hardware = mapping(manifest.get("hardware"))
     on = ", ".join(f"{k} {plain(v)}" for k, v in hardware.items() if k in ("cpu", "gpu", "device", "dtype") and v)
     return ", ".join(f"{n} {plain(manifest[n])}" for n in names if manifest.get(n)) + (f"; {on}" if on else "") + "."
-
-
-def _interval(bounds: Any) -> str:
-    """``low to high``; empty where there is none."""
-    if isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(b, (int, float)) for b in bounds):
-        return f"{bounds[0]:.4f} to {bounds[1]:.4f}"
-    return ""
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

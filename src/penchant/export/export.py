@@ -21,6 +21,8 @@ from penchant.export.subject import NAMES, Subject, find_subject, outputs
 from penchant.models.options import looks_like_folder
 from penchant.requests import ExportRequest
 from penchant.runfolder import MANIFEST
+from penchant.runfolder.read import json_object
+from penchant.runfolder.values import mapping
 
 # ---- A folder that an earlier export left: is it what is asked for now, untouched? Then it can be pushed as it stands ----
 
@@ -37,22 +39,27 @@ def finished(folder: Path, asked: Mapping[str, Any]) -> tuple[Check, tuple[str, 
         CheckpointError: it is no export, one of something else, or its files are not as they were written. The card may be another:
             whoever publishes adds a licence to it.
     """
-    record = _record(folder)
+    try:
+        record = {} if folder.is_symlink() else json_object((folder / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = {}
+    if not record:
+        raise taken(folder, "it is no finished export")
     for name, value in asked.items():
         if record.get(name) != value:
             other = f"is of another {name} ({record.get(name)!r}, not {value!r})"
             raise taken(folder, f"it {other if name in record else f'does not say which {name}'}")
-    found, written = hashes(folder), record.get("sha256")
-    written = written if isinstance(written, Mapping) else {}
+    found, written = hashes(folder), mapping(record.get("sha256"))
     for name in sorted({*found, *written, CARD}):
         if name not in found:
             raise taken(folder, f"{name!r} is gone from it")
         if name not in (ABOUT, CARD) and found[name] != written.get(name):
             raise taken(folder, f"{name!r} is not as the export wrote it")
     check, notes = _check(record.get("check")), record.get("notes")
-    if check is None or not check.good or not isinstance(notes, list) or not all(map(_is_line, notes)):
+    lines = isinstance(notes, list) and all(isinstance(note, str) and note.isprintable() for note in notes)
+    if check is None or not check.good or not lines:
         raise taken(folder, f"its {ABOUT} records no comparison that was passed")
-    return check, tuple(notes)
+    return check, tuple(record["notes"])
 
 
 def taken(folder: Path, why: str | None = None) -> CheckpointError:
@@ -61,25 +68,10 @@ def taken(folder: Path, why: str | None = None) -> CheckpointError:
     return CheckpointError(str(folder), f"is there already, and {reason}", "give another --output")
 
 
-def _record(folder: Path) -> Mapping[str, Any]:
-    try:
-        found = None if folder.is_symlink() else json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, Mapping):
-        raise taken(folder, "it is no finished export")
-    return found
-
-
 def _check(found: Any) -> Check | None:
-    there = found if isinstance(found, Mapping) else {}
-    values: dict[str, Any] = {f.name: there.get(f.name) for f in fields(Check)}
+    values: dict[str, Any] = {f.name: mapping(found).get(f.name) for f in fields(Check)}
     numbers = [v for name, v in values.items() if not (name == "greedy" and v is None)]
     return Check(**values) if all(isinstance(v, (int, float)) for v in numbers) else None
-
-
-def _is_line(note: Any) -> bool:
-    return isinstance(note, str) and note.isprintable()
 
 
 # ---- An exported folder to the hub. The token comes from the environment or the login, and is never shown ----
@@ -163,7 +155,8 @@ def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: No
         ModelError: the form cannot hold this model, or what was read back is another one (it is kept as ``NAME.failed``).
     """
     form, subject, dtype = _checked(request)
-    folder = _target(request, subject, form, dtype)
+    named = f"step-{subject.step}-{form.name}" + ("" if request.dtype == "auto" else f"-{dtype}")
+    folder = Path(request.output).expanduser() if request.output else subject.run / "export" / named
     if request.push is not None:
         check_push(request.push, subject.base.path if form.name == "adapter" else None)
     if folder.exists() or folder.is_symlink():
@@ -186,7 +179,7 @@ def _make(
     subject: Subject, form: Format, request: ExportRequest, dtype: str, folder: Path
 ) -> tuple[Check, tuple[str, ...]]:
     """Write aside, and rename what was found good."""
-    form.check(subject, dtype)
+    form.check(subject)
     aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -195,8 +188,12 @@ def _make(
             sweep(folder.parent, f"{folder.name}-*")
             aside.mkdir()
             check, notes = _write(subject, form, request, dtype, aside)
-            if not check.good:
-                raise _refused(folder, aside, check)
+            if not check.good:  # what is not the run's model is kept for a look, under a name that says so
+                names = (folder.with_name(f"{folder.name}.failed{i or ''}") for i in range(10_000))
+                failed = next(n for n in names if not n.exists())
+                os.rename(aside, failed)
+                what = f"what was written is not the run's model: {check.to_text()}"
+                raise ModelError(str(folder), what, f"see {failed}")
             if folder.exists():
                 raise taken(folder)
             os.rename(aside, folder)
@@ -216,11 +213,6 @@ def _checked(request: ExportRequest) -> tuple[Format, Subject, str]:
     return form, subject, dtype_of(form, subject, request.dtype)
 
 
-def _target(request: ExportRequest, subject: Subject, form: Format, dtype: str) -> Path:
-    named = f"step-{subject.step}-{form.name}" + ("" if request.dtype == "auto" else f"-{dtype}")
-    return Path(request.output).expanduser() if request.output else subject.run / "export" / named
-
-
 def _identity(subject: Subject, form: Format, dtype: str) -> dict[str, Any]:
     """What an export is of: with the sum over the checkpoint's own sums, for a run may be trained again under its name."""
     sums = hashlib.sha256((subject.checkpoint / MANIFEST).read_bytes()).hexdigest()
@@ -234,10 +226,9 @@ def _write(
     """Write the files, compare what is read back, and describe them."""
     rows = subject.rows()
     own = outputs(subject.own(), rows)
-    written = form.write(subject, request, dtype, folder)
-    expected = outputs(written.model, rows)
-    notes = written.notes
-    del written
+    model, notes = form.write(subject, request, dtype, folder)
+    expected = outputs(model, rows)
+    del model
     merged = subject.adapter is not None and form.name != "adapter" and not subject.reward
     check = compared(
         own,
@@ -254,11 +245,3 @@ def _write(
     (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     (folder / CARD).write_text(card(subject, form, dtype, check, files, notes), encoding="utf-8")
     return check, notes
-
-
-def _refused(folder: Path, aside: Path, check: Check) -> ModelError:
-    """What is not the run's model is kept for a look, under a name that says so."""
-    names = (folder.with_name(f"{folder.name}.failed{i or ''}") for i in range(10_000))
-    failed = next(n for n in names if not n.exists())
-    os.rename(aside, failed)
-    return ModelError(str(folder), f"what was written is not the run's model: {check.to_text()}", f"see {failed}")

@@ -13,16 +13,8 @@ import torch
 from torch import Tensor
 
 from penchant.errors import ConfigError
-from penchant.export.gguf import Q8, gguf_writer, read_gguf, refuse_what_gguf_cannot
-from penchant.export.subject import (
-    NAMES,
-    Subject,
-    need_adapter,
-    read_causal_model,
-    read_reward_model,
-    round_weights,
-    with_adapter,
-)
+from penchant.export.gguf import Q8, as_stored, read_gguf, refuse_what_gguf_cannot, write_gguf
+from penchant.export.subject import NAMES, Subject, loader_of, read_model, round_weights, with_adapter
 from penchant.models.merge import TOLERANCE
 from penchant.models.reward import SETTINGS
 from penchant.requests import ExportRequest
@@ -33,17 +25,8 @@ STATE = "state_dict.pt"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What was written.
-
-    Args:
-        model: in fp32, with the weights that the files should hold: what is read back must compute the same.
-        notes: what a person should know.
-    """
-
-    model: Any
-    notes: tuple[str, ...] = ()
+# the model in fp32 with the weights that the files should hold (what is read back must compute the same), and what a person should know
+Written = tuple[Any, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,36 +45,31 @@ class Format:
     read: Callable[[Subject, Path], Any]
     library: str
     load: str
-    check: Callable[[Subject, str], None] = lambda _subject, _dtype: None
+    check: Callable[[Subject], None] = lambda _: None
     equal: float = 0.0
     dtypes: tuple[str, ...] = tuple(DTYPES)
 
 
-def stored_as(dtype: str) -> Callable[[str, Tensor], Tensor]:
-    """What is left of a weight that is stored in a floating-point type."""
-    return lambda _name, value: value.to(DTYPES[dtype]) if value.is_floating_point() else value
+def _cast(value: Tensor, dtype: str) -> Tensor:
+    """A weight in the type of the files."""
+    return value.to(DTYPES[dtype]) if value.is_floating_point() else value
 
 
 def _save_whole(subject: Subject, request: ExportRequest, dtype: str, folder: Path) -> Written:
     """A folder that transformers loads."""
     model = subject.whole()
-    round_weights(model, stored_as(dtype))
+    round_weights(model, lambda _name, value: _cast(value, dtype))
     model.save_pretrained(folder, state_dict=_cast_state(model, dtype), max_shard_size=request.max_shard_size)
     _save_config(model.config, dtype, folder)  # again: save_pretrained names the type that the model has in memory
     _save_beside(subject, folder)
-    return Written(model)
+    return model, ()
 
 
 def _cast_state(model: Any, dtype: str) -> dict[str, Tensor]:
     """A model's state in the type of the files; tied weights stay one tensor, so that none is written twice."""
     shared: dict[tuple[int, torch.Size], Tensor] = {}
-
-    def cast(value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value
-        return shared.setdefault((value.data_ptr(), value.shape), value.to(DTYPES[dtype]))
-
-    return {name: cast(value) for name, value in model.state_dict().items()}
+    state = model.state_dict().items()
+    return {name: shared.setdefault((value.data_ptr(), value.shape), _cast(value, dtype)) for name, value in state}
 
 
 def _save_config(config: Any, dtype: str, folder: Path) -> None:
@@ -110,26 +88,25 @@ def _save_beside(subject: Subject, folder: Path) -> None:
 
 
 def _read_whole(subject: Subject, folder: Path) -> Any:
-    return (read_reward_model if subject.reward else read_causal_model)(folder)
+    return read_model(folder, subject.reward)
 
 
 def _save_state_dict(subject: Subject, _request: ExportRequest, dtype: str, folder: Path) -> Written:
     """One file of tensors, with the config and the tokenizer beside it."""
     model = subject.whole()
-    round_weights(model, stored_as(dtype))
+    round_weights(model, lambda _name, value: _cast(value, dtype))
     _save_config(model.config, dtype, folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     torch.save(_cast_state(model, dtype), folder / STATE)
     _save_beside(subject, folder)
-    return Written(model)
+    return model, ()
 
 
 def _read_state_dict(subject: Subject, folder: Path) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
-    loader = AutoModelForSequenceClassification if subject.reward else AutoModelForCausalLM
-    model = loader.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    model = loader_of(subject.reward).from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     model.load_state_dict(torch.load(folder / STATE, weights_only=True))
     return model.eval()
 
@@ -138,27 +115,30 @@ def _save_adapter(subject: Subject, _request: ExportRequest, dtype: str, folder:
     """What peft loads over the base model."""
     from safetensors.torch import load_file, save_file
 
-    adapter = need_adapter(subject, "adapter")
-    (weights,) = adapter.glob("adapter_model.safetensors")
-    state = {name: stored_as(dtype)(name, value).contiguous() for name, value in load_file(weights).items()}
-    save_file(state, folder / weights.name, metadata={"format": "pt"})
+    adapter = subject.adapter
+    assert adapter is not None
+    weights = "adapter_model.safetensors"
+    state = {name: _cast(value, dtype).contiguous() for name, value in load_file(adapter / weights).items()}
+    save_file(state, folder / weights, metadata={"format": "pt"})
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = subject.base.path
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     _save_beside(subject, folder)
     model = with_adapter(subject.bare(), adapter)
     trained = {name for name, _ in model.named_parameters() if "lora_" in name or ".modules_to_save." in name}
-    round_weights(model, lambda name, value: stored_as(dtype)(name, value) if name in trained else value)
-    return Written(model)
+    round_weights(model, lambda name, value: _cast(value, dtype) if name in trained else value)
+    return model, ()
 
 
 def _read_adapter(subject: Subject, folder: Path) -> Any:
     return with_adapter(subject.bare(), folder)
 
 
-def _needs_adapter(to: str) -> Callable[[Subject, str], None]:
-    def check(subject: Subject, _dtype: str) -> None:
-        need_adapter(subject, to)
+def _needs_adapter(to: str) -> Callable[[Subject], None]:
+    def check(subject: Subject) -> None:
+        if subject.adapter is None:
+            what = f"{to} needs a LoRA run, and {subject.run} trained the whole model"
+            raise ConfigError("--to", what, "use safetensors")
 
     return check
 
@@ -167,10 +147,8 @@ def _save_gguf(subject: Subject, _request: ExportRequest, dtype: str, folder: Pa
     """One file for llama.cpp and its kin."""
     model = subject.whole()
     name = f"{subject.run.name}-step-{subject.step}"
-    written = gguf_writer(model, subject.tokenizer(), dtype, name)
-    round_weights(model, written.seen)
-    written.write(folder / f"{name}-{dtype}.gguf")
-    return Written(model, written.notes)
+    round_weights(model, lambda _name, value: as_stored(value, dtype))
+    return model, write_gguf(folder / f"{name}-{dtype}.gguf", model, subject.tokenizer(), dtype, name)
 
 
 def _read_gguf(_subject: Subject, folder: Path) -> Any:

@@ -7,20 +7,17 @@ import importlib.util
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from penchant.errors import ConfigError, ModelError
-
-if TYPE_CHECKING:
-    from penchant.export.subject import Subject
-
+from penchant.export.subject import Subject, read_model
 
 # ---- A tokenizer's vocabulary as GGUF holds it; tokenizers whose splitting llama.cpp does not have under a name are refused ----
 
@@ -177,62 +174,27 @@ TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", Q8: "Q8_0"}
 FILE_TYPES = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", Q8: "MOSTLY_Q8_0"}
 
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """A model type of transformers in GGUF.
-
-    Args:
-        gguf: its name there; permuted: whether query and key rows stand in another order there (rotary halves interleaved).
-        biases: whether query, key and value have biases.
-    """
-
-    gguf: str
-    permuted: bool = False
-    biases: bool = False
+# a model type of transformers to its name in GGUF
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
-ARCHITECTURES = {
-    "llama": Architecture("llama", permuted=True),
-    "mistral": Architecture("llama", permuted=True),
-    "qwen2": Architecture("qwen2", biases=True),
-    "qwen3": Architecture("qwen3"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class GGUF:
-    """A file to be written.
-
-    Args:
-        write: writes it; seen: what is left of a weight (its name in transformers, its value) once it is stored there.
-        notes: what a person should know.
-    """
-
-    write: Callable[[Path], None]
-    seen: Callable[[str, Tensor], Tensor]
-    notes: tuple[str, ...]
-
-
-def refuse_what_gguf_cannot(subject: Subject, _dtype: str) -> None:
+def refuse_what_gguf_cannot(subject: Subject) -> None:
     """Before anything is loaded.
 
     Raises:
         ConfigError: a reward model, or the package is not installed. ModelError: a model or a tokenizer that has not been verified.
     """
-    from penchant.models.reward import load_model_config
-
     if subject.reward:
         raise ConfigError("--to", "gguf is for language models, and this run is a reward model", "use safetensors")
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError("--to", "gguf is not installed", "pip install 'penchant[gguf]'")
-    whole = subject.folder if (subject.folder / "config.json").exists() else subject.base.path
-    config = load_model_config(str(whole))
+    config = subject.model_config()
     check_config(config, str(subject.run))
     vocabulary_of(subject.tokenizer(), int(config.vocab_size), str(subject.run))
 
 
-def check_config(config: Any, where: str) -> Architecture:
-    """The architecture of a model's config.
+def check_config(config: Any, where: str) -> str:
+    """The architecture of a model's config, as GGUF calls it.
 
     Raises:
         ModelError: one whose GGUF has not been verified here, with the setting that makes it so.
@@ -265,47 +227,46 @@ def _slides(config: Any) -> bool:
     return window is not None and bool(used) and window < int(config.max_position_embeddings)
 
 
-def gguf_writer(model: Any, tokenizer: Any, dtype: str, name: str) -> GGUF:
-    """A model as GGUF.
+def write_gguf(path: Path, model: Any, tokenizer: Any, dtype: str, name: str) -> tuple[str, ...]:
+    """Write a model as GGUF; returns what a person should know.
 
     Args:
         model: in fp32; dtype: of matrices (vectors stay in fp32): fp32, fp16, bf16 or q8_0; name: what the file calls the model.
     """
-    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 
     config = model.config
     architecture = check_config(config, name)
-    number = next(a for a in MODEL_ARCH if MODEL_ARCH_NAMES[a] == architecture.gguf)
+    number = next(a for a in MODEL_ARCH if MODEL_ARCH_NAMES[a] == architecture)
     names = get_tensor_name_map(number, config.num_hidden_layers)
     vocabulary = vocabulary_of(tokenizer, model.get_input_embeddings().weight.shape[0], name)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    tensors = {n: p for n, p in model.named_parameters() if not (tied and n.startswith("lm_head."))}
-    kinds = {n: _type_of(p, dtype) for n, p in tensors.items()}
-    fallen = sum(k == "F16" and dtype == Q8 for k in kinds.values())
-    notes = [*vocabulary.notes]
-    if fallen:
-        notes.append(f"{fallen} matrices have rows that are no multiple of {BLOCK} and are stored in fp16")
+    writer = GGUFWriter(path, architecture)
+    _add_settings(writer, config, name, dtype)
+    _add_vocabulary(writer, vocabulary)
+    fallen = 0
+    for n, p in model.named_parameters():  # of tied weights the first alone
+        found = names.get_name(n, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise ModelError(name, f"GGUF has no place for the weight {n}", "use --to safetensors")
+        kind = _type_of(p, dtype)
+        fallen += kind == "F16" and dtype == Q8
+        values = _stored(_arranged(n, _array(p), config, architecture), kind)
+        writer.add_tensor(found, values, raw_dtype=GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    note = f"{fallen} matrices have rows that are no multiple of {BLOCK} and are stored in fp16"
+    return (*vocabulary.notes, note) if fallen else vocabulary.notes
 
-    def seen(n: str, value: Tensor) -> Tensor:
-        return torch.from_numpy(_back(_stored(_array(value), kinds[n]), kinds[n])) if n in kinds else value
 
-    def write(path: Path) -> None:
-        from gguf import GGUFWriter
+def as_stored(value: Tensor, dtype: str) -> Tensor:
+    """What is left of a weight once it is stored in a file of this type."""
+    from gguf import GGMLQuantizationType, quants
 
-        writer = GGUFWriter(path, architecture.gguf)
-        _add_settings(writer, config, name, dtype)
-        _add_vocabulary(writer, vocabulary)
-        for n, p in tensors.items():
-            found = names.get_name(n, try_suffixes=(".weight", ".bias"))
-            if found is None:
-                raise ModelError(name, f"GGUF has no place for the weight {n}", "use --to safetensors")
-            _add_tensor(writer, found, _arranged(n, _array(p.data), config, architecture), kinds[n])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-    return GGUF(write, seen, tuple(notes))
+    kind = _type_of(value, dtype)
+    found = quants.dequantize(_stored(_array(value), kind), GGMLQuantizationType[kind])
+    return torch.from_numpy(np.array(found, dtype=np.float32))
 
 
 def _type_of(p: Tensor, dtype: str) -> str:
@@ -326,23 +287,11 @@ def _stored(values: np.ndarray, kind: str) -> np.ndarray:
     return quants.quantize(values, GGMLQuantizationType[kind])
 
 
-def _back(data: np.ndarray, kind: str) -> np.ndarray:
-    from gguf import GGMLQuantizationType, quants
-
-    return np.array(quants.dequantize(data, GGMLQuantizationType[kind]), dtype=np.float32)
-
-
-def _add_tensor(writer: Any, name: str, values: np.ndarray, kind: str) -> None:
-    from gguf import GGMLQuantizationType
-
-    writer.add_tensor(name, _stored(values, kind), raw_dtype=GGMLQuantizationType[kind])
-
-
-def _arranged(name: str, values: np.ndarray, config: Any, architecture: Architecture) -> np.ndarray:
-    """Rows in GGUF's order: there the two coordinates that rotate together are neighbors, here they are half a head apart."""
+def _arranged(name: str, values: np.ndarray, config: Any, architecture: str) -> np.ndarray:
+    """Rows in GGUF's order: a Llama's two coordinates that rotate together are neighbors there, and here half a head apart."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     part = name.split(".")[-2]
-    if not architecture.permuted or part not in heads:
+    if architecture != "llama" or part not in heads:
         return values
     n = heads[part]
     halves = values.reshape(n, 2, values.shape[0] // n // 2, *values.shape[1:])
@@ -393,8 +342,6 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
 
 def read_gguf(folder: Path) -> Any:
     """The one GGUF file of a folder as transformers' users load it, in fp32."""
-    from penchant.export.subject import read_causal_model
-
     (path,) = folder.glob("*.gguf")
     with contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be switched off
-        return read_causal_model(folder, gguf_file=path.name)
+        return read_model(folder, gguf_file=path.name)

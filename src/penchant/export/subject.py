@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from penchant.config import RunConfig, with_absolute_paths
-from penchant.errors import CheckpointError, ConfigError
+from penchant.errors import CheckpointError
 from penchant.models.load import load_causal_model, load_tokenizer, own_memory
 from penchant.models.merge import is_adapter, merged_model
 from penchant.models.options import ModelConfig
-from penchant.models.reward import ADAPTER, choose_padding, load_reward_model, set_padding
+from penchant.models.reward import ADAPTER, choose_padding, load_model_config, load_reward_model, set_padding
 from penchant.runfolder.read import read
 from penchant.runs.find import check_there, find_run, runs_in
 from penchant.training.checkpoint import find_checkpoint, load_checkpoint
@@ -72,10 +72,15 @@ class Subject:
                         return dtype
         return torch.float32
 
+    def model_config(self) -> Any:
+        """The model's config; an adapter has none of its own."""
+        own = (self.folder / "config.json").exists()
+        return load_model_config(str(self.folder) if own else self.base.path)
+
     def own(self) -> Any:
         """The model as the run has it, in fp32: an adapter beside its base, not in it (a reward model is stored merged)."""
         if self.reward:
-            return read_reward_model(self.folder)
+            return read_model(self.folder, reward=True)
         if self.adapter is None:
             return load_causal_model(ModelConfig(path=str(self.folder)), CPU).eval()
         return with_adapter(load_causal_model(self.base, CPU, self.config.train.seed), self.adapter)
@@ -103,7 +108,7 @@ class Subject:
         tokenizer = self.tokenizer()
         texts = [str(s.get("prompt", "")) + str(s.get("after", "")) for s in read(self.run).samples[:PROMPTS]]
         found = [tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST] for text in texts]
-        top = min(len(tokenizer), int(_text_config(self).vocab_size))
+        top = min(len(tokenizer), int(self.model_config().get_text_config().vocab_size))
         drawn = torch.randint(0, top, (FIXED,), generator=torch.Generator().manual_seed(0)).tolist()
         # a reward model's score is read at the last token that is not padding
         fixed = [i for i in drawn if i != tokenizer.pad_token_id]
@@ -145,25 +150,19 @@ def with_adapter(base: Any, adapter: Path) -> Any:
     return model.float().eval()
 
 
-def read_causal_model(folder: Path, **options: Any) -> Any:
-    """A language model's folder as transformers' users load it, in fp32."""
-    from transformers import AutoModelForCausalLM
+def loader_of(reward: bool) -> Any:
+    """What loads such a model in transformers."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    return _fp32(AutoModelForCausalLM, folder, options)
-
-
-def read_reward_model(folder: Path, **options: Any) -> Any:
-    """The same of a reward model's."""
-    from transformers import AutoModelForSequenceClassification
-
-    return _fp32(AutoModelForSequenceClassification, folder, options)
+    return AutoModelForSequenceClassification if reward else AutoModelForCausalLM
 
 
-def _fp32(loader: Any, folder: Path, options: dict[str, Any]) -> Any:
+def read_model(folder: Path, reward: bool = False, **options: Any) -> Any:
+    """A model's folder as transformers' users load it, in fp32."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = loader.from_pretrained(folder, dtype=torch.float32, **options)
+    model = loader_of(reward).from_pretrained(folder, dtype=torch.float32, **options)
     own_memory(model)  # else the length of a file's header decides over the last bits
     return model.eval()
 
@@ -179,22 +178,3 @@ def round_weights(model: Any, seen: Callable[[str, Tensor], Tensor]) -> None:
     """Replace every weight by what is left of it once it is stored; the model stays in fp32."""
     for name, p in model.named_parameters():
         p.data = seen(name, p.data).to(torch.float32)
-
-
-def _text_config(subject: Subject) -> Any:
-    from penchant.models.reward import load_model_config
-
-    path = str(subject.folder) if (subject.folder / "config.json").exists() else subject.base.path
-    return load_model_config(path).get_text_config()
-
-
-def need_adapter(subject: Subject, to: str) -> Path:
-    """The adapter of a LoRA run.
-
-    Raises:
-        ConfigError: the whole model was trained.
-    """
-    if subject.adapter is None:
-        what = f"{to} needs a LoRA run, and {subject.run} trained the whole model"
-        raise ConfigError("--to", what, "use safetensors")
-    return subject.adapter

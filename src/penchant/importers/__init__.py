@@ -207,11 +207,9 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
 def _complete(found: Mapping[str, Any], translation: Translation, path: str) -> None:
     """Model, data and an online method's reward often stand on their command line or in a script."""
     method = ALGORITHMS.get(found.get("algorithm.name", ("", ""))[0])
-    wanted = {
-        "model.path": "MODEL",
-        "data.path": "train.jsonl",
-        **({"reward": "rewards.py:FUNCTION"} if method is not None and method.takes_reward else {}),
-    }
+    wanted = {"model.path": "MODEL", "data.path": "train.jsonl"}
+    if method is not None and method.takes_reward:
+        wanted["reward"] = "rewards.py:FUNCTION"
     missing = {k: v for k, v in wanted.items() if k not in found}
     if missing:
         how = "add it behind the file: " + " ".join(f"{k}={v}" for k, v in missing.items())

@@ -12,9 +12,9 @@ tables too, and under `derived` the keys of every function that makes something 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 from penchant.base.files import packaged_yaml
@@ -79,44 +79,6 @@ class NotHere(ValueError):
     """A value that has no counterpart; its text says what to do."""
 
 
-def translated(to: str, read: Convert, values: Mapping[Any, Any], otherwise: str, note: str) -> Rule:
-    """The key is `to`, its value read and then looked up in `values`; `otherwise` refuses one that is not there."""
-
-    def rule(key: str, given: Given) -> Line:
-        if given[key] is None:
-            return given.line([key], "same", note="not set")
-        try:
-            value = read(given[key])
-            known = isinstance(value, Hashable) and value in values
-            if otherwise and not known:
-                raise NotHere(f"{value!r} has no counterpart; {otherwise}")
-        except NotHere as problem:
-            return given.line([key], "unsupported", note=str(problem))
-        return given.line([key], "translated", {to: values[value] if known else value}, note)
-
-    return rule
-
-
-def ignored(why: str, when: Sequence[Any], otherwise: str) -> Rule:
-    """Nothing to write: with one of `when` (with any, where none is named) it is so here already."""
-
-    def rule(key: str, given: Given) -> Line:
-        asks = bool(when) and given[key] not in when and given[key] is not None
-        return given.line([key], "unsupported" if asks else "same", note=otherwise if asks else why)
-
-    return rule
-
-
-def unsupported(how: str, idle: Sequence[Any]) -> Rule:
-    """Not here: `how` says what to do instead. A value in `idle` (or false, none, empty) asks for nothing."""
-
-    def rule(key: str, given: Given) -> Line:
-        asks = not any(type(given[key]) is type(v) and given[key] == v for v in (*OFF, *idle))
-        return given.line([key], "unsupported" if asks else "same", note=how if asks else "off, as here")
-
-    return rule
-
-
 def number(value: Any) -> float:
     """A number, also where YAML 1.1 has left ``1e-5`` a text."""
     if isinstance(value, bool):
@@ -176,6 +138,37 @@ CONVERSIONS: dict[str, Convert] = {
 }
 
 
+def _translated(rule: Mapping[str, Any], key: str, given: Given) -> Line:
+    """The key is `to`, its value read and then looked up in `values`; `otherwise` refuses one that is not there."""
+    if given[key] is None:
+        return given.line([key], "same", note="not set")
+    values, otherwise = rule.get("values", {}), rule.get("otherwise")
+    try:
+        value = CONVERSIONS[rule.get("as", "as it is")](given[key])
+        known = isinstance(value, Hashable) and value in values
+        if otherwise and not known:
+            raise NotHere(f"{value!r} has no counterpart; {otherwise}")
+    except NotHere as problem:
+        return given.line([key], "unsupported", note=str(problem))
+    return given.line([key], "translated", {rule["to"]: values[value] if known else value}, rule.get("note", ""))
+
+
+def _ignored(rule: Mapping[str, Any], key: str, given: Given) -> Line:
+    """Nothing to write: with one of `when` (with any, where none is named) it is so here already."""
+    asks = "when" in rule and given[key] not in rule["when"] and given[key] is not None
+    return given.line([key], "unsupported" if asks else "same", note=rule["otherwise" if asks else "why"])
+
+
+def _unsupported(rule: Mapping[str, Any], key: str, given: Given) -> Line:
+    """Not here: `how` says what to do instead. A value in `idle` (or false, none, empty) asks for nothing."""
+    asks = not any(type(given[key]) is type(v) and given[key] == v for v in (*OFF, *rule.get("idle", ())))
+    return given.line([key], "unsupported" if asks else "same", note=rule["how"] if asks else "off, as here")
+
+
+# the parts of a table: what applies their rules, and what a rule that is only a text says
+KINDS = (("translated", _translated, "to"), ("ignored", _ignored, "why"), ("unsupported", _unsupported, "how"))
+
+
 @dataclass(frozen=True)
 class Method:
     """One of their trainers.
@@ -222,17 +215,10 @@ def table(name: str) -> dict[str, Any]:
 def _rules(part: Mapping[str, Any]) -> dict[str, Rule]:
     """The rules of one table."""
     made: dict[str, Rule] = {}
-    for keys, rule in part.get("translated", {}).items():
-        read = CONVERSIONS[rule.get("as", "as it is")]
-        found = translated(rule["to"], read, rule.get("values", {}), rule.get("otherwise", ""), rule.get("note", ""))
-        made |= dict.fromkeys(keys.split(", "), found)
-    for keys, rule in part.get("ignored", {}).items():
-        said = rule if isinstance(rule, dict) else {"why": rule}
-        found = ignored(said["why"], said.get("when", ()), said.get("otherwise", ""))
-        made |= dict.fromkeys(keys.split(", "), found)
-    for keys, rule in part.get("unsupported", {}).items():
-        said = rule if isinstance(rule, dict) else {"how": rule}
-        made |= dict.fromkeys(keys.split(", "), unsupported(said["how"], said.get("idle", ())))
+    for kind, apply, text in KINDS:
+        for keys, rule in part.get(kind, {}).items():
+            said = rule if isinstance(rule, dict) else {text: rule}
+            made |= dict.fromkeys(keys.split(", "), partial(apply, said))
     return made
 
 

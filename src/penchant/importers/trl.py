@@ -37,10 +37,8 @@ def _targets(given: Given) -> Line:
     known, kind = TABLE["peft_targets"], model_type(str(given["model_name_or_path"]))
     note = f"PEFT's default for {kind}"
     if kind not in known:
-        kind, note = (
-            "llama",
-            "PEFT's default for Llama, Mistral, Qwen and Gemma; GPT-2: c_attn, GPT-NeoX: query_key_value",
-        )
+        kind = "llama"
+        note = "PEFT's default for Llama, Mistral, Qwen and Gemma; GPT-2: c_attn, GPT-NeoX: query_key_value"
     return Line((), "translated", (("lora.target_modules", known[kind]),), note, given=False)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ __all__ = ["Start", "propose", "write_config"]
 
 # ---- What a person may want of a run (goals.yaml), and what each goal needs of the data and writes into a config ----
 
-Lines = Mapping[str, tuple[Any, str]]  # key: (value, why)
+Lines = Mapping[str, Sequence[Any]]  # key: its value, and why
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +37,15 @@ class Goal:
 
     name: str
     about: str
-    kinds: tuple[str, ...]
-    lr: tuple[float, float]
+    kinds: Sequence[str]
+    lr: Sequence[float]
     batch_size: int
     section: Mapping[str, Lines]
     online: bool = False
 
 
-def _goal(name: str, held: Mapping[str, Any]) -> Goal:
-    section = {s: {key: tuple(said) for key, said in keys.items()} for s, keys in held["section"].items()}
-    lists: Any = {"kinds": tuple(held["kinds"]), "lr": tuple(held["lr"]), "section": section}
-    return Goal(name, **{**held, **lists})
-
-
-_HELD = packaged_yaml(__package__, "goals.yaml")
-GOALS = {name: _goal(name, held) for name, held in _HELD.items()}
+_TABLE: dict[str, dict[str, Any]] = packaged_yaml(__package__, "goals.yaml")
+GOALS = {name: Goal(name, **held) for name, held in _TABLE.items()}
 
 
 def fitting(kind: str) -> list[Goal]:
@@ -147,8 +141,9 @@ def propose(
         "data": _data(data, model, chosen, held_out),
     }
     if lora:
+        gigabytes = round((model.parameters or 0) * WHOLE_BYTES / 2**30)
         sections["lora"] = {
-            "r": (16, f"an adapter in place of the whole model, which would need about {_gigabytes(model)} GB; rank"),
+            "r": (16, f"an adapter in place of the whole model, which would need about {gigabytes} GB; rank"),
             "alpha": (32, "its update is scaled by alpha / r"),
         }
     sections |= chosen.section
@@ -182,10 +177,6 @@ def _about_model(model: ModelFacts) -> str:
     if model.parameters is None:
         return "a hub id or a folder; its size is not known yet"
     return f"{model.parameters:,} parameters; a folder or a hub id"
-
-
-def _gigabytes(model: ModelFacts) -> int:
-    return round((model.parameters or 0) * WHOLE_BYTES / 2**30)
 
 
 def _wants_adapter(model: ModelFacts) -> bool:
@@ -241,16 +232,14 @@ def _length(data: DataFacts, model: ModelFacts, goal: Goal) -> tuple[int, str]:
 
 
 def _train(data: DataFacts, model: ModelFacts, goal: Goal, lora: bool) -> Lines:
-    batch = _batch(data, goal)
-    length = _length(data, model, goal)[0]
+    small = model.parameters is not None and model.parameters < 20_000_000
     trees = 1 if data.kind in ("sft", "text", "unpaired", "prompts") else 2
-    tokens = max(512, min(4096, _power_above(length * trees)))
-    if model.parameters is not None and model.parameters < 20_000_000:
-        tokens = max(tokens, 4096)
-    rate = _rate(model, goal, lora)
+    most = _length(data, model, goal)[0] * trees
+    tokens = 4096 if small else max(512, min(4096, 1 << (most - 1).bit_length()))  # the power of two above
+    rate = goal.lr[1] if lora else goal.lr[0] * (10 if small else 1)  # small models take larger steps
     return {
         "epochs": (1, "passes over the data; start with one"),
-        "batch_size": (batch, "rows per optimizer step"),
+        "batch_size": (_batch(data, goal), "rows per optimizer step"),
         "tokens_per_step": (tokens, "tokens of one forward/backward pass: the unit of memory, no effect on the result"),
         "lr": (rate, f"peak learning rate: usual for {goal.name} with {'an adapter' if lora else 'the whole model'}"),
     }
@@ -263,17 +252,6 @@ def _batch(data: DataFacts, goal: Goal) -> int:
     while size > 4 and rows // size < 20:
         size //= 2
     return size
-
-
-def _rate(model: ModelFacts, goal: Goal, lora: bool) -> float:
-    """Small models take larger steps."""
-    rate = goal.lr[1 if lora else 0]
-    small = model.parameters is not None and model.parameters < 20_000_000
-    return rate * 10 if small and not lora else rate
-
-
-def _power_above(n: int) -> int:
-    return 1 << max(0, (n - 1).bit_length())
 
 
 def write_config(start: Start, path: str | Path) -> Path:

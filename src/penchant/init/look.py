@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,8 @@ from penchant.data.load import Dataset, load_preferences
 from penchant.data.tokenize import tokenize
 from penchant.errors import ConfigError, PenchantError
 from penchant.models.load import load_tokenizer
-from penchant.models.reward import load_model_config
+from penchant.models.options import ModelConfig, looks_like_folder
+from penchant.models.reward import is_encoder, load_model_config
 from penchant.types import Prompt
 
 SAMPLE = 2000  # rows that are tokenized
@@ -164,8 +164,7 @@ def look_at_model(path: str) -> ModelFacts:
     Raises:
         ModelError: a folder that holds no model.
     """
-    from penchant.models.options import looks_like_folder
-    from penchant.models.reward import is_encoder
+    from penchant.plan.outline import outline, parameter_counts
 
     try:
         config = load_model_config(path)
@@ -173,17 +172,9 @@ def look_at_model(path: str) -> ModelFacts:
         if looks_like_folder(path):
             raise
         return ModelFacts(path)
-    limit = getattr(config, "max_position_embeddings", None)
-    return ModelFacts(path, _parameters(config, path), int(limit) if limit else None, is_encoder(config, path))
-
-
-def _parameters(config: Any, path: str) -> int | None:
-    from penchant.plan.outline import outline, parameter_counts
-
+    encoder, limit = is_encoder(config, path), getattr(config, "max_position_embeddings", None)
     try:
-        from penchant.models.options import ModelConfig
-        from penchant.models.reward import is_encoder
-
-        return parameter_counts(outline(ModelConfig(path=path), reward=is_encoder(config, path)))[0]
+        parameters = parameter_counts(outline(ModelConfig(path=path), reward=encoder))[0]
     except PenchantError:
-        return None
+        parameters = None
+    return ModelFacts(path, parameters, int(limit) if limit else None, encoder)

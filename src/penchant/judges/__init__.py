@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.errors import ConfigError
+from penchant.judges.endpoint import INSTRUCTION, PARAMETERS, EndpointJudge, connect, read_instruction
 from penchant.judges.judge import Answers, BothWays, PairJudge, Question, ask_both_ways, load_function_judge
 
 __all__ = ["Answers", "BothWays", "JudgeOptions", "PairJudge", "Question", "ask_both_ways", "load_judge"]
@@ -46,8 +47,6 @@ def load_judge(options: JudgeOptions) -> PairJudge:
     Raises:
         ConfigError: no such judge, or options that do not fit.
     """
-    from penchant.judges.endpoint import INSTRUCTION, EndpointJudge, connect, read_instruction
-
     if not options.spec.startswith(("http://", "https://")):
         given = [flag for name, flag in OF_ENDPOINTS.items() if getattr(options, name) is not None]
         if given:
@@ -68,8 +67,6 @@ def load_judge(options: JudgeOptions) -> PairJudge:
 
 
 def _parameters(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    from penchant.judges.endpoint import PARAMETERS
-
     if given is None:
         return dict(PARAMETERS)
     try:

@@ -22,9 +22,10 @@ import numpy as np
 from penchant.base.text import shown
 from penchant.errors import CheckpointError, ConfigError, RewardError
 from penchant.judges.judge import WORDS, Answers, Progress, Question
+from penchant.runfolder.read import read_lines
+from penchant.runfolder.values import num
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the instruction, and how its reply is read
+# ---- the instruction, and how its reply is read ----
 
 INSTRUCTION = """\
 You compare two answers to the same prompt and say which one is better for the person who wrote the prompt: more helpful, more correct, \
@@ -95,8 +96,7 @@ def verdict_of(reply: str) -> float | None:
     return WORDS[found.pop()] if len(found) == 1 else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# verdicts on disk
+# ---- verdicts on disk ----
 
 VERSION = 1  # part of every key: raise it when the same question is put otherwise
 
@@ -137,22 +137,11 @@ class Replies:
             with path.open("ab") as out:
                 torn = out.tell() > 0 and path.read_bytes()[-1:] != b"\n"
                 out.write(b"\n" if torn else b"")
-            found = cls(path)
-            found._read()
         except OSError as error:
             what = f"a judge's replies cannot be kept ({error.strerror})"
             raise CheckpointError(str(path), what, "set PENCHANT_CACHE to another folder") from error
-        return found
-
-    def _read(self) -> None:
-        for line in self.path.read_bytes().split(b"\n"):
-            try:
-                row = json.loads(line)
-                verdict = float(row["verdict"])
-            except (ValueError, KeyError, TypeError):
-                continue
-            if 0.0 <= verdict <= 1.0:
-                self.known[str(row["key"])] = verdict
+        rows = ((row.get("key"), num(row, "verdict")) for row in read_lines(path)[0])
+        return cls(path, {str(key): v for key, v in rows if key is not None and v is not None and 0.0 <= v <= 1.0})
 
     def keep(self, key: str, verdict: float, reply: str) -> None:
         """Write a reply down."""
@@ -162,8 +151,7 @@ class Replies:
             out.write(line.encode())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# HTTP
+# ---- HTTP ----
 
 LARGEST = 4 << 20  # bytes of a reply
 LONGEST = 60.0  # seconds between two attempts
@@ -215,13 +203,11 @@ class Connection:
             failure, wait = self._once(path, data)
             if not isinstance(failure, str):
                 return failure[0]
-            if attempt == self.attempts or stop.wait(min(LONGEST, max(wait, self._back_off(attempt)))):
+            # drawn, so that many waiting questions do not come back together
+            pause = self.pause * 2.0 ** (attempt - 1) * random.uniform(0.75, 1.25)
+            if attempt == self.attempts or stop.wait(min(LONGEST, max(wait, pause))):
                 raise NoReply(f"{failure} ({attempt} attempts)" if attempt > 1 else failure, silent=True)
         raise AssertionError("at least one attempt")
-
-    def _back_off(self, attempt: int) -> float:
-        """So that many waiting questions do not come back together."""
-        return self.pause * 2.0 ** (attempt - 1) * random.uniform(0.75, 1.25)
 
     @cached_property
     def _client(self) -> Any:
@@ -269,7 +255,7 @@ class Connection:
         return text.replace(self.key, "[key]") if self.key else text
 
 
-def connect(url: str, key_env: str | None, where: str = "--judge") -> Connection:
+def connect(url: str, key_env: str | None) -> Connection:
     """An endpoint from its address, with the key of an environment variable.
 
     Args:
@@ -282,12 +268,12 @@ def connect(url: str, key_env: str | None, where: str = "--judge") -> Connection
     try:
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigError(where, "is not an address", "write http://HOST:PORT/v1") from error
+        raise ConfigError("--judge", "is not an address", "write http://HOST:PORT/v1") from error
     if not host or parts.scheme not in ("http", "https"):
-        raise ConfigError(where, f"{shown(url)} is not an address", "write http://HOST:PORT/v1")
+        raise ConfigError("--judge", f"{shown(url)} is not an address", "write http://HOST:PORT/v1")
     if parts.username is not None or parts.query or parts.fragment:
         how = "leave user, password and query out; a key comes by --judge-key-env"
-        raise ConfigError(where, "holds more than an address", how)
+        raise ConfigError("--judge", "holds more than an address", how)
     address = url.rstrip("/").removesuffix("/chat/completions")
     key = os.environ.get(key_env if key_env is not None else DEFAULT_KEY, "").strip()
     if key_env is not None and not key:
@@ -336,8 +322,7 @@ def _seconds(header: str | None) -> float:
         return 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the judge
+# ---- the judge ----
 
 PARAMETERS: Mapping[str, Any] = {"temperature": 0, "max_tokens": 512}
 READS = 2  # times that a question is put whose reply cannot be read
@@ -352,15 +337,13 @@ class EndpointJudge:
 
     Args:
         model: as the endpoint calls it; parameters: of sampling, sent as they are; concurrency: questions at a time.
-        cache: folder of replies, None: the default one.
     """
 
     connection: Connection
     model: str
-    instruction: str = INSTRUCTION
-    parameters: Mapping[str, Any] = field(default_factory=lambda: dict(PARAMETERS))
-    concurrency: int = 4
-    cache: Path | None = None
+    instruction: str
+    parameters: Mapping[str, Any]
+    concurrency: int
 
     @property
     def name(self) -> str:
@@ -399,7 +382,7 @@ class EndpointJudge:
     # ---- many at a time -------------------------------------------------------------------------------------------
 
     def _ask(self, questions: Sequence[Question], progress: Progress | None, *, give_up: int) -> Answers:
-        replies = Replies.open(self.cache or default_folder(), self.model, self.instruction, self.parameters)
+        replies = Replies.open(default_folder(), self.model, self.instruction, self.parameters)
         keys = [key_of(self.model, self.instruction, self.parameters, q) for q in questions]
         values = np.array([replies.known.get(k, np.nan) for k in keys], dtype=np.float64)
         todo = np.flatnonzero(np.isnan(values)).tolist()

@@ -6,12 +6,11 @@ import inspect
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from penchant.base.files import file_sha256
+from penchant.base.functions import is_own, own_sha256, python_function
 from penchant.base.text import shown
 from penchant.errors import ConfigError, RewardError
 
@@ -81,8 +80,7 @@ class PairJudge(Protocol):
         ...
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# both orders
+# ---- both orders ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +135,7 @@ def ask_both_ways(judge: PairJudge, pairs: Sequence[Question], progress: Progres
     return BothWays(values, wins, agreed, identical, found.asked, found.cached, failures, found.unread)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a Python function
+# ---- a Python function ----
 
 TAKES = ("prompt", "a", "b")
 BATCH = "prompts"  # the first parameter's name of a function that takes lists
@@ -175,8 +172,7 @@ class FunctionJudge:
 
     def describe(self) -> dict[str, Any]:
         """Its name, and what its file held."""
-        own = Path(self.name.rpartition(":")[0]).expanduser()
-        return {"kind": "function", "function": self.name, "sha256": file_sha256(own)}
+        return {"kind": "function", "function": self.name, "sha256": own_sha256(self.name)}
 
     def _one(self, at: int, q: Question) -> Any:
         return self._called((q.prompt, q.first, q.second), f" (pair {at}: {_answers(q)})", "a prompt and two answers")
@@ -223,10 +219,7 @@ def load_function_judge(spec: str) -> FunctionJudge:
     Raises:
         ConfigError: no such file or function, or it does not take three arguments.
     """
-    from penchant.base.functions import python_function
-
-    path, colon, _ = spec.rpartition(":")
-    if not colon or not path.endswith(".py"):
+    if not is_own(spec):
         how = "give path.py:function, or an endpoint: http://HOST:PORT/v1"
         raise ConfigError("judge", f"{spec!r} is no judge", how)
     function = python_function(spec, "judge", TAKES)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from penchant.base.files import write_text_atomically
 from penchant.errors import CheckpointError
 from penchant.report.data import ReportData, read_report
 from penchant.report.page import render
@@ -36,12 +36,9 @@ def write_report(
     data = read_report(folders, time.time())
     target = _target(data, output)
     text = render(data, strict=strict)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        aside.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(aside, target)  # a page that loads itself anew never sees half of one
+        write_text_atomically(target, text)  # a page that loads itself anew never sees half of one
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise CheckpointError(
             str(target), f"cannot be written ({error.strerror})", "choose another --output"
         ) from error
@@ -77,16 +74,12 @@ class LiveReport:
         self, folder: Path, say: Callable[[str], None] = lambda _: None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.folder = folder
+        self.path = folder / REPORT
         self.say = say
         self.clock = clock
         self.failed = False
         self._written: float | None = None
         self._took = 0.0
-
-    @property
-    def path(self) -> Path:
-        """Where it stands."""
-        return self.folder / REPORT
 
     def told(self, what: str) -> None:
         """After a step (``"step"``) or an evaluation (``"eval"``)."""

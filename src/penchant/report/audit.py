@@ -1,12 +1,14 @@
-"""The data audit: what was found in the rows, what was kept aside, and how long they are."""
+"""The data audit, in a report and as a page of its own: what was found in the rows, what was kept aside, and how long they are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from penchant import __version__
 from penchant.report.data import ReportData, RunData
-from penchant.report.html import Element, Node, el, note, panel, said
+from penchant.report.html import Element, Node, document, el, fold, joined, note, panel, said
 from penchant.report.svg import MISSING, percent
 from penchant.runfolder.values import mapping, num, sequence, text
 
@@ -19,14 +21,9 @@ def audit(data: ReportData) -> Element | None:
             found.setdefault(text(dict(run.audit)), ([], run.audit))[0].append(run)
     parts = []
     for runs, of_one in found.values():
-        title = (
-            None
-            if len(found) == 1
-            else el(
-                "h3", said(", ".join(r.name for r in runs[:6])), f" and {len(runs) - 6} more" if len(runs) > 6 else None
-            )
-        )
-        parts.append(el("div", title, _one(of_one)))
+        more = f" and {len(runs) - 6} more" if len(runs) > 6 else None
+        title = el("h3", said(", ".join(r.name for r in runs[:6])), more)
+        parts.append(el("div", title if len(found) > 1 else None, _one(of_one)))
     return el("div", parts) if parts else None
 
 
@@ -44,9 +41,7 @@ def _one(of: Mapping[str, Any]) -> Element:
         ]
         for f in some
     ]
-    clear: list[Node] = []
-    for i, title in enumerate(none):
-        clear += ["; " if i else None, said(title)]
+    clear = joined([said(title) for title in none], "; ")
     return el(
         "div",
         el("p", said(text(of.get("summary")), tag="span")) if of.get("summary") else None,
@@ -71,13 +66,106 @@ def lengths_table(lengths: Mapping[str, Any], unit: str = "tokens") -> Element |
     columns = list(dict.fromkeys(k for q in lengths.values() for k in mapping(q)))
     if not columns:
         return None
-    rows: list[list[Node]] = []
-    for what, q in lengths.items():
-        values = [num(q, c) for c in columns]
-        rows.append([said(what), *(MISSING if v is None else f"{v:,.0f}" for v in values)])
-    return panel(
-        ["", *(said(c) for c in columns)],
-        rows,
-        numeric=range(1, len(columns) + 1),
-        caption=f"Lengths in {'tokens' if unit == 'lengths' else unit}",
+    rows: list[list[Node]] = [
+        [said(what), *(MISSING if (v := num(q, c)) is None else f"{v:,.0f}" for c in columns)]
+        for what, q in lengths.items()
+    ]
+    caption = f"Lengths in {'tokens' if unit == 'lengths' else unit}"
+    return panel(["", *map(said, columns)], rows, numeric=range(1, len(columns) + 1), caption=caption)
+
+
+# ---- The page of one audit by itself: findings first, then lengths ----
+
+GROUPS = (  # beginnings of findings' names, in the order in which they are shown
+    ("Rows", ("bad_rows", "identical_pairs", "empty_completions", "cut_", "bad_after", "identical_after")),
+    ("Copies", ("duplicates", "near_duplicates", "near_identical")),
+    ("Splits", ("leakage", "near_leakage")),
+    ("Label noise", ("contradictions", "near_contradictions", "cycles", "reward_disagreement")),
+    ("Bias", ("length_bias", "position_bias", "good_answers", "scores")),
+    ("Content", ("languages", "refusals", "check_")),
+    ("Personal data and secrets", ("pii_", "secrets_")),
+)
+OTHER = "Other"
+
+
+def render_audit(audit: Mapping[str, Any], title: str) -> str:
+    """The page as text.
+
+    Args:
+        audit: what `Audit.to_json` gives; taken as untrusted.
+    """
+    findings = mapping(audit.get("findings"))
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for name, finding in findings.items():
+        grouped.setdefault(_group(name), []).append(mapping(finding))
+    order = [*(g for g, _ in GROUPS), OTHER]
+    made = [_section(name, grouped[name]) for name in order if name in grouped]
+    tables = [t for t in (lengths_table(mapping(audit.get(k)), k) for k in ("lengths", "characters")) if t is not None]
+    body = el(
+        "main",
+        el(
+            "header",
+            el("p", "Penchant \u00b7 data audit", class_="kicker"),
+            el("h1", said(title)),
+            el("p", said(text(audit.get("layout"))), class_="soft facts-line"),
+            el("p", said(text(audit.get("summary"))), class_="soft facts-line"),
+        ),
+        made,
+        el("section", el("h2", "Lengths"), tables) if tables else None,
+        el(
+            "footer",
+            f"Written by Penchant {__version__}, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}. ",
+            "Values that look like personal data or secrets are counted, never shown. This file loads nothing.",
+        ),
+    )
+    return document(f"{title} \u00b7 Penchant data audit", f"{body}\n")
+
+
+def _group(name: str) -> str:
+    return next((title for title, starts in GROUPS if name.startswith(starts)), OTHER)
+
+
+def _section(title: str, findings: Sequence[Mapping[str, Any]]) -> Element:
+    some = [f for f in findings if num(f, "count") or _unknown(f)]
+    clear = [text(f.get("title")) for f in findings if not (num(f, "count") or _unknown(f))]
+    return el(
+        "section",
+        el("h2", title),
+        panel(["", "rows", "of", "share", "95% interval"], map(_row, some), numeric=(1, 2, 3)) if some else None,
+        [_places(f) for f in some if sequence(f.get("where"))],
+        note("Looked for and not found: ", "; ".join(clear), ".") if clear else None,
+        aria_label=title,
+    )
+
+
+def _unknown(finding: Mapping[str, Any]) -> bool:
+    return not num(finding, "of") and bool(finding.get("note"))
+
+
+def _row(finding: Mapping[str, Any]) -> list[Node]:
+    note = text(finding.get("note"))
+    advice = text(finding.get("advice")) if num(finding, "count") else ""
+    what: list[Node] = [said(text(finding.get("title")))]
+    what += [el("br"), el("small", said(note))] if note else []
+    what += [el("br"), el("small", "\u2192 ", said(advice))] if advice else []
+    if _unknown(finding):
+        return [el("span", what), "", "", "", ""]
+    ends = [e for e in sequence(finding.get("interval")) if isinstance(e, (int, float))]
+    return [
+        el("span", what),
+        el("b", f"{num(finding, 'count') or 0:,.0f}"),
+        f"{num(finding, 'of') or 0:,.0f}",
+        percent(num(finding, "share")),
+        f"{percent(ends[0])} to {percent(ends[1])}" if len(ends) == 2 else "",
+    ]
+
+
+def _places(finding: Mapping[str, Any]) -> Element:
+    places = [text(w) for w in sequence(finding.get("where"))]
+    more = int(num(finding, "count") or 0) - len(places)
+    title = text(finding.get("title"))
+    return fold(
+        ["where: ", said(title)],
+        el("p", said(", ".join(places)), f" and {more:,} more" if more > 0 else None, class_="small"),
+        key=f"where-{title}",
     )

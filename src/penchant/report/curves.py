@@ -9,8 +9,8 @@ from typing import Any
 from penchant.metrics.names import METRICS
 from penchant.report.data import ReportData, RunData, Setting
 from penchant.report.html import Element, el, fold
-from penchant.report.svg import Band, Level, Line, Plot, Point, count, figure, shown, smooth
-from penchant.runfolder.values import ci_of, num
+from penchant.report.svg import Band, Level, Line, Plot, Point, count, figure, shown, smooth, window
+from penchant.runfolder.values import ci_of, mapping, num, sequence
 
 MANY = 24  # points from which a training curve is drawn as its running mean
 BANDS = 3  # settings up to which intervals are drawn
@@ -34,6 +34,10 @@ class Panel:
     @property
     def share(self) -> bool:
         return METRICS[self.lines[0][0].removeprefix("eval/")].share
+
+    def plot(self, title: str, lines: Sequence[Line], note: str, levels: tuple[Level, ...] = ()) -> Plot:
+        says = _says(lines, self.share)
+        return Plot(_slug(title), title, self.unit, "step", tuple(lines), says, note, self.share, self.log, levels)
 
 
 def _both(title: str, name: str, unit: str = "", *, log: bool = False, main: bool = True) -> Panel:
@@ -81,50 +85,41 @@ PANELS = (
 def curves(data: ReportData) -> Element | None:
     """Every plot that has a point; None where there is none."""
     if len(data.runs) == 1:
-        plots = [_of_one(panel, data.runs[0]) for panel in PANELS]
-        plots.append(_reliability(data.runs[0].calibration))
-        main = [p for p in plots if p is not None]
-        rest: list[Plot] = []
+        plots = [(True, _of_one(panel, data.runs[0])) for panel in PANELS]
+        plots.append((True, _reliability(data.runs[0].calibration)))
     else:
-        made = [(p.main, plot) for p in PANELS for plot in _of_many(p, data)]
-        main, rest = [p for m, p in made if m], [p for m, p in made if not m]
-    figures = [f for f in map(figure, main) if f is not None]
-    more = [f for f in map(figure, rest) if f is not None]
-    if not figures and not more:
+        plots = [(panel.main, plot) for panel in PANELS for plot in _of_many(panel, data)]
+    drawn = [(main, picture) for main, plot in plots if plot is not None and (picture := figure(plot)) is not None]
+    if not drawn:
         return None
-    return el(
-        "div",
-        el("div", figures, class_="plots") if figures else None,
-        fold(
-            f"{count(len(more), 'more plot')}: optimization and training details",
-            el("div", more, class_="plots"),
-            key="more-plots",
-            open_=not figures,
-        )
-        if more
-        else None,
+    shown, more = ([picture for main, picture in drawn if main is open_] for open_ in (True, False))
+    details = fold(
+        f"{count(len(more), 'more plot')}: optimization and training details",
+        el("div", more, class_="plots"),
+        key="more-plots",
+        open_=not shown,
     )
+    return el("div", el("div", shown, class_="plots") if shown else None, details if more else None)
 
 
 def points_of(run: RunData, metric: str) -> tuple[Point, ...]:
     """(step, value) of a metric as logged; of a step that was logged again after a resume the last line counts."""
-    lines = run.evals if metric.startswith("eval/") else run.trained
-    found: dict[float, float] = {}
-    for line in lines:
-        step, value = num(line, "step"), num(line, metric)
-        if step is not None and value is not None:
-            found[step] = value
+    found = {
+        step: value
+        for line in (run.evals if metric.startswith("eval/") else run.trained)
+        if (step := num(line, "step")) is not None and (value := num(line, metric)) is not None
+    }
     return tuple(sorted(found.items()))
 
 
-def ends_of(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[Band, ...]:
-    """(step, low, high) of a metric's intervals."""
-    found: dict[float, Band] = {}
-    for line in lines:
-        step, ci = num(line, "step"), ci_of(line, metric)
-        if step is not None and ci is not None:
-            found[step] = (step, *ci)
-    return tuple(found[s] for s in sorted(found))
+def ends_of(run: RunData, metric: str) -> tuple[Band, ...]:
+    """(step, low, high) of a metric's intervals on held-out rows."""
+    found = {
+        step: ci
+        for line in run.evals
+        if (step := num(line, "step")) is not None and (ci := ci_of(line, metric)) is not None
+    }
+    return tuple((step, *found[step]) for step in sorted(found))
 
 
 def _of_one(panel: Panel, run: RunData) -> Plot | None:
@@ -137,110 +132,58 @@ def _of_one(panel: Panel, run: RunData) -> Plot | None:
         held_out = metric.startswith("eval/")
         place = 1 if label == "held out" else place
         if held_out or len(points) < MANY:
-            ends = ends_of(run.evals, metric) if held_out else ()
+            ends = ends_of(run, metric) if held_out else ()
             lines.append(Line(label, points, place, ends, marked=held_out, tag=label))
             continue
-        mean, size = smooth(points)
-        lines.append(Line(label, points, place, look="faint", tag="" if size > 1 else label))
-        if size > 1:
-            lines.append(Line(label, points, place, drawn=tuple(mean), tag=label, column=False))
-            note = f"thick: running mean of {size} steps"
+        lines.append(Line(label, points, place, look="faint"))
+        lines.append(Line(label, points, place, drawn=smooth(points), tag=label, column=False))
+        note = f"thick: running mean of {window(len(points))} steps"
     if not lines:
         return None
     if len([x for x in lines if x.tag]) == 1 and panel.lines[0][1] in ("train", "held out", panel.title):
-        lines = [_untagged(x) for x in lines]
+        lines = [x if x.label == "held out" else replace(x, tag="") for x in lines]
     levels = (Level(0.5, "one half"),) if panel.share and "win rate" in panel.title.lower() else ()
-    return Plot(
-        _slug(panel.title),
-        panel.title,
-        panel.unit,
-        "step",
-        tuple(lines),
-        _says(lines, panel.share),
-        note,
-        panel.share,
-        panel.log,
-        levels,
-    )
-
-
-def _untagged(line: Line) -> Line:
-    return line if line.label == "held out" else replace(line, tag="")
+    return panel.plot(panel.title, lines, note, levels)
 
 
 def _of_many(panel: Panel, data: ReportData) -> list[Plot]:
     """One plot a line of the panel: with many runs, each has its own."""
     made = []
     for metric, label in panel.lines:
-        lines: list[Line] = []
-        sizes: set[int] = set()
-        for setting in data.settings:
-            lines += _of_setting(setting, metric, sizes, len(data.settings) <= BANDS)
+        bands = len(data.settings) <= BANDS
+        lines = [line for setting in data.settings for line in _of_setting(setting, metric, bands)]
         if not lines:
             continue
         where = "held out" if metric.startswith("eval/") else "training"
         title = panel.title
         if len(panel.lines) > 1:
             title = f"{panel.title}, {label if label not in ('train', 'held out') else where}"
-        several = any(len(s.runs) > 1 for s in data.settings)
-        notes = [f"running means of {max(sizes)} steps"] if sizes and max(sizes) > 1 else []
-        notes += ["thick: mean over seeds"] if several else []
-        made.append(
-            Plot(
-                _slug(title),
-                title,
-                panel.unit,
-                "step",
-                tuple(lines),
-                _says([x for x in lines if x.tag], panel.share),
-                ", ".join(notes),
-                panel.share,
-                panel.log,
-            )
-        )
+        sizes = [window(len(x.points)) for x in lines if x.drawn]
+        notes = [f"running means of {max(sizes)} steps"] if sizes else []
+        notes += ["thick: mean over seeds"] if any(len(s.runs) > 1 for s in data.settings) else []
+        made.append(panel.plot(title, lines, ", ".join(notes)))
     return made
 
 
-def _of_setting(setting: Setting, metric: str, sizes: set[int], bands: bool) -> list[Line]:
+def _of_setting(setting: Setting, metric: str, bands: bool) -> list[Line]:
     held_out = metric.startswith("eval/")
     series = [(run, p) for run in setting.runs if (p := points_of(run, metric))]
     if not series:
         return []
-    alone = len(series) == 1
-    lines = []
-    for run, points in series:
-        drawn: tuple[Point, ...] | None = None
-        if not held_out and len(points) >= MANY:
-            mean, size = smooth(points)
-            drawn = tuple(mean)
-            sizes.add(size)
-        lines.append(
-            Line(
-                f"{setting.key} {setting.name}" if alone else f"{setting.key} seed {run.seed or '?'}",
-                points,
-                setting.place,
-                ends_of(run.evals, metric) if held_out and alone and bands else (),
-                marked=held_out and alone,
-                look="thick" if alone else "thin",
-                tag=setting.key if alone else "",
-                group=setting.key,
-                drawn=drawn,
-                column=alone,
-            )
-        )
-    if alone:
-        return lines
-    shared = set.intersection(*({x for x, _ in p} for _, p in series))
-    if not shared:
-        return lines
+
+    def line(label: str, points: tuple[Point, ...], **look: Any) -> Line:
+        drawn = smooth(points) if not held_out and len(points) >= MANY else None
+        return Line(label, points, setting.place, group=setting.key, drawn=drawn, **look)
+
+    whole = f"{setting.key} {setting.name}"
+    if len(series) == 1:
+        ends = ends_of(series[0][0], metric) if held_out and bands else ()
+        return [line(whole, series[0][1], ends=ends, marked=held_out, tag=setting.key)]
+    lines = [line(f"{setting.key} seed {run.seed or '?'}", p, look="thin", column=False) for run, p in series]
     values = [dict(p) for _, p in series]
-    mean_points = tuple((x, sum(v[x] for v in values) / len(values)) for x in sorted(shared))
-    drawn = tuple(smooth(mean_points)[0]) if not held_out and len(mean_points) >= MANY else None
-    name = f"{setting.key} {setting.name}, mean of {len(series)} seeds"
-    return [
-        *lines,
-        Line(name, mean_points, setting.place, marked=held_out, tag=setting.key, group=setting.key, drawn=drawn),
-    ]
+    mean = tuple((x, sum(v[x] for v in values) / len(values)) for x in sorted(set.intersection(*map(set, values))))
+    name = f"{whole}, mean of {len(series)} seeds"
+    return [*lines, line(name, mean, marked=held_out, tag=setting.key)] if mean else lines
 
 
 def _says(lines: Sequence[Line], share: bool) -> str:
@@ -255,11 +198,9 @@ def _says(lines: Sequence[Line], share: bool) -> str:
 
 def _reliability(quality: Mapping[str, Any]) -> Plot | None:
     """A reward model's confidence against the share of pairs that it ranks right; on the diagonal it is calibrated."""
-    calibration = quality.get("calibration")
-    bins = calibration.get("bins") if isinstance(calibration, Mapping) else None
     points = tuple(
         (100 * c, r)
-        for b in (bins if isinstance(bins, list) else [])
+        for b in sequence(mapping(quality.get("calibration")).get("bins"))
         if (c := num(b, "confidence")) is not None and (r := num(b, "right")) is not None
     )
     if not points:
@@ -267,9 +208,8 @@ def _reliability(quality: Mapping[str, Any]) -> Plot | None:
     diagonal = Line("calibrated", ((50.0, 0.5), (100.0, 1.0)), 6, look="faint", tag="calibrated", column=False)
     pairs = Line("share right", points, 0, marked=True, tag="")
     says = f"{len(points)} bins of held-out pairs; on the diagonal confidence and share right agree"
-    return Plot(
-        "reliability", "Reliability on held-out pairs", "% right", "confidence, %", (diagonal, pairs), says, share=True
-    )
+    title, unit, across = "Reliability on held-out pairs", "% right", "confidence, %"
+    return Plot("reliability", title, unit, across, (diagonal, pairs), says, share=True)
 
 
 def _slug(title: str) -> str:

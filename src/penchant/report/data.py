@@ -16,7 +16,7 @@ from penchant.runfolder import CHECKPOINTS, COMPARISON, METRICS, PERF
 from penchant.runfolder.read import Folder, alive, read
 from penchant.runfolder.values import flat, mapping, mappings, num, text
 
-NOT_A_SETTING = ("output", "logging", "train.seed")
+NOT_A_SETTING, SEED = ("output", "logging"), "train.seed"
 MOST_RUNS = 200
 HOW = "give the folder of a run, a sweep, a pipeline or a comparison"
 
@@ -53,6 +53,16 @@ class RunData(Folder):
         """Lines of held-out evaluations, in order."""
         return [m for m in self.metrics if m.get("kind") == "eval"]
 
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The last of them; empty where there is none."""
+        return self.evals[-1] if self.evals else {}
+
+    @property
+    def first(self) -> Mapping[str, Any]:
+        """The start's; empty where it was not evaluated."""
+        return self.evals[0] if self.evals and num(self.evals[0], "step") == 0 else {}
+
     @cached_property
     def trained(self) -> list[Mapping[str, Any]]:
         """Lines of optimizer steps, in order."""
@@ -67,8 +77,7 @@ class RunData(Folder):
     @property
     def seed(self) -> str:
         """As text; empty where it is not known."""
-        found = self.manifest.get("seed", mapping(self.config.get("train")).get("seed"))
-        return text(found)
+        return text(self.manifest.get("seed", mapping(self.config.get("train")).get("seed")))
 
     @property
     def method(self) -> str:
@@ -78,9 +87,7 @@ class RunData(Folder):
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Flat settings, without what tells no two settings apart."""
-        return {
-            k: v for k, v in flat(self.config).items() if k.split(".")[0] not in NOT_A_SETTING and k != "train.seed"
-        }
+        return {k: v for k, v in flat(self.config).items() if k.split(".")[0] not in NOT_A_SETTING and k != SEED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +95,13 @@ class Setting:
     """Runs that differ in their seed only; drawn with one color and called by one letter all over the report.
 
     Args:
-        key: its letter; place: its number, for color and dashes; varied: what tells it from the others, where a sweep says so.
+        key: its letter; place: its number, for color and dashes.
     """
 
     key: str
     place: int
     name: str
     runs: tuple[RunData, ...]
-    varied: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +109,6 @@ class Comparison:
     """A comparison's figures and completions side by side."""
 
     name: str
-    folder: Path
     figures: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
     flags: list[dict[str, Any]] | None = None
@@ -114,7 +119,7 @@ class ReportData:
     """Everything that the page is made of.
 
     Args:
-        kind: ``run``, ``runs``, ``sweep``, ``pipeline`` or ``comparison``; sweep, pipeline: their state files, or empty.
+        kind: ``run``, ``runs``, ``sweep``, ``pipeline`` or ``comparison``; sweep: its state file, or empty.
         going_on: whether something of it still runs; left_out: runs beyond what one page takes; now: when it was read, seconds.
     """
 
@@ -124,7 +129,6 @@ class ReportData:
     runs: tuple[RunData, ...]
     settings: tuple[Setting, ...]
     sweep: Mapping[str, Any]
-    pipeline: Mapping[str, Any]
     comparisons: tuple[Comparison, ...]
     going_on: bool
     left_out: int
@@ -154,7 +158,6 @@ def read_report(paths: Sequence[Path], now: float) -> ReportData:
     run_folders = list(dict.fromkeys(f for c in found for f in c.runs))
     comparisons = tuple(read_comparison(f) for c in found for f in c.comparisons)
     sweep = next((c.sweep for c in found if c.sweep), {})
-    pipeline = next((c.pipeline for c in found if c.pipeline), {})
     names = _names(run_folders, folders)
     runs = tuple(RunData(f, names[f]) for f in run_folders[:MOST_RUNS])
     kind = found[0].kind if len(found) == 1 else "runs" if run_folders else "comparison"
@@ -168,7 +171,6 @@ def read_report(paths: Sequence[Path], now: float) -> ReportData:
         runs=runs,
         settings=group(runs, sweep),
         sweep=sweep,
-        pipeline=pipeline,
         comparisons=comparisons,
         going_on=going_on,
         left_out=max(0, len(run_folders) - MOST_RUNS),
@@ -182,7 +184,6 @@ class _Contents:
     runs: tuple[Path, ...]
     comparisons: tuple[Path, ...] = ()
     sweep: Mapping[str, Any] = field(default_factory=dict)
-    pipeline: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _checked(path: Path) -> Path:
@@ -199,8 +200,7 @@ def _contents(folder: Path) -> _Contents:
     if here.sweep:
         return _Contents("sweep", _inside(folder, mapping(here.sweep.get("runs"))), comparisons, sweep=here.sweep)
     if here.pipeline:
-        stages = _inside(folder, mapping(here.pipeline.get("stages")))
-        return _Contents("pipeline", stages, comparisons, pipeline=here.pipeline)
+        return _Contents("pipeline", _inside(folder, mapping(here.pipeline.get("stages"))), comparisons)
     if here.is_run:
         return _Contents("run", (folder,), comparisons)
     if comparisons:
@@ -260,25 +260,22 @@ def read_comparison(path: Path) -> Comparison:
     folder = read(path)
     figures = folder.comparison
     flags = mappings(figures["flags"]) if "flags" in figures else None if folder.is_run else folder.flags
-    return Comparison(path.name, path, figures, folder.comparison_rows, flags)
+    return Comparison(path.name, figures, folder.comparison_rows, flags)
 
 
 def group(runs: Sequence[RunData], sweep: Mapping[str, Any]) -> tuple[Setting, ...]:
     """Runs by their setting, in written order."""
-    records = mapping(sweep.get("runs"))
     members: dict[str, list[RunData]] = {}
     for run in runs:
-        record = mapping(records.get(run.name))
-        varied = {k: v for k, v in mapping(record.get("varied")).items() if k != "train.seed"}
-        members.setdefault(_identity(run, varied), []).append(run)
+        members.setdefault(_identity(run, _varied(run, sweep)), []).append(run)
     names = _setting_names(list(members.values()), sweep)
-    found = []
-    for i, (name, of_one) in enumerate(zip(names, members.values(), strict=True)):
-        varied = {
-            k: v for k, v in mapping(mapping(records.get(of_one[0].name)).get("varied")).items() if k != "train.seed"
-        }
-        found.append(Setting(letter(i), i, name, tuple(of_one), varied))
-    return tuple(found)
+    settings = enumerate(zip(names, members.values(), strict=True))
+    return tuple(Setting(letter(i), i, name, tuple(of_one)) for i, (name, of_one) in settings)
+
+
+def _varied(run: RunData, sweep: Mapping[str, Any]) -> dict[str, Any]:
+    record = mapping(mapping(sweep.get("runs")).get(run.name))
+    return {k: v for k, v in mapping(record.get("varied")).items() if k != SEED}
 
 
 def _identity(run: RunData, varied: Mapping[str, Any]) -> str:

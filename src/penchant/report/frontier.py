@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 from penchant.report.curves import points_of
 from penchant.report.data import Comparison, ReportData, RunData, Setting
@@ -17,6 +18,7 @@ from penchant.report.svg import (
     Point,
     apart,
     axis,
+    grid,
     number,
     path_of,
     shown,
@@ -32,6 +34,7 @@ GAINS = (  # what may stand on the upright axis, the first that is there: name, 
     ("win_rate", "win rate against the start", True),
     ("rewards/accuracies", "preference accuracy", True),
 )
+COMPARED = (("reward", "reward", False), ("preference_accuracy", "held-out preference accuracy", True))
 LABELLED = 14  # points up to which names stand beside them; beyond, letters only
 Pair = tuple[float, float] | None
 
@@ -71,28 +74,18 @@ def frontier(data: ReportData) -> Element | None:
 def of_comparison(comparison: Comparison, data: ReportData) -> Frontier | None:
     """Models of a comparison: reward (or preference accuracy) against KL, on the same prompts."""
     models = mapping(comparison.figures.get("models"))
-    for gain, label, share in (
-        ("reward", "reward", False),
-        ("preference_accuracy", "held-out preference accuracy", True),
-    ):
+    for gain, label, share in COMPARED:
         spots = []
         for i, (name, figures) in enumerate(models.items()):
-            x, y = num(figures, "kl"), num(figures, gain)
-            if x is None or y is None:
-                continue
-            setting = data.named(name)
-            key, place = (setting.key, setting.place) if setting else ("", i)
-            spots.append(Spot(name, key, place, x, y, ci_of(figures, "kl"), ci_of(figures, gain)))
+            x, y, setting = num(figures, "kl"), num(figures, gain), data.named(name)
+            if x is not None and y is not None:
+                key, place = (setting.key, setting.place) if setting else ("", i)
+                spots.append(Spot(name, key, place, x, y, ci_of(figures, "kl"), ci_of(figures, gain)))
         if spots:
             first = next(iter(models.values()))
             start = num(first, gain) if num(first, "kl") is None else None
-            return Frontier(
-                label,
-                share,
-                tuple(spots),
-                0.5 if start is None and share else start,
-                "the comparison's prompts; bars are 95% intervals",
-            )
+            source = "the comparison's prompts; bars are 95% intervals"
+            return Frontier(label, share, tuple(spots), 0.5 if start is None and share else start, source)
     return None
 
 
@@ -104,18 +97,15 @@ def of_runs(data: ReportData) -> Frontier | None:
                 continue
             made = [s for setting in data.settings if (s := _spot(setting, gain, held_out, len(data.runs) == 1))]
             if made:
-                starts = [v for r in data.runs if held_out and (v := _at_start(r, gain)) is not None]
+                starts = [v for r in data.runs if held_out and (v := num(r.first, f"eval/{gain}")) is not None]
                 start = mean(starts) if starts else 0.5 if share else None
                 return Frontier(label, share, tuple(made), start, _source(data, made, held_out))
     return None
 
 
 def _source(data: ReportData, spots: Sequence[Spot], held_out: bool) -> str:
-    said_ = (
-        "held-out prompts, at the end of each run"
-        if held_out
-        else "completions in training, mean of the last quarter of the steps"
-    )
+    held = "held-out prompts, at the end of each run"
+    said_ = held if held_out else "completions in training, mean of the last quarter of the steps"
     if any(s.runs > 1 for s in spots):
         said_ += "; a setting with several seeds stands at their mean, its bars are their range"
     if any(s.x_ci and s.runs == 1 for s in spots):
@@ -124,27 +114,22 @@ def _source(data: ReportData, spots: Sequence[Spot], held_out: bool) -> str:
     return said_ + (f"; {missing} without these figures left out" if missing else "")
 
 
-def _at_start(run: RunData, gain: str) -> float | None:
-    first = run.evals[0] if run.evals else {}
-    return num(first, f"eval/{gain}") if num(first, "step") == 0 else None
-
-
 def _spot(setting: Setting, gain: str, held_out: bool, alone: bool) -> Spot | None:
-    ends: list[tuple[float, float]] = []
+    ends: list[Point] = []
     trail: tuple[Point, ...] = ()
     x_ci: Pair = None
     y_ci: Pair = None
     for run in setting.runs:
-        if not alone and run.status not in ("finished", ""):  # beside others only what came to its end
-            continue
-        at = _end(run, gain) if held_out else _in_training(run, gain)
-        if at is None:
+        if held_out:
+            at = _at(run.last, gain) if num(run.last, "step") else None
+        else:
+            at = _in_training(run, gain)
+        if at is None or not (alone or run.status in ("finished", "")):  # beside others only what came to its end
             continue
         ends.append(at)
         if held_out:
-            last = run.evals[-1]
-            x_ci, y_ci = ci_of(last, "eval/kl/policy_ref"), ci_of(last, f"eval/{gain}")
-            trail = _trail(run, gain)
+            x_ci, y_ci = ci_of(run.last, "eval/kl/policy_ref"), ci_of(run.last, f"eval/{gain}")
+            trail = tuple(point for line in run.evals if (point := _at(line, gain)) is not None)
     if not ends:
         return None
     x, y = mean(e[0] for e in ends), mean(e[1] for e in ends)
@@ -154,10 +139,9 @@ def _spot(setting: Setting, gain: str, held_out: bool, alone: bool) -> Spot | No
     return Spot(setting.name, setting.key, setting.place, x, y, x_ci, y_ci, len(ends), trail)
 
 
-def _end(run: RunData, gain: str) -> Point | None:
-    last = run.evals[-1] if run.evals else {}
-    x, y = num(last, "eval/kl/policy_ref"), num(last, f"eval/{gain}")
-    return None if x is None or y is None or not num(last, "step") else (x, y)
+def _at(line: Mapping[str, Any], gain: str) -> Point | None:
+    x, y = num(line, "eval/kl/policy_ref"), num(line, f"eval/{gain}")
+    return None if x is None or y is None else (x, y)
 
 
 def _in_training(run: RunData, gain: str) -> Point | None:
@@ -165,11 +149,6 @@ def _in_training(run: RunData, gain: str) -> Point | None:
     if not xs or not ys:
         return None
     return mean(v for _, v in xs[-max(1, len(xs) // 4) :]), mean(v for _, v in ys[-max(1, len(ys) // 4) :])
-
-
-def _trail(run: RunData, gain: str) -> tuple[Point, ...]:
-    pairs = [(num(m, "eval/kl/policy_ref"), num(m, f"eval/{gain}")) for m in run.evals]
-    return tuple((x, y) for x, y in pairs if x is not None and y is not None)
 
 
 def best_so_far(spots: Sequence[Spot]) -> list[Spot]:
@@ -188,9 +167,8 @@ def picture(found: Frontier) -> Element:
     """The picture with its table."""
     spots = found.spots
     xs = [v for s in spots for v in (s.x, *(s.x_ci or ()), *(t[0] for t in s.trail))]
-    ys = [v for s in spots for v in (s.y, *(s.y_ci or ()), *(t[1] for t in s.trail))] + (
-        [found.start] if found.start is not None else []
-    )
+    ys = [v for s in spots for v in (s.y, *(s.y_ci or ()), *(t[1] for t in s.trail))]
+    ys += [found.start] if found.start is not None else []
     log = min(xs) > 0 and max(xs) / min(xs) > 30
     across = axis(xs if log else [*xs, 0.0], LEFT, WIDTH - RIGHT, log=log, pad=0.04)
     up = axis(ys, HEIGHT - BOTTOM, TOP)
@@ -210,13 +188,10 @@ def picture(found: Frontier) -> Element:
         aria_label=says,
         class_="chart frontier",
     )
+    title = f"{found.label[0].upper()}{found.label[1:]} against KL"
     return el(
         "figure",
-        el(
-            "figcaption",
-            el("b", f"{found.label[0].upper()}{found.label[1:]} against KL"),
-            el("span", f" on {found.source}", class_="unit"),
-        ),
+        el("figcaption", el("b", title), el("span", f" on {found.source}", class_="unit")),
         svg,
         note(
             "Up and to the left is better. The dotted steps join those for which no other has as much with less KL; the steps are not a test."
@@ -228,24 +203,15 @@ def picture(found: Frontier) -> Element:
 
 
 def _axes(across: Axis, up: Axis, found: Frontier) -> list[Element]:
-    made = []
-    for value, label in up.ticks(5):
-        y = round(up(value), 1)
-        shares = f"{100 * value:.6g}%" if found.share else label
-        made.append(el("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y))
-        made.append(el("text", shares, class_="tick", x=LEFT - 8, y=y + 4, text_anchor="end"))
-    for value, label in across.ticks(6):
-        x = round(across(value), 1)
-        made.append(el("line", class_="grid", x1=x, x2=x, y1=TOP, y2=HEIGHT - BOTTOM))
-        made.append(el("text", label, class_="tick", x=x, y=HEIGHT - BOTTOM + 19, text_anchor="middle"))
+    title = "KL to the start, nats per completion" + (" (log scale)" if across.log else "")
+    *made, below = grid(across, up, title, found.share, wanted=6, upright=True)
     if found.start is not None and up.low <= found.start <= up.high:
         y = round(up(found.start), 1)
         words = f"the start: {shown(found.start, found.share)}"
-        line = el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y)
-        text = el("text", words, x=WIDTH - RIGHT - 6, y=y - 6, text_anchor="end")
+        line = el("line", x1=across.start, x2=across.end, y1=y, y2=y)
+        text = el("text", words, x=across.end - 6, y=y - 6, text_anchor="end")
         made.append(el("g", line, text, class_="level"))
-    title = "KL to the start, nats per completion" + (" (log scale)" if across.log else "")
-    return [*made, el("text", title, class_="axis", x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle")]
+    return [*made, below]
 
 
 def _edge(edge: Sequence[Spot], across: Axis, up: Axis) -> Element:
@@ -257,9 +223,8 @@ def _mark(spot: Spot, across: Axis, up: Axis) -> Element:
     x, y = across(spot.x), up(spot.y)
     parts: list[Node] = []
     if len(spot.trail) > 1:
-        parts.append(
-            el("path", class_="thin", d=path_of([t for t in spot.trail if not across.log or t[0] > 0], across, up))
-        )
+        trail = [t for t in spot.trail if not across.log or t[0] > 0]
+        parts.append(el("path", class_="thin", d=path_of(trail, across, up)))
     if spot.x_ci and (not across.log or spot.x_ci[0] > 0):
         parts.append(el("path", class_="whisker", d=f"M{across(spot.x_ci[0]):.1f} {y:.1f}H{across(spot.x_ci[1]):.1f}"))
     if spot.y_ci:
@@ -294,12 +259,5 @@ def _table(found: Frontier) -> Element:
     for s in sorted(found.spots, key=lambda s: s.x):
         x, y = with_interval(s.x, s.x_ci), with_interval(s.y, s.y_ci, found.share)
         rows.append([said(f"{s.key} {s.name}".strip()), x, y, str(s.runs)])
-    return table(
-        ["model", "KL, nats per completion", found.label, "seeds"],
-        rows,
-        numeric=(1, 2, 3),
-        caption="The frontier's figures",
-    )
-
-
-__all__ = ["Frontier", "Spot", "best_so_far", "frontier", "of_comparison", "of_runs", "picture"]
+    head: list[Node] = ["model", "KL, nats per completion", found.label, "seeds"]
+    return table(head, rows, numeric=(1, 2, 3), caption="The frontier's figures")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
+from pathlib import Path
 from typing import Any
 
 VOID = frozenset({"br", "hr", "input", "meta"})  # no closing tag
@@ -183,6 +187,54 @@ def note(*children: Node | Iterable[Node]) -> Element:
     return el("p", *children, class_="soft small")
 
 
+def soft(*children: Node | Iterable[Node]) -> Element:
+    """A sentence that stands back."""
+    return el("p", *children, class_="soft")
+
+
+def joined(parts: Iterable[Node], between: str = " \u00b7 ") -> list[Node]:
+    """Parts with a mark between them."""
+    return [node for i, part in enumerate(parts) for node in ((between, part) if i else (part,))]
+
+
 def fold(summary: Node | Iterable[Node], *children: Node | Iterable[Node], key: str, open_: bool = False) -> Element:
     """A part that is folded until it is asked for; `key` keeps it open when the page reloads itself."""
     return el("details", el("summary", summary), *children, data_key=key, open=open_)
+
+
+# ---- the document: one file, its stylesheet and script inside it, and a policy that lets nothing else in ----
+
+
+@cache
+def asset(name: str) -> str:
+    """The stylesheet or the script."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def digest(content: str) -> str:
+    """A source of a content security policy that lets in this text and no other."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+def policy() -> str:
+    """The page's content security policy."""
+    return (
+        f"default-src 'none'; style-src {digest(asset('page.css'))}; script-src {digest(asset('page.js'))}; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def document(title: str, body: str, head: str = "") -> str:
+    """A page by itself: the stylesheet and the policy in it.
+
+    Args:
+        title: escaped here; body, head: HTML.
+    """
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy(), quote=False)}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="referrer" content="no-referrer">\n<meta name="generator" content="penchant">\n'
+        f"{head}<title>{escape(visible(title))}</title>\n<style>{asset('page.css')}</style>\n</head>\n<body>\n{body}"
+        "</body>\n</html>\n"
+    )

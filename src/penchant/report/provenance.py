@@ -9,7 +9,7 @@ from typing import Any
 
 from penchant.metrics.names import metric, of_evaluation
 from penchant.report.data import Comparison, ReportData, RunData
-from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said
+from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, soft
 from penchant.report.settings import short
 from penchant.report.svg import MISSING, count, duration, estimate, interval, number
 from penchant.runfolder.values import ci_of, flat, mapping, num, sequence, text
@@ -22,45 +22,35 @@ FEW = 4  # values of one line that are named
 
 def cost(data: ReportData) -> Element | None:
     """How long every run took and how much memory; None where none says so."""
-    found = [(r, *_cost(r)) for r in data.runs]
     rows: list[list[Node]] = []
-    for run, seconds, steps, tokens, trees, memory in found:
-        if seconds is None and not run.perf:
+    walls: list[float] = []
+    peaks: list[float] = []
+    for run in data.runs:
+        wall = num(run.manifest, "seconds")
+        if wall is None and not run.perf:
             continue
-        who: Node = said(run.name)
-        if len(data.runs) > 1:
-            who = el("span", keyed(data.setting_of(run).key, run.name))
-        gb = MISSING if memory is None else f"{memory:.2f} GB"
-        rows.append([who, duration(seconds), duration(steps), number(tokens), number(trees), gb])
+        seconds, tokens, trees, memory = (
+            [v for line in run.perf if (v := num(line, key)) is not None]
+            for key in ("seconds", "tokens_per_second", "trees_per_second", "peak_memory_gb")
+        )
+        walls += [wall] if wall is not None else []
+        peaks += memory
+        speeds = [number(median(values) if values else None) for values in (tokens, trees)]
+        gb = f"{max(memory):.2f} GB" if memory else MISSING
+        rows.append([_who(run, data), duration(wall), duration(sum(seconds) if seconds else None), *speeds, gb])
     if not rows:
         return None
-    walls = [s for _, s, *_ in found if s is not None]
-    peaks = [m for *_, m in found if m is not None]
     total = f"{count(len(rows), 'run')}: {duration(sum(walls))} in all" if len(rows) > 1 and walls else None
     if total and peaks:
         total += f", at most {max(peaks):.2f} GB"
     head: list[Node] = ["run", "wall time", "in steps", "tokens/s", "rows/s", "peak memory"]
     caption = "Wall time is of the last start of the run; speeds are medians over steps; memory is the process\u2019s"
-    return el(
-        "div",
-        el("p", total) if total else None,
-        panel(head, rows, numeric=range(1, 6), caption=caption),
-    )
+    table = panel(head, rows, numeric=range(1, 6), caption=caption)
+    return el("div", el("p", total) if total else None, table)
 
 
-def _cost(run: RunData) -> tuple[float | None, float | None, float | None, float | None, float | None]:
-    """Wall seconds, seconds in steps, tokens/s, rows/s, peak memory in GB."""
-    column = lambda key: [v for p in run.perf if (v := num(p, key)) is not None]  # noqa: E731
-    seconds, tokens, trees, memory = (
-        column(k) for k in ("seconds", "tokens_per_second", "trees_per_second", "peak_memory_gb")
-    )
-    return (
-        num(run.manifest, "seconds"),
-        sum(seconds) if seconds else None,
-        median(tokens) if tokens else None,
-        median(trees) if trees else None,
-        max(memory) if memory else None,
-    )
+def _who(run: RunData, data: ReportData) -> Element:
+    return el("span", keyed(data.setting_of(run).key, run.name)) if len(data.runs) > 1 else said(run.name)
 
 
 def provenance(data: ReportData) -> Element | None:
@@ -70,23 +60,17 @@ def provenance(data: ReportData) -> Element | None:
     if manifests:
         parts.append(_shared(manifests))
         parts += [_each([r for r, _ in manifests], data)] if len(manifests) > 1 else []
-    for comparison in data.comparisons:
-        parts.append(_of_comparison(comparison))
+    parts += map(_of_comparison, data.comparisons)
     bad = sum(r.bad_lines for r in data.runs)
     if bad:
-        parts.append(
-            el(
-                "p",
-                f"{count(bad, 'line')} of these folders\u2019 files could not be read and {'is' if bad == 1 else 'are'} left out.",
-                class_="soft",
-            )
-        )
+        are = "is" if bad == 1 else "are"
+        parts.append(soft(f"{count(bad, 'line')} of these folders\u2019 files could not be read and {are} left out."))
     kept = [p for p in parts if p is not None]
     return el("div", kept) if kept else None
 
 
-def _flat(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in flat(manifest).items() if v not in (None, "")}
+def _flat(value: Any) -> dict[str, Any]:
+    return {k: v for k, v in flat(value).items() if v not in (None, "")}
 
 
 def _shared(manifests: Sequence[tuple[RunData, Mapping[str, Any]]]) -> Element:
@@ -113,12 +97,8 @@ def _value(key: str, value: Any) -> str:
 def _each(runs: Sequence[RunData], data: ReportData) -> Element:
     rows: list[list[Node]] = [
         [
-            el("span", keyed(data.setting_of(r).key, r.name)),
-            said(r.method),
-            said(r.seed),
-            said(text(r.manifest.get("steps"))),
-            said(r.status),
-            said(text(r.manifest.get("started"))),
+            _who(r, data),
+            *map(said, (r.method, r.seed, text(r.manifest.get("steps")), r.status, text(r.manifest.get("started")))),
         ]
         for r in runs
     ]
@@ -130,18 +110,13 @@ def _each(runs: Sequence[RunData], data: ReportData) -> Element:
 
 
 def _commands(data: ReportData) -> Element | None:
-    lines = []
-    if data.sweep:
-        lines.append(
-            "# every run of the sweep by itself: bit for bit what it was inside it, on the same machine and versions"
-        )
+    again = "# every run of the sweep by itself: bit for bit what it was inside it, on the same machine and versions"
+    lines = [again] if data.sweep else []
     for run in data.runs[:1] if data.sweep or len(data.runs) > 8 else data.runs:
         if run.config_text:
-            target = f"{run.path.name}-again"
-            lines.append(
-                f"penchant train {shlex.quote(run.name + '/config.resolved.yaml')} output={shlex.quote(target)}"
-            )
-    lines += [c for c in map(command, data.comparisons) if c]
+            config, target = f"{run.name}/config.resolved.yaml", f"{run.path.name}-again"
+            lines.append(f"penchant train {shlex.quote(config)} output={shlex.quote(target)}")
+    lines += filter(None, map(command, data.comparisons))
     if not lines:
         return None
     return el("div", note("To make it again:"), el("pre", said("\n".join(lines), tag="code")))
@@ -174,12 +149,8 @@ def command(comparison: Comparison) -> str:
 
 
 def _of_comparison(comparison: Comparison) -> Element | None:
-    figures = comparison.figures
-    kept = {
-        k: figures.get(k)
-        for k in ("settings", "checkpoints", "prompts", "answers", "left_out", "test_readings_before", "budget")
-    }
-    values = {k: v for k, v in flat({k: v for k, v in kept.items() if v is not None}).items() if v not in (None, "")}
+    kept = ("settings", "checkpoints", "prompts", "answers", "left_out", "test_readings_before", "budget")
+    values = _flat({k: comparison.figures.get(k) for k in kept})
     if not values:
         return None
     rows: list[list[Node]] = [[said(k), said(short(v) if isinstance(v, str) else text(v))] for k, v in values.items()]
@@ -203,11 +174,7 @@ def evaluations(data: ReportData) -> Element | None:
     found.sort(key=lambda f: text(f[1].get("time")), reverse=True)
     several = len(data.runs) > 1
     made = [_one(run if several else None, line, i) for i, (run, line) in enumerate(found[:MOST])]
-    more = (
-        el("p", f"{len(found) - MOST} older ones are in evaluations.jsonl.", class_="soft")
-        if len(found) > MOST
-        else None
-    )
+    more = soft(f"{len(found) - MOST} older ones are in evaluations.jsonl.") if len(found) > MOST else None
     return el("div", made, more)
 
 
@@ -218,24 +185,19 @@ def _one(run: RunData | None, line: Mapping[str, Any], i: int) -> Element:
         value, ci = num(metrics, name), ci_of(metrics, name)
         if value is None:
             continue
-        known = metric(name)
-        share = known.share
+        known, n = metric(name), num(line.get("n"), name)
         rows.append(
             [
                 said(name.removeprefix("eval/")),
-                el("b", estimate(value, ci, share)),
-                interval(*ci, share) if ci else "",
-                "" if (n := num(line.get("n"), name)) is None else f"{n:,.0f}",
+                el("b", estimate(value, ci, known.share)),
+                interval(*ci, known.share) if ci else "",
+                "" if n is None else f"{n:,.0f}",
                 el("small", known.meaning),
             ]
         )
-    what = ", ".join(f"{k}={text(v)}" for k, v in flat(mapping(line.get("what"))).items() if v not in (None, ""))
-    title: list[Node] = [
-        said(run.name) if run else None,
-        " " if run else None,
-        said(text(line.get("time"))),
-        f" \u00b7 step {text(line.get('step'))}",
-    ]
+    what = ", ".join(f"{k}={text(v)}" for k, v in _flat(mapping(line.get("what"))).items())
+    title: list[Node] = [said(run.name), " "] if run else []
+    title += [said(text(line.get("time"))), f" \u00b7 step {text(line.get('step'))}"]
     body = panel(["figure", "value", "95% interval", "n", "what it is"], rows, numeric=(1, 2, 3))
     notes = [el("li", said(text(n))) for n in sequence(line.get("notes")) if text(n)]
     return fold(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from penchant.report.data import ReportData, RunData
-from penchant.report.html import Element, Node, el, said
+from penchant.report.data import ReportData
+from penchant.report.html import Element, Node, el, said, soft
 from penchant.report.svg import number
 from penchant.runfolder.values import mapping, num, text
 
@@ -71,62 +72,42 @@ def shelf(data: ReportData) -> Shelf:
 def _of_rows(data: ReportData, rows: Sequence[object]) -> Shelf:
     names: dict[str, int] = {}
     cards = []
-    for row in rows:
+    for row in map(mapping, rows):
         answers = []
-        for name, made in mapping(mapping(row).get("completions")).items():
-            of = mapping(made)
+        for name, made in mapping(row.get("completions")).items():
+            of, model = mapping(made), names.setdefault(name, len(names))
             tokens, ended = num(of, "tokens"), of.get("ended")
-            answers.append(
-                Answer(
-                    names.setdefault(name, len(names)),
-                    text(of.get("text")),
-                    num(of, "reward"),
-                    None if tokens is None else int(tokens),
-                    ended if isinstance(ended, bool) else None,
-                )
-            )
+            length = None if tokens is None else int(tokens)
+            whole = ended if isinstance(ended, bool) else None
+            answers.append(Answer(model, text(of.get("text")), num(of, "reward"), length, whole))
         if answers:
-            cards.append(Card(text(mapping(row).get("prompt")), tuple(answers)))
-    settings = [data.named(n) for n in names]
-    return Shelf(
-        tuple(names),
-        tuple(s.key if s is not None and n != START else "" for n, s in zip(names, settings, strict=True)),
-        tuple(cards),
-    )
+            cards.append(Card(text(row.get("prompt")), tuple(answers)))
+    settings = [data.named(n) if n != START else None for n in names]
+    return Shelf(tuple(names), tuple(s.key if s else "" for s in settings), tuple(cards))
 
 
 def of_runs(data: ReportData) -> Shelf:
     """Samples of all runs, those of one prompt on one card; the start's answer stands once where all runs started alike."""
-    names: list[str] = [START]
-    keys: list[str] = [""]
+    names, keys = [START], [""]
+    alone = len(data.runs) == 1
     by_prompt: dict[tuple[str, int], list[Answer]] = {}
     for run in data.runs:
         model = len(names)
-        used = False
-        seen: dict[str, int] = {}
+        seen: Counter[str] = Counter()
         for row in run.samples:
             prompt = text(row.get("prompt"))
-            seen[prompt] = seen.get(prompt, 0) + 1
+            seen[prompt] += 1
             answers = by_prompt.setdefault((prompt, seen[prompt]), [])
-            before = text(row.get("before"))
             if "before" in row and not any(a.model == 0 for a in answers):
-                answers.append(Answer(0, before, num(row, "reward_before")))
+                answers.append(Answer(0, text(row.get("before")), num(row, "reward_before")))
             if "after" in row:
                 answers.append(Answer(model, text(row.get("after")), num(row, "reward_after")))
-                used = True
-        if used:
-            names.append(_called(run, data))
-            keys.append(data.setting_of(run).key if len(data.runs) > 1 else "")
-    found: dict[tuple[str, tuple[Answer, ...]], int] = {}
-    for (prompt, _), of_prompt in by_prompt.items():
-        if of_prompt:
-            found[prompt, tuple(of_prompt)] = found.get((prompt, tuple(of_prompt)), 0) + 1
-    cards = tuple(Card(prompt, answers_, times) for (prompt, answers_), times in found.items())
+        if any("after" in row for row in run.samples):
+            names.append("after training" if alone else run.name)
+            keys.append("" if alone else data.setting_of(run).key)
+    found = Counter((prompt, tuple(answers)) for (prompt, _), answers in by_prompt.items() if answers)
+    cards = tuple(Card(prompt, answers, times) for (prompt, answers), times in found.items())
     return Shelf(tuple(names), tuple(keys), cards)
-
-
-def _called(run: RunData, data: ReportData) -> str:
-    return run.name if len(data.runs) > 1 else "after training"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,21 +127,13 @@ def samples(data: ReportData) -> Element | None:
             break
         made.append(one)
     left = len(found.cards) - len(made)
-    more = (
-        el(
-            "p",
-            f"{left:,} more are in samples.jsonl and comparison.jsonl: this page has room for {len(made):,}.",
-            class_="soft",
-        )
-        if left
-        else None
-    )
+    more = f"{left:,} more are in samples.jsonl and comparison.jsonl: this page has room for {len(made):,}."
     return el(
         "div",
         _controls(found),
         el("p", f"{len(made):,} prompts.", class_="soft count", aria_live="polite"),
         el("div", made, class_="cards-of-text"),
-        more,
+        soft(more) if left else None,
         id="samples-of",
         class_="shelf",
         data_unit="tokens" if found.in_tokens else "characters",
@@ -183,13 +156,9 @@ def _card(card: Card, found: Shelf, i: int) -> Element:
 
 
 def _answer(a: Answer, found: Shelf) -> Element:
-    facts = []
-    if a.reward is not None:
-        facts.append(f"reward {number(a.reward)}")
-    if a.tokens is not None:
-        facts.append(f"{a.tokens} tokens")
-    if a.ended is False:
-        facts.append("cut off")
+    facts = [f"reward {number(a.reward)}"] if a.reward is not None else []
+    facts += [f"{a.tokens} tokens"] if a.tokens is not None else []
+    facts += ["cut off"] if a.ended is False else []
     key = found.keys[a.model]
     return el(
         "div",
@@ -199,7 +168,7 @@ def _answer(a: Answer, found: Shelf) -> Element:
             said(found.models[a.model]),
             el("small", " " + " \u00b7 ".join(facts)) if facts else None,
         ),
-        said(_cut(a.text.removeprefix(" ")), tag="p") if a.text else el("p", "(empty)", class_="soft"),
+        said(_cut(a.text.removeprefix(" ")), tag="p") if a.text else soft("(empty)"),
         data_m=a.model,
         data_r=None if a.reward is None else f"{a.reward:.6g}",
         data_n=a.length,
@@ -220,38 +189,17 @@ def _controls(found: Shelf) -> Element:
     many = [("all", "all")] if len(options) > 2 else []
     second = options[1:] + options[:1]
     winner = [("", "anyone"), ("right", "the right one"), ("left", "the left one"), ("tie", "neither: a tie")]
-    length = [
-        ("", "any"),
-        ("right", "right is longer"),
-        ("left", "left is longer"),
-        ("short", "shortest third"),
-        ("long", "longest third"),
-    ]
-    sort = [
-        ("", "as written"),
-        ("gain", "right gains most"),
-        ("loss", "right loses most"),
-        ("long", "right is longest"),
-    ]
-    if not found.judged:
-        winner, sort = [], [s for s in sort if s[0] in ("", "long")]
+    length = [("", "any"), ("right", "right is longer"), ("left", "left is longer")]
+    length += [("short", "shortest third"), ("long", "longest third")]
+    gains = [("gain", "right gains most"), ("loss", "right loses most")] if found.judged else []
+    sort = [("", "as written"), *gains, ("long", "right is longest")]
+    texts = {"placeholder": "in prompts and completions", "autocomplete": "off", "spellcheck": "false"}
     return el(
         "div",
-        el(
-            "label",
-            "Search",
-            el(
-                "input",
-                type="search",
-                data_f="text",
-                placeholder="in prompts and completions",
-                autocomplete="off",
-                spellcheck="false",
-            ),
-        ),
+        el("label", "Search", el("input", type="search", data_f="text", **texts)),
         _select("Left", "left", options),
         _select("Right", "right", many + second if not many else second + many),
-        _select("Winner", "won", winner) if winner else None,
+        _select("Winner", "won", winner) if found.judged else None,
         _select("Length", "length", length),
         _select("Order", "sort", sort),
         el("button", "Open all", type="button", data_f="open"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -10,9 +10,9 @@ from typing import Any
 
 from penchant.metrics.names import METRICS, Metric, higher_is_better, metric
 from penchant.report.data import ReportData, RunData, Setting
-from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, table
+from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, soft, table
 from penchant.report.svg import MISSING, count, estimate, interval, shown, strip, swatch
-from penchant.runfolder.values import ci_of, flat, mapping, mappings, num, text
+from penchant.runfolder.values import algorithm_of, ci_of, flat, mapping, mappings, num, text
 
 # ---- Settings: first what differs, then every config whole ----
 
@@ -44,30 +44,21 @@ def configs(data: ReportData) -> Element | None:
         return None
     if len(data.runs) == 1:
         return el("div", _main(runs[0].config), _whole(runs[0].config_text, "resolved config, whole", "config"))
-    firsts = [next((r for r in s.runs if r.config_text), None) for s in data.settings]
-    folded = [
-        _whole(r.config_text, keyed(s.key, r.name), f"config-{s.key}")
-        for s, r in zip(data.settings, firsts, strict=True)
-        if r is not None
-    ]
-    return el(
-        "div",
-        differences(data),
-        note("Whole configs, of the first run of each setting:"),
-        folded,
-    )
+    folded: list[Node] = []
+    for s in data.settings:
+        first = [r for r in s.runs if r.config_text][:1]
+        folded += [_whole(r.config_text, keyed(s.key, r.name), f"config-{s.key}") for r in first]
+    return el("div", differences(data), note("Whole configs, of the first run of each setting:"), folded)
 
 
 def differences(data: ReportData) -> Element:
     """One line a setting, one column a key that differs between any two."""
     of = {s.key: next((r.settings for r in s.runs if r.config), {}) for s in data.settings}
     if len(of) < 2:
-        return el(
-            "p", f"{count(len(data.runs), 'run')} of one setting: their seeds differ, and nothing else.", class_="soft"
-        )
+        return soft(f"{count(len(data.runs), 'run')} of one setting: their seeds differ, and nothing else.")
     keys = differing([v for v in of.values() if v])
     if not keys:
-        return el("p", "No setting differs.", class_="soft")
+        return soft("No setting differs.")
     kept = keys[:MOST_COLUMNS]
     rows: list[list[Node]] = [[name(s), *(said(short(of[s.key].get(k))) for k in kept)] for s in data.settings]
     more = note(f"And {len(keys) - len(kept)} more: {', '.join(keys[len(kept) :])}.") if len(keys) > len(kept) else None
@@ -83,7 +74,7 @@ def differing(settings: list[dict[str, Any]]) -> list[str]:
 
 def _main(config: Mapping[str, Any]) -> Element | None:
     values = flat(config)
-    if isinstance(config.get("algorithm"), Mapping):  # then the loss section says nothing
+    if algorithm_of(config):  # then the loss section says nothing
         values = {k: v for k, v in values.items() if not k.startswith("loss.")}
     rows: list[list[Node]] = [
         [label, said(short(values[key]))] for key, label in MAIN if values.get(key) not in (None, "")
@@ -153,9 +144,8 @@ class Ranking:
 def ranking(data: ReportData) -> Ranking | None:
     """Settings by what the sweep is judged by, or else by the first figure that the runs have; None where they have none."""
     table_ = mapping(data.sweep.get("table"))
-    name = text(table_.get("metric")).removeprefix("eval/") or next(
-        (m for m in JUDGED_BY if any(num(r.evals[-1], f"eval/{m}") is not None for r in data.runs if r.evals)), ""
-    )
+    logged = (m for m in JUDGED_BY if any(num(r.last, f"eval/{m}") is not None for r in data.runs))
+    name = text(table_.get("metric")).removeprefix("eval/") or next(logged, "")
     if not name:
         return None
     figure = metric(name)
@@ -174,23 +164,21 @@ def _row(setting: Setting, figure: str, records: Mapping[str, Any]) -> Row:
     for run in setting.runs:
         record = mapping(records.get(run.name))
         state = text(record.get("state")) or run.status
-        last = run.evals[-1] if run.evals else {}
-        value = num(last, f"eval/{figure}")
-        if state == "finished" and value is not None and (num(last, "step") or 0) > 0:
+        value = num(run.last, f"eval/{figure}")
+        if state == "finished" and value is not None and (num(run.last, "step") or 0) > 0:
             values.append(value)
-            ci = ci_of(last, f"eval/{figure}")
+            ci = ci_of(run.last, f"eval/{figure}")
         else:
             remarks.append(_remark(run, state, record))
     return Row(setting, tuple(values), ci if len(values) == 1 else None, not remarks, tuple(remarks))
 
 
 def _remark(run: RunData, state: str, record: Mapping[str, Any]) -> str:
-    who = f"seed {run.seed}" if run.seed else run.name
+    who, why = f"seed {run.seed}" if run.seed else run.name, text(record.get("why"))
     if state == "stopped":
-        why = text(record.get("why"))
         return f"{who} stopped" + (f": {why}" if why else "")
     if state == "cut":  # successive halving: a rank at a rung is no result
-        return f"{who} was {text(record.get('why')) or 'stopped early'}"
+        return f"{who} was {why or 'stopped early'}"
     if state == "running":
         return f"{who} is running"
     return f"{who}: {'no figure' if state == 'finished' else state or 'not started'}"
@@ -200,19 +188,12 @@ def settings_table(data: ReportData) -> Element | None:
     """One line a setting with its mean and spread; without any figure, the settings and how far they are."""
     ranked = ranking(data)
     if ranked is None:
-        rows: list[Sequence[Node]] = [
-            [
-                name(s),
-                ", ".join(r.method for r in s.runs[:1]),
-                ", ".join(f"{r.seed}: {r.status or '?'}" for r in s.runs),
-            ]
-            for s in data.settings
-        ]
+        seeds = [", ".join(f"{r.seed}: {r.status or '?'}" for r in s.runs) for s in data.settings]
+        rows: list[list[Node]] = [[name(s), s.runs[0].method, of] for s, of in zip(data.settings, seeds, strict=True)]
         return panel(["setting", "method", "seeds"], rows, caption="Settings") if rows else None
     share = ranked.figure.share
-    ends = [v for r in ranked.rows if r.values for v in r.range] + (
-        [ranked.figure.null] if ranked.figure.null is not None else []
-    )
+    ends = [v for r in ranked.rows if r.values for v in r.range]
+    ends += [ranked.figure.null] if ranked.figure.null is not None else []
     room = (max(ends) - min(ends)) * 0.06
     scale = (min(ends) - room, max(ends) + room)
     best = {r.setting.key for r in ranked.best}
@@ -230,44 +211,27 @@ def name(setting: Setting) -> Element:
 def _line(row: Row, ranked: Ranking, share: bool, scale: Pair, best: bool) -> list[Node]:
     runs = count(len(row.values), "seed") if row.whole else f"{len(row.values)} of {len(row.setting.runs)}"
     remarks = [el("small", f" {r}") for r in row.remarks]
-    label: list[Node] = [
-        name(row.setting),
-        el("small", "best by validation", class_="best") if best and len(ranked.rows) > 1 else None,
-    ]
+    first = el("small", "best by validation", class_="best") if best and len(ranked.rows) > 1 else None
+    label, seeds = el("span", name(row.setting), first), el("span", runs, remarks)
     if not row.values:
-        return [el("span", label), MISSING, "", "", el("span", runs, remarks)]
-    picture = el(
-        "span",
-        strip(
-            row.mean,
-            row.range if row.range[0] < row.range[1] else None,
-            ranked.figure.null,
-            *scale,
-            place=row.setting.place,
-        ),
-        class_="marks",
-    )
-    return [
-        el("span", label),
-        el("b", estimate(row.mean, row.ci, share)),
-        spread(row, share),
-        picture,
-        el("span", runs, remarks),
-    ]
+        return [label, MISSING, "", "", seeds]
+    ends = row.range if row.range[0] < row.range[1] else None
+    drawn = strip(row.mean, ends, ranked.figure.null, *scale, place=row.setting.place)
+    value = el("b", estimate(row.mean, row.ci, share))
+    return [label, value, spread(row, share), el("span", drawn, class_="marks"), seeds]
 
 
 def spread(row: Row, share: bool) -> str:
     """How sure a setting's mean is: over seeds where there are several, else over held-out rows."""
     if len(row.values) > 1:
-        sd = f"sd {shown(stdev(row.values), False)}" if not share else f"sd {100 * stdev(row.values):.1f} points"
-        return f"{shown(row.range[0], share)} to {shown(row.range[1], share)} over seeds, {sd}"
+        sd = f"{100 * stdev(row.values):.1f} points" if share else shown(stdev(row.values))
+        return f"{shown(row.range[0], share)} to {shown(row.range[1], share)} over seeds, sd {sd}"
     return f"{interval(*row.ci, share)} by prompt" if row.ci else ""
 
 
 def held_out_rows(data: ReportData) -> list[float]:
     """How many held-out rows the runs were evaluated on."""
-    found = {v for r in data.runs if r.evals and (v := num(r.evals[-1], "eval/rows")) is not None}
-    return sorted(found)
+    return sorted({v for r in data.runs if (v := num(r.last, "eval/rows")) is not None})
 
 
 def tried(data: ReportData) -> int:

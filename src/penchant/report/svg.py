@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import TypeVar
 
 from penchant.report.html import Element, Node, el, fold, said, table
 
@@ -14,6 +15,7 @@ from penchant.report.html import Element, Node, el, fold, said, table
 MISSING = "–"
 MINUS = "\u2212"
 Point = tuple[float, float]
+T = TypeVar("T")
 
 
 def number(value: float | None) -> str:
@@ -141,14 +143,10 @@ def log_labels(places: Sequence[float]) -> list[str]:
 
 
 def _short(value: float) -> str:
-    if value == 0:
-        return "0"
-    return _minus(f"{value:.6g}" if 1e-4 <= abs(value) < 1e5 else _exponent(value))
-
-
-def _exponent(value: float) -> str:
+    if value == 0 or 1e-4 <= abs(value) < 1e5:
+        return _minus(f"{value:.6g}")
     mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return _minus(f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}")
 
 
 def thin(points: Sequence[Point], columns: int) -> list[Point]:
@@ -178,21 +176,21 @@ def _outline(bucket: Sequence[Point]) -> list[Point]:
     return sorted(ends)
 
 
-def smooth(points: Sequence[Point], windows: int = 30) -> tuple[list[Point], int]:
-    """Means of a moving, centered window, and how many points it holds; at the ends the window is what there is of it."""
-    half = max(2, len(points) // windows // 2)
-    sums = [0.0]
-    for _, y in points:
-        sums.append(sums[-1] + y)
-    made = []
-    for i, (x, _) in enumerate(points):
-        a, b = max(0, i - half), min(len(points), i + half + 1)
-        made.append((x, (sums[b] - sums[a]) / (b - a)))
-    return made, 2 * half + 1
+def window(points: int) -> int:
+    """How many of so many points a running mean is over."""
+    return 2 * max(2, points // 60) + 1
 
 
-def spread_out(items: Sequence[int], limit: int) -> list[int]:
-    """At most `limit` of sorted numbers, evenly among them, with the first and the last."""
+def smooth(points: Sequence[Point]) -> tuple[Point, ...]:
+    """Means of a moving, centered window; at the ends the window is what there is of it."""
+    half = window(len(points)) // 2
+    sums = [0.0, *accumulate(y for _, y in points)]
+    ends = [(max(0, i - half), min(len(points), i + half + 1)) for i in range(len(points))]
+    return tuple((x, (sums[b] - sums[a]) / (b - a)) for (x, _), (a, b) in zip(points, ends, strict=True))
+
+
+def spread_out(items: Sequence[T], limit: int) -> list[T]:
+    """At most `limit` of the items, evenly among them, with the first and the last."""
     if len(items) <= limit:
         return list(items)
     places = sorted({round(i * (len(items) - 1) / (limit - 1)) for i in range(limit)})
@@ -318,8 +316,8 @@ def figure(plot: Plot) -> Element | None:
     picture = el(
         "svg",
         el("desc", plot.says),
-        _grid(up, across, plot, right),
-        [_level(level, up, right) for level in plot.levels],
+        grid(across, up, plot.x_label, plot.share, whole=plot.whole_x),
+        [_level(level, across, up) for level in plot.levels],
         [_draw(line, across, up, columns) for line in sorted(lines, key=lambda x: x.look == "thick")],
         _tags(lines, across, up),
         el("g", class_="cross"),
@@ -355,30 +353,30 @@ def _right_margin(lines: Sequence[Line]) -> int:
     return PLAIN_RIGHT if not longest else LETTER_RIGHT if longest <= 2 else WORD_RIGHT
 
 
-def _grid(up: Axis, across: Axis, plot: Plot, right: int) -> list[Element]:
+def grid(
+    across: Axis, up: Axis, x_label: str, share: bool, *, wanted: int = 5, whole: bool = False, upright: bool = False
+) -> list[Element]:
+    """Lines and labels of the ticks, about so many across, and what the axis below is; upright: lines at its ticks too."""
+    left, right, bottom = across.start, across.end, up.start
     made = []
     for value, label in up.ticks(5):
-        text = f"{_plain(100 * value)}%" if plot.share else label
-        y = up(value)
-        made.append(el("line", class_="grid", x1=LEFT, x2=WIDTH - right, y1=round(y, 1), y2=round(y, 1)))
-        made.append(el("text", text, class_="tick", x=LEFT - 8, y=round(y + 4, 1), text_anchor="end"))
-    for value, label in across.ticks(5, whole=plot.whole_x):
+        y, text = up(value), f"{100 * value:.6g}%".replace("-", MINUS) if share else label
+        made.append(el("line", class_="grid", x1=left, x2=right, y1=round(y, 1), y2=round(y, 1)))
+        made.append(el("text", text, class_="tick", x=left - 8, y=round(y + 4, 1), text_anchor="end"))
+    for value, label in across.ticks(wanted, whole):
         x = round(across(value), 1)
-        made.append(el("text", label, class_="tick", x=x, y=HEIGHT - BOTTOM + 19, text_anchor="middle"))
-    middle = (LEFT + WIDTH - right) / 2
-    return [*made, el("text", plot.x_label, class_="axis", x=middle, y=HEIGHT - 6, text_anchor="middle")]
+        made += [el("line", class_="grid", x1=x, x2=x, y1=up.end, y2=bottom)] if upright else []
+        made.append(el("text", label, class_="tick", x=x, y=bottom + 19, text_anchor="middle"))
+    middle = (left + right) / 2
+    return [*made, el("text", x_label, class_="axis", x=middle, y=bottom + BOTTOM - 6, text_anchor="middle")]
 
 
-def _plain(value: float) -> str:
-    return f"{value:.6g}".replace("-", "\u2212")
-
-
-def _level(level: Level, up: Axis, right: int) -> Element | None:
+def _level(level: Level, across: Axis, up: Axis) -> Element | None:
     if not up.low <= level.value <= up.high:
         return None
     y = round(up(level.value), 1)
-    line = el("line", x1=LEFT, x2=WIDTH - right, y1=y, y2=y)
-    return el("g", line, el("text", level.label, x=LEFT + 5, y=y - 5), class_="level")
+    line = el("line", x1=across.start, x2=across.end, y1=y, y2=y)
+    return el("g", line, el("text", level.label, x=across.start + 5, y=y - 5), class_="level")
 
 
 def style_of(place: int) -> str:
@@ -477,15 +475,13 @@ def _behind(plot: Plot, lines: Sequence[Line]) -> Element:
     limit = ROWS_BEHIND if len(columns) > 4 else 2 * ROWS_BEHIND
     every = sorted({x for line in columns for x, _ in line.points})
     exact = {x for line in columns if line.marked for x, _ in line.points}
-    chosen = {every[i] for i in spread_out(range(len(every)), limit)} | (exact if len(exact) <= limit else set())
+    chosen = set(spread_out(every, limit)) | (exact if len(exact) <= limit else set())
     values = [dict(line.points) for line in columns]
     ends = [{x: (low, high) for x, low, high in line.ends} for line in columns]
     rows = []
     for x in sorted(chosen):
-        cells: list[Node] = [f"{x:,.0f}" if x == int(x) else number(x)]
-        for points, of in zip(values, ends, strict=True):
-            cells.append(_cell(points.get(x), of.get(x), plot.share))
-        rows.append(cells)
+        cells = [_cell(points.get(x), of.get(x), plot.share) for points, of in zip(values, ends, strict=True)]
+        rows.append([f"{x:,.0f}" if x == int(x) else number(x), *cells])
     caption = f"{plot.title}{f' ({plot.unit})' if plot.unit else ''}"
     if len(chosen) < len(every):
         caption += f", {len(chosen)} of {len(every):,} places"
@@ -494,9 +490,7 @@ def _behind(plot: Plot, lines: Sequence[Line]) -> Element:
 
 
 def _cell(value: float | None, ends: tuple[float, float] | None, share: bool) -> str:
-    if value is None:
-        return ""
-    return with_interval(value, None if ends is None or ends[0] == ends[1] else ends, share)
+    return "" if value is None else with_interval(value, ends if ends and ends[0] < ends[1] else None, share)
 
 
 def tag(words: Node | Iterable[Node], place: int, x: float | str, y: float, group: str) -> Element:

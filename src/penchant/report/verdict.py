@@ -19,6 +19,7 @@ Tone = Literal["good", "bad", "open", "plain"]
 TONES: tuple[Tone, ...] = ("good", "bad", "open")
 MARK = {"good": "\u25b2", "bad": "\u25bc", "open": "\u25cb", "plain": "\u2022"}
 TONE_WORD = {"good": "shown: ", "bad": "worse: ", "open": "not shown: ", "plain": ""}
+TONE_OF: dict[str, Tone] = {"better": "good", "worse": "bad", "unclear": "open"}
 MOST = 8  # sentences of a comparison that are not folded
 HELD_OUT = [m for m in METRICS.values() if m.label]
 
@@ -34,9 +35,7 @@ def statement(tone: Tone, *words: Node | Iterable[Node], lead: bool = False) -> 
 
 def verdict(data: ReportData) -> Element:
     """All sentences, the comparison's first where there is one."""
-    parts: list[Node] = []
-    for comparison in data.comparisons:
-        parts += of_comparison(comparison)
+    parts = [part for comparison in data.comparisons for part in of_comparison(comparison)]
     if data.kind == "run" and data.runs:
         parts += of_run(data.runs[0], first=not parts)
     elif len(data.runs) > 1 and (data.kind != "comparison" and not (data.comparisons and data.kind == "pipeline")):
@@ -93,26 +92,26 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
     if own:
         made.append(statement("plain", said(own, tag="span"), lead=True))
     found = {c.figure.name: c for c in changes(run)}
-    step = num(run.evals[-1], "step") if run.evals else None
-    if not found or not step:
+    if not found or not num(run.last, "step"):
         why = "nothing was held out" if not run.evals else "only the start was evaluated so far"
         if not own:
             made.append(statement("open", f"No held-out comparison with the start: {why}.", lead=first))
         return made
     order = [c for n, c in found.items() if c.figure.main and not (n == "loss" and "reward" in found)]
     for i, change in enumerate(order):
-        made.append(statement(_tone_of(change), _sentence(change, run), lead=first and i == 0 and not own))
+        lead = first and i == 0 and not own
+        made.append(statement(TONE_OF.get(change.reading, "plain"), _sentence(change, run), lead=lead))
     if "kl/policy_ref" in found:
         made.append(statement("plain", _price(found["kl/policy_ref"])))
     judged = [c for c in order if c.reading != "plain"]
     if judged and all(c.reading == "unclear" for c in judged):
-        at = 1 if own else 0
-        rows = num(run.evals[-1], "eval/rows")
-        held = "" if rows is None else f"{rows:,.0f} "
+        rows = num(run.last, "eval/rows")
         words = "Nothing separates from chance on the held-out rows."
         if own:
+            held = "" if rows is None else f"{rows:,.0f} "
             words = f"On the {held}held-out rows by themselves nothing separates from chance."
         nothing = statement("open", words, lead=first and not own)
+        at = 1 if own else 0
         made = [*made[:at], nothing, *(_small(m) for m in made[at:])]
     return made
 
@@ -123,55 +122,48 @@ def _small(node: Node) -> Node:
     return node
 
 
-def _tone_of(change: Change) -> Tone:
-    tones: dict[str, Tone] = {"better": "good", "worse": "bad", "unclear": "open"}
-    return tones.get(change.reading, "plain")
-
-
 def _sentence(c: Change, run: RunData) -> list[Node]:
     share = c.figure.share
-    rows = num(run.evals[-1], "eval/rows")
+    rows = num(run.last, "eval/rows")
     value = el("b", estimate(c.after, c.after_ci, share))
-    brackets = f" {interval(*c.after_ci, share)}" if c.after_ci and c.after_ci[0] < c.after_ci[1] else ""
+    brackets = f" {c.brackets}" if c.brackets else ""
     of = f" of {rows:,.0f} held-out rows" if rows is not None else " of the held-out rows"
     if c.figure.name == "rewards/accuracies":
-        who = "The reward model scores" if run.method == "reward_model" else "The policy prefers"
-        what = " the chosen answer higher in " if run.method == "reward_model" else " the chosen answer in "
-        return [who, what, value, brackets, of, _against_null(c, "one half")]
+        scores = run.method == "reward_model"
+        who = (
+            "The reward model scores the chosen answer higher in "
+            if scores
+            else "The policy prefers the chosen answer in "
+        )
+        return [who, value, brackets, of, _against_null(c, "one half")]
     if c.figure.name == "win_rate":
         of = " of comparisons with the start\u2019s"
         return ["Its completions win ", value, brackets, of, _against_null(c, "one half")]
     label = c.figure.label[0].upper() + c.figure.label[1:]
     if c.before is None:
         return [f"{label} is ", value, brackets, "; the start was not evaluated."]
-    went: list[Node] = [f"{label} went from {shown(c.before, share)} to ", value, brackets]
-    return [*went, _against_start(c)]
+    return [f"{label} went from {shown(c.before, share)} to ", value, brackets, _against_start(c)]
 
 
 def _against_null(c: Change, null: str) -> str:
-    if c.reading == "better":
-        return f"; the interval lies above {null}."
-    if c.reading == "worse":
-        return f"; the interval lies below {null}."
-    return f"; the interval includes {null}, which chance gives." if c.reading == "unclear" else "."
+    said_ = {
+        "better": f"; the interval lies above {null}.",
+        "worse": f"; the interval lies below {null}.",
+        "unclear": f"; the interval includes {null}, which chance gives.",
+    }
+    return said_.get(c.reading, ".")
 
 
 def _against_start(c: Change) -> str:
     if c.reading == "unclear":
         return "; the interval does not tell it from the start."
-    if c.reading in ("better", "worse"):
-        return f"; {c.reading} than the start by its interval."
-    return "."
+    return f"; {c.reading} than the start by its interval." if c.reading in ("better", "worse") else "."
 
 
 def _price(c: Change) -> list[Node]:
-    brackets = f" {interval(*c.after_ci)}" if c.after_ci and c.after_ci[0] < c.after_ci[1] else ""
-    return [
-        "It moved ",
-        el("b", estimate(c.after, c.after_ci)),
-        brackets,
-        " nats per completion away from the start (KL).",
-    ]
+    brackets = f" {c.brackets}" if c.brackets else ""
+    moved = el("b", estimate(c.after, c.after_ci))
+    return ["It moved ", moved, brackets, " nats per completion away from the start (KL)."]
 
 
 def cards(run: RunData) -> Element | None:
@@ -179,8 +171,7 @@ def cards(run: RunData) -> Element | None:
     made = []
     for h in mappings(run.results.get("headline")):
         after, before = num(h, "after"), num(h, "before")
-        pair = h.get("ci")
-        ci = ci_of({"x/ci": pair}, "x")
+        ci = ci_of({"x/ci": h.get("ci")}, "x")
         share = "win rate" in text(h.get("name")).lower()
         was = el("span", f"{number(before)} \u2192 ", class_="soft") if before is not None else None
         name, value = el("dt", said(text(h.get("name")))), el("dd", was, shown(after, share), class_="value")
@@ -222,8 +213,8 @@ def of_runs(data: ReportData) -> list[Node]:
         return [statement("open", none, lead=True), *progress]
     share = ranked.figure.share
     names: list[Node] = []
-    for i, row in enumerate(best):
-        names += [" and " if i else None, *keyed(row.setting.key, row.setting.name)]
+    for row in best:
+        names += [" and " if names else None, *keyed(row.setting.key, row.setting.name)]
     rows = held_out_rows(data)
     on = f" on {rows[0]:,.0f} held-out rows" if len(rows) == 1 else ""
     only = tried(data) == 1
@@ -232,12 +223,8 @@ def of_runs(data: ReportData) -> list[Node]:
     made: list[Node] = [statement("plain", start, names, figure.replace(" ()", ""), lead=True)]
     made += _doubts(ranked, best)
     if not only:
-        made.append(
-            statement(
-                "plain",
-                "These held-out rows chose it, so its figure flatters it, and nothing is claimed of its lead: measure it on rows that no run has seen.",
-            )
-        )
+        chose = "These held-out rows chose it, so its figure flatters it, and nothing is claimed of its lead: measure it on rows that no run has seen."
+        made.append(statement("plain", chose))
     return [*made, *_cut(data), *progress]
 
 
@@ -260,44 +247,26 @@ def _doubts(ranked: Ranking, best: tuple[Row, ...]) -> list[Node]:
         (a, b), (c, d) = best[0].range, next_.range
         kind = "Seeds" if len(best[0].values) > 1 or len(next_.values) > 1 else "Intervals"
         words = keyed(next_.setting.key, next_.setting.name)
-        if a <= d and c <= b:
-            made.append(
-                statement(
-                    "open", f"{kind} of it and of the next, ", words, ", overlap: nothing here tells the two apart."
-                )
-            )
-        else:
-            made.append(statement("plain", f"{kind} of it and of the next, ", words, ", do not overlap."))
+        overlap = a <= d and c <= b
+        end = ", overlap: nothing here tells the two apart." if overlap else ", do not overlap."
+        made.append(statement("open" if overlap else "plain", f"{kind} of it and of the next, ", words, end))
     null = ranked.figure.null
-    if null is not None:
-        cis = [
-            ci
-            for r in ranked.rows
-            for run in r.setting.runs
-            if run.evals and (ci := ci_of(run.evals[-1], f"eval/{ranked.figure.name}"))
-        ]
+    cis = [ci for r in ranked.rows for run in r.setting.runs if (ci := ci_of(run.last, f"eval/{ranked.figure.name}"))]
+    if null is not None and cis:
         above = sum(low > null if ranked.up else high < null for low, high in cis)
-        if cis:
-            where = "one half" if null == 0.5 else number(null)
-            tone: Tone = "good" if above == len(cis) else "open" if not above else "plain"
-            side = "above" if ranked.up else "below"
-            made.append(
-                statement(tone, f"In {above} of {count(len(cis), 'run')} the 95% interval lies {side} {where}.")
-            )
+        where, side = "one half" if null == 0.5 else number(null), "above" if ranked.up else "below"
+        tone: Tone = "good" if above == len(cis) else "open" if not above else "plain"
+        made.append(statement(tone, f"In {above} of {count(len(cis), 'run')} the 95% interval lies {side} {where}."))
     return made
 
 
 def _progress(data: ReportData) -> list[Node]:
     states = [r.status for r in data.runs]
-    done = states.count("finished")
-    parts = [
-        f"{n} {word}" for word in ("running", "paused", "interrupted", "stopped", "killed") if (n := states.count(word))
-    ]
-    if done == len(states):
-        return []
-    return [
-        statement("plain", f"{done} of {count(len(states), 'run')} finished{', ' if parts else ''}{', '.join(parts)}.")
-    ]
+    going = ("running", "paused", "interrupted", "stopped", "killed")
+    parts = [f"{states.count('finished')} of {count(len(states), 'run')} finished"]
+    parts += [f"{n} {word}" for word in going if (n := states.count(word))]
+    done = states.count("finished") == len(states)
+    return [] if done else [statement("plain", f"{', '.join(parts)}.")]
 
 
 # ---- Held-out figures of a run: at the start and at the end, with intervals, drawn beside what chance would give ----
@@ -319,6 +288,12 @@ class Change:
     before_ci: Pair
     after: float
     after_ci: Pair
+
+    @property
+    def brackets(self) -> str:
+        """Its interval, where it has a width."""
+        ci = self.after_ci
+        return interval(*ci, self.figure.share) if ci and ci[0] < ci[1] else ""
 
     @property
     def reading(self) -> Reading:
@@ -343,16 +318,13 @@ class Change:
 
 def changes(run: RunData) -> list[Change]:
     """Every known figure of the last evaluation, with that of the start."""
-    if not run.evals:
-        return []
-    last = run.evals[-1]
-    first: Mapping[str, Any] = run.evals[0] if num(run.evals[0], "step") == 0 and len(run.evals) > 1 else {}
+    first: Mapping[str, Any] = run.first if len(run.evals) > 1 else {}
     found = []
     for figure in HELD_OUT:
         name = f"eval/{figure.name}"
-        after = num(last, name)
+        after = num(run.last, name)
         if after is not None:
-            found.append(Change(figure, num(first, name), ci_of(first, name), after, ci_of(last, name)))
+            found.append(Change(figure, num(first, name), ci_of(first, name), after, ci_of(run.last, name)))
     return found
 
 
@@ -364,8 +336,7 @@ def held_out(run: RunData) -> Element | None:
     started = any(c.before is not None for c in found)
     rows = [_row(c, started) for c in found]
     head: list[Node] = ["figure", *(["start"] if started else []), "end", "95% interval, by prompt", ""]
-    count = num(run.evals[-1], "eval/rows")
-    step = num(run.evals[-1], "step") or 0
+    count, step = num(run.last, "eval/rows"), num(run.last, "step") or 0
     caption = f"At step {step:,.0f}" + (f", over {count:,.0f} held-out rows" if count is not None else "")
     right = (1, 2, 3) if started else (1, 2)
     return panel(head, rows, numeric=right, caption=caption, class_="held")
@@ -376,20 +347,14 @@ def _row(c: Change, started: bool) -> list[Node]:
     unit = el("small", f" {c.figure.unit}") if c.figure.unit else None
     what = el("small", c.figure.meaning, class_="what")
     name = el("span", c.figure.label, unit, what)
-    shown_ci = interval(*c.after_ci, share) if c.after_ci and c.after_ci[0] < c.after_ci[1] else ""
-    after = estimate(c.after, c.after_ci, share)
-    return [
-        name,
-        *([MISSING if c.before is None else shown(c.before, share)] if started else []),
-        el("b", after),
-        shown_ci,
-        el("span", _strip(c), class_="marks"),
-    ]
+    before = [MISSING if c.before is None else shown(c.before, share)] if started else []
+    after = el("b", estimate(c.after, c.after_ci, share))
+    return [name, *before, after, c.brackets, el("span", _strip(c), class_="marks")]
 
 
 def _strip(c: Change) -> Node:
     null = c.figure.null if c.figure.null is not None else c.before
-    if c.after_ci is None or null is None or c.after_ci[0] >= c.after_ci[1]:
+    if c.after_ci is None or null is None or not c.brackets:
         return None
     values = [null, *c.after_ci, c.after]
     room = (max(values) - min(values)) * 0.08
@@ -398,23 +363,17 @@ def _strip(c: Change) -> Node:
 
 def by_length(run: RunData) -> Element | None:
     """A reward model's accuracy in quartiles of the length gap; None where it has none."""
-    length = run.calibration.get("length")
-    quartiles = length.get("quartiles") if isinstance(length, Mapping) else None
+    length = mapping(run.calibration.get("length"))
     rows: list[Sequence[Node]] = []
-    for q in quartiles if isinstance(quartiles, list) else []:
+    for q in sequence(length.get("quartiles")):
         low, high, size, right = (num(q, k) for k in ("from", "to", "rows", "accuracy"))
         rows.append([f"{shown(low)} to {shown(high)}", shown(size), shown(right, True)])
     if not rows:
         return None
     rule = num(length, "longer_wins")
-    return el(
-        "div",
-        table(
-            ["chosen \u2212 rejected, tokens", "pairs", "accuracy"],
-            rows,
-            numeric=(1, 2),
-            caption="Accuracy by length: held-out pairs in quartiles",
-        ),
-        note(f"The rule that the longer answer wins is right for {shown(rule, True)} of them."),
-        class_="panel",
+    head, caption = (
+        ["chosen \u2212 rejected, tokens", "pairs", "accuracy"],
+        "Accuracy by length: held-out pairs in quartiles",
     )
+    remark = note(f"The rule that the longer answer wins is right for {shown(rule, True)} of them.")
+    return el("div", table(head, rows, numeric=(1, 2), caption=caption), remark, class_="panel")

@@ -35,10 +35,9 @@ def win_rates(data: ReportData) -> Element | None:
         first = next(iter(mapping(c.figures.get("models"))), "")
         groups = {"": pairs_of(c)} | {k: mappings(v) for k, v in mapping(c.figures.get("also")).items()}
         for judge, pairs in groups.items():
-            made = [
-                _matrix(pairs, "win_rate", _titled("Win rate", judge), first),
-                _matrix(pairs, "equal_length", _titled("At equal length", judge), first),
-            ]
+            kinds = (("win_rate", "Win rate"), ("equal_length", "At equal length"))
+            by = f", by {judge}" if judge else ""
+            made = [_matrix(pairs, field, title + by, first) for field, title in kinds]
             shown_ = [m for m in made if m is not None]
             parts += [el("div", shown_, class_="matrices")] if shown_ else []
             parts += [_pairs_table(pairs, judge, text(c.figures.get("outcome")))] if pairs else []
@@ -50,10 +49,6 @@ def win_rates(data: ReportData) -> Element | None:
     )
     has_matrix = any(isinstance(p, Element) and ("class", "matrices") in p.attributes for p in parts)
     return el("div", legend if has_matrix else None, parts)
-
-
-def _titled(title: str, judge: str) -> str:
-    return f"{title}, by {judge}" if judge else title
 
 
 def pairs_of(comparison: Comparison) -> list[dict[str, Any]]:
@@ -94,11 +89,8 @@ def _matrix(pairs: Sequence[Mapping[str, Any]], field: str, title: str, first: s
     if not cells:
         return None
     names = list(dict.fromkeys([*([first] if any(first in c for c in cells) else []), *(a for a, _ in cells)]))
-    head = el(
-        "tr",
-        el("th", el("span", "row against column", class_="spoken"), scope="col"),
-        [el("th", said(n), scope="col") for n in names],
-    )
+    corner = el("th", el("span", "row against column", class_="spoken"), scope="col")
+    head = el("tr", corner, [el("th", said(n), scope="col") for n in names])
     rows = [el("tr", el("th", said(a), scope="row"), [_cell(cells.get((a, b)), a == b) for b in names]) for a in names]
     return el(
         "div",
@@ -116,12 +108,8 @@ def _cell(rate: Interval | None, same: bool) -> Element:
     clear = rate.low > 0.5 or rate.high < 0.5
     shade = min(SHADES, max(1, math.ceil(abs(rate.estimate - 0.5) * 2 * SHADES - 1e-9))) if clear else 0
     side = "up" if rate.estimate >= 0.5 else "down"
-    return el(
-        "td",
-        el("b", percent(rate.estimate)),
-        el("small", f"{100 * rate.low:.0f}\u2013{100 * rate.high:.0f}"),
-        class_=f"{side}{shade}",
-    )
+    ends = el("small", f"{100 * rate.low:.0f}\u2013{100 * rate.high:.0f}")
+    return el("td", el("b", percent(rate.estimate)), ends, class_=f"{side}{shade}")
 
 
 def _pairs_table(pairs: Sequence[Mapping[str, Any]], judge: str, outcome: str) -> Element | None:
@@ -130,27 +118,19 @@ def _pairs_table(pairs: Sequence[Mapping[str, Any]], judge: str, outcome: str) -
         return None
     ends = [v for _, d in found for v in (d.low, d.high, 0.0)]
     room = (max(ends) - min(ends)) * 0.05
+    scale = min(ends) - room, max(ends) + room
     rows: list[list[Node]] = []
     for pair, d in found:
         ci = (d.low, d.high)
-        rows.append(
-            [
-                el("span", said(text(pair.get("name"))), " \u2212 ", said(text(pair.get("other")))),
-                el("b", estimate(d.estimate, ci)),
-                interval(*ci),
-                el("span", strip(d.estimate, ci, 0.0, min(ends) - room, max(ends) + room), class_="marks"),
-                p_value(num(pair, "p")),
-                p_value(num(pair, "p_corrected")),
-            ]
-        )
+        names = el("span", said(text(pair.get("name"))), " \u2212 ", said(text(pair.get("other"))))
+        drawn = el("span", strip(d.estimate, ci, 0.0, *scale), class_="marks")
+        values = el("b", estimate(d.estimate, ci)), interval(*ci)
+        rows.append([names, *values, drawn, p_value(num(pair, "p")), p_value(num(pair, "p_corrected"))])
     what = f"reward by {judge}" if judge else outcome or "outcome"
-    caption = f"Differences of {what}; p by prompt{', and by seeds where there are several' if any(num(p, 'p_seeds') is not None for p, _ in found) else ''}, corrected (Holm) for {len(found)}"
-    return panel(
-        ["comparison", "difference", "95% interval", "", "p", "p corrected"],
-        rows,
-        numeric=(1, 2, 4, 5),
-        caption=caption,
-    )
+    seeds = ", and by seeds where there are several" if any(num(p, "p_seeds") is not None for p, _ in found) else ""
+    caption = f"Differences of {what}; p by prompt{seeds}, corrected (Holm) for {len(found)}"
+    head = ["comparison", "difference", "95% interval", "", "p", "p corrected"]
+    return panel(head, rows, numeric=(1, 2, 4, 5), caption=caption)
 
 
 def p_value(p: float | None) -> str:
@@ -164,29 +144,19 @@ def compared_figures(data: ReportData) -> Element | None:
     """Every compared model's figures, one column a model; None without a comparison."""
     parts = []
     for c in data.comparisons:
-        models = mapping(c.figures.get("models"))
+        models = {name: mapping(figures) for name, figures in mapping(c.figures.get("models")).items()}
         if not models:
             continue
         first = next(iter(models))
         rows: list[list[Node]] = []
-        judges = list(dict.fromkeys(k for m in models.values() for k in mapping(mapping(m).get("also"))))
-        for judge in (None, *judges):
+        for judge in dict.fromkeys(["", *(k for m in models.values() for k in mapping(m.get("also")))]):
+            of = [mapping(mapping(m.get("also")).get(judge)) if judge else m for m in models.values()]
+            by = f", by {judge}" if judge else ""
             for name, label, share in FIGURES:
-                of = {
-                    m: mapping(mapping(mapping(f).get("also")).get(judge)) if judge else mapping(f)
-                    for m, f in models.items()
-                }
-                if any(num(f, name) is not None for f in of.values()):
-                    by = f", by {judge}" if judge else ""
-                    rows.append([said(label.format(first=first) + by), *(_figure(f, name, share) for f in of.values())])
-        parts.append(
-            panel(
-                ["", *(said(m) for m in models)],
-                rows,
-                numeric=range(1, len(models) + 1),
-                caption="Every figure on the same prompts, with 95% intervals",
-            )
-        )
+                if any(num(f, name) is not None for f in of):
+                    rows.append([said(label.format(first=first) + by), *(_figure(f, name, share) for f in of)])
+        caption = "Every figure on the same prompts, with 95% intervals"
+        parts.append(panel(["", *map(said, models)], rows, numeric=range(1, len(models) + 1), caption=caption))
     return el("div", parts) if parts else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -75,7 +75,12 @@ def flat(value: Any, prefix: str = "", depth: int = 0) -> dict[str, Any]:
     return found
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which a share of them lies."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+def algorithm_of(config: Mapping[str, Any]) -> str:
+    """The algorithm that a run's config names; empty for the losses on given answers."""
+    found = config.get("algorithm")
+    return text(found.get("name") if isinstance(found, Mapping) else found)
+
+
+def is_online(config: Mapping[str, Any]) -> bool:
+    """Whether a run of that config learns from its own completions."""
+    return algorithm_of(config) not in ("", "reward_model")

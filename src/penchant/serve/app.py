@@ -6,14 +6,13 @@ import asyncio
 import hmac
 import json
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -29,150 +28,84 @@ from penchant.serve.model import ChatModel, TemplateRefused
 from penchant.serve.openai import ApiError, ChatRequest, Json, Prompt, Responses, TextRequest, as_json, invalid
 from penchant.serve.stream import Completions, Piece
 
+T = TypeVar("T")
 log = logging.getLogger("penchant.serve")
 CLIENT_GONE = 499  # as nginx logs it
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the model's thread
+# ---- the model's thread ----
 
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The prompt has been read."""
-
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """All completions of a prompt are written."""
-
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """Something went wrong in this request; others go on."""
-
-    error: Exception
-
-
-Event = Started | Piece | Ended | Failed
-
-
-def shutting_down() -> ApiError:
-    return ApiError(503, "the server is shutting down", code="shutting_down", kind="server_error")
-
-
-@dataclass(eq=False)
-class Job:
-    """One prompt.
-
-    Args:
-        start: reads the prompt; notify: called with every event. Both run in the model's thread. `cancel` ends the job without an event.
-    """
-
-    start: Callable[[], Completions]
-    notify: Callable[[Event], None]
-    completions: Completions | None = None
-    _cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        """Nobody waits for it any more."""
-        self._cancelled.set()
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled.is_set()
-
-    def advance(self) -> bool:
-        """One step; whether there are more."""
-        if self.cancelled:
-            return False
-        try:
-            if self.completions is None:
-                self.completions = self.start()
-                self.notify(Started(len(self.completions.prompt)))
-            for piece in self.completions.step():
-                self.notify(piece)
-            if self.completions.done:
-                self.notify(Ended(self.completions.tokens))
-                return False
-        except Exception as error:  # one request's failure must not end the thread
-            self.notify(Failed(error))
-            return False
-        return True
+# of a prompt: its completions once it has been read, then their pieces, and None when all are written; or what went wrong
+Event = Completions | Piece | None | Exception
 
 
 class Scheduler:
-    """The model's thread: prompts take turns, so each gets exactly what it would get alone.
+    """The model's thread, in which prompts take turns token by token, so each gets exactly what it would get alone.
 
     Args:
         at_once: prompts that take turns; waiting: prompts that wait for a turn.
     """
 
     def __init__(self, at_once: int = 4, waiting: int = 64) -> None:
-        self._at_once, self._max_waiting = at_once, waiting
-        self._active: list[Job] = []
-        self._waiting: deque[Job] = deque()
-        self._changed = threading.Condition()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
-        self._thread.start()
-
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Take all jobs of a request.
-
-        Raises:
-            ApiError: too many are waiting, or none is taken any more.
-        """
-        with self._changed:
-            if self._closing:
-                raise shutting_down()
-            self._waiting = deque(j for j in self._waiting if not j.cancelled)
-            free = self._at_once - len(self._active) + self._max_waiting - len(self._waiting)
-            if len(jobs) > free:
-                what = "too many requests are waiting; try again in a moment"
-                raise ApiError(429, what, code="rate_limit_exceeded", kind="rate_limit_error")
-            self._waiting.extend(jobs)
-            self._changed.notify()
+        self._slots, self._most = asyncio.Semaphore(at_once), at_once + waiting
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")  # first come, first served
+        self._prompts: set[asyncio.Task[None]] = set()
+        self._active = 0
+        self.closing = False  # every request ends with an error before its next token
 
     @property
     def load(self) -> tuple[int, int]:
         """(active prompts, waiting prompts)."""
-        with self._changed:
-            return len(self._active), len(self._waiting)
+        return self._active, len(self._prompts) - self._active
 
-    def close(self, timeout: float = 30.0) -> None:
-        """End every request, and the thread."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join(timeout)
+    def submit(
+        self, starts: Sequence[Callable[[], Completions]], notify: Callable[[int, Event], None]
+    ) -> list[asyncio.Task[None]]:
+        """Take all prompts of a request; each ends when its task is cancelled.
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._closing or self._active or self._waiting):
-                    self._changed.wait()
-                if self._closing:
-                    left = [*self._active, *self._waiting]
-                    self._active, self._waiting = [], deque()
-                    break
-                while self._waiting and len(self._active) < self._at_once:
-                    self._active.append(self._waiting.popleft())
-                turn = list(self._active)
-            going = [job for job in turn if job.advance()]
-            with self._changed:
-                self._active = going
-        for job in left:
-            with suppress(Exception):  # whoever listened may be gone
-                job.notify(Failed(shutting_down()))
+        Args:
+            starts: read a prompt, in the model's thread; notify: called with the number of a prompt and every event of it.
+
+        Raises:
+            ApiError: too many are waiting.
+        """
+        if len(starts) > self._most - len(self._prompts):
+            what = "too many requests are waiting; try again in a moment"
+            raise ApiError(429, what, code="rate_limit_exceeded", kind="rate_limit_error")
+        tasks = [asyncio.create_task(self._write(start, partial(notify, i))) for i, start in enumerate(starts)]
+        for task in tasks:
+            self._prompts.add(task)
+            task.add_done_callback(self._prompts.discard)
+        return tasks
+
+    async def _write(self, start: Callable[[], Completions], notify: Callable[[Event], None]) -> None:
+        try:
+            async with self._slots:
+                self._active += 1
+                try:
+                    completions = await self._turn(start)
+                    notify(completions)
+                    while not completions.done:
+                        for piece in await self._turn(completions.step):
+                            notify(piece)
+                finally:
+                    self._active -= 1
+            notify(None)
+        except Exception as error:  # one request's failure is its own
+            notify(error)
+
+    async def _turn(self, call: Callable[[], T]) -> T:
+        if self.closing:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", kind="server_error")
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    def close(self) -> None:
+        """End every request, and the thread once its step is done."""
+        self.closing = True
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# HTTP
+# ---- HTTP ----
 
 
 @dataclass(frozen=True)
@@ -239,10 +172,8 @@ class App:
         scope.setdefault("state", {})
         try:
             refused = self._refusal(Headers(scope=scope), scope["path"])
-            if refused is None:
-                await self._starlette(scope, receive, send_with_headers)
-            else:
-                await _response(refused)(scope, receive, send_with_headers)
+            answer = self._starlette if refused is None else _response(refused)
+            await answer(scope, receive, send_with_headers)
         except Exception:
             log.exception("a request failed")
             if not status:
@@ -296,8 +227,12 @@ class App:
         responses = Responses(params, self.chat_model, self.name)
         running = _Running(self, params, request)
         if not params.stream:
-            with running:
-                return await _whole(params, responses, running)
+            with closing(running):
+                pieces: list[list[Piece]] = [[] for _ in range(params.n * len(params.prompts))]
+                async for number, event in running.events:
+                    if isinstance(event, Piece):
+                        pieces[number * params.n + event.row].append(event)
+            return Response(as_json(responses.whole(pieces, running.usage)), media_type="application/json")
         try:
             first = await anext(running.events)  # before the status goes out: a prompt that is refused is a 400
         except BaseException:
@@ -367,58 +302,48 @@ async def _body(request: Request, limits: Limits) -> bytes:
     return bytes(data)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# completions under way
+# ---- completions under way ----
 
 
 class _Running:
-    """The jobs of one request, and what they report until the last has ended.
+    """The prompts of one request, and what is reported of them until the last has ended.
 
     Raises:
-        ApiError: too many requests are waiting, or the server is shutting down.
+        ApiError: too many requests are waiting.
     """
 
     def __init__(self, app: App, params: openai.Request, request: Request) -> None:
-        self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._seconds = app.limits.seconds
-        self._jobs = [self._job(app, params, prompt, i) for i, prompt in enumerate(params.prompts)]
-        self.usage: Json = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), 0)
-        app.scheduler.submit(self._jobs)
-        self._gone = asyncio.create_task(self._wait_until_gone(request))
-        self.events = self._read()
-
-    def _job(self, app: App, params: openai.Request, prompt: Prompt, number: int) -> Job:
-        def notify(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
-
-        return Job(lambda: app.completions(params, prompt), notify)
+        self._begun: list[Completions] = []
+        starts = [partial(app.completions, params, prompt) for prompt in params.prompts]
+        self._tasks = app.scheduler.submit(starts, lambda number, event: self._queue.put_nowait((number, event)))
+        self._tasks.append(asyncio.create_task(self._wait_until_gone(request)))
+        self.events = self._read(len(starts))
 
     async def _wait_until_gone(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self._queue.put_nowait((0, Failed(ClientDisconnect())))
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+        self._queue.put_nowait((0, ClientDisconnect()))
 
     def close(self) -> None:
         """Nobody waits for the rest."""
-        self._gone.cancel()
-        for job in self._jobs:
-            job.cancel()
+        for task in self._tasks:
+            task.cancel()
 
-    async def _read(self) -> AsyncIterator[tuple[int, Event]]:
+    @property
+    def usage(self) -> Json:
+        """Tokens of the prompts that were read and of what has been written."""
+        prompt, written = sum(len(c.prompt) for c in self._begun), sum(c.tokens for c in self._begun)
+        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+
+    async def _read(self, left: int) -> AsyncIterator[tuple[int, Event]]:
         """(number of the prompt, event).
 
         Raises:
-            ApiError: a job failed, or time is up. ClientDisconnect: the client went away.
+            ApiError: a prompt failed, or time is up. ClientDisconnect: the client went away.
         """
-        deadline, left = self._loop.time() + self._seconds, len(self._jobs)
+        deadline = asyncio.get_running_loop().time() + self._seconds
         while left:
             try:
                 async with asyncio.timeout_at(deadline):
@@ -426,23 +351,15 @@ class _Running:
             except TimeoutError as error:
                 what = f"the answer took longer than {self._seconds:g} seconds"
                 raise ApiError(503, what, code="timeout", kind="server_error") from error
-            if isinstance(event, Failed):
-                raise _as_api_error(event.error) from event.error
-            if isinstance(event, Started):
-                self.usage["prompt_tokens"] += event.prompt_tokens
-            elif isinstance(event, Ended):
-                self.usage["completion_tokens"] += event.tokens
-                left -= 1
-            self.usage["total_tokens"] = self.usage["prompt_tokens"] + self.usage["completion_tokens"]
+            if isinstance(event, (ApiError, ClientDisconnect)):
+                raise event
+            if isinstance(event, Exception):
+                log.error("a completion failed", exc_info=event)
+                raise ApiError(500, "the model failed at this request", kind="server_error") from event
+            if isinstance(event, Completions):
+                self._begun.append(event)
+            left -= event is None
             yield number, event
-
-
-async def _whole(params: openai.Request, responses: Responses, running: _Running) -> Response:
-    pieces: list[list[Piece]] = [[] for _ in range(params.n * len(params.prompts))]
-    async for number, event in running.events:
-        if isinstance(event, Piece):
-            pieces[number * params.n + event.row].append(event)
-    return Response(as_json(responses.whole(pieces, running.usage)), media_type="application/json")
 
 
 async def _stream(
@@ -450,22 +367,20 @@ async def _stream(
 ) -> AsyncIterator[str]:
     """Server-sent events; an error after the first one is the last event."""
 
-    def chunks(number: int, event: Event) -> list[Json | None]:
-        if isinstance(event, Started):
-            return [responses.first(number * params.n + row) for row in range(params.n)]
-        return [responses.chunk(number * params.n + event.row, event)] if isinstance(event, Piece) else []
+    def chunks(number: int, event: Event) -> list[str]:
+        at = number * params.n
+        if isinstance(event, Completions):
+            return [_data(as_json(chunk)) for chunk in responses.first(range(at, at + params.n))]
+        return [_data(as_json(responses.chunk(at + event.row, event)))] if isinstance(event, Piece) else []
 
     try:
         for chunk in chunks(*first):
-            if chunk is not None:
-                yield _data(as_json(chunk))
+            yield chunk
         async for number, event in running.events:
             for chunk in chunks(number, event):
-                if chunk is not None:
-                    yield _data(as_json(chunk))
-        usage = responses.last(running.usage)
-        if usage is not None:
-            yield _data(as_json(usage))
+                yield chunk
+        if params.stream_options.include_usage:
+            yield _data(as_json(responses.last(running.usage)))
         yield _data("[DONE]")
     except ClientDisconnect:
         request.state.status = CLIENT_GONE
@@ -479,26 +394,18 @@ def _data(text: str) -> str:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events, after which the request's jobs end however the connection did."""
+    """Server-sent events, after which the request's prompts end however the connection did."""
 
     def __init__(self, events: AsyncIterator[str], running: _Running) -> None:
         super().__init__(events, media_type="text/event-stream")
         self._running = running
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._running:
+        with closing(self._running):
             await super().__call__(scope, receive, send)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# errors
-
-
-def _as_api_error(error: Exception) -> Exception:
-    if isinstance(error, (ApiError, ClientDisconnect)):
-        return error
-    log.error("a completion failed", exc_info=error)
-    return ApiError(500, "the model failed at this request", kind="server_error")
+# ---- errors ----
 
 
 def _response(error: ApiError) -> Response:

@@ -6,21 +6,20 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.cells import cell_len, chop_cells
+from rich.cells import cell_len, chop_cells, set_cell_size
 
 from penchant.base.text import clean
+from penchant.data.load import prompt_json
 from penchant.serve.model import ChatModel, TemplateRefused
 from penchant.serve.stream import Completions, Sampling
 from penchant.types import Message
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the screen
+# ---- the screen ----
 
 GAP = " │ "
 WIDE = 90  # cells from which two columns fit side by side
@@ -66,11 +65,6 @@ def _wrapped(line: str, width: int) -> list[str]:
     return [*made, line]
 
 
-def padded(text: str, width: int) -> str:
-    """A line of exactly so many cells."""
-    return text + " " * max(0, width - cell_len(text))
-
-
 class OneColumn:
     """An answer that is written as it comes, without wrapping of its own."""
 
@@ -87,6 +81,7 @@ class OneColumn:
         if not self._newline:
             self._out.write("\n")
         self._out.flush()
+        self._newline = True
 
 
 class TwoColumns:
@@ -96,12 +91,12 @@ class TwoColumns:
         width: cells of the terminal.
     """
 
-    def __init__(self, out: TextIO, width: int, titles: tuple[str, str]) -> None:
+    def __init__(self, out: TextIO, width: int, titles: Sequence[str]) -> None:
         self._out = out
         self._width = (width - 1 - len(GAP)) // 2
         self._sides = (Wrapper(self._width), Wrapper(self._width))
         self._done = 0
-        line = GAP.join(padded(clean(t)[: self._width], self._width) for t in titles)
+        line = GAP.join(set_cell_size(clean(t), self._width) for t in titles)
         self._out.write(f"{line.rstrip()}\n{'─' * self._width}─┼─{'─' * self._width}\n")
 
     def add(self, side: int, text: str) -> None:
@@ -120,11 +115,10 @@ class TwoColumns:
 
     def _line(self, at: int) -> str:
         left, right = (s.lines[at] if at < len(s.lines) else "" for s in self._sides)
-        return f"{padded(left, self._width)}{GAP}{right}".rstrip(" ")
+        return f"{set_cell_size(left, self._width)}{GAP}{right}".rstrip(" ")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the conversation
+# ---- the conversation ----
 
 
 class TooLong(Exception):
@@ -160,7 +154,7 @@ class Conversation:
 
     def prompt_row(self, said: str, dropped: int = 0) -> Any:
         """The prompt of a row: messages, or the text that is continued."""
-        return as_json(self.messages(said, dropped)) if self.remembers else said
+        return prompt_json(self.messages(said, dropped)) if self.remembers else said
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows that penchant reads back: one conversation as messages, or one prompt with its completion each."""
@@ -170,12 +164,7 @@ class Conversation:
             return [{"prompt": t.said, "completion": t.answer} for t in self.turns]
         last = self.turns[-1]
         before = Conversation(True, self.system, self.turns[:-1]).messages(last.said)
-        return [{"messages": [*as_json(before), {"role": "assistant", "content": last.answer}]}]
-
-
-def as_json(messages: tuple[Message, ...]) -> list[dict[str, str]]:
-    """Messages as they stand in a row."""
-    return [{"role": m.role, "content": m.content} for m in messages]
+        return [{"messages": prompt_json((*before, Message("assistant", last.answer)))}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,11 +203,9 @@ def fit(chat_model: ChatModel, conversation: Conversation, said: str, max_new_to
     return Fitted(ids, room, left_out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the session
+# ---- the session ----
 
 SIDES = ("left", "right")
-ReadLine = Callable[[], str]
 
 
 @dataclass
@@ -230,7 +217,7 @@ class Terminal:
         live: a terminal, so that answers grow as they are written.
     """
 
-    read: ReadLine
+    read: Callable[[], str]
     out: TextIO
     notes: TextIO
     live: bool
@@ -335,7 +322,8 @@ class Chat:
             how = "/help lists them (write // for a message that begins with /)"
             self.terminal.note(f"/{safe(name)} is no command; {how}")
             return False
-        return bool(COMMANDS[name].obey(self, rest.strip()))
+        _, _, obey = COMMANDS[name]
+        return bool(obey(self, rest.strip()))
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
@@ -366,13 +354,12 @@ class Chat:
         order = list(range(len(self.models)))
         if self.wanted.blind:
             self.sides.shuffle(order)
-        turn = len(self.conversation.turns)
+        draws = replace(self.wanted.sampling, turn=len(self.conversation.turns), attempt=self.attempt)
         writing = []
         for i in order:
             style, prompt = self.models[i].style, fitted[i]
-            sampling = replace(self.wanted.sampling, max_new_tokens=prompt.room, turn=turn, attempt=self.attempt)
-            made = Completions(self.models[i], prompt.ids, sampling, style.stops, continued=not style.remembers)
-            writing.append(made)
+            sampling = replace(draws, max_new_tokens=prompt.room)
+            writing.append(Completions(self.models[i], prompt.ids, sampling, style.stops, not style.remembers))
         self.last = Exchange(said, self._show(writing, order), order, self.dropped)
 
     def _fitted(self, said: str) -> list[Fitted]:
@@ -391,25 +378,24 @@ class Chat:
 
     def _show(self, writing: list[Completions], order: list[int]) -> list[str]:
         """Write the answers out as they come; Ctrl-C stops them and keeps what there is."""
-        texts, ends = [""] * len(writing), [""] * len(writing)
+        out, width, count = self.terminal.out, self.terminal.width(), len(writing)
+        texts, ends, stopped = [""] * count, [""] * count, False
         began = time.perf_counter()
-        together = len(writing) == 1 or self._beside()
-        shown = self._columns(order)
+        beside = count == 2 and self.terminal.live and width >= WIDE
+        groups = [[0, 1]] if beside else [[i] for i in range(count)]  # of answers that are written at the same time
+        titles = [self.title(i, order) for i in range(count)]
+        shown = TwoColumns(out, width, titles) if beside else OneColumn(out)
         try:
-            for at in range(1 if together else len(writing)):
-                group = range(len(writing)) if together else [at]
-                if not together:
-                    self.terminal.note(f"── {self.title(at, order)} ──")
+            for group in groups:
+                if len(groups) > 1:
+                    shown.end()
+                    self.terminal.note(f"── {titles[group[0]]} ──")
                 while not all(writing[i].done for i in group):
                     for i in group:
                         for piece in writing[i].step():
                             texts[i] += piece.text
                             ends[i] = piece.finish or ends[i]
                             shown.add(i, piece.text)
-                if not together:
-                    shown.end()
-                    shown = OneColumn(self.terminal.out)
-            stopped = False
         except KeyboardInterrupt:
             stopped = True
         shown.end()
@@ -426,14 +412,6 @@ class Chat:
         elif "length" in ends:
             parts.append("cut at the limit of tokens")
         self.terminal.note(f"({', '.join(parts)})")
-
-    def _beside(self) -> bool:
-        return self.terminal.live and self.terminal.width() >= WIDE
-
-    def _columns(self, order: list[int]) -> OneColumn | TwoColumns:
-        if len(order) == 2 and self._beside():
-            return TwoColumns(self.terminal.out, self.terminal.width(), (self.title(0, order), self.title(1, order)))
-        return OneColumn(self.terminal.out)
 
     def title(self, side: int, order: list[int]) -> str:
         """What an answer is called."""
@@ -489,22 +467,12 @@ class Chat:
         return True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# commands
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A command of a session: what it does, and the function, which says whether the session ends."""
-
-    does: str
-    obey: Callable[[Chat, str], bool | None]
-    takes: str = ""
+# ---- commands ----
 
 
 def _help(chat: Chat, _: str) -> None:
-    for name, command in COMMANDS.items():
-        chat.terminal.note(f"  {('/' + name + ' ' + command.takes).strip():<20} {command.does}")
+    for name, (takes, does, _obey) in COMMANDS.items():
+        chat.terminal.note(f"  {f'/{name} {takes}'.strip():<20} {does}")
     chat.terminal.note('  """                  before and after a message of several lines')
     chat.terminal.note("  Ctrl-C               stop the answer; Ctrl-D leaves")
     if not chat.conversation.remembers:
@@ -570,21 +538,16 @@ def _save(chat: Chat, file: str) -> None:
     chat.append(Path(file).expanduser(), whole.rows())
 
 
-COMMANDS: dict[str, Command] = {
-    "help": Command("list the commands", _help),
-    "reset": Command("forget the conversation", _reset),
-    "undo": Command("forget the last turn", _undo),
-    "retry": Command("answer the last message anew, with other draws", _retry),
-    "system": Command("set the system prompt; without TEXT there is none", _system, "TEXT"),
-    "save": Command("add the conversation to a file that penchant trains on", _save, "FILE.jsonl"),
-    "left": Command("the left answer is better: write a preference down", lambda chat, _: chat.prefer(0)),
-    "right": Command("the right answer is better", lambda chat, _: chat.prefer(1)),
-    "tie": Command("neither is; ties go to a file of their own", lambda chat, _: chat.prefer(None)),
-    "quit": Command("leave", lambda chat, _: True),
+# name: (what it takes, what it does, the function, which says whether the session ends)
+COMMANDS: dict[str, tuple[str, str, Callable[[Chat, str], bool | None]]] = {
+    "help": ("", "list the commands", _help),
+    "reset": ("", "forget the conversation", _reset),
+    "undo": ("", "forget the last turn", _undo),
+    "retry": ("", "answer the last message anew, with other draws", _retry),
+    "system": ("TEXT", "set the system prompt; without TEXT there is none", _system),
+    "save": ("FILE.jsonl", "add the conversation to a file that penchant trains on", _save),
+    "left": ("", "the left answer is better: write a preference down", lambda chat, _: chat.prefer(0)),
+    "right": ("", "the right answer is better", lambda chat, _: chat.prefer(1)),
+    "tie": ("", "neither is; ties go to a file of their own", lambda chat, _: chat.prefer(None)),
+    "quit": ("", "leave", lambda chat, _: True),
 }
-
-
-def use_history() -> None:
-    """Line editing and history where Python has them."""
-    with suppress(ImportError):
-        import readline  # noqa: F401

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from penchant.data.load import prompt_json
 from penchant.data.tokenize import plain, uses_bos
 from penchant.errors import ConfigError
 from penchant.models.cpu.decode import FastDecoder, can_decode_fast
@@ -38,7 +39,7 @@ class Style:
 
 
 def _chat(tokenizer: Any, messages: Sequence[Message]) -> str:
-    turns = [{"role": m.role, "content": m.content} for m in messages]
+    turns = prompt_json(tuple(messages))
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # jinja errors of the template's own, e.g. for a system turn that it does not know
@@ -50,16 +51,12 @@ def _transcript(_: Any, messages: Sequence[Message]) -> str:
     return plain(PromptTree(tuple(messages), ()))[0]
 
 
-def _plain(_: Any, messages: Sequence[Message]) -> str:
-    return messages[-1].content
-
-
 _WRITTEN = 'no chat template: the conversation is written as "\\n\\nHuman: ...\\n\\nAssistant:"'
 _PLAIN = "plain text: the model continues what you write; it answers nothing"
 STYLES = {
     "chat": Style("chat", _chat, (), True, "the model's own chat template"),
     "transcript": Style("transcript", _transcript, ("\n\nHuman:",), True, _WRITTEN),
-    "plain": Style("plain", _plain, (), False, _PLAIN),
+    "plain": Style("plain", lambda _, messages: messages[-1].content, (), False, _PLAIN),
 }
 
 
@@ -81,8 +78,7 @@ def style_of(wanted: str, tokenizer: Any, *, trained_on: str = "auto", otherwise
     return STYLES["chat" if has_chat and trained_on != "plain" else otherwise]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the model
+# ---- the model ----
 
 UNKNOWN_CONTEXT = 2048  # tokens, where a model does not say how far it can look
 ENDLESS = 10**6  # a tokenizer's way of saying that it does not know

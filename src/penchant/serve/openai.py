@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -51,8 +51,7 @@ def invalid(param: str, what: str, code: str | None = None) -> ApiError:
     return ApiError(400, f"{param}: {what}", param=param, code=code or "invalid_value")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# requests
+# ---- requests ----
 
 
 def _only(*allowed: Any) -> AfterValidator:
@@ -294,8 +293,7 @@ def read_request(kind: type[Request], body: bytes) -> Request:
     raise invalid(name[:160], what, code)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# responses, with the fields that OpenAI's have: some of them are null, others absent
+# ---- responses, with the fields that OpenAI's have: some of them are null, others absent ----
 
 
 def as_json(response: Json) -> str:
@@ -328,11 +326,11 @@ class Responses:
             choices.append(self._choice(index, content, tokens, pieces[-1].finish))
         return self._response(choices, "chat.completion", usage=usage)
 
-    def first(self, index: int) -> Json | None:
-        """The chunk of a stream that opens a completion, where the endpoint has one."""
+    def first(self, indices: Iterable[int]) -> list[Json]:
+        """The chunks of a stream that open completions, where the endpoint has such."""
         delta = {"role": "assistant", "content": "", "refusal": None}
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return self._chunk([choice]) if self._chat else None
+        opening = {"delta": delta, "logprobs": None, "finish_reason": None}
+        return [self._chunk([{"index": i, **opening}]) for i in indices] if self._chat else []
 
     def chunk(self, index: int, piece: Piece) -> Json:
         """A piece of one completion."""
@@ -340,9 +338,9 @@ class Responses:
         content = {"delta": delta} if self._chat else {"text": piece.text}
         return self._chunk([self._choice(index, content, piece.tokens, piece.finish)])
 
-    def last(self, usage: Json) -> Json | None:
-        """The chunk with the usage, where it was asked for."""
-        return self._response([], "chat.completion.chunk", usage=usage) if self._with_usage else None
+    def last(self, usage: Json) -> Json:
+        """The chunk with the usage."""
+        return self._response([], "chat.completion.chunk", usage=usage)
 
     def _chunk(self, choices: list[Json]) -> Json:
         return self._response(choices, "chat.completion.chunk", **({"usage": None} if self._with_usage else {}))

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,33 +133,27 @@ class Server:
             timeout_keep_alive=30,
             timeout_graceful_shutdown=GRACE,
         )
-        self._uvicorn: Any = Uvicorn(config)
-
-    @property
-    def started(self) -> bool:
-        """Whether it accepts connections."""
-        return bool(self._uvicorn.started)
+        self.uvicorn: Any = Uvicorn(config)
 
     def run(self) -> None:
         """Serve until `stop`."""
         try:
-            self._uvicorn.run(sockets=[self.sock])
+            self.uvicorn.run(sockets=[self.sock])
         finally:
             self.sock.close()
             self.app.scheduler.close()
 
     def stop(self) -> None:
         """End: requests under way get an error, the socket closes, `run` returns."""
-        # a thread: a signal's handler may hold a lock that closing needs
-        threading.Thread(target=self.app.scheduler.close, daemon=True).start()
-        self._uvicorn.should_exit = True
+        self.app.scheduler.closing = True
+        self.uvicorn.should_exit = True
 
     def run_until_signal(self) -> None:
         """`run`, and `stop` at SIGINT or SIGTERM; a second one ends at once."""
 
         def end(_: int, __: Any) -> None:
-            if self._uvicorn.should_exit:
-                self._uvicorn.force_exit = True
+            if self.uvicorn.should_exit:
+                self.uvicorn.force_exit = True
             self.stop()
 
         before = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -39,10 +39,6 @@ class Sampling:
     frequency: float = 0.0
     top_logprobs: int | None = None
 
-    @property
-    def has_penalties(self) -> bool:
-        return self.presence != 0.0 or self.frequency != 0.0
-
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
@@ -176,7 +172,7 @@ class Stream:
 
     def _draw(self, logits: Tensor) -> Tensor:
         s = self._sampling
-        if s.has_penalties:
+        if s.presence or s.frequency:
             logits = logits.float()
             if self._counts is None:
                 self._counts = torch.zeros(s.n, logits.shape[1])
@@ -205,8 +201,7 @@ class Stream:
         self._rows, self._tokens = self._rows[order], self._tokens[order]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tokens to text
+# ---- tokens to text ----
 
 BROKEN = "\ufffd"  # what bytes decode to that are no whole character yet
 CONTEXT = 8  # tokens of the prompt that are decoded along where text is continued
@@ -297,8 +292,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# single tokens
+# ---- single tokens ----
 
 
 def token_text(tokenizer: Any, token: int) -> str:
@@ -326,8 +320,7 @@ def _byte_of() -> dict[str, int]:
     return {chr(b): b for b in themselves} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the completions of one prompt
+# ---- the completions of one prompt ----
 
 STOP, LENGTH = "stop", "length"
 

@@ -13,39 +13,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from penchant.base.text import one_line
 from penchant.config import load_config
 from penchant.errors import CheckpointError, ConfigError
 from penchant.runfolder import CONFIG, METRICS, PIPELINE, SWEEP, RunLock
 from penchant.runfolder.read import Folder, read
-from penchant.track.tracker import FOLDER, TRACKERS, Line, RunInfo, Sent, Started, Tracker, TrackerSpec, forget, sent_to
+from penchant.track.tracker import FOLDER, TRACKERS, RunInfo, Sent, TrackerSpec, sent_file, sent_to
 from penchant.training.options import LoggingConfig
 
-__all__ = ["TRACKERS", "Line", "Mirrors", "RunInfo", "Started", "Tracker", "TrackerSpec", "check_installed", "run_info"]
+__all__ = ["TRACKERS", "Mirrors", "TrackerSpec", "check_installed"]
 
 
 # ---- The run's side of its trackers: a process each, told when the run begins and ends, and looked at without waiting ----
-
-
-class Settings(Protocol):
-    """What of the `logging` section trackers need; see `training/options.py`."""
-
-    @property
-    def trackers(self) -> Sequence[str]: ...
-    @property
-    def project(self) -> str: ...
-    @property
-    def name(self) -> str | None: ...
-    @property
-    def group(self) -> str | None: ...
-    @property
-    def tags(self) -> Sequence[str]: ...
-    @property
-    def dir(self) -> str | None: ...
-    @property
-    def tracker_timeout(self) -> float: ...
 
 
 def check_installed(names: Sequence[str], where: str = "logging.trackers") -> None:
@@ -59,7 +40,7 @@ def check_installed(names: Sequence[str], where: str = "logging.trackers") -> No
             raise ConfigError(where, f"{spec.name} is not installed", f"pip install 'penchant[{spec.extra}]'")
 
 
-def run_info(folder: Path, settings: Settings, config: Mapping[str, Any]) -> RunInfo:
+def run_info(folder: Path, settings: LoggingConfig, config: Mapping[str, Any]) -> RunInfo:
     """Which run trackers are told of: its folder's name, the sweep or the pipeline that it belongs to as its group."""
     folder = folder.resolve()
     belongs = any((folder.parent / name).exists() for name in (SWEEP, PIPELINE))
@@ -149,7 +130,8 @@ class Mirror:
         sent = sent_to(Path(self.info.folder), self.spec.name)
         whole = self.done and sent.unsent == 0 and sent.error is None
         if not whole:
-            self.say(f"{self.spec.label}: {self._why(hung, sent)}; metrics.jsonl has every line. {self._later()}")
+            later = f"`penchant track {self.info.folder} --to {self.spec.name}` sends what is missing"
+            self.say(f"{self.spec.label}: {self._why(hung, sent)}; metrics.jsonl has every line. {later}")
         return whole
 
     def _why(self, hung: bool, sent: Sent) -> str:
@@ -157,9 +139,6 @@ class Mirror:
         why = f"no answer in {self.timeout:g} s" if hung else sent.error or self.failed or "it ended by itself"
         count = f"{sent.unsent} lines were not sent" if sent.unsent else "its run was not closed"
         return count if why == self.failed else f"{count} ({one_line(why)})"
-
-    def _later(self) -> str:
-        return f"`penchant track {self.info.folder} --to {self.spec.name}` sends what is missing"
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         assert self.process is not None and self.process.stdin is not None
@@ -208,7 +187,7 @@ class Mirrors:
     def __init__(
         self,
         folder: Path,
-        settings: Settings,
+        settings: LoggingConfig,
         config: Mapping[str, Any],
         say: Callable[[str], None],
         specs: Mapping[str, TrackerSpec] = TRACKERS,
@@ -221,7 +200,7 @@ class Mirrors:
         """Start them; `anew`: the run has no checkpoint, so it is a new run in its trackers too."""
         for mirror in self.mirrors:
             if anew:
-                forget(self.folder, mirror.spec.name)
+                sent_file(self.folder, mirror.spec.name).unlink(missing_ok=True)
             mirror.start()
 
     def poll(self) -> None:

@@ -6,10 +6,11 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from penchant.runfolder.values import flat
 from penchant.track.tracker import STEP, Line, RunInfo, Started
 
 # ---- W&B: a history row for each line, drawn over the optimizer step. `WANDB_MODE=offline` works as wandb has it ----
@@ -128,7 +129,7 @@ class MLflow:
         if info.group:
             tags["group"] = info.group
         self.id = self.client.create_run(experiment, run_name=info.name, tags=tags).info.run_id
-        params = [Param(name, str(value)[:LONGEST]) for name, value in flat(info.config)]
+        params = [Param(name, str(value)[:LONGEST]) for name, value in flat(info.config).items()]
         for at in range(0, len(params), PARAMS):
             self.client.log_batch(self.id, params=params[at : at + PARAMS])
         return Started(self.id, where)
@@ -144,15 +145,6 @@ class MLflow:
     def finish(self, status: str, summary: Mapping[str, Any], samples: Sequence[Mapping[str, str]]) -> None:
         self.client.set_tag(self.id, "status", status)
         self.client.set_terminated(self.id, status=STATUS.get(status, "KILLED"))
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``train.lr`` for every leaf: MLflow's parameters have no levels."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 # ---- Trackio: a local database that `trackio show` draws; a Space or a server where trackio's own variables name one ----

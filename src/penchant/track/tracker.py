@@ -134,30 +134,23 @@ class Sent:
         for line in lines:
             self.sent[line.kind] = max(line.step, self.sent.get(line.kind, -1))
 
+    def write(self, folder: Path, tracker: str) -> None:
+        path = sent_file(folder, tracker)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, asdict(self))
 
-def path_of(folder: Path, tracker: str) -> Path:
+
+def sent_file(folder: Path, tracker: str) -> Path:
     return folder / FOLDER / f"{tracker}.json"
 
 
 def sent_to(folder: Path, tracker: str) -> Sent:
     """What is known of a tracker; nothing where the file is absent or torn."""
     try:
-        found = json.loads(path_of(folder, tracker).read_text(encoding="utf-8"))
+        found = json.loads(sent_file(folder, tracker).read_text(encoding="utf-8"))
         return Sent(**{name: found[name] for name in Sent.__dataclass_fields__ if name in found})
     except (OSError, ValueError, TypeError, AttributeError):
         return Sent()
-
-
-def write(folder: Path, tracker: str, sent: Sent) -> None:
-    """Replace the file at once; a reader sees the old or the new one."""
-    path = path_of(folder, tracker)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, asdict(sent))
-
-
-def forget(folder: Path, tracker: str) -> None:
-    """A run that starts anew is a new run in its trackers."""
-    path_of(folder, tracker).unlink(missing_ok=True)
 
 
 # ---- From the run's own files to what trackers get: names as the field has them, whole lines only, each once ----

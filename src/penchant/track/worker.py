@@ -20,7 +20,7 @@ from typing import Any
 
 from penchant.base.text import one_line, redact, told
 from penchant.runfolder.read import read
-from penchant.track.tracker import Line, RunInfo, Tail, Tracker, sent_to, unsent, write
+from penchant.track.tracker import Line, RunInfo, Tail, Tracker, sent_to, unsent
 
 EVERY = 0.5  # seconds between two looks at the logs
 BATCH = 200  # lines of one call: the file that says what was sent is never far behind
@@ -99,7 +99,7 @@ class Worker:
 
     def _write(self) -> None:
         self.sent.unsent = len(self.waiting)
-        write(self.folder, self.name, self.sent)
+        self.sent.write(self.folder, self.name)
 
 
 def _listen(lines: queue.Queue[dict[str, Any]], timeout: float) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from penchant.base.text import clean
+from penchant.metrics.names import METRICS
 from penchant.training.console import duration
 from penchant.watch.plot import ASCII, LINE, POINT, UNICODE, Glyphs, plot
 from penchant.watch.views import (
@@ -259,7 +260,7 @@ def _panel(view: RunView, key: str, held_out: str, width: int, height: int, size
     trained = (f"  {figure(line[-1][1])}" if line else "", LINE)
     words = [with_interval(points[-1].value, points[-1].interval), figure(points[-1].value)] if points else [""]
     made = [
-        Text.assemble((FIGURES[key][0], "bold"), trained, (f"  {size.glyphs.point} {w}" if w else "", POINT))
+        Text.assemble((METRICS[key].picture, "bold"), trained, (f"  {size.glyphs.point} {w}" if w else "", POINT))
         for w in words
     ]
     shown = next((t for t in made if t.cell_len <= width), made[-1])  # without the interval where that does not fit
@@ -271,7 +272,7 @@ def _panel(view: RunView, key: str, held_out: str, width: int, height: int, size
 
 
 def _table(view: RunView, size: Size) -> list[Text]:
-    keys = [(key, label) for key, (_, label) in FIGURES.items() if label]
+    keys = [(key, METRICS[key].row) for key in FIGURES if METRICS[key].row]
     first, last = view.first_eval, view.last_eval
     if last:
         rows = [_held_out(view, f"eval/{k}", label) for k, label in keys if number(last.get(f"eval/{k}")) is not None]

@@ -47,21 +47,10 @@ State = Literal["waiting", "preparing", "running", "paused", "finished", "stoppe
 RECENT = 20  # steps whose mean speed the time left follows from
 EDGE = 10  # a training figure's first and last value are means over a tenth of its steps, at most so many
 
-FIGURES = {  # what is shown of training and, with eval/ before it, of held-out rows: as the title of a picture, as a line of the table
-    "reward": ("reward", "reward"),
-    "win_rate": ("win rate", "win rate"),
-    "loss": ("loss", "loss"),
-    "rewards/accuracies": ("preference accuracy", "accuracy"),
-    "rewards/margins": ("reward margin", "margin"),
-    "kl/policy_ref": ("KL to the start", "KL, nats"),
-    "perplexity": ("perplexity", "perplexity"),
-    "completions/length": ("completion tokens", "tokens"),
-    "logps/chosen": ("log-prob, chosen", "log-prob, chosen"),
-    "logps/rejected": ("", "log-prob, rejected"),
-    "calibration/ece": ("", "calibration error"),
-    "grad_norm": ("gradient norm", ""),
-    "lr": ("learning rate", ""),
-}
+FIGURES = (  # what is shown of training and, with eval/ before it, of held-out rows, in the order of the table
+    *("reward", "win_rate", "loss", "rewards/accuracies", "rewards/margins", "kl/policy_ref", "perplexity"),
+    *("completions/length", "logps/chosen", "logps/rejected", "calibration/ece", "grad_norm", "lr"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from itertools import chain
+from typing import Unpack
 
 import numpy as np
 
@@ -16,12 +17,12 @@ from penchant.data.audit.counters import (
     Lengths,
     Named,
     Near,
+    PositionBias,
     Refusals,
     Scores,
     Sensitive,
     View,
-    finding_at,
-    position_bias,
+    going_with,
 )
 from penchant.data.audit.findings import Audit, Finding, Places, Tally
 from penchant.data.audit.languages import Languages
@@ -31,6 +32,7 @@ from penchant.data.load import (
     Columns,
     Dataset,
     Quarantined,
+    Reading,
     first_text,
     is_identical,
     layout_line,
@@ -50,20 +52,29 @@ class Auditor:
     """Takes rows one by one, in bounded memory (about 700 bytes a row), and says at the end what was found.
 
     Args:
-        shape, kind: of the rows; languages: whether to guess them; counters: further accumulators, for pairs those of rewards.
+        shape, kind: of the rows; columns: what the rows' own columns say, where it is counted already.
+        languages: whether to guess them; counters: further accumulators, for pairs those of rewards.
     """
 
-    def __init__(self, shape: str, kind: str, *, languages: bool = True, counters: Sequence[AuditCounter] = ()) -> None:
+    def __init__(
+        self,
+        shape: str,
+        kind: str,
+        *,
+        columns: Columns | None = None,
+        languages: bool = True,
+        counters: Sequence[AuditCounter] = (),
+    ) -> None:
         self.shape, self.kind = shape, kind
         self.rows = self.examples = 0  # a row gives one example in most layouts
         self.places = Places()
-        self.columns: Columns | None = Columns()
+        self.columns = columns or Columns()
         self.lengths = Lengths(kind)
-        self.languages = Languages() if languages else None
         copies = Copies(kind, self.places)
         self._parts: list[AuditCounter] = [copies, Near(kind, self.places, copies)]
         self._parts += [Labels()] if kind == "unpaired" else [Scores()] if kind == "scored" else []
-        self._parts += [self.lengths, *([self.languages] if self.languages else [])]
+        self._parts += [self.lengths, *([PositionBias(self.columns)] if kind == "pairs" else [])]
+        self._parts += [Languages(self.columns)] if languages else []
         self._parts += [] if kind in ("prompts", "text") else [Refusals(kind)]
         self._parts += [Sensitive(), *counters]
         self._aside, self._identical, self._empty = Tally(), Tally(), Tally()
@@ -92,8 +103,6 @@ class Auditor:
     def result(self, more: Mapping[str, Finding], lengths: Mapping[str, Mapping[str, float]], layout: str) -> Audit:
         """All findings, with `more` behind them."""
         total = self.rows + self._aside.count
-        if self.languages is not None:
-            self.languages.columns = self.columns
         found = {
             "bad_rows": self._aside.finding("rows kept aside, all reasons", total),
             "identical_pairs": self._identical.finding(IDENTICAL, total),
@@ -101,8 +110,6 @@ class Auditor:
         }
         for part in self._parts:
             found |= dict(part.findings())
-            if part is self.lengths and self.kind == "pairs":
-                found["position_bias"] = position_bias(self.columns)
         said = summary_of(self.shape, self.rows, self._reasons, self._aside.count, self.examples)
         return Audit(said, {**found, **more}, lengths, self.lengths.table(), layout)
 
@@ -110,6 +117,9 @@ class Auditor:
 def is_empty(row: Quarantined) -> bool:
     """Whether a row was kept aside for an empty prompt or answer."""
     return any(said in row.what for said in ("is empty", "empty answer", "has no content"))
+
+
+LEAKING = "figures on such rows flatter: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE"
 
 
 class Leakage:
@@ -135,24 +145,16 @@ class Leakage:
         """``leakage_A_B`` and ``near_leakage_A_B`` for each two splits."""
         split = np.array(self._split)
         exact, near = self._index.exact_ids(), self._index.groups()
-        place = self._places
         for i, a in enumerate(self.names):
             for j, b in enumerate(self.names[i + 1 :], i + 1):
                 name, of = f"{a}_{b}".replace(" ", "_"), int((split == j).sum())
                 same = _first_in(exact, split == i, split == j)
                 alike = np.where(same < 0, _first_in(near, split == i, split == j), -1)
-                advice = (
-                    "figures on such rows flatter: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE"
-                )
                 for kind, title, first in (
                     ("leakage", f"leakage: prompts of {b} that also stand in {a}", same),
                     ("near_leakage", f"near leakage: prompts of {b} that nearly stand in {a}", alike),
                 ):
-
-                    def said(row: int, first: np.ndarray = first) -> str:
-                        return f"{place[row]} (as {place[int(first[row])]})"
-
-                    yield f"{kind}_{name}", finding_at(title, np.flatnonzero(first >= 0), of, said, advice)
+                    yield f"{kind}_{name}", going_with(title, first, self._places, "as", LEAKING, of)
 
 
 def _first_in(ids: np.ndarray, there: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -178,8 +180,9 @@ def audit(
         splits: by name; adds prompts that stand in more than one. path: of the data; adds the layout that was found, and why.
         languages: whether to guess them; counters: further accumulators (see `counters`).
     """
-    auditor = Auditor(dataset.shape, dataset.kind, languages=languages, counters=counters)
-    auditor.columns, auditor.rows = dataset.columns, dataset.accepted
+    columns = dataset.columns
+    auditor = Auditor(dataset.shape, dataset.kind, columns=columns, languages=languages, counters=counters)
+    auditor.rows = dataset.accepted
     for tree in dataset.trees:
         auditor.update(tree)
     for aside in dataset.quarantined:
@@ -197,18 +200,15 @@ def audit(
 def audit_files(
     splits: Mapping[str, str | Sequence[str]],
     *,
-    shape: str = "auto",
-    columns: Mapping[str, str] | None = None,
     languages: bool = True,
     counters: Sequence[AuditCounter] = (),
-    limit: int | None = None,
-    layout_options: Mapping[str, Any] | None = None,
+    **how: Unpack[Reading],
 ) -> Audit:
     """The same of files, read once: no row is kept, memory grows by less than a kilobyte a row.
 
     Args:
         splits: files by the name of their split; with several, prompts that stand in more than one are counted.
-        shape, columns, layout_options, limit: as for `load_preferences` (`limit` rows of each split).
+        how: they are read; `limit` is of each split.
 
     Raises:
         DataError: a file that cannot be read, no usable row, splits of different kinds.
@@ -217,7 +217,7 @@ def audit_files(
     leakage = Leakage(list(splits))
     layouts: list[str] = []
     for i, (name, path) in enumerate(splits.items()):
-        stream = stream_preferences(path, shape=shape, columns=columns, limit=limit, layout_options=layout_options)
+        stream = stream_preferences(path, **how)
         layouts.append(layout_line(stream, path))
         if auditor is None:
             auditor = Auditor(stream.shape, stream.kind, languages=languages, counters=counters)
@@ -225,8 +225,7 @@ def audit_files(
             what = f"holds {stream.kind}, the files before it hold {auditor.kind}"
             raise DataError(name, what, "audit them one by one, or set the shape")
         for made in stream:
-            if auditor.columns is not None:
-                auditor.columns.update_all(made.source)
+            auditor.columns.update(made.source)
             auditor.rows += made.rows if made.trees else 0
             for tree in made.trees:
                 auditor.update(tree)
@@ -252,15 +251,13 @@ def names_of(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _truncation(tokenized: TokenizedDataset) -> dict[str, Finding]:
-    aside = tokenized.quarantined
+    bad = tuple(q.where for q in tokenized.quarantined)
+    identical = tuple(q.where for q in tokenized.quarantined if q.what.startswith(IDENTICAL))
     found = {
         "cut_prompts": ("prompts that lost their start to max_length", tokenized.cut_prompts),
         "cut_completions": ("rows with a cut completion (its EOS is gone)", tokenized.cut_completions),
-        "identical_after_cut": (
-            "pairs that became equal in tokens",
-            tuple(q.where for q in aside if q.what.startswith(IDENTICAL)),
-        ),
-        "bad_after_tokenising": ("rows kept aside when tokenizing", tuple(q.where for q in aside)),
+        "identical_after_cut": ("pairs that became equal in tokens", identical),
+        "bad_after_tokenising": ("rows kept aside when tokenizing", bad),
     }
     return {name: Finding(title, len(where), tokenized.total, where) for name, (title, where) in found.items()}
 
@@ -273,23 +270,16 @@ def _token_lengths(tokenized: TokenizedDataset) -> dict[str, dict[str, float]]:
     return found
 
 
-def _columns(trees: Sequence[TokenTree]) -> Mapping[str, Sequence[int] | np.ndarray]:
-    """Tokens of prompts, of chosen and rejected answers of pairs, of all other completions."""
-    if not isinstance(trees, StoredTokens):
-        columns: dict[str, list[int]] = defaultdict(list)
-        for t in trees:
-            columns["prompt"].append(len(t.prompt_ids))
-            pair = len(t.completion_ids) == 2
-            names: Sequence[str] = ("chosen", "rejected") if pair else ("completion",) * len(t.completion_ids)
-            for name, ids in zip(names, t.completion_ids, strict=True):
-                columns[name].append(len(ids))
-        return columns
-    parts, lengths = trees.part_counts(), trees.part_lengths()
+def _columns(trees: Sequence[TokenTree]) -> Mapping[str, np.ndarray]:
+    """Tokens of prompts, of chosen and rejected answers of pairs, of all other completions, in the order in which they come."""
+    if isinstance(trees, StoredTokens):
+        parts, lengths = trees.part_counts(), trees.part_lengths()
+    else:
+        sizes = [[len(t.prompt_ids), *map(len, t.completion_ids)] for t in trees]
+        parts, lengths = (np.array(list(n), dtype=np.int64) for n in (map(len, sizes), chain.from_iterable(sizes)))
     starts = np.cumsum(parts) - parts
     pairs, other = starts[parts == 3], parts != 3
     found = {"prompt": lengths[starts], "chosen": lengths[pairs + 1], "rejected": lengths[pairs + 2]}
     found["completion"] = lengths[ranges(starts[other] + 1, parts[other] - 1)]
-    first = (
-        ("prompt", "completion") if len(parts) and parts[0] != 3 else tuple(found)
-    )  # in the order in which they come
+    first = ["prompt", "completion"] if len(parts) and parts[0] != 3 else []
     return {name: found[name] for name in dict.fromkeys((*first, *found)) if len(found[name])}

@@ -6,7 +6,6 @@ import heapq
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any, Protocol
@@ -23,23 +22,14 @@ from penchant.types import PromptTree
 Named = Iterator[tuple[str, Finding]]
 
 
-@dataclass(slots=True)
 class View:
-    """One accepted row as counters see it.
+    """One accepted row as counters see it: its number among these (from 0), its place, its prompt as one string, its answers' texts."""
 
-    Args:
-        index: of accepted rows, from 0; prompt: as one string; texts: of its completions.
-    """
+    __slots__ = ("index", "prompt", "texts", "tree", "where")
 
-    index: int
-    tree: PromptTree
-    where: str = field(init=False)
-    prompt: str = field(init=False)
-    texts: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.where, self.prompt = self.tree.source, prompt_text(self.tree.prompt)
-        self.texts = tuple(c.text for c in self.tree.completions)
+    def __init__(self, index: int, tree: PromptTree) -> None:
+        self.index, self.tree, self.where = index, tree, tree.source
+        self.prompt, self.texts = prompt_text(tree.prompt), tuple(c.text for c in tree.completions)
 
 
 class AuditCounter(Protocol):
@@ -57,13 +47,22 @@ def key(*texts: str) -> int:
     return text_hash("\0".join(texts))
 
 
-def finding_at(title: str, rows: np.ndarray, of: int, place: Callable[[int], str], advice: str = "") -> Finding:
-    """A finding of rows by their index."""
-    return Finding(title, len(rows), of, tuple(place(int(i)) for i in rows[:KEPT]), advice=advice)
+def going_with(
+    title: str, other: np.ndarray, places: Places, joined: str = "", advice: str = "", of: int = -1
+) -> Finding:
+    """A finding of the rows that go with another one.
+
+    Args:
+        other: (n,) int64: the row that each row goes with, -1 where there is none.
+        joined: the word between the two places; empty: the row's own place is enough. of: rows that were looked at, n where not given.
+    """
+    rows = np.flatnonzero(other >= 0)
+    pairs = ((places[i], places[int(other[i])]) for i in rows[:KEPT].tolist())
+    where = tuple(f"{one} ({joined} {another})" if joined else one for one, another in pairs)
+    return Finding(title, len(rows), len(other) if of < 0 else of, where, advice=advice)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# copies
+# ---- Copies ----
 
 
 class Copies:
@@ -117,22 +116,15 @@ class Copies:
         return found
 
     def findings(self) -> Named:
-        n, place = len(self._row), self.places
-
-        def found(title: str, which: np.ndarray, first: np.ndarray, joined: str, advice: str) -> Finding:
-            return finding_at(title, which, n, lambda i: f"{place[i]} ({joined} {place[int(first[i])]})", advice)
-
-        first = self.duplicates()
-        copies = np.flatnonzero(first != np.arange(n))
-        yield "duplicates", found("exact duplicates of an earlier row", copies, first, "as", "drop them: data fix")
+        first, rows = self.duplicates(), np.arange(len(self._row))
+        copies = np.where(first != rows, first, -1)
+        title = "exact duplicates of an earlier row"
+        yield "duplicates", going_with(title, copies, self.places, "as", "drop them: data fix")
         if self.kind in ("pairs", "unpaired"):
-            other = self.against()
             what = "the same pair the other way round" if self.kind == "pairs" else "one answer labelled good and bad"
             advice = "look at both and drop the wrong one; many mean noisy labels: a loss with label smoothing"
-            yield (
-                "contradictions",
-                found(f"contradictions: {what}", np.flatnonzero(other >= 0), other, "against", advice),
-            )
+            found = going_with(f"contradictions: {what}", self.against(), self.places, "against", advice)
+            yield "contradictions", found
 
 
 def earlier(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -195,14 +187,9 @@ class Near:
         return (good != bad) & np.isin(_combined(prompts, good, bad), _combined(prompts, bad, good))
 
     def findings(self) -> Named:
-        place, n = self.places, len(self._ends)
         for name, other in self.rows().items():
             title, joined, advice = NEAR_FINDINGS[name]
-
-            def said(i: int, other: np.ndarray = other, joined: str = joined) -> str:
-                return f"{place[i]} ({joined} {place[int(other[i])]})" if joined else place[i]
-
-            yield name, finding_at(title, np.flatnonzero(other >= 0), n, said, advice)
+            yield name, going_with(title, other, self.places, joined, advice)
 
 
 NEAR_FINDINGS = {  # title, what joins the two places, advice
@@ -251,8 +238,7 @@ def cycles(winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# answers
+# ---- Answers ----
 
 
 class Lengths:
@@ -383,27 +369,30 @@ class Sensitive:
     def findings(self) -> Named:
         for group, names in sensitive.GROUPS.items():
             for name in names:
-                found = self.tallies[name].finding(
-                    f"rows with {sensitive.TITLES[name]}", self.rows, advice=ADVICE[group]
-                )
-                yield f"{group}_{name}", found
+                title = f"rows with {sensitive.TITLES[name]}"
+                yield f"{group}_{name}", self.tallies[name].finding(title, self.rows, advice=ADVICE[group])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what the columns say
+class PositionBias:
+    """How often the answer that was shown first won, as the rows' own columns say."""
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+
+    def update(self, row: View) -> None:
+        """Columns are counted where rows are read."""
+
+    def findings(self) -> Named:
+        title, said = "position bias: the answer shown first wins", self.columns
+        if said.decided:
+            advice = "far from 50%: the raters looked at the order"
+            yield "position_bias", unlike_half(title, said.first, said.decided, ", ".join(said.layouts), advice)
+        else:
+            note = "not known: the rows do not say which answer was shown first"
+            yield "position_bias", Finding(title, 0, 0, (), note)
 
 
-def position_bias(columns: Columns | None) -> Finding:
-    """How often the answer that was shown first won."""
-    title = "position bias: the answer shown first wins"
-    if columns is None or not columns.decided:
-        return Finding(title, 0, 0, (), "not known: the rows do not say which answer was shown first")
-    advice = "far from 50%: the raters looked at the order"
-    return unlike_half(title, columns.first, columns.decided, ", ".join(columns.layouts), advice)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# a reward or a user's own function: disagreement with the labels, texts that it points at
+# ---- A reward or a user's own function: disagreement with the labels, texts that it points at ----
 
 
 BATCH = 64
@@ -453,9 +442,8 @@ class Disagreement:
         sure = int((-scale * against > np.log(SURE / (1 - SURE))).sum())
         places = tuple(where for _, _, where in sorted(self._worst, reverse=True))
         note = f"{len(margins) - len(decided):,} ties apart; " if len(margins) > len(decided) else ""
-        note += (
-            f"in {sure:,} of them it is at least {SURE:.0%} sure (margins times {scale:.3g}), the largest margin first"
-        )
+        note += f"in {sure:,} of them it is at least {SURE:.0%} sure (margins times {scale:.3g})"
+        note += ", the largest margin first"
         title, advice = f"label noise: {self.name} prefers the rejected answer", "look at the first of these places"
         yield "reward_disagreement", sampled(title, len(against), len(decided), note, where=places, advice=advice)
 
@@ -525,9 +513,8 @@ def _checked(name: str, function: TextFunction, texts: list[str]) -> np.ndarray:
         values = np.asarray([float(v) for v in function(list(texts))], dtype=np.float64)
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
-        raise DataError(
-            f"check {name}", what, "it gets a list of texts and returns a bool or a number of each"
-        ) from error
+        how = "it gets a list of texts and returns a bool or a number of each"
+        raise DataError(f"check {name}", what, how) from error
     if values.shape != (len(texts),) or not np.isfinite(values).all():
         many = f"returned {values.size} values for {len(texts)} texts"
         what = many if values.size != len(texts) else "returned NaN or infinity"

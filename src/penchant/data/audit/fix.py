@@ -67,9 +67,8 @@ class Fixed:
         """For the terminal."""
         gone = sum(self.dropped.values())
         lines = [*self.notes, f"dropping: {', '.join(self.rules)}; redacting: {', '.join(self.redact) or 'nothing'}"]
-        lines.append(
-            f"{self.rows:,} rows = {self.written:,} written ({self.changed:,} of them changed) + {gone:,} dropped"
-        )
+        stay = f"{self.written:,} written ({self.changed:,} of them changed)"
+        lines.append(f"{self.rows:,} rows = {stay} + {gone:,} dropped")
         lines += [f"  {count:>9,}  {RULES[rule]}" for rule, count in self.dropped.items() if count]
         lines += [f"  {count:>9,}  {sensitive.TITLES[kind]} masked" for kind, count in self.redacted.items()]
         lines += [f"written: {self.output}", f"every row that was touched: {self.touched}"]
@@ -175,8 +174,7 @@ def _target(source: str, target: Path, inputs: Sequence[str], overwrite: bool) -
     return target, () if same else (f"{source} becomes JSONL",)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what goes
+# ---- What goes ----
 
 
 def _first(source: str, shape: str, columns: Mapping[str, str]) -> str:
@@ -198,7 +196,11 @@ def _decide(
     copies = Copies(stream.kind, places)
     of_near = {"near_duplicates", "near_contradictions", "cycles"} & set(rules)
     near = Near(stream.kind, places, copies) if of_near else None
-    leakage = _others(against, reading) if "leakage" in rules else None
+    leakage = Leakage(["others", "this"]) if "leakage" in rules else None
+    if leakage is not None:
+        for made in stream_preferences(list(against), **reading):
+            for tree in made.trees:
+                leakage.update(0, tree)
     groups = tuple(g for g in sensitive.GROUPS if g in rules)
     how = _first(source, stream.shape, reading.get("columns") or {})
     if stream.grouped:
@@ -222,8 +224,9 @@ def _decide(
         elif not made.left_out:  # an option leaves it out of training; nothing is wrong with it
             mark |= bit[_kind_of_bad(row, made.aside[0])]
         if groups and isinstance(row, Row):
-            found = {s.kind for text in _texts(row.values) for s in sensitive.find(text, groups)}
-            mark |= sum(bit[g] for g in groups if found & set(sensitive.GROUPS[g]))
+            found: Counter[str] = Counter()
+            masked(row.values, groups, found)
+            mark |= sum(bit[g] for g in groups if found.keys() & set(sensitive.GROUPS[g]))
         flags.append(mark)
     marks = np.array(flags, dtype=np.uint16)
     at = np.array(accepted, dtype=np.int64)
@@ -247,14 +250,6 @@ def _by_rule(copies: Copies, near: Near | None, leakage: Leakage | None, rules: 
     return {rule: which for rule, which in found.items() if rule in rules}
 
 
-def _others(against: Sequence[str], reading: Mapping[str, Any]) -> Leakage:
-    leakage = Leakage(["others", "this"])
-    for made in stream_preferences(list(against), **reading):
-        for tree in made.trees:
-            leakage.update(0, tree)
-    return leakage
-
-
 def _kind_of_bad(row: Row | BadRow, result: Quarantined) -> str:
     if isinstance(row, BadRow):
         return "unreadable"
@@ -263,20 +258,7 @@ def _kind_of_bad(row: Row | BadRow, result: Quarantined) -> str:
     return "empty" if is_empty(result) else "bad_rows"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# masking
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts within a row's value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _texts(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _texts(inner)
+# ---- Masking ----
 
 
 def masked(value: Any, groups: Collection[str], counts: Counter[str]) -> Any:
@@ -299,8 +281,7 @@ def _told(row: Row | BadRow, action: str, reasons: Sequence[str]) -> dict[str, A
     return told | ({"what": row.what} if isinstance(row, BadRow) else {})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# writing
+# ---- Writing ----
 
 
 Write = Callable[[Mapping[str, Any]], object]

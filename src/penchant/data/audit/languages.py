@@ -43,27 +43,23 @@ def draw(index: int) -> int:
 
 
 class Languages:
-    """Languages of `SAMPLE` rows (their answer, or their prompt where they have none)."""
+    """What the rows' own columns say, else the languages of `SAMPLE` rows (their answer, or their prompt where they have none)."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: Columns) -> None:
         self._heap: list[tuple[int, str]] = []  # those with the smallest draws; the largest of them first
-        self.columns: Columns | None = None
+        self.columns = columns
 
     def update(self, row: View) -> None:
         drawn = -draw(row.index)
         if len(self._heap) < SAMPLE:
-            heapq.heappush(self._heap, (drawn, self._text(row)))
+            heapq.heappush(self._heap, (drawn, (*row.texts, row.prompt)[0][:1000]))
         elif drawn > self._heap[0][0]:
-            heapq.heapreplace(self._heap, (drawn, self._text(row)))
-
-    @staticmethod
-    def _text(row: View) -> str:
-        return (row.texts[0] if row.texts else row.prompt)[:1000]
+            heapq.heapreplace(self._heap, (drawn, (*row.texts, row.prompt)[0][:1000]))
 
     def findings(self) -> Named:
-        if self.columns is not None and self.columns.languages:
-            counts = self.columns.languages
-            yield "languages", _finding(counts, counts.total(), "as the rows say")
+        said = self.columns.languages
+        if said:
+            yield "languages", _finding(said, said.total(), "as the rows say")
         elif guesser() is None:
             yield "languages", Finding(TITLE, 0, 0, (), "not known: pip install 'penchant[languages]'")
         else:

@@ -9,10 +9,7 @@ from itertools import chain
 import numpy as np
 
 SLOTS = 128  # of a MinHash signature
-BANDS, WIDTH = (
-    21,
-    6,
-)  # 21 bands of 6 slots: two texts of similarity 0.8 share a band with probability 1 - (1 - 0.8^6)^21 = 0.998
+BANDS, WIDTH = 21, 6  # two texts of similarity 0.8 share a band of 6 slots with probability 1 - (1 - 0.8^6)^21 = 0.998
 SHINGLE = 5  # characters
 BATCH_TEXTS, BATCH_CHARACTERS = 4096, 1 << 20  # what is shingled at a time
 ROUNDS = 32  # leaders tried within one bucket of a band
@@ -29,33 +26,21 @@ def normalize(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def group_ids(texts: Iterable[str], *, threshold: float = NEAR, seed: int = 0) -> np.ndarray:
-    """The group of each text: texts that are equal but for case and white space, or nearly equal, share one.
+class NearIndex:
+    """Groups of texts that come bit by bit: equal but for case and white space, or nearly equal. `add` batches, then `groups`.
 
     Args:
-        texts: read once, in batches; they are not kept.
-        threshold: Jaccard similarity of the sets of 5-character shingles from which two texts belong together; it is
+        threshold: Jaccard similarity of the sets of 5-character shingles from which two texts belong together, in (0, 1]; it is
             estimated from 128 MinHash slots (standard error 0.035 at 0.8).
-        seed: of the hashes.
-
-    Returns:
-        (n,) int64: the index of the first text of each text's group. A chain of near-duplicates is one group.
 
     Raises:
-        ValueError: a threshold outside (0, 1].
+        ValueError: another threshold.
     """
-    index = NearIndex(threshold=threshold, seed=seed)
-    index.add(texts)
-    return index.groups()
 
-
-class NearIndex:
-    """The same for texts that come bit by bit: `add` batches, then `groups`."""
-
-    def __init__(self, *, threshold: float = NEAR, seed: int = 0) -> None:
+    def __init__(self, *, threshold: float = NEAR) -> None:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold {threshold} is not in (0, 1]")
-        self.threshold, self.seed = threshold, seed
+        self.threshold = threshold
         self._exact: list[np.ndarray] = []  # (b,) uint64: hash of the normalized text
         self._bands: list[np.ndarray] = []  # (b, BANDS) uint32: chance meetings are sorted out by the check
         self._bytes: list[np.ndarray] = []  # (b, SLOTS) uint8: enough of each slot to check a candidate by
@@ -82,7 +67,7 @@ class NearIndex:
         return first_of_equal(np.concatenate([np.empty(0, np.uint64), *self._exact]))
 
     def groups(self) -> np.ndarray:
-        """(n,) int64: the index of the first text of each text's group."""
+        """(n,) int64: the index of the first text of each text's group. A chain of near-duplicates is one group."""
         exact = self.exact_ids()
         once = np.flatnonzero(exact == np.arange(len(exact)))
         if len(once) < 2:
@@ -101,7 +86,7 @@ class NearIndex:
         if not self._waiting:
             return
         self._exact.append(np.fromiter(map(text_hash, self._waiting), np.uint64, len(self._waiting)))
-        slots = signatures(self._waiting, seed=self.seed)
+        slots = signatures(self._waiting)
         self._bands.append((_band_hashes(slots) >> np.uint64(32)).astype(np.uint32))
         self._bytes.append(((slots * np.uint32(0x9E3779B1)) >> np.uint32(24)).astype(np.uint8))
         self._waiting, self._characters = [], 0
@@ -112,12 +97,12 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def signatures(texts: Sequence[str], *, seed: int = 0) -> np.ndarray:
+def signatures(texts: Sequence[str]) -> np.ndarray:
     """(n, 128) uint32: MinHash signatures of the texts' 5-character shingles."""
     from rensa import RMinHash
 
     hashes, offsets = shingle_hashes(texts)
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, SLOTS, seed)
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, SLOTS, 0)
     flat = np.fromiter(chain.from_iterable(matrix.to_rows()), np.uint32, len(texts) * SLOTS)
     return flat.reshape(len(texts), SLOTS)
 
@@ -142,12 +127,6 @@ def shingle_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         inside[ends[:-1] - k] = False
     offsets = np.concatenate([[0], ends - (SHINGLE - 1) * np.arange(1, len(padded) + 1)]).astype(np.uint64)
     return hashes[inside], offsets
-
-
-def jaccard(a: str, b: str) -> float:
-    """The exact similarity that the signatures estimate: of the sets of 5-character shingles, after normalizing."""
-    one, other = (set(shingle_hashes([normalize(t)])[0].tolist()) for t in (a, b))
-    return len(one & other) / len(one | other)
 
 
 def _band_hashes(slots: np.ndarray) -> np.ndarray:

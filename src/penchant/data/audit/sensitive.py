@@ -7,36 +7,29 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """A place in a text that looks like something of this kind."""
 
+    kind: str
     start: int
     end: int
-    kind: str
 
 
-Found = Iterator[tuple[str, int, int]]  # kind, start, end
+Found = Iterator[Span]
 
 
-@dataclass(frozen=True, slots=True)
-class Finder:
-    """How values of some kinds are found.
+class Finder(NamedTuple):
+    """How values of some kinds are found."""
 
-    Args:
-        group: ``pii`` or ``secrets``; hint: whether the text can hold one at all (fast); find: the places, checked.
-    """
-
-    group: str
-    hint: Callable[[str], bool]
-    find: Callable[[str], Found]
+    group: str  # ``pii`` or ``secrets``
+    hint: Callable[[str], bool]  # whether the text can hold one at all (fast)
+    find: Callable[[str], Found]  # the places, checked
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checks
+# ---- Checks ----
 
 
 def luhn(digits: str) -> bool:
@@ -62,8 +55,7 @@ def entropy(token: str) -> float:
     return -sum(c / n * math.log2(c / n) for c in Counter(token).values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# kinds
+# ---- Kinds ----
 
 _MAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w-])")
 _NUMBER = re.compile(r"\d(?:(?:[ .-]|\)[ -]?)?\d){7,18}")  # a first digit alone, so that the search is fast
@@ -100,7 +92,7 @@ _KEYS = {start: re.compile(r"(?<![0-9A-Za-z_])" + pattern) for start, pattern in
 
 
 def _mails(text: str) -> Found:
-    return (("email", *m.span()) for m in _MAIL.finditer(text))
+    return (Span("email", *m.span()) for m in _MAIL.finditer(text))
 
 
 def _digits(text: str) -> bool:
@@ -108,9 +100,8 @@ def _digits(text: str) -> bool:
 
 
 def _word_before(text: str, start: int) -> bool:
-    return start > 0 and (
-        text[start - 1].isalnum() or (text[start - 1] in "_.,-" and text[start - 2 : start - 1].isalnum())
-    )
+    before, at = text[max(0, start - 2) : start - 1], text[start - 1 : start] if start else ""
+    return at.isalnum() or (at != "" and at in "_.,-" and before.isalnum())
 
 
 def _numbers(text: str) -> Found:
@@ -124,11 +115,11 @@ def _numbers(text: str) -> Found:
         value = text[start:end]
         digits = re.sub(r"\D", "", value)
         if 13 <= len(digits) <= 19 and digits[0] in "23456" and set(value) <= set("0123456789 -") and luhn(digits):
-            yield "card", start, end
+            yield Span("card", start, end)
         elif _SSN.fullmatch(value):
-            yield "ssn", start, end
+            yield Span("ssn", start, end)
         elif (value[0] == "+" and len(digits) <= 15) or _NATIONAL.fullmatch(value):
-            yield "phone", start, end
+            yield Span("phone", start, end)
 
 
 def _ibans(text: str) -> Found:
@@ -139,7 +130,7 @@ def _ibans(text: str) -> Found:
         for count in range(len(words), 0, -1):
             value = " ".join(words[:count])
             if iban(value):
-                yield "iban", m.start(), m.start() + len(value)
+                yield Span("iban", m.start(), m.start() + len(value))
                 break
 
 
@@ -150,20 +141,19 @@ def _addresses(text: str) -> Found:
                 address = ipaddress.ip_address(m.group())
             except ValueError:
                 continue
-            if address.is_global and not _word_before(
-                text, m.start()
-            ):  # 127.0.0.1 and 192.168.x.x tell nothing of anybody
-                yield "ip", *m.span()
+            # 127.0.0.1 and 192.168.x.x tell nothing of anybody
+            if address.is_global and not _word_before(text, m.start()):
+                yield Span("ip", *m.span())
 
 
 def _private_keys(text: str) -> Found:
-    return (("private_key", *m.span()) for m in _PRIVATE.finditer(text))
+    return (Span("private_key", *m.span()) for m in _PRIVATE.finditer(text))
 
 
 def _keys(text: str) -> Found:
     for start, pattern in _KEYS.items():
         if start in text:
-            yield from (("api_key", *m.span()) for m in pattern.finditer(text))
+            yield from (Span("api_key", *m.span()) for m in pattern.finditer(text))
 
 
 def _long_word(text: str) -> bool:
@@ -176,7 +166,7 @@ def _random_tokens(text: str) -> Found:
         token = m.group()
         mixed = any(c.isdigit() for c in token) and any(c.islower() for c in token) and any(c.isupper() for c in token)
         if mixed and token.count("/") < 3 and token.count("-") + token.count("_") < 4 and entropy(token) >= 4:
-            yield "random_token", *m.span()
+            yield Span("random_token", *m.span())
 
 
 TITLES = {
@@ -211,9 +201,9 @@ def find(text: str, groups: Collection[str] = ("pii", "secrets")) -> list[Span]:
     found: list[Span] = []
     for finder in FINDERS:
         if finder.group in groups and finder.hint(text):
-            for kind, start, end in finder.find(text):
-                if all(end <= s.start or start >= s.end for s in found):
-                    found.append(Span(start, end, kind))
+            for span in finder.find(text):
+                if all(span.end <= s.start or span.start >= s.end for s in found):
+                    found.append(span)
     return sorted(found, key=lambda s: s.start)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from penchant.base.functions import is_own
 from penchant.base.text import closest
 from penchant.data.layouts import compared, factory, oasst, own, plain, rated  # noqa: F401  they fill LAYOUTS
-from penchant.data.layouts.fields import LeftOut, RowError, label_field
+from penchant.data.layouts.fields import LeftOut, RowError
 from penchant.data.layouts.layout import LAYOUTS, Detection, Group, Layout, Option
 from penchant.errors import ConfigError
 
@@ -22,7 +22,6 @@ __all__ = [
     "Option",
     "RowError",
     "detect",
-    "label_field",
     "layout_named",
     "no_layout",
 ]

@@ -5,21 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from penchant.data.layouts.fields import (
-    LeftOut,
-    RowError,
-    answered,
-    as_text,
-    holds_list,
-    index_field,
-    items_field,
-    label_field,
-    mapping_field,
-    messages_field,
-    number,
-    score_field,
-    text_field,
-)
+from penchant.data.layouts import fields
+from penchant.data.layouts.fields import LeftOut, RowError
 from penchant.data.layouts.layout import Fields, layout
 from penchant.data.layouts.plain import every_answer, scored_pair
 from penchant.types import Message, PromptTree
@@ -32,40 +19,39 @@ def _user(text: str) -> tuple[Message, ...]:
 @layout("shp")
 def shp(row: Fields, options: Fields) -> PromptTree:
     """A post with two comments; the preferred one has more votes though it is the later one."""
-    better = "A" if index_field(row, "labels") == 1 else "B"
+    better = "A" if fields.index(row, "labels") == 1 else "B"
     worse = "B" if better == "A" else "A"
-    ratio = score_field(row, "score_ratio")
+    ratio = fields.score(row, "score_ratio")
     if ratio is None and options["min_score_ratio"] > 1:
         raise RowError('"score_ratio" is missing', "set data.layout_options.min_score_ratio=1, or drop the row")
     if ratio is not None and ratio < options["min_score_ratio"]:
-        raise LeftOut(
-            f"a score ratio below {options['min_score_ratio']:g}", "lower data.layout_options.min_score_ratio"
-        )
-    chosen, rejected = text_field(row, f"human_ref_{better}"), text_field(row, f"human_ref_{worse}")
-    scores = score_field(row, f"score_{better}"), score_field(row, f"score_{worse}")
-    return scored_pair(_user(text_field(row, "history")), chosen, rejected, *scores)
+        what = f"a score ratio below {options['min_score_ratio']:g}"
+        raise LeftOut(what, "lower data.layout_options.min_score_ratio")
+    chosen, rejected = fields.text(row, f"human_ref_{better}"), fields.text(row, f"human_ref_{worse}")
+    scores = fields.score(row, f"score_{better}"), fields.score(row, f"score_{worse}")
+    return scored_pair(_user(fields.text(row, "history")), chosen, rejected, *scores)
 
 
 @layout("pku_saferlhf")
 def pku(row: Fields, options: Fields) -> PromptTree:
     """Two answers, of which one is more helpful and one is safer."""
-    best = index_field(row, f"{options['prefer']}_response_id")
-    if options["chosen"] == "safe" and not label_field(row, f"is_response_{best}_safe"):
+    best = fields.index(row, f"{options['prefer']}_response_id")
+    if options["chosen"] == "safe" and not fields.label(row, f"is_response_{best}_safe"):
         raise LeftOut("the preferred answer is unsafe", "keep it with data.layout_options.chosen=any")
-    chosen, rejected = text_field(row, f"response_{best}"), text_field(row, f"response_{1 - best}")
-    return scored_pair(_user(text_field(row, "prompt")), chosen, rejected, None, None)
+    chosen, rejected = fields.text(row, f"response_{best}"), fields.text(row, f"response_{1 - best}")
+    return scored_pair(_user(fields.text(row, "prompt")), chosen, rejected, None, None)
 
 
-@layout("tldr_comparisons", check=lambda row: holds_list(row, "summaries", "text"))
+@layout("tldr_comparisons", check=lambda row: fields.holds_list(row, "summaries", "text"))
 def tldr(row: Fields, options: Fields) -> PromptTree:
     """Two summaries of a post (or an article), of which one was chosen."""
-    info, summaries = mapping_field(row, "info"), items_field(row, "summaries")
+    info, summaries = fields.mapping(row, "info"), fields.items(row, "summaries")
     if len(summaries) != 2:
         raise RowError(f"there are {len(summaries)} summaries", "there must be two")
-    texts = [as_text(s.get("text") if isinstance(s, dict) else None, "a summary") for s in summaries]
-    best = index_field(row, "choice")
+    texts = [fields.as_text(s.get("text") if isinstance(s, dict) else None, "a summary") for s in summaries]
+    best = fields.index(row, "choice")
     least, extra = options["min_confidence"], row.get("extra")
-    confidence = number(extra.get("confidence")) if isinstance(extra, dict) else None
+    confidence = fields.finite(extra.get("confidence")) if isinstance(extra, dict) else None
     if least > 0 and (confidence is None or confidence < least):
         said = "no confidence" if confidence is None else f"a confidence below {least:g}"
         raise LeftOut(f"the choice has {said}", "lower data.layout_options.min_confidence")
@@ -76,13 +62,12 @@ def tldr(row: Fields, options: Fields) -> PromptTree:
 
 def _tldr_prompt(info: Fields) -> str:
     if info.get("post") is None:
-        return f"TITLE: {text_field(info, 'title')}\n\nARTICLE: {text_field(info, 'article').strip()}\n\nTL;DR:"
-    subreddit, title = text_field(info, "subreddit"), text_field(info, "title")
-    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {text_field(info, 'post').strip()}\n\nTL;DR:"
+        return f"TITLE: {fields.text(info, 'title')}\n\nARTICLE: {fields.text(info, 'article').strip()}\n\nTL;DR:"
+    subreddit, title = fields.text(info, "subreddit"), fields.text(info, "title")
+    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {fields.text(info, 'post').strip()}\n\nTL;DR:"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Chatbot Arena and lmsys-chat-1m
+# ---- Chatbot Arena and lmsys-chat-1m ----
 
 WINNERS = {"model_a": 0, "model_b": 1}
 TIES = frozenset({"tie", "tie (bothbad)", "both_bad"})
@@ -96,14 +81,14 @@ def arena(row: Fields, options: Fields) -> PromptTree:
         raise _tie(winner, options)
     if not isinstance(winner, str) or winner not in WINNERS:
         raise RowError('"winner" names no model', f"it must be one of {', '.join((*WINNERS, *sorted(TIES)))}")
-    sides = messages_field(row, "conversation_a"), messages_field(row, "conversation_b")
+    sides = fields.messages(row, "conversation_a"), fields.messages(row, "conversation_b")
     return _battle(sides, WINNERS[winner], options)
 
 
 @layout("arena_55k")
 def arena_55k(row: Fields, options: Fields) -> PromptTree:
     """The same with prompts and answers as JSON lists in strings, and the vote in three columns."""
-    votes = [index_field(row, f"winner_{n}") for n in ("model_a", "model_b", "tie")]
+    votes = [fields.index(row, f"winner_{n}") for n in ("model_a", "model_b", "tie")]
     if sum(votes) != 1:
         raise RowError("the three winner columns do not name one outcome", "one of them must be 1, the others 0")
     if votes[2]:
@@ -127,7 +112,7 @@ def _texts(row: Fields, name: str) -> list[str]:
             raise RowError(f'"{name}" is no JSON list of texts', 'write ["...", "..."]') from error
     if not isinstance(value, list) or not value:
         raise RowError(f'"{name}" is not a list of texts', 'write ["...", "..."]')
-    return [as_text(v, f'"{name}"[{i}]') for i, v in enumerate(value)]
+    return [fields.as_text(v, f'"{name}"[{i}]') for i, v in enumerate(value)]
 
 
 def _tie(winner: str, options: Fields) -> RowError:
@@ -138,12 +123,10 @@ def _tie(winner: str, options: Fields) -> RowError:
 def _battle(sides: tuple[tuple[Message, ...], tuple[Message, ...]], best: int, options: Fields) -> PromptTree:
     if options["turns"] == "first":
         sides = _first(sides[0], "conversation_a"), _first(sides[1], "conversation_b")
-    a, b = answered(sides[0], "conversation_a"), answered(sides[1], "conversation_b")
+    a, b = fields.answered(sides[0], "conversation_a"), fields.answered(sides[1], "conversation_b")
     if a.prompt != b.prompt:
-        raise LeftOut(
-            "the two conversations differ before their last answer",
-            "set data.layout_options.turns=first to compare their first answers",
-        )
+        how = "set data.layout_options.turns=first to compare their first answers"
+        raise LeftOut("the two conversations differ before their last answer", how)
     chosen, rejected = (a, b) if best == 0 else (b, a)
     return scored_pair(a.prompt, chosen.completions[0].text, rejected.completions[0].text, None, None)
 
@@ -156,10 +139,10 @@ def _first(messages: tuple[Message, ...], name: str) -> tuple[Message, ...]:
     raise RowError(f'"{name}" holds no answer', "drop the row")
 
 
-@layout("lmsys", check=lambda row: holds_list(row, "conversation", "role"))
+@layout("lmsys", check=lambda row: fields.holds_list(row, "conversation", "role"))
 def lmsys(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     """A conversation with a model: an answer of it, every answer, or a prompt."""
-    messages = messages_field(row, "conversation")
+    messages = fields.messages(row, "conversation")
     found = _USES[options["use"]](messages)
     if not found:
         raise RowError('"conversation" holds no answer to a question', "drop the row")
@@ -172,7 +155,7 @@ def _prompt(messages: tuple[Message, ...], place: int) -> tuple[PromptTree, ...]
 
 
 _USES: dict[str, Any] = {
-    "sft": lambda messages: (answered(messages, "conversation"),),
+    "sft": lambda messages: (fields.answered(messages, "conversation"),),
     "every_turn": every_answer,
     "first_turn": lambda messages: every_answer(messages)[:1],
     "prompts": lambda messages: _prompt(messages, -1),

@@ -43,7 +43,7 @@ def shown(value: Any, length: int = 40) -> str:
         return "a number of very many digits"
 
 
-def text_field(row: Mapping[str, Any], name: str) -> str:
+def text(row: Mapping[str, Any], name: str) -> str:
     """A field as non-empty text."""
     if name not in row:
         there = ", ".join(map(printable, sorted(map(str, row))))
@@ -64,7 +64,7 @@ def as_text(value: Any, what: str) -> str:
     return value
 
 
-def messages_field(row: Mapping[str, Any], name: str) -> tuple[Message, ...]:
+def messages(row: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     """A field as a list of chat messages (role/content, or from/value)."""
     value: Any = row.get(name)
     if not _is_list(value):
@@ -132,9 +132,9 @@ def asked(row: Mapping[str, Any], question: str) -> tuple[Message, ...]:
     return with_system(row, (Message("user", question),))
 
 
-def prompt_field(row: Mapping[str, Any], name: str = "prompt") -> Prompt:
+def prompt(row: Mapping[str, Any], name: str = "prompt") -> Prompt:
     """A prompt as text, or as chat messages."""
-    return messages_field(row, name) if isinstance(row.get(name), list) else text_field(row, name)
+    return messages(row, name) if isinstance(row.get(name), list) else text(row, name)
 
 
 def text_alone(row: Mapping[str, Any]) -> None:
@@ -150,7 +150,7 @@ def text_alone(row: Mapping[str, Any]) -> None:
             raise RowError(f'"{name}" is not empty', "penchant trains on text alone; drop the row")
 
 
-def number(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     """A value as a finite number; None where it is none (a boolean is none)."""
     try:
         found = float(value) if not isinstance(value, bool) else math.nan
@@ -159,30 +159,30 @@ def number(value: Any) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def score_field(row: Mapping[str, Any], *names: str) -> float | None:
+def score(row: Mapping[str, Any], *names: str) -> float | None:
     """The first of the named fields that is there, as a finite number; None where there is none of them."""
     for name in names:
         value = row.get(name)
         if value is None:
             continue
-        found = number(value)
+        found = finite(value)
         if found is None:
             raise RowError(f'"{name}" is {shown(value)!r}', "make it a finite number")
         return found
     return None
 
 
-def number_field(row: Mapping[str, Any], name: str) -> float:
+def number(row: Mapping[str, Any], name: str) -> float:
     """A field that must be there, as a finite number."""
-    found = score_field(row, name)
+    found = score(row, name)
     if found is None:
         raise RowError(f'"{name}" is missing', "give a finite number")
     return found
 
 
-def index_field(row: Mapping[str, Any], name: str) -> int:
+def index(row: Mapping[str, Any], name: str) -> int:
     """A field that says 0 or 1."""
-    found = number_field(row, name)
+    found = number(row, name)
     if found not in (0.0, 1.0):
         raise RowError(f'"{name}" is {shown(row[name])!r}', "it must be 0 or 1")
     return int(found)
@@ -194,7 +194,7 @@ LABELS = {
 }
 
 
-def label_field(row: Mapping[str, Any], name: str) -> bool:
+def label(row: Mapping[str, Any], name: str) -> bool:
     """A field as good (True) or bad (False)."""
     if row.get(name) is None:
         raise RowError(f'"{name}" is missing', "give true (a good answer) or false (a bad one)")
@@ -215,7 +215,7 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > 0
 
 
-def items_field(row: Mapping[str, Any], name: str) -> Sequence[Any]:
+def items(row: Mapping[str, Any], name: str) -> Sequence[Any]:
     """A field as a list that is not empty."""
     value: Any = row.get(name)
     if not _is_list(value):
@@ -223,7 +223,7 @@ def items_field(row: Mapping[str, Any], name: str) -> Sequence[Any]:
     return value
 
 
-def mapping_field(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def mapping(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A field as a mapping."""
     value = row.get(name)
     if not isinstance(value, Mapping):

@@ -189,7 +189,7 @@ class Detection:
     others: tuple[str, ...] = ()
     how: str = ""
 
-    def sentence(self, name: str, override: str = "data.shape=NAME") -> str:
+    def sentence(self, name: str, override: str) -> str:
         """What to show where rows are loaded: the layout, why, what else fits, and how to choose another."""
         others = f"; other fits: {', '.join(self.others)}" if self.others else ""
         return f"{name}: layout {self.layout} ({self.why}){others}; override with {override}"

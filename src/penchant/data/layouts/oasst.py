@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from penchant.data.layouts.fields import LeftOut, RowError, as_text, mapping_field, number, shown
+from penchant.data.layouts import fields
+from penchant.data.layouts.fields import LeftOut, RowError
 from penchant.data.layouts.layout import Fields, Group, layout
 from penchant.types import Completion, Message, PromptTree
 
@@ -17,9 +18,9 @@ def fold(rows: Sequence[Fields]) -> Fields:
     """The flat messages of one tree as a ready-made tree."""
     nodes: dict[str, dict[str, Any]] = {}
     for row in rows:
-        name = as_text(row.get("message_id"), '"message_id"')
+        name = fields.as_text(row.get("message_id"), '"message_id"')
         if name in nodes:
-            raise RowError(f"the message {shown(name)} stands there twice", "drop one of them")
+            raise RowError(f"the message {fields.shown(name)} stands there twice", "drop one of them")
         nodes[name] = {**row, "replies": []}
     roots = []
     for node in nodes.values():
@@ -29,14 +30,14 @@ def fold(rows: Sequence[Fields]) -> Fields:
         elif isinstance(parent, str) and parent in nodes:
             nodes[parent]["replies"].append(node)
         else:
-            raise RowError(f"the parent {shown(parent)} of a message is not in its tree", "give the whole tree")
+            raise RowError(f"the parent {fields.shown(parent)} of a message is not in its tree", "give the whole tree")
     if len(roots) != 1:
         raise RowError(f"the tree has {len(roots)} messages without a parent", "there must be one")
     return {"message_tree_id": rows[0].get("message_tree_id"), "prompt": roots[0]}
 
 
 def _key(row: Fields) -> str:
-    return as_text(row.get("message_tree_id"), '"message_tree_id"')
+    return fields.as_text(row.get("message_tree_id"), '"message_tree_id"')
 
 
 @layout("oasst_flat", group=Group(_key, fold))
@@ -45,7 +46,7 @@ def oasst(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     """The trees of all prompts of a message tree that have what `use` asks for."""
     found = tuple(
         tree
-        for path, replies in _questions(mapping_field(row, "prompt"))
+        for path, replies in _questions(fields.mapping(row, "prompt"))
         for tree in _USES[options["use"]](path, replies)
     )
     if not found:
@@ -72,8 +73,8 @@ def _questions(root: Mapping[str, Any]) -> Iterator[tuple[tuple[Message, ...], l
 def _message(node: Mapping[str, Any]) -> Message:
     role = node.get("role")
     if not isinstance(role, str) or role not in _NAMES:
-        raise RowError(f"a message has the role {shown(role)!r}", "it must be prompter or assistant")
-    return Message(_NAMES[role], as_text(node.get("text"), "a message"))
+        raise RowError(f"a message has the role {fields.shown(role)!r}", "it must be prompter or assistant")
+    return Message(_NAMES[role], fields.as_text(node.get("text"), "a message"))
 
 
 def _replies(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -87,7 +88,7 @@ def _replies(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _ranked(replies: Sequence[Mapping[str, Any]]) -> list[tuple[float, str]]:
     """(rank, text) of the answers that people ranked; rank 0 is the best."""
-    known = [(number(r.get("rank")), r["text"]) for r in replies if r.get("role") == "assistant"]
+    known = [(fields.finite(r.get("rank")), r["text"]) for r in replies if r.get("role") == "assistant"]
     return sorted(((rank, text) for rank, text in known if rank is not None), key=lambda r: r[0])
 
 

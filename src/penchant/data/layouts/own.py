@@ -53,9 +53,8 @@ def _checked(name: str, sha256: str | None, where: str) -> Layout:
     try:
         trees = layout.example_trees
     except RowError as error:
-        raise ConfigError(
-            where, f"{name}: its example does not convert: {error.what}", error.how or "fix it"
-        ) from error
+        what = f"{name}: its example does not convert: {error.what}"
+        raise ConfigError(where, what, error.how or "fix it") from error
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         raise ConfigError(where, f"{name}: its example does not convert ({said})", "fix it") from error

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from penchant.base.text import printable
-from penchant.data.layouts import LAYOUTS, Detection, Layout, Option, layout_named
-from penchant.data.load import Converted, prompt_json, stream_rows
-from penchant.data.read import read_rows
+from penchant.data.layouts import LAYOUTS, Layout, Option, layout_named
+from penchant.data.load import Converted, Stream, layout_line, prompt_json, shown_path, stream_preferences
 from penchant.types import PromptTree
 
 NAMES = {None: "answer", True: "good answer", False: "bad answer"}
@@ -107,8 +105,7 @@ def rows_text(shown: Sequence[tuple[str, Sequence[str]]]) -> str:
     return "\n\n".join("\n".join([printable(where), *lines]) for where, lines in shown)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# docs/data_formats.md
+# ---- Docs/data_formats.md ----
 
 
 def markdown() -> str:
@@ -135,8 +132,7 @@ def _sentence(words: str) -> str:
     return words[0].upper() + words[1:] + "."
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the first rows of a file: `penchant data show`
+# ---- The first rows of a file: `penchant data show` ----
 
 
 MOST_ROWS = 2000  # read for a layout whose rows make groups
@@ -144,23 +140,12 @@ MOST_ROWS = 2000  # read for a layout whose rows make groups
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A file's layout and its first rows as examples.
-
-    Args:
-        name: of the file; layout: its name; detection: None where a person named the layout; shown: rows, or groups of rows.
-    """
+    """A file's layout (why, and how to choose another: `headline`) and its first rows, or groups of rows, as examples."""
 
     name: str
-    layout: str
-    detection: Detection | None
+    headline: str
+    stream: Stream
     shown: tuple[Converted, ...]
-
-    @property
-    def headline(self) -> str:
-        """The layout, why, and how to choose another."""
-        if self.detection is None:
-            return f"{self.name}: layout {self.layout}, as --shape says"
-        return self.detection.sentence(self.name, "--shape NAME, or data.shape=NAME in a config")
 
     def to_text(self) -> str:
         """For a terminal."""
@@ -174,10 +159,10 @@ class Preview:
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
-        found = self.detection
+        found = self.stream.detection
         return {
             "file": self.name,
-            "layout": self.layout,
+            "layout": self.stream.shape,
             "why": None if found is None else found.why,
             "others": [] if found is None else list(found.others),
             "examples": [{"where": t.source, **tree_json(t)} for made in self.shown for t in made.trees],
@@ -189,19 +174,12 @@ class Preview:
         }
 
 
-def preview(
-    path: str,
-    rows: int = 3,
-    *,
-    shape: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    layout_options: Mapping[str, Any] | None = None,
-) -> Preview:
-    """The layout of a file or hub id and its first `rows` rows (or groups of rows) as examples.
+def preview(path: str, rows: int = 3, **how: Any) -> Preview:
+    """The layout of a file or hub id and its first `rows` rows (or groups of rows) as examples; `how` they are read: see `Reading`.
 
     Raises:
         DataError: it cannot be read, or is of no known layout. ConfigError: an unknown layout or option.
     """
-    stream = stream_rows(islice(read_rows(path), MOST_ROWS), path, shape, columns or {}, layout_options=layout_options)
-    name = Path(path).name if Path(path).exists() else path
-    return Preview(name, stream.shape, stream.detection, tuple(islice(stream, rows)))
+    stream = stream_preferences(path, limit=MOST_ROWS, **how)
+    headline = layout_line(stream, path, "--shape", "--shape NAME, or data.shape=NAME in a config")
+    return Preview(shown_path(path), headline, stream, tuple(islice(stream, rows)))

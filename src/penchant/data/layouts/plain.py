@@ -5,23 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from penchant.data.layouts.fields import (
-    RowError,
-    answered,
-    as_message,
-    as_text,
-    holds_list,
-    items_field,
-    label_field,
-    messages_field,
-    number_field,
-    prompt_field,
-    score_field,
-    split_last_answer,
-    text_alone,
-    text_field,
-    with_system,
-)
+from penchant.data.layouts import fields
+from penchant.data.layouts.fields import RowError
 from penchant.data.layouts.layout import Fields, layout
 from penchant.types import Completion, Message, Prompt, PromptTree
 
@@ -37,23 +22,23 @@ REJECTED_SCORES = [n.replace("chosen", "rejected") for n in CHOSEN_SCORES]
 
 
 def _is_pair(row: Fields) -> bool:
-    return "prompt" in row or holds_list(row, "chosen", "role")
+    return "prompt" in row or fields.holds_list(row, "chosen", "role")
 
 
 @layout("pairs", check=_is_pair)
 def from_pairs(row: Fields) -> PromptTree:
     """prompt/chosen/rejected, each as text or as chat messages; messages may hold the whole conversation."""
     if isinstance(row.get("chosen"), str):
-        return pair(prompt_field(row), text_field(row, "chosen"), text_field(row, "rejected"), row)
+        return pair(fields.prompt(row), fields.text(row, "chosen"), fields.text(row, "rejected"), row)
     if not isinstance(row.get("chosen"), list):
-        text_field(row, "chosen")  # says what is wrong with it
-    before_chosen, chosen = split_last_answer(messages_field(row, "chosen"), "chosen")
-    before_rejected, rejected = split_last_answer(messages_field(row, "rejected"), "rejected")
+        fields.text(row, "chosen")  # says what is wrong with it
+    before_chosen, chosen = fields.split_last_answer(fields.messages(row, "chosen"), "chosen")
+    before_rejected, rejected = fields.split_last_answer(fields.messages(row, "rejected"), "rejected")
     if before_chosen != before_rejected:
         raise RowError("the conversations before the two answers differ", "both must answer the same prompt")
     if before_chosen:  # the conversation is whole; a prompt column beside it repeats its question
         return pair(before_chosen, chosen, rejected, row)
-    prompt = prompt_field(row)
+    prompt = fields.prompt(row)
     return pair((Message("user", prompt),) if isinstance(prompt, str) else prompt, chosen, rejected, row)
 
 
@@ -70,45 +55,40 @@ def _shares_start(row: Fields) -> bool:
 @layout("implicit_pairs", check=_shares_start)
 def from_implicit_pairs(row: Fields) -> PromptTree:
     """chosen/rejected texts that start alike: what they share is the prompt, up to the last white space before they part."""
-    chosen, rejected = text_field(row, "chosen"), text_field(row, "rejected")
+    chosen, rejected = fields.text(row, "chosen"), fields.text(row, "rejected")
     if chosen == rejected:
         raise RowError('"chosen" equals "rejected"', "drop the row")
-    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    end = min(len(chosen), len(rejected)) if shared is None else shared
-    while end and not chosen[end - 1].isspace():  # a word is not cut in two
-        end -= 1
-    while end and chosen[end - 1].isspace():  # the space belongs to the answer
-        end -= 1
-    if not chosen[:end].strip():
+    ends = min(len(chosen), len(rejected))
+    shared = chosen[: next((i for i in range(ends) if chosen[i] != rejected[i]), ends)]
+    word = "" if not shared or shared[-1].isspace() else shared.split()[-1]  # it goes on differently in the two
+    prompt = shared[: len(shared) - len(word)].rstrip()  # the space belongs to the answer
+    if not prompt:
         raise RowError('"chosen" and "rejected" share no start that could be the prompt', 'give a "prompt" column')
-    return pair(
-        chosen[:end], as_text(chosen[end:], "the chosen answer"), as_text(rejected[end:], "the rejected answer"), row
-    )
+    good = fields.as_text(chosen[len(prompt) :], "the chosen answer")
+    return pair(prompt, good, fields.as_text(rejected[len(prompt) :], "the rejected answer"), row)
 
 
 @layout("hh", check=_transcripts)
 def from_hh(row: Fields) -> PromptTree:
     """hh-rlhf: two whole transcripts, split at the last assistant turn; what is before it must be the same in both."""
-    before_chosen, chosen = _transcript(text_field(row, "chosen"), "chosen")
-    before_rejected, rejected = _transcript(text_field(row, "rejected"), "rejected")
+    before_chosen, chosen = _transcript(fields.text(row, "chosen"), "chosen")
+    before_rejected, rejected = _transcript(fields.text(row, "rejected"), "rejected")
     if before_chosen != before_rejected:
-        raise RowError(
-            "the two transcripts differ before their last answer", "both must answer the same prompt; drop the row"
-        )
+        how = "both must answer the same prompt; drop the row"
+        raise RowError("the two transcripts differ before their last answer", how)
     return pair(before_chosen, chosen, rejected, row)
 
 
 def _transcript(text: str, name: str) -> tuple[tuple[Message, ...], str]:
     parts = _TURN.split(text)
     if parts[0].strip() or len(parts) < 5:
-        raise RowError(
-            f'"{name}" is not a transcript', 'it must start with "\\n\\nHuman:" and go on with "\\n\\nAssistant:"'
-        )
+        how = 'it must start with "\\n\\nHuman:" and go on with "\\n\\nAssistant:"'
+        raise RowError(f'"{name}" is not a transcript', how)
     turns = [
         Message("user" if who == "Human" else "assistant", said.strip())
         for who, said in zip(parts[1::2], parts[2::2], strict=True)
     ]
-    before, answer = split_last_answer(tuple(turns), name)
+    before, answer = fields.split_last_answer(tuple(turns), name)
     if not answer:
         raise RowError(f'"{name}" ends with an empty answer', "drop the row")
     return before, answer
@@ -117,8 +97,8 @@ def _transcript(text: str, name: str) -> tuple[tuple[Message, ...], str]:
 def answer_field(row: Fields, name: str) -> str:
     """An answer: text, or one assistant message."""
     if not isinstance(row.get(name), Mapping):
-        return text_field(row, name)
-    message = as_message(row[name], f'"{name}"')
+        return fields.text(row, name)
+    message = fields.as_message(row[name], f'"{name}"')
     if message.role != "assistant":
         raise RowError(f'"{name}" is a turn of the {message.role}', "the answer must be an assistant turn")
     return message.content
@@ -129,24 +109,24 @@ def from_sft(row: Fields) -> PromptTree:
     """prompt/completion, as text or as messages; or instruction (+ input) with output."""
     if "instruction" in row and "prompt" not in row:
         return from_alpaca(row)
-    prompt = prompt_field(row)
+    prompt = fields.prompt(row)
     if isinstance(row.get("completion"), list):
-        _, answer = split_last_answer(messages_field(row, "completion"), "completion")
+        _, answer = fields.split_last_answer(fields.messages(row, "completion"), "completion")
         prompt = prompt if isinstance(prompt, tuple) else (Message("user", prompt),)
         return PromptTree(prompt, (Completion(answer),))
-    return PromptTree(prompt, (Completion(text_field(row, "completion")),))
+    return PromptTree(prompt, (Completion(fields.text(row, "completion")),))
 
 
 def from_alpaca(row: Fields) -> PromptTree:
     """instruction (+ input, system, history) with output."""
-    return PromptTree(instructed(row), (Completion(text_field(row, "output")),))
+    return PromptTree(instructed(row), (Completion(fields.text(row, "output")),))
 
 
 @layout("messages", check=lambda row: not {"chosen", "rejected", "kto_tag", "label"} & row.keys())
 def messages(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     """One conversation: its last answer, or each of its answers."""
     turns = conversation(row)
-    last = answered(turns, conversation_name(row))  # also checks that the conversation ends with an answer
+    last = fields.answered(turns, conversation_name(row))  # also checks that the conversation ends with an answer
     return every_answer(turns) if options["turns"] == "every" else (last,)
 
 
@@ -157,8 +137,8 @@ def conversation_name(row: Fields) -> str:
 
 def conversation(row: Fields) -> tuple[Message, ...]:
     """All turns of a row's conversation, behind its system prompt."""
-    text_alone(row)
-    return with_system(row, messages_field(row, conversation_name(row)))
+    fields.text_alone(row)
+    return fields.with_system(row, fields.messages(row, conversation_name(row)))
 
 
 def every_answer(messages: tuple[Message, ...]) -> tuple[PromptTree, ...]:
@@ -173,22 +153,22 @@ def every_answer(messages: tuple[Message, ...]) -> tuple[PromptTree, ...]:
 @layout("prompts", check=lambda row: not ANSWERS & row.keys() and isinstance(row["prompt"], (str, list)))
 def from_prompts(row: Fields) -> PromptTree:
     """A prompt alone: what online methods write their own completions to."""
-    return PromptTree(prompt_field(row), ())
+    return PromptTree(fields.prompt(row), ())
 
 
 @layout("text", check=lambda row: not (ANSWERS | {"prompt", "instruction", "message_id"}) & row.keys())
 def from_text(row: Fields) -> PromptTree:
     """Plain text: an empty prompt, the document as completion."""
-    return PromptTree("", (Completion(text_field(row, "text")),))
+    return PromptTree("", (Completion(fields.text(row, "text")),))
 
 
 def instructed(row: Fields) -> Prompt:
     """instruction (+ input) as text; as messages where there is a system prompt or a history of [question, answer] pairs."""
-    text_alone(row)
-    instruction = text_field(row, "instruction")
+    fields.text_alone(row)
+    instruction = fields.text(row, "instruction")
     extra = row.get("input")
     question = f"{instruction}\n\n{extra}" if isinstance(extra, str) and extra.strip() else instruction
-    turns = with_system(row, _history(row))
+    turns = fields.with_system(row, _history(row))
     return (*turns, Message("user", question)) if turns else question
 
 
@@ -196,18 +176,18 @@ def _history(row: Fields) -> tuple[Message, ...]:
     if not row.get("history"):
         return ()
     turns: list[Message] = []
-    for i, exchange in enumerate(items_field(row, "history")):
+    for i, exchange in enumerate(fields.items(row, "history")):
         if not isinstance(exchange, (list, tuple)) or len(exchange) != 2:
             raise RowError(f'"history"[{i}] is not a question with its answer', 'write [["question", "answer"], ...]')
-        turns.append(Message("user", as_text(exchange[0], f'the question of "history"[{i}]')))
-        turns.append(Message("assistant", as_text(exchange[1], f'the answer of "history"[{i}]')))
+        turns.append(Message("user", fields.as_text(exchange[0], f'the question of "history"[{i}]')))
+        turns.append(Message("assistant", fields.as_text(exchange[1], f'the answer of "history"[{i}]')))
     return tuple(turns)
 
 
 @layout("unpaired")
 def from_unpaired(row: Fields) -> PromptTree:
     """prompt/completion with a label: one answer, good or bad."""
-    return judged(from_sft(row), label=label_field(row, "label"))
+    return judged(from_sft(row), label=fields.label(row, "label"))
 
 
 @layout("scored")
@@ -215,7 +195,7 @@ def from_scored(row: Fields) -> PromptTree:
     """prompt/completion with a score: one answer and a number, higher is better."""
     if row.get("score") is None:
         raise RowError('"score" is missing', "give a number, higher is better")
-    score = number_field(row, "score")
+    score = fields.number(row, "score")
     return judged(from_sft(row), score=score)
 
 
@@ -226,7 +206,7 @@ def judged(tree: PromptTree, label: bool | None = None, score: float | None = No
 
 def pair(prompt: Prompt, chosen: str, rejected: str, row: Fields) -> PromptTree:
     """A pair, with its scores where the row has both (chosen_score and rejected_score, or one of the other known names)."""
-    good, bad = score_field(row, *CHOSEN_SCORES), score_field(row, *REJECTED_SCORES)
+    good, bad = fields.score(row, *CHOSEN_SCORES), fields.score(row, *REJECTED_SCORES)
     return scored_pair(prompt, chosen, rejected, good, bad)
 
 

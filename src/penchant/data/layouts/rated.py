@@ -6,20 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from penchant.data.layouts.fields import (
-    LeftOut,
-    RowError,
-    answered,
-    as_text,
-    asked,
-    holds_list,
-    items_field,
-    messages_field,
-    number,
-    number_field,
-    shown,
-    text_field,
-)
+from penchant.data.layouts import fields
+from penchant.data.layouts.fields import LeftOut, RowError
 from penchant.data.layouts.layout import Fields, layout
 from penchant.data.layouts.plain import CHOSEN_SCORES, from_pairs, pair, scored_pair
 from penchant.types import Completion, Message, Prompt, PromptTree
@@ -37,28 +25,27 @@ def ranked(prompt: Prompt, answers: Sequence[tuple[str, float]]) -> PromptTree:
     return PromptTree(prompt, tuple(Completion(text, score=score) for text, score in best_first))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# UltraFeedback
+# ---- UltraFeedback ----
 
 
-@layout("ultrafeedback", check=lambda row: holds_list(row, "completions", "response"))
+@layout("ultrafeedback", check=lambda row: fields.holds_list(row, "completions", "response"))
 def ultrafeedback(row: Fields, options: Fields) -> PromptTree:
     """One tree with all answers of an instruction, each with its score."""
     answers = []
-    for i, answer in enumerate(items_field(row, "completions")):
+    for i, answer in enumerate(fields.items(row, "completions")):
         what = f'"completions"[{i}]'
         if not isinstance(answer, Mapping):
             raise RowError(f"{what} is not an object", 'write {"response": "...", "annotations": {...}}')
-        answers.append((as_text(answer.get("response"), f'the "response" of {what}'), _rating(answer, options, what)))
-    return ranked((Message("user", text_field(row, "instruction")),), answers)
+        text = fields.as_text(answer.get("response"), f'the "response" of {what}')
+        answers.append((text, _rating(answer, options, what)))
+    return ranked((Message("user", fields.text(row, "instruction")),), answers)
 
 
 def _rating(answer: Mapping[str, Any], options: Fields, what: str) -> float:
     score = _RATINGS[options["score"]](answer)
     if score is None:
-        raise RowError(
-            f"{what} has no rating ({options['score']})", "choose another data.layout_options.score, or " + RATE
-        )
+        how = f"choose another data.layout_options.score, or {RATE}"
+        raise RowError(f"{what} has no rating ({options['score']})", how)
     return score
 
 
@@ -68,13 +55,13 @@ def _aspect(name: str) -> Any:
         found = annotations.get(name) if isinstance(annotations, Mapping) else None
         if isinstance(found, list):  # the published JSON wraps some of them in a list of one
             found = found[0] if found else None
-        return number(found.get("Rating")) if isinstance(found, Mapping) else None
+        return fields.finite(found.get("Rating")) if isinstance(found, Mapping) else None
 
     return read
 
 
 def _fine(answer: Mapping[str, Any]) -> float | None:
-    given = number(answer.get("fine-grained_score"))
+    given = fields.finite(answer.get("fine-grained_score"))
     if given is not None:
         return given
     ratings = [r for r in (_aspect(a)(answer) for a in ASPECTS) if r is not None]
@@ -83,7 +70,7 @@ def _fine(answer: Mapping[str, Any]) -> float | None:
 
 _RATINGS: dict[str, Any] = {
     "fine": _fine,
-    "overall": lambda answer: number(answer.get("overall_score")),
+    "overall": lambda answer: fields.finite(answer.get("overall_score")),
     **{a: _aspect(a) for a in ASPECTS},
 }
 
@@ -93,11 +80,10 @@ def binarized(row: Fields, options: Fields) -> PromptTree:
     """A pair; or the conversation of the messages column."""
     if options["use"] == "pairs":
         return from_pairs(row)
-    return answered(messages_field(row, "messages"), "messages")
+    return fields.answered(fields.messages(row, "messages"), "messages")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# HelpSteer
+# ---- HelpSteer ----
 
 
 def helpsteer_prompt(text: str) -> tuple[Message, ...]:
@@ -105,7 +91,7 @@ def helpsteer_prompt(text: str) -> tuple[Message, ...]:
     parts = _SPLIT.split(text)
     names = ["User", *parts[1::2]]
     turns = tuple(
-        Message(name.lower(), as_text(said, f"turn {i + 1} of the prompt").strip())
+        Message(name.lower(), fields.as_text(said, f"turn {i + 1} of the prompt").strip())
         for i, (name, said) in enumerate(zip(names, parts[::2], strict=True))
     )
     if turns[-1].role != "user":
@@ -121,27 +107,27 @@ def helpsteer(row: Fields, options: Fields) -> PromptTree:
         total = sum(abs(w) for w in weights.values())
         if not total:
             raise RowError("all weights are 0", "give data.layout_options one that is not")
-        score = sum(w * number_field(row, a) for a, w in weights.items() if w) / total
+        score = sum(w * fields.number(row, a) for a, w in weights.items() if w) / total
     else:
-        score = number_field(row, options["attribute"])
-    prompt = helpsteer_prompt(text_field(row, "prompt"))
-    return PromptTree(prompt, (Completion(text_field(row, "response"), score=score),))
+        score = fields.number(row, options["attribute"])
+    prompt = helpsteer_prompt(fields.text(row, "prompt"))
+    return PromptTree(prompt, (Completion(fields.text(row, "response"), score=score),))
 
 
 @layout("helpsteer2_pairs")
 def helpsteer2_pairs(row: Fields, options: Fields) -> PromptTree:
     """Two answers and how much better one is, from -3 (the first) to 3 (the second)."""
-    prompt = helpsteer_prompt(text_field(row, "prompt"))
-    answers = text_field(row, "response_1"), text_field(row, "response_2")
-    return _by_strength(prompt, answers, number_field(row, "preference_strength"), options)
+    prompt = helpsteer_prompt(fields.text(row, "prompt"))
+    answers = fields.text(row, "response_1"), fields.text(row, "response_2")
+    return _by_strength(prompt, answers, fields.number(row, "preference_strength"), options)
 
 
 @layout("helpsteer3_pairs")
 def helpsteer3_pairs(row: Fields, options: Fields) -> PromptTree:
     """A conversation, two answers and how much better one is."""
-    answers = text_field(row, "response1"), text_field(row, "response2")
-    strength = number_field(row, "overall_preference")
-    return _by_strength(messages_field(row, "context"), answers, strength, options)
+    answers = fields.text(row, "response1"), fields.text(row, "response2")
+    strength = fields.number(row, "overall_preference")
+    return _by_strength(fields.messages(row, "context"), answers, strength, options)
 
 
 def _by_strength(prompt: Prompt, answers: tuple[str, str], strength: float, options: Fields) -> PromptTree:
@@ -153,38 +139,37 @@ def _by_strength(prompt: Prompt, answers: tuple[str, str], strength: float, opti
     return scored_pair(prompt, chosen, rejected, None, None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# distilabel and Argilla
+# ---- Distilabel and Argilla ----
 
 
 @layout("distilabel", check=lambda row: ("instruction" in row or "messages" in row) and "chosen" not in row)
 def distilabel(row: Fields) -> PromptTree:
     """An instruction with generations and the ratings of them."""
-    generations, ratings = items_field(row, "generations"), items_field(row, "ratings")
+    generations, ratings = fields.items(row, "generations"), fields.items(row, "ratings")
     if len(generations) != len(ratings):
         raise RowError(f"{len(generations)} generations have {len(ratings)} ratings", "give each generation one")
     answers = []
     for i, (text, rating) in enumerate(zip(generations, ratings, strict=True)):
-        score = number(rating)
+        score = fields.finite(rating)
         if score is None:
-            raise RowError(f'"ratings"[{i}] is {shown(rating)!r}', RATE)
-        answers.append((as_text(text, f'"generations"[{i}]'), score))
-    if holds_list(row, "messages", "role"):
-        return ranked(messages_field(row, "messages"), answers)
-    return ranked(asked(row, text_field(row, "instruction")), answers)
+            raise RowError(f'"ratings"[{i}] is {fields.shown(rating)!r}', RATE)
+        answers.append((fields.as_text(text, f'"generations"[{i}]'), score))
+    if fields.holds_list(row, "messages", "role"):
+        return ranked(fields.messages(row, "messages"), answers)
+    return ranked(fields.asked(row, fields.text(row, "instruction")), answers)
 
 
 @layout("argilla_ratings")
 def argilla_ratings(row: Fields, options: Fields) -> PromptTree:
     """A record with generations-0, generations-1, ... and what people, or a model, rated them."""
     names = sorted((n for n in row if _GENERATION.fullmatch(n) and row[n]), key=lambda n: int(n.split("-")[1]))
-    answers = [(text_field(row, n), _argilla_rating(row, f"{n}-rating", options["rated_by"])) for n in names]
-    return ranked(asked(row, text_field(row, "instruction")), answers)
+    answers = [(fields.text(row, n), _argilla_rating(row, f"{n}-rating", options["rated_by"])) for n in names]
+    return ranked(fields.asked(row, fields.text(row, "instruction")), answers)
 
 
 def _argilla_rating(row: Fields, question: str, rated_by: str) -> float:
     people = _submitted(row, question)
-    model = number(row.get(f"{question}.suggestion"))
+    model = fields.finite(row.get(f"{question}.suggestion"))
     found = {"people": people, "model": model, "either": people if people is not None else model}[rated_by]
     if found is None:
         raise RowError(f'"{question}" has no {_RATED_BY[rated_by]}', "choose data.layout_options.rated_by, or " + RATE)
@@ -200,7 +185,7 @@ def _submitted(row: Fields, question: str) -> float | None:
     if not isinstance(values, list):
         return None
     states = status if isinstance(status, list) and len(status) == len(values) else ["submitted"] * len(values)
-    ratings = [number(v) for v, s in zip(values, states, strict=True) if s == "submitted"]
+    ratings = [fields.finite(v) for v, s in zip(values, states, strict=True) if s == "submitted"]
     known = [r for r in ratings if r is not None]
     return sum(known) / len(known) if known else None
 
@@ -209,9 +194,9 @@ def _submitted(row: Fields, question: str) -> float | None:
 def argilla_pairs(row: Fields) -> PromptTree:
     """A better and a worse answer with their ratings, under any of the names that Argilla's data sets use."""
     if "chosen_response" in row:
-        question = text_field(row, "instruction" if "instruction" in row else "prompt")
-        chosen, rejected = text_field(row, "chosen_response"), text_field(row, "rejected_response")
-        return pair(asked(row, question), chosen, rejected, row)
+        question = fields.text(row, "instruction" if "instruction" in row else "prompt")
+        chosen, rejected = fields.text(row, "chosen_response"), fields.text(row, "rejected_response")
+        return pair(fields.asked(row, question), chosen, rejected, row)
     return from_pairs(row)
 
 
@@ -225,8 +210,8 @@ def orca_pairs(row: Fields, options: Fields) -> PromptTree:
     """A question behind a system prompt, with a better and a worse answer."""
     if row.get("status") == "tie" and options["ties"] == "leave_out":
         raise LeftOut("a tie", "nothing is wrong with it; keep it with data.layout_options.ties=keep")
-    question = text_field(row, "question" if "question" in row else "input")
-    return pair(asked(row, question), text_field(row, "chosen"), text_field(row, "rejected"), row)
+    question = fields.text(row, "question" if "question" in row else "input")
+    return pair(fields.asked(row, question), fields.text(row, "chosen"), fields.text(row, "rejected"), row)
 
 
 def _has_rating(row: Fields) -> bool:

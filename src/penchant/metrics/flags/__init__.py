@@ -1,58 +1,39 @@
 """Trust flags: what a careful reader would want to know before believing a run or a comparison, each with its evidence.
 
-A rule is one small file: a pure function of the lines of metrics.jsonl (and config and audit), or of comparison.json and its rows. `RULES` is the
-registry that the command, the docs page and the tests go through.
+A rule is a pure function of the lines of metrics.jsonl (and config and audit), or of comparison.json and its rows; what it says of itself is in
+rules.yaml. `RULES` is the registry that the command, the docs page and the tests go through.
 """
 
 from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import spared
+from penchant.base.files import packaged_yaml, spared
+from penchant.base.text import printable
 from penchant.errors import CheckpointError
-from penchant.metrics.flags.of_comparison import BY_LENGTH, DISAGREE, FAILURES, FEW_PROMPTS, ONE_SEED, POSITION
-from penchant.metrics.flags.of_training import (
-    DISPLACEMENT,
-    DRIFTED,
-    KL,
-    LENGTH,
-    MARGIN,
-    NOT_FINITE,
-    OVERFITTING,
-    PERPLEXITY,
-    SKIPPED,
-)
-from penchant.metrics.flags.rule import ComparisonView, Evidence, Flag, Rule, RunView, TrustConfig, number
+from penchant.metrics.flags import of_comparison, of_training
+from penchant.metrics.flags.rule import ComparisonView, Evidence, Flag, Rule, RunView, Seen, TrustConfig, number
 from penchant.runfolder import COMPARISON, FLAGS, METRICS, keep
 from penchant.runfolder.read import read
 
 __all__ = ["RULES", "TrustConfig", "comparison_flags", "run_flags"]
 
 
-RULES: dict[str, Rule] = {
-    rule.name: rule
-    for rule in (
-        MARGIN,
-        DISPLACEMENT,
-        OVERFITTING,
-        LENGTH,
-        KL,
-        PERPLEXITY,
-        BY_LENGTH,
-        POSITION,
-        FAILURES,
-        DISAGREE,
-        NOT_FINITE,
-        SKIPPED,
-        DRIFTED,
-        FEW_PROMPTS,
-        ONE_SEED,
-    )
-}
+OF_RUN = of_training.OF_RUN | of_comparison.OF_RUN
+OF_COMPARISON = of_training.OF_COMPARISON | of_comparison.OF_COMPARISON
+LIMITS = of_training.LIMITS | of_comparison.LIMITS  # figures that the rules' texts name
+
+
+def _rule(name: str, said: dict[str, Any]) -> Rule:
+    what = said["what"].format(**LIMITS)
+    return Rule(name, **said | {"what": what}, of_run=OF_RUN.get(name), of_comparison=OF_COMPARISON.get(name))
+
+
+RULES = {name: _rule(name, said) for name, said in packaged_yaml(__package__, "rules.yaml").items()}
 
 
 def run_flags(
@@ -71,8 +52,7 @@ def run_flags(
         section = (config or {}).get("trust")
         trust = TrustConfig.model_validate(section) if isinstance(section, Mapping) else TrustConfig()
     view = RunView(lines, config or {}, audit or {}, trust)
-    seen = [(rule, rule.of_run(view)) for rule in RULES.values() if rule.of_run is not None]
-    return _sorted([rule.flag(s) for rule, s in seen if s is not None])
+    return _flags((rule, seen) for rule in RULES.values() if rule.of_run and (seen := rule.of_run(view)))
 
 
 def comparison_flags(
@@ -84,17 +64,11 @@ def comparison_flags(
         figures: comparison.json; rows: of comparison.jsonl, needed for the win rate at equal length where `figures` does not have it.
     """
     view = ComparisonView(figures, rows, trust or TrustConfig())
-    found = [
-        rule.flag(seen)
-        for rule in RULES.values()
-        if rule.of_comparison is not None
-        for seen in rule.of_comparison(view)
-    ]
-    return _sorted(found)
+    return _flags((r, seen) for r in RULES.values() if r.of_comparison for seen in r.of_comparison(view))
 
 
-def _sorted(flags: list[Flag]) -> list[Flag]:
-    return sorted(flags, key=lambda f: f.level != "warning")
+def _flags(found: Iterable[tuple[Rule, Seen]]) -> list[Flag]:
+    return sorted((rule.flag(seen) for rule, seen in found), key=lambda f: f.level != "warning")
 
 
 # ---- Flags of folders: read what a run or a comparison left, write flags.json, show them to a person ----
@@ -155,7 +129,7 @@ def _of_run(path: Path) -> list[Flag]:
 
 def summary(flags: Sequence[Flag]) -> str:
     """One line a flag, for the end of a run."""
-    return "\n".join(f"{_mark(f)}: {_about(f)}{visible(f.sentence)} ({f.name})" for f in flags)
+    return "\n".join(f"{_mark(f)}: {_about(f)}{printable(f.sentence)} ({f.name})" for f in flags)
 
 
 def as_text(flags: Sequence[Flag]) -> str:
@@ -165,7 +139,7 @@ def as_text(flags: Sequence[Flag]) -> str:
     parts = []
     for f in flags:
         lines = [f"{_mark(f)}: {_about(f)}{f.title} ({f.name})", *_wrapped(f.sentence)]
-        lines += [f"    {visible(e.label)}: {_values(e)}" for e in f.evidence]
+        lines += [f"    {printable(e.label)}: {_values(e)}" for e in f.evidence]
         lines += _wrapped(f"What to do: {f.advice}")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -176,11 +150,11 @@ def _mark(flag: Flag) -> str:
 
 
 def _about(flag: Flag) -> str:
-    return f"{visible(flag.about)}: " if flag.about else ""
+    return f"{printable(flag.about)}: " if flag.about else ""
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(visible(text), 110, initial_indent="    ", subsequent_indent="    ", break_long_words=False)
+    return textwrap.wrap(printable(text), 110, initial_indent="    ", subsequent_indent="    ", break_long_words=False)
 
 
 def _values(e: Evidence) -> str:
@@ -193,11 +167,6 @@ def _values(e: Evidence) -> str:
         half = SHOWN // 2
         shown = [*shown[:half], f"... {len(shown) - SHOWN} more ...", *shown[-half:]]
     return ", ".join(shown)
-
-
-def visible(text: str) -> str:
-    """Control and direction marks by their number: names in files are not trusted with a terminal."""
-    return "".join(c if c.isprintable() else f"<U+{ord(c):04X}>" for c in text)
 
 
 def markdown() -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from penchant.base.section import Section
 from penchant.metrics.names import metric
 from penchant.metrics.stats import t_quantile
+from penchant.runfolder.values import mapping, num, number_of, sequence
 
 # ---- What a warning about a run is: a sentence with its evidence, so that nobody has to take our word for it ----
 
@@ -130,13 +131,8 @@ class Point:
 
     def bounds(self, tests: int = 1) -> tuple[float, float]:
         """Its 99% interval (Student's t), or one that holds for `tests` of them together; the value itself without a standard error."""
-        half = self.half(tests)
+        half = 0.0 if self.se is None else critical(self.n, tests) * self.se
         return self.value - half, self.value + half
-
-    def half(self, tests: int = 1) -> float:
-        if self.se is None:
-            return 0.0
-        return critical(self.n, tests) * self.se
 
 
 @lru_cache(maxsize=1024)
@@ -168,7 +164,7 @@ class RunView:
     @cached_property
     def whole(self) -> list[Mapping[str, Any]]:
         """Lines with a step."""
-        return [m for m in self.lines if _is_number(m.get("step"))]
+        return [m for m in self.lines if num(m, "step") is not None]
 
     @cached_property
     def train(self) -> list[Mapping[str, Any]]:
@@ -180,17 +176,17 @@ class RunView:
 
     def section(self, name: str) -> Mapping[str, Any]:
         """A section of the config; empty where there is none."""
-        found = self.config.get(name)
-        return found if isinstance(found, Mapping) else {}
+        return mapping(self.config.get(name))
 
     def held_out(self, name: str) -> list[Point]:
         """A figure ``eval/NAME`` at every evaluation that has it, with its standard error from its 95% interval."""
-        return [
-            Point(int(m["step"]), float(m[key]), _standard_error(m, key, n), n)
-            for m in self.evals
-            if _is_number(m.get(key := f"eval/{name}"))
-            for n in [self._behind(m, name)]
-        ]
+        key, share = f"eval/{name}", metric(name).share
+        points = []
+        for m in self.evals:
+            if (value := num(m, key)) is not None:
+                n = self._behind(m, name)
+                points.append(Point(int(m["step"]), value, standard_error(value, m.get(f"{key}/ci"), n, share), n))
+        return points
 
     def _behind(self, line: Mapping[str, Any], name: str) -> int:
         """Prompts behind a figure: of completions where it is one of those, else the held-out rows."""
@@ -208,17 +204,35 @@ class RunView:
         points: list[Point] = []
         of_rollouts = name in ("reward", "kl/policy_ref") or name.startswith("completions/")
         for m in self.train:
-            value = m.get(name)
-            if _is_number(value) and not (of_rollouts and points and points[-1].value == float(value)):
-                points.append(Point(int(m["step"]), float(value)))
+            value = num(m, name)
+            if value is not None and not (of_rollouts and points and points[-1].value == value):
+                points.append(Point(int(m["step"]), value))
         return points
+
+    def latest(self, name: str) -> tuple[Point, list[Point]] | None:
+        """(now, all) of a figure: at evaluations where one came after the start, else means over training lines."""
+        held = self.held_out(name)
+        if held and held[-1].step > 0:
+            return held[-1], held
+        lines = self.training(name)
+        now = window(lines)
+        return None if now is None else (now, smooth(lines))
+
+    def ends(self, name: str) -> tuple[Point, Point, list[Point]] | None:
+        """(first, last, all) of a figure: at two evaluations or more, else over training lines."""
+        held = self.held_out(name)
+        if len(held) > 1:
+            return held[0], held[-1], held
+        lines = self.training(name)
+        first, last = window(lines, last=False), window(lines)
+        return None if first is None or last is None else (first, last, lines)
 
     @cached_property
     def chosen_tokens(self) -> float | None:
         """Mean length of chosen answers (of all answers, where they are not pairs) in tokens, from the audit."""
         lengths = self.audit.get("lengths") or {}
-        found = (lengths.get("chosen") or lengths.get("completion") or {}).get("mean")
-        return float(found) if _is_number(found) and found > 0 else None
+        found = num(lengths.get("chosen") or lengths.get("completion"), "mean")
+        return found if found is not None and found > 0 else None
 
 
 def window(points: Sequence[Point], last: bool = True) -> Point | None:
@@ -259,23 +273,16 @@ def evidence(label: str, points: Sequence[Point]) -> Evidence:
     return Evidence(label, tuple(p.value for p in points), tuple(p.step for p in points))
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _standard_error(line: Mapping[str, Any], key: str, n: int) -> float | None:
-    return standard_error(line[key], line.get(f"{key}/ci"), n, share=metric(key).share)
-
-
 def standard_error(value: float, interval: Any, n: int, share: bool = False) -> float | None:
     """From a 95% interval; None without one.
 
     A bootstrap over few prompts is too narrow, by sqrt(n / (n - 1)), and has no width at all where every prompt agrees: a share gets at least
     the width that Agresti and Coull give it.
     """
-    if not isinstance(interval, Sequence) or len(interval) != 2 or not all(map(_is_number, interval)):
+    low, high = ends if len(ends := [number_of(end) for end in sequence(interval)]) == 2 else (None, None)
+    if low is None or high is None:
         return None
-    se = (float(interval[1]) - float(interval[0])) / (2 * Z95)
+    se = (high - low) / (2 * Z95)
     if n > 1:
         se *= math.sqrt(n / (n - 1))
     if share and n > 0:
@@ -329,8 +336,12 @@ class ComparisonView:
     @property
     def models(self) -> Mapping[str, Mapping[str, Any]]:
         """Figures by model, the first model first."""
-        found = self.figures.get("models")
-        return found if isinstance(found, Mapping) else {}
+        return mapping(self.figures.get("models"))
+
+    @property
+    def judge(self) -> Mapping[str, Any]:
+        """What a pairwise judge was like."""
+        return mapping(self.figures.get("judge"))
 
     @property
     def first(self) -> str:
@@ -347,10 +358,8 @@ class ComparisonView:
 
     def point(self, figures: Mapping[str, Any], name: str) -> Point | None:
         """A figure of a model with its standard error; None where there is none."""
-        value, n = figures.get(name), self.prompts
-        if not _is_number(value):
-            return None
-        return Point(0, float(value), standard_error(value, figures.get(f"{name}/ci"), n), n)
+        value, n = num(figures, name), self.prompts
+        return None if value is None else Point(0, value, standard_error(value, figures.get(f"{name}/ci"), n), n)
 
 
 @dataclass(frozen=True)
@@ -369,15 +378,14 @@ class Rule:
     needs: str
     alarms: str
     advice: str
-    thresholds: tuple[str, ...] = ()
+    thresholds: Sequence[str] = ()
     of_run: Callable[[RunView], Seen | None] | None = None
-    of_comparison: Callable[[ComparisonView], Sequence[Seen]] | None = None
+    of_comparison: Callable[[ComparisonView], Iterable[Seen]] | None = None
 
     def flag(self, seen: Seen) -> Flag:
         """A flag of this rule."""
-        return Flag(
-            self.name, self.title, seen.level, seen.sentence, seen.advice or self.advice, seen.evidence, seen.about
-        )
+        advice = seen.advice or self.advice
+        return Flag(self.name, self.title, seen.level, seen.sentence, advice, seen.evidence, seen.about)
 
 
 @dataclass(frozen=True, slots=True)
