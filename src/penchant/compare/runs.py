@@ -21,7 +21,7 @@ from penchant.errors import CheckpointError, ConfigError, DataError, ModelError,
 from penchant.models.load import cast_parameters, load_causal_model, resolve_device, weights_sha256
 from penchant.models.merge import is_adapter
 from penchant.models.options import ModelConfig
-from penchant.runfolder import CONFIG, MANIFEST, PIPELINE
+from penchant.runfolder import CONFIG, IDENTITY, MANIFEST, PIPELINE, check_whole
 from penchant.runfolder.read import read
 from penchant.runs import Run
 from penchant.runs.state import model_folder
@@ -119,6 +119,8 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
             stages = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
             how = f"it is a pipeline: give its stages, such as {folder / stages[0] if stages else 'PIPELINE/STAGE'}"
         raise CheckpointError(str(folder), "is not a run" if folder.is_dir() else "no such run", how)
+    for file in (CONFIG, MANIFEST, IDENTITY):
+        check_whole(folder / file)
     config = load_config(folder / CONFIG)
     if config.method.learns_reward:
         raise ConfigError(str(folder), "is a reward model, which writes nothing", "leave it out; it can be --reward")

@@ -42,7 +42,7 @@ T = TypeVar("T")
 AUTO_BYTES = 4 << 20  # smaller data is read and tokenized faster than a cache is looked after
 META, HASHES = "meta.json", "files.json"
 RACY_NS = 2_000_000_000  # the coarsest clock of a file system (FAT) ticks every two seconds
-ABANDONED = 86_400  # seconds after which an entry that is still being made has lost its maker
+ABANDONED_NS = 86_400 * 10**9  # after which an entry that is still being made has lost its maker
 FILES_KEPT = 1000  # in the table of hashes
 
 
@@ -154,7 +154,7 @@ class Entry:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.parent.glob(".making-*"):
-                if time.time() - leftover.stat().st_mtime > ABANDONED:
+                if time_ns() - leftover.stat().st_mtime_ns > ABANDONED_NS:
                     shutil.rmtree(leftover, ignore_errors=True)
             aside = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder.parent))
         except OSError:

@@ -140,6 +140,21 @@ def is_whole(path: Path) -> bool:
     return False
 
 
+def check_whole(path: Path) -> None:
+    """A file of a run is as it was written; see `is_whole`.
+
+    Raises:
+        CheckpointError: it was changed.
+    """
+    if not is_whole(path):
+        raise CheckpointError(
+            str(path),
+            "was changed after it was written",
+            "restore it, or run penchant train with the run's own config, which writes it again "
+            f"(to take it as it is, delete {SUMS} beside it)",
+        )
+
+
 def damaged(folder: Path) -> list[str]:
     """Names of a run's files that are not as they were written, as far as that is known."""
     known = _sums(folder)

@@ -16,7 +16,7 @@ from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.models.load import load_causal_model
 from penchant.models.merge import is_adapter, merged_model
 from penchant.models.options import ModelConfig, looks_like_folder
-from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY, SUMS, is_whole
+from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY, check_whole
 from penchant.training.checkpoint import find_checkpoint
 
 START = "start"
@@ -106,13 +106,7 @@ def find_model(given: str, *, step: str = "last", base: str | None = None, overr
 
 
 def _config_of(folder: Path, overrides: Sequence[str]) -> RunConfig:
-    if not is_whole(folder / CONFIG):
-        raise CheckpointError(
-            str(folder / CONFIG),
-            "was changed after it was written",
-            f"restore it, or run penchant train with the run's own config, which writes it again "
-            f"(to take it as it is, delete {SUMS} beside it)",
-        )
+    check_whole(folder / CONFIG)
     config = load_config(folder / CONFIG, list(overrides))
     return config.model_copy(update={"output": str(folder.resolve())})  # it may have been moved
 
