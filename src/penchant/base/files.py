@@ -162,7 +162,7 @@ def check_model_folder(folder: Path) -> None:
     """
     checkpoint = folder.resolve().parent
     if folder.resolve().name == "model" and checkpoint.name.startswith("step-") and (checkpoint / SUMS_OF).exists():
-        check_sums(checkpoint)
+        check_sums(checkpoint, "model/")
 
 
 SUMS_OF = "manifest.json"  # of a checkpoint: the SHA-256 of every file in it

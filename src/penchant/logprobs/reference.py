@@ -205,7 +205,7 @@ def cached_reference(
     path = folder / f"{key}.safetensors"
     count = int(_sizes(trees)[0].sum())
 
-    def on_disk() -> dict[str, Tensor] | None:
+    def on_disk(say: Callable[[str], None]) -> dict[str, Tensor] | None:
         stored = _read(path, say)
         # one without the tokens that are wanted now is computed again
         return stored if len(stored.get("sums", ())) == count and (not tokens or "tokens" in stored) else None
@@ -214,7 +214,7 @@ def cached_reference(
         made = compute_logps(live, trees, tokens_per_step=tokens_per_step, progress=progress)
         return {"sums": made.sums} | ({"tokens": made.tokens} if tokens else {})
 
-    stored = on_disk()
+    stored = on_disk(say)
     if stored is not None:
         return _by_row(trees, stored), True
     with ExitStack() as held:
@@ -224,7 +224,7 @@ def cached_reference(
         except OSError as error:
             say(f"{folder}: {error.strerror}; the reference's log-probs are not cached")
             return _by_row(trees, computed()), False
-        stored = on_disk()  # another process may have computed it while this one waited
+        stored = on_disk(lambda _: None)  # another process may have computed it while this one waited
         if stored is not None:
             return _by_row(trees, stored), True
         stored = computed()

@@ -68,7 +68,9 @@ def provenance(data: ReportData) -> Element | None:
         parts.append(soft(f"{count(bad, 'line')} of these folders\u2019 files could not be read and {are} left out."))
     changed = [str(r.path / name) for r in data.runs for name in damaged(r.path)]
     if changed:
-        parts.append(soft(f"Changed after the run wrote {'it' if len(changed) == 1 else 'them'}: {', '.join(changed)}."))
+        parts.append(
+            soft(f"Changed after the run wrote {'it' if len(changed) == 1 else 'them'}: {', '.join(changed)}.")
+        )
     kept = [p for p in parts if p is not None]
     return el("div", kept) if kept else None
 
