@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +22,11 @@ from hypothesis import HealthCheck, settings
 # no test cuts the power: what the kernel holds is there for every process, and waiting for the disk is a tenth of the suite
 os.fsync = lambda _file: None
 
+MEMORY = Path("/dev/shm")
+if os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > 4e9:
+    # the suite makes and removes ten thousand folders, and a disk's journal takes milliseconds for each
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
 # how long an example takes is the machine's affair
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
@@ -32,6 +39,29 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared data beside the repository")
     return folder
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of `--dist loadgroup`: tests of a module that is marked with `xdist_group` go to one worker.
+
+    xdist 3.8 writes the group into an item's node id, which pytest 9.2 no longer reads: all groups were dealt out test by test.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadGroupScheduling
+
+    groups: dict[str, str] = {}
+
+    class ByGroup(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            if file not in groups:
+                found = re.search(r'^pytestmark = .*xdist_group\("(\w+)"\)', (config.rootpath / file).read_text(), re.M)
+                groups[file] = found[1] if found else ""
+            return groups[file] or nodeid
+
+    return ByGroup(config, log)
 
 
 NUMBER = itertools.count()
@@ -49,10 +79,38 @@ def _short_collections() -> Iterator[None]:
         FROZEN = len(sys.modules)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nobodys_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a module's fixtures make is made before a test has its own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PENCHANT_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / "shared"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes a person's cache; a folder of its own is made by those that write one."""
     monkeypatch.setenv("PENCHANT_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / str(next(NUMBER))))
+
+
+LIVE = {"reports": False}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_live_reports() -> Iterator[None]:
+    """What trains writes no report.html but where a test asks for `live_reports`: it costs a tenth of a tiny run, and fails none."""
+    from penchant.report import LiveReport
+
+    write = LiveReport._write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiveReport, "_write", lambda self, at_least: write(self, at_least) if LIVE["reports"] else None)
+        yield
+
+
+@pytest.fixture
+def live_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs and sweeps of this test write their reports."""
+    monkeypatch.setitem(LIVE, "reports", True)
 
 
 @pytest.fixture(autouse=True)

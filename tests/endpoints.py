@@ -60,6 +60,10 @@ def serve(decide: Callable[[Asked, int], Reply]) -> Iterator[Server]:
     state = Server()
 
     class Handler(BaseHTTPRequestHandler):
+        disable_nagle_algorithm = (
+            True  # head and body are two packets, and the client's kernel waits 40 ms to confirm the first
+        )
+
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with state.lock:

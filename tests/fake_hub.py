@@ -56,6 +56,9 @@ class FakeHub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = (
+        True  # head and body are two packets, and the client's kernel waits 40 ms to confirm the first
+    )
     hub: FakeHub
     name: str
 

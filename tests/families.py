@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from penchant.types import TokenTree
+from penchant.metrics.heldout import heldout_metrics, score_heldout
+from penchant.types import Algorithm, TokenTree
 
 VOCAB = 97
 _COMMON = dict(
@@ -107,3 +108,10 @@ def some_pairs(n: int = 6, seed: int = 0) -> list[TokenTree]:
         make_tree(i, int(rng.integers(1, 9)), (int(rng.integers(1, 9)), int(rng.integers(1, 9))), seed=seed)
         for i in range(n)
     ]
+
+
+def evaluate_heldout(algorithm: Algorithm, trees: Sequence[TokenTree], tokens_per_step: int) -> dict[str, Any]:
+    """Every metric of an algorithm over `trees`, as a run takes them: with shared prompts, scheduled hyperparameters as at the first step."""
+    device = torch.device("cpu")
+    scored, order = score_heldout(algorithm, trees, shared=True, tokens_per_step=tokens_per_step, device=device)
+    return heldout_metrics(algorithm, scored, [trees[i] for i in order])

@@ -7,16 +7,16 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from processes import forked
 
 from penchant.cli import main
 
@@ -127,7 +127,7 @@ class Shell:
     typed: Mapping[str, str]
     port: int = 0
     ran: int = 0
-    background: list[subprocess.Popen[str]] = field(default_factory=list)
+    background: list[BaseProcess] = field(default_factory=list)
 
     def run(self, page: str) -> None:
         """The whole page; what it started in the background must have been ended by it."""
@@ -136,11 +136,10 @@ class Shell:
             every = blocks(page)
             for i, block in enumerate(every):
                 self._block(block, [c for b in every[i:] if b.language == "sh" for c in b.commands()])
-            assert all(p.poll() is not None for p in self.background), f"{page} leaves a process behind"
+            assert not any(p.is_alive() for p in self.background), f"{page} leaves a process behind"
         finally:
             for process in self.background:
-                with suppress(ProcessLookupError):
-                    process.kill()
+                process.kill()
 
     def _block(self, block: Block, to_come: list[str]) -> None:
         if block.file:
@@ -165,9 +164,7 @@ class Shell:
         if parts[0] == "kill":
             self._kill(where, parts[1:])
         elif parts[0] == "penchant" and parts[-1] == "&":
-            self.background.append(
-                subprocess.Popen(["bash", "-c", f"exec {command[:-1]}"], env=_environment(), text=True)
-            )
+            self.background.append(forked(lambda: main(parts[1:-1])))
         elif parts[0] == "penchant" and not OPERATORS & set(parts):
             self._penchant(where, command, parts[1:], self._typed(command))
         elif "| penchant " in command:
@@ -202,8 +199,9 @@ class Shell:
     def _kill(self, where: Block, names: list[str]) -> None:
         for name in names:
             process = self.background[int(name.removeprefix("%")) - 1]
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(120) == 0, f"{where}: kill {name}"
+            process.terminate()
+            process.join(120)
+            assert process.exitcode == 0, f"{where}: kill {name}"
 
 
 def forget_output(config: str) -> None:

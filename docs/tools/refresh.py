@@ -2,6 +2,7 @@
 
     python docs/tools/refresh.py
 
+The tables of docs/eval.md and docs/trackers.md are here too (`eval_page`, `trackers_page`); their tests compare.
 A part stands between `<!-- generated: KIND NAMES -->` and `<!-- end of generated -->`. tests/docs/test_methods.py compares.
 """
 
@@ -15,14 +16,18 @@ from penchant.config.page import Key, parts
 from penchant.losses import LOSSES
 from penchant.losses.page import parameters
 from penchant.losses.registry import NEEDS
-from penchant.metrics.names import METRICS
+from penchant.metrics.names import METRICS, SPEED
 
 DOCS = Path(__file__).resolve().parents[1]
 PART = re.compile(r"(<!-- generated: (\S+) ?(.*?) -->\n)(.*?)(<!-- end of generated -->)", re.S)
 
 
+def _piped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    return _piped(text).replace("<", "&lt;")
 
 
 def _paper(number: str) -> str:
@@ -71,6 +76,24 @@ def measured(names: list[str]) -> list[str]:
     wanted = ["(before training)", *names]
     found = {row.split("|")[1].strip(): row for row in rows[2:]}
     return ["", *rows[:2], *(found[n] for n in wanted), ""]
+
+
+def eval_page() -> str:
+    """What `penchant eval` measures, as the table of docs/eval.md."""
+    rows = [
+        f"| `eval/{m.name}` | {_piped(m.meaning)} | `{_piped(m.formula)}` | {m.over} |"
+        for m in METRICS.values()
+        if m.over
+    ]
+    return "\n".join(["| figure | what it is | formula | n counts |", "|---|---|---|---|", *rows])
+
+
+def trackers_page() -> str:
+    """What runs log, as the table of docs/trackers.md: its name in metrics.jsonl, what trackers call it, what it is."""
+    logged = [m for m in METRICS.values() if m.logged]
+    rows = [f"| `{m.name}` | `train/{m.name}`, `eval/{m.name}` | {_piped(m.meaning)} |" for m in logged]
+    rows += [f"| `{m.name}` (perf.jsonl) | `perf/{m.name}` | {m.meaning} |" for m in SPEED]
+    return "\n".join(["| logged as | in trackers | what it is |", "|---|---|---|", *rows])
 
 
 KINDS: dict[str, Callable[[list[str]], list[str]]] = {

@@ -21,11 +21,9 @@ if TYPE_CHECKING:
     from penchant.download import GetResult
     from penchant.export import ExportResult
     from penchant.metrics.flags.rule import Flag
-    from penchant.pipeline import Pipeline
     from penchant.pipeline.conduct import PipelineResult
     from penchant.plan import Plan
     from penchant.runs import TrainResult
-    from penchant.sweep import Sweep
     from penchant.sweep.conduct import SweepResult
 
 __all__ = [
@@ -373,24 +371,18 @@ def pipeline(
     Raises:
         ConfigError, DataError, ModelError, RewardError, CheckpointError: the user can fix it. TrainingStopped: NaN/Inf or a signal.
     """
+    from penchant.pipeline import load_pipeline
     from penchant.pipeline.conduct import Conductor
 
-    return Conductor(_as_pipeline(config, overrides), quiet=quiet).run(only, redo)
+    return Conductor(load_pipeline(config, overrides), quiet=quiet).run(only, redo)
 
 
 def pipeline_plan(config: Mapping[str, Any] | str | Path, *overrides: str, redo: Sequence[str] = ()) -> str:
     """What `pipeline` would do with each stage, and why, as text; nothing is trained or written."""
+    from penchant.pipeline import load_pipeline
     from penchant.pipeline.conduct import Conductor
 
-    return Conductor(_as_pipeline(config, overrides), quiet=True).plan_text(redo)
-
-
-def _as_pipeline(config: Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> Pipeline:
-    from penchant.pipeline import load_pipeline, pipeline_from_mapping
-
-    if isinstance(config, Mapping):
-        return pipeline_from_mapping(config, overrides)
-    return load_pipeline(config, overrides)
+    return Conductor(load_pipeline(config, overrides), quiet=True).plan_text(redo)
 
 
 def sweep(config: Mapping[str, Any] | str | Path, *overrides: str, jobs: int = 1, quiet: bool = False) -> SweepResult:
@@ -405,21 +397,15 @@ def sweep(config: Mapping[str, Any] | str | Path, *overrides: str, jobs: int = 1
         ConfigError, DataError, ModelError, RewardError, CheckpointError: the user can fix it. TrainingStopped: a signal; a run that
         stops itself is a result.
     """
+    from penchant.sweep import load_sweep
     from penchant.sweep.conduct import SweepConductor
 
-    return SweepConductor(_as_sweep(config, overrides), jobs=jobs, quiet=quiet).run()
+    return SweepConductor(load_sweep(config, overrides), jobs=jobs, quiet=quiet).run()
 
 
 def sweep_plan(config: Mapping[str, Any] | str | Path, *overrides: str) -> str:
     """What `sweep` would do with each run, and why, as text; nothing is trained or written."""
+    from penchant.sweep import load_sweep
     from penchant.sweep.conduct import SweepConductor
 
-    return SweepConductor(_as_sweep(config, overrides), quiet=True).plan_text()
-
-
-def _as_sweep(config: Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> Sweep:
-    from penchant.sweep import load_sweep, sweep_from_mapping
-
-    if isinstance(config, Mapping):
-        return sweep_from_mapping(config, overrides)
-    return load_sweep(config, overrides)
+    return SweepConductor(load_sweep(config, overrides), quiet=True).plan_text()

@@ -26,6 +26,8 @@ from penchant.rollout.generate import sample
 from penchant.training.loop import Loop
 from penchant.types import TokenTree
 
+pytestmark = pytest.mark.xdist_group("online")  # one worker makes what these tests share
+
 METHODS = ["rloo", "grpo", "online_dpo", "ppo"]
 
 
@@ -187,17 +189,17 @@ def written(folder: Path, steps: int) -> tuple[bytes, ...]:
     return tuple(f.read_bytes() for f in files)
 
 
+SEVERAL_UPDATES: list[tuple[str, dict[str, Any]]] = [
+    ("grpo", {"epochs": 2, "minibatches": 2}),
+    ("ppo", {"minibatches": 2, "kl_control": "adaptive", "normalise_scores": True}),
+    ("ppo", {"value": "separate", "epochs": 2}),
+]
+
+
 @pytest.mark.parametrize(
-    "name,more",
-    [
-        ("rloo", {}),
-        ("grpo", {"epochs": 2, "minibatches": 2}),
-        ("online_dpo", {}),
-        ("ppo", {"minibatches": 2, "kl_control": "adaptive", "normalise_scores": True}),
-        ("ppo", {"value": "separate", "epochs": 2}),
-    ],
+    "name,more,at",  # with one update on each rollout all steps are alike
+    [("rloo", {}, 2), ("online_dpo", {}, 3), *((name, more, at) for name, more in SEVERAL_UPDATES for at in (2, 3))],
 )
-@pytest.mark.parametrize("at", [2, 3])
 def test_a_killed_run_ends_where_an_uninterrupted_one_ends(
     base: dict[str, Any],
     tmp_path: Path,

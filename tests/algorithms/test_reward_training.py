@@ -63,6 +63,7 @@ def stranger(folder: Path) -> tuple[Any, Any]:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("live_reports")
 def test_a_causal_model_learns_and_leaves_its_evidence(base: dict[str, Any]) -> None:
     result = api.train(base, quiet=True)
     assert result.after["eval/loss"] < 0.1 and result.after["eval/rewards/accuracies"] == 1.0

@@ -45,6 +45,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert not {"torch", "transformers", "numpy", "pydantic", "yaml", "jinja2", "rich"} & set(loaded)
 
 
+@pytest.mark.usefixtures("live_reports")
 def test_train_eval_audit_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = _config(tmp_path)
     assert main(["train", config, "train.epochs=2", "--quiet"]) == 0

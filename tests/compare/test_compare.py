@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.base.files import write_text_atomically
 from penchant.cli import main
-from penchant.compare.runs import Budget, budget_sentences, by_setting, read_runs
+from penchant.compare.runs import NUMBERS, WORDS, budget_sentences, by_setting, read_runs
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError
 from penchant.judges import JudgeOptions
 
@@ -480,13 +479,14 @@ def test_an_unfinished_run_is_said(world: Path, tmp_path: Path) -> None:
 
 
 def test_five_per_cent_are_no_difference() -> None:
-    one = Budget(100, 800, 0, 1e5, 1e-4, 0.1, 0.0, 1e6, "cosine", "auto", "float32", True)
-    assert budget_sentences({"a": [one], "b": [replace(one, steps=105, tokens=1.05e5)]}) == []
-    assert budget_sentences({"a": [one], "b": [replace(one, steps=106)]}) == ["Optimizer steps differ: a 100, b 106."]
-    assert budget_sentences({"a": [one, replace(one, steps=50)]}) == [
+    values = (100, 800, 0, 1e5, 1e-4, 0.1, 0.0, 1e6, "cosine", "auto", "float32")
+    one = dict(zip((*NUMBERS, *WORDS), values, strict=True))
+    assert budget_sentences({"a": [one], "b": [{**one, "steps": 105, "tokens": 1.05e5}]}) == []
+    assert budget_sentences({"a": [one], "b": [{**one, "steps": 106}]}) == ["Optimizer steps differ: a 100, b 106."]
+    assert budget_sentences({"a": [one, {**one, "steps": 50}]}) == [
         "Optimizer steps differ among the seeds of a: 100, 50."
     ]
-    said = budget_sentences({"a": [one], "b": [replace(one, peak_lr=3e-4, schedule="linear", template="plain")]})
+    said = budget_sentences({"a": [one], "b": [{**one, "peak_lr": 3e-4, "schedule": "linear", "template": "plain"}]})
     assert said == [
         "Peak learning rates differ: a 0.0001, b 0.0003.",
         "Learning-rate schedules differ: a cosine, b linear.",

@@ -13,7 +13,7 @@ from comparing import scorer, setting
 
 from penchant.compare.judged import WIN_RATE
 from penchant.compare.models import Compared, compare_models, table
-from penchant.compare.verdict import Candidate, Family, Pair, compare_judged, compare_two
+from penchant.compare.verdict import Candidate, Family, Pair, compare_judged, compare_two, comparisons_table
 from penchant.judges import Answers, Question
 from penchant.metrics.stats import Interval, bootstrap_ci, holm
 
@@ -117,7 +117,7 @@ def test_a_judge_alone_is_the_outcome() -> None:
     assert "reward" not in got.models["x1"] and "win_rate" in got.models["x1"]["judged"]["oracle"]
     assert [s.text.startswith("By oracle: Between x1 and a") for s in got.sentences] == [True, False]
     assert "mean reward" not in got.sentences[0].text and "win rate is" in got.sentences[0].text
-    assert got.judgement.table().split("\n")[0].split()[:3] == ["comparison", "win", "rate"]
+    assert comparisons_table(got.judgement.pairs, WIN_RATE).split("\n")[0].split()[:3] == ["comparison", "win", "rate"]
 
 
 def test_a_judge_that_sees_positions_only_decides_nothing() -> None:

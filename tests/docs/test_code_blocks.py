@@ -23,6 +23,8 @@ from penchant.importers import import_config
 from penchant.pipeline import load_pipeline
 from penchant.sweep import load_sweep
 
+pytestmark = pytest.mark.xdist_group("pages")  # one worker makes what these tests share
+
 CHECKED = {"sh", "yaml", "json", "python", "math"}  # how each is checked: below
 OUTPUT = {"", "text"}  # what a command printed, or a formula in plain letters: nothing to run
 SHELL = {"python", "docker", "pip", "ln", "cat", "printf", "kill", "export"}  # everybody has them, or is told
@@ -160,10 +162,15 @@ def page_folder(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkey
     base = tmp_path_factory.getbasetemp()
     world = shared_world(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
     folder = tmp_path / "page"
-    shutil.copytree(world, folder, symlinks=True)
+    shutil.copytree(world, folder, symlinks=True, copy_function=_copy)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PENCHANT_CACHE", str(tmp_path / "cache"))
     return folder
+
+
+def _copy(source: str, target: str) -> None:
+    """Weights are most of the world's bytes, and nothing writes into a file of them: each new one is renamed into its place."""
+    (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
 
 
 RUNNABLE = [p for p in NAMES if runs_something(p)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from refresh import eval_page
 
 from penchant.cli import build_parser
-from penchant.metrics.names import METRICS, eval_page
+from penchant.metrics.names import METRICS
 
 PAGE = (Path(__file__).parents[2] / "docs/eval.md").read_text(encoding="utf-8")
 

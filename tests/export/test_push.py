@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import forked
 
 from penchant.base.text import redact
-from penchant.errors import ConfigError
-from penchant.export.export import check_push
+from penchant.errors import ConfigError, PenchantError
+from penchant.export.export import check_push, push
 
 TOKEN = "hf_not_to_be_seen_anywhere"
+GONE = ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -27,6 +28,9 @@ class Hub(BaseHTTPRequestHandler):
 
     asked: list[tuple[str, str, Any]]
     refuse: bool
+    disable_nagle_algorithm = (
+        True  # head and body are two packets, and the client's kernel waits 40 ms to confirm the first
+    )
 
     def _answer(self) -> None:
         size = int(self.headers.get("Content-Length") or 0)
@@ -71,23 +75,33 @@ def hub() -> Iterator[type[Hub]]:
     server.server_close()
 
 
-def _push_twice(hub: Any, folder: Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: the hub's address is read when its library is imported. The hub refuses the second one."""
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom penchant.errors import PenchantError\n"
-        "from penchant.export.export import check_push, push\n"
-        "check_push('me/tuned')\n"
-        "print(push(Path(sys.argv[1]), 'me/tuned', private=True, message='m'))\n"
-        "try:\n    push(Path(sys.argv[1]), 'me/tuned', private=True, message='m')\n"
-        "except PenchantError as error:\n    print(error, file=sys.stderr)\n    sys.exit(error.exit_code)"
-    )
-    gone = ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-    environment = {k: v for k, v in os.environ.items() if k not in gone and "proxy" not in k.lower()}
-    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder.parent / "home"), "HF_TOKEN": TOKEN}
-    environment |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, str(folder)], env=environment, capture_output=True, text=True, timeout=300
-    )
+def _push_twice(hub: Any, folder: Path) -> tuple[int | None, str, str]:
+    """Exit code, output and errors, in a process of its own: the hub's address is read when its library is imported.
+
+    The hub refuses the second one.
+    """
+
+    def both() -> int:
+        for name in [n for n in os.environ if n in GONE or "proxy" in n.lower()]:
+            del os.environ[name]
+        os.environ |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder.parent / "home"), "HF_TOKEN": TOKEN}
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        for name in [n for n in sys.modules if n.partition(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]
+        check_push("me/tuned")
+        print(push(folder, "me/tuned", private=True, message="m"))
+        try:
+            push(folder, "me/tuned", private=True, message="m")
+        except PenchantError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+        return 0
+
+    said = [folder.parent / name for name in ("out", "err")]
+    with said[0].open("w") as out, said[1].open("w") as err:
+        process = forked(both, (0, out.fileno(), err.fileno()))
+    process.join(300)
+    return process.exitcode, *(path.read_text() for path in said)
 
 
 @pytest.fixture
@@ -100,7 +114,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_push_makes_the_repository_and_one_commit_and_a_refusal_is_one_paragraph(hub: Any, folder: Path) -> None:
-    done = _push_twice(hub, folder)
+    code, out, err = _push_twice(hub, folder)
     create = next(json.loads(body) for _, path, (_, body) in hub.asked if path == "/api/repos/create")
     assert create["name"] == "tuned" and create["organization"] == "me"
     assert create.get("private") is True or create.get("visibility") == "private"
@@ -109,10 +123,10 @@ def test_a_push_makes_the_repository_and_one_commit_and_a_refusal_is_one_paragra
     files = {v["value"]["path"]: base64.b64decode(v["value"]["content"]) for v in lines if v["key"] == "file"}
     assert files["config.json"] == b"{}" and files["README.md"] == (folder / "README.md").read_bytes()
     assert {given for _, _, (given, _) in hub.asked} <= {None, f"Bearer {TOKEN}"}
-    assert "/me/tuned/" in done.stdout and "Traceback" not in done.stderr
+    assert "/me/tuned/" in out and "Traceback" not in err
     # the hub repeats the token and a terminal's control sequence in what it says
-    assert done.returncode == 2 and "the hub did not take it" in done.stderr and "is written and whole" in done.stderr
-    assert TOKEN not in done.stdout + done.stderr and "\x1b" not in done.stderr
+    assert code == 2 and "the hub did not take it" in err and "is written and whole" in err
+    assert TOKEN not in out + err and "\x1b" not in err
 
 
 def test_without_a_token_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,6 @@ import os
 import pty
 import select
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from processes import forked
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
@@ -174,26 +173,19 @@ def test_wrong_answers_end(tmp_path: Path, model: str) -> None:
         answers(Asker(io.StringIO(), io.StringIO(), terminal=True), None, model, "dpo")
 
 
-def test_on_a_real_terminal(tmp_path: Path, model: str) -> None:
+def test_on_a_real_terminal(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(tmp_path / "rows.jsonl", ROWS["pairs"])
+    monkeypatch.chdir(tmp_path)
     leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "penchant", "init"]
-    source = str(Path(api.__file__).parents[1])
-    process = subprocess.Popen(
-        command,
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": source},
-    )
+    process = forked(lambda: main(["init"]), [follower] * 3)
     os.close(follower)
     shown = ""
     for question, answer in (("Data", ""), ("Model", model), ("Goal", "simpo"), ("next:", None)):
         shown += _until(leader, question)
         if answer is not None:
             os.write(leader, f"{answer}\n".encode())
-    assert process.wait(timeout=120) == 0
+    process.join(120)
+    assert process.exitcode == 0
     os.close(leader)
     assert "[rows.jsonl]" in shown  # the one data file of the folder is the default
     assert load_config(tmp_path / "run.yaml").loss.name == "simpo"

@@ -26,7 +26,7 @@ SECRET = "sk-very-secret-1234567890"
 def judge_at(url: str, **options: Any) -> EndpointJudge:
     made = load_judge(JudgeOptions(url, **{"model": "m", **options}))
     assert isinstance(made, EndpointJudge)
-    return replace(made, connection=replace(made.connection, pause=0.001, timeout=5.0))
+    return replace(made, connection=replace(made.connection, pause=0.001, timeout=120.0))
 
 
 def test_a_judge_that_behaves_is_asked_once_and_never_again() -> None:
@@ -187,7 +187,7 @@ def test_so_many_questions_at_a_time() -> None:
 
         def decide(asked: Asked, number: int, together: threading.Barrier = together) -> str:
             if asked.texts[0] != "Say hello.":
-                together.wait(timeout=30)
+                together.wait(timeout=100)
             return longer(asked, number)
 
         with serve(decide) as server:

@@ -74,6 +74,7 @@ def test_our_own_losses_pass_what_a_users_is_put_to(name: str) -> None:
     check(LOSSES[name])
 
 
+@pytest.mark.usefixtures("live_reports")
 def test_a_run_from_its_config_to_its_evaluation(config: dict[str, Any], tmp_path: Path) -> None:
     path = written(config, tmp_path)  # the loss stands beside it, not where the tests are started
     assert load_config(path).loss.name == f"{tmp_path.resolve()}/my_losses.py:mine"

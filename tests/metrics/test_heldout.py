@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
-from families import some_pairs, tiny_model
+from families import evaluate_heldout, some_pairs, tiny_model
 
 from penchant.algorithms.offline import Component, Offline
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference
 from penchant.losses import LOSSES
-from penchant.metrics.heldout import evaluate_heldout
 from penchant.types import TokenTree
 
 
@@ -22,7 +20,7 @@ def _evaluated(name: str, trees: list[TokenTree]) -> dict[str, object]:
         Scorer(tiny_model("llama"), "shared"), [Component(LOSSES[name], LOSSES[name].params())], reference
     )
     trees = [replace(t, row=i) for i, t in enumerate(trees)]
-    return evaluate_heldout(algorithm, trees, shared=True, tokens_per_step=60, device=torch.device("cpu"))
+    return evaluate_heldout(algorithm, trees, 60)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from families import some_trees, tiny_model
 
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference
-from penchant.metrics.completions import kl_by_completion, sampled_kl
+from penchant.metrics.completions import kl_by_completion, kl_on, write
 
 
 def _live(seed: int) -> LiveReference:
@@ -17,9 +19,9 @@ def _live(seed: int) -> LiveReference:
 
 
 def _estimate(policy: LiveReference, reference: LiveReference, n: int) -> dict[str, float]:
-    return sampled_kl(
-        policy, reference, [[5, 6]] * n, max_new_tokens=1, eos_token_id=None, seed=0, tokens_per_step=4096
-    )
+    wordless = SimpleNamespace(eos_token_id=None, decode=lambda ids, **_: "")
+    written = write(policy.scorer.model, wordless, [[5, 6]] * n, n=1, max_new_tokens=1, seed=0)
+    return kl_on(policy, reference, written.trees, tokens_per_step=4096)
 
 
 def test_equal_models_have_no_kl() -> None:

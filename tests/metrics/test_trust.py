@@ -603,6 +603,7 @@ def test_names_in_files_do_not_reach_the_terminal_raw() -> None:
         '{"kind": "eval"}',
         '{"kind": "eval", "step": null, "eval/loss": 1}',
         '{"kind": "train", "step": "x"}',
+        f'{{"kind": "eval", "step": 999, "eval/kl/policy_ref": 1{"0" * 400}}}',  # no float is that large
     ],
 )
 def test_lines_that_are_none_are_passed_over(tmp_path: Path, line: str) -> None:

@@ -9,7 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from penchant.cli import main
 from penchant.config import merged
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, TrainingStopped
 from penchant.models.load import load_tokenizer
-from penchant.pipeline import Pipeline, Stage, _comparison, load_pipeline, pipeline_from_mapping
+from penchant.pipeline import Pipeline, Stage, _comparison, load_pipeline
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText
 from penchant.runfolder import RunLock
@@ -30,6 +30,8 @@ from penchant.runs import Run
 from penchant.runs.state import State, changes, model_folder
 from penchant.training.loop import Loop
 from penchant.types import TokenTree
+
+pytestmark = pytest.mark.xdist_group("pipeline")  # one worker makes what these tests share
 
 TEXT = """\
 output: {output}
@@ -254,7 +256,7 @@ def test_another_loss_on_the_command_line_starts_from_its_own_defaults(tmp_path:
 def test_a_reward_model_is_not_compared() -> None:
     base: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}}
     judge, sft = ({**base, "algorithm": {"name": "reward_model"}}, {**base, "loss": "sft"})
-    stages = {n: Stage(n, v, {}, "p.yaml:3", Path(n), ()) for n, v in (("sft", sft), ("judge", judge))}
+    stages = {n: Stage(n, v, {}, "p.yaml:3", Path(n)) for n, v in (("sft", sft), ("judge", judge))}
     with pytest.raises(ConfigError, match="judge is a reward model, which writes nothing"):
         _comparison({"compare": {"models": ["sft", "judge"]}}, stages, {}, "p.yaml")
     compared = {"models": ["sft", "sft@last"], "reward": {"stage:judge": 1.0}}
@@ -266,18 +268,17 @@ def test_a_reward_model_is_not_compared() -> None:
 # ---- doing it -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> dict[str, Any]:
-    reward = tmp_path / "rewards.py"
+def base_in(folder: Path) -> dict[str, Any]:
+    reward = folder / "rewards.py"
     reward.write_text(
         "def vowels(prompts, completions):\n    return [sum(c in 'aeiou' for c in t) for t in completions]\n"
     )
     return {
-        "output": str(tmp_path / "hh"),
+        "output": str(folder / "hh"),
         "defaults": {
-            "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
+            "model": {"path": tiny_model_folder(folder / "model"), "dtype": "fp32"},
             "data": {
-                "path": write_jsonl(tmp_path / "pairs.jsonl", polite_rows(36)),
+                "path": write_jsonl(folder / "pairs.jsonl", polite_rows(36)),
                 "validation_rows": 12,
                 "max_length": 96,
             },
@@ -297,6 +298,11 @@ def base(tmp_path: Path) -> dict[str, Any]:
         },
         "compare": {"models": ["sft", "dpo"], "reward": f"{reward}:vowels", "prompts": 10, "max_new_tokens": 6},
     }
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> dict[str, Any]:
+    return base_in(tmp_path)
 
 
 def run(base: dict[str, Any], *overrides: str, **options: Any) -> Any:
@@ -324,22 +330,61 @@ def state(base: dict[str, Any]) -> State:
     return State.read(Path(base["output"]))
 
 
-def test_all_of_it_then_nothing_twice(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert plan(base) == {
+class First(NamedTuple):
+    """A pipeline that was planned and run once, to be read only: what it said, and its output under another name."""
+
+    folder: Path
+    plan: dict[str, str]
+    written_by_the_plan: list[Path]
+    trained: list[str]
+    result: Any
+    output: Path
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> First:
+    folder = tmp_path_factory.mktemp("pipeline")
+    base, output = base_in(folder), folder / "hh"
+    before = plan(base)
+    written = list(output.rglob("*"))
+    with pytest.MonkeyPatch.context() as patch:
+        names = trained(patch)
+        result = run(base)
+    return First(folder, before, written, names, result, output.rename(folder / "made"))
+
+
+@pytest.fixture
+def done(first: First) -> dict[str, Any]:
+    """`base`, all of it done: a copy of the first pipeline's output where it was made, since runs remember where their models lie."""
+    base = base_in(first.folder)
+    shutil.rmtree(base["output"], ignore_errors=True)
+    shutil.copytree(first.output, base["output"])
+    return base
+
+
+def forget(base: dict[str, Any], name: str) -> None:
+    """As if a stage had not been begun."""
+    shutil.rmtree(Path(base["output"]) / name)
+    now = state(base)
+    del now.stages[name]
+    now.save()
+
+
+def test_all_of_it_then_nothing_twice(first: First, done: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert first.plan == {
         "sft": "to run: not started",
         "dpo": "to run: after sft",
         "rloo": "to run: after sft",
         "compare": "to run",
     }
-    assert not Path(base["output"]).exists()  # a plan writes nothing
-    names = trained(monkeypatch)
-    result = run(base)
-    assert names == ["sft", "dpo", "rloo"]
-    config = yaml.safe_load((tmp_path / "hh/dpo/config.resolved.yaml").read_text())
+    assert first.written_by_the_plan == []
+    assert first.trained == ["sft", "dpo", "rloo"]
+    base, result, output = done, first.result, Path(done["output"])
+    config = yaml.safe_load((output / "dpo/config.resolved.yaml").read_text())
     assert config["model"]["path"] == str(result.models["sft"])
     assert {s["state"] for s in state(base).stages.values()} == {"finished"}
     assert result.outcome.done and list(result.outcome.models) == ["sft", "dpo"]
-    rows = [json.loads(x) for x in (tmp_path / "hh/comparison.jsonl").read_text().splitlines()]
+    rows = [json.loads(x) for x in (output / "comparison.jsonl").read_text().splitlines()]
     held = {r["prompt"] for r in rows}
     assert len(rows) == len(held) == 10 and all(set(r["completions"]) == {"sft", "dpo"} for r in rows)
     said = result.to_text()
@@ -351,14 +396,15 @@ def test_all_of_it_then_nothing_twice(base: dict[str, Any], monkeypatch: pytest.
         "rloo": "unchanged: 2 steps",
         "compare": "unchanged",
     }
+    names = trained(monkeypatch)
     again = run(base)
-    assert names == ["sft", "dpo", "rloo"]
+    assert names == []
     assert not again.outcome.done
     assert again.outcome.to_text() == result.outcome.to_text()
     # other settings of the comparison: it is made again, and nothing is trained for it
     more = run(base, "compare.samples=2")
-    assert more.outcome.done and names == ["sft", "dpo", "rloo"]
-    (tmp_path / "hh/comparison.json").write_text("{}")
+    assert more.outcome.done and names == []
+    (output / "comparison.json").write_text("{}")
     assert run(base, "compare.samples=2").outcome.done
 
 
@@ -382,11 +428,11 @@ def test_the_best_checkpoint_is_what_a_reference_means(base: dict[str, Any], tmp
 
 @pytest.mark.parametrize("how", ["signal", "crash"])
 def test_an_interrupted_stage_is_resumed_and_ends_bit_for_bit_the_same(
-    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+    first: First, done: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
 ) -> None:
-    base |= {"compare": None}
+    base = done | {"compare": None}
     del base["stages"]["rloo"]
-    whole = run(base, f"output={tmp_path}/whole")
+    forget(base, "dpo")
     real = Loop._after_step
 
     def interrupt(self: Loop, *args: Any) -> None:
@@ -409,17 +455,15 @@ def test_an_interrupted_stage_is_resumed_and_ends_bit_for_bit_the_same(
     step = 2 if how == "signal" else 1
     assert plan(base) == {"sft": "unchanged: 4 steps", "dpo": f"to continue: interrupted at step {step}"}
     assert main(["pipeline", str(path), "--quiet"]) == 0
-    for name in ("sft", "dpo"):
-        one, other = Path(base["output"]) / name, tmp_path / "whole" / name
-        assert weights(model_folder(one, "last")) == weights(model_folder(other, "last"))
-        assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-    assert whole.models["dpo"].parent.name == model_folder(tmp_path / "hh/dpo", None).parent.name
+    one, other = Path(base["output"]) / "dpo", first.output / "dpo"
+    assert weights(model_folder(one, "last")) == weights(model_folder(other, "last"))
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    assert first.result.models["dpo"].parent.name == model_folder(one, None).parent.name
 
 
-def test_a_stage_that_was_killed_is_not_done(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_was_killed_is_not_done(done: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between its last checkpoint and the end: nothing but its record says so."""
-    base |= {"compare": None}
-    run(base, only="sft")
+    base = done | {"compare": None}
     now = state(base)
     now.stages["sft"]["state"] = "running"  # what a kill -9 leaves
     now.save()
@@ -465,34 +509,28 @@ def other_reward(base: dict[str, Any], tmp_path: Path) -> None:
     ],
 )
 def test_a_changed_input_is_refused_with_its_name_and_nothing_is_overwritten(
-    base: dict[str, Any],
+    first: First,
+    done: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
     change: Callable[[dict[str, Any], Path], None],
     stage: str,
     said: str,
 ) -> None:
-    base |= {"compare": None}
-    if stage == "sft":
-        del base["stages"]["rloo"]
-    del base["stages"]["dpo"]
-    run(base)
-    change(base, tmp_path)
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "hh").rglob("*") if p.is_file() and p.name != ".lock"}
+    base, output = done | {"compare": None}, Path(done["output"])
+    change(base, first.folder)
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file() and p.name != ".lock"}
     names = trained(monkeypatch)
     assert re.search(said, plan(base)[stage])
     with pytest.raises(CheckpointError, match=said) as error:
         run(base)
     assert f"--redo {stage}" in str(error.value) and names == []
-    assert before == {
-        p: p.stat().st_mtime_ns for p in (tmp_path / "hh").rglob("*") if p.is_file() and p.name != ".lock"
-    }
+    assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def test_redo_trains_a_stage_and_all_that_use_it_anew_and_keeps_the_old(
-    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    done: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base |= {"compare": None}
+    base, output = done | {"compare": None}, Path(done["output"])
     base["stages"]["other"] = {"loss": "sft", "train": {"max_steps": 1}}
     del base["stages"]["rloo"]
     old = run(base)
@@ -505,35 +543,33 @@ def test_redo_trains_a_stage_and_all_that_use_it_anew_and_keeps_the_old(
     new = run(base, changed, redo=["sft"])
     assert names == ["sft", "dpo"]
     for name in ("sft", "dpo"):
-        assert weights(model_folder(tmp_path / f"hh/{name}.1", None)) == old_weights[name] != weights(new.models[name])
-    assert not (tmp_path / "hh/other.1").exists()
+        assert weights(model_folder(output / f"{name}.1", None)) == old_weights[name] != weights(new.models[name])
+    assert not (output / "other.1").exists()
     # the old run still evaluates with the old model that it started from
-    kept = yaml.safe_load((tmp_path / "hh/dpo.1/config.resolved.yaml").read_text())
-    assert kept["output"] == str(tmp_path / "hh/dpo.1")
-    assert kept["model"]["path"].startswith(str(tmp_path / "hh/sft.1/"))
-    start = api.evaluate(tmp_path / "hh/dpo.1", quiet=True, step="0")
+    kept = yaml.safe_load((output / "dpo.1/config.resolved.yaml").read_text())
+    assert kept["output"] == str(output / "dpo.1")
+    assert kept["model"]["path"].startswith(f"{output}/sft.1/")
+    start = api.evaluate(output / "dpo.1", quiet=True, step="0")
     assert start["eval/logps/chosen"] == pytest.approx(
-        next(json.loads(x) for x in (tmp_path / "hh/dpo.1/metrics.jsonl").open())["eval/logps/chosen"], rel=1e-5
+        next(json.loads(x) for x in (output / "dpo.1/metrics.jsonl").open())["eval/logps/chosen"], rel=1e-5
     )
     assert plan(base, changed)["dpo"] == "unchanged: 4 steps"
 
 
-def test_an_upstream_that_comes_out_differently_makes_a_finished_stage_stale(
-    base: dict[str, Any], tmp_path: Path
-) -> None:
-    base |= {"compare": None}
+def test_an_upstream_that_comes_out_differently_makes_a_finished_stage_stale(done: dict[str, Any]) -> None:
+    base, output = done | {"compare": None}, Path(done["output"])
     del base["stages"]["rloo"]
-    run(base)
-    shutil.rmtree(tmp_path / "hh/sft")
+    shutil.rmtree(output / "sft")
     assert plan(base) == {"sft": "to run: its checkpoints are gone", "dpo": "to be looked at again: after sft"}
     run(base)  # training is deterministic: the same weights, so dpo is still right
     assert plan(base)["dpo"] == "unchanged: 4 steps"
-    shutil.rmtree(tmp_path / "hh/sft")
+    shutil.rmtree(output / "sft")
     with pytest.raises(CheckpointError, match=r"stages.dpo .* the model of stage:sft has changed .*--redo dpo"):
         run(base, "stages.sft.train.lr=1e-3")
 
 
 def test_only_one_stage(base: dict[str, Any], tmp_path: Path) -> None:
+    base["defaults"]["train"]["max_steps"] = 1
     with pytest.raises(CheckpointError, match=r"stages.dpo needs sft, which is not finished; run --only sft first"):
         run(base, only="dpo")
     run(base, only="sft")
@@ -578,7 +614,9 @@ def test_everything_is_checked_before_anything_trains(
     assert not Path(base["output"]).exists()
 
 
-def test_an_error_while_training_names_stage_and_line(base: dict[str, Any], tmp_path: Path) -> None:
+def test_an_error_while_training_names_stage_and_line(done: dict[str, Any], tmp_path: Path) -> None:
+    base = done
+    forget(base, "dpo")
     base["stages"]["dpo"]["data"] = {"max_length": 4096}
     path = tmp_path / "pipeline.yaml"
     path.write_text(yaml.safe_dump(base, sort_keys=False))
@@ -588,10 +626,11 @@ def test_an_error_while_training_names_stage_and_line(base: dict[str, Any], tmp_
     assert state(base).stages["sft"]["state"] == "finished" and state(base).stages["dpo"]["state"] == "stopped"
 
 
-def test_a_stage_that_stops_itself_is_not_done(base: dict[str, Any]) -> None:
+def test_a_stage_that_stops_itself_is_not_done(done: dict[str, Any]) -> None:
+    forget(done, "dpo")
     with pytest.raises(TrainingStopped):
-        run(base, "stages.dpo.train.logp_floor=-0.001", only=None)
-    assert state(base).stages["dpo"]["state"] == "stopped"
+        run(done, "stages.dpo.train.logp_floor=-0.001", only=None)
+    assert state(done).stages["dpo"]["state"] == "stopped"
 
 
 def test_the_comparison_keeps_clear_of_prompts_that_a_stage_trained_on(base: dict[str, Any], tmp_path: Path) -> None:
@@ -601,7 +640,7 @@ def test_the_comparison_keeps_clear_of_prompts_that_a_stage_trained_on(base: dic
     figures = json.loads((tmp_path / "hh/comparison.json").read_text())
     assert figures["left_out"] > 0 and figures["left_out"] + figures["prompts"] == 12
     compared = {json.loads(x)["prompt"] for x in (tmp_path / "hh/comparison.jsonl").open()}
-    for stage in pipeline_from_mapping(base).stages.values():
+    for stage in load_pipeline(base).stages.values():
         assert not compared & {t.prompt for t in Run(stage.config, quiet=True).rows.datasets[0].trees}
     assert result.outcome is not None
 
@@ -724,7 +763,7 @@ def said_of(base: dict[str, Any], name: str) -> list[float]:
 
 def directly(base: dict[str, Any], reward: Path, trees: list[TokenTree]) -> list[float]:
     """The reward model called by itself, on one prompt and completion at a time."""
-    held_out = Run(pipeline_from_mapping(base).stages["sft"].config, quiet=True).rows.datasets[1]
+    held_out = Run(load_pipeline(base).stages["sft"].config, quiet=True).rows.datasets[1]
     assert held_out is not None
     tokenizer = load_tokenizer(str(base["defaults"]["model"]["path"]))
     prompts = {t.source: t.prompt for t in held_out.trees}

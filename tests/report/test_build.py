@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -258,19 +259,18 @@ def test_twenty_long_runs_stay_under_two_megabytes(tmp_path: Path) -> None:
     words = ["reward", "policy", "margin", "the", "of", "film", "never", "always", "quite", "good"]
     line = lambda n: " ".join(rng.choice(words) for _ in range(n))  # noqa: E731
     prompts = [line(12) for _ in range(200)]
+    evals = [
+        evaluation(s, 0.5 + s / 9000, 0.03, **{"eval/kl/policy_ref": s / 300, "eval/rewards/margins": s / 999})
+        for s in range(0, 1201, 100)
+    ]
+    long = make_run(
+        tmp_path / "long", steps=1200, evals=evals
+    )  # all have its lines: the page does not look for equal ones
     for i in range(20):
-        evals = [
-            evaluation(s, 0.5 + s / 9000, 0.03, **{"eval/kl/policy_ref": s / 300, "eval/rewards/margins": s / 999})
-            for s in range(0, 2001, 100)
-        ]
-        run = make_run(
-            tmp_path / "runs" / f"beta-{i // 2 / 10}-seed-{i % 2}",
-            beta=i // 2 / 10,
-            seed=i % 2,
-            steps=2000,
-            evals=evals,
-            samples=0,
-        )
+        beta, seed = i // 2 / 10, i % 2
+        run = make_run(tmp_path / "runs" / f"beta-{beta}-seed-{seed}", beta=beta, seed=seed, steps=1, samples=0)
+        for name in ("metrics.jsonl", "perf.jsonl"):
+            shutil.copyfile(long / name, run / name)
         write_lines(
             run / "samples.jsonl",
             [{"prompt": p, "before": p[::-1], "after": line(40), "reward_after": 1.0} for p in prompts],
@@ -301,6 +301,7 @@ def test_where_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_report([])
 
 
+@pytest.mark.usefixtures("live_reports")
 def test_a_live_report_is_written_now_and_then(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r", status="running")
     clock = [0.0]
@@ -319,6 +320,7 @@ def test_a_live_report_is_written_now_and_then(tmp_path: Path) -> None:
     assert stamp()
 
 
+@pytest.mark.usefixtures("live_reports")
 def test_a_report_that_takes_long_is_written_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, calls = [0.0], []
 
@@ -336,6 +338,7 @@ def test_a_report_that_takes_long_is_written_seldom(tmp_path: Path, monkeypatch:
     assert len(calls) == 4
 
 
+@pytest.mark.usefixtures("live_reports")
 def test_a_report_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     clock = [0.0]

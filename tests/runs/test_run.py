@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import forked
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
@@ -22,6 +20,8 @@ from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.runs import Run
 from penchant.runs.sharing import Shared
 from penchant.training.loop import Loop
+
+pytestmark = pytest.mark.xdist_group("runs")  # one worker makes what these tests share
 
 
 def base_in(folder: Path) -> dict[str, Any]:
@@ -58,6 +58,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
+@pytest.mark.usefixtures("live_reports")
 def test_dpo_learns_and_leaves_a_whole_run_folder(base: dict[str, Any]) -> None:
     result = api.train(base, quiet=True)
     assert result.before["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -80,6 +81,7 @@ def test_dpo_learns_and_leaves_a_whole_run_folder(base: dict[str, Any]) -> None:
     assert start["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.usefixtures("live_reports")
 def test_the_report_is_written_while_the_run_goes_on_and_never_ends_it(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,35 +193,16 @@ def test_kill_9_then_the_same_command_ends_bit_for_bit_the_same(base: dict[str, 
     whole = api.train(base, quiet=True)
     base["output"] = str(tmp_path / "killed")
     log = tmp_path / "killed/metrics.jsonl"
-    # it imports once; every attempt is a fork of it, a process of its own
-    script = f"""
-import json, os, sys
-import transformers.models.llama.modeling_llama
-from penchant import api, runs
-for _ in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        api.train(json.loads({json.dumps(base)!r}), quiet=True)
-        os._exit(0)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-    killed, ends = 0, []
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as starter:
-        assert starter.stdin is not None and starter.stdout is not None
-        while len(ends) < 20 and 0 not in ends:
-            starter.stdin.write("go\n")
-            starter.stdin.flush()
-            pid = int(starter.stdout.readline())
-            seen = log.read_bytes().count(b"\n") if log.exists() else 0
-            if killed < 2:
-                while not log.exists() or log.read_bytes().count(b"\n") < seen + 6:
-                    time.sleep(0.002)
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
-            ends.append(int(starter.stdout.readline()))
+    ends = []
+    for killed in (True, True, False):
+        seen = log.read_bytes().count(b"\n") if log.exists() else 0
+        process = forked(lambda: api.train(base, quiet=True))
+        while killed and process.is_alive() and (not log.exists() or log.read_bytes().count(b"\n") < seen + 6):
+            time.sleep(0.002)
+        if killed:
+            process.kill()
+        process.join()
+        ends.append(process.exitcode)
     assert ends == [-signal.SIGKILL, -signal.SIGKILL, 0]
     assert (whole.folder / "metrics.jsonl").read_bytes() == log.read_bytes()
     last = whole.model.parent.name
@@ -260,7 +243,7 @@ OPTIONS = (
 
 
 def test_no_option_is_silently_ignored(base: dict[str, Any]) -> None:
-    """Each of them, away from its default, gives other weights after three steps."""
+    """Each of them, away from its default, gives other weights after two steps of three."""
     base["train"] |= {"max_steps": 3, "threads": 1}
     shared = Shared()
 
@@ -268,7 +251,7 @@ def test_no_option_is_silently_ignored(base: dict[str, Any]) -> None:
         lora = {"lora": {"r": 4, "alpha": 16}} if any(o.startswith("lora") for o in overrides) else {}
         run = Run(api.as_config({**base, **lora}, [o for o in overrides if o != "lora"]), quiet=True, shared=shared)
         loop = run.make_loop()
-        for step in range(3):
+        for step in range(2):
             loop.take_step(step, loop.schedule)
         return torch.cat([m.detach().flatten() for m in loop.optimizer.masters.values()])
 

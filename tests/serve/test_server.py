@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from processes import forked
 from serving import model_of, random_folder, serving, writer_folder
 
 from penchant.cli import main
@@ -470,35 +470,35 @@ def test_our_own_server_can_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # ---- the command ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
-def test_the_command_serves_until_a_signal(tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     folder = random_folder(tmp_path / "small")
-    source = Path(__file__).parents[2] / "src"
-    environment = {**os.environ, "PYTHONPATH": str(source), "PENCHANT_API_KEY": KEY, "PENCHANT_REEXECUTED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "penchant", "serve", folder, "--port", "0", "--host", "0.0.0.0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("serving small at http://0.0.0.0:") and line.endswith("(with a key); Ctrl-C ends\n")
-        port = int(line.split(":")[2].split("/")[0])
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0)
-        assert client.models.list().data[0].id == "small"
-        stream = client.chat.completions.create(
-            model="small", messages=HELLO, stream=True, max_tokens=4000, logprobs=True
+    monkeypatch.setenv("PENCHANT_API_KEY", KEY)
+    reader, writer = os.pipe()
+    with (tmp_path / "err").open("w+") as errors:
+        process = forked(
+            lambda: main(["serve", folder, "--port", "0", "--host", "0.0.0.0"]), (0, writer, errors.fileno())
         )
-        next(iter(stream))
-        process.send_signal(number)
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0 and "Traceback" not in err and KEY not in err
+    os.close(writer)
+    try:
+        with os.fdopen(reader) as out:
+            line = out.readline()
+            assert line.startswith("serving small at http://0.0.0.0:") and line.endswith("(with a key); Ctrl-C ends\n")
+            port = int(line.split(":")[2].split("/")[0])
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0)
+            assert client.models.list().data[0].id == "small"
+            stream = client.chat.completions.create(
+                model="small", messages=HELLO, stream=True, max_tokens=4000, logprobs=True
+            )
+            next(iter(stream))
+            assert process.pid is not None
+            os.kill(process.pid, number)
+            process.join(120)
+        err = (tmp_path / "err").read_text()
+        assert process.exitcode == 0 and "Traceback" not in err and KEY not in err
     finally:
         process.kill()
-        process.wait()
+        process.join()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])

@@ -19,7 +19,7 @@ from penchant import api
 from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.runs.sharing import Alone, Shared
-from penchant.sweep import Sweep, load_sweep, sweep_from_mapping
+from penchant.sweep import Sweep, load_sweep
 from penchant.sweep import workers as sweep_jobs
 from penchant.sweep.conduct import SweepConductor
 from penchant.sweep.search import Range, SearchConfig, draw
@@ -27,6 +27,8 @@ from penchant.sweep.table import make_table
 from penchant.sweep.worker import answer
 from penchant.sweep.workers import shares, told
 from penchant.training.loop import Loop
+
+pytestmark = pytest.mark.xdist_group("sweep")  # one worker makes what these tests share
 
 TEXT = """\
 output: {output}
@@ -202,14 +204,13 @@ def test_shared_things_are_made_once_and_handed_out_unshared() -> None:
     assert Alone().once(("rows", 1), make) is not Alone().once(("rows", 1), make)
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> dict[str, Any]:
+def base_in(folder: Path) -> dict[str, Any]:
     return {
-        "output": str(tmp_path / "sweep"),
+        "output": str(folder / "sweep"),
         "base": {
-            "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
+            "model": {"path": tiny_model_folder(folder / "model"), "dtype": "fp32"},
             "data": {
-                "path": write_jsonl(tmp_path / "pairs.jsonl", polite_rows(24)),
+                "path": write_jsonl(folder / "pairs.jsonl", polite_rows(24)),
                 "validation_rows": 8,
                 "max_length": 96,
             },
@@ -219,6 +220,11 @@ def base(tmp_path: Path) -> dict[str, Any]:
         },
         "grid": {"loss.beta": [0.1, 0.5]},
     }
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> dict[str, Any]:
+    return base_in(tmp_path)
 
 
 def run(base: dict[str, Any], *overrides: str, **options: Any) -> Any:
@@ -263,7 +269,7 @@ def test_a_run_in_a_sweep_is_the_run_by_itself_bit_for_bit(
             "bf16": {"model": {"dtype": "bf16"}},
         },
     }
-    sweep = sweep_from_mapping(base)
+    sweep = load_sweep(base)
     conductor = SweepConductor(sweep, quiet=True)
     conductor.run()
     made = conductor.shared.made
@@ -299,12 +305,13 @@ def test_the_reference_is_computed_once_for_all(base: dict[str, Any], monkeypatc
 # ---- doing it -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("live_reports")
 def test_all_of_it_then_nothing_twice(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base["base"]["train"]["max_steps"] = 1
     base["grid"]["train.seed"] = [0, 1]
-    assert plan(base) == [f"{n}  to run: not started" for n in names(sweep_from_mapping(base))]
+    assert plan(base) == [f"{n}  to run: not started" for n in names(load_sweep(base))]
     assert not (tmp_path / "sweep").exists()  # a plan writes nothing
     entered = trained(monkeypatch)
     path = tmp_path / "sweep.yaml"
@@ -337,9 +344,17 @@ def test_all_of_it_then_nothing_twice(
     assert wider.table.rows[0].interval is not None and "95% by prompt [" in wider.to_text()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of runs of three steps that nothing interrupted, to be read only."""
+    base = base_in(tmp_path_factory.mktemp("whole"))
+    run(base, "train.epochs=1.5")
+    return Path(base["output"])
+
+
 @pytest.mark.parametrize("how", ["signal", "kill"])
 def test_an_interrupted_run_is_resumed_and_is_no_result(
-    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+    base: dict[str, Any], whole: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
 ) -> None:
     real = Loop._after_step
 
@@ -352,7 +367,6 @@ def test_an_interrupted_run_is_resumed_and_is_no_result(
 
     path = tmp_path / "sweep.json.yaml"
     base["base"]["train"]["epochs"] = 1.5
-    run(base, f"output={tmp_path}/whole")
     base["output"] = str(tmp_path / "other")
     path.write_text(json.dumps(base))
     with monkeypatch.context() as patched:
@@ -377,7 +391,7 @@ def test_an_interrupted_run_is_resumed_and_is_no_result(
     run(base)
     assert entered == ["beta-0.5"]
     for name in ("beta-0.1", "beta-0.5"):
-        assert left(tmp_path / "other" / name) == left(tmp_path / "whole" / name)
+        assert left(tmp_path / "other" / name) == left(whole / name)
 
 
 def test_a_run_that_stops_itself_is_a_result(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -491,7 +505,7 @@ def test_two_at_a_time_is_the_same(base: dict[str, Any], tmp_path: Path, monkeyp
     base["base"]["train"]["max_steps"] = 1
     said = run(base).to_text()
     worker = sweep_jobs.Worker(shares(1)[0], quiet=True)
-    for one in sweep_from_mapping(base, [f"output={tmp_path}/process"]).runs:
+    for one in load_sweep(base, [f"output={tmp_path}/process"]).runs:
         made = worker.train(one)
         assert made is not None and made["state"] == "finished"
     worker.close()

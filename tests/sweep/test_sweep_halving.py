@@ -15,7 +15,7 @@ from test_sweep import InProcess, base, left, names, plan, run, trained, written
 from penchant.errors import CheckpointError, ConfigError
 from penchant.runs import Run
 from penchant.sweep import conduct as sweep_run
-from penchant.sweep import load_sweep, sweep_from_mapping
+from penchant.sweep import load_sweep
 from penchant.sweep import workers as sweep_jobs
 from penchant.sweep.conduct import standings_at, stop_the_rest
 from penchant.sweep.halving import Halving, standings
@@ -180,7 +180,7 @@ def test_a_survivor_is_the_run_that_was_never_halved_bit_for_bit(
     lines = [json.loads(x) for x in (tmp_path / "sweep/sweep.jsonl").read_text().splitlines()]
     assert [(x["state"], "metrics" in x) for x in lines if x["run"] != survivor] == [("cut", False)] * 3
     about = json.loads((tmp_path / "sweep/sweep.json").read_text())["sweep"]
-    assert len(about["halving"]["judged"]) == 2 and about["runs"] == names(sweep_from_mapping(halved))
+    assert len(about["halving"]["judged"]) == 2 and about["runs"] == names(load_sweep(halved))
 
     before = len(steps)
     assert run(halved).to_text() == result.to_text() and len(steps) == before
@@ -278,7 +278,7 @@ def test_a_mistyped_metric_costs_one_rung_of_one_run(halved: dict[str, Any], mon
 
 
 def test_a_pause_says_its_figures_and_refuses_to_go_back(halved: dict[str, Any], tmp_path: Path) -> None:
-    config = sweep_from_mapping(halved).runs[0].config
+    config = load_sweep(halved).runs[0].config
     with pytest.raises(Paused) as first:
         Run(config, quiet=True, pause_at=3).train()
     assert first.value.step == 3 and "eval/rewards/margins" in first.value.metrics

@@ -26,7 +26,7 @@ def _fake(name: str) -> TrackerSpec:
     return TrackerSpec("wandb", "Fake", "json", "wandb", f"fake_trackers:{name}")
 
 
-def _mirrors(run: Path, fake: str, said: list[str], timeout: float = 20.0) -> Mirrors:
+def _mirrors(run: Path, fake: str, said: list[str], timeout: float = 120.0) -> Mirrors:
     settings = LoggingConfig(trackers=["wandb"], tracker_timeout=timeout)
     return Mirrors(run, settings, {"a": 1}, said.append, {"wandb": _fake(fake)})
 
@@ -114,7 +114,7 @@ def test_a_tracker_that_fails_costs_a_warning_and_its_time_limit(
     monkeypatch.setenv("FAKE_API_KEY", "abcdef-not-to-be-seen")
     run, said = make_run(tmp_path / "run", done=2), list[str]()
     mirrors = _mirrors(
-        run, fake, said, timeout=1.0 if fake == "Hangs" else 50.0
+        run, fake, said, timeout=1.0 if fake == "Hangs" else 120.0
     )  # a slow machine takes a second to start one
     started = time.monotonic()
     mirrors.begin(anew=True)
@@ -122,7 +122,7 @@ def test_a_tracker_that_fails_costs_a_warning_and_its_time_limit(
     for _ in range(100):
         mirrors.poll()
     assert not mirrors.finish("finished")
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 110  # not until the limit, where it dies or raises
     assert process is not None and process.poll() is not None
     whole = "\n".join(said)
     assert said_of in whole and "not-to-be-seen" not in whole and "\x1b" not in whole

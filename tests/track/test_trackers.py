@@ -34,7 +34,7 @@ def crashed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pa
         "train": {"epochs": 2, "batch_size": 6, "tokens_per_step": 600, "lr": 3e-3},
         "evaluation": {"samples": 2, "sample_tokens": 4},
     }
-    logging = {"trackers": ["wandb", "tensorboard"], "project": "p", "tags": ["one"], "tracker_timeout": 60.0}
+    logging = {"trackers": ["wandb", "tensorboard"], "project": "p", "tags": ["one"], "tracker_timeout": 300.0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PENCHANT_CACHE", str(tmp / "cache"))
         patch.setenv("WANDB_MODE", "offline")

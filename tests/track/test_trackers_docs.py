@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from penchant.metrics.names import trackers_page
+from refresh import trackers_page
+
 from penchant.track import TRACKERS
 from penchant.training.options import LoggingConfig
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import forked
 
 from penchant.errors import CheckpointError
 from penchant.runfolder import MetricsLog, RunLock, damaged, is_whole, keep, open_run
@@ -77,19 +75,18 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 
 def test_killed_while_writing_leaves_the_former_one_whole(tmp_path: Path) -> None:
     _save(tmp_path, 1)
-    script = f"""
-import time
-from pathlib import Path
-from penchant.training.checkpoint import save_checkpoint
-def write_model(target):
-    target.mkdir(); (target / "weights").write_text("half"); print("writing", flush=True); time.sleep(60)
-save_checkpoint(Path({str(tmp_path)!r}), 2, write_model=write_model, tensors={{}}, state={{}})
-"""
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"writing\n"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    reader, writer = os.pipe()
+
+    def write_model(target: Path) -> None:
+        target.mkdir()
+        (target / "weights").write_text("half")
+        os.write(writer, b"writing")
+        time.sleep(600)
+
+    process = forked(lambda: save_checkpoint(tmp_path, 2, write_model=write_model, tensors={}, state={}))
+    assert os.read(reader, 9) == b"writing"
+    process.kill()
+    process.join()
     path, _ = latest_checkpoint(tmp_path)
     assert path is not None and path.name == "step-1"
     load_checkpoint(path)
@@ -190,19 +187,19 @@ def test_a_sum_is_of_the_old_or_the_new_file_wherever_it_is_cut_off(
 
 
 def test_a_lock_of_a_dead_process_is_no_obstacle(tmp_path: Path) -> None:
-    script = f"""
-import time
-from pathlib import Path
-from penchant.runfolder import RunLock
-RunLock(Path({str(tmp_path)!r})).__enter__(); print("locked", flush=True); time.sleep(60)
-"""
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"locked\n"
+    reader, writer = os.pipe()
+
+    def hold() -> None:
+        with RunLock(tmp_path):
+            os.write(writer, b"locked")
+            time.sleep(600)
+
+    process = forked(hold)
+    assert os.read(reader, 9) == b"locked"
     with pytest.raises(CheckpointError, match=f"PID {process.pid}"):
         RunLock(tmp_path).__enter__()
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:

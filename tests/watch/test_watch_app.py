@@ -101,10 +101,16 @@ class Terminal:
         except OSError:  # the other end is closed
             return ""
 
-    def close(self) -> int:
-        while select.select([self.master], [], [], 0.2)[0] and (more := self._read()):
+    def close(self, seconds: float = 120.0) -> int:
+        """Its exit code, once it has ended and all that it said is read."""
+        end = time.monotonic() + seconds
+        while self.process.poll() is None:
+            assert time.monotonic() < end, f"it goes on\n{self.said[-3000:]}"
+            if select.select([self.master], [], [], 0.05)[0]:
+                self.said += self._read()
+        while select.select([self.master], [], [], 0)[0] and (more := self._read()):
             self.said += more
-        return self.process.wait(timeout=120)
+        return self.process.returncode
 
 
 @contextmanager

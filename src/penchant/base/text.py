@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 # ---- Text of others as it may reach a terminal ----
@@ -33,6 +33,12 @@ def _plain(c: str) -> str:
     if c == "\n":
         return "↵ "
     return " " if c == "\t" or unicodedata.category(c) == "Zs" else printable(c)
+
+
+def columns(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as a plain table."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def closest(word: str, names: Iterable[str]) -> str:

@@ -113,18 +113,19 @@ def run_serve(args: argparse.Namespace) -> int:
     """Bind, load and serve until a signal."""
     import sys
 
+    from penchant.judges.endpoint import key_from_environment
     from penchant.serve.server import (
+        KEY,
         Server,
         address_of,
         check_host,
-        key_from_environment,
         listen,
         log_to,
         require_server,
         served_name,
     )
 
-    key = key_from_environment()
+    key = key_from_environment(KEY)
     local = check_host(args.host, key)
     sock = listen(args.host, args.port)  # before the model is loaded: a port that is taken is told at once
     try:

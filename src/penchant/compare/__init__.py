@@ -11,11 +11,10 @@ from typing import Any
 
 from penchant.compare.models import (
     NO_OUTCOME,
-    Entrant,
     HeldOut,
     Sampling,
     clear_of,
-    compare_entrants,
+    compare_sources,
     figures_of,
     key_of,
     make_setting,
@@ -43,6 +42,7 @@ from penchant.metrics.flags import comparison_flags, summary
 from penchant.metrics.flags.rule import Flag
 from penchant.requests import CompareRequest
 from penchant.runfolder.read import read
+from penchant.runs.find import Source
 from penchant.runs.state import check_reward, reward_hashes, reward_terms
 from penchant.training.checkpoint import checkpoint_state, latest_checkpoint
 from penchant.training.console import console
@@ -114,9 +114,9 @@ class RunComparer:
         return by_setting(others)
 
     @cached_property
-    def first(self) -> Entrant:
+    def first(self) -> Source:
         """What all are compared with."""
-        return common_start(self.everyone) if self.against is None else self.against.entrant()
+        return common_start(self.everyone) if self.against is None else self.against.source
 
     # ---- on which rows --------------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class RunComparer:
         of_settings = {name: [budgets[r.name] for r in runs] for name, runs in self.settings.items()}
         said = budget_sentences(of_settings) + data_sentences(self.settings)
         said += [] if up_to is not None else unfinished(budgets)
-        return said, {name: b.to_json() for name, b in budgets.items()}
+        return said, {name: dict(b) for name, b in budgets.items()}
 
     def _about_selection(self) -> list[str]:
         """On validation rows, a checkpoint that was chosen by such rows looks better than it is."""
@@ -263,11 +263,9 @@ class RunComparer:
             raise DataError("compare", "no row is left after cutting rows into tokens", "look at data.max_length")
         if self.question.reward is None and self.judge is None and not setting.paired:
             console(self.quiet).note(f"{NO_OUTCOME} Give --reward, --judge or rows with chosen and rejected answers.")
-        entrants = [first, *(r.entrant() for runs in settings.values() for r in runs)]
+        sources = [first, *(r.source for runs in settings.values() for r in runs)]
         seeds = {name: [r.name for r in runs] for name, runs in settings.items()}
-        compared = compare_entrants(
-            entrants, owner.data, setting, self.sampling, seeds=seeds, fixed=self.against is None
-        )
+        compared = compare_sources(sources, owner.data, setting, self.sampling, seeds=seeds, fixed=self.against is None)
         notes += [] if compared.judgement is None else compared.judgement.sentences()
         earlier = [] if readings is None else readings.earlier()
         if readings is not None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,12 @@ from penchant.compare.verdict import (
     Family,
     Pair,
     compare_judged,
-    comparisons_table,
     corrected,
+    meetings,
 )
 from penchant.judges.judge import BothWays, PairJudge, Question, ask_both_ways
 from penchant.metrics.stats import Interval, share_ci
+from penchant.runfolder import finite
 
 WIN_RATE = "judged win rate"
 
@@ -84,7 +84,7 @@ class Judgement:
         found = []
         for contest in self.contests:
             at = contest.start + prompt * self.shape[1] + sample
-            values = [_finite(v) for v in (self.both.wins[at], *self.both.values[at])]
+            values = finite([float(v) for v in (self.both.wins[at], *self.both.values[at])])
             a, b = contest.models
             found.append({"a": a, "b": b, "win": values[0], "first": values[1:]})
         return found
@@ -105,10 +105,6 @@ class Judgement:
             "failures": self.both.failures,
             "comparisons": [p.to_json() for p in self.pairs],
         }
-
-    def table(self) -> str:
-        """All comparisons as a plain table."""
-        return comparisons_table(self.pairs, WIN_RATE) if self.pairs else ""
 
     def sentences(self) -> list[str]:
         """What is to be known before its verdicts are believed."""
@@ -154,7 +150,7 @@ def judge_pairs(
     size, contests = shape[0] * shape[1], []
     questions: list[Question] = []
     asked = [prompt for prompt in setting.asked for _ in range(setting.samples)]
-    for a, b in _meetings(list(settings)):
+    for a, b in meetings(list(settings)):
         for mine in settings[a]:
             for theirs in settings[b]:
                 contests.append(Contest((a, b), (mine.name, theirs.name), len(questions)))
@@ -164,7 +160,7 @@ def judge_pairs(
     both = ask_both_ways(judge, questions, progress)
     by_name = {c.name: c for c in candidates}
     pairs = []
-    for a, b in _meetings(list(settings)):
+    for a, b in meetings(list(settings)):
         starts = [c.start for c in contests if c.settings == (a, b)]
         wins = np.stack([both.wins[s : s + size] for s in starts])
         pair = compare_judged(by_name[a], by_name[b], wins.reshape(by_name[a].seeds, by_name[b].seeds, *shape))
@@ -173,13 +169,6 @@ def judge_pairs(
     return Judgement(
         judge.name, judge.describe(), corrected(pairs), contests, both, shape, _position(both.first_position, prompts)
     )
-
-
-def _meetings(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Every setting with the first, then all others with each other."""
-    first, *others = names
-    yield from ((name, first) for name in others)
-    yield from combinations(others, 2)
 
 
 def _position(values: np.ndarray, prompts: np.ndarray) -> Interval | None:
@@ -203,7 +192,3 @@ def win_rates(pair: Pair) -> Metrics:
     if pair.win_rate is None or pair.equal_length is None:
         return {}
     return pair.win_rate.named("win_rate") | pair.equal_length.named("win_rate_equal_length")
-
-
-def _finite(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

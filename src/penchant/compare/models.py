@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from penchant.base.files import write_atomically, write_text_atomically
+from penchant.base.text import columns
 from penchant.compare.judged import WIN_RATE, Judgement, judge_pairs, lengths_of, sides, win_rates
 from penchant.compare.measured import Measured, Metrics, Setting, figures, measure
 from penchant.compare.verdict import (
@@ -19,7 +20,6 @@ from penchant.compare.verdict import (
     Family,
     Pair,
     Sentence,
-    columns,
     compare_all,
     compare_each,
     comparisons_table,
@@ -31,33 +31,23 @@ from penchant.data.split import prompt_key
 from penchant.errors import ConfigError
 from penchant.judges.judge import PairJudge
 from penchant.logprobs import Scorer
-from penchant.logprobs.packing import choose_packing
+from penchant.metrics.answers import is_answer
 from penchant.metrics.figures import prompt_numbers
-from penchant.models.load import cast_parameters, load_causal_model
-from penchant.models.merge import merged_model
-from penchant.models.options import ModelConfig
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, prompts_by_source
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS
 from penchant.runs import Run
-from penchant.runs.parts import set_threads
+from penchant.runs.find import Source
+from penchant.runs.parts import answering
 from penchant.runs.rows import Rows
 from penchant.training.console import PlainConsole
 from penchant.types import PromptTree, TokenTree
 
 # ---- Several models on the same held-out prompts: reward, win rate, KL, likelihood, each with its interval by prompt ----
-# What each figure is, with the first model as the one that all others are compared with:
-#
-# - reward: mean over completions sampled at temperature 1; `reward_change`: minus the first model's on the same prompts.
-# - also: the same by other rewards, each under its name: whether what was trained on is what was meant.
-# - win_rate: per prompt, the share of pairs (own completion, first model's completion) with the higher reward, ties half; the mean over prompts.
-# `win_rate_equal_length`: what a logistic model makes of it at equal length in tokens (see `length_control.py`).
-# - judged: win rates by a judge that decides pair by pair (see `judged.py`).
-# - kl: KL(policy || first model) in nats per completion, from the policy's own completions (see `sampled_kl.py`).
-# - preference_accuracy: share of held-out pairs whose chosen answer gained more log-prob over the first model's than the rejected one.
-# - perplexity: of held-out chosen answers, ``exp(-sum log p / tokens)``.
-#
-# Models that are one setting with several seeds have one column: means over the seeds.
+# The first model is the one that all others are compared with; models that are one setting with several seeds have one column.
+# A win rate is, per prompt, the share of pairs (own completion, first model's completion) with the higher reward, ties half; the mean
+# over prompts. KL is estimated from the policy's own completions. A preference is right where the chosen answer gained more log-prob
+# over the first model's than the rejected one. Perplexity is ``exp(-sum log p / tokens)``.
 
 # name, label ({first} is the first model), digits; the first table is of every reward
 JUDGED = (
@@ -201,11 +191,7 @@ def _rows(
             at = i * setting.samples + s
             row: dict[str, Any] = {"prompt": asked, "sample": s, "completions": {}}
             for name, m in measured.items():
-                w = m.written
-                made = {"text": w.texts[at], "tokens": len(w.ids[at]), "ended": bool(w.ended[at])}
-                made |= {} if w.rewards is None else {"reward": float(w.rewards[at])}
-                made |= {"also": {judge: float(v[at]) for judge, v in m.also.items()}} if m.also else {}
-                row["completions"][name] = made
+                row["completions"][name] = {"text": m.written.texts[at], **m.written.row(at, m.also)}
             if judgement is not None:
                 row["judged"] = judgement.of_row(i, s)
             rows.append(row)
@@ -243,26 +229,6 @@ def _cell(metrics: Metrics, name: str, digits: int) -> str:
 
 
 # ---- Named models on held-out rows with a reward: loading them, what all of them meet alike, and the files that are left ----
-
-
-@dataclass(frozen=True, slots=True)
-class Entrant:
-    """A model to compare.
-
-    Args:
-        base: the whole model, or the one that `adapter` goes on; seed: of the run that trained the adapter.
-    """
-
-    name: str
-    base: ModelConfig
-    adapter: Path | None = None
-    seed: int = 0
-
-    def load(self, run: Run) -> Any:
-        """The model in fp32, on the run's device; an adapter is merged."""
-        if self.adapter is not None:
-            return merged_model(self.base, self.adapter, run.device, self.seed)
-        return load_causal_model(self.base, run.device, self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,16 +326,12 @@ def _answers(trees: Sequence[TokenTree], kind: str) -> list[TokenTree]:
     """Pairs and single good answers among held-out rows; scores and bare prompts say nothing of what is likely to be right."""
     if kind not in ("pairs", "sft", "unpaired"):
         return []
-    found: list[TokenTree] = []
-    for t in trees:
-        labels = t.labels if any(label is not None for label in t.labels) else (True, False)
-        if len(t.completion_ids) in (1, 2) and labels[0] and (len(t.completion_ids) == 1 or not labels[1]):
-            found.append(replace(t, row=len(found)))
-    return found
+    good = [t for t in trees if is_answer(t) and t.labels[:1] != (False,)]
+    return [replace(t, row=i) for i, t in enumerate(good)]
 
 
-def compare_entrants(
-    entrants: Sequence[Entrant],
+def compare_sources(
+    sources: Sequence[Source],
     run: Run,
     setting: Setting,
     sampling: Sampling,
@@ -378,16 +340,13 @@ def compare_entrants(
     fixed: bool = False,
 ) -> Compared:
     """Compare models in the precision and on the device of `run`; the first is what the others are compared with."""
-    by_name = {e.name: e for e in entrants}
+    by_name = {s.name: s for s in sources}
     longest = max(map(len, setting.prompts)) + setting.max_new_tokens
 
     def load(name: str) -> Scorer:
-        model = by_name[name].load(run)
+        model = by_name[name].load(run.device)
         _check_context(model, name, longest, sampling.place)
-        set_threads(run.config, model)
-        cast_parameters(model, run.dtype)
-        model.requires_grad_(False).eval()
-        return choose_packing(model, run.config.train.packing, run.config.model.kernels)[0]
+        return answering(model, run.config, run.dtype)
 
     return compare_models(list(by_name), load, setting, seeds=seeds, fixed=fixed)
 
@@ -428,7 +387,7 @@ def _tables(compared: Compared) -> str:
     for name, pairs in compared.also.items():
         tables.append(f"By {name}:\n{comparisons_table(pairs, 'mean reward', others)}")
     if compared.judgement is not None and compared.judgement.pairs:
-        tables.append(f"By {compared.judgement.name}:\n{compared.judgement.table()}")
+        tables.append(f"By {compared.judgement.name}:\n{comparisons_table(compared.judgement.pairs, WIN_RATE)}")
     return "\n\n".join(tables)
 
 

@@ -15,20 +15,18 @@ import numpy as np
 import torch
 
 from penchant.base.files import file_sha256
-from penchant.compare.models import Entrant, trained_prompts
+from penchant.compare.models import trained_prompts
 from penchant.config import WATCHING_ONLY, RunConfig, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError
 from penchant.models.load import cast_parameters, load_causal_model, resolve_device, weights_sha256
 from penchant.models.merge import is_adapter
-from penchant.models.options import ModelConfig
 from penchant.runfolder import CONFIG, IDENTITY, MANIFEST, PIPELINE, check_whole
 from penchant.runfolder.read import read
 from penchant.runs import Run
+from penchant.runs.find import START, Source, trained_source
 from penchant.runs.state import model_folder
 
 # ---- Runs as a comparison sees them: what they were, which of them are one setting with several seeds, and where they started ----
-
-START = "start"
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,10 @@ class TrainedRun:
         model = self.config.model.model_copy(update={"device": device})
         return Run(self.config.model_copy(update={"model": model}), quiet=True)
 
-    def entrant(self) -> Entrant:
+    @property
+    def source(self) -> Source:
         """Its model."""
-        if is_adapter(self.model):
-            return Entrant(self.name, self.config.model, self.model, self.seed)
-        return Entrant(self.name, ModelConfig(path=str(self.model)))
+        return trained_source(self.name, self.model, self.config)
 
 
 def read_runs(paths: Sequence[str | Path], step: str | None) -> list[TrainedRun]:
@@ -160,11 +157,7 @@ def by_setting(runs: Sequence[TrainedRun]) -> dict[str, list[TrainedRun]]:
 
 
 def check_tokenizers(runs: Sequence[TrainedRun]) -> None:
-    """All runs make the same tokens.
-
-    Raises:
-        ConfigError: two of them do not.
-    """
+    """Refuse runs whose tokens differ (ConfigError)."""
     first = runs[0]
     for run in runs[1:]:
         if run.manifest["tokenizer_sha256"] != first.manifest["tokenizer_sha256"]:
@@ -175,7 +168,7 @@ def check_tokenizers(runs: Sequence[TrainedRun]) -> None:
             )
 
 
-def common_start(runs: Sequence[TrainedRun]) -> Entrant:
+def common_start(runs: Sequence[TrainedRun]) -> Source:
     """The model that all runs start from, checked to be still the one that it was.
 
     Raises:
@@ -194,7 +187,7 @@ def common_start(runs: Sequence[TrainedRun]) -> Entrant:
     for name, sha256 in wide.items():
         if sha256 != wide[first.name]:
             raise _other_start(first, next(r for r in runs if r.name == name))
-    return Entrant(START, first.data.config.model, seed=first.seed)
+    return Source(START, first.data.config.model, seed=first.seed)
 
 
 def _other_start(one: TrainedRun, other: TrainedRun) -> ConfigError:
@@ -206,11 +199,7 @@ def _other_start(one: TrainedRun, other: TrainedRun) -> ConfigError:
 
 
 def start_sha256(run: TrainedRun) -> str:
-    """SHA-256 in fp32 of the weights that a run starts from.
-
-    Raises:
-        ModelError: they are not there any more, or not what they were.
-    """
+    """SHA-256 in fp32 of the weights that a run starts from; ModelError where they are not what they were."""
     config = run.data.config.model
     model = load_causal_model(config, resolve_device("cpu"), run.seed)
     wide = weights_sha256(model)
@@ -221,11 +210,7 @@ def start_sha256(run: TrainedRun) -> str:
 
 
 def check_bases(runs: Sequence[TrainedRun]) -> None:
-    """The models that adapters go on are what they were.
-
-    Raises:
-        ModelError: one has changed.
-    """
+    """Refuse adapters whose base models have changed (ModelError)."""
     seen = set()
     for run in runs:
         key = (run.config.model.path, run.config.model.revision, run.manifest["model"]["sha256"])
@@ -317,35 +302,14 @@ NUMBERS = {  # field: in words
 WORDS = {"schedule": "Learning-rate schedules", "template": "Prompt templates", "dtype": "Precisions"}
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What a run spent in training, up to the checkpoint where one was asked for by its number, else in all.
-
-    Args:
-        steps: of the optimizer; rows: training rows (prompts of an online method) met, each time counted; completions: that an online
-            method wrote; tokens: computed, a shared prompt once; peak_lr, warmup, min_lr, schedule: of the learning rate.
-        trainable: parameters; finished: whether the run came to its end.
-    """
-
-    steps: float
-    rows: float
-    completions: float
-    tokens: float
-    peak_lr: float
-    warmup: float
-    min_lr: float
-    trainable: float
-    schedule: str
-    template: str
-    dtype: str
-    finished: bool
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*NUMBERS, *WORDS, "finished")}
+Budget = Mapping[str, Any]  # by the names of `NUMBERS` and `WORDS`, and `finished`
 
 
 def budget_of(run: TrainedRun, up_to: int | None = None) -> Budget:
-    """A run's budget; `up_to`: a step at which it would have ended."""
+    """What a run spent in training, up to the checkpoint where one was asked for by its number, else in all.
+
+    Rows (prompts of an online method) count each time that they are met, a shared prompt's tokens once.
+    """
     lines = [line for line in read(run.folder).metrics if line.get("kind") == "train"]
     lines = [line for line in lines if up_to is None or line["step"] <= up_to]
     last: Mapping[str, Any] = lines[-1] if lines else {"step": 0, "epoch": 0.0, "tokens": 0}
@@ -354,35 +318,35 @@ def budget_of(run: TrainedRun, up_to: int | None = None) -> Budget:
     rows = last["epoch"] * split
     rollouts = run.config.method.rollouts
     t = run.config.train
-    return Budget(
-        steps=float(last["step"]),
-        rows=float(round(rows)),
-        completions=0.0 if rollouts is None else float(round(rows * rollouts.samples)),
-        tokens=float(last["tokens"]),
-        peak_lr=max((line["lr"] for line in lines if line.get("lr")), default=0.0),
-        warmup=t.warmup_fraction,
-        min_lr=t.min_lr_fraction,
-        trainable=float(run.manifest["model"]["trainable_parameters"]),
-        schedule=t.schedule,
-        template=run.config.data.template,
-        dtype=run.manifest["hardware"]["dtype"],
-        finished=run.manifest["status"] == "finished",
-    )
+    return {
+        "steps": float(last["step"]),
+        "rows": float(round(rows)),
+        "completions": 0.0 if rollouts is None else float(round(rows * rollouts.samples)),
+        "tokens": float(last["tokens"]),
+        "peak_lr": max((line["lr"] for line in lines if line.get("lr")), default=0.0),
+        "warmup": t.warmup_fraction,
+        "min_lr": t.min_lr_fraction,
+        "trainable": float(run.manifest["model"]["trainable_parameters"]),
+        "schedule": t.schedule,
+        "template": run.config.data.template,
+        "dtype": run.manifest["hardware"]["dtype"],
+        "finished": run.manifest["status"] == "finished",
+    }
 
 
 def budget_sentences(budgets: Mapping[str, Sequence[Budget]]) -> list[str]:
     """One sentence for each thing that differs by more than 5% between settings (their means over seeds) or within one."""
     said = []
     for field, words in NUMBERS.items():
-        means = {name: float(np.mean([getattr(b, field) for b in of])) for name, of in budgets.items()}
+        means = {name: float(np.mean([b[field] for b in of])) for name, of in budgets.items()}
         if _differ(list(means.values())):
             said.append(f"{words} differ: {_listed({n: _shown(v) for n, v in means.items()})}.")
         for name, of in budgets.items():
-            values = [getattr(b, field) for b in of]
+            values = [b[field] for b in of]
             if _differ(values):
                 said.append(f"{words} differ among the seeds of {name}: {', '.join(map(_shown, values))}.")
     for field, words in WORDS.items():
-        of_each = {name: ", ".join(dict.fromkeys(getattr(b, field) for b in of)) for name, of in budgets.items()}
+        of_each = {name: ", ".join(dict.fromkeys(b[field] for b in of)) for name, of in budgets.items()}
         if len(set(of_each.values())) > 1:
             said.append(f"{words} differ: {_listed(of_each)}.")
     return said
@@ -414,9 +378,9 @@ def data_sentences(settings: Mapping[str, Sequence[TrainedRun]]) -> list[str]:
 def unfinished(budgets: Mapping[str, Budget]) -> list[str]:
     """A sentence for each run that did not come to its end."""
     return [
-        f"{name} has not come to its end: it stopped at step {b.steps:.0f}."
+        f"{name} has not come to its end: it stopped at step {b['steps']:.0f}."
         for name, b in budgets.items()
-        if not b.finished
+        if not b["finished"]
     ]
 
 
@@ -455,11 +419,7 @@ class Readings:
         return self.file.parent / READINGS
 
     def earlier(self) -> list[dict[str, Any]]:
-        """Readings so far, oldest first: of the same rows, or of a file of the same name.
-
-        Raises:
-            DataError: a line is damaged.
-        """
+        """Readings so far, oldest first: of the same rows, or of a file of the same name."""
         if not self.log.exists():
             return []
         found = []
@@ -476,11 +436,7 @@ class Readings:
         return found
 
     def check_writable(self) -> None:
-        """A reading can be written down.
-
-        Raises:
-            DataError: the folder cannot be written, so that the next reader would not know.
-        """
+        """Refuse a folder in which no reading can be written down, so that the next reader would not know (DataError)."""
         try:
             known = self.log.exists()
             with self.log.open("ab"):

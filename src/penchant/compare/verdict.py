@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from itertools import combinations
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from penchant.base.text import columns
 from penchant.metrics.stats import (
     Interval,
     holm,
@@ -20,6 +22,8 @@ from penchant.metrics.stats import (
     share_ci,
     sign_flip_test,
 )
+
+T = TypeVar("T")
 
 FEW_PROMPTS = 10  # below it a percentile bootstrap is too narrow to name a winner
 ALPHA = 0.05
@@ -101,9 +105,14 @@ def compare_all(candidates: Sequence[Candidate]) -> list[Pair]:
 
 def compare_each(candidates: Sequence[Candidate]) -> list[Pair]:
     """The same, not yet corrected."""
-    first, *others = candidates
-    pairs = [compare_two(c, first) for c in others]
-    return pairs + [compare_two(a, b) for i, a in enumerate(others) for b in others[i + 1 :]]
+    return [compare_two(a, b) for a, b in meetings(candidates)]
+
+
+def meetings(settings: Sequence[T]) -> Iterator[tuple[T, T]]:
+    """Every setting with the first, then all others with each other."""
+    first, *others = settings
+    yield from ((setting, first) for setting in others)
+    yield from combinations(others, 2)
 
 
 def corrected(pairs: Sequence[Pair]) -> list[Pair]:
@@ -276,7 +285,7 @@ def _sentence(pair: Pair, comparisons: int, prompts: int, what: str) -> Sentence
     intervals = ((pair.difference, 0.0), (pair.win_rate, 0.5), (pair.equal_length, 0.5))
     gap, rate, level = (i if i is None or ahead else i.mirrored(about) for i, about in intervals)
     assert gap is not None
-    shown = f"{what} is {_number(gap.estimate)} {_brackets(gap)} higher"
+    shown = f"{what} is {gap.estimate:.3f} {_brackets(gap)} higher"
     if pair.unjudged is not None and rate is not None:
         shown = f"win rate is {rate.estimate:.0%} {_brackets(rate, '.0%')}"
     elif rate is not None:
@@ -330,25 +339,15 @@ def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None 
     lines[0] += ["p", f"p corrected for {_comparisons(len(pairs) if comparisons is None else comparisons)}"]
     for p in pairs:
         line = [f"{p.name} - {p.other}"]
-        line += [] if by_pairs else [f"{_number(p.difference.estimate)} {_brackets(p.difference)}"]
+        line += [] if by_pairs else [f"{p.difference.estimate:.3f} {_brackets(p.difference)}"]
         if judged:
             line += [f"{i.estimate:.3f} {_brackets(i)}" if i else "-" for i in (p.win_rate, p.equal_length)]
         lines.append([*line, _p(p.p), _p(p.corrected)])
     return columns(lines)
 
 
-def columns(lines: Sequence[Sequence[str]]) -> str:
-    """Cells as a plain table."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
 def _brackets(interval: Interval, form: str = ".3f") -> str:
     return f"[{interval.low:{form}}, {interval.high:{form}}]"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}"
 
 
 def _p(p: float) -> str:

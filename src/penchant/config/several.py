@@ -11,10 +11,25 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from penchant.base.text import did_you_mean
-from penchant.config import Places, RunConfig, build, explain_all, place_of, with_absolute_paths
+from penchant.config import (
+    Places,
+    RunConfig,
+    build,
+    explain_all,
+    place_of,
+    plain_values,
+    read_mapping,
+    with_absolute_paths,
+)
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError, RewardError
 
 S = TypeVar("S", bound=BaseModel)
+
+
+def read_values(given: Mapping[str, Any] | str | Path, shape: str, what: str) -> tuple[dict[str, Any], Places, str]:
+    """(values, their places, source) of such a file, or of a mapping in its place; `shape` and `what` it is, for messages."""
+    values, places = ({**given}, {}) if isinstance(given, Mapping) else read_mapping(given, shape)
+    return plain_values(values), places, what if isinstance(given, Mapping) else str(given)
 
 
 def read_top(values: Mapping[str, Any], keys: Sequence[str], places: Places, source: str, what: str, part: str) -> Path:

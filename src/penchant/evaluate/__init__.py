@@ -9,7 +9,6 @@ from typing import Any
 from penchant.config import RunConfig
 from penchant.errors import ConfigError
 from penchant.evaluate.evaluator import Evaluation, held_out_of_run
-from penchant.evaluate.material import Material
 from penchant.evaluate.output import keep
 from penchant.requests import EvalRequest
 from penchant.runfolder import damaged
@@ -45,7 +44,7 @@ def evaluate_model(
             source = of_config(given, request.step, request.base)
         else:
             source = find_model(name, step=request.step, base=request.base, overrides=overrides)
-        evaluated = Evaluation(Material(source, request, tuple(overrides), quiet)).measure()
+        evaluated = Evaluation(source, request, tuple(overrides), quiet).measure()
         folder = source.folder
     if folder is not None:
         evaluated.notes.extend(f"{folder / file} was changed after it was written." for file in damaged(folder))

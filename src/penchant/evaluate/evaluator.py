@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from penchant.config import RunConfig
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.evaluate.material import Material
-from penchant.logprobs.packing import choose_packing
 from penchant.logprobs.reference import LiveReference
 from penchant.metrics.answers import TokenScores, answer_figures, score_tokens, text_figures
 from penchant.metrics.completions import (
@@ -28,14 +27,13 @@ from penchant.metrics.completions import (
     write,
 )
 from penchant.metrics.figures import Figure, flat
-from penchant.models.load import cast_parameters, load_tokenizer
+from penchant.models.load import load_tokenizer
 from penchant.models.options import looks_like_folder
-from penchant.requests import EvalRequest
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, prompts_by_source
 from penchant.runs import Run
 from penchant.runs.find import START, Source, find_model
-from penchant.runs.parts import set_threads
+from penchant.runs.parts import answering
 from penchant.types import TokenTree
 
 NO_REFERENCE = "none"
@@ -58,42 +56,23 @@ class Evaluated:
     step: int | None
 
 
-@dataclass
-class Evaluation:
+class Evaluation(Material):
     """One evaluation of one model; everything is checked before a model is loaded.
 
     Raises:
         CheckpointError, ConfigError, DataError, ModelError, RewardError: the user can fix it.
     """
 
-    on: Material
-
-    @property
-    def source(self) -> Source:
-        return self.on.source
-
-    @property
-    def request(self) -> EvalRequest:
-        return self.on.request
-
-    @property
-    def run(self) -> Run:
-        return self.on.run
-
-    @property
-    def notes(self) -> list[str]:
-        return self.on.notes
-
     # ---- the models -----------------------------------------------------------------------------------------------
 
     @cached_property
     def judges(self) -> dict[str, Judge]:
         """The reward under "", and others by name."""
-        assert self.on.rows is not None
+        assert self.rows is not None
         asked: dict[str, Any] = {} if self.request.reward is None else {"": self.request.reward}
         asked |= {name: name for name in self.request.also}
-        prompts = prompts_by_source(self.on.rows.trees)
-        policy = PolicyText(self.run.rows.tokenizer, self.on.config.data.template, prompts)
+        prompts = prompts_by_source(self.rows.trees)
+        policy = PolicyText(self.run.rows.tokenizer, self.config.data.template, prompts)
         try:
             return {name: load_reward(reward, policy, self.run.device) for name, reward in asked.items()}
         except ValidationError as error:  # a mapping that holds something else than names and weights
@@ -130,11 +109,8 @@ class Evaluation:
     def _load(self, source: Source) -> LiveReference:
         run = self.run
         model = source.load(run.device)
-        set_threads(run.config, model)
         self._check_context(source, model)
-        cast_parameters(model, run.dtype)
-        model.requires_grad_(False).eval()
-        return LiveReference(choose_packing(model, self.on.config.train.packing, self.on.config.model.kernels)[0])
+        return LiveReference(answering(model, run.config, run.dtype))
 
     def _check_context(self, source: Source, model: Any) -> None:
         rows = model.get_input_embeddings().weight.shape[0]
@@ -143,9 +119,9 @@ class Evaluation:
                 source.name, f"has {rows:,} embeddings, the tokenizer {len(self.run.rows.tokenizer):,} tokens", ""
             )
         context = getattr(model.config, "max_position_embeddings", None)
-        longest = max((len(t.prompt_ids) for t in self.on.prompts), default=0) if self.request.generate else 0
+        longest = max((len(t.prompt_ids) for t in self.prompts), default=0) if self.request.generate else 0
         new = self.request.max_new_tokens if self.request.generate else 0
-        length = self.on.config.data.max_length
+        length = self.config.data.max_length
         if context is None or max(length, longest + new) <= context:
             return
         if length > context:
@@ -163,14 +139,10 @@ class Evaluation:
     # ---- the figures ----------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Everything that can be wrong before a model is loaded.
-
-        Raises:
-            ConfigError, DataError, ModelError, RewardError.
-        """
+        """Meet everything that can be wrong before a model is loaded."""
         self.request.check()
         request = self.request
-        if self.on.rows is None and request.text is None:
+        if self.rows is None and request.text is None:
             how = (
                 "give --data FILE or --text FILE"
                 if self.source.run is None
@@ -178,19 +150,19 @@ class Evaluation:
             )
             raise ConfigError(self.source.name, "there is nothing to evaluate on", how)
         if request.generate is not None:
-            if self.on.rows is None:
+            if self.rows is None:
                 raise ConfigError("--generate", "there are no prompts", "give --data with rows that have prompts")
-            _ = self.judges, self.on.prompts
-            if request.overlap and self.on.good_answers:
+            _ = self.judges, self.prompts
+            if request.overlap and self.good_answers:
                 require_overlap()
-        elif not self.on.answers and (request.data is not None or request.text is None):
+        elif not self.answers and (request.data is not None or request.text is None):
             raise DataError(
                 request.data or self.source.name,
-                f"these rows ({self.on.rows.kind if self.on.rows else ''}) have no answers that are known to be good or bad",
+                f"these rows ({self.rows.kind if self.rows else ''}) have no answers that are known to be good or bad",
                 "add --generate 100 to have the model write, or give pairs",
             )
         if request.text is not None:
-            _ = self.on.documents
+            _ = self.documents
         _ = self.reference_source
 
     @cached_property
@@ -213,16 +185,14 @@ class Evaluation:
         self.check()
         figures: list[Figure] = []
         rows: list[dict[str, Any]] = []
-        policy = self._load(self.on.policy)
+        policy = self._load(self.policy)
         reference = None if self.reference_source is None else self._load(self.reference_source)
-        if self.on.answers:
-            figures += answer_figures(
-                self._scores(policy, reference, self.on.answers, "answers"), self.on.answers, self.beta
-            )
+        if self.answers:
+            figures += answer_figures(self._scores(policy, reference, self.answers, "answers"), self.answers, self.beta)
             if reference is not None:
                 self.notes.append(f"eval/implicit_reward is beta x (log pi - log ref) with beta = {self.beta:g}.")
         if self.request.text is not None:
-            chunks, size, _ = self.on.documents
+            chunks, size, _ = self.documents
             figures += text_figures(self._scores(policy, reference, chunks, "texts", exact=False), chunks, size)
         if self.request.generate is not None:
             written, more, rows = self._generated(policy)
@@ -240,11 +210,9 @@ class Evaluation:
 
     def _about_intervals(self, figures: Sequence[Figure]) -> None:
         """Where they say less than they seem to."""
-        counts = (
-            {"prompts with answers": len({t.prompt_ids.tobytes() for t in self.on.answers})} if self.on.answers else {}
-        )
-        counts |= {"documents": len(self.on.documents[1])} if self.request.text is not None else {}
-        counts |= {"prompts written to": len(self.on.prompts)} if self.request.generate is not None else {}
+        counts = {"prompts with answers": len({t.prompt_ids.tobytes() for t in self.answers})} if self.answers else {}
+        counts |= {"documents": len(self.documents[1])} if self.request.text is not None else {}
+        counts |= {"prompts written to": len(self.prompts)} if self.request.generate is not None else {}
         few = [f"{n} {what}" for what, n in counts.items() if n < FEW]
         if few:
             self.notes.append(f"Intervals from fewer than {FEW} prompts are too narrow to rely on: {', '.join(few)}.")
@@ -264,7 +232,7 @@ class Evaluation:
             reference,
             trees,
             exact=self.exact if exact is None else exact,
-            tokens_per_step=self.on.config.evaluation.tokens_per_step or self.on.config.train.tokens_per_step,
+            tokens_per_step=self.config.evaluation.tokens_per_step or self.config.train.tokens_per_step,
             progress=self.run.console.counter(f"log-probs of {what}"),
         )
 
@@ -274,30 +242,28 @@ class Evaluation:
         written = write(
             policy.scorer.model,
             tokenizer,
-            [t.prompt_ids.tolist() for t in self.on.prompts],
+            [t.prompt_ids.tolist() for t in self.prompts],
             n=r.samples,
             max_new_tokens=r.max_new_tokens,
             seed=r.seed,
             temperature=r.temperature,
             judge=self.judges.get(""),
-            sources=[t.source for t in self.on.prompts],
+            sources=[t.source for t in self.prompts],
             progress=self.run.console.counter("prompts written to"),
         )
         also = {n: judged(j, tokenizer, written.trees, written.texts) for n, j in self.judges.items() if n}
         figures = text_of_written(written, also)
-        references = [
-            self.on.good_answers.get(t.prompt_ids.tobytes(), []) for t in self.on.prompts for _ in range(r.samples)
-        ]
+        references = [self.good_answers.get(t.prompt_ids.tobytes(), []) for t in self.prompts for _ in range(r.samples)]
         have = [i for i, refs in enumerate(references) if refs]
         if r.overlap and have:
-            overlap = overlap_figures(
+            overlap, signature = overlap_figures(
                 [written.texts[i].strip() for i in have],
                 [references[i] for i in have],
                 written.prompts[have],
                 stemmer=r.stemmer,
             )
-            figures += overlap.figures
-            self.notes.append(f"{overlap.signature}.")
+            figures += overlap
+            self.notes.append(f"{signature}.")
         return written, figures, self._completions(written, also, references)
 
     def _completions(
@@ -312,11 +278,8 @@ class Evaluation:
                 "prompt": decode(tree.prompt_ids.tolist(), skip_special_tokens=True),
                 "sample": i % self.request.samples,
                 "completion": written.texts[i],
-                "tokens": len(written.ids[i]),
-                "ended": bool(written.ended[i]),
+                **written.row(i, also),
             }
-            row |= {} if written.rewards is None else {"reward": float(written.rewards[i])}
-            row |= {"also": {name: float(v[i]) for name, v in also.items()}} if also else {}
             row |= {"references": list(references[i])} if references[i] else {}
             rows.append(row)
         return rows
@@ -327,11 +290,11 @@ class Evaluation:
         reference = self.reference_source
         if reference is not None:
             found["reference"] = reference.base.path if reference.name == START else reference.name
-        if self.on.rows is not None and (self.on.answers or self.request.generate is not None):
-            found |= {"data": self.request.data or "held out", "fingerprint": self.on.rows.fingerprint}
-            found |= {"rows": self.on.rows.accepted, "kept_aside": len(self.on.rows.quarantined)}
+        if self.rows is not None and (self.answers or self.request.generate is not None):
+            found |= {"data": self.request.data or "held out", "fingerprint": self.rows.fingerprint}
+            found |= {"rows": self.rows.accepted, "kept_aside": len(self.rows.quarantined)}
         if self.request.text is not None:
-            found |= {"text": self.request.text, "text_fingerprint": self.on.documents[2]}
+            found |= {"text": self.request.text, "text_fingerprint": self.documents[2]}
         found |= self.request.settings() | {"beta": self.beta, "exact_kl": self.exact}
         return found | {"dtype": str(self.run.dtype).removeprefix("torch."), "device": str(self.run.device)}
 

@@ -156,8 +156,9 @@ def precision(given: Given) -> Iterator[Line]:
     yield given.line(keys, "translated", {"model.dtype": dtype}, note)
 
 
-def ppo_batch(given: Given, split: str) -> Iterator[Line]:
-    """PPO's batch: one batch of rollouts is all its minibatches, of which `split` says how many there are."""
+def ppo_batch(given: Given) -> Iterator[Line]:
+    """PPO's batch: one batch of rollouts is all its minibatches (in LLaMA-Factory a buffer of as many batches)."""
+    split = "ppo_buffer_size" if "ppo_buffer_size" in given.defaults else "num_mini_batches"
     keys = ("per_device_train_batch_size", "gradient_accumulation_steps", split)
     parts = whole(given[split])
     rows = whole(given[keys[0]]) * whole(given[keys[1]]) * parts * given.devices
@@ -165,12 +166,14 @@ def ppo_batch(given: Given, split: str) -> Iterator[Line]:
     yield given.line(keys, "translated", ours, f"prompts of one batch of rollouts, on {given.devices} device(s)")
 
 
-def rank_stabilized(given: Given, alpha: float, rank: int) -> tuple[float, str]:
-    """LoRA's alpha here, and what to say of it: rsLoRA divides by the root of the rank."""
-    if not given["use_rslora"]:
-        return alpha, ""
-    note = "rsLoRA divides by the root of the rank: alpha is that much larger here"
-    return round(alpha * math.sqrt(rank), 6), note
+def adapter(given: Given, keys: list[str], rank: int, alpha: float, **targets: Any) -> Line:
+    """LoRA's keys."""
+    note = ""
+    if given["use_rslora"]:
+        alpha = round(alpha * math.sqrt(rank), 6)
+        note = "rsLoRA divides by the root of the rank: alpha is that much larger here"
+    ours = {"lora.r": rank, "lora.alpha": alpha, "lora.dropout": number(given["lora_dropout"]), **targets}
+    return given.line(keys, "translated", ours, note)
 
 
-DERIVATIONS = (batch, length, schedule, saving, precision, report_to)
+DERIVATIONS = (batch, length, schedule, saving, precision, report_to, ppo_batch)

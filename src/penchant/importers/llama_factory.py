@@ -38,14 +38,8 @@ def lora(given: Given) -> Iterator[Line]:
         yield given.line([kind_key], "unsupported", note="full and lora only: set finetuning_type to one of them")
         return
     rank = whole(given["lora_rank"])
-    alpha, note = hf.rank_stabilized(given, number(given["lora_alpha"] or 2 * rank), rank)
-    ours = {
-        "lora.r": rank,
-        "lora.alpha": alpha,
-        "lora.dropout": number(given["lora_dropout"]),
-        "lora.target_modules": layers(given["lora_target"]),
-    }
-    yield given.line([kind_key, *(k for k in keys if given[k] is not None)], "translated", ours, note)
+    used, targets = [kind_key, *(k for k in keys if given[k] is not None)], layers(given["lora_target"])
+    yield hf.adapter(given, used, rank, number(given["lora_alpha"] or 2 * rank), **{"lora.target_modules": targets})
 
 
 # ---- Data sets by name ----
@@ -175,14 +169,9 @@ def preference(given: Given) -> Iterator[Line]:
                 yield given.line([key], "unsupported", note="choose one loss that has it: `penchant losses`")
 
 
-def ppo_batch(given: Given) -> Iterator[Line]:
-    """Their buffer is what is sampled between two updates, in minibatches of one device's batch times accumulation."""
-    return hf.ppo_batch(given, "ppo_buffer_size")
-
-
 # a file that names no stage is for sft
 SOURCE = source(
     "llama-factory",
-    (*hf.DERIVATIONS, lora, val_size, data, preference, ppo_batch),
+    (*hf.DERIVATIONS, lora, val_size, data, preference),
     lambda values, name: str(values.get("stage", "sft")),
 )

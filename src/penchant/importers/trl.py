@@ -22,11 +22,8 @@ def lora(given: Given) -> Iterator[Line]:
             there = ["use_peft", *(k for k in keys if given.says(k))]
             yield given.line(there, "same", note="use_peft is off there: the whole model is trained")
         return
-    rank, alpha, dropout = whole(given["lora_r"]), number(given["lora_alpha"]), number(given["lora_dropout"])
-    alpha, note = hf.rank_stabilized(given, alpha, rank)
-    ours = {"lora.r": rank, "lora.alpha": alpha, "lora.dropout": dropout}
     used = ["use_peft", *keys[:3], *(["use_rslora"] if given.says("use_rslora") else [])]
-    yield given.line(used, "translated", ours, note)
+    yield hf.adapter(given, used, whole(given["lora_r"]), number(given["lora_alpha"]))
     yield _targets(given)
 
 
@@ -262,11 +259,6 @@ def _as_file(dotted: str) -> str:
     return f"{module.replace('.', '/')}.py:{function}"
 
 
-def ppo_batch(given: Given) -> Iterator[Line]:
-    """PPO's batch."""
-    return hf.ppo_batch(given, "num_mini_batches")
-
-
 def ppo_length(given: Given) -> Iterator[Line]:
     """Episodes are prompts answered."""
     if given["total_episodes"] is None:
@@ -297,6 +289,6 @@ def guess(values: Mapping[str, Any], name: str) -> str | None:
 
 SOURCE = source(
     "trl",
-    (*hf.DERIVATIONS, lora, data, reference, dpo_loss, cpo_loss, groups, rewards, ppo_batch, ppo_length),
+    (*hf.DERIVATIONS, lora, data, reference, dpo_loss, cpo_loss, groups, rewards, ppo_length),
     guess,
 )

@@ -135,9 +135,11 @@ def propose(
             online = ", ".join(g.name for g in GOALS.values() if g.online)
             raise ConfigError("--reward", f"{goal} uses no reward", f"leave it out, or give a --goal of {online}")
         check_reward(reward)
-    lora = _wants_adapter(model)
+    lora, about = _wants_adapter(model), "a hub id or a folder; its size is not known yet"
+    if model.parameters is not None:
+        about = f"{model.parameters:,} parameters; a folder or a hub id"
     sections: dict[str, Lines] = {
-        "model": {"path": (model.path, _about_model(model))},
+        "model": {"path": (model.path, about)},
         "data": _data(data, model, chosen, held_out),
     }
     if lora:
@@ -171,12 +173,6 @@ def check_goal(goal: str, data: DataFacts, model: ModelFacts) -> Goal:
         how = f"with these rows: {', '.join(able) or 'none'}"
         raise ConfigError("--goal", f"{goal} cannot learn from rows that are {data.kind}", how)
     return GOALS[goal]
-
-
-def _about_model(model: ModelFacts) -> str:
-    if model.parameters is None:
-        return "a hub id or a folder; its size is not known yet"
-    return f"{model.parameters:,} parameters; a folder or a hub id"
 
 
 def _wants_adapter(model: ModelFacts) -> bool:

@@ -275,14 +275,23 @@ def connect(url: str, key_env: str | None) -> Connection:
         how = "leave user, password and query out; a key comes by --judge-key-env"
         raise ConfigError("--judge", "holds more than an address", how)
     address = url.rstrip("/").removesuffix("/chat/completions")
-    key = os.environ.get(key_env if key_env is not None else DEFAULT_KEY, "").strip()
-    if key_env is not None and not key:
+    readable = parts.scheme == "http" and not is_local(url)  # on the way: only a key that was named goes there
+    key = None if key_env is None and readable else key_from_environment(key_env or DEFAULT_KEY)
+    if key_env is not None and key is None:
         raise ConfigError("--judge-key-env", f"{key_env} is not set", "set that environment variable to the key")
-    if key_env is None and parts.scheme == "http" and not is_local(url):
-        key = ""
+    return Connection(address, key)
+
+
+def key_from_environment(name: str) -> str | None:
+    """The key in an environment variable; None where there is none.
+
+    Raises:
+        ConfigError: it holds characters that no header carries.
+    """
+    key = os.environ.get(name, "").strip()
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError(key_env or DEFAULT_KEY, "holds characters that no key has", "set it to the key alone")
-    return Connection(address, key or None)
+        raise ConfigError(name, "holds characters that no key has", "set it to the key alone")
+    return key or None
 
 
 def is_local(url: str) -> bool:

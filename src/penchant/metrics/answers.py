@@ -54,7 +54,8 @@ def answer_figures(scores: TokenScores, trees: Sequence[TokenTree], beta: float)
         found += _perplexities("perplexity_ratio", -ratio, c)
         found += [*_by_side("ref_logps", reference, c), *_by_side("logratios", ratio, c)]
         found += _by_side("implicit_reward", beta * ratio, c)
-        found += _margins("implicit_reward/margins", beta * ratio, c)
+        gaps, clusters = _gaps(beta * ratio, c)
+        found += [mean_of("implicit_reward/margins", gaps, clusters)] if len(gaps) else []
         found += _pair_share("implicit_reward/accuracies", ratio, c)
     return found + kl_figures("answers/kl", scores, c.lengths, c.clusters)
 
@@ -114,11 +115,6 @@ def _gaps(values: np.ndarray, c: _Completions) -> tuple[np.ndarray, np.ndarray]:
     return values[second - 1] - values[second], c.clusters[second]
 
 
-def _margins(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:
-    gaps, clusters = _gaps(values, c)
-    return [mean_of(name, gaps, clusters)] if len(gaps) else []
-
-
 def _pair_share(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:
     gaps, clusters = _gaps(values, c)
     return [share_of(name, (gaps > 0) + 0.5 * (gaps == 0), clusters)] if len(gaps) else []
@@ -175,17 +171,16 @@ def score_tokens(
             # completions are numbered tree by tree however they are laid out
             same = reference.scorer.shared == policy.scorer.shared
             other = batch if same else pack(chosen, shared=reference.scorer.shared).to(device)
-            found = _exact(policy, reference, batch, other) if exact else _sampled(policy, reference, batch, other)
+            if exact:
+                found = _exact(policy, reference, batch, other)
+            else:
+                found = torch.stack([policy.completion_logps(batch).tokens, reference.completion_logps(other).tokens])
         counts = [sum(map(len, t.completion_ids)) for t in chosen]
         parts |= dict(zip(members, found.double().cpu().split(counts, dim=1), strict=True))
         if progress is not None:
             progress(len(parts), len(trees))
     whole = torch.cat([parts[i] for i in range(len(trees))], dim=1).numpy()
     return TokenScores(*whole)
-
-
-def _sampled(policy: LiveReference, reference: LiveReference, batch: PackedBatch, other: PackedBatch) -> Tensor:
-    return torch.stack([policy.completion_logps(batch).tokens, reference.completion_logps(other).tokens])
 
 
 def _exact(policy: LiveReference, reference: LiveReference, batch: PackedBatch, other: PackedBatch) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,6 +118,12 @@ class Written:
         """The number of each completion's prompt, (prompts x n,): the clusters of an interval."""
         return np.array([i for i, t in enumerate(self.trees) for _ in t.completion_ids])
 
+    def row(self, at: int, also: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
+        """What files say of a completion beside its text; `also`: other rewards of all completions, by name."""
+        row: dict[str, Any] = {"tokens": len(self.ids[at]), "ended": bool(self.ended[at])}
+        row |= {} if self.rewards is None else {"reward": float(self.rewards[at])}
+        return row | ({"also": {name: float(v[at]) for name, v in also.items()}} if also else {})
+
 
 def write(
     model: Any,
@@ -148,14 +154,7 @@ def write(
         eos_token_id=tokenizer.eos_token_id,
         progress=progress,
     )
-    trees = _trees(prompts, rows, sources)
-    texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for row in rows for s in row]
-    return Written(trees, texts, None if judge is None else judged(judge, tokenizer, trees, texts))
-
-
-def _trees(prompts: Sequence[Sequence[int]], rows: Sequence[Any], sources: Sequence[str] = ()) -> list[TokenTree]:
-    """Prompts with what was sampled of each."""
-    return [
+    trees = [
         TokenTree(
             i,
             np.array(prompt, dtype=np.int32),
@@ -165,6 +164,8 @@ def _trees(prompts: Sequence[Sequence[int]], rows: Sequence[Any], sources: Seque
         )
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
     ]
+    texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for row in rows for s in row]
+    return Written(trees, texts, None if judge is None else judged(judge, tokenizer, trees, texts))
 
 
 def judged(judge: Judge, tokenizer: Any, trees: Sequence[TokenTree], texts: Sequence[str]) -> np.ndarray:
@@ -235,20 +236,8 @@ ROUGE = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_L"}
 ORDERS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Overlap:
-    """Figures (``generated/bleu`` from 0 to 100, ``generated/rouge_...`` from 0 to 1), and how they were computed in the packages' words."""
-
-    figures: list[Figure]
-    signature: str
-
-
 def require_overlap() -> None:
-    """Both packages are there.
-
-    Raises:
-        ConfigError: they are not; it says how to install them.
-    """
+    """Say how to install both packages where they are not there (ConfigError)."""
     try:
         import rouge_score  # noqa: F401
         import sacrebleu  # noqa: F401
@@ -262,7 +251,7 @@ def require_overlap() -> None:
 
 def overlap_figures(
     texts: Sequence[str], references: Sequence[Sequence[str]], clusters: Sequence[int] | np.ndarray, *, stemmer: bool
-) -> Overlap:
+) -> tuple[list[Figure], str]:
     """Corpus BLEU and mean ROUGE F1 over completions, with intervals by prompt.
 
     BLEU is of the whole corpus, ``BP exp(mean_n log p_n)`` of summed n-gram counts; its interval draws prompts and computes it anew from
@@ -270,6 +259,9 @@ def overlap_figures(
 
     Args:
         texts: completions; references: of each, at least one; clusters: each one's prompt; stemmer: Porter's, for ROUGE.
+
+    Returns:
+        ``generated/bleu`` (0 to 100) and ``generated/rouge_...`` (0 to 1), and how they were computed in the packages' words.
 
     Raises:
         ConfigError: a package is missing.
@@ -279,7 +271,7 @@ def overlap_figures(
     require_overlap()
     bleu, signature = _bleu(texts, references, clusters)
     how = "on" if stemmer else "off"
-    return Overlap([bleu, *_rouge(texts, references, clusters, stemmer)], f"BLEU|{signature}; ROUGE F1|stemmer:{how}")
+    return [bleu, *_rouge(texts, references, clusters, stemmer)], f"BLEU|{signature}; ROUGE F1|stemmer:{how}"
 
 
 def _bleu(
@@ -330,39 +322,19 @@ def _rouge(
 # ---- KL(policy || reference) from completions that the policy itself writes ----
 
 
-def sampled_kl(
-    policy: LiveReference,
-    reference: LiveReference,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    eos_token_id: int | None,
-    seed: int,
-    tokens_per_step: int,
+def kl_on(
+    policy: LiveReference, reference: LiveReference, trees: Sequence[TokenTree], *, tokens_per_step: int
 ) -> dict[str, Any]:
-    """KL of the policy from the reference on completions sampled at temperature 1.
+    """KL of the policy from the reference on completions that the policy wrote at temperature 1; any number of a prompt.
 
     With ``d_t = log pi(y_t) - log ref(y_t)``: per completion ``k1 = sum_t d_t`` (unbiased), per token
     ``k3 = exp(-d_t) - 1 + d_t`` (unbiased, never negative; Schulman, "Approximating KL divergence", 2020).
 
     Args:
-        policy, reference: both run live, without gradient.
-        prompts: token ids; one completion each, of at most `max_new_tokens`.
+        policy, reference: both run live, without gradient; trees: each prompt with its completions; the interval draws whole trees.
 
     Returns:
         ``kl/policy_ref`` in nats per completion with its 95% interval by prompt, ``kl/per_token`` (k3), ``kl/completions``.
-    """
-    rows = sample(policy.scorer.model, prompts, max_new_tokens=max_new_tokens, seed=seed, eos_token_id=eos_token_id)
-    return kl_on(policy, reference, _trees(prompts, rows), tokens_per_step=tokens_per_step)
-
-
-def kl_on(
-    policy: LiveReference, reference: LiveReference, trees: Sequence[TokenTree], *, tokens_per_step: int
-) -> dict[str, Any]:
-    """The same on completions that the policy has written already, at temperature 1; any number of a prompt.
-
-    Args:
-        trees: each prompt with its completions; the interval draws whole trees.
     """
     per_completion, per_token = kl_by_completion(policy, reference, trees, tokens_per_step=tokens_per_step)
     clusters = [i for i, t in enumerate(trees) for _ in t.completion_ids]
@@ -475,17 +447,9 @@ def gain_figures(rewards: Sequence[float] | np.ndarray, start: Sequence[float] |
 
 def rows_of(written: Written, tokenizer: Any) -> list[dict[str, Any]]:
     """Judged completions, one of each prompt, as they are kept."""
-    assert written.rewards is not None
-    return [
-        {
-            "prompt": tokenizer.decode(tree.prompt_ids.tolist(), skip_special_tokens=True),
-            "completion": text,
-            "tokens": len(tree.completion_ids[0]),
-            "ended": not tree.truncated[0],
-            "reward": float(reward),
-        }
-        for tree, text, reward in zip(written.trees, written.texts, written.rewards, strict=True)
-    ]
+    prompts = [tokenizer.decode(tree.prompt_ids.tolist(), skip_special_tokens=True) for tree in written.trees]
+    both = enumerate(zip(prompts, written.texts, strict=True))
+    return [{"prompt": prompt, "completion": text, **written.row(i)} for i, (prompt, text) in both]
 
 
 def keep_start(path: Path, asked: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
@@ -509,19 +473,6 @@ def kept_start(path: Path, asked: dict[str, Any]) -> np.ndarray | None:
 EVALUATION = 2**40  # an iteration of its own: training never draws with this seed
 
 
-class Judged(Protocol):
-    """A prompt's completions and their rewards."""
-
-    tree: TokenTree
-    rewards: torch.Tensor
-
-
-class Writes(Protocol):
-    """What writes completions and judges them; see `algorithms/rollouts.py`."""
-
-    def write(self, prompts: Sequence[TokenTree], iteration: int, samples: int | None = None) -> Sequence[Judged]: ...
-
-
 def evaluate_online(
     writer: Any,
     scorer: Scorer,
@@ -534,6 +485,7 @@ def evaluate_online(
     """Mean reward of one completion a held-out prompt, with its 95% interval by prompt, and KL(policy || start) on them.
 
     Args:
+        writer: writes completions and judges them, the `Writer` of `algorithms/rollouts.py`.
         rewards_of_start: what the start's completions of the same prompts were worth, (prompts,), given the policy's own rewards (which they
             are at the start); None: nobody knows.
 
@@ -541,8 +493,7 @@ def evaluate_online(
         ``eval/reward``, ``eval/win_rate`` against the start (ties half) and ``eval/kl/policy_ref`` with ``/ci``, ``eval/completions/length``, ``eval/completions/ended``, ``eval/rows``;
         ``eval/loss`` is minus the reward, so that the best checkpoint is the one with the highest.
     """
-    source: Writes = writer
-    groups = source.write(prompts, EVALUATION, 1)
+    groups = writer.write(prompts, EVALUATION, 1)
     rewards = np.array([float(g.rewards[0]) for g in groups])
     trees = [g.tree for g in groups]
     now, then = (

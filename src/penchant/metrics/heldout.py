@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from penchant.data.packing import batches_of
+from penchant.metrics.figures import exp
 from penchant.metrics.stats import Interval, bootstrap_ci, share_ci
 from penchant.training.steps import Totals
 from penchant.types import Algorithm, LossOutput, Scored, TokenTree
@@ -28,14 +29,6 @@ WITH_INTERVAL = (
     "logratios/chosen",
     "logratios/rejected",
 )
-
-
-def evaluate_heldout(
-    algorithm: Algorithm, trees: Sequence[TokenTree], *, shared: bool, tokens_per_step: int, device: torch.device
-) -> dict[str, Any]:
-    """Every metric of an algorithm over `trees`, with scheduled hyperparameters as at the first step."""
-    scored, order = score_heldout(algorithm, trees, shared=shared, tokens_per_step=tokens_per_step, device=device)
-    return heldout_metrics(algorithm, scored, [trees[i] for i in order])
 
 
 def score_heldout(
@@ -97,7 +90,7 @@ def heldout_metrics(
             metrics[f"{prefix}{name}/ci"] = [of_tokens.low, of_tokens.high]
     metrics |= {prefix + name: value for name, value in _pair_figures(scored, out, clusters).items()}
     if prefix + "nll" in metrics:
-        metrics[prefix + "perplexity"] = math.exp(min(700.0, metrics[prefix + "nll"]))
+        metrics[prefix + "perplexity"] = exp(metrics[prefix + "nll"])
     metrics[prefix + "rows"] = len(trees)
     return metrics
 
@@ -167,7 +160,7 @@ def likelihood_figures(
 
 
 def _exp(name: str, nats: Interval) -> dict[str, Any]:
-    return Interval(*(math.exp(min(700.0, x)) for x in (nats.estimate, nats.low, nats.high))).named(name)
+    return Interval(*(exp(x) for x in (nats.estimate, nats.low, nats.high))).named(name)
 
 
 def length_figures(right: ArrayLike, gaps: ArrayLike, clusters: ArrayLike) -> dict[str, Any]:

@@ -97,29 +97,3 @@ def of_evaluation(line: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(values := line.get(part), Mapping)
     }
     return {**line, **named}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# pages
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def eval_page(prefix: str = "") -> str:
-    """What `penchant eval` measures, as a table of docs/eval.md; of the figures whose names start so."""
-    rows = [
-        f"| `eval/{m.name}` | {_cell(m.meaning)} | `{_cell(m.formula)}` | {m.over} |"
-        for m in METRICS.values()
-        if m.over and m.name.startswith(prefix)
-    ]
-    return "\n".join(["| figure | what it is | formula | n counts |", "|---|---|---|---|", *rows])
-
-
-def trackers_page() -> str:
-    """What runs log, as a table of docs/trackers.md: its name in metrics.jsonl, what trackers call it, what it is."""
-    logged = [m for m in METRICS.values() if m.logged]
-    rows = [f"| `{m.name}` | `train/{m.name}`, `eval/{m.name}` | {_cell(m.meaning)} |" for m in logged]
-    rows += [f"| `{m.name}` (perf.jsonl) | `perf/{m.name}` | {m.meaning} |" for m in SPEED]
-    return "\n".join(["| logged as | in trackers | what it is |", "|---|---|---|", *rows])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,16 +13,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from penchant.base.section import Section
 from penchant.base.text import did_you_mean
-from penchant.config import (
-    Places,
-    RunConfig,
-    apply_overrides,
-    merged,
-    place_of,
-    plain_values,
-    read_mapping,
-)
-from penchant.config.several import Member, read_section, read_top
+from penchant.config import Places, RunConfig, apply_overrides, merged, place_of
+from penchant.config.several import Member, read_section, read_top, read_values
 from penchant.errors import ConfigError
 from penchant.rewards.builtin import BUILT_IN, RewardConfig
 
@@ -60,15 +52,20 @@ Resolve = Callable[[Ref], str]
 
 @dataclass(frozen=True)
 class Stage(Member):
-    """One stage: defaults and its own keys, merged, with references still as written.
-
-    Args:
-        refs: the stages that it uses, in written order.
-    """
-
-    refs: tuple[Ref, ...]
+    """One stage: defaults and its own keys, merged, with references still as written."""
 
     title: ClassVar[str] = "stages.{}"
+
+    @cached_property
+    def refs(self) -> tuple[Ref, ...]:
+        """The stages that it uses, in written order."""
+        with self.naming():
+            return references(self.values)
+
+    @property
+    def learns_reward(self) -> bool:
+        """Whether it trains a reward model."""
+        return self.config.method.learns_reward
 
     @cached_property
     def config(self) -> RunConfig:
@@ -161,47 +158,27 @@ class Pipeline:
 
     def downstream(self, names: Sequence[str]) -> list[str]:
         """The stages `names` and every stage that uses one of them, directly or through others, in order."""
-        found: set[str] = set(names)
-        for stage in self.stages.values():  # references point backwards only
-            if found & set(stage.upstream):
-                found.add(stage.name)
-        return [n for n in self.stages if n in found]
+        return [n for n in self.stages if {n, *_reached(n, self.stages)} & set(names)]
 
     def needed(self, name: str) -> list[str]:
         """Every stage that `name` uses, directly or through others, in order."""
-        found: set[str] = set()
-        for stage in reversed(self.stages.values()):
-            if stage.name == name or stage.name in found:
-                found |= set(stage.upstream)
+        found = _reached(name, self.stages)
         return [n for n in self.stages if n in found]
 
     def stage(self, name: str, where: str) -> Stage:
-        """A stage by name.
-
-        Raises:
-            ConfigError: there is none; it suggests one.
-        """
+        """A stage by name."""
         if name not in self.stages:
             raise ConfigError(where, f"there is no stage {name!r}", did_you_mean(name, self.stages))
         return self.stages[name]
 
 
-def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
-    """Read a pipeline from a YAML file and apply ``stages.NAME.key=value`` overrides.
+def load_pipeline(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Pipeline:
+    """Read a pipeline from a YAML file, or from a mapping, and apply ``stages.NAME.key=value`` overrides.
 
     Raises:
         ConfigError: with ``file:line: what, how to fix``; every stage's config is checked.
     """
-    values, places = read_mapping(path, SHAPE)
-    return _pipeline(plain_values(values), places, overrides, str(path))
-
-
-def pipeline_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Pipeline:
-    """The same from a mapping, for Python callers."""
-    return _pipeline(plain_values(values), {}, overrides, "pipeline")
-
-
-def _pipeline(values: dict[str, Any], places: Places, overrides: Sequence[str], source: str) -> Pipeline:
+    values, places, source = read_values(given, SHAPE, "pipeline")
     named = list(values["stages"]) if isinstance(values.get("stages"), dict) else []
     places = apply_overrides(values, places, overrides)
     folder = read_top(values, KEYS, places, source, "pipeline", '"defaults" or a stage: defaults')
@@ -253,37 +230,27 @@ def _stage(
     values = merged(defaults, own)
     mine = {p[1:]: w for p, w in places.items() if p[0] == "defaults" and p[1:]}
     mine |= {p[2:]: w for p, w in places.items() if p[:2] == ("stages", name) and p[2:]}
-    try:
-        refs = tuple(references(values))
-    except ConfigError as error:
-        raise ConfigError(
-            place_of(tuple(error.where.split(".")), mine, place),
-            f"stages.{name}: {error.where} {error.what}",
-            error.how,
-        ) from error
-    return Stage(name, values, mine, place, folder / name, refs)
+    return Stage(name, values, mine, place, folder / name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # references
 
 
-def references(values: Any, path: tuple[str, ...] = ()) -> Iterator[Ref]:
+def references(values: Any, path: tuple[str, ...] = ()) -> tuple[Ref, ...]:
     """Every ``stage:...`` in values and keys, in written order.
 
     Raises:
         ConfigError: one that is not well formed; `where` is its key path.
     """
-    if isinstance(values, dict):
-        for key, value in values.items():
-            if key.startswith("stage:"):
-                yield parse_reference(key, (*path, key))
-            yield from references(value, (*path, key))
-    elif isinstance(values, list):
-        for i, value in enumerate(values):
-            yield from references(value, (*path, str(i)))
-    elif isinstance(values, str) and values.startswith("stage:"):
-        yield parse_reference(values, path)
+    found: list[Ref] = []
+
+    def kept(ref: Ref) -> str:
+        found.append(ref)
+        return ref.text
+
+    resolved(values, kept, path)
+    return tuple(found)
 
 
 def parse_reference(text: str, path: tuple[str, ...]) -> Ref:
@@ -342,7 +309,7 @@ def _check_kinds(stage: Stage, stages: Mapping[str, Stage]) -> None:
         if ref.path[0] == "reward" or ref.path[:2] == ("evaluation", "reward"):
             key = "evaluation.reward" if ref.path[0] == "evaluation" else "reward"
             check_judge(ref, stages, where, f"stages.{stage.name}: {key}")
-        elif ref.path in FULL_MODEL and learns_reward(stages[ref.stage]) and not learns_reward(stage):
+        elif ref.path in FULL_MODEL and stages[ref.stage].learns_reward and not stage.learns_reward:
             raise ConfigError(
                 where,
                 f"stages.{stage.name}: {'.'.join(ref.path)} is {ref.text}, a reward model, which writes nothing",
@@ -352,8 +319,8 @@ def _check_kinds(stage: Stage, stages: Mapping[str, Stage]) -> None:
 
 def check_judge(ref: Ref, stages: Mapping[str, Stage], where: str, what: str) -> None:
     """Refuse a reward that is a stage of another kind."""
-    if not learns_reward(stages[ref.stage]):
-        there = [name for name, other in stages.items() if learns_reward(other)]
+    if not stages[ref.stage].learns_reward:
+        there = [name for name, other in stages.items() if other.learns_reward]
         hint = f"there is stage:{', stage:'.join(there)}" if there else "add one: {algorithm: {name: reward_model}}"
         raise ConfigError(where, f"{what} is {ref.text}, which trains no reward model", hint)
 
@@ -363,12 +330,6 @@ def check_names(reward: Any, stages: Mapping[str, Stage], where: str, what: str)
     for name in [reward] if isinstance(reward, str) else list(reward or ()):
         if name in stages and name not in BUILT_IN and not Path(name).exists():
             raise ConfigError(where, f"{what} is {name!r}, a stage's bare name", f"write stage:{name}")
-
-
-def learns_reward(stage: Stage) -> bool:
-    """Whether the stage trains a reward model."""
-    algorithm = stage.config.algorithm
-    return algorithm is not None and algorithm.learns_reward
 
 
 def _reached(name: str, stages: Mapping[str, Stage]) -> set[str]:
@@ -400,7 +361,7 @@ def _comparison(
             for i, m in enumerate(config.models)
         )
         judges = {"reward": config.reward, "also": config.also}
-        refs = tuple(references(judges, ("compare",)))
+        refs = references(judges, ("compare",))
     except ConfigError as error:
         raise ConfigError(
             place_of(tuple(error.where.split(".")), places, source), f"{error.where} {error.what}", error.how
@@ -414,7 +375,7 @@ def _comparison(
     for ref in refs:
         check_judge(ref, stages, place_of(ref.path, places, place), f"compare.{ref.path[1]}")
     for ref in models:
-        if learns_reward(stages[ref.stage]):
+        if stages[ref.stage].learns_reward:
             raise ConfigError(
                 place_of(ref.path, places, place),
                 f"compare.models: {ref.stage} is a reward model, which writes nothing",

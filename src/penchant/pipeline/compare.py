@@ -12,11 +12,10 @@ from typing import Any
 from penchant.base.files import file_sha256
 from penchant.compare.measured import Setting
 from penchant.compare.models import (
-    Entrant,
     HeldOut,
     Sampling,
     clear_of,
-    compare_entrants,
+    compare_sources,
     figures_of,
     make_setting,
     same_vocabulary,
@@ -28,10 +27,10 @@ from penchant.compare.models import (
 from penchant.errors import ConfigError
 from penchant.models.load import load_tokenizer
 from penchant.models.merge import is_adapter, model_sha256
-from penchant.models.options import ModelConfig
 from penchant.pipeline import Comparison, Pipeline, Ref, Resolve
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS
 from penchant.runs import Run
+from penchant.runs.find import Source, trained_source
 from penchant.runs.state import State, check_reward, reward_hashes
 from penchant.training.console import PlainConsole
 
@@ -49,10 +48,6 @@ class Outcome:
     @property
     def models(self) -> dict[str, dict[str, Any]]:
         return dict(self.figures["models"])
-
-    @property
-    def sentences(self) -> list[str]:
-        return list(self.figures["sentences"])
 
     def to_text(self) -> str:
         """The tables, then the sentences."""
@@ -119,12 +114,9 @@ class Comparer:
         reward, also = self.compare.reward(resolve), self.compare.also(resolve)
         return make_setting(self._run, tokenizers[0], self.heldout.rows, reward, self.sampling, self.console, also)
 
-    def _entrant(self, ref: Ref, resolve: Resolve, folder_of: FolderOf) -> Entrant:
-        folder = folder_of(ref)
-        if not is_adapter(folder):
-            return Entrant(_name(ref), ModelConfig(path=str(folder)))
-        config = self.pipeline.stages[ref.stage].resolved(resolve)
-        return Entrant(_name(ref), config.model, folder, config.train.seed)
+    def _source(self, ref: Ref, resolve: Resolve, folder_of: FolderOf) -> Source:
+        folder, stage = folder_of(ref), self.pipeline.stages[ref.stage]
+        return trained_source(_name(ref), folder, stage.resolved(resolve) if is_adapter(folder) else stage.config)
 
     # ---- doing it, once -------------------------------------------------------------------------------------------
 
@@ -163,8 +155,8 @@ class Comparer:
         self.console.note(f"comparison on {len(setting.prompts)} held-out prompts of {self.heldout.owner}")
         if self.heldout.leaked:
             self.console.note(f"left out: {self.heldout.leaked:,} held-out rows whose prompts another stage trains on")
-        entrants = [self._entrant(ref, resolve, folder_of) for ref in self.compare.models]
-        compared = compare_entrants(entrants, self._run, setting, self.sampling)
+        sources = [self._source(ref, resolve, folder_of) for ref in self.compare.models]
+        compared = compare_sources(sources, self._run, setting, self.sampling)
         figures = figures_of(compared) | {
             "prompts": len(setting.prompts),
             "answers": len(setting.answers),

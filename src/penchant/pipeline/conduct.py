@@ -15,10 +15,8 @@ from typing import Any
 
 import yaml
 
-from penchant.config import RunConfig
 from penchant.errors import CheckpointError
 from penchant.models.merge import is_adapter, merge_to_folder, model_sha256
-from penchant.models.options import check_model_path
 from penchant.pipeline import Pipeline, Ref, Stage
 from penchant.pipeline.compare import Comparer, Outcome
 from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY, RunLock, keep
@@ -27,12 +25,14 @@ from penchant.runs.state import (
     Inputs,
     Planned,
     State,
+    check_models,
     check_reward,
+    files_of,
+    inputs_of,
     judge,
     locked,
     model_folder,
     outputs_of,
-    stage_inputs,
 )
 from penchant.training.console import console, duration
 
@@ -168,15 +168,11 @@ class Conductor:
 
     @cached_property
     def data(self) -> dict[str, Run]:
-        """A run of every stage whose data is read; its references still stand as written, so it cannot be trained.
-
-        Raises:
-            ConfigError, DataError, ModelError: with the stage's name.
-        """
+        """A run of every stage whose data is read; its references still stand as written, so it cannot be trained."""
         found = {}
         for stage in self.pipeline.stages.values():
             with stage.naming():
-                _check_models(stage)
+                check_models(stage.config)
                 check_reward(stage.values.get("reward"))
                 found[stage.name] = run = Run(stage.config, quiet=True)
                 _ = run.rows.datasets
@@ -191,14 +187,10 @@ class Conductor:
 
     def inputs(self, stage: Stage) -> Inputs:
         """What the stage starts from as things are; every stage that it uses must be done."""
-        splits = zip(("training", "held-out"), self.data[stage.name].rows.datasets, strict=True)
-        return stage_inputs(
-            stage.config,
-            stage.values.get("reward"),
-            {name: split.fingerprint for name, split in splits if split is not None},
-            {ref.text: self.folder_of(ref) for ref in stage.refs},
-            (stage.values.get("evaluation") or {}).get("reward"),
-        )
+        judging = (stage.values.get("evaluation") or {}).get("reward")
+        files = files_of(stage.config, stage.values.get("reward"), judging)
+        upstream = {ref.text: self.folder_of(ref) for ref in stage.refs}
+        return inputs_of(stage.config, self.data[stage.name].rows.datasets, files, upstream)
 
     def folder_of(self, ref: Ref) -> Path:
         """The model folder that a reference stands for; an adapter's own."""
@@ -329,18 +321,8 @@ class Conductor:
         if not (ref.full_model and is_adapter(folder)):
             return str(folder)
         stage = self.pipeline.stages[ref.stage]
-        trained = self._config(stage)
+        trained = stage.resolved(self.resolve)
         target = stage.folder / "merged" / folder.parent.name
         if not target.exists():
             self.console.note(f"{ref.text}: merging its adapter into {target}")
         return str(merge_to_folder(trained.model, folder, target, trained.train.seed))
-
-    def _config(self, stage: Stage) -> RunConfig:
-        return stage.resolved(self.resolve)
-
-
-def _check_models(stage: Stage) -> None:
-    config = stage.config
-    for path in (config.model.path, config.reference.path):
-        if path is not None and not path.startswith("stage:"):
-            check_model_path(path)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from penchant.report.data import ReportData
-from penchant.report.html import Element, Node, el, fold, note, said
+from penchant.report.html import Element, Node, el, fold, note, said, soft
 from penchant.report.svg import number, sparkline
 from penchant.runfolder.values import mappings, number_of, sequence, text
 
@@ -23,7 +23,7 @@ def flags(data: ReportData) -> Element | None:
     found: list[Found] = [(where, flag) for where, of_one in looked for flag in of_one or ()]
     if not found:
         of = "" if len(looked) == 1 else f" in {len(looked)} runs"
-        return el("p", f"No flag was raised{of}.", class_="soft")
+        return soft(f"No flag was raised{of}.")
     found.sort(key=lambda f: text(f[1].get("level")) != "warning")
     groups: dict[tuple[str, str], list[Found]] = {}
     for one in found:
@@ -31,48 +31,44 @@ def flags(data: ReportData) -> Element | None:
         groups.setdefault((text(one[1].get("level")), name), []).append(one)
     kept = list(groups.values())[:MOST]
     left = len(groups) - len(kept)
-    more = el("p", f"{left} more kinds of flags are in the runs\u2019 flags.json.", class_="soft") if left else None
+    more = soft(f"{left} more kinds of flags are in the runs\u2019 flags.json.") if left else None
     return el("div", [_card(g, len(looked)) for g in kept], more, class_="flags")
 
 
 def _card(of_one_kind: Sequence[Found], looked: int) -> Element:
     """One kind of flag: what was seen first, the same of other runs folded, the advice once."""
-    where, first = of_one_kind[0]
-    warning = text(first.get("level")) == "warning"
-    rest = of_one_kind[1:]
-    about = _about(where, first)
+    (where, first), *rest = of_one_kind
+    warning, title = (
+        text(first.get("level")) == "warning",
+        text(first.get("title")) or text(first.get("name")) or "flag",
+    )
+    of = _of(where, first)
+    about = el("small", " ", said(of)) if of else None
     if rest:
         about = el("small", f" {len(of_one_kind)} times" if looked == 1 else f" in {len(of_one_kind)} of {looked} runs")
+    mark = el("span", "\u25b2 " if warning else "\u25cb ", aria_hidden="true")
+    others = fold(
+        f"the {len(rest)} others" if len(rest) > 1 else "the other one",
+        [_seen(w, f, True) for w, f in rest],
+        key=f"flag-{text(first.get('level'))}-{text(first.get('name'))}",
+    )
     return el(
         "article",
-        el(
-            "h3",
-            el("span", "\u25b2 " if warning else "\u25cb ", aria_hidden="true"),
-            "warning: " if warning else "note: ",
-            said(text(first.get("title")) or text(first.get("name")) or "flag"),
-            about,
-        ),
+        el("h3", mark, "warning: " if warning else "note: ", said(title), about),
         _seen(where, first, bool(rest)),
-        fold(
-            f"the {len(rest)} others" if len(rest) > 1 else "the other one",
-            [_seen(w, f, True) for w, f in rest],
-            key=f"flag-{text(first.get('level'))}-{text(first.get('name'))}",
-        )
-        if rest
-        else None,
+        others if rest else None,
         note(said(text(first.get("advice")), tag="span")) if first.get("advice") else None,
         class_="flag warning" if warning else "flag",
     )
 
 
-def _about(where: str, flag: Mapping[str, Any]) -> Element | None:
-    of = text(flag.get("about")) or where
-    return el("small", " ", said(of)) if of else None
+def _of(where: str, flag: Mapping[str, Any]) -> str:
+    return text(flag.get("about")) or where
 
 
 def _seen(where: str, flag: Mapping[str, Any], named: bool) -> Element:
     evidence = [e for e in map(_evidence, mappings(flag.get("evidence"))) if e is not None]
-    of = text(flag.get("about")) or where
+    of = _of(where, flag)
     return el(
         "div",
         el("p", [el("b", said(of)), ": "] if named and of else None, said(text(flag.get("sentence")), tag="span")),
@@ -89,9 +85,8 @@ def _evidence(of: Mapping[str, Any]) -> Element | None:
     line: Node = sparkline(values, label) if len(values) > 3 or steps else None
     ends = f"{_plain(values[0])} \u2192 {_plain(values[-1])}" if line is not None else ", ".join(map(_plain, values))
     when = f"steps {steps[0]:,.0f} to {steps[-1]:,.0f}" if len(steps) > 1 else f"step {steps[0]:,.0f}" if steps else ""
-    return el(
-        "figure", line, el("figcaption", said(label), el("b", f" {ends}"), el("small", f" {when}") if when else None)
-    )
+    caption = el("figcaption", said(label), el("b", f" {ends}"), el("small", f" {when}") if when else None)
+    return el("figure", line, caption)
 
 
 def _plain(value: float) -> str:

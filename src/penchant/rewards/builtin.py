@@ -13,7 +13,9 @@ from pydantic import Field, model_serializer, model_validator
 from penchant.base.section import Section
 from penchant.errors import ConfigError
 
-# ---- A sentiment lexicon as a reward: VADER's compound score ----
+RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, completions) -> one number each
+
+# ---- Rewards by name: VADER's compound score, the number of words ----
 
 
 @lru_cache(maxsize=1)
@@ -29,12 +31,16 @@ def sentiment(texts: Iterable[str]) -> np.ndarray:
     return np.array([analyzer.polarity_scores(text)["compound"] for text in texts], dtype=np.float64)
 
 
+BUILT_IN: dict[str, RewardFunction] = {
+    "sentiment": lambda prompts, completions: [float(v) for v in sentiment(completions)],
+    "words": lambda prompts, completions: [float(len(c.split())) for c in completions],  # by a negative weight a price
+}
+
+
 # ---- Rules of length and format as rewards: ``words:20-60``, ``matches:REGEX`` ----
 
-Rule = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
-
-def words_between(given: str) -> Rule:
+def words_between(given: str) -> RewardFunction:
     """0 for a completion of so many words (``20-60``, ``20-``, ``-60``), minus 1 for each word too few or too many."""
     found = re.fullmatch(r"(\d*)-(\d*)", given)
     low, high = (int(n) if n else None for n in found.groups()) if found else (None, None)
@@ -50,7 +56,7 @@ def words_between(given: str) -> Rule:
     return rule
 
 
-def matches(given: str) -> Rule:
+def matches(given: str) -> RewardFunction:
     """1 where the regular expression is found in the completion (``^``, ``$``: its start, its end; ``.`` is any character), else 0."""
     try:
         pattern = re.compile(given, re.DOTALL)
@@ -63,22 +69,16 @@ def matches(given: str) -> Rule:
     return rule
 
 
-RULES: dict[str, Callable[[str], Rule]] = {"words": words_between, "matches": matches}
+RULES: dict[str, Callable[[str], RewardFunction]] = {"words": words_between, "matches": matches}
 
 
-def rule_of(name: str) -> Rule | None:
-    """The rule of a reward's name, None where it is another kind of reward.
-
-    Raises:
-        ConfigError: a rule that cannot be read.
-    """
+def rule_of(name: str) -> RewardFunction | None:
+    """The rule of a reward's name; None where it is another kind of reward."""
     kind, colon, given = name.partition(":")
     return RULES[kind](given) if colon and kind in RULES else None
 
 
 # ---- The `reward` section of a config ----
-
-BUILT_IN = ("sentiment", "words")
 
 
 class RewardConfig(Section):

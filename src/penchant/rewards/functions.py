@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from penchant.base.functions import no_exit, python_function
+from penchant.base.functions import is_own, no_exit, python_function
 from penchant.base.text import closest
 from penchant.errors import ConfigError, PenchantError, RewardError
-from penchant.rewards.builtin import RewardConfig, rule_of
+from penchant.rewards.builtin import BUILT_IN, RewardConfig, RewardFunction, rule_of
 from penchant.types import TokenTree
 
 if TYPE_CHECKING:
     import torch
 
     from penchant.rewards.reward_model import PolicyText
-
-RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, completions) -> one number each
-
-
-def sentiment(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
-    """VADER's compound sentiment of each completion, from -1 to 1."""
-    from penchant.rewards.builtin import sentiment as vader
-
-    return [float(v) for v in vader(completions)]
-
-
-def words(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
-    """The number of words of each completion; a negative weight makes it a price."""
-    return [float(len(c.split())) for c in completions]
-
-
-BUILT_IN: dict[str, RewardFunction] = {"sentiment": sentiment, "words": words}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +138,7 @@ def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: A
     rule = rule_of(name)
     if rule is not None:
         return rule
-    if name in BUILT_IN or name.rpartition(":")[0].endswith(".py"):
+    if name in BUILT_IN or is_own(name):
         return _function(name)
     from penchant.rewards.reward_model import find_reward_model, load_reward_function
 
@@ -166,25 +149,17 @@ def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: A
 
 
 def check_reward(name: str) -> None:
-    """Whether a reward is there, without loading a model.
-
-    Raises:
-        ConfigError: as `load_reward`.
-    """
+    """Refuse a reward that is not there, as `load_reward` does, without loading a model."""
     if rule_of(name) is not None or name in BUILT_IN:
         return
     from penchant.rewards.reward_model import find_reward_model
 
-    if name.rpartition(":")[0].endswith(".py") or find_reward_model(name) is None:
+    if is_own(name) or find_reward_model(name) is None:
         _function(name)
 
 
 def reward_device(wanted: str, policys: Any = "cpu") -> torch.device:
-    """Where reward models run; auto is where the policy is.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
+    """Where reward models run; auto is where the policy is."""
     from penchant.models.load import resolve_device
 
     try:
@@ -196,8 +171,7 @@ def reward_device(wanted: str, policys: Any = "cpu") -> torch.device:
 def _function(name: str) -> RewardFunction:
     if name in BUILT_IN:
         return BUILT_IN[name]
-    path, colon, _ = name.rpartition(":")
-    if not colon or not path.endswith(".py"):
+    if not is_own(name):
         if name.startswith("stage:"):
             raise ConfigError("reward", f"{name!r} is a pipeline's stage", "here give that stage's run folder")
         if "/" in name:
@@ -211,5 +185,4 @@ def _function(name: str) -> RewardFunction:
             (f"did you mean {near}? " if near else "")
             + f"there are {', '.join(BUILT_IN)}, words:20-60, matches:REGEX; or give path.py:function or a reward model's folder",
         )
-    found: RewardFunction = python_function(name)
-    return found
+    return python_function(name)  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from penchant.base.files import file_sha256
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
 from penchant.data.packing import batches_of
@@ -49,27 +50,15 @@ SHORTEST = 0.75  # rows of one padded pass are at least this share of its longes
 class RewardScorer(Protocol):
     """What training, evaluation and reward functions ask of a reward model."""
 
-    @property
-    def model(self) -> Any:
-        """The transformers model, or peft's around it."""
-
-    @property
-    def shared(self) -> bool:
-        """Whether batches are packed with shared prompts."""
-
-    @property
-    def packing(self) -> str:
-        """How rows are laid out, for the log."""
-
-    @property
-    def fast(self) -> bool:
-        """Whether a model-family fast path runs."""
+    model: Any  # the transformers model, or peft's around it
+    shared: bool  # whether batches are packed with shared prompts
+    packing: str  # how rows are laid out, for the log
+    fast: bool  # whether a model-family fast path runs
 
     def rewards(self, batch: PackedBatch) -> Tensor:
         """The reward of each completion (C,), fp32 (fp64)."""
 
 
-@dataclass(slots=True)
 class CausalRewards:
     """A causal reward model: the head reads the last real token of each completion (EOS, where it was not cut).
 
@@ -77,23 +66,9 @@ class CausalRewards:
         scorer: runs the backbone; its language-model head is not there and never asked.
     """
 
-    scorer: Scorer
-
-    @property
-    def model(self) -> Any:
-        return self.scorer.model
-
-    @property
-    def shared(self) -> bool:
-        return self.scorer.shared
-
-    @property
-    def packing(self) -> str:
-        return self.scorer.packing
-
-    @property
-    def fast(self) -> bool:
-        return self.scorer.fast
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer, self.model = scorer, scorer.model
+        self.shared, self.packing, self.fast = scorer.shared, str(scorer.packing), scorer.fast
 
     def rewards(self, batch: PackedBatch) -> Tensor:
         last = torch.tensor(last_positions(batch), device=batch.input_ids.device)
@@ -315,11 +290,7 @@ def make_scorer(model: Any, encoder: bool, tokenizer: Any, packing: str, kernels
 
 
 def find_reward_model(path: str) -> Path | None:
-    """The model folder that a reward of this name means: a run's best or last checkpoint, or the folder itself; None: another kind.
-
-    Raises:
-        CheckpointError: a run without a checkpoint.
-    """
+    """The model folder that a reward of this name means: a run's best or last checkpoint, or the folder itself; None: another kind."""
     folder = Path(path).expanduser()
     if path in BUILT_IN or not folder.is_dir():
         return None
@@ -351,11 +322,7 @@ def check_reward_folder(name: str, folder: Path) -> Any:
 
 
 def load_reward_function(name: str, folder: Path, device: torch.device, policy: PolicyText | None) -> RewardModel:
-    """A reward model from its folder, in the dtype in which it was saved.
-
-    Raises:
-        ConfigError: the folder holds another kind of model. ModelError: it holds none.
-    """
+    """A reward model from its folder, in the dtype in which it was saved; errors as of `check_reward_folder`."""
     config = check_reward_folder(name, folder)
     loaded = load_reward_model(ModelConfig(path=str(folder)), device)
     if loaded.fresh:
@@ -387,9 +354,7 @@ def content_sha256(name: str) -> str | None:
     files = [file] if folder is None else sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json"))
     digest = hashlib.sha256()
     for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        digest.update(path.name.encode() + bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()
 
 
@@ -398,7 +363,7 @@ def content_sha256(name: str) -> str | None:
 SMALL_ENCODER = 50_000_000  # parameters
 
 
-@dataclass(slots=False)
+@dataclass
 class RewardModelParts:
     """One reward model: from a causal model, an encoder, or a reward model.
 
@@ -429,26 +394,11 @@ class RewardModelParts:
         return min(self.data.max_length, context_of(config, self.tokenizer) or self.data.max_length)
 
     def tokenize(self, dataset: Dataset, on_bad_row: str) -> TokenizedDataset:
-        d = self.data
+        how: dict[str, Any] = self.data.model_dump(include={"truncation", "identical"})
+        how |= {"max_length": self.max_length, "on_bad_row": on_bad_row}
         if self.encoder:
-            return tokenize_text_pairs(
-                dataset,
-                self.tokenizer,
-                max_length=self.max_length,
-                truncation=d.truncation,
-                on_bad_row=on_bad_row,
-                identical=d.identical,
-            )
-        return tokenize(
-            dataset,
-            self.tokenizer,
-            template=d.template,
-            max_length=d.max_length,
-            truncation=d.truncation,
-            on_bad_row=on_bad_row,
-            identical=d.identical,
-            add_eos=d.add_eos,
-        )
+            return tokenize_text_pairs(dataset, self.tokenizer, **how)
+        return tokenize(dataset, self.tokenizer, template=self.data.template, add_eos=self.data.add_eos, **how)
 
     def load(self, device: torch.device, seed: int) -> Any:
         """The trainable model in fp32: whole, or an adapter with a head (and whatever else is new) that is trained with it."""

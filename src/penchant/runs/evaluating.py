@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +76,7 @@ class HeldOut:
         folder: the run's, where the start's completions are kept; total_steps: of the whole run.
         fresh: what is asked of the policy beside the method's own evaluation, or None.
         tables: of the last evaluation (a reward model's calibration).
+        step: optimizer steps of the policy that is evaluated; keep: what the start's completions were worth goes into the run's folder.
     """
 
     config: RunConfig
@@ -88,16 +88,33 @@ class HeldOut:
     total_steps: int
     fresh: Fresh | None = None
     tables: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    keep: bool = False
 
     def at(self, step: int, *, keep: bool = False) -> dict[str, Any]:
-        """Metrics of the policy after `step` optimizer steps; `keep`: what the start's completions were worth goes into the run's folder."""
-        return self.config.method.evaluate(_Context(self, step, keep))
+        """Metrics of the policy after `step` optimizer steps."""
+        one = replace(self, step=step, keep=keep)
+        metrics = self.config.method.evaluate(one)
+        self.tables = one.tables
+        return metrics
+
+    @property
+    def parts(self) -> Parts:
+        return self.built.parts
+
+    @property
+    def algorithm(self) -> Any:
+        return self.built.algorithm
+
+    @property
+    def budget(self) -> int:
+        return self.config.evaluation.tokens_per_step or self.config.train.tokens_per_step
 
     # ---- the start --------------------------------------------------------------------------------------------------
 
     def start(self) -> LiveReference:
         """The model that training starts from (or reference.path), run live; it may be loaded for this."""
-        parts = self.built.parts
+        parts = self.parts
         if type(parts.reference) is LiveReference:
             return parts.reference
         if self.config.lora is not None and self.config.reference.path is None:
@@ -109,14 +126,14 @@ class HeldOut:
         if self.config.reference.path is None:
             return self.start()
         if self.config.lora is not None:
-            return adapter_off(self.built.parts.scorer)
-        return LiveReference(frozen_scorer(self.built.parts, self.shared, start=True))
+            return adapter_off(self.parts.scorer)
+        return LiveReference(frozen_scorer(self.parts, self.shared, start=True))
 
-    def rewards_of_start(self, fresh: Fresh, written: Written | None, keep: bool) -> np.ndarray:
+    def _start_rewards(self, fresh: Fresh, written: Written | None) -> np.ndarray:
         """What the start's completions of the same prompts were worth; asked once and kept, so that a resumed run has the same.
 
         Args:
-            written: the start's own, where the policy is still the start; keep: whether they may be written into the run's folder.
+            written: the start's own, where the policy is still the start.
         """
         path = self.folder / START_FILE
         if written is None:
@@ -126,40 +143,17 @@ class HeldOut:
             start = self._start_policy()
             with start.off():
                 written = fresh.write(start.scorer.model, 0)
-        if keep:
+        if self.keep:
             with spared(path, self.console.note):
                 keep_start(path, fresh.asked, rows_of(written, self.rows.tokenizer))
         assert written.rewards is not None
         return written.rewards
 
-
-@dataclass
-class _Context:
-    """One evaluation: what `Method.evaluate` can use (`algorithms.method.EvaluationContext`)."""
-
-    of: HeldOut
-    step: int
-    keep: bool
-
-    @property
-    def parts(self) -> Parts:
-        return self.of.built.parts
-
-    @property
-    def algorithm(self) -> Any:
-        return self.of.built.algorithm
-
-    @cached_property
-    def budget(self) -> int:
-        config = self.of.config
-        return config.evaluation.tokens_per_step or config.train.tokens_per_step
-
-    def start(self) -> LiveReference:
-        return self.of.start()
+    # ---- what `Method.evaluate` can use (`algorithms.method.EvaluationContext`) ---------------------------------------------
 
     def scored(self, algorithm: Algorithm, *, alike: bool = False) -> tuple[Scored, list[TokenTree]]:
-        of, trees = self.of, self.parts.trees[1]
-        at = progress_at(max(0, self.step - 1), of.total_steps)
+        trees = self.parts.trees[1]
+        at = progress_at(max(0, self.step - 1), self.total_steps)
 
         def score() -> tuple[Scored, list[int]]:
             return score_heldout(
@@ -169,14 +163,16 @@ class _Context:
                 tokens_per_step=self.budget,
                 device=self.parts.device,
                 at=at,
-                progress=of.console.counter("held-out rows"),
+                progress=self.console.counter("held-out rows"),
             )
 
         if self.step == 0 and alike:
             # the start's log-probs are the same under every loss; what a loss makes of them is not
             algorithm.begin_step(0, at, trees)
-            needs = tuple(sorted(of.config.method.needs))
-            scored, order = of.shared.once(("start", start_key(of.config), of.rows.key, needs, self.budget), score)
+            needs = tuple(sorted(self.config.method.needs))
+            scored, order = self.shared.once(
+                ("start", start_key(self.config), self.rows.key, needs, self.budget), score
+            )
         else:
             scored, order = score()
         return scored, [trees[i] for i in order]
@@ -186,41 +182,41 @@ class _Context:
 
         Where no model to compare with is held, one is loaded and let go again.
         """
-        of, fresh = self.of, self.of.fresh
+        fresh = self.fresh
         if fresh is None:
             return {}
         asked = json.dumps(fresh.asked, sort_keys=True)
 
         def estimate() -> tuple[Written, dict[str, Any]]:
             written = fresh.write(self.parts.model, self.step)
-            if of.config.method.signal == "tokens":
+            if self.config.method.signal == "tokens":
                 return written, {}
             policy = LiveReference(self.parts.scorer)
             return written, kl_on(policy, self.start(), written.trees, tokens_per_step=self.budget)
 
-        key = ("start completions", start_key(of.config), of.rows.key, asked, self.budget)
-        written, metrics = estimate() if self.step else of.shared.once(key, estimate)
+        key = ("start completions", start_key(self.config), self.rows.key, asked, self.budget)
+        written, metrics = estimate() if self.step else self.shared.once(key, estimate)
         metrics = metrics | completion_figures(written)
         if written.rewards is not None:
-            start = of.rewards_of_start(fresh, None if self.step else written, self.keep)
+            start = self._start_rewards(fresh, None if self.step else written)
             metrics |= gain_figures(written.rewards, start)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     def rewards_of_start(
         self, max_new_tokens: int, sampling: Mapping[str, Any], rewards: np.ndarray
     ) -> np.ndarray | None:
-        of, config = self.of, self.of.config
+        config = self.config
         assert config.reward is not None
         judge = [config.reward.model_dump(mode="json"), reward_contents(config)]
         prompts = [t.prompt_ids.tolist() for t in self.parts.trees[1]]
-        fresh = Fresh(of.rows.tokenizer, prompts, [], max_new_tokens, config.train.seed, None, judge)
-        asked, path = {**fresh.asked, **sampling}, of.folder / START_FILE
+        fresh = Fresh(self.rows.tokenizer, prompts, [], max_new_tokens, config.train.seed, None, judge)
+        asked, path = {**fresh.asked, **sampling}, self.folder / START_FILE
         if self.step:
             return kept_start(path, asked)
         if self.keep:
-            with spared(path, of.console.note):
+            with spared(path, self.console.note):
                 keep_start(path, asked, [{"reward": float(r)} for r in rewards])
         return rewards
 
     def keep_tables(self, tables: Mapping[str, Any]) -> None:
-        self.of.tables = dict(tables)
+        self.tables = dict(tables)

@@ -28,7 +28,7 @@ class Source:
 
     Args:
         name: as a person gave it; base: the whole model, or the one that `adapter` goes on; seed: where the base starts from random
-            weights. tokenizer: folder or hub id.
+            weights. tokenizer: folder or hub id, where it is asked for.
         run: the config of the run that made it, or of the run that would start from it; folder: that run's, where there is one.
         checkpoint: ``step-N``, ``start``, or "" for a model by itself.
         start: what it started from, where that is known.
@@ -36,7 +36,7 @@ class Source:
 
     name: str
     base: ModelConfig
-    tokenizer: str
+    tokenizer: str = ""
     adapter: Path | None = None
     seed: int = 0
     run: RunConfig | None = None
@@ -56,6 +56,13 @@ class Source:
         if self.adapter is not None:
             return merged_model(self.base, self.adapter, device, self.seed)
         return load_causal_model(self.base, device, self.seed)
+
+
+def trained_source(name: str, model: Path, config: RunConfig) -> Source:
+    """A checkpoint's model by its folder, of the run with this config."""
+    if is_adapter(model):
+        return Source(name, config.model, adapter=model, seed=config.train.seed)
+    return Source(name, ModelConfig(path=str(model)))
 
 
 def find_run(given: str, step: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, str] | None:
@@ -118,11 +125,7 @@ def runs_in(given: str, limit: int = 4) -> list[str]:
 
 
 def check_there(given: str) -> None:
-    """A path that is not there is met here rather than by the hub's own words.
-
-    Raises:
-        CheckpointError: it looks like a path and is none of a folder.
-    """
+    """Refuse what looks like a path and is none of a folder (CheckpointError), before the hub does in its own words."""
     path = Path(given).expanduser()
     if path.exists():
         if path.is_file():

@@ -95,8 +95,11 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
             "reference", f"{method.name} has no reference that could move", "leave out ema and sync_every"
         )
 
-    # the model in fp32, and what is trained beside it
-    model = _untrained(config, rows, device, shared)
+    # the model in fp32, and what is trained beside it; a reward model has its adapter already, for its head is trained with it
+    if rows.reward_parts is not None:
+        model = rows.reward_parts.load(device, train.seed)
+    else:
+        model = fresh_model(config, config.model, device, shared)
     set_threads(config, model)
     model = prepared(model, config, rows)
     parts = Parts(
@@ -129,13 +132,6 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the model
-
-
-def _untrained(config: RunConfig, rows: Rows, device: torch.device, shared: Alone) -> Any:
-    """As loaded, in fp32; a reward model has its adapter already, for its head is trained with it."""
-    if rows.reward_parts is not None:
-        return rows.reward_parts.load(device, config.train.seed)
-    return fresh_model(config, config.model, device, shared)
 
 
 def fresh_model(config: RunConfig, source: ModelConfig, device: torch.device, shared: Alone) -> Any:
@@ -190,6 +186,14 @@ def placed(config: RunConfig) -> tuple[torch.device, torch.dtype]:
 def set_threads(config: RunConfig, model: Any) -> None:
     """torch's threads as `train.threads` says for this model."""
     torch.set_num_threads(threads_for(config, sum(p.numel() for p in model.parameters())))
+
+
+def answering(model: Any, config: RunConfig, dtype: torch.dtype) -> Scorer:
+    """A loaded language model that only answers: frozen, in `dtype`, with threads and packing as its config says."""
+    set_threads(config, model)
+    cast_parameters(model, dtype)
+    model.requires_grad_(False).eval()
+    return choose_packing(model, config.train.packing, config.model.kernels)[0]
 
 
 def peak_lr(config: RunConfig, rows: Rows, parameters: int) -> float:

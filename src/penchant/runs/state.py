@@ -12,8 +12,10 @@ from typing import Any
 from penchant.base.files import file_sha256, write_atomically
 from penchant.config import WATCHING_ONLY, RunConfig, default_settings
 from penchant.config.several import Member
+from penchant.data.load import Dataset
 from penchant.errors import CheckpointError
 from penchant.models.merge import model_sha256
+from penchant.models.options import check_model_path
 from penchant.rewards import load_reward
 from penchant.rewards.functions import reward_device
 from penchant.rewards.reward_model import check_reward_folder, find_reward_model
@@ -73,11 +75,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """What several runs have done; empty where nothing is written yet.
-
-    Raises:
-        CheckpointError: the file was damaged.
-    """
+    """What several runs have done; empty where nothing is written yet."""
     if not path.exists():
         return {}
     try:
@@ -159,36 +157,42 @@ def outputs_of(folder: Path) -> dict[str, str]:
     return {model.parent.name: model_sha256(model) for model in sorted(found)}
 
 
-def stage_inputs(
-    config: RunConfig,
-    rewards: Any,
-    data: Mapping[str, str],
-    upstream: Mapping[str, Path],
-    judging: Any = None,
+def inputs_of(
+    config: RunConfig, splits: Sequence[Dataset | None], files: Inputs, upstream: Mapping[str, Path] | None = None
 ) -> Inputs:
-    """Everything that a stage's result depends on, apart from the program.
+    """Everything that a run's result depends on, apart from the program.
 
     Args:
-        config: the stage's, with its references as written (a folder that is moved changes nothing); rewards, judging: reward and evaluation.reward as written;
-        data: fingerprints of its splits; upstream: the model folder behind each reference.
+        config: with references to stages as written (a folder that is moved changes nothing); splits: training and held-out rows.
+        files: of `files_of`; upstream: the model folder behind each reference.
     """
-    settings = config.model_dump(mode="json")
-    for watching_only in WATCHING_ONLY:
-        settings.pop(watching_only)
+    data = {n: d.fingerprint for n, d in zip(("training", "held-out"), splits, strict=True) if d is not None}
+    return {
+        "config": config.model_dump(mode="json", exclude=set(WATCHING_ONLY)),
+        "data": data,
+        "upstream": {text: model_sha256(folder) for text, folder in (upstream or {}).items()},
+        **files,
+        "losses": config.own_contents(),
+    }
+
+
+def files_of(config: RunConfig, *rewards: Any) -> Inputs:
+    """SHA-256 of the models that a config names, and of what its rewards (as they are written) are made of."""
     paths = {
         "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
         "reference.path": config.reference.path,
     }
     local = {k: Path(p).expanduser() for k, p in paths.items() if p is not None and Path(p).expanduser().is_dir()}
-    return {
-        "config": settings,
-        "data": dict(data),
-        "upstream": {text: model_sha256(folder) for text, folder in upstream.items()},
-        "models": {key: model_sha256(folder) for key, folder in local.items()},
-        "rewards": reward_hashes(rewards) | reward_hashes(judging),
-        "losses": config.own_contents(),
-    }
+    hashes = {name: found for reward in rewards for name, found in reward_hashes(reward).items()}
+    return {"models": {key: model_sha256(folder) for key, folder in local.items()}, "rewards": hashes}
+
+
+def check_models(config: RunConfig) -> None:
+    """Refuse folders of models that are not there (ModelError)."""
+    for path in (config.model.path, config.reference.path):
+        if path is not None and not path.startswith("stage:"):
+            check_model_path(path)
 
 
 def reward_terms(reward: Any) -> list[str]:

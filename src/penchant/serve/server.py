@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import signal
 import socket
@@ -20,21 +19,9 @@ from penchant.judges.endpoint import is_loopback
 if TYPE_CHECKING:
     from penchant.serve.app import App
 
-KEY = "PENCHANT_API_KEY"
+KEY = "PENCHANT_API_KEY"  # the environment variable with the key that requests must bring
 CONNECTIONS = 256  # at a time
 GRACE = 5  # seconds for replies under way when the server ends
-
-
-def key_from_environment() -> str | None:
-    """The key that requests must bring; None where none is set.
-
-    Raises:
-        ConfigError: it holds characters that no header carries.
-    """
-    key = os.environ.get(KEY, "").strip()
-    if not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError(KEY, "holds characters that no key has", "set it to letters and digits")
-    return key or None
 
 
 def check_host(host: str, key: str | None) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from penchant.algorithms import ALGORITHMS
 from penchant.base.text import closest
 from penchant.config import (
+    HOLD_OUT,
     SYNONYMS,
     Places,
     RunConfig,
@@ -25,11 +26,11 @@ from penchant.config import (
     read_mapping,
     set_key,
 )
-from penchant.config.several import Member, read_section, read_top
+from penchant.config.several import Member, read_section, read_top, read_values
 from penchant.errors import ConfigError
 from penchant.losses import LOSSES
 from penchant.metrics.names import higher_is_better
-from penchant.sweep.halving import Halving, read_halving
+from penchant.sweep.halving import Halving, check_metric, read_halving
 from penchant.sweep.search import Range, SearchConfig
 
 LONGEST_LABEL = 40  # characters of a value in a folder's name
@@ -42,17 +43,9 @@ _SECTIONS = {
 _OF_A_LOSS = {i.alias or n for s in LOSSES.values() for n, i in s.params.model_fields.items()}
 
 
-@dataclass(frozen=True)
-class Axis:
-    """A key that varies, and its values with their place and the way they stand in a folder's name."""
-
-    key: str
-    values: tuple[Any, ...]
-    labels: tuple[str, ...]
-    places: tuple[str, ...]
-
-    def __iter__(self) -> Iterator[tuple[str, Any, str, str]]:
-        return ((self.key, v, label, p) for v, label, p in zip(self.values, self.labels, self.places, strict=True))
+Setting = tuple[
+    str, Any, str, str
+]  # a key that varies, a value, how it stands in a folder's name, and its place in the file
 
 
 def long_key(key: str, base: Mapping[str, Any], where: str) -> str:
@@ -80,18 +73,14 @@ def long_key(key: str, base: Mapping[str, Any], where: str) -> str:
     raise ConfigError(where, f'unknown key "{key}"', how)
 
 
-def grid(section: Any, places: Places, source: str, base: Mapping[str, Any]) -> dict[str, Axis]:
-    """The axes of a sweep's `grid` section, by key.
-
-    Raises:
-        ConfigError: with the file's line.
-    """
+def grid(section: Any, places: Places, source: str, base: Mapping[str, Any]) -> dict[str, list[Setting]]:
+    """The axes of a sweep's `grid` section, by key."""
     place = place_of(("grid",), places, source)
     if section is None:
         return {}
     if not isinstance(section, dict):
         raise ConfigError(place, f"grid is {section!r}", "indent keys with lists below it: loss.beta: [0.1, 0.3]")
-    axes: dict[str, Axis] = {}
+    axes: dict[str, list[Setting]] = {}
     for path, values in _leaves(section, ("grid",)):
         at = place_of(path, places, source)
         key = long_key(".".join(path[1:]), base, at)
@@ -111,7 +100,7 @@ def _leaves(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[
             yield (*path, key), value
 
 
-def axis(key: str, values: Sequence[Any], places: Sequence[str]) -> Axis:
+def axis(key: str, values: Sequence[Any], places: Sequence[str]) -> list[Setting]:
     """A key with its values, each once."""
     for i, value in enumerate(values):
         if any(value == other and type(value) is type(other) for other in values[:i]):
@@ -120,7 +109,7 @@ def axis(key: str, values: Sequence[Any], places: Sequence[str]) -> Axis:
     for value in values:
         made = label(value)
         labels.append(made if made not in labels else f"{made}_{len(labels) + 1}")
-    return Axis(key, tuple(values), tuple(labels), tuple(places))
+    return [(key, *each) for each in zip(values, labels, places, strict=True)]
 
 
 def label(value: Any) -> str:
@@ -148,7 +137,6 @@ SHAPE = "a sweep is a mapping with output, base and one or more of grid, runs an
 KEYS = ("output", "base", "grid", "runs", "search", "halving", "metric", "direction")
 SEED = "train.seed"
 BASE = "base"  # the name of the one variant of a sweep without `runs`
-HELD_OUT = ("eval_path", "validation_rows", "validation_fraction")
 
 _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
 
@@ -196,8 +184,8 @@ class Sweep:
     trial: Callable[[int, Mapping[str, Any]], SweepRun] | None = field(default=None, compare=False)
 
 
-def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
-    """Read a sweep from a YAML file, or make one of a run's config and the lists on the command line.
+def load_sweep(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep from a YAML file or a mapping, or make one of a run's config and the lists on the command line.
 
     Args:
         overrides: ``key.path=value`` of the sweep's own keys or of the base's; ``key.path=a,b,c`` makes the key vary.
@@ -205,22 +193,13 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     Raises:
         ConfigError: with ``file:line: what, how to fix``; every run's config is checked.
     """
-    values, places = read_mapping(path, SHAPE)
-    return _sweep(plain_values(values), places, overrides, str(path), Path(path).parent)
-
-
-def sweep_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Sweep:
-    """The same from a mapping, for Python callers."""
-    return _sweep(plain_values(values), {}, overrides, "sweep", Path())
-
-
-def _sweep(values: dict[str, Any], places: Places, overrides: Sequence[str], source: str, beside: Path) -> Sweep:
+    values, places, source = read_values(given, SHAPE, "sweep")
     if not set(values) & {"base", "grid", "runs", "search"} and "model" in values:
         values, places = _of_a_run(values, places)
     own, of_base = _told_apart(overrides)
     places = apply_overrides(values, places, own)
     output = read_top(values, KEYS, places, source, "sweep", '"base": base')
-    base, base_places = _base(values, places, source, beside)
+    base, base_places = _base(values, places, source)
     axes = grid(values.get("grid"), places, source, base)
     for text in of_base:
         key, listed = _listed(text)
@@ -243,9 +222,7 @@ def _sweep(values: dict[str, Any], places: Places, overrides: Sequence[str], sou
         _check_run(run)
     metric, higher, place = _metric(values, places, source, [r.config for r in runs])
     settings = {r.setting: r.config for r in reversed(runs)}
-    halving = read_halving(
-        values, places, source, settings, metric, lambda name: higher if name == metric else higher_is_better(name)
-    )
+    halving = read_halving(values, places, source, settings, metric, higher)
     return Sweep(source, maker.output, runs, metric, higher, place, halving)
 
 
@@ -282,12 +259,12 @@ def _listed(text: str) -> tuple[str, list[Any]]:
     return key.strip(), listed
 
 
-def _base(values: Mapping[str, Any], places: Places, source: str, beside: Path) -> tuple[dict[str, Any], Places]:
+def _base(values: Mapping[str, Any], places: Places, source: str) -> tuple[dict[str, Any], Places]:
     """The run's config that everything starts from: inline, or of a file beside the sweep's."""
     base = values.get("base")
     place = place_of(("base",), places, source)
     if isinstance(base, str):
-        near = beside / base
+        near = Path(source).parent / base
         base, found = read_mapping(near if near.exists() else base, SHAPE)
         base = plain_values(base)
     else:
@@ -325,11 +302,8 @@ def _variants(section: Any, places: Places, source: str) -> dict[str, tuple[dict
     return made
 
 
-Setting = tuple[str, Any, str, str]  # key, value, label, place
-
-
 def _products(
-    variants: Mapping[str, tuple[dict[str, Any], Places]], axes: Mapping[str, Axis]
+    variants: Mapping[str, tuple[dict[str, Any], Places]], axes: Mapping[str, list[Setting]]
 ) -> Iterator[tuple[str, tuple[dict[str, Any], Places], list[Setting]]]:
     """Every run's variant and settings: seeds outermost, so that an interrupted sweep has treated all settings alike."""
     rest = [a for key, a in axes.items() if key != SEED]
@@ -381,7 +355,7 @@ def _check_names(runs: Sequence[SweepRun], source: str) -> None:
 
 def _check_run(run: SweepRun) -> None:
     data = run.config.data
-    if all(getattr(data, name) is None for name in HELD_OUT):
+    if all(getattr(data, name) is None for name in HOLD_OUT):
         raise ConfigError(
             place_of(("data",), run.places, run.place),
             "nothing is held out, so runs cannot be compared",
@@ -406,14 +380,13 @@ def _metric(
                 place, f"metric is missing, and these runs have no one ({', '.join(usual)})", "set metric"
             )
         metric = usual[0]
-    if not isinstance(metric, str) or not metric.startswith("eval/") or metric.endswith("/ci"):
-        raise ConfigError(place, f"metric is {metric!r}", "give a held-out figure, e.g. eval/rewards/accuracies")
+    check_metric(metric, "metric", place)
     if direction not in (None, "min", "max"):
         raise ConfigError(place_of(("direction",), places, source), f"direction is {direction!r}", "give min or max")
     return metric, higher_is_better(metric) if direction is None else direction == "max", place
 
 
-def _search(values: Mapping[str, Any], places: Places, source: str, maker: _Maker, axes: Mapping[str, Axis]) -> Sweep:
+def _search(values: Mapping[str, Any], places: Places, source: str, maker: _Maker, axes: Mapping[str, Any]) -> Sweep:
     place = place_of(("search",), places, source)
     if axes or values.get("runs") is not None:
         raise ConfigError(

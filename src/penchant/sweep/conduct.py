@@ -12,14 +12,23 @@ from typing import Any
 
 from penchant.base.files import write_atomically
 from penchant.base.text import did_you_mean
-from penchant.config import WATCHING_ONLY
 from penchant.errors import CheckpointError, ConfigError, PenchantError
-from penchant.models.options import check_model_path
 from penchant.report import LiveReport
 from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, differences
 from penchant.runs import Run
 from penchant.runs.sharing import Shared
-from penchant.runs.state import Inputs, Planned, changes, check_reward, judge, locked, read_state, stage_inputs
+from penchant.runs.state import (
+    Inputs,
+    Planned,
+    changes,
+    check_models,
+    check_reward,
+    files_of,
+    inputs_of,
+    judge,
+    locked,
+    read_state,
+)
 from penchant.sweep import Sweep, SweepRun
 from penchant.sweep.halving import Halving, Standing, standings
 from penchant.sweep.search import SearchConfig, draw
@@ -60,10 +69,8 @@ def stop_the_rest(
         for run in runs:
             record = records.get(run.name, {})
             if not standing.kept and run.setting == standing.setting and record.get("state") == "paused":
-                cut = {
-                    **{"rung": rung, "of": halving.rungs, "rank": standing.rank, "among": len(found)},
-                    **{"metric": halving.metric, "mean": standing.mean},
-                }
+                cut: dict[str, Any] = {"rung": rung, "of": halving.rungs, "rank": standing.rank, "among": len(found)}
+                cut |= {"metric": halving.metric, "mean": standing.mean}
                 record |= {"state": "cut", "cut": cut, "why": why_cut(cut)}
 
 
@@ -133,11 +140,7 @@ class State:
         self.path.with_name(LINES).write_text(text, encoding="utf-8")
 
     def same_search(self, search: SearchConfig, where: str) -> None:
-        """Remember what draws the trials, or refuse where it is not what drew those that are there.
-
-        Raises:
-            CheckpointError: with what changed.
-        """
+        """Remember what draws the trials, or refuse where it is not what drew those that are there (CheckpointError)."""
         now = json.loads(search.model_dump_json(by_alias=True, exclude={"trials"}))
         trials = [name for name in self.runs if name.startswith("trial-")]
         found = differences(self.search, now) if trials and self.search is not None else []
@@ -150,11 +153,7 @@ class State:
         self.search = now
 
     def same_halving(self, halving: Halving | None, runs: Sequence[str], where: str) -> None:
-        """Remember how settings are halved, or refuse where runs have begun that were not judged so; leaving it out is no matter.
-
-        Raises:
-            CheckpointError: with what changed.
-        """
+        """Remember how settings are halved, or refuse where runs have begun that were not judged so; leaving it out is no matter."""
         old, begun = self.about.get("halving"), [name for name in runs if name in self.runs]
         if halving is None or not begun:
             self.about["halving"] = None if halving is None else {**halving.to_json(), "runs": list(runs), "judged": []}
@@ -276,32 +275,20 @@ class SweepConductor:
         return self.sweep.search.trials if self.sweep.search is not None else len(self.sweep.runs)
 
     def inputs(self, run: SweepRun) -> Inputs:
-        """What a run starts from as things are: its settings, rows, models and reward files.
-
-        Raises:
-            ConfigError, DataError, ModelError: with the run's name.
-        """
-        if run.name not in self._inputs:
-            with run.naming():
-                self._inputs[run.name] = self._read_inputs(run)
-        return self._inputs[run.name]
-
-    def _read_inputs(self, run: SweepRun) -> Inputs:
+        """What a run starts from as things are: its settings, rows, models and reward files."""
+        if run.name in self._inputs:
+            return self._inputs[run.name]
         config = run.config
-        for path in (config.model.path, config.reference.path):
-            if path is not None:
-                check_model_path(path)
-        reward = None if config.reward is None else dict(config.reward.terms)
-        judging = config.evaluation.reward
-        judged = None if judging is None else dict(judging.terms)
-        for one in (reward, judged):
-            check_reward(one)
-        splits = Run(config, quiet=True, shared=self.shared).rows.datasets
-        data = {n: d.fingerprint for n, d in zip(("training", "held-out"), splits, strict=True) if d is not None}
-        named = (config.model.path, config.model.tokenizer, config.reference.path, json.dumps([reward, judged]))
-        files = self.shared.once(("files", *named), lambda: stage_inputs(config, reward, {}, {}, judged))
-        settings = config.model_dump(mode="json", exclude=set(WATCHING_ONLY))
-        return {**files, "config": settings, "data": data, "losses": config.own_contents()}
+        rewards = [None if r is None else dict(r.terms) for r in (config.reward, config.evaluation.reward)]
+        named = (config.model.path, config.model.tokenizer, config.reference.path, json.dumps(rewards))
+        with run.naming():
+            check_models(config)
+            for reward in rewards:
+                check_reward(reward)
+            splits = Run(config, quiet=True, shared=self.shared).rows.datasets
+            files = self.shared.once(("files", *named), lambda: files_of(config, *rewards))
+            self._inputs[run.name] = inputs_of(config, splits, files)
+        return self._inputs[run.name]
 
     def known_runs(self) -> list[SweepRun]:
         """The runs of a grid, or the trials of a search that were drawn already."""
@@ -321,11 +308,7 @@ class SweepConductor:
         return planned
 
     def _rungs(self, halving: Halving, run: SweepRun) -> list[int]:
-        """The steps of a run's rungs; the last one is its end.
-
-        Raises:
-            ConfigError: it is too short for them.
-        """
+        """The steps of a run's rungs, the last one its end; ConfigError where it is too short for them."""
         if run.name not in self._steps:
             with run.naming():
                 self._steps[run.name] = Run(run.config, quiet=True, shared=self.shared).schedule.total_steps

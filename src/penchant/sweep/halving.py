@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any
@@ -14,6 +14,7 @@ from penchant.base.section import Section
 from penchant.config import Places, RunConfig, place_of
 from penchant.config.several import read_section
 from penchant.errors import ConfigError
+from penchant.metrics.names import higher_is_better
 
 SCALED = ("eval/loss", "eval/rewards/margins", "eval/rewards/chosen", "eval/rewards/rejected")  # in units of the loss
 
@@ -103,15 +104,12 @@ def read_halving(
     source: str,
     settings: Mapping[str, RunConfig],
     metric: str,
-    higher: Callable[[str], bool],
+    higher: bool,
 ) -> Halving | None:
     """The `halving` section of a sweep, or None.
 
     Args:
-        settings: a config of each; metric: the sweep's; higher: whether higher values of a metric are better.
-
-    Raises:
-        ConfigError: with the file's line.
+        settings: a config of each; metric, higher: the sweep's.
     """
     if values.get("halving") is None:
         return None
@@ -119,10 +117,7 @@ def read_halving(
     config = read_section(HalvingConfig, "halving", values, places, source, "write halving: {rungs: 3, factor: 3}")
     chosen = config.metric or metric
     place = place_of(("halving", "metric"), places, place) if config.metric else place
-    if not chosen.startswith("eval/") or chosen.endswith("/ci"):
-        raise ConfigError(
-            place, f"halving.metric is {chosen!r}", "give a held-out figure, e.g. eval/rewards/accuracies"
-        )
+    check_metric(chosen, "halving.metric", place)
     if len(settings) < 2:
         raise ConfigError(place, "there is one setting only, so nothing can be halved", "leave halving out")
     losses = {json.dumps(c.loss.to_mapping(), sort_keys=True) for c in settings.values()}
@@ -132,4 +127,11 @@ def read_halving(
             f"settings would be halved by {chosen}, but the loss varies, so it is not on one scale",
             "set halving.metric to a figure that means the same for all, e.g. eval/rewards/accuracies",
         )
-    return Halving(config.rungs, config.factor, chosen, higher(chosen), place)
+    better = higher if chosen == metric else higher_is_better(chosen)
+    return Halving(config.rungs, config.factor, chosen, better, place)
+
+
+def check_metric(given: Any, key: str, place: str) -> None:
+    """Runs are told apart by figures of held-out rows."""
+    if not isinstance(given, str) or not given.startswith("eval/") or given.endswith("/ci"):
+        raise ConfigError(place, f"{key} is {given!r}", "give a held-out figure, e.g. eval/rewards/accuracies")

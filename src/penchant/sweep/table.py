@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from penchant.base.text import columns
 from penchant.sweep import SEED, SweepRun
 from penchant.sweep.halving import SCALED
 
@@ -87,19 +88,13 @@ class Table:
 
     def to_text(self) -> str:
         """The table as a person reads it."""
-        head = ("setting", "mean", "spread", "runs")
         body = [(r.setting, _figure(r.mean), _spread(r), _runs(r)) for r in self.rows]
-        widths = [max(len(line[i]) for line in (head, *body)) for i in range(4)]
-        lines = [self._title(), ""]
-        lines += ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in (head, *body)]
-        return "\n".join([*lines, "", *self._words()])
+        table = columns([("setting", "mean", "spread", "runs"), *body])
+        return "\n".join([self._title(), "", table, "", *self._words()])
 
     def _title(self) -> str:
-        rows = (
-            " to ".join(f"{n:,}" for n in dict.fromkeys((self.held_out[0], self.held_out[-1])))
-            if self.held_out
-            else "no"
-        )
+        ends = dict.fromkeys(self.held_out[i] for i in (0, -1)) if self.held_out else ()
+        rows = " to ".join(f"{n:,}" for n in ends) or "no"
         better = "higher" if self.higher else "lower"
         return f"{self.metric} ({better} is better) at the end of each run, {rows} held-out rows"
 

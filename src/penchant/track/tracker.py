@@ -170,14 +170,9 @@ def as_line(row: Mapping[str, Any], kind: str | None = None) -> Line:
         shown: float(value)
         for name, given in row.items()
         if name not in NOT_VALUES
-        for shown, value in _numbers(name_of(name, kind), given)
+        for shown, value in _numbers(f"{kind}/{name.removeprefix(f'{kind}/')}", given)
     }
     return Line(kind, int(row["step"]), values)
-
-
-def name_of(name: str, kind: str) -> str:
-    """What a logged figure is called in a tracker."""
-    return name if name.startswith(f"{kind}/") else f"{kind}/{name}"
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -24,6 +24,7 @@ from penchant.track.tracker import Line, RunInfo, Tail, Tracker, sent_to, unsent
 
 EVERY = 0.5  # seconds between two looks at the logs
 BATCH = 200  # lines of one call: the file that says what was sent is never far behind
+PATIENCE = 1.0  # seconds between two tries of a call that failed, doubled up to a minute
 LAST_TRIES = 2  # calls after the run's end, before what is left is given up
 
 
@@ -32,10 +33,9 @@ class Worker:
 
     Args:
         tracker: made, not started; name: of its file in the run's folder; say: a message to the run's process.
-        patience: seconds between two tries of a call that failed, doubled up to a minute.
     """
 
-    def __init__(self, tracker: Tracker, name: str, info: RunInfo, say: Any, patience: float = 1.0) -> None:
+    def __init__(self, tracker: Tracker, name: str, info: RunInfo, say: Any) -> None:
         self.tracker, self.name, self.info, self.say = tracker, name, info, say
         self.folder = Path(info.folder)
         self.tail = Tail(self.folder)
@@ -43,7 +43,6 @@ class Worker:
         self.sent.error = None
         self.waiting: list[Line] = []
         self.started = False
-        self.patience = patience
         self.not_before = 0.0
         self.failures = 0
 
@@ -90,7 +89,7 @@ class Worker:
         self.say({"where": self.sent.where})
 
     def _failed(self, error: Exception) -> None:
-        self.not_before = time.monotonic() + min(60.0, self.patience * 2.0**self.failures)
+        self.not_before = time.monotonic() + min(60.0, PATIENCE * 2.0**self.failures)
         self.failures += 1
         if self.sent.error is None:
             self.sent.error = told(error)

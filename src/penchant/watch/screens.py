@@ -22,7 +22,6 @@ from penchant.watch.views import (
     RunView,
     interval,
     number,
-    steps_of,
     whole,
 )
 
@@ -381,25 +380,22 @@ def _runs(view: GroupView, size: Size) -> list[Text]:
 
 
 def _row(member: Member, metric: Metric | None, size: Size, mixed: bool) -> list[Text]:
-    step, total = steps_of(member)
-    steps = (
-        Text.assemble(bar(step / total, BAR, size), f" {step:,}/{total:,}")
-        if total
-        else Text(f"{step:,}" if step else "")
-    )
-    end = ""
+    step, total = member.steps
+    steps = Text(f"{step:,}" if step else "")
+    if total:
+        steps = Text.assemble(bar(step / total, BAR, size), f" {step:,}/{total:,}")
+    end, view, took = "", member.view, member.took
     if member.state in ("stopped", "cut"):
         end = member.why.removeprefix("stopped at ")
     elif member.state == "running":
-        speed, left = member.view.speed, member.view.left
-        end = "" if left is None else f"{duration(left)} left"
-        end += "" if speed is None else f", {speed.tokens:,.0f} tokens/s"
-    elif member.state == "finished" and (took := member.took) is not None:
+        end = "" if view.left is None else f"{duration(view.left)} left"
+        end += "" if view.speed is None else f", {view.speed.tokens:,.0f} tokens/s"
+    elif member.state == "finished" and took is not None:
         end = duration(took)
     value = "" if metric is None else with_interval(metric.value, metric.interval)
     if mixed and metric is not None:
         value += f" {metric.name}"
-    return [Text(member.view.name), Text(member.state, STYLES.get(member.state, "")), steps, Text(value), Text(end)]
+    return [Text(view.name), Text(member.state, STYLES.get(member.state, "")), steps, Text(value), Text(end)]
 
 
 def _shown(view: GroupView) -> Member | None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from penchant.base.text import clean
 from penchant.runfolder import CONFIG, IDENTITY, METRICS, PIPELINE, SWEEP
 from penchant.runfolder.read import Held, Whole, follow, json_object, lock_of
-from penchant.runfolder.values import mapping, mappings, number_of, sequence
+from penchant.runfolder.values import algorithm_of, is_online, mapping, mappings, number_of, sequence
 from penchant.watch.plot import Point
 
 # ---- Numbers that a terminal can draw ----
@@ -148,6 +148,10 @@ class RunView:
         return timed if logged <= timed < logged + every else logged
 
     @property
+    def _train(self) -> dict[str, Any]:
+        return mapping(self.config.get("train"))
+
+    @property
     def total(self) -> int | None:
         """Optimizer steps of the whole run: as the manifest says, or from epochs where an older run's does not."""
         said = whole(self.manifest.get("total_steps"))
@@ -155,8 +159,7 @@ class RunView:
             return said
         if self.state == "finished":
             return whole(self.manifest.get("steps"))
-        train = mapping(self.config.get("train"))
-        epochs, most = number(train.get("epochs")), whole(train.get("max_steps"))
+        epochs, most = number(self._train.get("epochs")), whole(self._train.get("max_steps"))
         step, epoch = whole(self.last.get("step")), number(self.last.get("epoch"))
         if not epochs or not step or not epoch:
             return most
@@ -166,8 +169,7 @@ class RunView:
     @property
     def epoch(self) -> tuple[float | None, float | None]:
         """(done, of)."""
-        train = mapping(self.config.get("train"))
-        epochs, total, epoch = number(train.get("epochs")), self.total, number(self.last.get("epoch"))
+        epochs, total, epoch = number(self._train.get("epochs")), self.total, number(self.last.get("epoch"))
         step = whole(self.last.get("step"))
         if epochs is not None and total and step and epoch:
             epochs = min(epochs, total * epoch / step)  # train.max_steps may end it sooner
@@ -199,21 +201,18 @@ class RunView:
         return max(0.0, time.time() - started.timestamp())
 
     @property
-    def algorithm(self) -> str | None:
-        """An algorithm's name; None for the losses on given answers."""
-        found = self.config.get("algorithm")
-        name = found.get("name") if isinstance(found, dict) else found
-        return name if isinstance(name, str) else None
-
-    @property
     def method(self) -> str:
         loss = self.config.get("loss")
-        name = self.algorithm or self.manifest.get("loss") or (loss.get("name") if isinstance(loss, dict) else loss)
+        name = (
+            algorithm_of(self.config)
+            or self.manifest.get("loss")
+            or (loss.get("name") if isinstance(loss, dict) else loss)
+        )
         return clean(name, 40) if isinstance(name, str) else ""
 
     @property
     def online(self) -> bool:
-        return "reward" in self.last or self.algorithm not in (None, "reward_model")
+        return "reward" in self.last or is_online(self.config)
 
     def edges(self, key: str) -> tuple[float, float] | None:
         """A training figure's mean over its first and over its last steps: a tenth of all, at most EDGE."""
@@ -239,11 +238,10 @@ class RunView:
                 why = Whole[Any](batch, json_object, {}).read().get("what")
             known = isinstance(why, str)
             return ("stopped", clean(why, 300)) if known else ("interrupted", "it ended before its last step")
-        if said == "running":
-            return "interrupted", "its process ended without a word; the same command continues"
         if said is None:
             return "interrupted", "it has no manifest.json" if self.step else "before its first step"
-        return "interrupted", "the same command continues"
+        ended = "its process ended without a word; " if said == "running" else ""
+        return "interrupted", f"{ended}the same command continues"
 
 
 # ---- Several runs, followed: those of a sweep, of a pipeline, of a folder, or as they are named ----
@@ -293,6 +291,12 @@ class Member:
     def took(self) -> float | None:
         """Seconds: of all its sessions where its record says them."""
         return number(self.record.get("seconds")) or self.view.took
+
+    @property
+    def steps(self) -> tuple[int, int | None]:
+        """(done, of): where the run's files are gone or of another session, as its record says."""
+        said = whole(self.record.get("steps"))
+        return (self.view.step or said or 0), self.view.total or (said if self.state == "finished" else None)
 
     @property
     def _at_rung(self) -> dict[str, Any]:
@@ -354,17 +358,19 @@ class GroupView:
         self.members = made
 
     def _listed(self) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
-        if self._file is None or self.folder is None:
-            below = self.folder
-            for path in self.named if below is None else runs_below(below):
-                yield clean(path if below is None else path.relative_to(below), 200), path, {}
-            return
-        records = mapping(self.record.get("runs" if self.kind == "sweep" else "stages"))
-        records = {k: v for k, v in records.items() if isinstance(v, dict)}
-        names = sequence(self.about.get("runs"))
-        for name in dict.fromkeys([*(n for n in names if isinstance(n, str)), *(() if names else records)]):
-            if Path(name).name == name and name not in ("", "..") and "\0" not in name:  # no path that leads elsewhere
-                yield clean(name, 200), self.folder / name, records.get(name, {})
+        if self.folder is None:
+            yield from ((clean(path, 200), path, {}) for path in self.named)
+        elif self._file is None:
+            yield from ((clean(path.relative_to(self.folder), 200), path, {}) for path in runs_below(self.folder))
+        else:
+            records = mapping(self.record.get("runs" if self.kind == "sweep" else "stages"))
+            records = {k: v for k, v in records.items() if isinstance(v, dict)}
+            names = [n for n in sequence(self.about.get("runs")) if isinstance(n, str)] or records
+            for name in dict.fromkeys(names):
+                if (
+                    Path(name).name == name and name not in ("", "..") and "\0" not in name
+                ):  # no path that leads elsewhere
+                    yield clean(name, 200), self.folder / name, records.get(name, {})
 
     # ---- what follows ---------------------------------------------------------------------------------------------
 
@@ -390,13 +396,8 @@ class GroupView:
         if not self.going or not speeds or not totals or self.kind == "pipeline":
             return None
         usual, steps = sum(speeds) / len(speeds), sum(totals) / len(totals)
-        seconds = 0.0
-        for m in self.members:
-            if not m.ended:
-                own = m.view.speed
-                todo = max(0.0, (m.view.total or steps) - m.view.step)
-                seconds += todo * (own.seconds if own is not None else usual)
-        return seconds / at_once
+        todo = [(m, max(0.0, (m.view.total or steps) - m.view.step)) for m in self.members if not m.ended]
+        return sum(n * (s.seconds if (s := m.view.speed) is not None else usual) for m, n in todo) / at_once
 
 
 def runs_below(folder: Path) -> list[Path]:
@@ -433,9 +434,3 @@ def open_view(paths: Sequence[Path]) -> RunView | GroupView:
     if not is_run(folder) and runs_below(folder):
         return GroupView(clean(folder, 200), "runs", folder)
     return RunView(folder, clean(folder, 200))
-
-
-def steps_of(member: Member) -> tuple[int, int | None]:
-    """(done, of): where the run's files are gone or of another session, as its record says."""
-    said = whole(member.record.get("steps"))
-    return (member.view.step or said or 0), member.view.total or (said if member.state == "finished" else None)

@@ -18,7 +18,7 @@ import numpy as np
 from penchant.data.audit import Leakage, is_empty, sensitive
 from penchant.data.audit.counters import Copies, Near, View
 from penchant.data.audit.findings import Places
-from penchant.data.load import IDENTICAL, Quarantined, is_identical, json_line, stream_preferences
+from penchant.data.load import IDENTICAL, is_identical, json_line, stream_preferences
 from penchant.data.read import BadRow, Row
 from penchant.errors import DataError
 
@@ -222,7 +222,9 @@ def _decide(
                 leakage.update(1, result)
             accepted.append(len(flags))
         elif not made.left_out:  # an option leaves it out of training; nothing is wrong with it
-            mark |= bit[_kind_of_bad(row, made.aside[0])]
+            bad = made.aside[0]
+            of_row = "identical" if bad.what.startswith(IDENTICAL) else "empty" if is_empty(bad) else "bad_rows"
+            mark |= bit[of_row if isinstance(row, Row) else "unreadable"]
         if groups and isinstance(row, Row):
             found: Counter[str] = Counter()
             masked(row.values, groups, found)
@@ -248,14 +250,6 @@ def _by_rule(copies: Copies, near: Near | None, leakage: Leakage | None, rules: 
     if leakage is not None:
         found["leakage"] = leakage.shared(1)[-len(first) :]
     return {rule: which for rule, which in found.items() if rule in rules}
-
-
-def _kind_of_bad(row: Row | BadRow, result: Quarantined) -> str:
-    if isinstance(row, BadRow):
-        return "unreadable"
-    if result.what.startswith(IDENTICAL):
-        return "identical"
-    return "empty" if is_empty(result) else "bad_rows"
 
 
 # ---- Masking ----

@@ -72,10 +72,6 @@ class Group:
     fold: Callable[[Sequence[Fields]], Fields]
 
 
-def _anything(row: Fields) -> bool:
-    return True
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
     """A published layout of rows.
@@ -96,7 +92,7 @@ class Layout:
     example: Fields
     source: str
     options: Mapping[str, Option] = field(default_factory=dict)
-    check: Callable[[Fields], bool] = _anything
+    check: Callable[[Fields], bool] | None = None
     shows: str = ""
     group: Group | None = None
     rest: tuple[Fields, ...] = ()
@@ -112,7 +108,7 @@ class Layout:
 
     def fits(self, row: Fields) -> bool:
         """Whether a row looks like this layout."""
-        return all(c in row for c in self.columns) and self.check(row)
+        return all(c in row for c in self.columns) and (self.check is None or self.check(row))
 
     @property
     def why(self) -> str:
@@ -153,7 +149,7 @@ LAYOUTS: dict[str, Layout] = dict.fromkeys(_TABLE)  # type: ignore[arg-type,assi
 
 
 def layout(
-    name: str, *, check: Callable[[Fields], bool] = _anything, group: Group | None = None
+    name: str, *, check: Callable[[Fields], bool] | None = None, group: Group | None = None
 ) -> Callable[[Converter], Converter]:
     """Make a function the converter of a layout of layouts.yaml.
 

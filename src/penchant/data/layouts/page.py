@@ -116,7 +116,8 @@ def markdown() -> str:
         cells = (f"[`{layout.name}`](#{layout.name})", kinds(layout), layout.summary, layout.why, layout.source)
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     for layout in LAYOUTS.values():
-        lines += ["", f"## {layout.name}", "", f"{_sentence(layout.summary)} Published as: {layout.source}.", ""]
+        summary = layout.summary[0].upper() + layout.summary[1:] + "."
+        lines += ["", f"## {layout.name}", "", f"{summary} Published as: {layout.source}.", ""]
         if layout.options:
             lines += ["| `data.layout_options` | default | meaning |", "|---|---|---|"]
             lines += [f"| `{n}` | `{_value(o.default)}` | {meaning(o)} |" for n, o in layout.options.items()]
@@ -126,10 +127,6 @@ def markdown() -> str:
         lines += [json.dumps(tree_json(t), ensure_ascii=False) for t in layout.example_trees]
         lines.append("```")
     return "\n".join(lines) + "\n"
-
-
-def _sentence(words: str) -> str:
-    return words[0].upper() + words[1:] + "."
 
 
 # ---- The first rows of a file: `penchant data show` ----
