@@ -326,7 +326,7 @@ def test_what_only_people_read_stops_no_run(
     monkeypatch.setattr("penchant.report.LiveReport._write", WRITE_REPORT)
     run = world.fresh()
     for name in ("perf.jsonl", "samples.jsonl", "audit.json", "flags.json", "report.html"):
-        (run / name).unlink()
+        (run / name).unlink(missing_ok=True)
         (run / name).mkdir()
     api.train(world.config)
     told = capsys.readouterr().err

@@ -116,8 +116,7 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
             stages = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
             how = f"it is a pipeline: give its stages, such as {folder / stages[0] if stages else 'PIPELINE/STAGE'}"
         raise CheckpointError(str(folder), "is not a run" if folder.is_dir() else "no such run", how)
-    for file in (CONFIG, MANIFEST, IDENTITY):
-        check_whole(folder / file)
+    check_whole(folder / CONFIG)
     config = load_config(folder / CONFIG)
     if config.method.learns_reward:
         raise ConfigError(str(folder), "is a reward model, which writes nothing", "leave it out; it can be --reward")
@@ -126,6 +125,8 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
         _ = manifest["data"]["train"]["fingerprint"], manifest["model"]["sha256"], manifest["tokenizer_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(str(folder / MANIFEST), f"cannot be read ({error})", "train the run again") from error
+    for file in (MANIFEST, IDENTITY):
+        check_whole(folder / file)
     contents = {k: v for k, v in read(folder).identity.items() if k.startswith("content of reward")}
     return TrainedRun(name, folder, with_absolute_paths(config), manifest, contents, model_folder(folder, step))
 
