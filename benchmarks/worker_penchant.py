@@ -17,7 +17,7 @@ from measure import Clock, finish
 
 
 class ClockConsole:
-    """A `training.loop.Console` that marks the end of every optimizer step."""
+    """A console (`training/console.py`) that marks the end of every optimizer step."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock

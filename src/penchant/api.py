@@ -1,7 +1,4 @@
-"""What the command line does, as a handful of calls.
-
-`load_preferences`, `train`, `evaluate`, `compare`, `audit`, `pipeline`, `sweep`, `report`.
-"""
+"""What the command line does, as calls; docs/python.md has a line for each."""
 
 from __future__ import annotations
 
@@ -10,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penchant.errors import ConfigError
-from penchant.requests import CompareRequest, EvalRequest, ExportRequest, GetRequest, request_of, shows
+from penchant.requests import (
+    CompareRequest,
+    EvalRequest,
+    ExportRequest,
+    FixRequest,
+    GetRequest,
+    request_of,
+    shows,
+    write_output,
+)
 
 if TYPE_CHECKING:
     from penchant.compare import RunComparison
@@ -25,24 +31,6 @@ if TYPE_CHECKING:
     from penchant.plan import Plan
     from penchant.runs import TrainResult
     from penchant.sweep.conduct import SweepResult
-
-__all__ = [
-    "audit",
-    "compare",
-    "evaluate",
-    "export",
-    "flags",
-    "get_data",
-    "load_preferences",
-    "pipeline",
-    "pipeline_plan",
-    "plan",
-    "report",
-    "sweep",
-    "sweep_plan",
-    "track",
-    "train",
-]
 
 
 def load_preferences(path: str | Sequence[str], **options: Any) -> Dataset:
@@ -204,6 +192,8 @@ def audit_files(
     Raises:
         DataError: a file that cannot be read. ConfigError: a reward or function that cannot be loaded.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError("limit", f"is {limit}", "give 1 or more")
     from penchant.data.audit import audit_files as run_audit
     from penchant.data.audit import names_of
 
@@ -213,33 +203,24 @@ def audit_files(
 
 
 def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Path:
-    """Write an audit as one self-contained HTML file."""
+    """Write an audit as one self-contained HTML file.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     from penchant.report.audit import render_audit
 
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(render_audit(audit.to_json(), title), encoding="utf-8")
-    return file
+    return write_output(path, render_audit(audit.to_json(), title))
 
 
-def fix(
-    source: str | Path,
-    output: str | Path,
-    *,
-    drop: Sequence[str] = (),
-    keep: Sequence[str] = (),
-    redact: Sequence[str] = (),
-    against: Sequence[str | Path] = (),
-    shape: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    overwrite: bool = False,
-) -> Fixed:
+@shows(FixRequest)
+def fix(source: str | Path, output: str | Path, **asked: Any) -> Fixed:
     """Write a cleaned copy of a data file, and ``OUTPUT.touched.jsonl`` with every row that was dropped or changed.
 
     Args:
-        drop: rules beyond the safe ones; keep: safe ones that are not used; redact: ``pii``, ``secrets``.
-        against: files whose prompts must not stand in the copy (rule ``leakage``).
-        columns: ``{our field: your column}``; the copy keeps yours.
+        asked: ``drop``: rules beyond the safe ones; ``keep``: safe ones that are not used; ``redact``: ``pii``, ``secrets``;
+            ``against``: files whose prompts must not stand in the copy (rule ``leakage``); ``columns``: ``{our field: your column}``
+            (the copy keeps yours); ``shape``, ``overwrite``; see `penchant.requests.FixRequest`.
 
     Raises:
         DataError: a file that cannot be read, an unknown rule, an output that is the input or is there already.
@@ -247,17 +228,10 @@ def fix(
     from penchant.data.audit.fix import default_rules
     from penchant.data.audit.fix import fix as run_fix
 
-    rules, others = default_rules(drop, keep), [str(a) for a in against]
-    return run_fix(
-        str(source),
-        output,
-        drop=rules,
-        redact=redact,
-        against=others,
-        shape=shape,
-        columns=columns,
-        overwrite=overwrite,
-    )
+    r = request_of(FixRequest, {"source": source, "output": output, **asked}, "data fix")
+    rules, others = default_rules(tuple(r.drop), tuple(r.keep)), [str(a) for a in r.against]
+    reading: dict[str, Any] = {"shape": r.shape, "columns": r.columns, "overwrite": r.overwrite}
+    return run_fix(r.source, r.output, drop=rules, redact=tuple(r.redact), against=others, **reading)
 
 
 def _own_counters(reward: str | None, check: str | None) -> list[Any]:
@@ -346,7 +320,7 @@ def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Seq
 
     if isinstance(config, RunConfig):
         if overrides:
-            raise ConfigError("overrides", "a RunConfig is final", "give a mapping or a path together with overrides")
+            raise ConfigError("overrides", "cannot change a RunConfig", "give a mapping or a path with them")
         return config
     if isinstance(config, Mapping):
         return config_from_mapping(config, list(overrides))

@@ -66,6 +66,21 @@ def _plain(value: Any, several: bool) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def write_output(path: str | Path, text: str) -> Path:
+    """Write a text where a person wants it.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    file = Path(path).expanduser()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be written ({error.strerror})", "give another place") from error
+    return file
+
+
 # ---- `penchant eval` ----
 
 WRITES = "what the model writes"
@@ -215,7 +230,10 @@ def _rule(text: str) -> str | float:
 def _value(text: str) -> Any:
     import yaml
 
-    return yaml.safe_load(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("--set", f"{text!r} is not YAML", "write name=value, such as margin=1.5") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +289,34 @@ class GetRequest:
     def labels(self) -> bool:
         """Whether a reward or a function says which answers are good."""
         return self.reward is not None or self.label_with is not None
+
+
+# ---- `penchant data fix` ----
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.replace(" ", "").split(",") if name)
+
+
+@dataclass(frozen=True, slots=True)
+class FixRequest:
+    """What `penchant data fix` writes; docs/data_audit.md explains each rule."""
+
+    source: str = option("a data file, which is left as it is", MISSING, "IN", positional=True)
+    output: str = option("the copy: JSONL, or Parquet if IN is Parquet", MISSING, "OUT", positional=True)
+    drop: str | tuple[str, ...] = option(
+        "rules to apply beyond the safe ones (bad_rows, empty, identical, duplicates): near_duplicates, contradictions, "
+        "near_contradictions, cycles, secrets, pii, leakage; separated by commas",
+        "",
+        "RULES",
+        read=_names,
+    )
+    keep: str | tuple[str, ...] = option("safe rules to switch off", "", "RULES", read=_names)
+    redact: str | tuple[str, ...] = option("what to mask in the rows that stay: pii, secrets", "", "KINDS", read=_names)
+    against: tuple[str, ...] = option("for --drop leakage: a split whose prompts are dropped (repeatable)", (), "FILE")
+    shape: str = option("layout of the rows (default: detected from the columns)", "auto")
+    columns: Mapping[str, str] = option("", {})
+    overwrite: bool = option("overwrite OUT", False)
 
 
 # ---- `penchant chat`, `penchant serve` ----

@@ -42,7 +42,7 @@ def made(seed: int = 0, **config: Any) -> PPO:
     torch.nn.init.normal_(head.weight, std=0.3)
     cfg = PPOConfig(**{"name": "ppo", "max_new_tokens": 6, "epochs": 1, "temperature": 1.0, **config})
     reference = LiveReference(Scorer(tiny_model("llama", seed=1), "shared"))
-    return PPO(Scorer(tiny_model("llama", seed=seed), "shared"), reference, head, Fixed(), cfg, 20)  # type: ignore[arg-type]
+    return PPO(Scorer(tiny_model("llama", seed=seed), "shared"), reference, Fixed(), cfg, 20, head)  # type: ignore[arg-type]
 
 
 def gradients(ppo: PPO, sizes: list[int]) -> torch.Tensor:
@@ -50,7 +50,7 @@ def gradients(ppo: PPO, sizes: list[int]) -> torch.Tensor:
 
 
 def extras(ppo: PPO, name: str) -> torch.Tensor:
-    return torch.cat([g.extras[name] for g in ppo.buffer.groups])
+    return torch.cat([g.extras[name] for g in ppo.groups])
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -75,7 +75,7 @@ def test_the_first_update_has_ratio_1_and_reinforces_with_the_advantages() -> No
     got = gradients(ppo, [4])
     model = ppo.scorer.model
     model.zero_grad()
-    batch = pack([g.tree for g in ppo.buffer.groups])
+    batch = pack([g.tree for g in ppo.groups])
     tokens = ppo.scorer.logps(batch).tokens
     (-(extras(ppo, "advantages") * tokens).mean()).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -101,7 +101,7 @@ def test_values_learn_their_returns() -> None:
     ppo = made(value_clip=None, value_coef=1.0)
     optimizer = torch.optim.Adam(ppo.value_head.parameters(), lr=0.05)
     ppo.begin_step(0, 0.0, [])
-    batch = pack([g.tree for g in ppo.buffer.groups])
+    batch = pack([g.tree for g in ppo.groups])
     errors = []
     for _ in range(60):
         out = ppo.loss(ppo.score(batch))
@@ -116,7 +116,7 @@ def test_a_value_model_of_its_own_leaves_the_policys_hidden_states_alone() -> No
     ppo = made()
     ppo.value_scorer = Scorer(tiny_model("llama", seed=3), "shared")
     ppo.begin_step(0, 0.0, [])
-    out = ppo.loss(ppo.score(pack([g.tree for g in ppo.buffer.groups])))
+    out = ppo.loss(ppo.score(pack([g.tree for g in ppo.groups])))
     out.terms["value"][0].mean().backward()
     assert all(p.grad is None or not p.grad.any() for p in ppo.scorer.model.parameters())
     assert any(p.grad is not None and p.grad.any() for p in ppo.value_scorer.model.parameters())
@@ -160,7 +160,7 @@ def test_the_ratio_guard_refuses_a_whole_step(tmp_path: Path, jump: float, taken
     """By the mean ratio of all micro-batches together: e^2 is within the limit of 10, e^5 is not."""
     ppo = made()
     trees = ppo.begin_step(0, 0.0, [])
-    for g in ppo.buffer.groups:
+    for g in ppo.groups:
         g.extras["old"] = g.extras["old"] - jump  # as if the policy had jumped
     parameters = list(ppo.scorer.model.parameters())
     before = [p.detach().clone() for p in parameters]
@@ -216,7 +216,7 @@ def test_every_clip_changes_a_later_update(option: dict[str, Any]) -> None:
     def loss(**config: Any) -> torch.Tensor:
         ppo = made(**config)
         batch = pack(ppo.begin_step(0, 0.0, []))
-        for g in ppo.buffer.groups:
+        for g in ppo.groups:
             g.extras["old"] = g.extras["old"] - 0.3
             g.extras["values"] = g.extras["values"] + 1.0
         out = ppo.loss(ppo.score(batch))

@@ -13,7 +13,7 @@ from tiny import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from penchant.algorithms.group import GroupConfig, GroupPolicyGradient
-from penchant.algorithms.rollouts import Buffer, Group, Writer
+from penchant.algorithms.rollouts import Group, OnPolicy, Writer
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference
@@ -104,9 +104,13 @@ def test_completions_end_with_eos_and_those_that_do_not_pay_for_it(model: Any) -
 
 
 def test_minibatches_are_cut_anew_in_every_epoch_and_miss_nobody(model: Any) -> None:
-    buffer = Buffer(writer(model, samples=2, max_new_tokens=1), epochs=3, minibatches=2)
+    class Unprepared(OnPolicy):
+        def prepare(self, groups: list[Group]) -> None: ...
+
+    writes: Any = writer(model, samples=2, max_new_tokens=1, epochs=3, minibatches=2)
+    algorithm = Unprepared(Scorer(model, "shared"), None, writes, writes.config, 50)  # type: ignore[arg-type]
     trees = prompts(*(str(i) for i in range(8)))
-    parts = [sorted(t.row for t in buffer.part(step, trees, lambda groups: None)) for step in range(6)]
+    parts = [sorted(t.row for t in algorithm.begin_step(step, 0.0, trees)) for step in range(6)]
     assert all(sorted(a + b) == [10 + i for i in range(8)] for a, b in zip(parts[::2], parts[1::2], strict=True))
     assert len({tuple(p) for p in parts[::2]}) > 1
 

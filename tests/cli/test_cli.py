@@ -159,6 +159,14 @@ def test_overrides_are_not_called_required(command: str, needed: str, capsys: py
     assert capsys.readouterr().err == f"penchant: the following arguments are required: {needed}\n"
 
 
+@pytest.mark.parametrize(("command", "meant"), [(["trian"], "train"), (["data", "gett"], "get")])
+def test_a_mistyped_command_is_named(command: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(command)
+    said = capsys.readouterr().err
+    assert repr(command[-1]) in said and f'did you mean "{meant}"' in said
+
+
 def test_eval_of_a_sweeps_folder_names_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("dpo-seed-0", "ipo-seed-0"):
         (tmp_path / name).mkdir()

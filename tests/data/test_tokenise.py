@@ -11,6 +11,7 @@ from tiny import tiny_tokenizer
 
 from penchant.data.audit import audit
 from penchant.data.split import split_by_prompt
+from penchant.data.templates import end_ids
 from penchant.data.tokenize import encode_texts, tokenize
 from penchant.errors import ConfigError, DataError, ModelError
 
@@ -238,3 +239,188 @@ def test_the_last_chunk_of_a_document_is_whole() -> None:
     done = tokenize(from_rows([{"text": "0123456789" * 5}, {"text": "short"}]), tiny_tokenizer(), max_length=16)
     flags = [t.truncated for t in done.trees]
     assert flags == [(True,)] * (len(flags) - 2) + [(False,)] * 2
+
+
+# ---- the answer in the context of its prompt, and its end -------------------------------------------------------------
+
+
+def _words(*extra: str) -> list[str]:
+    return ["<s>", "</s>", "<unk>", *extra]
+
+
+def _sentencepiece(scheme: str) -> Any:
+    """A SentencePiece-type tokenizer of single letters and two words, which puts a dummy space before a text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [*"abcdefghijklmnopqrstuvwxyz.:|<>/\n", "\u2581", "\u2581g", "\u2581gi", "\u2581girl", "gi", "girl"]
+    pairs = [("\u2581", "g"), ("\u2581g", "i"), ("g", "i")]
+    vocab = {t: i for i, t in enumerate(_words(*letters, "\u2581l", "rl"))}
+    merges = [*pairs, ("r", "l"), ("\u2581gi", "rl"), ("gi", "rl")]
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
+    if scheme == "prepend":
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
+        inner.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "always", "first"])
+@pytest.mark.parametrize("prompt, answer", [("a", " girl."), ("a\n", "girl."), ("a ", "girl."), ("a gi", "rl.")])
+def test_an_answer_is_encoded_as_behind_its_prompt(scheme: str, prompt: str, answer: str) -> None:
+    """No dummy space at the boundary: the ids are those of the text in one piece, and at any rate they decode to it."""
+    tokenizer = _sentencepiece(scheme)
+    tree = _only([_pair(prompt, answer, " b")], tokenizer, add_eos=False)
+    ours = [*tree.prompt_ids.tolist(), *tree.completion_ids[0].tolist()]
+    assert tokenizer.decode(ours) == prompt + answer
+    whole = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+    if prompt in ("a", "a\n"):  # where no token spans the boundary
+        assert ours == whole
+
+
+def test_special_tokens_before_an_answer_are_its_context() -> None:
+    tokenizer = _sentencepiece("always")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+    )
+    tree = _only([{"prompt": "abc", "chosen": "girl", "rejected": "b"}], tokenizer)
+    text = "<s>user\nabc</s>\n<s>assistant\ngirl</s>"
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [*tree.prompt_ids.tolist(), *tree.completion_ids[0].tolist()] == whole
+
+
+def test_eos_stands_once_whatever_the_template_and_the_row_write_behind_an_answer() -> None:
+    """A SentencePiece-type tokenizer writes a line break behind EOS with two ids, which no single white-space id undoes."""
+    tokenizer = _sentencepiece("always")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '</s>\n\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    for answer in ("girl", "girl</s>", "girl</s>\n"):
+        tree = _only([{"prompt": "abc", "chosen": answer, "rejected": "b"}], tokenizer)
+        ids = tree.completion_ids[0].tolist()
+        assert ids.count(EOS) == 1 and ids[-1] == EOS and tokenizer.decode(ids) == "girl</s>"
+
+
+def _turn_template(end: str) -> str:
+    return (
+        "{% for m in messages %}{{ '<s>' + m['role'] + ': ' + m['content'] + '" + end + "\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<s>assistant: ' }}{% endif %}"
+    )
+
+
+def test_a_turn_that_ends_with_another_token_gets_no_eos_behind_it() -> None:
+    """Gemma, Phi: the template's end of a turn is not the tokenizer's EOS."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    tokenizer.chat_template = _turn_template("<end_of_turn>")
+    turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert end_ids(tokenizer) == {EOS, turn}
+    ids = _only([_pair()], tokenizer).completion_ids[0].tolist()
+    assert tokenizer.decode(ids) == "good<end_of_turn>"
+
+
+def test_the_ends_of_an_answer_are_those_of_tokenizer_template_and_generation_config() -> None:
+    from types import SimpleNamespace
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>", "<|other|>"]})
+    eot, other = tokenizer.convert_tokens_to_ids(["<|eot|>", "<|other|>"])
+    letter = tokenizer("a", add_special_tokens=False)["input_ids"][0]
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[eot, letter]))
+    assert end_ids(tokenizer) == {EOS}
+    assert end_ids(tokenizer, model) == {EOS, eot}  # a letter ends nothing
+    tokenizer.chat_template = _turn_template("<|other|>")
+    assert end_ids(tokenizer, model) == {EOS, eot, other}
+
+
+# ---- templates that write a prompt differently once it is answered ------------------------------------------------------
+
+OPENS_A_THOUGHT = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + ('</s>' if m['role'] == 'assistant' else '') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant:' + ('' if quick else '<think>\n') }}{% endif %}"
+)
+MOVES_SYSTEM = (
+    "{% set sys = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + (sys + '\n\n' if loop.last and sys else '') + m['content'] + '[/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
+)
+CUTS_THOUGHTS = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'].split('</think>')[-1] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"
+)
+
+
+def _chat_row(answer: str = "yes") -> dict[str, Any]:
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Odd?"}]
+    return {
+        "prompt": turns,
+        "chosen": [{"role": "assistant", "content": answer}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+
+
+def _tokenizer_with(template: str) -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_prompt_that_opens_a_thought_ends_where_the_answer_differs() -> None:
+    tokenizer = _tokenizer_with(OPENS_A_THOUGHT)
+    done = tokenize(from_rows([_chat_row()]), tokenizer, max_length=96)
+    tree = done.trees[0]
+    assert tokenizer.decode(tree.prompt_ids) == "<s>system:Be kind.<s>user:Odd?<s>assistant:"
+    assert tokenizer.decode(tree.completion_ids[0]) == "yes</s>"
+    assert done.moved_prompts == 1 and "1 prompts that the template" in done.summary()
+    answered = tokenize(from_rows([_chat_row("<think>\nhm</think>yes")]), tokenizer, max_length=96)
+    assert tokenizer.decode(answered.trees[0].completion_ids[0]) == "<think>\nhm</think>yes</s>"
+    both = _chat_row("<think>\nhm</think>yes")
+    both["rejected"][0]["content"] = "<think>\nno</think>no"
+    done = tokenize(from_rows([both]), tokenizer, max_length=96)
+    assert done.moved_prompts == 0 and tokenizer.decode(done.trees[0].prompt_ids).endswith("<think>\n")
+    assert tokenizer.decode(done.trees[0].completion_ids[0]) == "hm</think>yes</s>"
+
+
+def test_template_options_reach_the_template() -> None:
+    tokenizer = _tokenizer_with(OPENS_A_THOUGHT)
+    done = tokenize(from_rows([_chat_row()]), tokenizer, max_length=96, template_options={"quick": True})
+    assert done.moved_prompts == 0
+    assert tokenizer.decode(done.trees[0].prompt_ids).endswith("<s>assistant:")
+    with pytest.raises(ConfigError, match="template_options"):
+        _only([_pair()], tiny_tokenizer(), template_options={"quick": True})
+
+
+def test_a_system_text_that_moves_leaves_the_prompt_as_generation_has_it() -> None:
+    tokenizer = _tokenizer_with(MOVES_SYSTEM)
+    done = tokenize(from_rows([_chat_row()]), tokenizer, max_length=96)
+    asked = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Odd?"}]
+    tree = done.trees[0]
+    assert tokenizer.decode(tree.prompt_ids) == tokenizer.apply_chat_template(asked, tokenize=False)
+    assert [tokenizer.decode(c) for c in tree.completion_ids] == [" yes</s>", " no</s>"]
+    assert done.moved_prompts == 1
+
+
+def test_a_template_that_cuts_the_answer_makes_a_bad_row_that_shows_both() -> None:
+    row = _chat_row("<think>because</think>yes")
+    with pytest.raises(DataError) as error:
+        _only([row], _tokenizer_with(CUTS_THOUGHTS), max_length=96)
+    assert "<think>because</think>yes" in str(error.value) and "'yes</s>'" in str(error.value)
+    done = tokenize(from_rows([row, _chat_row()]), _tokenizer_with(CUTS_THOUGHTS), max_length=96, on_bad_row="skip")
+    assert (done.accepted, len(done.quarantined)) == (1, 1)
+
+
+def test_what_a_model_wrote_is_taken_as_the_template_leaves_it() -> None:
+    row = _chat_row("<think>because</think>yes")
+    tree = _only([row], tokenizer := _tokenizer_with(CUTS_THOUGHTS), max_length=96, strict=False)
+    assert tokenizer.decode(tree.completion_ids[0]) == "yes</s>"
+
+
+def test_a_prompt_that_is_answered_already_is_a_bad_row() -> None:
+    row = _chat_row()
+    row["prompt"] = [*row["prompt"], {"role": "assistant", "content": "an answer"}]
+    with pytest.raises(DataError, match="assistant turn"):
+        _only([row], _tokenizer_with(CUTS_THOUGHTS), max_length=96)

@@ -152,7 +152,8 @@ def test_its_command_counts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = recipe("Add a command", COMMAND)
-    monkeypatch.setattr(cli, "COMMANDS", (*cli.COMMANDS, SimpleNamespace(add=made["add"])))
+    monkeypatch.setitem(sys.modules, "penchant.cli.count", SimpleNamespace(add=made["add"]))
+    monkeypatch.setattr(cli, "COMMANDS", [*cli.COMMANDS, "count"])
     data = write_jsonl(tmp_path / "pairs.jsonl", polite_rows(5))
     assert cli.main(["count", data]) == 0 and cli.main(["count", data, "--limit", "2"]) == 0
     assert capsys.readouterr().out.split() == ["5", "2"]

@@ -360,9 +360,9 @@ def test_prepared_products_follow_the_sizes_of_passes_and_the_capacity(
         tokens = [tree_tokens(run.rows.trees[0][i], True) for i in run.schedule.batch(step)]
         met |= {sum(tokens[i] for i in part) for part in plan_balanced(tokens, 300)}
     assert sizes == len(met) > 1
-    assert prepared("0") == sizes * WITH_GRADIENT.kernels * KERNEL
+    assert prepared("0") == sizes * WITH_GRADIENT[0] * KERNEL
     assert prepared("16") - prepared("0") == 16 * PRODUCT
-    assert prepared("100000") - prepared("0") == sizes * WITH_GRADIENT.products * PRODUCT
+    assert prepared("100000") - prepared("0") == sizes * WITH_GRADIENT[1] * PRODUCT
     config["model"]["dtype"] = "fp32"
     assert prepared("16") == 0
 

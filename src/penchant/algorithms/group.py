@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from penchant.algorithms.method import Parts
-from penchant.algorithms.rollouts import (
-    Buffer,
-    Group,
-    OnlineConfig,
-    Writer,
-    reward_metrics_of,
-    score_groups,
-)
-from penchant.base.lazy import lazy
+from penchant.algorithms.rollouts import Group, OnlineConfig, OnPolicy, reward_metrics_of, score_groups
+from penchant.base.lazy import Tensor, lazy, torch
 from penchant.losses.policy_gradient import clipped_surrogate, group_normalized, leave_one_out
-from penchant.types import Algorithm, LossOutput, PackedBatch, TokenTree
+from penchant.types import LossOutput, PackedBatch
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from penchant.logprobs import Scorer
     from penchant.logprobs import reference as references
-    from penchant.logprobs.reference import LiveReference
     from penchant.losses import divergences
 else:
-    torch, references = lazy("torch"), lazy("penchant.logprobs.reference")
-    divergences = lazy("penchant.losses.divergences")
+    references, divergences = lazy("penchant.logprobs.reference"), lazy("penchant.losses.divergences")
 
 
 class GroupConfig(OnlineConfig):
@@ -71,35 +58,15 @@ class ScoredTokens:
 
 
 @dataclass(slots=True)
-class GroupPolicyGradient(Algorithm):
+class GroupPolicyGradient(OnPolicy):
     """RLOO (arXiv 2402.14740) and GRPO (arXiv 2402.03300).
 
     RLOO: ``A_i = R_i - mean_{j != i} R_j`` with ``R = r - beta sum_t (log pi - log ref)``, summed over a completion's tokens.
     GRPO: ``A_i = (r_i - mean r) / std r``, and ``beta k3`` of each token in the loss.
     Both: the clipped surrogate of PPO; on the first update of a batch of rollouts its gradient is ``-A grad log pi``.
-
-    Args:
-        scorer: the policy, with the rollouts' temperature; reference: runs once a batch of rollouts.
-        writer: samples and judges; config: the method; tokens_per_step: tokens of one forward pass.
     """
 
-    scorer: Scorer
-    reference: LiveReference
-    writer: Writer
-    config: OnlineConfig
-    tokens_per_step: int
-    buffer: Buffer = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.buffer = Buffer(self.writer, self.config.epochs, self.config.minibatches)
-
-    # ---- a step ---------------------------------------------------------------------------------------------------
-
-    def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
-        """The groups of this update: new rollouts at the first update of an iteration, else a part of the old ones."""
-        return self.buffer.part(step, trees, self._prepare)
-
-    def _prepare(self, groups: list[Group]) -> None:
+    def prepare(self, groups: list[Group]) -> None:
         """Advantages; and, where rollouts serve several updates, log-probs by the engine that trains: the first ratio is exactly 1."""
         passes: list[Callable[[PackedBatch], Mapping[str, Tensor]]] = [
             lambda batch: {"ref": self.reference.token_logps(batch)}
@@ -127,9 +94,9 @@ class GroupPolicyGradient(Algorithm):
 
     def score(self, batch: PackedBatch) -> ScoredTokens:
         tokens = self.scorer.logps(batch).tokens
-        ref, advantages = (self.buffer.of(batch, name).to(tokens) for name in ("ref", "advantages"))
+        ref, advantages = (self.extra(batch, name).to(tokens) for name in ("ref", "advantages"))
         # with one update a batch of rollouts, the policy that is trained is the one that wrote
-        old = tokens.detach() if self.config.updates == 1 else self.buffer.of(batch, "old").to(tokens)
+        old = tokens.detach() if self.config.updates == 1 else self.extra(batch, "old").to(tokens)
         return ScoredTokens(tokens, old, ref, advantages, batch.completion_of, batch.lengths.to(tokens.dtype))
 
     def loss(self, scored: ScoredTokens) -> LossOutput:
@@ -153,18 +120,9 @@ class GroupPolicyGradient(Algorithm):
         size = s.lengths if cfg.loss_mean == "sequence" else torch.full_like(s.lengths, cfg.max_new_tokens)
         return LossOutput(_sums(losses, s) / size, None, metrics)
 
-    # ---- around a step ----------------------------------------------------------------------------------------------
-
     def step_values(self) -> dict[str, float]:
-        groups = self.buffer.groups
+        groups = self.groups
         return reward_metrics_of(groups) | {"kl/policy_ref": float(torch.cat([g.extras["kl"] for g in groups]).mean())}
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """The current rollouts: a run that stops between two updates goes on with the same ones."""
-        return self.buffer.state_tensors()
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        self.buffer.load_state_tensors(tensors)
 
 
 def _sums(values: Tensor, s: ScoredTokens) -> Tensor:

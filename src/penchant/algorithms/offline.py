@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from penchant.algorithms.method import EvaluationContext, Method, Parts, Signal
-from penchant.base.lazy import lazy
+from penchant.base.lazy import Tensor, lazy, torch
 from penchant.data.packing import batches_of
 from penchant.errors import ConfigError
 from penchant.losses.helpers import Metrics, reward_metrics, side_metrics
@@ -15,20 +15,17 @@ from penchant.losses.registry import LossParams, LossSpec
 from penchant.losses.schedules import Schedule
 from penchant.losses.section import LossConfig
 from penchant.losses.unpaired import kto_z0
-from penchant.types import LossOutput, PackedBatch, PairLogps, Scored, TokenTree, UnpairedLogps, Weighted
+from penchant.types import Algorithm, LossOutput, PackedBatch, PairLogps, Scored, TokenTree, UnpairedLogps, Weighted
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from penchant import logprobs
-    from penchant.logprobs import CompletionLogps, Scorer
+    from penchant.logprobs import Scorer
     from penchant.logprobs import reference as references
     from penchant.logprobs.reference import Reference
     from penchant.losses import divergences
 else:
-    torch, logprobs = lazy("torch"), lazy("penchant.logprobs")
-    references, divergences = lazy("penchant.logprobs.reference"), lazy("penchant.losses.divergences")
+    logprobs, divergences = lazy("penchant.logprobs"), lazy("penchant.losses.divergences")
+    references = lazy("penchant.logprobs.reference")
 
 # needs of a loss that change nothing in the log-probs that a pass over held-out rows leaves
 SCORED_ALIKE = frozenset({"reference", "scores", "score_gap", "labels", "delta", "batch"})
@@ -118,7 +115,7 @@ class Component:
 
 
 @dataclass(slots=True)
-class Offline:
+class Offline(Algorithm):
     """Losses of the registry on packed batches of a fixed data set.
 
     ``loss = sum_c weight_c loss_c (+ nll_weight x SFT on the chosen completions)``
@@ -187,10 +184,9 @@ class Offline:
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
         """Every term's denominator: what the loss says of made-up log-probs, since weights do not depend on them."""
         zeros = torch.zeros(len(batch.lengths), device=batch.lengths.device)
+        names = ("ref_logps", "divergence", "alignment", "policy_shared_logps", "ref_shared_logps")
         with torch.no_grad():
-            out = self.loss(
-                self._scored(batch, logprobs.CompletionLogps(zeros, zeros.new_zeros(0), zeros), zeros, zeros, zeros)
-            )
+            out = self.loss(_scored(batch, zeros, **dict.fromkeys(names, zeros)))
         return {
             name: float(values.numel()) if weights is None else float(weights.double().sum())
             for name, (values, weights) in out.summands().items()
@@ -198,54 +194,30 @@ class Offline:
 
     def score(self, batch: PackedBatch) -> Scored:
         # the reference first: its activations are gone before the policy's are made
-        needs, reference = self.needs, self.reference
+        needs, reference, per_completion = self.needs, self.reference, logprobs.per_completion
         shared = "shared_logps" in needs
+        ref_tokens = ref = None
         if "divergence" in needs:
             assert isinstance(reference, references.LiveReference)
             (params,) = (p for c, p in zip(self.components, self._now, strict=True) if "divergence" in c.spec.needs)
             kind = divergences.DivergenceKind(params.divergence, params.direction, params.renyi_alpha)  # type: ignore[attr-defined]
             policy = self.scorer.divergence(batch, reference.row_logits(batch), kind)
-            assert policy.ref_tokens is not None and policy.divergence is not None
-            ref_tokens = policy.ref_tokens if shared else None
-            divergence = logprobs.per_completion(policy.divergence, batch)
-            return self._scored(
-                batch, policy, logprobs.per_completion(policy.ref_tokens, batch), divergence, None, ref_tokens
-            )
-        ref_tokens = ref = None
-        if reference is not None and "reference" in needs:
-            ref_tokens = reference.token_logps(batch) if shared else None
-            ref = logprobs.per_completion(ref_tokens, batch) if ref_tokens is not None else reference.logps(batch)
-        policy = self.scorer.logps(batch, alignment="alignment" in needs)
-        return self._scored(batch, policy, ref, None, None, ref_tokens)
-
-    def _scored(
-        self,
-        batch: PackedBatch,
-        policy: CompletionLogps,
-        ref: Tensor | None,
-        divergence: Tensor | None,
-        shared: Tensor | None,
-        ref_tokens: Tensor | None = None,
-    ) -> Scored:
-        dtype = policy.sums.dtype
-        ref_shared = shared
-        if shared is None and ref_tokens is not None:
-            first = _first_tokens(batch).to(dtype)
-            shared = logprobs.per_completion(policy.tokens * first, batch)
-            ref_shared = logprobs.per_completion(ref_tokens.to(dtype) * first, batch)
-        return Scored(
-            tree=batch.completion_tree,
-            slot=batch.completion_slot,
-            lengths=batch.lengths.to(dtype),
-            policy_logps=policy.sums,
-            ref_logps=None if ref is None else ref.to(dtype),
-            labels=None if batch.labels is None else batch.labels.to(dtype),
-            scores=None if batch.scores is None else batch.scores.to(dtype),
-            policy_shared_logps=shared,
-            ref_shared_logps=ref_shared,
-            alignment=policy.alignment,
-            divergence=divergence,
-        )
+            ref_tokens = policy.ref_tokens
+        else:
+            if reference is not None and "reference" in needs:
+                ref_tokens = reference.token_logps(batch) if shared else None
+                ref = None if shared else reference.logps(batch)
+            policy = self.scorer.logps(batch, alignment="alignment" in needs)
+        columns = {"ref_logps": ref, "alignment": policy.alignment}
+        if policy.divergence is not None:
+            columns["divergence"] = per_completion(policy.divergence, batch)
+        if ref_tokens is not None:
+            columns["ref_logps"] = per_completion(ref_tokens, batch)
+        if ref_tokens is not None and shared:
+            first = _first_tokens(batch).to(policy.tokens.dtype)
+            columns["policy_shared_logps"] = per_completion(policy.tokens * first, batch)
+            columns["ref_shared_logps"] = per_completion(ref_tokens.to(first.dtype) * first, batch)
+        return _scored(batch, policy.sums, **columns)
 
     def loss(self, scored: Scored) -> LossOutput:
         parts = [self._component(c, p, scored) for c, p in zip(self.components, self._now, strict=True)]
@@ -291,9 +263,6 @@ class Offline:
             z0=self._z0 if "z0" in spec.needs else None,
             delta=self.delta if "delta" in spec.needs else None,
         )
-
-    def accepts(self, means: Mapping[str, float]) -> bool:
-        return True
 
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
         """BCO's running mean of rewards, and a reference that follows the policy."""
@@ -343,6 +312,13 @@ class Offline:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # views
+
+
+def _scored(batch: PackedBatch, policy_logps: Tensor, **columns: Tensor | None) -> Scored:
+    """A pass over a batch, in the type of the policy's log-probs; `columns`: what else of `Scored` is known."""
+    columns = {"lengths": batch.lengths, "labels": batch.labels, "scores": batch.scores, **columns}
+    typed: dict[str, Any] = {n: None if v is None else v.to(policy_logps.dtype) for n, v in columns.items()}
+    return Scored(tree=batch.completion_tree, slot=batch.completion_slot, policy_logps=policy_logps, **typed)
 
 
 def pair_view(scored: Scored) -> PairLogps:

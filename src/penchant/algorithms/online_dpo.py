@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,10 +12,7 @@ from penchant.algorithms.method import Parts, Rollouts
 from penchant.algorithms.offline import Component, Offline
 from penchant.algorithms.rollouts import Group, OnlineConfig, Writer, reward_metrics_of
 from penchant.losses import LOSSES
-from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from penchant.types import TokenTree
 
 
 class OnlineDPOConfig(OnlineConfig):
@@ -44,18 +41,17 @@ class OnlineDPOConfig(OnlineConfig):
     def build(self, parts: Parts) -> OnlineDPO:
         writer, dpo = self.writer(parts), LOSSES["dpo"]
         component = Component(dpo, dpo.params.model_validate({"beta": self.kl_weight}))
-        return OnlineDPO(Offline(parts.scorer, [component], parts.live_reference), writer)
+        return OnlineDPO(parts.scorer, [component], parts.live_reference, writer=writer)
 
 
-@dataclass(slots=True)
-class OnlineDPO(Algorithm):
+@dataclass(slots=True, kw_only=True)
+class OnlineDPO(Offline):
     """Online DPO (arXiv 2402.04792): DPO on pairs that are written and judged in each step.
 
     Args:
-        offline: DPO with a reference that runs in each step; writer: samples and judges.
+        writer: samples and judges; the rest is of `Offline`, with a reference that runs in each step.
     """
 
-    offline: Offline
     writer: Writer
     _groups: list[Group] = field(default_factory=list)
 
@@ -64,29 +60,11 @@ class OnlineDPO(Algorithm):
         self._groups = self.writer.write(trees, step)
         pairs = [best_against_worst(g) for g in self._groups]
         # every prompt stays in the step's count of trees, so at least one pair must be there to train on
-        return self.offline.begin_step(step, progress, [p for p in pairs if p is not None])
-
-    def weights(self, batch: PackedBatch) -> Mapping[str, float]:
-        return self.offline.weights(batch)
-
-    def score(self, batch: PackedBatch) -> Scored:
-        return self.offline.score(batch)
-
-    def loss(self, scored: Scored) -> LossOutput:
-        return self.offline.loss(scored)
+        return Offline.begin_step(self, step, progress, [p for p in pairs if p is not None])
 
     def step_values(self) -> dict[str, float]:
         used = sum(best_against_worst(g) is not None for g in self._groups)
-        return {**reward_metrics_of(self._groups), "pairs": float(used), **self.offline.step_values()}
-
-    def end_step(self, step: int, means: Mapping[str, float]) -> None:
-        self.offline.end_step(step, means)
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        return self.offline.state_tensors()
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        self.offline.load_state_tensors(tensors)
+        return {**reward_metrics_of(self._groups), "pairs": float(used), **Offline.step_values(self)}
 
 
 def best_against_worst(group: Group) -> TokenTree | None:

@@ -5,32 +5,28 @@ docs/ppo.md lists every detail with its source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from penchant.algorithms.method import Parts
-from penchant.algorithms.rollouts import Buffer, Group, OnlineConfig, Writer, reward_metrics_of, score_groups
-from penchant.base.lazy import lazy
+from penchant.algorithms.rollouts import Group, OnlineConfig, OnPolicy, reward_metrics_of, score_groups
+from penchant.base.lazy import Tensor, lazy, torch
 from penchant.data.tokenize import same_tokens
 from penchant.errors import ConfigError
 from penchant.losses.policy_gradient import at_last_token, clipped_surrogate, clipped_value_loss, gae, whitened
 from penchant.models.options import ModelConfig
-from penchant.types import Algorithm, LossOutput, PackedBatch, TokenTree
+from penchant.types import LossOutput, PackedBatch
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from penchant.logprobs import Scorer
-    from penchant.logprobs.reference import LiveReference
     from penchant.losses import divergences
     from penchant.models.reward import ValueHead, ValueModel
     from penchant.rewards import RewardConfig
 else:
-    torch, divergences = lazy("torch"), lazy("penchant.losses.divergences")
+    divergences = lazy("penchant.losses.divergences")
 
 
 class PPOConfig(OnlineConfig):
@@ -103,7 +99,7 @@ class PPOConfig(OnlineConfig):
         own = None
         if value.backbone is not None:
             own = Scorer(value.backbone, scorer.packing, "auto" if scorer.fast else "off")
-        return PPO(scorer, parts.live_reference, value.head, writer, self, parts.config.train.tokens_per_step, own)
+        return PPO(scorer, parts.live_reference, writer, self, parts.config.train.tokens_per_step, value.head, own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,40 +116,28 @@ class ScoredSteps:
 
 
 @dataclass(slots=True)
-class PPO(Algorithm):
+class PPO(OnPolicy):
     """PPO (arXiv 1707.06347) on completions, as in arXiv 1909.08593 and 2009.01325.
 
     Token reward ``r_t = -beta kl_t``, plus the completion's reward at its last real token; advantages by GAE; loss
     ``mean_t [-min(ratio A, clip(ratio) A)] + value_coef mean_t [value loss]`` over the tokens of a minibatch.
 
     Args:
-        scorer: the policy, with the rollouts' temperature; reference: runs once a batch of rollouts.
         value_head: on the policy's hidden states, or on `value_scorer`'s, a model of its own.
-        writer: samples and judges; config: the method; tokens_per_step: tokens of one forward pass.
     """
 
-    scorer: Scorer
-    reference: LiveReference
-    value_head: ValueHead
-    writer: Writer
     config: PPOConfig
-    tokens_per_step: int
+    value_head: ValueHead
     value_scorer: Scorer | None = None
-    buffer: Buffer = field(init=False)
     beta: float = field(init=False)
     _moments: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # count, mean, sum of squares
 
     def __post_init__(self) -> None:
-        self.buffer = Buffer(self.writer, self.config.epochs, self.config.minibatches)
         self.beta = self.config.start_beta
 
     # ---- rollouts ---------------------------------------------------------------------------------------------------
 
-    def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
-        """The completions of this update: new rollouts at the first update of an iteration, else a part of the old ones."""
-        return self.buffer.part(step, trees, self._prepare)
-
-    def _prepare(self, groups: list[Group]) -> None:
+    def prepare(self, groups: list[Group]) -> None:
         """Old log-probs and values by the engine that trains, token rewards, advantages and returns."""
         cfg = self.config
         passes = [self._old_and_values, lambda batch: {"ref": self.reference.token_logps(batch)}]
@@ -211,7 +195,7 @@ class PPO(Algorithm):
         logps = self.scorer.logps(batch, hidden=hidden).tokens
         values = self._values(batch, hidden)
         old, old_values, ref, advantages, returns = (
-            self.buffer.of(batch, name).to(logps) for name in ("old", "values", "ref", "advantages", "returns")
+            self.extra(batch, name).to(logps) for name in ("old", "values", "ref", "advantages", "returns")
         )
         return ScoredSteps(logps, values, old, old_values, ref, advantages, returns)
 
@@ -239,7 +223,7 @@ class PPO(Algorithm):
     # ---- around a step ------------------------------------------------------------------------------------------------
 
     def step_values(self) -> dict[str, float]:
-        groups = self.buffer.groups
+        groups = self.groups
         drift = torch.cat([g.extras["old"] - g.extras["ref"] for g in groups])
         count = sum(len(g.tree.completion_ids) for g in groups)
         return reward_metrics_of(groups) | {"kl/policy_ref": float(drift.sum() / count), "beta": self.beta}
@@ -251,10 +235,10 @@ class PPO(Algorithm):
     def state_tensors(self) -> dict[str, Tensor]:
         """The rollouts, the adaptive beta and the running moments of rewards."""
         own = {"beta": torch.tensor(self.beta, dtype=torch.float64), "moments": self._moments.clone()}
-        return self.buffer.state_tensors() | own
+        return OnPolicy.state_tensors(self) | own
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        self.buffer.load_state_tensors(tensors)
+        OnPolicy.load_state_tensors(self, tensors)
         if "beta" in tensors:
             self.beta, self._moments = float(tensors["beta"]), tensors["moments"].clone()
 

@@ -51,7 +51,7 @@ class RewardModelConfig(AlgorithmConfig):
 
 @dataclass(slots=True)
 class RewardTraining(Algorithm):
-    """The Bradley-Terry loss on packed batches of pairs; see `losses/reward.py`.
+    """The Bradley-Terry loss on packed batches of pairs; see `losses/supervised.py`.
 
     Args:
         scorer: the reward model; config: margin, label smoothing, centring.

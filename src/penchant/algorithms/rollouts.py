@@ -10,19 +10,15 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from penchant.algorithms.method import AlgorithmConfig, EvaluationContext, Parts, Rollouts, Signal
-from penchant.base.lazy import lazy
+from penchant.base.lazy import Tensor, torch
 from penchant.data.packing import batches_of
 from penchant.errors import ConfigError
-from penchant.types import PackedBatch, TokenTree
+from penchant.types import Algorithm, PackedBatch, TokenTree
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from penchant.logprobs import Scorer
+    from penchant.logprobs.reference import LiveReference
     from penchant.rewards import Reward
-else:
-    torch = lazy("torch")
 
 
 class OnlineConfig(AlgorithmConfig):
@@ -107,7 +103,8 @@ class OnlineConfig(AlgorithmConfig):
         from penchant.rewards.reward_model import PolicyText
 
         parts.scorer.temperature = parts.live_reference.scorer.temperature = self.temperature
-        policy = PolicyText(parts.tokenizer, parts.config.data.template, parts.prompts())
+        data = parts.config.data
+        policy = PolicyText(parts.tokenizer, data.template, parts.prompts(), data.template_options)
         judge = load_reward(parts.config.reward, policy, parts.device)
         return Writer(parts.model, parts.tokenizer, judge, self, parts.config.train.seed)
 
@@ -163,6 +160,7 @@ class Writer:
         Raises:
             RewardError: the reward function failed; it names the completion.
         """
+        from penchant.data.templates import end_ids
         from penchant.rollout.generate import sample
 
         cfg = self.config
@@ -177,7 +175,7 @@ class Writer:
             top_k=cfg.top_k,
             seed=(self.seed * 1_000_003 + iteration) % 2**63,
             prompt_seeds=[t.row for t in prompts],
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=end_ids(self.tokenizer, self.model),
         )
         asked = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
         texts = [[self.tokenizer.decode(s.ids, skip_special_tokens=True) for s in row] for row in rows]
@@ -197,46 +195,48 @@ class Writer:
 
 
 @dataclass(slots=True)
-class Buffer:
-    """The rollouts of an iteration and the part of them that an update trains on; survives a checkpoint between two updates.
+class OnPolicy(Algorithm):
+    """What RLOO, GRPO and PPO share: the rollouts of an iteration, and the part of them that an update trains on.
 
     Args:
-        writer: samples and judges; epochs, minibatches: of each iteration.
+        scorer: the policy, with the rollouts' temperature; reference: runs once a batch of rollouts.
+        writer: samples and judges; config: the method; tokens_per_step: tokens of one forward pass.
     """
 
+    scorer: Scorer
+    reference: LiveReference
     writer: Writer
-    epochs: int
-    minibatches: int
-    groups: list[Group] = field(default_factory=list)
-    iteration: int = -1
-    by_row: dict[int, Group] = field(default_factory=dict)
+    config: OnlineConfig
+    tokens_per_step: int
+    groups: list[Group] = field(default_factory=list, init=False)
+    iteration: int = field(default=-1, init=False)
+    _by_row: dict[int, Group] = field(default_factory=dict, init=False)
 
-    @property
-    def updates(self) -> int:
-        return self.epochs * self.minibatches
-
-    def part(
-        self, step: int, prompts: Sequence[TokenTree], prepare: Callable[[list[Group]], None]
-    ) -> Sequence[TokenTree]:
-        """The trees of optimizer step `step`: new rollouts (made ready by `prepare`) at an iteration's first update."""
-        iteration, update = divmod(step, self.updates)
+    def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
+        """The groups of this update: new rollouts at an iteration's first update, else a part of the old ones."""
+        iteration, update = divmod(step, self.config.updates)
         if iteration != self.iteration:
-            groups = self.writer.write(prompts, iteration)
-            prepare(groups)
+            groups = self.writer.write(trees, iteration)
+            self.prepare(groups)
             self.groups, self.iteration = groups, iteration
-        epoch, at = divmod(update, self.minibatches)
+        epoch, at = divmod(update, self.config.minibatches)
         order = np.random.default_rng([self.writer.seed, iteration, epoch]).permutation(len(self.groups))
-        mine = sorted(np.array_split(order, self.minibatches)[at].tolist())
+        mine = sorted(np.array_split(order, self.config.minibatches)[at].tolist())
         chosen = [self.groups[i] for i in mine]
-        self.by_row = {g.tree.row: g for g in chosen}
+        self._by_row = {g.tree.row: g for g in chosen}
         return [g.tree for g in chosen]
 
-    def of(self, batch: PackedBatch, name: str) -> Tensor:
+    def prepare(self, groups: list[Group]) -> None:
+        """Make new rollouts ready to train on: advantages, and what else the loss takes, as extras."""
+        raise NotImplementedError
+
+    def extra(self, batch: PackedBatch, name: str) -> Tensor:
         """An extra of the groups in a batch, in its order."""
-        return torch.cat([self.by_row[row].extras[name] for row in batch.rows]).to(batch.input_ids.device)
+        return torch.cat([self._by_row[row].extras[name] for row in batch.rows]).to(batch.input_ids.device)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        if self.iteration < 0 or self.updates == 1:
+        """The current rollouts: a run that stops between two updates goes on with the same ones."""
+        if self.iteration < 0 or self.config.updates == 1:
             return {}
         packed = {f"rollouts/{name}": value.contiguous() for name, value in pack_groups(self.groups).items()}
         return packed | {"iteration": torch.tensor(self.iteration)}

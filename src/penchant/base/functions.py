@@ -47,12 +47,13 @@ def python_object(name: str, where: str) -> Any:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(where, f"{path}: no such file", "give the path of a Python file, then :function")
-    module: Any = importlib.util.module_from_spec(made := _module_spec(file))
-    sys.modules[made.name] = module  # dataclasses look their module up there
+    spec: Any = importlib.util.spec_from_file_location(f"penchant_own_{file.stem}", file)
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         # not exec_module: it may take what was compiled before an edit within the same second, and leaves __pycache__ behind
         with no_exit():
-            exec(made.loader.source_to_code(file.read_bytes(), str(file)), module.__dict__)
+            exec(spec.loader.source_to_code(file.read_bytes(), str(file)), module.__dict__)
     except (Exception, SystemExit) as error:  # a script that ends itself must not end the run unsaid
         raise ConfigError(where, f"{path} cannot be imported ({type(error).__name__}: {error})", "fix it") from error
     function = getattr(module, attribute, None)
@@ -80,10 +81,6 @@ def no_exit() -> Iterator[None]:
         yield
     finally:
         os._exit = real
-
-
-def _module_spec(file: Path) -> Any:
-    return importlib.util.spec_from_file_location(f"penchant_own_{file.stem}", file)
 
 
 def is_own(name: str) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 from functools import cached_property
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["F", "Tensor", "lazy", "torch"]
 
 
 class _Lazy:
@@ -23,3 +25,12 @@ class _Lazy:
 def lazy(name: str) -> Any:
     """The module, imported at the first use of one of its attributes."""
     return _Lazy(name)
+
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+else:
+    torch, F = lazy("torch"), lazy("torch.nn.functional")
+    Tensor = "Tensor"  # for annotations alone, which are never evaluated

@@ -1,11 +1,32 @@
-"""The base of every typed section of a config: strict, frozen, unknown keys refused."""
+"""The base of every typed section of a config, and how a key's values and bounds are written."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
+
+SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 class Section(BaseModel):
-    """A config section; every field carries a one-line `description`."""
+    """A config section: strict, frozen, unknown keys refused; every field carries a one-line `description`."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+def as_yaml(value: Any) -> str:
+    """A setting's value as YAML would have it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def bounds(info: FieldInfo) -> str:
+    """The range of a number: ``> 0, <= 1``; empty where it has none."""
+    return ", ".join(
+        f"{sign} {getattr(m, name):g}" for m in info.metadata for name, sign in SIGNS.items() if hasattr(m, name)
+    )

@@ -4,50 +4,35 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 from penchant import __version__
-from penchant.base.text import closest
-from penchant.cli import (
-    compare,
-    config,
-    data,
-    demo,
-    eval,
-    export,
-    importing,
-    init,
-    losses,
-    plan,
-    report,
-    serve,
-    sweep,
-    track,
-    train,
-)
+from penchant.base.text import did_you_mean
 
-# in the order of `penchant --help`
-COMMANDS = (
-    demo,
-    init,
-    plan,
-    train,
-    sweep,
-    eval,
-    compare,
-    data,
-    report,
-    export,
-    track,
-    serve,
-    losses,
-    config,
-    importing,
-)
+# modules of this package, in the order of `penchant --help`
+COMMANDS = [
+    "demo",
+    "init",
+    "plan",
+    "train",
+    "sweep",
+    "eval",
+    "compare",
+    "data",
+    "report",
+    "export",
+    "track",
+    "serve",
+    "losses",
+    "config",
+    "importing",
+]
 
 EXIT_CODES = """exit codes:
   0  done                        3  the run stopped itself (NaN/Inf, failed step-0 check)
@@ -74,13 +59,10 @@ class _Parser(argparse.ArgumentParser):
     """argparse with suggestions for mistyped commands."""
 
     def error(self, message: str) -> NoReturn:
-        for action in self._subparsers._group_actions if self._subparsers else []:
-            names = list(action.choices or ())
-            given = [a for a in sys.argv[1:] if not a.startswith("-")]
-            if "invalid choice" in message and given:
-                near = closest(given[0], names) or closest(given[-1], names)
-                how = f'did you mean "{near}"?' if near else f"there are {', '.join(names)}"
-                message = f"{given[0]!r} is not a command; {how}"
+        wrong = re.search(r"invalid choice: '(.*?)'", message)
+        if wrong and self._subparsers:
+            (commands,) = self._subparsers._group_actions
+            message = f"{wrong[1]!r} is not a command; {did_you_mean(wrong[1], list(commands.choices or ()))}"
         self.exit(2, f"penchant: {message}\n")
 
 
@@ -95,8 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"penchant {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
-    for command in COMMANDS:
-        command.add(commands)
+    for name in COMMANDS:
+        import_module(f"penchant.cli.{name}").add(commands)
     return parser
 
 
@@ -110,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if rest:  # argparse takes no overrides behind an option
         if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            known = f"penchant {args.command or ''}".strip() + " --help"
+            parser.error(f"unrecognized arguments: {' '.join(rest)}; `{known}` lists what there is")
         args.overrides += rest
     if args.command is None:
         parser.print_help()

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser, request: type) -> None:
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)  # type: ignore[assignment]
         if held.name == "columns":
-            add_columns(groups[heading], "--columns", nargs="+")
+            add_columns(groups[heading], *about.get("also", ()), nargs="+")
             continue
         inner = get_args(kinds[held.name])
         kind = inner[0] if type(None) in inner else kinds[held.name]
@@ -110,7 +110,12 @@ def within(kind: type, low: float | None, high: float | None, above: float | Non
     return number
 
 
-def add_config(parser: argparse.ArgumentParser, what: str, metavar: str = "CONFIG") -> None:
+def add_config(
+    parser: argparse.ArgumentParser,
+    what: str,
+    metavar: str = "CONFIG",
+    overrides: str = "settings that override the config's",
+) -> None:
     """The config that a command reads, and settings that override its own."""
     parser.add_argument("config", metavar=metavar, help=what)
     parser.add_argument(
@@ -118,5 +123,5 @@ def add_config(parser: argparse.ArgumentParser, what: str, metavar: str = "CONFI
         nargs="*",
         default=[],  # without one, argparse calls them required
         metavar="key.path=value",
-        help="settings that override the config's",
+        help=overrides,
     )

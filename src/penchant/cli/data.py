@@ -7,25 +7,21 @@ import sys
 from typing import Any
 
 from penchant.cli.arguments import add_arguments, add_columns, column_pairs, options_of
-from penchant.requests import GetRequest
+from penchant.requests import FixRequest, GetRequest, write_output
 
 
 def add(commands: Any) -> None:
     """The verbs of `penchant data`."""
     data = commands.add_parser("data", help="get data, and inspect it before you train on it")
     verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True)
-    add_get(verbs)
-    add_formats(verbs)
-    add_show(verbs)
-    add_audit(verbs)
-    add_fix(verbs)
+    for add_verb in (_add_get, _add_formats, _add_show, _add_audit, _add_fix):
+        add_verb(verbs)
 
 
 # ---- `penchant data get`: its arguments and its handler ----
 
 
-def add_get(verbs: Any) -> None:
-    """Put the command on the parser of `penchant data`."""
+def _add_get(verbs: Any) -> None:
     get = verbs.add_parser(
         "get", help="fetch a published data set, or read a copy of it, and write train, validation and test rows"
     )
@@ -54,21 +50,15 @@ def _get(args: argparse.Namespace) -> int:
 # ---- `penchant data formats`: the layouts that can be read ----
 
 
-def add_formats(verbs: Any) -> None:
-    """Adds `formats` to the verbs of `penchant data`."""
+def _add_formats(verbs: Any) -> None:
     formats = verbs.add_parser("formats", help="list the row layouts that can be read, or describe one")
     formats.add_argument("name", nargs="?", metavar="NAME", help="describe one layout: columns, options, an example")
     formats.add_argument("--json", action="store_true", help="print JSON")
     formats.add_argument("--markdown", action="store_true", help="print docs/data_formats.md")
-    formats.set_defaults(handler=run_formats)
+    formats.set_defaults(handler=_formats)
 
 
-def run_formats(args: argparse.Namespace) -> int:
-    """Print what was asked for.
-
-    Raises:
-        ConfigError: there is no such layout.
-    """
+def _formats(args: argparse.Namespace) -> int:
     import json
 
     from penchant.data.layouts import LAYOUTS, layout_named
@@ -87,8 +77,7 @@ def run_formats(args: argparse.Namespace) -> int:
 # ---- `penchant data show`: a file's layout and its first rows as examples ----
 
 
-def add_show(verbs: Any) -> None:
-    """Adds `show` to the verbs of `penchant data`."""
+def _add_show(verbs: Any) -> None:
     show = verbs.add_parser(
         "show", help="show how a file's rows are read: the layout, why it was chosen, and the first examples"
     )
@@ -102,15 +91,10 @@ def add_show(verbs: Any) -> None:
     )
     add_columns(show)
     show.add_argument("--json", action="store_true", help="print JSON")
-    show.set_defaults(handler=run_show)
+    show.set_defaults(handler=_show)
 
 
-def run_show(args: argparse.Namespace) -> int:
-    """Print the layout and the first rows.
-
-    Raises:
-        ConfigError, DataError: the user can fix it.
-    """
+def _show(args: argparse.Namespace) -> int:
     import json
 
     from penchant.data.layouts.page import preview
@@ -129,8 +113,7 @@ def run_show(args: argparse.Namespace) -> int:
 YAML = (".yaml", ".yml")
 
 
-def add_audit(verbs: Any) -> None:
-    """Add the command."""
+def _add_audit(verbs: Any) -> None:
     audit = verbs.add_parser("audit", help="count duplicates, contradictions, leakage, truncation, bias, personal data")
     audit.add_argument("paths", nargs="*", metavar="PATH", help="a CONFIG.yaml (and key.path=value), or data files")
     audit.add_argument(
@@ -156,11 +139,12 @@ def add_audit(verbs: Any) -> None:
         "--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or to the terminal if none is given"
     )
     audit.add_argument("--html", metavar="FILE", help="also write an HTML page")
-    audit.set_defaults(handler=run_audit)
+    audit.set_defaults(handler=_audit)
 
 
-def run_audit(args: argparse.Namespace) -> int:
-    """Audit and print."""
+def _audit(args: argparse.Namespace) -> int:
+    import json
+
     from penchant import api
     from penchant.errors import ConfigError
 
@@ -188,23 +172,14 @@ def run_audit(args: argparse.Namespace) -> int:
         )
     if args.html:
         print(f"written: {api.audit_page(result, args.html)}", file=sys.stderr)
+    as_json = json.dumps(result.to_json(), indent=1) + "\n" if args.json else ""
+    if args.json == "-":
+        print(as_json, end="")
+        return 0
     if args.json:
-        _json(result, args.json)
-    if args.json != "-":
-        print(result.to_text())
+        print(f"written: {write_output(args.json, as_json)}", file=sys.stderr)
+    print(result.to_text())
     return 0
-
-
-def _json(result: Any, where: str) -> None:
-    import json
-    from pathlib import Path
-
-    text = json.dumps(result.to_json(), indent=1)
-    if where == "-":
-        print(text)
-    else:
-        Path(where).write_text(text + "\n", encoding="utf-8")
-        print(f"written: {where}", file=sys.stderr)
 
 
 def _splits(given: list[str]) -> dict[str, str]:
@@ -215,7 +190,9 @@ def _splits(given: list[str]) -> dict[str, str]:
         name, equals, path = one.partition("=")
         if not (name and equals and path) or name in splits:
             what = f"{one!r} names no split" if name not in splits else f"{name!r} is given twice"
-            raise ConfigError("--split", what, "write --split train=train.jsonl --split test=test.jsonl")
+            raise ConfigError(
+                "--split", what, "give each file a name: --split train=train.jsonl --split test=test.jsonl"
+            )
         splits[name] = path
     return splits
 
@@ -223,54 +200,18 @@ def _splits(given: list[str]) -> dict[str, str]:
 # ---- `penchant data fix`: a cleaned copy of a file ----
 
 
-def add_fix(verbs: Any) -> None:
-    """Add the command."""
+def _add_fix(verbs: Any) -> None:
     fix = verbs.add_parser("fix", help="write a cleaned copy of a data file, and a list of every row it touched")
-    fix.add_argument("source", metavar="IN", help="a data file, which is left as it is")
-    fix.add_argument("output", metavar="OUT", help="the copy: JSONL, or Parquet if IN is Parquet")
-    fix.add_argument(
-        "--drop",
-        metavar="RULES",
-        default="",
-        help="rules to apply beyond the safe ones (bad_rows, empty, identical, duplicates): near_duplicates, contradictions, "
-        "near_contradictions, cycles, secrets, pii, leakage; separated by commas",
-    )
-    fix.add_argument("--keep", metavar="RULES", default="", help="safe rules to switch off")
-    fix.add_argument("--redact", metavar="KINDS", default="", help="what to mask in the rows that stay: pii, secrets")
-    fix.add_argument(
-        "--against",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="for --drop leakage: a split whose prompts are dropped (repeatable)",
-    )
-    fix.add_argument("--shape", default="auto", help="layout of the rows (default: detected from the columns)")
-    add_columns(fix)
-    fix.add_argument("--overwrite", action="store_true", help="overwrite OUT")
+    add_arguments(fix, FixRequest)
     fix.add_argument("--json", action="store_true", help="print JSON")
-    fix.set_defaults(handler=run_fix)
+    fix.set_defaults(handler=_fix)
 
 
-def run_fix(args: argparse.Namespace) -> int:
-    """Fix and print."""
+def _fix(args: argparse.Namespace) -> int:
     import json
 
     from penchant import api
 
-    result = api.fix(
-        args.source,
-        args.output,
-        drop=_names(args.drop),
-        keep=_names(args.keep),
-        redact=_names(args.redact),
-        against=args.against,
-        shape=args.shape,
-        columns=column_pairs(args.columns),
-        overwrite=args.overwrite,
-    )
+    result = api.fix(**options_of(args, FixRequest))
     print(json.dumps(result.to_json(), indent=1) if args.json else result.to_text())
     return 0
-
-
-def _names(given: str) -> list[str]:
-    return [name for name in given.replace(" ", "").split(",") if name]

@@ -6,16 +6,15 @@ import argparse
 import sys
 from typing import Any
 
+from penchant.cli.arguments import add_config
+
 
 def add(commands: Any) -> None:
     """The command's arguments."""
     parser = commands.add_parser(
         "import", help="translate a config of TRL or LLaMA-Factory; every key is accounted for"
     )
-    parser.add_argument("config", metavar="FILE.yaml", help="the other tool's file")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key.path=value", help="settings of Penchant to add or to change"
-    )
+    add_config(parser, "the other tool's file", "FILE.yaml", "settings of Penchant to add or to change")
     parser.add_argument(
         "--from", dest="source", default="auto", metavar="TOOL", help="trl, llama-factory, flat or auto (default)"
     )
@@ -37,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     from penchant.errors import ConfigError
     from penchant.importers import import_config
+    from penchant.requests import write_output
 
     made = import_config(args.config, args.source, args.method, args.devices, args.overrides)
     if args.strict and made.unsupported:
@@ -48,14 +48,9 @@ def run(args: argparse.Namespace) -> int:
         print(made.text, file=sys.stderr)
         print(made.yaml, end="")
         return 0
-    path = Path(args.output)
-    if path.exists() and not args.force:
+    if Path(args.output).exists() and not args.force:
         raise ConfigError(args.output, "is there already", "give another name, or --force")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(made.yaml, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(args.output, f"cannot be written ({error.strerror})", "give another place") from error
+    path = write_output(args.output, made.yaml)
     print(made.text)
     print(f"\nwritten to {path}; look through it, then: penchant train {path}")
     return 0

@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from penchant.cli.arguments import add_config
+
 
 def add(commands: Any) -> None:
     """Declare the command."""
     plan = commands.add_parser(
         "plan", help="predict a run without training: settings and their sources, steps, memory, disk, time"
     )
-    plan.add_argument("config", metavar="CONFIG", help="CONFIG.yaml")
-    plan.add_argument(
-        "overrides", nargs="*", default=[], metavar="key.path=value", help="settings that override the config's"
-    )
+    add_config(plan, "CONFIG.yaml")
     plan.add_argument("--no-probe", action="store_true", help="skip the trial steps, and so the estimate of time")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(handler=run, allocator=True, reads="run")

@@ -16,22 +16,20 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Both commands' arguments."""
-    add_chat(commands)
-    add_serve(commands)
+    _add_chat(commands)
+    _add_serve(commands)
 
 
 # ---- `penchant chat` ----
 
 
-def add_chat(commands: Any) -> None:
-    """Put `chat` on the command line."""
+def _add_chat(commands: Any) -> None:
     parser = commands.add_parser("chat", help="talk to a model in the terminal, or to two side by side")
     add_arguments(parser, ChatRequest)
-    parser.set_defaults(handler=run_chat, allocator=True)
+    parser.set_defaults(handler=_chat, allocator=True)
 
 
-def run_chat(args: argparse.Namespace) -> int:
-    """Load and talk."""
+def _chat(args: argparse.Namespace) -> int:
     from penchant.errors import ConfigError
     from penchant.serve.chat import Chat, ChatOptions, safe
     from penchant.serve.model import load_chat_model
@@ -46,7 +44,7 @@ def run_chat(args: argparse.Namespace) -> int:
             raise ConfigError(name, "is given without a second model", "name it with --against")
     if args.prefer and not args.prefer.endswith(".jsonl"):
         raise ConfigError(
-            "--prefer", f"{args.prefer} does not end in .jsonl", "penchant tells a file's kind by its ending"
+            "--prefer", f"{args.prefer} does not end in .jsonl", "give it that ending, by which its kind is told"
         )
     terminal = _terminal()
     which = [(args.model, args.step, args.base)]
@@ -57,7 +55,7 @@ def run_chat(args: argparse.Namespace) -> int:
         models.append(
             load_chat_model(given, step=step, base=base, template=args.template, dtype=args.dtype, device=args.device)
         )
-    if len(models) == 2 and step_matters(which):
+    if args.model == args.against:  # one run at two steps
         for chat_model, (given, step, _) in zip(models, which, strict=True):
             chat_model.name = f"{given} (step {step})"
     if len({v.style.remembers for v in models}) == 2:
@@ -71,11 +69,6 @@ def run_chat(args: argparse.Namespace) -> int:
         terminal.note(style.note)
     terminal.note("/help lists the commands")
     return Chat(models, ChatOptions(sampling, args.system, args.prefer, args.blind), terminal).run()
-
-
-def step_matters(which: list[tuple[str, str, str | None]]) -> bool:
-    """Whether two models are one run at two steps."""
-    return which[0][0] == which[1][0]
 
 
 def _terminal() -> Terminal:
@@ -102,17 +95,13 @@ def _next_line() -> str:
 # ---- `penchant serve` ----
 
 
-def add_serve(commands: Any) -> None:
-    """Put `serve` on the command line."""
+def _add_serve(commands: Any) -> None:
     parser = commands.add_parser("serve", help="serve a model on 127.0.0.1 with an OpenAI-compatible API")
     add_arguments(parser, ServeRequest)
-    parser.set_defaults(handler=run_serve, allocator=True)
+    parser.set_defaults(handler=_serve, allocator=True)
 
 
-def run_serve(args: argparse.Namespace) -> int:
-    """Bind, load and serve until a signal."""
-    import sys
-
+def _serve(args: argparse.Namespace) -> int:
     from penchant.judges.endpoint import key_from_environment
     from penchant.serve.server import (
         KEY,

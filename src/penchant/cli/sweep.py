@@ -30,14 +30,8 @@ def add(commands: Any) -> None:
     sweep = commands.add_parser(
         "sweep", help="train one config with many settings and compare them; run it again to resume"
     )
-    sweep.add_argument("config", metavar="CONFIG", help="SWEEP.yaml, or a run's CONFIG.yaml")
-    sweep.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key.path=value",
-        help="settings for every run; key.path=a,b,c varies the key",
-    )
+    every = "settings for every run; key.path=a,b,c varies the key"
+    add_config(sweep, "SWEEP.yaml, or a run's CONFIG.yaml", overrides=every)
     sweep.add_argument(
         "--jobs",
         type=int,

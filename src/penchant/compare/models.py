@@ -305,7 +305,8 @@ def make_setting(
     source_of = {tuple(t.prompt_ids.tolist()): t.source for t in reversed(trees)}
     prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in trees))[: sampling.prompts]
     kept = set(prompts)
-    policy = PolicyText(tokenizer, run.config.data.template, prompts_by_source(rows.trees))
+    data = run.config.data
+    policy = PolicyText(tokenizer, data.template, prompts_by_source(rows.trees), data.template_options)
     return Setting(
         tokenizer=tokenizer,
         prompts=prompts,

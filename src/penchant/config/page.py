@@ -11,14 +11,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from penchant.algorithms import ALGORITHMS
-from penchant.base.section import Section
+from penchant.base.section import as_yaml, bounds
 from penchant.base.text import closest
 from penchant.config import RunConfig, config_from_mapping
+from penchant.config.explain import sections_of
 from penchant.errors import ConfigError
 from penchant.losses.section import LossModifiers
 
 _PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
-_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 # settings that are refused together, so that the page shows the very words that a person gets
 REFUSED: tuple[tuple[str, ...], ...] = (
@@ -66,10 +66,7 @@ class Part:
 
 def takes(info: FieldInfo) -> str:
     """What a field accepts: its type in words, its choices, its range."""
-    bounds = [
-        f"{sign} {getattr(m, name):g}" for m in info.metadata for name, sign in _SIGNS.items() if hasattr(m, name)
-    ]
-    return _words(info.annotation) + (f", {', '.join(bounds)}" if bounds else "")
+    return ", ".join(filter(None, (_words(info.annotation), bounds(info))))
 
 
 def _words(kind: Any) -> str:
@@ -85,21 +82,12 @@ def _words(kind: Any) -> str:
     return _PLAIN.get(kind, getattr(kind, "__name__", str(kind)))
 
 
-def shown(value: Any) -> str:
-    """A default as YAML would have it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else "{}" if value == {} else str(value)
-
-
 def _keys(section: type[BaseModel], prefix: str) -> tuple[Key, ...]:
     found = []
     for name, info in section.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             continue
-        default = "required" if info.is_required() else shown(info.get_default(call_default_factory=True))
+        default = "required" if info.is_required() else as_yaml(info.get_default(call_default_factory=True))
         found.append(Key(prefix + (info.alias or name), takes(info), default, info.description or ""))
     return tuple(found)
 
@@ -133,7 +121,7 @@ def parts() -> Iterator[Part]:
                 if len({ALGORITHMS[n] for n in names}) > 1:
                     kind = kind.__mro__[1]  # the base that they share
                 name_key = Key("algorithm.name", " or ".join(names), "required", "which algorithm, or path.py:Class")
-                others = [k for k in _keys(kind, "algorithm.") if k.path != name_key.path]
+                others = _keys(kind, "algorithm.")[1:]
                 yield Part(f"algorithm: {', '.join(names)}", _first_line(kind), (name_key, *others))
         elif name == "reward":
             yield Part("reward", "What judges completions.", (Key("reward", "text, or mapping of text to number", "null", info.description or ""),
@@ -141,18 +129,12 @@ def parts() -> Iterator[Part]:
         elif name == "output":
             yield Part("output", "Where the run goes.", (Key("output", "text", "required", info.description or ""),))
         else:
-            section = next(
-                k
-                for k in (info.annotation, *get_args(info.annotation))
-                if isinstance(k, type) and issubclass(k, Section)
-            )
-            extra = (
-                (Key("evaluation.reward", "as reward", "null", section.model_fields["reward"].description or ""),)
-                if name == "evaluation"
-                else ()
-            )
-            keys = tuple(k for k in _keys(section, f"{name}.") if k.path != "evaluation.reward")
-            yield Part(name, _first_line(section), (*keys, *extra))
+            (section, *_) = sections_of(info)
+            keys = [k for k in _keys(section, f"{name}.") if k.path != "evaluation.reward"]
+            if name == "evaluation":
+                about = section.model_fields["reward"].description or ""
+                keys.append(Key("evaluation.reward", "as reward", "null", about))
+            yield Part(name, _first_line(section), tuple(keys))
 
 
 def text(key: str | None = None) -> str:
@@ -161,25 +143,18 @@ def text(key: str | None = None) -> str:
     Raises:
         ConfigError: there is no such key.
     """
-    found = [(p, k) for p in parts() for k in p.keys if key is None or k.path == key or k.path.startswith(f"{key}.")]
-    if not found:
+    lines: list[str] = []
+    for part in parts():
+        found = [k for k in part.keys if key is None or k.path == key or k.path.startswith(f"{key}.")]
+        lines += ["", f"{part.title.upper()}  {part.about}"] if found else []
+        for k in found:
+            default = {"": "", "required": " (required)"}.get(k.default, f" (default: {k.default})")
+            lines += [f"  {k.path}: {k.takes}{default}", f"      {k.meaning}"]
+    if not lines:
         names = sorted({k.path for p in parts() for k in p.keys})
         near = closest(str(key), names) or next((n for n in names if n.rpartition(".")[2] == key), "")
         how = f"did you mean {near}?" if near else f"there are the sections {', '.join(RunConfig.model_fields)}"
-        raise ConfigError("penchant config", f"{key!r} is not a config key", how)
-    lines: list[str] = []
-    for part in dict.fromkeys(p.title for p, _ in found):
-        mine = [(p, k) for p, k in found if p.title == part]
-        lines += ["", f"{part.upper()}  {mine[0][0].about}"]
-        for _, k in mine:
-            default = (
-                f" (default: {k.default})"
-                if k.default not in ("required", "")
-                else f" ({k.default})"
-                if k.default
-                else ""
-            )
-            lines += [f"  {k.path}: {k.takes}{default}", f"      {k.meaning}"]
+        raise ConfigError("config", f"{key!r} is not a config key", how)
     return "\n".join(lines[1:])
 
 

@@ -29,7 +29,7 @@ from penchant.data.layouts import Detection
 from penchant.data.load import Columns, Dataset, Quarantined, Reading, fingerprint, load_preferences, stream_preferences
 from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, ranges, read_batch, write_rows
 from penchant.data.split import held_out_rows, split_by_prompt
-from penchant.data.tokenize import ASIDE, CUT_COMPLETION, CUT_PROMPT, SPLIT, TokenizedDataset, tokenize, tokenizing
+from penchant.data.tokenize import CausalTokenization, Mark, TokenizedDataset, tokenize
 from penchant.errors import DataError
 
 # ---- Entries on disk ----
@@ -268,7 +268,7 @@ class DataCache:
         key = key_of("tokens", {"rows": rows.whole, "kind": dataset.kind, "tokenizer": by, **making_how})
 
         def write(folder: Path) -> Mapping[str, Any]:
-            making, writer = tokenizing(tokenizer, dataset.kind, **making_how), TokenWriter(folder)
+            making, writer = CausalTokenization(tokenizer, dataset.kind, **making_how), TokenWriter(folder)
             whole = rows.all_rows()
             for trees, mark in making.by_row(whole):
                 for tree in trees:
@@ -344,7 +344,7 @@ class StoredDataset:
     """All tokens of an entry, and what happened to each of its rows: those of a split are told from it, not made again.
 
     Args:
-        of_row: (rows,) int32: trees of each row; marks: (rows,) uint8: see `Tokenizing.by_row`.
+        of_row: (rows,) int32: trees of each row; marks: (rows,) uint8: see `Tokenization.by_row`.
     """
 
     whole: TokenizedDataset
@@ -358,8 +358,9 @@ class StoredDataset:
         of_row, marks = (made.column(name).to_numpy() for name in ("trees", "marks"))
         aside = tuple(Quarantined(*q) for q in meta["quarantined"])
         cut = tuple(meta["cut_prompts"]), tuple(meta["cut_completions"])
-        split = int(((marks & SPLIT) > 0).sum())
-        whole = TokenizedDataset(StoredTokens(folder), len(marks), aside, *cut, split, meta["template"])
+        split = int(((marks & Mark.SPLIT) > 0).sum())
+        moved = _moved(marks)
+        whole = TokenizedDataset(StoredTokens(folder), len(marks), aside, *cut, split, meta["template"], moved)
         return StoredDataset(whole, of_row, marks)
 
     def rows(self, which: np.ndarray | None) -> TokenizedDataset:
@@ -377,11 +378,16 @@ class StoredDataset:
             self.whole,
             trees=self.whole.trees.take(ranges(starts[which], self.of_row[which])),
             total=len(which),
-            quarantined=told(self.whole.quarantined, ASIDE),
-            cut_prompts=told(self.whole.cut_prompts, CUT_PROMPT),
-            cut_completions=told(self.whole.cut_completions, CUT_COMPLETION),
-            split_documents=int(((self.marks[which] & SPLIT) > 0).sum()),
+            quarantined=told(self.whole.quarantined, Mark.ASIDE),
+            cut_prompts=told(self.whole.cut_prompts, Mark.CUT_PROMPT),
+            cut_completions=told(self.whole.cut_completions, Mark.CUT_COMPLETION),
+            split_documents=int(((self.marks[which] & Mark.SPLIT) > 0).sum()),
+            moved_prompts=_moved(self.marks[which]),
         )
+
+
+def _moved(marks: np.ndarray) -> int:
+    return int((marks & (Mark.MOVED | Mark.ASIDE) == Mark.MOVED).sum())
 
 
 def _storable(aside: Sequence[Quarantined]) -> list[list[Any]]:

@@ -35,6 +35,9 @@ class DataConfig(Section):
     template: Literal["auto", "chat", "plain"] = Field(
         "auto", description="how a prompt becomes text: with the chat template, or as plain text"
     )
+    template_options: dict[str, Any] = Field(
+        default_factory=dict, description="handed to the chat template, e.g. {enable_thinking: false}"
+    )
     max_length: int = Field(1024, ge=8, description="limit on the tokens of the prompt plus the longest completion")
     add_eos: bool = Field(
         True,

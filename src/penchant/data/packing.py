@@ -5,17 +5,11 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from penchant.base.lazy import lazy
+from penchant.base.lazy import torch
 from penchant.types import PackedBatch, Segment, TokenTree
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = lazy("torch")
 
 
 def plan_microbatches(sizes: Sequence[int], budget: int) -> list[list[int]]:

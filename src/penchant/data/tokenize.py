@@ -1,10 +1,11 @@
-"""Prompt trees to token trees: templates, boundaries, BOS and EOS, truncation; text pairs for encoders."""
+"""Prompt trees to token trees: boundaries, BOS and EOS, truncation; text pairs for encoders."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,68 +13,23 @@ import numpy as np
 from penchant.data.layouts import RowError
 from penchant.data.load import IDENTICAL, Dataset, Quarantined, prompt_json, prompt_text
 from penchant.data.mapped import StoredTokens
+from penchant.data.templates import Rendered, chat, end_ids, excerpt, plain
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.types import PromptTree, TokenTree
 
-# ---------------------------------------------------------------------------------------------------------------------
-# templates: the tokenizer's chat template where there is one, plain text otherwise
-
-
-PLAIN_NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
-
-Rendered = tuple[str, tuple[str, ...]]
-
-
-def renderer(template: str, tokenizer: Any, kind: str) -> tuple[Callable[[PromptTree], Rendered], str]:
-    """The function that turns a tree into (prompt text, completion texts), and its name.
-
-    ``auto`` is the chat template where the tokenizer has one; plain documents (kind ``text``) never get a template.
-
-    Raises:
-        ConfigError: ``chat`` was asked for and the tokenizer has no chat template.
-    """
-    has_chat = getattr(tokenizer, "chat_template", None) is not None
-    if template == "chat" and not has_chat:
-        raise ConfigError("data.template", "the tokenizer has no chat template", "set data.template=plain or auto")
-    if kind == "text" or template == "plain" or not has_chat:
-        return plain, "plain"
-    return lambda tree: chat(tree, tokenizer), "chat"
-
-
-def plain(tree: PromptTree) -> Rendered:
-    """Text prompts as they are; chat prompts as a ``\\n\\nHuman: ...\\n\\nAssistant:`` transcript."""
-    texts = tuple(c.text for c in tree.completions)
-    if isinstance(tree.prompt, str):
-        return tree.prompt, texts
-    turns = "".join(f"\n\n{PLAIN_NAMES[m.role]}: {m.content}" for m in tree.prompt)
-    return f"{turns}\n\nAssistant:", tuple(f" {t.lstrip()}" for t in texts)
-
-
-def chat(tree: PromptTree, tokenizer: Any) -> Rendered:
-    """The tokenizer's chat template; a text prompt is one user turn. The prompt's text must be a prefix of the whole."""
-    asked = prompt_json(tree.prompt)
-    turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-    try:
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        wholes = [
-            tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": c.text}], tokenize=False)
-            for c in tree.completions
-        ]
-    except Exception as error:  # templates raise jinja errors of their own, e.g. for a system turn they do not know
-        raise RowError(f"the chat template refuses it ({error})", "fix the turns or set data.template=plain") from error
-    for whole in wholes:
-        if not whole.startswith(prompt):
-            raise RowError("the chat template changes the prompt when an answer follows", "set data.template=plain")
-    return prompt, tuple(whole[len(prompt) :] for whole in wholes)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# token trees: the boundary cannot move, BOS never doubles, EOS is there unless the text was cut
+# ---- Token trees: the boundary cannot move, BOS never doubles, EOS is there unless the text was cut ----
 
 
 Ids = list[int]
+Encoded = tuple[Ids, list[Ids]]
+CONTEXT = 64  # characters of the prompt's end with which an answer is encoded
 CHUNK = 1024  # rows that are tokenized in one call; the tokenizer keeps about 100 bytes a token while it lasts
-CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE = 1, 2, 4, 8  # what can happen to a row: its mark is the sum
+
+
+class Mark:
+    """What can happen to a row; its mark is the sum."""
+
+    CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE, MOVED = 1, 2, 4, 8, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +41,7 @@ class TokenizedDataset:
             plain document that was split into chunks counts once).
         cut_prompts: sources of rows whose prompt lost its start; cut_completions: of rows with a completion that lost its end.
         split_documents: plain documents that became several chunks.
+        moved_prompts: rows whose prompt the chat template renders differently once an answer follows (see `templates.chat`).
         template: ``chat`` or ``plain``.
     """
 
@@ -95,6 +52,7 @@ class TokenizedDataset:
     cut_completions: tuple[str, ...]
     split_documents: int
     template: str
+    moved_prompts: int = 0
 
     @property
     def accepted(self) -> int:
@@ -110,6 +68,8 @@ class TokenizedDataset:
         ]
         if self.split_documents:
             parts.append(f"{self.split_documents:,} long documents split into chunks")
+        if self.moved_prompts:
+            parts.append(f"{self.moved_prompts:,} prompts that the template renders differently once an answer follows")
         if self.cut_prompts:
             parts.append(f"{len(self.cut_prompts):,} prompts lost their start")
         if self.cut_completions:
@@ -118,72 +78,52 @@ class TokenizedDataset:
 
 
 def tokenize(dataset: Dataset, tokenizer: Any, **how: Any) -> TokenizedDataset:
-    """Tokenize a data set; arguments and errors as for `tokenizing`."""
-    making = tokenizing(tokenizer, dataset.kind, **how)
-    return making.result(tuple(making.trees(dataset.trees)), len(dataset.trees))
+    """Tokenize a data set; arguments and errors as for `CausalTokenization`."""
+    return CausalTokenization(tokenizer, dataset.kind, **how).all(dataset.trees)
 
 
-def tokenizing(
-    tokenizer: Any,
-    kind: str,
-    *,
-    template: str = "auto",
-    max_length: int = 1024,
-    truncation: str = "prompt_then_completion",
-    on_bad_row: str = "error",
-    identical: str = "bad_row",
-    add_eos: bool = True,
-) -> Tokenizing:
-    """How the rows of a data set of this kind are tokenized.
-
-    Prompt and completion are tokenized apart and joined as ids, so that no token spans the boundary. BOS stands once, at the
-    start, where the tokenizer uses one. A row longer than `max_length` (prompt + longest completion) loses the start of its
-    prompt first, down to half of `max_length`, then the ends of its completions; plain documents are split into chunks.
-
-    Args:
-        truncation: ``prompt_then_completion``, or ``bad_row`` to keep long rows aside.
-        on_bad_row, identical: as for `load_preferences`; ``identical`` also for pairs that become equal by the cut.
-        add_eos: False for a tokenizer without EOS.
-
-    Raises:
-        ModelError: the tokenizer has no EOS. DataError (later): a bad row and ``on_bad_row="error"``.
-    """
-    if add_eos and tokenizer.eos_token_id is None:
-        raise ModelError(
-            getattr(tokenizer, "name_or_path", "") or "tokenizer",
-            "the tokenizer has no EOS token, so a model could not learn to stop",
-            "set eos_token in its tokenizer_config.json",
-        )
-    render, name = renderer(template, tokenizer, kind)
-    if kind == "scored":  # two answers with equal scores or texts are no pair
-        identical = "keep"
-    fitter = _Fitter(tokenizer, max_length, truncation, identical, add_eos, kind == "text")
-    return Tokenizing(tokenizer, render, name, fitter, on_bad_row)
-
-
-@dataclass(slots=True)
-class Tokenizing:
+class Tokenization:
     """Tokenizing as it goes on: trees come out one by one, what else is to be told is there at the end.
 
-    Args:
-        render: a tree to its texts; name: of that; fit: the ids of one row to its token trees.
+    Its two ways differ in what a tree's texts are (`render`, by a `template`) and in what becomes of the ids of a row (`fit_row`).
     """
 
-    tokenizer: Any
-    render: Callable[[PromptTree], Rendered]
-    name: str
-    fit: _Fitter | _PairFitter
-    on_bad_row: str
-    row: int = 0
-    aside: list[Quarantined] = field(default_factory=list)
-    cut_prompts: list[str] = field(default_factory=list)
-    cut_completions: list[str] = field(default_factory=list)
-    split: int = 0
+    template: str
 
-    def trees(self, rows: Sequence[PromptTree]) -> Iterator[TokenTree]:
-        """All trees, in order."""
-        for made, _ in self.by_row(rows):
-            yield from made
+    def __init__(self, tokenizer: Any, max_length: int, truncation: str, identical: str, on_bad_row: str) -> None:
+        self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
+        self.identical, self.on_bad_row = identical, on_bad_row
+        self.mark = 0  # of the row in hand
+        self._number = self._split = self._moved = 0
+        self._aside: list[Quarantined] = []
+        self._cut_prompts: list[str] = []
+        self._cut_completions: list[str] = []
+
+    def render(self, tree: PromptTree) -> Rendered:
+        """(Prompt text, completion texts)."""
+        raise NotImplementedError
+
+    def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
+        """Their ids. Texts of their own here, in one call of the fast tokenizer; equal ones are encoded once."""
+        texts = list(
+            dict.fromkeys(t for r in rendered if not isinstance(r, RowError) for t in (r.prompt, *r.completions))
+        )
+        by_text = dict(zip(texts, encode_texts(self.tokenizer, texts), strict=True))
+        return [
+            r if isinstance(r, RowError) else (by_text[r.prompt], [by_text[t] for t in r.completions]) for r in rendered
+        ]
+
+    def fit_row(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
+        """The ids of one row as its token tree (several of a document that is split).
+
+        Raises:
+            RowError: the row cannot be used.
+        """
+        raise NotImplementedError
+
+    def all(self, rows: Sequence[PromptTree]) -> TokenizedDataset:
+        """All rows, in memory."""
+        return self.result(tuple(tree for made, _ in self.by_row(rows) for tree in made), len(rows))
 
     def by_row(self, rows: Sequence[PromptTree]) -> Iterator[tuple[list[TokenTree], int]]:
         """The trees of each row, in order, and what happened to it: its mark.
@@ -192,49 +132,115 @@ class Tokenizing:
         """
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
-            encoded = _encode(self.tokenizer, [_try(self.render, tree) for tree in part])
-            for tree, ids in zip(part, encoded, strict=True):
-                self.fit.mark = 0
+            rendered = [self._rendered(tree) for tree in part]
+            for tree, texts, ids in zip(part, rendered, self.encode(rendered), strict=True):
+                self.mark = Mark.MOVED if isinstance(texts, Rendered) and texts.moved else 0
                 made = self._row(tree, ids)
-                self.cut_prompts += [tree.source] * bool(self.fit.mark & CUT_PROMPT)
-                self.cut_completions += [tree.source] * bool(self.fit.mark & CUT_COMPLETION)
-                self.split += bool(self.fit.mark & SPLIT)
-                yield made, self.fit.mark
+                self._cut_prompts += [tree.source] * bool(self.mark & Mark.CUT_PROMPT)
+                self._cut_completions += [tree.source] * bool(self.mark & Mark.CUT_COMPLETION)
+                self._split += bool(self.mark & Mark.SPLIT)
+                self._moved += self.mark & (Mark.MOVED | Mark.ASIDE) == Mark.MOVED
+                yield made, self.mark
 
-    def _row(self, tree: PromptTree, ids: tuple[Ids, list[Ids]] | RowError) -> list[TokenTree]:
+    def _rendered(self, tree: PromptTree) -> Rendered | RowError:
+        try:
+            return self.render(tree)
+        except RowError as error:
+            return error
+
+    def _row(self, tree: PromptTree, ids: Encoded | RowError) -> list[TokenTree]:
         try:
             if isinstance(ids, RowError):
                 raise ids
-            made = self.fit(tree.source, *ids)
+            made = self.fit_row(tree.source, *ids)
         except RowError as error:
             if self.on_bad_row == "error":
                 raise DataError(tree.source, error.what, f"{error.how} (or set data.on_bad_row=skip)") from error
-            self.aside.append(Quarantined(tree.source, error.what, error.how, raw_row(tree)))
-            self.fit.mark |= ASIDE
+            raw = {"prompt": prompt_json(tree.prompt), "completions": [c.text for c in tree.completions]}
+            self._aside.append(Quarantined(tree.source, error.what, error.how, raw))
+            self.mark |= Mark.ASIDE
             return []
         labels, scores = tuple(c.label for c in tree.completions), tuple(c.score for c in tree.completions)
-        first, self.row = self.row, self.row + len(made)
+        first, self._number = self._number, self._number + len(made)
         return [replace(one, row=first + i, labels=labels, scores=scores) for i, one in enumerate(made)]
+
+    def check_different(self, completions: Sequence[Ids], cut: bool) -> None:
+        """Refuses a pair whose answers are the same tokens, where such pairs are bad rows."""
+        if self.identical != "keep" and len(completions) == 2 and completions[0] == completions[1]:
+            where = f"after the cut to {self.max_length} tokens" if cut else "in tokens"
+            raise RowError(f"{IDENTICAL} {where}", "raise data.max_length, drop it, or set data.identical=keep")
 
     def result(self, trees: Sequence[TokenTree], total: int) -> TokenizedDataset:
         """The whole, when all trees have come out."""
-        cut = tuple(self.cut_prompts), tuple(self.cut_completions)
-        return TokenizedDataset(trees, total, tuple(self.aside), *cut, self.split, self.name)
+        cut = tuple(self._cut_prompts), tuple(self._cut_completions)
+        return TokenizedDataset(trees, total, tuple(self._aside), *cut, self._split, self.template, self._moved)
 
 
-def _try(render: Any, tree: PromptTree) -> Rendered | RowError:
-    try:
-        result: Rendered = render(tree)
-        return result
-    except RowError as error:
-        return error
+def encode_in_context(tokenizer: Any, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
+    """Prompts, and completions as the tokenizer encodes them behind their prompt; equal texts are encoded once.
+
+    A SentencePiece-type tokenizer puts a dummy space before a text of its own, which nothing puts there in context.
+    """
+    special = [t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values()]
+    begins = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+    contexts = {p: _end_of(p, begins) for p in {r.prompt: None for r in rendered if not isinstance(r, RowError)}}
+    texts: dict[str, None] = {}
+    for r in rendered:
+        if not isinstance(r, RowError):
+            context = contexts[r.prompt]
+            texts |= dict.fromkeys((r.prompt, context, *(context + t for t in r.completions)))
+    by_text = dict(zip(texts, encode_texts(tokenizer, list(texts)), strict=True))
+
+    def encoded(r: Rendered | RowError) -> Encoded | RowError:
+        if isinstance(r, RowError):
+            return r
+        context, found = contexts[r.prompt], []
+        before = by_text[context]
+        for text in r.completions:
+            whole = by_text[context + text]
+            if whole[: len(before)] == before:
+                found.append(whole[len(before) :])
+                continue
+            completion = _split_at(tokenizer, before, whole, context, text)
+            if completion is None:
+                return RowError(
+                    f"prompt and answer do not decode to their text: {excerpt(context)} and {excerpt(text)}",
+                    "move white space between the prompt's end and the answer's start",
+                )
+            found.append(completion)
+        return by_text[r.prompt], found
+
+    return [encoded(r) for r in rendered]
 
 
-def _encode(tokenizer: Any, rendered: Sequence[Rendered | RowError]) -> list[tuple[Ids, list[Ids]] | RowError]:
-    """All texts in one call of the fast tokenizer; equal prompts are encoded once."""
-    texts = list(dict.fromkeys(t for r in rendered if not isinstance(r, RowError) for t in (r[0], *r[1])))
-    by_text = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
-    return [r if isinstance(r, RowError) else (by_text[r[0]], [by_text[t] for t in r[1]]) for r in rendered]
+def _end_of(prompt: str, begins: re.Pattern[str]) -> str:
+    """The end of a prompt on which the ids behind it depend: from its last special token or, in plain text, a word's start."""
+    if len(prompt) <= CONTEXT:
+        return prompt
+    tail = prompt[-CONTEXT:]
+    specials = [m.start() for m in begins.finditer(tail)]
+    word = re.search(r"\s\S", tail)
+    return tail[specials[-1] :] if specials else tail[word.start() :] if word else tail
+
+
+def _split_at(tokenizer: Any, before: Ids, whole: Ids, context: str, text: str) -> Ids | None:
+    """The ids of `text` behind `context`, whose ids are `before`, where `whole`, those of both, do not begin with them.
+
+    Either the context alone is encoded differently and a token begins at the boundary all the same, or a token spans it: then the
+    text is encoded behind something else. What is found must decode to the whole; None where nothing does.
+    """
+    candidates = []
+    if getattr(tokenizer, "is_fast", False):
+        offsets = tokenizer(context + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        at = next((i for i, (start, _) in enumerate(offsets["offset_mapping"]) if start >= len(context)), len(whole))
+        candidates.append(whole[at:])
+    for anchor in ("\n", ".", tokenizer.eos_token or "", ""):
+        head, both = encode_texts(tokenizer, [anchor, anchor + text])
+        if both[: len(head)] == head:
+            candidates.append(both[len(head) :])
+    how = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    wanted = tokenizer.decode(whole, **how)
+    return next((c for c in candidates if tokenizer.decode([*before, *c], **how) == wanted), None)
 
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[Ids]:
@@ -265,19 +271,83 @@ def uses_bos(tokenizer: Any) -> bool:
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-class _Fitter:
-    """Specials and length: ids of one row to its token tree (several for a split document)."""
+class CausalTokenization(Tokenization):
+    """Prompts and completions for a language model.
+
+    A completion's ids are those that the tokenizer gives it behind its prompt; where a token would span the boundary, it is
+    split there, and prompt + completion must decode to the text. BOS stands once, at the start, where the tokenizer uses one;
+    EOS once, at the end, unless the completion ends with another of `end_ids`. A row longer than `max_length` (prompt + longest completion) loses the start of its
+    prompt first, down to half of `max_length`, then the ends of its completions; plain documents are split into chunks.
+
+    Args:
+        kind: of the data set.
+        template: ``auto`` is the chat template where the tokenizer has one; ``chat``, ``plain``. Documents never get a template.
+        truncation: ``prompt_then_completion``, or ``bad_row`` to keep long rows aside.
+        on_bad_row, identical: as for `load_preferences`; ``identical`` also for pairs that become equal by the cut.
+        add_eos: False for a tokenizer without EOS.
+        template_options: handed to the chat template, e.g. ``{"enable_thinking": False}``.
+        strict: False for what a model wrote: see `templates.chat`.
+
+    Raises:
+        ModelError: the tokenizer has no EOS. ConfigError: ``chat`` was asked for and it has no chat template.
+        DataError (later): a bad row and ``on_bad_row="error"``.
+    """
 
     def __init__(
-        self, tokenizer: Any, max_length: int, truncation: str, identical: str, add_eos: bool, text: bool
+        self,
+        tokenizer: Any,
+        kind: str,
+        *,
+        template: str = "auto",
+        max_length: int = 1024,
+        truncation: str = "prompt_then_completion",
+        on_bad_row: str = "error",
+        identical: str = "bad_row",
+        add_eos: bool = True,
+        template_options: Mapping[str, Any] | None = None,
+        strict: bool = True,
     ) -> None:
+        if kind == "scored":  # two answers with equal scores or texts are no pair
+            identical = "keep"
+        super().__init__(tokenizer, max_length, truncation, identical, on_bad_row)
+        if add_eos and tokenizer.eos_token_id is None:
+            name = getattr(tokenizer, "name_or_path", "") or "tokenizer"
+            what = "the tokenizer has no EOS token, so a model could not learn to stop"
+            raise ModelError(name, what, "set eos_token in its tokenizer_config.json")
+        has_chat = getattr(tokenizer, "chat_template", None) is not None
+        if template == "chat" and not has_chat:
+            raise ConfigError("data.template", "the tokenizer has no chat template", "set data.template=plain or auto")
+        self.template = "chat" if has_chat and template != "plain" and kind != "text" else "plain"
+        if template_options and self.template != "chat":
+            raise ConfigError(
+                "data.template_options", "no chat template is used that could take them", "leave them out"
+            )
+        self.options, self.strict = template_options, strict
+        self.text = kind == "text"
         self.bos = tokenizer.bos_token_id if uses_bos(tokenizer) else None
         self.bos_id, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id if add_eos else None
-        self.max_length, self.truncation, self.identical, self.text = max_length, truncation, identical, text
-        self.is_space = _white_space_ids(tokenizer)
-        self.mark = 0  # of the row in hand
+        self.ends = end_ids(tokenizer)
+        self.end_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self.ends)))
 
-    def __call__(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
+    def render(self, tree: PromptTree) -> Rendered:
+        """Each answer ended once: what stands behind its end is none of it, a template's white space or a second EOS."""
+        if self.template == "chat":
+            rendered = chat(tree, self.tokenizer, self.options, strict=self.strict)
+        else:
+            rendered = plain(tree)
+        return rendered._replace(completions=tuple(map(self._ended_once, rendered.completions)))
+
+    def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
+        return encode_in_context(self.tokenizer, rendered)
+
+    def _ended_once(self, text: str) -> str:
+        whole = text
+        while (bare := text.rstrip()).endswith(self.end_texts):
+            end = next(e for e in self.end_texts if bare.endswith(e))
+            whole, text = bare, bare[: -len(end)]
+        return whole
+
+    def fit_row(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
         prompt = self._start(prompt)
         completions = [self._end(c) for c in completions]
         if any(not c for c in completions):
@@ -288,8 +358,7 @@ class _Fitter:
         cut = (False,) * len(completions)
         if len(prompt) + longest > self.max_length:
             prompt, completions, cut = self._cut(prompt, completions, longest)
-        if self.identical != "keep":
-            _check_different(completions, any(cut), self.max_length)
+        self.check_different(completions, any(cut))
         return [_tree(source, prompt, completions, cut)]
 
     def _start(self, prompt: Ids) -> Ids:
@@ -304,14 +373,8 @@ class _Fitter:
         return [first]
 
     def _end(self, completion: Ids) -> Ids:
-        """EOS once at the end; white space that a template puts behind EOS is not part of the answer."""
-        if self.eos is None:
+        if self.eos is None or (completion and completion[-1] in self.ends):
             return completion
-        end = len(completion)
-        while end and completion[end - 1] in self.is_space:
-            end -= 1
-        if end and completion[end - 1] == self.eos:
-            return completion[:end]
         return [*completion, self.eos]
 
     def _cut(self, prompt: Ids, completions: list[Ids], longest: int) -> tuple[Ids, list[Ids], tuple[bool, ...]]:
@@ -322,32 +385,20 @@ class _Fitter:
         if keep < len(prompt):
             bos = prompt[:1] if prompt[0] == self.bos_id else []
             prompt = [*bos, *prompt[len(prompt) - keep + len(bos) :]]
-            self.mark |= CUT_PROMPT
+            self.mark |= Mark.CUT_PROMPT
         room = self.max_length - len(prompt)
         if room < 1:
             what = f"max_length {self.max_length} leaves no room for a completion token"
             raise RowError(what, "raise data.max_length")
         cut = tuple(len(c) > room for c in completions)
-        self.mark |= CUT_COMPLETION * any(cut)
+        self.mark |= Mark.CUT_COMPLETION * any(cut)
         return prompt, [c[:room] for c in completions], cut
 
     def _chunks(self, source: str, prompt: Ids, document: Ids) -> list[TokenTree]:
         room = self.max_length - len(prompt)
         parts = [document[i : i + room] for i in range(0, len(document), room)]
-        self.mark |= SPLIT * (len(parts) > 1)
+        self.mark |= Mark.SPLIT * (len(parts) > 1)
         return [_tree(source, prompt, [part], (i < len(parts) - 1,)) for i, part in enumerate(parts)]
-
-
-def _check_different(completions: Sequence[Ids], cut: bool, max_length: int) -> None:
-    """Refuses a pair whose answers are the same tokens."""
-    if len(completions) == 2 and completions[0] == completions[1]:
-        where = f"after the cut to {max_length} tokens" if cut else "in tokens"
-        raise RowError(f"{IDENTICAL} {where}", "raise data.max_length, drop it, or set data.identical=keep")
-
-
-def _white_space_ids(tokenizer: Any) -> frozenset[int]:
-    ids = (tokenizer(s, add_special_tokens=False)["input_ids"] for s in ("\n", "\n\n", " ", " \n"))
-    return frozenset(i[0] for i in ids if len(i) == 1 and i[0] != tokenizer.eos_token_id)
 
 
 def _tree(source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...]) -> TokenTree:
@@ -355,13 +406,7 @@ def _tree(source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...
     return TokenTree(0, np.array(prompt, dtype=np.int32), arrays, cut, source)
 
 
-def raw_row(tree: PromptTree) -> dict[str, Any]:
-    """A tree as a row of a quarantine file."""
-    return {"prompt": prompt_json(tree.prompt), "completions": [c.text for c in tree.completions]}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# encoders: prompt and completion as the text pair that a BERT-type model was trained on
+# ---- Encoders: prompt and completion as the text pair that a BERT-type model was trained on ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,58 +457,50 @@ def pair_format(tokenizer: Any) -> PairFormat:
     )
 
 
-def tokenize_text_pairs(
-    dataset: Dataset,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    truncation: str = "prompt_then_completion",
-    on_bad_row: str = "error",
-    identical: str = "bad_row",
-) -> TokenizedDataset:
-    """Tokenize a data set for an encoder: the texts themselves, with its own tokenizer, whatever model wrote them.
+def tokenize_text_pairs(dataset: Dataset, tokenizer: Any, **how: Any) -> TokenizedDataset:
+    """Tokenize a data set for an encoder; arguments and errors as for `PairTokenization`."""
+    return PairTokenization(tokenizer, **how).all(dataset.trees)
+
+
+class PairTokenization(Tokenization):
+    """Rows for an encoder: the texts themselves, with its own tokenizer, whatever model wrote them.
 
     Chat prompts become lines ``role: content``. A row longer than `max_length` (prompt, longest completion and special tokens) loses the
-    start of its prompt, all of it if need be, and only then the ends of its completions; both are counted.
+    start of its prompt, all of it if need be, and only then the ends of its completions; both are counted. A tree's prompt ids end with
+    the separator and its completion ids end the row: prompt + completion is the row that ``tokenizer(prompt, completion)`` gives.
 
     Args:
-        truncation, on_bad_row, identical: as for `tokenize`.
-
-    Returns:
-        Trees whose prompt ids end with the separator and whose completion ids end the row: prompt + completion is the row that
-        ``tokenizer(prompt, completion)`` gives.
+        truncation, on_bad_row, identical: as for `CausalTokenization`.
 
     Raises:
-        DataError: a bad row and ``on_bad_row="error"``.
+        ModelError: see `pair_format`. DataError (later): a bad row and ``on_bad_row="error"``.
     """
-    fitter = _PairFitter(pair_format(tokenizer), max_length, truncation, identical)
-    making = Tokenizing(tokenizer, _as_they_are, "text pair", fitter, on_bad_row)
-    return making.result(tuple(making.trees(dataset.trees)), len(dataset.trees))
 
+    template = "text pair"
 
-def _as_they_are(tree: PromptTree) -> Rendered:
-    return prompt_text(tree.prompt), tuple(c.text for c in tree.completions)
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        truncation: str = "prompt_then_completion",
+        on_bad_row: str = "error",
+        identical: str = "bad_row",
+    ) -> None:
+        super().__init__(tokenizer, max_length, truncation, identical, on_bad_row)
+        self.layout = pair_format(tokenizer)
 
+    def render(self, tree: PromptTree) -> Rendered:
+        return Rendered(prompt_text(tree.prompt), tuple(c.text for c in tree.completions))
 
-@dataclass(slots=True)
-class _PairFitter:
-    """Ids of one row to its token tree, as the tokenizer lays out a pair."""
-
-    layout: PairFormat
-    max_length: int
-    truncation: str
-    identical: str
-    mark: int = 0  # of the row in hand
-
-    def __call__(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
+    def fit_row(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
         layout = self.layout
         kept_prompt, kept = fit(prompt, completions, self.max_length - layout.specials)
         cut = tuple(len(k) < len(c) for k, c in zip(kept, completions, strict=True))
         if self.truncation == "bad_row" and (any(cut) or len(kept_prompt) < len(prompt)):
             raise RowError(f"it has more than max_length {self.max_length} tokens", "raise data.max_length")
-        if self.identical != "keep":
-            _check_different(kept, any(cut), self.max_length)
-        self.mark = CUT_PROMPT * (len(kept_prompt) < len(prompt)) | CUT_COMPLETION * any(cut)
+        self.check_different(kept, any(cut))
+        self.mark = Mark.CUT_PROMPT * (len(kept_prompt) < len(prompt)) | Mark.CUT_COMPLETION * any(cut)
         before = [*layout.before, *kept_prompt, *layout.between]
         return [_tree(source, before, [[*k, *layout.after] for k in kept], cut)]
 

@@ -71,8 +71,8 @@ class Evaluation(Material):
         assert self.rows is not None
         asked: dict[str, Any] = {} if self.request.reward is None else {"": self.request.reward}
         asked |= {name: name for name in self.request.also}
-        prompts = prompts_by_source(self.rows.trees)
-        policy = PolicyText(self.run.rows.tokenizer, self.config.data.template, prompts)
+        prompts, data = prompts_by_source(self.rows.trees), self.config.data
+        policy = PolicyText(self.run.rows.tokenizer, data.template, prompts, data.template_options)
         try:
             return {name: load_reward(reward, policy, self.run.device) for name, reward in asked.items()}
         except ValidationError as error:  # a mapping that holds something else than names and weights

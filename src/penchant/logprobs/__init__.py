@@ -167,13 +167,14 @@ class Scorer:
         hidden = self.predicting(batch)
         head, scale, softcap = self._head()
         if type(head) is nn.Linear:
-            out = divergence_logps(
+            tokens, ref_tokens, values = divergence_logps(
                 hidden, head.weight, batch.target_ids, ref_logits, kind, head.bias, scale=scale, softcap=softcap
             )
         else:
-            out = module_divergence_logps(head, hidden, batch.target_ids, ref_logits, kind, scale, softcap)
-        sums = per_completion(out.logps, batch)
-        return CompletionLogps(sums, out.logps, ref_tokens=out.ref_logps, divergence=out.divergence)
+            tokens, ref_tokens, values = module_divergence_logps(
+                head, hidden, batch.target_ids, ref_logits, kind, scale, softcap
+            )
+        return CompletionLogps(per_completion(tokens, batch), tokens, ref_tokens=ref_tokens, divergence=values)
 
     def _head(self) -> tuple[Any, float, float | None]:
         base = base_model_of(self.model)

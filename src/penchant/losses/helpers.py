@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from penchant.base.lazy import lazy
+from penchant.base.lazy import F, Tensor, torch
 from penchant.types import LossOutput, PairLogps, UnpairedLogps, Weighted
-
-if TYPE_CHECKING:
-    import torch
-    import torch.nn.functional as F
-    from torch import Tensor
-else:
-    torch, F = lazy("torch"), lazy("torch.nn.functional")
 
 Metrics = dict[str, Weighted]
 
@@ -33,12 +25,6 @@ def require(logps: PairLogps | UnpairedLogps, *names: str) -> tuple[Tensor, ...]
         raise ValueError(f"this loss needs {' and '.join(missing)}; give {'it' if len(missing) == 1 else 'them'}")
     require_vectors(*found.values())
     return tuple(found.values())
-
-
-def pair_policy(logps: PairLogps) -> tuple[Tensor, Tensor]:
-    """(policy_chosen_logps, policy_rejected_logps), checked."""
-    chosen, rejected = require(logps, "policy_chosen_logps", "policy_rejected_logps")
-    return chosen, rejected
 
 
 def pair_logratios(logps: PairLogps) -> tuple[Tensor, Tensor]:

@@ -6,20 +6,14 @@ import functools
 import inspect
 import math
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from penchant.base.files import file_sha256
 from penchant.base.functions import is_own, own_file, python_function
-from penchant.base.lazy import lazy
+from penchant.base.lazy import Tensor, torch
 from penchant.errors import ConfigError
 from penchant.losses.registry import LOSSES, LossSpec, params_of
 from penchant.types import LossOutput, PairLogps, UnpairedLogps
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    torch = lazy("torch")
 
 ROWS = 6  # of the inputs that a loss is tried on
 FAR = 1e4  # nats: log-ratios that a loss must survive

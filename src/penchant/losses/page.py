@@ -7,6 +7,7 @@ from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from penchant.base.section import as_yaml, bounds
 from penchant.losses import LOSSES, LossSpec
 from penchant.losses.own import find_loss
 from penchant.losses.registry import NEEDS
@@ -27,7 +28,7 @@ GROUPS = {
 def parameters(spec: LossSpec) -> list[tuple[str, str, str]]:
     """(name in a config, default, meaning with choices or range) of each hyperparameter."""
     return [
-        (info.alias or name, _shown(info.default), (info.description or "") + _allowed(info))
+        (info.alias or name, as_yaml(info.default), (info.description or "") + _allowed(info))
         for name, info in spec.params.model_fields.items()
     ]
 
@@ -35,13 +36,8 @@ def parameters(spec: LossSpec) -> list[tuple[str, str, str]]:
 def _allowed(info: FieldInfo) -> str:
     """`` [one or two]`` or `` [> 0, < 0.5]``, from the field's type and bounds."""
     choices = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    bounds = [f"{sign} {getattr(m, k):g}" for m in info.metadata for k, sign in signs.items() if hasattr(m, k)]
-    return f" [{' or '.join(map(str, choices))}]" if choices else f" [{', '.join(bounds)}]" if bounds else ""
-
-
-def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    allowed = " or ".join(map(str, choices)) or bounds(info)
+    return f" [{allowed}]" if allowed else ""
 
 
 def _more(spec: LossSpec) -> list[str]:
@@ -61,7 +57,7 @@ def text() -> str:
             lines += [f"    {name} = {default}: {meaning}" for name, default, meaning in parameters(spec)]
         lines.append("")
     lines += ["ANY LOSS", ""]
-    lines += [f"    {name} = {_shown(i.default)}: {i.description}" for name, i in LossModifiers.model_fields.items()]
+    lines += [f"    {name} = {as_yaml(i.default)}: {i.description}" for name, i in LossModifiers.model_fields.items()]
     lines.append("    mix: [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]: several losses by weight")
     lines.append("    a number may follow a schedule: beta: {from: 0.1, to: 0.5, shape: linear} (or cosine)")
     return "\n".join(lines)
@@ -69,7 +65,7 @@ def text() -> str:
 
 def describe(name: str) -> str:
     """One loss: its own description, hyperparameters with ranges, and how to name it."""
-    spec = find_loss(given := loss_name(name, ("penchant losses",)))
+    spec = find_loss(given := loss_name(name, ("losses",)))
     lines = [f"loss.name={given}", "", inspect.cleandoc(spec.fn.__doc__ or ""), ""]
     lines += [f"needs {NEEDS[n]}" for n in sorted(spec.needs)]
     lines += [f"loss.{key} = {default}" + f": {meaning}" * bool(meaning) for key, default, meaning in parameters(spec)]
@@ -105,7 +101,7 @@ def markdown() -> str:
         "",
         "| key | meaning |",
         "|---|---|",
-        *(f"| `loss.{n}` ({_shown(i.default)}) | {i.description} |" for n, i in LossModifiers.model_fields.items()),
+        *(f"| `loss.{n}` ({as_yaml(i.default)}) | {i.description} |" for n, i in LossModifiers.model_fields.items()),
         "| `loss.mix` | several losses by weight: `mix: [{name: dpo, weight: 0.8, beta: 0.1}, {name: sft, weight: 0.2}]` |",
         "| `reference.ema`, `reference.sync_every`, `reference.sync_mixup` | a reference that follows the policy "
         "([2404.09656](https://arxiv.org/abs/2404.09656)) |",

@@ -6,22 +6,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from penchant.base.lazy import lazy
+from penchant.base.lazy import F, Tensor, torch
 from penchant.losses.helpers import expm1_then_linear, logistic, pair_logratios, pair_output, require, reward_metrics
 from penchant.losses.registry import Beta, Key, LabelSmoothing, LossParams, Range, loss
 from penchant.losses.schedules import Schedule
 from penchant.types import LossOutput, PairLogps
-
-if TYPE_CHECKING:
-    import torch
-    import torch.nn.functional as F
-    from torch import Tensor
-else:
-    torch, F = lazy("torch"), lazy("torch.nn.functional")
 
 LOG2 = math.log(2.0)
 
@@ -62,11 +55,13 @@ class ShiftSchedule(LossParams):
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> ShiftSchedule:
         if self.schedule != "fixed" and "lam" in self.model_fields_set:
-            raise ValueError("lambda and a linear schedule are both set; a schedule goes from lambda_min to lambda_max")
+            raise ValueError(
+                "lambda is set, but a linear schedule goes from lambda_min to lambda_max; keep one of the two"
+            )
         if self.schedule == "fixed" and self.model_fields_set & {"lambda_min", "lambda_max"}:
             raise ValueError("lambda_min and lambda_max are of a linear schedule; set schedule, or lambda alone")
         if self.lambda_min > self.lambda_max:
-            raise ValueError(f"lambda_min ({self.lambda_min:g}) is above lambda_max ({self.lambda_max:g})")
+            raise ValueError(f"lambda_min ({self.lambda_min:g}) is above lambda_max ({self.lambda_max:g}); swap them")
         return self
 
     def to_mapping(self) -> dict[str, Any]:

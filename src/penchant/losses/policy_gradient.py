@@ -6,16 +6,10 @@ is no padding, so none can be rewarded, whitened or averaged over.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from penchant.base.lazy import lazy
+from penchant.base.lazy import Tensor, torch
 from penchant.losses.helpers import require_vectors
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    torch = lazy("torch")
 
 LOG_RATIO_LIMIT = 20.0  # e^20: a ratio beyond is an accident, and its square must not overflow
 

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from penchant.base.lazy import lazy
-from penchant.losses.helpers import (
-    expm1_then_linear,
-    log1mexp,
-    logistic,
-    pair_averages,
-    pair_output,
-    pair_policy,
-    require,
-)
+from penchant.base.lazy import Tensor, torch
+from penchant.losses.helpers import expm1_then_linear, log1mexp, logistic, pair_averages, pair_output, require
 from penchant.losses.registry import LabelSmoothing, Range, loss
 from penchant.types import LossOutput, PairLogps
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    torch = lazy("torch")
 
 Gamma = Annotated[float, Range(ge=0), "target margin between the rewards"]
 
@@ -104,7 +90,7 @@ def cpo(
     label_smoothing: LabelSmoothing = 0.0,
 ) -> LossOutput:
     """CPO: DPO's loss on plain log-probs, and the chosen answer's likelihood."""
-    chosen, rejected = pair_policy(logps)
+    chosen, rejected = require(logps, "policy_chosen_logps", "policy_rejected_logps")
     losses = logistic(beta * (chosen - rejected), label_smoothing)
     if alpha:
         (lengths,) = require(logps, "chosen_lengths")
@@ -120,5 +106,5 @@ def slic(
     reg_weight: Annotated[float, Range(ge=0), "weight of the chosen answer's negative log-likelihood (lambda)"] = 0.1,
 ) -> LossOutput:
     """SLiC-HF's rank calibration, with the chosen completion as regularization target."""
-    chosen, rejected = pair_policy(logps)
+    chosen, rejected = require(logps, "policy_chosen_logps", "policy_rejected_logps")
     return pair_output(torch.relu(delta - chosen + rejected) - reg_weight * chosen, chosen, rejected)

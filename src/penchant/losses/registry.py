@@ -177,10 +177,7 @@ def params_of(fn: Callable[..., Any], base: type[LossParams] = LossParams) -> ty
                 p.default,
                 alias=next((e.name for e in extras if isinstance(e, Key)), None),
                 description=next((e for e in extras if isinstance(e, str)), ""),
-                gt=bounds.gt,
-                ge=bounds.ge,
-                lt=bounds.lt,
-                le=bounds.le,
+                **vars(bounds),
             ),
         )
     title = f"{getattr(fn, '__name__', 'Loss')}Params"

@@ -91,10 +91,19 @@ def loss_name(given: Any, path: Path = ("loss", "name")) -> str:
     return name
 
 
+class LossModifiers(Section):
+    """What any loss can be combined with."""
+
+    nll_weight: float = Field(
+        0.0, ge=0, description="weight of an added negative log-likelihood of the chosen answers, averaged over tokens"
+    )
+    average_log_prob: bool = Field(False, description="give the loss mean log-probs per token instead of sums")
+
+
 class ComponentConfig(BaseModel):
     """A loss by name, with its own typed hyperparameters, some of which may follow a schedule."""
 
-    model_config = {"frozen": True, "arbitrary_types_allowed": True}
+    model_config = {"frozen": True}
     name: str
     params: Any
     schedules: dict[str, Any] = Field(default_factory=dict)
@@ -132,11 +141,10 @@ class ComponentConfig(BaseModel):
                 raise ConfigError(
                     ".".join((*path, key)), "is not a number that could follow a schedule", "give one value"
                 )
-        by_field = {names[key]: s for key, s in schedules.items()}
-        own = params.schedules()
-        both = sorted(own.keys() & by_field.keys())
-        if both and params.model_fields_set & {"schedule"}:
-            raise ConfigError(".".join(path), "schedule and a from/to of its own are both set", "keep one")
+        by_field, own = {names[key]: s for key, s in schedules.items()}, params.schedules()
+        both = [key for key in schedules if names[key] in own]
+        if both and "schedule" in params.model_fields_set:
+            raise ConfigError(".".join(path), f"has a schedule, and a from/to for {both[0]}", "keep one of the two")
         return cls(name=name, params=params, schedules=own | by_field, weight=float(weight))
 
     def to_mapping(self) -> dict[str, Any]:
@@ -149,13 +157,10 @@ class ComponentConfig(BaseModel):
         return {"name": self.name, **values}
 
 
-class LossConfig(BaseModel):
+class LossConfig(LossModifiers):
     """A loss, or a mix of several by weight, and what modifies any of them."""
 
-    model_config = {"frozen": True, "arbitrary_types_allowed": True}
     components: tuple[ComponentConfig, ...]
-    nll_weight: float = 0.0
-    average_log_prob: bool = False
 
     @property
     def name(self) -> str:
@@ -178,14 +183,16 @@ class LossConfig(BaseModel):
         if mix is None:
             if "weight" in rest:
                 raise ConfigError(
-                    "loss.weight", "a single loss has no weight", "lower train.lr, or list losses in loss.mix"
+                    "loss.weight",
+                    "is set, but a single loss has no weight",
+                    "lower train.lr, or list losses in loss.mix",
                 )
             rest.setdefault("name", "dpo")
             components: tuple[ComponentConfig, ...] = (ComponentConfig.from_mapping(rest),)
         else:
             if rest:
                 raise ConfigError(
-                    "loss", f"{', '.join(rest)} beside mix", "put it into the entry of mix that it is for"
+                    "loss", f"has {', '.join(rest)} beside mix", "put it into the entry of mix that it is for"
                 )
             if not isinstance(mix, list) or not mix or not all(isinstance(m, Mapping) for m in mix):
                 raise ConfigError(
@@ -193,7 +200,7 @@ class LossConfig(BaseModel):
                 )
             components = tuple(ComponentConfig.from_mapping(m, ("loss", "mix", str(i))) for i, m in enumerate(mix))
             if not any(c.weight for c in components):
-                raise ConfigError("loss.mix", "all weights are 0", "give one of them a weight")
+                raise ConfigError("loss.mix", "counts for nothing: all weights are 0", "give one of them a weight")
         made = cls(components=components, **modifiers.model_dump())
         made._check()
         return made
@@ -202,14 +209,16 @@ class LossConfig(BaseModel):
         specs = [c.spec for c in self.components]
         names = [s.name for s in specs]
         if len(set(names)) < len(names):
-            raise ConfigError("loss.mix", "a loss is listed twice", "keep one, or change its weight")
+            raise ConfigError("loss.mix", "has a loss that is listed twice", "keep one, or change its weight")
         if sum("divergence" in s.needs for s in specs) > 1:
-            raise ConfigError("loss.mix", "two losses with a divergence of their own", "keep one")
+            raise ConfigError("loss.mix", "has two losses with a divergence of their own", "keep one")
         if self.average_log_prob:
             for s in specs:
                 if s.uses_lengths:
                     raise ConfigError(
-                        "loss.average_log_prob", f"{s.name} looks at lengths itself", "leave average_log_prob out"
+                        "loss.average_log_prob",
+                        f"is set, but {s.name} looks at lengths itself",
+                        "leave average_log_prob out",
                     )
 
     def contents(self) -> dict[str, str]:
@@ -217,16 +226,7 @@ class LossConfig(BaseModel):
         return {c.name: file_sha256(own_file(c.name)) for c in self.components if is_own(c.name)}
 
     def to_mapping(self) -> dict[str, Any]:
-        modifiers = {"nll_weight": self.nll_weight, "average_log_prob": self.average_log_prob}
+        modifiers = self.model_dump(include=set(LossModifiers.model_fields))
         if len(self.components) == 1:
             return {**self.components[0].to_mapping(), **modifiers}
         return {"mix": [{**c.to_mapping(), "weight": c.weight} for c in self.components], **modifiers}
-
-
-class LossModifiers(Section):
-    """What any loss can be combined with."""
-
-    nll_weight: float = Field(
-        0.0, ge=0, description="weight of an added negative log-likelihood of the chosen answers, averaged over tokens"
-    )
-    average_log_prob: bool = Field(False, description="give the loss mean log-probs per token instead of sums")

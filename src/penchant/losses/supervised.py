@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from penchant.base.lazy import Tensor
 from penchant.losses.helpers import logistic, require_vectors, reward_metrics
 from penchant.losses.registry import loss
 from penchant.types import LossOutput, UnpairedLogps
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @loss("sft", "-sum_i log pi(y_i|x_i) / sum_i |y_i|", signal="tokens", needs=(), uses_lengths=True)

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
-from penchant.base.lazy import lazy
+from penchant.base.lazy import Tensor, torch
 from penchant.losses.helpers import Metrics, logistic, require, require_vectors, side_metrics
 from penchant.losses.registry import Beta, Range, loss
 from penchant.types import Direction, Divergence, LossOutput, UnpairedLogps
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    torch = lazy("torch")
 
 
 @loss(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from penchant.data.packing import batches_of
+from penchant.data.templates import end_ids
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference, compute_logps
@@ -151,7 +152,7 @@ def write(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_ids(tokenizer, model),
         progress=progress,
     )
     trees = [

@@ -59,7 +59,7 @@ class ReferenceConfig(Section):
         if self.ema is not None and self.sync_every is not None:
             raise ValueError("ema and sync_every are both set; keep one")
         if self.sync_every is None and "sync_mixup" in self.model_fields_set and self.sync_mixup != 1.0:
-            raise ValueError("sync_mixup is set without sync_every")
+            raise ValueError("sync_mixup is set without sync_every; set both, or neither")
         if self.moves and self.kind in ("cached", "adapter"):
             raise ValueError(f"kind={self.kind} cannot follow the policy; set kind=frozen or auto")
         return self

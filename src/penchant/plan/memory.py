@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -316,9 +316,8 @@ def start_weights(run: OutlinedRun) -> int:
 
 MIB = 1 << 20
 # Measured on one machine (benchmarks/plan_memory.py); everything else is counted.
-TRAINING_LIBRARIES = (
-    110 * MIB
-)  # what is loaded only when training begins: peft, the optimizer, kernels and their scratch space
+# What is loaded only when training begins: peft, the optimizer, kernels and their scratch space.
+TRAINING_LIBRARIES = 110 * MIB
 # What the heap loses between tensors of different sizes. The fast path makes the same few tensors layer by layer; autograd keeps
 # hundreds of many sizes, and frees them in another order than they came in.
 HEAP_LOSS = {"kernels": 0.02, "transformers": 0.20, "rule of thumb": 0.20}
@@ -326,17 +325,7 @@ HEAP_LOSS = {"kernels": 0.02, "transformers": 0.20, "rule of thumb": 0.20}
 # stays while it is among the last ones (the command line keeps 128, oneDNN itself 1,024).
 CAPACITY, CAPACITY_WITHOUT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 1024
 KERNEL, PRODUCT = 262 << 10, 275 << 10  # bytes of one
-
-
-@dataclass(frozen=True, slots=True)
-class NewSize:
-    """What a pass of a size that was not met before makes oneDNN prepare."""
-
-    kernels: int
-    products: int
-
-
-WITH_GRADIENT, WITHOUT = NewSize(17, 31), NewSize(7, 12)
+WITH_GRADIENT, WITHOUT = (17, 31), (7, 12)  # (kernels, products) of a pass whose size was not met before
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +334,7 @@ class Memory:
 
     Args:
         parts: of the training step, by name; moments: high-water marks of the phases of a run; machine: what there is in all, free: now.
-        coarse: why this is a rough estimate, or an empty string; advice: key, what to set, bytes that it would save.
+        coarse: why this is a rough estimate, or an empty string; advice: what to set, and bytes that it would save.
     """
 
     parts: dict[str, int]
@@ -370,67 +359,67 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
     Args:
         baseline: bytes of this process with its libraries and tokenizer; rows: what the rows and their tokens added to it.
     """
-    model = run.model
+    model, on_cpu = run.model, run.device.type == "cpu"
     every, trainable = parameter_counts(model)
+    copies = run.method.copies * every  # models that are trained beside the policy
+    trainable += copies
     size = torch.empty(0, dtype=run.dtype).element_size()
     shadow = size < 4  # bf16 weights are shadows of fp32 masters
-    held = _frozen_models(run)
-    more = _copies(run)
-    trainable += more
+    reference = _frozen_models(run) * size
     activations, coarse = _activations(run, work)
-    passing = (
-        0 if shadow else trainable * 4
-    )  # fp32 gradients are the parameters' own, and stay from micro-batch to micro-batch
-    parts = {
-        "Python, torch, transformers": baseline + (TRAINING_LIBRARIES if run.device.type == "cpu" else 0),
+    lasting = {
+        "Python, torch, transformers": baseline + (TRAINING_LIBRARIES if on_cpu else 0),
         "rows and tokens": rows,
-        "weights": (every + more) * size,
+        "weights": (every + copies) * size,
         "fp32 master weights": trainable * 4 if shadow else 0,
-        "gradients": trainable * 4 if shadow else passing,
+        "gradients": trainable * 4,  # in fp32, summed over micro-batches
         "optimizer (two moments)": trainable * 8,
         # frozen weights turn from fp32 to bf16 one by one, and what each leaves is too small for an activation
-        "left by fp32 weights": (every - trainable) * 2 if shadow and run.device.type == "cpu" else 0,
+        "left by fp32 weights": (every - trainable) * 2 if shadow and on_cpu else 0,
         "prepared products, by size of pass": _prepared(run, work) if shadow else 0,
-        "reference": held * size,
+        "reference": reference,
+    }
+    of_a_step = {
         "activations of the largest micro-batch": activations.layers + activations.layouts,
         "head (or the backward pass of a layer)": activations.head,
     }
-    lasting = sum(list(parts.values())[:-2])
     if run.device.type == "cuda":
-        parts.pop("Python, torch, transformers")
-        lasting = sum(list(parts.values())[:-2])
-        return _on_gpu(parts, lasting, activations)
-    process = parts["Python, torch, transformers"] + rows
-    loading = every * 4 + weight_file_bytes(run.config.model.path, model)
+        del lasting["Python, torch, transformers"]
+        free, total = torch.cuda.mem_get_info()
+        moments = {"a training step": sum(lasting.values()) + activations.total}
+        coarse = "the GPU's own context and cached blocks are not counted"
+        return Memory(lasting | of_a_step, moments, total, free, coarse)
+    process = lasting["Python, torch, transformers"] + rows
+    loss = 1.0 + HEAP_LOSS[activations.by]
+
+    def with_losses(more: int) -> int:
+        """The process, and all that it holds, with what the heap loses."""
+        return process + round((sum(lasting.values()) - process + more) * loss)
+
     before = process + every * size + trainable * (8 if shadow else 0)
-    heap = 1.0 + HEAP_LOSS[activations.by]
-    step = process + _heap(lasting - process + activations.total, heap)
+    step = with_losses(activations.total)
     moments = {
-        "loading the model": process + loading,
-        "before the first step": before + _heap(activations.forward, heap) + held * size,
+        "loading the model": process + every * 4 + weight_file_bytes(run.config.model.path, model),
+        "before the first step": before + round(activations.forward * loss) + reference,
         "a training step": step,
     }
-    asked = [activations.forward, _scoring(run, activations), writing_bytes(run, size)]
-    evaluating = process + _heap(lasting - process + max(asked), heap)
+    writing = writing_bytes(run, size)
+    evaluating = with_losses(max(activations.forward, _scoring(run, activations), writing))
     again = start_weights(run)
     if again:
         # its fp32 weights take the place of activations, whose pages stay; the file that it is read from comes on top
-        evaluating = max(step, evaluating, process + _heap(lasting - process + again * 4, heap))
+        evaluating = max(step, evaluating, with_losses(again * 4))
         evaluating += weight_file_bytes(run.config.reference.path or run.config.model.path, model)
     if run.rows.trees[1]:
         moments["an evaluation" + (", which loads the start again" if again else "")] = evaluating
-    elif asked[-1]:
+    elif writing:
         moments["writing answers"] = evaluating
-    parts["lost between tensors"] = moments["a training step"] - sum(parts.values())
+    parts = lasting | of_a_step
+    parts["lost between tensors"] = step - sum(parts.values())
     total, free = machine_memory()
-    return Memory(
-        parts,
-        moments,
-        total,
-        free,
-        coarse,
-        () if max(moments.values()) <= total else _advice(run, parts, activations, trainable, every),
-    )
+    fits = max(moments.values()) <= total
+    advice = () if fits else _advice(run, parts, activations, trainable, every)
+    return Memory(parts, moments, total, free, coarse, advice)
 
 
 def _prepared(run: OutlinedRun, work: Work) -> int:
@@ -441,20 +430,8 @@ def _prepared(run: OutlinedRun, work: Work) -> int:
     forward = len(passes_over(run, once)) + len(passes_over(run, run.rows.trees[1]))
     said = os.environ.get(CAPACITY, "")
     capacity = int(said) if said.isdigit() else CAPACITY_WITHOUT
-    kernels, products = (
-        work.sizes * getattr(WITH_GRADIENT, kind) + forward * getattr(WITHOUT, kind) for kind in ("kernels", "products")
-    )
+    kernels, products = (work.sizes * a + forward * b for a, b in zip(WITH_GRADIENT, WITHOUT, strict=True))
     return kernels * KERNEL + min(capacity, products) * PRODUCT
-
-
-def _heap(held: int, factor: float) -> int:
-    return round(held * factor)
-
-
-def _on_gpu(parts: dict[str, int], lasting: int, activations: Activations) -> Memory:
-    free, total = torch.cuda.mem_get_info()
-    moments = {"a training step": lasting + activations.total}
-    return Memory(parts, moments, total, free, "the GPU's own context and cached blocks are not counted")
 
 
 def _activations(run: OutlinedRun, work: Work) -> tuple[Activations, str]:
@@ -498,61 +475,20 @@ def _scoring(run: OutlinedRun, known: Activations) -> int:
     return forward_bytes(run, run.model, [trees[i] for i in largest], run.layout[1])
 
 
-def _copies(run: OutlinedRun) -> int:
-    """Parameters of models that are trained beside the policy."""
-    return run.method.copies * parameter_counts(run.model)[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what could be changed where it does not fit
-
-
 def _advice(
-    run: OutlinedRun, parts: dict[str, int], activations: Activations, trainable: int, every: int
+    run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int
 ) -> tuple[tuple[str, int], ...]:
-    """What to set, and what it would save, the largest saving first."""
-    found = [(text, saved(run, parts, activations, trainable, every)) for text, saved in CHANGES.items()]
-    return tuple(sorted(((t, s) for t, s in found if s > 0), key=lambda pair: -pair[1]))
-
-
-Saved = Callable[[OutlinedRun, dict[str, int], Activations, int, int], int]
-
-
-def _by_adapter(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
+    """What to set where it does not fit, and about what it would save, the largest saving first."""
+    train, reference = run.config.train, run.config.reference
     of_training = parts["fp32 master weights"] + parts["gradients"] + parts["optimizer (two moments)"]
-    return round(of_training * 0.96) if run.config.lora is None else 0
-
-
-def _by_half_the_tokens(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
     longest = max((t.shared_tokens for t in run.rows.trees[0]), default=0)
-    return a.total // 2 if run.config.train.tokens_per_step >= 2 * longest else 0
-
-
-def _by_length(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
-    longest = max((t.shared_tokens for t in run.rows.trees[0]), default=0)
-    return a.total // 2 if run.config.train.tokens_per_step < 2 * longest else 0
-
-
-def _by_recomputing(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
-    return a.layers * 3 // 4 if not run.config.train.gradient_checkpointing else 0
-
-
-def _by_bf16(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
-    if run.dtype == torch.bfloat16:
-        return 0
-    return a.layers // 2 + every * 2 - trainable * 4
-
-
-def _by_cache(run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int) -> int:
-    could = not run.method.live_reference and not run.config.reference.moves
-    return parts["reference"] if could else 0
-
-
-CHANGES: dict[str, Saved] = {
-    "lora={r: 16} (an adapter in place of the whole model)": _by_adapter,
-    "half of train.tokens_per_step": _by_half_the_tokens,
-    "half of data.max_length, with half of train.tokens_per_step": _by_length,
-    "train.gradient_checkpointing=true (a third slower)": _by_recomputing,
-    "model.dtype=bf16": _by_bf16,
-    "reference.kind=cached": _by_cache,
-}
+    two_fit = train.tokens_per_step >= 2 * longest
+    saved = {
+        "lora={r: 16} (an adapter in place of the whole model)": round(of_training * 0.96) * (run.config.lora is None),
+        "half of train.tokens_per_step": a.total // 2 * two_fit,
+        "half of data.max_length, with half of train.tokens_per_step": a.total // 2 * (not two_fit),
+        "train.gradient_checkpointing=true (a third slower)": a.layers * 3 // 4 * (not train.gradient_checkpointing),
+        "model.dtype=bf16": (a.layers // 2 + every * 2 - trainable * 4) * (run.dtype != torch.bfloat16),
+        "reference.kind=cached": parts["reference"] * (not run.method.live_reference and not reference.moves),
+    }
+    return tuple(sorted(((text, n) for text, n in saved.items() if n > 0), key=lambda pair: -pair[1]))

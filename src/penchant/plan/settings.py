@@ -119,11 +119,6 @@ def _kernels(run: OutlinedRun) -> Derived:
     return "transformers", "an adapter is not in the fast path" if run.config.lora else f"{name} is not recognized"
 
 
-def _packing(run: OutlinedRun) -> Derived:
-    packing, _, why = run.layout
-    return packing, why
-
-
 def _threads(run: OutlinedRun) -> Derived:
     parameters = parameter_counts(run.model)[0]
     threads = threads_for(run.config, parameters)
@@ -133,9 +128,8 @@ def _threads(run: OutlinedRun) -> Derived:
 
 
 def _lr(run: OutlinedRun) -> Derived:
-    return peak_lr(
-        run.config, run.rows, parameter_counts(run.model)[0]
-    ), f"{run.method.name}, {'an adapter' if run.config.lora else 'the whole model'}"
+    lr = peak_lr(run.config, run.rows, parameter_counts(run.model)[0])
+    return lr, f"{run.method.name}, {'an adapter' if run.config.lora else 'the whole model'}"
 
 
 def _template(run: OutlinedRun) -> Derived:
@@ -166,7 +160,7 @@ DERIVED: dict[str, tuple[Any, Callable[[OutlinedRun], Derived]]] = {
     "data.split_seed": (None, lambda run: (run.config.train.seed, "train.seed")),
     "reference.kind": ("auto", _reference),
     "reference.cache_dir": (None, lambda run: (str(default_cache_dir()), "$PENCHANT_CACHE or ~/.cache/penchant")),
-    "train.packing": ("auto", _packing),
+    "train.packing": ("auto", lambda run: (run.layout[0], run.layout[2])),
     "train.threads": ("auto", _threads),
     "train.lr": ("auto", _lr),
     "evaluation.tokens_per_step": (None, lambda run: (run.config.train.tokens_per_step, "train.tokens_per_step")),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from penchant.base.section import as_yaml
 from penchant.base.text import printable
 from penchant.plan.memory import Memory
 from penchant.plan.plan import Plan
@@ -51,19 +51,11 @@ def columns(rows: Iterable[Sequence[str]]) -> list[str]:
 def _settings(settings: Sequence[Setting]) -> list[str]:
     found = []
     for s in settings:
-        value = _value(s.value)
+        value = as_yaml(s.value)
         if s.why:
-            value += f" -> {_value(s.became)}"
+            value += f" -> {as_yaml(s.became)}"
         found.append((s.key, value, s.source + (f"; {s.why}" if s.why else "")))
     return columns(found)
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _data(name: str, rows: Rows) -> list[str]:

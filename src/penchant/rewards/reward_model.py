@@ -17,7 +17,15 @@ from penchant.base.files import file_sha256
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
 from penchant.data.packing import batches_of
-from penchant.data.tokenize import PairFormat, TokenizedDataset, pair_format, same_tokens, tokenize, tokenize_text_pairs
+from penchant.data.templates import end_ids
+from penchant.data.tokenize import (
+    PairFormat,
+    TokenizedDataset,
+    pair_format,
+    same_tokens,
+    tokenize,
+    tokenize_text_pairs,
+)
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.logprobs import Scorer
 from penchant.logprobs.packing import choose_packing
@@ -154,12 +162,13 @@ class PolicyText:
     """What a reward model must know of the policy whose completions it judges.
 
     Args:
-        tokenizer, template: the policy's; prompts: as the data has them, by the `source` of their trees; None: several are called so.
+        tokenizer, template, template_options: the policy's; prompts: as the data has them, by the `source` of their trees; None: several are called so.
     """
 
     tokenizer: Any
     template: str = "auto"
     prompts: Mapping[str, Prompt | None] = field(default_factory=dict)
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prompts_by_source(trees: Iterable[PromptTree]) -> dict[str, Prompt | None]:
@@ -178,7 +187,7 @@ class RewardModel:
     and completion are tokenized anew, as they were when the reward model was trained.
 
     Args:
-        scorer, tokenizer: the reward model's; template, max_length, add_eos: what it was trained with.
+        scorer, tokenizer: the reward model's; template, max_length, add_eos, template_options: what it was trained with.
         policy: whose completions `score_trees` gets.
     """
 
@@ -189,6 +198,7 @@ class RewardModel:
     max_length: int
     add_eos: bool
     policy: PolicyText | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
     _same: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -199,6 +209,7 @@ class RewardModel:
             and self.add_eos
             and same_tokens(policy.tokenizer, self.tokenizer)
             and _renders(policy.template, policy.tokenizer) == _renders(self.template, self.tokenizer)
+            and dict(policy.template_options) == dict(self.template_options)
         )
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -237,14 +248,20 @@ class RewardModel:
             held = [replace(p, completions=(Completion("."),)) if n else p for p, n in zip(pairs, nothing, strict=True)]
             dataset = replace(dataset, trees=tuple(held))
         made: Sequence[TokenTree] = tokenize(
-            dataset, self.tokenizer, template=self.template, max_length=self.max_length, add_eos=self.add_eos
+            dataset,
+            self.tokenizer,
+            template=self.template,
+            max_length=self.max_length,
+            add_eos=self.add_eos,
+            template_options=self.template_options,
+            strict=False,
         ).trees
         made = [
             replace(t, completion_ids=(t.completion_ids[0][:0],)) if n else t
             for t, n in zip(made, nothing, strict=True)
         ]
-        eos = self.tokenizer.eos_token_id
-        return [_without(eos, t) if cut else t for t, cut in zip(made, unfinished, strict=True)]
+        ends = end_ids(self.tokenizer)
+        return [_without(ends, t) if cut else t for t, cut in zip(made, unfinished, strict=True)]
 
 
 def _renders(template: str, tokenizer: Any) -> str:
@@ -256,9 +273,9 @@ def _longest(tree: TokenTree) -> int:
     return len(tree.prompt_ids) + max(map(len, tree.completion_ids))
 
 
-def _without(eos: int | None, tree: TokenTree) -> TokenTree:
+def _without(ends: frozenset[int], tree: TokenTree) -> TokenTree:
     ids = tree.completion_ids[0]
-    return replace(tree, completion_ids=(ids[:-1],)) if len(ids) > 1 and ids[-1] == eos else tree
+    return replace(tree, completion_ids=(ids[:-1],)) if len(ids) > 1 and int(ids[-1]) in ends else tree
 
 
 def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step: int = TOKENS_PER_STEP) -> list[float]:
@@ -342,6 +359,7 @@ def load_reward_function(name: str, folder: Path, device: torch.device, policy: 
         int(settings.get("max_length") or context_of(config, tokenizer) or 1024),
         bool(settings.get("add_eos", tokenizer.eos_token_id is not None)),
         policy,
+        dict(settings.get("template_options", {})),
     )
 
 
@@ -398,7 +416,8 @@ class RewardModelParts:
         how |= {"max_length": self.max_length, "on_bad_row": on_bad_row}
         if self.encoder:
             return tokenize_text_pairs(dataset, self.tokenizer, **how)
-        return tokenize(dataset, self.tokenizer, template=self.data.template, add_eos=self.data.add_eos, **how)
+        how |= self.data.model_dump(include={"template", "template_options", "add_eos"})
+        return tokenize(dataset, self.tokenizer, **how)
 
     def load(self, device: torch.device, seed: int) -> Any:
         """The trainable model in fp32: whole, or an adapter with a head (and whatever else is new) that is trained with it."""
@@ -413,6 +432,7 @@ class RewardModelParts:
     def save(self, model: Any, masters: Mapping[str, Tensor], folder: Path) -> None:
         settings = {
             "template": self.data.template,
+            **({"template_options": self.data.template_options} if self.data.template_options else {}),
             "max_length": self.max_length,
             "add_eos": self.data.add_eos and self.tokenizer.eos_token_id is not None,
         }

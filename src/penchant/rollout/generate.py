@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from penchant.data.templates import end_ids
 from penchant.models.cpu.decode import FastDecoder, cache_bytes_per_token, can_decode_fast
 
 # ---- One token of every row: temperature, top-k, top-p, and a draw that belongs to the row alone ----
@@ -123,7 +124,7 @@ class Settings:
     temperature: float
     top_p: float
     top_k: int
-    eos: int | None
+    ends: frozenset[int]
 
     def draw(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         return draw(logits, uniforms, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
@@ -143,6 +144,7 @@ class Written:
         self.finished = torch.zeros(lines, dtype=torch.bool, device=device)
         self._seed, self._prompt_seeds = seed, prompt_seeds
         self._uniforms = torch.zeros(lines, columns, dtype=torch.float64, device=device)
+        self._ends = torch.tensor(sorted(settings.ends), dtype=torch.int64, device=device)
 
     def lines_of(self, prompts: Sequence[int]) -> Tensor:
         """The lines of these prompts' completions."""
@@ -163,7 +165,7 @@ class Written:
         self.ids[lines, at] = tokens
         self.logps[lines, at] = logps.float()
         self.lengths[lines] = at + 1
-        ended = tokens == self.settings.eos if self.settings.eos is not None else torch.zeros_like(tokens).bool()
+        ended = torch.isin(tokens, self._ends)
         self.finished[lines] = ended
         return tokens, ~ended & (at + 1 < self.settings.max_new_tokens)
 
@@ -189,7 +191,7 @@ def sample(
     top_k: int = 0,
     seed: int = 0,
     prompt_seeds: Sequence[int] | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Collection[int] | None = None,
     rows_at_once: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Sample]]:
@@ -201,12 +203,14 @@ def sample(
         top_p, top_k: sample from the smallest set of tokens whose probabilities sum to top_p, of the top_k (0: all) most likely.
         seed: of the draws; prompt_seeds: one number a prompt (default: its index). A completion is a function of weights, prompt,
             both numbers and its index among the n, up to rounding: not of the other prompts, nor of how many rows run together.
+        eos_token_id: the id, or ids, at which a completion ends: `penchant.data.tokenize.end_ids` of model and tokenizer.
         rows_at_once: completions decoded together; by default what memory allows.
 
     Returns:
         For each prompt, in order, its `n` samples.
     """
-    settings = Settings(n, max_new_tokens, temperature, top_p, top_k, eos_token_id)
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ()
+    settings = Settings(n, max_new_tokens, temperature, top_p, top_k, frozenset(ends))
     if not prompts:
         return []
     seeds = prompt_seeds if prompt_seeds is not None else range(len(prompts))
@@ -390,5 +394,6 @@ def _decode_together(model: Any, prompts: Sequence[Sequence[int]], part: Sequenc
 
 def greedy(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
     """The most likely completion of each prompt, as text."""
-    rows = sample(model, prompts, max_new_tokens=max_new_tokens, temperature=0, eos_token_id=tokenizer.eos_token_id)
+    ends = end_ids(tokenizer, model)
+    rows = sample(model, prompts, max_new_tokens=max_new_tokens, temperature=0, eos_token_id=ends)
     return [tokenizer.decode(r[0].ids, skip_special_tokens=True) for r in rows]

@@ -126,7 +126,9 @@ class Rows:
         data = self.config.data
         if self.reward_parts is not None:
             return self.reward_parts.tokenize(dataset, on_bad_row or data.on_bad_row)
-        how = data.model_dump(include={"template", "max_length", "truncation", "on_bad_row", "identical", "add_eos"})
+        how = data.model_dump(
+            include={"template", "template_options", "max_length", "truncation", "on_bad_row", "identical", "add_eos"}
+        )
         how["on_bad_row"] = on_bad_row or data.on_bad_row
         key = ("tokens", *self.tokenizer_key[1:], str(data.path), str(data.eval_path), *content_of(dataset))
         return self.shared.once(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from penchant.data.load import prompt_json
-from penchant.data.tokenize import plain, uses_bos
+from penchant.data.templates import end_ids, plain
+from penchant.data.tokenize import uses_bos
 from penchant.errors import ConfigError
 from penchant.models.cpu.decode import FastDecoder, can_decode_fast
 from penchant.models.load import cast_parameters, load_tokenizer, resolve_device, resolve_dtype
@@ -38,10 +39,10 @@ class Style:
     note: str
 
 
-def _chat(tokenizer: Any, messages: Sequence[Message]) -> str:
+def _chat(tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
     turns = prompt_json(tuple(messages))
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **(options or {}))
     except Exception as error:  # jinja errors of the template's own, e.g. for a system turn that it does not know
         raise TemplateRefused(f"the model's chat template refuses these messages ({error})") from error
     return str(text)
@@ -60,11 +61,19 @@ STYLES = {
 }
 
 
-def style_of(wanted: str, tokenizer: Any, *, trained_on: str = "auto", otherwise: str) -> Style:
+def style_of(
+    wanted: str,
+    tokenizer: Any,
+    *,
+    trained_on: str = "auto",
+    otherwise: str,
+    options: Mapping[str, Any] | None = None,
+) -> Style:
     """The style of a model.
 
     Args:
-        wanted: auto or a style's name; trained_on: the `data.template` of its run; otherwise: where there is no chat template.
+        wanted: auto or a style's name; trained_on: the `data.template` of its run; otherwise: where there is no chat template;
+            options: for the chat template, the `data.template_options` of its run.
 
     Raises:
         ConfigError: `chat` was asked for and the tokenizer has no chat template.
@@ -73,9 +82,10 @@ def style_of(wanted: str, tokenizer: Any, *, trained_on: str = "auto", otherwise
     if wanted == "chat" and not has_chat:
         how = "give transcript or plain, or leave it out"
         raise ConfigError("--template", "the tokenizer has no chat template", how)
-    if wanted != "auto":
-        return STYLES[wanted]
-    return STYLES["chat" if has_chat and trained_on != "plain" else otherwise]
+    if wanted == "auto":
+        wanted = "chat" if has_chat and trained_on != "plain" else otherwise
+    style = STYLES[wanted]
+    return replace(style, render=partial(_chat, options=options)) if style.name == "chat" and options else style
 
 
 # ---- the model ----
@@ -154,12 +164,14 @@ def load_chat_model(
     settings = source.base if source.run is None else source.run.model
     where = resolve_device(device or settings.device)
     tokenizer = load_tokenizer(source.tokenizer, settings.revision if source.adapter is None else None)
-    trained_on = "auto" if source.run is None else source.run.data.template
-    style = style_of(template, tokenizer, trained_on=trained_on, otherwise=otherwise)
+    trained_on, options = (
+        ("auto", None) if source.run is None else (source.run.data.template, source.run.data.template_options)
+    )
+    style = style_of(template, tokenizer, trained_on=trained_on, otherwise=otherwise, options=options)
     model = source.load(where)
     cast_parameters(model, resolve_dtype(dtype or settings.dtype, where))
     model.eval()
-    ends = eos_token_ids_of(model, tokenizer)
+    ends = end_ids(tokenizer, model)
     chat_model = ChatModel(given, model, tokenizer, style, ends, context_of(model, tokenizer))
     _ = chat_model.decoder  # weights are packed now rather than at the first question
     return chat_model
@@ -171,16 +183,6 @@ def _find(given: str, step: str, base: str | None) -> Source:
         check_there(given)
         raise ConfigError(given, "is not a run but a folder of runs", f"give one of them: {', '.join(runs)}")
     return find_model(given, step=step, base=base)
-
-
-def eos_token_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokenizer's EOS, and those of the model's generation config that the tokenizer holds for special (an end of turn)."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    named = [named] if isinstance(named, int) else list(named or ())
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return frozenset([*own, *(i for i in named if i in special)])
 
 
 def context_of(model: Any, tokenizer: Any) -> int:

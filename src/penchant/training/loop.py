@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,20 +25,13 @@ from penchant.errors import CheckpointError, TrainingStopped
 from penchant.losses.schedules import progress_at
 from penchant.runfolder import METRICS, PERF, MetricsLog, finite
 from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 from penchant.training.steps import BatchSchedule, Totals, reduced
 from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
 
 Metrics = dict[str, Any]
-
-
-class Console(Protocol):
-    """Where a person watches the run; see `training/progress.py`."""
-
-    def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None: ...
-    def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None: ...
-    def note(self, text: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -80,7 +75,7 @@ class Loop:
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     write_model: Callable[[Path], None]
-    console: Console
+    console: PlainConsole
     evaluate: Callable[[int], Metrics] | None = None
     start_tolerance: tuple[float, float] | None = None
     updates: int = 1
@@ -224,9 +219,7 @@ class Loop:
         self.algorithm.end_step(step + 1, means)
         tokens = sum(b.tokens for b in batches)
         line = {
-            "kind": "train",
-            "step": step + 1,
-            "epoch": round(schedule.epoch_at(step + 1), 6),
+            **_line("train", step + 1, schedule),
             **means,
             **values,
             "lr": lr,
@@ -240,9 +233,7 @@ class Loop:
     def _empty_step(self, step: int, schedule: BatchSchedule) -> Metrics:
         """Nothing to learn from (every group's rewards are equal): the weights stay, the line says so."""
         return {
-            "kind": "train",
-            "step": step + 1,
-            "epoch": round(schedule.epoch_at(step + 1), 6),
+            **_line("train", step + 1, schedule),
             **self.algorithm.step_values(),
             "skipped": "nothing to learn from in this step",
             "tokens": self.state.tokens,
@@ -358,12 +349,7 @@ class Loop:
         assert self.evaluate is not None
         self.model.eval()
         values = self.evaluate(self.state.step)
-        line = {
-            "kind": "eval",
-            "step": self.state.step,
-            "epoch": round(schedule.epoch_at(self.state.step), 6),
-            **values,
-        }
+        line = _line("eval", self.state.step, schedule) | values
         metrics.write(line)
         self.watched("eval")
         self.console.evaluated(self.state.step, line)
@@ -377,27 +363,16 @@ class Loop:
             self.state.best_value, self.state.best_step = float(value), self.state.step
 
     def _save(self, metrics: MetricsLog) -> None:
-        s = self.state
-        state = {
-            "step": s.step,
-            "tokens": s.tokens,
-            "best_step": s.best_step,
-            "best_value": s.best_value,
-            "last_eval": finite(s.last_eval),
-            "metrics_offset": metrics.offset(),
-            "metrics_sha256": metrics.sha256(),
-            "identity": finite(self.identity),
-        }
+        best, algorithm = self.state.best_step, self.algorithm.state_tensors()
+        logged = {"metrics_offset": metrics.offset(), "metrics_sha256": metrics.sha256()}
         save_checkpoint(
             self.folder,
-            s.step,
+            self.state.step,
             write_model=self.write_model,
-            tensors=self.optimizer.state_tensors()
-            | {f"algorithm/{name}": value for name, value in self.algorithm.state_tensors().items()},
-            state=state,
+            tensors=self.optimizer.state_tensors() | {f"algorithm/{name}": value for name, value in algorithm.items()},
+            state=finite(asdict(self.state)) | logged | {"identity": finite(self.identity)},
         )
-        keep = s.best_step if self.checkpoint.keep_best else None
-        prune(self.folder, self.checkpoint.keep_last, keep)
+        prune(self.folder, self.checkpoint.keep_last, best if self.checkpoint.keep_best else None)
 
     def _resume(self, metrics: MetricsLog) -> bool:
         path, warnings = latest_checkpoint(self.folder)
@@ -409,13 +384,7 @@ class Loop:
         self.optimizer.load_state_tensors(tensors)
         self.algorithm.load_state_tensors(algorithm_state(tensors))
         metrics.truncate(int(state["metrics_offset"]), state.get("metrics_sha256"))
-        self.state = RunState(
-            step=int(state["step"]),
-            tokens=int(state["tokens"]),
-            best_step=state["best_step"],
-            best_value=state["best_value"],
-            last_eval=state["last_eval"],
-        )
+        self.state = RunState(**{f.name: state[f.name] for f in fields(RunState)})
         self.console.note(f"resumed from {path.name}")
         return True
 
@@ -446,6 +415,11 @@ def algorithm_state(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+def _line(kind: str, step: int, schedule: BatchSchedule) -> Metrics:
+    """How every line of metrics.jsonl begins."""
+    return {"kind": kind, "step": step, "epoch": round(schedule.epoch_at(step), 6)}
+
+
 def _due(every: int | str | None, step: int, schedule: BatchSchedule) -> bool:
     if every is None:
         return False
@@ -462,27 +436,24 @@ def _speed(step: int, seconds: float, tokens: int, trees: int, device: torch.dev
     }
 
 
-class _signals:
+@contextmanager
+def _signals(loop: Loop) -> Iterator[None]:
     """SIGINT and SIGTERM finish the step and write a checkpoint; a second one of them acts at once."""
+    old: dict[int, Any] = {}
 
-    def __init__(self, loop: Loop) -> None:
-        self.loop = loop
-        self.old: dict[int, Any] = {}
+    def restore() -> None:
+        for n, handler in old.items():
+            signal.signal(n, handler)
 
-    def _handle(self, number: int, _frame: Any) -> None:
-        self.loop.interrupted = number
-        for n, old in self.old.items():
-            signal.signal(n, old)
-        self.loop.console.note(f"{signal.Signals(number).name}: finishing the step and writing a checkpoint")
+    def finish(number: int, _frame: Any) -> None:
+        loop.interrupted = number
+        restore()
+        loop.console.note(f"{signal.Signals(number).name}: finishing the step and writing a checkpoint")
 
-    def __enter__(self) -> None:
-        import threading
-
-        if threading.current_thread() is not threading.main_thread():
-            return  # signal handlers can only be set there
+    if threading.current_thread() is threading.main_thread():  # signal handlers can only be set there
         for n in (signal.SIGINT, signal.SIGTERM):
-            self.old[n] = signal.signal(n, self._handle)
-
-    def __exit__(self, *_: object) -> None:
-        for n, old in self.old.items():
-            signal.signal(n, old)
+            old[n] = signal.signal(n, finish)
+    try:
+        yield
+    finally:
+        restore()

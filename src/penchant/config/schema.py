@@ -1,0 +1,212 @@
+"""`RunConfig`: the sections of every layer put together, and what cannot go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_serializer, field_validator, model_validator
+
+from penchant.algorithms import ALGORITHMS, AlgorithmConfig, Method, find_algorithm
+from penchant.algorithms.offline import Losses
+from penchant.base.functions import own_sha256
+from penchant.base.section import Section
+from penchant.data.options import DataConfig
+from penchant.errors import ConfigError
+from penchant.losses.section import LossConfig, LossModifiers
+from penchant.metrics.flags.rule import TrustConfig
+from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
+from penchant.rewards.builtin import BUILT_IN, RULES, RewardConfig
+from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
+
+WATCHING_ONLY = ("output", "logging", "trust")  # sections that change nothing in what a run computes
+
+
+class EvaluationConfig(EvalConfig):
+    """The `evaluation` section, with what judges the sampled completions."""
+
+    reward: RewardConfig | None = Field(
+        None,
+        description="any reward: it judges the completions of the kl_prompts prompts (eval/reward, and eval/win_rate against the start)",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_judge(self) -> EvaluationConfig:
+        if self.reward is not None and self.kl_prompts == 0:
+            raise ValueError(
+                "reward judges the completions of kl_prompts held-out prompts, and kl_prompts is 0; raise it"
+            )
+        return self
+
+
+class RunConfig(Section):
+    """Everything that a run is made of."""
+
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig | None = None
+    loss: LossConfig = Field(default_factory=lambda: LossConfig.from_mapping({"name": "dpo"}))
+    algorithm: AlgorithmConfig | None = None
+    reward: RewardConfig | None = Field(
+        None,
+        description="for an online method: sentiment, words:20-60, matches:REGEX, path.py:function, a reward model's folder, or a mapping from these to weights",
+    )
+    reference: ReferenceConfig = ReferenceConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    trust: TrustConfig = TrustConfig()
+    output: str = Field(description="the run's folder")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reference_of_the_loss(cls, values: Any) -> Any:
+        """PMPO's own name for a reference that follows the policy: loss.ref_ema is reference.ema."""
+        loss = values.get("loss") if isinstance(values, dict) else None
+        if not isinstance(loss, Mapping) or "ref_ema" not in loss:
+            return values
+        reference = dict(values.get("reference") or {})
+        if "ema" in reference:
+            raise ConfigError("loss.ref_ema", "and reference.ema are both set", "keep one")
+        ema = loss["ref_ema"]
+        return {
+            **values,
+            "loss": {k: v for k, v in loss.items() if k != "ref_ema"},
+            "reference": {**reference, "ema": ema} if ema is not None else reference,
+        }
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _each_has_its_own(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, Mapping):
+            if not isinstance(value.get("name"), str):
+                raise ValueError(f"name is missing; give one of {', '.join(ALGORITHMS)}, or path.py:Class")
+            return find_algorithm(value["name"]).model_validate(value)
+        return value
+
+    @field_serializer("algorithm")
+    def _algorithm_by_alias(self, value: Section | None) -> dict[str, Any] | None:
+        return None if value is None else value.model_dump(mode="json", by_alias=True)
+
+    @model_validator(mode="after")
+    def _online_or_offline(self) -> RunConfig:
+        if self.algorithm is None and self.reward is not None:
+            raise ValueError("reward is set without an algorithm; add algorithm.name (rloo, grpo, online_dpo, ppo)")
+        if self.algorithm is not None and self.reward is not None and not self.algorithm.takes_reward:
+            why = "learns a reward from pairs and" if self.algorithm.learns_reward else "has no completions judged and"
+            raise ValueError(f"{self.algorithm.name} {why} takes none; leave out reward")
+        if self.algorithm is not None and self.reward is None and self.algorithm.takes_reward:
+            raise ValueError(
+                "algorithm needs a reward; set reward to sentiment, words, path.py:function or a reward model's folder"
+            )
+        if self.algorithm is not None and self.evaluation.reward is not None:
+            raise ValueError(
+                "evaluation.reward judges offline methods; an online method is judged by its own reward, and a reward model writes nothing; "
+                "leave it out, and use compare for other rewards"
+            )
+        if self.algorithm is not None and "loss" in self.model_fields_set and self.loss.name != "dpo":
+            raise ValueError("loss and algorithm are both set; keep one")
+        return self
+
+    @property
+    def method(self) -> Method:
+        """What trains: the algorithm, or the losses where there is none."""
+        return Losses(self.loss) if self.algorithm is None else self.algorithm
+
+    def own_contents(self) -> dict[str, str]:
+        """SHA-256 of each file of a user's own loss or algorithm, by its name."""
+        sha256 = None if self.algorithm is None else own_sha256(self.algorithm.name)
+        return self.loss.contents() | ({} if sha256 is None else {self.method.name: sha256})
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _loss_by_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        return LossConfig.from_mapping(value) if isinstance(value, Mapping) else value
+
+    @field_serializer("loss")
+    def _loss_as_mapping(self, value: LossConfig) -> dict[str, Any]:
+        return value.to_mapping()
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same config with every local file and folder as an absolute path, so that a run can be read from anywhere."""
+
+    def absolute(path: Any) -> Any:
+        if isinstance(path, list):
+            return [absolute(p) for p in path]
+        return str(Path(path).expanduser().resolve()) if path is not None and Path(path).expanduser().exists() else path
+
+    def section(value: Any, *names: str) -> Any:
+        return value.model_copy(update={n: absolute(getattr(value, n)) for n in names})
+
+    def absolute_reward(name: str) -> str:
+        path, colon, function = name.rpartition(":")
+        if name in BUILT_IN or name.partition(":")[0] in RULES:
+            return name
+        return f"{absolute(path)}:{function}" if colon else str(absolute(name))
+
+    def rewards(reward: RewardConfig | None) -> RewardConfig | None:
+        if reward is None:
+            return None
+        terms = {absolute_reward(name): weight for name, weight in reward.terms.items()}
+        return reward.model_copy(update={"terms": terms})
+
+    return config.model_copy(
+        update={
+            "model": section(config.model, "path", "tokenizer"),
+            "data": section(config.data, "path", "eval_path"),
+            "reference": section(config.reference, "path"),
+            "reward": rewards(config.reward),
+            "evaluation": config.evaluation.model_copy(update={"reward": rewards(config.evaluation.reward)}),
+            "output": str(Path(config.output).expanduser().resolve()),
+        }
+    )
+
+
+def default_settings() -> dict[str, Any]:
+    """Every setting's default, in the shape of a resolved config; required ones are left out."""
+    defaults: dict[str, Any] = {"loss": LossModifiers().model_dump(), "algorithm": None, "reward": None, "lora": None}
+    for name, info in RunConfig.model_fields.items():
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            fields = section.model_fields.items()
+            defaults[name] = {f: i.get_default(call_default_factory=True) for f, i in fields if not i.is_required()}
+    return defaults
+
+
+WHOLE = ("loss", "algorithm", "reward")  # a method's own settings mean nothing to another method
+OF_A_MODEL = ("revision", "init", "tokenizer")  # what belongs to model.path goes with it
+HOLD_OUT = ("eval_path", "validation_rows", "validation_fraction")
+
+
+def merged(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's values: `defaults`, with the stage's `own` keys over them, section by section.
+
+    `loss`, `algorithm` and `reward` are taken whole; a stage with one of loss and algorithm does not inherit the other, and a
+    stage without an algorithm inherits no reward. A stage with a model.path of its own inherits none of what belongs to another
+    model (revision, init, tokenizer), and one that says how it holds out rows does not inherit another way.
+    """
+    result: dict[str, Any] = dict(defaults)
+    for one, other in (("loss", "algorithm"), ("algorithm", "loss")):
+        if own.get(one) is not None:
+            result.pop(other, None)
+    for key, value in own.items():
+        base = defaults.get(key)
+        if key in WHOLE or not (isinstance(base, dict) and isinstance(value, dict)):
+            result[key] = value
+            continue
+        dropped: set[str] = set()
+        if key == "model" and "path" in value:
+            dropped |= set(OF_A_MODEL)
+        if key == "data" and set(HOLD_OUT) & set(value):
+            dropped |= set(HOLD_OUT)
+        result[key] = {k: v for k, v in base.items() if k not in dropped} | value
+    if result.get("algorithm") is None and "reward" not in own:
+        result.pop("reward", None)
+    return result
