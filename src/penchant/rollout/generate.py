@@ -204,7 +204,7 @@ def sample(
         top_p, top_k: sample from the smallest set of tokens whose probabilities sum to top_p, of the top_k (0: all) most likely.
         seed: of the draws; prompt_seeds: one number a prompt (default: its index). A completion is a function of weights, prompt,
             both numbers and its index among the n, up to rounding: not of the other prompts, nor of how many rows run together.
-        eos_token_id: the id, or ids, at which a completion ends: `penchant.data.tokenize.end_ids` of model and tokenizer.
+        eos_token_id: the id, or ids, at which a completion ends: `penchant.data.templates.end_ids` of model and tokenizer.
         rows_at_once: completions decoded together; by default what memory allows.
 
     Returns:
