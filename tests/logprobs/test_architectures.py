@@ -30,6 +30,7 @@ SOME = {
     "falcon_h1": "padded",  # state, and a factor on its logits that only its own head knows
     "bloom": "padded",  # ALiBi
     "mamba": "padded",
+    "bigbird_pegasus": "padded",  # its layers say that they are not causal, and leave it to a mask
     "llama4_text": "padded",
     "bert": "refused",  # an encoder that `AutoModelForCausalLM` loads
 }

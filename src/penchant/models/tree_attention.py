@@ -198,6 +198,8 @@ def _attention_interface(
     if batch is None:
         if softcap is not None or sinks is not None:  # SDPA has neither
             return _eager_attention(query, key, value, attention_mask, scaling, softcap, sinks), None
+        if attention_mask is None:  # some decoders' own attention relies on the mask alone
+            kwargs["is_causal"] = True
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None
     if attention_mask is not None and attention_mask.numel() != 1:
