@@ -95,7 +95,7 @@ def _draw_among_likely(weights: Tensor, total: Tensor, uniforms: Tensor, top_p: 
 
 
 # ---- Sampling: many completions of each prompt, each a function of its own seed, whatever else is decoded beside it ----
-# Known families decode in one pool of rows (models/fast_decode.py): the prompt is computed once for its samples, a finished row
+# Known families decode in one pool of rows (models/cpu/decode.py): the prompt is computed once for its samples, a finished row
 # leaves its place to another, and new prompts come in as places are free. Other models take transformers' own cache, prompts of
 # one length together.
 
@@ -203,7 +203,7 @@ def sample(
         top_p, top_k: sample from the smallest set of tokens whose probabilities sum to top_p, of the top_k (0: all) most likely.
         seed: of the draws; prompt_seeds: one number a prompt (default: its index). A completion is a function of weights, prompt,
             both numbers and its index among the n, up to rounding: not of the other prompts, nor of how many rows run together.
-        eos_token_id: the id, or ids, at which a completion ends: `penchant.data.tokenize.end_ids` of model and tokenizer.
+        eos_token_id: the id, or ids, at which a completion ends: `penchant.data.templates.end_ids` of model and tokenizer.
         rows_at_once: completions decoded together; by default what memory allows.
 
     Returns:
