@@ -314,7 +314,9 @@ class FixRequest:
         read=names_in,
     )
     keep: str | tuple[str, ...] = option("safe rules to switch off", "", "RULES", read=names_in)
-    redact: str | tuple[str, ...] = option("what to mask in the rows that stay: pii, secrets", "", "KINDS", read=names_in)
+    redact: str | tuple[str, ...] = option(
+        "what to mask in the rows that stay: pii, secrets", "", "KINDS", read=names_in
+    )
     against: tuple[str, ...] = option("for --drop leakage: a split whose prompts are dropped (repeatable)", (), "FILE")
     shape: str = option("layout of the rows (default: detected from the columns)", "auto")
     columns: Mapping[str, str] = option("", {})
