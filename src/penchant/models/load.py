@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from penchant.base.files import check_model_folder
 from penchant.errors import ConfigError, ModelError
 from penchant.models.options import LoraConfig, ModelConfig, check_model_path
 
@@ -61,6 +62,7 @@ def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
 
     logging.disable_progress_bar()
     path = check_model_path(cfg.path)
+    check_model_folder(Path(path))
     try:
         if cfg.init == "random":
             torch.manual_seed(seed)

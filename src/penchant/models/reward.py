@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from penchant.base.files import check_model_folder
 from penchant.errors import ModelError
 from penchant.models.load import base_model_of, disable_dropout, effective_weights, first_line, save_model
 from penchant.models.options import ModelConfig, check_model_path
@@ -98,6 +99,7 @@ def load_reward_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
+    check_model_folder(Path(cfg.path).expanduser())
     config = load_model_config(cfg.path, cfg.revision)
     encoder = is_encoder(config, cfg.path)
     had_head = is_reward_model(config) and cfg.init == "pretrained"
