@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if rest:  # argparse takes no overrides behind an option
         if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest):
-            known = f"penchant {args.command or ''}".strip() + " --help"
-            parser.error(f"unrecognized arguments: {' '.join(rest)}; `{known}` lists what there is")
+            command = " ".join(filter(None, ("penchant", args.command, getattr(args, "verb", None))))
+            parser.error(f"unrecognized arguments: {' '.join(rest)}; `{command} --help` lists what there is")
         args.overrides += rest
     if args.command is None:
         parser.print_help()

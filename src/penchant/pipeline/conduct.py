@@ -172,7 +172,7 @@ class Conductor:
         found = {}
         for stage in self.pipeline.stages.values():
             with stage.naming():
-                check_models(stage.config)
+                check_models(stage.config, stages=True)
                 check_reward(stage.values.get("reward"))
                 found[stage.name] = run = Run(stage.config, quiet=True)
                 _ = run.rows.datasets

@@ -96,7 +96,7 @@ def _draw_among_likely(weights: Tensor, total: Tensor, uniforms: Tensor, top_p: 
 
 
 # ---- Sampling: many completions of each prompt, each a function of its own seed, whatever else is decoded beside it ----
-# Known families decode in one pool of rows (models/fast_decode.py): the prompt is computed once for its samples, a finished row
+# Known families decode in one pool of rows (models/cpu/decode.py): the prompt is computed once for its samples, a finished row
 # leaves its place to another, and new prompts come in as places are free. Other models take transformers' own cache, prompts of
 # one length together.
 

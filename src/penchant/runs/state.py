@@ -188,10 +188,10 @@ def files_of(config: RunConfig, *rewards: Any) -> Inputs:
     return {"models": {key: model_sha256(folder) for key, folder in local.items()}, "rewards": hashes}
 
 
-def check_models(config: RunConfig) -> None:
-    """Refuse folders of models that are not there (ModelError)."""
+def check_models(config: RunConfig, *, stages: bool = False) -> None:
+    """Refuse folders of models that are not there (ModelError); `stages`: a ``stage:NAME`` stands for one that will be."""
     for path in (config.model.path, config.reference.path):
-        if path is not None and not path.startswith("stage:"):
+        if path is not None and not (stages and path.startswith("stage:")):
             check_model_path(path)
 
 
