@@ -15,7 +15,8 @@ from typing import Any, TypedDict, Unpack
 
 from penchant.base.files import write_text_atomically
 from penchant.base.text import printable
-from penchant.data.layouts import Detection, Group, Layout, LeftOut, RowError, detect, layout_named
+from penchant.data.layouts import Detection, Group, Layout, LeftOut, RowError, detect, layout_named, near_name
+from penchant.data.layouts.fields import opened
 from penchant.data.read import BadRow, Row, read_rows
 from penchant.errors import DataError
 from penchant.types import Prompt, PromptTree
@@ -43,18 +44,23 @@ SHOWN_ORDERS: tuple[tuple[str, set[str], Callable[[Mapping[str, Any]], bool | No
 )
 
 
+COUNTED = {"language", "lang"}.union(*(needed for _, needed, _ in SHOWN_ORDERS))
+
+
 @dataclass(slots=True)
 class Columns:
     """Counts of what the rows' own columns say.
 
     Args:
         first, decided: rows whose first answer won, of those where one of the two won; languages: as a column names them.
+        unused: columns of the first rows that hold something, and that neither the layout nor these counts read.
     """
 
     first: int = 0
     decided: int = 0
     layouts: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
+    unused: list[str] = field(default_factory=list)
 
     def update(self, rows: Iterable[Row | BadRow]) -> None:
         """Count those rows that can be read."""
@@ -102,12 +108,12 @@ class Converted:
 
 
 def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
-    """A row with a person's columns under our names (``{our field: your column}``)."""
+    """A row with a person's columns under our names (``{our field: your column}``), and with cells of messages opened."""
     if not columns:
-        return values
+        return opened(values)
     taken = set(columns.values())
     kept = {k: v for k, v in values.items() if k not in taken and k not in columns}
-    return kept | {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
+    return opened(kept | {ours: values[theirs] for ours, theirs in columns.items() if theirs in values})
 
 
 def convert_rows(
@@ -212,6 +218,7 @@ def _grouped(rows: Iterable[Row | BadRow], group: Group, columns: Mapping[str, s
 
 
 FIRST_ROWS = 100  # what detection looks at
+MOST_NAMED = 12  # columns that are not used
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,18 +328,35 @@ class Stream:
         stream: Iterator[Row | BadRow] = itertools.islice(rows, limit)
         self.name = name
         self.detection: Detection | None = None
-        if shape == "auto":
-            first = list(itertools.islice(stream, FIRST_ROWS))
+        named = shape != "auto"
+        if named:
+            layout_named(shape)  # a mistake in its name is said before a file is read
+        first = list(itertools.islice(stream, FIRST_ROWS))
+        if not named:
             shape, self.detection = detected(first, name, columns or {})
-            stream = itertools.chain(first, stream)
+        stream = itertools.chain(first, stream)
         layout = layout_named(shape)
         options = layout.settings(layout_options or {})
+        values = [renamed(r.values, columns or {}) for r in first if isinstance(r, Row)]
+        self.columns = Columns(unused=[c for c in layout.unused(values, options) if c not in COUNTED])
         self.shape, self.kind, self.grouped = shape, layout.kind_of(options), layout.group is not None
+        if not named:
+            self._ask_about_names(values)
         self._converted = convert_rows(stream, layout, options, columns, identical)
         self._accepted = 0
         self._aside: list[Quarantined] = []
-        self.columns = Columns()
         self._digest = hashlib.sha256()
+
+    def _ask_about_names(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Stops where an unused column is a slip away from the name of one that would be read."""
+        for column in self.columns.unused:
+            ours = near_name(column)
+            if not ours or any(ours in row for row in rows):
+                continue
+            if ours == "system" or detect(renamed(r, {ours: column}) for r in rows).layout not in (None, self.shape):
+                what = f'the column "{printable(column)}" would not be used (layout {self.shape}); is it "{ours}"?'
+                how = f"map it with --column {ours}={printable(column)} (in a config data.columns={{{ours}: "
+                raise DataError(self.name, what, f"{how}{printable(column)}}}), or set data.shape={self.shape}")
 
     def __iter__(self) -> Iterator[Converted]:
         return self._converted
@@ -389,6 +413,15 @@ def detected(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str
     if found.how:
         raise DataError(name, found.why, found.how)
     there = sorted({printable(str(c)) for r in first if isinstance(r, Row) for c in r.values})
+    slip = next(((c, near_name(c)) for c in there if near_name(c) and near_name(c) not in there), None)
+    if slip is not None:
+        theirs, ours = slip
+        raise DataError(
+            name,
+            f'the columns ({", ".join(there)}) are of no known shape; is "{theirs}" your "{ours}"?',
+            f"map it with --column {ours}={theirs} (in a config data.columns={{{ours}: {theirs}}}), or name the layout "
+            "with data.shape",
+        )
     raise DataError(
         name,
         f"the columns ({', '.join(there) or 'none'}) are of no known shape",
@@ -445,9 +478,12 @@ def layout_line(
 ) -> str:
     """``train.jsonl: layout hh (columns chosen, rejected hold ...); other fits: pairs; override with data.shape=NAME``."""
     name = ", ".join(map(shown_path, [path] if isinstance(path, str) else path))
+    unused = [printable(str(c)) for c in rows.columns.unused] if rows.columns else []
+    more = f" and {len(unused) - MOST_NAMED} more" if len(unused) > MOST_NAMED else ""
+    end = f"; not used: {', '.join(unused[:MOST_NAMED])}{more}" if unused else ""
     if rows.detection is None:
-        return f"{name}: layout {rows.shape}, as {option} says"
-    return rows.detection.sentence(name, override)
+        return f"{name}: layout {rows.shape}, as {option} says{end}"
+    return rows.detection.sentence(name, override) + end
 
 
 def shown_path(path: str) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "RowError",
     "detect",
     "layout_named",
+    "near_name",
     "no_layout",
 ]
 
@@ -46,6 +47,34 @@ def no_layout(name: str) -> str:
     if near:
         return f'did you mean "{near}"?'
     return f"choose auto, path.py:Name of your own, or one of {', '.join(LAYOUTS)}"
+
+
+NAMES = (
+    "prompt", "chosen", "rejected", "completion", "label", "score", "messages", "conversations", "instruction", "output",
+    "system", "kto_tag",
+)  # fmt: skip
+
+
+def near_name(column: str) -> str:
+    """The name of ours that a column's name is one slip away from (a letter too few or too many, two that changed places, another
+    case); empty where there is none, or where it is one of ours."""
+    if column in NAMES:
+        return ""
+    bare = column.strip().lower().replace("-", "_").replace(" ", "_")
+    return next((name for name in NAMES if bare == name or _one_slip(bare, name)), "")
+
+
+def _one_slip(word: str, name: str) -> bool:
+    short, long = sorted((word, name), key=len)
+    if len(long) - len(short) == 1:
+        return any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
+    places = [i for i, (a, b) in enumerate(zip(word, name, strict=False)) if a != b]
+    if len(word) != len(name) or len(places) > 2:
+        return False
+    if len(places) == 1:
+        return len(name) > 5
+    i, j = places
+    return j == i + 1 and word[i] == name[j] and word[j] == name[i]
 
 
 STEPWISE = (

@@ -12,10 +12,6 @@ from penchant.data.layouts.plain import every_answer, scored_pair
 from penchant.types import Message, PromptTree
 
 
-def _user(text: str) -> tuple[Message, ...]:
-    return (Message("user", text),)
-
-
 @layout("shp")
 def shp(row: Fields, options: Fields) -> PromptTree:
     """A post with two comments; the preferred one has more votes though it is the later one."""
@@ -29,7 +25,7 @@ def shp(row: Fields, options: Fields) -> PromptTree:
         raise LeftOut(what, "lower data.layout_options.min_score_ratio")
     chosen, rejected = fields.text(row, f"human_ref_{better}"), fields.text(row, f"human_ref_{worse}")
     scores = fields.score(row, f"score_{better}"), fields.score(row, f"score_{worse}")
-    return scored_pair(_user(fields.text(row, "history")), chosen, rejected, *scores)
+    return scored_pair(fields.asked(fields.text(row, "history")), chosen, rejected, *scores)
 
 
 @layout("pku_saferlhf")
@@ -39,7 +35,7 @@ def pku(row: Fields, options: Fields) -> PromptTree:
     if options["chosen"] == "safe" and not fields.label(row, f"is_response_{best}_safe"):
         raise LeftOut("the preferred answer is unsafe", "keep it with data.layout_options.chosen=any")
     chosen, rejected = fields.text(row, f"response_{best}"), fields.text(row, f"response_{1 - best}")
-    return scored_pair(_user(fields.text(row, "prompt")), chosen, rejected, None, None)
+    return scored_pair(fields.asked(fields.text(row, "prompt")), chosen, rejected, None, None)
 
 
 @layout("tldr_comparisons", check=lambda row: fields.holds_list(row, "summaries", "text"))

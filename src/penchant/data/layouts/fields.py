@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from penchant.base.text import printable
@@ -72,6 +76,49 @@ def messages(row: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     return tuple(as_message(turn, f'"{name}"[{i}]') for i, turn in enumerate(value))
 
 
+# how a list of messages, or one message, begins where a spreadsheet or pandas wrote it into a cell as text
+_WRITTEN = re.compile(r"""\s*(\[\s*)?\{\s*['"](role|from|content|value)['"]\s*:""")
+_MESSAGES = frozenset(
+    "prompt chosen rejected completion messages conversations conversation context conversation_a conversation_b".split()
+)
+
+
+def opened(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row whose messages that are written as text (JSON, or as Python shows a list) are messages; others stay text."""
+    written = {n: v for n, v in row.items() if n in _MESSAGES and isinstance(v, str) and _WRITTEN.match(v)}
+    found = {name: _opened(value) for name, value in written.items()}
+    return {**row, **{n: v for n, v in found.items() if v is not None}} if found else row
+
+
+def _opened(text: str) -> Any:
+    """What a text says in JSON or as Python shows it, if that is messages; else None."""
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            value = read(text)
+            turns = value if isinstance(value, list) else [value]
+            if turns and all(
+                isinstance(t, dict) and ({"role", "content"} <= t.keys() or {"from", "value"} <= t.keys())
+                for t in turns
+            ):
+                return value
+    return None
+
+
+def no_written_messages(row: Mapping[str, Any]) -> None:
+    """Refuses messages that stand in a cell as text and could not be read.
+
+    Raises:
+        RowError: there are some.
+    """
+    for name, value in row.items():
+        if isinstance(value, str) and _WRITTEN.match(value) and _ROLE.search(value) and _CONTENT.search(value):
+            what = f'"{name}" holds messages as text that cannot be read'
+            raise RowError(what, 'write them as JSON, [{"role": "user", "content": "..."}, ...], or drop the row')
+
+
+_ROLE, _CONTENT = (re.compile(rf"""['"]({names})['"]\s*:""") for names in ("role|from", "content|value"))
+
+
 def as_message(turn: Any, what: str) -> Message:
     """A role/content or from/value mapping as a message; `what` names it in messages."""
     if not isinstance(turn, Mapping):
@@ -114,12 +161,13 @@ def split_last_answer(messages: tuple[Message, ...], name: str) -> tuple[tuple[M
     return messages[:-1], messages[-1].content
 
 
-def system_turn(row: Mapping[str, Any], name: str = "system") -> tuple[Message, ...]:
+def system_turn(row: Mapping[str, Any]) -> tuple[Message, ...]:
     """The system prompt of a column as a message; nothing where the column is missing, null or empty."""
-    value = row.get(name)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return ()
-    return (Message("system", as_text(value, f'"{name}"')),)
+    for name in ("system", "system_prompt"):
+        value = row.get(name)
+        if value is not None and not (isinstance(value, str) and not value.strip()):
+            return (Message("system", as_text(value, f'"{name}"')),)
+    return ()
 
 
 def with_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -127,9 +175,38 @@ def with_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[
     return messages if messages and messages[0].role == "system" else system_turn(row) + messages
 
 
-def asked(row: Mapping[str, Any], question: str) -> tuple[Message, ...]:
-    """A question as a user turn, behind the row's system prompt."""
-    return with_system(row, (Message("user", question),))
+def behind_system(row: Mapping[str, Any], prompt: Prompt) -> Prompt:
+    """A prompt behind the row's system prompt, which makes a text a user turn; as it is where there is none."""
+    if isinstance(prompt, tuple):
+        return with_system(row, prompt)
+    system = system_turn(row)
+    return (*system, Message("user", prompt)) if system else prompt
+
+
+def asked(question: str) -> tuple[Message, ...]:
+    """A question as a user turn."""
+    return (Message("user", question),)
+
+
+def continued(row: Mapping[str, Any], before: tuple[Message, ...]) -> tuple[Message, ...]:
+    """All turns before an answer: those that stand in front of it in its own column, and those of the prompt that do not.
+
+    Raises:
+        RowError: the prompt and the turns before the answer are of different conversations.
+    """
+    if "prompt" not in row and before:
+        return before
+    asking = prompt(row) if not before or row["prompt"] else ()
+    if isinstance(asking, str):
+        return (Message("user", asking), *before) if not before or before[0].role == "assistant" else before
+    bare = asking[1:] if asking and asking[0].role == "system" else asking
+    said = before[1:] if before and before[0].role == "system" else before
+    if not before or before[0].role == "assistant":
+        return (*asking, *before)
+    if said[: len(bare)] != bare and said[-len(bare) :] != bare:
+        what = "the messages before the answer do not go on from those of the prompt"
+        raise RowError(what, "the answer's column must repeat the prompt, or hold the answer alone")
+    return before if before[0].role == "system" else (*asking[: len(asking) - len(bare)], *before)
 
 
 def prompt(row: Mapping[str, Any], name: str = "prompt") -> Prompt:
@@ -143,11 +220,17 @@ def text_alone(row: Mapping[str, Any]) -> None:
     Raises:
         RowError: there are some.
     """
-    if row.get("tools"):
-        raise RowError('"tools" describes tools', WITHOUT_TOOLS)
-    for name in ("images", "videos", "audios"):
-        if row.get(name):
+    for name in ("tools", "functions"):
+        if holds_something(row.get(name)):
+            raise RowError(f'"{name}" describes tools', WITHOUT_TOOLS)
+    for name in ("images", "videos", "audios", "image", "video", "audio"):
+        if holds_something(row.get(name)):
             raise RowError(f'"{name}" is not empty', "penchant trains on text alone; drop the row")
+
+
+def holds_something(value: Any) -> bool:
+    """Whether a cell is not empty; a list that was written as text may be."""
+    return value.strip() not in ("", "[]", "{}", "null", "None", "nan") if isinstance(value, str) else bool(value)
 
 
 def finite(value: Any) -> float | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from penchant.base.files import packaged_yaml
+from penchant.data.layouts import fields
 from penchant.errors import ConfigError
 from penchant.types import PromptTree
 
@@ -60,6 +61,22 @@ class Option:
         return " ".join(filter(None, (low, high))) or "(any)"
 
 
+class _Watched(dict[str, Any]):
+    """A row that knows which of its columns were read."""
+
+    def __init__(self, row: Fields) -> None:
+        super().__init__(row)
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.used.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.used.add(name)
+        return super().get(name, default)
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """How rows that belong together become one.
@@ -100,11 +117,36 @@ class Layout:
     def convert(self, row: Fields, options: Fields) -> tuple[PromptTree, ...]:
         """The trees of a row (of a folded group, where there is `group`); options left out are at their defaults.
 
+        What no published layout can leave unread is looked at here, once: a system prompt in a column of its own goes in front of
+        the prompt; tools, pictures, sound and films are refused, and messages in a cell of text that could not be read.
+
         Raises:
             RowError: the row does not fit, or is kept aside by an option.
         """
+        ours = self.name in LAYOUTS
+        if ours:
+            fields.text_alone(row)
+            fields.no_written_messages(row)
         made = self.turn(row, {n: options.get(n, o.default) for n, o in self.options.items()})
-        return made if isinstance(made, tuple) else (made,)
+        trees = made if isinstance(made, tuple) else (made,)
+        if not ours or self.kind == "text":
+            return trees
+        return tuple(replace(t, prompt=fields.behind_system(row, t.prompt)) for t in trees)
+
+    def unused(self, rows: Iterable[Fields], options: Fields) -> list[str]:
+        """The columns of these rows that hold something and that no example was made of, in their order."""
+        if self.group is not None or self.name not in LAYOUTS:  # a fold, or a person's own code, takes the whole row
+            return []
+        there: dict[str, None] = {}
+        used = set(self.columns)
+        for row in map(_Watched, rows):
+            try:
+                self.convert(row, options)
+            except fields.RowError:  # it was not read to its end
+                continue
+            used |= row.used
+            there |= dict.fromkeys(name for name, value in row.items() if fields.holds_something(value))
+        return [name for name in there if name not in used]
 
     def fits(self, row: Fields) -> bool:
         """Whether a row looks like this layout."""

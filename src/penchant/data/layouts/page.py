@@ -162,6 +162,7 @@ class Preview:
             "layout": self.stream.shape,
             "why": None if found is None else found.why,
             "others": [] if found is None else list(found.others),
+            "unused": list(self.stream.columns.unused),
             "examples": [{"where": t.source, **tree_json(t)} for made in self.shown for t in made.trees],
             "aside": [
                 {"where": q.where, "what": q.what, "how": q.how, "left_out": made.left_out}

@@ -36,10 +36,7 @@ def from_pairs(row: Fields) -> PromptTree:
     before_rejected, rejected = fields.split_last_answer(fields.messages(row, "rejected"), "rejected")
     if before_chosen != before_rejected:
         raise RowError("the conversations before the two answers differ", "both must answer the same prompt")
-    if before_chosen:  # the conversation is whole; a prompt column beside it repeats its question
-        return pair(before_chosen, chosen, rejected, row)
-    prompt = fields.prompt(row)
-    return pair((Message("user", prompt),) if isinstance(prompt, str) else prompt, chosen, rejected, row)
+    return pair(fields.continued(row, before_chosen), chosen, rejected, row)
 
 
 def _transcripts(row: Fields) -> bool:
@@ -49,7 +46,26 @@ def _transcripts(row: Fields) -> bool:
 
 def _shares_start(row: Fields) -> bool:
     asked = {"prompt", "instruction", "question", "input", "conversations", "messages"}
-    return not asked & row.keys() and isinstance(row["chosen"], str) and not _transcripts(row)
+    return (
+        not asked & row.keys()
+        and isinstance(row["chosen"], str)
+        and not _transcripts(row)
+        and not any(_may_ask(name, value) for name, value in row.items())
+    )
+
+
+# names of columns that describe a row, and are no text of it
+_ABOUT = re.compile(
+    r"chosen.*|rejected.*|.*_(chosen|rejected)|.*_?id|source|origin|dataset|language|lang|split|subset|category|domain|topic|"
+    r"task|type|model|.*_model|url|link|license|date|.*time(stamp)?|system|system_prompt",
+    re.IGNORECASE,
+)
+
+
+def _may_ask(name: str, value: object) -> bool:
+    """Whether a column beside two answers may be what they answer: any text that is no number and does not describe the row."""
+    is_text = isinstance(value, str) and bool(value.strip()) and fields.finite(value) is None
+    return is_text and not _ABOUT.fullmatch(name)
 
 
 @layout("implicit_pairs", check=_shares_start)
@@ -109,12 +125,10 @@ def from_sft(row: Fields) -> PromptTree:
     """prompt/completion, as text or as messages; or instruction (+ input) with output."""
     if "instruction" in row and "prompt" not in row:
         return from_alpaca(row)
-    prompt = fields.prompt(row)
     if isinstance(row.get("completion"), list):
-        _, answer = fields.split_last_answer(fields.messages(row, "completion"), "completion")
-        prompt = prompt if isinstance(prompt, tuple) else (Message("user", prompt),)
-        return PromptTree(prompt, (Completion(answer),))
-    return PromptTree(prompt, (Completion(fields.text(row, "completion")),))
+        before, answer = fields.split_last_answer(fields.messages(row, "completion"), "completion")
+        return PromptTree(fields.continued(row, before), (Completion(answer),))
+    return PromptTree(fields.prompt(row), (Completion(fields.text(row, "completion")),))
 
 
 def from_alpaca(row: Fields) -> PromptTree:
@@ -137,7 +151,6 @@ def conversation_name(row: Fields) -> str:
 
 def conversation(row: Fields) -> tuple[Message, ...]:
     """All turns of a row's conversation, behind its system prompt."""
-    fields.text_alone(row)
     return fields.with_system(row, fields.messages(row, conversation_name(row)))
 
 
@@ -163,12 +176,11 @@ def from_text(row: Fields) -> PromptTree:
 
 
 def instructed(row: Fields) -> Prompt:
-    """instruction (+ input) as text; as messages where there is a system prompt or a history of [question, answer] pairs."""
-    fields.text_alone(row)
+    """instruction (+ input) as text; as messages where there is a history of [question, answer] pairs."""
     instruction = fields.text(row, "instruction")
     extra = row.get("input")
     question = f"{instruction}\n\n{extra}" if isinstance(extra, str) and extra.strip() else instruction
-    turns = fields.with_system(row, _history(row))
+    turns = _history(row)
     return (*turns, Message("user", question)) if turns else question
 
 

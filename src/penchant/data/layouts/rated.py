@@ -156,7 +156,7 @@ def distilabel(row: Fields) -> PromptTree:
         answers.append((fields.as_text(text, f'"generations"[{i}]'), score))
     if fields.holds_list(row, "messages", "role"):
         return ranked(fields.messages(row, "messages"), answers)
-    return ranked(fields.asked(row, fields.text(row, "instruction")), answers)
+    return ranked(fields.asked(fields.text(row, "instruction")), answers)
 
 
 @layout("argilla_ratings")
@@ -164,7 +164,7 @@ def argilla_ratings(row: Fields, options: Fields) -> PromptTree:
     """A record with generations-0, generations-1, ... and what people, or a model, rated them."""
     names = sorted((n for n in row if _GENERATION.fullmatch(n) and row[n]), key=lambda n: int(n.split("-")[1]))
     answers = [(fields.text(row, n), _argilla_rating(row, f"{n}-rating", options["rated_by"])) for n in names]
-    return ranked(fields.asked(row, fields.text(row, "instruction")), answers)
+    return ranked(fields.asked(fields.text(row, "instruction")), answers)
 
 
 def _argilla_rating(row: Fields, question: str, rated_by: str) -> float:
@@ -196,7 +196,7 @@ def argilla_pairs(row: Fields) -> PromptTree:
     if "chosen_response" in row:
         question = fields.text(row, "instruction" if "instruction" in row else "prompt")
         chosen, rejected = fields.text(row, "chosen_response"), fields.text(row, "rejected_response")
-        return pair(fields.asked(row, question), chosen, rejected, row)
+        return pair(fields.asked(question), chosen, rejected, row)
     return from_pairs(row)
 
 
@@ -211,7 +211,7 @@ def orca_pairs(row: Fields, options: Fields) -> PromptTree:
     if row.get("status") == "tie" and options["ties"] == "leave_out":
         raise LeftOut("a tie", "nothing is wrong with it; keep it with data.layout_options.ties=keep")
     question = fields.text(row, "question" if "question" in row else "input")
-    return pair(fields.asked(row, question), fields.text(row, "chosen"), fields.text(row, "rejected"), row)
+    return pair(fields.asked(question), fields.text(row, "chosen"), fields.text(row, "rejected"), row)
 
 
 def _has_rating(row: Fields) -> bool:

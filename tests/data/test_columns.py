@@ -1,0 +1,185 @@
+"""No column that says something is dropped without a word: it is used, refused, or named as not used."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penchant.cli import main
+from penchant.data.layouts import LAYOUTS, RowError
+from penchant.data.load import layout_line, load_preferences
+from penchant.errors import DataError
+from penchant.types import Message
+
+USER = [{"role": "user", "content": "Where?"}]
+SYSTEM = {"role": "system", "content": "Be a pirate."}
+ASKED = (Message("system", "Be a pirate."), Message("user", "Where?"))
+
+
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def written(tmp_path: Path, *rows: dict[str, Any]) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", [n for n, layout in LAYOUTS.items() if layout.kind != "text" and layout.group is None])
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_column_is_in_front_of_the_prompt_in_every_layout(name: str, column: str) -> None:
+    example = {k: v for k, v in LAYOUTS[name].example.items() if k != "system"}
+    for plain, tree in zip(
+        LAYOUTS[name].convert(example, {}), LAYOUTS[name].convert({**example, column: "Be a pirate."}, {}), strict=True
+    ):
+        prompt = (Message("user", plain.prompt),) if isinstance(plain.prompt, str) else plain.prompt
+        assert tree.prompt == (Message("system", "Be a pirate."), *prompt)
+        assert tree.completions == plain.completions
+        for nothing in (None, "", "  "):
+            assert LAYOUTS[name].convert({**example, column: nothing}, {}) == LAYOUTS[name].convert(example, {})
+
+
+@pytest.mark.parametrize("name", [n for n, layout in LAYOUTS.items() if layout.group is None])
+@pytest.mark.parametrize("column", ["images", "videos", "audios", "image", "tools"])
+def test_pictures_sound_and_tools_are_refused_in_every_layout(name: str, column: str) -> None:
+    layout = LAYOUTS[name]
+    with pytest.raises(RowError, match=f'"{column}"'):
+        layout.convert({**layout.example, column: ["cat.png"]}, {})
+    for nothing in ([], None, "", "[]"):
+        assert layout.convert({**layout.example, column: nothing}, {}) == layout.convert(layout.example, {})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [SYSTEM, *USER], "chosen": [*USER, *said("Arr.")], "rejected": [*USER, *said("West.")]},
+        {"prompt": [SYSTEM, *USER], "chosen": said("Arr."), "rejected": said("West.")},
+        {"prompt": "Where?", "chosen": [SYSTEM, *USER, *said("Arr.")], "rejected": [SYSTEM, *USER, *said("West.")]},
+        {"prompt": [SYSTEM, *USER], "completion": [*USER, *said("Arr.")]},
+        {"prompt": [SYSTEM, *USER], "completion": said("Arr."), "label": True},
+    ],
+)
+def test_a_system_turn_that_stands_in_the_prompt_alone_is_kept(tmp_path: Path, row: dict[str, Any]) -> None:
+    (tree,) = load_preferences(written(tmp_path, row)).trees
+    assert tree.prompt == ASKED and tree.completions[0].text == "Arr."
+
+
+def test_turns_between_the_prompt_and_the_answer_are_kept(tmp_path: Path) -> None:
+    more = [*said("Which port?"), {"role": "user", "content": "0"}]
+    wanted = (*ASKED, Message("assistant", "Which port?"), Message("user", "0"))
+    pair = {"prompt": [SYSTEM, *USER], "chosen": [*more, *said("a")], "rejected": [*more, *said("b")]}
+    assert load_preferences(written(tmp_path, pair)).trees[0].prompt == wanted
+    sft = {"prompt": "Where?", "completion": [*more, *said("a")]}
+    assert load_preferences(written(tmp_path, sft)).trees[0].prompt == wanted[1:]
+    other = [{"role": "user", "content": "When?"}]
+    with pytest.raises(DataError, match="do not go on from those of the prompt"):
+        load_preferences(
+            written(tmp_path, {"prompt": USER, "chosen": [*other, *said("a")], "rejected": [*other, *said("b")]})
+        )
+
+
+def test_columns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "id": 7, "topic": "ports", "note": None, "chosen_score": 1}
+    path = written(tmp_path, row, {**row, "prompt": "q"})
+    found = load_preferences(path)
+    assert found.columns is not None and found.columns.unused == ["id", "topic"]
+    assert layout_line(found, path).endswith("; not used: id, topic")
+    assert layout_line(load_preferences(path, shape="pairs"), path).endswith("; not used: id, topic")
+    del row["id"], row["topic"]
+    assert "not used" not in layout_line(load_preferences(written(tmp_path, row)), path)
+
+
+def test_the_commands_name_columns_that_are_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, *({"prompt": f"p{i}", "completion": "a", "topic": "ports"} for i in range(4)))
+    for command in (["show"], ["audit"]):
+        assert main(["data", *command, path]) == 0
+        assert "not used: topic" in capsys.readouterr().out
+    assert main(["data", "show", path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unused"] == ["topic"]
+
+
+@pytest.mark.parametrize("name", [n for n, layout in LAYOUTS.items() if layout.group is None])
+def test_what_detection_looks_for_is_used(name: str) -> None:
+    layout = LAYOUTS[name]
+    strange = {**layout.example, "a_column_of_mine": "x y"}
+    assert [c for c in layout.unused([strange], {}) if c not in layout.example] == ["a_column_of_mine"]
+
+
+@pytest.mark.parametrize(
+    "theirs,row",
+    [
+        ("promt", {"promt": "Name one, please.", "chosen": "The one.", "rejected": "The two."}),
+        ("Prompt", {"Prompt": "Name one.", "completion": "The one."}),
+        ("lable", {"prompt": "Name one.", "completion": "The one.", "lable": True}),
+        ("competion", {"prompt": "Name one.", "competion": "The one."}),
+        ("sytem", {"sytem": "Be brief.", "prompt": "Name one.", "completion": "The one."}),
+        ("rejectd", {"prompt": "Name one.", "chosen": "The one.", "rejectd": "The two."}),
+    ],
+)
+def test_a_slip_in_a_name_is_asked_about(tmp_path: Path, theirs: str, row: dict[str, Any]) -> None:
+    ours = {"promt": "prompt", "Prompt": "prompt", "lable": "label", "competion": "completion", "sytem": "system"}
+    with pytest.raises(DataError, match=f'"{theirs}"') as error:
+        load_preferences(written(tmp_path, row))
+    name = ours.get(theirs, "rejected")
+    assert f"--column {name}={theirs}" in str(error.value)
+    found = load_preferences(written(tmp_path, row), columns={name: theirs})
+    assert found.columns is not None and not found.columns.unused
+
+
+def test_a_shared_start_is_no_prompt_beside_another_text(tmp_path: Path) -> None:
+    row = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
+    assert load_preferences(written(tmp_path, {**row, "source": "web", "margin": "0.5"})).shape == "implicit_pairs"
+    with pytest.raises(DataError, match="query"):
+        load_preferences(written(tmp_path, {**row, "query": "What color is the sky?"}))
+    named = load_preferences(written(tmp_path, {**row, "query": "Sky?"}), shape="implicit_pairs")
+    assert named.columns is not None and named.columns.unused == ["query"]
+
+
+def csv_of(tmp_path: Path, *rows: dict[str, Any]) -> str:
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return str(path)
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_messages_as_text_in_a_cell_are_messages(tmp_path: Path, write: Any) -> None:
+    asked = [SYSTEM, {"role": "user", "content": 'Where\'s it?\n"There"'}]
+    before = tuple(Message(m["role"], m["content"]) for m in asked)
+    rows: list[dict[str, Any]] = [
+        {"prompt": asked, "chosen": said("a"), "rejected": said("b")},
+        {"chosen": [*asked, *said("a")], "rejected": [*asked, *said("b")]},
+        {"messages": [*asked, *said("a")]},
+        {"prompt": asked, "completion": said("a"), "label": "True"},
+        {"conversations": asked, "chosen": said("a")[0], "rejected": said("b")[0]},
+    ]
+    for row in rows:
+        (tree,) = load_preferences(csv_of(tmp_path, {k: v if k == "label" else write(v) for k, v in row.items()})).trees
+        assert tree.prompt == before and tree.completions[0].text == "a"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "[{'role': 'user', 'content': 'Where?'", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "completion": "[{'role': 'assistant', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]"},
+        {"text": "[{'content': 'Where?', 'role': 'user'}]"},
+        {"instruction": "i", "output": '{"from": "gpt", "value": "a"}'},
+    ],
+)
+def test_messages_as_text_that_cannot_be_read_are_a_bad_row(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="holds messages as text"):
+        load_preferences(csv_of(tmp_path, row))
+
+
+def test_other_texts_that_begin_with_a_bracket_are_texts(tmp_path: Path) -> None:
+    for text in ('[{"name": "x"}]', '{"value": 3}', "[1, 2]", "{'role'}"):
+        (tree,) = load_preferences(csv_of(tmp_path, {"prompt": "p", "completion": text})).trees
+        assert tree.completions[0].text == text
