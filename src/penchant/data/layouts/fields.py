@@ -79,7 +79,18 @@ def messages(row: Mapping[str, Any], name: str) -> tuple[Message, ...]:
 # how a list of messages, or one message, begins where a spreadsheet or pandas wrote it into a cell as text
 _WRITTEN = re.compile(r"""\s*(\[\s*)?\{\s*['"](role|from|content|value)['"]\s*:""")
 _MESSAGES = frozenset(
-    "prompt chosen rejected completion messages conversations conversation context conversation_a conversation_b".split()
+    [
+        "prompt",
+        "chosen",
+        "rejected",
+        "completion",
+        "messages",
+        "conversations",
+        "conversation",
+        "context",
+        "conversation_a",
+        "conversation_b",
+    ]
 )
 
 
