@@ -4,7 +4,7 @@
 
 Each configuration is planned (without a probe) and then trained for a few steps, both as the command line runs them, each in a
 process of its own; the peak is what the system says of the finished training process (ru_maxrss). `fitted` configurations are the
-ones that the constants in `planning/memory.py` were set on; `held out` ones were only predicted.
+ones that the constants in `plan/memory.py` were set on; `held out` ones were only predicted.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from penchant.requests import (
     ExportRequest,
     FixRequest,
     GetRequest,
+    names_in,
     request_of,
     shows,
     write_output,
@@ -229,9 +230,9 @@ def fix(source: str | Path, output: str | Path, **asked: Any) -> Fixed:
     from penchant.data.audit.fix import fix as run_fix
 
     r = request_of(FixRequest, {"source": source, "output": output, **asked}, "data fix")
-    rules, others = default_rules(tuple(r.drop), tuple(r.keep)), [str(a) for a in r.against]
+    rules, others = default_rules(names_in(r.drop), names_in(r.keep)), [str(a) for a in r.against]
     reading: dict[str, Any] = {"shape": r.shape, "columns": r.columns, "overwrite": r.overwrite}
-    return run_fix(r.source, r.output, drop=rules, redact=tuple(r.redact), against=others, **reading)
+    return run_fix(r.source, r.output, drop=rules, redact=names_in(r.redact), against=others, **reading)
 
 
 def _own_counters(reward: str | None, check: str | None) -> list[Any]:

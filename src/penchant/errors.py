@@ -35,6 +35,12 @@ class CheckpointError(PenchantError):
     """A run folder or checkpoint that is locked, torn, or from another run."""
 
 
+class DiskError(CheckpointError):
+    """A disk that is full, fails, is read-only or closed to this user; the same command goes on once that is mended."""
+
+    exit_code = 5
+
+
 class RewardError(PenchantError):
     """A reward function that raised, or gave something other than one finite number per completion."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -294,8 +294,10 @@ class GetRequest:
 # ---- `penchant data fix` ----
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.replace(" ", "").split(",") if name)
+def names_in(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Names as a sequence, or as one text with commas between them."""
+    found = given.replace(" ", "").split(",") if isinstance(given, str) else given
+    return tuple(name for name in found if name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,10 +311,12 @@ class FixRequest:
         "near_contradictions, cycles, secrets, pii, leakage; separated by commas",
         "",
         "RULES",
-        read=_names,
+        read=names_in,
     )
-    keep: str | tuple[str, ...] = option("safe rules to switch off", "", "RULES", read=_names)
-    redact: str | tuple[str, ...] = option("what to mask in the rows that stay: pii, secrets", "", "KINDS", read=_names)
+    keep: str | tuple[str, ...] = option("safe rules to switch off", "", "RULES", read=names_in)
+    redact: str | tuple[str, ...] = option(
+        "what to mask in the rows that stay: pii, secrets", "", "KINDS", read=names_in
+    )
     against: tuple[str, ...] = option("for --drop leakage: a split whose prompts are dropped (repeatable)", (), "FILE")
     shape: str = option("layout of the rows (default: detected from the columns)", "auto")
     columns: Mapping[str, str] = option("", {})

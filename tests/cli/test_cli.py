@@ -167,6 +167,12 @@ def test_a_mistyped_command_is_named(command: list[str], meant: str, capsys: pyt
     assert repr(command[-1]) in said and f'did you mean "{meant}"' in said
 
 
+def test_an_unknown_option_says_whose_help_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "fix", "a.jsonl", "b.jsonl", "--rules", "pii"])
+    assert "`penchant data fix --help`" in capsys.readouterr().err
+
+
 def test_eval_of_a_sweeps_folder_names_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("dpo-seed-0", "ipo-seed-0"):
         (tmp_path / name).mkdir()

@@ -255,7 +255,7 @@ def test_a_file_that_was_changed_just_before_is_read_again(
 ) -> None:
     file = write(tmp_path / "a.jsonl", [pair(0)])
     now = file.stat().st_mtime_ns + int(seconds * 1e9)  # however long the machine takes
-    monkeypatch.setattr(cache_module, "now_ns", lambda: now)
+    monkeypatch.setattr(cache_module, "time_ns", lambda: now)
     for _ in range(2):
         hashes_of([file])
     assert len(read) == times

@@ -46,6 +46,14 @@ def test_the_safe_rules(tmp_path: Path) -> None:
     assert "dropping: unreadable, bad_rows, empty, identical, duplicates; redacting: nothing" in done.to_text()
 
 
+def test_rules_may_be_one_text(tmp_path: Path) -> None:
+    """As on the command line."""
+    source = write(tmp_path / "a.jsonl", planted())
+    done = api.fix(source, tmp_path / "b.jsonl", drop="near_duplicates, cycles", keep="empty", redact="pii")
+    listed = api.fix(source, tmp_path / "c.jsonl", drop=["near_duplicates", "cycles"], keep=["empty"], redact=["pii"])
+    assert numbers(done.touched) == numbers(listed.touched) and done.rules == listed.rules and done.redact == ("pii",)
+
+
 def test_every_rule(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", planted())
     done = fix(str(source), tmp_path / "b.jsonl", drop=ALL)

@@ -329,6 +329,7 @@ def test_what_it_started_from_may_be_gone(there: Paths, tmp_path: Path) -> None:
     shutil.copytree(there["run"], run)
     config = run / "config.resolved.yaml"
     config.write_text(config.read_text().replace(there["base"], "/gone/base"))
+    (run / "sums.json").unlink()
     found = api.evaluate(run, data=there["test"], quiet=True)
     assert "name one with --reference" in " ".join(found["notes"]) and "eval/implicit_reward/margins" not in found
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from families import some_pairs, tiny_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from penchant.data.mapped import StoredTokens, TokenWriter
 from penchant.data.packing import pack
@@ -58,6 +60,55 @@ def test_a_torn_cache_is_computed_again(tmp_path: Path) -> None:
     _, found = cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30)
     assert not found
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("at", [0, 8, 20, 60, 100, -1])
+def test_a_damaged_bit_in_a_cache_is_noticed_and_mended(tmp_path: Path, at: int) -> None:
+    live = LiveReference(Scorer(tiny_model("llama"), "shared"))
+    pairs, said = some_pairs(3), list[str]()
+    first, _ = cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30)
+    path = tmp_path / "k.safetensors"
+    written = path.read_bytes()
+    content = bytearray(written)
+    content[at] ^= 1
+    path.write_bytes(content)
+    again, found = cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30, say=said.append)
+    assert not found and len(said) == 1 and "k.safetensors" in said[0] and "computed again" in said[0]
+    assert torch.equal(first.logps(pack(pairs)), again.logps(pack(pairs)))
+    assert path.read_bytes() == written
+
+
+def test_a_cache_of_an_older_version_has_no_sum_and_is_read(tmp_path: Path) -> None:
+    live = LiveReference(Scorer(tiny_model("llama"), "shared"))
+    pairs = some_pairs(3)
+    cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30)
+    path = tmp_path / "k.safetensors"
+    save_file(load_file(path), path)
+    assert cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30)[1]
+
+
+@pytest.mark.parametrize("where", ["a file", "below a file", "full", "full in safetensors"])
+def test_where_no_cache_can_be_written_it_goes_on_without(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = LiveReference(Scorer(tiny_model("llama"), "shared"))
+    pairs, said = some_pairs(3), list[str]()
+    folder = tmp_path / "cache"
+
+    def full(*_: Any, **__: Any) -> None:
+        if where == "full":
+            raise OSError(28, "No space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    if where in ("a file", "below a file"):
+        folder.write_text("")
+        folder = folder / "below" if where == "below a file" else folder
+    else:
+        monkeypatch.setattr("safetensors.torch.save_file", full)
+    found, on_disk = cached_reference(live, pairs, "k", folder, tokens_per_step=30, say=said.append)
+    assert not on_disk and len(said) == 1 and str(folder) in said[0]
+    assert torch.allclose(found.logps(pack(pairs)), live.logps(pack(pairs)), rtol=1e-12)
+    assert not folder.is_dir() or not list(folder.iterdir())
 
 
 def test_a_cache_of_other_rows_or_without_tokens_is_computed_again(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from families import tiny_model
 
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer
+from penchant.rollout import generate
 from penchant.rollout.generate import sample
 from penchant.types import TokenTree
 
@@ -68,3 +69,9 @@ def test_progress_counts_up_to_the_end(family: str) -> None:
     sample(tiny_model(family), PROMPTS, max_new_tokens=3, rows_at_once=2, progress=lambda *at: seen.append(at))
     assert seen[-1] == (4, 4) and all(total == 4 for _, total in seen)
     assert [d for d, _ in seen] == sorted({d for d, _ in seen}) and seen[0][0] > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_cache_that_is_right_is_used(family: str) -> None:
+    """Decoding whole rows anew would be right too, and slow."""
+    assert generate._keeps_a_cache(tiny_model(family, dtype=torch.float32))

@@ -434,6 +434,8 @@ def test_what_is_met_before_anything_trains(
     entered = trained(monkeypatch)
     with pytest.raises(ModelError, match=r"run beta-0.1-path-\S*none: no such folder"):
         run(base, f"model.path={tmp_path}/model,{tmp_path}/none")
+    with pytest.raises(ModelError, match=r"stage:sft: run \S+: no such folder"):  # a reference of a pipeline
+        run(base, "model.path=stage:sft")
     with pytest.raises(ConfigError, match="--jobs"):
         run(base, jobs=0)
     assert entered == []

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from processes import forked
 
 from penchant.errors import CheckpointError
-from penchant.runfolder import MetricsLog, RunLock, open_run
+from penchant.runfolder import MetricsLog, RunLock, damaged, is_whole, keep, open_run
 from penchant.training.checkpoint import (
     checkpoints,
     find_checkpoint,
@@ -107,6 +109,81 @@ def test_a_second_run_is_told_the_pid_of_the_first(tmp_path: Path) -> None:
         RunLock(tmp_path).__enter__()
     with RunLock(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "folder", "pipe"])
+def test_an_odd_lock_is_a_sentence_and_overwrites_nothing(tmp_path: Path, kind: str) -> None:
+    lock, other = tmp_path / ".lock", tmp_path / "other"
+    if kind != "dangling":
+        other.write_text("precious")
+    make = {"hard link": lambda: os.link(other, lock), "folder": lock.mkdir, "pipe": lambda: os.mkfifo(lock)}
+    make.get(kind, lambda: lock.symlink_to(other))()
+    with pytest.raises(CheckpointError, match=r"\.lock: is a link, a folder or a pipe"):
+        RunLock(tmp_path).__enter__()
+    assert kind == "dangling" or other.read_text() == "precious"
+    assert kind != "dangling" or not other.exists()
+
+
+def test_killed_in_pruning_leaves_no_half_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        _save(tmp_path, step)
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # killed before anything was deleted
+    prune(tmp_path, 1, None)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-2"]
+    monkeypatch.undo()
+    _save(tmp_path, 3)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-3"]
+
+
+def test_pruning_counts_whole_checkpoints_only(tmp_path: Path) -> None:
+    for step in (1, 2, 9):
+        _save(tmp_path, step)
+    (tmp_path / "checkpoints/step-9/manifest.json").unlink()
+    prune(tmp_path, 1, None)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-2"]
+
+
+def test_a_log_with_other_lines_before_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.write({"a": 1})
+    offset, known = log.offset(), log.sha256()
+    log.write({"a": 2})
+    log.truncate(offset, known)
+    (tmp_path / "m.jsonl").write_text('{"a": 3}\n')
+    with pytest.raises(CheckpointError, match=r"m\.jsonl: its first 9 bytes are not those"):
+        MetricsLog(tmp_path / "m.jsonl").truncate(offset, known)
+
+
+def test_half_a_line_of_a_killed_writer_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"a": 1}\n{"a": ')
+    MetricsLog(path).write({"a": 2})
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
+
+
+def test_a_sum_is_of_the_old_or_the_new_file_wherever_it_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "manifest.json", os.replace
+    path.write_text("of an older version")
+    for stop_at in (1, 2, 3):
+        seen: list[Any] = []
+
+        def cut(*args: Any, seen: list[Any] = seen, stop_at: int = stop_at) -> None:
+            seen.append(args)
+            if len(seen) >= stop_at:
+                raise OSError(28, "No space left on device")
+            real(*args)
+
+        monkeypatch.setattr(os, "replace", cut)
+        with suppress(OSError):
+            keep(path, f"text {stop_at}")
+        assert is_whole(path) and not damaged(tmp_path)
+    monkeypatch.undo()
+    path.write_text("changed")
+    assert not is_whole(path) and damaged(tmp_path) == ["manifest.json"]
+    keep(path, "written again")
+    assert is_whole(path)
 
 
 def test_a_lock_of_a_dead_process_is_no_obstacle(tmp_path: Path) -> None:

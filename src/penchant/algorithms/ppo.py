@@ -93,12 +93,11 @@ class PPOConfig(OnlineConfig):
         return {"value": made.to(parts.device)}
 
     def build(self, parts: Parts) -> PPO:
-        from penchant.logprobs import Scorer
 
         writer, scorer, value = self.writer(parts), parts.scorer, parts.modules["value"]
         own = None
         if value.backbone is not None:
-            own = Scorer(value.backbone, scorer.packing, "auto" if scorer.fast else "off")
+            own = scorer.on(value.backbone)
         return PPO(scorer, parts.live_reference, writer, self, parts.config.train.tokens_per_step, value.head, own)
 
 

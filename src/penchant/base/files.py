@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from penchant.base.text import gigabytes
+from penchant.errors import CheckpointError, DiskError, PenchantError
 
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast
 
@@ -25,19 +33,157 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# ---- Writing: whole or not at all ----
+
+
 def write_atomically(path: Path, value: Any) -> None:
-    """JSON, written aside, fsynced and renamed."""
+    """JSON, written whole or not at all."""
     write_text_atomically(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """A text file, written aside, fsynced and renamed."""
-    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(aside, path)
+def write_text_atomically(path: Path, content: str | bytes) -> None:
+    """A file (text as UTF-8), whole or not at all: written aside, fsynced, renamed."""
+    aside = aside_of(path)
+    try:
+        with aside.open("wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+
+
+def aside_of(path: Path) -> Path:
+    """Where a file or folder is written before it gets its name; `sweep` knows it again."""
+    return path.with_name(f".tmp-{path.name}-{os.getpid()}")
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what dead writers left aside (the caller holds the folder's lock)."""
+    for leftover in folder.glob(f".tmp-{name}"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                leftover.unlink()
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- What a disk refuses ----
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+FAILING = {errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
+ANYWHERE = (FULL | CLOSED | FAILING) - {errno.ENOENT}  # a missing file may have any reason where nothing is written
+
+
+def os_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind an exception: itself, its cause, or what a library in Rust or C++ says of it."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        found = re.search(r"\((?:os error|\[errno) (\d+)[)\]]|\[errno (\d+)\]", str(error), re.IGNORECASE)
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and found:
+            number = int(found[1] or found[2])
+        if number is not None:
+            return OSError(number, os.strerror(number))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def free_bytes(path: Path) -> int | None:
+    """Free space of the disk that a path is on, or would be on; None where that cannot be told."""
+    there = path
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    try:
+        return shutil.disk_usage(there).free
+    except OSError:
+        return None
+
+
+def disk_error(path: Path, error: OSError) -> DiskError:
+    """The sentence about what a disk refused."""
+    free = free_bytes(path)
+    said = error.strerror if free is None else f"{error.strerror}, {gigabytes(free)} free there"
+    how = "look at the disk"
+    if error.errno in FULL:
+        how = "free some space"
+    elif error.errno in CLOSED:
+        how = "make it writable, or choose another place"
+    return DiskError(str(path), f"cannot be written ({said})", f"{how}, then run the same command again")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What a disk refuses in here is a sentence about `path`, whichever library was writing.
+
+    Raises:
+        DiskError: the disk is full, fails, is read-only or closed to this user.
+    """
+    try:
+        yield
+    except PenchantError:
+        raise
+    except Exception as error:
+        found = os_error(error)
+        if found is None or found.errno not in ANYWHERE | FAILING:
+            raise
+        raise disk_error(path, found) from error
+
+
+@contextmanager
+def spared(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """For what a run can do without: what a disk refuses in here is told, and that is all."""
+    try:
+        with writing(path):
+            yield
+    except DiskError as error:
+        say(f"{path}: {error.what}; the run goes on without it")
+
+
+def check_model_folder(folder: Path) -> None:
+    """A model's folder inside a checkpoint is as the checkpoint's sums say; of another folder nothing is known.
+
+    Raises:
+        CheckpointError: a file is missing or was changed after it was written.
+    """
+    checkpoint = folder.resolve().parent
+    if folder.resolve().name == "model" and checkpoint.name.startswith("step-") and (checkpoint / SUMS_OF).exists():
+        check_sums(checkpoint, "model/")
+
+
+SUMS_OF = "manifest.json"  # of a checkpoint: the SHA-256 of every file in it
+
+
+def check_sums(checkpoint: Path, names: str = "") -> None:
+    """The files of a checkpoint (those whose name begins so) are as its sums say.
+
+    Raises:
+        CheckpointError: a file is missing or was changed after it was written.
+    """
+    how = f"delete {checkpoint} to go on from an older checkpoint"
+    try:
+        manifest = json.loads((checkpoint / SUMS_OF).read_text(encoding="utf-8"))
+        if checkpoint.name.startswith("step-") and checkpoint.name != f"step-{manifest['step']}":
+            raise CheckpointError(str(checkpoint / SUMS_OF), "is of another step, or was changed", how)
+        for name, expected in manifest["sha256"].items():
+            if name.startswith(names) and file_sha256(checkpoint / name) != expected:
+                raise CheckpointError(str(checkpoint / name), "differs from what was written", how)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(str(checkpoint), f"cannot be read ({error})", how) from error
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from penchant.base.files import file_sha256
 from penchant.errors import ConfigError
@@ -50,7 +52,8 @@ def python_object(name: str, where: str) -> Any:
     sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         # not exec_module: it may take what was compiled before an edit within the same second, and leaves __pycache__ behind
-        exec(spec.loader.source_to_code(file.read_bytes(), str(file)), module.__dict__)
+        with no_exit():
+            exec(spec.loader.source_to_code(file.read_bytes(), str(file)), module.__dict__)
     except (Exception, SystemExit) as error:  # a script that ends itself must not end the run unsaid
         raise ConfigError(where, f"{path} cannot be imported ({type(error).__name__}: {error})", "fix it") from error
     function = getattr(module, attribute, None)
@@ -58,6 +61,26 @@ def python_object(name: str, where: str) -> Any:
         there = sorted(n for n, v in vars(module).items() if inspect.isfunction(v))
         raise ConfigError(where, f"{path} has no function {attribute!r}", f"there are {', '.join(there) or 'none'}")
     return function
+
+
+@contextmanager
+def no_exit() -> Iterator[None]:
+    """`os._exit` of somebody's Python code raises SystemExit in here, as `sys.exit` does: nobody would learn of the end otherwise.
+
+    A child process may still end itself. What C code does cannot be met.
+    """
+    real, owner = os._exit, os.getpid()
+
+    def told(status: int) -> NoReturn:
+        if os.getpid() == owner:
+            raise SystemExit(status)
+        real(status)
+
+    os._exit = told  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = real
 
 
 def is_own(name: str) -> bool:

@@ -94,3 +94,10 @@ def _stored_token(environment: Mapping[str, str]) -> set[str]:
     except (OSError, UnicodeDecodeError):
         return set()
     return {token} if len(token) >= SHORTEST else set()
+
+
+def gigabytes(size: float) -> str:
+    """``1.49 GB``, ``12.3 MB``, ``4 kB``."""
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"

@@ -6,10 +6,11 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from penchant import __version__
 from penchant.base.text import did_you_mean
@@ -36,7 +37,8 @@ COMMANDS = [
 EXIT_CODES = """exit codes:
   0  done                        3  the run stopped itself (NaN/Inf, failed step-0 check)
   1  a bug in penchant           4  interrupted; a checkpoint was written, run the command again to resume
-  2  something you can fix    130  interrupted before there was anything to save"""
+  2  something you can fix       5  a disk that is full, fails or cannot be written; once mended, run the command again
+                               130  interrupted before there was anything to save"""
 
 # glibc gives freed activations back to the kernel and faults them in again each step, which costs a third of the time;
 # passive waiting keeps a shared machine usable, and a short spin before it saves waking a thread for every small operation (15% of a
@@ -82,14 +84,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code. A person's mistake is one paragraph on stderr, never a traceback."""
+    from penchant.base.files import ANYWHERE, disk_error, os_error
+    from penchant.base.functions import no_exit
     from penchant.errors import PenchantError
 
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if rest:  # argparse takes no overrides behind an option
         if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest):
-            known = f"penchant {args.command or ''}".strip() + " --help"
-            parser.error(f"unrecognized arguments: {' '.join(rest)}; `{known}` lists what there is")
+            command = " ".join(filter(None, ("penchant", args.command, getattr(args, "verb", None))))
+            parser.error(f"unrecognized arguments: {' '.join(rest)}; `{command} --help` lists what there is")
         args.overrides += rest
     if args.command is None:
         parser.print_help()
@@ -101,16 +105,68 @@ def main(argv: Sequence[str] | None = None) -> int:
             if sys.stderr.isatty() and not quiet and not os.environ.get("PENCHANT_REEXECUTED"):
                 print(f"penchant {args.command}: loading torch", file=sys.stderr)
             _with_allocator()
-        return int(args.handler(args) or 0)
+        # what only prints may end with its reader
+        with _readers_may_leave() if getattr(args, "allocator", False) else nullcontext(), no_exit():
+            return int(args.handler(args) or 0)
     except PenchantError as error:
         print(f"penchant: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("penchant: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # of a command that only prints
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except SystemExit as stop:
+        print(f"penchant: something that was run called exit({stop.code}), so this is not finished", file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) and stop.code > 0 else 2
+    except Exception as error:
+        found = os_error(error)
+        if found is None or found.errno not in ANYWHERE:
+            raise
+        told = disk_error(Path(getattr(error, "filename", None) or "."), found)
+        print(f"penchant: {told}", file=sys.stderr)
+        return told.exit_code
+
+
+@contextmanager
+def _readers_may_leave() -> Iterator[None]:
+    """``penchant train run.yaml | head``: whoever reads the output may go away, the work goes on to its end."""
+    with ExitStack() as replaced:
+        for name, replacing in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
+            stream = getattr(sys, name)
+            if stream is not None and not stream.isatty():
+                replaced.enter_context(replacing(_Unread(stream)))  # type: ignore[type-var]
+                replaced.callback(_Unread(stream).flush)
+        yield
+
+
+class _Unread:
+    """A text stream whose reader may go away: what is written after that goes nowhere."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return int(self._stream.write(text))
+        except BrokenPipeError:
+            return self._left(len(text))
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._left(0)
+
+    def _left(self, count: int) -> int:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        return count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _check_config(args: argparse.Namespace) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -51,6 +53,7 @@ def _flags(args: argparse.Namespace) -> int:
     from penchant import api
     from penchant.errors import ConfigError
     from penchant.metrics.flags import as_text, markdown
+    from penchant.runfolder import damaged
 
     if args.rules:
         print(markdown(), end="")
@@ -58,6 +61,8 @@ def _flags(args: argparse.Namespace) -> int:
     if args.path is None:
         raise ConfigError("flags", "no folder is given", "give a run's folder, one with a comparison.json, or --rules")
     found = api.flags(args.path)
+    for name in damaged(Path(args.path)):
+        print(f"{args.path}: {name} was changed after it was written", file=sys.stderr)
     if args.json:
         import json
 

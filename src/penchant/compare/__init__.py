@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,7 +44,7 @@ from penchant.requests import CompareRequest
 from penchant.runfolder.read import read
 from penchant.runs.find import Source
 from penchant.runs.state import check_reward, reward_hashes, reward_terms
-from penchant.training.checkpoint import latest_checkpoint
+from penchant.training.checkpoint import checkpoint_state, latest_checkpoint
 from penchant.training.console import console
 
 __all__ = ["RunComparison", "compare_runs"]
@@ -374,7 +373,7 @@ def _listed_budget(sentences: Sequence[str]) -> list[str]:
 def _was_chosen(run: TrainedRun) -> bool:
     """Whether its checkpoint is the best of several by held-out rows; the only one that was evaluated was not chosen."""
     last, _ = latest_checkpoint(run.folder)
-    best = json.loads((last / "state.json").read_text()).get("best_step") if last is not None else None
+    best = checkpoint_state(last).get("best_step") if last is not None else None
     evaluated = [x["step"] for x in read(run.folder).metrics if x.get("kind") == "eval" and x["step"] > 0]
     return best == run.step and len(evaluated) > 1
 

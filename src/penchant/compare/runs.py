@@ -20,7 +20,7 @@ from penchant.config import WATCHING_ONLY, RunConfig, load_config, with_absolute
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError
 from penchant.models.load import cast_parameters, load_causal_model, resolve_device, weights_sha256
 from penchant.models.merge import is_adapter
-from penchant.runfolder import CONFIG, MANIFEST, PIPELINE
+from penchant.runfolder import CONFIG, IDENTITY, MANIFEST, PIPELINE, check_whole
 from penchant.runfolder.read import read
 from penchant.runs import Run
 from penchant.runs.find import START, Source, trained_source
@@ -116,6 +116,7 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
             stages = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
             how = f"it is a pipeline: give its stages, such as {folder / stages[0] if stages else 'PIPELINE/STAGE'}"
         raise CheckpointError(str(folder), "is not a run" if folder.is_dir() else "no such run", how)
+    check_whole(folder / CONFIG)
     config = load_config(folder / CONFIG)
     if config.method.learns_reward:
         raise ConfigError(str(folder), "is a reward model, which writes nothing", "leave it out; it can be --reward")
@@ -124,6 +125,8 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
         _ = manifest["data"]["train"]["fingerprint"], manifest["model"]["sha256"], manifest["tokenizer_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(str(folder / MANIFEST), f"cannot be read ({error})", "train the run again") from error
+    for file in (MANIFEST, IDENTITY):
+        check_whole(folder / file)
     contents = {k: v for k, v in read(folder).identity.items() if k.startswith("content of reward")}
     return TrainedRun(name, folder, with_absolute_paths(config), manifest, contents, model_folder(folder, step))
 

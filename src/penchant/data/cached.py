@@ -21,7 +21,7 @@ from typing import Any, TypeVar, Unpack
 
 import numpy as np
 
-from penchant.base.files import file_sha256, write_atomically
+from penchant.base.files import file_sha256, write_atomically, write_text_atomically
 from penchant.base.functions import own_sha256
 from penchant.data.audit import audit
 from penchant.data.audit.findings import Audit, Finding
@@ -42,6 +42,7 @@ T = TypeVar("T")
 AUTO_BYTES = 4 << 20  # smaller data is read and tokenized faster than a cache is looked after
 META, HASHES = "meta.json", "files.json"
 RACY_NS = 2_000_000_000  # the coarsest clock of a file system (FAT) ticks every two seconds
+ABANDONED_NS = 86_400 * 10**9  # after which an entry that is still being made has lost its maker
 FILES_KEPT = 1000  # in the table of hashes
 
 
@@ -134,6 +135,8 @@ class Entry:
         """What `read` makes of the folder and its meta; None where there is none, or a damaged one, which is removed."""
         try:
             meta = json.loads((self.folder / META).read_text())
+            if meta.pop("sha256") != _sha256_of(meta):
+                raise ValueError(f"{self.folder / META} is damaged")
             for name, (size, crc) in meta["files"].items():
                 path = self.folder / name
                 if path.stat().st_size != size or crc32(path) != crc:
@@ -150,22 +153,27 @@ class Entry:
         """
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.parent.glob(".making-*"):
+                if time_ns() - leftover.stat().st_mtime_ns > ABANDONED_NS:
+                    shutil.rmtree(leftover, ignore_errors=True)
             aside = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder.parent))
         except OSError:
             return False
         try:
             content = write(aside)
             files = {p.name: (p.stat().st_size, crc32(p)) for p in sorted(aside.iterdir())}
-            with (aside / META).open("w") as out:
-                json.dump({"content": content, "files": files}, out)
-                out.flush()
-                os.fsync(out.fileno())
+            meta = json.loads(json.dumps({"content": content, "files": files}))
+            write_text_atomically(aside / META, json.dumps(meta | {"sha256": _sha256_of(meta)}))
             os.rename(aside, self.folder)
         except OSError:
             return (self.folder / META).exists()  # another process was faster, or the disk is full
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return True
+
+
+def _sha256_of(meta: Any) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def crc32(path: Path) -> int:

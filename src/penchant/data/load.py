@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+from penchant.base.files import write_text_atomically
 from penchant.base.text import printable
 from penchant.data.layouts import Detection, Group, Layout, LeftOut, RowError, detect, layout_named, near_name
 from penchant.data.layouts.fields import opened
@@ -496,9 +497,8 @@ def write_quarantine(quarantined: Sequence[Quarantined], folder: Path, name: str
     if not quarantined:
         path.unlink(missing_ok=True)
         return None
-    with path.open("wb") as out:
-        for q in quarantined:
-            out.write(json_line({"where": q.where, "what": q.what, "how": q.how, "row": q.raw}))
+    lines = [json_line({"where": q.where, "what": q.what, "how": q.how, "row": q.raw}) for q in quarantined]
+    write_text_atomically(path, b"".join(lines))
     return path
 
 

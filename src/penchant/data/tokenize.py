@@ -276,8 +276,9 @@ class CausalTokenization(Tokenization):
 
     A completion's ids are those that the tokenizer gives it behind its prompt; where a token would span the boundary, it is
     split there, and prompt + completion must decode to the text. BOS stands once, at the start, where the tokenizer uses one;
-    EOS once, at the end, unless the completion ends with another of `end_ids`. A row longer than `max_length` (prompt + longest completion) loses the start of its
-    prompt first, down to half of `max_length`, then the ends of its completions; plain documents are split into chunks.
+    EOS once, at the end, unless the completion ends with another of `end_ids`. A row longer than `max_length` (prompt + longest
+    completion) loses the start of its prompt first, down to half of `max_length`, then the ends of its completions; plain
+    documents are split into chunks.
 
     Args:
         kind: of the data set.

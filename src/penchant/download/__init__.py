@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from penchant.base.files import file_sha256
-from penchant.base.text import printable
+from penchant.base.text import gigabytes, printable
 from penchant.data.layouts import detect
 from penchant.data.load import prompt_text, renamed
 from penchant.data.read import BadRow, Row, read_stream
@@ -29,7 +29,6 @@ from penchant.download.convert import (
     Pace,
     Part,
     conversion_of,
-    gigabytes,
     labeller_of,
     read_json,
     whole,

@@ -74,13 +74,6 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
     made.replace(path)
 
 
-def gigabytes(size: float) -> str:
-    """``1.49 GB``, ``12.3 MB``, ``4 kB``."""
-    if size >= 1e9:
-        return f"{size / 1e9:.2f} GB"
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
-
-
 class Pace:
     """Says every few seconds how many rows are done and how fast.
 

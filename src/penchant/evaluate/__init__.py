@@ -11,6 +11,7 @@ from penchant.errors import ConfigError
 from penchant.evaluate.evaluator import Evaluation, held_out_of_run
 from penchant.evaluate.output import keep
 from penchant.requests import EvalRequest
+from penchant.runfolder import damaged
 from penchant.runs.find import check_there, find_model, find_run, of_config, runs_in
 
 __all__ = ["evaluate_model"]
@@ -45,5 +46,7 @@ def evaluate_model(
             source = find_model(name, step=request.step, base=request.base, overrides=overrides)
         evaluated = Evaluation(source, request, tuple(overrides), quiet).measure()
         folder = source.folder
+    if folder is not None:
+        evaluated.notes.extend(f"{folder / file} was changed after it was written." for file in damaged(folder))
     evaluated.notes.extend(keep(evaluated, folder, request.output, request.samples_output))
     return evaluated.metrics | ({"notes": evaluated.notes} if evaluated.notes else {})

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from penchant.base.files import sweep, writing
 from penchant.base.text import told
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.export.card import CARD, card, hashes
@@ -182,20 +183,20 @@ def _make(
     aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        check, notes = _write(subject, form, request, dtype, aside)
-        if not check.good:  # what is not the run's model is kept for a look, under a name that says so
-            names = (folder.with_name(f"{folder.name}.failed{i or ''}") for i in range(10_000))
-            failed = next(n for n in names if not n.exists())
-            os.rename(aside, failed)
-            what = f"what was written is not the run's model: {check.to_text()}"
-            raise ModelError(str(folder), what, f"see {failed}")
-        if folder.exists():
-            raise taken(folder)
-        os.rename(aside, folder)
-    except OSError as error:
-        what = f"could not be written ({error.strerror or error})"
-        raise CheckpointError(str(folder), what, "free some space or give another --output") from error
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            sweep(folder.parent, f"{folder.name}-*")
+            aside.mkdir()
+            check, notes = _write(subject, form, request, dtype, aside)
+            if not check.good:  # what is not the run's model is kept for a look, under a name that says so
+                names = (folder.with_name(f"{folder.name}.failed{i or ''}") for i in range(10_000))
+                failed = next(n for n in names if not n.exists())
+                os.rename(aside, failed)
+                what = f"what was written is not the run's model: {check.to_text()}"
+                raise ModelError(str(folder), what, f"see {failed}")
+            if folder.exists():
+                raise taken(folder)
+            os.rename(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return check, notes

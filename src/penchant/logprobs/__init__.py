@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from inspect import signature
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from penchant.logprobs.head import (
     token_logps,
 )
 from penchant.losses.divergences import DivergenceKind
-from penchant.models.load import backbone_of, base_model_of, head_scaling
-from penchant.models.tree_attention import install_tree_attention
+from penchant.models.load import backbone_of, base_model_of, head_scaling, without_cache
+from penchant.models.tree_attention import install_tree_attention, restore_attention
 from penchant.types import PackedBatch
 
 Packing = Literal["shared", "separate", "padded"]
@@ -55,20 +56,32 @@ class Scorer:
         packing: ``shared``, ``separate`` or ``padded``; batches must be packed accordingly (`pack(shared=...)`).
         temperature: log-probs are of ``softmax(logits / temperature)``: what an online method samples from, it must train on.
         kernels: ``auto`` takes a model-family fast path where the model is exactly recognized; ``off`` never does.
+        own_attention: padded rows go through the attention that transformers gave the model.
+        own_head: logits come from the model's own `forward`, for models that do more than a linear layer, a factor and a cap.
     """
 
     model: nn.Module
     packing: Packing = "shared"
     kernels: str = "off"
     temperature: float = 1.0
+    own_attention: bool = False
+    own_head: bool = False
     _fast: Any = None
 
     def __post_init__(self) -> None:
-        install_tree_attention(base_model_of(self.model))
+        if self.own_attention:
+            restore_attention(base_model_of(self.model))
+        else:
+            install_tree_attention(base_model_of(self.model))
         if self.kernels == "auto" and self.packing != "padded":
             from penchant.models.cpu.layers import fast_forward
 
             self._fast = fast_forward(self.model)
+
+    def on(self, model: nn.Module) -> Scorer:
+        """Another model of the same architecture, run in the same way."""
+        kernels = "auto" if self.fast else "off"
+        return Scorer(model, self.packing, kernels, own_attention=self.own_attention, own_head=self.own_head)
 
     @property
     def shared(self) -> bool:
@@ -111,7 +124,10 @@ class Scorer:
             ids[i, : s.length] = batch.input_ids[s.start : s.start + s.length]
             mask[i, : s.length] = 1
         positions = torch.arange(length, device=ids.device).expand_as(ids)
-        out = backbone(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
+        more: dict[str, Any] = without_cache(backbone)
+        if not self.own_attention and "position_ids" in signature(backbone.forward).parameters:
+            more["position_ids"] = positions
+        out = backbone(input_ids=ids, attention_mask=mask, **more)
         return out.last_hidden_state[mask.bool()]
 
     def predicting(self, batch: PackedBatch) -> Tensor:
@@ -178,4 +194,35 @@ class Scorer:
 
     def _head(self) -> tuple[Any, float, float | None]:
         base = base_model_of(self.model)
-        return base.get_output_embeddings(), *head_scaling(base.config)
+        if self.own_head:
+            return OwnHead(base), 1.0, None
+        return base.get_output_embeddings(), *head_scaling(base.config.get_text_config())
+
+
+@dataclass(frozen=True, slots=True)
+class OwnHead:
+    """A causal model's own way from hidden states (n, d) to logits (n, V): its `forward`, given what its backbone says."""
+
+    model: Any
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        backbone = backbone_of(self.model)
+        ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+        backbone.forward = lambda *_, **__: _Given(hidden[None])  # the instance's, for this call
+        try:
+            return cast(Tensor, self.model(input_ids=ids).logits[0])
+        finally:
+            del backbone.forward
+
+
+class _Given:
+    """A backbone's output of which the hidden states are known and nothing else was asked for."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.last_hidden_state if at == "last_hidden_state" else (self.last_hidden_state,)[at]

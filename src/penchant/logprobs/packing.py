@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from penchant.data.packing import pack
-from penchant.errors import ConfigError
+from penchant.errors import ConfigError, ModelError
 from penchant.logprobs import Packing, Scorer
-from penchant.models.load import base_model_of, carries_state
+from penchant.models.load import backbone_of, base_model_of, carries_state, first_line, quiet, without_cache
+from penchant.models.tree_attention import restore_attention
 from penchant.types import TokenTree
 
-# ---- Choose a packing for a model and prove it on the model: a mask that a family ignores would be a silent error ----
+# ---- Choose a packing for a model and prove it on the model: what the engine leaves out would be a silent error ----
+
+WINDOW = 6  # tokens that a sliding window is made for the check, so that its row is longer
+NOISE = 20.0  # times what the model's own logits differ by when a row is computed beside other tokens
+LEAST, MOST = 1e-5, 1e-3  # what may differ, relative to 1 + the log-prob, whatever the noise
 
 
 def choose_packing(model: Any, requested: str, kernels: str) -> tuple[Scorer, str]:
-    """A scorer with the best packing that gives the numbers of plain padding on this model.
+    """A scorer with the best packing that gives the numbers of the model's own `forward`, in fp32, row by row.
 
     Args:
         requested: ``auto``, ``shared``, ``separate`` or ``padded``; anything but auto that fails the check is refused.
@@ -26,7 +35,8 @@ def choose_packing(model: Any, requested: str, kernels: str) -> tuple[Scorer, st
         The scorer and a sentence for the log.
 
     Raises:
-        ConfigError: the requested packing gives other numbers than plain padding.
+        ConfigError: the requested packing gives other numbers than the model's own.
+        ModelError: every packing does.
     """
     by_config, reason = packing_by_config(model)
     candidates: list[Packing] = ["shared", "separate", "padded"]
@@ -34,37 +44,140 @@ def choose_packing(model: Any, requested: str, kernels: str) -> tuple[Scorer, st
         candidates = [requested]  # type: ignore[list-item]
     elif by_config == "padded":
         candidates = ["padded"]
-    plain = _probe(Scorer(model, "padded"))
-    dtype = next(model.parameters()).dtype
-    for packing in candidates:
-        scorer = Scorer(model, packing, kernels)
-        agree = same_numbers if plain.ndim == 1 else same_states
-        if packing == "padded" or agree(_probe(scorer), plain, dtype):
-            if packing == "shared":
-                reason = "prompts are shared"
-            elif by_config != "padded":
-                reason = "the model's attention does not take the tree mask" if requested == "auto" else "as asked"
-            fast = ", fast path" if scorer.fast else ""
-            return scorer, f"packing: {packing} ({reason}{fast})"
-    raise ConfigError(
-        "train.packing", f"{requested} packing gives wrong log-probs on this model", "set train.packing=auto or padded"
-    )
+    found, wrong = _first_right(model, candidates, kernels)
+    if found is None and requested in ("shared", "separate"):
+        raise ConfigError(
+            "train.packing",
+            f"{requested} packing gives wrong log-probs on this model ({wrong})",
+            "set train.packing=auto or padded",
+        )
+    if found is None:
+        raise ModelError(
+            str(base_model_of(model).config._name_or_path or type(base_model_of(model)).__name__),
+            f"its log-probs cannot be computed as its own forward does: {wrong}",
+            "train a model of another architecture (docs/models.md)",
+        )
+    scorer = Scorer(model, found.packing, kernels, own_attention=found.own_attention, own_head=found.own_head)
+    if scorer.fast and not _fast_is_right(scorer):
+        scorer = replace(scorer, kernels="off", _fast=None)
+    if found.packing == "shared":
+        reason = "prompts are shared"
+    elif by_config != "padded":
+        reason = "the model's attention does not take the tree mask" if requested == "auto" else "as asked"
+    more = (", fast path" if scorer.fast else "") + (", the model's own head" if scorer.own_head else "")
+    return scorer, f"packing: {scorer.packing} ({reason}{more})"
 
 
-def _probe(scorer: Scorer) -> torch.Tensor:
-    """Log-probs of completions; hidden states where there is no language-model head."""
-    config = base_model_of(scorer.model).config
-    prompt, completions = probe_ids(config.vocab_size)
-    tree = TokenTree(0, prompt, completions, (False,) * len(completions))
-    device = next(scorer.model.parameters()).device
-    training = scorer.model.training
-    scorer.model.eval()
-    with torch.no_grad():
-        batch = pack([tree], shared=scorer.shared).to(device)
-        headless = base_model_of(scorer.model).get_output_embeddings() is None
-        found = scorer.predicting(batch) if headless else scorer.logps(batch).sums
-    scorer.model.train(training)
-    return found
+class _Way(NamedTuple):
+    """How a model can be run: see `Scorer`."""
+
+    packing: Packing
+    own_attention: bool
+    own_head: bool
+
+
+def _first_right(model: Any, candidates: Sequence[Packing], kernels: str) -> tuple[_Way | None, str]:
+    """The first way that gives the model's own numbers; None, and how the last one differs, where there is none."""
+    base, tree = base_model_of(model), _probe_tree(model)
+    headless = base.get_output_embeddings() is None
+    wrong = ""
+    with _in_fp32(model), _short_windows(model), quiet(model):
+        restore_attention(base)
+        own, allowed = _own(model, tree, headless)
+        for packing in candidates:
+            for own_attention in (False, True) if packing == "padded" else (False,):
+                for own_head in (False,) if headless else (False, True):
+                    way = _Way(packing, own_attention, own_head)
+                    try:
+                        scorer = Scorer(model, packing, kernels, own_attention=own_attention, own_head=own_head)
+                        away = _away(_probe(scorer, tree, headless), own)
+                    except Exception as error:  # whatever a stranger's model raises where it is used in a new way
+                        wrong = first_line(error)
+                        continue
+                    if away <= allowed:
+                        return way, ""
+                    wrong = f"{packing} rows differ by {away:.2g} (allowed: {allowed:.2g})"
+        restore_attention(base)
+    return None, wrong
+
+
+def _own(model: Any, tree: TokenTree, headless: bool) -> tuple[torch.Tensor, float]:
+    """What the model's own `forward` says, row by row, and what another computation of it may differ by."""
+    device = next(model.parameters()).device
+    rows, noise = [], 0.0
+    for completion in tree.completion_ids:
+        ids = torch.tensor([*tree.prompt_ids.tolist(), *completion.tolist()], device=device)
+        values = own_outputs(model, ids, headless)
+        first = own_outputs(model, ids[: len(tree.prompt_ids)], headless)
+        noise = max(noise, _away(first, values[: len(first)]))
+        predicting = values[len(tree.prompt_ids) - 1 : -1]
+        if not headless:
+            predicting = torch.log_softmax(predicting, -1).gather(1, ids[len(tree.prompt_ids) :, None]).squeeze(1)
+        rows.append(predicting)
+    return torch.cat(rows), min(max(LEAST, NOISE * noise), MOST)
+
+
+def own_outputs(model: Any, ids: torch.Tensor, headless: bool = False) -> torch.Tensor:
+    """(n, V) logits of one row (n,) by the model's own `forward`; hidden states (n, d) where there is no head for tokens."""
+    part = backbone_of(model) if headless else base_model_of(model)
+    out = part(input_ids=ids[None], **without_cache(part))
+    values: torch.Tensor = (out.last_hidden_state if headless else out.logits)[0]
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _probe(scorer: Scorer, tree: TokenTree, headless: bool) -> torch.Tensor:
+    """What the engine says: log-probs (R,) of the completions' tokens, or hidden states (R, d)."""
+    batch = pack([tree], shared=scorer.shared).to(next(scorer.model.parameters()).device)
+    return scorer.predicting(batch) if headless else scorer.logps(batch).tokens
+
+
+def _probe_tree(model: Any) -> TokenTree:
+    prompt, completions = probe_ids(base_model_of(model).config.get_text_config().vocab_size)
+    return TokenTree(0, prompt, completions, (False,) * len(completions))
+
+
+def _away(found: torch.Tensor, own: torch.Tensor) -> float:
+    """The largest difference: of numbers relative to 1 + their size, of vectors relative to their length."""
+    if own.ndim == 1:
+        return float(((found - own).abs() / (1 + own.abs())).max())
+    return float(((found - own).norm(dim=1) / own.norm(dim=1)).max())
+
+
+def _fast_is_right(scorer: Scorer) -> bool:
+    """Whether the fast path agrees with the slow one in the model's own precision."""
+    model, tree = scorer.model, _probe_tree(scorer.model)
+    headless = base_model_of(model).get_output_embeddings() is None
+    with quiet(model):
+        slow, fast = (_probe(s, tree, headless) for s in (replace(scorer, kernels="off", _fast=None), scorer))
+    return _away(fast, slow) <= (5e-2 if next(model.parameters()).dtype == torch.bfloat16 else MOST)
+
+
+@contextmanager
+def _in_fp32(model: nn.Module) -> Iterator[None]:
+    """A model's bf16 (fp16) parameters in fp32 for a while; there and back loses nothing."""
+    low = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    for p, _ in low:
+        p.data = p.data.float()
+    try:
+        yield
+    finally:
+        for p, dtype in low:
+            p.data = p.data.to(dtype)
+
+
+@contextmanager
+def _short_windows(model: nn.Module) -> Iterator[None]:
+    """Sliding windows shorter than the check's row for a while: a mask that takes no window would pass on a short row."""
+    base = base_model_of(model)
+    holders = {id(x): x for x in (base.config, base.config.get_text_config(), *base.modules())}.values()
+    found = [(x, w) for x in holders if type(w := getattr(x, "sliding_window", None)) is int and w > WINDOW]
+    for holder, _ in found:
+        holder.sliding_window = WINDOW
+    try:
+        yield
+    finally:
+        for holder, window in found:
+            holder.sliding_window = window
 
 
 # ---- Which packing a model can take: looked up in its config, then checked on the model itself ----
@@ -72,24 +185,12 @@ def _probe(scorer: Scorer) -> torch.Tensor:
 
 def packing_by_config(model: Any) -> tuple[str, str]:
     """(packing, reason) from the model's config: padded rows where layers carry state along a row, else shared."""
-    reason = carries_state(base_model_of(model).config)
+    reason = carries_state(base_model_of(model).config.get_text_config())
     return ("padded", reason) if reason else ("shared", "attention only: prompts are shared")
 
 
 def probe_ids(vocab_size: int, seed: int = 0) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """A small made-up tree for the check that a packing gives the same numbers: prompt ids and three completions."""
     rng = np.random.default_rng(seed)
-    prompt, *completions = (rng.integers(0, vocab_size, size=n).astype(np.int32) for n in (9, 5, 7, 2))
+    prompt, *completions = (rng.integers(0, vocab_size, size=n).astype(np.int32) for n in (13, 9, 6, 2))
     return prompt, tuple(completions)
-
-
-def same_numbers(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether two packings' log-probs agree to what the dtype allows."""
-    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
-    return bool(((a - b).abs() <= tolerance * (1 + b.abs())).all())
-
-
-def same_states(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
-    """The same for hidden states (R, d): the difference of each against its size."""
-    tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-4
-    return bool(((a - b).float().norm(dim=1) <= tolerance * b.float().norm(dim=1)).all())

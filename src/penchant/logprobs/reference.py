@@ -6,9 +6,8 @@ import fcntl
 import hashlib
 import itertools
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penchant.base.files import aside_of, fsync, spared, sweep
 from penchant.data.mapped import StoredTokens
 from penchant.data.packing import batches_of
 from penchant.logprobs import CompletionLogps, Scorer
@@ -190,38 +190,75 @@ def cached_reference(
     tokens_per_step: int,
     tokens: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[CachedReference, bool]:
-    """Read the cache `key` in `folder`, or compute it and write it there (atomically); `tokens`: also token by token.
+    """Read the cache `key` in `folder`, or compute it and write it there (atomically).
+
+    A damaged file is computed again, and where none can be written it goes on without one; `say` is told of both.
+
+    Args:
+        tokens: also token by token.
 
     Returns:
         The reference, and whether it was found on disk.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = folder / f"{key}.safetensors"
     count = int(_sizes(trees)[0].sum())
 
-    def on_disk() -> dict[str, Tensor] | None:
-        try:
-            stored = load_file(path) if path.exists() else {}
-        except (SafetensorError, OSError):
-            stored = {}
-        # a torn file, or one without the tokens that are wanted now, is computed again
+    def on_disk(say: Callable[[str], None]) -> dict[str, Tensor] | None:
+        stored = _read(path, say)
+        # one without the tokens that are wanted now is computed again
         return stored if len(stored.get("sums", ())) == count and (not tokens or "tokens" in stored) else None
 
-    stored = on_disk()
+    def computed() -> dict[str, Tensor]:
+        made = compute_logps(live, trees, tokens_per_step=tokens_per_step, progress=progress)
+        return {"sums": made.sums} | ({"tokens": made.tokens} if tokens else {})
+
+    stored = on_disk(say)
     if stored is not None:
         return _by_row(trees, stored), True
-    folder.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(folder / f".{key}.lock"):
-        stored = on_disk()  # another process may have computed it while this one waited
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_one_at_a_time(folder / f".{key}.lock"))
+        except OSError as error:
+            say(f"{folder}: {error.strerror}; the reference's log-probs are not cached")
+            return _by_row(trees, computed()), False
+        stored = on_disk(lambda _: None)  # another process may have computed it while this one waited
         if stored is not None:
             return _by_row(trees, stored), True
-        made = compute_logps(live, trees, tokens_per_step=tokens_per_step, progress=progress)
-        stored = {"sums": made.sums} | ({"tokens": made.tokens} if tokens else {})
-        _write_atomically(path, stored)
+        stored = computed()
+        sweep(folder, f"{path.name}-*")
+        with spared(path, say):
+            _write_atomically(path, stored)
     return _by_row(trees, stored), False
+
+
+def _read(path: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
+    """What a cache holds; nothing where it is absent or damaged. A file of an older version has no sum, and is taken as it is."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if not path.exists():
+            return {}
+        with safe_open(path, framework="pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = file.metadata()
+        if about is None or about.get("sha256") == _sha256(stored):
+            return stored
+        why = "its values are not those that were written"
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        why = str(error)
+    say(f"{path}: {why}; the reference's log-probs are computed again")
+    return {}
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, values in sorted(tensors.items()):
+        digest.update(f"{name}:{values.dtype}:{tuple(values.shape)};".encode())
+        digest.update(values.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -233,7 +270,8 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        path.unlink(missing_ok=True)  # whoever waits for it finds the result, or computes it too
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # whoever waits for it finds the result, or computes it too
         os.close(handle)
 
 
@@ -325,11 +363,12 @@ def _by_row(trees: Sequence[TokenTree], stored: Mapping[str, Tensor]) -> CachedR
 def _write_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
+    aside = aside_of(path)
     try:
-        save_file(tensors, name)
-        os.replace(name, path)
+        save_file(tensors, aside, metadata={"sha256": _sha256(tensors)})
+        fsync(aside)
+        os.replace(aside, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise

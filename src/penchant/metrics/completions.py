@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from penchant.base.files import write_atomically
 from penchant.data.packing import batches_of
 from penchant.data.templates import end_ids
 from penchant.errors import ConfigError
@@ -25,6 +24,7 @@ from penchant.metrics.answers import TokenScores, completion_sums, kl_figures
 from penchant.metrics.figures import DRAWS, Figure, mean_of, ratio_of, share_of
 from penchant.metrics.stats import Interval, bootstrap_ci, bootstrap_sums, share_ci, t_quantile
 from penchant.rollout.generate import sample
+from penchant.runfolder import is_whole, keep
 from penchant.types import TokenTree
 
 # ---- Figures of generated text: how varied it is over all samples, and how much a sample repeats itself ----
@@ -455,14 +455,14 @@ def rows_of(written: Written, tokenizer: Any) -> list[dict[str, Any]]:
 
 def keep_start(path: Path, asked: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Write down what the start wrote and what it was worth: whole or not at all, so that a resumed run compares with the same."""
-    write_atomically(path, {"asked": asked, "completions": list(rows)})
+    keep(path, json.dumps({"asked": asked, "completions": list(rows)}, indent=1, ensure_ascii=False))
 
 
 def kept_start(path: Path, asked: dict[str, Any]) -> np.ndarray | None:
-    """The rewards of what the start wrote, (prompts,); None where nothing was kept, or something else was asked."""
+    """The rewards of what the start wrote, (prompts,); None where nothing was kept, something else was asked, or it was damaged."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["asked"] != json.loads(json.dumps(asked)):
+        if not is_whole(path) or kept["asked"] != json.loads(json.dumps(asked)):
             return None
         return np.array([row["reward"] for row in kept["completions"]], dtype=np.float64)
     except (OSError, ValueError, KeyError, TypeError):

@@ -22,7 +22,7 @@ class Figure:
     """A figure.
 
     Args:
-        name: without ``eval/``; see `glossary.py`; value: the estimate; interval: 95%, or None where there is one prompt only.
+        name: without ``eval/``; see metrics.yaml; value: the estimate; interval: 95%, or None where there is one prompt only.
         n: how many pairs, completions, documents ... it is over.
     """
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import itertools
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from penchant.base.files import check_model_folder
 from penchant.errors import ConfigError, ModelError
 from penchant.models.options import LoraConfig, ModelConfig, check_model_path
 
@@ -61,14 +65,15 @@ def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
 
     logging.disable_progress_bar()
     path = check_model_path(cfg.path)
+    check_model_folder(Path(path))
     try:
+        config = AutoConfig.from_pretrained(path, revision=cfg.revision)
         if cfg.init == "random":
             torch.manual_seed(seed)
-            config = AutoConfig.from_pretrained(path, revision=cfg.revision)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(_text_config(config), dtype=torch.float32)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, revision=cfg.revision, dtype=torch.float32, output_loading_info=True
+                path, revision=cfg.revision, dtype=torch.float32, output_loading_info=True, **_text_part(config)
             )
             model, info = loaded
             _check_complete(cfg.path, info)
@@ -82,7 +87,9 @@ def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
         raise ModelError(cfg.path, "this is an encoder-decoder model", "give a causal (decoder-only) language model")
     disable_dropout(model)
     own_memory(model)
-    return model.to(device)
+    model = model.to(device)
+    _check_behavior(cfg.path, model)
+    return model
 
 
 def _check_complete(path: str, info: Mapping[str, Any]) -> None:
@@ -97,6 +104,97 @@ def _check_complete(path: str, info: Mapping[str, Any]) -> None:
         )
     if missing:
         raise ModelError(path, f"weights are missing in the folder ({', '.join(missing[:3])})", "give a whole model")
+
+
+def _text_config(config: Any) -> Any:
+    """The config of the language model in a model of text and images (sound), where transformers has it by itself; else the config."""
+    from transformers import AutoModelForCausalLM
+
+    text = config.get_text_config()
+    if text is config or type(text) not in AutoModelForCausalLM._model_mapping:
+        return config
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
+    return text
+
+
+def _text_part(config: Any) -> dict[str, Any]:
+    """What `from_pretrained` needs to read only the language model out of a folder that holds more."""
+    text = _text_config(config)
+    if text is config:
+        return {}
+    weights = {r"^(model\.)?language_model\.lm_head": "lm_head"}  # where they stand, by age of the folder
+    weights[r"^(model\.)?language_model\.(?!lm_head)(model\.)?"] = "model."
+    return {"config": text, "key_mapping": weights}
+
+
+def _check_behavior(path: str, model: Any) -> None:
+    """Refuse what no policy may do, by looking at what the model says.
+
+    Raises:
+        ModelError: two passes in train mode differ (dropout), an earlier token's logits depend on a later one (an encoder), or the
+            model takes no text alone.
+    """
+    rows, device = model.get_input_embeddings().weight.shape[0], next(model.parameters()).device
+    numbers = torch.Generator().manual_seed(0)
+
+    def logits(ids: Tensor) -> Tensor:
+        return cast(Tensor, model(input_ids=ids, **without_cache(model)).logits.float())
+
+    try:
+        # more rows where the model draws numbers at all: some draws matter seldom
+        for batch in (1, 16):
+            ids, others = (torch.randint(0, rows, (batch, 16), generator=numbers).to(device) for _ in range(2))
+            with quiet(model, training=True):
+                before = _random_state(device)
+                first, again = logits(ids), logits(ids)
+                drew = not torch.equal(before, _random_state(device))
+                later = logits(torch.cat((ids[:, :8], others[:, 8:]), dim=1))
+            if not drew:
+                break
+        with quiet(model):
+            evaluated = logits(ids)
+    except Exception as error:  # whatever a model raises that wants more than ids
+        raise ModelError(
+            path, f"the model does not run on text alone ({first_line(error)})", "give a causal language model"
+        ) from error
+    size = float(first.std()) + 1e-12
+    for other, what in ((again, "two passes over one row in train mode"), (evaluated, "train mode and eval mode")):
+        if not float((first - other).abs().max()) <= 1e-4 * size:
+            raise ModelError(
+                path,
+                f"{what} give different logits: the model has dropout (or draws otherwise) that cannot be turned off here",
+                "set its dropout to 0 in config.json",
+            )
+    if not float((first - later)[:, :8].abs().max()) <= 1e-3 * size:
+        raise ModelError(
+            path,
+            "the logits of a token depend on later tokens: this is an encoder, or reads both ways",
+            "give a causal (decoder-only) language model",
+        )
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+@contextmanager
+def quiet(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """A look at what a model says: no gradient, eval mode (or train mode), no random number used up."""
+    before = model.training
+    devices = [p.device for p in itertools.islice(model.parameters(), 1) if p.device.type == "cuda"]
+    model.train(training)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        model.train(before)
+
+
+def without_cache(part: Any) -> dict[str, Any]:
+    """What keeps a model's `forward` from making a cache, where it makes one."""
+    parameters = inspect.signature(part.forward).parameters
+    takes = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {"use_cache": False} if takes else {}
 
 
 def own_memory(model: nn.Module) -> None:
@@ -148,16 +246,98 @@ def add_lora(model: Any, cfg: LoraConfig, seed: int, *, task: str = "CAUSAL_LM",
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-            return get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+            warnings.simplefilter("ignore", UserWarning)  # of tied weights, which _check_adapter refuses
+            adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise ConfigError(
-            "lora.target_modules", first_line(error), 'use "all-linear" or names of linear layers of this model'
-        ) from error
+        other = "name" if targets == "all-linear" else 'use "all-linear" or names of'
+        raise ConfigError("lora.target_modules", first_line(error), f"{other} linear layers of this model") from error
+    _check_adapter(adapted)
+    return adapted
 
 
 def _below(modules: Sequence[str]) -> str:
     """A pattern for the names of these modules and of everything in them."""
     return r"(.*\.)?(" + "|".join(re.escape(m) for m in modules) + r")(\..*)?"
+
+
+def _check_adapter(model: Any) -> None:
+    """Prove on the start model that its adapters can be merged: one layer of each kind, with an update that is not zero.
+
+    Raises:
+        ConfigError: an adapter's weight belongs to another layer too, or the merged weights give other logits than the adapter.
+    """
+    base = base_model_of(model)
+    holders: dict[int, list[str]] = {}
+    for name, module in base.named_modules(remove_duplicate=False):
+        for own, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            holders.setdefault(id(p), []).append(plain_name(f"{name}.{own}"))
+    kinds: dict[tuple[str, str], tuple[str, Any]] = {}
+    for name, module in _adapters(base):
+        tied = [n for n in holders[id(_adapted(module))] if n != name]
+        if tied:
+            raise ConfigError(
+                "lora.target_modules",
+                f"{name} is the same weight as {tied[0]} in this model: an adapter on one of them could not be merged",
+                f"leave {name.split('.')[-2]} out of it",
+            )
+        kinds.setdefault((type(module).__name__, ".".join(re.sub(r"\d+", "", name).split(".")[-3:])), (name, module))
+    if next(base.parameters()).device.type == "meta" or base.get_output_embeddings() is None:
+        return
+    updates = [p for _, m in kinds.values() for n, p in m.named_parameters() if "lora_" in n and _is_zero(p)]
+    ids = torch.arange(12, device=next(base.parameters()).device)[None] + 1
+    with quiet(model):
+        try:
+            for p in updates:
+                p.data.normal_(std=0.1)
+            adapter = base(input_ids=ids, **without_cache(base)).logits
+            whole = {name: (_adapted(module), _merged(module)) for name, module in kinds.values()}
+        finally:
+            for p in updates:
+                p.data.zero_()
+        start = base(input_ids=ids, **without_cache(base)).logits
+        kept = [(p, p.data) for p, _ in whole.values()]
+        try:
+            for p, merged in whole.values():
+                p.data = merged.to(p.dtype)
+            away = float((base(input_ids=ids, **without_cache(base)).logits - adapter).abs().max())
+        finally:
+            for p, data in kept:
+                p.data = data
+    if not away <= 1e-3 * max(float((adapter - start).abs().max()), 1e-3 * float(start.abs().max())):
+        raise ConfigError(
+            "lora.target_modules",
+            f"merging an adapter of this model changes its logits by {away:.2g}",
+            "name the attention's projections only, e.g. [q_proj, v_proj]",
+        )
+
+
+def _is_zero(p: Tensor) -> bool:
+    return not bool(p.detach().any())
+
+
+def _adapters(base: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name of the weight in the plain model, LoRA layer) of every adapter; one that adapts several weights is nested."""
+    for name, module in base.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            yield f"{plain_name(name)}.{getattr(module, 'parameter_name', 'weight')}", module
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name without peft's layers around it."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def _adapted(module: Any) -> Tensor:
+    """The weight that a LoRA layer adapts: a linear layer's, or one of several of a layer of experts."""
+    inner = module.get_base_layer()
+    return getattr(inner, getattr(module, "parameter_name", "weight"))  # type: ignore[no-any-return]
+
+
+def _merged(module: Any) -> Tensor:
+    """``W + scale B A`` in fp32 (fp64)."""
+    weight = _adapted(module).detach()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(wide) + module.get_delta_weight("default").detach().to(wide)
 
 
 def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,13 +349,7 @@ def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Te
     base = base_model_of(model)
     if base is model:
         return {name: master.detach() for name, master in masters.items()}
-    merged = {}
-    for name, module in base.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            weight = module.base_layer.weight.detach()
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            merged[f"{name}.weight"] = weight.to(wide) + module.get_delta_weight("default").detach().to(wide)
-    return merged
+    return {name: _merged(module) for name, module in _adapters(base)}
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -231,7 +405,7 @@ def base_model_of(model: nn.Module) -> Any:
 def backbone_of(model: nn.Module) -> Any:
     """The transformer without its head: its output's `last_hidden_state` is what the head reads."""
     base = base_model_of(model)
-    return getattr(base, base.base_model_prefix)
+    return getattr(base, base.base_model_prefix, None) or base.model  # Llama 4's has not the name that it says
 
 
 def head_scaling(config: Any) -> tuple[float, float | None]:
@@ -262,7 +436,8 @@ def carries_state(config: Any) -> str | None:
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout of the model to zero: preference log-ratios of a noisy policy against a quiet reference are wrong."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in vars(module).items():  # what F.dropout is given, and layers that are left out at random
+            if type(value) is float and "drop" in name:
+                setattr(module, name, 0.0)

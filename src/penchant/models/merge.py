@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penchant.base.files import file_sha256
+from penchant.base.files import check_model_folder, file_sha256
 from penchant.errors import ModelError
 from penchant.models.load import base_model_of, load_causal_model, load_tokenizer, save_model
 from penchant.models.options import ModelConfig
@@ -54,6 +54,7 @@ def merged_model(base: ModelConfig, adapter: Path, device: torch.device, seed: i
     """
     from peft import PeftModel
 
+    check_model_folder(adapter)
     kind = json.loads((adapter / "adapter_config.json").read_text()).get("task_type")
     if kind != "CAUSAL_LM":
         raise ModelError(str(adapter), f"an adapter of type {kind} is no language model", "name another stage")

@@ -12,8 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from penchant.base.files import check_model_folder
 from penchant.errors import ModelError
-from penchant.models.load import base_model_of, disable_dropout, effective_weights, first_line, save_model
+from penchant.models.load import (
+    base_model_of,
+    disable_dropout,
+    effective_weights,
+    first_line,
+    plain_name,
+    save_model,
+)
 from penchant.models.options import ModelConfig, check_model_path
 
 # ---- Reward models: a transformers model for sequence classification with one output, its head, its padding, and how it is saved ----
@@ -98,6 +106,7 @@ def load_reward_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
+    check_model_folder(Path(cfg.path).expanduser())
     config = load_model_config(cfg.path, cfg.revision)
     encoder = is_encoder(config, cfg.path)
     had_head = is_reward_model(config) and cfg.init == "pretrained"
@@ -228,7 +237,7 @@ def whole_state_dict(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Ten
     for name, value in base.state_dict().items():
         if "lora_" in name or ".original_module." in name:
             continue
-        plain = name.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
+        plain = plain_name(name.replace(".modules_to_save.default.", "."))
         state[plain] = merged[plain].to(value.dtype) if plain in merged else value.detach().clone()
     return state
 

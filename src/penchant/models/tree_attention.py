@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from penchant.types import PackedBatch, Segment
 
 IMPLEMENTATION = "penchant_tree"
+_OWN = "_penchant_own_attention"  # on a model: its configs and what each of them said before
 _EAGER_MAX_LENGTH = 768  # above this, a full score matrix costs more than SDPA's tiles
 
 
@@ -98,7 +99,13 @@ def _build_layout(segments: tuple[Segment, ...], sliding_window: int | None, dev
 
 
 def tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scaling: float, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TreeLayout,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention within each tree of a packed row.
 
@@ -107,6 +114,7 @@ def tree_attention(
         layout: the row's `TreeLayout`.
         scaling: factor of the scores.
         softcap: ``softcap * tanh(scores / softcap)`` when given (Gemma 2).
+        sinks: (H,) one more score a head in the softmax's sum, which no value belongs to (gpt-oss).
 
     Returns:
         (T, H, d_v).
@@ -119,12 +127,12 @@ def tree_attention(
         if repeat > 1:
             k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
         on_cpu = query.device.type in ("cpu", "meta")  # meta: a plan counts what the CPU would hold
-        if softcap is not None or (on_cpu and q.shape[2] <= _EAGER_MAX_LENGTH):
+        if softcap is not None or sinks is not None or (on_cpu and q.shape[2] <= _EAGER_MAX_LENGTH):
             scores = torch.matmul(q, k.transpose(-1, -2)) * scaling
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
             scores = scores.masked_fill(~group.mask, float("-inf"))
-            out = torch.matmul(torch.softmax(scores, dim=-1, dtype=_softmax_dtype(scores)).to(v.dtype), v)
+            out = torch.matmul(_weights(scores, sinks).to(v.dtype), v)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scaling)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (B * L, H, d)
@@ -136,47 +144,129 @@ def _softmax_dtype(scores: Tensor) -> torch.dtype:
     return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
+def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax of scores (B, H, L, L'), with each head's sink in the sum where there are sinks (H,)."""
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sink), dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=_softmax_dtype(scores))
+    return weights if sinks is None else weights[..., :-1]
+
+
+# what models hand to their attention: computed here, or without a meaning for it
+_COMPUTED = {"penchant_batch", "scaling", "sliding_window", "softcap", "s_aux"}
+_WITHOUT_MEANING = {
+    "cache_position",
+    "is_causal",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    """Refuse what is asked of the attention beyond what it computes: left out without a word it would be silently wrong."""
+    unknown = sorted(
+        name
+        for name, value in arguments.items()
+        if name not in _COMPUTED and name not in _WITHOUT_MEANING and value is not None and value is not False
+        if not (name == "dropout" and value == 0.0)
+    )
+    if unknown:
+        raise NotImplementedError(
+            f"the model's attention takes {', '.join(unknown)}, which the tree attention does not"
+        )
+    if arguments.get("is_causal") is False:
+        raise NotImplementedError("the model's attention is not causal")
+
+
 def _attention_interface(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: tree attention where a packed batch is passed along, SDPA otherwise."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    _check_arguments(kwargs)
     batch: PackedBatch | None = kwargs.pop("penchant_batch", None)
-    if batch is None:
-        if kwargs.get("softcap") is not None:  # SDPA has no softcap
-            return _softcapped_attention(query, key, value, attention_mask, **kwargs), None
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return output, None
-    layout = tree_layout(batch, kwargs.get("sliding_window"))
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     scaling = kwargs.get("scaling")
     scaling = float(query.shape[-1] ** -0.5) if scaling is None else float(scaling)
+    if batch is None:
+        if softcap is not None or sinks is not None:  # SDPA has neither
+            return _eager_attention(query, key, value, attention_mask, scaling, softcap, sinks), None
+        if attention_mask is None:  # some decoders' own attention relies on the mask alone
+            kwargs["is_causal"] = True
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return output, None
+    if attention_mask is not None and attention_mask.numel() != 1:
+        raise NotImplementedError("the model adds to its attention's mask")
+    layout = tree_layout(batch, kwargs.get("sliding_window"))
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (1, H, T, d) -> (T, H, d)
-    return tree_attention(q, k, v, layout, scaling, kwargs.get("softcap"))[None], None
+    return tree_attention(q, k, v, layout, scaling, softcap, sinks)[None], None
 
 
-def _softcapped_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, softcap: float, scaling: float, **_: Any
+def _eager_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Eager attention with capped scores for rows that are not packed: (B, H, L, d) -> (B, L, H, d)."""
+    """Attention with capped scores or sinks for rows that are not packed: (B, H, L, d) -> (B, L, H, d)."""
     repeat = query.shape[1] // key.shape[1]
     k, v = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
-    scores = torch.tanh(torch.matmul(query, k.transpose(-1, -2)) * (scaling / softcap)) * softcap
+    if softcap is None:
+        scores = torch.matmul(query, k.transpose(-1, -2)) * scaling
+    else:
+        scores = torch.tanh(torch.matmul(query, k.transpose(-1, -2)) * (scaling / softcap)) * softcap
     if mask is None and query.shape[2] > 1:  # transformers leaves a plain causal mask out
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if mask is not None:
         lowest = torch.finfo(scores.dtype).min  # finite: a padding row under a window may see nothing at all
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, dim=-1, dtype=_softmax_dtype(scores)).to(v.dtype)
-    return torch.matmul(weights, v).transpose(1, 2)
+    return torch.matmul(_weights(scores, sinks).to(v.dtype), v).transpose(1, 2)
 
 
 def install_tree_attention(model: nn.Module) -> None:
-    """Switch a transformers model to the tree attention (which is plain SDPA wherever no packed batch is passed)."""
+    """Switch a transformers model to the tree attention (which is plain SDPA wherever no packed batch is passed).
+
+    Raises:
+        NotImplementedError: the model's attention cannot be switched.
+    """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if IMPLEMENTATION not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention_interface)
         ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    if not model._can_set_attn_implementation():  # type: ignore[operator]
+        raise NotImplementedError(f"the attention of {type(model).__name__} cannot be replaced")
+    if not hasattr(model, _OWN):
+        setattr(model, _OWN, [(c, c._attn_implementation) for c in _configs(model)])
     model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+
+
+def restore_attention(model: nn.Module) -> None:
+    """Switch a model back to the attention that transformers gave it."""
+    for config, implementation in getattr(model, _OWN, ()):
+        config._attn_implementation_internal = implementation
+
+
+def own_attention(model: Any) -> str:
+    """The name of the attention that transformers gave a model, whatever is installed now."""
+    own = getattr(model, _OWN, None)
+    return str(own[0][1] if own else model.config._attn_implementation)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configs of a model and of the models in it; the model's own first."""
+    of_modules: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    found = [c for c in of_modules if hasattr(c, "_attn_implementation")]
+    found += [getattr(c, name) for c in found for name in c.sub_configs if getattr(c, name, None) is not None]
+    return list({id(c): c for c in found}.values())

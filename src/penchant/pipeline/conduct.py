@@ -19,7 +19,7 @@ from penchant.errors import CheckpointError
 from penchant.models.merge import is_adapter, merge_to_folder, model_sha256
 from penchant.pipeline import Pipeline, Ref, Stage
 from penchant.pipeline.compare import Comparer, Outcome
-from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY, RunLock
+from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY, RunLock, keep
 from penchant.runs import Run
 from penchant.runs.state import (
     Inputs,
@@ -114,9 +114,9 @@ def _follow(folder: Path, moved: Mapping[str, str]) -> None:
     config, identity = folder / CONFIG, folder / IDENTITY
     if config.exists():
         values = renamed(yaml.safe_load(config.read_text(encoding="utf-8")))
-        config.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        keep(config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     if identity.exists():
-        identity.write_text(json.dumps(renamed(json.loads(identity.read_text())), indent=1))
+        keep(identity, json.dumps(renamed(json.loads(identity.read_text())), indent=1))
 
 
 # ---- Running a pipeline: its stages in order, each an ordinary run that is resumed or skipped, and the comparison at the end ----
@@ -172,7 +172,7 @@ class Conductor:
         found = {}
         for stage in self.pipeline.stages.values():
             with stage.naming():
-                check_models(stage.config)
+                check_models(stage.config, stages=True)
                 check_reward(stage.values.get("reward"))
                 found[stage.name] = run = Run(stage.config, quiet=True)
                 _ = run.rows.datasets

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from penchant.base.files import free_bytes
 from penchant.data.packing import plan_balanced, plan_microbatches, tree_tokens
-from penchant.plan.outline import OutlinedRun, parameter_counts
+from penchant.plan.outline import OutlinedRun
+from penchant.runs.parts import checkpoint_bytes
 from penchant.training.steps import BatchSchedule
 from penchant.types import TokenTree
 
@@ -230,30 +228,5 @@ def disk_of(run: OutlinedRun, work: Work, cached: bool | None) -> Disk:
         cache = 4 * (completions + (tokens if "shared_logps" in run.method.needs else 0))
         cache += 4 * len(run.rows.mismatched)
     logs = LINE_BYTES * (work.steps + 4 * work.evaluations) + REPORT_BYTES
-    return Disk(_checkpoint(run), kept, cache, logs, _free(run.folder))
-
-
-def _checkpoint(run: OutlinedRun) -> int:
-    """The model in its dtype, and masters with both moments in fp32."""
-    every, trainable = parameter_counts(run.model)
-    size = torch.empty(0, dtype=run.dtype).element_size()
-    state = trainable * 12
-    state += every * 12 * run.method.copies
-    if run.config.reference.moves:
-        state += parameter_counts(run.model)[0] * 4
-    whole = run.config.lora is None or run.method.learns_reward  # a reward model is saved merged
-    model = (every if whole else trainable) * size + (trainable * size if whole and run.config.lora else 0)
-    return (model * (2 if run.config.checkpoint.pt else 1)) + state + _tokenizer(run)
-
-
-def _tokenizer(run: OutlinedRun) -> int:
-    folder = Path(run.config.model.tokenizer or run.config.model.path).expanduser()
-    return sum(p.stat().st_size for p in folder.glob("tok*")) if folder.is_dir() else 4 << 20
-
-
-def _free(folder: Path) -> int:
-    """Free bytes of the disk that the nearest existing folder above is on."""
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    return shutil.disk_usage(there).free if os.access(there, os.R_OK) else 0
+    one = checkpoint_bytes(run.config, run.model, run.dtype)
+    return Disk(one, kept, cache, logs, free_bytes(run.folder) or 0)

@@ -12,6 +12,7 @@ from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, soft
 from penchant.report.settings import short
 from penchant.report.svg import MISSING, count, duration, estimate, interval, number
+from penchant.runfolder import damaged
 from penchant.runfolder.values import ci_of, flat, mapping, num, sequence, text
 
 # ---- Where the figures come from: time and memory, versions, hashes, data, seeds, machine, and how to make them again ----
@@ -65,6 +66,11 @@ def provenance(data: ReportData) -> Element | None:
     if bad:
         are = "is" if bad == 1 else "are"
         parts.append(soft(f"{count(bad, 'line')} of these folders\u2019 files could not be read and {are} left out."))
+    changed = [str(r.path / name) for r in data.runs for name in damaged(r.path)]
+    if changed:
+        parts.append(
+            soft(f"Changed after the run wrote {'it' if len(changed) == 1 else 'them'}: {', '.join(changed)}.")
+        )
     kept = [p for p in parts if p is not None]
     return el("div", kept) if kept else None
 

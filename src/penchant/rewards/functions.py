@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from penchant.base.functions import is_own, python_function
+from penchant.base.functions import is_own, no_exit, python_function
 from penchant.base.text import closest
 from penchant.errors import ConfigError, PenchantError, RewardError
 from penchant.rewards.builtin import BUILT_IN, RewardConfig, RewardFunction, rule_of
@@ -59,8 +59,9 @@ def _values(
 ) -> np.ndarray:
     on_trees = getattr(term.function, "score_trees", None) if trees is not None else None
     try:
-        given = term.function(list(prompts), list(completions)) if on_trees is None else on_trees(trees)
-    except Exception as error:
+        with no_exit():
+            given = term.function(list(prompts), list(completions)) if on_trees is None else on_trees(trees)
+    except (Exception, SystemExit) as error:  # a function that ends the process must not end the run unsaid
         at = _first_to_blame(term.function, prompts, completions) if on_trees is None else None
         if isinstance(error, PenchantError):  # a reward model's own sentence; there is no function to fix
             raise RewardError(f"reward {term.name}", error.what, error.how) from error
@@ -109,8 +110,9 @@ def _first_to_blame(function: RewardFunction, prompts: Sequence[str], completion
     """The first completion that fails by itself too, if there is one."""
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         try:
-            function([prompt], [completion])
-        except Exception:
+            with no_exit():
+                function([prompt], [completion])
+        except (Exception, SystemExit):
             return i
     return None
 

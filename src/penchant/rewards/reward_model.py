@@ -47,7 +47,7 @@ from penchant.models.reward import (
 )
 from penchant.rewards.builtin import BUILT_IN
 from penchant.runfolder import CHECKPOINTS, CONFIG
-from penchant.training.checkpoint import checkpoints, latest_checkpoint
+from penchant.training.checkpoint import checkpoint_state, checkpoints, latest_checkpoint
 from penchant.types import Completion, PackedBatch, Prompt, PromptTree, TokenTree
 
 # ---- From a packed batch to one reward for each completion: causal models on shared prompts, encoders on text pairs ----
@@ -316,7 +316,7 @@ def find_reward_model(path: str) -> Path | None:
     last, _ = latest_checkpoint(folder)
     if last is None:
         raise CheckpointError(path, "this run has no checkpoint yet", "train the reward model first")
-    best = json.loads((last / "state.json").read_text()).get("best_step")
+    best = checkpoint_state(last).get("best_step")
     there = {p.name: p for p in checkpoints(folder)}
     return there.get(f"step-{best}", last) / "model"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from penchant.data.templates import end_ids
 from penchant.models.cpu.decode import FastDecoder, cache_bytes_per_token, can_decode_fast
+from penchant.models.load import base_model_of, without_cache
 
 # ---- One token of every row: temperature, top-k, top-p, and a draw that belongs to the row alone ----
 
@@ -95,7 +96,7 @@ def _draw_among_likely(weights: Tensor, total: Tensor, uniforms: Tensor, top_p: 
 
 
 # ---- Sampling: many completions of each prompt, each a function of its own seed, whatever else is decoded beside it ----
-# Known families decode in one pool of rows (models/fast_decode.py): the prompt is computed once for its samples, a finished row
+# Known families decode in one pool of rows (models/cpu/decode.py): the prompt is computed once for its samples, a finished row
 # leaves its place to another, and new prompts come in as places are free. Other models take transformers' own cache, prompts of
 # one length together.
 
@@ -203,7 +204,7 @@ def sample(
         top_p, top_k: sample from the smallest set of tokens whose probabilities sum to top_p, of the top_k (0: all) most likely.
         seed: of the draws; prompt_seeds: one number a prompt (default: its index). A completion is a function of weights, prompt,
             both numbers and its index among the n, up to rounding: not of the other prompts, nor of how many rows run together.
-        eos_token_id: the id, or ids, at which a completion ends: `penchant.data.tokenize.end_ids` of model and tokenizer.
+        eos_token_id: the id, or ids, at which a completion ends: `penchant.data.templates.end_ids` of model and tokenizer.
         rows_at_once: completions decoded together; by default what memory allows.
 
     Returns:
@@ -370,26 +371,90 @@ def _decode_by_length(
 def _decode_together(model: Any, prompts: Sequence[Sequence[int]], part: Sequence[int], written: Written) -> None:
     """Prompts of one length, with transformers' cache; finished rows are taken out of it."""
     n = written.settings.n
-    device = written.device
-    ids = torch.tensor([list(prompts[i]) for i in part], device=device)
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    cache = out.past_key_values
-    logits = out.logits[:, -1].repeat_interleave(n, dim=0)
-    if n > 1:
-        cache.batch_repeat_interleave(n)
+    ids = torch.tensor([list(prompts[i]) for i in part], device=written.device)
+    row = _Cached(model) if _keeps_a_cache(model) else _Recomputed(model)
+    logits = row.first(ids, n)
     lines = written.lines_of(part)
-    at = ids.shape[1]
     while True:
         tokens, going = written.add(lines, logits)
         if not bool(going.any()):
             return
         if not bool(going.all()):
             lines, tokens = lines[going], tokens[going]
-            cache.batch_select_indices(going.nonzero().squeeze(1))
-        position = torch.full((len(tokens), 1), at, device=device)
-        out = model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True, position_ids=position)
-        logits = out.logits[:, -1]
-        at += 1
+            row.keep(going.nonzero().squeeze(1))
+        logits = row.step(tokens)
+
+
+class _Cached:
+    """Rows of one length that are decoded with transformers' cache."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def first(self, ids: Tensor, n: int) -> Tensor:
+        """The logits (B * n, V) behind prompts (B, L), each for n rows."""
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        self.cache, self.at = out.past_key_values, ids.shape[1]
+        if n > 1:
+            self.cache.batch_repeat_interleave(n)
+        return cast(Tensor, out.logits[:, -1].repeat_interleave(n, dim=0))
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self.cache.batch_select_indices(rows)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """The logits (B, V) behind one more token of each row."""
+        position = torch.full((len(tokens), 1), self.at, device=tokens.device)
+        out = self.model(input_ids=tokens[:, None], past_key_values=self.cache, use_cache=True, position_ids=position)
+        self.at += 1
+        return cast(Tensor, out.logits[:, -1])
+
+
+class _Recomputed:
+    """The same by the model's own `forward` on whole rows, for models without a cache that rows can be taken out of: slow."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.ids = model, torch.zeros(0)
+
+    def first(self, ids: Tensor, n: int) -> Tensor:
+        self.ids = ids.repeat_interleave(n, dim=0)
+        return self._logits()
+
+    def keep(self, rows: Tensor) -> None:
+        self.ids = self.ids[rows]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.ids = torch.cat((self.ids, tokens[:, None]), dim=1)
+        return self._logits()
+
+    def _logits(self) -> Tensor:
+        return cast(Tensor, self.model(input_ids=self.ids, **without_cache(self.model)).logits[:, -1])
+
+
+def _keeps_a_cache(model: Any) -> bool:
+    """Whether decoding with transformers' cache gives what whole rows give: tried once on a model, on a few tokens."""
+    base = base_model_of(model)
+    known = getattr(base, "_penchant_keeps_a_cache", None)
+    if known is None:
+        rows = model.get_input_embeddings().weight.shape[0]
+        made = torch.randint(0, rows, (2, 9), generator=torch.Generator().manual_seed(0))
+        made = made.to(next(model.parameters()).device)
+        try:
+            cached, whole = (_decoded(way(model), made) for way in (_Cached, _Recomputed))
+            known = bool((cached - whole).abs().max() <= 2e-2 * whole.abs().max())
+        except Exception:  # whatever a stranger's model raises where it has no such cache
+            known = False
+        base._penchant_keeps_a_cache = known
+    return bool(known)
+
+
+def _decoded(row: _Cached | _Recomputed, ids: Tensor) -> Tensor:
+    """The logits behind a few tokens, with two rows a prompt and one of the rows taken out on the way."""
+    row.first(ids[:, :5], 2)
+    row.keep(torch.tensor([0, 2, 3], device=ids.device))
+    rows = ids[[0, 1, 1]]
+    return torch.stack([row.step(rows[:, at]).float() for at in range(5, ids.shape[1])])
 
 
 def greedy(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import json
 import os
+import re
 import socket
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from penchant.errors import CheckpointError
+from penchant.base.files import disk_error, file_sha256, sweep, write_atomically, write_text_atomically
+from penchant.errors import CheckpointError, PenchantError
 
 # ---- Its files ----
 
 CONFIG, IDENTITY, MANIFEST, LOCK = "config.resolved.yaml", "identity.json", "manifest.json", ".lock"
+SUMS = "sums.json"  # SHA-256 of the small files here; a checkpoint's are in its manifest
 METRICS, PERF, EVALUATIONS = "metrics.jsonl", "perf.jsonl", "evaluations.jsonl"
 SAMPLES, SAMPLES_BEFORE = "samples.jsonl", "samples.before.jsonl"
 AUDIT, CALIBRATION, FLAGS = "audit.json", "calibration.json", "flags.json"
@@ -22,6 +29,20 @@ RESULTS, REPORT = "results.json", "report.html"
 CHECKPOINTS = "checkpoints"  # a folder of step-N, each with a manifest of its own
 COMPARISON, COMPARISON_ROWS = "comparison.json", "comparison.jsonl"  # of a comparison's folder
 SWEEP, PIPELINE = "sweep.json", "pipeline.json"  # of a sweep's and a pipeline's, in which runs' folders lie
+
+
+def make_folder(folder: Path) -> None:
+    """Make a run's folder.
+
+    Raises:
+        CheckpointError: it is a file or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CheckpointError(str(folder), "output is a file, or lies below one", "choose another output") from error
+    except OSError as error:
+        raise disk_error(folder, error) from error
 
 
 class RunLock:
@@ -32,10 +53,21 @@ class RunLock:
         self._handle: int | None = None
 
     def __enter__(self) -> RunLock:
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        make_folder(self.path.parent)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
         except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise disk_error(self.path, error) from error
+            raise self._odd() from error
+        try:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                raise self._odd()  # to write into it would be to write into another file
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.write(handle, f"PID {os.getpid()} on {socket.gethostname()}\n".encode())
+        except BlockingIOError as error:
             holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             os.close(handle)
             raise CheckpointError(
@@ -43,10 +75,17 @@ class RunLock:
                 f"another run holds this folder ({holder})",
                 "wait for it, stop it, or choose another output",
             ) from error
-        os.ftruncate(handle, 0)
-        os.write(handle, f"PID {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError as error:
+            os.close(handle)
+            raise disk_error(self.path, error) from error
+        except PenchantError:
+            os.close(handle)
+            raise
         self._handle = handle
         return self
+
+    def _odd(self) -> CheckpointError:
+        return CheckpointError(str(self.path), "is a link, a folder or a pipe, so nothing can be locked", "remove it")
 
     def __exit__(self, *_: object) -> None:
         if self._handle is not None:
@@ -54,41 +93,128 @@ class RunLock:
             self._handle = None
 
 
+# ---- Files with a sum ----
+
+
+def keep(path: Path, content: str | bytes) -> None:
+    """Write a file of a run whole or not at all, and its SHA-256 into ``sums.json``.
+
+    The new sum is listed before the file is replaced, beside the one that it has: wherever this is cut off, the file is one of the two.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    new, known = hashlib.sha256(content).hexdigest(), _sums(path.parent) or {}
+    old = [file_sha256(path)] if path.is_file() else []
+    if path.name in known and old and old[0] not in known[path.name]:
+        old = []  # it was damaged: its sum must not be taken for one that was written
+    files = {**known, path.name: sorted({*old, new})}
+    write_atomically(path.parent / SUMS, {"files": files, "sha256": _sum_of(files)})
+    write_text_atomically(path, content)
+
+
+def _sums(folder: Path) -> dict[str, list[str]] | None:
+    """By name: the SHA-256 that a file may have; None where the list itself is damaged, empty where there is none."""
+    try:
+        found = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        files: dict[str, list[str]] = found["files"]
+        good = found["sha256"] == _sum_of(files) and all(isinstance(v, list) for v in files.values())
+        return files if good else None
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _sum_of(files: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of a run is as it was written; also True where it is absent or nothing is known of it (older versions)."""
+    for _ in range(2):  # a run that goes on may replace both between two looks
+        try:
+            known = (_sums(path.parent) or {}).get(path.name)
+            if known is None or not path.is_file() or file_sha256(path) in known:
+                return True
+        except OSError:
+            return False
+    return False
+
+
+def check_whole(path: Path) -> None:
+    """A file of a run is as it was written; see `is_whole`.
+
+    Raises:
+        CheckpointError: it was changed.
+    """
+    if not is_whole(path):
+        raise CheckpointError(
+            str(path),
+            "was changed after it was written",
+            "restore it, or run penchant train with the run's own config, which writes it again "
+            f"(to take it as it is, delete {SUMS} beside it)",
+        )
+
+
+def damaged(folder: Path) -> list[str]:
+    """Names of a run's files that are not as they were written, as far as that is known."""
+    known = _sums(folder)
+    found = [SUMS] if known is None else [name for name in known if not is_whole(folder / name)]
+    at = newest_state(folder)
+    if at.get("metrics_sha256") and not prefix_is(folder / METRICS, at.get("metrics_offset"), at["metrics_sha256"]):
+        found.append(METRICS)
+    return sorted(found)
+
+
+def prefix_is(path: Path, offset: Any, sha256: Any) -> bool:
+    """Whether the first `offset` bytes of a file have this SHA-256."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.sha256(file.read(offset)).hexdigest() == sha256
+    except (OSError, TypeError, ValueError):
+        return False
+
+
+def newest_state(folder: Path) -> dict[str, Any]:
+    """``state.json`` of the newest whole checkpoint that can be read; empty where there is none."""
+    steps = [
+        (int(m[1]), p) for p in (folder / CHECKPOINTS).glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))
+    ]
+    for _, path in sorted(steps, reverse=True):
+        try:
+            expected = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["sha256"]["state.json"]
+            text = (path / "state.json").read_bytes()
+            if hashlib.sha256(text).hexdigest() == expected:
+                return dict(json.loads(text))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
 def open_run(
     folder: Path, resolved_config: str, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
-) -> None:
-    """Make or reopen a run folder.
+) -> list[str]:
+    """Make or reopen a run folder; its lock must be held.
 
     Args:
         resolved_config: YAML text, kept as ``config.resolved.yaml``.
         identity: what must be equal for a run to be continued (JSON); kept as ``identity.json``.
         defaults: of settings, in the same shape: what a run of an older version that did not know a setting was run with.
 
+    Returns:
+        Sentences about what was damaged and could be mended.
+
     Raises:
         CheckpointError: the folder cannot be written, is a file, or holds another run's checkpoints (the differences are shown).
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except (FileExistsError, NotADirectoryError) as error:
-        raise CheckpointError(str(folder), "output is a file, or lies below one", "choose another output") from error
-    except OSError as error:
-        raise CheckpointError(
-            str(folder), f"cannot be written ({error.strerror})", "choose another output or fix its permissions"
-        ) from error
+    make_folder(folder)
+    sweep(folder)
+    sweep(folder / CHECKPOINTS)
     mine = json.loads(json.dumps(identity))
     path = folder / IDENTITY
-    has_checkpoints = any((folder / CHECKPOINTS).glob("step-*"))
-    if has_checkpoints and not path.exists():
-        raise CheckpointError(
-            str(folder),
-            "holds checkpoints but no identity.json, so it cannot be told which run they are of",
-            "choose another output, or delete the folder to start over",
-        )
-    if has_checkpoints:
-        theirs = json.loads(path.read_text())
+    notes = []
+    if any((folder / CHECKPOINTS).glob("step-*")):
+        theirs, note = _identity_of(path)
+        notes += note
         found = differences(theirs, mine, defaults=json.loads(json.dumps(defaults or {})))
         if found:
             shown = "".join(f"\n  {line}" for line in found)
@@ -97,8 +223,30 @@ def open_run(
                 f"holds checkpoints of a different run; old -> new:{shown}\n",
                 "choose another output, or delete the folder to start over",
             )
-    path.write_text(json.dumps(mine, indent=1))
-    (folder / CONFIG).write_text(resolved_config)
+    keep(path, json.dumps(mine, indent=1))
+    keep(folder / CONFIG, resolved_config)
+    return notes
+
+
+def _identity_of(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """identity.json, or what the newest checkpoint says in its place; a sentence where it was damaged."""
+    damage = "was changed after it was written"
+    try:
+        if is_whole(path):
+            return dict(json.loads(path.read_text(encoding="utf-8"))), []
+    except FileNotFoundError:
+        damage = "is gone"
+    except (OSError, ValueError, TypeError) as error:
+        damage = f"cannot be read ({error})"
+    kept = newest_state(path.parent).get("identity")
+    if not isinstance(kept, dict):
+        gone = f"holds checkpoints but no {IDENTITY}" if damage == "is gone" else f"its {IDENTITY} {damage}"
+        raise CheckpointError(
+            str(path.parent),
+            f"{gone}, so it cannot be told which run they are of",
+            "restore it, choose another output, or delete the folder to start over",
+        )
+    return kept, [f"{path}: {damage}; it is written again as the newest checkpoint has it"]
 
 
 def differences(old: Any, new: Any, prefix: str = "", defaults: Any = None) -> list[str]:
@@ -114,37 +262,84 @@ def differences(old: Any, new: Any, prefix: str = "", defaults: Any = None) -> l
 
 
 class MetricsLog:
-    """An append-only JSONL file, flushed line by line. NaN and infinities are written as null: JSON has neither."""
+    """An append-only JSONL file, written line by line. NaN and infinities are written as null: JSON has neither.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = path.open("ab")
+    A line that the disk does not take whole is taken back; half a line that a killed writer left is cut off.
+
+    Args:
+        say: where it is told, once, that lines cannot be written and are left out; None: that is an error.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None] | None = None) -> None:
+        self.path, self._say = path, say
+        self._file: Any = None
+        try:
+            self._file = path.open("ab+", buffering=0)
+            self._cut_half_line()
+        except OSError as error:
+            self._failed(error)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write((json.dumps(finite(row), ensure_ascii=False) + "\n").encode())
-        self._file.flush()
+        if self._file is None:
+            return
+        line = memoryview((json.dumps(finite(row), ensure_ascii=False) + "\n").encode())
+        end = self._size()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(end)
+            self._failed(error)
 
     def offset(self) -> int:
         """Bytes written so far, on disk."""
-        self._file.flush()
         os.fsync(self._file.fileno())
-        return self._file.tell()
+        return self._size()
 
-    def truncate(self, offset: int) -> None:
+    def sha256(self) -> str:
+        """Of what was written so far."""
+        return file_sha256(self.path)
+
+    def truncate(self, offset: int, sha256: str | None = None) -> None:
         """Cut the file back to what it was at a checkpoint.
 
+        Args:
+            sha256: of what it was, where that is known.
+
         Raises:
-            CheckpointError: the file is shorter than that, so lines of this run are lost.
+            CheckpointError: the file is shorter than that or other than it was, so lines of this run are lost.
         """
-        size = os.fstat(self._file.fileno()).st_size
+        size = self._size()
+        what = ""
         if size < offset:
-            raise CheckpointError(
-                str(self.path),
-                f"has {size:,} bytes, but the checkpoint was written when it had {offset:,}",
-                "restore the file, or delete the run folder to start over",
-            )
+            what = f"has {size:,} bytes, but the checkpoint was written when it had {offset:,}"
+        elif sha256 is not None and not prefix_is(self.path, offset, sha256):
+            what = f"its first {offset:,} bytes are not those that it had when the checkpoint was written"
+        if what:
+            raise CheckpointError(str(self.path), what, "restore the file, or delete the run folder to start over")
         self._file.truncate(offset)
-        self._file.seek(0, os.SEEK_END)
+
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def _cut_half_line(self) -> None:
+        end = size = self._size()
+        while end:
+            start = max(0, end - 65536)
+            block = os.pread(self._file.fileno(), end - start, start)
+            if b"\n" in block:
+                end = start + block.rindex(b"\n") + 1
+                break
+            end = start
+        if end != size:
+            self._file.truncate(end)
+
+    def _failed(self, error: OSError) -> None:
+        if self._say is None:
+            raise error
+        self._say(f"{self.path}: {error.strerror}; lines that cannot be written are left out")
+        self._say = lambda _: None
 
 
 def finite(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,18 +13,31 @@ from typing import Any
 
 import torch
 
-from penchant.base.files import read_jsonl
+from penchant.base.files import free_bytes, spared, writing
+from penchant.base.text import gigabytes
 from penchant.config import RunConfig, default_settings, dump_config, with_absolute_paths
 from penchant.data.load import write_quarantine
-from penchant.errors import CheckpointError, ConfigError, PenchantError
+from penchant.errors import CheckpointError, ConfigError, DiskError, PenchantError
 from penchant.logprobs.reference import Reference
 from penchant.metrics.completions import START_FILE
 from penchant.metrics.flags import write_flags
 from penchant.metrics.flags.rule import Flag
-from penchant.runfolder import AUDIT, CALIBRATION, CHECKPOINTS, IDENTITY, MANIFEST, SAMPLES, RunLock, finite, open_run
+from penchant.runfolder import (
+    AUDIT,
+    CALIBRATION,
+    CHECKPOINTS,
+    IDENTITY,
+    MANIFEST,
+    SAMPLES,
+    RunLock,
+    finite,
+    is_whole,
+    keep,
+    open_run,
+)
 from penchant.runfolder.read import read
 from penchant.runs.evaluating import HeldOut, prompts_of, writes_completions
-from penchant.runs.parts import Built, build, peak_lr, placed, start_key, write_model
+from penchant.runs.parts import Built, build, checkpoint_bytes, peak_lr, placed, start_key, write_model
 from penchant.runs.record import (
     contents_of,
     join_samples,
@@ -36,7 +50,7 @@ from penchant.runs.record import (
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Alone
 from penchant.track import Mirrors, check_installed
-from penchant.training.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
+from penchant.training.checkpoint import checkpoints, find_checkpoint, latest_checkpoint, load_checkpoint
 from penchant.training.console import console as make_console
 from penchant.training.loop import Interrupted, Loop, Paused, algorithm_state
 from penchant.training.steps import BatchSchedule
@@ -126,38 +140,44 @@ class Run:
         check_installed(self.config.logging.trackers)
         contents, rows = contents_of(self.config), self.rows
         identity = run_identity(self.config, [d.fingerprint for d in rows.datasets if d is not None], contents)
-        # a run of an older version did not keep what its rewards were made of: it counts as unchanged
-        open_run(self.folder, dump_config(self.config), identity, {"config": default_settings(), **contents})
-        with RunLock(self.folder):
-            for name, dataset in rows.loaded.items():
-                write_quarantine(dataset.quarantined, self.folder, name)
-            for name, tokenized in zip(("train", "heldout"), rows.tokenized, strict=True):
-                if tokenized is not None:
-                    self.console.note(f"{name}: {tokenized.summary()}")
-                    write_quarantine(tokenized.quarantined, self.folder, f"{name}.tokens")
-            (self.folder / AUDIT).write_text(json.dumps(rows.audit().to_json(), indent=1))
+        with RunLock(self.folder), writing(self.folder):
+            # a run of an older version did not keep what its rewards were made of: it counts as unchanged
+            defaults = {"config": default_settings(), **contents}
+            for note in open_run(self.folder, dump_config(self.config), identity, defaults):
+                self.console.note(note)
+            self._write_rows()
             anew = latest_checkpoint(self.folder)[0] is None
+            start = self.folder / START_FILE
             if anew:  # what another start wrote is not this one's
-                (self.folder / START_FILE).unlink(missing_ok=True)
+                start.unlink(missing_ok=True)
+            elif not is_whole(start):
+                self.console.note(f"{start}: was changed after it was written, so it is left out")
             loop = self.make_loop()
+            loop.identity = identity
             mirrors = Mirrors(self.folder, self.config.logging, self.config.model_dump(mode="json"), self.console.note)
             loop.watched = _watchers(live.told, mirrors, anew)
-            manifest = self._manifest(loop, started)
             if not anew:
                 self._check_start()
+            manifest = self._manifest(loop, started, anew)
             manifest("running", None)
             before = self._samples("before", anew)
+            self._check_space()
             try:
-                loop.run()
+                with writing(self.folder):
+                    loop.run()
+                after = self._samples("after", True)
+                with self._spared(SAMPLES):
+                    join_samples(self.folder / SAMPLES, before, after)
+                manifest("finished", None)
             except BaseException as error:
-                manifest(*_ended_by(error))
-                write_flags(self.folder)
+                status, why = _ended_by(error)
+                with suppress(OSError):  # the same disk, perhaps; what is there stays whole
+                    manifest(status, why)
+                write_flags(self.folder, self.console.note)
                 live.now()
-                mirrors.finish(_ended_by(error)[0], finite(loop.state.last_eval))
+                mirrors.finish(status, finite(loop.state.last_eval))
                 raise
-            join_samples(self.folder / SAMPLES, before, self._samples("after", True))
-            manifest("finished", None)
-            flags = write_flags(self.folder)
+            flags = write_flags(self.folder, self.console.note)
             live.now()
             mirrors.finish("finished", finite(loop.state.last_eval))
         self.console.note(f"report: {live.path}")
@@ -170,6 +190,47 @@ class Run:
             after=evals[-1] if evals else {},
             best_step=loop.state.best_step,
             flags=tuple(flags),
+        )
+
+    def _spared(self, name: str) -> AbstractContextManager[None]:
+        """A file that the run can do without."""
+        return spared(self.folder / name, self.console.note)
+
+    def _write_rows(self) -> None:
+        """What became of the rows: those kept aside, and the audit."""
+        rows = self.rows
+        for name, dataset in rows.loaded.items():
+            with self._spared(f"quarantine.{name}.jsonl"):
+                write_quarantine(dataset.quarantined, self.folder, name)
+        for name, tokenized in zip(("train", "heldout"), rows.tokenized, strict=True):
+            if tokenized is not None:
+                self.console.note(f"{name}: {tokenized.summary()}")
+                with self._spared(f"quarantine.{name}.tokens.jsonl"):
+                    write_quarantine(tokenized.quarantined, self.folder, f"{name}.tokens")
+        with self._spared(AUDIT):
+            keep(self.folder / AUDIT, json.dumps(rows.audit().to_json(), indent=1))
+
+    def _check_space(self) -> None:
+        """Say before the first step that the checkpoints will not fit.
+
+        Raises:
+            DiskError: there is no room for a single one.
+        """
+        keep_last, free = self.config.checkpoint.keep_last, free_bytes(self.folder)
+        one = checkpoint_bytes(self.config, self.built.parts.model, self.dtype)
+        missing = keep_last + self.config.checkpoint.keep_best + 1 - len(checkpoints(self.folder))
+        if free is None or free >= one * missing:
+            return
+        needed = f"a checkpoint takes about {gigabytes(one)}"
+        if free < one:
+            raise DiskError(
+                str(self.folder),
+                f"{needed} and its disk has {gigabytes(free)} free",
+                "free some space, or choose another output, then run the same command again",
+            )
+        self.console.note(
+            f"{self.folder}: {needed}, up to {missing} more are kept at a time, and its disk has {gigabytes(free)} free; "
+            "see checkpoint.keep_last and checkpoint.every"
         )
 
     def make_loop(self) -> Loop:
@@ -216,8 +277,8 @@ class Run:
     def _evaluate_in_training(self, step: int) -> dict[str, Any]:
         metrics = self.held_out.at(step, keep=True)
         if self.held_out.tables:
-            tables = {"step": step, **self.held_out.tables}
-            (self.folder / CALIBRATION).write_text(json.dumps(tables, indent=1))
+            with self._spared(CALIBRATION):
+                keep(self.folder / CALIBRATION, json.dumps({"step": step, **self.held_out.tables}, indent=1))
         return metrics
 
     def evaluate(self, step: str = "last") -> dict[str, Any]:
@@ -252,9 +313,14 @@ class Run:
         if not sampled(self.config, self.rows):
             return []
         if not anew:
-            return read_jsonl(path)
+            found = read(self.folder)
+            rows = found.samples_before
+            whole = is_whole(path) and path.exists() and not found.unreadable.get(path.name)
+            if whole and all("prompt" in row and "completion" in row for row in rows):
+                return rows
+            self.console.note(f"{path}: is gone or was changed after it was written; it is written again")
         key = start_key(self.config) if name == "before" else None
-        return write_samples(path, self.rows, self.built.parts.model, self.shared, key)
+        return write_samples(path, self.rows, self.built.parts.model, self.shared, key, self.console.note)
 
     def _check_start(self) -> None:
         """Refuse to go on from another model than the one that the checkpoints were trained from.
@@ -262,11 +328,10 @@ class Run:
         Raises:
             CheckpointError: the weights at model.path have changed. With another torch or dtype nothing can be said.
         """
-        path = self.folder / MANIFEST
         drawn = self.method.learns_reward or self.config.model.init == "random"  # another processor draws other weights
-        if drawn or not path.exists():
+        known = self._known_manifest()
+        if drawn or known is None:
             return
-        known = json.loads(path.read_text())
         dtype = str(self.dtype).removeprefix("torch.")
         if (known["hardware"]["dtype"], known.get("torch")) != (dtype, versions()["torch"]):
             return
@@ -277,13 +342,29 @@ class Run:
                 "put them back, or choose another output",
             )
 
-    def _manifest(self, loop: Loop, started: float) -> Callable[[str, str | None], None]:
+    def _known_manifest(self) -> dict[str, Any] | None:
+        """What manifest.json says of the start; None where it is absent or damaged, which is told."""
+        path = self.folder / MANIFEST
+        if not path.exists():
+            return None
+        known = read(self.folder).manifest
+        try:
+            _ = known["model"]["sha256"], known["hardware"]["dtype"]
+            if is_whole(path):
+                return known
+        except (KeyError, TypeError):
+            pass
+        self.console.note(
+            f"{path}: was changed after it was written; whether the run started from the weights that are now at "
+            f"{self.config.model.path} cannot be told"
+        )
+        return None
+
+    def _manifest(self, loop: Loop, started: float, anew: bool) -> Callable[[str, str | None], None]:
         """What writes manifest.json; the hash of the weights is of the start, so it is taken now, or read where the run goes on."""
         path, built = self.folder / MANIFEST, self.built
-        if path.exists():
-            sha256 = json.loads(path.read_text())["model"]["sha256"]
-        else:
-            sha256 = built.start_sha256(self.shared)
+        known = None if anew else self._known_manifest()
+        sha256 = built.start_sha256(self.shared) if known is None else known["model"]["sha256"]
 
         def write(status: str, why: str | None) -> None:
             steps = loop.state.step, loop.schedule.total_steps

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from penchant.algorithms.method import Parts
+from penchant.base.files import spared
 from penchant.config import RunConfig
 from penchant.logprobs.reference import LiveReference, adapter_off
 from penchant.losses.schedules import progress_at
@@ -144,7 +145,8 @@ class HeldOut:
             with start.off():
                 written = fresh.write(start.scorer.model, 0)
         if self.keep:
-            keep_start(path, fresh.asked, rows_of(written, self.rows.tokenizer))
+            with spared(path, self.console.note):
+                keep_start(path, fresh.asked, rows_of(written, self.rows.tokenizer))
         assert written.rewards is not None
         return written.rewards
 
@@ -213,7 +215,8 @@ class HeldOut:
         if self.step:
             return kept_start(path, asked)
         if self.keep:
-            keep_start(path, asked, [{"reward": float(r)} for r in rewards])
+            with spared(path, self.console.note):
+                keep_start(path, asked, [{"reward": float(r)} for r in rewards])
         return rewards
 
     def keep_tables(self, tables: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.models.load import load_causal_model
 from penchant.models.merge import is_adapter, merged_model
 from penchant.models.options import ModelConfig, looks_like_folder
-from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY
+from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY, check_whole
 from penchant.training.checkpoint import find_checkpoint
 
 START = "start"
@@ -113,6 +113,7 @@ def find_model(given: str, *, step: str = "last", base: str | None = None, overr
 
 
 def _config_of(folder: Path, overrides: Sequence[str]) -> RunConfig:
+    check_whole(folder / CONFIG)
     config = load_config(folder / CONFIG, list(overrides))
     return config.model_copy(update={"output": str(folder.resolve())})  # it may have been moved
 

@@ -216,6 +216,19 @@ def write_model(built: Built, rows: Rows, folder: Path) -> None:
         write_state_dict(folder)
 
 
+def checkpoint_bytes(config: RunConfig, model: Any, dtype: torch.dtype) -> int:
+    """About what a checkpoint takes: the model in its dtype, masters with both moments in fp32, the tokenizer."""
+    parameters = list(model.parameters())
+    every, trainable = (sum(p.numel() for p in parameters if p.requires_grad or not only) for only in (False, True))
+    each = torch.empty(0, dtype=dtype).element_size()
+    state = trainable * 12 + every * 12 * config.method.copies + (every * 4 if config.reference.moves else 0)
+    whole = config.lora is None or config.method.learns_reward  # a reward model is saved merged
+    saved = (every if whole else trainable) * each + (trainable * each if whole and config.lora else 0)
+    folder = Path(config.model.tokenizer or config.model.path).expanduser()
+    tokenizer = sum(p.stat().st_size for p in folder.glob("tok*")) if folder.is_dir() else 4 << 20
+    return saved * (2 if config.checkpoint.pt else 1) + state + tokenizer
+
+
 def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | RewardScorer:
     """What runs the model: how rows are packed is its business."""
     packing, kernels = parts.config.train.packing, parts.config.model.kernels
@@ -228,11 +241,12 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
     def choose() -> tuple[Any, str]:
         scorer, note = choose_packing(parts.model, packing, kernels)
         found.append(scorer)
-        return scorer.packing, note
+        how = {"own_attention": scorer.own_attention, "own_head": scorer.own_head}
+        return (scorer.packing, "auto" if scorer.fast else "off", how), note
 
-    chosen, note = shared.once(("packing", start_key(parts.config)), choose)
+    (chosen, kernels, how), note = shared.once(("packing", start_key(parts.config)), choose)
     console.note(note)
-    return found[0] if found else Scorer(parts.model, chosen, kernels)
+    return found[0] if found else Scorer(parts.model, chosen, kernels, **how)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,8 +308,10 @@ def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer
     model = fresh_model(config, config.model if start else reference_source(config), parts.device, shared)
     cast_parameters(model, parts.dtype)
     model.requires_grad_(False).eval()
+    if not start and config.reference.path is not None:  # maybe of another architecture
+        return choose_packing(model, parts.scorer.packing, "auto" if parts.scorer.fast else "off")[0]
     # the policy's own numeric path: with an adapter it has no fast one, and the start would not be equal
-    return Scorer(model, parts.scorer.packing, "auto" if parts.scorer.fast else "off")
+    return parts.scorer.on(model)
 
 
 def reference_source(config: RunConfig) -> ModelConfig:
@@ -322,8 +338,9 @@ def _cached(built: Built, live: LiveReference, rows: Rows, shared: Alone, consol
             tokens_per_step=parts.config.train.tokens_per_step,
             tokens="shared_logps" in parts.config.method.needs,
             progress=console.counter(f"reference log-probs of {name} rows"),
+            say=console.note,
         )
-        verb = "read from cache" if found else "computed and cached"
+        verb = "read from cache" if found else "computed and cached" if path.exists() else "computed"
         console.note(f"reference log-probs of {len(trees):,} {name} rows: {verb}")
         found_for.append(cached)
     return joined(found_for)

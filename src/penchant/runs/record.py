@@ -7,16 +7,18 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import penchant
+from penchant.base.files import spared
 from penchant.base.machine import cores
 from penchant.config import WATCHING_ONLY, RunConfig
 from penchant.rewards.reward_model import content_sha256
+from penchant.runfolder import keep
 from penchant.runs.sharing import Alone
 
 if TYPE_CHECKING:
@@ -155,7 +157,7 @@ def write_manifest(
         "data": data,
         "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},
     }
-    path.write_text(json.dumps(manifest, indent=1))
+    keep(path, json.dumps(manifest, indent=1))
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------------
@@ -168,12 +170,13 @@ def sampled(config: RunConfig, rows: Rows) -> bool:
 
 
 def write_samples(
-    path: Path, rows: Rows, model: Any, shared: Alone, key: tuple[Any, ...] | None
+    path: Path, rows: Rows, model: Any, shared: Alone, key: tuple[Any, ...] | None, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Greedy completions of the first held-out prompts, kept in a file: a resumed run still has those of its start.
 
     Args:
         key: what the start's completions depend on, so that other runs from it share them; None after training.
+        say: where it is told that the file cannot be written.
     """
     from penchant.rollout.generate import greedy
 
@@ -191,13 +194,15 @@ def write_samples(
         {"prompt": rows.tokenizer.decode(p, skip_special_tokens=True), "completion": c}
         for p, c in zip(prompts, texts, strict=True)
     ]
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found), encoding="utf-8")
+    with spared(path, say):
+        keep(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found))
     return found
 
 
 def join_samples(path: Path, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
     """samples.jsonl: each prompt with its completion before and after training."""
-    with path.open("w", encoding="utf-8") as out:
-        for b, a in zip(before, after, strict=False):
-            row = {"prompt": a["prompt"], "before": b["completion"], "after": a["completion"]}
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    rows = [
+        {"prompt": a["prompt"], "before": b["completion"], "after": a["completion"]}
+        for b, a in zip(before, after, strict=False)
+    ]
+    keep(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

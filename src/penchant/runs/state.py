@@ -20,7 +20,7 @@ from penchant.rewards import load_reward
 from penchant.rewards.functions import reward_device
 from penchant.rewards.reward_model import check_reward_folder, find_reward_model
 from penchant.runfolder import CHECKPOINTS, IDENTITY, MANIFEST, PIPELINE, RunLock, differences
-from penchant.training.checkpoint import checkpoints, latest_checkpoint
+from penchant.training.checkpoint import checkpoint_state, checkpoints, latest_checkpoint
 
 Inputs = dict[str, Any]
 
@@ -70,18 +70,8 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         CheckpointError: it cannot be, or another process has it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(folder)
-        lock.__enter__()
-    except (FileExistsError, NotADirectoryError) as error:
-        raise CheckpointError(str(folder), "output is a file, or lies below one", "choose another output") from error
-    except OSError as error:
-        raise CheckpointError(str(folder), f"cannot be written ({error.strerror})", "choose another output") from error
-    try:
+    with RunLock(folder):
         yield
-    finally:
-        lock.__exit__()
 
 
 def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -145,7 +135,7 @@ def model_folder(folder: Path, which: str | None) -> Path:
     if which not in ("last", None, "best"):
         name = f"step-{which}"
     elif which != "last":
-        best = json.loads((last / "state.json").read_text())["best_step"]
+        best = checkpoint_state(last).get("best_step")
         kept = best is not None and (folder / CHECKPOINTS / f"step-{best}" / MANIFEST).exists()
         if which == "best" and not kept:
             raise CheckpointError(
@@ -198,10 +188,10 @@ def files_of(config: RunConfig, *rewards: Any) -> Inputs:
     return {"models": {key: model_sha256(folder) for key, folder in local.items()}, "rewards": hashes}
 
 
-def check_models(config: RunConfig) -> None:
-    """Refuse folders of models that are not there (ModelError)."""
+def check_models(config: RunConfig, *, stages: bool = False) -> None:
+    """Refuse folders of models that are not there (ModelError); `stages`: a ``stage:NAME`` stands for one that will be."""
     for path in (config.model.path, config.reference.path):
-        if path is not None and not path.startswith("stage:"):
+        if path is not None and not (stages and path.startswith("stage:")):
             check_model_path(path)
 
 

@@ -64,7 +64,7 @@ class SampledToken:
 
 
 class _Packed:
-    """The packed decoder of models/fast_decode.py."""
+    """The packed decoder of models/cpu/decode.py."""
 
     def __init__(self, decoder: FastDecoder, prompt: Sequence[int], rows: int, new_tokens: int) -> None:
         self._decoder = decoder.with_room(rows=rows, groups=1, prompt_tokens=len(prompt), new_tokens=new_tokens)

@@ -43,9 +43,8 @@ _SECTIONS = {
 _OF_A_LOSS = {i.alias or n for s in LOSSES.values() for n, i in s.params.model_fields.items()}
 
 
-Setting = tuple[
-    str, Any, str, str
-]  # a key that varies, a value, how it stands in a folder's name, and its place in the file
+# a key that varies, a value, how it stands in a folder's name, and its place in the file
+Setting = tuple[str, Any, str, str]
 
 
 def long_key(key: str, base: Mapping[str, Any], where: str) -> str:

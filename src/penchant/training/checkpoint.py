@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from penchant.base.files import file_sha256
+from penchant.base.files import aside_of, check_sums, file_sha256, fsync, sweep, writing
 from penchant.errors import CheckpointError
 from penchant.runfolder import CHECKPOINTS, MANIFEST
 
@@ -41,36 +42,37 @@ def save_checkpoint(
 
     root = folder / CHECKPOINTS
     final = root / f"step-{step}"
-    aside = root / f".tmp-step-{step}-{os.getpid()}"
+    aside = aside_of(final)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        clean_leftovers(root)
-        aside.mkdir()
-        write_model(aside / "model")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "state.safetensors")
-        (aside / "state.json").write_text(json.dumps(dict(state), indent=1, allow_nan=False))
-        sums = {str(p.relative_to(aside)): file_sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
-        for path in aside.rglob("*"):
-            _fsync(path)
-        (aside / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=1))
-        _fsync(aside / MANIFEST)
-        _fsync(aside)
-        if final.exists():  # a resumed run reaches the same step again
-            shutil.rmtree(final)
-        os.rename(aside, final)
-        _fsync(root)
-    except OSError as error:
+        with writing(final):
+            root.mkdir(parents=True, exist_ok=True)
+            sweep(root)
+            aside.mkdir()
+            write_model(aside / "model")
+            save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "state.safetensors")
+            (aside / "state.json").write_text(json.dumps(dict(state), indent=1, allow_nan=False))
+            sums = {str(p.relative_to(aside)): file_sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+            for path in aside.rglob("*"):
+                fsync(path)
+            (aside / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=1))
+            fsync(aside / MANIFEST)
+            fsync(aside)
+            _remove(final)  # a resumed run reaches the same step again
+            os.rename(aside, final)
+            fsync(root)
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            str(final), f"could not be written ({error.strerror})", "free some space or choose another output"
-        ) from error
+        raise
     return final
 
 
-def clean_leftovers(root: Path) -> None:
-    """Remove half-written checkpoints of processes that died (the caller holds the run's lock)."""
-    for leftover in root.glob(".tmp-step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; renamed first, so that whoever is killed in it leaves no half of one at its name."""
+    if not path.exists():
+        return
+    gone = aside_of(path.with_name(f"{path.name}-gone"))
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -109,7 +111,7 @@ def find_checkpoint(folder: Path, step: str) -> Path | None:
         return last
     there = [p.name for p in checkpoints(folder)]
     if step == "best":
-        best = load_checkpoint(last)[1].get("best_step")
+        best = checkpoint_state(last).get("best_step")
         if best is None:
             raise CheckpointError(
                 str(folder), "this run did not look for its best step", f"give last, 0 or a step: {', '.join(there)}"
@@ -121,41 +123,40 @@ def find_checkpoint(folder: Path, step: str) -> Path | None:
     return path
 
 
-def load_checkpoint(path: Path, *, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and state of a checkpoint.
 
     Raises:
         CheckpointError: a file is missing or was changed after it was written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_sums(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if verify:
-            for name, expected in manifest["sha256"].items():
-                if file_sha256(path / name) != expected:
-                    raise CheckpointError(
-                        str(path / name),
-                        "differs from what was written",
-                        f"delete {path} to resume from an older checkpoint",
-                    )
         return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            str(path), f"cannot be read ({error})", f"delete {path} to resume from an older checkpoint"
+            str(path), f"cannot be read ({error})", f"delete {path} to go on from an older checkpoint"
         ) from error
 
 
+def checkpoint_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint carries beside tensors.
+
+    Raises:
+        CheckpointError: the file is missing or was changed after it was written.
+    """
+    check_sums(path, "state.json")
+    return dict(json.loads((path / "state.json").read_text()))
+
+
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
-    """Delete all checkpoints but the newest `keep_last` and the best one."""
-    for path in checkpoints(folder)[:-keep_last]:
-        if path.name != f"step-{best_step}":
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Delete all checkpoints but the newest `keep_last` and the best one; also those that are not whole."""
+    there = checkpoints(folder)
+    whole = [p for p in there if (p / MANIFEST).exists()]
+    kept = {*whole[-keep_last:], folder / CHECKPOINTS / f"step-{best_step}"} & {*whole}
+    for path in there:
+        if path not in kept:
+            with suppress(OSError):
+                _remove(path)

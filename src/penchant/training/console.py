@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TextIO
 
 SHOWN = {
@@ -78,7 +79,8 @@ class PlainConsole:
         return update
 
     def _print(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        with suppress(OSError, ValueError):  # a reader that goes away does not end a run
+            print(text, file=self.stream, flush=True)
 
 
 class RichConsole(PlainConsole):
@@ -87,6 +89,7 @@ class RichConsole(PlainConsole):
     def __init__(self) -> None:
         super().__init__()
         from rich import progress
+        from rich.console import Console
 
         self.progress = progress.Progress(
             progress.TextColumn("training"),
@@ -96,6 +99,7 @@ class RichConsole(PlainConsole):
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
             progress.TextColumn("{task.fields[figures]}"),
+            console=Console(stderr=True),
         )
         self.task: Any = None
 

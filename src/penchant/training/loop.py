@@ -6,7 +6,6 @@ was killed continues from its last checkpoint and ends bit for bit where an unin
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -19,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from penchant.base.files import spared, write_atomically
 from penchant.base.machine import peak_memory
 from penchant.data.packing import pack, plan_balanced, tree_tokens
 from penchant.errors import CheckpointError, TrainingStopped
@@ -57,6 +57,7 @@ class Loop:
         updates: optimizer steps on each batch (online methods: on each batch of rollouts).
         watched: told ``"start"`` when the logs stand at the first line to be written, ``"step"`` after each step and ``"eval"`` after
             each evaluation, when their lines are written.
+        identity: of the run, kept in its checkpoints too.
         pause_at: a step before the end at which it writes a checkpoint, evaluates and ends with `Paused`; None: it goes on to its end.
         start_tolerance: how far log-probs of policy and reference may be apart at step 0, where both are one model: nats per
             completion, and per token (0 and 0 for a reference that runs the same kernels on the same batch); None: no check.
@@ -81,6 +82,7 @@ class Loop:
     watched: Callable[[str], None] = lambda _: None
     pause_at: int | None = None
     state: RunState = field(default_factory=RunState)
+    identity: Mapping[str, Any] = field(default_factory=dict)
     interrupted: int | None = None
 
     @property
@@ -100,7 +102,7 @@ class Loop:
         schedule = self.schedule
         total = schedule.total_steps
         metrics = MetricsLog(self.folder / METRICS)
-        perf = MetricsLog(self.folder / PERF)
+        perf = MetricsLog(self.folder / PERF, self.console.note)
         resumed = self._resume(metrics)
         if not resumed:
             metrics.truncate(0)
@@ -332,9 +334,9 @@ class Loop:
         path = self.folder / f"stopped-batch-step-{step}.json"
         rows = [r for b in batches for r in b.rows]
         sources = {t.row: t.source for t in self.trees if t.row in set(rows)}
-        path.write_text(
-            json.dumps({"step": step, "what": what, "rows": [{"row": r, "source": sources[r]} for r in rows]}, indent=1)
-        )
+        with spared(path, self.console.note):
+            listed = [{"row": r, "source": sources[r]} for r in rows]
+            write_atomically(path, {"step": step, "what": what, "rows": listed})
         raise TrainingStopped(
             f"{self.folder}: step {step}",
             f"{what}; the step was not taken and its rows are listed in {path.name}",
@@ -362,12 +364,13 @@ class Loop:
 
     def _save(self, metrics: MetricsLog) -> None:
         best, algorithm = self.state.best_step, self.algorithm.state_tensors()
+        logged = {"metrics_offset": metrics.offset(), "metrics_sha256": metrics.sha256()}
         save_checkpoint(
             self.folder,
             self.state.step,
             write_model=self.write_model,
             tensors=self.optimizer.state_tensors() | {f"algorithm/{name}": value for name, value in algorithm.items()},
-            state=asdict(self.state) | {"metrics_offset": metrics.offset()},
+            state=finite(asdict(self.state)) | logged | {"identity": finite(self.identity)},
         )
         prune(self.folder, self.checkpoint.keep_last, best if self.checkpoint.keep_best else None)
 
@@ -380,7 +383,7 @@ class Loop:
         tensors, state = load_checkpoint(path)
         self.optimizer.load_state_tensors(tensors)
         self.algorithm.load_state_tensors(algorithm_state(tensors))
-        metrics.truncate(int(state["metrics_offset"]))
+        metrics.truncate(int(state["metrics_offset"]), state.get("metrics_sha256"))
         self.state = RunState(**{f.name: state[f.name] for f in fields(RunState)})
         self.console.note(f"resumed from {path.name}")
         return True

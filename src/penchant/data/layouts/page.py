@@ -105,7 +105,7 @@ def rows_text(shown: Sequence[tuple[str, Sequence[str]]]) -> str:
     return "\n\n".join("\n".join([printable(where), *lines]) for where, lines in shown)
 
 
-# ---- Docs/data_formats.md ----
+# ---- The page docs/data_formats.md ----
 
 
 def markdown() -> str:

@@ -6,17 +6,18 @@ rules.yaml. `RULES` is the registry that the command, the docs page and the test
 
 from __future__ import annotations
 
+import json
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import packaged_yaml, write_atomically
+from penchant.base.files import packaged_yaml, spared
 from penchant.base.text import printable
 from penchant.errors import CheckpointError
 from penchant.metrics.flags import of_comparison, of_training
 from penchant.metrics.flags.rule import ComparisonView, Evidence, Flag, Rule, RunView, Seen, TrustConfig, number
-from penchant.runfolder import COMPARISON, FLAGS, METRICS
+from penchant.runfolder import COMPARISON, FLAGS, METRICS, keep
 from penchant.runfolder.read import read
 
 __all__ = ["RULES", "TrustConfig", "comparison_flags", "run_flags"]
@@ -105,10 +106,11 @@ def _flags_of(path: Path) -> list[Flag]:
     )
 
 
-def write_flags(run: Path) -> list[Flag]:
-    """Flags of a run, also as RUN/flags.json: a list, warnings first."""
+def write_flags(run: Path, say: Callable[[str], None] = lambda _: None) -> list[Flag]:
+    """Flags of a run, also as RUN/flags.json: a list, warnings first; `say`: where it is told that the file cannot be written."""
     found = _of_run(run)
-    write_atomically(run / FLAGS, [f.to_json() for f in found])
+    with spared(run / FLAGS, say):
+        keep(run / FLAGS, json.dumps([f.to_json() for f in found], indent=1, ensure_ascii=False))
     return found
 
 

@@ -1,0 +1,144 @@
+"""What the engine says about a model is what the model's own `forward` says, or a sentence: on every architecture of transformers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import load_tool
+
+from penchant.errors import ConfigError, ModelError
+from penchant.logprobs import packing
+from penchant.logprobs.packing import choose_packing
+from penchant.models import tree_attention
+from penchant.models.load import load_causal_model
+from penchant.models.options import ModelConfig
+from penchant.rollout.generate import sample
+
+tool = load_tool()
+CPU = torch.device("cpu")
+SOME = {
+    "llama": "shared",
+    "gemma2": "shared",  # caps on scores and logits, a window
+    "gemma3_text": "shared",
+    "gpt_oss": "shared",  # attention sinks
+    "opt": "shared",  # functional dropout
+    "granite": "shared",  # divides its logits
+    "falcon_h1": "padded",  # state, and a factor on its logits that only its own head knows
+    "bloom": "padded",  # ALiBi
+    "mamba": "padded",
+    "bigbird_pegasus": "padded",  # its layers say that they are not causal, and leave it to a mask
+    "llama4_text": "padded",
+    "bert": "refused",  # an encoder that `AutoModelForCausalLM` loads
+}
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_the_engine_says_what_the_model_says(kind: str) -> None:
+    with tool.silent():
+        verdict = tool.judge(kind)
+    assert verdict.way == SOME[kind], verdict.note
+    if kind == "bert":
+        assert "later tokens" in verdict.note
+
+
+@pytest.mark.slow
+def test_every_architecture_is_right_or_refused() -> None:
+    verdicts = []
+    for kind in tool.causal_types():
+        with tool.silent():
+            verdicts.append(tool.judge(kind))
+        print(f"{kind:28} {verdicts[-1].way:8} {verdicts[-1].note}")
+    assert [v for v in verdicts if v.way == "wrong"] == []
+    ways = Counter(v.way for v in verdicts)
+    assert ways["shared"] > 80 and ways["shared"] + ways["padded"] > 0.6 * len(verdicts), ways
+
+
+def _saved(kind: str, folder: Path) -> ModelConfig:
+    with tool.silent():
+        tool.tiny_model(kind).save_pretrained(folder)
+    return ModelConfig(path=str(folder))
+
+
+def test_sinks_that_are_left_out_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an attention of ours that forgets them, the model's own is taken, on padded rows."""
+    model = load_causal_model(_saved("gpt_oss", tmp_path), CPU)
+    weights = tree_attention._weights
+    monkeypatch.setattr(tree_attention, "_weights", lambda scores, sinks: weights(scores, None))
+    scorer, _ = choose_packing(model, "auto", "off")
+    assert scorer.packing == "padded" and scorer.own_attention
+    with pytest.raises(ConfigError, match="shared packing gives wrong log-probs"):
+        choose_packing(model, "shared", "off")
+
+
+def test_an_argument_that_our_attention_does_not_know_is_not_swallowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_causal_model(_saved("gpt_oss", tmp_path), CPU)
+    monkeypatch.setattr(tree_attention, "_COMPUTED", tree_attention._COMPUTED - {"s_aux"})
+    scorer, _ = choose_packing(model, "auto", "off")
+    assert scorer.packing == "padded" and scorer.own_attention
+
+
+def test_a_head_that_does_more_is_the_models_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor on the logits that the engine does not know by name; its gradient is the model's own too."""
+    model = load_causal_model(_saved("granite", tmp_path), CPU)
+    monkeypatch.setattr("penchant.logprobs.head_scaling", lambda config: (1.0, None))
+    scorer, note = choose_packing(model, "auto", "off")
+    assert scorer.packing == "shared" and scorer.own_head and "own head" in note
+    batch = packing.pack([packing._probe_tree(model)])
+    scorer.logps(batch).sums.sum().backward()
+    ours = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    tree = packing._probe_tree(model)
+    torch.stack([tool._own_logp(model, tree.prompt_ids, c) for c in tree.completion_ids]).sum().backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, ours[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_where_nothing_agrees_there_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_causal_model(_saved("llama", tmp_path), CPU)
+    forward = type(model).forward
+
+    def other(self: Any, *args: Any, **more: Any) -> Any:
+        out = forward(self, *args, **more)
+        if more["input_ids"].shape[1] > 1 and "attention_mask" not in more:  # what no way of ours goes through
+            out.logits = out.logits.cumsum(1)
+        return out
+
+    monkeypatch.setattr(type(model), "forward", other)
+    monkeypatch.setattr("penchant.logprobs.OwnHead.__call__", lambda self, hidden: self.model.lm_head(hidden))
+    with pytest.raises(ModelError, match="cannot be computed as its own forward does"):
+        choose_packing(model, "auto", "off")
+
+
+def test_a_window_beyond_the_check_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of thousands of tokens: the check makes it short for a while, and puts it back."""
+    config = tool.tiny_config("mistral")
+    config.sliding_window = 4096
+    monkeypatch.setattr(tool, "tiny_config", lambda kind: config)
+    model = load_causal_model(_saved("mistral", tmp_path), CPU)
+    layout = tree_attention.tree_layout
+    monkeypatch.setattr(tree_attention, "tree_layout", lambda batch, window: layout(batch, None))
+    scorer, _ = choose_packing(model, "auto", "off")
+    assert scorer.packing == "padded" and model.config.sliding_window == 4096
+
+
+@pytest.mark.parametrize("kind", ["mamba", "bloom", "gpt_oss", "recurrent_gemma", "opt"])
+def test_sampling_follows_the_models_own_forward(kind: str, tmp_path: Path) -> None:
+    """Greedy completions of prompts of two lengths, with a cache or, where it is none that we can use, without."""
+    model = load_causal_model(_saved(kind, tmp_path), CPU)
+    choose_packing(model, "auto", "auto")
+    prompts = [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14]]
+    with tool.silent():
+        found = sample(model, prompts, n=2, max_new_tokens=6, temperature=0)
+    own = load_causal_model(ModelConfig(path=str(tmp_path)), CPU).eval()
+    for prompt, rows in zip(prompts, found, strict=True):
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in range(6):
+                ids.append(int(own(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert [r.ids for r in rows] == [ids[len(prompt) :]] * 2

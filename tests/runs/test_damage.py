@@ -1,0 +1,419 @@
+"""Damaged files, full disks, kills and exits: a run goes on bit for bit, or says which file it is and how to mend it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import polite_rows, tiny_model_folder, write_jsonl
+
+from penchant import api
+from penchant.base.files import FULL
+from penchant.cli import main
+from penchant.errors import CheckpointError, DiskError, RewardError
+from penchant.report import LiveReport
+from penchant.runfolder import damaged
+from penchant.runs.find import find_model
+from penchant.training.checkpoint import checkpoints
+
+LAST = "checkpoints/step-4"
+WRITE_REPORT = LiveReport._write
+WRITES = ("fsync", "replace", "rename", "mkdir")  # every file and folder of a run goes through one of them
+
+
+class World:
+    """A tiny run that came to its end, kept aside: `fresh` puts it back, stopped after step 2 or whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run, self.kept = folder, folder / "run", folder / "kept"
+        self.config: dict[str, Any] = {
+            "model": {"path": tiny_model_folder(folder / "model"), "dtype": "fp32"},
+            "data": {
+                "path": write_jsonl(folder / "pairs.jsonl", polite_rows(12)),
+                "validation_rows": 3,
+                "max_length": 128,
+            },
+            "reference": {"kind": "cached", "cache_dir": str(folder / "cache")},
+            "train": {"max_steps": 4, "batch_size": 4, "epochs": 9, "lr": 3e-3, "tokens_per_step": 600},
+            "checkpoint": {"every": 2, "keep_last": 2},
+            "evaluation": {"samples": 1, "sample_tokens": 3, "every": 2, "kl_prompts": 2, "reward": "words"},
+            "output": str(self.run),
+        }
+        api.train(self.config, quiet=True)
+        shutil.copytree(self.run, self.kept)
+
+    def fresh(self, *, whole: bool = False) -> Path:
+        shutil.rmtree(self.run, ignore_errors=True)
+        shutil.copytree(self.kept, self.run)
+        if not whole:
+            shutil.rmtree(self.run / LAST)
+        return self.run
+
+    def train(self) -> None:
+        api.train(self.config, quiet=True)
+
+    def check(self) -> None:
+        """The run is what the one that nothing happened to is."""
+        for name in ("metrics.jsonl", "samples.jsonl", f"{LAST}/model/model.safetensors"):
+            assert (self.run / name).read_bytes() == (self.kept / name).read_bytes(), name
+        ours, theirs = (load_file(f / LAST / "state.safetensors") for f in (self.run, self.kept))
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+        assert json.loads((self.run / "manifest.json").read_text())["status"] == "finished"
+        assert not damaged(self.run)
+        assert not list(self.run.rglob(".tmp-*"))
+
+
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report at each evaluation would be most of the time of these tests."""
+    monkeypatch.setattr("penchant.report.LiveReport._write", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("damage"))
+
+
+def flip(path: Path, at: float = 0.5, bit: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 1 << bit
+    path.write_bytes(content)
+
+
+# ---- Damage ----
+
+REFUSED = ("metrics.jsonl",)
+FILES = (
+    "metrics.jsonl",
+    "manifest.json",
+    "identity.json",
+    "samples.before.jsonl",
+    "start.completions.json",
+    "sums.json",
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_of_a_run_ends_healed_or_refused_by_name(world: World, name: str) -> None:
+    flip(world.fresh() / name)
+    if name in REFUSED:
+        with pytest.raises(CheckpointError, match=f"{name}: its first .* restore the file"):
+            world.train()
+        return
+    world.train()
+    if name != "start.completions.json":  # asked again of the start, which draws the same
+        world.check()
+
+
+@pytest.mark.slow
+def test_any_bit_of_any_file(world: World) -> None:
+    names = [p.relative_to(world.kept) for p in sorted(world.kept.rglob("*")) if p.is_file() and p.stat().st_size]
+    for name in names:
+        if name.parts[:2] == ("checkpoints", "step-4"):
+            continue  # the run is stopped after step 2
+        for at in (0.0, 0.1, 0.37, 0.5, 0.8, 0.999):
+            flip(world.fresh() / name, at, bit=int(at * 7))
+            try:
+                world.train()
+            except CheckpointError as error:
+                assert name.name in str(error) or "step-2" in str(error), (name, at, error)
+                assert name.name in REFUSED or "checkpoints" in name.parts, (name, at, error)
+            else:
+                if name.name not in ("start.completions.json", "perf.jsonl"):
+                    world.check()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["manifest.json", "identity.json"])
+def test_an_emptied_file_beside_good_checkpoints_stops_nothing(world: World, name: str, content: bytes) -> None:
+    (world.fresh() / name).write_bytes(content)
+    if name == "manifest.json" and content == b"":
+        world.train()
+        world.check()
+        return
+    with pytest.raises(StopHere):
+        stopped_early(world)
+
+
+class StopHere(Exception):
+    pass
+
+
+def stopped_early(world: World) -> None:
+    """As far as the first step: the folder was taken for what it is."""
+
+    def stop(*_: Any) -> None:
+        raise StopHere
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("penchant.training.loop.Loop.take_step", stop)
+        world.train()
+
+
+def test_without_sums_a_folder_goes_on_as_before(world: World) -> None:
+    (world.fresh() / "sums.json").unlink()
+    assert not damaged(world.run)
+    with pytest.raises(StopHere):
+        stopped_early(world)
+
+
+def test_a_config_that_was_changed_is_refused_by_those_that_read_it(world: World) -> None:
+    path = world.fresh(whole=True) / "config.resolved.yaml"
+    path.write_text(path.read_text().replace("beta: 0.1", "beta: 0.9"))
+    for command in (
+        api.evaluate,
+        lambda run, **_: api.compare(run, quiet=True),
+        lambda run, **_: api.export(run, to="safetensors"),
+    ):
+        with pytest.raises(CheckpointError, match=r"config.resolved.yaml: was changed after it was written"):
+            command(world.run, quiet=True)
+    assert damaged(world.run) == ["config.resolved.yaml"]
+    api.report(world.run)
+    assert "config.resolved.yaml" in (world.run / "report.html").read_text().split("Changed after the run wrote it")[1]
+
+
+READERS: dict[str, Callable[[World], Any]] = {
+    "train": lambda w: w.train(),
+    "eval": lambda w: api.evaluate(w.run, quiet=True),
+    "eval of the model": lambda w: api.evaluate(w.run / LAST / "model", quiet=True, data=str(w.folder / "pairs.jsonl")),
+    "compare": lambda w: api.compare(w.run, quiet=True, data=str(w.folder / "pairs.jsonl")),
+    "chat": lambda w: find_model(str(w.run)).load(torch.device("cpu")),
+    "the next run": lambda w: find_model(str(w.run / LAST / "model")).load(torch.device("cpu")),
+    "export": lambda w: api.export(w.run, to="safetensors", output=str(w.folder / "exported")),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_checkpoint_with_a_flipped_bit_is_used_by_nobody(world: World, reader: str) -> None:
+    flip(world.fresh(whole=True) / LAST / "model/model.safetensors", 0.9)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: differs from what was written; delete .*step-4"):
+        READERS[reader](world)
+
+
+def test_a_flipped_bit_in_the_reference_cache_changes_nothing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = next((world.folder / "cache").glob("*.safetensors"))
+    before = cache.read_bytes()
+    flip(cache, 0.99, bit=4)
+    shutil.rmtree(world.fresh() / "checkpoints")
+    api.train(world.config)
+    assert "computed again" in capsys.readouterr().err
+    world.check()
+    assert cache.read_bytes() == before
+
+
+# ---- Disks ----
+
+
+@contextmanager
+def failing(at: int, number: int, *, kill: bool = False) -> Iterator[list[int]]:
+    """The `at`-th write to the disk fails, and all after it; or the process is gone."""
+    count = [0]
+
+    def hooked(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            count[0] += 1
+            if count[0] >= at:
+                if kill:
+                    os.kill(os.getpid(), 9)
+                raise OSError(number, os.strerror(number))
+            return real(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in WRITES:
+            patch.setattr(os, name, hooked(getattr(os, name)))
+        yield count
+
+
+def writes_of(world: World) -> int:
+    world.fresh()
+    with failing(10**9, 0) as count:
+        world.train()
+    return count[0]
+
+
+def check_full(world: World, at: int, number: int) -> None:
+    world.fresh()
+    with failing(at, number):
+        try:
+            world.train()
+        except DiskError as error:
+            assert os.strerror(number) in str(error) and str(world.run) in str(error) and error.exit_code == 5
+    world.train()
+    world.check()
+
+
+@pytest.mark.parametrize(("at", "number"), [(1, errno.EROFS), (9, errno.EIO), (30, errno.ENOSPC)])
+def test_a_disk_that_fails_is_a_sentence_and_the_run_goes_on(world: World, at: int, number: int) -> None:
+    check_full(world, at, number)
+
+
+@pytest.mark.slow
+def test_wherever_a_disk_fails_it_is_a_sentence_and_the_run_goes_on(world: World) -> None:
+    for at in range(1, writes_of(world) + 1):
+        check_full(world, at, (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES, errno.EROFS)[at % 5])
+
+
+def check_killed(world: World, at: int) -> None:
+    world.fresh()
+    child = os.fork()
+    if not child:
+        with failing(at, 0, kill=True):
+            world.train()
+        os._exit(0)
+    os.waitpid(child, 0)
+    world.train()
+    world.check()
+
+
+@pytest.mark.parametrize("at", [4, 17])
+def test_a_kill_in_a_write_leaves_nothing_half(world: World, at: int) -> None:
+    check_killed(world, at)
+
+
+@pytest.mark.slow
+def test_wherever_it_is_killed_it_goes_on_bit_for_bit(world: World) -> None:
+    for at in range(1, writes_of(world) + 1):
+        check_killed(world, at)
+
+
+@contextmanager
+def largest(size: int) -> Iterator[None]:
+    """No file grows beyond this: what libraries in Rust and C++ write fails too."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.slow
+def test_however_large_a_file_may_grow_it_is_a_sentence_and_the_run_goes_on(world: World) -> None:
+    for size in (1, 50, 150, 400, 700, 1000, 1500, 2000, 3000, 5000, 8000, 20_000, 80_000, 150_000, 300_000):
+        world.fresh()
+        with largest(size), suppress(DiskError):
+            world.train()
+        world.train()
+        world.check()
+
+
+@pytest.mark.parametrize("size", [4000, 40_000])
+def test_a_library_that_cannot_write_is_the_same_sentence(world: World, size: int) -> None:
+    assert errno.EFBIG in FULL
+    shutil.rmtree(world.fresh() / "checkpoints")
+    with largest(size), pytest.raises(DiskError, match=r"File too large.* free there.*; free some space"):
+        world.train()
+    assert not list((world.run / "checkpoints").glob(".tmp-*"))
+    world.train()
+    world.check()
+
+
+def test_what_only_people_read_stops_no_run(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penchant.report.LiveReport._write", WRITE_REPORT)
+    run = world.fresh()
+    for name in ("perf.jsonl", "samples.jsonl", "audit.json", "flags.json", "report.html"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).mkdir()
+    api.train(world.config)
+    told = capsys.readouterr().err
+    for name in ("perf.jsonl", "samples.jsonl", "audit.json", "flags.json"):
+        assert f"{name}: " in told, name
+    assert "the report could not be written" in told
+
+
+def test_no_room_for_a_checkpoint_is_said_before_the_first_step(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.fresh()
+    monkeypatch.setattr("penchant.runs.free_bytes", lambda _: 1000)
+    with pytest.raises(DiskError, match=r"a checkpoint takes about .* and its disk has 1 kB free"):
+        stopped_early(world)
+
+
+def test_a_little_room_is_said_and_tried(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.fresh()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("penchant.runs.free_bytes", lambda _: 600_000)
+        patch.setattr("penchant.training.loop.Loop.run", lambda _: (_ for _ in ()).throw(StopHere))
+        with pytest.raises(StopHere):
+            api.train(world.config)
+    assert "up to 3 more are kept at a time" in capsys.readouterr().err
+
+
+# ---- Locks ----
+
+
+def test_a_second_command_changes_nothing_in_a_folder_that_is_held(world: World) -> None:
+    from penchant.runfolder import RunLock
+
+    run = world.fresh()
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    with RunLock(run), pytest.raises(CheckpointError, match="another run holds this folder"):
+        api.train(world.config, "train.lr=0.5", quiet=True)
+    after = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    assert {**after, ".lock": b""} == {**before, ".lock": b""}
+
+
+# ---- Ends ----
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", "os._exit(0)"])
+def test_an_exit_in_a_reward_ends_no_run_unsaid(
+    world: World, tmp_path: Path, end: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"import os, sys\ndef reward(prompts, completions):\n    {end}\n")
+    world.fresh()
+    own = {**world.config, "evaluation": {**world.config["evaluation"], "reward": f"{file}:reward"}}
+    own["output"] = str(tmp_path / "run")
+    with pytest.raises(RewardError, match=r"mine.py:reward: SystemExit: 0"):
+        api.train(own, quiet=True)
+
+
+def test_an_exit_elsewhere_is_not_taken_for_the_end(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def handler(*_: Any, **__: Any) -> None:
+        os._exit(0)
+
+    monkeypatch.setattr("penchant.api.flags", handler)
+    assert main(["flags", "somewhere"]) == 2
+    assert "so this is not finished" in capsys.readouterr().err
+
+
+def test_a_full_disk_under_any_command_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def handler(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("penchant.api.flags", handler)
+    assert main(["flags", "somewhere"]) == 5
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_ends_no_run(world: World, tmp_path: Path) -> None:
+    run = world.fresh()
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(world.config))  # JSON is YAML
+    child = os.fork()
+    if not child:
+        read, write = os.pipe()
+        os.close(read)
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        import sys
+
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        os._exit(main(["train", str(config)]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert checkpoints(run)[-1].name == "step-4"
+    world.check()
