@@ -8,7 +8,7 @@ import pytest
 from rows import from_rows
 from tiny import tiny_tokenizer
 
-from penchant.data.adapt import adapt
+from penchant.data.adapt import adapt, repeated_prompts
 from penchant.data.audit import audit
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
@@ -62,6 +62,16 @@ def test_supervised_training_meets_the_best_answer_first() -> None:
 def test_prompts_of_many_answers_stand_once() -> None:
     once = adapted(rated(1, 2), "prompts")
     assert (once.total, once.accepted, [t.completions for t in once.trees]) == (3, 3, [()] * 3)
+
+
+def test_rows_of_repeated_prompts_keep_their_count_and_it_is_said() -> None:
+    prompts = adapted(from_rows([{"prompt": f"p{i % 44}"} for i in range(60)]), "prompts")
+    assert (prompts.total, prompts.accepted, len(prompts.trees)) == (60, 60, 60)
+    assert repeated_prompts(prompts) == "60 rows: 44 distinct prompts"
+    answers = adapted(from_rows([{"prompt": f"p{i % 2}", "completion": f"a{i}"} for i in range(6)]), "prompts")
+    assert (answers.total, answers.accepted, [t.prompt for t in answers.trees]) == (6, 6, ["p0", "p1"])
+    assert repeated_prompts(answers) == "6 rows: 2 distinct prompts"
+    assert not repeated_prompts(adapted(from_rows([{"prompt": "p"}, {"prompt": "q"}]), "prompts"))
 
 
 @pytest.mark.parametrize("kind,kept", [("scored", 1), ("pairs", 0)])

@@ -29,7 +29,7 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
     Returns:
         For ``pairs``: pairs, with scores where the loss needs them (pairs without are kept aside or refused). For ``unpaired``:
         every completion labelled; a pair stays one tree with a good and a bad completion. For ``tokens``: as it is, without
-        answers labelled bad. For ``prompts``: every prompt once.
+        answers labelled bad. For ``prompts``: the rows of a file of prompts, every prompt of others once.
 
     Raises:
         DataError: the rows cannot serve; it names the file, the field and the option.
@@ -69,11 +69,21 @@ def _changed(dataset: Dataset, trees: Sequence[PromptTree], aside: Sequence[Quar
 
 
 def _as_prompts(dataset: Dataset, name: str) -> Dataset:
-    """Every prompt once, without its completions."""
+    """The prompts alone: a file of prompts as it is, repeated ones included; those of answers once each. Rows keep their count."""
     if dataset.kind == "text":
         raise DataError(name, "online methods need prompts, but these rows are plain text", "give a prompt column")
-    trees = {t.prompt: replace(t, completions=()) for t in reversed(dataset.trees)}
-    return _changed(dataset, list(reversed(trees.values())), kind="prompts")
+    if dataset.kind == "prompts":
+        return dataset
+    once = {t.prompt: replace(t, completions=()) for t in reversed(dataset.trees)}
+    trees = tuple(reversed(once.values()))
+    return replace(dataset, trees=trees, fingerprint=fingerprint(trees), kind="prompts")
+
+
+def repeated_prompts(dataset: Dataset) -> str:
+    """``60 rows: 44 distinct prompts`` of a data set for a method that answers prompts; empty where none is repeated."""
+    distinct = len({t.prompt for t in dataset.trees})
+    rows = max(dataset.accepted, len(dataset.trees))  # a row may give several prompts
+    return f"{rows:,} rows: {distinct:,} distinct prompts" if distinct < rows else ""
 
 
 def _instead_of_pairs(loss: str, kind: str) -> str:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from penchant.config import RunConfig
-from penchant.data.adapt import adapt, mismatch
+from penchant.data.adapt import adapt, mismatch, repeated_prompts
 from penchant.data.audit import audit as run_audit
 from penchant.data.audit.findings import Audit
 from penchant.data.cached import DataCache
@@ -93,6 +93,8 @@ class Rows:
         )
         self.console.note(layout_line(dataset, path))
         adapted = adapt(dataset, method.name, method.signal, method.needs, data, str(path))
+        if method.signal == "prompts" and (said := repeated_prompts(adapted)):
+            self.console.note(f"{path}: {said}")
         if method.signal == "unpaired":
             good, bad = label_counts(adapted.trees)
             self.console.note(f"{path}: {good:,} good and {bad:,} bad answers")
