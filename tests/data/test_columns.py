@@ -13,6 +13,8 @@ from penchant.cli import main
 from penchant.data.layouts import LAYOUTS, RowError
 from penchant.data.load import layout_line, load_preferences
 from penchant.errors import DataError
+from penchant.init import propose
+from penchant.init.look import ModelFacts, look_at_data
 from penchant.types import Message
 
 USER = [{"role": "user", "content": "Where?"}]
@@ -241,3 +243,17 @@ def test_answers_of_weight_0_are_not_learned(tmp_path: Path) -> None:
 def test_several_answers_are_no_prompt_alone(tmp_path: Path, more: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="several answers"):
         load_preferences(written(tmp_path, {"prompt": "p", **more}))
+
+
+def test_init_names_unused_columns_and_says_why_rows_are_kept_aside(
+    tmp_path: Path,
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No.", "topic": "x"} for i in range(60)
+    ]
+    path = written(tmp_path, *rows, {**rows[0], "images": ["a.png"]}, {**rows[1], "chosen": ""})
+    facts = look_at_data(path, None)
+    assert "columns that are not used: topic" in facts.to_text()
+    assert '1 x "images" is not empty' in facts.to_text() and '1 x "chosen" is empty' in facts.to_text()
+    section = propose(facts, ModelFacts("m", 10**8, 2048), "dpo").sections["data"]
+    assert section["on_bad_row"][0] == "skip" and '1 x "chosen" is empty' in section["on_bad_row"][1]

@@ -468,9 +468,25 @@ def summary(dataset: Dataset) -> str:
 
 def summary_of(shape: str, accepted: int, reasons: Counter[str], aside: int, examples: int) -> str:
     """The same from counts."""
-    shown = f" ({'; '.join(f'{n} x {what}' for what, n in reasons.most_common(4))})" if reasons else ""
+    shown = f" ({_counted(reasons)})" if reasons else ""
     more = f", {examples:,} examples" if examples != accepted else ""
     return f"{accepted + aside:,} rows ({shape}) = {accepted:,} accepted + {aside:,} quarantined{shown}{more}"
+
+
+def _counted(reasons: Counter[str]) -> str:
+    return "; ".join(f"{n} x {what}" for what, n in reasons.most_common(4))
+
+
+def reasons_of(dataset: Dataset) -> str:
+    """``3 x "chosen" is empty; ...``: why rows are kept aside, the most frequent reasons first."""
+    return printable(_counted(Counter(q.what for q in dataset.quarantined)))
+
+
+def unused_of(rows: Dataset | Stream) -> str:
+    """The columns that are not used, for a sentence; empty where there are none or they are not known."""
+    names = [printable(str(c)) for c in rows.columns.unused] if rows.columns else []
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def layout_line(
@@ -478,9 +494,8 @@ def layout_line(
 ) -> str:
     """``train.jsonl: layout hh (columns chosen, rejected hold ...); other fits: pairs; override with data.shape=NAME``."""
     name = ", ".join(map(shown_path, [path] if isinstance(path, str) else path))
-    unused = [printable(str(c)) for c in rows.columns.unused] if rows.columns else []
-    more = f" and {len(unused) - MOST_NAMED} more" if len(unused) > MOST_NAMED else ""
-    end = f"; not used: {', '.join(unused[:MOST_NAMED])}{more}" if unused else ""
+    unused = unused_of(rows)
+    end = f"; not used: {unused}" if unused else ""
     if rows.detection is None:
         return f"{name}: layout {rows.shape}, as {option} says{end}"
     return rows.detection.sentence(name, override) + end

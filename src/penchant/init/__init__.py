@@ -190,7 +190,9 @@ def _data(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | No
         keys["columns"] = (dict(data.columns), "our field: the file's column")
     aside = data.aside + (held_out.aside if held_out is not None else 0)
     if aside:
-        keys["on_bad_row"] = ("skip", f"{aside:,} bad rows are kept aside and counted; error stops at the first")
+        reasons = "; ".join(filter(None, (data.reasons, held_out.reasons if held_out is not None else "")))
+        why = f" ({reasons})" if reasons else ""
+        keys["on_bad_row"] = ("skip", f"{aside:,} bad rows are kept aside and counted{why}; error stops at the first")
     keys |= _conversion(data, goal)
     rows = data.rows - data.aside
     held = min(HELD_OUT, max(1, rows // 10))
@@ -243,7 +245,7 @@ def _train(data: DataFacts, model: ModelFacts, goal: Goal, lora: bool) -> Lines:
 
 def _batch(data: DataFacts, goal: Goal) -> int:
     """The goal's, or less where an epoch would have fewer than 20 steps."""
-    rows = (data.prompts if goal.online else data.rows - data.aside) - HELD_OUT
+    rows = (data.prompts if goal.online and data.kind != "prompts" else data.rows - data.aside) - HELD_OUT
     size = goal.batch_size
     while size > 4 and rows // size < 20:
         size //= 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from penchant.data.load import Dataset, load_preferences
+from penchant.data.load import Dataset, load_preferences, reasons_of, unused_of
 from penchant.data.tokenize import tokenize
 from penchant.errors import ConfigError, PenchantError
 from penchant.models.load import load_tokenizer
@@ -29,6 +29,7 @@ class DataFacts:
         path: as given; layout, kind: detected; rows, aside: read, and of those kept aside; prompts: different ones.
         longest: quantiles of prompt + longest completion (50%, 95%, 99%, longest); prompt: the same of prompts alone.
         columns: ``{our field: the file's column}``, as given.
+        reasons: ``3 x "chosen" is empty``, of the rows kept aside; unused: columns that are not read.
         unit: ``tokens``, or ``tokens (a guess from characters)``; median_score: where rows have scores.
     """
 
@@ -43,12 +44,15 @@ class DataFacts:
     unit: str
     median_score: float | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    reasons: str = ""
+    unused: str = ""
 
     def to_text(self) -> str:
-        aside = f", {self.aside:,} of them bad rows (they will be kept aside and counted)" if self.aside else ""
+        aside = f", {self.aside:,} of them bad rows, kept aside and counted ({self.reasons})" if self.aside else ""
+        unused = f"; columns that are not used: {self.unused}" if self.unused else ""
         return (
             f"{self.rows:,} rows, {self.layout}: {self.kind}{aside}; prompt and answer: half have {self.longest[0]:,} or less, "
-            f"95% {self.longest[1]:,}, longest {self.longest[3]:,} {self.unit}"
+            f"95% {self.longest[1]:,}, longest {self.longest[3]:,} {self.unit}{unused}"
         )
 
 
@@ -57,12 +61,13 @@ class HeldOut:
     """Rows of a file of their own that are not trained on.
 
     Args:
-        path: as given; rows, aside: read, and of those kept aside.
+        path: as given; rows, aside, reasons: read, and of those kept aside, and why.
     """
 
     path: str
     rows: int
     aside: int
+    reasons: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,8 @@ def look_at_data(path: str, model: str | None, columns: Mapping[str, str] | None
         unit,
         float(np.median(scores)) if scores and dataset.kind == "scored" else None,
         columns or {},
+        reasons_of(dataset),
+        unused_of(dataset),
     )
 
 
@@ -118,7 +125,7 @@ def look_at_held_out(path: str, data: DataFacts) -> HeldOut:
     found = load_preferences(path, columns=data.columns, on_bad_row="skip", identical="bad_row")
     if found.kind != data.kind:
         raise ConfigError("--eval-data", f"{path} holds {found.kind}, {data.path} {data.kind}", "give rows of one kind")
-    return HeldOut(path, found.total, len(found.quarantined))
+    return HeldOut(path, found.total, len(found.quarantined), reasons_of(found))
 
 
 def validation_beside(path: str) -> str | None:
