@@ -183,3 +183,61 @@ def test_other_texts_that_begin_with_a_bracket_are_texts(tmp_path: Path) -> None
     for text in ('[{"name": "x"}]', '{"value": 3}', "[1, 2]", "{'role'}"):
         (tree,) = load_preferences(csv_of(tmp_path, {"prompt": "p", "completion": text})).trees
         assert tree.completions[0].text == text
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [*USER, *said("a")], "feedback": "thumbs_down"},
+        {"messages": [*USER, *said("a")], "rating": -1},
+        {"prompt": "p", "completion": "a", "feedback": "thumbs_up"},
+        {"instruction": "p", "output": "a", "rating": 4},
+        {"conversations": [*USER, {**said("a")[0], "feedback": "thumbs_down"}]},
+    ],
+)
+def test_judged_answers_are_no_demonstrations(tmp_path: Path, row: dict[str, Any]) -> None:
+    for options in {}, {"turns": "every"}:
+        if options and not {"messages", "conversations"} & row.keys():
+            continue
+        with pytest.raises(DataError, match="judges the answer"):
+            load_preferences(written(tmp_path, row), layout_options=options)
+
+
+def test_thumbs_are_labels_and_a_judgement_can_be_set_aside(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "completion": "a", "feedback": f"thumbs_{way}"} for i, way in enumerate(("up", "down"))]
+    found = load_preferences(written(tmp_path, *rows), columns={"label": "feedback"})
+    assert [t.completions[0].label for t in found.trees] == [True, False] and found.kind == "unpaired"
+    found = load_preferences(written(tmp_path, *rows), columns={"ignored": "feedback"})
+    assert found.kind == "sft" and found.columns is not None and found.columns.unused == ["ignored"]
+    words = {"prompt": "p", "completion": "a", "feedback": "What a fine answer that is."}
+    assert load_preferences(written(tmp_path, words)).kind == "sft"
+
+
+def test_answers_of_weight_0_are_not_learned(tmp_path: Path) -> None:
+    first, last = said("first")[0], said("last")[0]
+    for nothing, some in (({"weight": 0}, {"weight": 1}), ({"train": False}, {"train": True})):
+        row = {"system": "s", "messages": [*USER, {**first, **some}, *USER, {**last, **nothing}]}
+        with pytest.raises(DataError, match=r"none of 1 rows could be used.*not to be learned"):
+            load_preferences(written(tmp_path, row))
+        (tree,) = load_preferences(written(tmp_path, row), layout_options={"turns": "every"}).trees
+        assert tree.completions[0].text == "first"
+        row = {"messages": [*USER, {**first, **nothing}, *USER, {**last, **some}]}
+        assert [t.completions[0].text for t in load_preferences(written(tmp_path, row)).trees] == ["last"]
+        (tree,) = load_preferences(written(tmp_path, row), layout_options={"turns": "every"}).trees
+        assert tree.completions[0].text == "last"
+    with pytest.raises(DataError, match="must be 0 or 1"):
+        load_preferences(written(tmp_path, {"messages": [*USER, {**last, "weight": 0.5}]}))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"answers": ["a", "b", "c", "d"], "ranking": [2, 1, 3, 4]},
+        {"responses": ["a", "b", "c", "d"]},
+        {"answer1": "a", "answer2": "b", "selected": "left"},
+        {"answer_a": "a", "answer_b": "b", "answer_c": "c"},
+    ],
+)
+def test_several_answers_are_no_prompt_alone(tmp_path: Path, more: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="several answers"):
+        load_preferences(written(tmp_path, {"prompt": "p", **more}))

@@ -82,6 +82,13 @@ STEPWISE = (
 )
 
 
+SEVERAL = "these rows have a prompt and several answers, or a ranking of them, in no layout that is known"
+HOW_SEVERAL = (
+    "write a row for each answer with prompt, completion and score (the higher the better), or pairs with prompt, chosen and "
+    "rejected; with two answers in columns of their own, map them with --column chosen=BETTER --column rejected=WORSE"
+)
+
+
 def _stepwise(row: Mapping[str, Any]) -> bool:
     """TRL's stepwise supervision: the steps of one answer, each with a label."""
     return "prompt" in row and isinstance(row.get("completions"), list) and isinstance(row.get("labels"), list)
@@ -96,6 +103,9 @@ def detect(rows: Iterable[Mapping[str, Any]]) -> Detection:
             votes["stepwise"] += 1
             continue
         found = [name for name, layout in LAYOUTS.items() if layout.fits(row)]
+        if not found and plain.several_answers(row):
+            votes["several"] += 1
+            continue
         fits.update(found)
         votes.update(found[:1])
     if not votes:
@@ -105,5 +115,7 @@ def detect(rows: Iterable[Mapping[str, Any]]) -> Detection:
         return Detection(
             None, STEPWISE, how="there are no process rewards here; make one completion and one label of it"
         )
+    if name == "several":
+        return Detection(None, SEVERAL, how=HOW_SEVERAL)
     others = tuple(n for n in LAYOUTS if n != name and 2 * fits[n] >= votes[name])
     return Detection(name, LAYOUTS[name].why, others)

@@ -76,6 +76,57 @@ def messages(row: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     return tuple(as_message(turn, f'"{name}"[{i}]') for i, turn in enumerate(value))
 
 
+JUDGED = ("feedback", "user_feedback", "human_feedback", "rating", "thumbs", "thumb", "vote", "liked", "reaction")
+
+
+def not_judged(row: Mapping[str, Any], where: str = "") -> None:
+    """Refuses an answer that a column (or a key of its turn) calls good or bad: it would be learned whatever that says.
+
+    Raises:
+        RowError: there is such a column.
+    """
+    for name in JUDGED:
+        value = row.get(name)
+        known = finite(value) is not None or isinstance(value, bool) or shown(value).strip().lower() in LABELS
+        if value is not None and known:
+            what = f'"{name}"{where} judges the answer ({shown(value)}), which would be learned whatever it says'
+            how = f"use it as a label (--column label={name}; data.columns in a config) or a score (score={name})"
+            raise RowError(what, f"{how}, or set it aside with --column ignored={name}")
+
+
+def trained(turn: Any) -> bool:
+    """Whether an assistant turn is to be learned, by its "weight" (0 or 1, as OpenAI has it) or "train".
+
+    Raises:
+        RowError: a weight that is neither 0 nor 1.
+    """
+    for name in ("weight", "train"):
+        value = turn.get(name) if isinstance(turn, Mapping) else None
+        if value is None:
+            continue
+        if finite(float(value) if isinstance(value, bool) else value) not in (0.0, 1.0):
+            raise RowError(f'the "{name}" of a turn is {shown(value)!r}', "it must be 0 or 1 (false or true)")
+        if not float(value):
+            return False
+    return True
+
+
+def learned(
+    row: Mapping[str, Any], names: Sequence[str] = ("messages", "conversations", "conversation", "completion")
+) -> None:
+    """Leaves out a row whose last answer is not to be learned.
+
+    Raises:
+        LeftOut: its weight is 0. RowError: the answer is judged, or has another weight.
+    """
+    for name in names:
+        if isinstance(row.get(name), (list, tuple)) and row[name] and isinstance(row[name][-1], Mapping):
+            not_judged(row[name][-1], f' of the last turn of "{name}"')
+            if not trained(row[name][-1]):
+                what = f'the last turn of "{name}" has weight 0: it is not to be learned'
+                raise LeftOut(what, "nothing is wrong with it; learn the others with data.layout_options.turns=every")
+
+
 # how a list of messages, or one message, begins where a spreadsheet or pandas wrote it into a cell as text
 _WRITTEN = re.compile(r"""\s*(\[\s*)?\{\s*['"](role|from|content|value)['"]\s*:""")
 _MESSAGES = frozenset(
@@ -284,7 +335,9 @@ def index(row: Mapping[str, Any], name: str) -> int:
 
 LABELS = {
     **dict.fromkeys(("true", "1", "1.0", "yes", "good", "chosen", "desirable"), True),
+    **dict.fromkeys(("thumbs_up", "thumbs up", "thumbsup", "up", "like", "positive", "\U0001f44d"), True),
     **dict.fromkeys(("false", "0", "0.0", "-1", "-1.0", "no", "bad", "rejected", "undesirable"), False),
+    **dict.fromkeys(("thumbs_down", "thumbs down", "thumbsdown", "down", "dislike", "negative", "\U0001f44e"), False),
 }
 
 

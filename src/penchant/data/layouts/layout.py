@@ -127,6 +127,10 @@ class Layout:
         if ours:
             fields.text_alone(row)
             fields.no_written_messages(row)
+            if self.kind == "sft":
+                fields.not_judged(row)
+            if options.get("turns") != "every":
+                fields.learned(row)
         made = self.turn(row, {n: options.get(n, o.default) for n, o in self.options.items()})
         trees = made if isinstance(made, tuple) else (made,)
         if not ours or self.kind == "text":

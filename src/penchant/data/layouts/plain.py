@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from penchant.data.layouts import fields
-from penchant.data.layouts.fields import RowError
+from penchant.data.layouts.fields import LeftOut, RowError
 from penchant.data.layouts.layout import Fields, layout
 from penchant.types import Completion, Message, Prompt, PromptTree
 
@@ -141,7 +141,17 @@ def messages(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     """One conversation: its last answer, or each of its answers."""
     turns = conversation(row)
     last = fields.answered(turns, conversation_name(row))  # also checks that the conversation ends with an answer
-    return every_answer(turns) if options["turns"] == "every" else (last,)
+    if options["turns"] != "every":
+        return (last,)
+    given = row[conversation_name(row)]
+    skipped = len(turns) - len(given)  # the system prompt of a column
+    for turn in given:
+        if fields.as_message(turn, "a turn").role == "assistant":
+            fields.not_judged(turn, " of a turn")
+    trees = tuple(t for t in every_answer(turns) if fields.trained(given[len(t.prompt) - skipped]))
+    if not trees:
+        raise LeftOut("all its answers have weight 0: they are not to be learned", "nothing is wrong with it")
+    return trees
 
 
 def conversation_name(row: Fields) -> str:
@@ -163,7 +173,22 @@ def every_answer(messages: tuple[Message, ...]) -> tuple[PromptTree, ...]:
     )
 
 
-@layout("prompts", check=lambda row: not ANSWERS & row.keys() and isinstance(row["prompt"], (str, list)))
+_SEVERAL = re.compile(
+    r"(answer|response|completion|reply|replie|candidate|output|generation)(s|s?[-_ ]?(\d+|[a-z]))|ranking|rankings",
+    re.I,
+)
+
+
+def several_answers(row: Fields) -> bool:
+    """Whether a row of no known layout has a prompt and several answers to it, or a ranking of them."""
+    return "prompt" in row and any(_SEVERAL.fullmatch(n) and v not in (None, "", []) for n, v in row.items())
+
+
+def _asks_alone(row: Fields) -> bool:
+    return not ANSWERS & row.keys() and isinstance(row["prompt"], (str, list)) and not several_answers(row)
+
+
+@layout("prompts", check=_asks_alone)
 def from_prompts(row: Fields) -> PromptTree:
     """A prompt alone: what online methods write their own completions to."""
     return PromptTree(fields.prompt(row), ())
