@@ -204,3 +204,12 @@ def test_a_prompts_share_of_a_mean_by_hand() -> None:
     """One row of 1 and three of 0: the mean is 1/4, the two prompts' parts of it are 1/4 + 3/8 and 1/4 - 3/8."""
     parts = by_prompt(np.array([1.0, 0.0, 0.0, 0.0]), np.array([0, 1, 1, 1]))
     assert parts.tolist() == pytest.approx([0.625, -0.125]) and parts.mean() == pytest.approx(0.25)
+
+
+def test_a_share_of_which_every_row_is_right_is_not_certain() -> None:
+    """A percentile bootstrap of ones gives [1, 1] from any number of rows; Wilson's interval of 24 of 24 does not."""
+    from penchant.compare.measured import _interval
+
+    right = (np.ones(24), np.arange(24))
+    found = _interval([right], 1000, share=True)
+    assert found.high == 1.0 and found.low == pytest.approx(24 / (24 + 1.959964**2), abs=1e-6)

@@ -15,7 +15,7 @@ from penchant.logprobs.reference import LiveReference, compute_logps
 from penchant.metrics.completions import Judge, Written, distinct_n, judged, kl_by_completion, write
 from penchant.metrics.figures import prompt_numbers
 from penchant.metrics.heldout import pair_change
-from penchant.metrics.stats import Interval, bootstrap_ci, several_sources
+from penchant.metrics.stats import Interval, bootstrap_ci, several_sources, share_ci
 from penchant.types import TokenTree
 
 Metrics = dict[str, Any]
@@ -154,7 +154,8 @@ def figures(seeds: Sequence[Measured]) -> Metrics:
     """
     metrics: Metrics = {}
     for name in seeds[0].values:
-        metrics |= _interval([m.values[name] for m in seeds], SEVERAL_DRAWS if name == "kl" else 10_000).named(name)
+        draws, share = SEVERAL_DRAWS if name == "kl" else 10_000, name == "preference_accuracy"
+        metrics |= _interval([m.values[name] for m in seeds], draws, share=share).named(name)
     if seeds[0].also:
         metrics["also"] = {
             judge: _interval([(m.also[judge], m.written.prompts) for m in seeds], 10_000).named("reward")
@@ -169,9 +170,9 @@ def figures(seeds: Sequence[Measured]) -> Metrics:
     return metrics
 
 
-def _interval(seeds: Sequence[tuple[np.ndarray, np.ndarray]], draws: int) -> Interval:
+def _interval(seeds: Sequence[tuple[np.ndarray, np.ndarray]], draws: int, *, share: bool = False) -> Interval:
     if len(seeds) == 1:
-        return bootstrap_ci(seeds[0][0], clusters=seeds[0][1], draws=draws)
+        return (share_ci if share else bootstrap_ci)(seeds[0][0], clusters=seeds[0][1], draws=draws)
     parts = np.stack([by_prompt(values, clusters) for values, clusters in seeds])
     sources = [parts.mean(1), parts.mean(0)] if parts.shape[1] > 1 else [parts.mean(1)]
     return several_sources(parts.mean(), sources)

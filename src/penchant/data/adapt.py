@@ -49,7 +49,11 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
     if signal == "prompts":
         return _as_prompts(dataset, name)
     if dataset.kind == "prompts":
-        raise DataError(name, f"{setting(loss)} needs answers, but these rows are prompts alone", "give completions")
+        raise DataError(
+            name,
+            f"{setting(loss)} needs answers, but these rows are prompts alone",
+            "give completions, or take a method that writes answers itself (algorithm=grpo with a reward)",
+        )
     if dataset.kind == "unpaired":
         good = [t for t in dataset.trees if t.completions[0].label]
         how = "use kto, bco or pmpo"
@@ -89,6 +93,8 @@ def repeated_prompts(dataset: Dataset) -> str:
 def _instead_of_pairs(loss: str, kind: str) -> str:
     if loss == "reward_model":  # nothing else trains one
         return "give rows with prompt, chosen and rejected"
+    if kind == "prompts":
+        return "give preference data, or take a method that writes answers itself (algorithm=grpo with a reward)"
     return "give preference data, or set loss.name" + (" to kto, bco or pmpo" if kind == "unpaired" else "=sft")
 
 

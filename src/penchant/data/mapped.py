@@ -6,6 +6,7 @@ Each file holds one record batch, so that every column is one contiguous array t
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import tempfile
 from array import array
@@ -96,8 +97,9 @@ class StoredTokens(Sequence[TokenTree]):
         self.which: np.ndarray | None = None  # (n,) int64: some of the trees
         self._few = False  # whether only the first completion of each tree is there
         batch = read_batch(folder / "tokens.arrow")
-        self._columns = {name: batch.column(name) for name in ("parts", "truncated", "labels", "scores", "source")}
-        parts = self._columns["parts"]  # of each tree: the ids of its prompt and of its completions
+        self._each = {name: batch.column(name).values.to_numpy() for name in ("truncated", "labels", "scores")}
+        self._sources = batch.column("source")
+        parts = batch.column("parts")  # of each tree: the ids of its prompt and of its completions
         self._part_start, self._id_start = parts.offsets.to_numpy(), parts.values.offsets.to_numpy()
         self._ids = parts.values.values.to_numpy()
 
@@ -113,16 +115,19 @@ class StoredTokens(Sequence[TokenTree]):
             return tuple(self[i] for i in range(*at.indices(len(self))))
         number = range(len(self))[at]
         row = number if self.which is None else int(self.which[number])
-        held = {name: column[row] for name, column in self._columns.items()}
-        prompt, *completions = (ids.values.to_numpy() for ids in held["parts"].values)
-        most = 1 if self._few else len(completions)
-        truncated, labels, scores = (held[name].as_py()[:most] for name in ("truncated", "labels", "scores"))
+        start, end = int(self._part_start[row]), int(self._part_start[row + 1])
+        end = min(end, start + 2) if self._few else end
+        before = start - row  # completions of the trees before it, each of which has one prompt
+        bounds = self._id_start[start : end + 1].tolist()
+        prompt, *completions = (np.asarray(self._ids[a:b]) for a, b in itertools.pairwise(bounds))
+        own = slice(before, before + end - start - 1)
+        truncated, labels, scores = (values[own].tolist() for values in self._each.values())
         return TokenTree(
             self.first + number,
             prompt,
-            tuple(completions[:most]),
+            tuple(completions),
             tuple(map(bool, truncated)),
-            held["source"].as_py().decode("utf-8", "surrogatepass"),
+            self._sources[row].as_py().decode("utf-8", "surrogatepass"),
             tuple(None if v == NO_LABEL else bool(v) for v in labels),
             tuple(None if v != v else v for v in scores),
         )

@@ -119,7 +119,7 @@ def end_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
     special = {i: token.content for i, token in added.items() if token.special}
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     named = [named] if isinstance(named, int) else list(named or ())
-    found |= {i for i in named if i in special or i in tokenizer.all_special_ids}
+    found |= {i for i in named if i in special or i in getattr(tokenizer, "all_special_ids", ())}
     behind = _behind_an_answer(tokenizer)
     return frozenset(found | {i for i, content in special.items() if behind.startswith(content)})
 

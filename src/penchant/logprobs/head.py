@@ -6,7 +6,7 @@ Each chunk's logits are computed again in the backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,12 @@ _DIVERGENCE_ELEMENTS = 1 << 22  # the same where several such matrices are alive
 RowLogits = Callable[[slice], Tensor]  # rows to their logits (rows, vocabulary), without gradient
 
 
-# per completion token (R,), nats: log-probs of the policy (with gradient) and the reference, their divergence (with gradient)
-HeadDivergence = tuple[Tensor, Tensor, Tensor]
+class HeadDivergence(NamedTuple):
+    """Per completion token (R,), nats: log-probs of policy (with gradient) and reference, and their divergence (with gradient)."""
+
+    logps: Tensor
+    ref_logps: Tensor
+    divergence: Tensor
 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
@@ -235,10 +239,8 @@ def divergence_logps(
             of rows, without gradient; kind: which divergence; chunk: rows at a time, chosen by memory when None.
     """
     rows = chunk or max(16, _DIVERGENCE_ELEMENTS // weight.shape[0])
-    out: HeadDivergence = _ChunkedDivergence.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, ref_logits, kind, scale, softcap, rows
-    )
-    return out
+    out = _ChunkedDivergence.apply(hidden, weight, bias, targets, ref_logits, kind, scale, softcap, rows)  # type: ignore[no-untyped-call]
+    return HeadDivergence(*out)
 
 
 def module_divergence_logps(
@@ -262,5 +264,4 @@ def module_divergence_logps(
         checkpoint(of_chunk, hidden[i : i + chunk], targets[i : i + chunk], slice(i, i + chunk), use_reentrant=False)
         for i in range(0, hidden.shape[0], chunk)
     ]
-    logps, ref_logps, values = (torch.cat([p[i] for p in parts]) for i in range(3))
-    return logps, ref_logps, values
+    return HeadDivergence(*(torch.cat([p[i] for p in parts]) for i in range(3)))
