@@ -456,6 +456,17 @@ def test_data_that_teach_length_are_a_note_or_a_reason() -> None:
     assert both[0].level == "warning" and "70% of 1,000 pairs" in both[0].sentence
 
 
+def test_the_accuracy_at_equal_length_has_its_own_interval() -> None:
+    """It is no share of rows but a model's estimate: the width that few rows give a share would make every short run a warning."""
+    certain = {"accuracies": 1.0, "accuracies/ci": [0.676, 1.0]}
+    line = {"kind": "eval", "step": 3, "eval/rows": 8} | {f"eval/rewards/{k}": v for k, v in certain.items()}
+    for name in ("agreement", "longer_wins"):
+        line |= {f"eval/length/{name}": 1.0, f"eval/length/{name}/ci": [0.676, 1.0]}
+    line |= {"eval/length/controlled_accuracy": 0.83, "eval/length/controlled_accuracy/ci": [0.78, 0.87]}
+    (flag,) = (f for f in run_flags([line]) if f.name == "accuracy_by_length")
+    assert flag.level == "note" and "without reading it" in flag.sentence
+
+
 def test_few_rows_and_few_prompts_are_notes() -> None:
     (note,) = run_flags([{"kind": "eval", "step": 0, "eval/rows": 8}])
     assert note.name == "few_prompts" and "8 held-out rows" in note.sentence
