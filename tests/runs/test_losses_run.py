@@ -285,7 +285,7 @@ def test_a_divergence_ceiling_stops_too(base: dict[str, Any]) -> None:
         ({"loss": {"mix": [{"name": "dpo", "beta": -1.0}]}}, r"loss\.mix\.0\.beta is -1"),
         ({"loss": {"mix": [{"name": "dpo", "weight": 0}]}}, "all weights are 0"),
         ({"loss": [{"name": "dpo"}]}, "loss is a list"),
-        ({"loss": {"name": "dpo_shift", "lambda": 0.9, "schedule": "increase_linear"}}, "both set"),
+        ({"loss": {"name": "dpo_shift", "lambda": 0.9, "schedule": "increase_linear"}}, "keep one of the two"),
         ({"loss": {"name": "dpo_shift", "lambda_min": 0.9}}, "of a linear schedule"),
         (
             {"loss": {"name": "dpo_shift", "schedule": "increase_linear", "lambda_min": 0.9, "lambda_max": 0.6}},
@@ -305,7 +305,7 @@ def test_a_divergence_ceiling_stops_too(base: dict[str, Any]) -> None:
         ({"loss": {"name": "simpo"}, "reference": {"ema": 0.9}}, "has no reference that could move"),
         ({"reference": {"ema": 0.9, "sync_every": 3}}, "both set"),
         ({"reference": {"ema": 0.9, "kind": "cached"}}, "cannot follow the policy"),
-        ({"loss": {"name": "pmpo", "ref_ema": 0.9}, "reference": {"ema": 0.5}}, "is set too"),
+        ({"loss": {"name": "pmpo", "ref_ema": 0.9}, "reference": {"ema": 0.5}}, "both set"),
     ],
 )
 def test_mistakes_are_answered_with_a_sentence(base: dict[str, Any], change: dict[str, Any], what: str) -> None:

@@ -40,7 +40,6 @@ SYNONYMS = {
     "gradient_accumulation_steps": "train.tokens_per_step (accumulation follows from it and train.batch_size)",
     "bf16": "model.dtype",
     "loss_type": "loss.name",
-    "beta": "loss.beta",
 }
 
 
