@@ -13,7 +13,7 @@ from rows import from_rows
 from tiny import tiny_tokenizer
 
 from penchant.data.layouts import RowError
-from penchant.data.layouts.plain import from_hh
+from penchant.data.layouts.hh import from_hh
 from penchant.data.load import load_preferences, summary, write_quarantine
 from penchant.data.split import prompt_key, split_by_prompt
 from penchant.data.tokenize import tokenize

@@ -8,7 +8,7 @@ from typing import Any
 
 from penchant.base.functions import is_own
 from penchant.base.text import closest
-from penchant.data.layouts import compared, factory, oasst, own, plain, rated  # noqa: F401  they fill LAYOUTS
+from penchant.data.layouts import compared, factory, hh, oasst, own, plain, rated  # noqa: F401  they fill LAYOUTS
 from penchant.data.layouts.fields import LeftOut, RowError
 from penchant.data.layouts.layout import LAYOUTS, Detection, Group, Layout, Option
 from penchant.errors import ConfigError

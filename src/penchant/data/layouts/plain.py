@@ -1,4 +1,4 @@
-"""The plain layouts: pairs, hh-rlhf, labeled and scored answers, demonstrations, messages, prompts, text."""
+"""The plain layouts: pairs, labeled and scored answers, demonstrations, messages, prompts, text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from penchant.data.layouts.fields import LeftOut, RowError
 from penchant.data.layouts.layout import Fields, layout
 from penchant.types import Completion, Message, Prompt, PromptTree
 
-_TURN = re.compile(r"\n\n(Human|Assistant):")
 # what says that a row has answers, and no prompt or text alone
 ANSWERS = {
     "chosen", "rejected", "completion", "completions", "response", "output", "answer", "messages", "conversations",
@@ -39,7 +38,8 @@ def from_pairs(row: Fields) -> PromptTree:
     return pair(fields.continued(row, before_chosen), chosen, rejected, row)
 
 
-def _transcripts(row: Fields) -> bool:
+def transcripts(row: Fields) -> bool:
+    """Two whole transcripts, as hh-rlhf has them (see `hh`)."""
     chosen = row["chosen"]
     return "prompt" not in row and isinstance(chosen, str) and chosen.lstrip().startswith("Human:")
 
@@ -49,7 +49,7 @@ def _shares_start(row: Fields) -> bool:
     return (
         not asked & row.keys()
         and isinstance(row["chosen"], str)
-        and not _transcripts(row)
+        and not transcripts(row)
         and not any(_may_ask(name, value) for name, value in row.items())
     )
 
@@ -82,32 +82,6 @@ def from_implicit_pairs(row: Fields) -> PromptTree:
         raise RowError('"chosen" and "rejected" share no start that could be the prompt', 'give a "prompt" column')
     good = fields.as_text(chosen[len(prompt) :], "the chosen answer")
     return pair(prompt, good, fields.as_text(rejected[len(prompt) :], "the rejected answer"), row)
-
-
-@layout("hh", check=_transcripts)
-def from_hh(row: Fields) -> PromptTree:
-    """hh-rlhf: two whole transcripts, split at the last assistant turn; what is before it must be the same in both."""
-    before_chosen, chosen = _transcript(fields.text(row, "chosen"), "chosen")
-    before_rejected, rejected = _transcript(fields.text(row, "rejected"), "rejected")
-    if before_chosen != before_rejected:
-        how = "both must answer the same prompt; drop the row"
-        raise RowError("the two transcripts differ before their last answer", how)
-    return pair(before_chosen, chosen, rejected, row)
-
-
-def _transcript(text: str, name: str) -> tuple[tuple[Message, ...], str]:
-    parts = _TURN.split(text)
-    if parts[0].strip() or len(parts) < 5:
-        how = 'it must start with "\\n\\nHuman:" and go on with "\\n\\nAssistant:"'
-        raise RowError(f'"{name}" is not a transcript', how)
-    turns = [
-        Message("user" if who == "Human" else "assistant", said.strip())
-        for who, said in zip(parts[1::2], parts[2::2], strict=True)
-    ]
-    before, answer = fields.split_last_answer(tuple(turns), name)
-    if not answer:
-        raise RowError(f'"{name}" ends with an empty answer', "drop the row")
-    return before, answer
 
 
 def answer_field(row: Fields, name: str) -> str:
