@@ -419,6 +419,26 @@ def test_what_a_model_wrote_is_taken_as_the_template_leaves_it() -> None:
     assert tokenizer.decode(tree.completion_ids[0]) == "yes</s>"
 
 
+def _wordpieces() -> Any:
+    """A tokenizer whose pieces of words decode otherwise when they stand apart."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {t: i for i, t in enumerate(_words("play", "ing", "playing", "good"))}
+    inner = Tokenizer(models.WordPiece(vocab=vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_ids_that_do_not_decode_to_their_text_are_a_bad_row_but_what_a_model_wrote_is_judged() -> None:
+    tokenizer, row = _wordpieces(), _pair("play", "ing", "good")
+    with pytest.raises(DataError, match="do not decode to their text"):
+        _only([row], tokenizer)
+    tree = _only([row], tokenizer, strict=False)
+    assert tokenizer.convert_ids_to_tokens(tree.completion_ids[0].tolist()) == ["ing", "</s>"]
+
+
 def test_a_prompt_that_is_answered_already_is_a_bad_row() -> None:
     row = _chat_row()
     row["prompt"] = [*row["prompt"], {"role": "assistant", "content": "an answer"}]

@@ -145,11 +145,19 @@ def test_an_emptied_file_beside_good_checkpoints_stops_nothing(world: World, nam
         stopped_early(world)
 
 
+def test_a_damaged_manifest_is_told_once(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    (world.fresh() / "manifest.json").write_bytes(b"{")
+    with pytest.raises(StopHere):
+        stopped_early(world, quiet=False)
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("manifest.json: was changed after it was written") == 1
+
+
 class StopHere(Exception):
     pass
 
 
-def stopped_early(world: World) -> None:
+def stopped_early(world: World, *, quiet: bool = True) -> None:
     """As far as the first step: the folder was taken for what it is."""
 
     def stop(*_: Any) -> None:
@@ -157,7 +165,7 @@ def stopped_early(world: World) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("penchant.training.loop.Loop.take_step", stop)
-        world.train()
+        api.train(world.config, quiet=quiet)
 
 
 def test_without_sums_a_folder_goes_on_as_before(world: World) -> None:

@@ -14,7 +14,7 @@ import torch
 from processes import forked
 
 from penchant.errors import CheckpointError
-from penchant.runfolder import MetricsLog, RunLock, damaged, is_whole, keep, open_run
+from penchant.runfolder import MetricsLog, RunLock, damaged, is_whole, keep, newest_state, open_run
 from penchant.training.checkpoint import (
     checkpoints,
     find_checkpoint,
@@ -47,6 +47,18 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     (path / "model/weights").write_text("model 4")
     with pytest.raises(CheckpointError, match="model/weights: differs from what was written"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors", "model/weights"])
+def test_a_file_whose_sum_is_not_listed_is_not_taken_for_whole(tmp_path: Path, name: str) -> None:
+    """A bit that flips in a name of the list would leave the file of that name unchecked."""
+    path = _save(tmp_path, 3)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["sha256"]["x" + name] = manifest["sha256"].pop(name)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)
+    assert (newest_state(tmp_path) == {}) == (name == "state.json")
 
 
 def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:

@@ -42,13 +42,18 @@ def write_atomically(path: Path, value: Any) -> None:
 
 
 def write_text_atomically(path: Path, content: str | bytes) -> None:
-    """A file (text as UTF-8), whole or not at all: written aside, fsynced, renamed."""
+    """A file (text as UTF-8), whole or not at all."""
+    with written_aside(path) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Where to write a file that is to be there whole or not at all: it is fsynced and gets its name if nothing went wrong."""
     aside = aside_of(path)
     try:
-        with aside.open("wb") as out:
-            out.write(content.encode() if isinstance(content, str) else content)
-            out.flush()
-            os.fsync(out.fileno())
+        yield aside
+        fsync(aside)
         os.replace(aside, path)
     except BaseException:
         with suppress(OSError):
@@ -154,6 +159,9 @@ def spared(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         say(f"{path}: {error.what}; the run goes on without it")
 
 
+MANIFEST = "manifest.json"  # of a checkpoint: the SHA-256 of every file in it; of a run: how it was made
+
+
 def check_model_folder(folder: Path) -> None:
     """A model's folder inside a checkpoint is as the checkpoint's sums say; of another folder nothing is known.
 
@@ -161,11 +169,8 @@ def check_model_folder(folder: Path) -> None:
         CheckpointError: a file is missing or was changed after it was written.
     """
     checkpoint = folder.resolve().parent
-    if folder.resolve().name == "model" and checkpoint.name.startswith("step-") and (checkpoint / SUMS_OF).exists():
+    if folder.resolve().name == "model" and checkpoint.name.startswith("step-") and (checkpoint / MANIFEST).exists():
         check_sums(checkpoint, "model/")
-
-
-SUMS_OF = "manifest.json"  # of a checkpoint: the SHA-256 of every file in it
 
 
 def check_sums(checkpoint: Path, names: str = "") -> None:
@@ -176,9 +181,11 @@ def check_sums(checkpoint: Path, names: str = "") -> None:
     """
     how = f"delete {checkpoint} to go on from an older checkpoint"
     try:
-        manifest = json.loads((checkpoint / SUMS_OF).read_text(encoding="utf-8"))
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         if checkpoint.name.startswith("step-") and checkpoint.name != f"step-{manifest['step']}":
-            raise CheckpointError(str(checkpoint / SUMS_OF), "is of another step, or was changed", how)
+            raise CheckpointError(str(checkpoint / MANIFEST), "is of another step, or was changed", how)
+        if not any(name.startswith(names) for name in manifest["sha256"]):
+            raise CheckpointError(str(checkpoint / MANIFEST), f"has no sum of {names or 'any file'}", how)
         for name, expected in manifest["sha256"].items():
             if name.startswith(names) and file_sha256(checkpoint / name) != expected:
                 raise CheckpointError(str(checkpoint / name), "differs from what was written", how)

@@ -29,7 +29,7 @@ from penchant.data.layouts import Detection
 from penchant.data.load import Columns, Dataset, Quarantined, Reading, fingerprint, load_preferences, stream_preferences
 from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, ranges, read_batch, write_rows
 from penchant.data.split import held_out_rows, split_by_prompt
-from penchant.data.tokenize import CausalTokenization, Mark, TokenizedDataset, tokenize
+from penchant.data.tokenize import CausalTokenization, Mark, TokenizedDataset, moved, tokenize
 from penchant.errors import DataError
 
 # ---- Entries on disk ----
@@ -359,8 +359,9 @@ class StoredDataset:
         aside = tuple(Quarantined(*q) for q in meta["quarantined"])
         cut = tuple(meta["cut_prompts"]), tuple(meta["cut_completions"])
         split = int(((marks & Mark.SPLIT) > 0).sum())
-        moved = _moved(marks)
-        whole = TokenizedDataset(StoredTokens(folder), len(marks), aside, *cut, split, meta["template"], moved)
+        whole = TokenizedDataset(
+            StoredTokens(folder), len(marks), aside, *cut, split, meta["template"], int(moved(marks).sum())
+        )
         return StoredDataset(whole, of_row, marks)
 
     def rows(self, which: np.ndarray | None) -> TokenizedDataset:
@@ -382,12 +383,8 @@ class StoredDataset:
             cut_prompts=told(self.whole.cut_prompts, Mark.CUT_PROMPT),
             cut_completions=told(self.whole.cut_completions, Mark.CUT_COMPLETION),
             split_documents=int(((self.marks[which] & Mark.SPLIT) > 0).sum()),
-            moved_prompts=_moved(self.marks[which]),
+            moved_prompts=int(moved(self.marks[which]).sum()),
         )
-
-
-def _moved(marks: np.ndarray) -> int:
-    return int((marks & (Mark.MOVED | Mark.ASIDE) == Mark.MOVED).sum())
 
 
 def _storable(aside: Sequence[Quarantined]) -> list[list[Any]]:

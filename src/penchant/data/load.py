@@ -355,8 +355,7 @@ class Stream:
                 continue
             if ours == "system" or detect(renamed(r, {ours: column}) for r in rows).layout not in (None, self.shape):
                 what = f'the column "{printable(column)}" would not be used (layout {self.shape}); is it "{ours}"?'
-                how = f"map it with --column {ours}={printable(column)} (in a config data.columns={{{ours}: "
-                raise DataError(self.name, what, f"{how}{printable(column)}}}), or set data.shape={self.shape}")
+                raise DataError(self.name, what, f"{_map_it(ours, printable(column))}, or set data.shape={self.shape}")
 
     def __iter__(self) -> Iterator[Converted]:
         return self._converted
@@ -398,6 +397,10 @@ class Stream:
         return Dataset(trees, self.shape, self.kind, total, aside, content, *more)
 
 
+def _map_it(ours: str, theirs: str) -> str:
+    return f"map it with --column {ours}={theirs} (in a config data.columns={{{ours}: {theirs}}})"
+
+
 def detected(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]) -> tuple[str, Detection]:
     """The layout of the first rows.
 
@@ -413,14 +416,13 @@ def detected(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str
     if found.how:
         raise DataError(name, found.why, found.how)
     there = sorted({printable(str(c)) for r in first if isinstance(r, Row) for c in r.values})
-    slip = next(((c, near_name(c)) for c in there if near_name(c) and near_name(c) not in there), None)
-    if slip is not None:
-        theirs, ours = slip
+    slips = [(theirs, ours) for theirs in there if (ours := near_name(theirs)) and ours not in there]
+    if slips:
+        theirs, ours = slips[0]
         raise DataError(
             name,
             f'the columns ({", ".join(there)}) are of no known shape; is "{theirs}" your "{ours}"?',
-            f"map it with --column {ours}={theirs} (in a config data.columns={{{ours}: {theirs}}}), or name the layout "
-            "with data.shape",
+            f"{_map_it(ours, theirs)}, or name the layout with data.shape",
         )
     raise DataError(
         name,

@@ -22,6 +22,11 @@ class Rendered(NamedTuple):
     moved: bool = False
 
 
+def uses_chat(template: str, tokenizer: Any) -> bool:
+    """Whether prompts go through the tokenizer's chat template: where there is one, unless `data.template` is ``plain``."""
+    return template != "plain" and getattr(tokenizer, "chat_template", None) is not None
+
+
 def plain(tree: PromptTree) -> Rendered:
     """Text prompts as they are; chat prompts as a ``\\n\\nHuman: ...\\n\\nAssistant:`` transcript."""
     texts = tuple(c.text for c in tree.completions)
@@ -126,7 +131,7 @@ def end_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
 
 def _behind_an_answer(tokenizer: Any) -> str:
     """What the chat template writes behind an answer; nothing without a template, or with one that takes no such turns."""
-    if getattr(tokenizer, "chat_template", None) is None:
+    if not uses_chat("auto", tokenizer):
         return ""
     turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "Zebra4711."}]
     try:

@@ -13,7 +13,7 @@ import numpy as np
 from penchant.data.layouts import RowError
 from penchant.data.load import IDENTICAL, Dataset, Quarantined, prompt_json, prompt_text
 from penchant.data.mapped import StoredTokens
-from penchant.data.templates import Rendered, chat, end_ids, excerpt, plain
+from penchant.data.templates import Rendered, chat, end_ids, excerpt, plain, uses_chat
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.types import PromptTree, TokenTree
 
@@ -30,6 +30,11 @@ class Mark:
     """What can happen to a row; its mark is the sum."""
 
     CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE, MOVED = 1, 2, 4, 8, 16
+
+
+def moved(marks: Any) -> Any:
+    """Of a mark, or of an array of them: whether the template moved the prompt of a row that is trained on."""
+    return marks & (Mark.MOVED | Mark.ASIDE) == Mark.MOVED
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +144,7 @@ class Tokenization:
                 self._cut_prompts += [tree.source] * bool(self.mark & Mark.CUT_PROMPT)
                 self._cut_completions += [tree.source] * bool(self.mark & Mark.CUT_COMPLETION)
                 self._split += bool(self.mark & Mark.SPLIT)
-                self._moved += self.mark & (Mark.MOVED | Mark.ASIDE) == Mark.MOVED
+                self._moved += moved(self.mark)
                 yield made, self.mark
 
     def _rendered(self, tree: PromptTree) -> Rendered | RowError:
@@ -176,10 +181,15 @@ class Tokenization:
         return TokenizedDataset(trees, total, tuple(self._aside), *cut, self._split, self.template, self._moved)
 
 
-def encode_in_context(tokenizer: Any, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
+def encode_in_context(
+    tokenizer: Any, rendered: Sequence[Rendered | RowError], *, strict: bool = True
+) -> list[Encoded | RowError]:
     """Prompts, and completions as the tokenizer encodes them behind their prompt; equal texts are encoded once.
 
     A SentencePiece-type tokenizer puts a dummy space before a text of its own, which nothing puts there in context.
+
+    Args:
+        strict: a row whose ids do not decode to its text is a bad row; False: its completion is encoded as a text of its own.
     """
     special = [t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values()]
     begins = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
@@ -202,12 +212,12 @@ def encode_in_context(tokenizer: Any, rendered: Sequence[Rendered | RowError]) -
                 found.append(whole[len(before) :])
                 continue
             completion = _split_at(tokenizer, before, whole, context, text)
-            if completion is None:
+            if completion is None and strict:
                 return RowError(
                     f"prompt and answer do not decode to their text: {excerpt(context)} and {excerpt(text)}",
                     "move white space between the prompt's end and the answer's start",
                 )
-            found.append(completion)
+            found.append(encode_texts(tokenizer, [text])[0] if completion is None else completion)
         return by_text[r.prompt], found
 
     return [encoded(r) for r in rendered]
@@ -315,10 +325,10 @@ class CausalTokenization(Tokenization):
             name = getattr(tokenizer, "name_or_path", "") or "tokenizer"
             what = "the tokenizer has no EOS token, so a model could not learn to stop"
             raise ModelError(name, what, "set eos_token in its tokenizer_config.json")
-        has_chat = getattr(tokenizer, "chat_template", None) is not None
-        if template == "chat" and not has_chat:
+        chats = uses_chat(template, tokenizer)
+        if template == "chat" and not chats:
             raise ConfigError("data.template", "the tokenizer has no chat template", "set data.template=plain or auto")
-        self.template = "chat" if has_chat and template != "plain" and kind != "text" else "plain"
+        self.template = "chat" if chats and kind != "text" else "plain"
         if template_options and self.template != "chat":
             raise ConfigError(
                 "data.template_options", "no chat template is used that could take them", "leave them out"
@@ -339,7 +349,7 @@ class CausalTokenization(Tokenization):
         return rendered._replace(completions=tuple(map(self._ended_once, rendered.completions)))
 
     def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
-        return encode_in_context(self.tokenizer, rendered)
+        return encode_in_context(self.tokenizer, rendered, strict=self.strict)
 
     def _ended_once(self, text: str) -> str:
         whole = text

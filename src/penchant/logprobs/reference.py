@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penchant.base.files import aside_of, fsync, spared, sweep
+from penchant.base.files import spared, sweep, written_aside
 from penchant.data.mapped import StoredTokens
 from penchant.data.packing import batches_of
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.logprobs.head import RowLogits
+from penchant.models.load import tensors_sha256
 from penchant.types import PackedBatch, TokenTree
 
 BLOCK = 8192  # trees that are hashed at a time
@@ -254,11 +255,7 @@ def _read(path: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, values in sorted(tensors.items()):
-        digest.update(f"{name}:{values.dtype}:{tuple(values.shape)};".encode())
-        digest.update(values.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensors_sha256(sorted(tensors.items()))
 
 
 @contextmanager
@@ -363,12 +360,5 @@ def _by_row(trees: Sequence[TokenTree], stored: Mapping[str, Tensor]) -> CachedR
 def _write_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    aside = aside_of(path)
-    try:
+    with written_aside(path) as aside:
         save_file(tensors, aside, metadata={"sha256": _sha256(tensors)})
-        fsync(aside)
-        os.replace(aside, path)
-    except BaseException:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise

@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -354,12 +354,16 @@ def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Te
 
 def weights_sha256(model: nn.Module) -> str:
     """SHA-256 over the names, dtypes and bytes of all parameters, adapters left out: what a cached reference depends on."""
+    named = base_model_of(model).named_parameters()
+    return tensors_sha256((name.replace(".base_layer", ""), p) for name, p in named if "lora_" not in name)
+
+
+def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, in their order."""
     digest = hashlib.sha256()
-    for name, p in base_model_of(model).named_parameters():
-        if "lora_" in name:
-            continue
-        digest.update(f"{name.replace('.base_layer', '')}:{p.dtype}:{tuple(p.shape)};".encode())
-        digest.update(memoryview(p.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B"))
+    for name, p in named:
+        digest.update(f"{name}:{p.dtype}:{tuple(p.shape)};".encode())
+        digest.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ from penchant.base.files import file_sha256
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
 from penchant.data.packing import batches_of
-from penchant.data.templates import end_ids
+from penchant.data.templates import end_ids, uses_chat
 from penchant.data.tokenize import (
     PairFormat,
     TokenizedDataset,
@@ -46,8 +46,8 @@ from penchant.models.reward import (
     set_padding,
 )
 from penchant.rewards.builtin import BUILT_IN
-from penchant.runfolder import CHECKPOINTS, CONFIG
-from penchant.training.checkpoint import checkpoint_state, checkpoints, latest_checkpoint
+from penchant.runfolder import CHECKPOINTS, CONFIG, checkpoint_state, checkpoints
+from penchant.training.checkpoint import latest_checkpoint
 from penchant.types import Completion, PackedBatch, Prompt, PromptTree, TokenTree
 
 # ---- From a packed batch to one reward for each completion: causal models on shared prompts, encoders on text pairs ----
@@ -208,7 +208,7 @@ class RewardModel:
             and not self.encoder
             and self.add_eos
             and same_tokens(policy.tokenizer, self.tokenizer)
-            and _renders(policy.template, policy.tokenizer) == _renders(self.template, self.tokenizer)
+            and uses_chat(policy.template, policy.tokenizer) == uses_chat(self.template, self.tokenizer)
             and dict(policy.template_options) == dict(self.template_options)
         )
 
@@ -262,11 +262,6 @@ class RewardModel:
         ]
         ends = end_ids(self.tokenizer)
         return [_without(ends, t) if cut else t for t, cut in zip(made, unfinished, strict=True)]
-
-
-def _renders(template: str, tokenizer: Any) -> str:
-    has_chat = getattr(tokenizer, "chat_template", None) is not None
-    return "chat" if template != "plain" and has_chat else "plain"
 
 
 def _longest(tree: TokenTree) -> int:

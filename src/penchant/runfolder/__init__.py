@@ -15,12 +15,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import disk_error, file_sha256, sweep, write_atomically, write_text_atomically
+from penchant.base.files import (
+    MANIFEST,  # noqa: F401  a checkpoint has one too
+    check_sums,
+    disk_error,
+    file_sha256,
+    sweep,
+    write_atomically,
+    write_text_atomically,
+)
 from penchant.errors import CheckpointError, PenchantError
 
 # ---- Its files ----
 
-CONFIG, IDENTITY, MANIFEST, LOCK = "config.resolved.yaml", "identity.json", "manifest.json", ".lock"
+CONFIG, IDENTITY, LOCK = "config.resolved.yaml", "identity.json", ".lock"
 SUMS = "sums.json"  # SHA-256 of the small files here; a checkpoint's are in its manifest
 METRICS, PERF, EVALUATIONS = "metrics.jsonl", "perf.jsonl", "evaluations.jsonl"
 SAMPLES, SAMPLES_BEFORE = "samples.jsonl", "samples.before.jsonl"
@@ -176,18 +184,26 @@ def prefix_is(path: Path, offset: Any, sha256: Any) -> bool:
 
 def newest_state(folder: Path) -> dict[str, Any]:
     """``state.json`` of the newest whole checkpoint that can be read; empty where there is none."""
-    steps = [
-        (int(m[1]), p) for p in (folder / CHECKPOINTS).glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))
-    ]
-    for _, path in sorted(steps, reverse=True):
-        try:
-            expected = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["sha256"]["state.json"]
-            text = (path / "state.json").read_bytes()
-            if hashlib.sha256(text).hexdigest() == expected:
-                return dict(json.loads(text))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+    for path in reversed(checkpoints(folder)):
+        with suppress(CheckpointError, OSError, ValueError, TypeError):
+            return checkpoint_state(path)
     return {}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a run, oldest first."""
+    found = [(int(m[1]), p) for p in (folder / CHECKPOINTS).glob("step-*") if (m := re.search(r"step-(\d+)$", p.name))]
+    return [p for _, p in sorted(found)]
+
+
+def checkpoint_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint carries beside tensors.
+
+    Raises:
+        CheckpointError: the file is missing or was changed after it was written.
+    """
+    check_sums(path, "state.json")
+    return dict(json.loads((path / "state.json").read_text()))
 
 
 def open_run(

@@ -30,6 +30,7 @@ from penchant.runfolder import (
     MANIFEST,
     SAMPLES,
     RunLock,
+    checkpoints,
     finite,
     is_whole,
     keep,
@@ -50,7 +51,7 @@ from penchant.runs.record import (
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Alone
 from penchant.track import Mirrors, check_installed
-from penchant.training.checkpoint import checkpoints, find_checkpoint, latest_checkpoint, load_checkpoint
+from penchant.training.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
 from penchant.training.console import console as make_console
 from penchant.training.loop import Interrupted, Loop, Paused, algorithm_state
 from penchant.training.steps import BatchSchedule
@@ -156,9 +157,9 @@ class Run:
             loop.identity = identity
             mirrors = Mirrors(self.folder, self.config.logging, self.config.model_dump(mode="json"), self.console.note)
             loop.watched = _watchers(live.told, mirrors, anew)
-            if not anew:
-                self._check_start()
-            manifest = self._manifest(loop, started, anew)
+            known = None if anew else self._known_manifest()
+            self._check_start(known)
+            manifest = self._manifest(loop, started, known)
             manifest("running", None)
             before = self._samples("before", anew)
             self._check_space()
@@ -296,7 +297,7 @@ class Run:
             )
         built, held_out = self.built, self.held_out
         if path is not None:
-            self._check_start()
+            self._check_start(self._known_manifest())
             tensors, _state = load_checkpoint(path)
             built.optimizer.load_state_tensors(tensors)
             built.algorithm.load_state_tensors(algorithm_state(tensors))
@@ -322,14 +323,16 @@ class Run:
         key = start_key(self.config) if name == "before" else None
         return write_samples(path, self.rows, self.built.parts.model, self.shared, key, self.console.note)
 
-    def _check_start(self) -> None:
+    def _check_start(self, known: Mapping[str, Any] | None) -> None:
         """Refuse to go on from another model than the one that the checkpoints were trained from.
+
+        Args:
+            known: what manifest.json says of the start, where it says it.
 
         Raises:
             CheckpointError: the weights at model.path have changed. With another torch or dtype nothing can be said.
         """
         drawn = self.method.learns_reward or self.config.model.init == "random"  # another processor draws other weights
-        known = self._known_manifest()
         if drawn or known is None:
             return
         dtype = str(self.dtype).removeprefix("torch.")
@@ -360,10 +363,11 @@ class Run:
         )
         return None
 
-    def _manifest(self, loop: Loop, started: float, anew: bool) -> Callable[[str, str | None], None]:
-        """What writes manifest.json; the hash of the weights is of the start, so it is taken now, or read where the run goes on."""
+    def _manifest(
+        self, loop: Loop, started: float, known: Mapping[str, Any] | None
+    ) -> Callable[[str, str | None], None]:
+        """What writes manifest.json; the hash of the weights is of the start, so it is taken now, or is known where the run goes on."""
         path, built = self.folder / MANIFEST, self.built
-        known = None if anew else self._known_manifest()
         sha256 = built.start_sha256(self.shared) if known is None else known["model"]["sha256"]
 
         def write(status: str, why: str | None) -> None:

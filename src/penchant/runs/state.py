@@ -19,8 +19,17 @@ from penchant.models.options import check_model_path
 from penchant.rewards import load_reward
 from penchant.rewards.functions import reward_device
 from penchant.rewards.reward_model import check_reward_folder, find_reward_model
-from penchant.runfolder import CHECKPOINTS, IDENTITY, MANIFEST, PIPELINE, RunLock, differences
-from penchant.training.checkpoint import checkpoint_state, checkpoints, latest_checkpoint
+from penchant.runfolder import (
+    CHECKPOINTS,
+    IDENTITY,
+    MANIFEST,
+    PIPELINE,
+    RunLock,
+    checkpoint_state,
+    checkpoints,
+    differences,
+)
+from penchant.training.checkpoint import latest_checkpoint
 
 Inputs = dict[str, Any]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from penchant.data.load import prompt_json
-from penchant.data.templates import end_ids, plain
+from penchant.data.templates import end_ids, plain, uses_chat
 from penchant.data.tokenize import uses_bos
 from penchant.errors import ConfigError
 from penchant.models.cpu.decode import FastDecoder, can_decode_fast
@@ -78,12 +78,11 @@ def style_of(
     Raises:
         ConfigError: `chat` was asked for and the tokenizer has no chat template.
     """
-    has_chat = getattr(tokenizer, "chat_template", None) is not None
-    if wanted == "chat" and not has_chat:
+    if wanted == "chat" and not uses_chat(wanted, tokenizer):
         how = "give transcript or plain, or leave it out"
         raise ConfigError("--template", "the tokenizer has no chat template", how)
     if wanted == "auto":
-        wanted = "chat" if has_chat and trained_on != "plain" else otherwise
+        wanted = "chat" if uses_chat(trained_on, tokenizer) else otherwise
     style = STYLES[wanted]
     return replace(style, render=partial(_chat, options=options)) if style.name == "chat" and options else style
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,9 +14,7 @@ from torch import Tensor
 
 from penchant.base.files import aside_of, check_sums, file_sha256, fsync, sweep, writing
 from penchant.errors import CheckpointError
-from penchant.runfolder import CHECKPOINTS, MANIFEST
-
-_STEP = re.compile(r"step-(\d+)$")
+from penchant.runfolder import CHECKPOINTS, MANIFEST, checkpoint_state, checkpoints
 
 
 def save_checkpoint(
@@ -73,12 +70,6 @@ def _remove(path: Path) -> None:
     gone = aside_of(path.with_name(f"{path.name}-gone"))
     os.rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints of a run, oldest first."""
-    found = [(int(m.group(1)), p) for p in (folder / CHECKPOINTS).glob("step-*") if (m := _STEP.search(p.name))]
-    return [p for _, p in sorted(found)]
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -139,16 +130,6 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(
             str(path), f"cannot be read ({error})", f"delete {path} to go on from an older checkpoint"
         ) from error
-
-
-def checkpoint_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint carries beside tensors.
-
-    Raises:
-        CheckpointError: the file is missing or was changed after it was written.
-    """
-    check_sums(path, "state.json")
-    return dict(json.loads((path / "state.json").read_text()))
 
 
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:

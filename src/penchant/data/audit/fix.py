@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import shlex
 from array import array
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from penchant.base.files import written_aside
 from penchant.data.audit import Leakage, is_empty, sensitive
 from penchant.data.audit.counters import Copies, Near, View
 from penchant.data.audit.findings import Places
@@ -288,17 +288,13 @@ def _writing(target: Path, schema_of: Path | None = None) -> Iterator[Write]:
     Args:
         schema_of: the Parquet file whose schema a Parquet copy has; None: JSONL, packed where the target's name says so.
     """
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with written_aside(target) as aside:
         if schema_of is not None:
             with _parquet(aside, schema_of) as write:
                 yield write
         else:
             with (gzip.open if target.suffix == ".gz" else open)(aside, "wb") as out:
                 yield lambda values: out.write(json_line(values))
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 @contextmanager
