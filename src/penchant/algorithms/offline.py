@@ -210,13 +210,13 @@ class Offline(Algorithm):
             policy = self.scorer.logps(batch, alignment="alignment" in needs)
         columns = {"ref_logps": ref, "alignment": policy.alignment}
         if policy.divergence is not None:
-            columns["divergence"] = per_completion(policy.divergence, batch)
+            columns["divergence"] = per_completion(policy.divergence, batch.lengths)
         if ref_tokens is not None:
-            columns["ref_logps"] = per_completion(ref_tokens, batch)
+            columns["ref_logps"] = per_completion(ref_tokens, batch.lengths)
         if ref_tokens is not None and shared:
             first = _first_tokens(batch).to(policy.tokens.dtype)
-            columns["policy_shared_logps"] = per_completion(policy.tokens * first, batch)
-            columns["ref_shared_logps"] = per_completion(ref_tokens.to(first.dtype) * first, batch)
+            columns["policy_shared_logps"] = per_completion(policy.tokens * first, batch.lengths)
+            columns["ref_shared_logps"] = per_completion(ref_tokens.to(first.dtype) * first, batch.lengths)
         return _scored(batch, policy.sums, **columns)
 
     def loss(self, scored: Scored) -> LossOutput:

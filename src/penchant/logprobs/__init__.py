@@ -42,9 +42,13 @@ class CompletionLogps(NamedTuple):
     divergence: Tensor | None = None
 
 
-def per_completion(values: Tensor, batch: PackedBatch) -> Tensor:
-    """Sums over each completion's tokens: (R,) to (C,)."""
-    return values.new_zeros(len(batch.lengths)).index_add(0, batch.completion_of, values)
+def per_completion(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums over each completion's tokens: (R,) to (C,), `lengths` (C,) int64.
+
+    In the order of the tokens: `index_add` on a GPU adds in the order in which its threads arrive, and the reference's sums of equal
+    log-probs would differ from the policy's. ``unsafe`` leaves out a check that would wait for the GPU.
+    """
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
 
 @dataclass(slots=True)
@@ -158,10 +162,10 @@ class Scorer:
             tokens, collision = token_logps(
                 hidden, head.weight, batch.target_ids, head.bias, scale=scale, softcap=softcap, alignment=alignment
             )
-        sums = per_completion(tokens, batch)
+        sums = per_completion(tokens, batch.lengths)
         if not alignment:
             return CompletionLogps(sums, tokens)
-        mean = per_completion(tokens.detach() - collision, batch) / batch.lengths
+        mean = per_completion(tokens.detach() - collision, batch.lengths) / batch.lengths
         return CompletionLogps(sums, tokens, alignment=mean)
 
     def row_logits(self, batch: PackedBatch) -> RowLogits:
@@ -190,7 +194,7 @@ class Scorer:
             tokens, ref_tokens, values = module_divergence_logps(
                 head, hidden, batch.target_ids, ref_logits, kind, scale, softcap
             )
-        return CompletionLogps(per_completion(tokens, batch), tokens, ref_tokens=ref_tokens, divergence=values)
+        return CompletionLogps(per_completion(tokens, batch.lengths), tokens, ref_tokens=ref_tokens, divergence=values)
 
     def _head(self) -> tuple[Any, float, float | None]:
         base = base_model_of(self.model)

@@ -1,0 +1,83 @@
+"""What breaks or waits on a GPU, met without one: the ops of a micro-batch are looked at, and a model on the meta device stands for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from families import some_pairs, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from penchant.algorithms.group import GroupConfig, GroupPolicyGradient, ScoredTokens
+from penchant.algorithms.offline import Component, Offline
+from penchant.data.packing import pack
+from penchant.logprobs import Scorer, per_completion
+from penchant.logprobs.reference import LiveReference
+from penchant.losses import LOSSES
+
+# what a GPU adds in the order in which its threads arrive
+UNORDERED = {
+    "index_add",
+    "index_add_",
+    "scatter_add",
+    "scatter_add_",
+    "scatter_reduce",
+    "index_reduce",
+    "bincount",
+    "histc",
+}
+
+
+class Ops(TorchDispatchMode):
+    """Counts the operations that are run under it, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def offline(name: str = "dpo", **more: Any) -> Offline:
+    models = [tiny_model("llama", dtype=torch.float32, seed=s) for s in (0, 1)]
+    policy, reference = (Scorer(m, "shared") for m in models)
+    return Offline(policy, [Component(LOSSES[name], LOSSES[name].params())], LiveReference(reference), **more)
+
+
+# ---- sums have one order: equal log-probs of policy and reference give equal sums, whatever the threads do ----
+
+
+@pytest.mark.parametrize("name", ["dpo", "sft", "pmpo"])
+def test_no_sum_of_a_micro_batch_depends_on_the_order_of_threads(name: str) -> None:
+    algorithm, batch = offline(name), pack([replace(t, labels=(True, False)) for t in some_pairs(4)])
+    with Ops() as ops:
+        algorithm.loss(algorithm.score(batch))
+    assert not UNORDERED & ops.seen.keys()
+
+
+def test_sums_of_completions_are_those_in_token_order() -> None:
+    lengths = torch.tensor([3, 1, 300, 2])
+    values = torch.randn(306, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    completion = torch.repeat_interleave(torch.arange(4), lengths)
+    expected = values.new_zeros(4).index_add(0, completion, values)
+    sums = per_completion(values, lengths)
+    assert torch.equal(sums, expected)  # on a CPU, that is: figures of older versions stay
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    (grad,) = torch.autograd.grad(sums, values, weights)
+    assert torch.equal(grad, weights[completion])
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
+def test_losses_of_groups_are_summed_in_token_order_too(name: str) -> None:
+    method = GroupPolicyGradient(None, None, None, GroupConfig(name=name, max_new_tokens=4), 64)  # type: ignore[arg-type]
+    batch = pack(some_pairs(2))
+    tokens = torch.randn(len(batch.target_ids), requires_grad=True)
+    scored = ScoredTokens(tokens, tokens.detach(), tokens.detach(), torch.ones(4), batch.completion_of, batch.lengths)
+    with Ops() as ops:
+        method.loss(scored)
+    assert not UNORDERED & ops.seen.keys()
