@@ -17,6 +17,7 @@ from penchant.data.packing import pack
 from penchant.logprobs import Scorer, per_completion
 from penchant.logprobs.reference import LiveReference
 from penchant.losses import LOSSES
+from penchant.training.optim import MasterAdamW
 
 # what a GPU adds in the order in which its threads arrive
 UNORDERED = {
@@ -81,3 +82,22 @@ def test_losses_of_groups_are_summed_in_token_order_too(name: str) -> None:
     with Ops() as ops:
         method.loss(scored)
     assert not UNORDERED & ops.seen.keys()
+
+
+# ---- placement: the meta device refuses what would be on another device than the model ----
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_optimizer_has_its_state_where_the_parameters_are(dtype: torch.dtype) -> None:
+    """Fused AdamW reads `step` on the device; a checkpoint's tensors come from the disk to the CPU."""
+    model = torch.nn.Linear(3, 2, device=META)
+    optimizer = MasterAdamW(model.named_parameters(), dtype=dtype)
+    stored = {f"master/{n}": torch.zeros(p.shape) for n, p in model.named_parameters()}
+    for n, p in model.named_parameters():
+        stored |= {f"exp_avg/{n}": torch.zeros(p.shape), f"exp_avg_sq/{n}": torch.zeros(p.shape)}
+        stored[f"step/{n}"] = torch.tensor(3.0)
+    optimizer.load_state_tensors(stored)
+    held = optimizer.state_tensors()
+    assert held.keys() == stored.keys() and {v.device for v in held.values()} == {META}

@@ -110,7 +110,7 @@ class MasterAdamW:
             if master is not p:
                 p.data.copy_(master)
             state = {
-                key: tensors[f"{key}/{name}"].clone().to(p.device if key != "step" else "cpu")
+                key: tensors[f"{key}/{name}"].to(p.device, copy=True)  # `step` too: fused AdamW reads it on the device
                 for key in ("exp_avg", "exp_avg_sq", "step")
                 if f"{key}/{name}" in tensors
             }
