@@ -30,6 +30,7 @@ UNORDERED = {
     "bincount",
     "histc",
 }
+META = torch.device("meta")
 
 
 class Ops(TorchDispatchMode):
@@ -84,9 +85,27 @@ def test_losses_of_groups_are_summed_in_token_order_too(name: str) -> None:
     assert not UNORDERED & ops.seen.keys()
 
 
-# ---- placement: the meta device refuses what would be on another device than the model ----
+# ---- the optimizer: passes over all parameters are one call each, and nothing is read ----
 
-META = torch.device("meta")
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_the_optimizer_makes_no_call_for_each_parameter(dtype: torch.dtype) -> None:
+    calls = []
+    for layers in (2, 12):
+        model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(layers))).to(META)
+        optimizer = MasterAdamW(model.named_parameters(), dtype=dtype)
+        for master in optimizer.masters.values():
+            master.grad = torch.ones_like(master)
+        optimizer._adam.step = lambda: None  # type: ignore[method-assign]  # torch's own, one call; it refuses the meta device
+        with Ops() as ops:
+            optimizer.clip(1.0)  # the meta device refuses to be read
+            optimizer.step(1e-3)
+        assert any(name.startswith("_foreach_mul") for name in ops.seen)
+        calls.append({n: c for n, c in ops.seen.items() if n in ("copy_", "zero_", "mul_", "_to_copy", "lerp_")})
+    assert calls[0] == calls[1]
+
+
+# ---- placement: the meta device refuses what would be on another device than the model ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
