@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from penchant.base.machine import moved
+
 if TYPE_CHECKING:  # torch and numpy cost half a second to import; `penchant --help` must not pay for them
     import numpy as np
     import torch
@@ -126,12 +128,12 @@ class PackedBatch:
         """The batch on a device; layouts are built anew there."""
         if self.input_ids.device == device:
             return self
-        moved = {
-            f.name: v.to(device) if hasattr(v := getattr(self, f.name), "to") else v
+        there = {
+            f.name: moved(v, device) if hasattr(v := getattr(self, f.name), "to") else v
             for f in fields(self)
             if f.name != "cache"
         }
-        return PackedBatch(**moved)
+        return PackedBatch(**there)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -252,7 +254,9 @@ class Scored:
 
     def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers of completions (C,) taken apart into those of chosen (slot 0) and rejected (slot 1) ones."""
-        if self.is_pairs:  # copies: the same numbers in the same order as an index would give, and no device is waited for
+        if (
+            self.is_pairs
+        ):  # copies: the same numbers in the same order as an index would give, and no device is waited for
             return values[0::2].contiguous(), values[1::2].contiguous()
         return values[self.slot == 0], values[self.slot == 1]
 

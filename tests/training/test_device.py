@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,13 @@ from penchant.data.packing import pack
 from penchant.logprobs import Scorer, per_completion
 from penchant.logprobs.reference import LiveReference
 from penchant.losses import LOSSES
+from penchant.models.tree_attention import tree_layout
+from penchant.training import loop as loop_module
+from penchant.training import steps
+from penchant.training.console import QuietConsole
+from penchant.training.loop import Loop
 from penchant.training.optim import MasterAdamW
+from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
 # what a GPU adds in the order in which its threads arrive
 UNORDERED = {
@@ -120,3 +128,89 @@ def test_a_resumed_optimizer_has_its_state_where_the_parameters_are(dtype: torch
     optimizer.load_state_tensors(stored)
     held = optimizer.state_tensors()
     assert held.keys() == stored.keys() and {v.device for v in held.values()} == {META}
+
+
+# ---- layouts are made on the CPU: on a device each small operation would be a launch ----
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_layout_reaches_the_device_in_two_copies_however_many_trees_there_are(window: int | None) -> None:
+    made = []
+    for pairs in (4, 64):
+        batch = pack(some_pairs(pairs)).to(META)
+        with Ops() as ops:
+            layout = tree_layout(batch, window)
+        assert {g.index.device for g in layout.groups} | {layout.inverse.device} == {META}
+        made.append((ops.seen["_to_copy"], len(layout.groups), sum(ops.seen.values())))
+    (_, few, _), (copies, many, every) = made
+    assert copies == 2 and every <= 12 + 4 * many and many <= few + 2
+
+
+def test_padded_rows_reach_the_device_in_three_copies_and_none_is_looked_for() -> None:
+    counts = []
+    for pairs in (2, 16):
+        scorer = Scorer(tiny_model("llama", dtype=torch.float32).to(META), "padded")
+        scorer.model.model.forward = lambda input_ids, attention_mask, **_: SimpleNamespace(
+            last_hidden_state=torch.zeros(*(input_ids * attention_mask).shape, 32, device=META)
+        )
+        batch = pack(some_pairs(pairs), shared=False).to(META)
+        with Ops() as ops:
+            scorer.logps(batch)
+        counts.append(ops.seen)
+    assert counts[0]["copy_"] == counts[1]["copy_"] and counts[0]["_to_copy"] == counts[1]["_to_copy"]
+
+
+# ---- a whole step: the meta device raises where a number is read, a mask is counted, or a tensor is on the wrong device ----
+
+
+def loop_on(device: torch.device, folder: Path, name: str, **more: Any) -> Loop:
+    algorithm = offline(name, **more)
+    for scorer in (algorithm.scorer, algorithm.reference.scorer):  # type: ignore[union-attr]
+        scorer.model.to(device)
+    trees = [replace(t, labels=(True, False), scores=(1.0, 0.5)) for t in some_pairs(6)]
+    optimizer = MasterAdamW(algorithm.scorer.model.named_parameters(), dtype=torch.float32)
+    if device == META:
+        optimizer._adam.step = lambda: None  # type: ignore[method-assign]  # torch's own: it refuses the meta device
+    return Loop(
+        model=algorithm.scorer.model,
+        algorithm=algorithm,
+        optimizer=optimizer,
+        trees=trees,
+        shared=True,
+        folder=folder,
+        train=TrainConfig(batch_size=6, tokens_per_step=40),
+        peak_lr=1e-3,
+        evaluation=EvalConfig(),
+        checkpoint=CheckpointConfig(),
+        logging=LoggingConfig(),
+        write_model=lambda _: None,
+        console=QuietConsole(),
+        start_tolerance=(0.0, 0.0),
+    )
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many numbers each read of the device brought; of the meta device they are made up."""
+    found: list[int] = []
+
+    def read(vector: torch.Tensor) -> list[float]:
+        found.append(len(vector))
+        return [0.5] * len(vector) if vector.device == META else vector.tolist()
+
+    for module in (steps, loop_module):
+        monkeypatch.setattr(module, "on_host", read)
+    return found
+
+
+WITHOUT_Z0 = sorted(
+    n for n, s in LOSSES.items() if "z0" not in s.needs
+)  # z0 is one number of the step that its losses need
+
+
+@pytest.mark.parametrize("nll", [0.0, 0.5])
+@pytest.mark.parametrize("name", WITHOUT_Z0)
+def test_a_step_waits_for_the_device_once(name: str, nll: float, tmp_path: Path, reads: list[int]) -> None:
+    loop = loop_on(META, tmp_path, name, nll_weight=nll)
+    loop.take_step(1, loop.schedule)
+    assert len(reads) == 1 and len(loop._micro_batches(loop.trees)) > 1

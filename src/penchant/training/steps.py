@@ -92,7 +92,9 @@ class Totals:
         self.sums: dict[str, float] = {}
         self.counts: dict[str, float] = {}
         self.terms: set[str] = set()
-        self._added: list[tuple[list[tuple[str, int | None]], Tensor]] = []  # names and known counts; sums, unknown counts
+        self._added: list[
+            tuple[list[tuple[str, int | None]], Tensor]
+        ] = []  # names and known counts; sums, unknown counts
 
     def add(self, output: LossOutput) -> None:
         """Add one micro-batch."""
