@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,6 +30,7 @@ from penchant.data.tokenize import (
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.logprobs import Scorer
 from penchant.logprobs.packing import choose_packing
+from penchant.models.folder import read_object
 from penchant.models.load import DTYPES, add_lora, cast_parameters, load_tokenizer
 from penchant.models.options import LoraConfig, ModelConfig
 from penchant.models.reward import (
@@ -344,7 +344,7 @@ def load_reward_function(name: str, folder: Path, device: torch.device, policy: 
     tokenizer = load_tokenizer(str(folder))
     scorer, _ = make_scorer(loaded.model, loaded.encoder, tokenizer, "auto", "auto")
     path = folder / SETTINGS
-    settings = json.loads(path.read_text()) if path.exists() else {}
+    settings = read_object(path) if path.exists() else {}
     return RewardModel(
         scorer,
         tokenizer,
