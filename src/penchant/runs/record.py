@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import penchant
 from penchant.base.files import spared
 from penchant.base.machine import cores
+from penchant.base.text import redact, without_passwords
 from penchant.config import WATCHING_ONLY, RunConfig
 from penchant.rewards.reward_model import content_sha256
 from penchant.runfolder import keep
@@ -86,7 +87,7 @@ def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[s
     settings["data"].pop("cache", None)  # it changes no row
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
         settings["algorithm"].pop("value_init")  # older runs do not have it
-    return {"config": settings, "data": fingerprints, **contents}
+    return json.loads(without_passwords(json.dumps({"config": settings, "data": fingerprints, **contents})))
 
 
 def contents_of(config: RunConfig) -> dict[str, str]:
@@ -142,7 +143,7 @@ def write_manifest(
         "seconds": round(time.time() - started, 1),
         "steps": steps[0],
         "total_steps": steps[1],
-        **({"why": why} if why is not None else {}),
+        **({"why": redact(why)} if why is not None else {}),
         "seed": config.train.seed,
         "loss": config.method.name,
         "model": {
@@ -157,7 +158,7 @@ def write_manifest(
         "data": data,
         "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},
     }
-    keep(path, json.dumps(manifest, indent=1))
+    keep(path, without_passwords(json.dumps(manifest, indent=1)))
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------------
