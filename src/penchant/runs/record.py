@@ -112,6 +112,7 @@ def write_manifest(
     built: Built,
     sha256: str,
     started: float,
+    seconds: float,
     steps: tuple[int, int],
     status: str,
     why: str | None,
@@ -119,7 +120,8 @@ def write_manifest(
     """What the run is made of and how far it came.
 
     Args:
-        sha256: of the weights before training; started: seconds since the epoch; steps: (done, of the whole run).
+        sha256: of the weights before training; started: seconds since the epoch; seconds: of all sessions;
+            steps: (done, of the whole run).
         status: running, finished, paused, interrupted or stopped; why: where it did not come to its end.
     """
     config, parts = built.parts.config, built.parts
@@ -140,7 +142,7 @@ def write_manifest(
         **versions(),
         "status": status,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
-        "seconds": round(time.time() - started, 1),
+        "seconds": round(seconds, 1),
         "steps": steps[0],
         "total_steps": steps[1],
         **({"why": redact(why)} if why is not None else {}),
