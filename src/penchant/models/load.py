@@ -60,12 +60,18 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
 
 def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> Any:
     """A transformers causal model in fp32, dropout off; `cast_parameters` makes it bf16 once the masters are taken."""
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     path = check_model_path(cfg.path)
     check_model_folder(Path(path))
+    return _load(cfg, path, device, seed)
+
+
+def _load(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> Any:
+    """What is in a folder that holds a model; the tests keep it by the folder's bytes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     try:
         config = AutoConfig.from_pretrained(path, revision=cfg.revision)
         if cfg.init == "random":
