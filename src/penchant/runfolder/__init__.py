@@ -24,6 +24,7 @@ from penchant.base.files import (
     write_atomically,
     write_text_atomically,
 )
+from penchant.base.text import without_passwords
 from penchant.errors import CheckpointError, PenchantError
 
 # ---- Its files ----
@@ -237,6 +238,7 @@ def open_run(
     if any((folder / CHECKPOINTS).glob("step-*")):
         theirs, note = _identity_of(path)
         notes += note
+        theirs = json.loads(without_passwords(json.dumps(theirs)))  # an older version's has them
         found = differences(theirs, mine, defaults=json.loads(json.dumps(defaults or {})))
         if found:
             shown = "".join(f"\n  {line}" for line in found)
