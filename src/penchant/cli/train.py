@@ -33,18 +33,18 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _held_out_line(metrics: Any) -> str:
+    from penchant.metrics.names import figure_text
+
     parts = []
     for name, label in (
         ("eval/rewards/accuracies", "preference accuracy"),
         ("eval/rewards/margins", "margin"),
         ("eval/reward", "reward"),
+        ("eval/win_rate", "win rate"),
         ("eval/loss", "loss"),
-        ("eval/kl/policy_ref", "KL"),
+        ("eval/kl/k3", "KL"),
         ("eval/perplexity", "perplexity"),
     ):
         if name in metrics and not (name == "eval/loss" and "eval/reward" in metrics):
-            interval = metrics.get(f"{name}/ci")
-            parts.append(
-                f"{label} {metrics[name]:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
-            )
+            parts.append(f"{label} {figure_text(metrics, name)}")
     return ", ".join(parts) + f" ({metrics['eval/rows']} held-out rows)"

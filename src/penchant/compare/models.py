@@ -16,6 +16,7 @@ from penchant.base.text import columns
 from penchant.compare.judged import WIN_RATE, Judgement, judge_pairs, lengths_of, sides, win_rates
 from penchant.compare.measured import Measured, Metrics, Setting, figures, measure
 from penchant.compare.verdict import (
+    FEW_PROMPTS,
     Candidate,
     Family,
     Pair,
@@ -33,9 +34,11 @@ from penchant.judges.judge import PairJudge
 from penchant.logprobs import Scorer
 from penchant.metrics.answers import is_answer
 from penchant.metrics.figures import prompt_numbers
+from penchant.metrics.names import all_tied
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, prompts_by_source
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS
+from penchant.runfolder.values import ci_of
 from penchant.runs import Run
 from penchant.runs.find import Source
 from penchant.runs.parts import answering
@@ -57,7 +60,7 @@ JUDGED = (
     ("win_rate_equal_length", "win rate at equal length", 3),
 )
 ROWS = (
-    ("kl", "KL(policy || {first}), nats per completion", 2),
+    ("kl_k3", "KL(policy || {first}), nats per completion", 2),
     ("kl_per_token", "KL(policy || {first}), nats per token", 4),
     ("preference_accuracy", "held-out preference accuracy", 3),
     ("perplexity", "perplexity of held-out chosen answers", 2),
@@ -198,8 +201,10 @@ def _rows(
     return rows
 
 
-def table(models: Mapping[str, Metrics]) -> str:
-    """Figures as a plain table: one line a figure, one column a model, 95% intervals in brackets."""
+def table(models: Mapping[str, Metrics], prompts: int = FEW_PROMPTS) -> str:
+    """Figures as a plain table: one line a figure, one column a model, 95% intervals in brackets where the prompts are not too few for them."""
+    if prompts < FEW_PROMPTS:
+        models = {name: {k: v for k, v in m.items() if not k.endswith("/ci")} for name, m in models.items()}
     first = next(iter(models))
     lines = [["", *models], *_lines(models, JUDGED, first)]
     for judge in models[first].get("also", {}):
@@ -223,7 +228,9 @@ def _lines(
 def _cell(metrics: Metrics, name: str, digits: int) -> str:
     if name not in metrics:
         return "-"
-    interval = metrics.get(f"{name}/ci")
+    if all_tied(metrics, name):
+        return "all tied"
+    interval = ci_of(metrics, name)
     shown = f"{metrics[name]:.{digits}f}"
     return shown + (f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else "")
 
@@ -383,6 +390,8 @@ def figures_of(compared: Compared) -> dict[str, Any]:
 
 
 def _tables(compared: Compared) -> str:
+    if len({row["prompt"] for row in compared.rows}) < FEW_PROMPTS:
+        return ""
     tables = [comparisons_table(compared.pairs, compared.outcome)] if compared.pairs else []
     others = sum(map(len, compared.also.values()))
     for name, pairs in compared.also.items():
@@ -394,7 +403,8 @@ def _tables(compared: Compared) -> str:
 
 def text_of(figures: Mapping[str, Any], heading: str, notes: Iterable[str] = ()) -> str:
     """A comparison as a person reads it: heading, notes, tables, and last the verdict."""
-    parts = [heading, "\n".join(notes), table(figures["models"]), figures.get("comparisons_text", "")]
+    few = table(figures["models"], int(figures.get("prompts") or FEW_PROMPTS))
+    parts = [heading, "\n".join(notes), few, figures.get("comparisons_text", "")]
     return "\n\n".join(p for p in [*parts, "\n".join(figures["sentences"])] if p)
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from penchant.base.text import printable
 from penchant.errors import ConfigError
 from penchant.evaluate.evaluator import Evaluated
-from penchant.metrics.names import metric
+from penchant.metrics.names import all_tied, metric
 from penchant.runfolder import EVALUATIONS, IDENTITY, MetricsLog, finite
+from penchant.runfolder.values import FEW_ROWS, ci_of, interval_of
 
 NO_FIGURE = ("tables", "notes")
 COUNT = "/n"
@@ -65,7 +66,7 @@ def table(metrics: Mapping[str, Any]) -> str:
     """A line a figure: name, value, 95% interval, and over how much it is."""
     names = _shown(metrics)
     width = max(28, *map(len, names))
-    spans = {n: _span(metrics.get(f"{n}/ci")) for n in names}
+    spans = {n: _span(metrics, n) for n in names}
     broad = max(map(len, spans.values()), default=0)
     lines = []
     for name in names:
@@ -101,5 +102,10 @@ def _over(metrics: Mapping[str, Any], name: str) -> str:
     return f"n={metrics['eval/rows']:,} rows" if "eval/rows" in metrics else ""
 
 
-def _span(interval: Any) -> str:
-    return f"[{interval[0]:,.4f}, {interval[1]:,.4f}]" if interval else ""
+def _span(metrics: Mapping[str, Any], name: str) -> str:
+    """The interval, or why there is none."""
+    if all_tied(metrics, name):
+        return "all tied"
+    if interval := ci_of(metrics, name):
+        return f"[{interval[0]:,.4f}, {interval[1]:,.4f}]"
+    return f"fewer than {FEW_ROWS}: no interval" if interval_of(metrics, name) else ""

@@ -61,7 +61,7 @@ PANELS = (
     _both("Reward margin", "rewards/margins", "chosen \u2212 rejected"),
     _both("Reward of completions", "reward"),
     Panel("Win rate against the start", "%", (("eval/win_rate", "held out"),)),
-    _both("KL to the start", "kl/policy_ref", "nats per completion"),
+    _both("KL to the start", "kl/k3", "nats per completion"),
     _both("Perplexity", "perplexity", log=True),
     _sides("Rewards, held out", "eval/rewards"),
     _sides("Rewards in training", "rewards", main=False),

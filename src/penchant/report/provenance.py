@@ -188,10 +188,10 @@ def _one(run: RunData | None, line: Mapping[str, Any], i: int) -> Element:
     metrics = mapping(line.get("metrics"))
     rows: list[list[Node]] = []
     for name in metrics:
-        value, ci = num(metrics, name), ci_of(metrics, name)
+        known, n = metric(name), num(line.get("n"), name)
+        value, ci = num(metrics, name), ci_of({**metrics, f"{name}/n": n}, name)
         if value is None:
             continue
-        known, n = metric(name), num(line.get("n"), name)
         rows.append(
             [
                 said(name.removeprefix("eval/")),

@@ -43,7 +43,9 @@ def shown(value: float | None, share: bool = False) -> str:
 
 
 def interval(low: float, high: float, share: bool = False) -> str:
-    """``[low, high]`` with as many digits as its width deserves."""
+    """``[low, high]`` with as many digits as its width deserves; nothing where it has none."""
+    if low == high:
+        return ""
     if share:
         return f"[{percent(low)}, {percent(high)}]"
     digits = _digits(low, high)

@@ -101,8 +101,8 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
     for i, change in enumerate(order):
         lead = first and i == 0 and not own
         made.append(statement(TONE_OF.get(change.reading, "plain"), _sentence(change, run), lead=lead))
-    if "kl/policy_ref" in found:
-        made.append(statement("plain", _price(found["kl/policy_ref"])))
+    if "kl/k3" in found:
+        made.append(statement("plain", _price(found["kl/k3"])))
     judged = [c for c in order if c.reading != "plain"]
     if judged and all(c.reading == "unclear" for c in judged):
         rows = num(run.last, "eval/rows")

@@ -20,7 +20,7 @@ from penchant.data.load import write_quarantine
 from penchant.errors import CheckpointError, ConfigError, DiskError, PenchantError
 from penchant.logprobs.reference import Reference
 from penchant.metrics.completions import START_FILE
-from penchant.metrics.flags import write_flags
+from penchant.metrics.flags import run_flags, summary, write_flags
 from penchant.metrics.flags.rule import Flag
 from penchant.runfolder import (
     AUDIT,
@@ -208,8 +208,11 @@ class Run:
                 self.console.note(f"{name}: {tokenized.summary()}")
                 with self._spared(f"quarantine.{name}.tokens.jsonl"):
                     write_quarantine(tokenized.quarantined, self.folder, f"{name}.tokens")
+        audit = rows.audit().to_json()
         with self._spared(AUDIT):
-            keep(self.folder / AUDIT, json.dumps(rows.audit().to_json(), indent=1))
+            keep(self.folder / AUDIT, json.dumps(audit, indent=1))
+        if said := summary(run_flags((), self.config.model_dump(mode="json"), audit, trust=self.config.trust)):
+            self.console.note(said)
 
     def _check_space(self) -> None:
         """Say before the first step that the checkpoints will not fit.

@@ -253,7 +253,9 @@ def names_of(paths: Iterable[str]) -> dict[str, str]:
 def _truncation(tokenized: TokenizedDataset) -> dict[str, Finding]:
     bad = tuple(q.where for q in tokenized.quarantined)
     identical = tuple(q.where for q in tokenized.quarantined if q.what.startswith(IDENTICAL))
+    cut = tuple(dict.fromkeys((*tokenized.cut_prompts, *tokenized.cut_completions)))
     found = {
+        "cut_rows": ("rows cut to max_length, at either end", cut),
         "cut_prompts": ("prompts that lost their start to max_length", tokenized.cut_prompts),
         "cut_completions": ("rows with a cut completion (its EOS is gone)", tokenized.cut_completions),
         "identical_after_cut": ("pairs that became equal in tokens", identical),
