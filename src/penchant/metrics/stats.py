@@ -77,11 +77,10 @@ def share_ci(
     certainty from any number of rows: Wilson's interval of as many trials as there are clusters takes its place.
     """
     x = np.asarray(values, dtype=np.float64)
-    found = bootstrap_ci(x, clusters=clusters, level=level, draws=draws, seed=seed)
-    if found.low < found.high:
-        return found
-    trials = len(np.unique(_members(len(x), clusters)))
-    return wilson(found.estimate * trials, trials, NormalDist().inv_cdf((1 + level) / 2))
+    if x.ndim == 1 and len(x) and (x == x[0]).all():
+        trials = len(np.unique(_members(len(x), clusters)))
+        return wilson(float(x[0]) * trials, trials, NormalDist().inv_cdf((1 + level) / 2))
+    return bootstrap_ci(x, clusters=clusters, level=level, draws=draws, seed=seed)
 
 
 def bootstrap_ratio(

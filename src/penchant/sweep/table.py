@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from penchant.base.text import columns
+from penchant.runfolder.values import ci_of
 from penchant.sweep import SEED, SweepRun
 from penchant.sweep.halving import SCALED
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from penchant.metrics.flags.rule import RunView, Seen, percent, seen
 from penchant.metrics.names import TIES
-from penchant.runfolder.values import num, rows_behind, unchanged
+from penchant.runfolder.values import algorithm_of, num, rows_behind, unchanged
 
 
 def _cut_rows(run: RunView) -> Seen | None:
@@ -42,17 +42,16 @@ def _tied(run: RunView) -> Seen | None:
     last = run.evals[-1] if run.evals else {}
     if not num(last, "step"):  # before training most losses tie every pair
         return None
-    for name, who in (
-        ("win_rate", "the completion of the run and that of its start have the same reward"),
-        ("rewards/accuracies", "both answers have the same reward"),
+    cannot = "This reward cannot tell them apart."
+    learned = cannot if algorithm_of(run.config) else "The policy has hardly moved from its reference."
+    for name, what, tied, so in (
+        ("win_rate", "prompts", "the run's completion and its start's", cannot),
+        ("rewards/accuracies", "pairs", "both answers", learned),
     ):
         ties, n = num(last, f"eval/{TIES[name]}"), rows_behind(last, f"eval/{name}")
         if ties is not None and ties >= run.trust.ties and n:
-            what = "pairs" if name == "rewards/accuracies" else "prompts"
-            sentence = (
-                f"Tied on {round(ties * n):,} of {n:,} held-out {what}: {who}. This reward cannot tell them apart."
-            )
-            return seen(sentence, "share of ties", ties)
+            sentence = f"Tied on {round(ties * n):,} of {n:,} held-out {what}: {tied} have the same reward. {so}"
+            return seen(sentence, "share of ties", ties, level="warning" if so == cannot else "note")
     return None
 
 
@@ -60,7 +59,12 @@ def _samples_unchanged(run: RunView) -> Seen | None:
     same, n = unchanged(run.samples)
     if not n or same < n:
         return None
-    return seen(f"{same} of {n} sampled answers are unchanged by training.", "sampled answers that are unchanged", same)
+    return seen(
+        f"{same} of {n} sampled answers are unchanged by training.",
+        "sampled answers that are unchanged",
+        same,
+        level="note",
+    )
 
 
 OF_RUN = {
