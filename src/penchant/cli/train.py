@@ -18,6 +18,8 @@ def add(commands: Any) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from penchant import api
+    from penchant.runfolder.read import read
+    from penchant.runfolder.values import unchanged
 
     result = api.train(args.config, *args.overrides, quiet=args.quiet)
     for name, metrics in (("before", result.before), ("after", result.after)):
@@ -29,6 +31,13 @@ def _train(args: argparse.Namespace) -> int:
         from penchant.metrics.flags import summary
 
         print(f"{summary(result.flags)}\nevidence and advice: penchant flags {result.folder}")
+    from penchant.base.text import printable
+    from penchant.report import headline
+
+    print(f"result: {printable(headline(result.folder))}")
+    same, of = unchanged(read(result.folder).samples)
+    if of:
+        print(f"        {same} of {of} sampled answers are unchanged by training")
     return 0
 
 

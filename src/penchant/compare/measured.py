@@ -31,6 +31,7 @@ class Setting:
             single answers; empty where there are none.
         judge: the reward, or None; also: other rewards by name; pairwise: who decides between two answers, or None.
         samples: completions of each prompt; seed: of the draws; tokens_per_step: of a forward pass.
+        turns: of each prompt what `turns_of` says of it, for files; may be empty.
     """
 
     tokenizer: Any
@@ -45,6 +46,7 @@ class Setting:
     also: Mapping[str, Judge] = field(default_factory=dict)
     pairwise: PairJudge | None = None
     progress: Callable[[str], Callable[[int, int], None]] | None = None
+    turns: Sequence[Mapping[str, Any]] = ()
 
     @property
     def asked(self) -> list[str]:

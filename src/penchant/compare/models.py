@@ -27,7 +27,7 @@ from penchant.compare.verdict import (
     corrected,
     verdict,
 )
-from penchant.data.load import Dataset, first_text
+from penchant.data.load import Dataset, first_text, turns_of
 from penchant.data.split import prompt_key
 from penchant.errors import ConfigError
 from penchant.judges.judge import PairJudge
@@ -38,7 +38,7 @@ from penchant.metrics.names import all_tied
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, prompts_by_source
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS
-from penchant.runfolder.values import ci_of
+from penchant.runfolder.values import ci_of, span
 from penchant.runs import Run
 from penchant.runs.find import Source
 from penchant.runs.parts import answering
@@ -192,7 +192,8 @@ def _rows(
     for i, asked in enumerate(setting.asked):
         for s in range(setting.samples):
             at = i * setting.samples + s
-            row: dict[str, Any] = {"prompt": asked, "sample": s, "completions": {}}
+            turns = setting.turns[i] if setting.turns else {}
+            row: dict[str, Any] = {"prompt": asked, **turns, "sample": s, "completions": {}}
             for name, m in measured.items():
                 row["completions"][name] = {"text": m.written.texts[at], **m.written.row(at, m.also)}
             if judgement is not None:
@@ -230,9 +231,8 @@ def _cell(metrics: Metrics, name: str, digits: int) -> str:
         return "-"
     if all_tied(metrics, name):
         return "all tied"
-    interval = ci_of(metrics, name)
-    shown = f"{metrics[name]:.{digits}f}"
-    return shown + (f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else "")
+    form = f".{digits}f"
+    return f"{metrics[name]:{form}} {span(ci_of(metrics, name), form)}".rstrip()
 
 
 # ---- Named models on held-out rows with a reward: loading them, what all of them meet alike, and the files that are left ----
@@ -313,7 +313,8 @@ def make_setting(
     prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in trees))[: sampling.prompts]
     kept = set(prompts)
     data = run.config.data
-    policy = PolicyText(tokenizer, data.template, prompts_by_source(rows.trees), data.template_options)
+    by_source = prompts_by_source(rows.trees)
+    policy = PolicyText(tokenizer, data.template, by_source, data.template_options)
     return Setting(
         tokenizer=tokenizer,
         prompts=prompts,
@@ -327,6 +328,7 @@ def make_setting(
         also={name: load_reward(r, policy, run.device) for name, r in (also or {}).items()},
         pairwise=pairwise,
         progress=console.counter,
+        turns=[turns_of(by_source.get(source_of[p])) for p in prompts],
     )
 
 

@@ -22,6 +22,7 @@ from penchant.metrics.stats import (
     share_ci,
     sign_flip_test,
 )
+from penchant.runfolder.values import span
 
 T = TypeVar("T")
 
@@ -359,8 +360,7 @@ def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None 
 
 
 def _brackets(interval: Interval, form: str = ".3f") -> str:
-    """An interval; nothing where it has no width."""
-    return f"[{interval.low:{form}}, {interval.high:{form}}]" if interval.low < interval.high else ""
+    return span((interval.low, interval.high), form)
 
 
 def _p(p: float) -> str:

@@ -452,6 +452,11 @@ def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
     return prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]
 
 
+def turns_of(prompt: Prompt | None) -> dict[str, Any]:
+    """``{"messages": ...}`` of a conversation, as it stands beside a prompt's text in files; empty for a text."""
+    return {} if prompt is None or isinstance(prompt, str) else {"messages": prompt_json(prompt)}
+
+
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one string, for comparing and showing."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m.role}: {m.content}" for m in prompt)

@@ -13,7 +13,7 @@ from penchant.errors import ConfigError
 from penchant.evaluate.evaluator import Evaluated
 from penchant.metrics.names import all_tied, metric
 from penchant.runfolder import EVALUATIONS, IDENTITY, MetricsLog, finite
-from penchant.runfolder.values import FEW_ROWS, ci_of, interval_of
+from penchant.runfolder.values import FEW_ROWS, ci_of, interval_of, span
 
 NO_FIGURE = ("tables", "notes")
 COUNT = "/n"
@@ -107,5 +107,5 @@ def _span(metrics: Mapping[str, Any], name: str) -> str:
     if all_tied(metrics, name):
         return "all tied"
     if interval := ci_of(metrics, name):
-        return f"[{interval[0]:,.4f}, {interval[1]:,.4f}]"
+        return span(interval, ",.4f")
     return f"fewer than {FEW_ROWS}: no interval" if interval_of(metrics, name) else ""

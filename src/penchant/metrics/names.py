@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from penchant.base.files import packaged_yaml
-from penchant.runfolder.values import FEW_ROWS, ci_of, interval_of, num, rows_behind
+from penchant.runfolder.values import FEW_ROWS, ci_of, interval_of, num, rows_behind, span
 
 # a cost is what a gain is paid with: less of it is better, but only at the same gain
 Better = Literal["higher", "lower", "cost"]
@@ -107,8 +107,7 @@ def figure_text(line: Mapping[str, Any], name: str, digits: int = 4) -> str:
         return f"{value:.{digits}f} (tied on {n} of {n})" if n else f"{value:.{digits}f} (all tied)"
     if share and n and n < FEW_ROWS and metric(name).null is not None:
         return f"{value * n:g} of {n}, too few to tell"
-    ci = ci_of(line, name)
-    return f"{value:.{digits}f}" + (f" [{ci[0]:.{digits}f}, {ci[1]:.{digits}f}]" if ci else "")
+    return f"{value:.{digits}f} {span(ci_of(line, name), f'.{digits}f')}".rstrip()
 
 
 def higher_is_better(name: str) -> bool:

@@ -10,9 +10,10 @@ from penchant.base.files import write_text_atomically
 from penchant.errors import CheckpointError
 from penchant.report.data import ReportData, read_report
 from penchant.report.page import render
+from penchant.report.verdict import headline as first_sentence
 from penchant.runfolder import REPORT
 
-__all__ = ["LiveReport", "write_report"]
+__all__ = ["LiveReport", "headline", "write_report"]
 
 
 # ---- Write a report: one HTML file that can be read offline, with nothing in it that could call home ----
@@ -43,6 +44,11 @@ def write_report(
             str(target), f"cannot be written ({error.strerror})", "choose another --output"
         ) from error
     return target
+
+
+def headline(run: Path) -> str:
+    """What the report of a run's folder says first, in plain text."""
+    return first_sentence(read_report([run], time.time()))
 
 
 def _target(data: ReportData, output: Path | str | None) -> Path:

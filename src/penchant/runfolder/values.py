@@ -44,6 +44,14 @@ def ci_of(row: Any, key: str) -> tuple[float, float] | None:
     return None if found is None or few or found[0] == found[1] else found
 
 
+def span(interval: tuple[float, float] | None, form: str) -> str:
+    """``[low, high]``; nothing where there is none, or where rounding leaves it without a width."""
+    if interval is None:
+        return ""
+    low, high = (f"{end:{form}}" for end in interval)
+    return "" if low.lstrip("-") == high.lstrip("-") else f"[{low}, {high}]"
+
+
 def interval_of(row: Any, key: str) -> tuple[float, float] | None:
     """The interval ``KEY/ci`` of a metrics line as it stands there, or None."""
     value = row.get(f"{key}/ci") if isinstance(row, Mapping) else None
