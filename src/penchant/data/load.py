@@ -477,7 +477,7 @@ def summary_of(shape: str, accepted: int, reasons: Counter[str], aside: int, exa
     """The same from counts."""
     shown = f" ({_counted(reasons)})" if reasons else ""
     more = f", {examples:,} examples" if examples != accepted else ""
-    return f"{accepted + aside:,} rows ({shape}) = {accepted:,} accepted + {aside:,} quarantined{shown}{more}"
+    return f"{accepted + aside:,} rows ({shape}) = {accepted:,} accepted + {aside:,} kept aside{shown}{more}"
 
 
 def _counted(reasons: Counter[str]) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from penchant.data.audit.findings import wilson_interval
+
 # ---- Intervals and win rates: percentile bootstrap that draws whole prompts, Wilson's interval. numpy only, deterministic by seed ----
 
 
@@ -204,10 +206,7 @@ def wilson(successes: float, n: int, z: float = 1.959963984540054) -> Interval:
     """
     if n <= 0:
         raise ValueError("n must be positive")
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half))
+    return Interval(successes / n, *wilson_interval(successes, n, z))
 
 
 # ---- Whether one model is better than another: paired tests on the same prompts, many comparisons at once, seeds as a source of chance ----

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from penchant.base.text import counted as count
 from penchant.metrics.names import metric, of_evaluation
 from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, soft
 from penchant.report.settings import short
-from penchant.report.svg import MISSING, count, duration, estimate, interval, number
+from penchant.report.svg import MISSING, duration, estimate, interval, number
 from penchant.runfolder import damaged
 from penchant.runfolder.values import ci_of, flat, mapping, num, sequence, text
 

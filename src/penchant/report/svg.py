@@ -99,11 +99,6 @@ def duration(seconds: float | None) -> str:
     return (f"{days} d " if days else "") + f"{hours} h {whole % 3600 // 60:02d} min"
 
 
-def count(n: float, one: str, many: str | None = None) -> str:
-    """``1 run``, ``1,200 runs``."""
-    return f"{n:,.0f} {one if n == 1 else many or one + 's'}"
-
-
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round positions between low and high: steps of 1, 2 or 5 times a power of ten."""
     span = high - low

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from penchant.base.text import counted as count
 from penchant.metrics.names import METRICS, Metric, all_tied
 from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, spoken, table
 from penchant.report.settings import Ranking, Row, held_out_rows, ranking, spread, tried
-from penchant.report.svg import MISSING, count, estimate, interval, number, shown, strip
+from penchant.report.svg import MISSING, estimate, interval, number, shown, strip
 from penchant.runfolder.values import FEW_ROWS, ci_of, mapping, mappings, num, rows_behind, sequence, text, unchanged
 
 # ---- The verdict: what came out, in words, before any figure; also that nothing did ----
