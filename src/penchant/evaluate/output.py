@@ -62,9 +62,11 @@ def _write(option: str, path: str, text: str) -> None:
         raise ConfigError(option, f"{path} cannot be written ({error.strerror})", "give another file") from error
 
 
-def table(metrics: Mapping[str, Any]) -> str:
-    """A line a figure: name, value, 95% interval, and over how much it is."""
+def table(metrics: Mapping[str, Any], whole: bool = True) -> str:
+    """A line a figure: name, value, 95% interval, and over how much it is; not `whole`: the main ones, with what they are."""
     names = _shown(metrics)
+    main = names if whole else [n for n in names if metric(n).main or metric(n).word or n == "checkpoint"]
+    left, names = len(names) - len(main), main or names
     width = max(28, *map(len, names))
     spans = {n: _span(metrics, n) for n in names}
     broad = max(map(len, spans.values()), default=0)
@@ -74,8 +76,14 @@ def table(metrics: Mapping[str, Any]) -> str:
         shown = f"{value:,.4f}" if isinstance(value, float) else printable(str(value))
         line = f"{printable(name):<{width}} {shown:>12}"
         if isinstance(value, float):
-            line += f"  {spans[name]:<{broad}}  {_over(metrics, name)}"
+            over = _over(metrics, name)
+            line += f"  {spans[name]:<{broad}}  {over}"
+            known = metric(name)
+            if not whole:
+                line += f"{' ' * max(2, 18 - len(over))}{known.word or known.label}"
         lines.append(line.rstrip())
+    if left and not whole:
+        lines.append(f"{left} more with --all; --explain says what each is")
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ class Metric:
         label: in words, for the held-out table of the report, "" where it does not stand there; picture, row: the same for `penchant watch`, as
             the title of a picture and as a line of its table; unit: "" where it has none.
         better: which way, None where that cannot be said; null: its value where nothing was learned (one half, zero), None where there is none.
+        word: what it is, for the short table of `penchant eval`, where its label does not do; "" else, or where it does not stand there.
         share: a share of rows, shown in percent; main: what a run is judged by; logged: whether runs log it; else only `penchant eval` has it.
     """
 
@@ -34,6 +35,7 @@ class Metric:
     picture: str = ""
     row: str = ""
     unit: str = ""
+    word: str = ""
     better: Better | None = None
     null: float | None = None
     share: bool = False

@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penchant.base.machine import resident
+import torch
+
+from penchant.base.machine import machine_memory, resident
+from penchant.base.text import gigabytes
 from penchant.config import Places, RunConfig
 from penchant.errors import PenchantError
 from penchant.plan.memory import Memory, memory_of
@@ -15,6 +18,7 @@ from penchant.plan.outline import OutlinedRun, parameter_counts
 from penchant.plan.probe import Duration, Probe, duration_of, probe
 from penchant.plan.settings import Setting, derived_values, settings_of
 from penchant.plan.work import Disk, Rows, Work, disk_of, rows_of, to_json, work_of
+from penchant.runs import Run
 from penchant.runs.parts import reference_kind
 from penchant.runs.record import reward_contents
 from penchant.training.checkpoint import latest_checkpoint
@@ -102,6 +106,32 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> 
         run.method.name, str(run.folder), _what_is_there(run.folder), settings, rows, work, parameters, memory, disk, reference,
         found, duration, tuple(notes),
     )  # fmt: skip
+
+
+ROOM = 0.33  # of the machine: below it a rough sum is no reason to look closer
+ACTIVATIONS = 40  # numbers a token, a layer and a unit of width, roughly
+
+
+def misfit(run: Run) -> str | None:
+    """What to know before the first step of a run that needs more memory than there is; None where it fits, or nobody can tell.
+
+    Rows are read already, no model is. A rough sum decides whether the plan's own count, which takes seconds, is made.
+    """
+    planned = OutlinedRun(run.config, quiet=True, rows=run.rows)
+    every, trained = parameter_counts(planned.model)
+    shape = getattr(planned.model.config, "get_text_config", lambda: planned.model.config)()
+    width, layers = (getattr(shape, name, 0) or 0 for name in ("hidden_size", "num_hidden_layers"))
+    rough = 4 * (every + 3 * trained + run.config.train.tokens_per_step * width * layers * ACTIVATIONS)
+    machine = torch.cuda.mem_get_info()[1] if run.device.type == "cuda" else machine_memory()[0]
+    if rough < ROOM * machine:
+        return None
+    memory = memory_of(planned, work_of(planned), resident(), 0)
+    if memory.peak <= memory.free:
+        return None
+    has = f"this machine has {gigabytes(memory.machine)}, {gigabytes(memory.free)} of it free"
+    end = "it will not fit and will probably be killed" if not memory.fits else "close something, or it may be killed"
+    tries = "; ".join(f"{text} (saves {gigabytes(saved)})" for text, saved in memory.advice[:3])
+    return f"! memory: about {gigabytes(memory.peak)} are needed and {has}: {end}. {tries or 'See penchant plan'}"
 
 
 def _load_what_training_loads(run: OutlinedRun) -> None:
