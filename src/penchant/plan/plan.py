@@ -12,6 +12,7 @@ import torch
 from penchant.base.machine import machine_memory, resident
 from penchant.base.text import gigabytes
 from penchant.config import Places, RunConfig
+from penchant.data.packing import tree_tokens
 from penchant.errors import PenchantError
 from penchant.plan.memory import Memory, memory_of
 from penchant.plan.outline import OutlinedRun, parameter_counts
@@ -23,6 +24,7 @@ from penchant.runs.parts import reference_kind
 from penchant.runs.record import reward_contents
 from penchant.training.checkpoint import latest_checkpoint
 
+LOOKED_AT = 1000  # rows whose lengths `misfit` reads
 PROBE_ROOM = 0.9  # of the free memory: a probe that would need more is not taken
 
 
@@ -108,30 +110,31 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> 
     )  # fmt: skip
 
 
-ROOM = 0.33  # of the machine: below it a rough sum is no reason to look closer
-ACTIVATIONS = 40  # numbers a token, a layer and a unit of width, roughly
+ACTIVATIONS = 20  # numbers that a token keeps in a layer, for each unit of its width, roughly
 
 
 def misfit(run: Run) -> str | None:
-    """What to know before the first step of a run that needs more memory than there is; None where it fits, or nobody can tell.
+    """What to know before the first step of a run that seems to need more memory than the machine has; None where it seems to fit.
 
-    Rows are read already, no model is. A rough sum decides whether the plan's own count, which takes seconds, is made.
+    Weights, gradients and moments are counted, activations roughly: the plan's own count takes longer than a start should.
     """
     planned = OutlinedRun(run.config, quiet=True, rows=run.rows)
     every, trained = parameter_counts(planned.model)
+    size = torch.empty(0, dtype=run.dtype).element_size()
+    states = (every + run.method.copies * every) * size + (trained + run.method.copies * every) * (12 + 4 * (size < 4))
     shape = getattr(planned.model.config, "get_text_config", lambda: planned.model.config)()
     width, layers = (getattr(shape, name, 0) or 0 for name in ("hidden_size", "num_hidden_layers"))
-    rough = 4 * (every + 3 * trained + run.config.train.tokens_per_step * width * layers * ACTIVATIONS)
+    lengths = sorted((tree_tokens(t, planned.shared_prompts) for t in run.rows.trees[0][:LOOKED_AT]), reverse=True)
+    tokens = min(run.config.train.tokens_per_step, sum(lengths[: run.config.train.batch_size]))
+    passing = 0 if run.config.train.gradient_checkpointing else tokens * width * layers * ACTIVATIONS * size
     machine = torch.cuda.mem_get_info()[1] if run.device.type == "cuda" else machine_memory()[0]
-    if rough < ROOM * machine:
+    if states + passing <= machine:
         return None
-    memory = memory_of(planned, work_of(planned), resident(), 0)
-    if memory.peak <= memory.free:
-        return None
-    has = f"this machine has {gigabytes(memory.machine)}, {gigabytes(memory.free)} of it free"
-    end = "it will not fit and will probably be killed" if not memory.fits else "close something, or it may be killed"
-    tries = "; ".join(f"{text} (saves {gigabytes(saved)})" for text, saved in memory.advice[:3])
-    return f"! memory: about {gigabytes(memory.peak)} are needed and {has}: {end}. {tries or 'See penchant plan'}"
+    what = "set lora, or take a smaller model" if states > machine / 2 else "lower train.tokens_per_step"
+    return (
+        f"! memory: about {gigabytes(states)} for weights, gradients and the optimizer and roughly {gigabytes(passing)} for "
+        f"activations, and this machine has {gigabytes(machine)}: the run will probably be killed. Try to {what}; penchant plan counts it."
+    )
 
 
 def _load_what_training_loads(run: OutlinedRun) -> None:

@@ -175,9 +175,9 @@ def picture(found: Frontier) -> Element:
     across = axis(xs if log else [*xs, 0.0], LEFT, WIDTH - RIGHT, log=log, pad=0.04)
     up = axis(ys, HEIGHT - BOTTOM, TOP)
     edge = best_so_far(spots)
-    says = f"{len(spots)} models by KL to the start and {found.label}. None reaches as much with less KL: " + ", ".join(
-        f"{s.name} ({shown(s.y, found.share)} at {number(s.x)} nats)" for s in edge
-    )
+    says = ", ".join(f"{s.name} ({shown(s.y, found.share)} at {number(s.x)} nats)" for s in edge)
+    if len(spots) > 1:
+        says = f"{len(spots)} models by KL to the start and {found.label}. None reaches as much with less KL: {says}"
     svg = el(
         "svg",
         el("desc", says),
@@ -195,7 +195,9 @@ def picture(found: Frontier) -> Element:
         "figure",
         el("figcaption", el("b", title), el("span", f" on {found.source}", class_="unit")),
         svg,
-        note(
+        None
+        if len(spots) == 1
+        else note(
             "Up and to the left is better. The dotted steps join those for which no other has as much with less KL; the steps are not a test."
         ),
         fold("figures", _table(found), key="plot-frontier"),
