@@ -183,11 +183,13 @@ def _check_config(args: argparse.Namespace) -> None:
     from penchant.config import load_config
     from penchant.data.read import find_file
     from penchant.models.options import check_model_path
+    from penchant.runfolder import stands_for_model
 
     config = load_config(args.config, args.overrides)
     if args.command == "eval":
         return  # a finished run needs neither the model that it started from nor, with --data, its own rows
-    check_model_path(config.model.path)
+    if not stands_for_model(Path(config.model.path).expanduser()):
+        check_model_path(config.model.path)
     for path in (config.data.path, config.data.eval_path or []):
         for name in [path] if isinstance(path, str) else path:
             find_file(name)

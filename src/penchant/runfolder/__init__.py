@@ -40,6 +40,12 @@ COMPARISON, COMPARISON_ROWS = "comparison.json", "comparison.jsonl"  # of a comp
 SWEEP, PIPELINE = "sweep.json", "pipeline.json"  # of a sweep's and a pipeline's, in which runs' folders lie
 
 
+def stands_for_model(folder: Path) -> bool:
+    """Whether a folder is a run's, a checkpoint's or an adapter's: none that transformers loads, but there is a model behind it."""
+    inside = folder.name.startswith("step-") and (folder / "model").is_dir()
+    return inside or any((folder / name).exists() for name in (CONFIG, CHECKPOINTS, "adapter_config.json"))
+
+
 def make_folder(folder: Path) -> None:
     """Make a run's folder.
 

@@ -39,6 +39,7 @@ from penchant.runfolder import (
 from penchant.runfolder.read import read
 from penchant.runfolder.values import number_of
 from penchant.runs.evaluating import HeldOut, prompts_of, writes_completions
+from penchant.runs.find import settled
 from penchant.runs.parts import Built, build, checkpoint_bytes, peak_lr, placed, start_key, write_model
 from penchant.runs.record import (
     contents_of,
@@ -87,6 +88,8 @@ class Run:
         cache: False leaves the files of a cached reference alone: it is computed anew.
     """
 
+    merges = True  # whether an adapter that the config names as a model is merged, or its base stands for it
+
     def __init__(
         self,
         config: RunConfig,
@@ -99,11 +102,11 @@ class Run:
         rows: Rows | None = None,
         cache: bool = True,
     ) -> None:
-        self.config = config = with_absolute_paths(config)
+        self.console = make_console(quiet) if console is None else console
+        self.config = config = settled(with_absolute_paths(config), self.console.note, merge=self.merges)
         self.method = config.method
         self.folder = Path(config.output)
         self.shared = Alone() if shared is None else shared
-        self.console = make_console(quiet) if console is None else console
         self.device, self.dtype = placed(config)
         self.rows = Rows(config, self.shared, self.console, tokenizer) if rows is None else rows
         self.pause_at, self.cache = pause_at, cache
