@@ -8,7 +8,6 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from penchant.base.files import COMPLETIONS, FIGURES, check_output
 from penchant.base.text import did_you_mean
 from penchant.errors import ConfigError
 
@@ -113,6 +112,8 @@ class EvalRequest:
         Raises:
             ConfigError: it names the flag.
         """
+        from penchant.base.files import COMPLETIONS, FIGURES, check_output
+
         for flag, value, least in (
             ("--generate", self.generate, 1),
             ("--samples", self.samples, 1),

@@ -6,7 +6,6 @@ import argparse
 import sys
 from typing import Any
 
-from penchant.base.files import AUDITED, PAGE, check_output, write_output
 from penchant.cli.arguments import add_arguments, add_columns, column_pairs, options_of
 from penchant.requests import FixRequest, GetRequest
 
@@ -145,6 +144,7 @@ def _audit(args: argparse.Namespace) -> int:
     import json
 
     from penchant import api
+    from penchant.base.files import AUDITED, PAGE, check_output, write_output
     from penchant.errors import ConfigError
 
     paths = list(args.paths)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from penchant.base.files import PAGE, check_output, write_output
+from penchant.errors import CheckpointError, ConfigError
 from penchant.report.data import ReportData, read_report
 from penchant.report.page import render
 from penchant.runfolder import REPORT
@@ -27,19 +28,29 @@ def write_report(
         strict: whether a part that cannot be made raises, rather than saying so on the page.
 
     Raises:
-        CheckpointError: a path does not exist or holds nothing of Penchant's. ConfigError: the file cannot be written, or is another's.
+        CheckpointError: a path does not exist or holds nothing of Penchant's, or the file cannot be written or is another's.
     """
     folders = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
     data = read_report(folders, time.time())
     target = _target(data, output)
     text = render(data, strict=strict)
-    return write_output(target, text)  # a page that loads itself anew never sees half of one
+    try:
+        if not target.parent.is_dir():
+            raise ConfigError(str(target), "cannot be written (its folder does not exist)")
+        return write_output(target, text)  # a page that loads itself anew never sees half of one
+    except ConfigError as error:
+        raise CheckpointError(error.where, error.what, "choose another --output") from error
 
 
 def _target(data: ReportData, output: Path | str | None) -> Path:
     folder = Path.cwd() if len(data.paths) > 1 else data.paths[0]
     target = folder if output is None else Path(output).expanduser()
-    return check_output(target / REPORT if target.is_dir() else target, PAGE)
+    target = target / REPORT if target.is_dir() else target
+    try:
+        return check_output(target, PAGE)
+    except ConfigError as error:
+        what = "is there already, and is not a report that Penchant wrote"
+        raise CheckpointError(str(target), what, "give another --output") from error
 
 
 # ---- The report of something that still goes on, written now and then, and never at the cost of it ----
