@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from penchant.base.files import PAGE, check_output
 from penchant.compare.models import (
     NO_OUTCOME,
     HeldOut,
@@ -41,6 +42,7 @@ from penchant.judges import OF_ENDPOINTS, JudgeOptions, PairJudge, load_judge
 from penchant.metrics.flags import comparison_flags, summary
 from penchant.metrics.flags.rule import Flag
 from penchant.requests import CompareRequest
+from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT
 from penchant.runfolder.read import read
 from penchant.runs.find import Source
 from penchant.runs.state import check_reward, reward_hashes, reward_terms
@@ -315,6 +317,9 @@ class RunComparer:
     def _folder(self) -> Path:
         """Where both files go: beside the first run, named after what is compared."""
         folder = _whole(self.question.output) if self.question.output is not None else self._default_folder()
+        ours = {COMPARISON: r'\{\n "', COMPARISON_ROWS: r'\{"prompt": .*"completions": \{', REPORT: PAGE}
+        for name, begins in ours.items():
+            check_output(folder / name, begins)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".probe-{os.getpid()}"
