@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.base.files import file_sha256, write_atomically
+from penchant.base.functions import imported_sha256
 from penchant.config import WATCHING_ONLY, RunConfig, default_settings
 from penchant.config.several import Member
 from penchant.data.load import Dataset
@@ -218,6 +219,7 @@ def reward_hashes(reward: Any) -> dict[str, str]:
         folder = Path(name).expanduser()
         if file.suffix == ".py" and file.is_file():
             found[str(file.resolve())] = file_sha256(file)
+            found |= {f"{file.resolve()}: {beside}": sha256 for beside, sha256 in imported_sha256(name).items()}
         elif folder.is_dir():
             run = (folder / CHECKPOINTS).is_dir()
             found[str(folder.resolve())] = model_sha256(model_folder(folder, None) if run else folder)
@@ -232,6 +234,8 @@ def changes(old: Inputs, new: Inputs) -> list[str]:
     for part, words in CHANGED.items():
         before, now = old.get(part, {}), new.get(part, {})
         for key in sorted({*before, *now}):
+            if ": " in key and part not in ("data", "models") and not any(": " in k for k in before):
+                continue  # an older version did not look at what a file imports
             if before.get(key) != now.get(key):
                 found.append(words.format(key) + f" ({_short(before.get(key))} -> {_short(now.get(key))})")
     return found
