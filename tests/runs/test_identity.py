@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 from transformers.utils import chat_template_utils
 
 from penchant import api
-from penchant.errors import CheckpointError, PenchantError
+from penchant.errors import CheckpointError, ModelError, PenchantError
 from penchant.runs import Run
+from penchant.runs.find import find_model
 
 REWARD = """import sys
 from pathlib import Path
@@ -259,6 +261,25 @@ def test_a_run_of_an_older_version_goes_on_with_a_note(world: Callable[[str], Wo
     told = capsys.readouterr().err
     assert "older version" in told and "model.path: config.json" in told and "slope.py" in told
     assert json.loads((here / "run/identity.json").read_text()) == known
+
+
+def test_an_evaluation_says_what_has_changed_since(world: Callable[[str], World]) -> None:
+    here = world("pairs").fresh()
+    assert "notes" not in api.evaluate(here / "run", quiet=True)
+    (here / "words_of_mine.py").write_text("def worth(text):\n    return -float(len(text))\n")
+    (said,) = api.evaluate(here / "run", quiet=True)["notes"]
+    assert "words_of_mine.py has changed since run was trained with it" in said
+    assert "notes" not in api.evaluate(here / "run", "evaluation.reward=words", quiet=True)
+
+
+def test_an_adapters_base_that_was_trained_anew_is_refused_by_all_that_put_it_on(world: Callable[[str], World]) -> None:
+    run = world("judged").fresh() / "run"
+    assert find_model(str(run)).load(torch.device("cpu")) is not None
+    tiny_model_folder(run.parent / "model", seed=5, chat=True)
+    with pytest.raises(ModelError, match=r"model: its weights are not those that the adapter of .*run was trained on"):
+        find_model(str(run)).load(torch.device("cpu"))
+    with pytest.raises(ModelError, match=r"its weights are not those that the adapter"):
+        api.export(run, to="adapter")
 
 
 # ---- Today's date ----

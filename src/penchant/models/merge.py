@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,18 @@ def model_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def merged_model(base: ModelConfig, adapter: Path, device: torch.device, seed: int = 0) -> Any:
+def merged_model(
+    base: ModelConfig,
+    adapter: Path,
+    device: torch.device,
+    seed: int = 0,
+    check: Callable[[Any], None] = lambda _: None,
+) -> Any:
     """The base model in fp32 with the adapter merged in: ``W + (alpha / r) B A``.
 
     Args:
         base: of the run that trained the adapter; seed: of that run (it matters where the base starts from random weights).
+        check: looks at the base alone, and raises where it is another one.
 
     Raises:
         ModelError: not an adapter of a causal model, or the merged model's logits differ from the unmerged one's.
@@ -60,7 +68,9 @@ def merged_model(base: ModelConfig, adapter: Path, device: torch.device, seed: i
         raise ModelError(str(adapter), f"an adapter of type {kind} is no language model", "name another stage")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-        model = PeftModel.from_pretrained(load_causal_model(base, device, seed), str(adapter)).eval()
+        bare = load_causal_model(base, device, seed)
+        check(bare)
+        model = PeftModel.from_pretrained(bare, str(adapter)).eval()
     before = _probe(model)
     merged = base_model_of(model.merge_and_unload(safe_merge=True))  # type: ignore[operator]
     _check_equal(str(adapter), before, _probe(merged))

@@ -132,6 +132,14 @@ def _sums(folder: Path) -> dict[str, list[str]] | None:
         return None
 
 
+LINE_SUM = "sha256"  # of the rest of a line, in files to which lines are added by whoever comes
+
+
+def line_sum(row: Mapping[str, Any]) -> str:
+    """SHA-256 of a line's other values."""
+    return _sum_of({key: value for key, value in row.items() if key != LINE_SUM})
+
+
 def _sum_of(files: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
@@ -148,18 +156,17 @@ def is_whole(path: Path) -> bool:
     return False
 
 
-def check_whole(path: Path) -> None:
+def check_whole(
+    path: Path, how: str = "restore it, or run penchant train with the run's own config, which writes it again"
+) -> None:
     """A file of a run is as it was written; see `is_whole`.
 
     Raises:
-        CheckpointError: it was changed.
+        CheckpointError: it was changed; `how` it is mended.
     """
     if not is_whole(path):
         raise CheckpointError(
-            str(path),
-            "was changed after it was written",
-            "restore it, or run penchant train with the run's own config, which writes it again "
-            f"(to take it as it is, delete {SUMS} beside it)",
+            str(path), "was changed after it was written", f"{how} (to take it as it is, delete {SUMS} beside it)"
         )
 
 

@@ -22,7 +22,8 @@ from penchant.config import WATCHING_ONLY, RunConfig
 from penchant.data.cached import AUTO_BYTES, hashes_of
 from penchant.logprobs.reference import hash_trees
 from penchant.rewards.reward_model import content_sha256, contents_beside
-from penchant.runfolder import CHECKPOINTS, keep
+from penchant.runfolder import CHECKPOINTS, CONTENT, IDENTITY, TOKENS, is_whole, keep
+from penchant.runfolder.read import read
 from penchant.runs.sharing import Alone
 from penchant.training.checkpoint import latest_checkpoint
 
@@ -152,6 +153,19 @@ def _model_folders(key: str, path: str | None) -> Iterator[tuple[str, Path]]:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         if isinstance(base, str) and base != path and not key.startswith("the base of the base"):
             yield from _model_folders(f"the base of {key}", base)
+
+
+def changed_since(folder: Path, config: RunConfig) -> list[str]:
+    """A sentence for each thing beside config and rows that a run was trained with and is another now, or gone."""
+    theirs, mine = read(folder).identity if is_whole(folder / IDENTITY) else {}, contents_of(config)
+    kept = {key: value for key, value in theirs.items() if key.startswith(CONTENT) and key != TOKENS}
+    of_both = {key.partition(": ")[0] for key in kept} & {
+        key.partition(": ")[0] for key in mine
+    }  # not what was overridden
+    asked = {*kept, *mine} if TOKENS in theirs else {*kept}
+    names = [key for key in sorted(asked) if mine.get(key) != kept.get(key) and key.partition(": ")[0] in of_both]
+    so = f"has changed since {folder.name} was trained with it: these figures are of what it is now."
+    return [f"{key.removeprefix(CONTENT)} {so}" for key in names]
 
 
 def trees_sha256(rows: Rows) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import file_sha256, write_atomically
+from penchant.base.files import file_sha256
 from penchant.base.functions import imported_sha256
 from penchant.config import WATCHING_ONLY, RunConfig, default_settings
 from penchant.config.several import Member
@@ -26,9 +26,11 @@ from penchant.runfolder import (
     MANIFEST,
     PIPELINE,
     RunLock,
+    check_whole,
     checkpoint_state,
     checkpoints,
     differences,
+    keep,
 )
 from penchant.training.checkpoint import latest_checkpoint
 
@@ -88,6 +90,7 @@ def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """What several runs have done; empty where nothing is written yet."""
     if not path.exists():
         return {}
+    check_whole(path, "restore it, or choose another output")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return {**values, **{key: values[key] for key in keys}}
@@ -123,7 +126,9 @@ class State:
 
     def save(self) -> None:
         """Write the file so that a reader, or a crash, sees the old or the new one."""
-        write_atomically(self.path, {"stages": self.stages, "comparison": self.comparison})
+        keep(
+            self.path, json.dumps({"stages": self.stages, "comparison": self.comparison}, indent=1, ensure_ascii=False)
+        )
 
 
 # ---- What a run starts from ----

@@ -40,7 +40,7 @@ class Style:
 
 
 def _chat(tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
-    turns = prompt_json(tuple(messages))
+    turns: Any = prompt_json(tuple(messages))
     try:
         return apply_template(tokenizer, turns, options, generate=True)
     except Exception as error:  # jinja errors of the template's own, e.g. for a system turn that it does not know
