@@ -18,7 +18,7 @@ class DataConfig(Section):
     path: str | list[str] = Field(description="file, files or hub id (owner/name)")
     eval_path: str | list[str] | None = Field(None, description="held-out rows from files of their own")
     validation_rows: int | None = Field(
-        None, ge=1, description="how many rows to hold out; equal prompts stay together"
+        None, ge=1, le=10**9, description="how many rows to hold out; equal prompts stay together"
     )
     validation_fraction: float | None = Field(
         None, gt=0, lt=1, description="share of rows to hold out; equal prompts stay together"
@@ -40,7 +40,9 @@ class DataConfig(Section):
         default_factory=dict,
         description="handed to the chat template, e.g. {enable_thinking: false}; strftime_now: the day that it takes for today",
     )
-    max_length: int = Field(1024, ge=8, description="limit on the tokens of the prompt plus the longest completion")
+    max_length: int = Field(
+        1024, ge=8, le=2**24, description="limit on the tokens of the prompt plus the longest completion"
+    )
     add_eos: bool = Field(
         True,
         description="end completions with EOS; false: they are open-ended, and the model does not learn to stop there",
@@ -57,7 +59,7 @@ class DataConfig(Section):
     pairs_from_scores: Literal["off", "best_worst"] = Field(
         "off", description="for scored rows and a loss on pairs: pair the best answer of each prompt with the worst"
     )
-    limit: int | None = Field(None, ge=1, description="read only the first n rows")
+    limit: int | None = Field(None, ge=1, le=10**9, description="read only the first n rows")
     cache: Literal["auto", "off"] = Field(
         "auto",
         description="auto: cache the rows, tokens and audit of files of 4 MB and more on disk, by content; off: never",

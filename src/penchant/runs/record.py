@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import penchant
 from penchant.base.files import file_sha256, spared
 from penchant.base.machine import cores
+from penchant.base.text import redact, without_passwords
 from penchant.config import WATCHING_ONLY, RunConfig
 from penchant.data.cached import AUTO_BYTES, hashes_of
 from penchant.logprobs.reference import hash_trees
 from penchant.rewards.reward_model import content_sha256, contents_beside
-from penchant.runfolder import CHECKPOINTS, CONTENT, IDENTITY, TOKENS, is_whole, keep
+from penchant.runfolder import CONTENT, IDENTITY, TOKENS, is_whole, keep
 from penchant.runfolder.read import read
 from penchant.runs.sharing import Alone
-from penchant.training.checkpoint import latest_checkpoint
 
 if TYPE_CHECKING:
     from penchant.runs.parts import Built
@@ -92,7 +92,7 @@ def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[s
     settings["data"].pop("cache", None)  # it changes no row
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
         settings["algorithm"].pop("value_init")  # older runs do not have it
-    return {"config": settings, "data": fingerprints, **contents}
+    return json.loads(without_passwords(json.dumps({"config": settings, "data": fingerprints, **contents})))
 
 
 def contents_of(config: RunConfig) -> dict[str, str]:
@@ -146,8 +146,6 @@ def _model_folders(key: str, path: str | None) -> Iterator[tuple[str, Path]]:
     folder = None if path is None else Path(path).expanduser()
     if folder is None or not folder.is_dir():
         return
-    if (folder / CHECKPOINTS).is_dir() and (last := latest_checkpoint(folder)[0]) is not None:
-        folder = last / "model"
     yield key, folder
     with suppress(OSError, ValueError, AttributeError):
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -186,6 +184,7 @@ def write_manifest(
     built: Built,
     sha256: str,
     started: float,
+    seconds: float,
     steps: tuple[int, int],
     status: str,
     why: str | None,
@@ -193,7 +192,8 @@ def write_manifest(
     """What the run is made of and how far it came.
 
     Args:
-        sha256: of the weights before training; started: seconds since the epoch; steps: (done, of the whole run).
+        sha256: of the weights before training; started: seconds since the epoch; seconds: of all sessions;
+            steps: (done, of the whole run).
         status: running, finished, paused, interrupted or stopped; why: where it did not come to its end.
     """
     config, parts = built.parts.config, built.parts
@@ -214,10 +214,10 @@ def write_manifest(
         **versions(),
         "status": status,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
-        "seconds": round(time.time() - started, 1),
+        "seconds": round(seconds, 1),
         "steps": steps[0],
         "total_steps": steps[1],
-        **({"why": why} if why is not None else {}),
+        **({"why": redact(why)} if why is not None else {}),
         "seed": config.train.seed,
         "loss": config.method.name,
         "model": {
@@ -232,7 +232,7 @@ def write_manifest(
         "data": data,
         "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},
     }
-    keep(path, json.dumps(manifest, indent=1))
+    keep(path, without_passwords(json.dumps(manifest, indent=1)))
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------------
