@@ -88,13 +88,19 @@ def _odd_tokenizer_file(path: str) -> str:
 
 def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> Any:
     """A transformers causal model in fp32, dropout off; `cast_parameters` makes it bf16 once the masters are taken."""
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     path = check_model_path(cfg.path)
     check_model_folder(Path(path))
     check_folder(Path(path))
+    return _load(cfg, path, device, seed)
+
+
+def _load(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> Any:
+    """What is in a folder that holds a model; the tests keep it by the folder's bytes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     folder, how_to = Path(path), "give a folder or hub id of a causal model"
     with loading(config_of(path), "the model could not be loaded", how_to):
         config = AutoConfig.from_pretrained(path, revision=cfg.revision, trust_remote_code=False)
