@@ -270,18 +270,34 @@ def spared(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         say(f"{path}: {error.what}; the run goes on without it")
 
 
+EXPORT = "export.json"  # of an exported folder: what it is of, and the SHA-256 of every file in it
 MANIFEST = "manifest.json"  # of a checkpoint: the SHA-256 of every file in it; of a run: how it was made
 
 
 def check_model_folder(folder: Path) -> None:
-    """A model's folder inside a checkpoint is as the checkpoint's sums say; of another folder nothing is known.
+    """A model's folder inside a checkpoint is as the checkpoint's sums say, an exported one as its own say; of another nothing is known.
 
     Raises:
         CheckpointError: a file is missing or was changed after it was written.
     """
     checkpoint = folder.resolve().parent
+    if (folder / EXPORT).is_file():
+        _check_export(folder)
     if folder.resolve().name == "model" and checkpoint.name.startswith("step-") and (checkpoint / MANIFEST).exists():
         check_sums(checkpoint, "model/")
+
+
+def _check_export(folder: Path) -> None:
+    how = f"export it again (to take it as it is, delete {EXPORT} in it)"
+    try:
+        written = json.loads((folder / EXPORT).read_text(encoding="utf-8"))["sha256"]
+        bad = [name for name, sha256 in written.items() if file_sha256(folder / name) != sha256]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            str(folder / EXPORT), f"cannot be read, or names a file that cannot ({error})", how
+        ) from error
+    if bad:
+        raise CheckpointError(str(folder / bad[0]), "differs from what was exported", how)
 
 
 def check_sums(checkpoint: Path, names: str = "") -> None:

@@ -12,7 +12,7 @@ from penchant.base.files import write_output
 from penchant.base.text import printable
 from penchant.evaluate.evaluator import Evaluated
 from penchant.metrics.names import metric
-from penchant.runfolder import EVALUATIONS, IDENTITY, MetricsLog, finite
+from penchant.runfolder import EVALUATIONS, IDENTITY, LINE_SUM, MetricsLog, finite, line_sum
 
 NO_FIGURE = ("tables", "notes")
 COUNT = "/n"
@@ -48,7 +48,8 @@ def keep(evaluated: Evaluated, run: Path | None, output: str | None, samples_out
     if run is None or not (run / IDENTITY).exists():
         return []
     try:
-        MetricsLog(run / EVALUATIONS).write(line)
+        line = json.loads(json.dumps(finite(line)))
+        MetricsLog(run / EVALUATIONS).write({**line, LINE_SUM: line_sum(line)})
     except OSError as error:
         return [f"Not kept in {run / EVALUATIONS}: it cannot be written ({error.strerror})."]
     return []
