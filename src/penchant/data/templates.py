@@ -169,6 +169,14 @@ def end_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
     return frozenset(found | {i for i, content in special.items() if behind.startswith(content)})
 
 
+def name_ends(model: Any, tokenizer: Any) -> None:
+    """Have the model's generation config say what ends an answer, so that whoever loads it stops there; the tokenizer's EOS first."""
+    ends = sorted(end_ids(tokenizer, model), key=lambda i: (i != tokenizer.eos_token_id, i))
+    config = getattr(model, "generation_config", None)
+    if ends and config is not None:
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends
+
+
 def _behind_an_answer(tokenizer: Any) -> str:
     """What the chat template writes behind an answer; nothing without a template, or with one that takes no such turns."""
     if not uses_chat("auto", tokenizer):

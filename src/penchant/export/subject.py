@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from penchant.config import RunConfig, with_absolute_paths
+from penchant.data.templates import name_ends
 from penchant.errors import CheckpointError
 from penchant.models.folder import check_folder, loading
 from penchant.models.load import load_causal_model, load_tokenizer, own_memory
@@ -90,9 +91,12 @@ class Subject:
 
     def whole(self) -> Any:
         """The model by itself, in fp32: an adapter is merged into it."""
-        if self.reward or self.adapter is None:
+        if self.reward:
             return self.own()
-        return merged_model(self.base, self.adapter, CPU, self.config.train.seed).eval()
+        seed = self.config.train.seed
+        model = self.own() if self.adapter is None else merged_model(self.base, self.adapter, CPU, seed).eval()
+        name_ends(model, self.tokenizer())
+        return model
 
     def bare(self) -> Any:
         """The model that the adapter goes on, in fp32."""
