@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code. A person's mistake is one paragraph on stderr, never a traceback."""
     from penchant.base.files import ANYWHERE, disk_error, os_error
     from penchant.base.functions import no_exit
+    from penchant.cli.arguments import bounded
     from penchant.errors import PenchantError
 
     parser = build_parser()
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"penchant {args.command}: loading torch", file=sys.stderr)
             _with_allocator()
         # what only prints may end with its reader
-        with _readers_may_leave() if getattr(args, "allocator", False) else nullcontext(), no_exit():
+        with _readers_may_leave() if getattr(args, "allocator", False) else nullcontext(), no_exit(), bounded(args):
             return int(args.handler(args) or 0)
     except PenchantError as error:
         print(f"penchant: {error}", file=sys.stderr)
@@ -191,7 +192,7 @@ def _check_config(args: argparse.Namespace) -> None:
     if Path(args.config).suffix not in (".yaml", ".yml"):
         return  # `penchant eval` also takes the folder of a run or a model
     from penchant.config import load_config
-    from penchant.data.read import find_file
+    from penchant.data.read import named_files
     from penchant.models.options import check_model_path
 
     config = load_config(args.config, args.overrides)
@@ -199,8 +200,7 @@ def _check_config(args: argparse.Namespace) -> None:
         return  # a finished run needs neither the model that it started from nor, with --data, its own rows
     check_model_path(config.model.path)
     for path in (config.data.path, config.data.eval_path or []):
-        for name in [path] if isinstance(path, str) else path:
-            find_file(name)
+        named_files(path)
 
 
 def _with_allocator() -> None:

@@ -17,7 +17,7 @@ from penchant.base.files import write_text_atomically
 from penchant.base.text import printable
 from penchant.data.layouts import Detection, Group, Layout, LeftOut, RowError, detect, layout_named, near_name
 from penchant.data.layouts.fields import opened
-from penchant.data.read import BadRow, Row, read_rows
+from penchant.data.read import BadRow, Bounds, Row, read_rows
 from penchant.errors import DataError
 from penchant.types import Prompt, PromptTree
 
@@ -272,6 +272,7 @@ class Reading(TypedDict, total=False):
         identical: ``bad_row`` or ``keep``: what a pair with chosen == rejected is.
         limit: read the first n rows only.
         layout_options: what can be chosen about the layout, see `penchant data formats NAME`.
+        bounds: on the size of a row, see `penchant.data.read.Bounds`.
     """
 
     shape: str
@@ -279,13 +280,15 @@ class Reading(TypedDict, total=False):
     identical: str
     limit: int | None
     layout_options: Mapping[str, Any] | None
+    bounds: Mapping[str, Any]
 
 
 def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
     """Read files or hub ids into prompt trees.
 
     Args:
-        path: one or several of .json, .jsonl(.gz), .csv, .tsv, .parquet, .txt, or a hub id ``owner/name[:split]``.
+        path: one or several of .json, .jsonl(.gz), .csv, .tsv, .parquet, .txt, a folder or pattern of such files, or a hub id
+            ``owner/name[:split]``.
         on_bad_row: ``error`` stops at the first bad row, ``skip`` keeps bad rows aside.
         how: see `Reading`.
 
@@ -299,7 +302,9 @@ def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **
 def stream_preferences(path: str | Sequence[str], **how: Unpack[Reading]) -> Stream:
     """`load_preferences` without keeping anything: bad rows come as `Quarantined`."""
     paths = [path] if isinstance(path, str) else [str(p) for p in path]
-    return Stream(itertools.chain.from_iterable(map(read_rows, paths)), ", ".join(paths), **how)
+    bounds = how.pop("bounds", None)
+    rows = read_rows(paths, None if bounds is None else Bounds(**bounds))
+    return Stream(rows, ", ".join(paths), **how)  # type: ignore[misc]  # without `bounds`
 
 
 class Stream:

@@ -88,6 +88,7 @@ class Rows:
     def _load(self, path: Any) -> Dataset:
         data, method = self.config.data, self.method
         reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
+        reading |= data.model_dump(include={"bounds"}, exclude_defaults=True)
         dataset = self.shared.once(
             ("rows", str(path), json.dumps(reading, sort_keys=True)), lambda: self.cache.load(path, **reading)
         )
