@@ -35,7 +35,8 @@ CHUNK = 1 << 20  # bytes of a file at a time
 HEAD = 1 << 14  # bytes that say what a file is
 SHOWN = 500  # characters of a bad row that are kept
 BATCH = 32  # Parquet rows that are Python objects at one time
-SMALL = 8 << 20  # bytes that may unpack to from next to nothing
+SMALL = 4 << 20  # bytes that may unpack to from next to nothing
+HOPELESS = 200_000  # a value that is nested deeper is not looked at to its end
 LISTS = ("data", "rows", "train")  # what a JSON object may call its list of rows
 
 
@@ -44,7 +45,7 @@ class Bounds(Section):
 
     row_mb: float = Field(16, gt=0, description="the longest row (or text between blank lines), in MB")
     nesting: int = Field(200, ge=1, le=400, description="how deep lists and objects of a row may be nested")
-    unpacked: float = Field(200, ge=1, description="how many times its size a packed file may unpack to")
+    unpacked: float = Field(100, ge=1, description="how many times its size a packed file may unpack to")
 
     @property
     def bytes(self) -> int:
@@ -337,34 +338,35 @@ class _Bytes:
             raise DataError(self.name, what, self.bounds.how("unpacked", "look at what it holds"))
         return block
 
-    def lines(self) -> Iterator[tuple[str, bytes]]:
-        """(place, line without its end) of every line, after LF, CR LF or, in a file without LF, CR."""
-        number, rest, held, end = 0, [b""], 0, b""
+    def lines(self, blank: bool = False) -> Iterator[tuple[int, bytes]]:
+        """(number, line) of every line, after LF or, in a file without LF, CR; `blank`: of those without anything too."""
+        number, rest, held, end, limit = 0, [b""], 0, b"", self.bounds.bytes
         while block := self.read():
             end = end or (b"\r" if b"\r" in block and b"\n" not in block else b"\n")
-            first, *others = block.split(end)
-            rest.append(first)
-            held += len(first)
-            if others:
-                for line in (b"".join(rest), *others[:-1]):
+            found = block.split(end)
+            rest.append(found[0])
+            held += len(found[0])
+            if len(found) > 1:
+                found[0], last = b"".join(rest), found.pop()
+                rest, held = [last], len(last)
+                if not number:
+                    found[0] = found[0].removeprefix(codecs.BOM_UTF8)
+                for line in found:
                     number += 1
-                    yield self._line(number, line)
-                rest, held = [others[-1]], len(others[-1])
-            if held > self.bounds.bytes:
+                    if blank or (line and line != b"\r"):
+                        if len(line) > limit:
+                            raise self.too_long(f"{self.name}:{number}", "the line")
+                        yield number, line
+            if held > limit:
                 raise self.too_long(f"{self.name}:{number + 1}", "the line")
         if last := b"".join(rest):
-            yield self._line(number + 1, last)
+            yield number + 1, last if number else last.removeprefix(codecs.BOM_UTF8)
 
-    def _line(self, number: int, line: bytes) -> tuple[str, bytes]:
-        where = f"{self.name}:{number}"
-        if len(line) > self.bounds.bytes:
-            raise self.too_long(where, "the line")
-        return where, (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rstrip(b"\r")
-
-    def texts(self) -> Iterator[tuple[str, str | BadRow]]:
+    def texts(self, blank: bool = False) -> Iterator[tuple[str, str | BadRow]]:
         """(place, text) of every line; a line that is no text comes as a bad row."""
-        for where, line in self.lines():
-            yield where, _text(line, where, self.name)
+        for number, line in self.lines(blank):
+            where = f"{self.name}:{number}"
+            yield where, _text(line.rstrip(b"\r"), where, self.name)
 
     def too_long(self, where: str, what: str) -> DataError:
         """What to say of a row over the bound."""
@@ -423,7 +425,7 @@ def _documents(source: _Bytes) -> Rows:
     """Documents are separated by blank lines."""
     parts: list[str] = []
     start, held = "", 0
-    for where, text in source.texts():
+    for where, text in source.texts(blank=True):
         if isinstance(text, BadRow):
             yield text
         elif text.strip():
@@ -466,10 +468,11 @@ def _over_lines(source: _Bytes) -> bool:
     if any(isinstance(text, BadRow) for text in texts):
         return False
     first, second = [*map(str, texts), ""][:2]
-    row = _json_line("", first, source.bounds)
+    decoder = _Decoder()
+    row = _json_line("", first, source.bounds, decoder)
     if isinstance(row, Row):
         return not second and any(_holds_rows(row.values.get(name)) for name in LISTS)
-    if not second or (isinstance(_json_line("", second, source.bounds), Row) and not _HAS_LIST.search(first)):
+    if not second or (isinstance(_json_line("", second, source.bounds, decoder), Row) and not _HAS_LIST.search(first)):
         return False
     return not second.lstrip().startswith("{") or _HAS_LIST.search(first) is not None
 
@@ -493,11 +496,12 @@ def _holds_rows(value: Any) -> bool:
 
 
 def _json_lines(source: _Bytes) -> Rows:
+    decoder = _Decoder()
     for where, text in source.texts():
         if isinstance(text, BadRow):
             yield text
         elif text.strip():
-            yield _json_line(where, text, source.bounds)
+            yield _json_line(where, text, source.bounds, decoder)
 
 
 class _Decoder:
@@ -538,8 +542,7 @@ class _Decoder:
             return 0
 
 
-def _json_line(where: str, text: str, bounds: Bounds) -> Row | BadRow:
-    decoder = _Decoder()
+def _json_line(where: str, text: str, bounds: Bounds, decoder: _Decoder) -> Row | BadRow:
     at = _skip(text, 0)
     try:
         value, end = decoder.read(text, at)
@@ -587,6 +590,8 @@ def _end(text: str, at: int = 0) -> tuple[int, int]:
         if token[0] in "[{":
             depth += 1
             deepest = max(deepest, depth)
+            if depth > HOPELESS:
+                break
         elif token[0] in "]}":
             depth -= 1
             if depth <= 0:
@@ -716,13 +721,18 @@ class _Values:
                 value, end = self._decoder.read(self._held, self._at)
                 deep = False
             except RecursionError:
-                (end, _), value, deep = _end(self._held, self._at), None, True
+                (end, depth), value, deep = _end(self._held, self._at), None, True
+                if depth > HOPELESS:
+                    made = _too_deep(self._place(), "", self.bounds)
+                    raise DataError(made.where, made.what, made.how) from None
             except json.JSONDecodeError as error:
                 cut = error.pos > len(self._held) - 16 or error.msg.startswith("Unterminated")
                 if self._ended or not cut:
                     short = "is not closed: the file ends" if self._at >= len(self._held) else "is cut short or damaged"
                     raise self._invalid(f"{what} {short}") from error
                 end, deep = -1, False
+            if end - self._at > self.bounds.bytes:
+                raise self.source.too_long(self._place(), what)
             if end >= 0 and (end < len(self._held) or self._ended):  # else a number may go on in the next block
                 break
             if len(self._held) - self._at > self.bounds.bytes:
@@ -803,12 +813,15 @@ def _csv(source: _Bytes) -> Rows:
     header: list[str] | None = None
     done = 0
     while True:
-        where = f"{name}:{done + 1}"
         try:
             fields = next(reader)
+            if not fields:
+                done = reader.line_num
+                continue
         except StopIteration:
             return
         except csv.Error as error:
+            where = f"{name}:{done + 1}"
             if "end of data" in str(error):
                 what = f"a quote that is opened here is not closed up to the end of the file, line {reader.line_num}"
                 raise DataError(where, what, "close it, or double quotes within a field") from error
@@ -820,17 +833,17 @@ def _csv(source: _Bytes) -> Rows:
             done, what = reader.line_num, f"{several}is not a readable row ({error})"
             yield BadRow(where, what, "double quotes within a quoted field, or export the table again", None)
             continue
-        done = reader.line_num
+        where, done = f"{name}:{done + 1}", reader.line_num
         if header is None:
-            if fields and not (done == 1 and re.fullmatch(r"sep=.?", "".join(fields).strip(), re.IGNORECASE)):
+            if not (done == 1 and re.fullmatch(r"sep=.?", "".join(fields).strip(), re.IGNORECASE)):
                 header = _header(fields, where)
         elif any("\0" in f for f in fields):
             yield BadRow(where, "holds a NUL byte", "the file is damaged or binary; export it again", fields)
-        elif fields and len(fields) != len(header):
+        elif len(fields) != len(header):
             what = f"has {len(fields)} fields, the header {len(header)}"
             how = f"quote fields that hold the delimiter ({_NAMES[delimiter]})"
             yield BadRow(where, what, how, [f[:SHOWN] for f in fields[:100]])
-        elif fields:
+        else:
             yield Row(where, dict(zip(header, fields, strict=True)))
 
 
@@ -850,12 +863,12 @@ def _header(fields: Sequence[str], where: str) -> list[str]:
 
 def _table_lines(source: _Bytes) -> Iterator[str]:
     """The lines of a table as text; a CR alone ends one too."""
-    for where, line in source.lines():
-        for part in line.split(b"\r"):
+    for number, line in source.lines(blank=True):
+        for part in line.removesuffix(b"\r").split(b"\r"):
             try:
                 yield part.decode("utf-8") + "\n"
             except UnicodeDecodeError as error:
-                raise DataError(where, *_no_utf8(part, error.start, source.name)) from error
+                raise DataError(f"{source.name}:{number}", *_no_utf8(part, error.start, source.name)) from error
 
 
 _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
