@@ -657,7 +657,9 @@ class _Values:
 
     def _object(self) -> Any:
         """An object: yields the rows of its list; returns itself as a row where it has none, and its keys."""
-        line, found, listed, columns = self._here(), {}, "", set()
+        line, listed = self._here(), ""
+        found: dict[str, Any] = {}
+        columns: set[str] = set()
         held, odd, mark = 0, None, ""
         self._at += 1
         while self._peek() != "}":
