@@ -230,9 +230,11 @@ def _rule(text: str) -> str | float:
 def _value(text: str) -> Any:
     import yaml
 
+    from penchant.base.files import yaml_value
+
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return yaml_value(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError("--set", f"{text!r} is not YAML", "write name=value, such as margin=1.5") from error
 
 

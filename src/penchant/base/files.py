@@ -22,6 +22,63 @@ from penchant.errors import CheckpointError, DiskError, PenchantError
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast
 
 
+YAML_BYTES, YAML_NODES, YAML_DEPTH = 4 << 20, 100_000, 50  # far more than any config has
+YAML_TAGS = {
+    None,
+    "!",
+    *(f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null", "seq", "map", "merge")),
+}
+
+
+def yaml_root(text: str, loader: Any = YAML_LOADER) -> tuple[Any, yaml.Node | None]:
+    """(a loader, the top of what a YAML text holds), in bounded time and memory: what aliases repeat is counted each time.
+
+    Raises:
+        ValueError, yaml.YAMLError: not YAML, too large or too deep, or with an alias of what it stands in or a tag of a type.
+    """
+    text.encode()  # UnicodeEncodeError is a ValueError
+    if len(text) > YAML_BYTES:
+        raise ValueError(f"more than {YAML_BYTES >> 20} MB")
+    sizes: dict[str, int] = {}  # of what each anchor stands for
+    open_: list[tuple[str | None, int]] = []  # collections: their anchor, and how many values came before
+    count = 0
+    for event in yaml.parse(text, Loader=loader):
+        anchor, problem, note = getattr(event, "anchor", None), "", "write out what is meant"
+        if isinstance(event, yaml.AliasEvent):
+            if anchor in (name for name, _ in open_):
+                problem = f"*{anchor} stands in what it repeats"
+            count += sizes.get(anchor or "", 1)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_.pop()
+            if anchor is not None:
+                sizes[anchor] = count - before
+        elif isinstance(event, yaml.NodeEvent):
+            if event.tag not in YAML_TAGS:  # type: ignore[attr-defined]
+                problem, note = f"{event.tag} is a tag that is not read", "leave it out"  # type: ignore[attr-defined]
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_.append((anchor, count))
+            elif anchor is not None:
+                sizes[anchor] = 1
+            count += 1
+        if count > YAML_NODES:
+            problem, note = f"more than {YAML_NODES:,} values", "give a smaller file"
+        elif len(open_) > YAML_DEPTH:
+            problem = f"nested deeper than {YAML_DEPTH}"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark, note=note)
+    made = loader(text)
+    return made, made.get_single_node()
+
+
+def yaml_value(text: str) -> Any:
+    """What a YAML text of a stranger holds; raises as `yaml_root` does."""
+    made, root = yaml_root(text)
+    try:
+        return None if root is None else made.construct_document(root)
+    except KeyError as error:  # of `!!bool maybe`
+        raise ValueError(f"{error} is not what its tag says") from error
+
+
 def packaged_yaml(package: str, name: str) -> Any:
     """A table of facts that is packaged beside the code that reads it."""
     return yaml.load((resources.files(package) / name).read_text(encoding="utf-8"), Loader=YAML_LOADER)

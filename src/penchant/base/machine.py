@@ -56,3 +56,10 @@ def peak_memory(device: Any = None) -> int:
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
     return int(line.split()[1]) * 1024
+
+
+def moved(tensor: Any, device: Any) -> Any:
+    """A tensor on a device; to a GPU from pinned memory, so that neither side waits for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

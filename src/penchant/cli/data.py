@@ -36,14 +36,12 @@ def _get(args: argparse.Namespace) -> int:
         print(table())
         return 0
     from penchant import api
-    from penchant.base.text import printable
     from penchant.download import summary
 
     result = api.get_data(**options_of(args, GetRequest))
     if not result.fresh:
         print(f"penchant: {result.folder} holds this already; nothing was done", file=sys.stderr)
-    for line in summary(result).split("\n"):  # control characters of names and reasons are shown, not obeyed
-        print(printable(line))
+    print(summary(result))
     return 0
 
 

@@ -20,7 +20,7 @@ class DataConfig(Section):
     )
     eval_path: str | list[str] | None = Field(None, description="held-out rows from files of their own")
     validation_rows: int | None = Field(
-        None, ge=1, description="how many rows to hold out; equal prompts stay together"
+        None, ge=1, le=10**9, description="how many rows to hold out; equal prompts stay together"
     )
     validation_fraction: float | None = Field(
         None, gt=0, lt=1, description="share of rows to hold out; equal prompts stay together"
@@ -41,7 +41,9 @@ class DataConfig(Section):
     template_options: dict[str, Any] = Field(
         default_factory=dict, description="handed to the chat template, e.g. {enable_thinking: false}"
     )
-    max_length: int = Field(1024, ge=8, description="limit on the tokens of the prompt plus the longest completion")
+    max_length: int = Field(
+        1024, ge=8, le=2**24, description="limit on the tokens of the prompt plus the longest completion"
+    )
     add_eos: bool = Field(
         True,
         description="end completions with EOS; false: they are open-ended, and the model does not learn to stop there",
@@ -58,7 +60,7 @@ class DataConfig(Section):
     pairs_from_scores: Literal["off", "best_worst"] = Field(
         "off", description="for scored rows and a loss on pairs: pair the best answer of each prompt with the worst"
     )
-    limit: int | None = Field(None, ge=1, description="read only the first n rows")
+    limit: int | None = Field(None, ge=1, le=10**9, description="read only the first n rows")
     bounds: Bounds = Field(Bounds(), description="how large one row may be, so that no file fills the memory")
     cache: Literal["auto", "off"] = Field(
         "auto",

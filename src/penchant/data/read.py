@@ -43,9 +43,9 @@ LISTS = ("data", "rows", "train")  # what a JSON object may call its list of row
 class Bounds(Section):
     """What one row may be, so that no file can fill the memory."""
 
-    row_mb: float = Field(16, gt=0, description="the longest row (or text between blank lines), in MB")
+    row_mb: float = Field(16, gt=0, le=1e6, description="the longest row (or text between blank lines), in MB")
     nesting: int = Field(200, ge=1, le=400, description="how deep lists and objects of a row may be nested")
-    unpacked: float = Field(100, ge=1, description="how many times its size a packed file may unpack to")
+    unpacked: float = Field(100, ge=1, le=1e9, description="how many times its size a packed file may unpack to")
 
     @property
     def bytes(self) -> int:

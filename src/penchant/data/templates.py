@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from penchant.data.layouts import RowError
 from penchant.data.load import prompt_json
+from penchant.errors import ModelError
 from penchant.types import PromptTree
 
 PLAIN_NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
@@ -70,6 +71,8 @@ def chat(
         wholes = [render(({"role": "assistant", "content": c.text},), False) for c in tree.completions]
         moved = not all(whole.startswith(prompt) for whole in wholes)
         unanswered = render((), False) if moved else ""
+    except ModelError:  # one that does not end would not do so with the other rows
+        raise
     except Exception as error:  # templates raise jinja errors of their own, e.g. for a system turn they do not know
         raise RowError(f"the chat template refuses it ({error})", "fix the turns or set data.template=plain") from error
     if moved and all(whole.startswith(unanswered) for whole in wholes):
@@ -123,8 +126,10 @@ def end_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {i: token.content for i, token in added.items() if token.special}
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    named = [named] if isinstance(named, int) else list(named or ())
-    found |= {i for i in named if i in special or i in getattr(tokenizer, "all_special_ids", ())}
+    named = named if isinstance(named, (list, tuple)) else [named]
+    found |= {
+        i for i in named if (isinstance(i, int) and i in special) or i in getattr(tokenizer, "all_special_ids", ())
+    }
     behind = _behind_an_answer(tokenizer)
     return frozenset(found | {i for i, content in special.items() if behind.startswith(content)})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,10 @@ from penchant.data.read import named_files
 from penchant.data.tokenize import tokenize
 from penchant.errors import ConfigError, PenchantError
 from penchant.models.load import load_tokenizer
+from penchant.models.merge import is_adapter
 from penchant.models.options import ModelConfig, looks_like_folder
 from penchant.models.reward import is_encoder, load_model_config
+from penchant.runs.find import model_behind
 from penchant.types import Prompt
 
 SAMPLE = 2000  # rows that are tokenized
@@ -174,6 +176,9 @@ def look_at_model(path: str) -> ModelFacts:
     """
     from penchant.plan.outline import outline, parameter_counts
 
+    behind = model_behind(path)
+    if behind is not None and not is_adapter(behind[0]):
+        return replace(look_at_model(str(behind[0])), path=path)
     try:
         config = load_model_config(path)
     except PenchantError:

@@ -112,10 +112,13 @@ class MovingReference(LiveReference):
             return
         parameters = dict(self.scorer.model.named_parameters())
         with torch.no_grad():
-            for name, now in self.policy().items():
-                master = self.masters.setdefault(name, parameters[name].detach().to(now.dtype, copy=True))
-                master.lerp_(now, self.mixup)
-                parameters[name].copy_(master)
+            now = self.policy()
+            for name, value in now.items():
+                if name not in self.masters:
+                    self.masters[name] = parameters[name].detach().to(value.dtype, copy=True)
+            masters = [self.masters[name] for name in now]
+            torch._foreach_lerp_(masters, list(now.values()), self.mixup)
+            torch._foreach_copy_([parameters[name] for name in now], masters)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The moved weights, in fp32."""

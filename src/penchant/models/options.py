@@ -28,7 +28,7 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """A low-rank adapter; present = trained instead of the full model."""
 
-    r: int = Field(16, ge=1, description="rank")
+    r: int = Field(16, ge=1, le=65536, description="rank")
     alpha: float = Field(32.0, gt=0, description="scale of the update, which is multiplied by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: str | list[str] = Field("all-linear", description="which layers get an adapter")
@@ -44,7 +44,10 @@ class ReferenceConfig(Section):
         None, description="another model as reference; default: the model that training starts from"
     )
     sync_every: int | None = Field(
-        None, ge=1, description="optimizer steps between updates of the reference from the policy (TR-DPO); null: never"
+        None,
+        ge=1,
+        le=10**9,
+        description="optimizer steps between updates of the reference from the policy (TR-DPO); null: never",
     )
     sync_mixup: float = Field(1.0, gt=0, le=1, description="weight of the policy in such an update; 1: copy it")
     ema: float | None = Field(

@@ -24,6 +24,7 @@ from penchant.base.files import (
     write_atomically,
     write_text_atomically,
 )
+from penchant.base.text import without_passwords
 from penchant.errors import CheckpointError, PenchantError
 
 # ---- Its files ----
@@ -37,6 +38,12 @@ RESULTS, REPORT = "results.json", "report.html"
 CHECKPOINTS = "checkpoints"  # a folder of step-N, each with a manifest of its own
 COMPARISON, COMPARISON_ROWS = "comparison.json", "comparison.jsonl"  # of a comparison's folder
 SWEEP, PIPELINE = "sweep.json", "pipeline.json"  # of a sweep's and a pipeline's, in which runs' folders lie
+
+
+def stands_for_model(folder: Path) -> bool:
+    """Whether a folder is a run's, a checkpoint's or an adapter's: none that transformers loads, but there is a model behind it."""
+    inside = folder.name.startswith("step-") and (folder / "model").is_dir()
+    return inside or any((folder / name).exists() for name in (CONFIG, CHECKPOINTS, "adapter_config.json"))
 
 
 def make_folder(folder: Path) -> None:
@@ -231,6 +238,7 @@ def open_run(
     if any((folder / CHECKPOINTS).glob("step-*")):
         theirs, note = _identity_of(path)
         notes += note
+        theirs = json.loads(without_passwords(json.dumps(theirs)))  # an older version's has them
         found = differences(theirs, mine, defaults=json.loads(json.dumps(defaults or {})))
         if found:
             shown = "".join(f"\n  {line}" for line in found)

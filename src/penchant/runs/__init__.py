@@ -37,7 +37,9 @@ from penchant.runfolder import (
     open_run,
 )
 from penchant.runfolder.read import read
+from penchant.runfolder.values import number_of
 from penchant.runs.evaluating import HeldOut, prompts_of, writes_completions
+from penchant.runs.find import settled
 from penchant.runs.parts import Built, build, checkpoint_bytes, peak_lr, placed, start_key, write_model
 from penchant.runs.record import (
     contents_of,
@@ -86,6 +88,8 @@ class Run:
         cache: False leaves the files of a cached reference alone: it is computed anew.
     """
 
+    merges = True  # whether an adapter that the config names as a model is merged, or its base stands for it
+
     def __init__(
         self,
         config: RunConfig,
@@ -98,11 +102,11 @@ class Run:
         rows: Rows | None = None,
         cache: bool = True,
     ) -> None:
-        self.config = config = with_absolute_paths(config)
+        self.console = make_console(quiet) if console is None else console
+        self.config = config = settled(with_absolute_paths(config), self.console.note, merge=self.merges)
         self.method = config.method
         self.folder = Path(config.output)
         self.shared = Alone() if shared is None else shared
-        self.console = make_console(quiet) if console is None else console
         self.device, self.dtype = placed(config)
         self.rows = Rows(config, self.shared, self.console, tokenizer) if rows is None else rows
         self.pause_at, self.cache = pause_at, cache
@@ -136,7 +140,7 @@ class Run:
         """Train to the end (resuming by itself), evaluate, sample, write the report."""
         from penchant.report import LiveReport
 
-        started = time.time()
+        started, began = time.time(), time.monotonic()
         live = LiveReport(self.folder, self.console.note)
         check_installed(self.config.logging.trackers)
         contents, rows = contents_of(self.config), self.rows
@@ -159,7 +163,7 @@ class Run:
             loop.watched = _watchers(live.told, mirrors, anew)
             known = None if anew else self._known_manifest()
             self._check_start(known)
-            manifest = self._manifest(loop, started, known)
+            manifest = self._manifest(loop, started, began, known)
             manifest("running", None)
             before = self._samples("before", anew)
             self._check_space()
@@ -364,15 +368,22 @@ class Run:
         return None
 
     def _manifest(
-        self, loop: Loop, started: float, known: Mapping[str, Any] | None
+        self, loop: Loop, started: float, began: float, known: Mapping[str, Any] | None
     ) -> Callable[[str, str | None], None]:
-        """What writes manifest.json; the hash of the weights is of the start, so it is taken now, or is known where the run goes on."""
+        """What writes manifest.json; the hash of the weights is of the start, so it is taken now, or is known where the run goes on.
+
+        Args:
+            started: seconds since the epoch; began: the same of the monotonic clock, which no one sets.
+        """
         path, built = self.folder / MANIFEST, self.built
         sha256 = built.start_sha256(self.shared) if known is None else known["model"]["sha256"]
 
+        earlier = max(0.0, number_of((known or {}).get("seconds")) or 0.0)
+
         def write(status: str, why: str | None) -> None:
             steps = loop.state.step, loop.schedule.total_steps
-            write_manifest(path, self.rows, built, sha256, started, steps, status, why)
+            seconds = earlier + time.monotonic() - began
+            write_manifest(path, self.rows, built, sha256, started, seconds, steps, status, why)
 
         return write
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from penchant.base.files import writing
 from penchant.base.text import closest
 from penchant.config import RunConfig, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, ModelError
+from penchant.logprobs.reference import default_cache_dir
+from penchant.models.folder import read_object
 from penchant.models.load import load_causal_model
-from penchant.models.merge import is_adapter, merged_model
+from penchant.models.merge import is_adapter, merge_to_folder, merged_model, model_sha256
 from penchant.models.options import ModelConfig, looks_like_folder
-from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY, check_whole
+from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY, check_whole, stands_for_model
+from penchant.runs.state import model_folder
 from penchant.training.checkpoint import find_checkpoint
 
 START = "start"
@@ -118,6 +121,76 @@ def _config_of(folder: Path, overrides: Sequence[str]) -> RunConfig:
     return config.model_copy(update={"output": str(folder.resolve())})  # it may have been moved
 
 
+# ---- A config may name a run, a checkpoint or an adapter where a model is asked for ----
+
+
+def model_behind(given: str) -> tuple[Path, RunConfig | None] | None:
+    """The model's (or adapter's) folder that a run's, a checkpoint's or an adapter's folder means, and the run's config.
+
+    Of a run it is the best checkpoint where that is tracked and kept, else the last, as a pipeline's ``stage:NAME``; None: it is a
+    model's folder, a hub id, or a stage.
+
+    Raises:
+        CheckpointError: a run without a checkpoint.
+    """
+    path = Path(given).expanduser()
+    if not path.is_dir() or not stands_for_model(path):
+        return None
+    run = find_run(given, "last")
+    if run is None:
+        return (path, None) if is_adapter(path) else None
+    config, step = run
+    inside = step if step != "last" else None
+    return model_folder(Path(config.output), inside), with_absolute_paths(config)
+
+
+def settled(config: RunConfig, say: Callable[[str], None] = lambda _: None, *, merge: bool = True) -> RunConfig:
+    """The same config with every model that it names as a folder that transformers loads: before anything is read or trained.
+
+    Args:
+        say: told what a run's or an adapter's folder was taken for; merge: an adapter is merged into its base, which stands in
+            ``RUN/merged/step-N`` (of an adapter by itself: in the cache) and is made once; False takes the base in its place, which
+            has the same shapes.
+
+    Raises:
+        CheckpointError: a run without a checkpoint. ModelError: an adapter that cannot be merged.
+    """
+    named = {"model.path": config.model.path, "reference.path": config.reference.path}
+    found = {key: path if path is None else _settled(key, path, say, merge) for key, path in named.items()}
+    tokenizer = config.model.tokenizer
+    behind = None if tokenizer is None else model_behind(tokenizer)
+    model = {"path": found["model.path"], "tokenizer": tokenizer if behind is None else str(behind[0])}
+    if not merge and tokenizer is None and (adapter := model_behind(config.model.path)) is not None:
+        model["tokenizer"] = str(adapter[0])
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=model),
+            "reference": config.reference.model_copy(update={"path": found["reference.path"]}),
+        }
+    )
+
+
+def _settled(key: str, given: str, say: Callable[[str], None], merge: bool) -> str:
+    behind = model_behind(given)
+    if behind is None:
+        return given
+    folder, run = behind
+    if not is_adapter(folder):
+        if Path(given).expanduser().resolve() != folder.resolve():
+            say(f"{key}: {given} stands for {folder}")
+        return str(folder)
+    if run is not None:
+        base, seed, target = run.model, run.train.seed, Path(run.output) / "merged" / folder.parent.name
+    else:
+        base, seed = _of_adapter(given, folder, None).base, 0
+        target = default_cache_dir() / "merged" / model_sha256(folder)[:16]
+    if not merge:
+        return str(target) if target.is_dir() else base.path
+    say(f"{key}: the adapter of {folder} merged into {base.path} is {target}")
+    with writing(target):
+        return str(merge_to_folder(base, folder, target, seed))
+
+
 def runs_in(given: str, limit: int = 4) -> list[str]:
     """The run folders right inside a folder (a sweep's, a pipeline's), the first `limit` of them."""
     found = sorted(str(p.parent) for p in Path(given).expanduser().glob(f"*/{CONFIG}"))
@@ -160,7 +233,7 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
     Raises:
         CheckpointError: no such checkpoint. ConfigError: a reward model, or a base for what is no adapter.
     """
-    config = with_absolute_paths(config)
+    config = settled(with_absolute_paths(config))
     folder, given = Path(config.output), given or config.output
     if config.method.learns_reward:
         raise ConfigError(
@@ -195,11 +268,7 @@ def _named_start(config: RunConfig) -> Source | None:
 
 
 def _of_adapter(given: str, path: Path, base: str | None) -> Source:
-    try:
-        stored = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        named = base or stored.get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(str(path / "adapter_config.json"), f"cannot be read ({error})", "export it again") from error
+    named = base or read_object(path / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise ModelError(given, "the adapter does not say what its base model is", "name it with --base")
     if looks_like_folder(named) and not Path(named).expanduser().is_dir():

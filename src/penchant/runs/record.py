@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import penchant
 from penchant.base.files import spared
 from penchant.base.machine import cores
+from penchant.base.text import redact, without_passwords
 from penchant.config import WATCHING_ONLY, RunConfig
 from penchant.rewards.reward_model import content_sha256
 from penchant.runfolder import keep
@@ -86,7 +87,7 @@ def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[s
     settings["data"].pop("cache", None)  # it changes no row
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
         settings["algorithm"].pop("value_init")  # older runs do not have it
-    return {"config": settings, "data": fingerprints, **contents}
+    return json.loads(without_passwords(json.dumps({"config": settings, "data": fingerprints, **contents})))
 
 
 def contents_of(config: RunConfig) -> dict[str, str]:
@@ -111,6 +112,7 @@ def write_manifest(
     built: Built,
     sha256: str,
     started: float,
+    seconds: float,
     steps: tuple[int, int],
     status: str,
     why: str | None,
@@ -118,7 +120,8 @@ def write_manifest(
     """What the run is made of and how far it came.
 
     Args:
-        sha256: of the weights before training; started: seconds since the epoch; steps: (done, of the whole run).
+        sha256: of the weights before training; started: seconds since the epoch; seconds: of all sessions;
+            steps: (done, of the whole run).
         status: running, finished, paused, interrupted or stopped; why: where it did not come to its end.
     """
     config, parts = built.parts.config, built.parts
@@ -139,10 +142,10 @@ def write_manifest(
         **versions(),
         "status": status,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
-        "seconds": round(time.time() - started, 1),
+        "seconds": round(seconds, 1),
         "steps": steps[0],
         "total_steps": steps[1],
-        **({"why": why} if why is not None else {}),
+        **({"why": redact(why)} if why is not None else {}),
         "seed": config.train.seed,
         "loss": config.method.name,
         "model": {
@@ -157,7 +160,7 @@ def write_manifest(
         "data": data,
         "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},
     }
-    keep(path, json.dumps(manifest, indent=1))
+    keep(path, without_passwords(json.dumps(manifest, indent=1)))
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from penchant.config import WATCHING_ONLY, RunConfig, default_settings
 from penchant.config.several import Member
 from penchant.data.load import Dataset
 from penchant.errors import CheckpointError
-from penchant.models.merge import model_sha256
+from penchant.models.merge import is_adapter, model_sha256
 from penchant.models.options import check_model_path
 from penchant.rewards import load_reward
 from penchant.rewards.functions import reward_device
@@ -192,16 +192,26 @@ def files_of(config: RunConfig, *rewards: Any) -> Inputs:
         "model.tokenizer": config.model.tokenizer,
         "reference.path": config.reference.path,
     }
-    local = {k: Path(p).expanduser() for k, p in paths.items() if p is not None and Path(p).expanduser().is_dir()}
+    found = {k: _own_folder(Path(p).expanduser()) for k, p in paths.items() if p is not None}
+    local = {k: folder for k, folder in found.items() if folder.is_dir()}
     hashes = {name: found for reward in rewards for name, found in reward_hashes(reward).items()}
     return {"models": {key: model_sha256(folder) for key, folder in local.items()}, "rewards": hashes}
 
 
+def _own_folder(folder: Path) -> Path:
+    """A model's folder; of a run's or a checkpoint's folder the one in it."""
+    if (folder / CHECKPOINTS).is_dir():
+        return model_folder(folder, None)
+    return folder / "model" if (folder / MANIFEST).exists() and (folder / "model").is_dir() else folder
+
+
 def check_models(config: RunConfig, *, stages: bool = False) -> None:
-    """Refuse folders of models that are not there (ModelError); `stages`: a ``stage:NAME`` stands for one that will be."""
+    """Refuse folders of models that are not there (ModelError, CheckpointError); `stages`: a ``stage:NAME`` stands for one that will be."""
     for path in (config.model.path, config.reference.path):
         if path is not None and not (stages and path.startswith("stage:")):
-            check_model_path(path)
+            folder = _own_folder(Path(path).expanduser())
+            if not is_adapter(folder):
+                check_model_path(str(folder) if folder.is_dir() else path)
 
 
 def reward_terms(reward: Any) -> list[str]:
