@@ -15,7 +15,18 @@ from typing import Any, TypedDict, Unpack
 
 from penchant.base.files import write_text_atomically
 from penchant.base.text import printable
-from penchant.data.layouts import Detection, Group, Layout, LeftOut, RowError, detect, layout_named, near_name
+from penchant.data.layouts import (
+    LAYOUTS,
+    Detection,
+    Group,
+    Layout,
+    LeftOut,
+    RowError,
+    detect,
+    layout_named,
+    near_name,
+    other_names,
+)
 from penchant.data.layouts.fields import opened
 from penchant.data.read import BadRow, Bounds, Row, read_rows
 from penchant.errors import DataError
@@ -338,7 +349,7 @@ class Stream:
             layout_named(shape)  # a mistake in its name is said before a file is read
         first = list(itertools.islice(stream, FIRST_ROWS))
         if not named:
-            shape, self.detection = detected(first, name, columns or {})
+            shape, self.detection, columns = detected(first, name, columns or {})
         stream = itertools.chain(first, stream)
         layout = layout_named(shape)
         options = layout.settings(layout_options or {})
@@ -406,15 +417,25 @@ def _map_it(ours: str, theirs: str) -> str:
     return f"map it with --column {ours}={theirs} (in a config data.columns={{{ours}: {theirs}}})"
 
 
-def detected(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]) -> tuple[str, Detection]:
-    """The layout of the first rows.
+def detected(
+    first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]
+) -> tuple[str, Detection, Mapping[str, str]]:
+    """The layout of the first rows, and which columns are read under our names: those given, or others that are known.
 
     Raises:
         DataError: they are of none.
     """
-    found = detect(renamed(r.values, columns) for r in first if isinstance(r, Row))
+    rows = [renamed(r.values, columns) for r in first if isinstance(r, Row)]
+    found = detect(rows)
+    taken = other_names(rows) if not found.how and (not found.layout or LAYOUTS[found.layout].kind == "sft") else {}
+    if found.layout:  # only a word about the answer makes it another layout
+        taken = {ours: theirs for ours, theirs in taken.items() if ours == "label"}
+    other = detect(renamed(row, taken) for row in rows) if taken else found
+    if taken and other.layout and LAYOUTS[other.layout].kind in ("sft", "unpaired", "scored"):
+        said = ", ".join(f'"{theirs}" is read as {ours}' for ours, theirs in taken.items())
+        return other.layout, replace(other, why=f"{other.why}; {said}"), {**columns, **taken}
     if found.layout is not None:
-        return found.layout, found
+        return found.layout, found, columns
     bad = next((row for row in first if isinstance(row, BadRow)), None)
     if bad is not None:
         raise DataError(bad.where, bad.what, bad.how)

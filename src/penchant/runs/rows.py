@@ -94,6 +94,8 @@ class Rows:
         )
         self.console.note(layout_line(dataset, path))
         adapted = adapt(dataset, method.name, method.signal, method.needs, data, str(path))
+        if method.signal == "prompts" and dataset.kind != "prompts":
+            self.console.note(f"{path}: its answers are not used; each prompt is asked once")
         if method.signal == "prompts" and (said := repeated_prompts(adapted)):
             self.console.note(f"{path}: {said}")
         if method.signal == "unpaired":
