@@ -113,6 +113,7 @@ def _for_people() -> Iterator[None]:
 def _run(argv: Sequence[str] | None) -> int:
     from penchant.base.files import ANYWHERE, disk_error, os_error
     from penchant.base.functions import no_exit
+    from penchant.cli.arguments import bounded
     from penchant.errors import PenchantError
 
     parser = build_parser()
@@ -136,7 +137,7 @@ def _run(argv: Sequence[str] | None) -> int:
             for stream in (sys.stdout, sys.stderr):
                 if isinstance(stream, Shown):
                     stream.leaves = not stream.isatty()
-        with no_exit():
+        with no_exit(), bounded(args):
             return int(args.handler(args) or 0)
     except PenchantError as error:
         print(f"penchant: {error}", file=sys.stderr)
@@ -181,7 +182,7 @@ def _check_config(args: argparse.Namespace) -> None:
     if Path(args.config).suffix not in (".yaml", ".yml"):
         return  # `penchant eval` also takes the folder of a run or a model
     from penchant.config import load_config
-    from penchant.data.read import find_file
+    from penchant.data.read import named_files
     from penchant.models.options import check_model_path
     from penchant.runfolder import stands_for_model
 
@@ -191,8 +192,7 @@ def _check_config(args: argparse.Namespace) -> None:
     if not stands_for_model(Path(config.model.path).expanduser()):
         check_model_path(config.model.path)
     for path in (config.data.path, config.data.eval_path or []):
-        for name in [path] if isinstance(path, str) else path:
-            find_file(name)
+        named_files(path)
 
 
 def _with_allocator() -> None:

@@ -162,8 +162,6 @@ class RunComparer:
     def test_rows(self) -> Dataset:
         """The rows of `--data`, read as the first reader reads its own."""
         file, data = _whole(str(self.question.data)), self.readers[0].config.data
-        if not file.is_file():
-            raise DataError(str(self.question.data), "no such file", "give a file of test rows")
         rows = load_preferences(
             str(file),
             shape=data.shape,
@@ -171,6 +169,7 @@ class RunComparer:
             on_bad_row=data.on_bad_row,
             identical=data.identical,
             layout_options=data.layout_options,
+            bounds=data.bounds.model_dump(),
         )
         if rows.kind == "text":
             raise DataError(str(file), "holds texts without prompts", "give rows with prompts")

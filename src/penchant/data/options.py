@@ -10,12 +10,15 @@ from pydantic import Field, field_validator, model_validator
 from penchant.base.functions import is_own
 from penchant.base.section import Section
 from penchant.data.layouts import LAYOUTS, no_layout
+from penchant.data.read import Bounds
 
 
 class DataConfig(Section):
     """Where the data is, how it is read, and what happens to rows that do not fit."""
 
-    path: str | list[str] = Field(description="file, files or hub id (owner/name)")
+    path: str | list[str] = Field(
+        description="file, folder or pattern of files (shards/*.parquet), several of these, or hub id (owner/name)"
+    )
     eval_path: str | list[str] | None = Field(None, description="held-out rows from files of their own")
     validation_rows: int | None = Field(
         None, ge=1, le=10**9, description="how many rows to hold out; equal prompts stay together"
@@ -60,6 +63,7 @@ class DataConfig(Section):
         "off", description="for scored rows and a loss on pairs: pair the best answer of each prompt with the worst"
     )
     limit: int | None = Field(None, ge=1, le=10**9, description="read only the first n rows")
+    bounds: Bounds = Field(Bounds(), description="how large one row may be, so that no file fills the memory")
     cache: Literal["auto", "off"] = Field(
         "auto",
         description="auto: cache the rows, tokens and audit of files of 4 MB and more on disk, by content; off: never",

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from penchant.data.load import Dataset, load_preferences, reasons_of, unused_of
+from penchant.data.read import named_files
 from penchant.data.tokenize import tokenize
 from penchant.errors import ConfigError, PenchantError
 from penchant.models.load import load_tokenizer
@@ -122,7 +123,7 @@ def look_at_held_out(path: str, data: DataFacts) -> HeldOut:
     Raises:
         DataError: it cannot be read. ConfigError: it is the file of training rows, or holds rows of another kind.
     """
-    if path == data.path or (Path(path).exists() and Path(data.path).exists() and Path(path).samefile(data.path)):
+    if {f and f.resolve() for _, f in named_files(path)} & {f and f.resolve() for _, f in named_files(data.path)}:
         raise ConfigError("--eval-data", f"{path} is what is trained on", "give another file, or leave it out")
     found = load_preferences(path, columns=data.columns, on_bad_row="skip", identical="bad_row")
     if found.kind != data.kind:

@@ -89,11 +89,14 @@ class Rows:
     def _load(self, path: Any) -> Dataset:
         data, method = self.config.data, self.method
         reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
+        reading |= data.model_dump(include={"bounds"}, exclude_defaults=True)
         dataset = self.shared.once(
             ("rows", str(path), json.dumps(reading, sort_keys=True)), lambda: self.cache.load(path, **reading)
         )
         self.console.note(layout_line(dataset, path))
         adapted = adapt(dataset, method.name, method.signal, method.needs, data, str(path))
+        if method.signal == "prompts" and dataset.kind != "prompts":
+            self.console.note(f"{path}: its answers are not used; each prompt is asked once")
         if method.signal == "prompts" and (said := repeated_prompts(adapted)):
             self.console.note(f"{path}: {said}")
         if method.signal == "unpaired":
