@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ UNORDERED = {
     "bincount",
     "histc",
 }
-META = torch.device("meta")
+META, CPU = torch.device("meta"), torch.device("cpu")
 
 
 class Ops(TorchDispatchMode):
@@ -214,3 +214,50 @@ def test_a_step_waits_for_the_device_once(name: str, nll: float, tmp_path: Path,
     loop = loop_on(META, tmp_path, name, nll_weight=nll)
     loop.take_step(1, loop.schedule)
     assert len(reads) == 1 and len(loop._micro_batches(loop.trees)) > 1
+
+
+# ---- how a GPU computes: deterministic in the step and not where completions are sampled; TF32 only where it is asked for ----
+
+CUDA = torch.device("cuda")
+
+
+class Watching(Offline):
+    """Notes where torch's deterministic mode is on."""
+
+    seen: ClassVar[dict[str, bool]] = {}
+
+    def begin_step(self, step: int, progress: float, trees: Any) -> Any:  # where an online method samples
+        self.seen["begin_step"] = torch.are_deterministic_algorithms_enabled()
+        return Offline.begin_step(self, step, progress, trees)
+
+    def score(self, batch: Any) -> Any:
+        self.seen["score"] = torch.are_deterministic_algorithms_enabled()
+        return Offline.score(self, batch)
+
+
+@pytest.mark.parametrize("device,wanted,expected", [(CUDA, True, True), (CUDA, False, False), (CPU, True, False)])
+def test_a_step_is_deterministic_and_sampling_is_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device, wanted: bool, expected: bool
+) -> None:
+    loop = loop_on(CPU, tmp_path, "sft")
+    policy = loop.algorithm.scorer  # type: ignore[attr-defined]
+    loop.algorithm = Watching(policy, [Component(LOSSES["sft"], LOSSES["sft"].params())])
+    real = steps.repeatable
+    monkeypatch.setattr(loop_module, "repeatable", lambda _device, on: real(device, on))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    loop.train = loop.train.model_copy(update={"deterministic": wanted})
+    Watching.seen.clear()
+    loop.take_step(0, loop.schedule)
+    assert Watching.seen == {"begin_step": False, "score": expected}
+    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_products_of_a_gpu_are_as_precise_as_asked(monkeypatch: pytest.MonkeyPatch, tf32: bool) -> None:
+    matmul = SimpleNamespace(allow_tf32=None, allow_bf16_reduced_precision_reduction=None)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=None))
+    steps.set_precision(CPU, tf32)
+    assert matmul.allow_tf32 is None
+    steps.set_precision(CUDA, tf32)
+    assert matmul.allow_tf32 is tf32 and matmul.allow_bf16_reduced_precision_reduction is False
