@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 from families import some_pairs, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from penchant import cli
 from penchant.algorithms.group import GroupConfig, GroupPolicyGradient, ScoredTokens
 from penchant.algorithms.offline import Component, Offline
+from penchant.base import machine
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer, per_completion
 from penchant.logprobs.reference import LiveReference
@@ -261,3 +264,36 @@ def test_products_of_a_gpu_are_as_precise_as_asked(monkeypatch: pytest.MonkeyPat
     assert matmul.allow_tf32 is None
     steps.set_precision(CUDA, tf32)
     assert matmul.allow_tf32 is tf32 and matmul.allow_bf16_reduced_precision_reduction is False
+
+
+# ---- the process: the CPU's allocator settings would keep a GPU host's memory for ever ----
+
+
+def test_a_process_has_the_settings_of_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in {**cli.CPU_ENV, **cli.CUDA_ENV}:
+        monkeypatch.delenv(name, raising=False)
+    for gpu in (False, True):
+        monkeypatch.setattr(cli, "gpu_visible", lambda gpu=gpu: gpu)
+        for device, on_gpu in (("cpu", False), ("cuda", True), ("auto", gpu)):
+            ours, others = (cli.CUDA_ENV, cli.CPU_ENV) if on_gpu else (cli.CPU_ENV, cli.CUDA_ENV)
+            found = cli.environment_of(device)
+            assert ours.items() <= found.items() and not others.keys() & found.keys()
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    assert cli.environment_of("cpu")["MALLOC_TOP_PAD_"] == "1"
+
+
+def test_where_a_command_computes_is_asked_of_its_option_its_config_and_the_machine() -> None:
+    config = SimpleNamespace(model=SimpleNamespace(device="cpu"))
+    assert cli._device_of(Namespace(device="cuda"), config) == "cuda"
+    assert cli._device_of(Namespace(device=None), config) == "cpu"
+    assert cli._device_of(Namespace(), None) == "auto"
+
+
+def test_a_gpu_is_seen_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for files in ([], [Path("/dev/nvidia0")]):
+        monkeypatch.setattr(machine.Path, "glob", lambda *_, files=files: iter(files))
+        assert machine.gpu_visible() == bool(files)
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert not machine.gpu_visible()
