@@ -47,6 +47,7 @@ from penchant.runs.record import tokenizer_sha256
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Alone, Key
 from penchant.training.optim import MasterAdamW
+from penchant.training.steps import set_precision
 from penchant.types import TokenTree
 
 SMALL_MODEL = 20_000_000  # parameters; below this a second thread costs more in waiting than it brings
@@ -187,8 +188,9 @@ def placed(config: RunConfig) -> tuple[torch.device, torch.dtype]:
 
 
 def set_threads(config: RunConfig, model: Any) -> None:
-    """torch's threads as `train.threads` says for this model."""
+    """torch's threads as `train.threads` says for this model, and a GPU's precision as `train.tf32` does."""
     torch.set_num_threads(threads_for(config, sum(p.numel() for p in model.parameters())))
+    set_precision(next(model.parameters()).device, config.train.tf32)
 
 
 def answering(model: Any, config: RunConfig, dtype: torch.dtype) -> Scorer:
