@@ -35,10 +35,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
         print(json.dumps(finite(metrics), indent=1))
         return 0
-    from penchant.base.text import printable
     from penchant.evaluate.output import explained, table
 
-    parts = [table(metrics, args.all or args.explain), "\n".join(map(printable, metrics.get("notes", [])))]
+    parts = [table(metrics, args.all or args.explain), "\n".join(metrics.get("notes", []))]
     if "tables" in metrics:
         from penchant.metrics.heldout import as_text
 

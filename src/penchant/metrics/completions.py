@@ -17,7 +17,7 @@ import torch
 from penchant.data.packing import batches_of
 from penchant.data.templates import end_ids
 from penchant.errors import ConfigError
-from penchant.logprobs import Scorer
+from penchant.logprobs import Scorer, per_completion
 from penchant.logprobs.reference import LiveReference
 from penchant.losses.divergences import kl_estimate
 from penchant.metrics.answers import TokenScores, completion_sums, kl_figures
@@ -355,8 +355,8 @@ def kl_by_completion(
     by_tree: dict[int, torch.Tensor] = {}
     for members, batch in batches_of(trees, tokens_per_step, shared=shared, device=device):
         logps, ref_logps = (m.completion_logps(batch).tokens.double() for m in (policy, reference))
-        d = torch.stack([kl_estimate(logps, ref_logps, "k1"), kl_estimate(logps, ref_logps, "k3")], dim=1)
-        sums = d.new_zeros(len(batch.lengths), 2).index_add(0, batch.completion_of, d)
+        estimates = (per_completion(kl_estimate(logps, ref_logps, how), batch.lengths) for how in ("k1", "k3"))
+        sums = torch.stack(list(estimates), dim=1)
         by_tree |= zip(members, sums.cpu().split([len(trees[i].completion_ids) for i in members]), strict=True)
     k1, k3 = torch.cat([by_tree[i] for i in range(len(trees))]).numpy().T
     return k1, k3
