@@ -239,7 +239,8 @@ class Scored:
                 columns[f.name] = None if any(v is None for v in values) else all(values)
             else:
                 columns[f.name] = None if any(v is None for v in values) else torch.cat(values)
-        trees, offset = [], 0
+        trees: list[Tensor] = []
+        offset: Tensor | int = 0
         for p in parts:  # an offset is a tensor from the second part on: the device is not asked for it
             trees.append(p.tree + offset)
             offset = trees[-1][-1:] + 1 if len(p.tree) else offset

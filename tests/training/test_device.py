@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from families import some_pairs, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from penchant import cli
 from penchant.algorithms.group import GroupConfig, GroupPolicyGradient, ScoredTokens
 from penchant.algorithms.offline import Component, Offline
+from penchant.base import machine
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer, per_completion
 from penchant.logprobs.reference import LiveReference
@@ -38,7 +41,7 @@ UNORDERED = {
     "bincount",
     "histc",
 }
-META = torch.device("meta")
+META, CPU = torch.device("meta"), torch.device("cpu")
 
 
 class Ops(TorchDispatchMode):
@@ -214,3 +217,83 @@ def test_a_step_waits_for_the_device_once(name: str, nll: float, tmp_path: Path,
     loop = loop_on(META, tmp_path, name, nll_weight=nll)
     loop.take_step(1, loop.schedule)
     assert len(reads) == 1 and len(loop._micro_batches(loop.trees)) > 1
+
+
+# ---- how a GPU computes: deterministic in the step and not where completions are sampled; TF32 only where it is asked for ----
+
+CUDA = torch.device("cuda")
+
+
+class Watching(Offline):
+    """Notes where torch's deterministic mode is on."""
+
+    seen: ClassVar[dict[str, bool]] = {}
+
+    def begin_step(self, step: int, progress: float, trees: Any) -> Any:  # where an online method samples
+        self.seen["begin_step"] = torch.are_deterministic_algorithms_enabled()
+        return Offline.begin_step(self, step, progress, trees)
+
+    def score(self, batch: Any) -> Any:
+        self.seen["score"] = torch.are_deterministic_algorithms_enabled()
+        return Offline.score(self, batch)
+
+
+@pytest.mark.parametrize("device,wanted,expected", [(CUDA, True, True), (CUDA, False, False), (CPU, True, False)])
+def test_a_step_is_deterministic_and_sampling_is_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device, wanted: bool, expected: bool
+) -> None:
+    loop = loop_on(CPU, tmp_path, "sft")
+    policy = loop.algorithm.scorer  # type: ignore[attr-defined]
+    loop.algorithm = Watching(policy, [Component(LOSSES["sft"], LOSSES["sft"].params())])
+    real = steps.repeatable
+    monkeypatch.setattr(loop_module, "repeatable", lambda _device, on: real(device, on))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    loop.train = loop.train.model_copy(update={"deterministic": wanted})
+    Watching.seen.clear()
+    loop.take_step(0, loop.schedule)
+    assert Watching.seen == {"begin_step": False, "score": expected}
+    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_products_of_a_gpu_are_as_precise_as_asked(monkeypatch: pytest.MonkeyPatch, tf32: bool) -> None:
+    matmul = SimpleNamespace(allow_tf32=None, allow_bf16_reduced_precision_reduction=None)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=None))
+    steps.set_precision(CPU, tf32)
+    assert matmul.allow_tf32 is None
+    steps.set_precision(CUDA, tf32)
+    assert matmul.allow_tf32 is tf32 and matmul.allow_bf16_reduced_precision_reduction is False
+
+
+# ---- the process: the CPU's allocator settings would keep a GPU host's memory for ever ----
+
+
+def test_a_process_has_the_settings_of_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in {**cli.CPU_ENV, **cli.CUDA_ENV}:
+        monkeypatch.delenv(name, raising=False)
+    for gpu in (False, True):
+        monkeypatch.setattr(cli, "gpu_visible", lambda gpu=gpu: gpu)
+        for device, on_gpu in (("cpu", False), ("cuda", True), ("auto", gpu)):
+            ours, others = (cli.CUDA_ENV, cli.CPU_ENV) if on_gpu else (cli.CPU_ENV, cli.CUDA_ENV)
+            found = cli.environment_of(device)
+            assert ours.items() <= found.items() and not others.keys() & found.keys()
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    assert cli.environment_of("cpu")["MALLOC_TOP_PAD_"] == "1"
+
+
+def test_where_a_command_computes_is_asked_of_its_option_its_config_and_the_machine() -> None:
+    config = SimpleNamespace(model=SimpleNamespace(device="cpu"))
+    assert cli._device_of(Namespace(device="cuda"), config) == "cuda"
+    assert cli._device_of(Namespace(device=None), config) == "cpu"
+    assert cli._device_of(Namespace(), None) == "auto"
+
+
+def test_a_gpu_is_seen_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for files in ([], [Path("/dev/nvidia0")]):
+        monkeypatch.setattr(machine.Path, "glob", lambda *_, files=files: iter(files))
+        assert machine.gpu_visible() == bool(files)
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert not machine.gpu_visible()

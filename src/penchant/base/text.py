@@ -123,7 +123,7 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
 
 SECRET_NAMES = re.compile(r"TOKEN|API_?KEY|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
 SHORTEST = 6  # shorter values are words of the text as often as not
-IN_A_URL = re.compile(r"""(?<=://)[^/\s"'<>]+@""")
+IN_A_URL = re.compile(r"""(:/{1,2})[^/\s"'<>]+@""")  # one slash: of a URL that was taken for a path
 IN_A_QUERY = re.compile(r"""(?i)\b((?:api_?key|access_token|token|password|signature)=)[^&\s"'<>\\]+""")
 BEARER = re.compile(
     r"\b((?i:bearer))\s+[A-Za-z0-9._~+/=-]{10,}|\b((?i:basic))\s+(?=\w*(?:[0-9=]|[a-z][A-Z]))[A-Za-z0-9+/=]{8,}"
@@ -146,7 +146,7 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 def without_passwords(text: str) -> str:
     """`text` without what URLs in it hold of user names, passwords and keys."""
-    return IN_A_QUERY.sub(rf"\1{HIDDEN}", IN_A_URL.sub(f"{HIDDEN}@", text))
+    return IN_A_QUERY.sub(rf"\1{HIDDEN}", IN_A_URL.sub(rf"\1{HIDDEN}@", text))
 
 
 def one_line(text: str, longest: int = 300) -> str:

@@ -63,7 +63,7 @@ def hashes_of(files: Sequence[Path]) -> list[str]:
         held = json.loads(path.read_text())
     except (OSError, ValueError):
         held = None
-    table = held if isinstance(held, dict) else {}
+    table = held if isinstance(held, dict) and held.pop("", None) == _sha256_of(held) else {}
     new: dict[str, list[Any]] = {}
     found = []
     for file in files:
@@ -81,7 +81,8 @@ def hashes_of(files: Sequence[Path]) -> list[str]:
         kept = {**{k: v for k, v in table.items() if k not in new}, **new}
         with suppress(OSError):  # of two processes that write at once one loses, and a file is read once more
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, dict(list(kept.items())[-FILES_KEPT:]))
+            kept = dict(list(kept.items())[-FILES_KEPT:])
+            write_atomically(path, {**kept, "": _sha256_of(kept)})
     return found
 
 

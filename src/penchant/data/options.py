@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -39,7 +40,8 @@ class DataConfig(Section):
         "auto", description="how a prompt becomes text: with the chat template, or as plain text"
     )
     template_options: dict[str, Any] = Field(
-        default_factory=dict, description="handed to the chat template, e.g. {enable_thinking: false}"
+        default_factory=dict,
+        description="handed to the chat template, e.g. {enable_thinking: false}; strftime_now: the day that it takes for today",
     )
     max_length: int = Field(
         1024, ge=8, le=2**24, description="limit on the tokens of the prompt plus the longest completion"
@@ -66,6 +68,15 @@ class DataConfig(Section):
         "auto",
         description="auto: cache the rows, tokens and audit of files of 4 MB and more on disk, by content; off: never",
     )
+
+    @field_validator("template_options")
+    @classmethod
+    def _a_day(cls, options: dict[str, Any]) -> dict[str, Any]:
+        try:
+            datetime.fromisoformat(options.get("strftime_now", "2026-01-01"))
+        except (TypeError, ValueError) as error:
+            raise ValueError("strftime_now is the day that the template takes for today, as 2026-12-31") from error
+        return options
 
     @field_validator("shape")
     @classmethod

@@ -88,13 +88,19 @@ def _odd_tokenizer_file(path: str) -> str:
 
 def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> Any:
     """A transformers causal model in fp32, dropout off; `cast_parameters` makes it bf16 once the masters are taken."""
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     path = check_model_path(cfg.path)
     check_model_folder(Path(path))
     check_folder(Path(path))
+    return _load(cfg, path, device, seed)
+
+
+def _load(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> Any:
+    """What is in a folder that holds a model; the tests keep it by the folder's bytes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     folder, how_to = Path(path), "give a folder or hub id of a causal model"
     with loading(config_of(path), "the model could not be loaded", how_to):
         config = AutoConfig.from_pretrained(path, revision=cfg.revision, trust_remote_code=False)
@@ -391,10 +397,10 @@ def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Te
     return {name: _merged(module) for name, module in _adapters(base)}
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over the names, dtypes and bytes of all parameters, adapters left out: what a cached reference depends on."""
-    named = base_model_of(model).named_parameters()
-    return tensors_sha256((name.replace(".base_layer", ""), p) for name, p in named if "lora_" not in name)
+def weights_sha256(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over the names, dtypes and bytes of all parameters (as they are in `dtype`), adapters left out: what a cached reference depends on."""
+    named = ((n.replace(".base_layer", ""), p) for n, p in base_model_of(model).named_parameters() if "lora_" not in n)
+    return tensors_sha256((n, p if dtype is None or not p.is_floating_point() else p.to(dtype)) for n, p in named)
 
 
 def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -14,7 +14,9 @@ from penchant.errors import ModelError
 class ModelConfig(Section):
     """Which model is trained, and how it is held."""
 
-    path: str = Field(description="folder or hub id (owner/name)")
+    path: str = Field(
+        description="a model's folder or hub id (owner/name); a run's, a checkpoint's or an adapter's folder means its model"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="pretrained weights, or random ones made from the config in `path`"
@@ -41,7 +43,8 @@ class ReferenceConfig(Section):
         "auto", description="auto: adapter off with LoRA, else computed once and cached on disk"
     )
     path: str | None = Field(
-        None, description="another model as reference; default: the model that training starts from"
+        None,
+        description="another model as reference, named as in model.path; default: the model that training starts from",
     )
     sync_every: int | None = Field(
         None,

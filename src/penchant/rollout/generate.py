@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penchant.data.templates import end_ids
+from penchant.errors import ModelError
 from penchant.models.cpu.decode import FastDecoder, cache_bytes_per_token, can_decode_fast
 from penchant.models.load import base_model_of, without_cache
 

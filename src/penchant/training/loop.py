@@ -28,7 +28,7 @@ from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, pru
 from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
-from penchant.training.steps import BatchSchedule, Totals, on_host, reduced
+from penchant.training.steps import BatchSchedule, Totals, on_host, reduced, repeatable
 from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
 
 Metrics = dict[str, Any]
@@ -197,13 +197,14 @@ class Loop:
         weights = [self.algorithm.weights(b) for b in batches]
         counts = {name: sum(w[name] for w in weights) for name in weights[0]}
         totals = Totals()
-        if self.algorithm.coupled and len(batches) > 1:
-            self._backward_coupled(step, [b.to(self.device) for b in batches], counts, totals)
-        else:
-            for batch in batches:
-                out = self._loss(step, self.algorithm.score(batch.to(self.device)))
-                reduced(out, counts).backward()
-                totals.add(out)
+        with repeatable(self.device, self.train.deterministic):
+            if self.algorithm.coupled and len(batches) > 1:
+                self._backward_coupled(step, [b.to(self.device) for b in batches], counts, totals)
+            else:
+                for batch in batches:
+                    out = self._loss(step, self.algorithm.score(batch.to(self.device)))
+                    reduced(out, counts).backward()
+                    totals.add(out)
         t = self.train
         lr = learning_rate(step, total, self.peak_lr, t.schedule, t.warmup_fraction, t.min_lr_fraction)
         (grad_norm,) = totals.read(self.optimizer.clip(t.max_grad_norm))
@@ -327,7 +328,13 @@ class Loop:
 
         The generator of a CPU reads the low 32 bits alone, so the seed must reach them.
         """
-        torch.manual_seed((self.train.seed * 0x9E3779B1 + (step << 10) + micro_batch) % 2**32)
+        seed = (self.train.seed * 0x9E3779B1 + (step << 10) + micro_batch) % 2**32
+        if next(self.model.parameters()).device.type == "cpu":
+            torch.default_generator.manual_seed(
+                seed
+            )  # for each absent accelerator the other formats the stack, a millisecond
+        else:
+            torch.manual_seed(seed)
 
     def _dump_and_stop(
         self,

@@ -42,6 +42,12 @@ class TrainConfig(Section):
         "auto", description="how completions share a row: packed with a shared prompt, packed one by one, or padded"
     )
     shuffle: bool = Field(True, description="draw a new order each epoch, from the seed")
+    deterministic: bool = Field(
+        True, description="on a GPU: only operations that give the same bits each time in a step; a CPU always does"
+    )
+    tf32: bool = Field(
+        False, description="on a GPU: fp32 products in TF32, several times as fast and with 10-bit mantissas"
+    )
     threads: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
         "auto", description="CPU threads; auto: chosen by the model's size"
     )
