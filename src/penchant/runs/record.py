@@ -91,7 +91,8 @@ def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[s
     settings = config.model_dump(mode="json")
     for section in WATCHING_ONLY:
         settings.pop(section, None)
-    settings["data"].pop("cache", None)  # it changes no row
+    for name in ("cache", "bounds"):  # they change no row that is read
+        settings["data"].pop(name, None)
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
         settings["algorithm"].pop("value_init")  # older runs do not have it
     return json.loads(without_passwords(json.dumps({"config": settings, "data": fingerprints, **contents})))
