@@ -349,7 +349,7 @@ class Stream:
             layout_named(shape)  # a mistake in its name is said before a file is read
         first = list(itertools.islice(stream, FIRST_ROWS))
         if not named:
-            shape, self.detection, columns = detected(first, name, columns or {})
+            shape, self.detection, columns = detected(first, name, columns or {}, layout_options or {})
         stream = itertools.chain(first, stream)
         layout = layout_named(shape)
         options = layout.settings(layout_options or {})
@@ -418,7 +418,7 @@ def _map_it(ours: str, theirs: str) -> str:
 
 
 def detected(
-    first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]
+    first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str], options: Mapping[str, Any]
 ) -> tuple[str, Detection, Mapping[str, str]]:
     """The layout of the first rows, and which columns are read under our names: those given, or others that are known.
 
@@ -429,7 +429,7 @@ def detected(
     found = detect(rows)
     taken = other_names(rows) if not found.how and (not found.layout or LAYOUTS[found.layout].kind == "sft") else {}
     if found.layout:  # only a word about the answer makes it another layout
-        taken = {ours: theirs for ours, theirs in taken.items() if ours == "label"}
+        taken = {ours: theirs for ours, theirs in taken.items() if ours == "label" and not options}
     other = detect(renamed(row, taken) for row in rows) if taken else found
     if taken and other.layout and LAYOUTS[other.layout].kind in ("sft", "unpaired", "scored"):
         said = ", ".join(f'"{theirs}" is read as {ours}' for ours, theirs in taken.items())
