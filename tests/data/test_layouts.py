@@ -219,7 +219,7 @@ def test_wrong_options_are_refused(shape: str, options: dict[str, Any], what: st
 def test_rows_and_examples_are_counted_apart() -> None:
     found = load_preferences(str(FOLDER / "oasst.jsonl"), on_bad_row="skip")
     assert (found.total, found.accepted, len(found.quarantined), len(found.trees)) == (4, 1, 3, 2)
-    assert summary(found).startswith("4 rows (oasst) = 1 accepted + 3 quarantined") and "2 examples" in summary(found)
+    assert summary(found).startswith("4 rows (oasst) = 1 accepted + 3 kept aside") and "2 examples" in summary(found)
     assert [t.source for t in found.trees] == ["oasst.jsonl:1#1", "oasst.jsonl:1#2"]
     flat = load_preferences(str(FOLDER / "oasst_flat.jsonl"), on_bad_row="skip")
     assert [(t.prompt, t.completions) for t in flat.trees] == [(t.prompt, t.completions) for t in found.trees]
@@ -283,8 +283,9 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.parametrize("examples_of_each", [20, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_any_json_row_is_converted_or_says_what_is_wrong(name: str) -> None:
+def test_any_json_row_is_converted_or_says_what_is_wrong(name: str, examples_of_each: int) -> None:
     layout = LAYOUTS[name]
     examples = (layout.example, *layout.rest)
     names = sorted({*layout.columns, *(c for e in examples for c in e)})
@@ -294,7 +295,7 @@ def test_any_json_row_is_converted_or_says_what_is_wrong(name: str) -> None:
     )
 
     @given(st.sampled_from(examples), wheres, st.booleans(), options)
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples_of_each, deadline=None, suppress_health_check=list(HealthCheck))
     def convert(example: dict[str, Any], broken: dict[str, Any], whole: bool, chosen: dict[str, Any]) -> None:
         row = {**example, **broken} if whole else broken
         layout.fits(row)

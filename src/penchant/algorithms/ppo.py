@@ -33,9 +33,9 @@ class PPOConfig(OnlineConfig):
     """PPO's own settings and defaults; docs/ppo.md says where each comes from."""
 
     name: Literal["ppo"] = Field(description="ppo")
-    samples: int = Field(1, ge=1, description="completions of each prompt")
+    samples: int = Field(1, ge=1, le=4096, description="completions of each prompt")
     temperature: float = Field(0.7, gt=0, description="temperature of sampling and of every log-prob in the update")
-    epochs: int = Field(4, ge=1, description="passes over each batch of rollouts")
+    epochs: int = Field(4, ge=1, le=10_000, description="passes over each batch of rollouts")
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="estimator of the per-token KL penalty")
     kl_control: Literal["fixed", "adaptive"] = Field("fixed", description="keep beta, or adapt it towards kl_target")
     kl_target: float = Field(6.0, gt=0, description="adaptive: the target KL per completion, in nats")
@@ -223,9 +223,13 @@ class PPO(OnPolicy):
 
     def step_values(self) -> dict[str, float]:
         groups = self.groups
-        drift = torch.cat([g.extras["old"] - g.extras["ref"] for g in groups])
+        old, ref = (torch.cat([g.extras[name] for g in groups]) for name in ("old", "ref"))
         count = sum(len(g.tree.completion_ids) for g in groups)
-        return reward_metrics_of(groups) | {"kl/policy_ref": float(drift.sum() / count), "beta": self.beta}
+        kl = {
+            f"kl/{name}": float(divergences.kl_estimate(old, ref, how).sum() / count)
+            for name, how in (("policy_ref", "k1"), ("k3", "k3"))
+        }
+        return reward_metrics_of(groups) | kl | {"beta": self.beta}
 
     def accepts(self, means: Mapping[str, float]) -> bool:
         """Not beyond `ratio_limit`: there the rollouts say nothing of the policy that is trained."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 from penchant import __version__
 from penchant.base.machine import gpu_visible
-from penchant.base.text import did_you_mean
+from penchant.base.text import Shown, did_you_mean, unescaped
 
 # modules of this package, in the order of `penchant --help`
 COMMANDS = [
@@ -94,8 +96,34 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code. A person's mistake is one paragraph on stderr, never a traceback."""
+    with _for_people():
+        return _run(argv)
+
+
+@contextmanager
+def _for_people() -> Iterator[None]:
+    """Whatever is printed in here is made printable and without secrets, once, on its way out."""
+    with ExitStack() as replaced:
+        for name, replacing in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
+            stream = unescaped(getattr(sys, name))
+            if stream is not None:
+                replaced.enter_context(replacing(Shown(stream)))  # type: ignore[type-var]
+        try:
+            yield
+        except Exception:
+            if "pytest" not in sys.modules:  # the interpreter's own way to print it escapes and hides nothing
+                traceback.print_exc()
+                sys.excepthook = lambda *_: None
+            raise
+        finally:
+            if getattr(sys.stdout, "leaves", False):
+                sys.stdout.flush()
+
+
+def _run(argv: Sequence[str] | None) -> int:
     from penchant.base.files import ANYWHERE, disk_error, os_error
     from penchant.base.functions import no_exit
+    from penchant.cli.arguments import bounded
     from penchant.errors import PenchantError
 
     parser = build_parser()
@@ -115,8 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if sys.stderr.isatty() and not quiet and not os.environ.get("PENCHANT_REEXECUTED"):
                 print(f"penchant {args.command}: loading torch", file=sys.stderr)
             _with_allocator(_device_of(args, config))
-        # what only prints may end with its reader
-        with _readers_may_leave() if getattr(args, "allocator", False) else nullcontext(), no_exit():
+            # what only prints may end with its reader; work goes on to its end: ``penchant train run.yaml | head``
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, Shown):
+                    stream.leaves = not stream.isatty()
+        with no_exit(), bounded(args):
             return int(args.handler(args) or 0)
     except PenchantError as error:
         print(f"penchant: {error}", file=sys.stderr)
@@ -132,51 +163,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) and stop.code > 0 else 2
     except Exception as error:
         found = os_error(error)
-        if found is None or found.errno not in ANYWHERE:
+        if found is None or found.errno not in ANYWHERE | {errno.ENAMETOOLONG}:
             raise
         told = disk_error(Path(getattr(error, "filename", None) or "."), found)
         print(f"penchant: {told}", file=sys.stderr)
         return told.exit_code
-
-
-@contextmanager
-def _readers_may_leave() -> Iterator[None]:
-    """``penchant train run.yaml | head``: whoever reads the output may go away, the work goes on to its end."""
-    with ExitStack() as replaced:
-        for name, replacing in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
-            stream = getattr(sys, name)
-            if stream is not None and not stream.isatty():
-                replaced.enter_context(replacing(_Unread(stream)))  # type: ignore[type-var]
-                replaced.callback(_Unread(stream).flush)
-        yield
-
-
-class _Unread:
-    """A text stream whose reader may go away: what is written after that goes nowhere."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        try:
-            return int(self._stream.write(text))
-        except BrokenPipeError:
-            return self._left(len(text))
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except BrokenPipeError:
-            self._left(0)
-
-    def _left(self, count: int) -> int:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
-        return count
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def _check_config(args: argparse.Namespace) -> Any:
@@ -204,16 +195,17 @@ def _check_config(args: argparse.Namespace) -> Any:
     if Path(args.config).suffix not in (".yaml", ".yml"):
         return None  # `penchant eval` also takes the folder of a run or a model
     from penchant.config import load_config
-    from penchant.data.read import find_file
+    from penchant.data.read import named_files
     from penchant.models.options import check_model_path
+    from penchant.runfolder import stands_for_model
 
     config = load_config(args.config, args.overrides)
     if args.command == "eval":
         return config  # a finished run needs neither the model that it started from nor, with --data, its own rows
-    check_model_path(config.model.path)
+    if not stands_for_model(Path(config.model.path).expanduser()):
+        check_model_path(config.model.path)
     for path in (config.data.path, config.data.eval_path or []):
-        for name in [path] if isinstance(path, str) else path:
-            find_file(name)
+        named_files(path)
     return config
 
 

@@ -37,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
     """Ask what is not given, write the config, say what comes next."""
     from pathlib import Path
 
-    from penchant.base.text import printable
     from penchant.errors import ConfigError
     from penchant.init import propose, write_config
     from penchant.init.ask import answers, here
@@ -52,6 +51,6 @@ def run(args: argparse.Namespace) -> int:
     start = propose(
         found.data, found.model, found.goal, reward=args.reward, output=args.run_folder, held_out=found.held_out
     )
-    path = printable(str(write_config(start, args.output)))
+    path = write_config(start, args.output)
     print(f"written: {path}\nnext:    penchant plan {path}\n         penchant train {path}")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor
 
 from penchant.base.files import file_sha256
+from penchant.base.functions import imported_sha256, is_own, own_file
 from penchant.base.machine import moved
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
 from penchant.data.packing import batches_of
-from penchant.data.templates import end_ids, uses_chat
+from penchant.data.templates import DATE, end_ids, uses_chat, writes_date
 from penchant.data.tokenize import (
     PairFormat,
     TokenizedDataset,
@@ -31,6 +31,7 @@ from penchant.data.tokenize import (
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.logprobs import Scorer
 from penchant.logprobs.packing import choose_packing
+from penchant.models.folder import read_object
 from penchant.models.load import DTYPES, add_lora, cast_parameters, load_tokenizer
 from penchant.models.options import LoraConfig, ModelConfig
 from penchant.models.reward import (
@@ -202,6 +203,9 @@ class RewardModel:
 
     def __post_init__(self) -> None:
         policy = self.policy
+        if policy is not None and DATE in policy.template_options and writes_date(self.tokenizer):
+            # one that was trained without a day of its own is told the run's
+            self.template_options = {DATE: policy.template_options[DATE], **self.template_options}
         self._same = (
             policy is not None
             and not self.encoder
@@ -344,7 +348,7 @@ def load_reward_function(name: str, folder: Path, device: torch.device, policy: 
     tokenizer = load_tokenizer(str(folder))
     scorer, _ = make_scorer(loaded.model, loaded.encoder, tokenizer, "auto", "auto")
     path = folder / SETTINGS
-    settings = json.loads(path.read_text()) if path.exists() else {}
+    settings = read_object(path) if path.exists() else {}
     return RewardModel(
         scorer,
         tokenizer,
@@ -368,6 +372,23 @@ def content_sha256(name: str) -> str | None:
     for path in files:
         digest.update(path.name.encode() + bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()
+
+
+def contents_beside(name: str) -> dict[str, str]:
+    """SHA-256 of what such a reward is made of beside that, by file: what its file imports, its tokenizer's files that are no JSON."""
+    folder = find_reward_model(name)
+    if folder is None:
+        return imported_sha256(name) if is_own(name) and own_file(name).is_file() else {}
+    return {
+        p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.suffix in (".jinja", ".txt", ".model", ".bin")
+    }
+
+
+def reward_writes_date(name: str) -> bool:
+    """Whether a reward of this name is a model whose chat template asks for today's date."""
+    folder = find_reward_model(name)
+    files = [] if folder is None else [*folder.glob("*.jinja"), folder / "tokenizer_config.json"]
+    return any(DATE in p.read_text(encoding="utf-8", errors="replace") for p in files if p.is_file())
 
 
 # ---- What a reward model's training run is composed of, beside what every run has: its tokens, its model, its folder ----

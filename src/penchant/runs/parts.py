@@ -14,6 +14,7 @@ from penchant.algorithms.method import Parts
 from penchant.base.machine import cores
 from penchant.config import RunConfig
 from penchant.data.packing import tree_tokens
+from penchant.data.templates import name_ends
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer
 from penchant.logprobs.packing import choose_packing
@@ -161,6 +162,8 @@ def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
             f"{rows.max_length} is beyond the model's context of {limit}",
             f"set it to at most {limit}",
         )
+    if rows.reward_parts is None:
+        name_ends(model, rows.tokenizer)
     if config.lora is not None and rows.reward_parts is None:
         model = add_lora(model, config.lora, config.train.seed)
     if config.train.gradient_checkpointing:

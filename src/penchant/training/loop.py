@@ -347,7 +347,13 @@ class Loop:
 
         The generator of a CPU reads the low 32 bits alone, so the seed must reach them.
         """
-        torch.manual_seed((self.train.seed * 0x9E3779B1 + (step << 10) + micro_batch) % 2**32)
+        seed = (self.train.seed * 0x9E3779B1 + (step << 10) + micro_batch) % 2**32
+        if next(self.model.parameters()).device.type == "cpu":
+            torch.default_generator.manual_seed(
+                seed
+            )  # for each absent accelerator the other formats the stack, a millisecond
+        else:
+            torch.manual_seed(seed)
 
     def _dump_and_stop(
         self,

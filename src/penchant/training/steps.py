@@ -131,6 +131,12 @@ class Totals:
         means = {name: s / self.counts[name] for name, s in self.sums.items() if self.counts[name] > 0}
         loss = {"loss": sum(v for name, v in means.items() if name in self.terms)}
         hidden = self.terms if len(self.terms) == 1 else set()
+        for name in [
+            n for n in means if n.endswith("rewards/chosen")
+        ]:  # labelled answers: mean of good minus mean of bad
+            part = name.removesuffix("chosen")
+            if f"{part}rejected" in means:
+                means.setdefault(f"{part}margins", means[name] - means[f"{part}rejected"])
         return {prefix + name: v for name, v in (loss | means).items() if name not in hidden}
 
 
