@@ -239,7 +239,7 @@ def audit_files(
         where, what, how = (
             (first.where, first.what, first.how) if first else (", ".join(splits) or "audit", "no rows", "")
         )
-        raise DataError(where, f"{what}; no row of the file could be used", how or "give files with rows")
+        raise DataError(where, f"{what}; no row could be used", how or "give files with rows")
     return auditor.result(dict(leakage.findings()), {}, "\n".join(layouts))
 
 
