@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:  # argparse takes no overrides behind an option
         if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest):
             command = " ".join(filter(None, ("penchant", args.command, getattr(args, "verb", None))))
-            parser.error(f"unrecognized arguments: {' '.join(rest)}; `{command} --help` lists what there is")
+            parser.error(f"unrecognized arguments: {' '.join(rest)}; {_as_settings(args, rest, command)}")
         args.overrides += rest
     if args.command is None:
         parser.print_help()
@@ -127,6 +127,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = disk_error(Path(getattr(error, "filename", None) or "."), found)
         print(f"penchant: {told}", file=sys.stderr)
         return told.exit_code
+
+
+def _as_settings(args: argparse.Namespace, rest: Sequence[str], command: str) -> str:
+    """What to write in place of options that there are none of: ``--lr 1e-4`` is the setting train.lr=1e-4."""
+    from penchant.config.explain import setting_of
+
+    first, *others = rest
+    name, _, value = first.lstrip("-").partition("=")
+    key = name if "." in name else setting_of(name.replace("-", "_"), {}).partition(" ")[0]
+    if not key or not hasattr(args, "overrides"):
+        return f"`{command} --help` lists what there is"
+    value = value or next((w for w in others if not w.startswith("--")), "VALUE")
+    return f"settings are written key.path=value, without dashes: {key}={value}"
 
 
 @contextmanager
@@ -193,11 +206,15 @@ def _check_config(args: argparse.Namespace) -> None:
     from penchant.config import load_config
     from penchant.data.read import find_file
     from penchant.models.options import check_model_path
+    from penchant.rewards.functions import check_reward_name
 
     config = load_config(args.config, args.overrides)
     if args.command == "eval":
         return  # a finished run needs neither the model that it started from nor, with --data, its own rows
     check_model_path(config.model.path)
+    for reward in filter(None, (config.reward, config.evaluation.reward)):
+        for name in reward.terms:
+            check_reward_name(name)
     for path in (config.data.path, config.data.eval_path or []):
         for name in [path] if isinstance(path, str) else path:
             find_file(name)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from penchant.base.text import closest
+from penchant.base.text import closest_file
 from penchant.errors import ConfigError
 from penchant.losses.section import LossModifiers
 
@@ -28,6 +28,10 @@ class _Loader(yaml.SafeLoader):
     }
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what either version of YAML reads as another kind: the text 0E0."""
+
+
 for _kind, _pattern, _first in (
     (
         "float",
@@ -37,7 +41,8 @@ for _kind, _pattern, _first in (
     ("int", r"[-+]?\d+", "-+0123456789"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
 ):
-    _Loader.add_implicit_resolver(TAG + _kind, re.compile(f"^({_pattern})$"), list(_first))
+    for _side in (_Loader, _Dumper):
+        _side.add_implicit_resolver(TAG + _kind, re.compile(f"^({_pattern})$"), list(_first))  # type: ignore[attr-defined]
 _Loader.add_constructor(TAG + "int", lambda _, node: int(node.value))
 
 
@@ -74,8 +79,10 @@ def _lines(node: yaml.Node, source: str, prefix: tuple[str, ...] = ()) -> Places
 
 
 def place_of(path: tuple[str, ...], places: Mapping[tuple[str, ...], str], source: str) -> str:
-    """Where the key, or the nearest section around it, stands."""
-    return next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), source)
+    """Where the key, or the nearest section around it, or a key in it, stands."""
+    around = (places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places)
+    inside = (place for p, place in places.items() if p[: len(path)] == path)
+    return next(around, next(inside, source))
 
 
 def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
@@ -91,7 +98,7 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        near = closest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+        near = closest_file(path, [p.name for p in path.parent.glob("*.y*ml")])
         raise ConfigError(
             str(path), "no such file", f"did you mean {near}?" if near else "give the path of a YAML config"
         ) from error
@@ -158,9 +165,18 @@ def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value
         for key_of_file in [k for k in at if k not in {*LossModifiers.model_fields, *given}]:
             del at[key_of_file]
     at[path[-1]] = value
+    given = any(p[0] == "loss" and place == where for p, place in places.items())
+    if path in (("algorithm",), ("algorithm", "name")) and value is not None and "loss" in values and not given:
+        del values["loss"]  # an algorithm takes the place of the file's loss
+        places = {p: place for p, place in places.items() if p[0] != "loss"}
     return {p: place for p, place in places.items() if p[: len(path)] != path} | {path: where}
+
+
+def dump_yaml(value: Any, **how: Any) -> str:
+    """YAML that `parse_yaml` reads back as it is; `how` is PyYAML's."""
+    return str(yaml.dump(value, Dumper=_Dumper, **how))
 
 
 def dump_config(config: BaseModel) -> str:
     """YAML that loads back to an equal config, every default spelled out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

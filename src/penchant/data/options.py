@@ -38,7 +38,11 @@ class DataConfig(Section):
     template_options: dict[str, Any] = Field(
         default_factory=dict, description="handed to the chat template, e.g. {enable_thinking: false}"
     )
-    max_length: int = Field(1024, ge=8, description="limit on the tokens of the prompt plus the longest completion")
+    max_length: int = Field(
+        1024,
+        ge=8,
+        description="limit on the tokens of the prompt plus the longest completion; the default, or auto, is the model's context where that is less",
+    )
     add_eos: bool = Field(
         True,
         description="end completions with EOS; false: they are open-ended, and the model does not learn to stop there",
@@ -60,6 +64,12 @@ class DataConfig(Section):
         "auto",
         description="auto: cache the rows, tokens and audit of files of 4 MB and more on disk, by content; off: never",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_is_the_default(cls, values: Any) -> Any:
+        auto = isinstance(values, dict) and values.get("max_length") == "auto"
+        return {k: v for k, v in values.items() if k != "max_length"} if auto else values
 
     @field_validator("shape")
     @classmethod

@@ -19,7 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from penchant.base.text import closest
+from penchant.base.hub import check_hub
+from penchant.base.text import closest_file
 from penchant.errors import DataError
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
@@ -114,9 +115,8 @@ def ending(name: str) -> str:
 
 
 def _sibling(file: Path) -> str:
-    names = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-    near = closest(file.name, names)
-    return f"did you mean {file.parent / near}?" if near else "check the path; a hub id is written owner/name"
+    near = closest_file(file)
+    return f"did you mean {near}?" if near else "check the path; a hub id is written owner/name"
 
 
 def _looks_like_hub_id(path: str) -> bool:
@@ -371,6 +371,7 @@ def _parquet(stream: BinaryIO, name: str) -> Iterator[Row | BadRow]:
 
 def _read_hub(path: str) -> Iterator[Row | BadRow]:
     name, _, split = path.partition(":")
+    check_hub(name, "dataset")
     try:
         from datasets import load_dataset
     except ImportError as error:

@@ -107,11 +107,12 @@ def answers(
     def read(path: str) -> DataFacts:
         return look_at_data(path, model, columns)
 
+    known = look_at_model(model) if model is not None else None  # before a long file is read
     facts = read(data) if data is not None else asker.ask("Data (a file, or a hub id)", a_file_here(), read)
     asker.say(f"  {facts.to_text()}")
     held_out = _held_out(asker, facts, eval_data)
-    if model is not None:
-        found = look_at_model(model)
+    if known is not None:
+        found = known
     else:
         found = asker.ask("Model (a folder or hub id)", DEFAULT_MODEL, look_at_model)
         facts = look_at_data(facts.path, found.path, columns)  # in the model's own tokens

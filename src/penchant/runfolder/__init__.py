@@ -234,10 +234,12 @@ def open_run(
         found = differences(theirs, mine, defaults=json.loads(json.dumps(defaults or {})))
         if found:
             shown = "".join(f"\n  {line}" for line in found)
+            longer = all(line.startswith(("config.train.", "train.")) for line in found)
+            on = f"to train on from its last checkpoint, set model.path={folder} and another output; " if longer else ""
             raise CheckpointError(
                 str(folder),
-                f"holds checkpoints of a different run; old -> new:{shown}\n",
-                "choose another output, or delete the folder to start over",
+                "holds checkpoints of a different run",
+                f"choose another output, or delete the folder to start over; {on}old -> new:{shown}",
             )
     keep(path, json.dumps(mine, indent=1))
     keep(folder / CONFIG, resolved_config)

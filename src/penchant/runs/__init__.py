@@ -22,6 +22,7 @@ from penchant.logprobs.reference import Reference
 from penchant.metrics.completions import START_FILE
 from penchant.metrics.flags import write_flags
 from penchant.metrics.flags.rule import Flag
+from penchant.models.options import check_model_path
 from penchant.runfolder import (
     AUDIT,
     CALIBRATION,
@@ -38,7 +39,7 @@ from penchant.runfolder import (
 )
 from penchant.runfolder.read import read
 from penchant.runs.evaluating import HeldOut, prompts_of, writes_completions
-from penchant.runs.parts import Built, build, checkpoint_bytes, peak_lr, placed, start_key, write_model
+from penchant.runs.parts import Built, build, checkpoint_bytes, peak_lr, placed, remarks, start_key, write_model
 from penchant.runs.record import (
     contents_of,
     join_samples,
@@ -48,7 +49,7 @@ from penchant.runs.record import (
     write_manifest,
     write_samples,
 )
-from penchant.runs.rows import Rows
+from penchant.runs.rows import Rows, within_context
 from penchant.runs.sharing import Alone
 from penchant.track import Mirrors, check_installed
 from penchant.training.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
@@ -98,11 +99,11 @@ class Run:
         rows: Rows | None = None,
         cache: bool = True,
     ) -> None:
-        self.config = config = with_absolute_paths(config)
+        self.console = make_console(quiet) if console is None else console
+        self.config = config = within_context(with_absolute_paths(config), self.console.note)
         self.method = config.method
         self.folder = Path(config.output)
         self.shared = Alone() if shared is None else shared
-        self.console = make_console(quiet) if console is None else console
         self.device, self.dtype = placed(config)
         self.rows = Rows(config, self.shared, self.console, tokenizer) if rows is None else rows
         self.pause_at, self.cache = pause_at, cache
@@ -139,6 +140,7 @@ class Run:
         started = time.time()
         live = LiveReport(self.folder, self.console.note)
         check_installed(self.config.logging.trackers)
+        check_model_path(self.config.model.path)  # before the rows are read
         contents, rows = contents_of(self.config), self.rows
         identity = run_identity(self.config, [d.fingerprint for d in rows.datasets if d is not None], contents)
         with RunLock(self.folder), writing(self.folder):
@@ -153,6 +155,8 @@ class Run:
                 start.unlink(missing_ok=True)
             elif not is_whole(start):
                 self.console.note(f"{start}: was changed after it was written, so it is left out")
+            for remark in remarks(self.config, rows):
+                self.console.note(remark)
             loop = self.make_loop()
             loop.identity = identity
             mirrors = Mirrors(self.folder, self.config.logging, self.config.model_dump(mode="json"), self.console.note)
