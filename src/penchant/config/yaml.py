@@ -100,7 +100,7 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
     except FileNotFoundError as error:
         near = closest_file(path, [p.name for p in path.parent.glob("*.y*ml")])
         raise ConfigError(
-            str(path), "no such file", f"did you mean {near}?" if near else "give the path of a YAML config"
+            str(path), "no such file", f"did you mean {Path(near).name}?" if near else "give the path of a YAML config"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), f"cannot be read ({error})", "give a UTF-8 YAML file") from error
@@ -165,8 +165,8 @@ def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value
         for key_of_file in [k for k in at if k not in {*LossModifiers.model_fields, *given}]:
             del at[key_of_file]
     at[path[-1]] = value
-    given = any(p[0] == "loss" and place == where for p, place in places.items())
-    if path in (("algorithm",), ("algorithm", "name")) and value is not None and "loss" in values and not given:
+    also = any(p[0] == "loss" and place == where for p, place in places.items())
+    if path in (("algorithm",), ("algorithm", "name")) and value is not None and "loss" in values and not also:
         del values["loss"]  # an algorithm takes the place of the file's loss
         places = {p: place for p, place in places.items() if p[0] != "loss"}
     return {p: place for p, place in places.items() if p[: len(path)] != path} | {path: where}

@@ -157,11 +157,11 @@ class Run:
                 self.console.note(f"{start}: was changed after it was written, so it is left out")
             for remark in remarks(self.config, rows):
                 self.console.note(remark)
-            loop = self.make_loop()
+            known = None if anew else self._known_manifest()
+            loop = self.make_loop(known)
             loop.identity = identity
             mirrors = Mirrors(self.folder, self.config.logging, self.config.model_dump(mode="json"), self.console.note)
             loop.watched = _watchers(live.told, mirrors, anew)
-            known = None if anew else self._known_manifest()
             self._check_start(known)
             manifest = self._manifest(loop, started, known)
             manifest("running", None)
@@ -238,8 +238,12 @@ class Run:
             "see checkpoint.keep_last and checkpoint.every"
         )
 
-    def make_loop(self) -> Loop:
-        """The loop of this run, ready to start; nothing is written before it does."""
+    def make_loop(self, known: Mapping[str, Any] | None = None) -> Loop:
+        """The loop of this run, ready to start; nothing is written before it does.
+
+        Args:
+            known: manifest.json of what is continued: its learning rate is kept, where auto has become another since.
+        """
         cfg, rows = self.config, self.rows
         held_out = (
             self.held_out if rows.trees[1] else None
@@ -258,7 +262,7 @@ class Run:
             shared=built.parts.engine.shared,
             folder=self.folder,
             train=cfg.train,
-            peak_lr=peak_lr(cfg, rows, sum(p.numel() for p in model.parameters())),
+            peak_lr=peak_lr(cfg, rows, sum(p.numel() for p in model.parameters()), known),
             evaluation=cfg.evaluation,
             checkpoint=cfg.checkpoint,
             logging=cfg.logging,
@@ -376,7 +380,7 @@ class Run:
 
         def write(status: str, why: str | None) -> None:
             steps = loop.state.step, loop.schedule.total_steps
-            write_manifest(path, self.rows, built, sha256, started, steps, status, why)
+            write_manifest(path, self.rows, built, sha256, started, steps, status, why, loop.peak_lr)
 
         return write
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,14 +194,19 @@ def answering(model: Any, config: RunConfig, dtype: torch.dtype) -> Scorer:
     return choose_packing(model, config.train.packing, config.model.kernels)[0]
 
 
-def peak_lr(config: RunConfig, rows: Rows, parameters: int) -> float:
-    """`train.lr`, or what auto is for this method and a model of so many parameters."""
+def peak_lr(config: RunConfig, rows: Rows, parameters: int, known: Mapping[str, Any] | None = None) -> float:
+    """`train.lr`, or what auto is for this method and a model of so many parameters; `known`: the manifest of a run that goes on."""
     if config.train.lr != "auto":
         return float(config.train.lr)
+    if known is not None and "peak_lr" in known:
+        return float(known["peak_lr"])
     parts = rows.reward_parts
     if parts is not None and parts.encoder and config.lora is None:
         return parts.encoder_lr(parameters)
-    return auto_lr(config.method.default_lr, config.lora is not None, parameters)
+    rates = config.method.default_lr
+    if known is not None and config.lora is None:  # what auto was before manifests had it
+        return 1e-6 if config.algorithm is None and config.method.signal != "tokens" else rates[0]
+    return auto_lr(rates, config.lora is not None, parameters)
 
 
 FAR = 5  # times the usual rate, or less than a fifth of it

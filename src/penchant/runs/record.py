@@ -114,12 +114,13 @@ def write_manifest(
     steps: tuple[int, int],
     status: str,
     why: str | None,
+    lr: float,
 ) -> None:
     """What the run is made of and how far it came.
 
     Args:
         sha256: of the weights before training; started: seconds since the epoch; steps: (done, of the whole run).
-        status: running, finished, paused, interrupted or stopped; why: where it did not come to its end.
+        status: running, finished, paused, interrupted or stopped; why: where it did not come to its end; lr: the peak.
     """
     config, parts = built.parts.config, built.parts
     data: dict[str, Any] = {
@@ -145,6 +146,7 @@ def write_manifest(
         **({"why": why} if why is not None else {}),
         "seed": config.train.seed,
         "loss": config.method.name,
+        "peak_lr": lr,
         "model": {
             "path": config.model.path,
             "sha256": sha256,
