@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Literal
 
@@ -26,7 +27,8 @@ def check_hub(name: str, kind: Literal["model", "dataset"] = "model") -> None:
 
     failed: type[PenchantError] = ModelError if kind == "model" else DataError
     cached = kind == "model" and isinstance(try_to_load_from_cache(name, "config.json"), str)
-    why = "HF_HUB_OFFLINE is set"
+    asked = os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
+    why = "HF_HUB_OFFLINE is set" if asked else "the hub cannot be reached"
     if not constants.HF_HUB_OFFLINE:
         try:
             HfApi().repo_info(name, repo_type=kind, timeout=SECONDS)
@@ -38,12 +40,12 @@ def check_hub(name: str, kind: Literal["model", "dataset"] = "model") -> None:
             raise failed(name, "is not here, and not a hub id either", "a hub id is written owner/name") from error
         except HfHubHTTPError:
             return  # access or the hub's own trouble: the library that reads it says which
-        except Exception:  # of whatever HTTP library it has
+        except Exception:  # of whatever HTTP library it has; the next one need not wait
             why = "the hub cannot be reached"
             constants.HF_HUB_OFFLINE = True
     if not cached and kind == "model":
         raise NotReached(
             name, f"is neither a folder here nor in the hub's cache, and {why}", "check the name, or give a folder"
         )
-    if kind == "dataset" and why != "HF_HUB_OFFLINE is set":
+    if kind == "dataset" and not asked:  # what is cached of a data set, its library knows
         raise DataError(name, f"is not a file here, and {why}", "check the name, or give a file")

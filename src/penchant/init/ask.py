@@ -116,8 +116,12 @@ def answers(
     else:
         found = asker.ask("Model (a folder or hub id)", DEFAULT_MODEL, look_at_model)
         facts = look_at_data(facts.path, found.path, columns)  # in the model's own tokens
-    if found.parameters is not None:
-        asker.say(f"  {found.parameters:,} parameters")
+    known_size = found.parameters is not None
+    asker.say(
+        f"  {found.parameters:,} parameters"
+        if known_size
+        else f"  {found.path}: not looked at, for it is not in the cache and the hub cannot be reached; it may not be there"
+    )
     if goal is not None:
         return Answers(facts, found, check_goal(goal, facts, found).name, held_out)
     able = [g for g in fitting(facts.kind) if not found.encoder or g.name == "reward"]
