@@ -235,7 +235,8 @@ def open_run(
         if found:
             shown = "".join(f"\n  {line}" for line in found)
             longer = all(line.startswith(("config.train.", "train.")) for line in found)
-            on = f"to train on from its last checkpoint, set model.path={folder} and another output; " if longer else ""
+            last = checkpoints(folder)[-1] / "model"
+            on = f"to train on from its last checkpoint, set model.path={last} and another output; " if longer else ""
             raise CheckpointError(
                 str(folder),
                 "holds checkpoints of a different run",
