@@ -93,6 +93,88 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("PENCHANT_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / str(next(NUMBER))))
 
 
+KEEPS = {"models": True}
+REAL = ("models", "logprobs")  # folders of tests/ that look at the loading itself
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _models_are_read_once() -> Iterator[None]:
+    """A model folder of the same bytes is read and probed once a process, by the real code; after that a copy is handed out.
+
+    Runs of a sweep share it in the same way (`runs.sharing`), and tests/sweep shows that it changes no figure.
+    """
+    import copy
+    import hashlib
+
+    import torch
+
+    from penchant.logprobs import packing
+    from penchant.models import load
+
+    kept: dict[str, tuple[Any, torch.Tensor]] = {}
+    seen: set[str] = set()  # what is read a second time is kept: most trained models never are
+    ways: dict[Any, Any] = {}
+    real_load, real_way, real_fast = load._load, packing._first_right, packing._fast_is_right
+
+    def loaded(cfg: Any, path: str, device: torch.device, seed: int) -> Any:
+        files = sorted(p for p in Path(path).iterdir() if p.is_file()) if Path(path).is_dir() else []
+        if not KEEPS["models"] or not files or sum(p.stat().st_size for p in files) > 1e6:
+            return real_load(cfg, path, device, seed)
+        rest = (cfg.model_dump_json(exclude={"path", "tokenizer"}), str(device), seed if cfg.init == "random" else None)
+        key = hashlib.sha256(repr((*rest, *((p.name, p.read_bytes()) for p in files))).encode()).hexdigest()
+        if key not in kept:
+            before, model = torch.get_rng_state(), real_load(cfg, path, device, seed)
+            after = torch.get_rng_state()
+            if key in seen and (cfg.init == "random" or torch.equal(before, after)):
+                kept[key] = copy.deepcopy(model), after
+            seen.add(key)
+            model._kept = key
+            return model
+        model = copy.deepcopy(kept[key][0])
+        model._kept = key
+        model.config._name_or_path = model.name_or_path = path
+        if cfg.init == "random":
+            torch.set_rng_state(kept[key][1])
+        return model
+
+    def way_of(kind: str, model: Any, *asked: Any) -> Any:
+        made_of = getattr(load.base_model_of(model), "_kept", None)
+        if not KEEPS["models"] or made_of is None:
+            return None
+        with torch.no_grad():
+            weights = tuple((n, p.dtype, float(p.double().sum())) for n, p in model.named_parameters())
+        return (kind, made_of, type(model), weights, asked)
+
+    def first_right(model: Any, candidates: Any, kernels: str) -> Any:
+        key = way_of("way", model, tuple(candidates), kernels)
+        if key is None or key not in ways:
+            found = real_way(model, candidates, kernels)
+            if key is None or found[0] is None:
+                return found
+            ways[key] = found
+        return ways[key]
+
+    def fast_is_right(scorer: Any) -> bool:
+        key = way_of("fast", scorer.model, scorer.packing, scorer.own_attention, scorer.own_head)
+        if key is None or key not in ways:
+            right = real_fast(scorer)
+            if key is None:
+                return right
+            ways[key] = right
+        return bool(ways[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "_load", loaded)
+        patch.setattr(packing, "_first_right", first_right)
+        patch.setattr(packing, "_fast_is_right", fast_is_right)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _models_are_kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KEEPS, "models", not {*request.path.parts} & {*REAL})
+
+
 LIVE = {"reports": False}
 
 

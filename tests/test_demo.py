@@ -18,10 +18,11 @@ def few_openings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     openings = json.loads(demo.asset("openings.json").read_text())
     assert not set(openings["train"]) & set(openings["eval"])
     small = tmp_path / "openings.json"
-    small.write_text(json.dumps({"train": openings["train"][:24], "eval": openings["eval"][:5]}))
+    small.write_text(json.dumps({"train": openings["train"][:12], "eval": openings["eval"][:3]}))
     real = demo.asset
     monkeypatch.setattr(demo, "asset", lambda name: small if name == "openings.json" else real(name))
     monkeypatch.setattr(demo, "NEW_TOKENS", 12)
+    monkeypatch.setattr(demo, "SAMPLES", 6)
     monkeypatch.setitem(demo.TRAINING, "data", {**demo.TRAINING["data"], "validation_rows": 4})
 
 

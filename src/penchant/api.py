@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penchant.base.files import PAGE, check_output, write_output
 from penchant.errors import ConfigError
 from penchant.requests import (
     CompareRequest,
@@ -16,7 +17,6 @@ from penchant.requests import (
     names_in,
     request_of,
     shows,
-    write_output,
 )
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Pat
     """
     from penchant.report.audit import render_audit
 
-    return write_output(path, render_audit(audit.to_json(), title))
+    return write_output(check_output(path, PAGE), render_audit(audit.to_json(), title))
 
 
 @shows(FixRequest)

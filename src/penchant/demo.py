@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from penchant import api, runfolder
+from penchant.base.text import for_terminal, unescaped
 
 if TYPE_CHECKING:
     from penchant.metrics.completions import Written
@@ -270,7 +271,7 @@ class _Stages:
     def __init__(self, quiet: bool) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.console = Console(file=unescaped(sys.stderr), quiet=quiet, highlight=False)
         self.number = 0
 
     @contextlib.contextmanager
@@ -290,7 +291,7 @@ class _Stages:
         self.line(f"      {time.monotonic() - started:.1f} s")
 
     def line(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(for_terminal(text), markup=False, soft_wrap=True)
 
     def results(self, results: dict[str, Any]) -> None:
         """The headline on standard output, so that it can be piped."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from penchant.base.machine import moved
+
 if TYPE_CHECKING:  # torch and numpy cost half a second to import; `penchant --help` must not pay for them
     import numpy as np
     import torch
@@ -111,6 +113,7 @@ class PackedBatch:
     rows: tuple[int, ...]  # data set row of each tree
     labels: Tensor | None = None  # (C,) fp32, 1 or 0; None where a completion has none
     scores: Tensor | None = None  # (C,) fp32; None where a completion has none
+    pairs: bool = False  # every tree has exactly two completions, so slots are 0, 1, 0, 1, ...
     cache: dict[str, object] = field(default_factory=dict)  # layouts derived from `segments`, built once per batch
 
     @property
@@ -125,12 +128,12 @@ class PackedBatch:
         """The batch on a device; layouts are built anew there."""
         if self.input_ids.device == device:
             return self
-        moved = {
-            f.name: v.to(device) if hasattr(v := getattr(self, f.name), "to") else v
+        there = {
+            f.name: moved(v, device) if hasattr(v := getattr(self, f.name), "to") else v
             for f in fields(self)
             if f.name != "cache"
         }
-        return PackedBatch(**moved)
+        return PackedBatch(**there)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -222,26 +225,41 @@ class Scored:
     ref_shared_logps: Tensor | None = None
     alignment: Tensor | None = None
     divergence: Tensor | None = None
+    pairs: bool | None = None  # of the batch; None: `is_pairs` looks at the slots
 
     @staticmethod
     def cat(parts: Sequence[Scored]) -> Scored:
         """Several batches as one; tree numbers go on counting."""
         import torch
 
-        columns: dict[str, Tensor | None] = {}
+        columns: dict[str, Any] = {}
         for f in fields(Scored):
             values = [getattr(p, f.name) for p in parts]
-            columns[f.name] = None if any(v is None for v in values) else torch.cat(values)
-        offsets = [0]
-        for p in parts[:-1]:
-            offsets.append(offsets[-1] + (int(p.tree[-1]) + 1 if len(p.tree) else 0))
-        columns["tree"] = torch.cat([p.tree + o for p, o in zip(parts, offsets, strict=True)])
-        return Scored(**columns)  # type: ignore[arg-type]
+            if f.name == "pairs":
+                columns[f.name] = None if any(v is None for v in values) else all(values)
+            else:
+                columns[f.name] = None if any(v is None for v in values) else torch.cat(values)
+        trees: list[Tensor] = []
+        offset: Tensor | int = 0
+        for p in parts:  # an offset is a tensor from the second part on: the device is not asked for it
+            trees.append(p.tree + offset)
+            offset = trees[-1][-1:] + 1 if len(p.tree) else offset
+        return Scored(**{**columns, "tree": torch.cat(trees)})
 
     @property
     def is_pairs(self) -> bool:
         """Whether every tree has exactly two completions."""
+        if self.pairs is not None:
+            return self.pairs
         return len(self.slot) % 2 == 0 and bool((self.slot.view(-1, 2) == self.slot.new_tensor([0, 1])).all())
+
+    def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers of completions (C,) taken apart into those of chosen (slot 0) and rejected (slot 1) ones."""
+        if (
+            self.is_pairs
+        ):  # copies: the same numbers in the same order as an index would give, and no device is waited for
+            return values[0::2].contiguous(), values[1::2].contiguous()
+        return values[self.slot == 0], values[self.slot == 1]
 
 
 class Algorithm(Protocol):

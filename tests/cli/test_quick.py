@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,28 +14,57 @@ from tiny import polite_rows, write_jsonl
 
 import penchant
 
+# one process that has imported what most commands need; each runs in a fork of it, and counts that too
 SCRIPT = """
-import json, sys
+import json, os, sys, traceback
+import numpy, pyarrow, rich.console
+import penchant.config
 from penchant.cli import main
-try:
-    code = main(sys.argv[1:])
-except SystemExit as end:
-    code = end.code
-heavy = sorted({"torch", "transformers", "peft", "datasets"} & set(sys.modules))
-print("\\n" + json.dumps([code, heavy]))
+for line in sys.stdin:
+    folder, arguments = json.loads(line)
+    if child := os.fork():
+        _, status = os.waitpid(child, 0)
+        print(json.dumps(status), flush=True)
+        continue
+    os.chdir(folder)
+    for number, name in (0, os.devnull), (1, "stdout"), (2, "stderr"):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    heavy = sorted({"torch", "transformers", "peft", "datasets"} & set(sys.modules))
+    print("\\n" + json.dumps([code, heavy]), flush=True)
+    sys.stderr.flush()
+    os._exit(0)
 """
 FINISHED = str(Path(__file__).parents[1] / "fixtures/v0_1/finished")
 
 
-def run(folder: Path, *arguments: str) -> tuple[int, list[str], str]:
+Answer = tuple[int, list[str], str]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[..., Answer]]:
     """The exit code of a command in a process of its own, the heavy modules it left behind, and what it wrote to stderr."""
     environment = {**os.environ, "PYTHONPATH": str(Path(penchant.__file__).parents[1])}
     environment.pop("PENCHANT_REEXECUTED", None)
-    command = [sys.executable, "-c", SCRIPT, *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    code, heavy = json.loads(done.stdout.splitlines()[-1])
-    return code, heavy, done.stderr
+    command = [sys.executable, "-c", SCRIPT]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forks:
+        assert forks.stdin is not None and forks.stdout is not None
+
+        def answer(folder: Path, *arguments: str) -> Answer:
+            print(json.dumps([str(folder), arguments]), file=forks.stdin, flush=True)
+            status = json.loads(forks.stdout.readline())
+            said = (folder / "stderr").read_text()
+            assert status == 0, said
+            code, heavy = json.loads((folder / "stdout").read_text().splitlines()[-1])
+            return code, heavy, said
+
+        yield answer
 
 
 @pytest.mark.parametrize(
@@ -53,7 +83,7 @@ def run(folder: Path, *arguments: str) -> tuple[int, list[str], str]:
     ],
     ids=" ".join,
 )
-def test_no_tensors_no_torch(command: tuple[str, ...], tmp_path: Path) -> None:
+def test_no_tensors_no_torch(command: tuple[str, ...], tmp_path: Path, run: Callable[..., Answer]) -> None:
     write_jsonl(tmp_path / "pairs.jsonl", polite_rows()[:3])
     assert run(tmp_path, *command)[:2] == (0, [])
 
@@ -70,7 +100,9 @@ def test_no_tensors_no_torch(command: tuple[str, ...], tmp_path: Path) -> None:
         ("train", ("./model", "./modle"), "modle: no such folder"),
     ],
 )
-def test_a_mistake_is_answered_before_torch(command: str, change: tuple[str, str], words: str, tmp_path: Path) -> None:
+def test_a_mistake_is_answered_before_torch(
+    command: str, change: tuple[str, str], words: str, tmp_path: Path, run: Callable[..., Answer]
+) -> None:
     write_jsonl(tmp_path / "pairs.jsonl", polite_rows()[:3])
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")

@@ -283,8 +283,9 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.parametrize("examples_of_each", [20, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_any_json_row_is_converted_or_says_what_is_wrong(name: str) -> None:
+def test_any_json_row_is_converted_or_says_what_is_wrong(name: str, examples_of_each: int) -> None:
     layout = LAYOUTS[name]
     examples = (layout.example, *layout.rest)
     names = sorted({*layout.columns, *(c for e in examples for c in e)})
@@ -294,7 +295,7 @@ def test_any_json_row_is_converted_or_says_what_is_wrong(name: str) -> None:
     )
 
     @given(st.sampled_from(examples), wheres, st.booleans(), options)
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples_of_each, deadline=None, suppress_health_check=list(HealthCheck))
     def convert(example: dict[str, Any], broken: dict[str, Any], whole: bool, chosen: dict[str, Any]) -> None:
         row = {**example, **broken} if whole else broken
         layout.fits(row)

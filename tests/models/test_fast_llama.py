@@ -301,7 +301,7 @@ def test_head_gradcheck_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_head, "_KEEP_BYTES", 0)
     monkeypatch.setattr(fast_head, "_MATMUL_ROWS", 3)
     monkeypatch.setattr(fast_head, "_SOFTMAX_ELEMENTS", 22)
-    monkeypatch.setattr(fast_head, "_VOCAB_TILE", 4)
+    monkeypatch.setattr(fast_head, "VOCAB_TILE", 4)
     assert torch.autograd.gradcheck(lambda a, b: fast_token_logps(a, b, t)[0], (h, w))
     again = torch.autograd.grad(fast_token_logps(h, w, t)[0].cos().sum(), (h, w))
     assert all(close(a, b, 1e-12) for a, b in zip(again, kept, strict=True))
@@ -342,3 +342,138 @@ def test_rotary_backward_is_its_transpose() -> None:
     rotary(forward, cos, sin)
     rotary_backward(backward, cos, sin)
     assert torch.allclose((forward * g).sum(), (backward * x).sum(), rtol=1e-12)
+
+
+# ---- LoRA: peft's own modules are the truth ----
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def adapted(family: str, dtype: torch.dtype = torch.float64, rank: int = 3, **options: Any) -> Any:
+    """A model with an adapter whose update is not zero; peft casts nothing."""
+    from peft import LoraConfig, get_peft_model
+
+    options = {"target_modules": ALL, "lora_alpha": 7, **options}
+    model = get_peft_model(build(family, dtype), LoraConfig(r=rank, **options), autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn_like(p) * 0.2)
+    return model
+
+
+def gradients_of(model: Any, logps: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
+    (logps * g).sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *((family, {}) for family in ("llama_untied_biased", "mistral_windowed", "qwen2", "qwen3")),
+        ("llama", {"target_modules": ["q_proj", "down_proj"]}),
+        ("llama", {"layers_to_transform": [1]}),
+        ("llama", {"use_rslora": True}),
+    ],
+)
+def test_an_adapter_equals_pefts_own_modules(family: str, options: dict[str, Any], plain_norms: None) -> None:
+    model = adapted(family, **options).eval()
+    base = model.get_base_model()
+    base.set_attn_implementation("eager")
+    data = trees()
+    batch = pack(data)
+    g = weights_for(batch)
+    expected = plain_logps(model, data)
+    wanted = gradients_of(model, expected, g)
+    with model.disable_adapter(), torch.no_grad():
+        start = plain_logps(model, data)
+    assert not close(start, expected, 1e-2)
+    fast = fast_forward(model)
+    assert fast is not None
+    got = fast_logps(base, fast, batch)
+    assert close(got, expected, 1e-9)
+    found = gradients_of(model, got, g)
+    assert found.keys() == wanted.keys() and all("lora_" in name for name in found)
+    for name, grad in wanted.items():
+        assert close(found[name], grad, 1e-9), name
+    with model.disable_adapter(), torch.no_grad():
+        assert close(fast_logps(base, fast, batch), start, 1e-9)
+    assert torch.equal(fast_logps(base, fast, batch), got)  # it is back
+
+
+def test_an_adapter_that_adds_nothing_changes_no_bit() -> None:
+    """The first step of a LoRA run: policy and reference are the same numbers."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model, batch = adapted("qwen3", dtype), pack(trees())
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.zero_()
+            fast, base = fast_forward(model), model.get_base_model()
+            assert fast is not None
+            on = fast_logps(base, fast, batch)
+            with model.disable_adapter():
+                assert torch.equal(fast_logps(base, fast, batch), on)
+
+
+def test_an_adapters_gradients_with_checkpointing_and_in_fp32_buffers() -> None:
+    batch = pack(trees())
+    g = weights_for(batch)
+    results = []
+    for checkpointing, buffers in ((False, False), (True, False), (False, True)):
+        torch.manual_seed(0)
+        model = adapted("llama")
+        base = model.get_base_model()
+        base.model.gradient_checkpointing = checkpointing
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for p in trained.values() if buffers else ():
+            p.main_grad = torch.zeros_like(p)
+        fast = fast_forward(model)
+        assert fast is not None
+        (fast_logps(base, fast, batch) * g).sum().backward()
+        results.append([p.main_grad if buffers else p.grad for p in trained.values()])
+        assert all((p.grad is None) == buffers for p in trained.values())
+    for other in results[1:]:
+        assert all(close(a, b, 1e-12) for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["model.norm"]}],
+)
+def test_other_adapters_stay_with_peft(options: dict[str, Any]) -> None:
+    assert fast_forward(adapted("llama", **options)) is None
+
+
+def test_two_active_adapters_and_merged_ones_stay_with_peft() -> None:
+    from peft import LoraConfig
+
+    model = adapted("llama")
+    model.merge_adapter()
+    assert fast_forward(model) is None
+    model.unmerge_adapter()
+    assert fast_forward(model) is not None
+    model.add_adapter("second", LoraConfig(r=2, target_modules=ALL))
+    model.base_model.set_adapter(["default", "second"])
+    assert fast_forward(model) is None
+
+
+def test_an_adapter_keeps_less_than_the_whole_model() -> None:
+    """What a layer keeps for its gradients: no normed inputs, which the adapters' gradients have computed again."""
+    from penchant.models.cpu import layers
+
+    kept: list[Any] = []
+    forward = layers._layer_forward
+    batch = pack(trees())
+    for model in (build("llama"), adapted("llama", layers_to_transform=[1])):
+        fast = fast_forward(model)
+        assert fast is not None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                layers, "_layer_forward", lambda *a, **k: kept.append((k["keep"], forward(*a, **k))) or kept[-1][1]
+            )
+            fast.hidden(batch)
+    assert [keep for keep, _ in kept] == [True, True, False, True]  # below the lowest adapter nothing is kept
+    assert [(s.n1 is None, s.n2 is None) for _, (_, s) in kept] == [(False, False)] * 2 + [(True, True)] * 2

@@ -11,13 +11,11 @@ from penchant.models import tree_attention as module
 from penchant.models.tree_attention import tree_attention, tree_layout, tree_mask
 from penchant.types import Segment
 
-CPU = torch.device("cpu")
-
 
 def test_the_mask_by_hand() -> None:
     """Two tokens of prompt, two and one of completions, one of padding, which sees itself alone."""
-    got = tree_mask(Segment(0, 2, (2, 1)), 6, None, CPU)
-    assert got.int().tolist() == [
+    got = tree_mask(Segment(0, 2, (2, 1)), 6, None)
+    assert got.astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],
@@ -29,8 +27,8 @@ def test_the_mask_by_hand() -> None:
 
 def test_a_window_is_measured_in_positions() -> None:
     """A window of 2: a token sees itself and the one before it; the second completion stands right behind the prompt."""
-    got = tree_mask(Segment(0, 2, (2, 2)), 6, 2, CPU)
-    assert got.int().tolist() == [
+    got = tree_mask(Segment(0, 2, (2, 2)), 6, 2)
+    assert got.astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [0, 1, 1, 0, 0, 0],

@@ -179,7 +179,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_ends(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Any, more: Any
 ) -> None:
     base |= {"loss": loss, "checkpoint": {"every": 2}, "evaluation": SHORT | {"kl_prompts": 2}, **more}
-    base["train"] |= {"epochs": 2, "tokens_per_step": 250}
+    base["train"] |= {"epochs": 2, "max_steps": 4, "tokens_per_step": 250}
     whole = api.train(base, quiet=True)
     base["output"] = str(tmp_path / "killed")
     real = Loop._after_step

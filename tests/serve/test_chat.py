@@ -8,7 +8,6 @@ import os
 import random
 import select
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import forked
 from rich.cells import cell_len
 from serving import model_of, random_folder, writer_folder
 
@@ -361,24 +361,14 @@ def test_a_chat_template_that_is_not_there(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals")
-def test_in_a_pseudo_terminal(tmp_path: Path) -> None:
+def test_in_a_pseudo_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pty
 
+    monkeypatch.setenv("TERM", "xterm")
     folder = writer_folder(tmp_path / "model", "one&up", endless=True)
-    source = Path(__file__).parents[2] / "src"
-    command = [sys.executable, "-m", "penchant", "chat", folder, "--max-new-tokens", "4000", "--temperature", "0"]
     parent, child = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": str(source), "TERM": "xterm"}
-    process = subprocess.Popen(
-        command,
-        stdin=child,
-        stdout=child,
-        stderr=child,
-        env=environment,
-        start_new_session=True,
-        close_fds=True,
-        # a suite that runs in the background ignores Ctrl-C, and its children would inherit that; a terminal's do not
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    process = forked(
+        lambda: main(["chat", folder, "--max-new-tokens", "4000", "--temperature", "0"]), streams=[child] * 3
     )
     os.close(child)
     seen = ""
@@ -398,17 +388,18 @@ def test_in_a_pseudo_terminal(tmp_path: Path) -> None:
         os.write(parent, b"Hello\n")
         until("Hello\r\n")
         until("&")  # it has begun to write
-        process.send_signal(signal.SIGINT)
+        os.kill(process.pid or 0, signal.SIGINT)
         until("stopped)")
         until("> ")  # bytes that come before the line is edited are read in another way
         os.write(parent, b"/undo\n")
         until("(the last turn is gone; 0 left)")
         until("> ")
         os.write(parent, b"\x04")  # Ctrl-D
-        assert process.wait(120) == 0
+        process.join(120)
+        assert process.exitcode == 0
     finally:
         process.kill()
-        process.wait()
+        process.join()
         os.close(parent)
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -430,6 +431,49 @@ def test_a_body_that_never_comes(chat_model: ChatModel) -> None:
             head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             sock.sendall(f"{head}Content-Length: 50\r\n\r\n{{".encode())
             assert b" 408 " in sock.recv(4096).split(b"\r\n")[0]
+
+
+def test_connections_that_are_not_used_are_given_up(chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from penchant.serve import server as module
+
+    monkeypatch.setattr(module, "HEAD_SECONDS", 0.3)
+    with serving(chat_model) as server:
+        parts = urlsplit(server.url)
+        for sent in (b"", b"POST /v1/comple", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "):
+            with socket.create_connection((parts.hostname, parts.port), timeout=60) as sock:
+                sock.sendall(sent)
+                with suppress(ConnectionResetError):
+                    assert sock.recv(4096) == b""
+        with socket.create_connection((parts.hostname, parts.port), timeout=60) as sock:
+            for _ in range(2):  # kept alive, and the next head half sent
+                sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                reply = b""
+                while b"}" not in reply:
+                    reply += sock.recv(4096)
+                assert b" 200 " in reply.split(b"\r\n")[0]
+            sock.sendall(b"GET /he")
+            with suppress(ConnectionResetError):
+                assert sock.recv(4096) == b""
+
+
+def test_idle_connections_do_not_turn_others_away(chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from penchant.serve import server as module
+
+    monkeypatch.setattr(module, "CONNECTIONS", 4)
+    with serving(chat_model) as server, ExitStack() as opened:
+        parts = urlsplit(server.url)
+        for sent in (b"", b"GET /hea", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n") * 3:
+            sock = opened.enter_context(socket.create_connection((parts.hostname, parts.port), timeout=60))
+            sock.sendall(sent)
+        body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 1}).encode()
+        for _ in range(3):
+            assert _raw(server, "POST", "/v1/completions", body)[0] == 200
+
+
+@pytest.mark.parametrize("number", ["5e-324", "1e-40", "1e-30", "1." + "3" * 400, "0." + "0" * 400 + "1"])
+def test_a_temperature_of_any_size_is_one(server: Any, number: str) -> None:
+    body = f'{{"model": "tiny", "prompt": "x", "max_tokens": 2, "temperature": {number}}}'
+    assert _raw(server, "POST", "/v1/completions", body.encode())[0] == 200
 
 
 def test_a_failure_of_the_model_is_one_requests_own(client: Any, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:

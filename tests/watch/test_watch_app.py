@@ -125,7 +125,7 @@ def terminal(*arguments: str, **env: str) -> Iterator[Terminal]:
 
 def test_a_run_that_comes_and_goes_on_until_q(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with terminal(str(folder), NO_COLOR="1") as shown:
+    with terminal(str(folder), NO_COLOR="1", COLUMNS="400") as shown:  # no path is too long for a line
         shown.wait_for("folder yet")
         make_run(folder, 8)
         with RunLock(folder):
@@ -162,7 +162,7 @@ def test_it_leaves_cleanly(tmp_path: Path, how: str) -> None:
 
 
 def test_a_folder_that_turns_out_to_be_a_sweep(tmp_path: Path) -> None:
-    with terminal(str(tmp_path / "sweep")) as shown:
+    with terminal(str(tmp_path / "sweep"), COLUMNS="400") as shown:
         shown.wait_for("folder yet")
         make_run(tmp_path / "aside/a", 8)
         (tmp_path / "aside/sweep.json").write_text(json.dumps({"runs": {"a": {"state": "running"}}}))

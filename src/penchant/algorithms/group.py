@@ -15,10 +15,12 @@ from penchant.losses.policy_gradient import clipped_surrogate, group_normalized,
 from penchant.types import LossOutput, PackedBatch
 
 if TYPE_CHECKING:
+    from penchant import logprobs
     from penchant.logprobs import reference as references
     from penchant.losses import divergences
 else:
-    references, divergences = lazy("penchant.logprobs.reference"), lazy("penchant.losses.divergences")
+    logprobs, divergences = lazy("penchant.logprobs"), lazy("penchant.losses.divergences")
+    references = lazy("penchant.logprobs.reference")
 
 
 class GroupConfig(OnlineConfig):
@@ -54,7 +56,7 @@ class ScoredTokens:
     ref_logps: Tensor
     advantages: Tensor  # (C,)
     completion_of: Tensor
-    lengths: Tensor  # (C,)
+    lengths: Tensor  # (C,) int64
 
 
 @dataclass(slots=True)
@@ -97,7 +99,7 @@ class GroupPolicyGradient(OnPolicy):
         ref, advantages = (self.extra(batch, name).to(tokens) for name in ("ref", "advantages"))
         # with one update a batch of rollouts, the policy that is trained is the one that wrote
         old = tokens.detach() if self.config.updates == 1 else self.extra(batch, "old").to(tokens)
-        return ScoredTokens(tokens, old, ref, advantages, batch.completion_of, batch.lengths.to(tokens.dtype))
+        return ScoredTokens(tokens, old, ref, advantages, batch.completion_of, batch.lengths)
 
     def loss(self, scored: ScoredTokens) -> LossOutput:
         s, cfg = scored, self.config
@@ -113,17 +115,13 @@ class GroupPolicyGradient(OnPolicy):
             "logps/per_token": (s.logps.detach(), None),
         }
         if cfg.name == "rloo":
-            return LossOutput(_sums(losses, s), None, metrics)
+            return LossOutput(logprobs.per_completion(losses, s.lengths), None, metrics)
         losses = losses + cfg.kl_weight * k3
         if cfg.loss_mean == "token":
             return LossOutput(losses, tokens, metrics)
         size = s.lengths if cfg.loss_mean == "sequence" else torch.full_like(s.lengths, cfg.max_new_tokens)
-        return LossOutput(_sums(losses, s) / size, None, metrics)
+        return LossOutput(logprobs.per_completion(losses, s.lengths) / size, None, metrics)
 
     def step_values(self) -> dict[str, float]:
         groups = self.groups
         return reward_metrics_of(groups) | {"kl/policy_ref": float(torch.cat([g.extras["kl"] for g in groups]).mean())}
-
-
-def _sums(values: Tensor, s: ScoredTokens) -> Tensor:
-    return values.new_zeros(len(s.lengths)).index_add(0, s.completion_of, values)

@@ -210,13 +210,13 @@ class Offline(Algorithm):
             policy = self.scorer.logps(batch, alignment="alignment" in needs)
         columns = {"ref_logps": ref, "alignment": policy.alignment}
         if policy.divergence is not None:
-            columns["divergence"] = per_completion(policy.divergence, batch)
+            columns["divergence"] = per_completion(policy.divergence, batch.lengths)
         if ref_tokens is not None:
-            columns["ref_logps"] = per_completion(ref_tokens, batch)
+            columns["ref_logps"] = per_completion(ref_tokens, batch.lengths)
         if ref_tokens is not None and shared:
             first = _first_tokens(batch).to(policy.tokens.dtype)
-            columns["policy_shared_logps"] = per_completion(policy.tokens * first, batch)
-            columns["ref_shared_logps"] = per_completion(ref_tokens.to(first.dtype) * first, batch)
+            columns["policy_shared_logps"] = per_completion(policy.tokens * first, batch.lengths)
+            columns["ref_shared_logps"] = per_completion(ref_tokens.to(first.dtype) * first, batch.lengths)
         return _scored(batch, policy.sums, **columns)
 
     def loss(self, scored: Scored) -> LossOutput:
@@ -230,10 +230,9 @@ class Offline(Algorithm):
             }
             metrics |= {f"{c.spec.name}/{name}": v for name, v in out.metrics.items()}
         if self.nll_weight:
-            chosen = _wanted(scored)
-            lengths = scored.lengths[chosen]
-            terms["nll"] = (-self.nll_weight * scored.policy_logps[chosen], lengths)
-            metrics["nll"] = (-scored.policy_logps[chosen].detach(), lengths)
+            learned, lengths = _learned(scored)
+            terms["nll"] = (-self.nll_weight * learned, lengths)
+            metrics["nll"] = (-learned.detach(), lengths)
         return LossOutput(first.losses, first.weights, metrics, terms)
 
     def _component(self, c: Component, params: LossParams, scored: Scored) -> LossOutput:
@@ -242,7 +241,7 @@ class Offline(Algorithm):
         if c.spec.signal == "unpaired" and scored.is_pairs and "rewards/chosen" in metrics:
             # both answers of a prompt are there: margins and accuracies can be told, as for a pairwise loss
             rewards = metrics["rewards/chosen"][0] + metrics["rewards/rejected"][0]
-            metrics |= reward_metrics(rewards[scored.slot == 0], rewards[scored.slot == 1])
+            metrics |= reward_metrics(*scored.sides(rewards))
         terms = {name: (c.weight * values, weights) for name, (values, weights) in out.terms.items()}
         return LossOutput(c.weight * out.losses, out.weights, metrics, terms)
 
@@ -252,8 +251,7 @@ class Offline(Algorithm):
         if spec.signal == "pairs":
             return pair_view(scored)
         if spec.signal == "tokens":
-            wanted = _wanted(scored)
-            return UnpairedLogps(scored.policy_logps[wanted], scored.lengths[wanted])
+            return UnpairedLogps(*_learned(scored))
         return UnpairedLogps(
             policy_logps=scored.policy_logps,
             lengths=scored.lengths,
@@ -318,15 +316,17 @@ def _scored(batch: PackedBatch, policy_logps: Tensor, **columns: Tensor | None) 
     """A pass over a batch, in the type of the policy's log-probs; `columns`: what else of `Scored` is known."""
     columns = {"lengths": batch.lengths, "labels": batch.labels, "scores": batch.scores, **columns}
     typed: dict[str, Any] = {n: None if v is None else v.to(policy_logps.dtype) for n, v in columns.items()}
-    return Scored(tree=batch.completion_tree, slot=batch.completion_slot, policy_logps=policy_logps, **typed)
+    return Scored(
+        tree=batch.completion_tree, slot=batch.completion_slot, policy_logps=policy_logps, pairs=batch.pairs, **typed
+    )
 
 
 def pair_view(scored: Scored) -> PairLogps:
     """Completions of a batch of pairs taken apart into chosen (slot 0) and rejected (slot 1)."""
-    masks = {"chosen": scored.slot == 0, "rejected": scored.slot == 1}
 
     def both(name: str, values: Tensor | None) -> dict[str, Any]:
-        return {name.format(side): None if values is None else values[mask] for side, mask in masks.items()}
+        chosen, rejected = (None, None) if values is None else scored.sides(values)
+        return {name.format("chosen"): chosen, name.format("rejected"): rejected}
 
     return PairLogps(
         **both("policy_{}_logps", scored.policy_logps),
@@ -339,11 +339,15 @@ def pair_view(scored: Scored) -> PairLogps:
     )
 
 
-def _wanted(scored: Scored) -> Tensor:
-    """The completions that SFT learns: the chosen one of a pair, answers labelled good, else all."""
+def _learned(scored: Scored) -> tuple[Tensor, Tensor]:
+    """Log-probs and lengths of what SFT learns: the chosen completion of a pair, answers labelled good, else all."""
+    columns = scored.policy_logps, scored.lengths
     if scored.is_pairs:
-        return scored.slot == 0
-    return torch.ones_like(scored.slot, dtype=torch.bool) if scored.labels is None else scored.labels > 0
+        return scored.sides(columns[0])[0], scored.sides(columns[1])[0]
+    if scored.labels is None:
+        return columns
+    good = scored.labels > 0
+    return columns[0][good], columns[1][good]
 
 
 def _averaged(scored: Scored) -> Scored:
@@ -367,13 +371,13 @@ def logp_metrics(scored: Scored) -> Metrics:
     metrics: dict[str, Weighted] = {"logps/per_token": (policy, scored.lengths)}
     ratios = None if scored.ref_logps is None else policy - scored.ref_logps
     if scored.is_pairs:
-        chosen, rejected = policy[scored.slot == 0], policy[scored.slot == 1]
+        chosen, rejected = scored.sides(policy)
         metrics["logps/chosen"] = (chosen, None)
         metrics["logps/rejected"] = (rejected, None)
         metrics["logps/accuracies"] = ((chosen > rejected).to(chosen.dtype), None)
         if ratios is not None:
-            metrics["logratios/chosen"] = (ratios[scored.slot == 0], None)
-            metrics["logratios/rejected"] = (ratios[scored.slot == 1], None)
+            chosen, rejected = scored.sides(ratios)
+            metrics |= {"logratios/chosen": (chosen, None), "logratios/rejected": (rejected, None)}
     elif scored.labels is not None:
         sides = side_metrics(policy, scored.labels)
         metrics |= {name.replace("rewards", "logps"): v for name, v in sides.items()}

@@ -33,9 +33,9 @@ class PPOConfig(OnlineConfig):
     """PPO's own settings and defaults; docs/ppo.md says where each comes from."""
 
     name: Literal["ppo"] = Field(description="ppo")
-    samples: int = Field(1, ge=1, description="completions of each prompt")
+    samples: int = Field(1, ge=1, le=4096, description="completions of each prompt")
     temperature: float = Field(0.7, gt=0, description="temperature of sampling and of every log-prob in the update")
-    epochs: int = Field(4, ge=1, description="passes over each batch of rollouts")
+    epochs: int = Field(4, ge=1, le=10_000, description="passes over each batch of rollouts")
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="estimator of the per-token KL penalty")
     kl_control: Literal["fixed", "adaptive"] = Field("fixed", description="keep beta, or adapt it towards kl_target")
     kl_target: float = Field(6.0, gt=0, description="adaptive: the target KL per completion, in nats")

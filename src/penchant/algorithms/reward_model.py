@@ -76,17 +76,17 @@ class RewardTraining(Algorithm):
             lengths=batch.lengths.to(rewards.dtype),
             policy_logps=rewards,
             scores=None if batch.scores is None else batch.scores.to(rewards.dtype),
+            pairs=batch.pairs,
         )
 
     def loss(self, scored: Scored) -> LossOutput:
-        chosen, rejected = scored.slot == 0, scored.slot == 1
         margin = None
         if self.config.margin == "scores":
             assert scored.scores is not None  # the data layer keeps pairs without scores aside
-            margin = scored.scores[chosen] - scored.scores[rejected]
+            chosen, rejected = scored.sides(scored.scores)
+            margin = chosen - rejected
         return bradley_terry(
-            scored.policy_logps[chosen],
-            scored.policy_logps[rejected],
+            *scored.sides(scored.policy_logps),
             margin,
             label_smoothing=self.config.label_smoothing,
             centring=self.config.centring,

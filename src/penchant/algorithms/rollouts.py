@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 class OnlineConfig(AlgorithmConfig):
     """An online method, its rollouts, and its update. Present: `loss` is not used; `reward` is needed."""
 
-    samples: int = Field(4, ge=1, description="completions of each prompt")
-    max_new_tokens: int = Field(64, ge=1, description="tokens of a completion")
+    samples: int = Field(4, ge=1, le=4096, description="completions of each prompt")
+    max_new_tokens: int = Field(64, ge=1, le=2**20, description="tokens of a completion")
     temperature: float = Field(1.0, gt=0, description="temperature of sampling and of every log-prob in the update")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set of tokens with this probability")
-    top_k: int = Field(0, ge=0, description="sample from this many of the likeliest tokens; 0: all")
+    top_k: int = Field(0, ge=0, le=10**9, description="sample from this many of the likeliest tokens; 0: all")
     beta: float | Literal["auto"] = Field(
         "auto", description="weight of the KL to the reference; auto: 0.05 (rloo), 0.04 (grpo), 0.1 (online_dpo)"
     )
-    epochs: int = Field(1, ge=1, description="passes over each batch of rollouts")
-    minibatches: int = Field(1, ge=1, description="optimizer steps in each pass")
+    epochs: int = Field(1, ge=1, le=10_000, description="passes over each batch of rollouts")
+    minibatches: int = Field(1, ge=1, le=10_000, description="optimizer steps in each pass")
     clip: float = Field(0.2, gt=0, description="clip the probability ratio to 1 +- this")
     clip_high: float | None = Field(None, gt=0, description="upper clip, if it differs from the lower one (DAPO: 0.28)")
     scale_rewards: Literal["group", "batch", "none"] = Field(

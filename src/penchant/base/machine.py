@@ -16,6 +16,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpu_visible() -> bool:
+    """Whether this process can use an NVIDIA GPU, by its device files: asking torch would import it."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def machine_memory() -> tuple[int, int]:
     """(all, free) bytes of this machine, or of the control group that this process is in where that is less."""
     total = free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -56,3 +61,10 @@ def peak_memory(device: Any = None) -> int:
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
     return int(line.split()[1]) * 1024
+
+
+def moved(tensor: Any, device: Any) -> Any:
+    """A tensor on a device; to a GPU from pinned memory, so that neither side waits for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

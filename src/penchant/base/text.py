@@ -3,20 +3,82 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 # ---- Text of others as it may reach a terminal ----
 
 
-def printable(text: str) -> str:
+def printable(text: str, keep: str = "") -> str:
     """`text` with whatever is not printable written out as an escape: a name may come from a stranger's file."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if c in keep or c.isprintable() else _escape(c) for c in text)
+
+
+def _escape(c: str) -> str:
+    if c < "\x7f":
+        return c.encode("unicode_escape").decode("ascii")
+    return json.dumps(c)[1:-1] if c != "\x7f" else "\\u007f"  # these may stand in JSON, whose escape it is then
+
+
+def for_terminal(text: str) -> str:
+    """Lines for people: nothing that a terminal acts on, no secrets. Spaces of every kind and tabs stay."""
+    if text in ("", "\n"):
+        return text
+    spaces = (
+        "" if text.isprintable() else "".join(c for c in set(text) if c in "\n\t" or unicodedata.category(c) == "Zs")
+    )
+    return redact(printable(text, spaces))
+
+
+class Shown:
+    """A text stream as people see it: `for_terminal`, and with escapes where its encoding lacks a letter."""
+
+    def __init__(self, stream: Any) -> None:
+        self.unescaped = stream
+        self.leaves = False  # True: its reader may go away, and what is written after that goes nowhere
+
+    def write(self, text: str) -> int:
+        # a progress bar of another library goes to its line's start, or one line up
+        moved = re.match(r"\r|\n*(?:\x1b\[A)+\Z", text) if self.isatty() else None
+        start = moved[0] if moved else ""
+        fit = start + for_terminal(text[len(start) :])
+        try:
+            try:
+                self.unescaped.write(fit)
+            except UnicodeEncodeError as error:
+                self.unescaped.write(fit.encode(error.encoding, "backslashreplace").decode(error.encoding))
+        except BrokenPipeError as error:
+            self._left(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.unescaped.flush()
+        except BrokenPipeError as error:
+            self._left(error)
+
+    def _left(self, error: BrokenPipeError) -> None:
+        if not self.leaves:
+            raise error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.unescaped.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unescaped, name)
+
+
+def unescaped(stream: Any) -> Any:
+    """The stream itself, for what draws on a terminal and has made every text of others `clean`."""
+    return getattr(stream, "unescaped", stream)
 
 
 def shown(text: str) -> str:
@@ -33,6 +95,11 @@ def _plain(c: str) -> str:
     if c == "\n":
         return "↵ "
     return " " if c == "\t" or unicodedata.category(c) == "Zs" else printable(c)
+
+
+def short(text: str, most: int = 80) -> str:
+    """The start of a text that is longer than a message can hold."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:
@@ -74,29 +141,36 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
 
 SECRET_NAMES = re.compile(r"TOKEN|API_?KEY|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
 SHORTEST = 6  # shorter values are words of the text as often as not
-IN_A_URL = re.compile(r"(?<=://)[^/\s@]+@")
-IN_A_QUERY = re.compile(r"(?i)\b((?:api_?key|access_token|token|password|signature)=)[^&\s]+")
-BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}")
-KNOWN_SHAPES = re.compile(r"\bhf_[A-Za-z0-9]{8,}\b")
+IN_A_URL = re.compile(r"""(:/{1,2})[^/\s"'<>]+@""")  # one slash: of a URL that was taken for a path
+IN_A_QUERY = re.compile(r"""(?i)\b((?:api_?key|access_token|token|password|signature)=)[^&\s"'<>\\]+""")
+BEARER = re.compile(
+    r"\b((?i:bearer))\s+[A-Za-z0-9._~+/=-]{10,}|\b((?i:basic))\s+(?=\w*(?:[0-9=]|[a-z][A-Z]))[A-Za-z0-9+/=]{8,}"
+)
+KNOWN_SHAPES = re.compile(
+    r"(?<![/\w])hf_[A-Za-z0-9]{8,}\b(?![./-]\w)|\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|xox[a-z]-[\w-]{10,}|AKIA[A-Z0-9]{16})\b"
+)
 HIDDEN = "[hidden]"
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     """`text` with every secret that can be recognized replaced: values of variables called ..TOKEN, ..KEY, user names in URLs."""
     found = os.environ if environment is None else environment
-    secrets = {v for k, v in found.items() if SECRET_NAMES.search(k) and len(v) >= SHORTEST}
+    secrets = {v for k, v in found.items() if SECRET_NAMES.search(k) and len(v) >= SHORTEST and not v.isdecimal()}
     for secret in sorted(secrets | _stored_token(found), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
-    text = IN_A_URL.sub(f"{HIDDEN}@", text)
-    text = IN_A_QUERY.sub(rf"\1{HIDDEN}", text)
-    text = BEARER.sub(rf"\1 {HIDDEN}", text)
+    text = BEARER.sub(lambda m: f"{m[1] or m[2]} {HIDDEN}", without_passwords(text))
     return KNOWN_SHAPES.sub(HIDDEN, text)
+
+
+def without_passwords(text: str) -> str:
+    """`text` without what URLs in it hold of user names, passwords and keys."""
+    return IN_A_QUERY.sub(rf"\1{HIDDEN}", IN_A_URL.sub(rf"\1{HIDDEN}@", text))
 
 
 def one_line(text: str, longest: int = 300) -> str:
     """Printable text on one line: a server's words reach a terminal."""
     flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return flat if len(flat) <= longest else flat[: longest - 3] + "..."
+    return short(flat, longest)
 
 
 def told(error: BaseException) -> str:
@@ -107,11 +181,17 @@ def told(error: BaseException) -> str:
 def _stored_token(environment: Mapping[str, str]) -> set[str]:
     """The hub token that a person has logged in with."""
     home = environment.get("HF_HOME") or str(Path(environment.get("HOME", "~")).expanduser() / ".cache" / "huggingface")
+    file = Path(environment.get("HF_TOKEN_PATH") or Path(home) / "token")
     try:
-        token = Path(environment.get("HF_TOKEN_PATH") or Path(home) / "token").read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        token = _text_of(file, file.stat().st_mtime_ns)
+    except (OSError, ValueError):
         return set()
     return {token} if len(token) >= SHORTEST else set()
+
+
+@lru_cache
+def _text_of(file: Path, _: int) -> str:
+    return file.read_text().strip()
 
 
 def gigabytes(size: float) -> str:

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from penchant.cli.arguments import add_arguments, add_columns, column_pairs, options_of
-from penchant.requests import FixRequest, GetRequest, write_output
+from penchant.requests import FixRequest, GetRequest
 
 
 def add(commands: Any) -> None:
@@ -36,14 +36,12 @@ def _get(args: argparse.Namespace) -> int:
         print(table())
         return 0
     from penchant import api
-    from penchant.base.text import printable
     from penchant.download import summary
 
     result = api.get_data(**options_of(args, GetRequest))
     if not result.fresh:
         print(f"penchant: {result.folder} holds this already; nothing was done", file=sys.stderr)
-    for line in summary(result).split("\n"):  # control characters of names and reasons are shown, not obeyed
-        print(printable(line))
+    print(summary(result))
     return 0
 
 
@@ -146,6 +144,7 @@ def _audit(args: argparse.Namespace) -> int:
     import json
 
     from penchant import api
+    from penchant.base.files import AUDITED, PAGE, check_output, write_output
     from penchant.errors import ConfigError
 
     paths = list(args.paths)
@@ -153,6 +152,10 @@ def _audit(args: argparse.Namespace) -> int:
         paths, args.json = [*paths, args.json], "-"  # it stood behind a bare --json
     if not paths and not args.split:
         raise ConfigError("data audit", "no file is given", "give a CONFIG.yaml, data files or --split NAME=FILE")
+    reads = (*paths, *_splits(args.split).values(), args.reward, args.check)
+    for path, ours in ((args.json, AUDITED), (args.html, PAGE)):
+        if path not in (None, "-"):
+            check_output(path, ours, reads)
     if paths and paths[0].endswith(YAML):
         for name, key in (("split", "eval_path"), ("limit", "limit"), ("columns", "columns")):
             if getattr(args, name):

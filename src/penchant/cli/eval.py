@@ -34,10 +34,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
         print(json.dumps(finite(metrics), indent=1))
         return 0
-    from penchant.base.text import printable
     from penchant.evaluate.output import explained, table
 
-    parts = [table(metrics), "\n".join(map(printable, metrics.get("notes", [])))]
+    parts = [table(metrics), "\n".join(metrics.get("notes", []))]
     if "tables" in metrics:
         from penchant.metrics.heldout import as_text
 

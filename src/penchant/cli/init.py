@@ -40,7 +40,6 @@ def run(args: argparse.Namespace) -> int:
     """Ask what is not given, write the config, say what comes next."""
     from pathlib import Path
 
-    from penchant.base.text import printable
     from penchant.errors import ConfigError
     from penchant.init import propose, write_config
     from penchant.init.ask import answers, here
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         held_out=found.held_out,
         lora=args.lora,
     )
-    path = printable(str(write_config(start, args.output)))
+    path = write_config(start, args.output)
     if start.remark:
         print(f"note:    {start.remark}")
     print(

@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from penchant.base.text import unescaped
 from penchant.cli.arguments import add_arguments
 from penchant.requests import ChatRequest, ServeRequest
 
@@ -81,7 +82,7 @@ def _terminal() -> Terminal:
     if live:
         with suppress(ImportError):  # line editing and history where Python has them
             import readline  # noqa: F401
-        return Terminal(lambda: input("> "), sys.stdout, sys.stdout, True)
+        return Terminal(lambda: input("> "), unescaped(sys.stdout), sys.stdout, True)
     return Terminal(_next_line, sys.stdout, sys.stderr, False)
 
 

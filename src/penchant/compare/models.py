@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from penchant.base.files import write_atomically, write_text_atomically
 from penchant.base.text import columns
 from penchant.compare.judged import WIN_RATE, Judgement, judge_pairs, lengths_of, sides, win_rates
 from penchant.compare.measured import Measured, Metrics, Setting, figures, measure
@@ -35,7 +34,7 @@ from penchant.metrics.answers import is_answer
 from penchant.metrics.figures import prompt_numbers
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, prompts_by_source
-from penchant.runfolder import COMPARISON, COMPARISON_ROWS
+from penchant.runfolder import COMPARISON, COMPARISON_ROWS, keep
 from penchant.runs import Run
 from penchant.runs.find import Source
 from penchant.runs.parts import answering
@@ -401,8 +400,8 @@ def text_of(figures: Mapping[str, Any], heading: str, notes: Iterable[str] = ())
 def write_files(folder: Path, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Both files, each whole or not at all."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text_atomically(folder / COMPARISON_ROWS, lines)
-    write_atomically(folder / COMPARISON, figures)
+    keep(folder / COMPARISON_ROWS, lines)
+    keep(folder / COMPARISON, json.dumps(figures, indent=1, ensure_ascii=False))
 
 
 def tokens_sha256(setting: Setting) -> str:

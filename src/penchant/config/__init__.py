@@ -23,6 +23,7 @@ from penchant.config.yaml import (  # noqa: F401
     BY_NAME,
     Places,
     apply_overrides,
+    check_values,
     dump_config,
     parse_yaml,
     place_of,
@@ -62,6 +63,7 @@ def build(values: dict[str, Any], places: Places, source: str) -> RunConfig:
     Args:
         places: ``{key path: "file:line"}`` for messages; source: where a key stands that has no place of its own.
     """
+    check_values(values, places, source)
     values = _own_files_found(values, places, source)
     _check_loss(values, places, source)
     try:

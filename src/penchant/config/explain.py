@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from penchant.algorithms import ALGORITHMS, AlgorithmConfig
 from penchant.base.section import as_yaml, bounds
-from penchant.base.text import closest
+from penchant.base.text import closest, short
 from penchant.config.schema import RunConfig
 from penchant.config.yaml import Places, parse_yaml, place_of
 from penchant.errors import ConfigError
@@ -92,7 +92,7 @@ def with_place(error: ConfigError, places: Places, source: str) -> ConfigError:
 
 
 # parts of pydantic's path that are no keys: which member of a union it tried
-NO_KEYS = re.compile(r"float|int|str|bool|(literal\[|list\[|function).*")
+NO_KEYS = re.compile(r"float|int|str|bool|constrained-\w+|(literal\[|list\[|function).*")
 
 
 def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], str] | None) -> ConfigError:
@@ -117,7 +117,7 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
         if plain is not None:
             return ConfigError(where, f"{dotted} is the text {value!r}", f"write {plain} without quotes")
     kinds = {dict: "a mapping", list: "a list", bool: f"{as_yaml(value)} (a boolean)", type(None): "null"}
-    shown = kinds.get(type(value), repr(value))
+    shown = kinds.get(type(value), short(repr(value)))
     return ConfigError(where, f"{dotted} is {shown}", f"give {_wanted(error, path)}")
 
 

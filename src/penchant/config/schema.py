@@ -10,7 +10,8 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from penchant.algorithms import ALGORITHMS, AlgorithmConfig, Method, find_algorithm
 from penchant.algorithms.offline import Losses
-from penchant.base.functions import own_sha256
+from penchant.base.files import file_sha256
+from penchant.base.functions import imported_sha256, is_own, own_file
 from penchant.base.section import Section
 from penchant.data.options import DataConfig
 from penchant.errors import ConfigError
@@ -119,9 +120,11 @@ class RunConfig(Section):
         return Losses(self.loss) if self.algorithm is None else self.algorithm
 
     def own_contents(self) -> dict[str, str]:
-        """SHA-256 of each file of a user's own loss or algorithm, by its name."""
-        sha256 = None if self.algorithm is None else own_sha256(self.algorithm.name)
-        return self.loss.contents() | ({} if sha256 is None else {self.method.name: sha256})
+        """SHA-256 of each file of a user's own loss or algorithm, by its name; and of what they import, as ``NAME: helper.py``."""
+        names = [c.name for c in self.loss.components] if self.algorithm is None else [self.algorithm.name]
+        own = [name for name in names if is_own(name) and own_file(name).is_file()]
+        beside = {f"{name}: {file}": sha256 for name in own for file, sha256 in imported_sha256(name).items()}
+        return {name: file_sha256(own_file(name)) for name in own} | beside
 
     @field_validator("loss", mode="before")
     @classmethod

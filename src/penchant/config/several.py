@@ -15,6 +15,7 @@ from penchant.config import (
     Places,
     RunConfig,
     build,
+    check_values,
     explain_all,
     place_of,
     plain_values,
@@ -29,7 +30,10 @@ S = TypeVar("S", bound=BaseModel)
 def read_values(given: Mapping[str, Any] | str | Path, shape: str, what: str) -> tuple[dict[str, Any], Places, str]:
     """(values, their places, source) of such a file, or of a mapping in its place; `shape` and `what` it is, for messages."""
     values, places = ({**given}, {}) if isinstance(given, Mapping) else read_mapping(given, shape)
-    return plain_values(values), places, what if isinstance(given, Mapping) else str(given)
+    source = what if isinstance(given, Mapping) else str(given)
+    values = plain_values(values)
+    check_values(values, places, source)
+    return values, places, source
 
 
 def read_top(values: Mapping[str, Any], keys: Sequence[str], places: Places, source: str, what: str, part: str) -> Path:

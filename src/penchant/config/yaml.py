@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from penchant.base.text import closest_file
+from penchant.base.files import YAML_BYTES, YAML_DEPTH, YAML_LOADER, yaml_root
+from penchant.base.text import closest_file, short
 from penchant.errors import ConfigError
 from penchant.losses.section import LossModifiers
 
@@ -19,12 +21,12 @@ BY_NAME = ("loss", "algorithm")  # sections that may be written as a name alone
 TAG = "tag:yaml.org,2002:"
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(YAML_LOADER):  # type: ignore[valid-type,misc]
     """SafeLoader with YAML 1.2's scalars: 1e-5 is a number, yes and on are words, 010 is ten."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [r for r in rules if r[0].removeprefix(TAG) not in ("float", "bool", "int", "timestamp")]
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        for first, rules in YAML_LOADER.yaml_implicit_resolvers.items()
     }
 
 
@@ -43,39 +45,50 @@ for _kind, _pattern, _first in (
 ):
     for _side in (_Loader, _Dumper):
         _side.add_implicit_resolver(TAG + _kind, re.compile(f"^({_pattern})$"), list(_first))  # type: ignore[attr-defined]
-_Loader.add_constructor(TAG + "int", lambda _, node: int(node.value))
+
+
+def _int(_: Any, node: yaml.Node) -> int:
+    try:
+        return int(node.value)
+    except ValueError as error:  # also where Python reads no number of so many digits
+        problem = f"{short(node.value, 20)} is no number that can be used"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark, note="give a number") from error
+
+
+_Loader.add_constructor(TAG + "int", _int)
 
 
 def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
     """What a YAML text holds, and where each of its keys stands."""
     try:
-        loader = _Loader(text)  # a SafeLoader
-        node = loader.get_single_node()
-        places = _lines(node, source) if node is not None else {}
-        return loader.construct_document(node) if node is not None else None, places
-    except yaml.YAMLError as error:
+        loader, node = yaml_root(text, _Loader)
+        places: Places = {}
+        if node is None:
+            return None, places
+        _lines(node, source, (), places)
+        return loader.construct_document(node), places
+    except (yaml.YAMLError, ValueError, KeyError) as error:  # KeyError: of `!!bool maybe`
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark is not None else source
-        raise ConfigError(
-            where, f"not valid YAML ({getattr(error, 'problem', error)})", "check indentation and colons"
-        ) from error
+        what = short(str(getattr(error, "problem", None) or error), 200)
+        how = getattr(error, "note", None) or "check indentation and colons"
+        raise ConfigError(where, f"not valid YAML ({what})", how) from error
 
 
-def _lines(node: yaml.Node, source: str, prefix: tuple[str, ...] = ()) -> Places:
-    """``{key path: "file:line"}``; duplicate keys raise."""
-    places: Places = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = (*prefix, str(key.value))
-            if path in places:
-                raise ConfigError(f"{source}:{key.start_mark.line + 1}", f"{'.'.join(path)} is set twice", "keep one")
-            places[path] = f"{source}:{key.start_mark.line + 1}"
-            places |= _lines(value, source, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            places[(*prefix, str(i))] = f"{source}:{value.start_mark.line + 1}"
-            places |= _lines(value, source, (*prefix, str(i)))
-    return places
+def _lines(node: yaml.Node, source: str, prefix: tuple[str, ...], places: Places) -> None:
+    """Put ``{key path: "file:line"}`` into `places`; duplicate keys raise."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    if isinstance(node, yaml.SequenceNode):
+        pairs = [(None, value) for value in node.value]
+    for i, (key, value) in enumerate(pairs):
+        where = f"{source}:{(key or value).start_mark.line + 1}"
+        if key is not None and not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(where, "a key is a list or a mapping", "keys are words: check indentation and colons")
+        path = (*prefix, str(i) if key is None else str(key.value))
+        if path in places:
+            raise ConfigError(where, f"{'.'.join(path)} is set twice", "keep one")
+        places[path] = where
+        _lines(value, source, path, places)
 
 
 def place_of(path: tuple[str, ...], places: Mapping[tuple[str, ...], str], source: str) -> str:
@@ -96,13 +109,14 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            text = file.read(YAML_BYTES + 1).decode("utf-8-sig")
     except FileNotFoundError as error:
         near = closest_file(path, [p.name for p in path.parent.glob("*.y*ml")])
         raise ConfigError(
             str(path), "no such file", f"did you mean {Path(near).name}?" if near else "give the path of a YAML config"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(str(path), f"cannot be read ({error})", "give a UTF-8 YAML file") from error
     values, places = parse_yaml(text, str(path))
     if not isinstance(values, dict):
@@ -111,13 +125,51 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
     return values, places
 
 
-def plain_values(value: Any) -> Any:
+def plain_values(value: Any, depth: int = 0) -> Any:
     """Nested mappings as dicts with text keys, paths as text: what a YAML file would have given."""
+    if depth > YAML_DEPTH:
+        raise ConfigError(
+            "config", f"is nested deeper than {YAML_DEPTH}", "see `penchant config` for the keys there are"
+        )
     if isinstance(value, Mapping):
-        return {str(k): plain_values(v) for k, v in value.items()}
+        return {str(k): plain_values(v, depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain_values(v) for v in value]
+        return [plain_values(v, depth + 1) for v in value]
     return str(value) if isinstance(value, Path) else value
+
+
+MOST_NUMBER = {bool: 1, int: 2**63 - 1, float: 1e30}  # fp32 holds up to 3e38
+MOST_TEXT = 4096  # characters: the longest path that Linux takes
+
+
+def check_values(value: Any, places: Places, source: str, path: tuple[str, ...] = ()) -> None:
+    """Refuse what no setting can be: numbers beyond 64 bits, inf and NaN, texts that no path can be.
+
+    Raises:
+        ConfigError: with the key's place.
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_values(str(key), places, source, path)
+            check_values(inner, places, source, (*path, str(key)))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            check_values(inner, places, source, (*path, str(i)))
+    what, how = "", "give a number that a computer can hold"
+    if isinstance(value, float) and not math.isfinite(value):
+        what, how = f"is {value}", "give a finite number"
+    elif isinstance(value, (int, float)) and (
+        abs(value) > MOST_NUMBER[type(value)] or 0 < abs(value) < 1 / MOST_NUMBER[float]
+    ):
+        what = "is beyond every range" if abs(value) > 1 else "is nearly zero and not zero"
+    elif isinstance(value, str):
+        how = "give a shorter text without control characters"
+        if len(value) > MOST_TEXT:
+            what = f"has {len(value):,} characters"
+        elif re.search("[\0\ud800-\udfff]", value):
+            what = "holds a NUL or half a character"
+    if what:
+        raise ConfigError(place_of(path, places, source), f"{'.'.join(path)} {what}".strip(), how)
 
 
 def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[str]) -> Places:
@@ -130,7 +182,7 @@ def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
             raise ConfigError(
-                "command line", f"{text!r} is not an override", "write key.path=value, e.g. train.lr=1e-5"
+                "command line", f"{short(text)!r} is not an override", "write key.path=value, e.g. train.lr=1e-5"
             )
         value, _ = parse_yaml(raw, "command line")
         places = set_key(values, places, tuple(key.strip().split(".")), value, "command line")

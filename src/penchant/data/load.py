@@ -15,9 +15,21 @@ from typing import Any, TypedDict, Unpack
 
 from penchant.base.files import write_text_atomically
 from penchant.base.text import closest, printable
-from penchant.data.layouts import NAMES, Detection, Group, Layout, LeftOut, RowError, detect, layout_named, near_name
+from penchant.data.layouts import (
+    LAYOUTS,
+    NAMES,
+    Detection,
+    Group,
+    Layout,
+    LeftOut,
+    RowError,
+    detect,
+    layout_named,
+    near_name,
+    other_names,
+)
 from penchant.data.layouts.fields import opened
-from penchant.data.read import BadRow, Row, read_rows
+from penchant.data.read import BadRow, Bounds, Row, read_rows
 from penchant.errors import DataError
 from penchant.types import Prompt, PromptTree
 
@@ -272,6 +284,7 @@ class Reading(TypedDict, total=False):
         identical: ``bad_row`` or ``keep``: what a pair with chosen == rejected is.
         limit: read the first n rows only.
         layout_options: what can be chosen about the layout, see `penchant data formats NAME`.
+        bounds: on the size of a row, see `penchant.data.read.Bounds`.
     """
 
     shape: str
@@ -279,13 +292,15 @@ class Reading(TypedDict, total=False):
     identical: str
     limit: int | None
     layout_options: Mapping[str, Any] | None
+    bounds: Mapping[str, Any]
 
 
 def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
     """Read files or hub ids into prompt trees.
 
     Args:
-        path: one or several of .json, .jsonl(.gz), .csv, .tsv, .parquet, .txt, or a hub id ``owner/name[:split]``.
+        path: one or several of .json, .jsonl(.gz), .csv, .tsv, .parquet, .txt, a folder or pattern of such files, or a hub id
+            ``owner/name[:split]``.
         on_bad_row: ``error`` stops at the first bad row, ``skip`` keeps bad rows aside.
         how: see `Reading`.
 
@@ -299,7 +314,9 @@ def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **
 def stream_preferences(path: str | Sequence[str], **how: Unpack[Reading]) -> Stream:
     """`load_preferences` without keeping anything: bad rows come as `Quarantined`."""
     paths = [path] if isinstance(path, str) else [str(p) for p in path]
-    return Stream(itertools.chain.from_iterable(map(read_rows, paths)), ", ".join(paths), **how)
+    bounds = how.pop("bounds", None)
+    rows = read_rows(paths, None if bounds is None else Bounds(**bounds))
+    return Stream(rows, ", ".join(paths), **how)  # type: ignore[misc]  # without `bounds`
 
 
 class Stream:
@@ -334,7 +351,7 @@ class Stream:
         first = list(itertools.islice(stream, FIRST_ROWS))
         _check_columns(first, name, columns or {})
         if not named:
-            shape, self.detection = detected(first, name, columns or {})
+            shape, self.detection, columns = detected(first, name, columns or {})
         stream = itertools.chain(first, stream)
         layout = layout_named(shape)
         options = layout.settings(layout_options or {})
@@ -424,15 +441,25 @@ def _map_it(ours: str, theirs: str) -> str:
     return f"map it with --column {ours}={theirs} (in a config data.columns={{{ours}: {theirs}}})"
 
 
-def detected(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]) -> tuple[str, Detection]:
-    """The layout of the first rows.
+def detected(
+    first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]
+) -> tuple[str, Detection, Mapping[str, str]]:
+    """The layout of the first rows, and which columns are read under our names: those given, or others that are known.
 
     Raises:
         DataError: they are of none.
     """
-    found = detect(renamed(r.values, columns) for r in first if isinstance(r, Row))
+    rows = [renamed(r.values, columns) for r in first if isinstance(r, Row)]
+    found = detect(rows)
+    taken = other_names(rows) if not found.how and (not found.layout or LAYOUTS[found.layout].kind == "sft") else {}
+    if found.layout:  # only a word about the answer makes it another layout
+        taken = {ours: theirs for ours, theirs in taken.items() if ours == "label"}
+    other = detect(renamed(row, taken) for row in rows) if taken else found
+    if taken and other.layout and LAYOUTS[other.layout].kind in ("sft", "unpaired", "scored"):
+        said = ", ".join(f'"{theirs}" is read as {ours}' for ours, theirs in taken.items())
+        return other.layout, replace(other, why=f"{other.why}; {said}"), {**columns, **taken}
     if found.layout is not None:
-        return found.layout, found
+        return found.layout, found, columns
     bad = next((row for row in first if isinstance(row, BadRow)), None)
     if bad is not None:
         raise DataError(bad.where, bad.what, bad.how)

@@ -118,6 +118,7 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
         rows=tuple(tree.row for tree in trees),
         labels=_if_complete(labels),
         scores=_if_complete(scores),
+        pairs=all(len(tree.completion_ids) == 2 for tree in trees),
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from penchant.data.layouts import RowError
 from penchant.data.load import IDENTICAL, Dataset, Quarantined, prompt_json, prompt_text
 from penchant.data.mapped import StoredTokens
-from penchant.data.templates import Rendered, chat, end_ids, excerpt, plain, uses_chat
+from penchant.data.templates import DATE, Rendered, chat, end_ids, excerpt, plain, uses_chat
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.types import PromptTree, TokenTree
 
@@ -329,7 +329,7 @@ class CausalTokenization(Tokenization):
         if template == "chat" and not chats:
             raise ConfigError("data.template", "the tokenizer has no chat template", "set data.template=plain or auto")
         self.template = "chat" if chats and kind != "text" else "plain"
-        if template_options and self.template != "chat":
+        if set(template_options or ()) - {DATE} and self.template != "chat":
             raise ConfigError(
                 "data.template_options", "no chat template is used that could take them", "leave them out"
             )

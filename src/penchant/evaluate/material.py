@@ -79,6 +79,7 @@ class Material:
             on_bad_row=data.on_bad_row,
             identical=data.identical,
             layout_options=data.layout_options,
+            bounds=data.bounds.model_dump(),
             limit=data.limit if own_limit else None,
         )
         if rows.kind == "text":
@@ -118,7 +119,9 @@ class Material:
         """Chunks of --text, the bytes of each document, and the file's fingerprint."""
         assert self.request.text is not None
         data, tokenizer = self.config.data, self.run.rows.tokenizer
-        texts = load_preferences(self.request.text, shape="text", on_bad_row=data.on_bad_row)
+        texts = load_preferences(
+            self.request.text, shape="text", on_bad_row=data.on_bad_row, bounds=data.bounds.model_dump()
+        )
         if texts.quarantined:
             self.notes.append(f"Kept aside: {len(texts.quarantined):,} bad documents of {texts.total:,}.")
         made = tokenize(

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from penchant.base.files import write_output
 from penchant.base.text import printable
-from penchant.errors import ConfigError
 from penchant.evaluate.evaluator import Evaluated
 from penchant.metrics.names import metric
-from penchant.runfolder import EVALUATIONS, IDENTITY, MetricsLog, finite
+from penchant.runfolder import EVALUATIONS, IDENTITY, LINE_SUM, MetricsLog, finite, line_sum
 
 NO_FIGURE = ("tables", "notes")
 COUNT = "/n"
@@ -41,24 +41,18 @@ def keep(evaluated: Evaluated, run: Path | None, output: str | None, samples_out
     """
     line = record(evaluated)
     if output is not None:
-        _write("--output", output, json.dumps(finite(line), indent=1, ensure_ascii=False) + "\n")
+        write_output(output, json.dumps(finite(line), indent=1, ensure_ascii=False) + "\n")
     if samples_output is not None:
         rows = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in evaluated.rows)
-        _write("--samples-output", samples_output, rows)
+        write_output(samples_output, rows)
     if run is None or not (run / IDENTITY).exists():
         return []
     try:
-        MetricsLog(run / EVALUATIONS).write(line)
+        line = json.loads(json.dumps(finite(line)))
+        MetricsLog(run / EVALUATIONS).write({**line, LINE_SUM: line_sum(line)})
     except OSError as error:
         return [f"Not kept in {run / EVALUATIONS}: it cannot be written ({error.strerror})."]
     return []
-
-
-def _write(option: str, path: str, text: str) -> None:
-    try:
-        Path(path).expanduser().write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(option, f"{path} cannot be written ({error.strerror})", "give another file") from error
 
 
 def table(metrics: Mapping[str, Any]) -> str:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from penchant.errors import ConfigError
 from penchant.export.gguf import Q8, as_stored, read_gguf, refuse_what_gguf_cannot, write_gguf
-from penchant.export.subject import NAMES, Subject, loader_of, read_model, round_weights, with_adapter
-from penchant.models.merge import TOLERANCE
+from penchant.export.subject import NAMES, Subject, loader_of, read_model, round_weights
+from penchant.models.folder import read_object
+from penchant.models.merge import TOLERANCE, with_adapter
 from penchant.models.reward import SETTINGS
 from penchant.requests import ExportRequest
 
@@ -120,7 +121,7 @@ def _save_adapter(subject: Subject, _request: ExportRequest, dtype: str, folder:
     weights = "adapter_model.safetensors"
     state = {name: _cast(value, dtype).contiguous() for name, value in load_file(adapter / weights).items()}
     save_file(state, folder / weights, metadata={"format": "pt"})
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_object(adapter / "adapter_config.json")
     config["base_model_name_or_path"] = subject.base.path
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     _save_beside(subject, folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,15 @@ import torch
 from torch import Tensor
 
 from penchant.config import RunConfig, with_absolute_paths
+from penchant.data.templates import name_ends
 from penchant.errors import CheckpointError
+from penchant.models.folder import check_folder, loading
 from penchant.models.load import load_causal_model, load_tokenizer, own_memory
-from penchant.models.merge import is_adapter, merged_model
+from penchant.models.merge import is_adapter, merged_model, with_adapter
 from penchant.models.options import ModelConfig
 from penchant.models.reward import ADAPTER, choose_padding, load_model_config, load_reward_model, set_padding
 from penchant.runfolder.read import read
-from penchant.runs.find import check_there, find_run, runs_in
+from penchant.runs.find import check_base, check_there, find_run, runs_in
 from penchant.training.checkpoint import find_checkpoint, load_checkpoint
 
 CPU = torch.device("cpu")
@@ -83,13 +84,19 @@ class Subject:
             return read_model(self.folder, reward=True)
         if self.adapter is None:
             return load_causal_model(ModelConfig(path=str(self.folder)), CPU).eval()
-        return with_adapter(load_causal_model(self.base, CPU, self.config.train.seed), self.adapter)
+        base = load_causal_model(self.base, CPU, self.config.train.seed)
+        if self.base.init == "pretrained":
+            check_base(self.run, base)
+        return with_adapter(base, self.adapter)
 
     def whole(self) -> Any:
         """The model by itself, in fp32: an adapter is merged into it."""
-        if self.reward or self.adapter is None:
+        if self.reward:
             return self.own()
-        return merged_model(self.base, self.adapter, CPU, self.config.train.seed).eval()
+        seed = self.config.train.seed
+        model = self.own() if self.adapter is None else merged_model(self.base, self.adapter, CPU, seed).eval()
+        name_ends(model, self.tokenizer())
+        return model
 
     def bare(self) -> Any:
         """The model that the adapter goes on, in fp32."""
@@ -140,16 +147,6 @@ def find_subject(given: str | Path, step: str = "last") -> Subject:
     return Subject(run, config, checkpoint, reward, adapter)
 
 
-def with_adapter(base: Any, adapter: Path) -> Any:
-    """A model with a LoRA adapter beside it, as peft's users load it."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-        model = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
-    return model.float().eval()
-
-
 def loader_of(reward: bool) -> Any:
     """What loads such a model in transformers."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -162,7 +159,9 @@ def read_model(folder: Path, reward: bool = False, **options: Any) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = loader_of(reward).from_pretrained(folder, dtype=torch.float32, **options)
+    check_folder(folder)
+    with loading(str(folder), "the model could not be loaded", "export it again"):
+        model = loader_of(reward).from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **options)
     own_memory(model)  # else the length of a file's header decides over the last bits
     return model.eval()
 

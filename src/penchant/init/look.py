@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from penchant.base.hub import NotReached
 from penchant.data.load import Dataset, load_preferences, reasons_of, unused_of
+from penchant.data.read import named_files
 from penchant.data.tokenize import tokenize
 from penchant.errors import ConfigError, PenchantError
 from penchant.models.load import load_tokenizer
+from penchant.models.merge import is_adapter
 from penchant.models.options import ModelConfig, check_model_path
 from penchant.models.reward import is_encoder, load_model_config
+from penchant.runs.find import model_behind
 from penchant.types import Prompt
 
 SAMPLE = 2000  # rows that are tokenized
@@ -121,7 +124,7 @@ def look_at_held_out(path: str, data: DataFacts) -> HeldOut:
     Raises:
         DataError: it cannot be read. ConfigError: it is the file of training rows, or holds rows of another kind.
     """
-    if path == data.path or (Path(path).exists() and Path(data.path).exists() and Path(path).samefile(data.path)):
+    if {f and f.resolve() for _, f in named_files(path)} & {f and f.resolve() for _, f in named_files(data.path)}:
         raise ConfigError("--eval-data", f"{path} is what is trained on", "give another file, or leave it out")
     found = load_preferences(path, columns=data.columns, on_bad_row="skip", identical="bad_row")
     if found.kind != data.kind:
@@ -174,6 +177,9 @@ def look_at_model(path: str) -> ModelFacts:
     """
     from penchant.plan.outline import outline, parameter_counts
 
+    behind = model_behind(path)
+    if behind is not None and not is_adapter(behind[0]):
+        return replace(look_at_model(str(behind[0])), path=path)
     try:
         check_model_path(path)
         config = load_model_config(path)

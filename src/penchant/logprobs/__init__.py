@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from penchant.base.machine import moved
 from penchant.logprobs.head import (
     RowLogits,
     divergence_logps,
@@ -42,9 +44,28 @@ class CompletionLogps(NamedTuple):
     divergence: Tensor | None = None
 
 
-def per_completion(values: Tensor, batch: PackedBatch) -> Tensor:
-    """Sums over each completion's tokens: (R,) to (C,)."""
-    return values.new_zeros(len(batch.lengths)).index_add(0, batch.completion_of, values)
+def per_completion(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums over each completion's tokens: (R,) to (C,), `lengths` (C,) int64.
+
+    In the order of the tokens: `index_add` on a GPU adds in the order in which its threads arrive, and the reference's sums of equal
+    log-probs would differ from the policy's. ``unsafe`` leaves out a check that would wait for the GPU.
+    """
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
+
+
+def padded_layout(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """One padded row a segment, made on the CPU once per batch: where each token is in the packed row (B, L), which ones are real (B, L)
+    int64, and where the packed row's tokens are among all B L."""
+    key = "padded"
+    if key not in batch.cache:
+        lengths = np.array([s.length for s in batch.segments])
+        column = np.arange(lengths.max())
+        real = column < lengths[:, None]
+        index = np.where(real, np.array([s.start for s in batch.segments])[:, None] + column, 0)
+        made = (index, real.astype(np.int64), np.flatnonzero(real))
+        batch.cache[key] = tuple(moved(torch.from_numpy(x), batch.input_ids.device) for x in made)
+    index, mask, back = cast(tuple[Tensor, Tensor, Tensor], batch.cache[key])
+    return index, mask, back
 
 
 @dataclass(slots=True)
@@ -117,18 +138,13 @@ class Scorer:
 
     def _padded_hidden(self, backbone: nn.Module, batch: PackedBatch) -> Tensor:
         """The plain way, for models whose layers carry state along the row: one padded row a segment."""
-        length = max(s.length for s in batch.segments)
-        ids = batch.input_ids.new_zeros(len(batch.segments), length)
-        mask = torch.zeros_like(ids)
-        for i, s in enumerate(batch.segments):
-            ids[i, : s.length] = batch.input_ids[s.start : s.start + s.length]
-            mask[i, : s.length] = 1
-        positions = torch.arange(length, device=ids.device).expand_as(ids)
+        index, mask, back = padded_layout(batch)
+        ids = batch.input_ids[index] * mask
         more: dict[str, Any] = without_cache(backbone)
         if not self.own_attention and "position_ids" in signature(backbone.forward).parameters:
-            more["position_ids"] = positions
+            more["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         out = backbone(input_ids=ids, attention_mask=mask, **more)
-        return out.last_hidden_state[mask.bool()]
+        return out.last_hidden_state.flatten(0, 1).index_select(0, back)
 
     def predicting(self, batch: PackedBatch) -> Tensor:
         """The hidden states (R, d) that predict the completion tokens."""
@@ -158,10 +174,10 @@ class Scorer:
             tokens, collision = token_logps(
                 hidden, head.weight, batch.target_ids, head.bias, scale=scale, softcap=softcap, alignment=alignment
             )
-        sums = per_completion(tokens, batch)
+        sums = per_completion(tokens, batch.lengths)
         if not alignment:
             return CompletionLogps(sums, tokens)
-        mean = per_completion(tokens.detach() - collision, batch) / batch.lengths
+        mean = per_completion(tokens.detach() - collision, batch.lengths) / batch.lengths
         return CompletionLogps(sums, tokens, alignment=mean)
 
     def row_logits(self, batch: PackedBatch) -> RowLogits:
@@ -190,7 +206,7 @@ class Scorer:
             tokens, ref_tokens, values = module_divergence_logps(
                 head, hidden, batch.target_ids, ref_logits, kind, scale, softcap
             )
-        return CompletionLogps(per_completion(tokens, batch), tokens, ref_tokens=ref_tokens, divergence=values)
+        return CompletionLogps(per_completion(tokens, batch.lengths), tokens, ref_tokens=ref_tokens, divergence=values)
 
     def _head(self) -> tuple[Any, float, float | None]:
         base = base_model_of(self.model)

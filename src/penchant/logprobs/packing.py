@@ -14,7 +14,8 @@ from torch import nn
 from penchant.data.packing import pack
 from penchant.errors import ConfigError, ModelError
 from penchant.logprobs import Packing, Scorer
-from penchant.models.load import backbone_of, base_model_of, carries_state, first_line, quiet, without_cache
+from penchant.models.folder import first_line
+from penchant.models.load import backbone_of, base_model_of, carries_state, quiet, without_cache
 from penchant.models.tree_attention import restore_attention
 from penchant.types import TokenTree
 

@@ -112,10 +112,13 @@ class MovingReference(LiveReference):
             return
         parameters = dict(self.scorer.model.named_parameters())
         with torch.no_grad():
-            for name, now in self.policy().items():
-                master = self.masters.setdefault(name, parameters[name].detach().to(now.dtype, copy=True))
-                master.lerp_(now, self.mixup)
-                parameters[name].copy_(master)
+            now = self.policy()
+            for name, value in now.items():
+                if name not in self.masters:
+                    self.masters[name] = parameters[name].detach().to(value.dtype, copy=True)
+            masters = [self.masters[name] for name in now]
+            torch._foreach_lerp_(masters, list(now.values()), self.mixup)
+            torch._foreach_copy_([parameters[name] for name in now], masters)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The moved weights, in fp32."""
@@ -154,6 +157,12 @@ def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, to
     digest = hashlib.sha256()
     for part in (ENGINE_VERSION, weights_sha256, dtype, tokenizer, template):
         digest.update(part.encode() + b"\0")
+    hash_trees(digest, trees)
+    return digest.hexdigest()
+
+
+def hash_trees(digest: Any, trees: Sequence[TokenTree]) -> None:
+    """Put every token id and boundary of some trees into a digest, in their order."""
     for start in range(0, len(trees), BLOCK):
         parts, lengths, ids = _parts(trees, start, min(start + BLOCK, len(trees)))
         # each part as its length and its ids, all 4 bytes; behind each tree a byte
@@ -165,7 +174,6 @@ def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, to
         told = words.view(np.uint8).data
         bounds = (4 * np.r_[0, ends[np.cumsum(parts) - 1]]).tolist()
         digest.update(b"|".join([told[a:b] for a, b in itertools.pairwise(bounds)]) + b"|")
-    return digest.hexdigest()
 
 
 def _parts(trees: Sequence[TokenTree], start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -236,7 +244,7 @@ def cached_reference(
 
 
 def _read(path: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
-    """What a cache holds; nothing where it is absent or damaged. A file of an older version has no sum, and is taken as it is."""
+    """What a cache holds; nothing where it is absent, damaged, or of an older version that kept no sum."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -245,9 +253,10 @@ def _read(path: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             about = file.metadata()
-        if about is None or about.get("sha256") == _sha256(stored):
+        if about is not None and about.get("sha256") == _sha256(stored):
             return stored
-        why = "its values are not those that were written"
+        known = about is not None and "sha256" in about
+        why = "its values are not those that were written" if known else "it has no sum (an older version wrote it)"
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         why = str(error)
     say(f"{path}: {why}; the reference's log-probs are computed again")

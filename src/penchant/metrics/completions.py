@@ -17,7 +17,7 @@ import torch
 from penchant.data.packing import batches_of
 from penchant.data.templates import end_ids
 from penchant.errors import ConfigError
-from penchant.logprobs import Scorer
+from penchant.logprobs import Scorer, per_completion
 from penchant.logprobs.reference import LiveReference, compute_logps
 from penchant.losses.divergences import kl_estimate
 from penchant.metrics.answers import TokenScores, completion_sums, kl_figures
@@ -337,10 +337,10 @@ def kl_on(
     Returns:
         ``kl/policy_ref`` in nats per completion with its 95% interval by prompt, ``kl/per_token`` (k3), ``kl/completions``.
     """
-    per_completion, per_token = kl_by_completion(policy, reference, trees, tokens_per_step=tokens_per_step)
+    by_completion, per_token = kl_by_completion(policy, reference, trees, tokens_per_step=tokens_per_step)
     clusters = [i for i, t in enumerate(trees) for _ in t.completion_ids]
-    found = bootstrap_ci(per_completion, clusters=clusters, draws=2000).named("kl/policy_ref")
-    return found | {"kl/per_token": per_token, "kl/completions": len(per_completion)}
+    found = bootstrap_ci(by_completion, clusters=clusters, draws=2000).named("kl/policy_ref")
+    return found | {"kl/per_token": per_token, "kl/completions": len(by_completion)}
 
 
 def kl_by_completion(
@@ -354,7 +354,7 @@ def kl_by_completion(
     for members, batch in batches_of(trees, tokens_per_step, shared=shared, device=device):
         logps, ref_logps = (m.completion_logps(batch).tokens.double() for m in (policy, reference))
         d = kl_estimate(logps, ref_logps, "k1")
-        sums = torch.zeros(len(batch.lengths), dtype=d.dtype, device=device).index_add(0, batch.completion_of, d)
+        sums = per_completion(d, batch.lengths)
         for i, part in zip(members, sums.split([len(trees[i].completion_ids) for i in members]), strict=True):
             by_tree[i] = part.tolist()
         k3 += float(kl_estimate(logps, ref_logps, "k3").sum())

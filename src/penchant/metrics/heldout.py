@@ -101,7 +101,7 @@ def _pair_figures(scored: Scored, out: LossOutput, clusters: np.ndarray) -> dict
         return {}
 
     def column(values: Tensor | None, slot: int) -> np.ndarray | None:
-        return None if values is None else values[scored.slot == slot].double().cpu().numpy()
+        return None if values is None else scored.sides(values)[slot].double().cpu().numpy()
 
     lengths, others = column(scored.lengths, 0), column(scored.lengths, 1)
     assert lengths is not None and others is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import itertools
@@ -18,6 +19,16 @@ from torch import Tensor, nn
 
 from penchant.base.files import check_model_folder
 from penchant.errors import ConfigError, ModelError
+from penchant.models.folder import (
+    check_built,
+    check_finite,
+    check_folder,
+    check_layers,
+    check_template,
+    config_of,
+    first_line,
+    loading,
+)
 from penchant.models.options import LoraConfig, ModelConfig, check_model_path
 
 # ---- Load a causal model and its tokenizer from a folder or hub id, as fp32 or bf16 parameters, with a LoRA adapter or without ----
@@ -52,37 +63,63 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     """A tokenizer; ModelError when there is none."""
     from transformers import AutoTokenizer
 
+    given = check_model_path(path, "tokenizer_config.json")
+    check_folder(Path(given))
+    with loading(lambda: _odd_tokenizer_file(path), "no tokenizer could be loaded", "set model.tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(given, revision=revision, trust_remote_code=False)
+        len(tokenizer), tokenizer("A", add_special_tokens=True)
+    check_template(path, tokenizer)
+    return tokenizer
+
+
+def _odd_tokenizer_file(path: str) -> str:
+    """Which file of a folder it is that no tokenizer is made of."""
+    from tokenizers import Tokenizer
+
+    file = Path(path).expanduser() / "tokenizer.json"
+    if not file.exists():
+        return path
     try:
-        return AutoTokenizer.from_pretrained(check_model_path(path, "tokenizer_config.json"), revision=revision)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(path, f"no tokenizer could be loaded ({first_line(error)})", "set model.tokenizer") from error
+        Tokenizer.from_file(str(file))
+    except BaseException:  # its own errors, and the panics of Rust
+        return str(file)
+    return str(file.with_name("tokenizer_config.json"))
 
 
 def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> Any:
     """A transformers causal model in fp32, dropout off; `cast_parameters` makes it bf16 once the masters are taken."""
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     path = check_model_path(cfg.path)
     check_model_folder(Path(path))
-    try:
-        config = AutoConfig.from_pretrained(path, revision=cfg.revision)
+    check_folder(Path(path))
+    return _load(cfg, path, device, seed)
+
+
+def _load(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> Any:
+    """What is in a folder that holds a model; the tests keep it by the folder's bytes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, how_to = Path(path), "give a folder or hub id of a causal model"
+    with loading(config_of(path), "the model could not be loaded", how_to):
+        config = AutoConfig.from_pretrained(path, revision=cfg.revision, trust_remote_code=False)
+        text = _text_config(config)
+        if folder.is_dir():
+            check_built(folder, on_meta(AutoModelForCausalLM, text), whole=text is config)
+    with loading(cfg.path, "the model could not be loaded", how_to):
         if cfg.init == "random":
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(_text_config(config), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(text, dtype=torch.float32)
         else:
+            how = {"revision": cfg.revision, "dtype": torch.float32, "trust_remote_code": False}
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, revision=cfg.revision, dtype=torch.float32, output_loading_info=True, **_text_part(config)
+                path, output_loading_info=True, **how, **_text_part(config)
             )
             model, info = loaded
             _check_complete(cfg.path, info)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
-            cfg.path,
-            f"the model could not be loaded ({first_line(error)})",
-            "give a folder or hub id of a causal model",
-        ) from error
+            check_layers(cfg.path, info["unexpected_keys"], model.config)
+    check_finite(cfg.path, model.named_parameters())
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(cfg.path, "this is an encoder-decoder model", "give a causal (decoder-only) language model")
     disable_dropout(model)
@@ -90,6 +127,12 @@ def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
     model = model.to(device)
     _check_behavior(cfg.path, model)
     return model
+
+
+def on_meta(auto: Any, config: Any) -> Any:
+    """The model that a config makes, without memory; torch's random numbers are left alone."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return auto.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
 
 
 def _check_complete(path: str, info: Mapping[str, Any]) -> None:
@@ -157,6 +200,8 @@ def _check_behavior(path: str, model: Any) -> None:
         raise ModelError(
             path, f"the model does not run on text alone ({first_line(error)})", "give a causal language model"
         ) from error
+    if not bool(torch.isfinite(first).all()):
+        raise ModelError(path, "the model's logits are NaN or infinite", "get its weights and its config.json again")
     size = float(first.std()) + 1e-12
     for other, what in ((again, "two passes over one row in train mode"), (evaluated, "train mode and eval mode")):
         if not float((first - other).abs().max()) <= 1e-4 * size:
@@ -352,10 +397,10 @@ def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Te
     return {name: _merged(module) for name, module in _adapters(base)}
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over the names, dtypes and bytes of all parameters, adapters left out: what a cached reference depends on."""
-    named = base_model_of(model).named_parameters()
-    return tensors_sha256((name.replace(".base_layer", ""), p) for name, p in named if "lora_" not in name)
+def weights_sha256(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over the names, dtypes and bytes of all parameters (as they are in `dtype`), adapters left out: what a cached reference depends on."""
+    named = ((n.replace(".base_layer", ""), p) for n, p in base_model_of(model).named_parameters() if "lora_" not in n)
+    return tensors_sha256((n, p if dtype is None or not p.is_floating_point() else p.to(dtype)) for n, p in named)
 
 
 def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -387,10 +432,6 @@ def write_state_dict(folder: Path) -> None:
 
     state = {name: value for p in sorted(folder.glob("*.safetensors")) for name, value in load_file(p).items()}
     torch.save(state, folder / "state_dict.pt")
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
 # ---- Where things are inside a transformers or peft model, and how its packing is chosen ----

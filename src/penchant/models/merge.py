@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from penchant.base.files import check_model_folder, file_sha256
 from penchant.errors import ModelError
+from penchant.models.folder import check_finite, check_folder, headers, loading, read_object
 from penchant.models.load import base_model_of, load_causal_model, load_tokenizer, save_model
 from penchant.models.options import ModelConfig
 
@@ -43,45 +46,82 @@ def model_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def merged_model(base: ModelConfig, adapter: Path, device: torch.device, seed: int = 0) -> Any:
+def merged_model(
+    base: ModelConfig,
+    adapter: Path,
+    device: torch.device,
+    seed: int = 0,
+    check: Callable[[Any], None] = lambda _: None,
+) -> Any:
     """The base model in fp32 with the adapter merged in: ``W + (alpha / r) B A``.
 
     Args:
         base: of the run that trained the adapter; seed: of that run (it matters where the base starts from random weights).
+        check: looks at the base alone, and raises where it is another one.
 
     Raises:
         ModelError: not an adapter of a causal model, or the merged model's logits differ from the unmerged one's.
     """
-    from peft import PeftModel
-
     check_model_folder(adapter)
-    kind = json.loads((adapter / "adapter_config.json").read_text()).get("task_type")
+    check_folder(adapter)
+    kind = read_object(adapter / "adapter_config.json").get("task_type")
     if kind != "CAUSAL_LM":
         raise ModelError(str(adapter), f"an adapter of type {kind} is no language model", "name another stage")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-        model = PeftModel.from_pretrained(load_causal_model(base, device, seed), str(adapter)).eval()
+    bare = load_causal_model(base, device, seed)
+    check(bare)
+    model = with_adapter(bare, adapter)
     before = _probe(model)
     merged = base_model_of(model.merge_and_unload(safe_merge=True))  # type: ignore[operator]
     _check_equal(str(adapter), before, _probe(merged))
     return merged
 
 
-def merge_to_folder(base: ModelConfig, adapter: Path, folder: Path, seed: int = 0) -> Path:
-    """The merged model as a folder that `transformers` loads; made once, and again when adapter or folder has changed.
+def with_adapter(base: Any, adapter: Path) -> Any:
+    """A model with a LoRA adapter beside it, in fp32, as peft's users load it.
+
+    Raises:
+        ModelError: the folder holds no whole adapter of this model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    check_folder(adapter)
+    with loading(str(adapter), "the adapter could not be loaded", "give an adapter of this model"), quiet_peft():
+        model = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
+        wanted, there = set(get_peft_model_state_dict(model)), set(headers(adapter))
+    odd = sorted(wanted ^ there)
+    if there and odd:
+        what = "lacks" if odd[0] in wanted else "has, beyond what its config says,"
+        raise ModelError(str(adapter), f"the adapter {what} {odd[0]}", "give a whole adapter of this model")
+    check_finite(str(adapter), ((n, p) for n, p in model.named_parameters() if "lora_" in n))
+    return model.float().eval()
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without what peft says for its own developers, and without its note of weights that are missing, which are refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it asks transformers by an old name
+        warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
+        yield
+
+
+def merge_to_folder(
+    base: ModelConfig, adapter: Path, folder: Path, seed: int = 0, check: Callable[[Any], None] = lambda _: None
+) -> Path:
+    """The merged model as a folder that `transformers` loads; made once, and again when base, adapter or folder has changed.
 
     It is read back, and its logits compared with the unmerged model's, before it stands at its name.
     """
     from transformers import AutoModelForCausalLM
 
-    wanted = {"adapter": model_sha256(adapter), "base": base.model_dump(mode="json")}
+    wanted = {"adapter": model_sha256(adapter), "base": base.model_dump(mode="json"), "files": _files(Path(base.path))}
     if _mark(folder) == {**wanted, "written": model_sha256(folder) if folder.is_dir() else None}:
         return folder
     aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        merged = merged_model(base, adapter, torch.device("cpu"), seed)
+        merged = merged_model(base, adapter, torch.device("cpu"), seed, check)
         save_model(merged, load_tokenizer(str(adapter)), aside)
         again = AutoModelForCausalLM.from_pretrained(aside, dtype=torch.float32).eval()
         _check_equal(str(folder), _probe(merged), _probe(again))
@@ -91,6 +131,13 @@ def merge_to_folder(base: ModelConfig, adapter: Path, folder: Path, seed: int = 
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _files(folder: Path) -> list[list[Any]]:
+    """What tells that a model's folder was changed: a base may have many gigabytes."""
+    folder = folder.expanduser()
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in WEIGHTS] if folder.is_dir() else []
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 
 def _mark(folder: Path) -> Any:

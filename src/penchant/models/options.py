@@ -16,7 +16,9 @@ from penchant.errors import ModelError
 class ModelConfig(Section):
     """Which model is trained, and how it is held."""
 
-    path: str = Field(description="folder or hub id (owner/name)")
+    path: str = Field(
+        description="a model's folder or hub id (owner/name); a run's, a checkpoint's or an adapter's folder means its model"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="pretrained weights, or random ones made from the config in `path`"
@@ -30,7 +32,7 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """A low-rank adapter; present = trained instead of the full model."""
 
-    r: int = Field(16, ge=1, description="rank")
+    r: int = Field(16, ge=1, le=65536, description="rank")
     alpha: float = Field(32.0, gt=0, description="scale of the update, which is multiplied by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: str | list[str] = Field("all-linear", description="which layers get an adapter")
@@ -43,10 +45,14 @@ class ReferenceConfig(Section):
         "auto", description="auto: adapter off with LoRA, else computed once and cached on disk"
     )
     path: str | None = Field(
-        None, description="another model as reference; default: the model that training starts from"
+        None,
+        description="another model as reference, named as in model.path; default: the model that training starts from",
     )
     sync_every: int | None = Field(
-        None, ge=1, description="optimizer steps between updates of the reference from the policy (TR-DPO); null: never"
+        None,
+        ge=1,
+        le=10**9,
+        description="optimizer steps between updates of the reference from the policy (TR-DPO); null: never",
     )
     sync_mixup: float = Field(1.0, gt=0, le=1, description="weight of the policy in such an update; 1: copy it")
     ema: float | None = Field(

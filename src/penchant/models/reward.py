@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from penchant.base.files import check_model_folder
 from penchant.errors import ModelError
+from penchant.models.folder import check_built, check_finite, check_folder, check_layers, config_of, loading
 from penchant.models.load import (
     base_model_of,
     disable_dropout,
     effective_weights,
-    first_line,
+    on_meta,
     plain_name,
     save_model,
 )
@@ -50,12 +51,10 @@ def load_model_config(path: str, revision: str | None = None) -> Any:
     """A model's config; ModelError where there is none."""
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(check_model_path(path), revision=revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            path, f"its config could not be loaded ({first_line(error)})", "give a model folder"
-        ) from error
+    given = check_model_path(path)
+    check_folder(Path(given))
+    with loading(config_of(path), "its config could not be loaded", "give a model folder"):
+        return AutoConfig.from_pretrained(given, revision=revision, trust_remote_code=False)
 
 
 def is_encoder(config: Any, path: str = "model") -> bool:
@@ -90,7 +89,7 @@ def context_of(config: Any, tokenizer: Any) -> int | None:
 def is_reward_model(config: Any) -> bool:
     """Whether a folder's config says: sequence classification with one label."""
     names = getattr(config, "architectures", None) or ()
-    return any("SequenceClassification" in n for n in names) and int(getattr(config, "num_labels", 2)) == 1
+    return any("SequenceClassification" in str(n) for n in names) and int(getattr(config, "num_labels", 2)) == 1
 
 
 def load_reward_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> LoadedRewardModel:
@@ -114,30 +113,35 @@ def load_reward_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # that the head is new, and the language model's left out, is what is meant to happen
-    torch.manual_seed(seed)
+    folder, fresh = Path(cfg.path).expanduser(), set()
     try:
-        if cfg.init == "random":
-            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-            fresh = {name.split(".")[0] for name, _ in model.named_parameters()}
-        else:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                check_model_path(cfg.path),
-                revision=cfg.revision,
-                config=config,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # a classifier of several labels gives its body, not its head
-            )
-            fresh = set(_missing(info))
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
-            cfg.path, f"the model could not be loaded ({first_line(error)})", "give a causal model or an encoder"
-        ) from error
+        how = "give a causal model or an encoder"
+        with loading(config_of(cfg.path), "the model could not be loaded", how):
+            if folder.is_dir():
+                check_built(folder, on_meta(AutoModelForSequenceClassification, config), whole=False)
+        with loading(cfg.path, "the model could not be loaded", how):
+            torch.manual_seed(seed)
+            if cfg.init == "random":
+                model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+                fresh = {name.split(".")[0] for name, _ in model.named_parameters()}
+            else:
+                model, info = AutoModelForSequenceClassification.from_pretrained(
+                    check_model_path(cfg.path),
+                    revision=cfg.revision,
+                    config=config,
+                    trust_remote_code=False,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # a classifier of several labels gives its body, not its head
+                )
+                fresh = set(_missing(info))
+                check_layers(cfg.path, info["unexpected_keys"], config)
     finally:
         logging.set_verbosity(verbosity)
     beyond = sorted(n for n in fresh if not _may_be_new(n)) if cfg.init == "pretrained" else []
     if beyond:
         raise ModelError(cfg.path, f"weights are missing in the folder ({', '.join(beyond[:3])})", "give a whole model")
+    check_finite(cfg.path, model.named_parameters())
     if not had_head:
         _draw_head(head_of(model))
     disable_dropout(model)

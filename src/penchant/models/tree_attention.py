@@ -8,13 +8,16 @@ independent of which other trees share the row.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from penchant.base.machine import moved
 from penchant.types import PackedBatch, Segment
 
 IMPLEMENTATION = "penchant_tree"
@@ -44,27 +47,26 @@ def rounded_length(n: int) -> int:
     return -(-n // step) * step
 
 
-def tree_mask(segment: Segment, length: int, sliding_window: int | None, device: torch.device) -> Tensor:
+def tree_mask(segment: Segment, length: int, sliding_window: int | None) -> np.ndarray:
     """Who attends to whom in one tree: (length, length) bool, True = may attend.
 
     Token i attends to j when j <= i, j is in the prompt or in i's own completion, and, under a sliding window w,
     ``position(i) - position(j) < w``: positions, not packed indices, for completions restart at the prompt's end.
     Padding attends to itself, so that no row is empty (a softmax over nothing is NaN).
     """
-    branch = torch.zeros(length, dtype=torch.int64, device=device)
-    position = torch.arange(length, device=device)
+    index = np.arange(length)
+    branch, position = np.zeros(length, dtype=np.int64), index.copy()
     at = segment.prompt_len
     for k, n in enumerate(segment.completion_lens):
         branch[at : at + n] = k + 1
-        position[at : at + n] = torch.arange(segment.prompt_len, segment.prompt_len + n, device=device)
+        position[at : at + n] = np.arange(segment.prompt_len, segment.prompt_len + n)
         at += n
     branch[at:] = -1
-    index = torch.arange(length, device=device)
-    allowed = (index[:, None] >= index[None, :]) & ((branch[None, :] == 0) | (branch[:, None] == branch[None, :]))
+    allowed: np.ndarray = (index[:, None] >= index) & ((branch == 0) | (branch[:, None] == branch))
     if sliding_window is not None:
-        allowed &= position[:, None] - position[None, :] < sliding_window
+        allowed &= position[:, None] - position < sliding_window
     allowed[at:] = False
-    allowed |= torch.eye(length, dtype=torch.bool, device=device)
+    allowed[index, index] = True
     return allowed
 
 
@@ -79,23 +81,33 @@ def tree_layout(batch: PackedBatch, sliding_window: int | None = None) -> TreeLa
 
 
 def _build_layout(segments: tuple[Segment, ...], sliding_window: int | None, device: torch.device) -> TreeLayout:
+    """Made on the CPU, where it costs no launches, and moved in two copies: all indices, and all masks."""
     by_length: dict[int, list[Segment]] = defaultdict(list)
     for segment in segments:
         by_length[rounded_length(segment.length)].append(segment)
-    groups = []
-    inverse = torch.empty(sum(s.length for s in segments), dtype=torch.int64, device=device)
+    shapes = [(len(members), length) for length, members in sorted(by_length.items())]
+    indices = [np.zeros(shape, dtype=np.int64) for shape in shapes]
+    masks = [np.empty((trees, length, length), dtype=np.bool_) for trees, length in shapes]
+    inverse = np.empty(sum(s.length for s in segments), dtype=np.int64)
     done = 0
-    for length, members in sorted(by_length.items()):
-        index = torch.zeros(len(members), length, dtype=torch.int64, device=device)
-        masks = []
-        for b, segment in enumerate(members):
+    for (_, length), index, mask in zip(shapes, indices, masks, strict=True):
+        for b, segment in enumerate(by_length[length]):
             n = segment.length
-            index[b, :n] = torch.arange(segment.start, segment.start + n, device=device)
-            inverse[segment.start : segment.start + n] = torch.arange(done, done + n, device=device)
-            masks.append(tree_mask(segment, length, sliding_window, device))
+            index[b, :n] = np.arange(segment.start, segment.start + n)
+            inverse[segment.start : segment.start + n] = np.arange(done, done + n)
+            mask[b] = tree_mask(segment, length, sliding_window)
             done += length
-        groups.append(Group(index, torch.stack(masks)[:, None]))
-    return TreeLayout(tuple(groups), inverse)
+    *placed, back = _moved([*indices, inverse], device)
+    groups = [Group(i, m[:, None]) for i, m in zip(placed, _moved(masks, device), strict=True)]
+    return TreeLayout(tuple(groups), back)
+
+
+def _moved(parts: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Arrays of one type on a device, by a single copy."""
+    if device.type == "cpu":
+        return [torch.from_numpy(p) for p in parts]
+    flat = moved(torch.from_numpy(np.concatenate([p.ravel() for p in parts])), device)
+    return [t.view(p.shape) for t, p in zip(flat.split([p.size for p in parts]), parts, strict=True)]
 
 
 def tree_attention(

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from penchant.base.files import yaml_value
 from penchant.errors import CheckpointError
 from penchant.models.merge import is_adapter, merge_to_folder, model_sha256
 from penchant.pipeline import Pipeline, Ref, Stage
@@ -113,7 +114,7 @@ def _follow(folder: Path, moved: Mapping[str, str]) -> None:
 
     config, identity = folder / CONFIG, folder / IDENTITY
     if config.exists():
-        values = renamed(yaml.safe_load(config.read_text(encoding="utf-8")))
+        values = renamed(yaml_value(config.read_text(encoding="utf-8")))
         keep(config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     if identity.exists():
         keep(identity, json.dumps(renamed(json.loads(identity.read_text())), indent=1))

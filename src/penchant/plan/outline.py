@@ -11,13 +11,14 @@ import torch
 from penchant.errors import ModelError
 from penchant.logprobs.packing import packing_by_config
 from penchant.models.cpu.layers import fast_forward
+from penchant.models.folder import loading
 from penchant.models.load import (
     add_lora,
     base_model_of,
     cast_parameters,
     disable_dropout,
-    first_line,
     load_causal_model,
+    on_meta,
     weights_sha256,
 )
 from penchant.models.options import ModelConfig, check_model_path
@@ -30,6 +31,8 @@ META = torch.device("meta")
 
 class OutlinedRun(Run):
     """A run as far as it can be known without its weights. It trains nothing and writes nothing."""
+
+    merges = False
 
     @cached_property
     def model(self) -> Any:
@@ -93,13 +96,8 @@ def outline(source: ModelConfig, reward: bool = False) -> Any:
         raise ModelError(source.path, "this is an encoder-decoder model", "give a causal (decoder-only) language model")
     if reward:
         config.num_labels, config.problem_type = 1, "regression"
-    try:
-        with META:
-            model = family.from_config(config, dtype=torch.float32)
-    except (ValueError, ImportError, KeyError) as error:
-        raise ModelError(
-            source.path, f"the model could not be outlined ({first_line(error)})", "give a causal model or an encoder"
-        ) from error
+    with loading(source.path, "the model could not be outlined", "give a causal model or an encoder"):
+        model = on_meta(family, config)
     disable_dropout(model)
     return model
 

@@ -117,7 +117,8 @@ def _kernels(run: OutlinedRun) -> Derived:
         return "transformers", "the fast path is for the CPU"
     if packing == "padded":
         return "transformers", "the fast path takes packed rows"
-    return "transformers", "an adapter is not in the fast path" if run.config.lora else f"{name} is not recognized"
+    dropout = run.config.lora is not None and run.config.lora.dropout > 0
+    return "transformers", "lora.dropout is not in the fast path" if dropout else f"{name} is not recognized"
 
 
 def _threads(run: OutlinedRun) -> Derived:

@@ -66,7 +66,8 @@ def provenance(data: ReportData) -> Element | None:
     if bad:
         are = "is" if bad == 1 else "are"
         parts.append(soft(f"{count(bad, 'line')} of these folders\u2019 files could not be read and {are} left out."))
-    changed = [str(r.path / name) for r in data.runs for name in damaged(r.path)]
+    folders = dict.fromkeys([*(r.path for r in data.runs), *data.paths])
+    changed = [str(folder / name) for folder in folders for name in damaged(folder)]
     if changed:
         parts.append(
             soft(f"Changed after the run wrote {'it' if len(changed) == 1 else 'them'}: {', '.join(changed)}.")

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from penchant.base.files import file_sha256
+from penchant.base.functions import imported_sha256, is_own, own_file
+from penchant.base.machine import moved
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
 from penchant.data.packing import batches_of
-from penchant.data.templates import end_ids, uses_chat
+from penchant.data.templates import DATE, end_ids, uses_chat, writes_date
 from penchant.data.tokenize import (
     PairFormat,
     TokenizedDataset,
@@ -29,6 +31,7 @@ from penchant.data.tokenize import (
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.logprobs import Scorer
 from penchant.logprobs.packing import choose_packing
+from penchant.models.folder import read_object
 from penchant.models.load import DTYPES, add_lora, cast_parameters, load_tokenizer
 from penchant.models.options import LoraConfig, ModelConfig
 from penchant.models.reward import (
@@ -48,7 +51,7 @@ from penchant.models.reward import (
 from penchant.rewards.builtin import BUILT_IN
 from penchant.runfolder import CHECKPOINTS, CONFIG, checkpoint_state, checkpoints
 from penchant.training.checkpoint import latest_checkpoint
-from penchant.types import Completion, PackedBatch, Prompt, PromptTree, TokenTree
+from penchant.types import Completion, PackedBatch, Prompt, PromptTree, Segment, TokenTree
 
 # ---- From a packed batch to one reward for each completion: causal models on shared prompts, encoders on text pairs ----
 
@@ -79,7 +82,7 @@ class CausalRewards:
         self.shared, self.packing, self.fast = scorer.shared, str(scorer.packing), scorer.fast
 
     def rewards(self, batch: PackedBatch) -> Tensor:
-        last = torch.tensor(last_positions(batch), device=batch.input_ids.device)
+        last = moved(torch.tensor(last_positions(batch)), batch.input_ids.device)
         return head_scores(head_of(self.model), self.scorer.hidden(batch).index_select(0, last))
 
 
@@ -109,26 +112,23 @@ class EncoderRewards:
     fast: bool = False
 
     def rewards(self, batch: PackedBatch) -> Tensor:
-        rows = [
-            (batch.input_ids[s.start : s.start + s.length], s.prompt_len) for s in batch.segments
-        ]  # packed separately: one completion a segment
-        found: list[Tensor] = []
-        order: list[int] = []
-        for members in by_length([len(ids) for ids, _ in rows]):
-            found.append(self._padded([rows[i] for i in members]))
-            order += members
-        place = torch.tensor(order, device=batch.input_ids.device).argsort()
-        return torch.cat(found).index_select(0, place)
+        # packed separately: one completion a segment
+        groups = by_length([s.length for s in batch.segments])
+        found = [self._padded(batch, [batch.segments[i] for i in members]) for members in groups]
+        place = torch.tensor([i for members in groups for i in members]).argsort()
+        return torch.cat(found).index_select(0, moved(place, batch.input_ids.device))
 
-    def _padded(self, rows: Sequence[tuple[Tensor, int]]) -> Tensor:
-        width = max(len(ids) for ids, _ in rows)
-        ids = rows[0][0].new_full((len(rows), width), self.layout.pad)
-        mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
-        for i, (row, prompt) in enumerate(rows):
-            ids[i, : len(row)] = row
-            mask[i, : len(row)] = 1
-            if self.layout.types is not None:
-                types[i, :prompt], types[i, prompt : len(row)] = self.layout.types
+    def _padded(self, batch: PackedBatch, rows: Sequence[Segment]) -> Tensor:
+        """Rewards of some rows of similar length; where their tokens go is told to the device in one copy."""
+        lengths, prompts, starts = np.array([(s.length, s.prompt_len, s.start) for s in rows]).T[:, :, None]
+        column = np.arange(lengths.max())
+        real = column < lengths
+        first, second = (0, 0) if self.layout.types is None else self.layout.types
+        kinds = np.where(real, np.where(column < prompts, first, second), 0)
+        index, mask, types = moved(
+            torch.from_numpy(np.stack([np.where(real, starts + column, 0), real, kinds])), batch.input_ids.device
+        )
+        ids = torch.where(mask.bool(), batch.input_ids[index], self.layout.pad)
         more = {} if self.layout.types is None else {"token_type_ids": types}
         head = head_of(self.model)
         features: list[Tensor] = []
@@ -203,6 +203,9 @@ class RewardModel:
 
     def __post_init__(self) -> None:
         policy = self.policy
+        if policy is not None and DATE in policy.template_options and writes_date(self.tokenizer):
+            # one that was trained without a day of its own is told the run's
+            self.template_options = {DATE: policy.template_options[DATE], **self.template_options}
         self._same = (
             policy is not None
             and not self.encoder
@@ -345,7 +348,7 @@ def load_reward_function(name: str, folder: Path, device: torch.device, policy: 
     tokenizer = load_tokenizer(str(folder))
     scorer, _ = make_scorer(loaded.model, loaded.encoder, tokenizer, "auto", "auto")
     path = folder / SETTINGS
-    settings = json.loads(path.read_text()) if path.exists() else {}
+    settings = read_object(path) if path.exists() else {}
     return RewardModel(
         scorer,
         tokenizer,
@@ -369,6 +372,23 @@ def content_sha256(name: str) -> str | None:
     for path in files:
         digest.update(path.name.encode() + bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()
+
+
+def contents_beside(name: str) -> dict[str, str]:
+    """SHA-256 of what such a reward is made of beside that, by file: what its file imports, its tokenizer's files that are no JSON."""
+    folder = find_reward_model(name)
+    if folder is None:
+        return imported_sha256(name) if is_own(name) and own_file(name).is_file() else {}
+    return {
+        p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.suffix in (".jinja", ".txt", ".model", ".bin")
+    }
+
+
+def reward_writes_date(name: str) -> bool:
+    """Whether a reward of this name is a model whose chat template asks for today's date."""
+    folder = find_reward_model(name)
+    files = [] if folder is None else [*folder.glob("*.jinja"), folder / "tokenizer_config.json"]
+    return any(DATE in p.read_text(encoding="utf-8", errors="replace") for p in files if p.is_file())
 
 
 # ---- What a reward model's training run is composed of, beside what every run has: its tokens, its model, its folder ----

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penchant.data.templates import end_ids
+from penchant.errors import ModelError
 from penchant.models.cpu.decode import FastDecoder, cache_bytes_per_token, can_decode_fast
 from penchant.models.load import base_model_of, without_cache
 
@@ -48,10 +49,13 @@ def draw(
         logps = torch.log_softmax(logits, dim=-1)
         tokens = logits.argmax(-1)
         return tokens, logps.gather(1, tokens[:, None]).squeeze(1)
-    logits = logits / temperature if temperature != 1.0 else logits
+    if temperature != 1.0:  # what fp32 holds: beyond these, the distribution is one token's or everyone's
+        logits = logits / min(max(temperature, 1e-8), 1e8)
     top = logits.amax(-1, keepdim=True)
     weights = (logits - top).exp_()  # unnormalized probabilities: at least one is 1
     total = weights.sum(-1)
+    if not bool(total.isfinite().all()):
+        raise ModelError("model", "its logits are NaN or infinite", "its weights are damaged, or training diverged")
     if top_k or top_p < 1.0:
         tokens = _draw_among_likely(weights, total, uniforms, top_p, top_k)
     else:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from penchant.base.files import free_bytes, spared, writing
 from penchant.base.text import gigabytes
 from penchant.config import RunConfig, default_settings, dump_config, with_absolute_paths
 from penchant.data.load import write_quarantine
+from penchant.data.templates import DATE, uses_chat, writes_date
 from penchant.errors import CheckpointError, ConfigError, DiskError, PenchantError
 from penchant.logprobs.reference import Reference
 from penchant.metrics.completions import START_FILE
 from penchant.metrics.flags import write_flags
 from penchant.metrics.flags.rule import Flag
 from penchant.models.options import check_model_path
+from penchant.rewards.reward_model import reward_writes_date
 from penchant.runfolder import (
     AUDIT,
     CALIBRATION,
@@ -30,21 +33,27 @@ from penchant.runfolder import (
     IDENTITY,
     MANIFEST,
     SAMPLES,
+    TOKENS,
     RunLock,
     checkpoints,
     finite,
     is_whole,
     keep,
+    kept_identity,
     open_run,
+    stands_for_model,
 )
 from penchant.runfolder.read import read
+from penchant.runfolder.values import mapping, number_of
 from penchant.runs.evaluating import HeldOut, prompts_of, writes_completions
+from penchant.runs.find import settled
 from penchant.runs.parts import Built, build, checkpoint_bytes, peak_lr, placed, remarks, start_key, write_model
 from penchant.runs.record import (
     contents_of,
     join_samples,
     run_identity,
     sampled,
+    trees_sha256,
     versions,
     write_manifest,
     write_samples,
@@ -87,6 +96,8 @@ class Run:
         cache: False leaves the files of a cached reference alone: it is computed anew.
     """
 
+    merges = True  # whether an adapter that the config names as a model is merged, or its base stands for it
+
     def __init__(
         self,
         config: RunConfig,
@@ -100,7 +111,8 @@ class Run:
         cache: bool = True,
     ) -> None:
         self.console = make_console(quiet) if console is None else console
-        self.config = config = within_context(with_absolute_paths(config), self.console.note)
+        settled_config = settled(with_absolute_paths(config), self.console.note, merge=self.merges)
+        self.config = config = within_context(settled_config, self.console.note)
         self.method = config.method
         self.folder = Path(config.output)
         self.shared = Alone() if shared is None else shared
@@ -137,16 +149,21 @@ class Run:
         """Train to the end (resuming by itself), evaluate, sample, write the report."""
         from penchant.report import LiveReport
 
-        started = time.time()
+        started, began = time.time(), time.monotonic()
         live = LiveReport(self.folder, self.console.note)
         check_installed(self.config.logging.trackers)
-        check_model_path(self.config.model.path)  # before the rows are read
+        if not stands_for_model(Path(self.config.model.path)):
+            check_model_path(self.config.model.path)  # before the rows are read
+        self._tell_day()
         contents, rows = contents_of(self.config), self.rows
         identity = run_identity(self.config, [d.fingerprint for d in rows.datasets if d is not None], contents)
+
+        def tokens() -> dict[str, Any]:
+            identity[TOKENS] = trees_sha256(rows)
+            return identity
+
         with RunLock(self.folder), writing(self.folder):
-            # a run of an older version did not keep what its rewards were made of: it counts as unchanged
-            defaults = {"config": default_settings(), **contents}
-            for note in open_run(self.folder, dump_config(self.config), identity, defaults):
+            for note in open_run(self.folder, dump_config(self.config), identity, self._defaults(), tokens):
                 self.console.note(note)
             self._write_rows()
             anew = latest_checkpoint(self.folder)[0] is None
@@ -163,7 +180,7 @@ class Run:
             mirrors = Mirrors(self.folder, self.config.logging, self.config.model_dump(mode="json"), self.console.note)
             loop.watched = _watchers(live.told, mirrors, anew)
             self._check_start(known)
-            manifest = self._manifest(loop, started, known)
+            manifest = self._manifest(loop, started, began, known)
             manifest("running", None)
             before = self._samples("before", anew)
             self._check_space()
@@ -196,6 +213,32 @@ class Run:
             best_step=loop.state.best_step,
             flags=tuple(flags),
         )
+
+    def _tell_day(self) -> None:
+        """A chat template that asks for today's date is told the day of the run's first start on every later one."""
+        data, (known, _) = self.config.data, kept_identity(self.folder)
+        if DATE in data.template_options:
+            return
+        day = mapping(mapping(mapping(mapping(known).get("config")).get("data")).get("template_options")).get(DATE)
+        if known is None or (day is None and TOKENS not in known):
+            judges = [r.terms for r in (self.config.reward, self.config.evaluation.reward) if r is not None]
+            chat = uses_chat(data.template, self.rows.tokenizer) and writes_date(self.rows.tokenizer)
+            if chat or any(reward_writes_date(name) for terms in judges for name in terms):
+                day = date.today().isoformat()
+                if known is not None:
+                    self.console.note(
+                        f"{self.folder}: the day of its prompts was not kept; they have {day} from now on"
+                    )
+        if day is not None:
+            options = {**data.template_options, DATE: day}
+            self.config = self.config.model_copy(update={"data": data.model_copy(update={"template_options": options})})
+            self.rows.config = self.config
+
+    def _defaults(self) -> dict[str, Any]:
+        """What a run of an older version that did not know a setting was run with."""
+        found = default_settings()
+        found["data"]["template_options"] = {k: v for k, v in self.config.data.template_options.items() if k == DATE}
+        return {"config": found}
 
     def _spared(self, name: str) -> AbstractContextManager[None]:
         """A file that the run can do without."""
@@ -372,15 +415,22 @@ class Run:
         return None
 
     def _manifest(
-        self, loop: Loop, started: float, known: Mapping[str, Any] | None
+        self, loop: Loop, started: float, began: float, known: Mapping[str, Any] | None
     ) -> Callable[[str, str | None], None]:
-        """What writes manifest.json; the hash of the weights is of the start, so it is taken now, or is known where the run goes on."""
+        """What writes manifest.json; the hash of the weights is of the start, so it is taken now, or is known where the run goes on.
+
+        Args:
+            started: seconds since the epoch; began: the same of the monotonic clock, which no one sets.
+        """
         path, built = self.folder / MANIFEST, self.built
         sha256 = built.start_sha256(self.shared) if known is None else known["model"]["sha256"]
 
+        earlier = max(0.0, number_of((known or {}).get("seconds")) or 0.0)
+
         def write(status: str, why: str | None) -> None:
             steps = loop.state.step, loop.schedule.total_steps
-            write_manifest(path, self.rows, built, sha256, started, steps, status, why, loop.peak_lr)
+            seconds = earlier + time.monotonic() - began
+            write_manifest(path, self.rows, built, sha256, started, seconds, steps, status, why, loop.peak_lr)
 
         return write
 

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from penchant.base.files import writing
 from penchant.base.text import closest
-from penchant.config import RunConfig, load_config, with_absolute_paths
-from penchant.errors import CheckpointError, ConfigError, ModelError
-from penchant.models.load import load_causal_model
-from penchant.models.merge import is_adapter, merged_model
+from penchant.config import RunConfig, default_settings, load_config, with_absolute_paths
+from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantError
+from penchant.logprobs.reference import default_cache_dir
+from penchant.models.folder import read_object
+from penchant.models.load import load_causal_model, weights_sha256
+from penchant.models.merge import is_adapter, merge_to_folder, merged_model, model_sha256
 from penchant.models.options import ModelConfig, looks_like_folder
-from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY, check_whole
+from penchant.runfolder import (
+    CHECKPOINTS,
+    CONFIG,
+    IDENTITY,
+    MANIFEST,
+    SUMS,
+    differences,
+    is_whole,
+    stands_for_model,
+)
+from penchant.runfolder.read import read
+from penchant.runfolder.values import mapping, text
+from penchant.runs.record import run_identity
+from penchant.runs.state import model_folder
 from penchant.training.checkpoint import find_checkpoint
 
 START = "start"
@@ -54,7 +70,9 @@ class Source:
     def load(self, device: torch.device) -> Any:
         """The model in fp32; an adapter is merged into its base."""
         if self.adapter is not None:
-            return merged_model(self.base, self.adapter, device, self.seed)
+            if self.folder is None or self.run is None or self.base != self.run.model or self.base.init == "random":
+                return merged_model(self.base, self.adapter, device, self.seed)
+            return merged_model(self.base, self.adapter, device, self.seed, partial(check_base, self.folder))
         return load_causal_model(self.base, device, self.seed)
 
 
@@ -113,9 +131,126 @@ def find_model(given: str, *, step: str = "last", base: str | None = None, overr
 
 
 def _config_of(folder: Path, overrides: Sequence[str]) -> RunConfig:
-    check_whole(folder / CONFIG)
+    check_config(folder / CONFIG)
     config = load_config(folder / CONFIG, list(overrides))
     return config.model_copy(update={"output": str(folder.resolve())})  # it may have been moved
+
+
+def check_base(run: Path, model: Any) -> None:
+    """A loaded model is the one that a run's adapter was trained on, as far as the run's manifest says it.
+
+    Raises:
+        ModelError: it is another one.
+    """
+    known = read(run).manifest if is_whole(run / MANIFEST) else {}
+    start = mapping(known.get("model"))
+    dtype = getattr(torch, text(mapping(known.get("hardware")).get("dtype")), None)
+    if not start.get("sha256") or not isinstance(dtype, torch.dtype):
+        return
+    if weights_sha256(model, dtype) != start["sha256"]:
+        raise ModelError(
+            text(start.get("path")),
+            f"its weights are not those that the adapter of {run} was trained on",
+            "put them back, or name the right base",
+        )
+
+
+def check_config(path: Path) -> None:
+    """A run's config says what the run was trained with, wherever its text was changed.
+
+    Raises:
+        CheckpointError: it says something else, or nothing. Figures would be of other settings, and nobody would see it.
+    """
+    if is_whole(path):
+        return
+    known = read(path.parent).identity.get("config") if is_whole(path.parent / IDENTITY) else None
+    try:
+        now = run_identity(with_absolute_paths(load_config(path)), [], {})["config"]
+        found = differences(known, now, defaults=default_settings()) if known else []
+        said = f" ({'; '.join(found[:3])}{'; ...' if found[3:] else ''})"
+    except PenchantError as error:
+        known, found, said = None, [], f" (it cannot be read: {error.what})"
+    if known and not found:
+        return  # comments, or what only watches
+    raise CheckpointError(
+        str(path),
+        f"was changed after the run wrote it{said if found or known is None else ''}",
+        f"undo that and give other settings on the command line, or run penchant train with the run's own config, which writes it again; "
+        f"to have it taken as it is now, delete {SUMS} beside it",
+    )
+
+
+# ---- A config may name a run, a checkpoint or an adapter where a model is asked for ----
+
+
+def model_behind(given: str) -> tuple[Path, RunConfig | None] | None:
+    """The model's (or adapter's) folder that a run's, a checkpoint's or an adapter's folder means, and the run's config.
+
+    Of a run it is the best checkpoint where that is tracked and kept, else the last, as a pipeline's ``stage:NAME``; None: it is a
+    model's folder, a hub id, or a stage.
+
+    Raises:
+        CheckpointError: a run without a checkpoint.
+    """
+    path = Path(given).expanduser()
+    if not path.is_dir() or not stands_for_model(path):
+        return None
+    run = find_run(given, "last")
+    if run is None:
+        return (path, None) if is_adapter(path) else None
+    config, step = run
+    inside = step if step != "last" else None
+    return model_folder(Path(config.output), inside), with_absolute_paths(config)
+
+
+def settled(config: RunConfig, say: Callable[[str], None] = lambda _: None, *, merge: bool = True) -> RunConfig:
+    """The same config with every model that it names as a folder that transformers loads: before anything is read or trained.
+
+    Args:
+        say: told what a run's or an adapter's folder was taken for; merge: an adapter is merged into its base, which stands in
+            ``RUN/merged/step-N`` (of an adapter by itself: in the cache) and is made once; False takes the base in its place, which
+            has the same shapes.
+
+    Raises:
+        CheckpointError: a run without a checkpoint. ModelError: an adapter that cannot be merged.
+    """
+    named = {"model.path": config.model.path, "reference.path": config.reference.path}
+    found = {key: path if path is None else _settled(key, path, say, merge) for key, path in named.items()}
+    tokenizer = config.model.tokenizer
+    behind = None if tokenizer is None else model_behind(tokenizer)
+    model = {"path": found["model.path"], "tokenizer": tokenizer if behind is None else str(behind[0])}
+    if not merge and tokenizer is None and (adapter := model_behind(config.model.path)) is not None:
+        model["tokenizer"] = str(adapter[0])
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=model),
+            "reference": config.reference.model_copy(update={"path": found["reference.path"]}),
+        }
+    )
+
+
+def _settled(key: str, given: str, say: Callable[[str], None], merge: bool) -> str:
+    behind = model_behind(given)
+    if behind is None:
+        return given
+    folder, run = behind
+    if not is_adapter(folder):
+        if Path(given).expanduser().resolve() != folder.resolve():
+            say(f"{key}: {given} stands for {folder}")
+        return str(folder)
+    if run is not None:
+        base, seed, target = run.model, run.train.seed, Path(run.output) / "merged" / folder.parent.name
+    else:
+        base, seed = _of_adapter(given, folder, None).base, 0
+        target = default_cache_dir() / "merged" / model_sha256(folder)[:16]
+    if not merge:
+        return str(target) if target.is_dir() else base.path
+    say(f"{key}: the adapter of {folder} merged into {base.path} is {target}")
+    with writing(target):
+        check = (
+            partial(check_base, Path(run.output)) if run is not None and base.init == "pretrained" else lambda _: None
+        )
+        return str(merge_to_folder(base, folder, target, seed, check))
 
 
 def runs_in(given: str, limit: int = 4) -> list[str]:
@@ -160,7 +295,7 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
     Raises:
         CheckpointError: no such checkpoint. ConfigError: a reward model, or a base for what is no adapter.
     """
-    config = with_absolute_paths(config)
+    config = settled(with_absolute_paths(config))
     folder, given = Path(config.output), given or config.output
     if config.method.learns_reward:
         raise ConfigError(
@@ -195,11 +330,7 @@ def _named_start(config: RunConfig) -> Source | None:
 
 
 def _of_adapter(given: str, path: Path, base: str | None) -> Source:
-    try:
-        stored = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        named = base or stored.get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(str(path / "adapter_config.json"), f"cannot be read ({error})", "export it again") from error
+    named = base or read_object(path / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise ModelError(given, "the adapter does not say what its base model is", "name it with --base")
     if looks_like_folder(named) and not Path(named).expanduser().is_dir():

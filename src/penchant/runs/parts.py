@@ -14,6 +14,7 @@ from penchant.algorithms.method import SMALL_MODEL, Parts, auto_lr
 from penchant.base.machine import cores
 from penchant.config import RunConfig
 from penchant.data.packing import tree_tokens
+from penchant.data.templates import name_ends
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer
 from penchant.logprobs.packing import choose_packing
@@ -46,6 +47,7 @@ from penchant.runs.record import tokenizer_sha256
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Alone, Key
 from penchant.training.optim import MasterAdamW
+from penchant.training.steps import set_precision
 from penchant.types import TokenTree
 
 
@@ -158,6 +160,8 @@ def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
             f"{rows.max_length} is beyond the model's context of {limit}",
             f"set it to at most {limit}",
         )
+    if rows.reward_parts is None:
+        name_ends(model, rows.tokenizer)
     if config.lora is not None and rows.reward_parts is None:
         model = add_lora(model, config.lora, config.train.seed)
     if config.train.gradient_checkpointing:
@@ -182,8 +186,9 @@ def placed(config: RunConfig) -> tuple[torch.device, torch.dtype]:
 
 
 def set_threads(config: RunConfig, model: Any) -> None:
-    """torch's threads as `train.threads` says for this model."""
+    """torch's threads as `train.threads` says for this model, and a GPU's precision as `train.tf32` does."""
     torch.set_num_threads(threads_for(config, sum(p.numel() for p in model.parameters())))
+    set_precision(next(model.parameters()).device, config.train.tf32)
 
 
 def answering(model: Any, config: RunConfig, dtype: torch.dtype) -> Scorer:

@@ -16,6 +16,7 @@ from penchant.data.audit.findings import Audit
 from penchant.data.cached import DataCache
 from penchant.data.load import Dataset, layout_line, summary
 from penchant.data.mapped import StoredTokens, first_completions, label_counts
+from penchant.data.templates import dated, uses_chat
 from penchant.data.tokenize import TokenizedDataset
 from penchant.errors import ConfigError, DataError, PenchantError
 from penchant.models.load import load_tokenizer
@@ -89,11 +90,14 @@ class Rows:
     def _load(self, path: Any) -> Dataset:
         data, method = self.config.data, self.method
         reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
+        reading |= data.model_dump(include={"bounds"}, exclude_defaults=True)
         dataset = self.shared.once(
             ("rows", str(path), json.dumps(reading, sort_keys=True)), lambda: self.cache.load(path, **reading)
         )
         self.console.note(layout_line(dataset, path))
         adapted = adapt(dataset, method.name, method.signal, method.needs, data, str(path))
+        if method.signal == "prompts" and dataset.kind != "prompts":
+            self.console.note(f"{path}: its answers are not used; each prompt is asked once")
         if method.signal == "prompts" and (said := repeated_prompts(adapted)):
             self.console.note(f"{path}: {said}")
         if method.signal == "unpaired":
@@ -133,6 +137,8 @@ class Rows:
             include={"template", "template_options", "max_length", "truncation", "on_bad_row", "identical", "add_eos"}
         )
         how["on_bad_row"] = on_bad_row or data.on_bad_row
+        if uses_chat(data.template, self.tokenizer):
+            how["template_options"] = dated(data.template_options, self.tokenizer)
         key = ("tokens", *self.tokenizer_key[1:], str(data.path), str(data.eval_path), *content_of(dataset))
         return self.shared.once(
             (*key, json.dumps(how, sort_keys=True)), lambda: self.cache.tokenize(dataset, self.tokenizer, **how)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import file_sha256, write_atomically
+from penchant.base.files import file_sha256
+from penchant.base.functions import imported_sha256
 from penchant.config import WATCHING_ONLY, RunConfig, default_settings
 from penchant.config.several import Member
 from penchant.data.load import Dataset
 from penchant.errors import CheckpointError
-from penchant.models.merge import model_sha256
+from penchant.models.merge import is_adapter, model_sha256
 from penchant.models.options import check_model_path
 from penchant.rewards import load_reward
 from penchant.rewards.functions import reward_device
@@ -25,9 +26,11 @@ from penchant.runfolder import (
     MANIFEST,
     PIPELINE,
     RunLock,
+    check_whole,
     checkpoint_state,
     checkpoints,
     differences,
+    keep,
 )
 from penchant.training.checkpoint import latest_checkpoint
 
@@ -87,6 +90,7 @@ def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """What several runs have done; empty where nothing is written yet."""
     if not path.exists():
         return {}
+    check_whole(path, "restore it, or choose another output")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return {**values, **{key: values[key] for key in keys}}
@@ -122,7 +126,9 @@ class State:
 
     def save(self) -> None:
         """Write the file so that a reader, or a crash, sees the old or the new one."""
-        write_atomically(self.path, {"stages": self.stages, "comparison": self.comparison})
+        keep(
+            self.path, json.dumps({"stages": self.stages, "comparison": self.comparison}, indent=1, ensure_ascii=False)
+        )
 
 
 # ---- What a run starts from ----
@@ -192,16 +198,26 @@ def files_of(config: RunConfig, *rewards: Any) -> Inputs:
         "model.tokenizer": config.model.tokenizer,
         "reference.path": config.reference.path,
     }
-    local = {k: Path(p).expanduser() for k, p in paths.items() if p is not None and Path(p).expanduser().is_dir()}
+    found = {k: _own_folder(Path(p).expanduser()) for k, p in paths.items() if p is not None}
+    local = {k: folder for k, folder in found.items() if folder.is_dir()}
     hashes = {name: found for reward in rewards for name, found in reward_hashes(reward).items()}
     return {"models": {key: model_sha256(folder) for key, folder in local.items()}, "rewards": hashes}
 
 
+def _own_folder(folder: Path) -> Path:
+    """A model's folder; of a run's or a checkpoint's folder the one in it."""
+    if (folder / CHECKPOINTS).is_dir():
+        return model_folder(folder, None)
+    return folder / "model" if (folder / MANIFEST).exists() and (folder / "model").is_dir() else folder
+
+
 def check_models(config: RunConfig, *, stages: bool = False) -> None:
-    """Refuse folders of models that are not there (ModelError); `stages`: a ``stage:NAME`` stands for one that will be."""
+    """Refuse folders of models that are not there (ModelError, CheckpointError); `stages`: a ``stage:NAME`` stands for one that will be."""
     for path in (config.model.path, config.reference.path):
         if path is not None and not (stages and path.startswith("stage:")):
-            check_model_path(path)
+            folder = _own_folder(Path(path).expanduser())
+            if not is_adapter(folder):
+                check_model_path(str(folder) if folder.is_dir() else path)
 
 
 def reward_terms(reward: Any) -> list[str]:
@@ -218,6 +234,7 @@ def reward_hashes(reward: Any) -> dict[str, str]:
         folder = Path(name).expanduser()
         if file.suffix == ".py" and file.is_file():
             found[str(file.resolve())] = file_sha256(file)
+            found |= {f"{file.resolve()}: {beside}": sha256 for beside, sha256 in imported_sha256(name).items()}
         elif folder.is_dir():
             run = (folder / CHECKPOINTS).is_dir()
             found[str(folder.resolve())] = model_sha256(model_folder(folder, None) if run else folder)
@@ -232,6 +249,8 @@ def changes(old: Inputs, new: Inputs) -> list[str]:
     for part, words in CHANGED.items():
         before, now = old.get(part, {}), new.get(part, {})
         for key in sorted({*before, *now}):
+            if ": " in key and part not in ("data", "models") and not any(": " in k for k in before):
+                continue  # an older version did not look at what a file imports
             if before.get(key) != now.get(key):
                 found.append(words.format(key) + f" ({_short(before.get(key))} -> {_short(now.get(key))})")
     return found

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 KEY = "PENCHANT_API_KEY"  # the environment variable with the key that requests must bring
 CONNECTIONS = 256  # at a time
 GRACE = 5  # seconds for replies under way when the server ends
+HEAD_SECONDS = 20.0  # for the head of a request to arrive
+READ_SECONDS = 60.0  # for a client to take what was written to it
 
 
 def check_host(host: str, key: str | None) -> bool:
@@ -87,6 +89,56 @@ def served_name(given: str, name: str | None) -> str:
     return Path(parts[-1]).stem if path.is_file() else parts[-1]
 
 
+def _protocol() -> Any:
+    """uvicorn's HTTP, where clients who keep a connection without using it lose it: to time, or to others once all are taken."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Impatient(H11Protocol):
+        late: Any = None  # ends a connection whose request's head does not come
+        stuck: Any = None  # ends one whose client does not read
+
+        @property
+        def unasked(self) -> bool:
+            return self.cycle is None or self.cycle.response_complete
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.since = self.loop.time()
+            idle = [c for c in self.connections if c is not self and (c.unasked or c.cycle.more_body)]
+            for other in sorted(idle, key=lambda c: c.since)[: max(0, len(self.connections) - CONNECTIONS + 1)]:
+                self.connections.discard(other)
+                other.transport.abort()
+            self._wait_for_head()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._wait_for_head()
+
+        def _wait_for_head(self) -> None:
+            if not self.unasked:
+                self.late = self._cancelled(self.late)
+            elif self.late is None:
+                self.late = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.stuck = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self.stuck = self._cancelled(self.stuck)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.late, self.stuck = self._cancelled(self.late), self._cancelled(self.stuck)
+            super().connection_lost(exc)
+
+        def _cancelled(self, timer: Any) -> None:
+            if timer is not None:
+                timer.cancel()
+
+    return Impatient
+
+
 @dataclass
 class Server:
     """uvicorn with an application.
@@ -110,6 +162,7 @@ class Server:
 
         config = uvicorn.Config(
             self.app,
+            http=_protocol(),
             lifespan="off",
             ws="none",
             log_config=None,

@@ -13,15 +13,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penchant.base.text import one_line
-from penchant.config import load_config
 from penchant.errors import CheckpointError, ConfigError
 from penchant.runfolder import CONFIG, METRICS, PIPELINE, SWEEP, RunLock
 from penchant.runfolder.read import Folder, read
 from penchant.track.tracker import FOLDER, TRACKERS, RunInfo, Sent, TrackerSpec, sent_file, sent_to
-from penchant.training.options import LoggingConfig
+
+if TYPE_CHECKING:
+    from penchant.training.options import LoggingConfig  # a tracker's own process needs no pydantic
 
 __all__ = ["TRACKERS", "Mirrors", "TrackerSpec", "check_installed"]
 
@@ -250,6 +251,9 @@ def track_run(
     if unknown or not to:
         raise ConfigError("--to", f"{(unknown or ['nothing'])[0]} is not a tracker", f"there are {', '.join(TRACKERS)}")
     check_installed(to, "--to")
+    from penchant.config import load_config
+    from penchant.training.options import LoggingConfig
+
     config = load_config(folder / CONFIG)
     given = {name: value for name, value in settings.items() if value is not None}
     logging = LoggingConfig.model_validate({**config.logging.model_dump(), **given, "trackers": list(to)})

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, TextIO
 
+from penchant.base.text import for_terminal, unescaped
+
 SHOWN = {
     "loss": "loss",
     "rewards/accuracies": "acc",
@@ -99,7 +101,7 @@ class RichConsole(PlainConsole):
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
             progress.TextColumn("{task.fields[figures]}"),
-            console=Console(stderr=True),
+            console=Console(file=unescaped(sys.stderr)),
         )
         self.task: Any = None
 
@@ -112,7 +114,7 @@ class RichConsole(PlainConsole):
             self.progress.stop()
 
     def _print(self, text: str) -> None:
-        self.progress.console.print(text, markup=False, highlight=False)
+        self.progress.console.print(for_terminal(text), markup=False, highlight=False)
 
 
 class QuietConsole(PlainConsole):

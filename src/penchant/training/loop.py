@@ -28,7 +28,7 @@ from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, pru
 from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
-from penchant.training.steps import BatchSchedule, Totals, reduced
+from penchant.training.steps import BatchSchedule, Totals, on_host, reduced, repeatable
 from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
 
 Metrics = dict[str, Any]
@@ -90,6 +90,12 @@ class Loop:
         t = self.train
         return BatchSchedule(len(self.trees), t.batch_size, t.epochs, t.max_steps, t.seed, t.shuffle, self.updates)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        found: torch.device = next(self.model.parameters()).device
+        return found
+
     # ---------------------------------------------------------------------------------------------------------------
 
     def run(self) -> RunState:
@@ -119,7 +125,7 @@ class Loop:
                 if (step + 1) % self.logging.every == 0 or step + 1 == total:
                     metrics.write(line)
                 seconds = time.perf_counter() - started
-                speed = _speed(step + 1, seconds, tokens, trees, next(self.model.parameters()).device)
+                speed = _speed(step + 1, seconds, tokens, trees, self.device)
                 perf.write(speed)
                 self.console.step(step + 1, total, {**line, **speed})
                 self._after_step(metrics, schedule, total)
@@ -191,17 +197,19 @@ class Loop:
         weights = [self.algorithm.weights(b) for b in batches]
         counts = {name: sum(w[name] for w in weights) for name in weights[0]}
         totals = Totals()
-        if self.algorithm.coupled and len(batches) > 1:
-            self._backward_coupled(step, batches, counts, totals)
-        else:
-            for batch in batches:
-                scored = self.algorithm.score(batch)
-                out = self._checked_loss(step, scored, batches)
-                reduced(out, counts).backward()
-                totals.add(out)
+        with repeatable(self.device, self.train.deterministic):
+            if self.algorithm.coupled and len(batches) > 1:
+                self._backward_coupled(step, [b.to(self.device) for b in batches], counts, totals)
+            else:
+                for batch in batches:
+                    out = self._loss(step, self.algorithm.score(batch.to(self.device)))
+                    reduced(out, counts).backward()
+                    totals.add(out)
         t = self.train
         lr = learning_rate(step, total, self.peak_lr, t.schedule, t.warmup_fraction, t.min_lr_fraction)
-        grad_norm = self.optimizer.clip(t.max_grad_norm)
+        (grad_norm,) = totals.read(self.optimizer.clip(t.max_grad_norm))
+        if not totals.finite:
+            self._dump_and_stop(step, "the loss is NaN or infinite", batches)
         if grad_norm == 0.0 and step == 0:
             self.console.note(
                 "the gradient of the first step is exactly zero: with these settings and rows nothing is learned"
@@ -240,10 +248,10 @@ class Loop:
         }
 
     def _micro_batches(self, trees: Sequence[TokenTree]) -> list[PackedBatch]:
-        device = next(self.model.parameters()).device
+        """A step's batches, on the CPU: there their weights are known without waiting for the device."""
         sizes = [tree_tokens(t, self.shared) for t in trees]
         plan = plan_balanced(sizes, self.train.tokens_per_step)
-        return [pack([trees[i] for i in members], shared=self.shared).to(device) for members in plan]
+        return [pack([trees[i] for i in members], shared=self.shared) for members in plan]
 
     def _backward_coupled(
         self, step: int, batches: Sequence[PackedBatch], counts: Mapping[str, float], totals: Totals
@@ -260,7 +268,7 @@ class Loop:
                 parts.append(self.algorithm.score(batch))
         whole = Scored.cat(parts)
         leaf = whole.policy_logps.detach().requires_grad_()
-        out = self._checked_loss(step, replace(whole, policy_logps=leaf), batches)
+        out = self._loss(step, replace(whole, policy_logps=leaf))
         (grad,) = torch.autograd.grad(reduced(out, counts), leaf)
         totals.add(out)
         sizes = [len(b.lengths) for b in batches]
@@ -268,13 +276,10 @@ class Loop:
             self._seed(step, i)
             (self.algorithm.score(batch).policy_logps * g).sum().backward()
 
-    def _checked_loss(self, step: int, scored: Scored, batches: Sequence[PackedBatch]) -> LossOutput:
+    def _loss(self, step: int, scored: Scored) -> LossOutput:
         if step == 0 and self.start_tolerance is not None:
             self._check_start(scored)
-        out = self.algorithm.loss(scored)
-        if not all(bool(torch.isfinite(values).all()) for values, _ in out.summands().values()):
-            self._dump_and_stop(step, "the loss is NaN or infinite", batches)
-        return out
+        return self.algorithm.loss(scored)
 
     def _check_start(self, scored: Scored) -> None:
         """Policy and reference are one model before the first step: their log-probs must be equal."""
@@ -283,12 +288,13 @@ class Loop:
             return
         away = (scored.policy_logps.detach() - scored.ref_logps).abs()
         per_completion, per_token = self.start_tolerance
-        worst = int((away - per_token * scored.lengths).argmax())
-        allowed = per_completion + per_token * float(scored.lengths[worst])
-        if not float(away[worst]) <= allowed:
+        worst = (away - per_token * scored.lengths).argmax()[None]
+        apart, length = on_host(torch.cat([v.double().index_select(0, worst) for v in (away, scored.lengths)]))
+        allowed = per_completion + per_token * length
+        if not apart <= allowed:
             raise TrainingStopped(
                 f"{self.folder}: step 0",
-                f"policy and reference should be equal, but a completion's log-probs differ by {float(away[worst]):.3g} nats "
+                f"policy and reference should be equal, but a completion's log-probs differ by {apart:.3g} nats "
                 f"(allowed: {allowed:.3g})",
                 "the reference is not the model that training starts from, or a stale cache; delete the cache or set "
                 "reference.kind=frozen",
@@ -322,7 +328,13 @@ class Loop:
 
         The generator of a CPU reads the low 32 bits alone, so the seed must reach them.
         """
-        torch.manual_seed((self.train.seed * 0x9E3779B1 + (step << 10) + micro_batch) % 2**32)
+        seed = (self.train.seed * 0x9E3779B1 + (step << 10) + micro_batch) % 2**32
+        if next(self.model.parameters()).device.type == "cpu":
+            torch.default_generator.manual_seed(
+                seed
+            )  # for each absent accelerator the other formats the stack, a millisecond
+        else:
+            torch.manual_seed(seed)
 
     def _dump_and_stop(
         self,

@@ -65,31 +65,35 @@ class MasterAdamW:
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self._adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=eps, lr=0.0, fused=True)
 
-    def clip(self, max_norm: float | None) -> float:
-        """Scale gradients to at most `max_norm` in L2 norm; returns the norm before."""
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Scale gradients to at most `max_norm` in L2 norm; returns the norm before, which is not read here."""
         grads = [m.grad for m in self.masters.values() if m.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        if max_norm is not None and bool(norm > max_norm):
-            for g in grads:
-                g.mul_(max_norm / norm)
-        return float(norm)
+        # the CPU looks first and spares itself a pass; a GPU would be waited for
+        if max_norm is not None and (norm.device.type != "cpu" or bool(norm > max_norm)):
+            torch._foreach_mul_(grads, (max_norm / norm).clamp(max=1.0))
+        return norm
 
     def step(self, lr: float) -> None:
         """One AdamW step at rate `lr`, then the shadows are rewritten and the gradients zeroed."""
         for group in self._adam.param_groups:
             group["lr"] = lr
         self._adam.step()
-        for name, p in self.params.items():
-            if self.masters[name] is not p:
-                p.data.copy_(self.masters[name])
+        shadows = self._shadows()
+        if shadows:
+            torch._foreach_copy_([p.data for p, _ in shadows], [m for _, m in shadows])
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        for name, p in self.params.items():
-            if self.masters[name] is p:
-                p.grad = None
-            else:
-                p.main_grad.zero_()  # type: ignore[attr-defined]
+        for p in self.params.values():
+            p.grad = None
+        shadows = self._shadows()
+        if shadows:
+            torch._foreach_zero_([m.grad for _, m in shadows if m.grad is not None])
+
+    def _shadows(self) -> list[tuple[Tensor, Tensor]]:
+        """Parameters that are not their own master, with it."""
+        return [(p, m) for p, m in zip(self.params.values(), self.masters.values(), strict=True) if p is not m]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by name: the weights themselves and both moments."""
@@ -110,7 +114,7 @@ class MasterAdamW:
             if master is not p:
                 p.data.copy_(master)
             state = {
-                key: tensors[f"{key}/{name}"].clone().to(p.device if key != "step" else "cpu")
+                key: tensors[f"{key}/{name}"].to(p.device, copy=True)  # `step` too: fused AdamW reads it on the device
                 for key in ("exp_avg", "exp_avg_sq", "step")
                 if f"{key}/{name}" in tensors
             }

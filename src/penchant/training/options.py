@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from penchant.base.section import Section
 
+Every = Annotated[int, Field(ge=1, le=10**9)] | Literal["epoch"] | None  # how many optimizer steps lie between two
+
 
 class TrainConfig(Section):
     """The optimizer, its schedule, and what one step is."""
 
-    epochs: float = Field(1.0, gt=0, description="passes over the data, possibly a fraction")
-    max_steps: int | None = Field(None, ge=1, description="upper limit on optimizer steps")
-    batch_size: int = Field(32, ge=1, description="prompt trees (rows) per optimizer step")
-    tokens_per_step: int = Field(4096, ge=16, description="tokens in one forward and backward pass: the unit of memory")
-    lr: float | Literal["auto"] = Field(
+    epochs: float = Field(1.0, gt=0, le=1e6, description="passes over the data, possibly a fraction")
+    max_steps: int | None = Field(None, ge=1, le=10**9, description="upper limit on optimizer steps")
+    batch_size: int = Field(32, ge=1, le=10**9, description="prompt trees (rows) per optimizer step")
+    tokens_per_step: int = Field(
+        4096, ge=16, le=10**9, description="tokens in one forward and backward pass: the unit of memory"
+    )
+    lr: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="peak learning rate; auto, for the whole model: 5e-6 (orpo 8e-6, SFT 2e-5, reward models 1e-5, encoders 2e-5 or 5e-5, "
         "online methods 1e-6), ten times that below 20 million parameters; with LoRA: 5e-5 (SFT 2e-4, reward models 1e-4)",
@@ -42,31 +46,45 @@ class TrainConfig(Section):
         "auto", description="how completions share a row: packed with a shared prompt, packed one by one, or padded"
     )
     shuffle: bool = Field(True, description="draw a new order each epoch, from the seed")
-    threads: int | Literal["auto"] = Field("auto", description="CPU threads; auto: chosen by the model's size")
+    deterministic: bool = Field(
+        True, description="on a GPU: only operations that give the same bits each time in a step; a CPU always does"
+    )
+    tf32: bool = Field(
+        False, description="on a GPU: fp32 products in TF32, several times as fast and with 10-bit mantissas"
+    )
+    threads: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
+        "auto", description="CPU threads; auto: chosen by the model's size"
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="seed of the order, the split, the adapters and dropout")
 
 
 class EvalConfig(Section):
     """When the held-out set is evaluated, and how many completions are sampled for the report."""
 
-    every: int | Literal["epoch"] | None = Field(
+    every: Every = Field(
         "epoch", description="how often to evaluate: a number of optimizer steps, or epoch; null: only at the end"
     )
     at_start: bool = Field(True, description="also evaluate before the first step")
-    tokens_per_step: int | None = Field(None, ge=16, description="tokens in one pass; default: train.tokens_per_step")
-    kl_prompts: int = Field(16, ge=0, description="held-out prompts whose sampled completions estimate the KL; 0: none")
-    samples: int = Field(4, ge=0, description="number of held-out prompts to answer before and after training; 0: none")
-    sample_tokens: int = Field(64, ge=1, description="limit on the tokens of such an answer")
+    tokens_per_step: int | None = Field(
+        None, ge=16, le=10**9, description="tokens in one pass; default: train.tokens_per_step"
+    )
+    kl_prompts: int = Field(
+        16, ge=0, le=10**9, description="held-out prompts whose sampled completions estimate the KL; 0: none"
+    )
+    samples: int = Field(
+        4, ge=0, le=10**9, description="number of held-out prompts to answer before and after training; 0: none"
+    )
+    sample_tokens: int = Field(64, ge=1, le=2**20, description="limit on the tokens of such an answer")
 
 
 class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
 
-    every: int | Literal["epoch"] | None = Field(
+    every: Every = Field(
         "epoch",
         description="how often to write one: a number of optimizer steps, or epoch; null: only at the end",
     )
-    keep_last: int = Field(2, ge=1, description="how many of the newest checkpoints to keep")
+    keep_last: int = Field(2, ge=1, le=10**9, description="how many of the newest checkpoints to keep")
     keep_best: bool = Field(True, description="also keep the best one")
     metric: str = Field("eval/loss", description="the metric that decides which checkpoint is best")
     mode: Literal["min", "max"] = Field("min", description="whether lower (min) or higher (max) is better")
@@ -79,7 +97,7 @@ TrackerName = Literal["wandb", "tensorboard", "mlflow", "trackio"]
 class LoggingConfig(Section):
     """How often a training line is written, and which trackers get a copy (docs/trackers.md)."""
 
-    every: int = Field(1, ge=1, description="optimizer steps between two lines of metrics.jsonl")
+    every: int = Field(1, ge=1, le=10**9, description="optimizer steps between two lines of metrics.jsonl")
     trackers: list[TrackerName] = Field(default_factory=list, description="trackers that get a copy of metrics.jsonl")
     project: str = Field("penchant", min_length=1, description="project in W&B and Trackio, experiment in MLflow")
     name: str | None = Field(None, description="the run's name in its trackers; default: the folder's name")

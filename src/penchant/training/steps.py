@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -83,29 +85,89 @@ def reduced(output: LossOutput, totals: Mapping[str, float]) -> Tensor:
 
 
 class Totals:
-    """Sums and counts of losses and metrics over any number of micro-batches, in fp64."""
+    """Sums and counts of losses and metrics over any number of micro-batches, in fp64.
+
+    They stay on the device until `read`: a GPU that is asked for a number in the middle of a step stands still.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.counts: dict[str, float] = {}
         self.terms: set[str] = set()
+        self._added: list[
+            tuple[list[tuple[str, int | None]], Tensor]
+        ] = []  # names and known counts; sums, unknown counts
 
     def add(self, output: LossOutput) -> None:
         """Add one micro-batch."""
-        for name, (values, weights) in output.summands().items():
-            self.terms.add(f"loss/{name}")
-            self._add(f"loss/{name}", values.detach(), weights)
-        for name, (values, weights) in output.metrics.items():
-            self._add(name, values, weights)
+        terms = {f"loss/{name}": (values.detach(), weights) for name, (values, weights) in output.summands().items()}
+        self.terms |= terms.keys()
+        figures = {**terms, **output.metrics}
+        names = [(name, values.numel() if weights is None else None) for name, (values, weights) in figures.items()]
+        sums = [values.double().sum() for values, _ in figures.values()]
+        counts = [weights.double().sum() for _, weights in figures.values() if weights is not None]
+        self._added.append((names, torch.stack([*sums, *counts])))
 
-    def _add(self, name: str, values: Tensor, weights: Tensor | None) -> None:
-        count = float(weights.double().sum()) if weights is not None else float(values.numel())
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
-        self.counts[name] = self.counts.get(name, 0.0) + count
+    def read(self, *more: Tensor) -> list[float]:
+        """Bring what was added to the host, and `more` single numbers, which are returned, in one transfer."""
+        held = [vector for _, vector in self._added]
+        found = iter(on_host(torch.cat([*held, *(m.detach().double().reshape(1) for m in more)])) if held else [])
+        for names, _ in self._added:
+            for name, _ in names:
+                self.sums[name] = self.sums.get(name, 0.0) + next(found)
+            for name, known in names:
+                self.counts[name] = self.counts.get(name, 0.0) + (next(found) if known is None else known)
+        self._added.clear()
+        return list(found)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every loss that was read is: in fp64 no sum of finite fp32 numbers overflows."""
+        return all(math.isfinite(self.sums[name]) for name in self.terms)
 
     def means(self, prefix: str = "") -> dict[str, float]:
         """``loss``, its terms where it has several, and every metric; one without a single example is left out."""
+        self.read()
         means = {name: s / self.counts[name] for name, s in self.sums.items() if self.counts[name] > 0}
         loss = {"loss": sum(v for name, v in means.items() if name in self.terms)}
         hidden = self.terms if len(self.terms) == 1 else set()
         return {prefix + name: v for name, v in (loss | means).items() if name not in hidden}
+
+
+def on_host(vector: Tensor) -> list[float]:
+    """The numbers of a vector: where a step waits for the GPU, and the only place where it may."""
+    numbers: list[float] = vector.tolist()
+    return numbers
+
+
+# ---- How a GPU computes ----
+
+
+@contextmanager
+def repeatable(device: torch.device, wanted: bool) -> Iterator[None]:
+    """A step in which a GPU takes only operations that give the same bits each time; a CPU does so anyway.
+
+    No wider than a step: sampling needs operations of which there is no such kind (floating-point cumsum). An operation of a step
+    that has none is warned of by torch, by name.
+    """
+    if device.type != "cuda" or not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every buffer that only finds bugs
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def set_precision(device: torch.device, tf32: bool) -> None:
+    """How a GPU multiplies: fp32 as it is or in TF32; sums of bf16 products never in bf16."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

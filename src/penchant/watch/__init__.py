@@ -17,7 +17,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from penchant.base.text import clean, closest
+from penchant.base.text import clean, closest, unescaped
 from penchant.errors import CheckpointError, ConfigError
 from penchant.watch.plot import ASCII, UNICODE
 from penchant.watch.screens import Size, ends, group_frame, run_frame, whole_frame, wrapped
@@ -97,7 +97,7 @@ def watch(paths: Sequence[str], *, once: bool = False, interval: float = 2.0) ->
     shown = Watch([Path(p) for p in paths])
     with suppress(AttributeError, ValueError):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    console = Console(highlight=False)
+    console = Console(file=unescaped(sys.stdout), highlight=False)
     if once or not console.is_terminal or console.is_dumb_terminal:
         return _print(shown, console)
     return _follow(shown, console, interval)

@@ -191,7 +191,7 @@ class RunView:
 
     @property
     def took(self) -> float | None:
-        """Seconds of the last session: so far, where it goes on."""
+        """Seconds of all sessions; of the present one so far, where it goes on."""
         if self.state not in ("running", "preparing"):
             return number(self.manifest.get("seconds"))
         try:

@@ -216,6 +216,7 @@ def audit_files(
     auditor: Auditor | None = None
     leakage = Leakage(list(splits))
     layouts: list[str] = []
+    first: Quarantined | None = None
     for i, (name, path) in enumerate(splits.items()):
         stream = stream_preferences(path, **how)
         layouts.append(layout_line(stream, path))
@@ -233,8 +234,12 @@ def audit_files(
                     leakage.update(i, tree)
             for aside in made.aside:
                 auditor.keep_aside(aside)
+                first = first or aside
     if auditor is None or not auditor.examples:
-        raise DataError(", ".join(splits) or "audit", "no row could be used", "fix the rows or give the shape")
+        where, what, how = (
+            (first.where, first.what, first.how) if first else (", ".join(splits) or "audit", "no rows", "")
+        )
+        raise DataError(where, f"{what}; no row of the file could be used", how or "give files with rows")
     return auditor.result(dict(leakage.findings()), {}, "\n".join(layouts))
 
 

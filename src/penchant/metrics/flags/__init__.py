@@ -17,7 +17,7 @@ from penchant.base.text import printable
 from penchant.errors import CheckpointError
 from penchant.metrics.flags import of_comparison, of_training
 from penchant.metrics.flags.rule import ComparisonView, Evidence, Flag, Rule, RunView, Seen, TrustConfig, number
-from penchant.runfolder import COMPARISON, FLAGS, METRICS, keep
+from penchant.runfolder import COMPARISON, FLAGS, METRICS, check_whole, keep
 from penchant.runfolder.read import read
 
 __all__ = ["RULES", "TrustConfig", "comparison_flags", "run_flags"]
@@ -97,6 +97,7 @@ def _flags_of(path: Path) -> list[Flag]:
     if (folder / METRICS).exists():
         return _of_run(folder)
     if (folder / COMPARISON).exists():
+        check_whole(folder / COMPARISON, "compare again")
         found = read(folder)
         if not found.comparison:
             raise CheckpointError(str(folder / COMPARISON), "cannot be read", "compare again")

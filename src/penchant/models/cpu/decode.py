@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from penchant.models.cpu.layers import is_known_family, is_plain_layer
+from penchant.models.cpu.layers import is_known_family, is_linear, is_plain_layer
 from penchant.models.cpu.ops import rms_norm, rotary
 from penchant.models.load import base_model_of
 
@@ -319,23 +319,11 @@ def cache_bytes_per_token(model: Any) -> int:
 def can_decode_fast(model: Any, tokens: int) -> bool:
     """Whether the model is exactly of a known family (with a plain LoRA adapter or none), on the CPU, up to `tokens` long."""
     base = base_model_of(model)
-    if not is_known_family(base) or not all(is_plain_layer(m, _is_linear) for m in base.model.layers):
+    if not is_known_family(base) or not all(map(is_plain_layer, base.model.layers)):
         return False
     windows = [getattr(m.self_attn, "sliding_window", None) for m in base.model.layers]
     windows.append(getattr(base.config, "sliding_window", None) if base.config.model_type == "mistral" else None)
-    return all(w is None or w >= tokens for w in windows) and _is_linear(base.get_output_embeddings())
-
-
-def _is_linear(module: Any) -> bool:
-    if type(module) is nn.Linear:
-        return True
-    return (
-        hasattr(module, "get_delta_weight")
-        and type(getattr(module, "base_layer", None)) is nn.Linear
-        and not module.merged_adapters
-        and not any(getattr(module, "use_dora", {}).values())
-        and not any(getattr(module, "lora_bias", {}).values())
-    )
+    return all(w is None or w >= tokens for w in windows) and is_linear(base.get_output_embeddings())
 
 
 def _weight_of(module: Any) -> Tensor:

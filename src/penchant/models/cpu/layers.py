@@ -4,11 +4,12 @@ One hand-written autograd function a decoder layer: fused q/k/v projection, atte
 tiles that stay in cache. The transformers module remains the owner of the weights: fused weights are one storage of
 which the module's own parameters are views, so `state_dict()` and `save_pretrained` see no change.
 Gradients go to `param.main_grad` (an fp32 buffer) where the optimizer has set one, and are returned to autograd otherwise.
+LoRA adapters (arXiv 2106.09685) run beside the fused weights: ``x W^T + scale (x A^T) B^T``. Frozen weights get no gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from penchant.models.cpu.ops import (
     swiglu,
     swiglu_backward,
 )
+from penchant.models.load import base_model_of
 from penchant.models.tree_attention import tree_layout
 from penchant.types import PackedBatch
 
@@ -65,11 +67,30 @@ class LayerParams:
         return tuple(getattr(self, name) for name in self.__slots__)
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter of one projection.
+
+    Args:
+        module: peft's layer; a: (r, in); b: (out, r); scale: of the update.
+    """
+
+    module: Any
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+
+    @property
+    def off(self) -> bool:
+        return bool(self.module.disable_adapters)
+
+
 @dataclass(slots=True)
 class Layer:
-    """One decoder layer: its parameters, the fused weights they are views of, and its constants."""
+    """One decoder layer: its parameters, its adapters by role, the fused weights, and its constants."""
 
     params: LayerParams
+    adapters: Mapping[str, Adapter]
     qkv: Tensor
     qkv_bias: Tensor | None
     eps: float
@@ -107,7 +128,9 @@ class FastForward:
             _keep_fused(layer)
             if layer.window not in rows:
                 rows[layer.window] = self._row(batch, layer.window, recompute)
-            x = _DecoderLayer.apply(x, rows[layer.window], layer, *layer.params.all())
+            adapters = {role: adapter for role, adapter in layer.adapters.items() if not adapter.off}
+            updates = [p for adapter in adapters.values() for p in (adapter.a, adapter.b)]
+            x = _DecoderLayer.apply(x, rows[layer.window], layer, adapters, *layer.params.all(), *updates)
         return _Norm.apply(x, self._backbone.norm.weight, self._backbone.norm.variance_epsilon)
 
     def _row(self, batch: PackedBatch, window: int | None, recompute: bool) -> Row:
@@ -151,10 +174,11 @@ class FastForward:
 
 
 def fast_forward(model: Any) -> FastForward | None:
-    """The fast path of a model, or None where it is not exactly one of the known families on the CPU."""
+    """The fast path of a model (peft's around it included), or None where it is not exactly one of the known families on the CPU."""
+    model = base_model_of(model)
     if not is_known_family(model):
         return None
-    plain = all(is_plain_layer(layer) for layer in model.model.layers) and not _hooked(model)
+    plain = all(is_plain_layer(layer) and _trains_alike(layer) for layer in model.model.layers) and not _hooked(model)
     return FastForward(model) if plain else None
 
 
@@ -173,6 +197,7 @@ def is_known_family(model: Any) -> bool:
         and all(_is_plain(p) for p in model.parameters())
         and len({p.dtype for p in model.parameters()}) == 1
         and type(model.model.embed_tokens) is nn.Embedding
+        and type(model.model.norm).__name__.endswith("RMSNorm")
     )
 
 
@@ -182,12 +207,29 @@ def _is_plain(p: Tensor) -> bool:
     return type(p) is nn.Parameter and p.device.type in here and p.dtype in known and p.is_contiguous()
 
 
-def _is_linear(module: Any) -> bool:
-    return type(module) is nn.Linear
+def is_linear(module: Any) -> bool:
+    """An unwrapped Linear, or one with plain LoRA adapters that are not merged into it."""
+    if type(module) is nn.Linear:
+        return True
+    return (
+        hasattr(module, "get_delta_weight")
+        and type(getattr(module, "base_layer", None)) is nn.Linear
+        and not module.merged_adapters
+        and not getattr(module, "lora_variant", None)
+        and not any(getattr(module, "lora_bias", {}).values())
+    )
 
 
-def is_plain_layer(layer: Any, is_linear: Callable[[Any], bool] = _is_linear) -> bool:
-    """Every projection an unwrapped Linear (no adapter, no quantized or parallel layer), every norm a known one."""
+def _trains_alike(layer: Any) -> bool:
+    """Whether no projection has two active adapters, or dropout before one."""
+    modules = [m for m in layer.modules() if hasattr(m, "get_delta_weight")]
+    return all(
+        len(m.active_adapters) == 1 and not any(getattr(d, "p", 0.0) for d in m.lora_dropout.values()) for m in modules
+    )
+
+
+def is_plain_layer(layer: Any) -> bool:
+    """Every projection a Linear, alone or with plain LoRA adapters (no quantized or parallel layer), every norm a known one."""
     attention, mlp = layer.self_attn, layer.mlp
     linears: tuple[Any, ...] = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     linears += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
@@ -211,34 +253,35 @@ def _hooked(model: Any) -> bool:
 
 def _read_layer(module: Any) -> Layer:
     attention, mlp = module.self_attn, module.mlp
+    outer = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj}
+    outer |= {"gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
+    linear: dict[str, Any] = {role: getattr(m, "base_layer", m) for role, m in outer.items()}
+    norms = {f"{role}_norm": getattr(attention, f"{role}_norm", None) for role in ("q", "k")}
     params = LayerParams(
         norm1=module.input_layernorm.weight,
-        q=attention.q_proj.weight,
-        k=attention.k_proj.weight,
-        v=attention.v_proj.weight,
-        q_bias=attention.q_proj.bias,
-        k_bias=attention.k_proj.bias,
-        v_bias=attention.v_proj.bias,
-        q_norm=attention.q_norm.weight if getattr(attention, "q_norm", None) is not None else None,
-        k_norm=attention.k_norm.weight if getattr(attention, "k_norm", None) is not None else None,
-        o=attention.o_proj.weight,
-        o_bias=attention.o_proj.bias,
         norm2=module.post_attention_layernorm.weight,
-        gate=mlp.gate_proj.weight,
-        up=mlp.up_proj.weight,
-        down=mlp.down_proj.weight,
+        **{role: m.weight for role, m in linear.items()},
+        **{f"{role}_bias": linear[role].bias for role in ("q", "k", "v", "o")},
+        **{name: None if norm is None else norm.weight for name, norm in norms.items()},
     )
+    adapters = {role: _read_adapter(m) for role, m in outer.items() if m is not linear[role]}
     bias = None if params.q_bias is None else _fuse(_qkv_biases(params))
     # Qwen says it layer by layer, Mistral once in its config
     of_model = attention.config.sliding_window if attention.config.model_type == "mistral" else None
     window = getattr(attention, "sliding_window", of_model)
     return Layer(
         params,
+        adapters,
         _fuse((params.q, params.k, params.v)),
         bias,
         module.input_layernorm.variance_epsilon,
         window,
     )
+
+
+def _read_adapter(module: Any) -> Adapter:
+    (name,) = module.active_adapters
+    return Adapter(module, module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
 
 
 def _qkv_biases(params: LayerParams) -> tuple[nn.Parameter, ...]:
@@ -316,27 +359,31 @@ class _Norm(torch.autograd.Function):
 class _DecoderLayer(torch.autograd.Function):
     """One decoder layer.
 
-    ``y = x + W_o attention(rope(W_qkv norm1(x)))``, ``z = y + W_d (silu(W_g n) * W_u n)`` with ``n = norm2(y)``.
+    ``y = x + W_o attention(rope(W_qkv norm1(x)))``, ``z = y + W_d (silu(W_g n) * W_u n)`` with ``n = norm2(y)``; each W with its adapter.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, row: Row, layer: Layer, *params: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, row: Row, layer: Layer, adapters: Mapping[str, Adapter], *params: Tensor | None
+    ) -> Tensor:
         keep = any(ctx.needs_input_grad) and not row.recompute
-        z, saved = _layer_forward(x, row, layer, keep=keep)
-        ctx.row, ctx.layer, ctx.x = row, layer, x
+        z, saved = _layer_forward(x, row, layer, adapters, keep=keep)
+        ctx.row, ctx.layer, ctx.adapters, ctx.x = row, layer, adapters, x
         ctx.saved = saved if keep else None
         return z
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layer: Layer = ctx.layer
-        saved: Saved = ctx.saved or _layer_forward(ctx.x, ctx.row, layer, keep=True)[1]
+        saved: Saved = ctx.saved or _layer_forward(ctx.x, ctx.row, layer, ctx.adapters, keep=True)[1]
         ctx.saved = None  # this layer's activations are free as soon as their gradients exist
-        names = LayerParams.__slots__
-        wanted = {n for n, need in zip(names, ctx.needs_input_grad[3:], strict=True) if need}
-        grad_x, found = _layer_backward(grads[0], ctx.x, saved, ctx.row, layer, wanted, ctx.needs_input_grad[0])
+        names = [*LayerParams.__slots__, *(f"{role}.{side}" for role in ctx.adapters for side in "ab")]
+        wanted = {n for n, need in zip(names, ctx.needs_input_grad[4:], strict=True) if need}
+        grad_x, found = _layer_backward(
+            grads[0], ctx.x, saved, ctx.row, layer, ctx.adapters, wanted, ctx.needs_input_grad[0]
+        )
         ctx.x = None
-        return grad_x, None, None, *(found.get(n) for n in names)
+        return grad_x, None, None, None, *(found.get(n) for n in names)
 
 
 @dataclass(slots=True)
@@ -344,7 +391,7 @@ class Saved:
     """What the backward pass of one layer needs besides its input."""
 
     rstd1: Tensor
-    n1: Tensor  # norm1(x)
+    n1: Tensor | None  # norm1(x), where q, k or v themselves are trained: adapters have it computed again
     projected: Tensor | None  # W_qkv n1 before the head norms (Qwen 3 only)
     head_rstd: tuple[Tensor, Tensor] | None
     heads: Tensor  # rotated q, k and v as head rows
@@ -352,16 +399,29 @@ class Saved:
     o: Tensor  # attention output (T, H d)
     y: Tensor
     rstd2: Tensor
-    n2: Tensor
+    n2: Tensor | None  # norm2(y), where gate or up themselves are trained
     gate: Tensor
     up: Tensor
+    low: dict[str, Tensor]  # x A^T (T, r) of each adapter
 
 
-def _layer_forward(x: Tensor, row: Row, layer: Layer, *, keep: bool) -> tuple[Tensor, Saved]:
+def _layer_forward(
+    x: Tensor, row: Row, layer: Layer, adapters: Mapping[str, Adapter], *, keep: bool
+) -> tuple[Tensor, Saved]:
     p, shape = layer.params, row.plan.shape
     tokens = x.shape[0]
+    low: dict[str, Tensor] = {}
+
+    def adapt(role: str, inputs: Tensor, out: Tensor) -> None:
+        """``out += scale (inputs A^T) B^T``."""
+        if (adapter := adapters.get(role)) is not None:
+            low[role] = torch.mm(inputs, adapter.a.t())
+            out.addmm_(low[role], adapter.b.t(), alpha=adapter.scale)
+
     n1, rstd1 = rms_norm(x, p.norm1, layer.eps)
     qkv = F.linear(n1, layer.qkv, layer.qkv_bias)
+    for role, part in zip("qkv", _split_qkv(qkv, p), strict=True):
+        adapt(role, n1, part)
     by_head = qkv.view(tokens, -1, shape.head_dim)
     projected, head_rstd = None, None
     if p.q_norm is not None and p.k_norm is not None:
@@ -380,38 +440,81 @@ def _layer_forward(x: Tensor, row: Row, layer: Layer, *, keep: bool) -> tuple[Te
     y = torch.addmm(x, o, p.o.t())
     if p.o_bias is not None:
         y += p.o_bias
+    adapt("o", o, y)
     n2, rstd2 = rms_norm(y, p.norm2, layer.eps)
     # gate and up are two matmuls: one fused output would leave their halves strided, and swiglu half as fast
     gate, up = torch.mm(n2, p.gate.t()), torch.mm(n2, p.up.t())
-    z = torch.addmm(y, swiglu(gate, up), p.down.t())
-    return z, Saved(rstd1, n1, projected, head_rstd, heads, softmax, o, y, rstd2, n2, gate, up)
+    adapt("gate", n2, gate)
+    adapt("up", n2, up)
+    a = swiglu(gate, up)
+    z = torch.addmm(y, a, p.down.t())
+    adapt("down", a, z)
+    kept1 = n1 if any(w.requires_grad for w in (p.q, p.k, p.v)) else None
+    kept2 = n2 if p.gate.requires_grad or p.up.requires_grad else None
+    return z, Saved(rstd1, kept1, projected, head_rstd, heads, softmax, o, y, rstd2, kept2, gate, up, low)
+
+
+def _split_qkv(qkv: Tensor, p: LayerParams) -> tuple[Tensor, ...]:
+    return qkv.split([p.q.shape[0], p.k.shape[0], p.v.shape[0]], dim=1)
 
 
 def _layer_backward(
-    dz: Tensor, x: Tensor, s: Saved, row: Row, layer: Layer, wanted: set[str], want_x: bool
+    dz: Tensor,
+    x: Tensor,
+    s: Saved,
+    row: Row,
+    layer: Layer,
+    adapters: Mapping[str, Adapter],
+    wanted: set[str],
+    want_x: bool,
 ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
     """Gradients of one layer: of its input, and of the wanted parameters by name (those without a `main_grad`)."""
     p, shape = layer.params, row.plan.shape
     tokens = dz.shape[0]
     found: dict[str, Tensor | None] = {}
+    d_low: dict[str, Tensor] = {}  # of x A^T
 
     def store(name: str, grad: Tensor) -> None:
         if name in wanted:
-            found[name] = store_grad(getattr(p, name), grad)
+            role, _, side = name.partition(".")
+            found[name] = store_grad(getattr(adapters[role], side) if side else getattr(p, name), grad)
 
-    def store_product(names: tuple[str, ...], d_out: Tensor, inputs: Tensor) -> None:
-        if wanted.intersection(names):  # dW = d_out^T inputs, one matmul for all parts
+    def store_product(names: tuple[str, ...], d_out: Tensor, inputs: Tensor | None) -> None:
+        """dW = d_out^T inputs, one matmul for all parts."""
+        if inputs is not None and wanted.intersection(names):
             grad = torch.mm(d_out.t(), inputs)
             for name, part in zip(names, grad.split([getattr(p, n).shape[0] for n in names]), strict=True):
                 store(name, part)
 
+    def through_adapter(role: str, d_out: Tensor, d_inputs: Tensor | None) -> None:
+        """``dB = scale d_out^T (x A^T)``, and ``dx += scale (d_out B) A`` in place."""
+        if (adapter := adapters.get(role)) is None:
+            return
+        d_low[role] = torch.mm(d_out, adapter.b).mul_(adapter.scale)
+        store(f"{role}.b", torch.mm(d_out.t(), s.low[role]).mul_(adapter.scale))
+        if d_inputs is not None:
+            d_inputs.addmm_(d_low[role], adapter.a)
+
+    def store_a(roles: str | tuple[str, ...], inputs: Tensor) -> None:
+        """``dA = (scale d_out B)^T x``."""
+        for role in roles:
+            if role in d_low:
+                store(f"{role}.a", torch.mm(d_low[role].t(), inputs))
+
     # z = y + W_d a,  a = silu(g) * u,  g = W_g n2,  u = W_u n2
-    d_gate, d_up, a = swiglu_backward(torch.mm(dz, p.down), s.gate, s.up)
+    da = torch.mm(dz, p.down)
+    through_adapter("down", dz, da)
+    d_gate, d_up, a = swiglu_backward(da, s.gate, s.up)
     store_product(("down",), dz, a)
+    store_a(("down",), a)
     store_product(("gate",), d_gate, s.n2)
     store_product(("up",), d_up, s.n2)
     dn2 = torch.mm(d_gate, p.gate).addmm_(d_up, p.up)
-    del d_gate, d_up, a
+    through_adapter("gate", d_gate, dn2)
+    through_adapter("up", d_up, dn2)
+    if "gate" in adapters or "up" in adapters:
+        store_a(("gate", "up"), rms_norm(s.y, p.norm2, layer.eps)[0] if s.n2 is None else s.n2)
+    del d_gate, d_up, a, da
     dy, d_norm2 = rms_norm_backward(dn2, s.y, s.rstd2, p.norm2, dz)
     store("norm2", d_norm2)
 
@@ -419,7 +522,11 @@ def _layer_backward(
     if p.o_bias is not None:
         store("o_bias", dy.sum(0))
     store_product(("o",), dy, s.o)
-    d_out = torch.mm(dy, p.o).view(-1, shape.head_dim).index_select(0, row.plan.out_to_heads)
+    d_o = torch.mm(dy, p.o)
+    through_adapter("o", dy, d_o)
+    store_a(("o",), s.o)
+    d_out = d_o.view(-1, shape.head_dim).index_select(0, row.plan.out_to_heads)
+    del d_o
     d_heads = attention_backward(d_out, s.heads, s.softmax, row.plan)
     d_qkv = d_heads.index_select(0, row.plan.from_heads).view(tokens, -1, shape.head_dim)
     del d_out, d_heads
@@ -443,8 +550,14 @@ def _layer_backward(
         sizes = [b.shape[0] for b in _qkv_biases(p)]
         for name, part in zip(("q_bias", "k_bias", "v_bias"), d_qkv.sum(0).split(sizes), strict=True):
             store(name, part)
-    if not want_x and "norm1" not in wanted:
+    through = want_x or "norm1" in wanted  # where the embeddings are frozen, the lowest layer's input needs no gradient
+    dn1 = torch.mm(d_qkv, layer.qkv) if through else None
+    for role, part in zip("qkv", _split_qkv(d_qkv, p), strict=True):
+        through_adapter(role, part, dn1)
+    if any(role in adapters for role in "qkv"):
+        store_a("qkv", rms_norm(x, p.norm1, layer.eps)[0] if s.n1 is None else s.n1)
+    if dn1 is None:
         return None, found
-    dx, d_norm1 = rms_norm_backward(torch.mm(d_qkv, layer.qkv), x, s.rstd1, p.norm1, dy)
+    dx, d_norm1 = rms_norm_backward(dn1, x, s.rstd1, p.norm1, dy)
     store("norm1", d_norm1)
     return dx, found

@@ -1,0 +1,377 @@
+"""A model's folder may say anything: its files are looked at before torch or transformers build something of them.
+
+What is read from elsewhere is bounded in time and memory, nothing of it is executed, and what a library raises is one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from penchant.errors import ModelError, PenchantError
+
+CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
+OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+READ = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
+SMALL, LARGE = 64 << 20, 512 << 20  # bytes of a JSON file or a template, and of a tokenizer
+# the most of what is built one by one, by what a key of config.json is called: a thousand times what any model has
+COUNTED = {"layer": 2_000, "block": 2_000, "expert": 100_000, "label": 1_000_000}
+MOST_TOKENS = 1 << 24
+ROOM = 1 << 24  # elements that a model may have beside its files': new heads, tables of positions
+PLACES = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+def config_of(path: str) -> str:
+    """A folder's config.json, where there is one: what a sentence is about."""
+    config = Path(path).expanduser() / "config.json"
+    return str(config) if config.exists() else path
+
+
+@contextmanager
+def loading(path: str | Callable[[], str], what: str, how: str) -> Iterator[None]:
+    """Whatever a library raises in here is one sentence about `path` (or what it returns); a Rust library's panic is not even an Exception.
+
+    Raises:
+        ModelError: always, in place of another error.
+    """
+    try:
+        yield
+    except (PenchantError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        said = f"{type(error).__name__}: " if isinstance(error, (AttributeError, KeyError, IndexError)) else ""
+        where = path() if callable(path) else path
+        raise ModelError(where, f"{what} ({said}{first_line(error)})", how) from error
+
+
+def read_object(path: Path, most: int = SMALL) -> dict[str, Any]:
+    """A JSON file of a model's folder.
+
+    Raises:
+        ModelError: it is too large, no regular file, not JSON, or no object.
+    """
+    check_file(path, most)
+    with loading(str(path), "is not JSON that can be read", "get it again from where the model comes from"):
+        found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+        raise ModelError(str(path), f"holds {type(found).__name__} where an object ({{...}}) belongs", "get it again")
+    return found
+
+
+def check_file(path: Path, most: int) -> None:
+    """Refuse what blocks when it is opened, and what is far too large."""
+    if not path.is_file():
+        raise ModelError(str(path), "is no regular file", "get it again from where the model comes from")
+    if path.stat().st_size > most:
+        raise ModelError(str(path), f"has {path.stat().st_size:,} bytes (at most {most:,} are read)", "get it again")
+
+
+def check_folder(folder: Path) -> None:
+    """Look at the small files of a model's or adapter's folder, and at the headers of its weights; a hub id is not looked at.
+
+    Raises:
+        ModelError: a file that nobody could load, or that would have more built than any model has.
+    """
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(".index.json"):
+            _check_index(path)
+        elif path.name in CONFIGS:
+            _check_numbers(path, read_object(path))
+        elif path.name in OBJECTS:
+            _check_ids(path, read_object(path, LARGE))
+        elif path.suffix in READ:
+            check_file(path, LARGE if path.suffix in READ[:4] else 1 << 62)
+    weights = headers(folder)
+    adapter = folder / "adapter_config.json"
+    if adapter.exists() and weights:
+        _check_ranks(adapter, [size for _, shape, _ in weights.values() for size in shape])
+
+
+def _check_ids(path: Path, values: Mapping[str, Any]) -> None:
+    """No token has an id for which the tokenizer's library would make a table of billions."""
+    model, added = values.get("model"), values.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else []
+    ids += [t.get("id") for t in added if isinstance(t, dict)] if isinstance(added, list) else []
+    decoder = values.get("added_tokens_decoder")
+    ids += [int(k) for k in decoder if k.isdecimal() and len(k) < 100] if isinstance(decoder, dict) else []
+    ids += values.values() if path.name in ("added_tokens.json", "vocab.json") else []
+    largest = max((i for i in ids if isinstance(i, int)), default=0)
+    if largest >= MOST_TOKENS:
+        raise ModelError(
+            str(path), f"has a token with the id {_short(largest)} (below {MOST_TOKENS:,})", "get it again"
+        )
+
+
+def _check_index(path: Path) -> None:
+    """Every shard is a file of this folder."""
+    index = read_object(path)
+    shards = index.get("weight_map")
+    if not isinstance(index.get("metadata", {}), dict):
+        raise ModelError(str(path), "has metadata that is no object", "get it again")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+        raise ModelError(str(path), "has no weight_map from tensors to files", "get it again")
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ModelError(str(path), f"names {name!r}, which is not a file of this folder", "get it again")
+        if not (path.parent / name).is_file():
+            raise ModelError(str(path), f"names {name}, which is not there", "get the folder again: a shard is missing")
+
+
+def _check_numbers(path: Path, values: Any, key: str = "") -> None:
+    """No number of a config makes something be built for ever."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _check_numbers(path, value, str(name))
+    elif isinstance(values, list):
+        for value in values:
+            _check_numbers(path, value, key)
+    elif isinstance(values, int) and not isinstance(values, bool):
+        most = next((most for word, most in COUNTED.items() if word in key.lower()), 2**63 - 1)
+        if abs(values) > most:
+            raise ModelError(str(path), f"{key} is {_short(values)} (at most {most:,})", "get it again")
+
+
+def _short(number: int) -> str:
+    return f"{number:,}" if abs(number) < 10**24 else f"a number of {number.bit_length()} bits"
+
+
+def headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """By tensor of a folder's safetensors: (type, shape, file), as their headers say; the library checks them against the files.
+
+    Raises:
+        ModelError: a header that does not fit its file.
+    """
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        check_file(path, 1 << 62)
+        how = "get it again from where the model comes from"
+        with loading(str(path), "its header does not fit the file", how), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                found[name] = (str(part.get_dtype()), tuple(part.get_shape()), path.name)
+    return found
+
+
+def _check_ranks(path: Path, sizes: Iterable[int]) -> None:
+    """An adapter's ranks are sizes that its weights have."""
+    config, known = read_object(path), set(sizes)
+    pattern = config.get("rank_pattern")
+    for rank in (config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())):
+        if rank is not None and rank not in known:
+            raise ModelError(str(path), f"says rank {rank!r}, which no weight of the adapter has", "get it again")
+
+
+def check_built(folder: Path, built: Any, *, whole: bool = True) -> None:
+    """A model that config.json makes (on the meta device: it takes no memory) is the one that the folder's weights are of.
+
+    Args:
+        whole: the weights are these by name and shape; False: of a model that holds this one.
+
+    Raises:
+        ModelError: other shapes, whole numbers as weights, or far more weights than the files hold.
+    """
+    stored = headers(folder)
+    parameters = dict(built.named_parameters())
+    quantized = getattr(built.config, "quantization_config", None) is not None
+    if whole and not quantized:
+        for name, (dtype, shape, file) in stored.items():
+            wanted = parameters.get(name)
+            if wanted is not None and tuple(wanted.shape) != shape:
+                raise ModelError(
+                    str(folder / file),
+                    f"{name} has the shape {list(shape)}, but config.json makes it {list(wanted.shape)}",
+                    "get both files again",
+                )
+            if wanted is not None and not re.match(r"B?F\d", dtype):
+                raise ModelError(
+                    str(folder / file), f"{name} is of type {dtype}, which weights are not", "get it again"
+                )
+    files = [p.stat().st_size for pattern in ("*.safetensors", "*.bin") for p in folder.glob(pattern)]
+    elements = sum(p.numel() for p in (*parameters.values(), *built.buffers()))
+    if files and elements > 8 * sum(files) + ROOM:
+        raise ModelError(
+            str(folder / "config.json"),
+            f"describes a model of {elements:,} weights, which the folder's {sum(files):,} bytes cannot hold",
+            "get both again",
+        )
+
+
+def check_finite(path: str, named: Iterable[tuple[str, Any]]) -> None:
+    """Refuse weights that are not numbers, with the first one's name; NaN goes through `aminmax`, which takes no memory."""
+    import torch
+
+    for name, p in named:
+        if p.numel() and p.is_floating_point() and p.device.type != "meta":
+            low, high = torch.aminmax(p.detach())
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                raise ModelError(path, f"the weight {name} holds NaN or infinite numbers", "get the model again")
+
+
+def check_layers(path: str, left: Iterable[str], config: Any) -> None:
+    """Refuse a folder with weights of more layers than its config says: they would be left out without a word."""
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(layers, int) or getattr(config, "num_nextn_predict_layers", None):
+        return
+    for name in left:
+        found = PLACES.search(f".{name}")
+        if found and int(found[1]) >= layers:
+            raise ModelError(path, f"holds {name}, but config.json says {layers} layers", "get config.json again")
+
+
+# ---- Chat templates: a sandboxed program that may still loop, or write without end ----
+
+SECONDS, STEPS = 5.0, 100_000  # a rendering is given up after so long, if it has made so many steps
+LONGEST = 1 << 26  # characters that one rendering may write, and a product or sum of texts may have
+MEMORY = 1 << 30  # bytes beyond what the process has, for a first rendering
+
+
+class _Spent(threading.local):
+    steps, written, started = 0, 0, 0.0
+
+
+_spent = _Spent()
+
+
+def _step(written: int = 0) -> None:
+    _spent.steps += 1
+    _spent.written += written
+    late = _spent.steps > STEPS and time.monotonic() - _spent.started > SECONDS
+    if late or _spent.written > LONGEST:
+        what = f"does not end within {SECONDS:.0f} s" if late else f"writes more than {LONGEST:,} characters"
+        raise ModelError("the chat template", what, "mend it in the tokenizer's folder, or take it out of it")
+
+
+def _counted(items: Any) -> Iterator[Any]:
+    for item in items:
+        _step()
+        yield item
+
+
+def bound_templates() -> None:
+    """Have transformers compile chat templates so that loops, calls, powers, products and output are counted.
+
+    Its environment is kept as it is (sandbox, filters, extensions). A template is a program of the folder's: without this, two
+    nested loops end a run that has not begun.
+    """
+    from transformers.utils import chat_template_utils as theirs
+
+    if getattr(theirs._compile_jinja_template, "bounded", False):
+        return
+    from jinja2 import Template, nodes
+
+    compiled = theirs._compile_jinja_template
+    plain: Any = type(compiled("").environment)
+
+    class Bounded(plain):  # type: ignore[misc]
+        intercepted_binops = frozenset(("*", "**", "+"))
+
+        def _parse(self, *source: Any) -> Any:
+            tree = super()._parse(*source)
+            for loop in tree.find_all(nodes.For):
+                loop.iter = nodes.Filter(loop.iter, "penchant_counted", [], [], None, None)
+            return tree
+
+        def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+            _step()
+            return super().call(context, obj, *args, **kwargs)
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            sizes = [abs(v).bit_length() if isinstance(v, int) else 64 for v in (left, right)]
+            lengths = [len(v) if hasattr(v, "__len__") else v if isinstance(v, int) else 1 for v in (left, right)]
+            both = all(isinstance(v, (int, float)) for v in (left, right))
+            _step()
+            if operator == "**":
+                good = both and (abs(right) * sizes[0] <= 4096)
+            elif operator == "*":
+                good = sum(sizes) <= 8192 if both else lengths[0] * lengths[1] <= LONGEST
+            else:
+                good = both or sum(lengths) <= LONGEST
+            if not good:
+                raise ModelError("the chat template", f"computes something too large ({operator})", "mend it")
+            return super().call_binop(context, operator, left, right)
+
+    class Limited(Template):
+        def render(self, *args: Any, **kwargs: Any) -> str:
+            _spent.steps, _spent.written, _spent.started = 0, 0, time.monotonic()
+            return super().render(*args, **kwargs)
+
+        def generate(self, *args: Any, **kwargs: Any) -> Iterator[str]:
+            _spent.steps, _spent.written, _spent.started = 0, 0, time.monotonic()
+            return super().generate(*args, **kwargs)
+
+    def finalize(value: Any) -> Any:
+        _step(len(value) if isinstance(value, str) else 1)
+        return value
+
+    @lru_cache
+    def bounded(template: str) -> Any:
+        environment = compiled("").environment.overlay(finalize=finalize)
+        environment.__class__, environment.template_class = Bounded, Limited
+        slow = ("wordwrap", "urlize")  # take quadratic time over one long text
+        environment.filters = {k: f for k, f in environment.filters.items() if k not in slow}
+        environment.filters["penchant_counted"] = _counted
+        environment.globals = {k: v for k, v in environment.globals.items() if k != "lipsum"}
+        return environment.from_string(template)
+
+    bounded.bounded = True  # type: ignore[attr-defined]
+    theirs._compile_jinja_template = bounded
+
+
+def check_template(path: str, tokenizer: Any) -> None:
+    """Render a chat template once, in bounded time and memory.
+
+    Raises:
+        ModelError: it does not end, or wants more. What it says of these turns is asked elsewhere.
+    """
+    bound_templates()
+    template = getattr(tokenizer, "chat_template", None)
+    if template is None:
+        return
+    templates = template.values() if isinstance(template, Mapping) else [template]
+    if not all(isinstance(t, str) for t in templates):
+        raise ModelError(path, f"its chat_template is {type(template).__name__}, not a text", "mend or remove it")
+    turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "That."}]
+    for asked, generate in ((turns[:1], True), (turns, False)):
+        try:
+            with _little_memory():
+                tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=generate)
+        except ModelError as error:
+            raise ModelError(path, f"its chat template {error.what}", error.how) from error
+        except MemoryError as error:
+            raise ModelError(path, "its chat template takes more than 1 GB of memory", "mend or remove it") from error
+        except Exception:  # jinja errors of the template's own: it may refuse such turns
+            continue
+
+
+@contextmanager
+def _little_memory() -> Iterator[None]:
+    """This process may take a gigabyte more, where the system has such a limit."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + MEMORY
+        if limits[0] == resource.RLIM_INFINITY or most < limits[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+    except (OSError, ValueError):
+        pass  # not Linux
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)

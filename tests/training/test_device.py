@@ -1,0 +1,299 @@
+"""What breaks or waits on a GPU, met without one: the ops of a micro-batch are looked at, and a model on the meta device stands for it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from families import some_pairs, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from penchant import cli
+from penchant.algorithms.group import GroupConfig, GroupPolicyGradient, ScoredTokens
+from penchant.algorithms.offline import Component, Offline
+from penchant.base import machine
+from penchant.data.packing import pack
+from penchant.logprobs import Scorer, per_completion
+from penchant.logprobs.reference import LiveReference
+from penchant.losses import LOSSES
+from penchant.models.tree_attention import tree_layout
+from penchant.training import loop as loop_module
+from penchant.training import steps
+from penchant.training.console import QuietConsole
+from penchant.training.loop import Loop
+from penchant.training.optim import MasterAdamW
+from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
+
+# what a GPU adds in the order in which its threads arrive
+UNORDERED = {
+    "index_add",
+    "index_add_",
+    "scatter_add",
+    "scatter_add_",
+    "scatter_reduce",
+    "index_reduce",
+    "bincount",
+    "histc",
+}
+META, CPU = torch.device("meta"), torch.device("cpu")
+
+
+class Ops(TorchDispatchMode):
+    """Counts the operations that are run under it, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def offline(name: str = "dpo", **more: Any) -> Offline:
+    models = [tiny_model("llama", dtype=torch.float32, seed=s) for s in (0, 1)]
+    policy, reference = (Scorer(m, "shared") for m in models)
+    return Offline(policy, [Component(LOSSES[name], LOSSES[name].params())], LiveReference(reference), **more)
+
+
+# ---- sums have one order: equal log-probs of policy and reference give equal sums, whatever the threads do ----
+
+
+@pytest.mark.parametrize("name", ["dpo", "sft", "pmpo"])
+def test_no_sum_of_a_micro_batch_depends_on_the_order_of_threads(name: str) -> None:
+    algorithm, batch = offline(name), pack([replace(t, labels=(True, False)) for t in some_pairs(4)])
+    with Ops() as ops:
+        algorithm.loss(algorithm.score(batch))
+    assert not UNORDERED & ops.seen.keys()
+
+
+def test_sums_of_completions_are_those_in_token_order() -> None:
+    lengths = torch.tensor([3, 1, 300, 2])
+    values = torch.randn(306, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    completion = torch.repeat_interleave(torch.arange(4), lengths)
+    expected = values.new_zeros(4).index_add(0, completion, values)
+    sums = per_completion(values, lengths)
+    assert torch.equal(sums, expected)  # on a CPU, that is: figures of older versions stay
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    (grad,) = torch.autograd.grad(sums, values, weights)
+    assert torch.equal(grad, weights[completion])
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
+def test_losses_of_groups_are_summed_in_token_order_too(name: str) -> None:
+    method = GroupPolicyGradient(None, None, None, GroupConfig(name=name, max_new_tokens=4), 64)  # type: ignore[arg-type]
+    batch = pack(some_pairs(2))
+    tokens = torch.randn(len(batch.target_ids), requires_grad=True)
+    scored = ScoredTokens(tokens, tokens.detach(), tokens.detach(), torch.ones(4), batch.completion_of, batch.lengths)
+    with Ops() as ops:
+        method.loss(scored)
+    assert not UNORDERED & ops.seen.keys()
+
+
+# ---- the optimizer: passes over all parameters are one call each, and nothing is read ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_the_optimizer_makes_no_call_for_each_parameter(dtype: torch.dtype) -> None:
+    calls = []
+    for layers in (2, 12):
+        model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(layers))).to(META)
+        optimizer = MasterAdamW(model.named_parameters(), dtype=dtype)
+        for master in optimizer.masters.values():
+            master.grad = torch.ones_like(master)
+        optimizer._adam.step = lambda: None  # type: ignore[method-assign]  # torch's own, one call; it refuses the meta device
+        with Ops() as ops:
+            optimizer.clip(1.0)  # the meta device refuses to be read
+            optimizer.step(1e-3)
+        assert any(name.startswith("_foreach_mul") for name in ops.seen)
+        calls.append({n: c for n, c in ops.seen.items() if n in ("copy_", "zero_", "mul_", "_to_copy", "lerp_")})
+    assert calls[0] == calls[1]
+
+
+# ---- placement: the meta device refuses what would be on another device than the model ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_optimizer_has_its_state_where_the_parameters_are(dtype: torch.dtype) -> None:
+    """Fused AdamW reads `step` on the device; a checkpoint's tensors come from the disk to the CPU."""
+    model = torch.nn.Linear(3, 2, device=META)
+    optimizer = MasterAdamW(model.named_parameters(), dtype=dtype)
+    stored = {f"master/{n}": torch.zeros(p.shape) for n, p in model.named_parameters()}
+    for n, p in model.named_parameters():
+        stored |= {f"exp_avg/{n}": torch.zeros(p.shape), f"exp_avg_sq/{n}": torch.zeros(p.shape)}
+        stored[f"step/{n}"] = torch.tensor(3.0)
+    optimizer.load_state_tensors(stored)
+    held = optimizer.state_tensors()
+    assert held.keys() == stored.keys() and {v.device for v in held.values()} == {META}
+
+
+# ---- layouts are made on the CPU: on a device each small operation would be a launch ----
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_layout_reaches_the_device_in_two_copies_however_many_trees_there_are(window: int | None) -> None:
+    made = []
+    for pairs in (4, 64):
+        batch = pack(some_pairs(pairs)).to(META)
+        with Ops() as ops:
+            layout = tree_layout(batch, window)
+        assert {g.index.device for g in layout.groups} | {layout.inverse.device} == {META}
+        made.append((ops.seen["_to_copy"], len(layout.groups), sum(ops.seen.values())))
+    (_, few, _), (copies, many, every) = made
+    assert copies == 2 and every <= 12 + 4 * many and many <= few + 2
+
+
+def test_padded_rows_reach_the_device_in_three_copies_and_none_is_looked_for() -> None:
+    counts = []
+    for pairs in (2, 16):
+        scorer = Scorer(tiny_model("llama", dtype=torch.float32).to(META), "padded")
+        scorer.model.model.forward = lambda input_ids, attention_mask, **_: SimpleNamespace(
+            last_hidden_state=torch.zeros(*(input_ids * attention_mask).shape, 32, device=META)
+        )
+        batch = pack(some_pairs(pairs), shared=False).to(META)
+        with Ops() as ops:
+            scorer.logps(batch)
+        counts.append(ops.seen)
+    assert counts[0]["copy_"] == counts[1]["copy_"] and counts[0]["_to_copy"] == counts[1]["_to_copy"]
+
+
+# ---- a whole step: the meta device raises where a number is read, a mask is counted, or a tensor is on the wrong device ----
+
+
+def loop_on(device: torch.device, folder: Path, name: str, **more: Any) -> Loop:
+    algorithm = offline(name, **more)
+    for scorer in (algorithm.scorer, algorithm.reference.scorer):  # type: ignore[union-attr]
+        scorer.model.to(device)
+    trees = [replace(t, labels=(True, False), scores=(1.0, 0.5)) for t in some_pairs(6)]
+    optimizer = MasterAdamW(algorithm.scorer.model.named_parameters(), dtype=torch.float32)
+    if device == META:
+        optimizer._adam.step = lambda: None  # type: ignore[method-assign]  # torch's own: it refuses the meta device
+    return Loop(
+        model=algorithm.scorer.model,
+        algorithm=algorithm,
+        optimizer=optimizer,
+        trees=trees,
+        shared=True,
+        folder=folder,
+        train=TrainConfig(batch_size=6, tokens_per_step=40),
+        peak_lr=1e-3,
+        evaluation=EvalConfig(),
+        checkpoint=CheckpointConfig(),
+        logging=LoggingConfig(),
+        write_model=lambda _: None,
+        console=QuietConsole(),
+        start_tolerance=(0.0, 0.0),
+    )
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many numbers each read of the device brought; of the meta device they are made up."""
+    found: list[int] = []
+
+    def read(vector: torch.Tensor) -> list[float]:
+        found.append(len(vector))
+        return [0.5] * len(vector) if vector.device == META else vector.tolist()
+
+    for module in (steps, loop_module):
+        monkeypatch.setattr(module, "on_host", read)
+    return found
+
+
+WITHOUT_Z0 = sorted(
+    n for n, s in LOSSES.items() if "z0" not in s.needs
+)  # z0 is one number of the step that its losses need
+
+
+@pytest.mark.parametrize("nll", [0.0, 0.5])
+@pytest.mark.parametrize("name", WITHOUT_Z0)
+def test_a_step_waits_for_the_device_once(name: str, nll: float, tmp_path: Path, reads: list[int]) -> None:
+    loop = loop_on(META, tmp_path, name, nll_weight=nll)
+    loop.take_step(1, loop.schedule)
+    assert len(reads) == 1 and len(loop._micro_batches(loop.trees)) > 1
+
+
+# ---- how a GPU computes: deterministic in the step and not where completions are sampled; TF32 only where it is asked for ----
+
+CUDA = torch.device("cuda")
+
+
+class Watching(Offline):
+    """Notes where torch's deterministic mode is on."""
+
+    seen: ClassVar[dict[str, bool]] = {}
+
+    def begin_step(self, step: int, progress: float, trees: Any) -> Any:  # where an online method samples
+        self.seen["begin_step"] = torch.are_deterministic_algorithms_enabled()
+        return Offline.begin_step(self, step, progress, trees)
+
+    def score(self, batch: Any) -> Any:
+        self.seen["score"] = torch.are_deterministic_algorithms_enabled()
+        return Offline.score(self, batch)
+
+
+@pytest.mark.parametrize("device,wanted,expected", [(CUDA, True, True), (CUDA, False, False), (CPU, True, False)])
+def test_a_step_is_deterministic_and_sampling_is_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device, wanted: bool, expected: bool
+) -> None:
+    loop = loop_on(CPU, tmp_path, "sft")
+    policy = loop.algorithm.scorer  # type: ignore[attr-defined]
+    loop.algorithm = Watching(policy, [Component(LOSSES["sft"], LOSSES["sft"].params())])
+    real = steps.repeatable
+    monkeypatch.setattr(loop_module, "repeatable", lambda _device, on: real(device, on))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    loop.train = loop.train.model_copy(update={"deterministic": wanted})
+    Watching.seen.clear()
+    loop.take_step(0, loop.schedule)
+    assert Watching.seen == {"begin_step": False, "score": expected}
+    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_products_of_a_gpu_are_as_precise_as_asked(monkeypatch: pytest.MonkeyPatch, tf32: bool) -> None:
+    matmul = SimpleNamespace(allow_tf32=None, allow_bf16_reduced_precision_reduction=None)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=None))
+    steps.set_precision(CPU, tf32)
+    assert matmul.allow_tf32 is None
+    steps.set_precision(CUDA, tf32)
+    assert matmul.allow_tf32 is tf32 and matmul.allow_bf16_reduced_precision_reduction is False
+
+
+# ---- the process: the CPU's allocator settings would keep a GPU host's memory for ever ----
+
+
+def test_a_process_has_the_settings_of_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in {**cli.CPU_ENV, **cli.CUDA_ENV}:
+        monkeypatch.delenv(name, raising=False)
+    for gpu in (False, True):
+        monkeypatch.setattr(cli, "gpu_visible", lambda gpu=gpu: gpu)
+        for device, on_gpu in (("cpu", False), ("cuda", True), ("auto", gpu)):
+            ours, others = (cli.CUDA_ENV, cli.CPU_ENV) if on_gpu else (cli.CPU_ENV, cli.CUDA_ENV)
+            found = cli.environment_of(device)
+            assert ours.items() <= found.items() and not others.keys() & found.keys()
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    assert cli.environment_of("cpu")["MALLOC_TOP_PAD_"] == "1"
+
+
+def test_where_a_command_computes_is_asked_of_its_option_its_config_and_the_machine() -> None:
+    config = SimpleNamespace(model=SimpleNamespace(device="cpu"))
+    assert cli._device_of(Namespace(device="cuda"), config) == "cuda"
+    assert cli._device_of(Namespace(device=None), config) == "cpu"
+    assert cli._device_of(Namespace(), None) == "auto"
+
+
+def test_a_gpu_is_seen_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for files in ([], [Path("/dev/nvidia0")]):
+        monkeypatch.setattr(machine.Path, "glob", lambda *_, files=files: iter(files))
+        assert machine.gpu_visible() == bool(files)
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert not machine.gpu_visible()
