@@ -478,6 +478,11 @@ def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
     return prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]
 
 
+def turns_of(prompt: Prompt | None) -> dict[str, Any]:
+    """``{"messages": ...}`` of a conversation, as it stands beside a prompt's text in files; empty for a text."""
+    return {} if prompt is None or isinstance(prompt, str) else {"messages": prompt_json(prompt)}
+
+
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one string, for comparing and showing."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m.role}: {m.content}" for m in prompt)
@@ -498,7 +503,7 @@ def summary_of(shape: str, accepted: int, reasons: Counter[str], aside: int, exa
     """The same from counts."""
     shown = f" ({_counted(reasons)})" if reasons else ""
     more = f", {examples:,} examples" if examples != accepted else ""
-    return f"{accepted + aside:,} rows ({shape}) = {accepted:,} accepted + {aside:,} quarantined{shown}{more}"
+    return f"{accepted + aside:,} rows ({shape}) = {accepted:,} accepted + {aside:,} kept aside{shown}{more}"
 
 
 def _counted(reasons: Counter[str]) -> str:
