@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penchant.base.files import PAGE, check_output, write_output
 from penchant.errors import ConfigError
 from penchant.requests import (
     CompareRequest,
@@ -16,7 +17,6 @@ from penchant.requests import (
     names_in,
     request_of,
     shows,
-    write_output,
 )
 
 if TYPE_CHECKING:
@@ -70,9 +70,10 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, q
     Raises:
         ConfigError, DataError, ModelError, CheckpointError: the user can fix it. TrainingStopped: NaN/Inf or a signal.
     """
+    from penchant.plan import misfit
     from penchant.runs import Run
 
-    return Run(as_config(config, overrides), quiet=quiet).train()
+    return Run(as_config(config, overrides), quiet=quiet, look=misfit).train()
 
 
 def plan(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, probe: bool = True) -> Plan:
@@ -211,7 +212,7 @@ def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Pat
     """
     from penchant.report.audit import render_audit
 
-    return write_output(path, render_audit(audit.to_json(), title))
+    return write_output(check_output(path, PAGE), render_audit(audit.to_json(), title))
 
 
 @shows(FixRequest)

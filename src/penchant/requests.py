@@ -66,21 +66,6 @@ def _plain(value: Any, several: bool) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def write_output(path: str | Path, text: str) -> Path:
-    """Write a text where a person wants it.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    file = Path(path).expanduser()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be written ({error.strerror})", "give another place") from error
-    return file
-
-
 # ---- `penchant eval` ----
 
 WRITES = "what the model writes"
@@ -127,6 +112,8 @@ class EvalRequest:
         Raises:
             ConfigError: it names the flag.
         """
+        from penchant.base.files import COMPLETIONS, FIGURES, check_output
+
         for flag, value, least in (
             ("--generate", self.generate, 1),
             ("--samples", self.samples, 1),
@@ -152,6 +139,11 @@ class EvalRequest:
                 raise ConfigError(flag, f"{path} is a folder", "give a file")
             if path is not None and not Path(path).expanduser().parent.is_dir():
                 raise ConfigError(flag, f"{Path(path).parent}: no such folder", "make it first, or give another file")
+            if path is not None:
+                read = (self.data, self.text, self.base, self.reference, self.reward, *self.also)
+                check_output(path, FIGURES if flag == "--output" else COMPLETIONS, read, flag)
+        if self.output is not None and self.output == self.samples_output:
+            raise ConfigError("--samples-output", "is the file of --output", "give another name")
 
     def settings(self) -> dict[str, Any]:
         """What the figures depend on, apart from model and rows, for the log."""

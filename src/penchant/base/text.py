@@ -108,9 +108,32 @@ def columns(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def closest(word: str, names: Iterable[str]) -> str:
-    """The name that is most like a word; empty where none is."""
-    return next(iter(difflib.get_close_matches(word, list(names), 1)), "")
+def counted(n: float, one: str, many: str = "") -> str:
+    """``1 run``, ``1,200 runs``."""
+    return f"{n:,.0f} {one if n == 1 else many or one + 's'}"
+
+
+def closest(word: str, names: Iterable[str], least: float = 0.6) -> str:
+    """The name that is most like a word; empty where none is.
+
+    Args:
+        least: likeness that a name must have, in [0, 1]; one with two letters swapped (dop, dpo) comes first.
+    """
+    there = list(names)
+    same = [n for n in there if sorted(n.lower()) == sorted(word.lower())]
+    swapped = [n for n in same if sum(a != b for a, b in zip(n.lower(), word.lower(), strict=True)) <= 2]
+    return next(iter(swapped or difflib.get_close_matches(word, there, 1, least)), "")
+
+
+def closest_file(path: Path, names: Iterable[str] | None = None) -> str:
+    """The path beside `path`, or among `names` there, that may be meant: one with another ending, or with a stem that is much like it."""
+    if names is None:
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    stems: dict[str, str] = {}
+    for name in sorted(names):
+        stems.setdefault(Path(name.removesuffix(".gz")).stem, name)
+    near = closest(Path(path.name.removesuffix(".gz")).stem, stems, 0.65)
+    return str(path.parent / stems[near]) if near else ""
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
@@ -123,7 +146,7 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
 
 SECRET_NAMES = re.compile(r"TOKEN|API_?KEY|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
 SHORTEST = 6  # shorter values are words of the text as often as not
-IN_A_URL = re.compile(r"""(?<=://)[^/\s"'<>]+@""")
+IN_A_URL = re.compile(r"""(:/{1,2})[^/\s"'<>]+@""")  # one slash: of a URL that was taken for a path
 IN_A_QUERY = re.compile(r"""(?i)\b((?:api_?key|access_token|token|password|signature)=)[^&\s"'<>\\]+""")
 BEARER = re.compile(
     r"\b((?i:bearer))\s+[A-Za-z0-9._~+/=-]{10,}|\b((?i:basic))\s+(?=\w*(?:[0-9=]|[a-z][A-Z]))[A-Za-z0-9+/=]{8,}"
@@ -146,7 +169,7 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 def without_passwords(text: str) -> str:
     """`text` without what URLs in it hold of user names, passwords and keys."""
-    return IN_A_QUERY.sub(rf"\1{HIDDEN}", IN_A_URL.sub(f"{HIDDEN}@", text))
+    return IN_A_QUERY.sub(rf"\1{HIDDEN}", IN_A_URL.sub(rf"\1{HIDDEN}@", text))
 
 
 def one_line(text: str, longest: int = 300) -> str:

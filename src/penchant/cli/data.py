@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from penchant.cli.arguments import add_arguments, add_columns, column_pairs, options_of
-from penchant.requests import FixRequest, GetRequest, write_output
+from penchant.requests import FixRequest, GetRequest
 
 
 def add(commands: Any) -> None:
@@ -136,6 +136,7 @@ def _add_audit(verbs: Any) -> None:
     audit.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or to the terminal if none is given"
     )
+    audit.add_argument("--all", action="store_true", help="show every count, also of what is in order, and lengths")
     audit.add_argument("--html", metavar="FILE", help="also write an HTML page")
     audit.set_defaults(handler=_audit)
 
@@ -144,6 +145,7 @@ def _audit(args: argparse.Namespace) -> int:
     import json
 
     from penchant import api
+    from penchant.base.files import AUDITED, PAGE, check_output, write_output
     from penchant.errors import ConfigError
 
     paths = list(args.paths)
@@ -151,6 +153,10 @@ def _audit(args: argparse.Namespace) -> int:
         paths, args.json = [*paths, args.json], "-"  # it stood behind a bare --json
     if not paths and not args.split:
         raise ConfigError("data audit", "no file is given", "give a CONFIG.yaml, data files or --split NAME=FILE")
+    reads = (*paths, *_splits(args.split).values(), args.reward, args.check)
+    for path, ours in ((args.json, AUDITED), (args.html, PAGE)):
+        if path not in (None, "-"):
+            check_output(path, ours, reads)
     if paths and paths[0].endswith(YAML):
         for name, key in (("split", "eval_path"), ("limit", "limit"), ("columns", "columns")):
             if getattr(args, name):
@@ -176,7 +182,7 @@ def _audit(args: argparse.Namespace) -> int:
         return 0
     if args.json:
         print(f"written: {write_output(args.json, as_json)}", file=sys.stderr)
-    print(result.to_text())
+    print(result.to_text(whole=args.all))
     return 0
 
 

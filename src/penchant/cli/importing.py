@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     """Translate, write, and say what became of every key (on stderr where the config is printed)."""
     from pathlib import Path
 
+    from penchant.base.files import check_output, write_output
     from penchant.errors import ConfigError
     from penchant.importers import import_config
-    from penchant.requests import write_output
 
     made = import_config(args.config, args.source, args.method, args.devices, args.overrides)
     if args.strict and made.unsupported:
@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         print(made.text, file=sys.stderr)
         print(made.yaml, end="")
         return 0
+    check_output(args.output, "[\\s\\S]", [args.config])
     if Path(args.output).exists() and not args.force:
         raise ConfigError(args.output, "is there already", "give another name, or --force")
     path = write_output(args.output, made.yaml)

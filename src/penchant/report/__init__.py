@@ -6,18 +6,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from penchant.base.files import write_text_atomically
-from penchant.errors import CheckpointError
+from penchant.base.files import PAGE, check_output, write_output
+from penchant.errors import CheckpointError, ConfigError
 from penchant.report.data import ReportData, read_report
 from penchant.report.page import render
+from penchant.report.verdict import headline as first_sentence
 from penchant.runfolder import REPORT
 
-__all__ = ["LiveReport", "write_report"]
+__all__ = ["LiveReport", "headline", "write_report"]
 
 
 # ---- Write a report: one HTML file that can be read offline, with nothing in it that could call home ----
-
-MARK = '<meta name="generator" content="penchant">'
 
 
 def write_report(
@@ -30,31 +29,34 @@ def write_report(
         strict: whether a part that cannot be made raises, rather than saying so on the page.
 
     Raises:
-        CheckpointError: a path does not exist or holds nothing of Penchant's, or the file cannot be written.
+        CheckpointError: a path does not exist or holds nothing of Penchant's, or the file cannot be written or is another's.
     """
     folders = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
     data = read_report(folders, time.time())
     target = _target(data, output)
     text = render(data, strict=strict)
     try:
-        write_text_atomically(target, text)  # a page that loads itself anew never sees half of one
-    except OSError as error:
-        raise CheckpointError(
-            str(target), f"cannot be written ({error.strerror})", "choose another --output"
-        ) from error
-    return target
+        if not target.parent.is_dir():
+            raise ConfigError(str(target), "cannot be written (its folder does not exist)")
+        return write_output(target, text)  # a page that loads itself anew never sees half of one
+    except ConfigError as error:
+        raise CheckpointError(error.where, error.what, "choose another --output") from error
+
+
+def headline(run: Path) -> str:
+    """What the report of a run's folder says first, in plain text."""
+    return first_sentence(read_report([run], time.time()))
 
 
 def _target(data: ReportData, output: Path | str | None) -> Path:
-    if output is not None:
-        target = Path(output).expanduser()
-        return target / REPORT if target.is_dir() else target
-    if len(data.paths) == 1:
-        return data.paths[0] / REPORT
-    target = Path.cwd() / REPORT
-    if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace")[:2000]:
-        raise CheckpointError(str(target), "is there already, and is not a report that Penchant wrote", "give --output")
-    return target
+    folder = Path.cwd() if len(data.paths) > 1 else data.paths[0]
+    target = folder if output is None else Path(output).expanduser()
+    target = target / REPORT if target.is_dir() else target
+    try:
+        return check_output(target, PAGE)
+    except ConfigError as error:
+        what = "is there already, and is not a report that Penchant wrote"
+        raise CheckpointError(str(target), what, "give another --output") from error
 
 
 # ---- The report of something that still goes on, written now and then, and never at the cost of it ----
