@@ -170,7 +170,6 @@ def test_the_nearest_file_is_told_by_its_stem(tmp_path: Path) -> None:
     [
         ({"prompt": "quesiton"}, r'no such column; did you mean "question"\? there are bad, good, question'),
         ({"promt": "question"}, r'none of our fields; did you mean "prompt"'),
-        ({"prompt": "question", "chosen": "good", "rejected": "bad", "mood": "bad"}, "does not read"),
     ],
 )
 def test_a_slip_in_data_columns_is_named(columns: dict[str, str], match: str, tmp_path: Path) -> None:
