@@ -201,8 +201,10 @@ def test_judged_answers_are_no_demonstrations(tmp_path: Path, row: dict[str, Any
     for options in {}, {"turns": "every"}:
         if options and not {"messages", "conversations"} & row.keys():
             continue
+        layouts = {"messages": "messages", "conversations": "sharegpt", "instruction": "alpaca", "prompt": "sft"}
+        layout = next(layouts[name] for name in row if name in layouts)
         with pytest.raises(DataError, match="judges the answer"):
-            load_preferences(written(tmp_path, row), layout_options=options)
+            load_preferences(written(tmp_path, row), shape=layout, layout_options=options)
 
 
 def test_thumbs_are_labels_and_a_judgement_can_be_set_aside(tmp_path: Path) -> None:

@@ -209,6 +209,29 @@ def test_a_changed_input_is_refused_by_name(world: Callable[[str], World], kind:
     assert "put" in str(met.value) or name == "pairs.jsonl"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FILES)
+def test_any_bit_of_any_input(world: Callable[[str], World], kind: str) -> None:
+    """Refused by a sentence that names where it is, or nothing was changed that the run depends on."""
+    made = world(kind)
+    outputs = ("run", "cache")
+    files = [p.relative_to(made.kept) for p in sorted(made.kept.rglob("*")) if p.is_file() and p.stat().st_size]
+    went_on = []
+    for name in files:
+        if name.parts[0] in outputs:
+            continue
+        for at in (0.0, 0.13, 0.5, 0.77, 0.999):
+            flip(made.fresh() / name, at, bit=int(at * 7))
+            try:
+                made.resume()
+            except PenchantError as error:
+                told = str(error)
+                assert name.name in told or name.parts[0] in told or "is not UTF-8" in told, (name, at, told)
+            except Stopped:
+                went_on.append((str(name), at))
+    assert not went_on
+
+
 @pytest.mark.parametrize("kind", FILES)
 def test_the_same_inputs_go_on(world: Callable[[str], World], kind: str) -> None:
     world(kind).fresh()

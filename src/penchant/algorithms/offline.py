@@ -192,6 +192,11 @@ class Offline(Algorithm):
             for name, (values, weights) in out.summands().items()
         }
 
+    def columns(self, batch: PackedBatch) -> Mapping[str, Tensor]:
+        if "reference" in self.needs and isinstance(self.reference, references.CachedReference):
+            return self.reference.columns(batch, tokens="shared_logps" in self.needs)
+        return {}
+
     def score(self, batch: PackedBatch) -> Scored:
         # the reference first: its activations are gone before the policy's are made
         needs, reference, per_completion = self.needs, self.reference, logprobs.per_completion

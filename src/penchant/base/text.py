@@ -108,6 +108,11 @@ def columns(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def counted(n: float, one: str, many: str = "") -> str:
+    """``1 run``, ``1,200 runs``."""
+    return f"{n:,.0f} {one if n == 1 else many or one + 's'}"
+
+
 def closest(word: str, names: Iterable[str], least: float = 0.6) -> str:
     """The name that is most like a word; empty where none is.
 

@@ -180,7 +180,8 @@ def default_settings() -> dict[str, Any]:
         section = info.annotation
         if isinstance(section, type) and issubclass(section, Section):
             fields = section.model_fields.items()
-            defaults[name] = {f: i.get_default(call_default_factory=True) for f, i in fields if not i.is_required()}
+            known = {f: i.get_default(call_default_factory=True) for f, i in fields if not i.is_required()}
+            defaults[name] = {f: v.model_dump() if isinstance(v, Section) else v for f, v in known.items()}
     return defaults
 
 

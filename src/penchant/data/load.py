@@ -350,7 +350,7 @@ class Stream:
         first = list(itertools.islice(stream, FIRST_ROWS))
         _check_columns(first, name, columns or {})
         if not named:
-            shape, self.detection, columns = detected(first, name, columns or {})
+            shape, self.detection, columns = detected(first, name, columns or {}, layout_options or {})
         stream = itertools.chain(first, stream)
         layout = layout_named(shape)
         options = layout.settings(layout_options or {})
@@ -438,7 +438,7 @@ def _map_it(ours: str, theirs: str) -> str:
 
 
 def detected(
-    first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]
+    first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str], options: Mapping[str, Any]
 ) -> tuple[str, Detection, Mapping[str, str]]:
     """The layout of the first rows, and which columns are read under our names: those given, or others that are known.
 
@@ -449,7 +449,7 @@ def detected(
     found = detect(rows)
     taken = other_names(rows) if not found.how and (not found.layout or LAYOUTS[found.layout].kind == "sft") else {}
     if found.layout:  # only a word about the answer makes it another layout
-        taken = {ours: theirs for ours, theirs in taken.items() if ours == "label"}
+        taken = {ours: theirs for ours, theirs in taken.items() if ours == "label" and not options}
     other = detect(renamed(row, taken) for row in rows) if taken else found
     if taken and other.layout and LAYOUTS[other.layout].kind in ("sft", "unpaired", "scored"):
         said = ", ".join(f'"{theirs}" is read as {ours}' for ours, theirs in taken.items())
@@ -498,6 +498,11 @@ def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
     return prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]
 
 
+def turns_of(prompt: Prompt | None) -> dict[str, Any]:
+    """``{"messages": ...}`` of a conversation, as it stands beside a prompt's text in files; empty for a text."""
+    return {} if prompt is None or isinstance(prompt, str) else {"messages": prompt_json(prompt)}
+
+
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one string, for comparing and showing."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m.role}: {m.content}" for m in prompt)
@@ -518,7 +523,7 @@ def summary_of(shape: str, accepted: int, reasons: Counter[str], aside: int, exa
     """The same from counts."""
     shown = f" ({_counted(reasons)})" if reasons else ""
     more = f", {examples:,} examples" if examples != accepted else ""
-    return f"{accepted + aside:,} rows ({shape}) = {accepted:,} accepted + {aside:,} quarantined{shown}{more}"
+    return f"{accepted + aside:,} rows ({shape}) = {accepted:,} accepted + {aside:,} kept aside{shown}{more}"
 
 
 def _counted(reasons: Counter[str]) -> str:

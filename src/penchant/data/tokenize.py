@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from penchant.base.text import counted
 from penchant.data.layouts import RowError
 from penchant.data.load import IDENTICAL, Dataset, Quarantined, prompt_json, prompt_text
 from penchant.data.mapped import StoredTokens
@@ -68,17 +69,18 @@ class TokenizedDataset:
         trees = self.trees
         tokens = trees.total if isinstance(trees, StoredTokens) else sum(t.shared_tokens for t in trees)
         parts = [
-            f"{self.total:,} rows = {self.accepted:,} tokenized + {len(self.quarantined):,} quarantined",
+            f"{self.total:,} rows = {self.accepted:,} tokenized + {len(self.quarantined):,} kept aside",
             f"{tokens:,} tokens",
         ]
         if self.split_documents:
-            parts.append(f"{self.split_documents:,} long documents split into chunks")
+            parts.append(f"{counted(self.split_documents, 'long document')} split into chunks")
         if self.moved_prompts:
-            parts.append(f"{self.moved_prompts:,} prompts that the template renders differently once an answer follows")
+            moved = counted(self.moved_prompts, "prompt")
+            parts.append(f"{moved} that the template renders differently once an answer follows")
         if self.cut_prompts:
-            parts.append(f"{len(self.cut_prompts):,} prompts lost their start")
+            parts.append(f"{counted(len(self.cut_prompts), 'prompt')} without the start (cut)")
         if self.cut_completions:
-            parts.append(f"{len(self.cut_completions):,} rows have a cut completion (no EOS)")
+            parts.append(f"{counted(len(self.cut_completions), 'row')} with a cut answer (no EOS)")
         return f"{self.template} template: " + ", ".join(parts)
 
 

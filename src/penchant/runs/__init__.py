@@ -22,7 +22,7 @@ from penchant.data.templates import DATE, uses_chat, writes_date
 from penchant.errors import CheckpointError, ConfigError, DiskError, PenchantError
 from penchant.logprobs.reference import Reference
 from penchant.metrics.completions import START_FILE
-from penchant.metrics.flags import write_flags
+from penchant.metrics.flags import run_flags, summary, write_flags
 from penchant.metrics.flags.rule import Flag
 from penchant.models.options import check_model_path
 from penchant.rewards.reward_model import reward_writes_date
@@ -93,6 +93,7 @@ class Run:
         shared: keeps what other runs of this process can use as it is; it changes no figure.
         pause_at: an optimizer step at which training pauses, see `Loop`; a later call goes on from there.
         console: where progress goes, in place of the terminal; tokenizer: in place of the config's; rows: in place of those it would read.
+        look: says before the first model is loaded what stands against training, see `penchant.plan.misfit`.
         cache: False leaves the files of a cached reference alone: it is computed anew.
     """
 
@@ -109,6 +110,7 @@ class Run:
         tokenizer: Any = None,
         rows: Rows | None = None,
         cache: bool = True,
+        look: Callable[[Run], str | None] | None = None,
     ) -> None:
         self.console = make_console(quiet) if console is None else console
         settled_config = settled(with_absolute_paths(config), self.console.note, merge=self.merges)
@@ -118,7 +120,7 @@ class Run:
         self.shared = Alone() if shared is None else shared
         self.device, self.dtype = placed(config)
         self.rows = Rows(config, self.shared, self.console, tokenizer) if rows is None else rows
-        self.pause_at, self.cache = pause_at, cache
+        self.pause_at, self.cache, self.look = pause_at, cache, look
 
     # ---- what is made of the config, once ---------------------------------------------------------------------------
 
@@ -166,6 +168,7 @@ class Run:
             for note in open_run(self.folder, dump_config(self.config), identity, self._defaults(), tokens):
                 self.console.note(note)
             self._write_rows()
+            self._look()
             anew = latest_checkpoint(self.folder)[0] is None
             start = self.folder / START_FILE
             if anew:  # what another start wrote is not this one's
@@ -255,8 +258,22 @@ class Run:
                 self.console.note(f"{name}: {tokenized.summary()}")
                 with self._spared(f"quarantine.{name}.tokens.jsonl"):
                     write_quarantine(tokenized.quarantined, self.folder, f"{name}.tokens")
+        audit = rows.audit().to_json()
         with self._spared(AUDIT):
-            keep(self.folder / AUDIT, json.dumps(rows.audit().to_json(), indent=1))
+            keep(self.folder / AUDIT, json.dumps(audit, indent=1))
+        if said := summary(run_flags((), self.config.model_dump(mode="json"), audit, trust=self.config.trust)):
+            self.console.note(said)
+
+    def _look(self) -> None:
+        """Ask whether the run will fit; whoever cannot tell stops nothing."""
+        if self.look is None:
+            return
+        try:
+            said = self.look(self)
+        except Exception:  # an outline that cannot be made: the run itself will say why, or train
+            said = None
+        if said:
+            self.console.note(said)
 
     def _check_space(self) -> None:
         """Say before the first step that the checkpoints will not fit.

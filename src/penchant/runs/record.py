@@ -21,11 +21,13 @@ from penchant.base.machine import cores
 from penchant.base.text import redact, without_passwords
 from penchant.config import WATCHING_ONLY, RunConfig
 from penchant.data.cached import AUTO_BYTES, hashes_of
+from penchant.data.load import turns_of
 from penchant.logprobs.reference import hash_trees
 from penchant.rewards.reward_model import content_sha256, contents_beside
 from penchant.runfolder import CONTENT, IDENTITY, TOKENS, is_whole, keep
 from penchant.runfolder.read import read
 from penchant.runs.sharing import Alone
+from penchant.types import Prompt
 
 if TYPE_CHECKING:
     from penchant.runs.parts import Built
@@ -89,7 +91,8 @@ def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[s
     settings = config.model_dump(mode="json")
     for section in WATCHING_ONLY:
         settings.pop(section, None)
-    settings["data"].pop("cache", None)  # it changes no row
+    for name in ("cache", "bounds"):  # they change no row that is read
+        settings["data"].pop(name, None)
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
         settings["algorithm"].pop("value_init")  # older runs do not have it
     return json.loads(without_passwords(json.dumps({"config": settings, "data": fingerprints, **contents})))
@@ -259,7 +262,8 @@ def write_samples(
 
     config = rows.config
     count, longest = config.evaluation.samples, config.evaluation.sample_tokens
-    prompts = [t.prompt_ids.tolist() for t in (rows.trees[1] or rows.trees[0])[:count]]
+    trees = (rows.trees[1] or rows.trees[0])[:count]
+    prompts = [t.prompt_ids.tolist() for t in trees]
     model.eval()
 
     def write() -> list[str]:
@@ -267,19 +271,32 @@ def write_samples(
 
     asked = ("answers", key, rows.key, bool(rows.trees[1]), count, longest)
     texts = write() if key is None else shared.once(asked, write)
+    turns = _turns(rows, [t.source for t in trees])
     found = [
-        {"prompt": rows.tokenizer.decode(p, skip_special_tokens=True), "completion": c}
-        for p, c in zip(prompts, texts, strict=True)
+        {"prompt": rows.tokenizer.decode(p, skip_special_tokens=True), **more, "completion": c}
+        for p, more, c in zip(prompts, turns, texts, strict=True)
     ]
     with spared(path, say):
         keep(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found))
     return found
 
 
+def _turns(rows: Rows, sources: Sequence[str]) -> list[dict[str, Any]]:
+    """``{"messages": ...}`` of each prompt that is a conversation, as its row has it; empty for a text."""
+    dataset, wanted = rows.datasets[1] if rows.trees[1] else rows.datasets[0], set(sources)
+    found: dict[str, Prompt] = {}
+    for tree in dataset.trees if dataset is not None else ():
+        if len(found) == len(wanted):
+            break
+        if tree.source in wanted:
+            found.setdefault(tree.source, tree.prompt)
+    return [turns_of(found.get(source, "")) for source in sources]
+
+
 def join_samples(path: Path, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
     """samples.jsonl: each prompt with its completion before and after training."""
     rows = [
-        {"prompt": a["prompt"], "before": b["completion"], "after": a["completion"]}
+        {**{k: v for k, v in a.items() if k != "completion"}, "before": b["completion"], "after": a["completion"]}
         for b, a in zip(before, after, strict=False)
     ]
     keep(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
