@@ -155,7 +155,8 @@ def test_the_nearest_name(word: str, names: list[str], found: str) -> None:
 
 
 def test_the_nearest_file_is_told_by_its_stem(tmp_path: Path) -> None:
-    names = ["rewards.jsonl", "train.jsonl.gz", "b.yaml"]
+    names = ["pairs.csv", "pairs.jsonl", "rewards.jsonl", "train.jsonl.gz", "b.yaml"]
+    assert closest_file(tmp_path / "pair.jsonl", names) == str(tmp_path / "pairs.jsonl")
     for given, found in (
         ("train.jsonl", "train.jsonl.gz"),
         ("trian.jsonl", "train.jsonl.gz"),
