@@ -21,8 +21,10 @@ def test_the_docs_page_is_what_the_command_prints() -> None:
 def test_every_default_of_the_schema_is_there() -> None:
     for section, values in default_settings().items():
         if isinstance(values, dict):
-            for name in values:
-                assert f"{section}.{name}" in KEYS, f"{section}.{name} is on no page"
+            for name, value in values.items():
+                names = [f"{name}.{n}" for n in value] if f"{section}.{name}" == "data.bounds" else [name]
+                for n in names:
+                    assert f"{section}.{n}" in KEYS, f"{section}.{n} is on no page"
     assert KEYS["train.warmup_fraction"].default == "0.1"
     assert KEYS["train.warmup_fraction"].takes == "number, >= 0, < 1"
     assert KEYS["model.path"].default == "required"

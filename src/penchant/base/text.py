@@ -130,7 +130,7 @@ def closest_file(path: Path, names: Iterable[str] | None = None) -> str:
     if names is None:
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     stems: dict[str, str] = {}
-    for name in sorted(names):
+    for name in sorted(names, key=lambda n: (Path(n).suffix != path.suffix, n)):
         stems.setdefault(Path(name.removesuffix(".gz")).stem, name)
     near = closest(Path(path.name.removesuffix(".gz")).stem, stems, 0.65)
     return str(path.parent / stems[near]) if near else ""

@@ -180,7 +180,8 @@ def _wanted(error: Any, path: tuple[str, ...]) -> str:
         return WANTED.get(kind, message)
     info = _fields_of(path).get(path[-1])
     limits = bounds(info) if info is not None else ""
-    wanted = f"a number {limits.replace(', ', ' and ') if ',' in limits else message}"
+    share = "," in limits and limits.endswith(("< 1", "<= 1"))
+    wanted = f"a number {limits.replace(', ', ' and ') if share else message}"
     optional = info is not None and type(None) in getattr(info.annotation, "__args__", ())
     return wanted + (", or null for none" if optional else "")
 

@@ -88,6 +88,7 @@ def _keys(section: type[BaseModel], prefix: str) -> tuple[Key, ...]:
     found = []
     for name, info in section.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            found += _keys(info.annotation, f"{prefix}{name}.")
             continue
         default = "required" if info.is_required() else as_yaml(info.get_default(call_default_factory=True))
         found.append(Key(prefix + (info.alias or name), takes(info), default, info.description or ""))

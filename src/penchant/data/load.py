@@ -17,7 +17,6 @@ from penchant.base.files import write_text_atomically
 from penchant.base.text import closest, printable
 from penchant.data.layouts import (
     LAYOUTS,
-    NAMES,
     Detection,
     Group,
     Layout,
@@ -357,9 +356,6 @@ class Stream:
         options = layout.settings(layout_options or {})
         values = [renamed(r.values, columns or {}) for r in first if isinstance(r, Row)]
         unused = [c for c in layout.unused(values, options) if c not in COUNTED]
-        for ours in (c for c in columns or () if c in unused):
-            what = f'data.columns has "{printable(ours)}", which the layout {shape} does not read'
-            raise DataError(name, what, f"leave it out, or give one of {', '.join(NAMES)}, or another data.shape")
         self.columns = Columns(unused=unused)
         self.shape, self.kind, self.grouped = shape, layout.kind_of(options), layout.group is not None
         if not named:
