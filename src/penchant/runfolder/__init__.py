@@ -258,10 +258,13 @@ def open_run(
         if found:
             shown = "".join(f"\n  {line}" for line in found)
             back = "put back what has changed, " if all(line.startswith((CONTENT, "data: ")) for line in found) else ""
+            longer = all(line.startswith("config.train.") for line in found)
+            last = checkpoints(folder)[-1] / "model" if longer else ""
+            on = f"to train on from its last checkpoint, set model.path={last} and another output; " if longer else ""
             raise CheckpointError(
                 str(folder),
-                f"holds checkpoints of a different run; old -> new:{shown}\n",
-                f"{back}choose another output, or delete the folder to start over",
+                "holds checkpoints of a different run",
+                f"{back}choose another output, or delete the folder to start over; {on}old -> new:{shown}",
             )
     new = [key for key in mine if theirs is not None and key.startswith(CONTENT) and key not in theirs]
     if new:

@@ -191,13 +191,14 @@ def write_manifest(
     steps: tuple[int, int],
     status: str,
     why: str | None,
+    lr: float,
 ) -> None:
     """What the run is made of and how far it came.
 
     Args:
         sha256: of the weights before training; started: seconds since the epoch; seconds: of all sessions;
             steps: (done, of the whole run).
-        status: running, finished, paused, interrupted or stopped; why: where it did not come to its end.
+        status: running, finished, paused, interrupted or stopped; why: where it did not come to its end; lr: the peak.
     """
     config, parts = built.parts.config, built.parts
     data: dict[str, Any] = {
@@ -223,6 +224,7 @@ def write_manifest(
         **({"why": redact(why)} if why is not None else {}),
         "seed": config.train.seed,
         "loss": config.method.name,
+        "peak_lr": lr,
         "model": {
             "path": config.model.path,
             "sha256": sha256,
