@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from penchant import cli
 from penchant.algorithms.group import GroupConfig, GroupPolicyGradient, ScoredTokens
 from penchant.algorithms.offline import Component, Offline
+from penchant.algorithms.rollouts import Group
 from penchant.base import machine
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer, per_completion
-from penchant.logprobs.reference import LiveReference
+from penchant.logprobs.reference import CachedReference, LiveReference
 from penchant.losses import LOSSES
 from penchant.models.tree_attention import tree_layout
 from penchant.training import loop as loop_module
@@ -217,6 +218,53 @@ def test_a_step_waits_for_the_device_once(name: str, nll: float, tmp_path: Path,
     loop = loop_on(META, tmp_path, name, nll_weight=nll)
     loop.take_step(1, loop.schedule)
     assert len(reads) == 1 and len(loop._micro_batches(loop.trees)) > 1
+
+
+# ---- what a step needs is on its way before it is needed ----
+
+
+def test_batches_that_are_packed_ahead_train_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[int] = []
+    final = []
+    real = loop_module._in_background
+    monkeypatch.setattr(loop_module, "_in_background", lambda make: packed.append(1) or real(make))
+    for ahead in (False, True):
+        monkeypatch.setattr(loop_module, "packs_ahead", lambda _device, ahead=ahead: ahead)
+        loop = loop_on(CPU, tmp_path, "dpo")
+        loop.start_tolerance = None
+        loop.train = loop.train.model_copy(update={"batch_size": 2, "epochs": 2.0})
+        lines = [loop.take_step(step, loop.schedule)[0] for step in range(6)]
+        final.append((lines, torch.cat([p.detach().flatten() for p in loop.model.parameters()])))
+    assert len(packed) == 5 and final[0][0] == final[1][0] and torch.equal(final[0][1], final[1][1])
+
+
+def test_what_fails_in_the_background_is_raised_where_it_is_needed() -> None:
+    with pytest.raises(KeyError, match="lost"):
+        loop_module._in_background(lambda: {}["lost"])()
+
+
+def test_cached_log_probs_come_with_the_batch() -> None:
+    algorithm, trees = offline("dpo"), some_pairs(3)
+    cached = CachedReference({t.row: torch.tensor([float(t.row), 0.0]) for t in trees})
+    algorithm.reference, batch = cached, pack(trees)
+    batch.columns |= algorithm.columns(batch)
+    there = batch.to(META)
+    assert there.columns["ref_logps"].device == META and cached.logps(there) is there.columns["ref_logps"]
+    assert cached.logps(batch).tolist() == [0.0, 0.0, 1.0, 0.0, 2.0, 0.0]
+
+
+def test_what_rollouts_know_comes_with_the_batch() -> None:
+    method = GroupPolicyGradient(None, None, None, GroupConfig(name="grpo", max_new_tokens=4), 64)  # type: ignore[arg-type]
+    trees = some_pairs(3)
+    groups = [Group(t, torch.zeros(2), (), {"advantages": torch.tensor([1.0, -1.0]) * t.row}) for t in trees]
+    method._by_row = {g.tree.row: g for g in groups}
+    batch = pack(trees[1:])
+    batch.columns |= method.columns(batch)
+    there = batch.to(META)
+    assert (
+        method.extra(there, "advantages") is there.columns["advantages"] and there.columns["advantages"].device == META
+    )
+    assert method.extra(batch, "advantages").tolist() == [1.0, -1.0, 2.0, -2.0]
 
 
 # ---- how a GPU computes: deterministic in the step and not where completions are sampled; TF32 only where it is asked for ----

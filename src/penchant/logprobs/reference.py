@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from penchant.base.files import spared, sweep, written_aside
+from penchant.base.machine import moved
 from penchant.data.mapped import StoredTokens
 from penchant.data.packing import batches_of
 from penchant.logprobs import CompletionLogps, Scorer
@@ -135,17 +136,29 @@ class MovingReference(LiveReference):
 
 @dataclass(slots=True)
 class CachedReference:
-    """Reference log-probs by data set row: of completions, and of their tokens where those were asked for."""
+    """Reference log-probs by data set row: of completions, and of their tokens where those were asked for.
+
+    Where a batch brings them along (`columns`), they are on its device already.
+    """
 
     by_row: Mapping[int, Tensor]
     tokens_by_row: Mapping[int, Tensor] = field(default_factory=dict)
     exact: bool = False
 
     def logps(self, batch: PackedBatch) -> Tensor:
-        return torch.cat([self.by_row[row] for row in batch.rows]).to(batch.input_ids.device)
+        return self._of(batch, "ref_logps", self.by_row)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        return torch.cat([self.tokens_by_row[row] for row in batch.rows]).to(batch.input_ids.device)
+        return self._of(batch, "ref_token_logps", self.tokens_by_row)
+
+    def columns(self, batch: PackedBatch, *, tokens: bool) -> dict[str, Tensor]:
+        """What a batch on the CPU is to bring along."""
+        return {"ref_token_logps": self.token_logps(batch)} if tokens else {"ref_logps": self.logps(batch)}
+
+    def _of(self, batch: PackedBatch, name: str, by_row: Mapping[int, Tensor]) -> Tensor:
+        if name in batch.columns:
+            return batch.columns[name]
+        return moved(torch.cat([by_row[row] for row in batch.rows]), batch.input_ids.device)
 
 
 def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, tokenizer: str, template: str) -> str:

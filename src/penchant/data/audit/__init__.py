@@ -239,7 +239,7 @@ def audit_files(
                 first = first or aside
     if auditor is None or not auditor.examples:
         at, what, fix = (first.where, first.what, first.how) if first else (", ".join(splits) or "audit", "no rows", "")
-        raise DataError(at, f"{what}; no row of the file could be used", fix or "give files with rows")
+        raise DataError(at, f"{what}; no row could be used", fix or "give files with rows")
     return auditor.result(dict(leakage.findings()), {}, "\n".join(layouts))
 
 
