@@ -84,8 +84,10 @@ def metric(name: str) -> Metric:
 TIES = {"rewards/accuracies": "rewards/ties", "win_rate": "win_rate/ties"}
 
 
-def with_k3(line: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_k3(line: Any) -> Mapping[str, Any]:
     """A metrics line, or a compared model's figures, with the KL that is shown: of an older version its k1, unless that is below zero."""
+    if not isinstance(line, Mapping):
+        return {}
     for k1, k3 in (("eval/kl/policy_ref", "eval/kl/k3"), ("kl/policy_ref", "kl/k3"), ("kl", "kl_k3")):
         if k3 not in line and (num(line, k1) or 0.0) > 0:
             line = {**line, k3: line[k1], f"{k3}/ci": line.get(f"{k1}/ci")}
