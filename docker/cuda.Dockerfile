@@ -13,6 +13,10 @@ ENV PYTHONUNBUFFERED=1 \
     VIRTUAL_ENV=/opt/penchant \
     PATH=/opt/penchant/bin:$PATH
 
+# Triton builds its launchers with a C compiler when a kernel is first used
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+
 # a user without rights, and folders that it may write to
 RUN useradd --create-home --uid 1000 penchant && mkdir -p /workspace /home/penchant/.cache && chown -R penchant:penchant /workspace /home/penchant
 

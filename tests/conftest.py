@@ -121,7 +121,8 @@ def _models_are_read_once() -> Iterator[None]:
         if not KEEPS["models"] or not files or sum(p.stat().st_size for p in files) > 1e6:
             return real_load(cfg, path, device, seed)
         rest = (cfg.model_dump_json(exclude={"path", "tokenizer"}), str(device), seed if cfg.init == "random" else None)
-        key = hashlib.sha256(repr((*rest, *((p.name, p.read_bytes()) for p in files))).encode()).hexdigest()
+        sums = [(p.name, hashlib.sha256(p.read_bytes()).digest()) for p in files]
+        key = hashlib.sha256(repr((rest, sums)).encode()).hexdigest()
         if key not in kept:
             before, model = torch.get_rng_state(), real_load(cfg, path, device, seed)
             after = torch.get_rng_state()

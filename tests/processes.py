@@ -4,10 +4,42 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
+from typing import Any
+
+
+class ForkedPython:
+    """`subprocess.Popen([python, "-m", MODULE, ...], text=True)` with pipes for input and output, as a fork of this process."""
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], **_: Any) -> None:
+        _, minus_m, module, *arguments = command
+        assert minus_m == "-m"
+        (its_input, to_it), (from_it, its_output) = os.pipe(), os.pipe()
+
+        def child() -> None:
+            for descriptor in (to_it, from_it):
+                os.close(descriptor)  # else its input would never end
+            os.setsid()
+            os.environ.update(env)
+            sys.argv = [module, *arguments]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+        self.process = forked(child, [its_input, its_output, 2])
+        for descriptor in (its_input, its_output):
+            os.close(descriptor)
+        self.stdin, self.stdout = os.fdopen(to_it, "w"), os.fdopen(from_it)
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.returncode
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
 
 
 def forked(call: Callable[[], object], streams: Sequence[int] = ()) -> BaseProcess:

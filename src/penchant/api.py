@@ -70,9 +70,10 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, q
     Raises:
         ConfigError, DataError, ModelError, CheckpointError: the user can fix it. TrainingStopped: NaN/Inf or a signal.
     """
+    from penchant.plan import misfit
     from penchant.runs import Run
 
-    return Run(as_config(config, overrides), quiet=quiet).train()
+    return Run(as_config(config, overrides), quiet=quiet, look=misfit).train()
 
 
 def plan(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, probe: bool = True) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -114,6 +114,9 @@ class PackedBatch:
     labels: Tensor | None = None  # (C,) fp32, 1 or 0; None where a completion has none
     scores: Tensor | None = None  # (C,) fp32; None where a completion has none
     pairs: bool = False  # every tree has exactly two completions, so slots are 0, 1, 0, 1, ...
+    columns: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # what an algorithm knows of it beforehand (`Algorithm.columns`)
     cache: dict[str, object] = field(default_factory=dict)  # layouts derived from `segments`, built once per batch
 
     @property
@@ -126,14 +129,19 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The batch on a device; layouts are built anew there."""
-        if self.input_ids.device == device:
-            return self
-        there = {
-            f.name: moved(v, device) if hasattr(v := getattr(self, f.name), "to") else v
+        return self if self.input_ids.device == device else self._with(lambda t: moved(t, device))
+
+    def pinned(self) -> PackedBatch:
+        """The batch in memory that a GPU copies from while it computes."""
+        return self._with(lambda t: t.pin_memory())
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        changed: dict[str, Any] = {
+            f.name: change(v) if hasattr(v := getattr(self, f.name), "to") else v
             for f in fields(self)
-            if f.name != "cache"
+            if f.name not in ("cache", "columns")
         }
-        return PackedBatch(**there)
+        return PackedBatch(**changed, columns={name: change(v) for name, v in self.columns.items()})
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -239,7 +247,8 @@ class Scored:
                 columns[f.name] = None if any(v is None for v in values) else all(values)
             else:
                 columns[f.name] = None if any(v is None for v in values) else torch.cat(values)
-        trees, offset = [], 0
+        trees: list[Tensor] = []
+        offset: Tensor | int = 0
         for p in parts:  # an offset is a tensor from the second part on: the device is not asked for it
             trees.append(p.tree + offset)
             offset = trees[-1][-1:] + 1 if len(p.tree) else offset
@@ -283,6 +292,10 @@ class Algorithm(Protocol):
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
         """The batch's part of each term's denominator, known before its forward pass."""
         ...
+
+    def columns(self, batch: PackedBatch) -> Mapping[str, Tensor]:
+        """What `score` takes from the CPU (stored log-probs, advantages): it goes to the device with the batch, as `batch.columns`."""
+        return {}
 
     def score(self, batch: PackedBatch) -> Any:
         """The forward pass: what `loss` takes (a `Scored` for losses over completions)."""

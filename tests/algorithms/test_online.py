@@ -198,8 +198,12 @@ SEVERAL_UPDATES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(
-    "name,more,at",  # with one update on each rollout all steps are alike
-    [("rloo", {}, 2), ("online_dpo", {}, 3), *((name, more, at) for name, more in SEVERAL_UPDATES for at in (2, 3))],
+    "name,more,at",  # with one update on each rollout all steps are alike; with two, a rollout begins after step 2
+    [
+        *(("rloo", {}, 2), ("online_dpo", {}, 3)),
+        *((name, more, 3) for name, more in SEVERAL_UPDATES),
+        *(pytest.param(name, more, 2, marks=[pytest.mark.slow] * (name == "ppo")) for name, more in SEVERAL_UPDATES),
+    ],
 )
 def test_a_killed_run_ends_where_an_uninterrupted_one_ends(
     base: dict[str, Any],

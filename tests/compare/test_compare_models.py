@@ -93,7 +93,8 @@ def test_the_table_is_plain_and_whole(compared: Compared) -> None:
     assert by_name["win rate against a (ties half)"].split("half)")[1].split()[0] == "-"
     b = compared.models["b"]
     assert (
-        f"{b['kl']:.2f} [{b['kl/ci'][0]:.2f}, {b['kl/ci'][1]:.2f}]" in by_name["KL(policy || a), nats per completion"]
+        f"{b['kl_k3']:.2f} [{b['kl_k3/ci'][0]:.2f}, {b['kl_k3/ci'][1]:.2f}]"
+        in by_name["KL(policy || a), nats per completion"]
     )
     assert len(lines) == 12 and not any(line.endswith(" ") for line in lines)
 

@@ -76,8 +76,18 @@ def test_a_clear_winner_is_named_from_either_side() -> None:
 
 def test_models_that_are_equal_have_no_winner() -> None:
     text = said(candidate("a", [noise(0)]), candidate("b", [noise(0)]))
-    assert "Between b and a there is no clear winner" in text and "p = 1.00" in text and "better" not in text
-    assert "only a large difference shows" in text
+    assert "Between b and a there is no clear winner: tied on 60 of 60 prompts" in text and "better" not in text
+
+
+def test_a_reward_that_ties_every_completion_cannot_tell() -> None:
+    values = np.zeros((1, 30, 1))
+    sides = [Candidate(name, values.mean(2), values, np.ones((1, 30, 1))) for name in "ab"]
+    pairs = compare_all(sides)
+    (sentence, *_) = verdict(sides, pairs, "mean reward")
+    assert "tied on 30 of 30 prompts" in sentence.text and sentence.tone == "open"
+    assert "all tied" in comparisons_table(pairs, "mean reward") and "[0.000, 0.000]" not in comparisons_table(
+        pairs, ""
+    )
 
 
 def test_few_prompts_name_none() -> None:

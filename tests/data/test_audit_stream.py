@@ -14,7 +14,7 @@ from rows import from_rows
 
 from penchant.data.audit import Leakage, audit, audit_files, languages
 from penchant.data.audit.counters import Check, Disagreement, calibrate, cycles, earlier, refuses
-from penchant.data.audit.findings import KEPT, Finding, Places, quantiles, sampled, wilson_interval
+from penchant.data.audit.findings import KEPT, Finding, Places, quantiles, sampled, unlike_half, wilson_interval
 from penchant.data.layouts import LAYOUTS
 from penchant.data.load import load_preferences
 from penchant.errors import DataError
@@ -44,7 +44,9 @@ def test_everything_that_is_planted_is_found_and_nothing_else(tmp_path: Path) ->
     assert found == EXPECTED
     for name, places in EXPECTED.items():
         assert result.findings[name].count == len(places)
-    assert "AKIAABCD" not in json.dumps(result.to_json()) + result.to_text()  # a value that was found is never shown
+    assert "AKIAABCD" not in json.dumps(result.to_json()) + result.to_text(
+        whole=True
+    )  # a value that was found is never shown
     assert "a@b.co" not in json.dumps(result.to_json())
 
 
@@ -260,7 +262,7 @@ def test_places_come_back_as_they_were() -> None:
 def test_only_the_first_places_are_held() -> None:
     found = audit(from_rows([pair(0)] * 1500)).findings["duplicates"]
     assert found.count == 1499 and len(found.where) == KEPT
-    assert "and 1,479 more" in audit(from_rows([pair(0)] * 1500)).to_text()
+    assert "and 1,479 more" in audit(from_rows([pair(0)] * 1500)).to_text(whole=True)
 
 
 def test_refusals_are_matched_at_the_beginning() -> None:
@@ -310,3 +312,18 @@ def test_a_pair_of_equal_answers_contradicts_nothing() -> None:
     same = {"prompt": "b", "chosen": "x", "rejected": "x"}
     found = audit(from_rows([same, same, pair(1)], identical="keep"), languages=False).findings
     assert (found["identical_pairs"].count, found["duplicates"].count, found["contradictions"].count) == (2, 1, 0)
+
+
+def test_what_was_found_comes_first_and_what_is_in_order_is_one_line() -> None:
+    result = audit(from_rows([pair(0), pair(0), *(pair(i) for i in range(1, 30))]), languages=False)
+    short, whole = result.to_text().splitlines(), result.to_text(whole=True).splitlines()
+    assert short[2].startswith("exact duplicates of an earlier row") and "--all" in short[-1]
+    (fine,) = [line for line in short if line.startswith("In order otherwise: ")]
+    assert "contradictions" in fine and "pii email" in fine and ", duplicates" not in fine
+    assert len(short) < 12 < len(whole) and any(line.startswith("characters") for line in whole)
+
+
+@pytest.mark.parametrize(("longer", "of", "said"), [(153_000, 300_000, False), (180, 300, True), (12, 20, False)])
+def test_a_share_calls_for_advice_by_its_size_and_not_by_its_certainty_alone(longer: int, of: int, said: bool) -> None:
+    found = unlike_half("length bias", longer, of, "", "far from 50%")
+    assert bool(found.advice) == said and found.tells == said

@@ -201,8 +201,10 @@ def test_judged_answers_are_no_demonstrations(tmp_path: Path, row: dict[str, Any
     for options in {}, {"turns": "every"}:
         if options and not {"messages", "conversations"} & row.keys():
             continue
+        layouts = {"messages": "messages", "conversations": "sharegpt", "instruction": "alpaca", "prompt": "sft"}
+        layout = next(layouts[name] for name in row if name in layouts)
         with pytest.raises(DataError, match="judges the answer"):
-            load_preferences(written(tmp_path, row), layout_options=options)
+            load_preferences(written(tmp_path, row), shape=layout, layout_options=options)
 
 
 def test_thumbs_are_labels_and_a_judgement_can_be_set_aside(tmp_path: Path) -> None:
@@ -257,3 +259,69 @@ def test_init_names_unused_columns_and_says_why_rows_are_kept_aside(
     assert '1 x "images" is not empty' in facts.to_text() and '1 x "chosen" is empty' in facts.to_text()
     section = propose(facts, ModelFacts("m", 10**8, 2048), "dpo").sections["data"]
     assert section["on_bad_row"][0] == "skip" and '1 x "chosen" is empty' in section["on_bad_row"][1]
+
+
+# ---- other names -----------------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "prompt, answer": ({"prompt": "p", "answer": "a"}, "sft", {None}),
+    "question, answer": ({"question": "p", "answer": "a"}, "sft", {None}),
+    "prompt, response, score": ({"prompt": "p", "response": "a", "score": 2}, "scored", {None}),
+    "prompt, completion, feedback": (
+        {"prompt": "p", "completion": "a", "feedback": "thumbs_down"},
+        "unpaired",
+        {False},
+    ),
+    "prompt, response, feedback": ({"prompt": "p", "response": "a", "feedback": "thumbs_up"}, "unpaired", {True}),
+    "query, reply, thumbs_up": ({"query": "p", "reply": "a", "thumbs_up": False}, "unpaired", {False}),
+    "messages, feedback": ({"messages": [*USER, *said("a")], "feedback": "thumbs_down"}, "unpaired", {False}),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_usual_names_of_a_prompt_an_answer_and_a_word_about_it_are_read_and_said(tmp_path: Path, case: str) -> None:
+    row, kind, labels = OTHERS[case]
+    path = written(tmp_path, row, row)
+    found = load_preferences(path)
+    assert found.kind == kind
+    assert {c.label for t in found.trees for c in t.completions} == labels
+    assert found.trees[0].completions[0].text == "a"
+    assert "is read as" in layout_line(found, path)
+    assert "not used" not in layout_line(found, path)
+
+
+def test_a_number_about_an_answer_and_two_answers_are_still_asked_about(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="judges the answer"):
+        load_preferences(written(tmp_path, {"prompt": "p", "completion": "a", "rating": 4}))
+    with pytest.raises(DataError, match=r"of no known|several answers"):
+        load_preferences(written(tmp_path, {"prompt": "p", "answer": "a", "response": "b"}))
+
+
+def test_unused_columns_of_grouped_and_own_layouts_are_named(tmp_path: Path) -> None:
+    layout = LAYOUTS["oasst_flat"]
+    rows = [{**row, "topic": "x"} for row in (layout.example, *layout.rest)]
+    path = written(tmp_path, *rows)
+    assert "topic" in layout_line(load_preferences(path), path).split("not used: ")[1]
+    own = tmp_path / "mine.py"
+    own.write_text(
+        'class One:\n    "x"\n    kind = "sft"\n    columns = ("q",)\n    example = {"q": "a", "a": "b"}\n'
+        '    def convert(self, row):\n        return {"prompt": row["q"], "completion": row["a"]}\n'
+        "class All(One):\n    def convert(self, row):\n"
+        '        row = {**row}\n        return {"prompt": row["q"], "completion": row["a"]}\n'
+    )
+    path = written(tmp_path, {"q": "p", "a": "a", "topic": "x"})
+    assert "not used: topic" in layout_line(load_preferences(path, shape=f"{own}:One"), path)
+    assert "not used" not in layout_line(load_preferences(path, shape=f"{own}:All"), path)
+
+
+def test_a_score_beside_messages_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path, {"messages": [*USER, *said("a")], "score": 3})
+    assert "not used: score" in layout_line(load_preferences(path), path)
+
+
+def test_an_audit_without_a_usable_row_gives_the_first_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, {"prompt": "p", "completion": "a", "score": float("nan")})
+    assert main(["data", "audit", path]) == 2
+    assert 'rows.jsonl:1: "score" is' in capsys.readouterr().err

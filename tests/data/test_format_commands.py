@@ -134,4 +134,4 @@ def test_a_run_shows_and_records_the_layout_and_takes_its_options(tmp_path: Path
     run.console.note = notes.append  # type: ignore[method-assign,assignment]
     assert (run.rows.loaded["train"].accepted, run.rows.loaded["train"].total) == (1, 2)
     assert notes[0].startswith("x.jsonl: layout shp (columns history, human_ref_A, human_ref_B, labels); override with")
-    assert notes[1] == "train: 2 rows (shp) = 1 accepted + 1 quarantined (1 x a score ratio below 2)"
+    assert notes[1] == "train: 2 rows (shp) = 1 accepted + 1 kept aside (1 x a score ratio below 2)"

@@ -219,7 +219,7 @@ def test_wrong_options_are_refused(shape: str, options: dict[str, Any], what: st
 def test_rows_and_examples_are_counted_apart() -> None:
     found = load_preferences(str(FOLDER / "oasst.jsonl"), on_bad_row="skip")
     assert (found.total, found.accepted, len(found.quarantined), len(found.trees)) == (4, 1, 3, 2)
-    assert summary(found).startswith("4 rows (oasst) = 1 accepted + 3 quarantined") and "2 examples" in summary(found)
+    assert summary(found).startswith("4 rows (oasst) = 1 accepted + 3 kept aside") and "2 examples" in summary(found)
     assert [t.source for t in found.trees] == ["oasst.jsonl:1#1", "oasst.jsonl:1#2"]
     flat = load_preferences(str(FOLDER / "oasst_flat.jsonl"), on_bad_row="skip")
     assert [(t.prompt, t.completions) for t in flat.trees] == [(t.prompt, t.completions) for t in found.trees]

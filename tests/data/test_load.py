@@ -117,7 +117,7 @@ def test_bad_rows_stop_or_are_kept_aside(tmp_path: Path, bad: dict[str, Any], wh
         load_preferences(str(path))
     dataset = load_preferences(str(path), on_bad_row="skip")
     assert (dataset.accepted, len(dataset.quarantined), dataset.total) == (2, 1, 3)
-    assert "3 rows (pairs) = 2 accepted + 1 quarantined" in summary(dataset)
+    assert "3 rows (pairs) = 2 accepted + 1 kept aside" in summary(dataset)
     kept = write_quarantine(dataset.quarantined, tmp_path, "train")
     assert kept is not None
     (line,) = kept.read_text().splitlines()

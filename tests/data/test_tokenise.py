@@ -375,7 +375,7 @@ def test_a_prompt_that_opens_a_thought_ends_where_the_answer_differs() -> None:
     tree = done.trees[0]
     assert tokenizer.decode(tree.prompt_ids) == "<s>system:Be kind.<s>user:Odd?<s>assistant:"
     assert tokenizer.decode(tree.completion_ids[0]) == "yes</s>"
-    assert done.moved_prompts == 1 and "1 prompts that the template" in done.summary()
+    assert done.moved_prompts == 1 and "1 prompt that the template" in done.summary()
     answered = tokenize(from_rows([_chat_row("<think>\nhm</think>yes")]), tokenizer, max_length=96)
     assert tokenizer.decode(answered.trees[0].completion_ids[0]) == "<think>\nhm</think>yes</s>"
     both = _chat_row("<think>\nhm</think>yes")

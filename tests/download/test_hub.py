@@ -96,7 +96,7 @@ def test_a_data_set_is_fetched_checked_and_split(
     hub = start(files={HH: hh_files()})
     assert run("hh", "--subset", "harmless-base") == 0
     said = capsys.readouterr()
-    assert "50 rows = 50 accepted + 0 filtered + 0 quarantined" in said.out
+    assert "50 rows = 50 accepted + 0 filtered + 0 kept aside" in said.out
     data = json.loads(Path("data/hh-rlhf/data.json").read_text())
     assert data["commit"] == COMMIT and data["origin"].endswith(HH)
     assert [s["path"] for s in data["sources"]] == ["harmless-base/train.jsonl.gz", "harmless-base/test.jsonl.gz"]

@@ -29,7 +29,7 @@ def test_the_page_runs_from_top_to_bottom(
             assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert "43 rows = 43 accepted + 0 filtered" in said
-    assert "43 rows = 40 accepted + 3 filtered (1 language; 1 moderation; 1 redacted) + 0 quarantined" in said
+    assert "43 rows = 40 accepted + 3 filtered (1 language; 1 moderation; 1 redacted) + 0 kept aside" in said
     Path("rloo.yaml").write_text(blocks[-1][1].replace(MODEL, tiny_model_folder(tmp_path / "model")))
     small = ["train.max_steps=1", "algorithm.max_new_tokens=4", "data.max_length=64", "evaluation.samples=0"]
     assert "eval/reward" in api.train("rloo.yaml", *small, quiet=True).after

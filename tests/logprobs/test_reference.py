@@ -78,13 +78,16 @@ def test_a_damaged_bit_in_a_cache_is_noticed_and_mended(tmp_path: Path, at: int)
     assert path.read_bytes() == written
 
 
-def test_a_cache_of_an_older_version_has_no_sum_and_is_read(tmp_path: Path) -> None:
+def test_a_cache_of_an_older_version_has_no_sum_and_is_computed_again(tmp_path: Path) -> None:
     live = LiveReference(Scorer(tiny_model("llama"), "shared"))
-    pairs = some_pairs(3)
+    pairs, said = some_pairs(3), list[str]()
     cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30)
     path = tmp_path / "k.safetensors"
-    save_file(load_file(path), path)
-    assert cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30)[1]
+    written = path.read_bytes()
+    save_file({name: value + 1.0 for name, value in load_file(path).items()}, path)
+    assert not cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30, say=said.append)[1]
+    assert "it has no sum" in said[0] and "computed again" in said[0]
+    assert path.read_bytes() == written
 
 
 @pytest.mark.parametrize("where", ["a file", "below a file", "full", "full in safetensors"])

@@ -22,7 +22,10 @@ def test_a_win_is_against_the_start_s_completion_of_the_same_prompt() -> None:
     got = gain_figures([1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 5.0, -1.0])
     assert got["reward"] == 1.5
     assert got["win_rate"] == (1 + 0.5 + 0 + 1) / 4
-    assert gain_figures([1.0, 2.0], [1.0, 2.0])["win_rate/ci"] == [0.5, 0.5]
+    assert got["win_rate/ties"] == 0.25
+    tied = gain_figures([1.0, 1.0], [1.0, 1.0])
+    low, high = tied["win_rate/ci"]
+    assert tied["win_rate/ties"] == 1.0 and low < 0.3 and high > 0.7 and "reward/ci" not in tied
     with pytest.raises(ValueError, match="same prompts"):
         gain_figures([1.0], [1.0, 2.0])
 
@@ -90,8 +93,10 @@ def test_every_evaluation_has_completions_and_a_win_rate_that_starts_at_one_half
     found = evals(result.folder)
     assert [e["step"] for e in found] == [0, 2, 4]
     for line in found:
-        for name in ("completions/length", "completions/ended", "reward", "win_rate", "kl/policy_ref"):
+        for name in ("completions/ended", "win_rate", *(["kl/policy_ref", "kl/k3"] if line["step"] else [])):
             assert f"eval/{name}/ci" in line, name
+        assert line["eval/kl/k3"] >= 0
+        assert all(ci[0] < ci[1] for name, ci in line.items() if name.endswith("/ci"))
         assert 0 <= line["eval/completions/distinct_2"] <= 1
         assert line["eval/perplexity_ratio/chosen"] > 0 and "eval/length/agreement" in line
     assert found[0]["eval/win_rate"] == 0.5 and found[0]["eval/perplexity_ratio/chosen"] == pytest.approx(1.0)
@@ -215,7 +220,7 @@ def test_train_writes_and_prints_its_flags(
 
 def test_a_run_that_does_nothing_has_no_warning(base: dict[str, Any]) -> None:
     result = api.train(base, "train.lr=1e-12", quiet=True)
-    assert [f.level for f in result.flags] == ["note"] and result.flags[0].name == "few_prompts"
+    assert {f.name: f.level for f in result.flags} == {"few_prompts": "note", "tied": "note"}
 
 
 def test_a_run_that_stopped_has_its_flags_too(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,17 +53,16 @@ def test_wilson_closed_form() -> None:
     assert wilson(0, 5).low == 0.0
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_rows_that_all_agree_are_no_certainty(value: float) -> None:
     found = share_ci([value] * 12)
-    expected, of_prompts = wilson(round(12 * value), 12), wilson(round(3 * value), 3)
+    expected, of_prompts = wilson(12 * value, 12), wilson(3 * value, 3)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high)) and found.high - found.low > 0.2
     by_prompt = share_ci([value] * 12, clusters=[0, 1, 2] * 4)  # prompts count, not rows
     assert (by_prompt.low, by_prompt.high) == pytest.approx((of_prompts.low, of_prompts.high))
     assert share_ci([value] * 12, level=0.99).high - share_ci([value] * 12, level=0.99).low > found.high - found.low
-    ties = share_ci([0.5] * 12)  # at the start policy and reference agree exactly, and nothing is estimated
-    assert (ties.low, ties.high) == (0.5, 0.5)
-    mixed = [value] * 11 + [1 - value]
+    assert "a/ci" in found.named("a") and "a/ci" not in bootstrap_ci([value] * 12).named("a")  # no width, no interval
+    mixed = [value] * 11 + [0.25]
     assert share_ci(mixed) == bootstrap_ci(mixed)
 
 

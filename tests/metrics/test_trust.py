@@ -122,6 +122,14 @@ def test_an_untouched_policy_has_no_flag_at_all() -> None:
     assert run_flags([{**start[0], "step": s} for s in (0, 10, 20, 30)]) == []
 
 
+def test_rows_that_are_as_they_should_be_have_none() -> None:
+    counts = {name: {"count": 5, "of": 100} for name in ("cut_rows", "cut_completions", "cut_prompts", "bad_rows")}
+    config = {"data": {"validation_rows": 9}}
+    changed = [{"before": "a", "after": "a"}, {"before": "a", "after": "b"}]
+    line = {"kind": "eval", "step": 0, "eval/rows": 90, "eval/rewards/accuracies": 0.5, "eval/rewards/ties": 1.0}
+    assert run_flags([line], config, {"findings": counts}, samples=changed) == []
+
+
 def test_a_run_that_goes_well_has_none_either() -> None:
     """Rejected answers fall, chosen ones hardly, the KL is small, and it wins."""
     rng = np.random.default_rng(1)
@@ -280,6 +288,28 @@ LOUD: dict[str, tuple[list[Line], str]] = {
         r"chosen answers already differ from the reference by -3 nats",
     ),
 }
+ROWS: dict[str, tuple[dict[str, Any], str]] = {  # config, audit, samples, lines of runs
+    "cut_rows": (
+        {
+            "config": {"data": {"max_length": 48, "validation_rows": 9}},
+            "audit": {
+                "findings": {
+                    "cut_rows": {"count": 63, "of": 100},
+                    "cut_completions": {"count": 50, "of": 100},
+                    "cut_prompts": {"count": 40, "of": 100},
+                }
+            },
+        },
+        r"63 of 100 rows \(63%\) are cut at data\.max_length 48: 50 lost the end of an answer and with it EOS, 40 lost the start",
+    ),
+    "bad_rows": ({"audit": {"findings": {"bad_rows": {"count": 50, "of": 100}}}}, r"^50 of 100 rows \(50%\) are bad"),
+    "nothing_held_out": ({"config": {"data": {"path": "a"}}}, r"^Nothing is held out"),
+    "tied": (
+        {"lines": [{"kind": "eval", "step": 9, "eval/rows": 30, "eval/win_rate": 0.5, "eval/win_rate/ties": 1.0}]},
+        r"^Tied on 30 of 30 held-out prompts: .* This reward cannot tell",
+    ),
+    "samples_unchanged": ({"samples": [{"before": "a", "after": "a"}] * 4}, r"^4 of 4 sampled answers are unchanged"),
+}
 COMPARED: dict[str, tuple[dict[str, Any], str]] = {
     "judge_first_position": (
         {"judge": {"first_position": 0.7, "first_position/ci": [0.66, 0.74], "asked": 400, "failures": 1}},
@@ -312,6 +342,9 @@ def test_every_rule_has_a_case_in_which_it_speaks(name: str) -> None:
     if name in LOUD:
         lines, sentence = LOUD[name]
         flags = run_flags(lines)
+    elif name in ROWS:
+        given, sentence = ROWS[name]
+        flags = run_flags(**{"lines": [], **given})
     else:
         figures, sentence = COMPARED[name]
         flags = comparison_flags({"models": {"start": {}, "dpo": {}, "ppo": {}}, "prompts": 200, **figures})

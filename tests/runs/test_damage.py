@@ -20,9 +20,11 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.base.files import FULL
 from penchant.cli import main
+from penchant.compare.models import write_files
 from penchant.errors import CheckpointError, DiskError, RewardError
 from penchant.report import LiveReport
 from penchant.runfolder import damaged
+from penchant.runfolder.read import read
 from penchant.runs.find import find_model
 from penchant.training.checkpoint import checkpoints
 
@@ -183,11 +185,78 @@ def test_a_config_that_was_changed_is_refused_by_those_that_read_it(world: World
         lambda run, **_: api.compare(run, quiet=True),
         lambda run, **_: api.export(run, to="safetensors"),
     ):
-        with pytest.raises(CheckpointError, match=r"config.resolved.yaml: was changed after it was written"):
+        with pytest.raises(
+            CheckpointError, match=r"config.resolved.yaml: was changed .*beta: 0.1 -> 0.9.*command line"
+        ):
             command(world.run, quiet=True)
     assert damaged(world.run) == ["config.resolved.yaml"]
     api.report(world.run)
     assert "config.resolved.yaml" in (world.run / "report.html").read_text().split("Changed after the run wrote it")[1]
+
+
+def test_a_comment_in_a_config_or_what_only_watches_changes_no_figure(world: World) -> None:
+    path = world.fresh(whole=True) / "config.resolved.yaml"
+    path.write_text("# mine\n" + path.read_text())
+    assert api.evaluate(world.run, quiet=True)["checkpoint"] == "step-4"
+    path.write_text(path.read_text() + "\nloss: [\n")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        api.evaluate(world.run, quiet=True)
+
+
+def test_states_of_several_runs_are_refused_where_a_bit_was_flipped(tmp_path: Path) -> None:
+    from penchant.runs.state import State as Pipeline
+    from penchant.sweep.conduct import State as Sweep
+
+    for made in (Pipeline(tmp_path / "pipeline.json", {"a": {"seconds": 1.5}}), Sweep(tmp_path / "sweep.json")):
+        made.save()
+        made.save()
+        assert type(made).read(tmp_path) == made
+        flip(made.path, 0.3, bit=0)
+        with pytest.raises(CheckpointError, match=rf"{made.path.name}: was changed after it was written"):
+            type(made).read(tmp_path)
+        assert not getattr(read(tmp_path), made.path.stem)
+        made.save()
+        assert type(made).read(tmp_path) == made
+
+
+def test_a_comparison_with_a_flipped_bit_is_not_read(tmp_path: Path) -> None:
+    write_files(tmp_path, {"models": [], "sentences": []}, [{"prompt": "a"}, {"prompt": "b"}])
+    assert read(tmp_path).comparison and len(read(tmp_path).comparison_rows) == 2
+    for name in ("comparison.json", "comparison.jsonl"):
+        path = tmp_path / name
+        path.write_text(path.read_text().replace("m", "n"))
+    assert not read(tmp_path).comparison and not read(tmp_path).comparison_rows
+    with pytest.raises(CheckpointError, match=r"comparison.json: was changed after it was written; compare again"):
+        api.flags(tmp_path)
+    api.report(tmp_path)
+    changed = (tmp_path / "report.html").read_text().split("Changed after the run wrote")[1]
+    assert "comparison.json" in changed and "comparison.jsonl" in changed
+
+
+def test_a_line_of_evaluations_with_a_flipped_bit_is_left_out(world: World) -> None:
+    run = world.fresh(whole=True)
+    api.evaluate(run, quiet=True)
+    api.evaluate(run, quiet=True)
+    path = run / "evaluations.jsonl"
+    first, second = path.read_text().splitlines()
+    old = {k: v for k, v in json.loads(first).items() if k != "sha256"}
+    path.write_text(f"{first.replace('eval/loss', 'eval/lost', 1)}\n{second}\n{json.dumps(old)}\n")
+    found = read(run)
+    assert [line["step"] for line in found.evaluations] == [4, 4] and found.unreadable["evaluations.jsonl"] == 1
+    assert found.evaluations[1] == old
+
+
+def test_an_export_with_a_flipped_bit_is_used_by_nobody(world: World) -> None:
+    folder = api.export(world.fresh(whole=True), to="safetensors").folder
+    assert find_model(str(folder)).load(torch.device("cpu")) is not None
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        flip(folder / name, 0.9)
+        with pytest.raises(CheckpointError, match=rf"{name}: differs from what was exported; export it again"):
+            find_model(str(folder)).load(torch.device("cpu"))
+        flip(folder / name, 0.9)
+    (folder / "export.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"export.json: cannot be read"):
+        api.evaluate(folder, quiet=True, data=str(world.folder / "pairs.jsonl"))
 
 
 READERS: dict[str, Callable[[World], Any]] = {

@@ -98,3 +98,24 @@ def test_a_run_without_a_checkpoint_or_a_base_that_is_gone_is_a_sentence(work: P
     (tmp_path / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "/nowhere/at/all"}')
     with pytest.raises(ModelError, match="is not there"):
         Run(config_from_mapping(values(work, "next", str(tmp_path / "adapter"))), quiet=True)
+
+
+def test_saved_models_say_where_an_answer_ends(work: Path, tmp_path: Path) -> None:
+    """As transformers and vLLM read it: a turn that ends with another id than the tokenizer's EOS (Gemma, Phi)."""
+    from transformers import AddedToken, AutoTokenizer, GenerationConfig
+
+    start = tiny_model_folder(tmp_path / "start", chat=True)
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer.add_tokens([AddedToken("<end_of_turn>", special=True)], special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<end_of_turn>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(start)
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    for output, lora in (("whole", None), ("lora", {"r": 2})):
+        made = api.train({**values(work, "", start, lora=lora), "output": str(tmp_path / output)}, quiet=True)
+        folder = made.model
+        if lora is not None:
+            folder = api.export(tmp_path / output, to="merged", output=str(tmp_path / "exported")).folder
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == [tokenizer.eos_token_id, end]

@@ -303,7 +303,7 @@ def test_rows_that_changed_are_another_run(base: dict[str, Any]) -> None:
     rows = polite_rows()
     rows[3]["chosen"] += "!"
     write_jsonl(Path(base["data"]["path"]), rows)
-    with pytest.raises(CheckpointError, match="holds checkpoints of a different run"):
+    with pytest.raises(CheckpointError, match="data: "):
         api.train(base, quiet=True)
 
 

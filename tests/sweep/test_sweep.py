@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from processes import ForkedPython
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
@@ -503,9 +505,10 @@ def test_errors_come_back_from_workers_with_their_place(
 
 
 def test_two_at_a_time_is_the_same(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One real process, which trains both of its runs; and two workers that take runs as they come."""
+    """One process, which trains both of its runs; and two workers that take runs as they come."""
     base["base"]["train"]["max_steps"] = 1
     said = run(base).to_text()
+    monkeypatch.setattr(sweep_jobs, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": ForkedPython}))
     worker = sweep_jobs.Worker(shares(1)[0], quiet=True)
     for one in load_sweep(base, [f"output={tmp_path}/process"]).runs:
         made = worker.train(one)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from families import some_pairs, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from penchant import cli
 from penchant.algorithms.group import GroupConfig, GroupPolicyGradient, ScoredTokens
 from penchant.algorithms.offline import Component, Offline
+from penchant.algorithms.rollouts import Group
+from penchant.base import machine
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer, per_completion
-from penchant.logprobs.reference import LiveReference
+from penchant.logprobs.reference import CachedReference, LiveReference
 from penchant.losses import LOSSES
 from penchant.models.tree_attention import tree_layout
 from penchant.training import loop as loop_module
@@ -38,7 +42,7 @@ UNORDERED = {
     "bincount",
     "histc",
 }
-META = torch.device("meta")
+META, CPU = torch.device("meta"), torch.device("cpu")
 
 
 class Ops(TorchDispatchMode):
@@ -214,3 +218,130 @@ def test_a_step_waits_for_the_device_once(name: str, nll: float, tmp_path: Path,
     loop = loop_on(META, tmp_path, name, nll_weight=nll)
     loop.take_step(1, loop.schedule)
     assert len(reads) == 1 and len(loop._micro_batches(loop.trees)) > 1
+
+
+# ---- what a step needs is on its way before it is needed ----
+
+
+def test_batches_that_are_packed_ahead_train_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[int] = []
+    final = []
+    real = loop_module._in_background
+    monkeypatch.setattr(loop_module, "_in_background", lambda make: packed.append(1) or real(make))
+    for ahead in (False, True):
+        monkeypatch.setattr(loop_module, "packs_ahead", lambda _device, ahead=ahead: ahead)
+        loop = loop_on(CPU, tmp_path, "dpo")
+        loop.start_tolerance = None
+        loop.train = loop.train.model_copy(update={"batch_size": 2, "epochs": 2.0})
+        lines = [loop.take_step(step, loop.schedule)[0] for step in range(6)]
+        final.append((lines, torch.cat([p.detach().flatten() for p in loop.model.parameters()])))
+    assert len(packed) == 5 and final[0][0] == final[1][0] and torch.equal(final[0][1], final[1][1])
+
+
+def test_what_fails_in_the_background_is_raised_where_it_is_needed() -> None:
+    with pytest.raises(KeyError, match="lost"):
+        loop_module._in_background(lambda: {}["lost"])()
+
+
+def test_cached_log_probs_come_with_the_batch() -> None:
+    algorithm, trees = offline("dpo"), some_pairs(3)
+    cached = CachedReference({t.row: torch.tensor([float(t.row), 0.0]) for t in trees})
+    algorithm.reference, batch = cached, pack(trees)
+    batch.columns |= algorithm.columns(batch)
+    there = batch.to(META)
+    assert there.columns["ref_logps"].device == META and cached.logps(there) is there.columns["ref_logps"]
+    assert cached.logps(batch).tolist() == [0.0, 0.0, 1.0, 0.0, 2.0, 0.0]
+
+
+def test_what_rollouts_know_comes_with_the_batch() -> None:
+    method = GroupPolicyGradient(None, None, None, GroupConfig(name="grpo", max_new_tokens=4), 64)  # type: ignore[arg-type]
+    trees = some_pairs(3)
+    groups = [Group(t, torch.zeros(2), (), {"advantages": torch.tensor([1.0, -1.0]) * t.row}) for t in trees]
+    method._by_row = {g.tree.row: g for g in groups}
+    batch = pack(trees[1:])
+    batch.columns |= method.columns(batch)
+    there = batch.to(META)
+    assert (
+        method.extra(there, "advantages") is there.columns["advantages"] and there.columns["advantages"].device == META
+    )
+    assert method.extra(batch, "advantages").tolist() == [1.0, -1.0, 2.0, -2.0]
+
+
+# ---- how a GPU computes: deterministic in the step and not where completions are sampled; TF32 only where it is asked for ----
+
+CUDA = torch.device("cuda")
+
+
+class Watching(Offline):
+    """Notes where torch's deterministic mode is on."""
+
+    seen: ClassVar[dict[str, bool]] = {}
+
+    def begin_step(self, step: int, progress: float, trees: Any) -> Any:  # where an online method samples
+        self.seen["begin_step"] = torch.are_deterministic_algorithms_enabled()
+        return Offline.begin_step(self, step, progress, trees)
+
+    def score(self, batch: Any) -> Any:
+        self.seen["score"] = torch.are_deterministic_algorithms_enabled()
+        return Offline.score(self, batch)
+
+
+@pytest.mark.parametrize("device,wanted,expected", [(CUDA, True, True), (CUDA, False, False), (CPU, True, False)])
+def test_a_step_is_deterministic_and_sampling_is_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device, wanted: bool, expected: bool
+) -> None:
+    loop = loop_on(CPU, tmp_path, "sft")
+    policy = loop.algorithm.scorer  # type: ignore[attr-defined]
+    loop.algorithm = Watching(policy, [Component(LOSSES["sft"], LOSSES["sft"].params())])
+    real = steps.repeatable
+    monkeypatch.setattr(loop_module, "repeatable", lambda _device, on: real(device, on))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    loop.train = loop.train.model_copy(update={"deterministic": wanted})
+    Watching.seen.clear()
+    loop.take_step(0, loop.schedule)
+    assert Watching.seen == {"begin_step": False, "score": expected}
+    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_products_of_a_gpu_are_as_precise_as_asked(monkeypatch: pytest.MonkeyPatch, tf32: bool) -> None:
+    matmul = SimpleNamespace(allow_tf32=None, allow_bf16_reduced_precision_reduction=None)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=None))
+    steps.set_precision(CPU, tf32)
+    assert matmul.allow_tf32 is None
+    steps.set_precision(CUDA, tf32)
+    assert matmul.allow_tf32 is tf32 and matmul.allow_bf16_reduced_precision_reduction is False
+
+
+# ---- the process: the CPU's allocator settings would keep a GPU host's memory for ever ----
+
+
+def test_a_process_has_the_settings_of_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in {**cli.CPU_ENV, **cli.CUDA_ENV}:
+        monkeypatch.delenv(name, raising=False)
+    for gpu in (False, True):
+        monkeypatch.setattr(cli, "gpu_visible", lambda gpu=gpu: gpu)
+        for device, on_gpu in (("cpu", False), ("cuda", True), ("auto", gpu)):
+            ours, others = (cli.CUDA_ENV, cli.CPU_ENV) if on_gpu else (cli.CPU_ENV, cli.CUDA_ENV)
+            found = cli.environment_of(device)
+            assert ours.items() <= found.items() and not others.keys() & found.keys()
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    assert cli.environment_of("cpu")["MALLOC_TOP_PAD_"] == "1"
+
+
+def test_where_a_command_computes_is_asked_of_its_option_its_config_and_the_machine() -> None:
+    config = SimpleNamespace(model=SimpleNamespace(device="cpu"))
+    assert cli._device_of(Namespace(device="cuda"), config) == "cuda"
+    assert cli._device_of(Namespace(device=None), config) == "cpu"
+    assert cli._device_of(Namespace(), None) == "auto"
+
+
+def test_a_gpu_is_seen_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for files in ([], [Path("/dev/nvidia0")]):
+        monkeypatch.setattr(machine.Path, "glob", lambda *_, files=files: iter(files))
+        assert machine.gpu_visible() == bool(files)
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert not machine.gpu_visible()

@@ -124,4 +124,6 @@ class GroupPolicyGradient(OnPolicy):
 
     def step_values(self) -> dict[str, float]:
         groups = self.groups
-        return reward_metrics_of(groups) | {"kl/policy_ref": float(torch.cat([g.extras["kl"] for g in groups]).mean())}
+        kl, old, ref = (torch.cat([g.extras[name] for g in groups]) for name in ("kl", "old", "ref"))
+        k3 = divergences.kl_estimate(old, ref, "k3").sum() / len(kl)
+        return reward_metrics_of(groups) | {"kl/policy_ref": float(kl.mean()), "kl/k3": float(k3)}

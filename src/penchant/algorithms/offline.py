@@ -72,7 +72,7 @@ class Losses(Method):
 
     @property
     def default_lr(self) -> tuple[float, float]:
-        return (2e-5, 2e-4) if self.signal == "tokens" else (1e-6, 5e-5)
+        return (2e-5, 2e-4) if self.signal == "tokens" else self.specs[0].lr
 
     def build(self, parts: Parts) -> Offline:
         config, train = self.config, parts.config.train
@@ -191,6 +191,11 @@ class Offline(Algorithm):
             name: float(values.numel()) if weights is None else float(weights.double().sum())
             for name, (values, weights) in out.summands().items()
         }
+
+    def columns(self, batch: PackedBatch) -> Mapping[str, Tensor]:
+        if "reference" in self.needs and isinstance(self.reference, references.CachedReference):
+            return self.reference.columns(batch, tokens="shared_logps" in self.needs)
+        return {}
 
     def score(self, batch: PackedBatch) -> Scored:
         # the reference first: its activations are gone before the policy's are made

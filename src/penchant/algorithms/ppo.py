@@ -223,9 +223,13 @@ class PPO(OnPolicy):
 
     def step_values(self) -> dict[str, float]:
         groups = self.groups
-        drift = torch.cat([g.extras["old"] - g.extras["ref"] for g in groups])
+        old, ref = (torch.cat([g.extras[name] for g in groups]) for name in ("old", "ref"))
         count = sum(len(g.tree.completion_ids) for g in groups)
-        return reward_metrics_of(groups) | {"kl/policy_ref": float(drift.sum() / count), "beta": self.beta}
+        kl = {
+            "kl/policy_ref": float(divergences.kl_estimate(old, ref, "k1").sum() / count),
+            "kl/k3": float(divergences.kl_estimate(old, ref, "k3").sum() / count),
+        }
+        return reward_metrics_of(groups) | kl | {"beta": self.beta}
 
     def accepts(self, means: Mapping[str, float]) -> bool:
         """Not beyond `ratio_limit`: there the rollouts say nothing of the policy that is trained."""

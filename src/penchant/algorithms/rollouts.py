@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from penchant.algorithms.method import AlgorithmConfig, EvaluationContext, Parts, Rollouts, Signal
 from penchant.base.lazy import Tensor, torch
+from penchant.base.machine import moved
 from penchant.data.packing import batches_of
 from penchant.errors import ConfigError
 from penchant.types import Algorithm, PackedBatch, TokenTree
@@ -231,8 +232,13 @@ class OnPolicy(Algorithm):
         raise NotImplementedError
 
     def extra(self, batch: PackedBatch, name: str) -> Tensor:
-        """An extra of the groups in a batch, in its order."""
-        return torch.cat([self._by_row[row].extras[name] for row in batch.rows]).to(batch.input_ids.device)
+        """An extra of the groups in a batch, in its order; the loop's batches bring it along."""
+        if name in batch.columns:
+            return batch.columns[name]
+        return moved(torch.cat([self._by_row[row].extras[name] for row in batch.rows]), batch.input_ids.device)
+
+    def columns(self, batch: PackedBatch) -> Mapping[str, Tensor]:
+        return {name: self.extra(batch, name) for name in self._by_row[batch.rows[0]].extras}
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The current rollouts: a run that stops between two updates goes on with the same ones."""

@@ -65,8 +65,7 @@ def yaml_root(text: str, loader: Any = YAML_LOADER) -> tuple[Any, yaml.Node | No
         elif len(open_) > YAML_DEPTH:
             problem = f"nested deeper than {YAML_DEPTH}"
         if problem:
-            mark: Any = event.start_mark
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark, note=note)
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark, note=note)  # type: ignore[arg-type]
     made = loader(text)
     return made, made.get_single_node()
 
@@ -162,22 +161,22 @@ def check_output(path: str | Path, ours: str = "", inputs: Sequence[Any] = (), f
     """
     file = Path(path).expanduser()
 
-    def refused(what: str, how: str) -> ConfigError:
+    def refusal(what: str, how: str) -> ConfigError:
         return ConfigError(flag, f"{path} {what}", how) if flag else ConfigError(str(path), what, how)
 
     for given in inputs:
         name = given.rpartition(":")[0] if isinstance(given, str) and ".py:" in given else given
         with suppress(OSError, ValueError):
             if isinstance(name, (str, Path)) and name and Path(name).expanduser().samefile(file):
-                raise refused("is what this command reads", "give another name")
+                raise refusal("is what this command reads", "give another name")
     try:
         if file.is_file() and file.stat().st_size:
             with file.open(encoding="utf-8", errors="replace") as held:
                 if not (ours and re.match(ours, held.read(HEAD))):
                     what = "is there already, and is nothing that this command wrote"
-                    raise refused(what, "give another name, or move that file away")
+                    raise refusal(what, "give another name, or move that file away")
     except (OSError, ValueError) as error:
-        raise refused(f"cannot be written ({error})", "give another place") from error
+        raise refusal(f"cannot be written ({error})", "give another place") from error
     return file
 
 
@@ -274,18 +273,34 @@ def spared(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         say(f"{path}: {error.what}; the run goes on without it")
 
 
+EXPORT = "export.json"  # of an exported folder: what it is of, and the SHA-256 of every file in it
 MANIFEST = "manifest.json"  # of a checkpoint: the SHA-256 of every file in it; of a run: how it was made
 
 
 def check_model_folder(folder: Path) -> None:
-    """A model's folder inside a checkpoint is as the checkpoint's sums say; of another folder nothing is known.
+    """A model's folder inside a checkpoint is as the checkpoint's sums say, an exported one as its own say; of another nothing is known.
 
     Raises:
         CheckpointError: a file is missing or was changed after it was written.
     """
     checkpoint = folder.resolve().parent
+    if (folder / EXPORT).is_file():
+        _check_export(folder)
     if folder.resolve().name == "model" and checkpoint.name.startswith("step-") and (checkpoint / MANIFEST).exists():
         check_sums(checkpoint, "model/")
+
+
+def _check_export(folder: Path) -> None:
+    how = f"export it again (to take it as it is, delete {EXPORT} in it)"
+    try:
+        written = json.loads((folder / EXPORT).read_text(encoding="utf-8"))["sha256"]
+        bad = [name for name, sha256 in written.items() if file_sha256(folder / name) != sha256]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            str(folder / EXPORT), f"cannot be read, or names a file that cannot ({error})", how
+        ) from error
+    if bad:
+        raise CheckpointError(str(folder / bad[0]), "differs from what was exported", how)
 
 
 def check_sums(checkpoint: Path, names: str = "") -> None:

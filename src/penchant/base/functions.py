@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib.util
 import inspect
 import os
@@ -94,5 +96,49 @@ def own_file(name: str) -> Path:
 
 
 def own_sha256(name: str) -> str | None:
-    """SHA-256 of that file; None of any other name, or where there is no such file."""
-    return file_sha256(own_file(name)) if is_own(name) and own_file(name).is_file() else None
+    """SHA-256 of that file and of what it imports from its folder; None of any other name, or where there is no such file."""
+    if not is_own(name) or not own_file(name).is_file():
+        return None
+    own, beside = file_sha256(own_file(name)), imported_sha256(name)
+    return hashlib.sha256(repr((own, beside)).encode()).hexdigest() if beside else own
+
+
+def imported_sha256(name: str) -> dict[str, str]:
+    """SHA-256 of each file in the folder of ``path.py:name``, or below it, that it imports, at whatever depth; by its path from there."""
+    start = own_file(name)
+    root, todo = start.parent, [start]
+    found: dict[Path, None] = {}
+    while todo:
+        at = todo.pop()
+        for path in _imports(at, root):
+            if path not in found and path != start:
+                found[path] = None
+                todo.append(path)
+    return {str(path.relative_to(root)): file_sha256(path) for path in sorted(found)}
+
+
+def _imports(file: Path, root: Path) -> Iterator[Path]:
+    """Files that the imports of a file mean where `root` is looked in first; a package's own file is run too."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, OSError, RecursionError):
+        return  # what runs it says so
+    for node in ast.walk(tree):
+        base, names = root, []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = file.parents[node.level - 1] if node.level <= len(file.parents) else root
+            module = [node.module] if node.module else []
+            names = [".".join([*module, alias.name]) for alias in node.names]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = getattr(node.func, "attr", getattr(node.func, "id", None))
+            names = [str(node.args[0].value)] if called in ("import_module", "__import__") else []
+        for name in names:
+            parts = name.split(".")
+            for n in range(1, len(parts) + 1):
+                stem = base.joinpath(*parts[:n])
+                for path in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py"):
+                    if path.is_relative_to(root) and path.is_file():
+                        yield path

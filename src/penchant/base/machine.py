@@ -16,6 +16,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpu_visible() -> bool:
+    """Whether this process can use an NVIDIA GPU, by its device files: asking torch would import it."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def machine_memory() -> tuple[int, int]:
     """(all, free) bytes of this machine, or of the control group that this process is in where that is less."""
     total = free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

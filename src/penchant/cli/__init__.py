@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from penchant import __version__
+from penchant.base.machine import gpu_visible
 from penchant.base.text import Shown, did_you_mean, short, unescaped
 
 # modules of this package, in the order of `penchant --help`
@@ -47,13 +48,22 @@ EXIT_CODES = """exit codes:
 # training step, a third of decoding); oneDNN keeps 1,024 prepared products, and a run's micro-batches rarely have one size twice: 128
 # are enough for the layers of a pass and hold some hundred MB less (benchmarks/product_cache.py). All are read at process start, hence
 # the re-execution.
-ALLOCATOR_ENV = {
+CPU_ENV = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "10000",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+}
+
+# where a GPU computes, a host that never gives memory back would hold the loaded weights to the end; segments that grow keep
+# micro-batches of many sizes from cutting the GPU's memory into pieces; cuBLAS repeats its bits only with a workspace of its own; a
+# collective that fails ends its process
+CUDA_ENV = {
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
 }
 
 
@@ -113,6 +123,7 @@ def _for_people() -> Iterator[None]:
 def _run(argv: Sequence[str] | None) -> int:
     from penchant.base.files import ANYWHERE, disk_error, os_error
     from penchant.base.functions import no_exit
+    from penchant.cli.arguments import bounded
     from penchant.errors import PenchantError
 
     parser = build_parser()
@@ -120,23 +131,23 @@ def _run(argv: Sequence[str] | None) -> int:
     if rest:  # argparse takes no overrides behind an option
         if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest):
             command = " ".join(filter(None, ("penchant", args.command, getattr(args, "verb", None))))
-            parser.error(f"unrecognized arguments: {' '.join(rest)}; `{command} --help` lists what there is")
+            parser.error(f"unrecognized arguments: {' '.join(rest)}; {_as_settings(args, rest, command)}")
         args.overrides += rest
     if args.command is None:
         parser.print_help()
         return 0
     try:
         if getattr(args, "allocator", False):  # the command needs tensors
-            _check_config(args)
+            config = _check_config(args)
             quiet = getattr(args, "quiet", False)
             if sys.stderr.isatty() and not quiet and not os.environ.get("PENCHANT_REEXECUTED"):
                 print(f"penchant {args.command}: loading torch", file=sys.stderr)
-            _with_allocator()
+            _with_allocator(_device_of(args, config))
             # what only prints may end with its reader; work goes on to its end: ``penchant train run.yaml | head``
             for stream in (sys.stdout, sys.stderr):
                 if isinstance(stream, Shown):
                     stream.leaves = not stream.isatty()
-        with no_exit():
+        with no_exit(), bounded(args):
             return int(args.handler(args) or 0)
     except PenchantError as error:
         print(f"penchant: {error}", file=sys.stderr)
@@ -162,48 +173,78 @@ def _run(argv: Sequence[str] | None) -> int:
         return told.exit_code
 
 
-def _check_config(args: argparse.Namespace) -> None:
+def _as_settings(args: argparse.Namespace, rest: Sequence[str], command: str) -> str:
+    """What to write in place of options that there are none of: ``--lr 1e-4`` is the setting train.lr=1e-4."""
+    from penchant.config.explain import setting_of
+
+    first, *others = rest
+    name, _, value = first.lstrip("-").partition("=")
+    key = name if "." in name else setting_of(name.replace("-", "_"), {}).partition(" ")[0]
+    if not key or not hasattr(args, "overrides"):
+        return f"`{command} --help` lists what there is"
+    value = value or next((w for w in others if not w.startswith("--")), "VALUE")
+    return f"settings are written key.path=value, without dashes: {key}={value}"
+
+
+def _check_config(args: argparse.Namespace) -> Any:
     """Check the config, and that the files it names are there, before torch is imported: a mistake is answered at once.
+
+    Returns:
+        A single run's config, where one was read.
 
     Raises:
         PenchantError: as the command itself would.
     """
     reads = getattr(args, "reads", None)
     if reads is None or os.environ.get("PENCHANT_REEXECUTED"):
-        return
+        return None
     if reads == "pipeline":
         from penchant.pipeline import load_pipeline
 
         load_pipeline(args.config, args.overrides)
-        return
+        return None
     if reads == "sweep":
         from penchant.sweep import load_sweep
 
         load_sweep(args.config, args.overrides)
-        return
+        return None
     if Path(args.config).suffix not in (".yaml", ".yml"):
-        return  # `penchant eval` also takes the folder of a run or a model
+        return None  # `penchant eval` also takes the folder of a run or a model
     from penchant.config import load_config
-    from penchant.data.read import find_file
+    from penchant.data.read import named_files
     from penchant.models.options import check_model_path
+    from penchant.rewards.functions import check_reward_name
     from penchant.runfolder import stands_for_model
 
     config = load_config(args.config, args.overrides)
     if args.command == "eval":
-        return  # a finished run needs neither the model that it started from nor, with --data, its own rows
+        return config  # a finished run needs neither the model that it started from nor, with --data, its own rows
     if not stands_for_model(Path(config.model.path).expanduser()):
         check_model_path(config.model.path)
+    for reward in filter(None, (config.reward, config.evaluation.reward)):
+        for name in reward.terms:
+            check_reward_name(name)
     for path in (config.data.path, config.data.eval_path or []):
-        for name in [path] if isinstance(path, str) else path:
-            find_file(name)
+        named_files(path)
+    return config
 
 
-def _with_allocator() -> None:
-    """Start this process anew with the allocator's settings, once."""
+def _with_allocator(device: str) -> None:
+    """Start this process anew with the settings of where it computes, once."""
     if sys.platform != "linux" or os.environ.get("PENCHANT_REEXECUTED") or "pytest" in sys.modules:
         return
-    environment = {**ALLOCATOR_ENV, **os.environ, "PENCHANT_REEXECUTED": "1"}  # what a person has set wins
-    os.execve(sys.executable, [sys.executable, "-m", "penchant", *sys.argv[1:]], environment)
+    os.execve(sys.executable, [sys.executable, "-m", "penchant", *sys.argv[1:]], environment_of(device))
+
+
+def environment_of(device: str) -> dict[str, str]:
+    """The environment of a process that computes on ``cpu``, ``cuda`` or ``auto``; what a person has set wins."""
+    on_gpu = device == "cuda" or (device == "auto" and gpu_visible())
+    return {**(CUDA_ENV if on_gpu else CPU_ENV), **os.environ, "PENCHANT_REEXECUTED": "1"}
+
+
+def _device_of(args: argparse.Namespace, config: Any) -> str:
+    """Where a command will compute; what has no config that was read goes by whether there is a GPU."""
+    return getattr(args, "device", None) or (config.model.device if config is not None else "auto")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import Any, get_args, get_type_hints
 
@@ -20,6 +21,8 @@ def add_columns(parser: argparse.ArgumentParser | Any, *also: str, nargs: str | 
         also: older spellings of it, which take several at once where `nargs` says so.
     """
     about = "which of your columns holds a field, as in prompt=question (repeatable)"
+    bound = "a bound on the size of rows: row_mb, nesting or unpacked (see data.bounds in docs/config.md)"
+    parser.add_argument("--bound", action="append", default=[], metavar="NAME=N", dest="bounds", help=bound)
     parser.add_argument("--column", action="append", default=[], metavar="ours=yours", dest="columns", help=about)
     if also:
         parser.add_argument(
@@ -43,6 +46,35 @@ def column_pairs(given: Sequence[str], flag: str = "--column") -> dict[str, str]
         if found.setdefault(name, value) != value:
             raise ConfigError(flag, f"{name!r} is given twice", "give each name once")
     return found
+
+
+@contextmanager
+def bounded(args: argparse.Namespace) -> Iterator[None]:
+    """While a command runs, rows are read within the bounds of its `--bound`.
+
+    Raises:
+        ConfigError: one is not known, or not a number in its range.
+    """
+    given = column_pairs(getattr(args, "bounds", None) or (), "--bound")
+    if not given:
+        yield
+        return
+    from pydantic import ValidationError
+
+    from penchant.data.read import BOUNDS, Bounds
+    from penchant.errors import ConfigError
+
+    try:
+        made = Bounds.model_validate_strings(given, strict=False)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "--bound " + ".".join(map(str, first["loc"]))
+        raise ConfigError(where, first["msg"], f"there are {', '.join(Bounds.model_fields)}") from error
+    token = BOUNDS.set(made)
+    try:
+        yield
+    finally:
+        BOUNDS.reset(token)
 
 
 # ---- options from the fields of a request ----

@@ -136,6 +136,7 @@ def _add_audit(verbs: Any) -> None:
     audit.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or to the terminal if none is given"
     )
+    audit.add_argument("--all", action="store_true", help="show every count, also of what is in order, and lengths")
     audit.add_argument("--html", metavar="FILE", help="also write an HTML page")
     audit.set_defaults(handler=_audit)
 
@@ -181,7 +182,7 @@ def _audit(args: argparse.Namespace) -> int:
         return 0
     if args.json:
         print(f"written: {write_output(args.json, as_json)}", file=sys.stderr)
-    print(result.to_text())
+    print(result.to_text(whole=args.all))
     return 0
 
 

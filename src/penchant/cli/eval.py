@@ -19,6 +19,7 @@ def add(commands: Any) -> None:
     )
     add_arguments(evaluate, EvalRequest)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.add_argument("--all", action="store_true", help="print every figure, not the main ones alone")
     evaluate.add_argument("--explain", action="store_true", help="explain each figure")
     evaluate.set_defaults(handler=_evaluate, allocator=True, reads="run")
 
@@ -36,7 +37,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         return 0
     from penchant.evaluate.output import explained, table
 
-    parts = [table(metrics), "\n".join(metrics.get("notes", []))]
+    parts = [table(metrics, args.all or args.explain), "\n".join(metrics.get("notes", []))]
     if "tables" in metrics:
         from penchant.metrics.heldout import as_text
 

@@ -15,6 +15,7 @@ def add(commands: Any) -> None:
     )
     add_config(plan, "CONFIG.yaml")
     plan.add_argument("--no-probe", action="store_true", help="skip the trial steps, and so the estimate of time")
+    plan.add_argument("--all", action="store_true", help="show every setting, and everything in parts")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(handler=run, allocator=True, reads="run")
 
@@ -33,5 +34,5 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from penchant.plan import plan_text
 
-    print(plan_text(found))
+    print(plan_text(found, whole=args.all))
     return 0

@@ -18,6 +18,8 @@ def add(commands: Any) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from penchant import api
+    from penchant.runfolder.read import read
+    from penchant.runfolder.values import unchanged
 
     result = api.train(args.config, *args.overrides, quiet=args.quiet)
     for name, metrics in (("before", result.before), ("after", result.after)):
@@ -29,22 +31,29 @@ def _train(args: argparse.Namespace) -> int:
         from penchant.metrics.flags import summary
 
         print(f"{summary(result.flags)}\nevidence and advice: penchant flags {result.folder}")
+    from penchant.base.text import printable
+    from penchant.report import headline
+
+    print(f"result: {printable(headline(result.folder))}")
+    same, of = unchanged(read(result.folder).samples)
+    if of:
+        print(f"        {same} of {of} sampled answers are unchanged by training")
     return 0
 
 
 def _held_out_line(metrics: Any) -> str:
+    from penchant.metrics.names import figure_text
+
     parts = []
     for name, label in (
         ("eval/rewards/accuracies", "preference accuracy"),
         ("eval/rewards/margins", "margin"),
         ("eval/reward", "reward"),
+        ("eval/win_rate", "win rate"),
         ("eval/loss", "loss"),
-        ("eval/kl/policy_ref", "KL"),
+        ("eval/kl/k3", "KL"),
         ("eval/perplexity", "perplexity"),
     ):
         if name in metrics and not (name == "eval/loss" and "eval/reward" in metrics):
-            interval = metrics.get(f"{name}/ci")
-            parts.append(
-                f"{label} {metrics[name]:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
-            )
+            parts.append(f"{label} {figure_text(metrics, name)}")
     return ", ".join(parts) + f" ({metrics['eval/rows']} held-out rows)"

@@ -45,6 +45,7 @@ from penchant.requests import CompareRequest
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT
 from penchant.runfolder.read import read
 from penchant.runs.find import Source
+from penchant.runs.record import changed_since
 from penchant.runs.state import check_reward, reward_hashes, reward_terms
 from penchant.training.checkpoint import checkpoint_state, latest_checkpoint
 from penchant.training.console import console
@@ -132,7 +133,7 @@ class RunComparer:
         """Rows whose prompts no run, and no run that it started from, was trained on."""
         test = self.question.data is not None
         trained, notes = all_trained_prompts(self.everyone, lenient=test)
-        self.notes += notes
+        self.notes += notes + [said for run in self.everyone for said in changed_since(run.folder, run.config)]
         found = clear_of(self.readers[0].name, self.test_rows, trained) if test else self._validation(trained)
         if not found.rows.trees:
             raise DataError(
@@ -161,8 +162,6 @@ class RunComparer:
     def test_rows(self) -> Dataset:
         """The rows of `--data`, read as the first reader reads its own."""
         file, data = _whole(str(self.question.data)), self.readers[0].config.data
-        if not file.is_file():
-            raise DataError(str(self.question.data), "no such file", "give a file of test rows")
         rows = load_preferences(
             str(file),
             shape=data.shape,
@@ -170,6 +169,7 @@ class RunComparer:
             on_bad_row=data.on_bad_row,
             identical=data.identical,
             layout_options=data.layout_options,
+            bounds=data.bounds.model_dump(),
         )
         if rows.kind == "text":
             raise DataError(str(file), "holds texts without prompts", "give rows with prompts")

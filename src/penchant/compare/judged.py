@@ -191,4 +191,5 @@ def win_rates(pair: Pair) -> Metrics:
     """A setting's win rates over the first one, as figures."""
     if pair.win_rate is None or pair.equal_length is None:
         return {}
-    return pair.win_rate.named("win_rate") | pair.equal_length.named("win_rate_equal_length")
+    ties = {} if pair.ties is None else {"win_rate/ties": pair.ties}
+    return pair.win_rate.named("win_rate") | ties | pair.equal_length.named("win_rate_equal_length")

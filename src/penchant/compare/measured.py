@@ -31,6 +31,7 @@ class Setting:
             single answers; empty where there are none.
         judge: the reward, or None; also: other rewards by name; pairwise: who decides between two answers, or None.
         samples: completions of each prompt; seed: of the draws; tokens_per_step: of a forward pass.
+        turns: of each prompt what `turns_of` says of it, for files; may be empty.
     """
 
     tokenizer: Any
@@ -45,6 +46,7 @@ class Setting:
     also: Mapping[str, Judge] = field(default_factory=dict)
     pairwise: PairJudge | None = None
     progress: Callable[[str], Callable[[int, int], None]] | None = None
+    turns: Sequence[Mapping[str, Any]] = ()
 
     @property
     def asked(self) -> list[str]:
@@ -65,7 +67,7 @@ class Measured:
         name: of the model; answers: log-probs of the setting's answers; correct: of each pair, 1 where the chosen answer gained more log-prob over the first
             model than the rejected one, 0.5 for a tie.
         also: the other rewards of its completions by name, (prompts x samples,).
-        kl: k1 of each completion against the first model, nats, (prompts x samples,); kl_per_token: mean of k3.
+        kl, kl_k3: k1 and k3 of each completion against the first model, nats, (prompts x samples,).
     """
 
     name: str
@@ -75,7 +77,7 @@ class Measured:
     also: Mapping[str, np.ndarray] = field(default_factory=dict)
     correct: np.ndarray | None = None
     kl: np.ndarray | None = None
-    kl_per_token: float | None = None
+    kl_k3: np.ndarray | None = None
 
     def rewards(self, judge: str | None = None) -> np.ndarray | None:
         """By the reward, or by another one of its name, (prompts, samples); None where nobody judged."""
@@ -96,8 +98,9 @@ class Measured:
             found["reward"] = w.rewards, w.prompts
         found["ended"] = w.ended.astype(np.float64), w.prompts
         found["tokens"] = self.lengths.reshape(-1), w.prompts
-        if self.kl is not None:
-            found["kl"] = self.kl, w.prompts
+        for name, values in (("kl", self.kl), ("kl_k3", self.kl_k3)):
+            if values is not None:
+                found[name] = values, w.prompts
         if self.correct is not None:
             found["preference_accuracy"] = self.correct, prompt_numbers(self.setting.answers)
         return found
@@ -138,13 +141,13 @@ def measure(
     correct = None
     if setting.paired and answers is not None and first.answers is not None:
         correct = pair_change(answers.sums, first.answers.sums).correct
-    kl, per_token = kl_by_completion(
+    kl, kl_k3 = kl_by_completion(
         LiveReference(scorer),
         LiveReference(first_scorer),
         written.trees,
         tokens_per_step=setting.tokens_per_step,
     )
-    return Measured(name, setting, written, answers, also, correct, kl, per_token)
+    return Measured(name, setting, written, answers, also, correct, kl, kl_k3)
 
 
 def figures(seeds: Sequence[Measured]) -> Metrics:
@@ -154,15 +157,16 @@ def figures(seeds: Sequence[Measured]) -> Metrics:
     """
     metrics: Metrics = {}
     for name in seeds[0].values:
-        draws, share = SEVERAL_DRAWS if name == "kl" else 10_000, name == "preference_accuracy"
+        draws, share = SEVERAL_DRAWS if name.startswith("kl") else 10_000, name == "preference_accuracy"
         metrics |= _interval([m.values[name] for m in seeds], draws, share=share).named(name)
     if seeds[0].also:
         metrics["also"] = {
             judge: _interval([(m.also[judge], m.written.prompts) for m in seeds], 10_000).named("reward")
             for judge in seeds[0].also
         }
-    if seeds[0].kl_per_token is not None:
-        metrics["kl_per_token"] = float(np.mean([m.kl_per_token for m in seeds]))
+    if seeds[0].kl_k3 is not None:
+        per_token = [m.kl_k3.sum() / m.lengths.sum() for m in seeds if m.kl_k3 is not None]
+        metrics["kl_per_token"] = float(np.mean(per_token))
     metrics["distinct_2"] = float(np.mean([distinct_n(m.written.ids) for m in seeds]))
     if seeds[0].answers is not None:
         nll = _interval([m.surprise for m in seeds], SEVERAL_DRAWS)

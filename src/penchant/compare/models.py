@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from penchant.base.files import write_atomically, write_text_atomically
 from penchant.base.text import columns
 from penchant.compare.judged import WIN_RATE, Judgement, judge_pairs, lengths_of, sides, win_rates
 from penchant.compare.measured import Measured, Metrics, Setting, figures, measure
 from penchant.compare.verdict import (
+    FEW_PROMPTS,
     Candidate,
     Family,
     Pair,
@@ -26,16 +26,18 @@ from penchant.compare.verdict import (
     corrected,
     verdict,
 )
-from penchant.data.load import Dataset, first_text
+from penchant.data.load import Dataset, first_text, turns_of
 from penchant.data.split import prompt_key
 from penchant.errors import ConfigError
 from penchant.judges.judge import PairJudge
 from penchant.logprobs import Scorer
 from penchant.metrics.answers import is_answer
 from penchant.metrics.figures import prompt_numbers
+from penchant.metrics.names import all_tied
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, prompts_by_source
-from penchant.runfolder import COMPARISON, COMPARISON_ROWS
+from penchant.runfolder import COMPARISON, COMPARISON_ROWS, keep
+from penchant.runfolder.values import ci_of, span
 from penchant.runs import Run
 from penchant.runs.find import Source
 from penchant.runs.parts import answering
@@ -57,7 +59,7 @@ JUDGED = (
     ("win_rate_equal_length", "win rate at equal length", 3),
 )
 ROWS = (
-    ("kl", "KL(policy || {first}), nats per completion", 2),
+    ("kl_k3", "KL(policy || {first}), nats per completion", 2),
     ("kl_per_token", "KL(policy || {first}), nats per token", 4),
     ("preference_accuracy", "held-out preference accuracy", 3),
     ("perplexity", "perplexity of held-out chosen answers", 2),
@@ -189,7 +191,8 @@ def _rows(
     for i, asked in enumerate(setting.asked):
         for s in range(setting.samples):
             at = i * setting.samples + s
-            row: dict[str, Any] = {"prompt": asked, "sample": s, "completions": {}}
+            turns = setting.turns[i] if setting.turns else {}
+            row: dict[str, Any] = {"prompt": asked, **turns, "sample": s, "completions": {}}
             for name, m in measured.items():
                 row["completions"][name] = {"text": m.written.texts[at], **m.written.row(at, m.also)}
             if judgement is not None:
@@ -198,8 +201,10 @@ def _rows(
     return rows
 
 
-def table(models: Mapping[str, Metrics]) -> str:
-    """Figures as a plain table: one line a figure, one column a model, 95% intervals in brackets."""
+def table(models: Mapping[str, Metrics], prompts: int = FEW_PROMPTS) -> str:
+    """Figures as a plain table: one line a figure, one column a model, 95% intervals in brackets where the prompts are not too few for them."""
+    if prompts < FEW_PROMPTS:
+        models = {name: {k: v for k, v in m.items() if not k.endswith("/ci")} for name, m in models.items()}
     first = next(iter(models))
     lines = [["", *models], *_lines(models, JUDGED, first)]
     for judge in models[first].get("also", {}):
@@ -223,9 +228,10 @@ def _lines(
 def _cell(metrics: Metrics, name: str, digits: int) -> str:
     if name not in metrics:
         return "-"
-    interval = metrics.get(f"{name}/ci")
-    shown = f"{metrics[name]:.{digits}f}"
-    return shown + (f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else "")
+    if all_tied(metrics, name):
+        return "all tied"
+    form = f".{digits}f"
+    return f"{metrics[name]:{form}} {span(ci_of(metrics, name), form)}".rstrip()
 
 
 # ---- Named models on held-out rows with a reward: loading them, what all of them meet alike, and the files that are left ----
@@ -306,7 +312,8 @@ def make_setting(
     prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in trees))[: sampling.prompts]
     kept = set(prompts)
     data = run.config.data
-    policy = PolicyText(tokenizer, data.template, prompts_by_source(rows.trees), data.template_options)
+    by_source = prompts_by_source(rows.trees)
+    policy = PolicyText(tokenizer, data.template, by_source, data.template_options)
     return Setting(
         tokenizer=tokenizer,
         prompts=prompts,
@@ -320,6 +327,7 @@ def make_setting(
         also={name: load_reward(r, policy, run.device) for name, r in (also or {}).items()},
         pairwise=pairwise,
         progress=console.counter,
+        turns=[turns_of(by_source.get(source_of[p])) for p in prompts],
     )
 
 
@@ -383,6 +391,8 @@ def figures_of(compared: Compared) -> dict[str, Any]:
 
 
 def _tables(compared: Compared) -> str:
+    if len({row["prompt"] for row in compared.rows}) < FEW_PROMPTS:
+        return ""
     tables = [comparisons_table(compared.pairs, compared.outcome)] if compared.pairs else []
     others = sum(map(len, compared.also.values()))
     for name, pairs in compared.also.items():
@@ -394,15 +404,16 @@ def _tables(compared: Compared) -> str:
 
 def text_of(figures: Mapping[str, Any], heading: str, notes: Iterable[str] = ()) -> str:
     """A comparison as a person reads it: heading, notes, tables, and last the verdict."""
-    parts = [heading, "\n".join(notes), table(figures["models"]), figures.get("comparisons_text", "")]
+    few = table(figures["models"], int(figures.get("prompts") or FEW_PROMPTS))
+    parts = [heading, "\n".join(notes), few, figures.get("comparisons_text", "")]
     return "\n\n".join(p for p in [*parts, "\n".join(figures["sentences"])] if p)
 
 
 def write_files(folder: Path, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Both files, each whole or not at all."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text_atomically(folder / COMPARISON_ROWS, lines)
-    write_atomically(folder / COMPARISON, figures)
+    keep(folder / COMPARISON_ROWS, lines)
+    keep(folder / COMPARISON, json.dumps(figures, indent=1, ensure_ascii=False))
 
 
 def tokens_sha256(setting: Setting) -> str:

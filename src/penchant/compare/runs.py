@@ -23,7 +23,7 @@ from penchant.models.merge import is_adapter
 from penchant.runfolder import CONFIG, IDENTITY, MANIFEST, PIPELINE, check_whole
 from penchant.runfolder.read import read
 from penchant.runs import Run
-from penchant.runs.find import START, Source, trained_source
+from penchant.runs.find import START, Source, check_config, trained_source
 from penchant.runs.state import model_folder
 
 # ---- Runs as a comparison sees them: what they were, which of them are one setting with several seeds, and where they started ----
@@ -116,7 +116,7 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
             stages = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
             how = f"it is a pipeline: give its stages, such as {folder / stages[0] if stages else 'PIPELINE/STAGE'}"
         raise CheckpointError(str(folder), "is not a run" if folder.is_dir() else "no such run", how)
-    check_whole(folder / CONFIG)
+    check_config(folder / CONFIG)
     config = load_config(folder / CONFIG)
     if config.method.learns_reward:
         raise ConfigError(str(folder), "is a reward model, which writes nothing", "leave it out; it can be --reward")

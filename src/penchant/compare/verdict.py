@@ -22,6 +22,7 @@ from penchant.metrics.stats import (
     share_ci,
     sign_flip_test,
 )
+from penchant.runfolder.values import span
 
 T = TypeVar("T")
 
@@ -66,6 +67,7 @@ class Pair:
         win_rate, equal_length: of `name` over `other`, raw and at equal length; None without a reward.
         unjudged: share of pairs of completions without a verdict, where a judge decides pair by pair; the difference is then that of the
             win rate from one half. None else.
+        ties: share of pairs of completions with equal rewards; None without a reward.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Pair:
     equal_length: Interval | None
     corrected: float = 1.0
     unjudged: float | None = None
+    ties: float | None = None
 
     @property
     def p(self) -> float:
@@ -95,6 +98,7 @@ class Pair:
             "p": self.p,
             "p_corrected": self.corrected,
             **({} if self.unjudged is None else {"unjudged": self.unjudged}),
+            **({} if self.ties is None else {"ties": self.ties}),
         }
 
 
@@ -134,19 +138,20 @@ def compare_two(a: Candidate, b: Candidate) -> Pair:
         if not (a.fixed or b.fixed):
             difference = seeds_difference(b.outcome, a.outcome)
     difference = difference or paired_bootstrap(theirs, mine)
-    raw, controlled = _win_rates(a, b, over_seeds)
-    return Pair(a.name, b.name, difference, sign_flip_test(theirs, mine), p_seeds, raw, controlled)
+    raw, controlled, ties = _win_rates(a, b, over_seeds)
+    return Pair(a.name, b.name, difference, sign_flip_test(theirs, mine), p_seeds, raw, controlled, ties=ties)
 
 
-def _win_rates(a: Candidate, b: Candidate, over_seeds: bool) -> tuple[Interval | None, Interval | None]:
-    """Per prompt, the share of pairs of completions in which a's has the higher reward, ties half; raw and at equal length."""
+def _win_rates(a: Candidate, b: Candidate, over_seeds: bool) -> tuple[Interval | None, Interval | None, float | None]:
+    """Per prompt, the share of pairs of completions in which a's has the higher reward, ties half; raw, at equal length, share of ties."""
     if a.rewards is None or b.rewards is None:
-        return None, None
+        return None, None, None
     # (seeds of a, seeds of b, prompts, samples of a, samples of b)
     x, y = a.rewards[:, None, :, :, None], b.rewards[None, :, :, None, :]
     wins = (x > y) + 0.5 * (x == y)
     raw = _raw(wins, _sources(a, b, wins) if over_seeds else None)
-    return raw, _controlled(wins, a.lengths[:, None, :, :, None], b.lengths[None, :, :, None, :])
+    controlled = _controlled(wins, a.lengths[:, None, :, :, None], b.lengths[None, :, :, None, :])
+    return raw, controlled, float((x == y).mean())
 
 
 def compare_judged(a: Candidate, b: Candidate, wins: np.ndarray) -> Pair | None:
@@ -285,6 +290,12 @@ def _sentence(pair: Pair, comparisons: int, prompts: int, what: str) -> Sentence
     intervals = ((pair.difference, 0.0), (pair.win_rate, 0.5), (pair.equal_length, 0.5))
     gap, rate, level = (i if i is None or ahead else i.mirrored(about) for i, about in intervals)
     assert gap is not None
+    neither = f"Between {pair.name} and {pair.other} there is no clear winner:"
+    if pair.ties == 1.0:
+        return Sentence(f"{neither} tied on {prompts} of {prompts} prompts, so {what} cannot tell them apart.", "open")
+    if gap.estimate == 0.0:
+        near = f" {_brackets(gap)}" if gap.low < gap.high and pair.unjudged is None else ""
+        return Sentence(f"{neither} neither is ahead in {what}{near}.", "open")
     shown = f"{what} is {gap.estimate:.3f} {_brackets(gap)} higher"
     if pair.unjudged is not None and rate is not None:
         shown = f"win rate is {rate.estimate:.0%} {_brackets(rate, '.0%')}"
@@ -296,7 +307,7 @@ def _sentence(pair: Pair, comparisons: int, prompts: int, what: str) -> Sentence
         return Sentence(f"{best} is better than {worst}: its {shown}.{_about_length(rate, level)}", "good")
     if pair.corrected >= ALPHA and prompts < MANY_PROMPTS:
         why += f"; with {prompts} prompts only a large difference shows"
-    return Sentence(f"Between {pair.name} and {pair.other} there is no clear winner: {best}'s {shown}; {why}.", "open")
+    return Sentence(f"{neither} {best}'s {shown}; {why}.", "open")
 
 
 def _doubt(pair: Pair, gap: Interval, rate: Interval | None, level: Interval | None, what: str) -> str | None:
@@ -339,15 +350,17 @@ def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None 
     lines[0] += ["p", f"p corrected for {_comparisons(len(pairs) if comparisons is None else comparisons)}"]
     for p in pairs:
         line = [f"{p.name} - {p.other}"]
-        line += [] if by_pairs else [f"{p.difference.estimate:.3f} {_brackets(p.difference)}"]
-        if judged:
-            line += [f"{i.estimate:.3f} {_brackets(i)}" if i else "-" for i in (p.win_rate, p.equal_length)]
+        line += [] if by_pairs else [f"{p.difference.estimate:.3f} {_brackets(p.difference)}".rstrip()]
+        if judged and p.ties == 1.0:
+            line += ["all tied", "-"]
+        elif judged:
+            line += [f"{i.estimate:.3f} {_brackets(i)}".rstrip() if i else "-" for i in (p.win_rate, p.equal_length)]
         lines.append([*line, _p(p.p), _p(p.corrected)])
     return columns(lines)
 
 
 def _brackets(interval: Interval, form: str = ".3f") -> str:
-    return f"[{interval.low:{form}}, {interval.high:{form}}]"
+    return span((interval.low, interval.high), form)
 
 
 def _p(p: float) -> str:

@@ -10,7 +10,8 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from penchant.algorithms import ALGORITHMS, AlgorithmConfig, Method, find_algorithm
 from penchant.algorithms.offline import Losses
-from penchant.base.functions import own_sha256
+from penchant.base.files import file_sha256
+from penchant.base.functions import imported_sha256, is_own, own_file
 from penchant.base.section import Section
 from penchant.data.options import DataConfig
 from penchant.errors import ConfigError
@@ -20,6 +21,7 @@ from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.rewards.builtin import BUILT_IN, RULES, RewardConfig
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
+BOTH = "loss and algorithm are both set; keep one: an algorithm uses no loss of this section"
 WATCHING_ONLY = ("output", "logging", "trust")  # sections that change nothing in what a run computes
 
 
@@ -109,7 +111,7 @@ class RunConfig(Section):
                 "leave it out, and use compare for other rewards"
             )
         if self.algorithm is not None and "loss" in self.model_fields_set and self.loss.name != "dpo":
-            raise ValueError("loss and algorithm are both set; keep one")
+            raise ValueError(BOTH)
         return self
 
     @property
@@ -118,9 +120,11 @@ class RunConfig(Section):
         return Losses(self.loss) if self.algorithm is None else self.algorithm
 
     def own_contents(self) -> dict[str, str]:
-        """SHA-256 of each file of a user's own loss or algorithm, by its name."""
-        sha256 = None if self.algorithm is None else own_sha256(self.algorithm.name)
-        return self.loss.contents() | ({} if sha256 is None else {self.method.name: sha256})
+        """SHA-256 of each file of a user's own loss or algorithm, by its name; and of what they import, as ``NAME: helper.py``."""
+        names = [c.name for c in self.loss.components] if self.algorithm is None else [self.algorithm.name]
+        own = [name for name in names if is_own(name) and own_file(name).is_file()]
+        beside = {f"{name}: {file}": sha256 for name in own for file, sha256 in imported_sha256(name).items()}
+        return {name: file_sha256(own_file(name)) for name in own} | beside
 
     @field_validator("loss", mode="before")
     @classmethod
@@ -176,7 +180,8 @@ def default_settings() -> dict[str, Any]:
         section = info.annotation
         if isinstance(section, type) and issubclass(section, Section):
             fields = section.model_fields.items()
-            defaults[name] = {f: i.get_default(call_default_factory=True) for f, i in fields if not i.is_required()}
+            known = {f: i.get_default(call_default_factory=True) for f, i in fields if not i.is_required()}
+            defaults[name] = {f: v.model_dump() if isinstance(v, Section) else v for f, v in known.items()}
     return defaults
 
 

@@ -28,6 +28,7 @@ from penchant.data.audit.findings import Audit, Finding
 from penchant.data.layouts import Detection
 from penchant.data.load import Columns, Dataset, Quarantined, Reading, fingerprint, load_preferences, stream_preferences
 from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, ranges, read_batch, write_rows
+from penchant.data.read import named_files
 from penchant.data.split import held_out_rows, split_by_prompt
 from penchant.data.tokenize import CausalTokenization, Mark, TokenizedDataset, moved, tokenize
 from penchant.errors import DataError
@@ -62,7 +63,7 @@ def hashes_of(files: Sequence[Path]) -> list[str]:
         held = json.loads(path.read_text())
     except (OSError, ValueError):
         held = None
-    table = held if isinstance(held, dict) else {}
+    table = held if isinstance(held, dict) and held.pop("", None) == _sha256_of(held) else {}
     new: dict[str, list[Any]] = {}
     found = []
     for file in files:
@@ -80,7 +81,8 @@ def hashes_of(files: Sequence[Path]) -> list[str]:
         kept = {**{k: v for k, v in table.items() if k not in new}, **new}
         with suppress(OSError):  # of two processes that write at once one loses, and a file is read once more
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, dict(list(kept.items())[-FILES_KEPT:]))
+            kept = dict(list(kept.items())[-FILES_KEPT:])
+            write_atomically(path, {**kept, "": _sha256_of(kept)})
     return found
 
 
@@ -206,11 +208,11 @@ class DataCache:
 
     def load(self, path: str | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
         """`load_preferences`."""
-        paths = [path] if isinstance(path, str) else [str(p) for p in path]
-        files = [Path(p).expanduser() for p in paths]
-        if not self.on or not all(f.is_file() for f in files) or sum(f.stat().st_size for f in files) < AUTO_BYTES:
+        named = named_files(path)
+        files = [f for _, f in named if f is not None]
+        if not self.on or len(files) < len(named) or sum(f.stat().st_size for f in files) < AUTO_BYTES:
             return load_preferences(path, on_bad_row=on_bad_row, **how)
-        contents = [(f.name, digest) for f, digest in zip(files, hashes_of(files), strict=True)]
+        contents = [(name, digest) for (name, _), digest in zip(named, hashes_of(files), strict=True)]
         layout = own_sha256(how.get("shape", "auto"))
         key = key_of("rows", {"files": contents, **how, "on_bad_row": on_bad_row, "layout": layout})
 

@@ -14,10 +14,22 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from penchant.base.files import write_text_atomically
-from penchant.base.text import printable
-from penchant.data.layouts import Detection, Group, Layout, LeftOut, RowError, detect, layout_named, near_name
+from penchant.base.text import closest, printable
+from penchant.data.layouts import (
+    LAYOUTS,
+    NAMES,
+    Detection,
+    Group,
+    Layout,
+    LeftOut,
+    RowError,
+    detect,
+    layout_named,
+    near_name,
+    other_names,
+)
 from penchant.data.layouts.fields import opened
-from penchant.data.read import BadRow, Row, read_rows
+from penchant.data.read import BadRow, Bounds, Row, read_rows
 from penchant.errors import DataError
 from penchant.types import Prompt, PromptTree
 
@@ -272,6 +284,7 @@ class Reading(TypedDict, total=False):
         identical: ``bad_row`` or ``keep``: what a pair with chosen == rejected is.
         limit: read the first n rows only.
         layout_options: what can be chosen about the layout, see `penchant data formats NAME`.
+        bounds: on the size of a row, see `penchant.data.read.Bounds`.
     """
 
     shape: str
@@ -279,13 +292,15 @@ class Reading(TypedDict, total=False):
     identical: str
     limit: int | None
     layout_options: Mapping[str, Any] | None
+    bounds: Mapping[str, Any]
 
 
 def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
     """Read files or hub ids into prompt trees.
 
     Args:
-        path: one or several of .json, .jsonl(.gz), .csv, .tsv, .parquet, .txt, or a hub id ``owner/name[:split]``.
+        path: one or several of .json, .jsonl(.gz), .csv, .tsv, .parquet, .txt, a folder or pattern of such files, or a hub id
+            ``owner/name[:split]``.
         on_bad_row: ``error`` stops at the first bad row, ``skip`` keeps bad rows aside.
         how: see `Reading`.
 
@@ -299,7 +314,9 @@ def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **
 def stream_preferences(path: str | Sequence[str], **how: Unpack[Reading]) -> Stream:
     """`load_preferences` without keeping anything: bad rows come as `Quarantined`."""
     paths = [path] if isinstance(path, str) else [str(p) for p in path]
-    return Stream(itertools.chain.from_iterable(map(read_rows, paths)), ", ".join(paths), **how)
+    bounds = how.pop("bounds", None)
+    rows = read_rows(paths, None if bounds is None else Bounds(**bounds))
+    return Stream(rows, ", ".join(paths), **how)  # type: ignore[misc]  # without `bounds`
 
 
 class Stream:
@@ -332,13 +349,18 @@ class Stream:
         if named:
             layout_named(shape)  # a mistake in its name is said before a file is read
         first = list(itertools.islice(stream, FIRST_ROWS))
+        _check_columns(first, name, columns or {})
         if not named:
-            shape, self.detection = detected(first, name, columns or {})
+            shape, self.detection, columns = detected(first, name, columns or {}, layout_options or {})
         stream = itertools.chain(first, stream)
         layout = layout_named(shape)
         options = layout.settings(layout_options or {})
         values = [renamed(r.values, columns or {}) for r in first if isinstance(r, Row)]
-        self.columns = Columns(unused=[c for c in layout.unused(values, options) if c not in COUNTED])
+        unused = [c for c in layout.unused(values, options) if c not in COUNTED]
+        for ours in (c for c in columns or () if c in unused):
+            what = f'data.columns has "{printable(ours)}", which the layout {shape} does not read'
+            raise DataError(name, what, f"leave it out, or give one of {', '.join(NAMES)}, or another data.shape")
+        self.columns = Columns(unused=unused)
         self.shape, self.kind, self.grouped = shape, layout.kind_of(options), layout.group is not None
         if not named:
             self._ask_about_names(values)
@@ -397,19 +419,47 @@ class Stream:
         return Dataset(trees, self.shape, self.kind, total, aside, content, *more)
 
 
+def _check_columns(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]) -> None:
+    """Refuse a mapping of columns with a slip on either side.
+
+    Raises:
+        DataError: with what there is, and the nearest of it.
+    """
+    there = sorted({str(c) for r in first if isinstance(r, Row) for c in r.values})
+    for ours, theirs in columns.items():
+        if there and theirs not in there:
+            what = f'data.columns maps {printable(ours)} to "{printable(theirs)}", and there is no such column'
+            near = closest(theirs, there)
+            how = f'did you mean "{printable(near)}"? ' if near else ""
+            raise DataError(name, what, f"{how}there are {', '.join(map(printable, there))}")
+        if near := near_name(ours):
+            what = f'data.columns has "{printable(ours)}" in front of {printable(theirs)}, which is none of our fields'
+            raise DataError(name, what, f'did you mean "{near}"?')
+
+
 def _map_it(ours: str, theirs: str) -> str:
     return f"map it with --column {ours}={theirs} (in a config data.columns={{{ours}: {theirs}}})"
 
 
-def detected(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]) -> tuple[str, Detection]:
-    """The layout of the first rows.
+def detected(
+    first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str], options: Mapping[str, Any]
+) -> tuple[str, Detection, Mapping[str, str]]:
+    """The layout of the first rows, and which columns are read under our names: those given, or others that are known.
 
     Raises:
         DataError: they are of none.
     """
-    found = detect(renamed(r.values, columns) for r in first if isinstance(r, Row))
+    rows = [renamed(r.values, columns) for r in first if isinstance(r, Row)]
+    found = detect(rows)
+    taken = other_names(rows) if not found.how and (not found.layout or LAYOUTS[found.layout].kind == "sft") else {}
+    if found.layout:  # only a word about the answer makes it another layout
+        taken = {ours: theirs for ours, theirs in taken.items() if ours == "label" and not options}
+    other = detect(renamed(row, taken) for row in rows) if taken else found
+    if taken and other.layout and LAYOUTS[other.layout].kind in ("sft", "unpaired", "scored"):
+        said = ", ".join(f'"{theirs}" is read as {ours}' for ours, theirs in taken.items())
+        return other.layout, replace(other, why=f"{other.why}; {said}"), {**columns, **taken}
     if found.layout is not None:
-        return found.layout, found
+        return found.layout, found, columns
     bad = next((row for row in first if isinstance(row, BadRow)), None)
     if bad is not None:
         raise DataError(bad.where, bad.what, bad.how)
@@ -452,6 +502,11 @@ def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
     return prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]
 
 
+def turns_of(prompt: Prompt | None) -> dict[str, Any]:
+    """``{"messages": ...}`` of a conversation, as it stands beside a prompt's text in files; empty for a text."""
+    return {} if prompt is None or isinstance(prompt, str) else {"messages": prompt_json(prompt)}
+
+
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one string, for comparing and showing."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m.role}: {m.content}" for m in prompt)
@@ -472,7 +527,7 @@ def summary_of(shape: str, accepted: int, reasons: Counter[str], aside: int, exa
     """The same from counts."""
     shown = f" ({_counted(reasons)})" if reasons else ""
     more = f", {examples:,} examples" if examples != accepted else ""
-    return f"{accepted + aside:,} rows ({shape}) = {accepted:,} accepted + {aside:,} quarantined{shown}{more}"
+    return f"{accepted + aside:,} rows ({shape}) = {accepted:,} accepted + {aside:,} kept aside{shown}{more}"
 
 
 def _counted(reasons: Counter[str]) -> str:

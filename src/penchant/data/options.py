@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -9,12 +10,15 @@ from pydantic import Field, field_validator, model_validator
 from penchant.base.functions import is_own
 from penchant.base.section import Section
 from penchant.data.layouts import LAYOUTS, no_layout
+from penchant.data.read import Bounds
 
 
 class DataConfig(Section):
     """Where the data is, how it is read, and what happens to rows that do not fit."""
 
-    path: str | list[str] = Field(description="file, files or hub id (owner/name)")
+    path: str | list[str] = Field(
+        description="file, folder or pattern of files (shards/*.parquet), several of these, or hub id (owner/name)"
+    )
     eval_path: str | list[str] | None = Field(None, description="held-out rows from files of their own")
     validation_rows: int | None = Field(
         None, ge=1, le=10**9, description="how many rows to hold out; equal prompts stay together"
@@ -36,10 +40,14 @@ class DataConfig(Section):
         "auto", description="how a prompt becomes text: with the chat template, or as plain text"
     )
     template_options: dict[str, Any] = Field(
-        default_factory=dict, description="handed to the chat template, e.g. {enable_thinking: false}"
+        default_factory=dict,
+        description="handed to the chat template, e.g. {enable_thinking: false}; strftime_now: the day that it takes for today",
     )
     max_length: int = Field(
-        1024, ge=8, le=2**24, description="limit on the tokens of the prompt plus the longest completion"
+        1024,
+        ge=8,
+        le=2**24,
+        description="limit on the tokens of the prompt plus the longest completion; the default, or auto, is the model's context where that is less",
     )
     add_eos: bool = Field(
         True,
@@ -58,10 +66,26 @@ class DataConfig(Section):
         "off", description="for scored rows and a loss on pairs: pair the best answer of each prompt with the worst"
     )
     limit: int | None = Field(None, ge=1, le=10**9, description="read only the first n rows")
+    bounds: Bounds = Field(Bounds(), description="how large one row may be, so that no file fills the memory")
     cache: Literal["auto", "off"] = Field(
         "auto",
         description="auto: cache the rows, tokens and audit of files of 4 MB and more on disk, by content; off: never",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_is_the_default(cls, values: Any) -> Any:
+        auto = isinstance(values, dict) and values.get("max_length") == "auto"
+        return {k: v for k, v in values.items() if k != "max_length"} if auto else values
+
+    @field_validator("template_options")
+    @classmethod
+    def _a_day(cls, options: dict[str, Any]) -> dict[str, Any]:
+        try:
+            datetime.fromisoformat(options.get("strftime_now", "2026-01-01"))
+        except (TypeError, ValueError) as error:
+            raise ValueError("strftime_now is the day that the template takes for today, as 2026-12-31") from error
+        return options
 
     @field_validator("shape")
     @classmethod

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date, datetime
+from functools import cache
+from string import ascii_letters
 from typing import Any, NamedTuple
 
 from penchant.data.layouts import RowError
@@ -26,6 +30,40 @@ class Rendered(NamedTuple):
 def uses_chat(template: str, tokenizer: Any) -> bool:
     """Whether prompts go through the tokenizer's chat template: where there is one, unless `data.template` is ``plain``."""
     return template != "plain" and getattr(tokenizer, "chat_template", None) is not None
+
+
+# what a template gets today's date from; in its options: the day that it is told instead
+DATE = "strftime_now"
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether the chat template asks for today's date."""
+    return DATE in str(getattr(tokenizer, "chat_template", None))
+
+
+def dated(options: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Options for a chat template with the day that it is told, where it asks for one: by default today."""
+    return {**({DATE: date.today().isoformat()} if writes_date(tokenizer) else {}), **options}
+
+
+def apply_template(
+    tokenizer: Any, turns: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None, *, generate: bool
+) -> str:
+    """Turns as the tokenizer's chat template writes them."""
+    given = dict(options or {})
+    if (day := given.pop(DATE, None)) is not None and writes_date(tokenizer):
+        given["chat_template"] = _clock(day) + tokenizer.get_chat_template(tools=given.get("tools"))
+    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=generate, **given))
+
+
+@cache
+def _clock(day: str) -> str:
+    """A macro in place of the template's own clock: transformers hands it no functions."""
+    then = datetime.fromisoformat(day)
+    codes = [f"%{flag}{letter}" for flag in ("", "-") for letter in ascii_letters]
+    told = [("%%", "\0"), *((c, s) for c in codes if "%" not in (s := then.strftime(c))), ("\0", "%")]
+    text = "".join(f" | replace({json.dumps(code)}, {json.dumps(said)})" for code, said in told)
+    return f"{{% macro {DATE}(format) %}}{{{{ format{text} }}}}{{% endmacro %}}\n"  # a line of its own: see trim_blocks
 
 
 def plain(tree: PromptTree) -> Rendered:
@@ -61,10 +99,7 @@ def chat(
         )
 
     def render(more: Sequence[Mapping[str, Any]], generate: bool) -> str:
-        found = tokenizer.apply_chat_template(
-            [*turns, *more], tokenize=False, add_generation_prompt=generate, **(options or {})
-        )
-        return str(found)
+        return apply_template(tokenizer, [*turns, *more], options, generate=generate)
 
     try:
         prompt = render((), True)
@@ -132,6 +167,14 @@ def end_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
     }
     behind = _behind_an_answer(tokenizer)
     return frozenset(found | {i for i, content in special.items() if behind.startswith(content)})
+
+
+def name_ends(model: Any, tokenizer: Any) -> None:
+    """Have the model's generation config say what ends an answer, so that whoever loads it stops there; the tokenizer's EOS first."""
+    ends = sorted(end_ids(tokenizer, model), key=lambda i: (i != tokenizer.eos_token_id, i))
+    config = getattr(model, "generation_config", None)
+    if ends and config is not None:
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends
 
 
 def _behind_an_answer(tokenizer: Any) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from penchant.base.text import counted
 from penchant.data.layouts import RowError
 from penchant.data.load import IDENTICAL, Dataset, Quarantined, prompt_json, prompt_text
 from penchant.data.mapped import StoredTokens
-from penchant.data.templates import Rendered, chat, end_ids, excerpt, plain, uses_chat
+from penchant.data.templates import DATE, Rendered, chat, end_ids, excerpt, plain, uses_chat
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.types import PromptTree, TokenTree
 
@@ -68,17 +69,18 @@ class TokenizedDataset:
         trees = self.trees
         tokens = trees.total if isinstance(trees, StoredTokens) else sum(t.shared_tokens for t in trees)
         parts = [
-            f"{self.total:,} rows = {self.accepted:,} tokenized + {len(self.quarantined):,} quarantined",
+            f"{self.total:,} rows = {self.accepted:,} tokenized + {len(self.quarantined):,} kept aside",
             f"{tokens:,} tokens",
         ]
         if self.split_documents:
-            parts.append(f"{self.split_documents:,} long documents split into chunks")
+            parts.append(f"{counted(self.split_documents, 'long document')} split into chunks")
         if self.moved_prompts:
-            parts.append(f"{self.moved_prompts:,} prompts that the template renders differently once an answer follows")
+            moved = counted(self.moved_prompts, "prompt")
+            parts.append(f"{moved} that the template renders differently once an answer follows")
         if self.cut_prompts:
-            parts.append(f"{len(self.cut_prompts):,} prompts lost their start")
+            parts.append(f"{counted(len(self.cut_prompts), 'prompt')} without the start (cut)")
         if self.cut_completions:
-            parts.append(f"{len(self.cut_completions):,} rows have a cut completion (no EOS)")
+            parts.append(f"{counted(len(self.cut_completions), 'row')} with a cut answer (no EOS)")
         return f"{self.template} template: " + ", ".join(parts)
 
 
@@ -329,7 +331,7 @@ class CausalTokenization(Tokenization):
         if template == "chat" and not chats:
             raise ConfigError("data.template", "the tokenizer has no chat template", "set data.template=plain or auto")
         self.template = "chat" if chats and kind != "text" else "plain"
-        if template_options and self.template != "chat":
+        if set(template_options or ()) - {DATE} and self.template != "chat":
             raise ConfigError(
                 "data.template_options", "no chat template is used that could take them", "leave them out"
             )

@@ -276,7 +276,7 @@ class _Job:
             return
         (self.work / "request.json").unlink()
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in total.filtered.most_common()) or "none filtered"
-        what = f"none of {total.rows:,} rows is left ({reasons}, {total.quarantined:,} quarantined)"
+        what = f"none of {total.rows:,} rows is left ({reasons}, {total.quarantined:,} kept aside)"
         common = sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:10]
         if common and total.filtered["language"]:
             named = ", ".join(f"{name} ({n:,})" for name, n in common)
@@ -393,7 +393,7 @@ def summary(result: GetResult) -> str:
     together = "published splits are kept as they are" if kept else "nearly equal ones stay on one side"
     groups = data["prompt_groups"]
     lines = [
-        f"{data['name']}: {counts.rows:,} rows = {counts.accepted:,} accepted + {filtered} + {counts.quarantined:,} quarantined",
+        f"{data['name']}: {counts.rows:,} rows = {counts.accepted:,} accepted + {filtered} + {counts.quarantined:,} kept aside",
         "  " + ", ".join(_split_line(s, held) for s, held in data["splits"].items()) + f" ({data['kind']})",
         f"  {groups['prompts']:,} prompts in {groups['groups']:,} groups: {together}",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -218,13 +219,17 @@ def labeller_of(asked: GetRequest) -> Labeller | None:
     Raises:
         ConfigError: no such reward, file or function.
     """
-    from penchant.rewards.reward_model import content_sha256
+    from penchant.rewards.reward_model import content_sha256, contents_beside
+
+    def content(name: str) -> str | None:
+        own, beside = content_sha256(name), contents_beside(name)
+        return hashlib.sha256(repr((own, beside)).encode()).hexdigest() if beside else own
 
     if asked.label_with is not None:
-        return Labeller(_by_function(asked.label_with), content_sha256(asked.label_with))
+        return Labeller(_by_function(asked.label_with), content(asked.label_with))
     if asked.reward is None or asked.threshold is None:
         return None
-    return Labeller(_by_reward(asked.reward, asked.threshold), content_sha256(asked.reward))
+    return Labeller(_by_reward(asked.reward, asked.threshold), content(asked.reward))
 
 
 def _by_reward(name: str, threshold: float) -> Judged:

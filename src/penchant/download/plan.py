@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,7 +14,7 @@ from typing import Any
 
 from penchant.base.files import file_sha256
 from penchant.base.functions import own_sha256
-from penchant.data.read import ENDINGS, ending
+from penchant.data.read import ENDINGS, ending, find_files
 from penchant.data.split import SPLITS
 from penchant.download.catalogue import HUB, Files, Spec, chosen_subsets, find, is_hub_id, unknown
 from penchant.download.hub import Hub, HubFile, Repository
@@ -273,7 +274,7 @@ def split_of(path: str) -> str:
 
 def local_plan(root: Path, asked: GetRequest, spec: Spec | None) -> Plan:
     """The files of a local copy: in the published folders, or any files that can be read."""
-    if not root.exists():
+    if not os.path.lexists(root):
         raise DataError(str(root), "no such file or folder", "give a file or folder with --from")
     paths = _files(root)
     if not paths:
@@ -294,10 +295,8 @@ def local_plan(root: Path, asked: GetRequest, spec: Spec | None) -> Plan:
 
 
 def _files(root: Path) -> dict[str, Path]:
-    if root.is_file():
-        if ending(root.name) not in READABLE:
-            raise DataError(str(root), "its ending is not known", f"rename it to what it holds: {', '.join(READABLE)}")
-        return {root.name: root}
+    if not root.is_dir():
+        return {f.name: f for f in find_files(str(root)) or () if ending(f.name) in READABLE}
     found = sorted(p for p in root.rglob("*") if p.is_file() and ending(p.name) in READABLE)
     inside = {p.relative_to(root).as_posix(): p for p in found}
     return {name: p for name, p in inside.items() if not any(part.startswith(".") for part in name.split("/"))}

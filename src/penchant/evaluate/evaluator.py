@@ -34,6 +34,7 @@ from penchant.rewards.reward_model import PolicyText, prompts_by_source
 from penchant.runs import Run
 from penchant.runs.find import START, Source, find_model
 from penchant.runs.parts import answering
+from penchant.runs.record import changed_since
 from penchant.types import TokenTree
 
 NO_REFERENCE = "none"
@@ -309,4 +310,4 @@ def held_out_of_run(config: RunConfig, step: str, quiet: bool) -> Evaluated:
     what = {"checkpoint": name, "data": "held out", "fingerprint": held.fingerprint, "rows": held.accepted}
     what |= {"dtype": str(run.dtype).removeprefix("torch."), "device": str(run.device)}
     at = 0 if name == START else int(name.removeprefix("step-"))
-    return Evaluated(metrics, [], what, [], at)
+    return Evaluated(metrics, changed_since(run.folder, run.config), what, [], at)

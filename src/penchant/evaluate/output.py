@@ -11,8 +11,9 @@ from typing import Any
 from penchant.base.files import write_output
 from penchant.base.text import printable
 from penchant.evaluate.evaluator import Evaluated
-from penchant.metrics.names import metric
-from penchant.runfolder import EVALUATIONS, IDENTITY, MetricsLog, finite
+from penchant.metrics.names import all_tied, metric
+from penchant.runfolder import EVALUATIONS, IDENTITY, LINE_SUM, MetricsLog, finite, line_sum
+from penchant.runfolder.values import FEW_ROWS, ci_of, interval_of, span
 
 NO_FIGURE = ("tables", "notes")
 COUNT = "/n"
@@ -48,17 +49,20 @@ def keep(evaluated: Evaluated, run: Path | None, output: str | None, samples_out
     if run is None or not (run / IDENTITY).exists():
         return []
     try:
-        MetricsLog(run / EVALUATIONS).write(line)
+        line = json.loads(json.dumps(finite(line)))
+        MetricsLog(run / EVALUATIONS).write({**line, LINE_SUM: line_sum(line)})
     except OSError as error:
         return [f"Not kept in {run / EVALUATIONS}: it cannot be written ({error.strerror})."]
     return []
 
 
-def table(metrics: Mapping[str, Any]) -> str:
-    """A line a figure: name, value, 95% interval, and over how much it is."""
+def table(metrics: Mapping[str, Any], whole: bool = True) -> str:
+    """A line a figure: name, value, 95% interval, and over how much it is; not `whole`: the main ones, with what they are."""
     names = _shown(metrics)
+    main = names if whole else [n for n in names if metric(n).main or metric(n).word or n == "checkpoint"]
+    left, names = len(names) - len(main), main or names
     width = max(28, *map(len, names))
-    spans = {n: _span(metrics.get(f"{n}/ci")) for n in names}
+    spans = {n: _span(metrics, n) for n in names}
     broad = max(map(len, spans.values()), default=0)
     lines = []
     for name in names:
@@ -66,8 +70,14 @@ def table(metrics: Mapping[str, Any]) -> str:
         shown = f"{value:,.4f}" if isinstance(value, float) else printable(str(value))
         line = f"{printable(name):<{width}} {shown:>12}"
         if isinstance(value, float):
-            line += f"  {spans[name]:<{broad}}  {_over(metrics, name)}"
+            over = _over(metrics, name)
+            line += f"  {spans[name]:<{broad}}  {over}"
+            known = metric(name)
+            if not whole:
+                line += f"{' ' * max(2, 18 - len(over))}{known.word or known.label}"
         lines.append(line.rstrip())
+    if left and not whole:
+        lines.append(f"{left} more with --all; --explain says what each is")
     return "\n".join(lines)
 
 
@@ -94,5 +104,10 @@ def _over(metrics: Mapping[str, Any], name: str) -> str:
     return f"n={metrics['eval/rows']:,} rows" if "eval/rows" in metrics else ""
 
 
-def _span(interval: Any) -> str:
-    return f"[{interval[0]:,.4f}, {interval[1]:,.4f}]" if interval else ""
+def _span(metrics: Mapping[str, Any], name: str) -> str:
+    """The interval, or why there is none."""
+    if all_tied(metrics, name):
+        return "all tied"
+    if interval := ci_of(metrics, name):
+        return span(interval, ",.4f")
+    return f"fewer than {FEW_ROWS}: no interval" if interval_of(metrics, name) else ""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import sweep, writing
+from penchant.base.files import EXPORT, sweep, writing
 from penchant.base.text import told
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.export.card import CARD, card, hashes
@@ -26,7 +26,7 @@ from penchant.runfolder.values import mapping
 
 # ---- A folder that an earlier export left: is it what is asked for now, untouched? Then it can be pushed as it stands ----
 
-ABOUT = "export.json"
+ABOUT = EXPORT
 
 
 def finished(folder: Path, asked: Mapping[str, Any]) -> tuple[Check, tuple[str, ...]]:

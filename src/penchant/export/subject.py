@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from penchant.config import RunConfig, with_absolute_paths
+from penchant.data.templates import name_ends
 from penchant.errors import CheckpointError
 from penchant.models.folder import check_folder, loading
 from penchant.models.load import load_causal_model, load_tokenizer, own_memory
@@ -18,7 +19,7 @@ from penchant.models.merge import is_adapter, merged_model, with_adapter
 from penchant.models.options import ModelConfig
 from penchant.models.reward import ADAPTER, choose_padding, load_model_config, load_reward_model, set_padding
 from penchant.runfolder.read import read
-from penchant.runs.find import check_there, find_run, runs_in
+from penchant.runs.find import check_base, check_there, find_run, runs_in
 from penchant.training.checkpoint import find_checkpoint, load_checkpoint
 
 CPU = torch.device("cpu")
@@ -83,13 +84,19 @@ class Subject:
             return read_model(self.folder, reward=True)
         if self.adapter is None:
             return load_causal_model(ModelConfig(path=str(self.folder)), CPU).eval()
-        return with_adapter(load_causal_model(self.base, CPU, self.config.train.seed), self.adapter)
+        base = load_causal_model(self.base, CPU, self.config.train.seed)
+        if self.base.init == "pretrained":
+            check_base(self.run, base)
+        return with_adapter(base, self.adapter)
 
     def whole(self) -> Any:
         """The model by itself, in fp32: an adapter is merged into it."""
-        if self.reward or self.adapter is None:
+        if self.reward:
             return self.own()
-        return merged_model(self.base, self.adapter, CPU, self.config.train.seed).eval()
+        seed = self.config.train.seed
+        model = self.own() if self.adapter is None else merged_model(self.base, self.adapter, CPU, seed).eval()
+        name_ends(model, self.tokenizer())
+        return model
 
     def bare(self) -> Any:
         """The model that the adapter goes on, in fp32."""

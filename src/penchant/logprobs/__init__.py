@@ -64,8 +64,7 @@ def padded_layout(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         index = np.where(real, np.array([s.start for s in batch.segments])[:, None] + column, 0)
         made = (index, real.astype(np.int64), np.flatnonzero(real))
         batch.cache[key] = tuple(moved(torch.from_numpy(x), batch.input_ids.device) for x in made)
-    index, mask, back = cast(tuple[Tensor, Tensor, Tensor], batch.cache[key])
-    return index, mask, back
+    return cast(tuple[Tensor, Tensor, Tensor], batch.cache[key])
 
 
 @dataclass(slots=True)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from penchant.losses.divergences import DivergenceKind, divergence, grad_of, log_probs, value_of
-from penchant.models.cpu.head import add_weight_grad
+from penchant.models.cpu.head import VOCAB_TILE
 
 _CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MB in fp32
 _DIVERGENCE_ELEMENTS = 1 << 22  # the same where several such matrices are alive at once
+# a GPU needs a thousand rows for a product that is bound by arithmetic and not by memory: 512 MB of logits in fp32
+_GPU_TIMES = 8
 
 RowLogits = Callable[[slice], Tensor]  # rows to their logits (rows, vocabulary), without gradient
 
@@ -27,6 +29,11 @@ class HeadDivergence(NamedTuple):
     logps: Tensor
     ref_logps: Tensor
     divergence: Tensor
+
+
+def rows_at_once(weight: Tensor, elements: int) -> int:
+    """Rows of a chunk under a head (V, d): so many that about `elements` logits are alive on a CPU, and `_GPU_TIMES` as many on a GPU."""
+    return max(16, elements * (1 if weight.device.type in ("cpu", "meta") else _GPU_TIMES) // weight.shape[0])
 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
@@ -87,7 +94,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         grad = grads[0]
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
+        total = _WeightGrad(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
         for start in range(0, hidden.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
@@ -98,11 +105,40 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             d = _before_scaling(d, logits, ctx.scale, ctx.softcap).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(d, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight.addmm_(d.t(), h)
+            if total is not None:
+                total.add(d, h)
             if grad_bias is not None:
                 grad_bias.add_(d.sum(0))
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, None if total is None else total.grad(), grad_bias, None, None, None, None, None
+
+
+class _WeightGrad:
+    """``sum over chunks of D^T h`` for a head (V, d): in fp32 where the head is in bf16, whose sum would lose with every chunk.
+
+    A head with an fp32 buffer of its own, `main_grad`, gets it there, as its other gradients.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._dtype, self._main = weight.dtype, getattr(weight, "main_grad", None)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self._total = torch.zeros_like(weight, dtype=wide) if self._main is None else self._main
+
+    def add(self, d: Tensor, hidden: Tensor) -> None:
+        """One chunk: d (rows, V), hidden (rows, d)."""
+        on_gpu = d.device.type == "cuda"
+        step = d.shape[1] if on_gpu else VOCAB_TILE
+        for i in range(0, d.shape[1], step):
+            tile, of_tile = self._total[i : i + step], d[:, i : i + step].t()
+            if tile.dtype == d.dtype:
+                tile.addmm_(of_tile, hidden)
+            elif on_gpu:
+                tile.add_(torch.mm(of_tile, hidden, out_dtype=tile.dtype))
+            else:  # the CPU has no such product: a chunk is rounded once, the sum is not
+                tile.add_(torch.mm(of_tile, hidden))
+
+    def grad(self) -> Tensor | None:
+        """What autograd is to add; None: it is in `main_grad` already."""
+        return self._total.to(self._dtype) if self._main is None else None
 
 
 def token_logps(
@@ -132,7 +168,7 @@ def token_logps(
         Log-probs (R,) in nats, and the logarithm of the probability that two samples agree, (R,) or empty; fp32 (fp64 for
         fp64 input).
     """
-    rows = chunk or max(16, _CHUNK_ELEMENTS // weight.shape[0])
+    rows = chunk or rows_at_once(weight, _CHUNK_ELEMENTS)
     logps, collision = _ChunkedTokenLogps.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, scale, softcap, rows, alignment
     )
@@ -200,7 +236,7 @@ class _ChunkedDivergence(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
-        grad_weight: Tensor | None = None
+        total = _WeightGrad(weight) if need_weight else None
         for start in range(0, hidden.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             g = of_logps[rows, None]
@@ -212,12 +248,12 @@ class _ChunkedDivergence(torch.autograd.Function):
             d = _before_scaling(d, logits, ctx.scale, ctx.softcap).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(d, weight, out=grad_hidden[rows])
-            if need_weight:
-                grad_weight = add_weight_grad(weight, d, hidden[rows], grad_weight)
+            if total is not None:
+                total.add(d, hidden[rows])
             if grad_bias is not None:
                 grad_bias.add_(d.sum(0))
         ctx.ref_logits = None
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+        return grad_hidden, None if total is None else total.grad(), grad_bias, None, None, None, None, None, None
 
 
 def divergence_logps(
@@ -238,7 +274,7 @@ def divergence_logps(
         hidden, weight, targets, bias, scale, softcap: as for `token_logps`; ref_logits: the reference's logits of a slice
             of rows, without gradient; kind: which divergence; chunk: rows at a time, chosen by memory when None.
     """
-    rows = chunk or max(16, _DIVERGENCE_ELEMENTS // weight.shape[0])
+    rows = chunk or rows_at_once(weight, _DIVERGENCE_ELEMENTS)
     out = _ChunkedDivergence.apply(hidden, weight, bias, targets, ref_logits, kind, scale, softcap, rows)  # type: ignore[no-untyped-call]
     return HeadDivergence(*out)
 

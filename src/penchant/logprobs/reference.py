@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from penchant.base.files import spared, sweep, written_aside
+from penchant.base.machine import moved
 from penchant.data.mapped import StoredTokens
 from penchant.data.packing import batches_of
 from penchant.logprobs import CompletionLogps, Scorer
@@ -135,17 +136,29 @@ class MovingReference(LiveReference):
 
 @dataclass(slots=True)
 class CachedReference:
-    """Reference log-probs by data set row: of completions, and of their tokens where those were asked for."""
+    """Reference log-probs by data set row: of completions, and of their tokens where those were asked for.
+
+    Where a batch brings them along (`columns`), they are on its device already.
+    """
 
     by_row: Mapping[int, Tensor]
     tokens_by_row: Mapping[int, Tensor] = field(default_factory=dict)
     exact: bool = False
 
     def logps(self, batch: PackedBatch) -> Tensor:
-        return torch.cat([self.by_row[row] for row in batch.rows]).to(batch.input_ids.device)
+        return self._of(batch, "ref_logps", self.by_row)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        return torch.cat([self.tokens_by_row[row] for row in batch.rows]).to(batch.input_ids.device)
+        return self._of(batch, "ref_token_logps", self.tokens_by_row)
+
+    def columns(self, batch: PackedBatch, *, tokens: bool) -> dict[str, Tensor]:
+        """What a batch on the CPU is to bring along."""
+        return {"ref_token_logps": self.token_logps(batch)} if tokens else {"ref_logps": self.logps(batch)}
+
+    def _of(self, batch: PackedBatch, name: str, by_row: Mapping[int, Tensor]) -> Tensor:
+        if name in batch.columns:
+            return batch.columns[name]
+        return moved(torch.cat([by_row[row] for row in batch.rows]), batch.input_ids.device)
 
 
 def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, tokenizer: str, template: str) -> str:
@@ -157,6 +170,12 @@ def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, to
     digest = hashlib.sha256()
     for part in (ENGINE_VERSION, weights_sha256, dtype, tokenizer, template):
         digest.update(part.encode() + b"\0")
+    hash_trees(digest, trees)
+    return digest.hexdigest()
+
+
+def hash_trees(digest: Any, trees: Sequence[TokenTree]) -> None:
+    """Put every token id and boundary of some trees into a digest, in their order."""
     for start in range(0, len(trees), BLOCK):
         parts, lengths, ids = _parts(trees, start, min(start + BLOCK, len(trees)))
         # each part as its length and its ids, all 4 bytes; behind each tree a byte
@@ -168,7 +187,6 @@ def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, to
         told = words.view(np.uint8).data
         bounds = (4 * np.r_[0, ends[np.cumsum(parts) - 1]]).tolist()
         digest.update(b"|".join([told[a:b] for a, b in itertools.pairwise(bounds)]) + b"|")
-    return digest.hexdigest()
 
 
 def _parts(trees: Sequence[TokenTree], start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -239,7 +257,7 @@ def cached_reference(
 
 
 def _read(path: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
-    """What a cache holds; nothing where it is absent or damaged. A file of an older version has no sum, and is taken as it is."""
+    """What a cache holds; nothing where it is absent, damaged, or of an older version that kept no sum."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -248,9 +266,10 @@ def _read(path: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             about = file.metadata()
-        if about is None or about.get("sha256") == _sha256(stored):
+        if about is not None and about.get("sha256") == _sha256(stored):
             return stored
-        why = "its values are not those that were written"
+        known = about is not None and "sha256" in about
+        why = "its values are not those that were written" if known else "it has no sum (an older version wrote it)"
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         why = str(error)
     say(f"{path}: {why}; the reference's log-probs are computed again")

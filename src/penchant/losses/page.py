@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -17,6 +18,7 @@ NOTATION = (
     "x prompt, y_w chosen and y_l rejected completion, pi policy, ref reference; log-probs are summed over a completion (nats), "
     "d = log pi(y|x) - log ref(y|x), h = d_w - d_l, a = log pi(y|x) / |y|, s = score"
 )
+MARKUP = re.compile(r"(?::\w+:)?`+([^`]*)`+")  # of docstrings: ``code``, :math:`...`
 GROUPS = {
     "pairs, against a reference": lambda s: s.signal == "pairs" and "reference" in s.needs,
     "pairs, without a reference": lambda s: s.signal == "pairs" and "reference" not in s.needs,
@@ -66,7 +68,7 @@ def text() -> str:
 def describe(name: str) -> str:
     """One loss: its own description, hyperparameters with ranges, and how to name it."""
     spec = find_loss(given := loss_name(name, ("losses",)))
-    lines = [f"loss.name={given}", "", inspect.cleandoc(spec.fn.__doc__ or ""), ""]
+    lines = [f"loss.name={given}", "", MARKUP.sub(r"\1", inspect.cleandoc(spec.fn.__doc__ or "")), ""]
     lines += [f"needs {NEEDS[n]}" for n in sorted(spec.needs)]
     lines += [f"loss.{key} = {default}" + f": {meaning}" * bool(meaning) for key, default, meaning in parameters(spec)]
     return "\n".join(lines)

@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from penchant.base.files import file_sha256
 from penchant.base.functions import is_own, own_file
 from penchant.base.section import Section
 from penchant.base.text import closest, did_you_mean
@@ -220,10 +219,6 @@ class LossConfig(LossModifiers):
                         f"is set, but {s.name} looks at lengths itself",
                         "leave average_log_prob out",
                     )
-
-    def contents(self) -> dict[str, str]:
-        """SHA-256 of each file that a user's own loss comes from, by the loss's name."""
-        return {c.name: file_sha256(own_file(c.name)) for c in self.components if is_own(c.name)}
 
     def to_mapping(self) -> dict[str, Any]:
         modifiers = self.model_dump(include=set(LossModifiers.model_fields))

@@ -18,7 +18,7 @@ from penchant.data.packing import batches_of
 from penchant.data.templates import end_ids
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer, per_completion
-from penchant.logprobs.reference import LiveReference, compute_logps
+from penchant.logprobs.reference import LiveReference
 from penchant.losses.divergences import kl_estimate
 from penchant.metrics.answers import TokenScores, completion_sums, kl_figures
 from penchant.metrics.figures import DRAWS, Figure, mean_of, ratio_of, share_of
@@ -335,31 +335,31 @@ def kl_on(
         policy, reference: both run live, without gradient; trees: each prompt with its completions; the interval draws whole trees.
 
     Returns:
-        ``kl/policy_ref`` in nats per completion with its 95% interval by prompt, ``kl/per_token`` (k3), ``kl/completions``.
+        ``kl/policy_ref`` (k1) and ``kl/k3`` in nats per completion with their 95% intervals by prompt, ``kl/per_token`` (k3),
+        ``kl/completions``.
     """
-    by_completion, per_token = kl_by_completion(policy, reference, trees, tokens_per_step=tokens_per_step)
+    k1, k3 = kl_by_completion(policy, reference, trees, tokens_per_step=tokens_per_step)
     clusters = [i for i, t in enumerate(trees) for _ in t.completion_ids]
-    found = bootstrap_ci(by_completion, clusters=clusters, draws=2000).named("kl/policy_ref")
-    return found | {"kl/per_token": per_token, "kl/completions": len(by_completion)}
+    found = {name: bootstrap_ci(v, clusters=clusters, draws=2000) for name, v in (("kl/policy_ref", k1), ("kl/k3", k3))}
+    tokens = sum(len(c) for t in trees for c in t.completion_ids)
+    named = {k: v for name, interval in found.items() for k, v in interval.named(name).items()}
+    return named | {"kl/per_token": float(k3.sum()) / tokens, "kl/completions": len(k1)}
 
 
 def kl_by_completion(
     policy: LiveReference, reference: LiveReference, trees: Sequence[TokenTree], *, tokens_per_step: int
-) -> tuple[np.ndarray, float]:
-    """k1 of every completion in nats, (completions,) in order, and the mean of k3 per token."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """k1 and k3 of every completion in nats, summed over its tokens, (completions,) each in order."""
     shared = policy.scorer.shared
     device = next(policy.scorer.model.parameters()).device
-    by_tree: dict[int, list[float]] = {}
-    k3 = 0.0
+    by_tree: dict[int, torch.Tensor] = {}
     for members, batch in batches_of(trees, tokens_per_step, shared=shared, device=device):
         logps, ref_logps = (m.completion_logps(batch).tokens.double() for m in (policy, reference))
-        d = kl_estimate(logps, ref_logps, "k1")
-        sums = per_completion(d, batch.lengths)
-        for i, part in zip(members, sums.split([len(trees[i].completion_ids) for i in members]), strict=True):
-            by_tree[i] = part.tolist()
-        k3 += float(kl_estimate(logps, ref_logps, "k3").sum())
-    k1 = np.array([v for i in range(len(trees)) for v in by_tree[i]])
-    return k1, k3 / sum(len(c) for t in trees for c in t.completion_ids)
+        estimates = (per_completion(kl_estimate(logps, ref_logps, how), batch.lengths) for how in ("k1", "k3"))
+        sums = torch.stack(list(estimates), dim=1)
+        by_tree |= zip(members, sums.cpu().split([len(trees[i].completion_ids) for i in members]), strict=True)
+    k1, k3 = torch.cat([by_tree[i] for i in range(len(trees))]).numpy().T
+    return k1, k3
 
 
 # ---- What a policy writes for held-out prompts while it is trained: length, ends, variety, and its reward against what its start wrote ----
@@ -427,7 +427,7 @@ def completion_figures(written: Written) -> Metrics:
 def gain_figures(rewards: Sequence[float] | np.ndarray, start: Sequence[float] | np.ndarray) -> Metrics:
     """``reward``, and ``win_rate`` against the start's completion of the same prompt, each with its interval by prompt.
 
-    ``win_rate = mean_prompts 1[r > r_start] + 1[r = r_start] / 2``: one half is no gain.
+    ``win_rate = mean_prompts 1[r > r_start] + 1[r = r_start] / 2``: one half is no gain; ``win_rate/ties``: the share of ties.
 
     Args:
         rewards, start: (prompts,), one completion each.
@@ -439,7 +439,8 @@ def gain_figures(rewards: Sequence[float] | np.ndarray, start: Sequence[float] |
     if now.shape != then.shape:
         raise ValueError(f"rewards of the same prompts are wanted, not {now.shape} and {then.shape}")
     wins = (now > then) + 0.5 * (now == then)
-    return bootstrap_ci(now, draws=DRAWS).named("reward") | share_ci(wins, draws=DRAWS).named("win_rate")
+    won = share_ci(wins, draws=DRAWS).named("win_rate") | {"win_rate/ties": float((now == then).mean())}
+    return bootstrap_ci(now, draws=DRAWS).named("reward") | won
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -497,17 +498,14 @@ def evaluate_online(
     groups = writer.write(prompts, EVALUATION, 1)
     rewards = np.array([float(g.rewards[0]) for g in groups])
     trees = [g.tree for g in groups]
-    now, then = (
-        compute_logps(m, trees, tokens_per_step=tokens_per_step).sums.double().numpy()
-        for m in (LiveReference(scorer), start)
-    )
+    k1, k3 = kl_by_completion(LiveReference(scorer), start, trees, tokens_per_step=tokens_per_step)
     metrics: dict[str, Any] = {"eval/loss": -float(rewards.mean()), "eval/rows": len(trees)}
-    values_of = {"reward": rewards, "kl/policy_ref": now - then}
+    for name, values in {"reward": rewards, "kl/policy_ref": k1, "kl/k3": k3}.items():
+        metrics |= bootstrap_ci(values, draws=DRAWS).named(f"eval/{name}")
     start_rewards = rewards_of_start(rewards)
     if start_rewards is not None:
-        values_of["win_rate"] = (rewards > start_rewards) + 0.5 * (rewards == start_rewards)
-    for name, values in values_of.items():
-        metrics |= (share_ci if name == "win_rate" else bootstrap_ci)(values, draws=2000).named(f"eval/{name}")
+        gained = gain_figures(rewards, start_rewards)
+        metrics |= {f"eval/{name}": value for name, value in gained.items() if name.startswith("win_rate")}
     metrics["eval/completions/length"] = float(np.mean([len(t.completion_ids[0]) for t in trees]))
     metrics["eval/completions/ended"] = float(np.mean([not t.truncated[0] for t in trees]))
     return metrics

@@ -33,8 +33,8 @@ class Figure:
 
     @staticmethod
     def of(name: str, found: Interval, n: int, clusters: ArrayLike, map_: Callable[[float], float] = float) -> Figure:
-        """From an interval, which is left out where it was drawn from a single cluster; `map_`: a rising function of all three."""
-        several = len(np.unique(np.asarray(clusters))) > 1
+        """From an interval, which is left out where it was drawn from a single cluster or has no width; `map_`: a rising function of all three."""
+        several = len(np.unique(np.asarray(clusters))) > 1 and found.low < found.high
         return Figure(name, map_(found.estimate), (map_(found.low), map_(found.high)) if several else None, n)
 
 

@@ -83,11 +83,13 @@ def heldout_metrics(
         labels = next((c for c in (clusters, by_completion) if len(c) == len(values)), None)
         if name in WITH_INTERVAL and weights is None and labels is not None and len(values) > 1:
             of = share_ci if name.endswith("accuracies") else bootstrap_ci
-            interval = of(values.double().cpu().numpy(), clusters=labels, draws=2000)
-            metrics[f"{prefix}{name}/ci"] = [interval.low, interval.high]
+            metrics |= of(values.double().cpu().numpy(), clusters=labels, draws=2000).named(prefix + name)
+            if name.endswith("rewards/accuracies"):
+                ties = name.removesuffix("accuracies") + "ties"
+                metrics[prefix + ties] = float((values == 0.5).double().mean())
         elif name in ("loss", "nll") and weights is not None and labels is not None and len(values) > 1:
             of_tokens = mean_ratio(values.double().cpu().numpy(), weights.double().cpu().numpy(), labels)
-            metrics[f"{prefix}{name}/ci"] = [of_tokens.low, of_tokens.high]
+            metrics |= of_tokens.named(prefix + name)
     metrics |= {prefix + name: value for name, value in _pair_figures(scored, out, clusters).items()}
     if prefix + "nll" in metrics:
         metrics[prefix + "perplexity"] = exp(metrics[prefix + "nll"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from penchant.base.files import packaged_yaml
+from penchant.runfolder.values import FEW_ROWS, ci_of, interval_of, num, rows_behind, span
 
 # a cost is what a gain is paid with: less of it is better, but only at the same gain
 Better = Literal["higher", "lower", "cost"]
@@ -22,6 +23,7 @@ class Metric:
         label: in words, for the held-out table of the report, "" where it does not stand there; picture, row: the same for `penchant watch`, as
             the title of a picture and as a line of its table; unit: "" where it has none.
         better: which way, None where that cannot be said; null: its value where nothing was learned (one half, zero), None where there is none.
+        word: what it is, for the short table of `penchant eval`, where its label does not do; "" else, or where it does not stand there.
         share: a share of rows, shown in percent; main: what a run is judged by; logged: whether runs log it; else only `penchant eval` has it.
     """
 
@@ -33,6 +35,7 @@ class Metric:
     picture: str = ""
     row: str = ""
     unit: str = ""
+    word: str = ""
     better: Better | None = None
     null: float | None = None
     share: bool = False
@@ -76,6 +79,37 @@ def metric(name: str) -> Metric:
     part, _, rest = short.partition("/")
     found = METRICS["loss/sft"] if part == "loss" else METRICS.get(rest, Metric("", ""))
     return replace(found, name=short, label="")
+
+
+TIES = {"rewards/accuracies": "rewards/ties", "win_rate": "win_rate/ties"}
+
+
+def with_k3(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A metrics line, or a compared model's figures, with the KL that is shown: of an older version its k1, unless that is below zero."""
+    for k1, k3 in (("eval/kl/policy_ref", "eval/kl/k3"), ("kl/policy_ref", "kl/k3"), ("kl", "kl_k3")):
+        if k3 not in line and (num(line, k1) or 0.0) > 0:
+            line = {**line, k3: line[k1], f"{k3}/ci": line.get(f"{k1}/ci")}
+    return line
+
+
+def all_tied(line: Mapping[str, Any], name: str) -> bool:
+    """Whether every row of an accuracy or a win rate is a tie."""
+    prefix = "eval/" if name.startswith("eval/") else ""
+    ties = num(line, prefix + TIES.get(name.removeprefix(prefix), ""))
+    tied_interval = metric(name).null == 0.5 and interval_of(line, name) == (0.5, 0.5)  # of an older version
+    return tied_interval if ties is None else ties == 1.0
+
+
+def figure_text(line: Mapping[str, Any], name: str, digits: int = 4) -> str:
+    """A figure of a metrics line as it may be shown: with its interval; ties, and shares of a few rows, as counts."""
+    value, n, share = num(line, name), rows_behind(line, name), metric(name).share
+    if value is None:
+        return "not a number"
+    if all_tied(line, name):
+        return f"{value:.{digits}f} (tied on {n} of {n})" if n else f"{value:.{digits}f} (all tied)"
+    if share and n and n < FEW_ROWS and metric(name).null is not None:
+        return f"{value * n:g} of {n}, too few to tell"
+    return f"{value:.{digits}f} {span(ci_of(line, name), f'.{digits}f')}".rstrip()
 
 
 def higher_is_better(name: str) -> bool:

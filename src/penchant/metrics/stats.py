@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from penchant.data.audit.findings import wilson_interval
+
 # ---- Intervals and win rates: percentile bootstrap that draws whole prompts, Wilson's interval. numpy only, deterministic by seed ----
 
 
@@ -31,8 +33,8 @@ class Interval:
         return Interval(2 * about - self.estimate, 2 * about - self.high, 2 * about - self.low)
 
     def named(self, name: str) -> dict[str, Any]:
-        """``{NAME: estimate, NAME/ci: [low, high]}``, as figures stand in files."""
-        return {name: self.estimate, f"{name}/ci": [self.low, self.high]}
+        """``{NAME: estimate, NAME/ci: [low, high]}``, as figures stand in files; an interval without a width is none."""
+        return {name: self.estimate, **({f"{name}/ci": [self.low, self.high]} if self.low < self.high else {})}
 
 
 def bootstrap_ci(
@@ -73,14 +75,14 @@ def share_ci(
 ) -> Interval:
     """`bootstrap_ci` of a share (values within [0, 1]); arguments and errors as there.
 
-    Where every value is 0, or every value is 1, each draw gives the same and the bootstrap would claim certainty from any number
-    of rows: Wilson's interval of as many trials as there are clusters takes its place.
+    Where every value is the same (all 0, all 1, all tied at one half), each draw gives the same and the bootstrap would claim
+    certainty from any number of rows: Wilson's interval of as many trials as there are clusters takes its place.
     """
     x = np.asarray(values, dtype=np.float64)
-    if x.ndim == 1 and len(x) and x[0] in (0.0, 1.0) and (x == x[0]).all():
-        trials = len(x) if clusters is None else len(np.unique(np.asarray(clusters)))
-        return wilson(round(x[0] * trials), trials, NormalDist().inv_cdf((1 + level) / 2))
-    return bootstrap_ci(values, clusters=clusters, level=level, draws=draws, seed=seed)
+    if x.ndim == 1 and len(x) and (x == x[0]).all():
+        trials = len(np.unique(_members(len(x), clusters)))
+        return wilson(float(x[0]) * trials, trials, NormalDist().inv_cdf((1 + level) / 2))
+    return bootstrap_ci(x, clusters=clusters, level=level, draws=draws, seed=seed)
 
 
 def bootstrap_ratio(
@@ -197,17 +199,19 @@ def win_rate(
     return share_ci((a > b) + ties * (a == b), clusters=clusters, draws=draws, seed=seed)
 
 
-def wilson(successes: int, n: int, z: float = 1.959963984540054) -> Interval:
+def wilson(successes: float, n: int, z: float = 1.959963984540054) -> Interval:
     """Wilson's score interval of a proportion.
 
     ``(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)``
     """
     if n <= 0:
         raise ValueError("n must be positive")
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half))
+    return Interval(successes / n, *wilson_interval(successes, n, z))
+
+
+def rows_to_tell(rate: float = 0.7) -> int:
+    """Held-out pairs from which on an accuracy of `rate` is told from chance: Wilson's 95% interval lies above 0.5."""
+    return 1 + max(n for n in range(1, 1000) if wilson(int(rate * n), n).low <= 0.5)
 
 
 # ---- Whether one model is better than another: paired tests on the same prompts, many comparisons at once, seeds as a source of chance ----

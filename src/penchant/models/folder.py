@@ -19,11 +19,12 @@ from typing import Any
 from penchant.errors import ModelError, PenchantError
 
 CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
-OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 READ = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
 SMALL, LARGE = 64 << 20, 512 << 20  # bytes of a JSON file or a template, and of a tokenizer
 # the most of what is built one by one, by what a key of config.json is called: a thousand times what any model has
 COUNTED = {"layer": 2_000, "block": 2_000, "expert": 100_000, "label": 1_000_000}
+MOST_TOKENS = 1 << 24
 ROOM = 1 << 24  # elements that a model may have beside its files': new heads, tables of positions
 PLACES = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
 
@@ -91,13 +92,29 @@ def check_folder(folder: Path) -> None:
         elif path.name in CONFIGS:
             _check_numbers(path, read_object(path))
         elif path.name in OBJECTS:
-            read_object(path)
+            _check_ids(path, read_object(path, LARGE))
         elif path.suffix in READ:
             check_file(path, LARGE if path.suffix in READ[:4] else 1 << 62)
     weights = headers(folder)
     adapter = folder / "adapter_config.json"
     if adapter.exists() and weights:
         _check_ranks(adapter, [size for _, shape, _ in weights.values() for size in shape])
+
+
+def _check_ids(path: Path, values: Mapping[str, Any]) -> None:
+    """No token has an id for which the tokenizer's library would make a table of billions."""
+    model, added = values.get("model"), values.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else []
+    ids += [t.get("id") for t in added if isinstance(t, dict)] if isinstance(added, list) else []
+    decoder = values.get("added_tokens_decoder")
+    ids += [int(k) for k in decoder if k.isdecimal() and len(k) < 100] if isinstance(decoder, dict) else []
+    ids += values.values() if path.name in ("added_tokens.json", "vocab.json") else []
+    largest = max((i for i in ids if isinstance(i, int)), default=0)
+    if largest >= MOST_TOKENS:
+        raise ModelError(
+            str(path), f"has a token with the id {_short(largest)} (below {MOST_TOKENS:,})", "get it again"
+        )
 
 
 def _check_index(path: Path) -> None:

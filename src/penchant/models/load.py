@@ -397,10 +397,10 @@ def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Te
     return {name: _merged(module) for name, module in _adapters(base)}
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over the names, dtypes and bytes of all parameters, adapters left out: what a cached reference depends on."""
-    named = base_model_of(model).named_parameters()
-    return tensors_sha256((name.replace(".base_layer", ""), p) for name, p in named if "lora_" not in name)
+def weights_sha256(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over the names, dtypes and bytes of all parameters (as they are in `dtype`), adapters left out: what a cached reference depends on."""
+    named = ((n.replace(".base_layer", ""), p) for n, p in base_model_of(model).named_parameters() if "lora_" not in n)
+    return tensors_sha256((n, p if dtype is None or not p.is_floating_point() else p.to(dtype)) for n, p in named)
 
 
 def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:

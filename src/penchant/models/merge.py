@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,18 @@ def model_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def merged_model(base: ModelConfig, adapter: Path, device: torch.device, seed: int = 0) -> Any:
+def merged_model(
+    base: ModelConfig,
+    adapter: Path,
+    device: torch.device,
+    seed: int = 0,
+    check: Callable[[Any], None] = lambda _: None,
+) -> Any:
     """The base model in fp32 with the adapter merged in: ``W + (alpha / r) B A``.
 
     Args:
         base: of the run that trained the adapter; seed: of that run (it matters where the base starts from random weights).
+        check: looks at the base alone, and raises where it is another one.
 
     Raises:
         ModelError: not an adapter of a causal model, or the merged model's logits differ from the unmerged one's.
@@ -60,7 +67,9 @@ def merged_model(base: ModelConfig, adapter: Path, device: torch.device, seed: i
     kind = read_object(adapter / "adapter_config.json").get("task_type")
     if kind != "CAUSAL_LM":
         raise ModelError(str(adapter), f"an adapter of type {kind} is no language model", "name another stage")
-    model = with_adapter(load_causal_model(base, device, seed), adapter)
+    bare = load_causal_model(base, device, seed)
+    check(bare)
+    model = with_adapter(bare, adapter)
     before = _probe(model)
     merged = base_model_of(model.merge_and_unload(safe_merge=True))  # type: ignore[operator]
     _check_equal(str(adapter), before, _probe(merged))
@@ -96,21 +105,23 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def merge_to_folder(base: ModelConfig, adapter: Path, folder: Path, seed: int = 0) -> Path:
-    """The merged model as a folder that `transformers` loads; made once, and again when adapter or folder has changed.
+def merge_to_folder(
+    base: ModelConfig, adapter: Path, folder: Path, seed: int = 0, check: Callable[[Any], None] = lambda _: None
+) -> Path:
+    """The merged model as a folder that `transformers` loads; made once, and again when base, adapter or folder has changed.
 
     It is read back, and its logits compared with the unmerged model's, before it stands at its name.
     """
     from transformers import AutoModelForCausalLM
 
-    wanted = {"adapter": model_sha256(adapter), "base": base.model_dump(mode="json")}
+    wanted = {"adapter": model_sha256(adapter), "base": base.model_dump(mode="json"), "files": _files(Path(base.path))}
     if _mark(folder) == {**wanted, "written": model_sha256(folder) if folder.is_dir() else None}:
         return folder
     aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        merged = merged_model(base, adapter, torch.device("cpu"), seed)
+        merged = merged_model(base, adapter, torch.device("cpu"), seed, check)
         save_model(merged, load_tokenizer(str(adapter)), aside)
         again = AutoModelForCausalLM.from_pretrained(aside, dtype=torch.float32).eval()
         _check_equal(str(folder), _probe(merged), _probe(again))
@@ -120,6 +131,13 @@ def merge_to_folder(base: ModelConfig, adapter: Path, folder: Path, seed: int = 
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _files(folder: Path) -> list[list[Any]]:
+    """What tells that a model's folder was changed: a base may have many gigabytes."""
+    folder = folder.expanduser()
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in WEIGHTS] if folder.is_dir() else []
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 
 def _mark(folder: Path) -> Any:

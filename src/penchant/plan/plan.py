@@ -7,18 +7,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penchant.base.machine import resident
+import torch
+
+from penchant.base.machine import machine_memory, resident
+from penchant.base.text import gigabytes
 from penchant.config import Places, RunConfig
+from penchant.data.packing import tree_tokens
 from penchant.errors import PenchantError
 from penchant.plan.memory import Memory, memory_of
 from penchant.plan.outline import OutlinedRun, parameter_counts
 from penchant.plan.probe import Duration, Probe, duration_of, probe
 from penchant.plan.settings import Setting, derived_values, settings_of
 from penchant.plan.work import Disk, Rows, Work, disk_of, rows_of, to_json, work_of
-from penchant.runs.parts import reference_kind
+from penchant.runs import Run
+from penchant.runs.parts import reference_kind, remarks
 from penchant.runs.record import reward_contents
 from penchant.training.checkpoint import latest_checkpoint
 
+LOOKED_AT = 1000  # rows whose lengths `misfit` reads
 PROBE_ROOM = 0.9  # of the free memory: a probe that would need more is not taken
 
 
@@ -84,7 +90,10 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> 
         reward_contents(config)  # a file or folder that is not there is met now
     held = max(0, resident() - baseline)
     rows, work = rows_of(run), work_of(run)
-    settings = settings_of(config, places, derived_values(run))
+    derived = derived_values(run)
+    if (length := run.config.data.max_length) < config.data.max_length:
+        derived["data.max_length"] = (length, "the model's context")
+    settings = settings_of(config, places, derived)
     parameters = parameter_counts(run.model)
     memory = memory_of(run, work, baseline, held)
     reference, cached, notes = _reference(run)
@@ -98,10 +107,38 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> 
             found = probe(run, work, disk.checkpoint, cached)
             duration = duration_of(found, work)
             notes += _differences(run, found)
+    notes += remarks(run.config, run.rows)
     return Plan(
         run.method.name, str(run.folder), _what_is_there(run.folder), settings, rows, work, parameters, memory, disk, reference,
         found, duration, tuple(notes),
     )  # fmt: skip
+
+
+ACTIVATIONS = 20  # numbers that a token keeps in a layer, for each unit of its width, roughly
+
+
+def misfit(run: Run) -> str | None:
+    """What to know before the first step of a run that seems to need more memory than the machine has; None where it seems to fit.
+
+    Weights, gradients and moments are counted, activations roughly: the plan's own count takes longer than a start should.
+    """
+    planned = OutlinedRun(run.config, quiet=True, rows=run.rows)
+    every, trained = parameter_counts(planned.model)
+    size = torch.empty(0, dtype=run.dtype).element_size()
+    states = (every + run.method.copies * every) * size + (trained + run.method.copies * every) * (12 + 4 * (size < 4))
+    shape = getattr(planned.model.config, "get_text_config", lambda: planned.model.config)()
+    width, layers = (getattr(shape, name, 0) or 0 for name in ("hidden_size", "num_hidden_layers"))
+    lengths = sorted((tree_tokens(t, planned.shared_prompts) for t in run.rows.trees[0][:LOOKED_AT]), reverse=True)
+    tokens = min(run.config.train.tokens_per_step, sum(lengths[: run.config.train.batch_size]))
+    passing = 0 if run.config.train.gradient_checkpointing else tokens * width * layers * ACTIVATIONS * size
+    machine = torch.cuda.mem_get_info()[1] if run.device.type == "cuda" else machine_memory()[0]
+    if states + passing <= machine:
+        return None
+    what = "set lora, or take a smaller model" if states > machine / 2 else "lower train.tokens_per_step"
+    return (
+        f"! memory: about {gigabytes(states)} for weights, gradients and the optimizer and roughly {gigabytes(passing)} for "
+        f"activations, and this machine has {gigabytes(machine)}: the run will probably be killed. Try to {what}; penchant plan counts it."
+    )
 
 
 def _load_what_training_loads(run: OutlinedRun) -> None:

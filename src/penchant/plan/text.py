@@ -21,22 +21,49 @@ def size(n: float) -> str:
     return f"{n / unit:,.{digits}f} {name}"
 
 
-def plan_text(plan: Plan) -> str:
-    """The whole plan, section by section."""
-    sections = {
-        "SETTINGS": _settings(plan.settings),
-        "DATA": [line for name, rows in plan.rows.items() for line in _data(name, rows)],
-        "WORK": _work(plan),
-        "MEMORY": _memory(plan.memory, plan),
-        "DISK": _disk(plan),
-        "TIME": _time(plan),
-    }
+def plan_text(plan: Plan, whole: bool = False) -> str:
+    """Whether it fits, the time, steps and rows, then the settings that were given or worked out; `whole`: every section and setting."""
+    data = [line for name, rows in plan.rows.items() for line in _data(name, rows)]
+    given = [s for s in plan.settings if s.why or not s.source.startswith("default")]
+    short = {"": _fits(plan), "SETTINGS, given or worked out": _settings(given)}
+    every = {
+        "SETTINGS": _settings(plan.settings), "DATA": data, "WORK": _work(plan),
+        "MEMORY": _memory(plan.memory, plan), "DISK": _disk(plan), "TIME": _time(plan),
+    }  # fmt: skip
     lines = [f"{plan.method} in {plan.output} ({plan.folder})"]
-    for title, body in sections.items():
-        lines += ["", title, *(f"  {line}" for line in body)]
+    for title, body in (every if whole else short).items():
+        lines += ["", *([title] if title else []), *(f"  {line}" for line in body)]
     if plan.notes:
         lines += ["", *(f"! {note}" for note in plan.notes)]
+    if not whole:
+        lines += ["", "Every setting, and rows, tokens, memory, disk and time in parts: --all"]
     return "\n".join(printable(line) for line in lines)
+
+
+def _fits(plan: Plan) -> list[str]:
+    memory, disk, work = plan.memory, plan.disk, plan.work
+    rows = []
+    for what, fits, peak, free in (
+        ("memory", memory.fits, memory.peak, memory.free),
+        ("disk", disk.fits, disk.peak, disk.free),
+    ):
+        tight = "" if peak <= free else ": MORE THAN IS FREE NOW"
+        rows.append(
+            (what, f"{'fits' + tight if fits else 'IT DOES NOT FIT'}: {size(peak)} of {size(free)} that are free")
+        )
+    rows += [
+        ("time", _time(plan)[0]),
+        ("steps", f"{work.steps:,} ({work.steps_per_epoch:,} an epoch)"),
+        ("parameters", f"{plan.parameters[0]:,}, of which {plan.parameters[1]:,} are trained"),
+    ]
+    for name, r in plan.rows.items():
+        cut = f", {r.cut:.1%} of them cut to data.max_length" if r.cut else ""
+        aside = f", {r.aside:,} kept aside" if r.aside else ""
+        rows.append((f"{name} rows", f"{r.used:,} of {r.read:,} read{aside}{cut}"))
+    lines = columns(rows)
+    if not memory.fits:
+        lines += ["what to change, and about what it saves:", *(f"  {text}: {size(n)}" for text, n in memory.advice)]
+    return lines
 
 
 def columns(rows: Iterable[Sequence[str]]) -> list[str]:

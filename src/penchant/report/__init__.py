@@ -10,9 +10,10 @@ from penchant.base.files import PAGE, check_output, write_output
 from penchant.errors import CheckpointError, ConfigError
 from penchant.report.data import ReportData, read_report
 from penchant.report.page import render
+from penchant.report.verdict import headline as first_sentence
 from penchant.runfolder import REPORT
 
-__all__ = ["LiveReport", "write_report"]
+__all__ = ["LiveReport", "headline", "write_report"]
 
 
 # ---- Write a report: one HTML file that can be read offline, with nothing in it that could call home ----
@@ -40,6 +41,11 @@ def write_report(
         return write_output(target, text)  # a page that loads itself anew never sees half of one
     except ConfigError as error:
         raise CheckpointError(error.where, error.what, "choose another --output") from error
+
+
+def headline(run: Path) -> str:
+    """What the report of a run's folder says first, in plain text."""
+    return first_sentence(read_report([run], time.time()))
 
 
 def _target(data: ReportData, output: Path | str | None) -> Path:

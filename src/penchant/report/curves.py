@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from penchant.base.text import counted as count
 from penchant.metrics.names import METRICS
 from penchant.report.data import ReportData, RunData, Setting
 from penchant.report.html import Element, el, fold
-from penchant.report.svg import Band, Level, Line, Plot, Point, count, figure, shown, smooth, window
+from penchant.report.svg import Band, Level, Line, Plot, Point, figure, shown, smooth, window
 from penchant.runfolder.values import ci_of, mapping, num, sequence
 
 MANY = 24  # points from which a training curve is drawn as its running mean
@@ -61,7 +62,7 @@ PANELS = (
     _both("Reward margin", "rewards/margins", "chosen \u2212 rejected"),
     _both("Reward of completions", "reward"),
     Panel("Win rate against the start", "%", (("eval/win_rate", "held out"),)),
-    _both("KL to the start", "kl/policy_ref", "nats per completion"),
+    _both("KL to the start", "kl/k3", "nats per completion"),
     _both("Perplexity", "perplexity", log=True),
     _sides("Rewards, held out", "eval/rewards"),
     _sides("Rewards in training", "rewards", main=False),

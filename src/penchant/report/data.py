@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.errors import CheckpointError
+from penchant.metrics.names import with_k3
 from penchant.runfolder import CHECKPOINTS, COMPARISON, METRICS, PERF
 from penchant.runfolder.read import Folder, alive, read
 from penchant.runfolder.values import flat, mapping, mappings, num, text
@@ -51,7 +52,7 @@ class RunData(Folder):
     @cached_property
     def evals(self) -> list[Mapping[str, Any]]:
         """Lines of held-out evaluations, in order."""
-        return [m for m in self.metrics if m.get("kind") == "eval"]
+        return [with_k3(m) for m in self.metrics if m.get("kind") == "eval"]
 
     @property
     def last(self) -> Mapping[str, Any]:
@@ -66,7 +67,7 @@ class RunData(Folder):
     @cached_property
     def trained(self) -> list[Mapping[str, Any]]:
         """Lines of optimizer steps, in order."""
-        return [m for m in self.metrics if m.get("kind") == "train"]
+        return [with_k3(m) for m in self.metrics if m.get("kind") == "train"]
 
     @property
     def status(self) -> str:

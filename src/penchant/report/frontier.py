@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from penchant.metrics.names import with_k3
 from penchant.report.curves import points_of
 from penchant.report.data import Comparison, ReportData, RunData, Setting
 from penchant.report.html import Element, Node, el, fold, note, said, table
@@ -77,10 +78,11 @@ def of_comparison(comparison: Comparison, data: ReportData) -> Frontier | None:
     for gain, label, share in COMPARED:
         spots = []
         for i, (name, figures) in enumerate(models.items()):
-            x, y, setting = num(figures, "kl"), num(figures, gain), data.named(name)
+            figures = with_k3(figures)
+            x, y, setting = num(figures, "kl_k3"), num(figures, gain), data.named(name)
             if x is not None and y is not None:
                 key, place = (setting.key, setting.place) if setting else ("", i)
-                spots.append(Spot(name, key, place, x, y, ci_of(figures, "kl"), ci_of(figures, gain)))
+                spots.append(Spot(name, key, place, x, y, ci_of(figures, "kl_k3"), ci_of(figures, gain)))
         if spots:
             first = next(iter(models.values()))
             start = num(first, gain) if num(first, "kl") is None else None
@@ -128,7 +130,7 @@ def _spot(setting: Setting, gain: str, held_out: bool, alone: bool) -> Spot | No
             continue
         ends.append(at)
         if held_out:
-            x_ci, y_ci = ci_of(run.last, "eval/kl/policy_ref"), ci_of(run.last, f"eval/{gain}")
+            x_ci, y_ci = ci_of(run.last, "eval/kl/k3"), ci_of(run.last, f"eval/{gain}")
             trail = tuple(point for line in run.evals if (point := _at(line, gain)) is not None)
     if not ends:
         return None
@@ -140,12 +142,12 @@ def _spot(setting: Setting, gain: str, held_out: bool, alone: bool) -> Spot | No
 
 
 def _at(line: Mapping[str, Any], gain: str) -> Point | None:
-    x, y = num(line, "eval/kl/policy_ref"), num(line, f"eval/{gain}")
+    x, y = num(line, "eval/kl/k3"), num(line, f"eval/{gain}")
     return None if x is None or y is None else (x, y)
 
 
 def _in_training(run: RunData, gain: str) -> Point | None:
-    xs, ys = points_of(run, "kl/policy_ref"), points_of(run, gain)
+    xs, ys = points_of(run, "kl/k3"), points_of(run, gain)
     if not xs or not ys:
         return None
     return mean(v for _, v in xs[-max(1, len(xs) // 4) :]), mean(v for _, v in ys[-max(1, len(ys) // 4) :])
@@ -173,9 +175,9 @@ def picture(found: Frontier) -> Element:
     across = axis(xs if log else [*xs, 0.0], LEFT, WIDTH - RIGHT, log=log, pad=0.04)
     up = axis(ys, HEIGHT - BOTTOM, TOP)
     edge = best_so_far(spots)
-    says = f"{len(spots)} models by KL to the start and {found.label}. None reaches as much with less KL: " + ", ".join(
-        f"{s.name} ({shown(s.y, found.share)} at {number(s.x)} nats)" for s in edge
-    )
+    says = ", ".join(f"{s.name} ({shown(s.y, found.share)} at {number(s.x)} nats)" for s in edge)
+    if len(spots) > 1:
+        says = f"{len(spots)} models by KL to the start and {found.label}. None reaches as much with less KL: {says}"
     svg = el(
         "svg",
         el("desc", says),
@@ -193,7 +195,9 @@ def picture(found: Frontier) -> Element:
         "figure",
         el("figcaption", el("b", title), el("span", f" on {found.source}", class_="unit")),
         svg,
-        note(
+        None
+        if len(spots) == 1
+        else note(
             "Up and to the left is better. The dotted steps join those for which no other has as much with less KL; the steps are not a test."
         ),
         fold("figures", _table(found), key="plot-frontier"),

@@ -72,6 +72,13 @@ def _flat(children: Iterable[Any]) -> Iterable[Element | str]:
             yield from _flat(child)
 
 
+def spoken(node: Element | str) -> str:
+    """The text of a node as it is read aloud."""
+    if isinstance(node, str):
+        return node
+    return "" if ("aria-hidden", "true") in node.attributes else "".join(map(spoken, node.children))
+
+
 def _write(node: Element | str, parts: list[str]) -> None:
     if isinstance(node, str):
         parts.append(text_html(node))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from penchant import __version__
+from penchant.base.text import counted as count
 from penchant.metrics.names import METRICS
 from penchant.report.audit import audit
 from penchant.report.curves import curves
@@ -17,7 +18,7 @@ from penchant.report.html import Element, Node, asset, document, el, fold, joine
 from penchant.report.provenance import cost, evaluations, provenance
 from penchant.report.samples import samples
 from penchant.report.settings import configs, settings_table, short
-from penchant.report.svg import count, swatch
+from penchant.report.svg import swatch
 from penchant.report.verdict import by_length, cards, held_out, verdict
 from penchant.report.winrates import compared_figures, win_rates
 from penchant.runfolder.values import mapping, num, text

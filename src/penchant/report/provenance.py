@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from penchant.base.text import counted as count
 from penchant.metrics.names import metric, of_evaluation
 from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, soft
 from penchant.report.settings import short
-from penchant.report.svg import MISSING, count, duration, estimate, interval, number
+from penchant.report.svg import MISSING, duration, estimate, interval, number
 from penchant.runfolder import damaged
 from penchant.runfolder.values import ci_of, flat, mapping, num, sequence, text
 
@@ -66,7 +67,8 @@ def provenance(data: ReportData) -> Element | None:
     if bad:
         are = "is" if bad == 1 else "are"
         parts.append(soft(f"{count(bad, 'line')} of these folders\u2019 files could not be read and {are} left out."))
-    changed = [str(r.path / name) for r in data.runs for name in damaged(r.path)]
+    folders = dict.fromkeys([*(r.path for r in data.runs), *data.paths])
+    changed = [str(folder / name) for folder in folders for name in damaged(folder)]
     if changed:
         parts.append(
             soft(f"Changed after the run wrote {'it' if len(changed) == 1 else 'them'}: {', '.join(changed)}.")
@@ -188,10 +190,10 @@ def _one(run: RunData | None, line: Mapping[str, Any], i: int) -> Element:
     metrics = mapping(line.get("metrics"))
     rows: list[list[Node]] = []
     for name in metrics:
-        value, ci = num(metrics, name), ci_of(metrics, name)
+        known, n = metric(name), num(line.get("n"), name)
+        value, ci = num(metrics, name), ci_of({**metrics, f"{name}/n": n}, name)
         if value is None:
             continue
-        known, n = metric(name), num(line.get("n"), name)
         rows.append(
             [
                 said(name.removeprefix("eval/")),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from penchant.report.data import ReportData
 from penchant.report.html import Element, Node, el, said, soft
 from penchant.report.svg import number
-from penchant.runfolder.values import mapping, num, text
+from penchant.runfolder.values import mapping, mappings, num, text
 
 OPEN = 20  # cards that stand open
 ROOM = 800_000  # bytes of texts and their markup that one page takes
@@ -39,11 +40,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A prompt and its answers; `times`: how often all of it stands there, word by word."""
+    """A prompt and its answers; `times`: how often all of it stands there, word by word; `turns`: (role, text) of a conversation."""
 
     prompt: str
     answers: tuple[Answer, ...]
     times: int = 1
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def _of_rows(data: ReportData, rows: Sequence[object]) -> Shelf:
             whole = ended if isinstance(ended, bool) else None
             answers.append(Answer(model, text(of.get("text")), num(of, "reward"), length, whole))
         if answers:
-            cards.append(Card(text(row.get("prompt")), tuple(answers)))
+            cards.append(Card(text(row.get("prompt")), tuple(answers), turns=_turns(row)))
     settings = [data.named(n) if n != START else None for n in names]
     return Shelf(tuple(names), tuple(s.key if s else "" for s in settings), tuple(cards))
 
@@ -91,12 +93,14 @@ def of_runs(data: ReportData) -> Shelf:
     names, keys = [START], [""]
     alone = len(data.runs) == 1
     by_prompt: dict[tuple[str, int], list[Answer]] = {}
+    turns: dict[str, tuple[tuple[str, str], ...]] = {}
     for run in data.runs:
         model = len(names)
         seen: Counter[str] = Counter()
         for row in run.samples:
             prompt = text(row.get("prompt"))
             seen[prompt] += 1
+            turns[prompt] = turns.get(prompt) or _turns(row)
             answers = by_prompt.setdefault((prompt, seen[prompt]), [])
             if "before" in row and not any(a.model == 0 for a in answers):
                 answers.append(Answer(0, text(row.get("before")), num(row, "reward_before")))
@@ -106,11 +110,16 @@ def of_runs(data: ReportData) -> Shelf:
             names.append("after training" if alone else run.name)
             keys.append("" if alone else data.setting_of(run).key)
     found = Counter((prompt, tuple(answers)) for (prompt, _), answers in by_prompt.items() if answers)
-    cards = tuple(Card(prompt, answers, times) for (prompt, answers), times in found.items())
+    cards = tuple(Card(prompt, answers, times, turns[prompt]) for (prompt, answers), times in found.items())
     return Shelf(tuple(names), tuple(keys), cards)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _turns(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """(role, text) of a prompt that is a conversation."""
+    return tuple((text(m.get("role")), text(m.get("content"))) for m in mappings(row.get("messages")))
 
 
 def samples(data: ReportData) -> Element | None:
@@ -145,7 +154,7 @@ def _card(card: Card, found: Shelf, i: int) -> Element:
         "details",
         el(
             "summary",
-            said(_cut(card.prompt), tag="span", class_="prompt"),
+            _prompt(card),
             el("small", f"{card.times} times") if card.times > 1 else None,
             el("small", class_="diff"),
         ),
@@ -153,6 +162,14 @@ def _card(card: Card, found: Shelf, i: int) -> Element:
         class_="sample",
         open=i < OPEN,
     )
+
+
+def _prompt(card: Card) -> Element:
+    """A text as it is, a conversation turn by turn with its roles."""
+    if not card.turns:
+        return said(_cut(card.prompt), tag="span", class_="prompt")
+    turns = [el("span", el("b", said(role)), ": ", said(_cut(words)), el("br")) for role, words in card.turns]
+    return el("span", turns, class_="prompt")
 
 
 def _answer(a: Answer, found: Shelf) -> Element:

@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from penchant.base.text import counted as count
 from penchant.metrics.names import METRICS, Metric, higher_is_better, metric
 from penchant.report.data import ReportData, RunData, Setting
 from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, soft, table
-from penchant.report.svg import MISSING, count, estimate, interval, shown, strip, swatch
+from penchant.report.svg import MISSING, estimate, interval, shown, strip, swatch
 from penchant.runfolder.values import algorithm_of, ci_of, flat, mapping, mappings, num, text
 
 # ---- Settings: first what differs, then every config whole ----

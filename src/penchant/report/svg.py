@@ -43,7 +43,9 @@ def shown(value: float | None, share: bool = False) -> str:
 
 
 def interval(low: float, high: float, share: bool = False) -> str:
-    """``[low, high]`` with as many digits as its width deserves."""
+    """``[low, high]`` with as many digits as its width deserves; nothing where it has none."""
+    if low == high:
+        return ""
     if share:
         return f"[{percent(low)}, {percent(high)}]"
     digits = _digits(low, high)
@@ -95,11 +97,6 @@ def duration(seconds: float | None) -> str:
         return f"{whole // 60} min {whole % 60:02d} s"
     days, hours = divmod(whole // 3600, 24)
     return (f"{days} d " if days else "") + f"{hours} h {whole % 3600 // 60:02d} min"
-
-
-def count(n: float, one: str, many: str | None = None) -> str:
-    """``1 run``, ``1,200 runs``."""
-    return f"{n:,.0f} {one if n == 1 else many or one + 's'}"
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:

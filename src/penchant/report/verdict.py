@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from penchant.metrics.names import METRICS, Metric
+from penchant.base.text import counted as count
+from penchant.metrics.names import METRICS, Metric, all_tied
 from penchant.report.data import Comparison, ReportData, RunData
-from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, table
+from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, spoken, table
 from penchant.report.settings import Ranking, Row, held_out_rows, ranking, spread, tried
-from penchant.report.svg import MISSING, count, estimate, interval, number, shown, strip
-from penchant.runfolder.values import ci_of, mapping, mappings, num, sequence, text
+from penchant.report.svg import MISSING, estimate, interval, number, shown, strip
+from penchant.runfolder.values import FEW_ROWS, ci_of, mapping, mappings, num, rows_behind, sequence, text, unchanged
 
 # ---- The verdict: what came out, in words, before any figure; also that nothing did ----
 
@@ -44,6 +45,12 @@ def verdict(data: ReportData) -> Element:
         nothing = "Nothing can be said yet: there is no held-out figure in this folder."
         parts.append(statement("open", nothing, lead=True))
     return el("div", parts, class_="verdict")
+
+
+def headline(data: ReportData) -> str:
+    """The first sentence of the verdict, and that answers did not change, as plain text for a terminal."""
+    found = [part for part in verdict(data).children if isinstance(part, Element)]
+    return " ".join(spoken(part).replace("\u2019", "'") for part in found[:1])
 
 
 # ---- a comparison -------------------------------------------------------------------------------------------------
@@ -98,11 +105,16 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
             made.append(statement("open", f"No held-out comparison with the start: {why}.", lead=first))
         return made
     order = [c for n, c in found.items() if c.figure.main and not (n == "loss" and "reward" in found)]
+    same, of = unchanged(run.samples)
+    stays = 0 < of == same  # whatever likelihoods say, nobody who asks it sees a difference
     for i, change in enumerate(order):
         lead = first and i == 0 and not own
-        made.append(statement(TONE_OF.get(change.reading, "plain"), _sentence(change, run), lead=lead))
-    if "kl/policy_ref" in found:
-        made.append(statement("plain", _price(found["kl/policy_ref"])))
+        tone = "open" if all_tied(run.last, f"eval/{change.figure.name}") else TONE_OF.get(change.reading, "plain")
+        made.append(statement("plain" if stays and tone == "good" else tone, _sentence(change, run), lead=lead))
+    if stays:
+        made.insert(1 if made else 0, statement("open", f"{same} of {of} sampled answers are unchanged by training."))
+    if "kl/k3" in found:
+        made.append(statement("plain", _price(found["kl/k3"])))
     judged = [c for c in order if c.reading != "plain"]
     if judged and all(c.reading == "unclear" for c in judged):
         rows = num(run.last, "eval/rows")
@@ -123,11 +135,19 @@ def _small(node: Node) -> Node:
 
 
 def _sentence(c: Change, run: RunData) -> list[Node]:
-    share = c.figure.share
-    rows = num(run.last, "eval/rows")
+    share, name = c.figure.share, f"eval/{c.figure.name}"
+    rows, n = num(run.last, "eval/rows"), rows_behind(run.last, name)
     value = el("b", estimate(c.after, c.after_ci, share))
     brackets = f" {c.brackets}" if c.brackets else ""
     of = f" of {rows:,.0f} held-out rows" if rows is not None else " of the held-out rows"
+    if share and c.figure.null is not None and n:
+        label = c.figure.label[0].upper() + c.figure.label[1:]
+        what = "prompts" if c.figure.name == "win_rate" else "rows"
+        if all_tied(run.last, name):
+            tied = el("b", f"tied on {n:,} of {n:,} held-out {what}")
+            return [f"{label}: ", tied, ", so this reward cannot tell one answer from the other."]
+        if n < FEW_ROWS:
+            return [f"{label}: ", el("b", f"{c.after * n:g} of {n:,} held-out {what}"), ", too few to tell."]
     if c.figure.name == "rewards/accuracies":
         scores = run.method == "reward_model"
         who = (

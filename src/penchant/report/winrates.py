@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from penchant.metrics.names import with_k3
 from penchant.metrics.stats import Interval
 from penchant.report.data import Comparison, ReportData
 from penchant.report.html import Element, Node, el, note, panel, said
@@ -18,7 +19,7 @@ FIGURES = (  # name, label, share
     ("reward_change", "change of reward against {first}", False),
     ("win_rate", "win rate against {first}, ties half", True),
     ("win_rate_equal_length", "win rate at equal length", True),
-    ("kl", "KL from {first}, nats per completion", False),
+    ("kl_k3", "KL from {first}, nats per completion", False),
     ("kl_per_token", "KL from {first}, nats per token", False),
     ("preference_accuracy", "held-out preference accuracy", True),
     ("perplexity", "perplexity of held-out chosen answers", False),
@@ -144,7 +145,7 @@ def compared_figures(data: ReportData) -> Element | None:
     """Every compared model's figures, one column a model; None without a comparison."""
     parts = []
     for c in data.comparisons:
-        models = {name: mapping(figures) for name, figures in mapping(c.figures.get("models")).items()}
+        models = {name: with_k3(mapping(figures)) for name, figures in mapping(c.figures.get("models")).items()}
         if not models:
             continue
         first = next(iter(models))

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from penchant.base.files import file_sha256
+from penchant.base.functions import imported_sha256, is_own, own_file
 from penchant.base.machine import moved
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
 from penchant.data.packing import batches_of
-from penchant.data.templates import end_ids, uses_chat
+from penchant.data.templates import DATE, end_ids, uses_chat, writes_date
 from penchant.data.tokenize import (
     PairFormat,
     TokenizedDataset,
@@ -202,6 +203,9 @@ class RewardModel:
 
     def __post_init__(self) -> None:
         policy = self.policy
+        if policy is not None and DATE in policy.template_options and writes_date(self.tokenizer):
+            # one that was trained without a day of its own is told the run's
+            self.template_options = {DATE: policy.template_options[DATE], **self.template_options}
         self._same = (
             policy is not None
             and not self.encoder
@@ -370,6 +374,23 @@ def content_sha256(name: str) -> str | None:
     return digest.hexdigest()
 
 
+def contents_beside(name: str) -> dict[str, str]:
+    """SHA-256 of what such a reward is made of beside that, by file: what its file imports, its tokenizer's files that are no JSON."""
+    folder = find_reward_model(name)
+    if folder is None:
+        return imported_sha256(name) if is_own(name) and own_file(name).is_file() else {}
+    return {
+        p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.suffix in (".jinja", ".txt", ".model", ".bin")
+    }
+
+
+def reward_writes_date(name: str) -> bool:
+    """Whether a reward of this name is a model whose chat template asks for today's date."""
+    folder = find_reward_model(name)
+    files = [] if folder is None else [*folder.glob("*.jinja"), folder / "tokenizer_config.json"]
+    return any(DATE in p.read_text(encoding="utf-8", errors="replace") for p in files if p.is_file())
+
+
 # ---- What a reward model's training run is composed of, beside what every run has: its tokens, its model, its folder ----
 
 SMALL_ENCODER = 50_000_000  # parameters
@@ -432,10 +453,6 @@ class RewardModelParts:
         }
         save_reward_model(model, self.tokenizer, folder, masters, settings)
 
-    def default_lr(self, parameters: int) -> float:
-        """Peak learning rate where the config says auto: LoRA 1e-4, causal 1e-5, encoders 2e-5 (small ones 5e-5)."""
-        if self.lora is not None:
-            return 1e-4
-        if not self.encoder:
-            return 1e-5
+    def encoder_lr(self, parameters: int) -> float:
+        """Peak learning rate of a whole encoder where the config says auto; small ones take larger steps."""
         return 5e-5 if parameters < SMALL_ENCODER else 2e-5

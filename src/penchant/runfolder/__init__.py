@@ -139,6 +139,14 @@ def _sums(folder: Path) -> dict[str, list[str]] | None:
         return None
 
 
+LINE_SUM = "sha256"  # of the rest of a line, in files to which lines are added by whoever comes
+
+
+def line_sum(row: Mapping[str, Any]) -> str:
+    """SHA-256 of a line's other values."""
+    return _sum_of({key: value for key, value in row.items() if key != LINE_SUM})
+
+
 def _sum_of(files: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
@@ -155,18 +163,17 @@ def is_whole(path: Path) -> bool:
     return False
 
 
-def check_whole(path: Path) -> None:
+def check_whole(
+    path: Path, how: str = "restore it, or run penchant train with the run's own config, which writes it again"
+) -> None:
     """A file of a run is as it was written; see `is_whole`.
 
     Raises:
-        CheckpointError: it was changed.
+        CheckpointError: it was changed; `how` it is mended.
     """
     if not is_whole(path):
         raise CheckpointError(
-            str(path),
-            "was changed after it was written",
-            "restore it, or run penchant train with the run's own config, which writes it again "
-            f"(to take it as it is, delete {SUMS} beside it)",
+            str(path), "was changed after it was written", f"{how} (to take it as it is, delete {SUMS} beside it)"
         )
 
 
@@ -213,8 +220,16 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
     return dict(json.loads((path / "state.json").read_text()))
 
 
+CONTENT = "content of "  # how keys of an identity begin that hold the SHA-256 of something beside config and data
+TOKENS = f"{CONTENT}the rows as tokens"  # a run of an older version does not have it
+
+
 def open_run(
-    folder: Path, resolved_config: str, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    folder: Path,
+    resolved_config: str,
+    identity: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    later: Callable[[], Mapping[str, Any]] = dict,
 ) -> list[str]:
     """Make or reopen a run folder; its lock must be held.
 
@@ -222,9 +237,10 @@ def open_run(
         resolved_config: YAML text, kept as ``config.resolved.yaml``.
         identity: what must be equal for a run to be continued (JSON); kept as ``identity.json``.
         defaults: of settings, in the same shape: what a run of an older version that did not know a setting was run with.
+        later: more of the identity, which is asked for once all else is equal.
 
     Returns:
-        Sentences about what was damaged and could be mended.
+        Sentences about what was damaged and could be mended, or was not kept by an older version.
 
     Raises:
         CheckpointError: the folder cannot be written, is a file, or holds another run's checkpoints (the differences are shown).
@@ -232,24 +248,61 @@ def open_run(
     make_folder(folder)
     sweep(folder)
     sweep(folder / CHECKPOINTS)
+    theirs, notes = kept_identity(folder)
     mine = json.loads(json.dumps(identity))
-    path = folder / IDENTITY
-    notes = []
-    if any((folder / CHECKPOINTS).glob("step-*")):
-        theirs, note = _identity_of(path)
-        notes += note
+    if theirs is not None:
         theirs = json.loads(without_passwords(json.dumps(theirs)))  # an older version's has them
-        found = differences(theirs, mine, defaults=json.loads(json.dumps(defaults or {})))
+    for more in (dict, later):
+        mine |= json.loads(json.dumps(more()))
+        found = [] if theirs is None else changed(theirs, mine, json.loads(json.dumps(defaults or {})))
         if found:
             shown = "".join(f"\n  {line}" for line in found)
+            back = "put back what has changed, " if all(line.startswith((CONTENT, "data: ")) for line in found) else ""
+            longer = all(line.startswith("config.train.") for line in found)
+            last = checkpoints(folder)[-1] / "model" if longer else ""
+            on = f"to train on from its last checkpoint, set model.path={last} and another output; " if longer else ""
             raise CheckpointError(
                 str(folder),
-                f"holds checkpoints of a different run; old -> new:{shown}\n",
-                "choose another output, or delete the folder to start over",
+                "holds checkpoints of a different run",
+                f"{back}choose another output, or delete the folder to start over; {on}old -> new:{shown}",
             )
-    keep(path, json.dumps(mine, indent=1))
+    new = [key for key in mine if theirs is not None and key.startswith(CONTENT) and key not in theirs]
+    if new:
+        told = ", ".join(key.removeprefix(CONTENT) for key in new)
+        notes.append(
+            f"{folder}: is of an older version, which did not keep what this was, so it counts as unchanged: {told}"
+        )
+    keep(folder / IDENTITY, json.dumps(mine, indent=1))
     keep(folder / CONFIG, resolved_config)
     return notes
+
+
+def changed(theirs: Mapping[str, Any], mine: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """What differs between a run's identity and another, a line each; what a run of an older version did not keep counts as equal."""
+    if TOKENS not in theirs:
+        theirs = {**{key: value for key, value in mine.items() if key.startswith(CONTENT)}, **theirs}
+    if TOKENS not in mine:
+        theirs = {key: value for key, value in theirs.items() if key != TOKENS}
+    rows = [] if theirs.get("data") == mine.get("data") else [f"data: the rows of {_files_of(mine)} have changed"]
+    old, new = ({k: v for k, v in identity.items() if k != "data"} for identity in (theirs, mine))
+    return [*differences(old, new, defaults=defaults), *rows]
+
+
+def _files_of(identity: Mapping[str, Any]) -> str:
+    data = identity.get("config", {}).get("data", {})
+    paths = [p for name in ("path", "eval_path") for p in [data.get(name)] if p]
+    return ", ".join(str(p) for path in paths for p in (path if isinstance(path, list) else [path])) or "the run"
+
+
+def kept_identity(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The identity of the run whose checkpoints a folder holds (None: it holds none), and sentences about what was damaged.
+
+    Raises:
+        CheckpointError: nothing says which run they are of.
+    """
+    if not any((folder / CHECKPOINTS).glob("step-*")):
+        return None, []
+    return _identity_of(folder / IDENTITY)
 
 
 def _identity_of(path: Path) -> tuple[dict[str, Any], list[str]]:

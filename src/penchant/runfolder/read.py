@@ -26,6 +26,7 @@ from penchant.runfolder import (
     EVALUATIONS,
     FLAGS,
     IDENTITY,
+    LINE_SUM,
     LOCK,
     MANIFEST,
     METRICS,
@@ -35,6 +36,8 @@ from penchant.runfolder import (
     SAMPLES,
     SAMPLES_BEFORE,
     SWEEP,
+    is_whole,
+    line_sum,
 )
 from penchant.runfolder.values import mapping, mappings
 
@@ -99,18 +102,21 @@ def read_lines(path: Path) -> tuple[list[Row], int]:
 # ---- A folder as it is ----
 
 
-def _whole(name: str, parse: Callable[[str], T], empty: T) -> cached_property[T]:
+def _whole(name: str, parse: Callable[[str], T], empty: T, *, summed: bool = False) -> cached_property[T]:
+    """A file's value; `summed`: empty too where it is not as it was written."""
+
     def value(folder: Folder) -> T:
         try:
-            return parse(read_text(folder.path / name))
+            whole = not summed or is_whole(folder.path / name)
+            return parse(read_text(folder.path / name)) if whole else empty
         except (ValueError, RecursionError):
             return empty
 
     return cached_property(value)
 
 
-def _object(name: str, parse: Callable[[str], Row] = json_object) -> cached_property[Row]:
-    return _whole(name, parse, {})
+def _object(name: str, parse: Callable[[str], Row] = json_object, *, summed: bool = False) -> cached_property[Row]:
+    return _whole(name, parse, {}, summed=summed)
 
 
 def _rows(name: str) -> cached_property[list[Row]]:
@@ -128,11 +134,10 @@ class Folder:
     config = _object(CONFIG, yaml_object)
     identity, manifest, results = _object(IDENTITY), _object(MANIFEST), _object(RESULTS)
     audit, calibration = _object(AUDIT), _object(CALIBRATION)
-    comparison, sweep, pipeline = _object(COMPARISON), _object(SWEEP), _object(PIPELINE)
+    comparison, sweep, pipeline = (_object(name, summed=True) for name in (COMPARISON, SWEEP, PIPELINE))
     flags: cached_property[list[Row] | None] = _whole(FLAGS, flag_list, None)  # None: nobody looked for any
-    metrics, perf, evaluations = _rows(METRICS), _rows(PERF), _rows(EVALUATIONS)
+    metrics, perf = _rows(METRICS), _rows(PERF)
     samples, samples_before = _rows(SAMPLES), _rows(SAMPLES_BEFORE)
-    comparison_rows = _rows(COMPARISON_ROWS)
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -141,6 +146,19 @@ class Folder:
     def rows(self, name: str) -> list[Row]:
         found, self.unreadable[name] = read_lines(self.path / name)
         return found
+
+    @cached_property
+    def evaluations(self) -> list[Row]:
+        """Of evaluations.jsonl: the lines that are as they were written."""
+        lines = self.rows(EVALUATIONS)
+        whole = [line for line in lines if line.pop(LINE_SUM, None) in (None, line_sum(line))]
+        self.unreadable[EVALUATIONS] += len(lines) - len(whole)
+        return whole
+
+    @cached_property
+    def comparison_rows(self) -> list[Row]:
+        """Of comparison.jsonl; none where it is not as it was written."""
+        return self.rows(COMPARISON_ROWS) if is_whole(self.path / COMPARISON_ROWS) else []
 
     @property
     def is_run(self) -> bool:

@@ -25,13 +25,46 @@ def num(row: Any, key: str) -> float | None:
     return number_of(row.get(key)) if isinstance(row, (dict, Mapping)) else None
 
 
+FEW_ROWS = 10  # fewer rows, prompts, completions than this bear no interval
+
+
+def rows_behind(row: Any, key: str) -> int | None:
+    """How many rows, prompts or completions a figure of a metrics line is over; None where the line does not say."""
+    name = key.removeprefix("eval/")
+    sampled = name.startswith(("kl/", "completions/", "reward", "win_rate")) and not name.startswith("rewards/")
+    keys = (f"{key}/n", *(["eval/kl/completions"] if sampled else []), "eval/rows")
+    found = next((n for k in keys if (n := num(row, k)) is not None), None)
+    return None if found is None else int(found)
+
+
 def ci_of(row: Any, key: str) -> tuple[float, float] | None:
-    """The interval ``KEY/ci`` of a metrics line, or None."""
+    """The interval ``KEY/ci`` of a metrics line as it may be shown; None where there is none, it has no width or is over fewer than `FEW_ROWS`."""
+    found = interval_of(row, key)
+    few = (rows_behind(row, key) or FEW_ROWS) < FEW_ROWS
+    return None if found is None or few or found[0] == found[1] else found
+
+
+def span(interval: tuple[float, float] | None, form: str) -> str:
+    """``[low, high]``; nothing where there is none, or where rounding leaves it without a width."""
+    if interval is None:
+        return ""
+    low, high = (f"{end:{form}}" for end in interval)
+    return "" if low.lstrip("-") == high.lstrip("-") else f"[{low}, {high}]"
+
+
+def interval_of(row: Any, key: str) -> tuple[float, float] | None:
+    """The interval ``KEY/ci`` of a metrics line as it stands there, or None."""
     value = row.get(f"{key}/ci") if isinstance(row, Mapping) else None
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None
     low, high = number_of(value[0]), number_of(value[1])
     return None if low is None or high is None or low > high else (low, high)
+
+
+def unchanged(samples: Any) -> tuple[int, int]:
+    """(how many, of how many) sampled answers are the same before and after training."""
+    pairs = [(r["before"], r["after"]) for r in mappings(samples) if {"before", "after"} <= r.keys()]
+    return sum(a == b for a, b in pairs), len(pairs)
 
 
 def mapping(value: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from penchant.base.files import free_bytes, spared, writing
 from penchant.base.text import gigabytes
 from penchant.config import RunConfig, default_settings, dump_config, with_absolute_paths
 from penchant.data.load import write_quarantine
+from penchant.data.templates import DATE, uses_chat, writes_date
 from penchant.errors import CheckpointError, ConfigError, DiskError, PenchantError
 from penchant.logprobs.reference import Reference
 from penchant.metrics.completions import START_FILE
-from penchant.metrics.flags import write_flags
+from penchant.metrics.flags import run_flags, summary, write_flags
 from penchant.metrics.flags.rule import Flag
+from penchant.models.options import check_model_path
+from penchant.rewards.reward_model import reward_writes_date
 from penchant.runfolder import (
     AUDIT,
     CALIBRATION,
@@ -29,28 +33,32 @@ from penchant.runfolder import (
     IDENTITY,
     MANIFEST,
     SAMPLES,
+    TOKENS,
     RunLock,
     checkpoints,
     finite,
     is_whole,
     keep,
+    kept_identity,
     open_run,
+    stands_for_model,
 )
 from penchant.runfolder.read import read
-from penchant.runfolder.values import number_of
+from penchant.runfolder.values import mapping, number_of
 from penchant.runs.evaluating import HeldOut, prompts_of, writes_completions
 from penchant.runs.find import settled
-from penchant.runs.parts import Built, build, checkpoint_bytes, peak_lr, placed, start_key, write_model
+from penchant.runs.parts import Built, build, checkpoint_bytes, peak_lr, placed, remarks, start_key, write_model
 from penchant.runs.record import (
     contents_of,
     join_samples,
     run_identity,
     sampled,
+    trees_sha256,
     versions,
     write_manifest,
     write_samples,
 )
-from penchant.runs.rows import Rows
+from penchant.runs.rows import Rows, within_context
 from penchant.runs.sharing import Alone
 from penchant.track import Mirrors, check_installed
 from penchant.training.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
@@ -85,6 +93,7 @@ class Run:
         shared: keeps what other runs of this process can use as it is; it changes no figure.
         pause_at: an optimizer step at which training pauses, see `Loop`; a later call goes on from there.
         console: where progress goes, in place of the terminal; tokenizer: in place of the config's; rows: in place of those it would read.
+        look: says before the first model is loaded what stands against training, see `penchant.plan.misfit`.
         cache: False leaves the files of a cached reference alone: it is computed anew.
     """
 
@@ -101,15 +110,17 @@ class Run:
         tokenizer: Any = None,
         rows: Rows | None = None,
         cache: bool = True,
+        look: Callable[[Run], str | None] | None = None,
     ) -> None:
         self.console = make_console(quiet) if console is None else console
-        self.config = config = settled(with_absolute_paths(config), self.console.note, merge=self.merges)
+        settled_config = settled(with_absolute_paths(config), self.console.note, merge=self.merges)
+        self.config = config = within_context(settled_config, self.console.note)
         self.method = config.method
         self.folder = Path(config.output)
         self.shared = Alone() if shared is None else shared
         self.device, self.dtype = placed(config)
         self.rows = Rows(config, self.shared, self.console, tokenizer) if rows is None else rows
-        self.pause_at, self.cache = pause_at, cache
+        self.pause_at, self.cache, self.look = pause_at, cache, look
 
     # ---- what is made of the config, once ---------------------------------------------------------------------------
 
@@ -143,25 +154,34 @@ class Run:
         started, began = time.time(), time.monotonic()
         live = LiveReport(self.folder, self.console.note)
         check_installed(self.config.logging.trackers)
+        if not stands_for_model(Path(self.config.model.path)):
+            check_model_path(self.config.model.path)  # before the rows are read
+        self._tell_day()
         contents, rows = contents_of(self.config), self.rows
         identity = run_identity(self.config, [d.fingerprint for d in rows.datasets if d is not None], contents)
+
+        def tokens() -> dict[str, Any]:
+            identity[TOKENS] = trees_sha256(rows)
+            return identity
+
         with RunLock(self.folder), writing(self.folder):
-            # a run of an older version did not keep what its rewards were made of: it counts as unchanged
-            defaults = {"config": default_settings(), **contents}
-            for note in open_run(self.folder, dump_config(self.config), identity, defaults):
+            for note in open_run(self.folder, dump_config(self.config), identity, self._defaults(), tokens):
                 self.console.note(note)
             self._write_rows()
+            self._look()
             anew = latest_checkpoint(self.folder)[0] is None
             start = self.folder / START_FILE
             if anew:  # what another start wrote is not this one's
                 start.unlink(missing_ok=True)
             elif not is_whole(start):
                 self.console.note(f"{start}: was changed after it was written, so it is left out")
-            loop = self.make_loop()
+            for remark in remarks(self.config, rows):
+                self.console.note(remark)
+            known = None if anew else self._known_manifest()
+            loop = self.make_loop(known)
             loop.identity = identity
             mirrors = Mirrors(self.folder, self.config.logging, self.config.model_dump(mode="json"), self.console.note)
             loop.watched = _watchers(live.told, mirrors, anew)
-            known = None if anew else self._known_manifest()
             self._check_start(known)
             manifest = self._manifest(loop, started, began, known)
             manifest("running", None)
@@ -197,6 +217,32 @@ class Run:
             flags=tuple(flags),
         )
 
+    def _tell_day(self) -> None:
+        """A chat template that asks for today's date is told the day of the run's first start on every later one."""
+        data, (known, _) = self.config.data, kept_identity(self.folder)
+        if DATE in data.template_options:
+            return
+        day = mapping(mapping(mapping(mapping(known).get("config")).get("data")).get("template_options")).get(DATE)
+        if known is None or (day is None and TOKENS not in known):
+            judges = [r.terms for r in (self.config.reward, self.config.evaluation.reward) if r is not None]
+            chat = uses_chat(data.template, self.rows.tokenizer) and writes_date(self.rows.tokenizer)
+            if chat or any(reward_writes_date(name) for terms in judges for name in terms):
+                day = date.today().isoformat()
+                if known is not None:
+                    self.console.note(
+                        f"{self.folder}: the day of its prompts was not kept; they have {day} from now on"
+                    )
+        if day is not None:
+            options = {**data.template_options, DATE: day}
+            self.config = self.config.model_copy(update={"data": data.model_copy(update={"template_options": options})})
+            self.rows.config = self.config
+
+    def _defaults(self) -> dict[str, Any]:
+        """What a run of an older version that did not know a setting was run with."""
+        found = default_settings()
+        found["data"]["template_options"] = {k: v for k, v in self.config.data.template_options.items() if k == DATE}
+        return {"config": found}
+
     def _spared(self, name: str) -> AbstractContextManager[None]:
         """A file that the run can do without."""
         return spared(self.folder / name, self.console.note)
@@ -212,8 +258,22 @@ class Run:
                 self.console.note(f"{name}: {tokenized.summary()}")
                 with self._spared(f"quarantine.{name}.tokens.jsonl"):
                     write_quarantine(tokenized.quarantined, self.folder, f"{name}.tokens")
+        audit = rows.audit().to_json()
         with self._spared(AUDIT):
-            keep(self.folder / AUDIT, json.dumps(rows.audit().to_json(), indent=1))
+            keep(self.folder / AUDIT, json.dumps(audit, indent=1))
+        if said := summary(run_flags((), self.config.model_dump(mode="json"), audit, trust=self.config.trust)):
+            self.console.note(said)
+
+    def _look(self) -> None:
+        """Ask whether the run will fit; whoever cannot tell stops nothing."""
+        if self.look is None:
+            return
+        try:
+            said = self.look(self)
+        except Exception:  # an outline that cannot be made: the run itself will say why, or train
+            said = None
+        if said:
+            self.console.note(said)
 
     def _check_space(self) -> None:
         """Say before the first step that the checkpoints will not fit.
@@ -238,8 +298,12 @@ class Run:
             "see checkpoint.keep_last and checkpoint.every"
         )
 
-    def make_loop(self) -> Loop:
-        """The loop of this run, ready to start; nothing is written before it does."""
+    def make_loop(self, known: Mapping[str, Any] | None = None) -> Loop:
+        """The loop of this run, ready to start; nothing is written before it does.
+
+        Args:
+            known: manifest.json of what is continued: its learning rate is kept, where auto has become another since.
+        """
         cfg, rows = self.config, self.rows
         held_out = (
             self.held_out if rows.trees[1] else None
@@ -258,7 +322,7 @@ class Run:
             shared=built.parts.engine.shared,
             folder=self.folder,
             train=cfg.train,
-            peak_lr=peak_lr(cfg, rows, sum(p.numel() for p in model.parameters())),
+            peak_lr=peak_lr(cfg, rows, sum(p.numel() for p in model.parameters()), known),
             evaluation=cfg.evaluation,
             checkpoint=cfg.checkpoint,
             logging=cfg.logging,
@@ -383,7 +447,7 @@ class Run:
         def write(status: str, why: str | None) -> None:
             steps = loop.state.step, loop.schedule.total_steps
             seconds = earlier + time.monotonic() - began
-            write_manifest(path, self.rows, built, sha256, started, seconds, steps, status, why)
+            write_manifest(path, self.rows, built, sha256, started, seconds, steps, status, why, loop.peak_lr)
 
         return write
 

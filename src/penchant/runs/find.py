@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,26 @@ import torch
 
 from penchant.base.files import writing
 from penchant.base.text import closest
-from penchant.config import RunConfig, load_config, with_absolute_paths
-from penchant.errors import CheckpointError, ConfigError, ModelError
+from penchant.config import RunConfig, default_settings, load_config, with_absolute_paths
+from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantError
 from penchant.logprobs.reference import default_cache_dir
 from penchant.models.folder import read_object
-from penchant.models.load import load_causal_model
+from penchant.models.load import load_causal_model, weights_sha256
 from penchant.models.merge import is_adapter, merge_to_folder, merged_model, model_sha256
 from penchant.models.options import ModelConfig, looks_like_folder
-from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY, check_whole, stands_for_model
+from penchant.runfolder import (
+    CHECKPOINTS,
+    CONFIG,
+    IDENTITY,
+    MANIFEST,
+    SUMS,
+    differences,
+    is_whole,
+    stands_for_model,
+)
+from penchant.runfolder.read import read
+from penchant.runfolder.values import mapping, text
+from penchant.runs.record import run_identity
 from penchant.runs.state import model_folder
 from penchant.training.checkpoint import find_checkpoint
 
@@ -57,7 +70,9 @@ class Source:
     def load(self, device: torch.device) -> Any:
         """The model in fp32; an adapter is merged into its base."""
         if self.adapter is not None:
-            return merged_model(self.base, self.adapter, device, self.seed)
+            if self.folder is None or self.run is None or self.base != self.run.model or self.base.init == "random":
+                return merged_model(self.base, self.adapter, device, self.seed)
+            return merged_model(self.base, self.adapter, device, self.seed, partial(check_base, self.folder))
         return load_causal_model(self.base, device, self.seed)
 
 
@@ -116,9 +131,53 @@ def find_model(given: str, *, step: str = "last", base: str | None = None, overr
 
 
 def _config_of(folder: Path, overrides: Sequence[str]) -> RunConfig:
-    check_whole(folder / CONFIG)
+    check_config(folder / CONFIG)
     config = load_config(folder / CONFIG, list(overrides))
     return config.model_copy(update={"output": str(folder.resolve())})  # it may have been moved
+
+
+def check_base(run: Path, model: Any) -> None:
+    """A loaded model is the one that a run's adapter was trained on, as far as the run's manifest says it.
+
+    Raises:
+        ModelError: it is another one.
+    """
+    known = read(run).manifest if is_whole(run / MANIFEST) else {}
+    start = mapping(known.get("model"))
+    dtype = getattr(torch, text(mapping(known.get("hardware")).get("dtype")), None)
+    if not start.get("sha256") or not isinstance(dtype, torch.dtype):
+        return
+    if weights_sha256(model, dtype) != start["sha256"]:
+        raise ModelError(
+            text(start.get("path")),
+            f"its weights are not those that the adapter of {run} was trained on",
+            "put them back, or name the right base",
+        )
+
+
+def check_config(path: Path) -> None:
+    """A run's config says what the run was trained with, wherever its text was changed.
+
+    Raises:
+        CheckpointError: it says something else, or nothing. Figures would be of other settings, and nobody would see it.
+    """
+    if is_whole(path):
+        return
+    known = read(path.parent).identity.get("config") if is_whole(path.parent / IDENTITY) else None
+    try:
+        now = run_identity(with_absolute_paths(load_config(path)), [], {})["config"]
+        found = differences(known, now, defaults=default_settings()) if known else []
+        said = f" ({'; '.join(found[:3])}{'; ...' if found[3:] else ''})"
+    except PenchantError as error:
+        known, found, said = None, [], f" (it cannot be read: {error.what})"
+    if known and not found:
+        return  # comments, or what only watches
+    raise CheckpointError(
+        str(path),
+        f"was changed after the run wrote it{said if found or known is None else ''}",
+        f"undo that and give other settings on the command line, or run penchant train with the run's own config, which writes it again; "
+        f"to have it taken as it is now, delete {SUMS} beside it",
+    )
 
 
 # ---- A config may name a run, a checkpoint or an adapter where a model is asked for ----
@@ -188,7 +247,10 @@ def _settled(key: str, given: str, say: Callable[[str], None], merge: bool) -> s
         return str(target) if target.is_dir() else base.path
     say(f"{key}: the adapter of {folder} merged into {base.path} is {target}")
     with writing(target):
-        return str(merge_to_folder(base, folder, target, seed))
+        check = (
+            partial(check_base, Path(run.output)) if run is not None and base.init == "pretrained" else lambda _: None
+        )
+        return str(merge_to_folder(base, folder, target, seed, check))
 
 
 def runs_in(given: str, limit: int = 4) -> list[str]:
@@ -204,9 +266,9 @@ def check_there(given: str) -> None:
         if path.is_file():
             raise CheckpointError(given, "is a file", "give a run, a model's folder, a hub id or a CONFIG.yaml")
         return
-    if looks_like_folder(given) or (path.parent.is_dir() and path.parent != Path(".")):
+    if looks_like_folder(given):
         names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        near = closest(path.name, names)
+        near = closest(path.name, names, 0.7)
         how = "give a run, a CONFIG.yaml, a model's folder or a hub id"
         how = f"did you mean {path.parent / near}?" if near else how
         raise CheckpointError(given, "no such run or config, nor a model", how)

@@ -6,21 +6,28 @@ import hashlib
 import json
 import os
 import platform
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import penchant
-from penchant.base.files import spared
+from penchant.base.files import file_sha256, spared
 from penchant.base.machine import cores
 from penchant.base.text import redact, without_passwords
 from penchant.config import WATCHING_ONLY, RunConfig
-from penchant.rewards.reward_model import content_sha256
-from penchant.runfolder import keep
+from penchant.data.cached import AUTO_BYTES, hashes_of
+from penchant.data.load import turns_of
+from penchant.logprobs.reference import hash_trees
+from penchant.rewards.reward_model import content_sha256, contents_beside
+from penchant.runfolder import CONTENT, IDENTITY, TOKENS, is_whole, keep
+from penchant.runfolder.read import read
 from penchant.runs.sharing import Alone
+from penchant.types import Prompt
 
 if TYPE_CHECKING:
     from penchant.runs.parts import Built
@@ -84,23 +91,91 @@ def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[s
     settings = config.model_dump(mode="json")
     for section in WATCHING_ONLY:
         settings.pop(section, None)
-    settings["data"].pop("cache", None)  # it changes no row
+    for name in ("cache", "bounds"):  # they change no row that is read
+        settings["data"].pop(name, None)
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
         settings["algorithm"].pop("value_init")  # older runs do not have it
     return json.loads(without_passwords(json.dumps({"config": settings, "data": fingerprints, **contents})))
 
 
 def contents_of(config: RunConfig) -> dict[str, str]:
-    """SHA-256 of all that a run uses beside its config and rows, under the name that a person is told when it has changed."""
+    """SHA-256 of all files that a run uses beside its config and rows, under the name that a person is told when one has changed."""
     what = "loss" if config.algorithm is None else "algorithm"
-    return reward_contents(config) | {f"content of {what} {n}": sha256 for n, sha256 in config.own_contents().items()}
+    own = {f"content of {what} {n}": sha256 for n, sha256 in config.own_contents().items()}
+    return reward_contents(config) | own | model_contents(config)
 
 
 def reward_contents(config: RunConfig) -> dict[str, str]:
-    """The same of every reward's Python file or model."""
+    """The same of every reward's Python file, and what it imports, or model."""
     rewards = [r for r in (config.reward, config.evaluation.reward) if r is not None]
     names = dict.fromkeys(name for reward in rewards for name in reward.terms)
-    return {f"content of reward {name}": found for name in names if (found := content_sha256(name)) is not None}
+    found = {f"content of reward {name}": sha256 for name in names if (sha256 := content_sha256(name)) is not None}
+    return found | {f"content of reward {n}: {f}": sha256 for n in names for f, sha256 in contents_beside(n).items()}
+
+
+OF_MODEL = re.compile(r"(adapter_|generation_)?config\.json")
+OF_TOKENIZER = re.compile(
+    r"(tokenizer|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece|chat_template).*\.(json|txt|model|jinja)"
+)
+WEIGHTS = re.compile(r".*\.(safetensors|bin)")
+
+
+def model_contents(config: RunConfig) -> dict[str, str]:
+    """The same of the files of models and tokenizers in folders.
+
+    Weights that training starts from are known by the sum of what was loaded (in manifest.json), unless a head is drawn beside them.
+    """
+    weights = [WEIGHTS] if config.method.learns_reward else []
+    tokenizer = "model.path" if config.model.tokenizer is None else "model.tokenizer"
+    asked = (
+        ("model.path", config.model.path, [OF_MODEL, *weights]),
+        (tokenizer, config.model.tokenizer or config.model.path, [OF_TOKENIZER]),
+        ("reference.path", config.reference.path, [OF_MODEL, WEIGHTS]),
+    )
+    found: dict[str, str] = {}
+    for key, path, patterns in asked:
+        for at, folder in _model_folders(key, path):
+            files = sorted(p for p in folder.iterdir() if p.is_file() and any(t.fullmatch(p.name) for t in patterns))
+            large = {
+                p for p in files if p.stat().st_size >= AUTO_BYTES
+            }  # these are read once, and told by size and times after that
+            sums = {p: hashes_of([p])[0] if p in large else file_sha256(p) for p in files}
+            found |= {f"content of {at}: {p.name}": sha256 for p, sha256 in sums.items()}
+    return found
+
+
+def _model_folders(key: str, path: str | None) -> Iterator[tuple[str, Path]]:
+    """The folder that a path means, and that of the base where it holds an adapter; none of a hub id."""
+    folder = None if path is None else Path(path).expanduser()
+    if folder is None or not folder.is_dir():
+        return
+    yield key, folder
+    with suppress(OSError, ValueError, AttributeError):
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if isinstance(base, str) and base != path and not key.startswith("the base of the base"):
+            yield from _model_folders(f"the base of {key}", base)
+
+
+def changed_since(folder: Path, config: RunConfig) -> list[str]:
+    """A sentence for each thing beside config and rows that a run was trained with and is another now, or gone."""
+    theirs, mine = read(folder).identity if is_whole(folder / IDENTITY) else {}, contents_of(config)
+    kept = {key: value for key, value in theirs.items() if key.startswith(CONTENT) and key != TOKENS}
+    of_both = {key.partition(": ")[0] for key in kept} & {
+        key.partition(": ")[0] for key in mine
+    }  # not what was overridden
+    asked = {*kept, *mine} if TOKENS in theirs else {*kept}
+    names = [key for key in sorted(asked) if mine.get(key) != kept.get(key) and key.partition(": ")[0] in of_both]
+    so = f"has changed since {folder.name} was trained with it: these figures are of what it is now."
+    return [f"{key.removeprefix(CONTENT)} {so}" for key in names]
+
+
+def trees_sha256(rows: Rows) -> str:
+    """SHA-256 of the rows as tokens, in their order: whatever changes how they are written or read changes it."""
+    digest = hashlib.sha256()
+    for trees in (*rows.trees, list(rows.mismatched.values())):
+        digest.update(f"{len(trees)};".encode())
+        hash_trees(digest, trees)
+    return digest.hexdigest()
 
 
 # ---- manifest ------------------------------------------------------------------------------------------------------------
@@ -116,13 +191,14 @@ def write_manifest(
     steps: tuple[int, int],
     status: str,
     why: str | None,
+    lr: float,
 ) -> None:
     """What the run is made of and how far it came.
 
     Args:
         sha256: of the weights before training; started: seconds since the epoch; seconds: of all sessions;
             steps: (done, of the whole run).
-        status: running, finished, paused, interrupted or stopped; why: where it did not come to its end.
+        status: running, finished, paused, interrupted or stopped; why: where it did not come to its end; lr: the peak.
     """
     config, parts = built.parts.config, built.parts
     data: dict[str, Any] = {
@@ -148,6 +224,7 @@ def write_manifest(
         **({"why": redact(why)} if why is not None else {}),
         "seed": config.train.seed,
         "loss": config.method.name,
+        "peak_lr": lr,
         "model": {
             "path": config.model.path,
             "sha256": sha256,
@@ -185,7 +262,8 @@ def write_samples(
 
     config = rows.config
     count, longest = config.evaluation.samples, config.evaluation.sample_tokens
-    prompts = [t.prompt_ids.tolist() for t in (rows.trees[1] or rows.trees[0])[:count]]
+    trees = (rows.trees[1] or rows.trees[0])[:count]
+    prompts = [t.prompt_ids.tolist() for t in trees]
     model.eval()
 
     def write() -> list[str]:
@@ -193,19 +271,32 @@ def write_samples(
 
     asked = ("answers", key, rows.key, bool(rows.trees[1]), count, longest)
     texts = write() if key is None else shared.once(asked, write)
+    turns = _turns(rows, [t.source for t in trees])
     found = [
-        {"prompt": rows.tokenizer.decode(p, skip_special_tokens=True), "completion": c}
-        for p, c in zip(prompts, texts, strict=True)
+        {"prompt": rows.tokenizer.decode(p, skip_special_tokens=True), **more, "completion": c}
+        for p, more, c in zip(prompts, turns, texts, strict=True)
     ]
     with spared(path, say):
         keep(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found))
     return found
 
 
+def _turns(rows: Rows, sources: Sequence[str]) -> list[dict[str, Any]]:
+    """``{"messages": ...}`` of each prompt that is a conversation, as its row has it; empty for a text."""
+    dataset, wanted = rows.datasets[1] if rows.trees[1] else rows.datasets[0], set(sources)
+    found: dict[str, Prompt] = {}
+    for tree in dataset.trees if dataset is not None else ():
+        if len(found) == len(wanted):
+            break
+        if tree.source in wanted:
+            found.setdefault(tree.source, tree.prompt)
+    return [turns_of(found.get(source, "")) for source in sources]
+
+
 def join_samples(path: Path, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
     """samples.jsonl: each prompt with its completion before and after training."""
     rows = [
-        {"prompt": a["prompt"], "before": b["completion"], "after": a["completion"]}
+        {**{k: v for k, v in a.items() if k != "completion"}, "before": b["completion"], "after": a["completion"]}
         for b, a in zip(before, after, strict=False)
     ]
     keep(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

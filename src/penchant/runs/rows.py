@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,9 +16,11 @@ from penchant.data.audit.findings import Audit
 from penchant.data.cached import DataCache
 from penchant.data.load import Dataset, layout_line, summary
 from penchant.data.mapped import StoredTokens, first_completions, label_counts
+from penchant.data.templates import dated, uses_chat
 from penchant.data.tokenize import TokenizedDataset
-from penchant.errors import ConfigError, DataError
+from penchant.errors import ConfigError, DataError, PenchantError
 from penchant.models.load import load_tokenizer
+from penchant.models.reward import is_encoder, load_model_config
 from penchant.rewards.reward_model import RewardModelParts, prompts_by_source
 from penchant.runs.sharing import Alone, Key
 from penchant.types import Prompt, TokenTree
@@ -88,11 +90,14 @@ class Rows:
     def _load(self, path: Any) -> Dataset:
         data, method = self.config.data, self.method
         reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
+        reading |= data.model_dump(include={"bounds"}, exclude_defaults=True)
         dataset = self.shared.once(
             ("rows", str(path), json.dumps(reading, sort_keys=True)), lambda: self.cache.load(path, **reading)
         )
         self.console.note(layout_line(dataset, path))
         adapted = adapt(dataset, method.name, method.signal, method.needs, data, str(path))
+        if method.signal == "prompts" and dataset.kind != "prompts":
+            self.console.note(f"{path}: its answers are not used; each prompt is asked once")
         if method.signal == "prompts" and (said := repeated_prompts(adapted)):
             self.console.note(f"{path}: {said}")
         if method.signal == "unpaired":
@@ -132,6 +137,8 @@ class Rows:
             include={"template", "template_options", "max_length", "truncation", "on_bad_row", "identical", "add_eos"}
         )
         how["on_bad_row"] = on_bad_row or data.on_bad_row
+        if uses_chat(data.template, self.tokenizer):
+            how["template_options"] = dated(data.template_options, self.tokenizer)
         key = ("tokens", *self.tokenizer_key[1:], str(data.path), str(data.eval_path), *content_of(dataset))
         return self.shared.once(
             (*key, json.dumps(how, sort_keys=True)), lambda: self.cache.tokenize(dataset, self.tokenizer, **how)
@@ -221,6 +228,32 @@ class Rows:
         content = [content_of(d) for d in self.datasets if d is not None]
         method = self.method.name if self.method.learns_reward else "rows"
         return (method, self.method.signal, self.tokenizer_key, self.config.data.model_dump_json(), *content)
+
+
+def within_context(config: RunConfig, note: Callable[[str], None] = lambda text: None) -> RunConfig:
+    """The same config with `data.max_length` no longer than the model's context, where it is the default.
+
+    Raises:
+        ConfigError: a value that the config has itself is longer.
+    """
+    data, source = config.data, config.model
+    try:
+        found = load_model_config(source.path, source.revision)
+        limit = getattr(found.get_text_config(), "max_position_embeddings", None)
+        if limit is None or (config.method.learns_reward and is_encoder(found)):
+            return config  # an encoder's rows are cut to its limit (`RewardModelParts`)
+    except PenchantError:
+        return config  # the model may be gone by now; where it is needed, that is told
+    rollouts = config.method.rollouts
+    room = max(8, limit - (rollouts.max_new_tokens if rollouts is not None else 0))
+    given = "max_length" in data.model_fields_set
+    if data.max_length <= (limit if given else room):
+        return config
+    if given:
+        what = f"{data.max_length} is beyond the model's context of {limit}"
+        raise ConfigError("data.max_length", what, f"set it to at most {limit}, or to auto")
+    note(f"data.max_length: {room}, for the model's context is {limit} (the default is {data.max_length})")
+    return config.model_copy(update={"data": data.model_copy(update={"max_length": room})})
 
 
 def content_of(dataset: Dataset) -> Key:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import file_sha256, write_atomically
+from penchant.base.files import file_sha256
+from penchant.base.functions import imported_sha256
 from penchant.config import WATCHING_ONLY, RunConfig, default_settings
 from penchant.config.several import Member
 from penchant.data.load import Dataset
@@ -25,9 +26,11 @@ from penchant.runfolder import (
     MANIFEST,
     PIPELINE,
     RunLock,
+    check_whole,
     checkpoint_state,
     checkpoints,
     differences,
+    keep,
 )
 from penchant.training.checkpoint import latest_checkpoint
 
@@ -87,6 +90,7 @@ def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """What several runs have done; empty where nothing is written yet."""
     if not path.exists():
         return {}
+    check_whole(path, "restore it, or choose another output")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return {**values, **{key: values[key] for key in keys}}
@@ -122,7 +126,9 @@ class State:
 
     def save(self) -> None:
         """Write the file so that a reader, or a crash, sees the old or the new one."""
-        write_atomically(self.path, {"stages": self.stages, "comparison": self.comparison})
+        keep(
+            self.path, json.dumps({"stages": self.stages, "comparison": self.comparison}, indent=1, ensure_ascii=False)
+        )
 
 
 # ---- What a run starts from ----
@@ -228,6 +234,7 @@ def reward_hashes(reward: Any) -> dict[str, str]:
         folder = Path(name).expanduser()
         if file.suffix == ".py" and file.is_file():
             found[str(file.resolve())] = file_sha256(file)
+            found |= {f"{file.resolve()}: {beside}": sha256 for beside, sha256 in imported_sha256(name).items()}
         elif folder.is_dir():
             run = (folder / CHECKPOINTS).is_dir()
             found[str(folder.resolve())] = model_sha256(model_folder(folder, None) if run else folder)
@@ -242,6 +249,8 @@ def changes(old: Inputs, new: Inputs) -> list[str]:
     for part, words in CHANGED.items():
         before, now = old.get(part, {}), new.get(part, {})
         for key in sorted({*before, *now}):
+            if ": " in key and part not in ("data", "models") and not any(": " in k for k in before):
+                continue  # an older version did not look at what a file imports
             if before.get(key) != now.get(key):
                 found.append(words.format(key) + f" ({_short(before.get(key))} -> {_short(now.get(key))})")
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from penchant.data.load import prompt_json
-from penchant.data.templates import end_ids, plain, uses_chat
+from penchant.data.templates import apply_template, end_ids, plain, uses_chat
 from penchant.data.tokenize import uses_bos
 from penchant.errors import ConfigError
 from penchant.models.cpu.decode import FastDecoder, can_decode_fast
@@ -40,12 +40,11 @@ class Style:
 
 
 def _chat(tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
-    turns = prompt_json(tuple(messages))
+    turns: Any = prompt_json(tuple(messages))
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **(options or {}))
+        return apply_template(tokenizer, turns, options, generate=True)
     except Exception as error:  # jinja errors of the template's own, e.g. for a system turn that it does not know
         raise TemplateRefused(f"the model's chat template refuses these messages ({error})") from error
-    return str(text)
 
 
 def _transcript(_: Any, messages: Sequence[Message]) -> str:

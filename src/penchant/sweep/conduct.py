@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import write_atomically
 from penchant.base.text import did_you_mean
 from penchant.errors import CheckpointError, ConfigError, PenchantError
 from penchant.report import LiveReport
-from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, differences
+from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, differences, keep
 from penchant.runs import Run
 from penchant.runs.sharing import Shared
 from penchant.runs.state import (
@@ -124,9 +123,8 @@ class State:
 
     def save(self) -> None:
         """Write the file so that a reader, or a crash, sees the old or the new one."""
-        write_atomically(
-            self.path, {"sweep": self.about, "table": self.table, "search": self.search, "runs": self.runs}
-        )
+        said = {"sweep": self.about, "table": self.table, "search": self.search, "runs": self.runs}
+        keep(self.path, json.dumps(said, indent=1, ensure_ascii=False))
 
     def write_lines(self, runs: Sequence[SweepRun]) -> None:
         """`sweep.jsonl`: one line a run that came to an end, in the sweep's order."""
@@ -137,7 +135,7 @@ class State:
                 known = {k: v for k, v in record.items() if k != "inputs"}
                 lines.append({"run": run.name, "setting": run.setting, "seed": run.seed, **known})
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        self.path.with_name(LINES).write_text(text, encoding="utf-8")
+        keep(self.path.with_name(LINES), text)
 
     def same_search(self, search: SearchConfig, where: str) -> None:
         """Remember what draws the trials, or refuse where it is not what drew those that are there (CheckpointError)."""

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from penchant.base.text import columns
+from penchant.runfolder.values import ci_of
 from penchant.sweep import SEED, SweepRun
 from penchant.sweep.halving import SCALED
 
@@ -158,9 +159,9 @@ def _row(setting: str, runs: Sequence[SweepRun], records: Mapping[str, Record], 
             stopped[run.name] = f"{metric} is not a number"
         else:
             values.append(float(value))
-            interval = record["metrics"].get(f"{metric}/ci")
+            interval = ci_of(record["metrics"], metric)
     varied = {k: v for k, v in runs[0].varied.items() if k != SEED}
-    pair = (float(interval[0]), float(interval[1])) if len(runs) == 1 and interval is not None else None
+    pair = interval if len(runs) == 1 else None
     return Row(setting, varied, tuple(r.seed for r in runs), tuple(values), pair, stopped, open_, cut)
 
 

@@ -15,7 +15,7 @@ SHOWN = {
     "rewards/accuracies": "acc",
     "rewards/margins": "margin",
     "reward": "reward",
-    "kl/policy_ref": "KL",
+    "kl/k3": "KL",
     "lr": "lr",
 }
 

@@ -11,10 +11,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -28,10 +29,11 @@ from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, pru
 from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
-from penchant.training.steps import BatchSchedule, Totals, on_host, reduced
+from penchant.training.steps import BatchSchedule, Totals, on_host, reduced, repeatable
 from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
 
 Metrics = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -84,6 +86,7 @@ class Loop:
     state: RunState = field(default_factory=RunState)
     identity: Mapping[str, Any] = field(default_factory=dict)
     interrupted: int | None = None
+    _ahead: tuple[int, Callable[[], tuple[Sequence[TokenTree], Sequence[PackedBatch]]]] | None = None
 
     @property
     def schedule(self) -> BatchSchedule:
@@ -187,23 +190,28 @@ class Loop:
             TrainingStopped: NaN/Inf, or a failed step-0 check.
         """
         total = schedule.total_steps
-        trees: Sequence[TokenTree] = [self.trees[i] for i in schedule.batch(step)]
+        given, ahead = self._rows_of(step, schedule)
         self._seed(step, 0)
         self.model.train()
-        trees = self.algorithm.begin_step(step, progress_at(step, total), trees)
-        batches = self._micro_batches(trees)
+        trees = self.algorithm.begin_step(step, progress_at(step, total), given)
+        batches = ahead if ahead is not None and trees is given else self._micro_batches(trees)
         if not batches:
             return self._empty_step(step, schedule), 0, 0
+        for batch in batches:
+            batch.columns |= self.algorithm.columns(batch)
+        if packs_ahead(self.device) and trees is given and step + 1 < total:
+            self._ahead = step + 1, _in_background(lambda: self._packed(step + 1, schedule))
         weights = [self.algorithm.weights(b) for b in batches]
         counts = {name: sum(w[name] for w in weights) for name in weights[0]}
         totals = Totals()
-        if self.algorithm.coupled and len(batches) > 1:
-            self._backward_coupled(step, [b.to(self.device) for b in batches], counts, totals)
-        else:
-            for batch in batches:
-                out = self._loss(step, self.algorithm.score(batch.to(self.device)))
-                reduced(out, counts).backward()
-                totals.add(out)
+        with repeatable(self.device, self.train.deterministic):
+            if self.algorithm.coupled and len(batches) > 1:
+                self._backward_coupled(step, [b.to(self.device) for b in batches], counts, totals)
+            else:
+                for batch in batches:
+                    out = self._loss(step, self.algorithm.score(batch.to(self.device)))
+                    reduced(out, counts).backward()
+                    totals.add(out)
         t = self.train
         lr = learning_rate(step, total, self.peak_lr, t.schedule, t.warmup_fraction, t.min_lr_fraction)
         (grad_norm,) = totals.read(self.optimizer.clip(t.max_grad_norm))
@@ -245,6 +253,18 @@ class Loop:
             "skipped": "nothing to learn from in this step",
             "tokens": self.state.tokens,
         }
+
+    def _rows_of(self, step: int, schedule: BatchSchedule) -> tuple[Sequence[TokenTree], Sequence[PackedBatch] | None]:
+        """The rows of a step, and their batches where those were packed during the last one."""
+        held, self._ahead = self._ahead, None
+        if held is not None and held[0] == step:
+            return held[1]()
+        return [self.trees[i] for i in schedule.batch(step)], None
+
+    def _packed(self, step: int, schedule: BatchSchedule) -> tuple[Sequence[TokenTree], Sequence[PackedBatch]]:
+        """The rows of a step and their batches, pinned for the GPU."""
+        trees = [self.trees[i] for i in schedule.batch(step)]
+        return trees, [b.pinned() if self.device.type == "cuda" else b for b in self._micro_batches(trees)]
 
     def _micro_batches(self, trees: Sequence[TokenTree]) -> list[PackedBatch]:
         """A step's batches, on the CPU: there their weights are known without waiting for the device."""
@@ -424,6 +444,25 @@ def algorithm_state(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     """The algorithm's own part of a checkpoint's tensors."""
     prefix = "algorithm/"
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def packs_ahead(device: torch.device) -> bool:
+    """Whether the next step's rows are packed while this one runs: a CPU has no time left for it."""
+    return device.type == "cuda"
+
+
+def _in_background(make: Callable[[], T]) -> Callable[[], T]:
+    """Begin to make something in a thread; what is returned waits for it, and raises what it raised."""
+    made: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return made.result
 
 
 def _line(kind: str, step: int, schedule: BatchSchedule) -> Metrics:

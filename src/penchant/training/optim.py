@@ -89,7 +89,7 @@ class MasterAdamW:
             p.grad = None
         shadows = self._shadows()
         if shadows:
-            torch._foreach_zero_([m.grad for _, m in shadows])  # type: ignore[arg-type]
+            torch._foreach_zero_([m.grad for _, m in shadows if m.grad is not None])
 
     def _shadows(self) -> list[tuple[Tensor, Tensor]]:
         """Parameters that are not their own master, with it."""

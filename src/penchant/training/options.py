@@ -20,7 +20,11 @@ class TrainConfig(Section):
     tokens_per_step: int = Field(
         4096, ge=16, le=10**9, description="tokens in one forward and backward pass: the unit of memory"
     )
-    lr: Annotated[float, Field(ge=0)] | Literal["auto"] = Field("auto", description="peak learning rate")
+    lr: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="peak learning rate; auto, for the whole model: 5e-6 (orpo 8e-6, SFT 2e-5, reward models 1e-5, encoders 2e-5 or 5e-5, "
+        "online methods 1e-6), ten times that below 20 million parameters; with LoRA: 5e-5 (SFT 2e-4, reward models 1e-4)",
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="learning-rate shape after warm-up")
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="share of all steps spent on warm-up")
     min_lr_fraction: float = Field(0.0, ge=0, le=1, description="final learning rate as a share of lr")
@@ -42,6 +46,12 @@ class TrainConfig(Section):
         "auto", description="how completions share a row: packed with a shared prompt, packed one by one, or padded"
     )
     shuffle: bool = Field(True, description="draw a new order each epoch, from the seed")
+    deterministic: bool = Field(
+        True, description="on a GPU: only operations that give the same bits each time in a step; a CPU always does"
+    )
+    tf32: bool = Field(
+        False, description="on a GPU: fp32 products in TF32, several times as fast and with 10-bit mantissas"
+    )
     threads: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
         "auto", description="CPU threads; auto: chosen by the model's size"
     )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,6 +132,12 @@ class Totals:
         means = {name: s / self.counts[name] for name, s in self.sums.items() if self.counts[name] > 0}
         loss = {"loss": sum(v for name, v in means.items() if name in self.terms)}
         hidden = self.terms if len(self.terms) == 1 else set()
+        for name in [
+            n for n in means if n.endswith("rewards/chosen")
+        ]:  # labelled answers: mean of good minus mean of bad
+            part = name.removesuffix("chosen")
+            if f"{part}rejected" in means:
+                means.setdefault(f"{part}margins", means[name] - means[f"{part}rejected"])
         return {prefix + name: v for name, v in (loss | means).items() if name not in hidden}
 
 
@@ -136,3 +145,37 @@ def on_host(vector: Tensor) -> list[float]:
     """The numbers of a vector: where a step waits for the GPU, and the only place where it may."""
     numbers: list[float] = vector.tolist()
     return numbers
+
+
+# ---- How a GPU computes ----
+
+
+@contextmanager
+def repeatable(device: torch.device, wanted: bool) -> Iterator[None]:
+    """A step in which a GPU takes only operations that give the same bits each time; a CPU does so anyway.
+
+    No wider than a step: sampling needs operations of which there is no such kind (floating-point cumsum). An operation of a step
+    that has none is warned of by torch, by name.
+    """
+    if device.type != "cuda" or not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill: Any = torch.utils.deterministic
+    filled = fill.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    fill.fill_uninitialized_memory = False  # a pass over every buffer that only finds bugs
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        fill.fill_uninitialized_memory = filled
+
+
+def set_precision(device: torch.device, tf32: bool) -> None:
+    """How a GPU multiplies: fp32 as it is or in TF32; sums of bf16 products never in bf16."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

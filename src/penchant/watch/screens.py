@@ -136,10 +136,10 @@ TALLEST = 18
 LABEL = 8  # cells before a sample's text
 
 OFFLINE = (  # pictures, the most telling first
-    *("loss", "rewards/accuracies", "rewards/margins", "kl/policy_ref", "reward", "win_rate", "logps/chosen"),
+    *("loss", "rewards/accuracies", "rewards/margins", "kl/k3", "reward", "win_rate", "logps/chosen"),
     *("perplexity", "completions/length", "grad_norm", "lr"),
 )
-ONLINE = ("reward", "kl/policy_ref", "completions/length", "loss", "win_rate", "grad_norm", "lr")
+ONLINE = ("reward", "kl/k3", "completions/length", "loss", "win_rate", "grad_norm", "lr")
 WAITING = {
     "waiting": "nothing there yet; it is shown when it begins",
     "preparing": "reading data and models; the first step is still to come",
@@ -292,9 +292,7 @@ def _table(view: RunView, size: Size) -> list[Text]:
 def _held_out(view: RunView, key: str, label: str) -> tuple[str, str, str, str]:
     """Where there is one evaluation only, it is the last."""
     first, last = number(view.first_eval.get(key)), number(view.last_eval.get(key))
-    before, after = (
-        with_interval(v, interval(e.get(f"{key}/ci"))) for v, e in ((first, view.first_eval), (last, view.last_eval))
-    )
+    before, after = (with_interval(v, interval(e, key)) for v, e in ((first, view.first_eval), (last, view.last_eval)))
     if first is None or last is None or view.first_eval.get("step") == view.last_eval.get("step"):
         return label, "", after, ""
     return label, before, after, f"{last - first:+.4f}"

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from penchant.base.text import clean
+from penchant.metrics.names import with_k3
 from penchant.runfolder import CONFIG, IDENTITY, METRICS, PIPELINE, SWEEP
 from penchant.runfolder.read import Held, Whole, follow, json_object, lock_of
-from penchant.runfolder.values import algorithm_of, is_online, mapping, mappings, number_of, sequence
+from penchant.runfolder.values import algorithm_of, ci_of, is_online, mapping, mappings, number_of, sequence
 from penchant.watch.plot import Point
 
 # ---- Numbers that a terminal can draw ----
@@ -33,12 +34,10 @@ def whole(value: Any) -> int | None:
     return int(made) if made is not None and made >= 0 and made == int(made) else None
 
 
-def interval(value: Any) -> tuple[float, float] | None:
-    """(low, high), or None."""
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        return None
-    low, high = number(value[0]), number(value[1])
-    return None if low is None or high is None else (low, high)
+def interval(row: Mapping[str, Any], key: str) -> tuple[float, float] | None:
+    """(low, high) of a line's figure, or None."""
+    found = ci_of(row, key)
+    return None if found is None or max(map(abs, found)) >= LARGEST else found
 
 
 # ---- What a run's folder says of it, kept up to date as the run goes on. Nothing is ever written there ----
@@ -48,7 +47,7 @@ RECENT = 20  # steps whose mean speed the time left follows from
 EDGE = 10  # a training figure's first and last value are means over a tenth of its steps, at most so many
 
 FIGURES = (  # what is shown of training and, with eval/ before it, of held-out rows, in the order of the table
-    *("reward", "win_rate", "loss", "rewards/accuracies", "rewards/margins", "kl/policy_ref", "perplexity"),
+    *("reward", "win_rate", "loss", "rewards/accuracies", "rewards/margins", "kl/k3", "perplexity"),
     *("completions/length", "logps/chosen", "logps/rejected", "calibration/ece", "grad_norm", "lr"),
 )
 
@@ -110,6 +109,7 @@ class RunView:
         step, kind = whole(row.get("step")), row.get("kind")
         if step is None or kind not in ("train", "eval"):
             return
+        row = dict(with_k3(row))
         if kind == "train":
             self.last = row
         else:
@@ -121,7 +121,7 @@ class RunView:
                     known.pop()
                 known.append((step, value))
             elif kind == "eval" and (value := number(row.get(key := f"eval/{key}"))) is not None:
-                self.points.setdefault(key, []).append(Point(step, value, interval(row.get(f"{key}/ci"))))
+                self.points.setdefault(key, []).append(Point(step, value, interval(row, key)))
 
     def _take_speed(self, row: Mapping[str, Any]) -> None:
         step, seconds = whole(row.get("step")), number(row.get("seconds"))
@@ -313,7 +313,7 @@ class Member:
         for key in (name,) if name else USUAL:
             value = number(last.get(key))
             if value is not None:
-                return Metric(key, value, interval(last.get(f"{key}/ci")))
+                return Metric(key, value, interval(last, key))
             edges = self.view.edges(key)
             if edges is not None:
                 return Metric(f"train {key}", edges[1])

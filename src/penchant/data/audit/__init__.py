@@ -120,13 +120,14 @@ def is_empty(row: Quarantined) -> bool:
 
 
 LEAKING = "figures on such rows flatter: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE"
+WITHIN = "figures on such rows flatter: drop near-duplicates before the split, penchant data fix IN OUT --drop near_duplicates"
 
 
 class Leakage:
     """Prompts that stand in more than one split, the same or nearly the same."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
+    def __init__(self, names: Sequence[str], advice: str = LEAKING) -> None:
+        self.names, self.advice = list(names), advice
         self._index, self._places = NearIndex(), Places()
         self._split = array("h")
 
@@ -154,7 +155,7 @@ class Leakage:
                     ("leakage", f"leakage: prompts of {b} that also stand in {a}", same),
                     ("near_leakage", f"near leakage: prompts of {b} that nearly stand in {a}", alike),
                 ):
-                    yield f"{kind}_{name}", going_with(title, first, self._places, "as", LEAKING, of)
+                    yield f"{kind}_{name}", going_with(title, first, self._places, "as", self.advice, of)
 
 
 def _first_in(ids: np.ndarray, there: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -187,7 +188,8 @@ def audit(
         auditor.update(tree)
     for aside in dataset.quarantined:
         auditor.keep_aside(aside)
-    leakage = Leakage(list(splits or ()))
+    one_file = sum(part.accepted for part in (splits or {}).values()) == dataset.accepted
+    leakage = Leakage(list(splits or ()), WITHIN if one_file else LEAKING)
     for i, part in enumerate((splits or {}).values()):
         for tree in part.trees:
             leakage.update(i, tree)
@@ -216,6 +218,7 @@ def audit_files(
     auditor: Auditor | None = None
     leakage = Leakage(list(splits))
     layouts: list[str] = []
+    first: Quarantined | None = None
     for i, (name, path) in enumerate(splits.items()):
         stream = stream_preferences(path, **how)
         layouts.append(layout_line(stream, path))
@@ -233,8 +236,10 @@ def audit_files(
                     leakage.update(i, tree)
             for aside in made.aside:
                 auditor.keep_aside(aside)
+                first = first or aside
     if auditor is None or not auditor.examples:
-        raise DataError(", ".join(splits) or "audit", "no row could be used", "fix the rows or give the shape")
+        at, what, fix = (first.where, first.what, first.how) if first else (", ".join(splits) or "audit", "no rows", "")
+        raise DataError(at, f"{what}; no row could be used", fix or "give files with rows")
     return auditor.result(dict(leakage.findings()), {}, "\n".join(layouts))
 
 
@@ -253,7 +258,9 @@ def names_of(paths: Iterable[str]) -> dict[str, str]:
 def _truncation(tokenized: TokenizedDataset) -> dict[str, Finding]:
     bad = tuple(q.where for q in tokenized.quarantined)
     identical = tuple(q.where for q in tokenized.quarantined if q.what.startswith(IDENTICAL))
+    cut = tuple(dict.fromkeys((*tokenized.cut_prompts, *tokenized.cut_completions)))
     found = {
+        "cut_rows": ("rows cut to max_length, at either end", cut),
         "cut_prompts": ("prompts that lost their start to max_length", tokenized.cut_prompts),
         "cut_completions": ("rows with a cut completion (its EOS is gone)", tokenized.cut_completions),
         "identical_after_cut": ("pairs that became equal in tokens", identical),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -12,6 +13,8 @@ import numpy as np
 from penchant.base.text import printable
 
 SHOWN = 20  # places listed a finding
+FEW_SHOWN = 5  # where not everything is asked for
+FAR = 0.05  # from one half: in many rows much smaller differences are certain, and teach nothing
 KEPT = 1000  # places held a finding
 
 
@@ -35,6 +38,20 @@ class Finding:
     @property
     def share(self) -> float:
         return self.count / self.of if self.of else 0.0
+
+    @property
+    def tells(self) -> bool:
+        """Whether there is something to look at: rows that should not be there, or a share that calls for advice."""
+        return bool(self.count and (self.advice or self.where))
+
+    def lines(self, most: int) -> list[str]:
+        """As text, with at most so many places."""
+        share = f"({self.share:.1%})" if self.of else ""
+        made = [f"{self.title:<58} {self.count:>7,} of {self.of:>7,} {share:>8}  {self.note}".rstrip()]
+        if self.where:
+            more = f" and {self.count - most:,} more" if self.count > most else ""
+            made.append("    " + ", ".join(self.where[:most]) + more)
+        return made + ([f"    -> {self.advice}"] if self.count and self.advice else [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +77,30 @@ class Audit:
         }
         return {"layout": self.layout, "summary": self.summary, **asdict(self), "findings": found}
 
-    def to_text(self) -> str:
-        """A readable table."""
+    def to_text(self, whole: bool = False) -> str:
+        """What was found, most rows first, then in one line what was looked for and is in order; `whole`: everything that was counted."""
         lines = [*self.layout.splitlines(), self.summary, ""]
-        for f in self.findings.values():
-            share = f"({f.share:.1%})" if f.of else ""
-            lines.append(f"{f.title:<58} {f.count:>7,} of {f.of:>7,} {share:>8}  {f.note}".rstrip())
-            if f.where:
-                more = f" and {f.count - SHOWN:,} more" if f.count > SHOWN else ""
-                lines.append("    " + ", ".join(f.where[:SHOWN]) + more)
-            if f.count and f.advice:
-                lines.append(f"    -> {f.advice}")
+        if whole:
+            for f in self.findings.values():
+                lines += f.lines(SHOWN)
+            return "\n".join(printable(line) for line in [*lines, *self._lengths()])
+        found = {name: f for name, f in self.findings.items() if f.tells}
+        for f in sorted(found.values(), key=lambda f: -f.share):
+            lines += f.lines(FEW_SHOWN)
+        fine = [name.replace("_", " ") for name, f in self.findings.items() if f.of and name not in found]
+        lines += [""] * bool(found) + [
+            f"{'In order otherwise' if found else 'Nothing was found; in order'}: {', '.join(fine)}."
+        ]
+        return "\n".join(printable(line) for line in [*lines, "Every count, with lengths and more places: --all"])
+
+    def _lengths(self) -> list[str]:
+        lines: list[str] = []
         for unit, table in (("tokens", self.lengths), ("characters", self.characters)):
             if table:
                 names = list(next(iter(table.values())))
                 lines += ["", f"{unit:<24}" + "".join(f"{n:>9}" for n in names)]
                 lines += [f"{what:<24}" + "".join(f"{v:>9,.0f}" for v in q.values()) for what, q in table.items()]
-        return "\n".join(printable(line) for line in lines)
+        return lines
 
 
 def sampled(title: str, count: int, of: int, note: str = "", **more: Any) -> Finding:
@@ -89,18 +113,19 @@ def sampled(title: str, count: int, of: int, note: str = "", **more: Any) -> Fin
 
 
 def unlike_half(title: str, count: int, of: int, note: str, advice: str) -> Finding:
-    """`sampled`, with its advice only where the interval leaves one half out: else chance alone can give such a share."""
+    """`sampled`, with its advice only where the share is further than `FAR` from one half, beyond what chance can give."""
     found = sampled(title, count, of, note)
     low, high = found.interval or (0.0, 1.0)
-    return replace(found, advice=advice) if not low <= 0.5 <= high else found
+    far = not low <= 0.5 <= high and abs(found.share - 0.5) >= FAR
+    return replace(found, advice=advice) if far else found
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson's 95% score interval of a proportion: ``(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)``."""
     p = successes / n
-    centre = p + z * z / (2 * n)
-    half = z * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 class Tally:

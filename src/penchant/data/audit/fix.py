@@ -104,11 +104,12 @@ def fix(
     dropped: Counter[str] = Counter(dict.fromkeys(rules, 0))
     redacted: Counter[str] = Counter()
     rows = written = changed = 0
+    stream = stream_preferences(source, **reading)  # a file that cannot be read is named before anything is written
     with ExitStack() as stack:
         schema_of = Path(source).expanduser() if target.suffix == ".parquet" else None
         write = stack.enter_context(_writing(target, schema_of))
         tell = stack.enter_context(_writing(touched))
-        for made, reasons in zip(stream_preferences(source, **reading), why, strict=True):
+        for made, reasons in zip(stream, why, strict=True):
             (row,) = made.source
             rows += 1
             if reasons:

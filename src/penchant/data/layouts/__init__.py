@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from penchant.base.functions import is_own
 from penchant.base.text import closest
 from penchant.data.layouts import compared, factory, hh, oasst, own, plain, rated  # noqa: F401  they fill LAYOUTS
-from penchant.data.layouts.fields import LeftOut, RowError
+from penchant.data.layouts.fields import JUDGED, LABELS, LeftOut, RowError, finite
 from penchant.data.layouts.layout import LAYOUTS, Detection, Group, Layout, Option
 from penchant.errors import ConfigError
 
@@ -25,6 +25,7 @@ __all__ = [
     "layout_named",
     "near_name",
     "no_layout",
+    "other_names",
 ]
 
 
@@ -75,6 +76,33 @@ def _one_slip(word: str, name: str) -> bool:
         return len(name) > 5
     i, j = places
     return j == i + 1 and word[i] == name[j] and word[j] == name[i]
+
+
+# what a prompt, an answer and a word about it are called where they have not our names
+OTHER_NAMES = {
+    "prompt": ("question", "query"),
+    "completion": ("answer", "response", "output", "reply"),
+    "label": (*(n for n in JUDGED if n != "rating"), "thumbs_up"),
+}
+
+
+def other_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """``{our name: theirs}`` of columns that hold texts (for a label: words such as thumbs_up) under one other name alone."""
+    there = set.intersection(*map(set, rows)) if rows else set()
+    found: dict[str, str] = {}
+    for ours, names in OTHER_NAMES.items():
+        fits = _is_word if ours == "label" else lambda value: isinstance(value, str)
+        theirs = [n for n in names if n in there and all(fits(row[n]) for row in rows)]
+        if len(theirs) == 1 and not any(ours in row for row in rows):
+            found[ours] = theirs[0]
+    return found
+
+
+def _is_word(value: Any) -> bool:
+    """Whether a value calls an answer good or bad in a word; a number may be a rating of any scale."""
+    return isinstance(value, bool) or (
+        isinstance(value, str) and finite(value) is None and value.strip().lower() in LABELS
+    )
 
 
 STEPWISE = (

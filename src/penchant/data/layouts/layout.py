@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -77,16 +77,48 @@ class _Watched(dict[str, Any]):
         return super().get(name, default)
 
 
+class Handed(_Watched):
+    """The same of a row that a person's own code gets, which may take it whole."""
+
+    def _all(self) -> None:
+        self.used.update(dict.keys(self))
+
+    def __iter__(self) -> Iterator[str]:
+        self._all()
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        self._all()
+        return super().keys()
+
+    def values(self) -> Any:
+        self._all()
+        return super().values()
+
+    def items(self) -> Any:
+        self._all()
+        return super().items()
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
+
+    def pop(self, name: str, *default: Any) -> Any:
+        self.used.add(name)
+        return super().pop(name, *default)
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """How rows that belong together become one.
 
     Args:
         key: what all rows of a group share, or a `RowError`; fold: the rows of a group as one row that the layout converts.
+        reads: further columns that are used.
     """
 
     key: Callable[[Fields], str]
     fold: Callable[[Sequence[Fields]], Fields]
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +171,17 @@ class Layout:
 
     def unused(self, rows: Iterable[Fields], options: Fields) -> list[str]:
         """The columns of these rows that hold something and that no example was made of, in their order."""
-        if self.group is not None or self.name not in LAYOUTS:  # a fold, or a person's own code, takes the whole row
-            return []
         there: dict[str, None] = {}
-        used = set(self.columns)
-        for row in map(_Watched, rows):
+        used = {*self.columns, *(self.group.reads if self.group else ())}
+        for given in rows:
+            row = (_Watched if self.name in LAYOUTS else Handed)(given)
             try:
-                self.convert(row, options)
+                if self.group is None:
+                    self.convert(row, options)
             except fields.RowError:  # it was not read to its end
                 continue
             used |= row.used
-            there |= dict.fromkeys(name for name, value in row.items() if fields.holds_something(value))
+            there |= dict.fromkeys(name for name, value in given.items() if fields.holds_something(value))
         return [name for name in there if name not in used]
 
     def fits(self, row: Fields) -> bool:

@@ -40,7 +40,7 @@ def _key(row: Fields) -> str:
     return fields.as_text(row.get("message_tree_id"), '"message_tree_id"')
 
 
-@layout("oasst_flat", group=Group(_key, fold))
+@layout("oasst_flat", group=Group(_key, fold, ("rank", "deleted")))
 @layout("oasst", check=lambda row: isinstance(row["prompt"], Mapping))
 def oasst(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     """The trees of all prompts of a message tree that have what `use` asks for."""

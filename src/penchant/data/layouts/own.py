@@ -10,7 +10,7 @@ from typing import Any
 
 from penchant.base.functions import own_sha256, python_function
 from penchant.data.layouts.fields import LeftOut, RowError
-from penchant.data.layouts.layout import LAYOUTS, Fields, Layout
+from penchant.data.layouts.layout import LAYOUTS, Fields, Handed, Layout
 from penchant.errors import ConfigError
 from penchant.types import PromptTree
 
@@ -100,7 +100,7 @@ def _turn(
         if missing:
             raise RowError(f"has no column {missing[0]!r}, which {short} needs", "fix the row, or map data.columns")
         try:
-            found = convert(dict(row))
+            found = convert(row if isinstance(row, Handed) else dict(row))
         except RowError:
             raise
         except Exception as error:

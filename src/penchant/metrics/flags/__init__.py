@@ -15,15 +15,15 @@ from typing import Any
 from penchant.base.files import packaged_yaml, spared
 from penchant.base.text import printable
 from penchant.errors import CheckpointError
-from penchant.metrics.flags import of_comparison, of_training
+from penchant.metrics.flags import of_comparison, of_data, of_training
 from penchant.metrics.flags.rule import ComparisonView, Evidence, Flag, Rule, RunView, Seen, TrustConfig, number
-from penchant.runfolder import COMPARISON, FLAGS, METRICS, keep
+from penchant.runfolder import COMPARISON, FLAGS, METRICS, check_whole, keep
 from penchant.runfolder.read import read
 
 __all__ = ["RULES", "TrustConfig", "comparison_flags", "run_flags"]
 
 
-OF_RUN = of_training.OF_RUN | of_comparison.OF_RUN
+OF_RUN = of_training.OF_RUN | of_comparison.OF_RUN | of_data.OF_RUN
 OF_COMPARISON = of_training.OF_COMPARISON | of_comparison.OF_COMPARISON
 LIMITS = of_training.LIMITS | of_comparison.LIMITS  # figures that the rules' texts name
 
@@ -42,16 +42,18 @@ def run_flags(
     audit: Mapping[str, Any] | None = None,
     *,
     trust: TrustConfig | None = None,
+    samples: Sequence[Mapping[str, Any]] = (),
 ) -> list[Flag]:
-    """The flags of a run, warnings first.
+    """The flags of a run, warnings first; of one that has no lines yet what its rows alone give reason for.
 
     Args:
-        lines: of metrics.jsonl; config: of config.resolved.yaml (its `trust` section is read where `trust` is None); audit: audit.json.
+        lines: of metrics.jsonl; config: of config.resolved.yaml (its `trust` section is read where `trust` is None); audit: audit.json;
+        samples: of samples.jsonl.
     """
     if trust is None:
         section = (config or {}).get("trust")
         trust = TrustConfig.model_validate(section) if isinstance(section, Mapping) else TrustConfig()
-    view = RunView(lines, config or {}, audit or {}, trust)
+    view = RunView(lines, config or {}, audit or {}, trust, samples)
     return _flags((rule, seen) for rule in RULES.values() if rule.of_run and (seen := rule.of_run(view)))
 
 
@@ -97,6 +99,7 @@ def _flags_of(path: Path) -> list[Flag]:
     if (folder / METRICS).exists():
         return _of_run(folder)
     if (folder / COMPARISON).exists():
+        check_whole(folder / COMPARISON, "compare again")
         found = read(folder)
         if not found.comparison:
             raise CheckpointError(str(folder / COMPARISON), "cannot be read", "compare again")
@@ -120,7 +123,7 @@ def _of_run(path: Path) -> list[Flag]:
         trust = TrustConfig.model_validate(run.config.get("trust") or {})
     except ValueError:  # a file of another version
         trust = TrustConfig()
-    return run_flags(run.metrics, run.config, run.audit, trust=trust)
+    return run_flags(run.metrics, run.config, run.audit, trust=trust, samples=run.samples)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -159,6 +159,14 @@ def _prompts_of_comparison(view: ComparisonView) -> Iterator[Seen]:
         yield seen(sentence, "prompts", view.prompts, level="note", advice="Compare on more prompts.")
 
 
+def _tied(view: ComparisonView) -> Iterator[Seen]:
+    for name, figures in view.others.items():
+        ties = num(figures, "win_rate/ties")
+        if ties is not None and ties >= view.trust.ties:
+            sentence = f"{percent(ties)} of the pairs of completions of {name} and {view.first} have the same reward: it cannot tell them apart."
+            yield seen(sentence, "share of ties", ties, about=name)
+
+
 def _one_seed(view: ComparisonView) -> Iterator[Seen]:
     given = mapping(view.figures.get("seeds"))
     counts = {name: len(runs) if isinstance(runs := given.get(name), (dict, list)) else 1 for name in view.others}
@@ -174,6 +182,7 @@ OF_COMPARISON = {
     "judge_first_position": _position,
     "judge_failures": _failures,
     "judges_disagree": _disagree,
+    "tied": _tied,
     "few_prompts": _prompts_of_comparison,
     "one_seed": _one_seed,
 }

@@ -260,7 +260,9 @@ UNKNOWN = (
 
 def _margin(run: RunView) -> Seen | None:
     margins, wins = run.held_out("rewards/margins"), run.held_out("win_rate")
-    if len(margins) < 2 or not wins or wins[-1].step == 0 or change(margins[-1], margins[0]).bounds()[0] <= 0:
+    if len(margins) < 2 or margins[-1].se is None or not wins or wins[-1].step == 0:
+        return None
+    if change(margins[-1], margins[0]).bounds()[0] <= 0:
         return None
     last = wins[-1]
     low, high = last.bounds()

@@ -99,6 +99,11 @@ class TrustConfig(Section):
         0.05, ge=0, lt=0.5, description="how far the share of verdicts for the answer shown first may be from one half"
     )
     judge_failures: float = Field(0.05, ge=0, lt=1, description="share of a judge's replies that may be unreadable")
+    ties: float = Field(
+        0.9, gt=0, le=1, description="share of prompts or pairs that a reward may tie before it is said to tell nothing"
+    )
+    cut_rows: float = Field(0.1, ge=0, lt=1, description="share of rows that data.max_length may cut")
+    bad_rows: float = Field(0.1, ge=0, lt=1, description="share of rows that may be left out as bad")
     skipped: float = Field(0.1, ge=0, lt=1, description="share of optimizer steps that may be skipped")
     prompts: int = Field(50, ge=2, description="with fewer prompts than this, a comparison is called small")
 
@@ -153,13 +158,19 @@ class RunView:
     """A run as its files tell it.
 
     Args:
-        lines: of metrics.jsonl; config: of config.resolved.yaml; audit: audit.json; trust: thresholds.
+        lines: of metrics.jsonl; config: of config.resolved.yaml; audit: audit.json; samples: of samples.jsonl; trust: thresholds.
     """
 
     lines: Sequence[Mapping[str, Any]]
     config: Mapping[str, Any] = field(default_factory=dict)
     audit: Mapping[str, Any] = field(default_factory=dict)
     trust: TrustConfig = field(default_factory=TrustConfig)
+    samples: Sequence[Mapping[str, Any]] = ()
+
+    def counted(self, name: str) -> tuple[int, int]:
+        """(how many, of how many) rows a finding of the audit is about."""
+        found = mapping(mapping(self.audit.get("findings")).get(name))
+        return int(num(found, "count") or 0), int(num(found, "of") or 0)
 
     @cached_property
     def whole(self) -> list[Mapping[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 _KEEP_BYTES = 512 << 20  # the largest D that is kept
 _MATMUL_ROWS = 512  # rows per head matmul where D is not kept
 _SOFTMAX_ELEMENTS = 1 << 19  # fp32 numbers per softmax pass: they stay in cache
-_VOCAB_TILE = 4096  # vocabulary rows per weight-gradient matmul: its output stays in cache until it is added
+VOCAB_TILE = 4096  # vocabulary rows per weight-gradient matmul: its output stays in cache until it is added
 
 
 def fast_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, alignment: bool = False) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ class _TokenLogps(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mul(torch.mm(d, weight), g[part], out=grad_hidden[part])
             if want_weight:
-                grad_weight = add_weight_grad(weight, d, scaled[part], grad_weight)
+                grad_weight = _add_weight_grad(weight, d, scaled[part], grad_weight)
             del d
         ctx.kept = None
         return grad_hidden, grad_weight, None, None
@@ -115,14 +115,14 @@ def _recomputed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return d
 
 
-def add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | None) -> Tensor | None:
+def _add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | None) -> Tensor | None:
     """Add D^T (g h) to `weight.main_grad` tile by tile of the vocabulary, or to `total`, which is returned."""
     main = getattr(weight, "main_grad", None)
     first = total is None and main is None
     if first:
         total = torch.empty_like(weight)
-    for i in range(0, weight.shape[0], _VOCAB_TILE):
-        tile = slice(i, i + _VOCAB_TILE)
+    for i in range(0, weight.shape[0], VOCAB_TILE):
+        tile = slice(i, i + VOCAB_TILE)
         if main is not None:
             main[tile].add_(torch.mm(d[:, tile].t(), scaled))
         elif first:
