@@ -29,6 +29,9 @@ def option(about: str, default: Any = None, metavar: str | None = None, **more: 
     return field(default=default, metadata=metadata)
 
 
+MOST: dict[type, float] = {int: 2**31 - 1, float: 1e30}  # more than any option can mean
+
+
 def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
     """A request from keywords; sequences may be lists, a path may stand for its text.
 
@@ -39,6 +42,11 @@ def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
     for name in asked:
         if name not in names:
             raise ConfigError(command, f"unknown option {name!r}", did_you_mean(name, names))
+    for name, value in asked.items():
+        if type(value) in MOST and not abs(value) <= MOST[type(value)]:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}", "is beyond every range", f"give at most {MOST[type(value)]:g}"
+            )
     made = {f.name: _plain(asked[f.name], f.default == ()) for f in fields(kind) if f.name in asked}  # type: ignore[arg-type]
     return kind(**made)
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from penchant import __version__
 from penchant.base.machine import gpu_visible
-from penchant.base.text import Shown, did_you_mean, unescaped
+from penchant.base.text import Shown, did_you_mean, short, unescaped
 
 # modules of this package, in the order of `penchant --help`
 COMMANDS = [
@@ -162,6 +162,9 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"penchant: something that was run called exit({stop.code}), so this is not finished", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) and stop.code > 0 else 2
     except Exception as error:
+        if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
+            print(f"penchant: not enough memory ({short(str(error), 200)}); ask for less at a time", file=sys.stderr)
+            return PenchantError.exit_code
         found = os_error(error)
         if found is None or found.errno not in ANYWHERE | {errno.ENAMETOOLONG}:
             raise

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import Any, get_args, get_type_hints
 
+from penchant.requests import MOST
+
 # ---- `--column ours=yours`, in one spelling for every command that reads rows ----
 
 
@@ -125,20 +127,22 @@ def options_of(args: argparse.Namespace, request: type) -> dict[str, Any]:
     return found
 
 
-def within(kind: type, low: float | None, high: float | None, above: float | None) -> Any:
-    """An argparse type: a finite number within bounds; the number's own type where there are none."""
-    if low is None and high is None and above is None:
-        return kind
-    bounds = [(low, "at least"), (above, "more than"), (high, "at most")]
+def within(kind: type, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
+    """An argparse type: a finite number within bounds, and within what any machine can count or hold."""
+    most = MOST[kind] if high is None else high
+    bounds = [(low, "at least"), (above, "more than"), (most, "at most")]
     wanted = " and ".join(f"{word} {bound:g}" for bound, word in bounds if bound is not None)
 
     def number(text: str) -> float:
-        value: float = kind(text)
-        fits = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-        if not (fits and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        from penchant.base.text import short
+
+        value: float = kind(text) if len(text) <= 400 else math.inf
+        least = -MOST[kind] if low is None else low
+        if not (least <= value <= most and (above is None or value > above)):
+            raise argparse.ArgumentTypeError(f"{short(text)} is not {wanted}")
         return value
 
+    number.__name__ = kind.__name__  # argparse says "invalid int value"
     return number
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from penchant.cli.arguments import add_arguments, add_columns, column_pairs, options_of
+from penchant.cli.arguments import add_arguments, add_columns, column_pairs, options_of, within
 from penchant.requests import FixRequest, GetRequest
 
 
@@ -80,7 +80,7 @@ def _add_show(verbs: Any) -> None:
         "show", help="show how a file's rows are read: the layout, why it was chosen, and the first examples"
     )
     show.add_argument("path", metavar="FILE", help="data file, or hub id (owner/name)")
-    show.add_argument("-n", "--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)")
+    show.add_argument("-n", "--rows", type=within(int), default=3, metavar="N", help="rows to show (default: 3)")
     show.add_argument(
         "--shape", default="auto", metavar="NAME", help="layout of the rows (default: detected from the columns)"
     )
@@ -131,7 +131,7 @@ def _add_audit(verbs: Any) -> None:
     )
     audit.add_argument("--shape", default="auto", help="layout of the rows (default: detected from the columns)")
     add_columns(audit)
-    audit.add_argument("--limit", type=int, metavar="N", help="read only the first N rows of each split")
+    audit.add_argument("--limit", type=within(int), metavar="N", help="read only the first N rows of each split")
     audit.add_argument("--no-languages", action="store_true", help="do not guess languages")
     audit.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or to the terminal if none is given"

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from penchant.cli.arguments import within
+
 
 def add(commands: Any) -> None:
     """The command's arguments."""
@@ -37,7 +39,7 @@ def add(commands: Any) -> None:
     )
     watch.add_argument("--once", action="store_true", help="print one frame and exit")
     watch.add_argument(
-        "--interval", type=float, default=2.0, metavar="SECONDS", help="seconds between two frames (default: 2)"
+        "--interval", type=within(float), default=2.0, metavar="SECONDS", help="seconds between two frames (default: 2)"
     )
     watch.set_defaults(handler=_watch)
 

@@ -292,7 +292,7 @@ def write_config(start: Start, path: str | Path) -> Path:
         raise ConfigError(str(path), "is there already", "give another --output; init never overwrites") from error
     except OSError as error:
         raise ConfigError(str(path), f"cannot be written ({error.strerror})", "give another --output") from error
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
+    with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(start.to_yaml(str(path)))
     load_config(path)
     return path
