@@ -136,7 +136,7 @@ class PackedBatch:
         return self._with(lambda t: t.pin_memory())
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        changed = {
+        changed: dict[str, Any] = {
             f.name: change(v) if hasattr(v := getattr(self, f.name), "to") else v
             for f in fields(self)
             if f.name not in ("cache", "columns")
