@@ -54,6 +54,21 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path, text: str) -> None:
         ("", ("data.path.x=1",), r"command line: data\.path is a value, not a section"),
         ("", ("data.validation_rows=3", "data.eval_path=x"), r"eval_path and validation_rows are both set"),
         ("train: 3", (), r"train is 3; it is a section"),
+        ("train: {lr: '1e-4'}", (), r"train\.lr is the text '1e-4'; write 1e-4 without quotes"),
+        ("train: {shuffle: 'true'}", (), r"write true without quotes"),
+        ("train: {beta: 0.2}", (), r'did you mean "loss\.beta"\?'),
+        ("algorithm: rloo\nreward: words\ntrain: {beta: 0.2}", (), r'did you mean "algorithm\.beta"\?'),
+        ("loss: {beta: hello}", (), r"loss\.beta is 'hello'; give a number such as 0\.1"),
+        ("loss: {loss_type: ipo}", (), r'did you mean "loss\.name"\?'),
+        ("loss: dop", (), r'did you mean "dpo"\?'),
+        ("", ("foo.bar=1",), r'command line: unknown key "foo" in the top level'),
+        ("", ("data.validation_fraction=0",), r"give a number > 0 and < 1, or null for none"),
+        (
+            "algorithm: rloo\nreward: words\nloss: {beta: 0.3}",
+            (),
+            r"run\.yaml:6: loss and algorithm are both set; keep one",
+        ),
+        ("", ("algorithm=rloo", "reward=words", "loss=dpo"), r"loss and algorithm are both set"),
     ],
 )
 def test_mistakes_are_sentences(tmp_path: Path, text: str, overrides: tuple[str, ...], message: str) -> None:
@@ -137,3 +152,25 @@ def test_every_key_has_a_description() -> None:
                 assert info.description, f"{prefix}{name} has no description"
 
     check(RunConfig, "")
+
+
+def test_an_algorithm_takes_the_place_of_the_files_loss(tmp_path: Path) -> None:
+    config = _load(tmp_path, BASE + "loss: {name: ipo, beta: 0.3}", "algorithm=rloo", "reward=words")
+    assert config.algorithm is not None and config.loss.name == "dpo"
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump_config(config))  # a resolved config has a loss beside its algorithm
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize("name", ["0E0", "1e5", "null", "true", "1_000", "012", "~"])
+def test_a_text_that_looks_like_another_kind_is_written_as_text(tmp_path: Path, name: str) -> None:
+    config = config_from_mapping(
+        {"model": {"path": "m"}, "data": {"path": "d", "columns": {"prompt": name}}, "output": "o"}
+    )
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "run.yaml") == config
+
+
+def test_max_length_auto_is_the_default(tmp_path: Path) -> None:
+    data = _load(tmp_path, BASE, "data.max_length=auto").data
+    assert data.max_length == 1024 and "max_length" not in data.model_fields_set

@@ -384,3 +384,34 @@ def test_notes_name_what_there_is(tmp_path: Path) -> None:
     parser = build_parser()
     parser.parse_args(["export", "RUN", "--to", "safetensors", "--push", "OWNER/NAME"])
     parser.parse_args(["data", "show", "FILE"])
+
+
+AXOLOTL = {
+    "base_model": "a/b",
+    "micro_batch_size": 2,
+    "sequence_len": 512,
+    "datasets": [{"path": "x/y", "type": "alpaca"}],
+    "rl": "dpo",
+}
+
+
+@pytest.mark.parametrize(
+    "values,tool",
+    [
+        (AXOLOTL, "Axolotl"),
+        ({"model": {"_component_": "x"}, "tokenizer": {"_component_": "y"}, "epochs": 1}, "torchtune"),
+        ({"actor_rollout_ref": {"model": {}}, "algorithm": {"adv_estimator": "grpo"}}, "verl"),
+    ],
+)
+def test_a_file_of_a_tool_that_is_not_read_is_refused(tmp_path: Path, values: Any, tool: str) -> None:
+    path = tmp_path / "theirs.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=f"a file of {tool}, which cannot be translated"):
+        import_config(path, overrides=["data.path=x.jsonl", "model.path=m"])
+
+
+def test_a_comment_stands_once(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.yaml"
+    path.write_text("model_name_or_path: a/b\nuse_peft: true\nlora_r: 8\ndo_train: true\ntrust_remote_code: true\n")
+    made = import_config(path, "trl", "dpo", overrides=["data.path=x.jsonl"])
+    assert made.yaml.count("use_peft: True") == 1 and made.unsupported == 0

@@ -20,10 +20,13 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.cli import main
 from penchant.config import load_config, parse_yaml
-from penchant.errors import ConfigError, PenchantError
-from penchant.init import GOALS, _scalar, fitting, propose
+from penchant.errors import ConfigError, ModelError, PenchantError
+from penchant.init import GOALS, _scalar, fitting, propose, write_config
 from penchant.init.ask import Asker, answers
 from penchant.init.look import DataFacts, ModelFacts, look_at_data, look_at_model
+from penchant.metrics.stats import wilson
+from penchant.runs import Run
+from penchant.runs.parts import peak_lr
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "pairs": [dict(r) for r in polite_rows(40)],
@@ -127,7 +130,8 @@ def test_values_follow_data_model_and_machine() -> None:
     assert plain["data"]["max_length"][0] == 768 and "lora" not in plain and plain["data"]["on_bad_row"][0] == "skip"
     assert plain["data"]["validation_rows"][0] == 200 and plain["train"]["batch_size"][0] == 32
     adapted = propose(data, huge, "dpo").sections
-    assert adapted["lora"]["r"][0] == 16 and adapted["train"]["lr"][0] == 10 * plain["train"]["lr"][0]
+    assert adapted["lora"]["r"][0] == 16 and adapted["train"]["lr"][0] == plain["train"]["lr"][0] == "auto"
+    assert propose(data, small, "dpo", lora=True).sections["lora"] and "5e-06" in plain["train"]["lr"][1]
     assert propose(data, ModelFacts("m", 10**8, 512), "dpo").sections["data"]["max_length"][0] == 512
     assert propose(data, small, "ppo").sections["data"]["max_length"][0] == 384  # of prompts alone
     few = DataFacts("d", "pairs", "pairs", 60, 0, 60, (9, 9, 9, 9), (9, 9, 9, 9), "tokens")
@@ -287,3 +291,34 @@ def test_columns_of_ones_own(tmp_path: Path, model: str, capsys: pytest.CaptureF
     section = _init(tmp_path, model, *flags, *(f"--column={ours}={yours}" for ours, yours in named.items()))
     assert section.columns == named
     assert api.train(str(tmp_path / "run.yaml"), *SMALL, f"output={tmp_path / 'run'}", quiet=True).model is not None
+
+
+@pytest.mark.parametrize("rows,held", [(40, 4), (60, 29), (100, 29), (400, 40), (4000, 200)])
+def test_as_many_rows_are_held_out_as_a_verdict_needs(rows: int, held: int) -> None:
+    data = DataFacts("d", "pairs", "pairs", rows, 0, rows, (9, 9, 9, 9), (9, 9, 9, 9), "tokens")
+    start = propose(data, ModelFacts("m", 10**8, 512), "dpo")
+    assert start.sections["data"]["validation_rows"][0] == held
+    assert ("give no verdict" in start.remark) is (held < 29)
+    # 70% of 29 pairs is told from chance, of 28 it is not
+    assert wilson(int(0.7 * 29), 29).low > 0.5 >= wilson(int(0.7 * 28), 28).low
+
+
+@pytest.mark.parametrize("goal", sorted(GOALS))
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_rate_that_init_names_is_what_auto_gives(goal: str, lora: bool, tmp_path: Path, model: str) -> None:
+    kind = GOALS[goal].kinds[0]
+    data = look_at_data(write_jsonl(tmp_path / "rows.jsonl", ROWS[kind]), model)
+    start = propose(data, look_at_model(model), goal, lora=lora)
+    config = load_config(write_config(start, tmp_path / "run.yaml"), [f"output={tmp_path / 'run'}"])
+    assert config.train.lr == "auto" and (config.lora is not None) is lora
+    rows = Run(config, quiet=True).rows
+    assert f"{peak_lr(config, rows, look_at_model(model).parameters or 0):g}" in start.sections["train"]["lr"][1]
+
+
+def test_a_mistyped_model_is_met_before_the_data_is_read(tmp_path: Path, model: str) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS["pairs"])
+    wrong = str(Path(model).parent / (Path(model).name + "l"))
+    screen = io.StringIO()
+    with pytest.raises(ModelError, match="no such folder; did you mean"):
+        answers(Asker(io.StringIO(), screen, terminal=False), data, wrong, "dpo")
+    assert not screen.getvalue()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from penchant.metrics.names import METRICS, SPEED, higher_is_better, metric, of_evaluation
+from penchant.metrics.names import METRICS, SPEED, figure_text, higher_is_better, metric, of_evaluation, with_k3
 from penchant.runfolder import MetricsLog
 
 OLD = Path(__file__).parents[1] / "fixtures/v0_1"
@@ -83,3 +83,40 @@ def test_an_old_evaluation_on_asked_rows_is_read_as_what_it_meant() -> None:
     bare = {**asked, "what": {"checkpoint": "step-6", "data": "held out"}}
     assert of_evaluation(bare) == bare and "eval/rewards/accuracies" in bare["metrics"]
     assert of_evaluation({"what": 3, "metrics": None}) == {"what": 3, "metrics": None}
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "said"),
+    [
+        (
+            {"eval/win_rate": 0.5, "eval/win_rate/ties": 1.0, "eval/rows": 30},
+            "eval/win_rate",
+            "0.5000 (tied on 30 of 30)",
+        ),
+        (
+            {"eval/win_rate": 0.5, "eval/win_rate/ci": [0.5, 0.5], "eval/rows": 30},
+            "eval/win_rate",
+            "0.5000 (tied on 30 of 30)",
+        ),
+        ({"a/accuracies": 0.5}, "a/accuracies", "0.5000"),
+        (
+            {"eval/rewards/accuracies": 0.5, "eval/rewards/accuracies/ci": [0.0, 1.0], "eval/rows": 2},
+            "eval/rewards/accuracies",
+            "1 of 2, too few to tell",
+        ),
+        ({"eval/loss": 0.7, "eval/loss/ci": [0.6, 0.8], "eval/rows": 9}, "eval/loss", "0.7000"),
+        ({"eval/loss": 0.7, "eval/loss/ci": [0.6, 0.8], "eval/rows": 10}, "eval/loss", "0.7000 [0.6000, 0.8000]"),
+        ({"eval/loss": 0.7, "eval/loss/ci": [0.69999, 0.70001], "eval/rows": 30}, "eval/loss", "0.7000"),
+        ({"eval/loss": None}, "eval/loss", "not a number"),
+        ({"eval/loss": float("nan")}, "eval/loss", "not a number"),
+    ],
+)
+def test_a_figure_stands_only_for_what_it_can_say(line: dict[str, Any], name: str, said: str) -> None:
+    assert figure_text(line, name) == said
+
+
+def test_an_older_kl_is_shown_unless_it_is_below_zero() -> None:
+    old = {"eval/kl/policy_ref": 0.4, "eval/kl/policy_ref/ci": [0.1, 0.7]}
+    assert with_k3(old)["eval/kl/k3"] == 0.4 and with_k3(old)["eval/kl/k3/ci"] == [0.1, 0.7]
+    assert "eval/kl/k3" not in with_k3({"eval/kl/policy_ref": -0.08})
+    assert with_k3({"kl": -0.1, "kl_k3": 0.2}) == {"kl": -0.1, "kl_k3": 0.2}

@@ -225,3 +225,14 @@ def test_whatever_is_odd_every_command_ends_in_a_sentence(tmp_path: Path, kind: 
             assert code in (0, 2), f"{command}, {what}: {code}"
         shutil.rmtree(folder)
         shutil.rmtree(work)
+
+
+def test_a_tower_of_images_may_have_more_layers_than_the_text(tmp_path: Path) -> None:
+    import transformers as t
+
+    size = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    text = t.LlamaConfig(vocab_size=64, num_hidden_layers=1, **size)
+    images = t.CLIPVisionConfig(num_hidden_layers=3, image_size=8, patch_size=4, **size)
+    made = t.LlavaForConditionalGeneration(t.LlavaConfig(text_config=text, vision_config=images))
+    made.save_pretrained(tmp_path)
+    assert type(load_causal_model(ModelConfig(path=str(tmp_path)), CPU)) is t.LlamaForCausalLM

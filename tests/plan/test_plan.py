@@ -15,12 +15,13 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.base.text import printable
 from penchant.cli import main
-from penchant.config import load_config, load_config_with_places
+from penchant.config import config_from_mapping, load_config, load_config_with_places
 from penchant.data.packing import pack, plan_balanced, tree_tokens
 from penchant.logprobs import Scorer
 from penchant.models.cpu.decode import FastDecoder
 from penchant.models.load import cast_parameters, load_causal_model
 from penchant.models.options import ModelConfig
+from penchant.plan import misfit
 from penchant.plan.memory import (
     CAPACITY,
     KERNEL,
@@ -201,7 +202,7 @@ def test_the_probe_times_any_method_and_leaves_nothing(tmp_path: Path, more: dic
     assert 0 < plan.duration.low <= plan.duration.likely <= plan.duration.high
     assert plan.duration.parts["evaluations"] > 0 and len(plan.probe.steps) == 2
     assert plan.memory.peak > 100 << 20 and plan.memory.fits
-    assert "optimizer steps" in plan_text(plan)
+    assert "optimizer steps" in plan_text(plan, whole=True)
 
 
 def test_probed_steps_are_the_runs_first_steps(tmp_path: Path) -> None:
@@ -411,6 +412,16 @@ def test_an_encoder_is_planned_for(tmp_path: Path) -> None:
     assert next(s for s in plan.settings if s.key == "data.max_length").became is not None
 
 
+def test_train_says_before_the_model_is_loaded_that_it_will_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(config_from_mapping(_config(tmp_path)), quiet=True)
+    assert misfit(run) is None
+    monkeypatch.setattr("penchant.plan.plan.machine_memory", lambda: (1 << 10, 1 << 10))
+    said = misfit(run)
+    assert said is not None and "will probably be killed" in said and "built" not in vars(run)
+
+
 def test_advice_where_it_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penchant.plan.memory.machine_memory", lambda: (200 << 20, 100 << 20))
     plan = api.plan(_config(tmp_path))
@@ -430,7 +441,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["plan", file, "--no-probe", "train.epochs=1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["work"]["steps"] == 4 and found["probe"] is None and found["memory"]["fits"]
-    assert main(["plan", file]) == 0
+    assert main(["plan", file, "--no-probe"]) == 0
+    short = capsys.readouterr().out
+    assert short.index("memory") < short.index("steps") < short.index("SETTINGS") and "train.adam_beta1" not in short
+    assert main(["plan", file, "--all"]) == 0
     shown = capsys.readouterr().out
     for section in ("SETTINGS", "DATA", "WORK", "MEMORY", "DISK", "TIME"):
         assert f"\n{section}\n" in shown

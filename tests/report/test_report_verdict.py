@@ -14,7 +14,7 @@ from penchant.metrics.names import Metric
 from penchant.report.data import read_report
 from penchant.report.flags import flags
 from penchant.report.settings import ranking, settings_table
-from penchant.report.verdict import Change, cards, changes, held_out, verdict
+from penchant.report.verdict import Change, cards, changes, headline, held_out, verdict
 
 
 def words(node: Any) -> str:
@@ -256,3 +256,26 @@ def test_runs_that_halving_left_behind_are_no_results(tmp_path: Path) -> None:
     assert "seed 0 was stopped at rung 1 of 3: rank 2 of 2" in words(settings_table(data))
     ranked = ranking(data)
     assert ranked is not None and [r.setting.name for r in ranked.best] == ["beta-0.1"]
+
+
+def test_unchanged_answers_are_said_and_leave_no_green_mark(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r")
+    before = str(verdict(read_report([run], 0.0)))
+    rows = [{"prompt": str(i), "before": "x", "after": "x"} for i in range(4)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    after = str(verdict(read_report([run], 0.0)))
+    assert "4 of 4 sampled answers are unchanged" in after and "unchanged" not in before
+    assert 'class="mark good"' in before and 'class="mark good"' not in after
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "said"),
+    [(30, {"eval/rewards/ties": 1.0}, "tied on 30 of 30 held-out rows"), (2, {}, "1 of 2 held-out rows")],
+)
+def test_ties_and_a_few_rows_are_counts(tmp_path: Path, rows: int, more: dict[str, Any], said: str) -> None:
+    run = make_run(tmp_path / "r")
+    line = {"kind": "eval", "step": 9, "eval/rows": rows, "eval/rewards/accuracies": 0.5, **more}
+    (run / "metrics.jsonl").write_text(json.dumps(line | {"eval/rewards/accuracies/ci": [0.0, 1.0]}) + "\n")
+    data = read_report([run], 0.0)
+    shown = words(verdict(data))
+    assert said in shown and "100.0%" not in shown and headline(data)

@@ -103,6 +103,15 @@ def test_equal_cards_are_one(tmp_path: Path) -> None:
     ] and not found.judged
 
 
+def test_a_conversation_is_turns_with_roles(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r")
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    row = {"prompt": "<|im_start|>system Be kind. user Hi", "messages": turns, "before": "b", "after": "a"}
+    write_lines(run / "samples.jsonl", [row])
+    made = str(samples(read_report([run], 0.0)))
+    assert "im_start" not in made and ">system</bdi></b>: " in made and ">Hi</bdi>" in made
+
+
 def test_a_comparisons_completions_come_first(tmp_path: Path) -> None:
     folder = make_comparison(tmp_path / "c")
     found = shelf(read_report([folder, make_run(tmp_path / "r")], 0.0))

@@ -200,13 +200,13 @@ def test_a_changed_input_is_refused_by_name(world: Callable[[str], World], kind:
         path.write_text(path.read_text().replace("Of course", "Certainly"))
     else:
         path.write_text(path.read_text() + "\n")
-    whole = {"pairs.jsonl": "data", "model/model.safetensors": "model: its weights"}
+    whole = {"model/model.safetensors": "model: its weights"}
     what = whole.get(name, path.name) if kind != "reward_model" else path.name
     with pytest.raises(CheckpointError) as met:
         world(kind).resume()
     inside = name.startswith("judge/") and path.suffix in (".json", ".safetensors")
     assert ("judge" if inside else what) in str(met.value)
-    assert "put" in str(met.value) or name == "pairs.jsonl"
+    assert "put back" in str(met.value) or "put them back" in str(met.value)
 
 
 @pytest.mark.slow
@@ -228,8 +228,10 @@ def test_any_bit_of_any_input(world: Callable[[str], World], kind: str) -> None:
                 told = str(error)
                 assert name.name in told or name.parts[0] in told or "is not UTF-8" in told, (name, at, told)
             except Stopped:
-                went_on.append((str(name), at))
-    assert not went_on
+                went_on.append(str(name))
+    # of prompts' rows the answers are not used, and a reference gets ids
+    unused = {"judged": {"pairs.jsonl"}, "pairs": {"reference/tokenizer.json", "reference/tokenizer_config.json"}}
+    assert set(went_on) <= unused.get(kind, set())
 
 
 @pytest.mark.parametrize("kind", FILES)

@@ -68,3 +68,12 @@ def test_a_term_without_examples_is_exactly_zero() -> None:
     nothing = reduced(out, {"main": 0.0, "bad": 0.0})
     nothing.backward()  # there is a graph to go back through
     assert nothing.item() == 0.0
+
+
+def test_labelled_answers_have_a_margin_of_means_too() -> None:
+    good, bad = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
+    rewards = torch.tensor([2.0, 4.0, 1.0])
+    totals = Totals()
+    metrics = {"rewards/chosen": (rewards * good, good), "rewards/rejected": (rewards * bad, bad)}
+    totals.add(LossOutput(torch.zeros(3), metrics=metrics))
+    assert totals.means("eval/")["eval/rewards/margins"] == 3.0 - 1.0

@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 Signal = Literal["tokens", "pairs", "unpaired", "prompts"]
 
 
+SMALL_MODEL = 20_000_000  # parameters
+
+
+def auto_lr(rates: Sequence[float], adapter: bool, parameters: int | None = None) -> float:
+    """What ``train.lr: auto`` is: one of `Method.default_lr`, ten times that of the whole model where the model is small."""
+    if adapter:
+        return rates[1]
+    return float(f"{rates[0] * 10:.3g}") if parameters is not None and parameters < SMALL_MODEL else rates[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Rollouts:
     """What the policy writes for each batch of prompts.
@@ -176,7 +186,7 @@ class Method:
 
     @property
     def default_lr(self) -> tuple[float, float]:
-        """Peak learning rate where the config says auto: of the whole model, of an adapter."""
+        """Peak learning rate where the config says auto: of the whole model, of an adapter. `auto_lr` reads it."""
         return 1e-6, 5e-5
 
     @property

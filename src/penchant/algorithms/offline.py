@@ -72,7 +72,7 @@ class Losses(Method):
 
     @property
     def default_lr(self) -> tuple[float, float]:
-        return (2e-5, 2e-4) if self.signal == "tokens" else (1e-6, 5e-5)
+        return (2e-5, 2e-4) if self.signal == "tokens" else self.specs[0].lr
 
     def build(self, parts: Parts) -> Offline:
         config, train = self.config, parts.config.train

@@ -226,8 +226,8 @@ class PPO(OnPolicy):
         old, ref = (torch.cat([g.extras[name] for g in groups]) for name in ("old", "ref"))
         count = sum(len(g.tree.completion_ids) for g in groups)
         kl = {
-            f"kl/{name}": float(divergences.kl_estimate(old, ref, how).sum() / count)
-            for name, how in (("policy_ref", "k1"), ("k3", "k3"))
+            "kl/policy_ref": float(divergences.kl_estimate(old, ref, "k1").sum() / count),
+            "kl/k3": float(divergences.kl_estimate(old, ref, "k3").sum() / count),
         }
         return reward_metrics_of(groups) | kl | {"beta": self.beta}
 

@@ -32,6 +32,10 @@ class RewardModelConfig(AlgorithmConfig):
     learns_reward: ClassVar[bool] = True
 
     @property
+    def default_lr(self) -> tuple[float, float]:
+        return 1e-5, 1e-4  # an encoder has its own: RewardModelParts.encoder_lr
+
+    @property
     def needs(self) -> frozenset[str]:
         return frozenset({"scores"}) if self.margin == "scores" else frozenset()
 

@@ -65,7 +65,7 @@ def yaml_root(text: str, loader: Any = YAML_LOADER) -> tuple[Any, yaml.Node | No
         elif len(open_) > YAML_DEPTH:
             problem = f"nested deeper than {YAML_DEPTH}"
         if problem:
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark, note=note)
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark, note=note)  # type: ignore[arg-type]
     made = loader(text)
     return made, made.get_single_node()
 
@@ -160,20 +160,23 @@ def check_output(path: str | Path, ours: str = "", inputs: Sequence[Any] = (), f
         ConfigError: it is one of the inputs, under whatever name, or holds something else.
     """
     file = Path(path).expanduser()
-    where = (lambda what: (flag, f"{path} {what}")) if flag else (lambda what: (str(path), what))
+
+    def refusal(what: str, how: str) -> ConfigError:
+        return ConfigError(flag, f"{path} {what}", how) if flag else ConfigError(str(path), what, how)
+
     for given in inputs:
         name = given.rpartition(":")[0] if isinstance(given, str) and ".py:" in given else given
         with suppress(OSError, ValueError):
             if isinstance(name, (str, Path)) and name and Path(name).expanduser().samefile(file):
-                raise ConfigError(*where("is what this command reads"), "give another name")
+                raise refusal("is what this command reads", "give another name")
     try:
         if file.is_file() and file.stat().st_size:
             with file.open(encoding="utf-8", errors="replace") as held:
                 if not (ours and re.match(ours, held.read(HEAD))):
                     what = "is there already, and is nothing that this command wrote"
-                    raise ConfigError(*where(what), "give another name, or move that file away")
+                    raise refusal(what, "give another name, or move that file away")
     except (OSError, ValueError) as error:
-        raise ConfigError(*where(f"cannot be written ({error})"), "give another place") from error
+        raise refusal(f"cannot be written ({error})", "give another place") from error
     return file
 
 

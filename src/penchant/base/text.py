@@ -113,9 +113,27 @@ def counted(n: float, one: str, many: str = "") -> str:
     return f"{n:,.0f} {one if n == 1 else many or one + 's'}"
 
 
-def closest(word: str, names: Iterable[str]) -> str:
-    """The name that is most like a word; empty where none is."""
-    return next(iter(difflib.get_close_matches(word, list(names), 1)), "")
+def closest(word: str, names: Iterable[str], least: float = 0.6) -> str:
+    """The name that is most like a word; empty where none is.
+
+    Args:
+        least: likeness that a name must have, in [0, 1]; one with two letters swapped (dop, dpo) comes first.
+    """
+    there = list(names)
+    same = [n for n in there if sorted(n.lower()) == sorted(word.lower())]
+    swapped = [n for n in same if sum(a != b for a, b in zip(n.lower(), word.lower(), strict=True)) <= 2]
+    return next(iter(swapped or difflib.get_close_matches(word, there, 1, least)), "")
+
+
+def closest_file(path: Path, names: Iterable[str] | None = None) -> str:
+    """The path beside `path`, or among `names` there, that may be meant: one with another ending, or with a stem that is much like it."""
+    if names is None:
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    stems: dict[str, str] = {}
+    for name in sorted(names):
+        stems.setdefault(Path(name.removesuffix(".gz")).stem, name)
+    near = closest(Path(path.name.removesuffix(".gz")).stem, stems, 0.65)
+    return str(path.parent / stems[near]) if near else ""
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:

@@ -131,7 +131,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if rest:  # argparse takes no overrides behind an option
         if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest):
             command = " ".join(filter(None, ("penchant", args.command, getattr(args, "verb", None))))
-            parser.error(f"unrecognized arguments: {' '.join(rest)}; `{command} --help` lists what there is")
+            parser.error(f"unrecognized arguments: {' '.join(rest)}; {_as_settings(args, rest, command)}")
         args.overrides += rest
     if args.command is None:
         parser.print_help()
@@ -170,6 +170,19 @@ def _run(argv: Sequence[str] | None) -> int:
         return told.exit_code
 
 
+def _as_settings(args: argparse.Namespace, rest: Sequence[str], command: str) -> str:
+    """What to write in place of options that there are none of: ``--lr 1e-4`` is the setting train.lr=1e-4."""
+    from penchant.config.explain import setting_of
+
+    first, *others = rest
+    name, _, value = first.lstrip("-").partition("=")
+    key = name if "." in name else setting_of(name.replace("-", "_"), {}).partition(" ")[0]
+    if not key or not hasattr(args, "overrides"):
+        return f"`{command} --help` lists what there is"
+    value = value or next((w for w in others if not w.startswith("--")), "VALUE")
+    return f"settings are written key.path=value, without dashes: {key}={value}"
+
+
 def _check_config(args: argparse.Namespace) -> Any:
     """Check the config, and that the files it names are there, before torch is imported: a mistake is answered at once.
 
@@ -197,6 +210,7 @@ def _check_config(args: argparse.Namespace) -> Any:
     from penchant.config import load_config
     from penchant.data.read import named_files
     from penchant.models.options import check_model_path
+    from penchant.rewards.functions import check_reward_name
     from penchant.runfolder import stands_for_model
 
     config = load_config(args.config, args.overrides)
@@ -204,6 +218,9 @@ def _check_config(args: argparse.Namespace) -> Any:
         return config  # a finished run needs neither the model that it started from nor, with --data, its own rows
     if not stands_for_model(Path(config.model.path).expanduser()):
         check_model_path(config.model.path)
+    for reward in filter(None, (config.reward, config.evaluation.reward)):
+        for name in reward.terms:
+            check_reward_name(name)
     for path in (config.data.path, config.data.eval_path or []):
         named_files(path)
     return config

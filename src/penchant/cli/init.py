@@ -28,6 +28,9 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help="for ppo, rloo and grpo: sentiment, words, path.py:function, a run (default: sentiment)",
     )
+    init.add_argument(
+        "--lora", action="store_true", help="train an adapter (chosen anyway for a model that is large here)"
+    )
     init.add_argument("--run-folder", metavar="FOLDER", help="where the run will write (default: runs/GOAL)")
     init.add_argument("--output", metavar="FILE", default="run.yaml", help="the config to write (default: run.yaml)")
     init.set_defaults(handler=run)
@@ -49,8 +52,18 @@ def run(args: argparse.Namespace) -> int:
     named = column_pairs(args.columns)
     found = answers(here(), args.data, args.model, args.goal, eval_data=args.eval_data, columns=named)
     start = propose(
-        found.data, found.model, found.goal, reward=args.reward, output=args.run_folder, held_out=found.held_out
+        found.data,
+        found.model,
+        found.goal,
+        reward=args.reward,
+        output=args.run_folder,
+        held_out=found.held_out,
+        lora=args.lora,
     )
     path = write_config(start, args.output)
-    print(f"written: {path}\nnext:    penchant plan {path}\n         penchant train {path}")
+    if start.remark:
+        print(f"note:    {start.remark}")
+    print(
+        f"written: {path}\nnext:    penchant data audit {path}\n         penchant plan {path}\n         penchant train {path}"
+    )
     return 0

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from penchant.base.functions import is_own
 from penchant.config.explain import SYNONYMS, explain_all, with_place  # noqa: F401
 from penchant.config.schema import (  # noqa: F401
+    BOTH,
     HOLD_OUT,
     WATCHING_ONLY,
     RunConfig,
@@ -31,7 +32,7 @@ from penchant.config.yaml import (  # noqa: F401
     set_key,
 )
 from penchant.errors import ConfigError
-from penchant.losses.section import LossConfig, LossProblem
+from penchant.losses.section import LossConfig, LossModifiers, LossProblem
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -107,6 +108,10 @@ def _check_loss(values: Mapping[str, Any], places: Places, source: str) -> None:
         raise with_place(ConfigError("loss", "is a list", "write one loss, or loss: {mix: [...]}"), places, source)
     if not isinstance(loss, (str, Mapping)):
         return
+    resolved = isinstance(loss, Mapping) and LossModifiers.model_fields.keys() <= loss.keys()  # by `dump_config`
+    if values.get("algorithm") is not None and not resolved:
+        what, _, how = BOTH.partition("; ")
+        raise ConfigError(place_of(("loss",), places, source), what, how)
     section = {"name": loss} if isinstance(loss, str) else {k: v for k, v in loss.items() if k != "ref_ema"}
     try:
         LossConfig.from_mapping(section)

@@ -10,11 +10,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from penchant.algorithms import ALGORITHMS, AlgorithmConfig
-from penchant.base.section import as_yaml
+from penchant.base.section import as_yaml, bounds
 from penchant.base.text import closest, short
 from penchant.config.schema import RunConfig
-from penchant.config.yaml import Places, place_of
+from penchant.config.yaml import Places, parse_yaml, place_of
 from penchant.errors import ConfigError
+from penchant.losses import LOSSES
 
 # what users of other tools write, and what it is called here
 SYNONYMS = {
@@ -40,6 +41,19 @@ SYNONYMS = {
     "gradient_accumulation_steps": "train.tokens_per_step (accumulation follows from it and train.batch_size)",
     "bf16": "model.dtype",
     "loss_type": "loss.name",
+    "max_prompt_length": "data.max_length (prompt and answer together)",
+    "weight_decay_rate": "train.weight_decay",
+    "batch": "train.batch_size",
+    "steps": "train.max_steps",
+    "model_name": "model.path",
+    "model_id": "model.path",
+    "base_model": "model.path",
+    "dataset": "data.path",
+    "train_file": "data.path",
+    "eval_file": "data.eval_path",
+    "run_name": "logging.name",
+    "report_to": "logging.trackers",
+    "rank": "lora.r",
 }
 
 
@@ -56,7 +70,11 @@ def explain_all(
         p = _explain({**e, "loc": (*prefix, *e["loc"])}, places, source, suggest)
         known = found.get((p.where, p.what))
         if known is not None:  # a union of types reports each of its members
-            p = ConfigError(p.where, p.what, f"{known.how} or {p.how.removeprefix('give ')}")
+            p = (
+                known
+                if p.how == known.how
+                else ConfigError(p.where, p.what, f"{known.how} or {p.how.removeprefix('give ')}")
+            )
         found[p.where, p.what] = p
     first, *others = found.values()
     more = "".join(f"\n{p}" for p in others)
@@ -84,7 +102,8 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
     kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":
         section = ".".join(path[:-1]) or "the top level"
-        hint = _suggest_key(path) if suggest is None else suggest(path[-1])
+        own = suggest is None or (path[0] == "loss" and path[-1] in SYNONYMS)
+        hint = _suggest_key(path, places) if own else suggest(path[-1])  # type: ignore[misc]
         return ConfigError(where, f'unknown key "{path[-1]}" in {section}', hint)
     if kind == "missing":
         return ConfigError(where, f"{dotted} is missing", f"add it: {_description(path)}")
@@ -93,6 +112,10 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
     if kind == "value_error" and not isinstance(value, bool):
         what, _, how = str(error["msg"]).removeprefix("Value error, ").partition("; ")
         return ConfigError(where, f"{dotted}: {what}" if dotted else what, how)
+    if isinstance(value, str) and kind.split("_")[0] in ("float", "finite", "int", "bool", "literal"):
+        plain = _unquoted(value)
+        if plain is not None:
+            return ConfigError(where, f"{dotted} is the text {value!r}", f"write {plain} without quotes")
     kinds = {dict: "a mapping", list: "a list", bool: f"{as_yaml(value)} (a boolean)", type(None): "null"}
     shown = kinds.get(type(value), short(repr(value)))
     return ConfigError(where, f"{dotted} is {shown}", f"give {_wanted(error, path)}")
@@ -119,9 +142,27 @@ def _description(path: tuple[str, ...]) -> str:
     return (info.description if info is not None else None) or "see recipes/ for an example"
 
 
+def _unquoted(text: str) -> str | None:
+    """A number or a boolean that stands in quotes, without them."""
+    try:
+        value, _ = parse_yaml(text, "")
+    except ConfigError:
+        return None
+    return text.strip() if isinstance(value, (bool, int, float)) else None
+
+
+def _example(path: tuple[str, ...]) -> str:
+    """A value that a number's key may have: its default, where it has one."""
+    of_losses = (s.params.model_fields.values() for s in LOSSES.values())
+    there = [i for f in of_losses for i in f if (i.alias or "") == path[-1]] if path[0] == "loss" else []
+    info = next(iter(there), None) or _fields_of(path).get(path[-1])
+    default = None if info is None else info.default
+    if isinstance(default, (int, float)) and not isinstance(default, bool):
+        return as_yaml(default)
+    return "5e-6" if path[-1] == "lr" else "0.1"
+
+
 WANTED = {
-    "float": "a number such as 5e-6",
-    "finite": "a number such as 5e-6",
     "int": "a whole number",
     "bool": "true or false",
     "list": "a list",
@@ -132,19 +173,42 @@ def _wanted(error: Any, path: tuple[str, ...]) -> str:
     kind = error["type"].split("_")[0]  # float_parsing, int_type, string_too_short
     if kind == "string":
         return f"text ({_description(path)})"
+    if kind in ("float", "finite"):
+        return f"a number such as {_example(path)}"
     message = str(error["msg"]).removeprefix("Input should be ")
-    return WANTED.get(kind) or ("a number " if kind in ("greater", "less") else "") + message
+    if kind not in ("greater", "less"):
+        return WANTED.get(kind, message)
+    info = _fields_of(path).get(path[-1])
+    limits = bounds(info) if info is not None else ""
+    wanted = f"a number {limits.replace(', ', ' and ') if ',' in limits else message}"
+    optional = info is not None and type(None) in getattr(info.annotation, "__args__", ())
+    return wanted + (", or null for none" if optional else "")
 
 
-def _suggest_key(path: tuple[str, ...]) -> str:
+def setting_of(word: str, places: Places) -> str:
+    """The key that a word without its section, or of another tool, is called here; empty where there is none.
+
+    Args:
+        places: of the keys that are set: a key of `algorithm` is meant only where there is one, else one of `loss`.
+    """
+    if word in SYNONYMS:
+        return SYNONYMS[word]
+    if word in RunConfig.model_fields:
+        return word
+    online = any(p[0] == "algorithm" for p in places)
+    found = [n for n, info in RunConfig.model_fields.items() for s in sections_of(info)[:1] if word in s.model_fields]
+    if any(word == (i.alias or n) for s in LOSSES.values() for n, i in s.params.model_fields.items()):
+        found = [*(n for n in found if n != "algorithm"), "loss"] if not online else found
+    return f"{found[0]}.{word}" if found else ""
+
+
+def _suggest_key(path: tuple[str, ...], places: Places) -> str:
     word = path[-1]
     if word in SYNONYMS:
         return f'did you mean "{SYNONYMS[word]}"?'
     names = list(_fields_of(path))
     if near := closest(word, names):
         return f'did you mean "{near}"?'
-    for name, info in RunConfig.model_fields.items():
-        inner = sections_of(info)
-        if inner and word in inner[0].model_fields:
-            return f'did you mean "{name}.{word}"?'
+    if elsewhere := setting_of(word, places):
+        return f'did you mean "{elsewhere}"?'
     return f"there are {', '.join(sorted(names))}"

@@ -21,6 +21,7 @@ from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.rewards.builtin import BUILT_IN, RULES, RewardConfig
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
+BOTH = "loss and algorithm are both set; keep one: an algorithm uses no loss of this section"
 WATCHING_ONLY = ("output", "logging", "trust")  # sections that change nothing in what a run computes
 
 
@@ -110,7 +111,7 @@ class RunConfig(Section):
                 "leave it out, and use compare for other rewards"
             )
         if self.algorithm is not None and "loss" in self.model_fields_set and self.loss.name != "dpo":
-            raise ValueError("loss and algorithm are both set; keep one")
+            raise ValueError(BOTH)
         return self
 
     @property
@@ -179,7 +180,8 @@ def default_settings() -> dict[str, Any]:
         section = info.annotation
         if isinstance(section, type) and issubclass(section, Section):
             fields = section.model_fields.items()
-            defaults[name] = {f: i.get_default(call_default_factory=True) for f, i in fields if not i.is_required()}
+            known = {f: i.get_default(call_default_factory=True) for f, i in fields if not i.is_required()}
+            defaults[name] = {f: v.model_dump() if isinstance(v, Section) else v for f, v in known.items()}
     return defaults
 
 

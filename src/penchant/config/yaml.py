@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from penchant.base.files import YAML_BYTES, YAML_DEPTH, YAML_LOADER, yaml_root
-from penchant.base.text import closest, short
+from penchant.base.text import closest_file, short
 from penchant.errors import ConfigError
 from penchant.losses.section import LossModifiers
 
@@ -30,6 +30,10 @@ class _Loader(YAML_LOADER):  # type: ignore[valid-type,misc]
     }
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what either version of YAML reads as another kind: the text 0E0."""
+
+
 for _kind, _pattern, _first in (
     (
         "float",
@@ -39,7 +43,8 @@ for _kind, _pattern, _first in (
     ("int", r"[-+]?\d+", "-+0123456789"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
 ):
-    _Loader.add_implicit_resolver(TAG + _kind, re.compile(f"^({_pattern})$"), list(_first))
+    for _side in (_Loader, _Dumper):
+        _side.add_implicit_resolver(TAG + _kind, re.compile(f"^({_pattern})$"), list(_first))  # type: ignore[attr-defined]
 
 
 def _int(_: Any, node: yaml.Node) -> int:
@@ -87,8 +92,10 @@ def _lines(node: yaml.Node, source: str, prefix: tuple[str, ...], places: Places
 
 
 def place_of(path: tuple[str, ...], places: Mapping[tuple[str, ...], str], source: str) -> str:
-    """Where the key, or the nearest section around it, stands."""
-    return next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), source)
+    """Where the key, or the nearest section around it, or a key in it, stands."""
+    around = (places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places)
+    inside = (place for p, place in places.items() if p[: len(path)] == path)
+    return next(around, next(inside, source))
 
 
 def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
@@ -105,9 +112,9 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
         with path.open("rb") as file:
             text = file.read(YAML_BYTES + 1).decode("utf-8-sig")
     except FileNotFoundError as error:
-        near = closest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+        near = closest_file(path, [p.name for p in path.parent.glob("*.y*ml")])
         raise ConfigError(
-            str(path), "no such file", f"did you mean {near}?" if near else "give the path of a YAML config"
+            str(path), "no such file", f"did you mean {Path(near).name}?" if near else "give the path of a YAML config"
         ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(str(path), f"cannot be read ({error})", "give a UTF-8 YAML file") from error
@@ -210,9 +217,18 @@ def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value
         for key_of_file in [k for k in at if k not in {*LossModifiers.model_fields, *given}]:
             del at[key_of_file]
     at[path[-1]] = value
+    also = any(p[0] == "loss" and place == where for p, place in places.items())
+    if path in (("algorithm",), ("algorithm", "name")) and value is not None and "loss" in values and not also:
+        del values["loss"]  # an algorithm takes the place of the file's loss
+        places = {p: place for p, place in places.items() if p[0] != "loss"}
     return {p: place for p, place in places.items() if p[: len(path)] != path} | {path: where}
+
+
+def dump_yaml(value: Any, **how: Any) -> str:
+    """YAML that `parse_yaml` reads back as it is; `how` is PyYAML's."""
+    return str(yaml.dump(value, Dumper=_Dumper, **how))
 
 
 def dump_config(config: BaseModel) -> str:
     """YAML that loads back to an equal config, every default spelled out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from penchant.base.files import write_text_atomically
-from penchant.base.text import printable
+from penchant.base.text import closest, printable
 from penchant.data.layouts import (
     LAYOUTS,
+    NAMES,
     Detection,
     Group,
     Layout,
@@ -348,13 +349,18 @@ class Stream:
         if named:
             layout_named(shape)  # a mistake in its name is said before a file is read
         first = list(itertools.islice(stream, FIRST_ROWS))
+        _check_columns(first, name, columns or {})
         if not named:
             shape, self.detection, columns = detected(first, name, columns or {}, layout_options or {})
         stream = itertools.chain(first, stream)
         layout = layout_named(shape)
         options = layout.settings(layout_options or {})
         values = [renamed(r.values, columns or {}) for r in first if isinstance(r, Row)]
-        self.columns = Columns(unused=[c for c in layout.unused(values, options) if c not in COUNTED])
+        unused = [c for c in layout.unused(values, options) if c not in COUNTED]
+        for ours in (c for c in columns or () if c in unused):
+            what = f'data.columns has "{printable(ours)}", which the layout {shape} does not read'
+            raise DataError(name, what, f"leave it out, or give one of {', '.join(NAMES)}, or another data.shape")
+        self.columns = Columns(unused=unused)
         self.shape, self.kind, self.grouped = shape, layout.kind_of(options), layout.group is not None
         if not named:
             self._ask_about_names(values)
@@ -411,6 +417,24 @@ class Stream:
         total, content = self._accepted + len(aside), self._digest.hexdigest()
         more = self._accepted, self.detection, self.columns
         return Dataset(trees, self.shape, self.kind, total, aside, content, *more)
+
+
+def _check_columns(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]) -> None:
+    """Refuse a mapping of columns with a slip on either side.
+
+    Raises:
+        DataError: with what there is, and the nearest of it.
+    """
+    there = sorted({str(c) for r in first if isinstance(r, Row) for c in r.values})
+    for ours, theirs in columns.items():
+        if there and theirs not in there:
+            what = f'data.columns maps {printable(ours)} to "{printable(theirs)}", and there is no such column'
+            near = closest(theirs, there)
+            how = f'did you mean "{printable(near)}"? ' if near else ""
+            raise DataError(name, what, f"{how}there are {', '.join(map(printable, there))}")
+        if near := near_name(ours):
+            what = f'data.columns has "{printable(ours)}" in front of {printable(theirs)}, which is none of our fields'
+            raise DataError(name, what, f'did you mean "{near}"?')
 
 
 def _map_it(ours: str, theirs: str) -> str:

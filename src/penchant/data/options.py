@@ -44,7 +44,10 @@ class DataConfig(Section):
         description="handed to the chat template, e.g. {enable_thinking: false}; strftime_now: the day that it takes for today",
     )
     max_length: int = Field(
-        1024, ge=8, le=2**24, description="limit on the tokens of the prompt plus the longest completion"
+        1024,
+        ge=8,
+        le=2**24,
+        description="limit on the tokens of the prompt plus the longest completion; the default, or auto, is the model's context where that is less",
     )
     add_eos: bool = Field(
         True,
@@ -68,6 +71,12 @@ class DataConfig(Section):
         "auto",
         description="auto: cache the rows, tokens and audit of files of 4 MB and more on disk, by content; off: never",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_is_the_default(cls, values: Any) -> Any:
+        auto = isinstance(values, dict) and values.get("max_length") == "auto"
+        return {k: v for k, v in values.items() if k != "max_length"} if auto else values
 
     @field_validator("template_options")
     @classmethod

@@ -25,8 +25,9 @@ from typing import Any, BinaryIO
 
 from pydantic import Field
 
+from penchant.base.hub import check_hub
 from penchant.base.section import Section
-from penchant.base.text import closest, printable
+from penchant.base.text import closest_file, printable
 from penchant.errors import DataError
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
@@ -284,10 +285,10 @@ def ending(name: str) -> str:
 
 def _sibling(file: Path) -> str:
     try:
-        near = closest(file.name, os.listdir(file.parent))
+        near = closest_file(file)
     except OSError:
-        near = None
-    return f"did you mean {file.parent / near}?" if near else "check the path; a hub id is written owner/name"
+        near = ""
+    return f"did you mean {near}?" if near else "check the path; a hub id is written owner/name"
 
 
 def _looks_like_hub_id(path: str) -> bool:
@@ -966,6 +967,7 @@ def _cell(cell: Any, pa: Any) -> Any:
 
 def _read_hub(path: str) -> Rows:
     name, _, split = path.partition(":")
+    check_hub(name, "dataset")
     try:
         from datasets import load_dataset
     except ImportError as error:

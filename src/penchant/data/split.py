@@ -47,8 +47,13 @@ def held_out_rows(
     rows = len(dataset.trees)
     wanted = validation_rows if validation_rows is not None else round((validation_fraction or 0.0) * rows)
     if not 0 < wanted < rows:
-        what = f"{wanted} of {rows} rows cannot be held out"
-        raise DataError("data.validation_rows", what, "leave at least one row on both sides")
+        key = "validation_rows" if validation_rows is not None else "validation_fraction"
+        given = validation_rows if validation_rows is not None else f"{validation_fraction:g}"
+        raise DataError(
+            f"data.{key}",
+            f"{given} of {rows} rows would hold out {wanted}",
+            f"leave at least one row on both sides (data.{key}={'N' if key.endswith('rows') else '0.1'}), or set data.{key}=null",
+        )
     groups: dict[str, list[int]] = defaultdict(list)
     for i, tree in enumerate(dataset.trees):
         groups[prompt_key(tree.prompt, first_text(tree))].append(i)
@@ -58,7 +63,7 @@ def held_out_rows(
             held += groups[key]
     if not held:
         raise DataError(
-            "data.validation_rows or data.validation_fraction",
+            f"data.{'validation_rows' if validation_rows is not None else 'validation_fraction'}",
             f"the {len(groups)} prompt(s) have more rows each than the {wanted} that are to be held out, and prompts stay whole",
             "hold out more rows, give data.eval_path, or leave both out (data.validation_fraction=null)",
         )

@@ -13,13 +13,11 @@ from penchant.data.tokenize import TokenizedDataset, tokenize
 from penchant.errors import DataError
 from penchant.metrics.answers import is_answer, without_eos
 from penchant.models.load import load_tokenizer
-from penchant.models.reward import load_model_config
 from penchant.requests import EvalRequest
 from penchant.runs import Run
 from penchant.runs.find import START, Source
+from penchant.runs.rows import within_context
 from penchant.types import TokenTree
-
-DEFAULT_LENGTH = 1024
 
 
 @dataclass
@@ -48,11 +46,7 @@ class Material:
         model = self.source.base.model_dump(exclude_unset=True) | {"tokenizer": self.source.tokenizer}
         values = {"model": model, "data": {"path": self.request.data or self.request.text or ""}, "output": "."}
         config = config_from_mapping(values, list(self.overrides))
-        context = getattr(load_model_config(config.model.path), "max_position_embeddings", None)
-        if context is not None and "max_length" not in config.data.model_fields_set:
-            data = config.data.model_copy(update={"max_length": min(DEFAULT_LENGTH, context)})
-            config = config.model_copy(update={"data": data})
-        return config
+        return within_context(config)
 
     @property
     def policy(self) -> Source:

@@ -7,17 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from penchant.algorithms import ALGORITHMS
 from penchant.base.text import HIDDEN, redact, shown
 from penchant.config import RunConfig, apply_overrides, build, default_settings, read_mapping
+from penchant.config.yaml import dump_yaml
 from penchant.errors import ConfigError
 from penchant.importers import flat, llama_factory, trl
 from penchant.importers.rules import Line, Source, Status, Translation, choose, translate
 
 SOURCES: dict[str, Source] = {s.name: s for s in (trl.SOURCE, llama_factory.SOURCE, flat.SOURCE)}
-STATUS: dict[Status, str] = {"translated": "translated", "same": "nothing to write", "unsupported": "NOT SUPPORTED"}
+STATUS: dict[Status, str] = {"translated": "translated", "same": "no key needed here", "unsupported": "NOT SUPPORTED"}
+COUNTED: dict[Status, str] = {
+    "translated": "translated",
+    "same": "without need of one here",
+    "unsupported": "not supported",
+}
+# keys of tools that are not read; two of them, and a file of plain keys is none
+STRANGERS = {
+    "Axolotl": (
+        "base_model", "micro_batch_size", "sequence_len", "val_set_size", "dataset_prepared_path", "sample_packing", "datasets",
+        "lora_target_linear", "pad_to_sequence_len", "adapter", "rl", "special_tokens", "flash_attention", "train_on_inputs",
+    ),
+    "torchtune": ("tokenizer", "checkpointer", "model", "dataset", "loss", "optimizer", "recipe_checkpoint"),
+    "verl": ("actor_rollout_ref", "critic", "trainer", "algorithm", "reward_model"),
+}  # fmt: skip
 
 
 def settings(translation: Translation, extra: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -80,12 +93,16 @@ def as_yaml(translation: Translation, found: Mapping[str, tuple[Any, str]], name
             lines.append(_entry(section, *found[section]))
         elif keys:
             lines.append(f"{section}:")
-            lines += ["  " + _entry(k.partition(".")[2], *found[k]) for k in keys if k != section]
+            said = ""
+            for k in (k for k in keys if k != section):
+                value, comment = found[k]
+                lines.append("  " + _entry(k.partition(".")[2], value, comment if comment != said else ""))
+                said = comment
     return "\n".join(lines) + "\n"
 
 
 def _entry(key: str, value: Any, comment: str) -> str:
-    text = yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=False, width=10**9).strip()
+    text = dump_yaml({key: value}, default_flow_style=True, allow_unicode=False, width=10**9).strip()
     line = text[1:-1]  # without the braces
     return f"{line}  # {shown(comment)}" if comment else line
 
@@ -124,7 +141,8 @@ def as_text(translation: Translation, found: Mapping[str, tuple[Any, str]]) -> s
         lines += [f"  {k} = {shown(str(found[k][0]))}" for k in defaults]
     remarks = _remarks(translation)
     lines += ["", *(f"differs: {remark}" for remark in remarks)] if remarks else []
-    lines += ["", ", ".join(f"{translation.count(s)} key(s): {title.lower()}" for s, title in STATUS.items())]
+    counts = {s: translation.count(s) for s in STATUS}
+    lines += ["", f"{sum(counts.values())} keys: " + ", ".join(f"{n} {COUNTED[s]}" for s, n in counts.items())]
     return "\n".join(lines)
 
 
@@ -165,6 +183,8 @@ def import_config(
     values, _ = read_mapping(path, "another tool's config is a mapping of its keys")
     if devices < 1:
         raise ConfigError("--devices", f"is {devices}", "give the number of GPUs, 1 or more")
+    if source == "auto":
+        _refuse_strangers(values, str(path))
     tool = choose(source, SOURCES, "--from", "tool that can be read") if source != "auto" else SOURCES[_tool(values)]
     name = method if method != "auto" else tool.guess(values, Path(path).stem)
     if name is None:
@@ -186,6 +206,20 @@ def import_config(
     except ConfigError as error:
         raise ConfigError(str(path), f"translates into no valid config: {error.what}", error.how) from error
     return Imported(as_yaml(translation, found, Path(path).name), as_text(translation, found), translation)
+
+
+def _refuse_strangers(values: Mapping[str, Any], path: str) -> None:
+    """Another tool's file would lose half of its meaning as one of plain keys."""
+    nested = {k for k, v in values.items() if isinstance(v, Mapping)}
+    counts = {name: len((set(values) if name == "Axolotl" else nested) & set(keys)) for name, keys in STRANGERS.items()}
+    tool = max(counts, key=lambda name: counts[name])
+    ours = any(source.marks & values.keys() for source in SOURCES.values())
+    if counts[tool] >= 2 and not ours:
+        raise ConfigError(
+            path,
+            f"looks like a file of {tool}, which cannot be translated yet",
+            "write a config with `penchant init`, or take the keys whose names are known with --from flat",
+        )
 
 
 def _tool(values: Mapping[str, Any]) -> str:

@@ -125,7 +125,7 @@ def layers(value: Any) -> str | list[str]:
 
 CONVERSIONS: dict[str, Convert] = {
     "as it is": lambda v: v,
-    "text": str,
+    "text": lambda v: name(v),
     "number": number,
     "whole": whole,
     "flag": flag,

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from penchant.algorithms.method import SMALL_MODEL, auto_lr
 from penchant.base.files import packaged_yaml
 from penchant.base.machine import machine_memory
-from penchant.config import load_config
+from penchant.config import config_from_mapping, load_config
+from penchant.config.yaml import dump_yaml
 from penchant.errors import ConfigError
 from penchant.init.look import DataFacts, HeldOut, ModelFacts
+from penchant.metrics.stats import rows_to_tell
 from penchant.rewards.functions import check_reward
 
 __all__ = ["Start", "propose", "write_config"]
@@ -31,17 +32,25 @@ class Goal:
 
     Args:
         name: what `--goal` says; about: one line; kinds: of data that it learns from, the first fits best.
-        lr: (whole model, adapter); batch_size: rows a step; section: of the config that names the method.
+        batch_size: rows a step; section: of the config that names the method.
         online: whether the model writes its own answers, which a reward judges.
     """
 
     name: str
     about: str
     kinds: Sequence[str]
-    lr: Sequence[float]
     batch_size: int
     section: Mapping[str, Lines]
     online: bool = False
+
+    @property
+    def default_lr(self) -> Sequence[float]:
+        """(whole model, adapter): what ``train.lr: auto`` is for its method."""
+        values: dict[str, Any] = {s: {k: v[0] for k, v in keys.items()} for s, keys in self.section.items()}
+        values |= {"model": {"path": "m"}, "data": {"path": "d"}, "output": "o"} | (
+            {"reward": "words"} if self.online else {}
+        )
+        return config_from_mapping(values).method.default_lr
 
 
 _TABLE: dict[str, dict[str, Any]] = packaged_yaml(__package__, "goals.yaml")
@@ -62,6 +71,7 @@ LENGTHS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 3
 SHARE_OF_MEMORY = 0.6
 WHOLE_BYTES = 16  # a parameter of a wholly trained model: weights, master, gradient, two moments (bf16: 18, fp32: 16)
 HELD_OUT = 200  # rows at most
+ENOUGH = rows_to_tell()  # of them: fewer give no verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +79,7 @@ class Start:
     """A proposed config.
 
     Args:
-        sections: by name, each key's value and why; top: keys that stand alone.
+        sections: by name, each key's value and why; remark: what a person should know of them, or nothing.
     """
 
     goal: Goal
@@ -77,14 +87,16 @@ class Start:
     model: ModelFacts
     sections: Mapping[str, Lines]
     output: str
+    remark: str = ""
 
     def to_yaml(self, file: str = "run.yaml") -> str:
         """The file's text: one comment a key."""
         lines = [
             f"# {self.goal.name}: {self.goal.about}.",
             f"# Written by penchant init for {_one_line(self.data.path)}: {self.data.to_text()}.",
-            f"#   penchant plan {file}     what it will be: steps, memory, disk, time",
-            f"#   penchant train {file}    train; the same command continues after an interruption",
+            f"#   penchant data audit {file}    what is wrong or lopsided in the data",
+            f"#   penchant plan {file}          what it will be: steps, memory, disk, time",
+            f"#   penchant train {file}         train; the same command continues after an interruption",
         ]
         for name, keys in self.sections.items():
             lines.append(f"{name}:")
@@ -107,7 +119,7 @@ def _scalar(value: Any) -> str:
         return f"{value:g}" if value % 1 else f"{value:.1f}"
     # YAML reads a raw U+0085 as a line's end
     plain = value.isprintable() if isinstance(value, str) else not isinstance(value, dict)
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=plain, width=1 << 30).strip()
+    text = dump_yaml(value, default_flow_style=True, allow_unicode=plain, width=1 << 30).strip()
     return text.removesuffix("...").strip()
 
 
@@ -119,12 +131,14 @@ def propose(
     reward: str | None = None,
     output: str | None = None,
     held_out: HeldOut | None = None,
+    lora: bool = False,
 ) -> Start:
     """A config that trains as it is.
 
     Args:
         goal: a name of `GOALS`; reward: of an online goal (default: sentiment); output: the run's folder.
         held_out: rows in a file of their own; without it some of the data's are held out.
+        lora: an adapter, also where the whole model would fit.
 
     Raises:
         ConfigError: no such goal or reward, or the data or the model cannot serve it.
@@ -135,26 +149,36 @@ def propose(
             online = ", ".join(g.name for g in GOALS.values() if g.online)
             raise ConfigError("--reward", f"{goal} uses no reward", f"leave it out, or give a --goal of {online}")
         check_reward(reward)
-    lora, about = _wants_adapter(model), "a hub id or a folder; its size is not known yet"
+    about = "a hub id or a folder; its size is not known yet"
     if model.parameters is not None:
         about = f"{model.parameters:,} parameters; a folder or a hub id"
     sections: dict[str, Lines] = {
         "model": {"path": (model.path, about)},
         "data": _data(data, model, chosen, held_out),
     }
-    if lora:
+    if lora or _wants_adapter(model):
         gigabytes = round((model.parameters or 0) * WHOLE_BYTES / 2**30)
+        why = f", which would need about {gigabytes} GB" if gigabytes else ""
         sections["lora"] = {
-            "r": (16, f"an adapter in place of the whole model, which would need about {gigabytes} GB; rank"),
+            "r": (16, f"an adapter in place of the whole model{why}; rank"),
             "alpha": (32, "its update is scaled by alpha / r"),
         }
     sections |= chosen.section
     if chosen.online:
         why = "weight of this reward; also words, path.py:function, a reward model's run"
         sections["reward"] = {reward or "sentiment": (1.0, why)}
-    sections["train"] = _train(data, model, chosen, lora)
+    sections["train"] = _train(data, model, chosen)
     sections["evaluation"] = {"every": ("epoch", "or a number of optimizer steps; also before the first step")}
-    return Start(chosen, data, model, sections, output or f"runs/{chosen.name}")
+    held = (
+        held_out.rows - held_out.aside if held_out is not None else sections["data"].get("validation_rows", (0, ""))[0]
+    )
+    remark = ""
+    if held < ENOUGH:
+        remark = (
+            f"{held or 'no'} rows held out give no verdict: to tell an accuracy of 70% from chance takes {ENOUGH} "
+            f"({2 * ENOUGH} rows in all, half of them held out; or a file of their own: --eval-data)"
+        )
+    return Start(chosen, data, model, sections, output or f"runs/{chosen.name}", remark)
 
 
 def check_goal(goal: str, data: DataFacts, model: ModelFacts) -> Goal:
@@ -196,6 +220,8 @@ def _data(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | No
     keys |= _conversion(data, goal)
     rows = data.rows - data.aside
     held = min(HELD_OUT, max(1, rows // 10))
+    if held < ENOUGH <= rows // 2:
+        held = ENOUGH
     if held_out is None and data.prompts > 1 and rows > 3:
         keys["validation_rows"] = (held, "held out by prompt: no prompt stands on both sides")
     keys["max_length"] = _length(data, model, goal)
@@ -229,17 +255,18 @@ def _length(data: DataFacts, model: ModelFacts, goal: Goal) -> tuple[int, str]:
     return wanted, f"tokens; {most}, longer ones lose the start of their prompt"
 
 
-def _train(data: DataFacts, model: ModelFacts, goal: Goal, lora: bool) -> Lines:
-    small = model.parameters is not None and model.parameters < 20_000_000
+def _train(data: DataFacts, model: ModelFacts, goal: Goal) -> Lines:
+    small = model.parameters is not None and model.parameters < SMALL_MODEL
     trees = 1 if data.kind in ("sft", "text", "unpaired", "prompts") else 2
     most = _length(data, model, goal)[0] * trees
     tokens = 4096 if small else max(512, min(4096, 1 << (most - 1).bit_length()))  # the power of two above
-    rate = goal.lr[1] if lora else goal.lr[0] * (10 if small else 1)  # small models take larger steps
+    whole, adapter = (f"{auto_lr(goal.default_lr, lora, model.parameters):g}" for lora in (False, True))
+    usual = "by the encoder's size" if model.encoder else f"{whole} for the whole model"
     return {
         "epochs": (1, "passes over the data; start with one"),
         "batch_size": (_batch(data, goal), "rows per optimizer step"),
         "tokens_per_step": (tokens, "tokens of one forward/backward pass: the unit of memory, no effect on the result"),
-        "lr": (rate, f"peak learning rate: usual for {goal.name} with {'an adapter' if lora else 'the whole model'}"),
+        "lr": ("auto", f"peak learning rate: {usual}, {adapter} with an adapter (lora)"),
     }
 
 

@@ -107,16 +107,21 @@ def answers(
     def read(path: str) -> DataFacts:
         return look_at_data(path, model, columns)
 
+    known = look_at_model(model) if model is not None else None  # before a long file is read
     facts = read(data) if data is not None else asker.ask("Data (a file, or a hub id)", a_file_here(), read)
     asker.say(f"  {facts.to_text()}")
     held_out = _held_out(asker, facts, eval_data)
-    if model is not None:
-        found = look_at_model(model)
+    if known is not None:
+        found = known
     else:
         found = asker.ask("Model (a folder or hub id)", DEFAULT_MODEL, look_at_model)
         facts = look_at_data(facts.path, found.path, columns)  # in the model's own tokens
-    if found.parameters is not None:
-        asker.say(f"  {found.parameters:,} parameters")
+    known_size = found.parameters is not None
+    asker.say(
+        f"  {found.parameters:,} parameters"
+        if known_size
+        else f"  {found.path}: not looked at, for it is not in the cache and the hub cannot be reached; it may not be there"
+    )
     if goal is not None:
         return Answers(facts, found, check_goal(goal, facts, found).name, held_out)
     able = [g for g in fitting(facts.kind) if not found.encoder or g.name == "reward"]

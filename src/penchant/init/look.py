@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from penchant.base.hub import NotReached
 from penchant.data.load import Dataset, load_preferences, reasons_of, unused_of
 from penchant.data.read import named_files
 from penchant.data.tokenize import tokenize
 from penchant.errors import ConfigError, PenchantError
 from penchant.models.load import load_tokenizer
 from penchant.models.merge import is_adapter
-from penchant.models.options import ModelConfig, looks_like_folder
+from penchant.models.options import ModelConfig, check_model_path
 from penchant.models.reward import is_encoder, load_model_config
 from penchant.runs.find import model_behind
 from penchant.types import Prompt
@@ -172,7 +173,7 @@ def look_at_model(path: str) -> ModelFacts:
     """A model's size by its shapes alone; what is not known stays None (a hub id without a network).
 
     Raises:
-        ModelError: a folder that holds no model.
+        ModelError: there is no such model, or its config cannot be read.
     """
     from penchant.plan.outline import outline, parameter_counts
 
@@ -180,10 +181,9 @@ def look_at_model(path: str) -> ModelFacts:
     if behind is not None and not is_adapter(behind[0]):
         return replace(look_at_model(str(behind[0])), path=path)
     try:
+        check_model_path(path)
         config = load_model_config(path)
-    except PenchantError:
-        if looks_like_folder(path):
-            raise
+    except NotReached:
         return ModelFacts(path)
     encoder, limit = is_encoder(config, path), getattr(config, "max_position_embeddings", None)
     try:

@@ -63,6 +63,7 @@ def shaped_reward(a: Tensor, alpha: float) -> Tensor:
     paper="2403.07691",
     needs=(),
     uses_lengths=True,
+    lr=(8e-6, 5e-5),
 )
 def orpo(
     logps: PairLogps,

@@ -67,6 +67,7 @@ class LossSpec:
         equal_policy_loss: the loss's value per example when policy and reference are equal, as a function of the
             arguments; None where there is no such value.
         uses_lengths: whether it looks at lengths itself, so that log-probs must come to it as sums.
+        lr: peak learning rate where the config says auto: of the whole model, of an adapter.
     """
 
     name: str
@@ -78,6 +79,7 @@ class LossSpec:
     paper: str = ""
     equal_policy_loss: Callable[..., float] | None = None
     uses_lengths: bool = False  # averages or weighs by length itself: log-probs must come to it as sums
+    lr: tuple[float, float] = (5e-6, 5e-5)
 
     def __post_init__(self) -> None:
         unknown = self.needs - NEEDS.keys()
@@ -119,6 +121,7 @@ def loss(
     needs: Iterable[str] = ("reference",),
     equal: float | Callable[..., float] | None = None,
     uses_lengths: bool = False,
+    lr: tuple[float, float] = (5e-6, 5e-5),
     params: type[LossParams] = LossParams,
 ) -> Callable[[Function], Function]:
     """Register a pure function as a loss.
@@ -128,7 +131,7 @@ def loss(
     formula and the paper.
 
     Args:
-        name, formula, paper, signal, needs, uses_lengths: see `LossSpec`.
+        name, formula, paper, signal, needs, uses_lengths, lr: see `LossSpec`.
         equal: the loss when policy and reference are equal: a number, or a function of the hyperparameters.
         params: a base with settings that are no arguments of the function (DPO-Shift's schedule).
 
@@ -142,7 +145,7 @@ def loss(
             raise ValueError(f"there is a loss called {name} already; choose another name")
         value = equal if callable(equal) or equal is None else lambda **_: equal
         of_fn = params_of(fn, params)
-        spec = LossSpec(name, signal, frozenset(needs), fn, of_fn, formula, paper, value, uses_lengths)
+        spec = LossSpec(name, signal, frozenset(needs), fn, of_fn, formula, paper, value, uses_lengths, lr)
         fn.__doc__ = _documented(spec)
         LOSSES[name] = spec
         return fn

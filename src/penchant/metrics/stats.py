@@ -209,6 +209,11 @@ def wilson(successes: float, n: int, z: float = 1.959963984540054) -> Interval:
     return Interval(successes / n, *wilson_interval(successes, n, z))
 
 
+def rows_to_tell(rate: float = 0.7) -> int:
+    """Held-out pairs from which on an accuracy of `rate` is told from chance: Wilson's 95% interval lies above 0.5."""
+    return 1 + max(n for n in range(1, 1000) if wilson(int(rate * n), n).low <= 0.5)
+
+
 # ---- Whether one model is better than another: paired tests on the same prompts, many comparisons at once, seeds as a source of chance ----
 
 EXACT_UP_TO = 14  # prompts: 2^14 sign patterns are all looked at

@@ -118,7 +118,8 @@ def _load(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> Any:
             )
             model, info = loaded
             _check_complete(cfg.path, info)
-            check_layers(cfg.path, info["unexpected_keys"], model.config)
+            if config.get_text_config() is config:  # else a tower of images has layers of its own
+                check_layers(cfg.path, info["unexpected_keys"], config)
     check_finite(cfg.path, model.named_parameters())
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(cfg.path, "this is an encoder-decoder model", "give a causal (decoder-only) language model")

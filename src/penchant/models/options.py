@@ -7,7 +7,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from penchant.base.hub import check_hub
 from penchant.base.section import Section
+from penchant.base.text import closest
 from penchant.errors import ModelError
 
 
@@ -77,17 +79,22 @@ class ReferenceConfig(Section):
 
 
 def looks_like_folder(path: str) -> bool:
-    """A path rather than a hub id: absolute, relative with a dot, home, or existing; a hub id has exactly one slash."""
-    return path.startswith(("/", "./", "../", "~")) or Path(path).exists() or path.count("/") != 1
+    """A path rather than a hub id: absolute, relative with a dot, home, existing or in a folder that is; a hub id has exactly one slash."""
+    if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1:
+        return True
+    return Path(path).exists() or Path(path).parent.is_dir()
 
 
 def check_model_path(path: str, holds: str = "config.json") -> str:
-    """The path as transformers should get it; ModelError when a folder is missing or lacks the file `holds`."""
+    """The path as transformers should get it; ModelError when a folder is missing or lacks the file `holds`, or the hub has no such model."""
     folder = Path(path).expanduser()
     if not looks_like_folder(path):
+        check_hub(path)
         return path
     if not folder.exists():
-        raise ModelError(path, "no such folder", f"give a folder with {holds}, or a hub id (owner/name)")
+        near = closest(folder.name, (p.name for p in folder.parent.glob("*/")), 0.7)
+        how = f"give a folder with {holds}, or a hub id (owner/name)"
+        raise ModelError(path, "no such folder", f"did you mean {folder.parent / near}?" if near else how)
     if not (folder / holds).exists():
         inside = folder / "model"
         hint = f"did you mean {inside}?" if (inside / holds).exists() else "it must hold a transformers model"

@@ -20,7 +20,7 @@ from penchant.plan.probe import Duration, Probe, duration_of, probe
 from penchant.plan.settings import Setting, derived_values, settings_of
 from penchant.plan.work import Disk, Rows, Work, disk_of, rows_of, to_json, work_of
 from penchant.runs import Run
-from penchant.runs.parts import reference_kind
+from penchant.runs.parts import reference_kind, remarks
 from penchant.runs.record import reward_contents
 from penchant.training.checkpoint import latest_checkpoint
 
@@ -90,7 +90,10 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> 
         reward_contents(config)  # a file or folder that is not there is met now
     held = max(0, resident() - baseline)
     rows, work = rows_of(run), work_of(run)
-    settings = settings_of(config, places, derived_values(run))
+    derived = derived_values(run)
+    if (length := run.config.data.max_length) < config.data.max_length:
+        derived["data.max_length"] = (length, "the model's context")
+    settings = settings_of(config, places, derived)
     parameters = parameter_counts(run.model)
     memory = memory_of(run, work, baseline, held)
     reference, cached, notes = _reference(run)
@@ -104,6 +107,7 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> 
             found = probe(run, work, disk.checkpoint, cached)
             duration = duration_of(found, work)
             notes += _differences(run, found)
+    notes += remarks(run.config, run.rows)
     return Plan(
         run.method.name, str(run.folder), _what_is_there(run.folder), settings, rows, work, parameters, memory, disk, reference,
         found, duration, tuple(notes),

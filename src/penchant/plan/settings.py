@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from penchant.algorithms.method import SMALL_MODEL
 from penchant.base.machine import cores
 from penchant.config import Places, RunConfig
 from penchant.logprobs.reference import default_cache_dir
 from penchant.models.load import DTYPES, base_model_of
 from penchant.plan.outline import OutlinedRun, parameter_counts
-from penchant.runs.parts import SMALL_MODEL, peak_lr, reference_kind, threads_for
+from penchant.runs.parts import peak_lr, reference_kind, threads_for
 
 Derived = tuple[Any, str]  # what a value became, and why
 

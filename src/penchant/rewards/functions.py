@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -148,8 +149,16 @@ def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: A
     return load_reward_function(name, folder, reward_device(config.device, device), policy)
 
 
+def check_reward_name(name: str) -> None:
+    """Refuse a reward that is nowhere, by its name and whether its file is there; nothing is loaded."""
+    here = Path(name.rpartition(":")[0] if is_own(name) else name).expanduser().exists()
+    if rule_of(name) is None and not here:
+        _function(name)
+
+
 def check_reward(name: str) -> None:
     """Refuse a reward that is not there, as `load_reward` does, without loading a model."""
+    check_reward_name(name)
     if rule_of(name) is not None or name in BUILT_IN:
         return
     from penchant.rewards.reward_model import find_reward_model

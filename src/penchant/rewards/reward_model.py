@@ -453,10 +453,6 @@ class RewardModelParts:
         }
         save_reward_model(model, self.tokenizer, folder, masters, settings)
 
-    def default_lr(self, parameters: int) -> float:
-        """Peak learning rate where the config says auto: LoRA 1e-4, causal 1e-5, encoders 2e-5 (small ones 5e-5)."""
-        if self.lora is not None:
-            return 1e-4
-        if not self.encoder:
-            return 1e-5
+    def encoder_lr(self, parameters: int) -> float:
+        """Peak learning rate of a whole encoder where the config says auto; small ones take larger steps."""
         return 5e-5 if parameters < SMALL_ENCODER else 2e-5

@@ -257,11 +257,14 @@ def open_run(
         found = [] if theirs is None else changed(theirs, mine, json.loads(json.dumps(defaults or {})))
         if found:
             shown = "".join(f"\n  {line}" for line in found)
-            back = "put back what has changed, " if all(line.startswith(CONTENT) for line in found) else ""
+            back = "put back what has changed, " if all(line.startswith((CONTENT, "data: ")) for line in found) else ""
+            longer = all(line.startswith("config.train.") for line in found)
+            last = checkpoints(folder)[-1] / "model" if longer else ""
+            on = f"to train on from its last checkpoint, set model.path={last} and another output; " if longer else ""
             raise CheckpointError(
                 str(folder),
-                f"holds checkpoints of a different run; old -> new:{shown}\n",
-                f"{back}choose another output, or delete the folder to start over",
+                "holds checkpoints of a different run",
+                f"{back}choose another output, or delete the folder to start over; {on}old -> new:{shown}",
             )
     new = [key for key in mine if theirs is not None and key.startswith(CONTENT) and key not in theirs]
     if new:
@@ -280,7 +283,15 @@ def changed(theirs: Mapping[str, Any], mine: Mapping[str, Any], defaults: Mappin
         theirs = {**{key: value for key, value in mine.items() if key.startswith(CONTENT)}, **theirs}
     if TOKENS not in mine:
         theirs = {key: value for key, value in theirs.items() if key != TOKENS}
-    return differences(theirs, mine, defaults=defaults)
+    rows = [] if theirs.get("data") == mine.get("data") else [f"data: the rows of {_files_of(mine)} have changed"]
+    old, new = ({k: v for k, v in identity.items() if k != "data"} for identity in (theirs, mine))
+    return [*differences(old, new, defaults=defaults), *rows]
+
+
+def _files_of(identity: Mapping[str, Any]) -> str:
+    data = identity.get("config", {}).get("data", {})
+    paths = [p for name in ("path", "eval_path") for p in [data.get(name)] if p]
+    return ", ".join(str(p) for path in paths for p in (path if isinstance(path, list) else [path])) or "the run"
 
 
 def kept_identity(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:

@@ -24,6 +24,7 @@ from penchant.logprobs.reference import Reference
 from penchant.metrics.completions import START_FILE
 from penchant.metrics.flags import run_flags, summary, write_flags
 from penchant.metrics.flags.rule import Flag
+from penchant.models.options import check_model_path
 from penchant.rewards.reward_model import reward_writes_date
 from penchant.runfolder import (
     AUDIT,
@@ -40,12 +41,13 @@ from penchant.runfolder import (
     keep,
     kept_identity,
     open_run,
+    stands_for_model,
 )
 from penchant.runfolder.read import read
 from penchant.runfolder.values import mapping, number_of
 from penchant.runs.evaluating import HeldOut, prompts_of, writes_completions
 from penchant.runs.find import settled
-from penchant.runs.parts import Built, build, checkpoint_bytes, peak_lr, placed, start_key, write_model
+from penchant.runs.parts import Built, build, checkpoint_bytes, peak_lr, placed, remarks, start_key, write_model
 from penchant.runs.record import (
     contents_of,
     join_samples,
@@ -56,7 +58,7 @@ from penchant.runs.record import (
     write_manifest,
     write_samples,
 )
-from penchant.runs.rows import Rows
+from penchant.runs.rows import Rows, within_context
 from penchant.runs.sharing import Alone
 from penchant.track import Mirrors, check_installed
 from penchant.training.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
@@ -111,7 +113,8 @@ class Run:
         look: Callable[[Run], str | None] | None = None,
     ) -> None:
         self.console = make_console(quiet) if console is None else console
-        self.config = config = settled(with_absolute_paths(config), self.console.note, merge=self.merges)
+        settled_config = settled(with_absolute_paths(config), self.console.note, merge=self.merges)
+        self.config = config = within_context(settled_config, self.console.note)
         self.method = config.method
         self.folder = Path(config.output)
         self.shared = Alone() if shared is None else shared
@@ -151,6 +154,8 @@ class Run:
         started, began = time.time(), time.monotonic()
         live = LiveReport(self.folder, self.console.note)
         check_installed(self.config.logging.trackers)
+        if not stands_for_model(Path(self.config.model.path)):
+            check_model_path(self.config.model.path)  # before the rows are read
         self._tell_day()
         contents, rows = contents_of(self.config), self.rows
         identity = run_identity(self.config, [d.fingerprint for d in rows.datasets if d is not None], contents)
@@ -170,11 +175,13 @@ class Run:
                 start.unlink(missing_ok=True)
             elif not is_whole(start):
                 self.console.note(f"{start}: was changed after it was written, so it is left out")
-            loop = self.make_loop()
+            for remark in remarks(self.config, rows):
+                self.console.note(remark)
+            known = None if anew else self._known_manifest()
+            loop = self.make_loop(known)
             loop.identity = identity
             mirrors = Mirrors(self.folder, self.config.logging, self.config.model_dump(mode="json"), self.console.note)
             loop.watched = _watchers(live.told, mirrors, anew)
-            known = None if anew else self._known_manifest()
             self._check_start(known)
             manifest = self._manifest(loop, started, began, known)
             manifest("running", None)
@@ -291,8 +298,12 @@ class Run:
             "see checkpoint.keep_last and checkpoint.every"
         )
 
-    def make_loop(self) -> Loop:
-        """The loop of this run, ready to start; nothing is written before it does."""
+    def make_loop(self, known: Mapping[str, Any] | None = None) -> Loop:
+        """The loop of this run, ready to start; nothing is written before it does.
+
+        Args:
+            known: manifest.json of what is continued: its learning rate is kept, where auto has become another since.
+        """
         cfg, rows = self.config, self.rows
         held_out = (
             self.held_out if rows.trees[1] else None
@@ -311,7 +322,7 @@ class Run:
             shared=built.parts.engine.shared,
             folder=self.folder,
             train=cfg.train,
-            peak_lr=peak_lr(cfg, rows, sum(p.numel() for p in model.parameters())),
+            peak_lr=peak_lr(cfg, rows, sum(p.numel() for p in model.parameters()), known),
             evaluation=cfg.evaluation,
             checkpoint=cfg.checkpoint,
             logging=cfg.logging,
@@ -436,7 +447,7 @@ class Run:
         def write(status: str, why: str | None) -> None:
             steps = loop.state.step, loop.schedule.total_steps
             seconds = earlier + time.monotonic() - began
-            write_manifest(path, self.rows, built, sha256, started, seconds, steps, status, why)
+            write_manifest(path, self.rows, built, sha256, started, seconds, steps, status, why, loop.peak_lr)
 
         return write
 

@@ -266,9 +266,9 @@ def check_there(given: str) -> None:
         if path.is_file():
             raise CheckpointError(given, "is a file", "give a run, a model's folder, a hub id or a CONFIG.yaml")
         return
-    if looks_like_folder(given) or (path.parent.is_dir() and path.parent != Path(".")):
+    if looks_like_folder(given):
         names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        near = closest(path.name, names)
+        near = closest(path.name, names, 0.7)
         how = "give a run, a CONFIG.yaml, a model's folder or a hub id"
         how = f"did you mean {path.parent / near}?" if near else how
         raise CheckpointError(given, "no such run or config, nor a model", how)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from penchant.algorithms.method import Parts
+from penchant.algorithms.method import SMALL_MODEL, Parts, auto_lr
 from penchant.base.machine import cores
 from penchant.config import RunConfig
 from penchant.data.packing import tree_tokens
@@ -49,8 +49,6 @@ from penchant.runs.sharing import Alone, Key
 from penchant.training.optim import MasterAdamW
 from penchant.training.steps import set_precision
 from penchant.types import TokenTree
-
-SMALL_MODEL = 20_000_000  # parameters; below this a second thread costs more in waiting than it brings
 
 
 @dataclass(slots=True)
@@ -176,7 +174,7 @@ def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
 def threads_for(config: RunConfig, parameters: int) -> int:
     """As `train.threads` says for a model of this size."""
     threads = config.train.threads
-    if threads == "auto":
+    if threads == "auto":  # in a small model, a second thread costs more in waiting than it brings
         return 1 if parameters < SMALL_MODEL else cores()
     return int(threads)
 
@@ -201,13 +199,37 @@ def answering(model: Any, config: RunConfig, dtype: torch.dtype) -> Scorer:
     return choose_packing(model, config.train.packing, config.model.kernels)[0]
 
 
-def peak_lr(config: RunConfig, rows: Rows, parameters: int) -> float:
-    """`train.lr`, or what auto is for this method and a model of so many parameters."""
+def peak_lr(config: RunConfig, rows: Rows, parameters: int, known: Mapping[str, Any] | None = None) -> float:
+    """`train.lr`, or what auto is for this method and a model of so many parameters; `known`: the manifest of a run that goes on."""
     if config.train.lr != "auto":
         return float(config.train.lr)
-    if rows.reward_parts is not None:
-        return rows.reward_parts.default_lr(parameters)
-    return config.method.default_lr[config.lora is not None]
+    if known is not None and "peak_lr" in known:
+        return float(known["peak_lr"])
+    parts = rows.reward_parts
+    if parts is not None and parts.encoder and config.lora is None:
+        return parts.encoder_lr(parameters)
+    rates = config.method.default_lr
+    if known is not None and config.lora is None:  # what auto was before manifests had it
+        return 1e-6 if config.algorithm is None and config.method.signal != "tokens" else rates[0]
+    return auto_lr(rates, config.lora is not None, parameters)
+
+
+FAR = 5  # times the usual rate, or less than a fifth of it
+
+
+def remarks(config: RunConfig, rows: Rows) -> list[str]:
+    """What a person may not have meant."""
+    said, lr, count = [], config.train.lr, len(rows.trees[0])
+    usual = auto_lr(config.method.default_lr, True)
+    if config.lora is not None and lr != "auto" and not usual / FAR <= lr <= usual * FAR:
+        kind = "low" if lr < usual else "high"
+        said.append(f"train.lr is {lr:g}, which is {kind} for an adapter: train.lr=auto would be {usual:g}")
+    if config.train.batch_size > count:
+        said.append(
+            f"train.batch_size is {config.train.batch_size:,}, and there are {count:,} rows to train on: every step "
+            "takes all of them, so an epoch is a single step"
+        )
+    return said
 
 
 def write_model(built: Built, rows: Rows, folder: Path) -> None:

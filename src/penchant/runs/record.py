@@ -91,7 +91,8 @@ def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[s
     settings = config.model_dump(mode="json")
     for section in WATCHING_ONLY:
         settings.pop(section, None)
-    settings["data"].pop("cache", None)  # it changes no row
+    for name in ("cache", "bounds"):  # they change no row that is read
+        settings["data"].pop(name, None)
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
         settings["algorithm"].pop("value_init")  # older runs do not have it
     return json.loads(without_passwords(json.dumps({"config": settings, "data": fingerprints, **contents})))
@@ -190,13 +191,14 @@ def write_manifest(
     steps: tuple[int, int],
     status: str,
     why: str | None,
+    lr: float,
 ) -> None:
     """What the run is made of and how far it came.
 
     Args:
         sha256: of the weights before training; started: seconds since the epoch; seconds: of all sessions;
             steps: (done, of the whole run).
-        status: running, finished, paused, interrupted or stopped; why: where it did not come to its end.
+        status: running, finished, paused, interrupted or stopped; why: where it did not come to its end; lr: the peak.
     """
     config, parts = built.parts.config, built.parts
     data: dict[str, Any] = {
@@ -222,6 +224,7 @@ def write_manifest(
         **({"why": redact(why)} if why is not None else {}),
         "seed": config.train.seed,
         "loss": config.method.name,
+        "peak_lr": lr,
         "model": {
             "path": config.model.path,
             "sha256": sha256,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -18,8 +18,9 @@ from penchant.data.load import Dataset, layout_line, summary
 from penchant.data.mapped import StoredTokens, first_completions, label_counts
 from penchant.data.templates import dated, uses_chat
 from penchant.data.tokenize import TokenizedDataset
-from penchant.errors import ConfigError, DataError
+from penchant.errors import ConfigError, DataError, PenchantError
 from penchant.models.load import load_tokenizer
+from penchant.models.reward import is_encoder, load_model_config
 from penchant.rewards.reward_model import RewardModelParts, prompts_by_source
 from penchant.runs.sharing import Alone, Key
 from penchant.types import Prompt, TokenTree
@@ -227,6 +228,32 @@ class Rows:
         content = [content_of(d) for d in self.datasets if d is not None]
         method = self.method.name if self.method.learns_reward else "rows"
         return (method, self.method.signal, self.tokenizer_key, self.config.data.model_dump_json(), *content)
+
+
+def within_context(config: RunConfig, note: Callable[[str], None] = lambda text: None) -> RunConfig:
+    """The same config with `data.max_length` no longer than the model's context, where it is the default.
+
+    Raises:
+        ConfigError: a value that the config has itself is longer.
+    """
+    data, source = config.data, config.model
+    try:
+        found = load_model_config(source.path, source.revision)
+        limit = getattr(found.get_text_config(), "max_position_embeddings", None)
+        if limit is None or (config.method.learns_reward and is_encoder(found)):
+            return config  # an encoder's rows are cut to its limit (`RewardModelParts`)
+    except PenchantError:
+        return config  # the model may be gone by now; where it is needed, that is told
+    rollouts = config.method.rollouts
+    room = max(8, limit - (rollouts.max_new_tokens if rollouts is not None else 0))
+    given = "max_length" in data.model_fields_set
+    if data.max_length <= (limit if given else room):
+        return config
+    if given:
+        what = f"{data.max_length} is beyond the model's context of {limit}"
+        raise ConfigError("data.max_length", what, f"set it to at most {limit}, or to auto")
+    note(f"data.max_length: {room}, for the model's context is {limit} (the default is {data.max_length})")
+    return config.model_copy(update={"data": data.model_copy(update={"max_length": room})})
 
 
 def content_of(dataset: Dataset) -> Key:

@@ -94,6 +94,7 @@ def _protocol() -> Any:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Impatient(H11Protocol):
+        connections: set[Any]
         late: Any = None  # ends a connection whose request's head does not come
         stuck: Any = None  # ends one whose client does not read
 
@@ -132,9 +133,10 @@ def _protocol() -> Any:
             self.late, self.stuck = self._cancelled(self.late), self._cancelled(self.stuck)
             super().connection_lost(exc)
 
-        def _cancelled(self, timer: Any) -> None:
+        def _cancelled(self, timer: Any) -> Any:
             if timer is not None:
                 timer.cancel()
+            return None
 
     return Impatient
 

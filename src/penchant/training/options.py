@@ -20,7 +20,11 @@ class TrainConfig(Section):
     tokens_per_step: int = Field(
         4096, ge=16, le=10**9, description="tokens in one forward and backward pass: the unit of memory"
     )
-    lr: Annotated[float, Field(ge=0)] | Literal["auto"] = Field("auto", description="peak learning rate")
+    lr: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="peak learning rate; auto, for the whole model: 5e-6 (orpo 8e-6, SFT 2e-5, reward models 1e-5, encoders 2e-5 or 5e-5, "
+        "online methods 1e-6), ten times that below 20 million parameters; with LoRA: 5e-5 (SFT 2e-4, reward models 1e-4)",
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="learning-rate shape after warm-up")
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="share of all steps spent on warm-up")
     min_lr_fraction: float = Field(0.0, ge=0, le=1, description="final learning rate as a share of lr")

@@ -161,16 +161,16 @@ def repeatable(device: torch.device, wanted: bool) -> Iterator[None]:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic
-    filled = memory.fill_uninitialized_memory
+    fill: Any = torch.utils.deterministic
+    filled = fill.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = False  # a pass over every buffer that only finds bugs
+    fill.fill_uninitialized_memory = False  # a pass over every buffer that only finds bugs
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        memory.fill_uninitialized_memory = filled
+        fill.fill_uninitialized_memory = filled
 
 
 def set_precision(device: torch.device, tf32: bool) -> None:

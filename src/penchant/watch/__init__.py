@@ -108,7 +108,7 @@ def waiting_words(path: Path) -> str:
     if path.is_dir():
         return f"{clean(path)}: no run in this folder yet"
     with suppress(OSError):
-        near = closest(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()])
+        near = closest(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], 0.7)
         if near:
             return f"{clean(path)}: no such folder yet; there is {clean(path.with_name(near))}"
     return f"{clean(path)}: no such folder yet"

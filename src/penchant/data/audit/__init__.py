@@ -238,10 +238,8 @@ def audit_files(
                 auditor.keep_aside(aside)
                 first = first or aside
     if auditor is None or not auditor.examples:
-        where, what, how = (
-            (first.where, first.what, first.how) if first else (", ".join(splits) or "audit", "no rows", "")
-        )
-        raise DataError(where, f"{what}; no row of the file could be used", how or "give files with rows")
+        at, what, fix = (first.where, first.what, first.how) if first else (", ".join(splits) or "audit", "no rows", "")
+        raise DataError(at, f"{what}; no row could be used", fix or "give files with rows")
     return auditor.result(dict(leakage.findings()), {}, "\n".join(layouts))
 
 

@@ -257,13 +257,10 @@ def _read_layer(module: Any) -> Layer:
     outer |= {"gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
     linear: dict[str, Any] = {role: getattr(m, "base_layer", m) for role, m in outer.items()}
     norms = {f"{role}_norm": getattr(attention, f"{role}_norm", None) for role in ("q", "k")}
-    params = LayerParams(
-        norm1=module.input_layernorm.weight,
-        norm2=module.post_attention_layernorm.weight,
-        **{role: m.weight for role, m in linear.items()},
-        **{f"{role}_bias": linear[role].bias for role in ("q", "k", "v", "o")},
-        **{name: None if norm is None else norm.weight for name, norm in norms.items()},
-    )
+    found: dict[str, Any] = {role: m.weight for role, m in linear.items()}
+    found |= {f"{role}_bias": linear[role].bias for role in ("q", "k", "v", "o")}
+    found |= {name: None if norm is None else norm.weight for name, norm in norms.items()}
+    params = LayerParams(norm1=module.input_layernorm.weight, norm2=module.post_attention_layernorm.weight, **found)
     adapters = {role: _read_adapter(m) for role, m in outer.items() if m is not linear[role]}
     bias = None if params.q_bias is None else _fuse(_qkv_biases(params))
     # Qwen says it layer by layer, Mistral once in its config
