@@ -8,7 +8,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-all bench docs docker-check lint clean
+.PHONY: demo test test-all test-gpu bench docs docker-check lint clean
 
 $(READY): pyproject.toml constraints.txt
 	@echo "installing into .venv (a few minutes the first time)"
@@ -31,6 +31,11 @@ test: $(TOOLS)  ## the default suite
 
 test-all: $(TOOLS)  ## everything, the slow tests too
 	@$(PYTEST) -m ''
+
+test-gpu: $(TOOLS)  ## what depends on the device, on this machine's GPU, with a table of what ran; skipped where there is none
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -m device --device cuda; \
+	else echo "test-gpu: skipped, nothing ran: torch sees no GPU on this machine"; fi
 
 bench: $(READY)  ## DPO against the peer, in turn, on this machine (about half an hour)
 	@$(INSTALL) -e '.[gguf]'

@@ -32,6 +32,30 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where tests marked `device` run: cpu or cuda")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Any:
+    """Where a test marked `device` runs its models."""
+    import torch
+
+    return torch.device(request.config.getoption("--device"))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """After `make test-gpu`: what ran there, and how it ended."""
+    if config.getoption("--device") == "cpu":
+        return
+    import torch
+
+    terminalreporter.section(f"on {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            terminalreporter.write_line(f"{outcome:8}{report.duration:8.2f} s  {report.nodeid.split('/')[-1]}")
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Real data and models beside the repository; tests that need them skip where they are absent."""
