@@ -43,15 +43,10 @@ def shown(value: float | None, share: bool = False) -> str:
 
 
 def interval(low: float, high: float, share: bool = False) -> str:
-    """``[low, high]`` with as many digits as its width deserves; nothing where it has none."""
-    if low == high:
-        return ""
-    if share:
-        return f"[{percent(low)}, {percent(high)}]"
-    digits = _digits(low, high)
-    if digits is None:
-        return f"[{number(low)}, {number(high)}]"
-    return f"[{_fixed(low, digits)}, {_fixed(high, digits)}]"
+    """``[low, high]`` with as many digits as its width deserves; nothing where it has none, or rounding leaves it none."""
+    digits = None if share else _digits(low, high)
+    ends = [percent(v) if share else number(v) if digits is None else _fixed(v, digits) for v in (low, high)]
+    return "" if ends[0] == ends[1] else f"[{ends[0]}, {ends[1]}]"
 
 
 def estimate(value: float | None, ci: tuple[float, float] | None, share: bool = False) -> str:
