@@ -194,6 +194,7 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path: Path, file: str, conten
 @pytest.mark.parametrize("block", [1, 2, 7, 1000])
 def test_places_in_a_list_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     content = b'[\n{"a": "x\\n"},\n\n{"a": 2}, 345,\n {"a": [\n3]}\n,{"a": 4}]'
-    monkeypatch.setattr("penchant.data.read.CHUNK", block)
+    monkeypatch.setattr("penchant.data.read.source.CHUNK", block)
+    monkeypatch.setattr("penchant.data.read.json_text.CHUNK", block)
     places = [r.where for r in read_stream(io.BytesIO(content), "a.json")]
     assert places == ["a.json:2", "a.json:4", "a.json:4 (row 3)", "a.json:5", "a.json:7"]

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penchant.data import read as module
-from penchant.data.read import BadRow, Row, read_stream
+from penchant.data.read import BadRow, Row, json_text, read_stream, source
 from penchant.errors import DataError
 
 VALUES = st.recursive(
@@ -37,14 +36,14 @@ def test_lists_and_lines_are_read_as_they_are(
         objects, indent=indent, ensure_ascii=not all(map(_plain, [json.dumps(objects, ensure_ascii=False)]))
     )
     lines = "".join(json.dumps(o) + "\n" for o in objects)
-    before = module.CHUNK
-    module.CHUNK = block
+    before = source.CHUNK
+    source.CHUNK = json_text.CHUNK = block
     try:
         for name in ("a.json", "a.jsonl"):  # what it is decides, not its ending
             assert read(pack(text.encode()), name) == objects
             assert read(pack(lines.encode()), name) == objects
     finally:
-        module.CHUNK = before
+        source.CHUNK = json_text.CHUNK = before
 
 
 def _plain(text: str) -> bool:
@@ -72,8 +71,8 @@ def test_damaged_files_are_a_sentence(content: bytes, name: str) -> None:
     ("name", "content", "words"),
     [
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-20], "gzip file is cut short"),
-        ("a.json", b'[{"a": 1}, {"a"', "row 2: its value is cut short"),
-        ("a.json", b'[{"a": 1},', "row 2: the list is not closed"),
+        ("a.json", b'[{"a": 1}, {"a"', "row 2 is not closed"),
+        ("a.json", b'[{"a": 1},', "row 2 is not closed"),
         ("a.json", b'{\n"a": 1}', "one JSON object over several lines"),
         ("a.csv", b"a,a\n1,2\n", "name the columns, each once"),
         ("a.parquet", b"PAR1", "not a readable Parquet file"),

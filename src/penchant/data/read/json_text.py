@@ -1,0 +1,372 @@
+"""Rows of JSON text: line by line, lists, objects over several lines, one behind the other."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from penchant.base.text import printable
+from penchant.data.read.files import ending
+from penchant.data.read.source import CHUNK, SHOWN, BadRow, Bounds, Row, Rows, Source, not_utf8
+from penchant.errors import DataError
+
+HOPELESS = 200_000  # a value that is nested deeper is not looked at to its end
+LISTS = ("data", "rows", "train")  # what a JSON object may call its list of rows
+
+
+def read_json(source: Source) -> Rows:
+    """Rows line by line, lists of rows, objects over several lines, or one object that holds a list of rows.
+
+    What the file holds decides, since publishers mix up the endings.
+    """
+    start = b"".join(source.head.removeprefix(codecs.BOM_UTF8).split())[:2]
+    lists = (b"[{", b"[]", b"[") if ending(source.name) != ".json" else start[:1] + start[1:2]
+    if (start[:1] == b"[" and start in lists) or (start[:1] == b"{" and _over_lines(source)):
+        yield from _Values(source).rows()
+    else:
+        yield from _json_lines(source)
+
+
+def _over_lines(source: Source) -> bool:
+    """Whether a file that starts with an object is no JSONL: an object over several lines, or the only one, with a list of rows."""
+    try:
+        texts = list(_few(source))
+    except DataError:  # a line over the bound, which may be a list of many rows
+        return _HAS_LIST.search(source.head.decode("utf-8", "replace")) is not None
+    finally:
+        source.rewind()
+    if any(isinstance(text, BadRow) for text in texts):
+        return False
+    first, second = [*map(str, texts), ""][:2]
+    decoder = _Decoder()
+    row = _json_line("", first, source.bounds, decoder)
+    if isinstance(row, Row):
+        return not second and any(_holds_rows(row.values.get(name)) for name in LISTS)
+    if not second or (isinstance(_json_line("", second, source.bounds, decoder), Row) and not _HAS_LIST.search(first)):
+        return False
+    return not second.lstrip().startswith("{") or _HAS_LIST.search(first) is not None
+
+
+_HAS_LIST = re.compile(rf'"({"|".join(LISTS)})"\s*:\s*\[\s*(\{{|$)')
+
+
+def _few(source: Source) -> Iterator[str | BadRow]:
+    """The first two lines that are not blank."""
+    found = 0
+    for _, text in source.texts():
+        if isinstance(text, BadRow) or text.strip():
+            yield text
+            found += 1
+        if found == 2:
+            return
+
+
+def _holds_rows(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(row, dict) for row in value)
+
+
+def _json_lines(source: Source) -> Rows:
+    decoder = _Decoder()
+    for where, text in source.texts():
+        if isinstance(text, BadRow):
+            yield text
+        elif text.strip():
+            yield _json_line(where, text, source.bounds, decoder)
+
+
+class _Decoder:
+    """Reads JSON as `json` does, and says what `json` passes over: keys that stand twice, and numbers that Python does not make."""
+
+    def __init__(self) -> None:
+        self.odd: tuple[str, str] | None = None  # what is wrong with what was read last, and how to fix it
+        self._fast = json.JSONDecoder(object_pairs_hook=self._object)
+        self._slow = json.JSONDecoder(object_pairs_hook=self._object, parse_int=self._integer)
+
+    def read(self, text: str, at: int) -> tuple[Any, int]:
+        """A value and where it ends.
+
+        Raises:
+            json.JSONDecodeError: it is none. RecursionError: it is nested too deep for Python.
+        """
+        self.odd = None
+        try:
+            return self._fast.raw_decode(text, at)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # an integer of more digits than Python reads
+            return self._slow.raw_decode(text, at)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1) if len(names) < 1000 else "..."
+            self.odd = f'the key "{printable(twice[:100])}" stands twice in an object', "keep one of them"
+        return made
+
+    def _integer(self, digits: str) -> int:
+        try:
+            return int(digits)
+        except ValueError:
+            self.odd = f"holds an integer of {len(digits):,} digits", "write it as a string, or drop the row"
+            return 0
+
+
+def _json_line(where: str, text: str, bounds: Bounds, decoder: _Decoder) -> Row | BadRow:
+    at = _skip(text, 0)
+    try:
+        value, end = decoder.read(text, at)
+        if _skip(text, end) < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            what = f"goes on behind the JSON value (column {_skip(text, error.pos) + 1})"
+            return BadRow(where, what, "write one row a line", text[:SHOWN])
+        cut = error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg
+        what = "the line ends in the middle of a JSON value" if cut else f"is not valid JSON (column {error.colno})"
+        how = "the file was cut; copy it again or drop the line" if cut else "fix the line or drop it"
+        return BadRow(where, what, how, text[:SHOWN])
+    except RecursionError:
+        return _too_deep(where, text, bounds)
+    return _row(where, value, decoder, text, at, end, bounds)
+
+
+def _row(where: str, value: Any, decoder: _Decoder, text: str, at: int, end: int, bounds: Bounds) -> Row | BadRow:
+    """What was read from a text as a row."""
+    if decoder.odd is not None:
+        return BadRow(where, *decoder.odd, text[at : min(end, at + SHOWN)])
+    brackets = text.count("[", at, end) + text.count("{", at, end)
+    if brackets > bounds.nesting and _end(text[at:end])[1] > bounds.nesting:
+        return _too_deep(where, text[at : at + SHOWN], bounds)
+    if isinstance(value, dict):
+        return Row(where, value)
+    names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    what = f"is a JSON {names[type(value)]}, not an object"
+    return BadRow(where, what, 'write {"prompt": ..., "chosen": ..., "rejected": ...}', text[at : min(end, at + SHOWN)])
+
+
+def _too_deep(where: str, text: str, bounds: Bounds) -> BadRow:
+    what = f"is nested more than {bounds.nesting} deep"
+    return BadRow(where, what, bounds.how("nesting", "flatten the row"), text[:SHOWN])
+
+
+_TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+
+
+def _end(text: str, at: int = 0) -> tuple[int, int]:
+    """Where a list or object ends (-1: not in this text), and how deep it is nested."""
+    depth = deepest = 0
+    for token in _TOKENS.finditer(text, at):
+        if token[0] in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+            if depth > HOPELESS:
+                break
+        elif token[0] in "]}":
+            depth -= 1
+            if depth <= 0:
+                return token.end(), deepest
+    return -1, deepest
+
+
+_SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # files that were put together have marks of byte order within
+
+
+def _skip(text: str, at: int) -> int:
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing too
+
+
+class _Values:
+    """The JSON values of a file, one behind the other, in blocks."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.name, self.bounds = source, source.name, source.bounds
+        self._decode = codecs.getincrementaldecoder("utf-8")()
+        self._held, self._at, self._ended = "", 0, False
+        self._line, self._counted, self._lines = 1, 0, 0  # the line of `_counted`; line ends that were read
+        self._forgotten = 0  # characters in front of what is held
+        self._number, self._before = 0, 0  # of rows, and the line of the last one
+        self._decoder = _Decoder()
+
+    def rows(self) -> Rows:
+        """The rows of all lists, and all objects."""
+        kind, found = "", 0
+        while start := self._peek():
+            found += 1
+            if start == "[":
+                kind = "list"
+                yield from self._list()
+            elif start == "{":
+                row, names = yield from self._object()
+                kind = "object"
+                if row is not None and found == 1 and not self._peek():
+                    raise self._no_list(names)
+                if row is not None:
+                    yield row
+            else:
+                what = f"is not JSON, behind a JSON {kind}" if kind else "is not JSON"
+                raise DataError(self._place(), what, "give a list of objects, or JSONL")
+
+    def _no_list(self, names: Sequence[str]) -> DataError:
+        some = ", ".join(printable(n) for n in names[:6]) or "nothing"
+        what = f'is one JSON object over several lines without a "data" list (it holds {some})'
+        return DataError(self.name, what, "give a list of objects, or JSONL")
+
+    def _list(self) -> Rows:
+        self._at += 1
+        number = 0
+        while (following := self._peek()) != "]":
+            if number and following == ",":
+                self._at += 1
+                self._peek()
+            elif number and following:
+                raise self._invalid(f"no comma after row {self._number}")
+            yield self._value(f"row {self._number + 1}", row=True)
+            number += 1
+        self._at += 1
+
+    def _object(self) -> Any:
+        """An object: yields the rows of its list; returns itself as a row where it has none, and its keys."""
+        line, listed = self._here(), ""
+        found: dict[str, Any] = {}
+        columns: set[str] = set()
+        held, odd, mark = 0, None, ""
+        self._at += 1
+        while self._peek() != "}":
+            if mark:
+                self._expect(",")
+            mark = ","
+            key, _ = self._value("a key")
+            if not isinstance(key, str):
+                raise self._invalid("a key is no string")
+            self._expect(":")
+            if key in LISTS and self._peek() == "[" and self._starts_rows():
+                if listed:
+                    raise self._two(listed, key)
+                listed = key
+                for row in self._list():
+                    columns = columns or set(row.values if isinstance(row, Row) else ())
+                    yield row
+                continue
+            start = self._forgotten + self._at
+            value, wrong = self._value(f'the value of "{printable(key[:100])}"')
+            held += self._forgotten + self._at - start
+            if held > self.bounds.bytes:
+                raise self.source.too_long(f"{self.name}:{line}", "the object")
+            if key in found:
+                odd = f'the key "{printable(key[:100])}" stands twice in an object', "keep one of them"
+            odd = odd or wrong
+            found[key] = value
+        self._at += 1
+        for key, value in found.items() if listed else ():
+            if _holds_rows(value) and (key in LISTS or columns & {k for r in value if isinstance(r, dict) for k in r}):
+                raise self._two(listed, key)
+        if listed:
+            return None, []
+        where = self._row_place(line)
+        return (BadRow(where, *odd, str(found)[:SHOWN]) if odd else Row(where, found)), list(found)
+
+    def _two(self, first: str, second: str) -> DataError:
+        what = f'holds two lists of rows, "{printable(first)}" and "{printable(second[:100])}"'
+        return DataError(self.name, what, "write each to a file of its own, and name those that you mean")
+
+    def _starts_rows(self) -> bool:
+        """Whether the list here starts with an object."""
+        at = self._at
+        while (here := _skip(self._held, at + 1)) >= len(self._held) and not self._ended:
+            self._more(CHUNK)
+            at = self._at
+        return self._held[here : here + 1] == "{"
+
+    def _expect(self, mark: str) -> None:
+        if self._peek() != mark:
+            raise self._invalid(f"no {mark!r} there")
+        self._at += 1
+        self._peek()
+
+    def _value(self, what: str, row: bool = False) -> Any:
+        """The value here: as a row, or with what is odd about it."""
+        want = CHUNK
+        where = self._row_place(self._here()) if row else ""
+        while True:
+            try:
+                value, end = self._decoder.read(self._held, self._at)
+                deep = False
+            except RecursionError:
+                (end, depth), value, deep = _end(self._held, self._at), None, True
+                if depth > HOPELESS:
+                    made = _too_deep(self._place(), "", self.bounds)
+                    raise DataError(made.where, made.what, made.how) from None
+            except json.JSONDecodeError as error:
+                cut = error.pos > len(self._held) - 16 or error.msg.startswith("Unterminated")
+                if self._ended or not cut:
+                    short = "is not closed: the file ends" if self._at >= len(self._held) else "is cut short or damaged"
+                    raise self._invalid(f"{what} {short}") from error
+                end, deep = -1, False
+            if end - self._at > self.bounds.bytes:
+                raise self.source.too_long(self._place(), what)
+            if end >= 0 and (end < len(self._held) or self._ended):  # else a number may go on in the next block
+                break
+            if len(self._held) - self._at > self.bounds.bytes:
+                raise self.source.too_long(self._place(), what)
+            if self._ended:
+                raise self._invalid(f"{what} is cut short or damaged")
+            self._more(want)
+            want *= 2
+        at, self._at = self._at, end
+        if deep:
+            made = _too_deep(where, self._held[at : at + SHOWN], self.bounds)
+            return made if row else (None, (made.what, made.how))
+        if not row:
+            return value, self._decoder.odd
+        return _row(where, value, self._decoder, self._held, at, end, self.bounds)
+
+    def _row_place(self, line: int) -> str:
+        """The place of the next row, on this line; rows that share one are told apart by their number."""
+        self._number += 1
+        same, self._before = line <= self._before, line
+        return f"{self.name}:{line} (row {self._number})" if same else f"{self.name}:{line}"
+
+    def _place(self) -> str:
+        return f"{self.name}:{self._here()}"
+
+    def _here(self) -> int:
+        self._line += self._held.count("\n", self._counted, self._at)
+        self._counted = self._at
+        return self._line
+
+    def _peek(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while (here := _skip(self._held, self._at)) >= len(self._held) and not self._ended:
+            self._at = len(self._held)
+            self._more(CHUNK)
+        self._at = here
+        return self._held[here : here + 1]
+
+    def _more(self, want: int) -> None:
+        """Read on, and forget what is done with."""
+        self._here()
+        parts, got = [self._held[self._at :]], 0
+        self._forgotten += self._at
+        self._at = self._counted = 0
+        while got < want:
+            block = self.source.read()
+            try:
+                text = self._decode.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                place = f"{self.name}:{self._lines + error.object.count(10, 0, error.start) + 1}"
+                start = error.object.rfind(b"\n", 0, error.start) + 1
+                raise DataError(place, *not_utf8(error.object[start:], error.start - start, self.name)) from error
+            self._lines += block.count(b"\n")
+            parts.append(text)
+            got += len(text)
+            if not block:
+                self._ended = True
+                break
+        self._held = "".join(parts)
+
+    def _invalid(self, why: str) -> DataError:
+        return DataError(self._place(), f"is not valid JSON ({why})", "the file may be cut; fetch or copy it again")

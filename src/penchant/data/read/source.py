@@ -1,0 +1,206 @@
+"""What every reader of rows starts from: a file's bytes, unpacked and cut into lines within bounds, and what comes out."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import Field
+
+from penchant.base.section import Section
+from penchant.data.read.files import ending, kind_of, other
+from penchant.errors import DataError
+
+CHUNK = 1 << 20  # bytes of a file at a time
+HEAD = 1 << 14  # bytes that say what a file is
+SHOWN = 500  # characters of a bad row that are kept
+SMALL = 4 << 20  # bytes that may unpack to from next to nothing
+
+
+class Bounds(Section):
+    """What one row may be, so that no file can fill the memory."""
+
+    row_mb: float = Field(16, gt=0, le=1e6, description="the longest row (or text between blank lines), in MB")
+    nesting: int = Field(200, ge=1, le=400, description="how deep lists and objects of a row may be nested")
+    unpacked: float = Field(100, ge=1, le=1e9, description="how many times its size a packed file may unpack to")
+
+    @property
+    def bytes(self) -> int:
+        return int(self.row_mb * 2**20)
+
+    def how(self, name: str, rest: str) -> str:
+        """How to fix a row that is over a bound, or to raise it."""
+        now = getattr(self, name) * 2
+        return f"{rest}, or raise the bound: data.bounds.{name}={now:g} in a config, --bound {name}={now:g} for penchant data"
+
+
+BOUNDS: ContextVar[Bounds | None] = ContextVar("bounds", default=None)  # where a caller gives none: --bound sets them
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row and where it stands (``train.jsonl:118``)."""
+
+    where: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be read: where, what, how to fix it, and what was found there."""
+
+    where: str
+    what: str
+    how: str
+    raw: Any
+
+
+Rows = Iterator[Row | BadRow]
+
+
+class Source:
+    """What stands in a file, unpacked, block by block.
+
+    Raises:
+        DataError: it is no text that is read here, or unpacks to more than the bound.
+    """
+
+    def __init__(self, stream: BinaryIO, name: str, bounds: Bounds) -> None:
+        self.name, self.bounds, self._stream, self._unpacked = name, bounds, stream, 0
+        self._gzip: gzip.GzipFile | None = None
+        self.head = stream.read(HEAD)
+        if self.head.startswith(b"\x1f\x8b"):
+            stream.seek(0)
+            self._gzip = gzip.GzipFile(fileobj=stream)
+            self.head = self._gzip.read(HEAD)
+        self.rewind()
+        kind = kind_of(self.head)
+        if kind and not (kind == ".html" and ending(name) == ".txt"):
+            raise other(name, kind)
+        encoding = _wide(self.head)
+        if encoding:
+            raise DataError(f"{name}:1", f"the file is {encoding}", _recode(name, encoding))
+
+    def rewind(self) -> None:
+        """Start again."""
+        (self._stream if self._gzip is None else self._gzip).seek(0)
+        self._unpacked = 0
+
+    def read(self) -> bytes:
+        """The next block; empty at the end."""
+        if self._gzip is None:
+            return self._stream.read(CHUNK)
+        block = self._gzip.read(CHUNK)
+        self._unpacked += len(block)
+        packed = max(1, self._stream.tell())
+        if self._unpacked > max(SMALL, self.bounds.unpacked * packed):
+            what = f"unpacks to more than {self.bounds.unpacked:g} times its size ({packed:,} bytes give {self._unpacked:,})"
+            raise DataError(self.name, what, self.bounds.how("unpacked", "look at what it holds"))
+        return block
+
+    def lines(self, blank: bool = False) -> Iterator[tuple[int, bytes]]:
+        """(number, line) of every line, after LF or, in a file without LF, CR; `blank`: of those without anything too."""
+        number, rest, held, end, limit = 0, [b""], 0, b"", self.bounds.bytes
+        while block := self.read():
+            end = end or (b"\r" if b"\r" in block and b"\n" not in block else b"\n")
+            found = block.split(end)
+            rest.append(found[0])
+            held += len(found[0])
+            if len(found) > 1:
+                found[0], last = b"".join(rest), found.pop()
+                rest, held = [last], len(last)
+                if not number:
+                    found[0] = found[0].removeprefix(codecs.BOM_UTF8)
+                for line in found:
+                    number += 1
+                    if blank or (line and line != b"\r"):
+                        if len(line) > limit:
+                            raise self.too_long(f"{self.name}:{number}", "the line")
+                        yield number, line
+            if held > limit:
+                raise self.too_long(f"{self.name}:{number + 1}", "the line")
+        if last := b"".join(rest):
+            yield number + 1, last if number else last.removeprefix(codecs.BOM_UTF8)
+
+    def texts(self, blank: bool = False) -> Iterator[tuple[str, str | BadRow]]:
+        """(place, text) of every line; a line that is no text comes as a bad row."""
+        for number, line in self.lines(blank):
+            where = f"{self.name}:{number}"
+            yield where, _text(line.rstrip(b"\r"), where, self.name)
+
+    def too_long(self, where: str, what: str) -> DataError:
+        """What to say of a row over the bound."""
+        how = self.bounds.how("row_mb", "check that the file is not damaged")
+        return DataError(where, f"{what} is longer than {self.bounds.row_mb:g} MB", how)
+
+
+def _wide(head: bytes) -> str:
+    """UTF-16 or UTF-32, where the first bytes are that."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    even, odd = head[0:200:2], head[1:200:2]
+    for encoding, zeros, letters in (("UTF-16LE", odd, even), ("UTF-16BE", even, odd)):
+        if len(odd) > 3 and zeros.count(0) > 0.9 * len(zeros) and not letters.count(0):
+            return encoding
+    return ""
+
+
+def _text(line: bytes, where: str, name: str) -> str | BadRow:
+    if b"\0" in line:
+        what, shown = f"holds a NUL byte (column {line.index(0) + 1})", line[:SHOWN].decode("utf-8", "backslashreplace")
+        return BadRow(where, what, "the file is damaged or binary; export it again", shown)
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        what, how = not_utf8(line, error.start, name)
+        return BadRow(where, what, how, line[:SHOWN].decode("utf-8", "backslashreplace"))
+
+
+def not_utf8(line: bytes, at: int, name: str) -> tuple[str, str]:
+    """What is wrong at a byte of a line, and how to fix it."""
+    around = line[max(0, at - SHOWN) : at + SHOWN]
+    try:
+        around.decode("cp1252")
+        encoding = "CP1252"  # what Windows writes; 0x80 is the euro sign there, and a control character in Latin-1
+    except UnicodeDecodeError:
+        encoding = "GB18030" if _reads(around, "gb18030") else "LATIN1"
+    what = f"is not UTF-8 (byte 0x{line[at]:02x} at column {at + 1}; {encoding}?)"
+    return what, _recode(name, encoding)
+
+
+def _reads(line: bytes, encoding: str) -> bool:
+    try:
+        return bool(line.decode(encoding))
+    except UnicodeDecodeError:
+        return False
+
+
+def _recode(name: str, encoding: str) -> str:
+    return f"convert it: iconv -f {encoding} -t UTF-8 {Path(name).name} > utf8-{Path(name).name}"
+
+
+def documents(source: Source) -> Rows:
+    """Documents are separated by blank lines."""
+    parts: list[str] = []
+    start, held = "", 0
+    for where, text in source.texts(blank=True):
+        if isinstance(text, BadRow):
+            yield text
+        elif text.strip():
+            start = start if parts else where
+            parts.append(text)
+            held += len(text) + 1
+            if held > source.bounds.bytes:
+                raise source.too_long(start, "the text without a blank line")
+        elif parts:
+            yield Row(start, {"text": "\n".join(parts)})
+            parts, held = [], 0
+    if parts:
+        yield Row(start, {"text": "\n".join(parts)})

@@ -1,0 +1,179 @@
+"""Rows of CSV, TSV and Parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, BinaryIO
+
+from penchant.base.text import printable
+from penchant.data.read.files import ending
+from penchant.data.read.source import HEAD, SHOWN, SMALL, BadRow, Bounds, Row, Rows, Source, not_utf8
+from penchant.errors import DataError
+
+BATCH = 32  # Parquet rows that are Python objects at one time
+
+
+def read_csv(source: Source) -> Rows:
+    csv.field_size_limit(source.bounds.bytes)
+    lines, first = _table_lines(source), []
+    for line in lines:
+        first.append(line)
+        if len(first) == 100 or sum(map(len, first)) > HEAD:
+            break
+    name = source.name
+    delimiter = _delimiter(first, "\t" if ending(name) == ".tsv" else ",")
+    reader = csv.reader(chain(first, lines), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    done = 0
+    while True:
+        try:
+            fields = next(reader)
+            if not fields:
+                done = reader.line_num
+                continue
+        except StopIteration:
+            return
+        except csv.Error as error:
+            where = f"{name}:{done + 1}"
+            if "end of data" in str(error):
+                what = f"a quote that is opened here is not closed up to the end of the file, line {reader.line_num}"
+                raise DataError(where, what, "close it, or double quotes within a field") from error
+            if "field limit" in str(error):
+                raise source.too_long(where, "a field") from error
+            if header is None:
+                raise DataError(where, f"is not a readable header ({error})", "export the table again") from error
+            several = f"lines {done + 1} to {reader.line_num}: " if reader.line_num > done + 1 else ""
+            done, what = reader.line_num, f"{several}is not a readable row ({error})"
+            yield BadRow(where, what, "double quotes within a quoted field, or export the table again", None)
+            continue
+        where, done = f"{name}:{done + 1}", reader.line_num
+        if header is None:
+            if not (done == 1 and re.fullmatch(r"sep=.?", "".join(fields).strip(), re.IGNORECASE)):
+                header = _header(fields, where)
+        elif any("\0" in f for f in fields):
+            yield BadRow(where, "holds a NUL byte", "the file is damaged or binary; export it again", fields)
+        elif len(fields) != len(header):
+            what = f"has {len(fields)} fields, the header {len(header)}"
+            how = f"quote fields that hold the delimiter ({_NAMES[delimiter]})"
+            yield BadRow(where, what, how, [f[:SHOWN] for f in fields[:100]])
+        else:
+            yield Row(where, dict(zip(header, fields, strict=True)))
+
+
+def _header(fields: Sequence[str], where: str) -> list[str]:
+    """The columns' names; one without a name is called by its number."""
+    names = [name if name.strip() else f"column {i}" for i, name in enumerate(fields, 1)]
+    twice = (
+        next((name for i, name in enumerate(names) if name in names[:i]), None)
+        if len(set(names)) < len(names)
+        else None
+    )
+    if twice is not None:
+        what = f'the first line must name the columns, each once, and "{printable(twice[:100])}" stands there twice'
+        raise DataError(where, what, "rename one, or add a header such as prompt,chosen,rejected")
+    return names
+
+
+def _table_lines(source: Source) -> Iterator[str]:
+    """The lines of a table as text; a CR alone ends one too."""
+    for number, line in source.lines(blank=True):
+        for part in line.removesuffix(b"\r").split(b"\r"):
+            try:
+                yield part.decode("utf-8") + "\n"
+            except UnicodeDecodeError as error:
+                raise DataError(f"{source.name}:{number}", *not_utf8(part, error.start, source.name)) from error
+
+
+_NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
+
+
+def _delimiter(lines: Sequence[str], usual: str) -> str:
+    """What separates the fields, by the header and the rows behind it."""
+    given = re.fullmatch(r'"?sep=(.)"?\s*', lines[0], re.IGNORECASE) if lines else None
+    if given and given[1] in _NAMES:
+        return given[1]
+    found: dict[str, tuple[float, int]] = {}
+    for delimiter in (usual, *(d for d in _NAMES if d != usual)):
+        rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
+        header, rest = (rows[0], rows[1:] if len(rows) < 3 else rows[1:-1]) if rows else ([], [])
+        if len(header) > 1 and (delimiter == usual or all(re.fullmatch(r"[^,;\t|]*", name) for name in header)):
+            found[delimiter] = (sum(len(r) == len(header) for r in rest) / max(1, len(rest)), len(header))
+    if found.get(usual, (0.0, 0))[0] >= 0.5 or not found:
+        return usual
+    return max(found, key=lambda d: found[d])
+
+
+def read_parquet(stream: BinaryIO, name: str, bounds: Bounds) -> Rows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        file = pq.ParquetFile(stream, pre_buffer=False)
+        names, meta = file.schema_arrow.names, file.metadata
+        twice = next((n for i, n in enumerate(names) if n in names[:i]), None) if len(set(names)) < len(names) else None
+        if twice is not None:
+            what = f'the column "{printable(twice[:100])}" stands there twice'
+            raise DataError(name, what, "rename one and write the file again")
+        stream.seek(0, io.SEEK_END)
+        size = stream.tell()
+        claims = max(meta.num_rows, sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)))
+        if claims > max(SMALL, bounds.unpacked * size):
+            what = f"unpacks to more than {bounds.unpacked:g} times its size ({size:,} bytes give {claims:,})"
+            raise DataError(name, what, bounds.how("unpacked", "look at what it holds"))
+        for batch in file.iter_batches(batch_size=BATCH, use_threads=False):
+            if batch.nbytes > bounds.bytes:
+                for i in range(len(batch)):
+                    if batch.slice(i, 1).nbytes > bounds.bytes:
+                        what = f"is longer than {bounds.row_mb:g} MB"
+                        raise DataError(f"{name}: row {number + i + 1}", what, bounds.how("row_mb", "shorten it"))
+            for row in _batch(batch, name, number, pa):
+                number += 1
+                yield row
+    except DataError:
+        raise
+    except Exception as error:  # the library raises what it finds: its own kinds, and those of texts, numbers and dates
+        said = str(error).strip() or type(error).__name__
+        what = f"is not a readable Parquet file ({printable(said.splitlines()[0][:200])})"
+        raise DataError(name, what, "fetch or copy it again, or write it anew with pyarrow") from error
+
+
+def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
+    """The rows of a batch; where a value cannot be a Python object, cell by cell."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError, KeyError, TypeError, pa.ArrowException):
+        rows = None
+    for i in range(len(batch)):
+        if rows is not None:
+            yield Row(f"{name}: row {number + i + 1}", rows[i])
+            continue
+        where, values = f"{name}: row {number + i + 1}", {}
+        for column, cells in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                values[column] = _cell(cells[i], pa)
+            except Exception as error:
+                what = f'"{printable(column[:100])}" cannot be read ({printable(str(error).splitlines()[0][:200])})'
+                yield BadRow(where, what, "fix or drop the column", {k: str(v)[:SHOWN] for k, v in values.items()})
+                break
+        else:
+            yield Row(where, values)
+
+
+def _cell(cell: Any, pa: Any) -> Any:
+    """A value; a time that Python has no object for (a year beyond 9999, nanoseconds, an unknown zone) as Arrow writes it."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        raise ValueError("is not UTF-8") from error
+    except (ValueError, OverflowError, KeyError, TypeError, pa.ArrowException):
+        if not pa.types.is_temporal(cell.type):
+            raise
+        try:
+            return cell.cast(pa.string()).as_py()
+        except pa.ArrowException:
+            return str(cell.cast(pa.int64()).as_py())
