@@ -85,7 +85,7 @@ def _words(kind: Any) -> str:
 
 
 def _keys(section: type[BaseModel], prefix: str) -> tuple[Key, ...]:
-    found = []
+    found: list[Key] = []
     for name, info in section.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             found += _keys(info.annotation, f"{prefix}{name}.")
