@@ -25,6 +25,7 @@ from penchant.runs.record import reward_contents
 from penchant.training.checkpoint import latest_checkpoint
 
 LOOKED_AT = 1000  # rows whose lengths `misfit` reads
+ACTIVATIONS = 20  # numbers that a token keeps in a layer, for each unit of its width, roughly
 PROBE_ROOM = 0.9  # of the free memory: a probe that would need more is not taken
 
 
@@ -112,9 +113,6 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> 
         run.method.name, str(run.folder), _what_is_there(run.folder), settings, rows, work, parameters, memory, disk, reference,
         found, duration, tuple(notes),
     )  # fmt: skip
-
-
-ACTIVATIONS = 20  # numbers that a token keeps in a layer, for each unit of its width, roughly
 
 
 def misfit(run: Run) -> str | None:
