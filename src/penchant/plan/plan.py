@@ -116,7 +116,7 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> 
 
 
 def misfit(run: Run) -> str | None:
-    """What to know before the first step of a run that seems to need more memory than the machine has; None where it seems to fit.
+    """A warning for a run that seems to need more memory than the machine has; None where it seems to fit.
 
     Weights, gradients and moments are counted, activations roughly: the plan's own count takes longer than a start should.
     """
