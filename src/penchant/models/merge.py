@@ -31,6 +31,16 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").exists()
 
 
+def adapter_base(folder: Path) -> str | None:
+    """The base model that an adapter's folder names.
+
+    Raises:
+        ModelError: its adapter_config.json cannot be read.
+    """
+    named = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
+
+
 def model_sha256(folder: Path) -> str:
     """SHA-256 over names and content of a model folder's files: weights, config, tokenizer.
 

@@ -15,9 +15,8 @@ from penchant.base.text import closest
 from penchant.config import RunConfig, default_settings, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantError
 from penchant.logprobs.reference import default_cache_dir
-from penchant.models.folder import read_object
 from penchant.models.load import load_causal_model, weights_sha256
-from penchant.models.merge import is_adapter, merge_to_folder, merged_model, model_sha256
+from penchant.models.merge import adapter_base, is_adapter, merge_to_folder, merged_model, model_sha256
 from penchant.models.options import ModelConfig, looks_like_folder
 from penchant.runfolder import (
     CHECKPOINTS,
@@ -333,8 +332,8 @@ def _named_start(config: RunConfig) -> Source | None:
 
 
 def _of_adapter(given: str, path: Path, base: str | None) -> Source:
-    named = base or read_object(path / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
+    named = base or adapter_base(path)
+    if named is None:
         raise ModelError(given, "the adapter does not say what its base model is", "name it with --base")
     if looks_like_folder(named) and not Path(named).expanduser().is_dir():
         raise ModelError(given, f"its base model {named!r} is not there", "name the base with --base")
