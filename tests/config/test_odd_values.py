@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from penchant.config import RunConfig, load_config, page, parse_yaml
+from penchant.config import RunConfig, config_from_mapping, load_config, page, parse_yaml
 from penchant.errors import ConfigError, PenchantError
 from penchant.losses import LOSSES
 from penchant.runfolder.read import yaml_object
@@ -117,3 +118,8 @@ def test_numbers_that_no_run_can_have(tmp_path: Path, override: str) -> None:
     path.write_text(f"{BASE}{'algorithm: rloo' if override.startswith('algorithm') else ''}\nreward: words\n")
     with pytest.raises(ConfigError, match=override.partition("=")[0]):
         load_config(path, [override])
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    values = {"model": {"path": "m"}, "data": {"path": "d"}, "output": "o", "train": {"lr": np.float64(1e-4)}}
+    assert config_from_mapping(values).train.lr == 1e-4

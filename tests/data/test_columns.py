@@ -133,6 +133,21 @@ def test_a_slip_in_a_name_is_asked_about(tmp_path: Path, theirs: str, row: dict[
     assert found.columns is not None and not found.columns.unused
 
 
+@pytest.mark.parametrize("rare_at", [120, None])
+def test_a_mapped_column_may_come_late_but_not_never(tmp_path: Path, rare_at: int | None) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": f"Q{i}", "chosen": "A", "rejected": "B"} for i in range(150)]
+    if rare_at is not None:
+        rows[rare_at]["persona"] = "Be brief."
+    path, columns = written(tmp_path, *rows), {"system": "persona"}
+    assert len(load_preferences(path, columns=columns, limit=110).trees) == 110
+    if rare_at is None:
+        with pytest.raises(DataError, match='maps system to "persona", and there is no such column'):
+            load_preferences(path, columns=columns)
+        return
+    prompts = [tree.prompt for tree in load_preferences(path, columns=columns).trees]
+    assert prompts[119] == "Q119" and isinstance(prompts[120], tuple) and prompts[120][0].content == "Be brief."
+
+
 def test_a_shared_start_is_no_prompt_beside_another_text(tmp_path: Path) -> None:
     row = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
     assert load_preferences(written(tmp_path, {**row, "source": "web", "margin": "0.5"})).shape == "implicit_pairs"

@@ -111,6 +111,15 @@ def test_an_odd_folder_is_one_sentence(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_sizes_are_no_counts_and_a_folder_that_changes_is_looked_at_again(tmp_path: Path) -> None:
+    folder = Path(tiny_model_folder(tmp_path / "model"))
+    config(block_size=8192, layer_dim=65536)(folder)
+    check_folder(folder)
+    config(n_layers=10**6)(folder)
+    with pytest.raises(ModelError, match="n_layers is 1,000,000"):
+        check_folder(folder)
+
+
 def test_a_shard_that_is_gone_and_one_without_a_map(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors.index.json"
     for index, said in (

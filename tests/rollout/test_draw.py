@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from penchant.rollout.generate import draw, row_uniforms
+from penchant.errors import ModelError
+from penchant.rollout.generate import check_logps, draw, row_uniforms
 
 
 def _spread(rows: int) -> torch.Tensor:
@@ -75,3 +78,14 @@ def test_uniform_numbers_belong_to_seed_prompt_and_sample() -> None:
 def test_shapes_are_checked() -> None:
     with pytest.raises(ValueError, match="uniforms"):
         draw(torch.zeros(2, 3), torch.zeros(3, dtype=torch.float64), temperature=1.0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}])
+def test_damaged_logits_give_tokens_that_exist_and_are_refused_at_the_end(bad: float, how: dict[str, Any]) -> None:
+    logits = torch.zeros(3, 700)
+    logits[1, 5] = bad
+    tokens, logps = draw(logits, _spread(3), **how)
+    assert bool(((tokens >= 0) & (tokens < 700)).all()) and logps[[0, 2]].isfinite().all()
+    with pytest.raises(ModelError, match="logits are NaN or infinite"):
+        check_logps(logps)

@@ -170,7 +170,7 @@ def test_the_nearest_file_is_told_by_its_stem(tmp_path: Path) -> None:
     "columns,match",
     [
         ({"prompt": "quesiton"}, r'no such column; did you mean "question"\? there are bad, good, question'),
-        ({"promt": "question"}, r'none of our fields; did you mean "prompt"'),
+        ({"promt": "question"}, r'no such field; did you mean "prompt"'),
     ],
 )
 def test_a_slip_in_data_columns_is_named(columns: dict[str, str], match: str, tmp_path: Path) -> None:

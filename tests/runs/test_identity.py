@@ -16,8 +16,9 @@ from transformers.utils import chat_template_utils
 
 from penchant import api
 from penchant.errors import CheckpointError, ModelError, PenchantError
+from penchant.runfolder import keep
 from penchant.runs import Run
-from penchant.runs.find import find_model
+from penchant.runs.find import check_config, find_model
 from penchant.training.loop import Paused
 
 REWARD = """import sys
@@ -304,8 +305,16 @@ def test_an_adapters_base_that_was_trained_anew_is_refused_by_all_that_put_it_on
     tiny_model_folder(run.parent / "model", seed=5, chat=True)
     with pytest.raises(ModelError, match=r"model: its weights are not those that the adapter of .*run was trained on"):
         find_model(str(run)).load(torch.device("cpu"))
-    with pytest.raises(ModelError, match=r"its weights are not those that the adapter"):
-        api.export(run, to="adapter")
+    for form in ("adapter", "safetensors"):
+        with pytest.raises(ModelError, match=r"its weights are not those that the adapter"):
+            api.export(run, to=form)
+
+
+def test_a_changed_config_is_refused_also_where_nothing_else_says_what_it_was(tmp_path: Path) -> None:
+    keep(tmp_path / "config.resolved.yaml", "model: {path: a/b}\ndata: {path: rows.jsonl}\noutput: out\n")
+    (tmp_path / "config.resolved.yaml").write_text("model: {path: c/d}\ndata: {path: rows.jsonl}\noutput: out\n")
+    with pytest.raises(CheckpointError, match=r"was changed after the run wrote it; undo"):
+        check_config(tmp_path / "config.resolved.yaml")
 
 
 # ---- Today's date ----

@@ -68,14 +68,9 @@ def explain_all(
     found: dict[tuple[str, str], ConfigError] = {}
     for e in error.errors():
         p = _explain({**e, "loc": (*prefix, *e["loc"])}, places, source, suggest)
-        known = found.get((p.where, p.what))
-        if known is not None:  # a union of types reports each of its members
-            p = (
-                known
-                if p.how == known.how
-                else ConfigError(p.where, p.what, f"{known.how} or {p.how.removeprefix('give ')}")
-            )
-        found[p.where, p.what] = p
+        known = found.setdefault((p.where, p.what), p)
+        if p.how != known.how:  # a union of types reports each of its members
+            found[p.where, p.what] = ConfigError(p.where, p.what, f"{known.how} or {p.how.removeprefix('give ')}")
     first, *others = found.values()
     more = "".join(f"\n{p}" for p in others)
     if not first.how:

@@ -138,7 +138,7 @@ def plain_values(value: Any, depth: int = 0) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-MOST_NUMBER = {bool: 1, int: 2**63 - 1, float: 1e30}  # fp32 holds up to 3e38
+MOST_WHOLE, MOST_NUMBER = 2**63 - 1, 1e30  # fp32 holds up to 3e38
 MOST_TEXT = 4096  # characters: the longest path that Linux takes
 
 
@@ -158,10 +158,11 @@ def check_values(value: Any, places: Places, source: str, path: tuple[str, ...] 
     what, how = "", "give a number that a computer can hold"
     if isinstance(value, float) and not math.isfinite(value):
         what, how = f"is {value}", "give a finite number"
-    elif isinstance(value, (int, float)) and (
-        abs(value) > MOST_NUMBER[type(value)] or 0 < abs(value) < 1 / MOST_NUMBER[float]
-    ):
-        what = "is beyond every range" if abs(value) > 1 else "is nearly zero and not zero"
+    elif isinstance(value, (int, float)):
+        if abs(value) > (MOST_NUMBER if isinstance(value, float) else MOST_WHOLE):
+            what = "is beyond every range"
+        elif 0 < abs(value) < 1 / MOST_NUMBER:
+            what = "is nearly zero and not zero"
     elif isinstance(value, str):
         how = "give a shorter text without control characters"
         if len(value) > MOST_TEXT:

@@ -348,9 +348,11 @@ class Stream:
         if named:
             layout_named(shape)  # a mistake in its name is said before a file is read
         first = list(itertools.islice(stream, FIRST_ROWS))
-        _check_columns(first, name, columns or {})
+        self._absent = _check_columns(first, name, columns or {}, limit is None)
         if not named:
             shape, self.detection, columns = detected(first, name, columns or {}, layout_options or {})
+        if self._absent and limit is None:
+            stream = self._awaited(stream)
         stream = itertools.chain(first, stream)
         layout = layout_named(shape)
         options = layout.settings(layout_options or {})
@@ -364,6 +366,17 @@ class Stream:
         self._accepted = 0
         self._aside: list[Quarantined] = []
         self._digest = hashlib.sha256()
+
+    def _awaited(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
+        """The same rows; a column that data.columns names and that none of them has is refused at the end."""
+        there: set[str] = set()
+        for row in rows:
+            if self._absent and isinstance(row, Row):
+                there.update(map(str, row.values))
+                self._absent = {ours: theirs for ours, theirs in self._absent.items() if theirs not in there}
+            yield row
+        for ours, theirs in self._absent.items():
+            raise _no_column(self.name, ours, theirs, there)
 
     def _ask_about_names(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Stops where an unused column is a slip away from the name of one that would be read."""
@@ -415,22 +428,32 @@ class Stream:
         return Dataset(trees, self.shape, self.kind, total, aside, content, *more)
 
 
-def _check_columns(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str]) -> None:
-    """Refuse a mapping of columns with a slip on either side.
+def _check_columns(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str], whole: bool) -> dict[str, str]:
+    """The mapped columns that none of the first rows has; later rows may have them.
+
+    Args:
+        whole: the file is read to its end.
 
     Raises:
-        DataError: with what there is, and the nearest of it.
+        DataError: a typo on either side of the mapping, or there are no later rows.
     """
-    there = sorted({str(c) for r in first if isinstance(r, Row) for c in r.values})
+    there = {str(c) for r in first if isinstance(r, Row) for c in r.values}
     for ours, theirs in columns.items():
-        if there and theirs not in there:
-            what = f'data.columns maps {printable(ours)} to "{printable(theirs)}", and there is no such column'
-            near = closest(theirs, there)
-            how = f'did you mean "{printable(near)}"? ' if near else ""
-            raise DataError(name, what, f"{how}there are {', '.join(map(printable, there))}")
         if near := near_name(ours):
-            what = f'data.columns has "{printable(ours)}" in front of {printable(theirs)}, which is none of our fields'
+            what = f'data.columns maps "{printable(ours)}" to {printable(theirs)}, and there is no such field'
             raise DataError(name, what, f'did you mean "{near}"?')
+    absent = {ours: theirs for ours, theirs in columns.items() if there and theirs not in there}
+    for ours, theirs in absent.items():
+        if (whole and len(first) < FIRST_ROWS) or closest(theirs, there, 0.8):
+            raise _no_column(name, ours, theirs, there)
+    return absent
+
+
+def _no_column(name: str, ours: str, theirs: str, there: Iterable[str]) -> DataError:
+    what = f'data.columns maps {printable(ours)} to "{printable(theirs)}", and there is no such column'
+    near = closest(theirs, there)
+    how = f'did you mean "{printable(near)}"? ' if near else ""
+    return DataError(name, what, f"{how}there are {', '.join(map(printable, sorted(there)))}")
 
 
 def _map_it(ours: str, theirs: str) -> str:

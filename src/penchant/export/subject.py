@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,18 @@ class Subject:
         if self.adapter is None:
             return load_causal_model(ModelConfig(path=str(self.folder)), CPU).eval()
         base = load_causal_model(self.base, CPU, self.config.train.seed)
-        if self.base.init == "pretrained":
-            check_base(self.run, base)
+        check_base(self.run, self.base, base)
         return with_adapter(base, self.adapter)
 
     def whole(self) -> Any:
         """The model by itself, in fp32: an adapter is merged into it."""
         if self.reward:
             return self.own()
-        seed = self.config.train.seed
-        model = self.own() if self.adapter is None else merged_model(self.base, self.adapter, CPU, seed).eval()
+        if self.adapter is None:
+            model = self.own()
+        else:
+            check = partial(check_base, self.run, self.base)
+            model = merged_model(self.base, self.adapter, CPU, self.config.train.seed, check).eval()
         name_ends(model, self.tokenizer())
         return model
 

@@ -17,7 +17,7 @@ from penchant.models.load import load_tokenizer
 from penchant.models.merge import is_adapter
 from penchant.models.options import ModelConfig, check_model_path
 from penchant.models.reward import is_encoder, load_model_config
-from penchant.runs.find import model_behind
+from penchant.runs.find import model_of
 from penchant.types import Prompt
 
 SAMPLE = 2000  # rows that are tokenized
@@ -177,9 +177,9 @@ def look_at_model(path: str) -> ModelFacts:
     """
     from penchant.plan.outline import outline, parameter_counts
 
-    behind = model_behind(path)
-    if behind is not None and not is_adapter(behind[0]):
-        return replace(look_at_model(str(behind[0])), path=path)
+    named = model_of(path)
+    if named is not None and not is_adapter(named[0]):
+        return replace(look_at_model(str(named[0])), path=path)
     try:
         check_model_path(path)
         config = load_model_config(path)

@@ -10,7 +10,7 @@ import re
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,8 @@ CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 READ = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
 SMALL, LARGE = 64 << 20, 512 << 20  # bytes of a JSON file or a template, and of a tokenizer
-# the most of what is built one by one, by what a key of config.json is called: a thousand times what any model has
+# the most of what is built one by one, by what a key of config.json is called (but for a size): a thousand times what any model has
+SIZE = re.compile("size|dim|width|length", re.IGNORECASE)
 COUNTED = {"layer": 2_000, "block": 2_000, "expert": 100_000, "label": 1_000_000}
 MOST_TOKENS = 1 << 24
 ROOM = 1 << 24  # elements that a model may have beside its files': new heads, tables of positions
@@ -84,9 +85,15 @@ def check_folder(folder: Path) -> None:
     Raises:
         ModelError: a file that nobody could load, or that would have more built than any model has.
     """
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.iterdir()):
+    if folder.is_dir():
+        files = sorted(folder.iterdir())
+        stats = [path.stat() if path.exists() else None for path in files]
+        _check_files(folder, tuple((p, s and (s.st_size, s.st_mtime_ns)) for p, s in zip(files, stats, strict=True)))
+
+
+@lru_cache(maxsize=32)  # each loader looks at the folder first, and a tokenizer.json may have 30 MB
+def _check_files(folder: Path, files: Sequence[tuple[Path, tuple[int, int] | None]]) -> None:
+    for path, _ in files:
         if path.name.endswith(".index.json"):
             _check_index(path)
         elif path.name in CONFIGS:
@@ -141,7 +148,8 @@ def _check_numbers(path: Path, values: Any, key: str = "") -> None:
         for value in values:
             _check_numbers(path, value, key)
     elif isinstance(values, int) and not isinstance(values, bool):
-        most = next((most for word, most in COUNTED.items() if word in key.lower()), 2**63 - 1)
+        counts = {} if SIZE.search(key) else COUNTED
+        most = next((most for word, most in counts.items() if word in key.lower()), 2**63 - 1)
         if abs(values) > most:
             raise ModelError(str(path), f"{key} is {_short(values)} (at most {most:,})", "get it again")
 

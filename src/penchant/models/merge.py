@@ -31,6 +31,16 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").exists()
 
 
+def adapter_base(folder: Path) -> str | None:
+    """The base model that an adapter's folder names.
+
+    Raises:
+        ModelError: its adapter_config.json cannot be read.
+    """
+    named = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
+
+
 def model_sha256(folder: Path) -> str:
     """SHA-256 over names and content of a model folder's files: weights, config, tokenizer.
 
@@ -51,13 +61,13 @@ def merged_model(
     adapter: Path,
     device: torch.device,
     seed: int = 0,
-    check: Callable[[Any], None] = lambda _: None,
+    check: Callable[[Any], None] | None = None,
 ) -> Any:
     """The base model in fp32 with the adapter merged in: ``W + (alpha / r) B A``.
 
     Args:
         base: of the run that trained the adapter; seed: of that run (it matters where the base starts from random weights).
-        check: looks at the base alone, and raises where it is another one.
+        check: gets the base alone, and raises if it is another one.
 
     Raises:
         ModelError: not an adapter of a causal model, or the merged model's logits differ from the unmerged one's.
@@ -68,7 +78,8 @@ def merged_model(
     if kind != "CAUSAL_LM":
         raise ModelError(str(adapter), f"an adapter of type {kind} is no language model", "name another stage")
     bare = load_causal_model(base, device, seed)
-    check(bare)
+    if check is not None:
+        check(bare)
     model = with_adapter(bare, adapter)
     before = _probe(model)
     merged = base_model_of(model.merge_and_unload(safe_merge=True))  # type: ignore[operator]
@@ -106,7 +117,7 @@ def quiet_peft() -> Iterator[None]:
 
 
 def merge_to_folder(
-    base: ModelConfig, adapter: Path, folder: Path, seed: int = 0, check: Callable[[Any], None] = lambda _: None
+    base: ModelConfig, adapter: Path, folder: Path, seed: int = 0, check: Callable[[Any], None] | None = None
 ) -> Path:
     """The merged model as a folder that `transformers` loads; made once, and again when base, adapter or folder has changed.
 

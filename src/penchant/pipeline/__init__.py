@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from penchant.base.section import Section
-from penchant.base.text import did_you_mean
+from penchant.base.text import did_you_mean, repeated
 from penchant.config import Places, RunConfig, apply_overrides, merged, place_of
 from penchant.config.several import Member, read_section, read_top, read_values
 from penchant.errors import ConfigError
@@ -96,8 +96,7 @@ class CompareConfig(Section):
     @field_validator("models")
     @classmethod
     def _at_least_two(cls, models: list[str]) -> list[str]:
-        twice = sorted({m for m in models if models.count(m) > 1})
-        if twice:
+        if twice := sorted(repeated(models)):
             raise ValueError(f"{', '.join(twice)} stands there twice")
         if len(models) < 2:
             raise ValueError("name at least two stages, the one to compare with first")

@@ -40,7 +40,8 @@ def draw(
         top_k: of so many most likely tokens, 0 for all (before top_p, which then counts their probabilities only).
 
     Returns:
-        tokens (B,) int64, and their log-probs (B,) under ``softmax(logits / temperature)``, before top-k and top-p.
+        tokens (B,) int64, and their log-probs (B,) under ``softmax(logits / temperature)``, before top-k and top-p; NaN where
+        logits are NaN or infinite (`check_logps`).
     """
     if logits.ndim != 2 or uniforms.shape != logits.shape[:1]:
         raise ValueError(f"logits (B, V) and uniforms (B,) are wanted, not {logits.shape} and {uniforms.shape}")
@@ -54,8 +55,6 @@ def draw(
     top = logits.amax(-1, keepdim=True)
     weights = (logits - top).exp_()  # unnormalized probabilities: at least one is 1
     total = weights.sum(-1)
-    if not bool(total.isfinite().all()):
-        raise ModelError("model", "its logits are NaN or infinite", "its weights are damaged, or training diverged")
     if top_k or top_p < 1.0:
         tokens = _draw_among_likely(weights, total, uniforms, top_p, top_k)
     else:
@@ -64,19 +63,25 @@ def draw(
     return tokens, chosen - top.squeeze(1) - total.log()
 
 
+def check_logps(logps: Tensor) -> None:
+    """Refuse log-probs of drawn tokens that are NaN or infinite (ModelError); this waits for the device, so not for each token."""
+    if not bool(logps.isfinite().all()):
+        raise ModelError("model", "its logits are NaN or infinite", "its weights are damaged, or training diverged")
+
+
 def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The first index whose cumulative weight exceeds ``u * total``; never one of weight zero."""
+    """The first index whose cumulative weight exceeds ``u * total``; never one of weight zero. Of NaN it is the last one."""
     short = -weights.shape[1] % _BLOCK
     blocks = (F.pad(weights, (0, short)) if short else weights).view(len(weights), -1, _BLOCK)
     ends = blocks.sum(-1).double().cumsum(-1)
     goal = _below(uniforms * ends[:, -1], ends[:, -1])
-    block = torch.searchsorted(ends, goal[:, None], right=True)
+    block = torch.searchsorted(ends, goal[:, None], right=True).clamp(max=ends.shape[1] - 1)
     starts = F.pad(ends, (1, 0))
     goal = goal - starts.gather(1, block).squeeze(1)
     inside = blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK)).squeeze(1).double().cumsum(-1)
     goal = _below(goal.clamp(min=0.0), inside[:, -1])
     at = torch.searchsorted(inside, goal[:, None], right=True)
-    return (block * _BLOCK + at).squeeze(1)
+    return (block * _BLOCK + at).squeeze(1).clamp(max=weights.shape[1] - 1)
 
 
 def _below(goal: Tensor, total: Tensor) -> Tensor:
@@ -175,6 +180,7 @@ class Written:
         return tokens, ~ended & (at + 1 < self.settings.max_new_tokens)
 
     def samples(self) -> list[list[Sample]]:
+        check_logps(self.logps)
         rows = [
             Sample(ids[:length], logps[:length], finished)
             for ids, logps, length, finished in zip(

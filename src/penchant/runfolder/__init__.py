@@ -41,7 +41,7 @@ SWEEP, PIPELINE = "sweep.json", "pipeline.json"  # of a sweep's and a pipeline's
 
 
 def stands_for_model(folder: Path) -> bool:
-    """Whether a folder is a run's, a checkpoint's or an adapter's: none that transformers loads, but there is a model behind it."""
+    """Whether a folder is a run's, a checkpoint's or an adapter's: transformers does not load it, but it leads to a model."""
     inside = folder.name.startswith("step-") and (folder / "model").is_dir()
     return inside or any((folder / name).exists() for name in (CONFIG, CHECKPOINTS, "adapter_config.json"))
 
@@ -269,9 +269,7 @@ def open_run(
     new = [key for key in mine if theirs is not None and key.startswith(CONTENT) and key not in theirs]
     if new:
         told = ", ".join(key.removeprefix(CONTENT) for key in new)
-        notes.append(
-            f"{folder}: is of an older version, which did not keep what this was, so it counts as unchanged: {told}"
-        )
+        notes.append(f"{folder}: an older version made it, which did not record this; it is taken as unchanged: {told}")
     keep(folder / IDENTITY, json.dumps(mine, indent=1))
     keep(folder / CONFIG, resolved_config)
     return notes

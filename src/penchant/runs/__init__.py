@@ -46,7 +46,7 @@ from penchant.runfolder import (
 from penchant.runfolder.read import read
 from penchant.runfolder.values import mapping, number_of
 from penchant.runs.evaluating import HeldOut, prompts_of, writes_completions
-from penchant.runs.find import settled
+from penchant.runs.find import with_model_folders
 from penchant.runs.parts import Built, build, checkpoint_bytes, peak_lr, placed, remarks, start_key, write_model
 from penchant.runs.record import (
     contents_of,
@@ -93,7 +93,7 @@ class Run:
         shared: keeps what other runs of this process can use as it is; it changes no figure.
         pause_at: an optimizer step at which training pauses, see `Loop`; a later call goes on from there.
         console: where progress goes, in place of the terminal; tokenizer: in place of the config's; rows: in place of those it would read.
-        look: says before the first model is loaded what stands against training, see `penchant.plan.misfit`.
+        look: returns, before the first model is loaded, a sentence on why the run may not fit, see `penchant.plan.misfit`.
         cache: False leaves the files of a cached reference alone: it is computed anew.
     """
 
@@ -113,8 +113,8 @@ class Run:
         look: Callable[[Run], str | None] | None = None,
     ) -> None:
         self.console = make_console(quiet) if console is None else console
-        settled_config = settled(with_absolute_paths(config), self.console.note, merge=self.merges)
-        self.config = config = within_context(settled_config, self.console.note)
+        config = with_model_folders(with_absolute_paths(config), self.console.note, merge=self.merges)
+        self.config = config = within_context(config, self.console.note)
         self.method = config.method
         self.folder = Path(config.output)
         self.shared = Alone() if shared is None else shared

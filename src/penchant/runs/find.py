@@ -15,9 +15,8 @@ from penchant.base.text import closest
 from penchant.config import RunConfig, default_settings, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantError
 from penchant.logprobs.reference import default_cache_dir
-from penchant.models.folder import read_object
 from penchant.models.load import load_causal_model, weights_sha256
-from penchant.models.merge import is_adapter, merge_to_folder, merged_model, model_sha256
+from penchant.models.merge import adapter_base, is_adapter, merge_to_folder, merged_model, model_sha256
 from penchant.models.options import ModelConfig, looks_like_folder
 from penchant.runfolder import (
     CHECKPOINTS,
@@ -70,9 +69,10 @@ class Source:
     def load(self, device: torch.device) -> Any:
         """The model in fp32; an adapter is merged into its base."""
         if self.adapter is not None:
-            if self.folder is None or self.run is None or self.base != self.run.model or self.base.init == "random":
-                return merged_model(self.base, self.adapter, device, self.seed)
-            return merged_model(self.base, self.adapter, device, self.seed, partial(check_base, self.folder))
+            check = None
+            if self.folder is not None and self.run is not None and self.base == self.run.model:
+                check = partial(check_base, self.folder, self.base)
+            return merged_model(self.base, self.adapter, device, self.seed, check)
         return load_causal_model(self.base, device, self.seed)
 
 
@@ -136,12 +136,14 @@ def _config_of(folder: Path, overrides: Sequence[str]) -> RunConfig:
     return config.model_copy(update={"output": str(folder.resolve())})  # it may have been moved
 
 
-def check_base(run: Path, model: Any) -> None:
-    """A loaded model is the one that a run's adapter was trained on, as far as the run's manifest says it.
+def check_base(run: Path, base: ModelConfig, model: Any) -> None:
+    """Check that `model`, loaded from `base`, is the one that the run's adapter was trained on, as far as its manifest says.
 
     Raises:
         ModelError: it is another one.
     """
+    if base.init == "random":  # another processor draws other weights
+        return
     known = read(run).manifest if is_whole(run / MANIFEST) else {}
     start = mapping(known.get("model"))
     dtype = getattr(torch, text(mapping(known.get("hardware")).get("dtype")), None)
@@ -163,18 +165,18 @@ def check_config(path: Path) -> None:
     """
     if is_whole(path):
         return
-    known = read(path.parent).identity.get("config") if is_whole(path.parent / IDENTITY) else None
+    known = mapping(read(path.parent).identity.get("config")) if is_whole(path.parent / IDENTITY) else {}
     try:
         now = run_identity(with_absolute_paths(load_config(path)), [], {})["config"]
         found = differences(known, now, defaults=default_settings()) if known else []
-        said = f" ({'; '.join(found[:3])}{'; ...' if found[3:] else ''})"
+        if known and not found:
+            return  # only comments, or settings that change no figure
     except PenchantError as error:
-        known, found, said = None, [], f" (it cannot be read: {error.what})"
-    if known and not found:
-        return  # comments, or what only watches
+        found = [f"it cannot be read: {error.what}"]
+    said = f" ({'; '.join(found[:3])}{'; ...' if found[3:] else ''})" if found else ""
     raise CheckpointError(
         str(path),
-        f"was changed after the run wrote it{said if found or known is None else ''}",
+        f"was changed after the run wrote it{said}",
         f"undo that and give other settings on the command line, or run penchant train with the run's own config, which writes it again; "
         f"to have it taken as it is now, delete {SUMS} beside it",
     )
@@ -183,17 +185,16 @@ def check_config(path: Path) -> None:
 # ---- A config may name a run, a checkpoint or an adapter where a model is asked for ----
 
 
-def model_behind(given: str) -> tuple[Path, RunConfig | None] | None:
-    """The model's (or adapter's) folder that a run's, a checkpoint's or an adapter's folder means, and the run's config.
+def model_of(given: str | None) -> tuple[Path, RunConfig | None] | None:
+    """The folder of the model or adapter in a run's, a checkpoint's or an adapter's folder, and the run's config.
 
-    Of a run it is the best checkpoint where that is tracked and kept, else the last, as a pipeline's ``stage:NAME``; None: it is a
-    model's folder, a hub id, or a stage.
+    Of a run it is the best checkpoint where that is tracked and kept, else the last, as for a pipeline's ``stage:NAME``. None for
+    everything else: a model's folder, a hub id, a stage.
 
     Raises:
         CheckpointError: a run without a checkpoint.
     """
-    path = Path(given).expanduser()
-    if not path.is_dir() or not stands_for_model(path):
+    if given is None or not stands_for_model(path := Path(given).expanduser()):
         return None
     run = find_run(given, "last")
     if run is None:
@@ -203,40 +204,43 @@ def model_behind(given: str) -> tuple[Path, RunConfig | None] | None:
     return model_folder(Path(config.output), inside), with_absolute_paths(config)
 
 
-def settled(config: RunConfig, say: Callable[[str], None] = lambda _: None, *, merge: bool = True) -> RunConfig:
-    """The same config with every model that it names as a folder that transformers loads: before anything is read or trained.
+def with_model_folders(
+    config: RunConfig, say: Callable[[str], None] = lambda _: None, *, merge: bool = True
+) -> RunConfig:
+    """The same config with each model that it names replaced by a folder that transformers loads.
 
     Args:
-        say: told what a run's or an adapter's folder was taken for; merge: an adapter is merged into its base, which stands in
-            ``RUN/merged/step-N`` (of an adapter by itself: in the cache) and is made once; False takes the base in its place, which
-            has the same shapes.
+        say: gets a line for each run's or adapter's folder that was replaced.
+        merge: merge an adapter into its base, once, in ``RUN/merged/step-N`` (in the cache for an adapter without a run); False
+            takes the base alone, which has the same shapes.
 
     Raises:
         CheckpointError: a run without a checkpoint. ModelError: an adapter that cannot be merged.
     """
-    named = {"model.path": config.model.path, "reference.path": config.reference.path}
-    found = {key: path if path is None else _settled(key, path, say, merge) for key, path in named.items()}
-    tokenizer = config.model.tokenizer
-    behind = None if tokenizer is None else model_behind(tokenizer)
-    model = {"path": found["model.path"], "tokenizer": tokenizer if behind is None else str(behind[0])}
-    if not merge and tokenizer is None and (adapter := model_behind(config.model.path)) is not None:
-        model["tokenizer"] = str(adapter[0])
+    path, tokenizer, reference = config.model.path, config.model.tokenizer, config.reference.path
+    adapter_too = tokenizer is None and not merge  # the base's folder may have another tokenizer
+    own = model_of(path if adapter_too else tokenizer)
+    model = {
+        "path": _model_folder("model.path", path, say, merge),
+        "tokenizer": tokenizer if own is None else str(own[0]),
+    }
+    reference = None if reference is None else _model_folder("reference.path", reference, say, merge)
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=model),
-            "reference": config.reference.model_copy(update={"path": found["reference.path"]}),
+            "reference": config.reference.model_copy(update={"path": reference}),
         }
     )
 
 
-def _settled(key: str, given: str, say: Callable[[str], None], merge: bool) -> str:
-    behind = model_behind(given)
-    if behind is None:
+def _model_folder(key: str, given: str, say: Callable[[str], None], merge: bool) -> str:
+    found = model_of(given)
+    if found is None:
         return given
-    folder, run = behind
+    folder, run = found
     if not is_adapter(folder):
         if Path(given).expanduser().resolve() != folder.resolve():
-            say(f"{key}: {given} stands for {folder}")
+            say(f"{key}: {given} means {folder}")
         return str(folder)
     if run is not None:
         base, seed, target = run.model, run.train.seed, Path(run.output) / "merged" / folder.parent.name
@@ -246,10 +250,8 @@ def _settled(key: str, given: str, say: Callable[[str], None], merge: bool) -> s
     if not merge:
         return str(target) if target.is_dir() else base.path
     say(f"{key}: the adapter of {folder} merged into {base.path} is {target}")
+    check = None if run is None else partial(check_base, Path(run.output), base)
     with writing(target):
-        check = (
-            partial(check_base, Path(run.output)) if run is not None and base.init == "pretrained" else lambda _: None
-        )
         return str(merge_to_folder(base, folder, target, seed, check))
 
 
@@ -295,7 +297,7 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
     Raises:
         CheckpointError: no such checkpoint. ConfigError: a reward model, or a base for what is no adapter.
     """
-    config = settled(with_absolute_paths(config))
+    config = with_model_folders(with_absolute_paths(config))
     folder, given = Path(config.output), given or config.output
     if config.method.learns_reward:
         raise ConfigError(
@@ -330,8 +332,8 @@ def _named_start(config: RunConfig) -> Source | None:
 
 
 def _of_adapter(given: str, path: Path, base: str | None) -> Source:
-    named = base or read_object(path / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
+    named = base or adapter_base(path)
+    if named is None:
         raise ModelError(given, "the adapter does not say what its base model is", "name it with --base")
     if looks_like_folder(named) and not Path(named).expanduser().is_dir():
         raise ModelError(given, f"its base model {named!r} is not there", "name the base with --base")

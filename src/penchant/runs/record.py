@@ -22,7 +22,9 @@ from penchant.base.text import redact, without_passwords
 from penchant.config import WATCHING_ONLY, RunConfig
 from penchant.data.cached import AUTO_BYTES, hashes_of
 from penchant.data.load import turns_of
+from penchant.errors import ModelError
 from penchant.logprobs.reference import hash_trees
+from penchant.models.merge import adapter_base, is_adapter
 from penchant.rewards.reward_model import content_sha256, contents_beside
 from penchant.runfolder import CONTENT, IDENTITY, TOKENS, is_whole, keep
 from penchant.runfolder.read import read
@@ -136,9 +138,8 @@ def model_contents(config: RunConfig) -> dict[str, str]:
     for key, path, patterns in asked:
         for at, folder in _model_folders(key, path):
             files = sorted(p for p in folder.iterdir() if p.is_file() and any(t.fullmatch(p.name) for t in patterns))
-            large = {
-                p for p in files if p.stat().st_size >= AUTO_BYTES
-            }  # these are read once, and told by size and times after that
+            # a large file is read once; after that its size and times say whether it has changed
+            large = {p for p in files if p.stat().st_size >= AUTO_BYTES}
             sums = {p: hashes_of([p])[0] if p in large else file_sha256(p) for p in files}
             found |= {f"content of {at}: {p.name}": sha256 for p, sha256 in sums.items()}
     return found
@@ -150,19 +151,17 @@ def _model_folders(key: str, path: str | None) -> Iterator[tuple[str, Path]]:
     if folder is None or not folder.is_dir():
         return
     yield key, folder
-    with suppress(OSError, ValueError, AttributeError):
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if isinstance(base, str) and base != path and not key.startswith("the base of the base"):
-            yield from _model_folders(f"the base of {key}", base)
+    if is_adapter(folder) and not key.startswith("the base of the base"):
+        with suppress(ModelError):  # what loads the adapter says so
+            base = adapter_base(folder)
+            yield from _model_folders(f"the base of {key}", None if base == path else base)
 
 
 def changed_since(folder: Path, config: RunConfig) -> list[str]:
     """A sentence for each thing beside config and rows that a run was trained with and is another now, or gone."""
     theirs, mine = read(folder).identity if is_whole(folder / IDENTITY) else {}, contents_of(config)
     kept = {key: value for key, value in theirs.items() if key.startswith(CONTENT) and key != TOKENS}
-    of_both = {key.partition(": ")[0] for key in kept} & {
-        key.partition(": ")[0] for key in mine
-    }  # not what was overridden
+    of_both = {key.partition(": ")[0] for key in kept} & {key.partition(": ")[0] for key in mine}  # not overridden
     asked = {*kept, *mine} if TOKENS in theirs else {*kept}
     names = [key for key in sorted(asked) if mine.get(key) != kept.get(key) and key.partition(": ")[0] in of_both]
     so = f"has changed since {folder.name} was trained with it: these figures are of what it is now."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from penchant.models.cpu.decode import FastDecoder, can_decode_fast
-from penchant.rollout.generate import draw, row_uniforms
+from penchant.rollout.generate import check_logps, draw, row_uniforms
 from penchant.serve.model import ChatModel
 
 
@@ -179,7 +179,8 @@ class Stream:
             counts = self._counts[self._rows]
             logits = logits - s.frequency * counts - s.presence * (counts > 0)
         uniforms = self._uniforms[self._rows, self._step]
-        tokens, _ = draw(logits, uniforms, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k)
+        tokens, logps = draw(logits, uniforms, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k)
+        check_logps(logps)
         if self._counts is not None:
             self._counts[self._rows, tokens] += 1
         return tokens

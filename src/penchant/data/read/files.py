@@ -9,7 +9,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from penchant.base.text import closest_file, printable
+from penchant.base.text import closest_file, printable, repeated
 from penchant.errors import DataError
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
@@ -110,7 +110,7 @@ def _pattern(path: str, file: Path) -> list[Path] | None:
     if glob.has_magic(path):
         names = sorted(n for n in glob.glob(str(file), recursive=True) if not os.path.isdir(n))
         if not names:
-            raise DataError(path, "no file has a name like this", "check the pattern, and where you start from")
+            raise DataError(path, "no file matches the pattern", "check the pattern, and where you start from")
         return [f for name in names for f in find_files(glob.escape(name) if name == path else name) or ()]
     if _looks_like_hub_id(path):
         return None
@@ -148,20 +148,15 @@ def named_files(path: str | Sequence[str]) -> list[tuple[str, Path | None]]:
         found = find_files(str(one))
         named += [(str(one), None)] if found is None else [(os.path.abspath(f), f) for f in found]
     full = [name for name, _ in named]
-    twice = (
-        next((name for i, name in enumerate(full) if name in full[:i]), None) if len(set(full)) < len(full) else None
-    )
-    if twice is not None:
-        raise DataError(twice, "is named twice", "name each file once; train.epochs says how often rows are seen")
+    if twice := repeated(full):
+        raise DataError(twice[0], "is named twice", "name each file once; train.epochs says how often rows are seen")
     deep, names = [1] * len(full), full
     while True:
         names = [n if f is None else "/".join(Path(n).parts[-k:]) for (n, f), k in zip(named, deep, strict=True)]
         if len(set(names)) == len(names):
             return [(name, file) for name, (_, file) in zip(names, named, strict=True)]
-        counts: dict[str, int] = {}
-        for name in names:
-            counts[name] = counts.get(name, 0) + 1
-        deep = [k + (counts[name] > 1) for name, k in zip(names, deep, strict=True)]
+        same = set(repeated(names))
+        deep = [k + (name in same) for name, k in zip(names, deep, strict=True)]
 
 
 def ending(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Rows of JSON text: line by line, lists, objects over several lines, one behind the other."""
+"""Rows of JSON text: line by line, lists, objects over several lines, one after the other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from penchant.base.text import printable
+from penchant.base.text import printable, repeated
 from penchant.data.read.files import ending
 from penchant.data.read.source import CHUNK, SHOWN, BadRow, Bounds, Row, Rows, Source, not_utf8
 from penchant.errors import DataError
@@ -78,7 +78,7 @@ def _json_lines(source: Source) -> Rows:
 
 
 class _Decoder:
-    """Reads JSON as `json` does, and says what `json` passes over: keys that stand twice, and numbers that Python does not make."""
+    """Reads JSON as `json` does, and says what `json` passes over: repeated keys, and numbers that Python does not make."""
 
     def __init__(self) -> None:
         self.odd: tuple[str, str] | None = None  # what is wrong with what was read last, and how to fix it
@@ -102,9 +102,7 @@ class _Decoder:
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1) if len(names) < 1000 else "..."
-            self.odd = f'the key "{printable(twice[:100])}" stands twice in an object', "keep one of them"
+            self.odd = _twice(repeated(name for name, _ in pairs)[0])
         return made
 
     def _integer(self, digits: str) -> int:
@@ -115,6 +113,10 @@ class _Decoder:
             return 0
 
 
+def _twice(key: str) -> tuple[str, str]:
+    return f'an object has the key "{printable(key[:100])}" twice', "keep one of them"
+
+
 def _json_line(where: str, text: str, bounds: Bounds, decoder: _Decoder) -> Row | BadRow:
     at = _skip(text, 0)
     try:
@@ -123,7 +125,7 @@ def _json_line(where: str, text: str, bounds: Bounds, decoder: _Decoder) -> Row 
             raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            what = f"goes on behind the JSON value (column {_skip(text, error.pos) + 1})"
+            what = f"has more text after the JSON value (column {_skip(text, error.pos) + 1})"
             return BadRow(where, what, "write one row a line", text[:SHOWN])
         cut = error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg
         what = "the line ends in the middle of a JSON value" if cut else f"is not valid JSON (column {error.colno})"
@@ -180,7 +182,7 @@ def _skip(text: str, at: int) -> int:
 
 
 class _Values:
-    """The JSON values of a file, one behind the other, in blocks."""
+    """The JSON values of a file, one after the other, read in blocks."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.name, self.bounds = source, source.name, source.bounds
@@ -207,7 +209,7 @@ class _Values:
                 if row is not None:
                     yield row
             else:
-                what = f"is not JSON, behind a JSON {kind}" if kind else "is not JSON"
+                what = f"is not JSON, after a JSON {kind}" if kind else "is not JSON"
                 raise DataError(self._place(), what, "give a list of objects, or JSONL")
 
     def _no_list(self, names: Sequence[str]) -> DataError:
@@ -257,7 +259,7 @@ class _Values:
             if held > self.bounds.bytes:
                 raise self.source.too_long(f"{self.name}:{line}", "the object")
             if key in found:
-                odd = f'the key "{printable(key[:100])}" stands twice in an object', "keep one of them"
+                odd = _twice(key)
             odd = odd or wrong
             found[key] = value
         self._at += 1

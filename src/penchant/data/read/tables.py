@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, BinaryIO
 
-from penchant.base.text import printable
+from penchant.base.text import printable, repeated
 from penchant.data.read.files import ending
 from penchant.data.read.source import HEAD, SHOWN, SMALL, BadRow, Bounds, Row, Rows, Source, not_utf8
 from penchant.errors import DataError
@@ -67,13 +67,8 @@ def read_csv(source: Source) -> Rows:
 def _header(fields: Sequence[str], where: str) -> list[str]:
     """The columns' names; one without a name is called by its number."""
     names = [name if name.strip() else f"column {i}" for i, name in enumerate(fields, 1)]
-    twice = (
-        next((name for i, name in enumerate(names) if name in names[:i]), None)
-        if len(set(names)) < len(names)
-        else None
-    )
-    if twice is not None:
-        what = f'the first line must name the columns, each once, and "{printable(twice[:100])}" stands there twice'
+    if twice := repeated(names):
+        what = f'the first line must name the columns, each once, and it has "{printable(twice[0][:100])}" twice'
         raise DataError(where, what, "rename one, or add a header such as prompt,chosen,rejected")
     return names
 
@@ -115,9 +110,8 @@ def read_parquet(stream: BinaryIO, name: str, bounds: Bounds) -> Rows:
     try:
         file = pq.ParquetFile(stream, pre_buffer=False)
         names, meta = file.schema_arrow.names, file.metadata
-        twice = next((n for i, n in enumerate(names) if n in names[:i]), None) if len(set(names)) < len(names) else None
-        if twice is not None:
-            what = f'the column "{printable(twice[:100])}" stands there twice'
+        if twice := repeated(names):
+            what = f'has two columns named "{printable(twice[0][:100])}"'
             raise DataError(name, what, "rename one and write the file again")
         stream.seek(0, io.SEEK_END)
         size = stream.tell()
