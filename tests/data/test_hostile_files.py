@@ -134,6 +134,7 @@ def tried(folder: Path, made: Made, many: int | None) -> str:
             made[0] == "a.jsonl"
             and made[1][:2] != b"\x1f\x8b"
             and not any(line.lstrip(b" \xef\xbb\xbf\r").startswith(b"[") for line in lines)
+            and not any(line.strip(b" \xef\xbb\xbf\r") == b"{" for line in lines)  # an object over several lines
         ):
             physical = made[1] if b"\n" in made[1] else made[1].replace(b"\r", b"\n")
             assert len(read) >= 1
