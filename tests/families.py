@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+from penchant.losses import LOSSES
 from penchant.metrics.heldout import heldout_metrics, score_heldout
 from penchant.types import Algorithm, TokenTree
 
@@ -115,3 +117,15 @@ def evaluate_heldout(algorithm: Algorithm, trees: Sequence[TokenTree], tokens_pe
     device = torch.device("cpu")
     scored, order = score_heldout(algorithm, trees, shared=True, tokens_per_step=tokens_per_step, device=device)
     return heldout_metrics(algorithm, scored, [trees[i] for i in order])
+
+
+def losses_by_default() -> list[Any]:
+    """Every loss that is computed from a micro-batch alone, as parameters of a test: one of each kind of pass by default, the others slow."""
+    kinds: set[Any] = set()
+    found = []
+    for name, spec in LOSSES.items():
+        if "z0" not in spec.needs:  # one number of the whole step
+            kind = spec.needs & {"shared_logps", "alignment", "batch", "divergence"}
+            found.append(pytest.param(name, marks=[pytest.mark.slow] if kind in kinds else []))
+            kinds.add(kind)
+    return found

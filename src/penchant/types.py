@@ -114,9 +114,7 @@ class PackedBatch:
     labels: Tensor | None = None  # (C,) fp32, 1 or 0; None where a completion has none
     scores: Tensor | None = None  # (C,) fp32; None where a completion has none
     pairs: bool = False  # every tree has exactly two completions, so slots are 0, 1, 0, 1, ...
-    columns: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # what an algorithm knows of it beforehand (`Algorithm.columns`)
+    columns: dict[str, Tensor] = field(default_factory=dict)  # what an algorithm knows beforehand (`Algorithm.columns`)
     cache: dict[str, object] = field(default_factory=dict)  # layouts derived from `segments`, built once per batch
 
     @property
@@ -263,9 +261,7 @@ class Scored:
 
     def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers of completions (C,) taken apart into those of chosen (slot 0) and rejected (slot 1) ones."""
-        if (
-            self.is_pairs
-        ):  # copies: the same numbers in the same order as an index would give, and no device is waited for
+        if self.is_pairs:  # no mask, which a device would be asked for; copies, as a mask would give
             return values[0::2].contiguous(), values[1::2].contiguous()
         return values[self.slot == 0], values[self.slot == 1]
 

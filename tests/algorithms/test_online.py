@@ -70,7 +70,7 @@ def test_the_optimum_is_reached_from_several_seeds(base: dict[str, Any], name: s
     assert result.before["eval/reward"] < 0.1
     assert result.after["eval/reward"] > 0.9
     assert result.after["eval/kl/policy_ref"] > 1.0
-    assert result.after["eval/reward/ci"][0] <= result.after["eval/reward"]
+    assert result.after.get("eval/reward/ci", [-1.0])[0] <= result.after["eval/reward"]  # none where all are equal
 
 
 def test_a_heavy_kl_keeps_the_policy_where_it_was(base: dict[str, Any], tmp_path: Path) -> None:

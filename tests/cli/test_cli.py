@@ -55,7 +55,7 @@ def test_train_eval_audit_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert json.loads(capsys.readouterr().out)["eval/rows"] == 6
     assert main(["eval", str(tmp_path / "run"), "--step", "best"]) == 0
     assert "eval/rewards/accuracies" in capsys.readouterr().out
-    assert main(["data", "audit", config]) == 0
+    assert main(["data", "audit", config, "--all"]) == 0
     assert "leakage: prompts of held out that also stand in train" in capsys.readouterr().out
     assert main(["data", "audit", str(tmp_path / "pairs.jsonl"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["findings"]["duplicates"]["count"] == 0

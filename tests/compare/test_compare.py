@@ -203,7 +203,9 @@ def test_a_model_behind_an_endpoint_judges_pair_by_pair(
         wins = (length[name] > length["start"]) + 0.5 * (length[name] == length["start"])
         assert figures["models"][name]["judged"]["judge-7b"]["win_rate"] == pytest.approx(wins.mean())
     judge = figures["judge"]
-    assert (judge["first_position"], judge["first_position/ci"], judge["failures"]) == (0.5, [0.5, 0.5], 0)
+    assert (judge["first_position"], judge["failures"]) == (0.5, 0)
+    low, high = judge["first_position/ci"]  # as often first as second in every pair: still no interval without width
+    assert 0 < low < 0.5 < high < 1
     assert figures["outcome"] == "judged win rate" and figures["comparisons"] == judge["comparisons"]
     assert figures["settings"]["judge"]["endpoint"] == server.url and len(judge["comparisons"]) == 3
     assert "win rate against start (ties half), by judge-7b" in text and "p corrected for 3 comparisons" in text

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from penchant.compare.verdict import (
-    FEW_PROMPTS,
     Candidate,
     Family,
     compare_all,
@@ -26,6 +25,7 @@ from penchant.metrics.stats import (
     t_quantile,
     t_two_sided,
 )
+from penchant.runfolder.values import FEW_ROWS
 
 N = 60
 
@@ -91,7 +91,7 @@ def test_a_reward_that_ties_every_completion_cannot_tell() -> None:
 
 
 def test_few_prompts_name_none() -> None:
-    few = FEW_PROMPTS - 1
+    few = FEW_ROWS - 1
     text = said(candidate("a", [noise(0, few)]), candidate("b", [noise(0, few) + 5]))
     assert text.startswith("No winner is named: 9 prompts are too few")
     ten = said(candidate("a", [noise(0, 10)]), candidate("b", [noise(0, 10) + 5]))

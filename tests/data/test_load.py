@@ -137,8 +137,8 @@ def test_columns_can_be_mapped() -> None:
 
 
 def test_unknown_columns_are_listed() -> None:
-    with pytest.raises(DataError, match=r"the columns \(answer, question\) are of no known shape.*data\.columns"):
-        from_rows([{"question": "p", "answer": "c"}])
+    with pytest.raises(DataError, match=r"the columns \(reply_a, subject\) are of no known shape.*data\.columns"):
+        from_rows([{"subject": "p", "reply_a": "c"}])
 
 
 def test_several_files_and_limit(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_cuts_are_counted_and_rows_that_become_equal_are_kept_aside() -> None:
     assert [q.where for q in made.quarantined] == ["rows:3"] and made.accepted == 3
     assert [t.truncated for t in made.trees] == [(False, False), (True, False), (False, False)]
     assert all(len(t.prompt_ids) + max(map(len, t.completion_ids)) <= 16 for t in made.trees)
-    assert "1 rows have a cut completion" in made.summary()
+    assert "1 row with a cut answer" in made.summary()
     with pytest.raises(DataError, match="more than max_length 16"):
         tokenize_text_pairs(from_rows(rows), tokenizer, max_length=16, truncation="bad_row")
 

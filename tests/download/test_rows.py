@@ -71,7 +71,7 @@ def test_damaged_files_are_a_sentence(content: bytes, name: str) -> None:
     ("name", "content", "words"),
     [
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-20], "gzip file is cut short"),
-        ("a.json", b'[{"a": 1}, {"a"', "row 2 is not closed"),
+        ("a.json", b'[{"a": 1}, {"a"', "row 2 is cut short"),
         ("a.json", b'[{"a": 1},', "row 2 is not closed"),
         ("a.json", b'{\n"a": 1}', "one JSON object over several lines"),
         ("a.csv", b"a,a\n1,2\n", "name the columns, each once"),

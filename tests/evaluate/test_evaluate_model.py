@@ -71,9 +71,9 @@ def test_the_full_figures_are_the_runs_own_where_both_have_them(there: Paths) ->
     assert {"eval/logps/chosen", "eval/logratios/rejected", "eval/perplexity/chosen"} <= shared
     # of DPO the loss's own reward is the implicit one, but under its own name
     assert not any(n.startswith("eval/rewards/") for n in full) and not any("implicit_reward" in n for n in own)
-    rewards = {n: v for n, v in own.items() if n.startswith("eval/rewards/")}
+    rewards = {n: v for n, v in own.items() if n.startswith("eval/rewards/") and not n.endswith("/ties")}
     as_implicit = {n.replace("eval/rewards/", "eval/implicit_reward/"): v for n, v in rewards.items()}
-    assert len(as_implicit) > 4 and as_implicit.keys() <= full.keys()
+    assert len(as_implicit) > 3 and as_implicit.keys() <= full.keys()
     # intervals are from other draws: theirs number the prompts otherwise
     close({n: v for n, v in (own | as_implicit).items() if not n.endswith("/ci")}, full)
     assert full["checkpoint"] == own["checkpoint"] == "step-2" and full["reference"] == "start"
@@ -227,7 +227,7 @@ def test_the_table_has_every_figure_its_interval_and_what_it_is(
     lines = {line.split()[0]: line for line in table.splitlines()}
     assert (
         lines["eval/implicit_reward/accuracies"].endswith("n=7 pairs")
-        and "[" in lines["eval/implicit_reward/accuracies"]
+        and "fewer than 10: no interval" in lines["eval/implicit_reward/accuracies"]
     )
     assert lines["eval/generated/reward[words]"].endswith("n=2 completions")
     assert "beta = 0.5" in notes
@@ -243,7 +243,7 @@ MISTAKES = {
     "a model that is not there": (["{folder}/nothing", "--data", "{test}"], "no such run or config, nor a model"),
     "a mistyped run": (["{folder}/runs/ful", "--data", "{test}"], "did you mean {folder}/runs/full?"),
     "a file": (["{test}", "--data", "{test}"], "is a file"),
-    "a folder with nothing in it": (["{folder}", "--data", "{test}"], "the folder has no config.json"),
+    "a folder with nothing in it": (["{folder}", "--data", "{test}"], "it must hold a transformers model"),
     "nothing to evaluate on": (["{base}"], "give --data FILE or --text FILE"),
     "nothing to evaluate on, but a reference": (["{base}", "--reference", "{run}"], "nothing to evaluate on"),
     "no such data": (["{base}", "--data", "{folder}/tst.jsonl"], "did you mean {folder}/test.jsonl?"),
@@ -274,7 +274,7 @@ MISTAKES = {
     "a reference that is not there": (["{base}", "--data", "{test}", "--reference", "./no"], "no such run or config"),
     "an output in no folder": (["{base}", "--data", "{test}", "--output", "{folder}/no/x.json"], "no such folder"),
     "an output that is a folder": (["{base}", "--data", "{test}", "--output", "{folder}"], "is a folder"),
-    "too long": (["{base}", "--data", "{test}", "data.max_length=999"], "set data.max_length=256"),
+    "too long": (["{base}", "--data", "{test}", "data.max_length=999"], "set it to at most 256"),
     "too long to write": (
         ["{base}", "--data", "{test}", "--generate", "2", "--max-new-tokens", "400", "--no-overlap"],
         "beyond the context",

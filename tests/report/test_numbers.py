@@ -21,6 +21,7 @@ from penchant.report.svg import (
     tick_labels,
     ticks,
     window,
+    with_interval,
 )
 
 
@@ -33,6 +34,13 @@ from penchant.report.svg import (
 )  # fmt: skip
 def test_numbers(value: float | None, shown: str) -> None:
     assert number(value) == shown
+
+
+def test_an_interval_without_a_width_is_not_shown() -> None:
+    assert with_interval(0.5, (0.5, 0.5), share=True) == with_interval(0.5, (0.50001, 0.50002), share=True) == "50.0%"
+    assert with_interval(0.5, None, share=True) == "50.0%" and with_interval(0.5, (0.4, 0.6), True).endswith(
+        "[40.0%, 60.0%]"
+    )
 
 
 def test_an_interval_has_as_many_digits_as_its_width_deserves() -> None:

@@ -20,6 +20,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError, ModelError
+from penchant.runfolder import keep
 from penchant.runs.sharing import Alone, Shared
 from penchant.sweep import Sweep, load_sweep
 from penchant.sweep import workers as sweep_jobs
@@ -312,6 +313,7 @@ def test_all_of_it_then_nothing_twice(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base["base"]["train"]["max_steps"] = 1
+    base["base"]["data"]["validation_rows"] = 10  # fewer have no interval
     base["grid"]["train.seed"] = [0, 1]
     assert plan(base) == [f"{n}  to run: not started" for n in names(load_sweep(base))]
     assert not (tmp_path / "sweep").exists()  # a plan writes nothing
@@ -325,7 +327,7 @@ def test_all_of_it_then_nothing_twice(
     assert len(progress) == 4 and re.match(
         r"\[1/4\] beta-0.1-seed-0: eval/\S+ [\d.]+, 1 steps, \d+s; left ", progress[0]
     )
-    assert "eval/rewards/accuracies (higher is better) at the end of each run, 8 held-out rows" in said.out
+    assert "eval/rewards/accuracies (higher is better) at the end of each run, 10 held-out rows" in said.out
     assert re.search(r"best by validation: .*; 2 settings were tried", said.out)
     assert re.search(r"^beta-0.1 +\d\.\d{4}  sd \d\.\d{4} over seeds, \d\.\d+ to \d\.\d+  2$", said.out, flags=re.M)
     report = (tmp_path / "sweep/report.html").read_text()
@@ -383,7 +385,7 @@ def test_an_interrupted_run_is_resumed_and_is_no_result(
     assert [r["state"] for r in records.values()] == ["finished", "interrupted"]
     if how == "kill":  # what a kill -9 leaves
         records["beta-0.5"]["state"] = "running"
-        state.write_text(json.dumps({**json.loads(state.read_text()), "runs": records}))
+        keep(state, json.dumps({**json.loads(state.read_text()), "runs": records}))
     assert len((tmp_path / "other/sweep.jsonl").read_text().splitlines()) == 1
     assert plan(base) == [
         "beta-0.1  unchanged: 3 steps",
@@ -493,11 +495,10 @@ def test_errors_come_back_from_workers_with_their_place(
 ) -> None:
     monkeypatch.setattr(sweep_jobs, "Worker", InProcess)
     path = tmp_path / "sweep.yaml"
-    path.write_text(json.dumps(base, indent=1).replace('"max_length": 96', '"max_length": 9600'))
-    line = 1 + next(i for i, text in enumerate(path.read_text().splitlines()) if "max_length" in text)
-    with pytest.raises(
-        ConfigError, match=rf"sweep.yaml:{line}: run beta-0.\d: data.max_length 9600 is beyond the model"
-    ):
+    base["base"]["lora"] = {"target_modules": ["nowhere"]}  # only a worker, which has the model, can find it
+    path.write_text(json.dumps(base, indent=1))
+    line = 1 + next(i for i, text in enumerate(path.read_text().splitlines()) if "target_modules" in text)
+    with pytest.raises(ConfigError, match=rf"sweep.yaml:{line}: run beta-0.\d: lora.target_modules"):
         api.sweep(path, quiet=True, jobs=2)
     assert {r["state"] for r in json.loads((tmp_path / "sweep/sweep.json").read_text())["runs"].values()} == {
         "interrupted"

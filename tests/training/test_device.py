@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from families import some_pairs, tiny_model
+from families import losses_by_default, some_pairs, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from penchant import cli
@@ -30,6 +30,7 @@ from penchant.training.console import QuietConsole
 from penchant.training.loop import Loop
 from penchant.training.optim import MasterAdamW
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
+from penchant.types import Scored
 
 # what a GPU adds in the order in which its threads arrive
 UNORDERED = {
@@ -57,10 +58,14 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def offline_of(name: str, policy: Any, reference: Any, **more: Any) -> Offline:
+    return Offline(policy, [Component(LOSSES[name], LOSSES[name].params())], reference, **more)
+
+
 def offline(name: str = "dpo", **more: Any) -> Offline:
     models = [tiny_model("llama", dtype=torch.float32, seed=s) for s in (0, 1)]
     policy, reference = (Scorer(m, "shared") for m in models)
-    return Offline(policy, [Component(LOSSES[name], LOSSES[name].params())], LiveReference(reference), **more)
+    return offline_of(name, policy, LiveReference(reference), **more)
 
 
 # ---- sums have one order: equal log-probs of policy and reference give equal sums, whatever the threads do ----
@@ -207,17 +212,25 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-WITHOUT_Z0 = sorted(
-    n for n, s in LOSSES.items() if "z0" not in s.needs
-)  # z0 is one number of the step that its losses need
+@pytest.mark.parametrize("name", losses_by_default())
+def test_a_step_waits_for_the_device_once(name: str, tmp_path: Path, reads: list[int]) -> None:
+    loop = loop_on(META, tmp_path, name, nll_weight=0.5)
+    loop.take_step(1, loop.schedule)
+    assert len(reads) == 1 and len(loop._micro_batches(loop.trees)) > 1
 
 
 @pytest.mark.parametrize("nll", [0.0, 0.5])
-@pytest.mark.parametrize("name", WITHOUT_Z0)
-def test_a_step_waits_for_the_device_once(name: str, nll: float, tmp_path: Path, reads: list[int]) -> None:
-    loop = loop_on(META, tmp_path, name, nll_weight=nll)
-    loop.take_step(1, loop.schedule)
-    assert len(reads) == 1 and len(loop._micro_batches(loop.trees)) > 1
+def test_no_loss_waits_for_the_device(nll: float) -> None:
+    known = ("ref_logps", "labels", "scores", "alignment", "divergence", "policy_shared_logps", "ref_shared_logps")
+    column = torch.ones(4, device=META)
+    slot = torch.tensor([0, 1, 0, 1], device=META)
+    scored = Scored(
+        tree=slot, slot=slot, lengths=column, policy_logps=column, pairs=True, **dict.fromkeys(known, column)
+    )
+    for name, spec in LOSSES.items():
+        if "z0" not in spec.needs:
+            algorithm = offline_of(name, None, LiveReference(None), nll_weight=nll)
+            algorithm.loss(scored)
 
 
 # ---- what a step needs is on its way before it is needed ----

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import some_pairs, some_trees, tiny_model
+from families import losses_by_default, some_pairs, some_trees, tiny_model
 
 from penchant.algorithms.offline import Component, Offline
 from penchant.data.packing import pack
@@ -104,7 +104,7 @@ def test_the_head_equals_a_plain_softmax(device: torch.device) -> None:
             assert (a - b).norm() <= 1e-12 * b.norm()
 
 
-@pytest.mark.parametrize("name", sorted(n for n, s in LOSSES.items() if "z0" not in s.needs))
+@pytest.mark.parametrize("name", losses_by_default())
 def test_a_step_on_the_device_is_the_cpus(tmp_path: Path, device: torch.device, name: str) -> None:
     lines = []
     for where in (torch.device("cpu"), device):

@@ -50,7 +50,6 @@ def test_one_frame_where_the_output_is_no_terminal(
         (["empty"], "empty: no run in this folder yet; give a run's folder"),
         (["run/metrics.jsonl"], "metrics.jsonl: is a file; give the folder that its `output` names"),
         (["run", "--interval", "0"], "--interval: is 0; give seconds above 0"),
-        (["run", "--interval", "nan"], "--interval: is nan; give seconds above 0"),
     ],
 )
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:

@@ -17,7 +17,7 @@ from run_folders import eval_row, lines, make_run, perf_rows, train_rows
 from penchant.base.text import clean
 from penchant.runfolder import RunLock
 from penchant.watch.plot import ASCII
-from penchant.watch.screens import Size, group_frame, run_frame
+from penchant.watch.screens import Size, group_frame, run_frame, with_interval
 from penchant.watch.views import GroupView, RunView, number, open_view, whole
 
 SIZES = [(80, 24), (80, 23), (120, 40), (40, 12), (200, 70), (20, 3), (60, 1)]
@@ -340,3 +340,8 @@ def test_pipelines_folders_and_several_runs(tmp_path: Path) -> None:
         view.refresh()
         assert isinstance(view, GroupView) and [m.view.name for m in view.members] == names
         assert "finished" in text(view)
+
+
+def test_an_interval_that_rounding_leaves_without_a_width_is_not_shown() -> None:
+    assert with_interval(0.7, (0.6, 0.8)) == "0.7000 [0.6000, 0.8000]"
+    assert with_interval(0.7, (0.69999, 0.70001)) == with_interval(0.7, None) == "0.7000"

@@ -25,7 +25,7 @@ SMALL_MODEL = 20_000_000  # parameters
 
 
 def auto_lr(rates: Sequence[float], adapter: bool, parameters: int | None = None) -> float:
-    """What ``train.lr: auto`` is: one of `Method.default_lr`, ten times that of the whole model where the model is small."""
+    """The rate that ``train.lr: auto`` stands for: one of `Method.default_lr`; ten times the whole model's for a small model."""
     if adapter:
         return rates[1]
     return float(f"{rates[0] * 10:.3g}") if parameters is not None and parameters < SMALL_MODEL else rates[0]

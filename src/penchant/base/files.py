@@ -19,10 +19,8 @@ import yaml
 from penchant.base.text import gigabytes
 from penchant.errors import CheckpointError, ConfigError, DiskError, PenchantError
 
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast
-
-
-YAML_BYTES, YAML_NODES, YAML_DEPTH = 4 << 20, 100_000, 50  # far more than any config has
+YAML_LOADER = yaml.SafeLoader  # not the C one, which refuses some flow mappings that this one reads: {a: {b: c}, d:}
+YAML_BYTES, YAML_NODES, YAML_DEPTH = 1 << 20, 100_000, 50  # far more than any config has
 YAML_TAGS = {
     None,
     "!",

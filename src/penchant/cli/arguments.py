@@ -139,7 +139,7 @@ def within(kind: type, low: float | None = None, high: float | None = None, abov
         value: float = kind(text) if len(text) <= 400 else math.inf
         least = -MOST[kind] if low is None else low
         if not (least <= value <= most and (above is None or value > above)):
-            raise argparse.ArgumentTypeError(f"{short(text)} is not {wanted}")
+            raise argparse.ArgumentTypeError(f"{short(text)} is not {'a number' if value != value else wanted}")
         return value
 
     number.__name__ = kind.__name__  # argparse says "invalid int value"

@@ -15,7 +15,6 @@ from penchant.base.text import columns
 from penchant.compare.judged import WIN_RATE, Judgement, judge_pairs, lengths_of, sides, win_rates
 from penchant.compare.measured import Measured, Metrics, Setting, figures, measure
 from penchant.compare.verdict import (
-    FEW_PROMPTS,
     Candidate,
     Family,
     Pair,
@@ -37,7 +36,7 @@ from penchant.metrics.names import all_tied
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, prompts_by_source
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, keep
-from penchant.runfolder.values import ci_of, span
+from penchant.runfolder.values import FEW_ROWS, ci_of, span
 from penchant.runs import Run
 from penchant.runs.find import Source
 from penchant.runs.parts import answering
@@ -201,9 +200,9 @@ def _rows(
     return rows
 
 
-def table(models: Mapping[str, Metrics], prompts: int = FEW_PROMPTS) -> str:
+def table(models: Mapping[str, Metrics], prompts: int = FEW_ROWS) -> str:
     """Figures as a plain table: one line a figure, one column a model, 95% intervals in brackets where the prompts are not too few for them."""
-    if prompts < FEW_PROMPTS:
+    if prompts < FEW_ROWS:
         models = {name: {k: v for k, v in m.items() if not k.endswith("/ci")} for name, m in models.items()}
     first = next(iter(models))
     lines = [["", *models], *_lines(models, JUDGED, first)]
@@ -391,7 +390,7 @@ def figures_of(compared: Compared) -> dict[str, Any]:
 
 
 def _tables(compared: Compared) -> str:
-    if len({row["prompt"] for row in compared.rows}) < FEW_PROMPTS:
+    if len({row["prompt"] for row in compared.rows}) < FEW_ROWS:
         return ""
     tables = [comparisons_table(compared.pairs, compared.outcome)] if compared.pairs else []
     others = sum(map(len, compared.also.values()))
@@ -404,7 +403,7 @@ def _tables(compared: Compared) -> str:
 
 def text_of(figures: Mapping[str, Any], heading: str, notes: Iterable[str] = ()) -> str:
     """A comparison as a person reads it: heading, notes, tables, and last the verdict."""
-    few = table(figures["models"], int(figures.get("prompts") or FEW_PROMPTS))
+    few = table(figures["models"], int(figures.get("prompts") or FEW_ROWS))
     parts = [heading, "\n".join(notes), few, figures.get("comparisons_text", "")]
     return "\n\n".join(p for p in [*parts, "\n".join(figures["sentences"])] if p)
 

@@ -22,11 +22,10 @@ from penchant.metrics.stats import (
     share_ci,
     sign_flip_test,
 )
-from penchant.runfolder.values import span
+from penchant.runfolder.values import FEW_ROWS, span
 
 T = TypeVar("T")
 
-FEW_PROMPTS = 10  # below it a percentile bootstrap is too narrow to name a winner
 ALPHA = 0.05
 MOST_UNJUDGED = 0.1  # share of pairs without a verdict beyond which no winner is named
 MANY_PROMPTS = 100  # below it a sentence without a winner says that prompts are few
@@ -270,8 +269,8 @@ def verdict(
         others: the same comparisons by other judges.
     """
     prompts = candidates[0].prompts
-    if prompts < FEW_PROMPTS:
-        why = f"{prompts} prompts are too few for an interval (at least {FEW_PROMPTS})"
+    if prompts < FEW_ROWS:
+        why = f"{prompts} prompts are too few for an interval (at least {FEW_ROWS})"
         return [Sentence(f"No winner is named: {why}.", "open")]
     said = [_sentence(pair, len(pairs), prompts, what) for pair in pairs]
     said += [s for family in others for s in family.sentences(prompts)]

@@ -139,9 +139,8 @@ def _renyi(a: Tensor, b: Tensor, order: float) -> Tensor:
     x = (order - 1) * (a - b)
     far = torch.logsumexp(a + x, -1)
     near = (x.amax(-1) < 1) & (far.abs() < 0.5)
-    if far.device.type != "cpu" or bool(
-        near.any()
-    ):  # the CPU looks whether it can spare the work; a GPU would be waited for
+    # the CPU looks whether it can spare itself the work; a GPU would be waited for
+    if far.device.type != "cpu" or bool(near.any()):
         x = x.clamp(max=1.0)
         excess = (a.exp() * (torch.expm1(x) - x)).sum(-1) + (order - 1) * _kl(a, b)
         far = torch.where(near, torch.log1p(excess), far)

@@ -33,7 +33,7 @@ class Figure:
 
     @staticmethod
     def of(name: str, found: Interval, n: int, clusters: ArrayLike, map_: Callable[[float], float] = float) -> Figure:
-        """From an interval, which is left out where it was drawn from a single cluster or has no width; `map_`: a rising function of all three."""
+        """From an interval, which is left out if it comes from a single cluster or has zero width; `map_`: an increasing function, applied to the value and both ends."""
         several = len(np.unique(np.asarray(clusters))) > 1 and found.low < found.high
         return Figure(name, map_(found.estimate), (map_(found.low), map_(found.high)) if several else None, n)
 

@@ -23,7 +23,7 @@ class Metric:
         label: in words, for the held-out table of the report, "" where it does not stand there; picture, row: the same for `penchant watch`, as
             the title of a picture and as a line of its table; unit: "" where it has none.
         better: which way, None where that cannot be said; null: its value where nothing was learned (one half, zero), None where there is none.
-        word: what it is, for the short table of `penchant eval`, where its label does not do; "" else, or where it does not stand there.
+        word: what it is, for the short table of `penchant eval`; "" where its label says so already, or where it is not in that table.
         share: a share of rows, shown in percent; main: what a run is judged by; logged: whether runs log it; else only `penchant eval` has it.
     """
 
@@ -85,7 +85,7 @@ TIES = {"rewards/accuracies": "rewards/ties", "win_rate": "win_rate/ties"}
 
 
 def with_k3(line: Any) -> Mapping[str, Any]:
-    """A metrics line, or a compared model's figures, with the KL that is shown: of an older version its k1, unless that is below zero."""
+    """A metrics line, or a compared model's figures, with the KL that is shown (k3): older versions have k1 alone, which is taken unless it is negative."""
     if not isinstance(line, Mapping):
         return {}
     for k1, k3 in (("eval/kl/policy_ref", "eval/kl/k3"), ("kl/policy_ref", "kl/k3"), ("kl", "kl_k3")):

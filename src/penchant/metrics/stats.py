@@ -33,7 +33,7 @@ class Interval:
         return Interval(2 * about - self.estimate, 2 * about - self.high, 2 * about - self.low)
 
     def named(self, name: str) -> dict[str, Any]:
-        """``{NAME: estimate, NAME/ci: [low, high]}``, as figures stand in files; an interval without a width is none."""
+        """``{NAME: estimate, NAME/ci: [low, high]}``, as files have them; an interval of zero width is left out."""
         return {name: self.estimate, **({f"{name}/ci": [self.low, self.high]} if self.low < self.high else {})}
 
 
@@ -210,7 +210,7 @@ def wilson(successes: float, n: int, z: float = 1.959963984540054) -> Interval:
 
 
 def rows_to_tell(rate: float = 0.7) -> int:
-    """Held-out pairs from which on an accuracy of `rate` is told from chance: Wilson's 95% interval lies above 0.5."""
+    """The number of held-out pairs that tells an accuracy of `rate` from chance: Wilson's 95% interval lies above 0.5."""
     return 1 + max(n for n in range(1, 1000) if wilson(int(rate * n), n).low <= 0.5)
 
 

@@ -25,6 +25,7 @@ from penchant.runs.record import reward_contents
 from penchant.training.checkpoint import latest_checkpoint
 
 LOOKED_AT = 1000  # rows whose lengths `misfit` reads
+ACTIVATIONS = 20  # numbers that a token keeps in a layer, for each unit of its width, roughly
 PROBE_ROOM = 0.9  # of the free memory: a probe that would need more is not taken
 
 
@@ -114,11 +115,8 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> 
     )  # fmt: skip
 
 
-ACTIVATIONS = 20  # numbers that a token keeps in a layer, for each unit of its width, roughly
-
-
 def misfit(run: Run) -> str | None:
-    """What to know before the first step of a run that seems to need more memory than the machine has; None where it seems to fit.
+    """A warning for a run that seems to need more memory than the machine has; None where it seems to fit.
 
     Weights, gradients and moments are counted, activations roughly: the plan's own count takes longer than a start should.
     """

@@ -44,7 +44,7 @@ def write_report(
 
 
 def headline(run: Path) -> str:
-    """What the report of a run's folder says first, in plain text."""
+    """The first sentence of the report on a run's folder, in plain text."""
     return first_sentence(read_report([run], time.time()))
 
 

@@ -40,7 +40,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A prompt and its answers; `times`: how often all of it stands there, word by word; `turns`: (role, text) of a conversation."""
+    """A prompt and its answers; `times`: how often the same card occurs; `turns`: (role, text) of a conversation."""
 
     prompt: str
     answers: tuple[Answer, ...]

@@ -59,7 +59,7 @@ def estimate(value: float | None, ci: tuple[float, float] | None, share: bool = 
 
 def with_interval(value: float, ci: tuple[float, float] | None, share: bool = False) -> str:
     """A figure with its interval behind it, where it has one."""
-    return f"{estimate(value, ci, share)} {interval(*ci, share)}" if ci else shown(value, share)
+    return f"{estimate(value, ci, share)} {interval(*ci, share) if ci else ''}".rstrip()
 
 
 def _digits(low: float, high: float) -> int | None:
@@ -482,7 +482,7 @@ def _behind(plot: Plot, lines: Sequence[Line]) -> Element:
 
 
 def _cell(value: float | None, ends: tuple[float, float] | None, share: bool) -> str:
-    return "" if value is None else with_interval(value, ends if ends and ends[0] < ends[1] else None, share)
+    return "" if value is None else with_interval(value, ends, share)
 
 
 def tag(words: Node | Iterable[Node], place: int, x: float | str, y: float, group: str) -> Element:

@@ -48,9 +48,9 @@ def verdict(data: ReportData) -> Element:
 
 
 def headline(data: ReportData) -> str:
-    """The first sentence of the verdict, and that answers did not change, as plain text for a terminal."""
-    found = [part for part in verdict(data).children if isinstance(part, Element)]
-    return " ".join(spoken(part).replace("\u2019", "'") for part in found[:1])
+    """The first sentence of the verdict, as plain text for a terminal."""
+    found = (spoken(part) for part in verdict(data).children if isinstance(part, Element))
+    return next(found, "").replace("\u2019", "'")
 
 
 # ---- a comparison -------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def num(row: Any, key: str) -> float | None:
     return number_of(row.get(key)) if isinstance(row, (dict, Mapping)) else None
 
 
-FEW_ROWS = 10  # fewer rows, prompts, completions than this bear no interval
+FEW_ROWS = 10  # fewer rows, prompts, completions than this bear no interval: a percentile bootstrap is too narrow
 
 
 def rows_behind(row: Any, key: str) -> int | None:

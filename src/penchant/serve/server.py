@@ -90,7 +90,7 @@ def served_name(given: str, name: str | None) -> str:
 
 
 def _protocol() -> Any:
-    """uvicorn's HTTP, where clients who keep a connection without using it lose it: to time, or to others once all are taken."""
+    """uvicorn's HTTP protocol that closes unused connections: after a while, and at once where a new client finds all of them taken."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Impatient(H11Protocol):

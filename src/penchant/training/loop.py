@@ -203,27 +203,9 @@ class Loop:
             self._ahead = step + 1, _in_background(lambda: self._packed(step + 1, schedule))
         weights = [self.algorithm.weights(b) for b in batches]
         counts = {name: sum(w[name] for w in weights) for name in weights[0]}
-        totals = Totals()
-        with repeatable(self.device, self.train.deterministic):
-            if self.algorithm.coupled and len(batches) > 1:
-                self._backward_coupled(step, [b.to(self.device) for b in batches], counts, totals)
-            else:
-                for batch in batches:
-                    out = self._loss(step, self.algorithm.score(batch.to(self.device)))
-                    reduced(out, counts).backward()
-                    totals.add(out)
+        means, grad_norm = self._backward(step, batches, counts)
         t = self.train
         lr = learning_rate(step, total, self.peak_lr, t.schedule, t.warmup_fraction, t.min_lr_fraction)
-        (grad_norm,) = totals.read(self.optimizer.clip(t.max_grad_norm))
-        if not totals.finite:
-            self._dump_and_stop(step, "the loss is NaN or infinite", batches)
-        if grad_norm == 0.0 and step == 0:
-            self.console.note(
-                "the gradient of the first step is exactly zero: with these settings and rows nothing is learned"
-            )
-        if not math.isfinite(grad_norm):
-            self._dump_and_stop(step, f"the gradient norm is {grad_norm}", batches)
-        means = totals.means()
         self._check_floor(step, means, batches)
         values = self.algorithm.step_values()
         taken = self.algorithm.accepts(means)
@@ -271,6 +253,30 @@ class Loop:
         sizes = [tree_tokens(t, self.shared) for t in trees]
         plan = plan_balanced(sizes, self.train.tokens_per_step)
         return [pack([trees[i] for i in members], shared=self.shared) for members in plan]
+
+    def _backward(
+        self, step: int, batches: Sequence[PackedBatch], counts: Mapping[str, float]
+    ) -> tuple[dict[str, float], float]:
+        """The step's gradients, clipped; the means of its loss and metrics, and the gradients' norm before."""
+        totals = Totals()
+        with repeatable(self.device, self.train.deterministic):
+            if self.algorithm.coupled and len(batches) > 1:
+                self._backward_coupled(step, [b.to(self.device) for b in batches], counts, totals)
+            else:
+                for batch in batches:
+                    out = self._loss(step, self.algorithm.score(batch.to(self.device)))
+                    reduced(out, counts).backward()
+                    totals.add(out)
+        (grad_norm,) = totals.read(self.optimizer.clip(self.train.max_grad_norm))
+        if not totals.finite:
+            self._dump_and_stop(step, "the loss is NaN or infinite", batches)
+        if not math.isfinite(grad_norm):
+            self._dump_and_stop(step, f"the gradient norm is {grad_norm}", batches)
+        if grad_norm == 0.0 and step == 0:
+            self.console.note(
+                "the gradient of the first step is exactly zero: with these settings and rows nothing is learned"
+            )
+        return totals.means(), grad_norm
 
     def _backward_coupled(
         self, step: int, batches: Sequence[PackedBatch], counts: Mapping[str, float], totals: Totals
@@ -348,12 +354,8 @@ class Loop:
         The generator of a CPU reads the low 32 bits alone, so the seed must reach them.
         """
         seed = (self.train.seed * 0x9E3779B1 + (step << 10) + micro_batch) % 2**32
-        if next(self.model.parameters()).device.type == "cpu":
-            torch.default_generator.manual_seed(
-                seed
-            )  # for each absent accelerator the other formats the stack, a millisecond
-        else:
-            torch.manual_seed(seed)
+        # torch.manual_seed formats the stack for each absent accelerator, a millisecond
+        (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)
 
     def _dump_and_stop(
         self,

@@ -95,9 +95,8 @@ class Totals:
         self.sums: dict[str, float] = {}
         self.counts: dict[str, float] = {}
         self.terms: set[str] = set()
-        self._added: list[
-            tuple[list[tuple[str, int | None]], Tensor]
-        ] = []  # names and known counts; sums, unknown counts
+        # of each micro-batch: names with their counts where those are known; sums, then the other counts
+        self._added: list[tuple[list[tuple[str, int | None]], Tensor]] = []
 
     def add(self, output: LossOutput) -> None:
         """Add one micro-batch."""
@@ -111,8 +110,8 @@ class Totals:
 
     def read(self, *more: Tensor) -> list[float]:
         """Bring what was added to the host, and `more` single numbers, which are returned, in one transfer."""
-        held = [vector for _, vector in self._added]
-        found = iter(on_host(torch.cat([*held, *(m.detach().double().reshape(1) for m in more)])) if held else [])
+        vectors = [*(v for _, v in self._added), *(m.detach().double().reshape(1) for m in more)]
+        found = iter(on_host(torch.cat(vectors)) if vectors else [])
         for names, _ in self._added:
             for name, _ in names:
                 self.sums[name] = self.sums.get(name, 0.0) + next(found)
@@ -132,12 +131,9 @@ class Totals:
         means = {name: s / self.counts[name] for name, s in self.sums.items() if self.counts[name] > 0}
         loss = {"loss": sum(v for name, v in means.items() if name in self.terms)}
         hidden = self.terms if len(self.terms) == 1 else set()
-        for name in [
-            n for n in means if n.endswith("rewards/chosen")
-        ]:  # labelled answers: mean of good minus mean of bad
-            part = name.removesuffix("chosen")
-            if f"{part}rejected" in means:
-                means.setdefault(f"{part}margins", means[name] - means[f"{part}rejected"])
+        for part in [n.removesuffix("chosen") for n in means if n.endswith("rewards/chosen")]:
+            if f"{part}rejected" in means:  # labelled answers: mean of good minus mean of bad
+                means.setdefault(f"{part}margins", means[f"{part}chosen"] - means[f"{part}rejected"])
         return {prefix + name: v for name, v in (loss | means).items() if name not in hidden}
 
 

@@ -52,8 +52,9 @@ def figure(value: float | None) -> str:
 
 
 def with_interval(value: float | None, ci: tuple[float, float] | None) -> str:
-    """``0.7000 [0.6000, 0.8000]``."""
-    return figure(value) if ci is None else f"{figure(value)} [{figure(ci[0])}, {figure(ci[1])}]"
+    """``0.7000 [0.6000, 0.8000]``; no interval where rounding leaves it without a width."""
+    ends = [] if ci is None else [figure(end) for end in ci]
+    return figure(value) + (f" [{', '.join(ends)}]" if len(set(ends)) == 2 else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from penchant.base.section import Section
 from penchant.data.read.files import ending, kind_of, other
 from penchant.errors import DataError
 
-CHUNK = 1 << 20  # bytes of a file at a time
+CHUNK = 1 << 18  # bytes of a file at a time, and of one request to the hub
 HEAD = 1 << 14  # bytes that say what a file is
 SHOWN = 500  # characters of a bad row that are kept
 SMALL = 4 << 20  # bytes that may unpack to from next to nothing
@@ -94,7 +94,7 @@ class Source:
     def read(self) -> bytes:
         """The next block; empty at the end."""
         if self._gzip is None:
-            return self._stream.read(CHUNK)
+            return self._stream.read1(CHUNK)  # type: ignore[attr-defined]  # no more than one request of what is elsewhere
         block = self._gzip.read(CHUNK)
         self._unpacked += len(block)
         packed = max(1, self._stream.tell())

@@ -1,4 +1,4 @@
-"""Trust rules over what a run was given to learn from and to be judged by: its rows, its held-out rows, its reward, its samples."""
+"""Trust rules on what a run learned from and is judged by: its rows, held-out rows, reward and samples."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ LoRA adapters (arXiv 2106.09685) run beside the fused weights: ``x W^T + scale (
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -376,11 +376,10 @@ class _DecoderLayer(torch.autograd.Function):
         ctx.saved = None  # this layer's activations are free as soon as their gradients exist
         names = [*LayerParams.__slots__, *(f"{role}.{side}" for role in ctx.adapters for side in "ab")]
         wanted = {n for n, need in zip(names, ctx.needs_input_grad[4:], strict=True) if need}
-        grad_x, found = _layer_backward(
-            grads[0], ctx.x, saved, ctx.row, layer, ctx.adapters, wanted, ctx.needs_input_grad[0]
-        )
+        found = _Gradients(layer, ctx.adapters, saved, wanted)
+        grad_x = _layer_backward(grads[0], ctx.x, ctx.row, found, ctx.needs_input_grad[0])
         ctx.x = None
-        return grad_x, None, None, None, *(found.get(n) for n in names)
+        return grad_x, None, None, None, *(found.found.get(n) for n in names)
 
 
 @dataclass(slots=True)
@@ -455,77 +454,109 @@ def _split_qkv(qkv: Tensor, p: LayerParams) -> tuple[Tensor, ...]:
     return qkv.split([p.q.shape[0], p.k.shape[0], p.v.shape[0]], dim=1)
 
 
-def _layer_backward(
-    dz: Tensor,
-    x: Tensor,
-    s: Saved,
-    row: Row,
-    layer: Layer,
-    adapters: Mapping[str, Adapter],
-    wanted: set[str],
-    want_x: bool,
-) -> tuple[Tensor | None, dict[str, Tensor | None]]:
-    """Gradients of one layer: of its input, and of the wanted parameters by name (those without a `main_grad`)."""
-    p, shape = layer.params, row.plan.shape
-    tokens = dz.shape[0]
-    found: dict[str, Tensor | None] = {}
-    d_low: dict[str, Tensor] = {}  # of x A^T
+@dataclass(slots=True)
+class _Gradients:
+    """What the backward pass of one layer finds: gradients of the wanted parameters, by name (None where `main_grad` has them).
 
-    def store(name: str, grad: Tensor) -> None:
-        if name in wanted:
+    Args:
+        low: gradients of ``scale x A^T`` (T, r) by role, for A's own once its input is at hand.
+    """
+
+    layer: Layer
+    adapters: Mapping[str, Adapter]
+    saved: Saved
+    wanted: set[str]
+    found: dict[str, Tensor | None] = field(default_factory=dict)
+    low: dict[str, Tensor] = field(default_factory=dict)
+
+    def store(self, name: str, grad: Tensor) -> None:
+        if name in self.wanted:
             role, _, side = name.partition(".")
-            found[name] = store_grad(getattr(adapters[role], side) if side else getattr(p, name), grad)
+            owner: Any = self.adapters[role] if side else self.layer.params
+            self.found[name] = store_grad(getattr(owner, side or name), grad)
 
-    def store_product(names: tuple[str, ...], d_out: Tensor, inputs: Tensor | None) -> None:
+    def product(self, names: tuple[str, ...], d_out: Tensor, inputs: Tensor | None) -> None:
         """dW = d_out^T inputs, one matmul for all parts."""
-        if inputs is not None and wanted.intersection(names):
+        if inputs is not None and self.wanted.intersection(names):
             grad = torch.mm(d_out.t(), inputs)
-            for name, part in zip(names, grad.split([getattr(p, n).shape[0] for n in names]), strict=True):
-                store(name, part)
+            sizes = [getattr(self.layer.params, n).shape[0] for n in names]
+            for name, part in zip(names, grad.split(sizes), strict=True):
+                self.store(name, part)
 
-    def through_adapter(role: str, d_out: Tensor, d_inputs: Tensor | None) -> None:
+    def through_adapter(self, role: str, d_out: Tensor, d_inputs: Tensor | None) -> None:
         """``dB = scale d_out^T (x A^T)``, and ``dx += scale (d_out B) A`` in place."""
-        if (adapter := adapters.get(role)) is None:
+        if (adapter := self.adapters.get(role)) is None:
             return
-        d_low[role] = torch.mm(d_out, adapter.b).mul_(adapter.scale)
-        store(f"{role}.b", torch.mm(d_out.t(), s.low[role]).mul_(adapter.scale))
+        self.low[role] = torch.mm(d_out, adapter.b).mul_(adapter.scale)
+        self.store(f"{role}.b", torch.mm(d_out.t(), self.saved.low[role]).mul_(adapter.scale))
         if d_inputs is not None:
-            d_inputs.addmm_(d_low[role], adapter.a)
+            d_inputs.addmm_(self.low[role], adapter.a)
 
-    def store_a(roles: str | tuple[str, ...], inputs: Tensor) -> None:
+    def into_adapters(self, roles: tuple[str, ...], inputs: Tensor) -> None:
         """``dA = (scale d_out B)^T x``."""
         for role in roles:
-            if role in d_low:
-                store(f"{role}.a", torch.mm(d_low[role].t(), inputs))
+            if role in self.low:
+                self.store(f"{role}.a", torch.mm(self.low[role].t(), inputs))
 
-    # z = y + W_d a,  a = silu(g) * u,  g = W_g n2,  u = W_u n2
+
+def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool) -> Tensor | None:
+    """Gradients of one layer: of its input, returned where that is wanted, and of its parameters, into `g`."""
+    dy = _mlp_backward(dz, g)
+    d_qkv = _attention_backward(dy, row, g)
+    # qkv = W_qkv n1 + b
+    layer, p, n1 = g.layer, g.layer.params, g.saved.n1
+    g.product(("q", "k", "v"), d_qkv, n1)
+    if g.wanted.intersection(("q_bias", "k_bias", "v_bias")):
+        sizes = [b.shape[0] for b in _qkv_biases(p)]
+        for name, part in zip(("q_bias", "k_bias", "v_bias"), d_qkv.sum(0).split(sizes), strict=True):
+            g.store(name, part)
+    through = want_x or "norm1" in g.wanted  # with frozen embeddings, the lowest layer's input needs no gradient
+    dn1 = torch.mm(d_qkv, layer.qkv) if through else None
+    for role, part in zip("qkv", _split_qkv(d_qkv, p), strict=True):
+        g.through_adapter(role, part, dn1)
+    if any(role in g.adapters for role in "qkv"):
+        g.into_adapters(("q", "k", "v"), rms_norm(x, p.norm1, layer.eps)[0] if n1 is None else n1)
+    if dn1 is None:
+        return None
+    dx, d_norm1 = rms_norm_backward(dn1, x, g.saved.rstd1, p.norm1, dy)
+    g.store("norm1", d_norm1)
+    return dx
+
+
+def _mlp_backward(dz: Tensor, g: _Gradients) -> Tensor:
+    """From dz to dy: ``z = y + W_d a,  a = silu(g) * u,  g = W_g n2,  u = W_u n2``."""
+    p, s = g.layer.params, g.saved
     da = torch.mm(dz, p.down)
-    through_adapter("down", dz, da)
+    g.through_adapter("down", dz, da)
     d_gate, d_up, a = swiglu_backward(da, s.gate, s.up)
-    store_product(("down",), dz, a)
-    store_a(("down",), a)
-    store_product(("gate",), d_gate, s.n2)
-    store_product(("up",), d_up, s.n2)
+    g.product(("down",), dz, a)
+    g.into_adapters(("down",), a)
+    g.product(("gate",), d_gate, s.n2)
+    g.product(("up",), d_up, s.n2)
     dn2 = torch.mm(d_gate, p.gate).addmm_(d_up, p.up)
-    through_adapter("gate", d_gate, dn2)
-    through_adapter("up", d_up, dn2)
-    if "gate" in adapters or "up" in adapters:
-        store_a(("gate", "up"), rms_norm(s.y, p.norm2, layer.eps)[0] if s.n2 is None else s.n2)
+    g.through_adapter("gate", d_gate, dn2)
+    g.through_adapter("up", d_up, dn2)
+    if "gate" in g.adapters or "up" in g.adapters:
+        g.into_adapters(("gate", "up"), rms_norm(s.y, p.norm2, g.layer.eps)[0] if s.n2 is None else s.n2)
     del d_gate, d_up, a, da
     dy, d_norm2 = rms_norm_backward(dn2, s.y, s.rstd2, p.norm2, dz)
-    store("norm2", d_norm2)
+    g.store("norm2", d_norm2)
+    return dy
 
-    # y = x + W_o o
+
+def _attention_backward(dy: Tensor, row: Row, g: _Gradients) -> Tensor:
+    """From dy to the gradient (T, (H + 2 K) d) of the projections: ``y = x + W_o attention(rope(norm(q)), rope(norm(k)), v)``."""
+    p, s, shape = g.layer.params, g.saved, row.plan.shape
     if p.o_bias is not None:
-        store("o_bias", dy.sum(0))
-    store_product(("o",), dy, s.o)
+        g.store("o_bias", dy.sum(0))
+    g.product(("o",), dy, s.o)
     d_o = torch.mm(dy, p.o)
-    through_adapter("o", dy, d_o)
-    store_a(("o",), s.o)
+    g.through_adapter("o", dy, d_o)
+    g.into_adapters(("o",), s.o)
     d_out = d_o.view(-1, shape.head_dim).index_select(0, row.plan.out_to_heads)
     del d_o
     d_heads = attention_backward(d_out, s.heads, s.softmax, row.plan)
-    d_qkv = d_heads.index_select(0, row.plan.from_heads).view(tokens, -1, shape.head_dim)
+    d_qkv = d_heads.index_select(0, row.plan.from_heads).view(dy.shape[0], -1, shape.head_dim)
     del d_out, d_heads
     rotary_backward(d_qkv[:, : shape.heads + shape.kv_heads], row.cos, row.sin)
     if s.head_rstd is not None and s.projected is not None:
@@ -538,23 +569,5 @@ def _layer_backward(
         ):
             grad, d_weight = rms_norm_backward(d_qkv[:, heads], projected[:, heads], rstd, getattr(p, name), None)
             d_qkv[:, heads] = grad
-            store(name, d_weight)
-    d_qkv = d_qkv.view(tokens, -1)
-
-    # qkv = W_qkv n1 + b
-    store_product(("q", "k", "v"), d_qkv, s.n1)
-    if wanted.intersection(("q_bias", "k_bias", "v_bias")):
-        sizes = [b.shape[0] for b in _qkv_biases(p)]
-        for name, part in zip(("q_bias", "k_bias", "v_bias"), d_qkv.sum(0).split(sizes), strict=True):
-            store(name, part)
-    through = want_x or "norm1" in wanted  # where the embeddings are frozen, the lowest layer's input needs no gradient
-    dn1 = torch.mm(d_qkv, layer.qkv) if through else None
-    for role, part in zip("qkv", _split_qkv(d_qkv, p), strict=True):
-        through_adapter(role, part, dn1)
-    if any(role in adapters for role in "qkv"):
-        store_a("qkv", rms_norm(x, p.norm1, layer.eps)[0] if s.n1 is None else s.n1)
-    if dn1 is None:
-        return None, found
-    dx, d_norm1 = rms_norm_backward(dn1, x, s.rstd1, p.norm1, dy)
-    store("norm1", d_norm1)
-    return dx, found
+            g.store(name, d_weight)
+    return d_qkv.view(dy.shape[0], -1)
