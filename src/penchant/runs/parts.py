@@ -145,20 +145,13 @@ def fresh_model(config: RunConfig, source: ModelConfig, device: torch.device, sh
 
 
 def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
-    """A loaded model as it is trained: with its adapter; checked against tokenizer and rows."""
+    """A loaded model as it is trained: with its adapter; checked against the tokenizer."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(rows.tokenizer) > vocabulary:
         raise ConfigError(
             "model.tokenizer",
             f"the tokenizer has {len(rows.tokenizer):,} tokens but the model's embedding only {vocabulary:,}",
             "give the tokenizer that the model was trained with",
-        )
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and rows.max_length > limit:
-        raise ConfigError(
-            "data.max_length",
-            f"{rows.max_length} is beyond the model's context of {limit}",
-            f"set it to at most {limit}",
         )
     if rows.reward_parts is None:
         name_ends(model, rows.tokenizer)

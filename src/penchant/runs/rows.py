@@ -231,19 +231,19 @@ class Rows:
 
 
 def within_context(config: RunConfig, note: Callable[[str], None] = lambda text: None) -> RunConfig:
-    """The same config with `data.max_length` no longer than the model's context, where it is the default.
+    """The same config with the default of `data.max_length` cut to the model's context.
 
     Raises:
-        ConfigError: a value that the config has itself is longer.
+        ConfigError: the config sets a `data.max_length` beyond the model's context.
     """
     data, source = config.data, config.model
     try:
         found = load_model_config(source.path, source.revision)
         limit = getattr(found.get_text_config(), "max_position_embeddings", None)
-        if limit is None or (config.method.learns_reward and is_encoder(found)):
+        if not isinstance(limit, int) or limit < 1 or (config.method.learns_reward and is_encoder(found)):
             return config  # an encoder's rows are cut to its limit (`RewardModelParts`)
     except PenchantError:
-        return config  # the model may be gone by now; where it is needed, that is told
+        return config  # the model may be gone by now; whatever needs it says so
     rollouts = config.method.rollouts
     room = max(8, limit - (rollouts.max_new_tokens if rollouts is not None else 0))
     given = "max_length" in data.model_fields_set
@@ -252,7 +252,7 @@ def within_context(config: RunConfig, note: Callable[[str], None] = lambda text:
     if given:
         what = f"{data.max_length} is beyond the model's context of {limit}"
         raise ConfigError("data.max_length", what, f"set it to at most {limit}, or to auto")
-    note(f"data.max_length: {room}, for the model's context is {limit} (the default is {data.max_length})")
+    note(f"data.max_length: {room}, since the model's context is {limit} (the default is {data.max_length})")
     return config.model_copy(update={"data": data.model_copy(update={"max_length": room})})
 
 
