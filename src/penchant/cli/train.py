@@ -36,7 +36,7 @@ def _train(args: argparse.Namespace) -> int:
 
     print(f"result: {printable(headline(result.folder))}")
     same, of = unchanged(read(result.folder).samples)
-    if of:
+    if same:
         print(f"        {same} of {of} sampled answers are unchanged by training")
     return 0
 

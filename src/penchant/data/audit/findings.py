@@ -89,7 +89,7 @@ class Audit:
             lines += f.lines(FEW_SHOWN)
         fine = [name.replace("_", " ") for name, f in self.findings.items() if f.of and name not in found]
         lines += [""] * bool(found) + [
-            f"{'In order otherwise' if found else 'Nothing was found; in order'}: {', '.join(fine)}."
+            f"{'Checked too, nothing found' if found else 'Checked, nothing found'}: {', '.join(fine)}."
         ]
         return "\n".join(printable(line) for line in [*lines, "Every count, with lengths and more places: --all"])
 
