@@ -34,6 +34,9 @@ BOMBS = {
     "tag": "a: !!python/object/apply:os.system [ls]",
     "binary": "a: !!binary aGk=",
     "boolean": "a: !!bool maybe",
+    "integer": "a: !!int {b: 1}",
+    "number": "a: !!float [1]",
+    "text": "a: !!str {b: 1}",
     "list as key": "? [a]\n: 1",
     "control": "a: \x00",
     "surrogate": "a: \ud800",
@@ -44,7 +47,7 @@ BOMBS = {
 def test_odd_yaml_is_a_sentence(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_yaml(BOMBS[name], "run.yaml")
-    assert len(str(caught.value)) < 500
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [n for n in BOMBS if n != "digits" and "key" not in n])

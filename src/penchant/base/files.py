@@ -55,6 +55,8 @@ def yaml_root(text: str, loader: Any = YAML_LOADER) -> tuple[Any, yaml.Node | No
                 problem, note = f"{event.tag} is a tag that is not read", "leave it out"  # type: ignore[attr-defined]
             if isinstance(event, yaml.CollectionStartEvent):
                 open_.append((anchor, count))
+                if event.tag not in (None, "!", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
+                    problem, note = f"{event.tag} stands before a list or a mapping", "leave it out"
             elif anchor is not None:
                 sizes[anchor] = 1
             count += 1

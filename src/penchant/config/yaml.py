@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from penchant.base.files import YAML_BYTES, YAML_DEPTH, YAML_LOADER, yaml_root
-from penchant.base.text import closest_file, short
+from penchant.base.text import closest_file, one_line, short
 from penchant.errors import ConfigError
 from penchant.losses.section import LossModifiers
 
@@ -70,7 +70,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
     except (yaml.YAMLError, ValueError, KeyError) as error:  # KeyError: of `!!bool maybe`
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark is not None else source
-        what = short(str(getattr(error, "problem", None) or error), 200)
+        what = one_line(str(getattr(error, "problem", None) or error), 200)
         how = getattr(error, "note", None) or "check indentation and colons"
         raise ConfigError(where, f"not valid YAML ({what})", how) from error
 
