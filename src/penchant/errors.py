@@ -15,8 +15,9 @@ class PenchantError(Exception):
     exit_code = 2
 
     def __init__(self, where: str, what: str, how: str = "") -> None:
-        self.where, self.what, self.how = str(where), what, how
-        super().__init__(f"{where}: {what}" + (f"; {how}" if how else ""))
+        # a file's name may hold a line end, and must not look like a second message
+        self.where, self.what, self.how = str(where).replace("\n", "\\n"), what, how
+        super().__init__(f"{self.where}: {what}" + (f"; {how}" if how else ""))
 
 
 class ConfigError(PenchantError):

@@ -464,6 +464,25 @@ def test_values_of_parquet_that_python_cannot_hold(tmp_path: Path) -> None:
     assert isinstance(second, Row)
 
 
+def test_a_flipped_bit_in_a_parquet_page_with_a_checksum_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["the quick brown fox", "jumps over"]})
+    pq.write_table(
+        table, path, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
+    )
+    content = path.read_bytes()
+    assert [r.values["text"] for r in read_rows(str(path))] == table["text"].to_pylist()
+    path.write_bytes(content.replace(b"quick", b"quack", 1))
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        list(read_rows(str(path)))
+
+
+def test_a_line_end_in_a_name_is_no_second_message(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        list(read_rows(str(tmp_path / "a\npenchant: all is well.jsonl")))
+    assert "\n" not in str(caught.value)
+
+
 def test_parquet_that_is_encrypted_or_repeats_a_column_or_is_a_bomb(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PARE" + b"\0" * 40 + b"PARE")

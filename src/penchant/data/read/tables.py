@@ -108,7 +108,7 @@ def read_parquet(stream: BinaryIO, name: str, bounds: Bounds) -> Rows:
 
     number = 0
     try:
-        file = pq.ParquetFile(stream, pre_buffer=False)
+        file = pq.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
         names, meta = file.schema_arrow.names, file.metadata
         if twice := repeated(names):
             what = f'has two columns named "{printable(twice[0][:100])}"'
