@@ -55,6 +55,7 @@ SHOWN_ORDERS: tuple[tuple[str, set[str], Callable[[Mapping[str, Any]], bool | No
 )
 
 
+NAMES_ASKED_ABOUT = 1000  # of the columns: a row may have very many keys
 COUNTED = {"language", "lang"}.union(*(needed for _, needed, _ in SHOWN_ORDERS))
 
 
@@ -380,7 +381,7 @@ class Stream:
 
     def _ask_about_names(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Stops where an unused column is a slip away from the name of one that would be read."""
-        for column in self.columns.unused:
+        for column in self.columns.unused[:NAMES_ASKED_ABOUT]:
             ours = near_name(column)
             if not ours or any(ours in row for row in rows):
                 continue
