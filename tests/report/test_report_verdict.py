@@ -59,6 +59,16 @@ def test_a_run_that_shows_nothing_says_so_first(tmp_path: Path) -> None:
     assert "the interval includes one half, which chance gives" in text
 
 
+def test_a_loss_alone_is_not_called_chance(tmp_path: Path) -> None:
+    """Supervised training has no figure that chance gives: intervals of start and end that overlap only show no change."""
+    rows = [
+        {"kind": "eval", "step": step, "eval/loss": loss, "eval/loss/ci": [loss - 1, loss + 1], "eval/rows": 29}
+        for step, loss in ((0, 4.8), (40, 3.7))
+    ]
+    text = _said(make_run(tmp_path / "r", evals=rows))
+    assert "chance" not in text and text.startswith("\u25cbnot shown: The intervals of start and end overlap")
+
+
 def test_a_run_without_held_out_rows_or_with_the_start_only(tmp_path: Path) -> None:
     assert "nothing was held out" in _said(make_run(tmp_path / "a", evals=[]))
     assert "only the start was evaluated so far" in _said(make_run(tmp_path / "b", evals=[evaluation(0)]))

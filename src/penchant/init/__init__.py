@@ -222,8 +222,10 @@ def _data(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | No
     held = min(HELD_OUT, max(1, rows // 10))
     if held < ENOUGH <= rows // 2:
         held = ENOUGH
-    if held_out is None and data.prompts > 1 and rows > 3:
-        keys["validation_rows"] = (held, "held out by prompt: no prompt stands on both sides")
+    documents = data.kind == "text"  # they have no prompts, and are held out whole
+    if held_out is None and (data.prompts > 1 or documents) and rows > 3:
+        why = "whole documents" if documents else "held out by prompt: no prompt stands on both sides"
+        keys["validation_rows"] = (held, why)
     keys["max_length"] = _length(data, model, goal)
     return keys
 

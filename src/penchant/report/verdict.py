@@ -122,6 +122,8 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
         if own:
             held = "" if rows is None else f"{rows:,.0f} "
             words = f"On the {held}held-out rows by themselves nothing separates from chance."
+        elif all(c.figure.null is None for c in judged):  # a loss: chance gives no value to separate from
+            words = "The intervals of start and end overlap on the held-out rows, so a change is not shown; more rows narrow them."
         nothing = statement("open", words, lead=first and not own)
         at = 1 if own else 0
         made = [*made[:at], nothing, *(_small(m) for m in made[at:])]
