@@ -322,6 +322,8 @@ def test_other_weights_or_tokenizers_are_refused(world: Path, tmp_path: Path) ->
         ("dpo", "other"),
     ]
     assert found["sentences"][-1].startswith("ipo, dpo and other have one seed each")
+    said = found["budget"]["sentences"]  # what they are against has trained for longer
+    assert any(line.startswith("Optimizer steps differ: ") and "ipo 4" in line for line in said)
     again = compare(world, "dpo", "ipo", against=world / "runs/ipo").figures  # named among the runs, too
     assert list(again["models"]) == ["ipo", "dpo"]
     refused(world, ConfigError, "nothing to compare with --against", "ipo", against=world / "runs/ipo")
