@@ -191,8 +191,8 @@ class RunComparer:
         up_to = int(step) if step is not None and step.isdigit() else None
         budgets = {r.name: budget_of(r, up_to) for r in self.everyone}
         of_settings = {name: [budgets[r.name] for r in runs] for name, runs in self.settings.items()}
-        known = {r.name for runs in self.settings.values() for r in runs}
-        of_settings |= {r.name: [budgets[r.name]] for r in self.everyone if r.name not in known}  # what they are against
+        known = {r.name for runs in self.settings.values() for r in runs}  # all but what they are against
+        of_settings |= {r.name: [budgets[r.name]] for r in self.everyone if r.name not in known}
         said = budget_sentences(of_settings) + data_sentences(self.settings)
         said += [] if up_to is not None else unfinished(budgets)
         return said, {name: dict(b) for name, b in budgets.items()}
