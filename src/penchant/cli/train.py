@@ -31,10 +31,9 @@ def _train(args: argparse.Namespace) -> int:
         from penchant.metrics.flags import summary
 
         print(f"{summary(result.flags)}\nevidence and advice: penchant flags {result.folder}")
-    from penchant.base.text import printable
     from penchant.report import headline
 
-    print(f"result: {printable(headline(result.folder))}")
+    print(f"result: {headline(result.folder)}")
     same, of = unchanged(read(result.folder).samples)
     if same:
         print(f"        {same} of {of} sampled answers are unchanged by training")

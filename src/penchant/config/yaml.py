@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from penchant.base.files import YAML_BYTES, YAML_DEPTH, YAML_LOADER, yaml_root
+from penchant.base.files import YAML_BYTES, YAML_DEPTH, yaml_root
 from penchant.base.text import closest_file, one_line, short
 from penchant.errors import ConfigError
 from penchant.losses.section import LossModifiers
@@ -21,12 +21,12 @@ BY_NAME = ("loss", "algorithm")  # sections that may be written as a name alone
 TAG = "tag:yaml.org,2002:"
 
 
-class _Loader(YAML_LOADER):  # type: ignore[valid-type,misc]
+class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's scalars: 1e-5 is a number, yes and on are words, 010 is ten."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [r for r in rules if r[0].removeprefix(TAG) not in ("float", "bool", "int", "timestamp")]
-        for first, rules in YAML_LOADER.yaml_implicit_resolvers.items()
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 

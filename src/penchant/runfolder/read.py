@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import yaml
 
-from penchant.base.files import yaml_value
+from penchant.base.files import YAML_LOADER, yaml_value
 from penchant.runfolder import (
     AUDIT,
     CALIBRATION,
@@ -58,7 +58,7 @@ def json_object(text: str) -> Row:
 def yaml_object(text: str) -> Row:
     """A YAML mapping, its keys as text."""
     try:
-        value = yaml_value(text)
+        value = yaml_value(text, YAML_LOADER)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     if not isinstance(value, dict):
