@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from penchant.base.lazy import torch
+from penchant.distributed.world import current, dealt_passes
 from penchant.types import PackedBatch, Segment, TokenTree
+
+T = TypeVar("T")
 
 
 def plan_microbatches(sizes: Sequence[int], budget: int) -> list[list[int]]:
@@ -45,14 +49,31 @@ def plan_balanced(sizes: Sequence[int], budget: int) -> list[list[int]]:
     budget, the best-fit plan is returned.
     """
     plan = plan_microbatches(sizes, budget)
-    heap = [(0, b) for b in range(len(plan))]
-    bins: list[list[int]] = [[] for _ in plan]
+    bins = _balanced(sizes, len(plan))
+    largest = max((sum(sizes[i] for i in members) for members in bins), default=0)
+    return plan if largest > max(budget, max(sizes, default=0)) else bins
+
+
+def plan_dealt(sizes: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
+    """The passes of a step that several processes share, the same on each: rank r takes every `ranks`-th one from r on.
+
+    Their number is a multiple of `ranks`; where there are fewer trees than that, the last passes are empty.
+    """
+    plan = plan_microbatches(sizes, budget)
+    count = -(-len(plan) // ranks) * ranks
+    bins = _balanced(sizes, count)
+    if max((sum(sizes[i] for i in members) for members in bins), default=0) > max(budget, max(sizes, default=0)):
+        bins = plan
+    return [*bins, *([[]] * (count - len(bins)))]
+
+
+def _balanced(sizes: Sequence[int], count: int) -> list[list[int]]:
+    heap = [(0, b) for b in range(count)]
+    bins: list[list[int]] = [[] for _ in range(count)]
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         load, b = heapq.heappop(heap)
         bins[b].append(i)
         heapq.heappush(heap, (load + sizes[i], b))
-    if max((load for load, _ in heap), default=0) > max(budget, max(sizes, default=0)):
-        return plan
     return [sorted(b) for b in bins if b]
 
 
@@ -129,6 +150,33 @@ def _if_complete(values: Sequence[bool | float | None]) -> torch.Tensor | None:
 def tree_tokens(tree: TokenTree, shared: bool) -> int:
     """Tokens that a tree takes in a packed row."""
     return tree.shared_tokens if shared else tree.separate_tokens
+
+
+def passes_over(
+    call: Callable[[PackedBatch], T],
+    trees: Sequence[TokenTree],
+    tokens_per_step: int,
+    *,
+    shared: bool,
+    device: torch.device,
+    lanes: bool = False,
+) -> Iterator[tuple[list[int], T]]:
+    """All trees in forward passes of at most `tokens_per_step` tokens: which trees are in a pass, and what `call` makes of its batch.
+
+    Passes do not follow the order of the trees; put results back by the indices, or keep to the order in which trees were scored. Where
+    several processes train together, each makes a part of the passes, and all of them get what all have made.
+    """
+    sizes = [tree_tokens(t, shared) for t in trees]
+    plan = plan_microbatches(sizes, tokens_per_step)
+
+    def one(members: list[int]) -> T:
+        return call(pack([trees[i] for i in members], shared=shared).to(device))
+
+    if current().many:
+        yield from dealt_passes(plan, one, device, sizes)
+        return
+    for members in plan:
+        yield members, one(members)
 
 
 def batches_of(

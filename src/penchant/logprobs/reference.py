@@ -19,7 +19,8 @@ from torch import Tensor
 from penchant.base.files import spared, sweep, written_aside
 from penchant.base.machine import moved
 from penchant.data.mapped import StoredTokens
-from penchant.data.packing import batches_of
+from penchant.data.packing import passes_over
+from penchant.distributed.world import current
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.logprobs.head import RowLogits
 from penchant.models.load import tensors_sha256
@@ -236,9 +237,17 @@ def cached_reference(
         made = compute_logps(live, trees, tokens_per_step=tokens_per_step, progress=progress)
         return {"sums": made.sums} | ({"tokens": made.tokens} if tokens else {})
 
-    stored = on_disk(say)
+    world = current()
+    stored = world.share(on_disk(say) if world.leads else None)
     if stored is not None:
         return _by_row(trees, stored), True
+    if world.many:  # nobody waits for a lock while the others wait for him
+        stored = computed()
+        if world.leads:
+            with spared(path, say):
+                folder.mkdir(parents=True, exist_ok=True)
+                _write_atomically(path, stored)
+        return _by_row(trees, stored), False
     with ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -305,8 +314,7 @@ def compute_logps(
     shared = live.scorer.shared
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     device = next(live.scorer.model.parameters()).device
-    for members, batch in batches_of(trees, tokens_per_step, shared=shared, device=device):
-        made = live.completion_logps(batch)
+    for members, made in passes_over(live.completion_logps, trees, tokens_per_step, shared=shared, device=device):
         sums = made.sums.cpu().split([len(trees[i].completion_ids) for i in members])
         tokens = made.tokens.cpu().split([sum(map(len, trees[i].completion_ids)) for i in members])
         parts |= dict(zip(members, zip(sums, tokens, strict=True), strict=True))

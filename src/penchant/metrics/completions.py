@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from penchant.data.packing import batches_of
+from penchant.data.packing import passes_over
 from penchant.data.templates import end_ids
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer, per_completion
@@ -25,7 +25,7 @@ from penchant.metrics.figures import DRAWS, Figure, mean_of, ratio_of, share_of
 from penchant.metrics.stats import Interval, bootstrap_ci, bootstrap_sums, share_ci, t_quantile
 from penchant.rollout.generate import sample
 from penchant.runfolder import is_whole, keep
-from penchant.types import TokenTree
+from penchant.types import PackedBatch, TokenTree
 
 # ---- Figures of generated text: how varied it is over all samples, and how much a sample repeats itself ----
 
@@ -353,10 +353,13 @@ def kl_by_completion(
     shared = policy.scorer.shared
     device = next(policy.scorer.model.parameters()).device
     by_tree: dict[int, torch.Tensor] = {}
-    for members, batch in batches_of(trees, tokens_per_step, shared=shared, device=device):
+
+    def both(batch: PackedBatch) -> torch.Tensor:
         logps, ref_logps = (m.completion_logps(batch).tokens.double() for m in (policy, reference))
         estimates = (per_completion(kl_estimate(logps, ref_logps, how), batch.lengths) for how in ("k1", "k3"))
-        sums = torch.stack(list(estimates), dim=1)
+        return torch.stack(list(estimates), dim=1)
+
+    for members, sums in passes_over(both, trees, tokens_per_step, shared=shared, device=device):
         by_tree |= zip(members, sums.cpu().split([len(trees[i].completion_ids) for i in members]), strict=True)
     k1, k3 = torch.cat([by_tree[i] for i in range(len(trees))]).numpy().T
     return k1, k3

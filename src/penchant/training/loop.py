@@ -21,11 +21,12 @@ import torch
 
 from penchant.base.files import spared, write_atomically
 from penchant.base.machine import peak_memory
-from penchant.data.packing import pack, plan_balanced, tree_tokens
+from penchant.data.packing import pack, plan_balanced, plan_dealt, tree_tokens
+from penchant.distributed.world import World, agreed, current
 from penchant.errors import CheckpointError, TrainingStopped
 from penchant.losses.schedules import progress_at
-from penchant.runfolder import METRICS, PERF, MetricsLog, finite
-from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from penchant.runfolder import METRICS, PERF, MetricsLog, NoLog, finite
+from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint, save_sharded
 from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
@@ -63,6 +64,7 @@ class Loop:
         pause_at: a step before the end at which it writes a checkpoint, evaluates and ends with `Paused`; None: it goes on to its end.
         start_tolerance: how far log-probs of policy and reference may be apart at step 0, where both are one model: nats per
             completion, and per token (0 and 0 for a reference that runs the same kernels on the same batch); None: no check.
+        world: the processes that take each step together; rank 0 alone writes logs.
     """
 
     model: Any
@@ -86,6 +88,7 @@ class Loop:
     state: RunState = field(default_factory=RunState)
     identity: Mapping[str, Any] = field(default_factory=dict)
     interrupted: int | None = None
+    world: World = field(default_factory=current)
     _ahead: tuple[int, Callable[[], tuple[Sequence[TokenTree], Sequence[PackedBatch]]]] | None = None
 
     @property
@@ -110,8 +113,8 @@ class Loop:
         """
         schedule = self.schedule
         total = schedule.total_steps
-        metrics = MetricsLog(self.folder / METRICS)
-        perf = MetricsLog(self.folder / PERF, self.console.note)
+        metrics = MetricsLog(self.folder / METRICS) if self.world.leads else NoLog()
+        perf = MetricsLog(self.folder / PERF, self.console.note) if self.world.leads else NoLog()
         resumed = self._resume(metrics)
         if not resumed:
             metrics.truncate(0)
@@ -141,16 +144,24 @@ class Loop:
         if self.evaluate is not None and (last or _due(self.evaluation.every, step, schedule)):
             self._evaluate(metrics, schedule)
         paused = step == self.pause_at and not last
-        if last or paused or self.interrupted is not None or _due(self.checkpoint.every, step, schedule):
+        asked = self._asked_to_stop()
+        if last or paused or asked is not None or _due(self.checkpoint.every, step, schedule):
             self._save(metrics)
-        if self.interrupted is not None and not last:
-            raise Interrupted(
-                str(self.folder),
-                f"stopped by {signal.Signals(self.interrupted).name} at step {step} of {total}; a checkpoint was written",
-                "run the same command to continue",
+        asked = asked if self.world.many else self.interrupted
+        if asked is not None and not last:
+            raise agreed(
+                Interrupted(
+                    str(self.folder),
+                    f"stopped by {signal.Signals(asked).name} at step {step} of {total}; a checkpoint was written",
+                    "run the same command to continue",
+                )
             )
         if paused:
             self._pause(total)
+
+    def _asked_to_stop(self) -> int | None:
+        """The signal that some rank was sent."""
+        return next((n for n in self.world.gather(self.interrupted) if n is not None), None)
 
     def _check_pause(self, total: int) -> None:
         """Where a resumed run stands at the step at which it is to pause, or beyond it."""
@@ -201,8 +212,8 @@ class Loop:
             batch.columns |= self.algorithm.columns(batch)
         if packs_ahead(self.device) and trees is given and step + 1 < total:
             self._ahead = step + 1, _in_background(lambda: self._packed(step + 1, schedule))
-        weights = [self.algorithm.weights(b) for b in batches]
-        counts = {name: sum(w[name] for w in weights) for name in weights[0]}
+        weights = [self.algorithm.weights(b) for b in batches if not b.idle]
+        counts = self.world.sums({name: sum(w[name] for w in weights) for name in (weights[0] if weights else ())})
         means, grad_norm = self._backward(step, batches, counts)
         t = self.train
         lr = learning_rate(step, total, self.peak_lr, t.schedule, t.warmup_fraction, t.min_lr_fraction)
@@ -214,7 +225,7 @@ class Loop:
         else:
             self.optimizer.zero_grad()
         self.algorithm.end_step(step + 1, means)
-        tokens = sum(b.tokens for b in batches)
+        tokens = sum(tree_tokens(t, self.shared) for t in trees)
         line = {
             **_line("train", step + 1, schedule),
             **means,
@@ -249,8 +260,17 @@ class Loop:
         return trees, [b.pinned() if self.device.type == "cuda" else b for b in self._micro_batches(trees)]
 
     def _micro_batches(self, trees: Sequence[TokenTree]) -> list[PackedBatch]:
-        """A step's batches, on the CPU: there their weights are known without waiting for the device."""
+        """A step's batches, on the CPU: there their weights are known without waiting for the device.
+
+        Of several processes each has its part of one plan, and as many passes as every other: it runs the smallest tree for nothing
+        where it has none left.
+        """
         sizes = [tree_tokens(t, self.shared) for t in trees]
+        if self.world.many:
+            dealt = plan_dealt(sizes, self.train.tokens_per_step, self.world.size)[self.world.rank :: self.world.size]
+            smallest = min(range(len(sizes)), key=lambda i: sizes[i], default=0)
+            made = [(m, pack([trees[i] for i in m or [smallest]], shared=self.shared)) for m in dealt]
+            return [replace(batch, idle=not members) for members, batch in made]
         plan = plan_balanced(sizes, self.train.tokens_per_step)
         return [pack([trees[i] for i in members], shared=self.shared) for members in plan]
 
@@ -260,14 +280,18 @@ class Loop:
         """The step's gradients, clipped; the means of its loss and metrics, and the gradients' norm before."""
         totals = Totals()
         with repeatable(self.device, self.train.deterministic):
-            if self.algorithm.coupled and len(batches) > 1:
+            if self.algorithm.coupled and (len(batches) > 1 or self.world.many):
                 self._backward_coupled(step, [b.to(self.device) for b in batches], counts, totals)
             else:
                 for batch in batches:
                     out = self._loss(step, self.algorithm.score(batch.to(self.device)))
+                    if batch.idle:
+                        (reduced(out, counts) * 0.0).backward()
+                        continue
                     reduced(out, counts).backward()
                     totals.add(out)
         (grad_norm,) = totals.read(self.optimizer.clip(self.train.max_grad_norm))
+        totals.join(self.world)
         if not totals.finite:
             self._dump_and_stop(step, "the loss is NaN or infinite", batches)
         if not math.isfinite(grad_norm):
@@ -291,13 +315,19 @@ class Loop:
             for i, batch in enumerate(batches):
                 self._seed(step, i)
                 parts.append(self.algorithm.score(batch))
-        whole = Scored.cat(parts)
+        mine = tuple(p for p, b in zip(parts, batches, strict=True) if not b.idle)
+        everyone = [mine] if not self.world.many else self.world.gather_tensors(mine, self.device)
+        whole = Scored.cat([part for of_rank in everyone for part in of_rank])
         leaf = whole.policy_logps.detach().requires_grad_()
         out = self._loss(step, replace(whole, policy_logps=leaf))
         (grad,) = torch.autograd.grad(reduced(out, counts), leaf)
-        totals.add(out)
-        sizes = [len(b.lengths) for b in batches]
-        for i, (batch, g) in enumerate(zip(batches, grad.split(sizes), strict=True)):
+        if self.world.leads:  # every rank has the whole step's
+            totals.add(out)
+        before = sum(len(part.lengths) for of_rank in everyone[: self.world.rank] for part in of_rank)
+        sizes = [len(part.lengths) for part in mine]
+        grads = iter(grad[before : before + sum(sizes)].split(sizes))
+        for i, batch in enumerate(batches):
+            g = torch.zeros(len(batch.lengths), dtype=grad.dtype, device=grad.device) if batch.idle else next(grads)
             self._seed(step, i)
             (self.algorithm.score(batch).policy_logps * g).sum().backward()
 
@@ -353,6 +383,7 @@ class Loop:
 
         The generator of a CPU reads the low 32 bits alone, so the seed must reach them.
         """
+        micro_batch = micro_batch * self.world.size + self.world.rank
         seed = (self.train.seed * 0x9E3779B1 + (step << 10) + micro_batch) % 2**32
         # torch.manual_seed formats the stack for each absent accelerator, a millisecond
         (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)
@@ -365,15 +396,18 @@ class Loop:
         how: str = "lower train.lr, set train.max_grad_norm, or look at those rows",
     ) -> NoReturn:
         path = self.folder / f"stopped-batch-step-{step}.json"
-        rows = [r for b in batches for r in b.rows]
+        rows = [r for part in self.world.gather([r for b in batches if not b.idle for r in b.rows]) for r in part]
         sources = {t.row: t.source for t in self.trees if t.row in set(rows)}
-        with spared(path, self.console.note):
-            listed = [{"row": r, "source": sources[r]} for r in rows]
-            write_atomically(path, {"step": step, "what": what, "rows": listed})
-        raise TrainingStopped(
-            f"{self.folder}: step {step}",
-            f"{what}; the step was not taken and its rows are listed in {path.name}",
-            how,
+        if self.world.leads:
+            with spared(path, self.console.note):
+                listed = [{"row": r, "source": sources[r]} for r in rows]
+                write_atomically(path, {"step": step, "what": what, "rows": listed})
+        raise agreed(
+            TrainingStopped(
+                f"{self.folder}: step {step}",
+                f"{what}; the step was not taken and its rows are listed in {path.name}",
+                how,
+            )
         )
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -381,7 +415,7 @@ class Loop:
     def _evaluate(self, metrics: MetricsLog, schedule: BatchSchedule) -> None:
         assert self.evaluate is not None
         self.model.eval()
-        values = self.evaluate(self.state.step)
+        values = self.world.share(self.evaluate(self.state.step))
         line = _line("eval", self.state.step, schedule) | values
         metrics.write(line)
         self.watched("eval")
@@ -398,22 +432,24 @@ class Loop:
     def _save(self, metrics: MetricsLog) -> None:
         best, algorithm = self.state.best_step, self.algorithm.state_tensors()
         logged = {"metrics_offset": metrics.offset(), "metrics_sha256": metrics.sha256()}
-        save_checkpoint(
+        save = save_sharded if self.world.many else save_checkpoint
+        save(
             self.folder,
             self.state.step,
             write_model=self.write_model,
             tensors=self.optimizer.state_tensors() | {f"algorithm/{name}": value for name, value in algorithm.items()},
             state=finite(asdict(self.state)) | logged | {"identity": finite(self.identity)},
         )
-        prune(self.folder, self.checkpoint.keep_last, best if self.checkpoint.keep_best else None)
+        if self.world.leads:
+            prune(self.folder, self.checkpoint.keep_last, best if self.checkpoint.keep_best else None)
 
     def _resume(self, metrics: MetricsLog) -> bool:
-        path, warnings = latest_checkpoint(self.folder)
+        path, warnings = self.world.share(latest_checkpoint(self.folder))
         for warning in warnings:
             self.console.note(warning)
         if path is None:
             return False
-        tensors, state = load_checkpoint(path)
+        tensors, state = load_checkpoint(path, self.optimizer.masters)
         self.optimizer.load_state_tensors(tensors)
         self.algorithm.load_state_tensors(algorithm_state(tensors))
         metrics.truncate(int(state["metrics_offset"]), state.get("metrics_sha256"))

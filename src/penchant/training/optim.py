@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from penchant.distributed.shard import full, local
+
 
 def learning_rate(step: int, total: int, peak: float, schedule: str, warmup_fraction: float, floor: float) -> float:
     """The learning rate of optimizer step `step` (0-based) of `total`.
@@ -68,10 +70,10 @@ class MasterAdamW:
     def clip(self, max_norm: float | None) -> Tensor:
         """Scale gradients to at most `max_norm` in L2 norm; returns the norm before, which is not read here."""
         grads = [m.grad for m in self.masters.values() if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = full(torch.nn.utils.get_total_norm(grads))
         # the CPU looks first and spares itself a pass; a GPU would be waited for
         if max_norm is not None and (norm.device.type != "cpu" or bool(norm > max_norm)):
-            torch._foreach_mul_(grads, (max_norm / norm).clamp(max=1.0))
+            torch._foreach_mul_([local(g) for g in grads], (max_norm / norm).clamp(max=1.0))
         return norm
 
     def step(self, lr: float) -> None:
