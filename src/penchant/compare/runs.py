@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from penchant.base.files import file_sha256
+from penchant.base.machine import why_not
 from penchant.compare.models import trained_prompts
 from penchant.config import WATCHING_ONLY, RunConfig, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError
@@ -68,7 +69,7 @@ class TrainedRun:
     def data(self) -> Run:
         """The run as its config says, for its rows, its tokens and its precision; a GPU that is not here is not asked for."""
         device = self.config.model.device
-        if device == "cuda" and not torch.cuda.is_available():
+        if device != "auto" and why_not(device):
             device = "auto"
         model = self.config.model.model_copy(update={"device": device})
         return Run(self.config.model_copy(update={"model": model}), quiet=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from penchant.base.files import check_model_folder
+from penchant.base.machine import NAMES, accelerator, why_not
 from penchant.errors import ConfigError, ModelError
 from penchant.models.folder import (
     check_built,
@@ -37,11 +38,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is the GPU when there is one."""
+    """``auto`` is the NVIDIA (AMD) GPU when there is one, else the CPU; ConfigError where torch cannot compute on another one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("model.device", "no CUDA device is visible", "set model.device=cpu or auto")
+    why = why_not(torch.device(device).type)
+    if why:
+        raise ConfigError("model.device", why, "set model.device=cpu or auto")
     return torch.device(device)
 
 
@@ -49,8 +51,10 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """``auto`` is bf16 where matrix products in bf16 are native (GPU, AVX512-BF16, AMX), else fp32."""
     if dtype != "auto":
         return DTYPES[dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type in ("cuda", "xpu"):
+        return torch.bfloat16 if accelerator(device.type).is_bf16_supported() else torch.float32
+    if device.type == "mps":
+        return torch.float32
     return torch.bfloat16 if _cpu_has_bf16() else torch.float32
 
 
@@ -220,17 +224,18 @@ def _check_behavior(path: str, model: Any) -> None:
 
 
 def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return cast(Tensor, accelerator(device.type).get_rng_state()) if device.type in NAMES else torch.get_rng_state()
 
 
 @contextmanager
 def quiet(model: nn.Module, training: bool = False) -> Iterator[None]:
     """A look at what a model says: no gradient, eval mode (or train mode), no random number used up."""
     before = model.training
-    devices = [p.device for p in itertools.islice(model.parameters(), 1) if p.device.type == "cuda"]
+    devices = [p.device for p in itertools.islice(model.parameters(), 1) if p.device.type in NAMES]
+    kind = devices[0].type if devices else "cuda"
     model.train(training)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type=kind):
             yield
     finally:
         model.train(before)

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from penchant.base.hub import check_hub
+from penchant.base.machine import Device
 from penchant.base.section import Section
 from penchant.base.text import closest
 from penchant.errors import ModelError
@@ -24,8 +25,12 @@ class ModelConfig(Section):
         "pretrained", description="pretrained weights, or random ones made from the config in `path`"
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 if the hardware has it, else fp32")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU if there is one")
+    device: Device = Field("auto", description="auto: cuda if there is such a GPU, else cpu; mps (Apple), xpu (Intel)")
     kernels: Literal["auto", "off"] = Field("auto", description="auto: fast kernels for the models that have them")
+    attention: Literal["auto", "varlen", "flex", "groups"] = Field(
+        "auto",
+        description="attention within prompt trees; auto: varlen flash kernels on a GPU where the model allows it",
+    )
     tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer; default: model.path")
 
 

@@ -156,6 +156,7 @@ DERIVED: dict[str, tuple[Any, Callable[[OutlinedRun], Derived]]] = {
     "model.dtype": ("auto", _dtype),
     "model.device": ("auto", _device),
     "model.kernels": ("auto", _kernels),
+    "model.attention": ("auto", lambda run: run.attention),
     "model.tokenizer": (None, lambda run: (run.config.model.path, "the model's own")),
     "data.shape": ("auto", lambda run: (run.rows.loaded["train"].shape, "by its columns")),
     "data.template": ("auto", _template),

@@ -189,7 +189,7 @@ def answering(model: Any, config: RunConfig, dtype: torch.dtype) -> Scorer:
     set_threads(config, model)
     cast_parameters(model, dtype)
     model.requires_grad_(False).eval()
-    return choose_packing(model, config.train.packing, config.model.kernels)[0]
+    return choose_packing(model, config.train.packing, config.model.kernels, config.model.attention)[0]
 
 
 def peak_lr(config: RunConfig, rows: Rows, parameters: int, known: Mapping[str, Any] | None = None) -> float:
@@ -251,18 +251,19 @@ def checkpoint_bytes(config: RunConfig, model: Any, dtype: torch.dtype) -> int:
 
 def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | RewardScorer:
     """What runs the model: how rows are packed is its business."""
-    packing, kernels = parts.config.train.packing, parts.config.model.kernels
+    wanted = parts.config.model
+    packing, kernels, attention = parts.config.train.packing, wanted.kernels, wanted.attention
     found: list[Scorer | RewardScorer] = []
     if rows.reward_parts is not None:
-        engine, note = make_scorer(parts.model, rows.reward_parts.encoder, parts.tokenizer, packing, kernels)
+        encoder = rows.reward_parts.encoder
+        engine, note = make_scorer(parts.model, encoder, parts.tokenizer, packing, kernels, attention)
         console.note(note)
         return engine
 
     def choose() -> tuple[Any, str]:
-        scorer, note = choose_packing(parts.model, packing, kernels)
+        scorer, note = choose_packing(parts.model, packing, kernels, attention)
         found.append(scorer)
-        how = {"own_attention": scorer.own_attention, "own_head": scorer.own_head}
-        return (scorer.packing, "auto" if scorer.fast else "off", how), note
+        return (scorer.packing, "auto" if scorer.fast else "off", scorer.how), note
 
     (chosen, kernels, how), note = shared.once(("packing", start_key(parts.config)), choose)
     console.note(note)
@@ -329,7 +330,8 @@ def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer
     cast_parameters(model, parts.dtype)
     model.requires_grad_(False).eval()
     if not start and config.reference.path is not None:  # maybe of another architecture
-        return choose_packing(model, parts.scorer.packing, "auto" if parts.scorer.fast else "off")[0]
+        kernels = "auto" if parts.scorer.fast else "off"
+        return choose_packing(model, parts.scorer.packing, kernels, config.model.attention)[0]
     # the policy's own numeric path: with an adapter it has no fast one, and the start would not be equal
     return parts.scorer.on(model)
 
@@ -412,7 +414,8 @@ def start_key(config: RunConfig) -> Key:
     """Everything that figures of the untrained policy depend on, apart from the rows and from what is asked of them."""
     adapter = None if config.lora is None else (config.lora.model_dump_json(), config.train.seed)
     t, (device, dtype) = config.train, placed(config)
-    held = (str(device), str(dtype), config.model.kernels, t.packing, t.gradient_checkpointing, t.threads)
+    m = config.model
+    held = (str(device), str(dtype), m.kernels, m.attention, t.packing, t.gradient_checkpointing, t.threads)
     learns_policy = not config.method.learns_reward
     return (weights_key(config, config.model), adapter, *held, learns_policy, config.reference.model_dump_json())
 

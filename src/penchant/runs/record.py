@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import penchant
 from penchant.base.files import file_sha256, spared
-from penchant.base.machine import cores
+from penchant.base.machine import NAMES, accelerator, cores, why_not
 from penchant.base.text import redact, without_passwords
 from penchant.config import WATCHING_ONLY, RunConfig
 from penchant.data.cached import AUTO_BYTES, hashes_of
@@ -58,7 +58,9 @@ def hardware() -> dict[str, Any]:
     """CPU, cores, memory and threads."""
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = next((accelerator(k).get_device_name() for k in ("cuda", "xpu") if not why_not(k)), None)
+    if gpu is None and not why_not("mps"):
+        gpu = NAMES["mps"]
     return {
         "cpu": _cpu_name(),
         "cores": cores(),
@@ -232,6 +234,7 @@ def write_manifest(
         },
         "tokenizer_sha256": tokenizer_sha256(rows.tokenizer),
         "packing": parts.engine.packing + (" (fast path)" if parts.engine.fast else ""),
+        "attention": getattr(getattr(parts.engine, "scorer", parts.engine), "attention", None),
         "reference": built.reference_kind,
         "data": data,
         "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},

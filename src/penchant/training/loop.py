@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from penchant.base.files import spared, write_atomically
-from penchant.base.machine import peak_memory
+from penchant.base.machine import in_fp64, peak_memory
 from penchant.data.packing import pack, plan_balanced, tree_tokens
 from penchant.errors import CheckpointError, TrainingStopped
 from penchant.losses.schedules import progress_at
@@ -314,7 +314,7 @@ class Loop:
         away = (scored.policy_logps.detach() - scored.ref_logps).abs()
         per_completion, per_token = self.start_tolerance
         worst = (away - per_token * scored.lengths).argmax()[None]
-        apart, length = on_host(torch.cat([v.double().index_select(0, worst) for v in (away, scored.lengths)]))
+        apart, length = on_host(torch.cat([in_fp64(v).index_select(0, worst) for v in (away, scored.lengths)]))
         allowed = per_completion + per_token * length
         if not apart <= allowed:
             raise TrainingStopped(
