@@ -46,7 +46,7 @@ def why_not(kind: str) -> str:
         "mps": torch.backends.mps.is_built(),
         "xpu": torch.xpu._is_compiled(),
     }[kind]
-    return f"no {NAMES[kind]} is visible" if built else f"this torch ({torch.__version__}) is built without {kind}"
+    return f"no {NAMES[kind]} is visible" + ("" if built else f" (torch {torch.__version__} is built without {kind})")
 
 
 def in_fp64(tensor: Any) -> Any:
