@@ -513,7 +513,7 @@ def test_mistakes_are_sentences(world: Path, tmp_path: Path, capsys: pytest.Capt
     refused(world, ConfigError, "--prompts: is below 1", "dpo", prompts=0)
     refused(world, ConfigError, "beyond start's context of 256", "dpo", max_new_tokens=400)
     (tmp_path / "file").write_text("")
-    refused(world, CheckpointError, "cannot be written", "dpo", output=tmp_path / "file")
+    refused(world, CheckpointError, "output is a file", "dpo", output=tmp_path / "file")
     (tmp_path / "hh/dpo/manifest.json").write_text("{")
     refused(world, CheckpointError, "manifest.json: cannot be read", tmp_path / "hh/dpo")
     with pytest.raises(SystemExit):
