@@ -25,9 +25,6 @@ ROWS = polite_rows(40)
 REWARD = "def vowels(prompts, completions):\n    return [sum(c in 'aeiou' for c in t) for t in completions]\n"
 
 
-pytestmark = pytest.mark.xdist_group("compare")  # one worker makes what these tests share
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A start, its data, and runs of it: dpo with two seeds, ipo longer, rloo, and dpo with an adapter."""
