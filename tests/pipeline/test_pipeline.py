@@ -31,8 +31,6 @@ from penchant.runs.state import State, changes, model_folder
 from penchant.training.loop import Loop
 from penchant.types import TokenTree
 
-pytestmark = pytest.mark.xdist_group("pipeline")  # one worker makes what these tests share
-
 TEXT = """\
 output: {output}
 defaults:

@@ -21,8 +21,6 @@ from penchant.runs import Run
 from penchant.runs.sharing import Shared
 from penchant.training.loop import Loop
 
-pytestmark = pytest.mark.xdist_group("runs")  # one worker makes what these tests share
-
 
 def base_in(folder: Path) -> dict[str, Any]:
     return {

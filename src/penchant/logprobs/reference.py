@@ -198,11 +198,6 @@ def _parts(trees: Sequence[TokenTree], start: int, end: int) -> tuple[np.ndarray
     return np.array(counts), np.array(list(map(len, flat))), np.concatenate(flat)
 
 
-def default_cache_dir() -> Path:
-    """``$PENCHANT_CACHE`` or ``~/.cache/penchant``."""
-    return Path(os.environ.get("PENCHANT_CACHE", "~/.cache/penchant")).expanduser() / "reference"
-
-
 def cached_reference(
     live: LiveReference,
     trees: Sequence[TokenTree],

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penchant.base.files import check_model_folder, file_sha256
+from penchant.base.files import aside_of, check_model_folder, file_sha256
 from penchant.errors import ModelError
 from penchant.models.folder import check_finite, check_folder, headers, loading, read_object
 from penchant.models.load import base_model_of, load_causal_model, load_tokenizer, save_model
@@ -128,7 +128,7 @@ def merge_to_folder(
     wanted = {"adapter": model_sha256(adapter), "base": base.model_dump(mode="json"), "files": _files(Path(base.path))}
     if _mark(folder) == {**wanted, "written": model_sha256(folder) if folder.is_dir() else None}:
         return folder
-    aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
+    aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from penchant.algorithms.method import SMALL_MODEL
+from penchant.base.files import cache_folder
 from penchant.base.machine import cores
 from penchant.config import Places, RunConfig
-from penchant.logprobs.reference import default_cache_dir
 from penchant.models.load import DTYPES, base_model_of
 from penchant.plan.outline import OutlinedRun, parameter_counts
 from penchant.runs.parts import peak_lr, reference_kind, threads_for
@@ -162,7 +162,7 @@ DERIVED: dict[str, tuple[Any, Callable[[OutlinedRun], Derived]]] = {
     "data.template": ("auto", _template),
     "data.split_seed": (None, lambda run: (run.config.train.seed, "train.seed")),
     "reference.kind": ("auto", _reference),
-    "reference.cache_dir": (None, lambda run: (str(default_cache_dir()), "$PENCHANT_CACHE or ~/.cache/penchant")),
+    "reference.cache_dir": (None, lambda run: (str(cache_folder("reference")), "$PENCHANT_CACHE or ~/.cache/penchant")),
     "train.packing": ("auto", lambda run: (run.layout[0], run.layout[2])),
     "train.threads": ("auto", _threads),
     "train.lr": ("auto", _lr),

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from penchant.base.files import writing
+from penchant.base.files import cache_folder, writing
 from penchant.base.text import closest
 from penchant.config import RunConfig, default_settings, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantError
-from penchant.logprobs.reference import default_cache_dir
 from penchant.models.load import load_causal_model, weights_sha256
 from penchant.models.merge import adapter_base, is_adapter, merge_to_folder, merged_model, model_sha256
 from penchant.models.options import ModelConfig, looks_like_folder
@@ -246,7 +245,7 @@ def _model_folder(key: str, given: str, say: Callable[[str], None], merge: bool)
         base, seed, target = run.model, run.train.seed, Path(run.output) / "merged" / folder.parent.name
     else:
         base, seed = _of_adapter(given, folder, None).base, 0
-        target = default_cache_dir() / "merged" / model_sha256(folder)[:16]
+        target = cache_folder("reference") / "merged" / model_sha256(folder)[:16]
     if not merge:
         return str(target) if target.is_dir() else base.path
     say(f"{key}: the adapter of {folder} merged into {base.path} is {target}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from penchant.algorithms.method import SMALL_MODEL, Parts, auto_lr
+from penchant.base.files import cache_folder
 from penchant.base.machine import cores
 from penchant.config import RunConfig
 from penchant.data.packing import tree_tokens
@@ -27,7 +28,6 @@ from penchant.logprobs.reference import (
     cache_key,
     cached_reference,
     compute_logps,
-    default_cache_dir,
     joined,
 )
 from penchant.models.load import (
@@ -389,7 +389,7 @@ def cache_paths(config: RunConfig, rows: Rows, weights: str) -> dict[str, tuple[
         weights: SHA-256 of the reference model's.
     """
     cfg = config.reference
-    folder = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else default_cache_dir()
+    folder = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else cache_folder("reference")
     groups = {"training": rows.trees[0], "held-out": rows.trees[1], "mismatched": list(rows.mismatched.values())}
     dtype = str(placed(config)[1])
     how = {"dtype": dtype, "tokenizer": tokenizer_sha256(rows.tokenizer), "template": config.data.template}
