@@ -181,6 +181,11 @@ def test_a_new_learning_rate_or_folder_reuses_the_cache_but_a_new_token_or_templ
     before = len(list(cache.glob("*.safetensors")))
     other = tiny_model_folder(tmp_path / "other", seed=1)
     assert caches_after(f"model.path={other}", f"output={tmp_path}/e") == before + 2
+    # case 18: the same weights say something else where the config has them computed in another way
+    config = json.loads((Path(other) / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 100.0
+    (Path(other) / "config.json").write_text(json.dumps(config))
+    assert caches_after(f"model.path={other}", f"output={tmp_path}/f") == before + 4
 
 
 def test_kill_9_then_the_same_command_ends_bit_for_bit_the_same(base: dict[str, Any], tmp_path: Path) -> None:

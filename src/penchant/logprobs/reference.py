@@ -164,7 +164,7 @@ class CachedReference:
 def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, tokenizer: str, template: str) -> str:
     """The name of a cache: SHA-256 over what reference log-probs depend on, and nothing else.
 
-    Model weights, tokenizer, template, every token id and boundary, and the dtype; not the learning rate, the output
+    Model weights (and how its config has them computed), tokenizer, template, every token id and boundary, and the dtype; not the learning rate, the output
     folder, the loss or the packing.
     """
     digest = hashlib.sha256()

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import inspect
 import itertools
+import json
 import os
 import re
 import warnings
@@ -407,6 +408,17 @@ def weights_sha256(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     """SHA-256 over the names, dtypes and bytes of all parameters (as they are in `dtype`), adapters left out: what a cached reference depends on."""
     named = ((n.replace(".base_layer", ""), p) for n, p in base_model_of(model).named_parameters() if "lora_" not in n)
     return tensors_sha256((n, p if dtype is None or not p.is_floating_point() else p.to(dtype)) for n, p in named)
+
+
+# what a config says beside how its model computes
+_BESIDE = "_name_or_path architectures bos_token_id dtype eos_token_id pad_token_id sep_token_id torch_dtype transformers_version use_cache"
+
+
+def config_sha256(model: nn.Module) -> str:
+    """SHA-256 over what a model's config says of how it computes: the same weights say something else with another rope or window."""
+    given = base_model_of(model).config.get_text_config().to_dict()
+    told = {k: v for k, v in given.items() if k not in _BESIDE.split() and not k.startswith("_attn")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:

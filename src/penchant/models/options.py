@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,10 @@ class ModelConfig(Section):
         description="attention within prompt trees; auto: varlen flash kernels on a GPU where the model allows it",
     )
     tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer; default: model.path")
+    router_aux_loss: Annotated[float, Field(gt=0, le=1000)] | Literal["auto"] | None = Field(
+        None,
+        description="weight of a mixture of experts' balance loss; auto: the model's own router_aux_loss_coef; null: not added",
+    )
 
 
 class LoraConfig(Section):

@@ -88,7 +88,7 @@ class OutlinedRun(Run):
         config = self.config
         model = load_causal_model(reference_source(config), torch.device("cpu"), config.train.seed)
         cast_parameters(model, self.dtype)
-        return {name: path for name, (_, path) in cache_paths(config, self.rows, weights_sha256(model)).items()}
+        return {name: path for name, (_, path) in cache_paths(config, self.rows, weights_sha256(model), model).items()}
 
     @property
     def shared_prompts(self) -> bool:

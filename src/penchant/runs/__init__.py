@@ -330,6 +330,7 @@ class Run:
             console=self.console,
             evaluate=None if held_out is None else self._evaluate_in_training,
             start_tolerance=check,
+            router=built.router,
             updates=self.method.updates,
             pause_at=self.pause_at,
         )

@@ -33,6 +33,7 @@ from penchant.logprobs.reference import (
 from penchant.models.load import (
     add_lora,
     cast_parameters,
+    config_sha256,
     effective_weights,
     load_causal_model,
     resolve_device,
@@ -42,6 +43,7 @@ from penchant.models.load import (
     write_state_dict,
 )
 from penchant.models.options import ModelConfig
+from penchant.models.router import RouterLoss, router_loss
 from penchant.rewards.reward_model import RewardScorer, make_scorer
 from penchant.runs.record import tokenizer_sha256
 from penchant.runs.rows import Rows
@@ -57,6 +59,7 @@ class Built:
 
     Args:
         parts: the model and what runs it; optimizer: holds the fp32 masters; algorithm: what the loop trains.
+        router: the balance loss of the model's router, where `model.router_aux_loss` asks for it.
         reference_kind: ``frozen``, ``adapter``, ``cached``, or None.
         reference_seconds, reference_tokens: what a cached reference took, where it was computed now.
     """
@@ -64,6 +67,7 @@ class Built:
     parts: Parts
     optimizer: MasterAdamW
     algorithm: Any = None
+    router: RouterLoss | None = None
     reference_kind: str | None = None
     reference_seconds: float = 0.0
     reference_tokens: int = 0
@@ -123,7 +127,8 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
 
     # what runs it, what it is compared with, what trains it
     parts.engine = _engine(parts, rows, shared, console)
-    built = Built(parts, optimizer, reference_kind=kind)
+    router = _router(parts)
+    built = Built(parts, optimizer, reference_kind=kind, router=router)
     if kind is not None:
         parts.reference = _reference(built, kind, rows, shared, console, cache)
     built.algorithm = method.build(parts)
@@ -270,6 +275,18 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
     return found[0] if found else Scorer(parts.model, chosen, kernels, **how)
 
 
+def _router(parts: Parts) -> RouterLoss | None:
+    """The balance loss of the policy's (reward model's) router, joined to what its engine computes in training."""
+    wanted, engine = parts.config.model.router_aux_loss, parts.engine
+    scorer = engine if isinstance(engine, Scorer) else getattr(engine, "scorer", None)
+    if wanted is None:
+        return None
+    found = router_loss(parts.model, wanted)
+    assert isinstance(scorer, Scorer)  # no encoder has experts with a loss of their own
+    scorer.router, found.run = found, scorer.hidden
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the reference
 
@@ -351,7 +368,7 @@ def _cached(built: Built, live: LiveReference, rows: Rows, shared: Alone, consol
         sha256 = built.start_sha256(shared)
     else:
         sha256 = start_sha256(parts.config, live.scorer.model, reference_source(parts.config), shared)
-    for name, (trees, path) in cache_paths(parts.config, rows, sha256).items():
+    for name, (trees, path) in cache_paths(parts.config, rows, sha256, live.scorer.model).items():
         cached, found = cached_reference(
             live,
             trees,
@@ -382,11 +399,11 @@ def _computed(built: Built, live: LiveReference) -> CachedReference:
     return CachedReference(by_row, {t.row: s for t, s in zip(trees, tokens, strict=True)})
 
 
-def cache_paths(config: RunConfig, rows: Rows, weights: str) -> dict[str, tuple[Sequence[TokenTree], Path]]:
+def cache_paths(config: RunConfig, rows: Rows, weights: str, model: Any) -> dict[str, tuple[Sequence[TokenTree], Path]]:
     """By name of the rows: them, and the file that holds (or will hold) their log-probs under the reference.
 
     Args:
-        weights: SHA-256 of the reference model's.
+        weights: SHA-256 of the reference model's; model: it, or another one of its config.
     """
     cfg = config.reference
     folder = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else cache_folder("reference")
@@ -394,7 +411,7 @@ def cache_paths(config: RunConfig, rows: Rows, weights: str) -> dict[str, tuple[
     dtype = str(placed(config)[1])
     how = {"dtype": dtype, "tokenizer": tokenizer_sha256(rows.tokenizer), "template": config.data.template}
     return {
-        name: (trees, folder / f"{cache_key(weights, trees, **how)}.safetensors")
+        name: (trees, folder / f"{cache_key(weights + config_sha256(model), trees, **how)}.safetensors")
         for name, trees in groups.items()
         if trees
     }
