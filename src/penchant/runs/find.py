@@ -17,7 +17,7 @@ from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantEr
 from penchant.logprobs.reference import default_cache_dir
 from penchant.models.load import load_causal_model, weights_sha256
 from penchant.models.merge import adapter_base, is_adapter, lora_section, merge_to_folder, merged_model, model_sha256
-from penchant.models.options import ModelConfig, looks_like_folder
+from penchant.models.options import LoraConfig, ModelConfig, looks_like_folder
 from penchant.runfolder import (
     CHECKPOINTS,
     CONFIG,
@@ -226,7 +226,9 @@ def with_model_folders(
     }
     reference = None if reference is None else _model_folder("reference.path", reference, say, merge)
     lora = config.lora
-    if config.model.adapter is not None:
+    if str(config.model.adapter).startswith("stage:"):  # of a pipeline that has not come there yet
+        lora = lora or LoraConfig()
+    elif config.model.adapter is not None:
         folder = _adapter_folder(config, say)
         lora = lora_section(folder, lora)
         model["adapter"] = str(folder)
