@@ -312,6 +312,8 @@ class Run:
         model = built.parts.model
         check, reference = None, built.parts.reference
         same_start = cfg.reference.path is None and cfg.model.init == "pretrained"
+        if cfg.model.adapter is not None and cfg.lora is not None and cfg.lora.dropout:
+            same_start = False  # a new adapter adds nothing at first, whatever dropout does; this one does
         if reference is not None and same_start and self.method.rollouts is None:
             check = self._start_tolerance(reference)
         return Loop(
