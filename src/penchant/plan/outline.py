@@ -69,6 +69,11 @@ class OutlinedRun(Run):
         )
         return packing, fast, why
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether a CPU runs several passes at once, one a thread."""
+        return self.layout[1]
+
     def cache_files(self) -> dict[str, Path]:
         """By name of the rows: the file of their reference log-probs. The weights are read for it, and let go again."""
         config = self.config
