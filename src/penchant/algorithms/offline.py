@@ -161,6 +161,11 @@ class Offline(Algorithm):
     def coupled(self) -> bool:
         return "batch" in self.needs
 
+    @property
+    def side_by_side(self) -> bool:
+        live = self.reference if isinstance(self.reference, references.LiveReference) else None
+        return self.scorer.side_by_side and (live is None or live.scorer.side_by_side)
+
     # ---- a step ---------------------------------------------------------------------------------------------------
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
@@ -179,7 +184,7 @@ class Offline(Algorithm):
             return live.logps(batch) / size, reference.logps(batch) / size
 
         shared, device = self.scorer.shared, next(self.scorer.model.parameters()).device
-        passes = passes_over(both, trees, self.tokens_per_step, shared=shared, device=device)
+        passes = passes_over(both, trees, self.tokens_per_step, shared=shared, device=device, lanes=self.side_by_side)
         policy, ref = zip(*(made for _, made in passes), strict=True)
         return kto_z0(torch.cat(policy), torch.cat(ref))
 

@@ -31,6 +31,12 @@ def check_launch(config: RunConfig, processes: int) -> None:
         raise ConfigError("algorithm.name", f"{method.name} cannot be trained by several processes yet", one)
     if config.algorithm is not None and is_own(config.algorithm.name):
         raise ConfigError("algorithm.name", "an algorithm of your own is trained by one process", one)
+    if config.model.adapter is not None:
+        raise ConfigError("model.adapter", "an adapter to start from cannot be sharded yet", one)
+    if config.model.router_aux_loss is not None:
+        raise ConfigError(
+            "model.router_aux_loss", "is a loss over all tokens of a step, which no process sees yet", one
+        )
     if config.reference.moves:
         raise ConfigError(
             "reference", "a reference that moves cannot be sharded yet", f"leave out ema and sync_every, or {one}"

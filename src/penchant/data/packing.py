@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from penchant.base.lanes import side_by_side
 from penchant.base.lazy import torch
 from penchant.distributed.world import current, dealt_passes
 from penchant.types import PackedBatch, Segment, TokenTree
@@ -75,6 +76,39 @@ def _balanced(sizes: Sequence[int], count: int) -> list[list[int]]:
         bins[b].append(i)
         heapq.heappush(heap, (load + sizes[i], b))
     return [sorted(b) for b in bins if b]
+
+
+SIDE_BY_SIDE = 8  # passes that share `tokens_per_step` where a CPU runs one a thread
+# Tokens of such a pass: in a smaller one, reading the weights takes as long as multiplying by them. Where the budget is small, or few
+# rows are shared out, two threads are better than one all the same.
+PASS_TOKENS, LEAST_TOKENS = 512, 128
+
+
+def plan_passes(sizes: Sequence[int], budget: int, lanes: bool) -> list[list[int]]:
+    """The passes of a step: `plan_balanced`, or, for passes that run side by side (`base/lanes.py`), more and smaller ones.
+
+    Their number is a multiple of four where the trees allow it, so that two or four threads end together; the largest comes first.
+    The plan does not depend on the threads, so sums do not either.
+    """
+    if not lanes:
+        return plan_balanced(sizes, budget)
+    most = max(pass_tokens(budget), max(sizes, default=0))
+    least = -(-sum(sizes) // most)
+    count = max(least, min(-(-least // 4) * 4, sum(sizes) // LEAST_TOKENS))
+    bins = _balanced(sizes, min(count, len(sizes)))
+    while any(sum(sizes[i] for i in members) > most for members in bins):
+        bins = _balanced(sizes, len(bins) + 1)
+    return sorted(bins, key=lambda members: -sum(sizes[i] for i in members))
+
+
+def pass_tokens(budget: int) -> int:
+    """Tokens of one of several passes that share a budget."""
+    return min(budget, max(PASS_TOKENS, budget // SIDE_BY_SIDE), max(LEAST_TOKENS, budget // 2))
+
+
+def at_once(sizes: Sequence[int], budget: int, trees: int) -> int:
+    """How many passes of these sizes may run side by side within a budget: no more than there are trees to share out."""
+    return max(1, min(trees, budget // max(sizes, default=1)))
 
 
 def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
@@ -165,9 +199,12 @@ def passes_over(
 
     Passes do not follow the order of the trees; put results back by the indices, or keep to the order in which trees were scored. Where
     several processes train together, each makes a part of the passes, and all of them get what all have made.
+
+    Args:
+        lanes: passes are smaller, and run side by side (`plan_passes`); `call` must bear that.
     """
     sizes = [tree_tokens(t, shared) for t in trees]
-    plan = plan_microbatches(sizes, tokens_per_step)
+    plan = plan_microbatches(sizes, pass_tokens(tokens_per_step) if lanes else tokens_per_step)
 
     def one(members: list[int]) -> T:
         return call(pack([trees[i] for i in members], shared=shared).to(device))
@@ -175,16 +212,6 @@ def passes_over(
     if current().many:
         yield from dealt_passes(plan, one, device, sizes)
         return
-    for members in plan:
-        yield members, one(members)
-
-
-def batches_of(
-    trees: Sequence[TokenTree], tokens_per_step: int, *, shared: bool, device: torch.device
-) -> Iterator[tuple[list[int], PackedBatch]]:
-    """All trees as forward passes of at most `tokens_per_step` tokens: which trees are in a pass, and the packed batch.
-
-    Passes do not follow the order of the trees; put results back by the indices, or keep to the order in which trees were scored.
-    """
-    for members in plan_microbatches([tree_tokens(t, shared) for t in trees], tokens_per_step):
-        yield members, pack([trees[i] for i in members], shared=shared).to(device)
+    of_passes = [sum(sizes[i] for i in members) for members in plan]
+    most = at_once(of_passes, tokens_per_step, len(trees)) if lanes else 1
+    yield from zip(plan, side_by_side(one, plan, most=most), strict=True)

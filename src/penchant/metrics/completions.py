@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from penchant.base.machine import in_fp64
 from penchant.data.packing import passes_over
 from penchant.data.templates import end_ids
 from penchant.errors import ConfigError
@@ -352,14 +353,15 @@ def kl_by_completion(
     """k1 and k3 of every completion in nats, summed over its tokens, (completions,) each in order."""
     shared = policy.scorer.shared
     device = next(policy.scorer.model.parameters()).device
+    lanes = policy.scorer.side_by_side and reference.scorer.side_by_side
     by_tree: dict[int, torch.Tensor] = {}
 
-    def both(batch: PackedBatch) -> torch.Tensor:
-        logps, ref_logps = (m.completion_logps(batch).tokens.double() for m in (policy, reference))
-        estimates = (per_completion(kl_estimate(logps, ref_logps, how), batch.lengths) for how in ("k1", "k3"))
-        return torch.stack(list(estimates), dim=1)
+    def estimates(batch: PackedBatch) -> torch.Tensor:
+        logps, ref_logps = (in_fp64(m.completion_logps(batch).tokens) for m in (policy, reference))
+        return torch.stack([per_completion(kl_estimate(logps, ref_logps, k), batch.lengths) for k in ("k1", "k3")], 1)
 
-    for members, sums in passes_over(both, trees, tokens_per_step, shared=shared, device=device):
+    passes = passes_over(estimates, trees, tokens_per_step, shared=shared, device=device, lanes=lanes)
+    for members, sums in passes:
         by_tree |= zip(members, sums.cpu().split([len(trees[i].completion_ids) for i in members]), strict=True)
     k1, k3 = torch.cat([by_tree[i] for i in range(len(trees))]).numpy().T
     return k1, k3

@@ -20,17 +20,19 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from penchant.base.files import spared, write_atomically
-from penchant.base.machine import peak_memory
-from penchant.data.packing import pack, plan_balanced, plan_dealt, tree_tokens
+from penchant.base.lanes import Turns, in_order, side_by_side
+from penchant.base.machine import in_fp64, peak_memory
+from penchant.data.packing import at_once, pack, plan_dealt, plan_passes, tree_tokens
 from penchant.distributed.world import World, agreed, current
 from penchant.errors import CheckpointError, TrainingStopped
 from penchant.losses.schedules import progress_at
+from penchant.models.router import RouterLoss
 from penchant.runfolder import METRICS, PERF, MetricsLog, NoLog, finite
 from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint, save_sharded
 from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
-from penchant.training.steps import BatchSchedule, Totals, on_host, reduced, repeatable
+from penchant.training.steps import BatchSchedule, Summed, Totals, on_host, reduced, repeatable
 from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
 
 Metrics = dict[str, Any]
@@ -62,6 +64,7 @@ class Loop:
             each evaluation, when their lines are written.
         identity: of the run, kept in its checkpoints too.
         pause_at: a step before the end at which it writes a checkpoint, evaluates and ends with `Paused`; None: it goes on to its end.
+        router: the balance loss of the model's router, which goes along with the method's own; None: there is none.
         start_tolerance: how far log-probs of policy and reference may be apart at step 0, where both are one model: nats per
             completion, and per token (0 and 0 for a reference that runs the same kernels on the same batch); None: no check.
         world: the processes that take each step together; rank 0 alone writes logs.
@@ -82,6 +85,7 @@ class Loop:
     console: PlainConsole
     evaluate: Callable[[int], Metrics] | None = None
     start_tolerance: tuple[float, float] | None = None
+    router: RouterLoss | None = None
     updates: int = 1
     watched: Callable[[str], None] = lambda _: None
     pause_at: int | None = None
@@ -89,6 +93,7 @@ class Loop:
     identity: Mapping[str, Any] = field(default_factory=dict)
     interrupted: int | None = None
     world: World = field(default_factory=current)
+    _in_order: bool = False
     _ahead: tuple[int, Callable[[], tuple[Sequence[TokenTree], Sequence[PackedBatch]]]] | None = None
 
     @property
@@ -214,7 +219,12 @@ class Loop:
             self._ahead = step + 1, _in_background(lambda: self._packed(step + 1, schedule))
         weights = [self.algorithm.weights(b) for b in batches if not b.idle]
         counts = self.world.sums({name: sum(w[name] for w in weights) for name in (weights[0] if weights else ())})
+        if self.router is not None:
+            self.router.begin_step(self.model, batches)
         means, grad_norm = self._backward(step, batches, counts)
+        if self.router is not None:
+            means["router_aux_loss"] = self.router.end_step()
+            means["loss"] += self.router.coef * means["router_aux_loss"]
         t = self.train
         lr = learning_rate(step, total, self.peak_lr, t.schedule, t.warmup_fraction, t.min_lr_fraction)
         self._check_floor(step, means, batches)
@@ -271,7 +281,7 @@ class Loop:
             smallest = min(range(len(sizes)), key=lambda i: sizes[i], default=0)
             made = [(m, pack([trees[i] for i in m or [smallest]], shared=self.shared)) for m in dealt]
             return [replace(batch, idle=not members) for members, batch in made]
-        plan = plan_balanced(sizes, self.train.tokens_per_step)
+        plan = plan_passes(sizes, self.train.tokens_per_step, self.algorithm.side_by_side)
         return [pack([trees[i] for i in members], shared=self.shared) for members in plan]
 
     def _backward(
@@ -283,13 +293,16 @@ class Loop:
             if self.algorithm.coupled and (len(batches) > 1 or self.world.many):
                 self._backward_coupled(step, [b.to(self.device) for b in batches], counts, totals)
             else:
-                for batch in batches:
+
+                def one(_: int, batch: PackedBatch) -> Summed:
                     out = self._loss(step, self.algorithm.score(batch.to(self.device)))
-                    if batch.idle:
-                        (reduced(out, counts) * 0.0).backward()
-                        continue
-                    reduced(out, counts).backward()
-                    totals.add(out)
+                    loss = reduced(out, counts)
+                    (loss * 0.0 if batch.idle else loss).backward()
+                    return Totals.summed(out)
+
+                for batch, summed in zip(batches, self._of_batches(one, batches), strict=True):
+                    if not batch.idle:
+                        totals.append(summed)
         (grad_norm,) = totals.read(self.optimizer.clip(self.train.max_grad_norm))
         totals.join(self.world)
         if not totals.finite:
@@ -308,15 +321,19 @@ class Loop:
         """A loss that couples the examples of a step, in micro-batches that each fit.
 
         One pass without gradient gives the step's log-probs; the loss of them all gives d loss / d log-prob of each; a second
-        pass carries those back. The gradient is that of one big batch.
+        pass carries those back, or the first one where the step fits as a whole. The gradient is that of one big batch.
         """
-        with torch.no_grad():
-            parts = []
-            for i, batch in enumerate(batches):
-                self._seed(step, i)
-                parts.append(self.algorithm.score(batch))
-        mine = tuple(p for p, b in zip(parts, batches, strict=True) if not b.idle)
-        everyone = [mine] if not self.world.many else self.world.gather_tensors(mine, self.device)
+        fits = self.algorithm.side_by_side and sum(b.tokens for b in batches) <= self.train.tokens_per_step
+
+        def score(i: int, batch: PackedBatch) -> Scored:
+            self._seed(step, i)
+            scored: Scored = self.algorithm.score(batch)
+            return scored
+
+        with torch.set_grad_enabled(fits):
+            parts = list(self._of_batches(score, batches))
+        mine = tuple(part for part, b in zip(parts, batches, strict=True) if not b.idle)
+        everyone = self.world.gather_tensors(mine, self.device) if self.world.many else [mine]
         whole = Scored.cat([part for of_rank in everyone for part in of_rank])
         leaf = whole.policy_logps.detach().requires_grad_()
         out = self._loss(step, replace(whole, policy_logps=leaf))
@@ -324,12 +341,34 @@ class Loop:
         if self.world.leads:  # every rank has the whole step's
             totals.add(out)
         before = sum(len(part.lengths) for of_rank in everyone[: self.world.rank] for part in of_rank)
-        sizes = [len(part.lengths) for part in mine]
-        grads = iter(grad[before : before + sum(sizes)].split(sizes))
-        for i, batch in enumerate(batches):
-            g = torch.zeros(len(batch.lengths), dtype=grad.dtype, device=grad.device) if batch.idle else next(grads)
-            self._seed(step, i)
-            (self.algorithm.score(batch).policy_logps * g).sum().backward()
+        own = iter(
+            grad[before:].split(
+                [*(len(p.lengths) for p in mine), len(grad[before:]) - sum(len(p.lengths) for p in mine)]
+            )
+        )
+        grads = [torch.zeros_like(b.lengths, dtype=grad.dtype) if b.idle else next(own) for b in batches]
+        del whole, everyone
+
+        def back(i: int, batch: PackedBatch) -> None:
+            logps = (parts[i] if fits else score(i, batch)).policy_logps
+            (logps * grads[i]).sum().backward()
+
+        list(self._of_batches(back, batches))
+
+    def _of_batches(self, call: Callable[[int, PackedBatch], T], batches: Sequence[PackedBatch]) -> Iterator[T]:
+        """`call` of every batch and its number, side by side where the algorithm bears that; gradients are summed in the order of the batches."""
+        if not self.algorithm.side_by_side:
+            yield from map(call, range(len(batches)), batches)
+            return
+        if not self._in_order:
+            for p in self.optimizer.params.values():
+                in_order(p)
+            self._in_order = True
+        turns = Turns()
+        most = at_once([b.tokens for b in batches], self.train.tokens_per_step, self.train.batch_size)
+        yield from side_by_side(lambda i: call(i, batches[i]), range(len(batches)), most=most, turns=turns)
+        with torch.no_grad():
+            turns.close()
 
     def _loss(self, step: int, scored: Scored) -> LossOutput:
         if step == 0 and self.start_tolerance is not None:
@@ -344,7 +383,7 @@ class Loop:
         away = (scored.policy_logps.detach() - scored.ref_logps).abs()
         per_completion, per_token = self.start_tolerance
         worst = (away - per_token * scored.lengths).argmax()[None]
-        apart, length = on_host(torch.cat([v.double().index_select(0, worst) for v in (away, scored.lengths)]))
+        apart, length = on_host(torch.cat([in_fp64(v).index_select(0, worst) for v in (away, scored.lengths)]))
         allowed = per_completion + per_token * length
         if not apart <= allowed:
             raise TrainingStopped(
