@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -220,7 +221,9 @@ def _read_shards(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tenso
         else:
             tensors[name] = torch.zeros(found.size, dtype=found.properties.dtype)
     reader = HuggingFaceStorageReader(str(folder))
-    dcp.load(tensors, storage_reader=reader, process_group=world.group, no_dist=not world.many)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of one process that reads what several wrote
+        dcp.load(tensors, storage_reader=reader, process_group=world.group, no_dist=not world.many)
     return tensors
 
 
