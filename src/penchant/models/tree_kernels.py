@@ -19,6 +19,7 @@ Papers: FlashAttention-2 (arXiv 2307.08691), FlexAttention (arXiv 2412.05496).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -113,6 +114,36 @@ def _build_plan(segments: Sequence[Segment], device: torch.device) -> VarlenPlan
     return VarlenPlan(Sequences(cu, cu, longest, longest), second, at.long(), of.long())
 
 
+# ---- Determinism: where torch's deterministic mode only warns, backward kernels of attention keep their unordered way ----
+
+
+def _only_warns() -> bool:
+    return torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+@contextmanager
+def strict(wanted: bool) -> Iterator[None]:
+    """Deterministic mode without its `warn_only`, for kernels that have a deterministic way and take it only then."""
+    if not wanted:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def with_strict_backward(out: Tensor, *inputs: Tensor) -> Tensor:
+    """An attention's output as it is; the backward pass between it and its inputs (no leaves) is strictly deterministic in that mode."""
+    if out.requires_grad and _only_warns():
+        out.register_hook(lambda _: torch.use_deterministic_algorithms(True))
+        for x in inputs:
+            if x.requires_grad:
+                x.register_hook(lambda _: torch.use_deterministic_algorithms(True, warn_only=True))
+    return out
+
+
 # ---- The kernels: forward (q, k, v) -> out (T, H, d_v), log-sum-exp (H, T); backward -> gradients of q, k, v ----
 
 
@@ -148,9 +179,10 @@ def _backward(
     width = _width(q, v)
     wide = [_wide(x, width) for x in (grad, q, k, v, out)]
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the dropout that there is none of
-    found = torch.ops.aten._flash_attention_backward(
-        *wide, lse, s.cu_q, s.cu_k, s.max_q, s.max_k, 0.0, causal, state, state.new_empty(0), scale=scale
-    )
+    with strict(_only_warns()):
+        found = torch.ops.aten._flash_attention_backward(
+            *wide, lse, s.cu_q, s.cu_k, s.max_q, s.max_k, 0.0, causal, state, state.new_empty(0), scale=scale
+        )
     dq, dk, dv = (g[..., : x.shape[-1]] for g, x in zip(found, (q, k, v), strict=True))
     return dq, dk, dv
 
