@@ -22,6 +22,7 @@ from penchant.logprobs.head import (
 )
 from penchant.losses.divergences import DivergenceKind
 from penchant.models.load import backbone_of, base_model_of, head_scaling, without_cache
+from penchant.models.router import RouterLoss, routed
 from penchant.models.tree_attention import install_tree_attention, restore_attention
 from penchant.types import PackedBatch
 
@@ -79,6 +80,7 @@ class Scorer:
         attention: how packed rows attend within their trees: ``groups``, ``varlen``, ``flex`` or ``varlen+flex`` (`select_attention`).
         own_attention: padded rows go through the attention that transformers gave the model.
         own_head: logits come from the model's own `forward`, for models that do more than a linear layer, a factor and a cap.
+        router: joins the balance loss of a mixture of experts to the hidden states that are trained on.
     """
 
     model: nn.Module
@@ -88,6 +90,7 @@ class Scorer:
     attention: str = "groups"
     own_attention: bool = False
     own_head: bool = False
+    router: RouterLoss | None = None
     _fast: Any = None
 
     def __post_init__(self) -> None:
@@ -139,8 +142,17 @@ class Scorer:
             use_cache=False,
             penchant_batch=batch,
             penchant_attention=self.attention,
+            **self._listening(),
         )
-        return out.last_hidden_state[0]
+        return self._with_router(out.last_hidden_state[0], routed(out), batch)
+
+    def _listening(self) -> dict[str, Any]:
+        return {"output_router_logits": True} if self.router is not None and self.router.listens else {}
+
+    def _with_router(self, hidden: Tensor, logits: tuple[Tensor, ...], batch: PackedBatch) -> Tensor:
+        if self.router is None or not self.router.listens:
+            return hidden
+        return self.router.attached(hidden, logits, batch)
 
     def _padded_hidden(self, backbone: nn.Module, batch: PackedBatch) -> Tensor:
         """The plain way, for models whose layers carry state along the row: one padded row a segment."""
@@ -149,8 +161,9 @@ class Scorer:
         more: dict[str, Any] = without_cache(backbone)
         if not self.own_attention and "position_ids" in signature(backbone.forward).parameters:
             more["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        out = backbone(input_ids=ids, attention_mask=mask, **more)
-        return out.last_hidden_state.flatten(0, 1).index_select(0, back)
+        out = backbone(input_ids=ids, attention_mask=mask, **more, **self._listening())
+        hidden = out.last_hidden_state.flatten(0, 1).index_select(0, back)
+        return self._with_router(hidden, tuple(layer.index_select(0, back) for layer in routed(out)), batch)
 
     def predicting(self, batch: PackedBatch) -> Tensor:
         """The hidden states (R, d) that predict the completion tokens."""

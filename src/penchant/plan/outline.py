@@ -25,7 +25,7 @@ from penchant.models.options import ModelConfig, check_model_path
 from penchant.models.reward import HEADS, load_model_config, set_padding
 from penchant.models.tree_attention import select_attention
 from penchant.runs import Run
-from penchant.runs.parts import cache_paths, prepared, reference_source, set_threads
+from penchant.runs.parts import cache_paths, prepared, reference_source, set_threads, with_adapter_sha256
 
 META = torch.device("meta")
 
@@ -88,7 +88,8 @@ class OutlinedRun(Run):
         config = self.config
         model = load_causal_model(reference_source(config), torch.device("cpu"), config.train.seed)
         cast_parameters(model, self.dtype)
-        return {name: path for name, (_, path) in cache_paths(config, self.rows, weights_sha256(model)).items()}
+        sha256 = with_adapter_sha256(config, weights_sha256(model))
+        return {name: path for name, (_, path) in cache_paths(config, self.rows, sha256, model).items()}
 
     @property
     def shared_prompts(self) -> bool:
