@@ -251,8 +251,12 @@ class _TwoPasses(torch.autograd.Function):
     ) -> Tensor:
         out, lse = _forward(q, k, v, plan.first, True, scale)
         if plan.second is not None:
-            prompts = (x.index_select(0, plan.keys) for x in (k, v))
-            other, seen = _forward(q.index_select(0, plan.rows), *prompts, plan.second, False, scale)
+            ours, keys, values = (
+                q.index_select(0, plan.rows),
+                k.index_select(0, plan.keys),
+                v.index_select(0, plan.keys),
+            )
+            other, seen = _forward(ours, keys, values, plan.second, False, scale)
             own = lse.index_select(1, plan.rows)
             total = torch.logaddexp(own, seen)
             merged = out.index_select(0, plan.rows) * _share(own, total) + other * _share(seen, total)
@@ -273,11 +277,10 @@ class _TwoPasses(torch.autograd.Function):
         dq, dk, dv = _backward(grad, q, k, v, out, lse, plan.first, True, scale)
         if plan.second is not None:
             rows, keys = plan.rows, plan.keys
-            of_rows = [x.index_select(0, rows) for x in (grad, q, out)]
-            of_keys = [x.index_select(0, keys) for x in (k, v)]
-            more = _backward(
-                of_rows[0], of_rows[1], *of_keys, of_rows[2], lse.index_select(1, rows), plan.second, False, scale
-            )
+            into, ours, found = (x.index_select(0, rows) for x in (grad, q, out))
+            theirs, values = (x.index_select(0, keys) for x in (k, v))
+            sums = lse.index_select(1, rows)
+            more = _backward(into, ours, theirs, values, found, sums, plan.second, False, scale)
             dq, dk, dv = (_added(a, at, b) for a, at, b in zip((dq, dk, dv), (rows, keys, keys), more, strict=True))
         dsinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
@@ -363,12 +366,12 @@ def _build_flex(segments: Sequence[Segment], tokens: int, window: int | None, de
 
     length = -(-tokens // BLOCK) * BLOCK
     blocks = visible_blocks(segments, length, window)
-    order = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)  # the visible ones first
-    counts, order, *columns = moved_together(
-        [blocks.sum(1, dtype=np.int32), order, *tokens_of(segments, length)], device
+    first = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)  # the visible ones first
+    counts, order, own, root, position = moved_together(
+        [blocks.sum(1, dtype=np.int32), first, *tokens_of(segments, length)], device
     )
     mask = BlockMask.from_kv_blocks(
-        counts[None, None], order[None, None], BLOCK_SIZE=BLOCK, mask_mod=mask_mod(*columns, window)
+        counts[None, None], order[None, None], BLOCK_SIZE=BLOCK, mask_mod=mask_mod(own, root, position, window)
     )
     return FlexPlan(length, mask)
 
