@@ -271,6 +271,19 @@ def test_shapes_alone_count_what_a_real_pass_holds(tmp_path: Path, lora: bool) -
     assert found.forward == pytest.approx(live.peak, rel=0.15)
 
 
+def test_attention_without_a_mask_is_counted_so(tmp_path: Path) -> None:
+    """By the flash kernels' shapes: neither a mask nor scores of all pairs, which is most of what long trees hold otherwise."""
+    found = []
+    for attention in ("groups", "varlen"):
+        config = _config(tmp_path)
+        config["model"] |= {"kernels": "off", "attention": attention}
+        run = OutlinedRun(api.as_config(config), quiet=True)
+        assert run.attention[0] == attention and not run.layout[1]
+        found.append(activations_of(run, run.model, [_trees((300, 250, 260), (280, 240, 270))], fast=False))
+    groups, varlen = found
+    assert varlen.total < groups.total / 2 and varlen.layouts < groups.layouts / 20
+
+
 def test_a_head_too_large_to_keep_is_counted_by_its_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penchant.models.cpu.head._KEEP_BYTES", 1 << 16)
     monkeypatch.setattr("penchant.models.cpu.head._MATMUL_ROWS", 64)
