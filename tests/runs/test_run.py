@@ -228,7 +228,7 @@ def test_packings_train_alike(base: dict[str, Any], trained: api.TrainResult, pa
 def test_two_passes_of_attention_train_alike(base: dict[str, Any], trained: api.TrainResult) -> None:
     other = api.train(base, "model.attention=varlen", quiet=True)
     assert other.after["eval/loss"] == pytest.approx(trained.after["eval/loss"], rel=1e-3)
-    kinds = [read_object(r.folder / "manifest.json")["attention"] for r in (trained, other)]
+    kinds = [json.loads((r.folder / "manifest.json").read_text())["attention"] for r in (trained, other)]
     assert kinds == ["groups", "varlen"]
 
 
