@@ -120,7 +120,7 @@ def _recomputed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def _add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | None, last: bool) -> Tensor | None:
     """Add D^T (g h) tile by tile of the vocabulary to where `store_grad` would, or to `total`, which is returned for autograd."""
-    main = getattr(weight, "main_grad", None)
+    main: Any = getattr(weight, "main_grad", None)
     for i in range(0, weight.shape[0], VOCAB_TILE):
         tile = slice(i, i + VOCAB_TILE)
         of_tile = d[:, tile].t()
