@@ -51,6 +51,7 @@ class LiveReference:
     scorer: Scorer
     off: Callable[[], AbstractContextManager[Any]] = nullcontext
     exact: bool = True
+    swaps: bool = False
 
     def logps(self, batch: PackedBatch) -> Tensor:
         return self.completion_logps(batch).sums
@@ -74,11 +75,16 @@ class LiveReference:
         with self.at_rest():
             return self.scorer.logps(batch)
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether several threads may run passes of it at once, beside passes of the policy."""
+        return self.scorer.side_by_side and not self.swaps
+
     @contextmanager
     def at_rest(self) -> Iterator[None]:
         """The model as the reference has it, without gradient. What has a fast path stays as it is: other threads may train it now."""
         model = self.scorer.model
-        if self.scorer.side_by_side:
+        if self.side_by_side:
             with torch.no_grad(), nullcontext() if self.off is nullcontext else adapters_off():
                 yield
             return
@@ -111,7 +117,7 @@ def adapter_as_it_is(scorer: Scorer) -> LiveReference:
             for (p, _), data in zip(kept, now, strict=True):
                 p.data = data
 
-    return LiveReference(scorer, off=put_back)
+    return LiveReference(scorer, off=put_back, swaps=True)
 
 
 @dataclass(slots=True)
@@ -324,7 +330,7 @@ def compute_logps(
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     device = next(live.scorer.model.parameters()).device
     passes = passes_over(
-        live.completion_logps, trees, tokens_per_step, shared=shared, device=device, lanes=live.scorer.side_by_side
+        live.completion_logps, trees, tokens_per_step, shared=shared, device=device, lanes=live.side_by_side
     )
     for members, made in passes:
         sums = made.sums.cpu().split([len(trees[i].completion_ids) for i in members])
