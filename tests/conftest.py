@@ -15,6 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# also where PYTHONDONTWRITEBYTECODE is set: rewriting every test's asserts anew takes each worker 15 s of CPU
+sys.dont_write_bytecode = False
+
 import pytest
 from hypothesis import HealthCheck, settings
 
