@@ -149,10 +149,10 @@ def _models_are_read_once() -> Iterator[None]:
             weights = tuple((n, p.dtype, float(p.double().sum())) for n, p in model.named_parameters())
         return (kind, made_of, type(model), weights, asked)
 
-    def first_right(model: Any, candidates: Any, kernels: str) -> Any:
-        key = way_of("way", model, tuple(candidates), kernels)
+    def first_right(model: Any, *asked: Any) -> Any:
+        key = way_of("way", model, *map(tuple, asked))
         if key is None or key not in ways:
-            found = real_way(model, candidates, kernels)
+            found = real_way(model, *asked)
             if key is None or found[0] is None:
                 return found
             ways[key] = found

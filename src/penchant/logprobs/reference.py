@@ -45,7 +45,7 @@ class Reference(Protocol):
 
 @dataclass(slots=True)
 class LiveReference:
-    """A reference that runs each step: a frozen copy (`off` does nothing) or the policy with its adapter switched off."""
+    """A reference that runs each step: a frozen copy (`off` does nothing), or the policy with its adapter switched off or as it was."""
 
     scorer: Scorer
     off: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -89,6 +89,24 @@ class LiveReference:
 def adapter_off(scorer: Scorer) -> LiveReference:
     """The reference of a LoRA run: the same weights and kernels with the adapter disabled."""
     return LiveReference(scorer, off=scorer.model.disable_adapter)  # type: ignore[arg-type]
+
+
+def adapter_as_it_is(scorer: Scorer) -> LiveReference:
+    """The policy with its adapter as it is now, whatever training makes of it: a copy of the adapter, and no other weights."""
+    kept = [(p, p.detach().clone()) for n, p in scorer.model.named_parameters() if "lora_" in n]
+
+    @contextmanager
+    def put_back() -> Iterator[None]:
+        now = [p.data for p, _ in kept]
+        try:
+            for p, start in kept:
+                p.data = start
+            yield
+        finally:
+            for (p, _), data in zip(kept, now, strict=True):
+                p.data = data
+
+    return LiveReference(scorer, off=put_back)
 
 
 @dataclass(slots=True)
@@ -164,7 +182,7 @@ class CachedReference:
 def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, tokenizer: str, template: str) -> str:
     """The name of a cache: SHA-256 over what reference log-probs depend on, and nothing else.
 
-    Model weights, tokenizer, template, every token id and boundary, and the dtype; not the learning rate, the output
+    Model weights (and how its config has them computed), tokenizer, template, every token id and boundary, and the dtype; not the learning rate, the output
     folder, the loss or the packing.
     """
     digest = hashlib.sha256()

@@ -176,7 +176,7 @@ def score_tokens(
             else:
                 found = torch.stack([policy.completion_logps(batch).tokens, reference.completion_logps(other).tokens])
         counts = [sum(map(len, t.completion_ids)) for t in chosen]
-        parts |= dict(zip(members, found.double().cpu().split(counts, dim=1), strict=True))
+        parts |= dict(zip(members, found.cpu().double().split(counts, dim=1), strict=True))
         if progress is not None:
             progress(len(parts), len(trees))
     whole = torch.cat([parts[i] for i in range(len(trees))], dim=1).numpy()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from penchant.base.machine import in_fp64
 from penchant.data.packing import batches_of
 from penchant.data.templates import end_ids
 from penchant.errors import ConfigError
@@ -354,7 +355,7 @@ def kl_by_completion(
     device = next(policy.scorer.model.parameters()).device
     by_tree: dict[int, torch.Tensor] = {}
     for members, batch in batches_of(trees, tokens_per_step, shared=shared, device=device):
-        logps, ref_logps = (m.completion_logps(batch).tokens.double() for m in (policy, reference))
+        logps, ref_logps = (in_fp64(m.completion_logps(batch).tokens) for m in (policy, reference))
         estimates = (per_completion(kl_estimate(logps, ref_logps, how), batch.lengths) for how in ("k1", "k3"))
         sums = torch.stack(list(estimates), dim=1)
         by_tree |= zip(members, sums.cpu().split([len(trees[i].completion_ids) for i in members]), strict=True)

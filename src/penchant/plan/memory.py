@@ -199,7 +199,7 @@ def _engine(run: OutlinedRun, model: Any, kernels: str) -> Any:
     packing = run.layout[0]
     if run.encoder:
         return EncoderRewards(model, pair_format(run.rows.tokenizer))
-    scorer = Scorer(model, packing, kernels)  # type: ignore[arg-type]
+    scorer = Scorer(model, packing, kernels, attention=run.attention[0])  # type: ignore[arg-type]
     return scorer if not run.method.learns_reward else CausalRewards(scorer)
 
 

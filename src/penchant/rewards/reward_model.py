@@ -285,18 +285,20 @@ def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step
     with torch.no_grad():
         for members, batch in batches_of(trees, tokens_per_step, shared=scorer.shared, device=device):
             sizes = [len(trees[i].completion_ids) for i in members]
-            for i, part in zip(members, scorer.rewards(batch).double().cpu().split(sizes), strict=True):
+            for i, part in zip(members, scorer.rewards(batch).cpu().double().split(sizes), strict=True):
                 found[i] = part.tolist()
     scorer.model.train(training)
     return [r for of_tree in found for r in of_tree]
 
 
-def make_scorer(model: Any, encoder: bool, tokenizer: Any, packing: str, kernels: str) -> tuple[RewardScorer, str]:
+def make_scorer(
+    model: Any, encoder: bool, tokenizer: Any, packing: str, kernels: str, attention: str = "auto"
+) -> tuple[RewardScorer, str]:
     """The scorer that fits a reward model, and a sentence for the log."""
     if encoder:
         scorer = EncoderRewards(model, pair_format(tokenizer))
         return scorer, f"packing: {scorer.packing}"
-    causal, note = choose_packing(model, packing, kernels)
+    causal, note = choose_packing(model, packing, kernels, attention)
     return CausalRewards(causal), note
 
 

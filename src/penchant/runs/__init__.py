@@ -312,6 +312,8 @@ class Run:
         model = built.parts.model
         check, reference = None, built.parts.reference
         same_start = cfg.reference.path is None and cfg.model.init == "pretrained"
+        if cfg.model.adapter is not None and cfg.lora is not None and cfg.lora.dropout:
+            same_start = False  # a new adapter adds nothing at first, whatever dropout does; this one does
         if reference is not None and same_start and self.method.rollouts is None:
             check = self._start_tolerance(reference)
         return Loop(
@@ -330,6 +332,7 @@ class Run:
             console=self.console,
             evaluate=None if held_out is None else self._evaluate_in_training,
             start_tolerance=check,
+            router=built.router,
             updates=self.method.updates,
             pause_at=self.pause_at,
         )

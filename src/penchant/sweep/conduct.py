@@ -278,7 +278,8 @@ class SweepConductor:
             return self._inputs[run.name]
         config = run.config
         rewards = [None if r is None else dict(r.terms) for r in (config.reward, config.evaluation.reward)]
-        named = (config.model.path, config.model.tokenizer, config.reference.path, json.dumps(rewards))
+        model = config.model
+        named = (model.path, model.tokenizer, model.adapter, config.reference.path, json.dumps(rewards))
         with run.naming():
             check_models(config)
             for reward in rewards:

@@ -20,10 +20,11 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from penchant.base.files import spared, write_atomically
-from penchant.base.machine import peak_memory
+from penchant.base.machine import in_fp64, peak_memory
 from penchant.data.packing import pack, plan_balanced, tree_tokens
 from penchant.errors import CheckpointError, TrainingStopped
 from penchant.losses.schedules import progress_at
+from penchant.models.router import RouterLoss
 from penchant.runfolder import METRICS, PERF, MetricsLog, finite
 from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from penchant.training.console import PlainConsole
@@ -61,6 +62,7 @@ class Loop:
             each evaluation, when their lines are written.
         identity: of the run, kept in its checkpoints too.
         pause_at: a step before the end at which it writes a checkpoint, evaluates and ends with `Paused`; None: it goes on to its end.
+        router: the balance loss of the model's router, which goes along with the method's own; None: there is none.
         start_tolerance: how far log-probs of policy and reference may be apart at step 0, where both are one model: nats per
             completion, and per token (0 and 0 for a reference that runs the same kernels on the same batch); None: no check.
     """
@@ -80,6 +82,7 @@ class Loop:
     console: PlainConsole
     evaluate: Callable[[int], Metrics] | None = None
     start_tolerance: tuple[float, float] | None = None
+    router: RouterLoss | None = None
     updates: int = 1
     watched: Callable[[str], None] = lambda _: None
     pause_at: int | None = None
@@ -203,7 +206,12 @@ class Loop:
             self._ahead = step + 1, _in_background(lambda: self._packed(step + 1, schedule))
         weights = [self.algorithm.weights(b) for b in batches]
         counts = {name: sum(w[name] for w in weights) for name in weights[0]}
+        if self.router is not None:
+            self.router.begin_step(self.model, batches)
         means, grad_norm = self._backward(step, batches, counts)
+        if self.router is not None:
+            means["router_aux_loss"] = self.router.end_step()
+            means["loss"] += self.router.coef * means["router_aux_loss"]
         t = self.train
         lr = learning_rate(step, total, self.peak_lr, t.schedule, t.warmup_fraction, t.min_lr_fraction)
         self._check_floor(step, means, batches)
@@ -314,7 +322,7 @@ class Loop:
         away = (scored.policy_logps.detach() - scored.ref_logps).abs()
         per_completion, per_token = self.start_tolerance
         worst = (away - per_token * scored.lengths).argmax()[None]
-        apart, length = on_host(torch.cat([v.double().index_select(0, worst) for v in (away, scored.lengths)]))
+        apart, length = on_host(torch.cat([in_fp64(v).index_select(0, worst) for v in (away, scored.lengths)]))
         allowed = per_completion + per_token * length
         if not apart <= allowed:
             raise TrainingStopped(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ class MasterAdamW:
     micro-batches are summed in fp32 and no bf16 gradient stays alive); after each step the shadow is rewritten from its
     master. Matrices decay, vectors (norms, biases) do not.
 
+    Args:
+        rate_of: by a parameter's name, its learning rate as a multiple of the step's.
+
     Paper: arXiv 1711.05101.
     """
 
@@ -47,6 +50,7 @@ class MasterAdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        rate_of: Callable[[str], float] = lambda _: 1.0,
     ) -> None:
         self.params = {name: p for name, p in named if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
@@ -60,10 +64,14 @@ class MasterAdamW:
                 master.grad = p.main_grad  # type: ignore[attr-defined]
                 self._hooks.append(p.register_post_accumulate_grad_hook(_add_to_main_grad))
             self.masters[name] = master
-        decay = [m for m in self.masters.values() if m.ndim >= 2]
-        rest = [m for m in self.masters.values() if m.ndim < 2]
-        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        self._adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=eps, lr=0.0, fused=True)
+        alike: dict[tuple[bool, float], list[Tensor]] = {}
+        for name, master in self.masters.items():
+            alike.setdefault((master.ndim < 2, rate_of(name)), []).append(master)
+        groups = [
+            {"params": masters, "weight_decay": 0.0 if vectors else weight_decay, "rate": rate}
+            for (vectors, rate), masters in sorted(alike.items(), key=lambda g: g[0])
+        ]
+        self._adam = torch.optim.AdamW(groups, betas=betas, eps=eps, lr=0.0, fused=True)
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Scale gradients to at most `max_norm` in L2 norm; returns the norm before, which is not read here."""
@@ -77,7 +85,7 @@ class MasterAdamW:
     def step(self, lr: float) -> None:
         """One AdamW step at rate `lr`, then the shadows are rewritten and the gradients zeroed."""
         for group in self._adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         self._adam.step()
         shadows = self._shadows()
         if shadows:

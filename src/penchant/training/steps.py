@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penchant.base.machine import in_fp64
 from penchant.types import LossOutput
 
 # ---- Which trees a step trains on: a pure function of seed and step, so that a resumed run needs no data cursor but the step ----
@@ -104,13 +105,13 @@ class Totals:
         self.terms |= terms.keys()
         figures = {**terms, **output.metrics}
         names = [(name, values.numel() if weights is None else None) for name, (values, weights) in figures.items()]
-        sums = [values.double().sum() for values, _ in figures.values()]
-        counts = [weights.double().sum() for _, weights in figures.values() if weights is not None]
+        sums = [in_fp64(values).sum() for values, _ in figures.values()]
+        counts = [in_fp64(weights).sum() for _, weights in figures.values() if weights is not None]
         self._added.append((names, torch.stack([*sums, *counts])))
 
     def read(self, *more: Tensor) -> list[float]:
         """Bring what was added to the host, and `more` single numbers, which are returned, in one transfer."""
-        vectors = [*(v for _, v in self._added), *(m.detach().double().reshape(1) for m in more)]
+        vectors = [*(v for _, v in self._added), *(in_fp64(m.detach()).reshape(1) for m in more)]
         found = iter(on_host(torch.cat(vectors)) if vectors else [])
         for names, _ in self._added:
             for name, _ in names:
