@@ -64,6 +64,10 @@ class RewardTraining(Algorithm):
     scorer: RewardScorer
     config: RewardModelConfig
 
+    @property
+    def side_by_side(self) -> bool:
+        return self.scorer.side_by_side
+
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
         return {"main": float(batch.trees)}
 

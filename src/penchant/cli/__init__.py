@@ -43,7 +43,8 @@ EXIT_CODES = """exit codes:
   2  something you can fix       5  a disk that is full, fails or cannot be written; once mended, run the command again
                                130  interrupted before there was anything to save"""
 
-# glibc gives freed activations back to the kernel and faults them in again each step, which costs a third of the time;
+# glibc gives freed activations back to the kernel and faults them in again each step, which costs a third of the time; a heap for each
+# thread would hold what passes side by side free twice;
 # passive waiting keeps a shared machine usable, and a short spin before it saves waking a thread for every small operation (15% of a
 # training step, a third of decoding); oneDNN keeps 1,024 prepared products, and a run's micro-batches rarely have one size twice: 128
 # are enough for the layers of a pass and hold some hundred MB less (benchmarks/product_cache.py). All are read at process start, hence
@@ -52,6 +53,7 @@ CPU_ENV = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
+    "MALLOC_ARENA_MAX": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "10000",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",

@@ -122,6 +122,11 @@ class Scorer:
         return self._fast is not None
 
     @property
+    def side_by_side(self) -> bool:
+        """Whether several threads may run passes at once (`base/lanes.py`): the fast path toggles nothing on the model."""
+        return self.fast and self.plain_head
+
+    @property
     def plain_head(self) -> bool:
         """Whether the head is a plain Linear, without an adapter."""
         return type(self._head()[0]) is nn.Linear

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from penchant.data.packing import batches_of
+from penchant.data.packing import passes_over
 from penchant.metrics.figures import exp
 from penchant.metrics.stats import Interval, bootstrap_ci, share_ci
 from penchant.training.steps import Totals
@@ -49,8 +49,10 @@ def score_heldout(
     order: list[int] = []
     with torch.no_grad():
         algorithm.begin_step(0, at, trees)
-        for members, batch in batches_of(trees, tokens_per_step, shared=shared, device=device):
-            parts.append(algorithm.score(batch))
+        lanes = algorithm.side_by_side
+        passes = passes_over(algorithm.score, trees, tokens_per_step, shared=shared, device=device, lanes=lanes)
+        for members, made in passes:
+            parts.append(made)
             order += members
             if progress is not None:
                 progress(len(order), len(trees))

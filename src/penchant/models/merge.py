@@ -188,8 +188,8 @@ def _matching(base: Any, config: Any, targets: str | list[str]) -> set[str]:
     from peft import LoraConfig as PeftLoraConfig
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
-    like = PeftLoraConfig(task_type=config.task_type, target_modules=targets)
-    like = _maybe_include_all_linear_layers(like, base)
+    asked = PeftLoraConfig(task_type=config.task_type, target_modules=targets)
+    like = _maybe_include_all_linear_layers(asked, base)
     return {name for name, _ in base.named_modules() if name and check_target_module_exists(like, name)}
 
 

@@ -83,6 +83,11 @@ class OutlinedRun(Run):
         kinds, why = select_attention(asked, calls, device, triton=True)
         return (kinds or ["groups"])[0], why or "flash kernels take the model as it is"
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether a CPU runs several passes at once, one a thread."""
+        return self.layout[1]
+
     def cache_files(self) -> dict[str, Path]:
         """By name of the rows: the file of their reference log-probs. The weights are read for it, and let go again."""
         config = self.config

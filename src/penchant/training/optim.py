@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from penchant.base.lanes import side_by_side
+
+_NORM_ELEMENTS = 1 << 22  # numbers of a gradient that one thread takes at a time
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: str, warmup_fraction: float, floor: float) -> float:
@@ -76,7 +80,7 @@ class MasterAdamW:
     def clip(self, max_norm: float | None) -> Tensor:
         """Scale gradients to at most `max_norm` in L2 norm; returns the norm before, which is not read here."""
         grads = [m.grad for m in self.masters.values() if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = _norm(grads)
         # the CPU looks first and spares itself a pass; a GPU would be waited for
         if max_norm is not None and (norm.device.type != "cpu" or bool(norm > max_norm)):
             torch._foreach_mul_(grads, (max_norm / norm).clamp(max=1.0))
@@ -128,6 +132,14 @@ class MasterAdamW:
             }
             if state:
                 self._adam.state[master] = state
+
+
+def _norm(grads: Sequence[Tensor]) -> Tensor:
+    """L2 norm of all; on a CPU in parts that do not depend on its threads, so that its bits do not either."""
+    if not grads or grads[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(grads)
+    parts = [part for g in grads for part in g.reshape(-1).split(_NORM_ELEMENTS)]
+    return torch.linalg.vector_norm(torch.stack(list(side_by_side(torch.linalg.vector_norm, parts, most=len(parts)))))
 
 
 def _add_to_main_grad(p: Tensor) -> None:

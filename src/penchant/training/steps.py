@@ -86,6 +86,10 @@ def reduced(output: LossOutput, totals: Mapping[str, float]) -> Tensor:
     return torch.stack(parts).sum() if parts else output.losses.sum() * 0.0
 
 
+# of a micro-batch: names with their counts where those are known; sums, then the other counts
+Summed = tuple[list[tuple[str, int | None]], set[str], Tensor]
+
+
 class Totals:
     """Sums and counts of losses and metrics over any number of micro-batches, in fp64.
 
@@ -96,18 +100,26 @@ class Totals:
         self.sums: dict[str, float] = {}
         self.counts: dict[str, float] = {}
         self.terms: set[str] = set()
-        # of each micro-batch: names with their counts where those are known; sums, then the other counts
         self._added: list[tuple[list[tuple[str, int | None]], Tensor]] = []
 
-    def add(self, output: LossOutput) -> None:
-        """Add one micro-batch."""
+    @staticmethod
+    def summed(output: LossOutput) -> Summed:
+        """One micro-batch, to be appended."""
         terms = {f"loss/{name}": (values.detach(), weights) for name, (values, weights) in output.summands().items()}
-        self.terms |= terms.keys()
         figures = {**terms, **output.metrics}
         names = [(name, values.numel() if weights is None else None) for name, (values, weights) in figures.items()]
         sums = [in_fp64(values).sum() for values, _ in figures.values()]
         counts = [in_fp64(weights).sum() for _, weights in figures.values() if weights is not None]
-        self._added.append((names, torch.stack([*sums, *counts])))
+        return names, set(terms), torch.stack([*sums, *counts])
+
+    def append(self, summed: Summed) -> None:
+        names, terms, numbers = summed
+        self.terms |= terms
+        self._added.append((names, numbers))
+
+    def add(self, output: LossOutput) -> None:
+        """Add one micro-batch."""
+        self.append(self.summed(output))
 
     def read(self, *more: Tensor) -> list[float]:
         """Bring what was added to the host, and `more` single numbers, which are returned, in one transfer."""
