@@ -18,7 +18,7 @@ from worlds import in_world
 
 from penchant.algorithms.offline import Component, Offline
 from penchant.data.packing import plan_dealt
-from penchant.distributed.shard import Root, Rooted, Sharding, full
+from penchant.distributed.shard import Root, Rooted, Sharding, full, whole_weights
 from penchant.distributed.world import World, current
 from penchant.errors import CheckpointError
 from penchant.logprobs import Scorer
@@ -154,6 +154,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         resumed = make_loop(root / "two-killed")
         resumed.run()
         found["end of resumed"] = end_state(resumed)
+        resumed._seed(3, 2)
+        found["drawn"] = torch.rand(4)
+        root_of = resumed.algorithm.scorer.root
+        found["fast"] = [Scorer(resumed.model, "shared", "auto").fast]
+        with whole_weights(resumed.algorithm.scorer):
+            found["fast"].append(Scorer(resumed.model, "shared", "auto").fast)
+            found["whole"] = {n: p.detach().clone() for n, p in root_of.model.named_parameters()}
         found["two's, loaded"] = loaded(root / "two-dpo/checkpoints/step-2", resumed)
         found["one's, loaded"] = loaded(root / "one-dpo/checkpoints/step-2", resumed)
         return found
@@ -236,8 +243,21 @@ def test_every_rank_has_as_many_passes_and_every_tree_is_in_one(sizes: list[int]
     assert all(sum(sizes[i] for i in members) <= max(budget, max(sizes, default=0)) for members in plan)
 
 
-def test_a_fast_path_and_shards_do_not_meet() -> None:
+def test_dropout_differs_from_rank_to_rank(results: Any) -> None:
+    _, _, (first, second) = results
+    assert not torch.equal(first["drawn"], second["drawn"])
+
+
+def test_weights_are_whole_where_completions_are_sampled(results: Any) -> None:
+    _, _, found = results
+    for rank in found:
+        ends = {n.removeprefix("master/"): t for n, t in rank["end of resumed"].items() if n.startswith("master/")}
+        assert ends.keys() == rank["whole"].keys() and all(torch.equal(ends[n], rank["whole"][n]) for n in ends)
+
+
+def test_a_fast_path_and_shards_do_not_meet(results: Any) -> None:
     """Made before, it would hold the old parameters: most of them would never get a gradient, and nothing would say so."""
+    assert [rank["fast"] for rank in results[2]] == [[False, False]] * 2
     fast = Scorer(tiny_model("llama", dtype=torch.float32), "shared", "auto")
     assert fast.fast
     with pytest.raises(ValueError, match="fast path"):

@@ -222,7 +222,9 @@ def _read_shards(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tenso
             tensors[name] = torch.zeros(found.size, dtype=found.properties.dtype)
     reader = HuggingFaceStorageReader(str(folder))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of one process that reads what several wrote
+        warnings.filterwarnings(
+            "ignore", "torch.distributed is disabled"
+        )  # of one process that reads what several wrote
         dcp.load(tensors, storage_reader=reader, process_group=world.group, no_dist=not world.many)
     return tensors
 
