@@ -468,6 +468,10 @@ def save_model(model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Ten
     base.config._attn_implementation = "sdpa"  # a stranger's transformers does not know the tree attention
     try:
         model.save_pretrained(folder, safe_serialization=True, **({} if state is None else {"state_dict": dict(state)}))
+        held = next((v.dtype for v in (state or {}).values() if v.is_floating_point()), None)
+        if base is model and held not in (None, base.config.dtype):  # shards are kept in a wider one
+            base.config.dtype = held
+            base.config.save_pretrained(folder)
     finally:
         base.config._attn_implementation = implementation
     if tokenizer is not None:
