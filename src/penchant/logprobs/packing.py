@@ -62,10 +62,12 @@ def choose_packing(model: Any, requested: str, kernels: str) -> tuple[Scorer, st
     if scorer.fast and not _fast_is_right(scorer):
         scorer = replace(scorer, kernels="off", _fast=None)
     if found.packing == "shared":
-        reason = "prompts are shared"
+        reason = "a prompt is computed once for all its answers"
     elif by_config != "padded":
         reason = "the model's attention does not take the tree mask" if requested == "auto" else "as asked"
-    more = (", fast path" if scorer.fast else "") + (", the model's own head" if scorer.own_head else "")
+    more = ("; fast kernels for this model" if scorer.fast else "") + (
+        "; with the model's own head" if scorer.own_head else ""
+    )
     return scorer, f"packing: {scorer.packing} ({reason}{more})"
 
 
