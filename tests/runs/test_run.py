@@ -23,8 +23,6 @@ from penchant.runs import Run
 from penchant.runs.sharing import Shared
 from penchant.training.loop import Loop
 
-pytestmark = pytest.mark.xdist_group("runs")  # one worker makes what these tests share
-
 
 def base_in(folder: Path) -> dict[str, Any]:
     return {
@@ -266,7 +264,7 @@ OPTIONS = (
     "train.weight_decay=0.5 train.adam_beta1=0.5 train.adam_beta2=0.9 train.adam_eps=0.1 train.max_grad_norm=0.01 "
     "train.seed=1 train.shuffle=false data.split_seed=1 data.validation_rows=12 data.max_length=40 data.add_eos=false "
     "loss.beta=0.1 loss.label_smoothing=0.2 loss.nll_weight=0.5 loss.average_log_prob=true reference.ema=0.5 "
-    "lora.r=2 lora.alpha=32 lora.dropout=0.3 lora.target_modules=[q_proj]"
+    "lora.r=2 lora.alpha=32 lora.dropout=0.3 lora.target_modules=[q_proj] lora.rslora=true lora.dora=true lora.lr_ratio=4"
 )
 
 

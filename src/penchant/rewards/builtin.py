@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import Field, model_serializer, model_validator
 
+from penchant.base.machine import Device
 from penchant.base.section import Section
 from penchant.errors import ConfigError
 
@@ -89,7 +90,7 @@ class RewardConfig(Section):
     """
 
     terms: dict[str, float] = Field(description="name, path.py:function or a reward model's folder: its weight")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of reward models; auto: the policy's")
+    device: Device = Field("auto", description="device of reward models; auto: the policy's")
     single: bool = Field(False, description="written as one name")
 
     @model_validator(mode="before")
