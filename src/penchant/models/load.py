@@ -301,6 +301,7 @@ def add_lora(model: Any, cfg: LoraConfig, seed: int, *, task: str = "CAUSAL_LM",
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
             warnings.simplefilter("ignore", UserWarning)  # of tied weights, which check_adapter refuses
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)  # of experts
             adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     except ValueError as error:
         other = "name" if targets == "all-linear" else 'use "all-linear" or names of'
