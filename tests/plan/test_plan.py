@@ -16,7 +16,7 @@ from penchant import api
 from penchant.base.text import printable
 from penchant.cli import main
 from penchant.config import config_from_mapping, load_config, load_config_with_places
-from penchant.data.packing import pack, plan_balanced, tree_tokens
+from penchant.data.packing import pack, plan_passes, tree_tokens
 from penchant.logprobs import Scorer
 from penchant.models.cpu.decode import FastDecoder
 from penchant.models.load import cast_parameters, load_causal_model
@@ -372,7 +372,7 @@ def test_prepared_products_follow_the_sizes_of_passes_and_the_capacity(
     met = set()
     for step in range(run.schedule.total_steps):
         tokens = [tree_tokens(run.rows.trees[0][i], True) for i in run.schedule.batch(step)]
-        met |= {sum(tokens[i] for i in part) for part in plan_balanced(tokens, 300)}
+        met |= {sum(tokens[i] for i in part) for part in plan_passes(tokens, 300, True)}
     assert sizes == len(met) > 1
     assert prepared("0") == sizes * WITH_GRADIENT[0] * KERNEL
     assert prepared("16") - prepared("0") == 16 * PRODUCT
