@@ -18,7 +18,7 @@ from penchant.errors import ConfigError
 from penchant.losses.section import LossConfig, LossModifiers
 from penchant.metrics.flags.rule import TrustConfig
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
-from penchant.rewards.builtin import BUILT_IN, RULES, RewardConfig
+from penchant.rewards.builtin import RewardConfig, kind_of
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
 BOTH = "loss and algorithm are both set; keep one: an algorithm uses no loss of this section"
@@ -151,7 +151,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     def absolute_reward(name: str) -> str:
         path, colon, function = name.rpartition(":")
-        if name in BUILT_IN or name.partition(":")[0] in RULES:
+        if kind_of(name) is not None:
             return name
         return f"{absolute(path)}:{function}" if colon else str(absolute(name))
 
