@@ -151,14 +151,14 @@ def test_an_unfinished_completion_is_judged_without_eos(trained: Any, chat: bool
 def test_prompts_of_files_with_one_name_are_not_mixed_up(trained: Any) -> None:
     run = trained("plain").run
     trees, policy = as_rollouts(run, tiny_tokenizer(chat=True), "auto")
-    first = next(iter(policy.prompts))
+    first = next(iter(policy.rows))
     other = PromptTree("another prompt", (), first)
     known = run.rows.datasets[1].trees
     twice = rows_by_source([*known, other])
     assert twice[first] is None and len(twice) == len(rows_by_source(known))
     folder = find_reward_model(str(run.folder))
     assert folder is not None
-    model = load_reward_function("r", folder, CPU, replace(policy, prompts=twice))
+    model = load_reward_function("r", folder, CPU, replace(policy, rows=twice))
     with pytest.raises(DataError, match="different names"):
         model.score_trees([t for t in trees if t.source == first])
 

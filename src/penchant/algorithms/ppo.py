@@ -167,12 +167,12 @@ class PPO(OnPolicy):
             error = min(0.2, max(-0.2, kl / cfg.kl_target - 1.0))
             self.beta *= 1.0 + error * len(lengths) / cfg.kl_horizon
 
-    def _shaped(self, scores: Tensor, known: Tensor | None) -> Tensor:
+    def _shaped(self, scores: Tensor, known: Tensor | None = None) -> Tensor:
         """Rewards over their running standard deviation, and held within +- score_clip, where asked for; unknown ones are 0."""
         if known is not None:
             shaped = torch.zeros_like(scores)
             if bool(known.any()):
-                shaped[known] = self._shaped(scores[known], None)
+                shaped[known] = self._shaped(scores[known])
             return shaped
         if self.config.normalise_scores:
             self._moments = _with(self._moments, scores)

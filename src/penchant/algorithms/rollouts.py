@@ -302,8 +302,14 @@ def reward_metrics_of(groups: Sequence[Group]) -> dict[str, float]:
     known = rewards[~rewards.isnan()]
     found = {"reward": float(known.mean())}
     if several:
-        spreads = rewards.std(1) if not silent else torch.stack([g[~g.isnan()].std() for g in rewards])
-        found["reward/std"] = float(spreads[~spreads.isnan()].mean())
+        spreads = (
+            rewards.std(1)
+            if not silent
+            else torch.stack(
+                [r.std() for g in rewards if len(r := g[~g.isnan()]) > 1] or [rewards.new_tensor(torch.nan)]
+            )
+        )
+        found["reward/std"] = float(spreads.mean())
         found["frac_reward_zero_std"] = float((spreads == 0).double().mean())
     else:
         found["reward/std"] = float(known.std())
@@ -312,13 +318,13 @@ def reward_metrics_of(groups: Sequence[Group]) -> dict[str, float]:
         "completions/length": float(np.mean(lengths)),
         "completions/ended": 1.0 - float(np.mean([u for g in groups for u in g.tree.truncated])),
     }
-    for name in groups[0].terms:
+    for name in sorted(groups[0].terms):  # as a checkpoint gives them back
         values = torch.stack([g.terms[name] for g in groups])
         known = values[~values.isnan()]
         found |= {f"rewards/{name}/mean": float(known.mean()), f"rewards/{name}/std": float(known.std())}
         if len(known) < values.numel():
             found[f"rewards/{name}/none"] = 1.0 - len(known) / values.numel()
-    found |= groups[0].logged
+    found |= dict(sorted(groups[0].logged.items()))
     # of one completion there is no spread, of none no mean
     return {name: value for name, value in found.items() if value == value}
 

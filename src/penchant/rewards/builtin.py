@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
@@ -52,13 +54,15 @@ def accuracy(
 
 def _is_right(text: str, gold: Any) -> float | None:
     parse, verify = _math_verify()
+    # its alarm works in the main thread alone; what a model writes (9**9**9) may keep it busy for ever
+    seconds = 5 if threading.current_thread() is threading.main_thread() else None
     said = "" if gold is None else str(gold).rpartition("####")[2].strip()
     # a bare answer is read as it is or, where that gives nothing, as a formula
-    wanted = (parse(said, parsing_timeout=None) or parse(f"${said}$", parsing_timeout=None)) if said else []
+    wanted = (parse(said, parsing_timeout=seconds) or parse(f"${said}$", parsing_timeout=seconds)) if said else []
     if not wanted:
         return None
-    found = parse(text, parsing_timeout=None)
-    return float(bool(found) and bool(verify(wanted, found, timeout_seconds=None)))
+    found = parse(text, parsing_timeout=seconds)
+    return float(bool(found) and bool(verify(wanted, found, timeout_seconds=seconds)))
 
 
 @lru_cache(maxsize=1)
@@ -68,6 +72,7 @@ def _math_verify() -> tuple[Any, Any]:
     except ImportError as error:
         what = f"needs an extra ({error.name or error} is not installed)"
         raise ConfigError("reward accuracy", what, "pip install 'penchant[math]'") from error
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it tells of every text that it cannot read
     return parse, verify
 
 

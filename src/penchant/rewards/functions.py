@@ -237,12 +237,16 @@ def _values(term: RewardTerm, asked: Asked, timeout: float | None) -> np.ndarray
     lacking = [c for c in term.takes.columns if c not in asked.columns]
     if lacking and on_trees is None:
         raise _no_column(term.name, lacking[0], asked.columns, RewardError)
+    if on_trees is None and asked.ids is None and "completion_ids" in term.takes.required:
+        what = "counts tokens, and these are texts alone"
+        raise RewardError(f"reward {term.name}", what, "use it where a model writes: in training, eval or compare")
     try:
         given = _call(term, asked, range(n), timeout) if on_trees is None else on_trees(asked.trees)
     except (Exception, SystemExit) as error:  # a function that ends the process must not end the run unsaid
         if isinstance(error, PenchantError):  # its own sentence; there is no function to fix
             raise RewardError(f"reward {term.name}", error.what, error.how) from error
-        at = _first_to_blame(term, asked, timeout) if on_trees is None else None
+        asks_alone = on_trees is None and kind_of(term.name) not in ("judge", "http")
+        at = _first_to_blame(term, asked, timeout) if asks_alone else None
         blamed = f" ({_named_completion(asked, at)})" if at is not None else ""
         if isinstance(error, TookTooLong):
             what = f"gave no answer within {timeout:g} seconds{blamed}"
