@@ -4,8 +4,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 TOOLS := .venv/.ready-tools
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
-# one thread a worker: as many workers as cores share the machine without getting into each other's way
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+# One thread a worker: as many workers as cores share the machine without getting into each other's way.
+# A file's tests go to one worker: what they share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: demo test test-all test-gpu bench docs docker-check lint clean

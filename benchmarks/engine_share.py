@@ -1,4 +1,4 @@
-"""The engine alone: forward and backward of DPO on one packed pass of made-up pairs, as a share of the matrix-multiply peak.
+"""The engine alone: forward and backward of DPO on made-up pairs, as a share of the matrix-multiply peak.
 
     .venv/bin/python benchmarks/engine_share.py                     # bf16, two threads
     .venv/bin/python benchmarks/engine_share.py --threads 1 --cpu   # CPU time of one thread, for a machine that is shared
@@ -23,6 +23,7 @@ ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
+    "MALLOC_ARENA_MAX": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "10000",
 }
@@ -88,7 +89,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--kernels", choices=["auto", "off"], default="auto")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--tokens-per-step", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cpu", action="store_true", help="CPU time instead of wall time (with --threads 1)")
     args = parser.parse_args()
@@ -96,36 +98,48 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
     import torch
 
-    from penchant.data.packing import pack
+    from penchant.base.lanes import Turns, side_by_side
+    from penchant.data.packing import at_once, pack, plan_passes, tree_tokens
     from penchant.logprobs import Scorer
 
     clock = time.process_time if args.cpu else time.perf_counter
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     torch.set_num_threads(args.threads)
     trees = made_up_pairs(args.pairs)
-    batch = pack(trees)
     model = build_model(dtype)
     scorer = Scorer(model, "shared", args.kernels)
-    best = {"reference": float("inf"), "forward": float("inf"), "backward": float("inf")}
+    plan = plan_passes([tree_tokens(t, True) for t in trees], args.tokens_per_step, scorer.side_by_side)
+    batches = [pack([trees[i] for i in members]) for members in plan]
+    most = at_once([b.tokens for b in batches], args.tokens_per_step, len(trees)) if scorer.side_by_side else 1
+
+    def step(live: bool) -> None:
+        def one(batch: Any) -> None:
+            with torch.no_grad():
+                reference = scorer.logps(batch).sums if live else torch.zeros(len(batch.lengths))
+            policy = scorer.logps(batch).sums
+            torch.nn.functional.softplus(-0.1 * (policy - reference)).sum().backward()
+
+        turns = Turns()
+        list(side_by_side(one, batches, most=most, turns=turns if scorer.side_by_side else None))
+        with torch.no_grad():
+            turns.close()
+        model.zero_grad()
+
+    best = {True: float("inf"), False: float("inf")}
     peak = peak_gflops(dtype, clock)
     for _ in range(args.repeats):
-        started = clock()
-        with torch.no_grad():
-            reference = scorer.logps(batch).sums
-        done_reference = clock()
-        policy = scorer.logps(batch).sums
-        done_forward = clock()
-        torch.nn.functional.softplus(-0.1 * (policy - reference)).sum().backward()
-        times = (done_reference - started, done_forward - done_reference, clock() - done_forward)
-        best = {name: min(old, new) for (name, old), new in zip(best.items(), times, strict=True)}
-        model.zero_grad()
+        best = {live: min(seconds, _timed(lambda live=live: step(live), clock)) for live, seconds in best.items()}
     peak = max(peak, peak_gflops(dtype, clock))
     work = work_of((len(t.prompt_ids), [len(c) for c in t.completion_ids]) for t in trees)
-    live = flops(SHAPE, work, reference_runs=True) / sum(best.values()) / 1e9 / peak
-    cached = flops(SHAPE, work, reference_runs=False) / (best["forward"] + best["backward"]) / 1e9 / peak
-    passes = "  ".join(f"{name} {seconds:.3f} s" for name, seconds in best.items())
-    print(f"{args.dtype}, {args.threads} thread(s), kernels {args.kernels}, {batch.tokens} tokens: {passes}")
-    print(f"peak {peak:.0f} GFLOP/s; share with the reference {live:.1%}, cached {cached:.1%}")
+    share = {live: flops(SHAPE, work, reference_runs=live) / best[live] / 1e9 / peak for live in best}
+    sizes = ", ".join(str(b.tokens) for b in batches)
+    print(
+        f"{args.dtype}, {args.threads} thread(s), kernels {args.kernels}, passes of {sizes} tokens, {most} at once at most"
+    )
+    print(
+        f"peak {peak:.0f} GFLOP/s; with the reference {best[True]:.2f} s, {share[True]:.1%} of it; "
+        f"cached {best[False]:.2f} s, {share[False]:.1%}"
+    )
 
 
 if __name__ == "__main__":

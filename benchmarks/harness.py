@@ -21,7 +21,12 @@ DATA = HERE.parent.parent / "shared" / "data" / "hh-harmless-1700.jsonl"
 PEER_PACKAGES = ("torch", "trl", "transformers", "peft", "datasets")
 
 # page faults cost either side up to a third, so both get an allocator that keeps its pages
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+    "MALLOC_ARENA_MAX": "1",
+}
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -63,29 +62,6 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared data beside the repository")
     return folder
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of `--dist loadgroup`: tests of a module that is marked with `xdist_group` go to one worker.
-
-    xdist 3.8 writes the group into an item's node id, which pytest 9.2 no longer reads: all groups were dealt out test by test.
-    """
-    if config.getvalue("dist") != "loadgroup":
-        return None
-    from xdist.scheduler import LoadGroupScheduling
-
-    groups: dict[str, str] = {}
-
-    class ByGroup(LoadGroupScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            if file not in groups:
-                found = re.search(r'^pytestmark = .*xdist_group\("(\w+)"\)', (config.rootpath / file).read_text(), re.M)
-                groups[file] = found[1] if found else ""
-            return groups[file] or nodeid
-
-    return ByGroup(config, log)
 
 
 NUMBER = itertools.count()
@@ -170,10 +146,10 @@ def _models_are_read_once() -> Iterator[None]:
             weights = tuple((n, p.dtype, float(p.double().sum())) for n, p in model.named_parameters())
         return (kind, made_of, type(model), weights, asked)
 
-    def first_right(model: Any, candidates: Any, kernels: str) -> Any:
-        key = way_of("way", model, tuple(candidates), kernels)
+    def first_right(model: Any, *asked: Any) -> Any:
+        key = way_of("way", model, *map(tuple, asked))
         if key is None or key not in ways:
-            found = real_way(model, candidates, kernels)
+            found = real_way(model, *asked)
             if key is None or found[0] is None:
                 return found
             ways[key] = found

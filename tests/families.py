@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
+from parameters import one_of_each
 
 from penchant.losses import LOSSES
 from penchant.metrics.heldout import heldout_metrics, score_heldout
@@ -121,11 +121,5 @@ def evaluate_heldout(algorithm: Algorithm, trees: Sequence[TokenTree], tokens_pe
 
 def losses_by_default() -> list[Any]:
     """Every loss that is computed from a micro-batch alone, as parameters of a test: one of each kind of pass by default, the others slow."""
-    kinds: set[Any] = set()
-    found = []
-    for name, spec in LOSSES.items():
-        if "z0" not in spec.needs:  # one number of the whole step
-            kind = spec.needs & {"shared_logps", "alignment", "batch", "divergence"}
-            found.append(pytest.param(name, marks=[pytest.mark.slow] if kind in kinds else []))
-            kinds.add(kind)
-    return found
+    names = [n for n, spec in LOSSES.items() if "z0" not in spec.needs]  # one number of the whole step
+    return one_of_each(names, lambda n: LOSSES[n].needs & {"shared_logps", "alignment", "batch", "divergence"})

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from penchant.base import machine
-from penchant.base.machine import cores, machine_memory, peak_memory, resident
+from penchant.base.machine import cores, in_fp64, machine_memory, moved, peak_memory, resident
+from penchant.errors import ConfigError
+from penchant.models.load import resolve_device, resolve_dtype
 
 
 def without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,3 +60,35 @@ def test_of_a_gpu_it_is_the_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(device) or 7)
     assert peak_memory(torch.device("cuda", 1)) == 7 and asked == [torch.device("cuda", 1)]
     assert peak_memory(torch.device("cpu")) > 7
+
+
+def test_a_device_that_torch_cannot_use_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in machine.NAMES:
+        there = SimpleNamespace(is_available=lambda: False, is_bf16_supported=lambda: True, _is_compiled=lambda: False)
+        monkeypatch.setattr(torch, kind, there)
+        with pytest.raises(ConfigError, match=r"model\.device.*set model\.device=cpu"):
+            resolve_device(kind)
+        there.is_available = lambda: True
+        assert resolve_device(kind) == torch.device(kind)
+        assert resolve_dtype("auto", torch.device(kind)) == (torch.float32 if kind == "mps" else torch.bfloat16)
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_available=lambda: False))
+    assert resolve_device("auto").type == "cpu"  # no other device is taken unasked
+
+
+def test_mps_gets_no_fp64() -> None:
+    """A stand-in for a tensor there: torch refuses fp64 on MPS."""
+
+    class Double:
+        device = SimpleNamespace(type="cpu")
+
+        def is_floating_point(self) -> bool:
+            return True
+
+        def element_size(self) -> int:
+            return 8
+
+        def float(self) -> Any:
+            return SimpleNamespace(device=SimpleNamespace(type="mps"), to=lambda _: "in fp32", float=lambda: "fp32")
+
+    assert moved(Double(), SimpleNamespace(type="mps")) == "in fp32"
+    assert in_fp64(Double().float()) == "fp32" and in_fp64(torch.ones(1)).dtype == torch.float64

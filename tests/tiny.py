@@ -62,7 +62,7 @@ def _make_tiny_model(folder: Path, seed: int, tokenizer: dict[str, Any]) -> None
     config = LlamaConfig(
         vocab_size=260,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=48,

@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -292,37 +293,14 @@ _HEADS = {
 
 
 def page(verdicts: list[Verdict]) -> str:
-    """docs/models.md."""
+    """docs/models.md: what is written there by hand, and the tables anew."""
     import transformers
 
+    written = (
+        (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text().split("\nBelow is what comes out")[0]
+    )
     lines = [
-        "# Models",
-        "",
-        "Any causal language model that `AutoModelForCausalLM` of transformers loads can be trained, where the engine gives the",
-        "log-probs that the model's own `forward` gives. This is tried on the model itself, in fp32, before the first step: each",
-        "packing, the attention and the head. The first that agrees is taken, and named in the log; where none agrees, the run ends",
-        "with a sentence. A model whose logits depend on later tokens (an encoder), or that differ from pass to pass in training",
-        "(dropout that cannot be turned off), is refused as it is loaded. Of a model of text and images the text part is trained,",
-        "where transformers has it as a model of its own.",
-        "",
-        "Sampling takes transformers' cache where decoding with it gives what whole rows give, and else computes the whole row for",
-        "each token, which is slow (Mamba, RWKV).",
-        "",
-        "LoRA: an adapter on a weight that two layers share (`lm_head` or `embed_tokens` of a tied model) is refused, and so is one",
-        "that cannot be merged; experts are adapted and merged.",
-        "",
-        "Mixtures of experts are trained on the loss alone: the router's balancing loss (`router_aux_loss_coef` of transformers) is not",
-        "added, whatever `output_router_logits` says in `config.json`.",
-        "",
-        "`model.path` and `reference.path` also take the folder of a run (its best checkpoint where `checkpoint.keep_best` tracks",
-        "one, else its last), of a checkpoint, and of an adapter. An adapter is merged into its base before anything is trained: the",
-        "merged model stands in the run's `merged/step-N`, or in the cache, and is made once.",
-        "",
-        "A folder is looked at before anything is built of it: headers of safetensors that do not fit their files, shapes and sizes",
-        "that differ from `config.json`, missing weights, NaN, numbers that would have a million layers made, shards outside the",
-        "folder. Each is one sentence with the file's name. Nothing of a folder is executed: no custom code, and of a pickle only tensors are read; a chat template",
-        "runs in jinja's sandbox, and is given up after 5 s, 64 million characters or 1 GB of memory.",
-        "",
+        written,
         f"Below is what comes out for every causal architecture of transformers {transformers.__version__}, with tiny random models:",
         "`python tools/architectures.py --page` tries them and prints this page.",
         "",

@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from penchant.base.machine import DEVICES
 from penchant.base.text import did_you_mean
 from penchant.errors import ConfigError
 
@@ -348,7 +349,7 @@ class ModelRequest:
         choices=TEMPLATES,
     )
     dtype: str | None = option("precision (default: the run's, else auto)", choices=("auto", "fp32", "bf16"))
-    device: str | None = option("device (default: the run's, else auto)", choices=("auto", "cpu", "cuda"))
+    device: str | None = option("device (default: the run's, else auto)", choices=DEVICES)
 
 
 @dataclass(frozen=True, slots=True)

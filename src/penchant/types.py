@@ -280,6 +280,11 @@ class Algorithm(Protocol):
         """Whether the loss of one example depends on the log-probs of the others: then `loss` gets a whole step at once."""
         return False
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether a CPU may run `score` and `loss` of several micro-batches at once, in threads of their own."""
+        return False
+
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
         """Fix what holds for optimizer step `step` (0-based), and say what it trains on: `trees`, or what was written to them.
 

@@ -27,8 +27,6 @@ from penchant.rollout.generate import sample
 from penchant.training.loop import Loop
 from penchant.types import TokenTree
 
-pytestmark = pytest.mark.xdist_group("online")  # one worker makes what these tests share
-
 METHODS = ["rloo", "grpo", "online_dpo", "ppo"]
 
 

@@ -25,9 +25,6 @@ ROWS = polite_rows(40)
 REWARD = "def vowels(prompts, completions):\n    return [sum(c in 'aeiou' for c in t) for t in completions]\n"
 
 
-pytestmark = pytest.mark.xdist_group("compare")  # one worker makes what these tests share
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A start, its data, and runs of it: dpo with two seeds, ipo longer, rloo, and dpo with an adapter."""
@@ -513,7 +510,7 @@ def test_mistakes_are_sentences(world: Path, tmp_path: Path, capsys: pytest.Capt
     refused(world, ConfigError, "--prompts: is below 1", "dpo", prompts=0)
     refused(world, ConfigError, "beyond start's context of 256", "dpo", max_new_tokens=400)
     (tmp_path / "file").write_text("")
-    refused(world, CheckpointError, "cannot be written", "dpo", output=tmp_path / "file")
+    refused(world, CheckpointError, "output is a file", "dpo", output=tmp_path / "file")
     (tmp_path / "hh/dpo/manifest.json").write_text("{")
     refused(world, CheckpointError, "manifest.json: cannot be read", tmp_path / "hh/dpo")
     with pytest.raises(SystemExit):

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
 from penchant import api
+from penchant.base.files import cache_folder
 from penchant.data import cached as cache_module
 from penchant.data import cached as cached_module
 from penchant.data.audit import _token_lengths, audit
-from penchant.data.cached import HASHES, DataCache, Entry, cache_root, file_sha256, hashes_of
+from penchant.data.cached import HASHES, DataCache, Entry, file_sha256, hashes_of
 from penchant.data.load import load_preferences
 from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, label_counts, write_rows
 from penchant.data.split import split_by_prompt
@@ -276,13 +277,13 @@ def test_a_damaged_table_is_no_table(
 ) -> None:
     later(monkeypatch, 5)
     file = write(tmp_path / "a.jsonl", [pair(0)])
-    cache_root().mkdir(parents=True)
-    (cache_root() / HASHES).write_bytes(content)
+    cache_folder("data").mkdir(parents=True)
+    (cache_folder("data") / HASHES).write_bytes(content)
     for _ in range(2):
         assert hashes_of([file]) == [file_sha256(file)]
     assert len(read) == 1
     for broken in (None, [], [1, 2, 3], [None, None, None], {"a": 1}):
-        (cache_root() / HASHES).write_text(json.dumps({str(file.resolve()): broken}))
+        (cache_folder("data") / HASHES).write_text(json.dumps({str(file.resolve()): broken}))
         assert hashes_of([file]) == [file_sha256(file)]
 
 
@@ -292,13 +293,13 @@ def test_the_table_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.Mo
     files = [write(tmp_path / f"{i}.jsonl", [pair(i)]) for i in range(5)]
     for file in files:
         hashes_of([file])
-    assert [Path(name).name for name in json.loads((cache_root() / HASHES).read_text())] == [
+    assert [Path(name).name for name in json.loads((cache_folder("data") / HASHES).read_text())] == [
         "2.jsonl",
         "3.jsonl",
         "4.jsonl",
         "",  # the sum over the others
     ]
-    assert [p.name for p in cache_root().iterdir()] == ["files.json"]
+    assert [p.name for p in cache_folder("data").iterdir()] == ["files.json"]
 
 
 def test_one_byte_makes_it_anew(tmp_path: Path) -> None:
@@ -359,7 +360,7 @@ def test_bad_rows_are_errors_where_they_should_be_and_leave_nothing(tmp_path: Pa
     for load in (DataCache().load, load_preferences):
         with pytest.raises(DataError, match=r"a\.jsonl:19.*on_bad_row=skip"):
             load(path, **{**READING, "on_bad_row": "error"})
-    assert not list((cache_root() / "rows").glob("*"))
+    assert not list((cache_folder("data") / "rows").glob("*"))
     rows = DataCache().load(path, **READING)
     how = {**HOW, "truncation": "bad_row", "max_length": 200, "on_bad_row": "error"}
     said = []
@@ -377,7 +378,7 @@ def test_small_files_and_off_leave_no_trace(tmp_path: Path, monkeypatch: pytest.
     path = str(write(tmp_path / "a.jsonl", [pair(0)]))
     assert isinstance(DataCache(on=False).load(path, **READING).trees, tuple)
     monkeypatch.setattr(cached_module, "AUTO_BYTES", 1 << 20)
-    assert isinstance(DataCache().load(path, **READING).trees, tuple) and not cache_root().exists()
+    assert isinstance(DataCache().load(path, **READING).trees, tuple) and not cache_folder("data").exists()
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_done_without(
@@ -398,7 +399,7 @@ def test_another_process_that_is_faster_wins(tmp_path: Path) -> None:
         return {"who": "me"}
 
     assert entry.put(slow) and entry.get(lambda f, meta: meta["who"]) == "other"
-    assert [p.name for p in (cache_root() / "rows").iterdir()] == ["k" * 40]
+    assert [p.name for p in (cache_folder("data") / "rows").iterdir()] == ["k" * 40]
 
 
 def test_rows_that_are_no_json_are_not_kept(tmp_path: Path) -> None:

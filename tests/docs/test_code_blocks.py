@@ -23,8 +23,6 @@ from penchant.importers import import_config
 from penchant.pipeline import load_pipeline
 from penchant.sweep import load_sweep
 
-pytestmark = pytest.mark.xdist_group("pages")  # one worker makes what these tests share
-
 CHECKED = {"sh", "yaml", "json", "python", "math"}  # how each is checked: below
 OUTPUT = {"", "text"}  # what a command printed, or a formula in plain letters: nothing to run
 SHELL = {"python", "docker", "pip", "ln", "cat", "printf", "kill", "export"}  # everybody has them, or is told

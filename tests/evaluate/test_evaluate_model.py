@@ -22,9 +22,6 @@ Paths = dict[str, str]
 FP32 = "model.dtype=fp32"
 
 
-pytestmark = pytest.mark.xdist_group("evaluate")  # one worker makes what these tests share
-
-
 @pytest.fixture(scope="module")
 def there(tmp_path_factory: pytest.TempPathFactory) -> Paths:
     """A base model, a run, a LoRA run, rows and texts."""

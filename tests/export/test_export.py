@@ -21,9 +21,6 @@ from penchant.export.subject import outputs
 ROW = [[5, 99, 17, 240, 31, 8]]
 
 
-pytestmark = pytest.mark.xdist_group("export")  # one worker makes what these tests share
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs: full, lora, reward, reward-lora."""

@@ -37,7 +37,7 @@ FIXTURES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {**MODEL, "beta": 0.3, "loss_type": "sigmoid", "label_smoothing": 0.1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 6,
          "lr_scheduler_type": "cosine", "warmup_steps": 0.2, "use_peft": True, "lora_alpha": 8, "use_rslora": True, "lora_target_modules": "all-linear"},
         {"loss.name": "dpo", "loss.beta": 0.3, "loss.label_smoothing": 0.1, "train.batch_size": 12, "train.schedule": "cosine",
-         "train.warmup_fraction": 0.2, "train.lr": 1e-6, "lora.alpha": 32.0, "lora.r": 16, "lora.target_modules": "all-linear", "train.epochs": 3.0},
+         "train.warmup_fraction": 0.2, "train.lr": 1e-6, "lora.alpha": 8.0, "lora.rslora": True, "lora.r": 16, "lora.target_modules": "all-linear", "train.epochs": 3.0},
     ),
     "trl_dpo_mix": (
         "trl", "auto",
@@ -90,8 +90,8 @@ FIXTURES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     ),
     "lf_dpo": (
         "llama-factory", "auto",
-        {**LF, "stage": "dpo", "lora_rank": 4, "lora_target": "q_proj,v_proj", "pref_beta": 0.2, "pref_ftx": 0.1, "val_size": 50, "bf16": True},
-        {"loss.name": "dpo", "loss.beta": 0.2, "loss.nll_weight": 0.1, "lora.r": 4, "lora.alpha": 8.0, "lora.target_modules": ["q_proj", "v_proj"],
+        {**LF, "stage": "dpo", "lora_rank": 4, "use_dora": True, "loraplus_lr_ratio": 16, "lora_target": "q_proj,v_proj", "pref_beta": 0.2, "pref_ftx": 0.1, "val_size": 50, "bf16": True},
+        {"loss.name": "dpo", "loss.beta": 0.2, "loss.nll_weight": 0.1, "lora.r": 4, "lora.dora": True, "lora.lr_ratio": 16.0, "lora.alpha": 8.0, "lora.target_modules": ["q_proj", "v_proj"],
          "data.validation_rows": 50, "model.dtype": "bf16", "train.schedule": "linear", "train.warmup_fraction": 0.0, "data.max_length": 2048},
     ),
     "lf_simpo": ("llama-factory", "auto", {**LF, "stage": "dpo", "pref_loss": "simpo", "pref_beta": 2.0, "simpo_gamma": 1.2},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from architectures import load_tool
 from families import tiny_model
 
-from penchant.errors import ConfigError
+from penchant.errors import ConfigError, ModelError
 from penchant.models import load
-from penchant.models.load import add_lora, base_model_of, effective_weights, load_causal_model
-from penchant.models.merge import merged_model
+from penchant.models.load import add_lora, base_model_of, effective_weights, is_b_matrix, load_causal_model
+from penchant.models.merge import lora_section, merged_model, trained_on
 from penchant.models.options import LoraConfig, ModelConfig
 from penchant.models.reward import whole_state_dict
+from penchant.training.optim import MasterAdamW
 
 tool = load_tool()
 CPU = torch.device("cpu")
@@ -35,16 +37,27 @@ def _with_an_update(model: Any) -> None:
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
+        if "lora_magnitude" in name:
+            p.data.mul_(1 + 0.2 * torch.randn_like(p))
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "gpt2"])
-def test_experts_and_other_layers_are_merged(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("qwen3_moe", {}),
+        ("gpt_oss", {}),
+        ("gpt2", {}),
+        ("gpt2", {"dora": True}),  # its weights lie the other way round
+        ("llama", {"dora": True, "rslora": True}),
+    ],
+)
+def test_experts_and_other_layers_are_merged(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
     """Effective weights, a reward model's whole state and the merged model say what the adapter says."""
     with tool.silent():
         tool.tiny_model(kind).save_pretrained(tmp_path / "base")
     config = ModelConfig(path=str(tmp_path / "base"))
     start = {n: p.clone() for n, p in load_causal_model(config, CPU).named_parameters()}
-    model = add_lora(load_causal_model(config, CPU), LoraConfig(r=2), seed=0).eval()
+    model = add_lora(load_causal_model(config, CPU), LoraConfig(r=2, **more), seed=0).eval()
     assert all(not p.any() for n, p in model.named_parameters() if "lora_B" in n)
     _with_an_update(model)
     with torch.no_grad():
@@ -59,6 +72,12 @@ def test_experts_and_other_layers_are_merged(kind: str, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "adapter")
         merged = merged_model(config, tmp_path / "adapter", CPU).eval()
         assert torch.allclose(merged(IDS).logits, want, atol=1e-4)
+        if kind in ("gpt2", "llama"):
+            again = trained_on(
+                load_causal_model(config, CPU), tmp_path / "adapter", lora_section(tmp_path / "adapter"), 0
+            )
+            assert torch.equal(again.eval()(IDS).logits, want)
+            assert any(p.requires_grad for p in again.parameters())
 
 
 def test_an_adapter_that_merges_wrongly_is_refused_and_leaves_the_start_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,3 +92,97 @@ def test_an_adapter_that_merges_wrongly_is_refused_and_leaves_the_start_alone(mo
     for name, p in base_model_of(model).named_parameters():
         if "lora_" not in name:
             assert torch.equal(p, before[load.plain_name(name)])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], r".*layers\.1\..*[qv]_proj"])
+def test_layers_and_scale_are_pefts(targets: Any) -> None:
+    """A list, a regular expression or all-linear mean what they mean there; rsLoRA divides by the root of the rank."""
+    from peft import LoraConfig as Theirs
+    from peft import get_peft_model
+
+    theirs = Theirs(r=4, lora_alpha=6, target_modules=targets, use_rslora=True, task_type="CAUSAL_LM")
+    expected = get_peft_model(tiny_model("llama", dtype=torch.float32), theirs)
+    ours = LoraConfig(r=4, alpha=6.0, target_modules=targets, rslora=True)
+    model = add_lora(tiny_model("llama", dtype=torch.float32), ours, 0)
+    assert {n for n, _ in model.named_parameters()} == {n for n, _ in expected.named_parameters()}
+    scales = {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")}
+    assert scales == {6 / 2}
+
+
+def test_lora_plus_is_pefts() -> None:
+    """The B matrices learn at a multiple of the rate (arXiv 2402.12354)."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    ours, theirs = (add_lora(tiny_model("llama", dtype=torch.float32), LoraConfig(r=2), 0) for _ in range(2))
+    reference = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.1
+    )
+    optimizer = MasterAdamW(
+        ours.named_parameters(),
+        dtype=torch.float32,
+        weight_decay=0.1,
+        rate_of=lambda name: 8.0 if is_b_matrix(name) else 1.0,
+    )
+    for _ in range(3):
+        for model in (ours, theirs):
+            model(IDS, labels=IDS).loss.backward()
+        optimizer.step(0.01)
+        reference.step()
+        reference.zero_grad()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4), name
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of rank 2 on the attention's q and v."""
+    folder = tmp_path_factory.mktemp("adapter")
+    lora = LoraConfig(r=2, alpha=4.0, target_modules=["v_proj", "q_proj"])
+    model = add_lora(tiny_model("llama", dtype=torch.float32), lora, 0)
+    _with_an_update(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_section_beside_an_adapter_says_how_it_is_trained(adapter: Path) -> None:
+    assert lora_section(adapter) == LoraConfig(r=2, alpha=4.0, target_modules=["q_proj", "v_proj"])
+    given = LoraConfig(r=2, dropout=0.1, lr_ratio=4.0, target_modules=["v_proj", "q_proj"])
+    made = lora_section(adapter, given)
+    assert (made.alpha, made.dropout, made.lr_ratio) == (4.0, 0.1, 4.0)
+    assert lora_section(adapter, made) == made
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"r": 4}, "lora.r"),
+        ({"alpha": 8.0}, "lora.alpha"),
+        ({"dora": True}, "lora.dora"),
+        ({"target_modules": ["q_proj"]}, "lora.target_modules"),
+        ({"target_modules": "all-linear"}, "lora.target_modules"),
+    ],
+)
+def test_another_adapter_than_the_one_that_is_named_is_refused(
+    adapter: Path, given: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        trained_on(tiny_model("llama", dtype=torch.float32), adapter, lora_section(adapter, LoraConfig(**given)), 0)
+    assert error.value.where == match and "leave it out" in error.value.how
+
+
+def test_the_same_layers_may_be_named_in_another_way(adapter: Path) -> None:
+    given = LoraConfig(target_modules=r".*\.(q|v)_proj")
+    trained_on(tiny_model("llama", dtype=torch.float32), adapter, lora_section(adapter, given), 0)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"modules_to_save": ["embed_tokens"]}, {"bias": "all"}, {"peft_type": "IA3"}, {"init_lora_weights": "pissa"}],
+)
+def test_what_is_more_than_a_low_rank_update_is_not_trained_on(
+    adapter: Path, more: dict[str, Any], tmp_path: Path
+) -> None:
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values | more))
+    with pytest.raises(ModelError, match=str(next(iter(more.values() if "peft_type" in more else more)))):
+        lora_section(tmp_path)

@@ -31,8 +31,6 @@ from penchant.runs.state import State, changes, model_folder
 from penchant.training.loop import Loop
 from penchant.types import TokenTree
 
-pytestmark = pytest.mark.xdist_group("pipeline")  # one worker makes what these tests share
-
 TEXT = """\
 output: {output}
 defaults:
@@ -675,6 +673,21 @@ def test_a_lora_stage_is_merged_once_for_the_stage_that_needs_a_whole_model(
     base["stages"]["slic"] = {**base["stages"]["dpo"], "loss": "slic"}
     run(base)
     assert (made / "model.safetensors").stat().st_size > 1000
+
+
+def test_a_stage_trains_another_ones_adapter_on(base: dict[str, Any], tmp_path: Path) -> None:
+    base |= {"compare": None}
+    del base["stages"]["rloo"]
+    base["defaults"]["train"]["max_steps"] = 1
+    base["stages"]["dpo"]["model"] = {"path": str(tmp_path / "model"), "adapter": "stage:sft"}
+    with pytest.raises(ConfigError, match="stage:sft, which trains no adapter"):
+        run(base)
+    base["stages"]["sft"]["lora"] = {"r": 2}
+    result = run(base)
+    assert (result.models["dpo"] / "adapter_config.json").exists() and not (tmp_path / "hh/sft/merged").exists()
+    used = yaml.safe_load((tmp_path / "hh/dpo/config.resolved.yaml").read_text())
+    assert used["model"]["adapter"] == str(result.models["sft"]) and used["lora"]["r"] == 2
+    assert plan(base) == {"sft": "unchanged: 1 steps", "dpo": "unchanged: 1 steps"}
 
 
 def test_a_last_adapter_needs_no_merging(base: dict[str, Any], tmp_path: Path) -> None:

@@ -307,16 +307,16 @@ def test_a_live_report_is_written_now_and_then(tmp_path: Path) -> None:
     clock = [0.0]
     live = LiveReport(run, clock=lambda: clock[0])
     stamp = lambda: live.path.exists() and (live.path.unlink() or True)  # noqa: E731
-    live.told("step")
+    live.on_event("step")
     assert stamp()
     for second in range(1, 30):
         clock[0] = float(second)
-        live.told("step")
+        live.on_event("step")
     assert not stamp()
     clock[0] = 31.0
-    live.told("step")
+    live.on_event("step")
     assert stamp()
-    live.told("eval")
+    live.on_event("eval")
     assert stamp()
 
 
@@ -331,7 +331,7 @@ def test_a_report_that_takes_long_is_written_seldom(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("penchant.report.write_report", slow)
     live = LiveReport(tmp_path, clock=lambda: clock[0])
     for _ in range(300):
-        live.told("eval")
+        live.on_event("eval")
         clock[0] += 1.0
     assert len(calls) == 3  # two seconds each, at most one fiftieth of the time
     live.now()
@@ -344,6 +344,6 @@ def test_a_report_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     clock = [0.0]
     live = LiveReport(tmp_path / "nowhere", said.append, clock=lambda: clock[0])
     for _ in range(3):
-        live.told("eval")
+        live.on_event("eval")
         clock[0] += 100.0
     assert len(said) == 1 and "could not be written" in said[0] and "no such run folder" in said[0]

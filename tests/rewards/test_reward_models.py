@@ -36,8 +36,6 @@ from penchant.runs import Run
 from penchant.runs.record import reward_contents
 from penchant.types import PromptTree, TokenTree
 
-pytestmark = pytest.mark.xdist_group("reward_models")  # one worker makes what these tests share
-
 CPU = torch.device("cpu")
 
 

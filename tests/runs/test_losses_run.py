@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import by_default, one_of_each
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
@@ -78,7 +79,13 @@ def lines(result: Any, kind: str = "train") -> list[dict[str, Any]]:
     return [x for x in all_lines if x["kind"] == kind]
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+def kind_of(name: str) -> Any:
+    """What a run does for a loss; `discopop` goes down first."""
+    spec = LOSSES[name]
+    return spec.signal, spec.needs, spec.uses_lengths, name == "discopop"
+
+
+@pytest.mark.parametrize("name", one_of_each(LOSSES, kind_of))
 def test_every_loss_trains_by_its_name(one_of_many: Callable[..., TrainResult], name: str) -> None:
     result = one_of_many(name)
     assert result.steps == 3
@@ -92,7 +99,7 @@ def test_every_loss_trains_by_its_name(one_of_many: Callable[..., TrainResult], 
         assert (moved > before) == (name != "discopop")  # see test_discopop.py: at equality it first goes down
 
 
-@pytest.mark.parametrize("name", ["kto", "bco", "pmpo", "sft"])
+@pytest.mark.parametrize("name", by_default(["kto", "bco", "pmpo", "sft"], ["kto", "sft"]))
 @pytest.mark.parametrize("keep", SIDES)
 def test_labelled_answers_and_data_of_one_side(
     one_of_many: Callable[..., TrainResult], together: tuple[Path, Shared], name: str, keep: tuple[bool, ...]
@@ -165,11 +172,11 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     "loss,more",
     [
-        ({"name": "dpo_shift", "schedule": "decrease_linear"}, {}),
-        ({"name": "bco"}, {}),
-        ({"name": "kto"}, {}),
-        ({"name": "aot"}, {}),
-        ({"name": "pmpo"}, {"reference": {"ema": 0.8}}),
+        pytest.param({"name": "dpo_shift", "schedule": "decrease_linear"}, {}, marks=pytest.mark.slow),
+        ({"name": "bco"}, {}),  # has a state of its own
+        pytest.param({"name": "kto"}, {}, marks=pytest.mark.slow),
+        pytest.param({"name": "aot"}, {}, marks=pytest.mark.slow),
+        pytest.param({"name": "pmpo"}, {"reference": {"ema": 0.8}}, marks=pytest.mark.slow),
         ({"name": "dpo"}, {"reference": {"sync_every": 2, "sync_mixup": 0.6}}),
         ({"name": "dpo"}, {"reference": {"ema": 0.8}, "lora": {"r": 2, "dropout": 0.1}}),
     ],
@@ -205,7 +212,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_ends(
 # ---- losses that look at a whole step -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["aot", "aot_unpaired", "kto"])
+@pytest.mark.parametrize("name", by_default(["aot", "aot_unpaired", "kto"], ["aot", "kto"]))
 def test_micro_batches_do_not_matter_where_a_loss_looks_at_the_step(
     base: dict[str, Any], tmp_path: Path, name: str
 ) -> None:

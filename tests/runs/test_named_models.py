@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
 from penchant.config import config_from_mapping
-from penchant.errors import CheckpointError, ModelError
+from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantError
 from penchant.models.load import load_causal_model
 from penchant.models.merge import merged_model
 from penchant.models.options import ModelConfig
@@ -19,6 +22,7 @@ from penchant.plan.outline import OutlinedRun
 from penchant.runs import Run
 from penchant.runs.find import find_model
 from penchant.runs.state import check_models, files_of
+from penchant.training.loop import Paused
 
 CPU = torch.device("cpu")
 
@@ -119,3 +123,102 @@ def test_saved_models_say_where_an_answer_ends(work: Path, tmp_path: Path) -> No
         if lora is not None:
             folder = api.export(tmp_path / output, to="merged", output=str(tmp_path / "exported")).folder
         assert GenerationConfig.from_pretrained(folder).eos_token_id == [tokenizer.eos_token_id, end]
+
+
+# ---- model.adapter: an adapter that is trained on ----
+
+
+def trained_on(work: Path, output: str, adapter: Path | str, **more: Any) -> dict[str, Any]:
+    found = values(work, output, str(work / "start"), **more)
+    found["model"]["adapter"] = str(adapter)
+    found["train"] = {**found["train"], "batch_size": 2, "max_steps": 3}
+    return found
+
+
+@pytest.mark.parametrize("kind", ["adapter", "cached", "frozen"])
+def test_the_reference_of_an_adapter_that_is_trained_on_is_its_start(work: Path, tmp_path: Path, kind: str) -> None:
+    """peft's own modules say what the start was, after training too; with the adapter itself as reference, to the last bit at step 0."""
+    from penchant.data.packing import pack
+    from penchant.models.merge import with_adapter
+
+    config = trained_on(work, str(tmp_path / "on"), work / "lora", reference={"kind": kind})
+    run = Run(config_from_mapping(config), quiet=True)
+    assert run.config.lora is not None and run.config.lora.r == 2
+    result = run.train()
+    assert run.config.model.adapter == str(work / "lora/checkpoints/step-1/model")
+    first = json.loads((tmp_path / "on/metrics.jsonl").read_text().splitlines()[0])
+    assert first["rewards/margins"] == 0.0 if kind == "adapter" else abs(first["rewards/margins"]) < 1e-4
+
+    trees = run.rows.trees[0][:2]
+    reference = run.built.parts.reference
+    found = reference.logps(pack(trees))
+    with torch.no_grad():
+        now = run.built.parts.scorer.logps(pack(trees)).sums
+        own = with_adapter(
+            load_causal_model(ModelConfig(path=str(work / "start")), CPU), work / "lora/checkpoints/step-1/model"
+        )
+        expected = []
+        for tree in trees:
+            for completion in tree.completion_ids:
+                ids = torch.tensor([*tree.prompt_ids.tolist(), *completion.tolist()])
+                logps = own(ids[None]).logits[0].log_softmax(-1)[:-1].gather(1, ids[1:, None])
+                expected.append(logps[len(tree.prompt_ids) - 1 :].sum())
+    assert torch.allclose(found, torch.stack(expected), atol=1e-3)
+    assert not torch.allclose(now, found, atol=1e-2)
+
+    source = find_model(str(tmp_path / "on"))
+    assert source.start is not None and source.start.adapter == work / "lora/checkpoints/step-1/model"
+    ids = torch.arange(12)[None]
+    assert torch.allclose(source.start.load(CPU)(ids).logits, own(ids).logits, atol=1e-4)
+    assert str(result.model).endswith("step-3/model") and (result.model / "adapter_config.json").exists()
+
+
+def test_a_run_that_trains_an_adapter_on_resumes_to_the_same_numbers(work: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    for name, pauses in (("whole", [None]), ("parts", [1, None])):
+        for pause in pauses:
+            config = trained_on(work, str(tmp_path / name), work / "lora", lora={"dropout": 0.1, "lr_ratio": 4.0})
+            run = Run(config_from_mapping(config), quiet=True, pause_at=pause)
+            with contextlib.suppress(Paused):
+                run.train()
+    a, b = (load_file(tmp_path / n / "checkpoints/step-3/model/adapter_model.safetensors") for n in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    made = api.export(tmp_path / "parts", to="merged", output=str(tmp_path / "merged")).folder
+    merged = merged_model(ModelConfig(path=str(work / "start")), tmp_path / "parts/checkpoints/step-3/model", CPU)
+    ids = torch.arange(12)[None]
+    assert torch.allclose(
+        load_causal_model(ModelConfig(path=str(made)), CPU)(ids).logits, merged(ids).logits, atol=1e-4
+    )
+    # a later run of another adapter is another run
+    shutil.copytree(work / "lora/checkpoints/step-1/model", tmp_path / "other")
+    with pytest.raises(PenchantError, match="adapter"):
+        Run(config_from_mapping(trained_on(work, str(tmp_path / "parts"), tmp_path / "other")), quiet=True).train()
+
+
+def test_what_is_no_adapter_of_this_model_is_a_sentence(work: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / "several" / name).mkdir(parents=True)
+        (tmp_path / "several" / name / "adapter_config.json").write_text("{}")
+    for given, match in (
+        (work / "whole", "is a whole model"),
+        (tmp_path / "nowhere", "no such folder"),
+        (work / "start", "holds no adapter"),
+        (tmp_path / "several", "several adapters .one, two."),
+    ):
+        with pytest.raises(ModelError, match=match):
+            Run(config_from_mapping(trained_on(work, "never", given)), quiet=True)
+    twice = trained_on(work, "never", work / "lora")
+    twice["model"]["path"] = str(work / "lora/checkpoints/step-1/model")
+    with pytest.raises(ConfigError, match="is the adapter's own folder"):
+        Run(config_from_mapping(twice), quiet=True)
+    twice["model"]["path"] = str(work / "whole")
+    with pytest.raises(ModelError, match="not those that the adapter"):
+        Run(config_from_mapping(twice), quiet=True).train()
+    twice["model"]["adapter"] = [str(work / "lora"), str(work / "lora")]
+    with pytest.raises(ConfigError, match="several adapters are named"):
+        config_from_mapping(twice)
+    judge = trained_on(work, "never", work / "lora", algorithm="reward_model")
+    del judge["loss"]
+    with pytest.raises(ConfigError, match="a reward model's adapter"):
+        Run(config_from_mapping(judge), quiet=True)

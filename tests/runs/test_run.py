@@ -21,8 +21,6 @@ from penchant.runs import Run
 from penchant.runs.sharing import Shared
 from penchant.training.loop import Loop
 
-pytestmark = pytest.mark.xdist_group("runs")  # one worker makes what these tests share
-
 
 def base_in(folder: Path) -> dict[str, Any]:
     return {
@@ -183,6 +181,11 @@ def test_a_new_learning_rate_or_folder_reuses_the_cache_but_a_new_token_or_templ
     before = len(list(cache.glob("*.safetensors")))
     other = tiny_model_folder(tmp_path / "other", seed=1)
     assert caches_after(f"model.path={other}", f"output={tmp_path}/e") == before + 2
+    # case 18: the same weights say something else where the config has them computed in another way
+    config = json.loads((Path(other) / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 100.0
+    (Path(other) / "config.json").write_text(json.dumps(config))
+    assert caches_after(f"model.path={other}", f"output={tmp_path}/f") == before + 4
 
 
 def test_kill_9_then_the_same_command_ends_bit_for_bit_the_same(base: dict[str, Any], tmp_path: Path) -> None:
@@ -238,7 +241,7 @@ OPTIONS = (
     "train.weight_decay=0.5 train.adam_beta1=0.5 train.adam_beta2=0.9 train.adam_eps=0.1 train.max_grad_norm=0.01 "
     "train.seed=1 train.shuffle=false data.split_seed=1 data.validation_rows=12 data.max_length=40 data.add_eos=false "
     "loss.beta=0.1 loss.label_smoothing=0.2 loss.nll_weight=0.5 loss.average_log_prob=true reference.ema=0.5 "
-    "lora.r=2 lora.alpha=32 lora.dropout=0.3 lora.target_modules=[q_proj]"
+    "lora.r=2 lora.alpha=32 lora.dropout=0.3 lora.target_modules=[q_proj] lora.rslora=true lora.dora=true lora.lr_ratio=4"
 )
 
 

@@ -31,8 +31,6 @@ from penchant.sweep.worker import answer
 from penchant.sweep.workers import shares, told
 from penchant.training.loop import Loop
 
-pytestmark = pytest.mark.xdist_group("sweep")  # one worker makes what these tests share
-
 TEXT = """\
 output: {output}
 base:

@@ -21,9 +21,6 @@ class Crash(Exception):
     pass
 
 
-pytestmark = pytest.mark.xdist_group("trackers")  # one worker makes what these tests share
-
-
 @pytest.fixture(scope="module")
 def crashed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """(run, the same without trackers): it died after step 5, two steps behind its checkpoint, and was run again."""

@@ -81,7 +81,7 @@ class GroupPolicyGradient(OnPolicy):
         ]
         if self.config.updates > 1:
             passes.append(lambda batch: {"old": references.LiveReference(self.scorer).token_logps(batch)})
-        score_groups(groups, passes, self.scorer, self.tokens_per_step)
+        score_groups(groups, passes, self.scorer, self.tokens_per_step, self.side_by_side)
         for g in groups:
             drift = g.extras["old"] - g.extras["ref"]
             lengths = [len(c) for c in g.tree.completion_ids]

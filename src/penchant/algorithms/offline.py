@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from penchant.algorithms.method import EvaluationContext, Method, Parts, Signal
 from penchant.base.lazy import Tensor, lazy, torch
-from penchant.data.packing import batches_of
+from penchant.data.packing import passes_over
 from penchant.errors import ConfigError
 from penchant.losses.helpers import Metrics, reward_metrics, side_metrics
 from penchant.losses.registry import LossParams, LossSpec
@@ -161,6 +161,11 @@ class Offline(Algorithm):
     def coupled(self) -> bool:
         return "batch" in self.needs
 
+    @property
+    def side_by_side(self) -> bool:
+        live = self.reference if isinstance(self.reference, references.LiveReference) else None
+        return self.scorer.side_by_side and (live is None or live.scorer.side_by_side)
+
     # ---- a step ---------------------------------------------------------------------------------------------------
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
@@ -172,13 +177,15 @@ class Offline(Algorithm):
 
     def _estimate_z0(self, trees: Sequence[TokenTree]) -> float:
         assert self.reference is not None
-        policy, ref = [], []
-        live = references.LiveReference(self.scorer)
-        device = next(self.scorer.model.parameters()).device
-        for _, batch in batches_of(trees, self.tokens_per_step, shared=self.scorer.shared, device=device):
+        reference, live = self.reference, references.LiveReference(self.scorer)
+
+        def both(batch: PackedBatch) -> tuple[Tensor, Tensor]:
             size = batch.lengths if self.average_log_prob else 1
-            policy.append(live.logps(batch) / size)
-            ref.append(self.reference.logps(batch) / size)
+            return live.logps(batch) / size, reference.logps(batch) / size
+
+        shared, device = self.scorer.shared, next(self.scorer.model.parameters()).device
+        passes = passes_over(both, trees, self.tokens_per_step, shared=shared, device=device, lanes=self.side_by_side)
+        policy, ref = zip(*(made for _, made in passes), strict=True)
         return kto_z0(torch.cat(policy), torch.cat(ref))
 
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:

@@ -22,11 +22,13 @@ from penchant.types import LossOutput, PackedBatch
 
 if TYPE_CHECKING:
     from penchant.logprobs import Scorer
+    from penchant.logprobs import reference as references
     from penchant.losses import divergences
     from penchant.models.reward import ValueHead, ValueModel
     from penchant.rewards import RewardConfig
 else:
     divergences = lazy("penchant.losses.divergences")
+    references = lazy("penchant.logprobs.reference")
 
 
 class PPOConfig(OnlineConfig):
@@ -137,11 +139,16 @@ class PPO(OnPolicy):
 
     # ---- rollouts ---------------------------------------------------------------------------------------------------
 
+    @property
+    def side_by_side(self) -> bool:
+        of_value = self.value_scorer is None or self.value_scorer.side_by_side
+        return of_value and self.scorer.side_by_side and self.reference.scorer.side_by_side
+
     def prepare(self, groups: list[Group]) -> None:
         """Old log-probs and values by the engine that trains, token rewards, advantages and returns."""
         cfg = self.config
         passes = [self._old_and_values, lambda batch: {"ref": self.reference.token_logps(batch)}]
-        score_groups(groups, passes, self.scorer, self.tokens_per_step)
+        score_groups(groups, passes, self.scorer, self.tokens_per_step, self.side_by_side)
         lengths = torch.tensor([len(c) for g in groups for c in g.tree.completion_ids])
         old, ref, values = (torch.cat([g.extras[name] for g in groups]) for name in ("old", "ref", "values"))
         sizes = [sum(map(len, g.tree.completion_ids)) for g in groups]
@@ -187,14 +194,9 @@ class PPO(OnPolicy):
 
     def _old_and_values(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Log-probs and values of the policy that wrote: with a head on the policy, one forward pass gives both."""
-        model = self.scorer.model
-        training = model.training
-        model.eval()
-        with torch.no_grad():
+        with references.LiveReference(self.scorer).at_rest():
             hidden = self.scorer.predicting(batch)
-            found = {"old": self.scorer.logps(batch, hidden=hidden).tokens, "values": self._values(batch, hidden)}
-        model.train(training)
-        return found
+            return {"old": self.scorer.logps(batch, hidden=hidden).tokens, "values": self._values(batch, hidden)}
 
     # ---- the update ---------------------------------------------------------------------------------------------------
 

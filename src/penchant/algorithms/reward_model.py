@@ -47,7 +47,7 @@ class RewardModelConfig(AlgorithmConfig):
         from penchant.metrics.heldout import heldout_metrics, pair_quality
 
         scored, trees = held_out.scored(held_out.algorithm)
-        rewards, lengths = (v.double().cpu().numpy().reshape(-1, 2) for v in (scored.policy_logps, scored.lengths))
+        rewards, lengths = (v.cpu().double().numpy().reshape(-1, 2) for v in (scored.policy_logps, scored.lengths))
         flat, tables = pair_quality(rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1])
         held_out.keep_tables(tables)
         return heldout_metrics(held_out.algorithm, scored, trees) | flat
@@ -63,6 +63,10 @@ class RewardTraining(Algorithm):
 
     scorer: RewardScorer
     config: RewardModelConfig
+
+    @property
+    def side_by_side(self) -> bool:
+        return self.scorer.side_by_side
 
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
         return {"main": float(batch.trees)}

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from penchant.algorithms.method import AlgorithmConfig, EvaluationContext, Parts, Rollouts, Signal
 from penchant.base.lazy import Tensor, torch
 from penchant.base.machine import moved
-from penchant.data.packing import batches_of
+from penchant.data.packing import passes_over
 from penchant.errors import ConfigError
 from penchant.types import Algorithm, PackedBatch, TokenTree
 
@@ -221,6 +221,10 @@ class OnPolicy(Algorithm):
     iteration: int = field(default=-1, init=False)
     _by_row: dict[int, Group] = field(default_factory=dict, init=False)
 
+    @property
+    def side_by_side(self) -> bool:
+        return self.scorer.side_by_side and self.reference.scorer.side_by_side
+
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
         """The groups of this update: new rollouts at an iteration's first update, else a part of the old ones."""
         iteration, update = divmod(step, self.config.updates)
@@ -281,16 +285,21 @@ def score_groups(
     passes: Sequence[Callable[[PackedBatch], Mapping[str, Tensor]]],
     scorer: Scorer,
     tokens_per_step: int,
+    lanes: bool,
 ) -> None:
     """Keep what forward passes give, numbers per token (R,) by name (log-probs, values), as extras of those names."""
     trees = [g.tree for g in groups]
     device = next(scorer.model.parameters()).device
-    for members, batch in batches_of(trees, tokens_per_step, shared=scorer.shared, device=device):
+
+    def all_of(batch: PackedBatch) -> dict[str, Tensor]:
+        return {name: values for of_batch in passes for name, values in of_batch(batch).items()}
+
+    made = passes_over(all_of, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=lanes)
+    for members, found in made:
         sizes = [sum(map(len, trees[i].completion_ids)) for i in members]
-        for of_batch in passes:
-            for name, values in of_batch(batch).items():
-                for i, part in zip(members, values.cpu().split(sizes), strict=True):
-                    groups[i].extras[name] = part
+        for name, values in found.items():
+            for i, part in zip(members, values.cpu().split(sizes), strict=True):
+                groups[i].extras[name] = part
 
 
 def reward_metrics_of(groups: Sequence[Group]) -> dict[str, float]:

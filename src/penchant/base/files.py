@@ -85,6 +85,11 @@ def packaged_yaml(package: str, name: str) -> Any:
     return yaml.load((resources.files(package) / name).read_text(encoding="utf-8"), Loader=YAML_LOADER)
 
 
+def cache_folder(kind: str) -> Path:
+    """Where one kind of what can be made again is kept: ``$PENCHANT_CACHE/KIND`` or ``~/.cache/penchant/KIND``."""
+    return Path(os.environ.get("PENCHANT_CACHE", "~/.cache/penchant")).expanduser() / kind
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
@@ -322,11 +327,3 @@ def check_sums(checkpoint: Path, names: str = "") -> None:
                 raise CheckpointError(str(checkpoint / name), "differs from what was written", how)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(str(checkpoint), f"cannot be read ({error})", how) from error
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSONL file that this program wrote; an absent file is empty."""
-    if not path.exists():
-        return []
-    # not splitlines: a sample may hold a U+2028, which is a line end to Python and none to JSON
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -1,4 +1,4 @@
-"""What this machine has and what was used of it: cores and memory, on Linux and macOS."""
+"""What this machine has and what was used of it: cores, memory and devices, on Linux and macOS."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of getrusage's ru_maxrss
 
@@ -19,6 +19,39 @@ def cores() -> int:
 def gpu_visible() -> bool:
     """Whether this process can use an NVIDIA GPU, by its device files: asking torch would import it."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+# ---- Devices: what torch calls them, and what it has on each. Only ``cpu`` and ``cuda`` are ever chosen by themselves ----
+
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
+NAMES = {"cuda": "CUDA device", "mps": "Apple GPU (MPS)", "xpu": "Intel GPU (XPU)"}
+
+
+def accelerator(kind: str) -> Any:
+    """torch's module of a kind of device (`torch.cuda`, `torch.mps`, `torch.xpu`)."""
+    import torch
+
+    return getattr(torch, kind)
+
+
+def why_not(kind: str) -> str:
+    """Why this process cannot compute on a kind of device; empty: it can."""
+    import torch
+
+    if kind == "cpu" or accelerator(kind).is_available():
+        return ""
+    built = {
+        "cuda": torch.backends.cuda.is_built() or torch.version.hip is not None,
+        "mps": torch.backends.mps.is_built(),
+        "xpu": torch.xpu._is_compiled(),
+    }[kind]
+    return f"no {NAMES[kind]} is visible" + ("" if built else f" (torch {torch.__version__} is built without {kind})")
+
+
+def in_fp64(tensor: Any) -> Any:
+    """A tensor in fp64; in fp32 on MPS, which has no more."""
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
 
 
 def machine_memory() -> tuple[int, int]:
@@ -50,12 +83,10 @@ def peak_memory(device: Any = None) -> int:
     """The most bytes held so far: of a GPU by this process's tensors, otherwise of this process in memory.
 
     Args:
-        device: a `torch.device`; None and any but ``cuda`` stand for the process.
+        device: a `torch.device`; None, the CPU and MPS, which shares its memory, stand for the process.
     """
-    if device is not None and device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
+    if device is not None and device.type in ("cuda", "xpu"):
+        return int(accelerator(device.type).max_memory_allocated(device))
     try:
         line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
     except (OSError, StopIteration):
@@ -64,7 +95,9 @@ def peak_memory(device: Any = None) -> int:
 
 
 def moved(tensor: Any, device: Any) -> Any:
-    """A tensor on a device; to a GPU from pinned memory, so that neither side waits for the copy."""
+    """A tensor on a device; to a GPU from pinned memory, so that neither side waits for the copy; to MPS in fp32 at most."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "mps" and tensor.is_floating_point() and tensor.element_size() == 8:
+        tensor = tensor.float()
     return tensor.to(device)

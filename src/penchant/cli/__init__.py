@@ -43,7 +43,8 @@ EXIT_CODES = """exit codes:
   2  something you can fix       5  a disk that is full, fails or cannot be written; once mended, run the command again
                                130  interrupted before there was anything to save"""
 
-# glibc gives freed activations back to the kernel and faults them in again each step, which costs a third of the time;
+# glibc gives freed activations back to the kernel and faults them in again each step, which costs a third of the time; a heap for each
+# thread would hold what passes side by side free twice;
 # passive waiting keeps a shared machine usable, and a short spin before it saves waking a thread for every small operation (15% of a
 # training step, a third of decoding); oneDNN keeps 1,024 prepared products, and a run's micro-batches rarely have one size twice: 128
 # are enough for the layers of a pass and hold some hundred MB less (benchmarks/product_cache.py). All are read at process start, hence
@@ -52,6 +53,7 @@ CPU_ENV = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
+    "MALLOC_ARENA_MAX": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "10000",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
@@ -65,6 +67,9 @@ CUDA_ENV = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
 }
+
+# what these devices have no kernel for is computed on the CPU
+FALLBACK_ENV = {"mps": {"PYTORCH_ENABLE_MPS_FALLBACK": "1"}, "xpu": {"PYTORCH_ENABLE_XPU_FALLBACK": "1"}}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -165,6 +170,12 @@ def _run(argv: Sequence[str] | None) -> int:
         if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
             print(f"penchant: not enough memory ({short(str(error), 200)}); ask for less at a time", file=sys.stderr)
             return PenchantError.exit_code
+        if isinstance(error, NotImplementedError) and (lacks := re.search(r"for the (MPS|XPU) device", str(error))):
+            print(
+                f"penchant: torch lacks an operation {lacks[0]} ({short(str(error), 200)}); set model.device=cpu",
+                file=sys.stderr,
+            )
+            return PenchantError.exit_code
         found = os_error(error)
         if found is None or found.errno not in ANYWHERE | {errno.ENAMETOOLONG}:
             raise
@@ -231,15 +242,18 @@ def _check_config(args: argparse.Namespace) -> Any:
 
 def _with_allocator(device: str) -> None:
     """Start this process anew with the settings of where it computes, once."""
+    for name, value in FALLBACK_ENV.get(device, {}).items():  # where no process is started anew: torch is not there yet
+        os.environ.setdefault(name, value)
     if sys.platform != "linux" or os.environ.get("PENCHANT_REEXECUTED") or "pytest" in sys.modules:
         return
     os.execve(sys.executable, [sys.executable, "-m", "penchant", *sys.argv[1:]], environment_of(device))
 
 
 def environment_of(device: str) -> dict[str, str]:
-    """The environment of a process that computes on ``cpu``, ``cuda`` or ``auto``; what a person has set wins."""
+    """The environment of a process that computes on a device, as in `model.device`; what a person has set wins."""
     on_gpu = device == "cuda" or (device == "auto" and gpu_visible())
-    return {**(CUDA_ENV if on_gpu else CPU_ENV), **os.environ, "PENCHANT_REEXECUTED": "1"}
+    ours = CUDA_ENV if on_gpu else FALLBACK_ENV.get(device, CPU_ENV)
+    return {**ours, **os.environ, "PENCHANT_REEXECUTED": "1"}
 
 
 def _device_of(args: argparse.Namespace, config: Any) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import PAGE, check_output
+from penchant.base.files import PAGE, check_output, writing
 from penchant.compare.models import (
     NO_OUTCOME,
     HeldOut,
@@ -37,13 +37,13 @@ from penchant.compare.runs import (
     unfinished,
 )
 from penchant.data.load import Dataset, load_preferences
-from penchant.errors import CheckpointError, ConfigError, DataError
+from penchant.errors import ConfigError, DataError
 from penchant.judges import OF_ENDPOINTS, JudgeOptions, PairJudge, load_judge
 from penchant.metrics.flags import comparison_flags, summary
 from penchant.metrics.flags.rule import Flag
 from penchant.requests import CompareRequest
 from penchant.rewards.functions import reads_columns
-from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT
+from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT, make_folder
 from penchant.runfolder.read import read
 from penchant.runs.find import Source
 from penchant.runs.record import changed_since
@@ -331,15 +331,9 @@ class RunComparer:
         ours = {COMPARISON: r'\{\n "', COMPARISON_ROWS: r'\{"prompt": .*"completions": \{', REPORT: PAGE}
         for name, begins in ours.items():
             check_output(folder / name, begins)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".probe-{os.getpid()}"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise CheckpointError(
-                str(folder), f"cannot be written ({error.strerror})", "choose another --output"
-            ) from error
+        make_folder(folder)
+        with writing(folder):  # before hours of sampling, not after them
+            tempfile.TemporaryFile(dir=folder).close()
         return folder
 
     def _default_folder(self) -> Path:

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from penchant.base.files import file_sha256
+from penchant.base.machine import why_not
 from penchant.compare.models import trained_prompts
 from penchant.config import WATCHING_ONLY, RunConfig, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError
 from penchant.models.load import cast_parameters, load_causal_model, resolve_device, weights_sha256
-from penchant.models.merge import is_adapter
+from penchant.models.merge import is_adapter, model_sha256
 from penchant.runfolder import CONFIG, IDENTITY, MANIFEST, PIPELINE, check_whole
 from penchant.runfolder.read import read
 from penchant.runs import Run
@@ -68,7 +69,7 @@ class TrainedRun:
     def data(self) -> Run:
         """The run as its config says, for its rows, its tokens and its precision; a GPU that is not here is not asked for."""
         device = self.config.model.device
-        if device == "cuda" and not torch.cuda.is_available():
+        if device != "auto" and why_not(device):
             device = "auto"
         model = self.config.model.model_copy(update={"device": device})
         return Run(self.config.model_copy(update={"model": model}), quiet=True)
@@ -188,7 +189,12 @@ def common_start(runs: Sequence[TrainedRun]) -> Source:
     for name, sha256 in wide.items():
         if sha256 != wide[first.name]:
             raise _other_start(first, next(r for r in runs if r.name == name))
-    return Source(START, first.data.config.model, seed=first.seed)
+    adapters = {run.name: None if (a := run.config.model.adapter) is None else model_sha256(Path(a)) for run in runs}
+    for name, adapter in adapters.items():
+        if adapter != adapters[first.name]:
+            raise _other_start(first, next(r for r in runs if r.name == name))
+    own = first.data.config.model
+    return Source(START, own, adapter=None if own.adapter is None else Path(own.adapter), seed=first.seed)
 
 
 def _other_start(one: TrainedRun, other: TrainedRun) -> ConfigError:
@@ -228,11 +234,11 @@ def lineage(run: TrainedRun) -> list[RunConfig]:
     """Configs of the runs whose models it started from, the nearest first; a start that no run made ends it."""
     found: list[RunConfig] = []
     seen = {run.folder}
-    path = run.config.model.path
+    path = run.config.model.adapter or run.config.model.path
     while (folder := _run_of(Path(path))) is not None and folder not in seen:
         seen.add(folder)
         found.append(with_absolute_paths(load_config(folder / CONFIG)))
-        path = found[-1].model.path
+        path = found[-1].model.adapter or found[-1].model.path
     return found
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from penchant.algorithms import ALGORITHMS
+from penchant.base.machine import DEVICES
 from penchant.base.section import as_yaml, bounds
 from penchant.base.text import closest
 from penchant.config import RunConfig, config_from_mapping
@@ -128,7 +129,7 @@ def parts() -> Iterator[Part]:
                 yield Part(f"algorithm: {', '.join(names)}", _first_line(kind), (name_key, *others))
         elif name == "reward":
             yield Part("reward", "What judges completions.", (Key("reward", "text, or mapping of text to number", "null", info.description or ""),
-                       Key("reward.device", "auto or cpu or cuda", "auto", "device of reward models; auto: the policy's")))  # fmt: skip
+                       Key("reward.device", " or ".join(DEVICES), "auto", "device of reward models; auto: the policy's")))  # fmt: skip
         elif name == "output":
             yield Part("output", "Where the run goes.", (Key("output", "text", "required", info.description or ""),))
         else:

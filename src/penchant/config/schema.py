@@ -163,7 +163,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     return config.model_copy(
         update={
-            "model": section(config.model, "path", "tokenizer"),
+            "model": section(config.model, "path", "tokenizer", "adapter"),
             "data": section(config.data, "path", "eval_path"),
             "reference": section(config.reference, "path"),
             "reward": rewards(config.reward),
@@ -175,7 +175,12 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def default_settings() -> dict[str, Any]:
     """Every setting's default, in the shape of a resolved config; required ones are left out."""
-    defaults: dict[str, Any] = {"loss": LossModifiers().model_dump(), "algorithm": None, "reward": None, "lora": None}
+    defaults: dict[str, Any] = {
+        "loss": LossModifiers().model_dump(),
+        "algorithm": None,
+        "reward": None,
+        "lora": LoraConfig().model_dump(),
+    }
     for name, info in RunConfig.model_fields.items():
         section = info.annotation
         if isinstance(section, type) and issubclass(section, Section):
@@ -186,7 +191,7 @@ def default_settings() -> dict[str, Any]:
 
 
 WHOLE = ("loss", "algorithm", "reward")  # a method's own settings mean nothing to another method
-OF_A_MODEL = ("revision", "init", "tokenizer")  # what belongs to model.path goes with it
+OF_A_MODEL = ("revision", "init", "tokenizer", "adapter")  # what belongs to model.path goes with it
 HOLD_OUT = ("eval_path", "validation_rows", "validation_fraction")
 
 
@@ -195,7 +200,7 @@ def merged(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
 
     `loss`, `algorithm` and `reward` are taken whole; a stage with one of loss and algorithm does not inherit the other, and a
     stage without an algorithm inherits no reward. A stage with a model.path of its own inherits none of what belongs to another
-    model (revision, init, tokenizer), and one that says how it holds out rows does not inherit another way.
+    model (revision, init, tokenizer, adapter), and one that says how it holds out rows does not inherit another way.
     """
     result: dict[str, Any] = dict(defaults)
     for one, other in (("loss", "algorithm"), ("algorithm", "loss")):

@@ -21,7 +21,7 @@ from typing import Any, TypeVar, Unpack
 
 import numpy as np
 
-from penchant.base.files import file_sha256, write_atomically, write_text_atomically
+from penchant.base.files import cache_folder, file_sha256, write_atomically, write_text_atomically
 from penchant.base.functions import own_sha256
 from penchant.data.audit import audit
 from penchant.data.audit.findings import Audit, Finding
@@ -47,18 +47,13 @@ ABANDONED_NS = 86_400 * 10**9  # after which an entry that is still being made h
 FILES_KEPT = 1000  # in the table of hashes
 
 
-def cache_root() -> Path:
-    """``$PENCHANT_CACHE/data`` or ``~/.cache/penchant/data``."""
-    return Path(os.environ.get("PENCHANT_CACHE", "~/.cache/penchant")).expanduser() / "data"
-
-
 def hashes_of(files: Sequence[Path]) -> list[str]:
     """SHA-256 of files, read once: a table beside the cache says which file, as the file system describes it, had which.
 
     Size, times of content and of inode, and the inode's number must be the same, as in git's index. And as there, an entry is not
     trusted where the file was changed less than two seconds before it was read: a later change may have the same time.
     """
-    path = cache_root() / HASHES
+    path = cache_folder("data") / HASHES
     try:
         held = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -131,7 +126,7 @@ class Entry:
     """One folder of the cache."""
 
     def __init__(self, kind: str, key: str) -> None:
-        self.folder = cache_root() / kind / key[:40]
+        self.folder = cache_folder("data") / kind / key[:40]
 
     def get(self, read: Callable[[Path, Mapping[str, Any]], T]) -> T | None:
         """What `read` makes of the folder and its meta; None where there is none, or a damaged one, which is removed."""
@@ -338,7 +333,7 @@ class DataCache:
         except NotStorable:
             return None
         if not kept:
-            self.note(f"data cache: {cache_root()} cannot be written; going on without")
+            self.note(f"data cache: {cache_folder('data')} cannot be written; going on without")
             return None
         self.note(f"data cache: {kind} kept in {entry.folder}")
         return entry.get(read)

@@ -43,7 +43,7 @@ def _arena(row: Mapping[str, Any]) -> bool | None:
 
 
 # columns that a layout with two answers in the order in which they were shown has, and how it says whether the first won
-SHOWN_ORDERS: tuple[tuple[str, set[str], Callable[[Mapping[str, Any]], bool | None]], ...] = (
+SIDE_BY_SIDE: tuple[tuple[str, set[str], Callable[[Mapping[str, Any]], bool | None]], ...] = (
     ("arena", {"winner_model_a", "winner_model_b"}, _arena),
     ("arena", {"winner", "model_a", "model_b"}, _arena),
     ("shp", {"human_ref_A", "human_ref_B", "labels"}, lambda row: {"1": True, "0": False}.get(str(row["labels"]))),
@@ -56,7 +56,7 @@ SHOWN_ORDERS: tuple[tuple[str, set[str], Callable[[Mapping[str, Any]], bool | No
 
 
 NAMES_ASKED_ABOUT = 1000  # of the columns: a row may have very many keys
-COUNTED = {"language", "lang"}.union(*(needed for _, needed, _ in SHOWN_ORDERS))
+COUNTED = {"language", "lang"}.union(*(needed for _, needed, _ in SIDE_BY_SIDE))
 
 
 @dataclass(slots=True)
@@ -82,7 +82,7 @@ class Columns:
                 self._language(row.values)
 
     def _order(self, row: Mapping[str, Any]) -> None:
-        shown = next(((name, won) for name, needed, won in SHOWN_ORDERS if needed <= row.keys()), None)
+        shown = next(((name, won) for name, needed, won in SIDE_BY_SIDE if needed <= row.keys()), None)
         if shown is not None:
             name, first_won = shown
             won = first_won(row)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
+from penchant.base.lanes import side_by_side
 from penchant.base.lazy import torch
 from penchant.types import PackedBatch, Segment, TokenTree
+
+T = TypeVar("T")
 
 
 def plan_microbatches(sizes: Sequence[int], budget: int) -> list[list[int]]:
@@ -45,15 +49,52 @@ def plan_balanced(sizes: Sequence[int], budget: int) -> list[list[int]]:
     budget, the best-fit plan is returned.
     """
     plan = plan_microbatches(sizes, budget)
-    heap = [(0, b) for b in range(len(plan))]
-    bins: list[list[int]] = [[] for _ in plan]
+    bins = _balanced(sizes, len(plan))
+    largest = max((sum(sizes[i] for i in members) for members in bins), default=0)
+    return plan if largest > max(budget, max(sizes, default=0)) else bins
+
+
+def _balanced(sizes: Sequence[int], count: int) -> list[list[int]]:
+    heap = [(0, b) for b in range(count)]
+    bins: list[list[int]] = [[] for _ in range(count)]
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         load, b = heapq.heappop(heap)
         bins[b].append(i)
         heapq.heappush(heap, (load + sizes[i], b))
-    if max((load for load, _ in heap), default=0) > max(budget, max(sizes, default=0)):
-        return plan
     return [sorted(b) for b in bins if b]
+
+
+SIDE_BY_SIDE = 8  # passes that share `tokens_per_step` where a CPU runs one a thread
+# Tokens of such a pass: in a smaller one, reading the weights takes as long as multiplying by them. Where the budget is small, or few
+# rows are shared out, two threads are better than one all the same.
+PASS_TOKENS, LEAST_TOKENS = 512, 128
+
+
+def plan_passes(sizes: Sequence[int], budget: int, lanes: bool) -> list[list[int]]:
+    """The passes of a step: `plan_balanced`, or, for passes that run side by side (`base/lanes.py`), more and smaller ones.
+
+    Their number is a multiple of four where the trees allow it, so that two or four threads end together; the largest comes first.
+    The plan does not depend on the threads, so sums do not either.
+    """
+    if not lanes:
+        return plan_balanced(sizes, budget)
+    most = max(pass_tokens(budget), max(sizes, default=0))
+    least = -(-sum(sizes) // most)
+    count = max(least, min(-(-least // 4) * 4, sum(sizes) // LEAST_TOKENS))
+    bins = _balanced(sizes, min(count, len(sizes)))
+    while any(sum(sizes[i] for i in members) > most for members in bins):
+        bins = _balanced(sizes, len(bins) + 1)
+    return sorted(bins, key=lambda members: -sum(sizes[i] for i in members))
+
+
+def pass_tokens(budget: int) -> int:
+    """Tokens of one of several passes that share a budget."""
+    return min(budget, max(PASS_TOKENS, budget // SIDE_BY_SIDE), max(LEAST_TOKENS, budget // 2))
+
+
+def at_once(sizes: Sequence[int], budget: int, trees: int) -> int:
+    """How many passes of these sizes may run side by side within a budget: no more than there are trees to share out."""
+    return max(1, min(trees, budget // max(sizes, default=1)))
 
 
 def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
@@ -131,12 +172,28 @@ def tree_tokens(tree: TokenTree, shared: bool) -> int:
     return tree.shared_tokens if shared else tree.separate_tokens
 
 
-def batches_of(
-    trees: Sequence[TokenTree], tokens_per_step: int, *, shared: bool, device: torch.device
-) -> Iterator[tuple[list[int], PackedBatch]]:
-    """All trees as forward passes of at most `tokens_per_step` tokens: which trees are in a pass, and the packed batch.
+def passes_over(
+    call: Callable[[PackedBatch], T],
+    trees: Sequence[TokenTree],
+    tokens_per_step: int,
+    *,
+    shared: bool,
+    device: torch.device,
+    lanes: bool = False,
+) -> Iterator[tuple[list[int], T]]:
+    """All trees in forward passes of at most `tokens_per_step` tokens: which trees are in a pass, and what `call` makes of its batch.
 
     Passes do not follow the order of the trees; put results back by the indices, or keep to the order in which trees were scored.
+
+    Args:
+        lanes: passes are smaller, and run side by side (`plan_passes`); `call` must bear that.
     """
-    for members in plan_microbatches([tree_tokens(t, shared) for t in trees], tokens_per_step):
-        yield members, pack([trees[i] for i in members], shared=shared).to(device)
+    sizes = [tree_tokens(t, shared) for t in trees]
+    plan = plan_microbatches(sizes, pass_tokens(tokens_per_step) if lanes else tokens_per_step)
+
+    def one(members: list[int]) -> T:
+        return call(pack([trees[i] for i in members], shared=shared).to(device))
+
+    of_passes = [sum(sizes[i] for i in members) for members in plan]
+    most = at_once(of_passes, tokens_per_step, len(trees)) if lanes else 1
+    yield from zip(plan, side_by_side(one, plan, most=most), strict=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import EXPORT, sweep, writing
+from penchant.base.files import EXPORT, aside_of, sweep, writing
 from penchant.base.text import told
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.export.card import CARD, card, hashes
@@ -180,7 +180,7 @@ def _make(
 ) -> tuple[Check, tuple[str, ...]]:
     """Write aside, and rename what was found good."""
     form.check(subject)
-    aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
+    aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with writing(folder):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -168,12 +167,9 @@ def ppo_batch(given: Given) -> Iterator[Line]:
 
 def adapter(given: Given, keys: list[str], rank: int, alpha: float, **targets: Any) -> Line:
     """LoRA's keys."""
-    note = ""
-    if given["use_rslora"]:
-        alpha = round(alpha * math.sqrt(rank), 6)
-        note = "rsLoRA divides by the root of the rank: alpha is that much larger here"
-    ours = {"lora.r": rank, "lora.alpha": alpha, "lora.dropout": number(given["lora_dropout"]), **targets}
-    return given.line(keys, "translated", ours, note)
+    more = {ours: True for key, ours in (("use_rslora", "lora.rslora"), ("use_dora", "lora.dora")) if given[key]}
+    ours = {"lora.r": rank, "lora.alpha": alpha, "lora.dropout": number(given["lora_dropout"]), **more, **targets}
+    return given.line(keys, "translated", ours)
 
 
 DERIVATIONS = (batch, length, schedule, saving, precision, report_to, ppo_batch)

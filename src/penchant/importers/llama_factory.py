@@ -38,8 +38,22 @@ def lora(given: Given) -> Iterator[Line]:
         yield given.line([kind_key], "unsupported", note="full and lora only: set finetuning_type to one of them")
         return
     rank = whole(given["lora_rank"])
-    used, targets = [kind_key, *(k for k in keys if given[k] is not None)], layers(given["lora_target"])
-    yield hf.adapter(given, used, rank, number(given["lora_alpha"] or 2 * rank), **{"lora.target_modules": targets})
+    used = [kind_key, *(k for k in keys if given[k] is not None)]
+    more: dict[str, Any] = {}
+    if given["loraplus_lr_ratio"]:
+        more["lora.lr_ratio"] = number(given["loraplus_lr_ratio"])
+    if adapter := given["adapter_name_or_path"]:
+        if "," in str(adapter):
+            how = "one adapter is trained on: merge the others first, and set model.path"
+            yield given.line(["adapter_name_or_path"], "unsupported", note=how)
+            return
+        more["model.adapter"] = str(adapter)
+        yield given.line(
+            used, "translated", more, "the reference is the adapter's start here, the model under it there"
+        )
+        return
+    more["lora.target_modules"] = layers(given["lora_target"])
+    yield hf.adapter(given, used, rank, number(given["lora_alpha"] or 2 * rank), **more)
 
 
 # ---- Data sets by name ----

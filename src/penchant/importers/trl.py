@@ -16,13 +16,13 @@ TABLE = table("trl")
 
 def lora(given: Given) -> Iterator[Line]:
     """An adapter, where use_peft is on; their lora_* keys alone do nothing."""
-    keys = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
+    keys = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
     if not given["use_peft"]:
         if given.says("use_peft", *keys):
             there = ["use_peft", *(k for k in keys if given.says(k))]
             yield given.line(there, "same", note="use_peft is off there: the whole model is trained")
         return
-    used = ["use_peft", *keys[:3], *(["use_rslora"] if given.says("use_rslora") else [])]
+    used = ["use_peft", *keys[:3], *(key for key in keys[4:] if given.says(key))]
     yield hf.adapter(given, used, whole(given["lora_r"]), number(given["lora_alpha"]))
     yield _targets(given)
 

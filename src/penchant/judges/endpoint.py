@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from penchant.base.files import cache_folder
 from penchant.base.text import shown
 from penchant.errors import CheckpointError, ConfigError, RewardError
 from penchant.judges.judge import WORDS, Answers, Progress, Question
@@ -104,11 +105,6 @@ def verdict_of(reply: str) -> float | None:
 # ---- verdicts on disk ----
 
 VERSION = 1  # part of every key: raise it when the same question is put otherwise
-
-
-def default_folder() -> Path:
-    """``$PENCHANT_CACHE/judge`` or ``~/.cache/penchant/judge``."""
-    return Path(os.environ.get("PENCHANT_CACHE", "~/.cache/penchant")).expanduser() / "judge"
 
 
 def key_of(model: str, instruction: str, parameters: Mapping[str, Any], question: Question) -> str:
@@ -400,7 +396,7 @@ class EndpointJudge:
     # ---- many at a time -------------------------------------------------------------------------------------------
 
     def _ask(self, questions: Sequence[Question], progress: Progress | None, *, give_up: int) -> Answers:
-        replies = Replies.open(default_folder(), self.model, self.instruction, self.parameters)
+        replies = Replies.open(cache_folder("judge"), self.model, self.instruction, self.parameters)
         keys = [key_of(self.model, self.instruction, self.parameters, q) for q in questions]
         values = np.array([replies.known.get(k, np.nan) for k in keys], dtype=np.float64)
         todo = np.flatnonzero(np.isnan(values)).tolist()

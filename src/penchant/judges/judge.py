@@ -183,7 +183,7 @@ class FunctionJudge:
         lists = ([q.prompt for q in questions], [q.first for q in questions], [q.second for q in questions])
         given = self._called(lists, "", "lists of prompts, of first and of second answers")
         if hasattr(given, "detach"):  # a tensor, wherever it is
-            given = given.detach().double().cpu().numpy()
+            given = given.detach().cpu().double().numpy()
         if isinstance(given, str) or not hasattr(given, "__len__"):
             raise RewardError(f"judge {self.name}", f"returned {type(given).__name__}", "return a list of verdicts")
         if len(given) != len(questions):

@@ -22,6 +22,7 @@ from penchant.logprobs.head import (
 )
 from penchant.losses.divergences import DivergenceKind
 from penchant.models.load import backbone_of, base_model_of, head_scaling, without_cache
+from penchant.models.router import RouterLoss, routed
 from penchant.models.tree_attention import install_tree_attention, restore_attention
 from penchant.types import PackedBatch
 
@@ -76,16 +77,20 @@ class Scorer:
         packing: ``shared``, ``separate`` or ``padded``; batches must be packed accordingly (`pack(shared=...)`).
         temperature: log-probs are of ``softmax(logits / temperature)``: what an online method samples from, it must train on.
         kernels: ``auto`` takes a model-family fast path where the model is exactly recognized; ``off`` never does.
+        attention: how packed rows attend within their trees: ``groups``, ``varlen``, ``flex`` or ``varlen+flex`` (`select_attention`).
         own_attention: padded rows go through the attention that transformers gave the model.
         own_head: logits come from the model's own `forward`, for models that do more than a linear layer, a factor and a cap.
+        router: joins the balance loss of a mixture of experts to the hidden states that are trained on.
     """
 
     model: nn.Module
     packing: Packing = "shared"
     kernels: str = "off"
     temperature: float = 1.0
+    attention: str = "groups"
     own_attention: bool = False
     own_head: bool = False
+    router: RouterLoss | None = None
     _fast: Any = None
 
     def __post_init__(self) -> None:
@@ -93,15 +98,19 @@ class Scorer:
             restore_attention(base_model_of(self.model))
         else:
             install_tree_attention(base_model_of(self.model))
-        if self.kernels == "auto" and self.packing != "padded":
+        if self.kernels == "auto" and self.packing != "padded" and self.attention == "groups":
             from penchant.models.cpu.layers import fast_forward
 
             self._fast = fast_forward(self.model)
 
     def on(self, model: nn.Module) -> Scorer:
         """Another model of the same architecture, run in the same way."""
-        kernels = "auto" if self.fast else "off"
-        return Scorer(model, self.packing, kernels, own_attention=self.own_attention, own_head=self.own_head)
+        return Scorer(model, self.packing, "auto" if self.fast else "off", **self.how)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What another scorer needs, beside packing and kernels, to run in the same way."""
+        return {"attention": self.attention, "own_attention": self.own_attention, "own_head": self.own_head}
 
     @property
     def shared(self) -> bool:
@@ -111,6 +120,11 @@ class Scorer:
     def fast(self) -> bool:
         """Whether a model-family fast path runs."""
         return self._fast is not None
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether several threads may run passes at once (`base/lanes.py`): the fast path toggles nothing on the model."""
+        return self.fast and self.plain_head
 
     @property
     def plain_head(self) -> bool:
@@ -132,8 +146,18 @@ class Scorer:
             attention_mask=unused_mask,
             use_cache=False,
             penchant_batch=batch,
+            penchant_attention=self.attention,
+            **self._listening(),
         )
-        return out.last_hidden_state[0]
+        return self._with_router(out.last_hidden_state[0], routed(out), batch)
+
+    def _listening(self) -> dict[str, Any]:
+        return {"output_router_logits": True} if self.router is not None and self.router.listens else {}
+
+    def _with_router(self, hidden: Tensor, logits: tuple[Tensor, ...], batch: PackedBatch) -> Tensor:
+        if self.router is None or not self.router.listens:
+            return hidden
+        return self.router.attached(hidden, logits, batch)
 
     def _padded_hidden(self, backbone: nn.Module, batch: PackedBatch) -> Tensor:
         """The plain way, for models whose layers carry state along the row: one padded row a segment."""
@@ -142,8 +166,9 @@ class Scorer:
         more: dict[str, Any] = without_cache(backbone)
         if not self.own_attention and "position_ids" in signature(backbone.forward).parameters:
             more["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        out = backbone(input_ids=ids, attention_mask=mask, **more)
-        return out.last_hidden_state.flatten(0, 1).index_select(0, back)
+        out = backbone(input_ids=ids, attention_mask=mask, **more, **self._listening())
+        hidden = out.last_hidden_state.flatten(0, 1).index_select(0, back)
+        return self._with_router(hidden, tuple(layer.index_select(0, back) for layer in routed(out)), batch)
 
     def predicting(self, batch: PackedBatch) -> Tensor:
         """The hidden states (R, d) that predict the completion tokens."""

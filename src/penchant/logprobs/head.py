@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from penchant.base.lanes import Turns, turn
 from penchant.losses.divergences import DivergenceKind, divergence, grad_of, log_probs, value_of
 from penchant.models.cpu.head import VOCAB_TILE
 
@@ -115,30 +116,47 @@ class _ChunkedTokenLogps(torch.autograd.Function):
 class _WeightGrad:
     """``sum over chunks of D^T h`` for a head (V, d): in fp32 where the head is in bf16, whose sum would lose with every chunk.
 
-    A head with an fp32 buffer of its own, `main_grad`, gets it there, as its other gradients.
+    A head with an fp32 buffer of its own, `main_grad`, gets it there, as its other gradients. In a pass of a training step on the CPU
+    the fp32 gradient itself gets it, after the passes before.
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._dtype, self._main = weight.dtype, getattr(weight, "main_grad", None)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self._total = torch.zeros_like(weight, dtype=wide) if self._main is None else self._main
+        self._weight, self._main = weight, getattr(weight, "main_grad", None)
+        self._wide = torch.promote_types(weight.dtype, torch.float32)
+        self._own: Tensor | None = None  # for autograd
+        self._key = (id(weight), "chunks")
+
+    def _total(self, turns: Turns | None) -> Tensor:
+        if self._main is not None:
+            return self._main
+        weight = self._weight
+        if turns is not None and weight.dtype == self._wide:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            return weight.grad
+        if self._own is None:
+            self._own = torch.zeros_like(weight, dtype=self._wide)
+        return self._own
 
     def add(self, d: Tensor, hidden: Tensor) -> None:
         """One chunk: d (rows, V), hidden (rows, d)."""
         on_gpu = d.device.type == "cuda"
         step = d.shape[1] if on_gpu else VOCAB_TILE
-        for i in range(0, d.shape[1], step):
-            tile, of_tile = self._total[i : i + step], d[:, i : i + step].t()
-            if tile.dtype == d.dtype:
-                tile.addmm_(of_tile, hidden)
-            elif on_gpu:
-                tile.add_(torch.mm(of_tile, hidden, out_dtype=tile.dtype))
-            else:  # the CPU has no such product: a chunk is rounded once, the sum is not
-                tile.add_(torch.mm(of_tile, hidden))
+        with turn(self._key, last=False) as turns:
+            total = self._total(turns)
+            for i in range(0, d.shape[1], step):
+                tile, of_tile = total[i : i + step], d[:, i : i + step].t()
+                if tile.dtype == d.dtype:
+                    tile.addmm_(of_tile, hidden)
+                elif on_gpu:
+                    tile.add_(torch.mm(of_tile, hidden, out_dtype=tile.dtype))
+                else:  # the CPU has no such product: a chunk is rounded once, the sum is not
+                    tile.add_(torch.mm(of_tile, hidden))
 
     def grad(self) -> Tensor | None:
-        """What autograd is to add; None: it is in `main_grad` already."""
-        return self._total.to(self._dtype) if self._main is None else None
+        """What autograd is to add; None: it is where it belongs already."""
+        with turn(self._key):
+            return None if self._own is None else self._own.to(self._weight.dtype)
 
 
 def token_logps(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +18,8 @@ from penchant.errors import ConfigError, ModelError
 from penchant.logprobs import Packing, Scorer
 from penchant.models.folder import first_line
 from penchant.models.load import backbone_of, base_model_of, carries_state, quiet, without_cache
-from penchant.models.tree_attention import restore_attention
+from penchant.models.tree_attention import CALLS, Call, restore_attention, select_attention
+from penchant.models.tree_kernels import HALF
 from penchant.types import TokenTree
 
 # ---- Choose a packing for a model and prove it on the model: what the engine leaves out would be a silent error ----
@@ -26,26 +29,29 @@ NOISE = 20.0  # times what the model's own logits differ by when a row is comput
 LEAST, MOST = 1e-5, 1e-3  # what may differ, relative to 1 + the log-prob, whatever the noise
 
 
-def choose_packing(model: Any, requested: str, kernels: str) -> tuple[Scorer, str]:
+def choose_packing(model: Any, requested: str, kernels: str, attention: str = "auto") -> tuple[Scorer, str]:
     """A scorer with the best packing that gives the numbers of the model's own `forward`, in fp32, row by row.
 
     Args:
         requested: ``auto``, ``shared``, ``separate`` or ``padded``; anything but auto that fails the check is refused.
+        attention: ``auto``, ``varlen``, ``flex`` or ``groups``, likewise.
 
     Returns:
         The scorer and a sentence for the log.
 
     Raises:
-        ConfigError: the requested packing gives other numbers than the model's own.
+        ConfigError: the requested packing gives other numbers than the model's own, or the requested attention cannot run.
         ModelError: every packing does.
     """
+    kind, why = choose_attention(model, attention)
     by_config, reason = packing_by_config(model)
     candidates: list[Packing] = ["shared", "separate", "padded"]
     if requested != "auto":
         candidates = [requested]  # type: ignore[list-item]
     elif by_config == "padded":
         candidates = ["padded"]
-    found, wrong = _first_right(model, candidates, kernels)
+    attentions = [kind] if attention != "auto" or kind == "groups" else [kind, "groups"]
+    found, wrong = _first_right(model, candidates, kernels, attentions)
     if found is None and requested in ("shared", "separate"):
         raise ConfigError(
             "train.packing",
@@ -58,7 +64,13 @@ def choose_packing(model: Any, requested: str, kernels: str) -> tuple[Scorer, st
             f"its log-probs cannot be computed as its own forward does: {wrong}",
             "train a model of another architecture (docs/models.md)",
         )
-    scorer = Scorer(model, found.packing, kernels, own_attention=found.own_attention, own_head=found.own_head)
+    if attention in ("varlen", "flex") and found.packing == "padded":
+        raise ConfigError(
+            "model.attention",
+            f"{attention} is for packed rows, and this model takes padded ones ({wrong or reason})",
+            "set model.attention=auto",
+        )
+    scorer = Scorer(model, kernels=kernels, **found._asdict())
     if scorer.fast and not _fast_is_right(scorer):
         scorer = replace(scorer, kernels="off", _fast=None)
     if found.packing == "shared":
@@ -66,18 +78,22 @@ def choose_packing(model: Any, requested: str, kernels: str) -> tuple[Scorer, st
     elif by_config != "padded":
         reason = "the model's attention does not take the tree mask" if requested == "auto" else "as asked"
     more = (", fast path" if scorer.fast else "") + (", the model's own head" if scorer.own_head else "")
-    return scorer, f"packing: {scorer.packing} ({reason}{more})"
+    said = f"; attention: {scorer.attention}" + (f" ({why})" if why else "")
+    return scorer, f"packing: {scorer.packing} ({reason}{more})" + (said if why or scorer.attention != "groups" else "")
 
 
 class _Way(NamedTuple):
     """How a model can be run: see `Scorer`."""
 
     packing: Packing
+    attention: str
     own_attention: bool
     own_head: bool
 
 
-def _first_right(model: Any, candidates: Sequence[Packing], kernels: str) -> tuple[_Way | None, str]:
+def _first_right(
+    model: Any, candidates: Sequence[Packing], kernels: str, attentions: Sequence[str]
+) -> tuple[_Way | None, str]:
     """The first way that gives the model's own numbers; None, and how the last one differs, where there is none."""
     base, tree = base_model_of(model), _probe_tree(model)
     headless = base.get_output_embeddings() is None
@@ -85,21 +101,28 @@ def _first_right(model: Any, candidates: Sequence[Packing], kernels: str) -> tup
     with _in_fp32(model), _short_windows(model), quiet(model):
         restore_attention(base)
         own, allowed = _own(model, tree, headless)
-        for packing in candidates:
-            for own_attention in (False, True) if packing == "padded" else (False,):
-                for own_head in (False,) if headless else (False, True):
-                    way = _Way(packing, own_attention, own_head)
-                    try:
-                        scorer = Scorer(model, packing, kernels, own_attention=own_attention, own_head=own_head)
-                        away = _away(_probe(scorer, tree, headless), own)
-                    except Exception as error:  # whatever a stranger's model raises where it is used in a new way
-                        wrong = first_line(error)
-                        continue
-                    if away <= allowed:
-                        return way, ""
-                    wrong = f"{packing} rows differ by {away:.2g} (allowed: {allowed:.2g})"
+        for way in _ways(candidates, attentions, headless):
+            try:
+                away = _away(_probe(Scorer(model, kernels=kernels, **way._asdict()), tree, headless), own)
+            except Exception as error:  # whatever a stranger's model raises where it is used in a new way
+                wrong = first_line(error)
+                continue
+            if away <= allowed:
+                return way, wrong
+            wrong = f"{way.packing} rows differ by {away:.2g} (allowed: {allowed:.2g})"
         restore_attention(base)
     return None, wrong
+
+
+def _ways(candidates: Sequence[Packing], attentions: Sequence[str], headless: bool) -> Iterator[_Way]:
+    """Every way to run a model, best first."""
+    for packing in candidates:
+        padded = packing == "padded"
+        for attention, own_attention in itertools.product(
+            ("groups",) if padded else attentions, (False, True) if padded else (False,)
+        ):
+            for own_head in (False,) if headless else (False, True):
+                yield _Way(packing, attention, own_attention, own_head)
 
 
 def _own(model: Any, tree: TokenTree, headless: bool) -> tuple[torch.Tensor, float]:
@@ -151,6 +174,67 @@ def _fast_is_right(scorer: Scorer) -> bool:
     with quiet(model):
         slow, fast = (_probe(s, tree, headless) for s in (replace(scorer, kernels="off", _fast=None), scorer))
     return _away(fast, slow) <= (5e-2 if next(model.parameters()).dtype == torch.bfloat16 else MOST)
+
+
+# ---- Which attention, by what the model hands to it; its kernels are then run against the groups' in the model's own precision ----
+
+
+def choose_attention(model: Any, requested: str) -> tuple[str, str]:
+    """(kind, reason for the log) of attention within packed rows: see `select_attention`.
+
+    Raises:
+        ConfigError: what was asked for is impossible on this model and device, or computes something else.
+    """
+    device = next(model.parameters()).device.type
+    if requested == "groups" or (requested == "auto" and device != "cuda"):
+        return "groups", ""
+    kinds, why = select_attention(requested, attention_calls(model), device, _triton())
+    wrong = why
+    for kind in kinds:
+        if kind == "groups":
+            return kind, why
+        try:
+            away = _away_from_groups(model, kind)
+        except Exception as error:  # a kernel that this GPU or installation has not
+            wrong = first_line(error)
+            continue
+        if away <= (5e-2 if _low(model) else MOST):
+            return kind, why
+        wrong = f"its log-probs differ by {away:.2g}"
+    if requested == "auto":
+        return "groups", wrong
+    raise ConfigError("model.attention", f"{requested} cannot run here: {wrong}", "set model.attention=auto")
+
+
+def attention_calls(model: Any) -> set[Call]:
+    """What the layers of a model ask of their attention; nothing where it cannot be replaced."""
+    calls: set[Call] = set()
+    batch = pack([_probe_tree(model)]).to(next(model.parameters()).device)
+    batch.cache[CALLS] = calls
+    with quiet(model):
+        try:
+            Scorer(model, "shared").hidden(batch)
+        except Exception:  # its packed rows are not taken either: `choose_packing` says so
+            calls.clear()
+    return calls
+
+
+def _away_from_groups(model: Any, kind: str) -> float:
+    tree, headless = _probe_tree(model), base_model_of(model).get_output_embeddings() is None
+    with quiet(model):
+        found, groups = (_probe(Scorer(model, "shared", attention=a), tree, headless) for a in (kind, "groups"))
+    return _away(found, groups)
+
+
+def _low(model: Any) -> bool:
+    return any(p.dtype in HALF for p in model.parameters())
+
+
+def _triton() -> bool:
+    """Whether torch can compile kernels for a GPU here."""
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton()) and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 
 
 @contextmanager

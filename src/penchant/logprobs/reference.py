@@ -19,9 +19,10 @@ from torch import Tensor
 from penchant.base.files import spared, sweep, written_aside
 from penchant.base.machine import moved
 from penchant.data.mapped import StoredTokens
-from penchant.data.packing import batches_of
+from penchant.data.packing import passes_over
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.logprobs.head import RowLogits
+from penchant.models.cpu.layers import adapters_off
 from penchant.models.load import tensors_sha256
 from penchant.types import PackedBatch, TokenTree
 
@@ -45,7 +46,7 @@ class Reference(Protocol):
 
 @dataclass(slots=True)
 class LiveReference:
-    """A reference that runs each step: a frozen copy (`off` does nothing) or the policy with its adapter switched off."""
+    """A reference that runs each step: a frozen copy (`off` does nothing), or the policy with its adapter switched off or as it was."""
 
     scorer: Scorer
     off: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -59,14 +60,8 @@ class LiveReference:
 
     def row_logits(self, batch: PackedBatch) -> RowLogits:
         """The reference's logits of a slice of predicting positions: what an exact divergence compares the policy's with."""
-        model = self.scorer.model
-        training = model.training
-        model.eval()
-        try:
-            with self.off():
-                rows = self.scorer.row_logits(batch)
-        finally:
-            model.train(training)
+        with self.at_rest():
+            rows = self.scorer.row_logits(batch)
 
         def without_adapter(part: slice) -> Tensor:
             with self.off():  # for an adapter on the head itself
@@ -76,12 +71,22 @@ class LiveReference:
 
     def completion_logps(self, batch: PackedBatch) -> CompletionLogps:
         """Log-probs per completion and per token, without gradient."""
+        with self.at_rest():
+            return self.scorer.logps(batch)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """The model as the reference has it, without gradient. What has a fast path stays as it is: other threads may train it now."""
         model = self.scorer.model
+        if self.scorer.side_by_side:
+            with torch.no_grad(), nullcontext() if self.off is nullcontext else adapters_off():
+                yield
+            return
         training = model.training
         model.eval()
         try:
             with torch.no_grad(), self.off():
-                return self.scorer.logps(batch)
+                yield
         finally:
             model.train(training)
 
@@ -89,6 +94,24 @@ class LiveReference:
 def adapter_off(scorer: Scorer) -> LiveReference:
     """The reference of a LoRA run: the same weights and kernels with the adapter disabled."""
     return LiveReference(scorer, off=scorer.model.disable_adapter)  # type: ignore[arg-type]
+
+
+def adapter_as_it_is(scorer: Scorer) -> LiveReference:
+    """The policy with its adapter as it is now, whatever training makes of it: a copy of the adapter, and no other weights."""
+    kept = [(p, p.detach().clone()) for n, p in scorer.model.named_parameters() if "lora_" in n]
+
+    @contextmanager
+    def put_back() -> Iterator[None]:
+        now = [p.data for p, _ in kept]
+        try:
+            for p, start in kept:
+                p.data = start
+            yield
+        finally:
+            for (p, _), data in zip(kept, now, strict=True):
+                p.data = data
+
+    return LiveReference(scorer, off=put_back)
 
 
 @dataclass(slots=True)
@@ -164,7 +187,7 @@ class CachedReference:
 def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, tokenizer: str, template: str) -> str:
     """The name of a cache: SHA-256 over what reference log-probs depend on, and nothing else.
 
-    Model weights, tokenizer, template, every token id and boundary, and the dtype; not the learning rate, the output
+    Model weights (and how its config has them computed), tokenizer, template, every token id and boundary, and the dtype; not the learning rate, the output
     folder, the loss or the packing.
     """
     digest = hashlib.sha256()
@@ -196,11 +219,6 @@ def _parts(trees: Sequence[TokenTree], start: int, end: int) -> tuple[np.ndarray
     some = [(t.prompt_ids, *t.completion_ids) for t in trees[start:end]]
     counts, flat = [len(parts) for parts in some], [part for parts in some for part in parts]
     return np.array(counts), np.array(list(map(len, flat))), np.concatenate(flat)
-
-
-def default_cache_dir() -> Path:
-    """``$PENCHANT_CACHE`` or ``~/.cache/penchant``."""
-    return Path(os.environ.get("PENCHANT_CACHE", "~/.cache/penchant")).expanduser() / "reference"
 
 
 def cached_reference(
@@ -305,8 +323,10 @@ def compute_logps(
     shared = live.scorer.shared
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     device = next(live.scorer.model.parameters()).device
-    for members, batch in batches_of(trees, tokens_per_step, shared=shared, device=device):
-        made = live.completion_logps(batch)
+    passes = passes_over(
+        live.completion_logps, trees, tokens_per_step, shared=shared, device=device, lanes=live.scorer.side_by_side
+    )
+    for members, made in passes:
         sums = made.sums.cpu().split([len(trees[i].completion_ids) for i in members])
         tokens = made.tokens.cpu().split([sum(map(len, trees[i].completion_ids)) for i in members])
         parts |= dict(zip(members, zip(sums, tokens, strict=True), strict=True))

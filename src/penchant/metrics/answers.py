@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penchant.data.packing import batches_of, pack
+from penchant.data.packing import pack, passes_over
 from penchant.errors import ModelError
 from penchant.logprobs.reference import LiveReference
 from penchant.losses.divergences import DivergenceKind, log_probs, value_of
@@ -162,21 +162,25 @@ def score_tokens(
         ModelError: the models' vocabularies differ in size.
     """
     device = next(policy.scorer.model.parameters()).device
-    parts: dict[int, Tensor] = {}
-    for members, batch in batches_of(trees, tokens_per_step, shared=policy.scorer.shared, device=device):
-        chosen = [trees[i] for i in members]
+    shared, lanes = policy.scorer.shared, policy.scorer.side_by_side
+    same = reference is None or reference.scorer.shared == shared
+    if not same:  # rows are then numbered as trees are
+        trees = [replace(t, row=i) for i, t in enumerate(trees)]
+
+    def found_of(batch: PackedBatch) -> Tensor:
         if reference is None:
-            found = policy.completion_logps(batch).tokens[None]
-        else:
-            # completions are numbered tree by tree however they are laid out
-            same = reference.scorer.shared == policy.scorer.shared
-            other = batch if same else pack(chosen, shared=reference.scorer.shared).to(device)
-            if exact:
-                found = _exact(policy, reference, batch, other)
-            else:
-                found = torch.stack([policy.completion_logps(batch).tokens, reference.completion_logps(other).tokens])
-        counts = [sum(map(len, t.completion_ids)) for t in chosen]
-        parts |= dict(zip(members, found.double().cpu().split(counts, dim=1), strict=True))
+            return policy.completion_logps(batch).tokens[None]
+        # completions are numbered tree by tree however they are laid out
+        other = batch if same else pack([trees[i] for i in batch.rows], shared=reference.scorer.shared).to(device)
+        if exact:
+            return _exact(policy, reference, batch, other)
+        return torch.stack([policy.completion_logps(batch).tokens, reference.completion_logps(other).tokens])
+
+    parts: dict[int, Tensor] = {}
+    lanes = lanes and (reference is None or reference.scorer.side_by_side)
+    for members, found in passes_over(found_of, trees, tokens_per_step, shared=shared, device=device, lanes=lanes):
+        counts = [sum(map(len, trees[i].completion_ids)) for i in members]
+        parts |= dict(zip(members, found.cpu().double().split(counts, dim=1), strict=True))
         if progress is not None:
             progress(len(parts), len(trees))
     whole = torch.cat([parts[i] for i in range(len(trees))], dim=1).numpy()

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from penchant.data.packing import batches_of
+from penchant.base.machine import in_fp64
+from penchant.data.packing import passes_over
 from penchant.data.templates import end_ids
 from penchant.errors import ConfigError, RewardError
 from penchant.logprobs import Scorer, per_completion
@@ -25,7 +26,7 @@ from penchant.metrics.figures import DRAWS, Figure, mean_of, ratio_of, share_of
 from penchant.metrics.stats import Interval, bootstrap_ci, bootstrap_sums, share_ci, t_quantile
 from penchant.rollout.generate import sample
 from penchant.runfolder import is_whole, keep
-from penchant.types import TokenTree
+from penchant.types import PackedBatch, TokenTree
 
 # ---- Figures of generated text: how varied it is over all samples, and how much a sample repeats itself ----
 
@@ -364,11 +365,15 @@ def kl_by_completion(
     """k1 and k3 of every completion in nats, summed over its tokens, (completions,) each in order."""
     shared = policy.scorer.shared
     device = next(policy.scorer.model.parameters()).device
+    lanes = policy.scorer.side_by_side and reference.scorer.side_by_side
     by_tree: dict[int, torch.Tensor] = {}
-    for members, batch in batches_of(trees, tokens_per_step, shared=shared, device=device):
-        logps, ref_logps = (m.completion_logps(batch).tokens.double() for m in (policy, reference))
-        estimates = (per_completion(kl_estimate(logps, ref_logps, how), batch.lengths) for how in ("k1", "k3"))
-        sums = torch.stack(list(estimates), dim=1)
+
+    def estimates(batch: PackedBatch) -> torch.Tensor:
+        logps, ref_logps = (in_fp64(m.completion_logps(batch).tokens) for m in (policy, reference))
+        return torch.stack([per_completion(kl_estimate(logps, ref_logps, k), batch.lengths) for k in ("k1", "k3")], 1)
+
+    passes = passes_over(estimates, trees, tokens_per_step, shared=shared, device=device, lanes=lanes)
+    for members, sums in passes:
         by_tree |= zip(members, sums.cpu().split([len(trees[i].completion_ids) for i in members]), strict=True)
     k1, k3 = torch.cat([by_tree[i] for i in range(len(trees))]).numpy().T
     return k1, k3

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from penchant.data.packing import batches_of
+from penchant.data.packing import passes_over
 from penchant.metrics.figures import exp
 from penchant.metrics.stats import Interval, bootstrap_ci, share_ci
 from penchant.training.steps import Totals
@@ -49,8 +49,10 @@ def score_heldout(
     order: list[int] = []
     with torch.no_grad():
         algorithm.begin_step(0, at, trees)
-        for members, batch in batches_of(trees, tokens_per_step, shared=shared, device=device):
-            parts.append(algorithm.score(batch))
+        lanes = algorithm.side_by_side
+        passes = passes_over(algorithm.score, trees, tokens_per_step, shared=shared, device=device, lanes=lanes)
+        for members, made in passes:
+            parts.append(made)
             order += members
             if progress is not None:
                 progress(len(order), len(trees))
@@ -83,12 +85,12 @@ def heldout_metrics(
         labels = next((c for c in (clusters, by_completion) if len(c) == len(values)), None)
         if name in WITH_INTERVAL and weights is None and labels is not None and len(values) > 1:
             of = share_ci if name.endswith("accuracies") else bootstrap_ci
-            metrics |= of(values.double().cpu().numpy(), clusters=labels, draws=2000).named(prefix + name)
+            metrics |= of(values.cpu().double().numpy(), clusters=labels, draws=2000).named(prefix + name)
             if name.endswith("rewards/accuracies"):
                 ties = name.removesuffix("accuracies") + "ties"
                 metrics[prefix + ties] = float((values == 0.5).double().mean())
         elif name in ("loss", "nll") and weights is not None and labels is not None and len(values) > 1:
-            of_tokens = mean_ratio(values.double().cpu().numpy(), weights.double().cpu().numpy(), labels)
+            of_tokens = mean_ratio(values.cpu().double().numpy(), weights.cpu().double().numpy(), labels)
             metrics |= of_tokens.named(prefix + name)
     metrics |= {prefix + name: value for name, value in _pair_figures(scored, out, clusters).items()}
     if prefix + "nll" in metrics:
@@ -103,7 +105,7 @@ def _pair_figures(scored: Scored, out: LossOutput, clusters: np.ndarray) -> dict
         return {}
 
     def column(values: Tensor | None, slot: int) -> np.ndarray | None:
-        return None if values is None else scored.sides(values)[slot].double().cpu().numpy()
+        return None if values is None else scored.sides(values)[slot].cpu().double().numpy()
 
     lengths, others = column(scored.lengths, 0), column(scored.lengths, 1)
     assert lengths is not None and others is not None
@@ -114,7 +116,7 @@ def _pair_figures(scored: Scored, out: LossOutput, clusters: np.ndarray) -> dict
         found |= likelihood_figures(chosen, lengths, clusters, column(scored.ref_logps, 0))
     right, weights = out.metrics.get("rewards/accuracies", (None, None))
     if right is not None and weights is None and len(right) == len(clusters):
-        found |= length_figures(right.double().cpu().numpy(), lengths - others, clusters)
+        found |= length_figures(right.cpu().double().numpy(), lengths - others, clusters)
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from penchant.data.audit.findings import wilson_interval
+from penchant.base.stats import wilson_interval
 
 # ---- Intervals and win rates: percentile bootstrap that draws whole prompts, Wilson's interval. numpy only, deterministic by seed ----
 

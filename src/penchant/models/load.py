@@ -6,6 +6,7 @@ import copy
 import hashlib
 import inspect
 import itertools
+import json
 import os
 import re
 import warnings
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from penchant.base.files import check_model_folder
+from penchant.base.machine import NAMES, accelerator, why_not
 from penchant.errors import ConfigError, ModelError
 from penchant.models.folder import (
     check_built,
@@ -37,11 +39,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is the GPU when there is one."""
+    """``auto`` is the NVIDIA (AMD) GPU when there is one, else the CPU; ConfigError where torch cannot compute on another one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("model.device", "no CUDA device is visible", "set model.device=cpu or auto")
+    why = why_not(torch.device(device).type)
+    if why:
+        raise ConfigError("model.device", why, "set model.device=cpu or auto")
     return torch.device(device)
 
 
@@ -49,12 +52,14 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """``auto`` is bf16 where matrix products in bf16 are native (GPU, AVX512-BF16, AMX), else fp32."""
     if dtype != "auto":
         return DTYPES[dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+    if device.type in ("cuda", "xpu"):
+        return torch.bfloat16 if accelerator(device.type).is_bf16_supported() else torch.float32
+    if device.type == "mps":
+        return torch.float32
+    return torch.bfloat16 if cpu_has_bf16() else torch.float32
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(check()) if callable(check) else False
 
@@ -220,17 +225,18 @@ def _check_behavior(path: str, model: Any) -> None:
 
 
 def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return cast(Tensor, accelerator(device.type).get_rng_state()) if device.type in NAMES else torch.get_rng_state()
 
 
 @contextmanager
 def quiet(model: nn.Module, training: bool = False) -> Iterator[None]:
     """A look at what a model says: no gradient, eval mode (or train mode), no random number used up."""
     before = model.training
-    devices = [p.device for p in itertools.islice(model.parameters(), 1) if p.device.type == "cuda"]
+    devices = [p.device for p in itertools.islice(model.parameters(), 1) if p.device.type in NAMES]
+    kind = devices[0].type if devices else "cuda"
     model.train(training)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type=kind):
             yield
     finally:
         model.train(before)
@@ -273,7 +279,7 @@ def add_lora(model: Any, cfg: LoraConfig, seed: int, *, task: str = "CAUSAL_LM",
     Args:
         task: peft's task type; whole: modules that are trained and saved as they are, without an adapter (a new head).
 
-    Paper: arXiv 2106.09685.
+    Papers: arXiv 2106.09685; rsLoRA 2312.03732; DoRA 2402.09353.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
@@ -288,16 +294,18 @@ def add_lora(model: Any, cfg: LoraConfig, seed: int, *, task: str = "CAUSAL_LM",
         task_type=task,
         modules_to_save=list(whole) or None,
         exclude_modules=_below(whole) if whole else None,
+        use_rslora=cfg.rslora,
+        use_dora=cfg.dora,
     )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-            warnings.simplefilter("ignore", UserWarning)  # of tied weights, which _check_adapter refuses
+            warnings.simplefilter("ignore", UserWarning)  # of tied weights, which check_adapter refuses
             adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     except ValueError as error:
         other = "name" if targets == "all-linear" else 'use "all-linear" or names of'
         raise ConfigError("lora.target_modules", first_line(error), f"{other} linear layers of this model") from error
-    _check_adapter(adapted)
+    check_adapter(adapted)
     return adapted
 
 
@@ -306,8 +314,8 @@ def _below(modules: Sequence[str]) -> str:
     return r"(.*\.)?(" + "|".join(re.escape(m) for m in modules) + r")(\..*)?"
 
 
-def _check_adapter(model: Any) -> None:
-    """Prove on the start model that its adapters can be merged: one layer of each kind, with an update that is not zero.
+def check_adapter(model: Any) -> None:
+    """Prove on the start model that its adapters can be merged: one layer of each kind, with an update that changes something.
 
     Raises:
         ConfigError: an adapter's weight belongs to another layer too, or the merged weights give other logits than the adapter.
@@ -318,7 +326,7 @@ def _check_adapter(model: Any) -> None:
         for own, p in module.named_parameters(recurse=False, remove_duplicate=False):
             holders.setdefault(id(p), []).append(plain_name(f"{name}.{own}"))
     kinds: dict[tuple[str, str], tuple[str, Any]] = {}
-    for name, module in _adapters(base):
+    for name, module in adapters_of(base):
         tied = [n for n in holders[id(_adapted(module))] if n != name]
         if tied:
             raise ConfigError(
@@ -329,23 +337,36 @@ def _check_adapter(model: Any) -> None:
         kinds.setdefault((type(module).__name__, ".".join(re.sub(r"\d+", "", name).split(".")[-3:])), (name, module))
     if next(base.parameters()).device.type == "meta" or base.get_output_embeddings() is None:
         return
-    updates = [p for _, m in kinds.values() for n, p in m.named_parameters() if "lora_" in n and _is_zero(p)]
+    updates = [p for _, m in kinds.values() for n, p in m.named_parameters() if _starts_at_zero(n)]
+    before = [p.detach().clone() for p in updates]
+    others = [m for _, m in adapters_of(base) if all(m is not chosen for _, chosen in kinds.values())]
     ids = torch.arange(12, device=next(base.parameters()).device)[None] + 1
+
+    def logits(without: Sequence[Any]) -> Tensor:
+        for module in without:
+            module._disable_adapters = True
+        try:
+            return cast(Tensor, base(input_ids=ids, **without_cache(base)).logits)
+        finally:
+            for module in without:
+                module._disable_adapters = False
+
     with quiet(model):
+        every = [m for _, m in adapters_of(base)]
         try:
             for p in updates:
-                p.data.normal_(std=0.1)
-            adapter = base(input_ids=ids, **without_cache(base)).logits
+                p.data.add_(torch.randn_like(p), alpha=0.1)
+            adapter = logits(others)
             whole = {name: (_adapted(module), _merged(module)) for name, module in kinds.values()}
         finally:
-            for p in updates:
-                p.data.zero_()
-        start = base(input_ids=ids, **without_cache(base)).logits
+            for p, own in zip(updates, before, strict=True):
+                p.data.copy_(own)
+        start = logits(every)
         kept = [(p, p.data) for p, _ in whole.values()]
         try:
             for p, merged in whole.values():
                 p.data = merged.to(p.dtype)
-            away = float((base(input_ids=ids, **without_cache(base)).logits - adapter).abs().max())
+            away = float((logits(every) - adapter).abs().max())
         finally:
             for p, data in kept:
                 p.data = data
@@ -357,11 +378,17 @@ def _check_adapter(model: Any) -> None:
         )
 
 
-def _is_zero(p: Tensor) -> bool:
-    return not bool(p.detach().any())
+def _starts_at_zero(name: str) -> bool:
+    """Whether it is the half of an adapter that is zero in a new one: B, of an embedding A."""
+    return "lora_B" in name or "lora_embedding_A" in name
 
 
-def _adapters(base: nn.Module) -> Iterator[tuple[str, Any]]:
+def is_b_matrix(name: str) -> bool:
+    """Whether a parameter's name is that of an adapter's B, whose learning rate LoRA+ raises."""
+    return "lora_B" in name or "lora_embedding_B" in name
+
+
+def adapters_of(base: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name of the weight in the plain model, LoRA layer) of every adapter; one that adapts several weights is nested."""
     for name, module in base.named_modules():
         if hasattr(module, "get_delta_weight"):
@@ -380,10 +407,16 @@ def _adapted(module: Any) -> Tensor:
 
 
 def _merged(module: Any) -> Tensor:
-    """``W + scale B A`` in fp32 (fp64)."""
+    """``W' = W + scale B A`` in fp32 (fp64); of DoRA ``m W' / |W'|`` with the norm of each output's weights."""
     weight = _adapted(module).detach()
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return weight.to(wide) + module.get_delta_weight("default").detach().to(wide)
+    merged = weight.to(wide) + module.get_delta_weight("default").detach().to(wide)
+    magnitude = getattr(module, "lora_magnitude_vector", {})
+    if "default" in magnitude:
+        inputs, shape = (0, (1, -1)) if getattr(module, "fan_in_fan_out", False) else (1, (-1, 1))
+        m = magnitude["default"].weight.detach().to(wide).view(shape)
+        merged *= m / torch.linalg.vector_norm(merged, dim=inputs, keepdim=True)
+    return merged
 
 
 def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -395,13 +428,24 @@ def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Te
     base = base_model_of(model)
     if base is model:
         return {name: master.detach() for name, master in masters.items()}
-    return {name: _merged(module) for name, module in _adapters(base)}
+    return {name: _merged(module) for name, module in adapters_of(base)}
 
 
 def weights_sha256(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     """SHA-256 over the names, dtypes and bytes of all parameters (as they are in `dtype`), adapters left out: what a cached reference depends on."""
     named = ((n.replace(".base_layer", ""), p) for n, p in base_model_of(model).named_parameters() if "lora_" not in n)
     return tensors_sha256((n, p if dtype is None or not p.is_floating_point() else p.to(dtype)) for n, p in named)
+
+
+# what a config says beside how its model computes
+_BESIDE = "_name_or_path architectures bos_token_id dtype eos_token_id pad_token_id sep_token_id torch_dtype transformers_version use_cache"
+
+
+def config_sha256(model: nn.Module) -> str:
+    """SHA-256 over what a model's config says of how it computes: the same weights say something else with another rope or window."""
+    given = base_model_of(model).config.get_text_config().to_dict()
+    told = {k: v for k, v in given.items() if k not in _BESIDE.split() and not k.startswith("_attn")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penchant.base.files import check_model_folder, file_sha256
-from penchant.errors import ModelError
+from penchant.base.files import aside_of, check_model_folder, file_sha256
+from penchant.errors import ConfigError, ModelError
 from penchant.models.folder import check_finite, check_folder, headers, loading, read_object
-from penchant.models.load import base_model_of, load_causal_model, load_tokenizer, save_model
-from penchant.models.options import ModelConfig
+from penchant.models.load import (
+    adapters_of,
+    base_model_of,
+    check_adapter,
+    load_causal_model,
+    load_tokenizer,
+    plain_name,
+    save_model,
+)
+from penchant.models.options import LoraConfig, ModelConfig
 
 MARK = "merged.json"  # of which adapter the folder was made, and what was written
 WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")  # files that say what a model computes
@@ -87,24 +95,130 @@ def merged_model(
     return merged
 
 
+def lora_section(adapter: Path, given: LoraConfig | None = None) -> LoraConfig:
+    """The `lora` section of a run that trains an adapter on: what the adapter is, and how it is to be trained.
+
+    Args:
+        given: what a config says; dropout and lr_ratio are its own to say.
+
+    Raises:
+        ConfigError: the section says another adapter. ModelError: an adapter that cannot be trained on.
+    """
+    check_folder(adapter)
+    file = adapter / "adapter_config.json"
+    values = read_object(file)
+    _check_trainable(file, values)
+    targets = values.get("target_modules")
+    with loading(str(file), "is no config of a LoRA adapter", "get it again"):
+        own = LoraConfig(
+            r=values["r"],
+            alpha=float(values["lora_alpha"]),
+            dropout=float(values.get("lora_dropout") or 0.0),
+            target_modules=targets if isinstance(targets, str) else sorted(targets or ()),
+            rslora=bool(values.get("use_rslora")),
+            dora=bool(values.get("use_dora")),
+        )
+    if given is None:
+        return own
+    said, theirs, ours = given.model_fields_set, given.model_dump(), own.model_dump()
+    for name in sorted(said & {"r", "alpha", "rslora", "dora"}):
+        if theirs[name] != ours[name]:
+            _contradicted(name, theirs[name], ours[name], adapter)
+    # a name for many layers is compared when the model is there
+    kept = {name: theirs[name] for name in said & {"dropout", "lr_ratio", "target_modules"}}
+    if isinstance(kept.get("target_modules"), list):
+        kept["target_modules"] = sorted(kept["target_modules"])
+    return own.model_copy(update=kept)
+
+
+def _check_trainable(file: Path, values: Mapping[str, Any]) -> None:
+    """Refuse what is more than low-rank updates of frozen weights."""
+    if values.get("peft_type") != "LORA" or values.get("task_type") != "CAUSAL_LM":
+        what = f"is an adapter of type {values.get('peft_type')}, {values.get('task_type')}"
+        raise ModelError(str(file), what, "name a LoRA adapter of a causal language model")
+    start = values.get("init_lora_weights", True)
+    more = [key for key in ("modules_to_save", "trainable_token_indices", "layer_replication") if values.get(key)]
+    more += ["bias"] if values.get("bias", "none") != "none" or values.get("lora_bias") else []
+    more += [f"init_lora_weights: {start}"] if str(start).startswith(("pissa", "olora", "corda", "loftq")) else []
+    if more:
+        raise ModelError(
+            str(file),
+            f"changes more than low-rank updates do ({', '.join(more)}), which are all that is trained on here",
+            "merge it (name it as model.path) and train a new adapter",
+        )
+
+
+def _contradicted(name: str, theirs: Any, ours: Any, adapter: Path) -> None:
+    raise ConfigError(
+        f"lora.{name}",
+        f"is {theirs}, but the adapter in {adapter} has {ours}",
+        "leave it out: model.adapter brings its own",
+    )
+
+
+def trained_on(base: Any, adapter: Path, lora: LoraConfig, seed: int) -> Any:
+    """A model in fp32 with a trainable copy of an adapter beside it; everything else is frozen.
+
+    Args:
+        lora: of `lora_section`; seed: of torch's random numbers, as for a new adapter.
+
+    Raises:
+        ConfigError: other layers are asked for than the adapter has, or it cannot be merged. ModelError: not an adapter of this model.
+    """
+    from peft import PeftConfig
+
+    torch.manual_seed(seed)
+    with loading(str(adapter), "its adapter_config.json could not be read", "give a LoRA adapter"), quiet_peft():
+        config: Any = PeftConfig.from_pretrained(str(adapter))
+    config.lora_dropout, config.inference_mode = lora.dropout, False
+    asked = lora.target_modules
+    own = config.target_modules
+    wanted = None if asked == (own if isinstance(own, str) else sorted(own or ())) else _matching(base, config, asked)
+    model = _beside(base, adapter, config)
+    found = {plain_name(name).rpartition(".")[0] for name, _ in adapters_of(base_model_of(model))}
+    if wanted is not None and wanted != found:
+        there = sorted({name.rpartition(".")[2] for name in found})
+        _contradicted("target_modules", asked, f"{len(found)} layers, {', '.join(there)}", adapter)
+    check_adapter(model)
+    return model
+
+
+def _matching(base: Any, config: Any, targets: str | list[str]) -> set[str]:
+    """Names of the layers that peft would adapt."""
+    from peft import LoraConfig as PeftLoraConfig
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+
+    asked = PeftLoraConfig(task_type=config.task_type, target_modules=targets)
+    like = _maybe_include_all_linear_layers(asked, base)
+    return {name for name, _ in base.named_modules() if name and check_target_module_exists(like, name)}
+
+
 def with_adapter(base: Any, adapter: Path) -> Any:
     """A model with a LoRA adapter beside it, in fp32, as peft's users load it.
 
     Raises:
         ModelError: the folder holds no whole adapter of this model.
     """
+    check_folder(adapter)
+    return _beside(base, adapter).float().eval()
+
+
+def _beside(base: Any, adapter: Path, config: Any = None) -> Any:
+    """An adapter's weights as they are in its folder; `config`: peft's, in place of the folder's."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    check_folder(adapter)
     with loading(str(adapter), "the adapter could not be loaded", "give an adapter of this model"), quiet_peft():
-        model = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
+        trainable = config is not None
+        model = PeftModel.from_pretrained(
+            base, str(adapter), config=config, is_trainable=trainable, autocast_adapter_dtype=False
+        )
         wanted, there = set(get_peft_model_state_dict(model)), set(headers(adapter))
     odd = sorted(wanted ^ there)
     if there and odd:
         what = "lacks" if odd[0] in wanted else "has, beyond what its config says,"
         raise ModelError(str(adapter), f"the adapter {what} {odd[0]}", "give a whole adapter of this model")
     check_finite(str(adapter), ((n, p) for n, p in model.named_parameters() if "lora_" in n))
-    return model.float().eval()
+    return model
 
 
 @contextmanager
@@ -128,7 +242,7 @@ def merge_to_folder(
     wanted = {"adapter": model_sha256(adapter), "base": base.model_dump(mode="json"), "files": _files(Path(base.path))}
     if _mark(folder) == {**wanted, "written": model_sha256(folder) if folder.is_dir() else None}:
         return folder
-    aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
+    aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

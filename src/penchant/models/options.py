@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from penchant.base.hub import check_hub
+from penchant.base.machine import Device
 from penchant.base.section import Section
 from penchant.base.text import closest
 from penchant.errors import ModelError
@@ -24,9 +25,27 @@ class ModelConfig(Section):
         "pretrained", description="pretrained weights, or random ones made from the config in `path`"
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 if the hardware has it, else fp32")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU if there is one")
+    device: Device = Field("auto", description="auto: cuda if there is such a GPU, else cpu; mps (Apple), xpu (Intel)")
     kernels: Literal["auto", "off"] = Field("auto", description="auto: fast kernels for the models that have them")
+    attention: Literal["auto", "varlen", "flex", "groups"] = Field(
+        "auto",
+        description="attention within prompt trees; auto: varlen flash kernels on a GPU where the model allows it",
+    )
     tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer; default: model.path")
+    router_aux_loss: Annotated[float, Field(gt=0, le=1000)] | Literal["auto"] | None = Field(
+        None,
+        description="weight of a mixture of experts' balance loss; auto: the model's own router_aux_loss_coef; null: not added",
+    )
+    adapter: str | None = Field(
+        None, description="a LoRA adapter on `path` that is trained on: its folder, or a run's or a checkpoint's"
+    )
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("several adapters are named, and one is trained; merge the others into model.path first")
+        return value
 
 
 class LoraConfig(Section):
@@ -35,14 +54,30 @@ class LoraConfig(Section):
     r: int = Field(16, ge=1, le=65536, description="rank")
     alpha: float = Field(32.0, gt=0, description="scale of the update, which is multiplied by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    target_modules: str | list[str] = Field("all-linear", description="which layers get an adapter")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="which layers get an adapter: all-linear, a list of names, or a regular expression for whole names",
+    )
+    rslora: bool = Field(False, description="rank-stabilized LoRA: the update is multiplied by alpha / sqrt(r)")
+    dora: bool = Field(False, description="DoRA: the norm of each output's weights is trained beside the update")
+    lr_ratio: float = Field(
+        1.0, gt=0, le=1e4, description="learning rate of the B matrices, as a multiple of the others' (LoRA+: 16)"
+    )
+
+
+def outside_fast_path(lora: LoraConfig | None) -> str:
+    """Why an adapter is not in the CPU's fast path; "" where it is."""
+    if lora is None or not (lora.dora or lora.dropout):
+        return ""
+    return f"lora.{'dora' if lora.dora else 'dropout'} is not in the fast path"
 
 
 class ReferenceConfig(Section):
     """Where the reference's log-probs come from."""
 
     kind: Literal["auto", "frozen", "adapter", "cached"] = Field(
-        "auto", description="auto: adapter off with LoRA, else computed once and cached on disk"
+        "auto",
+        description="auto: adapter with LoRA (switched off, or as it was at the start), else cached (computed once, kept on disk)",
     )
     path: str | None = Field(
         None,

@@ -1,23 +1,32 @@
-"""The tree mask: a token attends, causally, to its own prompt and its own completion only.
+"""The tree mask: a token attends, causally, to its own prompt and its own completion only; and the attention that models take for it.
 
-Trees are short and a packed row is long, so attention runs tree by tree: rows are gathered into groups of equal (rounded)
+``groups``: trees are short and a packed row is long, so attention runs tree by tree: rows are gathered into groups of equal (rounded)
 length, one batched attention a group, and scattered back. Rounding each tree's length by itself keeps a tree's numbers
-independent of which other trees share the row.
+independent of which other trees share the row. ``varlen`` and ``flex``, without a mask, are in `tree_kernels`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from penchant.base.machine import moved
+from penchant.models.tree_kernels import (
+    FLASH_MAX_HEAD,
+    HALF,
+    flex_plan,
+    flex_tree_attention,
+    longest_path,
+    moved_together,
+    varlen_attention,
+    varlen_plan,
+)
 from penchant.types import PackedBatch, Segment
 
 IMPLEMENTATION = "penchant_tree"
@@ -97,17 +106,9 @@ def _build_layout(segments: tuple[Segment, ...], sliding_window: int | None, dev
             inverse[segment.start : segment.start + n] = np.arange(done, done + n)
             mask[b] = tree_mask(segment, length, sliding_window)
             done += length
-    *placed, back = _moved([*indices, inverse], device)
-    groups = [Group(i, m[:, None]) for i, m in zip(placed, _moved(masks, device), strict=True)]
+    *placed, back = moved_together([*indices, inverse], device)
+    groups = [Group(i, m[:, None]) for i, m in zip(placed, moved_together(masks, device), strict=True)]
     return TreeLayout(tuple(groups), back)
-
-
-def _moved(parts: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays of one type on a device, by a single copy."""
-    if device.type == "cpu":
-        return [torch.from_numpy(p) for p in parts]
-    flat = moved(torch.from_numpy(np.concatenate([p.ravel() for p in parts])), device)
-    return [t.view(p.shape) for t, p in zip(flat.split([p.size for p in parts]), parts, strict=True)]
 
 
 def tree_attention(
@@ -165,8 +166,80 @@ def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return weights if sinks is None else weights[..., :-1]
 
 
+# ---- Which attention a model can take, by what it hands to it ----
+
+CALLS = "attention calls"  # in a batch's cache: a set that is told what attention is called with
+
+
+class Call(NamedTuple):
+    """What a layer asks of its attention: dtype, numbers in a head, whether scores are capped, its sliding window."""
+
+    dtype: torch.dtype
+    head_dim: int
+    capped: bool
+    window: int | None
+
+
+def select_attention(requested: str, calls: Collection[Call], device: str, triton: bool) -> tuple[list[str], str]:
+    """The kinds of attention to try on a model, best first, and why.
+
+    ``varlen+flex`` takes FlexAttention for the layers and batches that varlen kernels cannot: capped scores, and trees that are longer
+    than a layer's sliding window. ``varlen`` alone leaves those to ``groups``.
+
+    Args:
+        requested: ``auto``, ``varlen``, ``flex`` or ``groups``; calls: what the model's layers ask for; device: its type; triton: whether
+            torch can compile for it.
+
+    Returns:
+        The kinds, and a reason for the log; no kinds, and what is missing, where the one that was asked for is impossible.
+    """
+    if requested == "groups":
+        return ["groups"], "as asked"
+    varlen = [_no_varlen(c, device) for c in calls]
+    flex = next((why for c in calls if (why := _no_flex(c, device, triton))), "")
+    if requested == "flex":
+        return ([], flex) if flex else (["flex"], "as asked")
+    hinders = next(filter(None, varlen), "")
+    if requested == "varlen" and hinders:
+        return [], hinders
+    if requested == "auto" and (device != "cuda" or any(c.dtype not in HALF for c in calls)):
+        return ["groups"], ""
+    windows = sorted({c.window for c in calls if c.window is not None})
+    others = "groups" if flex else "flex"
+    why = f"{others} for trees longer than {windows[0]} tokens, the model's sliding window" if windows else ""
+    if not hinders:
+        mixed = ["varlen+flex"] if windows and not flex else []
+        return [*mixed, "varlen", *(["groups"] if requested == "auto" else [])], why
+    if flex:
+        return (["groups"] if all(varlen) else ["varlen", "groups"]), f"{hinders}; {flex}"
+    return (["flex"] if all(varlen) else ["varlen+flex", "varlen"]) + ["groups"], hinders
+
+
+def _no_varlen(call: Call, device: str) -> str:
+    """What keeps varlen kernels from a call; on a CPU they are plain products, which take any dtype."""
+    if call.capped:
+        return "its attention caps the scores"
+    if call.head_dim > FLASH_MAX_HEAD:
+        return f"its heads have {call.head_dim} numbers, and flash kernels take {FLASH_MAX_HEAD}"
+    if device not in ("cpu", "cuda"):
+        return f"torch has no flash kernels for {device}"
+    if device == "cuda" and call.dtype not in HALF:
+        return f"flash kernels take bf16 and fp16, not {str(call.dtype).removeprefix('torch.')}"
+    return ""
+
+
+def _no_flex(call: Call, device: str, triton: bool) -> str:
+    if device not in ("cuda", "xpu"):
+        return f"FlexAttention has no gradient on {device}"
+    if not triton:
+        return "FlexAttention needs Triton and a C compiler, which are not here"
+    if call.dtype == torch.float64 or call.head_dim < 16:
+        return "FlexAttention takes heads of 16 numbers or more, in fp32 or less"
+    return ""
+
+
 # what models hand to their attention: computed here, or without a meaning for it
-_COMPUTED = {"penchant_batch", "scaling", "sliding_window", "softcap", "s_aux"}
+_COMPUTED = {"penchant_attention", "penchant_batch", "scaling", "sliding_window", "softcap", "s_aux"}
 _WITHOUT_MEANING = {
     "cache_position",
     "is_causal",
@@ -216,9 +289,25 @@ def _attention_interface(
         return output, None
     if attention_mask is not None and attention_mask.numel() != 1:
         raise NotImplementedError("the model adds to its attention's mask")
-    layout = tree_layout(batch, kwargs.get("sliding_window"))
+    window, kind = kwargs.get("sliding_window"), kwargs.get("penchant_attention", "groups")
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (1, H, T, d) -> (T, H, d)
-    return tree_attention(q, k, v, layout, scaling, softcap, sinks)[None], None
+    call = Call(query.dtype, max(query.shape[-1], value.shape[-1]), softcap is not None, window)
+    if isinstance(calls := batch.cache.get(CALLS), set):
+        calls.add(call)
+    if "varlen" in kind and _by_varlen(call, batch):
+        out = varlen_attention(q, k, v, varlen_plan(batch), scaling, sinks)
+    elif "flex" in kind:
+        out = flex_tree_attention(q, k, v, flex_plan(batch, window), scaling, softcap, sinks)
+    else:
+        out = tree_attention(q, k, v, tree_layout(batch, window), scaling, softcap, sinks)
+    return out[None], None
+
+
+def _by_varlen(call: Call, batch: PackedBatch) -> bool:
+    """Whether two varlen passes compute this: a window must hide nothing, for in the second pass positions are lost."""
+    if call.capped or call.head_dim > FLASH_MAX_HEAD:
+        return False
+    return call.window is None or call.window >= longest_path(batch.segments)
 
 
 def _eager_attention(

@@ -314,6 +314,14 @@ def _check_kinds(stage: Stage, stages: Mapping[str, Stage]) -> None:
                 f"stages.{stage.name}: {'.'.join(ref.path)} is {ref.text}, a reward model, which writes nothing",
                 "name a stage that trains a language model; a reward model serves as reward, or as the start of another one",
             )
+        elif ref.path == ("model", "adapter"):
+            made = stages[ref.stage].config
+            if (made.lora is None and made.model.adapter is None) or made.method.learns_reward:
+                raise ConfigError(
+                    where,
+                    f"stages.{stage.name}: model.adapter is {ref.text}, which trains no adapter of a language model",
+                    "name it as model.path, or give that stage a lora section",
+                )
 
 
 def check_judge(ref: Ref, stages: Mapping[str, Stage], where: str, what: str) -> None:

@@ -6,8 +6,8 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from penchant.base.lanes import Turns
 from penchant.base.machine import machine_memory
-from penchant.data.packing import pack, tree_tokens
+from penchant.data.packing import at_once, pack, tree_tokens
 from penchant.data.tokenize import pair_format
 from penchant.errors import PenchantError
 from penchant.logprobs import Scorer
@@ -29,7 +30,7 @@ from penchant.plan.work import Work, passes_over
 from penchant.rewards.reward_model import CausalRewards, EncoderRewards
 from penchant.rollout.generate import PROMPTS_HELD, rows_by_memory
 from penchant.runs.evaluating import writes_completions
-from penchant.runs.parts import reference_kind
+from penchant.runs.parts import reference_kind, threads_for
 from penchant.runs.record import sampled
 from penchant.types import PackedBatch, TokenTree
 
@@ -98,6 +99,11 @@ class Activations:
     def total(self) -> int:
         return self.layers + self.head + self.layouts
 
+    def times(self, share: float) -> Activations:
+        """Of several passes at once."""
+        layers, head, forward = (round(share * n) for n in (self.layers, self.head, self.forward))
+        return replace(self, layers=layers, head=head, forward=forward)
+
 
 def activations_of(run: OutlinedRun, model: Any, batches: Sequence[Sequence[TokenTree]], fast: bool) -> Activations:
     """Of a training step whose micro-batches are `batches`, the largest first."""
@@ -112,7 +118,7 @@ def activations_of(run: OutlinedRun, model: Any, batches: Sequence[Sequence[Toke
                 hidden = getattr(engine, "scorer", engine).hidden(packed[0])
                 layers = live.live
                 del hidden
-        with LiveBytes(known) as live:
+        with LiveBytes(known) as live, Turns().of(0) if fast else nullcontext():
             _of_completions(engine, packed[0]).backward()
         # gradients that stay are a part of their own; what is left of the peak is activations and passing gradients
         there = {id(t) for t in known}
@@ -121,7 +127,16 @@ def activations_of(run: OutlinedRun, model: Any, batches: Sequence[Sequence[Toke
         layouts = sum(_held(b.cache.values()) for b in packed)
     forward = forward_bytes(run, model, batches[0], fast)
     layers = layers or peak
-    return Activations(layers, peak - layers, layouts, forward, "kernels" if fast else "transformers")
+    found = Activations(layers, peak - layers, layouts, forward, "kernels" if fast else "transformers")
+    return found.times(_share(run, [sum(tree_tokens(t, run.shared_prompts) for t in b) for b in batches]))
+
+
+def _share(run: OutlinedRun, sizes: Sequence[int]) -> float:
+    """Tokens of the largest passes that run at once, as a multiple of those of the largest."""
+    train = run.config.train
+    most = at_once(sizes, train.tokens_per_step, train.batch_size) if run.side_by_side else 1
+    threads = threads_for(run.config, parameter_counts(run.model)[0])
+    return sum(sorted(sizes, reverse=True)[: min(threads, most)]) / max(sizes)
 
 
 def forward_bytes(run: OutlinedRun, model: Any, batch: Sequence[TokenTree], fast: bool) -> int:
@@ -199,7 +214,7 @@ def _engine(run: OutlinedRun, model: Any, kernels: str) -> Any:
     packing = run.layout[0]
     if run.encoder:
         return EncoderRewards(model, pair_format(run.rows.tokenizer))
-    scorer = Scorer(model, packing, kernels)  # type: ignore[arg-type]
+    scorer = Scorer(model, packing, kernels, attention=run.attention[0])  # type: ignore[arg-type]
     return scorer if not run.method.learns_reward else CausalRewards(scorer)
 
 
@@ -380,7 +395,8 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
         "reference": reference,
     }
     of_a_step = {
-        "activations of the largest micro-batch": activations.layers + activations.layouts,
+        "activations of the largest micro-batch"
+        + (" and those beside it" if run.side_by_side else ""): activations.layers + activations.layouts,
         "head (or the backward pass of a layer)": activations.head,
     }
     if run.device.type == "cuda":
@@ -472,7 +488,7 @@ def _scoring(run: OutlinedRun, known: Activations) -> int:
         return 0
     tokens = [sum(tree_tokens(trees[i], run.shared_prompts) for i in members) for members in passes]
     largest = passes[tokens.index(max(tokens))]
-    return forward_bytes(run, run.model, [trees[i] for i in largest], run.layout[1])
+    return round(forward_bytes(run, run.model, [trees[i] for i in largest], run.layout[1]) * _share(run, tokens))
 
 
 def _advice(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from penchant.errors import ModelError
-from penchant.logprobs.packing import packing_by_config
+from penchant.logprobs.packing import attention_calls, packing_by_config
 from penchant.models.cpu.layers import fast_forward
 from penchant.models.folder import loading
 from penchant.models.load import (
@@ -23,8 +23,9 @@ from penchant.models.load import (
 )
 from penchant.models.options import ModelConfig, check_model_path
 from penchant.models.reward import HEADS, load_model_config, set_padding
+from penchant.models.tree_attention import select_attention
 from penchant.runs import Run
-from penchant.runs.parts import cache_paths, prepared, reference_source, set_threads
+from penchant.runs.parts import cache_paths, prepared, reference_source, set_threads, with_adapter_sha256
 
 META = torch.device("meta")
 
@@ -64,17 +65,36 @@ class OutlinedRun(Run):
         fast = (
             packing != "padded"
             and self.config.model.kernels == "auto"
+            and self.config.model.attention in ("auto", "groups")
             and self.device.type == "cpu"
             and fast_forward(self.model) is not None
         )
         return packing, fast, why
+
+    @cached_property
+    def attention(self) -> tuple[str, str]:
+        """(kind, why) of attention within packed rows, which a run then checks on the model itself."""
+        asked, device = self.config.model.attention, self.device.type
+        if self.layout[0] not in ("shared", "separate"):
+            return "groups", "rows are not packed"
+        if asked == "groups" or (asked == "auto" and device != "cuda"):
+            return "groups", "trees of one length at a time"
+        calls = {c._replace(dtype=self.dtype) for c in attention_calls(self.model)}
+        kinds, why = select_attention(asked, calls, device, triton=True)
+        return (kinds or ["groups"])[0], why or "flash kernels take the model as it is"
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether a CPU runs several passes at once, one a thread."""
+        return self.layout[1]
 
     def cache_files(self) -> dict[str, Path]:
         """By name of the rows: the file of their reference log-probs. The weights are read for it, and let go again."""
         config = self.config
         model = load_causal_model(reference_source(config), torch.device("cpu"), config.train.seed)
         cast_parameters(model, self.dtype)
-        return {name: path for name, (_, path) in cache_paths(config, self.rows, weights_sha256(model)).items()}
+        sha256 = with_adapter_sha256(config, weights_sha256(model))
+        return {name: path for name, (_, path) in cache_paths(config, self.rows, sha256, model).items()}
 
     @property
     def shared_prompts(self) -> bool:

@@ -158,7 +158,8 @@ def _reference(run: OutlinedRun) -> tuple[str, bool | None, list[str]]:
     kind = reference_kind(run.config)
     if run.config.reference.moves:
         return "a frozen copy that follows the policy", None, []
-    words = {"adapter": "the adapter switched off, in each step", "frozen": "a frozen copy, in each step"}
+    adapter = "switched off" if run.config.model.adapter is None else "as it starts"
+    words = {"adapter": f"the adapter {adapter}, in each step", "frozen": "a frozen copy, in each step"}
     if kind in words:
         return words[kind], None, []
     try:

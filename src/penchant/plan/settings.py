@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from penchant.algorithms.method import SMALL_MODEL
+from penchant.base.files import cache_folder
 from penchant.base.machine import cores
 from penchant.config import Places, RunConfig
-from penchant.logprobs.reference import default_cache_dir
 from penchant.models.load import DTYPES, base_model_of
+from penchant.models.options import outside_fast_path
 from penchant.plan.outline import OutlinedRun, parameter_counts
 from penchant.runs.parts import peak_lr, reference_kind, threads_for
 
@@ -117,8 +118,7 @@ def _kernels(run: OutlinedRun) -> Derived:
         return "transformers", "the fast path is for the CPU"
     if packing == "padded":
         return "transformers", "the fast path takes packed rows"
-    dropout = run.config.lora is not None and run.config.lora.dropout > 0
-    return "transformers", "lora.dropout is not in the fast path" if dropout else f"{name} is not recognized"
+    return "transformers", outside_fast_path(run.config.lora) or f"{name} is not recognized"
 
 
 def _threads(run: OutlinedRun) -> Derived:
@@ -146,7 +146,7 @@ def _reference(run: OutlinedRun) -> Derived:
     kind = reference_kind(run.config)
     why = {
         "cached": "computed once and kept on disk",
-        "adapter": "the model with its adapter off; no copy is held",
+        "adapter": f"the model with its adapter {'off' if run.config.model.adapter is None else 'as it starts'}; no copy is held",
         "frozen": "it must run in each step",
     }
     return kind, why[kind]
@@ -156,12 +156,13 @@ DERIVED: dict[str, tuple[Any, Callable[[OutlinedRun], Derived]]] = {
     "model.dtype": ("auto", _dtype),
     "model.device": ("auto", _device),
     "model.kernels": ("auto", _kernels),
+    "model.attention": ("auto", lambda run: run.attention),
     "model.tokenizer": (None, lambda run: (run.config.model.path, "the model's own")),
     "data.shape": ("auto", lambda run: (run.rows.loaded["train"].shape, "by its columns")),
     "data.template": ("auto", _template),
     "data.split_seed": (None, lambda run: (run.config.train.seed, "train.seed")),
     "reference.kind": ("auto", _reference),
-    "reference.cache_dir": (None, lambda run: (str(default_cache_dir()), "$PENCHANT_CACHE or ~/.cache/penchant")),
+    "reference.cache_dir": (None, lambda run: (str(cache_folder("reference")), "$PENCHANT_CACHE or ~/.cache/penchant")),
     "train.packing": ("auto", lambda run: (run.layout[0], run.layout[2])),
     "train.threads": ("auto", _threads),
     "train.lr": ("auto", _lr),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from penchant.base.files import free_bytes
-from penchant.data.packing import plan_balanced, plan_microbatches, tree_tokens
+from penchant.data.packing import pass_tokens, plan_microbatches, plan_passes, tree_tokens
 from penchant.plan.outline import OutlinedRun
 from penchant.runs.parts import checkpoint_bytes
 from penchant.training.steps import BatchSchedule
@@ -117,7 +117,7 @@ def work_of(run: OutlinedRun) -> Work:
         if rollouts is not None:  # an update takes a part of the rollouts
             batch = batch[: -(-len(batch) // rollouts.minibatches)]
         sizes = [tree_tokens(t, shared) for t in batch]
-        plan = plan_balanced(sizes, train.tokens_per_step)
+        plan = plan_passes(sizes, train.tokens_per_step, run.side_by_side)
         passes += len(plan)
         tokens += sum(sizes)
         separate += sum(t.separate_tokens for t in batch)
@@ -174,7 +174,8 @@ def _evaluations(run: OutlinedRun) -> int:
 def passes_over(run: OutlinedRun, trees: Sequence[TokenTree]) -> list[list[int]]:
     """The passes without gradient over these trees, as evaluations and a cached reference make them."""
     budget = run.config.evaluation.tokens_per_step or run.config.train.tokens_per_step
-    return plan_microbatches([tree_tokens(t, run.shared_prompts) for t in trees], budget)
+    sizes = [tree_tokens(t, run.shared_prompts) for t in trees]
+    return plan_microbatches(sizes, pass_tokens(budget) if run.side_by_side else budget)
 
 
 def to_json(work: Work) -> dict[str, Any]:

@@ -83,9 +83,9 @@ class LiveReport:
         self._written: float | None = None
         self._took = 0.0
 
-    def told(self, what: str) -> None:
+    def on_event(self, event: str) -> None:
         """After a step (``"step"``) or an evaluation (``"eval"``)."""
-        self._write(0.0 if what == "eval" else EVERY)
+        self._write(0.0 if event == "eval" else EVERY)
 
     def now(self) -> None:
         """At an end, whatever it costs."""

@@ -371,7 +371,7 @@ def _numbers(name: str, given: Any) -> np.ndarray:
     if given is None:
         raise RewardError(f"reward {name}", "returned None", "return a list of numbers")
     if hasattr(given, "detach"):  # a tensor: numpy takes none with a gradient, on a GPU or in bf16
-        given = given.detach().double().cpu().numpy()
+        given = given.detach().cpu().double().numpy()
     try:
         return np.asarray(given, dtype=np.float64)
     except Exception as error:  # whatever conversions the elements bring

@@ -18,7 +18,7 @@ from penchant.base.functions import imported_sha256, is_own, own_file
 from penchant.base.machine import moved
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
-from penchant.data.packing import batches_of
+from penchant.data.packing import passes_over
 from penchant.data.templates import DATE, end_ids, uses_chat, writes_date
 from penchant.data.tokenize import (
     PairFormat,
@@ -65,6 +65,7 @@ class RewardScorer(Protocol):
     shared: bool  # whether batches are packed with shared prompts
     packing: str  # how rows are laid out, for the log
     fast: bool  # whether a model-family fast path runs
+    side_by_side: bool  # whether a CPU may run several passes at once
 
     def rewards(self, batch: PackedBatch) -> Tensor:
         """The reward of each completion (C,), fp32 (fp64)."""
@@ -80,6 +81,7 @@ class CausalRewards:
     def __init__(self, scorer: Scorer) -> None:
         self.scorer, self.model = scorer, scorer.model
         self.shared, self.packing, self.fast = scorer.shared, str(scorer.packing), scorer.fast
+        self.side_by_side = scorer.fast
 
     def rewards(self, batch: PackedBatch) -> Tensor:
         last = moved(torch.tensor(last_positions(batch)), batch.input_ids.device)
@@ -110,6 +112,7 @@ class EncoderRewards:
     shared: bool = False
     packing: str = "text pairs, padded by length"
     fast: bool = False
+    side_by_side: bool = False
 
     def rewards(self, batch: PackedBatch) -> Tensor:
         # packed separately: one completion a segment
@@ -293,20 +296,25 @@ def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step
     training = scorer.model.training
     scorer.model.eval()
     with torch.no_grad():
-        for members, batch in batches_of(trees, tokens_per_step, shared=scorer.shared, device=device):
+        passes = passes_over(
+            scorer.rewards, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=scorer.side_by_side
+        )
+        for members, made in passes:
             sizes = [len(trees[i].completion_ids) for i in members]
-            for i, part in zip(members, scorer.rewards(batch).double().cpu().split(sizes), strict=True):
+            for i, part in zip(members, made.cpu().double().split(sizes), strict=True):
                 found[i] = part.tolist()
     scorer.model.train(training)
     return [r for of_tree in found for r in of_tree]
 
 
-def make_scorer(model: Any, encoder: bool, tokenizer: Any, packing: str, kernels: str) -> tuple[RewardScorer, str]:
+def make_scorer(
+    model: Any, encoder: bool, tokenizer: Any, packing: str, kernels: str, attention: str = "auto"
+) -> tuple[RewardScorer, str]:
     """The scorer that fits a reward model, and a sentence for the log."""
     if encoder:
         scorer = EncoderRewards(model, pair_format(tokenizer))
         return scorer, f"packing: {scorer.packing}"
-    causal, note = choose_packing(model, packing, kernels)
+    causal, note = choose_packing(model, packing, kernels, attention)
     return CausalRewards(causal), note
 
 

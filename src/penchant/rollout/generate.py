@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from penchant.base.machine import in_fp64
 from penchant.data.templates import end_ids
 from penchant.errors import ModelError
 from penchant.models.cpu.decode import FastDecoder, cache_bytes_per_token, can_decode_fast
@@ -73,12 +74,12 @@ def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The first index whose cumulative weight exceeds ``u * total``; never one of weight zero. Of NaN it is the last one."""
     short = -weights.shape[1] % _BLOCK
     blocks = (F.pad(weights, (0, short)) if short else weights).view(len(weights), -1, _BLOCK)
-    ends = blocks.sum(-1).double().cumsum(-1)
+    ends = in_fp64(blocks.sum(-1)).cumsum(-1)
     goal = _below(uniforms * ends[:, -1], ends[:, -1])
     block = torch.searchsorted(ends, goal[:, None], right=True).clamp(max=ends.shape[1] - 1)
     starts = F.pad(ends, (1, 0))
     goal = goal - starts.gather(1, block).squeeze(1)
-    inside = blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK)).squeeze(1).double().cumsum(-1)
+    inside = in_fp64(blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK)).squeeze(1)).cumsum(-1)
     goal = _below(goal.clamp(min=0.0), inside[:, -1])
     at = torch.searchsorted(inside, goal[:, None], right=True)
     return (block * _BLOCK + at).squeeze(1).clamp(max=weights.shape[1] - 1)
@@ -86,7 +87,7 @@ def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 def _below(goal: Tensor, total: Tensor) -> Tensor:
     """Strictly below the total, which rounding may have passed."""
-    return torch.minimum(goal, total * (1.0 - 1e-12))
+    return torch.minimum(goal, total * (1.0 - max(1e-12, torch.finfo(total.dtype).eps)))
 
 
 def _draw_among_likely(weights: Tensor, total: Tensor, uniforms: Tensor, top_p: float, top_k: int) -> Tensor:
@@ -96,9 +97,9 @@ def _draw_among_likely(weights: Tensor, total: Tensor, uniforms: Tensor, top_p: 
     ordered, index = weights.topk(count, dim=-1)
     if top_k:
         total = ordered.sum(-1)
-    elif count < vocabulary and bool((ordered.double().sum(-1) < top_p * total).any()):
+    elif count < vocabulary and bool((in_fp64(ordered).sum(-1) < top_p * total).any()):
         ordered, index = weights.sort(dim=-1, descending=True)  # a flat row reaches further than the first look
-    before = ordered.double().cumsum(-1) - ordered
+    before = in_fp64(ordered).cumsum(-1) - ordered
     ordered = ordered.masked_fill(before >= top_p * total[:, None], 0.0)
     ordered[:, 0] = ordered[:, 0].clamp(min=torch.finfo(ordered.dtype).tiny)  # the most likely token always stays
     return index.gather(1, _inverse(ordered, uniforms)[:, None]).squeeze(1)
@@ -153,7 +154,7 @@ class Written:
         self.lengths = torch.zeros(lines, dtype=torch.int64, device=device)
         self.finished = torch.zeros(lines, dtype=torch.bool, device=device)
         self._seed, self._prompt_seeds = seed, prompt_seeds
-        self._uniforms = torch.zeros(lines, columns, dtype=torch.float64, device=device)
+        self._uniforms = in_fp64(torch.zeros(lines, columns, device=device))
         self._ends = torch.tensor(sorted(settings.ends), dtype=torch.int64, device=device)
 
     def lines_of(self, prompts: Sequence[int]) -> Tensor:
@@ -166,7 +167,7 @@ class Written:
         n, columns = self.settings.n, self.settings.max_new_tokens
         if self.settings.temperature > 0:
             rows = [row_uniforms(self._seed, self._prompt_seeds[prompt], i, columns) for i in range(n)]
-            self._uniforms[prompt * n : (prompt + 1) * n] = torch.from_numpy(np.stack(rows))
+            self._uniforms[prompt * n : (prompt + 1) * n] = torch.from_numpy(np.stack(rows)).to(self._uniforms.dtype)
 
     def add(self, lines: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Draw the next token of each line from its logits; the tokens, and which lines go on."""

@@ -181,7 +181,7 @@ class Run:
             loop = self.make_loop(known)
             loop.identity = identity
             mirrors = Mirrors(self.folder, self.config.logging, self.config.model_dump(mode="json"), self.console.note)
-            loop.watched = _watchers(live.told, mirrors, anew)
+            loop.watched = _watchers(live.on_event, mirrors, anew)
             self._check_start(known)
             manifest = self._manifest(loop, started, began, known)
             manifest("running", None)
@@ -312,6 +312,8 @@ class Run:
         model = built.parts.model
         check, reference = None, built.parts.reference
         same_start = cfg.reference.path is None and cfg.model.init == "pretrained"
+        if cfg.model.adapter is not None and cfg.lora is not None and cfg.lora.dropout:
+            same_start = False  # a new adapter adds nothing at first, whatever dropout does; this one does
         if reference is not None and same_start and self.method.rollouts is None:
             check = self._start_tolerance(reference)
         return Loop(
@@ -330,6 +332,7 @@ class Run:
             console=self.console,
             evaluate=None if held_out is None else self._evaluate_in_training,
             start_tolerance=check,
+            router=built.router,
             updates=self.method.updates,
             pause_at=self.pause_at,
         )
@@ -453,14 +456,14 @@ class Run:
 
 
 def _watchers(report: Callable[[str], None], mirrors: Mirrors, anew: bool) -> Callable[[str], None]:
-    def told(what: str) -> None:
-        if what == "start":
+    def on_event(event: str) -> None:
+        if event == "start":
             mirrors.begin(anew=anew)
             return
-        report(what)
+        report(event)
         mirrors.poll()
 
-    return told
+    return on_event
 
 
 def _ended_by(error: BaseException) -> tuple[str, str | None]:

@@ -13,7 +13,7 @@ import numpy as np
 from penchant.algorithms.method import Parts
 from penchant.base.files import spared
 from penchant.config import RunConfig
-from penchant.logprobs.reference import LiveReference, adapter_off
+from penchant.logprobs.reference import LiveReference
 from penchant.losses.schedules import progress_at
 from penchant.metrics.completions import (
     START_FILE,
@@ -118,16 +118,16 @@ class HeldOut:
         parts = self.parts
         if type(parts.reference) is LiveReference:
             return parts.reference
-        if self.config.lora is not None and self.config.reference.path is None:
-            return adapter_off(parts.scorer)
+        if self.built.start is not None and self.config.reference.path is None:
+            return self.built.start
         return LiveReference(frozen_scorer(parts, self.shared))
 
     def _start_policy(self) -> LiveReference:
         """The model that training starts from, whatever reference.path says; it may be loaded for this."""
         if self.config.reference.path is None:
             return self.start()
-        if self.config.lora is not None:
-            return adapter_off(self.parts.scorer)
+        if self.built.start is not None:
+            return self.built.start
         return LiveReference(frozen_scorer(self.parts, self.shared, start=True))
 
     def _start_rewards(self, fresh: Fresh, written: Written | None) -> np.ndarray:

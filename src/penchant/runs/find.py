@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from penchant.base.files import writing
+from penchant.base.files import cache_folder, writing
 from penchant.base.text import closest
 from penchant.config import RunConfig, default_settings, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantError
-from penchant.logprobs.reference import default_cache_dir
 from penchant.models.load import load_causal_model, weights_sha256
-from penchant.models.merge import adapter_base, is_adapter, merge_to_folder, merged_model, model_sha256
-from penchant.models.options import ModelConfig, looks_like_folder
+from penchant.models.merge import adapter_base, is_adapter, lora_section, merge_to_folder, merged_model, model_sha256
+from penchant.models.options import LoraConfig, ModelConfig, looks_like_folder
 from penchant.runfolder import (
     CHECKPOINTS,
     CONFIG,
@@ -225,9 +224,17 @@ def with_model_folders(
         "tokenizer": tokenizer if own is None else str(own[0]),
     }
     reference = None if reference is None else _model_folder("reference.path", reference, say, merge)
+    lora = config.lora
+    if str(config.model.adapter).startswith("stage:"):  # of a pipeline that has not come there yet
+        lora = lora or LoraConfig()
+    elif config.model.adapter is not None:
+        folder = _adapter_folder(config, say)
+        lora = lora_section(folder, lora)
+        model["adapter"] = str(folder)
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=model),
+            "lora": lora,
             "reference": config.reference.model_copy(update={"path": reference}),
         }
     )
@@ -246,13 +253,50 @@ def _model_folder(key: str, given: str, say: Callable[[str], None], merge: bool)
         base, seed, target = run.model, run.train.seed, Path(run.output) / "merged" / folder.parent.name
     else:
         base, seed = _of_adapter(given, folder, None).base, 0
-        target = default_cache_dir() / "merged" / model_sha256(folder)[:16]
+        target = cache_folder("reference") / "merged" / model_sha256(folder)[:16]
     if not merge:
         return str(target) if target.is_dir() else base.path
     say(f"{key}: the adapter of {folder} merged into {base.path} is {target}")
     check = None if run is None else partial(check_base, Path(run.output), base)
     with writing(target):
         return str(merge_to_folder(base, folder, target, seed, check))
+
+
+def _adapter_folder(config: RunConfig, say: Callable[[str], None]) -> Path:
+    """Where the adapter is that `model.adapter` means.
+
+    Raises:
+        ConfigError: nothing that such an adapter goes on. ModelError: there is none, or there are several.
+    """
+    given = str(config.model.adapter)
+    if config.method.learns_reward:
+        what = "is set, and a reward model's adapter is trained with its head"
+        raise ConfigError("model.adapter", what, "leave it out, or train a language model")
+    found, path = model_of(given), Path(given).expanduser()
+    if found is None:
+        inside = sorted(p.parent.name for p in path.glob("*/adapter_config.json"))
+        if len(inside) > 1:
+            what = f"holds several adapters ({', '.join(inside)}), and one is trained"
+            raise ModelError(given, what, f"name one of them, e.g. model.adapter={path / inside[0]}")
+        how = f"did you mean {path / inside[0]}?" if inside else "name an adapter's, a run's or a checkpoint's folder"
+        raise ModelError(given, "holds no adapter" if path.is_dir() else "no such folder", how)
+    folder, _ = found
+    if not is_adapter(folder):
+        raise ModelError(given, "is a whole model, and no adapter", "name it as model.path")
+    under = model_of(config.model.path)
+    if under is not None and under[0].resolve() == folder.resolve():
+        base = adapter_base(folder)
+        raise ConfigError("model.path", "is the adapter's own folder", f"name the model under it (it says {base})")
+    if path.resolve() != folder.resolve():
+        say(f"model.adapter: {given} means {folder}")
+    return folder.resolve()
+
+
+def check_adapters_base(adapter: Path, base: ModelConfig, model: Any) -> None:
+    """`check_base` for the adapter of a run's checkpoint; one that stands alone does not know its base's weights."""
+    inside = _checkpoint_of(adapter)
+    if inside is not None:
+        check_base(inside[0], base, model)
 
 
 def runs_in(given: str, limit: int = 4) -> list[str]:
@@ -309,7 +353,8 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
     if checkpoint is None and step != "0" and (folder / IDENTITY).exists():
         raise CheckpointError(given, "this run has no checkpoint yet", "train it on, or give --step 0 for its start")
     seed, tokenizer = config.train.seed, config.model.tokenizer or config.model.path
-    first = Source(START, config.model, tokenizer, seed=seed, run=config, folder=folder, checkpoint=START)
+    adapter = None if config.model.adapter is None else Path(config.model.adapter)
+    first = Source(START, config.model, tokenizer, adapter, seed, config, folder, START)
     named = _named_start(config)
     model = None if checkpoint is None else checkpoint / "model"
     if model is None or not is_adapter(model):
@@ -320,7 +365,7 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
     made = replace(first, name=given, checkpoint=checkpoint.name, tokenizer=own, start=named or first)
     if is_adapter(model):
         return replace(made, base=config.model if base is None else ModelConfig(path=base), adapter=model)
-    return replace(made, base=ModelConfig(path=str(model)))
+    return replace(made, base=ModelConfig(path=str(model)), adapter=None)
 
 
 def _named_start(config: RunConfig) -> Source | None:

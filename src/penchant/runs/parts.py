@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from penchant.algorithms.method import SMALL_MODEL, Parts, auto_lr
+from penchant.base.files import cache_folder
 from penchant.base.machine import cores
 from penchant.config import RunConfig
 from penchant.data.packing import tree_tokens
@@ -23,17 +24,20 @@ from penchant.logprobs.reference import (
     LiveReference,
     MovingReference,
     Reference,
+    adapter_as_it_is,
     adapter_off,
     cache_key,
     cached_reference,
     compute_logps,
-    default_cache_dir,
     joined,
 )
 from penchant.models.load import (
     add_lora,
     cast_parameters,
+    config_sha256,
+    cpu_has_bf16,
     effective_weights,
+    is_b_matrix,
     load_causal_model,
     resolve_device,
     resolve_dtype,
@@ -41,8 +45,11 @@ from penchant.models.load import (
     weights_sha256,
     write_state_dict,
 )
-from penchant.models.options import ModelConfig
+from penchant.models.merge import adapter_base, merged_model, model_sha256, trained_on
+from penchant.models.options import ModelConfig, outside_fast_path
+from penchant.models.router import RouterLoss, router_loss
 from penchant.rewards.reward_model import RewardScorer, make_scorer
+from penchant.runs.find import check_adapters_base
 from penchant.runs.record import tokenizer_sha256
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Alone, Key
@@ -57,20 +64,24 @@ class Built:
 
     Args:
         parts: the model and what runs it; optimizer: holds the fp32 masters; algorithm: what the loop trains.
+        router: the balance loss of the model's router, where `model.router_aux_loss` asks for it.
         reference_kind: ``frozen``, ``adapter``, ``cached``, or None.
+        start: of a run with an adapter: the policy as it was at the start, without a copy of the model.
         reference_seconds, reference_tokens: what a cached reference took, where it was computed now.
     """
 
     parts: Parts
     optimizer: MasterAdamW
     algorithm: Any = None
+    router: RouterLoss | None = None
     reference_kind: str | None = None
+    start: LiveReference | None = None
     reference_seconds: float = 0.0
     reference_tokens: int = 0
     _start: str | None = None
 
     def start_sha256(self, shared: Alone) -> str:
-        """SHA-256 of the weights before training: to be asked for the first time before they change."""
+        """SHA-256 of the weights before training, an adapter left out: to be asked for the first time before they change."""
         if self._start is None:
             config = self.parts.config
             self._start = start_sha256(config, self.parts.model, config.model, shared)
@@ -99,7 +110,7 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     if rows.reward_parts is not None:
         model = rows.reward_parts.load(device, train.seed)
     else:
-        model = fresh_model(config, config.model, device, shared)
+        model = fresh_model(config, config.model.model_copy(update={"adapter": None}), device, shared)
     set_threads(config, model)
     model = prepared(model, config, rows)
     parts = Parts(
@@ -117,13 +128,16 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
         betas=(how.adam_beta1, how.adam_beta2),
         eps=how.adam_eps,
         weight_decay=how.weight_decay,
+        rate_of=lambda name: config.lora.lr_ratio if config.lora is not None and is_b_matrix(name) else 1.0,
     )
     for trained in (model, *(m.backbone for m in parts.modules.values() if getattr(m, "backbone", None) is not None)):
         cast_parameters(trained, dtype)
 
     # what runs it, what it is compared with, what trains it
     parts.engine = _engine(parts, rows, shared, console)
-    built = Built(parts, optimizer, reference_kind=kind)
+    built = Built(parts, optimizer, reference_kind=kind, router=_router(parts))
+    if config.lora is not None and not method.learns_reward:
+        built.start = (adapter_as_it_is if _starts_adapted(config) else adapter_off)(parts.scorer)
     if kind is not None:
         parts.reference = _reference(built, kind, rows, shared, console, cache)
     built.algorithm = method.build(parts)
@@ -135,13 +149,18 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
 
 
 def fresh_model(config: RunConfig, source: ModelConfig, device: torch.device, shared: Alone) -> Any:
-    """A causal model as loaded, in fp32, of which nobody else holds a part."""
+    """A causal model as loaded, in fp32, of which nobody else holds a part; the adapter that the source names is merged into it."""
     seed = config.train.seed
+
+    def load(device: torch.device) -> Any:
+        if source.adapter is None:
+            return load_causal_model(source, device, seed)
+        return merged_model(source, Path(source.adapter), device, seed)
+
     if type(shared) is Alone:
-        return load_causal_model(source, device, seed)
+        return load(device)
     key: Key = ("model", *weights_key(config, source))
-    kept = shared.fresh(key, lambda: load_causal_model(source, torch.device("cpu"), seed))
-    return kept.to(device)
+    return shared.fresh(key, lambda: load(torch.device("cpu"))).to(device)
 
 
 def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
@@ -156,7 +175,13 @@ def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
     if rows.reward_parts is None:
         name_ends(model, rows.tokenizer)
     if config.lora is not None and rows.reward_parts is None:
-        model = add_lora(model, config.lora, config.train.seed)
+        outlined = next(model.parameters()).device.type == "meta"
+        if config.model.adapter is None or outlined:
+            model = add_lora(model, config.lora, config.train.seed)
+        else:
+            adapter = Path(config.model.adapter)
+            check_adapters_base(adapter, config.model, model)
+            model = trained_on(model, adapter, config.lora, config.train.seed)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
@@ -189,7 +214,7 @@ def answering(model: Any, config: RunConfig, dtype: torch.dtype) -> Scorer:
     set_threads(config, model)
     cast_parameters(model, dtype)
     model.requires_grad_(False).eval()
-    return choose_packing(model, config.train.packing, config.model.kernels)[0]
+    return choose_packing(model, config.train.packing, config.model.kernels, config.model.attention)[0]
 
 
 def peak_lr(config: RunConfig, rows: Rows, parameters: int, known: Mapping[str, Any] | None = None) -> float:
@@ -213,10 +238,21 @@ FAR = 5  # times the usual rate, or less than a fifth of it
 def remarks(config: RunConfig, rows: Rows) -> list[str]:
     """What a person may not have meant."""
     said, lr, count = [], config.train.lr, len(rows.trees[0])
+    if config.model.dtype == "bf16" and placed(config)[0].type == "cpu" and not cpu_has_bf16():
+        said.append(
+            "model.dtype is bf16, which this processor has no products for (AVX512-BF16 or AMX): it emulates them, and they were "
+            "eight times as slow as in fp32 where that was measured (21 against 179 GFLOP/s); model.dtype=auto takes fp32 here"
+        )
     usual = auto_lr(config.method.default_lr, True)
     if config.lora is not None and lr != "auto" and not usual / FAR <= lr <= usual * FAR:
         kind = "low" if lr < usual else "high"
         said.append(f"train.lr is {lr:g}, which is {kind} for an adapter: train.lr=auto would be {usual:g}")
+    if config.model.adapter is not None:
+        named = adapter_base(Path(config.model.adapter))
+        if named is not None and Path(named).name != Path(config.model.path).name:
+            said.append(
+                f"the adapter of {config.model.adapter} was trained on {named}: here it is on {config.model.path}"
+            )
     if config.train.batch_size > count:
         said.append(
             f"train.batch_size is {config.train.batch_size:,}, and there are {count:,} rows to train on: every step "
@@ -251,22 +287,38 @@ def checkpoint_bytes(config: RunConfig, model: Any, dtype: torch.dtype) -> int:
 
 def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | RewardScorer:
     """What runs the model: how rows are packed is its business."""
-    packing, kernels = parts.config.train.packing, parts.config.model.kernels
+    wanted = parts.config.model
+    packing, kernels, attention = parts.config.train.packing, wanted.kernels, wanted.attention
     found: list[Scorer | RewardScorer] = []
     if rows.reward_parts is not None:
-        engine, note = make_scorer(parts.model, rows.reward_parts.encoder, parts.tokenizer, packing, kernels)
+        encoder = rows.reward_parts.encoder
+        engine, note = make_scorer(parts.model, encoder, parts.tokenizer, packing, kernels, attention)
         console.note(note)
         return engine
 
     def choose() -> tuple[Any, str]:
-        scorer, note = choose_packing(parts.model, packing, kernels)
+        scorer, note = choose_packing(parts.model, packing, kernels, attention)
         found.append(scorer)
-        how = {"own_attention": scorer.own_attention, "own_head": scorer.own_head}
-        return (scorer.packing, "auto" if scorer.fast else "off", how), note
+        return (scorer.packing, "auto" if scorer.fast else "off", scorer.how), note
 
     (chosen, kernels, how), note = shared.once(("packing", start_key(parts.config)), choose)
     console.note(note)
+    why = outside_fast_path(parts.config.lora)
+    if why and (parts.device.type, parts.config.model.kernels) == ("cpu", "auto"):
+        console.note(f"{why}: this adapter runs on transformers' and peft's own layers")
     return found[0] if found else Scorer(parts.model, chosen, kernels, **how)
+
+
+def _router(parts: Parts) -> RouterLoss | None:
+    """The balance loss of the policy's (reward model's) router, joined to what its engine computes in training."""
+    wanted, engine = parts.config.model.router_aux_loss, parts.engine
+    scorer = engine if isinstance(engine, Scorer) else getattr(engine, "scorer", None)
+    if wanted is None:
+        return None
+    found = router_loss(parts.model, wanted)
+    assert isinstance(scorer, Scorer)  # no encoder has experts with a loss of their own
+    scorer.router, found.run = found, scorer.hidden
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,25 +353,32 @@ def reference_kind(config: RunConfig) -> str:
 
 def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any, cache: bool) -> Reference:
     parts, cfg = built.parts, built.parts.config.reference
+    exact = not _starts_adapted(parts.config)  # in a copy an adapter is merged
     if cfg.moves:
         every, mixup = (cfg.sync_every, cfg.sync_mixup) if cfg.ema is None else (1, 1.0 - cfg.ema)
         return MovingReference(
             frozen_scorer(parts, shared),
+            exact=exact,
             policy=lambda: effective_weights(parts.model, built.optimizer.masters),
             every=int(every or 1),
             mixup=mixup,
         )
-    if kind == "adapter":
-        return adapter_off(parts.scorer)
+    if kind == "adapter" and built.start is not None:
+        return built.start
     if kind == "frozen":
-        return LiveReference(frozen_scorer(parts, shared))
+        return LiveReference(frozen_scorer(parts, shared), exact=exact)
     # the initial policy itself where it is the reference, so no copy is held
-    live = LiveReference(parts.scorer) if parts.config.lora is None else adapter_off(parts.scorer)
+    live = built.start or LiveReference(parts.scorer)
     if cfg.path is not None:
         live = LiveReference(frozen_scorer(parts, shared))
     if not cache:
         return _computed(built, live)
     return _cached(built, live, rows, shared, console)
+
+
+def _starts_adapted(config: RunConfig) -> bool:
+    """Whether the start is another model than the one under its adapter; DoRA's norms are rounded apart from their weights."""
+    return config.model.adapter is not None or (config.lora is not None and config.lora.dora)
 
 
 def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer:
@@ -329,7 +388,8 @@ def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer
     cast_parameters(model, parts.dtype)
     model.requires_grad_(False).eval()
     if not start and config.reference.path is not None:  # maybe of another architecture
-        return choose_packing(model, parts.scorer.packing, "auto" if parts.scorer.fast else "off")[0]
+        kernels = "auto" if parts.scorer.fast else "off"
+        return choose_packing(model, parts.scorer.packing, kernels, config.model.attention)[0]
     # the policy's own numeric path: with an adapter it has no fast one, and the start would not be equal
     return parts.scorer.on(model)
 
@@ -338,7 +398,7 @@ def reference_source(config: RunConfig) -> ModelConfig:
     """The model that is the reference: `reference.path`, or what training starts from."""
     if config.reference.path is None:
         return config.model
-    return config.model.model_copy(update={"path": config.reference.path, "init": "pretrained"})
+    return config.model.model_copy(update={"path": config.reference.path, "init": "pretrained", "adapter": None})
 
 
 def _cached(built: Built, live: LiveReference, rows: Rows, shared: Alone, console: Any) -> CachedReference:
@@ -346,10 +406,10 @@ def _cached(built: Built, live: LiveReference, rows: Rows, shared: Alone, consol
     found_for: list[CachedReference] = []
     parts, own = built.parts, built.parts.config.reference.path
     if own is None:  # the start itself
-        sha256 = built.start_sha256(shared)
+        sha256 = with_adapter_sha256(parts.config, built.start_sha256(shared))
     else:
         sha256 = start_sha256(parts.config, live.scorer.model, reference_source(parts.config), shared)
-    for name, (trees, path) in cache_paths(parts.config, rows, sha256).items():
+    for name, (trees, path) in cache_paths(parts.config, rows, sha256, live.scorer.model).items():
         cached, found = cached_reference(
             live,
             trees,
@@ -366,6 +426,14 @@ def _cached(built: Built, live: LiveReference, rows: Rows, shared: Alone, consol
     return joined(found_for)
 
 
+def with_adapter_sha256(config: RunConfig, weights: str) -> str:
+    """What names the start's weights: SHA-256 of those under an adapter, and more where training starts from an adapter, or a DoRA one."""
+    if config.reference.path is not None or not _starts_adapted(config):
+        return weights
+    adapter, lora = config.model.adapter, config.lora
+    return f"{weights} {lora.model_dump_json() if lora and adapter is None else model_sha256(Path(str(adapter)))}"
+
+
 def _computed(built: Built, live: LiveReference) -> CachedReference:
     """Computed anew, and timed."""
     parts = built.parts
@@ -380,19 +448,19 @@ def _computed(built: Built, live: LiveReference) -> CachedReference:
     return CachedReference(by_row, {t.row: s for t, s in zip(trees, tokens, strict=True)})
 
 
-def cache_paths(config: RunConfig, rows: Rows, weights: str) -> dict[str, tuple[Sequence[TokenTree], Path]]:
+def cache_paths(config: RunConfig, rows: Rows, weights: str, model: Any) -> dict[str, tuple[Sequence[TokenTree], Path]]:
     """By name of the rows: them, and the file that holds (or will hold) their log-probs under the reference.
 
     Args:
-        weights: SHA-256 of the reference model's.
+        weights: SHA-256 of the reference model's; model: it, or another one of its config.
     """
     cfg = config.reference
-    folder = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else default_cache_dir()
+    folder = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else cache_folder("reference")
     groups = {"training": rows.trees[0], "held-out": rows.trees[1], "mismatched": list(rows.mismatched.values())}
     dtype = str(placed(config)[1])
     how = {"dtype": dtype, "tokenizer": tokenizer_sha256(rows.tokenizer), "template": config.data.template}
     return {
-        name: (trees, folder / f"{cache_key(weights, trees, **how)}.safetensors")
+        name: (trees, folder / f"{cache_key(weights + config_sha256(model), trees, **how)}.safetensors")
         for name, trees in groups.items()
         if trees
     }
@@ -405,14 +473,15 @@ def cache_paths(config: RunConfig, rows: Rows, weights: str) -> dict[str, tuple[
 def weights_key(config: RunConfig, source: ModelConfig) -> Key:
     """Everything that a model's weights in fp32 depend on before it is trained."""
     seed = config.train.seed if source.init == "random" else None
-    return (source.path, source.revision, source.init, seed)
+    return (source.path, source.revision, source.init, seed, source.adapter)
 
 
 def start_key(config: RunConfig) -> Key:
     """Everything that figures of the untrained policy depend on, apart from the rows and from what is asked of them."""
     adapter = None if config.lora is None else (config.lora.model_dump_json(), config.train.seed)
     t, (device, dtype) = config.train, placed(config)
-    held = (str(device), str(dtype), config.model.kernels, t.packing, t.gradient_checkpointing, t.threads)
+    m = config.model
+    held = (str(device), str(dtype), m.kernels, m.attention, t.packing, t.gradient_checkpointing, t.threads)
     learns_policy = not config.method.learns_reward
     return (weights_key(config, config.model), adapter, *held, learns_policy, config.reference.model_dump_json())
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import penchant
 from penchant.base.files import file_sha256, spared
-from penchant.base.machine import cores
+from penchant.base.machine import NAMES, accelerator, cores, why_not
 from penchant.base.text import redact, without_passwords
 from penchant.config import WATCHING_ONLY, RunConfig
 from penchant.data.cached import AUTO_BYTES, hashes_of
@@ -58,7 +58,9 @@ def hardware() -> dict[str, Any]:
     """CPU, cores, memory and threads."""
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = next((accelerator(k).get_device_name() for k in ("cuda", "xpu") if not why_not(k)), None)
+    if gpu is None and not why_not("mps"):
+        gpu = NAMES["mps"]
     return {
         "cpu": _cpu_name(),
         "cores": cores(),
@@ -132,6 +134,7 @@ def model_contents(config: RunConfig) -> dict[str, str]:
     asked = (
         ("model.path", config.model.path, [OF_MODEL, *weights]),
         (tokenizer, config.model.tokenizer or config.model.path, [OF_TOKENIZER]),
+        ("model.adapter", config.model.adapter, [OF_MODEL, WEIGHTS]),
         ("reference.path", config.reference.path, [OF_MODEL, WEIGHTS]),
     )
     found: dict[str, str] = {}
@@ -151,7 +154,7 @@ def _model_folders(key: str, path: str | None) -> Iterator[tuple[str, Path]]:
     if folder is None or not folder.is_dir():
         return
     yield key, folder
-    if is_adapter(folder) and not key.startswith("the base of the base"):
+    if is_adapter(folder) and key != "model.adapter" and not key.startswith("the base of the base"):
         with suppress(ModelError):  # what loads the adapter says so
             base = adapter_base(folder)
             yield from _model_folders(f"the base of {key}", None if base == path else base)
@@ -195,7 +198,7 @@ def write_manifest(
     """What the run is made of and how far it came.
 
     Args:
-        sha256: of the weights before training; started: seconds since the epoch; seconds: of all sessions;
+        sha256: of the weights before training, an adapter left out; started: seconds since the epoch; seconds: of all sessions;
             steps: (done, of the whole run).
         status: running, finished, paused, interrupted or stopped; why: where it did not come to its end; lr: the peak.
     """
@@ -227,11 +230,13 @@ def write_manifest(
         "model": {
             "path": config.model.path,
             "sha256": sha256,
+            **({} if config.model.adapter is None else {"adapter": config.model.adapter}),
             "parameters": sum(p.numel() for p in parts.model.parameters()),
             "trainable_parameters": sum(p.numel() for p in parts.model.parameters() if p.requires_grad),
         },
         "tokenizer_sha256": tokenizer_sha256(rows.tokenizer),
         "packing": parts.engine.packing + (" (fast path)" if parts.engine.fast else ""),
+        "attention": getattr(getattr(parts.engine, "scorer", parts.engine), "attention", None),
         "reference": built.reference_kind,
         "data": data,
         "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},

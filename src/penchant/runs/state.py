@@ -196,6 +196,7 @@ def files_of(config: RunConfig, *rewards: Any) -> Inputs:
     paths = {
         "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
+        "model.adapter": config.model.adapter,
         "reference.path": config.reference.path,
     }
     found = {k: _own_folder(Path(p).expanduser()) for k, p in paths.items() if p is not None}

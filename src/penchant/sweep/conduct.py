@@ -223,14 +223,14 @@ class SweepResult:
 class _Lines(PlainConsole):
     """Progress of one run of several: now and then a line with its name, nothing of how it began."""
 
-    def __init__(self, prefix: str, told: Callable[[str], None]) -> None:
+    def __init__(self, prefix: str, report: Callable[[str], None]) -> None:
         super().__init__(every_seconds=15.0)
         self.prefix = prefix
-        self.told = told
+        self.report = report
         self.last = time.monotonic()  # short runs have no line but that of their end
 
     def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
-        self.told("eval")
+        self.report("eval")
 
     def note(self, text: str) -> None:
         pass
@@ -278,7 +278,8 @@ class SweepConductor:
             return self._inputs[run.name]
         config = run.config
         rewards = [None if r is None else dict(r.terms) for r in (config.reward, config.evaluation.reward)]
-        named = (config.model.path, config.model.tokenizer, config.reference.path, json.dumps(rewards))
+        model = config.model
+        named = (model.path, model.tokenizer, model.adapter, config.reference.path, json.dumps(rewards))
         with run.naming():
             check_models(config)
             for reward in rewards:
@@ -460,7 +461,7 @@ class SweepConductor:
         for run in todo:
             self._begin(run)
             started = time.monotonic()
-            lines = None if self.quiet else _Lines(self._number(run), self.report.told)
+            lines = None if self.quiet else _Lines(self._number(run), self.report.on_event)
             try:
                 made = train_one(run.config, self.shared, lines, self._pause_at(run))
             except BaseException as error:
@@ -482,7 +483,7 @@ class SweepConductor:
             record["rungs"] = before.get("rungs", {})
         self.state.runs[run.name] = record
         self.state.save()
-        self.report.told("step")
+        self.report.on_event("step")
 
     def _end(self, run: SweepRun, made: Finished) -> None:
         """Remember what a run brought, and say it in a line."""
@@ -494,7 +495,7 @@ class SweepConductor:
             made = {"state": "paused", "steps": made["steps"], "rungs": rungs}
         self.state.runs[run.name] = {**record, **made, "seconds": seconds}
         self._write()
-        self.report.told("eval")
+        self.report.on_event("eval")
         if made["state"] not in (*ENDED, "paused"):
             return
         to_come = self.total - len(self.runs) + sum(not self._settled(r) for r in self.runs)

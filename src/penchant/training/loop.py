@@ -20,16 +20,18 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from penchant.base.files import spared, write_atomically
-from penchant.base.machine import peak_memory
-from penchant.data.packing import pack, plan_balanced, tree_tokens
+from penchant.base.lanes import Turns, in_order, side_by_side
+from penchant.base.machine import in_fp64, peak_memory
+from penchant.data.packing import at_once, pack, plan_passes, tree_tokens
 from penchant.errors import CheckpointError, TrainingStopped
 from penchant.losses.schedules import progress_at
+from penchant.models.router import RouterLoss
 from penchant.runfolder import METRICS, PERF, MetricsLog, finite
 from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
-from penchant.training.steps import BatchSchedule, Totals, on_host, reduced, repeatable
+from penchant.training.steps import BatchSchedule, Summed, Totals, on_host, reduced, repeatable
 from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
 
 Metrics = dict[str, Any]
@@ -61,6 +63,7 @@ class Loop:
             each evaluation, when their lines are written.
         identity: of the run, kept in its checkpoints too.
         pause_at: a step before the end at which it writes a checkpoint, evaluates and ends with `Paused`; None: it goes on to its end.
+        router: the balance loss of the model's router, which goes along with the method's own; None: there is none.
         start_tolerance: how far log-probs of policy and reference may be apart at step 0, where both are one model: nats per
             completion, and per token (0 and 0 for a reference that runs the same kernels on the same batch); None: no check.
     """
@@ -80,12 +83,14 @@ class Loop:
     console: PlainConsole
     evaluate: Callable[[int], Metrics] | None = None
     start_tolerance: tuple[float, float] | None = None
+    router: RouterLoss | None = None
     updates: int = 1
     watched: Callable[[str], None] = lambda _: None
     pause_at: int | None = None
     state: RunState = field(default_factory=RunState)
     identity: Mapping[str, Any] = field(default_factory=dict)
     interrupted: int | None = None
+    _in_order: bool = False
     _ahead: tuple[int, Callable[[], tuple[Sequence[TokenTree], Sequence[PackedBatch]]]] | None = None
 
     @property
@@ -203,7 +208,12 @@ class Loop:
             self._ahead = step + 1, _in_background(lambda: self._packed(step + 1, schedule))
         weights = [self.algorithm.weights(b) for b in batches]
         counts = {name: sum(w[name] for w in weights) for name in weights[0]}
+        if self.router is not None:
+            self.router.begin_step(self.model, batches)
         means, grad_norm = self._backward(step, batches, counts)
+        if self.router is not None:
+            means["router_aux_loss"] = self.router.end_step()
+            means["loss"] += self.router.coef * means["router_aux_loss"]
         t = self.train
         lr = learning_rate(step, total, self.peak_lr, t.schedule, t.warmup_fraction, t.min_lr_fraction)
         self._check_floor(step, means, batches)
@@ -251,7 +261,7 @@ class Loop:
     def _micro_batches(self, trees: Sequence[TokenTree]) -> list[PackedBatch]:
         """A step's batches, on the CPU: there their weights are known without waiting for the device."""
         sizes = [tree_tokens(t, self.shared) for t in trees]
-        plan = plan_balanced(sizes, self.train.tokens_per_step)
+        plan = plan_passes(sizes, self.train.tokens_per_step, self.algorithm.side_by_side)
         return [pack([trees[i] for i in members], shared=self.shared) for members in plan]
 
     def _backward(
@@ -263,10 +273,14 @@ class Loop:
             if self.algorithm.coupled and len(batches) > 1:
                 self._backward_coupled(step, [b.to(self.device) for b in batches], counts, totals)
             else:
-                for batch in batches:
+
+                def one(_: int, batch: PackedBatch) -> Summed:
                     out = self._loss(step, self.algorithm.score(batch.to(self.device)))
                     reduced(out, counts).backward()
-                    totals.add(out)
+                    return Totals.summed(out)
+
+                for summed in self._of_batches(one, batches):
+                    totals.append(summed)
         (grad_norm,) = totals.read(self.optimizer.clip(self.train.max_grad_norm))
         if not totals.finite:
             self._dump_and_stop(step, "the loss is NaN or infinite", batches)
@@ -284,22 +298,45 @@ class Loop:
         """A loss that couples the examples of a step, in micro-batches that each fit.
 
         One pass without gradient gives the step's log-probs; the loss of them all gives d loss / d log-prob of each; a second
-        pass carries those back. The gradient is that of one big batch.
+        pass carries those back, or the first one where the step fits as a whole. The gradient is that of one big batch.
         """
-        with torch.no_grad():
-            parts = []
-            for i, batch in enumerate(batches):
-                self._seed(step, i)
-                parts.append(self.algorithm.score(batch))
+        fits = self.algorithm.side_by_side and sum(b.tokens for b in batches) <= self.train.tokens_per_step
+
+        def score(i: int, batch: PackedBatch) -> Scored:
+            self._seed(step, i)
+            scored: Scored = self.algorithm.score(batch)
+            return scored
+
+        with torch.set_grad_enabled(fits):
+            parts = list(self._of_batches(score, batches))
         whole = Scored.cat(parts)
         leaf = whole.policy_logps.detach().requires_grad_()
         out = self._loss(step, replace(whole, policy_logps=leaf))
         (grad,) = torch.autograd.grad(reduced(out, counts), leaf)
         totals.add(out)
-        sizes = [len(b.lengths) for b in batches]
-        for i, (batch, g) in enumerate(zip(batches, grad.split(sizes), strict=True)):
-            self._seed(step, i)
-            (self.algorithm.score(batch).policy_logps * g).sum().backward()
+        grads = grad.split([len(b.lengths) for b in batches])
+        del whole
+
+        def back(i: int, batch: PackedBatch) -> None:
+            logps = (parts[i] if fits else score(i, batch)).policy_logps
+            (logps * grads[i]).sum().backward()
+
+        list(self._of_batches(back, batches))
+
+    def _of_batches(self, call: Callable[[int, PackedBatch], T], batches: Sequence[PackedBatch]) -> Iterator[T]:
+        """`call` of every batch and its number, side by side where the algorithm bears that; gradients are summed in the order of the batches."""
+        if not self.algorithm.side_by_side:
+            yield from map(call, range(len(batches)), batches)
+            return
+        if not self._in_order:
+            for p in self.optimizer.params.values():
+                in_order(p)
+            self._in_order = True
+        turns = Turns()
+        most = at_once([b.tokens for b in batches], self.train.tokens_per_step, self.train.batch_size)
+        yield from side_by_side(lambda i: call(i, batches[i]), range(len(batches)), most=most, turns=turns)
+        with torch.no_grad():
+            turns.close()
 
     def _loss(self, step: int, scored: Scored) -> LossOutput:
         if step == 0 and self.start_tolerance is not None:
@@ -314,7 +351,7 @@ class Loop:
         away = (scored.policy_logps.detach() - scored.ref_logps).abs()
         per_completion, per_token = self.start_tolerance
         worst = (away - per_token * scored.lengths).argmax()[None]
-        apart, length = on_host(torch.cat([v.double().index_select(0, worst) for v in (away, scored.lengths)]))
+        apart, length = on_host(torch.cat([in_fp64(v).index_select(0, worst) for v in (away, scored.lengths)]))
         allowed = per_completion + per_token * length
         if not apart <= allowed:
             raise TrainingStopped(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from penchant.base.lanes import side_by_side
+
+_NORM_ELEMENTS = 1 << 22  # numbers of a gradient that one thread takes at a time
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: str, warmup_fraction: float, floor: float) -> float:
@@ -36,6 +40,9 @@ class MasterAdamW:
     micro-batches are summed in fp32 and no bf16 gradient stays alive); after each step the shadow is rewritten from its
     master. Matrices decay, vectors (norms, biases) do not.
 
+    Args:
+        rate_of: by a parameter's name, its learning rate as a multiple of the step's.
+
     Paper: arXiv 1711.05101.
     """
 
@@ -47,6 +54,7 @@ class MasterAdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        rate_of: Callable[[str], float] = lambda _: 1.0,
     ) -> None:
         self.params = {name: p for name, p in named if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
@@ -60,15 +68,19 @@ class MasterAdamW:
                 master.grad = p.main_grad  # type: ignore[attr-defined]
                 self._hooks.append(p.register_post_accumulate_grad_hook(_add_to_main_grad))
             self.masters[name] = master
-        decay = [m for m in self.masters.values() if m.ndim >= 2]
-        rest = [m for m in self.masters.values() if m.ndim < 2]
-        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        self._adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=eps, lr=0.0, fused=True)
+        alike: dict[tuple[bool, float], list[Tensor]] = {}
+        for name, master in self.masters.items():
+            alike.setdefault((master.ndim < 2, rate_of(name)), []).append(master)
+        groups = [
+            {"params": masters, "weight_decay": 0.0 if vectors else weight_decay, "rate": rate}
+            for (vectors, rate), masters in sorted(alike.items(), key=lambda g: g[0])
+        ]
+        self._adam = torch.optim.AdamW(groups, betas=betas, eps=eps, lr=0.0, fused=True)
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Scale gradients to at most `max_norm` in L2 norm; returns the norm before, which is not read here."""
         grads = [m.grad for m in self.masters.values() if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = _norm(grads)
         # the CPU looks first and spares itself a pass; a GPU would be waited for
         if max_norm is not None and (norm.device.type != "cpu" or bool(norm > max_norm)):
             torch._foreach_mul_(grads, (max_norm / norm).clamp(max=1.0))
@@ -77,7 +89,7 @@ class MasterAdamW:
     def step(self, lr: float) -> None:
         """One AdamW step at rate `lr`, then the shadows are rewritten and the gradients zeroed."""
         for group in self._adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         self._adam.step()
         shadows = self._shadows()
         if shadows:
@@ -120,6 +132,14 @@ class MasterAdamW:
             }
             if state:
                 self._adam.state[master] = state
+
+
+def _norm(grads: Sequence[Tensor]) -> Tensor:
+    """L2 norm of all; on a CPU in parts that do not depend on its threads, so that its bits do not either."""
+    if not grads or grads[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(grads)
+    parts = [part for g in grads for part in g.reshape(-1).split(_NORM_ELEMENTS)]
+    return torch.linalg.vector_norm(torch.stack(list(side_by_side(torch.linalg.vector_norm, parts, most=len(parts)))))
 
 
 def _add_to_main_grad(p: Tensor) -> None:

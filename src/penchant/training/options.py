@@ -18,7 +18,11 @@ class TrainConfig(Section):
     max_steps: int | None = Field(None, ge=1, le=10**9, description="upper limit on optimizer steps")
     batch_size: int = Field(32, ge=1, le=10**9, description="prompt trees (rows) per optimizer step")
     tokens_per_step: int = Field(
-        4096, ge=16, le=10**9, description="tokens in one forward and backward pass: the unit of memory"
+        4096,
+        ge=16,
+        le=10**9,
+        description="tokens in forward and backward passes at one time: the unit of memory (a CPU may run several smaller ones, one a "
+        "thread)",
     )
     lr: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto",

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penchant.base.machine import in_fp64
 from penchant.types import LossOutput
 
 # ---- Which trees a step trains on: a pure function of seed and step, so that a resumed run needs no data cursor but the step ----
@@ -85,6 +86,10 @@ def reduced(output: LossOutput, totals: Mapping[str, float]) -> Tensor:
     return torch.stack(parts).sum() if parts else output.losses.sum() * 0.0
 
 
+# of a micro-batch: names with their counts where those are known; sums, then the other counts
+Summed = tuple[list[tuple[str, int | None]], set[str], Tensor]
+
+
 class Totals:
     """Sums and counts of losses and metrics over any number of micro-batches, in fp64.
 
@@ -95,22 +100,30 @@ class Totals:
         self.sums: dict[str, float] = {}
         self.counts: dict[str, float] = {}
         self.terms: set[str] = set()
-        # of each micro-batch: names with their counts where those are known; sums, then the other counts
         self._added: list[tuple[list[tuple[str, int | None]], Tensor]] = []
+
+    @staticmethod
+    def summed(output: LossOutput) -> Summed:
+        """One micro-batch, to be appended."""
+        terms = {f"loss/{name}": (values.detach(), weights) for name, (values, weights) in output.summands().items()}
+        figures = {**terms, **output.metrics}
+        names = [(name, values.numel() if weights is None else None) for name, (values, weights) in figures.items()]
+        sums = [in_fp64(values).sum() for values, _ in figures.values()]
+        counts = [in_fp64(weights).sum() for _, weights in figures.values() if weights is not None]
+        return names, set(terms), torch.stack([*sums, *counts])
+
+    def append(self, summed: Summed) -> None:
+        names, terms, numbers = summed
+        self.terms |= terms
+        self._added.append((names, numbers))
 
     def add(self, output: LossOutput) -> None:
         """Add one micro-batch."""
-        terms = {f"loss/{name}": (values.detach(), weights) for name, (values, weights) in output.summands().items()}
-        self.terms |= terms.keys()
-        figures = {**terms, **output.metrics}
-        names = [(name, values.numel() if weights is None else None) for name, (values, weights) in figures.items()]
-        sums = [values.double().sum() for values, _ in figures.values()]
-        counts = [weights.double().sum() for _, weights in figures.values() if weights is not None]
-        self._added.append((names, torch.stack([*sums, *counts])))
+        self.append(self.summed(output))
 
     def read(self, *more: Tensor) -> list[float]:
         """Bring what was added to the host, and `more` single numbers, which are returned, in one transfer."""
-        vectors = [*(v for _, v in self._added), *(m.detach().double().reshape(1) for m in more)]
+        vectors = [*(v for _, v in self._added), *(in_fp64(m.detach()).reshape(1) for m in more)]
         found = iter(on_host(torch.cat(vectors)) if vectors else [])
         for names, _ in self._added:
             for name, _ in names:

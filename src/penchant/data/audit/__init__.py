@@ -22,7 +22,7 @@ from penchant.data.audit.counters import (
     Scores,
     Sensitive,
     View,
-    going_with,
+    linked_rows,
 )
 from penchant.data.audit.findings import Audit, Finding, Places, Tally
 from penchant.data.audit.languages import Languages
@@ -155,7 +155,7 @@ class Leakage:
                     ("leakage", f"leakage: prompts of {b} that also stand in {a}", same),
                     ("near_leakage", f"near leakage: prompts of {b} that nearly stand in {a}", alike),
                 ):
-                    yield f"{kind}_{name}", going_with(title, first, self._places, "as", self.advice, of)
+                    yield f"{kind}_{name}", linked_rows(title, first, self._places, "as", self.advice, of)
 
 
 def _first_in(ids: np.ndarray, there: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -47,13 +47,13 @@ def key(*texts: str) -> int:
     return text_hash("\0".join(texts))
 
 
-def going_with(
+def linked_rows(
     title: str, other: np.ndarray, places: Places, joined: str = "", advice: str = "", of: int = -1
 ) -> Finding:
-    """A finding of the rows that go with another one.
+    """A finding about the rows that are linked to another row.
 
     Args:
-        other: (n,) int64: the row that each row goes with, -1 where there is none.
+        other: (n,) int64: the row that each row is linked to, -1 where there is none.
         joined: the word between the two places; empty: the row's own place is enough. of: rows that were looked at, n where not given.
     """
     rows = np.flatnonzero(other >= 0)
@@ -119,11 +119,11 @@ class Copies:
         first, rows = self.duplicates(), np.arange(len(self._row))
         copies = np.where(first != rows, first, -1)
         title = "exact duplicates of an earlier row"
-        yield "duplicates", going_with(title, copies, self.places, "as", "drop them: data fix")
+        yield "duplicates", linked_rows(title, copies, self.places, "as", "drop them: data fix")
         if self.kind in ("pairs", "unpaired"):
             what = "the same pair the other way round" if self.kind == "pairs" else "one answer labelled good and bad"
             advice = "look at both and drop the wrong one; many mean noisy labels: a loss with label smoothing"
-            found = going_with(f"contradictions: {what}", self.against(), self.places, "against", advice)
+            found = linked_rows(f"contradictions: {what}", self.against(), self.places, "against", advice)
             yield "contradictions", found
 
 
@@ -163,7 +163,7 @@ class Near:
         return prompts, out
 
     def rows(self) -> dict[str, np.ndarray]:
-        """By finding: (n,) int64, the row that each row goes with, -1 where there is none."""
+        """By finding: (n,) int64, the row that each row is linked to, -1 where there is none."""
         prompts, answers = self.groups()
         n = len(prompts)
         rows = np.arange(n)
@@ -189,7 +189,7 @@ class Near:
     def findings(self) -> Named:
         for name, other in self.rows().items():
             title, joined, advice = NEAR_FINDINGS[name]
-            yield name, going_with(title, other, self.places, joined, advice)
+            yield name, linked_rows(title, other, self.places, joined, advice)
 
 
 NEAR_FINDINGS = {  # title, what joins the two places, advice

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from penchant.base.stats import wilson_interval
 from penchant.base.text import printable
 
 SHOWN = 20  # places listed a finding
@@ -118,14 +118,6 @@ def unlike_half(title: str, count: int, of: int, note: str, advice: str) -> Find
     low, high = found.interval or (0.0, 1.0)
     far = not low <= 0.5 <= high and abs(found.share - 0.5) >= FAR
     return replace(found, advice=advice) if far else found
-
-
-def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's 95% score interval of a proportion: ``(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)``."""
-    p = successes / n
-    center = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 class Tally:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penchant.base.lanes import turn
+
 _KEEP_BYTES = 512 << 20  # the largest D that is kept
 _MATMUL_ROWS = 512  # rows per head matmul where D is not kept
 _SOFTMAX_ELEMENTS = 1 << 19  # fp32 numbers per softmax pass: they stay in cache
@@ -99,7 +101,8 @@ class _TokenLogps(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mul(torch.mm(d, weight), g[part], out=grad_hidden[part])
             if want_weight:
-                grad_weight = _add_weight_grad(weight, d, scaled[part], grad_weight)
+                last = i + step >= hidden.shape[0]
+                grad_weight = _add_weight_grad(weight, d, scaled[part], grad_weight, last)
             del d
         ctx.kept = None
         return grad_hidden, grad_weight, None, None
@@ -115,18 +118,24 @@ def _recomputed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return d
 
 
-def _add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | None) -> Tensor | None:
-    """Add D^T (g h) to `weight.main_grad` tile by tile of the vocabulary, or to `total`, which is returned."""
-    main = getattr(weight, "main_grad", None)
-    first = total is None and main is None
-    if first:
-        total = torch.empty_like(weight)
+def _add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | None, last: bool) -> Tensor | None:
+    """Add D^T (g h) tile by tile of the vocabulary to where `store_grad` would, or to `total`, which is returned for autograd."""
+    main: Any = getattr(weight, "main_grad", None)
     for i in range(0, weight.shape[0], VOCAB_TILE):
         tile = slice(i, i + VOCAB_TILE)
-        if main is not None:
-            main[tile].add_(torch.mm(d[:, tile].t(), scaled))
-        elif first:
-            torch.mm(d[:, tile].t(), scaled, out=total[tile])  # type: ignore[index]
-        else:
-            total[tile].addmm_(d[:, tile].t(), scaled)  # type: ignore[index]
+        of_tile = d[:, tile].t()
+        rounded = torch.mm(of_tile, scaled) if main is not None and main.dtype != d.dtype else None
+        with turn((id(weight), i), last=last) as turns:
+            if rounded is not None:
+                main[tile].add_(rounded)
+                continue
+            if main is not None:
+                to = main
+            elif turns is not None:
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+                to = weight.grad
+            else:
+                to = total = torch.zeros_like(weight) if total is None else total
+            to[tile].addmm_(of_tile, scaled)
     return total

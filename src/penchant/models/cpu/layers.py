@@ -3,13 +3,15 @@
 One hand-written autograd function a decoder layer: fused q/k/v projection, attention tree by tree, elementwise work in row
 tiles that stay in cache. The transformers module remains the owner of the weights: fused weights are one storage of
 which the module's own parameters are views, so `state_dict()` and `save_pretrained` see no change.
-Gradients go to `param.main_grad` (an fp32 buffer) where the optimizer has set one, and are returned to autograd otherwise.
+Gradients go where `ops.store_grad` says: to `param.main_grad` or `param.grad` in a training step, to autograd otherwise.
 LoRA adapters (arXiv 2106.09685) run beside the fused weights: ``x W^T + scale (x A^T) B^T``. Frozen weights get no gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +32,8 @@ from penchant.models.cpu.ops import (
     rotary,
     rotary_backward,
     store_grad,
+    store_product,
+    store_rows,
     swiglu,
     swiglu_backward,
 )
@@ -41,6 +45,21 @@ _FAMILIES = tuple(
     f"{n}For{use}" for n in ("Llama", "Mistral", "Qwen2", "Qwen3") for use in ("CausalLM", "SequenceClassification")
 )
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the sequence length
+
+
+_HERE = threading.local()  # what holds for the passes of one thread alone
+_FUSING = threading.Lock()
+
+
+@contextmanager
+def adapters_off() -> Iterator[None]:
+    """Passes of this thread run without adapters; peft's own switch is for all threads."""
+    before = getattr(_HERE, "adapters_off", False)
+    _HERE.adapters_off = True
+    try:
+        yield
+    finally:
+        _HERE.adapters_off = before
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +101,7 @@ class Adapter:
 
     @property
     def off(self) -> bool:
-        return bool(self.module.disable_adapters)
+        return bool(self.module.disable_adapters) or getattr(_HERE, "adapters_off", False)
 
 
 @dataclass(slots=True)
@@ -124,8 +143,10 @@ class FastForward:
         x = _Embedding.apply(batch.input_ids, weight, self._backbone.embed_tokens.padding_idx)
         recompute = bool(getattr(self._backbone, "gradient_checkpointing", False)) and torch.is_grad_enabled()
         rows: dict[int | None, Row] = {}
+        with _FUSING:
+            for layer in self._layers:
+                _keep_fused(layer)
         for layer in self._layers:
-            _keep_fused(layer)
             if layer.window not in rows:
                 rows[layer.window] = self._row(batch, layer.window, recompute)
             adapters = {role: adapter for role, adapter in layer.adapters.items() if not adapter.off}
@@ -329,11 +350,7 @@ class _Embedding(torch.autograd.Function):
         (ids,), (grad,) = ctx.saved_tensors, grads
         if ctx.padding_idx is not None:  # nn.Embedding gives its padding row no gradient
             grad = grad.masked_fill((ids == ctx.padding_idx)[:, None], 0.0)
-        main = getattr(ctx.weight, "main_grad", None)
-        if main is not None:
-            main.index_add_(0, ids, grad.to(main.dtype))
-            return None, None, None
-        return None, torch.zeros_like(ctx.weight).index_add_(0, ids, grad), None
+        return None, store_rows(ctx.weight, ids, grad), None
 
 
 class _Norm(torch.autograd.Function):
@@ -477,7 +494,11 @@ class _Gradients:
 
     def product(self, names: tuple[str, ...], d_out: Tensor, inputs: Tensor | None) -> None:
         """dW = d_out^T inputs, one matmul for all parts."""
-        if inputs is not None and self.wanted.intersection(names):
+        if inputs is None or not self.wanted.intersection(names):
+            return
+        if len(names) == 1:
+            self.found[names[0]] = store_product(getattr(self.layer.params, names[0]), d_out, inputs)
+        else:
             grad = torch.mm(d_out.t(), inputs)
             sizes = [getattr(self.layer.params, n).shape[0] for n in names]
             for name, part in zip(names, grad.split(sizes), strict=True):

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from penchant.base.lanes import turn
+
+_ROWS_TOGETHER = 16  # passes whose gradients of an embedding are summed at a time
 _TILE_ELEMENTS = 1 << 17  # numbers per tile: a few fp32 temporaries of this size fit the L2 cache of two cores
 
 
@@ -17,12 +20,80 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def store_grad(param: Tensor, grad: Tensor) -> Tensor | None:
-    """Add a gradient to `param.main_grad` and return None, or return it for autograd where there is no such buffer."""
-    main = getattr(param, "main_grad", None)
-    if main is None:
-        return grad.to(param.dtype)
-    main.add_(grad)
+    """Add a gradient to `param.main_grad`, in a pass of a training step to `param.grad`, and return None; otherwise return it for autograd.
+
+    Passes that run side by side add in their order (`base/lanes.py`).
+    """
+    with turn(id(param)) as turns:
+        main = getattr(param, "main_grad", None)
+        if main is not None:
+            main.add_(grad)
+        elif turns is None:
+            return grad.to(param.dtype)
+        elif param.grad is None:
+            param.grad = grad.to(param.dtype)
+        else:
+            param.grad.add_(grad)
     return None
+
+
+def store_product(param: Tensor, d_out: Tensor, inputs: Tensor) -> Tensor | None:
+    """`store_grad` of ``d_out^T inputs``; the product itself adds where types allow it."""
+    main = getattr(param, "main_grad", None)
+    if d_out.dtype != (param if main is None else main).dtype:
+        return store_grad(param, torch.mm(d_out.t(), inputs))
+    with turn(id(param)) as turns:
+        total = param.grad if main is None and turns is not None else main
+        if total is not None:
+            total.addmm_(d_out.t(), inputs)
+            return None
+        grad = torch.mm(d_out.t(), inputs)
+        if turns is None:
+            return grad
+        param.grad = grad
+    return None
+
+
+def store_rows(param: Tensor, ids: Tensor, grad: Tensor) -> Tensor | None:
+    """`store_grad` of an embedding (V, d) that is zero but for rows: `ids` (T,), each with its gradient (T, d).
+
+    In a pass of a training step it is added when all have ended: a tied head adds to the same gradient, earlier in its pass.
+    """
+    key = (id(param), "rows")
+    with turn(key) as turns:
+        if turns is not None:
+            if key not in turns.collected:
+                turns.collected[key] = _Rows(param)
+            turns.collected[key].add(ids, grad)
+            return None
+    main = getattr(param, "main_grad", None)
+    total = torch.zeros_like(param) if main is None else main
+    total.index_add_(0, ids, grad.to(total.dtype))
+    return total if main is None else None
+
+
+class _Rows:
+    """Gradients of an embedding's rows, pass after pass. Many of them are summed by row, so they take no more than the embedding does."""
+
+    def __init__(self, param: Tensor) -> None:
+        self._param = param
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, ids: Tensor, grad: Tensor) -> None:
+        self._kept.append((ids, grad.to(_wide(grad.dtype))))
+        if len(self._kept) == _ROWS_TOGETHER:
+            every, grads = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
+            ids, place = every.unique(return_inverse=True)
+            self._kept = [(ids, grads.new_zeros(len(ids), grads.shape[1]).index_add_(0, place, grads))]
+
+    def write(self) -> None:
+        total = getattr(self._param, "main_grad", None)
+        if total is None:
+            if self._param.grad is None:
+                self._param.grad = torch.zeros_like(self._param)
+            total = self._param.grad
+        for ids, grad in self._kept:
+            total.index_add_(0, ids, grad.to(total.dtype))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,214 @@
+"""Passes side by side on a CPU: one a thread, each operation on that thread alone, and sums in the order of the passes.
+
+Two threads in one operation wait for each other thousands of times a step; two passes that have nothing to do with each other do not.
+Every operation runs on one thread whatever their number, and what passes add up they add in their order: the same bits on one core
+as on eight.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from penchant.base.lazy import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_HERE = threading.local()  # `.at`: (turns, number) of the pass that this thread is in
+
+
+class _Abandoned(Exception):
+    """A pass that waited for one that failed."""
+
+
+class Turns:
+    """Who may add to a shared sum: pass i after pass i - 1 has, or has ended without.
+
+    Args:
+        collected: what passes put aside for the end (`close`), by key.
+    """
+
+    def __init__(self) -> None:
+        self.collected: dict[Hashable, Any] = {}
+        self._changed = threading.Condition()
+        self._next: dict[Hashable, int] = {}
+        self._ended: set[int] = set()
+        self._all_ended = 0  # every pass below has
+        self._failed = False
+
+    @contextmanager
+    def of(self, number: int) -> Iterator[None]:
+        """Be pass `number` (from 0, in any order) in this thread."""
+        _HERE.at = self, number
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+        finally:
+            _HERE.at = None
+        with self._changed:
+            self._ended.add(number)
+            while self._all_ended in self._ended:
+                self._ended.remove(self._all_ended)
+                self._all_ended += 1
+            self._changed.notify_all()
+
+    def wait(self, key: Hashable, number: int) -> None:
+        with self._changed:
+            while max(self._next.get(key, 0), self._all_ended) < number:
+                if self._failed:
+                    raise _Abandoned
+                self._changed.wait()
+
+    def pass_on(self, key: Hashable, number: int) -> None:
+        with self._changed:
+            self._next[key] = number + 1
+            self._changed.notify_all()
+
+    def abandon(self) -> None:
+        """Nobody waits any longer."""
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """After all passes: add what was put aside."""
+        for kept in self.collected.values():
+            kept.write()
+        self.collected.clear()
+
+
+@contextmanager
+def turn(key: Hashable, *, last: bool = True) -> Iterator[Turns | None]:
+    """Wait until the passes before this one have added to `key`; None outside of passes, where nobody waits.
+
+    Args:
+        last: whether this pass adds to `key` for the last time.
+    """
+    at: tuple[Turns, int] | None = getattr(_HERE, "at", None)
+    if at is None:
+        yield None
+        return
+    turns, number = at
+    turns.wait(key, number)
+    yield turns
+    if last:
+        turns.pass_on(key, number)
+
+
+def in_order(parameter: Any) -> None:
+    """Have autograd add to `parameter.grad` in the order of passes too. To be called after other hooks are in place."""
+    key = (id(parameter), "autograd")
+
+    def wait_for_it(_: Any) -> None:
+        with turn(key, last=False):
+            pass
+
+    def pass_it_on(_: Any) -> None:
+        with turn(key):
+            pass
+
+    parameter.register_hook(wait_for_it)
+    parameter.register_post_accumulate_grad_hook(pass_it_on)
+
+
+@lru_cache(maxsize=4)
+def _pool(lanes: int, each: int, _process: int) -> ThreadPoolExecutor:
+    """Threads whose operations take `each` threads; a forked process makes its own."""
+    here = torch.get_num_threads()
+
+    def start() -> None:
+        torch.get_num_threads()  # the first question sets this thread's number to what others have: it must not come later
+        torch.set_num_threads(each)
+
+    pool = ThreadPoolExecutor(lanes, "lane", initializer=start)
+    all_there = threading.Barrier(lanes + 1)
+    for _ in range(lanes):
+        pool.submit(all_there.wait)
+    all_there.wait()
+    torch.set_num_threads(here)  # what was set last is also what new threads start with
+    return pool
+
+
+def side_by_side(
+    call: Callable[[T], R],
+    items: Sequence[T],
+    *,
+    most: int,
+    turns: Turns | None = None,
+) -> Iterator[R]:
+    """`call` of every item, in their order, as many at once as torch has threads here.
+
+    Gradient mode is that of the caller. The bits of the results do not depend on the threads as long as these are no more than `most`.
+
+    Args:
+        most: items at once; where torch has more threads than that, each operation takes several.
+        turns: for calls that add to shared sums.
+    """
+    threads = torch.get_num_threads()
+    lanes = max(1, min(threads, most))
+    grad = torch.is_grad_enabled()
+
+    def one(i: int) -> R:
+        with torch.set_grad_enabled(grad):
+            if turns is None:
+                return call(items[i])
+            with turns.of(i):
+                return call(items[i])
+
+    if lanes == 1:
+        yield from map(one, range(len(items)))
+        return
+    changed = threading.Condition()
+    done: dict[int, R] = {}
+    errors: dict[int, BaseException] = {}
+    begun = running = 0
+    stop = False
+
+    def work() -> None:
+        nonlocal begun, running
+        while True:
+            with changed:
+                if stop or begun == len(items):
+                    return
+                i, begun = begun, begun + 1
+                running += 1
+            try:
+                made = one(i)
+            except BaseException as error:
+                with changed:
+                    errors[i] = error
+                    changed.notify_all()
+                return
+            with changed:
+                done[i] = made
+                running -= 1
+                changed.notify_all()
+
+    pool = _pool(lanes, threads // lanes, os.getpid())
+    workers = [pool.submit(work) for _ in range(min(lanes, len(items)))]
+    try:
+        for i in range(len(items)):
+            with changed:
+                while i not in done and not errors:
+                    changed.wait()
+                if errors:
+                    break
+                made = done.pop(i)
+            yield made
+    finally:
+        with changed:
+            stop = True
+            changed.notify_all()
+        if turns is not None and running:  # this thread was interrupted, or a pass failed
+            turns.abandon()
+        wait(workers)
+    if errors:
+        raise next(e for _, e in sorted(errors.items()) if not isinstance(e, _Abandoned))

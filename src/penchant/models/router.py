@@ -1,0 +1,173 @@
+"""The balance loss of a mixture of experts' router, over the tokens of an optimizer step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penchant.base.machine import moved
+from penchant.errors import ConfigError
+from penchant.models.load import backbone_of, base_model_of, quiet, without_cache
+from penchant.types import PackedBatch
+
+KEY = "model.router_aux_loss"
+
+
+@dataclass(slots=True)
+class RouterLoss:
+    """``coef E sum_e f_e P_e`` (arXiv 2101.03961, equations 4 to 6), over layers and over all tokens of an optimizer step.
+
+    f_e is the share of tokens that expert e gets, times `top_k`, without gradient; P_e its mean probability. A prompt counts once,
+    however many completions it has and however rows are packed; padding never does.
+
+    Given f, the loss is a mean over tokens. So f is counted over the whole step before its first micro-batch, and 1x8 equals 4x2.
+    The loss joins the graph at the hidden states, whatever the method makes of those.
+
+    Args:
+        coef: the weight; experts: E; top_k: experts of a token.
+        run: a forward pass over a batch, through `attached`.
+    """
+
+    coef: float
+    experts: int
+    top_k: int
+    run: Callable[[PackedBatch], Any] = lambda _: None
+    _tokens: float = 0.0  # of the step; 0: outside of one
+    _shares: Tensor | None = None  # (E,) f of the step
+    _counted: list[Tensor] = field(default_factory=list)  # (E,) of each pass, while they are counted
+    _losses: list[Tensor] = field(default_factory=list)
+
+    @property
+    def listens(self) -> bool:
+        """Whether the router's logits of the next pass are wanted."""
+        return self._tokens > 0 and (torch.is_grad_enabled() or self._shares is None)
+
+    def begin_step(self, model: Any, batches: Sequence[PackedBatch]) -> None:
+        """Count what the step's batches send to each expert: from one batch's own pass, or by a pass over each of them."""
+        self._tokens = sum(float(weights.sum()) for weights in map(_weights, batches))
+        self._shares, self._counted, self._losses = None, [], []
+        if len(batches) > 1:
+            device = next(model.parameters()).device
+            with quiet(model, training=model.training):
+                for batch in batches:
+                    self.run(batch.to(device))
+            self._shares = torch.stack(self._counted).sum(0)
+
+    def end_step(self) -> float:
+        """The step's figure, without its weight: `top_k` where every expert gets the same."""
+        found = float(torch.stack(self._losses).sum()) if self._losses else 0.0
+        self._tokens, self._shares, self._counted, self._losses = 0.0, None, [], []
+        return found
+
+    def attached(self, hidden: Tensor, logits: Sequence[Tensor], batch: PackedBatch) -> Tensor:
+        """Hidden states (T, d), whose gradient brings the loss with it.
+
+        Args:
+            logits: of each layer with experts, (T, E).
+        """
+        probs = _probs(logits)
+        weights = _weights(batch).to(probs[0])
+        if (shares := self._shares) is None:
+            shares = self._mean([self._chosen(p) for p in probs], weights)
+            self._counted.append(shares)
+        if not torch.is_grad_enabled():
+            return hidden
+        loss = self.experts * (shares * self._mean(probs, weights)).sum()
+        self._losses.append(loss.detach())
+        joined: Tensor = _Joined.apply(hidden, self.coef * loss)
+        return joined
+
+    def _chosen(self, probs: Tensor) -> Tensor:
+        """(T, E) 1 where a token goes."""
+        return torch.zeros_like(probs).scatter_(-1, probs.detach().topk(self.top_k, dim=-1).indices, 1.0)
+
+    def _mean(self, layers: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """(E,) this pass's part of the mean over the step's tokens and over layers of (T, E)."""
+        return torch.stack([weights @ layer for layer in layers]).sum(0) / (self._tokens * len(layers))
+
+    def of(self, logits: Sequence[Tensor]) -> float:
+        """The figure of some tokens alone, from each layer's logits (T, E)."""
+        self._tokens = float(len(logits[0]))
+        probs = _probs(logits)
+        ones = probs[0].new_ones(len(probs[0]))
+        means = self._mean([self._chosen(p) for p in probs], ones) * self._mean(probs, ones)
+        self._tokens = 0.0
+        return self.experts * float(means.sum())
+
+
+def _probs(logits: Sequence[Tensor]) -> list[Tensor]:
+    """Each layer's probabilities (T, E), in fp32 (fp64)."""
+    return [layer.to(torch.promote_types(layer.dtype, torch.float32)).softmax(-1) for layer in logits]
+
+
+class _Joined(torch.autograd.Function):
+    """Hidden states as they are; in the backward pass the loss beside them gets its gradient of 1."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = loss.detach()
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], torch.ones_like(ctx.like)
+
+
+def _weights(batch: PackedBatch) -> Tensor:
+    """(T,) 1 for each token that counts; 0 for a prompt that was repeated for another completion of its tree."""
+    key = "router"
+    if key not in batch.cache:
+        weights = np.ones(batch.tokens, dtype=np.float32)
+        if len(batch.segments) > batch.trees:  # one segment a completion
+            slots = batch.completion_slot.tolist()
+            for segment, slot in zip(batch.segments, slots, strict=True):
+                if slot > 0:
+                    weights[segment.start : segment.start + segment.prompt_len] = 0.0
+        batch.cache[key] = moved(torch.from_numpy(weights), batch.input_ids.device)
+    found = batch.cache[key]
+    assert isinstance(found, Tensor)
+    return found
+
+
+def router_loss(model: Any, wanted: float | str) -> RouterLoss:
+    """The balance loss of a model, with a weight or the one that its config has (``auto``), held against transformers' own function.
+
+    Raises:
+        ConfigError: the model has no such loss, no weight of its own, or computes it in another way.
+    """
+    base = base_model_of(model)
+    config, kind = base.config.get_text_config(), type(base).__name__
+    leave = f"leave {KEY} out"
+    own = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
+    top_k = getattr(config, "num_experts_per_tok", None)
+    if own is None or top_k is None:
+        raise ConfigError(KEY, f"{kind} has no balance loss of a router in transformers", leave)
+    coef = getattr(config, "router_aux_loss_coef", None) if wanted == "auto" else float(wanted)
+    if not coef:
+        raise ConfigError(
+            KEY, f"is auto, and the model's own router_aux_loss_coef is {coef}", "give a number, or " + leave
+        )
+    ids = torch.arange(1, 13, device=next(base.parameters()).device)[None]
+    with quiet(model):
+        logits = routed(
+            backbone_of(model)(input_ids=ids, output_router_logits=True, **without_cache(backbone_of(model)))
+        )
+        found = RouterLoss(float(coef), logits[0].shape[-1] if logits else 0, int(top_k))
+        truth = float(own(logits, found.experts, found.top_k)) if logits else 0.0
+    if not truth or not abs(found.of(logits) - truth) <= 1e-4 * abs(truth):
+        raise ConfigError(
+            KEY, f"the router of {kind} is balanced in a way of its own, which is not computed here", leave
+        )
+    return found
+
+
+def routed(output: Any) -> tuple[Tensor, ...]:
+    """The routers' logits in a backbone's output, (tokens, E) each; none where it says nothing of them."""
+    found = getattr(output, "router_logits", None) or ()
+    return tuple(layer.reshape(-1, layer.shape[-1]) for layer in found if layer is not None)

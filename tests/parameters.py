@@ -1,0 +1,23 @@
+"""Which parameters of a test run in the default suite, and which in `make test-all` only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import pytest
+
+
+def by_default(values: Iterable[Any], kept: Collection[Any]) -> list[Any]:
+    """Parameters of a test: those in `kept` by default, the others slow."""
+    return [v if v in kept else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
+def one_of_each(values: Iterable[Any], kind: Callable[[Any], Any]) -> list[Any]:
+    """Parameters of a test: the first of each kind by default, the others slow."""
+    found: list[Any] = []
+    kinds: list[Any] = []
+    for value in values:
+        found.append(value if kind(value) not in kinds else pytest.param(value, marks=pytest.mark.slow))
+        kinds.append(kind(value))
+    return found
