@@ -52,7 +52,7 @@ class RunConfig(Section):
     algorithm: AlgorithmConfig | None = None
     reward: RewardConfig | None = Field(
         None,
-        description="for an online method: sentiment, words:20-60, matches:REGEX, path.py:function, a reward model's folder, or a mapping from these to weights",
+        description="for an online method: one of docs/rewards.md by name, path.py:function, a reward model's folder, a list of these, or a mapping from these to weights",
     )
     reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
