@@ -66,13 +66,17 @@ def _is_right(text: str, gold: Any) -> float | None:
     return float(bool(found) and bool(verify(wanted, found, timeout_seconds=seconds)))
 
 
+def lacks_math_verify(name: str) -> ConfigError:
+    """What is said where the extra is not installed."""
+    return ConfigError("reward accuracy", f"needs an extra ({name} is not installed)", "pip install 'penchant[math]'")
+
+
 @lru_cache(maxsize=1)
 def _math_verify() -> tuple[Any, Any]:
     try:
         from math_verify import parse, verify
     except ImportError as error:
-        what = f"needs an extra ({error.name or error} is not installed)"
-        raise ConfigError("reward accuracy", what, "pip install 'penchant[math]'") from error
+        raise lacks_math_verify(error.name or str(error)) from error
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it tells of every text that it cannot read
     return parse, verify
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import inspect
 import signal
 import sys
@@ -20,7 +21,7 @@ from penchant.base.functions import is_own, no_exit, python_object
 from penchant.base.text import closest
 from penchant.data.load import prompt_json, prompt_text
 from penchant.errors import ConfigError, PenchantError, RewardError
-from penchant.rewards.builtin import BUILT_IN, RewardConfig, RewardFunction, built_in, kind_of
+from penchant.rewards.builtin import BUILT_IN, RewardConfig, RewardFunction, built_in, kind_of, lacks_math_verify
 from penchant.types import PromptTree, TokenTree
 
 if TYPE_CHECKING:
@@ -405,6 +406,8 @@ def load_reward(spec: Any, policy: PolicyText | None = None, device: Any = "cpu"
     config = spec if isinstance(spec, RewardConfig) else RewardConfig.model_validate(spec)
     if not config.terms:
         raise ConfigError("reward", "is empty", f"name one: {', '.join(BUILT_IN)}, path.py:function or a folder")
+    if "accuracy" in config.terms and importlib.util.find_spec("math_verify") is None:
+        raise lacks_math_verify("math_verify")
     labels = labels_of(config.terms)
     terms = []
     for name, weight in config.terms.items():
