@@ -251,7 +251,7 @@ def test_a_value_model_that_cannot_start_there(tmp_path: Path, trained: Any, why
     if why == "another architecture":
         from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-        config = LlamaConfig.from_pretrained(model, num_labels=1, num_hidden_layers=1)
+        config = LlamaConfig.from_pretrained(model, num_labels=1, num_hidden_layers=2)
         LlamaForSequenceClassification(config).save_pretrained(tmp_path / "small")
         AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "small")
         reward = str(tmp_path / "small")

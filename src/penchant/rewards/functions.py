@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from penchant.base.functions import is_own, no_exit, python_object
 from penchant.base.text import closest
@@ -438,7 +439,10 @@ def reads_columns(spec: Any) -> bool:
     """
     if spec is None:
         return False
-    config = spec if isinstance(spec, RewardConfig) else RewardConfig.model_validate(spec)
+    try:
+        config = spec if isinstance(spec, RewardConfig) else RewardConfig.model_validate(spec)
+    except ValidationError:
+        return False  # what loads it says so
     return any(
         takes_of(_named(name, config, None, "cpu"), name).reads_columns
         for name in config.terms
