@@ -71,7 +71,7 @@ def prompts_of(config: RunConfig, rows: Rows, device: Any) -> Fresh:
     prompts = list(sources)[: config.evaluation.kl_prompts]
     reward, judge = config.evaluation.reward, None
     if reward is not None:
-        policy = PolicyText(rows.tokenizer, config.data.template, rows.prompts, config.data.template_options)
+        policy = PolicyText(rows.tokenizer, config.data.template, rows.asked, config.data.template_options)
         judge = load_reward(reward, policy, device)
     return Fresh(
         rows.tokenizer,

@@ -118,7 +118,7 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     set_threads(config, model)
     model = prepared(model, config, rows)
     parts = Parts(
-        config, device, dtype, rows.tokenizer, lambda: rows.prompts, rows.trees, rows.mismatched, model, {}, None
+        config, device, dtype, rows.tokenizer, lambda: rows.asked, rows.trees, rows.mismatched, model, {}, None
     )
     method.check(parts)
     parts.modules = method.modules(parts, lambda: fresh_model(config, config.model, device, shared), console.note)
