@@ -33,6 +33,7 @@ from penchant.logprobs.reference import (
 )
 from penchant.models.load import (
     add_lora,
+    bitsandbytes,
     cast_parameters,
     config_sha256,
     cpu_has_bf16,
@@ -100,6 +101,8 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     """
     method, train = config.method, config.train
     device, dtype = placed(config)
+    if train.optimizer.endswith("_8bit"):
+        bitsandbytes("train.optimizer", train.optimizer)  # before a model is read
     kind = reference_kind(config) if "reference" in method.needs else None
     if "reference" not in method.needs and config.reference.moves:
         raise ConfigError(
@@ -125,8 +128,10 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     optimizer = MasterAdamW(
         [*model.named_parameters(), *beside],
         dtype=dtype,
+        kind=how.optimizer,
         betas=(how.adam_beta1, how.adam_beta2),
         eps=how.adam_eps,
+        momentum=how.momentum,
         weight_decay=how.weight_decay,
         rate_of=lambda name: config.lora.lr_ratio if config.lora is not None and is_b_matrix(name) else 1.0,
     )
