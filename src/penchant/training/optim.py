@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from penchant.base.lanes import side_by_side
+<<<<<<< HEAD
 from penchant.models.load import bitsandbytes
+=======
+from penchant.distributed.shard import full, is_sharded, local
+>>>>>>> main
 
 _NORM_ELEMENTS = 1 << 22  # numbers of a gradient that one thread takes at a time
 _HIDDEN = re.compile(r"\.\d+\.")  # names of what is in a numbered layer: not the embedding, nor a head
@@ -114,12 +118,12 @@ class MasterAdamW:
                 return torch.optim.SGD(of, lr=0.0, momentum=0.9 if momentum is None else momentum)
             if kind == "adafactor":
                 return torch.optim.Adafactor(of, lr=0.0)
+            adam: Any = torch.optim.AdamW
             if kind in _EIGHT_BIT:
-                eight_bit: type[torch.optim.Optimizer] = getattr(
-                    bitsandbytes("train.optimizer", kind).optim, _EIGHT_BIT[kind]
-                )
-                return eight_bit(of, lr=0.0, betas=betas, eps=eps)
-            return torch.optim.AdamW(of, betas=betas, eps=eps, lr=0.0, fused=True)
+                adam = getattr(bitsandbytes("train.optimizer", kind).optim, _EIGHT_BIT[kind])
+            more = {"fused": True} if adam is torch.optim.AdamW else {}
+            made_of: torch.optim.Optimizer = adam(of, lr=0.0, betas=betas, eps=eps, **more)
+            return made_of
 
         self.parts = [made(hidden) for hidden in groups]
 
@@ -129,7 +133,7 @@ class MasterAdamW:
         norm = _norm(grads)
         # the CPU looks first and spares itself a pass; a GPU would be waited for
         if max_norm is not None and (norm.device.type != "cpu" or bool(norm > max_norm)):
-            torch._foreach_mul_(grads, (max_norm / norm).clamp(max=1.0))
+            torch._foreach_mul_([local(g) for g in grads], (max_norm / norm).clamp(max=1.0))
         return norm
 
     def step(self, lr: float) -> None:
@@ -203,8 +207,8 @@ def _restore(part: Any, at: tuple[int, int], master: Tensor, stored: Mapping[str
 
 def _norm(grads: Sequence[Tensor]) -> Tensor:
     """L2 norm of all; on a CPU in parts that do not depend on its threads, so that its bits do not either."""
-    if not grads or grads[0].device.type != "cpu":
-        return torch.nn.utils.get_total_norm(grads)
+    if not grads or grads[0].device.type != "cpu" or is_sharded(grads[0]):
+        return full(torch.nn.utils.get_total_norm(grads))
     parts = [part for g in grads for part in g.reshape(-1).split(_NORM_ELEMENTS)]
     return torch.linalg.vector_norm(torch.stack(list(side_by_side(torch.linalg.vector_norm, parts, most=len(parts)))))
 
