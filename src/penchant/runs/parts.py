@@ -35,8 +35,12 @@ from penchant.logprobs.reference import (
 )
 from penchant.models.load import (
     add_lora,
+<<<<<<< HEAD
+    bitsandbytes,
+=======
     backbone_of,
     base_model_of,
+>>>>>>> main
     cast_parameters,
     config_sha256,
     cpu_has_bf16,
@@ -104,6 +108,8 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     """
     method, train = config.method, config.train
     device, dtype = placed(config)
+    if train.optimizer.endswith("_8bit"):
+        bitsandbytes("train.optimizer", train.optimizer)  # before a model is read
     kind = reference_kind(config) if "reference" in method.needs else None
     if "reference" not in method.needs and config.reference.moves:
         raise ConfigError(
@@ -130,9 +136,15 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     how = train.model_copy(update=dict(method.optimizer))
     optimizer = MasterAdamW(
         [*model.named_parameters(), *beside],
+<<<<<<< HEAD
+        dtype=dtype,
+        kind=how.optimizer,
+=======
         dtype=torch.promote_types(dtype, torch.float32) if current().many else dtype,
+>>>>>>> main
         betas=(how.adam_beta1, how.adam_beta2),
         eps=how.adam_eps,
+        momentum=how.momentum,
         weight_decay=how.weight_decay,
         rate_of=lambda name: config.lora.lr_ratio if config.lora is not None and is_b_matrix(name) else 1.0,
     )
