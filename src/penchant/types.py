@@ -41,12 +41,14 @@ class Completion:
 class PromptTree:
     """One prompt with k completions: k=1 is SFT or a thumb, k=2 a preference pair (chosen first), k=n a ranking.
 
-    `source` is where the row came from (``"train.jsonl:118"``), for messages.
+    `source` is where the row came from (``"train.jsonl:118"``), for messages; `columns` is what else the row holds, by column, where a
+    reward asks for it.
     """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
     source: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 # --------------------------------------------------------------------------------------------------------------------

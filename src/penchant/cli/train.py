@@ -85,6 +85,7 @@ def _launch(args: argparse.Namespace, config: Any) -> int:
 
 
 def _held_out_line(metrics: Any) -> str:
+    from penchant.base.text import counted
     from penchant.metrics.names import figure_text
 
     parts = []
@@ -99,4 +100,4 @@ def _held_out_line(metrics: Any) -> str:
     ):
         if name in metrics and not (name == "eval/loss" and "eval/reward" in metrics):
             parts.append(f"{label} {figure_text(metrics, name)}")
-    return ", ".join(parts) + f" ({metrics['eval/rows']} held-out rows)"
+    return ", ".join(parts) + f" ({counted(metrics['eval/rows'], 'held-out row')})"

@@ -19,7 +19,7 @@ from penchant.errors import ConfigError
 from penchant.losses.section import LossConfig, LossModifiers
 from penchant.metrics.flags.rule import TrustConfig
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
-from penchant.rewards.builtin import BUILT_IN, RULES, RewardConfig
+from penchant.rewards.builtin import RewardConfig, kind_of
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
 BOTH = "loss and algorithm are both set; keep one: an algorithm uses no loss of this section"
@@ -53,7 +53,7 @@ class RunConfig(Section):
     algorithm: AlgorithmConfig | None = None
     reward: RewardConfig | None = Field(
         None,
-        description="for an online method: sentiment, words:20-60, matches:REGEX, path.py:function, a reward model's folder, or a mapping from these to weights",
+        description="for an online method: one of docs/rewards.md by name, path.py:function, a reward model's folder, a list of these, or a mapping from these to weights",
     )
     reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
@@ -153,7 +153,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     def absolute_reward(name: str) -> str:
         path, colon, function = name.rpartition(":")
-        if name in BUILT_IN or name.partition(":")[0] in RULES:
+        if kind_of(name) is not None:
             return name
         return f"{absolute(path)}:{function}" if colon else str(absolute(name))
 

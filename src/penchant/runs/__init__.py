@@ -48,7 +48,7 @@ from penchant.runfolder import (
 )
 from penchant.runfolder.read import read
 from penchant.runfolder.values import mapping, number_of
-from penchant.runs.evaluating import HeldOut, prompts_of, writes_completions
+from penchant.runs.evaluating import START_LOSSES, HeldOut, prompts_of, writes_completions
 from penchant.runs.find import with_model_folders
 from penchant.runs.parts import Built, build, checkpoint_bytes, peak_lr, placed, remarks, start_key, write_model
 from penchant.runs.record import (
@@ -215,11 +215,11 @@ class Run:
             self._look()
             self._opened()
             anew = latest_checkpoint(self.folder)[0] is None
-            start = self.folder / START_FILE
-            if anew:  # what another start wrote is not this one's
-                start.unlink(missing_ok=True)
-            elif not is_whole(start):
-                self.console.note(f"{start}: was changed after it was written, so it is left out")
+            for start in (self.folder / START_FILE, self.folder / START_LOSSES):
+                if anew:  # what another start wrote is not this one's
+                    start.unlink(missing_ok=True)
+                elif not is_whole(start):
+                    self.console.note(f"{start}: was changed after it was written, so it is left out")
             for remark in remarks(self.config, rows):
                 self.console.note(remark)
             known = None if anew else self._known_manifest()

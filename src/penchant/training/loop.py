@@ -138,7 +138,7 @@ class Loop:
                 seconds = time.perf_counter() - started
                 speed = _speed(step + 1, seconds, tokens, trees, self.device)
                 perf.write(speed)
-                self.console.step(step + 1, total, {**line, **speed})
+                self.console.step(step + 1, total, {**line, **speed, "rows": trees})
                 self._after_step(metrics, schedule, total)
                 self.watched("step")
         return self.state
@@ -482,6 +482,12 @@ class Loop:
         if self.world.leads:
             prune(self.folder, self.checkpoint.keep_last, best if self.checkpoint.keep_best else None)
 
+    def _done(self) -> str:
+        return (
+            f"{self.folder} is finished already, at step {self.state.step:,}: nothing is trained. To train its model further, "
+            f"set model.path={self.folder} and another output"
+        )
+
     def _resume(self, metrics: MetricsLog) -> bool:
         path, warnings = self.world.share(latest_checkpoint(self.folder))
         for warning in warnings:
@@ -493,7 +499,7 @@ class Loop:
         self.algorithm.load_state_tensors(algorithm_state(tensors))
         metrics.truncate(int(state["metrics_offset"]), state.get("metrics_sha256"))
         self.state = RunState(**{f.name: state[f.name] for f in fields(RunState)})
-        self.console.note(f"resumed from {path.name}")
+        self.console.note(f"resumed from {path.name}" if self.state.step < self.schedule.total_steps else self._done())
         return True
 
 
