@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from penchant.base.lanes import side_by_side
+from penchant.distributed.shard import full, is_sharded, local
 
 _NORM_ELEMENTS = 1 << 22  # numbers of a gradient that one thread takes at a time
 
@@ -83,7 +84,7 @@ class MasterAdamW:
         norm = _norm(grads)
         # the CPU looks first and spares itself a pass; a GPU would be waited for
         if max_norm is not None and (norm.device.type != "cpu" or bool(norm > max_norm)):
-            torch._foreach_mul_(grads, (max_norm / norm).clamp(max=1.0))
+            torch._foreach_mul_([local(g) for g in grads], (max_norm / norm).clamp(max=1.0))
         return norm
 
     def step(self, lr: float) -> None:
@@ -136,8 +137,8 @@ class MasterAdamW:
 
 def _norm(grads: Sequence[Tensor]) -> Tensor:
     """L2 norm of all; on a CPU in parts that do not depend on its threads, so that its bits do not either."""
-    if not grads or grads[0].device.type != "cpu":
-        return torch.nn.utils.get_total_norm(grads)
+    if not grads or grads[0].device.type != "cpu" or is_sharded(grads[0]):
+        return full(torch.nn.utils.get_total_norm(grads))
     parts = [part for g in grads for part in g.reshape(-1).split(_NORM_ELEMENTS)]
     return torch.linalg.vector_norm(torch.stack(list(side_by_side(torch.linalg.vector_norm, parts, most=len(parts)))))
 
