@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import inspect
 import itertools
 import json
@@ -58,6 +59,21 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "mps":
         return torch.float32
     return torch.bfloat16 if cpu_has_bf16() else torch.float32
+
+
+def bitsandbytes(key: str, value: str) -> Any:
+    """The library of 8-bit and 4-bit numbers, which is an extra.
+
+    Args:
+        key, value: of the config that asks for it.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ConfigError(key, f"{value} needs bitsandbytes", "pip install 'penchant[bnb]'") from error
 
 
 def cpu_has_bf16() -> bool:

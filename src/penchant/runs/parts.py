@@ -37,6 +37,7 @@ from penchant.models.load import (
     add_lora,
     backbone_of,
     base_model_of,
+    bitsandbytes,
     cast_parameters,
     config_sha256,
     cpu_has_bf16,
@@ -104,6 +105,14 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     """
     method, train = config.method, config.train
     device, dtype = placed(config)
+    if train.optimizer.endswith("_8bit"):
+        bitsandbytes("train.optimizer", train.optimizer)  # before a model is read
+    if current().many and train.optimizer not in ("adamw", "sgd"):
+        raise ConfigError(
+            "train.optimizer",
+            f"{train.optimizer} does not know weights that are sharded",
+            "set train.optimizer=adamw, or run one process",
+        )
     kind = reference_kind(config) if "reference" in method.needs else None
     if "reference" not in method.needs and config.reference.moves:
         raise ConfigError(
@@ -131,8 +140,10 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     optimizer = MasterAdamW(
         [*model.named_parameters(), *beside],
         dtype=torch.promote_types(dtype, torch.float32) if current().many else dtype,
+        kind=how.optimizer,
         betas=(how.adam_beta1, how.adam_beta2),
         eps=how.adam_eps,
+        momentum=how.momentum,
         weight_decay=how.weight_decay,
         rate_of=lambda name: config.lora.lr_ratio if config.lora is not None and is_b_matrix(name) else 1.0,
     )
@@ -145,7 +156,7 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     # what it is compared with, what trains it
     built = Built(parts, optimizer, reference_kind=kind, router=_router(parts), _start=start)
     if config.lora is not None and not method.learns_reward:
-        built.start = (adapter_as_it_is if _starts_adapted(config) else adapter_off)(parts.scorer)
+        built.start = (adapter_as_it_is if starts_adapted(config) else adapter_off)(parts.scorer)
     if kind is not None:
         parts.reference = _reference(built, kind, rows, shared, console, cache)
     built.algorithm = method.build(parts)
@@ -396,7 +407,7 @@ def reference_kind(config: RunConfig) -> str:
 
 def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any, cache: bool) -> Reference:
     parts, cfg = built.parts, built.parts.config.reference
-    exact = not _starts_adapted(parts.config)  # in a copy an adapter is merged
+    exact = not starts_adapted(parts.config)  # in a copy an adapter is merged
     if cfg.moves:
         every, mixup = (cfg.sync_every, cfg.sync_mixup) if cfg.ema is None else (1, 1.0 - cfg.ema)
         return MovingReference(
@@ -419,7 +430,7 @@ def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any,
     return _cached(built, live, rows, shared, console)
 
 
-def _starts_adapted(config: RunConfig) -> bool:
+def starts_adapted(config: RunConfig) -> bool:
     """Whether the start is another model than the one under its adapter; DoRA's norms are rounded apart from their weights."""
     return config.model.adapter is not None or (config.lora is not None and config.lora.dora)
 
@@ -475,7 +486,7 @@ def _cached(built: Built, live: LiveReference, rows: Rows, shared: Alone, consol
 
 def with_adapter_sha256(config: RunConfig, weights: str) -> str:
     """What names the start's weights: SHA-256 of those under an adapter, and more where training starts from an adapter, or a DoRA one."""
-    if config.reference.path is not None or not _starts_adapted(config):
+    if config.reference.path is not None or not starts_adapted(config):
         return weights
     adapter, lora = config.model.adapter, config.lora
     return f"{weights} {lora.model_dump_json() if lora and adapter is None else model_sha256(Path(str(adapter)))}"
