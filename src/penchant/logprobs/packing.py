@@ -74,10 +74,12 @@ def choose_packing(model: Any, requested: str, kernels: str, attention: str = "a
     if scorer.fast and not _fast_is_right(scorer):
         scorer = replace(scorer, kernels="off", _fast=None)
     if found.packing == "shared":
-        reason = "prompts are shared"
+        reason = "a prompt is computed once for all its answers"
     elif by_config != "padded":
         reason = "the model's attention does not take the tree mask" if requested == "auto" else "as asked"
-    more = (", fast path" if scorer.fast else "") + (", the model's own head" if scorer.own_head else "")
+    more = ("; fast kernels for this model" if scorer.fast else "") + (
+        "; with the model's own head" if scorer.own_head else ""
+    )
     said = f"; attention: {scorer.attention}" + (f" ({why})" if why else "")
     return scorer, f"packing: {scorer.packing} ({reason}{more})" + (said if why or scorer.attention != "groups" else "")
 
