@@ -13,6 +13,7 @@ LAYERS = [
     {"penchant", "errors"},
     {"base"},
     {"requests", "types"},
+    {"distributed"},
     {"data", "losses", "models", "runfolder"},
     {"judges", "logprobs", "rollout", "training"},
     {"metrics", "rewards"},

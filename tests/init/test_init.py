@@ -104,7 +104,7 @@ def test_without_a_terminal_the_missing_flags_are_named(model: str) -> None:
     "kind,goal,said",
     [
         ("prompts", "dpo", "with these rows: ppo, rloo, grpo"),
-        ("pairs", "dqo", "'dqo' is not known"),
+        ("pairs", "dop", "'dop' is not known; did you mean \"dpo\"?"),
         ("text", "kto", "sft"),
     ],
 )
@@ -156,7 +156,7 @@ def test_the_questions_are_asked_with_their_defaults(tmp_path: Path, model: str)
     shown = screen.getvalue()
     assert (
         "no such file" in shown
-        and "40 rows, pairs: pairs" in shown
+        and "40 rows, pairs;" in shown
         and "Goal [dpo]" in shown
         and "'kpo' is not known" in shown
     )
@@ -286,7 +286,7 @@ def test_columns_of_ones_own(tmp_path: Path, model: str, capsys: pytest.CaptureF
     data, other = write_jsonl(tmp_path / "rows.jsonl", rows), write_jsonl(tmp_path / "other.jsonl", rows[:5])
     flags = ["--data", data, "--eval-data", other]
     assert main(["init", "--model", model, "--goal", "dpo", "--output", str(tmp_path / "run.yaml"), *flags]) == 2
-    assert "--column prompt=question" in capsys.readouterr().err
+    assert "--column prompt=q" in capsys.readouterr().err
     named = {"prompt": "q", "chosen": "plus\u2028", "rejected": "minus"}
     section = _init(tmp_path, model, *flags, *(f"--column={ours}={yours}" for ours, yours in named.items()))
     assert section.columns == named

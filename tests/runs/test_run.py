@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.algorithms.offline import Offline
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
+from penchant.report import headline
 from penchant.runs import Run
 from penchant.runs.sharing import Shared
 from penchant.training.loop import Loop
@@ -145,6 +147,27 @@ def test_sft_on_pairs_learns_the_chosen_answer(base: dict[str, Any]) -> None:
     result = api.train(base, quiet=True)
     assert result.after["eval/nll"] < result.before["eval/nll"] - 0.5
     assert result.after["eval/perplexity"] == pytest.approx(math.exp(result.after["eval/nll"]))
+
+
+def test_a_loss_is_compared_with_the_start_row_by_row(base: dict[str, Any]) -> None:
+    """What rows differ by anyway is no doubt about the change; where the start's losses were damaged, they are found anew."""
+    base["loss"] = {"name": "sft"}
+    base["train"] |= {"lr": 3e-5, "epochs": 2}
+    base["data"]["validation_rows"] = 12
+    result = api.train(base, "checkpoint.every=4", quiet=True)
+    before, after = result.before, result.after
+    low, high = after["eval/loss_change/ci"]
+    assert after["eval/loss_change"] == pytest.approx(after["eval/loss"] - before["eval/loss"], abs=1e-6)
+    assert low < high < 0 and after["eval/loss/ci"][0] < before["eval/loss/ci"][1]  # unpaired, nothing could be said
+    assert "better than the start" in headline(result.folder)
+    path = result.folder / "start.losses.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"1", b"2", 1))
+    for step in (result.folder / "checkpoints").iterdir():
+        if step.name != "step-4":
+            shutil.rmtree(step)
+    again = api.train(base, "checkpoint.every=4", quiet=True)
+    assert again.after["eval/loss_change/ci"] == pytest.approx([low, high], abs=1e-6)
 
 
 def test_sft_from_scratch_on_plain_text(base: dict[str, Any], tmp_path: Path) -> None:

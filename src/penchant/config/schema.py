@@ -14,6 +14,7 @@ from penchant.base.files import file_sha256
 from penchant.base.functions import imported_sha256, is_own, own_file
 from penchant.base.section import Section
 from penchant.data.options import DataConfig
+from penchant.distributed.options import LaunchConfig
 from penchant.errors import ConfigError
 from penchant.losses.section import LossConfig, LossModifiers
 from penchant.metrics.flags.rule import TrustConfig
@@ -22,7 +23,7 @@ from penchant.rewards.builtin import RewardConfig, kind_of
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
 BOTH = "loss and algorithm are both set; keep one: an algorithm uses no loss of this section"
-WATCHING_ONLY = ("output", "logging", "trust")  # sections that change nothing in what a run computes
+WATCHING_ONLY = ("output", "logging", "trust", "launch")  # sections that change nothing in what a run computes
 
 
 class EvaluationConfig(EvalConfig):
@@ -60,6 +61,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     trust: TrustConfig = TrustConfig()
+    launch: LaunchConfig = LaunchConfig()
     output: str = Field(description="the run's folder")
 
     @model_validator(mode="before")

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from penchant.base.files import YAML_BYTES, YAML_DEPTH, yaml_root
-from penchant.base.text import closest_file, one_line, short
+from penchant.base.text import closest, closest_file, one_line, short
 from penchant.errors import ConfigError
 from penchant.losses.section import LossModifiers
 
@@ -98,6 +98,15 @@ def place_of(path: tuple[str, ...], places: Mapping[tuple[str, ...], str], sourc
     return next(around, next(inside, source))
 
 
+DATA_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".gz", ".xlsx")
+RESOLVED = "config.resolved.yaml"  # in a run's folder
+
+
+def _data_file(path: Path) -> ConfigError:
+    how = f"write one for this file with `penchant init --data {path}`"
+    return ConfigError(str(path), "is a file of data, and what is wanted here is a config (YAML)", how)
+
+
 def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
     """The mapping that a YAML file holds, and where each of its keys stands: ``{key path: "file:line"}``.
 
@@ -108,16 +117,29 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
         ConfigError: no such file, not YAML, a key twice, or something other than a mapping.
     """
     path = Path(path)
+    if path.suffix.lower() in DATA_ENDINGS and path.is_file():
+        raise _data_file(path)
     try:
         with path.open("rb") as file:
             text = file.read(YAML_BYTES + 1).decode("utf-8-sig")
     except FileNotFoundError as error:
         near = closest_file(path, [p.name for p in path.parent.glob("*.y*ml")])
+        runs = {p.parent.name: str(p) for p in path.parent.glob(f"*/{RESOLVED}")}
+        run = runs.get(closest(path.name, runs, 0.7), "")
+        near = "" if run and not path.suffix else Path(near).name if near else ""
         raise ConfigError(
-            str(path), "no such file", f"did you mean {Path(near).name}?" if near else "give the path of a YAML config"
+            str(path),
+            "no such file",
+            f"did you mean {near or run}?" if near or run else "give the path of a YAML config",
         ) from error
+    except IsADirectoryError as error:
+        own = path / RESOLVED
+        how = f"its config is {own}" if own.is_file() else "give the YAML file of a config"
+        raise ConfigError(str(path), "is a folder", how) from error
     except (OSError, ValueError) as error:
         raise ConfigError(str(path), f"cannot be read ({error})", "give a UTF-8 YAML file") from error
+    if path.suffix.lower() == ".json" and not text.lstrip().startswith("{"):
+        raise _data_file(path)
     values, places = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__} at the top"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
+import shlex
 import tempfile
 from array import array
 from collections import Counter
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from penchant.base.files import write_text_atomically
-from penchant.base.text import closest, printable
+from penchant.base.text import closest, counted, printable
 from penchant.data.layouts import (
     LAYOUTS,
     Detection,
@@ -27,7 +29,7 @@ from penchant.data.layouts import (
     near_name,
     other_names,
 )
-from penchant.data.layouts.fields import opened
+from penchant.data.layouts.fields import finite, opened
 from penchant.data.read import BadRow, Bounds, Row, read_rows
 from penchant.errors import DataError
 from penchant.types import Prompt, PromptTree
@@ -531,13 +533,45 @@ def detected(
             f'the columns ({", ".join(there)}) are of no known shape; is "{theirs}" your "{ours}"?',
             f"{_map_it(ours, theirs)}, or name the layout with data.shape",
         )
+    if _looks_like_a_row(name, [r for r in first if isinstance(r, Row)]):
+        raise DataError(
+            name,
+            f"its first line is read as the names of its columns ({', '.join(there)}), and they look like a row",
+            "put a line with names in front, such as prompt,chosen,rejected or prompt,completion with this file's delimiter",
+        )
     raise DataError(
         name,
         f"the columns ({', '.join(there) or 'none'}) are of no known shape",
-        "map your columns, e.g. --column prompt=question --column chosen=good --column rejected=bad (in a config, "
-        "data.columns={prompt: question, chosen: good, rejected: bad}), or name the layout with data.shape (`penchant data "
-        "formats` lists them)",
+        f"{_example_of(rows)}, or name the layout with data.shape (`penchant data formats` lists them)",
     )
+
+
+def _texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns that hold texts in every row, in the file's order."""
+    some = [row for row in rows if row]
+    return [c for c in (some[0] if some else {}) if all(isinstance(r.get(c), str) and r[c].strip() for r in some)]
+
+
+def _example_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How columns are mapped, with this file's names where it has enough of them: they may stand for something else."""
+    texts = [printable(c)[:60] for c in _texts(rows)]
+    ours = ("prompt", "chosen", "rejected") if len(texts) > 2 else ("prompt", "completion")
+    theirs = texts if len(texts) > 1 else ["question", "good", "bad"]
+    ours = ours if len(texts) > 1 else ("prompt", "chosen", "rejected")
+    mapped = dict(zip(ours, theirs, strict=False))
+    options = " ".join(f"--column {k}={shlex.quote(v)}" for k, v in mapped.items())
+    return f"map your columns, e.g. {options} (in a config, data.columns={{{', '.join(f'{k}: {v}' for k, v in mapped.items())}}})"
+
+
+LONG_NAME = 30  # characters: a column's name is a word or a few
+
+
+def _looks_like_a_row(name: str, rows: Sequence[Row]) -> bool:
+    """Whether the first line of a table, which names the columns, holds what the lines behind it hold: sentences, numbers."""
+    if not re.search(r"\.(csv|tsv)\b", name) or not rows:
+        return False
+    columns = [str(c) for c in rows[0].values]
+    return any(len(c) > LONG_NAME or re.search(r"[.!?]$", c.strip()) or finite(c) is not None for c in columns)
 
 
 def fingerprint(trees: Iterable[PromptTree]) -> str:
@@ -589,7 +623,7 @@ def summary_of(shape: str, accepted: int, reasons: Counter[str], aside: int, exa
     """The same from counts."""
     shown = f" ({_counted(reasons)})" if reasons else ""
     more = f", {examples:,} examples" if examples != accepted else ""
-    return f"{accepted + aside:,} rows ({shape}) = {accepted:,} accepted + {aside:,} kept aside{shown}{more}"
+    return f"{counted(accepted + aside, 'row')} ({shape}) = {accepted:,} accepted + {aside:,} kept aside{shown}{more}"
 
 
 def _counted(reasons: Counter[str]) -> str:

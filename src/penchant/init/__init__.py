@@ -11,6 +11,7 @@ from typing import Any
 from penchant.algorithms.method import SMALL_MODEL, auto_lr
 from penchant.base.files import packaged_yaml
 from penchant.base.machine import machine_memory
+from penchant.base.text import counted, did_you_mean
 from penchant.config import config_from_mapping, load_config
 from penchant.config.yaml import dump_yaml
 from penchant.errors import ConfigError
@@ -191,7 +192,7 @@ def check_goal(goal: str, data: DataFacts, model: ModelFacts) -> Goal:
     """
     able = [g.name for g in fitting(data.kind) if not model.encoder or g.name == "reward"]
     if goal not in GOALS:
-        raise ConfigError("--goal", f"{goal!r} is not known", f"give one of {', '.join(GOALS)}")
+        raise ConfigError("--goal", f"{goal!r} is not known", did_you_mean(goal, GOALS))
     if model.encoder and goal != "reward":
         how = "give --goal reward, or a causal model"
         raise ConfigError("--goal", f"{model.path} is an encoder, which writes nothing", how)
@@ -209,7 +210,7 @@ def _wants_adapter(model: ModelFacts) -> bool:
 
 
 def _data(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | None) -> Lines:
-    keys: dict[str, tuple[Any, str]] = {"path": (data.path, f"{data.rows:,} rows, {data.layout}: {data.kind}")}
+    keys: dict[str, tuple[Any, str]] = {"path": (data.path, f"{counted(data.rows, 'row')}, {data.to_kind()}")}
     if held_out is not None:
         keys["eval_path"] = (held_out.path, f"{held_out.rows:,} rows that are not trained on")
     if data.columns:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from penchant.base.hub import NotReached
+from penchant.base.text import counted
 from penchant.data.load import Dataset, load_preferences, reasons_of, unused_of
 from penchant.data.read import Row, named_files, read_rows
 from penchant.data.tokenize import tokenize
@@ -54,11 +55,15 @@ class DataFacts:
     unused: str = ""
     answers: str | None = None
 
+    def to_kind(self) -> str:
+        """``layout: kind`` of the rows, once where both have one name."""
+        return self.layout if self.layout == self.kind else f"{self.layout}: {self.kind}"
+
     def to_text(self) -> str:
         aside = f", {self.aside:,} of them bad rows, kept aside and counted ({self.reasons})" if self.aside else ""
         unused = f"; columns that are not used: {self.unused}" if self.unused else ""
         return (
-            f"{self.rows:,} rows, {self.layout}: {self.kind}{aside}; prompt and answer: half have {self.longest[0]:,} or less, "
+            f"{counted(self.rows, 'row')}, {self.to_kind()}{aside}; prompt and answer: half have {self.longest[0]:,} or less, "
             f"95% {self.longest[1]:,}, longest {self.longest[3]:,} {self.unit}{unused}"
         )
 

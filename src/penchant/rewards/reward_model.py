@@ -312,6 +312,12 @@ def make_scorer(
 ) -> tuple[RewardScorer, str]:
     """The scorer that fits a reward model, and a sentence for the log."""
     if encoder:
+        if attention in ("varlen", "flex"):
+            raise ConfigError(
+                "model.attention",
+                f"{attention} is for packed rows of causal models, and this is an encoder",
+                "set model.attention=auto",
+            )
         scorer = EncoderRewards(model, pair_format(tokenizer))
         return scorer, f"packing: {scorer.packing}"
     causal, note = choose_packing(model, packing, kernels, attention)
@@ -462,14 +468,22 @@ class RewardModelParts:
         heads = [name for name in HEADS if hasattr(loaded.model, name)]
         return add_lora(loaded.model, self.lora, seed, task="SEQ_CLS", whole=sorted({*loaded.fresh, *heads}))
 
-    def save(self, model: Any, masters: Mapping[str, Tensor], folder: Path) -> None:
+    def save(
+        self,
+        model: Any,
+        masters: Mapping[str, Tensor],
+        folder: Path,
+        sharded: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write the model; the last two as for `save_reward_model`."""
         settings = {
             "template": self.data.template,
             **({"template_options": self.data.template_options} if self.data.template_options else {}),
             "max_length": self.max_length,
             "add_eos": self.data.add_eos and self.tokenizer.eos_token_id is not None,
         }
-        save_reward_model(model, self.tokenizer, folder, masters, settings)
+        save_reward_model(model, self.tokenizer, folder, masters, settings, sharded, dtype)
 
     def encoder_lr(self, parameters: int) -> float:
         """Peak learning rate of a whole encoder where the config says auto; small ones take larger steps."""
