@@ -196,7 +196,7 @@ class GroupPolicyGradient(OnPolicy):
         score_groups(groups, passes, self.scorer, self.tokens_per_step, self.side_by_side)
         for g in groups:
             drift = g.extras["old"] - g.extras["ref"]
-            g.extras["kl"] = torch.stack([d.sum() for d in drift.split(_lengths(g))]).double()
+            g.extras["kl"] = _sums(drift, g).double()
         keep = kept(groups, cfg.overlong_filter)
         if cfg.name == "reinforce_pp":
             self._normalize_over_the_batch(groups, keep)

@@ -34,7 +34,8 @@ class OnlineConfig(AlgorithmConfig):
     )
     top_k: int = Field(0, ge=0, le=10**9, description="sample from this many of the likeliest tokens; 0: all")
     beta: float | Literal["auto"] = Field(
-        "auto", description="weight of the KL to the reference; auto: 0.05 (rloo), 0.04 (grpo), 0.1 (online_dpo)"
+        "auto",
+        description="weight of the KL to the reference; auto: 0.05 (rloo, ppo), 0.04 (grpo), 0.01 (reinforce_pp), 0.1 (online_dpo), 0 (others)",
     )
     epochs: int = Field(1, ge=1, le=10_000, description="passes over each batch of rollouts")
     minibatches: int = Field(1, ge=1, le=10_000, description="optimizer steps in each pass")
@@ -44,11 +45,12 @@ class OnlineConfig(AlgorithmConfig):
         None, gt=1, description="a negative advantage's loss is at most this times its size (dual clip); null: no limit"
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="grpo: which standard deviation rewards are divided by; none: Dr. GRPO"
+        "group",
+        description="which standard deviation rewards are divided by, of all but rloo and reinforce_pp; none: Dr. GRPO",
     )
     loss_mean: Literal["sequence", "token", "constant"] = Field(
         "sequence",
-        description="grpo: average over each completion's tokens, over all tokens (DAPO), or divide by a constant",
+        description="all but rloo: average over each completion's tokens, over all tokens (DAPO), or divide by a constant",
     )
     missing_eos_penalty: float = Field(0.0, ge=0, description="taken off the reward of a completion that did not end")
 
