@@ -312,6 +312,12 @@ def make_scorer(
 ) -> tuple[RewardScorer, str]:
     """The scorer that fits a reward model, and a sentence for the log."""
     if encoder:
+        if attention in ("varlen", "flex"):
+            raise ConfigError(
+                "model.attention",
+                f"{attention} is for packed rows of causal models, and this is an encoder",
+                "set model.attention=auto",
+            )
         scorer = EncoderRewards(model, pair_format(tokenizer))
         return scorer, f"packing: {scorer.packing}"
     causal, note = choose_packing(model, packing, kernels, attention)

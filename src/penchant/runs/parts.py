@@ -162,7 +162,7 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     # what it is compared with, what trains it
     built = Built(parts, optimizer, reference_kind=kind, router=_router(parts), _start=start)
     if config.lora is not None and not method.learns_reward:
-        built.start = (adapter_as_it_is if _starts_adapted(config) else adapter_off)(parts.scorer)
+        built.start = (adapter_as_it_is if starts_adapted(config) else adapter_off)(parts.scorer)
     if kind is not None:
         parts.reference = _reference(built, kind, rows, shared, console, cache)
     built.algorithm = method.build(parts)
@@ -423,7 +423,7 @@ def reference_kind(config: RunConfig) -> str:
 def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any, cache: bool) -> Reference:
     parts, cfg = built.parts, built.parts.config.reference
     # in a copy an adapter is merged, and few bits are dequantized
-    exact = not _starts_adapted(parts.config) and parts.config.model.quantize == "none"
+    exact = not starts_adapted(parts.config) and parts.config.model.quantize == "none"
     if cfg.moves:
         every, mixup = (cfg.sync_every, cfg.sync_mixup) if cfg.ema is None else (1, 1.0 - cfg.ema)
         return MovingReference(
@@ -446,7 +446,7 @@ def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any,
     return _cached(built, live, rows, shared, console)
 
 
-def _starts_adapted(config: RunConfig) -> bool:
+def starts_adapted(config: RunConfig) -> bool:
     """Whether the start is another model than the one under its adapter; DoRA's norms are rounded apart from their weights."""
     return config.model.adapter is not None or (config.lora is not None and config.lora.dora)
 
@@ -504,7 +504,7 @@ def _cached(built: Built, live: LiveReference, rows: Rows, shared: Alone, consol
 
 def with_adapter_sha256(config: RunConfig, weights: str) -> str:
     """What names the start's weights: SHA-256 of those under an adapter, and more where training starts from an adapter, or a DoRA one."""
-    if config.reference.path is not None or not _starts_adapted(config):
+    if config.reference.path is not None or not starts_adapted(config):
         return weights
     adapter, lora = config.model.adapter, config.lora
     return f"{weights} {lora.model_dump_json() if lora and adapter is None else model_sha256(Path(str(adapter)))}"
