@@ -26,6 +26,7 @@ import torch
 
 VOCAB = 131
 PROMPT, COMPLETIONS = 13, (9, 6, 1)
+LARGEST = 4e7  # parameters
 CLOSE = 1e-4  # nats, of a completion's log-prob
 
 _SIZES: dict[str, Any] = {
@@ -35,6 +36,7 @@ _SIZES: dict[str, Any] = {
     "global_head_dim": 8,
     "num_kv_shared_layers": 0,
     "hidden_size": 32,
+    "hidden_size_global": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -126,11 +128,44 @@ _SIZES: dict[str, Any] = {
 }
 
 _OWN: dict[str, dict[str, Any]] = {  # what single families want besides
+    "cohere_compass_text": {
+        "rope_parameters": {
+            k: {"rope_type": "default", "rope_theta": 1e4} for k in ("full_attention", "sliding_attention")
+        }
+    },
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_hidden_layers": 4, "attention_hidden_size": 64},
+    "zaya": {"num_experts_per_tok": 1},
+    "dots3_note": {
+        "vision_config": {"mlp_layer_types": ["dense"], "adapter_in_dim": 16, "adapter_out_dim": 32},
+        "audio_config": {
+            "d_model": 16,
+            "encoder_layers": 1,
+            "encoder_ffn_dim": 24,
+            "encoder_attention_heads": 2,
+            "adapter_out_dim": 32,
+        },
+    },
     "gemma3": {"final_logit_softcapping": None},  # transformers' model with images forgets the cap
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
     "mamba2": {"head_dim": 16, "n_groups": 1},
     "nemotron_h": {"mamba_n_groups": 1, "n_groups": 1},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
+}
+
+NOT_BUILT = {  # of which no tiny model can be made, and why
+    "emu3": "`AutoModelForCausalLM` of transformers does not take its config",
+    "gemma3n": "its tower of images needs the package timm (its text model, gemma3n_text, is above)",
+    "gemma4_assistant": "a draft model, which reads another model's keys and values",
+    "gemma4_unified_assistant": "a draft model, which reads another model's keys and values",
+    "mllama": "`AutoModelForCausalLM` of transformers does not take its config",
+    "musicgen": "writes sound; `AutoModelForCausalLM` of transformers does not take its config",
+    "musicgen_melody": "writes sound; `AutoModelForCausalLM` of transformers does not take its config",
 }
 
 _IMAGES = {
@@ -157,10 +192,46 @@ def tiny_config(kind: str) -> Any:
 
     family = CONFIG_MAPPING[kind]
     own = _OWN.get(kind, {})
+    try:
+        config = _by_names(family, own)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in _auto().from_config(config).parameters())
+        if size <= LARGEST:
+            return config
+    except Exception as error:  # whatever a config or model that lacks something raises
+        config = error
+    try:
+        return family(**_shrunk(family()) | own)
+    except Exception:
+        if isinstance(config, Exception):
+            raise config from None
+        return config
+
+
+def _by_names(family: Any, own: dict[str, Any]) -> Any:
+    """A config of a family with every size small that its class takes."""
     if "text_config" in family.sub_configs:
         parts = {k: v for k, v in _VISION.items() if k in family.sub_configs}
-        return family(text_config=_sizes(family.sub_configs["text_config"]) | own, **parts)
+        parts |= {k: (parts[k] or {}) | own[k] for k in parts if k in own}
+        text = {k: v for k, v in own.items() if k not in parts}
+        return family(text_config=_sizes(family.sub_configs["text_config"]) | text, **parts)
     return family(**_sizes(family) | own)
+
+
+def _shrunk(config: Any) -> dict[str, Any]:
+    """What makes a default config small, with the configs in it, and with one layer of each kind that it has."""
+    small = _sizes(type(config))
+    if "vision" in config.model_type or "audio" in config.model_type:
+        small |= {k: v for k, v in _IMAGES.items() if hasattr(config, k)}
+    for name, value in vars(config).items():
+        if hasattr(value, "model_type"):
+            small[name] = _shrunk(value) | {"model_type": value.model_type}
+        elif name in ("layer_types", "layers_block_type") and value:
+            small[name] = list(dict.fromkeys(value)) * (2 if len(set(value)) == 1 else 1)
+            small["num_hidden_layers"] = len(small[name])
+        elif name == "per_layer_config":
+            small[name] = {}
+    return small
 
 
 def _sizes(family: Any) -> dict[str, Any]:
@@ -199,7 +270,7 @@ def judge(kind: str) -> Verdict:
     try:
         with torch.device("meta"):
             size = sum(p.numel() for p in _auto().from_config(tiny_config(kind)).parameters())
-        if size > 4e7:
+        if size > LARGEST:
             return Verdict(kind, "unbuilt", f"{size:,} parameters at the least")
         model = tiny_model(kind)
     except Exception as error:
@@ -312,6 +383,9 @@ def page(verdicts: list[Verdict]) -> str:
         if way == "refused" and members:
             lines += ["| architecture | why |", "|---|---|"]
             lines += [f"| {v.kind} | {v.note.removeprefix('MODEL: ').split('; ')[0]} |" for v in members] + [""]
+        elif way == "unbuilt" and members:
+            lines += ["| architecture | why |", "|---|---|"]
+            lines += [f"| {v.kind} | {NOT_BUILT.get(v.kind, v.note)} |" for v in members] + [""]
         elif members:
             lines += [", ".join(v.kind for v in members), ""]
     return "\n".join(lines)

@@ -173,3 +173,22 @@ def test_a_text_that_looks_like_another_kind_is_written_as_text(tmp_path: Path, 
 def test_max_length_auto_is_the_default(tmp_path: Path) -> None:
     data = _load(tmp_path, BASE, "data.max_length=auto").data
     assert data.max_length == 1024 and "max_length" not in data.model_fields_set
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.json", "rows.jsonl.gz"])
+def test_data_in_place_of_a_config_leads_to_init(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('[{"prompt": "p", "chosen": "c", "rejected": "r"}]\n')
+    with pytest.raises(ConfigError, match=r"is a file of data.*penchant init --data .*" + name):
+        load_config(tmp_path / name)
+
+
+def test_a_runs_folder_in_place_of_a_config_leads_to_its_config(tmp_path: Path) -> None:
+    own = tmp_path / "dpo" / "config.resolved.yaml"
+    own.parent.mkdir()
+    own.write_text(BASE)
+    for name in ("dpo", "dpoo"):
+        with pytest.raises(ConfigError, match=r"dpo/config\.resolved\.yaml"):
+            load_config(tmp_path / name)
+    (tmp_path / "runn.yaml").write_text(BASE)
+    with pytest.raises(ConfigError, match=r"did you mean runn\.yaml"):
+        load_config(tmp_path / "run.yaml")

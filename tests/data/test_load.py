@@ -215,3 +215,27 @@ def test_half_of_a_surrogate_pair_is_a_bad_row(tmp_path: Path, row: str) -> None
     assert not tokenize(kept, tiny_tokenizer()).quarantined
     written = write_quarantine(kept.quarantined, tmp_path, "train")
     assert written is not None and json.loads(written.read_text())["row"] == json.loads(row)
+
+
+def test_the_way_to_map_columns_uses_the_files_own_names() -> None:
+    with pytest.raises(
+        DataError, match=r"--column prompt=frage --column chosen='gute antwort' --column rejected=schlechte"
+    ):
+        from_rows([{"frage": "p", "nr": 1, "gute antwort": "c", "schlechte": "r"}])
+    with pytest.raises(DataError, match=r"--column prompt=frage --column completion=antwort \("):
+        from_rows([{"frage": "p", "antwort": "c"}])
+
+
+@pytest.mark.parametrize(
+    "first", ["How do I boil an egg?\tIn hot water.\tNo idea.", "Tell me a joke\tsure\t0.25", "b\tc\td" + "e" * 40]
+)
+def test_a_table_without_a_header_is_told_so(first: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.tsv"
+    path.write_text(f"{first}\nHow do I fry it?\tIn a pan.\tNo.\n")
+    with pytest.raises(
+        DataError, match=r"first line is read as the names of its columns .* put a line with names in front"
+    ):
+        load_preferences(str(path))
+    path.write_text("frage\tgut\tschlecht\nHow do I fry it?\tIn a pan.\tNo.\n")
+    with pytest.raises(DataError, match="of no known shape"):
+        load_preferences(str(path))

@@ -382,7 +382,7 @@ def test_columns_and_detection(tmp_path: Path, capsys: pytest.CaptureFixture[str
     write(tmp_path / "x.jsonl", [{"q": f"question {i}", "plus": "a", "minus": "b"} for i in range(3)])
     arguments = ["data", "get", "mine", "--from", str(tmp_path / "x.jsonl"), "--output", str(tmp_path / "out")]
     assert main(arguments) == 2
-    assert "(minus, plus, q); map your columns" in capsys.readouterr().err
+    assert "(minus, plus, q) are of no known shape; map your columns" in capsys.readouterr().err
     assert main([*arguments, "--columns", "prompt=q", "chosen=plus", "rejected=minus"]) == 0
     said = capsys.readouterr()
     assert "layout pairs (columns chosen, rejected" in said.err and "override with --layout" in said.err
@@ -645,3 +645,12 @@ def test_names_from_outside_cannot_write_to_the_terminal(tmp_path: Path, capsys:
     )
     said = capsys.readouterr()
     assert "\x1b" not in said.out + said.err and "\\x1b[31m" in said.err
+
+
+def test_other_names_of_columns_are_adopted(tmp_path: Path) -> None:
+    """As in training: a question and its answer are a prompt and a completion."""
+    write(tmp_path / "in/rows.jsonl", [{"question": f"What is {i}?", "answer": f"{i} is a number."} for i in range(6)])
+    result = get("own/rows", tmp_path / "in", tmp_path / "out")
+    assert result is not None and {r["prompt"] for r in all_rows(tmp_path / "out")} == {
+        f"What is {i}?" for i in range(6)
+    }

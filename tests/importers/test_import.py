@@ -415,3 +415,11 @@ def test_a_comment_stands_once(tmp_path: Path) -> None:
     path.write_text("model_name_or_path: a/b\nuse_peft: true\nlora_r: 8\ndo_train: true\ntrust_remote_code: true\n")
     made = import_config(path, "trl", "dpo", overrides=["data.path=x.jsonl"])
     assert made.yaml.count("use_peft: True") == 1 and made.unsupported == 0
+
+
+def test_nothing_held_out_is_said(tmp_path: Path) -> None:
+    """In the account and in the config; with rows held out there is nothing to say."""
+    name = next(n for n in FIXTURES if n.startswith("lf_"))
+    for overrides, said in ((), True), (("data.validation_rows=10",), False):
+        imported, _ = _import(tmp_path, name, *overrides, val_size=0)
+        assert ("no rows are held out" in imported.text) is said and ("no rows are held out" in imported.yaml) is said

@@ -104,7 +104,7 @@ def test_without_a_terminal_the_missing_flags_are_named(model: str) -> None:
     "kind,goal,said",
     [
         ("prompts", "dpo", "with these rows: ppo, rloo, grpo"),
-        ("pairs", "dqo", "'dqo' is not known"),
+        ("pairs", "dop", "'dop' is not known; did you mean \"dpo\"?"),
         ("text", "kto", "sft"),
     ],
 )
@@ -156,7 +156,7 @@ def test_the_questions_are_asked_with_their_defaults(tmp_path: Path, model: str)
     shown = screen.getvalue()
     assert (
         "no such file" in shown
-        and "40 rows, pairs: pairs" in shown
+        and "40 rows, pairs;" in shown
         and "Goal [dpo]" in shown
         and "'kpo' is not known" in shown
     )
@@ -286,7 +286,7 @@ def test_columns_of_ones_own(tmp_path: Path, model: str, capsys: pytest.CaptureF
     data, other = write_jsonl(tmp_path / "rows.jsonl", rows), write_jsonl(tmp_path / "other.jsonl", rows[:5])
     flags = ["--data", data, "--eval-data", other]
     assert main(["init", "--model", model, "--goal", "dpo", "--output", str(tmp_path / "run.yaml"), *flags]) == 2
-    assert "--column prompt=question" in capsys.readouterr().err
+    assert "--column prompt=q" in capsys.readouterr().err
     named = {"prompt": "q", "chosen": "plus\u2028", "rejected": "minus"}
     section = _init(tmp_path, model, *flags, *(f"--column={ours}={yours}" for ours, yours in named.items()))
     assert section.columns == named
@@ -326,3 +326,15 @@ def test_a_mistyped_model_is_met_before_the_data_is_read(tmp_path: Path, model: 
     with pytest.raises(ModelError, match="no such folder; did you mean"):
         answers(Asker(io.StringIO(), screen, terminal=False), data, wrong, "dpo")
     assert not screen.getvalue()
+
+
+def test_rows_with_answers_are_checked_by_them(tmp_path: Path, model: str) -> None:
+    """Also where the answers are numbers, which no demonstration is; what is written reads back."""
+    for name, rows in (
+        ("texts", [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(9)]),
+        ("numbers", [{"question": f"{i}+1=", "answer": i + 1} for i in range(9)]),
+    ):
+        data = look_at_data(write_jsonl(tmp_path / f"{name}.jsonl", rows), model)
+        start = propose(data, look_at_model(model), "grpo")
+        assert data.rows == 9 and start.sections["reward"].keys() == {"accuracy"}
+        assert load_config(write_config(start, tmp_path / f"{name}.yaml")).reward is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.algorithms.offline import Offline
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
+from penchant.report import headline
 from penchant.runs import Run
 from penchant.runs.sharing import Shared
 from penchant.training.loop import Loop
@@ -147,6 +149,27 @@ def test_sft_on_pairs_learns_the_chosen_answer(base: dict[str, Any]) -> None:
     assert result.after["eval/perplexity"] == pytest.approx(math.exp(result.after["eval/nll"]))
 
 
+def test_a_loss_is_compared_with_the_start_row_by_row(base: dict[str, Any]) -> None:
+    """What rows differ by anyway is no doubt about the change; where the start's losses were damaged, they are found anew."""
+    base["loss"] = {"name": "sft"}
+    base["train"] |= {"lr": 3e-5, "epochs": 2}
+    base["data"]["validation_rows"] = 12
+    result = api.train(base, "checkpoint.every=4", quiet=True)
+    before, after = result.before, result.after
+    low, high = after["eval/loss_change/ci"]
+    assert after["eval/loss_change"] == pytest.approx(after["eval/loss"] - before["eval/loss"], abs=1e-6)
+    assert low < high < 0 and after["eval/loss/ci"][0] < before["eval/loss/ci"][1]  # unpaired, nothing could be said
+    assert "better than the start" in headline(result.folder)
+    path = result.folder / "start.losses.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"1", b"2", 1))
+    for step in (result.folder / "checkpoints").iterdir():
+        if step.name != "step-4":
+            shutil.rmtree(step)
+    again = api.train(base, "checkpoint.every=4", quiet=True)
+    assert again.after["eval/loss_change/ci"] == pytest.approx([low, high], abs=1e-6)
+
+
 def test_sft_from_scratch_on_plain_text(base: dict[str, Any], tmp_path: Path) -> None:
     base["data"] = {
         "path": write_jsonl(
@@ -165,6 +188,7 @@ def test_a_new_learning_rate_or_folder_reuses_the_cache_but_a_new_token_or_templ
     base: dict[str, Any], tmp_path: Path
 ) -> None:
     base["train"]["max_steps"] = 1
+    base["evaluation"] = {"samples": 0, "kl_prompts": 0}
     cache = tmp_path / "cache" / "reference"
 
     def caches_after(*overrides: str) -> int:
@@ -190,7 +214,7 @@ def test_a_new_learning_rate_or_folder_reuses_the_cache_but_a_new_token_or_templ
 
 def test_kill_9_then_the_same_command_ends_bit_for_bit_the_same(base: dict[str, Any], tmp_path: Path) -> None:
     """The real thing: a process killed at an arbitrary moment."""
-    base["train"] |= {"epochs": 4, "batch_size": 3}
+    base["train"] |= {"epochs": 3, "batch_size": 3}
     base["checkpoint"] = {"every": 3}
     base["evaluation"] |= {"every": 5}
     whole = api.train(base, quiet=True)
@@ -374,7 +398,7 @@ def test_prompts_of_files_with_one_name_are_told_apart_or_not_at_all(base: dict[
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "x.jsonl", rows)
     base["data"] = {"path": str(tmp_path / "a/x.jsonl"), "eval_path": str(tmp_path / "b/x.jsonl")}
-    prompts = Run(api.as_config(base), quiet=True).rows.prompts
-    first, *others = prompts.values()
+    prompts = Run(api.as_config(base), quiet=True).rows.asked
+    first, *others = (row and row.prompt for row in prompts.values())
     assert list(prompts) == [f"x.jsonl:{i}" for i in (1, 2, 3)]
     assert first == polite_rows()[0]["prompt"] and others == [None, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import signal
@@ -21,7 +22,7 @@ from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference
 from penchant.losses import LOSSES
 from penchant.models.load import cast_parameters
-from penchant.training.console import QuietConsole
+from penchant.training.console import PlainConsole, QuietConsole, figures
 from penchant.training.loop import Interrupted, Loop
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
@@ -434,3 +435,19 @@ def test_floor_and_ceiling_stop_beyond_them_only(tmp_path: Path) -> None:
     ):
         with pytest.raises(TrainingStopped, match=said):
             loop._check_floor(3, means, [])
+
+
+def test_a_finished_run_says_so(tmp_path: Path) -> None:
+    """It trains nothing, so it does not say that it goes on; and how to go on is said."""
+    make_loop(tmp_path).run()
+    again, said = make_loop(tmp_path), io.StringIO()
+    again.console = PlainConsole(said)
+    again.run()
+    assert "finished already" in said.getvalue() and f"model.path={tmp_path}" in said.getvalue()
+    assert "resumed" not in said.getvalue()
+
+
+def test_an_accuracy_of_a_row_or_two_is_not_shown() -> None:
+    line = {"loss": 0.7, "rewards/accuracies": 0.0}
+    assert "acc" in figures({**line, "rows": 4}) and "acc" in figures(line)
+    assert figures({**line, "rows": 1}) == "loss 0.7000"

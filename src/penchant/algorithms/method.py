@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from pydantic import ConfigDict, Field
 
 from penchant.base.section import Section
-from penchant.types import Algorithm, Prompt, Scored, TokenTree
+from penchant.types import Algorithm, PromptTree, Scored, TokenTree
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +52,7 @@ class Parts:
 
     Args:
         config: the run's; device, dtype: of training.
-        tokenizer, prompts: the policy's, and every prompt as the data has it, by its row's source.
+        tokenizer, asked: the policy's, and every prompt as the data has it, with further columns, by its row's source.
         trees: (train, held out); mismatched: by row, its prompt with another prompt's completion (where the method needs z0).
         model: what is trained, cast to `dtype`; modules: what is trained beside it, by the prefix of its weights' names (PPO's value).
         engine: runs the model (a `RewardScorer` where a reward model is learned); reference: None where none is needed.
@@ -62,7 +62,7 @@ class Parts:
     device: torch.device
     dtype: torch.dtype
     tokenizer: Any
-    prompts: Callable[[], Mapping[str, Prompt | None]]
+    asked: Callable[[], Mapping[str, PromptTree | None]]
     trees: tuple[Sequence[TokenTree], Sequence[TokenTree]]
     mismatched: Mapping[int, TokenTree]
     model: Any
@@ -107,6 +107,9 @@ class EvaluationContext(Protocol):
 
     def scored(self, algorithm: Algorithm, *, alike: bool = False) -> tuple[Scored, list[TokenTree]]:
         """The held-out trees as `algorithm` scores them, and the trees in that order; `alike`: other runs from this start score them alike."""
+
+    def loss_change(self, algorithm: Any, scored: Scored, trees: list[TokenTree]) -> dict[str, Any]:
+        """How the loss changed since the start, row by row, where the start was evaluated; `trees` in the order of `scored`."""
 
     def completions(self) -> dict[str, Any]:
         """Figures of what the policy writes to held-out prompts (KL, length, variety, reward), where the config asks for them."""

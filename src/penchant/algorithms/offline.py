@@ -97,7 +97,8 @@ class Losses(Method):
         if moves:  # rewards against a reference that went along would say nothing of what was learned
             algorithm = replace(algorithm, reference=held_out.start())
         scored, trees = held_out.scored(algorithm, alike=self.needs <= SCORED_ALIKE and not moves)
-        return heldout_metrics(algorithm, scored, trees) | held_out.completions()
+        change = held_out.loss_change(algorithm, scored, trees)
+        return heldout_metrics(algorithm, scored, trees) | change | held_out.completions()
 
 
 @dataclass(frozen=True, slots=True)

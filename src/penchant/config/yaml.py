@@ -10,9 +10,13 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel
+from yaml.composer import ComposerError
+from yaml.parser import ParserError
+from yaml.reader import ReaderError
+from yaml.scanner import ScannerError
 
-from penchant.base.files import YAML_BYTES, YAML_DEPTH, yaml_root
-from penchant.base.text import closest_file, one_line, short
+from penchant.base.files import YAML_BYTES, YAML_DEPTH, YAML_DUMPER, YAML_LOADER, yaml_root
+from penchant.base.text import closest, closest_file, one_line, short
 from penchant.errors import ConfigError
 from penchant.losses.section import LossModifiers
 
@@ -30,21 +34,14 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-class _Dumper(yaml.SafeDumper):
+class _FastLoader(YAML_LOADER):  # type: ignore[misc]
+    """The same by libyaml."""
+
+    yaml_implicit_resolvers = {first: [*rules] for first, rules in _Loader.yaml_implicit_resolvers.items()}  # noqa: RUF012
+
+
+class _Dumper(YAML_DUMPER):  # type: ignore[misc]
     """SafeDumper that quotes what either version of YAML reads as another kind: the text 0E0."""
-
-
-for _kind, _pattern, _first in (
-    (
-        "float",
-        r"[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF)|\.(nan|NaN|NAN))",
-        "-+.0123456789",
-    ),
-    ("int", r"[-+]?\d+", "-+0123456789"),
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-):
-    for _side in (_Loader, _Dumper):
-        _side.add_implicit_resolver(TAG + _kind, re.compile(f"^({_pattern})$"), list(_first))  # type: ignore[attr-defined]
 
 
 def _int(_: Any, node: yaml.Node) -> int:
@@ -55,13 +52,34 @@ def _int(_: Any, node: yaml.Node) -> int:
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark, note="give a number") from error
 
 
-_Loader.add_constructor(TAG + "int", _int)
+_SIDES: tuple[Any, ...] = (_Loader, _FastLoader, _Dumper)
+for _side in _SIDES:
+    for _kind, _pattern, _first in (
+        (
+            "float",
+            r"[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF)|\.(nan|NaN|NAN))",
+            "-+.0123456789",
+        ),
+        ("int", r"[-+]?\d+", "-+0123456789"),
+        ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ):
+        _side.add_implicit_resolver(TAG + _kind, re.compile(f"^({_pattern})$"), list(_first))
+    if _side is not _Dumper:
+        _side.add_constructor(TAG + "int", _int)
+
+
+def _root(text: str) -> tuple[Any, yaml.Node | None]:
+    """`yaml_root` by libyaml, ten times as fast; what it does not read is read, or refused, by PyYAML's own loader."""
+    try:
+        return yaml_root(text, _FastLoader)
+    except (ReaderError, ScannerError, ParserError, ComposerError):
+        return yaml_root(text, _Loader)
 
 
 def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
     """What a YAML text holds, and where each of its keys stands."""
     try:
-        loader, node = yaml_root(text, _Loader)
+        loader, node = _root(text)
         places: Places = {}
         if node is None:
             return None, places
@@ -98,6 +116,15 @@ def place_of(path: tuple[str, ...], places: Mapping[tuple[str, ...], str], sourc
     return next(around, next(inside, source))
 
 
+DATA_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".gz", ".xlsx")
+RESOLVED = "config.resolved.yaml"  # in a run's folder
+
+
+def _data_file(path: Path) -> ConfigError:
+    how = f"write one for this file with `penchant init --data {path}`"
+    return ConfigError(str(path), "is a file of data, and what is wanted here is a config (YAML)", how)
+
+
 def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
     """The mapping that a YAML file holds, and where each of its keys stands: ``{key path: "file:line"}``.
 
@@ -108,16 +135,29 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
         ConfigError: no such file, not YAML, a key twice, or something other than a mapping.
     """
     path = Path(path)
+    if path.suffix.lower() in DATA_ENDINGS and path.is_file():
+        raise _data_file(path)
     try:
         with path.open("rb") as file:
             text = file.read(YAML_BYTES + 1).decode("utf-8-sig")
     except FileNotFoundError as error:
         near = closest_file(path, [p.name for p in path.parent.glob("*.y*ml")])
+        runs = {p.parent.name: str(p) for p in path.parent.glob(f"*/{RESOLVED}")}
+        run = runs.get(closest(path.name, runs, 0.7), "")
+        near = "" if run and not path.suffix else Path(near).name if near else ""
         raise ConfigError(
-            str(path), "no such file", f"did you mean {Path(near).name}?" if near else "give the path of a YAML config"
+            str(path),
+            "no such file",
+            f"did you mean {near or run}?" if near or run else "give the path of a YAML config",
         ) from error
+    except IsADirectoryError as error:
+        own = path / RESOLVED
+        how = f"its config is {own}" if own.is_file() else "give the YAML file of a config"
+        raise ConfigError(str(path), "is a folder", how) from error
     except (OSError, ValueError) as error:
         raise ConfigError(str(path), f"cannot be read ({error})", "give a UTF-8 YAML file") from error
+    if path.suffix.lower() == ".json" and not text.lstrip().startswith("{"):
+        raise _data_file(path)
     values, places = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__} at the top"

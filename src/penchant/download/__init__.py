@@ -16,8 +16,7 @@ from typing import Any, BinaryIO, cast
 
 from penchant.base.files import file_sha256
 from penchant.base.text import gigabytes, printable
-from penchant.data.layouts import detect
-from penchant.data.load import prompt_text, renamed
+from penchant.data.load import detected, prompt_text
 from penchant.data.read import BadRow, Row, read_stream
 from penchant.data.split import SPLITS, Assignment, Splitter
 from penchant.download.catalogue import find
@@ -159,7 +158,7 @@ class _Job:
         total = Counts()
         read: list[dict[str, Any]] = []
         left: dict[str, int] = {}
-        filters = Filters(self.asked)
+        filters, columns = Filters(self.asked), self.asked.columns
         for number, source in enumerate(plan.sources):
             part = Part(self.work, number)
             limited = source.split if self.asked.published_splits else ""
@@ -172,7 +171,7 @@ class _Job:
                     taken: Iterator[Row | BadRow] = islice(rows, limit)
                     if source.layout is None and None not in conversions:
                         first = list(islice(taken, DETECT_ROWS))
-                        conversions[None] = self._detected(source.path, first)
+                        conversions[None], columns = self._detected(source.path, first)
                         taken = chain(first, taken)
                     if source.layout and source.layout not in conversions:
                         conversions[source.layout] = self._conversion(source)
@@ -180,7 +179,7 @@ class _Job:
                     write_json(
                         part.layout, [how.layout.name, how.kind, dict(how.options)]
                     )  # a part that is done has one
-                    converter = Converter(how, dict(self.asked.columns), filters, labeller, transcripts)
+                    converter = Converter(how, dict(columns), filters, labeller, transcripts)
                     counts = converter.convert(taken, source.path, part, Pace(self.say, source.path))
                 self.say(f"{source.path}: {counts.rows:,} rows, {counts.accepted:,} accepted")
             if limit is not None:
@@ -228,14 +227,11 @@ class _Job:
         assert source.layout is not None
         return conversion_of(source.layout, self.asked)
 
-    def _detected(self, name: str, rows: list[Row | BadRow]) -> Conversion:
-        found = detect(renamed(r.values, self.asked.columns) for r in rows if isinstance(r, Row))
-        if found.layout is None:
-            columns = sorted({str(c) for r in rows if isinstance(r, Row) for c in r.values})
-            how = "map your columns, e.g. --columns prompt=question chosen=good rejected=bad, or name a --layout"
-            raise DataError(name, f"{found.why} ({', '.join(columns) or 'there are none'})", how)
+    def _detected(self, name: str, rows: list[Row | BadRow]) -> tuple[Conversion, Mapping[str, str]]:
+        """How the first rows are converted, and the names under which their columns are read."""
+        layout, found, columns = detected(rows, name, self.asked.columns, {})
         self.say(found.sentence(name, "--layout"))
-        return conversion_of(found.layout, self.asked)
+        return conversion_of(layout, self.asked), columns
 
     def _check_disk(self, plan: Plan) -> None:
         if self.asked.first:

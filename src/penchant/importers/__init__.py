@@ -86,7 +86,7 @@ def as_yaml(translation: Translation, found: Mapping[str, tuple[Any, str]], name
     if left:
         lines.append("# NOT SUPPORTED, and not in this file:")
         lines += [f"#   {_pairs(line.theirs)}: {shown(line.note)}" for line in left]
-    lines += [f"# differs: {remark}" for remark in _remarks(translation)]
+    lines += [f"# differs: {remark}" for remark in _remarks(translation, found)]
     for section in RunConfig.model_fields:
         keys = [k for k in found if k.split(".")[0] == section]
         if keys == [section]:
@@ -119,12 +119,20 @@ def _left(translation: Translation) -> list[Line]:
     return [line for line in translation.lines if line.given and line.status == "unsupported"]
 
 
-def _remarks(translation: Translation) -> list[str]:
-    """What differs though the file does not say it: by nature, and by a default of theirs that has no counterpart."""
+def _remarks(translation: Translation, found: Mapping[str, Any]) -> list[str]:
+    """What differs though the file does not say it: by nature, by a default of theirs that has no counterpart, and what is missing."""
     tool = translation.source.title
     silent = [line for line in translation.lines if not line.given and line.status == "unsupported"]
     defaults = [f"{tool}'s default {_pairs(line.theirs)}: {shown(line.note)}" for line in silent]
-    return [*map(shown, translation.remarks), *defaults]
+    held_out = {"data.eval_path", "data.validation_rows", "data.validation_fraction"} & {
+        k for k, (value, _) in found.items() if value
+    }
+    none = (
+        []
+        if held_out
+        else ["no rows are held out, so nothing will be known of what it learned: set data.validation_rows"]
+    )
+    return [*map(shown, translation.remarks), *defaults, *none]
 
 
 def as_text(translation: Translation, found: Mapping[str, tuple[Any, str]]) -> str:
@@ -139,7 +147,7 @@ def as_text(translation: Translation, found: Mapping[str, tuple[Any, str]]) -> s
     if defaults:
         lines += ["", f"{translation.source.title}'s defaults that differ from ours, written out:"]
         lines += [f"  {k} = {shown(str(found[k][0]))}" for k in defaults]
-    remarks = _remarks(translation)
+    remarks = _remarks(translation, found)
     lines += ["", *(f"differs: {remark}" for remark in remarks)] if remarks else []
     counts = {s: translation.count(s) for s in STATUS}
     lines += ["", f"{sum(counts.values())} keys: " + ", ".join(f"{n} {COUNTED[s]}" for s, n in counts.items())]

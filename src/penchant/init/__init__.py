@@ -11,6 +11,7 @@ from typing import Any
 from penchant.algorithms.method import SMALL_MODEL, auto_lr
 from penchant.base.files import packaged_yaml
 from penchant.base.machine import machine_memory
+from penchant.base.text import counted, did_you_mean
 from penchant.config import config_from_mapping, load_config
 from penchant.config.yaml import dump_yaml
 from penchant.errors import ConfigError
@@ -136,7 +137,7 @@ def propose(
     """A config that trains as it is.
 
     Args:
-        goal: a name of `GOALS`; reward: of an online goal (default: sentiment); output: the run's folder.
+        goal: a name of `GOALS`; reward: of an online goal (default: accuracy where the rows have answers to compare with, else sentiment); output: the run's folder.
         held_out: rows in a file of their own; without it some of the data's are held out.
         lora: an adapter, also where the whole model would fit.
 
@@ -166,7 +167,9 @@ def propose(
     sections |= chosen.section
     if chosen.online:
         why = "weight of this reward; also words, path.py:function, a reward model's run"
-        sections["reward"] = {reward or "sentiment": (1.0, why)}
+        if reward is None and data.answers is not None:
+            why = f"1 for an answer that is the column's ({data.answers}), else 0; pip install 'penchant[math]'"
+        sections["reward"] = {reward or ("accuracy" if data.answers is not None else "sentiment"): (1.0, why)}
     sections["train"] = _train(data, model, chosen)
     sections["evaluation"] = {"every": ("epoch", "or a number of optimizer steps; also before the first step")}
     held = (
@@ -189,7 +192,7 @@ def check_goal(goal: str, data: DataFacts, model: ModelFacts) -> Goal:
     """
     able = [g.name for g in fitting(data.kind) if not model.encoder or g.name == "reward"]
     if goal not in GOALS:
-        raise ConfigError("--goal", f"{goal!r} is not known", f"give one of {', '.join(GOALS)}")
+        raise ConfigError("--goal", f"{goal!r} is not known", did_you_mean(goal, GOALS))
     if model.encoder and goal != "reward":
         how = "give --goal reward, or a causal model"
         raise ConfigError("--goal", f"{model.path} is an encoder, which writes nothing", how)
@@ -207,7 +210,7 @@ def _wants_adapter(model: ModelFacts) -> bool:
 
 
 def _data(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | None) -> Lines:
-    keys: dict[str, tuple[Any, str]] = {"path": (data.path, f"{data.rows:,} rows, {data.layout}: {data.kind}")}
+    keys: dict[str, tuple[Any, str]] = {"path": (data.path, f"{counted(data.rows, 'row')}, {data.to_kind()}")}
     if held_out is not None:
         keys["eval_path"] = (held_out.path, f"{held_out.rows:,} rows that are not trained on")
     if data.columns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,33 @@ def heldout_metrics(
         metrics[prefix + "perplexity"] = exp(metrics[prefix + "nll"])
     metrics[prefix + "rows"] = len(trees)
     return metrics
+
+
+def row_losses(algorithm: Algorithm, scored: Scored, trees: Sequence[TokenTree]) -> dict[int, tuple[float, float]]:
+    """By data row: its loss and what that counts (1, or tokens); nothing for a loss of several terms or of single completions."""
+    with torch.no_grad():
+        out = algorithm.loss(scored)
+    if out.terms or len(out.losses) != len(trees) or len({t.row for t in trees}) != len(trees):
+        return {}
+    weights = torch.ones_like(out.losses) if out.weights is None else out.weights
+    values = zip(out.losses.double().tolist(), weights.double().tolist(), strict=True)
+    return dict(zip((t.row for t in trees), values, strict=True))
+
+
+def loss_change(
+    before: Mapping[int, tuple[float, float]], after: Mapping[int, tuple[float, float]], trees: Sequence[TokenTree]
+) -> dict[str, Any]:
+    """``sum (after - before) / sum weight`` with its interval by prompt: each row against itself, so that what rows differ by anyway is out.
+
+    Nothing where the rows are others, or where the start has one loss for all of them (log 2): there both intervals say the same.
+    """
+    rows = [t.row for t in trees]
+    if set(before) != set(after) or len({round(before[r][0] / max(before[r][1], 1.0), 6) for r in rows}) < 2:
+        return {}
+    change = [after[r][0] - before[r][0] for r in rows]
+    of_prompt = [_prompt_cluster(t) for t in trees]
+    clusters = of_prompt if len(set(of_prompt)) > 1 else rows
+    return mean_ratio(change, [after[r][1] for r in rows], clusters).named("eval/loss_change")
 
 
 def _pair_figures(scored: Scored, out: LossOutput, clusters: np.ndarray) -> dict[str, Any]:

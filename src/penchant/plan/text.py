@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from penchant.base.section import as_yaml
-from penchant.base.text import printable
+from penchant.base.text import counted, printable
 from penchant.plan.memory import Memory
 from penchant.plan.plan import Plan
 from penchant.plan.settings import Setting
@@ -87,7 +87,8 @@ def _settings(settings: Sequence[Setting]) -> list[str]:
 
 def _data(name: str, rows: Rows) -> list[str]:
     aside = f", {rows.aside:,} kept aside" if rows.aside else ""
-    lines = [f"{name}: {rows.used:,} rows of {rows.read:,} read ({rows.layout}: {rows.kind}){aside}"]
+    kind = rows.layout if rows.layout == rows.kind else f"{rows.layout}: {rows.kind}"
+    lines = [f"{name}: {counted(rows.used, 'row')} of {rows.read:,} read ({kind}){aside}"]
     for label, q in (("prompt", rows.prompts), ("completion", rows.completions)):
         if q:
             lines.append(f"  {label} tokens: half have {q[0]:,} or less, 90% {q[1]:,}, 99% {q[2]:,}, longest {q[3]:,}")

@@ -164,7 +164,8 @@ def _sentence(c: Change, run: RunData) -> list[Node]:
     label = c.figure.label[0].upper() + c.figure.label[1:]
     if c.before is None:
         return [f"{label} is ", value, brackets, "; the start was not evaluated."]
-    return [f"{label} went from {shown(c.before, share)} to ", value, brackets, _against_start(c)]
+    change = f" (a change of {interval(*c.change_ci)}, row by row)" if c.change_ci is not None else ""
+    return [f"{label} went from {shown(c.before, share)} to ", value, brackets, change, _against_start(c)]
 
 
 def _against_null(c: Change, null: str) -> str:
@@ -303,6 +304,7 @@ class Change:
 
     Args:
         before: None where it was not evaluated at the start, or means nothing there; reading: what may be said of it.
+        change_ci: of the change since the start, each row against itself; None where it is not known.
     """
 
     figure: Metric
@@ -310,6 +312,7 @@ class Change:
     before_ci: Pair
     after: float
     after_ci: Pair
+    change_ci: Pair = None
 
     @property
     def brackets(self) -> str:
@@ -322,10 +325,14 @@ class Change:
         """``better`` or ``worse`` where an interval says so, ``moved`` where only that it moved, ``unclear`` where none says so.
 
         Against a value of no effect (one half, zero) the interval has to lie to one side of it; against a start that was measured on
-        the same rows both intervals have to lie apart, which asks for more than a paired test would.
+        the same rows the interval of the change, or, where rows were not paired, both intervals have to lie apart, which asks for more.
         """
         if self.after_ci is None:
             return "plain"
+        if self.change_ci is not None:
+            low, high = self.change_ci
+            up = self.figure.better == "higher"
+            return "unclear" if low <= 0 <= high else "better" if (low > 0) == up else "worse"
         against: Pair = (self.figure.null, self.figure.null) if self.figure.null is not None else self.before_ci
         if against is None and self.before is not None:
             against = (self.before, self.before)
@@ -346,7 +353,8 @@ def changes(run: RunData) -> list[Change]:
         name = f"eval/{figure.name}"
         after = num(run.last, name)
         if after is not None:
-            found.append(Change(figure, num(first, name), ci_of(first, name), after, ci_of(run.last, name)))
+            change = ci_of(run.last, "eval/loss_change") if figure.name == "loss" else None
+            found.append(Change(figure, num(first, name), ci_of(first, name), after, ci_of(run.last, name), change))
     return found
 
 

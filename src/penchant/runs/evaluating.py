@@ -13,6 +13,8 @@ import numpy as np
 from penchant.algorithms.method import Parts
 from penchant.base.files import spared
 from penchant.config import RunConfig
+from penchant.distributed.shard import whole_weights
+from penchant.distributed.world import current
 from penchant.logprobs.reference import LiveReference
 from penchant.losses.schedules import progress_at
 from penchant.metrics.completions import (
@@ -26,14 +28,27 @@ from penchant.metrics.completions import (
     kl_on,
     rows_of,
 )
-from penchant.metrics.heldout import score_heldout
+from penchant.metrics.heldout import loss_change, row_losses, score_heldout
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText
+from penchant.runfolder import is_whole, keep
 from penchant.runs.parts import Built, frozen_scorer, start_key
 from penchant.runs.record import reward_contents
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Alone
 from penchant.types import Algorithm, Scored, TokenTree
+
+START_LOSSES = "start.losses.json"  # of a run folder: held-out rows' losses before the first step
+
+
+def kept_losses(path: Path) -> dict[int, tuple[float, float]] | None:
+    """By data row: its loss at the start, and what it counts; None where the file was damaged."""
+    try:
+        if is_whole(path):
+            return {int(row): (float(v), float(w)) for row, (v, w) in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass
+    return None
 
 
 def writes_completions(config: RunConfig, rows: Rows) -> bool:
@@ -56,7 +71,7 @@ def prompts_of(config: RunConfig, rows: Rows, device: Any) -> Fresh:
     prompts = list(sources)[: config.evaluation.kl_prompts]
     reward, judge = config.evaluation.reward, None
     if reward is not None:
-        policy = PolicyText(rows.tokenizer, config.data.template, rows.prompts, config.data.template_options)
+        policy = PolicyText(rows.tokenizer, config.data.template, rows.asked, config.data.template_options)
         judge = load_reward(reward, policy, device)
     return Fresh(
         rows.tokenizer,
@@ -138,13 +153,13 @@ class HeldOut:
         """
         path = self.folder / START_FILE
         if written is None:
-            found = kept_start(path, fresh.asked)
+            found = current().share(kept_start(path, fresh.asked))
             if found is not None:
                 return found
             start = self._start_policy()
-            with start.off():
+            with start.off(), whole_weights(start.scorer):
                 written = fresh.write(start.scorer.model, 0)
-        if self.keep:
+        if self.keep and current().leads:
             with spared(path, self.console.note):
                 keep_start(path, fresh.asked, rows_of(written, self.rows.tokenizer))
         assert written.rewards is not None
@@ -156,27 +171,46 @@ class HeldOut:
         trees = self.parts.trees[1]
         at = progress_at(max(0, self.step - 1), self.total_steps)
 
-        def score() -> tuple[Scored, list[int]]:
-            return score_heldout(
-                algorithm,
-                trees,
-                shared=self.parts.engine.shared,
-                tokens_per_step=self.budget,
-                device=self.parts.device,
-                at=at,
-                progress=self.console.counter("held-out rows"),
-            )
-
         if self.step == 0 and alike:
             # the start's log-probs are the same under every loss; what a loss makes of them is not
             algorithm.begin_step(0, at, trees)
             needs = tuple(sorted(self.config.method.needs))
             scored, order = self.shared.once(
-                ("start", start_key(self.config), self.rows.key, needs, self.budget), score
+                ("start", start_key(self.config), self.rows.key, needs, self.budget), lambda: self._score(algorithm, at)
             )
         else:
-            scored, order = score()
+            scored, order = self._score(algorithm, at)
         return scored, [trees[i] for i in order]
+
+    def _score(self, algorithm: Algorithm, at: float) -> tuple[Scored, list[int]]:
+        """The held-out trees as they are scored at progress `at`, and their order."""
+        return score_heldout(
+            algorithm,
+            self.parts.trees[1],
+            shared=self.parts.engine.shared,
+            tokens_per_step=self.budget,
+            device=self.parts.device,
+            at=at,
+            progress=self.console.counter("held-out rows"),
+        )
+
+    def loss_change(self, algorithm: Any, scored: Scored, trees: list[TokenTree]) -> dict[str, Any]:
+        """The rows' losses at the start are kept, so that a resumed run compares with the same; where they were damaged, found anew."""
+        path, losses = self.folder / START_LOSSES, row_losses(algorithm, scored, trees)
+        if not losses or not self.config.evaluation.at_start:
+            return {}
+        if self.step == 0:
+            if self.keep:
+                with spared(path, self.console.note):
+                    keep(path, json.dumps({str(row): losses[row] for row in sorted(losses)}))
+            return {}
+        before = kept_losses(path)
+        if before is None and self.keep and not is_whole(path):
+            start = self._start_policy()
+            with start.off():
+                scored, order = self._score(replace(algorithm, scorer=start.scorer), progress_at(0, self.total_steps))
+                before = row_losses(algorithm, scored, [self.parts.trees[1][i] for i in order])
+        return loss_change(before or {}, losses, trees)
 
     def completions(self) -> dict[str, Any]:
         """KL to the start (or reference.path), length and variety of sampled completions, and their reward against the start's.
@@ -189,7 +223,8 @@ class HeldOut:
         asked = json.dumps(fresh.asked, sort_keys=True)
 
         def estimate() -> tuple[Written, dict[str, Any]]:
-            written = fresh.write(self.parts.model, self.step)
+            with whole_weights(self.parts.engine):
+                written = fresh.write(self.parts.model, self.step)
             if self.config.method.signal == "tokens":
                 return written, {}
             policy = LiveReference(self.parts.scorer)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, TextIO
 
-from penchant.base.text import for_terminal, unescaped
+from penchant.base.text import counted, for_terminal, unescaped
 
 SHOWN = {
     "loss": "loss",
@@ -28,12 +28,15 @@ def duration(seconds: float) -> str:
     return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
 
 
+FEW = 4  # rows: an accuracy of fewer says nothing
+
+
 def figures(metrics: Mapping[str, Any], prefix: str = "") -> str:
     """The few figures of a line that fit beside a progress bar."""
-    parts = []
+    parts, few = [], metrics.get("rows", FEW) < FEW
     for name, label in SHOWN.items():
         value = metrics.get(prefix + name)
-        if value is not None:
+        if value is not None and not (few and name == "rewards/accuracies"):
             parts.append(f"{label} {value:.2e}" if name == "lr" else f"{label} {value:.4f}")
     return "  ".join(parts)
 
@@ -62,7 +65,9 @@ class PlainConsole:
         self._print(f"step {step}/{total}  {figures(metrics)}  {speed}  left {eta}")
 
     def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
-        self._print(f"eval at step {step}: {figures(metrics, 'eval/')}  ({metrics.get('eval/rows', 0)} rows)")
+        self._print(
+            f"eval at step {step}: {figures(metrics, 'eval/')}  ({counted(metrics.get('eval/rows', 0), 'row')})"
+        )
 
     def note(self, text: str) -> None:
         self._print(text)
