@@ -460,8 +460,7 @@ def test_two_active_adapters_and_merged_ones_stay_with_peft() -> None:
     assert fast_forward(model) is None
 
 
-def test_an_adapter_keeps_less_than_the_whole_model() -> None:
-    """What a layer keeps for its gradients: no normed inputs, which the adapters' gradients have computed again."""
+def test_nothing_is_kept_below_the_lowest_adapter() -> None:
     from penchant.models.cpu import layers
 
     kept: list[Any] = []
@@ -476,7 +475,6 @@ def test_an_adapter_keeps_less_than_the_whole_model() -> None:
             )
             fast.hidden(batch)
     assert [keep for keep, _ in kept] == [True, True, False, True]  # below the lowest adapter nothing is kept
-    assert [(s.n1 is None, s.n2 is None) for _, (_, s) in kept] == [(False, False)] * 2 + [(True, True)] * 2
 
 
 def test_layers_below_the_lowest_adapter_are_computed_once_for_policy_and_reference() -> None:

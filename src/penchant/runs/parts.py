@@ -47,6 +47,7 @@ from penchant.models.load import (
     resolve_device,
     resolve_dtype,
     save_model,
+    source_sha256,
     weights_sha256,
     write_state_dict,
 )
@@ -107,6 +108,10 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     device, dtype = placed(config)
     if train.optimizer.endswith("_8bit"):
         bitsandbytes("train.optimizer", train.optimizer)  # before a model is read
+    if current().many and config.model.quantize != "none":
+        raise ConfigError(
+            "model.quantize", "quantized weights are not dealt out to several processes", "run one process"
+        )
     if current().many and train.optimizer not in ("adamw", "sgd"):
         raise ConfigError(
             "train.optimizer",
@@ -123,7 +128,8 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     if rows.reward_parts is not None:
         model = rows.reward_parts.load(torch.device("cpu") if current().many else device, train.seed)
     else:
-        model = fresh_model(config, config.model.model_copy(update={"adapter": None}), device, shared)
+        bare = config.model.model_copy(update={"adapter": None})
+        model = fresh_model(config, bare, device, shared, held=True)
     set_threads(config, model)
     model = prepared(model, config, rows)
     parts = Parts(
@@ -191,10 +197,19 @@ def sharding(parts: Parts) -> Sharding:
 # the model
 
 
-def fresh_model(config: RunConfig, source: ModelConfig, device: torch.device, shared: Alone) -> Any:
-    """A causal model as loaded, in fp32, of which nobody else holds a part; the adapter that the source names is merged into it."""
+def fresh_model(
+    config: RunConfig, source: ModelConfig, device: torch.device, shared: Alone, *, held: bool = False
+) -> Any:
+    """A causal model as loaded, in fp32, of which nobody else holds a part; the adapter that the source names is merged into it.
+
+    Args:
+        held: quantized weights keep their few bits.
+    """
     seed = config.train.seed
     device = torch.device("cpu") if current().many else device  # each rank's part goes to its device when it is sharded
+
+    if held and source.quantize != "none":
+        return load_causal_model(source, device, seed, held=True)
 
     def load(device: torch.device) -> Any:
         if source.adapter is None:
@@ -407,7 +422,8 @@ def reference_kind(config: RunConfig) -> str:
 
 def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any, cache: bool) -> Reference:
     parts, cfg = built.parts, built.parts.config.reference
-    exact = not starts_adapted(parts.config)  # in a copy an adapter is merged
+    # in a copy an adapter is merged, and few bits are dequantized
+    exact = not starts_adapted(parts.config) and parts.config.model.quantize == "none"
     if cfg.moves:
         every, mixup = (cfg.sync_every, cfg.sync_mixup) if cfg.ema is None else (1, 1.0 - cfg.ema)
         return MovingReference(
@@ -456,7 +472,9 @@ def reference_source(config: RunConfig) -> ModelConfig:
     """The model that is the reference: `reference.path`, or what training starts from."""
     if config.reference.path is None:
         return config.model
-    return config.model.model_copy(update={"path": config.reference.path, "init": "pretrained", "adapter": None})
+    return config.model.model_copy(
+        update={"path": config.reference.path, "init": "pretrained", "adapter": None, "quantize": "none"}
+    )
 
 
 def _cached(built: Built, live: LiveReference, rows: Rows, shared: Alone, console: Any) -> CachedReference:
@@ -531,7 +549,7 @@ def cache_paths(config: RunConfig, rows: Rows, weights: str, model: Any) -> dict
 def weights_key(config: RunConfig, source: ModelConfig) -> Key:
     """Everything that a model's weights in fp32 depend on before it is trained."""
     seed = config.train.seed if source.init == "random" else None
-    return (source.path, source.revision, source.init, seed, source.adapter)
+    return (source.path, source.revision, source.init, seed, source.adapter, source.quantize)
 
 
 def start_key(config: RunConfig) -> Key:
@@ -549,4 +567,4 @@ def start_sha256(config: RunConfig, model: Any, source: ModelConfig, shared: Alo
     if config.method.learns_reward:  # its head depends on the seed
         return weights_sha256(model)
     dtype = str(placed(config)[1])
-    return shared.once(("sha256", *weights_key(config, source), dtype), lambda: weights_sha256(model))
+    return shared.once(("sha256", *weights_key(config, source), dtype), lambda: source_sha256(source, model))

@@ -212,9 +212,11 @@ def _read_shards(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tenso
     """All tensors of the safetensors files in a folder, put together, or dealt out as `masters` are."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     world, tensors = current(), {}
     for name, found in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+        assert isinstance(found, TensorStorageMetadata)  # safetensors hold nothing else
         master = masters.get(name.partition("/")[2])
         if world.many and master is not None and master.shape == found.size:
             tensors[name] = torch.zeros_like(master.detach(), dtype=found.properties.dtype)
