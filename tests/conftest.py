@@ -18,6 +18,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from hypothesis import HealthCheck, settings
 
+# also where PYTHONDONTWRITEBYTECODE is set: rewriting every test's asserts anew takes each worker 15 s of CPU
+sys.dont_write_bytecode = False
+
 # no test cuts the power: what the kernel holds is there for every process, and waiting for the disk is a tenth of the suite
 os.fsync = lambda _file: None
 
@@ -26,9 +29,14 @@ if os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > 4e9
     # the suite makes and removes ten thousand folders, and a disk's journal takes milliseconds for each
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
-# how long an example takes is the machine's affair
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any machine")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Few examples by default, many in `make test-all`; how long one takes is the machine's affair."""
+    many = config.getoption("markexpr") == ""
+    settings.register_profile(
+        "ours", max_examples=200 if many else 30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("ours")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

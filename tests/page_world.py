@@ -59,7 +59,7 @@ def _make() -> None:
 def _runs(start: str) -> None:
     base: dict[str, Any] = {
         "model": {"path": start},
-        "data": {"path": "train.jsonl", "validation_rows": 8},
+        "data": {"path": "train.jsonl", "validation_rows": 8, "limit": 40},
         "train": {"batch_size": 8},
     }
     seed_1 = {"train": {"batch_size": 8, "seed": 1}}

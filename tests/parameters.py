@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from penchant.losses import LOSSES
+
 
 def by_default(values: Iterable[Any], kept: Collection[Any]) -> list[Any]:
     """Parameters of a test: those in `kept` by default, the others slow."""
@@ -21,3 +23,9 @@ def one_of_each(values: Iterable[Any], kind: Callable[[Any], Any]) -> list[Any]:
         found.append(value if kind(value) not in kinds else pytest.param(value, marks=pytest.mark.slow))
         kinds.append(kind(value))
     return found
+
+
+def one_of_each_kind(names: Iterable[str]) -> list[Any]:
+    """Names of losses: by default the first of those for which an engine does the same."""
+    specs = {name: LOSSES[name] for name in names}
+    return one_of_each(specs, lambda name: (specs[name].signal, specs[name].needs, specs[name].uses_lengths))

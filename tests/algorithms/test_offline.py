@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from families import make_tree, some_pairs, tiny_model
+from parameters import one_of_each_kind
 from steps import step_gradient
 
 from penchant.algorithms.offline import Component, Offline, pair_view
@@ -57,25 +58,18 @@ def offline(*names: str, trees: list[TokenTree] | None = None, policy: Any = Non
     )
 
 
-ON_PAIRS = sorted(LOSSES)
-ON_SINGLES = sorted(n for n, s in LOSSES.items() if s.signal != "pairs")
-
-
-@pytest.mark.parametrize(
-    "name,on_singles",
-    [(n, False) for n in ON_PAIRS if "batch" not in LOSSES[n].needs] + [(n, True) for n in ON_SINGLES],
-)
-def test_one_batch_equals_many_micro_batches(name: str, on_singles: bool) -> None:
+@pytest.mark.parametrize("name", one_of_each_kind(n for n in LOSSES if "batch" not in LOSSES[n].needs))
+def test_one_batch_equals_many_micro_batches(name: str) -> None:
     """Also where a micro-batch holds one side only, and with KTO's z0, which belongs to the whole step."""
-    trees = singles() if on_singles else pairs(5)
-    algorithm = offline(name, trees=trees)
-    whole = step_gradient(algorithm, trees, [5])
-    for sizes in ([1] * 5, [2, 3]):
-        parts = step_gradient(algorithm, trees, sizes)
-        assert (whole - parts).norm() <= 1e-9 * whole.norm(), sizes
+    for trees in [pairs(5)] + [singles()] * (LOSSES[name].signal != "pairs"):
+        algorithm = offline(name, trees=trees)
+        whole = step_gradient(algorithm, trees, [5])
+        for sizes in ([1] * 5, [2, 3]):
+            parts = step_gradient(algorithm, trees, sizes)
+            assert (whole - parts).norm() <= 1e-9 * whole.norm(), sizes
 
 
-@pytest.mark.parametrize("name", ON_PAIRS)
+@pytest.mark.parametrize("name", sorted(LOSSES))
 def test_weights_known_beforehand_are_the_losss_own(name: str) -> None:
     trees = pairs()
     algorithm = offline(name, trees=trees)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from penchant.config import RunConfig, config_from_mapping, dump_config, load_config
@@ -122,7 +122,6 @@ def test_yes_is_a_word_and_010_is_ten(tmp_path: Path) -> None:
     st.floats(1e-3, 10),
     st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1),
 )
-@settings(max_examples=60, deadline=None)
 def test_dump_loads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, train: dict[str, float], beta: float, name: str
 ) -> None:

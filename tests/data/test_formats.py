@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from penchant.data.read import BadRow, Row, read_rows, read_stream
@@ -122,7 +122,6 @@ def test_whole_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=200, deadline=None)
 def test_no_bytes_end_in_a_traceback(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     folder = tmp_path_factory.mktemp("fuzz")
     for name in ("a.jsonl", "a.json", "a.csv", "a.txt"):
@@ -136,7 +135,6 @@ def test_no_bytes_end_in_a_traceback(tmp_path_factory: pytest.TempPathFactory, c
 
 
 @given(st.lists(st.dictionaries(st.text(min_size=1), st.text() | st.none() | st.integers()), min_size=1, max_size=5))
-@settings(max_examples=100, deadline=None)
 def test_jsonl_and_json_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> None:
     folder = tmp_path_factory.mktemp("trip")
     for name in ("a.jsonl", "a.json"):

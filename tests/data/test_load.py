@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rows import from_rows
 from tiny import tiny_tokenizer
@@ -82,7 +82,6 @@ words = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters
 
 
 @given(st.lists(words, min_size=1, max_size=4), words, words)
-@settings(max_examples=150, deadline=None)
 def test_hh_parser_gives_back_what_was_said(turns: list[str], chosen: str, rejected: str) -> None:
     start = "".join(f"\n\nHuman: {t}\n\nAssistant: {t}" for t in turns[:-1]) + f"\n\nHuman: {turns[-1]}\n\nAssistant: "
     tree = from_hh({"chosen": start + chosen, "rejected": start + rejected})
@@ -155,7 +154,6 @@ def test_the_fingerprint_is_of_content() -> None:
 
 
 @given(st.lists(st.integers(0, 12), min_size=8, max_size=60), st.integers(1, 5), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
 def test_no_prompt_is_on_both_sides_of_a_split(prompts: list[int], wanted: int, seed: int) -> None:
     dataset = from_rows(
         [{"prompt": f"Prompt  {p}", "chosen": f"c{i}", "rejected": f"r{i}"} for i, p in enumerate(prompts)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import penchant
@@ -120,7 +120,6 @@ def test_two_groups_in_one_bucket_are_both_found() -> None:
     assert parent.tolist() == [0, 1, 0, 1, 0, 1]
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(max_size=30), max_size=20))
 def test_any_texts(texts: list[str]) -> None:
     ids = group_ids([*texts, *texts])

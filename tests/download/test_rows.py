@@ -9,7 +9,7 @@ import tracemalloc
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from penchant.data.read import BadRow, Row, json_text, read_stream, source
@@ -26,7 +26,6 @@ def read(content: bytes, name: str) -> list[Any]:
     return [r.values if isinstance(r, Row) else r for r in read_stream(io.BytesIO(content), name)]
 
 
-@settings(max_examples=60, deadline=None)
 @given(objects=OBJECTS, block=st.integers(1, 40), indent=st.sampled_from([None, 1]), packed=st.booleans())
 def test_lists_and_lines_are_read_as_they_are(
     objects: list[dict], block: int, indent: int | None, packed: bool
@@ -54,7 +53,6 @@ def _plain(text: str) -> bool:
     return True
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     content=st.binary(max_size=200),
     name=st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz"]),

@@ -112,7 +112,11 @@ class Killed(Exception):
 
 @pytest.mark.parametrize(
     "more",
-    [{"lora": {"r": 2}, "train.lr": 1e-2}, {"loss": "sft"}, {"evaluation.at_start": False}],
+    [
+        {"lora": {"r": 2}, "train.lr": 1e-2},
+        pytest.param({"loss": "sft"}, marks=pytest.mark.slow),
+        {"evaluation.at_start": False},
+    ],
     ids=["lora", "sft", "no-start"],
 )
 def test_a_killed_run_writes_the_lines_of_an_uninterrupted_one(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from families import family_configs, make_tree, some_trees, tiny_model
 from torch.autograd import Function, gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from penchant.data.packing import pack
 from penchant.errors import ConfigError
@@ -108,8 +110,8 @@ def test_a_window_that_hides_nothing_is_none(monkeypatch: pytest.MonkeyPatch, wi
 
 
 def test_the_gradient_is_the_function_s() -> None:
-    batch = pack([make_tree(0, 2, (1, 2)), make_tree(1, 1, (2,))])
-    parts = numbers(batch, 2, 1, 3)[:3]
+    batch = pack([make_tree(0, 2, (1, 2)), make_tree(1, 1, (1,))])
+    parts = numbers(batch, 2, 1, 2)[:3]
     sinks = torch.tensor([0.3, -0.5], dtype=torch.float64, requires_grad=True)
     plan = varlen_plan(batch)
     assert gradcheck(lambda q, k, v, s: varlen_attention(q, k, v, plan, 0.7, s), (*parts, sinks))
@@ -151,10 +153,28 @@ def test_autograd_through_the_merge_would_be_wrong() -> None:
 # ---- flash kernels on the meta device: what they are called with, and what is counted ----
 
 
-def test_flash_kernels_take_the_plan_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes alone: odd heads are widened, shapes come back; nothing waits for the device, and the plan is one copy for any row."""
-    from training.test_device import UNORDERED, Ops
+class Ops(TorchDispatchMode):
+    """Counts operations by name, and notes for attention's backward kernels whether deterministic mode only warns."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+        self.warned: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.seen[name] += 1
+        if "attention_backward" in name:
+            self.warned.append(torch.is_deterministic_algorithms_warn_only_enabled())
+        return func(*args, **(kwargs or {}))
+
+
+# without an order on a GPU, a wait for it, or heads that are copied
+UNWANTED = {"index_add", "index_add_", "scatter_add", "_local_scalar_dense", "nonzero", "repeat_interleave"}
+
+
+def test_flash_kernels_take_the_plan_on_the_device() -> None:
+    """Shapes alone: odd heads are widened, shapes come back; nothing waits for the device, and the plan is one copy for any row."""
     copies = []
     for trees in (some_trees(), [make_tree(i, 3 + i % 5, (2, 4, 1)) for i in range(40)]):
         batch = pack(trees).to(META)
@@ -169,8 +189,40 @@ def test_flash_kernels_take_the_plan_on_the_device(monkeypatch: pytest.MonkeyPat
         assert out.shape == (batch.tokens, 6, 12) and out.dtype == BF16
         assert [g.shape for g in grads] == [x.shape for x in (q, k, v)]
         assert ops.seen["_flash_attention_forward"] == ops.seen["_flash_attention_backward"] == 2
-        assert not (UNORDERED | {"repeat_interleave", "_local_scalar_dense", "nonzero"}) & ops.seen.keys()
+        assert not UNWANTED & ops.seen.keys()
     assert copies[0] == copies[1] and copies[0][0] <= 3  # one to the device, two of indices from int32 to int64
+
+
+@pytest.mark.parametrize("warn_only", [True, False])
+def test_backward_kernels_take_their_deterministic_way(monkeypatch: pytest.MonkeyPatch, warn_only: bool) -> None:
+    """Flash and memory-efficient kernels stay unordered where the mode only warns, which is the mode of a step."""
+    batch, warns = pack(some_trees()), torch.is_deterministic_algorithms_warn_only_enabled
+    seen: list[bool] = []
+
+    class Noting(Function):
+        @staticmethod
+        def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+            return q + k + v
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            seen.append(warns())
+            return grad, grad, grad
+
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda q, k, v, **_: Noting.apply(q, k, v))
+    monkeypatch.setattr(module, "_EAGER_MAX_LENGTH", 0)
+    parts = numbers(batch, 2, 2)[:3]
+    there, on_meta = batch.to(META), [x.detach().to(META, BF16).requires_grad_() for x in parts]
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        # through other operations, as in a model: a leaf's hook would come first
+        tree_attention(*(x * 2 for x in parts), tree_layout(batch), 0.3).sum().backward()
+        with Ops() as ops:
+            varlen_attention(*on_meta, varlen_plan(there), 0.3).sum().backward()
+        seen += ops.warned
+        assert len(ops.warned) == 2 and len(seen) >= 4 and not any(seen) and warns() is warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_rows_without_a_second_pass_have_none() -> None:
@@ -208,9 +260,11 @@ def test_flex_has_the_tree_mask_and_its_blocks(window: int | None) -> None:
 
 
 @pytest.mark.parametrize("softcap,window,sinks", [(5.0, 6, False), (None, 6, True)])
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_is_the_groups(softcap: float | None, window: int | None, sinks: bool) -> None:
+def test_flex_is_the_groups(
+    monkeypatch: pytest.MonkeyPatch, softcap: float | None, window: int | None, sinks: bool
+) -> None:
     """Uncompiled, as torch computes it on a CPU, where it has no gradient."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     batch = pack([*some_trees(), make_tree(9, 60, (40, 7))])
     q, k, v = (x.detach() for x in numbers(batch, 4, 2, 16, FP32)[:3])
     sink = torch.linspace(-1, 2, 4) if sinks else None

@@ -16,7 +16,7 @@ from penchant import api
 from penchant.base.text import printable
 from penchant.cli import main
 from penchant.config import config_from_mapping, load_config, load_config_with_places
-from penchant.data.packing import pack, plan_balanced, tree_tokens
+from penchant.data.packing import pack, plan_passes, tree_tokens
 from penchant.logprobs import Scorer
 from penchant.models.cpu.decode import FastDecoder
 from penchant.models.load import cast_parameters, load_causal_model
@@ -271,6 +271,19 @@ def test_shapes_alone_count_what_a_real_pass_holds(tmp_path: Path, lora: bool) -
     assert found.forward == pytest.approx(live.peak, rel=0.15)
 
 
+def test_attention_without_a_mask_is_counted_so(tmp_path: Path) -> None:
+    """By the flash kernels' shapes: neither a mask nor scores of all pairs, which is most of what long trees hold otherwise."""
+    found = []
+    for attention in ("groups", "varlen"):
+        config = _config(tmp_path)
+        config["model"] |= {"kernels": "off", "attention": attention}
+        run = OutlinedRun(api.as_config(config), quiet=True)
+        assert run.attention[0] == attention and not run.layout[1]
+        found.append(activations_of(run, run.model, [_trees((300, 250, 260), (280, 240, 270))], fast=False))
+    groups, varlen = found
+    assert varlen.total < groups.total / 2 and varlen.layouts < groups.layouts / 20
+
+
 def test_a_head_too_large_to_keep_is_counted_by_its_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penchant.models.cpu.head._KEEP_BYTES", 1 << 16)
     monkeypatch.setattr("penchant.models.cpu.head._MATMUL_ROWS", 64)
@@ -359,7 +372,7 @@ def test_prepared_products_follow_the_sizes_of_passes_and_the_capacity(
     met = set()
     for step in range(run.schedule.total_steps):
         tokens = [tree_tokens(run.rows.trees[0][i], True) for i in run.schedule.batch(step)]
-        met |= {sum(tokens[i] for i in part) for part in plan_balanced(tokens, 300)}
+        met |= {sum(tokens[i] for i in part) for part in plan_passes(tokens, 300, True)}
     assert sizes == len(met) > 1
     assert prepared("0") == sizes * WITH_GRADIENT[0] * KERNEL
     assert prepared("16") - prepared("0") == 16 * PRODUCT

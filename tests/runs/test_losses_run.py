@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from parameters import by_default, one_of_each
+from parameters import by_default, one_of_each_kind
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
@@ -79,13 +79,7 @@ def lines(result: Any, kind: str = "train") -> list[dict[str, Any]]:
     return [x for x in all_lines if x["kind"] == kind]
 
 
-def kind_of(name: str) -> Any:
-    """What a run does for a loss; `discopop` goes down first."""
-    spec = LOSSES[name]
-    return spec.signal, spec.needs, spec.uses_lengths, name == "discopop"
-
-
-@pytest.mark.parametrize("name", one_of_each(LOSSES, kind_of))
+@pytest.mark.parametrize("name", one_of_each_kind(LOSSES))
 def test_every_loss_trains_by_its_name(one_of_many: Callable[..., TrainResult], name: str) -> None:
     result = one_of_many(name)
     assert result.steps == 3

@@ -248,6 +248,13 @@ def test_packings_train_alike(base: dict[str, Any], trained: api.TrainResult, pa
     assert other.after["eval/loss"] == pytest.approx(trained.after["eval/loss"], rel=1e-3)
 
 
+def test_two_passes_of_attention_train_alike(base: dict[str, Any], trained: api.TrainResult) -> None:
+    other = api.train(base, "model.attention=varlen", quiet=True)
+    assert other.after["eval/loss"] == pytest.approx(trained.after["eval/loss"], rel=1e-3)
+    kinds = [json.loads((r.folder / "manifest.json").read_text())["attention"] for r in (trained, other)]
+    assert kinds == ["groups", "varlen"]
+
+
 def test_a_run_can_be_read_from_anywhere(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     base["train"]["max_steps"] = 1

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
@@ -21,7 +21,6 @@ def _pieces(ids: list[int], freeze: int = 64) -> list[str]:
     return [*(made.add(i) for i in ids), made.flush()]
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.text(max_size=30), st.sampled_from([1, 2, 5, 64]))
 def test_pieces_joined_are_the_text_and_no_character_is_split(text: str, freeze: int) -> None:
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
@@ -33,14 +32,12 @@ def test_pieces_joined_are_the_text_and_no_character_is_split(text: str, freeze:
             assert piece == decoder.decode(bytes([byte]))
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 258), max_size=40), st.sampled_from([1, 2, 5, 64]))
 def test_any_tokens_give_what_decoding_them_at_once_gives(ids: list[int], freeze: int) -> None:
     whole = TOKENIZER.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert "".join(_pieces(ids, freeze)) == whole
 
 
-@settings(deadline=None, max_examples=40)
 @given(st.text("ab é€日😀", max_size=20), st.sampled_from([1, 2, 5, 64]))
 def test_words_and_bytes_of_a_fallback(text: str, freeze: int) -> None:
     """A tokenizer that writes unknown characters as bytes, which are characters only where a whole run of them is."""
@@ -82,7 +79,6 @@ def test_a_continued_text_keeps_its_first_space() -> None:
     assert [continued.add(2), continued.add(3), continued.add(1)] == [" day", "s", " good"]
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("ab\n", max_size=3), max_size=8), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
 def test_stops_cut_at_the_first_stop_text(pieces: list[str], texts: list[str]) -> None:
     whole = "".join(pieces)

@@ -18,7 +18,7 @@ from penchant.base.lanes import Turns, side_by_side, turn
 from penchant.data import packing
 from penchant.data.packing import at_once, pass_tokens, plan_passes
 from penchant.logprobs import Scorer
-from penchant.logprobs.reference import LiveReference, adapter_off, compute_logps
+from penchant.logprobs.reference import LiveReference, adapter_as_it_is, adapter_off, compute_logps
 from penchant.losses import LOSSES
 from penchant.models.load import add_lora, cast_parameters
 from penchant.models.options import LoraConfig
@@ -143,6 +143,22 @@ def test_a_cached_reference_and_held_out_rows_too(tmp_path: Path) -> None:
         sums = compute_logps(loop.algorithm.reference, loop.trees, tokens_per_step=200).sums  # type: ignore[attr-defined]
         found.append((sums.tolist(), evaluate_heldout(loop.algorithm, loop.trees, 200)))
     assert found[0] == found[1]
+
+
+def test_a_reference_that_swaps_weights_runs_alone(tmp_path: Path) -> None:
+    """The adapter as it was at the start: what all threads would see."""
+    loop = made(tmp_path, "lora")
+    adapter = {n: p for n, p in loop.model.named_parameters() if "lora_B" in n}
+    for p in adapter.values():
+        torch.nn.init.normal_(p, std=0.1)
+    reference = adapter_as_it_is(loop.algorithm.scorer)  # type: ignore[attr-defined]
+    before = compute_logps(reference, loop.trees, tokens_per_step=200).sums
+    for p in adapter.values():
+        torch.nn.init.normal_(p, std=0.1)
+    torch.set_num_threads(3)
+    assert torch.equal(compute_logps(reference, loop.trees, tokens_per_step=200).sums, before)
+    loop.algorithm.reference = reference  # type: ignore[attr-defined]
+    assert not loop.algorithm.side_by_side
 
 
 def test_a_pass_that_fails_ends_the_others(tmp_path: Path) -> None:

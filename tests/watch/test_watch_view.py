@@ -246,7 +246,7 @@ ROW = st.dictionaries(st.sampled_from(KEYS), JSON, max_size=8) | st.fixed_dictio
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(ROW, JSON), max_size=5), st.lists(ROW, max_size=3), ROW)
 def test_no_file_can_bring_it_down(tmp_path: Path, rows: list[Any], perf: list[Any], manifest: dict[str, Any]) -> None:
     folder = tmp_path / "run"

@@ -165,7 +165,7 @@ class Offline(Algorithm):
     @property
     def side_by_side(self) -> bool:
         live = self.reference if isinstance(self.reference, references.LiveReference) else None
-        return self.scorer.side_by_side and (live is None or live.scorer.side_by_side)
+        return self.scorer.side_by_side and (live is None or live.side_by_side)
 
     # ---- a step ---------------------------------------------------------------------------------------------------
 

@@ -141,7 +141,7 @@ class PPO(OnPolicy):
     @property
     def side_by_side(self) -> bool:
         of_value = self.value_scorer is None or self.value_scorer.side_by_side
-        return of_value and self.scorer.side_by_side and self.reference.scorer.side_by_side
+        return of_value and self.scorer.side_by_side and self.reference.side_by_side
 
     def prepare(self, groups: list[Group]) -> None:
         """Old log-probs and values by the engine that trains, token rewards, advantages and returns."""

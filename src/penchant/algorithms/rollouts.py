@@ -215,7 +215,7 @@ class OnPolicy(Algorithm):
 
     @property
     def side_by_side(self) -> bool:
-        return self.scorer.side_by_side and self.reference.scorer.side_by_side
+        return self.scorer.side_by_side and self.reference.side_by_side
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
         """The groups of this update: new rollouts at an iteration's first update, else a part of the old ones."""

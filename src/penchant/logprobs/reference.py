@@ -22,7 +22,7 @@ from penchant.data.mapped import StoredTokens
 from penchant.data.packing import passes_over
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.logprobs.head import RowLogits
-from penchant.models.cpu.layers import adapters_off
+from penchant.models.cpu.layers import adapters_as
 from penchant.models.load import tensors_sha256
 from penchant.types import PackedBatch, TokenTree
 
@@ -46,10 +46,15 @@ class Reference(Protocol):
 
 @dataclass(slots=True)
 class LiveReference:
-    """A reference that runs each step: a frozen copy (`off` does nothing), or the policy with its adapter switched off or as it was."""
+    """A reference that runs each step: a frozen copy, or the policy with its adapter switched off or as it was.
+
+    Args:
+        off: puts the model into the reference's state and back; adapters: the same for the fast path, see `adapters_as`.
+    """
 
     scorer: Scorer
     off: Callable[[], AbstractContextManager[Any]] = nullcontext
+    adapters: Mapping[Tensor, Tensor] | None = None
     exact: bool = True
 
     def logps(self, batch: PackedBatch) -> Tensor:
@@ -74,12 +79,17 @@ class LiveReference:
         with self.at_rest():
             return self.scorer.logps(batch)
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether several threads may run passes of it at once, beside passes of the policy."""
+        return self.scorer.side_by_side
+
     @contextmanager
     def at_rest(self) -> Iterator[None]:
         """The model as the reference has it, without gradient. What has a fast path stays as it is: other threads may train it now."""
         model = self.scorer.model
         if self.scorer.side_by_side:
-            with torch.no_grad(), nullcontext() if self.off is nullcontext else adapters_off():
+            with torch.no_grad(), nullcontext() if self.adapters is None else adapters_as(self.adapters):
                 yield
             return
         training = model.training
@@ -93,25 +103,25 @@ class LiveReference:
 
 def adapter_off(scorer: Scorer) -> LiveReference:
     """The reference of a LoRA run: the same weights and kernels with the adapter disabled."""
-    return LiveReference(scorer, off=scorer.model.disable_adapter)  # type: ignore[arg-type]
+    return LiveReference(scorer, off=scorer.model.disable_adapter, adapters={})  # type: ignore[arg-type]
 
 
 def adapter_as_it_is(scorer: Scorer) -> LiveReference:
     """The policy with its adapter as it is now, whatever training makes of it: a copy of the adapter, and no other weights."""
-    kept = [(p, p.detach().clone()) for n, p in scorer.model.named_parameters() if "lora_" in n]
+    kept: dict[Tensor, Tensor] = {p: p.detach().clone() for n, p in scorer.model.named_parameters() if "lora_" in n}
 
     @contextmanager
     def put_back() -> Iterator[None]:
-        now = [p.data for p, _ in kept]
+        now = [p.data for p in kept]
         try:
-            for p, start in kept:
+            for p, start in kept.items():
                 p.data = start
             yield
         finally:
-            for (p, _), data in zip(kept, now, strict=True):
+            for p, data in zip(kept, now, strict=True):
                 p.data = data
 
-    return LiveReference(scorer, off=put_back)
+    return LiveReference(scorer, off=put_back, adapters=kept)
 
 
 @dataclass(slots=True)
@@ -324,7 +334,7 @@ def compute_logps(
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     device = next(live.scorer.model.parameters()).device
     passes = passes_over(
-        live.completion_logps, trees, tokens_per_step, shared=shared, device=device, lanes=live.scorer.side_by_side
+        live.completion_logps, trees, tokens_per_step, shared=shared, device=device, lanes=live.side_by_side
     )
     for members, made in passes:
         sums = made.sums.cpu().split([len(trees[i].completion_ids) for i in members])

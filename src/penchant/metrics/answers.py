@@ -162,7 +162,7 @@ def score_tokens(
         ModelError: the models' vocabularies differ in size.
     """
     device = next(policy.scorer.model.parameters()).device
-    shared, lanes = policy.scorer.shared, policy.scorer.side_by_side
+    shared, lanes = policy.scorer.shared, policy.side_by_side
     same = reference is None or reference.scorer.shared == shared
     if not same:  # rows are then numbered as trees are
         trees = [replace(t, row=i) for i, t in enumerate(trees)]
@@ -177,7 +177,7 @@ def score_tokens(
         return torch.stack([policy.completion_logps(batch).tokens, reference.completion_logps(other).tokens])
 
     parts: dict[int, Tensor] = {}
-    lanes = lanes and (reference is None or reference.scorer.side_by_side)
+    lanes = lanes and (reference is None or reference.side_by_side)
     for members, found in passes_over(found_of, trees, tokens_per_step, shared=shared, device=device, lanes=lanes):
         counts = [sum(map(len, trees[i].completion_ids)) for i in members]
         parts |= dict(zip(members, found.cpu().double().split(counts, dim=1), strict=True))

@@ -353,7 +353,7 @@ def kl_by_completion(
     """k1 and k3 of every completion in nats, summed over its tokens, (completions,) each in order."""
     shared = policy.scorer.shared
     device = next(policy.scorer.model.parameters()).device
-    lanes = policy.scorer.side_by_side and reference.scorer.side_by_side
+    lanes = policy.side_by_side and reference.side_by_side
     by_tree: dict[int, torch.Tensor] = {}
 
     def estimates(batch: PackedBatch) -> torch.Tensor:

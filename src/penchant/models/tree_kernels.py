@@ -19,6 +19,7 @@ Papers: FlashAttention-2 (arXiv 2307.08691), FlexAttention (arXiv 2412.05496).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -113,6 +114,36 @@ def _build_plan(segments: Sequence[Segment], device: torch.device) -> VarlenPlan
     return VarlenPlan(Sequences(cu, cu, longest, longest), second, at.long(), of.long())
 
 
+# ---- Determinism: where torch's deterministic mode only warns, backward kernels of attention keep their unordered way ----
+
+
+def _only_warns() -> bool:
+    return torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+@contextmanager
+def strict(wanted: bool) -> Iterator[None]:
+    """Deterministic mode without its `warn_only`, for kernels that have a deterministic way and take it only then."""
+    if not wanted:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def with_strict_backward(out: Tensor, *inputs: Tensor) -> Tensor:
+    """An attention's output as it is; the backward pass between it and its inputs (no leaves) is strictly deterministic in that mode."""
+    if out.requires_grad and _only_warns():
+        out.register_hook(lambda _: torch.use_deterministic_algorithms(True))
+        for x in inputs:
+            if x.requires_grad:
+                x.register_hook(lambda _: torch.use_deterministic_algorithms(True, warn_only=True))
+    return out
+
+
 # ---- The kernels: forward (q, k, v) -> out (T, H, d_v), log-sum-exp (H, T); backward -> gradients of q, k, v ----
 
 
@@ -148,9 +179,10 @@ def _backward(
     width = _width(q, v)
     wide = [_wide(x, width) for x in (grad, q, k, v, out)]
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the dropout that there is none of
-    found = torch.ops.aten._flash_attention_backward(
-        *wide, lse, s.cu_q, s.cu_k, s.max_q, s.max_k, 0.0, causal, state, state.new_empty(0), scale=scale
-    )
+    with strict(_only_warns()):
+        found = torch.ops.aten._flash_attention_backward(
+            *wide, lse, s.cu_q, s.cu_k, s.max_q, s.max_k, 0.0, causal, state, state.new_empty(0), scale=scale
+        )
     dq, dk, dv = (g[..., : x.shape[-1]] for g, x in zip(found, (q, k, v), strict=True))
     return dq, dk, dv
 
@@ -219,8 +251,12 @@ class _TwoPasses(torch.autograd.Function):
     ) -> Tensor:
         out, lse = _forward(q, k, v, plan.first, True, scale)
         if plan.second is not None:
-            prompts = (x.index_select(0, plan.keys) for x in (k, v))
-            other, seen = _forward(q.index_select(0, plan.rows), *prompts, plan.second, False, scale)
+            ours, keys, values = (
+                q.index_select(0, plan.rows),
+                k.index_select(0, plan.keys),
+                v.index_select(0, plan.keys),
+            )
+            other, seen = _forward(ours, keys, values, plan.second, False, scale)
             own = lse.index_select(1, plan.rows)
             total = torch.logaddexp(own, seen)
             merged = out.index_select(0, plan.rows) * _share(own, total) + other * _share(seen, total)
@@ -241,11 +277,10 @@ class _TwoPasses(torch.autograd.Function):
         dq, dk, dv = _backward(grad, q, k, v, out, lse, plan.first, True, scale)
         if plan.second is not None:
             rows, keys = plan.rows, plan.keys
-            of_rows = [x.index_select(0, rows) for x in (grad, q, out)]
-            of_keys = [x.index_select(0, keys) for x in (k, v)]
-            more = _backward(
-                of_rows[0], of_rows[1], *of_keys, of_rows[2], lse.index_select(1, rows), plan.second, False, scale
-            )
+            into, ours, found = (x.index_select(0, rows) for x in (grad, q, out))
+            theirs, values = (x.index_select(0, keys) for x in (k, v))
+            sums = lse.index_select(1, rows)
+            more = _backward(into, ours, theirs, values, found, sums, plan.second, False, scale)
             dq, dk, dv = (_added(a, at, b) for a, at, b in zip((dq, dk, dv), (rows, keys, keys), more, strict=True))
         dsinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
@@ -331,12 +366,12 @@ def _build_flex(segments: Sequence[Segment], tokens: int, window: int | None, de
 
     length = -(-tokens // BLOCK) * BLOCK
     blocks = visible_blocks(segments, length, window)
-    order = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)  # the visible ones first
-    counts, order, *columns = moved_together(
-        [blocks.sum(1, dtype=np.int32), order, *tokens_of(segments, length)], device
+    first = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)  # the visible ones first
+    counts, order, own, root, position = moved_together(
+        [blocks.sum(1, dtype=np.int32), first, *tokens_of(segments, length)], device
     )
     mask = BlockMask.from_kv_blocks(
-        counts[None, None], order[None, None], BLOCK_SIZE=BLOCK, mask_mod=mask_mod(*columns, window)
+        counts[None, None], order[None, None], BLOCK_SIZE=BLOCK, mask_mod=mask_mod(own, root, position, window)
     )
     return FlexPlan(length, mask)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,14 +52,17 @@ _FUSING = threading.Lock()
 
 
 @contextmanager
-def adapters_off() -> Iterator[None]:
-    """Passes of this thread run without adapters; peft's own switch is for all threads."""
-    before = getattr(_HERE, "adapters_off", False)
-    _HERE.adapters_off = True
+def adapters_as(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Passes of this thread take these in place of the adapters' parameters; of an empty mapping, no adapter at all.
+
+    peft's own switch, and the parameters' values, are for all threads.
+    """
+    before = getattr(_HERE, "weights", None)
+    _HERE.weights = weights
     try:
         yield
     finally:
-        _HERE.adapters_off = before
+        _HERE.weights = before
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +98,16 @@ class Adapter:
     """
 
     module: Any
-    a: nn.Parameter
-    b: nn.Parameter
+    a: Tensor
+    b: Tensor
     scale: float
 
-    @property
-    def off(self) -> bool:
-        return bool(self.module.disable_adapters) or getattr(_HERE, "adapters_off", False)
+    def acting(self) -> Adapter | None:
+        """What acts in this thread's passes."""
+        weights: Mapping[Tensor, Tensor] | None = getattr(_HERE, "weights", None)
+        if self.module.disable_adapters or weights == {}:
+            return None
+        return self if weights is None else replace(self, a=weights[self.a], b=weights[self.b])
 
 
 @dataclass(slots=True)
@@ -149,7 +155,8 @@ class FastForward:
         for layer in self._layers:
             if layer.window not in rows:
                 rows[layer.window] = self._row(batch, layer.window, recompute)
-            adapters = {role: adapter for role, adapter in layer.adapters.items() if not adapter.off}
+            acting = {role: adapter.acting() for role, adapter in layer.adapters.items()}
+            adapters = {role: adapter for role, adapter in acting.items() if adapter is not None}
             updates = [p for adapter in adapters.values() for p in (adapter.a, adapter.b)]
             x = _DecoderLayer.apply(x, rows[layer.window], layer, adapters, *layer.params.all(), *updates)
         return _Norm.apply(x, self._backbone.norm.weight, self._backbone.norm.variance_epsilon)
