@@ -12,7 +12,11 @@ from penchant.losses import LOSSES
 
 def by_default(values: Iterable[Any], kept: Collection[Any]) -> list[Any]:
     """Parameters of a test: those in `kept` by default, the others slow."""
-    return [v if v in kept else pytest.param(v, marks=pytest.mark.slow) for v in values]
+    return [v if v in kept else _slow(v) for v in values]
+
+
+def _slow(value: Any) -> Any:
+    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
 
 
 def one_of_each(values: Iterable[Any], kind: Callable[[Any], Any]) -> list[Any]:
@@ -20,7 +24,7 @@ def one_of_each(values: Iterable[Any], kind: Callable[[Any], Any]) -> list[Any]:
     found: list[Any] = []
     kinds: list[Any] = []
     for value in values:
-        found.append(value if kind(value) not in kinds else pytest.param(value, marks=pytest.mark.slow))
+        found.append(value if kind(value) not in kinds else _slow(value))
         kinds.append(kind(value))
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
 from penchant.config import load_config
+from penchant.init import propose, write_config
+from penchant.init.look import look_at_data, look_at_model
 from penchant.pipeline import load_pipeline
 from penchant.sweep import load_sweep
 
@@ -45,6 +48,30 @@ def test_the_online_example_runs(page: str, tmp_path: Path, monkeypatch: pytest.
     overrides = ["train.max_steps=1", "algorithm.max_new_tokens=4", "data.max_length=64", "evaluation.samples=0"]
     result = api.train(tmp_path / "run.yaml", *overrides, quiet=True)
     assert "eval/reward/ci" in result.after
+
+
+def test_grpo_on_arithmetic_with_a_checked_answer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's file and reward, by the config that init writes, and the recipe."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = [b for b in _blocks("python", "docs/rewards.md") if b.startswith("# arithmetic.py")]
+    (tmp_path / "arithmetic.py").write_text(code)
+    runpy.run_path("arithmetic.py", run_name="__main__")
+    model = tiny_model_folder(tmp_path / "model")
+    data = look_at_data("arithmetic.jsonl", model)
+    assert propose(data, look_at_model(model), "grpo").sections["reward"].keys() == {"accuracy"}
+    start = propose(data, look_at_model(model), "grpo", reward="arithmetic.py:right")
+    few = [
+        "train.max_steps=1",
+        "algorithm.max_new_tokens=4",
+        "data.limit=12",
+        "data.validation_rows=2",
+        "evaluation.samples=0",
+    ]
+    result = api.train(write_config(start, "arithmetic.yaml"), *few, quiet=True)
+    assert "eval/rewards/right/mean" in result.after
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    recipe = api.train("recipes/grpo_arithmetic.yaml", f"model.path={model}", *few, quiet=True)
+    assert "eval/rewards/right/mean" in recipe.after
 
 
 def test_the_reward_model_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,12 +41,14 @@ class Completion:
 class PromptTree:
     """One prompt with k completions: k=1 is SFT or a thumb, k=2 a preference pair (chosen first), k=n a ranking.
 
-    `source` is where the row came from (``"train.jsonl:118"``), for messages.
+    `source` is where the row came from (``"train.jsonl:118"``), for messages; `columns` is what else the row holds, by column, where a
+    reward asks for it.
     """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
     source: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -114,6 +116,7 @@ class PackedBatch:
     labels: Tensor | None = None  # (C,) fp32, 1 or 0; None where a completion has none
     scores: Tensor | None = None  # (C,) fp32; None where a completion has none
     pairs: bool = False  # every tree has exactly two completions, so slots are 0, 1, 0, 1, ...
+    idle: bool = False  # it keeps the passes of other processes company, and counts for nothing
     columns: dict[str, Tensor] = field(default_factory=dict)  # what an algorithm knows beforehand (`Algorithm.columns`)
     cache: dict[str, object] = field(default_factory=dict)  # layouts derived from `segments`, built once per batch
 

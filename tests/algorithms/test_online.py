@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,12 @@ def gradient_of(algorithm: GroupPolicyGradient, sizes: list[int]) -> torch.Tenso
     return step_gradient(algorithm, [], sizes)
 
 
-def made(model: Any, **config: Any) -> GroupPolicyGradient:
+def made(model: Any, of: list[Group] | None = None, **config: Any) -> GroupPolicyGradient:
     reference = LiveReference(Scorer(tiny_model("llama", seed=1), "shared"))
     cfg = GroupConfig(**{"name": "rloo", "samples": 3, "max_new_tokens": 6, **config})
-    return GroupPolicyGradient(Scorer(model, "shared"), reference, Fixed(groups(), model), cfg, tokens_per_step=20)  # type: ignore[arg-type]
+    return GroupPolicyGradient(
+        Scorer(model, "shared"), reference, Fixed(of or groups(), model), cfg, tokens_per_step=20
+    )  # type: ignore[arg-type]
 
 
 def test_rloos_first_gradient_is_reinforce_by_hand() -> None:
@@ -327,3 +330,74 @@ def test_prompts_alone_are_no_data_for_a_loss(base: dict[str, Any]) -> None:
     for loss in ("sft", "dpo", "kto"):
         with pytest.raises(DataError, match="prompts"):
             api.train({**base, "algorithm": None, "reward": None, "loss": loss}, quiet=True)
+
+
+# ---- rewards that see the row ---------------------------------------------------------------------------------------------
+
+OF_ROWS = """
+def near(completions, answer, **kwargs):
+    assert all(isinstance(a, int) for a in answer)
+    return [None if a % 3 == 0 or len(c) % 4 == 3 else float(a % 3 == len(c) % 2) for c, a in zip(completions, answer)]
+
+def ending(completions, answer, **kwargs):
+    return [None if a % 3 == 0 else float(c.endswith("e")) for c, a in zip(completions, answer)]
+"""
+
+
+SLOW_ONES = [pytest.param(name, marks=pytest.mark.slow) for name in ("rloo", "online_dpo")]
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo", *SLOW_ONES])
+def test_rewards_with_columns_and_none_train_and_resume(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Rows of prompt and answer, numbers too: a third has no reward at all, some completions have none; a killed run ends the same."""
+    (tmp_path / "of_rows.py").write_text(OF_ROWS)
+    rows = [{"prompt": "q" * (1 + i % 5) + str(i), "answer": i} for i in range(24)]
+    base["data"] |= {"path": write_jsonl(tmp_path / "answers.jsonl", rows)}
+    base["reward"] = [f"{tmp_path}/of_rows.py:near", {f"{tmp_path}/of_rows.py:ending": 0.5}]
+    base["algorithm"] |= {"name": name, "samples": 2 if name == "ppo" else 4, "beta": 0.1}
+    if name != "online_dpo":
+        base["algorithm"]["epochs"] = 2
+    base["train"] |= {"epochs": 1 if name != "online_dpo" else 2}
+    base |= {"checkpoint": {"every": 1}}
+    whole = api.train(base, quiet=True)
+    found = [line for line in lines(whole.folder) if line["kind"] == "train"]
+    assert all(line["reward/none"] > 0 and np.isfinite(line["loss"]) for line in found if "skipped" not in line)
+    assert {f"rewards/{n}/{k}" for n in ("near", "ending") for k in ("mean", "std", "none")} <= found[0].keys()
+    assert found[0]["rewards/near/none"] >= found[0]["rewards/ending/none"] == found[0]["reward/none"]
+    held_out = next(line for line in lines(whole.folder) if line["kind"] == "eval")
+    assert "eval/rewards/near/mean" in held_out
+    base["output"] = str(tmp_path / "killed")
+    real = Loop._after_step
+
+    def killed(self: Loop, *args: Any) -> None:
+        real(self, *args)
+        if self.state.step == 1:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_after_step", killed)
+        with pytest.raises(Killed):
+            api.train(base, quiet=True)
+    resumed = api.train(base, quiet=True)
+    assert written(resumed.folder, resumed.steps) == written(whole.folder, whole.steps)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"name": "rloo"}, {"name": "grpo"}, {"name": "grpo", "loss_mean": "token", "scale_rewards": "batch"}],
+    ids=str,
+)
+def test_a_completion_without_a_reward_changes_nothing(config: dict[str, Any]) -> None:
+    """The gradient of groups with an unknown reward is that of the groups without that completion."""
+    model = tiny_model("llama")
+    without = groups()
+    some = []
+    for g in without:
+        more = (*g.tree.completion_ids, np.array([9, 8], np.int32))
+        tree = replace(g.tree, completion_ids=more, truncated=(False,) * 4)
+        some.append(Group(tree, torch.cat([g.rewards, torch.tensor([float("nan")], dtype=torch.float64)])))
+    expected = gradient_of(made(model, without, beta=0.2, **config), [2])
+    got = gradient_of(made(model, some, beta=0.2, **config), [2])
+    assert (got - expected).norm() <= 1e-9 * expected.norm()

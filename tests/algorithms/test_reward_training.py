@@ -396,6 +396,11 @@ def test_a_folder_with_half_the_weights_is_refused(base: dict[str, Any]) -> None
         api.train(base, quiet=True)
 
 
+def test_packed_attention_is_refused_for_an_encoder() -> None:
+    with pytest.raises(ConfigError, match=r"model\.attention: varlen is for packed rows"):
+        make_scorer(None, True, None, "auto", "auto", "varlen")
+
+
 def test_make_scorer_uses_the_fast_path_where_it_can(base: dict[str, Any]) -> None:
     run = Run(api.as_config(base), quiet=True)
     slow, _ = make_scorer(run.built.parts.model, False, run.rows.tokenizer, "auto", "off")

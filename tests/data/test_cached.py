@@ -418,6 +418,7 @@ def test_a_run_with_the_cache_is_the_same_run(tmp_path: Path) -> None:
         "data": {"path": write_jsonl(tmp_path / "pairs.jsonl", polite_rows()), "validation_rows": 6, "max_length": 128},
         "loss": {"name": "dpo", "beta": 0.5},
         "train": {"epochs": 1, "batch_size": 6, "tokens_per_step": 600, "lr": 3e-3},
+        "evaluation": {"samples": 1, "sample_tokens": 3, "kl_prompts": 2},
     }
     made = {}
     for name, cache in (("off", "off"), ("cold", "auto"), ("warm", "auto")):

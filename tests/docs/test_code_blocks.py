@@ -49,7 +49,10 @@ SHORT = {
 # a command that reads: what a person types
 TYPED = {r"^penchant chat .*--prefer": "The film was\n/left\n/quit\n", r"^penchant chat ": "The film was\n/quit\n"}
 # pages that run in `make test-all` only: why
-SLOW_PAGES = {"docs/tutorial.md": "trains the bundled model three times"}
+SLOW_PAGES = {
+    "docs/tutorial.md": "trains the bundled model three times",
+    "docs/rewards.md": "trains on arithmetic; tests/test_readme.py does so for a step",
+}
 
 
 def test_no_kind_of_block_is_unaccounted_for() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from parameters import by_default
 from tiny import tiny_tokenizer
 
 from penchant.errors import ModelError
@@ -51,8 +53,13 @@ def _configs() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", _configs())
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "q8_0"])
+@pytest.mark.parametrize(
+    "family,dtype",
+    by_default(
+        itertools.product(_configs(), ("fp32", "bf16", "fp16", "q8_0")),
+        [*((family, "q8_0") for family in _configs()), *(("qwen2", dtype) for dtype in ("fp32", "bf16", "fp16"))],
+    ),
+)
 def test_what_is_read_back_computes_what_was_written(tmp_path: Path, family: str, dtype: str) -> None:
     from transformers import AutoModelForCausalLM
 

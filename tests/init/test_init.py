@@ -326,3 +326,15 @@ def test_a_mistyped_model_is_met_before_the_data_is_read(tmp_path: Path, model: 
     with pytest.raises(ModelError, match="no such folder; did you mean"):
         answers(Asker(io.StringIO(), screen, terminal=False), data, wrong, "dpo")
     assert not screen.getvalue()
+
+
+def test_rows_with_answers_are_checked_by_them(tmp_path: Path, model: str) -> None:
+    """Also where the answers are numbers, which no demonstration is; what is written reads back."""
+    for name, rows in (
+        ("texts", [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(9)]),
+        ("numbers", [{"question": f"{i}+1=", "answer": i + 1} for i in range(9)]),
+    ):
+        data = look_at_data(write_jsonl(tmp_path / f"{name}.jsonl", rows), model)
+        start = propose(data, look_at_model(model), "grpo")
+        assert data.rows == 9 and start.sections["reward"].keys() == {"accuracy"}
+        assert load_config(write_config(start, tmp_path / f"{name}.yaml")).reward is not None

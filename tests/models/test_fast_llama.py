@@ -477,3 +477,33 @@ def test_an_adapter_keeps_less_than_the_whole_model() -> None:
             fast.hidden(batch)
     assert [keep for keep, _ in kept] == [True, True, False, True]  # below the lowest adapter nothing is kept
     assert [(s.n1 is None, s.n2 is None) for _, (_, s) in kept] == [(False, False)] * 2 + [(True, True)] * 2
+
+
+def test_layers_below_the_lowest_adapter_are_computed_once_for_policy_and_reference() -> None:
+    from penchant.models.cpu import layers
+
+    model, passed = adapted("qwen3", torch.float32, layers_to_transform=[1]), []
+    base, forward = model.get_base_model(), layers._layer_forward
+    fast = fast_forward(model)
+    assert fast is not None
+
+    def counted(x: torch.Tensor, row: Any, layer: Any, *rest: Any, **more: Any) -> Any:
+        passed.append(next(i for i, known in enumerate(fast._layers) if known is layer))
+        return forward(x, row, layer, *rest, **more)
+
+    def references(batch: PackedBatch) -> list[torch.Tensor]:
+        policy = fast_logps(base, fast, batch)
+        with torch.no_grad(), layers.adapters_as({}):
+            reference = fast_logps(base, fast, batch)
+        policy.sum().backward()
+        return [policy, reference, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "_layer_forward", counted)
+        found = references(pack(trees()))
+        assert passed == [0, 1, 1]
+        model.zero_grad()
+        patch.setattr(FastForward, "_lowest_trained", lambda _: 0)
+        alone = references(pack(trees()))
+        assert passed == [0, 1, 1, 0, 1, 0, 1]
+    assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))

@@ -75,7 +75,10 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another shape": (weights(lambda t: t.update({UP: t[UP].t().contiguous()})), rf"{UP} has the shape \[32, 48\]"),
     "whole numbers": (weights(lambda t: t.update({UP: t[UP].to(torch.int32)})), f"{UP} is of type I32"),
     "a missing tensor": (weights(lambda t: t.pop(UP)), f"weights are missing in the folder .{UP}"),
-    "more layers": (config(num_hidden_layers=1), "holds model.layers.1"),
+    "more layers": (
+        weights(lambda t: t.update({n.replace("layers.0", "layers.1"): w.clone() for n, w in list(t.items())})),
+        "holds model.layers.1",
+    ),
     "NaN": (weights(first(float("nan"))), "the weight model.norm.weight holds NaN"),
     "infinite": (weights(first(float("-inf"))), "the weight model.norm.weight holds NaN or infinite"),
     "NaN in the config": (config(rms_norm_eps=float("nan")), "logits are NaN|could not be loaded"),

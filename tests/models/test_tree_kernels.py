@@ -248,9 +248,9 @@ def test_flex_has_the_tree_mask_and_its_blocks(window: int | None) -> None:
     batch = pack([*some_trees(), make_tree(9, 300, (140, 7, 200)), make_tree(10, 1, (130, 1))])
     length = -(-batch.tokens // BLOCK) * BLOCK
     row = torch.arange(length)
-    columns = [torch.from_numpy(x) for x in tokens_of(batch.segments, length)]
+    columns = [torch.from_numpy(x) for x in tokens_of(batch.segments, length, window)]
     at = torch.tensor(0)
-    found = mask_mod(*columns, window)(at, at, row[:, None], row[None]).numpy()
+    found = mask_mod(*columns)(at, at, row[:, None], row[None]).numpy()
     n = batch.tokens
     expected = dense(batch, length, window)
     assert np.array_equal(found[:n, :n], expected[:n, :n])

@@ -24,7 +24,7 @@ from penchant.errors import CheckpointError, ConfigError, DataError, ModelError,
 from penchant.models.load import load_tokenizer
 from penchant.pipeline import Pipeline, Stage, _comparison, load_pipeline
 from penchant.rewards import load_reward
-from penchant.rewards.reward_model import PolicyText
+from penchant.rewards.reward_model import PolicyText, rows_by_source
 from penchant.runfolder import RunLock
 from penchant.runs import Run
 from penchant.runs.state import State, changes, model_folder
@@ -780,7 +780,7 @@ def directly(base: dict[str, Any], reward: Path, trees: list[TokenTree]) -> list
     assert held_out is not None
     tokenizer = load_tokenizer(str(base["defaults"]["model"]["path"]))
     prompts = {t.source: t.prompt for t in held_out.trees}
-    judge = load_reward(str(reward), PolicyText(tokenizer, "auto", prompts))
+    judge = load_reward(str(reward), PolicyText(tokenizer, "auto", rows_by_source(held_out.trees)))
     texts = [tokenizer.decode(t.completion_ids[0].tolist(), skip_special_tokens=True) for t in trees]
     return [float(judge([str(prompts[t.source])], [s], [t])[0]) for t, s in zip(trees, texts, strict=True)]
 

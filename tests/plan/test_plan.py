@@ -250,9 +250,9 @@ def test_the_kernels_on_shapes_alone_hold_what_a_real_pass_holds(tmp_path: Path,
     assert found.total == pytest.approx(real.peak - gradients, rel=0.04)
 
 
-@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_shapes_alone_count_what_a_real_pass_holds(tmp_path: Path, lora: bool) -> None:
-    config = _config(tmp_path, **({"lora": {"r": 4}} if lora else {}))
+@pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow), {"r": 4}, {"r": 4, "dora": True}])
+def test_shapes_alone_count_what_a_real_pass_holds(tmp_path: Path, lora: dict[str, Any] | None) -> None:
+    config = _config(tmp_path, lora=lora)
     config["model"]["kernels"] = "off"
     run = OutlinedRun(api.as_config(config), quiet=True)
     real = Run(api.as_config(config), quiet=True)
@@ -399,9 +399,11 @@ def test_outlines_have_the_models_parameters(tmp_path: Path) -> None:
     assert all(p.device.type == "meta" for p in outlined.parameters())
 
 
-@pytest.mark.parametrize("dtype,lora", [("fp32", False), ("bf16", False), ("bf16", True)])
-def test_parts_are_what_the_optimizer_holds(tmp_path: Path, dtype: str, lora: bool) -> None:
-    config = _config(tmp_path, **({"lora": {"r": 4}} if lora else {}))
+@pytest.mark.parametrize(
+    "dtype,lora", [("fp32", None), ("bf16", None), ("bf16", {"r": 4}), ("bf16", {"r": 4, "dora": True})]
+)
+def test_parts_are_what_the_optimizer_holds(tmp_path: Path, dtype: str, lora: dict[str, Any] | None) -> None:
+    config = _config(tmp_path, lora=lora)
     config["model"]["dtype"] = dtype
     parts = api.plan(config, probe=False).memory.parts
     run = Run(api.as_config(config), quiet=True)
@@ -413,6 +415,10 @@ def test_parts_are_what_the_optimizer_holds(tmp_path: Path, dtype: str, lora: bo
         == parts["optimizer (two moments)"] // 2
         == 4 * sum(p.numel() for p in run.built.optimizer.params.values())
     )
+    if lora is not None:  # the adapter as it was, where off is not the start
+        start = run.built.start
+        assert start is not None and start.adapters is not None
+        assert parts["reference"] == sum(p.nbytes for p in start.adapters.values())
 
 
 def test_an_encoder_is_planned_for(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ from penchant.rewards.reward_model import (
     RewardModel,
     find_reward_model,
     load_reward_function,
-    prompts_by_source,
     rewards_of,
+    rows_by_source,
 )
 from penchant.runs import Run
 from penchant.runs.record import reward_contents
@@ -89,7 +89,7 @@ def as_rollouts(run: Run, tokenizer: Any, template: str = "auto") -> tuple[list[
     assert run.rows.datasets[1] is not None
     data = run.rows.datasets[1]
     trees = tokenize(data, tokenizer, template=template, max_length=4096).trees
-    return list(trees), PolicyText(tokenizer, template, {t.source: t.prompt for t in data.trees})
+    return list(trees), PolicyText(tokenizer, template, rows_by_source(data.trees))
 
 
 CASES = {
@@ -149,14 +149,14 @@ def test_an_unfinished_completion_is_judged_without_eos(trained: Any, chat: bool
 def test_prompts_of_files_with_one_name_are_not_mixed_up(trained: Any) -> None:
     run = trained("plain").run
     trees, policy = as_rollouts(run, tiny_tokenizer(chat=True), "auto")
-    first = next(iter(policy.prompts))
+    first = next(iter(policy.rows))
     other = PromptTree("another prompt", (), first)
     known = run.rows.datasets[1].trees
-    twice = prompts_by_source([*known, other])
-    assert twice[first] is None and len(twice) == len(prompts_by_source(known))
+    twice = rows_by_source([*known, other])
+    assert twice[first] is None and len(twice) == len(rows_by_source(known))
     folder = find_reward_model(str(run.folder))
     assert folder is not None
-    model = load_reward_function("r", folder, CPU, replace(policy, prompts=twice))
+    model = load_reward_function("r", folder, CPU, replace(policy, rows=twice))
     with pytest.raises(DataError, match="different names"):
         model.score_trees([t for t in trees if t.source == first])
 
@@ -251,7 +251,7 @@ def test_a_value_model_that_cannot_start_there(tmp_path: Path, trained: Any, why
     if why == "another architecture":
         from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-        config = LlamaConfig.from_pretrained(model, num_labels=1, num_hidden_layers=1)
+        config = LlamaConfig.from_pretrained(model, num_labels=1, num_hidden_layers=2)
         LlamaForSequenceClassification(config).save_pretrained(tmp_path / "small")
         AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "small")
         reward = str(tmp_path / "small")
@@ -351,7 +351,7 @@ def test_the_best_checkpoint_is_taken(tmp_path: Path) -> None:
 
 def test_a_prompt_that_cannot_be_told_is_no_other_rows() -> None:
     tokenizer = tiny_tokenizer()
-    policy = PolicyText(tokenizer, prompts={"x.jsonl:1": None})
+    policy = PolicyText(tokenizer, rows={"x.jsonl:1": None})
     judge = RewardModel(None, tokenizer, True, "auto", 32, True, policy)  # type: ignore[arg-type]
     tree = TokenTree(0, np.array([5, 6], np.int32), (np.array([7], np.int32),), (True,), "x.jsonl:1")
     with pytest.raises(DataError, match="give the data files different names"):

@@ -21,8 +21,10 @@ from penchant.algorithms.rollouts import Group
 from penchant.base import machine
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer, per_completion
-from penchant.logprobs.reference import CachedReference, LiveReference
+from penchant.logprobs.reference import CachedReference, LiveReference, adapter_as_it_is, adapter_off
 from penchant.losses import LOSSES
+from penchant.models.load import add_lora
+from penchant.models.options import LoraConfig
 from penchant.models.tree_attention import tree_layout
 from penchant.training import loop as loop_module
 from penchant.training import steps
@@ -113,7 +115,7 @@ def test_a_step_of_the_optimizer_makes_no_call_for_each_parameter(dtype: torch.d
         optimizer = MasterAdamW(model.named_parameters(), dtype=dtype)
         for master in optimizer.masters.values():
             master.grad = torch.ones_like(master)
-        optimizer._adam.step = lambda: None  # type: ignore[method-assign]  # torch's own, one call; it refuses the meta device
+        optimizer.parts[0].step = lambda: None  # type: ignore[method-assign, misc, assignment]  # torch's own, one call; it refuses the meta device
         with Ops() as ops:
             optimizer.clip(1.0)  # the meta device refuses to be read
             optimizer.step(1e-3)
@@ -176,10 +178,14 @@ def loop_on(device: torch.device, folder: Path, name: str, **more: Any) -> Loop:
     algorithm = offline(name, **more)
     for scorer in (algorithm.scorer, algorithm.reference.scorer):  # type: ignore[union-attr]
         scorer.model.to(device)
+    return loop_of(algorithm, device, folder)
+
+
+def loop_of(algorithm: Any, device: torch.device, folder: Path) -> Loop:
     trees = [replace(t, labels=(True, False), scores=(1.0, 0.5)) for t in some_pairs(6)]
     optimizer = MasterAdamW(algorithm.scorer.model.named_parameters(), dtype=torch.float32)
     if device == META:
-        optimizer._adam.step = lambda: None  # type: ignore[method-assign]  # torch's own: it refuses the meta device
+        optimizer.parts[0].step = lambda: None  # type: ignore[method-assign, misc, assignment]  # torch's own: it refuses the meta device
     return Loop(
         model=algorithm.scorer.model,
         algorithm=algorithm,
@@ -215,6 +221,16 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("name", losses_by_default())
 def test_a_step_waits_for_the_device_once(name: str, tmp_path: Path, reads: list[int]) -> None:
     loop = loop_on(META, tmp_path, name, nll_weight=0.5)
+    loop.take_step(1, loop.schedule)
+    assert len(reads) == 1 and len(loop._micro_batches(loop.trees)) > 1
+
+
+@pytest.mark.parametrize(("more", "start"), [({}, adapter_off), ({"dora": True, "rslora": True}, adapter_as_it_is)])
+def test_nor_does_an_adapters(more: dict[str, Any], start: Any, tmp_path: Path, reads: list[int]) -> None:
+    """peft's layers run as they are; what is the reference then is no copy, and reads nothing either."""
+    model = add_lora(tiny_model("llama", dtype=torch.float32), LoraConfig(r=2, **more), 0).to(META)
+    scorer = Scorer(model, "shared")
+    loop = loop_of(offline_of("dpo", scorer, start(scorer)), META, tmp_path)
     loop.take_step(1, loop.schedule)
     assert len(reads) == 1 and len(loop._micro_batches(loop.trees)) > 1
 

@@ -145,8 +145,7 @@ def test_a_cached_reference_and_held_out_rows_too(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_a_reference_that_swaps_weights_runs_alone(tmp_path: Path) -> None:
-    """The adapter as it was at the start: what all threads would see."""
+def test_the_adapter_as_it_was_at_the_start_is_the_reference_in_every_thread(tmp_path: Path) -> None:
     loop = made(tmp_path, "lora")
     adapter = {n: p for n, p in loop.model.named_parameters() if "lora_B" in n}
     for p in adapter.values():
@@ -158,7 +157,7 @@ def test_a_reference_that_swaps_weights_runs_alone(tmp_path: Path) -> None:
     torch.set_num_threads(3)
     assert torch.equal(compute_logps(reference, loop.trees, tokens_per_step=200).sums, before)
     loop.algorithm.reference = reference  # type: ignore[attr-defined]
-    assert not loop.algorithm.side_by_side
+    assert loop.algorithm.side_by_side
 
 
 def test_a_pass_that_fails_ends_the_others(tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from penchant.algorithms.method import Parts
-from penchant.algorithms.rollouts import Group, OnlineConfig, OnPolicy, reward_metrics_of, score_groups
+from penchant.algorithms.rollouts import Group, OnlineConfig, OnPolicy, kept, reward_metrics_of, score_groups
 from penchant.base.lazy import Tensor, lazy, torch
 from penchant.losses.policy_gradient import clipped_surrogate, group_normalized, leave_one_out
 from penchant.types import LossOutput, PackedBatch
@@ -57,6 +57,7 @@ class ScoredTokens:
     advantages: Tensor  # (C,)
     completion_of: Tensor
     lengths: Tensor  # (C,) int64
+    keep: Tensor | None = None  # (C,) 1 or 0: whether a completion is in the update; None: all are
 
 
 @dataclass(slots=True)
@@ -67,6 +68,11 @@ class GroupPolicyGradient(OnPolicy):
     GRPO: ``A_i = (r_i - mean r) / std r``, and ``beta k3`` of each token in the loss.
     Both: the clipped surrogate of PPO; on the first update of a batch of rollouts its gradient is ``-A grad log pi``.
     """
+
+    @property
+    def token_mean(self) -> bool:
+        """Whether every token counts the same (DAPO), not every completion."""
+        return self.config.name == "grpo" and self.config.loss_mean == "token"
 
     def prepare(self, groups: list[Group]) -> None:
         """Advantages; and, where rollouts serve several updates, log-probs by the engine that trains: the first ratio is exactly 1."""
@@ -88,9 +94,21 @@ class GroupPolicyGradient(OnPolicy):
             advantages = group_normalized(rewards, self.config.scale_rewards)
         for g, a in zip(groups, advantages, strict=True):
             g.extras["advantages"] = a
+        for g, keep in zip(groups, kept(groups) or [], strict=False):
+            g.extras["keep"] = keep
+
+    def keep(self, batch: PackedBatch) -> Tensor | None:
+        """(C,) 1 or 0: whether a completion is in the update; None where all are."""
+        if "keep" not in self._by_row[batch.rows[0]].extras:
+            return None
+        return self.extra(batch, "keep")
 
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
-        if self.config.name == "grpo" and self.config.loss_mean == "token":
+        keep = self.keep(batch)
+        if keep is not None:
+            per = batch.lengths.to(keep) if self.token_mean else torch.ones_like(keep)
+            return {"main": float((keep * per).sum())}
+        if self.token_mean:
             return {"main": float(batch.lengths.sum())}
         return {"main": float(len(batch.lengths))}
 
@@ -99,7 +117,9 @@ class GroupPolicyGradient(OnPolicy):
         ref, advantages = (self.extra(batch, name).to(tokens) for name in ("ref", "advantages"))
         # with one update a batch of rollouts, the policy that is trained is the one that wrote
         old = tokens.detach() if self.config.updates == 1 else self.extra(batch, "old").to(tokens)
-        return ScoredTokens(tokens, old, ref, advantages, batch.completion_of, batch.lengths)
+        keep = self.keep(batch)
+        weights = None if keep is None else keep.to(tokens)
+        return ScoredTokens(tokens, old, ref, advantages, batch.completion_of, batch.lengths, weights)
 
     def loss(self, scored: ScoredTokens) -> LossOutput:
         s, cfg = scored, self.config
@@ -115,12 +135,18 @@ class GroupPolicyGradient(OnPolicy):
             "logps/per_token": (s.logps.detach(), None),
         }
         if cfg.name == "rloo":
-            return LossOutput(logprobs.per_completion(losses, s.lengths), None, metrics)
+            return self._kept(s, logprobs.per_completion(losses, s.lengths), metrics)
         losses = losses + cfg.kl_weight * k3
         if cfg.loss_mean == "token":
+            if s.keep is not None:
+                tokens = s.keep[s.completion_of]
+                losses = losses * tokens
             return LossOutput(losses, tokens, metrics)
         size = s.lengths if cfg.loss_mean == "sequence" else torch.full_like(s.lengths, cfg.max_new_tokens)
-        return LossOutput(logprobs.per_completion(losses, s.lengths) / size, None, metrics)
+        return self._kept(s, logprobs.per_completion(losses, s.lengths) / size, metrics)
+
+    def _kept(self, s: ScoredTokens, losses: Tensor, metrics: Mapping[str, Any]) -> LossOutput:
+        return LossOutput(losses if s.keep is None else losses * s.keep, s.keep, metrics)
 
     def step_values(self) -> dict[str, float]:
         groups = self.groups

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from pydantic import ConfigDict, Field
 
 from penchant.base.section import Section
-from penchant.types import Algorithm, Prompt, Scored, TokenTree
+from penchant.types import Algorithm, PromptTree, Scored, TokenTree
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +52,7 @@ class Parts:
 
     Args:
         config: the run's; device, dtype: of training.
-        tokenizer, prompts: the policy's, and every prompt as the data has it, by its row's source.
+        tokenizer, asked: the policy's, and every prompt as the data has it, with further columns, by its row's source.
         trees: (train, held out); mismatched: by row, its prompt with another prompt's completion (where the method needs z0).
         model: what is trained, cast to `dtype`; modules: what is trained beside it, by the prefix of its weights' names (PPO's value).
         engine: runs the model (a `RewardScorer` where a reward model is learned); reference: None where none is needed.
@@ -62,7 +62,7 @@ class Parts:
     device: torch.device
     dtype: torch.dtype
     tokenizer: Any
-    prompts: Callable[[], Mapping[str, Prompt | None]]
+    asked: Callable[[], Mapping[str, PromptTree | None]]
     trees: tuple[Sequence[TokenTree], Sequence[TokenTree]]
     mismatched: Mapping[int, TokenTree]
     model: Any

@@ -68,11 +68,12 @@ class OnlineDPO(Offline):
 
 
 def best_against_worst(group: Group) -> TokenTree | None:
-    """The pair of a group, chosen first; None where all rewards are equal, or both are the same tokens."""
-    best, worst = int(group.rewards.argmax()), int(group.rewards.argmin())
+    """The pair of a group, chosen first; None where all rewards are equal or unknown, or both are the same tokens."""
+    low, high = group.rewards.nan_to_num(float("-inf")), group.rewards.nan_to_num(float("inf"))
+    best, worst = int(low.argmax()), int(high.argmin())
     tree = group.tree
     ids = (tree.completion_ids[best], tree.completion_ids[worst])
-    if group.rewards[best] == group.rewards[worst] or ids[0].tolist() == ids[1].tolist():
+    if not group.rewards[best] > group.rewards[worst] or ids[0].tolist() == ids[1].tolist():
         return None
     cut = (tree.truncated[best], tree.truncated[worst])
     scores = (float(group.rewards[best]), float(group.rewards[worst]))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from penchant.algorithms.method import Parts
-from penchant.algorithms.rollouts import Group, OnlineConfig, OnPolicy, reward_metrics_of, score_groups
+from penchant.algorithms.rollouts import Group, OnlineConfig, OnPolicy, kept, reward_metrics_of, score_groups
 from penchant.base.lazy import Tensor, lazy, torch
 from penchant.data.tokenize import same_tokens
 from penchant.errors import ConfigError
@@ -114,6 +114,7 @@ class ScoredSteps:
     ref_logps: Tensor
     advantages: Tensor
     returns: Tensor
+    keep: Tensor  # 1 or 0: whether a token is in the update
 
 
 @dataclass(slots=True)
@@ -150,14 +151,21 @@ class PPO(OnPolicy):
         score_groups(groups, passes, self.scorer, self.tokens_per_step, self.side_by_side)
         lengths = torch.tensor([len(c) for g in groups for c in g.tree.completion_ids])
         old, ref, values = (torch.cat([g.extras[name] for g in groups]) for name in ("old", "ref", "values"))
-        scores = self._shaped(torch.cat([g.rewards for g in groups])).to(old.dtype)
+        sizes = [sum(map(len, g.tree.completion_ids)) for g in groups]
+        known = None if (found := kept(groups)) is None else torch.cat(found) > 0  # of completions
+        scores = self._shaped(torch.cat([g.rewards for g in groups]), known).to(old.dtype)
         rewards = at_last_token(scores, lengths) - self.beta * divergences.kl_estimate(old, ref, cfg.kl_estimator)
         if cfg.whiten_rewards:
             rewards = whitened(rewards, keep_mean=True)
         advantages, returns = gae(rewards, values, lengths, gamma=cfg.gamma, lam=cfg.lam)
-        if cfg.whiten_advantages:
+        mine = None if known is None else known.repeat_interleave(lengths)  # tokens that are trained on
+        if cfg.whiten_advantages and mine is None:
             advantages = whitened(advantages)
-        sizes = [sum(map(len, g.tree.completion_ids)) for g in groups]
+        elif cfg.whiten_advantages and bool(mine.any()):
+            advantages[mine] = whitened(advantages[mine])
+        if mine is not None:
+            for g, part in zip(groups, mine.to(old.dtype).split(sizes), strict=True):
+                g.extras["keep"] = part
         for name, per_token in (("advantages", advantages), ("returns", returns)):
             for g, part in zip(groups, per_token.split(sizes), strict=True):
                 g.extras[name] = part
@@ -166,8 +174,13 @@ class PPO(OnPolicy):
             error = min(0.2, max(-0.2, kl / cfg.kl_target - 1.0))
             self.beta *= 1.0 + error * len(lengths) / cfg.kl_horizon
 
-    def _shaped(self, scores: Tensor) -> Tensor:
-        """Rewards over their running standard deviation, and held within +- score_clip, where asked for."""
+    def _shaped(self, scores: Tensor, known: Tensor | None = None) -> Tensor:
+        """Rewards over their running standard deviation, and held within +- score_clip, where asked for; unknown ones are 0."""
+        if known is not None:
+            shaped = torch.zeros_like(scores)
+            if bool(known.any()):
+                shaped[known] = self._shaped(scores[known])
+            return shaped
         if self.config.normalise_scores:
             self._moments = _with(self._moments, scores)
             count, _, squares = self._moments.tolist()
@@ -188,8 +201,13 @@ class PPO(OnPolicy):
     # ---- the update ---------------------------------------------------------------------------------------------------
 
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
-        tokens = float(batch.lengths.sum())
+        keep = self._keep(batch)
+        tokens = float(batch.lengths.sum()) if keep is None else float(keep.sum())
         return {"main": tokens, "value": tokens}
+
+    def _keep(self, batch: PackedBatch) -> Tensor | None:
+        """(R,) 1 or 0: whether a token is in the update; None where all are."""
+        return self.extra(batch, "keep") if "keep" in self._by_row[batch.rows[0]].extras else None
 
     def score(self, batch: PackedBatch) -> ScoredSteps:
         hidden = self.scorer.predicting(batch)
@@ -198,7 +216,9 @@ class PPO(OnPolicy):
         old, old_values, ref, advantages, returns = (
             self.extra(batch, name).to(logps) for name in ("old", "values", "ref", "advantages", "returns")
         )
-        return ScoredSteps(logps, values, old, old_values, ref, advantages, returns)
+        keep = self._keep(batch)
+        weights = torch.ones_like(logps.detach()) if keep is None else keep.to(logps)
+        return ScoredSteps(logps, values, old, old_values, ref, advantages, returns, weights)
 
     def loss(self, scored: ScoredSteps) -> LossOutput:
         s, cfg = scored, self.config
@@ -206,7 +226,6 @@ class PPO(OnPolicy):
             s.logps, s.old_logps, s.advantages, clip=cfg.clip, clip_high=cfg.clip_high
         )
         value_losses, value_bound = clipped_value_loss(s.values, s.old_values, s.returns, clip=cfg.value_clip)
-        ones = torch.ones_like(ratios)
         explained = (s.returns - s.values.detach()).square()
         metrics = {
             "ratio": (ratios, None),
@@ -219,7 +238,8 @@ class PPO(OnPolicy):
             "entropy/sampled": (-s.logps.detach(), None),
             "logps/per_token": (s.logps.detach(), None),
         }
-        return LossOutput(losses, ones, metrics, {"value": (cfg.value_coef * value_losses, ones)})
+        value = (cfg.value_coef * value_losses * s.keep, s.keep)
+        return LossOutput(losses * s.keep, s.keep, metrics, {"value": value})
 
     # ---- around a step ------------------------------------------------------------------------------------------------
 

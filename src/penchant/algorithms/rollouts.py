@@ -105,7 +105,7 @@ class OnlineConfig(AlgorithmConfig):
 
         parts.scorer.temperature = parts.live_reference.scorer.temperature = self.temperature
         data = parts.config.data
-        policy = PolicyText(parts.tokenizer, data.template, parts.prompts(), data.template_options)
+        policy = PolicyText(parts.tokenizer, data.template, parts.asked(), data.template_options)
         judge = load_reward(parts.config.reward, policy, parts.device)
         return Writer(parts.model, parts.tokenizer, judge, self, parts.config.train.seed)
 
@@ -130,15 +130,18 @@ class Group:
 
     Args:
         tree: the prompt with its k completions; `truncated` where one did not end by itself.
-        rewards: (k,) as the reward function gave them, missing-EOS penalty taken off.
+        rewards: (k,) as the reward function gave them, missing-EOS penalty taken off; NaN where no reward says anything of a completion.
         texts: what the reward function saw.
         extras: per-token or per-completion tensors that a method keeps with it: ``old`` log-probs (the sampler's at first), advantages.
+        terms: (k,) each reward's own numbers by its name, NaN where it says nothing; logged: what reward functions log of the batch.
     """
 
     tree: TokenTree
     rewards: Tensor
     texts: tuple[str, ...] = ()
     extras: dict[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    logged: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -162,6 +165,7 @@ class Writer:
             RewardError: the reward function failed; it names the completion.
         """
         from penchant.data.templates import end_ids
+        from penchant.metrics.completions import EVALUATION
         from penchant.rollout.generate import sample
 
         cfg = self.config
@@ -185,13 +189,17 @@ class Writer:
             ids = tuple(np.array(s.ids, np.int32) for s in row)
             cut = tuple(not s.finished for s in row)
             trees.append(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source))
-        flat = self.reward([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees)
-        rewards = torch.from_numpy(flat).view(len(prompts), k)
+        step = iteration * cfg.updates if iteration != EVALUATION else 0  # which is no step of the run
+        said = self.reward.judge([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
+        rewards = torch.from_numpy(said.total).view(len(prompts), k)
+        terms = {name: torch.from_numpy(values).view(len(prompts), k) for name, values in said.terms.items()}
         groups = []
         for i, (tree, row) in enumerate(zip(trees, rows, strict=True)):
             penalty = cfg.missing_eos_penalty * torch.tensor(tree.truncated, dtype=torch.float64)
             sampled = torch.tensor([p for s in row for p in s.logps])
-            groups.append(Group(tree, rewards[i] - penalty, tuple(texts[i]), {"old": sampled}))
+            own = {name: values[i] for name, values in terms.items()}
+            made = Group(tree, rewards[i] - penalty, tuple(texts[i]), {"old": sampled}, own, said.metrics)
+            groups.append(made)
         return groups
 
 
@@ -227,12 +235,19 @@ class OnPolicy(Algorithm):
         epoch, at = divmod(update, self.config.minibatches)
         order = np.random.default_rng([self.writer.seed, iteration, epoch]).permutation(len(self.groups))
         mine = sorted(np.array_split(order, self.config.minibatches)[at].tolist())
-        chosen = [self.groups[i] for i in mine]
+        chosen = [g for i in mine if self.teaches(g := self.groups[i])]
         self._by_row = {g.tree.row: g for g in chosen}
         return [g.tree for g in chosen]
 
+    def teaches(self, group: Group) -> bool:
+        """Whether an update trains on a group: a reward says something of enough of its completions."""
+        return int(torch.isfinite(group.rewards).sum()) >= self.config.least_samples
+
     def prepare(self, groups: list[Group]) -> None:
-        """Make new rollouts ready to train on: advantages, and what else the loss takes, as extras."""
+        """Make new rollouts ready to train on: advantages, and what else the loss takes, as extras.
+
+        A completion of which no reward says anything (NaN) must have none of the update: see `kept`.
+        """
         raise NotImplementedError
 
     def extra(self, batch: PackedBatch, name: str) -> Tensor:
@@ -256,6 +271,13 @@ class OnPolicy(Algorithm):
             self.iteration = int(tensors["iteration"])
             prefix = "rollouts/"
             self.groups = unpack_groups({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
+
+
+def kept(groups: Sequence[Group]) -> list[Tensor] | None:
+    """(k,) of each group: 1 for the completions that an update trains on, 0 for those without a reward; None where all have one."""
+    if not any(bool(g.rewards.isnan().any()) for g in groups):
+        return None
+    return [(~g.rewards.isnan()).double() for g in groups]
 
 
 def score_groups(
@@ -284,12 +306,36 @@ def reward_metrics_of(groups: Sequence[Group]) -> dict[str, float]:
     """What a step's rollouts were like: reward, its spread (within groups where they have several), length, share that ended."""
     rewards = torch.stack([g.rewards for g in groups])
     lengths = [len(c) for g in groups for c in g.tree.completion_ids]
-    return {
-        "reward": float(rewards.mean()),
-        "reward/std": float(rewards.std() if rewards.shape[1] == 1 else rewards.std(1).mean()),
+    several = rewards.shape[1] > 1
+    silent = float(torch.isnan(rewards).double().mean())
+    known = rewards[~rewards.isnan()]
+    found = {"reward": float(known.mean())}
+    if several:
+        spreads = (
+            rewards.std(1)
+            if not silent
+            else torch.stack(
+                [r.std() for g in rewards if len(r := g[~g.isnan()]) > 1] or [rewards.new_tensor(torch.nan)]
+            )
+        )
+        found["reward/std"] = float(spreads.mean())
+        found["frac_reward_zero_std"] = float((spreads == 0).double().mean())
+    else:
+        found["reward/std"] = float(known.std())
+    found |= {"reward/none": silent} if silent else {}
+    found |= {
         "completions/length": float(np.mean(lengths)),
         "completions/ended": 1.0 - float(np.mean([u for g in groups for u in g.tree.truncated])),
     }
+    for name in sorted(groups[0].terms):  # as a checkpoint gives them back
+        values = torch.stack([g.terms[name] for g in groups])
+        known = values[~values.isnan()]
+        found |= {f"rewards/{name}/mean": float(known.mean()), f"rewards/{name}/std": float(known.std())}
+        if len(known) < values.numel():
+            found[f"rewards/{name}/none"] = 1.0 - len(known) / values.numel()
+    found |= dict(sorted(groups[0].logged.items()))
+    # of one completion there is no spread, of none no mean
+    return {name: value for name, value in found.items() if value == value}
 
 
 def pack_groups(groups: Sequence[Group]) -> dict[str, Tensor]:
@@ -304,7 +350,11 @@ def pack_groups(groups: Sequence[Group]) -> dict[str, Tensor]:
         "unfinished": torch.tensor([g.tree.truncated for g in groups]),
         "rewards": torch.stack([g.rewards for g in groups]) if groups else torch.zeros(0, 0),
     }
-    return packed | {f"extras/{name}": torch.cat([g.extras[name] for g in groups]) for name in names}
+    packed |= {f"extras/{name}": torch.cat([g.extras[name] for g in groups]) for name in names}
+    if groups:
+        packed |= {f"terms/{name}": torch.stack([g.terms[name] for g in groups]) for name in groups[0].terms}
+        packed |= {f"logged/{n}": torch.tensor(v, dtype=torch.float64) for n, v in groups[0].logged.items()}
+    return packed
 
 
 def _joined(parts: Sequence[np.ndarray]) -> Tensor:
@@ -318,6 +368,7 @@ def unpack_groups(packed: dict[str, Tensor]) -> list[Group]:
     completions = packed["completions"].split(packed["lengths"].flatten().tolist())
     tokens = packed["lengths"].sum(1).tolist()
     extras = {}
+    logged = {n.removeprefix("logged/"): float(v) for n, v in packed.items() if n.startswith("logged/")}
     for name, values in packed.items():
         if name.startswith("extras/"):
             per_token = len(values) == sum(tokens) and len(values) != len(prompts) * k
@@ -326,5 +377,6 @@ def unpack_groups(packed: dict[str, Tensor]) -> list[Group]:
     for i, row in enumerate(packed["rows"].tolist()):
         ids = tuple(c.numpy() for c in completions[i * k : (i + 1) * k])
         tree = TokenTree(row, prompts[i].numpy(), ids, tuple(packed["unfinished"][i].tolist()))
-        groups.append(Group(tree, packed["rewards"][i], (), {n: v[i] for n, v in extras.items()}))
+        own = {n.removeprefix("terms/"): v[i] for n, v in packed.items() if n.startswith("terms/")}
+        groups.append(Group(tree, packed["rewards"][i], (), {n: v[i] for n, v in extras.items()}, own, logged))
     return groups

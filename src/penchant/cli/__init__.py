@@ -126,6 +126,11 @@ def _for_people() -> Iterator[None]:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from penchant.distributed.world import ended_on_purpose
+
+        if (code := ended_on_purpose()) is not None:
+            return code
     from penchant.base.files import ANYWHERE, disk_error, os_error
     from penchant.base.functions import no_exit
     from penchant.cli.arguments import bounded

@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     init.add_argument(
         "--reward",
         metavar="NAME",
-        help="for ppo, rloo and grpo: sentiment, words, path.py:function, a run (default: sentiment)",
+        help="for ppo, rloo and grpo: sentiment, words, path.py:function, a run (default: accuracy for rows with an answer, else sentiment)",
     )
     init.add_argument(
         "--lora", action="store_true", help="train an adapter (chosen anyway for a model that is large here)"

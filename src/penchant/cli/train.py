@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from penchant.cli.arguments import add_config
+from penchant.distributed.world import join, started_by_torchrun
 
 
 def add(commands: Any) -> None:
@@ -13,6 +14,9 @@ def add(commands: Any) -> None:
     train = commands.add_parser("train", help="train from a config; run it again to resume after an interruption")
     add_config(train, "CONFIG.yaml")
     train.add_argument("--quiet", action="store_true", help="do not show progress")
+    several = train.add_mutually_exclusive_group()
+    several.add_argument("--processes", type=int, metavar="N", help="train with N processes (launch.processes=N)")
+    several.add_argument("--gpus", type=int, metavar="N", help="train with N GPUs of this machine, a process each")
     train.set_defaults(handler=_train, allocator=True, reads="run")
 
 
@@ -21,7 +25,22 @@ def _train(args: argparse.Namespace) -> int:
     from penchant.runfolder.read import read
     from penchant.runfolder.values import unchanged
 
-    result = api.train(args.config, *args.overrides, quiet=args.quiet)
+    config = api.as_config(args.config, [*args.overrides, *_launched(args)])
+    if started_by_torchrun():
+        from penchant.distributed.launch import leave
+
+        with join(config.launch.timeout) as world:
+            try:
+                result = api.train(config, quiet=args.quiet)
+                world.agree()
+            except Exception as error:
+                leave(error, world, config.launch.timeout)
+            if not world.leads:
+                return 0
+    elif config.launch.processes not in ("auto", 1):
+        return _launch(args, config)
+    else:
+        result = api.train(config, quiet=args.quiet)
     for name, metrics in (("before", result.before), ("after", result.after)):
         if metrics:
             print(f"{name:>6}: {_held_out_line(metrics)}")
@@ -38,6 +57,31 @@ def _train(args: argparse.Namespace) -> int:
     if same:
         print(f"        {same} of {of} sampled answers are unchanged by training")
     return 0
+
+
+def _launched(args: argparse.Namespace) -> list[str]:
+    """What --processes and --gpus say, as settings."""
+    if args.gpus is not None:
+        return [f"launch.processes={args.gpus}", "model.device=cuda"]
+    return [] if args.processes is None else [f"launch.processes={args.processes}"]
+
+
+def _launch(args: argparse.Namespace, config: Any) -> int:
+    """Start the processes that train, and wait for them."""
+    import torch
+
+    from penchant.config.launching import check_launch
+    from penchant.distributed.launch import launch
+    from penchant.errors import ConfigError
+
+    processes, gpus = int(config.launch.processes), torch.cuda.device_count()
+    check_launch(config, processes)
+    if config.model.device == "cuda" and gpus < processes:
+        raise ConfigError(
+            "launch.processes", f"is {processes}, and this machine has {gpus} GPUs", f"give at most {gpus}"
+        )
+    more = ["--quiet"] if args.quiet else []
+    return launch(["train", args.config, *args.overrides, *_launched(args), *more], processes, config.launch.restarts)
 
 
 def _held_out_line(metrics: Any) -> str:

@@ -42,6 +42,7 @@ from penchant.judges import OF_ENDPOINTS, JudgeOptions, PairJudge, load_judge
 from penchant.metrics.flags import comparison_flags, summary
 from penchant.metrics.flags.rule import Flag
 from penchant.requests import CompareRequest
+from penchant.rewards.functions import reads_columns
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT, make_folder
 from penchant.runfolder.read import read
 from penchant.runs.find import Source
@@ -132,6 +133,8 @@ class RunComparer:
     def held_out(self) -> HeldOut:
         """Rows whose prompts no run, and no run that it started from, was trained on."""
         test = self.question.data is not None
+        for run in self.everyone:  # before any reads its rows
+            run.data.rows.keep_columns |= self._reads_columns
         trained, notes = all_trained_prompts(self.everyone, lenient=test)
         self.notes += notes + [said for run in self.everyone for said in changed_since(run.folder, run.config)]
         found = clear_of(self.readers[0].name, self.test_rows, trained) if test else self._validation(trained)
@@ -159,6 +162,10 @@ class RunComparer:
         return found
 
     @cached_property
+    def _reads_columns(self) -> bool:
+        return any(reads_columns(reward) for reward in (self.question.reward, *self.question.also))
+
+    @cached_property
     def test_rows(self) -> Dataset:
         """The rows of `--data`, read as the first reader reads its own."""
         file, data = _whole(str(self.question.data)), self.readers[0].config.data
@@ -170,6 +177,8 @@ class RunComparer:
             identical=data.identical,
             layout_options=data.layout_options,
             bounds=data.bounds.model_dump(),
+            keep_columns=self._reads_columns,
+            rollouts=self._reads_columns and self.readers[0].config.method.signal == "prompts",
         )
         if rows.kind == "text":
             raise DataError(str(file), "holds texts without prompts", "give rows with prompts")

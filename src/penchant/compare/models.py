@@ -34,7 +34,7 @@ from penchant.metrics.answers import is_answer
 from penchant.metrics.figures import prompt_numbers
 from penchant.metrics.names import all_tied
 from penchant.rewards import load_reward
-from penchant.rewards.reward_model import PolicyText, prompts_by_source
+from penchant.rewards.reward_model import PolicyText, rows_by_source
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, keep
 from penchant.runfolder.values import FEW_ROWS, ci_of, span
 from penchant.runs import Run
@@ -311,7 +311,7 @@ def make_setting(
     prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in trees))[: sampling.prompts]
     kept = set(prompts)
     data = run.config.data
-    by_source = prompts_by_source(rows.trees)
+    by_source = rows_by_source(rows.trees)
     policy = PolicyText(tokenizer, data.template, by_source, data.template_options)
     return Setting(
         tokenizer=tokenizer,
@@ -326,7 +326,7 @@ def make_setting(
         also={name: load_reward(r, policy, run.device) for name, r in (also or {}).items()},
         pairwise=pairwise,
         progress=console.counter,
-        turns=[turns_of(by_source.get(source_of[p])) for p in prompts],
+        turns=[turns_of(r.prompt) if (r := by_source.get(source_of[p])) else {} for p in prompts],
     )
 
 

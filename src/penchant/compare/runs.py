@@ -68,10 +68,9 @@ class TrainedRun:
     @cached_property
     def data(self) -> Run:
         """The run as its config says, for its rows, its tokens and its precision; a GPU that is not here is not asked for."""
-        device = self.config.model.device
-        if device != "auto" and why_not(device):
-            device = "auto"
-        model = self.config.model.model_copy(update={"device": device})
+        model = self.config.model
+        if model.device != "auto" and why_not(model.device):
+            model = model.model_copy(update={"device": "auto", "attention": "auto"})
         return Run(self.config.model_copy(update={"model": model}), quiet=True)
 
     @property

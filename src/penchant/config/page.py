@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from penchant.algorithms import ALGORITHMS
-from penchant.base.machine import DEVICES
 from penchant.base.section import as_yaml, bounds
 from penchant.base.text import closest
 from penchant.config import RunConfig, config_from_mapping
 from penchant.config.explain import sections_of
 from penchant.errors import ConfigError
 from penchant.losses.section import LossModifiers
+from penchant.rewards.builtin import WITH_OPTIONS, RewardConfig
 
-_PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
+_PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null", Any: "anything"}
 
 # settings that are refused together, so that the page shows the very words that a person gets
 REFUSED: tuple[tuple[str, ...], ...] = (
@@ -128,8 +128,15 @@ def parts() -> Iterator[Part]:
                 others = _keys(kind, "algorithm.")[1:]
                 yield Part(f"algorithm: {', '.join(names)}", _first_line(kind), (name_key, *others))
         elif name == "reward":
-            yield Part("reward", "What judges completions.", (Key("reward", "text, or mapping of text to number", "null", info.description or ""),
-                       Key("reward.device", " or ".join(DEVICES), "auto", "device of reward models; auto: the policy's")))  # fmt: skip
+            accepted = "text, list, or mapping of text to number or options"
+            settings = {k.path: k for k in _keys(RewardConfig, "reward.")}
+            options = [
+                replace(key, path=f"reward.{kind}.{key.path}")
+                for kind, section in WITH_OPTIONS.items()
+                for key in _keys(section, "")
+            ]
+            keys = [Key("reward", accepted, "null", info.description or ""), settings["reward.device"]]
+            yield Part("reward", _first_line(RewardConfig), (*keys, settings["reward.timeout"], *options))
         elif name == "output":
             yield Part("output", "Where the run goes.", (Key("output", "text", "required", info.description or ""),))
         else:

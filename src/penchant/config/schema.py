@@ -14,15 +14,16 @@ from penchant.base.files import file_sha256
 from penchant.base.functions import imported_sha256, is_own, own_file
 from penchant.base.section import Section
 from penchant.data.options import DataConfig
+from penchant.distributed.options import LaunchConfig
 from penchant.errors import ConfigError
 from penchant.losses.section import LossConfig, LossModifiers
 from penchant.metrics.flags.rule import TrustConfig
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
-from penchant.rewards.builtin import BUILT_IN, RULES, RewardConfig
+from penchant.rewards.builtin import RewardConfig, kind_of
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
 BOTH = "loss and algorithm are both set; keep one: an algorithm uses no loss of this section"
-WATCHING_ONLY = ("output", "logging", "trust")  # sections that change nothing in what a run computes
+WATCHING_ONLY = ("output", "logging", "trust", "launch")  # sections that change nothing in what a run computes
 
 
 class EvaluationConfig(EvalConfig):
@@ -52,7 +53,7 @@ class RunConfig(Section):
     algorithm: AlgorithmConfig | None = None
     reward: RewardConfig | None = Field(
         None,
-        description="for an online method: sentiment, words:20-60, matches:REGEX, path.py:function, a reward model's folder, or a mapping from these to weights",
+        description="for an online method: one of docs/rewards.md by name, path.py:function, a reward model's folder, a list of these, or a mapping from these to weights",
     )
     reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
@@ -60,6 +61,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     trust: TrustConfig = TrustConfig()
+    launch: LaunchConfig = LaunchConfig()
     output: str = Field(description="the run's folder")
 
     @model_validator(mode="before")
@@ -151,7 +153,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     def absolute_reward(name: str) -> str:
         path, colon, function = name.rpartition(":")
-        if name in BUILT_IN or name.partition(":")[0] in RULES:
+        if kind_of(name) is not None:
             return name
         return f"{absolute(path)}:{function}" if colon else str(absolute(name))
 

@@ -213,7 +213,10 @@ class DataCache:
 
         def write(folder: Path) -> Mapping[str, Any]:
             stream = stream_preferences(path, **how)
-            write_rows(folder, stream.trees(on_bad_row))
+            try:
+                write_rows(folder, stream.trees(on_bad_row))
+            except TypeError as error:  # a column of bytes or dates
+                raise NotStorable from error
             made = stream.dataset(StoredRows(folder, key))
             return {
                 **{name: getattr(made, name) for name in ("shape", "kind", "total", "accepted", "fingerprint")},

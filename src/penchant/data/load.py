@@ -136,16 +136,35 @@ def convert_rows(
     options: Mapping[str, Any],
     columns: Mapping[str, str] | None = None,
     identical: str = "bad_row",
+    keep_columns: bool = False,
 ) -> Iterator[Converted]:
     """Every row of a stream, converted. A layout of groups reads the whole stream first, by way of a temporary file.
 
     Args:
         layout, options: see `Layout.settings`; columns: ``{our field: your column}``.
         identical: ``bad_row`` or ``keep``: what a pair with chosen == rejected is.
+        keep_columns: see `Reading`; of a group, the columns of its first row.
     """
     columns = columns or {}
     for group in map(_alone, rows) if layout.group is None else _grouped(rows, layout.group, columns):
-        yield group if isinstance(group, Converted) else _convert(group, layout, options, columns, identical)
+        if isinstance(group, Converted):
+            yield group
+            continue
+        made = _convert(group, layout, options, columns, identical)
+        if keep_columns and made.trees:
+            further = further_columns(group[0].values, columns)
+            made = replace(made, trees=tuple(replace(t, columns=further) for t in made.trees))
+        yield made
+
+
+IN_THE_TREE = frozenset(["prompt", "completion", "messages", "conversations"])
+
+
+def further_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row's columns under a person's names and, where they are mapped, ours; without those that are its prompt or its completion."""
+    asked = columns.get("prompt")
+    both = {**values, **{ours: values[theirs] for ours, theirs in columns.items() if theirs in values}}
+    return {str(n): v for n, v in both.items() if n not in IN_THE_TREE and n != asked}
 
 
 def _alone(row: Row | BadRow) -> list[Row] | Converted:
@@ -287,6 +306,8 @@ class Reading(TypedDict, total=False):
         limit: read the first n rows only.
         layout_options: what can be chosen about the layout, see `penchant data formats NAME`.
         bounds: on the size of a row, see `penchant.data.read.Bounds`.
+        keep_columns: trees hold what else their rows have, for rewards that ask for it.
+        rollouts: completions are yet to be written: rows with a prompt that have no layout are prompts (their answer is a column).
     """
 
     shape: str
@@ -295,6 +316,8 @@ class Reading(TypedDict, total=False):
     limit: int | None
     layout_options: Mapping[str, Any] | None
     bounds: Mapping[str, Any]
+    keep_columns: bool
+    rollouts: bool
 
 
 def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
@@ -343,6 +366,8 @@ class Stream:
         identical: str = "bad_row",
         limit: int | None = None,
         layout_options: Mapping[str, Any] | None = None,
+        keep_columns: bool = False,
+        rollouts: bool = False,
     ) -> None:
         stream: Iterator[Row | BadRow] = itertools.islice(rows, limit)
         self.name = name
@@ -353,19 +378,19 @@ class Stream:
         first = list(itertools.islice(stream, FIRST_ROWS))
         self._absent = _check_columns(first, name, columns or {}, limit is None)
         if not named:
-            shape, self.detection, columns = detected(first, name, columns or {}, layout_options or {})
+            shape, self.detection, columns = detected(first, name, columns or {}, layout_options or {}, rollouts)
         if self._absent and limit is None:
             stream = self._awaited(stream)
         stream = itertools.chain(first, stream)
         layout = layout_named(shape)
         options = layout.settings(layout_options or {})
         values = [renamed(r.values, columns or {}) for r in first if isinstance(r, Row)]
-        unused = [c for c in layout.unused(values, options) if c not in COUNTED]
+        unused = [] if keep_columns else [c for c in layout.unused(values, options) if c not in COUNTED]
         self.columns = Columns(unused=unused)
         self.shape, self.kind, self.grouped = shape, layout.kind_of(options), layout.group is not None
         if not named:
             self._ask_about_names(values)
-        self._converted = convert_rows(stream, layout, options, columns, identical)
+        self._converted = convert_rows(stream, layout, options, columns, identical, keep_columns)
         self._accepted = 0
         self._aside: list[Quarantined] = []
         self._digest = hashlib.sha256()
@@ -412,7 +437,7 @@ class Stream:
             self._accepted += made.rows if made.trees else 0
             self._aside += made.aside
             for tree in made.trees:
-                self._digest.update(json.dumps(plain_content(tree)).encode())
+                self._digest.update(_content(tree))
                 yield tree
 
     def dataset(self, trees: Sequence[PromptTree]) -> Dataset:
@@ -464,15 +489,27 @@ def _map_it(ours: str, theirs: str) -> str:
 
 
 def detected(
-    first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str], options: Mapping[str, Any]
+    first: Sequence[Row | BadRow],
+    name: str,
+    columns: Mapping[str, str],
+    options: Mapping[str, Any],
+    rollouts: bool = False,
 ) -> tuple[str, Detection, Mapping[str, str]]:
     """The layout of the first rows, and which columns are read under our names: those given, or others that are known.
+
+    Args:
+        rollouts: a prompt beside columns of no layout is a prompt alone.
 
     Raises:
         DataError: they are of none.
     """
     rows = [renamed(r.values, columns) for r in first if isinstance(r, Row)]
     found = detect(rows)
+    if rollouts and found.layout is None and rows:
+        taken = {ours: theirs for ours, theirs in other_names(rows).items() if ours == "prompt"}
+        if all("prompt" in renamed(row, taken) for row in rows):
+            read = f'"{taken["prompt"]}" is read as prompt' if taken else "column prompt"
+            return "prompts", Detection("prompts", f"{read}; the others are for rewards"), {**columns, **taken}
     taken = other_names(rows) if not found.how and (not found.layout or LAYOUTS[found.layout].kind == "sft") else {}
     if found.layout:  # only a word about the answer makes it another layout
         taken = {ours: theirs for ours, theirs in taken.items() if ours == "label" and not options}
@@ -538,11 +575,16 @@ def _looks_like_a_row(name: str, rows: Sequence[Row]) -> bool:
 
 
 def fingerprint(trees: Iterable[PromptTree]) -> str:
-    """SHA-256 over prompts and completions, in order."""
+    """SHA-256 over prompts, completions and further columns, in order."""
     digest = hashlib.sha256()
     for tree in trees:
-        digest.update(json.dumps(plain_content(tree)).encode())
+        digest.update(_content(tree))
     return digest.hexdigest()
+
+
+def _content(tree: PromptTree) -> bytes:
+    further = json.dumps(tree.columns, sort_keys=True, default=str) if tree.columns else ""
+    return (json.dumps(plain_content(tree)) + further).encode()
 
 
 def plain_content(tree: PromptTree) -> list[Any]:

@@ -57,9 +57,10 @@ class StoredRows(Sequence[PromptTree]):
         if isinstance(at, slice):
             return tuple(self[i] for i in range(*at.indices(len(self))))
         row = range(len(self))[at] if self.which is None else int(self.which[at])
-        prompt, completions, source = json.loads(self._trees[row].as_py())
+        prompt, completions, source, *further = json.loads(self._trees[row].as_py())
         shown = prompt if isinstance(prompt, str) else tuple(Message(role, content) for role, content in prompt)
-        return PromptTree(shown, tuple(Completion(text, label, score) for text, label, score in completions), source)
+        made = tuple(Completion(text, label, score) for text, label, score in completions)
+        return PromptTree(shown, made, source, further[0] if further else {})
 
     def __iter__(self) -> Iterator[PromptTree]:
         return (self[i] for i in range(len(self)))
@@ -74,11 +75,15 @@ def label_counts(trees: Sequence[PromptTree]) -> tuple[int, int]:
 
 
 def write_rows(folder: Path, trees: Iterable[PromptTree]) -> None:
-    """Write prompt trees for `StoredRows`."""
+    """Write prompt trees for `StoredRows`.
+
+    Raises:
+        TypeError: a column holds something that is no JSON.
+    """
     ends, good, bad = array("q", [0]), array("i"), array("i")
     with tempfile.TemporaryFile(dir=folder) as spill:
         for t in trees:
-            row = [*plain_content(t), t.source]
+            row = [*plain_content(t), t.source, *([t.columns] if t.columns else [])]
             ends.append(ends[-1] + spill.write(json.dumps(row, separators=(",", ":")).encode()))
             good.append(sum(c.label is True for c in t.completions))
             bad.append(sum(c.label is False for c in t.completions))

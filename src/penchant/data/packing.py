@@ -11,6 +11,7 @@ import numpy as np
 
 from penchant.base.lanes import side_by_side
 from penchant.base.lazy import torch
+from penchant.distributed.world import current, dealt_passes
 from penchant.types import PackedBatch, Segment, TokenTree
 
 T = TypeVar("T")
@@ -52,6 +53,19 @@ def plan_balanced(sizes: Sequence[int], budget: int) -> list[list[int]]:
     bins = _balanced(sizes, len(plan))
     largest = max((sum(sizes[i] for i in members) for members in bins), default=0)
     return plan if largest > max(budget, max(sizes, default=0)) else bins
+
+
+def plan_dealt(sizes: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
+    """The passes of a step that several processes share, the same on each: rank r takes every `ranks`-th one from r on.
+
+    Their number is a multiple of `ranks`; where there are fewer trees than that, the last passes are empty.
+    """
+    plan = plan_microbatches(sizes, budget)
+    count = -(-len(plan) // ranks) * ranks
+    bins = _balanced(sizes, count)
+    if max((sum(sizes[i] for i in members) for members in bins), default=0) > max(budget, max(sizes, default=0)):
+        bins = plan
+    return [*bins, *([[]] * (count - len(bins)))]
 
 
 def _balanced(sizes: Sequence[int], count: int) -> list[list[int]]:
@@ -183,7 +197,8 @@ def passes_over(
 ) -> Iterator[tuple[list[int], T]]:
     """All trees in forward passes of at most `tokens_per_step` tokens: which trees are in a pass, and what `call` makes of its batch.
 
-    Passes do not follow the order of the trees; put results back by the indices, or keep to the order in which trees were scored.
+    Passes do not follow the order of the trees; put results back by the indices, or keep to the order in which trees were scored. Where
+    several processes train together, each makes a part of the passes, and all of them get what all have made.
 
     Args:
         lanes: passes are smaller, and run side by side (`plan_passes`); `call` must bear that.
@@ -194,6 +209,9 @@ def passes_over(
     def one(members: list[int]) -> T:
         return call(pack([trees[i] for i in members], shared=shared).to(device))
 
+    if current().many:
+        yield from dealt_passes(plan, one, device, sizes)
+        return
     of_passes = [sum(sizes[i] for i in members) for members in plan]
     most = at_once(of_passes, tokens_per_step, len(trees)) if lanes else 1
     yield from zip(plan, side_by_side(one, plan, most=most), strict=True)

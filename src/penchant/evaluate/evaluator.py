@@ -30,7 +30,7 @@ from penchant.metrics.figures import Figure, flat
 from penchant.models.load import load_tokenizer
 from penchant.models.options import looks_like_folder
 from penchant.rewards import load_reward
-from penchant.rewards.reward_model import PolicyText, prompts_by_source
+from penchant.rewards.reward_model import PolicyText, rows_by_source
 from penchant.runs import Run
 from penchant.runs.find import START, Source, find_model
 from penchant.runs.parts import answering
@@ -72,7 +72,7 @@ class Evaluation(Material):
         assert self.rows is not None
         asked: dict[str, Any] = {} if self.request.reward is None else {"": self.request.reward}
         asked |= {name: name for name in self.request.also}
-        prompts, data = prompts_by_source(self.rows.trees), self.config.data
+        prompts, data = rows_by_source(self.rows.trees), self.config.data
         policy = PolicyText(self.run.rows.tokenizer, data.template, prompts, data.template_options)
         try:
             return {name: load_reward(reward, policy, self.run.device) for name, reward in asked.items()}

@@ -14,6 +14,7 @@ from penchant.errors import DataError
 from penchant.metrics.answers import is_answer, without_eos
 from penchant.models.load import load_tokenizer
 from penchant.requests import EvalRequest
+from penchant.rewards.functions import reads_columns
 from penchant.runs import Run
 from penchant.runs.find import START, Source
 from penchant.runs.rows import within_context
@@ -65,9 +66,11 @@ class Material:
     def rows(self) -> Dataset | None:
         """The rows with prompts: of --data, or the run's held-out ones; None where there are none."""
         data = self.config.data
+        asks = any(reads_columns(reward) for reward in (self.request.reward, *self.request.also))
         if self.request.data is None:
             if self.source.run is None:
                 return None
+            self.run.rows.keep_columns |= asks
             held = self.run.rows.datasets[1]
             return None if held is None or held.kind == "text" else held
         own_shape = self.source.run is not None  # an online run reads prompts alone; these rows may have answers
@@ -81,6 +84,8 @@ class Material:
             layout_options=data.layout_options,
             bounds=data.bounds.model_dump(),
             limit=data.limit if own_limit else None,
+            keep_columns=asks,
+            rollouts=asks and self.run.rows.method.signal == "prompts",
         )
         if rows.kind == "text":
             raise DataError(self.request.data, "holds texts without prompts", "give it as --text")

@@ -137,7 +137,7 @@ def propose(
     """A config that trains as it is.
 
     Args:
-        goal: a name of `GOALS`; reward: of an online goal (default: sentiment); output: the run's folder.
+        goal: a name of `GOALS`; reward: of an online goal (default: accuracy where the rows have answers to compare with, else sentiment); output: the run's folder.
         held_out: rows in a file of their own; without it some of the data's are held out.
         lora: an adapter, also where the whole model would fit.
 
@@ -167,7 +167,9 @@ def propose(
     sections |= chosen.section
     if chosen.online:
         why = "weight of this reward; also words, path.py:function, a reward model's run"
-        sections["reward"] = {reward or "sentiment": (1.0, why)}
+        if reward is None and data.answers is not None:
+            why = f"1 for an answer that is the column's ({data.answers}), else 0; pip install 'penchant[math]'"
+        sections["reward"] = {reward or ("accuracy" if data.answers is not None else "sentiment"): (1.0, why)}
     sections["train"] = _train(data, model, chosen)
     sections["evaluation"] = {"every": ("epoch", "or a number of optimizer steps; also before the first step")}
     held = (

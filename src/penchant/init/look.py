@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,9 +12,9 @@ import numpy as np
 from penchant.base.hub import NotReached
 from penchant.base.text import counted
 from penchant.data.load import Dataset, load_preferences, reasons_of, unused_of
-from penchant.data.read import named_files
+from penchant.data.read import Row, named_files, read_rows
 from penchant.data.tokenize import tokenize
-from penchant.errors import ConfigError, PenchantError
+from penchant.errors import ConfigError, DataError, PenchantError
 from penchant.models.load import load_tokenizer
 from penchant.models.merge import is_adapter
 from penchant.models.options import ModelConfig, check_model_path
@@ -35,6 +36,7 @@ class DataFacts:
         longest: quantiles of prompt + longest completion (50%, 95%, 99%, longest); prompt: the same of prompts alone.
         columns: ``{our field: the file's column}``, as given.
         reasons: ``3 x "chosen" is empty``, of the rows kept aside; unused: columns that are not read.
+        answers: a column with right answers, None where there is none.
         unit: ``tokens``, or ``tokens (a guess from characters)``; median_score: where rows have scores.
     """
 
@@ -51,6 +53,7 @@ class DataFacts:
     columns: Mapping[str, str] = field(default_factory=dict)
     reasons: str = ""
     unused: str = ""
+    answers: str | None = None
 
     def to_kind(self) -> str:
         """``layout: kind`` of the rows, once where both have one name."""
@@ -103,7 +106,14 @@ def look_at_data(path: str, model: str | None, columns: Mapping[str, str] | None
     Raises:
         DataError: the file cannot be read, or its layout is not known.
     """
-    dataset = load_preferences(path, columns=columns, on_bad_row="skip", identical="bad_row")
+    answers = answer_column(path, columns)
+    try:
+        dataset = load_preferences(path, columns=columns, on_bad_row="skip", identical="bad_row")
+    except DataError:
+        if answers is None:
+            raise
+        # no demonstrations (the answer is a number): prompts whose answers can be checked
+        dataset = load_preferences(path, columns=columns, on_bad_row="skip", keep_columns=True, rollouts=True)
     both, prompts, unit = _lengths(dataset, model)
     scores = [c.score for t in dataset.trees for c in t.completions if c.score is not None]
     return DataFacts(
@@ -120,7 +130,17 @@ def look_at_data(path: str, model: str | None, columns: Mapping[str, str] | None
         columns or {},
         reasons_of(dataset),
         unused_of(dataset),
+        answers,
     )
+
+
+def answer_column(path: str, columns: Mapping[str, str] | None = None) -> str | None:
+    """``answer`` or ``solution``, where the first rows have such a column, which `rewards.builtin.accuracy` compares with."""
+    first = [r.values.keys() for r in itertools.islice(read_rows([path]), 100) if isinstance(r, Row)]
+    for name in ("answer", "solution"):
+        if first and (name in (columns or {}) or all(name in keys for keys in first)):
+            return name
+    return None
 
 
 def look_at_held_out(path: str, data: DataFacts) -> HeldOut:

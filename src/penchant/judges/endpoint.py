@@ -9,7 +9,7 @@ import os
 import random
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -85,12 +85,17 @@ def filled(instruction: str, question: Question) -> str:
     return _PLACES.sub(lambda m: texts[m.group(1)], instruction)
 
 
+def said_of(reply: str) -> list[str]:
+    """The lines of a reply past any ``<think>`` block, without empty ones."""
+    return [line for line in _THOUGHT.sub("", reply).splitlines() if line.strip()]
+
+
 def verdict_of(reply: str) -> float | None:
     """Preference for the first answer that a reply states, None where it states none.
 
     Read is the first or the last line, past any ``<think>`` block: A, B or tie, alone or as in ``**Verdict: Answer B**`` and ``B is better.``
     """
-    lines = [line for line in _THOUGHT.sub("", reply).splitlines() if line.strip()]
+    lines = said_of(reply)
     if not lines:
         return None
     found = {m.group(1).lower().removeprefix("a ") for x in (lines[0], lines[-1]) if (m := _LINE.fullmatch(x))}
@@ -251,11 +256,13 @@ class Connection:
         return text.replace(self.key, "[key]") if self.key else text
 
 
-def connect(url: str, key_env: str | None) -> Connection:
+def connect(url: str, key_env: str | None, where: str = "--judge", where_key: str = "--judge-key-env") -> Connection:
     """An endpoint from its address, with the key of an environment variable.
 
     Args:
         key_env: the variable, which must be set; None: `OPENAI_API_KEY` where it is set, and where it goes over https or stays on this machine.
+
+        where, where_key: what sets both, in errors.
 
     Raises:
         ConfigError: no such address, or no key.
@@ -264,17 +271,17 @@ def connect(url: str, key_env: str | None) -> Connection:
     try:
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigError("--judge", "is not an address", "write http://HOST:PORT/v1") from error
+        raise ConfigError(where, "is not an address", "write http://HOST:PORT/v1") from error
     if not host or parts.scheme not in ("http", "https"):
-        raise ConfigError("--judge", f"{shown(url)} is not an address", "write http://HOST:PORT/v1")
+        raise ConfigError(where, f"{shown(url)} is not an address", "write http://HOST:PORT/v1")
     if parts.username is not None or parts.query or parts.fragment:
-        how = "leave user, password and query out; a key comes by --judge-key-env"
-        raise ConfigError("--judge", "holds more than an address", how)
+        how = f"leave user, password and query out; a key comes by {where_key}"
+        raise ConfigError(where, "holds more than an address", how)
     address = url.rstrip("/").removesuffix("/chat/completions")
     readable = parts.scheme == "http" and not is_local(url)  # on the way: only a key that was named goes there
     key = None if key_env is None and readable else key_from_environment(key_env or DEFAULT_KEY)
     if key_env is not None and key is None:
-        raise ConfigError("--judge-key-env", f"{key_env} is not set", "set that environment variable to the key")
+        raise ConfigError(where_key, f"{key_env} is not set", "set that environment variable to the key")
     return Connection(address, key)
 
 
@@ -342,6 +349,7 @@ class EndpointJudge:
 
     Args:
         model: as the endpoint calls it; parameters: of sampling, sent as they are; concurrency: questions at a time.
+        read: what a reply says, in [0, 1], None where it cannot be read.
     """
 
     connection: Connection
@@ -349,6 +357,7 @@ class EndpointJudge:
     instruction: str
     parameters: Mapping[str, Any]
     concurrency: int
+    read: Callable[[str], float | None] = verdict_of
 
     @property
     def name(self) -> str:
@@ -432,7 +441,7 @@ class EndpointJudge:
                 if error.final:  # before another question is put
                     stop.set()
                 raise
-            verdict = verdict_of(reply)
+            verdict = self.read(reply)
             if verdict is not None:
                 return verdict, reply
         return None, reply

@@ -20,6 +20,7 @@ from penchant.base.files import spared, sweep, written_aside
 from penchant.base.machine import moved
 from penchant.data.mapped import StoredTokens
 from penchant.data.packing import passes_over
+from penchant.distributed.world import current
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.logprobs.head import RowLogits
 from penchant.models.cpu.layers import adapters_as
@@ -264,9 +265,17 @@ def cached_reference(
         made = compute_logps(live, trees, tokens_per_step=tokens_per_step, progress=progress)
         return {"sums": made.sums} | ({"tokens": made.tokens} if tokens else {})
 
-    stored = on_disk(say)
+    world = current()
+    stored = world.share(on_disk(say) if world.leads else None)
     if stored is not None:
         return _by_row(trees, stored), True
+    if world.many:  # nobody waits for a lock while the others wait for him
+        stored = computed()
+        if world.leads:
+            with spared(path, say):
+                folder.mkdir(parents=True, exist_ok=True)
+                _write_atomically(path, stored)
+        return _by_row(trees, stored), False
     with ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     ``A_i = r_i - mean_{j != i} r_j``
 
     Args:
-        rewards: (groups, k), k >= 2 samples of one prompt each.
+        rewards: (groups, k), k >= 2 samples of one prompt each; NaN: unknown, in nobody's mean, its advantage is 0.
 
     Raises:
         ValueError: fewer than two samples a group.
@@ -29,7 +29,11 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     """
     _require_group(rewards)
     k = rewards.shape[1]
-    return (rewards - rewards.mean(1, keepdim=True)) * (k / (k - 1))
+    if not bool(rewards.isnan().any()):
+        return (rewards - rewards.mean(1, keepdim=True)) * (k / (k - 1))
+    known = (~rewards.isnan()).sum(1, keepdim=True)
+    centered = (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num()
+    return centered * (known / (known - 1).clamp(min=1))  # one that is known alone is its own mean
 
 
 def group_normalized(rewards: Tensor, scale: Literal["group", "batch", "none"] = "group", eps: float = 1e-4) -> Tensor:
@@ -39,7 +43,7 @@ def group_normalized(rewards: Tensor, scale: Literal["group", "batch", "none"] =
     prompt counts more because its rewards are close together).
 
     Args:
-        rewards: (groups, k), k >= 2.
+        rewards: (groups, k), k >= 2; NaN: unknown, in no mean and no deviation, its advantage is 0.
 
     Raises:
         ValueError: fewer than two samples a group.
@@ -47,10 +51,22 @@ def group_normalized(rewards: Tensor, scale: Literal["group", "batch", "none"] =
     Paper: arXiv 2402.03300; without the standard deviation: arXiv 2503.20783.
     """
     _require_group(rewards)
-    centered = rewards - rewards.mean(1, keepdim=True)
+    unknown = rewards.isnan()
+    partial = bool(unknown.any())
+    centered = (
+        (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num()
+        if partial
+        else rewards - rewards.mean(1, keepdim=True)
+    )
     if scale == "none":
         return centered
-    std = rewards.std(1, keepdim=True) if scale == "group" else rewards.std()
+    if scale == "batch":
+        return centered / (rewards[~unknown].std() + eps)
+    if partial:
+        free = (~unknown).sum(1, keepdim=True) - 1
+        std = (centered.square().sum(1, keepdim=True) / free.clamp(min=1)).sqrt()
+    else:
+        std = rewards.std(1, keepdim=True)
     return centered / (std + eps)
 
 

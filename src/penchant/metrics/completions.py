@@ -17,7 +17,7 @@ import torch
 from penchant.base.machine import in_fp64
 from penchant.data.packing import passes_over
 from penchant.data.templates import end_ids
-from penchant.errors import ConfigError
+from penchant.errors import ConfigError, RewardError
 from penchant.logprobs import Scorer, per_completion
 from penchant.logprobs.reference import LiveReference
 from penchant.losses.divergences import kl_estimate
@@ -123,8 +123,13 @@ class Written:
     def row(self, at: int, also: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
         """What files say of a completion beside its text; `also`: other rewards of all completions, by name."""
         row: dict[str, Any] = {"tokens": len(self.ids[at]), "ended": bool(self.ended[at])}
-        row |= {} if self.rewards is None else {"reward": float(self.rewards[at])}
-        return row | ({"also": {name: float(v[at]) for name, v in also.items()}} if also else {})
+        row |= {} if self.rewards is None else {"reward": _or_none(self.rewards[at])}
+        return row | ({"also": {name: _or_none(v[at]) for name, v in also.items()}} if also else {})
+
+
+def _or_none(value: Any) -> float | None:
+    """A reward for JSON, where it is null of what no reward says anything."""
+    return None if np.isnan(value) else float(value)
 
 
 def write(
@@ -194,8 +199,9 @@ def text_of_written(written: Written, also: Mapping[str, np.ndarray]) -> list[Fi
     prompts = written.prompts
     found = []
     if written.rewards is not None:
-        found.append(mean_of("generated/reward", written.rewards, prompts))
-    found += [mean_of(f"generated/reward[{name}]", values, prompts) for name, values in also.items()]
+        found += _mean_reward("generated/reward", written.rewards, prompts)
+    for name, values in also.items():
+        found += _mean_reward(f"generated/reward[{name}]", values, prompts)
     found.append(mean_of("generated/length", [len(ids) for ids in written.ids], prompts))
     found.append(share_of("generated/ended", written.ended, prompts))
     for n in (1, 2):
@@ -207,6 +213,12 @@ def text_of_written(written: Written, also: Mapping[str, np.ndarray]) -> list[Fi
     if long:
         found.append(mean_of("generated/repetition", [s for s, _ in long], [p for _, p in long]))
     return found
+
+
+def _mean_reward(name: str, values: np.ndarray, prompts: np.ndarray) -> list[Figure]:
+    """The mean over the completions of which the reward says something; none where it says nothing."""
+    known = np.isfinite(values)
+    return [mean_of(name, values[known], prompts[known])] if known.any() else []
 
 
 def kl_of_written(scores: TokenScores, written: Written, *, sampled: bool) -> list[Figure]:
@@ -443,9 +455,28 @@ def gain_figures(rewards: Sequence[float] | np.ndarray, start: Sequence[float] |
     now, then = np.asarray(rewards, dtype=np.float64), np.asarray(start, dtype=np.float64)
     if now.shape != then.shape:
         raise ValueError(f"rewards of the same prompts are wanted, not {now.shape} and {then.shape}")
+    both = np.isfinite(now) & np.isfinite(then)  # a reward may say nothing of a completion
     wins = (now > then) + 0.5 * (now == then)
-    won = share_ci(wins, draws=DRAWS).named("win_rate") | {"win_rate/ties": float((now == then).mean())}
-    return bootstrap_ci(now, draws=DRAWS).named("reward") | won
+    won = (
+        share_ci(wins[both], draws=DRAWS).named("win_rate") | {"win_rate/ties": float((now == then)[both].mean())}
+        if both.any()
+        else {}
+    )
+    return reward_figures(now) | won
+
+
+def reward_figures(rewards: np.ndarray) -> Metrics:
+    """``reward`` with its interval by prompt, over the prompts of which a reward says something; ``reward/none``: the share of others.
+
+    Raises:
+        RewardError: it says nothing of any.
+    """
+    known = np.isfinite(rewards)
+    if not known.any():
+        what = f"says nothing of any of the {len(rewards)} held-out completions"
+        raise RewardError("reward", what, "give one that does, or leave evaluation out")
+    silent = {} if known.all() else {"reward/none": 1.0 - float(known.mean())}
+    return bootstrap_ci(rewards[known], draws=DRAWS).named("reward") | silent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,9 +535,16 @@ def evaluate_online(
     rewards = np.array([float(g.rewards[0]) for g in groups])
     trees = [g.tree for g in groups]
     k1, k3 = kl_by_completion(LiveReference(scorer), start, trees, tokens_per_step=tokens_per_step)
-    metrics: dict[str, Any] = {"eval/loss": -float(rewards.mean()), "eval/rows": len(trees)}
-    for name, values in {"reward": rewards, "kl/policy_ref": k1, "kl/k3": k3}.items():
+    of_rewards = reward_figures(rewards)
+    metrics: dict[str, Any] = {"eval/loss": -float(of_rewards["reward"]), "eval/rows": len(trees)}
+    metrics |= {f"eval/{name}": value for name, value in of_rewards.items()}
+    for name, values in {"kl/policy_ref": k1, "kl/k3": k3}.items():
         metrics |= bootstrap_ci(values, draws=DRAWS).named(f"eval/{name}")
+    for name in groups[0].terms:
+        values = np.array([float(g.terms[name][0]) for g in groups])
+        if (known := np.isfinite(values)).any():
+            metrics |= bootstrap_ci(values[known], draws=DRAWS).named(f"eval/rewards/{name}/mean")
+            metrics[f"eval/rewards/{name}/std"] = float(values[known].std(ddof=min(1, known.sum() - 1)))
     start_rewards = rewards_of_start(rewards)
     if start_rewards is not None:
         gained = gain_figures(rewards, start_rewards)

@@ -58,6 +58,14 @@ OTHER_REWARD = Metric(
     "completions",
     logged=False,
 )
+# of each reward by its name, in a sum of several
+REWARDS = {
+    "mean": Metric(
+        "rewards/NAME/mean", "mean of one reward of the sum, over the completions of which it says something"
+    ),
+    "std": Metric("rewards/NAME/std", "its standard deviation over them"),
+    "none": Metric("rewards/NAME/none", "share of completions of which it says nothing", share=True),
+}
 SPEED = (
     Metric("seconds", "wall time of the optimizer step"),
     Metric("tokens_per_second", "tokens computed in the step, a shared prompt once, over its seconds"),
@@ -76,6 +84,8 @@ def metric(name: str) -> Metric:
         return METRICS[short]
     if short.startswith("generated/reward["):
         return replace(OTHER_REWARD, name=short)
+    if short.startswith("rewards/") and (of_reward := REWARDS.get(short.rpartition("/")[2])):
+        return replace(of_reward, name=short)
     part, _, rest = short.partition("/")
     found = METRICS["loss/sft"] if part == "loss" else METRICS.get(rest, Metric("", ""))
     return replace(found, name=short, label="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import inspect
 import itertools
 import json
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from penchant.base.files import check_model_folder
 from penchant.base.machine import NAMES, accelerator, why_not
+from penchant.distributed.shard import full
 from penchant.errors import ConfigError, ModelError
 from penchant.models.folder import (
     check_built,
@@ -57,6 +59,21 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "mps":
         return torch.float32
     return torch.bfloat16 if cpu_has_bf16() else torch.float32
+
+
+def bitsandbytes(key: str, value: str) -> Any:
+    """The library of 8-bit and 4-bit numbers, which is an extra.
+
+    Args:
+        key, value: of the config that asks for it.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ConfigError(key, f"{value} needs bitsandbytes", "pip install 'penchant[bnb]'") from error
 
 
 def cpu_has_bf16() -> bool:
@@ -434,7 +451,9 @@ def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Te
 
 def weights_sha256(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     """SHA-256 over the names, dtypes and bytes of all parameters (as they are in `dtype`), adapters left out: what a cached reference depends on."""
-    named = ((n.replace(".base_layer", ""), p) for n, p in base_model_of(model).named_parameters() if "lora_" not in n)
+    named = (
+        (n.replace(".base_layer", ""), full(p)) for n, p in base_model_of(model).named_parameters() if "lora_" not in n
+    )
     return tensors_sha256((n, p if dtype is None or not p.is_floating_point() else p.to(dtype)) for n, p in named)
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from penchant.base.files import check_model_folder
+from penchant.distributed.shard import gathered
+from penchant.distributed.world import current
 from penchant.errors import ModelError
 from penchant.models.folder import check_built, check_finite, check_folder, check_layers, config_of, loading
 from penchant.models.load import (
@@ -247,7 +249,13 @@ def whole_state_dict(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def save_reward_model(
-    model: Any, tokenizer: Any, folder: Path, masters: Mapping[str, Tensor], settings: Mapping[str, Any]
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    masters: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    sharded: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """A folder that `AutoModelForSequenceClassification` loads as it is, and its tokenizer.
 
@@ -255,12 +263,18 @@ def save_reward_model(
 
     Args:
         masters: the optimizer's fp32 weights; settings: template, max_length and add_eos, for those who score with it.
+        sharded: the whole state of a sharded model on rank 0, empty elsewhere; every rank calls. dtype: what it is saved in.
     """
-    base = base_model_of(model)
-    state = whole_state_dict(model, masters)
-    save_model(base, tokenizer, folder, None if base is model else state)
+    base, world = base_model_of(model), current()
+    state = None if base is model else whole_state_dict(model, masters)
+    if sharded is not None:
+        state = dict(sharded) if state is None else gathered(state.items(), world, dtype)
+    if not world.leads:
+        return
+    save_model(base, tokenizer, folder, state)
     if base is not model:
-        model.save_pretrained(folder / ADAPTER, safe_serialization=True)
+        more = {} if sharded is None else {"state_dict": dict(sharded)}
+        model.save_pretrained(folder / ADAPTER, safe_serialization=True, **more)
     (folder / SETTINGS).write_text(json.dumps(dict(settings), indent=1))
 
 

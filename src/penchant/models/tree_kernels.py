@@ -309,8 +309,11 @@ class FlexPlan(NamedTuple):
     mask: Any
 
 
-def tokens_of(segments: Sequence[Segment], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each token, (length,) int32: its sequence (a prompt or a completion), its prompt's, its position. Padding is one more sequence."""
+def tokens_of(segments: Sequence[Segment], length: int, window: int | None) -> list[np.ndarray]:
+    """For each token, (length,) int32: its sequence (a prompt or a completion), its prompt's, its position, the first one that it sees.
+
+    Padding is one more sequence.
+    """
     own, root, position = (np.full(length, -1, dtype=np.int32) for _ in range(3))
     sequence = 0
     for s in segments:
@@ -320,15 +323,17 @@ def tokens_of(segments: Sequence[Segment], length: int) -> tuple[np.ndarray, np.
             own[at : at + n], root[at : at + n] = sequence, prompt
             position[at : at + n] = np.arange(begin, begin + n)
             at, sequence = at + n, sequence + 1
-    return own, root, position
+    return [own, root, position, np.full_like(position, -1) if window is None else position - (window - 1)]
 
 
-def mask_mod(own: Tensor, root: Tensor, position: Tensor, window: int | None) -> Callable[..., Tensor]:
-    """The tree mask as FlexAttention asks for it, of vectors as `tokens_of` gives them."""
+def mask_mod(own: Tensor, root: Tensor, position: Tensor, first: Tensor) -> Callable[..., Tensor]:
+    """The tree mask as FlexAttention asks for it, of vectors as `tokens_of` gives them.
+
+    It holds no number: with dynamic shapes a number would be a symbol in the kernel, and each window a compilation.
+    """
 
     def allowed(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        found = (q >= k) & ((own[q] == own[k]) | (root[q] == own[k]))
-        return found if window is None else found & (position[q] - position[k] < window)
+        return (q >= k) & ((own[q] == own[k]) | (root[q] == own[k])) & (position[k] >= first[q])
 
     return allowed
 
@@ -367,19 +372,21 @@ def _build_flex(segments: Sequence[Segment], tokens: int, window: int | None, de
     length = -(-tokens // BLOCK) * BLOCK
     blocks = visible_blocks(segments, length, window)
     first = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)  # the visible ones first
-    counts, order, own, root, position = moved_together(
-        [blocks.sum(1, dtype=np.int32), first, *tokens_of(segments, length)], device
+    counts, order, own, root, position, low = moved_together(
+        [blocks.sum(1, dtype=np.int32), first, *tokens_of(segments, length, window)], device
     )
     mask = BlockMask.from_kv_blocks(
-        counts[None, None], order[None, None], BLOCK_SIZE=BLOCK, mask_mod=mask_mod(own, root, position, window)
+        counts[None, None], order[None, None], BLOCK_SIZE=BLOCK, mask_mod=mask_mod(own, root, position, low)
     )
     return FlexPlan(length, mask)
 
 
 @cache
-def _cap(softcap: float) -> Callable[..., Tensor]:
+def _cap(softcap: float, device: torch.device) -> Callable[..., Tensor]:
+    cap = torch.tensor(softcap, device=device)  # a tensor, as in `mask_mod`
+
     def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return cap * torch.tanh(score / cap)
 
     return capped
 
@@ -413,7 +420,7 @@ def flex_tree_attention(
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, plan.length - len(x))).transpose(0, 1)[None] for x in (query, key, value))
     how: dict[str, Any] = {"block_mask": plan.mask, "scale": scaling, "enable_gqa": q.shape[1] != k.shape[1]}
     if softcap is not None:
-        how["score_mod"] = _cap(softcap)
+        how["score_mod"] = _cap(softcap, q.device)
     if sinks is None:
         out = run(q, k, v, **how)
     else:

@@ -30,7 +30,7 @@ from penchant.plan.work import Work, passes_over
 from penchant.rewards.reward_model import CausalRewards, EncoderRewards
 from penchant.rollout.generate import PROMPTS_HELD, rows_by_memory
 from penchant.runs.evaluating import writes_completions
-from penchant.runs.parts import reference_kind, threads_for
+from penchant.runs.parts import reference_kind, starts_adapted, threads_for
 from penchant.runs.record import sampled
 from penchant.types import PackedBatch, TokenTree
 
@@ -474,10 +474,12 @@ def _rule_of_thumb(run: OutlinedRun, work: Work) -> Activations:
 
 
 def _frozen_models(run: OutlinedRun) -> int:
-    """Parameters of models that are held beside the trained one for the whole run."""
+    """Parameters that are held beside the trained model for the whole run: of the reference, and of an adapter as it was at the start."""
+    adapted = starts_adapted(run.config) and not run.method.learns_reward
+    adapter = parameter_counts(run.model)[1] if adapted else 0
     if "reference" not in run.method.needs or reference_kind(run.config) != "frozen":
-        return 0
-    return parameter_counts(base_model_of(outline(run.config.model)))[0]
+        return adapter
+    return adapter + parameter_counts(base_model_of(outline(run.config.model)))[0]
 
 
 def _scoring(run: OutlinedRun, known: Activations) -> int:

@@ -1,22 +1,25 @@
-"""Built-in rewards: sentiment (VADER), words, matches; the reward section of a config."""
+"""Built-in rewards: sentiment (VADER), words, formats, right answers, length, repetition; the reward section of a config."""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, ValidationError, model_serializer, model_validator
 
 from penchant.base.machine import Device
 from penchant.base.section import Section
 from penchant.errors import ConfigError
 
-RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, completions) -> one number each
+# (prompts, completions, **columns) -> one number each, or None where it says nothing of a completion; it may be async
+RewardFunction = Callable[..., Any]
 
-# ---- Rewards by name: VADER's compound score, the number of words ----
+# ---- Rewards by name: VADER's compound score, the number of words, the right answer, thinking first ----
 
 
 @lru_cache(maxsize=1)
@@ -32,9 +35,65 @@ def sentiment(texts: Iterable[str]) -> np.ndarray:
     return np.array([analyzer.polarity_scores(text)["compound"] for text in texts], dtype=np.float64)
 
 
+def accuracy(
+    completions: Sequence[str], answer: Sequence[Any] | None = None, solution: Sequence[Any] | None = None
+) -> list[float | None]:
+    """1 where a completion's answer is the one of the row's `answer` (or `solution`) column, by math-verify, else 0.
+
+    None of a row without an answer that can be read. Of GSM8K's answers only what stands behind ``####`` counts.
+
+    Raises:
+        ConfigError: the rows have no such column, or the extra is not installed.
+    """
+    if answer is None and solution is None:
+        how = "name the right answers so with data.columns={answer: YOURS}"
+        raise ConfigError("reward accuracy", 'the rows have no column "answer" or "solution"', how)
+    nothing: list[Any] = [None] * len(completions)
+    right = [a if a is not None else s for a, s in zip(answer or nothing, solution or nothing, strict=True)]
+    return [_is_right(text, gold) for text, gold in zip(completions, right, strict=True)]
+
+
+def _is_right(text: str, gold: Any) -> float | None:
+    parse, verify = _math_verify()
+    # its alarm works in the main thread alone; what a model writes (9**9**9) may keep it busy for ever
+    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    said = "" if gold is None else str(gold).rpartition("####")[2].strip()
+    # a bare answer is read as it is or, where that gives nothing, as a formula
+    wanted = (parse(said, parsing_timeout=seconds) or parse(f"${said}$", parsing_timeout=seconds)) if said else []
+    if not wanted:
+        return None
+    found = parse(text, parsing_timeout=seconds)
+    return float(bool(found) and bool(verify(wanted, found, timeout_seconds=seconds)))
+
+
+def lacks_math_verify(name: str) -> ConfigError:
+    """What is said where the extra is not installed."""
+    return ConfigError("reward accuracy", f"needs an extra ({name} is not installed)", "pip install 'penchant[math]'")
+
+
+@lru_cache(maxsize=1)
+def _math_verify() -> tuple[Any, Any]:
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise lacks_math_verify(error.name or str(error)) from error
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it tells of every text that it cannot read
+    return parse, verify
+
+
+_THINKS = re.compile(r"<think>(?!.*<think>)(.*?)</think>.*", re.DOTALL)
+
+
+def think_format(completions: Sequence[str]) -> list[float]:
+    """1 where a completion is ``<think>...</think>`` and then anything, with one ``<think>``, else 0."""
+    return [float(_THINKS.fullmatch(c) is not None) for c in completions]
+
+
 BUILT_IN: dict[str, RewardFunction] = {
     "sentiment": lambda prompts, completions: [float(v) for v in sentiment(completions)],
     "words": lambda prompts, completions: [float(len(c.split())) for c in completions],  # by a negative weight a price
+    "accuracy": accuracy,
+    "think_format": think_format,
 }
 
 
@@ -70,27 +129,164 @@ def matches(given: str) -> RewardFunction:
     return rule
 
 
-RULES: dict[str, Callable[[str], RewardFunction]] = {"words": words_between, "matches": matches}
+def format_of(given: str) -> RewardFunction:
+    """1 where the whole completion is of a regular expression's form (``.`` is any character), else 0."""
+    try:
+        pattern = re.compile(given, re.DOTALL)
+    except re.error as error:
+        raise ConfigError("reward", f"format:{given} is not a regular expression ({error})", "fix it") from error
+    return lambda prompts, completions: [float(pattern.fullmatch(c) is not None) for c in completions]
 
 
-def rule_of(name: str) -> RewardFunction | None:
-    """The rule of a reward's name; None where it is another kind of reward."""
+RULES: dict[str, Callable[[str], RewardFunction]] = {"words": words_between, "matches": matches, "format": format_of}
+
+
+# ---- Rewards with options: ``overlong: {max: 1024, cache: 256}`` ----
+
+
+class FormatReward(Section):
+    """1 where the whole completion is of a regular expression's form, else 0."""
+
+    pattern: str = Field(description="regular expression of the whole completion; . is any character")
+
+    def function(self) -> RewardFunction:
+        return format_of(self.pattern)
+
+
+class OverlongReward(Section):
+    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), in tokens.
+
+    0 up to ``max - cache`` tokens, then falling as ``((max - cache) - length) / cache`` to -1 at `max`, and -1 beyond.
+    """
+
+    max: int = Field(ge=1, description="tokens of a completion from which the penalty is -1")
+    cache: int | None = Field(None, ge=1, description="tokens before max over which it grows; null: a fifth of max")
+
+    @model_validator(mode="after")
+    def _cache_within(self) -> OverlongReward:
+        if self.cache is not None and self.cache > self.max:
+            raise ValueError(f"cache is {self.cache}, beyond max ({self.max}); give at most that")
+        return self
+
+    def function(self) -> RewardFunction:
+        cache = self.cache or max(1, self.max // 5)
+        free = self.max - cache
+
+        def overlong(completions: Sequence[str], completion_ids: Sequence[Sequence[int]]) -> list[float]:
+            return [min(0.0, max(-1.0, (free - len(ids)) / cache)) for ids in completion_ids]
+
+        return overlong
+
+
+class RepetitionReward(Section):
+    """A price on n-grams of words that a completion repeats: ``max_penalty (1 - distinct / all)``; 0 of texts below n words."""
+
+    n: int = Field(3, ge=1, description="words of a gram")
+    max_penalty: float = Field(-1.0, le=0, description="where every gram is the same")
+
+    def function(self) -> RewardFunction:
+        def repetition(completions: Sequence[str]) -> list[float]:
+            return [self.max_penalty * self._repeated(c.lower().split()) for c in completions]
+
+        return repetition
+
+    def _repeated(self, words: Sequence[str]) -> float:
+        grams = [tuple(words[i : i + self.n]) for i in range(len(words) - self.n + 1)]
+        return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+class EndpointReward(Section):
+    """What a judge and an HTTP reward share."""
+
+    url: str = Field(description="http(s)://HOST...")
+    key_env: str | None = Field(None, description="environment variable with the key, sent as a bearer token")
+    concurrency: int = Field(8, ge=1, le=1024, description="requests at a time")
+    attempts: int = Field(6, ge=1, le=100, description="of one request, with pauses that double")
+    timeout: float = Field(120.0, gt=0, description="seconds without a byte before an attempt is given up")
+
+
+class JudgeReward(EndpointReward):
+    """A model behind an OpenAI-compatible endpoint: a grade from 0 to 1, or the share of the group that a completion beats."""
+
+    model: str = Field(description="as the endpoint calls it")
+    rubric: str | None = Field(None, description="what makes an answer good, in words")
+    against: Literal["none", "group"] = Field(
+        "none", description="none: each completion gets a grade; group: each is compared with the prompt's others"
+    )
+    parameters: dict[str, Any] | None = Field(None, description="of sampling; null: temperature 0, max_tokens 512")
+
+    def function(self) -> RewardFunction:
+        from penchant.rewards.remote import Judge
+
+        return Judge.of(self)
+
+
+class HttpReward(EndpointReward):
+    """A POST of ``{"prompts", "completions", "columns"}`` that is answered by ``{"rewards": [...]}``, a number or null each."""
+
+    batch: int = Field(64, ge=1, description="completions of one request")
+
+    def function(self) -> RewardFunction:
+        from penchant.rewards.remote import Http
+
+        return Http.of(self)
+
+
+WITH_OPTIONS: dict[str, type[Section]] = {
+    "format": FormatReward,
+    "overlong": OverlongReward,
+    "repetition": RepetitionReward,
+    "judge": JudgeReward,
+    "http": HttpReward,
+}
+
+
+def kind_of(name: str) -> str | None:
+    """Which built-in reward a name means (``words:20-60`` is of the kind ``words``); None where it is another kind of reward."""
+    kind, colon, _ = name.partition(":")
+    if name in BUILT_IN or name in WITH_OPTIONS or (colon and (kind in RULES or kind in ("judge", "http"))):
+        return kind
+    return None
+
+
+def built_in(name: str, options: Section | None) -> RewardFunction:
+    """The function of a built-in reward.
+
+    Raises:
+        ConfigError: it needs other options, or an argument that it cannot read.
+    """
+    if options is not None:
+        made: RewardFunction = options.function()  # type: ignore[attr-defined]
+        return made
+    if name in BUILT_IN:
+        return BUILT_IN[name]
     kind, colon, given = name.partition(":")
-    return RULES[kind](given) if colon and kind in RULES else None
+    if colon and kind in RULES:
+        return RULES[kind](given)
+    try:
+        return WITH_OPTIONS[kind]().function()  # type: ignore[attr-defined,no-any-return]
+    except ValidationError as error:
+        lacking = error.errors()[0]["loc"][0]
+        how = f"write reward: {{{name}: {{{lacking}: ...}}}}"
+        raise ConfigError("reward", f"{name} needs {lacking}", how) from error
 
 
 # ---- The `reward` section of a config ----
 
 
 class RewardConfig(Section):
-    """What judges completions: a weighted sum of built-in rewards, Python functions and reward models.
+    """What judges completions: a weighted sum of built-in rewards, Python functions, reward models, judges and endpoints.
 
-    Written short: ``reward: words``, ``reward: {words: -0.01, runs/reward: 1.0}``, ``reward: {runs/reward: 1.0, device: cpu}``;
-    it is kept in the form in which it was written.
+    Written short: ``reward: words``, ``reward: {words: -0.01, runs/reward: 1.0}``, ``reward: [accuracy, think_format]``,
+    ``reward: {accuracy: 1.0, overlong: {max: 1024, weight: 0.5}, timeout: 60}``; it is kept in the form in which it was written.
     """
 
     terms: dict[str, float] = Field(description="name, path.py:function or a reward model's folder: its weight")
+    options: dict[str, Section] = Field({}, description="of those rewards that have some")
     device: Device = Field("auto", description="device of reward models; auto: the policy's")
+    timeout: float | None = Field(
+        600.0, gt=0, description="seconds that each reward may take for a step's completions; null: as long as it takes"
+    )
     single: bool = Field(False, description="written as one name")
 
     @model_validator(mode="before")
@@ -98,18 +294,56 @@ class RewardConfig(Section):
     def _from_shorthand(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {"terms": {value: 1.0}, "single": True}
-        if isinstance(value, dict) and "terms" not in value:
-            terms = {name: weight for name, weight in value.items() if name != "device"}
-            bad = [n for n, w in terms.items() if isinstance(w, bool) or not isinstance(w, (int, float))]
-            if bad:
-                raise ValueError(f"{bad[0]} is {terms[bad[0]]!r}; give each reward a number as its weight")
-            return {"terms": {n: float(w) for n, w in terms.items()}} | (
-                {"device": value["device"]} if "device" in value else {}
-            )
-        return value
+        if isinstance(value, list):
+            value = _listed(value)
+        if not isinstance(value, dict) or "terms" in value:
+            return value
+        terms: dict[str, float] = {}
+        options: dict[str, Section] = {}
+        settings = {k: v for k, v in value.items() if k in ("device", "timeout")}
+        for name, given in value.items():
+            if name in settings:
+                continue
+            weight = given
+            if isinstance(given, Mapping):
+                weight = given.get("weight", 1.0)
+                options[name] = _options(name, {k: v for k, v in given.items() if k != "weight"})
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise ValueError(f"{name} is {weight!r}; give each reward a number as its weight")
+            terms[name] = float(weight)
+        if isinstance(settings.get("timeout"), int) and not isinstance(settings["timeout"], bool):
+            settings["timeout"] = float(settings["timeout"])
+        return {"terms": terms, **({"options": options} if options else {}), **settings}
 
     @model_serializer
     def _to_shorthand(self) -> Any:
-        if self.single and self.device == "auto":
+        settings: dict[str, Any] = {"device": self.device} if self.device != "auto" else {}
+        if self.timeout != type(self).model_fields["timeout"].default:
+            settings["timeout"] = self.timeout
+        if self.single and not settings:
             return next(iter(self.terms))
-        return dict(self.terms) | ({"device": self.device} if self.device != "auto" else {})
+        terms: dict[str, Any] = dict(self.terms)
+        for name, options in self.options.items():
+            terms[name] = {**options.model_dump(mode="json", exclude_defaults=True), "weight": terms[name]}
+        return terms | settings
+
+
+def _listed(value: Sequence[Any]) -> dict[str, Any]:
+    """``[accuracy, {words: -0.01}]`` as one mapping."""
+    found: dict[str, Any] = {}
+    for item in value:
+        one = {item: 1.0} if isinstance(item, str) else item
+        if not isinstance(one, dict):
+            raise ValueError(f"{item!r} is no reward; write a name, or {{name: weight}}")
+        if twice := next((n for n in one if n in found), None):
+            raise ValueError(f"{twice} stands there twice; give it one weight")
+        found |= one
+    return found
+
+
+def _options(name: str, given: Mapping[str, Any]) -> Section:
+    section = WITH_OPTIONS.get(name if name in WITH_OPTIONS else name.partition(":")[0])
+    if section is None:
+        raise ValueError(f"{name} has no options; give it a number as its weight")
+    made = {k: float(v) if k in ("max_penalty", "timeout") and type(v) is int else v for k, v in given.items()}
+    return section.model_validate(made)

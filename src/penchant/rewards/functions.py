@@ -1,97 +1,372 @@
-"""Rewards from a config: built-in ones and a person's own Python functions, summed by weight; what goes wrong inside is named."""
+"""Rewards from a config: built-in ones, a person's own Python functions, endpoints, summed by weight; what goes wrong inside is named."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import asyncio
+import contextlib
+import importlib.util
+import inspect
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
-from penchant.base.functions import is_own, no_exit, python_function
+from penchant.base.functions import is_own, no_exit, python_object
 from penchant.base.text import closest
+from penchant.data.load import prompt_json, prompt_text
 from penchant.errors import ConfigError, PenchantError, RewardError
-from penchant.rewards.builtin import BUILT_IN, RewardConfig, RewardFunction, rule_of
-from penchant.types import TokenTree
+from penchant.rewards.builtin import BUILT_IN, RewardConfig, RewardFunction, built_in, kind_of, lacks_math_verify
+from penchant.types import PromptTree, TokenTree
 
 if TYPE_CHECKING:
     import torch
 
     from penchant.rewards.reward_model import PolicyText
 
+# ---- what a function is called with ----
+
+# beside the columns of the data; the names are those of TRL
+OFFERED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+@dataclass(frozen=True, slots=True)
+class Takes:
+    """What a reward function takes.
+
+    Args:
+        by_name: ``prompts`` and ``completions`` go in by name; else they are its first two arguments, whatever it calls them.
+        names: further arguments; required: those of them without a default; rest: whether it takes ``**columns``.
+    """
+
+    by_name: bool = False
+    names: frozenset[str] = frozenset()
+    required: tuple[str, ...] = ()
+    rest: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns without which it cannot be called."""
+        return tuple(n for n in self.required if n not in OFFERED)
+
+    @property
+    def reads_columns(self) -> bool:
+        return self.rest or bool(self.names - set(OFFERED))
+
+
+def takes_of(function: Any, name: str) -> Takes:
+    """What a function takes, by its signature.
+
+    Raises:
+        ConfigError: it takes no completions.
+    """
+    try:
+        given = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of C code
+        return Takes()
+    rest = any(p.kind is p.VAR_KEYWORD for p in given)
+    keyword = [p for p in given if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    positional = [p for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named = {p.name for p in keyword}
+    by_name = "completions" in named or (rest and not positional)
+    if not by_name:
+        several = any(p.kind is p.VAR_POSITIONAL for p in given)
+        if len(positional) < 2 and not several:
+            what = f"{name} does not take (prompts, completions)"
+            raise ConfigError("reward", what, "define it as def f(prompts, completions, **columns)")
+        first = {p.name for p in positional[:2]}
+        keyword = [p for p in keyword if p.name not in first]
+    required = tuple(p.name for p in keyword if p.default is p.empty)
+    return Takes(by_name, frozenset(p.name for p in keyword), required, rest)
+
+
+@dataclass(slots=True)
+class Asked:
+    """The completions that a step's rewards are of, one entry for each.
+
+    Args:
+        prompts, texts: without special tokens; rows: the data's, where they are known; sources: where those stand.
+        ids: token ids; columns: of the data, each a list; trees: the rollouts; step: of the run.
+    """
+
+    prompts: Sequence[str]
+    texts: Sequence[str]
+    rows: Sequence[PromptTree | None]
+    sources: Sequence[str]
+    ids: Sequence[list[int]] | None
+    columns: Mapping[str, list[Any]]
+    trees: Sequence[TokenTree] | None
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def arguments(self, takes: Takes, plain: bool, which: Sequence[int]) -> tuple[list[Any], dict[str, Any]]:
+        """What a function is called with for some of the completions."""
+        prompts: list[Any] = []
+        completions: list[Any] = []
+        for i in which:
+            row, text = self.rows[i], self.texts[i]
+            prompt = self.prompts[i] if row is None else row.prompt
+            chat = not isinstance(prompt, str) and not plain
+            prompts.append(prompt_json(prompt) if chat else prompt_text(prompt))
+            completions.append([{"role": "assistant", "content": text}] if chat else text)
+        offered: dict[str, Any] = {"prompts": prompts, "completions": completions}
+        more: dict[str, Any] = {name: [values[i] for i in which] for name, values in self.columns.items()}
+        more["completion_ids"] = None if self.ids is None else [self.ids[i] for i in which]
+        more["trainer_state"] = SimpleNamespace(global_step=self.step)
+        more["log_metric"] = lambda name, value: self.metrics.update({str(name): float(value)})
+        more["log_extra"] = lambda column, values: None
+        if self.ids is None and "completion_ids" not in takes.required:
+            del more["completion_ids"]
+        named = offered | more if takes.by_name else more
+        kept = {n: v for n, v in named.items() if takes.rest or n in takes.names}
+        return ([] if takes.by_name else [prompts, completions]), kept
+
+
+# ---- a sum of rewards ----
+
 
 @dataclass(frozen=True, slots=True)
 class RewardTerm:
-    """One summand: its name in the config, its function and its weight."""
+    """One summand: its name in the config, its function and its weight.
+
+    Args:
+        takes: what the function is called with; plain: it gets texts, also of conversations; label: its name in metrics.
+    """
 
     name: str
     function: RewardFunction
     weight: float = 1.0
+    takes: Takes = Takes()
+    plain: bool = False
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What rewards make of completions.
+
+    Args:
+        total: the weighted sum of what was said of each completion, (n,) float64; NaN where no reward says anything of it.
+        terms: each reward's own numbers by its label, (n,), NaN where it says nothing; metrics: what functions log themselves.
+    """
+
+    total: np.ndarray
+    terms: Mapping[str, np.ndarray]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A weighted sum of reward functions."""
+    """A weighted sum of reward functions.
+
+    Args:
+        policy: knows the rows that prompts come from; timeout: seconds for each function and step, None: as long as it takes.
+    """
 
     terms: tuple[RewardTerm, ...]
+    policy: PolicyText | None = None
+    timeout: float | None = None
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree] | None = None
     ) -> np.ndarray:
-        """The reward of each completion, (n,) float64.
+        """The reward of each completion, (n,) float64; NaN where no function says anything of it. See `judge`."""
+        return self.judge(prompts, completions, trees).total
+
+    def judge(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        trees: Sequence[TokenTree] | None = None,
+        step: int = 0,
+    ) -> Judgement:
+        """Every function's number for each completion, and their sum.
+
+        A function that returns None for a completion says nothing of it: the sum is that of the others.
 
         Args:
             prompts, completions: texts without special tokens; trees: the rollouts that they are the texts of, completions in the same
-                order: what a function with a method `score_trees` (a reward model) gets in their place.
+                order: what a function with a method `score_trees` (a reward model) gets in their place, and where rows are known by.
 
         Raises:
-            RewardError: a function raised, or gave something other than one finite number per completion; it names the function
-                and the first completion that is to blame.
+            RewardError: a function raised, took too long, or gave something other than one finite number (or None) per completion;
+                it names the function and the first completion that is to blame.
         """
+        asked = self._asked(prompts, completions, trees, step)
+        values = {term.label or term.name: _values(term, asked, self.timeout) for term in self.terms}
+        weights = [term.weight for term in self.terms]
         total = np.zeros(len(completions))
-        for term in self.terms:
-            total += term.weight * _values(term, prompts, completions, trees)
-        return total
+        said = np.zeros(len(completions), dtype=bool)
+        for weight, found in zip(weights, values.values(), strict=True):
+            total += weight * np.nan_to_num(found)
+            said |= ~np.isnan(found)
+        return Judgement(np.where(said, total, np.nan), values, asked.metrics)
+
+    def _asked(
+        self, prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree] | None, step: int
+    ) -> Asked:
+        n = len(completions)
+        sources = [t.source for t in trees for _ in t.completion_ids] if trees is not None else [""] * n
+        known = self.policy.rows if self.policy is not None else {}
+        rows = [known.get(source) for source in sources]
+        names = dict.fromkeys(name for row in rows if row is not None for name in row.columns)
+        if self.policy is not None:
+            names |= dict.fromkeys(self.policy.columns)
+        columns = {name: [None if r is None else r.columns.get(name) for r in rows] for name in names}
+        ids = [c.tolist() for t in trees for c in t.completion_ids] if trees is not None else None
+        if (
+            names
+            and (at := next((i for i, s in enumerate(sources) if s in known and known[s] is None), None)) is not None
+        ):
+            raise _ambiguous(sources[at])
+        return Asked(prompts, completions, rows, sources, ids, columns, trees, step)
 
 
-def _values(
-    term: RewardTerm, prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree] | None
-) -> np.ndarray:
-    on_trees = getattr(term.function, "score_trees", None) if trees is not None else None
+def _ambiguous(source: str) -> RewardError:
+    what = f"{source} stands for rows of several files, so the columns of its row are not known"
+    return RewardError("reward", what, "give the data files different names")
+
+
+def _values(term: RewardTerm, asked: Asked, timeout: float | None) -> np.ndarray:
+    n = len(asked.texts)
+    on_trees = getattr(term.function, "score_trees", None) if asked.trees is not None else None
+    lacking = [c for c in term.takes.columns if c not in asked.columns]
+    if lacking and on_trees is None:
+        raise _no_column(term.name, lacking[0], asked.columns, RewardError)
+    if on_trees is None and asked.ids is None and "completion_ids" in term.takes.required:
+        what = "counts tokens, and these are texts alone"
+        raise RewardError(f"reward {term.name}", what, "use it where a model writes: in training, eval or compare")
     try:
-        with no_exit():
-            given = term.function(list(prompts), list(completions)) if on_trees is None else on_trees(trees)
+        given = _call(term, asked, range(n), timeout) if on_trees is None else on_trees(asked.trees)
     except (Exception, SystemExit) as error:  # a function that ends the process must not end the run unsaid
-        at = _first_to_blame(term.function, prompts, completions) if on_trees is None else None
-        if isinstance(error, PenchantError):  # a reward model's own sentence; there is no function to fix
+        if isinstance(error, PenchantError):  # its own sentence; there is no function to fix
             raise RewardError(f"reward {term.name}", error.what, error.how) from error
+        asks_alone = on_trees is None and kind_of(term.name) not in ("judge", "http")
+        at = _first_to_blame(term, asked, timeout) if asks_alone else None
+        blamed = f" ({_named_completion(asked, at)})" if at is not None else ""
+        if isinstance(error, TookTooLong):
+            what = f"gave no answer within {timeout:g} seconds{blamed}"
+            raise RewardError(f"reward {term.name}", what, "mend the function, or raise reward.timeout") from error
         raise RewardError(
             f"reward {term.name}",
-            f"{type(error).__name__}: {error}"
-            + (f" (completion {at}: {completions[at][:60]!r})" if at is not None else ""),
+            f"{type(error).__name__}: {error}{blamed}",
             "fix the function; it gets lists of prompts and completions and returns one number each",
         ) from error
     values = _numbers(term.name, given)
-    if values.shape != (len(completions),):
+    if values.shape != (n,):
         shape = (
             "" if values.ndim == 1 else f" (an array of shape {list(values.shape)})" if values.ndim else " (no list)"
         )
         raise RewardError(
             f"reward {term.name}",
-            f"returned {values.size} values{shape} for {len(completions)} completions",
+            f"returned {values.size} values{shape} for {n} completions",
             "return one number for each completion, in order",
         )
-    bad = np.flatnonzero(~np.isfinite(values))
+    silent = np.array([v is None for v in given]) if isinstance(given, (list, tuple)) else np.zeros(n, dtype=bool)
+    bad = np.flatnonzero(~np.isfinite(values) & ~silent)
     if len(bad):
         at = int(bad[0])
-        what = None if isinstance(given, (list, tuple)) and given[at] is None else values[at]
         raise RewardError(
             f"reward {term.name}",
-            f"returned {what} for completion {at}: {completions[at][:60]!r}",
-            "return finite numbers",
+            f"returned {values[at]} for {_named_completion(asked, at)}",
+            "return finite numbers, or None where it says nothing of a completion",
         )
     return values
+
+
+def _named_completion(asked: Asked, at: int) -> str:
+    row = f" of row {asked.sources[at]}" if asked.sources[at] else ""
+    return f"completion {at}{row}: {asked.texts[at][:60]!r}"
+
+
+def _no_column(
+    name: str, column: str, there: Mapping[str, Any] | Sequence[str], kind: type[PenchantError]
+) -> PenchantError:
+    near = closest(column, there)
+    columns = f"the rows have {', '.join(there)}" if there else "the rows have no further columns"
+    how = f'did you mean "{near}"? ' if near else ""
+    what = f'{name} takes "{column}", and there is no such column; {columns}'
+    return kind("reward", what, f"{how}map one with data.columns={{{column}: YOURS}}, or give the argument a default")
+
+
+# ---- one call ----
+
+
+class TookTooLong(Exception):
+    """A function that had its time."""
+
+
+def _call(term: RewardTerm, asked: Asked, which: Sequence[int], timeout: float | None) -> Any:
+    """What a function returns for some completions; what it prints goes to standard error, where it disturbs no output."""
+    positional, named = asked.arguments(term.takes, term.plain, which)
+
+    def call() -> Any:
+        given = term.function(*positional, **named)
+        return _awaited(given) if inspect.isawaitable(given) else given
+
+    with no_exit(), contextlib.redirect_stdout(sys.stderr):
+        return call() if timeout is None else _within(timeout, call)
+
+
+def _awaited(given: Any) -> Any:
+    async def wait() -> Any:
+        return await given
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    return _in_thread(lambda: asyncio.run(wait()), None)  # a notebook has a loop of its own
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What `call` returns, if that is not longer than so many seconds away.
+
+    In the main thread a timer interrupts it, so that a function may use signals of its own (math_verify does; its timer then takes the
+    place of this one). Elsewhere it is left behind in a thread of its own.
+
+    Raises:
+        TookTooLong: it is.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        return _in_thread(call, seconds)
+
+    def ring(number: int, frame: Any) -> None:
+        raise TookTooLong
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return call()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _in_thread(call: Callable[[], Any], seconds: float | None) -> Any:
+    made: list[Any] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            made.append(call())
+        except BaseException as error:  # handed to who waits
+            failed.append(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="reward")
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TookTooLong
+    if failed:
+        raise failed[0]
+    return made[0]
 
 
 def _numbers(name: str, given: Any) -> np.ndarray:
@@ -107,39 +382,78 @@ def _numbers(name: str, given: Any) -> np.ndarray:
         ) from error
 
 
-def _first_to_blame(function: RewardFunction, prompts: Sequence[str], completions: Sequence[str]) -> int | None:
+def _first_to_blame(term: RewardTerm, asked: Asked, timeout: float | None) -> int | None:
     """The first completion that fails by itself too, if there is one."""
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    for i in range(len(asked.texts)):
         try:
-            with no_exit():
-                function([prompt], [completion])
+            _call(term, asked, [i], timeout)
         except (Exception, SystemExit):
             return i
     return None
 
 
-def load_reward(
-    spec: str | Mapping[str, float] | RewardConfig, policy: PolicyText | None = None, device: Any = "cpu"
-) -> Reward:
-    """A reward from a config: a name, ``path.py:function``, a reward model's folder, or a mapping of those to weights.
+# ---- from a config ----
+
+
+def load_reward(spec: Any, policy: PolicyText | None = None, device: Any = "cpu") -> Reward:
+    """A reward from a config: a name, ``path.py:function``, a reward model's folder, a mapping of those to weights, or a list of them.
 
     Args:
         policy: whose completions are judged; device: of reward models, where the config does not say.
 
     Raises:
-        ConfigError: no such built-in, file, folder or function, or it does not take (prompts, completions).
+        ConfigError: no such built-in, file, folder or function, or one that takes what the rows do not have.
     """
     config = spec if isinstance(spec, RewardConfig) else RewardConfig.model_validate(spec)
     if not config.terms:
         raise ConfigError("reward", "is empty", f"name one: {', '.join(BUILT_IN)}, path.py:function or a folder")
-    return Reward(tuple(RewardTerm(n, _named(n, config, policy, device), float(w)) for n, w in config.terms.items()))
+    if "accuracy" in config.terms and importlib.util.find_spec("math_verify") is None:
+        raise lacks_math_verify("math_verify")
+    labels = labels_of(config.terms)
+    terms = []
+    for name, weight in config.terms.items():
+        function = _named(name, config, policy, device)
+        own = not hasattr(function, "score_trees")
+        takes = takes_of(function, name) if own else Takes()
+        if own and policy is not None and policy.rows:
+            for column in takes.columns:
+                if column not in policy.columns:
+                    raise _no_column(name, column, policy.columns, ConfigError)
+        plain = kind_of(name) is not None and kind_of(name) != "http"
+        terms.append(RewardTerm(name, function, float(weight), takes, plain, labels[name]))
+    return Reward(tuple(terms), policy, config.timeout)
+
+
+def labels_of(names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
+    """What each reward is called in metrics: a function's own name, a folder's last part; the whole name where two would be one."""
+    short = {n: n.rpartition(":")[2] if is_own(n) else n if kind_of(n) else Path(n).name or n for n in names}
+    seen = list(short.values())
+    return {n: s if seen.count(s) == 1 else n for n, s in short.items()}
+
+
+def reads_columns(spec: Any) -> bool:
+    """Whether a reward (as `load_reward` takes it, or None) asks for columns of the rows beside prompt and completion.
+
+    Raises:
+        ConfigError: a function that cannot be loaded.
+    """
+    if spec is None:
+        return False
+    try:
+        config = spec if isinstance(spec, RewardConfig) else RewardConfig.model_validate(spec)
+    except ValidationError:
+        return False  # what loads it says so
+    return any(
+        takes_of(_named(name, config, None, "cpu"), name).reads_columns
+        for name in config.terms
+        if is_own(name) or kind_of(name) is not None
+    )
 
 
 def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: Any) -> RewardFunction:
-    rule = rule_of(name)
-    if rule is not None:
-        return rule
-    if name in BUILT_IN or is_own(name):
+    if kind_of(name) is not None:
+        return built_in(name, config.options.get(name))
+    if is_own(name):
         return _function(name)
     from penchant.rewards.reward_model import find_reward_model, load_reward_function
 
@@ -152,14 +466,16 @@ def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: A
 def check_reward_name(name: str) -> None:
     """Refuse a reward that is nowhere, by its name and whether its file is there; nothing is loaded."""
     here = Path(name.rpartition(":")[0] if is_own(name) else name).expanduser().exists()
-    if rule_of(name) is None and not here:
+    if kind_of(name) is not None:
+        return
+    if not here:
         _function(name)
 
 
 def check_reward(name: str) -> None:
     """Refuse a reward that is not there, as `load_reward` does, without loading a model."""
     check_reward_name(name)
-    if rule_of(name) is not None or name in BUILT_IN:
+    if kind_of(name) is not None:
         return
     from penchant.rewards.reward_model import find_reward_model
 
@@ -178,8 +494,6 @@ def reward_device(wanted: str, policys: Any = "cpu") -> torch.device:
 
 
 def _function(name: str) -> RewardFunction:
-    if name in BUILT_IN:
-        return BUILT_IN[name]
     if not is_own(name):
         if name.startswith("stage:"):
             raise ConfigError("reward", f"{name!r} is a pipeline's stage", "here give that stage's run folder")
@@ -192,6 +506,8 @@ def _function(name: str) -> RewardFunction:
             "reward",
             f"{name!r} is no reward",
             (f"did you mean {near}? " if near else "")
-            + f"there are {', '.join(BUILT_IN)}, words:20-60, matches:REGEX; or give path.py:function or a reward model's folder",
+            + f"there are {', '.join(BUILT_IN)}, words:20-60, matches:REGEX, format:REGEX; or give path.py:function or a reward model's folder",
         )
-    return python_function(name)  # type: ignore[no-any-return]
+    function = python_object(name, "reward")
+    takes_of(function, name)
+    return function  # type: ignore[no-any-return]

@@ -48,7 +48,7 @@ from penchant.models.reward import (
     save_reward_model,
     set_padding,
 )
-from penchant.rewards.builtin import BUILT_IN
+from penchant.rewards.builtin import kind_of
 from penchant.runfolder import CHECKPOINTS, CONFIG, checkpoint_state, checkpoints
 from penchant.training.checkpoint import latest_checkpoint
 from penchant.types import Completion, PackedBatch, Prompt, PromptTree, Segment, TokenTree
@@ -162,23 +162,30 @@ TOKENS_PER_STEP = 4096
 
 @dataclass(frozen=True, slots=True)
 class PolicyText:
-    """What a reward model must know of the policy whose completions it judges.
+    """What a reward must know of the policy whose completions it judges.
 
     Args:
-        tokenizer, template, template_options: the policy's; prompts: as the data has them, by the `source` of their trees; None: several are called so.
+        tokenizer, template, template_options: the policy's; rows: of the data, without completions, by the `source` of their trees;
+            None: several are called so.
     """
 
     tokenizer: Any
     template: str = "auto"
-    prompts: Mapping[str, Prompt | None] = field(default_factory=dict)
+    rows: Mapping[str, PromptTree | None] = field(default_factory=dict)
     template_options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that some row has beside its prompt."""
+        return tuple(dict.fromkeys(name for row in self.rows.values() if row is not None for name in row.columns))
 
-def prompts_by_source(trees: Iterable[PromptTree]) -> dict[str, Prompt | None]:
-    """Prompts by the `source` of their rows; None where files of one name have different prompts there."""
-    found: dict[str, Prompt | None] = {}
+
+def rows_by_source(trees: Iterable[PromptTree]) -> dict[str, PromptTree | None]:
+    """Prompts and further columns by the `source` of their rows; None where files of one name have different ones there."""
+    found: dict[str, PromptTree | None] = {}
     for tree in trees:
-        found[tree.source] = tree.prompt if found.get(tree.source, tree.prompt) == tree.prompt else None
+        bare = replace(tree, completions=())
+        found[tree.source] = bare if found.get(tree.source, bare) == bare else None
     return found
 
 
@@ -231,9 +238,12 @@ class RewardModel:
         decode = self.policy.tokenizer.decode
         pairs, unfinished = [], []
         for tree in trees:
-            known = self.policy.prompts
-            prompt = known[tree.source] if tree.source in known else decode(tree.prompt_ids, skip_special_tokens=True)
-            if prompt is None:
+            known = self.policy.rows
+            if tree.source not in known:
+                prompt: Prompt = decode(tree.prompt_ids, skip_special_tokens=True)
+            elif (row := known[tree.source]) is not None:
+                prompt = row.prompt
+            else:
                 raise DataError(
                     tree.source,
                     "stands for rows of several files, so the reward model cannot tell their prompts apart",
@@ -302,6 +312,12 @@ def make_scorer(
 ) -> tuple[RewardScorer, str]:
     """The scorer that fits a reward model, and a sentence for the log."""
     if encoder:
+        if attention in ("varlen", "flex"):
+            raise ConfigError(
+                "model.attention",
+                f"{attention} is for packed rows of causal models, and this is an encoder",
+                "set model.attention=auto",
+            )
         scorer = EncoderRewards(model, pair_format(tokenizer))
         return scorer, f"packing: {scorer.packing}"
     causal, note = choose_packing(model, packing, kernels, attention)
@@ -315,7 +331,7 @@ def make_scorer(
 def find_reward_model(path: str) -> Path | None:
     """The model folder that a reward of this name means: a run's best or last checkpoint, or the folder itself; None: another kind."""
     folder = Path(path).expanduser()
-    if path in BUILT_IN or not folder.is_dir():
+    if kind_of(path) is not None or not folder.is_dir():
         return None
     if not (folder / CHECKPOINTS).is_dir() and not (folder / CONFIG).exists():
         return folder
@@ -452,14 +468,22 @@ class RewardModelParts:
         heads = [name for name in HEADS if hasattr(loaded.model, name)]
         return add_lora(loaded.model, self.lora, seed, task="SEQ_CLS", whole=sorted({*loaded.fresh, *heads}))
 
-    def save(self, model: Any, masters: Mapping[str, Tensor], folder: Path) -> None:
+    def save(
+        self,
+        model: Any,
+        masters: Mapping[str, Tensor],
+        folder: Path,
+        sharded: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write the model; the last two as for `save_reward_model`."""
         settings = {
             "template": self.data.template,
             **({"template_options": self.data.template_options} if self.data.template_options else {}),
             "max_length": self.max_length,
             "add_eos": self.data.add_eos and self.tokenizer.eos_token_id is not None,
         }
-        save_reward_model(model, self.tokenizer, folder, masters, settings)
+        save_reward_model(model, self.tokenizer, folder, masters, settings, sharded, dtype)
 
     def encoder_lr(self, parameters: int) -> float:
         """Peak learning rate of a whole encoder where the config says auto; small ones take larger steps."""

@@ -417,6 +417,25 @@ class MetricsLog:
         self._say = lambda _: None
 
 
+class NoLog(MetricsLog):
+    """A log of which another process writes the file."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(os.devnull))
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        pass
+
+    def offset(self) -> int:
+        return 0
+
+    def sha256(self) -> str:
+        return ""
+
+    def truncate(self, offset: int, sha256: str | None = None) -> None:
+        pass
+
+
 def finite(value: Any) -> Any:
     """A value with null for every NaN and infinity, which JSON does not have."""
     if isinstance(value, float):

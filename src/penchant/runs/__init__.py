@@ -17,8 +17,11 @@ import torch
 from penchant.base.files import free_bytes, spared, writing
 from penchant.base.text import gigabytes
 from penchant.config import RunConfig, default_settings, dump_config, with_absolute_paths
+from penchant.config.launching import check_launch
 from penchant.data.load import write_quarantine
 from penchant.data.templates import DATE, uses_chat, writes_date
+from penchant.distributed.shard import whole_weights
+from penchant.distributed.world import current
 from penchant.errors import CheckpointError, ConfigError, DiskError, PenchantError
 from penchant.logprobs.reference import Reference
 from penchant.metrics.completions import START_FILE
@@ -112,7 +115,8 @@ class Run:
         cache: bool = True,
         look: Callable[[Run], str | None] | None = None,
     ) -> None:
-        self.console = make_console(quiet) if console is None else console
+        self.world = current()
+        self.console = make_console(quiet or not self.world.leads) if console is None else console
         config = with_model_folders(with_absolute_paths(config), self.console.note, merge=self.merges)
         self.config = config = within_context(config, self.console.note)
         self.method = config.method
@@ -121,6 +125,7 @@ class Run:
         self.device, self.dtype = placed(config)
         self.rows = Rows(config, self.shared, self.console, tokenizer) if rows is None else rows
         self.pause_at, self.cache, self.look = pause_at, cache, look
+        self._is_open = False
 
     # ---- what is made of the config, once ---------------------------------------------------------------------------
 
@@ -148,7 +153,46 @@ class Run:
     # ---- train ------------------------------------------------------------------------------------------------------
 
     def train(self) -> TrainResult:
-        """Train to the end (resuming by itself), evaluate, sample, write the report."""
+        """Train to the end (resuming by itself), evaluate, sample, write the report.
+
+        Of several processes rank 0 does this, and the others take part in what they make together.
+        """
+        check_launch(self.config, self.world.size)
+        if not self.world.leads:
+            return self._follow()
+        try:
+            return self._lead()
+        except Exception as error:
+            if not self._is_open:
+                self.world.agree(error, patient=True)  # the others wait for the rows
+            raise
+
+    def _opened(self) -> None:
+        """Let the other processes follow: the folder is this run's, and what its rows are is in the cache."""
+        self._is_open = True
+        self.world.agree(patient=True)
+        self.world.share(self.config.data.template_options)
+        self.world.agree()
+
+    def _follow(self) -> TrainResult:
+        """What a process does that does not lead: the same as `_lead` wherever that waits for the others."""
+        world, rows = self.world, self.rows
+        world.agree(patient=True)  # the folder is open, and the rows are in the cache
+        self._with_options(world.share(self.config.data.template_options))
+        with world.together():
+            _ = rows.trees, rows.mismatched
+        known: dict[str, Any] | None
+        known, anew = world.share((None, True))
+        loop = self.make_loop(known)
+        self._check_start(known)
+        self._samples("before", anew)
+        world.agree(patient=True)
+        loop.run()
+        self._samples("after", True)
+        folder = self.folder / CHECKPOINTS / f"step-{loop.state.step}" / "model"
+        return TrainResult(self.folder, folder, loop.state.step, {}, {}, loop.state.best_step)
+
+    def _lead(self) -> TrainResult:
         from penchant.report import LiveReport
 
         started, began = time.time(), time.monotonic()
@@ -169,6 +213,7 @@ class Run:
                 self.console.note(note)
             self._write_rows()
             self._look()
+            self._opened()
             anew = latest_checkpoint(self.folder)[0] is None
             for start in (self.folder / START_FILE, self.folder / START_LOSSES):
                 if anew:  # what another start wrote is not this one's
@@ -178,6 +223,7 @@ class Run:
             for remark in remarks(self.config, rows):
                 self.console.note(remark)
             known = None if anew else self._known_manifest()
+            self.world.share((known, anew))
             loop = self.make_loop(known)
             loop.identity = identity
             mirrors = Mirrors(self.folder, self.config.logging, self.config.model_dump(mode="json"), self.console.note)
@@ -186,7 +232,8 @@ class Run:
             manifest = self._manifest(loop, started, began, known)
             manifest("running", None)
             before = self._samples("before", anew)
-            self._check_space()
+            with self.world.leading():
+                self._check_space()
             try:
                 with writing(self.folder):
                     loop.run()
@@ -233,9 +280,11 @@ class Run:
                         f"{self.folder}: the day of its prompts was not kept; they have {day} from now on"
                     )
         if day is not None:
-            options = {**data.template_options, DATE: day}
-            self.config = self.config.model_copy(update={"data": data.model_copy(update={"template_options": options})})
-            self.rows.config = self.config
+            self._with_options({**data.template_options, DATE: day})
+
+    def _with_options(self, template_options: Mapping[str, Any]) -> None:
+        data = self.config.data.model_copy(update={"template_options": dict(template_options)})
+        self.config = self.rows.config = self.config.model_copy(update={"data": data})
 
     def _defaults(self) -> dict[str, Any]:
         """What a run of an older version that did not know a setting was run with."""
@@ -266,7 +315,7 @@ class Run:
 
     def _look(self) -> None:
         """Ask whether the run will fit; whoever cannot tell stops nothing."""
-        if self.look is None:
+        if self.look is None or self.world.many:  # it looks at one process
             return
         try:
             said = self.look(self)
@@ -348,7 +397,7 @@ class Run:
 
     def _evaluate_in_training(self, step: int) -> dict[str, Any]:
         metrics = self.held_out.at(step, keep=True)
-        if self.held_out.tables:
+        if self.held_out.tables and self.world.leads:
             with self._spared(CALIBRATION):
                 keep(self.folder / CALIBRATION, json.dumps({"step": step, **self.held_out.tables}, indent=1))
         return metrics
@@ -384,15 +433,22 @@ class Run:
         path = self.folder / f"samples.{name}.jsonl"
         if not sampled(self.config, self.rows):
             return []
-        if not anew:
-            found = read(self.folder)
-            rows = found.samples_before
-            whole = is_whole(path) and path.exists() and not found.unreadable.get(path.name)
-            if whole and all("prompt" in row and "completion" in row for row in rows):
-                return rows
-            self.console.note(f"{path}: is gone or was changed after it was written; it is written again")
+        kept = self.world.share(None if anew or not self.world.leads else self._kept_samples(path))
+        if kept is not None:
+            return kept
         key = start_key(self.config) if name == "before" else None
-        return write_samples(path, self.rows, self.built.parts.model, self.shared, key, self.console.note)
+        with whole_weights(self.built.parts.engine):
+            return write_samples(path, self.rows, self.built.parts.model, self.shared, key, self.console.note)
+
+    def _kept_samples(self, path: Path) -> list[dict[str, Any]] | None:
+        """The completions of the start, as they were written; None where they have to be written again."""
+        found = read(self.folder)
+        rows = found.samples_before
+        whole = is_whole(path) and path.exists() and not found.unreadable.get(path.name)
+        if whole and all("prompt" in row and "completion" in row for row in rows):
+            return rows
+        self.console.note(f"{path}: is gone or was changed after it was written; it is written again")
+        return None
 
     def _check_start(self, known: Mapping[str, Any] | None) -> None:
         """Refuse to go on from another model than the one that the checkpoints were trained from.

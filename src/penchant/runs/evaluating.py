@@ -13,6 +13,8 @@ import numpy as np
 from penchant.algorithms.method import Parts
 from penchant.base.files import spared
 from penchant.config import RunConfig
+from penchant.distributed.shard import whole_weights
+from penchant.distributed.world import current
 from penchant.logprobs.reference import LiveReference
 from penchant.losses.schedules import progress_at
 from penchant.metrics.completions import (
@@ -69,7 +71,7 @@ def prompts_of(config: RunConfig, rows: Rows, device: Any) -> Fresh:
     prompts = list(sources)[: config.evaluation.kl_prompts]
     reward, judge = config.evaluation.reward, None
     if reward is not None:
-        policy = PolicyText(rows.tokenizer, config.data.template, rows.prompts, config.data.template_options)
+        policy = PolicyText(rows.tokenizer, config.data.template, rows.asked, config.data.template_options)
         judge = load_reward(reward, policy, device)
     return Fresh(
         rows.tokenizer,
@@ -151,13 +153,13 @@ class HeldOut:
         """
         path = self.folder / START_FILE
         if written is None:
-            found = kept_start(path, fresh.asked)
+            found = current().share(kept_start(path, fresh.asked))
             if found is not None:
                 return found
             start = self._start_policy()
-            with start.off():
+            with start.off(), whole_weights(start.scorer):
                 written = fresh.write(start.scorer.model, 0)
-        if self.keep:
+        if self.keep and current().leads:
             with spared(path, self.console.note):
                 keep_start(path, fresh.asked, rows_of(written, self.rows.tokenizer))
         assert written.rewards is not None
@@ -221,7 +223,8 @@ class HeldOut:
         asked = json.dumps(fresh.asked, sort_keys=True)
 
         def estimate() -> tuple[Written, dict[str, Any]]:
-            written = fresh.write(self.parts.model, self.step)
+            with whole_weights(self.parts.engine):
+                written = fresh.write(self.parts.model, self.step)
             if self.config.method.signal == "tokens":
                 return written, {}
             policy = LiveReference(self.parts.scorer)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,6 +16,8 @@ from penchant.base.machine import cores
 from penchant.config import RunConfig
 from penchant.data.packing import tree_tokens
 from penchant.data.templates import name_ends
+from penchant.distributed.shard import Rooted, Sharding, gathered
+from penchant.distributed.world import current
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer
 from penchant.logprobs.packing import choose_packing
@@ -33,6 +35,12 @@ from penchant.logprobs.reference import (
 )
 from penchant.models.load import (
     add_lora,
+<<<<<<< HEAD
+    bitsandbytes,
+=======
+    backbone_of,
+    base_model_of,
+>>>>>>> main
     cast_parameters,
     cpu_has_bf16,
     effective_weights,
@@ -99,6 +107,8 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     """
     method, train = config.method, config.train
     device, dtype = placed(config)
+    if train.optimizer.endswith("_8bit"):
+        bitsandbytes("train.optimizer", train.optimizer)  # before a model is read
     kind = reference_kind(config) if "reference" in method.needs else None
     if "reference" not in method.needs and config.reference.moves:
         raise ConfigError(
@@ -107,40 +117,74 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
 
     # the model in fp32, and what is trained beside it; a reward model has its adapter already, for its head is trained with it
     if rows.reward_parts is not None:
-        model = rows.reward_parts.load(device, train.seed)
+        model = rows.reward_parts.load(torch.device("cpu") if current().many else device, train.seed)
     else:
         model = fresh_model(config, config.model.model_copy(update={"adapter": None}), device, shared)
     set_threads(config, model)
     model = prepared(model, config, rows)
     parts = Parts(
-        config, device, dtype, rows.tokenizer, lambda: rows.prompts, rows.trees, rows.mismatched, model, {}, None
+        config, device, dtype, rows.tokenizer, lambda: rows.asked, rows.trees, rows.mismatched, model, {}, None
     )
     method.check(parts)
     parts.modules = method.modules(parts, lambda: fresh_model(config, config.model, device, shared), console.note)
 
-    # masters are taken before the cast
+    start = _shard(parts, rows, shared, console) if current().many else None
+
+    # masters are taken before the cast; shards are their own masters
     beside = [(f"{name}.{n}", p) for name, m in parts.modules.items() for n, p in m.named_parameters()]
     how = train.model_copy(update=dict(method.optimizer))
     optimizer = MasterAdamW(
         [*model.named_parameters(), *beside],
+<<<<<<< HEAD
         dtype=dtype,
+        kind=how.optimizer,
+=======
+        dtype=torch.promote_types(dtype, torch.float32) if current().many else dtype,
+>>>>>>> main
         betas=(how.adam_beta1, how.adam_beta2),
         eps=how.adam_eps,
+        momentum=how.momentum,
         weight_decay=how.weight_decay,
         rate_of=lambda name: config.lora.lr_ratio if config.lora is not None and is_b_matrix(name) else 1.0,
     )
-    for trained in (model, *(m.backbone for m in parts.modules.values() if getattr(m, "backbone", None) is not None)):
-        cast_parameters(trained, dtype)
+    if not current().many:
+        beside_it = (m.backbone for m in parts.modules.values() if getattr(m, "backbone", None) is not None)
+        for trained in (model, *beside_it):
+            cast_parameters(trained, dtype)
+        parts.engine = _engine(parts, rows, shared, console)  # what runs it
 
-    # what runs it, what it is compared with, what trains it
-    parts.engine = _engine(parts, rows, shared, console)
-    built = Built(parts, optimizer, reference_kind=kind, router=_router(parts))
+    # what it is compared with, what trains it
+    built = Built(parts, optimizer, reference_kind=kind, router=_router(parts), _start=start)
     if config.lora is not None and not method.learns_reward:
-        built.start = (adapter_as_it_is if _starts_adapted(config) else adapter_off)(parts.scorer)
+        built.start = (adapter_as_it_is if starts_adapted(config) else adapter_off)(parts.scorer)
     if kind is not None:
         parts.reference = _reference(built, kind, rows, shared, console, cache)
     built.algorithm = method.build(parts)
     return built
+
+
+def _shard(parts: Parts, rows: Rows, shared: Alone, console: Any) -> str:
+    """Deal out the parameters to all ranks, trained ones in fp32, frozen ones as they are used, after all that looks at the whole model.
+
+    Returns:
+        SHA-256 of the whole weights.
+    """
+    world = current()
+    set_precision(parts.device, parts.config.train.tf32)
+    sha256: str = world.share(weights_sha256(parts.model, parts.dtype) if world.leads else "")
+    for p in parts.model.parameters():
+        if p.is_floating_point() and (not p.requires_grad or parts.dtype == torch.float64):
+            p.data = p.data.to(parts.dtype)
+    engine = _engine(parts, rows, shared, console)
+    base_model_of(parts.model).config.dtype = parts.dtype
+    parts.engine = Rooted(engine, sharding(parts)(parts.model, backbone_of(parts.model)))
+    return sha256
+
+
+def sharding(parts: Parts) -> Sharding:
+    """How the models of a run are dealt out to the ranks."""
+    launch = parts.config.launch
+    return Sharding(current(), parts.device, parts.dtype, launch.replicas, launch.reshard)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,6 +194,7 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
 def fresh_model(config: RunConfig, source: ModelConfig, device: torch.device, shared: Alone) -> Any:
     """A causal model as loaded, in fp32, of which nobody else holds a part; the adapter that the source names is merged into it."""
     seed = config.train.seed
+    device = torch.device("cpu") if current().many else device  # each rank's part goes to its device when it is sharded
 
     def load(device: torch.device) -> Any:
         if source.adapter is None:
@@ -192,7 +237,7 @@ def threads_for(config: RunConfig, parameters: int) -> int:
     """As `train.threads` says for a model of this size."""
     threads = config.train.threads
     if threads == "auto":  # in a small model, a second thread costs more in waiting than it brings
-        return 1 if parameters < SMALL_MODEL else cores()
+        return 1 if parameters < SMALL_MODEL else max(1, cores() // current().local_size)
     return int(threads)
 
 
@@ -262,13 +307,22 @@ def remarks(config: RunConfig, rows: Rows) -> list[str]:
 
 def write_model(built: Built, rows: Rows, folder: Path) -> None:
     """The trained model as transformers or peft loads it."""
-    parts = built.parts
+    parts, world = built.parts, current()
+    state = gathered_state(parts.model, parts.dtype) if world.many else None
     if rows.reward_parts is not None:
-        rows.reward_parts.save(parts.model, built.optimizer.masters, folder)
-    else:
-        save_model(parts.model, parts.tokenizer, folder)
-    if parts.config.checkpoint.pt:
+        rows.reward_parts.save(parts.model, built.optimizer.masters, folder, state, parts.dtype)
+    elif world.leads:
+        save_model(parts.model, parts.tokenizer, folder, state)
+    if parts.config.checkpoint.pt and world.leads:
         write_state_dict(folder)
+
+
+def gathered_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The state of a sharded model, whole on rank 0 and empty elsewhere; weights that are tied share their memory there too."""
+    named = list(model.state_dict(keep_vars=True).items())
+    of = {id(p): name for name, p in reversed(named)}
+    found = gathered(((name, p) for name, p in named if of[id(p)] == name), current(), dtype)
+    return {name: found[of[id(p)]] for name, p in named} if found else {}
 
 
 def checkpoint_bytes(config: RunConfig, model: Any, dtype: torch.dtype) -> int:
@@ -287,7 +341,8 @@ def checkpoint_bytes(config: RunConfig, model: Any, dtype: torch.dtype) -> int:
 def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | RewardScorer:
     """What runs the model: how rows are packed is its business."""
     wanted = parts.config.model
-    packing, kernels, attention = parts.config.train.packing, wanted.kernels, wanted.attention
+    packing, attention = parts.config.train.packing, wanted.attention
+    kernels = "off" if current().many else wanted.kernels  # a fast path holds whole parameters
     found: list[Scorer | RewardScorer] = []
     if rows.reward_parts is not None:
         encoder = rows.reward_parts.encoder
@@ -303,7 +358,7 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
     (chosen, kernels, how), note = shared.once(("packing", start_key(parts.config)), choose)
     console.note(note)
     why = outside_fast_path(parts.config.lora)
-    if why and (parts.device.type, parts.config.model.kernels) == ("cpu", "auto"):
+    if why and not current().many and (parts.device.type, parts.config.model.kernels) == ("cpu", "auto"):
         console.note(f"{why}: this adapter runs on transformers' and peft's own layers")
     return found[0] if found else Scorer(parts.model, chosen, kernels, **how)
 
@@ -352,7 +407,7 @@ def reference_kind(config: RunConfig) -> str:
 
 def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any, cache: bool) -> Reference:
     parts, cfg = built.parts, built.parts.config.reference
-    exact = not _starts_adapted(parts.config)  # in a copy an adapter is merged
+    exact = not starts_adapted(parts.config)  # in a copy an adapter is merged
     if cfg.moves:
         every, mixup = (cfg.sync_every, cfg.sync_mixup) if cfg.ema is None else (1, 1.0 - cfg.ema)
         return MovingReference(
@@ -375,7 +430,7 @@ def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any,
     return _cached(built, live, rows, shared, console)
 
 
-def _starts_adapted(config: RunConfig) -> bool:
+def starts_adapted(config: RunConfig) -> bool:
     """Whether the start is another model than the one under its adapter; DoRA's norms are rounded apart from their weights."""
     return config.model.adapter is not None or (config.lora is not None and config.lora.dora)
 
@@ -388,9 +443,13 @@ def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer
     model.requires_grad_(False).eval()
     if not start and config.reference.path is not None:  # maybe of another architecture
         kernels = "auto" if parts.scorer.fast else "off"
-        return choose_packing(model, parts.scorer.packing, kernels, config.model.attention)[0]
-    # the policy's own numeric path: with an adapter it has no fast one, and the start would not be equal
-    return parts.scorer.on(model)
+        scorer = choose_packing(model, parts.scorer.packing, kernels, config.model.attention)[0]
+    else:
+        # the policy's own numeric path: with an adapter it has no fast one, and the start would not be equal
+        scorer = parts.scorer.on(model)
+    if not current().many:
+        return scorer
+    return cast(Scorer, Rooted(scorer, sharding(parts)(model, backbone_of(model))))
 
 
 def reference_source(config: RunConfig) -> ModelConfig:
@@ -427,7 +486,7 @@ def _cached(built: Built, live: LiveReference, rows: Rows, shared: Alone, consol
 
 def with_adapter_sha256(config: RunConfig, weights: str) -> str:
     """What names the start's weights: SHA-256 of those under an adapter, and more where training starts from an adapter, or a DoRA one."""
-    if config.reference.path is not None or not _starts_adapted(config):
+    if config.reference.path is not None or not starts_adapted(config):
         return weights
     adapter, lora = config.model.adapter, config.lora
     return f"{weights} {lora.model_dump_json() if lora and adapter is None else model_sha256(Path(str(adapter)))}"

@@ -22,6 +22,7 @@ from penchant.base.text import redact, without_passwords
 from penchant.config import WATCHING_ONLY, RunConfig
 from penchant.data.cached import AUTO_BYTES, hashes_of
 from penchant.data.load import turns_of
+from penchant.distributed.world import current
 from penchant.errors import ModelError
 from penchant.logprobs.reference import hash_trees
 from penchant.models.merge import adapter_base, is_adapter
@@ -239,6 +240,7 @@ def write_manifest(
         "attention": getattr(getattr(parts.engine, "scorer", parts.engine), "attention", None),
         "reference": built.reference_kind,
         "data": data,
+        **({"processes": current().size} if current().many else {}),
         "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},
     }
     keep(path, without_passwords(json.dumps(manifest, indent=1)))
@@ -280,8 +282,9 @@ def write_samples(
         {"prompt": rows.tokenizer.decode(p, skip_special_tokens=True), **more, "completion": c}
         for p, more, c in zip(prompts, turns, texts, strict=True)
     ]
-    with spared(path, say):
-        keep(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found))
+    if current().leads:
+        with spared(path, say):
+            keep(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found))
     return found
 
 

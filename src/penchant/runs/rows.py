@@ -21,9 +21,10 @@ from penchant.data.tokenize import TokenizedDataset
 from penchant.errors import ConfigError, DataError, PenchantError
 from penchant.models.load import load_tokenizer
 from penchant.models.reward import is_encoder, load_model_config
-from penchant.rewards.reward_model import RewardModelParts, prompts_by_source
+from penchant.rewards.functions import reads_columns
+from penchant.rewards.reward_model import RewardModelParts, rows_by_source
 from penchant.runs.sharing import Alone, Key
-from penchant.types import Prompt, TokenTree
+from penchant.types import PromptTree, TokenTree
 
 
 class Rows:
@@ -48,6 +49,14 @@ class Rows:
         get = self.shared.fresh if self.method.learns_reward else self.shared.once
         model = self.config.model
         return get(self.tokenizer_key, lambda: load_tokenizer(model.tokenizer or model.path, model.revision))
+
+    @cached_property
+    def keep_columns(self) -> bool:
+        """Whether rows keep their further columns: for a reward that asks for them."""
+        try:
+            return reads_columns(self.config.reward) or reads_columns(self.config.evaluation.reward)
+        except ConfigError:
+            return False  # its file may be gone by now; what needs it says so
 
     @cached_property
     def loaded(self) -> dict[str, Dataset]:
@@ -91,6 +100,8 @@ class Rows:
         data, method = self.config.data, self.method
         reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
         reading |= data.model_dump(include={"bounds"}, exclude_defaults=True)
+        if self.keep_columns:
+            reading |= {"keep_columns": True, "rollouts": method.signal == "prompts"}
         dataset = self.shared.once(
             ("rows", str(path), json.dumps(reading, sort_keys=True)), lambda: self.cache.load(path, **reading)
         )
@@ -186,9 +197,9 @@ class Rows:
         return found
 
     @cached_property
-    def prompts(self) -> Mapping[str, Prompt | None]:
-        """Every prompt as the data has it, by its row's source; None where files of one name have different prompts there."""
-        return prompts_by_source(t for d in self.datasets if d is not None for t in d.trees)
+    def asked(self) -> Mapping[str, PromptTree | None]:
+        """Every prompt as the data has it, with further columns, by its row's source; None where files of one name differ there."""
+        return rows_by_source(t for d in self.datasets if d is not None for t in d.trees)
 
     def part(self, train: Sequence[int], heldout: int, config: RunConfig) -> Rows:
         """Some of the rows for a run of another config: these of training, and the first `heldout` ones of the others."""

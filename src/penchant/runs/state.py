@@ -17,7 +17,7 @@ from penchant.data.load import Dataset
 from penchant.errors import CheckpointError
 from penchant.models.merge import is_adapter, model_sha256
 from penchant.models.options import check_model_path
-from penchant.rewards import load_reward
+from penchant.rewards import RewardConfig, load_reward
 from penchant.rewards.functions import reward_device
 from penchant.rewards.reward_model import check_reward_folder, find_reward_model
 from penchant.runfolder import (
@@ -223,7 +223,7 @@ def check_models(config: RunConfig, *, stages: bool = False) -> None:
 
 def reward_terms(reward: Any) -> list[str]:
     """The names in a reward as it is written in a config; references to stages are left out."""
-    names = [reward] if isinstance(reward, str) else list(reward or ())
+    names = [reward] if isinstance(reward, str) else list(RewardConfig.model_validate(reward).terms) if reward else []
     return [n for n in names if not n.startswith("stage:")]
 
 
@@ -267,13 +267,13 @@ def check_reward(reward: Any) -> None:
     Raises:
         ConfigError: no such reward, file or function, or a folder with another model. ModelError, CheckpointError: with none.
     """
-    weights = reward if isinstance(reward, dict) else {}
-    reward_device(str(weights.get("device", "auto")))
+    if not reward:
+        return
+    config = RewardConfig.model_validate(reward)
+    reward_device(config.device)
     for name in reward_terms(reward):
-        if not isinstance(weights.get(name, 1.0), (int, float)):
-            continue
         folder = find_reward_model(name)
         if folder is None:
-            load_reward(name)
+            load_reward(config.model_copy(update={"terms": {name: 1.0}}))
         else:
             check_reward_folder(name, folder)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from penchant.base.files import aside_of, check_sums, file_sha256, fsync, sweep, writing
+from penchant.distributed.world import current
 from penchant.errors import CheckpointError
 from penchant.runfolder import CHECKPOINTS, MANIFEST, checkpoint_state, checkpoints
 
@@ -59,6 +62,68 @@ def save_checkpoint(
             fsync(root)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return final
+
+
+SHARDS = "state"  # a folder with a file of each rank, where several processes wrote it
+
+
+def save_sharded(
+    folder: Path,
+    step: int,
+    *,
+    write_model: Callable[[Path], None],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> Path:
+    """The same checkpoint by all ranks: ``state/`` has a safetensors file of each, with its part of every tensor.
+
+    Every rank takes the sums of what it wrote, rank 0 gives the whole its name once all have written. Where one of them cannot, none goes on.
+
+    Args:
+        write_model: called by every rank; rank 0 writes.
+
+    Raises:
+        CheckpointError: the disk of one rank is full, or its folder cannot be written.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    world, root = current(), folder / CHECKPOINTS
+    final = root / f"step-{step}"
+    aside: Path = world.share(aside_of(final))
+    try:
+        with world.together(), writing(final):
+            if world.leads:
+                root.mkdir(parents=True, exist_ok=True)
+                sweep(root)
+                (aside / SHARDS).mkdir(parents=True)
+        with writing(final):
+            write_model(aside / "model")
+            writer = HuggingFaceStorageWriter(path=str(aside / SHARDS), save_distributed=True)
+            dcp.save(dict(tensors), storage_writer=writer, process_group=world.group)
+        sums: dict[str, str] = {}
+        with world.together(), writing(final):
+            if world.leads:
+                (aside / "state.json").write_text(json.dumps(dict(state), indent=1, allow_nan=False))
+            for path in sorted(p for p in aside.rglob("*") if p.is_file()):
+                shard = path.parent.name == SHARDS
+                if path.name.startswith(f"shard-{world.rank + 1:05d}-") if shard else world.leads:
+                    sums[str(path.relative_to(aside))] = file_sha256(path)
+                    fsync(path)
+        everyone = {name: sha256 for part in world.gather(sums) for name, sha256 in part.items()}
+        with world.together(), writing(final):
+            if world.leads:
+                (aside / MANIFEST).write_text(json.dumps({"step": step, "sha256": everyone}, indent=1))
+                for path in (aside / MANIFEST, *(p for p in aside.iterdir() if p.is_dir()), aside):
+                    fsync(path)
+                _remove(final)
+                os.rename(aside, final)
+                fsync(root)
+    except BaseException:
+        if world.leads:
+            shutil.rmtree(aside, ignore_errors=True)
         raise
     return final
 
@@ -114,8 +179,13 @@ def find_checkpoint(folder: Path, step: str) -> Path | None:
     return path
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and state of a checkpoint.
+def load_checkpoint(
+    path: Path, masters: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and state of a checkpoint, whoever wrote it: one process or several.
+
+    Args:
+        masters: the optimizer's, by parameter name: where they are sharded, its tensors come back sharded like them.
 
     Raises:
         CheckpointError: a file is missing or was changed after it was written.
@@ -123,13 +193,40 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    check_sums(path)
+    world = current()
+    with world.together():
+        if world.leads:  # one rank reads it all
+            check_sums(path)
     try:
-        return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
+        state = json.loads((path / "state.json").read_text())
+        if world.many or (path / SHARDS).is_dir():
+            return _read_shards(path / SHARDS if (path / SHARDS).is_dir() else path, masters or {}), state
+        return load_file(path / "state.safetensors"), state
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             str(path), f"cannot be read ({error})", f"delete {path} to go on from an older checkpoint"
         ) from error
+
+
+def _read_shards(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of the safetensors files in a folder, put together, or dealt out as `masters` are."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    world, tensors = current(), {}
+    for name, found in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+        master = masters.get(name.partition("/")[2])
+        if world.many and master is not None and master.shape == found.size:
+            tensors[name] = torch.zeros_like(master.detach(), dtype=found.properties.dtype)
+        else:
+            tensors[name] = torch.zeros(found.size, dtype=found.properties.dtype)
+    reader = HuggingFaceStorageReader(str(folder))
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "torch.distributed is disabled"
+        )  # of one process that reads what several wrote
+        dcp.load(tensors, storage_reader=reader, process_group=world.group, no_dist=not world.many)
+    return tensors
 
 
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:

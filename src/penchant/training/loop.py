@@ -22,12 +22,13 @@ import torch
 from penchant.base.files import spared, write_atomically
 from penchant.base.lanes import Turns, in_order, side_by_side
 from penchant.base.machine import in_fp64, peak_memory
-from penchant.data.packing import at_once, pack, plan_passes, tree_tokens
+from penchant.data.packing import at_once, pack, plan_dealt, plan_passes, tree_tokens
+from penchant.distributed.world import World, agreed, current
 from penchant.errors import CheckpointError, TrainingStopped
 from penchant.losses.schedules import progress_at
 from penchant.models.router import RouterLoss
-from penchant.runfolder import METRICS, PERF, MetricsLog, finite
-from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from penchant.runfolder import METRICS, PERF, MetricsLog, NoLog, finite
+from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint, save_sharded
 from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
@@ -66,6 +67,7 @@ class Loop:
         router: the balance loss of the model's router, which goes along with the method's own; None: there is none.
         start_tolerance: how far log-probs of policy and reference may be apart at step 0, where both are one model: nats per
             completion, and per token (0 and 0 for a reference that runs the same kernels on the same batch); None: no check.
+        world: the processes that take each step together; rank 0 alone writes logs.
     """
 
     model: Any
@@ -90,6 +92,7 @@ class Loop:
     state: RunState = field(default_factory=RunState)
     identity: Mapping[str, Any] = field(default_factory=dict)
     interrupted: int | None = None
+    world: World = field(default_factory=current)
     _in_order: bool = False
     _ahead: tuple[int, Callable[[], tuple[Sequence[TokenTree], Sequence[PackedBatch]]]] | None = None
 
@@ -115,8 +118,8 @@ class Loop:
         """
         schedule = self.schedule
         total = schedule.total_steps
-        metrics = MetricsLog(self.folder / METRICS)
-        perf = MetricsLog(self.folder / PERF, self.console.note)
+        metrics = MetricsLog(self.folder / METRICS) if self.world.leads else NoLog()
+        perf = MetricsLog(self.folder / PERF, self.console.note) if self.world.leads else NoLog()
         resumed = self._resume(metrics)
         if not resumed:
             metrics.truncate(0)
@@ -146,16 +149,24 @@ class Loop:
         if self.evaluate is not None and (last or _due(self.evaluation.every, step, schedule)):
             self._evaluate(metrics, schedule)
         paused = step == self.pause_at and not last
-        if last or paused or self.interrupted is not None or _due(self.checkpoint.every, step, schedule):
+        asked = self._asked_to_stop()
+        if last or paused or asked is not None or _due(self.checkpoint.every, step, schedule):
             self._save(metrics)
-        if self.interrupted is not None and not last:
-            raise Interrupted(
-                str(self.folder),
-                f"stopped by {signal.Signals(self.interrupted).name} at step {step} of {total}; a checkpoint was written",
-                "run the same command to continue",
+        asked = asked if self.world.many else self.interrupted
+        if asked is not None and not last:
+            raise agreed(
+                Interrupted(
+                    str(self.folder),
+                    f"stopped by {signal.Signals(asked).name} at step {step} of {total}; a checkpoint was written",
+                    "run the same command to continue",
+                )
             )
         if paused:
             self._pause(total)
+
+    def _asked_to_stop(self) -> int | None:
+        """The signal that some rank was sent."""
+        return next((n for n in self.world.gather(self.interrupted) if n is not None), None)
 
     def _check_pause(self, total: int) -> None:
         """Where a resumed run stands at the step at which it is to pause, or beyond it."""
@@ -206,8 +217,8 @@ class Loop:
             batch.columns |= self.algorithm.columns(batch)
         if packs_ahead(self.device) and trees is given and step + 1 < total:
             self._ahead = step + 1, _in_background(lambda: self._packed(step + 1, schedule))
-        weights = [self.algorithm.weights(b) for b in batches]
-        counts = {name: sum(w[name] for w in weights) for name in weights[0]}
+        weights = [self.algorithm.weights(b) for b in batches if not b.idle]
+        counts = self.world.sums({name: sum(w[name] for w in weights) for name in (weights[0] if weights else ())})
         if self.router is not None:
             self.router.begin_step(self.model, batches)
         means, grad_norm = self._backward(step, batches, counts)
@@ -224,7 +235,7 @@ class Loop:
         else:
             self.optimizer.zero_grad()
         self.algorithm.end_step(step + 1, means)
-        tokens = sum(b.tokens for b in batches)
+        tokens = sum(tree_tokens(t, self.shared) for t in trees)
         line = {
             **_line("train", step + 1, schedule),
             **means,
@@ -259,8 +270,17 @@ class Loop:
         return trees, [b.pinned() if self.device.type == "cuda" else b for b in self._micro_batches(trees)]
 
     def _micro_batches(self, trees: Sequence[TokenTree]) -> list[PackedBatch]:
-        """A step's batches, on the CPU: there their weights are known without waiting for the device."""
+        """A step's batches, on the CPU: there their weights are known without waiting for the device.
+
+        Of several processes each has its part of one plan, and as many passes as every other: it runs the smallest tree for nothing
+        where it has none left.
+        """
         sizes = [tree_tokens(t, self.shared) for t in trees]
+        if self.world.many:
+            dealt = plan_dealt(sizes, self.train.tokens_per_step, self.world.size)[self.world.rank :: self.world.size]
+            smallest = min(range(len(sizes)), key=lambda i: sizes[i], default=0)
+            made = [(m, pack([trees[i] for i in m or [smallest]], shared=self.shared)) for m in dealt]
+            return [replace(batch, idle=not members) for members, batch in made]
         plan = plan_passes(sizes, self.train.tokens_per_step, self.algorithm.side_by_side)
         return [pack([trees[i] for i in members], shared=self.shared) for members in plan]
 
@@ -270,18 +290,21 @@ class Loop:
         """The step's gradients, clipped; the means of its loss and metrics, and the gradients' norm before."""
         totals = Totals()
         with repeatable(self.device, self.train.deterministic):
-            if self.algorithm.coupled and len(batches) > 1:
+            if self.algorithm.coupled and (len(batches) > 1 or self.world.many):
                 self._backward_coupled(step, [b.to(self.device) for b in batches], counts, totals)
             else:
 
                 def one(_: int, batch: PackedBatch) -> Summed:
                     out = self._loss(step, self.algorithm.score(batch.to(self.device)))
-                    reduced(out, counts).backward()
+                    loss = reduced(out, counts)
+                    (loss * 0.0 if batch.idle else loss).backward()
                     return Totals.summed(out)
 
-                for summed in self._of_batches(one, batches):
-                    totals.append(summed)
+                for batch, summed in zip(batches, self._of_batches(one, batches), strict=True):
+                    if not batch.idle:
+                        totals.append(summed)
         (grad_norm,) = totals.read(self.optimizer.clip(self.train.max_grad_norm))
+        totals.join(self.world)
         if not totals.finite:
             self._dump_and_stop(step, "the loss is NaN or infinite", batches)
         if not math.isfinite(grad_norm):
@@ -309,13 +332,22 @@ class Loop:
 
         with torch.set_grad_enabled(fits):
             parts = list(self._of_batches(score, batches))
-        whole = Scored.cat(parts)
+        mine = tuple(part for part, b in zip(parts, batches, strict=True) if not b.idle)
+        everyone = self.world.gather_tensors(mine, self.device) if self.world.many else [mine]
+        whole = Scored.cat([part for of_rank in everyone for part in of_rank])
         leaf = whole.policy_logps.detach().requires_grad_()
         out = self._loss(step, replace(whole, policy_logps=leaf))
         (grad,) = torch.autograd.grad(reduced(out, counts), leaf)
-        totals.add(out)
-        grads = grad.split([len(b.lengths) for b in batches])
-        del whole
+        if self.world.leads:  # every rank has the whole step's
+            totals.add(out)
+        before = sum(len(part.lengths) for of_rank in everyone[: self.world.rank] for part in of_rank)
+        own = iter(
+            grad[before:].split(
+                [*(len(p.lengths) for p in mine), len(grad[before:]) - sum(len(p.lengths) for p in mine)]
+            )
+        )
+        grads = [torch.zeros_like(b.lengths, dtype=grad.dtype) if b.idle else next(own) for b in batches]
+        del whole, everyone
 
         def back(i: int, batch: PackedBatch) -> None:
             logps = (parts[i] if fits else score(i, batch)).policy_logps
@@ -390,6 +422,7 @@ class Loop:
 
         The generator of a CPU reads the low 32 bits alone, so the seed must reach them.
         """
+        micro_batch = micro_batch * self.world.size + self.world.rank
         seed = (self.train.seed * 0x9E3779B1 + (step << 10) + micro_batch) % 2**32
         # torch.manual_seed formats the stack for each absent accelerator, a millisecond
         (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)
@@ -402,15 +435,18 @@ class Loop:
         how: str = "lower train.lr, set train.max_grad_norm, or look at those rows",
     ) -> NoReturn:
         path = self.folder / f"stopped-batch-step-{step}.json"
-        rows = [r for b in batches for r in b.rows]
+        rows = [r for part in self.world.gather([r for b in batches if not b.idle for r in b.rows]) for r in part]
         sources = {t.row: t.source for t in self.trees if t.row in set(rows)}
-        with spared(path, self.console.note):
-            listed = [{"row": r, "source": sources[r]} for r in rows]
-            write_atomically(path, {"step": step, "what": what, "rows": listed})
-        raise TrainingStopped(
-            f"{self.folder}: step {step}",
-            f"{what}; the step was not taken and its rows are listed in {path.name}",
-            how,
+        if self.world.leads:
+            with spared(path, self.console.note):
+                listed = [{"row": r, "source": sources[r]} for r in rows]
+                write_atomically(path, {"step": step, "what": what, "rows": listed})
+        raise agreed(
+            TrainingStopped(
+                f"{self.folder}: step {step}",
+                f"{what}; the step was not taken and its rows are listed in {path.name}",
+                how,
+            )
         )
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -418,7 +454,7 @@ class Loop:
     def _evaluate(self, metrics: MetricsLog, schedule: BatchSchedule) -> None:
         assert self.evaluate is not None
         self.model.eval()
-        values = self.evaluate(self.state.step)
+        values = self.world.share(self.evaluate(self.state.step))
         line = _line("eval", self.state.step, schedule) | values
         metrics.write(line)
         self.watched("eval")
@@ -435,14 +471,16 @@ class Loop:
     def _save(self, metrics: MetricsLog) -> None:
         best, algorithm = self.state.best_step, self.algorithm.state_tensors()
         logged = {"metrics_offset": metrics.offset(), "metrics_sha256": metrics.sha256()}
-        save_checkpoint(
+        save = save_sharded if self.world.many else save_checkpoint
+        save(
             self.folder,
             self.state.step,
             write_model=self.write_model,
             tensors=self.optimizer.state_tensors() | {f"algorithm/{name}": value for name, value in algorithm.items()},
             state=finite(asdict(self.state)) | logged | {"identity": finite(self.identity)},
         )
-        prune(self.folder, self.checkpoint.keep_last, best if self.checkpoint.keep_best else None)
+        if self.world.leads:
+            prune(self.folder, self.checkpoint.keep_last, best if self.checkpoint.keep_best else None)
 
     def _done(self) -> str:
         return (
@@ -451,12 +489,12 @@ class Loop:
         )
 
     def _resume(self, metrics: MetricsLog) -> bool:
-        path, warnings = latest_checkpoint(self.folder)
+        path, warnings = self.world.share(latest_checkpoint(self.folder))
         for warning in warnings:
             self.console.note(warning)
         if path is None:
             return False
-        tensors, state = load_checkpoint(path)
+        tensors, state = load_checkpoint(path, self.optimizer.masters)
         self.optimizer.load_state_tensors(tensors)
         self.algorithm.load_state_tensors(algorithm_state(tensors))
         metrics.truncate(int(state["metrics_offset"]), state.get("metrics_sha256"))

@@ -1,16 +1,39 @@
-"""AdamW on fp32 master weights, clipping, and the learning-rate schedule."""
+"""Optimizers on fp32 master weights, clipping, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from penchant.base.lanes import side_by_side
+<<<<<<< HEAD
+from penchant.models.load import bitsandbytes
+=======
+from penchant.distributed.shard import full, is_sharded, local
+>>>>>>> main
 
 _NORM_ELEMENTS = 1 << 22  # numbers of a gradient that one thread takes at a time
+_HIDDEN = re.compile(r"\.\d+\.")  # names of what is in a numbered layer: not the embedding, nor a head
+_EIGHT_BIT = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+# what a checkpoint keeps of a parameter beside its master, under its library's names
+_STATE = (
+    "exp_avg",
+    "exp_avg_sq",
+    "step",
+    "momentum_buffer",
+    "row_var",
+    "col_var",
+    "variance",
+    "state1",
+    "state2",
+    "absmax1",
+    "absmax2",
+)
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: str, warmup_fraction: float, floor: float) -> float:
@@ -34,16 +57,23 @@ def learning_rate(step: int, total: int, peak: float, schedule: str, warmup_frac
 
 
 class MasterAdamW:
-    """AdamW (fused) on fp32 copies of the trainable parameters; fp32 and fp64 parameters are their own master.
+    """AdamW (fused), or another optimizer, on fp32 copies of the trainable parameters; fp32 and fp64 parameters are their own master.
 
     A bf16 parameter is a shadow: its gradient is added to an fp32 buffer, `param.main_grad`, as soon as it exists (so that
     micro-batches are summed in fp32 and no bf16 gradient stays alive); after each step the shadow is rewritten from its
     master. Matrices decay, vectors (norms, biases) do not.
 
     Args:
+        kind: ``adamw``; ``adamw_8bit``, ``paged_adamw_8bit``: bitsandbytes, moments in 8 bits in blocks; ``adafactor``: torch's, with
+            factored second moments; ``muon``: torch's, of the matrices within layers, with an update of AdamW's size (0.2 RMS), and
+            AdamW of everything else; ``sgd``.
+        betas, eps: of AdamW; momentum: of ``sgd`` (None: 0.9) and ``muon`` (None: 0.95).
         rate_of: by a parameter's name, its learning rate as a multiple of the step's.
 
-    Paper: arXiv 1711.05101.
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+
+    Papers: AdamW arXiv 1711.05101; 8-bit 2110.02861; Adafactor 1804.04235; Muon 2502.16982.
     """
 
     def __init__(
@@ -51,8 +81,10 @@ class MasterAdamW:
         named: Iterable[tuple[str, nn.Parameter]],
         *,
         dtype: torch.dtype,
+        kind: str = "adamw",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        momentum: float | None = None,
         weight_decay: float = 0.0,
         rate_of: Callable[[str], float] = lambda _: 1.0,
     ) -> None:
@@ -68,14 +100,32 @@ class MasterAdamW:
                 master.grad = p.main_grad  # type: ignore[attr-defined]
                 self._hooks.append(p.register_post_accumulate_grad_hook(_add_to_main_grad))
             self.masters[name] = master
-        alike: dict[tuple[bool, float], list[Tensor]] = {}
+        alike: dict[tuple[bool, bool, float], list[Tensor]] = {}
         for name, master in self.masters.items():
-            alike.setdefault((master.ndim < 2, rate_of(name)), []).append(master)
-        groups = [
-            {"params": masters, "weight_decay": 0.0 if vectors else weight_decay, "rate": rate}
-            for (vectors, rate), masters in sorted(alike.items(), key=lambda g: g[0])
-        ]
-        self._adam = torch.optim.AdamW(groups, betas=betas, eps=eps, lr=0.0, fused=True)
+            hidden = kind == "muon" and master.ndim == 2 and _HIDDEN.search(name) is not None
+            alike.setdefault((hidden, master.ndim < 2, rate_of(name)), []).append(master)
+        groups: dict[bool, list[dict[str, Any]]] = {}
+        for (hidden, vectors, rate), masters in sorted(alike.items(), key=lambda g: g[0]):
+            group = {"params": masters, "weight_decay": 0.0 if vectors else weight_decay, "rate": rate}
+            groups.setdefault(hidden, []).append(group)
+
+        def made(hidden: bool) -> torch.optim.Optimizer:
+            of = groups[hidden]
+            if hidden:
+                inertia = 0.95 if momentum is None else momentum
+                return torch.optim.Muon(of, lr=0.0, momentum=inertia, adjust_lr_fn="match_rms_adamw")
+            if kind == "sgd":
+                return torch.optim.SGD(of, lr=0.0, momentum=0.9 if momentum is None else momentum)
+            if kind == "adafactor":
+                return torch.optim.Adafactor(of, lr=0.0)
+            adam: Any = torch.optim.AdamW
+            if kind in _EIGHT_BIT:
+                adam = getattr(bitsandbytes("train.optimizer", kind).optim, _EIGHT_BIT[kind])
+            more = {"fused": True} if adam is torch.optim.AdamW else {}
+            made_of: torch.optim.Optimizer = adam(of, lr=0.0, betas=betas, eps=eps, **more)
+            return made_of
+
+        self.parts = [made(hidden) for hidden in groups]
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Scale gradients to at most `max_norm` in L2 norm; returns the norm before, which is not read here."""
@@ -83,14 +133,15 @@ class MasterAdamW:
         norm = _norm(grads)
         # the CPU looks first and spares itself a pass; a GPU would be waited for
         if max_norm is not None and (norm.device.type != "cpu" or bool(norm > max_norm)):
-            torch._foreach_mul_(grads, (max_norm / norm).clamp(max=1.0))
+            torch._foreach_mul_([local(g) for g in grads], (max_norm / norm).clamp(max=1.0))
         return norm
 
     def step(self, lr: float) -> None:
-        """One AdamW step at rate `lr`, then the shadows are rewritten and the gradients zeroed."""
-        for group in self._adam.param_groups:
-            group["lr"] = lr * group["rate"]
-        self._adam.step()
+        """One step at rate `lr`, then the shadows are rewritten and the gradients zeroed."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr * group["rate"]
+            part.step()
         shadows = self._shadows()
         if shadows:
             torch._foreach_copy_([p.data for p, _ in shadows], [m for _, m in shadows])
@@ -108,14 +159,14 @@ class MasterAdamW:
         return [(p, m) for p, m in zip(self.params.values(), self.masters.values(), strict=True) if p is not m]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, by name: the weights themselves and both moments."""
+        """Everything that a resumed run needs, by name: the weights themselves and what the optimizer keeps of each."""
         tensors: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             tensors[f"master/{name}"] = master.detach()
-            state = self._adam.state.get(master, {})
-            for key in ("exp_avg", "exp_avg_sq", "step"):
-                if key in state:
-                    tensors[f"{key}/{name}"] = state[key]
+            state = next((part.state[master] for part in self.parts if master in part.state), {})
+            for key in _STATE:
+                if state.get(key) is not None:
+                    tensors[f"{key}/{name}"] = torch.as_tensor(state[key])  # bitsandbytes counts steps in an int
         return tensors
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -125,19 +176,39 @@ class MasterAdamW:
             master.data.copy_(tensors[f"master/{name}"])
             if master is not p:
                 p.data.copy_(master)
-            state = {
-                key: tensors[f"{key}/{name}"].to(p.device, copy=True)  # `step` too: fused AdamW reads it on the device
-                for key in ("exp_avg", "exp_avg_sq", "step")
-                if f"{key}/{name}" in tensors
-            }
-            if state:
-                self._adam.state[master] = state
+        names = {id(master): name for name, master in self.masters.items()}
+        for part in self.parts:
+            for i, group in enumerate(part.param_groups):
+                for j, master in enumerate(group["params"]):
+                    name = names[id(master)]
+                    stored = {key: tensors[f"{key}/{name}"] for key in _STATE if f"{key}/{name}" in tensors}
+                    if stored:
+                        _restore(part, (i, j), master, stored)
+
+
+def _restore(part: Any, at: tuple[int, int], master: Tensor, stored: Mapping[str, Tensor]) -> None:
+    """Give an optimizer what it kept of a parameter, which is number `at` (group, within it)."""
+    if hasattr(part, "init_state"):  # bitsandbytes: it makes tables, and memory that may be paged
+        part.init_state(part.param_groups[at[0]], master, *at)
+        for key, value in stored.items():
+            if key == "step":
+                part.state[master][key] = int(value)
+            else:
+                part.state[master][key].copy_(value)
+        return
+    part.state[master] = {
+        # fused AdamW reads `step` on the device, Adafactor on the host
+        key: value.clone()
+        if key == "step" and isinstance(part, torch.optim.Adafactor)
+        else value.to(master.device, copy=True)
+        for key, value in stored.items()
+    }
 
 
 def _norm(grads: Sequence[Tensor]) -> Tensor:
     """L2 norm of all; on a CPU in parts that do not depend on its threads, so that its bits do not either."""
-    if not grads or grads[0].device.type != "cpu":
-        return torch.nn.utils.get_total_norm(grads)
+    if not grads or grads[0].device.type != "cpu" or is_sharded(grads[0]):
+        return full(torch.nn.utils.get_total_norm(grads))
     parts = [part for g in grads for part in g.reshape(-1).split(_NORM_ELEMENTS)]
     return torch.linalg.vector_norm(torch.stack(list(side_by_side(torch.linalg.vector_norm, parts, most=len(parts)))))
 

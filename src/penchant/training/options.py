@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from penchant.base.section import Section
 
@@ -32,6 +32,12 @@ class TrainConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="learning-rate shape after warm-up")
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="share of all steps spent on warm-up")
     min_lr_fraction: float = Field(0.0, ge=0, le=1, description="final learning rate as a share of lr")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "muon", "sgd"] = Field(
+        "adamw",
+        description="adamw_8bit and paged_adamw_8bit keep moments in 8 bits (pip install 'penchant[bnb]'); adafactor keeps rows and "
+        "columns of them; muon is of the matrices within layers, with adamw of all else",
+    )
+    momentum: float | None = Field(None, ge=0, lt=1, description="of sgd and muon; default: 0.9 and 0.95")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of matrices; norms and biases never decay")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay rate of the gradient's running mean")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay rate of the gradient's running square")
@@ -60,6 +66,25 @@ class TrainConfig(Section):
         "auto", description="CPU threads; auto: chosen by the model's size"
     )
     seed: int = Field(0, ge=0, lt=2**31, description="seed of the order, the split, the adapters and dropout")
+
+    @model_validator(mode="after")
+    def _of_this_optimizer(self) -> TrainConfig:
+        kind = self.optimizer
+        if self.momentum is not None and kind not in ("sgd", "muon"):
+            raise ValueError(f"momentum is set, which optimizer={kind} does not have (its adam_beta1 does that)")
+        if kind not in ("sgd", "adafactor"):
+            return self
+        for name in ("adam_beta1", "adam_beta2", "adam_eps"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is set, which optimizer={kind} does not have; leave it out")
+        if self.lr == "auto":
+            usual = (
+                "adafactor's is a share of each weight's size: 1e-4 to 1e-2"
+                if kind == "adafactor"
+                else "try 1e-3 to 1e-1"
+            )
+            raise ValueError(f"lr is auto, which knows no rate for optimizer={kind}; set it ({usual})")
+        return self
 
 
 class EvalConfig(Section):

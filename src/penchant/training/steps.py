@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from penchant.base.machine import in_fp64
+from penchant.distributed.world import World
 from penchant.types import LossOutput
 
 # ---- Which trees a step trains on: a pure function of seed and step, so that a resumed run needs no data cursor but the step ----
@@ -132,6 +133,18 @@ class Totals:
                 self.counts[name] = self.counts.get(name, 0.0) + (next(found) if known is None else known)
         self._added.clear()
         return list(found)
+
+    def join(self, world: World) -> None:
+        """Add what the other ranks have read, in the order of the ranks: the same numbers on each."""
+        if not world.many:
+            return
+        parts = world.gather((self.sums, self.counts, self.terms))
+        self.sums, self.counts, self.terms = {}, {}, set()
+        for sums, counts, terms in parts:
+            self.terms |= terms
+            for mine, theirs in ((self.sums, sums), (self.counts, counts)):
+                for name, value in theirs.items():
+                    mine[name] = mine.get(name, 0.0) + value
 
     @property
     def finite(self) -> bool:

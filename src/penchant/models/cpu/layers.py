@@ -146,13 +146,23 @@ class FastForward:
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states (T, d) after the final norm, differentiable with respect to the model's parameters."""
         weight = self._backbone.embed_tokens.weight
-        x = _Embedding.apply(batch.input_ids, weight, self._backbone.embed_tokens.padding_idx)
+        lowest = self._lowest_trained()
+        key = f"fast/below/{id(self)}"  # from a batch's first pass to its second: of the policy, and of the reference
+        known: Any = batch.cache.pop(key, None) if lowest else None
+        if known is None:
+            x = _Embedding.apply(batch.input_ids, weight, self._backbone.embed_tokens.padding_idx)
+        else:
+            x = known[1]
         recompute = bool(getattr(self._backbone, "gradient_checkpointing", False)) and torch.is_grad_enabled()
         rows: dict[int | None, Row] = {}
         with _FUSING:
             for layer in self._layers:
                 _keep_fused(layer)
-        for layer in self._layers:
+        for i, layer in enumerate(self._layers):
+            if i < lowest and known is not None:
+                continue
+            if i == lowest and lowest and known is None:
+                batch.cache[key] = self, x
             if layer.window not in rows:
                 rows[layer.window] = self._row(batch, layer.window, recompute)
             acting = {role: adapter.acting() for role, adapter in layer.adapters.items()}
@@ -160,6 +170,16 @@ class FastForward:
             updates = [p for adapter in adapters.values() for p in (adapter.a, adapter.b)]
             x = _DecoderLayer.apply(x, rows[layer.window], layer, adapters, *layer.params.all(), *updates)
         return _Norm.apply(x, self._backbone.norm.weight, self._backbone.norm.variance_epsilon)
+
+    def _lowest_trained(self) -> int:
+        """How many layers at the bottom are the same in every pass: frozen, and without an adapter. 0 where nothing is trained above."""
+        if self._backbone.embed_tokens.weight.requires_grad:
+            return 0
+        trained = (
+            bool(layer.adapters) or any(p is not None and p.requires_grad for p in layer.params.all())
+            for layer in self._layers
+        )
+        return next((i for i, any_of_it in enumerate(trained) if any_of_it), 0)
 
     def _row(self, batch: PackedBatch, window: int | None, recompute: bool) -> Row:
         key, dtype = self._key(window)

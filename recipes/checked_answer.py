@@ -1,0 +1,16 @@
+"""A reward for recipes/grpo_arithmetic.yaml: whether the last number of a completion is the row's answer."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+
+def right(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float]:
+    """1 where it is, else 0; texts and conversations."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [float(_last_number(text) == str(a)) for text, a in zip(texts, answer, strict=True)]
+
+
+def _last_number(text: str) -> str:
+    found = re.findall(r"-?\d+", text)
+    return found[-1] if found else ""

@@ -1,0 +1,43 @@
+"""What several processes can train, asked before anything is loaded."""
+
+from __future__ import annotations
+
+from penchant.base.functions import is_own
+from penchant.config.schema import RunConfig
+from penchant.errors import ConfigError
+
+
+def check_launch(config: RunConfig, processes: int) -> None:
+    """Refuse what only one process can train so far.
+
+    Raises:
+        ConfigError: with what to do in its place.
+    """
+    if processes == 1:
+        return
+    launch, method = config.launch, config.method
+    if launch.processes not in ("auto", processes):
+        raise ConfigError(
+            "launch.processes",
+            f"is {launch.processes}, but {processes} processes were started",
+            "leave it out under torchrun",
+        )
+    if processes % launch.replicas:
+        raise ConfigError(
+            "launch.replicas", f"{processes} processes are not {launch.replicas} equal groups", "give a divisor of them"
+        )
+    one = "train it in one process (without torchrun, --processes and --gpus)"
+    if method.rollouts is not None or method.signal == "prompts":
+        raise ConfigError("algorithm.name", f"{method.name} cannot be trained by several processes yet", one)
+    if config.algorithm is not None and is_own(config.algorithm.name):
+        raise ConfigError("algorithm.name", "an algorithm of your own is trained by one process", one)
+    if config.model.adapter is not None:
+        raise ConfigError("model.adapter", "an adapter to start from cannot be sharded yet", one)
+    if config.model.router_aux_loss is not None:
+        raise ConfigError(
+            "model.router_aux_loss", "is a loss over all tokens of a step, which no process sees yet", one
+        )
+    if config.reference.moves:
+        raise ConfigError(
+            "reference", "a reference that moves cannot be sharded yet", f"leave out ema and sync_every, or {one}"
+        )

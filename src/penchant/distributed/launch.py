@@ -1,0 +1,147 @@
+"""Starting the processes of one machine by torch's own agent, and how they end: one sentence, one exit code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+from penchant.distributed.world import World, described, end_now, error_of, lost_another, record, waited_too_long
+from penchant.errors import PenchantError, TrainingStopped
+
+LAUNCHED = "PENCHANT_LAUNCHED"  # set where the launcher prints what a process has to say
+GRACE = 20.0  # seconds that a process whose end is known waits for the one that says why
+
+
+def launch(command: Sequence[str], processes: int, restarts: int) -> int:
+    """Run ``python -m penchant COMMAND`` in several processes of this machine, until all have ended or one has failed.
+
+    Returns:
+        0, or the exit code of the first one that failed.
+
+    Raises:
+        PenchantError: what that one said.
+    """
+    # a store that every attempt shares hands the addresses of dead processes to the next attempt, which hangs (pytorch#135712)
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; train.threads decides
+    os.environ[LAUNCHED] = "1"
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # it tells in forty lines what is one sentence
+    with tempfile.TemporaryDirectory(prefix="penchant-launch-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=f"penchant-{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=restarts,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "penchant", *command)
+        except ChildFailedError as failed:
+            _, first = failed.get_first_failure()
+            told = _last_words(Path(folder))
+            if told is not None:
+                raise told from None
+            raise _crashed(first.local_rank, first.exitcode, processes) from None
+        except SignalException as stopped:
+            told = _last_words(Path(folder))
+            if told is None:
+                name = signal.Signals(stopped.sigval).name
+                told = TrainingStopped("launch", f"stopped by {name} before there was anything to save", "")
+                told.exit_code = 130
+            raise told from None
+    return 0
+
+
+def _last_words(folder: Path) -> PenchantError | None:
+    """What the first process of the last attempt that had something to say has said."""
+    found = []
+    for path in folder.glob("*/attempt_*/*/*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads(path.read_text())["penchant"]
+            attempt = int(path.parts[-3].removeprefix("attempt_"))
+            found.append((told["kind"] is None, -attempt, told["time"], path, told))
+    return error_of(min(found, key=lambda f: f[:3])[-1]) if found else None
+
+
+def _crashed(rank: int, code: int, processes: int) -> PenchantError:
+    how = "look at what it printed above"
+    if code < 0:
+        name = signal.Signals(-code).name
+        what = f"was killed by {name}"
+        how = "the system may have been short of memory" if name == "SIGKILL" else how
+    else:
+        what = f"ended with exit code {code}"
+    error = PenchantError(
+        f"process {rank} of {processes}", what, f"{how}; run the same command again to go on from the last checkpoint"
+    )
+    error.exit_code = 1
+    return error
+
+
+def leave(error: BaseException, world: World, timeout: float) -> NoReturn:
+    """End a process of several with its error: the first one that has something to say says it, the others are silent.
+
+    An error that all ranks have agreed on is rank 0's to tell, and the others stay until it has closed its files: whoever leaves first
+    is taken for a crash, and all are ended.
+    """
+    late = waited_too_long(error, world, timeout)
+    if late is not None:
+        error = late
+    elif lost_another(error):
+        time.sleep(GRACE)  # the agent ends this process as soon as it has seen what happened to the other one
+        end_now(1)
+    agreed = getattr(error, "agreed", False)
+    if agreed and not world.leads:
+        _wait_for_leader()
+    else:
+        record(error)
+        if isinstance(error, PenchantError) and not os.environ.get(LAUNCHED) and _first_to_tell():
+            print(f"penchant: {error}", file=sys.stderr)
+        elif not isinstance(error, PenchantError):
+            traceback.print_exception(error)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    end_now(int(described(error)["exit_code"]))  # no goodbye: a collective that others never enter would hang
+
+
+def _store() -> Any:
+    """The store that the processes of this attempt met at; rank 0 holds it."""
+    import torch.distributed as dist
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=GRACE))
+
+
+def _first_to_tell() -> bool:
+    with suppress(Exception):
+        told: int = _store().add(f"penchant/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)
+        return told == 1
+    return True
+
+
+def _wait_for_leader() -> None:
+    """Until rank 0 has ended, and its store with it; not for long."""
+    with suppress(Exception):
+        _store().wait(["penchant/never"], timedelta(seconds=GRACE))

@@ -1,0 +1,176 @@
+"""A model's parameters dealt out to all processes: torch's FSDP2, each decoder layer by itself and then the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penchant.distributed.world import World
+
+# what a `Scorer` or a `RewardScorer` runs the model for: inside, the parameters that no layer owns are whole
+RUNS = ("hidden", "predicting", "logps", "divergence", "row_logits", "rewards")
+
+
+class Root(nn.Module):
+    """The root of a sharded model: embedding, last norm and head are whole while it runs, so everything that uses them runs in it.
+
+    Args:
+        model: a transformers or peft model; reshards: whether its layers are dealt out again after their forward pass.
+    """
+
+    def __init__(self, model: nn.Module, reshards: bool) -> None:
+        super().__init__()
+        self.model, self.reshards = model, reshards
+
+    def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What `run` makes of its arguments: log-probs of a packed batch, rewards, hidden states."""
+        return run(*args, **kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How models are sharded.
+
+    Args:
+        world: who takes part; device: where each process computes; dtype: what products are computed in (parameters are kept in
+            fp32, or in fp64); replicas: groups that each hold the whole model (HSDP); reshard: whether a layer is dealt out again
+            after its forward pass.
+    """
+
+    world: World
+    device: torch.device
+    dtype: torch.dtype
+    replicas: int = 1
+    reshard: bool = True
+
+    def mesh(self) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        size = self.world.size
+        if self.replicas > 1:
+            shape = (self.replicas, size // self.replicas)
+            return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(self.device.type, (size,), mesh_dim_names=("shard",))
+
+    def __call__(self, model: nn.Module, backbone: nn.Module) -> Root:
+        """Shard a model in place: every layer of its backbone, then what is left.
+
+        Gradients are sums over ranks: the loop divides by counts of the whole step. A factor of 1 alone would become a product in the
+        reduction, which gloo does not have and NCCL gets wrong in bf16 (pytorch#190747).
+        """
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+        how: dict[str, Any] = {"mesh": self.mesh()}
+        if self.dtype in (torch.bfloat16, torch.float16):
+            how["mp_policy"] = MixedPrecisionPolicy(
+                param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        for layer in layers_of(backbone):
+            fully_shard(layer, reshard_after_forward=self.reshard, **how)
+        root = Root(model, self.reshard)
+        fully_shard(root, reshard_after_forward=False, **how)
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        return root
+
+
+def layers_of(backbone: nn.Module) -> list[nn.Module]:
+    """The decoder (or encoder) layers: of all lists of modules the one with the most parameters."""
+    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        return []
+    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+
+
+class Rooted:
+    """A scorer of a sharded model: everything that runs the model runs in the root's forward; all else is the scorer's own.
+
+    Args:
+        scorer: a `Scorer` or a `RewardScorer` without a fast path; root: of its model.
+
+    Raises:
+        ValueError: the scorer has a fast path, which holds the parameters as they were before: most would never get a gradient.
+    """
+
+    def __init__(self, scorer: Any, root: Root) -> None:
+        if scorer.fast:
+            raise ValueError("a fast path was made before the model was sharded")
+        self._scorer, self.root = scorer, root
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._scorer, name)
+        return partial(self._run, name) if name in RUNS else found
+
+    def _run(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        found = self.root(getattr(self._scorer, name), *args, **kwargs)
+        if name != "row_logits" and not torch.is_grad_enabled():
+            reshard(self.root)  # no backward pass will do it, and what is whole now is old after the next step
+        return found
+
+
+def _sharded(module: nn.Module) -> Iterator[Any]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return (m for m in module.modules() if isinstance(m, FSDPModule))
+
+
+def reshard(root: nn.Module) -> None:
+    """Deal out whatever is whole at the moment."""
+    for module in _sharded(root):
+        module.reshard()
+
+
+@contextmanager
+def whole_weights(scorer: Any) -> Iterator[None]:
+    """All parameters whole on every rank: for sampling, whose ranks may take different numbers of steps. A plain model's are anyway."""
+    if not isinstance(scorer, Rooted):
+        yield
+        return
+    modules, root = list(_sharded(scorer.root)), scorer.root
+    for module in modules:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(module is not root and root.reshards, recurse=False)
+            module.reshard()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is one of torch's distributed ones, of which this process holds a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, in the same memory; of a plain tensor all of it."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor; every rank must ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+
+
+def gathered(named: Iterable[tuple[str, Tensor]], world: World, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Whole tensors by name in rank 0's host memory, one after the other; nothing on the other ranks.
+
+    Args:
+        dtype: what floating-point ones are cast to, before they leave the device.
+    """
+    found = {}
+    for name, tensor in named:
+        value = full(tensor.detach())
+        if world.leads:
+            wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            found[name] = value.to("cpu", wanted, copy=True)
+    return found

@@ -1,0 +1,287 @@
+"""The processes that train together: torch.distributed with a gloo group for numbers on the CPU, and nccl for a GPU's tensors.
+
+One process is a world of its own: no group, no cost, and every call here returns what it was given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, is_dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from penchant import errors
+from penchant.base.lazy import torch
+from penchant.errors import CheckpointError, PenchantError
+
+T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
+
+end_now = os._exit  # the real one, which `base.functions.no_exit` replaces while a command runs
+PATIENCE = timedelta(days=7)  # for what rank 0 alone does first: reading and tokenizing may take hours
+MASTER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Where this process stands among those that train together.
+
+    Args:
+        rank: from 0; size: how many there are; local_rank, local_size: the same among those of this machine.
+        group: for objects and numbers on the CPU (gloo); patient: the same, with no time limit worth the name.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    group: Any = None
+    patient: Any = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that locks, logs, writes and reports."""
+        return self.rank == 0
+
+    @property
+    def many(self) -> bool:
+        return self.size > 1
+
+    # ---- numbers and objects, always in the order of the ranks ----------------------------------------------------------
+
+    def gather(self, value: T, *, patient: bool = False) -> list[T]:
+        """What every rank gives, in the order of the ranks; tensors must be on the CPU."""
+        if not self.many:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.patient if patient else self.group)
+        return found
+
+    def share(self, value: T) -> T:
+        """What rank 0 gives."""
+        return self.gather(value if self.leads else None, patient=True)[0]  # type: ignore[return-value]
+
+    def sums(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums by name over all ranks, added in their order: equal to the last bit on each."""
+        if not self.many:
+            return dict(values)
+        total: dict[str, float] = {}
+        for part in self.gather(dict(values)):
+            for name, value in part.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    def gather_tensors(self, value: T, device: torch.device) -> list[T]:
+        """The same as `gather` of tensors, and of tuples, mappings and dataclasses of tensors; they come back on `device`."""
+        cpu = torch.device("cpu")
+        return [_moved(v, device) for v in self.gather(_moved(value, cpu))]
+
+    # ---- errors ---------------------------------------------------------------------------------------------------------
+
+    def agree(self, error: BaseException | None = None, *, patient: bool = False) -> None:
+        """Wait for every rank; where one of them has failed, all of them raise that error.
+
+        Raises:
+            PenchantError: this rank's own error, or that of the first rank that has one.
+        """
+        if not self.many:
+            if error is not None:
+                raise error
+            return
+        told = self.gather(None if error is None else described(error), patient=patient)
+        for found in told:
+            if found is not None:
+                raise agreed(error_of(found) if error is None else error)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What each rank does by itself (no collective inside): where it fails on one, it fails on all."""
+        error: BaseException | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        self.agree(error)
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """What rank 0 does before the others do it too: what it has read and cached, they find; its error is theirs."""
+        if not self.many:
+            yield
+            return
+        if not self.leads:
+            self.agree(patient=True)
+            yield
+            return
+        error: BaseException | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        self.agree(error, patient=True)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device)
+    if isinstance(value, Mapping):
+        return {k: _moved(v, device) for k, v in value.items()}
+    if isinstance(value, tuple):
+        parts = [_moved(v, device) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
+
+
+# ---- which world this process is in ------------------------------------------------------------------------------------
+
+_NOW: list[World] = [World()]
+
+
+def current() -> World:
+    """The world of this process: one process, until `join` was called."""
+    return _NOW[0]
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several, by its environment; torch is not imported to tell."""
+    return all(name in os.environ for name in MASTER) and os.environ["WORLD_SIZE"] not in ("", "1")
+
+
+@contextmanager
+def join(timeout: float) -> Iterator[World]:
+    """Be one of the processes that torchrun (or `penchant train --processes`) started; one process joins nothing.
+
+    Args:
+        timeout: seconds after which a process that waits for another gives up.
+    """
+    if not started_by_torchrun():
+        yield current()
+        return
+    import torch.distributed as dist
+
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    gpu = torch.cuda.is_available() and torch.cuda.device_count() > local_rank
+    if gpu:
+        torch.cuda.set_device(local_rank)
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=limit)
+    group = dist.new_group(backend="gloo", timeout=limit)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    _NOW[0] = World(rank, size, local_rank, local_size, group, dist.new_group(backend="gloo", timeout=PATIENCE))
+    ended_well = False
+    try:
+        yield _NOW[0]
+        ended_well = True
+    finally:
+        _NOW[0] = World()
+        if ended_well:  # after an error the others may be gone, and there is nobody to say goodbye to
+            dist.destroy_process_group()
+
+
+def agreed(error: E) -> E:
+    """An error that every rank raises now: see `launch.leave`."""
+    error.agreed = True  # type: ignore[attr-defined]
+    return error
+
+
+# ---- how an error gets from one process to the others, and to the person -------------------------------------------------
+
+
+def described(error: BaseException) -> dict[str, Any]:
+    """An error in plain values."""
+    if isinstance(error, PenchantError):
+        kind = next(k.__name__ for k in type(error).__mro__ if getattr(errors, k.__name__, None) is k)
+        return {
+            "kind": kind,
+            "where": error.where,
+            "what": error.what,
+            "how": error.how,
+            "exit_code": error.exit_code,
+            "time": time.time(),
+        }
+    what = f"{type(error).__name__}: {error}"
+    return {"kind": None, "where": "a bug in penchant", "what": what, "how": "", "exit_code": 1, "time": time.time()}
+
+
+def error_of(told: Mapping[str, Any]) -> PenchantError:
+    """The error that `described` described; what was no error of a person's is one that names its type."""
+    kind = getattr(errors, told["kind"] or "", PenchantError)
+    error: PenchantError = kind(told["where"], told["what"], told["how"])
+    error.exit_code = told["exit_code"]
+    return error
+
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torch's agent says where a process leaves its last words, and reads them
+
+
+def record(error: BaseException) -> None:
+    """Leave an error where torch's agent looks for it, so that whoever started the processes can print it once."""
+    path = os.environ.get(ERROR_FILE)
+    if not path:
+        return
+    told = described(error)
+    extra = {"py_callstack": told["what"], "timestamp": str(int(told["time"]))}
+    with suppress(OSError):
+        Path(path).write_text(json.dumps({"message": {"message": str(error), "extraInfo": extra}, "penchant": told}))
+
+
+def ended_on_purpose() -> int | None:
+    """The exit code of an earlier attempt of these processes that was no crash: what stopped itself is not to be started again."""
+    path = Path(os.environ.get(ERROR_FILE, ""))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or len(path.parents) < 3:
+        return None
+    for found in sorted(path.parents[2].glob("attempt_*/*/*.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads(found.read_text())["penchant"]
+            if told["kind"] is not None:
+                return int(told["exit_code"])
+    return None
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error only says that another process is gone: that one's own error is the one to tell."""
+    text = f"{type(error).__name__}: {error}"
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "DistBackendError")
+    return not isinstance(error, PenchantError) and any(sign in text for sign in signs)
+
+
+def waited_too_long(error: BaseException, world: World, timeout: float) -> CheckpointError | None:
+    """The sentence about a collective that timed out; None for any other error."""
+    text = str(error)
+    if "imed out" not in text and "imeout" not in text:
+        return None
+    return CheckpointError(
+        f"rank {world.rank} of {world.size}",
+        f"waited {timeout:g} s for the other processes, and one did not answer ({text.splitlines()[0][:120]})",
+        "look at what the other machines say; raise launch.timeout if a step really takes that long",
+    )
+
+
+def dealt_passes(
+    plan: Sequence[list[int]], call: Callable[[list[int]], T], device: torch.device, sizes: Sequence[int]
+) -> list[tuple[list[int], T]]:
+    """Passes dealt out to all ranks: what `call` makes of each, known to all of them, in the order of the plan.
+
+    Every rank makes equally many passes, for a collective inside one needs the others; who has none left makes that of the smallest tree
+    once more and throws it away.
+
+    Args:
+        plan: the indices of the trees of each pass, the same on every rank; sizes: of all trees.
+    """
+    world = current()
+    smallest = min(range(len(sizes)), key=lambda i: sizes[i], default=0)
+    mine = [*plan, *([[]] * (-len(plan) % world.size))][world.rank :: world.size]
+    made = [(members, call(members or [smallest])) for members in mine]
+    everyone = world.gather_tensors(tuple(value for members, value in made if members), device)
+    turns = [iter(part) for part in everyone]
+    return [(members, next(turns[i % world.size])) for i, members in enumerate(plan)]

@@ -1,0 +1,264 @@
+"""One process and two take the same steps, in fp64: gradients, metrics, checkpoints and what is resumed from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import evaluate_heldout, some_pairs, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from worlds import in_world
+
+from penchant.algorithms.offline import Component, Offline
+from penchant.data.packing import plan_dealt
+from penchant.distributed.shard import Root, Rooted, Sharding, full, whole_weights
+from penchant.distributed.world import World, current
+from penchant.errors import CheckpointError
+from penchant.logprobs import Scorer
+from penchant.logprobs.reference import LiveReference
+from penchant.losses import LOSSES
+from penchant.models.load import add_lora, backbone_of, cast_parameters
+from penchant.models.options import LoraConfig
+from penchant.training.checkpoint import load_checkpoint
+from penchant.training.console import QuietConsole
+from penchant.training.loop import Loop
+from penchant.training.optim import MasterAdamW
+from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
+from penchant.types import TokenTree
+
+LOSS_NAMES = (
+    "dpo",
+    "sft",
+    "kto",
+    "aot",
+    "pmpo",
+)  # on pairs, on tokens; z0 of the whole step; coupled; labelled answers
+
+
+def scorer_of(model: Any, dtype: torch.dtype) -> Any:
+    scorer = Scorer(model, "shared")
+    if not current().many:
+        return scorer
+    return Rooted(scorer, Sharding(current(), torch.device("cpu"), dtype)(model, backbone_of(model)))
+
+
+def make_loop(
+    folder: Path, name: str = "dpo", *, dtype: torch.dtype = torch.float64, lora: bool = False, **train: Any
+) -> Loop:
+    folder.mkdir(parents=True, exist_ok=True)
+    model, frozen = (tiny_model("smollm-tied", dtype=dtype, seed=seed) for seed in (0, 1))
+    if lora:
+        model = add_lora(model, LoraConfig(r=2, dropout=0.0), 0)
+        cast_parameters(model, dtype)
+    scorer, reference = scorer_of(model, dtype), scorer_of(frozen.requires_grad_(False), dtype)
+    optimizer = MasterAdamW(model.named_parameters(), dtype=dtype)
+    pairs = [replace(t, labels=(True, False)) for t in some_pairs(14)]
+    other = {
+        t.row: TokenTree(100 + t.row, t.prompt_ids, (pairs[t.row - 1].completion_ids[0],), (False,)) for t in pairs
+    }
+    algorithm = Offline(
+        scorer,
+        [Component(LOSSES[name], LOSSES[name].params())],
+        LiveReference(reference) if "reference" in LOSSES[name].needs else None,
+        mismatched=other,
+        tokens_per_step=40,
+    )
+    settings = dict(epochs=2.0, batch_size=5, tokens_per_step=40, lr=1e-2, max_grad_norm=0.5) | train
+    return Loop(
+        model=model,
+        algorithm=algorithm,
+        optimizer=optimizer,
+        trees=pairs[:10],
+        shared=True,
+        folder=folder,
+        train=TrainConfig(**settings),
+        peak_lr=1e-2,
+        evaluation=EvalConfig(every=2),
+        checkpoint=CheckpointConfig(every=2, keep_last=9),
+        logging=LoggingConfig(),
+        write_model=lambda f: f.mkdir() if current().leads else None,
+        console=QuietConsole(),
+        evaluate=lambda _step: evaluate_heldout(algorithm, pairs[10:], 40),
+    )
+
+
+def first_gradient(loop: Loop) -> dict[str, torch.Tensor]:
+    """Of the first step, whole, under plain names."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(lr: float) -> None:
+        found.update({n: full(p.grad).clone() for n, p in loop.optimizer.params.items() if p.grad is not None})
+        loop.optimizer.zero_grad()
+
+    loop.optimizer.step = keep  # type: ignore[method-assign]
+    loop.take_step(0, loop.schedule)
+    return found
+
+
+def end_state(loop: Loop) -> dict[str, torch.Tensor]:
+    return {n: full(t).clone() for n, t in loop.optimizer.state_tensors().items()}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def both(root: Path, tag: str) -> dict[str, Any]:
+    """Everything that is compared, made by however many processes there are; of one rank where there are several."""
+    found: dict[str, Any] = {}
+    for name in LOSS_NAMES:
+        found[f"gradient of {name}"] = first_gradient(make_loop(root / f"{tag}-gradient-{name}", name))
+    found["gradient of lora"] = first_gradient(make_loop(root / f"{tag}-gradient-lora", lora=True))
+    found["gradient of one row"] = first_gradient(make_loop(root / f"{tag}-one", batch_size=1))
+    for name in ("dpo", "kto"):
+        loop = make_loop(root / f"{tag}-{name}", name)
+        loop.run()
+        found[f"end of {name}"] = end_state(loop)
+    return found
+
+
+class Killed(BaseException):
+    """A kill -9: nothing of the loop's own clean-up knows about it."""
+
+
+class KillAt3(QuietConsole):
+    def step(self, step: int, total: int, metrics: Any) -> None:
+        if step == 3:
+            raise Killed
+
+
+def loaded(checkpoint: Path, loop: Loop | None = None) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors, whole, as one process reads them or as several do."""
+    tensors, _ = load_checkpoint(checkpoint, None if loop is None else loop.optimizer.masters)
+    return {name: full(tensor).clone() for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+    """(the folder of all runs, what one process made, what each of two made)."""
+    root = tmp_path_factory.mktemp("together")
+
+    def two(world: World) -> dict[str, Any]:
+        found = both(root, "two")
+        killed = make_loop(root / "two-killed")
+        killed.console = KillAt3()
+        with pytest.raises(Killed):
+            killed.run()
+        resumed = make_loop(root / "two-killed")
+        resumed.run()
+        found["end of resumed"] = end_state(resumed)
+        resumed._seed(3, 2)
+        found["drawn"] = torch.rand(4)
+        root_of = resumed.algorithm.scorer.root
+        found["fast"] = [Scorer(resumed.model, "shared", "auto").fast]
+        with whole_weights(resumed.algorithm.scorer):
+            found["fast"].append(Scorer(resumed.model, "shared", "auto").fast)
+            found["whole"] = {n: p.detach().clone() for n, p in root_of.model.named_parameters()}
+        found["two's, loaded"] = loaded(root / "two-dpo/checkpoints/step-2", resumed)
+        found["one's, loaded"] = loaded(root / "one-dpo/checkpoints/step-2", resumed)
+        return found
+
+    one = both(root, "one")
+    return root, one, in_world(two, root / "ranks")
+
+
+def close(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:
+    """The largest difference, relative to the largest number."""
+    assert a.keys() == b.keys() and a
+    size = max(float(t.abs().max()) for t in a.values())
+    return max(float((a[n] - b[n]).abs().max()) for n in a) / size
+
+
+@pytest.mark.parametrize("what", [*LOSS_NAMES, "lora", "one row"])
+def test_two_processes_have_the_gradient_of_one(results: Any, what: str) -> None:
+    _, one, (first, second) = results
+    mine, theirs = one[f"gradient of {what}"], first[f"gradient of {what}"]
+    assert all(torch.equal(theirs[n], second[f"gradient of {what}"][n]) for n in theirs)
+    assert max(float(g.abs().max()) for g in mine.values()) > 1e-4
+    assert close(mine, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_two_processes_take_the_steps_of_one(results: Any, name: str) -> None:
+    root, one, (first, _) = results
+    assert close(one[f"end of {name}"], first[f"end of {name}"]) < 1e-10
+    mine, theirs = lines(root / f"one-{name}"), lines(root / f"two-{name}")
+    assert len(mine) == len(theirs) and {row["kind"] for row in mine} == {"train", "eval"}
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert b[key] == (pytest.approx(value, rel=1e-10, abs=1e-12) if isinstance(value, float | list) else value)
+
+
+def test_what_two_processes_resume_ends_bit_for_bit_where_an_uninterrupted_run_does(results: Any) -> None:
+    root, _, (first, second) = results
+    whole, resumed = first["end of dpo"], first["end of resumed"]
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[n], resumed[n]) for n in whole)
+    assert all(torch.equal(resumed[n], second["end of resumed"][n]) for n in resumed)
+    assert (root / "two-dpo/metrics.jsonl").read_bytes() == (root / "two-killed/metrics.jsonl").read_bytes()
+
+
+def test_a_checkpoint_is_read_by_another_number_of_processes(results: Any, tmp_path: Path) -> None:
+    root, _, (first, second) = results
+    for name, checkpoint in (("two's, loaded", "two-dpo"), ("one's, loaded", "one-dpo")):
+        mine = loaded(root / checkpoint / "checkpoints/step-2")
+        for theirs in (first[name], second[name]):
+            assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
+    # one process goes on from what two wrote
+    shutil.copytree(root / "two-killed", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-4")
+    loop = make_loop(tmp_path / "run")
+    loop.run()
+    assert close(end_state(loop), first["end of dpo"]) < 1e-10
+
+
+def test_each_rank_writes_its_own_shard_and_every_file_has_a_sum(results: Any) -> None:
+    root, *_ = results
+    checkpoint = root / "two-dpo/checkpoints/step-4"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    shards = sorted(p.name for p in (checkpoint / "state").iterdir())
+    assert [name[:11] for name in shards] == ["shard-00001", "shard-00002"]
+    assert manifest["sha256"].keys() == {"state.json", *(f"state/{name}" for name in shards)}
+    assert not list(checkpoint.rglob("*metadata*"))  # DCP's own is a pickle
+    damaged = checkpoint / "state" / shards[1]
+    before = damaged.read_bytes()
+    damaged.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="shard-00002"):
+        load_checkpoint(checkpoint)
+    damaged.write_bytes(before)
+
+
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 80), st.integers(1, 8))
+def test_every_rank_has_as_many_passes_and_every_tree_is_in_one(sizes: list[int], budget: int, ranks: int) -> None:
+    plan = plan_dealt(sizes, budget, ranks)
+    assert len(plan) % ranks == 0
+    assert sorted(i for members in plan for i in members) == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in members) <= max(budget, max(sizes, default=0)) for members in plan)
+
+
+def test_dropout_differs_from_rank_to_rank(results: Any) -> None:
+    _, _, (first, second) = results
+    assert not torch.equal(first["drawn"], second["drawn"])
+
+
+def test_weights_are_whole_where_completions_are_sampled(results: Any) -> None:
+    _, _, found = results
+    for rank in found:
+        ends = {n.removeprefix("master/"): t for n, t in rank["end of resumed"].items() if n.startswith("master/")}
+        assert ends.keys() == rank["whole"].keys() and all(torch.equal(ends[n], rank["whole"][n]) for n in ends)
+
+
+def test_a_fast_path_and_shards_do_not_meet(results: Any) -> None:
+    """Made before, it would hold the old parameters: most of them would never get a gradient, and nothing would say so."""
+    assert [rank["fast"] for rank in results[2]] == [[False, False]] * 2
+    fast = Scorer(tiny_model("llama", dtype=torch.float32), "shared", "auto")
+    assert fast.fast
+    with pytest.raises(ValueError, match="fast path"):
+        Rooted(fast, Root(fast.model, True))
