@@ -35,12 +35,9 @@ from penchant.logprobs.reference import (
 )
 from penchant.models.load import (
     add_lora,
-<<<<<<< HEAD
-    bitsandbytes,
-=======
     backbone_of,
     base_model_of,
->>>>>>> main
+    bitsandbytes,
     cast_parameters,
     cpu_has_bf16,
     effective_weights,
@@ -109,6 +106,12 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     device, dtype = placed(config)
     if train.optimizer.endswith("_8bit"):
         bitsandbytes("train.optimizer", train.optimizer)  # before a model is read
+    if current().many and train.optimizer not in ("adamw", "sgd"):
+        raise ConfigError(
+            "train.optimizer",
+            f"{train.optimizer} does not know weights that are sharded",
+            "set train.optimizer=adamw, or run one process",
+        )
     kind = reference_kind(config) if "reference" in method.needs else None
     if "reference" not in method.needs and config.reference.moves:
         raise ConfigError(
@@ -135,12 +138,8 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     how = train.model_copy(update=dict(method.optimizer))
     optimizer = MasterAdamW(
         [*model.named_parameters(), *beside],
-<<<<<<< HEAD
-        dtype=dtype,
-        kind=how.optimizer,
-=======
         dtype=torch.promote_types(dtype, torch.float32) if current().many else dtype,
->>>>>>> main
+        kind=how.optimizer,
         betas=(how.adam_beta1, how.adam_beta2),
         eps=how.adam_eps,
         momentum=how.momentum,

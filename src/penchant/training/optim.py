@@ -11,11 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from penchant.base.lanes import side_by_side
-<<<<<<< HEAD
-from penchant.models.load import bitsandbytes
-=======
 from penchant.distributed.shard import full, is_sharded, local
->>>>>>> main
+from penchant.models.load import bitsandbytes
 
 _NORM_ELEMENTS = 1 << 22  # numbers of a gradient that one thread takes at a time
 _HIDDEN = re.compile(r"\.\d+\.")  # names of what is in a numbered layer: not the embedding, nor a head
