@@ -24,7 +24,7 @@ from penchant.distributed.world import current
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.logprobs.head import RowLogits
 from penchant.models.cpu.layers import adapters_as
-from penchant.models.load import config_sha256, tensors_sha256
+from penchant.models.load import tensors_sha256
 from penchant.types import PackedBatch, TokenTree
 
 BLOCK = 8192  # trees that are hashed at a time
@@ -198,7 +198,7 @@ class CachedReference:
 def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, tokenizer: str, template: str) -> str:
     """The name of a cache: SHA-256 over what reference log-probs depend on, and nothing else.
 
-    Model weights, tokenizer, template, every token id and boundary, and the dtype; not the learning rate, the output
+    Model weights (and how its config has them computed), tokenizer, template, every token id and boundary, and the dtype; not the learning rate, the output
     folder, the loss or the packing.
     """
     digest = hashlib.sha256()
@@ -254,10 +254,10 @@ def cached_reference(
         The reference, and whether it was found on disk.
     """
     path = folder / f"{key}.safetensors"
-    count, config = int(_sizes(trees)[0].sum()), config_sha256(live.scorer.model)
+    count = int(_sizes(trees)[0].sum())
 
     def on_disk(say: Callable[[str], None]) -> dict[str, Tensor] | None:
-        stored = _read(path, config, say)
+        stored = _read(path, say)
         # one without the tokens that are wanted now is computed again
         return stored if len(stored.get("sums", ())) == count and (not tokens or "tokens" in stored) else None
 
@@ -289,12 +289,12 @@ def cached_reference(
         stored = computed()
         sweep(folder, f"{path.name}-*")
         with spared(path, say):
-            _write_atomically(path, stored, config)
+            _write_atomically(path, stored)
     return _by_row(trees, stored), False
 
 
-def _read(path: Path, config: str, say: Callable[[str], None]) -> dict[str, Tensor]:
-    """What a cache holds; nothing where it is absent, damaged, of an older version that kept no sum, or of another `config`."""
+def _read(path: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
+    """What a cache holds; nothing where it is absent, damaged, or of an older version that kept no sum."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -303,14 +303,10 @@ def _read(path: Path, config: str, say: Callable[[str], None]) -> dict[str, Tens
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             about = file.metadata()
-        about = about or {}
-        if about.get("sha256") != _sha256(stored):
-            known = "sha256" in about
-            why = "its values are not those that were written" if known else "it has no sum (an older version wrote it)"
-        elif about.get("config", config) == config:  # older ones do not say
+        if about is not None and about.get("sha256") == _sha256(stored):
             return stored
-        else:
-            why = "it is of the same weights with another config.json"
+        known = about is not None and "sha256" in about
+        why = "its values are not those that were written" if known else "it has no sum (an older version wrote it)"
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         why = str(error)
     say(f"{path}: {why}; the reference's log-probs are computed again")
@@ -422,8 +418,8 @@ def _by_row(trees: Sequence[TokenTree], stored: Mapping[str, Tensor]) -> CachedR
     return CachedReference(parts("sums"), parts("tokens"))
 
 
-def _write_atomically(path: Path, tensors: dict[str, Tensor], config: str) -> None:
+def _write_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     with written_aside(path) as aside:
-        save_file(tensors, aside, metadata={"sha256": _sha256(tensors), "config": config})
+        save_file(tensors, aside, metadata={"sha256": _sha256(tensors)})

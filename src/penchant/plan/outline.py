@@ -94,7 +94,7 @@ class OutlinedRun(Run):
         model = load_causal_model(reference_source(config), torch.device("cpu"), config.train.seed)
         cast_parameters(model, self.dtype)
         sha256 = with_adapter_sha256(config, weights_sha256(model))
-        return {name: path for name, (_, path) in cache_paths(config, self.rows, sha256).items()}
+        return {name: path for name, (_, path) in cache_paths(config, self.rows, sha256, model).items()}
 
     @property
     def shared_prompts(self) -> bool:

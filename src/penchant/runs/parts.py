@@ -39,6 +39,7 @@ from penchant.models.load import (
     base_model_of,
     bitsandbytes,
     cast_parameters,
+    config_sha256,
     cpu_has_bf16,
     effective_weights,
     is_b_matrix,
@@ -466,7 +467,7 @@ def _cached(built: Built, live: LiveReference, rows: Rows, shared: Alone, consol
         sha256 = with_adapter_sha256(parts.config, built.start_sha256(shared))
     else:
         sha256 = start_sha256(parts.config, live.scorer.model, reference_source(parts.config), shared)
-    for name, (trees, path) in cache_paths(parts.config, rows, sha256).items():
+    for name, (trees, path) in cache_paths(parts.config, rows, sha256, live.scorer.model).items():
         cached, found = cached_reference(
             live,
             trees,
@@ -505,11 +506,11 @@ def _computed(built: Built, live: LiveReference) -> CachedReference:
     return CachedReference(by_row, {t.row: s for t, s in zip(trees, tokens, strict=True)})
 
 
-def cache_paths(config: RunConfig, rows: Rows, weights: str) -> dict[str, tuple[Sequence[TokenTree], Path]]:
+def cache_paths(config: RunConfig, rows: Rows, weights: str, model: Any) -> dict[str, tuple[Sequence[TokenTree], Path]]:
     """By name of the rows: them, and the file that holds (or will hold) their log-probs under the reference.
 
     Args:
-        weights: SHA-256 of the reference model's.
+        weights: SHA-256 of the reference model's; model: it, or another one of its config.
     """
     cfg = config.reference
     folder = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else cache_folder("reference")
@@ -517,7 +518,7 @@ def cache_paths(config: RunConfig, rows: Rows, weights: str) -> dict[str, tuple[
     dtype = str(placed(config)[1])
     how = {"dtype": dtype, "tokenizer": tokenizer_sha256(rows.tokenizer), "template": config.data.template}
     return {
-        name: (trees, folder / f"{cache_key(weights, trees, **how)}.safetensors")
+        name: (trees, folder / f"{cache_key(weights + config_sha256(model), trees, **how)}.safetensors")
         for name, trees in groups.items()
         if trees
     }
