@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from families import tiny_model
+from parameters import by_default
 
 from penchant.models.cpu import decode as fast_decode
 from penchant.models.cpu.decode import FastDecoder, PackedLinear, can_decode_fast
@@ -31,8 +33,13 @@ def _assert_equal(a: list[list[Sample]], b: list[list[Sample]], tolerance: float
         assert x.logps == pytest.approx(y.logps, abs=tolerance)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "family,dtype",
+    by_default(
+        itertools.product(FAMILIES, (torch.float32, torch.float64)),
+        [*((family, torch.float64) for family in FAMILIES), ("llama", torch.float32)],
+    ),
+)
 def test_equals_transformers_cache(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family, dtype=dtype)
     assert can_decode_fast(model, 28)
@@ -49,7 +56,7 @@ def test_equals_transformers_cache(family: str, dtype: torch.dtype, monkeypatch:
     assert len({len(s.ids) for r in fast for s in r}) > 2  # rows did end at different times
 
 
-@pytest.mark.parametrize("rows", [3, 4, 7, 9, 100])
+@pytest.mark.parametrize("rows", by_default([3, 4, 7, 9, 100], [4, 7, 100]))
 def test_a_completion_does_not_depend_on_what_runs_beside_it(rows: int) -> None:
     model = tiny_model("llama", dtype=torch.float64)
     options: dict[str, Any] = {"n": 3, "max_new_tokens": 24, "seed": 1, "eos_token_id": 2}

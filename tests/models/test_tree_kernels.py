@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from penchant.data.packing import pack
 from penchant.errors import ConfigError
-from penchant.logprobs import Scorer
+from penchant.logprobs import Scorer, packing
 from penchant.logprobs.packing import attention_calls, choose_packing
 from penchant.models import tree_attention as module
+from penchant.models import tree_kernels as kernels
 from penchant.models.tree_attention import Call, select_attention, tree_attention, tree_layout, tree_mask
 from penchant.models.tree_kernels import (
     BLOCK,
@@ -334,6 +335,35 @@ def test_an_attention_that_was_asked_for_is_taken_or_refused(monkeypatch: pytest
             choose_packing(tiny_model(family, dtype=FP32), "auto", "auto", asked)
     with pytest.raises(ConfigError, match="padded"):
         choose_packing(model, "padded", "auto", "varlen")
+
+
+def test_a_kernel_with_wrong_gradients_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a merge through autograd; where nothing is trained, nobody asks."""
+    model = tiny_model("llama", dtype=FP32)
+    backward = kernels._backward
+
+    def of_each_pass(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, s: Any, causal: bool, scale: float) -> Any:
+        return backward(grad, q, k, v, *eager_forward(q, k, v, s, causal, scale), s, causal, scale)
+
+    monkeypatch.setattr(kernels, "_backward", of_each_pass)
+    with pytest.raises(ConfigError, match=r"model\.attention.*gradients differ"):
+        choose_packing(model, "auto", "off", "varlen")
+    assert choose_packing(model.requires_grad_(False), "auto", "off", "varlen")[0].attention == "varlen"
+
+
+def test_a_kernel_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `auto` does on a GPU that has no such kernel; the log says so."""
+    model = tiny_model("llama", dtype=FP32)
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+    monkeypatch.setattr(module, "varlen_attention", fails)
+    monkeypatch.setattr(packing, "select_attention", lambda *_: (["varlen", "groups"], ""))
+    assert packing.choose_attention(model, "varlen") == (
+        "groups",
+        "varlen: FlashAttention only supports Ampere GPUs or newer.",
+    )
 
 
 def test_a_kernel_that_computes_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

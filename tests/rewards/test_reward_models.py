@@ -252,9 +252,9 @@ def test_a_value_model_that_cannot_start_there(tmp_path: Path, trained: Any, why
         from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
         config = LlamaConfig.from_pretrained(model, num_labels=1, num_hidden_layers=2)
-        LlamaForSequenceClassification(config).save_pretrained(tmp_path / "small")
-        AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "small")
-        reward = str(tmp_path / "small")
+        LlamaForSequenceClassification(config).save_pretrained(tmp_path / "larger")
+        AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "larger")
+        reward = str(tmp_path / "larger")
     config = online(tmp_path, model, reward, value="separate")
     run = Run(api.as_config(config), quiet=True)
     assert not run.built.parts.modules["value"].head.weight.any()

@@ -188,6 +188,7 @@ def test_a_new_learning_rate_or_folder_reuses_the_cache_but_a_new_token_or_templ
     base: dict[str, Any], tmp_path: Path
 ) -> None:
     base["train"]["max_steps"] = 1
+    base["evaluation"] = {"samples": 0, "kl_prompts": 0}
     cache = tmp_path / "cache" / "reference"
 
     def caches_after(*overrides: str) -> int:
@@ -213,7 +214,7 @@ def test_a_new_learning_rate_or_folder_reuses_the_cache_but_a_new_token_or_templ
 
 def test_kill_9_then_the_same_command_ends_bit_for_bit_the_same(base: dict[str, Any], tmp_path: Path) -> None:
     """The real thing: a process killed at an arbitrary moment."""
-    base["train"] |= {"epochs": 4, "batch_size": 3}
+    base["train"] |= {"epochs": 3, "batch_size": 3}
     base["checkpoint"] = {"every": 3}
     base["evaluation"] |= {"every": 5}
     whole = api.train(base, quiet=True)

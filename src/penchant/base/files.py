@@ -19,8 +19,9 @@ import yaml
 from penchant.base.text import gigabytes
 from penchant.errors import CheckpointError, ConfigError, DiskError, PenchantError
 
-# Of files that we wrote: ten times as fast. It refuses some flow mappings of people, {a: {b: c}, d:}, which SafeLoader reads.
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# Ten times as fast. It refuses some flow mappings of people, {a: {b: c}, d:}, which SafeLoader reads.
+YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+YAML_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 YAML_BYTES, YAML_NODES, YAML_DEPTH = 1 << 20, 100_000, 50  # far more than any config has
 YAML_TAGS = {
     None,

@@ -18,7 +18,7 @@ from penchant.errors import ConfigError, ModelError
 from penchant.logprobs import Packing, Scorer
 from penchant.models.folder import first_line
 from penchant.models.load import backbone_of, base_model_of, carries_state, quiet, without_cache
-from penchant.models.tree_attention import CALLS, Call, restore_attention, select_attention
+from penchant.models.tree_attention import CALLS, Call, packed_attention, restore_attention, select_attention
 from penchant.models.tree_kernels import HALF
 from penchant.types import TokenTree
 
@@ -190,22 +190,24 @@ def choose_attention(model: Any, requested: str) -> tuple[str, str]:
     device = next(model.parameters()).device.type
     if requested == "groups" or (requested == "auto" and device != "cuda"):
         return "groups", ""
-    kinds, why = select_attention(requested, attention_calls(model), device, _triton())
-    wrong = why
+    calls = attention_calls(model)
+    kinds, why = select_attention(requested, calls, device, _triton())
+    wrong = ""
     for kind in kinds:
         if kind == "groups":
-            return kind, why
+            return kind, wrong or why
         try:
-            away = _away_from_groups(model, kind)
+            found = {"log-probs": _away_from_groups(model, kind)}
+            if any(p.requires_grad for p in model.parameters()):
+                found["gradients"] = max((_gradients_away(model, kind, c) for c in calls), default=0.0)
         except Exception as error:  # a kernel that this GPU or installation has not
-            wrong = first_line(error)
+            wrong = f"{kind}: {first_line(error)}"
             continue
-        if away <= (5e-2 if _low(model) else MOST):
-            return kind, why
-        wrong = f"its log-probs differ by {away:.2g}"
-    if requested == "auto":
-        return "groups", wrong
-    raise ConfigError("model.attention", f"{requested} cannot run here: {wrong}", "set model.attention=auto")
+        differ = [f"its {name} differ by {away:.2g}" for name, away in found.items() if not away <= _allowed(model)]
+        if not differ:
+            return kind, wrong or why
+        wrong = f"{kind}: {differ[0]}"
+    raise ConfigError("model.attention", f"{requested} cannot run here ({wrong or why})", "set model.attention=auto")
 
 
 def attention_calls(model: Any) -> set[Call]:
@@ -228,8 +230,27 @@ def _away_from_groups(model: Any, kind: str) -> float:
     return _away(found, groups)
 
 
-def _low(model: Any) -> bool:
-    return any(p.dtype in HALF for p in model.parameters())
+def _gradients_away(model: Any, kind: str, call: Call) -> float:
+    """How far the gradients of one layer's attention, of made-up numbers, are from those of the groups in fp32 or better."""
+    batch = pack([_probe_tree(model)]).to(next(model.parameters()).device)
+    numbers, wide = torch.Generator().manual_seed(0), torch.promote_types(call.dtype, torch.float32)
+    heads = (call.heads, call.kv_heads, call.kv_heads, call.heads)
+    shapes = [(batch.tokens, h, call.head_dim) for h in heads]
+    *parts, upstream = (torch.randn(s, generator=numbers).to(batch.input_ids.device, call.dtype) for s in shapes)
+    found = []
+    for way, dtype in ((kind, call.dtype), ("groups", wide)):
+        given = [x.to(dtype).requires_grad_() for x in parts]
+        with torch.enable_grad():
+            out = packed_attention(
+                way, batch, *given, call.head_dim**-0.5, 30.0 if call.capped else None, window=call.window
+            )
+        grads = torch.autograd.grad(out, given, upstream.to(dtype))
+        found.append(torch.cat([g.flatten().to(wide) for g in grads]))
+    return float((found[0] - found[1]).norm() / found[1].norm())
+
+
+def _allowed(model: Any) -> float:
+    return 5e-2 if any(p.dtype in HALF for p in model.parameters()) else MOST
 
 
 def _triton() -> bool:

@@ -174,12 +174,14 @@ CALLS = "attention calls"  # in a batch's cache: a set that is told what attenti
 
 
 class Call(NamedTuple):
-    """What a layer asks of its attention: dtype, numbers in a head, whether scores are capped, its sliding window."""
+    """What a layer asks of its attention: dtype, numbers in a head, whether scores are capped, its sliding window, its heads."""
 
     dtype: torch.dtype
     head_dim: int
     capped: bool
     window: int | None
+    heads: int = 1
+    kv_heads: int = 1
 
 
 def select_attention(requested: str, calls: Collection[Call], device: str, triton: bool) -> tuple[list[str], str]:
@@ -293,16 +295,33 @@ def _attention_interface(
         raise NotImplementedError("the model adds to its attention's mask")
     window, kind = kwargs.get("sliding_window"), kwargs.get("penchant_attention", "groups")
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (1, H, T, d) -> (T, H, d)
-    call = Call(query.dtype, max(query.shape[-1], value.shape[-1]), softcap is not None, window)
     if isinstance(calls := batch.cache.get(CALLS), set):
-        calls.add(call)
-    if "varlen" in kind and _by_varlen(call, batch):
-        out = varlen_attention(q, k, v, varlen_plan(batch), scaling, sinks)
-    elif "flex" in kind:
-        out = flex_tree_attention(q, k, v, flex_plan(batch, window), scaling, softcap, sinks)
-    else:
-        out = tree_attention(q, k, v, tree_layout(batch, window), scaling, softcap, sinks)
-    return out[None], None
+        calls.add(_call(q, k, v, softcap, window))
+    return packed_attention(kind, batch, q, k, v, scaling, softcap, sinks, window)[None], None
+
+
+def packed_attention(
+    kind: str,
+    batch: PackedBatch,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Attention within the trees of a packed row by a kind of `select_attention`; arguments and result as of `tree_attention`."""
+    if "varlen" in kind and _by_varlen(_call(query, key, value, softcap, window), batch):
+        return varlen_attention(query, key, value, varlen_plan(batch), scaling, sinks)
+    if "flex" in kind:
+        return flex_tree_attention(query, key, value, flex_plan(batch, window), scaling, softcap, sinks)
+    return tree_attention(query, key, value, tree_layout(batch, window), scaling, softcap, sinks)
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, softcap: float | None, window: int | None) -> Call:
+    width = max(query.shape[-1], value.shape[-1])
+    return Call(query.dtype, width, softcap is not None, window, query.shape[1], key.shape[1])
 
 
 def _by_varlen(call: Call, batch: PackedBatch) -> bool:

@@ -119,37 +119,36 @@ def words_between(given: str) -> RewardFunction:
 MATCH_SECONDS = 5.0  # for one completion
 
 
-def matches(given: str) -> RewardFunction:
-    """1 where the regular expression is found in the completion (``^``, ``$``: its start, its end; ``.`` is any character), else 0."""
+def _pattern(kind: str, given: str, whole: bool) -> RewardFunction:
+    """1 where a regular expression is found in the completion, or is of the `whole` of it, else 0."""
     import regex  # as Python's own, with a bound on its time; transformers needs it too
 
     try:
         re.compile(given)
         pattern = regex.compile(given, regex.DOTALL)
     except (re.error, regex.error) as error:
-        raise ConfigError("reward", f"matches:{given} is not a regular expression ({error})", "fix it") from error
+        raise ConfigError("reward", f"{kind}:{given} is not a regular expression ({error})", "fix it") from error
+    look = pattern.fullmatch if whole else pattern.search
 
     def found(completion: str) -> bool:
         try:
-            return pattern.search(completion, timeout=MATCH_SECONDS) is not None
+            return look(completion, timeout=MATCH_SECONDS) is not None
         except TimeoutError as error:
             what = f"takes more than {MATCH_SECONDS:g} s on a completion of {len(completion):,} characters"
             how = "write it without repetitions inside repetitions, such as (a+)+"
-            raise RewardError(f"matches:{given}", what, how) from error
+            raise RewardError(f"{kind}:{given}", what, how) from error
 
-    def rule(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
-        return [float(found(c)) for c in completions]
+    return lambda prompts, completions: [float(found(c)) for c in completions]
 
-    return rule
+
+def matches(given: str) -> RewardFunction:
+    """1 where the regular expression is found in the completion (``^``, ``$``: its start, its end; ``.`` is any character), else 0."""
+    return _pattern("matches", given, whole=False)
 
 
 def format_of(given: str) -> RewardFunction:
     """1 where the whole completion is of a regular expression's form (``.`` is any character), else 0."""
-    try:
-        pattern = re.compile(given, re.DOTALL)
-    except re.error as error:
-        raise ConfigError("reward", f"format:{given} is not a regular expression ({error})", "fix it") from error
-    return lambda prompts, completions: [float(pattern.fullmatch(c) is not None) for c in completions]
+    return _pattern("format", given, whole=True)
 
 
 RULES: dict[str, Callable[[str], RewardFunction]] = {"words": words_between, "matches": matches, "format": format_of}

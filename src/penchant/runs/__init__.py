@@ -291,7 +291,7 @@ class Run:
         """The day that the other members of this run's sweep have in their prompts: they are compared with each other."""
         if not (self.folder.parent / SWEEP).is_file():
             return None
-        others = (kept_identity(p.parent)[0] for p in sorted(self.folder.parent.glob(f"*/{IDENTITY}")))
+        others = (read(p.parent).identity for p in sorted(self.folder.parent.glob(f"*/{IDENTITY}")))
         days = (
             mapping(mapping(mapping(mapping(o).get("config")).get("data")).get("template_options")).get(DATE)
             for o in others

@@ -160,7 +160,7 @@ class MasterAdamW:
         tensors: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             tensors[f"master/{name}"] = master.detach()
-            state = next((part.state[master] for part in self.parts if master in part.state), {})
+            state: Mapping[str, Any] = next((part.state[master] for part in self.parts if master in part.state), {})
             for key in _STATE:
                 if state.get(key) is not None:
                     tensors[f"{key}/{name}"] = torch.as_tensor(state[key])  # bitsandbytes counts steps in an int
