@@ -78,7 +78,7 @@ class GroupConfig(OnlineConfig):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        return {**PRESETS.get(values.get("name"), {}), **values} if isinstance(values, Mapping) else values
+        return {**PRESETS.get(str(values.get("name")), {}), **values} if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
     def _an_estimator_that_fits(self) -> GroupConfig:
