@@ -108,16 +108,6 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     device, dtype = placed(config)
     if train.optimizer.endswith("_8bit"):
         bitsandbytes("train.optimizer", train.optimizer)  # before a model is read
-    if current().many and config.model.quantize != "none":
-        raise ConfigError(
-            "model.quantize", "quantized weights are not dealt out to several processes", "run one process"
-        )
-    if current().many and train.optimizer not in ("adamw", "sgd"):
-        raise ConfigError(
-            "train.optimizer",
-            f"{train.optimizer} does not know weights that are sharded",
-            "set train.optimizer=adamw, or run one process",
-        )
     kind = reference_kind(config) if "reference" in method.needs else None
     if "reference" not in method.needs and config.reference.moves:
         raise ConfigError(
