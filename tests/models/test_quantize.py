@@ -21,6 +21,7 @@ from penchant.models.load import (
     effective_weights,
     is_quantized,
     load_causal_model,
+    quantized_bytes,
     source_sha256,
 )
 from penchant.models.merge import merged_model
@@ -89,6 +90,27 @@ def test_bf16_is_what_the_layers_compute_in(bits: str, tmp_path: Path) -> None:
     got = model(IDS).logits
     assert got.dtype == torch.bfloat16 and set(seen) == {(torch.bfloat16, torch.bfloat16)}
     assert bool(((got.float() - want).abs().max() < 0.1 * want.abs().max()).all())
+
+
+@needs_library
+@pytest.mark.parametrize("bits", BITS)
+def test_a_plan_knows_what_the_bits_take(bits: str, tmp_path: Path) -> None:
+    config = source(tmp_path, bits)
+    layers = [m for m in load_causal_model(config, CPU, held=True).modules() if is_quantized(m)]
+    plain = add_lora(load_causal_model(config, CPU), LoraConfig(r=2), seed=0)
+    held = 0
+    for layer in layers:
+        weight = layer.weight
+        held += weight.data.nbytes
+        held += (
+            weight.SCB.nbytes
+            if bits == "int8"
+            else weight.quant_state.absmax.nbytes + weight.quant_state.state2.absmax.nbytes
+        )
+    count, few, largest = quantized_bytes(plain, bits)
+    assert (few, count) == (held, sum(m.in_features * m.out_features for m in layers))
+    assert largest == max(m.in_features * m.out_features for m in layers)
+    assert quantized_bytes(plain, "none") == (0, 0, 0)
 
 
 def settings(folder: Path, bits: str) -> dict[str, Any]:

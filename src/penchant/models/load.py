@@ -196,6 +196,21 @@ def is_quantized(layer: Any) -> bool:
     return type(getattr(layer, "weight", None)).__name__ in ("Params4bit", "Int8Params")
 
 
+def quantized_bytes(model: nn.Module, bits: str) -> tuple[int, int, int]:
+    """What quantizing makes of a plain model: (weights that it is done to, bytes of them afterwards, weights of the largest).
+
+    nf4: half a byte, a byte a block of 64 and 4 bytes 256 blocks; int8: a byte, and 4 bytes a row.
+    """
+    head, count, held, largest = base_model_of(model).get_output_embeddings(), 0, 0, 0
+    for name, layer in base_model_of(model).named_modules():
+        if isinstance(layer, nn.Linear) and layer is not head and "lora_" not in name and bits != "none":
+            n = layer.weight.numel()
+            blocks = -(-n // 64)
+            count, largest = count + n, max(largest, n)
+            held += n + 4 * layer.out_features if bits == "int8" else n // 2 + blocks + 4 * -(-blocks // 256)
+    return count, held, largest
+
+
 def whole_weight(layer: Any, name: str = "weight") -> Tensor:
     """A layer's weight, dequantized to fp32 where it has few bits."""
     weight = getattr(layer, name)

@@ -59,7 +59,7 @@ from penchant.runs.find import check_adapters_base
 from penchant.runs.record import tokenizer_sha256
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Alone, Key
-from penchant.training.optim import MasterAdamW
+from penchant.training.optim import MasterAdamW, state_bytes
 from penchant.training.steps import set_precision
 from penchant.types import TokenTree
 
@@ -108,16 +108,6 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     device, dtype = placed(config)
     if train.optimizer.endswith("_8bit"):
         bitsandbytes("train.optimizer", train.optimizer)  # before a model is read
-    if current().many and config.model.quantize != "none":
-        raise ConfigError(
-            "model.quantize", "quantized weights are not dealt out to several processes", "run one process"
-        )
-    if current().many and train.optimizer not in ("adamw", "sgd"):
-        raise ConfigError(
-            "train.optimizer",
-            f"{train.optimizer} does not know weights that are sharded",
-            "set train.optimizer=adamw, or run one process",
-        )
     kind = reference_kind(config) if "reference" in method.needs else None
     if "reference" not in method.needs and config.reference.moves:
         raise ConfigError(
@@ -345,7 +335,9 @@ def checkpoint_bytes(config: RunConfig, model: Any, dtype: torch.dtype) -> int:
     parameters = list(model.parameters())
     every, trainable = (sum(p.numel() for p in parameters if p.requires_grad or not only) for only in (False, True))
     each = torch.empty(0, dtype=dtype).element_size()
-    state = trainable * 12 + every * 12 * config.method.copies + (every * 4 if config.reference.moves else 0)
+    trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    own = trainable * 4 + state_bytes(config.train.optimizer, trained, config.train.momentum)
+    state = own + every * 12 * config.method.copies + (every * 4 if config.reference.moves else 0)
     whole = config.lora is None or config.method.learns_reward  # a reward model is saved merged
     saved = (every if whole else trainable) * each + (trainable * each if whole and config.lora else 0)
     folder = Path(config.model.tokenizer or config.model.path).expanduser()
