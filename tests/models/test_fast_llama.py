@@ -177,8 +177,7 @@ def test_long_trees_take_tiles_and_equal_short_ones(monkeypatch: pytest.MonkeyPa
     model, data = build("llama"), trees(sizes=((3, (4, 6)), (20, (30, 25))))
     g = weights_for(pack(data))
     results = []
-    for keep, tile, most in ((512, 256, 1), (8, 16, 5)):
-        monkeypatch.setattr(fast_attention, "_KEEP_UP_TO", keep)
+    for tile, most in ((256, 1), (16, 5)):
         monkeypatch.setattr(fast_attention, "_TILE", tile)
         batch = pack(data)  # a batch keeps its plan
         logps = fast_logps(model, recognized(model), batch)

@@ -434,7 +434,6 @@ class Saved:
     projected: Tensor | None  # W_qkv n1 before the head norms (Qwen 3 only)
     head_rstd: tuple[Tensor, Tensor] | None
     heads: Tensor  # rotated q, k and v as head rows
-    softmax: list[list[Tensor] | None]
     o: Tensor  # attention output (T, H d)
     y: Tensor
     rstd2: Tensor
@@ -473,7 +472,7 @@ def _layer_forward(
     rotary(by_head[:, : shape.heads + shape.kv_heads], row.cos, row.sin)
     heads = by_head.reshape(-1, shape.head_dim).index_select(0, row.plan.to_heads)
     del qkv, by_head
-    out, softmax = attention_forward(heads, row.plan, keep=keep)
+    out = attention_forward(heads, row.plan)
     o = out.index_select(0, row.plan.out_from_heads).view(tokens, -1)
     y = torch.addmm(x, o, p.o.t())
     if p.o_bias is not None:
@@ -487,7 +486,7 @@ def _layer_forward(
     a = swiglu(gate, up)
     z = torch.addmm(y, a, p.down.t())
     adapt("down", a, z)
-    return z, Saved(rstd1, projected, head_rstd, heads, softmax, o, y, rstd2, gate, up, low)
+    return z, Saved(rstd1, projected, head_rstd, heads, o, y, rstd2, gate, up, low)
 
 
 def _split_qkv(qkv: Tensor, p: LayerParams) -> tuple[Tensor, ...]:
@@ -606,7 +605,7 @@ def _attention_backward(dy: Tensor, row: Row, g: _Gradients) -> Tensor:
     g.into_adapters(("o",), s.o)
     d_out = d_o.view(-1, shape.head_dim).index_select(0, row.plan.out_to_heads)
     del d_o
-    d_heads = attention_backward(d_out, s.heads, s.softmax, row.plan)
+    d_heads = attention_backward(d_out, s.heads, row.plan)
     d_qkv = d_heads.index_select(0, row.plan.from_heads).view(dy.shape[0], -1, shape.head_dim)
     del d_out, d_heads
     rotary_backward(d_qkv[:, : shape.heads + shape.kv_heads], row.cos, row.sin)
