@@ -17,7 +17,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from worlds import in_world
 
 import penchant
-from penchant.distributed.launch import LAUNCHED
+from penchant.distributed.launch import LAUNCHED, waited_too_long
 from penchant.distributed.world import ERROR_FILE, World, described, ended_on_purpose, error_of, lost_another, record
 from penchant.errors import DataError, DiskError, PenchantError
 
@@ -44,6 +44,21 @@ def test_what_one_rank_cannot_do_is_an_error_of_all(tmp_path: Path) -> None:
     data, disk = ("DataError", "train.jsonl:3: is odd; mend it", 2), ("DiskError", "out: is full; free some space", 5)
     expected = [data, disk, "of rank 0", {"a": 3.0, "b": 0.5}]
     assert in_world(call, tmp_path) == [expected, expected]
+
+
+def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    def call(world: World) -> str | None:
+        if world.rank == 1:
+            time.sleep(4)
+            return None
+        try:
+            world.gather(0)
+        except Exception as error:
+            return str(waited_too_long(error, world, 1.0))
+        return "nobody waited"
+
+    said, _ = in_world(call, tmp_path, timeout=1.0)
+    assert "rank 1 of 2 did not answer within 1 s" in said
 
 
 def test_one_process_is_a_world_of_its_own() -> None:
