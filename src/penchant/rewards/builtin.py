@@ -55,7 +55,7 @@ def accuracy(
 
 def _is_right(text: str, gold: Any) -> float | None:
     parse, verify = _math_verify()
-    # its alarm works in the main thread alone; what a model writes (9**9**9) may keep it busy for ever
+    # its alarm works in the main thread alone; what a model writes (9**9**9) may keep it busy forever
     seconds = 5 if threading.current_thread() is threading.main_thread() else None
     said = "" if gold is None else str(gold).rpartition("####")[2].strip()
     # a bare answer is read as it is or, where that gives nothing, as a formula
