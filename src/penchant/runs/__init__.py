@@ -301,6 +301,9 @@ class Run:
     def _defaults(self) -> dict[str, Any]:
         """What a run of an older version that did not know a setting was run with."""
         found = default_settings()
+        if self.config.algorithm is not None:
+            fields = type(self.config.algorithm).model_fields.items()
+            found["algorithm"] = {n: i.get_default() for n, i in fields if not i.is_required()}
         found["data"]["template_options"] = {k: v for k, v in self.config.data.template_options.items() if k == DATE}
         return {"config": found}
 

@@ -280,7 +280,7 @@ class SweepConductor:
         if run.name in self._inputs:
             return self._inputs[run.name]
         config = run.config
-        rewards = [None if r is None else dict(r.terms) for r in (config.reward, config.evaluation.reward)]
+        rewards = [None if r is None else r.model_dump(mode="json") for r in (config.reward, config.evaluation.reward)]
         model = config.model
         named = (model.path, model.tokenizer, model.adapter, config.reference.path, json.dumps(rewards))
         with run.naming():
