@@ -198,7 +198,7 @@ def _check_text(tree: PromptTree) -> None:
         RowError: one holds half of a surrogate pair; JSON can say that, and programs that cut texts in the middle do.
     """
     prompt = [tree.prompt] if isinstance(tree.prompt, str) else [m.content for m in tree.prompt]
-    for text in (*prompt, *(c.text for c in tree.completions)):
+    for text in (*prompt, *(c.whole for c in tree.completions)):
         if text.isascii():  # a flag of the string: no look at its characters
             continue
         try:
@@ -215,7 +215,7 @@ def _aside(rows: Iterable[Row], error: RowError) -> tuple[Quarantined, ...]:
 
 def is_identical(tree: PromptTree) -> bool:
     """Whether a tree is a pair whose answers are the same."""
-    pair = [c.text.strip() for c in tree.completions]
+    pair = [c.whole.strip() for c in tree.completions]
     return [c.label for c in tree.completions] == [True, False] and pair[0] == pair[1]
 
 
@@ -590,7 +590,11 @@ def _content(tree: PromptTree) -> bytes:
 def plain_content(tree: PromptTree) -> list[Any]:
     """A tree's prompt and completions as lists, for JSON."""
     prompt = tree.prompt if isinstance(tree.prompt, str) else [[m.role, m.content] for m in tree.prompt]
-    return [prompt, [[c.text, c.label, c.score] for c in tree.completions]]
+    more = [[[m.role, m.content, m.trained] for m in c.more] for c in tree.completions]
+    return [
+        prompt,
+        [[c.text, c.label, c.score, *([m] if m else [])] for c, m in zip(tree.completions, more, strict=True)],
+    ]
 
 
 def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
