@@ -14,11 +14,13 @@ from processes import forked
 from penchant.distributed.world import World, join
 
 
-def in_world(call: Callable[[World], Any], folder: Path, size: int = 2, seconds: float = 120.0) -> list[Any]:
+def in_world(
+    call: Callable[[World], Any], folder: Path, size: int = 2, seconds: float = 120.0, timeout: float = 30.0
+) -> list[Any]:
     """What `call` returns on each rank: tensors and plain values; what one of them raises is an AssertionError here.
 
     Args:
-        folder: where they leave it; seconds: that they may take.
+        folder: where they leave it; seconds: that they may take; timeout: that one waits for the others.
     """
     import torch.distributed as dist
 
@@ -31,7 +33,7 @@ def in_world(call: Callable[[World], Any], folder: Path, size: int = 2, seconds:
             meeting, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size)
         )
         torch.set_num_threads(1)
-        with join(30.0) as world:
+        with join(timeout) as world:
             torch.save(call(world), folder / f"{rank}.pt")
 
     children = [forked(lambda rank=rank: child(rank)) for rank in range(size)]

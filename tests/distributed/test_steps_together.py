@@ -42,22 +42,28 @@ LOSS_NAMES = (
 )  # on pairs, on tokens; z0 of the whole step; coupled; labelled answers
 
 
-def scorer_of(model: Any, dtype: torch.dtype) -> Any:
+def scorer_of(model: Any, dtype: torch.dtype, replicas: int) -> Any:
     scorer = Scorer(model, "shared")
     if not current().many:
         return scorer
-    return Rooted(scorer, Sharding(current(), torch.device("cpu"), dtype)(model, backbone_of(model)))
+    return Rooted(scorer, Sharding(current(), torch.device("cpu"), dtype, replicas)(model, backbone_of(model)))
 
 
 def make_loop(
-    folder: Path, name: str = "dpo", *, dtype: torch.dtype = torch.float64, lora: bool = False, **train: Any
+    folder: Path,
+    name: str = "dpo",
+    *,
+    dtype: torch.dtype = torch.float64,
+    lora: bool = False,
+    replicas: int = 1,
+    **train: Any,
 ) -> Loop:
     folder.mkdir(parents=True, exist_ok=True)
     model, frozen = (tiny_model("smollm-tied", dtype=dtype, seed=seed) for seed in (0, 1))
     if lora:
         model = add_lora(model, LoraConfig(r=2, dropout=0.0), 0)
         cast_parameters(model, dtype)
-    scorer, reference = scorer_of(model, dtype), scorer_of(frozen.requires_grad_(False), dtype)
+    scorer, reference = (scorer_of(m, dtype, replicas) for m in (model, frozen.requires_grad_(False)))
     optimizer = MasterAdamW(model.named_parameters(), dtype=dtype)
     pairs = [replace(t, labels=(True, False)) for t in some_pairs(14)]
     other = {
@@ -117,6 +123,7 @@ def both(root: Path, tag: str) -> dict[str, Any]:
         found[f"gradient of {name}"] = first_gradient(make_loop(root / f"{tag}-gradient-{name}", name))
     found["gradient of lora"] = first_gradient(make_loop(root / f"{tag}-gradient-lora", lora=True))
     found["gradient of one row"] = first_gradient(make_loop(root / f"{tag}-one", batch_size=1))
+    found["gradient of replicas"] = first_gradient(make_loop(root / f"{tag}-replicas", replicas=2))
     for name in ("dpo", "kto"):
         loop = make_loop(root / f"{tag}-{name}", name)
         loop.run()
@@ -176,7 +183,7 @@ def close(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float
     return max(float((a[n] - b[n]).abs().max()) for n in a) / size
 
 
-@pytest.mark.parametrize("what", [*LOSS_NAMES, "lora", "one row"])
+@pytest.mark.parametrize("what", [*LOSS_NAMES, "lora", "one row", "replicas"])
 def test_two_processes_have_the_gradient_of_one(results: Any, what: str) -> None:
     _, one, (first, second) = results
     mine, theirs = one[f"gradient of {what}"], first[f"gradient of {what}"]

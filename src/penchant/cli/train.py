@@ -33,7 +33,9 @@ def _train(args: argparse.Namespace) -> int:
             try:
                 result = api.train(config, quiet=args.quiet)
                 world.agree()
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 leave(error, world, config.launch.timeout)
             if not world.leads:
                 return 0

@@ -31,6 +31,14 @@ def check_launch(config: RunConfig, processes: int) -> None:
         raise ConfigError("algorithm.name", f"{method.name} cannot be trained by several processes yet", one)
     if config.algorithm is not None and is_own(config.algorithm.name):
         raise ConfigError("algorithm.name", "an algorithm of your own is trained by one process", one)
+    if config.train.optimizer != "adamw":
+        raise ConfigError(
+            "train.optimizer", f"{config.train.optimizer} does not take shards yet", f"set adamw, or {one}"
+        )
+    if config.model.quantize != "none":
+        raise ConfigError("model.quantize", "quantized weights are not sharded yet", f"leave it out, or {one}")
+    if config.lora is not None and config.lora.dora:
+        raise ConfigError("lora.dora", "is not sharded yet", f"leave it out, or {one}")
     if config.model.adapter is not None:
         raise ConfigError("model.adapter", "an adapter to start from cannot be sharded yet", one)
     if config.model.router_aux_loss is not None:

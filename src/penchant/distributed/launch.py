@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -16,10 +17,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from penchant.distributed.world import World, described, end_now, error_of, lost_another, record, waited_too_long
+from penchant.distributed.world import World, described, end_now, error_of, lost_another, record
 from penchant.errors import PenchantError, TrainingStopped
 
 LAUNCHED = "PENCHANT_LAUNCHED"  # set where the launcher prints what a process has to say
+LATE = 3.0  # seconds within which all that wait for one rank give up
 GRACE = 20.0  # seconds that a process whose end is known waits for the one that says why
 
 
@@ -36,6 +38,7 @@ def launch(command: Sequence[str], processes: int, restarts: int) -> int:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; train.threads decides
     os.environ[LAUNCHED] = "1"
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of every connection that ends with its process
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -126,6 +129,26 @@ def leave(error: BaseException, world: World, timeout: float) -> NoReturn:
     end_now(int(described(error)["exit_code"]))  # no goodbye: a collective that others never enter would hang
 
 
+def waited_too_long(error: BaseException, world: World, timeout: float) -> PenchantError | None:
+    """The sentence about ranks that did not answer in time; None for any other error."""
+    if not isinstance(error, RuntimeError) or not re.search("[Tt]imed ?out|[Tt]imeout", str(error)):
+        return None
+    silent = [0]
+    with suppress(Exception):  # rank 0 holds the store
+        store = _store()
+        store.set(f"penchant/late/{world.rank}", "")
+        time.sleep(LATE)
+        silent = [r for r in range(world.size) if not store.check([f"penchant/late/{r}"])]
+    names = " and ".join(f"rank {r}" for r in silent) or "a rank"
+    late = TrainingStopped(
+        "launch.timeout",
+        f"{names} of {world.size} did not answer within {timeout:g} s",
+        "look at what that process says and does; raise launch.timeout if a step really takes that long",
+    )
+    late.exit_code = 1
+    return late
+
+
 def _store() -> Any:
     """The store that the processes of this attempt met at; rank 0 holds it."""
     import torch.distributed as dist
@@ -142,6 +165,7 @@ def _first_to_tell() -> bool:
 
 
 def _wait_for_leader() -> None:
-    """Until rank 0 has ended, and its store with it; not for long."""
+    """Until rank 0 has ended, and its store with it; not for long. torch's C++ part says on stderr that the store is gone."""
     with suppress(Exception):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         _store().wait(["penchant/never"], timedelta(seconds=GRACE))

@@ -87,7 +87,8 @@ def layers_of(backbone: nn.Module) -> list[nn.Module]:
     lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         return []
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+    largest: nn.ModuleList = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+    return list(largest)
 
 
 class Rooted:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from penchant import errors
 from penchant.base.lazy import torch
-from penchant.errors import CheckpointError, PenchantError
+from penchant.errors import PenchantError
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
@@ -253,18 +253,6 @@ def lost_another(error: BaseException) -> bool:
     text = f"{type(error).__name__}: {error}"
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "DistBackendError")
     return not isinstance(error, PenchantError) and any(sign in text for sign in signs)
-
-
-def waited_too_long(error: BaseException, world: World, timeout: float) -> CheckpointError | None:
-    """The sentence about a collective that timed out; None for any other error."""
-    text = str(error)
-    if "imed out" not in text and "imeout" not in text:
-        return None
-    return CheckpointError(
-        f"rank {world.rank} of {world.size}",
-        f"waited {timeout:g} s for the other processes, and one did not answer ({text.splitlines()[0][:120]})",
-        "look at what the other machines say; raise launch.timeout if a step really takes that long",
-    )
 
 
 def dealt_passes(

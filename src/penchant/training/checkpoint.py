@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from penchant.base.files import aside_of, check_sums, file_sha256, fsync, sweep, writing
-from penchant.distributed.world import current
-from penchant.errors import CheckpointError
+from penchant.distributed.world import agreed, current
+from penchant.errors import CheckpointError, DiskError
 from penchant.runfolder import CHECKPOINTS, MANIFEST, checkpoint_state, checkpoints
 
 
@@ -99,10 +99,17 @@ def save_sharded(
                 root.mkdir(parents=True, exist_ok=True)
                 sweep(root)
                 (aside / SHARDS).mkdir(parents=True)
-        with writing(final):
+        with (
+            world.together(),
+            writing(final),
+        ):  # it fails where rank 0 writes, which is behind all that the ranks do together
             write_model(aside / "model")
-            writer = HuggingFaceStorageWriter(path=str(aside / SHARDS), save_distributed=True)
-            dcp.save(dict(tensors), storage_writer=writer, process_group=world.group)
+        try:
+            with writing(final), _its_cause():
+                writer = HuggingFaceStorageWriter(path=str(aside / SHARDS), save_distributed=True)
+                dcp.save(dict(tensors), storage_writer=writer, process_group=world.group)
+        except DiskError as error:  # DCP tells all ranks what happened to one
+            raise agreed(error) from None
         sums: dict[str, str] = {}
         with world.together(), writing(final):
             if world.leads:
@@ -126,6 +133,18 @@ def save_sharded(
             shutil.rmtree(aside, ignore_errors=True)
         raise
     return final
+
+
+@contextmanager
+def _its_cause() -> Iterator[None]:
+    """What DCP raises on every rank is no Exception; in its place the first rank's own."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
 
 
 def _remove(path: Path) -> None:
@@ -212,16 +231,18 @@ def _read_shards(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tenso
     """All tensors of the safetensors files in a folder, put together, or dealt out as `masters` are."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     world, tensors = current(), {}
     for name, found in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+        assert isinstance(found, TensorStorageMetadata)  # safetensors hold nothing else
         master = masters.get(name.partition("/")[2])
         if world.many and master is not None and master.shape == found.size:
             tensors[name] = torch.zeros_like(master.detach(), dtype=found.properties.dtype)
         else:
             tensors[name] = torch.zeros(found.size, dtype=found.properties.dtype)
     reader = HuggingFaceStorageReader(str(folder))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _its_cause():
         warnings.filterwarnings(
             "ignore", "torch.distributed is disabled"
         )  # of one process that reads what several wrote

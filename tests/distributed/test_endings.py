@@ -1,0 +1,213 @@
+"""How several processes end: one sentence and its exit code, whoever failed; a signal, a crash, and what is started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import polite_rows, tiny_model_folder, write_jsonl
+from worlds import in_world
+
+import penchant
+from penchant.distributed.launch import LAUNCHED, waited_too_long
+from penchant.distributed.world import ERROR_FILE, World, described, ended_on_purpose, error_of, lost_another, record
+from penchant.errors import DataError, DiskError, PenchantError
+
+
+def test_what_one_rank_cannot_do_is_an_error_of_all(tmp_path: Path) -> None:
+    def call(world: World) -> list[Any]:
+        found: list[Any] = []
+        try:
+            with world.together():
+                if world.rank == 1:
+                    raise DataError("train.jsonl:3", "is odd", "mend it")
+        except PenchantError as error:
+            found.append((type(error).__name__, str(error), error.exit_code))
+        try:
+            with world.leading():
+                if world.leads:
+                    raise DiskError("out", "is full", "free some space")
+        except PenchantError as error:
+            found.append((type(error).__name__, str(error), error.exit_code))
+        found.append(world.share("of rank 0" if world.leads else "of another"))
+        found.append(world.sums({"a": 1.0 + world.rank} | ({"b": 0.5} if world.rank else {})))
+        return found
+
+    data, disk = ("DataError", "train.jsonl:3: is odd; mend it", 2), ("DiskError", "out: is full; free some space", 5)
+    expected = [data, disk, "of rank 0", {"a": 3.0, "b": 0.5}]
+    assert in_world(call, tmp_path) == [expected, expected]
+
+
+def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    def call(world: World) -> str | None:
+        if world.rank == 1:
+            time.sleep(4)
+            return None
+        try:
+            world.gather(0)
+        except Exception as error:
+            return str(waited_too_long(error, world, 1.0))
+        return "nobody waited"
+
+    said, _ = in_world(call, tmp_path, timeout=1.0)
+    assert "rank 1 of 2 did not answer within 1 s" in said
+
+
+def test_one_process_is_a_world_of_its_own() -> None:
+    world = World()
+    assert world.gather(3) == [3] and world.share(3) == 3 and world.sums({"a": 1.0}) == {"a": 1.0}
+    with pytest.raises(DataError), world.together():
+        raise DataError("a", "b")
+
+
+def test_last_words_are_read_by_the_next_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def at(attempt: int) -> None:
+        file = tmp_path / f"attempt_{attempt}/0/error.json"
+        file.parent.mkdir(parents=True)
+        monkeypatch.setenv(ERROR_FILE, str(file))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+
+    at(0)
+    record(RuntimeError("a crash"))
+    at(1)
+    assert ended_on_purpose() is None  # a crash is tried again
+    record(DiskError("out", "is full"))
+    at(2)
+    assert ended_on_purpose() == 5
+    told = described(DiskError("out", "is full", "free some"))
+    assert (type(error_of(told)), str(error_of(told))) == (DiskError, "out: is full; free some")
+    assert lost_another(RuntimeError("[pair.cc:553] Connection closed by peer")) and not lost_another(
+        DataError("gloo", "x")
+    )
+
+
+# ---- the whole thing, by the command ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_model_folder(tmp_path / "model")
+    write_jsonl(tmp_path / "pairs.jsonl", polite_rows(12))
+    (tmp_path / "run.yaml").write_text(
+        """
+model: {path: ./model, dtype: fp32}
+data: {path: pairs.jsonl, template: plain}
+loss: {name: dpo}
+train: {max_steps: 40, epochs: 40, batch_size: 4, tokens_per_step: 200, lr: 1e-4}
+evaluation: {kl_prompts: 0, samples: 0}
+checkpoint: {every: 2, keep_last: 2}
+launch: {processes: 2}
+output: out
+"""
+    )
+    return tmp_path
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    source = str(Path(penchant.__file__).parents[1])
+    environment = {k: v for k, v in os.environ.items() if k not in ("PENCHANT_REEXECUTED", LAUNCHED)}
+    environment |= {"PYTHONPATH": f"{folder}{os.pathsep}{source}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "penchant", "train", "run.yaml", *overrides]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ranks(launcher: subprocess.Popen[str]) -> list[int]:
+    """The processes that it started, by rank."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == launcher.pid:
+                said = dict(v.split("=", 1) for v in (entry / "environ").read_text().split("\0") if "=" in v)
+                if "RANK" in said:
+                    found[int(said["RANK"])] = int(entry.name)
+        except (OSError, ValueError):
+            pass
+    return [found[r] for r in sorted(found)]
+
+
+def wait_for_step(folder: Path, step: int, launcher: subprocess.Popen[str], seconds: float = 180.0) -> None:
+    end, log = time.monotonic() + seconds, folder / "out/metrics.jsonl"
+    while time.monotonic() < end and launcher.poll() is None:
+        if log.exists() and len(log.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    pytest.fail(
+        f"no step {step}: {launcher.communicate(timeout=60) if launcher.poll() is not None else 'still running'}"
+    )
+
+
+def sentences(stderr: str) -> list[str]:
+    assert "Traceback" not in stderr, stderr
+    return [line for line in stderr.splitlines() if line.startswith("penchant: ") and "loading torch" not in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_any_rank_writes_one_checkpoint(folder: Path, rank: int) -> None:
+    running = start(folder)
+    wait_for_step(folder, 3, running)
+    os.kill(ranks(running)[rank], signal.SIGTERM)
+    _, said = running.communicate(timeout=90)
+    assert running.returncode == 4, said
+    (sentence,) = sentences(said)
+    step = int(re.search(r"stopped by SIGTERM at step (\d+) of 40; a checkpoint was written", sentence)[1])  # type: ignore[index]
+    assert max(int(p.name[5:]) for p in (folder / "out/checkpoints").iterdir()) == step
+    assert json.loads((folder / "out/manifest.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_what_one_rank_says_is_the_only_sentence_and_comes_soon(folder: Path) -> None:
+    """A rank that cannot write its shard: the others do not wait for it, and nobody is started again."""
+    (folder / "sitecustomize.py").write_text(
+        """
+import os
+
+def refused(file):
+    raise OSError(28, "No space left on device")
+
+if os.environ.get("RANK") == "1":
+    os.fsync = refused
+"""
+    )
+    running = start(folder, "launch.restarts=2", "train.max_steps=4")
+    _, said = running.communicate(timeout=150)
+    (sentence,) = sentences(said)
+    assert running.returncode == 5 and "No space left" in sentence, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_started_again_and_the_end_is_the_same(folder: Path, rank: int) -> None:
+    whole = start(folder, "output=whole", "train.max_steps=8")
+    assert whole.communicate(timeout=180) and whole.returncode == 0
+    running = start(folder, "launch.restarts=1", "train.max_steps=8")
+    wait_for_step(folder, 3, running)
+    os.kill(ranks(running)[rank], signal.SIGKILL)
+    _, said = running.communicate(timeout=180)
+    assert running.returncode == 0, said
+    assert (folder / "out/metrics.jsonl").read_bytes() == (folder / "whole/metrics.jsonl").read_bytes()
+    for name in ("shard-00001", "shard-00002"):
+        mine, theirs = (next((folder / run / "checkpoints/step-8/state").glob(f"{name}*")) for run in ("out", "whole"))
+        assert mine.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_without_restarts_ends_all_soon(folder: Path) -> None:
+    running = start(folder)
+    wait_for_step(folder, 3, running)
+    began = time.monotonic()
+    os.kill(ranks(running)[1], signal.SIGKILL)
+    _, said = running.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    (sentence,) = sentences(said)
+    assert running.returncode == 1 and "process 1 of 2" in sentence and "SIGKILL" in sentence

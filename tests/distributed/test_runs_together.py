@@ -1,0 +1,152 @@
+"""Whole runs of two processes: the figures of one process, and folders that everything else reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import polite_rows, tiny_model_folder, write_jsonl
+from worlds import in_world
+
+from penchant import api
+from penchant.distributed.world import World
+
+PLAIN: dict[str, Any] = {
+    "loss": {"name": "dpo"},
+    "train": {"max_steps": 3, "batch_size": 6, "tokens_per_step": 220, "lr": 1e-3, "epochs": 2.0},
+    "evaluation": {"every": 2, "kl_prompts": 2, "samples": 1, "sample_tokens": 5},
+    "checkpoint": {"every": 2, "keep_last": 3},
+}
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+ALGORITHM = {"loss": None, "algorithm": {"name": "reward_model"}}
+RUNS: dict[str, dict[str, Any]] = {
+    "dpo": {},  # its reference computed by both, read by both
+    "lora": {"lora": LORA, "reference": {"kind": "adapter"}},
+    "frozen": {"reference": {"kind": "frozen"}, "model": {"dtype": "bf16"}},
+    "sft": {"loss": {"name": "sft"}, "train": {**PLAIN["train"], "gradient_checkpointing": True}},
+    "reward": ALGORITHM,
+    "reward-lora": {**ALGORITHM, "lora": LORA},
+}
+
+
+BY_DEFAULT = ("dpo", "lora", "frozen", "reward")
+
+
+def config(root: Path, name: str, tag: str) -> dict[str, Any]:
+    values = {
+        **PLAIN,
+        "data": {"path": str(root / "pairs.jsonl"), "validation_rows": 6, "template": "plain"},
+        **RUNS[name],
+        "output": str(root / f"{tag}-{name}"),
+    }
+    values["model"] = {"path": str(root / "model"), "dtype": "fp32", "kernels": "off", **values.get("model", {})}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def trained(root: Path, names: Sequence[str]) -> Path:
+    """A folder with these runs as one process and as two train them."""
+    tiny_model_folder(root / "model")
+    write_jsonl(root / "pairs.jsonl", polite_rows(18))
+
+    def two(world: World) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PENCHANT_CACHE", str(root / "cache of two"))
+            for name in names:
+                api.train(config(root, name, "two"), quiet=True)
+
+    for name in names:
+        api.train(config(root, name, "one"), quiet=True)
+    in_world(two, root / "ranks")
+    return root
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("runs"), BY_DEFAULT)
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("more"), [name for name in RUNS if name not in BY_DEFAULT])
+
+
+@pytest.fixture(params=[pytest.param(n, marks=[] if n in BY_DEFAULT else [pytest.mark.slow]) for n in RUNS])
+def run(request: pytest.FixtureRequest) -> tuple[str, Path]:
+    """A run's name, and the folder that it is in."""
+    return request.param, request.getfixturevalue("root" if request.param in BY_DEFAULT else "more")
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_log_what_one_logs(run: tuple[str, Path]) -> None:
+    name, root = run
+    mine, theirs = lines(root / f"one-{name}"), lines(root / f"two-{name}")
+    assert [(r["kind"], r["step"]) for r in mine] == [(r["kind"], r["step"]) for r in theirs]
+    tolerance = 2e-2 if name == "frozen" else 1e-4  # bf16
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in (
+            "loss",
+            "eval/loss",
+            "grad_norm",
+            "rewards/margins",
+            "eval/rewards/margins",
+            "logps/chosen",
+            "tokens",
+            "eval/rows",
+        ):
+            if key in a:
+                assert b[key] == pytest.approx(a[key], rel=tolerance, abs=tolerance / 10), key
+
+
+def test_the_model_loads_as_it_is(run: tuple[str, Path]) -> None:
+    """Its weights are those of one process, in the same files."""
+    from safetensors.torch import load_file
+
+    name, root = run
+    one, two = (root / f"{tag}-{name}/checkpoints/step-3/model" for tag in ("one", "two"))
+    files = sorted(p.relative_to(one) for p in one.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(two) for p in two.rglob("*") if p.is_file())
+    for file in (f for f in files if f.suffix == ".safetensors"):
+        a, b = load_file(one / file), load_file(two / file)
+        assert a.keys() == b.keys() and {n: t.dtype for n, t in a.items()} == {n: t.dtype for n, t in b.items()}
+        assert max(float((a[n].float() - b[n].float()).abs().max()) for n in a) < (2e-2 if name == "frozen" else 2e-4)
+    assert (one / "config.json").exists() == (two / "config.json").exists()
+    if (one / "config.json").exists():
+        assert json.loads((one / "config.json").read_text()) == json.loads((two / "config.json").read_text())
+
+
+def test_one_process_reads_and_evaluates_what_two_have_trained(root: Path) -> None:
+    found = api.evaluate(str(root / "two-dpo"), quiet=True)
+    logged = lines(root / "two-dpo")[-1]
+    assert found["eval/loss"] == pytest.approx(logged["eval/loss"], rel=1e-5)
+    manifest = json.loads((root / "two-dpo/manifest.json").read_text())
+    assert (manifest["status"], manifest["processes"]) == ("finished", 2)
+    assert manifest["model"]["sha256"] == json.loads((root / "one-dpo/manifest.json").read_text())["model"]["sha256"]
+    assert torch.__version__ == manifest["torch"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"loss": None, "algorithm": {"name": "rloo"}, "reward": "words"}, "rloo"),
+        ({"reference": {"kind": "frozen", "ema": 0.9}}, "moves"),
+        ({"launch": {"replicas": 3}}, "replicas"),
+    ],
+)
+def test_what_several_processes_cannot_train_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    from penchant.config import config_from_mapping
+    from penchant.config.launching import check_launch
+    from penchant.errors import ConfigError
+
+    values = {**PLAIN, "model": {"path": "m"}, "data": {"path": "d"}, "output": "o", **change}
+    made = config_from_mapping({key: value for key, value in values.items() if value is not None})
+    check_launch(made, 1)
+    with pytest.raises(ConfigError, match=words):
+        check_launch(made, 2)
