@@ -53,13 +53,14 @@ class PromptTree:
     """One prompt with k completions: k=1 is SFT or a thumb, k=2 a preference pair (chosen first), k=n a ranking.
 
     `source` is where the row came from (``"train.jsonl:118"``), for messages; `columns` is what else the row holds, by column, where a
-    reward asks for it.
+    reward asks for it; `origin` is the number of its source, where rows of several are mixed.
     """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
     source: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    origin: int = 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -83,6 +84,7 @@ class TokenTree:
     labels: tuple[bool | None, ...] = ()  # k labels, or none at all
     scores: tuple[float | None, ...] = ()  # k scores, or none at all
     masks: tuple[np.ndarray, ...] = ()  # k arrays (c_i,) bool, or none at all: every token is trained
+    origin: int = 0  # see `PromptTree`
 
     @property
     def trained(self) -> tuple[int, ...]:
@@ -272,6 +274,19 @@ class Scored:
             trees.append(p.tree + offset)
             offset = trees[-1][-1:] + 1 if len(p.tree) else offset
         return Scored(**{**columns, "tree": torch.cat(trees)})
+
+    def of_trees(self, which: Sequence[int]) -> Scored:
+        """The completions of some trees (ascending), which are numbered anew."""
+        import torch
+
+        numbers = torch.full((int(self.tree.max()) + 1,), -1, dtype=self.tree.dtype, device=self.tree.device)
+        numbers[torch.tensor(list(which), device=self.tree.device)] = torch.arange(
+            len(which), dtype=self.tree.dtype, device=self.tree.device
+        )
+        kept = numbers[self.tree] >= 0
+        values = {f.name: getattr(self, f.name) for f in fields(Scored)}
+        some = {n: v[kept] if hasattr(v, "to") else v for n, v in values.items()}
+        return Scored(**{**some, "tree": numbers[some["tree"]]})
 
     @property
     def is_pairs(self) -> bool:

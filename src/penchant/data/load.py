@@ -296,6 +296,24 @@ class Dataset:
         return replace(self, trees=trees, total=rows, accepted=rows, quarantined=(), fingerprint=content, columns=None)
 
 
+def together(parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
+    """Several data sets as one, in memory; each tree's `origin` is the number of its own.
+
+    Raises:
+        DataError: they are of different kinds.
+    """
+    kinds = [d.kind for d in parts]
+    if len(set(kinds)) > 1:
+        found = ", ".join(f"{name}: {kind}" for name, kind in zip(names, kinds, strict=True))
+        how = "give rows of one kind (see `penchant data show FILE`), or train on them one after the other"
+        raise DataError("data", f"rows of different kinds cannot be mixed ({found})", how)
+    trees = tuple(replace(t, origin=i) for i, d in enumerate(parts) for t in d.trees)
+    aside = tuple(q for d in parts for q in d.quarantined)
+    shape = ", ".join(dict.fromkeys(d.shape for d in parts))
+    counts = sum(d.total for d in parts), aside, fingerprint(trees), sum(d.accepted for d in parts)
+    return Dataset(trees, shape, kinds[0], *counts)
+
+
 class Reading(TypedDict, total=False):
     """How rows are read.
 
@@ -584,7 +602,7 @@ def fingerprint(trees: Iterable[PromptTree]) -> str:
 
 def _content(tree: PromptTree) -> bytes:
     further = json.dumps(tree.columns, sort_keys=True, default=str) if tree.columns else ""
-    return (json.dumps(plain_content(tree)) + further).encode()
+    return (json.dumps(plain_content(tree)) + further + (str(tree.origin) if tree.origin else "")).encode()
 
 
 def plain_content(tree: PromptTree) -> list[Any]:

@@ -208,7 +208,8 @@ class Tokenization:
             return []
         labels, scores = tuple(c.label for c in tree.completions), tuple(c.score for c in tree.completions)
         first, self._number = self._number, self._number + len(made)
-        return [replace(one, row=first + i, labels=labels, scores=scores) for i, one in enumerate(made)]
+        more: dict[str, Any] = {"labels": labels, "scores": scores, "origin": tree.origin}
+        return [replace(one, row=first + i, **more) for i, one in enumerate(made)]
 
     def check_different(self, completions: Sequence[Ids], cut: bool) -> None:
         """Refuses a pair whose answers are the same tokens, where such pairs are bad rows."""
