@@ -28,7 +28,7 @@ from penchant.metrics.completions import (
     kl_on,
     rows_of,
 )
-from penchant.metrics.heldout import loss_change, row_losses, score_heldout
+from penchant.metrics.heldout import figures_by_set, loss_change, row_losses, score_heldout
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText
 from penchant.runfolder import is_whole, keep
@@ -181,6 +181,9 @@ class HeldOut:
         else:
             scored, order = self._score(algorithm, at)
         return scored, [trees[i] for i in order]
+
+    def by_set(self, algorithm: Algorithm, scored: Scored, trees: list[TokenTree]) -> dict[str, Any]:
+        return figures_by_set(algorithm, scored, trees, self.rows.held_out_sets)
 
     def _score(self, algorithm: Algorithm, at: float) -> tuple[Scored, list[int]]:
         """The held-out trees as they are scored at progress `at`, and their order."""
