@@ -373,10 +373,11 @@ def sweep(config: Mapping[str, Any] | str | Path, *overrides: str, jobs: int = 1
         ConfigError, DataError, ModelError, RewardError, CheckpointError: the user can fix it. TrainingStopped: a signal; a run that
         stops itself is a result.
     """
+    from penchant.plan import misfit
     from penchant.sweep import load_sweep
     from penchant.sweep.conduct import SweepConductor
 
-    return SweepConductor(load_sweep(config, overrides), jobs=jobs, quiet=quiet).run()
+    return SweepConductor(load_sweep(config, overrides), jobs=jobs, quiet=quiet, look=misfit).run()
 
 
 def sweep_plan(config: Mapping[str, Any] | str | Path, *overrides: str) -> str:

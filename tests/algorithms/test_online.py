@@ -401,3 +401,143 @@ def test_a_completion_without_a_reward_changes_nothing(config: dict[str, Any]) -
     expected = gradient_of(made(model, without, beta=0.2, **config), [2])
     got = gradient_of(made(model, some, beta=0.2, **config), [2])
     assert (got - expected).norm() <= 1e-9 * expected.norm()
+
+
+# ---- what came of GRPO ------------------------------------------------------------------------------------------------------
+
+
+def by_hand(model: Any, per_token: Any, sizes: list[float], beta: float) -> torch.Tensor:
+    """The gradient of mean_i 1/size_i sum_t [per_token(advantages, log pi) + beta k3] on `groups`."""
+    model.zero_grad()
+    trees = [g.tree for g in groups()]
+    batch = pack(trees)
+    ref = compute_logps(LiveReference(Scorer(tiny_model("llama", seed=1), "shared")), trees, tokens_per_step=99).tokens
+    tokens = Scorer(model, "shared").logps(batch).tokens
+    rewards = torch.stack([g.rewards for g in groups()])
+    centered = rewards - rewards.mean(1, keepdim=True)
+    d = tokens - ref
+    values = per_token(centered, rewards, batch, tokens, d) + beta * (torch.exp(-d) - 1 + d)
+    ((values / torch.tensor(sizes, dtype=torch.float64)[batch.completion_of]).sum() / len(sizes)).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def _grpo(centered: Any, rewards: Any, batch: Any, tokens: Any, d: Any) -> Any:
+    return -(centered / (rewards.std(1, keepdim=True) + 1e-4)).flatten()[batch.completion_of] * tokens
+
+
+def _dr_grpo(centered: Any, rewards: Any, batch: Any, tokens: Any, d: Any) -> Any:
+    return -centered.flatten()[batch.completion_of] * tokens
+
+
+def _gspo(centered: Any, rewards: Any, batch: Any, tokens: Any, d: Any) -> Any:
+    """At ratio 1 the gradient of s_i is the mean of its tokens' gradients."""
+    a = (centered / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    sums = torch.zeros(6, dtype=tokens.dtype).index_add(0, batch.completion_of, tokens) / batch.lengths
+    return (-a * sums)[batch.completion_of]
+
+
+def _reinforce_pp(centered: Any, rewards: Any, batch: Any, tokens: Any, d: Any) -> Any:
+    drift, per = d.detach(), []
+    for r, part in zip(rewards.flatten(), drift.split(batch.lengths.tolist()), strict=True):
+        per.append(r - 0.3 * torch.stack([part[t:].sum() for t in range(len(part))]))
+    a = torch.cat(per)
+    return -(a - a.mean()) / (a.var() + 1e-8).sqrt() * tokens
+
+
+PER_TOKEN = [20 / 6] * 6
+OWN = [3.0, 1.0, 6.0, 2.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("config", "per_token", "sizes", "beta"),
+    [
+        ({"name": "dr_grpo"}, _dr_grpo, [6.0] * 6, 0.0),
+        ({"name": "dapo", "dynamic_sampling": 0}, _grpo, PER_TOKEN, 0.0),
+        ({"name": "cispo"}, _grpo, PER_TOKEN, 0.0),
+        ({"name": "gspo"}, _gspo, OWN, 0.0),
+        ({"name": "reinforce_pp", "beta": 0.3}, _reinforce_pp, PER_TOKEN, 0.0),
+        ({"name": "grpo", "beta": 0.2}, _grpo, OWN, 0.2),
+    ],
+    ids=lambda v: v["name"] if isinstance(v, dict) else "",
+)
+def test_first_gradients_by_hand(config: dict[str, Any], per_token: Any, sizes: list[float], beta: float) -> None:
+    model = tiny_model("llama")
+    got = gradient_of(made(model, **config), [1, 1])
+    expected = by_hand(model, per_token, sizes, beta)
+    assert (got - expected).norm() <= 1e-7 * expected.norm()
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "unbiased"])
+def test_the_kl_in_the_loss_by_its_estimator(estimator: str) -> None:
+    """With no advantage the gradient is that of beta times the estimate, at the policy that wrote."""
+    model = tiny_model("llama")
+    level = [Group(g.tree, torch.ones_like(g.rewards)) for g in groups()]
+    got = gradient_of(made(model, level, name="grpo", beta=0.5, kl_estimator=estimator, loss_mean="token"), [2])
+    model.zero_grad()
+    trees = [g.tree for g in groups()]
+    ref = compute_logps(LiveReference(Scorer(tiny_model("llama", seed=1), "shared")), trees, tokens_per_step=99).tokens
+    tokens = Scorer(model, "shared").logps(pack(trees)).tokens
+    d = tokens - ref
+    k3 = torch.exp(-d) - 1 + d
+    kl = {"k1": d, "k2": d.square() / 2, "unbiased": torch.exp(tokens - tokens.detach()) * k3}[estimator]
+    (0.5 * kl.mean()).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert (got - expected).norm() <= 1e-7 * expected.norm()
+
+
+def test_cut_completions_are_left_out_but_count_in_their_groups_mean() -> None:
+    model = tiny_model("llama")
+    cut = [Group(replace(g.tree, truncated=(False, True, False)), g.rewards) for g in groups()]
+    algorithm = made(model, cut, name="dapo", dynamic_sampling=0)
+    chosen = algorithm.begin_step(0, 0.0, [])
+    batch = pack(list(chosen))
+    assert algorithm.weights(batch) == {"main": 3.0 + 6 + 2 + 4}
+    out = algorithm.loss(algorithm.score(batch))
+    assert not out.losses[torch.isin(batch.completion_of, torch.tensor([1, 4]))].any()
+    whole = made(model, name="dapo", dynamic_sampling=0)
+    whole.begin_step(0, 0.0, [])
+    for a, b in zip(algorithm.groups, whole.groups, strict=True):
+        assert torch.equal(a.extras["advantages"], b.extras["advantages"])
+
+
+class Level:
+    """Writes groups whose rewards are equal but for some rows."""
+
+    seed = 3
+
+    def __init__(self, teaching: set[int]) -> None:
+        self.teaching, self.asked = teaching, []  # type: ignore[var-annotated]
+
+    def write(self, prompts: Any, *_: Any) -> list[Group]:
+        self.asked.append([t.row for t in prompts])
+        rewards = [torch.tensor([1.0, float(t.row not in self.teaching), 1.0]).double() for t in prompts]
+        trees = [make_tree(t.row, 2, (2, 2, 2)) for t in prompts]
+        return [Group(t, r, (), {"old": torch.zeros(6)}) for t, r in zip(trees, rewards, strict=True)]
+
+
+def test_prompts_that_teach_nothing_are_replaced_so_many_times() -> None:
+    pool = [make_tree(i, 2, ()) for i in range(12)]
+    algorithm = made(tiny_model("llama"), name="dapo")
+    algorithm.pool = pool
+    writer: Any = Level({0, 5, 6, 7, 8, 9, 10, 11})
+    algorithm.writer = writer
+    rows = [t.row for t in algorithm.begin_step(0, 0.0, pool[:4])]
+    assert writer.asked[0] == [0, 1, 2, 3] and len(rows) == 4 and set(rows) <= writer.teaching
+    flat = [row for asked in writer.asked for row in asked]
+    assert len(flat) == len(set(flat)) and len(writer.asked) <= 4
+    assert algorithm.step_values()["dynamic_sampling/kept"] == 4 / len(flat)
+    # a bound, and an empty step where nothing teaches
+    algorithm = made(tiny_model("llama"), name="dapo")
+    algorithm.pool, nothing = pool, Level(set())
+    algorithm.writer = nothing  # type: ignore[assignment]
+    assert algorithm.begin_step(0, 0.0, pool[:2]) == [] and len(nothing.asked) == 4
+    assert algorithm.step_values()["frac_reward_zero_std"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "name", ["dapo", *[pytest.param(n, marks=pytest.mark.slow) for n in ("gspo", "cispo", "dr_grpo", "reinforce_pp")]]
+)
+def test_what_came_of_grpo_reaches_the_optimum(base: dict[str, Any], name: str) -> None:
+    base["algorithm"] |= {"name": name, "overlong_filter": False}  # nothing ends by itself here
+    result = api.train(base, quiet=True)
+    assert result.after["eval/reward"] > result.before["eval/reward"] + 0.3

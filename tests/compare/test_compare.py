@@ -553,3 +553,30 @@ def test_rows_without_answers_are_named_before_anybody_writes(
     said = capsys.readouterr()
     text = said.out + said.err
     assert "neither a reward nor a held-out pair of answers. Give --reward" in text
+
+
+def test_runs_that_train_other_adapters_on_have_no_common_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever model is under them."""
+    from types import SimpleNamespace
+
+    from penchant.compare import runs
+
+    def run(name: str, adapter: str | None) -> Any:
+        path = None if adapter is None else tmp_path / adapter
+        if path is not None:
+            path.mkdir(exist_ok=True)
+            (path / "adapter_model.safetensors").write_text(adapter)
+        model = SimpleNamespace(adapter=None if path is None else str(path))
+        manifest = {"model": {"sha256": "same"}, "hardware": {"dtype": "float32"}}
+        config = SimpleNamespace(model=model)
+        data = SimpleNamespace(config=config)
+        return SimpleNamespace(name=name, folder=tmp_path / name, manifest=manifest, config=config, data=data, seed=0)
+
+    monkeypatch.setattr(runs, "start_sha256", lambda _: "same")
+    assert runs.common_start([run("one", "a"), run("two", "a")]).adapter == tmp_path / "a"
+    assert runs.common_start([run("one", None), run("two", None)]).adapter is None
+    for other in ("b", None):
+        with pytest.raises(ConfigError, match="start from different weights"):
+            runs.common_start([run("one", "a"), run("two", other)])

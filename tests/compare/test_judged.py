@@ -138,6 +138,8 @@ def test_a_judge_that_sees_positions_only_decides_nothing() -> None:
     other = compared(By(lambda q: 0.2, graded=True)).judgement
     assert other is not None and "favors the second position: 20%" in other.sentences()[0]
     assert "count as ties" not in other.sentences()[0]
+    slight = replace(judged, first_position=Interval(0.52, 0.51, 0.53))  # sure, and too little to matter
+    assert "slightly favors the first position: 52%" in slight.sentences()[0]
     fair = compared(By(by_reward)).judgement
     assert fair is not None and "shows no clear preference for a position: 50%" in fair.sentences()[0]
 

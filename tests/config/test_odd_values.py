@@ -126,3 +126,16 @@ def test_numbers_that_no_run_can_have(tmp_path: Path, override: str) -> None:
 def test_numpys_numbers_are_numbers() -> None:
     values = {"model": {"path": "m"}, "data": {"path": "d"}, "output": "o", "train": {"lr": np.float64(1e-4)}}
     assert config_from_mapping(values).train.lr == 1e-4
+
+
+def test_texts_for_people_may_be_long_and_a_bad_boolean_has_its_line(tmp_path: Path) -> None:
+    path, long = tmp_path / "run.yaml", "be kind " * 1000
+    path.write_text(f"{BASE}data: {{path: d, template_options: {{style: {long}}}}}\n".replace("data: {path: d}\n", ""))
+    assert load_config(path).data.template_options["style"] == long.strip()
+    path.write_text(f"{BASE}train:\n  shuffle: !!bool maybe\n")
+    with pytest.raises(
+        ConfigError, match=r"run\.yaml:\d+: not valid YAML \(maybe is neither true nor false\); write true or false"
+    ):
+        load_config(path)
+    path.write_text(f"{BASE}train:\n  shuffle: !!bool no\n")
+    assert load_config(path).train.shuffle is False

@@ -615,3 +615,16 @@ def test_a_name_with_a_bracket_is_a_file_first(tmp_path: Path) -> None:
     shard(tmp_path / "rows[1].jsonl", "a")
     assert len(list(read_rows(str(tmp_path / "rows[1].jsonl")))) == 1
     assert len(list(read_rows(str(tmp_path / "rows*.jsonl")))) == 1
+
+
+def test_parquet_whose_dictionary_unpacks_without_end_is_bounded(tmp_path: Path) -> None:
+    """One long text that every row names: the pages say nothing of its size."""
+    path = tmp_path / "a.parquet"
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), pa.array(["x" * 100_000]))
+    pq.write_table(pa.table({"text": column}), path, compression="zstd")
+    assert path.stat().st_size < 100_000
+    read: list[int] = []
+    with pytest.raises(DataError, match=r"row \d+: unpacks to more than 100 times its size.*data\.bounds\.unpacked="):
+        read.extend(1 for _ in read_rows(str(path)))
+    assert len(read) < 3000
+    assert sum(1 for _ in read_rows(str(path), Bounds(unpacked=1e6))) == 3000

@@ -9,11 +9,14 @@ import torch
 
 from penchant.losses.policy_gradient import (
     at_last_token,
+    cispo_surrogate,
     clipped_surrogate,
     clipped_value_loss,
     gae,
     group_normalized,
+    kl_to_go,
     leave_one_out,
+    sequence_log_ratio,
     whitened,
 )
 
@@ -138,3 +141,66 @@ def test_the_value_loss_by_hand() -> None:
     assert values.grad.tolist() == pytest.approx([0.0, 0.9])
     plain, _ = clipped_value_loss(values.detach(), torch.ones(2, dtype=F64), torch.zeros(2, dtype=F64), clip=None)
     assert plain.tolist() == pytest.approx([0.5 * 1.5**2, 0.5 * 0.81])
+
+
+# ---- unknown rewards, and the surrogates of 2025: numbers by hand from the papers' formulas ----
+
+
+def test_unknown_rewards_are_in_nobodys_mean() -> None:
+    nan = float("nan")
+    some = torch.tensor([[1.0, nan, 4.0, 1.0], [2.0, nan, nan, nan]], dtype=torch.float64)
+    by_others = leave_one_out(some)
+    assert (
+        torch.equal(by_others[0], torch.tensor([-1.5, 0.0, 3.0, -1.5], dtype=torch.float64)) and not by_others[1].any()
+    )
+    std = math.sqrt(3.0)  # of 1, 4, 1
+    assert group_normalized(some)[0].tolist() == pytest.approx(
+        [-1 / (std + 1e-4), 0.0, 2 / (std + 1e-4), -1 / (std + 1e-4)]
+    )
+    whole = torch.tensor([1.0, 4.0, 1.0, 2.0], dtype=torch.float64).std()
+    assert group_normalized(some, "batch")[0, 2].item() == pytest.approx(2 / (whole.item() + 1e-4))
+    known = some[:, [0, 2, 3]][:1]
+    assert torch.equal(group_normalized(some, "none")[0, [0, 2, 3]], group_normalized(known, "none")[0])
+
+
+LOGPS = torch.tensor([-1.0, -0.5, -2.0, -0.1, -3.0], dtype=torch.float64)
+OLD = torch.tensor([-1.2, -0.5, -1.0, -0.4, -2.0], dtype=torch.float64)
+LENGTHS = torch.tensor([3, 2])
+
+
+def test_gspos_ratio_is_the_geometric_mean_of_the_tokens_ratios() -> None:
+    found = sequence_log_ratio(LOGPS, OLD, LENGTHS)
+    assert found.tolist() == pytest.approx([(0.2 + 0.0 - 1.0) / 3, (0.3 - 1.0) / 2], rel=1e-14)
+    assert torch.autograd.gradcheck(lambda x: sequence_log_ratio(x, OLD, LENGTHS).exp(), LOGPS.clone().requires_grad_())
+
+
+def test_cispo_by_hand_and_its_gradient() -> None:
+    """-sg[min(ratio, 1 + eps)] A grad log pi: a clipped token keeps its gradient, which PPO's does not."""
+    logps = LOGPS.clone().requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, 2.0, 2.0, -0.5], dtype=torch.float64)
+    losses, ratios, bound = cispo_surrogate(logps, OLD, advantages, clip_high=0.2)
+    weights = [min(math.exp(d), 1.2) for d in (0.2, 0.0, -1.0, 0.3, -1.0)]
+    assert losses.tolist() == pytest.approx(
+        [-w * a * x for w, a, x in zip(weights, advantages.tolist(), LOGPS.tolist(), strict=True)]
+    )
+    assert bound.tolist() == [1.0, 0.0, 0.0, 1.0, 0.0] and ratios.tolist() == pytest.approx(
+        [math.exp(d) for d in (0.2, 0.0, -1.0, 0.3, -1.0)]
+    )
+    (gradient,) = torch.autograd.grad(losses.sum(), logps)
+    assert gradient.tolist() == pytest.approx([-w * a for w, a in zip(weights, advantages.tolist(), strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [(5.0, -1.0, 3.0, 0.0), (2.0, -1.0, 2.0, 2.0), (5.0, 1.0, -1.2, 0.0), (0.5, -1.0, 0.8, 0.0)],
+)
+def test_the_dual_clip_bounds_a_negative_advantage(ratio: float, advantage: float, loss: float, slope: float) -> None:
+    logps = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    found, _, bound = clipped_surrogate(logps, torch.zeros_like(logps), torch.tensor([advantage]).double(), dual=3.0)
+    (gradient,) = torch.autograd.grad(found.sum(), logps)
+    assert (found.item(), gradient.item()) == pytest.approx((loss, slope)) and bool(bound) == (slope == 0.0)
+
+
+def test_kl_to_go_sums_what_is_still_to_come() -> None:
+    kl = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0], dtype=torch.float64)
+    assert kl_to_go(kl, LENGTHS).tolist() == [6.0, 5.0, 3.0, 30.0, 20.0]

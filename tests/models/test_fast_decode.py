@@ -56,7 +56,7 @@ def test_equals_transformers_cache(family: str, dtype: torch.dtype, monkeypatch:
     assert len({len(s.ids) for r in fast for s in r}) > 2  # rows did end at different times
 
 
-@pytest.mark.parametrize("rows", by_default([3, 4, 7, 9, 100], [4, 7, 100]))
+@pytest.mark.parametrize("rows", by_default([3, 4, 7, 9, 100], [7, 100]))
 def test_a_completion_does_not_depend_on_what_runs_beside_it(rows: int) -> None:
     model = tiny_model("llama", dtype=torch.float64)
     options: dict[str, Any] = {"n": 3, "max_new_tokens": 24, "seed": 1, "eos_token_id": 2}

@@ -25,6 +25,7 @@ from penchant.plan import misfit
 from penchant.plan.memory import (
     CAPACITY,
     KERNEL,
+    MOMENTS,
     PRODUCT,
     WITH_GRADIENT,
     LiveBytes,
@@ -480,3 +481,19 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, wrong: str, capsys: pytest.Ca
 
 def test_control_characters_are_shown_and_not_obeyed() -> None:
     assert printable("a\x1b[31mb\x07") == "a\\x1b[31mb\\x07" and size(1536) == "2 kB" and size(3 << 29) == "1.50 GB"
+
+
+def test_quantized_weights_and_small_moments_are_counted(tmp_path: Path) -> None:
+    """Without bitsandbytes too: a plan needs shapes alone."""
+    plain = _config(tmp_path, lora={"r": 4})
+    parts = {
+        bits: api.plan(plain, f"model.quantize={bits}", probe=False).memory.parts for bits in ("none", "int8", "nf4")
+    }
+    held = [parts[bits]["weights"] for bits in ("none", "int8", "nf4")]
+    assert held == sorted(held, reverse=True) and len(set(held)) == 3
+    assert "a layer's dequantized weight" in parts["nf4"] and "a layer's dequantized weight" not in parts["none"]
+    moments = [
+        api.plan(_config(tmp_path), f"train.optimizer={kind}", "train.lr=0.001", probe=False).memory.parts[MOMENTS]
+        for kind in ("adamw", "muon", "sgd", "adafactor")
+    ]
+    assert moments == sorted(moments, reverse=True) and moments[0] == 2 * moments[2]

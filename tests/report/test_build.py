@@ -261,10 +261,10 @@ def test_twenty_long_runs_stay_under_two_megabytes(tmp_path: Path) -> None:
     prompts = [line(12) for _ in range(200)]
     evals = [
         evaluation(s, 0.5 + s / 9000, 0.03, **{"eval/kl/policy_ref": s / 300, "eval/rewards/margins": s / 999})
-        for s in range(0, 1201, 100)
+        for s in range(0, 801, 100)
     ]
     long = make_run(
-        tmp_path / "long", steps=1200, evals=evals
+        tmp_path / "long", steps=800, evals=evals
     )  # all have its lines: the page does not look for equal ones
     for i in range(20):
         beta, seed = i // 2 / 10, i % 2

@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from penchant.errors import ConfigError, RewardError
-from penchant.rewards import RewardConfig, load_reward
+from penchant.rewards import RewardConfig, builtin, load_reward
 from penchant.rewards.builtin import accuracy, sentiment
 from penchant.rewards.functions import reads_columns
 from penchant.rewards.reward_model import PolicyText, rows_by_source
@@ -358,3 +358,12 @@ def test_a_list_of_rewards() -> None:
 def test_a_config_that_cannot_be_read(written: Any, what: str) -> None:
     with pytest.raises(ValidationError, match=what):
         RewardConfig.model_validate(written)
+
+
+@pytest.mark.parametrize("kind", ["matches", "format"])
+def test_a_pattern_without_end_is_a_sentence(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtin, "MATCH_SECONDS", 0.2)
+    rule = builtin.RULES[kind]("(a|aa)+(a|aa)+(a|aa)+(?=b)c")
+    assert list(rule(["p"], ["aab"])) == [0.0]
+    with pytest.raises(RewardError, match=r"takes more than 0\.2 s on a completion of 60 characters"):
+        rule(["p"], ["a" * 60])

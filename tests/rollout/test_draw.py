@@ -89,3 +89,13 @@ def test_damaged_logits_give_tokens_that_exist_and_are_refused_at_the_end(bad: f
     assert bool(((tokens >= 0) & (tokens < 700)).all()) and logps[[0, 2]].isfinite().all()
     with pytest.raises(ModelError, match="logits are NaN or infinite"):
         check_logps(logps)
+
+
+def test_min_p_keeps_tokens_of_a_share_of_the_likeliest() -> None:
+    """0.5, 0.25, 0.15, 0.1: at 0.4 of the likeliest two remain, in proportion; log-probs are those of the whole."""
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    tokens, logps = draw(logits.expand(3000, -1), _spread(3000), temperature=1.0, min_p=0.4)
+    assert torch.bincount(tokens, minlength=4).tolist() == [2000, 1000, 0, 0]
+    assert torch.allclose(logps, logits[tokens])
+    tokens, _ = draw(logits.expand(3000, -1), _spread(3000), temperature=1.0, min_p=0.25, top_k=2)
+    assert set(tokens.tolist()) == {0, 1}

@@ -11,7 +11,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant.base import hub
 from penchant.base.text import closest, closest_file
 from penchant.cli import main
-from penchant.config import RunConfig, config_from_mapping
+from penchant.config import RunConfig, config_from_mapping, parse_yaml
 from penchant.data.load import load_preferences
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.models.options import check_model_path
@@ -206,3 +206,51 @@ def test_a_share_that_holds_nothing_out_is_named() -> None:
 
     with pytest.raises(DataError, match=r"data\.validation_fraction: 0\.01 of 20 rows would hold out 0"):
         held_out_rows(Rows(), validation_fraction=0.01)  # type: ignore[arg-type]
+
+
+def test_a_hub_that_was_gone_is_asked_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One failed look must not keep a later push (or look) of the same process from the hub."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    asked = []
+
+    def info(self: Any, name: str, **how: Any) -> None:
+        asked.append(name)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", info)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(hub, "_gone_since", [])
+    for since in (0.0, 2 * hub.AGAIN):
+        hub._gone_since[:] = [t - since for t in hub._gone_since]
+        with pytest.raises(ModelError, match="cannot be reached"):
+            hub.check_hub("owner/gone")
+    assert len(asked) == 2 and constants.HF_HUB_OFFLINE
+    hub.ask_again()
+    assert not constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.ask_again()  # of a person's own
+    assert constants.HF_HUB_OFFLINE
+
+
+def test_passwords_are_not_in_a_runs_config(tmp_path: Path) -> None:
+    config = "output: o\nlogging:\n  mlflow: http://me:pass:word@host/\nurl: 'https://h/?token=abcdef'\n"
+    for _ in range(2):  # and it goes on
+        assert open_run(tmp_path, config, {"config": {}}) == []
+        kept = (tmp_path / "config.resolved.yaml").read_text()
+        assert "pass" not in kept and "abcdef" not in kept and parse_yaml(kept, "")[0]["output"] == "o"
+
+
+def test_members_of_a_sweep_have_one_day(tmp_path: Path) -> None:
+    """Whenever each of them starts: their prompts are compared."""
+    run = Run(
+        config_from_mapping({"model": {"path": "m"}, "data": {"path": "d"}, "output": str(tmp_path / "b")}), quiet=True
+    )
+    other = {"config": {"data": {"template_options": {"strftime_now": "2026-11-01"}}}}
+    (tmp_path / "a").mkdir()
+    open_run(tmp_path / "a", "", other)
+    assert run._day_of_sweep() is None  # runs that happen to stand beside each other
+    (tmp_path / "sweep.json").write_text("{}")
+    assert run._day_of_sweep() == "2026-11-01"

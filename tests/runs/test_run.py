@@ -207,7 +207,7 @@ def test_a_new_learning_rate_or_folder_reuses_the_cache_but_a_new_token_or_templ
     assert caches_after(f"model.path={other}", f"output={tmp_path}/e") == before + 2
     # case 18: the same weights say something else where the config has them computed in another way
     config = json.loads((Path(other) / "config.json").read_text())
-    config["rope_parameters"]["rope_theta"] = 100.0
+    config["rms_norm_eps"] = 1.0
     (Path(other) / "config.json").write_text(json.dumps(config))
     assert caches_after(f"model.path={other}", f"output={tmp_path}/f") == before + 4
 

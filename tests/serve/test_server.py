@@ -82,7 +82,7 @@ def test_chat_is_what_sample_gives(client: Any, chat_model: ChatModel) -> None:
     assert reply.object == "chat.completion" and reply.model == "tiny" and reply.choices[0].message.role == "assistant"
 
 
-@pytest.mark.parametrize("options", [{}, {"n": 3}, {"stop": ["a", "zz"], "max_tokens": 200}])
+@pytest.mark.parametrize("options", [{}, {"n": 3}, {"stop": ["a", "zz"], "max_tokens": 80}])
 def test_a_stream_is_the_whole_in_pieces(client: Any, options: dict[str, Any]) -> None:
     whole = _chat(client, logprobs=True, **options)
     n = options.get("n", 1)
@@ -206,7 +206,7 @@ def test_without_a_chat_template_messages_are_a_transcript(tmp_path: Path) -> No
 
 def test_requests_at_once_give_what_they_give_alone(client: Any) -> None:
     asked = [
-        dict(seed=i, max_tokens=30 + 5 * i, messages=[{"role": "user", "content": "x" * i + "?"}]) for i in range(6)
+        dict(seed=i, max_tokens=16 + 3 * i, messages=[{"role": "user", "content": "x" * i + "?"}]) for i in range(6)
     ]
     alone = [_chat(client, **a).choices[0].message.content for a in asked]
     with ThreadPoolExecutor(6) as pool:

@@ -160,6 +160,28 @@ def test_the_adapter_as_it_was_at_the_start_is_the_reference_in_every_thread(tmp
     assert loop.algorithm.side_by_side
 
 
+def test_a_run_goes_on_with_another_number_of_threads(tmp_path: Path) -> None:
+    def stop(event: str) -> None:
+        if event == "step" and killed.state.step == 3:
+            raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"batch_size": 7, "epochs": 2.0}
+    torch.set_num_threads(1)
+    whole = made(tmp_path / "whole", "dpo", **settings)
+    whole.run()
+    torch.set_num_threads(2)
+    killed = made(tmp_path / "killed", "dpo", **settings)
+    killed.watched = stop
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    torch.set_num_threads(3)
+    resumed = made(tmp_path / "killed", "dpo", **settings)
+    resumed.run()
+    found = resumed.optimizer.state_tensors()
+    assert all(torch.equal(found[name], t) for name, t in whole.optimizer.state_tensors().items())
+    assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
 def test_a_pass_that_fails_ends_the_others(tmp_path: Path) -> None:
     loop = made(tmp_path, "dpo")
     score, seen = loop.algorithm.score, []

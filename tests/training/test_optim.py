@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from penchant.errors import ConfigError
-from penchant.training.optim import MasterAdamW
+from penchant.training.optim import MasterAdamW, state_bytes
 from penchant.training.options import TrainConfig
 
 EIGHT_BIT = ["adamw_8bit", "paged_adamw_8bit"]
@@ -111,6 +111,18 @@ def test_a_resumed_one_ends_equal_to_the_bit(kind: str, dtype: torch.dtype, tmp_
     assert kept.keys() == found.keys() and len(kept) > len(SHAPES)
     assert all(torch.equal(kept[k], found[k]) for k in kept)
     assert all(torch.equal(p, again.params[n]) for n, p in whole.params.items())
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_each_keeps_is_what_a_plan_says(kind: str) -> None:
+    needs(kind)
+    for momentum in (None, 0.0) if kind == "sgd" else (None,):
+        optimizer = MasterAdamW(start().items(), dtype=torch.float32, kind=kind, momentum=momentum)
+        run(optimizer, range(1))
+        kept = optimizer.state_tensors().items()
+        held = sum(t.nbytes for n, t in kept if n.split("/")[0] not in ("master", "step"))
+        assert state_bytes(kind, start().items(), momentum) == held
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers")

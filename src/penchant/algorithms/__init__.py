@@ -20,6 +20,11 @@ from penchant.errors import ConfigError
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "rloo": GroupConfig,
     "grpo": GroupConfig,
+    "dr_grpo": GroupConfig,
+    "dapo": GroupConfig,
+    "gspo": GroupConfig,
+    "cispo": GroupConfig,
+    "reinforce_pp": GroupConfig,
     "online_dpo": OnlineDPOConfig,
     "ppo": PPOConfig,
     "reward_model": RewardModelConfig,

@@ -1,18 +1,28 @@
-"""RLOO and GRPO: k completions of a prompt, each judged against the others; trained on one prompt tree, so the prompt is computed once."""
+"""RLOO, GRPO, Dr. GRPO, DAPO, GSPO, CISPO, REINFORCE++: k completions of a prompt, trained on one prompt tree, so it is computed once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+import numpy as np
+from pydantic import Field, model_validator
 
 from penchant.algorithms.method import Parts
 from penchant.algorithms.rollouts import Group, OnlineConfig, OnPolicy, kept, reward_metrics_of, score_groups
 from penchant.base.lazy import Tensor, lazy, torch
-from penchant.losses.policy_gradient import clipped_surrogate, group_normalized, leave_one_out
-from penchant.types import LossOutput, PackedBatch
+from penchant.losses.policy_gradient import (
+    LOG_RATIO_LIMIT,
+    cispo_surrogate,
+    clipped_surrogate,
+    group_normalized,
+    kl_to_go,
+    leave_one_out,
+    sequence_log_ratio,
+    whitened,
+)
+from penchant.types import LossOutput, PackedBatch, TokenTree
 
 if TYPE_CHECKING:
     from penchant import logprobs
@@ -23,28 +33,88 @@ else:
     references = lazy("penchant.logprobs.reference")
 
 
+ABOUT = {
+    "rloo": "RLOO: policy gradient whose baseline is the mean reward of the prompt's other completions",
+    "grpo": "GRPO: clipped policy gradient on rewards normalized within a prompt's completions",
+    "dr_grpo": "Dr. GRPO: GRPO without its two biases, by length and by a prompt's spread of rewards",
+    "dapo": "DAPO: GRPO over all tokens alike, with a higher upper clip, prompts that teach, and no cut completions",
+    "gspo": "GSPO: GRPO whose probability ratio and clip are of whole completions",
+    "cispo": "CISPO: policy gradient whose importance weights are clipped, so that every token keeps its gradient",
+    "reinforce_pp": "REINFORCE++: clipped policy gradient on rewards with the KL in them, normalized over the whole batch",
+}
+
+# what a method sets in place of the keys' own defaults
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "dr_grpo": {"scale_rewards": "none", "loss_mean": "constant"},
+    "dapo": {"clip_high": 0.28, "loss_mean": "token", "dynamic_sampling": 3, "overlong_filter": True},
+    "gspo": {"clip": 3e-4, "clip_high": 4e-4},
+    "cispo": {"clip_high": 4.0, "loss_mean": "token"},
+    "reinforce_pp": {"loss_mean": "token"},
+}
+BETAS = {"rloo": 0.05, "grpo": 0.04, "reinforce_pp": 0.01}  # the others have no KL
+
+
 class GroupConfig(OnlineConfig):
-    """RLOO or GRPO: completions of one prompt are judged against each other."""
+    """RLOO, GRPO and what came of them: completions of one prompt are judged against each other."""
 
-    name: Literal["rloo", "grpo"] = Field(description="rloo or grpo")
+    name: Literal["rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp"] = Field(
+        description="rloo, grpo, dr_grpo, dapo, gspo, cispo or reinforce_pp"
+    )
+    kl_in: Literal["auto", "reward", "loss"] = Field(
+        "auto", description="where beta times the KL goes; auto: the reward (rloo, reinforce_pp), the loss (others)"
+    )
+    kl_estimator: Literal["auto", "k1", "k2", "k3", "unbiased"] = Field(
+        "auto",
+        description="of the KL; auto: k1 in the reward, k3 in the loss; unbiased: k3 times the probability ratio",
+    )
+    dynamic_sampling: int = Field(
+        0, ge=0, le=100, description="rounds in which prompts with equal rewards are replaced by others (dapo: 3)"
+    )
+    overlong_filter: bool = Field(False, description="leave cut completions out of the update (dapo: true)")
+    group_baseline: bool = Field(
+        False, description="reinforce_pp: take the mean reward of the prompt's completions off first"
+    )
 
-    least_samples: ClassVar[int] = 2
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return {**PRESETS.get(str(values.get("name")), {}), **values} if isinstance(values, Mapping) else values
+
+    @model_validator(mode="after")
+    def _an_estimator_that_fits(self) -> GroupConfig:
+        if self.kl_in_reward and self.kl_estimator == "unbiased":
+            raise ValueError("kl_estimator is unbiased, which corrects a gradient; in the reward take k1, k2 or k3")
+        if self.name == "reinforce_pp" and self.group_baseline and self.samples < 2:
+            raise ValueError("samples is 1; group_baseline needs 2 or more")
+        return self
+
+    @property
+    def least_samples(self) -> int:  # type: ignore[override]
+        return 1 if self.name == "reinforce_pp" and not self.group_baseline else 2
 
     @property
     def about(self) -> str:
-        how = {
-            "rloo": "RLOO: policy gradient whose baseline is the mean reward of the prompt's other completions",
-            "grpo": "GRPO: clipped policy gradient on rewards normalized within a prompt's completions",
-        }
-        return f"`{self.name}`: {how[self.name]}."
+        return f"`{self.name}`: {ABOUT[self.name]}."
 
     @property
     def default_beta(self) -> float:  # type: ignore[override]
-        return 0.04 if self.name == "grpo" else 0.05
+        return BETAS.get(self.name, 0.0)
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.kl_in == "reward" or (self.kl_in == "auto" and self.name in ("rloo", "reinforce_pp"))
+
+    @property
+    def estimator(self) -> Literal["k1", "k2", "k3", "unbiased"]:
+        """kl_estimator, resolved."""
+        if self.kl_estimator == "auto":
+            return "k1" if self.kl_in_reward else "k3"
+        return self.kl_estimator
 
     def build(self, parts: Parts) -> GroupPolicyGradient:
         writer = self.writer(parts)
-        return GroupPolicyGradient(parts.scorer, parts.live_reference, writer, self, parts.config.train.tokens_per_step)
+        budget = parts.config.train.tokens_per_step
+        return GroupPolicyGradient(parts.scorer, parts.live_reference, writer, self, budget, parts.trees[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +124,7 @@ class ScoredTokens:
     logps: Tensor
     old_logps: Tensor
     ref_logps: Tensor
-    advantages: Tensor  # (C,)
+    advantages: Tensor  # (C,), or of each token
     completion_of: Tensor
     lengths: Tensor  # (C,) int64
     keep: Tensor | None = None  # (C,) 1 or 0: whether a completion is in the update; None: all are
@@ -62,40 +132,113 @@ class ScoredTokens:
 
 @dataclass(slots=True)
 class GroupPolicyGradient(OnPolicy):
-    """RLOO (arXiv 2402.14740) and GRPO (arXiv 2402.03300).
+    """Policy gradients on groups of completions.
 
-    RLOO: ``A_i = R_i - mean_{j != i} R_j`` with ``R = r - beta sum_t (log pi - log ref)``, summed over a completion's tokens.
-    GRPO: ``A_i = (r_i - mean r) / std r``, and ``beta k3`` of each token in the loss.
-    Both: the clipped surrogate of PPO; on the first update of a batch of rollouts its gradient is ``-A grad log pi``.
+    RLOO (arXiv 2402.14740): ``A_i = R_i - mean_{j != i} R_j`` with ``R = r - beta sum_t (log pi - log ref)``, summed over a completion's
+    tokens. GRPO (arXiv 2402.03300): ``A_i = (r_i - mean r) / std r``, and ``beta k3`` of each token in the loss. Both: the clipped
+    surrogate of PPO; on the first update of a batch of rollouts its gradient is ``-A grad log pi``.
+    Dr. GRPO (arXiv 2503.20783): no std, one constant in place of lengths. DAPO (arXiv 2503.14476): the mean over all tokens, a higher
+    upper clip; prompts whose rewards are all equal are replaced, cut completions left out. GSPO (arXiv 2507.18071): ratio and clip of
+    whole completions. CISPO (arXiv 2506.13585): weights clipped, no gradient is. REINFORCE++ (arXiv 2501.03262): of each token
+    ``r - beta sum_{s >= t} kl_s``, normalized over all tokens of the batch.
+
+    Args:
+        pool: prompts that dynamic sampling may ask in place of others.
     """
+
+    config: GroupConfig
+    pool: Sequence[TokenTree] = ()
+
+    def written(self, prompts: Sequence[TokenTree], iteration: int) -> list[Group]:
+        """An iteration's groups; with dynamic sampling others are written in place of those that teach nothing, so many times."""
+        cfg = self.config
+        groups = self.writer.write(prompts, iteration)
+        if not cfg.dynamic_sampling:
+            return groups
+        used = {t.row for t in prompts}
+        good = [g for g in groups if self.teaches(g)]
+        asked = len(groups)
+        for attempt in range(cfg.dynamic_sampling):
+            lacking = len(groups) - len(good)
+            rng = np.random.default_rng([self.writer.seed, iteration, attempt, len(used)])
+            some = rng.permutation(len(self.pool))[: lacking + len(used)] if lacking else ()
+            others = [t for i in some if (t := self.pool[int(i)]).row not in used][:lacking]
+            if not others:
+                break
+            more = self.writer.write(others, iteration)
+            used |= {t.row for t in others}
+            asked += len(more)
+            good += [g for g in more if self.teaches(g)]
+        # the first ones stay where nothing teaches: the step is empty, and its line says what was written
+        found = good or groups
+        share = {"dynamic_sampling/kept": len(good) / asked}
+        return [replace(g, logged={**g.logged, **share}) for g in found]
+
+    def teaches(self, group: Group) -> bool:
+        if not OnPolicy.teaches(self, group):
+            return False
+        known = group.rewards[~group.rewards.isnan()]
+        return not self.config.dynamic_sampling or bool((known != known[0]).any())
 
     @property
     def token_mean(self) -> bool:
         """Whether every token counts the same (DAPO), not every completion."""
-        return self.config.name == "grpo" and self.config.loss_mean == "token"
+        return self.config.name != "rloo" and self.config.loss_mean == "token"
 
     def prepare(self, groups: list[Group]) -> None:
         """Advantages; and, where rollouts serve several updates, log-probs by the engine that trains: the first ratio is exactly 1."""
+        cfg = self.config
         passes: list[Callable[[PackedBatch], Mapping[str, Tensor]]] = [
             lambda batch: {"ref": self.reference.token_logps(batch)}
         ]
-        if self.config.updates > 1:
+        if cfg.updates > 1:
             passes.append(lambda batch: {"old": references.LiveReference(self.scorer).token_logps(batch)})
         score_groups(groups, passes, self.scorer, self.tokens_per_step, self.side_by_side)
         for g in groups:
             drift = g.extras["old"] - g.extras["ref"]
-            lengths = [len(c) for c in g.tree.completion_ids]
-            g.extras["kl"] = torch.stack([d.sum() for d in drift.split(lengths)]).double()
-        rewards = torch.stack([g.rewards for g in groups])
-        if self.config.name == "rloo":
-            rewards = rewards - self.config.kl_weight * torch.stack([g.extras["kl"] for g in groups])
-            advantages = leave_one_out(rewards)
+            g.extras["kl"] = _sums(drift, g).double()
+        keep = kept(groups, cfg.overlong_filter)
+        if cfg.name == "reinforce_pp":
+            self._normalize_over_the_batch(groups, keep)
         else:
-            advantages = group_normalized(rewards, self.config.scale_rewards)
-        for g, a in zip(groups, advantages, strict=True):
-            g.extras["advantages"] = a
-        for g, keep in zip(groups, kept(groups) or [], strict=False):
-            g.extras["keep"] = keep
+            rewards = torch.stack([g.rewards for g in groups])
+            if cfg.kl_in_reward:
+                penalties = [g.extras["kl"] if cfg.estimator == "k1" else _sums(self._kl(g), g) for g in groups]
+                rewards = rewards - cfg.kl_weight * torch.stack(penalties)
+            advantages = leave_one_out(rewards) if cfg.name == "rloo" else group_normalized(rewards, cfg.scale_rewards)
+            for g, a in zip(groups, advantages, strict=True):
+                g.extras["advantages"] = a
+        for g, mine in zip(groups, keep or [], strict=False):
+            g.extras["keep"] = mine
+
+    def _kl(self, group: Group) -> Tensor:
+        """(R,) of the tokens of a group as they were written, in fp64."""
+        old, ref = group.extras["old"].double(), group.extras["ref"].double()
+        return divergences.kl_estimate(old, ref, "k3" if self.config.estimator == "unbiased" else self.config.estimator)
+
+    def _normalize_over_the_batch(self, groups: list[Group], keep: list[Tensor] | None) -> None:
+        """REINFORCE++: advantages of each token, with the KL of what is still to come, whitened over all tokens that count."""
+        cfg = self.config
+        parts = []
+        for g in groups:
+            rewards = g.rewards - g.rewards.nanmean() if cfg.group_baseline else g.rewards
+            lengths = torch.tensor(_lengths(g))
+            per_token = rewards.nan_to_num().repeat_interleave(lengths)
+            if cfg.kl_in_reward and cfg.kl_weight:
+                per_token = per_token - cfg.kl_weight * kl_to_go(self._kl(g), lengths)
+            parts.append(per_token)
+        sizes = [len(p) for p in parts]
+        whole = torch.cat(parts)
+        counted = torch.ones_like(whole, dtype=torch.bool)
+        if keep is not None:
+            counted = (
+                torch.cat([k.repeat_interleave(torch.tensor(_lengths(g))) for k, g in zip(keep, groups, strict=True)])
+                > 0
+            )
+        if bool(counted.any()):
+            whole[counted] = whitened(whole[counted])
+        for g, part in zip(groups, whole.split(sizes), strict=True):
+            g.extras["advantages"] = part
 
     def keep(self, batch: PackedBatch) -> Tensor | None:
         """(C,) 1 or 0: whether a completion is in the update; None where all are."""
@@ -123,9 +266,8 @@ class GroupPolicyGradient(OnPolicy):
 
     def loss(self, scored: ScoredTokens) -> LossOutput:
         s, cfg = scored, self.config
-        losses, ratios, bound = clipped_surrogate(
-            s.logps, s.old_logps, s.advantages[s.completion_of], clip=cfg.clip, clip_high=cfg.clip_high
-        )
+        advantages = s.advantages if len(s.advantages) == len(s.logps) else s.advantages[s.completion_of]
+        losses, ratios, bound = self._surrogate(s, advantages)
         k3 = divergences.kl_estimate(s.logps, s.ref_logps, "k3")
         tokens = torch.ones_like(ratios)
         metrics = {
@@ -134,9 +276,10 @@ class GroupPolicyGradient(OnPolicy):
             "kl/per_token": (k3.detach(), None),
             "logps/per_token": (s.logps.detach(), None),
         }
+        if not cfg.kl_in_reward:
+            losses = losses + cfg.kl_weight * self._kl_in_loss(s, k3)
         if cfg.name == "rloo":
             return self._kept(s, logprobs.per_completion(losses, s.lengths), metrics)
-        losses = losses + cfg.kl_weight * k3
         if cfg.loss_mean == "token":
             if s.keep is not None:
                 tokens = s.keep[s.completion_of]
@@ -144,6 +287,32 @@ class GroupPolicyGradient(OnPolicy):
             return LossOutput(losses, tokens, metrics)
         size = s.lengths if cfg.loss_mean == "sequence" else torch.full_like(s.lengths, cfg.max_new_tokens)
         return self._kept(s, logprobs.per_completion(losses, s.lengths) / size, metrics)
+
+    def _surrogate(self, s: ScoredTokens, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, ratios and whether the clip bound, (R,) each."""
+        cfg = self.config
+        if cfg.name == "cispo":
+            high = cfg.clip if cfg.clip_high is None else cfg.clip_high
+            return cispo_surrogate(s.logps, s.old_logps, advantages, clip_high=high)
+        if cfg.name == "gspo":
+            drift = sequence_log_ratio(s.logps, s.old_logps, s.lengths)
+            per = clipped_surrogate(
+                drift, torch.zeros_like(drift), s.advantages, clip=cfg.clip, clip_high=cfg.clip_high, dual=cfg.clip_dual
+            )
+            losses, ratios, bound = (values[s.completion_of] for values in per)
+            return losses, ratios, bound
+        return clipped_surrogate(
+            s.logps, s.old_logps, advantages, clip=cfg.clip, clip_high=cfg.clip_high, dual=cfg.clip_dual
+        )
+
+    def _kl_in_loss(self, s: ScoredTokens, k3: Tensor) -> Tensor:
+        """(R,); unbiased: its expectation's gradient is that of the KL, also where another policy wrote (arXiv 2512.02556)."""
+        how = self.config.estimator
+        if how == "k3":
+            return k3
+        if how == "unbiased":
+            return torch.exp((s.logps - s.old_logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)) * k3
+        return divergences.kl_estimate(s.logps, s.ref_logps, how)
 
     def _kept(self, s: ScoredTokens, losses: Tensor, metrics: Mapping[str, Any]) -> LossOutput:
         return LossOutput(losses if s.keep is None else losses * s.keep, s.keep, metrics)
@@ -153,3 +322,12 @@ class GroupPolicyGradient(OnPolicy):
         kl, old, ref = (torch.cat([g.extras[name] for g in groups]) for name in ("kl", "old", "ref"))
         k3 = divergences.kl_estimate(old, ref, "k3").sum() / len(kl)
         return reward_metrics_of(groups) | {"kl/policy_ref": float(kl.mean()), "kl/k3": float(k3)}
+
+
+def _lengths(group: Group) -> list[int]:
+    return [len(c) for c in group.tree.completion_ids]
+
+
+def _sums(per_token: Tensor, group: Group) -> Tensor:
+    """(k,) of numbers per token."""
+    return torch.stack([part.sum() for part in per_token.split(_lengths(group))])

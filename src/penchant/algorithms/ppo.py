@@ -161,7 +161,7 @@ class PPO(OnPolicy):
         mine = None if known is None else known.repeat_interleave(lengths)  # tokens that are trained on
         if cfg.whiten_advantages and mine is None:
             advantages = whitened(advantages)
-        elif cfg.whiten_advantages and bool(mine.any()):
+        elif cfg.whiten_advantages and mine is not None and bool(mine.any()):
             advantages[mine] = whitened(advantages[mine])
         if mine is not None:
             for g, part in zip(groups, mine.to(old.dtype).split(sizes), strict=True):
@@ -223,7 +223,7 @@ class PPO(OnPolicy):
     def loss(self, scored: ScoredSteps) -> LossOutput:
         s, cfg = scored, self.config
         losses, ratios, bound = clipped_surrogate(
-            s.logps, s.old_logps, s.advantages, clip=cfg.clip, clip_high=cfg.clip_high
+            s.logps, s.old_logps, s.advantages, clip=cfg.clip, clip_high=cfg.clip_high, dual=cfg.clip_dual
         )
         value_losses, value_bound = clipped_value_loss(s.values, s.old_values, s.returns, clip=cfg.value_clip)
         explained = (s.returns - s.values.detach()).square()

@@ -29,20 +29,28 @@ class OnlineConfig(AlgorithmConfig):
     max_new_tokens: int = Field(64, ge=1, le=2**20, description="tokens of a completion")
     temperature: float = Field(1.0, gt=0, description="temperature of sampling and of every log-prob in the update")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set of tokens with this probability")
+    min_p: float = Field(
+        0.0, ge=0, lt=1, description="sample tokens of at least this share of the likeliest one's probability"
+    )
     top_k: int = Field(0, ge=0, le=10**9, description="sample from this many of the likeliest tokens; 0: all")
     beta: float | Literal["auto"] = Field(
-        "auto", description="weight of the KL to the reference; auto: 0.05 (rloo), 0.04 (grpo), 0.1 (online_dpo)"
+        "auto",
+        description="weight of the KL to the reference; auto: 0.05 (rloo, ppo), 0.04 (grpo), 0.01 (reinforce_pp), 0.1 (online_dpo), 0 (others)",
     )
     epochs: int = Field(1, ge=1, le=10_000, description="passes over each batch of rollouts")
     minibatches: int = Field(1, ge=1, le=10_000, description="optimizer steps in each pass")
     clip: float = Field(0.2, gt=0, description="clip the probability ratio to 1 +- this")
     clip_high: float | None = Field(None, gt=0, description="upper clip, if it differs from the lower one (DAPO: 0.28)")
+    clip_dual: float | None = Field(
+        None, gt=1, description="a negative advantage's loss is at most this times its size (dual clip); null: no limit"
+    )
     scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="grpo: which standard deviation rewards are divided by; none: Dr. GRPO"
+        "group",
+        description="which standard deviation rewards are divided by, of all but rloo and reinforce_pp; none: Dr. GRPO",
     )
     loss_mean: Literal["sequence", "token", "constant"] = Field(
         "sequence",
-        description="grpo: average over each completion's tokens, over all tokens (DAPO), or divide by a constant",
+        description="all but rloo: average over each completion's tokens, over all tokens (DAPO), or divide by a constant",
     )
     missing_eos_penalty: float = Field(0.0, ge=0, description="taken off the reward of a completion that did not end")
 
@@ -114,6 +122,7 @@ class OnlineConfig(AlgorithmConfig):
         from penchant.metrics.completions import evaluate_online
 
         asked = self.model_dump(mode="json", include={"temperature", "top_p", "top_k", "missing_eos_penalty"})
+        asked |= {"min_p": self.min_p} if self.min_p else {}
         return evaluate_online(
             held_out.algorithm.writer,
             held_out.parts.scorer,
@@ -178,6 +187,7 @@ class Writer:
             temperature=cfg.temperature,
             top_p=cfg.top_p,
             top_k=cfg.top_k,
+            min_p=cfg.min_p,
             seed=(self.seed * 1_000_003 + iteration) % 2**63,
             prompt_seeds=[t.row for t in prompts],
             eos_token_id=end_ids(self.tokenizer, self.model),
@@ -229,7 +239,7 @@ class OnPolicy(Algorithm):
         """The groups of this update: new rollouts at an iteration's first update, else a part of the old ones."""
         iteration, update = divmod(step, self.config.updates)
         if iteration != self.iteration:
-            groups = self.writer.write(trees, iteration)
+            groups = self.written(trees, iteration)
             self.prepare(groups)
             self.groups, self.iteration = groups, iteration
         epoch, at = divmod(update, self.config.minibatches)
@@ -238,6 +248,10 @@ class OnPolicy(Algorithm):
         chosen = [g for i in mine if self.teaches(g := self.groups[i])]
         self._by_row = {g.tree.row: g for g in chosen}
         return [g.tree for g in chosen]
+
+    def written(self, prompts: Sequence[TokenTree], iteration: int) -> list[Group]:
+        """An iteration's groups."""
+        return self.writer.write(prompts, iteration)
 
     def teaches(self, group: Group) -> bool:
         """Whether an update trains on a group: a reward says something of enough of its completions."""
@@ -273,11 +287,16 @@ class OnPolicy(Algorithm):
             self.groups = unpack_groups({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
 
 
-def kept(groups: Sequence[Group]) -> list[Tensor] | None:
-    """(k,) of each group: 1 for the completions that an update trains on, 0 for those without a reward; None where all have one."""
-    if not any(bool(g.rewards.isnan().any()) for g in groups):
-        return None
-    return [(~g.rewards.isnan()).double() for g in groups]
+def kept(groups: Sequence[Group], finished_only: bool = False) -> list[Tensor] | None:
+    """(k,) of each group: 1 for the completions that an update trains on, 0 for those without a reward; None where all are.
+
+    Args:
+        finished_only: not on cut completions either (DAPO's overlong filter); their rewards still count in the group's mean.
+    """
+    found = [(~g.rewards.isnan()).double() for g in groups]
+    if finished_only:
+        found = [k * (1.0 - torch.tensor(g.tree.truncated).double()) for k, g in zip(found, groups, strict=True)]
+    return found if any(bool((k == 0).any()) for k in found) else None
 
 
 def score_groups(

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import os
+import time
 from functools import cache
 from typing import Literal
 
 from penchant.errors import DataError, ModelError, PenchantError
 
 SECONDS = 10.0  # for one answer
+AGAIN = 60.0  # seconds after which a hub that could not be reached is asked again
+_gone_since: list[float] = []  # when it could not be reached, by the monotonic clock
+
+
+def ask_again() -> None:
+    """Let libraries ask the hub again, where it could not be reached a while ago; HF_HUB_OFFLINE of the environment holds."""
+    from huggingface_hub import constants
+
+    if _gone_since:
+        _gone_since.clear()
+        constants.HF_HUB_OFFLINE = False
 
 
 class NotReached(ModelError):
@@ -29,6 +41,8 @@ def check_hub(name: str, kind: Literal["model", "dataset"] = "model") -> None:
     cached = kind == "model" and isinstance(try_to_load_from_cache(name, "config.json"), str)
     asked = os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
     why = "HF_HUB_OFFLINE is set" if asked else "the hub cannot be reached"
+    if _gone_since and time.monotonic() - _gone_since[0] > AGAIN:
+        ask_again()
     if not constants.HF_HUB_OFFLINE:
         try:
             HfApi().repo_info(name, repo_type=kind, timeout=SECONDS)
@@ -43,6 +57,7 @@ def check_hub(name: str, kind: Literal["model", "dataset"] = "model") -> None:
         except Exception:  # of whatever HTTP library it has; the next one need not wait
             why = "the hub cannot be reached"
             constants.HF_HUB_OFFLINE = True
+            _gone_since[:] = [time.monotonic()]
     if not cached and kind == "model":
         raise NotReached(
             name, f"is neither a folder here nor in the hub's cache, and {why}", "check the name, or give a folder"

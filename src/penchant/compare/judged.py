@@ -23,6 +23,7 @@ from penchant.metrics.stats import Interval, share_ci
 from penchant.runfolder import finite
 
 WIN_RATE = "judged win rate"
+NOTABLE = 0.05  # of one half: a preference for a position below this is slight, however sure it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,8 @@ class Judgement:
             share = f"{p.estimate:.0%} [{p.low:.0%}, {p.high:.0%}]"
             heard = self.judged - self.left_out
             biased = p.low > 0.5 or p.high < 0.5
-            says = "favors the first position" if p.estimate > 0.5 else "favors the second position"
+            little = "slightly " if abs(p.estimate - 0.5) < NOTABLE else ""
+            says = f"{little}favors the {'first' if p.estimate > 0.5 else 'second'} position"
             said.append(
                 f"{judge} {says if biased else 'shows no clear preference for a position'}: {share} of its verdicts are for the first "
                 f"one (each pair was asked both ways round, so 50% is none). In {self.disagreed:,} of {heard:,} pairs its two "

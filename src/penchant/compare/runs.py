@@ -19,7 +19,7 @@ from penchant.base.machine import why_not
 from penchant.compare.models import trained_prompts
 from penchant.config import WATCHING_ONLY, RunConfig, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError
-from penchant.models.load import cast_parameters, load_causal_model, resolve_device, weights_sha256
+from penchant.models.load import cast_parameters, load_causal_model, resolve_device, source_sha256
 from penchant.models.merge import is_adapter, model_sha256
 from penchant.runfolder import CONFIG, IDENTITY, MANIFEST, PIPELINE, check_whole
 from penchant.runfolder.read import read
@@ -208,9 +208,9 @@ def start_sha256(run: TrainedRun) -> str:
     """SHA-256 in fp32 of the weights that a run starts from; ModelError where they are not what they were."""
     config = run.data.config.model
     model = load_causal_model(config, resolve_device("cpu"), run.seed)
-    wide = weights_sha256(model)
+    wide = source_sha256(config, model)
     cast_parameters(model, getattr(torch, run.manifest["hardware"]["dtype"]))
-    if weights_sha256(model) != run.manifest["model"]["sha256"]:
+    if source_sha256(config, model) != run.manifest["model"]["sha256"]:
         raise ModelError(config.path, f"is not the model any more that {run.name} started from", "restore it")
     return wide
 

@@ -35,6 +35,8 @@ def check_launch(config: RunConfig, processes: int) -> None:
         raise ConfigError(
             "train.optimizer", f"{config.train.optimizer} does not take shards yet", f"set adamw, or {one}"
         )
+    if config.model.quantize != "none":
+        raise ConfigError("model.quantize", "quantized weights are not sharded yet", f"leave it out, or {one}")
     if config.lora is not None and config.lora.dora:
         raise ConfigError("lora.dora", "is not sharded yet", f"leave it out, or {one}")
     if config.model.adapter is not None:

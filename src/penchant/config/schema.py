@@ -97,6 +97,21 @@ class RunConfig(Section):
         return None if value is None else value.model_dump(mode="json", by_alias=True)
 
     @model_validator(mode="after")
+    def _quantized_below_an_adapter(self) -> RunConfig:
+        if self.model.quantize == "none":
+            return self
+        if self.lora is None and self.model.adapter is None:
+            raise ValueError(
+                f"model.quantize is {self.model.quantize}, and quantized weights cannot be trained; add a lora section (lora.r=16), "
+                "or set model.quantize=none"
+            )
+        if self.method.learns_reward:
+            raise ValueError(
+                "model.quantize is of language models, and a reward model is trained; set model.quantize=none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _online_or_offline(self) -> RunConfig:
         if self.algorithm is None and self.reward is not None:
             raise ValueError("reward is set without an algorithm; add algorithm.name (rloo, grpo, online_dpo, ppo)")

@@ -52,6 +52,14 @@ def _int(_: Any, node: yaml.Node) -> int:
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark, note="give a number") from error
 
 
+def _bool(_: Any, node: yaml.Node) -> bool:
+    found = yaml.SafeLoader.bool_values.get(str(node.value).lower())
+    if found is None:
+        problem = f"{short(str(node.value), 20)} is neither true nor false"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark, note="write true or false")
+    return found
+
+
 _SIDES: tuple[Any, ...] = (_Loader, _FastLoader, _Dumper)
 for _side in _SIDES:
     for _kind, _pattern, _first in (
@@ -66,6 +74,7 @@ for _side in _SIDES:
         _side.add_implicit_resolver(TAG + _kind, re.compile(f"^({_pattern})$"), list(_first))
     if _side is not _Dumper:
         _side.add_constructor(TAG + "int", _int)
+        _side.add_constructor(TAG + "bool", _bool)
 
 
 def _root(text: str) -> tuple[Any, yaml.Node | None]:
@@ -85,7 +94,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
             return None, places
         _lines(node, source, (), places)
         return loader.construct_document(node), places
-    except (yaml.YAMLError, ValueError, KeyError) as error:  # KeyError: of `!!bool maybe`
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark is not None else source
         what = one_line(str(getattr(error, "problem", None) or error), 200)
@@ -180,6 +189,7 @@ def plain_values(value: Any, depth: int = 0) -> Any:
 
 MOST_WHOLE, MOST_NUMBER = 2**63 - 1, 1e30  # fp32 holds up to 3e38
 MOST_TEXT = 4096  # characters: the longest path that Linux takes
+FREE_TEXTS = (("data", "template_options"), ("reward",))  # what a template is told; words and patterns of rewards
 
 
 def check_values(value: Any, places: Places, source: str, path: tuple[str, ...] = ()) -> None:
@@ -205,7 +215,7 @@ def check_values(value: Any, places: Places, source: str, path: tuple[str, ...] 
             what = "is nearly zero and not zero"
     elif isinstance(value, str):
         how = "give a shorter text without control characters"
-        if len(value) > MOST_TEXT:
+        if len(value) > (YAML_BYTES if any(path[: len(p)] == p for p in FREE_TEXTS) else MOST_TEXT):
             what = f"has {len(value):,} characters"
         elif re.search("[\0\ud800-\udfff]", value):
             what = "holds a NUL or half a character"

@@ -239,12 +239,11 @@ def _gradients_away(model: Any, kind: str, call: Call) -> float:
     *parts, upstream = (torch.randn(s, generator=numbers).to(batch.input_ids.device, call.dtype) for s in shapes)
     found = []
     for way, dtype in ((kind, call.dtype), ("groups", wide)):
-        given = [x.to(dtype).requires_grad_() for x in parts]
+        q, k, v = (x.to(dtype).requires_grad_() for x in parts)
+        cap = 30.0 if call.capped else None
         with torch.enable_grad():
-            out = packed_attention(
-                way, batch, *given, call.head_dim**-0.5, 30.0 if call.capped else None, window=call.window
-            )
-        grads = torch.autograd.grad(out, given, upstream.to(dtype))
+            out = packed_attention(way, batch, q, k, v, call.head_dim**-0.5, cap, window=call.window)
+        grads = torch.autograd.grad(out, (q, k, v), upstream.to(dtype))
         found.append(torch.cat([g.flatten().to(wide) for g in grads]))
     return float((found[0] - found[1]).norm() / found[1].norm())
 

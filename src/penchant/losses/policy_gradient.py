@@ -134,16 +134,23 @@ def whitened(x: Tensor, *, keep_mean: bool = False, eps: float = 1e-8) -> Tensor
 
 
 def clipped_surrogate(
-    logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip: float = 0.2, clip_high: float | None = None
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    *,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    dual: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PPO's clipped policy loss, token by token.
 
     ``ratio = e^(log pi - log old)``, ``loss = -min(ratio A, clip(ratio, 1 - clip, 1 + clip_high) A)``; the log-ratio is held at
-    +-20.
+    +-20. With ``dual`` c > 1 the loss of a negative advantage is at most ``-c A``, so that a token which became far likelier cannot
+    take the whole step.
 
     Args:
-        logps, old_logps, advantages: (R,); old_logps and advantages carry no gradient.
-        clip: > 0; clip_high: its upper end where that differs (DAPO).
+        logps, old_logps, advantages: (R,), of tokens, or of sequences (GSPO); old_logps and advantages carry no gradient.
+        clip: > 0; clip_high: its upper end where that differs (DAPO); dual: > 1, None: no second clip.
 
     Returns:
         Losses, ratios (detached) and whether the clip bound (detached, 1 or 0), (R,) each.
@@ -151,14 +158,64 @@ def clipped_surrogate(
     Raises:
         ValueError: the shapes differ.
 
-    Paper: arXiv 1707.06347; the asymmetric clip: arXiv 2503.14476.
+    Paper: arXiv 1707.06347; the asymmetric clip: arXiv 2503.14476; the dual clip: arXiv 1912.09729.
     """
     require_vectors(logps, old_logps, advantages)
     ratio = torch.exp((logps - old_logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
     bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     losses = torch.maximum(-advantages * ratio, -advantages * bounded)
-    bound = (-advantages * bounded > -advantages * ratio).to(losses.dtype)
-    return losses, ratio.detach(), bound.detach()
+    bound = -advantages * bounded > -advantages * ratio
+    if dual is not None:
+        most = -dual * advantages
+        beyond = (advantages < 0) & (losses > most)
+        losses, bound = torch.where(beyond, most, losses), bound | beyond
+    return losses, ratio.detach(), bound.detach().to(losses.dtype)
+
+
+def sequence_log_ratio(logps: Tensor, old_logps: Tensor, lengths: Tensor) -> Tensor:
+    """GSPO's log of the importance ratio of whole completions, (C,): ``(1/|y|) sum_t (log pi - log old)``.
+
+    Args:
+        logps, old_logps: (R,), completion after completion; lengths: (C,) tokens of each.
+
+    Paper: arXiv 2507.18071.
+    """
+    require_vectors(logps, old_logps)
+    of = torch.repeat_interleave(torch.arange(len(lengths), device=logps.device), lengths)
+    sums = logps.new_zeros(len(lengths)).index_add(0, of, logps - old_logps)
+    return sums / lengths
+
+
+def cispo_surrogate(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip_high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CISPO's policy loss, token by token: the weight is clipped, the gradient of every token stays.
+
+    ``loss = -sg[min(ratio, 1 + clip_high)] A log pi``.
+
+    Args:
+        logps, old_logps, advantages: (R,); clip_high: > 0.
+
+    Returns:
+        Losses, ratios (detached) and whether the clip bound (detached, 1 or 0), (R,) each.
+
+    Paper: arXiv 2506.13585.
+    """
+    require_vectors(logps, old_logps, advantages)
+    ratio = torch.exp((logps.detach() - old_logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    weights = ratio.clamp(max=1 + clip_high)
+    return -weights * advantages * logps, ratio, (ratio > weights).to(logps.dtype)
+
+
+def kl_to_go(kl: Tensor, lengths: Tensor) -> Tensor:
+    """The sum of a token's KL and that of all tokens behind it in its completion, (R,).
+
+    Args:
+        kl: (R,) of tokens, completion after completion; lengths: (C,) tokens of each.
+    """
+    before = kl.cumsum(0) - kl
+    ends = kl.cumsum(0)[lengths.cumsum(0) - 1]
+    return torch.repeat_interleave(ends, lengths) - before
 
 
 def clipped_value_loss(

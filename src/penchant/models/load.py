@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from penchant.base.files import check_model_folder
+from penchant.base.files import check_model_folder, file_sha256
 from penchant.base.machine import NAMES, accelerator, why_not
 from penchant.distributed.shard import full
 from penchant.errors import ConfigError, ModelError
@@ -108,19 +109,30 @@ def _odd_tokenizer_file(path: str) -> str:
     return str(file.with_name("tokenizer_config.json"))
 
 
-def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> Any:
-    """A transformers causal model in fp32, dropout off; `cast_parameters` makes it bf16 once the masters are taken."""
+def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0, *, held: bool = False) -> Any:
+    """A transformers causal model in fp32, dropout off; `cast_parameters` makes it bf16 once the masters are taken.
+
+    Args:
+        held: `model.quantize` keeps its few bits, as an adapter is trained on them; else they are dequantized, to the same weights in fp32.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     path = check_model_path(cfg.path)
     check_model_folder(Path(path))
     check_folder(Path(path))
-    return _load(cfg, path, device, seed)
+    if cfg.quantize == "none":
+        return _load(cfg, path, device, seed)
+    model = _load_anew(cfg, path, device, seed)
+    return model if held else dequantized(model)
 
 
 def _load(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> Any:
     """What is in a folder that holds a model; the tests keep it by the folder's bytes."""
+    return _load_anew(cfg, path, device, seed)
+
+
+def _load_anew(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder, how_to = Path(path), "give a folder or hub id of a causal model"
@@ -134,7 +146,9 @@ def _load(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> Any:
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(text, dtype=torch.float32)
         else:
-            how = {"revision": cfg.revision, "dtype": torch.float32, "trust_remote_code": False}
+            how = {"revision": cfg.revision, "dtype": torch.float32, "trust_remote_code": False} | _few_bits(
+                cfg, device
+            )
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, output_loading_info=True, **how, **_text_part(config)
             )
@@ -147,9 +161,131 @@ def _load(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> Any:
         raise ModelError(cfg.path, "this is an encoder-decoder model", "give a causal (decoder-only) language model")
     disable_dropout(model)
     own_memory(model)
-    model = model.to(device)
+    if cfg.quantize == "none":
+        model = model.to(device)
+    else:
+        _as_it_is_used(model)
     _check_behavior(cfg.path, model)
     return model
+
+
+# ---- Frozen weights in 4 or 8 bits (bitsandbytes), below an adapter ----
+
+
+def _few_bits(cfg: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` needs to quantize while it loads: always from fp32, so that the bits do not depend on the run's dtype."""
+    if cfg.quantize == "none":
+        return {}
+    bitsandbytes("model.quantize", cfg.quantize)
+    from transformers import BitsAndBytesConfig
+
+    if cfg.quantize == "int8":
+        how = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        how = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,  # until `cast_parameters`
+        )
+    return {"quantization_config": how, "device_map": {"": device}}
+
+
+def is_quantized(layer: Any) -> bool:
+    """Whether a layer's weight is held in 4 or 8 bits."""
+    return type(getattr(layer, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+
+
+def quantized_bytes(model: nn.Module, bits: str) -> tuple[int, int, int]:
+    """What quantizing makes of a plain model: (weights that it is done to, bytes of them afterwards, weights of the largest).
+
+    nf4: half a byte, a byte a block of 64 and 4 bytes 256 blocks; int8: a byte, and 4 bytes a row.
+    """
+    head, count, held, largest = base_model_of(model).get_output_embeddings(), 0, 0, 0
+    for name, layer in base_model_of(model).named_modules():
+        if isinstance(layer, nn.Linear) and layer is not head and "lora_" not in name and bits != "none":
+            n = layer.weight.numel()
+            blocks = -(-n // 64)
+            count, largest = count + n, max(largest, n)
+            held += n + 4 * layer.out_features if bits == "int8" else n // 2 + blocks + 4 * -(-blocks // 256)
+    return count, held, largest
+
+
+def whole_weight(layer: Any, name: str = "weight") -> Tensor:
+    """A layer's weight, dequantized to fp32 where it has few bits."""
+    weight = getattr(layer, name)
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        state = copy.copy(weight.quant_state)
+        state.dtype = torch.float32
+        whole: Tensor = importlib.import_module("bitsandbytes").functional.dequantize_4bit(weight.data, state)
+        return whole
+    if kind == "Int8Params":
+        return weight.data.float() * (weight.SCB / 127.0)[:, None]  # type: ignore[no-any-return]
+    return weight.detach()  # type: ignore[no-any-return]
+
+
+class _WeightOnly(torch.autograd.Function):
+    """``x W^T`` with W dequantized for as long as the product takes.
+
+    bitsandbytes would round activations to 8 bits too: a token's log-prob would then jump with what else is in its row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        return x @ whole_weight(layer).to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ whole_weight(ctx.layer).to(grad.dtype), None
+
+
+def _int8_forward(self: Any, x: Tensor) -> Tensor:
+    found = cast(Tensor, _WeightOnly.apply(x, self))  # type: ignore[no-untyped-call]
+    return found if self.bias is None else found + self.bias.to(found.dtype)
+
+
+def _as_it_is_used(model: nn.Module) -> None:
+    """Quantized layers compute the same whatever the processor and whatever was computed before."""
+    for layer in model.modules():
+        if type(getattr(layer, "weight", None)).__name__ == "Int8Params":
+            layer.forward = types.MethodType(_int8_forward, layer)
+            layer.weight.CB = layer.weight.data  # type: ignore[union-attr]  # `own_memory` made it another one
+        elif is_quantized(layer):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # it would pack its bits anew in eval mode
+            layer.compute_type_is_set = True  # type: ignore[assignment]  # else the first input's dtype stays
+
+
+def dequantized(model: Any) -> Any:
+    """The model with its quantized layers in fp32: the same weights, in plain linear layers."""
+    for name, layer in list(model.named_modules()):
+        if is_quantized(layer):
+            whole = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            whole.weight, whole.bias = nn.Parameter(whole_weight(layer)), layer.bias
+            model.set_submodule(name, whole)
+    model.hf_quantizer.remove_quantization_config(model)
+    return model
+
+
+def source_sha256(source: ModelConfig, model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """`weights_sha256` of a model that was loaded from `source`; of a quantized one over its files and how it was quantized.
+
+    Bits may differ between a GPU and a CPU, and what they are made of does not.
+    """
+    if source.quantize == "none":
+        return weights_sha256(model, dtype)
+    from transformers.utils import cached_file
+
+    path = check_model_path(source.path)
+    folder = (
+        Path(path)
+        if Path(path).is_dir()
+        else Path(str(cached_file(path, "config.json", revision=source.revision))).parent
+    )
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    named = [source.quantize, *(f"{p.name}:{file_sha256(p)}" for p in files)]
+    return hashlib.sha256(";".join(named).encode()).hexdigest()
 
 
 def on_meta(auto: Any, config: Any) -> Any:
@@ -285,6 +421,9 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     for p in model.parameters():
         if p.is_floating_point() and p.dtype != dtype:
             p.data = p.data.to(dtype)
+    for layer in model.modules():
+        if type(getattr(layer, "weight", None)).__name__ == "Params4bit":
+            layer.compute_dtype = layer.weight.quant_state.dtype = dtype  # type: ignore[union-attr, assignment]
     config = getattr(base_model_of(model), "config", None)
     if config is not None:
         config.dtype = dtype
@@ -354,6 +493,8 @@ def check_adapter(model: Any) -> None:
             )
         kinds.setdefault((type(module).__name__, ".".join(re.sub(r"\d+", "", name).split(".")[-3:])), (name, module))
     if next(base.parameters()).device.type == "meta" or base.get_output_embeddings() is None:
+        return
+    if any(map(is_quantized, base.modules())):  # linear layers all; merging dequantizes, and looks then
         return
     updates = [p for _, m in kinds.values() for n, p in m.named_parameters() if _starts_at_zero(n)]
     before = [p.detach().clone() for p in updates]
@@ -426,7 +567,7 @@ def _adapted(module: Any) -> Tensor:
 
 def _merged(module: Any) -> Tensor:
     """``W' = W + scale B A`` in fp32 (fp64); of DoRA ``m W' / |W'|`` with the norm of each output's weights."""
-    weight = _adapted(module).detach()
+    weight = whole_weight(module.get_base_layer(), getattr(module, "parameter_name", "weight"))
     wide = torch.promote_types(weight.dtype, torch.float32)
     merged = weight.to(wide) + module.get_delta_weight("default").detach().to(wide)
     magnitude = getattr(module, "lora_magnitude_vector", {})

@@ -26,6 +26,11 @@ class ModelConfig(Section):
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 if the hardware has it, else fp32")
     device: Device = Field("auto", description="auto: cuda if there is such a GPU, else cpu; mps (Apple), xpu (Intel)")
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="bits of the frozen weights below an adapter: nf4 (QLoRA: 4, double quantization) or int8; needs lora, and "
+        "pip install 'penchant[bnb]'",
+    )
     kernels: Literal["auto", "off"] = Field("auto", description="auto: fast kernels for the models that have them")
     attention: Literal["auto", "varlen", "flex", "groups"] = Field(
         "auto",
@@ -39,6 +44,12 @@ class ModelConfig(Section):
     adapter: str | None = Field(
         None, description="a LoRA adapter on `path` that is trained on: its folder, or a run's or a checkpoint's"
     )
+
+    @model_validator(mode="after")
+    def _weights_to_quantize(self) -> ModelConfig:
+        if self.quantize != "none" and self.init == "random":
+            raise ValueError("quantize is set, and init=random draws weights that are to be trained; leave one out")
+        return self
 
     @field_validator("adapter", mode="before")
     @classmethod

@@ -86,7 +86,9 @@ class CompareConfig(Section):
     """The `compare` section."""
 
     models: list[str] = Field(description="stages; the first is what the others are compared with")
-    reward: str | dict[str, float | str] | None = Field(None, description="any reward; stage:NAME for a trained one")
+    reward: str | list[Any] | dict[str, Any] | None = Field(
+        None, description="any reward; stage:NAME for a trained one"
+    )
     also: list[str] = Field([], description="other rewards, whose figures stand beside its own")
     prompts: int = Field(200, ge=1, description="held-out prompts of the first stage that has some")
     max_new_tokens: int = Field(64, ge=1, description="tokens of a completion")
@@ -334,7 +336,8 @@ def check_judge(ref: Ref, stages: Mapping[str, Stage], where: str, what: str) ->
 
 def check_names(reward: Any, stages: Mapping[str, Stage], where: str, what: str) -> None:
     """Refuse a stage's bare name as a reward."""
-    for name in [reward] if isinstance(reward, str) else list(reward or ()):
+    items = reward if isinstance(reward, list) else [reward or ()]
+    for name in (n for item in items for n in ([item] if isinstance(item, str) else item)):
         if name in stages and name not in BUILT_IN and not Path(name).exists():
             raise ConfigError(where, f"{what} is {name!r}, a stage's bare name", f"write stage:{name}")
 

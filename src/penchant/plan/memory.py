@@ -24,7 +24,7 @@ from penchant.errors import PenchantError
 from penchant.logprobs import Scorer
 from penchant.models.cpu.decode import cached_tokens, can_decode_fast
 from penchant.models.cpu.layers import fast_forward
-from penchant.models.load import base_model_of
+from penchant.models.load import base_model_of, quantized_bytes
 from penchant.plan.outline import META, OutlinedRun, outline, parameter_counts, weight_file_bytes
 from penchant.plan.work import Work, passes_over
 from penchant.rewards.reward_model import CausalRewards, EncoderRewards
@@ -32,6 +32,7 @@ from penchant.rollout.generate import PROMPTS_HELD, rows_by_memory
 from penchant.runs.evaluating import writes_completions
 from penchant.runs.parts import reference_kind, starts_adapted, threads_for
 from penchant.runs.record import sampled
+from penchant.training.optim import state_bytes
 from penchant.types import PackedBatch, TokenTree
 
 # ---- How many bytes of tensors are alive at a time: counted at every operation, on real tensors or on shapes alone (meta) ----
@@ -343,6 +344,9 @@ KERNEL, PRODUCT = 262 << 10, 275 << 10  # bytes of one
 WITH_GRADIENT, WITHOUT = (17, 31), (7, 12)  # (kernels, products) of a pass whose size was not met before
 
 
+MOMENTS = "optimizer (two moments)"  # adamw has two, others less
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes.
@@ -382,15 +386,20 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
     shadow = size < 4  # bf16 weights are shadows of fp32 masters
     reference = _frozen_models(run) * size
     activations, coarse = _activations(run, work)
+    train, bits = run.config.train, run.config.model.quantize
+    quantized, few, largest = quantized_bytes(model, bits)
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    whole = list(base_model_of(model).named_parameters()) if run.method.copies else []
+    kept = [state_bytes(train.optimizer, named, train.momentum) for named in (trained, whole)]
     lasting = {
         "Python, torch, transformers": baseline + (TRAINING_LIBRARIES if on_cpu else 0),
         "rows and tokens": rows,
-        "weights": (every + copies) * size,
+        "weights": (every - quantized + copies) * size + few,
         "fp32 master weights": trainable * 4 if shadow else 0,
         "gradients": trainable * 4,  # in fp32, summed over micro-batches
-        "optimizer (two moments)": trainable * 8,
+        MOMENTS: kept[0] + kept[1] * run.method.copies,
         # frozen weights turn from fp32 to bf16 one by one, and what each leaves is too small for an activation
-        "left by fp32 weights": (every - trainable) * 2 if shadow and on_cpu else 0,
+        "left by fp32 weights": (every - quantized - trainable) * 2 if shadow and on_cpu else 0,
         "prepared products, by size of pass": _prepared(run, work) if shadow else 0,
         "reference": reference,
     }
@@ -399,10 +408,13 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
         + (" and those beside it" if run.side_by_side else ""): activations.layers + activations.layouts,
         "head (or the backward pass of a layer)": activations.head,
     }
+    if largest:
+        of_a_step["a layer's dequantized weight"] = largest * (size + 4)
+    passing = sum(of_a_step.values())
     if run.device.type == "cuda":
         del lasting["Python, torch, transformers"]
         free, total = torch.cuda.mem_get_info()
-        moments = {"a training step": sum(lasting.values()) + activations.total}
+        moments = {"a training step": sum(lasting.values()) + passing}
         coarse = "the GPU's own context and cached blocks are not counted"
         return Memory(lasting | of_a_step, moments, total, free, coarse)
     process = lasting["Python, torch, transformers"] + rows
@@ -412,10 +424,10 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
         """The process, and all that it holds, with what the heap loses."""
         return process + round((sum(lasting.values()) - process + more) * loss)
 
-    before = process + every * size + trainable * (8 if shadow else 0)
-    step = with_losses(activations.total)
+    before = process + (every - quantized) * size + few + trainable * (8 if shadow else 0)
+    step = with_losses(passing)
     moments = {
-        "loading the model": process + every * 4 + weight_file_bytes(run.config.model.path, model),
+        "loading the model": process + (every - quantized) * 4 + few + weight_file_bytes(run.config.model.path, model),
         "before the first step": before + round(activations.forward * loss) + reference,
         "a training step": step,
     }
@@ -498,7 +510,7 @@ def _advice(
 ) -> tuple[tuple[str, int], ...]:
     """What to set where it does not fit, and about what it would save, the largest saving first."""
     train, reference = run.config.train, run.config.reference
-    of_training = parts["fp32 master weights"] + parts["gradients"] + parts["optimizer (two moments)"]
+    of_training = parts["fp32 master weights"] + parts["gradients"] + parts[MOMENTS]
     longest = max((t.shared_tokens for t in run.rows.trees[0]), default=0)
     two_fit = train.tokens_per_step >= 2 * longest
     saved = {
@@ -506,6 +518,11 @@ def _advice(
         "half of train.tokens_per_step": a.total // 2 * two_fit,
         "half of data.max_length, with half of train.tokens_per_step": a.total // 2 * (not two_fit),
         "train.gradient_checkpointing=true (a third slower)": a.layers * 3 // 4 * (not train.gradient_checkpointing),
+        "model.quantize=nf4 (QLoRA)": parts["weights"]
+        * 3
+        // 5
+        * (run.config.lora is not None and run.config.model.quantize == "none" and not run.method.learns_reward),
+        "train.optimizer=adamw_8bit": trainable * 6 * (train.optimizer == "adamw" and run.config.lora is None),
         "model.dtype=bf16": (a.layers // 2 + every * 2 - trainable * 4) * (run.dtype != torch.bfloat16),
         "reference.kind=cached": parts["reference"] * (not run.method.live_reference and not reference.moves),
     }

@@ -19,7 +19,7 @@ from penchant.models.load import (
     disable_dropout,
     load_causal_model,
     on_meta,
-    weights_sha256,
+    source_sha256,
 )
 from penchant.models.options import ModelConfig, check_model_path
 from penchant.models.reward import HEADS, load_model_config, set_padding
@@ -66,6 +66,7 @@ class OutlinedRun(Run):
             packing != "padded"
             and self.config.model.kernels == "auto"
             and self.config.model.attention in ("auto", "groups")
+            and self.config.model.quantize == "none"
             and self.device.type == "cpu"
             and fast_forward(self.model) is not None
         )
@@ -93,7 +94,7 @@ class OutlinedRun(Run):
         config = self.config
         model = load_causal_model(reference_source(config), torch.device("cpu"), config.train.seed)
         cast_parameters(model, self.dtype)
-        sha256 = with_adapter_sha256(config, weights_sha256(model))
+        sha256 = with_adapter_sha256(config, source_sha256(reference_source(config), model))
         return {name: path for name, (_, path) in cache_paths(config, self.rows, sha256, model).items()}
 
     @property

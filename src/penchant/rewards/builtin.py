@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_serializer, model_validator
 
 from penchant.base.machine import Device
 from penchant.base.section import Section
-from penchant.errors import ConfigError
+from penchant.errors import ConfigError, RewardError
 
 # (prompts, completions, **columns) -> one number each, or None where it says nothing of a completion; it may be async
 RewardFunction = Callable[..., Any]
@@ -116,26 +116,39 @@ def words_between(given: str) -> RewardFunction:
     return rule
 
 
+MATCH_SECONDS = 5.0  # for one completion
+
+
+def _pattern(kind: str, given: str, whole: bool) -> RewardFunction:
+    """1 where a regular expression is found in the completion, or is of the `whole` of it, else 0."""
+    import regex  # as Python's own, with a bound on its time; transformers needs it too
+
+    try:
+        re.compile(given)
+        pattern = regex.compile(given, regex.DOTALL)
+    except (re.error, regex.error) as error:
+        raise ConfigError("reward", f"{kind}:{given} is not a regular expression ({error})", "fix it") from error
+    look = pattern.fullmatch if whole else pattern.search
+
+    def found(completion: str) -> bool:
+        try:
+            return look(completion, timeout=MATCH_SECONDS) is not None
+        except TimeoutError as error:
+            what = f"takes more than {MATCH_SECONDS:g} s on a completion of {len(completion):,} characters"
+            how = "write it without repetitions inside repetitions, such as (a+)+"
+            raise RewardError(f"{kind}:{given}", what, how) from error
+
+    return lambda prompts, completions: [float(found(c)) for c in completions]
+
+
 def matches(given: str) -> RewardFunction:
     """1 where the regular expression is found in the completion (``^``, ``$``: its start, its end; ``.`` is any character), else 0."""
-    try:
-        pattern = re.compile(given, re.DOTALL)
-    except re.error as error:
-        raise ConfigError("reward", f"matches:{given} is not a regular expression ({error})", "fix it") from error
-
-    def rule(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
-        return [float(pattern.search(c) is not None) for c in completions]
-
-    return rule
+    return _pattern("matches", given, whole=False)
 
 
 def format_of(given: str) -> RewardFunction:
     """1 where the whole completion is of a regular expression's form (``.`` is any character), else 0."""
-    try:
-        pattern = re.compile(given, re.DOTALL)
-    except re.error as error:
-        raise ConfigError("reward", f"format:{given} is not a regular expression ({error})", "fix it") from error
-    return lambda prompts, completions: [float(pattern.fullmatch(c) is not None) for c in completions]
+    return _pattern("format", given, whole=True)
 
 
 RULES: dict[str, Callable[[str], RewardFunction]] = {"words": words_between, "matches": matches, "format": format_of}

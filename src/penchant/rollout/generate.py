@@ -31,7 +31,7 @@ def row_uniforms(seed: int, prompt_seed: int, sample: int, count: int) -> np.nda
 
 
 def draw(
-    logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0
+    logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row, by the inverse of the distribution function at that row's uniform number.
 
@@ -39,9 +39,10 @@ def draw(
         logits: (B, V); uniforms: (B,) float64 in [0, 1).
         temperature: 0 takes the most likely token; top_p: of the smallest set of tokens with at least this probability;
         top_k: of so many most likely tokens, 0 for all (before top_p, which then counts their probabilities only).
+        min_p: of the tokens with at least this share of the most likely one's probability (first; arXiv 2407.01082).
 
     Returns:
-        tokens (B,) int64, and their log-probs (B,) under ``softmax(logits / temperature)``, before top-k and top-p; NaN where
+        tokens (B,) int64, and their log-probs (B,) under ``softmax(logits / temperature)``, before min-p, top-k and top-p; NaN where
         logits are NaN or infinite (`check_logps`).
     """
     if logits.ndim != 2 or uniforms.shape != logits.shape[:1]:
@@ -56,10 +57,14 @@ def draw(
     top = logits.amax(-1, keepdim=True)
     weights = (logits - top).exp_()  # unnormalized probabilities: at least one is 1
     total = weights.sum(-1)
+    likely, among = weights, total
+    if min_p > 0.0:
+        likely = weights.masked_fill(weights < min_p, 0.0)  # the largest weight is 1
+        among = likely.sum(-1)
     if top_k or top_p < 1.0:
-        tokens = _draw_among_likely(weights, total, uniforms, top_p, top_k)
+        tokens = _draw_among_likely(likely, among, uniforms, top_p, top_k)
     else:
-        tokens = _inverse(weights, uniforms)
+        tokens = _inverse(likely, uniforms)
     chosen = logits.gather(1, tokens[:, None]).squeeze(1)
     return tokens, chosen - top.squeeze(1) - total.log()
 
@@ -136,9 +141,11 @@ class Settings:
     top_p: float
     top_k: int
     ends: frozenset[int]
+    min_p: float = 0.0
 
     def draw(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        return draw(logits, uniforms, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+        s = self
+        return draw(logits, uniforms, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p)
 
 
 class Written:
@@ -201,6 +208,7 @@ def sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     seed: int = 0,
     prompt_seeds: Sequence[int] | None = None,
     eos_token_id: int | Collection[int] | None = None,
@@ -213,6 +221,7 @@ def sample(
         prompts: token ids, each with at least one token.
         temperature: 0 is greedy; log-probs are of ``softmax(logits / temperature)`` (before top-k and top-p).
         top_p, top_k: sample from the smallest set of tokens whose probabilities sum to top_p, of the top_k (0: all) most likely.
+        min_p: of the tokens with at least this share of the most likely one's probability.
         seed: of the draws; prompt_seeds: one number a prompt (default: its index). A completion is a function of weights, prompt,
             both numbers and its index among the n, up to rounding: not of the other prompts, nor of how many rows run together.
         eos_token_id: the id, or ids, at which a completion ends: `penchant.data.templates.end_ids` of model and tokenizer.
@@ -222,7 +231,7 @@ def sample(
         For each prompt, in order, its `n` samples.
     """
     ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ()
-    settings = Settings(n, max_new_tokens, temperature, top_p, top_k, frozenset(ends))
+    settings = Settings(n, max_new_tokens, temperature, top_p, top_k, frozenset(ends), min_p)
     if not prompts:
         return []
     seeds = prompt_seeds if prompt_seeds is not None else range(len(prompts))

@@ -271,7 +271,7 @@ def open_run(
         told = ", ".join(key.removeprefix(CONTENT) for key in new)
         notes.append(f"{folder}: an older version made it, which did not record this; it is taken as unchanged: {told}")
     keep(folder / IDENTITY, json.dumps(mine, indent=1))
-    keep(folder / CONFIG, resolved_config)
+    keep(folder / CONFIG, without_passwords(resolved_config))
     return notes
 
 

@@ -36,6 +36,7 @@ from penchant.runfolder import (
     IDENTITY,
     MANIFEST,
     SAMPLES,
+    SWEEP,
     TOKENS,
     RunLock,
     checkpoints,
@@ -274,7 +275,7 @@ class Run:
             judges = [r.terms for r in (self.config.reward, self.config.evaluation.reward) if r is not None]
             chat = uses_chat(data.template, self.rows.tokenizer) and writes_date(self.rows.tokenizer)
             if chat or any(reward_writes_date(name) for terms in judges for name in terms):
-                day = date.today().isoformat()
+                day = self._day_of_sweep() or date.today().isoformat()
                 if known is not None:
                     self.console.note(
                         f"{self.folder}: the day of its prompts was not kept; they have {day} from now on"
@@ -286,9 +287,23 @@ class Run:
         data = self.config.data.model_copy(update={"template_options": dict(template_options)})
         self.config = self.rows.config = self.config.model_copy(update={"data": data})
 
+    def _day_of_sweep(self) -> str | None:
+        """The day that the other members of this run's sweep have in their prompts: they are compared with each other."""
+        if not (self.folder.parent / SWEEP).is_file():
+            return None
+        others = (read(p.parent).identity for p in sorted(self.folder.parent.glob(f"*/{IDENTITY}")))
+        days = (
+            mapping(mapping(mapping(mapping(o).get("config")).get("data")).get("template_options")).get(DATE)
+            for o in others
+        )
+        return min((str(day) for day in days if day), default=None)
+
     def _defaults(self) -> dict[str, Any]:
         """What a run of an older version that did not know a setting was run with."""
         found = default_settings()
+        if self.config.algorithm is not None:
+            fields = type(self.config.algorithm).model_fields.items()
+            found["algorithm"] = {n: i.get_default() for n, i in fields if not i.is_required()}
         found["data"]["template_options"] = {k: v for k, v in self.config.data.template_options.items() if k == DATE}
         return {"config": found}
 

@@ -14,7 +14,7 @@ from penchant.base.files import cache_folder, writing
 from penchant.base.text import closest
 from penchant.config import RunConfig, default_settings, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantError
-from penchant.models.load import load_causal_model, weights_sha256
+from penchant.models.load import load_causal_model, source_sha256
 from penchant.models.merge import adapter_base, is_adapter, lora_section, merge_to_folder, merged_model, model_sha256
 from penchant.models.options import LoraConfig, ModelConfig, looks_like_folder
 from penchant.runfolder import (
@@ -148,7 +148,7 @@ def check_base(run: Path, base: ModelConfig, model: Any) -> None:
     dtype = getattr(torch, text(mapping(known.get("hardware")).get("dtype")), None)
     if not start.get("sha256") or not isinstance(dtype, torch.dtype):
         return
-    if weights_sha256(model, dtype) != start["sha256"]:
+    if source_sha256(base, model, dtype) != start["sha256"]:
         raise ModelError(
             text(start.get("path")),
             f"its weights are not those that the adapter of {run} was trained on",

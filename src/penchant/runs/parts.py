@@ -47,6 +47,7 @@ from penchant.models.load import (
     resolve_device,
     resolve_dtype,
     save_model,
+    source_sha256,
     weights_sha256,
     write_state_dict,
 )
@@ -58,7 +59,7 @@ from penchant.runs.find import check_adapters_base
 from penchant.runs.record import tokenizer_sha256
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Alone, Key
-from penchant.training.optim import MasterAdamW
+from penchant.training.optim import MasterAdamW, state_bytes
 from penchant.training.steps import set_precision
 from penchant.types import TokenTree
 
@@ -107,12 +108,6 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     device, dtype = placed(config)
     if train.optimizer.endswith("_8bit"):
         bitsandbytes("train.optimizer", train.optimizer)  # before a model is read
-    if current().many and train.optimizer not in ("adamw", "sgd"):
-        raise ConfigError(
-            "train.optimizer",
-            f"{train.optimizer} does not know weights that are sharded",
-            "set train.optimizer=adamw, or run one process",
-        )
     kind = reference_kind(config) if "reference" in method.needs else None
     if "reference" not in method.needs and config.reference.moves:
         raise ConfigError(
@@ -123,7 +118,8 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     if rows.reward_parts is not None:
         model = rows.reward_parts.load(torch.device("cpu") if current().many else device, train.seed)
     else:
-        model = fresh_model(config, config.model.model_copy(update={"adapter": None}), device, shared)
+        bare = config.model.model_copy(update={"adapter": None})
+        model = fresh_model(config, bare, device, shared, held=True)
     set_threads(config, model)
     model = prepared(model, config, rows)
     parts = Parts(
@@ -191,10 +187,19 @@ def sharding(parts: Parts) -> Sharding:
 # the model
 
 
-def fresh_model(config: RunConfig, source: ModelConfig, device: torch.device, shared: Alone) -> Any:
-    """A causal model as loaded, in fp32, of which nobody else holds a part; the adapter that the source names is merged into it."""
+def fresh_model(
+    config: RunConfig, source: ModelConfig, device: torch.device, shared: Alone, *, held: bool = False
+) -> Any:
+    """A causal model as loaded, in fp32, of which nobody else holds a part; the adapter that the source names is merged into it.
+
+    Args:
+        held: quantized weights keep their few bits.
+    """
     seed = config.train.seed
     device = torch.device("cpu") if current().many else device  # each rank's part goes to its device when it is sharded
+
+    if held and source.quantize != "none":
+        return load_causal_model(source, device, seed, held=True)
 
     def load(device: torch.device) -> Any:
         if source.adapter is None:
@@ -330,7 +335,9 @@ def checkpoint_bytes(config: RunConfig, model: Any, dtype: torch.dtype) -> int:
     parameters = list(model.parameters())
     every, trainable = (sum(p.numel() for p in parameters if p.requires_grad or not only) for only in (False, True))
     each = torch.empty(0, dtype=dtype).element_size()
-    state = trainable * 12 + every * 12 * config.method.copies + (every * 4 if config.reference.moves else 0)
+    trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    own = trainable * 4 + state_bytes(config.train.optimizer, trained, config.train.momentum)
+    state = own + every * 12 * config.method.copies + (every * 4 if config.reference.moves else 0)
     whole = config.lora is None or config.method.learns_reward  # a reward model is saved merged
     saved = (every if whole else trainable) * each + (trainable * each if whole and config.lora else 0)
     folder = Path(config.model.tokenizer or config.model.path).expanduser()
@@ -407,7 +414,8 @@ def reference_kind(config: RunConfig) -> str:
 
 def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any, cache: bool) -> Reference:
     parts, cfg = built.parts, built.parts.config.reference
-    exact = not starts_adapted(parts.config)  # in a copy an adapter is merged
+    # in a copy an adapter is merged, and few bits are dequantized
+    exact = not starts_adapted(parts.config) and parts.config.model.quantize == "none"
     if cfg.moves:
         every, mixup = (cfg.sync_every, cfg.sync_mixup) if cfg.ema is None else (1, 1.0 - cfg.ema)
         return MovingReference(
@@ -456,7 +464,9 @@ def reference_source(config: RunConfig) -> ModelConfig:
     """The model that is the reference: `reference.path`, or what training starts from."""
     if config.reference.path is None:
         return config.model
-    return config.model.model_copy(update={"path": config.reference.path, "init": "pretrained", "adapter": None})
+    return config.model.model_copy(
+        update={"path": config.reference.path, "init": "pretrained", "adapter": None, "quantize": "none"}
+    )
 
 
 def _cached(built: Built, live: LiveReference, rows: Rows, shared: Alone, console: Any) -> CachedReference:
@@ -531,7 +541,7 @@ def cache_paths(config: RunConfig, rows: Rows, weights: str, model: Any) -> dict
 def weights_key(config: RunConfig, source: ModelConfig) -> Key:
     """Everything that a model's weights in fp32 depend on before it is trained."""
     seed = config.train.seed if source.init == "random" else None
-    return (source.path, source.revision, source.init, seed, source.adapter)
+    return (source.path, source.revision, source.init, seed, source.adapter, source.quantize)
 
 
 def start_key(config: RunConfig) -> Key:
@@ -549,4 +559,4 @@ def start_sha256(config: RunConfig, model: Any, source: ModelConfig, shared: Alo
     if config.method.learns_reward:  # its head depends on the seed
         return weights_sha256(model)
     dtype = str(placed(config)[1])
-    return shared.once(("sha256", *weights_key(config, source), dtype), lambda: weights_sha256(model))
+    return shared.once(("sha256", *weights_key(config, source), dtype), lambda: source_sha256(source, model))

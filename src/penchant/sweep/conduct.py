@@ -247,16 +247,19 @@ class SweepConductor:
     """One call of a sweep.
 
     Args:
-        sweep: checked; jobs: runs at a time; quiet: no progress.
+        sweep: checked; jobs: runs at a time; quiet: no progress; look: see `Run`.
     """
 
-    def __init__(self, sweep: Sweep, *, jobs: int = 1, quiet: bool = False) -> None:
+    def __init__(
+        self, sweep: Sweep, *, jobs: int = 1, quiet: bool = False, look: Callable[[Run], str | None] | None = None
+    ) -> None:
         if jobs < 1:
             raise ConfigError("--jobs", f"is {jobs}", "give 1 or more")
         self.sweep = sweep
         self.jobs = jobs
         self.quiet = quiet
         self.console = QuietConsole() if quiet else PlainConsole()
+        self.look, self._looked = look, set[str]()
         self.shared = Shared()
         self.state = State.read(sweep.output)
         self.runs: list[SweepRun] = []  # as far as they are known: a search draws them one by one
@@ -277,17 +280,33 @@ class SweepConductor:
         if run.name in self._inputs:
             return self._inputs[run.name]
         config = run.config
-        rewards = [None if r is None else dict(r.terms) for r in (config.reward, config.evaluation.reward)]
+        rewards = [None if r is None else r.model_dump(mode="json") for r in (config.reward, config.evaluation.reward)]
         model = config.model
         named = (model.path, model.tokenizer, model.adapter, config.reference.path, json.dumps(rewards))
         with run.naming():
             check_models(config)
             for reward in rewards:
                 check_reward(reward)
-            splits = Run(config, quiet=True, shared=self.shared).rows.datasets
+            one = Run(config, quiet=True, shared=self.shared)
+            splits = one.rows.datasets
+            self._look(one)
             files = self.shared.once(("files", *named), lambda: files_of(config, *rewards))
             self._inputs[run.name] = inputs_of(config, splits, files)
         return self._inputs[run.name]
+
+    def _look(self, run: Run) -> None:
+        """Say that a run may not fit; members that differ in nothing of it are looked at once."""
+        config = run.config
+        key = (config.model, config.lora, config.train.tokens_per_step, config.train.batch_size, config.method.name)
+        if self.look is None or str(key) in self._looked:
+            return
+        self._looked.add(str(key))
+        try:
+            said = self.look(run)
+        except Exception:  # whoever cannot tell stops nothing
+            said = None
+        if said:
+            self.console.note(said)
 
     def known_runs(self) -> list[SweepRun]:
         """The runs of a grid, or the trials of a search that were drawn already."""

@@ -99,8 +99,7 @@ class MasterAdamW:
             self.masters[name] = master
         alike: dict[tuple[bool, bool, float], list[Tensor]] = {}
         for name, master in self.masters.items():
-            hidden = kind == "muon" and master.ndim == 2 and _HIDDEN.search(name) is not None
-            alike.setdefault((hidden, master.ndim < 2, rate_of(name)), []).append(master)
+            alike.setdefault((_is_muons(kind, name, master), master.ndim < 2, rate_of(name)), []).append(master)
         groups: dict[bool, list[dict[str, Any]]] = {}
         for (hidden, vectors, rate), masters in sorted(alike.items(), key=lambda g: g[0]):
             group = {"params": masters, "weight_decay": 0.0 if vectors else weight_decay, "rate": rate}
@@ -181,6 +180,30 @@ class MasterAdamW:
                     stored = {key: tensors[f"{key}/{name}"] for key in _STATE if f"{key}/{name}" in tensors}
                     if stored:
                         _restore(part, (i, j), master, stored)
+
+
+def state_bytes(kind: str, named: Iterable[tuple[str, Tensor]], momentum: float | None = None) -> int:
+    """What an optimizer keeps of trained parameters beside their masters and gradients.
+
+    Args:
+        kind, momentum: of `MasterAdamW`; named: the parameters, of which only shapes are looked at.
+    """
+    total = 0
+    for name, p in named:
+        n = p.numel()
+        if kind == "sgd":
+            total += 4 * n * (momentum != 0.0)
+        elif kind == "adafactor":
+            total += 4 * (n // p.shape[-1] + n // p.shape[-2] if p.ndim > 1 else n)
+        elif kind in _EIGHT_BIT and n >= 4096:
+            total += 2 * n + 2 * 4 * -(-n // 256)
+        else:
+            total += 4 * n if _is_muons(kind, name, p) else 8 * n
+    return total
+
+
+def _is_muons(kind: str, name: str, p: Tensor) -> bool:
+    return kind == "muon" and p.ndim == 2 and _HIDDEN.search(name) is not None
 
 
 def _restore(part: Any, at: tuple[int, int], master: Tensor, stored: Mapping[str, Tensor]) -> None:

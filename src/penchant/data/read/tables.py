@@ -119,7 +119,12 @@ def read_parquet(stream: BinaryIO, name: str, bounds: Bounds) -> Rows:
         if claims > max(SMALL, bounds.unpacked * size):
             what = f"unpacks to more than {bounds.unpacked:g} times its size ({size:,} bytes give {claims:,})"
             raise DataError(name, what, bounds.how("unpacked", "look at what it holds"))
+        unpacked = 0
         for batch in file.iter_batches(batch_size=BATCH, use_threads=False):
+            unpacked += batch.nbytes  # what stands once in a dictionary comes out as often as rows name it
+            if unpacked > max(SMALL, bounds.unpacked * size):
+                what = f"unpacks to more than {bounds.unpacked:g} times its size ({size:,} bytes)"
+                raise DataError(f"{name}: row {number + 1}", what, bounds.how("unpacked", "look at what it holds"))
             if batch.nbytes > bounds.bytes:
                 for i in range(len(batch)):
                     if batch.slice(i, 1).nbytes > bounds.bytes:

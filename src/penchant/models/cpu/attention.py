@@ -14,7 +14,6 @@ from torch import Tensor
 
 from penchant.models.tree_attention import TreeLayout
 
-_KEEP_UP_TO = 512  # longest tree whose softmax is kept for the backward pass; above it is computed again
 _TILE = 128  # queries per tile: a tile sees no keys behind its last query, which saves a third of a tree's scores
 
 
@@ -164,32 +163,26 @@ def _softmax_scores(q: Tensor, k: Tensor, tile: Tile, shape: AttentionShape) -> 
     return scores
 
 
-def attention_forward(heads: Tensor, plan: AttentionPlan, *, keep: bool) -> tuple[Tensor, list[list[Tensor] | None]]:
+def attention_forward(heads: Tensor, plan: AttentionPlan) -> Tensor:
     """Attention within every tree.
 
-    ``o = softmax(q k^T + mask) v``; the scale is in q already.
+    ``o = softmax(q k^T + mask) v``; the scale is in q already. The softmax is not kept: it would be a fifth of all activations, and to
+    compute it again takes a hundredth of a step.
 
     Args:
         heads: (N, d) head rows in the plan's order.
-        keep: whether the backward pass will want the softmax.
 
     Returns:
-        Output rows (N_q, d) in the plan's order, and the softmax of each group's tiles (None: to be computed again).
+        Output rows (N_q, d) in the plan's order.
     """
     out = heads.new_empty(plan.out_to_heads.shape[0], plan.shape.head_dim)
-    kept: list[list[Tensor] | None] = []
     for (qs, k, v), os, group in zip(_blocks(heads, plan), _out_blocks(out, plan), plan.groups, strict=True):
-        softmax: list[Tensor] | None = [] if keep and group.length <= _KEEP_UP_TO else None
         for q, o, tile in zip(qs, os, group.tiles, strict=True):
-            p = _softmax_scores(q, k, tile, plan.shape)
-            torch.bmm(p, v[:, : tile.keys], out=o)
-            if softmax is not None:
-                softmax.append(p)
-        kept.append(softmax)
-    return out, kept
+            torch.bmm(_softmax_scores(q, k, tile, plan.shape), v[:, : tile.keys], out=o)
+    return out
 
 
-def attention_backward(grad_out: Tensor, heads: Tensor, kept: list[list[Tensor] | None], plan: AttentionPlan) -> Tensor:
+def attention_backward(grad_out: Tensor, heads: Tensor, plan: AttentionPlan) -> Tensor:
     """Gradient of `attention_forward` with respect to `heads`.
 
     With P the softmax and dO the gradient of the output: ``dV = P^T dO``, ``dP = dO V^T``,
@@ -197,10 +190,10 @@ def attention_backward(grad_out: Tensor, heads: Tensor, kept: list[list[Tensor] 
     """
     grad = torch.empty_like(heads)
     inputs, grads, outputs = _blocks(heads, plan), _blocks(grad, plan), _out_blocks(grad_out, plan)
-    for (qs, k, v), (dqs, dk, dv), dos, group, softmax in zip(inputs, grads, outputs, plan.groups, kept, strict=True):
+    for (qs, k, v), (dqs, dk, dv), dos, group in zip(inputs, grads, outputs, plan.groups, strict=True):
         for i in reversed(range(len(group.tiles))):  # the last tile sees every key: it writes dK and dV, the others add
             tile, q, do = group.tiles[i], qs[i], dos[i]
-            p = softmax.pop() if softmax is not None else _softmax_scores(q, k, tile, plan.shape)
+            p = _softmax_scores(q, k, tile, plan.shape)
             ds = torch.bmm(do, v[:, : tile.keys].transpose(1, 2))
             torch._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)
             torch.bmm(ds, k[:, : tile.keys], out=dqs[i])

@@ -431,15 +431,12 @@ class Saved:
     """What the backward pass of one layer needs besides its input."""
 
     rstd1: Tensor
-    n1: Tensor | None  # norm1(x), where q, k or v themselves are trained: adapters have it computed again
     projected: Tensor | None  # W_qkv n1 before the head norms (Qwen 3 only)
     head_rstd: tuple[Tensor, Tensor] | None
     heads: Tensor  # rotated q, k and v as head rows
-    softmax: list[list[Tensor] | None]
     o: Tensor  # attention output (T, H d)
     y: Tensor
     rstd2: Tensor
-    n2: Tensor | None  # norm2(y), where gate or up themselves are trained
     gate: Tensor
     up: Tensor
     low: dict[str, Tensor]  # x A^T (T, r) of each adapter
@@ -475,7 +472,7 @@ def _layer_forward(
     rotary(by_head[:, : shape.heads + shape.kv_heads], row.cos, row.sin)
     heads = by_head.reshape(-1, shape.head_dim).index_select(0, row.plan.to_heads)
     del qkv, by_head
-    out, softmax = attention_forward(heads, row.plan, keep=keep)
+    out = attention_forward(heads, row.plan)
     o = out.index_select(0, row.plan.out_from_heads).view(tokens, -1)
     y = torch.addmm(x, o, p.o.t())
     if p.o_bias is not None:
@@ -489,9 +486,7 @@ def _layer_forward(
     a = swiglu(gate, up)
     z = torch.addmm(y, a, p.down.t())
     adapt("down", a, z)
-    kept1 = n1 if any(w.requires_grad for w in (p.q, p.k, p.v)) else None
-    kept2 = n2 if p.gate.requires_grad or p.up.requires_grad else None
-    return z, Saved(rstd1, kept1, projected, head_rstd, heads, softmax, o, y, rstd2, kept2, gate, up, low)
+    return z, Saved(rstd1, projected, head_rstd, heads, o, y, rstd2, gate, up, low)
 
 
 def _split_qkv(qkv: Tensor, p: LayerParams) -> tuple[Tensor, ...]:
@@ -518,6 +513,11 @@ class _Gradients:
             role, _, side = name.partition(".")
             owner: Any = self.adapters[role] if side else self.layer.params
             self.found[name] = store_grad(getattr(owner, side or name), grad)
+
+    def normed(self, roles: tuple[str, ...], x: Tensor, weight: Tensor) -> Tensor | None:
+        """norm(x), where a weight or an adapter of `roles` is trained: to compute it again takes less than to keep it costs."""
+        trained = self.wanted.intersection(roles) or any(role in self.adapters for role in roles)
+        return rms_norm(x, weight, self.layer.eps)[0] if trained else None
 
     def product(self, names: tuple[str, ...], d_out: Tensor, inputs: Tensor | None) -> None:
         """dW = d_out^T inputs, one matmul for all parts."""
@@ -552,7 +552,8 @@ def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool
     dy = _mlp_backward(dz, g)
     d_qkv = _attention_backward(dy, row, g)
     # qkv = W_qkv n1 + b
-    layer, p, n1 = g.layer, g.layer.params, g.saved.n1
+    layer, p = g.layer, g.layer.params
+    n1 = g.normed(("q", "k", "v"), x, p.norm1)
     g.product(("q", "k", "v"), d_qkv, n1)
     if g.wanted.intersection(("q_bias", "k_bias", "v_bias")):
         sizes = [b.shape[0] for b in _qkv_biases(p)]
@@ -562,8 +563,8 @@ def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool
     dn1 = torch.mm(d_qkv, layer.qkv) if through else None
     for role, part in zip("qkv", _split_qkv(d_qkv, p), strict=True):
         g.through_adapter(role, part, dn1)
-    if any(role in g.adapters for role in "qkv"):
-        g.into_adapters(("q", "k", "v"), rms_norm(x, p.norm1, layer.eps)[0] if n1 is None else n1)
+    if n1 is not None:
+        g.into_adapters(("q", "k", "v"), n1)
     if dn1 is None:
         return None
     dx, d_norm1 = rms_norm_backward(dn1, x, g.saved.rstd1, p.norm1, dy)
@@ -579,14 +580,15 @@ def _mlp_backward(dz: Tensor, g: _Gradients) -> Tensor:
     d_gate, d_up, a = swiglu_backward(da, s.gate, s.up)
     g.product(("down",), dz, a)
     g.into_adapters(("down",), a)
-    g.product(("gate",), d_gate, s.n2)
-    g.product(("up",), d_up, s.n2)
+    n2 = g.normed(("gate", "up"), s.y, p.norm2)
+    g.product(("gate",), d_gate, n2)
+    g.product(("up",), d_up, n2)
     dn2 = torch.mm(d_gate, p.gate).addmm_(d_up, p.up)
     g.through_adapter("gate", d_gate, dn2)
     g.through_adapter("up", d_up, dn2)
-    if "gate" in g.adapters or "up" in g.adapters:
-        g.into_adapters(("gate", "up"), rms_norm(s.y, p.norm2, g.layer.eps)[0] if s.n2 is None else s.n2)
-    del d_gate, d_up, a, da
+    if n2 is not None:
+        g.into_adapters(("gate", "up"), n2)
+    del d_gate, d_up, a, da, n2
     dy, d_norm2 = rms_norm_backward(dn2, s.y, s.rstd2, p.norm2, dz)
     g.store("norm2", d_norm2)
     return dy
@@ -603,7 +605,7 @@ def _attention_backward(dy: Tensor, row: Row, g: _Gradients) -> Tensor:
     g.into_adapters(("o",), s.o)
     d_out = d_o.view(-1, shape.head_dim).index_select(0, row.plan.out_to_heads)
     del d_o
-    d_heads = attention_backward(d_out, s.heads, s.softmax, row.plan)
+    d_heads = attention_backward(d_out, s.heads, row.plan)
     d_qkv = d_heads.index_select(0, row.plan.from_heads).view(dy.shape[0], -1, shape.head_dim)
     del d_out, d_heads
     rotary_backward(d_qkv[:, : shape.heads + shape.kv_heads], row.cos, row.sin)
