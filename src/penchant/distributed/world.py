@@ -101,14 +101,14 @@ class World:
                 raise agreed(error_of(found) if error is None else error)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, *, patient: bool = False) -> Iterator[None]:
         """What each rank does by itself (no collective inside): where it fails on one, it fails on all."""
         error: BaseException | None = None
         try:
             yield
         except Exception as caught:
             error = caught
-        self.agree(error)
+        self.agree(error, patient=patient)
 
     @contextmanager
     def leading(self) -> Iterator[None]:
