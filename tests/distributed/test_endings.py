@@ -20,8 +20,17 @@ from worlds import in_world
 
 import penchant
 from penchant.distributed.launch import LAUNCHED, waited_too_long
-from penchant.distributed.world import ERROR_FILE, World, described, ended_on_purpose, error_of, lost_another, record
-from penchant.errors import DataError, DiskError, PenchantError
+from penchant.distributed.world import (
+    CRASH,
+    ERROR_FILE,
+    World,
+    described,
+    ended_on_purpose,
+    error_of,
+    lost_another,
+    record,
+)
+from penchant.errors import DataError, DiskError, PenchantError, TrainingStopped
 
 
 def test_what_one_rank_cannot_do_is_an_error_of_all(tmp_path: Path) -> None:
@@ -80,6 +89,9 @@ def test_last_words_are_read_by_the_next_attempt(tmp_path: Path, monkeypatch: py
     at(0)
     record(RuntimeError("a crash"))
     at(1)
+    late = TrainingStopped("launch.timeout", "rank 1 did not answer")
+    late.exit_code = CRASH
+    record(late)
     assert ended_on_purpose() is None  # a crash is tried again
     record(DiskError("out", "is full"))
     at(2)
