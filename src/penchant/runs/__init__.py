@@ -161,6 +161,12 @@ class Run:
         Of several processes rank 0 does this, and the others take part in what they make together.
         """
         check_launch(self.config, self.world.size)
+        if self.world.many and self.device.type == "cuda" and torch.cuda.device_count() < self.world.local_size:
+            raise ConfigError(
+                "launch.processes",
+                f"{self.world.local_size} processes on this machine share {torch.cuda.device_count()} GPUs",
+                "start one for each GPU, or set model.device=cpu",
+            )
         if not self.world.leads:
             return self._follow()
         try:

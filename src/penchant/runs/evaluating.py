@@ -251,8 +251,8 @@ class HeldOut:
         fresh = Fresh(self.rows.tokenizer, prompts, [], max_new_tokens, config.train.seed, None, judge)
         asked, path = {**fresh.asked, **sampling}, self.folder / START_FILE
         if self.step:
-            return kept_start(path, asked)
-        if self.keep:
+            return current().share(kept_start(path, asked))
+        if self.keep and current().leads:
             with spared(path, self.console.note):
                 keep_start(path, asked, [{"reward": float(r)} for r in rewards])
         return rewards
