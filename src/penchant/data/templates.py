@@ -220,12 +220,13 @@ def _generated(
     template = given.pop("chat_template", None) or tokenizer.get_chat_template(tools=given.get("tools"))
     if not _GENERATION.search(template):
         return "", {}
-    texts, places = render_jinja_template(  # type: ignore[misc]  # its annotation leaves the second out
-        [list(turns)],
+    made: Any = render_jinja_template(  # its annotation leaves the second part out
+        [[dict(turn) for turn in turns]],
         chat_template=template,
         return_assistant_tokens_mask=True,
         **{**tokenizer.special_tokens_map, **given},
     )
+    texts, places = made
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     found = zip(answers, places[0], strict=True) if len(places[0]) == len(answers) else ()
     return texts[0], {i: (start, stop) for i, (start, stop) in found}
