@@ -19,10 +19,11 @@ if TYPE_CHECKING:  # torch and numpy cost half a second to import; `penchant --h
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat turn; `role` is ``system``, ``user`` or ``assistant``."""
+    """One chat turn; `role` is ``system``, ``user`` or ``assistant``. `trained` matters in `Completion.more` alone."""
 
     role: str
     content: str
+    trained: bool = True
 
 
 Prompt = str | tuple[Message, ...]
@@ -30,11 +31,21 @@ Prompt = str | tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer to a prompt: its text, and what is known about it."""
+    """One answer to a prompt: its text, and what is known about it.
+
+    `more` are the turns that follow in the conversation, where several of its answers are learned: assistant turns that are `trained`
+    count in the loss as `text` does, all others are read only. The last one is trained.
+    """
 
     text: str
     label: bool | None = None
     score: float | None = None
+    more: tuple[Message, ...] = ()
+
+    @property
+    def whole(self) -> str:
+        """The answer with the turns that follow it, for comparing and showing."""
+        return "\n".join([self.text, *(f"{m.role}: {m.content}" for m in self.more)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +53,14 @@ class PromptTree:
     """One prompt with k completions: k=1 is SFT or a thumb, k=2 a preference pair (chosen first), k=n a ranking.
 
     `source` is where the row came from (``"train.jsonl:118"``), for messages; `columns` is what else the row holds, by column, where a
-    reward asks for it.
+    reward asks for it; `origin` is the number of its source, where rows of several are mixed.
     """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
     source: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    origin: int = 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -61,6 +73,7 @@ class TokenTree:
 
     `prompt_ids` has at least one token (BOS, or EOS as document separator, where the text is empty), so that the first
     completion token is always predicted from something. `truncated[i]` says that completion i lost its end (and hence has no EOS).
+    `masks` say which tokens of a completion are trained, where it holds turns of others too (SFT on several answers of a conversation).
     """
 
     row: int
@@ -70,6 +83,13 @@ class TokenTree:
     source: str = ""
     labels: tuple[bool | None, ...] = ()  # k labels, or none at all
     scores: tuple[float | None, ...] = ()  # k scores, or none at all
+    masks: tuple[np.ndarray, ...] = ()  # k arrays (c_i,) bool, or none at all: every token is trained
+    origin: int = 0  # see `PromptTree`
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Tokens of each completion that the loss counts, and that log-probs are of."""
+        return tuple(int(m.sum()) for m in self.masks) or tuple(map(len, self.completion_ids))
 
     @property
     def shared_tokens(self) -> int:
@@ -96,7 +116,7 @@ class Segment(NamedTuple):
 
 @dataclass(slots=True)
 class PackedBatch:
-    """One packed row of trees, without padding, and the index of every position that predicts a completion token.
+    """One packed row of trees, without padding, and the index of every position that predicts a completion token that is trained.
 
     A completion attends to its own segment's prompt and to itself; its position ids restart at the prompt's end. In
     separate packing every completion is a segment of its own with the prompt repeated; completions keep the same order,
@@ -111,7 +131,7 @@ class PackedBatch:
     completion_of: Tensor  # (R,) int64 in [0, C): non-decreasing
     completion_tree: Tensor  # (C,) int64 in [0, number of trees)
     completion_slot: Tensor  # (C,) int64: 0 = first (chosen), 1 = second (rejected), ...
-    lengths: Tensor  # (C,) int64: completion tokens
+    lengths: Tensor  # (C,) int64: completion tokens that are trained
     rows: tuple[int, ...]  # data set row of each tree
     labels: Tensor | None = None  # (C,) fp32, 1 or 0; None where a completion has none
     scores: Tensor | None = None  # (C,) fp32; None where a completion has none
@@ -254,6 +274,19 @@ class Scored:
             trees.append(p.tree + offset)
             offset = trees[-1][-1:] + 1 if len(p.tree) else offset
         return Scored(**{**columns, "tree": torch.cat(trees)})
+
+    def of_trees(self, which: Sequence[int]) -> Scored:
+        """The completions of some trees (ascending), which are numbered anew."""
+        import torch
+
+        numbers = torch.full((int(self.tree.max()) + 1,), -1, dtype=self.tree.dtype, device=self.tree.device)
+        numbers[torch.tensor(list(which), device=self.tree.device)] = torch.arange(
+            len(which), dtype=self.tree.dtype, device=self.tree.device
+        )
+        kept = numbers[self.tree] >= 0
+        values = {f.name: getattr(self, f.name) for f in fields(Scored)}
+        some = {n: v[kept] if hasattr(v, "to") else v for n, v in values.items()}
+        return Scored(**{**some, "tree": numbers[some["tree"]]})
 
     @property
     def is_pairs(self) -> bool:

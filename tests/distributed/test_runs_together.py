@@ -23,17 +23,25 @@ PLAIN: dict[str, Any] = {
 }
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 ALGORITHM = {"loss": None, "algorithm": {"name": "reward_model"}}
+ONLINE = {"loss": None, "reward": "words"}
 RUNS: dict[str, dict[str, Any]] = {
     "dpo": {},  # its reference computed by both, read by both
     "lora": {"lora": LORA, "reference": {"kind": "adapter"}},
     "frozen": {"reference": {"kind": "frozen"}, "model": {"dtype": "bf16"}},
     "sft": {"loss": {"name": "sft"}, "train": {**PLAIN["train"], "gradient_checkpointing": True}},
+    "rloo": {**ONLINE, "algorithm": {"name": "rloo", "samples": 3, "max_new_tokens": 8}},
+    "online-dpo": {**ONLINE, "algorithm": {"name": "online_dpo", "samples": 3, "max_new_tokens": 8}},
+    "grpo": {
+        **ONLINE,
+        "algorithm": {"name": "grpo", "samples": 3, "max_new_tokens": 8, "minibatches": 2},
+        "lora": LORA,
+    },
     "reward": ALGORITHM,
     "reward-lora": {**ALGORITHM, "lora": LORA},
 }
 
 
-BY_DEFAULT = ("dpo", "lora", "frozen", "reward")
+BY_DEFAULT = ("dpo", "lora", "frozen", "reward", "rloo")
 
 
 def config(root: Path, name: str, tag: str) -> dict[str, Any]:
@@ -98,6 +106,8 @@ def test_two_processes_log_what_one_logs(run: tuple[str, Path]) -> None:
             "rewards/margins",
             "eval/rewards/margins",
             "logps/chosen",
+            "reward",
+            "eval/reward",
             "tokens",
             "eval/rows",
         ):
@@ -135,7 +145,8 @@ def test_one_process_reads_and_evaluates_what_two_have_trained(root: Path) -> No
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"loss": None, "algorithm": {"name": "rloo"}, "reward": "words"}, "rloo"),
+        ({"loss": None, "algorithm": {"name": "ppo"}, "reward": "words"}, "value model"),
+        ({"train": {"optimizer": "sgd", "lr": 0.1}}, "optimizer"),
         ({"reference": {"kind": "frozen", "ema": 0.9}}, "moves"),
         ({"launch": {"replicas": 3}}, "replicas"),
     ],
@@ -148,5 +159,8 @@ def test_what_several_processes_cannot_train_is_refused(tmp_path: Path, change: 
     values = {**PLAIN, "model": {"path": "m"}, "data": {"path": "d"}, "output": "o", **change}
     made = config_from_mapping({key: value for key, value in values.items() if value is not None})
     check_launch(made, 1)
+    asked = made.model_copy(update={"launch": made.launch.model_copy(update={"processes": 4})})
+    with pytest.raises(ConfigError, match="this is one process"):
+        check_launch(asked, 1)
     with pytest.raises(ConfigError, match=words):
         check_launch(made, 2)

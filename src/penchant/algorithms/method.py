@@ -108,6 +108,9 @@ class EvaluationContext(Protocol):
     def scored(self, algorithm: Algorithm, *, alike: bool = False) -> tuple[Scored, list[TokenTree]]:
         """The held-out trees as `algorithm` scores them, and the trees in that order; `alike`: other runs from this start score them alike."""
 
+    def by_set(self, algorithm: Algorithm, scored: Scored, trees: list[TokenTree]) -> dict[str, Any]:
+        """The figures of each of several held-out sets; nothing where there is one."""
+
     def loss_change(self, algorithm: Any, scored: Scored, trees: list[TokenTree]) -> dict[str, Any]:
         """How the loss changed since the start, row by row, where the start was evaluated; `trees` in the order of `scored`."""
 

@@ -98,7 +98,8 @@ class Losses(Method):
             algorithm = replace(algorithm, reference=held_out.start())
         scored, trees = held_out.scored(algorithm, alike=self.needs <= SCORED_ALIKE and not moves)
         change = held_out.loss_change(algorithm, scored, trees)
-        return heldout_metrics(algorithm, scored, trees) | change | held_out.completions()
+        figures = heldout_metrics(algorithm, scored, trees) | held_out.by_set(algorithm, scored, trees)
+        return figures | change | held_out.completions()
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,8 @@ class RewardModelConfig(AlgorithmConfig):
         rewards, lengths = (v.cpu().double().numpy().reshape(-1, 2) for v in (scored.policy_logps, scored.lengths))
         flat, tables = pair_quality(rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1])
         held_out.keep_tables(tables)
-        return heldout_metrics(held_out.algorithm, scored, trees) | flat
+        by_set = held_out.by_set(held_out.algorithm, scored, trees)
+        return heldout_metrics(held_out.algorithm, scored, trees) | by_set | flat
 
 
 @dataclass(slots=True)

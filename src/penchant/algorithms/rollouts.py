@@ -13,6 +13,7 @@ from penchant.algorithms.method import AlgorithmConfig, EvaluationContext, Parts
 from penchant.base.lazy import Tensor, torch
 from penchant.base.machine import moved
 from penchant.data.packing import passes_over
+from penchant.distributed.world import current
 from penchant.errors import ConfigError
 from penchant.types import Algorithm, PackedBatch, TokenTree
 
@@ -115,7 +116,7 @@ class OnlineConfig(AlgorithmConfig):
         data = parts.config.data
         policy = PolicyText(parts.tokenizer, data.template, parts.asked(), data.template_options)
         judge = load_reward(parts.config.reward, policy, parts.device)
-        return Writer(parts.model, parts.tokenizer, judge, self, parts.config.train.seed)
+        return Writer(parts.model, parts.tokenizer, judge, self, parts.config.train.seed, parts.engine)
 
     def evaluate(self, held_out: EvaluationContext) -> dict[str, Any]:
         """Reward, win rate against the start and KL of one completion of each held-out prompt."""
@@ -159,6 +160,7 @@ class Writer:
 
     Args:
         model, tokenizer: the policy's; reward: of texts; config: samples, length, temperature; seed: of the run.
+        engine: what runs the model, where several processes share it: each answers a part of the prompts.
     """
 
     model: Any
@@ -166,6 +168,7 @@ class Writer:
     reward: Reward
     config: OnlineConfig
     seed: int
+    engine: Any = None
 
     def write(self, prompts: Sequence[TokenTree], iteration: int, samples: int | None = None) -> list[Group]:
         """One group of `samples` completions (default: the method's) for each prompt; a function of weights, seed and iteration.
@@ -174,24 +177,30 @@ class Writer:
             RewardError: the reward function failed; it names the completion.
         """
         from penchant.data.templates import end_ids
+        from penchant.distributed.shard import whole_weights
         from penchant.metrics.completions import EVALUATION
         from penchant.rollout.generate import sample
 
         cfg = self.config
         k = samples or cfg.samples
-        rows = sample(
-            self.model,
-            [t.prompt_ids.tolist() for t in prompts],
-            n=k,
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            top_p=cfg.top_p,
-            top_k=cfg.top_k,
-            min_p=cfg.min_p,
-            seed=(self.seed * 1_000_003 + iteration) % 2**63,
-            prompt_seeds=[t.row for t in prompts],
-            eos_token_id=end_ids(self.tokenizer, self.model),
-        )
+        world = current()
+        mine = [prompts[i] for i in range(world.rank, len(prompts), world.size)]
+        with whole_weights(self.engine):
+            written = sample(
+                self.model,
+                [t.prompt_ids.tolist() for t in mine],
+                n=k,
+                max_new_tokens=cfg.max_new_tokens,
+                temperature=cfg.temperature,
+                top_p=cfg.top_p,
+                top_k=cfg.top_k,
+                min_p=cfg.min_p,
+                seed=(self.seed * 1_000_003 + iteration) % 2**63,
+                prompt_seeds=[t.row for t in mine],
+                eos_token_id=end_ids(self.tokenizer, self.model),
+            )
+        everyone = world.gather(written)
+        rows = [everyone[i % world.size][i // world.size] for i in range(len(prompts))]
         asked = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
         texts = [[self.tokenizer.decode(s.ids, skip_special_tokens=True) for s in row] for row in rows]
         trees = []
@@ -200,7 +209,7 @@ class Writer:
             cut = tuple(not s.finished for s in row)
             trees.append(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source))
         step = iteration * cfg.updates if iteration != EVALUATION else 0  # which is no step of the run
-        said = self.reward.judge([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
+        said = self._judged([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
         rewards = torch.from_numpy(said.total).view(len(prompts), k)
         terms = {name: torch.from_numpy(values).view(len(prompts), k) for name, values in said.terms.items()}
         groups = []
@@ -211,6 +220,17 @@ class Writer:
             made = Group(tree, rewards[i] - penalty, tuple(texts[i]), {"old": sampled}, own, said.metrics)
             groups.append(made)
         return groups
+
+    def _judged(self, prompts: list[str], texts: list[str], trees: list[TokenTree], step: int) -> Any:
+        """What the rewards say: asked by rank 0 for all, but a reward model takes its passes from every rank."""
+        world = current()
+        if not world.many:
+            return self.reward.judge(prompts, texts, trees, step)
+        said, models = None, any(hasattr(term.function, "score_trees") for term in self.reward.terms)
+        with world.together(patient=True):
+            if world.leads or models:
+                said = self.reward.judge(prompts, texts, trees, step)
+        return world.share(said)
 
 
 @dataclass(slots=True)

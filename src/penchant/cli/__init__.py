@@ -240,7 +240,7 @@ def _check_config(args: argparse.Namespace) -> Any:
     for reward in filter(None, (config.reward, config.evaluation.reward)):
         for name in reward.terms:
             check_reward_name(name)
-    for path in (config.data.path, config.data.eval_path or []):
+    for path in (config.data.path, *config.data.held_out_files.values()):
         named_files(path)
     return config
 

@@ -421,6 +421,6 @@ def tokens_sha256(setting: Setting) -> str:
     for ids in setting.prompts:
         digest.update(np.array(ids, dtype="<i4").tobytes() + b"|")
     for tree in setting.answers:
-        for part in (tree.prompt_ids, *tree.completion_ids):
+        for part in (tree.prompt_ids, *tree.completion_ids, *tree.masks):
             digest.update(part.astype("<i4").tobytes() + b"|")
     return digest.hexdigest()

@@ -30,6 +30,7 @@ from penchant.config.yaml import (  # noqa: F401
     plain_values,
     read_mapping,
     set_key,
+    sources_named,
 )
 from penchant.errors import ConfigError
 from penchant.losses.section import LossConfig, LossModifiers, LossProblem
@@ -47,6 +48,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def load_config_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Places]:
     """The same, and where each key that was set stands: ``{key path: "file:line" or "command line"}``."""
     values, places = read_mapping(path, "a config is a mapping with model, data and output; see recipes/")
+    places = sources_named(values, places)
     places = apply_overrides(values, places, overrides)
     return build(values, places, str(path)), places
 
@@ -54,7 +56,7 @@ def load_config_with_places(path: str | Path, overrides: Sequence[str] = ()) -> 
 def config_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """The same from a mapping, for Python callers."""
     plain = plain_values(values)
-    return build(plain, apply_overrides(plain, {}, overrides), "config")
+    return build(plain, apply_overrides(plain, sources_named(plain, {}), overrides), "config")
 
 
 def build(values: dict[str, Any], places: Places, source: str) -> RunConfig:
@@ -63,6 +65,7 @@ def build(values: dict[str, Any], places: Places, source: str) -> RunConfig:
     Args:
         places: ``{key path: "file:line"}`` for messages; source: where a key stands that has no place of its own.
     """
+    places = sources_named(values, places)
     check_values(values, places, source)
     values = _own_files_found(values, places, source)
     _check_loss(values, places, source)

@@ -133,7 +133,7 @@ def sections_of(info: FieldInfo) -> list[type[BaseModel]]:
 def _fields_of(path: tuple[str, ...]) -> dict[str, FieldInfo]:
     """The keys of the section that a key path lies in; of all of them, where a section has several forms."""
     sections: list[Any] = [RunConfig]
-    for part in path[:-1]:
+    for part in (p for p in path[:-1] if not p.isdigit()):  # a number is a place in a list of sections
         infos = [s.model_fields[part] for s in sections if part != "loss" and part in s.model_fields]
         sections = [section for info in infos for section in sections_of(info)]
     return {name: info for s in reversed(sections) for name, info in s.model_fields.items()}

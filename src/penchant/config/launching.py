@@ -13,9 +13,15 @@ def check_launch(config: RunConfig, processes: int) -> None:
     Raises:
         ConfigError: with what to do in its place.
     """
-    if processes == 1:
-        return
     launch, method = config.launch, config.method
+    if processes == 1:
+        if launch.processes not in ("auto", 1):
+            raise ConfigError(
+                "launch.processes",
+                f"is {launch.processes}, and this is one process: only the command penchant train starts others",
+                "leave it out of sweeps, pipelines and Python calls, or use penchant train or torchrun",
+            )
+        return
     if launch.processes not in ("auto", processes):
         raise ConfigError(
             "launch.processes",
@@ -27,8 +33,8 @@ def check_launch(config: RunConfig, processes: int) -> None:
             "launch.replicas", f"{processes} processes are not {launch.replicas} equal groups", "give a divisor of them"
         )
     one = "train it in one process (without torchrun, --processes and --gpus)"
-    if method.rollouts is not None or method.signal == "prompts":
-        raise ConfigError("algorithm.name", f"{method.name} cannot be trained by several processes yet", one)
+    if method.name == "ppo":
+        raise ConfigError("algorithm.name", "ppo has a value model, which cannot be sharded yet", one)
     if config.algorithm is not None and is_own(config.algorithm.name):
         raise ConfigError("algorithm.name", "an algorithm of your own is trained by one process", one)
     if config.train.optimizer != "adamw":
@@ -37,6 +43,8 @@ def check_launch(config: RunConfig, processes: int) -> None:
         )
     if config.model.quantize != "none":
         raise ConfigError("model.quantize", "quantized weights are not sharded yet", f"leave it out, or {one}")
+    if config.model.quantize != "none":
+        raise ConfigError("model.quantize", "quantized weights cannot be sharded yet", f"leave it out, or {one}")
     if config.lora is not None and config.lora.dora:
         raise ConfigError("lora.dora", "is not sharded yet", f"leave it out, or {one}")
     if config.model.adapter is not None:

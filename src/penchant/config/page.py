@@ -79,7 +79,7 @@ def _words(kind: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_words(i) for i in inner)
     if origin is list:
-        return f"list of {_words(inner[0])}"
+        return "list of sections" if _is_section(inner[0]) else f"list of {_words(inner[0])}"
     if origin is dict:
         return f"mapping of {_words(inner[0])} to {_words(inner[1])}"
     return _PLAIN.get(kind, getattr(kind, "__name__", str(kind)))
@@ -88,12 +88,18 @@ def _words(kind: Any) -> str:
 def _keys(section: type[BaseModel], prefix: str) -> tuple[Key, ...]:
     found: list[Key] = []
     for name, info in section.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            found += _keys(info.annotation, f"{prefix}{name}.")
+        if (kind := info.annotation) is not None and _is_section(kind):
+            found += _keys(kind, f"{prefix}{name}.")
             continue
         default = "required" if info.is_required() else as_yaml(info.get_default(call_default_factory=True))
         found.append(Key(prefix + (info.alias or name), takes(info), default, info.description or ""))
+        if get_origin(info.annotation) is list and _is_section(inner := get_args(info.annotation)[0]):
+            found += _keys(inner, f"{prefix}{name}.N.")
     return tuple(found)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _first_line(kind: type) -> str:

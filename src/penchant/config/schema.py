@@ -161,6 +161,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     def absolute(path: Any) -> Any:
         if isinstance(path, list):
             return [absolute(p) for p in path]
+        if isinstance(path, dict):
+            return {name: absolute(p) for name, p in path.items()}
         return str(Path(path).expanduser().resolve()) if path is not None and Path(path).expanduser().exists() else path
 
     def section(value: Any, *names: str) -> Any:
@@ -181,7 +183,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "model": section(config.model, "path", "tokenizer", "adapter"),
-            "data": section(config.data, "path", "eval_path"),
+            "data": section(config.data, "path", "eval_path").model_copy(
+                update={"sources": [section(s, "path") for s in config.data.sources]}
+            ),
             "reference": section(config.reference, "path"),
             "reward": rewards(config.reward),
             "evaluation": config.evaluation.model_copy(update={"reward": rewards(config.evaluation.reward)}),

@@ -240,6 +240,14 @@ def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[
     return places
 
 
+def sources_named(values: dict[str, Any], places: Places) -> Places:
+    """A list as data is its sources: in place; and where they stand."""
+    if not isinstance(values.get("data"), list):
+        return places
+    values["data"] = {"sources": values["data"]}
+    return {("data", "sources", *key[1:]) if key[0] == "data" and key[1:] else key: at for key, at in places.items()}
+
+
 def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value: Any, where: str) -> Places:
     """Set one key in `values`, in place; sections that are not there are made.
 

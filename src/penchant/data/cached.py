@@ -30,7 +30,7 @@ from penchant.data.load import Columns, Dataset, Quarantined, Reading, fingerpri
 from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, ranges, read_batch, write_rows
 from penchant.data.read import named_files
 from penchant.data.split import held_out_rows, split_by_prompt
-from penchant.data.tokenize import CausalTokenization, Mark, TokenizedDataset, moved, tokenize
+from penchant.data.tokenize import CausalTokenization, Mark, TokenizedDataset, apart_of, moved, tokenize
 from penchant.errors import DataError
 
 # ---- Entries on disk ----
@@ -359,9 +359,8 @@ class StoredDataset:
         aside = tuple(Quarantined(*q) for q in meta["quarantined"])
         cut = tuple(meta["cut_prompts"]), tuple(meta["cut_completions"])
         split = int(((marks & Mark.SPLIT) > 0).sum())
-        whole = TokenizedDataset(
-            StoredTokens(folder), len(marks), aside, *cut, split, meta["template"], int(moved(marks).sum())
-        )
+        counts = int(moved(marks).sum()), int(apart_of(marks).sum())
+        whole = TokenizedDataset(StoredTokens(folder), len(marks), aside, *cut, split, meta["template"], *counts)
         return StoredDataset(whole, of_row, marks)
 
     def rows(self, which: np.ndarray | None) -> TokenizedDataset:
@@ -384,6 +383,7 @@ class StoredDataset:
             cut_completions=told(self.whole.cut_completions, Mark.CUT_COMPLETION),
             split_documents=int(((self.marks[which] & Mark.SPLIT) > 0).sum()),
             moved_prompts=int(moved(self.marks[which]).sum()),
+            apart=int(apart_of(self.marks[which]).sum()),
         )
 
 

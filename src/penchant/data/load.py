@@ -198,7 +198,7 @@ def _check_text(tree: PromptTree) -> None:
         RowError: one holds half of a surrogate pair; JSON can say that, and programs that cut texts in the middle do.
     """
     prompt = [tree.prompt] if isinstance(tree.prompt, str) else [m.content for m in tree.prompt]
-    for text in (*prompt, *(c.text for c in tree.completions)):
+    for text in (*prompt, *(c.whole for c in tree.completions)):
         if text.isascii():  # a flag of the string: no look at its characters
             continue
         try:
@@ -215,7 +215,7 @@ def _aside(rows: Iterable[Row], error: RowError) -> tuple[Quarantined, ...]:
 
 def is_identical(tree: PromptTree) -> bool:
     """Whether a tree is a pair whose answers are the same."""
-    pair = [c.text.strip() for c in tree.completions]
+    pair = [c.whole.strip() for c in tree.completions]
     return [c.label for c in tree.completions] == [True, False] and pair[0] == pair[1]
 
 
@@ -294,6 +294,24 @@ class Dataset:
         """A data set of these trees, with a row for each; `content` is their fingerprint."""
         rows = len(trees)
         return replace(self, trees=trees, total=rows, accepted=rows, quarantined=(), fingerprint=content, columns=None)
+
+
+def together(parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
+    """Several data sets as one, in memory; each tree's `origin` is the number of its own.
+
+    Raises:
+        DataError: they are of different kinds.
+    """
+    kinds = [d.kind for d in parts]
+    if len(set(kinds)) > 1:
+        found = ", ".join(f"{name}: {kind}" for name, kind in zip(names, kinds, strict=True))
+        how = "give rows of one kind (see `penchant data show FILE`), or train on them one after the other"
+        raise DataError("data", f"rows of different kinds cannot be mixed ({found})", how)
+    trees = tuple(replace(t, origin=i) for i, d in enumerate(parts) for t in d.trees)
+    aside = tuple(q for d in parts for q in d.quarantined)
+    shape = ", ".join(dict.fromkeys(d.shape for d in parts))
+    counts = sum(d.total for d in parts), aside, fingerprint(trees), sum(d.accepted for d in parts)
+    return Dataset(trees, shape, kinds[0], *counts)
 
 
 class Reading(TypedDict, total=False):
@@ -584,13 +602,17 @@ def fingerprint(trees: Iterable[PromptTree]) -> str:
 
 def _content(tree: PromptTree) -> bytes:
     further = json.dumps(tree.columns, sort_keys=True, default=str) if tree.columns else ""
-    return (json.dumps(plain_content(tree)) + further).encode()
+    return (json.dumps(plain_content(tree)) + further + (str(tree.origin) if tree.origin else "")).encode()
 
 
 def plain_content(tree: PromptTree) -> list[Any]:
     """A tree's prompt and completions as lists, for JSON."""
     prompt = tree.prompt if isinstance(tree.prompt, str) else [[m.role, m.content] for m in tree.prompt]
-    return [prompt, [[c.text, c.label, c.score] for c in tree.completions]]
+    more = [[[m.role, m.content, m.trained] for m in c.more] for c in tree.completions]
+    return [
+        prompt,
+        [[c.text, c.label, c.score, *([m] if m else [])] for c, m in zip(tree.completions, more, strict=True)],
+    ]
 
 
 def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:

@@ -22,6 +22,7 @@ from penchant.data.load import plain_content
 from penchant.types import Completion, Message, PromptTree, TokenTree
 
 NO_LABEL = -1  # stands for None
+MASKS = "masks.npy"  # there where some tokens of completions are not trained
 
 
 class StoredRows(Sequence[PromptTree]):
@@ -59,7 +60,10 @@ class StoredRows(Sequence[PromptTree]):
         row = range(len(self))[at] if self.which is None else int(self.which[at])
         prompt, completions, source, *further = json.loads(self._trees[row].as_py())
         shown = prompt if isinstance(prompt, str) else tuple(Message(role, content) for role, content in prompt)
-        made = tuple(Completion(text, label, score) for text, label, score in completions)
+        made = tuple(
+            Completion(text, label, score, tuple(Message(*m) for turns in more for m in turns))
+            for text, label, score, *more in completions
+        )
         return PromptTree(shown, made, source, further[0] if further else {})
 
     def __iter__(self) -> Iterator[PromptTree]:
@@ -107,6 +111,7 @@ class StoredTokens(Sequence[TokenTree]):
         parts = batch.column("parts")  # of each tree: the ids of its prompt and of its completions
         self._part_start, self._id_start = parts.offsets.to_numpy(), parts.values.offsets.to_numpy()
         self._ids = parts.values.values.to_numpy()
+        self._masks = np.load(folder / MASKS, mmap_mode="r") if (folder / MASKS).exists() else None  # of every id
 
     def __len__(self) -> int:
         return len(self._part_start) - 1 if self.which is None else len(self.which)
@@ -125,6 +130,7 @@ class StoredTokens(Sequence[TokenTree]):
         before = start - row  # completions of the trees before it, each of which has one prompt
         bounds = self._id_start[start : end + 1].tolist()
         prompt, *completions = (np.asarray(self._ids[a:b]) for a, b in itertools.pairwise(bounds))
+        masks = () if self._masks is None else (self._masks[a:b] for a, b in itertools.pairwise(bounds[1:]))
         own = slice(before, before + end - start - 1)
         truncated, labels, scores = (values[own].tolist() for values in self._each.values())
         return TokenTree(
@@ -135,7 +141,13 @@ class StoredTokens(Sequence[TokenTree]):
             self._sources[row].as_py().decode("utf-8", "surrogatepass"),
             tuple(None if v == NO_LABEL else bool(v) for v in labels),
             tuple(None if v != v else v for v in scores),
+            tuple(map(np.asarray, masks)),
         )
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens of completions are not trained."""
+        return self._masks is not None
 
     def __iter__(self) -> Iterator[TokenTree]:
         return (self[i] for i in range(len(self)))
@@ -190,7 +202,7 @@ def first_completions(trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
     """Trees with their first completion only."""
     if isinstance(trees, StoredTokens):
         return trees.first_completions()
-    each = ("completion_ids", "truncated", "labels", "scores")  # one entry a completion
+    each = ("completion_ids", "truncated", "labels", "scores", "masks")  # one entry a completion
     return [replace(t, **{name: getattr(t, name)[:1] for name in each}) for t in trees]
 
 
@@ -205,7 +217,8 @@ class TokenWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._ids, self._sources = (tempfile.TemporaryFile(dir=folder) for _ in range(2))  # noqa: SIM115 - `close` does
+        self._ids, self._sources, self._masks = (tempfile.TemporaryFile(dir=folder) for _ in range(3))  # noqa: SIM115 - `close` does
+        self._masked = False
         self._part_start, self._id_start, self._source_ends = (array("q", [0]) for _ in range(3))
         self._truncated, self._labels, self._scores = array("b"), array("b"), array("d")
         self._of_row, self._marks = array("i"), array("B")
@@ -218,9 +231,15 @@ class TokenWriter:
     def write(self, tree: TokenTree) -> None:
         """One tree; it has a label and a score, or None, for each completion."""
         parts = (tree.prompt_ids, *tree.completion_ids)
+        if tree.masks and not self._masked:
+            self._masks.write(b"\1" * self._id_start[-1])  # of the trees before it
+            self._masked = True
         for ids in parts:
             self._ids.write(np.ascontiguousarray(ids, dtype="<i4").tobytes())
             self._id_start.append(self._id_start[-1] + len(ids))
+        if self._masked:
+            all_of = [np.ones(len(ids), dtype=bool) for ids in parts]
+            self._masks.write(np.concatenate([all_of[0], *(tree.masks or all_of[1:])]).tobytes())
         self._part_start.append(self._part_start[-1] + len(parts))
         self._truncated.extend(tree.truncated)
         self._labels.extend(NO_LABEL if label is None else int(label) for label in tree.labels)
@@ -243,8 +262,11 @@ class TokenWriter:
             **{name: pa.LargeListArray.from_arrays(one, np.array(values)) for name, values in columns.items()},
         )
         write_batch(self.folder / "made.arrow", trees=np.array(self._of_row), marks=np.array(self._marks))
-        self._ids.close()
-        self._sources.close()
+        if self._masked:
+            self._masks.flush()
+            np.save(self.folder / MASKS, np.memmap(self._masks, dtype=bool, mode="r"))  # type: ignore[call-overload]
+        for spill in (self._ids, self._sources, self._masks):
+            spill.close()
 
 
 # ---- Arrow files of one record batch ----

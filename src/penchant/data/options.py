@@ -12,14 +12,53 @@ from penchant.base.section import Section
 from penchant.data.layouts import LAYOUTS, no_layout
 from penchant.data.read import Bounds
 
+Paths = str | list[str]
+
+
+class SourceConfig(Section):
+    """One of several sources of training rows; what is left out is as for all of them."""
+
+    path: Paths = Field(description="as data.path")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="share of the rows of an epoch, against the other weights; all sources have one, or none",
+    )
+    repeat: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="how often an epoch goes through its rows (default 1); 0.5: through half of them, the next epoch through the rest",
+    )
+    limit: int | None = Field(None, ge=1, le=10**9, description="read only the first n rows")
+    columns: dict[str, str] | None = Field(None, description="as data.columns")
+    shape: str | None = Field(None, description="as data.shape")
+    layout_options: dict[str, Any] | None = Field(None, description="as data.layout_options")
+
+    def reading(self) -> dict[str, Any]:
+        """What it says of how its rows are read."""
+        return self.model_dump(include={"limit", "columns", "shape", "layout_options"}, exclude_none=True)
+
+    @property
+    def files(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
 
 class DataConfig(Section):
     """Where the data is, how it is read, and what happens to rows that do not fit."""
 
-    path: str | list[str] = Field(
+    path: Paths = Field(
         description="file, folder or pattern of files (shards/*.parquet), several of these, or hub id (owner/name)"
     )
-    eval_path: str | list[str] | None = Field(None, description="held-out rows from files of their own")
+    sources: list[SourceConfig] = Field(
+        default_factory=list,
+        description="in place of path: several sources, [{path, weight, repeat, limit, columns, shape, layout_options}, ...], mixed by weight",
+    )
+    eval_path: Paths | dict[str, Paths] | None = Field(
+        None,
+        description="held-out rows from files of their own; {name: path} of several sets, which have figures of their own",
+    )
     validation_rows: int | None = Field(
         None, ge=1, le=10**9, description="how many rows to hold out; equal prompts stay together"
     )
@@ -71,6 +110,41 @@ class DataConfig(Section):
         "auto",
         description="auto: cache the rows, tokens and audit of files of 4 MB and more on disk, by content; off: never",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_of_sources(cls, values: Any) -> Any:
+        """`path` names the files of all sources, for whoever asks which files there are."""
+        sources = values.get("sources") if isinstance(values, dict) else None
+        if not sources or not isinstance(sources, list):
+            return values
+        whole = [{"path": s} if isinstance(s, str) else s for s in sources]
+        named = [s.get("path") if isinstance(s, dict) else None for s in whole]
+        files = [f for p in named for f in (p if isinstance(p, list) else [p])]
+        if values.get("path", files) != files:
+            raise ValueError("path and sources are both set; keep one")
+        return {**values, "sources": whole, "path": files if all(isinstance(f, str) for f in files) else ""}
+
+    @model_validator(mode="after")
+    def _mixed_one_way(self) -> DataConfig:
+        weights = [s.weight is not None for s in self.sources]
+        if any(weights) and not all(weights):
+            raise ValueError(
+                f"sources.{weights.index(False)} has no weight and others have one; give all of them one, or none"
+            )
+        both = next((i for i, s in enumerate(self.sources) if s.weight is not None and s.repeat is not None), None)
+        if both is not None:
+            raise ValueError(
+                f"sources.{both} has a weight and a repeat, which both say how many of its rows an epoch has; keep one"
+            )
+        return self
+
+    @property
+    def held_out_files(self) -> dict[str, Paths]:
+        """The files of held-out rows by the name of their set; a single one has none."""
+        if self.eval_path is None:
+            return {}
+        return self.eval_path if isinstance(self.eval_path, dict) else {"": self.eval_path}
 
     @model_validator(mode="before")
     @classmethod

@@ -121,7 +121,7 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
 
     Returns:
         The packed batch; every completion token is predicted from the position before it, the first one from the
-        prompt's last position.
+        prompt's last position. Tokens that a tree's masks leave out are in the row and are no targets.
     """
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
@@ -136,20 +136,22 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
     offset = 0
     for t, tree in enumerate(trees):
         p = len(tree.prompt_ids)
-        groups = [tree.completion_ids] if shared else [(c,) for c in tree.completion_ids]
-        for group in groups:
-            segments.append(Segment(offset, p, tuple(len(c) for c in group)))
+        masks: Sequence[np.ndarray | None] = tree.masks or (None,) * len(tree.completion_ids)
+        parts = list(zip(tree.completion_ids, masks, strict=True))
+        for group in [parts] if shared else [[part] for part in parts]:
+            segments.append(Segment(offset, p, tuple(len(c) for c, _ in group)))
             ids.append(tree.prompt_ids)
             positions.append(np.arange(p))
             last_prompt = offset + p - 1
             offset += p
-            for completion in group:
+            for completion, mask in group:
                 n = len(completion)
                 ids.append(completion)
                 positions.append(np.arange(p, p + n))
-                predict.append(np.concatenate(([last_prompt], np.arange(offset, offset + n - 1))))
-                targets.append(completion)
-                lengths.append(n)
+                before = np.concatenate(([last_prompt], np.arange(offset, offset + n - 1)))
+                predict.append(before if mask is None else before[mask])
+                targets.append(completion if mask is None else completion[mask])
+                lengths.append(len(targets[-1]))
                 offset += n
         completion_tree += [t] * len(tree.completion_ids)
         completion_slot += range(len(tree.completion_ids))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import date, datetime
 from functools import cache
 from string import ascii_letters
@@ -14,17 +16,21 @@ from typing import Any, NamedTuple
 from penchant.data.layouts import RowError
 from penchant.data.load import prompt_json
 from penchant.errors import ModelError
-from penchant.types import PromptTree
+from penchant.types import Message, PromptTree
 
 PLAIN_NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
 class Rendered(NamedTuple):
-    """A row as text. `moved`: the chat template renders the prompt differently once an answer follows."""
+    """A row as text. `moved`: the chat template renders the prompt differently once an answer follows.
+
+    `turns`: the one completion in parts that are trained and read in turn, the first and the last trained; empty: all of it is trained.
+    """
 
     prompt: str
     completions: tuple[str, ...]
     moved: bool = False
+    turns: tuple[str, ...] = ()
 
 
 def uses_chat(template: str, tokenizer: Any) -> bool:
@@ -50,10 +56,16 @@ def apply_template(
     tokenizer: Any, turns: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None, *, generate: bool
 ) -> str:
     """Turns as the tokenizer's chat template writes them."""
+    given = _with_day(tokenizer, options)
+    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=generate, **given))
+
+
+def _with_day(tokenizer: Any, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options for a chat template; one that asks for the date goes along, and is told the day."""
     given = dict(options or {})
     if (day := given.pop(DATE, None)) is not None and writes_date(tokenizer):
         given["chat_template"] = _clock(day) + tokenizer.get_chat_template(tools=given.get("tools"))
-    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=generate, **given))
+    return given
 
 
 @cache
@@ -125,6 +137,110 @@ def chat(
                 "take out of the answer what the template removes, set data.template_options, or use data.template=plain",
             )
     return Rendered(prompt, texts, moved)
+
+
+def conversation(
+    tree: PromptTree, tokenizer: Any, options: Mapping[str, Any] | None, ends: Sequence[str], *, end: bool = True
+) -> Rendered | None:
+    """A conversation of which several answers are learned, written once by the tokenizer's chat template.
+
+    What the model would write of it is what stands in the template's ``{% generation %}`` tags, where it has them for every answer; else what
+    the conversation up to an answer has more than the prompt for that answer. The end of a turn belongs to it.
+
+    Args:
+        ends: texts that end an answer; end: whether there must be one behind each answer (the last one is given one).
+
+    Returns:
+        None where one text cannot serve for all of them: the template writes earlier turns differently when others follow (it takes their
+        reasoning out, or ends them otherwise), or ends no turns. Then each answer is learned in a text of its own.
+    """
+    turns = turns_with_answer(tree)
+    said = [{"role": m.role, "content": m.content} for m in turns]
+    learned = [i for i, m in enumerate(turns) if m.role == "assistant" and m.trained]
+    try:
+        whole, spans = _generated(tokenizer, said, options)
+        if len(spans) != sum(m["role"] == "assistant" for m in said):
+            whole, spans = apply_template(tokenizer, said, options, generate=False), {}
+        for i in () if spans else learned:
+            asked = apply_template(tokenizer, said[:i], options, generate=True)
+            written = ended_once(apply_template(tokenizer, said[: i + 1], options, generate=False), ends)
+            if not (whole.startswith(written) and written.startswith(asked)):
+                return None
+            spans[i] = len(asked), len(written)
+    except ModelError:
+        raise
+    except Exception:  # a template's own jinja errors; `chat` reports them answer by answer
+        return None
+    cuts: list[int] = []
+    for i in learned:
+        start, stop = spans[i]
+        stop = start + len(ended_once(whole[start:stop], ends))
+        if not whole[:stop].endswith(tuple(ends)):
+            behind = whole[stop:]
+            closing = next((e for e in ends if behind.lstrip().startswith(e)), "")
+            if end and not closing and i != learned[-1]:
+                return None
+            stop += len(behind) - len(behind.lstrip()) + len(closing) if closing else 0
+        if not _holds(whole[:start], whole[start:stop], said[i]["content"]):
+            return None
+        cuts += start, stop
+    parts = tuple(whole[a:b] for a, b in itertools.pairwise(cuts))
+    return Rendered(whole[: cuts[0]], ("".join(parts),), turns=parts)
+
+
+def turns_with_answer(tree: PromptTree) -> list[Message]:
+    """All turns of a conversation: the prompt (whose answers are not trained), the one answer, and what follows it."""
+    asked = (Message("user", tree.prompt),) if isinstance(tree.prompt, str) else tree.prompt
+    before = (replace(m, trained=False) for m in asked)
+    (answer,) = tree.completions
+    return [*before, Message("assistant", answer.text), *answer.more]
+
+
+def apart(tree: PromptTree) -> list[PromptTree]:
+    """A conversation of which several answers are learned, as one tree for each of them; others as they are."""
+    if not any(c.more for c in tree.completions):
+        return [tree]
+    said = turns_with_answer(tree)
+    bare = tuple(replace(m, trained=True) for m in said)
+    (answer,) = tree.completions
+    return [
+        replace(tree, prompt=bare[:i], completions=(replace(answer, text=m.content, more=()),))
+        for i, m in enumerate(said)
+        if m.role == "assistant" and m.trained
+    ]
+
+
+def _generated(
+    tokenizer: Any, turns: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None
+) -> tuple[str, dict[int, tuple[int, int]]]:
+    """A conversation as text, and for each assistant turn where what the template's ``{% generation %}`` tags hold begins and ends."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    given = _with_day(tokenizer, options)
+    template = given.pop("chat_template", None) or tokenizer.get_chat_template(tools=given.get("tools"))
+    if not _GENERATION.search(template):
+        return "", {}
+    texts, places = render_jinja_template(  # type: ignore[misc]  # its annotation leaves the second out
+        [list(turns)],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **{**tokenizer.special_tokens_map, **given},
+    )
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    found = zip(answers, places[0], strict=True) if len(places[0]) == len(answers) else ()
+    return texts[0], {i: (start, stop) for i, (start, stop) in found}
+
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def ended_once(text: str, ends: Sequence[str]) -> str:
+    """A text that ends where its first end of the last ones stands: white space and further ends behind it are none of it."""
+    whole = text
+    while (bare := text.rstrip()).endswith(tuple(ends)):
+        end = next(e for e in ends if bare.endswith(e))
+        whole, text = bare, bare[: -len(end)]
+    return whole
 
 
 def _holds(prompt: str, text: str, answer: str) -> bool:

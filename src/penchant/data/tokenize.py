@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,18 @@ from penchant.base.text import counted
 from penchant.data.layouts import RowError
 from penchant.data.load import IDENTICAL, Dataset, Quarantined, prompt_json, prompt_text
 from penchant.data.mapped import StoredTokens
-from penchant.data.templates import DATE, Rendered, chat, end_ids, excerpt, plain, uses_chat
+from penchant.data.templates import (
+    DATE,
+    Rendered,
+    apart,
+    chat,
+    conversation,
+    end_ids,
+    ended_once,
+    excerpt,
+    plain,
+    uses_chat,
+)
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.types import PromptTree, TokenTree
 
@@ -22,20 +33,32 @@ from penchant.types import PromptTree, TokenTree
 
 
 Ids = list[int]
-Encoded = tuple[Ids, list[Ids]]
 CONTEXT = 64  # characters of the prompt's end with which an answer is encoded
 CHUNK = 1024  # rows that are tokenized in one call; the tokenizer keeps about 100 bytes a token while it lasts
+
+
+class Encoded(NamedTuple):
+    """The ids of a text; `turns`: tokens of each part of the one completion (see `Rendered`)."""
+
+    prompt: Ids
+    completions: list[Ids]
+    turns: tuple[int, ...] = ()
 
 
 class Mark:
     """What can happen to a row; its mark is the sum."""
 
-    CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE, MOVED = 1, 2, 4, 8, 16
+    CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE, MOVED, APART = 1, 2, 4, 8, 16, 32
 
 
 def moved(marks: Any) -> Any:
     """Of a mark, or of an array of them: whether the template moved the prompt of a row that is trained on."""
     return marks & (Mark.MOVED | Mark.ASIDE) == Mark.MOVED
+
+
+def apart_of(marks: Any) -> Any:
+    """The same: whether it is a conversation that is learned answer by answer."""
+    return marks & (Mark.APART | Mark.ASIDE) == Mark.APART
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +71,7 @@ class TokenizedDataset:
         cut_prompts: sources of rows whose prompt lost its start; cut_completions: of rows with a completion that lost its end.
         split_documents: plain documents that became several chunks.
         moved_prompts: rows whose prompt the chat template renders differently once an answer follows (see `templates.chat`).
+        apart: conversations that became a tree for each answer, since no one text serves for all of them (see `templates.conversation`).
         template: ``chat`` or ``plain``.
     """
 
@@ -59,6 +83,7 @@ class TokenizedDataset:
     split_documents: int
     template: str
     moved_prompts: int = 0
+    apart: int = 0
 
     @property
     def accepted(self) -> int:
@@ -77,6 +102,11 @@ class TokenizedDataset:
         if self.moved_prompts:
             moved = counted(self.moved_prompts, "prompt")
             parts.append(f"{moved} that the template renders differently once an answer follows")
+        if self.apart:
+            what = counted(self.apart, "conversation")
+            parts.append(
+                f"{what} learned answer by answer (written once, the model would not see what it is trained on)"
+            )
         if self.cut_prompts:
             parts.append(f"{counted(len(self.cut_prompts), 'prompt')} without the start (cut)")
         if self.cut_completions:
@@ -101,13 +131,13 @@ class Tokenization:
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
         self.identical, self.on_bad_row = identical, on_bad_row
         self.mark = 0  # of the row in hand
-        self._number = self._split = self._moved = 0
+        self._number = self._split = self._moved = self._apart = 0
         self._aside: list[Quarantined] = []
         self._cut_prompts: list[str] = []
         self._cut_completions: list[str] = []
 
-    def render(self, tree: PromptTree) -> Rendered:
-        """(Prompt text, completion texts)."""
+    def render(self, tree: PromptTree) -> list[Rendered]:
+        """(Prompt text, completion texts); several, where a row becomes several trees."""
         raise NotImplementedError
 
     def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
@@ -117,11 +147,15 @@ class Tokenization:
         )
         by_text = dict(zip(texts, encode_texts(self.tokenizer, texts), strict=True))
         return [
-            r if isinstance(r, RowError) else (by_text[r.prompt], [by_text[t] for t in r.completions]) for r in rendered
+            r if isinstance(r, RowError) else Encoded(by_text[r.prompt], [by_text[t] for t in r.completions])
+            for r in rendered
         ]
 
-    def fit_row(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
+    def fit_row(self, source: str, prompt: Ids, completions: list[Ids], turns: Sequence[int] = ()) -> list[TokenTree]:
         """The ids of one row as its token tree (several of a document that is split).
+
+        Args:
+            turns: tokens of each part of the one completion, trained and not in turn; empty: all of it is trained.
 
         Raises:
             RowError: the row cannot be used.
@@ -140,36 +174,42 @@ class Tokenization:
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
             rendered = [self._rendered(tree) for tree in part]
-            for tree, texts, ids in zip(part, rendered, self.encode(rendered), strict=True):
-                self.mark = Mark.MOVED if isinstance(texts, Rendered) and texts.moved else 0
-                made = self._row(tree, ids)
+            encoded = iter(self.encode([r for of_row in rendered for r in of_row]))
+            for tree, of_row in zip(part, rendered, strict=True):
+                self.mark = Mark.MOVED * any(isinstance(r, Rendered) and r.moved for r in of_row)
+                self.mark |= Mark.APART * (len(of_row) > 1)
+                made = self._row(tree, [next(encoded) for _ in of_row])
                 self._cut_prompts += [tree.source] * bool(self.mark & Mark.CUT_PROMPT)
                 self._cut_completions += [tree.source] * bool(self.mark & Mark.CUT_COMPLETION)
                 self._split += bool(self.mark & Mark.SPLIT)
                 self._moved += moved(self.mark)
+                self._apart += apart_of(self.mark)
                 yield made, self.mark
 
-    def _rendered(self, tree: PromptTree) -> Rendered | RowError:
+    def _rendered(self, tree: PromptTree) -> Sequence[Rendered | RowError]:
         try:
             return self.render(tree)
         except RowError as error:
-            return error
+            return [error]
 
-    def _row(self, tree: PromptTree, ids: Encoded | RowError) -> list[TokenTree]:
+    def _row(self, tree: PromptTree, of_row: Sequence[Encoded | RowError]) -> list[TokenTree]:
+        made: list[TokenTree] = []
         try:
-            if isinstance(ids, RowError):
-                raise ids
-            made = self.fit_row(tree.source, *ids)
+            for ids in of_row:
+                if isinstance(ids, RowError):
+                    raise ids
+                made += self.fit_row(tree.source, *ids)
         except RowError as error:
             if self.on_bad_row == "error":
                 raise DataError(tree.source, error.what, f"{error.how} (or set data.on_bad_row=skip)") from error
-            raw = {"prompt": prompt_json(tree.prompt), "completions": [c.text for c in tree.completions]}
+            raw = {"prompt": prompt_json(tree.prompt), "completions": [c.whole for c in tree.completions]}
             self._aside.append(Quarantined(tree.source, error.what, error.how, raw))
             self.mark |= Mark.ASIDE
             return []
         labels, scores = tuple(c.label for c in tree.completions), tuple(c.score for c in tree.completions)
         first, self._number = self._number, self._number + len(made)
-        return [replace(one, row=first + i, labels=labels, scores=scores) for i, one in enumerate(made)]
+        more: dict[str, Any] = {"labels": labels, "scores": scores, "origin": tree.origin}
+        return [replace(one, row=first + i, **more) for i, one in enumerate(made)]
 
     def check_different(self, completions: Sequence[Ids], cut: bool) -> None:
         """Refuses a pair whose answers are the same tokens, where such pairs are bad rows."""
@@ -180,7 +220,9 @@ class Tokenization:
     def result(self, trees: Sequence[TokenTree], total: int) -> TokenizedDataset:
         """The whole, when all trees have come out."""
         cut = tuple(self._cut_prompts), tuple(self._cut_completions)
-        return TokenizedDataset(trees, total, tuple(self._aside), *cut, self._split, self.template, self._moved)
+        return TokenizedDataset(
+            trees, total, tuple(self._aside), *cut, self._split, self.template, self._moved, self._apart
+        )
 
 
 def encode_in_context(
@@ -220,7 +262,7 @@ def encode_in_context(
                     "move white space between the prompt's end and the answer's start",
                 )
             found.append(encode_texts(tokenizer, [text])[0] if completion is None else completion)
-        return by_text[r.prompt], found
+        return Encoded(by_text[r.prompt], found)
 
     return [encoded(r) for r in rendered]
 
@@ -342,25 +384,29 @@ class CausalTokenization(Tokenization):
         self.ends = end_ids(tokenizer)
         self.end_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self.ends)))
 
-    def render(self, tree: PromptTree) -> Rendered:
+    def render(self, tree: PromptTree) -> list[Rendered]:
         """Each answer ended once: what stands behind its end is none of it, a template's white space or a second EOS."""
+        several = any(c.more for c in tree.completions)
+        if several and self.template == "chat":
+            whole = conversation(tree, self.tokenizer, self.options, self.end_texts, end=self.eos is not None)
+            if whole is not None:
+                return [whole]
+        return [self._rendered_alone(t) for t in (apart(tree) if several else [tree])]
+
+    def _rendered_alone(self, tree: PromptTree) -> Rendered:
         if self.template == "chat":
             rendered = chat(tree, self.tokenizer, self.options, strict=self.strict)
         else:
             rendered = plain(tree)
-        return rendered._replace(completions=tuple(map(self._ended_once, rendered.completions)))
+        return rendered._replace(completions=tuple(ended_once(c, self.end_texts) for c in rendered.completions))
 
     def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
-        return encode_in_context(self.tokenizer, rendered, strict=self.strict)
+        """Every part of a conversation is encoded behind what stands before it, so that no token spans the end of what is trained."""
+        parts = [_parts(r) if isinstance(r, Rendered) else [r] for r in rendered]
+        found = iter(encode_in_context(self.tokenizer, [p for of_row in parts for p in of_row], strict=self.strict))
+        return [_joined([next(found) for _ in of_row]) for of_row in parts]
 
-    def _ended_once(self, text: str) -> str:
-        whole = text
-        while (bare := text.rstrip()).endswith(self.end_texts):
-            end = next(e for e in self.end_texts if bare.endswith(e))
-            whole, text = bare, bare[: -len(end)]
-        return whole
-
-    def fit_row(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
+    def fit_row(self, source: str, prompt: Ids, completions: list[Ids], turns: Sequence[int] = ()) -> list[TokenTree]:
         prompt = self._start(prompt)
         completions = [self._end(c) for c in completions]
         if any(not c for c in completions):
@@ -372,7 +418,7 @@ class CausalTokenization(Tokenization):
         if len(prompt) + longest > self.max_length:
             prompt, completions, cut = self._cut(prompt, completions, longest)
         self.check_different(completions, any(cut))
-        return [_tree(source, prompt, completions, cut)]
+        return [_tree(source, prompt, completions, cut, turns)]
 
     def _start(self, prompt: Ids) -> Ids:
         """BOS once where the tokenizer uses it; an empty prompt gets BOS, or EOS as document separator."""
@@ -414,9 +460,38 @@ class CausalTokenization(Tokenization):
         return [_tree(source, prompt, [part], (i < len(parts) - 1,)) for i, part in enumerate(parts)]
 
 
-def _tree(source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...]) -> TokenTree:
+def _parts(rendered: Rendered) -> list[Rendered]:
+    """A conversation's parts, each as the answer to what stands before it; of that only the end, but for the first."""
+    before, parts = rendered.prompt, []
+    for text in rendered.turns or ():
+        parts.append(Rendered(before[-CONTEXT - 1 :] if parts else before, (text,)))
+        before += text
+    return parts or [rendered]
+
+
+def _joined(parts: Sequence[Encoded | RowError]) -> Encoded | RowError:
+    """A row's ids from those of its parts."""
+    if len(parts) == 1:
+        return parts[0]
+    found: list[Ids] = []
+    for part in parts:
+        if isinstance(part, RowError):
+            return part
+        found += part.completions
+    assert isinstance(parts[0], Encoded)
+    return Encoded(parts[0].prompt, [[i for ids in found for i in ids]], tuple(map(len, found)))
+
+
+def _tree(
+    source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...], turns: Sequence[int] = ()
+) -> TokenTree:
     arrays = tuple(np.array(c, dtype=np.int32) for c in completions)
-    return TokenTree(0, np.array(prompt, dtype=np.int32), arrays, cut, source)
+    masks: tuple[np.ndarray, ...] = ()
+    if turns:  # the last part is trained, and so is an EOS behind it
+        size = len(completions[0])
+        mask = np.repeat(np.arange(len(turns)) % 2 == 0, turns)[:size]
+        masks = (np.pad(mask, (0, size - len(mask)), constant_values=True),)
+    return TokenTree(0, np.array(prompt, dtype=np.int32), arrays, cut, source, masks=masks)
 
 
 # ---- Encoders: prompt and completion as the text pair that a BERT-type model was trained on ----
@@ -503,10 +578,10 @@ class PairTokenization(Tokenization):
         super().__init__(tokenizer, max_length, truncation, identical, on_bad_row)
         self.layout = pair_format(tokenizer)
 
-    def render(self, tree: PromptTree) -> Rendered:
-        return Rendered(prompt_text(tree.prompt), tuple(c.text for c in tree.completions))
+    def render(self, tree: PromptTree) -> list[Rendered]:
+        return [Rendered(prompt_text(tree.prompt), tuple(c.whole for c in tree.completions))]
 
-    def fit_row(self, source: str, prompt: Ids, completions: list[Ids]) -> list[TokenTree]:
+    def fit_row(self, source: str, prompt: Ids, completions: list[Ids], turns: Sequence[int] = ()) -> list[TokenTree]:
         layout = self.layout
         kept_prompt, kept = fit(prompt, completions, self.max_length - layout.specials)
         cut = tuple(len(k) < len(c) for k, c in zip(kept, completions, strict=True))

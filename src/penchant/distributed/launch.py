@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from penchant.distributed.world import World, described, end_now, error_of, lost_another, record
+from penchant.distributed.world import CRASH, World, described, end_now, error_of, lost_another, record
 from penchant.errors import PenchantError, TrainingStopped
 
 LAUNCHED = "PENCHANT_LAUNCHED"  # set where the launcher prints what a process has to say
@@ -98,7 +98,7 @@ def _crashed(rank: int, code: int, processes: int) -> PenchantError:
     error = PenchantError(
         f"process {rank} of {processes}", what, f"{how}; run the same command again to go on from the last checkpoint"
     )
-    error.exit_code = 1
+    error.exit_code = CRASH
     return error
 
 
@@ -145,7 +145,7 @@ def waited_too_long(error: BaseException, world: World, timeout: float) -> Pench
         f"{names} of {world.size} did not answer within {timeout:g} s",
         "look at what that process says and does; raise launch.timeout if a step really takes that long",
     )
-    late.exit_code = 1
+    late.exit_code = CRASH
     return late
 
 

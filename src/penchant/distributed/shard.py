@@ -101,10 +101,16 @@ class Rooted:
         ValueError: the scorer has a fast path, which holds the parameters as they were before: most would never get a gradient.
     """
 
+    _scorer: Any
+    root: Root
+
     def __init__(self, scorer: Any, root: Root) -> None:
         if scorer.fast:
             raise ValueError("a fast path was made before the model was sharded")
-        self._scorer, self.root = scorer, root
+        self.__dict__.update(_scorer=scorer, root=root)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._scorer, name, value)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._scorer, name)

@@ -23,6 +23,7 @@ T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
 end_now = os._exit  # the real one, which `base.functions.no_exit` replaces while a command runs
+CRASH = 1  # the exit code of what is started again: a bug, a process that is gone or does not answer
 PATIENCE = timedelta(days=7)  # for what rank 0 alone does first: reading and tokenizing may take hours
 MASTER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
 
@@ -101,14 +102,14 @@ class World:
                 raise agreed(error_of(found) if error is None else error)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, *, patient: bool = False) -> Iterator[None]:
         """What each rank does by itself (no collective inside): where it fails on one, it fails on all."""
         error: BaseException | None = None
         try:
             yield
         except Exception as caught:
             error = caught
-        self.agree(error)
+        self.agree(error, patient=patient)
 
     @contextmanager
     def leading(self) -> Iterator[None]:
@@ -170,13 +171,13 @@ def join(timeout: float) -> Iterator[World]:
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    gpu = torch.cuda.is_available() and torch.cuda.device_count() > local_rank
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_size
     if gpu:
         torch.cuda.set_device(local_rank)
     limit = timedelta(seconds=timeout)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=limit)
     group = dist.new_group(backend="gloo", timeout=limit)
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     _NOW[0] = World(rank, size, local_rank, local_size, group, dist.new_group(backend="gloo", timeout=PATIENCE))
     ended_well = False
     try:
@@ -210,7 +211,14 @@ def described(error: BaseException) -> dict[str, Any]:
             "time": time.time(),
         }
     what = f"{type(error).__name__}: {error}"
-    return {"kind": None, "where": "a bug in penchant", "what": what, "how": "", "exit_code": 1, "time": time.time()}
+    return {
+        "kind": None,
+        "where": "a bug in penchant",
+        "what": what,
+        "how": "",
+        "exit_code": CRASH,
+        "time": time.time(),
+    }
 
 
 def error_of(told: Mapping[str, Any]) -> PenchantError:
@@ -243,7 +251,7 @@ def ended_on_purpose() -> int | None:
     for found in sorted(path.parents[2].glob("attempt_*/*/*.json")):
         with suppress(OSError, ValueError, KeyError, TypeError):
             told = json.loads(found.read_text())["penchant"]
-            if told["kind"] is not None:
+            if told["exit_code"] != CRASH:
                 return int(told["exit_code"])
     return None
 

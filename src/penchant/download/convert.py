@@ -17,6 +17,7 @@ from penchant.data.layouts import Layout, LeftOut, RowError, layout_named
 from penchant.data.layouts import fields as row_fields
 from penchant.data.load import IDENTICAL, Converted, convert_rows, is_identical, prompt_json, prompt_text
 from penchant.data.read import BadRow, Row
+from penchant.data.templates import apart, turns_with_answer
 from penchant.errors import ConfigError, DataError, RewardError
 from penchant.requests import GetRequest
 from penchant.types import Completion, Prompt, PromptTree
@@ -293,7 +294,8 @@ class Conversion:
 
         def turn(values: Fields, options: Fields) -> tuple[PromptTree, ...]:
             found = self.layout.convert(before(values), options)
-            turned = tuple(t for tree in found for t in TURNS[self.kind](tree))
+            each = found if self.kind == "sft" else (t for tree in found for t in apart(tree))
+            turned = tuple(t for tree in each for t in TURNS[self.kind](tree))
             if not turned:
                 raise RowError(f"has nothing that can be {self.kind} data", "choose another --as")
             return turned
@@ -341,7 +343,7 @@ def _as_sft(tree: PromptTree) -> list[PromptTree]:
     if not good:
         return []
     best = max(good, key=lambda c: c.score) if all(c.score is not None for c in good) else good[0]  # type: ignore[arg-type,return-value]
-    return [replace(tree, completions=(Completion(best.text),))]
+    return [replace(tree, completions=(replace(best, label=None, score=None),))]
 
 
 def _as_unpaired(tree: PromptTree) -> list[PromptTree]:
@@ -379,13 +381,24 @@ def _answers(tree: PromptTree, more: Callable[[Completion], Mapping[str, Any]]) 
     return [{"prompt": prompt_json(tree.prompt), "completion": c.text, **more(c)} for c in tree.completions]
 
 
+def _conversation_row(tree: PromptTree) -> list[dict[str, Any]]:
+    """A conversation of which several answers are learned (`data.layout_options.turns: all`); nothing for others."""
+    if not any(c.more for c in tree.completions):
+        return []
+    turns = [
+        {"role": m.role, "content": m.content, **({} if m.role != "assistant" else {"weight": int(m.trained)})}
+        for m in turns_with_answer(tree)
+    ]
+    return [{"messages": turns}]
+
+
 WRITERS: dict[str, Callable[[PromptTree], list[dict[str, Any]]]] = {
     "pairs": _pair_row,
     "unpaired": lambda tree: _answers(
         tree, lambda c: {"label": c.label} | ({} if c.score is None else {"score": c.score})
     ),
     "scored": lambda tree: _answers(tree, lambda c: {"score": c.score}),
-    "sft": lambda tree: _answers(tree, lambda c: {}),
+    "sft": lambda tree: _conversation_row(tree) or _answers(tree, lambda c: {}),
     "prompts": lambda tree: [{"prompt": prompt_json(tree.prompt)}],
     "text": lambda tree: [{"text": c.text} for c in tree.completions],
 }

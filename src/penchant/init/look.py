@@ -185,7 +185,7 @@ def _lengths(dataset: Dataset, model: str | None) -> tuple[list[int], list[int],
         both = [len(t.prompt_ids) + max(map(len, t.completion_ids), default=0) for t in made.trees]
         return both, [len(t.prompt_ids) for t in made.trees], "tokens"
     prompts = [_characters(t.prompt) for t in some.trees]
-    answers = [max((len(c.text) for c in t.completions), default=0) for t in some.trees]
+    answers = [max((len(c.whole) for c in t.completions), default=0) for t in some.trees]
     guess = [round((p + a) / CHARACTERS_A_TOKEN) for p, a in zip(prompts, answers, strict=True)]
     return guess, [round(p / CHARACTERS_A_TOKEN) for p in prompts], "tokens (a guess from characters)"
 

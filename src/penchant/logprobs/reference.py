@@ -224,10 +224,10 @@ def hash_trees(digest: Any, trees: Sequence[TokenTree]) -> None:
 
 
 def _parts(trees: Sequence[TokenTree], start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of some trees: how many parts each has, the tokens of each part, and the ids of all parts."""
-    if isinstance(trees, StoredTokens):
+    """Of some trees: how many parts each has (masks among them), the tokens of each part, and the ids of all parts."""
+    if isinstance(trees, StoredTokens) and not trees.masked:
         return trees.part_counts(start, end), trees.part_lengths(start, end), trees.part_ids(start, end)
-    some = [(t.prompt_ids, *t.completion_ids) for t in trees[start:end]]
+    some = [(t.prompt_ids, *t.completion_ids, *t.masks) for t in trees[start:end]]
     counts, flat = [len(parts) for parts in some], [part for parts in some for part in parts]
     return np.array(counts), np.array(list(map(len, flat))), np.concatenate(flat)
 
@@ -347,7 +347,7 @@ def compute_logps(
     )
     for members, made in passes:
         sums = made.sums.cpu().split([len(trees[i].completion_ids) for i in members])
-        tokens = made.tokens.cpu().split([sum(map(len, trees[i].completion_ids)) for i in members])
+        tokens = made.tokens.cpu().split([sum(trees[i].trained) for i in members])
         parts |= dict(zip(members, zip(sums, tokens, strict=True), strict=True))
         if progress is not None:
             progress(len(parts), len(trees))
@@ -392,9 +392,9 @@ def _joined(parts: Sequence[Mapping[int, Tensor]]) -> Mapping[int, Tensor]:
 
 
 def _sizes(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) int64 twice: completions of each tree, and tokens of all its completions."""
-    if not isinstance(trees, StoredTokens):
-        made = [(len(t.completion_ids), sum(map(len, t.completion_ids))) for t in trees]
+    """(n,) int64 twice: completions of each tree, and tokens of all its completions that are trained."""
+    if not isinstance(trees, StoredTokens) or trees.masked:
+        made = [(len(t.completion_ids), sum(t.trained)) for t in trees]
         counts, tokens = np.array(made, dtype=np.int64).reshape(-1, 2).T
         return counts, tokens
     parts, lengths = trees.part_counts(), trees.part_lengths()

@@ -85,7 +85,7 @@ def _completions(trees: Sequence[TokenTree]) -> _Completions:
     tree = [i for i, t in enumerate(trees) for _ in t.completion_ids]
     slot = [s for t in trees for s in range(len(t.completion_ids))]
     good = [_good(t, s) for t in trees for s in range(len(t.completion_ids))]
-    lengths = [len(ids) for t in trees for ids in t.completion_ids]
+    lengths = [n for t in trees for n in t.trained]
     return _Completions(np.array(tree), np.array(slot), np.array(good), np.array(lengths), by_tree[tree])
 
 
@@ -179,7 +179,7 @@ def score_tokens(
     parts: dict[int, Tensor] = {}
     lanes = lanes and (reference is None or reference.side_by_side)
     for members, found in passes_over(found_of, trees, tokens_per_step, shared=shared, device=device, lanes=lanes):
-        counts = [sum(map(len, trees[i].completion_ids)) for i in members]
+        counts = [sum(trees[i].trained) for i in members]
         parts |= dict(zip(members, found.cpu().double().split(counts, dim=1), strict=True))
         if progress is not None:
             progress(len(parts), len(trees))

@@ -99,6 +99,23 @@ def heldout_metrics(
     return metrics
 
 
+def figures_by_set(
+    algorithm: Algorithm, scored: Scored, trees: Sequence[TokenTree], names: Sequence[str]
+) -> dict[str, Any]:
+    """`heldout_metrics` of each of several held-out sets: ``eval/NAME/loss`` and so on.
+
+    Args:
+        trees: in the order in which they were scored; names: of the sets, by the trees' `origin`. A set without trees has no figures.
+    """
+    found: dict[str, Any] = {}
+    for origin, name in enumerate(names):
+        mine = [i for i, t in enumerate(trees) if t.origin == origin]
+        if mine:
+            some = [trees[i] for i in mine]
+            found |= heldout_metrics(algorithm, scored.of_trees(mine), some, prefix=f"eval/{name}/")
+    return found
+
+
 def row_losses(algorithm: Algorithm, scored: Scored, trees: Sequence[TokenTree]) -> dict[int, tuple[float, float]]:
     """By data row: its loss and what that counts (1, or tokens); nothing for a loss of several terms or of single completions."""
     with torch.no_grad():

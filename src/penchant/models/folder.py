@@ -335,6 +335,9 @@ def bound_templates() -> None:
         slow = ("wordwrap", "urlize")  # take quadratic time over one long text
         environment.filters = {k: f for k, f in environment.filters.items() if k not in slow}
         environment.filters["penchant_counted"] = _counted
+        for extension in environment.extensions.values():  # where generation tags are: the overlay's own counts
+            if hasattr(extension, "activate_tracker"):
+                environment.activate_tracker = extension.activate_tracker
         environment.globals = {k: v for k, v in environment.globals.items() if k != "lipsum"}
         return environment.from_string(template)
 

@@ -153,6 +153,10 @@ def _load_anew(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> 
                 path, output_loading_info=True, **how, **_text_part(config)
             )
             model, info = loaded
+            if (
+                text is not config
+            ):  # the names of the folder that it was a part of are not those under which it is saved
+                vars(model).pop("_weight_conversions", None)
             _check_complete(cfg.path, info)
             if config.get_text_config() is config:  # else a tower of images has layers of its own
                 check_layers(cfg.path, info["unexpected_keys"], config)

@@ -121,7 +121,7 @@ def work_of(run: OutlinedRun) -> Work:
         passes += len(plan)
         tokens += sum(sizes)
         separate += sum(t.separate_tokens for t in batch)
-        trained += sum(len(c) for t in batch for c in t.completion_ids)
+        trained += sum(n for t in batch for n in t.trained)
         of_passes = [sum(sizes[i] for i in members) for members in plan]
         met.update(of_passes)
         longest = max(of_passes)
@@ -223,7 +223,7 @@ def disk_of(run: OutlinedRun, work: Work, cached: bool | None) -> Disk:
     keep = run.config.checkpoint
     kept = min(work.checkpoints, keep.keep_last + (1 if keep.keep_best and work.evaluations else 0))
     completions = sum(len(t.completion_ids) for part in run.rows.trees for t in part)
-    tokens = sum(len(c) for part in run.rows.trees for t in part for c in t.completion_ids)
+    tokens = sum(n for part in run.rows.trees for t in part for n in t.trained)
     cache = 0
     if cached is False:
         cache = 4 * (completions + (tokens if "shared_logps" in run.method.needs else 0))

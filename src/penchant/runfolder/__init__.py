@@ -288,7 +288,8 @@ def changed(theirs: Mapping[str, Any], mine: Mapping[str, Any], defaults: Mappin
 
 def _files_of(identity: Mapping[str, Any]) -> str:
     data = identity.get("config", {}).get("data", {})
-    paths = [p for name in ("path", "eval_path") for p in [data.get(name)] if p]
+    named = [p for name in ("path", "eval_path") for p in [data.get(name)] if p]
+    paths = [p for path in named for p in (path.values() if isinstance(path, dict) else [path])]
     return ", ".join(str(p) for path in paths for p in (path if isinstance(path, list) else [path])) or "the run"
 
 

@@ -33,6 +33,7 @@ from penchant.runfolder import (
     AUDIT,
     CALIBRATION,
     CHECKPOINTS,
+    CONTENT,
     IDENTITY,
     MANIFEST,
     SAMPLES,
@@ -139,7 +140,8 @@ class Run:
     def schedule(self) -> BatchSchedule:
         """Which rows each optimizer step trains on; needs the data, and no model."""
         t, rows = self.config.train, len(self.rows.trees[0])
-        return BatchSchedule(rows, t.batch_size, t.epochs, t.max_steps, t.seed, t.shuffle, self.method.updates)
+        order = t.epochs, t.max_steps, t.seed, t.shuffle, self.method.updates, self.rows.shares
+        return BatchSchedule(rows, t.batch_size, *order)
 
     @cached_property
     def held_out(self) -> HeldOut:
@@ -159,6 +161,12 @@ class Run:
         Of several processes rank 0 does this, and the others take part in what they make together.
         """
         check_launch(self.config, self.world.size)
+        if self.world.many and self.device.type == "cuda" and torch.cuda.device_count() < self.world.local_size:
+            raise ConfigError(
+                "launch.processes",
+                f"{self.world.local_size} processes on this machine share {torch.cuda.device_count()} GPUs",
+                "start one for each GPU, or set model.device=cpu",
+            )
         if not self.world.leads:
             return self._follow()
         try:
@@ -203,6 +211,8 @@ class Run:
             check_model_path(self.config.model.path)  # before the rows are read
         self._tell_day()
         contents, rows = contents_of(self.config), self.rows
+        if self.config.data.sources:
+            contents |= {f"{CONTENT}source {name}": d.fingerprint for name, d in rows.of_sources.items()}
         identity = run_identity(self.config, [d.fingerprint for d in rows.datasets if d is not None], contents)
 
         def tokens() -> dict[str, Any]:
@@ -385,6 +395,7 @@ class Run:
             algorithm=built.algorithm,
             optimizer=built.optimizer,
             trees=rows.trees[0],
+            shares=rows.shares,
             shared=built.parts.engine.shared,
             folder=self.folder,
             train=cfg.train,

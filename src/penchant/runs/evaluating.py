@@ -28,7 +28,7 @@ from penchant.metrics.completions import (
     kl_on,
     rows_of,
 )
-from penchant.metrics.heldout import loss_change, row_losses, score_heldout
+from penchant.metrics.heldout import figures_by_set, loss_change, row_losses, score_heldout
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText
 from penchant.runfolder import is_whole, keep
@@ -182,6 +182,9 @@ class HeldOut:
             scored, order = self._score(algorithm, at)
         return scored, [trees[i] for i in order]
 
+    def by_set(self, algorithm: Algorithm, scored: Scored, trees: list[TokenTree]) -> dict[str, Any]:
+        return figures_by_set(algorithm, scored, trees, self.rows.held_out_sets)
+
     def _score(self, algorithm: Algorithm, at: float) -> tuple[Scored, list[int]]:
         """The held-out trees as they are scored at progress `at`, and their order."""
         return score_heldout(
@@ -248,8 +251,8 @@ class HeldOut:
         fresh = Fresh(self.rows.tokenizer, prompts, [], max_new_tokens, config.train.seed, None, judge)
         asked, path = {**fresh.asked, **sampling}, self.folder / START_FILE
         if self.step:
-            return kept_start(path, asked)
-        if self.keep:
+            return current().share(kept_start(path, asked))
+        if self.keep and current().leads:
             with spared(path, self.console.note):
                 keep_start(path, asked, [{"reward": float(r)} for r in rewards])
         return rewards

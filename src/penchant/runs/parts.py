@@ -511,7 +511,7 @@ def _computed(built: Built, live: LiveReference) -> CachedReference:
     built.reference_seconds = time.perf_counter() - started
     built.reference_tokens = sum(tree_tokens(t, live.scorer.shared) for t in trees)
     sums = found.sums.split([len(t.completion_ids) for t in trees])
-    tokens = found.tokens.split([sum(map(len, t.completion_ids)) for t in trees])
+    tokens = found.tokens.split([sum(t.trained) for t in trees])
     by_row = {t.row: s for t, s in zip(trees, sums, strict=True)}
     return CachedReference(by_row, {t.row: s for t, s in zip(trees, tokens, strict=True)})
 

@@ -214,6 +214,8 @@ def write_manifest(
         }
         for name, d in rows.loaded.items()
     }
+    for name, d in rows.of_sources.items() if config.data.sources else ():
+        data[f"source {name}"] = {"total": d.total, "accepted": d.accepted, "fingerprint": d.fingerprint}
     for name, split in zip(("train split", "held-out split"), rows.datasets, strict=True):
         if split is not None:
             data[name] = {"rows": len(split.trees), "fingerprint": split.fingerprint}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -14,16 +16,18 @@ from penchant.data.adapt import adapt, mismatch, repeated_prompts
 from penchant.data.audit import audit as run_audit
 from penchant.data.audit.findings import Audit
 from penchant.data.cached import DataCache
-from penchant.data.load import Dataset, layout_line, summary
+from penchant.data.load import Dataset, layout_line, summary, together
 from penchant.data.mapped import StoredTokens, first_completions, label_counts
 from penchant.data.templates import dated, uses_chat
 from penchant.data.tokenize import TokenizedDataset
 from penchant.errors import ConfigError, DataError, PenchantError
+from penchant.metrics.names import METRICS
 from penchant.models.load import load_tokenizer
 from penchant.models.reward import is_encoder, load_model_config
 from penchant.rewards.functions import reads_columns
 from penchant.rewards.reward_model import RewardModelParts, rows_by_source
 from penchant.runs.sharing import Alone, Key
+from penchant.training.steps import Share, shares_of
 from penchant.types import PromptTree, TokenTree
 
 
@@ -61,12 +65,50 @@ class Rows:
     @cached_property
     def loaded(self) -> dict[str, Dataset]:
         """What the files hold, with the rows kept aside: ``train``, and ``heldout`` where it has a file of its own."""
-        found = {"train": self._load(self.config.data.path)}
-        if self.config.data.eval_path is not None:
-            found["heldout"] = self._load(self.config.data.eval_path)
+        names, parts = self.held_out_sets, self.of_sources
+        found = {"train": together(list(parts.values()), list(parts)) if len(parts) > 1 else next(iter(parts.values()))}
+        sets = {name: self._load(path) for name, path in self.config.data.held_out_files.items()}
+        if sets:
+            found["heldout"] = together(list(sets.values()), list(sets)) if len(sets) > 1 else next(iter(sets.values()))
+        if names and self.method.rollouts is not None:
+            self.console.note(
+                f"held-out sets {', '.join(names)} are evaluated as one: {self.method.name} writes answers to all of them"
+            )
         for name, dataset in found.items():
             self.console.note(f"{name}: {summary(dataset)}")
         return found
+
+    @cached_property
+    def of_sources(self) -> dict[str, Dataset]:
+        """What is trained on, by source."""
+        data = self.config.data
+        sources = {", ".join(s.files): s for s in data.sources}
+        if len(sources) < len(data.sources):
+            raise ConfigError(
+                "data.sources", "two sources have the same path", "give one of them, and say repeat there"
+            )
+        return {name: self._load(s.path, s.reading()) for name, s in sources.items()} or {"": self._load(data.path)}
+
+    @cached_property
+    def held_out_sets(self) -> list[str]:
+        """The names of several held-out sets, in the order of their trees' `origin`; empty where there is one without a name."""
+        names = [name for name in self.config.data.held_out_files if name]
+        taken = {n.partition("/")[0] for n in METRICS} | {"loss"}
+        for name in names:
+            if name in taken or not re.fullmatch(r"[A-Za-z][\w.-]*", name):
+                what = f"{name!r} cannot be the name of a held-out set"
+                raise ConfigError("data.eval_path", what, "take a word that is no metric's, such as general or math")
+        return names
+
+    @cached_property
+    def shares(self) -> tuple[Share, ...]:
+        """Of mixed sources: how many rows of each an epoch takes; empty where that is all of them, once."""
+        sources = self.config.data.sources
+        if not any(s.weight or s.repeat for s in sources):
+            return ()
+        trees = Counter(t.origin for t in self.trees[0])
+        counts = [trees[i] for i in range(len(sources))]
+        return shares_of(counts, [s.weight for s in sources], [s.repeat for s in sources])
 
     @cached_property
     def datasets(self) -> tuple[Dataset, Dataset | None]:
@@ -96,10 +138,12 @@ class Rows:
         self.console.note(f"split by prompt: {train.accepted:,} train, {heldout.accepted:,} held out")
         return train, heldout
 
-    def _load(self, path: Any) -> Dataset:
+    def _load(self, path: Any, own: Mapping[str, Any] | None = None) -> Dataset:
+        """Rows of files, as this run learns from them; `own` is what their source says of its own of how they are read."""
         data, method = self.config.data, self.method
         reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
         reading |= data.model_dump(include={"bounds"}, exclude_defaults=True)
+        reading |= own or {}
         if self.keep_columns:
             reading |= {"keep_columns": True, "rollouts": method.signal == "prompts"}
         dataset = self.shared.once(
@@ -205,6 +249,7 @@ class Rows:
         """Some of the rows for a run of another config: these of training, and the first `heldout` ones of the others."""
         few = copy.copy(self)  # with everything that was read already
         few.config = config
+        vars(few).pop("shares", None)
         few.trees = [self.trees[0][i] for i in train], self.trees[1][:heldout]
         rows = {t.row for part in few.trees for t in part}
         few.mismatched = {row: t for row, t in self.mismatched.items() if row in rows}

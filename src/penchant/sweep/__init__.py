@@ -25,6 +25,7 @@ from penchant.config import (
     plain_values,
     read_mapping,
     set_key,
+    sources_named,
 )
 from penchant.config.several import Member, read_section, read_top, read_values
 from penchant.errors import ConfigError
@@ -273,7 +274,7 @@ def _base(values: Mapping[str, Any], places: Places, source: str) -> tuple[dict[
     if "stages" in base:
         raise ConfigError(place, "base is a pipeline", "give a run's config")
     base.pop("output", None)
-    return base, found
+    return base, sources_named(base, found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, pru
 from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
-from penchant.training.steps import BatchSchedule, Summed, Totals, on_host, reduced, repeatable
+from penchant.training.steps import BatchSchedule, Share, Summed, Totals, on_host, reduced, repeatable
 from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
 
 Metrics = dict[str, Any]
@@ -92,6 +92,7 @@ class Loop:
     state: RunState = field(default_factory=RunState)
     identity: Mapping[str, Any] = field(default_factory=dict)
     interrupted: int | None = None
+    shares: tuple[Share, ...] = ()
     world: World = field(default_factory=current)
     _in_order: bool = False
     _ahead: tuple[int, Callable[[], tuple[Sequence[TokenTree], Sequence[PackedBatch]]]] | None = None
@@ -99,7 +100,8 @@ class Loop:
     @property
     def schedule(self) -> BatchSchedule:
         t = self.train
-        return BatchSchedule(len(self.trees), t.batch_size, t.epochs, t.max_steps, t.seed, t.shuffle, self.updates)
+        order = t.epochs, t.max_steps, t.seed, t.shuffle, self.updates, self.shares
+        return BatchSchedule(len(self.trees), t.batch_size, *order)
 
     @property
     def device(self) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +28,45 @@ def _order(rows: int, seed: int | None, epoch: int) -> np.ndarray:
     return order
 
 
+Share = tuple[int, int, int]  # of a source: its first tree, how many it has, how many of them an epoch takes
+
+
+@lru_cache(maxsize=2)
+def _mixed_order(shares: tuple[Share, ...], seed: int | None, epoch: int) -> np.ndarray:
+    """Each source goes on where the epoch before it ended, pass after pass through its rows, so that all of them come up equally often."""
+    taken = []
+    for i, (first, rows, count) in enumerate(shares):
+        passes, at = np.divmod(np.arange(epoch * count, (epoch + 1) * count), rows)
+        for number in np.unique(passes):
+            order = np.arange(rows) if seed is None else np.random.default_rng([seed, i, number]).permutation(rows)
+            taken.append(first + order[at[passes == number]])
+    order = np.concatenate(taken)
+    if seed is not None:
+        order = order[np.random.default_rng([seed, epoch]).permutation(len(order))]
+    order.flags.writeable = False
+    return order
+
+
+def shares_of(
+    rows: Sequence[int], weights: Sequence[float | None], repeats: Sequence[float | None]
+) -> tuple[Share, ...]:
+    """How many rows of each source an epoch takes; nothing where that is all of them, once.
+
+    With weights, an epoch has as many rows as there are, dealt by weight: ``n_i = N w_i / sum w`` (at least 1, to the nearest). Otherwise
+    ``n_i = rows_i repeat_i``.
+
+    Args:
+        rows: of each source, which follow one another; weights, repeats: of each source. A source without rows takes no part.
+    """
+    there = [i for i, n in enumerate(rows) if n]
+    whole = sum(weights[i] or 0.0 for i in there)
+    wanted = {i: sum(rows) * (weights[i] or 0.0) / whole if whole else rows[i] * (repeats[i] or 1.0) for i in there}
+    counts = {i: max(1, round(n)) for i, n in wanted.items()}
+    if all(counts[i] == rows[i] for i in there):
+        return ()
+    return tuple((sum(rows[:i]), rows[i], counts[i]) for i in there)
+
+
 @dataclass(frozen=True, slots=True)
 class BatchSchedule:
     """The batches of a run.
@@ -38,6 +77,7 @@ class BatchSchedule:
         epochs: passes over the data, may be a fraction; max_steps: an upper bound, or None.
         seed: of the order; shuffle: False keeps the file's order.
         repeat: optimizer steps on each batch (online methods take several on the same rollouts).
+        shares: of mixed sources; empty: an epoch has every tree once.
     """
 
     rows: int
@@ -47,10 +87,15 @@ class BatchSchedule:
     seed: int = 0
     shuffle: bool = True
     repeat: int = 1
+    shares: tuple[Share, ...] = ()
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return sum(count for *_, count in self.shares) or self.rows
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.rows / self.batch_size) * self.repeat
+        return math.ceil(self.rows_per_epoch / self.batch_size) * self.repeat
 
     @property
     def total_steps(self) -> int:
@@ -59,7 +104,8 @@ class BatchSchedule:
 
     def order(self, epoch: int) -> np.ndarray:
         """The order of rows in an epoch (0-based)."""
-        return _order(self.rows, self.seed if self.shuffle else None, epoch)
+        seed = self.seed if self.shuffle else None
+        return _mixed_order(self.shares, seed, epoch) if self.shares else _order(self.rows, seed, epoch)
 
     def batch(self, step: int) -> list[int]:
         """Row indices of optimizer step `step` (0-based)."""

@@ -29,7 +29,7 @@ class View:
 
     def __init__(self, index: int, tree: PromptTree) -> None:
         self.index, self.tree, self.where = index, tree, tree.source
-        self.prompt, self.texts = prompt_text(tree.prompt), tuple(c.text for c in tree.completions)
+        self.prompt, self.texts = prompt_text(tree.prompt), tuple(c.whole for c in tree.completions)
 
 
 class AuditCounter(Protocol):
@@ -75,14 +75,14 @@ class Copies:
 
     def update(self, row: View) -> None:
         # an answer with another label is no duplicate: it is a contradiction
-        self._row.append(key(row.prompt, *(f"{c.text}\0{c.label}\0{c.score}" for c in row.tree.completions)))
+        self._row.append(key(row.prompt, *(f"{c.whole}\0{c.label}\0{c.score}" for c in row.tree.completions)))
         if self.kind == "pairs":
             a, b = row.texts[:2]
             self._there.append(key(row.prompt, a, b))
             self._back.append(key(row.prompt, b, a) if a != b else 0)
         elif self.kind == "unpaired":
             for answer in row.tree.completions:
-                self._there.append(key(row.prompt, answer.text))
+                self._there.append(key(row.prompt, answer.whole))
                 self._label.append(-1 if answer.label is None else int(answer.label))
                 self._owner.append(len(self._row) - 1)
 

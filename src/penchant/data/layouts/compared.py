@@ -8,7 +8,7 @@ from typing import Any
 from penchant.data.layouts import fields
 from penchant.data.layouts.fields import LeftOut, RowError
 from penchant.data.layouts.layout import Fields, layout
-from penchant.data.layouts.plain import every_answer, scored_pair
+from penchant.data.layouts.plain import all_answers, every_answer, scored_pair
 from penchant.types import Message, PromptTree
 
 
@@ -152,6 +152,9 @@ def _prompt(messages: tuple[Message, ...], place: int) -> tuple[PromptTree, ...]
 
 _USES: dict[str, Any] = {
     "sft": lambda messages: (fields.answered(messages, "conversation"),),
+    "all_turns": lambda messages: tuple(
+        all_answers(messages, [len(t.prompt) for t in found]) for found in [every_answer(messages)] if found
+    ),
     "every_turn": every_answer,
     "first_turn": lambda messages: every_answer(messages)[:1],
     "prompts": lambda messages: _prompt(messages, -1),

@@ -95,12 +95,12 @@ def not_judged(row: Mapping[str, Any], where: str = "") -> None:
 
 
 def trained(turn: Any) -> bool:
-    """Whether an assistant turn is to be learned, by its "weight" (0 or 1, as OpenAI has it) or "train".
+    """Whether an assistant turn is to be learned, by its "weight" (0 or 1, as OpenAI and Mistral have it), "train" or "training" (Axolotl).
 
     Raises:
         RowError: a weight that is neither 0 nor 1.
     """
-    for name in ("weight", "train"):
+    for name in ("weight", "train", "training"):
         value = turn.get(name) if isinstance(turn, Mapping) else None
         if value is None:
             continue
@@ -124,7 +124,7 @@ def learned(
             not_judged(row[name][-1], f' of the last turn of "{name}"')
             if not trained(row[name][-1]):
                 what = f'the last turn of "{name}" has weight 0: it is not to be learned'
-                raise LeftOut(what, "nothing is wrong with it; learn the others with data.layout_options.turns=every")
+                raise LeftOut(what, "nothing is wrong with it; learn the others with data.layout_options.turns=all")
 
 
 # how a list of messages, or one message, begins where a spreadsheet or pandas wrote it into a cell as text

@@ -161,7 +161,7 @@ class Layout:
             fields.no_written_messages(row)
             if self.kind == "sft":
                 fields.not_judged(row)
-            if options.get("turns") != "every":
+            if options.get("turns", "last") not in ("every", "all"):
                 fields.learned(row)
         made = self.turn(row, {n: options.get(n, o.default) for n, o in self.options.items()})
         trees = made if isinstance(made, tuple) else (made,)

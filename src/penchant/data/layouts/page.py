@@ -78,7 +78,7 @@ def as_json(layout: Layout) -> dict[str, Any]:
 
 def tree_json(tree: PromptTree) -> dict[str, Any]:
     """A prompt tree as JSON; what is not known of a completion is left out."""
-    answers = [{k: v for k, v in asdict(c).items() if v is not None} for c in tree.completions]
+    answers = [{k: v for k, v in asdict(c).items() if v is not None and v != ()} for c in tree.completions]
     return {"prompt": prompt_json(tree.prompt), "completions": answers}
 
 
@@ -90,6 +90,12 @@ def tree_lines(tree: PromptTree, longest: int = LONGEST) -> list[str]:
     for answer in tree.completions:
         score = "" if answer.score is None else f" ({answer.score:g})"
         lines += _named(f"-> {names[answer.label]}{score}", answer.text, longest)
+        for turn in answer.more:
+            if turn.role == "assistant":
+                name = "-> answer" if turn.trained else "assistant (not learned)"
+                lines += _named(name, turn.content, longest)
+            else:
+                lines += _named(turn.role, turn.content, longest)
     return lines
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from penchant.data.layouts import fields
 from penchant.data.layouts.fields import LeftOut, RowError
@@ -112,10 +113,10 @@ def from_alpaca(row: Fields) -> PromptTree:
 
 @layout("messages", check=lambda row: not {"chosen", "rejected", "kto_tag", "label"} & row.keys())
 def messages(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
-    """One conversation: its last answer, or each of its answers."""
+    """One conversation: its last answer, all its answers at once, or each of them by itself."""
     turns = conversation(row)
     last = fields.answered(turns, conversation_name(row))  # also checks that the conversation ends with an answer
-    if options["turns"] != "every":
+    if options["turns"] == "last":
         return (last,)
     given = row[conversation_name(row)]
     skipped = len(turns) - len(given)  # the system prompt of a column
@@ -125,7 +126,7 @@ def messages(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     trees = tuple(t for t in every_answer(turns) if fields.trained(given[len(t.prompt) - skipped]))
     if not trees:
         raise LeftOut("all its answers have weight 0: they are not to be learned", "nothing is wrong with it")
-    return trees
+    return trees if options["turns"] == "every" else (all_answers(turns, [len(t.prompt) for t in trees]),)
 
 
 def conversation_name(row: Fields) -> str:
@@ -136,6 +137,13 @@ def conversation_name(row: Fields) -> str:
 def conversation(row: Fields) -> tuple[Message, ...]:
     """All turns of a row's conversation, behind its system prompt."""
     return fields.with_system(row, fields.messages(row, conversation_name(row)))
+
+
+def all_answers(messages: tuple[Message, ...], learned: Sequence[int]) -> PromptTree:
+    """One tree for all answers of a conversation that are learned, which stand at these places (ascending)."""
+    first, last = learned[0], learned[-1]
+    more = tuple(replace(m, trained=i in learned) for i, m in enumerate(messages[: last + 1]))[first + 1 :]
+    return PromptTree(messages[:first], (Completion(messages[first].content, more=more),))
 
 
 def every_answer(messages: tuple[Message, ...]) -> tuple[PromptTree, ...]:
