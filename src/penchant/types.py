@@ -19,11 +19,15 @@ if TYPE_CHECKING:  # torch and numpy cost half a second to import; `penchant --h
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat turn; `role` is ``system``, ``user`` or ``assistant``. `trained` matters in `Completion.more` alone."""
+    """One chat turn; `role` is ``system``, ``user`` or ``assistant``.
+
+    `trained` matters in `Completion.more` alone; `reasoning` is what an assistant thought first, where the row has that apart.
+    """
 
     role: str
     content: str
     trained: bool = True
+    reasoning: str = ""
 
 
 Prompt = str | tuple[Message, ...]
@@ -34,18 +38,20 @@ class Completion:
     """One answer to a prompt: its text, and what is known about it.
 
     `more` are the turns that follow in the conversation, where several of its answers are learned: assistant turns that are `trained`
-    count in the loss as `text` does, all others are read only. The last one is trained.
+    count in the loss as `text` does, all others are read only. The last one is trained. `reasoning` is as in `Message`.
     """
 
     text: str
     label: bool | None = None
     score: float | None = None
     more: tuple[Message, ...] = ()
+    reasoning: str = ""
 
     @property
     def whole(self) -> str:
-        """The answer with the turns that follow it, for comparing and showing."""
-        return "\n".join([self.text, *(f"{m.role}: {m.content}" for m in self.more)])
+        """The answer with its reasoning and the turns that follow it, for comparing and showing."""
+        thought = [self.reasoning] if self.reasoning else []
+        return "\n".join([*thought, self.text, *(f"{m.role}: {m.content}" for m in self.more)])
 
 
 @dataclass(frozen=True, slots=True)

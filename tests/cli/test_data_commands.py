@@ -78,7 +78,7 @@ def test_columns_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     fix = ["data", "fix", path, str(output), "--drop", "leakage", "--against", other]
     for command in (["data", "audit", path], fix, ["data", "show", path]):
         assert main(command) == 2
-        assert "--column prompt=question" in capsys.readouterr().err
+        assert "--column prompt=q" in capsys.readouterr().err
         assert main([*command, *NAMED]) == 0
         capsys.readouterr()
         assert main([*command, "--column", "prompt"]) == 2

@@ -17,9 +17,10 @@ from tiny import tiny_tokenizer
 from penchant.data.cached import DataCache
 from penchant.data.layouts.page import preview
 from penchant.data.load import load_preferences
-from penchant.data.mapped import StoredTokens, TokenWriter
+from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, write_rows
 from penchant.data.packing import pack
 from penchant.data.tokenize import TokenizedDataset, tokenize
+from penchant.download.convert import WRITERS
 from penchant.errors import DataError
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import hash_trees
@@ -250,3 +251,58 @@ def test_the_last_answer_stays_the_default() -> None:
     assert [_trained(tokenizer, t) for t in made.trees] == [["Four.</s>"]]
     with pytest.raises(DataError, match="does not end with an assistant turn"):
         _learned(UNTAGGED, TALK[:-1])
+
+
+# ---- reasoning that a row has apart ---------------------------------------------------------------------------------------
+
+WRITES_REASONING = _template(
+    "{{ ('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m.content + '</s>' }}"
+)
+OF_THE_LAST_TURN = _template(
+    "{{ ('<think>' + m.reasoning_content + '</think>' if m.reasoning_content and loop.last else '') + m.content + '</s>' }}"
+)
+
+
+def _thoughtful(name: str = "reasoning_content") -> list[dict[str, Any]]:
+    talk = [dict(turn) for turn in TALK]
+    talk[2][name], talk[6][name] = "A greeting.", "Count again."
+    return talk
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_learned_where_the_template_writes_it(name: str) -> None:
+    tokenizer, made = _learned(WRITES_REASONING, _thoughtful(name))
+    first, last = "<think>A greeting.</think>Yo.</s>", "<think>Count again.</think>Four.</s>"
+    assert _trained(tokenizer, made.trees[0]) == [first, "Five.</s>", last] and made.apart == 0
+    tokenizer, made = _learned(WRITES_REASONING, _thoughtful(name), turns="last")
+    assert _trained(tokenizer, made.trees[0]) == [last] and first in tokenizer.decode(made.trees[0].prompt_ids)
+    tokenizer, made = _learned(OF_THE_LAST_TURN, _thoughtful(name))  # earlier turns stand there without
+    assert [_trained(tokenizer, t) for t in made.trees] == [[first], ["Five.</s>"], [last]] and made.apart == 1
+
+
+def test_reasoning_that_the_template_leaves_out_makes_a_bad_row() -> None:
+    with pytest.raises(DataError, match=r"leaves out the answer's reasoning.*A greeting"):
+        _learned(UNTAGGED, _thoughtful())
+    with pytest.raises(DataError, match="only a chat template"):
+        _learned(None, _thoughtful(), turns="last")
+    with pytest.raises(DataError, match="no text of an assistant"):
+        _learned(UNTAGGED, [{**TALK[1], "thinking": "hm"}, TALK[2]])
+    with pytest.raises(DataError, match="differ"):
+        _learned(UNTAGGED, [TALK[1], {**TALK[2], "thinking": "hm", "reasoning_content": "oh"}])
+
+
+def test_answers_of_a_pair_have_reasoning_of_their_own_and_are_written_with_it(tmp_path: Path) -> None:
+    answers = [
+        {"role": "assistant", "content": c, "reasoning_content": r} for c, r in (("Four.", "2+2"), ("Five.", "2+3"))
+    ]
+    row = {"prompt": [TALK[3]], "chosen": answers[:1], "rejected": answers[1:]}
+    rows = from_rows([row])
+    (tree,) = tokenize(rows, _tokenizer(WRITES_REASONING), max_length=256).trees
+    texts = [_tokenizer(None).decode(c) for c in tree.completion_ids]
+    assert texts == ["<think>2+2</think>Four.</s>", "<think>2+3</think>Five.</s>"]
+    (written,) = WRITERS["pairs"](rows.trees[0])
+    assert from_rows([written]).trees[0].completions == rows.trees[0].completions
+    write_rows(tmp_path, rows.trees)
+    assert tuple(StoredRows(tmp_path, "key")) == tuple(rows.trees)
+    bare = {**row, "chosen": [{**answers[0], "reasoning_content": None}]}
+    assert from_rows([bare]).fingerprint != rows.fingerprint

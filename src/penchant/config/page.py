@@ -88,12 +88,14 @@ def _words(kind: Any) -> str:
 def _keys(section: type[BaseModel], prefix: str) -> tuple[Key, ...]:
     found: list[Key] = []
     for name, info in section.model_fields.items():
-        if (kind := info.annotation) is not None and _is_section(kind):
+        kind: Any = info.annotation
+        if kind is not None and _is_section(kind):
             found += _keys(kind, f"{prefix}{name}.")
             continue
         default = "required" if info.is_required() else as_yaml(info.get_default(call_default_factory=True))
         found.append(Key(prefix + (info.alias or name), takes(info), default, info.description or ""))
-        if get_origin(info.annotation) is list and _is_section(inner := get_args(info.annotation)[0]):
+        inner: Any = get_args(info.annotation)[0] if get_origin(info.annotation) is list else None
+        if inner is not None and _is_section(inner):
             found += _keys(inner, f"{prefix}{name}.N.")
     return tuple(found)
 

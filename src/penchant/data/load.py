@@ -32,7 +32,7 @@ from penchant.data.layouts import (
 from penchant.data.layouts.fields import finite, opened
 from penchant.data.read import BadRow, Bounds, Row, read_rows
 from penchant.errors import DataError
-from penchant.types import Prompt, PromptTree
+from penchant.types import Completion, Message, Prompt, PromptTree
 
 # ---- What a row's own columns say: which of two answers came first, and the row's language ----
 
@@ -197,7 +197,7 @@ def _check_text(tree: PromptTree) -> None:
     Raises:
         RowError: one holds half of a surrogate pair; JSON can say that, and programs that cut texts in the middle do.
     """
-    prompt = [tree.prompt] if isinstance(tree.prompt, str) else [m.content for m in tree.prompt]
+    prompt = [tree.prompt] if isinstance(tree.prompt, str) else [m.reasoning + m.content for m in tree.prompt]
     for text in (*prompt, *(c.whole for c in tree.completions)):
         if text.isascii():  # a flag of the string: no look at its characters
             continue
@@ -607,17 +607,30 @@ def _content(tree: PromptTree) -> bytes:
 
 def plain_content(tree: PromptTree) -> list[Any]:
     """A tree's prompt and completions as lists, for JSON."""
-    prompt = tree.prompt if isinstance(tree.prompt, str) else [[m.role, m.content] for m in tree.prompt]
-    more = [[[m.role, m.content, m.trained] for m in c.more] for c in tree.completions]
-    return [
-        prompt,
-        [[c.text, c.label, c.score, *([m] if m else [])] for c, m in zip(tree.completions, more, strict=True)],
-    ]
+
+    def turn(m: Message) -> list[Any]:
+        return [m.role, m.content, m.trained, m.reasoning] if m.reasoning else [m.role, m.content, m.trained]
+
+    asked = tree.prompt
+    prompt = asked if isinstance(asked, str) else [turn(m) if m.reasoning else [m.role, m.content] for m in asked]
+    more = [[list(map(turn, c.more)), c.reasoning] if c.more or c.reasoning else [] for c in tree.completions]
+    return [prompt, [[c.text, c.label, c.score, *m] for c, m in zip(tree.completions, more, strict=True)]]
 
 
 def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
     """A prompt as text, or as the messages that programs write."""
-    return prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]
+    return prompt if isinstance(prompt, str) else list(map(message_json, prompt))
+
+
+def message_json(message: Message) -> dict[str, str]:
+    """A turn as programs and chat templates know it."""
+    thought = {"reasoning_content": message.reasoning} if message.reasoning else {}
+    return {"role": message.role, "content": message.content, **thought}
+
+
+def answer_turn(completion: Completion) -> Message:
+    """A completion's text as an assistant turn."""
+    return Message("assistant", completion.text, reasoning=completion.reasoning)
 
 
 def turns_of(prompt: Prompt | None) -> dict[str, Any]:

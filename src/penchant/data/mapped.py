@@ -59,9 +59,9 @@ class StoredRows(Sequence[PromptTree]):
             return tuple(self[i] for i in range(*at.indices(len(self))))
         row = range(len(self))[at] if self.which is None else int(self.which[at])
         prompt, completions, source, *further = json.loads(self._trees[row].as_py())
-        shown = prompt if isinstance(prompt, str) else tuple(Message(role, content) for role, content in prompt)
+        shown = prompt if isinstance(prompt, str) else tuple(Message(*m) for m in prompt)
         made = tuple(
-            Completion(text, label, score, tuple(Message(*m) for turns in more for m in turns))
+            Completion(text, label, score, tuple(Message(*m) for turns in more[:1] for m in turns), *more[1:])
             for text, label, score, *more in completions
         )
         return PromptTree(shown, made, source, further[0] if further else {})
@@ -130,7 +130,9 @@ class StoredTokens(Sequence[TokenTree]):
         before = start - row  # completions of the trees before it, each of which has one prompt
         bounds = self._id_start[start : end + 1].tolist()
         prompt, *completions = (np.asarray(self._ids[a:b]) for a, b in itertools.pairwise(bounds))
-        masks = () if self._masks is None else (self._masks[a:b] for a, b in itertools.pairwise(bounds[1:]))
+        masks: Iterable[np.ndarray] = (
+            () if self._masks is None else (self._masks[a:b] for a, b in itertools.pairwise(bounds[1:]))
+        )
         own = slice(before, before + end - start - 1)
         truncated, labels, scores = (values[own].tolist() for values in self._each.values())
         return TokenTree(

@@ -14,7 +14,7 @@ from string import ascii_letters
 from typing import Any, NamedTuple
 
 from penchant.data.layouts import RowError
-from penchant.data.load import prompt_json
+from penchant.data.load import answer_turn, message_json, prompt_json
 from penchant.errors import ModelError
 from penchant.types import Message, PromptTree
 
@@ -80,6 +80,9 @@ def _clock(day: str) -> str:
 
 def plain(tree: PromptTree) -> Rendered:
     """Text prompts as they are; chat prompts as a ``\\n\\nHuman: ...\\n\\nAssistant:`` transcript."""
+    if any(c.reasoning for c in tree.completions):
+        how = "take a tokenizer with one, put the reasoning into the content, or take it out"
+        raise RowError("the answer has reasoning apart, which only a chat template can write", how)
     texts = tuple(c.text for c in tree.completions)
     if isinstance(tree.prompt, str):
         return Rendered(tree.prompt, texts)
@@ -115,7 +118,7 @@ def chat(
 
     try:
         prompt = render((), True)
-        wholes = [render(({"role": "assistant", "content": c.text},), False) for c in tree.completions]
+        wholes = [render((message_json(answer_turn(c)),), False) for c in tree.completions]
         moved = not all(whole.startswith(prompt) for whole in wholes)
         unanswered = render((), False) if moved else ""
     except ModelError:  # one that does not end would not do so with the other rows
@@ -136,6 +139,11 @@ def chat(
                 f"the chat template changes the answer: {excerpt(c.text)} becomes {excerpt(text)}",
                 "take out of the answer what the template removes, set data.template_options, or use data.template=plain",
             )
+        if strict and not _holds(prompt, text, c.reasoning):
+            raise RowError(
+                f"the chat template leaves out the answer's reasoning: {excerpt(c.reasoning)} is not in {excerpt(text)}",
+                "take a model whose template writes reasoning_content, put it into the content, or take it out",
+            )
     return Rendered(prompt, texts, moved)
 
 
@@ -155,7 +163,7 @@ def conversation(
         reasoning out, or ends them otherwise), or ends no turns. Then each answer is learned in a text of its own.
     """
     turns = turns_with_answer(tree)
-    said = [{"role": m.role, "content": m.content} for m in turns]
+    said = list(map(message_json, turns))
     learned = [i for i, m in enumerate(turns) if m.role == "assistant" and m.trained]
     try:
         whole, spans = _generated(tokenizer, said, options)
@@ -181,7 +189,7 @@ def conversation(
             if end and not closing and i != learned[-1]:
                 return None
             stop += len(behind) - len(behind.lstrip()) + len(closing) if closing else 0
-        if not _holds(whole[:start], whole[start:stop], said[i]["content"]):
+        if not all(_holds(whole[:start], whole[start:stop], t) for t in (turns[i].content, turns[i].reasoning)):
             return None
         cuts += start, stop
     parts = tuple(whole[a:b] for a, b in itertools.pairwise(cuts))
@@ -193,7 +201,7 @@ def turns_with_answer(tree: PromptTree) -> list[Message]:
     asked = (Message("user", tree.prompt),) if isinstance(tree.prompt, str) else tree.prompt
     before = (replace(m, trained=False) for m in asked)
     (answer,) = tree.completions
-    return [*before, Message("assistant", answer.text), *answer.more]
+    return [*before, answer_turn(answer), *answer.more]
 
 
 def apart(tree: PromptTree) -> list[PromptTree]:
@@ -204,7 +212,7 @@ def apart(tree: PromptTree) -> list[PromptTree]:
     bare = tuple(replace(m, trained=True) for m in said)
     (answer,) = tree.completions
     return [
-        replace(tree, prompt=bare[:i], completions=(replace(answer, text=m.content, more=()),))
+        replace(tree, prompt=bare[:i], completions=(replace(answer, text=m.content, reasoning=m.reasoning, more=()),))
         for i, m in enumerate(said)
         if m.role == "assistant" and m.trained
     ]
@@ -220,15 +228,17 @@ def _generated(
     template = given.pop("chat_template", None) or tokenizer.get_chat_template(tools=given.get("tools"))
     if not _GENERATION.search(template):
         return "", {}
-    texts, places = render_jinja_template(  # type: ignore[misc]  # its annotation leaves the second out
-        [list(turns)],
+    rendered: Any = render_jinja_template(
+        [[dict(turn) for turn in turns]],
         chat_template=template,
         return_assistant_tokens_mask=True,
         **{**tokenizer.special_tokens_map, **given},
     )
+    (text,), (places,) = rendered
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    found = zip(answers, places[0], strict=True) if len(places[0]) == len(answers) else ()
-    return texts[0], {i: (start, stop) for i, (start, stop) in found}
+    if len(places) != len(answers):
+        return text, {}
+    return text, {i: (start, stop) for i, (start, stop) in zip(answers, places, strict=True)}
 
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

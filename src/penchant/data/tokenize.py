@@ -462,7 +462,8 @@ class CausalTokenization(Tokenization):
 
 def _parts(rendered: Rendered) -> list[Rendered]:
     """A conversation's parts, each as the answer to what stands before it; of that only the end, but for the first."""
-    before, parts = rendered.prompt, []
+    before = rendered.prompt
+    parts: list[Rendered] = []
     for text in rendered.turns or ():
         parts.append(Rendered(before[-CONTEXT - 1 :] if parts else before, (text,)))
         before += text

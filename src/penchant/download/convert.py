@@ -15,7 +15,16 @@ from typing import IO, Any
 
 from penchant.data.layouts import Layout, LeftOut, RowError, layout_named
 from penchant.data.layouts import fields as row_fields
-from penchant.data.load import IDENTICAL, Converted, convert_rows, is_identical, prompt_json, prompt_text
+from penchant.data.load import (
+    IDENTICAL,
+    Converted,
+    answer_turn,
+    convert_rows,
+    is_identical,
+    message_json,
+    prompt_json,
+    prompt_text,
+)
 from penchant.data.read import BadRow, Row
 from penchant.data.templates import apart, turns_with_answer
 from penchant.errors import ConfigError, DataError, RewardError
@@ -371,14 +380,22 @@ TURNS: dict[str, Callable[[PromptTree], list[PromptTree]]] = {
 
 def _pair_row(tree: PromptTree) -> list[dict[str, Any]]:
     good, bad = tree.completions
-    row: dict[str, Any] = {"prompt": prompt_json(tree.prompt), "chosen": good.text, "rejected": bad.text}
+    row: dict[str, Any] = {"prompt": prompt_json(tree.prompt)}
+    if good.reasoning or bad.reasoning:  # both as turns
+        row |= {"chosen": [message_json(answer_turn(good))], "rejected": [message_json(answer_turn(bad))]}
+    else:
+        row |= {"chosen": good.text, "rejected": bad.text}
     if good.score is not None and bad.score is not None:
         row |= {"chosen_score": good.score, "rejected_score": bad.score}
     return [row]
 
 
 def _answers(tree: PromptTree, more: Callable[[Completion], Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{"prompt": prompt_json(tree.prompt), "completion": c.text, **more(c)} for c in tree.completions]
+    asked = prompt_json(tree.prompt)
+    return [
+        {"prompt": asked, "completion": [message_json(answer_turn(c))] if c.reasoning else c.text, **more(c)}
+        for c in tree.completions
+    ]
 
 
 def _conversation_row(tree: PromptTree) -> list[dict[str, Any]]:
@@ -386,7 +403,7 @@ def _conversation_row(tree: PromptTree) -> list[dict[str, Any]]:
     if not any(c.more for c in tree.completions):
         return []
     turns = [
-        {"role": m.role, "content": m.content, **({} if m.role != "assistant" else {"weight": int(m.trained)})}
+        {**message_json(m), **({} if m.role != "assistant" else {"weight": int(m.trained)})}
         for m in turns_with_answer(tree)
     ]
     return [{"messages": turns}]

@@ -22,7 +22,7 @@ from penchant.base.functions import is_own, no_exit, python_object
 from penchant.base.text import closest
 from penchant.data.load import prompt_json, prompt_text
 from penchant.errors import ConfigError, PenchantError, RewardError
-from penchant.rewards.builtin import BUILT_IN, RewardConfig, RewardFunction, built_in, kind_of, lacks_math_verify
+from penchant.rewards.builtin import BUILT_IN, RULES, RewardConfig, RewardFunction, built_in, kind_of, lacks_math_verify
 from penchant.types import PromptTree, TokenTree
 
 if TYPE_CHECKING:
@@ -466,9 +466,10 @@ def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: A
 def check_reward_name(name: str) -> None:
     """Refuse a reward that is nowhere, by its name and whether its file is there; nothing is loaded."""
     here = Path(name.rpartition(":")[0] if is_own(name) else name).expanduser().exists()
-    if kind_of(name) is not None:
-        return
-    if not here:
+    kind, colon, given = name.partition(":")
+    if colon and kind in RULES:
+        RULES[kind](given)
+    elif kind_of(name) is None and not here:
         _function(name)
 
 

@@ -40,11 +40,9 @@ def _mixed_order(shares: tuple[Share, ...], seed: int | None, epoch: int) -> np.
         for number in np.unique(passes):
             order = np.arange(rows) if seed is None else np.random.default_rng([seed, i, number]).permutation(rows)
             taken.append(first + order[at[passes == number]])
-    order = np.concatenate(taken)
-    if seed is not None:
-        order = order[np.random.default_rng([seed, epoch]).permutation(len(order))]
-    order.flags.writeable = False
-    return order
+    drawn = np.concatenate(taken)[_order(sum(map(len, taken)), seed, epoch)]
+    drawn.flags.writeable = False
+    return drawn
 
 
 def shares_of(

@@ -23,6 +23,7 @@ ROLES = {
     "system": "system",
     "developer": "system",
 }
+ANSWERERS = frozenset(name for name, role in ROLES.items() if role == "assistant")
 TOOL_ROLES = frozenset({"tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython"})
 WITHOUT_TOOLS = "penchant trains conversations without tools; drop the row"
 
@@ -194,7 +195,28 @@ def as_message(turn: Any, what: str) -> Message:
         content = _joined_parts(content, what)
     if not isinstance(content, str) or not content.strip():
         raise RowError(f"{what} has no content", "give it a text or drop the row")
-    return Message(ROLES[role], content)
+    return Message(ROLES[role], content, reasoning=_reasoning(turn, what))
+
+
+def _reasoning(turn: Mapping[str, Any], what: str) -> str:
+    """What an assistant turn says of how its answer was found, by the names that programs give it."""
+    found = {n: v for n in ("reasoning_content", "reasoning", "thinking") if (v := turn.get(n)) not in (None, "")}
+    for name, value in found.items():
+        if not isinstance(value, str) or turn.get("role", turn.get("from")) not in ANSWERERS:
+            raise RowError(f'{what} has a "{name}" that is no text of an assistant', "take it out, or drop the row")
+    if len(set(found.values())) > 1:
+        raise RowError(f"{what} has {' and '.join(found)}, which differ", "keep one of them")
+    return next(iter(found.values()), "")
+
+
+Answer = str | Message
+
+
+def completion(answer: Answer, label: bool | None = None, score: float | None = None) -> Completion:
+    """An answer, as text or as a turn, with what is known about it."""
+    if isinstance(answer, str):
+        return Completion(answer, label, score)
+    return Completion(answer.content, label, score, reasoning=answer.reasoning)
 
 
 def _joined_parts(parts: Sequence[Any], what: str) -> str:
@@ -213,14 +235,14 @@ def answered(messages: tuple[Message, ...], name: str) -> PromptTree:
     before, answer = split_last_answer(messages, name)
     if not before:
         raise RowError(f'"{name}" has no turn before the answer', "give the prompt as a user turn")
-    return PromptTree(before, (Completion(answer),))
+    return PromptTree(before, (completion(answer),))
 
 
-def split_last_answer(messages: tuple[Message, ...], name: str) -> tuple[tuple[Message, ...], str]:
-    """Everything before the last assistant turn, and that turn's text."""
+def split_last_answer(messages: tuple[Message, ...], name: str) -> tuple[tuple[Message, ...], Message]:
+    """Everything before the last assistant turn, and that turn."""
     if messages[-1].role != "assistant":
         raise RowError(f'"{name}" does not end with an assistant turn', "the last turn must be the answer")
-    return messages[:-1], messages[-1].content
+    return messages[:-1], messages[-1]
 
 
 def system_turn(row: Mapping[str, Any]) -> tuple[Message, ...]:

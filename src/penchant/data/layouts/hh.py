@@ -34,6 +34,6 @@ def _transcript(text: str, name: str) -> tuple[tuple[Message, ...], str]:
         for who, said in zip(parts[1::2], parts[2::2], strict=True)
     ]
     before, answer = fields.split_last_answer(tuple(turns), name)
-    if not answer:
+    if not answer.content:
         raise RowError(f'"{name}" ends with an empty answer', "drop the row")
-    return before, answer
+    return before, answer.content

@@ -78,25 +78,36 @@ def as_json(layout: Layout) -> dict[str, Any]:
 
 def tree_json(tree: PromptTree) -> dict[str, Any]:
     """A prompt tree as JSON; what is not known of a completion is left out."""
-    answers = [{k: v for k, v in asdict(c).items() if v is not None and v != ()} for c in tree.completions]
+    answers = [
+        {k: v for k, v in asdict(c).items() if v is not None and v != () and (v or k != "reasoning")}
+        for c in tree.completions
+    ]
     return {"prompt": prompt_json(tree.prompt), "completions": answers}
 
 
 def tree_lines(tree: PromptTree, longest: int = LONGEST) -> list[str]:
     """A prompt tree for a terminal: a line for each turn and each completion, and further lines of their texts indented."""
-    turns = [("prompt", tree.prompt)] if isinstance(tree.prompt, str) else [(m.role, m.content) for m in tree.prompt]
+    turns = (
+        [("prompt", tree.prompt)]
+        if isinstance(tree.prompt, str)
+        else [(m.role, _thought(m.reasoning) + m.content) for m in tree.prompt]
+    )
     lines = [line for name, said in turns for line in _named(name, said, longest)]
     names = PAIR_NAMES if len(tree.completions) == 2 else NAMES
     for answer in tree.completions:
         score = "" if answer.score is None else f" ({answer.score:g})"
-        lines += _named(f"-> {names[answer.label]}{score}", answer.text, longest)
+        lines += _named(f"-> {names[answer.label]}{score}", _thought(answer.reasoning) + answer.text, longest)
         for turn in answer.more:
             if turn.role == "assistant":
                 name = "-> answer" if turn.trained else "assistant (not learned)"
-                lines += _named(name, turn.content, longest)
+                lines += _named(name, _thought(turn.reasoning) + turn.content, longest)
             else:
                 lines += _named(turn.role, turn.content, longest)
     return lines
+
+
+def _thought(reasoning: str) -> str:
+    return f"[reasoning: {reasoning}] " if reasoning else ""
 
 
 def _named(name: str, said: str, longest: int) -> list[str]:

@@ -85,14 +85,14 @@ def from_implicit_pairs(row: Fields) -> PromptTree:
     return pair(prompt, good, fields.as_text(rejected[len(prompt) :], "the rejected answer"), row)
 
 
-def answer_field(row: Fields, name: str) -> str:
+def answer_field(row: Fields, name: str) -> fields.Answer:
     """An answer: text, or one assistant message."""
     if not isinstance(row.get(name), Mapping):
         return fields.text(row, name)
     message = fields.as_message(row[name], f'"{name}"')
     if message.role != "assistant":
         raise RowError(f'"{name}" is a turn of the {message.role}', "the answer must be an assistant turn")
-    return message.content
+    return message
 
 
 @layout("sft", check=lambda row: not {"label", "score"} & row.keys())
@@ -102,7 +102,7 @@ def from_sft(row: Fields) -> PromptTree:
         return from_alpaca(row)
     if isinstance(row.get("completion"), list):
         before, answer = fields.split_last_answer(fields.messages(row, "completion"), "completion")
-        return PromptTree(fields.continued(row, before), (Completion(answer),))
+        return PromptTree(fields.continued(row, before), (fields.completion(answer),))
     return PromptTree(fields.prompt(row), (Completion(fields.text(row, "completion")),))
 
 
@@ -143,13 +143,13 @@ def all_answers(messages: tuple[Message, ...], learned: Sequence[int]) -> Prompt
     """One tree for all answers of a conversation that are learned, which stand at these places (ascending)."""
     first, last = learned[0], learned[-1]
     more = tuple(replace(m, trained=i in learned) for i, m in enumerate(messages[: last + 1]))[first + 1 :]
-    return PromptTree(messages[:first], (Completion(messages[first].content, more=more),))
+    return PromptTree(messages[:first], (replace(fields.completion(messages[first]), more=more),))
 
 
 def every_answer(messages: tuple[Message, ...]) -> tuple[PromptTree, ...]:
     """One tree for each assistant turn that follows a user turn."""
     return tuple(
-        PromptTree(messages[:i], (Completion(turn.content),))
+        PromptTree(messages[:i], (fields.completion(turn),))
         for i, turn in enumerate(messages)
         if i and turn.role == "assistant" and messages[i - 1].role == "user"
     )
@@ -220,17 +220,19 @@ def from_scored(row: Fields) -> PromptTree:
 
 def judged(tree: PromptTree, label: bool | None = None, score: float | None = None) -> PromptTree:
     """A tree of one answer, with what is known about it."""
-    return PromptTree(tree.prompt, (Completion(tree.completions[0].text, label, score),))
+    return replace(tree, completions=(replace(tree.completions[0], label=label, score=score),))
 
 
-def pair(prompt: Prompt, chosen: str, rejected: str, row: Fields) -> PromptTree:
+def pair(prompt: Prompt, chosen: fields.Answer, rejected: fields.Answer, row: Fields) -> PromptTree:
     """A pair, with its scores where the row has both (chosen_score and rejected_score, or one of the other known names)."""
     good, bad = fields.score(row, *CHOSEN_SCORES), fields.score(row, *REJECTED_SCORES)
     return scored_pair(prompt, chosen, rejected, good, bad)
 
 
-def scored_pair(prompt: Prompt, chosen: str, rejected: str, good: float | None, bad: float | None) -> PromptTree:
+def scored_pair(
+    prompt: Prompt, chosen: fields.Answer, rejected: fields.Answer, good: float | None, bad: float | None
+) -> PromptTree:
     """A pair with both scores, or with none where one is missing."""
     if good is None or bad is None:
         good = bad = None
-    return PromptTree(prompt, (Completion(chosen, True, good), Completion(rejected, False, bad)))
+    return PromptTree(prompt, (fields.completion(chosen, True, good), fields.completion(rejected, False, bad)))
