@@ -61,6 +61,13 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path, text: str) -> None:
         ("loss: {beta: hello}", (), r"loss\.beta is 'hello'; give a number such as 0\.1"),
         ("loss: {loss_type: ipo}", (), r'did you mean "loss\.name"\?'),
         ("loss: dop", (), r'did you mean "dpo"\?'),
+        ("load_in_4bit: true", (), r'did you mean "model\.quantize"\?'),
+        ("algorithm: grpo\nreward: {overlong: 0.5}", (), r"overlong needs max; write \{overlong: \{max: \.\.\.\}\}"),
+        (
+            "algorithm: grpo\nreward: {overlong: {maximum: 9}}",
+            (),
+            r"overlong has no option 'maximum'; there are max, cache",
+        ),
         ("", ("foo.bar=1",), r'command line: unknown key "foo" in the top level'),
         ("", ("data.validation_fraction=0",), r"give a number > 0 and < 1, or null for none"),
         (

@@ -61,6 +61,15 @@ SYNONYMS = {
     "run_name": "logging.name",
     "report_to": "logging.trackers",
     "rank": "lora.r",
+    "load_in_4bit": "model.quantize",
+    "load_in_8bit": "model.quantize",
+    "quantization_bit": "model.quantize",
+    "attn_implementation": "model.attention",
+    "optim": "train.optimizer",
+    "reward_funcs": "reward",
+    "num_generations": "algorithm.samples",
+    "max_completion_length": "algorithm.max_new_tokens",
+    "epsilon_high": "algorithm.clip_high",
 }
 
 

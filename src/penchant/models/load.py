@@ -464,8 +464,12 @@ def add_lora(model: Any, cfg: LoraConfig, seed: int, *, task: str = "CAUSAL_LM",
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)  # of experts
             adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     except ValueError as error:
-        other = "name" if targets == "all-linear" else 'use "all-linear" or names of'
-        raise ConfigError("lora.target_modules", first_line(error), f"{other} linear layers of this model") from error
+        what, other = first_line(error), "name" if targets == "all-linear" else 'use "all-linear" or names of'
+        if "not found in the base model" in what:
+            what = f"{targets if isinstance(targets, str) else ', '.join(targets)}: this model has no such layers"
+        if isinstance(targets, str) and "," in targets:
+            other = f"a list is written [{', '.join(t.strip() for t in targets.split(','))}]; {other}"
+        raise ConfigError("lora.target_modules", what, f"{other} linear layers of this model") from error
     check_adapter(adapted)
     return adapted
 

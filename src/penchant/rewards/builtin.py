@@ -329,6 +329,8 @@ class RewardConfig(Section):
                 options[name] = _options(name, {k: v for k, v in given.items() if k != "weight"})
             if isinstance(weight, bool) or not isinstance(weight, (int, float)):
                 raise ValueError(f"{name} is {weight!r}; give each reward a number as its weight")
+            if not isinstance(given, Mapping) and kind_of(name) in WITH_OPTIONS and ":" not in name:
+                _options(name, {})  # which refuses it where it needs some
             terms[name] = float(weight)
         if isinstance(settings.get("timeout"), int) and not isinstance(settings["timeout"], bool):
             settings["timeout"] = float(settings["timeout"])
@@ -365,4 +367,8 @@ def _options(name: str, given: Mapping[str, Any]) -> Section:
     if section is None:
         raise ValueError(f"{name} has no options; give it a number as its weight")
     made = {k: float(v) if k in ("max_penalty", "timeout") and type(v) is int else v for k, v in given.items()}
+    if unknown := next((k for k in made if k not in section.model_fields), None):
+        raise ValueError(f"{name} has no option {unknown!r}; there are {', '.join(section.model_fields)}, weight")
+    if lacking := next((k for k, f in section.model_fields.items() if f.is_required() and k not in made), None):
+        raise ValueError(f"{name} needs {lacking}; write {{{name}: {{{lacking}: ...}}}}")
     return section.model_validate(made)

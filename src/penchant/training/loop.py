@@ -312,9 +312,13 @@ class Loop:
         if not math.isfinite(grad_norm):
             self._dump_and_stop(step, f"the gradient norm is {grad_norm}", batches)
         if grad_norm == 0.0 and step == 0:
-            self.console.note(
-                "the gradient of the first step is exactly zero: with these settings and rows nothing is learned"
-            )
+            values = self.algorithm.step_values()
+            why = "with these settings and rows nothing is learned"
+            if "frac_reward_zero_std" in values:  # a later step's completions may teach something
+                named = ("frac_reward_zero_std", "completions/ended")
+                figures = ", ".join(f"{n} {values[n]:.2g}" for n in named if n in values)
+                why = f"completions of equal reward, and those left out, teach nothing ({figures})"
+            self.console.note(f"the gradient of the first step is exactly zero: {why}")
         return totals.means(), grad_norm
 
     def _backward_coupled(
