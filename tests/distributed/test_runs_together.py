@@ -170,6 +170,10 @@ def test_one_process_reads_and_evaluates_what_two_have_trained(root: Path) -> No
         ({"train": {"optimizer": "sgd", "lr": 0.1}}, "optimizer"),
         ({"reference": {"kind": "frozen", "ema": 0.9}}, "moves"),
         ({"launch": {"replicas": 3}}, "replicas"),
+        (
+            {"loss": None, "algorithm": {"name": "rloo"}, "reward": {"words": 1, "runs/reward": 1}},
+            "the other rewards",
+        ),
     ],
 )
 def test_what_several_processes_cannot_train_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:

@@ -211,8 +211,10 @@ class Writer:
             trees.append(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source))
         step = iteration * cfg.updates if iteration != EVALUATION else 0  # which is no step of the run
         said = self._judged([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
-        if own := [n for n in said.metrics if n in METRICS or n in ("kind", "step")]:
-            raise RewardError("reward", f'log_metric("{own[0]}") would replace a figure of the run', "log another name")
+        if taken := [n for n in said.metrics if n in METRICS or n in ("kind", "step")]:
+            raise RewardError(
+                "reward", f'log_metric("{taken[0]}") would replace a figure of the run', "log another name"
+            )
         rewards = torch.from_numpy(said.total).view(len(prompts), k)
         terms = {name: torch.from_numpy(values).view(len(prompts), k) for name, values in said.terms.items()}
         groups = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from penchant.base.functions import is_own
 from penchant.config.schema import RunConfig
 from penchant.errors import ConfigError
+from penchant.rewards.builtin import kind_of
 
 
 def check_launch(config: RunConfig, processes: int) -> None:
@@ -42,9 +43,11 @@ def check_launch(config: RunConfig, processes: int) -> None:
             "train.optimizer", f"{config.train.optimizer} does not take shards yet", f"set adamw, or {one}"
         )
     if config.model.quantize != "none":
-        raise ConfigError("model.quantize", "quantized weights are not sharded yet", f"leave it out, or {one}")
-    if config.model.quantize != "none":
         raise ConfigError("model.quantize", "quantized weights cannot be sharded yet", f"leave it out, or {one}")
+    rewards = config.reward.terms if config.reward is not None else {}
+    if (models := [n for n in rewards if kind_of(n) is None and not is_own(n)]) and len(models) < len(rewards):
+        what = f"{models[0]} takes its passes from every process, and the other rewards are asked by one"
+        raise ConfigError("reward", what, f"take reward models alone, or {one}")
     if config.lora is not None and config.lora.dora:
         raise ConfigError("lora.dora", "is not sharded yet", f"leave it out, or {one}")
     if config.model.adapter is not None:
