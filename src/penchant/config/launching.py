@@ -43,8 +43,12 @@ def check_launch(config: RunConfig, processes: int) -> None:
         )
     if config.model.quantize != "none":
         raise ConfigError("model.quantize", "quantized weights are not sharded yet", f"leave it out, or {one}")
-    if config.model.quantize != "none":
-        raise ConfigError("model.quantize", "quantized weights cannot be sharded yet", f"leave it out, or {one}")
+    if isinstance(config.train.gradient_checkpointing, str):
+        raise ConfigError(
+            "train.gradient_checkpointing",
+            f"{config.train.gradient_checkpointing} is for one process so far",
+            f"set layers or off, or {one}",
+        )
     if config.lora is not None and config.lora.dora:
         raise ConfigError("lora.dora", "is not sharded yet", f"leave it out, or {one}")
     if config.model.adapter is not None:
