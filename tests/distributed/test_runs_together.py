@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+RESUMED = ("frozen", "grpo")  # bf16 products of fp32 shards; rollouts that two steps train on
 BY_DEFAULT = ("dpo", "lora", "frozen", "reward", "rloo")
 
 
@@ -65,6 +67,13 @@ def trained(root: Path, names: Sequence[str]) -> Path:
             patch.setenv("PENCHANT_CACHE", str(root / "cache of two"))
             for name in names:
                 api.train(config(root, name, "two"), quiet=True)
+                if name in RESUMED:
+                    again = root / f"again-{name}"
+                    if world.leads:
+                        shutil.copytree(root / f"two-{name}", again)
+                        shutil.rmtree(again / "checkpoints/step-3")
+                    world.agree()
+                    api.train(config(root, name, "again"), quiet=True)
 
     for name in names:
         api.train(config(root, name, "one"), quiet=True)
@@ -130,6 +139,18 @@ def test_the_model_loads_as_it_is(run: tuple[str, Path]) -> None:
     assert (one / "config.json").exists() == (two / "config.json").exists()
     if (one / "config.json").exists():
         assert json.loads((one / "config.json").read_text()) == json.loads((two / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", [n if n in BY_DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in RESUMED])
+def test_what_two_processes_resume_is_the_same_run(name: str, request: pytest.FixtureRequest) -> None:
+    from safetensors.torch import load_file
+
+    root: Path = request.getfixturevalue("root" if name in BY_DEFAULT else "more")
+    whole, again = root / f"two-{name}", root / f"again-{name}"
+    assert (whole / "metrics.jsonl").read_bytes() == (again / "metrics.jsonl").read_bytes()
+    for shard in (whole / "checkpoints/step-3/state").iterdir():
+        mine, theirs = load_file(shard), load_file(again / "checkpoints/step-3/state" / shard.name)
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
 
 
 def test_one_process_reads_and_evaluates_what_two_have_trained(root: Path) -> None:
