@@ -307,6 +307,7 @@ def test_the_missing_eos_penalty_lowers_the_reward(base: dict[str, Any], tmp_pat
         ({"loss": "kto"}, "loss and algorithm are both set"),
         ({"algorithm": {"name": "rlo"}}, 'did you mean "rloo"'),
         ({"algorithm": {"name": "rloo", "samples": 1}}, "samples is 1; rloo judges"),
+        ({"algorithm": {"name": "reinforce_pp", "samples": 1, "dynamic_sampling": 2}}, "samples is 1; reinforce_pp"),
         ({"algorithm": {"name": "online_dpo", "epochs": 2}}, "takes one step"),
         ({"algorithm": {"name": "online_dpo", "beta": 0.0}}, "beta is 0; give a number above 0"),
         ({"algorithm": {"name": "grpo", "beta": -1.0}}, "of at least 0"),
@@ -498,6 +499,10 @@ def test_cut_completions_are_left_out_but_count_in_their_groups_mean() -> None:
     whole.begin_step(0, 0.0, [])
     for a, b in zip(algorithm.groups, whole.groups, strict=True):
         assert torch.equal(a.extras["advantages"], b.extras["advantages"])
+    # a prompt whose completions are all cut teaches nothing
+    cut[0] = Group(replace(cut[0].tree, truncated=(True,) * 3), cut[0].rewards)
+    algorithm = made(model, cut, name="dapo", dynamic_sampling=0)
+    assert [t.row for t in algorithm.begin_step(0, 0.0, [])] == [cut[1].tree.row]
 
 
 class Level:

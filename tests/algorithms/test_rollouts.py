@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from penchant.algorithms.group import GroupConfig, GroupPolicyGradient
 from penchant.algorithms.rollouts import Group, OnPolicy, Writer
 from penchant.data.packing import pack
+from penchant.errors import RewardError
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference
-from penchant.rewards.functions import Reward, RewardTerm
+from penchant.rewards.functions import Judgement, Reward, RewardTerm
 from penchant.types import LossOutput, TokenTree
 
 EOS = 1
@@ -72,6 +75,16 @@ def test_a_reward_sees_each_completion_with_its_own_prompt(model: Any) -> None:
     assert [p for p, _ in seen] == ["a"] * 3 + ["bcd"] * 3
     assert [t for _, t in seen] == [text for g in groups for text in g.texts]
     assert [g.rewards.tolist() for g in groups] == [[1.0] * 3, [3.0] * 3]
+
+
+def test_a_reward_cannot_log_a_number_in_place_of_the_runs_own(model: Any) -> None:
+    one: Any = writer(model)
+    said = Judgement(np.zeros(3), {}, {"loss": 1.0})
+    one.reward = SimpleNamespace(judge=lambda *_: said)
+    with pytest.raises(RewardError, match='log_metric\\("loss"\\) would replace a figure of the run'):
+        one.write(prompts("a"), 0)
+    one.reward = SimpleNamespace(judge=lambda *_: replace(said, metrics={"digits": 1.0}))
+    assert one.write(prompts("a"), 0)[0].logged == {"digits": 1.0}
 
 
 def test_draws_belong_to_seed_iteration_and_row(model: Any) -> None:

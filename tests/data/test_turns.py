@@ -53,6 +53,7 @@ UNTAGGED = _template("{{ m.content + '</s>' }}")
 CUTS_THOUGHTS = _template(
     "{% set answer = m.content if loop.last else m.content.split('</think>')[-1] %}{{ answer + '</s>' }}"
 )
+EMPTY_THOUGHT_LAST = _template("{{ ('<think></think>' if loop.last else '') + m.content + '</s>' }}")  # Qwen3's
 ENDS_ONCE = _template("{{ m.content + ('</s>' if loop.last else '') }}")
 
 
@@ -133,6 +134,19 @@ def test_a_template_that_rewrites_earlier_turns_has_each_answer_learned_as_it_is
     assert made.apart == 1 and "1 conversation learned answer by answer" in made.summary()
     assert made.accepted == made.total == 1
     assert _learned(CUTS_THOUGHTS)[1].apart == 0  # nothing was cut out of these
+
+
+def test_a_prompt_that_the_template_writes_otherwise_later_is_learned_from_as_it_is_asked() -> None:
+    """Of the same length, so that nothing but the text itself tells: a count, a date."""
+    questions = "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
+    tokenizer, made = _learned(questions + UNTAGGED)
+    assert [tokenizer.decode(t.prompt_ids[:1]) for t in made.trees] == ["1", "2", "3"] and made.apart == 1
+
+
+def test_a_template_that_writes_the_last_turn_otherwise_has_each_answer_learned_as_the_last() -> None:
+    tokenizer, made = _learned(EMPTY_THOUGHT_LAST)
+    texts = ["<think></think>Yo.</s>", "<think></think>Five.</s>", "<think></think>Four.</s>"]
+    assert [_trained(tokenizer, t) for t in made.trees] == [[text] for text in texts] and made.apart == 1
 
 
 @pytest.mark.parametrize("template", [ENDS_ONCE, None])

@@ -41,6 +41,8 @@ LOSS_NAMES = (
     "pmpo",
 )  # on pairs, on tokens; z0 of the whole step; coupled; labelled answers
 
+UNCLIPPED: dict[str, Any] = {"max_grad_norm": None}  # a norm that is clipped would hide a factor
+
 
 def scorer_of(model: Any, dtype: torch.dtype, replicas: int) -> Any:
     scorer = Scorer(model, "shared")
@@ -120,10 +122,10 @@ def both(root: Path, tag: str) -> dict[str, Any]:
     """Everything that is compared, made by however many processes there are; of one rank where there are several."""
     found: dict[str, Any] = {}
     for name in LOSS_NAMES:
-        found[f"gradient of {name}"] = first_gradient(make_loop(root / f"{tag}-gradient-{name}", name))
-    found["gradient of lora"] = first_gradient(make_loop(root / f"{tag}-gradient-lora", lora=True))
-    found["gradient of one row"] = first_gradient(make_loop(root / f"{tag}-one", batch_size=1))
-    found["gradient of replicas"] = first_gradient(make_loop(root / f"{tag}-replicas", replicas=2))
+        found[f"gradient of {name}"] = first_gradient(make_loop(root / f"{tag}-gradient-{name}", name, **UNCLIPPED))
+    found["gradient of lora"] = first_gradient(make_loop(root / f"{tag}-gradient-lora", lora=True, **UNCLIPPED))
+    found["gradient of one row"] = first_gradient(make_loop(root / f"{tag}-one", batch_size=1, **UNCLIPPED))
+    found["gradient of replicas"] = first_gradient(make_loop(root / f"{tag}-replicas", replicas=2, **UNCLIPPED))
     for name in ("dpo", "kto"):
         loop = make_loop(root / f"{tag}-{name}", name)
         loop.run()

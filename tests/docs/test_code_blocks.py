@@ -32,6 +32,7 @@ NOT_RUN = {
     r"^make ": "minutes long, or installs; `make demo` is tests/test_demo.py",
     r"^docker ": "needs a container engine; tests/docs/test_docker.py checks the files",
     r"^(python -m )?pip (install|wheel) ": "needs the network",
+    r" qlora\.yaml": "needs a large model and the extra bnb; tests/models/test_quantize.py trains a small one",
     r"--judge http": "needs a model behind an endpoint; tests/judges/ has one on this machine",
     r"--host 0\.0\.0\.0": "listens to other machines until it is ended; tests/serve/ does so on this one",
     r"^export ": "is for the shell that a person sits at, and the command after it is not run here",

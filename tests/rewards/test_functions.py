@@ -246,7 +246,13 @@ def test_which_rewards_read_columns(tmp_path: Path) -> None:
 HANGS = "import time, re\ndef f(prompts, completions):\n    for c in completions:\n        {}\n    return [0.0] * len(completions)\n"
 
 
-@pytest.mark.parametrize("how", ["time.sleep(30 if c else 0)", "re.match('(a+)+$', c)"])
+CATCHES = """try:
+            time.sleep(30 if c else 0)
+        except Exception:
+            pass"""
+
+
+@pytest.mark.parametrize("how", ["time.sleep(30 if c else 0)", "re.match('(a+)+$', c)", CATCHES])
 @pytest.mark.parametrize("where", ["main thread", "another"])
 def test_a_reward_that_hangs_ends_in_a_sentence(tmp_path: Path, how: str, where: str) -> None:
     if "re." in how and where == "another":
@@ -316,6 +322,25 @@ def test_right_answers_are_compared_as_mathematics() -> None:
     ]
     found = load_reward("accuracy", policy)(prompts, texts, trees)
     assert found[:5].tolist() == [1.0, 1.0, 1.0, 0.0, 1.0] and np.isnan(found[5])
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        (r"11\sqrt{2}", r"$11\sqrt{2}$", "11"),
+        (r"2\pi", r"\(2\pi\)", "2"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"$(3, \frac{\pi}{2})$", "3"),
+        ("2x+1", "it is $2x+1$", "2"),
+        ("1,2,3", "$1,2,3$", "1.2"),
+        ("18 dollars", "It costs 18", "19"),
+        ("9 + 9 = 18", "18", "9"),
+        ("The answer is $5$.", "5", "6"),
+    ],
+)
+def test_an_answer_is_read_as_a_whole(answer: str, right: str, wrong: str) -> None:
+    """Not as the one number of a bare formula that math-verify finds first."""
+    pytest.importorskip("math_verify")
+    assert accuracy([right, wrong], [answer, answer]) == [1.0, 0.0]
 
 
 def test_a_missing_extra_and_a_missing_column_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.config import config_from_mapping, load_config
 from penchant.errors import CheckpointError, ConfigError, DataError
+from penchant.runfolder.values import rows_behind
 from penchant.runs import Run
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Alone
@@ -96,6 +97,7 @@ def test_a_run_of_two_sources_and_two_held_out_sets_resumes_to_the_bit(tmp_path:
         assert (whole.model / name).read_bytes() == (resumed.model / name).read_bytes()
     after = resumed.after
     assert after["eval/rows"] == 8 and after["eval/plain/rows"] == after["eval/swapped/rows"] == 4
+    assert rows_behind(after, "eval/plain/rewards/accuracies") == 4 and rows_behind(after, "eval/loss") == 8
     of_sets = (after["eval/plain/loss"], after["eval/swapped/loss"])
     assert after["eval/loss"] == pytest.approx(np.mean(of_sets), rel=1e-6) and of_sets[0] < of_sets[1]
     # each set's figures are those of a run that has it alone

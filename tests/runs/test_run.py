@@ -7,11 +7,14 @@ import math
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from families import make_tree
 from processes import forked
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
@@ -19,7 +22,8 @@ from penchant import api
 from penchant.algorithms.offline import Offline
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.report import headline
-from penchant.runs import Run
+from penchant.runfolder import keep
+from penchant.runs import Run, evaluating
 from penchant.runs.sharing import Shared
 from penchant.training.loop import Loop
 
@@ -147,6 +151,24 @@ def test_sft_on_pairs_learns_the_chosen_answer(base: dict[str, Any]) -> None:
     result = api.train(base, quiet=True)
     assert result.after["eval/nll"] < result.before["eval/nll"] - 0.5
     assert result.after["eval/perplexity"] == pytest.approx(math.exp(result.after["eval/nll"]))
+
+
+def test_only_the_first_process_keeps_the_starts_losses_and_all_read_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one process alone found damaged must not send it alone into passes that need the others."""
+    path, unused = tmp_path / "start.losses.json", cast(Any, SimpleNamespace())
+    losses = {0: (1.0, 1.0), 1: (3.0, 1.0)}
+    first_says = ({row: (v - 1.0, w) for row, (v, w) in losses.items()}, False)
+    monkeypatch.setattr(evaluating, "row_losses", lambda *_: losses)
+    monkeypatch.setattr(evaluating, "current", lambda: SimpleNamespace(leads=False, share=lambda _: first_says))
+    config: Any = SimpleNamespace(evaluation=SimpleNamespace(at_start=True))
+    trees = [make_tree(0, 2, (2, 2)), make_tree(1, 3, (2, 2))]
+    second = evaluating.HeldOut(config, unused, unused, tmp_path, unused, unused, 1, keep=True)
+    assert second.loss_change(unused, unused, trees) == {} and not list(tmp_path.iterdir())
+    keep(path, "{}")
+    path.write_text("damaged, as the second process sees it")
+    assert replace(second, step=1).loss_change(unused, unused, trees)["eval/loss_change"] == 1.0
 
 
 def test_a_loss_is_compared_with_the_start_row_by_row(base: dict[str, Any]) -> None:

@@ -84,13 +84,11 @@ class GroupConfig(OnlineConfig):
     def _an_estimator_that_fits(self) -> GroupConfig:
         if self.kl_in_reward and self.kl_estimator == "unbiased":
             raise ValueError("kl_estimator is unbiased, which corrects a gradient; in the reward take k1, k2 or k3")
-        if self.name == "reinforce_pp" and self.group_baseline and self.samples < 2:
-            raise ValueError("samples is 1; group_baseline needs 2 or more")
         return self
 
     @property
     def least_samples(self) -> int:  # type: ignore[override]
-        return 1 if self.name == "reinforce_pp" and not self.group_baseline else 2
+        return 2 if self.name != "reinforce_pp" or self.group_baseline or self.dynamic_sampling else 1
 
     @property
     def about(self) -> str:
@@ -176,6 +174,8 @@ class GroupPolicyGradient(OnPolicy):
 
     def teaches(self, group: Group) -> bool:
         if not OnPolicy.teaches(self, group):
+            return False
+        if self.config.overlong_filter and all(group.tree.truncated):
             return False
         known = group.rewards[~group.rewards.isnan()]
         return not self.config.dynamic_sampling or bool((known != known[0]).any())

@@ -14,7 +14,7 @@ from penchant.base.lazy import Tensor, torch
 from penchant.base.machine import moved
 from penchant.data.packing import passes_over
 from penchant.distributed.world import current
-from penchant.errors import ConfigError
+from penchant.errors import ConfigError, RewardError
 from penchant.types import Algorithm, PackedBatch, TokenTree
 
 if TYPE_CHECKING:
@@ -179,6 +179,7 @@ class Writer:
         from penchant.data.templates import end_ids
         from penchant.distributed.shard import whole_weights
         from penchant.metrics.completions import EVALUATION
+        from penchant.metrics.names import METRICS
         from penchant.rollout.generate import sample
 
         cfg = self.config
@@ -210,6 +211,8 @@ class Writer:
             trees.append(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source))
         step = iteration * cfg.updates if iteration != EVALUATION else 0  # which is no step of the run
         said = self._judged([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
+        if own := [n for n in said.metrics if n in METRICS or n in ("kind", "step")]:
+            raise RewardError("reward", f'log_metric("{own[0]}") would replace a figure of the run', "log another name")
         rewards = torch.from_numpy(said.total).view(len(prompts), k)
         terms = {name: torch.from_numpy(values).view(len(prompts), k) for name, values in said.terms.items()}
         groups = []

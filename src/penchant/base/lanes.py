@@ -69,7 +69,7 @@ class Turns:
 
     def pass_on(self, key: Hashable, number: int) -> None:
         with self._changed:
-            self._next[key] = number + 1
+            self._next[key] = max(self._next.get(key, 0), number + 1)
             self._changed.notify_all()
 
     def abandon(self) -> None:

@@ -311,7 +311,7 @@ def together(parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
     aside = tuple(q for d in parts for q in d.quarantined)
     shape = ", ".join(dict.fromkeys(d.shape for d in parts))
     counts = sum(d.total for d in parts), aside, fingerprint(trees), sum(d.accepted for d in parts)
-    return Dataset(trees, shape, kinds[0], *counts)
+    return Dataset(trees, shape, kinds[0], *counts, parts[0].detection if len({d.shape for d in parts}) == 1 else None)
 
 
 class Reading(TypedDict, total=False):

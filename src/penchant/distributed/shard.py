@@ -1,4 +1,4 @@
-"""A model's parameters dealt out to all processes: torch's FSDP2, each decoder layer by itself and then the rest."""
+"""A model's parameters sharded over all processes: torch's FSDP2, each decoder layer by itself and then the rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Root(nn.Module):
     """The root of a sharded model: embedding, last norm and head are whole while it runs, so everything that uses them runs in it.
 
     Args:
-        model: a transformers or peft model; reshards: whether its layers are dealt out again after their forward pass.
+        model: a transformers or peft model; reshards: whether its layers give back their gathered weights after their forward pass.
     """
 
     def __init__(self, model: nn.Module, reshards: bool) -> None:
@@ -39,8 +39,8 @@ class Sharding:
 
     Args:
         world: who takes part; device: where each process computes; dtype: what products are computed in (parameters are kept in
-            fp32, or in fp64); replicas: groups that each hold the whole model (HSDP); reshard: whether a layer is dealt out again
-            after its forward pass.
+            fp32, or in fp64); replicas: groups that each hold the whole model (HSDP); reshard: whether a layer gives back
+            its gathered weights after its forward pass.
     """
 
     world: World

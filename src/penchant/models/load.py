@@ -113,7 +113,7 @@ def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0, *, 
     """A transformers causal model in fp32, dropout off; `cast_parameters` makes it bf16 once the masters are taken.
 
     Args:
-        held: `model.quantize` keeps its few bits, as an adapter is trained on them; else they are dequantized, to the same weights in fp32.
+        held: weights that `model.quantize` names stay quantized, for an adapter to be trained on them; else they are dequantized to fp32.
     """
     from transformers.utils import logging
 
@@ -146,7 +146,7 @@ def _load_anew(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> 
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(text, dtype=torch.float32)
         else:
-            how = {"revision": cfg.revision, "dtype": torch.float32, "trust_remote_code": False} | _few_bits(
+            how = {"revision": cfg.revision, "dtype": torch.float32, "trust_remote_code": False} | _quantization(
                 cfg, device
             )
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -168,7 +168,7 @@ def _load_anew(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> 
     if cfg.quantize == "none":
         model = model.to(device)
     else:
-        _as_it_is_used(model)
+        _settle_quantized(model)
     _check_behavior(cfg.path, model)
     return model
 
@@ -176,7 +176,7 @@ def _load_anew(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> 
 # ---- Frozen weights in 4 or 8 bits (bitsandbytes), below an adapter ----
 
 
-def _few_bits(cfg: ModelConfig, device: torch.device) -> dict[str, Any]:
+def _quantization(cfg: ModelConfig, device: torch.device) -> dict[str, Any]:
     """What `from_pretrained` needs to quantize while it loads: always from fp32, so that the bits do not depend on the run's dtype."""
     if cfg.quantize == "none":
         return {}
@@ -216,7 +216,7 @@ def quantized_bytes(model: nn.Module, bits: str) -> tuple[int, int, int]:
 
 
 def whole_weight(layer: Any, name: str = "weight") -> Tensor:
-    """A layer's weight, dequantized to fp32 where it has few bits."""
+    """A layer's weight, dequantized to fp32 where it is quantized."""
     weight = getattr(layer, name)
     kind = type(weight).__name__
     if kind == "Params4bit":
@@ -250,7 +250,7 @@ def _int8_forward(self: Any, x: Tensor) -> Tensor:
     return found if self.bias is None else found + self.bias.to(found.dtype)
 
 
-def _as_it_is_used(model: nn.Module) -> None:
+def _settle_quantized(model: nn.Module) -> None:
     """Quantized layers compute the same whatever the processor and whatever was computed before."""
     for layer in model.modules():
         if type(getattr(layer, "weight", None)).__name__ == "Int8Params":

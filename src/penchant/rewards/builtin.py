@@ -53,14 +53,20 @@ def accuracy(
     return [_is_right(text, gold) for text, gold in zip(completions, right, strict=True)]
 
 
+# a sentence, an equation or a formula between marks of its own: read as it is. Of anything else, as "2x+1", math-verify would take one number
+_SENTENCE = re.compile(r"\$|\\[(\[]|\\boxed|=|(?<![\\{a-zA-Z])[a-zA-Z]{3,}")
+
+
 def _is_right(text: str, gold: Any) -> float | None:
     parse, verify = _math_verify()
-    # its alarm works in the main thread alone; what a model writes (9**9**9) may keep it busy for ever
+    # its alarm works in the main thread alone; what a model writes (9**9**9) may keep it busy forever
     seconds = 5 if threading.current_thread() is threading.main_thread() else None
     said = "" if gold is None else str(gold).rpartition("####")[2].strip()
-    # a bare answer is read as it is or, where that gives nothing, as a formula
-    wanted = (parse(said, parsing_timeout=seconds) or parse(f"${said}$", parsing_timeout=seconds)) if said else []
-    if not wanted:
+    ways = [f"${said}$", said] if said else []
+    if _SENTENCE.search(said):
+        ways.reverse()
+    wanted = next((w for way in ways if (w := parse(way, parsing_timeout=seconds))), None)
+    if wanted is None:
         return None
     found = parse(text, parsing_timeout=seconds)
     return float(bool(found) and bool(verify(wanted, found, timeout_seconds=seconds)))

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import importlib.util
 import inspect
+import math
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,7 +246,7 @@ def _values(term: RewardTerm, asked: Asked, timeout: float | None) -> np.ndarray
         raise RewardError(f"reward {term.name}", what, "use it where a model writes: in training, eval or compare")
     try:
         given = _call(term, asked, range(n), timeout) if on_trees is None else on_trees(asked.trees)
-    except (Exception, SystemExit) as error:  # a function that ends the process must not end the run unsaid
+    except (Exception, SystemExit, TookTooLong) as error:  # one that ends the process must not end the run unsaid
         if isinstance(error, PenchantError):  # its own sentence; there is no function to fix
             raise RewardError(f"reward {term.name}", error.what, error.how) from error
         asks_alone = on_trees is None and kind_of(term.name) not in ("judge", "http")
@@ -298,8 +300,8 @@ def _no_column(
 # ---- one call ----
 
 
-class TookTooLong(Exception):
-    """A function that had its time."""
+class TookTooLong(BaseException):
+    """A function that had its time. No `Exception`: those a function may catch, completion by completion, and go on."""
 
 
 def _call(term: RewardTerm, asked: Asked, which: Sequence[int], timeout: float | None) -> Any:
@@ -383,10 +385,16 @@ def _numbers(name: str, given: Any) -> np.ndarray:
 
 
 def _first_to_blame(term: RewardTerm, asked: Asked, timeout: float | None) -> int | None:
-    """The first completion that fails by itself too, if there is one."""
+    """The first completion that fails by itself too, if there is one; looked for no longer than the function may take."""
+    ends = math.inf if timeout is None else time.monotonic() + timeout
     for i in range(len(asked.texts)):
+        began = time.monotonic()
+        if began >= ends:
+            break
         try:
-            _call(term, asked, [i], timeout)
+            _call(term, asked, [i], None if timeout is None else ends - began)
+        except TookTooLong:  # of many that are slow, the one that was under way is not to blame
+            return i if time.monotonic() - began > (timeout or 0.0) / 2 else None
         except (Exception, SystemExit):
             return i
     return None

@@ -160,7 +160,7 @@ def by_length(lengths: Sequence[int]) -> list[list[int]]:
 TOKENS_PER_STEP = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PolicyText:
     """What a reward must know of the policy whose completions it judges.
 
@@ -174,7 +174,7 @@ class PolicyText:
     rows: Mapping[str, PromptTree | None] = field(default_factory=dict)
     template_options: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def columns(self) -> tuple[str, ...]:
         """Every column that some row has beside its prompt."""
         return tuple(dict.fromkeys(name for row in self.rows.values() if row is not None for name in row.columns))

@@ -32,7 +32,8 @@ def rows_behind(row: Any, key: str) -> int | None:
     """How many rows, prompts or completions a figure of a metrics line is over; None where the line does not say."""
     name = key.removeprefix("eval/")
     sampled = name.startswith(("kl/", "completions/", "reward", "win_rate")) and not name.startswith("rewards/")
-    keys = (f"{key}/n", *(["eval/kl/completions"] if sampled else []), "eval/rows")
+    of_set = f"eval/{name.partition('/')[0]}/rows"  # of one of several held-out sets
+    keys = (f"{key}/n", of_set, *(["eval/kl/completions"] if sampled else []), "eval/rows")
     found = next((n for k in keys if (n := num(row, k)) is not None), None)
     return None if found is None else int(found)
 

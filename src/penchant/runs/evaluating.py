@@ -203,12 +203,12 @@ class HeldOut:
         if not losses or not self.config.evaluation.at_start:
             return {}
         if self.step == 0:
-            if self.keep:
+            if self.keep and current().leads:
                 with spared(path, self.console.note):
                     keep(path, json.dumps({str(row): losses[row] for row in sorted(losses)}))
             return {}
-        before = kept_losses(path)
-        if before is None and self.keep and not is_whole(path):
+        before, damaged = current().share((kept_losses(path), not is_whole(path)))  # all ranks score anew, or none
+        if before is None and self.keep and damaged:
             start = self._start_policy()
             with start.off():
                 scored, order = self._score(replace(algorithm, scorer=start.scorer), progress_at(0, self.total_steps))

@@ -181,7 +181,7 @@ def _shard(parts: Parts, rows: Rows, shared: Alone, console: Any) -> str:
 
 
 def sharding(parts: Parts) -> Sharding:
-    """How the models of a run are dealt out to the ranks."""
+    """How the models of a run are sharded."""
     launch = parts.config.launch
     return Sharding(current(), parts.device, parts.dtype, launch.replicas, launch.reshard)
 
@@ -196,7 +196,7 @@ def fresh_model(
     """A causal model as loaded, in fp32, of which nobody else holds a part; the adapter that the source names is merged into it.
 
     Args:
-        held: quantized weights keep their few bits.
+        held: quantized weights stay quantized.
     """
     seed = config.train.seed
     device = torch.device("cpu") if current().many else device  # each rank's part goes to its device when it is sharded
@@ -427,7 +427,7 @@ def reference_kind(config: RunConfig) -> str:
 
 def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any, cache: bool) -> Reference:
     parts, cfg = built.parts, built.parts.config.reference
-    # in a copy an adapter is merged, and few bits are dequantized
+    # in a copy an adapter is merged, and quantized weights are dequantized
     exact = not starts_adapted(parts.config) and parts.config.model.quantize == "none"
     if cfg.moves:
         every, mixup = (cfg.sync_every, cfg.sync_mixup) if cfg.ema is None else (1, 1.0 - cfg.ema)

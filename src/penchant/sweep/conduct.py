@@ -302,8 +302,9 @@ class SweepConductor:
 
     def _look(self, run: Run) -> None:
         """Say that a run may not fit; members that differ in nothing of it are looked at once."""
-        config = run.config
-        key = (config.model, config.lora, config.train.tokens_per_step, config.train.batch_size, config.method.name)
+        config, t = run.config, run.config.train
+        of_train = (t.tokens_per_step, t.batch_size, t.optimizer, t.gradient_checkpointing, t.packing)
+        key = (config.model, config.lora, config.data.max_length, config.reference, config.method.name, *of_train)
         if self.look is None or str(key) in self._looked:
             return
         self._looked.add(str(key))

@@ -228,7 +228,7 @@ def load_checkpoint(
 
 
 def _read_shards(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of the safetensors files in a folder, put together, or dealt out as `masters` are."""
+    """All tensors of the safetensors files in a folder, put together, or sharded as `masters` are."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata

@@ -491,7 +491,7 @@ class Loop:
         )
 
     def _resume(self, metrics: MetricsLog) -> bool:
-        path, warnings = self.world.share(latest_checkpoint(self.folder))
+        path, warnings = self.world.share(latest_checkpoint(self.folder) if self.world.leads else (None, []))
         for warning in warnings:
             self.console.note(warning)
         if path is None:
