@@ -70,10 +70,10 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, q
     Raises:
         ConfigError, DataError, ModelError, CheckpointError: the user can fix it. TrainingStopped: NaN/Inf or a signal.
     """
-    from penchant.plan import misfit
+    from penchant.plan import checkpointing, misfit
     from penchant.runs import Run
 
-    return Run(as_config(config, overrides), quiet=quiet, look=misfit).train()
+    return Run(as_config(config, overrides), quiet=quiet, look=misfit, checkpointing=checkpointing).train()
 
 
 def plan(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, probe: bool = True) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from penchant.base.text import printable
 from penchant.cli import main
 from penchant.config import config_from_mapping, load_config, load_config_with_places
 from penchant.data.packing import pack, plan_passes, tree_tokens
+from penchant.errors import ConfigError
 from penchant.logprobs import Scorer
 from penchant.models.cpu.decode import FastDecoder
 from penchant.models.load import cast_parameters, load_causal_model
@@ -38,7 +40,7 @@ from penchant.plan.outline import OutlinedRun, outline, parameter_counts
 from penchant.plan.settings import settings_of
 from penchant.plan.text import plan_text, size
 from penchant.rollout.generate import sample
-from penchant.runs import Run
+from penchant.runs import Run, parts
 from penchant.training.optim import MasterAdamW
 from penchant.types import TokenTree
 
@@ -440,6 +442,39 @@ def test_train_says_before_the_model_is_loaded_that_it_will_not_fit(
     monkeypatch.setattr("penchant.plan.plan.machine_memory", lambda: (1 << 10, 1 << 10))
     said = misfit(run)
     assert said is not None and "will probably be killed" in said and "built" not in vars(run)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_auto_computes_activations_again_where_the_plan_says_it_would_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    config = _config(
+        tmp_path, train={**_config(tmp_path)["train"], "gradient_checkpointing": "auto"}, checkpoint={"every": 3}
+    )
+    machine = 1 << (50 if fits else 10)
+    monkeypatch.setattr("penchant.plan.memory.machine_memory", lambda: (machine, machine))
+    chosen = "off" if fits else "layers"
+    setting = next(s for s in api.plan(config, probe=False).settings if s.key == "train.gradient_checkpointing")
+    assert (setting.value, setting.became) == ("auto", chosen)
+    seen: list[bool] = []
+    prepare = parts.prepared
+    monkeypatch.setattr(
+        parts, "prepared", lambda m, c, r: seen.append(c.train.gradient_checkpointing) or prepare(m, c, r)
+    )
+    result = api.train(config, quiet=True)
+    assert json.loads((result.folder / "manifest.json").read_text())["gradient_checkpointing"] == chosen
+    shutil.rmtree(sorted((result.folder / "checkpoints").iterdir())[-1])
+    monkeypatch.setattr("penchant.plan.memory.machine_memory", lambda: (1 << 60 - machine.bit_length(),) * 2)
+    seen.clear()
+    again = api.train(config, quiet=True)  # on another machine
+    assert json.loads((again.folder / "manifest.json").read_text())["gradient_checkpointing"] == chosen
+    assert seen == [not fits]
+
+
+def test_offload_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    for act in (api.plan, api.train):
+        with pytest.raises(ConfigError, match="CUDA GPU"):
+            act(_config(tmp_path), "train.gradient_checkpointing=offload")
 
 
 def test_advice_where_it_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

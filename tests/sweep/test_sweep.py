@@ -442,6 +442,8 @@ def test_what_is_met_before_anything_trains(
         run(base, "model.path=stage:sft")
     with pytest.raises(ConfigError, match="--jobs"):
         run(base, jobs=0)
+    with pytest.raises(ConfigError, match="auto decides for each run by itself"):
+        run(base, "train.gradient_checkpointing=auto")
     assert entered == []
     api.train({**base["base"], "output": str(tmp_path / "one")}, "train.max_steps=1", quiet=True)
     with pytest.raises(CheckpointError, match="is the folder of one run; choose another output"):

@@ -48,6 +48,12 @@ def check_launch(config: RunConfig, processes: int) -> None:
     if (models := [n for n in rewards if kind_of(n) is None and not is_own(n)]) and len(models) < len(rewards):
         what = f"{models[0]} takes its passes from every process, and the other rewards are asked by one"
         raise ConfigError("reward", what, f"take reward models alone, or {one}")
+    if isinstance(config.train.gradient_checkpointing, str):
+        raise ConfigError(
+            "train.gradient_checkpointing",
+            f"{config.train.gradient_checkpointing} is for one process so far",
+            f"set layers or off, or {one}",
+        )
     if config.lora is not None and config.lora.dora:
         raise ConfigError("lora.dora", "is not sharded yet", f"leave it out, or {one}")
     if config.model.adapter is not None:

@@ -386,6 +386,8 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
     shadow = size < 4  # bf16 weights are shadows of fp32 masters
     reference = _frozen_models(run) * size
     activations, coarse = _activations(run, work)
+    if run.config.train.gradient_checkpointing == "offload":  # the GPU has what a pass holds that keeps nothing
+        activations = replace(activations, layers=min(activations.layers, activations.forward))
     train, bits = run.config.train, run.config.model.quantize
     quantized, few, largest = quantized_bytes(model, bits)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -517,7 +519,10 @@ def _advice(
         "lora={r: 16} (an adapter in place of the whole model)": round(of_training * 0.96) * (run.config.lora is None),
         "half of train.tokens_per_step": a.total // 2 * two_fit,
         "half of data.max_length, with half of train.tokens_per_step": a.total // 2 * (not two_fit),
-        "train.gradient_checkpointing=true (a third slower)": a.layers * 3 // 4 * (not train.gradient_checkpointing),
+        "train.gradient_checkpointing=layers (a third slower)": a.layers
+        * 3
+        // 4
+        * (train.gradient_checkpointing is False),
         "model.quantize=nf4 (QLoRA)": parts["weights"]
         * 3
         // 5

@@ -20,12 +20,13 @@ from penchant.plan.probe import Duration, Probe, duration_of, probe
 from penchant.plan.settings import Setting, derived_values, settings_of
 from penchant.plan.work import Disk, Rows, Work, disk_of, rows_of, to_json, work_of
 from penchant.runs import Run
-from penchant.runs.parts import reference_kind, remarks
+from penchant.runs.parts import check_offload, reference_kind, remarks
 from penchant.runs.record import reward_contents
 from penchant.training.checkpoint import latest_checkpoint
 
 LOOKED_AT = 1000  # rows whose lengths `misfit` reads
 ACTIVATIONS = 20  # numbers that a token keeps in a layer, for each unit of its width, roughly
+ROOM = 0.9  # of the machine's memory: a run that is counted to need more has its activations computed again
 PROBE_ROOM = 0.9  # of the free memory: a probe that would need more is not taken
 
 
@@ -90,8 +91,15 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> 
     if config.reward is not None or config.evaluation.reward is not None:
         reward_contents(config)  # a file or folder that is not there is met now
     held = max(0, resident() - baseline)
+    check_offload(run.config, run.device)
+    derived: dict[str, tuple[Any, str]] = {}
+    if run.config.train.gradient_checkpointing == "auto":
+        again, why = checkpointing(run)
+        derived["train.gradient_checkpointing"] = ("layers" if again else "off", why)
+        train = run.config.train.model_copy(update={"gradient_checkpointing": again})
+        run = OutlinedRun(run.config.model_copy(update={"train": train}), quiet=True, rows=run.rows)
     rows, work = rows_of(run), work_of(run)
-    derived = derived_values(run)
+    derived |= derived_values(run)
     if (length := run.config.data.max_length) < config.data.max_length:
         derived["data.max_length"] = (length, "the model's context")
     settings = settings_of(config, places, derived)
@@ -115,6 +123,15 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> 
     )  # fmt: skip
 
 
+def checkpointing(run: Run) -> tuple[bool, str]:
+    """What ``train.gradient_checkpointing: auto`` becomes, and why: True (layers) where the run would not fit otherwise."""
+    train = run.config.train.model_copy(update={"gradient_checkpointing": False})
+    planned = OutlinedRun(run.config.model_copy(update={"train": train}), quiet=True, rows=run.rows)
+    memory = memory_of(planned, work_of(planned), resident(), 0)
+    said = f"{gigabytes(memory.peak)} without, and this machine has {gigabytes(memory.machine)}"
+    return memory.peak > memory.machine * ROOM, said
+
+
 def misfit(run: Run) -> str | None:
     """A warning for a run that seems to need more memory than the machine has; None where it seems to fit.
 
@@ -128,7 +145,9 @@ def misfit(run: Run) -> str | None:
     width, layers = (getattr(shape, name, 0) or 0 for name in ("hidden_size", "num_hidden_layers"))
     lengths = sorted((tree_tokens(t, planned.shared_prompts) for t in run.rows.trees[0][:LOOKED_AT]), reverse=True)
     tokens = min(run.config.train.tokens_per_step, sum(lengths[: run.config.train.batch_size]))
-    passing = 0 if run.config.train.gradient_checkpointing else tokens * width * layers * ACTIVATIONS * size
+    passing = (
+        0 if run.config.train.gradient_checkpointing is not False else tokens * width * layers * ACTIVATIONS * size
+    )
     machine = torch.cuda.mem_get_info()[1] if run.device.type == "cuda" else machine_memory()[0]
     if states + passing <= machine:
         return None

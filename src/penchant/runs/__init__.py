@@ -52,7 +52,17 @@ from penchant.runfolder.read import read
 from penchant.runfolder.values import mapping, number_of
 from penchant.runs.evaluating import START_LOSSES, HeldOut, prompts_of, writes_completions
 from penchant.runs.find import with_model_folders
-from penchant.runs.parts import Built, build, checkpoint_bytes, peak_lr, placed, remarks, start_key, write_model
+from penchant.runs.parts import (
+    Built,
+    build,
+    check_offload,
+    checkpoint_bytes,
+    peak_lr,
+    placed,
+    remarks,
+    start_key,
+    write_model,
+)
 from penchant.runs.record import (
     contents_of,
     join_samples,
@@ -99,6 +109,7 @@ class Run:
         pause_at: an optimizer step at which training pauses, see `Loop`; a later call goes on from there.
         console: where progress goes, in place of the terminal; tokenizer: in place of the config's; rows: in place of those it would read.
         look: returns, before the first model is loaded, a sentence on why the run may not fit, see `penchant.plan.misfit`.
+        checkpointing: decides `train.gradient_checkpointing: auto`, see `penchant.plan.checkpointing`.
         cache: False leaves the files of a cached reference alone: it is computed anew.
     """
 
@@ -116,6 +127,7 @@ class Run:
         rows: Rows | None = None,
         cache: bool = True,
         look: Callable[[Run], str | None] | None = None,
+        checkpointing: Callable[[Run], tuple[bool, str]] | None = None,
     ) -> None:
         self.world = current()
         self.console = make_console(quiet or not self.world.leads) if console is None else console
@@ -127,6 +139,7 @@ class Run:
         self.device, self.dtype = placed(config)
         self.rows = Rows(config, self.shared, self.console, tokenizer) if rows is None else rows
         self.pause_at, self.cache, self.look = pause_at, cache, look
+        self.checkpointing = checkpointing
         self._is_open = False
 
     # ---- what is made of the config, once ---------------------------------------------------------------------------
@@ -161,6 +174,7 @@ class Run:
         Of several processes rank 0 does this, and the others take part in what they make together.
         """
         check_launch(self.config, self.world.size)
+        check_offload(self.config, self.device)
         if self.world.many and self.device.type == "cuda" and torch.cuda.device_count() < self.world.local_size:
             raise ConfigError(
                 "launch.processes",
@@ -223,6 +237,7 @@ class Run:
             for note in open_run(self.folder, dump_config(self.config), identity, self._defaults(), tokens):
                 self.console.note(note)
             self._write_rows()
+            self._choose_checkpointing()
             self._look()
             self._opened()
             anew = latest_checkpoint(self.folder)[0] is None
@@ -337,6 +352,22 @@ class Run:
             keep(self.folder / AUDIT, json.dumps(audit, indent=1))
         if said := summary(run_flags((), self.config.model_dump(mode="json"), audit, trust=self.config.trust)):
             self.console.note(said)
+
+    def _choose_checkpointing(self) -> None:
+        """Decide an auto; a run that goes on keeps what it began with."""
+        if self.config.train.gradient_checkpointing != "auto":
+            return
+        known = mapping(read(self.folder).manifest).get("gradient_checkpointing")
+        if latest_checkpoint(self.folder)[0] is not None and known in ("off", "layers"):
+            again, why = known == "layers", "as the run began"
+        else:
+            try:
+                again, why = (False, "nobody counted") if self.checkpointing is None else self.checkpointing(self)
+            except Exception:  # an outline that cannot be made
+                again, why = True, "what the run needs cannot be counted"
+        self.console.note(f"gradient checkpointing: {'layers' if again else 'off'} ({why})")
+        train = self.config.train.model_copy(update={"gradient_checkpointing": again})
+        self.config = self.rows.config = self.config.model_copy(update={"train": train})
 
     def _look(self) -> None:
         """Ask whether the run will fit; whoever cannot tell stops nothing."""

@@ -33,6 +33,7 @@ from penchant.logprobs.reference import (
     compute_logps,
     joined,
 )
+from penchant.models.activations import offload
 from penchant.models.load import (
     add_lora,
     backbone_of,
@@ -148,6 +149,8 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
         for trained in (model, *beside_it):
             cast_parameters(trained, dtype)
         parts.engine = _engine(parts, rows, shared, console)  # what runs it
+        if train.gradient_checkpointing == "offload" and device.type == "cuda":
+            offload(backbone_of(model))
 
     # what it is compared with, what trains it
     built = Built(parts, optimizer, reference_kind=kind, router=_router(parts), _start=start)
@@ -231,7 +234,7 @@ def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
             adapter = Path(config.model.adapter)
             check_adapters_base(adapter, config.model, model)
             model = trained_on(model, adapter, config.lora, config.train.seed)
-    if config.train.gradient_checkpointing:
+    if config.train.gradient_checkpointing is True:  # an auto that nobody decided trains nothing
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
             model.enable_input_require_grads()
@@ -250,6 +253,16 @@ def placed(config: RunConfig) -> tuple[torch.device, torch.dtype]:
     """(device, dtype) of training, ``auto`` resolved."""
     device = resolve_device(config.model.device)
     return device, resolve_dtype(config.model.dtype, device)
+
+
+def check_offload(config: RunConfig, device: torch.device) -> None:
+    """Refuse to offload activations where they are in the host's memory anyway."""
+    if config.train.gradient_checkpointing == "offload" and device.type != "cuda":
+        raise ConfigError(
+            "train.gradient_checkpointing",
+            f"offload moves activations from a CUDA GPU to the host's memory, and this run is on {device.type}",
+            "set layers, or auto",
+        )
 
 
 def set_threads(config: RunConfig, model: Any) -> None:

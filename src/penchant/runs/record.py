@@ -241,6 +241,9 @@ def write_manifest(
         "packing": parts.engine.packing + (" (fast path)" if parts.engine.fast else ""),
         "attention": getattr(getattr(parts.engine, "scorer", parts.engine), "attention", None),
         "reference": built.reference_kind,
+        "gradient_checkpointing": {False: "off", True: "layers"}.get(
+            config.train.gradient_checkpointing, config.train.gradient_checkpointing
+        ),
         "data": data,
         **({"processes": current().size} if current().many else {}),
         "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},

@@ -284,6 +284,12 @@ class SweepConductor:
         model = config.model
         named = (model.path, model.tokenizer, model.adapter, config.reference.path, json.dumps(rewards))
         with run.naming():
+            if config.train.gradient_checkpointing == "auto":
+                raise ConfigError(
+                    "train.gradient_checkpointing",
+                    "auto decides for each run by itself, and runs of a sweep are compared",
+                    "set layers or off for all of them",
+                )
             check_models(config)
             for reward in rewards:
                 check_reward(reward)

@@ -51,7 +51,11 @@ class TrainConfig(Section):
         gt=0,
         description="stop when an exact divergence from the reference (nats per token) rises above this; null: never",
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    gradient_checkpointing: bool | Literal["off", "layers", "auto", "offload"] = Field(
+        False,
+        description="what becomes of activations until the backward pass. layers (true): computed again, layer by layer; off (false): kept; "
+        "auto: layers where the run would not fit otherwise; offload: kept in the host's memory, on CUDA",
+    )
     packing: Literal["auto", "shared", "separate", "padded"] = Field(
         "auto", description="how completions share a row: packed with a shared prompt, packed one by one, or padded"
     )
@@ -66,6 +70,12 @@ class TrainConfig(Section):
         "auto", description="CPU threads; auto: chosen by the model's size"
     )
     seed: int = Field(0, ge=0, lt=2**31, description="seed of the order, the split, the adapters and dropout")
+
+    @field_validator("gradient_checkpointing")
+    @classmethod
+    def _one_word_for_each(cls, value: bool | str) -> bool | str:
+        """Two of the words are true and false, as run folders have them."""
+        return {"off": False, "layers": True}.get(value, value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _of_this_optimizer(self) -> TrainConfig:
