@@ -456,11 +456,14 @@ def test_auto_computes_activations_again_where_the_plan_says_it_would_not_fit(
     chosen = "off" if fits else "layers"
     setting = next(s for s in api.plan(config, probe=False).settings if s.key == "train.gradient_checkpointing")
     assert (setting.value, setting.became) == ("auto", chosen)
-    seen: list[bool] = []
+    seen: list[Any] = []
     prepare = parts.prepared
-    monkeypatch.setattr(
-        parts, "prepared", lambda m, c, r: seen.append(c.train.gradient_checkpointing) or prepare(m, c, r)
-    )
+
+    def watched(model: Any, config: Any, rows: Any) -> Any:
+        seen.append(config.train.gradient_checkpointing)
+        return prepare(model, config, rows)
+
+    monkeypatch.setattr(parts, "prepared", watched)
     result = api.train(config, quiet=True)
     assert json.loads((result.folder / "manifest.json").read_text())["gradient_checkpointing"] == chosen
     shutil.rmtree(sorted((result.folder / "checkpoints").iterdir())[-1])

@@ -204,6 +204,7 @@ def write_manifest(
         status: running, finished, paused, interrupted or stopped; why: where it did not come to its end; lr: the peak.
     """
     config, parts = built.parts.config, built.parts
+    again = config.train.gradient_checkpointing
     data: dict[str, Any] = {
         name: {
             "layout": d.shape,
@@ -241,9 +242,7 @@ def write_manifest(
         "packing": parts.engine.packing + (" (fast path)" if parts.engine.fast else ""),
         "attention": getattr(getattr(parts.engine, "scorer", parts.engine), "attention", None),
         "reference": built.reference_kind,
-        "gradient_checkpointing": {False: "off", True: "layers"}.get(
-            config.train.gradient_checkpointing, config.train.gradient_checkpointing
-        ),
+        "gradient_checkpointing": again if isinstance(again, str) else ("off", "layers")[again],
         "data": data,
         **({"processes": current().size} if current().many else {}),
         "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},
