@@ -494,3 +494,8 @@ def test_a_reader_that_goes_away_ends_no_run(world: World, tmp_path: Path) -> No
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert checkpoints(run)[-1].name == "step-4"
     world.check()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here, which is a disk that is always full")
+def test_a_file_that_a_person_asked_for_on_a_full_disk_ends_with_the_disks_exit_code(world: World) -> None:
+    assert main(["report", str(world.kept), "--output", "/dev/full"]) == DiskError.exit_code

@@ -274,7 +274,7 @@ def test_a_run_in_a_sweep_is_the_run_by_itself_bit_for_bit(
     looked: list[str] = []
     conductor = SweepConductor(sweep, quiet=True, look=lambda run: looked.append(run.config.model.dtype))
     conductor.run()
-    assert sorted(looked) == ["bf16", "fp32", "fp32", "fp32", "fp32"]  # one for each model, adapter and method
+    assert sorted(looked) == ["bf16", *["fp32"] * 5]  # one for each model, adapter, method and reference
     made = conductor.shared.made
     assert (made["model"], made["rows"], made["split"], made["tokenizer"]) == (1, 1, 1, 1)
     assert made["tokens"] == 3  # whole, train and held out

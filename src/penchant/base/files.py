@@ -191,7 +191,7 @@ def write_output(path: str | Path, text: str) -> Path:
     """Write a text where a person wants it: a file whole or not at all.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: it cannot be written; DiskError: the disk is full or fails.
     """
     file = Path(path).expanduser()
     try:
@@ -201,6 +201,8 @@ def write_output(path: str | Path, text: str) -> Path:
         else:
             write_text_atomically(file.resolve(), text)  # a link stays one
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in FULL | {errno.EIO}:
+            raise disk_error(file, error) from error
         what = getattr(error, "strerror", None) or error
         raise ConfigError(str(path), f"cannot be written ({what})", "give another place") from error
     return file

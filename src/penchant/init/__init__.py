@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from penchant.algorithms.method import SMALL_MODEL, auto_lr
-from penchant.base.files import packaged_yaml
+from penchant.base.files import packaged_yaml, writing
 from penchant.base.machine import machine_memory
 from penchant.base.text import counted, did_you_mean
 from penchant.config import config_from_mapping, load_config
 from penchant.config.yaml import dump_yaml
-from penchant.errors import ConfigError
+from penchant.errors import ConfigError, DiskError
 from penchant.init.look import DataFacts, HeldOut, ModelFacts
 from penchant.metrics.stats import rows_to_tell
 from penchant.rewards.functions import check_reward
@@ -288,7 +288,7 @@ def write_config(start: Start, path: str | Path) -> Path:
     """Write the file, and read it back as a config.
 
     Raises:
-        ConfigError: there is such a file already, or it cannot be written.
+        ConfigError: there is such a file already, or it cannot be written; DiskError: the disk is full or fails.
     """
     path = Path(path)
     try:
@@ -297,7 +297,11 @@ def write_config(start: Start, path: str | Path) -> Path:
         raise ConfigError(str(path), "is there already", "give another --output; init never overwrites") from error
     except OSError as error:
         raise ConfigError(str(path), f"cannot be written ({error.strerror})", "give another --output") from error
-    with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(start.to_yaml(str(path)))
+    try:
+        with writing(path), os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(start.to_yaml(str(path)))
+    except DiskError:
+        path.unlink(missing_ok=True)
+        raise
     load_config(path)
     return path
