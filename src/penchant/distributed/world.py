@@ -121,12 +121,8 @@ class World:
             self.agree(patient=True)
             yield
             return
-        error: BaseException | None = None
-        try:
+        with self.together(patient=True):
             yield
-        except Exception as caught:
-            error = caught
-        self.agree(error, patient=True)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -54,12 +54,7 @@ def save_checkpoint(
             sums = {str(p.relative_to(aside)): file_sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
             for path in aside.rglob("*"):
                 fsync(path)
-            (aside / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=1))
-            fsync(aside / MANIFEST)
-            fsync(aside)
-            _remove(final)  # a resumed run reaches the same step again
-            os.rename(aside, final)
-            fsync(root)
+            _give_its_name(aside, final, step, sums)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -99,11 +94,8 @@ def save_sharded(
                 root.mkdir(parents=True, exist_ok=True)
                 sweep(root)
                 (aside / SHARDS).mkdir(parents=True)
-        with (
-            world.together(),
-            writing(final),
-        ):  # it fails where rank 0 writes, which is behind all that the ranks do together
-            write_model(aside / "model")
+        with world.together(), writing(final):
+            write_model(aside / "model")  # it fails where rank 0 writes, which is behind all that the ranks do together
         try:
             with writing(final), _its_cause():
                 writer = HuggingFaceStorageWriter(path=str(aside / SHARDS), save_distributed=True)
@@ -122,12 +114,9 @@ def save_sharded(
         everyone = {name: sha256 for part in world.gather(sums) for name, sha256 in part.items()}
         with world.together(), writing(final):
             if world.leads:
-                (aside / MANIFEST).write_text(json.dumps({"step": step, "sha256": everyone}, indent=1))
-                for path in (aside / MANIFEST, *(p for p in aside.iterdir() if p.is_dir()), aside):
+                for path in (p for p in aside.iterdir() if p.is_dir()):
                     fsync(path)
-                _remove(final)
-                os.rename(aside, final)
-                fsync(root)
+                _give_its_name(aside, final, step, everyone)
     except BaseException:
         if world.leads:
             shutil.rmtree(aside, ignore_errors=True)
@@ -145,6 +134,16 @@ def _its_cause() -> Iterator[None]:
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise cause from None
+
+
+def _give_its_name(aside: Path, final: Path, step: int, sums: Mapping[str, str]) -> None:
+    """The last step of a checkpoint whose files are on the disk: its manifest, and its name."""
+    (aside / MANIFEST).write_text(json.dumps({"step": step, "sha256": dict(sums)}, indent=1))
+    fsync(aside / MANIFEST)
+    fsync(aside)
+    _remove(final)  # a resumed run reaches the same step again
+    os.rename(aside, final)
+    fsync(final.parent)
 
 
 def _remove(path: Path) -> None:
