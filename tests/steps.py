@@ -1,13 +1,16 @@
-"""One optimizer step cut into micro-batches, as the loop takes it: what equality tests compare."""
+"""Steps as the loop takes them, for equality tests: one cut into micro-batches, and a run that is killed behind one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 
+from penchant import api
 from penchant.data.packing import pack
+from penchant.training.loop import Loop
 from penchant.training.steps import reduced
 from penchant.types import TokenTree
 
@@ -29,3 +32,22 @@ def step_gradient(
     for batch in batches:
         reduced(algorithm.loss(algorithm.score(batch)), counts).backward()
     return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+
+
+class Killed(BaseException):
+    """A kill -9: nothing of the loop's own clean-up knows about it."""
+
+
+def train_until_killed(config: Mapping[str, Any], step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, and die behind a step and whatever the loop does after it."""
+    real = Loop._after_step
+
+    def killed(self: Loop, *args: Any) -> None:
+        real(self, *args)
+        if self.state.step == step:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_after_step", killed)
+        with pytest.raises(Killed):
+            api.train(config, quiet=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from families import make_tree, tiny_model
-from steps import step_gradient
+from steps import step_gradient, train_until_killed
 from tiny import tiny_model_folder, write_jsonl
 
 from penchant import api
@@ -24,7 +24,6 @@ from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference, compute_logps
 from penchant.losses.policy_gradient import leave_one_out
 from penchant.rollout.generate import sample
-from penchant.training.loop import Loop
 from penchant.types import TokenTree
 
 METHODS = ["rloo", "grpo", "online_dpo", "ppo"]
@@ -175,10 +174,6 @@ def test_sampling_and_training_log_probs_agree_with_a_temperature() -> None:
 # ---- exact resume ---------------------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.fixture(scope="module")
 def wholes() -> dict[str, tuple[bytes, ...]]:
     """What a run that is not killed writes, by its settings: the same for every kill."""
@@ -226,17 +221,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_ends(
         whole = api.train(base, quiet=True)
         wholes[key] = written(whole.folder, whole.steps)
     base["output"] = str(tmp_path / "killed")
-    real = Loop._after_step
-
-    def killed(self: Loop, *args: Any) -> None:
-        real(self, *args)
-        if self.state.step == at:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_after_step", killed)
-        with pytest.raises(Killed):
-            api.train(base, quiet=True)
+    train_until_killed(base, at, monkeypatch)
     resumed = api.train(base, quiet=True)
     assert resumed.steps > at
     for whole_file, file in zip(wholes[key], written(resumed.folder, resumed.steps), strict=True):
@@ -370,17 +355,7 @@ def test_rewards_with_columns_and_none_train_and_resume(
     held_out = next(line for line in lines(whole.folder) if line["kind"] == "eval")
     assert "eval/rewards/near/mean" in held_out
     base["output"] = str(tmp_path / "killed")
-    real = Loop._after_step
-
-    def killed(self: Loop, *args: Any) -> None:
-        real(self, *args)
-        if self.state.step == 1:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_after_step", killed)
-        with pytest.raises(Killed):
-            api.train(base, quiet=True)
+    train_until_killed(base, 1, monkeypatch)
     resumed = api.train(base, quiet=True)
     assert written(resumed.folder, resumed.steps) == written(whole.folder, whole.steps)
 

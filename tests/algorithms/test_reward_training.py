@@ -11,6 +11,7 @@ import pytest
 import torch
 from encoders import encoder_configs, encoder_folder
 from families import family_configs, some_pairs, tiny_model
+from steps import train_until_killed
 from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
 from penchant import api
@@ -22,7 +23,6 @@ from penchant.models.reward import choose_padding, head_of
 from penchant.rewards.reward_model import CausalRewards, by_length, make_scorer, rewards_of
 from penchant.runs import Run
 from penchant.runs.parts import write_model
-from penchant.training.loop import Loop
 
 
 @pytest.fixture
@@ -111,10 +111,6 @@ def gradient(training: RewardTraining, trees: Any, sizes: tuple[int, ...], *, sh
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("kind", ["lora", "encoder"])
 def test_a_killed_run_ends_where_an_uninterrupted_one_ends(
     base: dict[str, Any], encoder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -123,17 +119,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_ends(
     config |= {"checkpoint": {"every": 1}} | ({"lora": {"r": 4, "dropout": 0.1}} if kind == "lora" else {})
     whole = api.train(config, quiet=True)
     config["output"] = str(tmp_path / "killed")
-    real = Loop._after_step
-
-    def killed(self: Loop, *args: Any) -> None:
-        real(self, *args)
-        if self.state.step == 3:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_after_step", killed)
-        with pytest.raises(Killed):
-            api.train(config, quiet=True)
+    train_until_killed(config, 3, monkeypatch)
     resumed = api.train(config, quiet=True)
     for name in ("metrics.jsonl", "calibration.json"):
         assert (whole.folder / name).read_bytes() == (resumed.folder / name).read_bytes()
