@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of getrusage's ru_maxrss
 
@@ -23,8 +23,8 @@ def gpu_visible() -> bool:
 
 # ---- Devices: what torch calls them, and what it has on each. Only ``cpu`` and ``cuda`` are ever chosen by themselves ----
 
-DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
+DEVICES: tuple[str, ...] = get_args(Device)
 NAMES = {"cuda": "CUDA device", "mps": "Apple GPU (MPS)", "xpu": "Intel GPU (XPU)"}
 
 
