@@ -10,7 +10,7 @@ from typing import Any
 from penchant.data.load import Dataset, Quarantined, fingerprint
 from penchant.data.options import DataConfig
 from penchant.errors import DataError
-from penchant.types import Completion, PromptTree
+from penchant.types import PromptTree
 
 LABEL_HINT = 'add a "label" column (true or false), give pairs, or set loss.name=sft'
 
@@ -78,14 +78,19 @@ def _as_prompts(dataset: Dataset, name: str) -> Dataset:
         raise DataError(name, "online methods need prompts, but these rows are plain text", "give a prompt column")
     if dataset.kind == "prompts":
         return dataset
-    once = {t.prompt: replace(t, completions=()) for t in reversed(dataset.trees)}
+    once = {_asked(t): replace(t, completions=()) for t in reversed(dataset.trees)}
     trees = tuple(reversed(once.values()))
     return replace(dataset, trees=trees, fingerprint=fingerprint(trees), kind="prompts")
 
 
+def _asked(tree: PromptTree) -> tuple[object, ...]:
+    """All that a model is asked with."""
+    return tree.prompt, tree.tools, tree.template_options
+
+
 def repeated_prompts(dataset: Dataset) -> str:
     """``60 rows: 44 distinct prompts`` of a data set for a method that answers prompts; empty where none is repeated."""
-    distinct = len({t.prompt for t in dataset.trees})
+    distinct = len({_asked(t) for t in dataset.trees})
     rows = max(dataset.accepted, len(dataset.trees))  # a row may give several prompts
     return f"{rows:,} rows: {distinct:,} distinct prompts" if distinct < rows else ""
 
@@ -111,15 +116,14 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
     # from here on a row is a prompt: the answers between its best and its worst are used for neither, and are no bad rows
     by_prompt: dict[object, list[PromptTree]] = defaultdict(list)
     for tree in dataset.trees:
-        by_prompt[tree.prompt].append(tree)
+        by_prompt[_asked(tree)].append(tree)
     trees: list[PromptTree] = []
     aside: list[Quarantined] = []
-    for prompt, group in by_prompt.items():
+    for group in by_prompt.values():
         ranked = sorted((c for t in group for c in t.completions), key=lambda c: -(c.score or 0.0))
         best, worst = ranked[0], ranked[-1]
-        if len(ranked) > 1 and best.score != worst.score and best.text.strip() != worst.text.strip():
-            pair = (Completion(best.text, True, best.score), Completion(worst.text, False, worst.score))
-            trees.append(PromptTree(prompt, pair, group[0].source))  # type: ignore[arg-type]
+        if len(ranked) > 1 and best.score != worst.score and best.whole.strip() != worst.whole.strip():
+            trees.append(replace(group[0], completions=(replace(best, label=True), replace(worst, label=False))))
         else:
             what = f"a prompt whose {len(ranked)} answers have no two different scores"
             aside.append(Quarantined(group[0].source, what, "give it answers with different scores, or drop it", None))
