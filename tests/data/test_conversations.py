@@ -14,7 +14,7 @@ from tiny import tiny_tokenizer
 
 from penchant.data.adapt import repeated_prompts
 from penchant.data.cached import DataCache
-from penchant.data.load import load_preferences
+from penchant.data.load import load_preferences, told
 from penchant.data.packing import pack
 from penchant.data.templates import end_ids
 from penchant.data.tokenize import TokenizedDataset, tokenize
@@ -22,6 +22,7 @@ from penchant.download.convert import written_rows
 from penchant.errors import DataError
 from penchant.logprobs import Scorer
 from penchant.serve.model import TemplateRefused, style_of
+from penchant.serve.openai import ChatRequest, read_request
 from penchant.types import TokenTree
 
 TOOLS = [
@@ -219,6 +220,15 @@ def test_a_server_asks_a_model_as_it_was_trained() -> None:
     assert text == _text(tokenize(rows, tokenizer, max_length=2048).trees[0].prompt_ids)
     with pytest.raises(TemplateRefused, match="leaves out the tools"):
         style.render(_tokenizer(NO_TOOLS), list(tree.prompt), {"tools": TOOLS})  # type: ignore[arg-type]
+
+
+def test_a_request_to_a_server_is_read_as_a_row_is() -> None:
+    turns = [*ASKED, {**CALLED, "content": None}, {**RESULT, "tool_call_id": "call_1"}]
+    body = {"model": "m", "messages": turns, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
+    asked = read_request(ChatRequest, json.dumps(body).encode())
+    (tree,) = from_rows([{"prompt": turns, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}]).trees
+    assert asked.prompts == [tree.prompt] and asked.told == told(tree) == {"enable_thinking": False, "tools": TOOLS}
+    assert "tools" not in read_request(ChatRequest, json.dumps({**body, "tool_choice": "none"}).encode()).told
 
 
 # ---- options of a row ---------------------------------------------------------------------------------------------------------

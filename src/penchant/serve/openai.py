@@ -23,7 +23,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, to_json
 
 from penchant.base.text import closest
-from penchant.data.layouts.fields import RowError, as_message, template_options, tools
+from penchant.data.layouts import RowError
+from penchant.data.layouts import fields as row
 from penchant.serve.model import ChatModel
 from penchant.serve.stream import Piece, Sampling, ShownToken, token_bytes, token_text
 from penchant.types import Message
@@ -161,7 +162,7 @@ class ChatMessage(_Input):
 
 
 def _calls_of(given: Objects) -> str:
-    return as_message({"role": "assistant", "tool_calls": given}, "it").tool_calls
+    return row.as_message({"role": "assistant", "tool_calls": given}, "it").tool_calls
 
 
 def _read(how: Callable[[], Any]) -> Any:
@@ -269,10 +270,10 @@ class ChatRequest(Request):
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    tools: Annotated[Objects, _readable("tools", tools)] = []
-    chat_template_kwargs: Annotated[dict[str, Any], _readable("chat_template_kwargs", template_options)] = {}
+    tools: Annotated[Objects, _readable("tools", row.tools)] = []
+    chat_template_kwargs: Annotated[dict[str, Any], _readable("chat_template_kwargs", row.template_options)] = {}
     tool_choice: Annotated[Any, _only("none", "auto")] = None
-    functions: Annotated[Objects, _readable("functions", tools)] = []
+    functions: Annotated[Objects, _readable("functions", row.tools)] = []
     function_call: Annotated[Any, _only("none", "auto")] = None
     parallel_tool_calls: Any = None
     response_format: Annotated[Any, _only({"type": "text"})] = None
@@ -294,7 +295,7 @@ class ChatRequest(Request):
 
     @property
     def told(self) -> Json:
-        listed = tools({"tools": self.tools, "functions": self.functions})
+        listed = row.tools({"tools": self.tools, "functions": self.functions})
         own = {k: v for k, v in self.chat_template_kwargs.items() if v is not None}
         return {**own, **({"tools": json.loads(listed)} if listed and self.tool_choice != "none" else {})}
 
