@@ -86,7 +86,7 @@ _ABOUT = ("id", "model_a", "model_b", "sha256_a", "sha256_b", "left", "seconds",
 def studio(row: Fields, options: Fields) -> PromptTree:
     """One word of one person about two answers."""
     verdict = row.get("verdict")
-    why = {"skip": "skipped", _TAKEN_BACK: "taken back"}.get(str(verdict))
+    why = {"skip": "skipped", _TAKEN_BACK: "taken back"}.get(fields.shown(verdict))
     if row.get("gold") is not None:
         why = why or "a check with a known answer"
     elif row.get("repeat_of") is not None:
