@@ -174,7 +174,7 @@ def read(folder: Path | str) -> Folder:
 # ---- A folder as it goes on: files that another process writes, each byte read once ----
 
 CHUNK = 1 << 20  # bytes read at once
-BRIEF = 1 << 14, 1 << 12  # bytes at the end of metrics.jsonl and perf.jsonl that say where a run is
+BRIEF = 1 << 14, 1 << 11  # bytes at the end of metrics.jsonl and perf.jsonl that say where a run is
 MARK = 256  # bytes before the place reached, by which a file is known again
 LARGEST = 1 << 24  # bytes of a file that is read whole; a longer one is not what it says
 

@@ -1,331 +1,181 @@
-"""What lies in the studio's folder: runs, sweeps, pipelines and comparisons, and runs as they go on. Nothing is written here."""
+"""The pages of runs: the list, curves as they grow, samples, the report."""
 
 from __future__ import annotations
 
-import os
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from itertools import islice
 from pathlib import Path
+from time import time
 from typing import Any
 
-from penchant.metrics.names import metric
-from penchant.report.svg import duration, with_interval
-from penchant.runfolder import CHECKPOINTS, COMPARISON, CONFIG, IDENTITY, LOCK, MANIFEST, METRICS, PERF, PIPELINE, SWEEP
-from penchant.runfolder.read import Whole, json_object, lock_of
-from penchant.runfolder.values import mapping, mappings, sequence, text
-from penchant.watch.views import FIGURES, OPEN_STATES, Member, RunView
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.routing import Route
 
-DEPTH = 4  # folders below the studio's in which runs are looked for
-MOST_FOLDERS = 5000  # that are looked into
-IS_RUN = frozenset({IDENTITY, CONFIG, METRICS})
-GROUPS = {SWEEP: "sweep", PIPELINE: "pipeline", COMPARISON: "comparison"}
-NO_RUNS = frozenset({"node_modules", "__pycache__", "site-packages", CHECKPOINTS, "merged", "export"})
+from penchant.report.data import read_report
+from penchant.report.page import render
+from penchant.report.svg import number
+from penchant.runfolder import CONFIG, REPORT
+from penchant.runfolder.read import read, read_text
+from penchant.runfolder.values import mapping, mappings, number_of, sequence, text
+from penchant.studio.app import Area, Studio
+from penchant.studio.shelf import Feed, Shelf, facts_of, titles
+from penchant.watch.views import OPEN_STATES, is_run
 
-
-# ---- Which folders there are ----
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A folder that holds something of Penchant's; `path` is relative to the studio's folder, with slashes."""
-
-    kind: str
-    path: str
-
-
-def find(root: Path) -> tuple[list[Found], bool]:
-    """(What lies in a folder, whether there was too much to look at all of it); no link is followed."""
-    found: list[Found] = []
-    level, looked = [(root, "")], 0
-    for depth in range(DEPTH + 1):
-        below: list[tuple[Path, str]] = []
-        for folder, path in level:
-            looked += 1
-            if looked > MOST_FOLDERS:
-                return found, True
-            names, folders = _listed(folder)
-            is_run = bool(names & IS_RUN)
-            kinds = ["run"] if is_run else []
-            kinds += [kind for name, kind in GROUPS.items() if name in names]
-            found += [Found(kind, path or ".") for kind in kinds]
-            if depth < DEPTH:
-                below += [(folder / name, f"{path}/{name}".lstrip("/")) for name in folders]
-        level = below
-    return found, False
+EVERY = 1.0  # seconds between two looks at the runs of a page
+BEAT = 15  # looks without news after which a connection is told that it is still there
+MOST_RUNS = 24  # drawn over each other
+SAMPLES = 12  # that a page shows
+REPORT_BYTES = 64 << 20
+# of a report: it runs its own script, in a frame that is no page of the studio and may ask for nothing
+REPORT_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+)
+STATES = {"running": "good", "preparing": "good", "stopped": "bad", "interrupted": "warn", "paused": "warn"}
 
 
-def _listed(folder: Path) -> tuple[set[str], list[str]]:
-    """(Names of files, names of folders that may hold runs)."""
-    names: set[str] = set()
-    folders: list[str] = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders += [entry.name] * (entry.name[0] != "." and entry.name not in NO_RUNS)
-                else:
-                    names.add(entry.name)
-    except OSError:
-        pass
-    return names, sorted(folders)
+class Runs:
+    """The area of runs."""
 
-
-# ---- A line of the list for each of them ----
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """What the list says of a run, a sweep, a pipeline or a comparison.
-
-    Args:
-        state: of a run as `penchant watch` calls it; step, total: optimizer steps; headline: the figure that it is judged by, with its
-            interval; label: what that is; warnings, notes: flags of each level; changed: when it last wrote something, seconds.
-        inside: runs of a sweep or pipeline by their states.
-    """
-
-    kind: str
-    path: str
-    state: str = ""
-    why: str = ""
-    method: str = ""
-    step: int = 0
-    total: int | None = None
-    label: str = ""
-    headline: str = ""
-    warnings: int = 0
-    notes: int = 0
-    changed: float = 0.0
-    took: float | None = None
-    inside: Mapping[str, int] = field(default_factory=dict)
+    def __init__(self, studio: Studio) -> None:
+        self.studio, self.shelf = studio, Shelf(studio.folder)
+        studio.templates.globals |= {"ago": ago, "tone": STATES.get}
+        studio.templates.filters["figure"] = lambda value: number(number_of(value))
 
     @property
-    def share(self) -> float:
-        """Of its steps that are done."""
-        return min(1.0, self.step / self.total) if self.total else 0.0
+    def routes(self) -> list[Route]:
+        return [
+            Route("/runs", self.list),
+            Route("/runs/view", self.view),
+            Route("/runs/group", self.group),
+            Route("/runs/feed", self.feed),
+            Route("/runs/samples", self.samples),
+            Route("/runs/report", self.report),
+        ]
 
+    def run_of(self, name: str) -> str:
+        """A run's path as it is linked.
 
-class Shelf:
-    """The runs of a folder, each read once and then only what it has added; safe for several threads.
-
-    Args:
-        root: the studio's folder.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._lock = threading.Lock()
-        self._brief: dict[str, RunView] = {}
-        self._groups: dict[tuple[str, str], Whole[dict[str, Any]]] = {}
-        self._whole: dict[str, tuple[RunView, float]] = {}  # runs that are followed, and when they were last read
-
-    def lines(self) -> tuple[list[Line], bool]:
-        """(Everything, what was changed last first, whether there was too much to look at all of it)."""
-        with self._lock:
-            found, more = find(self.root)
-            runs = {f.path: self._run(f.path) for f in found if f.kind == "run"}
-            self._brief = {path: self._brief[path] for path in runs}
-            lines = [*runs.values(), *(self._group(f, runs) for f in found if f.kind != "run")]
-        return sorted(lines, key=lambda line: -line.changed), more
-
-    def _run(self, path: str) -> Line:
-        view = self._brief.setdefault(path, RunView(self.root / path, path, brief=True))
-        view.refresh()
-        return line_of(view, path)
-
-    def _group(self, found: Found, runs: Mapping[str, Line]) -> Line:
-        name = next(name for name, kind in GROUPS.items() if kind == found.kind)
-        file = self.root / found.path / name
-        whole = self._groups.setdefault((found.kind, found.path), Whole[dict[str, Any]](file, json_object, {}))
-        said = whole.read()
-        changed = _changed(file)
-        if found.kind == "comparison":
-            return Line("comparison", found.path, headline=_compared(said), changed=changed)
-        records = mapping(said.get("runs" if found.kind == "sweep" else "stages"))
-        inside: dict[str, int] = {}
-        for record in records.values():
-            state = text(mapping(record).get("state")) or "to come"
-            inside[state] = inside.get(state, 0) + 1
-        prefix = "" if found.path == "." else f"{found.path}/"
-        going = [line for path, line in runs.items() if path.startswith(prefix) and line.state in OPEN_STATES]
-        done = bool(records) and set(inside) <= {"finished", "stopped", "cut"}
-        state = "running" if going or lock_of(file.parent) == "held" else "finished" if done else "interrupted"
-        table = mapping(said.get("table"))
-        best = ", ".join(text(name) for name in sequence(table.get("best"))[:3])
-        headline = f"best by validation: {best}" if best else ""
-        return Line(found.kind, found.path, state, headline=headline, changed=changed, inside=inside)
-
-    def followed(self, path: str) -> RunView:
-        """A run with its curves, as it is now; read at most twice a second, however many look at it."""
-        with self._lock:
-            view, read = self._whole.get(path) or (RunView(self.root / path, path), 0.0)
-            now = time.monotonic()
-            if now - read >= FRESH:
-                view.refresh()
-                read = now
-            self._whole.pop(path, None)
-            self._whole[path] = (view, read)  # at the end: the first ones are those that nobody has asked for longest
-            while len(self._whole) > KEPT:
-                self._whole.pop(next(iter(self._whole)))
-            return view
-
-
-FRESH = 0.5  # seconds for which what was read of a run holds
-KEPT = 40  # runs whose curves are kept in memory
-
-
-def _changed(*files: Path) -> float:
-    found = [0.0]
-    for file in files:
-        try:
-            found.append(file.stat().st_mtime)
-        except OSError:
-            continue
-    return max(found)
-
-
-def _compared(figures: Mapping[str, Any]) -> str:
-    verdict = figures.get("verdict")
-    said = verdict.get("sentence") if isinstance(verdict, dict) else verdict
-    if isinstance(said, str):
-        return said
-    models = mapping(figures.get("models"))
-    return f"compares {', '.join(models)}" if models else ""
-
-
-def line_of(view: RunView, path: str) -> Line:
-    """What the list says of a run."""
-    levels = [flag.get("level") for flag in view.flags]
-    label, headline = headline_of(view)
-    files = [view.folder / name for name in (METRICS, PERF, MANIFEST, LOCK)]
-    return Line(
-        kind="run",
-        path=path,
-        state=view.state,
-        why=view.why,
-        method=view.method,
-        step=view.step,
-        total=view.total,
-        label=label,
-        headline=headline,
-        warnings=levels.count("warning"),
-        notes=len(levels) - levels.count("warning"),
-        changed=_changed(*files),
-        took=view.took,
-    )
-
-
-def headline_of(view: RunView, name: str | None = None) -> tuple[str, str]:
-    """(What a run is judged by, its last value with its interval); empty where there is none."""
-    found = Member(view).metric(name)
-    if found is None:
-        return "", ""
-    known = metric(found.name.removeprefix("train "))
-    words = known.label or known.picture or known.name
-    label = f"{words} in training" if found.name.startswith("train ") else words
-    return label, with_interval(found.value, found.interval, known.share)
-
-
-# ---- A run as it goes on, for a page that draws it ----
-
-MOST_POINTS = 1500  # of a curve that is sent whole; a longer one is thinned
-
-
-class Feed:
-    """What one page has not been told of some runs yet.
-
-    Args:
-        paths: of the runs, relative to the shelf's folder.
-    """
-
-    def __init__(self, shelf: Shelf, paths: Sequence[str]) -> None:
-        self._shelf, self._paths = shelf, paths
-        self._told: dict[tuple[str, str], tuple[int, Any]] = {}
-        self._facts: dict[str, dict[str, Any]] = {}
-
-    def news(self) -> dict[str, Any]:
-        """By run: ``facts`` where they changed, ``line`` and ``points`` that are new, ``anew`` where what was told holds no longer.
-
-        ``line`` is ``{metric: [[steps], [values]]}`` of training, ``points`` ``{metric: [[steps], [values], [lows], [highs]]}`` held out.
+        Raises:
+            HTTPException: there is no run (404).
         """
-        found = {}
-        for path in self._paths:
-            if made := self._of_run(path, self._shelf.followed(path)):
-                found[path] = made
-        return found
+        folder = self.studio.inside(name)
+        if not is_run(folder):
+            raise HTTPException(404, "there is no run in this folder")
+        return self.studio.relative(folder)
 
-    def _of_run(self, path: str, view: RunView) -> dict[str, Any]:
-        curves: dict[str, Sequence[Any]] = {**view.line, **view.points}
-        anew = any(self._is_other(path, key, curves.get(key, ())) for of, key in self._told if of == path)
-        if anew:
-            self._told = {k: v for k, v in self._told.items() if k[0] != path}
-        made: dict[str, Any] = {"anew": True} if anew else {}
-        lines = {key: [[x for x, _ in new], [y for _, y in new]] for key, new in self._new(path, view.line)}
-        points = {
-            key: [
-                [p.step for p in new],
-                [p.value for p in new],
-                *([None if p.interval is None else p.interval[i] for p in new] for i in (0, 1)),
-            ]
-            for key, new in self._new(path, view.points)
+    async def list(self, request: Request) -> Response:
+        lines, more = await run_in_threadpool(self.shelf.lines)
+        word = request.query_params.get("q", "").strip().lower()
+        some = [line for line in lines if word in f"{line.path} {line.kind} {line.state} {line.method}".lower()]
+        part = "hx-request" in request.headers
+        template = "run_lines.html" if part else "runs.html"
+        return self.studio.page(request, template, lines=some, word=word, all=len(lines), more=more, now=time())
+
+    async def view(self, request: Request) -> Response:
+        """One run, or several over each other."""
+        asked = list(dict.fromkeys(request.query_params.getlist("run")))
+        if not asked:
+            raise HTTPException(404, "no run is named: choose some in the list")
+        paths = [self.run_of(name) for name in asked[:MOST_RUNS]]
+        facts = {}
+        for path in paths:
+            view = await run_in_threadpool(self.shelf.followed, path)
+            facts[path] = {**facts_of(view, path), "method": view.method, "open": view.state in OPEN_STATES}
+        values: dict[str, Any] = {
+            "paths": paths,
+            "facts": facts,
+            "titles": titles(),
+            "left_out": len(asked) - len(paths),
         }
-        made |= {"line": lines} if lines else {}
-        made |= {"points": points} if points else {}
-        facts = facts_of(view, path)
-        if facts != self._facts.get(path):
-            self._facts[path] = made["facts"] = facts
-        return made
+        if len(paths) == 1:
+            folder = self.studio.inside(paths[0])
+            values |= {"config": read_text(folder / CONFIG)[:100_000]}
+        return self.studio.page(request, "run.html" if len(paths) == 1 else "overlay.html", **values)
 
-    def _is_other(self, path: str, key: str, values: Sequence[Any]) -> bool:
-        count, last = self._told[path, key]
-        return len(values) < count or values[count - 1] != last
+    async def group(self, request: Request) -> Response:
+        """A sweep, a pipeline or a comparison."""
+        path = self.studio.relative(self.studio.inside(request.query_params.get("path", ".")))
+        lines, _ = await run_in_threadpool(self.shelf.lines)
+        kind = request.query_params.get("kind", "")
+        line = next((e for e in lines if e.path == path and e.kind == kind), None)
+        if line is None or kind == "run":
+            raise HTTPException(404, "there is no such sweep, pipeline or comparison")
+        prefix = "" if path == "." else f"{path}/"
+        inside = [e for e in lines if e is not line and e.path.startswith(prefix)]
+        table = mapping(read(self.studio.inside(path)).sweep.get("table"))
+        return self.studio.page(
+            request, "group.html", line=line, lines=inside, table=table, settings=mappings(table.get("settings")),
+            best=sequence(table.get("best")), now=time(),
+        )  # fmt: skip
 
-    def _new(self, path: str, curves: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, Sequence[Any]]]:
-        for key in sorted(curves, key=_order):
-            values = curves[key]
-            count, _ = self._told.get((path, key), (0, None))
-            if len(values) > count:
-                self._told[path, key] = (len(values), values[-1])
-                yield key, thinned(values[count:])
+    async def feed(self, request: Request) -> Response:
+        """What is new of some runs, as it comes (server-sent events)."""
+        paths = [self.run_of(name) for name in request.query_params.getlist("run")[:MOST_RUNS]]
+        if not paths:
+            raise HTTPException(404, "no run is named")
+        return StreamingResponse(self._events(Feed(self.shelf, paths)), media_type="text/event-stream")
+
+    async def _events(self, feed: Feed) -> AsyncIterator[str]:
+        silent = 0
+        start: Mapping[str, Any] = {"start": True}
+        while not self.studio.closing:
+            news = await run_in_threadpool(feed.news)
+            silent = 0 if news or start else silent + 1
+            if news or start:
+                yield f"data: {json.dumps({**start, 'runs': news}, separators=(',', ':'))}\n\n"
+                start = {}
+            elif silent % BEAT == 0:
+                yield ": still here\n\n"
+            await asyncio.sleep(EVERY)
+
+    async def samples(self, request: Request) -> Response:
+        """The last samples of a run."""
+        path = self.run_of(request.query_params.get("run", ""))
+        view = await run_in_threadpool(self.shelf.followed, path)
+        some = [sample_of(row) for row in islice(view.samples, SAMPLES)]
+        return self.studio.page(request, "samples.html", samples=some, of=len(view.samples))
+
+    async def report(self, request: Request) -> Response:
+        """A folder's report: the one that lies there, or one made of its files as they are."""
+        folder = self.studio.inside(request.query_params.get("path", "."))
+        page = await run_in_threadpool(self._report, folder)
+        return HTMLResponse(page, headers={"content-security-policy": REPORT_POLICY})
+
+    def _report(self, folder: Path) -> str:
+        file = folder / REPORT
+        if file.is_file() and file.resolve().is_relative_to(self.studio.folder) and file.stat().st_size < REPORT_BYTES:
+            return file.read_text(encoding="utf-8", errors="replace")
+        return render(read_report([folder], time()))
 
 
-_PLACES = {name: i for i, name in enumerate(FIGURES)}
+def ago(seconds: float) -> str:
+    """How long something is gone, in its largest unit."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return "now"
 
 
-def _order(key: str) -> tuple[int, str]:
-    return _PLACES.get(key.removeprefix("eval/"), len(_PLACES)), key
-
-
-def thinned(values: Sequence[Any]) -> Sequence[Any]:
-    """At most `MOST_POINTS` of them, evenly, with the last."""
-    every = -(-len(values) // MOST_POINTS)
-    kept = values[::every]
-    return kept if every == 1 or (len(values) - 1) % every == 0 else [*kept, values[-1]]
-
-
-def facts_of(view: RunView, path: str) -> dict[str, Any]:
-    """What a run's page says beside its curves, as it changes."""
-    line = line_of(view, path)
-    speed, left = view.speed, view.left if view.state in OPEN_STATES else None
+def sample_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of samples.jsonl as its turns and the answers to them."""
+    turns = [(text(m.get("role")), text(m.get("content"))) for m in mappings(row.get("messages"))]
+    answers = {"before training": row.get("before"), "after training": row.get("after", row.get("completion"))}
+    rewards = {
+        "before training": row.get("reward_before"),
+        "after training": row.get("reward_after", row.get("reward")),
+    }
     return {
-        "state": line.state,
-        "why": line.why,
-        "method": line.method,
-        "step": line.step,
-        "total": line.total,
-        "label": line.label,
-        "headline": line.headline,
-        "left": duration(left) if left is not None else "",
-        "speed": "" if speed is None else f"{speed.tokens:,.0f} tokens/s",
-        "memory": "" if view.memory is None else f"{view.memory:.1f} GB",
-        "flags": [
-            {key: text(flag.get(key)) for key in ("title", "level", "sentence", "advice")} for flag in mappings(view.flags)
-        ],
-        "samples": len(view.samples),
+        "turns": turns or [("prompt", text(row.get("prompt")))],
+        "answers": [(name, text(said), rewards[name]) for name, said in answers.items() if said is not None],
     }
 
 
-def titles(keys: Sequence[str]) -> dict[str, str]:
-    """What the curves are called."""
-    return {key: metric(key).picture or metric(key).label or key for key in keys}
+def area(studio: Studio) -> Area:
+    """Runs, as they are and as they go on."""
+    return Area("Runs", "/runs", Runs(studio).routes)
