@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from time import time
 from typing import Any
+from urllib.parse import quote
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -16,13 +17,16 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from penchant.base.text import gigabytes
+from penchant.errors import ConfigError, PenchantError
 from penchant.report.data import read_report
 from penchant.report.page import render
-from penchant.report.svg import number
+from penchant.report.svg import duration, number
 from penchant.runfolder import CONFIG, REPORT
-from penchant.runfolder.read import read, read_text
+from penchant.runfolder.read import lock_of, read, read_text
 from penchant.runfolder.values import mapping, mappings, number_of, sequence, text
-from penchant.studio.app import Area, Studio
+from penchant.studio.app import Area, Studio, fields, form
+from penchant.studio.launch import Processes, draft, first_keys, form_parts, plan, settings_of, suggestions
 from penchant.studio.shelf import Feed, Shelf, facts_of, titles
 from penchant.watch.views import OPEN_STATES, is_run
 
@@ -36,6 +40,7 @@ REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
 )
+ENDED_EARLY = ("stopped", "interrupted", "paused")
 STATES = {"running": "good", "preparing": "good", "stopped": "bad", "interrupted": "warn", "paused": "warn"}
 
 
@@ -44,7 +49,9 @@ class Runs:
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.shelf = studio, Shelf(studio.folder)
-        studio.templates.globals |= {"ago": ago, "tone": STATES.get}
+        self.processes, self._planning = Processes(studio.folder), asyncio.Lock()
+        studio.templates.globals |= {"ago": ago, "bytes": gigabytes, "duration": duration, "tone": STATES.get}
+        studio.templates.filters["json"] = json.dumps
         studio.templates.filters["figure"] = lambda value: number(number_of(value))
 
     @property
@@ -56,6 +63,12 @@ class Runs:
             Route("/runs/feed", self.feed),
             Route("/runs/samples", self.samples),
             Route("/runs/report", self.report),
+            Route("/runs/new", self.new),
+            Route("/runs/own", self.own_keys),
+            Route("/runs/plan", self.plan, methods=["POST"]),
+            Route("/runs/start", self.start, methods=["POST"]),
+            Route("/runs/stop", self.stop, methods=["POST"]),
+            Route("/runs/resume", self.resume, methods=["POST"]),
         ]
 
     def run_of(self, name: str) -> str:
@@ -82,6 +95,11 @@ class Runs:
         asked = list(dict.fromkeys(request.query_params.getlist("run")))
         if not asked:
             raise HTTPException(404, "no run is named: choose some in the list")
+        alone = self.studio.inside(asked[0])
+        if len(asked) == 1 and not is_run(alone) and self.studio.relative(alone) in self.processes.started:
+            return self._starting(request, self.studio.relative(alone))
+        if "hx-request" in request.headers:  # of the page that waits for a run to start
+            return Response(headers={"hx-refresh": "true"})
         paths = [self.run_of(name) for name in asked[:MOST_RUNS]]
         facts = {}
         for path in paths:
@@ -95,7 +113,11 @@ class Runs:
         }
         if len(paths) == 1:
             folder = self.studio.inside(paths[0])
-            values |= {"config": read_text(folder / CONFIG)[:100_000]}
+            failure = "" if facts[paths[0]]["open"] else self.processes.failure(paths[0])
+            state = facts[paths[0]]["state"]
+            values |= {"config": read_text(folder / CONFIG)[:100_000], "failure": failure}
+            values |= {"can_stop": lock_of(folder) == "held" or self.processes.running(paths[0])}
+            values |= {"can_resume": not values["can_stop"] and state in ENDED_EARLY and (folder / CONFIG).is_file()}
         return self.studio.page(request, "run.html" if len(paths) == 1 else "overlay.html", **values)
 
     async def group(self, request: Request) -> Response:
@@ -152,6 +174,87 @@ class Runs:
         if file.is_file() and file.resolve().is_relative_to(self.studio.folder) and file.stat().st_size < REPORT_BYTES:
             return file.read_text(encoding="utf-8", errors="replace")
         return render(read_report([folder], time()))
+
+    # ---- start, stop, go on ------------------------------------------------------------------------------------------
+
+    def _starting(self, request: Request, path: str) -> Response:
+        """A run that was started and has not written anything yet."""
+        going = self.processes.running(path)
+        said = self.processes.said(path) if going else self.processes.failure(path) or self.processes.said(path)
+        return self.studio.page(request, "starting.html", run=path, going=going, said=said)
+
+    async def new(self, request: Request) -> Response:
+        """The form, empty or with the settings of a run."""
+        given: dict[str, str] = {}
+        if (like := request.query_params.get("like")) is not None:
+            folder = self.studio.inside(self.run_of(like))
+            given = settings_of(read(folder).config)
+            given["output"] = _free(self.studio.folder, self.run_of(like))
+        offered = await run_in_threadpool(suggestions, self.studio.folder)
+        first = first_keys()
+        top = {key.path for key in first}
+        named = given.get("loss.name", ""), given.get("algorithm.name", "")
+        sections = [*form_parts(*named)]
+        known = top.union(*({key.path for key in part.keys} for part in sections))
+        more = "\n".join(f"{key}={value}" for key, value in given.items() if key not in known)
+        return self.studio.page(
+            request, "new.html", first=first, parts=sections, top=top, given=given, more=more, offered=offered
+        )  # fmt: skip
+
+    async def own_keys(self, request: Request) -> Response:
+        """The keys of the loss or the algorithm that is chosen."""
+        asked = request.query_params
+        every = form_parts(asked.get("loss.name", ""), asked.get("algorithm.name", ""))
+        method = [part for part in every if part.title in ("loss", "algorithm")]
+        top = {key.path for key in first_keys()}
+        return self.studio.page(request, "new_parts.html", parts=method, top=top, given={}, offered={})
+
+    async def plan(self, request: Request) -> Response:
+        """The YAML that the form makes, and what the run will take; the start is offered below."""
+        given = await fields(request)
+        values: dict[str, Any] = {"made": None, "error": "", "plan": None}
+        try:
+            made = values["made"] = await run_in_threadpool(draft, self.studio.folder, given)
+            if self._planning.locked():
+                raise ConfigError("plan", "another one is being made", "wait for it")
+            async with self._planning:
+                probe = ("probe", "on") in given
+                values["plan"] = await run_in_threadpool(plan, self.studio.folder, made.text, probe)
+        except PenchantError as error:
+            values["error"] = str(error)
+        return self.studio.page(request, "outcome.html", **values)
+
+    async def start(self, request: Request) -> Response:
+        made = await run_in_threadpool(draft, self.studio.folder, await fields(request))
+        await run_in_threadpool(self.processes.start, made)
+        return _to(made.folder)
+
+    async def stop(self, request: Request) -> Response:
+        path = self._asked(await form(request))
+        self.processes.stop(path)
+        return Response("it was asked to end, and writes a checkpoint first", media_type="text/plain")
+
+    async def resume(self, request: Request) -> Response:
+        path = self._asked(await form(request))
+        await run_in_threadpool(self.processes.resume, path)
+        return _to(path)
+
+    def _asked(self, given: Mapping[str, str]) -> str:
+        path = self.studio.relative(self.studio.inside(given.get("run", "")))
+        return path if path in self.processes.started else self.run_of(path)
+
+
+def _to(path: str) -> Response:
+    """Show a run next."""
+    return Response(headers={"hx-redirect": f"/runs/view?run={quote(path)}"})
+
+
+def _free(root: Path, path: str) -> str:
+    """A name for another run like one."""
+    number = 2
+    while (root / f"{path}-{number}").exists() or (root / f"{path}-{number}.yaml").exists():
+        number += 1
+    return f"{path}-{number}"
 
 
 def ago(seconds: float) -> str:

@@ -156,7 +156,7 @@
       const options = {
         width: Math.max(120, chart.plot.clientWidth), height: 210, legend: { show: false }, series: made.series, bands: made.bands,
         scales: { x: { time: false }, y: scaled ? { distr: 3 } : {} },
-        axes: [{ ...axis, space: 60 }, { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : figure(tick))) }],
+        axes: [{ ...axis, space: 60, size: 30 }, { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : figure(tick))) }],
         cursor: { y: false, points: { size: 6 }, sync: { key: "steps", setSeries: false } },
         hooks: { setCursor: [(u) => under(chart, u)], setData: [(u) => under(chart, u)] },
       };
