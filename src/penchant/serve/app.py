@@ -250,7 +250,7 @@ class App:
             ApiError: it cannot be used, or leaves no room.
         """
         model = self.chat_model
-        ids, continued = _token_ids(model, prompt)
+        ids, continued = token_ids(model, prompt)
         room = model.context - len(ids)
         if room < 1:
             what = f"the prompt has {len(ids)} tokens and the model's context is {model.context}"
@@ -263,7 +263,7 @@ class App:
 PATHS = ("/health", "/healthz", "/v1/models", "/v1/chat/completions", "/v1/completions")
 
 
-def _token_ids(model: ChatModel, prompt: Prompt) -> tuple[list[int], bool]:
+def token_ids(model: ChatModel, prompt: Prompt) -> tuple[list[int], bool]:
     """(token ids, whether a text is continued rather than messages answered)."""
     if isinstance(prompt, str):
         return model.encode(prompt), True
