@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from penchant.judges.humans import Judgement, Preferences
 from penchant.studio.pairs import Answers, Arena
-from penchant.studio.queue import next_item
+from penchant.studio.queue import Item, next_item
 
 MEAN, SPREAD = 0.6, 1.2  # of how much better the first model's answer is, in logits
 LONG = 0.5  # share of pairs whose first answer is the longer one
@@ -52,6 +53,7 @@ class Truth:
     longer: dict[str, float]
 
 
+@cache
 def truth(draws: int = 200_000, seed: int = 99) -> Truth:
     """By the law of large numbers, from the model of the people alone."""
     rng = np.random.default_rng(seed)
@@ -94,10 +96,35 @@ class InMemory(Preferences):
         self._take(row)
 
 
+def in_memory(arena: Arena) -> Arena:
+    """An arena whose judgements go nowhere."""
+    arena.__dict__["preferences"] = InMemory(Path("nowhere.jsonl"))
+    return arena
+
+
+def say(arena: Arena, item: Item, annotator: str, verdict: str, seconds: float = 3.0) -> None:
+    """One word, as the studio would write it."""
+    word = Judgement(
+        id=f"{annotator}-{item.order}",
+        pair=item.pair.id,
+        annotator=annotator,
+        order=item.order,
+        prompt=item.pair.prompt,
+        answers=item.pair.answers or ("", ""),
+        models=item.pair.models,
+        hashes=("", ""),
+        verdict=verdict,
+        left=item.left,
+        seconds=seconds,
+        gold=item.pair.gold,
+        repeat_of=item.repeat_of,
+    )
+    arena.preferences.append(word.to_json())
+
+
 def judged(arena: Arena, quality: dict[str, float], seed: int, *, file: bool = False) -> Preferences:
     """Everybody judges all that the arena shows."""
-    found = arena.preferences if file else InMemory(Path("nowhere.jsonl"))
-    arena.__dict__["preferences"] = found
+    found = (arena if file else in_memory(arena)).preferences
     rng = np.random.default_rng([seed, 1])
     for person in PEOPLE:
         while (item := next_item(arena, person.name)) is not None:
@@ -106,20 +133,23 @@ def judged(arena: Arena, quality: dict[str, float], seed: int, *, file: bool = F
             # a check is as plain as can be
             good = 6.0 if item.pair.gold else quality[item.pair.prompt]
             won = rng.random() < person.chance(good, sides, 1 if len(a) > len(b) else -1)
-            word = Judgement(
-                id=f"{person.name}-{item.order}",
-                pair=item.pair.id,
-                annotator=person.name,
-                order=item.order,
-                prompt=item.pair.prompt,
-                answers=(a, b),
-                models=item.pair.models,
-                hashes=("", ""),
-                verdict="a" if won else "b",
-                left=item.left,
-                seconds=float(rng.lognormal(1.5, 0.4)),
-                gold=item.pair.gold,
-                repeat_of=item.repeat_of,
-            )
-            found.append(word.to_json())
+            say(arena, item, person.name, "a" if won else "b", float(rng.lognormal(1.5, 0.4)))
     return found
+
+
+def word(number: int, who: str = "ada", **more: Any) -> Judgement:
+    """A judgement by hand."""
+    about: dict[str, Any] = {
+        "id": f"{who}-{number}",
+        "pair": f"p{number}",
+        "annotator": who,
+        "order": number,
+        "prompt": "Why?",
+        "answers": ("Because.", "\u202eNo </style> \u2028 reason."),
+        "models": ("dpo", "start"),
+        "hashes": ("aa", "bb"),
+        "verdict": "a",
+        "left": "b",
+        "seconds": 1.25,
+    }
+    return Judgement(**{**about, **more})

@@ -84,6 +84,8 @@ class Person:
             said.append(f"repeats the same verdict in only {_percent(self.again)} of repeated pairs")
         if self.fast:
             said.append(f"judged {counted(self.fast, 'pair')} faster than anybody reads")
+        if self.slow:
+            said.append(f"took far longer than usual over {counted(self.slow, 'pair')}")
         return said
 
     def to_json(self) -> dict[str, Any]:

@@ -112,7 +112,6 @@ def _people(found: HumanVerdict) -> Element:
         "Again",
         "Checks failed",
         "Seconds",
-        "To know",
     ]
     return panel(head, rows, numeric=(1, 2, 3, 4, 5, 6, 7, 8), caption="Each person, with 95% intervals")
 
@@ -129,14 +128,7 @@ def _person(p: Person) -> list[Node]:
         _share(p.again),
         f"{failed} of {checks}" if checks else "-",
         "-" if p.seconds is None else f"{p.seconds:.1f}",
-        el("span", [el("span", w, class_="what") for w in p.warnings()], _pace(p), class_="warn")
-        if p.warnings() or p.slow
-        else "-",
     ]
-
-
-def _pace(p: Person) -> Node:
-    return el("span", f"{counted(p.slow, 'pair')} took far longer than usual", class_="what soft") if p.slow else None
 
 
 def _share(share: Interval | None) -> Node:

@@ -79,7 +79,10 @@ def _last_word(rows: Sequence[Fields]) -> Fields:
     return {**rows[0], **({"verdict": _TAKEN_BACK} if back else {})}
 
 
-_ABOUT = ("id", "model_a", "model_b", "sha256_a", "sha256_b", "left", "seconds", "order", "reasons", "edited", "time")
+_ABOUT = (
+    "id", "prompt", "model_a", "model_b", "sha256_a", "sha256_b", "left", "seconds", "order", "gold", "repeat_of", "reasons", "edited",
+    "time",
+)  # fmt: skip
 
 
 @layout("studio", group=Group(_judgement, _last_word, _ABOUT))
