@@ -36,7 +36,7 @@ def _studio(args: argparse.Namespace) -> int:
     try:
         from penchant.studio.app import Studio
 
-        studio = Studio(folder, **({} if key is None else {"token": key}), local=local)
+        studio = Studio(folder, local=local) if key is None else Studio(folder, token=key, local=local)
         server = Server(studio, sock)
     except BaseException:
         sock.close()
