@@ -152,6 +152,8 @@ def whole_weights(scorer: Any) -> Iterator[None]:
         yield
         return
     modules, root = list(_sharded(scorer.root)), scorer.root
+    with torch.no_grad():
+        root(tuple)  # a layer that runs before its root has run would take itself for one
     for module in modules:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
