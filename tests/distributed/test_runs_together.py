@@ -53,6 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+TOLERANCE = {"frozen": 2e-2, "encoder": 1e-3}  # of weights: bf16; Adam on gradients that are all but zero
 RESUMED = ("frozen", "grpo")  # bf16 products of fp32 shards; rollouts that two steps train on
 BY_DEFAULT = ("dpo", "lora", "frozen", "reward", "ppo")
 REWARD = """
@@ -163,7 +164,7 @@ def test_the_model_loads_as_it_is(run: tuple[str, Path]) -> None:
     for file in (f for f in files if f.suffix == ".safetensors"):
         a, b = load_file(one / file), load_file(two / file)
         assert a.keys() == b.keys() and {n: t.dtype for n, t in a.items()} == {n: t.dtype for n, t in b.items()}
-        assert max(float((a[n].float() - b[n].float()).abs().max()) for n in a) < (2e-2 if name == "frozen" else 2e-4)
+        assert max(float((a[n].float() - b[n].float()).abs().max()) for n in a) < TOLERANCE.get(name, 2e-4)
     assert (one / "config.json").exists() == (two / "config.json").exists()
     if (one / "config.json").exists():
         assert json.loads((one / "config.json").read_text()) == json.loads((two / "config.json").read_text())
