@@ -22,6 +22,7 @@ from penchant.data.load import plain_content
 from penchant.types import Completion, Message, PromptTree, TokenTree
 
 NO_LABEL = -1  # stands for None
+WEIGHTS = "weights.npy"  # there where rows have weights
 MASKS = "masks.npy"  # there where some tokens of completions are not trained
 
 
@@ -87,12 +88,9 @@ def write_rows(folder: Path, trees: Iterable[PromptTree]) -> None:
     ends, good, bad = array("q", [0]), array("i"), array("i")
     with tempfile.TemporaryFile(dir=folder) as spill:
         for t in trees:
-            further = (
-                [t.columns, t.tools, t.template_options]
-                if t.tools or t.template_options
-                else [t.columns][: len(t.columns)]
-            )
-            row = [*plain_content(t), t.source, *further]
+            weight = [] if t.weight == 1.0 else [t.weight]
+            told = [t.tools, t.template_options] if t.tools or t.template_options or weight else []
+            row = [*plain_content(t), t.source, *([t.columns] if t.columns or told else []), *told, *weight]
             ends.append(ends[-1] + spill.write(json.dumps(row, separators=(",", ":")).encode()))
             good.append(sum(c.label is True for c in t.completions))
             bad.append(sum(c.label is False for c in t.completions))
@@ -117,6 +115,10 @@ class StoredTokens(Sequence[TokenTree]):
         self._part_start, self._id_start = parts.offsets.to_numpy(), parts.values.offsets.to_numpy()
         self._ids = parts.values.values.to_numpy()
         self._masks = np.load(folder / MASKS, mmap_mode="r") if (folder / MASKS).exists() else None  # of every id
+
+        self._weights = (
+            np.load(folder / WEIGHTS, mmap_mode="r") if (folder / WEIGHTS).exists() else None
+        )  # of every tree
 
     def __len__(self) -> int:
         return len(self._part_start) - 1 if self.which is None else len(self.which)
@@ -149,7 +151,13 @@ class StoredTokens(Sequence[TokenTree]):
             tuple(None if v == NO_LABEL else bool(v) for v in labels),
             tuple(None if v != v else v for v in scores),
             tuple(map(np.asarray, masks)),
+            weight=1.0 if self._weights is None else float(self._weights[row]),
         )
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """(trees,) what each row counts; None: 1."""
+        return None if self._weights is None else self._weights[self._rows(0, None)]
 
     @property
     def masked(self) -> bool:
@@ -205,6 +213,12 @@ class StoredTokens(Sequence[TokenTree]):
         return int(self._id_start[-1]) if self.which is None and not self._few else int(self.part_lengths().sum())
 
 
+def row_weights(trees: Sequence[TokenTree]) -> np.ndarray | None:
+    """(trees,) what each row counts in a loss; None where all count 1."""
+    found = trees.weights if isinstance(trees, StoredTokens) else np.array([t.weight for t in trees])
+    return None if found is None or (found == 1.0).all() else found
+
+
 def first_completions(trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
     """Trees with their first completion only."""
     if isinstance(trees, StoredTokens):
@@ -228,7 +242,7 @@ class TokenWriter:
         self._masked = False
         self._part_start, self._id_start, self._source_ends = (array("q", [0]) for _ in range(3))
         self._truncated, self._labels, self._scores = array("b"), array("b"), array("d")
-        self._of_row, self._marks = array("i"), array("B")
+        self._of_row, self._marks, self._weights = array("i"), array("B"), array("d")
 
     def end_row(self, trees: int, mark: int) -> None:
         """A row is done: it gave so many trees; `mark` says what happened to it."""
@@ -251,6 +265,7 @@ class TokenWriter:
         self._truncated.extend(tree.truncated)
         self._labels.extend(NO_LABEL if label is None else int(label) for label in tree.labels)
         self._scores.extend(float("nan") if score is None else score for score in tree.scores)
+        self._weights.append(tree.weight)
         source = tree.source.encode("utf-8", "surrogatepass")
         self._source_ends.append(self._source_ends[-1] + self._sources.write(source))
 
@@ -269,6 +284,8 @@ class TokenWriter:
             **{name: pa.LargeListArray.from_arrays(one, np.array(values)) for name, values in columns.items()},
         )
         write_batch(self.folder / "made.arrow", trees=np.array(self._of_row), marks=np.array(self._marks))
+        if any(w != 1.0 for w in self._weights):
+            np.save(self.folder / WEIGHTS, np.array(self._weights))
         if self._masked:
             self._masks.flush()
             np.save(self.folder / MASKS, np.memmap(self._masks, dtype=bool, mode="r"))  # type: ignore[call-overload]

@@ -104,6 +104,11 @@ class DataConfig(Section):
     pairs_from_scores: Literal["off", "best_worst"] = Field(
         "off", description="for scored rows and a loss on pairs: pair the best answer of each prompt with the worst"
     )
+    weight: str | None = Field(
+        None,
+        min_length=1,
+        description="column with a number that says what a row counts in the loss and in held-out figures: 2 as if it stood there twice, 0 as if it did not",
+    )
     limit: int | None = Field(None, ge=1, le=10**9, description="read only the first n rows")
     bounds: Bounds = Field(Bounds(), description="how large one row may be, so that no file fills the memory")
     cache: Literal["auto", "off"] = Field(

@@ -17,7 +17,7 @@ from penchant.data.audit import audit as run_audit
 from penchant.data.audit.findings import Audit
 from penchant.data.cached import DataCache
 from penchant.data.load import Dataset, layout_line, summary, together
-from penchant.data.mapped import StoredTokens, first_completions, label_counts
+from penchant.data.mapped import StoredTokens, first_completions, label_counts, row_weights
 from penchant.data.templates import dated, uses_chat
 from penchant.data.tokenize import TokenizedDataset
 from penchant.errors import ConfigError, DataError, PenchantError
@@ -142,6 +142,11 @@ class Rows:
         """Rows of files, as this run learns from them; `own` is what their source says of its own of how they are read."""
         data, method = self.config.data, self.method
         reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
+        if data.weight is not None:
+            if method.signal == "prompts":
+                how = "leave it out; data.sources mixes prompts by weight"
+                raise ConfigError("data.weight", f"is set, and {method.name} writes its answers itself", how)
+            reading |= {"weight": data.weight}
         reading |= data.model_dump(include={"bounds"}, exclude_defaults=True)
         reading |= own or {}
         if self.keep_columns:
@@ -214,6 +219,12 @@ class Rows:
             else:
                 numbered.append([replace(t, row=start + i) for i, t in enumerate(part)])
             start += len(part)
+        for name, part in (("train", numbered[0]), ("held out", numbered[1])):
+            if (weights := row_weights(part)) is not None:
+                self.console.note(
+                    f"{name}: rows count what {self.config.data.weight} says, {weights.min():g} to {weights.max():g}, "
+                    f"in the mean {weights.mean():.4g}"
+                )
         if not numbered[0]:
             raise DataError(str(self.config.data.path), "no row is left to train on", "look at the quarantine file")
         return numbered[0], numbered[1]
