@@ -199,11 +199,12 @@ class File:
 
     def _batches(self, start: int, most: int, needle: str) -> Iterator[tuple[list[Item], int, bool]]:
         """(Items, number of the last row in them, whether it is the file's last), a batch at a time."""
-        words = needles(needle)
+        word = needle_of(needle)
         if self.lines is not None and not self.grouped:
             while True:
-                rows, upto, end = self._chunk(start, most, words)
-                yield self._items(rows, start), upto, end
+                rows, upto, end = self._chunk(start, most, word)
+                rows = [row for row in rows if not needle or isinstance(row, BadRow) or holds(row.values, needle)]
+                yield self._items(rows), upto, end
                 start = upto + 1
                 if end:
                     return
@@ -236,7 +237,7 @@ class File:
         for number, made in enumerate(batch, start):
             yield _item(made, number)
 
-    def _chunk(self, start: int, most: int, words: Sequence[bytes] = ()) -> tuple[list[Row | BadRow], int, bool]:
+    def _chunk(self, start: int, most: int, word: bytes = b"") -> tuple[list[Row | BadRow], int, bool]:
         """(Rows of the next lines that are not blank, the last line's number, whether it is the file's last)."""
         assert self.lines is not None
         offset = self.lines.offset(start)
@@ -252,7 +253,7 @@ class File:
                     end = True
                     break
                 number += 1
-                if line.strip() and (not words or any(word in line.lower() for word in words)):
+                if line.strip() and (not word or word in line.lower()):
                     kept.append((number, line))
                     held += len(line)
                 if number % 1000 == 0 and time.monotonic() > until:
@@ -264,7 +265,7 @@ class File:
             rows += [replace(row, where=f"{self.name}:{at}") for row in json_lines(source)]
         return rows, max(number, start), end
 
-    def _items(self, rows: Sequence[Row | BadRow], start: int) -> list[Item]:
+    def _items(self, rows: Sequence[Row | BadRow]) -> list[Item]:
         return [*self._converted(rows, [int(row.where.rpartition(":")[2]) for row in rows])]
 
     def _converted(self, rows: Sequence[Row | BadRow], numbers: Sequence[int]) -> Iterator[Item]:
@@ -325,18 +326,16 @@ def _item(made: Converted, number: int) -> Item:
 # ---- Search and filters ----
 
 
-def needles(word: str) -> list[bytes]:
-    """How a text may stand in a line of JSON, in small letters."""
-    if not word:
-        return []
-    small = word.lower()
-    forms = {json.dumps(small, ensure_ascii=escaped)[1:-1] for escaped in (False, True)}
-    return [form.encode("utf-8", "surrogatepass") for form in forms]
+def needle_of(word: str) -> bytes:
+    """What a line of JSON must hold, in small letters, that holds a text: its longest part that cannot be written in several ways."""
+    parts = re.findall(r"[ -~]+", word.lower())
+    return json.dumps(max(parts, key=len, default=""))[1:-1].encode()
 
 
 def holds(raw: Any, word: str) -> bool:
     """Whether a row holds a text, whatever its case."""
-    return word.lower() in json.dumps(raw, ensure_ascii=False, default=str).lower()
+    wanted = json.dumps(word.lower(), ensure_ascii=False)[1:-1]
+    return wanted in json.dumps(raw, ensure_ascii=False, default=str).lower()
 
 
 def is_aside(item: Item) -> bool:
