@@ -348,7 +348,7 @@ def _person(
 
 def _for_the_longer(judged: Sequence[Judgement]) -> list[bool]:
     """Of verdicts for one of two answers of different length, whether it is the longer one."""
-    sizes = [(j, *map(_words, j.answers)) for j in judged if j.verdict in ("a", "b")]
+    sizes = [(j, _words(j.answers[0]), _words(j.answers[1])) for j in judged if j.verdict in ("a", "b")]
     return [(a > b) == (j.verdict == "a") for j, a, b in sizes if a != b]
 
 
