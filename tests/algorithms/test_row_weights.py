@@ -134,10 +134,18 @@ def test_what_is_no_weight_is_a_bad_row(value: Any) -> None:
         from_rows([{**ROWS[0], "counts": value}], weight="counts")
 
 
-@pytest.mark.parametrize("more,what", [({"loss": {"name": "aot"}}, "all rows of a step"), ({"algorithm": {"name": "rloo"}, "reward": "length"}, "writes its answers")])
+@pytest.mark.parametrize(
+    "more,what",
+    [
+        ({"loss": {"name": "aot"}}, "all rows of a step"),
+        ({"algorithm": {"name": "rloo"}, "reward": "length"}, "writes its answers"),
+    ],
+)
 def test_where_weights_mean_nothing_they_are_refused(tmp_path: Path, more: dict[str, Any], what: str) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{i}?", "chosen": "a", "rejected": "b", "w": i + 1}) + "\n" for i in range(4)))
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{i}?", "chosen": "a", "rejected": "b", "w": i + 1}) + "\n" for i in range(4))
+    )
     config = {"model": {"path": tiny_model_folder(tmp_path / "m")}, "data": {"path": str(path), "weight": "w"},
               "output": str(tmp_path / "run"), **more}  # fmt: skip
     with pytest.raises(ConfigError, match=what):
