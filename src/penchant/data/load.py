@@ -323,8 +323,16 @@ class Dataset:
         return replace(self, trees=trees, total=rows, accepted=rows, quarantined=(), fingerprint=content, columns=None)
 
 
-def together(parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
-    """Several data sets as one, in memory; each tree's `origin` is the number of its own.
+def together(
+    parts: Sequence[Dataset],
+    names: Sequence[str],
+    keep: Callable[[Iterable[PromptTree]], tuple[Sequence[PromptTree], str] | None] = lambda trees: None,
+) -> Dataset:
+    """Several data sets as one; each tree's `origin` is the number of its own.
+
+    Args:
+        keep: puts all trees where they need no memory, and gives them and their fingerprint back; by default, and where it returns None, they
+            are in memory.
 
     Raises:
         DataError: they are of different kinds.
@@ -334,10 +342,18 @@ def together(parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
         found = ", ".join(f"{name}: {kind}" for name, kind in zip(names, kinds, strict=True))
         how = "give rows of one kind (see `penchant data show FILE`), or train on them one after the other"
         raise DataError("data", f"rows of different kinds cannot be mixed ({found})", how)
-    trees = tuple(replace(t, origin=i) for i, d in enumerate(parts) for t in d.trees)
+
+    def mixed() -> Iterator[PromptTree]:
+        return (replace(t, origin=i) for i, d in enumerate(parts) for t in d.trees)
+
+    kept = keep(mixed())
+    if kept is None:
+        in_memory = tuple(mixed())
+        kept = in_memory, fingerprint(in_memory)
+    trees, content = kept
     aside = tuple(q for d in parts for q in d.quarantined)
     shape = ", ".join(dict.fromkeys(d.shape for d in parts))
-    counts = sum(d.total for d in parts), aside, fingerprint(trees), sum(d.accepted for d in parts)
+    counts = sum(d.total for d in parts), aside, content, sum(d.accepted for d in parts)
     return Dataset(trees, shape, kinds[0], *counts, parts[0].detection if len({d.shape for d in parts}) == 1 else None)
 
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from penchant.data.mapped import extra_of
 from penchant.data.packing import passes_over
 from penchant.metrics.figures import exp
 from penchant.metrics.stats import Interval, bootstrap_ci, share_ci
@@ -114,8 +115,9 @@ def figures_by_set(
         trees: in the order in which they were scored; names: of the sets, by the trees' `origin`. A set without trees has no figures.
     """
     found: dict[str, Any] = {}
+    origins = extra_of(trees, "origin")
     for origin, name in enumerate(names):
-        mine = [i for i, t in enumerate(trees) if t.origin == origin]
+        mine = np.flatnonzero(origins == origin).tolist()
         if mine:
             some = [trees[i] for i in mine]
             found |= heldout_metrics(algorithm, scored.of_trees(mine), some, prefix=f"eval/{name}/")

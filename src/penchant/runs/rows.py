@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from penchant.config import RunConfig
 from penchant.data.adapt import adapt, mismatch, repeated_prompts
 from penchant.data.audit import audit as run_audit
 from penchant.data.audit.findings import Audit
 from penchant.data.cached import DataCache
-from penchant.data.load import Dataset, layout_line, summary, together
-from penchant.data.mapped import StoredTokens, first_completions, label_counts, row_weights
+from penchant.data.load import Dataset, layout_line, summary
+from penchant.data.mapped import StoredTokens, extra_of, first_completions, label_counts, row_weights
 from penchant.data.templates import dated, uses_chat
 from penchant.data.tokenize import TokenizedDataset
 from penchant.errors import ConfigError, DataError, PenchantError
@@ -66,10 +67,16 @@ class Rows:
     def loaded(self) -> dict[str, Dataset]:
         """What the files hold, with the rows kept aside: ``train``, and ``heldout`` where it has a file of its own."""
         names, parts = self.held_out_sets, self.of_sources
-        found = {"train": together(list(parts.values()), list(parts)) if len(parts) > 1 else next(iter(parts.values()))}
+        found = {
+            "train": self.cache.together(list(parts.values()), list(parts))
+            if len(parts) > 1
+            else next(iter(parts.values()))
+        }
         sets = {name: self._load(path) for name, path in self.config.data.held_out_files.items()}
         if sets:
-            found["heldout"] = together(list(sets.values()), list(sets)) if len(sets) > 1 else next(iter(sets.values()))
+            found["heldout"] = (
+                self.cache.together(list(sets.values()), list(sets)) if len(sets) > 1 else next(iter(sets.values()))
+            )
         if names and self.method.rollouts is not None:
             self.console.note(
                 f"held-out sets {', '.join(names)} are evaluated as one: {self.method.name} writes answers to all of them"
@@ -106,8 +113,8 @@ class Rows:
         sources = self.config.data.sources
         if not any(s.weight or s.repeat for s in sources):
             return ()
-        trees = Counter(t.origin for t in self.trees[0])
-        counts = [trees[i] for i in range(len(sources))]
+        origins = extra_of(self.trees[0], "origin").astype(int)
+        counts = np.bincount(origins, minlength=len(sources)).tolist()
         return shares_of(counts, [s.weight for s in sources], [s.repeat for s in sources])
 
     @cached_property
