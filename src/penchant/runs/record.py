@@ -184,6 +184,13 @@ def trees_sha256(rows: Rows) -> str:
 # ---- manifest ------------------------------------------------------------------------------------------------------------
 
 
+def _given(config: RunConfig) -> list[str]:
+    """What no config can name by itself: the files of objects that the run was given from Python."""
+    text = dump_config(config)
+    folder = Path(config.output) / GIVEN_FOLDER
+    return sorted(p.name for p in folder.iterdir() if str(p) in text) if folder.is_dir() else []
+
+
 def write_manifest(
     path: Path,
     rows: Rows,
@@ -245,6 +252,7 @@ def write_manifest(
         "gradient_checkpointing": again if isinstance(again, str) else ("off", "layers")[again],
         "data": data,
         **({"processes": current().size} if current().many else {}),
+        **({"given": given} if (given := _given(config)) else {}),
         "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},
     }
     keep(path, without_passwords(json.dumps(manifest, indent=1)))
