@@ -113,7 +113,11 @@ def plan(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, pr
 
 @shows(EvalRequest)
 def evaluate(
-    config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = False, **asked: Any
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *overrides: str,
+    quiet: bool = False,
+    rows: bool = False,
+    **asked: Any,
 ) -> dict[str, Any]:
     """Figures of a model, over rows, with 95% intervals by prompt.
 
@@ -125,6 +129,7 @@ def evaluate(
         asked: what `penchant eval` has as options: ``step="best"``, ``data="test.jsonl"``, ``text="book.txt"``, ``generate=100``,
             ``reward="words"``, ``reference="runs/other"`` ...; see `penchant.requests.EvalRequest` and docs/eval.md. ``data`` may hold rows,
             and ``reward`` be a function.
+        rows: also return ``rows``, the figures of each given answer beside its texts, a dict each.
 
     Returns:
         ``eval/...`` figures with ``eval/.../ci`` and ``eval/.../n``, and ``notes``.
@@ -140,7 +145,7 @@ def evaluate(
     if isinstance(reward, str) and reward.lstrip().startswith("{"):
         asked["reward"], _ = parse_yaml(reward, "--reward")
     given = config if isinstance(config, (str, Path)) else as_config(config, overrides)
-    return evaluate_model(given, overrides, request_of(EvalRequest, asked, "eval"), quiet=quiet)
+    return evaluate_model(given, overrides, request_of(EvalRequest, asked, "eval"), quiet=quiet, rows=rows)
 
 
 def flags(path: str | Path) -> list[Flag]:

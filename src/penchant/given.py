@@ -7,6 +7,8 @@ called again with changed rows or a changed function is refused, as it is for ch
 
 from __future__ import annotations
 
+import builtins
+import dis
 import hashlib
 import inspect
 import json
@@ -15,8 +17,10 @@ import math
 import os
 import pickle
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -27,6 +31,7 @@ from penchant.errors import ConfigError, DataError
 from penchant.runfolder import GIVEN_FOLDER
 
 FRAMES = ("to_dict", "iter_rows", "to_pylist", "column_names")  # a frame of pandas, polars, pyarrow or datasets has one
+LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"numpy", "penchant", "torch", "transformers"}
 DIGITS = 12  # of the SHA-256, in names
 
 
@@ -223,35 +228,49 @@ def _as_file(value: Any, name: str, where: str) -> str:
 
 
 def _imports_of(function: FunctionType) -> str | None:
-    """The import lines that a function needs; None where it needs more than modules."""
-    try:
-        found = inspect.getclosurevars(function)
-    except (TypeError, ValueError):
-        return None
+    """The import lines that a function needs; None where it needs more than libraries."""
     # a default that is no literal is taken from where it was defined
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    plain = all(d is None or isinstance(d, (bool, int, float, str)) for d in defaults)
-    if found.nonlocals or not plain or not all(isinstance(v, ModuleType) for v in found.globals.values()):
+    if function.__closure__ or not all(d is None or isinstance(d, (bool, int, float, str)) for d in defaults):
         return None
-    return "\n".join(
-        f"import {module.__name__}" + ("" if module.__name__ == alias else f" as {alias}")
-        for alias, module in sorted(found.globals.items())
-    )
+    lines = []
+    for name, value in _globals_of(function).items():
+        module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        if not isinstance(module, str) or module.partition(".")[0] not in LIBRARIES:
+            return None
+        if isinstance(value, ModuleType):
+            lines.append(f"import {module}" + ("" if module == name else f" as {name}"))
+        elif getattr(sys.modules.get(module), getattr(value, "__name__", ""), None) is value:
+            lines.append(f"from {module} import {value.__name__}" + ("" if value.__name__ == name else f" as {name}"))
+        else:
+            return None
+    return "\n".join(lines)
+
+
+def _globals_of(function: FunctionType) -> dict[str, Any]:
+    """The values of its module that a function reads, by name; a name that is not there yet has `_globals_of` itself."""
+    names = {
+        i.argval
+        for code in _codes(function.__code__)
+        for i in dis.get_instructions(code)
+        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    known = function.__globals__
+    return {n: known.get(n, _globals_of) for n in sorted(names) if n in known or not hasattr(builtins, n)}
 
 
 def _runs(text: str, name: str) -> bool:
-    """Whether a source stands by itself: its names are all there once it is run."""
+    """Whether a source can be run by itself."""
     space: dict[str, Any] = {"__name__": "given"}
     try:
         exec(compile(text, name, "exec"), space)
-        missing = inspect.getclosurevars(space[name]).unbound
     except Exception:
         return False
-    attributes = {n for code in _codes(space[name].__code__) for n in code.co_names}
-    return not (missing - attributes) and callable(space[name])
+    return callable(space.get(name))
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code, and that of what is defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -261,28 +280,29 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 def _digest(value: Any, depth: int = 4) -> str:
     """SHA-256 of what an object does, as far as that can be told: its code, defaults, and the values that it refers to."""
     digest = hashlib.sha256(type(value).__qualname__.encode())
-    if isinstance(value, FunctionType) and depth:
+    if value is _globals_of or not depth:
+        return digest.hexdigest()
+    if isinstance(value, FunctionType):
         for code in _codes(value.__code__):
             plain = [repr(c) for c in code.co_consts if not isinstance(c, CodeType)]
             digest.update(code.co_code + repr((plain, code.co_names, code.co_varnames)).encode())
-        try:
-            seen = inspect.getclosurevars(value)
-            inner: dict[str, Any] = {**seen.globals, **seen.nonlocals}
-        except (TypeError, ValueError):
-            inner = {}
+        inner = _globals_of(value)
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            with suppress(ValueError):  # not set yet
+                inner[name] = cell.cell_contents
         inner |= {f"default {i}": d for i, d in enumerate(value.__defaults__ or ())}
         inner |= {f"default {n}": d for n, d in (value.__kwdefaults__ or {}).items()}
         for name, part in sorted(inner.items()):
             digest.update(f"{name}={_digest(part, depth - 1)}".encode())
     elif isinstance(value, ModuleType):
         digest.update(value.__name__.encode())
-    elif isinstance(value, type) and depth:
+    elif isinstance(value, type):
         for name, part in sorted(vars(value).items()):
             if isinstance(part, (FunctionType, str, int, float, tuple)) and name not in ("__module__", "__doc__"):
                 digest.update(f"{name}={_digest(part, depth - 1)}".encode())
     elif isinstance(value, (set, frozenset)):
         digest.update(repr(sorted(map(repr, value))).encode())
-    elif hasattr(value, "__dict__") and depth and not isinstance(value, (FunctionType, type)):
+    elif hasattr(value, "__dict__") and not isinstance(value, (FunctionType, type)):
         digest.update(_digest(type(value), depth - 1).encode())
         for name, part in sorted(vars(value).items()):
             digest.update(f"{name}={_digest(part, depth - 1)}".encode())
@@ -312,7 +332,7 @@ def set_in(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     for argument, value in given.items():
         section, _, name = KEYS[argument].partition(".")
         known = made.get(section, {})
-        made[section] = value if not name else {**(known if isinstance(known, Mapping) else {}), name: value}
+        made[section] = {**known, name: value} if name and isinstance(known, Mapping) else value
     return made
 
 

@@ -19,7 +19,7 @@ import penchant
 from penchant.base.files import file_sha256, spared
 from penchant.base.machine import NAMES, accelerator, cores, why_not
 from penchant.base.text import redact, without_passwords
-from penchant.config import WATCHING_ONLY, RunConfig
+from penchant.config import WATCHING_ONLY, RunConfig, dump_config
 from penchant.data.cached import AUTO_BYTES, hashes_of
 from penchant.data.load import turns_of
 from penchant.distributed.world import current
@@ -27,7 +27,7 @@ from penchant.errors import ModelError
 from penchant.logprobs.reference import hash_trees
 from penchant.models.merge import adapter_base, is_adapter
 from penchant.rewards.reward_model import content_sha256, contents_beside
-from penchant.runfolder import CONTENT, IDENTITY, TOKENS, is_whole, keep
+from penchant.runfolder import CONTENT, GIVEN_FOLDER, IDENTITY, TOKENS, is_whole, keep
 from penchant.runfolder.read import read
 from penchant.runs.sharing import Alone
 from penchant.types import Prompt
