@@ -301,3 +301,15 @@ def test_curves_are_a_page_without_scripts_from_elsewhere(model: str, tmp_path: 
 def test_rows_and_functions_in_audit_and_compare(model: str, tmp_path: Path) -> None:
     audit = api.audit(polite_rows(), reward=alone)
     assert f"{len(polite_rows())} accepted" in audit.to_text()
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = json.loads((Path(__file__).parents[1] / "recipes" / "notebook.ipynb").read_text())
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), space)
+            if "MODEL" in space:
+                space["MODEL"] = tiny_model_folder(tmp_path / "model")
+    assert space["result"].steps == 8 and 0 <= space["figures"]["eval/generated/reward"] <= 1

@@ -240,8 +240,8 @@ def _imports_of(function: FunctionType) -> str | None:
             return None
         if isinstance(value, ModuleType):
             lines.append(f"import {module}" + ("" if module == name else f" as {name}"))
-        elif getattr(sys.modules.get(module), getattr(value, "__name__", ""), None) is value:
-            lines.append(f"from {module} import {value.__name__}" + ("" if value.__name__ == name else f" as {name}"))
+        elif getattr(sys.modules.get(module), own := getattr(value, "__name__", ""), None) is value:
+            lines.append(f"from {module} import {own}" + ("" if own == name else f" as {name}"))
         else:
             return None
     return "\n".join(lines)

@@ -23,7 +23,7 @@ def evaluate_model(
     """Evaluate a model and keep the figures; see `penchant.api.evaluate`.
 
     Args:
-        given: what names the model, or a final config; overrides: of the former.
+        given: what names the model, or a final config; overrides: of the former; rows: also return the figures of each answer.
     """
     request.check()
     name = given.output if isinstance(given, RunConfig) else str(given)
@@ -49,5 +49,5 @@ def evaluate_model(
     if folder is not None:
         evaluated.notes.extend(f"{folder / file} was changed after it was written." for file in damaged(folder))
     evaluated.notes.extend(keep(evaluated, folder, request))
-    rows = {"rows": evaluated.answers} if rows else {}
-    return evaluated.metrics | ({"notes": evaluated.notes} if evaluated.notes else {}) | rows
+    notes = {"notes": evaluated.notes} if evaluated.notes else {}
+    return evaluated.metrics | notes | ({"rows": evaluated.answers} if rows else {})
