@@ -439,7 +439,7 @@ def test_train_says_before_the_model_is_loaded_that_it_will_not_fit(
 ) -> None:
     run = Run(config_from_mapping(_config(tmp_path)), quiet=True)
     assert misfit(run) is None
-    monkeypatch.setattr("penchant.plan.plan.machine_memory", lambda: (1 << 10, 1 << 10))
+    monkeypatch.setattr("penchant.plan.memory.machine_memory", lambda: (1 << 10, 1 << 10))
     said = misfit(run)
     assert said is not None and "will probably be killed" in said and "built" not in vars(run)
 

@@ -87,8 +87,7 @@ def _tried(what: str, folder: Path) -> list[int]:
         at.mkdir()
         command = {
             "train": ("train", str(config), f"output={at / 'run'}", "--quiet"),
-            "compare": ("compare", str(whole), str(folder / "other"), "--max-new-tokens", "3", "--prompts", "4", "--output")
-            + (str(at / "compared"), "--quiet"),
+            "compare": f"compare {whole} {folder}/other --max-new-tokens 3 --prompts 4 --output {at}/compared --quiet".split(),
             "eval": ("eval", str(whole), "--data", rows, "--output", str(at / "eval.json")),
             "export": ("export", str(whole), "--to", "safetensors", "--output", str(at / "exported")),
             "fix": ("data", "fix", rows, str(at / "fixed.jsonl")),
