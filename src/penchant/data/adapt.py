@@ -7,6 +7,7 @@ from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
 
+from penchant.base.text import counted
 from penchant.data.load import Dataset, Quarantined, fingerprint
 from penchant.data.options import DataConfig
 from penchant.errors import DataError
@@ -87,7 +88,7 @@ def repeated_prompts(dataset: Dataset) -> str:
     """``60 rows: 44 distinct prompts`` of a data set for a method that answers prompts; empty where none is repeated."""
     distinct = len({t.prompt for t in dataset.trees})
     rows = max(dataset.accepted, len(dataset.trees))  # a row may give several prompts
-    return f"{rows:,} rows: {distinct:,} distinct prompts" if distinct < rows else ""
+    return f"{counted(rows, 'row')}: {counted(distinct, 'distinct prompt')}" if distinct < rows else ""
 
 
 def _instead_of_pairs(loss: str, kind: str) -> str:
@@ -121,7 +122,7 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
             pair = (Completion(best.text, True, best.score), Completion(worst.text, False, worst.score))
             trees.append(PromptTree(prompt, pair, group[0].source))  # type: ignore[arg-type]
         else:
-            what = f"a prompt whose {len(ranked)} answers have no two different scores"
+            what = f"a prompt whose {counted(len(ranked), 'answer')} have no two different scores"
             aside.append(Quarantined(group[0].source, what, "give it answers with different scores, or drop it", None))
     if not trees:
         how = "give each prompt answers that differ in score"
@@ -148,7 +149,7 @@ def _with_scores(dataset: Dataset, loss: str, needs: Set[str], options: DataConf
             raise DataError(tree.source, what, f"{how} (or set data.on_bad_row=skip to keep such rows aside)")
         aside.append(Quarantined(tree.source, what, how, None))
     if not trees:
-        what = f"none of {len(dataset.trees)} pairs has the scores that {setting(loss)} needs"
+        what = f"none of {counted(len(dataset.trees), 'pair')} has the scores that {setting(loss)} needs"
         raise DataError(name, what, aside[0].how)
     return _changed(dataset, trees, aside)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from penchant.base.text import columns
+from penchant.base.text import columns, counted
 from penchant.runfolder.values import ci_of
 from penchant.sweep import SEED, SweepRun
 from penchant.sweep.halving import SCALED
@@ -97,7 +97,7 @@ class Table:
         ends = dict.fromkeys(self.held_out[i] for i in (0, -1)) if self.held_out else ()
         rows = " to ".join(f"{n:,}" for n in ends) or "no"
         better = "higher" if self.higher else "lower"
-        return f"{self.metric} ({better} is better) at the end of each run, {rows} held-out rows"
+        return f"{self.metric} ({better} is better) at the end of each run, {counted(rows, 'held-out row')}"
 
     def _words(self) -> list[str]:
         found = []
