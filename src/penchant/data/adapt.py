@@ -122,7 +122,7 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
             pair = (Completion(best.text, True, best.score), Completion(worst.text, False, worst.score))
             trees.append(PromptTree(prompt, pair, group[0].source))  # type: ignore[arg-type]
         else:
-            what = f"a prompt whose {counted(len(ranked), 'answer')} have no two different scores"
+            what = f"no two different scores among the prompt's {counted(len(ranked), 'answer')}"
             aside.append(Quarantined(group[0].source, what, "give it answers with different scores, or drop it", None))
     if not trees:
         how = "give each prompt answers that differ in score"
