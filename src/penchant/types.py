@@ -142,6 +142,7 @@ class PackedBatch:
     labels: Tensor | None = None  # (C,) fp32, 1 or 0; None where a completion has none
     scores: Tensor | None = None  # (C,) fp32; None where a completion has none
     pairs: bool = False  # every tree has exactly two completions, so slots are 0, 1, 0, 1, ...
+    most: int | None = None  # completions of a tree, at most
     idle: bool = False  # it keeps the passes of other processes company, and counts for nothing
     columns: dict[str, Tensor] = field(default_factory=dict)  # what an algorithm knows beforehand (`Algorithm.columns`)
     cache: dict[str, object] = field(default_factory=dict)  # layouts derived from `segments`, built once per batch
@@ -203,7 +204,8 @@ class PairLogps:
 class UnpairedLogps:
     """What an unpaired loss gets: tensors of shape (batch,), float32 or float64, None where it did not ask.
 
-    `labels` are 1 (good) or 0 (bad); `divergence` is summed over the completion's tokens (nats). `z0` and `delta` are
+    `labels` are 1 (good) or 0 (bad); `divergence` is summed over the completion's tokens (nats), `weighted_logps` are
+    ``sum_t sg[pi(y_t)] log pi(y_t)``. `z0` and `delta` are
     numbers of the whole optimizer step: KTO's reference point and BCO's running mean of rewards.
     """
 
@@ -214,6 +216,21 @@ class UnpairedLogps:
     divergence: Tensor | None = None
     z0: float | None = None
     delta: float | None = None
+    weighted_logps: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ListLogps:
+    """What a loss on lists gets: (lists, k) each, float32 or float64; a list with fewer than k answers is filled up, `present` says with what.
+
+    Log-probs are summed over the completion (nats); a higher score is better. What fills up is finite and counts for nothing.
+    """
+
+    policy_logps: Tensor
+    present: Tensor  # bool
+    ref_logps: Tensor | None = None
+    scores: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 Divergence = Literal["kl", "js", "renyi"]  # over the whole vocabulary, at each completion token
@@ -260,7 +277,9 @@ class Scored:
     ref_shared_logps: Tensor | None = None
     alignment: Tensor | None = None
     divergence: Tensor | None = None
+    weighted_logps: Tensor | None = None
     pairs: bool | None = None  # of the batch; None: `is_pairs` looks at the slots
+    shape: tuple[int, int] | None = None  # trees, and completions of one at most; None: `matrix` looks
 
     @staticmethod
     def cat(parts: Sequence[Scored]) -> Scored:
@@ -272,6 +291,10 @@ class Scored:
             values = [getattr(p, f.name) for p in parts]
             if f.name == "pairs":
                 columns[f.name] = None if any(v is None for v in values) else all(values)
+            elif f.name == "shape":
+                shapes = [v for v in values if v is not None]
+                whole = len(shapes) == len(values)
+                columns[f.name] = (sum(n for n, _ in shapes), max(k for _, k in shapes)) if whole else None
             else:
                 columns[f.name] = None if any(v is None for v in values) else torch.cat(values)
         trees: list[Tensor] = []
@@ -292,7 +315,7 @@ class Scored:
         kept = numbers[self.tree] >= 0
         values = {f.name: getattr(self, f.name) for f in fields(Scored)}
         some = {n: v[kept] if hasattr(v, "to") else v for n, v in values.items()}
-        return Scored(**{**some, "tree": numbers[some["tree"]]})
+        return Scored(**{**some, "tree": numbers[some["tree"]], "shape": None})
 
     @property
     def is_pairs(self) -> bool:
@@ -300,6 +323,11 @@ class Scored:
         if self.pairs is not None:
             return self.pairs
         return len(self.slot) % 2 == 0 and bool((self.slot.view(-1, 2) == self.slot.new_tensor([0, 1])).all())
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """Numbers of completions (C,) as (trees, k), zero where a tree has fewer than k."""
+        shape = self.shape or (int(self.tree[-1]) + 1, int(self.slot.max()) + 1)
+        return values.new_zeros(shape).index_put((self.tree, self.slot), values)
 
     def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers of completions (C,) taken apart into those of chosen (slot 0) and rejected (slot 1) ones."""

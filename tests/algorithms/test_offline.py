@@ -61,7 +61,7 @@ def offline(*names: str, trees: list[TokenTree] | None = None, policy: Any = Non
 @pytest.mark.parametrize("name", one_of_each_kind(n for n in LOSSES if "batch" not in LOSSES[n].needs))
 def test_one_batch_equals_many_micro_batches(name: str) -> None:
     """Also where a micro-batch holds one side only, and with KTO's z0, which belongs to the whole step."""
-    for trees in [pairs(5)] + [singles()] * (LOSSES[name].signal != "pairs"):
+    for trees in [pairs(5)] + [singles()] * (LOSSES[name].signal in ("unpaired", "tokens")):
         algorithm = offline(name, trees=trees)
         whole = step_gradient(algorithm, trees, [5])
         for sizes in ([1] * 5, [2, 3]):
@@ -306,3 +306,54 @@ def test_a_hard_update_comes_after_every_so_many_steps() -> None:
         moving.after_step(step)
         equal.append(torch.equal(weight, policy["model.embed_tokens.weight"]))
     assert equal == [False, False, True]
+
+
+# ---- lists, and SFT weighed by probability ----------------------------------------------------------------------------
+
+
+def ranked(n: int = 4) -> list[TokenTree]:
+    """Prompts with two, three, four, two, ... scored answers, the best first."""
+    sizes = [(3, 5), (4, 2, 6), (1, 2, 3, 4)]
+    made = [make_tree(i, 3 + i, sizes[i % 3]) for i in range(n)]
+    return [replace(t, scores=tuple(9.0 - 2 * i for i in range(len(t.completion_ids)))) for t in made]
+
+
+@pytest.mark.parametrize("name", ["plackett_luce", "lipo"])
+def test_lists_of_unequal_length_do_not_feel_each_other(name: str) -> None:
+    trees = ranked()
+    algorithm = offline(name)
+    whole = step_gradient(algorithm, trees, [4])
+    for sizes in ([1] * 4, [3, 1]):
+        assert (whole - step_gradient(algorithm, trees, sizes)).norm() <= 1e-9 * whole.norm()
+    apart = [algorithm.loss(algorithm.score(pack([t]))).losses for t in trees]
+    scored = algorithm.score(pack(trees))
+    assert torch.allclose(algorithm.loss(scored).losses, torch.cat(apart), rtol=1e-9)
+    held_out = Scored.cat([algorithm.score(pack(trees[:1])), algorithm.score(pack(trees[1:]))])
+    assert torch.allclose(algorithm.loss(held_out).losses, torch.cat(apart), rtol=1e-9)
+    assert torch.allclose(algorithm.loss(held_out.of_trees([1, 3])).losses, torch.cat([apart[1], apart[3]]), rtol=1e-9)
+
+
+def test_plackett_luce_on_pairs_has_dpos_gradient() -> None:
+    trees = pairs()
+    of_dpo, of_lists = (step_gradient(offline(name), trees, [2, 4]) for name in ("dpo", "plackett_luce"))
+    assert (of_dpo - of_lists).norm() <= 1e-9 * of_dpo.norm()
+
+
+def test_sft_beside_lists_learns_the_best_answer() -> None:
+    trees = ranked(3)
+    best = [replace(t, completion_ids=t.completion_ids[:1], truncated=(False,), scores=t.scores[:1]) for t in trees]
+    assert torch.allclose(step_gradient(offline("sft"), trees, [3]), step_gradient(offline("sft"), best, [3]))
+
+
+def test_dfts_gradient_is_sfts_of_each_token_times_its_probability() -> None:
+    tree = make_tree(0, 4, (6,))
+    algorithm = offline("dft")
+    got = step_gradient(algorithm, [tree], [1])
+    model = algorithm.scorer.model
+    model.zero_grad()
+    ids = torch.tensor([[*tree.prompt_ids.tolist(), *tree.completion_ids[0].tolist()]])
+    logps = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, 3:-1], -1)
+    picked = logps.gather(1, ids[0, 4:, None]).squeeze(1)
+    (-(picked.detach().exp() * picked).mean()).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert (got - expected).norm() <= 1e-9 * expected.norm()

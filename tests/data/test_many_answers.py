@@ -14,6 +14,7 @@ from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
 from penchant.data.split import split_by_prompt
 from penchant.data.tokenize import tokenize
+from penchant.errors import DataError
 
 NAMES = "hi there", "who", "what now"
 
@@ -53,6 +54,24 @@ def test_every_answer_gets_its_label() -> None:
     assert (found["good_answers"].count, found["good_answers"].of) == (6, 12)
     scores = audit(rated(2, 5, 1, 4)).findings["scores"]
     assert (scores.count, scores.of) == (6, 12)
+
+
+def test_a_list_holds_all_answers_of_a_prompt_the_best_first() -> None:
+    lists = adapted(rated(2, 5, 1, 4), "lists")
+    assert [[c.score for c in t.completions] for t in lists.trees] == [[5.0, 4.0, 2.0, 1.0]] * 3
+    rows = [{"prompt": "p", "completion": f"a{i}", "score": s} for i, s in enumerate((1, 3, 2))]
+    single = adapted(from_rows([*rows, {"prompt": "q", "completion": "b", "score": 1}]), "lists")
+    assert [[c.text for c in t.completions] for t in single.trees] == [["a1", "a2", "a0"]]
+    assert (single.total, [q.what for q in single.quarantined]) == (
+        2,
+        ["a prompt whose 1 answers have no two different scores"],
+    )
+    pairs = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
+    pairs[1] |= {"chosen_score": 0.5, "rejected_score": 0.25}  # type: ignore[dict-item]
+    two = adapted(from_rows(pairs), "lists")
+    assert [[c.score for c in t.completions] for t in two.trees] == [[1.0, 0.0], [0.5, 0.25]]
+    with pytest.raises(DataError, match="needs answers with scores, but these rows are sft"):
+        adapted(from_rows([{"prompt": "p", "completion": "a"}]), "lists")
 
 
 def test_supervised_training_meets_the_best_answer_first() -> None:

@@ -15,12 +15,12 @@ from pydantic import ValidationError
 from penchant.losses import LOSSES, LossSpec
 from penchant.losses.registry import NEEDS, Key, Range, loss, params_of
 from penchant.training.steps import reduced
-from penchant.types import LossOutput, PairLogps, UnpairedLogps
+from penchant.types import ListLogps, LossOutput, PairLogps, UnpairedLogps
 
 NAMES = sorted(LOSSES)
 PAIRWISE = [n for n in NAMES if LOSSES[n].signal == "pairs"]
 LABELLED = [n for n in NAMES if LOSSES[n].signal == "unpaired"]
-Inputs = PairLogps | UnpairedLogps
+Inputs = PairLogps | UnpairedLogps | ListLogps
 
 
 def inputs(spec: LossSpec, n: int = 6, dtype: torch.dtype = torch.float64, scale: float = 3.0) -> Inputs:
@@ -29,9 +29,14 @@ def inputs(spec: LossSpec, n: int = 6, dtype: torch.dtype = torch.float64, scale
     vector = lambda s=scale: (torch.randn(n, generator=g, dtype=torch.float64) * s).to(dtype)  # noqa: E731
     logps = lambda: -vector().abs() - 1  # noqa: E731
     lengths = torch.arange(1, n + 1, dtype=dtype)
+    if spec.signal == "lists":
+        policy, ref, scores = (torch.stack([logps() for _ in range(4)], 1) for _ in range(3))
+        present = torch.arange(4) < 2 + torch.arange(n)[:, None] % 3
+        return ListLogps(policy * present, present, ref * present, scores * present, lengths[:, None].expand(n, 4))
     if spec.signal != "pairs":
         labels = (torch.arange(n) % 3 != 0).to(dtype)
-        return UnpairedLogps(logps(), lengths, logps(), labels, vector().abs(), z0=0.3, delta=0.2)
+        of = logps(), lengths, logps(), labels, vector().abs()
+        return UnpairedLogps(*of, z0=0.3, delta=0.2, weighted_logps=-vector().abs() - 0.1)
     scores = vector()
     values = {f.name: logps() for f in fields(PairLogps) if "logps" in f.name}
     return PairLogps(
@@ -83,6 +88,7 @@ OTHER = {
     ("pmpo", "weighting"): "unit",
     ("pmpo", "reduction"): "sequence_sum",
     ("chi_po", "r_max"): 0.01,
+    ("lipo", "gains"): "scores",
 }
 BY_THE_HEAD = {("pmpo", "divergence"), ("pmpo", "direction"), ("pmpo", "renyi_alpha")}  # in tests/test_head.py
 
@@ -115,6 +121,7 @@ def _moved(value: Any) -> Any:
 def test_metrics_are_detached_and_losses_unreduced(name: str) -> None:
     x = inputs(LOSSES[name])
     first = "policy_chosen_logps" if LOSSES[name].signal == "pairs" else "policy_logps"
+    first = "weighted_logps" if name == "dft" else first
     x = replace(x, **{first: getattr(x, first).requires_grad_()})
     out = call(name, x)
     assert out.losses.shape == (6,) and out.losses.requires_grad
@@ -126,7 +133,7 @@ def test_metrics_are_detached_and_losses_unreduced(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_gradcheck(name: str) -> None:
     x = inputs(LOSSES[name])
-    policy = [k for k in tensors(x) if k.startswith("policy") or k == "divergence"]
+    policy = [k for k in tensors(x) if k.startswith("policy") or k in ("divergence", "weighted_logps")]
     leaves = [getattr(x, k).clone().requires_grad_() for k in policy]
 
     def of(*values: torch.Tensor) -> torch.Tensor:
@@ -144,8 +151,11 @@ def test_finite_in_fp32_at_extreme_log_probs(name: str, side: int, far: float) -
     x = inputs(spec, dtype=torch.float32)
     key = "policy_logps" if spec.signal != "pairs" else ("policy_chosen_logps", "policy_rejected_logps")[side]
     ref = key.replace("policy", "ref")
-    value = torch.full((6,), min(far, 0.0))
-    x = replace(x, **{key: value.requires_grad_(), ref: torch.full((6,), min(-far, 0.0))})
+    key = "weighted_logps" if name == "dft" else key
+    value = torch.full_like(getattr(x, key), min(far, 0.0))
+    x = replace(x, **{key: value.requires_grad_()})
+    if hasattr(x, ref):
+        x = replace(x, **{ref: torch.full_like(value, min(-far, 0.0))})
     out = call(name, x)
     total(out).backward()
     assert all(torch.isfinite(v).all() for v, _ in out.summands().values())
@@ -158,7 +168,8 @@ def test_what_is_missing_is_named(name: str) -> None:
     x = inputs(spec)
     fields_of = {
         "reference": ("ref_chosen_logps",) if spec.signal == "pairs" else ("ref_logps",),
-        "scores": ("rejected_scores",),
+        "scores": ("rejected_scores",) if spec.signal == "pairs" else ("scores",),
+        "token_probs": ("weighted_logps",),
         "labels": ("labels",),
         "shared_logps": ("ref_rejected_shared_logps",),
         "alignment": ("chosen_alignment",),

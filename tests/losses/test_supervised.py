@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from penchant.losses.supervised import bradley_terry, sft
+from penchant.losses.supervised import bradley_terry, dft, sft
 from penchant.types import UnpairedLogps
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,3 +104,14 @@ def test_metrics() -> None:
 def test_wrong_arguments_are_refused(arguments: tuple[torch.Tensor, ...], options: dict[str, float]) -> None:
     with pytest.raises(ValueError):
         bradley_terry(*arguments, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DFT: each token's loss times its probability.
+
+
+def test_dft_is_a_mean_over_tokens_of_p_log_p() -> None:
+    logps = UnpairedLogps(t(-3.0, -0.5), t(2.0, 1.0), weighted_logps=t(-0.7, -0.3, grad=True))
+    out = dft(logps)
+    assert out.losses.tolist() == [0.7, 0.3] and out.weights is not None and out.weights.tolist() == [2.0, 1.0]
+    assert out.metrics["nll"][0].tolist() == [3.0, 0.5]

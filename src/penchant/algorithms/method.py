@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from penchant.logprobs import Scorer
     from penchant.logprobs.reference import LiveReference, Reference
 
-Signal = Literal["tokens", "pairs", "unpaired", "prompts"]
+Signal = Literal["tokens", "pairs", "unpaired", "lists", "prompts"]
 
 
 SMALL_MODEL = 20_000_000  # parameters

@@ -15,7 +15,17 @@ from penchant.losses.registry import LossParams, LossSpec
 from penchant.losses.schedules import Schedule
 from penchant.losses.section import LossConfig
 from penchant.losses.unpaired import kto_z0
-from penchant.types import Algorithm, LossOutput, PackedBatch, PairLogps, Scored, TokenTree, UnpairedLogps, Weighted
+from penchant.types import (
+    Algorithm,
+    ListLogps,
+    LossOutput,
+    PackedBatch,
+    PairLogps,
+    Scored,
+    TokenTree,
+    UnpairedLogps,
+    Weighted,
+)
 
 if TYPE_CHECKING:
     from penchant import logprobs
@@ -55,7 +65,7 @@ class Losses(Method):
     @property
     def signal(self) -> Signal:
         """One loss on labels among them takes pairs apart, one on pairs needs both answers."""
-        order: tuple[Signal, ...] = ("pairs", "unpaired", "tokens")
+        order: tuple[Signal, ...] = ("pairs", "unpaired", "lists", "tokens")
         return next(s for s in order if s in {spec.signal for spec in self.specs})
 
     @property
@@ -193,7 +203,14 @@ class Offline(Algorithm):
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
         """Every term's denominator: what the loss says of made-up log-probs, since weights do not depend on them."""
         zeros = torch.zeros(len(batch.lengths), device=batch.lengths.device)
-        names = ("ref_logps", "divergence", "alignment", "policy_shared_logps", "ref_shared_logps")
+        names = (
+            "ref_logps",
+            "divergence",
+            "alignment",
+            "policy_shared_logps",
+            "ref_shared_logps",
+            "weighted_logps",
+        )
         with torch.no_grad():
             out = self.loss(_scored(batch, zeros, **dict.fromkeys(names, zeros)))
         return {
@@ -223,6 +240,9 @@ class Offline(Algorithm):
                 ref = None if shared else reference.logps(batch)
             policy = self.scorer.logps(batch, alignment="alignment" in needs)
         columns = {"ref_logps": ref, "alignment": policy.alignment}
+        if "token_probs" in needs:
+            own = policy.tokens.detach().exp() * policy.tokens
+            columns["weighted_logps"] = per_completion(own, batch.lengths)
         if policy.divergence is not None:
             columns["divergence"] = per_completion(policy.divergence, batch.lengths)
         if ref_tokens is not None:
@@ -259,13 +279,17 @@ class Offline(Algorithm):
         terms = {name: (c.weight * values, weights) for name, (values, weights) in out.terms.items()}
         return LossOutput(c.weight * out.losses, out.weights, metrics, terms)
 
-    def _view(self, spec: LossSpec, scored: Scored) -> PairLogps | UnpairedLogps:
+    def _view(self, spec: LossSpec, scored: Scored) -> PairLogps | UnpairedLogps | ListLogps:
         if self.average_log_prob and spec.signal != "tokens":
             scored = _averaged(scored)
         if spec.signal == "pairs":
             return pair_view(scored)
+        if spec.signal == "lists":
+            return list_view(scored)
         if spec.signal == "tokens":
-            return UnpairedLogps(*_learned(scored))
+            policy, lengths = _learned(scored)
+            weighted = None if scored.weighted_logps is None else _learned(scored, scored.weighted_logps)[0]
+            return UnpairedLogps(policy, lengths, weighted_logps=weighted)
         return UnpairedLogps(
             policy_logps=scored.policy_logps,
             lengths=scored.lengths,
@@ -331,7 +355,12 @@ def _scored(batch: PackedBatch, policy_logps: Tensor, **columns: Tensor | None) 
     columns = {"lengths": batch.lengths, "labels": batch.labels, "scores": batch.scores, **columns}
     typed: dict[str, Any] = {n: None if v is None else v.to(policy_logps.dtype) for n, v in columns.items()}
     return Scored(
-        tree=batch.completion_tree, slot=batch.completion_slot, policy_logps=policy_logps, pairs=batch.pairs, **typed
+        tree=batch.completion_tree,
+        slot=batch.completion_slot,
+        policy_logps=policy_logps,
+        pairs=batch.pairs,
+        shape=None if batch.most is None else (batch.trees, batch.most),
+        **typed,
     )
 
 
@@ -353,14 +382,25 @@ def pair_view(scored: Scored) -> PairLogps:
     )
 
 
-def _learned(scored: Scored) -> tuple[Tensor, Tensor]:
-    """Log-probs and lengths of what SFT learns: the chosen completion of a pair, answers labelled good, else all."""
-    columns = scored.policy_logps, scored.lengths
+def list_view(scored: Scored) -> ListLogps:
+    """Completions of a batch as one row a prompt."""
+
+    def rows(values: Tensor | None) -> Tensor | None:
+        return None if values is None else scored.matrix(values)
+
+    policy = scored.matrix(scored.policy_logps)
+    present = scored.matrix(torch.ones_like(scored.lengths)) > 0
+    return ListLogps(policy, present, rows(scored.ref_logps), rows(scored.scores), rows(scored.lengths))
+
+
+def _learned(scored: Scored, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probs (or other `values`) and lengths of what SFT learns: a pair's chosen completion, a list's best, good answers, else all."""
+    columns = scored.policy_logps if values is None else values, scored.lengths
     if scored.is_pairs:
         return scored.sides(columns[0])[0], scored.sides(columns[1])[0]
-    if scored.labels is None:
+    if scored.labels is None and (scored.scores is None or (scored.shape or (0, 0))[1] == 1):
         return columns
-    good = scored.labels > 0
+    good = scored.slot == 0 if scored.labels is None else scored.labels > 0
     return columns[0][good], columns[1][good]
 
 

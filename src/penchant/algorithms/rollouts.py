@@ -200,8 +200,7 @@ class Writer:
                 prompt_seeds=[t.row for t in mine],
                 eos_token_id=end_ids(self.tokenizer, self.model),
             )
-        everyone = world.gather(written)
-        rows = [everyone[i % world.size][i // world.size] for i in range(len(prompts))]
+        rows = world.dealt(written, len(prompts))
         asked = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
         texts = [[self.tokenizer.decode(s.ids, skip_special_tokens=True) for s in row] for row in rows]
         trees = []
@@ -210,7 +209,7 @@ class Writer:
             cut = tuple(not s.finished for s in row)
             trees.append(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source))
         step = iteration * cfg.updates if iteration != EVALUATION else 0  # which is no step of the run
-        said = self._judged([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
+        said = self.reward.judge([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
         if taken := [n for n in said.metrics if n in METRICS or n in ("kind", "step")]:
             raise RewardError(
                 "reward", f'log_metric("{taken[0]}") would replace a figure of the run', "log another name"
@@ -225,17 +224,6 @@ class Writer:
             made = Group(tree, rewards[i] - penalty, tuple(texts[i]), {"old": sampled}, own, said.metrics)
             groups.append(made)
         return groups
-
-    def _judged(self, prompts: list[str], texts: list[str], trees: list[TokenTree], step: int) -> Any:
-        """What the rewards say: asked by rank 0 for all, but a reward model takes its passes from every rank."""
-        world = current()
-        if not world.many:
-            return self.reward.judge(prompts, texts, trees, step)
-        said, models = None, any(hasattr(term.function, "score_trees") for term in self.reward.terms)
-        with world.together(patient=True):
-            if world.leads or models:
-                said = self.reward.judge(prompts, texts, trees, step)
-        return world.share(said)
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from penchant.base.text import counted
 from penchant.data.load import Dataset, Quarantined, fingerprint
 from penchant.data.options import DataConfig
 from penchant.errors import DataError
-from penchant.types import Completion, PromptTree
+from penchant.types import Completion, Prompt, PromptTree
 
 LABEL_HINT = 'add a "label" column (true or false), give pairs, or set loss.name=sft'
 
@@ -29,7 +29,8 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
 
     Returns:
         For ``pairs``: pairs, with scores where the loss needs them (pairs without are kept aside or refused). For ``unpaired``:
-        every completion labelled; a pair stays one tree with a good and a bad completion. For ``tokens``: as it is, without
+        every completion labelled; a pair stays one tree with a good and a bad completion. For ``lists``: a tree a prompt with all its
+        scored answers, the best first (a pair is a list of two). For ``tokens``: as it is, without
         answers labelled bad. For ``prompts``: the rows of a file of prompts, every prompt of others once.
 
     Raises:
@@ -47,6 +48,8 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
         return _with_scores(dataset, loss, needs, options, name) if "scores" in needs else dataset
     if signal == "unpaired":
         return _as_labelled(dataset, loss, options, name)
+    if signal == "lists":
+        return _as_lists(dataset, loss, name)
     if signal == "prompts":
         return _as_prompts(dataset, name)
     if dataset.kind == "prompts":
@@ -110,24 +113,63 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
         how = "set data.pairs_from_scores=best_worst to set the best against the worst answer of each prompt"
         raise DataError(name, what, how)
     # from here on a row is a prompt: the answers between its best and its worst are used for neither, and are no bad rows
-    by_prompt: dict[object, list[PromptTree]] = defaultdict(list)
-    for tree in dataset.trees:
-        by_prompt[tree.prompt].append(tree)
     trees: list[PromptTree] = []
     aside: list[Quarantined] = []
-    for prompt, group in by_prompt.items():
-        ranked = sorted((c for t in group for c in t.completions), key=lambda c: -(c.score or 0.0))
+    for prompt, group, ranked in _ranked(dataset):
         best, worst = ranked[0], ranked[-1]
         if len(ranked) > 1 and best.score != worst.score and best.text.strip() != worst.text.strip():
             pair = (Completion(best.text, True, best.score), Completion(worst.text, False, worst.score))
-            trees.append(PromptTree(prompt, pair, group[0].source))  # type: ignore[arg-type]
+            trees.append(PromptTree(prompt, pair, group.source))
         else:
-            what = f"no two different scores among the prompt's {counted(len(ranked), 'answer')}"
-            aside.append(Quarantined(group[0].source, what, "give it answers with different scores, or drop it", None))
+            aside.append(_no_two_scores(group, ranked))
+    return _changed(dataset, _some(trees, name), aside, kind="pairs")
+
+
+def _as_lists(dataset: Dataset, loss: str, name: str) -> Dataset:
+    """All answers of a prompt as one tree, the best first; a pair is a list of two."""
+    if dataset.kind == "pairs":
+        pairs = tuple(replace(t, completions=_two_scored(t)) for t in dataset.trees)
+        return replace(dataset, trees=pairs, kind="scored", fingerprint=fingerprint(pairs))
+    if dataset.kind != "scored":
+        what = f"{setting(loss)} needs answers with scores, but these rows are {dataset.kind}"
+        raise DataError(name, what, 'give several answers of each prompt with a "score", or pairs')
+    trees: list[PromptTree] = []
+    aside: list[Quarantined] = []
+    for prompt, group, ranked in _ranked(dataset):
+        if ranked[0].score == ranked[-1].score:
+            aside.append(_no_two_scores(group, ranked))
+        else:
+            trees.append(replace(group, prompt=prompt, completions=tuple(ranked)))
+    return _changed(dataset, _some(trees, name), aside)
+
+
+def _two_scored(tree: PromptTree) -> tuple[Completion, ...]:
+    """A pair's answers with their scores, or with 1 and 0 where those say nothing or the opposite."""
+    chosen, rejected = tree.completions
+    if chosen.score is not None and rejected.score is not None and chosen.score > rejected.score:
+        return tree.completions
+    return replace(chosen, score=1.0), replace(rejected, score=0.0)
+
+
+def _ranked(dataset: Dataset) -> Iterator[tuple[Prompt, PromptTree, list[Completion]]]:
+    """Of scored rows each prompt once, its first tree, and all its answers, the best first."""
+    by_prompt: dict[Prompt, list[PromptTree]] = defaultdict(list)
+    for tree in dataset.trees:
+        by_prompt[tree.prompt].append(tree)
+    for prompt, group in by_prompt.items():
+        yield prompt, group[0], sorted((c for t in group for c in t.completions), key=lambda c: -(c.score or 0.0))
+
+
+def _no_two_scores(tree: PromptTree, ranked: Sequence[Completion]) -> Quarantined:
+    what = f"no two different scores among the prompt's {counted(len(ranked), 'answer')}"
+    return Quarantined(tree.source, what, "give it answers with different scores, or drop it", None)
+
+
+def _some(trees: list[PromptTree], name: str) -> list[PromptTree]:
     if not trees:
         how = "give each prompt answers that differ in score"
         raise DataError(name, "no prompt has two answers with different scores", how)
-    return _changed(dataset, trees, aside, kind="pairs")
+    return trees
 
 
 def _with_scores(dataset: Dataset, loss: str, needs: Set[str], options: DataConfig, name: str) -> Dataset:

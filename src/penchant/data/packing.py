@@ -176,6 +176,7 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
         labels=_if_complete(labels),
         scores=_if_complete(scores),
         pairs=all(len(tree.completion_ids) == 2 for tree in trees),
+        most=max(len(tree.completion_ids) for tree in trees),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penchant.losses import pairwise, reference_free, supervised, unpaired  # noqa: F401  they fill LOSSES
+from penchant.losses import listwise, pairwise, reference_free, supervised, unpaired  # noqa: F401  they fill LOSSES
 from penchant.losses.registry import LOSSES, Key, LossParams, LossSpec, Range, loss
 
 __all__ = ["LOSSES", "Key", "LossParams", "LossSpec", "Range", "loss"]

@@ -12,8 +12,10 @@ from penchant.base.files import file_sha256
 from penchant.base.functions import is_own, own_file, python_function
 from penchant.base.lazy import Tensor, torch
 from penchant.errors import ConfigError
-from penchant.losses.registry import LOSSES, LossSpec, params_of
-from penchant.types import LossOutput, PairLogps, UnpairedLogps
+from penchant.losses.registry import LOSSES, LossSpec, Signal, params_of
+from penchant.types import ListLogps, LossOutput, PairLogps, UnpairedLogps
+
+Inputs = PairLogps | UnpairedLogps | ListLogps
 
 ROWS = 6  # of the inputs that a loss is tried on
 FAR = 1e4  # nats: log-ratios that a loss must survive
@@ -59,16 +61,18 @@ def _load(file: str, attribute: str, sha256: str, where: str) -> LossSpec:
 
 
 def _plain(function: Any) -> LossSpec:
-    """A function without `@loss`: on pairs, or on labeled answers where its first argument is `UnpairedLogps`; with a reference."""
+    """A function without `@loss`, with a reference: on pairs, on labeled answers (`UnpairedLogps`) or on lists (`ListLogps`)."""
     name = function.__name__
     if name in LOSSES:
         raise ValueError(f"there is a loss called {name} already; choose another name")
     first = next(iter(inspect.signature(function).parameters.values()))
-    unpaired = "UnpairedLogps" in str(first.annotation)
+    said = str(first.annotation)
+    signal: Signal = "unpaired" if "UnpairedLogps" in said else "lists" if "ListLogps" in said else "pairs"
+    also = {"unpaired": {"labels"}, "lists": {"scores"}}.get(signal, set())
     return LossSpec(
         name=name,
-        signal="unpaired" if unpaired else "pairs",
-        needs=frozenset({"reference", "labels"} if unpaired else {"reference"}),
+        signal=signal,
+        needs=frozenset({"reference", *also}),
         fn=function,
         params=params_of(function),
         formula=(inspect.getdoc(function) or name).splitlines()[0],
@@ -98,13 +102,13 @@ def check(spec: LossSpec) -> None:
     for key in [k for k in _named(ordinary, "policy_") if k.endswith("logps") and "shared" not in k]:
         for policy, ref in ((-FAR, -1.0), (-1.0, -FAR)):
             ref_key = key.replace("policy_", "ref_")
-            far = {k: torch.full((ROWS,), v) for k, v in ((key, policy), (ref_key, ref))}
+            far = {k: torch.full_like(getattr(ordinary, key), v) for k, v in ((key, policy), (ref_key, ref))}
             _tried(spec, replace(ordinary, **far), f"at a log-ratio of {policy - ref:+.0f} nats")
     if spec.equal_policy_loss is not None:
         _check_value(spec, equal)
 
 
-def _check_value(spec: LossSpec, equal: PairLogps | UnpairedLogps) -> None:
+def _check_value(spec: LossSpec, equal: Inputs) -> None:
     arguments = spec.params().arguments()
     assert spec.equal_policy_loss is not None
     try:
@@ -116,9 +120,10 @@ def _check_value(spec: LossSpec, equal: PairLogps | UnpairedLogps) -> None:
             raise ValueError(f"gives {given:g} where policy and reference are equal, and declares {declared:g}")
 
 
-def _tried(spec: LossSpec, logps: PairLogps | UnpairedLogps, when: str) -> list[Tensor]:
+def _tried(spec: LossSpec, logps: Inputs, when: str) -> list[Tensor]:
     """The gradients of the policy's numbers."""
-    leaves = {k: getattr(logps, k).clone().requires_grad_() for k in (*_named(logps, "policy_"), *_named(logps, "div"))}
+    named = [k for prefix in ("policy_", "div", "weighted_") for k in _named(logps, prefix)]
+    leaves = {k: getattr(logps, k).clone().requires_grad_() for k in named}
     try:
         out = spec.fn(replace(logps, **leaves), **spec.params().arguments())
     except Exception as error:
@@ -145,12 +150,12 @@ def _tried(spec: LossSpec, logps: PairLogps | UnpairedLogps, when: str) -> list[
     return gradients
 
 
-def _named(logps: PairLogps | UnpairedLogps, prefix: str) -> list[str]:
+def _named(logps: Inputs, prefix: str) -> list[str]:
     """The fields with a tensor whose names begin so."""
     return [f.name for f in fields(logps) if f.name.startswith(prefix) and getattr(logps, f.name) is not None]
 
 
-def _inputs(spec: LossSpec) -> PairLogps | UnpairedLogps:
+def _inputs(spec: LossSpec) -> Inputs:
     """Ordinary rows with everything that a loss could need, float32."""
     generator = torch.Generator().manual_seed(0)
 
@@ -158,9 +163,14 @@ def _inputs(spec: LossSpec) -> PairLogps | UnpairedLogps:
         return torch.randn(ROWS, generator=generator).abs() * 3
 
     lengths = torch.arange(1.0, ROWS + 1)
+    if spec.signal == "lists":
+        policy, ref, scores = (torch.stack([positive() for _ in range(3)], 1) for _ in range(3))
+        present = torch.arange(3) < 2 + torch.arange(ROWS)[:, None] % 2
+        return ListLogps(-policy - 1, present, -ref - 1, scores, lengths[:, None].expand(ROWS, 3))
     if spec.signal != "pairs":
         labels = (torch.arange(ROWS) % 3 != 0).float()
-        return UnpairedLogps(-positive() - 1, lengths, -positive() - 1, labels, positive(), z0=0.3, delta=0.2)
+        ordinary = -positive() - 1, lengths, -positive() - 1, labels, positive()
+        return UnpairedLogps(*ordinary, z0=0.3, delta=0.2, weighted_logps=-positive() - 1)
     scores = positive()
     return PairLogps(
         **{f.name: -positive() - 1 for f in fields(PairLogps) if "logps" in f.name},

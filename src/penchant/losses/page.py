@@ -23,6 +23,7 @@ GROUPS = {
     "pairs, against a reference": lambda s: s.signal == "pairs" and "reference" in s.needs,
     "pairs, without a reference": lambda s: s.signal == "pairs" and "reference" not in s.needs,
     "single answers with a label (pairs are taken apart)": lambda s: s.signal == "unpaired",
+    "lists of scored answers": lambda s: s.signal == "lists",
     "targets": lambda s: s.signal == "tokens",
 }
 
@@ -44,7 +45,8 @@ def _allowed(info: FieldInfo) -> str:
 
 def _more(spec: LossSpec) -> list[str]:
     """What it needs beyond a reference and labels, which its group says."""
-    return sorted(spec.needs - {"reference", "labels"})
+    said = {"reference", "labels", *({"scores"} if spec.signal == "lists" else ())}
+    return sorted(spec.needs - said)
 
 
 def text() -> str:

@@ -14,7 +14,8 @@ from penchant.base.section import Section
 from penchant.losses.schedules import Schedule
 from penchant.types import LossOutput
 
-Signal = Literal["tokens", "pairs", "unpaired"]
+Signal = Literal["tokens", "pairs", "unpaired", "lists"]
+INPUTS = {"pairs": "PairLogps", "lists": "ListLogps"}  # what a loss gets; else UnpairedLogps
 Function = TypeVar("Function", bound=Callable[..., LossOutput])
 
 # what a loss may need beyond policy log-probs and lengths, and what it means in a sentence
@@ -24,6 +25,7 @@ NEEDS: Mapping[str, str] = {
     "score_gap": "a chosen score above the rejected one",
     "labels": "a label (good or bad) of each completion",
     "shared_logps": "log-probs summed over the tokens that both completions of a pair have",
+    "token_probs": "log-probs weighed by each token's own probability",
     "alignment": "how likely each token is under the policy compared with a token that the policy samples",
     "divergence": "the exact divergence from the reference over the whole vocabulary (a reference that runs in each step)",
     "z0": "log-ratios of mismatched completions (a prompt with another prompt's completion)",
@@ -58,9 +60,10 @@ class LossSpec:
 
     Args:
         name: what `loss.name` in a config says.
-        signal: ``tokens`` (every completion is a target), ``pairs`` (chosen against rejected) or ``unpaired`` (labelled completions).
+        signal: ``tokens`` (every completion is a target), ``pairs`` (chosen against rejected), ``unpaired`` (labelled completions) or
+            ``lists`` (scored completions of a prompt).
         needs: what beyond policy log-probs and lengths it needs; keys of `NEEDS`.
-        fn: the loss; called as ``fn(logps, **arguments)`` with `PairLogps` or `UnpairedLogps`, returns `LossOutput`.
+        fn: the loss; called as ``fn(logps, **arguments)`` with `PairLogps`, `UnpairedLogps` or `ListLogps`, returns `LossOutput`.
         params: the typed hyperparameters.
         formula: one line, as `penchant losses` prints it.
         paper: arXiv id, or an empty string.
@@ -197,11 +200,12 @@ def _model(title: str, base: Any, fields: dict[str, Any]) -> type[LossParams]:
 
 def _documented(spec: LossSpec) -> str:
     """The function's docstring with what the decorator says."""
-    kind = "PairLogps" if spec.signal == "pairs" else "UnpairedLogps"
+    kind = INPUTS.get(spec.signal, "UnpairedLogps")
+    shape = "(lists, k)" if spec.signal == "lists" else "(batch,)"
     parts = [
         inspect.cleandoc(spec.fn.__doc__ or spec.name),
         f"``loss = {spec.formula}``",
-        f"Args:\n    logps: `{kind}`: log-probs summed over completions in nats, lengths in tokens, each of shape (batch,).",
+        f"Args:\n    logps: `{kind}`: log-probs summed over completions in nats, lengths in tokens, each of shape {shape}.",
         "Returns:\n    Losses of shape (batch,), and metrics without gradient.",
         "Raises:\n    ValueError: when a tensor is missing or its shape differs.",
     ]

@@ -36,6 +36,10 @@ OTHER_NAMES = {
     "dpo_positive": "dpop",
     "smaug": "dpop",
     "chipo": "chi_po",
+    "listwise": "plackett_luce",
+    "pl": "plackett_luce",
+    "list_mle": "plackett_luce",
+    "lipo_lambda": "lipo",
 }
 OTHER_KEYS = {
     "simpo_gamma": "gamma",
@@ -209,6 +213,9 @@ class LossConfig(LossModifiers):
         names = [s.name for s in specs]
         if len(set(names)) < len(names):
             raise ConfigError("loss.mix", "has a loss that is listed twice", "keep one, or change its weight")
+        if len({"lists"} | (others := {s.signal for s in specs} - {"tokens"})) == len(others) > 1:
+            what = "has a loss on lists of answers beside one on " + " and ".join(sorted(others - {"lists"}))
+            raise ConfigError("loss.mix", what, "keep one kind; plackett_luce takes pairs too")
         if sum("divergence" in s.needs for s in specs) > 1:
             raise ConfigError("loss.mix", "has two losses with a divergence of their own", "keep one")
         if self.average_log_prob:

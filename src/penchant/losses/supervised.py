@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from penchant.base.lazy import Tensor
-from penchant.losses.helpers import logistic, require_vectors, reward_metrics
+from penchant.losses.helpers import logistic, require, require_vectors, reward_metrics
 from penchant.losses.registry import loss
 from penchant.types import LossOutput, UnpairedLogps
 
@@ -17,6 +17,23 @@ def sft(logps: UnpairedLogps) -> LossOutput:
     require_vectors(logps.policy_logps, logps.lengths)
     losses = -logps.policy_logps
     return LossOutput(losses, weights=logps.lengths, metrics={"nll": (losses.detach(), logps.lengths)})
+
+
+@loss(
+    "dft",
+    "-sum_t sg[pi(y_t)] log pi(y_t) / sum_i |y_i|",
+    paper="2508.05629",
+    signal="tokens",
+    needs=("token_probs",),
+    uses_lengths=True,
+)
+def dft(logps: UnpairedLogps) -> LossOutput:
+    """DFT: SFT with each token's loss times its own probability (without gradient), which takes 1/pi out of SFT's gradient.
+
+    A mean over all tokens of the global batch; `nll` is logged as for sft.
+    """
+    policy, lengths, weighted = require(logps, "policy_logps", "lengths", "weighted_logps")
+    return LossOutput(-weighted, weights=lengths, metrics={"nll": (-policy.detach(), lengths)})
 
 
 def bradley_terry(

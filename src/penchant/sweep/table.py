@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from penchant.base.text import columns, counted
+from penchant.base.text import columns
 from penchant.runfolder.values import ci_of
 from penchant.sweep import SEED, SweepRun
 from penchant.sweep.halving import SCALED

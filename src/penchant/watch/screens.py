@@ -209,7 +209,15 @@ def _figures(view: RunView) -> list[str]:
     found = []
     speed = view.speed
     if speed is not None:
-        rows = {"sft": "rows", "kto": "rows", "bco": "rows", "pmpo": "rows"}.get(view.method, "pairs")
+        rows = {
+            "sft": "rows",
+            "dft": "rows",
+            "plackett_luce": "lists",
+            "lipo": "lists",
+            "kto": "rows",
+            "bco": "rows",
+            "pmpo": "rows",
+        }.get(view.method, "pairs")
         found += [f"{speed.tokens:,.0f} tokens/s", f"{speed.trees:,.1f} {'prompts' if view.online else rows}/s"]
     if view.memory is not None:
         found.append(f"peak {view.memory:.2f} GB")

@@ -159,6 +159,22 @@ def distilabel(row: Fields) -> PromptTree:
     return ranked(fields.asked(fields.text(row, "instruction")), answers)
 
 
+@layout("ranked", check=lambda row: any(isinstance(row.get(n), list) for n in ("scores", "ranks")))
+def from_ranked(row: Fields) -> PromptTree:
+    """A prompt with a list of completions, and a list of their scores (higher is better) or ranks (1 is best)."""
+    name = "scores" if row.get("scores") is not None else "ranks"
+    answers, given = fields.items(row, "completions"), fields.items(row, name)
+    if len(answers) != len(given):
+        raise RowError(f"{len(answers)} completions have {len(given)} {name}", "give each completion one")
+    scores = [fields.finite(value) for value in given]
+    for i, score in enumerate(scores):
+        if score is None:
+            raise RowError(f'"{name}"[{i}] is {fields.shown(given[i])!r}', RATE)
+    texts = [fields.as_text(text, f'"completions"[{i}]') for i, text in enumerate(answers)]
+    sign = 1.0 if name == "scores" else -1.0
+    return ranked(fields.prompt(row), [(t, sign * s) for t, s in zip(texts, scores, strict=True) if s is not None])
+
+
 @layout("argilla_ratings")
 def argilla_ratings(row: Fields, options: Fields) -> PromptTree:
     """A record with generations-0, generations-1, ... and what people, or a model, rated them."""
