@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from penchant.base.files import free_bytes, spared, writing
+from penchant.base.functions import is_own
 from penchant.base.text import gigabytes
 from penchant.config import RunConfig, default_settings, dump_config, with_absolute_paths
 from penchant.config.launching import check_launch
@@ -28,6 +29,7 @@ from penchant.metrics.completions import START_FILE
 from penchant.metrics.flags import run_flags, summary, write_flags
 from penchant.metrics.flags.rule import Flag
 from penchant.models.options import check_model_path
+from penchant.rewards.functions import check_reward
 from penchant.rewards.reward_model import reward_writes_date
 from penchant.runfolder import (
     AUDIT,
@@ -254,6 +256,9 @@ class Run:
         check_installed(self.config.logging.trackers)
         if not stands_for_model(Path(self.config.model.path)):
             check_model_path(self.config.model.path)  # before the rows are read
+        for reward in filter(None, (self.config.reward, self.config.evaluation.reward)):
+            for name in filter(is_own, reward.terms):
+                check_reward(name)  # before what the file holds is compared with what it held
         self._tell_day()
         contents, rows = contents_of(self.config), self.rows
         if self.config.data.sources:
