@@ -178,12 +178,12 @@ def test_held_out_sets_have_curves_of_their_own(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     path = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    before = str(curves(read_report([folder])))
+    before = str(curves(read_report([folder], 0.0)))
     assert "by held-out set" not in before
     for line in lines:
         if line.get("kind") == "eval":
             line |= {"eval/math/loss": 0.5, "eval/math/rows": 4, "eval/general/loss": 0.7, "eval/general/rows": 4}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = str(curves(read_report([folder])))
+    found = str(curves(read_report([folder], 0.0)))
     assert "Loss by held-out set" in found and ">math<" in found and ">general<" in found
     assert "Preference accuracy by held-out set" not in found

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from penchant.base.text import counted as count
-from penchant.metrics.names import metric
+from penchant.metrics import names
 from penchant.report.data import ReportData, RunData, Setting
 from penchant.report.html import Element, el, fold
 from penchant.report.svg import Band, Level, Line, Plot, Point, figure, shown, smooth, window
@@ -34,7 +34,7 @@ class Panel:
 
     @property
     def share(self) -> bool:
-        return metric(self.lines[0][0]).share
+        return names.metric(self.lines[0][0]).share
 
     def plot(self, title: str, lines: Sequence[Line], note: str, levels: tuple[Level, ...] = ()) -> Plot:
         says = _says(lines, self.share)
@@ -88,8 +88,8 @@ BY_SET = (("Loss", "loss", ""), ("Preference accuracy", "rewards/accuracies", "%
 
 def _by_set(runs: Sequence[RunData]) -> list[Panel]:
     """What each of several held-out sets says (`data.eval_path: {name: path}`), a line a set."""
-    names = {name: None for run in runs for line in run.evals for name in map(str, line) if name.count("/") == 2}
-    sets = [name.split("/")[1] for name in names if name.startswith("eval/") and name.endswith("/rows")]
+    logged = {name: None for run in runs for line in run.evals for name in map(str, line) if name.count("/") == 2}
+    sets = [name.split("/")[1] for name in logged if name.startswith("eval/") and name.endswith("/rows")]
     return [
         Panel(f"{title} by held-out set", unit, tuple((f"eval/{s}/{name}", s) for s in sets))
         for title, name, unit in BY_SET

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from penchant.base.text import counted
 from penchant.config import RunConfig
 from penchant.data.adapt import adapt, mismatch, repeated_prompts
 from penchant.data.audit import audit as run_audit
@@ -169,7 +170,7 @@ class Rows:
             self.console.note(f"{path}: {said}")
         if method.signal == "unpaired":
             good, bad = label_counts(adapted.trees)
-            self.console.note(f"{path}: {good:,} good and {bad:,} bad answers")
+            self.console.note(f"{path}: {good:,} good and {counted(bad, 'bad answer')}")
         return adapted
 
     @cached_property
