@@ -124,9 +124,9 @@ class StoredTokens(Sequence[TokenTree]):
         self._ids = parts.values.values.to_numpy()
         self._masks = np.load(folder / MASKS, mmap_mode="r") if (folder / MASKS).exists() else None  # of every id
 
-        self._weights = (
-            np.load(folder / WEIGHTS, mmap_mode="r") if (folder / WEIGHTS).exists() else None
-        )  # of every tree
+        self._extras = {
+            name: np.load(path, mmap_mode="r") for name in EXTRAS if (path := folder / f"{name}.npy").exists()
+        }
 
     def __len__(self) -> int:
         return len(self._part_start) - 1 if self.which is None else len(self.which)
