@@ -123,7 +123,6 @@ class StoredTokens(Sequence[TokenTree]):
         self._part_start, self._id_start = parts.offsets.to_numpy(), parts.values.offsets.to_numpy()
         self._ids = parts.values.values.to_numpy()
         self._masks = np.load(folder / MASKS, mmap_mode="r") if (folder / MASKS).exists() else None  # of every id
-
         self._extras = {
             name: np.load(path, mmap_mode="r") for name in EXTRAS if (path := folder / f"{name}.npy").exists()
         }

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from penchant.base.functions import is_own
 from penchant.base.section import Section
 from penchant.data.layouts import LAYOUTS, no_layout
+from penchant.data.layouts.fields import NOT_OPTIONS
 from penchant.data.read import Bounds
 
 Paths = str | list[str]
@@ -160,6 +161,8 @@ class DataConfig(Section):
     @field_validator("template_options")
     @classmethod
     def _a_day(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if wrong := sorted(options.keys() & NOT_OPTIONS):
+            raise ValueError(f"{wrong[0]} is no variable of a chat template; take it out")
         try:
             datetime.fromisoformat(options.get("strftime_now", "2026-01-01"))
         except (TypeError, ValueError) as error:
