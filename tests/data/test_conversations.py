@@ -187,6 +187,8 @@ def test_a_call_that_is_left_out_in_one_place_is_noticed() -> None:
         {"chat_template_kwargs": {"tokenize": True}}, {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
         {"messages": [*ASKED, {**CALLED, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         {"messages": [*ASKED, {**CALLED, "tool_calls": [{"function": {"arguments": {}}}]}]},
+        {"messages": [*ASKED, {**CALLED, "tool_calls": [{"function": {"name": "f", "arguments": '{"a":' * 500 + "1" + "}" * 500}}]}]},
+        {"messages": [*ASKED, CALLED, {**RESULT, "name": "half \ud83d"}, TALK[-1]]},
         {"messages": [{**CALLED, "role": "user"}, TALK[-1]]}, {"messages": [*ASKED, RESULT, TALK[-1]]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, TALK[-1]]},
     ],

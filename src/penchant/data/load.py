@@ -224,7 +224,11 @@ def _check_text(tree: PromptTree) -> None:
     Raises:
         RowError: one holds half of a surrogate pair; JSON can say that, and programs that cut texts in the middle do.
     """
-    prompt = [tree.prompt] if isinstance(tree.prompt, str) else [m.reasoning + m.said for m in tree.prompt]
+    prompt = (
+        [tree.prompt]
+        if isinstance(tree.prompt, str)
+        else [m.reasoning + m.said + m.name + m.tool_call_id for m in tree.prompt]
+    )
     for text in (*prompt, *(c.whole for c in tree.completions), tree.tools, tree.template_options):
         if text.isascii():  # a flag of the string: no look at its characters
             continue
