@@ -109,9 +109,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     seen: list[list[str]] = []
     prompt_of = ChatModel.prompt_of
 
-    def spy(self: ChatModel, messages: Any) -> list[int]:
+    def spy(self: ChatModel, messages: Any, told: Any) -> list[int]:
         seen.append([f"{m.role}: {m.content}" for m in messages])
-        return prompt_of(self, messages)
+        return prompt_of(self, messages, told)
 
     monkeypatch.setattr(ChatModel, "prompt_of", spy)
     return seen
