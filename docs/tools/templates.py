@@ -128,7 +128,7 @@ tokenizer of bytes and of the special tokens that the template names; a model's 
 - **prompt**: `as asked` is what the template writes for generation; `cut` ends where the finished conversation begins to differ
   ([the text](tokens.md#the-text)). Such rows are counted.
 - **several answers** (`turns: all`): in one pass, or answer by answer where the template writes earlier turns otherwise.
-- **ends with**: the token at which an answer is trained to end, and at which sampling stops; of two, the second ends a call.
+- **ends with**: the token at which an answer is trained to end, and at which sampling stops; of two, one ends a call.
 
 {table}
 """
