@@ -7,7 +7,6 @@ import sys
 from typing import Any
 
 from penchant.cli.arguments import add_arguments, options_of
-from penchant.judges.humans import HUMANS
 from penchant.requests import CompareRequest
 
 
@@ -31,6 +30,7 @@ def add(commands: Any) -> None:
 
 def _compare(args: argparse.Namespace) -> int:
     from penchant import api
+    from penchant.judges.humans import HUMANS
 
     if (args.judge or "").startswith(HUMANS):
         return _by_humans(args)
