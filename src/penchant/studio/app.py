@@ -39,7 +39,7 @@ CHANGES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 WEEK = 7 * 24 * 3600
 
 # modules of this package that make an area each, in the order of the navigation
-AREAS = ("arena", "runs")
+AREAS = ("arena", "runs", "data")
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; frame-src 'self'; "
