@@ -407,7 +407,7 @@ def chat(
         if strict:
             template.check_tools([answer_turn(c)], text, offered=False)
     if strict:
-        for whole, said in zip(wholes or [prompt], answered or [turns], strict=True):
+        for whole, said in zip(wholes or [prompt], answered or [list(turns)], strict=True):
             template.check_tools(said, whole)
     return Rendered(prompt, texts, how)
 

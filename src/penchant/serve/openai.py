@@ -156,9 +156,14 @@ class ChatMessage(_Input):
     @property
     def message(self) -> Message:
         """As a row of training data is read."""
-        about = {"tool_call_id": self.tool_call_id, "name": self.name, "reasoning": self.reasoning_content}
-        content = "".join(part.text for part in self.content)
-        return Message(self.role, content, tool_calls=_calls_of(self.tool_calls) if self.tool_calls else "", **about)
+        return Message(
+            self.role,
+            "".join(part.text for part in self.content),
+            reasoning=self.reasoning_content,
+            tool_calls=_calls_of(self.tool_calls) if self.tool_calls else "",
+            tool_call_id=self.tool_call_id,
+            name=self.name,
+        )
 
 
 def _calls_of(given: Objects) -> str:

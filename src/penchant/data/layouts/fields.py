@@ -206,17 +206,17 @@ def as_message(turn: Any, what: str) -> Message:
     if holds_something(calls):
         if ROLES[role] != "assistant":
             raise RowError(f"{what} is a turn of the {role} with tool calls", "only an assistant calls tools")
-        known = {"reasoning": _reasoning(turn, what), "tool_calls": as_json(_calls(calls, what))}
+        written, thought = as_json(_calls(calls, what)), _reasoning(turn, what)
         if content is not None and not isinstance(content, str):
             raise RowError(f"{what} has a content that is no text", "give it a text, or null")
-        return Message("assistant", content or "", **known)
+        return Message("assistant", content or "", reasoning=thought, tool_calls=written)
     if ROLES[role] == "tool":
         if isinstance(content, (Mapping, int, float)):
             content = as_json(content)
         if not isinstance(content, str):
             raise RowError(f"{what} has no content", "give it the tool's result as text")
-        about = {n: v for n in ("tool_call_id", "name") if isinstance(v := turn.get(n), str)}
-        return Message("tool", content, **about)
+        call, name = (v if isinstance(v := turn.get(n), str) else "" for n in ("tool_call_id", "name"))
+        return Message("tool", content, tool_call_id=call, name=name)
     if not isinstance(content, str) or not content.strip():
         raise RowError(f"{what} has no content", "give it a text or drop the row")
     return Message(ROLES[role], content, reasoning=_reasoning(turn, what))
@@ -269,7 +269,7 @@ def _call(call: Any, what: str) -> dict[str, Any]:
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
         raise RowError(f"{what}: a tool call names no function", _CALL)
-    written = next((function[n] for n in ("arguments", "parameters") if function.get(n) is not None), {})
+    written: Any = next((function[n] for n in ("arguments", "parameters") if function.get(n) is not None), {})
     arguments = read_json(written or {}, f"{what}: the arguments of {name}", 'write an object, {"city": "Paris"}')
     if not isinstance(arguments, Mapping):
         raise RowError(f"{what}: the arguments of {name} are no object", 'write an object, {"city": "Paris"}')

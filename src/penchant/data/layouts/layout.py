@@ -168,14 +168,16 @@ class Layout:
         trees = made if isinstance(made, tuple) else (made,)
         if not ours:
             return trees
-        told = {"tools": fields.tools(row), "template_options": fields.template_options(row)}
+        tools, told = fields.tools(row), fields.template_options(row)
         if self.kind == "text":
-            if any(told.values()):
+            if tools or told:
                 raise fields.RowError(
                     '"tools" or "chat_template_kwargs" are there, and plain text has no chat template', "take them out"
                 )
             return trees
-        return tuple(replace(t, prompt=fields.behind_system(row, t.prompt), **told) for t in trees)
+        return tuple(
+            replace(t, prompt=fields.behind_system(row, t.prompt), tools=tools, template_options=told) for t in trees
+        )
 
     def unused(self, rows: Iterable[Fields], options: Fields) -> list[str]:
         """The columns of these rows that hold something and that no example was made of, in their order."""
