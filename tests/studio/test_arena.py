@@ -130,6 +130,21 @@ def test_a_key_pressed_twice_says_one_thing(studio: Any, tmp_path: Path) -> None
     assert again.status_code == 200 and "judged already" in again.text and len(lines(arena)) == 1
 
 
+def test_a_key_pressed_many_times_at_once_says_one_thing(studio: Any, tmp_path: Path) -> None:
+    arena = arena_of(tmp_path)
+    ada = Person(studio, "ada")
+    page = ada.get("/arena/test").text
+    hidden = {n: page.split(f'name="{n}" value="')[1].split('"')[0] for n in ("order", "pair")}
+    threads = [
+        threading.Thread(target=ada.post, args=("/arena/test/judge", {**hidden, "verdict": "left"})) for _ in range(12)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(lines(arena)) == 1
+
+
 def test_undo_brings_the_pair_back_with_sides_drawn_anew(studio: Any, tmp_path: Path) -> None:
     arena = arena_of(tmp_path, pairs=30)
     ada, sides = Person(studio, "ada"), []
@@ -343,6 +358,7 @@ def test_arenas_are_made_of_runs_comparisons_and_data(studio: Any, tmp_path: Pat
     for wrong, words in (
         ({"name": "of-pairs", "source": "pairs", "file": "pairs.jsonl"}, "there already"),
         ({"name": "../x", "source": "pairs", "file": "pairs.jsonl"}, "is not a name"),
+        ({"name": "new", "source": "pairs", "file": "pairs.jsonl"}, "is not a name"),
         ({"name": "x", "source": "runs"}, "no prompt has two answers"),
         ({"name": "x"}, "is not chosen"),
         ({"name": "x", "source": "pairs", "file": "pairs.jsonl", "overlap": "200"}, "not a share"),

@@ -49,7 +49,7 @@ class Rooms:
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
-        self.opened: dict[str, Arena] = {}
+        self.opened: dict[tuple[str, int], Arena] = {}
         self.held: dict[tuple[str, str], tuple[str, float]] = {}  # (arena, annotator): pair, when it was shown
         self.writers = Writers()
 
@@ -63,24 +63,27 @@ class Rooms:
         folder = self.studio.inside(f"{pairs.ARENAS}/{name}")
         if not pairs.NAME.fullmatch(name) or not (folder / pairs.ARENA).is_file():
             raise HTTPException(404, "there is no such arena")
-        if name not in self.opened:
-            self.opened[name] = Arena(folder)
-        return self.opened[name]
+        return self.open(Arena(folder))
+
+    def open(self, arena: Arena) -> Arena:
+        """An arena as it was opened before; one that was made anew under its name is another."""
+        return self.opened.setdefault((arena.name, (arena.folder / pairs.ARENA).stat().st_ino), arena)
 
     def next(self, arena: Arena, annotator: str) -> Item | None:
         """The next pair of an annotator, who has it from now on."""
         now = time.monotonic()
-        others = {
-            pair
-            for (name, who), (pair, since) in self.held.items()
-            if name == arena.name and who != annotator and now - since < HELD_SECONDS
-        }
-        item = next_item(arena, annotator, others)
-        if item is None:
-            self.held.pop((arena.name, annotator), None)
-        elif self.held.get((arena.name, annotator), ("",))[0] != item.pair.id:
-            self.held[arena.name, annotator] = item.pair.id, now
-        return item
+        with arena.lock:
+            others = {
+                pair
+                for (name, who), (pair, since) in list(self.held.items())
+                if name == arena.name and who != annotator and now - since < HELD_SECONDS
+            }
+            item = next_item(arena, annotator, others)
+            if item is None:
+                self.held.pop((arena.name, annotator), None)
+            elif self.held.get((arena.name, annotator), ("",))[0] != item.pair.id:
+                self.held[arena.name, annotator] = item.pair.id, now
+            return item
 
 
 def area(studio: Studio) -> Area:
@@ -91,7 +94,7 @@ def area(studio: Studio) -> Area:
         found = pairs.arenas(studio.folder)
         counts = {}
         for arena in found:
-            here = rooms.opened.setdefault(arena.name, arena)
+            here = rooms.open(arena)
             said = here.preferences.refresh()
             real = sum(p.gold is None for p in here.pairs.values())
             counts[arena.name] = real, len(said.judgements), len(said.records)
@@ -107,7 +110,7 @@ def area(studio: Studio) -> Area:
         arena, annotator = rooms.named(request), _annotator(request)
         if annotator is None:
             return studio.page(request, "arena_who.html", arena=arena, names=list(arena.preferences.refresh().records))
-        return studio.page(request, "arena.html", **_shown(rooms, arena, annotator))
+        return studio.page(request, "arena.html", **await run_in_threadpool(_shown, rooms, arena, annotator))
 
     async def who(request: Request) -> Response:
         arena = rooms.named(request)
@@ -119,27 +122,23 @@ def area(studio: Studio) -> Area:
     async def leave(request: Request) -> Response:
         return _go(f"/arena/{quote(rooms.named(request).name)}", "")
 
-    def panel(request: Request, arena: Arena, annotator: str, note: str = "") -> Response:
-        return studio.page(request, "arena_pair.html", **_shown(rooms, arena, annotator, note))
+    async def panel(request: Request, arena: Arena, annotator: str, note: str = "") -> Response:
+        values = await run_in_threadpool(_shown, rooms, arena, annotator, note)
+        return studio.page(request, "arena_pair.html", **values)
 
     async def item(request: Request) -> Response:
-        return panel(request, rooms.named(request), _known(request))
+        return await panel(request, rooms.named(request), _known(request))
 
     async def say(request: Request) -> Response:
         arena, annotator = rooms.named(request), _known(request)
         given = await fields(request)
         note = await run_in_threadpool(_take, rooms, arena, annotator, given)
-        return panel(request, arena, annotator, note)
+        return await panel(request, arena, annotator, note)
 
     async def undo(request: Request) -> Response:
         arena, annotator = rooms.named(request), _known(request)
-        given = dict(await fields(request))
-        mine = arena.preferences.refresh().of(annotator)
-        note = "There is nothing to take back."
-        if mine and given.get("order") == str(arena.preferences.records.get(annotator, 0)):
-            await run_in_threadpool(arena.preferences.undo, mine[-1])
-            note = "Your last word was taken back; judge this pair again."
-        return panel(request, arena, annotator, note)
+        note = await run_in_threadpool(_take_back, arena, annotator, (await form(request)).get("order", ""))
+        return await panel(request, arena, annotator, note)
 
     async def live(request: Request) -> Response:
         arena, annotator = rooms.named(request), _known(request)
@@ -237,6 +236,11 @@ def _take(rooms: Rooms, arena: Arena, annotator: str, given: list[tuple[str, str
 
     A verdict on a pair that is no longer the next one (a key pressed twice, a second window, a crash after it was written) changes nothing.
     """
+    with arena.lock:
+        return _taken(rooms, arena, annotator, given)
+
+
+def _taken(rooms: Rooms, arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
     values = dict(given)
     said = values.get("verdict", "")
     if said not in SAID:
@@ -277,6 +281,16 @@ def _take(rooms: Rooms, arena: Arena, annotator: str, given: list[tuple[str, str
     return (
         "" if not edited.strip() or judgement.edited else "Your own answer was left out: it belongs to a better answer."
     )
+
+
+def _take_back(arena: Arena, annotator: str, order: str) -> str:
+    """Undo somebody's last word, once; what is to be said about it."""
+    with arena.lock:
+        mine = arena.preferences.refresh().of(annotator)
+        if not mine or order != str(arena.preferences.records.get(annotator, 0)):
+            return "There is nothing to take back."
+        arena.preferences.undo(mine[-1])
+    return "Your last word was taken back; judge this pair again."
 
 
 async def _written(rooms: Rooms, arena: Arena, item: Item) -> AsyncIterator[str]:
