@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -88,6 +90,13 @@ def test_nothing_outside_the_folder_and_no_endless_body(studio: Any, tmp_path: P
     assert ada.post("/arena/new", {f"f{i}": "" for i in range(3000)}).status_code == 400
     many = ada.client.post("/arena/new", content=b"{}", headers={"x-csrf-token": ada.csrf})
     assert many.status_code == 415
+
+
+def test_the_studio_starts_without_torch(tmp_path: Path) -> None:
+    script = "import sys; from pathlib import Path; from penchant.studio.app import Studio; Studio(Path('.'))"
+    script += "; print(sorted({'torch', 'transformers', 'krippendorff'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_an_address_of_all_needs_a_key(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -196,6 +205,23 @@ def test_two_people_at_once_lose_nothing_and_share_what_overlaps(studio: Any, tm
     assert by["ada"] | by["ben"] == set(arena.pairs)
     shared = len(by["ada"] & by["ben"])
     assert 4 <= shared <= 20 and len(said) == 24 + shared
+
+
+def test_a_pair_stays_before_somebody_whatever_others_say(studio: Any, tmp_path: Path) -> None:
+    """Also when the studio is started anew between the showing and the word: no word is refused, and the sides are as they were."""
+    arena = arena_of(tmp_path, pairs=6, models=("dpo", "ipo", "start"), overlap=1.0, checks=0.0, repeats=0.0)
+    ada, ben = Person(studio, "ada"), Person(studio, "ben")
+    page = ada.get("/arena/test").text
+    hidden = {n: page.split(f'name="{n}" value="')[1].split('"')[0] for n in ("order", "pair")}
+    for _ in range(9):
+        ben.judge("test", "left")
+        assert f'value="{hidden["pair"]}"' in ada.get("/arena/test").text
+    with studio_of(tmp_path) as another:
+        Person(another, "ada").post("/arena/test/judge", {**hidden, "verdict": "left"})
+    (word,) = [j for j in judgements(arena) if j.annotator == "ada"]
+    assert (
+        word.pair == hidden["pair"] and word.answers[word.left == "b"] in page.split('id="left"')[1].split("</div>")[0]
+    )
 
 
 def test_training_and_the_audit_read_the_file(studio: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -247,9 +247,13 @@ def of_pairs(file: Path) -> Answers:
     return _enough(Answers(rows, {"chosen": source, "rejected": source}), str(file), "pairs")
 
 
-def of_prompts(prompts: Sequence[Any], writers: Mapping[str, Mapping[str, str]]) -> Answers:
-    """Prompts whose answers are written when somebody asks for them."""
-    return Answers([(p, {}) for p in prompts], {n: {"source": _said(w), "sha256": ""} for n, w in writers.items()})
+def of_prompts(
+    prompts: Sequence[Any], writers: Mapping[str, Mapping[str, str]], hashes: Mapping[str, str] | None = None
+) -> Answers:
+    """Prompts whose answers are written when somebody asks for them; `hashes` of the writers, where they are known."""
+    known = hashes or {}
+    models = {n: {"source": _said(w), "sha256": known.get(n, "")} for n, w in writers.items()}
+    return Answers([(p, {}) for p in prompts], models)
 
 
 def _said(writer: Mapping[str, str]) -> str:
