@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from penchant.cli.arguments import add_arguments, options_of
-from penchant.requests import CompareRequest
+from penchant.requests import HUMANS, CompareRequest
 
 
 def add(commands: Any) -> None:
@@ -30,7 +30,6 @@ def add(commands: Any) -> None:
 
 def _compare(args: argparse.Namespace) -> int:
     from penchant import api
-    from penchant.judges.humans import HUMANS
 
     if (args.judge or "").startswith(HUMANS):
         return _by_humans(args)
