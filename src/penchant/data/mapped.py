@@ -23,13 +23,8 @@ from penchant.types import Completion, Message, PromptTree, TokenTree
 
 NO_LABEL = -1  # stands for None
 EXTRAS = {"weight": 1.0, "origin": 0.0}  # of each tree; a file of them is there where some are others
-FURTHER = (
-    {},
-    "",
-    "",
-    1.0,
-    0,
-)  # what a row says behind its source, where it says nothing: columns, tools, options, weight, origin
+# what a row says behind its source, where it says nothing: columns, tools, options, weight, origin
+FURTHER: tuple[Any, ...] = ({}, "", "", 1.0, 0)
 MASKS = "masks.npy"  # there where some tokens of completions are not trained
 
 
