@@ -6,7 +6,7 @@ import os
 import subprocess
 import tempfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -191,9 +191,9 @@ class Data:
             return self._of_places(file, start, places(sequence(findings[only].get("where"))), word)
         return file.page(start, needle=word)
 
-    def _of_places(self, file: File, start: int, where: list[str], word: str) -> Page:
+    def _of_places(self, file: File, start: int, where: Sequence[str], word: str) -> Page:
         """The rows at some places."""
-        wanted = set(where)
+        wanted: set[str] = set(where)
         if file.lines is None or file.grouped:
             return file.page(start, wanted=lambda item: item.where in wanted, needle=word)
         items: list[Item] = []
@@ -239,8 +239,8 @@ class Data:
                     request, "data_edit.html", item=item, said=said, **{**values, "error": str(error)}
                 )
             if became.aside is not None and given.get("anyway") != "on":
-                error = f"it would be kept aside: {became.aside[0]}; {became.aside[1]}"
-                return self.studio.page(request, "data_edit.html", item=item, said=said, **{**values, "error": error})
+                why = f"it would be kept aside: {became.aside[0]}; {became.aside[1]}"
+                return self.studio.page(request, "data_edit.html", item=item, said=said, **{**values, "error": why})
             await run_in_threadpool(edits.add, where, "changed", sum_of(item), row)
         return await self._row(request, file, path, shape, item)
 
