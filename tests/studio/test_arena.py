@@ -358,3 +358,40 @@ def test_equal_answers_are_no_pair(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no pair of two different answers"):
         arena_of(tmp_path, answers=same)
     assert len(pairs.pairs_of(answers_of(3, ("a", "b", "c")), 0)) == 9
+
+
+# ---- answers that are written while a person waits ----
+
+
+def test_answers_are_written_by_a_run_and_an_endpoint_and_kept(
+    studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from serving import model_of, random_folder, serving
+
+    monkeypatch.setattr("penchant.studio.writers.MAX_TOKENS", 24)
+    run = random_folder(tmp_path / "runs/dpo")
+    with serving(model_of(random_folder(tmp_path / "writer", seed=3)), name="writer") as endpoint:
+        ada = Person(studio, "ada")
+        given = {"source": "prompts", "prompts": "One?\nTwo?", "run_one": "runs/dpo", "url_two": endpoint.url}
+        made = ada.post("/arena/new", {"name": "live", **given, "model_two": "writer"})
+        assert made.status_code == 200, made.text
+        page = ada.get("/arena/live").text
+        assert 'data-live="/arena/live/live"' in page and 'class="say left" disabled' in page
+        hidden = {n: page.split(f'name="{n}" value="')[1].split('"')[0] for n in ("order", "pair")}
+        assert ada.post("/arena/live/judge", {**hidden, "verdict": "left"}).status_code == 409
+        events = ada.get("/arena/live/live").text
+        pieces: dict[str, str] = {"left": "", "right": ""}
+        for kind, data in re.findall(r"event: (\w+)\ndata: (.*)\n", events):
+            if kind in pieces:
+                pieces[kind] += json.loads(data)["text"]
+        assert "event: done" in events and all(pieces.values()), events
+        (arena,) = pairs.arenas(tmp_path)
+        written = arena.pairs[hidden["pair"]].answers
+        assert written is not None and set(written) == set(pieces.values())
+        ada.judge("live", "left")
+        (row,) = lines(arena)
+        assert (row["model_a"], row["model_b"]) == ("runs/dpo", "writer") and Path(run).name == "dpo"
+        assert row[f"answer_{row['left']}"] == pieces["left"]
+    # the endpoint is gone: a sentence, and nothing is kept
+    assert "event: failed" in (told := ada.get("/arena/live/live").text) and "cannot be asked" in told
+    assert len(lines(arena)) == 1
