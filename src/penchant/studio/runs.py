@@ -33,7 +33,7 @@ from penchant.watch.views import OPEN_STATES, is_run
 EVERY = 1.0  # seconds between two looks at the runs of a page
 BEAT = 15  # looks without news after which a connection is told that it is still there
 MOST_RUNS = 24  # drawn over each other
-SAMPLES = 12  # that a page shows
+SHOWN = 12  # samples that a page shows
 REPORT_BYTES = 64 << 20
 # of a report: it runs its own script, in a frame that is no page of the studio and may ask for nothing
 REPORT_POLICY = (
@@ -162,7 +162,7 @@ class Runs:
         for name in (SAMPLES, SAMPLES_BEFORE):
             self.studio.inside(f"{path}/{name}")
         view = await run_in_threadpool(self.shelf.followed, path)
-        some = [sample_of(row) for row in islice(view.samples, SAMPLES)]
+        some = [sample_of(row) for row in islice(view.samples, SHOWN)]
         return self.studio.page(request, "samples.html", samples=some, of=len(view.samples))
 
     async def report(self, request: Request) -> Response:
