@@ -180,7 +180,7 @@ class Preferences:
 
     def of(self, annotator: str) -> list[Judgement]:
         """One person's, in order."""
-        return [j for j in self.judgements.values() if j.annotator == annotator]
+        return [j for j in list(self.judgements.values()) if j.annotator == annotator]
 
     def undo(self, judgement: Judgement) -> None:
         """Take one back, by a record that says so."""
@@ -270,4 +270,7 @@ def turns_of(prompt: Any) -> Iterator[tuple[str, str]]:
         yield "user", prompt
         return
     for message in prompt if isinstance(prompt, Sequence) else ():
-        yield str(mapping(message).get("role") or "user"), str(mapping(message).get("content") or "")
+        turn = mapping(message)
+        content = turn.get("content") or turn.get("tool_calls") or ""
+        said = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        yield str(turn.get("role") or "user"), said
