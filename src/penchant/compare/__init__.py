@@ -40,10 +40,9 @@ from penchant.compare.runs import (
 from penchant.data.load import Dataset, load_preferences
 from penchant.errors import ConfigError, DataError
 from penchant.judges import OF_ENDPOINTS, JudgeOptions, PairJudge, load_judge
-from penchant.judges.humans import HUMANS
 from penchant.metrics.flags import comparison_flags, summary
 from penchant.metrics.flags.rule import Flag
-from penchant.requests import CompareRequest
+from penchant.requests import HUMANS, CompareRequest
 from penchant.rewards.functions import reads_columns
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT, make_folder
 from penchant.runfolder.read import read

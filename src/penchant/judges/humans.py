@@ -18,7 +18,6 @@ from penchant.runfolder.read import json_rows
 from penchant.runfolder.values import mapping, num
 
 PREFERENCES = "preferences.jsonl"
-HUMANS = "humans:"  # how `--judge` names such a file
 VERDICTS = ("a", "b", "tie", "both_bad", "skip")
 UNDO = "undo"  # the verdict of a record that takes an earlier one of the same id back
 WINS = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
@@ -252,11 +251,6 @@ def read_preferences(path: Path | str) -> Preferences:
     if not found.judgements and not found.undone:
         raise DataError(str(file), "holds no judgement", "give the preferences.jsonl of an arena of penchant studio")
     return found
-
-
-def named_file(judge: str) -> str:
-    """The file in ``humans:preferences.jsonl``; empty where a judge is another."""
-    return judge.removeprefix(HUMANS) if judge.startswith(HUMANS) else ""
 
 
 def prompt_key(prompt: Any) -> str:
