@@ -38,8 +38,8 @@ def shared_world(base: Path) -> Path:
 
 
 def _make() -> None:
-    rows = polite_rows(60)
-    for name, part in {"train": rows, "test": polite_rows(72)[60:]}.items():
+    rows = polite_rows(120)  # README holds a hundred of them out
+    for name, part in {"train": rows, "test": polite_rows(132)[120:]}.items():
         write_jsonl(Path(f"{name}.jsonl"), part)
     write_jsonl(Path("prompts.jsonl"), [{"prompt": r["prompt"]} for r in rows])
     Path("book.txt").write_text("It was a dark night.\n\nThen it was day.\n")
