@@ -391,7 +391,7 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
     size = torch.empty(0, dtype=run.dtype).element_size()
     shadow = size < 4  # bf16 weights are shadows of fp32 masters
     reference = _frozen_models(run) * size
-    activations, coarse = largest_pass(run, work) if counted else (_rule_of_thumb(run, work), "a rule of thumb")
+    activations, coarse = _activations(run, work) if counted else (_rule_of_thumb(run, work), "a rule of thumb")
     if run.config.train.gradient_checkpointing == "offload":  # the GPU has what a pass holds that keeps nothing
         activations = replace(activations, layers=min(activations.layers, activations.forward))
     train, bits = run.config.train, run.config.model.quantize
@@ -472,8 +472,7 @@ def _prepared(run: OutlinedRun, work: Work) -> int:
     return kernels * KERNEL + min(capacity, products) * PRODUCT
 
 
-def largest_pass(run: OutlinedRun, work: Work) -> tuple[Activations, str]:
-    """What a pass of the largest step holds, and why that is a rough estimate, or an empty string."""
+def _activations(run: OutlinedRun, work: Work) -> tuple[Activations, str]:
     fast = run.layout[1]
     try:
         found = activations_of(run, run.model, work.batch, fast)

@@ -126,7 +126,7 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
     notes += remarks(asked if gpus else run.config, run.rows)
     return Plan(
         run.method.name, str(run.folder), _what_is_there(run.folder), settings, rows, work, parameters, memory, disk, reference,
-        found, duration, tuple(notes), ranks_of(run, work, gpus),
+        found, duration, tuple(notes), ranks_of(run, memory, gpus),
     )  # fmt: skip
 
 

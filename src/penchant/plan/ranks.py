@@ -8,9 +8,8 @@ from typing import Any
 
 from penchant.distributed.shard import layers_of
 from penchant.models.load import backbone_of
-from penchant.plan import memory
+from penchant.plan.memory import Memory
 from penchant.plan.outline import OutlinedRun
-from penchant.plan.work import Work
 from penchant.runs.parts import reference_kind
 from penchant.training.optim import state_bytes
 
@@ -112,9 +111,10 @@ def activations_of(config: Any, tokens: int, width: int = 2) -> int:
     return tokens * width * (d * config.num_hidden_layers + one) + 4 * tokens * heads
 
 
-def ranks_of(run: OutlinedRun, work: Work, counts: Sequence[int]) -> dict[int, dict[str, int]]:
+def ranks_of(run: OutlinedRun, memory: Memory, counts: Sequence[int]) -> dict[int, dict[str, int]]:
     """By number of processes: bytes by part of each, for a run; its passes are counted on transformers' own layers."""
-    passing, launch = memory.largest_pass(run, work)[0].total, run.config.launch
+    passing = sum(n for name, n in memory.parts.items() if name.startswith(("activations", "head")))
+    launch = run.config.launch
     sizes, needed = Sizes.of(run.model, run.config.train.optimizer), "reference" in run.method.needs
     held = needed and reference_kind(run.config) == "frozen"
     how = {
