@@ -20,6 +20,7 @@ from penchant.losses.section import LossConfig, LossModifiers
 from penchant.metrics.flags.rule import TrustConfig
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.rewards.builtin import RewardConfig, kind_of
+from penchant.rollout.options import RolloutConfig
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
 BOTH = "loss and algorithm are both set; keep one: an algorithm uses no loss of this section"
@@ -55,6 +56,7 @@ class RunConfig(Section):
         None,
         description="for an online method: one of docs/rewards.md by name, path.py:function, a reward model's folder, a list of these, or a mapping from these to weights",
     )
+    rollout: RolloutConfig = RolloutConfig()
     reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -129,6 +131,14 @@ class RunConfig(Section):
             )
         if self.algorithm is not None and "loss" in self.model_fields_set and self.loss.name != "dpo":
             raise ValueError(BOTH)
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_writes(self) -> RunConfig:
+        if self.rollout != RolloutConfig() and self.method.rollouts is None:
+            raise ValueError(
+                "rollout is of methods that write completions in training; leave it out, or set algorithm.name"
+            )
         return self
 
     @property
