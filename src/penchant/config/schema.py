@@ -20,11 +20,12 @@ from penchant.losses.section import LossConfig, LossModifiers
 from penchant.metrics.flags.rule import TrustConfig
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.rewards.builtin import RewardConfig, kind_of
-from penchant.rollout.options import RolloutConfig
+from penchant.rollout.options import PLACES, RolloutConfig
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
 BOTH = "loss and algorithm are both set; keep one: an algorithm uses no loss of this section"
 WATCHING_ONLY = ("output", "logging", "trust", "launch")  # sections that change nothing in what a run computes
+WATCHING: Mapping[str, Any] = {**dict.fromkeys(WATCHING_ONLY, True), "rollout": set(PLACES)}  # and keys
 
 
 class EvaluationConfig(EvalConfig):
