@@ -274,8 +274,7 @@ class Writer:
         mine = [prompts[i] for i in range(world.rank, len(prompts), world.size)]
         with whole_weights(None if self.rollout.elsewhere else self.engine):
             written = self._insistently(mine, iteration, k)
-        everyone = world.gather(written)
-        return [everyone[i % world.size][i // world.size] for i in range(len(prompts))], self.version
+        return world.dealt(written, len(prompts)), self.version
 
     def _insistently(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
         """By the weights of now: where an engine has lost them, it is sent them once more and the batch is asked for again."""
@@ -330,7 +329,7 @@ class Writer:
             cut = tuple(not s.finished for s in row)
             trees.append(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source))
         step = iteration * cfg.updates if iteration != EVALUATION else 0  # which is no step of the run
-        said = self._judged([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
+        said = self.reward.judge([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
         if taken := [n for n in said.metrics if n in METRICS or n in ("kind", "step")]:
             raise RewardError(
                 "reward", f'log_metric("{taken[0]}") would replace a figure of the run', "log another name"
@@ -348,17 +347,6 @@ class Writer:
             made = Group(tree, rewards[i] - penalty, tuple(texts[i]), extras, own, said.metrics)
             groups.append(made)
         return groups
-
-    def _judged(self, prompts: list[str], texts: list[str], trees: list[TokenTree], step: int) -> Any:
-        """What the rewards say: asked by rank 0 for all, but a reward model takes its passes from every rank."""
-        world = current()
-        if not world.many:
-            return self.reward.judge(prompts, texts, trees, step)
-        said, models = None, any(hasattr(term.function, "score_trees") for term in self.reward.terms)
-        with world.together(patient=True):
-            if world.leads or models:
-                said = self.reward.judge(prompts, texts, trees, step)
-        return world.share(said)
 
 
 @dataclass(slots=True)

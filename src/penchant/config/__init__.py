@@ -14,7 +14,6 @@ from penchant.config.schema import (  # noqa: F401
     BOTH,
     HOLD_OUT,
     WATCHING,
-    WATCHING_ONLY,
     RunConfig,
     default_settings,
     merged,

@@ -204,6 +204,16 @@ class Scorer:
         mean = per_completion(tokens.detach() - collision, batch.lengths) / batch.lengths
         return CompletionLogps(sums, tokens, alignment=mean)
 
+    def values(self, batch: PackedBatch, head: nn.Module) -> Tensor:
+        """What a head says of the hidden states that predict the completion tokens, (R,)."""
+        found: Tensor = head(self.predicting(batch))
+        return found
+
+    def valued(self, batch: PackedBatch, head: nn.Module) -> tuple[CompletionLogps, Tensor]:
+        """Log-probs and `values` of one forward pass."""
+        hidden = self.predicting(batch)
+        return self.logps(batch, hidden=hidden), head(hidden)
+
     def row_logits(self, batch: PackedBatch) -> RowLogits:
         """The logits of a slice of predicting positions, in fp32 (fp64), without gradient: what a divergence compares with."""
         with torch.no_grad():
