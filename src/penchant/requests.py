@@ -171,6 +171,8 @@ class EvalRequest:
 
 # ---- `penchant compare` ----
 
+HUMANS = "humans:"  # how `--judge` names a file of what people said
+
 
 @dataclass(frozen=True, slots=True)
 class CompareRequest:
