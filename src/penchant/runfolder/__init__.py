@@ -36,6 +36,7 @@ METRICS, PERF, EVALUATIONS = "metrics.jsonl", "perf.jsonl", "evaluations.jsonl"
 SAMPLES, SAMPLES_BEFORE = "samples.jsonl", "samples.before.jsonl"
 AUDIT, CALIBRATION, FLAGS = "audit.json", "calibration.json", "flags.json"
 RESULTS, REPORT = "results.json", "report.html"
+GIVEN_FOLDER = "given"  # what a run was given as Python objects
 CHECKPOINTS = "checkpoints"  # a folder of step-N, each with a manifest of its own
 COMPARISON, COMPARISON_ROWS = "comparison.json", "comparison.jsonl"  # of a comparison's folder
 SWEEP, PIPELINE = "sweep.json", "pipeline.json"  # of a sweep's and a pipeline's, in which runs' folders lie

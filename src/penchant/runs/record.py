@@ -20,7 +20,7 @@ from penchant.base.files import file_sha256, spared
 from penchant.base.hub import snapshot
 from penchant.base.machine import cores, device_name, why_not
 from penchant.base.text import redact, without_passwords
-from penchant.config import WATCHING_ONLY, RunConfig
+from penchant.config import WATCHING_ONLY, RunConfig, dump_config
 from penchant.data.cached import AUTO_BYTES, hashes_of
 from penchant.data.load import turns_of
 from penchant.distributed.world import current
@@ -29,7 +29,7 @@ from penchant.logprobs.reference import hash_trees
 from penchant.models.merge import adapter_base, is_adapter
 from penchant.models.options import looks_like_folder
 from penchant.rewards.reward_model import content_sha256, contents_beside
-from penchant.runfolder import CONTENT, IDENTITY, IN_CACHE, TOKENS, is_whole, keep
+from penchant.runfolder import CONTENT, GIVEN_FOLDER, IDENTITY, IN_CACHE, TOKENS, is_whole, keep
 from penchant.runfolder.read import read
 from penchant.runs.sharing import Alone
 from penchant.types import Prompt
@@ -198,6 +198,13 @@ def trees_sha256(rows: Rows) -> str:
 # ---- manifest ------------------------------------------------------------------------------------------------------------
 
 
+def _given(config: RunConfig) -> list[str]:
+    """What no config can name by itself: the files of objects that the run was given from Python."""
+    text = dump_config(config)
+    folder = Path(config.output) / GIVEN_FOLDER
+    return sorted(p.name for p in folder.iterdir() if str(p) in text) if folder.is_dir() else []
+
+
 def write_manifest(
     path: Path,
     rows: Rows,
@@ -259,6 +266,7 @@ def write_manifest(
         "gradient_checkpointing": again if isinstance(again, str) else ("off", "layers")[again],
         "data": data,
         **({"processes": current().size} if current().many else {}),
+        **({"given": given} if (given := _given(config)) else {}),
         "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},
     }
     keep(path, without_passwords(json.dumps(manifest, indent=1)))

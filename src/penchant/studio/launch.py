@@ -180,7 +180,8 @@ def suggestions(root: Path) -> dict[str, list[str]]:
 # ---- Processes ----
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """What a process that is started here gets of the studio's own."""
     return {k: v for k, v in os.environ.items() if k not in ("PENCHANT_REEXECUTED", "PENCHANT_API_KEY")}
 
 
@@ -239,7 +240,7 @@ class Processes:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # the signals that end the studio are not the run's
-                env=_environment(),
+                env=environment(),
             )
         finally:
             os.close(log)
@@ -295,7 +296,7 @@ def plan(root: Path, text: str, probe: bool) -> dict[str, Any]:
         asked = command("plan", str(file), "--json", *([] if probe else ["--no-probe"]))
         try:
             done = subprocess.run(
-                asked, cwd=root, env=_environment(), capture_output=True, timeout=PLAN_SECONDS, check=False
+                asked, cwd=root, env=environment(), capture_output=True, timeout=PLAN_SECONDS, check=False
             )
         except subprocess.TimeoutExpired as error:
             raise ConfigError(
