@@ -117,7 +117,7 @@ def ranks_of(run: OutlinedRun, memory: Memory, counts: Sequence[int]) -> dict[in
     launch = run.config.launch
     sizes, needed = Sizes.of(run.model, run.config.train.optimizer), "reference" in run.method.needs
     held = needed and reference_kind(run.config) == "frozen"
-    how = {
+    how: dict[str, Any] = {
         "width": run.dtype.itemsize,
         "activations": passing,
         "copies": run.method.copies,
