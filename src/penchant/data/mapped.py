@@ -23,13 +23,8 @@ from penchant.types import Completion, Message, PromptTree, TokenTree
 
 NO_LABEL = -1  # stands for None
 EXTRAS = {"weight": 1.0, "origin": 0.0}  # of each tree; a file of them is there where some are others
-FURTHER = (
-    {},
-    "",
-    "",
-    1.0,
-    0,
-)  # what a row says behind its source, where it says nothing: columns, tools, options, weight, origin
+# what a row says behind its source, where it says nothing: columns, tools, options, weight, origin
+FURTHER: tuple[Any, ...] = ({}, "", "", 1.0, 0)
 MASKS = "masks.npy"  # there where some tokens of completions are not trained
 
 
@@ -66,7 +61,8 @@ class StoredRows(Sequence[PromptTree]):
         if isinstance(at, slice):
             return tuple(self[i] for i in range(*at.indices(len(self))))
         row = range(len(self))[at] if self.which is None else int(self.which[at])
-        prompt, completions, source, *further = json.loads(self._trees[row].as_py())
+        values: list[Any] = json.loads(self._trees[row].as_py())
+        prompt, completions, source, *further = values
         shown = prompt if isinstance(prompt, str) else tuple(Message(*m) for m in prompt)
         made = tuple(
             Completion(text, label, score, tuple(Message(*m) for turns in more[:1] for m in turns), *more[1:])
