@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -171,3 +172,18 @@ def test_the_frontiers_steps_join_those_that_nobody_beats() -> None:
         for i, (n, x, y) in enumerate([("a", 1, 1), ("b", 2, 0.5), ("c", 3, 2), ("d", 3, 1.9), ("e", 4, 2)])
     ]
     assert [s.name for s in best_so_far(spots)] == ["a", "c"]
+
+
+def test_held_out_sets_have_curves_of_their_own(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    before = str(curves(read_report([folder], 0.0)))
+    assert "by held-out set" not in before
+    for line in lines:
+        if line.get("kind") == "eval":
+            line |= {"eval/math/loss": 0.5, "eval/math/rows": 4, "eval/general/loss": 0.7, "eval/general/rows": 4}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = str(curves(read_report([folder], 0.0)))
+    assert "Loss by held-out set" in found and ">math<" in found and ">general<" in found
+    assert "Preference accuracy by held-out set" not in found

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from penchant.base.text import counted as count
-from penchant.metrics.names import METRICS
+from penchant.metrics import names
 from penchant.report.data import ReportData, RunData, Setting
 from penchant.report.html import Element, el, fold
 from penchant.report.svg import Band, Level, Line, Plot, Point, figure, shown, smooth, window
@@ -34,7 +34,7 @@ class Panel:
 
     @property
     def share(self) -> bool:
-        return METRICS[self.lines[0][0].removeprefix("eval/")].share
+        return names.metric(self.lines[0][0]).share
 
     def plot(self, title: str, lines: Sequence[Line], note: str, levels: tuple[Level, ...] = ()) -> Plot:
         says = _says(lines, self.share)
@@ -83,13 +83,28 @@ PANELS = (
 )
 
 
+BY_SET = (("Loss", "loss", ""), ("Preference accuracy", "rewards/accuracies", "%"), ("Perplexity", "perplexity", ""))
+
+
+def _by_set(runs: Sequence[RunData]) -> list[Panel]:
+    """What each of several held-out sets says (`data.eval_path: {name: path}`), a line a set."""
+    logged = {name: None for run in runs for line in run.evals for name in map(str, line) if name.count("/") == 2}
+    sets = [name.split("/")[1] for name in logged if name.startswith("eval/") and name.endswith("/rows")]
+    return [
+        Panel(f"{title} by held-out set", unit, tuple((f"eval/{s}/{name}", s) for s in sets))
+        for title, name, unit in BY_SET
+        if sets
+    ]
+
+
 def curves(data: ReportData) -> Element | None:
     """Every plot that has a point; None where there is none."""
+    panels = (*PANELS, *_by_set(data.runs))
     if len(data.runs) == 1:
-        plots = [(True, _of_one(panel, data.runs[0])) for panel in PANELS]
+        plots = [(True, _of_one(panel, data.runs[0])) for panel in panels]
         plots.append((True, _reliability(data.runs[0].calibration)))
     else:
-        plots = [(panel.main, plot) for panel in PANELS for plot in _of_many(panel, data)]
+        plots = [(panel.main, plot) for panel in panels for plot in _of_many(panel, data)]
     drawn = [(main, picture) for main, plot in plots if plot is not None and (picture := figure(plot)) is not None]
     if not drawn:
         return None

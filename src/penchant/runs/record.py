@@ -23,6 +23,7 @@ from penchant.base.text import redact, without_passwords
 from penchant.config import WATCHING_ONLY, RunConfig, dump_config
 from penchant.data.cached import AUTO_BYTES, hashes_of
 from penchant.data.load import turns_of
+from penchant.data.mapped import row_weights
 from penchant.distributed.world import current
 from penchant.errors import ModelError
 from penchant.logprobs.reference import hash_trees
@@ -192,6 +193,9 @@ def trees_sha256(rows: Rows) -> str:
     for trees in (*rows.trees, list(rows.mismatched.values())):
         digest.update(f"{len(trees)};".encode())
         hash_trees(digest, trees)
+        weights = row_weights(trees)
+        if weights is not None:
+            digest.update(weights.astype("<f8").tobytes())
     return digest.hexdigest()
 
 
