@@ -125,6 +125,7 @@ class ScoredTokens:
     advantages: Tensor  # (C,), or of each token
     completion_of: Tensor
     lengths: Tensor  # (C,) int64
+    entropy: Tensor | None = None  # where it is in the loss
     keep: Tensor | None = None  # (C,) 1 or 0: whether a completion is in the update; None: all are
 
 
@@ -256,13 +257,18 @@ class GroupPolicyGradient(OnPolicy):
         return {"main": float(len(batch.lengths))}
 
     def score(self, batch: PackedBatch) -> ScoredTokens:
-        tokens = self.scorer.logps(batch).tokens
+        entropy = None
+        if self.config.entropy_coef:
+            made, entropy = self.scorer.with_entropy(batch)
+            tokens = made.tokens
+        else:
+            tokens = self.scorer.logps(batch).tokens
         ref, advantages = (self.extra(batch, name).to(tokens) for name in ("ref", "advantages"))
         # with one update a batch of rollouts, the policy that is trained is the one that wrote
         old = tokens.detach() if self.config.updates == 1 else self.extra(batch, "old").to(tokens)
         keep = self.keep(batch)
         weights = None if keep is None else keep.to(tokens)
-        return ScoredTokens(tokens, old, ref, advantages, batch.completion_of, batch.lengths, weights)
+        return ScoredTokens(tokens, old, ref, advantages, batch.completion_of, batch.lengths, entropy, weights)
 
     def loss(self, scored: ScoredTokens) -> LossOutput:
         s, cfg = scored, self.config
@@ -276,6 +282,9 @@ class GroupPolicyGradient(OnPolicy):
             "kl/per_token": (k3.detach(), None),
             "logps/per_token": (s.logps.detach(), None),
         }
+        if s.entropy is not None:
+            losses = losses - cfg.entropy_coef * s.entropy
+            metrics["policy/entropy"] = (s.entropy.detach(), None)
         if not cfg.kl_in_reward:
             losses = losses + cfg.kl_weight * self._kl_in_loss(s, k3)
         if cfg.name == "rloo":

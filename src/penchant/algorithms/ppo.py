@@ -115,6 +115,7 @@ class ScoredSteps:
     advantages: Tensor
     returns: Tensor
     keep: Tensor  # 1 or 0: whether a token is in the update
+    entropy: Tensor | None = None  # where it is in the loss
 
 
 @dataclass(slots=True)
@@ -211,14 +212,19 @@ class PPO(OnPolicy):
 
     def score(self, batch: PackedBatch) -> ScoredSteps:
         hidden = self.scorer.predicting(batch)
-        logps = self.scorer.logps(batch, hidden=hidden).tokens
+        entropy = None
+        if self.config.entropy_coef:
+            made, entropy = self.scorer.with_entropy(batch, hidden)
+            logps = made.tokens
+        else:
+            logps = self.scorer.logps(batch, hidden=hidden).tokens
         values = self._values(batch, hidden)
         old, old_values, ref, advantages, returns = (
             self.extra(batch, name).to(logps) for name in ("old", "values", "ref", "advantages", "returns")
         )
         keep = self._keep(batch)
         weights = torch.ones_like(logps.detach()) if keep is None else keep.to(logps)
-        return ScoredSteps(logps, values, old, old_values, ref, advantages, returns, weights)
+        return ScoredSteps(logps, values, old, old_values, ref, advantages, returns, weights, entropy)
 
     def loss(self, scored: ScoredSteps) -> LossOutput:
         s, cfg = scored, self.config
@@ -238,6 +244,9 @@ class PPO(OnPolicy):
             "entropy/sampled": (-s.logps.detach(), None),
             "logps/per_token": (s.logps.detach(), None),
         }
+        if s.entropy is not None:
+            losses = losses - cfg.entropy_coef * s.entropy
+            metrics["policy/entropy"] = (s.entropy.detach(), None)
         value = (cfg.value_coef * value_losses * s.keep, s.keep)
         return LossOutput(losses * s.keep, s.keep, metrics, {"value": value})
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from penchant.rewards import Reward
 
 
-class OnlineConfig(AlgorithmConfig):
-    """An online method, its rollouts, and its update. Present: `loss` is not used; `reward` is needed."""
+class SamplingConfig(AlgorithmConfig):
+    """A method whose policy writes: how it samples."""
 
     samples: int = Field(4, ge=1, le=4096, description="completions of each prompt")
     max_new_tokens: int = Field(64, ge=1, le=2**20, description="tokens of a completion")
@@ -34,6 +34,37 @@ class OnlineConfig(AlgorithmConfig):
         0.0, ge=0, lt=1, description="sample tokens of at least this share of the likeliest one's probability"
     )
     top_k: int = Field(0, ge=0, le=10**9, description="sample from this many of the likeliest tokens; 0: all")
+    repetition_penalty: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="divide logits of tokens that prompt and completion hold already by this; 1: do not",
+    )
+
+    def check(self, parts: Parts) -> None:
+        from penchant.models.load import base_model_of, head_scaling
+
+        config = base_model_of(parts.model).config
+        context = getattr(config, "max_position_embeddings", None)
+        longest = max(len(t.prompt_ids) for part in parts.trees for t in part) + self.max_new_tokens
+        if context is not None and longest > context:
+            raise ConfigError(
+                "algorithm.max_new_tokens",
+                f"the longest prompt and its completion make {longest} tokens, beyond the model's context of {context}",
+                "lower it, or data.max_length, which cuts prompts",
+            )
+        if self.temperature != 1.0 and head_scaling(config)[1] is not None:
+            raise ConfigError("algorithm.temperature", "this model caps its logits", "set it to 1.0")
+
+
+class OnlineConfig(SamplingConfig):
+    """An online method, its rollouts, and its update. Present: `loss` is not used; `reward` is needed."""
+
+    entropy_coef: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the entropy of the policy in the loss (all but online_dpo), exact over the vocabulary",
+    )
     beta: float | Literal["auto"] = Field(
         "auto",
         description="weight of the KL to the reference; auto: 0.05 (rloo, ppo), 0.04 (grpo), 0.01 (reinforce_pp), 0.1 (online_dpo), 0 (others)",
@@ -92,21 +123,6 @@ class OnlineConfig(AlgorithmConfig):
     def rollouts(self) -> Rollouts:
         return Rollouts(self.samples, self.samples, self.max_new_tokens, self.minibatches)
 
-    def check(self, parts: Parts) -> None:
-        from penchant.models.load import base_model_of, head_scaling
-
-        config = base_model_of(parts.model).config
-        context = getattr(config, "max_position_embeddings", None)
-        longest = max(len(t.prompt_ids) for part in parts.trees for t in part) + self.max_new_tokens
-        if context is not None and longest > context:
-            raise ConfigError(
-                "algorithm.max_new_tokens",
-                f"the longest prompt and its completion make {longest} tokens, beyond the model's context of {context}",
-                "lower it, or data.max_length, which cuts prompts",
-            )
-        if self.temperature != 1.0 and head_scaling(config)[1] is not None:
-            raise ConfigError("algorithm.temperature", "this model caps its logits", "set it to 1.0")
-
     def writer(self, parts: Parts) -> Writer:
         """What samples and judges; policy and reference get the method's temperature."""
         from penchant.rewards import load_reward
@@ -124,6 +140,7 @@ class OnlineConfig(AlgorithmConfig):
 
         asked = self.model_dump(mode="json", include={"temperature", "top_p", "top_k", "missing_eos_penalty"})
         asked |= {"min_p": self.min_p} if self.min_p else {}
+        asked |= {"repetition_penalty": self.repetition_penalty} if self.repetition_penalty != 1.0 else {}
         return evaluate_online(
             held_out.algorithm.writer,
             held_out.parts.scorer,
@@ -159,14 +176,14 @@ class Writer:
     """Writes groups: the policy samples, the reward function judges.
 
     Args:
-        model, tokenizer: the policy's; reward: of texts; config: samples, length, temperature; seed: of the run.
+        model, tokenizer: the policy's; reward: of texts, None for a `written` alone; config: samples, length, temperature; seed: of the run.
         engine: what runs the model, where several processes share it: each answers a part of the prompts.
     """
 
     model: Any
     tokenizer: Any
-    reward: Reward
-    config: OnlineConfig
+    reward: Reward | None
+    config: SamplingConfig
     seed: int
     engine: Any = None
 
@@ -176,39 +193,15 @@ class Writer:
         Raises:
             RewardError: the reward function failed; it names the completion.
         """
-        from penchant.data.templates import end_ids
-        from penchant.distributed.shard import whole_weights
         from penchant.metrics.completions import EVALUATION
         from penchant.metrics.names import METRICS
-        from penchant.rollout.generate import sample
 
         cfg = self.config
+        assert isinstance(cfg, OnlineConfig)
         k = samples or cfg.samples
-        world = current()
-        mine = [prompts[i] for i in range(world.rank, len(prompts), world.size)]
-        with whole_weights(self.engine):
-            written = sample(
-                self.model,
-                [t.prompt_ids.tolist() for t in mine],
-                n=k,
-                max_new_tokens=cfg.max_new_tokens,
-                temperature=cfg.temperature,
-                top_p=cfg.top_p,
-                top_k=cfg.top_k,
-                min_p=cfg.min_p,
-                seed=(self.seed * 1_000_003 + iteration) % 2**63,
-                prompt_seeds=[t.row for t in mine],
-                eos_token_id=end_ids(self.tokenizer, self.model),
-            )
-        everyone = world.gather(written)
-        rows = [everyone[i % world.size][i // world.size] for i in range(len(prompts))]
+        trees, logps = self.written(prompts, iteration, k)
         asked = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
-        texts = [[self.tokenizer.decode(s.ids, skip_special_tokens=True) for s in row] for row in rows]
-        trees = []
-        for prompt, row in zip(prompts, rows, strict=True):
-            ids = tuple(np.array(s.ids, np.int32) for s in row)
-            cut = tuple(not s.finished for s in row)
-            trees.append(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source))
+        texts = [[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in t.completion_ids] for t in trees]
         step = iteration * cfg.updates if iteration != EVALUATION else 0  # which is no step of the run
         said = self._judged([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
         if taken := [n for n in said.metrics if n in METRICS or n in ("kind", "step")]:
@@ -218,16 +211,51 @@ class Writer:
         rewards = torch.from_numpy(said.total).view(len(prompts), k)
         terms = {name: torch.from_numpy(values).view(len(prompts), k) for name, values in said.terms.items()}
         groups = []
-        for i, (tree, row) in enumerate(zip(trees, rows, strict=True)):
+        for i, (tree, sampled) in enumerate(zip(trees, logps, strict=True)):
             penalty = cfg.missing_eos_penalty * torch.tensor(tree.truncated, dtype=torch.float64)
-            sampled = torch.tensor([p for s in row for p in s.logps])
             own = {name: values[i] for name, values in terms.items()}
             made = Group(tree, rewards[i] - penalty, tuple(texts[i]), {"old": sampled}, own, said.metrics)
             groups.append(made)
         return groups
 
+    def written(
+        self, prompts: Sequence[TokenTree], iteration: int, samples: int
+    ) -> tuple[list[TokenTree], list[Tensor]]:
+        """Each prompt with `samples` completions, and the log-probs (R,) of their tokens as they were sampled."""
+        from penchant.data.templates import end_ids
+        from penchant.distributed.shard import whole_weights
+        from penchant.rollout.generate import sample
+
+        cfg = self.config
+        world = current()
+        mine = [prompts[i] for i in range(world.rank, len(prompts), world.size)]
+        with whole_weights(self.engine):
+            written = sample(
+                self.model,
+                [t.prompt_ids.tolist() for t in mine],
+                n=samples,
+                max_new_tokens=cfg.max_new_tokens,
+                temperature=cfg.temperature,
+                top_p=cfg.top_p,
+                top_k=cfg.top_k,
+                min_p=cfg.min_p,
+                repetition_penalty=cfg.repetition_penalty,
+                seed=(self.seed * 1_000_003 + iteration) % 2**63,
+                prompt_seeds=[t.row for t in mine],
+                eos_token_id=end_ids(self.tokenizer, self.model),
+            )
+        everyone = world.gather(written)
+        rows = [everyone[i % world.size][i // world.size] for i in range(len(prompts))]
+        trees = []
+        for prompt, row in zip(prompts, rows, strict=True):
+            ids = tuple(np.array(s.ids, np.int32) for s in row)
+            cut = tuple(not s.finished for s in row)
+            trees.append(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source))
+        return trees, [torch.tensor([p for s in row for p in s.logps]) for row in rows]
+
     def _judged(self, prompts: list[str], texts: list[str], trees: list[TokenTree], step: int) -> Any:
         """What the rewards say: asked by rank 0 for all, but a reward model takes its passes from every rank."""
+        assert self.reward is not None
         world = current()
         if not world.many:
             return self.reward.judge(prompts, texts, trees, step)

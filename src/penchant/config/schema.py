@@ -81,6 +81,23 @@ class RunConfig(Section):
             "reference": {**reference, "ema": ema} if ema is not None else reference,
         }
 
+    @model_validator(mode="before")
+    @classmethod
+    def _teacher_is_the_reference(cls, values: Any) -> Any:
+        """What gkd is held against is its teacher: teacher.path is reference.path."""
+        if not isinstance(values, dict) or "teacher" not in values:
+            return values
+        teacher, reference = values["teacher"], dict(values.get("reference") or {})
+        path = teacher.get("path") if isinstance(teacher, Mapping) else teacher
+        if not isinstance(path, str) or (isinstance(teacher, Mapping) and set(teacher) != {"path"}):
+            raise ConfigError("teacher", "is no model", "write teacher: {path: FOLDER}")
+        algorithm = values.get("algorithm")
+        if (algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm) != "gkd":
+            raise ConfigError("teacher", "is of algorithm gkd alone", "set algorithm=gkd, or leave it out")
+        if reference.get("path", path) != path:
+            raise ConfigError("teacher.path", "and reference.path are both set", "keep one")
+        return {n: v for n, v in values.items() if n != "teacher"} | {"reference": {**reference, "path": path}}
+
     @field_validator("algorithm", mode="before")
     @classmethod
     def _each_has_its_own(cls, value: Any) -> Any:

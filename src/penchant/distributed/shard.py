@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from penchant.distributed.world import World
 
 # what a `Scorer` or a `RewardScorer` runs the model for: inside, the parameters that no layer owns are whole
-RUNS = ("hidden", "predicting", "logps", "divergence", "row_logits", "rewards")
+RUNS = ("hidden", "predicting", "logps", "divergence", "with_entropy", "row_logits", "rewards")
 
 
 class Root(nn.Module):
