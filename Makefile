@@ -1,6 +1,7 @@
 # Two commands to start with: `make demo` and `make test`. Both make .venv when it is missing.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+DEVICE ?= cuda
 READY := .venv/.ready
 TOOLS := .venv/.ready-tools
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -33,10 +34,11 @@ test: $(TOOLS)  ## the default suite
 test-all: $(TOOLS)  ## everything, the slow tests too
 	@$(PYTEST) -m ''
 
-test-gpu: $(TOOLS)  ## what depends on the device, on this machine's GPU, with a table of what ran; skipped where there is none
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-	then CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -m device --device cuda; \
-	else echo "test-gpu: skipped, nothing ran: torch sees no GPU on this machine"; fi
+test-gpu: $(TOOLS)  ## what depends on the device, on this machine's GPU (DEVICE=mps or xpu for others), with a table of what ran; skipped where there is none
+	@why=$$($(BIN)/python -c 'from penchant.base.machine import why_not; print(why_not("$(DEVICE)"))') && \
+	if test -z "$$why"; \
+	then CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -m device --device $(DEVICE); \
+	else echo "test-gpu: skipped, nothing ran: $$why"; fi
 
 bench: $(READY)  ## DPO against the peer, in turn, on this machine (about half an hour)
 	@$(INSTALL) -e '.[gguf]'

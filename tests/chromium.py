@@ -22,7 +22,7 @@ KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}
 
 
 class Browser:
-    """A headless browser without any network; pages are opened one at a time.
+    """A headless browser without any network but this machine; pages are opened one at a time.
 
     `events` are all messages without an id, in order: console lines, requests, violations of the page's policy.
     """
@@ -35,7 +35,7 @@ class Browser:
 
         command = [
             BINARY, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
             f"--user-data-dir={self.home}", "--remote-debugging-pipe", "about:blank",
         ]  # fmt: skip
         # the pipes must be 3 and 4 in the child, whatever they are here
@@ -107,15 +107,19 @@ class Browser:
 
     # ---- pages ----------------------------------------------------------------------------------------------------
 
-    def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False, media: str = "") -> None:
-        """Open a file, of that size, and wait until it is loaded."""
+    def open(self, path: Path | str, *, width: int = 1280, height: int = 900, dark: bool = False, media: str = "") -> None:
+        """Open a file or an address of this machine, in a window of that size, and wait until it is loaded."""
         self.events.clear()
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", media=media, features=features)
-        self.send("Page.navigate", url=path.resolve().as_uri())
+        self.send("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
+        self.loaded()
+
+    def loaded(self) -> None:
+        """Wait until the page that was asked for is loaded."""
         end = time.monotonic() + PATIENCE
         while not any(e["method"] == "Page.loadEventFired" for e in self.events):
             self._read(end)
@@ -129,11 +133,21 @@ class Browser:
 
     def press(self, key: str) -> None:
         """A key, down and up."""
-        more = {"text": "\r"} if key == "Enter" else {}
+        more = {"text": "\r"} if key == "Enter" else {"text": key} if len(key) == 1 else {}
         self.send(
             "Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=KEYS.get(key, 0), **more
         )
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=KEYS.get(key, 0))
+
+    def wait(self, script: str, why: str = "") -> Any:
+        """The value of a script, once it is true."""
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            with contextlib.suppress(RuntimeError):  # between two pages there is none to ask
+                if found := self.run(script):
+                    return found
+            time.sleep(0.03)
+        raise TimeoutError(why or script)
 
     def picture(self, target: Path, *, whole: bool = False) -> None:
         """A PNG of what is seen, or of the whole page."""

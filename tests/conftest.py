@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where tests marked `device` run: cpu or cuda")
+    parser.addoption("--device", default="cpu", help="where tests marked `device` run: cpu, cuda, mps or xpu")
 
 
 @pytest.fixture
@@ -53,11 +53,14 @@ def device(request: pytest.FixtureRequest) -> Any:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """After `make test-gpu`: what ran there, and how it ended."""
-    if config.getoption("--device") == "cpu":
+    kind = config.getoption("--device").split(":")[0]
+    if kind == "cpu":
         return
     import torch
 
-    terminalreporter.section(f"on {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    from penchant.base.machine import device_name
+
+    terminalreporter.section(f"on {device_name(kind)}, torch {torch.__version__}")
     for outcome in ("passed", "failed", "skipped"):
         for report in terminalreporter.stats.get(outcome, ()):
             terminalreporter.write_line(f"{outcome:8}{report.duration:8.2f} s  {report.nodeid.split('/')[-1]}")

@@ -24,7 +24,7 @@ LAYERS = [
     {"compare", "evaluate", "export", "plan", "serve", "sweep"},
     {"init", "pipeline"},
     {"api"},
-    {"demo"},
+    {"demo", "studio"},
     {"cli"},
     {"__main__"},
 ]

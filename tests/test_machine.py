@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from penchant.base import machine
-from penchant.base.machine import cores, in_fp64, machine_memory, moved, peak_memory, resident
+from penchant.base.machine import cores, device_name, in_fp64, machine_memory, moved, peak_memory, resident
 from penchant.errors import ConfigError
 from penchant.models.load import resolve_device, resolve_dtype
 
@@ -53,6 +53,13 @@ def test_where_processes_are_not_restricted_to_cores(monkeypatch: pytest.MonkeyP
     assert cores() == 6
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert cores() == 1
+
+
+def test_every_kind_of_device_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.mps` knows none."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
+    assert device_name("cuda") == "NVIDIA X" and not hasattr(torch.mps, "get_device_name")
+    assert device_name("mps") == machine.NAMES["mps"]
 
 
 def test_of_a_gpu_it_is_the_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:

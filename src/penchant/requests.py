@@ -385,3 +385,20 @@ class ServeRequest(ModelRequest):
     max_body: int = option("largest request body (default: 4 MiB)", 4 << 20, "BYTES", low=1)
     timeout: float = option("longest time for a request (default: %(default)g)", 600.0, "SECONDS", above=0)
     quiet: bool = option("do not log requests", False)
+
+
+# ---- `penchant studio` ----
+
+
+@dataclass(frozen=True, slots=True)
+class StudioRequest:
+    """What `penchant studio` is asked; docs/studio.md explains it."""
+
+    folder: str = option(
+        "the folder with your runs, data and arenas (default: the current one)", ".", "FOLDER", positional=True
+    )
+    host: str = option(
+        "address to listen on (default: 127.0.0.1); any other needs PENCHANT_API_KEY in the environment", "127.0.0.1"
+    )
+    port: int = option("port; 0 takes a free one (default: %(default)d)", 8700, low=0, high=65535)
+    log: bool = option("print a line for every request", False)

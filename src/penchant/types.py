@@ -292,8 +292,9 @@ class Scored:
             if f.name == "pairs":
                 columns[f.name] = None if any(v is None for v in values) else all(values)
             elif f.name == "shape":
-                trees, most = ([v[i] for v in values if v is not None] for i in (0, 1))
-                columns[f.name] = (sum(trees), max(most)) if len(most) == len(values) else None
+                shapes = [v for v in values if v is not None]
+                whole = len(shapes) == len(values)
+                columns[f.name] = (sum(n for n, _ in shapes), max(k for _, k in shapes)) if whole else None
             else:
                 columns[f.name] = None if any(v is None for v in values) else torch.cat(values)
         trees: list[Tensor] = []

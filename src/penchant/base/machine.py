@@ -49,6 +49,11 @@ def why_not(kind: str) -> str:
     return f"no {NAMES[kind]} is visible" + ("" if built else f" (torch {torch.__version__} is built without {kind})")
 
 
+def device_name(kind: str) -> str:
+    """What a kind of device calls itself; torch cannot tell for every kind."""
+    return str(getattr(accelerator(kind), "get_device_name", lambda: NAMES[kind])())
+
+
 def in_fp64(tensor: Any) -> Any:
     """A tensor in fp64; in fp32 on MPS, which has no more."""
     return tensor.float() if tensor.device.type == "mps" else tensor.double()

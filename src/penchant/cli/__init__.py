@@ -32,6 +32,7 @@ COMMANDS = [
     "export",
     "track",
     "serve",
+    "studio",
     "losses",
     "config",
     "importing",

@@ -242,17 +242,18 @@ class Connection:
                     if len(received) > LARGEST:
                         break
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-            return f"cannot be reached ({shown(self._without_key(str(error)) or type(error).__name__)})", 0.0
+            return f"cannot be reached ({shown(self.without_key(str(error)) or type(error).__name__)})", 0.0
         if reply.is_success:
             return (_json(received),), 0.0
         what = f"answered {reply.status_code} {shown(reply.reason_phrase)}".rstrip()
         said = _message(received)
-        what += f": {shown(self._without_key(said)[:300])}" if said else ""
+        what += f": {shown(self.without_key(said)[:300])}" if said else ""
         if reply.status_code in RETRIED or reply.status_code >= 500:
             return what, _seconds(reply.headers.get("Retry-After"))
         raise NoReply(what, final=reply.status_code in HOPELESS or reply.status_code < 400)
 
-    def _without_key(self, text: str) -> str:
+    def without_key(self, text: str) -> str:
+        """A text of the endpoint's that may repeat the key that it was sent."""
         return text.replace(self.key, "[key]") if self.key else text
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import penchant
 from penchant.base.files import file_sha256, spared
-from penchant.base.machine import NAMES, accelerator, cores, why_not
+from penchant.base.machine import cores, device_name, why_not
 from penchant.base.text import redact, without_passwords
 from penchant.config import WATCHING_ONLY, RunConfig
 from penchant.data.cached import AUTO_BYTES, hashes_of
@@ -59,9 +59,7 @@ def hardware() -> dict[str, Any]:
     """CPU, cores, memory and threads."""
     import torch
 
-    gpu = next((accelerator(k).get_device_name() for k in ("cuda", "xpu") if not why_not(k)), None)
-    if gpu is None and not why_not("mps"):
-        gpu = NAMES["mps"]
+    gpu = next((device_name(k) for k in ("cuda", "xpu", "mps") if not why_not(k)), None)
     return {
         "cpu": _cpu_name(),
         "cores": cores(),

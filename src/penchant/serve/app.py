@@ -22,8 +22,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from penchant.judges.endpoint import is_local
 from penchant.serve import openai
+from penchant.serve.http import names_this_machine, read_body
 from penchant.serve.model import ChatModel, TemplateRefused
 from penchant.serve.openai import ApiError, ChatRequest, Json, Prompt, Responses, TextRequest, as_json, invalid
 from penchant.serve.stream import Completions, Piece
@@ -128,8 +128,7 @@ class App:
 
     Args:
         chat_model: the model; name: under which it is served; key: that every request must bring, None: none.
-        local: bound to this machine alone, so that only its own names are answered (a page of another site could otherwise have its
-            name point here).
+        local: bound to this machine alone, so that only its own names are answered.
     """
 
     chat_model: ChatModel
@@ -186,11 +185,7 @@ class App:
 
     def _refusal(self, headers: Headers, path: str) -> ApiError | None:
         """Why this request is not answered at all."""
-        try:
-            known = not self.local or is_local("http://" + headers.get("host", ""))
-        except ValueError:  # not a host at all
-            known = False
-        if not known:
+        if self.local and not names_this_machine(headers.get("host", "")):
             return ApiError(403, "this server only answers to names of this machine", code="wrong_host")
         if self.key is None or path in ("/health", "/healthz"):
             return None
@@ -198,6 +193,14 @@ class App:
         if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.key.encode()):
             return None
         return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    def stop(self) -> None:
+        """Every request ends with an error before its next token."""
+        self.scheduler.closing = True
+
+    def close(self) -> None:
+        """Nothing is served any more."""
+        self.scheduler.close()
 
     # ---- endpoints --------------------------------------------------------------------------------------------------
 
@@ -247,7 +250,7 @@ class App:
             ApiError: it cannot be used, or leaves no room.
         """
         model = self.chat_model
-        ids, continued = _token_ids(model, prompt)
+        ids, continued = token_ids(model, prompt)
         room = model.context - len(ids)
         if room < 1:
             what = f"the prompt has {len(ids)} tokens and the model's context is {model.context}"
@@ -260,7 +263,7 @@ class App:
 PATHS = ("/health", "/healthz", "/v1/models", "/v1/chat/completions", "/v1/completions")
 
 
-def _token_ids(model: ChatModel, prompt: Prompt) -> tuple[list[int], bool]:
+def token_ids(model: ChatModel, prompt: Prompt) -> tuple[list[int], bool]:
     """(token ids, whether a text is continued rather than messages answered)."""
     if isinstance(prompt, str):
         return model.encode(prompt), True
@@ -285,21 +288,11 @@ async def _body(request: Request, limits: Limits) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a page of another site may send other kinds here without asking
         raise ApiError(415, "send content-type: application/json", code="unsupported_media_type")
-    too_large = ApiError(413, f"the body is larger than {limits.body} bytes", code="request_too_large")
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > limits.body:
-        raise too_large
-    data = bytearray()
     try:
-        async with asyncio.timeout(limits.body_seconds):
-            async for chunk in request.stream():
-                data += chunk
-                if len(data) > limits.body:
-                    raise too_large
-    except TimeoutError as error:
-        what = f"the body took longer than {limits.body_seconds:g} seconds"
-        raise ApiError(408, what, code="timeout") from error
-    return bytes(data)
+        return await read_body(request, limits.body, limits.body_seconds)
+    except HTTPException as error:
+        code = "request_too_large" if error.status_code == 413 else "timeout"
+        raise ApiError(error.status_code, error.detail, code=code) from error
 
 
 # ---- completions under way ----

@@ -1,4 +1,4 @@
-"""`penchant serve`: the socket, the key, signals, and uvicorn around the application."""
+"""A server on this machine: the socket, the key, signals, and uvicorn around an application."""
 
 from __future__ import annotations
 
@@ -7,17 +7,27 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from penchant.errors import ConfigError
 from penchant.judges.endpoint import is_loopback
 
-if TYPE_CHECKING:
-    from penchant.serve.app import App
+
+class Served(Protocol):
+    """An ASGI application that ends when its server does."""
+
+    def __call__(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]: ...
+
+    def stop(self) -> None:
+        """What is under way ends soon."""
+
+    def close(self) -> None:
+        """Nothing is served any more."""
+
 
 KEY = "PENCHANT_API_KEY"  # the environment variable with the key that requests must bring
 CONNECTIONS = 256  # at a time
@@ -40,8 +50,8 @@ def check_host(host: str, key: str | None) -> bool:
     return local
 
 
-def require_server() -> None:
-    """Fail before the model is loaded where the extra is not installed.
+def require_server(command: str = "serve") -> None:
+    """Fail before anything is loaded where the command's extra is not installed.
 
     Raises:
         ConfigError: it is not.
@@ -51,7 +61,7 @@ def require_server() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         what = f"needs {error.name or 'a web server'}"
-        raise ConfigError("penchant serve", what, "pip install 'penchant[serve]'") from error
+        raise ConfigError(f"penchant {command}", what, f"pip install 'penchant[{command}]'") from error
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -72,10 +82,10 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"{host}:{port}", f"cannot be bound ({error})", "choose another --port or --host") from error
 
 
-def address_of(made: socket.socket) -> str:
+def address_of(made: socket.socket, path: str = "/v1") -> str:
     """``http://HOST:PORT/v1``."""
     host, port = made.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"
 
 
 def served_name(given: str, name: str | None) -> str:
@@ -149,7 +159,7 @@ class Server:
         sock: bound already.
     """
 
-    app: App
+    app: Served
     sock: socket.socket
 
     def __post_init__(self) -> None:
@@ -183,11 +193,11 @@ class Server:
             self.uvicorn.run(sockets=[self.sock])
         finally:
             self.sock.close()
-            self.app.scheduler.close()
+            self.app.close()
 
     def stop(self) -> None:
         """End: requests under way get an error, the socket closes, `run` returns."""
-        self.app.scheduler.closing = True
+        self.app.stop()
         self.uvicorn.should_exit = True
 
     def run_until_signal(self) -> None:
@@ -210,7 +220,10 @@ def log_to(quiet: bool) -> None:
     """One line a request on stderr: method, path, status, seconds; never what was asked or answered."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    for name, level in (("penchant.serve", logging.ERROR if quiet else logging.INFO), ("uvicorn.error", logging.ERROR)):
+    for name, level in (
+        *((n, logging.ERROR if quiet else logging.INFO) for n in ("penchant.serve", "penchant.studio")),
+        ("uvicorn.error", logging.ERROR),
+    ):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)

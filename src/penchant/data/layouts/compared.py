@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from penchant.data.layouts import fields
 from penchant.data.layouts.fields import LeftOut, RowError
-from penchant.data.layouts.layout import Fields, layout
+from penchant.data.layouts.layout import Fields, Group, layout
 from penchant.data.layouts.plain import all_answers, every_answer, scored_pair
 from penchant.types import Message, PromptTree
 
@@ -61,6 +62,45 @@ def _tldr_prompt(info: Fields) -> str:
         return f"TITLE: {fields.text(info, 'title')}\n\nARTICLE: {fields.text(info, 'article').strip()}\n\nTL;DR:"
     subreddit, title = fields.text(info, "subreddit"), fields.text(info, "title")
     return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {fields.text(info, 'post').strip()}\n\nTL;DR:"
+
+
+# ---- the arena of penchant studio ----
+
+_TAKEN_BACK = "undo"
+
+
+def _judgement(row: Fields) -> str:
+    return fields.text(row, "id")
+
+
+def _last_word(rows: Sequence[Fields]) -> Fields:
+    """A judgement, or that it was taken back by a later record of its id."""
+    back = any(row.get("verdict") == _TAKEN_BACK for row in rows)
+    return {**rows[0], **({"verdict": _TAKEN_BACK} if back else {})}
+
+
+_ABOUT = ("id", "model_a", "model_b", "sha256_a", "sha256_b", "left", "seconds", "order", "reasons", "edited", "time")
+
+
+@layout("studio", group=Group(_judgement, _last_word, _ABOUT))
+def studio(row: Fields, options: Fields) -> PromptTree:
+    """One word of one person about two answers."""
+    verdict = row.get("verdict")
+    why = {"skip": "skipped", _TAKEN_BACK: "taken back"}.get(str(verdict))
+    if row.get("gold") is not None:
+        why = why or "a check with a known answer"
+    elif row.get("repeat_of") is not None:
+        why = why or "a repetition of an earlier pair"
+    if why is not None:
+        raise LeftOut(why, "nothing is wrong with it; it is no preference of its own")
+    if verdict in ("tie", "both_bad"):
+        raise _tie(str(verdict), options)
+    if verdict not in ("a", "b"):
+        raise RowError('"verdict" is none', "it must be one of a, b, tie, both_bad, skip, undo")
+    better, worse = ("answer_a", "answer_b") if verdict == "a" else ("answer_b", "answer_a")
+    edited = row.get("edited") if options["edited"] == "use" else None
+    chosen = fields.as_text(edited, '"edited"') if edited is not None else fields.text(row, better)
+    return scored_pair(fields.prompt(row), chosen, fields.text(row, worse), None, None)
 
 
 # ---- Chatbot Arena and lmsys-chat-1m ----

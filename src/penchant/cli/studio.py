@@ -1,0 +1,55 @@
+"""`penchant studio`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from penchant.base.text import for_terminal, unescaped
+from penchant.cli.arguments import add_arguments
+from penchant.requests import StudioRequest
+
+
+def add(commands: Any) -> None:
+    """The command's arguments."""
+    parser = commands.add_parser(
+        "studio", help="compare answers, follow runs and look through data in the browser, on this machine"
+    )
+    add_arguments(parser, StudioRequest)
+    parser.set_defaults(handler=_studio)
+
+
+def _studio(args: argparse.Namespace) -> int:
+    from penchant.errors import ConfigError
+    from penchant.judges.endpoint import key_from_environment
+    from penchant.serve.server import KEY, Server, address_of, check_host, listen, log_to, require_server
+
+    require_server("studio")
+    key = key_from_environment(KEY)
+    local = check_host(args.host, key)
+    folder = Path(args.folder).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(args.folder, "is not a folder", "give the folder that holds your runs and data")
+    sock = listen(args.host, args.port)
+    try:
+        from penchant.studio.app import Studio
+
+        studio = Studio(folder, local=local) if key is None else Studio(folder, token=key, local=local)
+        server = Server(studio, sock)
+    except BaseException:
+        sock.close()
+        raise
+    log_to(not args.log)
+    address = address_of(sock, "/")
+    if key is None:
+        said = f"{for_terminal(f'studio of {folder}: open {address}')}?token={studio.token}"
+        print(
+            said, file=unescaped(sys.stdout), flush=True
+        )  # the other stream hides secrets, and this one is for whoever started it
+    else:
+        print(f"studio of {folder}: open {address} and give the key in {KEY}", flush=True)
+    print("Ctrl-C ends it", file=sys.stderr, flush=True)
+    server.run_until_signal()
+    return 0

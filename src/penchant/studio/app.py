@@ -1,0 +1,298 @@
+"""The Starlette application of `penchant studio`: who may look at it, what every page shares, and the areas that it is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import jinja2
+from markupsafe import Markup
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import Message, Receive, Scope, Send
+
+from penchant import __version__
+from penchant.base.text import told
+from penchant.errors import PenchantError
+from penchant.report.html import text_html, visible
+from penchant.serve.http import names_this_machine, read_body
+
+log = logging.getLogger("penchant.studio")
+HERE = Path(__file__).parent
+BODY, BODY_SECONDS = 1 << 20, 30.0  # of a form
+CHANGES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+WEEK = 7 * 24 * 3600
+
+# modules of this package that make an area each, in the order of the navigation
+AREAS = ("arena",)
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; frame-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'self'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "cache-control": "no-store",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+@dataclass(frozen=True)
+class Area:
+    """One entry of the navigation and what lies behind it.
+
+    Args:
+        title: in the navigation; path: where it begins (``/arena``); routes: with whole paths. close: called when the server ends.
+    """
+
+    title: str
+    path: str
+    routes: Sequence[BaseRoute]
+    close: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Studio:
+    """What every page shares: the folder, who may look at it, and the templates. It is the ASGI application as well.
+
+    Args:
+        folder: nothing outside it is shown or written.
+        token: opens the studio; whoever has it may do everything.
+        local: bound to this machine alone, so that only its own names are answered.
+    """
+
+    folder: Path
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    local: bool = True
+    closing: bool = False
+
+    def __post_init__(self) -> None:
+        self.folder = self.folder.expanduser().resolve()
+        found = [import_module(f"penchant.studio.{name}").area(self) for name in AREAS]
+        self.areas: list[Area] = found
+        routes: list[BaseRoute] = [
+            Route("/", self._home),
+            Route("/login", self._login, methods=["GET", "POST"]),
+            Mount("/static", StaticFiles(directory=HERE / "static")),
+            *(route for area in self.areas for route in area.routes),
+        ]
+        handlers: Any = {HTTPException: self._failed, PenchantError: self._refused, ClientDisconnect: _gone}
+        self._starlette = Starlette(routes=routes, exception_handlers=handlers)
+
+    # ---- for areas -------------------------------------------------------------------------------------------------
+
+    def inside(self, name: str) -> Path:
+        """A path of the folder.
+
+        Raises:
+            HTTPException: it leads out of the folder, also by a link, or cannot be a path (404).
+        """
+        try:
+            path = (self.folder / name).resolve()
+            if "\0" in name or not path.is_relative_to(self.folder):
+                raise ValueError
+        except (ValueError, OSError, RuntimeError) as error:
+            raise HTTPException(404, "there is no such file in this folder") from error
+        return path
+
+    def relative(self, path: Path) -> str:
+        """A path as it is shown and linked: from the folder on."""
+        return path.relative_to(self.folder).as_posix()
+
+    def page(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+        """A template filled in. Texts of models and files go through the filter `inert` (content) or `plain` (attributes)."""
+        shared = {
+            "studio": self,
+            "areas": self.areas,
+            "path": request.url.path,
+            "csrf": self._csrf,
+            "version": __version__,
+            "asset": self._asset,
+        }
+        return HTMLResponse(self.templates.get_template(template).render({**shared, **values}), status)
+
+    @cached_property
+    def templates(self) -> jinja2.Environment:
+        """The templates of all areas."""
+        made = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(HERE / "templates"),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
+        )
+        made.filters["inert"] = lambda text: Markup(text_html(str(text)))
+        made.filters["plain"] = lambda text: visible(str(text))
+        return made
+
+    @staticmethod
+    def _asset(name: str) -> str:
+        """The address of a static file, which changes with its content."""
+        return f"/static/{name}?{int((HERE / 'static' / name).stat().st_mtime)}"
+
+    # ---- who may look ----------------------------------------------------------------------------------------------
+
+    def _made_of(self, what: str) -> str:
+        return hmac.new(self.token.encode(), what.encode(), hashlib.sha256).hexdigest()
+
+    @cached_property
+    def cookie(self) -> str:
+        """Its name: cookies of one host are shared by all of its ports."""
+        return f"penchant_{self._made_of('name')[:8]}"
+
+    @cached_property
+    def _session(self) -> str:
+        return self._made_of("session")
+
+    @cached_property
+    def _csrf(self) -> str:
+        return self._made_of("csrf")
+
+    def _opens(self, token: str) -> bool:
+        return hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self.token.encode())
+
+    def _let_in(self, where: str) -> Response:
+        response = RedirectResponse(where, 303)
+        response.set_cookie(self.cookie, self._session, max_age=WEEK, httponly=True, samesite="strict")
+        return response
+
+    async def _login(self, request: Request) -> Response:
+        wrong = False
+        if request.method == "POST":
+            given = await form(request)
+            if self._opens(given.get("token", "").strip()):
+                return self._let_in("/")
+            wrong = True
+        return self.page(request, "login.html", 401 if wrong else 200, wrong=wrong)
+
+    async def _home(self, request: Request) -> Response:
+        return RedirectResponse(self.areas[0].path, 303)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check who asks, answer, and write a line to the log that holds no text of anybody's."""
+        if scope["type"] != "http":
+            raise RuntimeError("only HTTP is served")
+        began, status = time.perf_counter(), 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                if scope["path"].startswith("/static/"):
+                    headers["cache-control"] = "private, max-age=86400"
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            answer = self._refusal(Request(scope, receive)) or self._starlette
+            await answer(scope, receive, send_with_headers)
+        except Exception as error:
+            log.error("a request failed: %s", told(error), exc_info=error)
+            if not status:
+                await PlainTextResponse("something went wrong in the studio; its log says what", 500)(
+                    scope, receive, send_with_headers
+                )
+        log.info("%s %s %d %.2f s", scope["method"], visible(scope["path"])[:80], status, time.perf_counter() - began)
+
+    def _refusal(self, request: Request) -> Response | None:
+        """The answer to a request that reaches no page."""
+        headers = request.headers
+        if self.local and not names_this_machine(headers.get("host", "")):
+            return PlainTextResponse("this studio only answers to names of this machine", 403)
+        path = request.url.path
+        if path.startswith("/static/"):
+            return None
+        given = request.query_params.get("token")
+        if given is not None and request.method == "GET":
+            rest = [(k, v) for k, v in request.query_params.multi_items() if k != "token"]
+            where = path + (f"?{urlencode(rest)}" if rest else "")
+            return self._let_in("/" + where.lstrip("/")) if self._opens(given) else RedirectResponse("/login", 303)
+        if request.method in CHANGES and not _same_site(headers):
+            return PlainTextResponse("this change was asked for by a page of another site", 403)
+        if path == "/login":
+            return None
+        cookie = request.cookies.get(self.cookie, "")
+        if not hmac.compare_digest(cookie.encode("utf-8", "surrogatepass"), self._session.encode()):
+            if request.method == "GET" and "hx-request" not in headers:
+                return RedirectResponse("/login", 303)
+            return PlainTextResponse("open the studio by the address that it printed when it started", 401)
+        if request.method in CHANGES:
+            token = headers.get("x-csrf-token", "")
+            if not hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._csrf.encode()):
+                return PlainTextResponse("this page is of an earlier start of the studio; load it again", 403)
+        return None
+
+    # ---- errors ----------------------------------------------------------------------------------------------------
+
+    async def _failed(self, request: Request, error: HTTPException) -> Response:
+        return self._error(request, error.status_code, error.detail)
+
+    async def _refused(self, request: Request, error: PenchantError) -> Response:
+        return self._error(request, 400, str(error))
+
+    def _error(self, request: Request, status: int, what: str) -> Response:
+        if "hx-request" in request.headers or request.method in CHANGES:
+            return PlainTextResponse(visible(what), status)
+        return self.page(request, "error.html", status, what=what)
+
+    def stop(self) -> None:
+        """Streams end: `closing` is true."""
+        self.closing = True
+
+    def close(self) -> None:
+        """Every area lets go of what it holds."""
+        for area in self.areas:
+            area.close()
+
+
+def _same_site(headers: Headers) -> bool:
+    """Whether a change comes from a page of this studio, as far as the browser says."""
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        return False
+    return headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
+
+
+async def _gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it, but the log does
+
+
+async def form(request: Request, most: int = BODY) -> dict[str, str]:
+    """The fields of a form; of several of one name the last.
+
+    Raises:
+        HTTPException: it is too large, or no form.
+    """
+    return dict(await fields(request, most))
+
+
+async def fields(request: Request, most: int = BODY) -> list[tuple[str, str]]:
+    """The same with every field, in order."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/x-www-form-urlencoded":
+        raise HTTPException(415, "send a form")
+    try:
+        text = (await read_body(request, most, BODY_SECONDS)).decode("ascii")
+        return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=2000)
+    except ValueError as error:
+        raise HTTPException(400, "this form cannot be read") from error

@@ -1,0 +1,404 @@
+"""The arena: two answers side by side, nobody knows whose, and one key for which is better."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from penchant.errors import DataError
+from penchant.judges.endpoint import connect
+from penchant.judges.humans import PREFERENCES, Judgement, turns_of
+from penchant.runfolder import COMPARISON_ROWS, SAMPLES
+from penchant.studio import pairs
+from penchant.studio.app import Area, Studio, fields, form
+from penchant.studio.pairs import Arena, Settings
+from penchant.studio.queue import Item, next_item
+from penchant.studio.text import folds, rendered
+from penchant.studio.writers import Writers
+
+HELD_SECONDS = 900.0  # for which a pair that somebody has before them is nobody else's
+WHO = "penchant_annotator"
+SAID = {"left", "right", "tie", "both_bad", "skip"}
+EDITED = 100_000  # characters of an answer that a person writes
+# key, what it says, how it is shown
+KEYS = (
+    ("left", "Left", "←", "ArrowLeft 1"),
+    ("tie", "Tie", "T", "t 0"),
+    ("both_bad", "Both bad", "B", "b"),
+    ("right", "Right", "→", "ArrowRight 2"),
+)
+
+
+class Rooms:
+    """The arenas of a folder: opened once, and who has which pair before them."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        self.opened: dict[str, Arena] = {}
+        self.held: dict[tuple[str, str], tuple[str, float]] = {}  # (arena, annotator): pair, when it was shown
+        self.writers = Writers()
+
+    def named(self, request: Request) -> Arena:
+        """The arena of an address.
+
+        Raises:
+            HTTPException: there is none (404).
+        """
+        name = str(request.path_params["name"])
+        folder = self.studio.inside(f"{pairs.ARENAS}/{name}")
+        if not pairs.NAME.fullmatch(name) or not (folder / pairs.ARENA).is_file():
+            raise HTTPException(404, "there is no such arena")
+        if name not in self.opened:
+            self.opened[name] = Arena(folder)
+        return self.opened[name]
+
+    def next(self, arena: Arena, annotator: str) -> Item | None:
+        """The next pair of an annotator, who has it from now on."""
+        now = time.monotonic()
+        others = {
+            pair
+            for (name, who), (pair, since) in self.held.items()
+            if name == arena.name and who != annotator and now - since < HELD_SECONDS
+        }
+        item = next_item(arena, annotator, others)
+        if item is None:
+            self.held.pop((arena.name, annotator), None)
+        elif self.held.get((arena.name, annotator), ("",))[0] != item.pair.id:
+            self.held[arena.name, annotator] = item.pair.id, now
+        return item
+
+
+def area(studio: Studio) -> Area:
+    """The arena's pages."""
+    rooms = Rooms(studio)
+
+    async def index(request: Request) -> Response:
+        found = pairs.arenas(studio.folder)
+        counts = {}
+        for arena in found:
+            here = rooms.opened.setdefault(arena.name, arena)
+            said = here.preferences.refresh()
+            real = sum(p.gold is None for p in here.pairs.values())
+            counts[arena.name] = real, len(said.judgements), len(said.records)
+        return studio.page(request, "arenas.html", arenas=found, counts=counts)
+
+    async def new(request: Request) -> Response:
+        if request.method == "POST":
+            return await _make(studio, await fields(request))
+        found = await run_in_threadpool(_sources, studio)
+        return studio.page(request, "arena_new.html", **found, settings=Settings())
+
+    async def judge(request: Request) -> Response:
+        arena, annotator = rooms.named(request), _annotator(request)
+        if annotator is None:
+            return studio.page(request, "arena_who.html", arena=arena, names=list(arena.preferences.refresh().records))
+        return studio.page(request, "arena.html", **_shown(rooms, arena, annotator))
+
+    async def who(request: Request) -> Response:
+        arena = rooms.named(request)
+        name = " ".join((await form(request)).get("annotator", "").split())
+        if not 0 < len(name) <= 60:
+            raise HTTPException(400, "give a name of at most 60 letters")
+        return _go(f"/arena/{quote(arena.name)}", name)
+
+    async def leave(request: Request) -> Response:
+        return _go(f"/arena/{quote(rooms.named(request).name)}", "")
+
+    def panel(request: Request, arena: Arena, annotator: str, note: str = "") -> Response:
+        return studio.page(request, "arena_pair.html", **_shown(rooms, arena, annotator, note))
+
+    async def item(request: Request) -> Response:
+        return panel(request, rooms.named(request), _known(request))
+
+    async def say(request: Request) -> Response:
+        arena, annotator = rooms.named(request), _known(request)
+        given = await fields(request)
+        note = await run_in_threadpool(_take, rooms, arena, annotator, given)
+        return panel(request, arena, annotator, note)
+
+    async def undo(request: Request) -> Response:
+        arena, annotator = rooms.named(request), _known(request)
+        given = dict(await fields(request))
+        mine = arena.preferences.refresh().of(annotator)
+        note = "There is nothing to take back."
+        if mine and given.get("order") == str(arena.preferences.records.get(annotator, 0)):
+            await run_in_threadpool(arena.preferences.undo, mine[-1])
+            note = "Your last word was taken back; judge this pair again."
+        return panel(request, arena, annotator, note)
+
+    async def live(request: Request) -> Response:
+        arena, annotator = rooms.named(request), _known(request)
+        shown = rooms.next(arena, annotator)
+        if shown is None or shown.pair.answers is not None:
+            return Response("event: done\ndata: {}\n\n", media_type="text/event-stream")
+        return StreamingResponse(_written(rooms, arena, shown), media_type="text/event-stream")
+
+    base = "/arena/{name}"
+    routes = [
+        Route("/arena", index),
+        Route("/arena/new", new, methods=["GET", "POST"]),
+        Route(base, judge),
+        Route(f"{base}/who", who, methods=["POST"]),
+        Route(f"{base}/leave", leave, methods=["POST"]),
+        Route(f"{base}/item", item),
+        Route(f"{base}/judge", say, methods=["POST"]),
+        Route(f"{base}/undo", undo, methods=["POST"]),
+        Route(f"{base}/live", live),
+    ]
+    return Area("Arena", "/arena", routes, rooms.writers.close)
+
+
+# ---- who judges ----
+
+
+def _annotator(request: Request) -> str | None:
+    return unquote(request.cookies.get(WHO, "")) or None
+
+
+def _known(request: Request) -> str:
+    name = _annotator(request)
+    if name is None:
+        raise HTTPException(400, "say who you are first: load this page again")
+    return name
+
+
+def _go(where: str, annotator: str | None = None) -> Response:
+    response = Response(headers={"hx-redirect": where})
+    if annotator:
+        response.set_cookie(WHO, quote(annotator, safe=""), max_age=30 * 24 * 3600, httponly=True, samesite="strict")
+    elif annotator is not None:
+        response.delete_cookie(WHO)
+    return response
+
+
+# ---- one pair ----
+
+
+def _shown(rooms: Rooms, arena: Arena, annotator: str, note: str = "") -> dict[str, Any]:
+    """What the page of a pair says; nothing of it tells whose answer is whose."""
+    item = rooms.next(arena, annotator)
+    mine = arena.preferences.of(annotator)
+    values: dict[str, Any] = {"arena": arena, "annotator": annotator, "item": item, "note": note, "keys": KEYS}
+    values["order"] = arena.preferences.records.get(annotator, 0)
+    values["judged"] = len([j for j in mine if j.repeat_of is None])
+    values["can_undo"] = bool(mine)
+    if item is not None:
+        values["turns"] = [(role, rendered(text)) for role, text in turns_of(item.pair.prompt)]
+        values["writes"] = item.pair.answers is None
+        texts = ("", "") if item.pair.answers is None else item.sides
+        values["texts"] = texts
+        values["answers"] = [rendered(t) for t in texts]
+        values["folded"] = folds(*texts)
+    return values
+
+
+def _take(rooms: Rooms, arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
+    """Write a verdict down; what is to be said about it.
+
+    A verdict on a pair that is no longer the next one (a key pressed twice, a second window, a crash after it was written) changes nothing.
+    """
+    values = dict(given)
+    said = values.get("verdict", "")
+    if said not in SAID:
+        raise HTTPException(400, "that is no verdict")
+    item = rooms.next(arena, annotator)
+    if item is None or values.get("order") != str(item.order) or values.get("pair") != item.pair.id:
+        return "That pair was judged already; here is the next one."
+    if item.pair.answers is None:
+        raise HTTPException(409, "the answers are still being written")
+    try:
+        seconds = min(max(float(values.get("seconds", "")), 0.0), 86_400.0)
+    except ValueError:
+        seconds = 0.0
+    other = "b" if item.left == "a" else "a"
+    verdict = {"left": item.left, "right": other}.get(said, said)
+    edited = values.get("edited", "").replace("\r\n", "\n")
+    about = arena.settings.models
+    hashes = [str(about.get(m, {}).get("sha256", "")) for m in item.pair.models]
+    allowed = set(arena.settings.reasons)
+    judgement = Judgement(
+        id=secrets.token_hex(8),
+        pair=item.pair.id,
+        annotator=annotator,
+        order=item.order,
+        prompt=item.pair.prompt,
+        answers=item.pair.answers,
+        models=item.pair.models,
+        hashes=(hashes[0], hashes[1]),
+        verdict=verdict,
+        left=item.left,
+        seconds=seconds if seconds == seconds else 0.0,
+        gold=item.pair.gold,
+        repeat_of=item.repeat_of,
+        reasons=tuple(v for k, v in given if k == "reason" and v in allowed),
+        edited=edited[:EDITED] if edited.strip() and verdict in ("a", "b") else None,
+    )
+    arena.preferences.append(judgement.to_json())
+    return (
+        "" if not edited.strip() or judgement.edited else "Your own answer was left out: it belongs to a better answer."
+    )
+
+
+async def _written(rooms: Rooms, arena: Arena, item: Item) -> AsyncIterator[str]:
+    """Both answers as they are written, then that they are there."""
+
+    def event(kind: str, **data: Any) -> str:
+        return f"event: {kind}\ndata: {json.dumps(data)}\n\n"
+
+    left = 0 if item.left == "a" else 1
+    texts = ["", ""]
+    writers = [arena.settings.writers.get(m, {}) for m in item.pair.models]
+    try:
+        async for at, piece in rooms.writers.write(rooms.studio, writers, item.pair.prompt):
+            texts[at] += piece
+            yield event("left" if at == left else "right", text=piece)
+    except Exception as error:
+        from penchant.base.text import told
+
+        yield event("failed", text=str(error) if isinstance(error, DataError) else told(error))
+        return
+    await run_in_threadpool(arena.wrote, item.pair, (texts[0], texts[1]))
+    yield event("done")
+
+
+# ---- a new arena ----
+
+
+def _sources(studio: Studio) -> dict[str, Any]:
+    """Where answers could come from, in this folder."""
+    found: dict[str, list[str]] = {"runs": [], "comparisons": [], "files": []}
+    for path in sorted(_walk(studio.folder)):
+        name = studio.relative(path)
+        if path.name == SAMPLES:
+            found["runs"].append(studio.relative(path.parent))
+        elif path.name == COMPARISON_ROWS:
+            found["comparisons"].append(studio.relative(path.parent))
+        elif path.suffix in (".jsonl", ".parquet", ".csv") and path.name != PREFERENCES:
+            found["files"].append(name)
+    return found
+
+
+SKIPPED = {pairs.ARENAS, "checkpoints", "node_modules", "__pycache__"}
+INSIDE = {SAMPLES, "samples.before.jsonl", "metrics.jsonl", "perf.jsonl", "evaluations.jsonl", "quarantine.jsonl"}
+DEEP, MANY = 4, 4000
+
+
+def _walk(folder: Path, deep: int = 0) -> list[Path]:
+    """Files that may hold answers, some folders deep; hidden folders and links are left out."""
+    found: list[Path] = []
+    try:
+        entries = sorted(folder.iterdir())[:MANY]
+    except OSError:
+        return []
+    for path in entries:
+        if path.name.startswith(".") or path.is_symlink():
+            continue
+        if path.is_dir():
+            if deep < DEEP and path.name not in SKIPPED:
+                found += _walk(path, deep + 1)
+        elif path.name == SAMPLES or path.name not in INSIDE:
+            found.append(path)
+    return found
+
+
+async def _make(studio: Studio, given: list[tuple[str, str]]) -> Response:
+    arena = await run_in_threadpool(_made, studio, given)
+    return _go(f"/arena/{quote(arena.name)}")
+
+
+def _made(studio: Studio, given: list[tuple[str, str]]) -> Arena:
+    values = dict(given)
+    settings, writers = _settings(values), {}
+    kind = values.get("source", "")
+    if kind == "runs":
+        found = pairs.of_runs([studio.inside(v) for k, v in given if k == "run"])
+    elif kind == "comparison":
+        found = pairs.of_comparison(studio.inside(values.get("comparison", "")))
+    elif kind == "pairs":
+        found = pairs.of_pairs(_file(studio, values.get("file", "")))
+    elif kind == "prompts":
+        writers = {letter: _writer(studio, values, letter) for letter in ("one", "two")}
+        names = [w.get("run") or w.get("model") or n for n, w in writers.items()]
+        if names[0] == names[1]:
+            names = [f"{names[0]} (1)", f"{names[1]} (2)"]
+        writers = dict(zip(names, writers.values(), strict=True))
+        found = pairs.of_prompts(_prompts(studio, values), writers)
+    else:
+        raise DataError("source", "is not chosen", "choose where the answers come from")
+    made = pairs.pairs_of(found, settings.seed)
+    if values.get("checks_file"):
+        golden = pairs.of_pairs(_file(studio, values["checks_file"]))
+        made += pairs.gold_pairs(golden)
+    settings = replace(settings, models=found.models, writers=writers)
+    return pairs.make_arena(studio.folder, values.get("name", "").strip(), settings, made)
+
+
+def _file(studio: Studio, name: str) -> Path:
+    path = studio.inside(name)
+    if not name or not path.is_file():
+        raise DataError(name or "file", "no such file in this folder", "choose one of the list")
+    return path
+
+
+def _prompts(studio: Studio, values: Mapping[str, str]) -> list[Any]:
+    typed = pairs.prompts_of(values.get("prompts", ""))
+    if not values.get("prompts_file"):
+        return list(typed)
+    from penchant.data.load import load_preferences, prompt_json
+
+    found = load_preferences(str(_file(studio, values["prompts_file"])), on_bad_row="skip")
+    return [*typed, *(prompt_json(t.prompt) for t in found.trees if t.prompt)]
+
+
+def _writer(studio: Studio, values: Mapping[str, str], which: str) -> dict[str, str]:
+    run, url = values.get(f"run_{which}", ""), values.get(f"url_{which}", "").strip()
+    if url:
+        model, key = values.get(f"model_{which}", "").strip(), values.get(f"key_{which}", "").strip()
+        if not model:
+            raise DataError(f"writer {which}", "has no model", "name it as the endpoint calls it")
+        connect(url, key or None)  # refuses an address that is none, and a key that is not there
+        return {"url": url, "model": model, "key_env": key}
+    if not run:
+        raise DataError(f"writer {which}", "is not chosen", "choose a run, or give an endpoint's address")
+    studio.inside(run)
+    return {"run": run}
+
+
+def _settings(values: Mapping[str, str]) -> Settings:
+    default = Settings()
+
+    def share(name: str) -> float:
+        text = values.get(name, "")
+        try:
+            number = float(text) / 100 if text else float(getattr(default, name))
+        except ValueError:
+            number = -1.0
+        if not 0 <= number <= 1:
+            raise DataError(name, f"{text!r} is not a share", "give a number from 0 to 100")
+        return number
+
+    seed = values.get("seed", "0")
+    if not seed.isdecimal() or len(seed) > 9:
+        raise DataError("seed", f"{seed!r} is not a whole number", "give one, such as 0")
+    reasons = tuple(dict.fromkeys(r.strip()[:40] for r in values.get("reasons", "").split(",") if r.strip()))[:20]
+    return Settings(
+        question=values.get("question", "").strip()[:300] or default.question,
+        overlap=share("overlap"),
+        checks=share("checks"),
+        repeats=share("repeats"),
+        first="widest" if values.get("first") == "widest" else "balanced",
+        reasons=reasons,
+        seed=int(seed),
+    )

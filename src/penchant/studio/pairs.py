@@ -1,0 +1,332 @@
+"""Arenas on disk: what they ask, and the pairs of answers that they are made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from penchant.base.files import file_sha256, write_atomically, write_text_atomically, writing
+from penchant.errors import DataError
+from penchant.judges.humans import PREFERENCES, Preferences, prompt_key
+from penchant.runfolder import COMPARISON, COMPARISON_ROWS, SAMPLES
+from penchant.runfolder.read import json_object, read_lines, read_text
+from penchant.runfolder.values import mapping
+
+ARENAS, ARENA, PAIRS, WRITTEN = "arenas", "arena.json", "pairs.jsonl", "written.jsonl"
+START = "start"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,59}")
+REASONS = ("correct", "clear", "helpful", "honest", "concise", "safe", "style")
+MOST_PAIRS = 200_000
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to a prompt.
+
+    Args:
+        id: of its content; prompt: text or messages, as JSON; models: who wrote a and b.
+        answers: None where they are written when somebody asks for them.
+        gold: which is known to be better, of a check.
+    """
+
+    id: str
+    prompt: Any
+    models: tuple[str, str]
+    answers: tuple[str, str] | None
+    gold: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        answers = {} if self.answers is None else {"answer_a": self.answers[0], "answer_b": self.answers[1]}
+        gold = {} if self.gold is None else {"gold": self.gold}
+        models = {"model_a": self.models[0], "model_b": self.models[1]}
+        return {"pair": self.id, "prompt": self.prompt, **models, **answers, **gold}
+
+
+def pair_of(prompt: Any, models: tuple[str, str], answers: tuple[str, str] | None, gold: str | None = None) -> Pair:
+    """A pair, with the id of its content."""
+    content = json.dumps([prompt, models, answers, gold], sort_keys=True).encode()
+    return Pair(hashlib.sha256(content).hexdigest()[:12], prompt, models, answers, gold)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an arena asks of people.
+
+    Args:
+        overlap: share of pairs that every annotator judges; the rest is judged once.
+        checks: share of pairs that are checks with a known answer; repeats: share that comes again to the same person.
+        first: ``balanced``: the two models that met least come first; ``widest``: those whose win rate is known least.
+        reasons: tags that may be given; seed: of the order, the sides, and which pairs overlap.
+        writers: by name, who writes the answers of pairs that have none: {"run": ...} or {"url", "model", "key_env"}.
+        models: by name, {"source", "sha256"}: what its answers were read from.
+    """
+
+    question: str = "Which answer is better?"
+    overlap: float = 0.2
+    checks: float = 0.1
+    repeats: float = 0.05
+    first: str = "balanced"
+    reasons: tuple[str, ...] = REASONS
+    seed: int = 0
+    models: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    writers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    created: str = ""
+
+
+@dataclass
+class Arena:
+    """One arena's folder."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @cached_property
+    def settings(self) -> Settings:
+        """What it asks; a damaged value is at its default."""
+        try:
+            found = json_object(read_text(self.folder / ARENA))
+        except (ValueError, RecursionError):
+            found = {}
+        known = {f.name: f.type for f in fields(Settings)}
+        kept = {k: v for k, v in found.items() if k in known}
+        for name in ("overlap", "checks", "repeats"):
+            value = kept.get(name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                kept.pop(name, None)
+        kept["reasons"] = tuple(str(r) for r in kept.get("reasons") or ())
+        kept["seed"] = kept["seed"] if isinstance(kept.get("seed"), int) else 0
+        for name in ("models", "writers"):
+            kept[name] = {k: mapping(v) for k, v in mapping(kept.get(name)).items()}
+        return Settings(**kept)
+
+    @cached_property
+    def pairs(self) -> dict[str, Pair]:
+        """By id; those of a written arena get their answers from what was written so far."""
+        found: dict[str, Pair] = {}
+        for row in read_lines(self.folder / PAIRS)[0]:
+            pair = _pair_of_row(row)
+            if pair is not None:
+                found[pair.id] = pair
+        for row in read_lines(self.folder / WRITTEN)[0]:
+            pair = found.get(str(row.get("pair")))
+            if pair is not None and pair.answers is None:
+                found[pair.id] = with_answers(pair, (str(row.get("answer_a")), str(row.get("answer_b"))))
+        return found
+
+    @cached_property
+    def preferences(self) -> Preferences:
+        """What people said."""
+        return Preferences(self.folder / PREFERENCES)
+
+    def wrote(self, pair: Pair, answers: tuple[str, str]) -> Pair:
+        """Keep answers that were just written; those that somebody else's request wrote first stay."""
+        there = self.pairs[pair.id]
+        if there.answers is None:
+            row = {"pair": pair.id, "answer_a": answers[0], "answer_b": answers[1]}
+            Preferences(self.folder / WRITTEN).append(row)
+            there = self.pairs[pair.id] = with_answers(pair, answers)
+        return there
+
+
+def with_answers(pair: Pair, answers: tuple[str, str]) -> Pair:
+    """A pair whose answers are there now, under its own id."""
+    return Pair(pair.id, pair.prompt, pair.models, answers, pair.gold)
+
+
+def _pair_of_row(row: Mapping[str, Any]) -> Pair | None:
+    texts = [row.get(k) for k in ("pair", "model_a", "model_b")]
+    answers = (row.get("answer_a"), row.get("answer_b"))
+    if not all(isinstance(t, str) for t in texts) or not isinstance(row.get("prompt"), (str, list)):
+        return None
+    both = (str(answers[0]), str(answers[1])) if all(isinstance(a, str) for a in answers) else None
+    gold = row.get("gold")
+    return Pair(
+        str(texts[0]), row["prompt"], (str(texts[1]), str(texts[2])), both, gold if gold in ("a", "b") else None
+    )
+
+
+def arenas(folder: Path) -> list[Arena]:
+    """The arenas of a folder, the newest first."""
+    found = [Arena(p.parent) for p in (folder / ARENAS).glob(f"*/{ARENA}")]
+    return sorted(found, key=lambda a: (a.settings.created, a.name), reverse=True)
+
+
+# ---- making one ----
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What several models answered to several prompts.
+
+    Args:
+        rows: (prompt as JSON, answers by model); models: as `Settings.models`.
+    """
+
+    rows: Sequence[tuple[Any, Mapping[str, str]]]
+    models: Mapping[str, Mapping[str, str]]
+
+
+def of_runs(folders: Sequence[Path]) -> Answers:
+    """The last samples of runs, and what they start from, by the prompts that they share.
+
+    Raises:
+        DataError: there are none.
+    """
+    found: dict[tuple[str, int], tuple[Any, dict[str, str]]] = {}
+    models: dict[str, dict[str, str]] = {}
+    names = _names(folders)
+    for folder in folders:
+        seen: dict[str, int] = {}
+        file = folder / SAMPLES
+        for row in read_lines(file)[0]:
+            prompt = _prompt(row)
+            if prompt is None:
+                continue
+            key = prompt_key(prompt)
+            seen[key] = seen.get(key, 0) + 1
+            answers = found.setdefault((key, seen[key]), (prompt, {}))[1]
+            for name, text in ((START, row.get("before")), (names[folder], row.get("after"))):
+                if isinstance(text, str):
+                    answers.setdefault(name, text)
+                    models.setdefault(name, {"source": str(file), "sha256": file_sha256(file)})
+    return _enough(Answers(list(found.values()), models), "the samples of these runs", SAMPLES)
+
+
+def of_comparison(folder: Path) -> Answers:
+    """The completions of a comparison.
+
+    Raises:
+        DataError: there are none.
+    """
+    file, rows, names = folder / COMPARISON_ROWS, [], set()
+    for row in read_lines(file)[0]:
+        made = {str(n): mapping(c).get("text") for n, c in mapping(row.get("completions")).items()}
+        answers = {n: t for n, t in made.items() if isinstance(t, str)}
+        prompt = _prompt(row)
+        if prompt is not None:
+            rows.append((prompt, answers))
+            names |= set(answers)
+    source = {"source": str(file), "sha256": file_sha256(file) if file.is_file() else ""}
+    return _enough(Answers(rows, dict.fromkeys(sorted(names), source)), str(folder), COMPARISON)
+
+
+def of_pairs(file: Path) -> Answers:
+    """The pairs of a data file in any layout that Penchant reads: its better answers as `chosen`, the others as `rejected`.
+
+    Raises:
+        DataError: it cannot be read, or holds no pairs.
+    """
+    from penchant.data.load import load_preferences, prompt_json
+
+    found = load_preferences(str(file), on_bad_row="skip")
+    rows = []
+    for tree in found.trees:
+        texts = {bool(c.label): c.text for c in tree.completions if c.label is not None}
+        if len(texts) == 2 and tree.prompt:
+            rows.append((prompt_json(tree.prompt), {"chosen": texts[True], "rejected": texts[False]}))
+    source = {"source": str(file), "sha256": file_sha256(file)}
+    return _enough(Answers(rows, {"chosen": source, "rejected": source}), str(file), "pairs")
+
+
+def of_prompts(prompts: Sequence[Any], writers: Mapping[str, Mapping[str, str]]) -> Answers:
+    """Prompts whose answers are written when somebody asks for them."""
+    return Answers([(p, {}) for p in prompts], {n: {"source": _said(w), "sha256": ""} for n, w in writers.items()})
+
+
+def _said(writer: Mapping[str, str]) -> str:
+    return writer.get("run") or f"{writer.get('model')} at {writer.get('url')}"
+
+
+def prompts_of(text: str) -> list[str]:
+    """Prompts that were typed: one a line, or, where a line is ``---``, what stands between such lines."""
+    parts = re.split(r"^---[ \t]*$", text.replace("\r\n", "\n"), flags=re.M)
+    found = parts if len(parts) > 1 else text.splitlines()
+    return [p.strip() for p in found if p.strip()]
+
+
+def _prompt(row: Mapping[str, Any]) -> Any:
+    """A row's prompt: its messages where it has them, else its text."""
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
+        return [{"role": str(m.get("role")), "content": str(m.get("content"))} for m in messages]
+    return row.get("prompt") if isinstance(row.get("prompt"), str) else None
+
+
+def _names(folders: Iterable[Path]) -> dict[Path, str]:
+    """Short names that tell folders apart."""
+    found = list(folders)
+    short = [f.name for f in found]
+    return {f: f.name if short.count(f.name) == 1 else "/".join(f.parts[-2:]) for f in found}
+
+
+def _enough(found: Answers, where: str, what: str) -> Answers:
+    if not any(len(answers) > 1 for _, answers in found.rows):
+        how = "choose runs that wrote samples (evaluation.samples), a comparison, or a file of pairs"
+        raise DataError(where, f"no prompt has two answers ({what})", how)
+    return found
+
+
+def pairs_of(answers: Answers, seed: int, contests: Sequence[tuple[str, str]] | None = None) -> list[Pair]:
+    """Every two models that answered a prompt with different texts; which of them is `a` is the same throughout.
+
+    Args:
+        contests: the models that meet; None: all of them.
+    """
+    names = list(answers.models)
+    met = list(contests or combinations(names, 2))
+    found: dict[str, Pair] = {}
+    for prompt, texts in answers.rows:
+        for a, b in met:
+            if not texts:
+                made = pair_of(prompt, (a, b), None)
+            elif a in texts and b in texts and texts[a].strip() != texts[b].strip():
+                made = pair_of(prompt, (a, b), (texts[a], texts[b]))
+            else:
+                continue
+            found.setdefault(made.id, made)
+    pairs = list(found.values())
+    random.Random(seed).shuffle(pairs)
+    return pairs[:MOST_PAIRS]
+
+
+def gold_pairs(answers: Answers) -> list[Pair]:
+    """Checks: pairs of a file whose better answer is known."""
+    return [
+        pair_of(prompt, ("chosen", "rejected"), (texts["chosen"], texts["rejected"]), "a")
+        for prompt, texts in answers.rows
+        if texts.keys() >= {"chosen", "rejected"}
+    ]
+
+
+def make_arena(folder: Path, name: str, settings: Settings, pairs: Sequence[Pair]) -> Arena:
+    """Write an arena; it is there whole or not at all.
+
+    Raises:
+        DataError: the name is taken or none, or there are no pairs.
+    """
+    if not NAME.fullmatch(name):
+        raise DataError("name", f"{name!r} is not a name", "use letters, digits, spaces, '.', '_' and '-'")
+    if not any(p.gold is None for p in pairs):
+        raise DataError(name, "there is no pair of two different answers", "choose other models or prompts")
+    target = folder / ARENAS / name
+    if target.exists():
+        raise DataError(name, "an arena of this name is there already", "choose another name")
+    made = {**asdict(settings), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    with writing(target):
+        target.mkdir(parents=True)
+        lines = "".join(json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in pairs)
+        write_text_atomically(target / PAIRS, lines.encode("utf-8", "surrogatepass"))
+        write_atomically(target / ARENA, made)  # last: what has it is an arena
+    return Arena(target)

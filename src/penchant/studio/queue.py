@@ -1,0 +1,115 @@
+"""What an annotator sees next, and on which side: a function of the arena's seed and of what was said so far."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from penchant.base.stats import wilson_interval
+from penchant.judges.humans import WINS, Judgement, prompt_key
+from penchant.studio.pairs import Arena, Pair
+
+REPEAT_AFTER = 8  # judgements between a pair and its repetition
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One showing of a pair.
+
+    Args:
+        order: how many records of this annotator came before; left: the answer on the left; repeat_of: as in `Judgement`.
+        done, left_over: pairs that this person judged, and that are still to come.
+    """
+
+    pair: Pair
+    order: int
+    left: Literal["a", "b"]
+    repeat_of: str | None
+    done: int
+    to_come: int
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """The answers, left first."""
+        assert self.pair.answers is not None
+        a, b = self.pair.answers
+        return (a, b) if self.left == "a" else (b, a)
+
+
+def chance(*parts: object) -> float:
+    """A number in [0, 1) that is always the same for the same parts."""
+    text = "\0".join(map(str, parts)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(text).digest()[:7]) / 2**56
+
+
+def next_item(arena: Arena, annotator: str, taken: Collection[str] = ()) -> Item | None:
+    """The next pair for an annotator; None where nothing is left.
+
+    Checks and repetitions come by their shares. Of the rest, pairs that everybody judges and pairs that nobody judged are left; of
+    these come first the models that met least (or whose win rate is known least), then the prompts that were asked least.
+
+    Args:
+        taken: pairs that others have before them now.
+    """
+    settings, judged = arena.settings, arena.preferences.refresh()
+    mine = judged.of(annotator)
+    order = judged.records.get(annotator, 0)
+    rng = random.Random(f"{settings.seed}\0{annotator}\0{order}")
+    left: Literal["a", "b"] = "a" if rng.random() < 0.5 else "b"
+    draws = rng.random(), rng.random(), rng.random()
+    seen = {j.pair for j in mine}
+    everyone = list(judged.judgements.values())
+    open_ = _open(arena, everyone, seen, taken)
+    done = len([j for j in mine if j.repeat_of is None])
+    if not open_:
+        return None
+    golds = [p for p in arena.pairs.values() if p.gold is not None and p.id not in seen]
+    if golds and mine and draws[0] < settings.checks:
+        pair = min(golds, key=lambda p: chance(settings.seed, annotator, p.id))
+        return Item(pair, order, left, None, done, len(open_))
+    repeated = {j.repeat_of for j in mine}
+    old = [j for j in mine[:-REPEAT_AFTER] if j.counts and j.id not in repeated and j.pair in arena.pairs]
+    if old and draws[1] < settings.repeats:
+        again = old[int(draws[2] * len(old))]
+        return Item(arena.pairs[again.pair], order, left, again.id, done, len(open_))
+    pair = _first(arena, everyone, open_)
+    return Item(pair, order, left, None, done, len(open_))
+
+
+def overlaps(arena: Arena, pair: Pair) -> bool:
+    """Whether every annotator judges a pair."""
+    return chance(arena.settings.seed, "overlap", pair.id) < arena.settings.overlap
+
+
+def _open(arena: Arena, everyone: list[Judgement], seen: set[str], taken: Collection[str]) -> list[Pair]:
+    judged = {j.pair for j in everyone if j.verdict in WINS and j.repeat_of is None}
+    ordinary = [p for p in arena.pairs.values() if p.gold is None and p.id not in seen]
+    return [p for p in ordinary if overlaps(arena, p) or (p.id not in judged and p.id not in taken)]
+
+
+def _first(arena: Arena, everyone: list[Judgement], open_: list[Pair]) -> Pair:
+    wins: dict[tuple[str, str], list[float]] = {}
+    prompts: Counter[str] = Counter()
+    for j in everyone:
+        if j.counts:
+            wins.setdefault(j.models, []).append(WINS[j.verdict])
+            prompts[prompt_key(j.prompt)] += 1
+
+    def urgency(models: tuple[str, str]) -> float:
+        had = wins.get(models, [])
+        if arena.settings.first == "widest":
+            low, high = wilson_interval(sum(had), len(had)) if had else (0.0, 1.0)
+            return low - high
+        return len(had)
+
+    contests = {m: urgency(m) for m in {p.models for p in open_}}
+    seed = arena.settings.seed
+    best = min(contests, key=lambda m: (contests[m], chance(seed, *m)))
+    return min(
+        (p for p in open_ if p.models == best),
+        key=lambda p: (not overlaps(arena, p), prompts[prompt_key(p.prompt)], chance(seed, p.id)),
+    )

@@ -1,0 +1,61 @@
+"""Texts of models as HTML that does nothing: Markdown without links, pictures and HTML; hidden characters are shown."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from penchant.report.html import text_html
+
+LONGEST = 60_000  # characters; beyond it a text is shown as it is, not as Markdown
+CUT = 400_000  # beyond it the rest is left out, which is said
+FOLD_CHARACTERS, FOLD_LINES = 1400, 26  # an answer that is longer is folded, and so is the one beside it
+
+
+@lru_cache
+def _markdown() -> MarkdownIt:
+    made = MarkdownIt("commonmark", {"html": False, "linkify": False, "breaks": True})
+    made.enable(["table", "strikethrough"])
+    made.disable(["link", "image", "autolink", "html_inline", "html_block", "reference"])
+
+    def text(self: Any, tokens: Any, at: int, options: Any, env: Any) -> str:
+        return text_html(tokens[at].content)
+
+    def code(self: Any, tokens: Any, at: int, options: Any, env: Any) -> str:
+        return f"<code>{text_html(tokens[at].content)}</code>"
+
+    def block(self: Any, tokens: Any, at: int, options: Any, env: Any) -> str:
+        return f'<pre tabindex="0"><code>{text_html(tokens[at].content)}</code></pre>\n'
+
+    for name, rule in (("text", text), ("code_inline", code), ("code_block", block), ("fence", block)):
+        made.add_render_rule(name, rule)
+    return made
+
+
+@lru_cache(maxsize=256)
+def rendered(text: str) -> Markup:
+    """A text as HTML."""
+    if not text.strip():
+        return Markup('<p class="soft">(an empty answer)</p>')
+    rest = len(text) - CUT
+    shown = text[:CUT]
+    if len(text) > LONGEST:
+        html = f'<div class="plain">{text_html(shown)}</div>'
+    else:
+        try:
+            # headings would be headings of the page, and cells carry inline styles
+            html = re.sub(r"<(/?)h[1-6]>", lambda m: "</p>" if m[1] else '<p class="head">', _markdown().render(shown))
+            html = re.sub(r'<(t[hd]) style="text-align:\w+">', r"<\1>", html)
+        except (RecursionError, ValueError):
+            html = f'<div class="plain">{text_html(shown)}</div>'
+    cut = f'<p class="soft">({rest:,} more characters are not shown)</p>' if rest > 0 else ""
+    return Markup(html + cut)
+
+
+def folds(*texts: str) -> bool:
+    """Whether texts that stand side by side are folded: all of them, if one is long."""
+    return any(len(t) > FOLD_CHARACTERS or t.count("\n") > FOLD_LINES for t in texts)

@@ -1,0 +1,156 @@
+"""Answers that are written while a person waits: by runs of the folder, or by any OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from penchant.base.text import one_line
+from penchant.errors import DataError
+from penchant.judges.endpoint import connect, is_local
+from penchant.judges.humans import turns_of
+
+if TYPE_CHECKING:
+    from penchant.studio.app import Studio
+
+MAX_TOKENS = 512
+SECONDS = 600.0  # for one answer
+LONGEST = 200_000  # characters of one answer
+TEMPERATURE = 0.7
+
+
+class Writers:
+    """Models that write, each loaded once; those of this machine take turns token by token in one thread."""
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._models: dict[Path, Any] = {}
+
+    async def write(
+        self, studio: Studio, writers: Sequence[Mapping[str, str]], prompt: Any
+    ) -> AsyncIterator[tuple[int, str]]:
+        """(which of the writers, a piece of its answer), as they come.
+
+        Raises:
+            DataError: a writer cannot be used.
+        """
+        queue: asyncio.Queue[tuple[int, str | Exception | None]] = asyncio.Queue()
+
+        async def follow(at: int, writer: Mapping[str, str]) -> None:
+            try:
+                pieces = self._of_endpoint(writer, prompt) if "url" in writer else self._of_run(studio, writer, prompt)
+                length = 0
+                async with asyncio.timeout(SECONDS):
+                    async for piece in pieces:
+                        length += len(piece)
+                        if length > LONGEST:
+                            break
+                        queue.put_nowait((at, piece))
+                queue.put_nowait((at, None))
+            except Exception as error:
+                queue.put_nowait((at, error))
+
+        tasks = [asyncio.create_task(follow(i, w)) for i, w in enumerate(writers)]
+        try:
+            left = len(tasks)
+            while left and not studio.closing:
+                try:
+                    at, piece = await asyncio.wait_for(queue.get(), 0.5)
+                except TimeoutError:
+                    continue
+                if isinstance(piece, Exception):
+                    raise piece
+                if piece is None:
+                    left -= 1
+                else:
+                    yield at, piece
+        finally:
+            for task in tasks:
+                task.cancel()
+        if studio.closing:
+            raise DataError("studio", "is shutting down", "start it again")
+
+    # ---- a run of this folder ----
+
+    async def _of_run(self, studio: Studio, writer: Mapping[str, str], prompt: Any) -> AsyncIterator[str]:
+        loop = asyncio.get_running_loop()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        folder = studio.inside(writer.get("run", ""))
+        completions = await loop.run_in_executor(self._thread, self._begin, folder, prompt)
+        while not completions.done:
+            for piece in await loop.run_in_executor(self._thread, completions.step):
+                if piece.text:
+                    yield piece.text
+
+    def _begin(self, folder: Path, prompt: Any) -> Any:
+        from penchant.serve.app import token_ids
+        from penchant.serve.model import load_chat_model
+        from penchant.serve.stream import Completions, Sampling
+        from penchant.types import Message
+
+        if folder not in self._models:
+            self._models[folder] = load_chat_model(str(folder), otherwise="transcript")
+        model = self._models[folder]
+        asked = prompt if isinstance(prompt, str) else tuple(Message(r, t) for r, t in turns_of(prompt))
+        if isinstance(asked, str) and model.style.remembers and model.style.name == "chat":
+            asked = (Message("user", asked),)
+        ids, continued = token_ids(model, asked)
+        room = model.context - len(ids)
+        if room < 1:
+            raise DataError(folder.name, f"the prompt has {len(ids)} tokens, and its context is {model.context}")
+        sampling = Sampling(min(room, MAX_TOKENS), 1, TEMPERATURE)
+        return Completions(model, ids, sampling, () if continued else model.style.stops, continued=continued)
+
+    # ---- an endpoint ----
+
+    async def _of_endpoint(self, writer: Mapping[str, str], prompt: Any) -> AsyncIterator[str]:
+        import httpx
+
+        there = connect(writer["url"], writer.get("key_env") or None, "writer")
+        headers = {"accept": "text/event-stream"}
+        if there.key is not None:
+            headers["authorization"] = f"Bearer {there.key}"
+        body = {
+            "model": writer.get("model", ""),
+            "messages": [{"role": role, "content": text} for role, text in turns_of(prompt)],
+            "stream": True,
+            "max_tokens": MAX_TOKENS,
+            "temperature": TEMPERATURE,
+        }
+        where = f"{writer.get('model')} at {there.url}"
+        try:
+            async with (
+                httpx.AsyncClient(timeout=there.timeout, trust_env=not is_local(there.url)) as client,
+                client.stream("POST", f"{there.url}/chat/completions", json=body, headers=headers) as reply,
+            ):
+                if reply.status_code != 200:
+                    said = there.without_key(one_line((await reply.aread())[:2000].decode(errors="replace")))
+                    raise DataError(where, f"answered {reply.status_code}: {said}", "look at its address and model")
+                async for line in reply.aiter_lines():
+                    if piece := _piece(line):
+                        yield piece
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise DataError(where, f"cannot be asked ({type(error).__name__})", "look whether it is running") from error
+
+    def close(self) -> None:
+        """No further token is written."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+        self._models.clear()
+
+
+def _piece(line: str) -> str:
+    """The text that a line of the stream brings."""
+    kind, _, data = line.partition(":")
+    if kind != "data" or data.strip() in ("", "[DONE]"):
+        return ""
+    try:
+        text = json.loads(data)["choices"][0]["delta"].get("content")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return ""
+    return text if isinstance(text, str) else ""
