@@ -541,7 +541,9 @@ def test_the_entropy_in_the_loss_is_the_exact_one(temperature: float) -> None:
     for g in some:
         for ids in g.tree.completion_ids:
             row = torch.tensor([[*g.tree.prompt_ids.tolist(), *ids.tolist()]])
-            logps = torch.log_softmax(model(input_ids=row, use_cache=False).logits[0, -len(ids) - 1 : -1] / temperature, -1)
+            logps = torch.log_softmax(
+                model(input_ids=row, use_cache=False).logits[0, -len(ids) - 1 : -1] / temperature, -1
+            )
             values.append(-(logps.exp() * logps).sum(-1))
             parts.append(values[-1].mean())
     (-0.3 * torch.stack(parts).mean()).backward()

@@ -27,8 +27,8 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "cispo": GroupConfig,
     "reinforce_pp": GroupConfig,
     "online_dpo": OnlineDPOConfig,
-    "ppo": PPOConfig,
     "gkd": GKDConfig,
+    "ppo": PPOConfig,
     "reward_model": RewardModelConfig,
 }
 
