@@ -107,7 +107,9 @@ class Browser:
 
     # ---- pages ----------------------------------------------------------------------------------------------------
 
-    def open(self, path: Path | str, *, width: int = 1280, height: int = 900, dark: bool = False, media: str = "") -> None:
+    def open(
+        self, path: Path | str, *, width: int = 1280, height: int = 900, dark: bool = False, media: str = ""
+    ) -> None:
         """Open a file or an address of this machine, in a window of that size, and wait until it is loaded."""
         self.events.clear()
         self.send(

@@ -90,6 +90,26 @@ def _norm_forward(module: Any, one_plus: bool) -> Any:
     return forward
 
 
+def mixture_of_experts(vocab: int = VOCAB) -> Any:
+    """A tiny model with two layers of four experts, far from balanced."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "intermediate_size": 48}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=vocab, router_aux_loss_coef=0.7, **sizes, **experts))
+    with torch.no_grad():
+        for layer in model.model.layers:  # far from balanced, so that the loss says something
+            layer.mlp.gate.weight.normal_(std=0.5)
+    return model
+
+
 def make_tree(row: int, prompt: int, completions: tuple[int, ...], *, seed: int = 0, vocab: int = VOCAB) -> TokenTree:
     """A tree of random tokens with the given lengths."""
     rng = np.random.default_rng([seed, row])

@@ -173,7 +173,8 @@ class CompareRequest:
     reward: Any = option("any reward: sentiment, path.py:function, a reward model's run (default: none)")  # noqa: RUF009
     also: tuple[str, ...] = option("another reward to report beside it (repeatable)", (), "NAME")
     judge: Any = option(  # noqa: RUF009
-        "judge that picks the better of two answers: path.py:function, or http://HOST:PORT/v1", metavar="JUDGE"
+        "judge that picks the better of two answers: path.py:function, http://HOST:PORT/v1, or humans:preferences.jsonl",
+        metavar="JUDGE",
     )
     judge_model: str | None = option("the model's name at the endpoint", metavar="NAME")
     judge_key_env: str | None = option("environment variable with its key (default: OPENAI_API_KEY)", metavar="NAME")

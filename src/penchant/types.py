@@ -19,15 +19,25 @@ if TYPE_CHECKING:  # torch and numpy cost half a second to import; `penchant --h
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat turn; `role` is ``system``, ``user`` or ``assistant``.
+    """One chat turn; `role` is ``system``, ``developer``, ``user``, ``assistant`` or ``tool``.
 
     `trained` matters in `Completion.more` alone; `reasoning` is what an assistant thought first, where the row has that apart.
+    `tool_calls` are an assistant's, a JSON list of ``{"type": "function", "function": {"name", "arguments"}}`` or empty; a tool's turn may
+    name its call (`tool_call_id`) and its function (`name`).
     """
 
     role: str
     content: str
     trained: bool = True
     reasoning: str = ""
+    tool_calls: str = ""
+    tool_call_id: str = ""
+    name: str = ""
+
+    @property
+    def said(self) -> str:
+        """The content and the calls, for comparing and showing."""
+        return "\n".join(filter(None, (self.content, self.tool_calls)))
 
 
 Prompt = str | tuple[Message, ...]
@@ -38,7 +48,7 @@ class Completion:
     """One answer to a prompt: its text, and what is known about it.
 
     `more` are the turns that follow in the conversation, where several of its answers are learned: assistant turns that are `trained`
-    count in the loss as `text` does, all others are read only. The last one is trained. `reasoning` is as in `Message`.
+    count in the loss as `text` does, all others are read only. The last one is trained. `reasoning` and `tool_calls` are as in `Message`.
     """
 
     text: str
@@ -46,12 +56,14 @@ class Completion:
     score: float | None = None
     more: tuple[Message, ...] = ()
     reasoning: str = ""
+    tool_calls: str = ""
 
     @property
     def whole(self) -> str:
-        """The answer with its reasoning and the turns that follow it, for comparing and showing."""
-        thought = [self.reasoning] if self.reasoning else []
-        return "\n".join([*thought, self.text, *(f"{m.role}: {m.content}" for m in self.more)])
+        """The answer with its reasoning, its calls and the turns that follow it, for comparing and showing."""
+        first = [self.reasoning] if self.reasoning else []
+        calls = [self.tool_calls] if self.tool_calls else []
+        return "\n".join([*first, self.text, *calls, *(f"{m.role}: {m.said}" for m in self.more)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +71,8 @@ class PromptTree:
     """One prompt with k completions: k=1 is SFT or a thumb, k=2 a preference pair (chosen first), k=n a ranking.
 
     `source` is where the row came from (``"train.jsonl:118"``), for messages; `columns` is what else the row holds, by column, where a
-    reward asks for it; `origin` is the number of its source, where rows of several are mixed.
+    reward asks for it; `origin` is the number of its source, where rows of several are mixed. `tools` (a JSON list) and `template_options`
+    (a JSON object) are what the row hands to the chat template beside its turns; empty where it has none.
     """
 
     prompt: Prompt
@@ -67,6 +80,8 @@ class PromptTree:
     source: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
     origin: int = 0
+    tools: str = ""
+    template_options: str = ""
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def test_a_system_column_is_in_front_of_the_prompt_in_every_layout(name: str, co
 
 @pytest.mark.parametrize("name", [n for n, layout in LAYOUTS.items() if layout.group is None])
 @pytest.mark.parametrize("column", ["images", "videos", "audios", "image", "tools"])
-def test_pictures_sound_and_tools_are_refused_in_every_layout(name: str, column: str) -> None:
+def test_pictures_sound_and_what_is_no_tool_are_refused_in_every_layout(name: str, column: str) -> None:
     layout = LAYOUTS[name]
     with pytest.raises(RowError, match=f'"{column}"'):
         layout.convert({**layout.example, column: ["cat.png"]}, {})

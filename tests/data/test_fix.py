@@ -153,6 +153,7 @@ def test_a_lone_surrogate_is_written_as_an_escape(tmp_path: Path) -> None:
 
 
 SEVERAL = {"oasst": "a row of the layout oasst gives several examples", "oasst_flat": "make examples together"}
+SEVERAL["studio"] = SEVERAL["oasst_flat"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -439,8 +439,7 @@ def test_ids_that_do_not_decode_to_their_text_are_a_bad_row_but_what_a_model_wro
     assert tokenizer.convert_ids_to_tokens(tree.completion_ids[0].tolist()) == ["ing", "</s>"]
 
 
-def test_a_prompt_that_is_answered_already_is_a_bad_row() -> None:
-    row = _chat_row()
-    row["prompt"] = [*row["prompt"], {"role": "assistant", "content": "an answer"}]
-    with pytest.raises(DataError, match="assistant turn"):
-        _only([row], _tokenizer_with(CUTS_THOUGHTS), max_length=96)
+def test_an_answer_that_follows_an_answer_is_a_bad_row() -> None:
+    turns = [*_chat_row()["prompt"], *({"role": "assistant", "content": c} for c in ("an answer", "another"))]
+    with pytest.raises(DataError, match="two assistant turns"):
+        _only([{"messages": turns}], _tokenizer_with(CUTS_THOUGHTS), max_length=96)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import load_tool
-from families import VOCAB, some_trees, tiny_model
+from families import mixture_of_experts, some_trees, tiny_model
 from tiny import polite_rows, tiny_tokenizer, write_jsonl
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -23,25 +23,6 @@ from penchant.runs import Run
 from penchant.types import PackedBatch, TokenTree
 
 COEF = 0.7
-
-
-def _mixture(vocab: int = VOCAB) -> Any:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "intermediate_size": 48}
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=vocab, router_aux_loss_coef=COEF, **sizes, **experts))
-    with torch.no_grad():
-        for layer in model.model.layers:  # far from balanced, so that the loss says something
-            layer.mlp.gate.weight.normal_(std=0.5)
-    return model
 
 
 def _gradient(model: Any) -> torch.Tensor:
@@ -80,7 +61,7 @@ def _ours(model: Any, packing: Any, micro: Sequence[Sequence[TokenTree]]) -> tup
 @pytest.mark.parametrize("sizes", [(4,), (1, 2, 1)])
 def test_it_is_transformers_own_over_real_tokens(packing: str, sizes: tuple[int, ...]) -> None:
     """However rows are packed and a step is cut: over every token of the step, a prompt once, no padding."""
-    model, trees = _mixture(), some_trees()
+    model, trees = mixture_of_experts(), some_trees()
     trees = [*trees, *trees][:4]
     want, gradient = _theirs(model, trees)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -90,7 +71,7 @@ def test_it_is_transformers_own_over_real_tokens(packing: str, sizes: tuple[int,
 
 
 def test_it_is_added_only_while_a_step_trains() -> None:
-    model, (batch, *_) = _mixture(), [pack(some_trees())]
+    model, (batch, *_) = mixture_of_experts(), [pack(some_trees())]
     scorer = Scorer(model, "shared")
     plain = scorer.hidden(batch)
     scorer.router = router_loss(model, 0.1)
@@ -105,7 +86,7 @@ def test_it_is_added_only_while_a_step_trains() -> None:
 def test_a_model_without_one_is_refused() -> None:
     with pytest.raises(ConfigError, match="no balance loss"):
         router_loss(tiny_model("llama"), "auto")
-    model = _mixture()
+    model = mixture_of_experts()
     model.config.router_aux_loss_coef = 0.0
     with pytest.raises(ConfigError, match="is auto, and the model's own"):
         router_loss(model, "auto")
@@ -118,7 +99,7 @@ def _folder(tmp_path: Path) -> str:
     folder = tmp_path / "mixture"
     if not folder.exists():
         with load_tool().silent():
-            _mixture(260).save_pretrained(folder)
+            mixture_of_experts(260).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 

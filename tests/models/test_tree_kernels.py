@@ -366,6 +366,29 @@ def test_a_kernel_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
+def test_the_kind_is_chosen_for_the_device_that_the_model_will_be_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is sharded it is on the CPU, in fp32; each layer's kernels are tried on the GPU, the plan of them here."""
+    model, asked, tried = tiny_model("llama", dtype=FP32), [], []
+    runs_as = torch.device("cuda"), torch.bfloat16
+
+    def select(requested: str, calls: Any, device: str, triton: bool) -> Any:
+        asked.append((device, {call.dtype for call in calls}))
+        return ["varlen", "groups"], ""
+
+    def away(_: Any, kind: str, call: Any, device: torch.device) -> float:
+        tried.append((kind, call.dtype, device.type))
+        return apart
+
+    monkeypatch.setattr(packing, "select_attention", select)
+    monkeypatch.setattr(packing, "_gradients_away", away)
+    apart = 0.01
+    assert choose_packing(model, "auto", "off", "auto", runs_as)[0].attention == "varlen"
+    assert asked == [("cuda", {torch.bfloat16})] and tried == [("varlen", torch.bfloat16, "cuda")]
+    apart = 0.5
+    assert choose_packing(model, "auto", "off", "auto", runs_as)[0].attention == "groups"
+    assert choose_packing(model, "auto", "off", "auto")[0].attention == "groups"  # which stays on the CPU
+
+
 def test_a_kernel_that_computes_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here it leaves out the second pass."""
     model = tiny_model("llama", dtype=FP32)

@@ -257,18 +257,14 @@ class GroupPolicyGradient(OnPolicy):
         return {"main": float(len(batch.lengths))}
 
     def score(self, batch: PackedBatch) -> ScoredTokens:
-        entropy = None
-        if self.config.entropy_coef:
-            made, entropy = self.scorer.with_entropy(batch)
-            tokens = made.tokens
-        else:
-            tokens = self.scorer.logps(batch).tokens
+        made = self.scorer.logps(batch, entropy=bool(self.config.entropy_coef))
+        tokens = made.tokens
         ref, advantages = (self.extra(batch, name).to(tokens) for name in ("ref", "advantages"))
         # with one update a batch of rollouts, the policy that is trained is the one that wrote
         old = tokens.detach() if self.config.updates == 1 else self.extra(batch, "old").to(tokens)
         keep = self.keep(batch)
         weights = None if keep is None else keep.to(tokens)
-        return ScoredTokens(tokens, old, ref, advantages, batch.completion_of, batch.lengths, entropy, weights)
+        return ScoredTokens(tokens, old, ref, advantages, batch.completion_of, batch.lengths, made.entropy, weights)
 
     def loss(self, scored: ScoredTokens) -> LossOutput:
         s, cfg = scored, self.config

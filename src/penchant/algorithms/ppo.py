@@ -92,14 +92,15 @@ class PPOConfig(OnlineConfig):
         made = ValueModel(parts.model.get_input_embeddings().weight.shape[1], own)
         if own is not None and self.value_init != "zero":
             note(start_value(made, parts.config.reward, parts.tokenizer, demanded=self.value_init == "reward"))
-        return {"value": made.to(parts.device)}
+        return {"value": made.to(next(parts.model.parameters()).device)}
 
     def build(self, parts: Parts) -> PPO:
+        from penchant.distributed.shard import rooted
 
         writer, scorer, value = self.writer(parts), parts.scorer, parts.modules["value"]
         own = None
         if value.backbone is not None:
-            own = scorer.on(value.backbone)
+            own = rooted(scorer.on(value.backbone))
         return PPO(scorer, parts.live_reference, writer, self, parts.config.train.tokens_per_step, value.head, own)
 
 
@@ -190,14 +191,19 @@ class PPO(OnPolicy):
         clip = self.config.score_clip
         return scores if clip is None else scores.clamp(-clip, clip)
 
-    def _values(self, batch: PackedBatch, hidden: Tensor) -> Tensor:
-        return self.value_head(hidden if self.value_scorer is None else self.value_scorer.predicting(batch))
+    def _logps_and_values(self, batch: PackedBatch, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(R,) each, and the entropy on request: with a head on the policy, one forward pass gives all."""
+        if self.value_scorer is not None:
+            logps, values = self.scorer.logps(batch, entropy=entropy), self.value_scorer.values(batch, self.value_head)
+        else:
+            logps, values = self.scorer.valued(batch, self.value_head, entropy=entropy)
+        return logps.tokens, values, logps.entropy
 
     def _old_and_values(self, batch: PackedBatch) -> dict[str, Tensor]:
-        """Log-probs and values of the policy that wrote: with a head on the policy, one forward pass gives both."""
+        """Log-probs and values of the policy that wrote."""
         with references.LiveReference(self.scorer).at_rest():
-            hidden = self.scorer.predicting(batch)
-            return {"old": self.scorer.logps(batch, hidden=hidden).tokens, "values": self._values(batch, hidden)}
+            logps, values, _ = self._logps_and_values(batch)
+            return {"old": logps, "values": values}
 
     # ---- the update ---------------------------------------------------------------------------------------------------
 
@@ -211,14 +217,7 @@ class PPO(OnPolicy):
         return self.extra(batch, "keep") if "keep" in self._by_row[batch.rows[0]].extras else None
 
     def score(self, batch: PackedBatch) -> ScoredSteps:
-        hidden = self.scorer.predicting(batch)
-        entropy = None
-        if self.config.entropy_coef:
-            made, entropy = self.scorer.with_entropy(batch, hidden)
-            logps = made.tokens
-        else:
-            logps = self.scorer.logps(batch, hidden=hidden).tokens
-        values = self._values(batch, hidden)
+        logps, values, entropy = self._logps_and_values(batch, bool(self.config.entropy_coef))
         old, old_values, ref, advantages, returns = (
             self.extra(batch, name).to(logps) for name in ("old", "values", "ref", "advantages", "returns")
         )

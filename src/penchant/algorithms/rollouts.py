@@ -197,13 +197,13 @@ class Writer:
         from penchant.metrics.names import METRICS
 
         cfg = self.config
-        assert isinstance(cfg, OnlineConfig)
+        assert isinstance(cfg, OnlineConfig) and self.reward is not None
         k = samples or cfg.samples
         trees, logps = self.written(prompts, iteration, k)
         asked = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
         texts = [[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in t.completion_ids] for t in trees]
         step = iteration * cfg.updates if iteration != EVALUATION else 0  # which is no step of the run
-        said = self._judged([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
+        said = self.reward.judge([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
         if taken := [n for n in said.metrics if n in METRICS or n in ("kind", "step")]:
             raise RewardError(
                 "reward", f'log_metric("{taken[0]}") would replace a figure of the run', "log another name"
@@ -244,26 +244,13 @@ class Writer:
                 prompt_seeds=[t.row for t in mine],
                 eos_token_id=end_ids(self.tokenizer, self.model),
             )
-        everyone = world.gather(written)
-        rows = [everyone[i % world.size][i // world.size] for i in range(len(prompts))]
+        rows = world.dealt(written, len(prompts))
         trees = []
         for prompt, row in zip(prompts, rows, strict=True):
             ids = tuple(np.array(s.ids, np.int32) for s in row)
             cut = tuple(not s.finished for s in row)
             trees.append(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source))
         return trees, [torch.tensor([p for s in row for p in s.logps]) for row in rows]
-
-    def _judged(self, prompts: list[str], texts: list[str], trees: list[TokenTree], step: int) -> Any:
-        """What the rewards say: asked by rank 0 for all, but a reward model takes its passes from every rank."""
-        assert self.reward is not None
-        world = current()
-        if not world.many:
-            return self.reward.judge(prompts, texts, trees, step)
-        said, models = None, any(hasattr(term.function, "score_trees") for term in self.reward.terms)
-        with world.together(patient=True):
-            if world.leads or models:
-                said = self.reward.judge(prompts, texts, trees, step)
-        return world.share(said)
 
 
 @dataclass(slots=True)

@@ -148,7 +148,8 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.print_help()
         return 0
     try:
-        if getattr(args, "allocator", False):  # the command needs tensors
+        if getattr(args, "allocator", False) and not str(getattr(args, "judge", "")).startswith("humans:"):
+            # the command needs tensors
             config = _check_config(args)
             quiet = getattr(args, "quiet", False)
             if sys.stderr.isatty() and not quiet and not os.environ.get("PENCHANT_REEXECUTED"):

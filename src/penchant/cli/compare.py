@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from penchant.cli.arguments import add_arguments, options_of
+from penchant.judges.humans import HUMANS
 from penchant.requests import CompareRequest
 
 
@@ -16,7 +17,11 @@ def add(commands: Any) -> None:
         "compare", help="compare runs with their start and with each other: figures, paired tests, a written verdict"
     )
     compare.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folders; runs that differ only in train.seed count as one setting"
+        "runs",
+        nargs="*",
+        default=[],
+        metavar="RUN",
+        help="run folders; runs that differ only in train.seed count as one setting (none with --judge humans:FILE)",
     )
     add_arguments(compare, CompareRequest)
     compare.add_argument("--json", action="store_true", help="print JSON")
@@ -27,6 +32,8 @@ def add(commands: Any) -> None:
 def _compare(args: argparse.Namespace) -> int:
     from penchant import api
 
+    if (args.judge or "").startswith(HUMANS):
+        return _by_humans(args)
     result = api.compare(*args.runs, quiet=args.quiet or args.json, **options_of(args, CompareRequest))
     if args.json:
         import json
@@ -37,4 +44,21 @@ def _compare(args: argparse.Namespace) -> int:
         print(f"penchant: written to {result.folder}", file=sys.stderr)
     print(result.to_text())
     print(f"report: {api.report(result.folder)}", file=sys.stderr)
+    return 0
+
+
+def _by_humans(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from penchant.metrics.humans import check_alone, judge_by_humans
+
+    given, default = options_of(args, CompareRequest), asdict(CompareRequest())
+    check_alone(args.judge, {name: value for name, value in given.items() if value != default[name]})
+    found = judge_by_humans(args.judge, args.runs)
+    if args.json:
+        import json
+
+        print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
+    else:
+        print(found.to_text())
     return 0

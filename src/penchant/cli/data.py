@@ -136,6 +136,13 @@ def _add_audit(verbs: Any) -> None:
     audit.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or to the terminal if none is given"
     )
+    audit.add_argument(
+        "--places",
+        type=within(int),
+        default=20,
+        metavar="N",
+        help="places listed a finding in the JSON, up to 1000 (default: 20)",
+    )
     audit.add_argument("--all", action="store_true", help="show every count, also of what is in order, and lengths")
     audit.add_argument("--html", metavar="FILE", help="also write an HTML page")
     audit.set_defaults(handler=_audit)
@@ -176,7 +183,7 @@ def _audit(args: argparse.Namespace) -> int:
         )
     if args.html:
         print(f"written: {api.audit_page(result, args.html)}", file=sys.stderr)
-    as_json = json.dumps(result.to_json(), indent=1) + "\n" if args.json else ""
+    as_json = json.dumps(result.to_json(args.places), indent=1) + "\n" if args.json else ""
     if args.json == "-":
         print(as_json, end="")
         return 0

@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 
 from penchant.compare.measured import Measured, Metrics, Setting
-from penchant.compare.verdict import (
+from penchant.judges.judge import BothWays, PairJudge, Question, ask_both_ways
+from penchant.metrics.stats import Interval, share_ci
+from penchant.metrics.verdict import (
     MOST_UNJUDGED,
+    NOTABLE,
+    WIN_RATE,
     Candidate,
     Family,
     Pair,
@@ -18,12 +22,7 @@ from penchant.compare.verdict import (
     corrected,
     meetings,
 )
-from penchant.judges.judge import BothWays, PairJudge, Question, ask_both_ways
-from penchant.metrics.stats import Interval, share_ci
 from penchant.runfolder import finite
-
-WIN_RATE = "judged win rate"
-NOTABLE = 0.05  # of one half: a preference for a position below this is slight, however sure it is
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,15 @@ import numpy as np
 from penchant.base.text import columns
 from penchant.compare.judged import WIN_RATE, Judgement, judge_pairs, lengths_of, sides, win_rates
 from penchant.compare.measured import Measured, Metrics, Setting, figures, measure
-from penchant.compare.verdict import (
+from penchant.data.load import Dataset, first_text, turns_of
+from penchant.data.split import prompt_key
+from penchant.errors import ConfigError
+from penchant.judges.judge import PairJudge
+from penchant.logprobs import Scorer
+from penchant.metrics.answers import is_answer
+from penchant.metrics.figures import prompt_numbers
+from penchant.metrics.names import all_tied
+from penchant.metrics.verdict import (
     Candidate,
     Family,
     Pair,
@@ -25,14 +33,6 @@ from penchant.compare.verdict import (
     corrected,
     verdict,
 )
-from penchant.data.load import Dataset, first_text, turns_of
-from penchant.data.split import prompt_key
-from penchant.errors import ConfigError
-from penchant.judges.judge import PairJudge
-from penchant.logprobs import Scorer
-from penchant.metrics.answers import is_answer
-from penchant.metrics.figures import prompt_numbers
-from penchant.metrics.names import all_tied
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, rows_by_source
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, keep

@@ -5,7 +5,6 @@ from __future__ import annotations
 from penchant.base.functions import is_own
 from penchant.config.schema import RunConfig
 from penchant.errors import ConfigError
-from penchant.rewards.builtin import kind_of
 
 
 def check_launch(config: RunConfig, processes: int) -> None:
@@ -14,7 +13,7 @@ def check_launch(config: RunConfig, processes: int) -> None:
     Raises:
         ConfigError: with what to do in its place.
     """
-    launch, method = config.launch, config.method
+    launch = config.launch
     if processes == 1:
         if launch.processes not in ("auto", 1):
             raise ConfigError(
@@ -34,8 +33,8 @@ def check_launch(config: RunConfig, processes: int) -> None:
             "launch.replicas", f"{processes} processes are not {launch.replicas} equal groups", "give a divisor of them"
         )
     one = "train it in one process (without torchrun, --processes and --gpus)"
-    if method.name == "ppo":
-        raise ConfigError("algorithm.name", "ppo has a value model, which cannot be sharded yet", one)
+    if method.name == "gkd":
+        raise ConfigError("algorithm.name", "gkd has not been tried with a sharded teacher yet", one)
     if config.algorithm is not None and is_own(config.algorithm.name):
         raise ConfigError("algorithm.name", "an algorithm of your own is trained by one process", one)
     if config.train.optimizer != "adamw":
@@ -44,25 +43,9 @@ def check_launch(config: RunConfig, processes: int) -> None:
         )
     if config.model.quantize != "none":
         raise ConfigError("model.quantize", "quantized weights cannot be sharded yet", f"leave it out, or {one}")
-    rewards = config.reward.terms if config.reward is not None else {}
-    if (models := [n for n in rewards if kind_of(n) is None and not is_own(n)]) and len(models) < len(rewards):
-        what = f"{models[0]} takes its passes from every process, and the other rewards are asked by one"
-        raise ConfigError("reward", what, f"take reward models alone, or {one}")
     if isinstance(config.train.gradient_checkpointing, str):
         raise ConfigError(
             "train.gradient_checkpointing",
             f"{config.train.gradient_checkpointing} is for one process so far",
             f"set layers or off, or {one}",
-        )
-    if config.lora is not None and config.lora.dora:
-        raise ConfigError("lora.dora", "is not sharded yet", f"leave it out, or {one}")
-    if config.model.adapter is not None:
-        raise ConfigError("model.adapter", "an adapter to start from cannot be sharded yet", one)
-    if config.model.router_aux_loss is not None:
-        raise ConfigError(
-            "model.router_aux_loss", "is a loss over all tokens of a step, which no process sees yet", one
-        )
-    if config.reference.moves:
-        raise ConfigError(
-            "reference", "a reference that moves cannot be sharded yet", f"leave out ema and sync_every, or {one}"
         )

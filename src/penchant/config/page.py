@@ -48,12 +48,16 @@ REFUSED: tuple[tuple[str, ...], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key of a config, as text: its full path, what it takes, its default ("required" where there is none), its meaning."""
+    """One key of a config, as text: its full path, what it takes, its default ("required" where there is none), its meaning.
+
+    `choices` are all of its values, where they can be listed.
+    """
 
     path: str
     takes: str
     default: str
     meaning: str
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,19 @@ def _words(kind: Any) -> str:
     return _PLAIN.get(kind, getattr(kind, "__name__", str(kind)))
 
 
+def choices(kind: Any) -> tuple[str, ...]:
+    """All values of a type, as a config has them; empty where they cannot be listed."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is bool:
+        return ("true", "false")
+    if origin is Literal:
+        return tuple(map(as_yaml, inner))
+    if origin in (Union, types.UnionType):
+        found = [("null",) if one is type(None) else choices(one) for one in inner]
+        return tuple(value for of_one in found for value in of_one) if all(found) else ()
+    return ()
+
+
 def _keys(section: type[BaseModel], prefix: str) -> tuple[Key, ...]:
     found: list[Key] = []
     for name, info in section.model_fields.items():
@@ -93,7 +110,7 @@ def _keys(section: type[BaseModel], prefix: str) -> tuple[Key, ...]:
             found += _keys(kind, f"{prefix}{name}.")
             continue
         default = "required" if info.is_required() else as_yaml(info.get_default(call_default_factory=True))
-        found.append(Key(prefix + (info.alias or name), takes(info), default, info.description or ""))
+        found.append(Key(prefix + (info.alias or name), takes(info), default, info.description or "", choices(kind)))
         inner: Any = get_args(info.annotation)[0] if get_origin(info.annotation) is list else None
         if inner is not None and _is_section(inner):
             found += _keys(inner, f"{prefix}{name}.N.")

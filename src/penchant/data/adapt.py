@@ -10,7 +10,7 @@ from typing import Any
 from penchant.data.load import Dataset, Quarantined, fingerprint
 from penchant.data.options import DataConfig
 from penchant.errors import DataError
-from penchant.types import Completion, Prompt, PromptTree
+from penchant.types import Completion, PromptTree
 
 LABEL_HINT = 'add a "label" column (true or false), give pairs, or set loss.name=sft'
 
@@ -81,14 +81,19 @@ def _as_prompts(dataset: Dataset, name: str) -> Dataset:
         raise DataError(name, "online methods need prompts, but these rows are plain text", "give a prompt column")
     if dataset.kind == "prompts":
         return dataset
-    once = {t.prompt: replace(t, completions=()) for t in reversed(dataset.trees)}
+    once = {_asked(t): replace(t, completions=()) for t in reversed(dataset.trees)}
     trees = tuple(reversed(once.values()))
     return replace(dataset, trees=trees, fingerprint=fingerprint(trees), kind="prompts")
 
 
+def _asked(tree: PromptTree) -> tuple[object, ...]:
+    """All that a model is asked with."""
+    return tree.prompt, tree.tools, tree.template_options
+
+
 def repeated_prompts(dataset: Dataset) -> str:
     """``60 rows: 44 distinct prompts`` of a data set for a method that answers prompts; empty where none is repeated."""
-    distinct = len({t.prompt for t in dataset.trees})
+    distinct = len({_asked(t) for t in dataset.trees})
     rows = max(dataset.accepted, len(dataset.trees))  # a row may give several prompts
     return f"{rows:,} rows: {distinct:,} distinct prompts" if distinct < rows else ""
 
@@ -114,11 +119,10 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
     # from here on a row is a prompt: the answers between its best and its worst are used for neither, and are no bad rows
     trees: list[PromptTree] = []
     aside: list[Quarantined] = []
-    for prompt, group, ranked in _ranked(dataset):
+    for group, ranked in _ranked(dataset):
         best, worst = ranked[0], ranked[-1]
-        if len(ranked) > 1 and best.score != worst.score and best.text.strip() != worst.text.strip():
-            pair = (Completion(best.text, True, best.score), Completion(worst.text, False, worst.score))
-            trees.append(PromptTree(prompt, pair, group.source))
+        if len(ranked) > 1 and best.score != worst.score and best.whole.strip() != worst.whole.strip():
+            trees.append(replace(group, completions=(replace(best, label=True), replace(worst, label=False))))
         else:
             aside.append(_no_two_scores(group, ranked))
     return _changed(dataset, _some(trees, name), aside, kind="pairs")
@@ -134,11 +138,11 @@ def _as_lists(dataset: Dataset, loss: str, name: str) -> Dataset:
         raise DataError(name, what, 'give several answers of each prompt with a "score", or pairs')
     trees: list[PromptTree] = []
     aside: list[Quarantined] = []
-    for prompt, group, ranked in _ranked(dataset):
+    for group, ranked in _ranked(dataset):
         if ranked[0].score == ranked[-1].score:
             aside.append(_no_two_scores(group, ranked))
         else:
-            trees.append(replace(group, prompt=prompt, completions=tuple(ranked)))
+            trees.append(replace(group, completions=tuple(ranked)))
     return _changed(dataset, _some(trees, name), aside)
 
 
@@ -150,13 +154,13 @@ def _two_scored(tree: PromptTree) -> tuple[Completion, ...]:
     return replace(chosen, score=1.0), replace(rejected, score=0.0)
 
 
-def _ranked(dataset: Dataset) -> Iterator[tuple[Prompt, PromptTree, list[Completion]]]:
+def _ranked(dataset: Dataset) -> Iterator[tuple[PromptTree, list[Completion]]]:
     """Of scored rows each prompt once, its first tree, and all its answers, the best first."""
-    by_prompt: dict[Prompt, list[PromptTree]] = defaultdict(list)
+    by_prompt: dict[object, list[PromptTree]] = defaultdict(list)
     for tree in dataset.trees:
-        by_prompt[tree.prompt].append(tree)
-    for prompt, group in by_prompt.items():
-        yield prompt, group[0], sorted((c for t in group for c in t.completions), key=lambda c: -(c.score or 0.0))
+        by_prompt[_asked(tree)].append(tree)
+    for group in by_prompt.values():
+        yield group[0], sorted((c for t in group for c in t.completions), key=lambda c: -(c.score or 0.0))
 
 
 def _no_two_scores(tree: PromptTree, ranked: Sequence[Completion]) -> Quarantined:

@@ -30,7 +30,7 @@ from penchant.data.load import Columns, Dataset, Quarantined, Reading, fingerpri
 from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, ranges, read_batch, write_rows
 from penchant.data.read import named_files
 from penchant.data.split import held_out_rows, split_by_prompt
-from penchant.data.tokenize import CausalTokenization, Mark, TokenizedDataset, apart_of, moved, tokenize
+from penchant.data.tokenize import CausalTokenization, Mark, TokenizedDataset, apart_of, forced, moved, tokenize
 from penchant.errors import DataError
 
 # ---- Entries on disk ----
@@ -359,7 +359,7 @@ class StoredDataset:
         aside = tuple(Quarantined(*q) for q in meta["quarantined"])
         cut = tuple(meta["cut_prompts"]), tuple(meta["cut_completions"])
         split = int(((marks & Mark.SPLIT) > 0).sum())
-        counts = int(moved(marks).sum()), int(apart_of(marks).sum())
+        counts = int(moved(marks).sum()), int(apart_of(marks).sum()), int(forced(marks).sum())
         whole = TokenizedDataset(StoredTokens(folder), len(marks), aside, *cut, split, meta["template"], *counts)
         return StoredDataset(whole, of_row, marks)
 
@@ -384,6 +384,7 @@ class StoredDataset:
             split_documents=int(((self.marks[which] & Mark.SPLIT) > 0).sum()),
             moved_prompts=int(moved(self.marks[which]).sum()),
             apart=int(apart_of(self.marks[which]).sum()),
+            forced_prompts=int(forced(self.marks[which]).sum()),
         )
 
 

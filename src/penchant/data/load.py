@@ -197,8 +197,8 @@ def _check_text(tree: PromptTree) -> None:
     Raises:
         RowError: one holds half of a surrogate pair; JSON can say that, and programs that cut texts in the middle do.
     """
-    prompt = [tree.prompt] if isinstance(tree.prompt, str) else [m.reasoning + m.content for m in tree.prompt]
-    for text in (*prompt, *(c.whole for c in tree.completions)):
+    prompt = [tree.prompt] if isinstance(tree.prompt, str) else [m.reasoning + m.said for m in tree.prompt]
+    for text in (*prompt, *(c.whole for c in tree.completions), tree.tools, tree.template_options):
         if text.isascii():  # a flag of the string: no look at its characters
             continue
         try:
@@ -602,35 +602,54 @@ def fingerprint(trees: Iterable[PromptTree]) -> str:
 
 def _content(tree: PromptTree) -> bytes:
     further = json.dumps(tree.columns, sort_keys=True, default=str) if tree.columns else ""
+    further += tree.tools + tree.template_options
     return (json.dumps(plain_content(tree)) + further + (str(tree.origin) if tree.origin else "")).encode()
 
 
 def plain_content(tree: PromptTree) -> list[Any]:
     """A tree's prompt and completions as lists, for JSON."""
 
-    def turn(m: Message) -> list[Any]:
-        return [m.role, m.content, m.trained, m.reasoning] if m.reasoning else [m.role, m.content, m.trained]
+    def turn(m: Message, fields: int = 3) -> list[Any]:
+        return _held([m.role, m.content, m.trained, m.reasoning, m.tool_calls, m.tool_call_id, m.name], fields)
 
     asked = tree.prompt
-    prompt = asked if isinstance(asked, str) else [turn(m) if m.reasoning else [m.role, m.content] for m in asked]
-    more = [[list(map(turn, c.more)), c.reasoning] if c.more or c.reasoning else [] for c in tree.completions]
-    return [prompt, [[c.text, c.label, c.score, *m] for c, m in zip(tree.completions, more, strict=True)]]
+    prompt = asked if isinstance(asked, str) else [turn(m, 2) for m in asked]
+    answers = [
+        _held([c.text, c.label, c.score, list(map(turn, c.more)), c.reasoning, c.tool_calls], 3)
+        for c in tree.completions
+    ]
+    return [prompt, answers]
 
 
-def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
+def _held(values: list[Any], least: int) -> list[Any]:
+    """The values without the empty ones behind the last one that says something, but for the first ones."""
+    end = next((i for i in range(len(values), least, -1) if values[i - 1]), least)
+    return values[: end + (end == least + 1 == 4)]  # turns that follow have always stood beside a reasoning
+
+
+def prompt_json(prompt: Prompt) -> str | list[dict[str, Any]]:
     """A prompt as text, or as the messages that programs write."""
     return prompt if isinstance(prompt, str) else list(map(message_json, prompt))
 
 
-def message_json(message: Message) -> dict[str, str]:
+def message_json(message: Message) -> dict[str, Any]:
     """A turn as programs and chat templates know it."""
-    thought = {"reasoning_content": message.reasoning} if message.reasoning else {}
-    return {"role": message.role, "content": message.content, **thought}
+    more: dict[str, Any] = {"reasoning_content": message.reasoning} if message.reasoning else {}
+    if message.tool_calls:
+        more["tool_calls"] = json.loads(message.tool_calls)
+    more |= {n: v for n in ("tool_call_id", "name") if (v := getattr(message, n))}
+    return {"role": message.role, "content": message.content, **more}
+
+
+def told(tree: PromptTree) -> dict[str, Any]:
+    """What a tree's row hands to the chat template beside its turns."""
+    own: dict[str, Any] = json.loads(tree.template_options) if tree.template_options else {}
+    return {**own, **({"tools": json.loads(tree.tools)} if tree.tools else {})}
 
 
 def answer_turn(completion: Completion) -> Message:
     """A completion's text as an assistant turn."""
-    return Message("assistant", completion.text, reasoning=completion.reasoning)
+    return Message("assistant", completion.text, reasoning=completion.reasoning, tool_calls=completion.tool_calls)
 
 
 def turns_of(prompt: Prompt | None) -> dict[str, Any]:
@@ -640,7 +659,7 @@ def turns_of(prompt: Prompt | None) -> dict[str, Any]:
 
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one string, for comparing and showing."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m.role}: {m.content}" for m in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m.role}: {m.said}" for m in prompt)
 
 
 def first_text(tree: PromptTree) -> str:

@@ -64,7 +64,7 @@ class StoredRows(Sequence[PromptTree]):
             Completion(text, label, score, tuple(Message(*m) for turns in more[:1] for m in turns), *more[1:])
             for text, label, score, *more in completions
         )
-        return PromptTree(shown, made, source, further[0] if further else {})
+        return PromptTree(shown, made, source, further[0] if further else {}, 0, *further[1:])
 
     def __iter__(self) -> Iterator[PromptTree]:
         return (self[i] for i in range(len(self)))
@@ -87,7 +87,12 @@ def write_rows(folder: Path, trees: Iterable[PromptTree]) -> None:
     ends, good, bad = array("q", [0]), array("i"), array("i")
     with tempfile.TemporaryFile(dir=folder) as spill:
         for t in trees:
-            row = [*plain_content(t), t.source, *([t.columns] if t.columns else [])]
+            further = (
+                [t.columns, t.tools, t.template_options]
+                if t.tools or t.template_options
+                else [t.columns][: len(t.columns)]
+            )
+            row = [*plain_content(t), t.source, *further]
             ends.append(ends[-1] + spill.write(json.dumps(row, separators=(",", ":")).encode()))
             good.append(sum(c.label is True for c in t.completions))
             bad.append(sum(c.label is False for c in t.completions))

@@ -6,7 +6,8 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date, datetime
 from functools import cache
@@ -14,23 +15,24 @@ from string import ascii_letters
 from typing import Any, NamedTuple
 
 from penchant.data.layouts import RowError
-from penchant.data.load import answer_turn, message_json, prompt_json
+from penchant.data.load import answer_turn, message_json, told
 from penchant.errors import ModelError
-from penchant.types import Message, PromptTree
+from penchant.types import Completion, Message, Prompt, PromptTree
 
-PLAIN_NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
+PLAIN_NAMES = {"user": "Human", "assistant": "Assistant", "system": "System", "developer": "System"}
 
 
 class Rendered(NamedTuple):
-    """A row as text. `moved`: the chat template renders the prompt differently once an answer follows.
+    """A row as text. `moved` is set where the chat template renders the prompt differently once an answer follows: ``shared`` where the prompt is
+    cut to what both share, ``forced`` where the answer is put behind the prompt.
 
-    `turns`: the one completion in parts that are trained and read in turn, the first and the last trained; empty: all of it is trained.
+    `turns`: each completion in parts that are trained and read in turn, the first and the last trained; empty: all of them are trained.
     """
 
     prompt: str
     completions: tuple[str, ...]
-    moved: bool = False
-    turns: tuple[str, ...] = ()
+    moved: str = ""
+    turns: tuple[tuple[str, ...], ...] = ()
 
 
 def uses_chat(template: str, tokenizer: Any) -> bool:
@@ -52,14 +54,6 @@ def dated(options: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     return {**({DATE: date.today().isoformat()} if writes_date(tokenizer) else {}), **options}
 
 
-def apply_template(
-    tokenizer: Any, turns: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None, *, generate: bool
-) -> str:
-    """Turns as the tokenizer's chat template writes them."""
-    given = _with_day(tokenizer, options)
-    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=generate, **given))
-
-
 def _with_day(tokenizer: Any, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """Options for a chat template; one that asks for the date goes along, and is told the day."""
     given = dict(options or {})
@@ -78,22 +72,294 @@ def _clock(day: str) -> str:
     return f"{{% macro {DATE}(format) %}}{{{{ format{text} }}}}{{% endmacro %}}\n"  # a line of its own: see trim_blocks
 
 
+# ---- How a chat template is asked: what it is told beside the turns, and in which form it takes them ----
+
+NAME, VALUE, RESULT, QUESTION, ANSWER = (
+    "find_lynx",
+    "Gnu1717",
+    "Ibex4242",
+    "Kudu0815",
+    "Zebra4711.",
+)  # nothing else holds them
+
+
+class Form(NamedTuple):
+    """How turns are handed to a template: in the first form in which it writes all of them.
+
+    Args:
+        parts: contents are lists of parts, as templates of models with pictures read them.
+        empty: the content of a turn that only calls tools, None: it has none; text: arguments of calls are JSON texts, not objects.
+        lacks: of ``tools``, ``calls`` and ``results`` what it leaves out in every form.
+    """
+
+    parts: bool = False
+    empty: str | None = ""
+    text: bool = False
+    lacks: frozenset[str] = frozenset()
+
+
+_FORMS: dict[tuple[str, bool], Form] = {}  # by template, and whether tools were asked about
+
+
+def _form(tokenizer: Any, with_tools: bool) -> Form:
+    """The form of a tokenizer's template, by trying."""
+    key = repr(tokenizer.chat_template), with_tools
+    if key not in _FORMS:
+        if len(_FORMS) > 100:  # tests make many
+            _FORMS.clear()
+        _FORMS[key] = _tool_form(tokenizer, _form(tokenizer, False)) if with_tools else _plain_form(tokenizer)
+    return _FORMS[key]
+
+
+def _plain_form(tokenizer: Any) -> Form:
+    asked = (Message("user", QUESTION), Message("assistant", ANSWER))
+    for form in (Form(), Form(parts=True)):
+        text = _tried(tokenizer, form, asked)
+        if QUESTION in text and ANSWER in text:
+            return form
+    return Form()
+
+
+def _tool_form(tokenizer: Any, plain: Form) -> Form:
+    tool = {
+        "name": NAME,
+        "description": "?",
+        "parameters": {"type": "object", "properties": {"eland": {"type": "string"}}},
+    }
+    told = {"tools": [{"type": "function", "function": tool}]}
+    call = {"id": "call12345", "type": "function", "function": {"name": NAME, "arguments": {"eland": VALUE}}}
+    asked = Message("user", QUESTION)
+    calls = Message("assistant", "", tool_calls=json.dumps([call]))
+    turns = (asked, calls, Message("tool", RESULT, tool_call_id="call12345", name=NAME), Message("assistant", ANSWER))
+    forms = [plain._replace(empty=empty, text=text) for empty in ("", None) for text in (False, True)]
+    lacks: set[str] = set()
+    offered = _tried(tokenizer, plain, (asked,), told)
+    if offered and NAME not in offered:
+        lacks.add("tools")
+    found = None
+    for form in forms:
+        text = _tried(tokenizer, form, turns, told)
+        if text and RESULT not in text:
+            lacks.add("results")
+        if VALUE in text and not any(wrong in text for wrong in ("'eland'", '\\"eland')):
+            found = form
+            break
+        if text:
+            lacks.add("calls")
+    return (found or plain)._replace(lacks=frozenset(lacks - {"calls"} if found else lacks))
+
+
+def _tried(tokenizer: Any, form: Form, turns: Sequence[Message], told: Mapping[str, Any] | None = None) -> str:
+    try:
+        return _write(tokenizer, form, turns, dict(told or {}))
+    except ModelError:
+        raise
+    except Exception:  # a template's own jinja errors: it may refuse such turns
+        return ""
+
+
+def _write(tokenizer: Any, form: Form, turns: Sequence[Message], given: Mapping[str, Any], **how: bool) -> str:
+    shown = [_shown(m, form, tokenizer) for m in turns]
+    return str(tokenizer.apply_chat_template(shown, tokenize=False, **how, **given))
+
+
+def _shown(message: Message, form: Form, tokenizer: Any) -> dict[str, Any]:
+    """A turn as the template takes it."""
+    turn = message_json(message)
+    if message.role == "developer" and "developer" not in str(tokenizer.chat_template):
+        turn["role"] = "system"
+    if message.tool_calls and not message.content:
+        turn |= {"content": form.empty}
+        turn = {k: v for k, v in turn.items() if v is not None}
+    elif form.parts:
+        turn["content"] = [{"type": "text", "text": message.content}]
+    if form.text:
+        for call in turn.get("tool_calls", ()):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return turn
+
+
+class ChatTemplate:
+    """A tokenizer's chat template and what it is told beside the turns.
+
+    Args:
+        options: `data.template_options`; told: what the row itself hands over (tools, options), which goes first.
+    """
+
+    def __init__(
+        self, tokenizer: Any, options: Mapping[str, Any] | None = None, told: Mapping[str, Any] | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._given = _with_day(tokenizer, {**(options or {}), **(told or {})})
+
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        return self._given.get("tools") or ()
+
+    def _form_for(self, turns: Sequence[Message]) -> Form:
+        return _form(self.tokenizer, bool(self.tools) or any(m.tool_calls or m.role == "tool" for m in turns))
+
+    def write(self, turns: Sequence[Message], *, generate: bool = False) -> str:
+        """The turns as text; `generate`: up to where the next answer begins."""
+        form = self._form_for(turns)
+        return _write(self.tokenizer, form, turns, self._given, add_generation_prompt=generate)
+
+    def asked(self, turns: Sequence[Message]) -> str:
+        """The text before an answer. Where the last turn is an assistant's, the answer goes on with it (`continue_final_message`)."""
+        if not continues(turns):
+            return self.write(turns, generate=True)
+        return _write(self.tokenizer, self._form_for(turns), turns, self._given, continue_final_message=True)
+
+    def generated(self, turns: Sequence[Message]) -> tuple[str, dict[int, tuple[int, int]]]:
+        """The turns as text, and for each assistant turn where what ``{% generation %}`` tags hold begins and ends."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        given = dict(self._given)
+        template = given.pop("chat_template", None) or self.tokenizer.get_chat_template(tools=given.get("tools"))
+        if not _GENERATION.search(template):
+            return "", {}
+        form = self._form_for(turns)
+        rendered: Any = render_jinja_template(
+            [[_shown(m, form, self.tokenizer) for m in turns]],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, **given},
+        )
+        (text,), (places,) = rendered
+        answers = [i for i, m in enumerate(turns) if m.role == "assistant"]
+        if len(places) != len(answers):
+            return text, {}
+        return text, {i: (start, stop) for i, (start, stop) in zip(answers, places, strict=True)}
+
+    def check_tools(self, turns: Sequence[Message], text: str, *, offered: bool = True) -> None:
+        """Whether the text holds the tools (where they are `offered` in it), all calls and all results.
+
+        Raises:
+            RowError: the template leaves something out.
+        """
+        tools = self.tools if offered else ()
+        calls, results = any(m.tool_calls for m in turns), any(m.role == "tool" for m in turns)
+        if not (tools or calls or results):
+            return
+        lacks = self._form_for(turns).lacks
+        found = next(
+            (
+                what
+                for name, there, what in (
+                    ("tools", tools, "the tools"),
+                    ("calls", calls, "tool calls"),
+                    ("results", results, "what tools answer"),
+                )
+                if there and name in lacks
+            ),
+            "",
+        )
+        if left := found or _left_out(turns, tools, text):
+            how = "take a model whose chat template writes tools (see `Conversations and tools` in the docs), or drop the row"
+            raise RowError(f"the chat template leaves out {left}", how)
+
+
+def _left_out(turns: Sequence[Message], tools: Sequence[Mapping[str, Any]], text: str) -> str:
+    """What of tools, calls and results does not stand in a text, white space and JSON's escapes aside; empty where all does."""
+    flat, at = "".join(text.split()), 0
+
+    def behind(value: Any) -> int:  # the place behind it; -1 where it is not there
+        said = value if isinstance(value, str) else json.dumps(value)
+        ways = {
+            "".join(way.split()) for way in (said, json.dumps(said, ensure_ascii=False)[1:-1], json.dumps(said)[1:-1])
+        }
+        ways |= {str(value)} if not isinstance(value, str) else set()
+        return max((place + len(way) for way in ways if (place := flat.find(way, at)) >= 0), default=-1)
+
+    for tool in tools:
+        name = tool.get("function", tool).get("name", "")
+        if behind(name) < 0:
+            return f"the tool {name}"
+    for m in turns:
+        place = behind(m.content) if m.role not in ("system", "developer") else -1
+        if place < 0 and m.role == "tool":
+            return f"what a tool answered ({excerpt(m.content)})"
+        for call in json.loads(m.tool_calls or "[]"):
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            if any(behind(leaf) < 0 for leaf in (name, *_leaves(arguments))):
+                return f"a call of {name} ({excerpt(json.dumps(arguments, ensure_ascii=False))})"
+        at = max(at, place)
+    return ""
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Keys, texts and numbers within a JSON value."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield name
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    elif value is not None:
+        yield value
+
+
+def continues(turns: Sequence[Message]) -> bool:
+    """Whether an answer to these turns goes on with the last one.
+
+    Raises:
+        RowError: the last one calls a tool, whose result is missing.
+    """
+    if not turns or turns[-1].role != "assistant":
+        return False
+    if turns[-1].tool_calls:
+        raise RowError("the prompt ends with a tool call", "let the tool's result follow it")
+    return True
+
+
+def with_answer(turns: Sequence[Message], answer: Message) -> list[Message]:
+    """The turns with an answer to them: a turn more, or a longer last one.
+
+    Raises:
+        RowError: the answer goes on with a turn and has reasoning, which would stand in front of it.
+    """
+    if not continues(turns):
+        return [*turns, answer]
+    if answer.reasoning:
+        raise RowError(
+            "the answer goes on with the prompt's last turn and has reasoning apart", "put it into that turn"
+        )
+    begun = turns[-1]
+    return [*turns[:-1], replace(begun, content=begun.content + answer.content, tool_calls=answer.tool_calls)]
+
+
+def turns_of_prompt(prompt: Prompt) -> tuple[Message, ...]:
+    """A prompt as turns: a text is what a user says."""
+    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+
+
 def plain(tree: PromptTree) -> Rendered:
     """Text prompts as they are; chat prompts as a ``\\n\\nHuman: ...\\n\\nAssistant:`` transcript."""
-    if any(c.reasoning for c in tree.completions):
-        how = "take a tokenizer with one, put the reasoning into the content, or take it out"
-        raise RowError("the answer has reasoning apart, which only a chat template can write", how)
+    turns = () if isinstance(tree.prompt, str) else tree.prompt
+    held = (
+        ("reasoning apart", any(c.reasoning for c in tree.completions)),
+        ("tools", tree.tools or any(m.role == "tool" or m.tool_calls for m in turns)),
+        ("tool calls", any(c.tool_calls for c in tree.completions)),
+        ("chat_template_kwargs", tree.template_options),
+    )
+    for what, there in held:
+        if there:
+            how = "take a tokenizer with a chat template, put it into the content, or take it out"
+            raise RowError(f"it has {what}, which only a chat template can write", how)
     texts = tuple(c.text for c in tree.completions)
     if isinstance(tree.prompt, str):
         return Rendered(tree.prompt, texts)
-    turns = "".join(f"\n\n{PLAIN_NAMES[m.role]}: {m.content}" for m in tree.prompt)
-    return Rendered(f"{turns}\n\nAssistant:", tuple(f" {t.lstrip()}" for t in texts))
+    said = "".join(f"\n\n{PLAIN_NAMES[m.role]}: {m.content}" for m in turns)
+    if continues(turns):
+        return Rendered(said, texts)
+    return Rendered(f"{said}\n\nAssistant:", tuple(f" {t.lstrip()}" for t in texts))
 
 
 def chat(
     tree: PromptTree, tokenizer: Any, options: Mapping[str, Any] | None = None, *, strict: bool = True
 ) -> Rendered:
-    """The tokenizer's chat template; a text prompt is one user turn.
+    """The tokenizer's chat template; a text prompt is one user turn, and an assistant turn at the prompt's end is continued.
 
     The prompt is what the template writes for generation. Where that is not how the whole conversation begins (a template that
     opens a thought, or moves the system text), the prompt ends where both begin to differ, or the answer is put behind the
@@ -103,35 +369,29 @@ def chat(
         strict: False takes answers as the template changes them: what a model wrote is no bad row.
 
     Raises:
-        RowError: the template refuses the turns or leaves out a part of an answer, or the prompt is answered already.
+        RowError: the template refuses the turns or leaves out a part of them.
     """
-    asked = prompt_json(tree.prompt)
-    turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-    if strict and turns and turns[-1]["role"] == "assistant":
-        raise RowError(
-            f"the prompt ends with an assistant turn ({excerpt(turns[-1]['content'])}), so the answer would follow an answer",
-            "let the prompt end with what is to be answered",
-        )
-
-    def render(more: Sequence[Mapping[str, Any]], generate: bool) -> str:
-        return apply_template(tokenizer, [*turns, *more], options, generate=generate)
-
+    template = ChatTemplate(tokenizer, options, told(tree))
+    turns = turns_of_prompt(tree.prompt)
+    answered = [with_answer(turns, answer_turn(c)) for c in tree.completions]
     try:
-        prompt = render((), True)
-        wholes = [render((message_json(answer_turn(c)),), False) for c in tree.completions]
+        prompt = template.asked(turns)
+        wholes = list(map(template.write, answered))
         moved = not all(whole.startswith(prompt) for whole in wholes)
-        unanswered = render((), False) if moved else ""
-    except ModelError:  # one that does not end would not do so with the other rows
+        unanswered = template.write(turns[: len(turns) - continues(turns)]) if moved else ""
+    except (ModelError, RowError):  # a template that does not end would not do so with the other rows
         raise
     except Exception as error:  # templates raise jinja errors of their own, e.g. for a system turn they do not know
         raise RowError(f"the chat template refuses it ({error})", "fix the turns or set data.template=plain") from error
+    how = ""
     if moved and all(whole.startswith(unanswered) for whole in wholes):
         shared = os.path.commonprefix([prompt, *wholes])  # noqa: RUF071 (characters, not paths)
         word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # "<" of "<think>" and of "<b>" is no place to stop
-        prompt = shared[: max(len(unanswered), word_end.end() if word_end else 0)]
+        prompt, how = shared[: max(len(unanswered), word_end.end() if word_end else 0)], "shared"
     elif moved:
         answers = [c.text.strip() for c in tree.completions]
         wholes = [prompt + _behind(prompt, whole, answer) for whole, answer in zip(wholes, answers, strict=True)]
+        how = "forced"
     texts = tuple(whole[len(prompt) :] for whole in wholes)
     for text, c in zip(texts, tree.completions, strict=True):
         if strict and not _holds(prompt, text, c.text):
@@ -144,13 +404,18 @@ def chat(
                 f"the chat template leaves out the answer's reasoning: {excerpt(c.reasoning)} is not in {excerpt(text)}",
                 "take a model whose template writes reasoning_content, put it into the content, or take it out",
             )
-    return Rendered(prompt, texts, moved)
+        if strict:
+            template.check_tools([answer_turn(c)], text, offered=False)
+    if strict:
+        for whole, said in zip(wholes or [prompt], answered or [list(turns)], strict=True):
+            template.check_tools(said, whole)
+    return Rendered(prompt, texts, how)
 
 
 def conversation(
     tree: PromptTree, tokenizer: Any, options: Mapping[str, Any] | None, ends: Sequence[str], *, end: bool = True
 ) -> Rendered | None:
-    """A conversation of which several answers are learned, written once by the tokenizer's chat template.
+    """Conversations of which several answers are learned, each written once by the tokenizer's chat template.
 
     What the model would write of it is what stands in the template's ``{% generation %}`` tags, where it has them for every answer; else what
     the conversation up to an answer has more than the prompt for that answer. The end of a turn belongs to it.
@@ -162,16 +427,27 @@ def conversation(
         None where one text cannot serve for all of them: the template writes earlier turns differently when others follow (it takes their
         reasoning out, or ends them otherwise), or ends no turns. Then each answer is learned in a text of its own.
     """
-    turns = turns_with_answer(tree)
-    said = list(map(message_json, turns))
+    template = ChatTemplate(tokenizer, options, told(tree))
+    made = [_in_one(template, turns_with_answer(tree, c), ends, end) for c in tree.completions]
+    whole = [m for m in made if m is not None]
+    if len(whole) < len(made) or len({prompt for prompt, _ in whole}) > 1:
+        return None
+    parts = tuple(p for _, p in whole)
+    return Rendered(whole[0][0], tuple(map("".join, parts)), turns=parts)
+
+
+def _in_one(
+    template: ChatTemplate, turns: Sequence[Message], ends: Sequence[str], end: bool
+) -> tuple[str, tuple[str, ...]] | None:
+    """A conversation as the text before its first answer that is learned, and the parts behind it; None: see `conversation`."""
     learned = [i for i, m in enumerate(turns) if m.role == "assistant" and m.trained]
     try:
-        whole, spans = _generated(tokenizer, said, options)
-        if len(spans) != sum(m["role"] == "assistant" for m in said):
-            whole, spans = apply_template(tokenizer, said, options, generate=False), {}
+        whole, spans = template.generated(turns)
+        if len(spans) != sum(m.role == "assistant" for m in turns):
+            whole, spans = template.write(turns), {}
         for i in () if spans else learned:
-            asked = apply_template(tokenizer, said[:i], options, generate=True)
-            written = ended_once(apply_template(tokenizer, said[: i + 1], options, generate=False), ends)
+            asked = template.write(turns[:i], generate=True)
+            written = ended_once(template.write(turns[: i + 1]), ends)
             if not (whole.startswith(written) and written.startswith(asked)):
                 return None
             spans[i] = len(asked), len(written)
@@ -179,6 +455,7 @@ def conversation(
         raise
     except Exception:  # a template's own jinja errors; `chat` reports them answer by answer
         return None
+    template.check_tools(turns, whole)
     cuts: list[int] = []
     for i in learned:
         start, stop = spans[i]
@@ -191,16 +468,16 @@ def conversation(
             stop += len(behind) - len(behind.lstrip()) + len(closing) if closing else 0
         if not all(_holds(whole[:start], whole[start:stop], t) for t in (turns[i].content, turns[i].reasoning)):
             return None
+        template.check_tools([turns[i]], whole[start:stop], offered=False)
         cuts += start, stop
-    parts = tuple(whole[a:b] for a, b in itertools.pairwise(cuts))
-    return Rendered(whole[: cuts[0]], ("".join(parts),), turns=parts)
+    return whole[: cuts[0]], tuple(whole[a:b] for a, b in itertools.pairwise(cuts))
 
 
-def turns_with_answer(tree: PromptTree) -> list[Message]:
-    """All turns of a conversation: the prompt (whose answers are not trained), the one answer, and what follows it."""
-    asked = (Message("user", tree.prompt),) if isinstance(tree.prompt, str) else tree.prompt
-    before = (replace(m, trained=False) for m in asked)
-    (answer,) = tree.completions
+def turns_with_answer(tree: PromptTree, answer: Completion | None = None) -> list[Message]:
+    """All turns of a conversation: the prompt (whose answers are not trained), an answer (default: the one), and what follows it."""
+    before = (replace(m, trained=False) for m in turns_of_prompt(tree.prompt))
+    if answer is None:
+        (answer,) = tree.completions
     return [*before, answer_turn(answer), *answer.more]
 
 
@@ -212,33 +489,14 @@ def apart(tree: PromptTree) -> list[PromptTree]:
     bare = tuple(replace(m, trained=True) for m in said)
     (answer,) = tree.completions
     return [
-        replace(tree, prompt=bare[:i], completions=(replace(answer, text=m.content, reasoning=m.reasoning, more=()),))
+        replace(tree, prompt=bare[:i], completions=(_as_answer(answer, m),))
         for i, m in enumerate(said)
         if m.role == "assistant" and m.trained
     ]
 
 
-def _generated(
-    tokenizer: Any, turns: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None
-) -> tuple[str, dict[int, tuple[int, int]]]:
-    """A conversation as text, and for each assistant turn where what the template's ``{% generation %}`` tags hold begins and ends."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    given = _with_day(tokenizer, options)
-    template = given.pop("chat_template", None) or tokenizer.get_chat_template(tools=given.get("tools"))
-    if not _GENERATION.search(template):
-        return "", {}
-    rendered: Any = render_jinja_template(
-        [[dict(turn) for turn in turns]],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **{**tokenizer.special_tokens_map, **given},
-    )
-    (text,), (places,) = rendered
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if len(places) != len(answers):
-        return text, {}
-    return text, {i: (start, stop) for i, (start, stop) in zip(answers, places, strict=True)}
+def _as_answer(answer: Completion, turn: Message) -> Completion:
+    return replace(answer, text=turn.content, reasoning=turn.reasoning, tool_calls=turn.tool_calls, more=())
 
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -291,8 +549,53 @@ def end_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
     found |= {
         i for i in named if (isinstance(i, int) and i in special) or i in getattr(tokenizer, "all_special_ids", ())
     }
-    behind = _behind_an_answer(tokenizer)
-    return frozenset(found | {i for i, content in special.items() if behind.startswith(content)})
+    return frozenset(found | _template_ends(tokenizer, special))
+
+
+def _template_ends(tokenizer: Any, special: Mapping[int, str]) -> set[int]:
+    """The special token with which the chat template ends an answer, and the one with which it ends a turn that calls tools.
+
+    Of several behind each other it is the last one that also stands behind an answer that others follow: some templates end the
+    answer and then the turn, others write a last token only at the end of all.
+    """
+    if not uses_chat("auto", tokenizer):
+        return set()
+    ids = {content: i for i, content in special.items() if content}
+    known = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or r"(?!)")
+    asked, answer = Message("user", "Which?"), Message("assistant", ANSWER)
+
+    def run(turns: Sequence[Message]) -> list[str]:
+        found: list[str] = []
+        behind = _tried(tokenizer, form, turns).rpartition(ANSWER)[2].lstrip()
+        while (match := known.match(behind)) is not None:
+            found.append(match[0])
+            behind = behind[match.end() :]
+        return found
+
+    form = _form(tokenizer, False)
+    last, within = run((asked, answer)), run((asked, answer, Message("user", "Why?")))
+    both = [a for a, b in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(last, within, strict=False))]
+    ends = {*(both[-1:] or last[:1])}
+    tools = _form(tokenizer, True)
+    if "calls" not in tools.lacks:
+        call = {"id": "call12345", "type": "function", "function": {"name": NAME, "arguments": {"eland": VALUE}}}
+        once, twice = (
+            _tried(tokenizer, tools, (asked, Message("assistant", "", tool_calls=json.dumps([call] * n)))).rstrip()
+            for n in (1, 2)
+        )
+        closing = next((c for c in sorted(ids, key=len, reverse=True) if VALUE in once and once.endswith(c)), "")
+        opened = _write_tail(tokenizer, form, asked)
+        if closing and closing not in opened and (not twice or once.count(closing) == twice.count(closing)):
+            ends.add(closing)
+    return {ids[e] for e in ends}
+
+
+def _write_tail(tokenizer: Any, form: Form, asked: Message) -> str:
+    """What the template writes to ask for an answer."""
+    bare, given = _tried(tokenizer, form, (asked,)), ""
+    with suppress(Exception):  # jinja errors of the template's own
+        given = _write(tokenizer, form, (asked,), {}, add_generation_prompt=True)
+    return given[len(bare) :] if given.startswith(bare) else ""
 
 
 def name_ends(model: Any, tokenizer: Any) -> None:
@@ -301,14 +604,3 @@ def name_ends(model: Any, tokenizer: Any) -> None:
     config = getattr(model, "generation_config", None)
     if ends and config is not None:
         config.eos_token_id = ends[0] if len(ends) == 1 else ends
-
-
-def _behind_an_answer(tokenizer: Any) -> str:
-    """What the chat template writes behind an answer; nothing without a template, or with one that takes no such turns."""
-    if not uses_chat("auto", tokenizer):
-        return ""
-    turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "Zebra4711."}]
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("Zebra4711.")[2].lstrip()
-    except Exception:  # a template's own jinja errors; `chat` reports them row by row
-        return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,27 +34,33 @@ from penchant.types import PromptTree, TokenTree
 
 
 Ids = list[int]
+Turns = Sequence[Sequence[int]]
 CONTEXT = 64  # characters of the prompt's end with which an answer is encoded
 CHUNK = 1024  # rows that are tokenized in one call; the tokenizer keeps about 100 bytes a token while it lasts
 
 
 class Encoded(NamedTuple):
-    """The ids of a text; `turns`: tokens of each part of the one completion (see `Rendered`)."""
+    """The ids of a text; `turns`: tokens of each part of each completion (see `Rendered`)."""
 
     prompt: Ids
     completions: list[Ids]
-    turns: tuple[int, ...] = ()
+    turns: Turns = ()
 
 
 class Mark:
     """What can happen to a row; its mark is the sum."""
 
-    CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE, MOVED, APART = 1, 2, 4, 8, 16, 32
+    CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE, MOVED, APART, FORCED = 1, 2, 4, 8, 16, 32, 64
 
 
 def moved(marks: Any) -> Any:
     """Of a mark, or of an array of them: whether the template moved the prompt of a row that is trained on."""
     return marks & (Mark.MOVED | Mark.ASIDE) == Mark.MOVED
+
+
+def forced(marks: Any) -> Any:
+    """The same: whether its answer was put behind the prompt as it is asked."""
+    return marks & (Mark.FORCED | Mark.ASIDE) == Mark.FORCED
 
 
 def apart_of(marks: Any) -> Any:
@@ -71,6 +78,7 @@ class TokenizedDataset:
         cut_prompts: sources of rows whose prompt lost its start; cut_completions: of rows with a completion that lost its end.
         split_documents: plain documents that became several chunks.
         moved_prompts: rows whose prompt the chat template renders differently once an answer follows (see `templates.chat`).
+        forced_prompts: those of them whose answer is put behind the prompt; that of the others is cut to what both renderings share.
         apart: conversations that became a tree for each answer, since no one text serves for all of them (see `templates.conversation`).
         template: ``chat`` or ``plain``.
     """
@@ -84,6 +92,7 @@ class TokenizedDataset:
     template: str
     moved_prompts: int = 0
     apart: int = 0
+    forced_prompts: int = 0
 
     @property
     def accepted(self) -> int:
@@ -102,6 +111,11 @@ class TokenizedDataset:
         if self.moved_prompts:
             moved = counted(self.moved_prompts, "prompt")
             parts.append(f"{moved} that the template renders differently once an answer follows")
+            kinds = (
+                (self.moved_prompts - self.forced_prompts, "cut to what both share"),
+                (self.forced_prompts, "kept, with the answer put behind"),
+            )
+            parts[-1] += f" ({'; '.join(f'{n:,} {what}' for n, what in kinds if n)})"
         if self.apart:
             what = counted(self.apart, "conversation")
             parts.append(
@@ -131,7 +145,7 @@ class Tokenization:
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
         self.identical, self.on_bad_row = identical, on_bad_row
         self.mark = 0  # of the row in hand
-        self._number = self._split = self._moved = self._apart = 0
+        self._number = self._split = self._moved = self._apart = self._forced = 0
         self._aside: list[Quarantined] = []
         self._cut_prompts: list[str] = []
         self._cut_completions: list[str] = []
@@ -151,11 +165,11 @@ class Tokenization:
             for r in rendered
         ]
 
-    def fit_row(self, source: str, prompt: Ids, completions: list[Ids], turns: Sequence[int] = ()) -> list[TokenTree]:
+    def fit_row(self, source: str, prompt: Ids, completions: list[Ids], turns: Turns = ()) -> list[TokenTree]:
         """The ids of one row as its token tree (several of a document that is split).
 
         Args:
-            turns: tokens of each part of the one completion, trained and not in turn; empty: all of it is trained.
+            turns: tokens of each part of each completion, trained and not in turn; empty: all of them are trained.
 
         Raises:
             RowError: the row cannot be used.
@@ -176,13 +190,15 @@ class Tokenization:
             rendered = [self._rendered(tree) for tree in part]
             encoded = iter(self.encode([r for of_row in rendered for r in of_row]))
             for tree, of_row in zip(part, rendered, strict=True):
-                self.mark = Mark.MOVED * any(isinstance(r, Rendered) and r.moved for r in of_row)
+                how = {r.moved for r in of_row if isinstance(r, Rendered)}
+                self.mark = Mark.MOVED * any(how) | Mark.FORCED * ("forced" in how)
                 self.mark |= Mark.APART * (len(of_row) > 1)
                 made = self._row(tree, [next(encoded) for _ in of_row])
                 self._cut_prompts += [tree.source] * bool(self.mark & Mark.CUT_PROMPT)
                 self._cut_completions += [tree.source] * bool(self.mark & Mark.CUT_COMPLETION)
                 self._split += bool(self.mark & Mark.SPLIT)
                 self._moved += moved(self.mark)
+                self._forced += forced(self.mark)
                 self._apart += apart_of(self.mark)
                 yield made, self.mark
 
@@ -221,7 +237,7 @@ class Tokenization:
         """The whole, when all trees have come out."""
         cut = tuple(self._cut_prompts), tuple(self._cut_completions)
         return TokenizedDataset(
-            trees, total, tuple(self._aside), *cut, self._split, self.template, self._moved, self._apart
+            trees, total, tuple(self._aside), *cut, self._split, self.template, self._moved, self._apart, self._forced
         )
 
 
@@ -391,6 +407,11 @@ class CausalTokenization(Tokenization):
             whole = conversation(tree, self.tokenizer, self.options, self.end_texts, end=self.eos is not None)
             if whole is not None:
                 return [whole]
+        if several and len(tree.completions) > 1:
+            raise RowError(
+                "its answers differ in several turns, which only a chat template can write that leaves earlier turns as they are",
+                "give conversations that are equal before their last answer, or take a model with another chat template",
+            )
         return [self._rendered_alone(t) for t in (apart(tree) if several else [tree])]
 
     def _rendered_alone(self, tree: PromptTree) -> Rendered:
@@ -404,9 +425,9 @@ class CausalTokenization(Tokenization):
         """Every part of a conversation is encoded behind what stands before it, so that no token spans the end of what is trained."""
         parts = [_parts(r) if isinstance(r, Rendered) else [r] for r in rendered]
         found = iter(encode_in_context(self.tokenizer, [p for of_row in parts for p in of_row], strict=self.strict))
-        return [_joined([next(found) for _ in of_row]) for of_row in parts]
+        return [_joined(r, [next(found) for _ in of_row]) for r, of_row in zip(rendered, parts, strict=True)]
 
-    def fit_row(self, source: str, prompt: Ids, completions: list[Ids], turns: Sequence[int] = ()) -> list[TokenTree]:
+    def fit_row(self, source: str, prompt: Ids, completions: list[Ids], turns: Turns = ()) -> list[TokenTree]:
         prompt = self._start(prompt)
         completions = [self._end(c) for c in completions]
         if any(not c for c in completions):
@@ -462,17 +483,18 @@ class CausalTokenization(Tokenization):
 
 def _parts(rendered: Rendered) -> list[Rendered]:
     """A conversation's parts, each as the answer to what stands before it; of that only the end, but for the first."""
-    before = rendered.prompt
     parts: list[Rendered] = []
-    for text in rendered.turns or ():
-        parts.append(Rendered(before[-CONTEXT - 1 :] if parts else before, (text,)))
-        before += text
+    for turns in rendered.turns:
+        before = rendered.prompt
+        for text in turns:
+            parts.append(Rendered(before[-CONTEXT - 1 :] if before != rendered.prompt else before, (text,)))
+            before += text
     return parts or [rendered]
 
 
-def _joined(parts: Sequence[Encoded | RowError]) -> Encoded | RowError:
+def _joined(rendered: Rendered | RowError, parts: Sequence[Encoded | RowError]) -> Encoded | RowError:
     """A row's ids from those of its parts."""
-    if len(parts) == 1:
+    if isinstance(rendered, RowError) or not rendered.turns:
         return parts[0]
     found: list[Ids] = []
     for part in parts:
@@ -480,19 +502,21 @@ def _joined(parts: Sequence[Encoded | RowError]) -> Encoded | RowError:
             return part
         found += part.completions
     assert isinstance(parts[0], Encoded)
-    return Encoded(parts[0].prompt, [[i for ids in found for i in ids]], tuple(map(len, found)))
+    each = iter(found)
+    completions = [[next(each) for _ in turns] for turns in rendered.turns]
+    lengths = tuple(tuple(map(len, ids)) for ids in completions)
+    return Encoded(parts[0].prompt, [list(itertools.chain(*ids)) for ids in completions], lengths)
 
 
-def _tree(
-    source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...], turns: Sequence[int] = ()
-) -> TokenTree:
+def _tree(source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...], turns: Turns = ()) -> TokenTree:
     arrays = tuple(np.array(c, dtype=np.int32) for c in completions)
-    masks: tuple[np.ndarray, ...] = ()
-    if turns:  # the last part is trained, and so is an EOS behind it
-        size = len(completions[0])
-        mask = np.repeat(np.arange(len(turns)) % 2 == 0, turns)[:size]
-        masks = (np.pad(mask, (0, size - len(mask)), constant_values=True),)
-    return TokenTree(0, np.array(prompt, dtype=np.int32), arrays, cut, source, masks=masks)
+    masks: list[np.ndarray] = []
+    for ids, parts in zip(
+        completions, turns, strict=bool(turns)
+    ):  # the last part is trained, and so is an EOS behind it
+        mask = np.repeat(np.arange(len(parts)) % 2 == 0, parts)[: len(ids)]
+        masks.append(np.pad(mask, (0, len(ids) - len(mask)), constant_values=True))
+    return TokenTree(0, np.array(prompt, dtype=np.int32), arrays, cut, source, masks=tuple(masks))
 
 
 # ---- Encoders: prompt and completion as the text pair that a BERT-type model was trained on ----
@@ -580,9 +604,10 @@ class PairTokenization(Tokenization):
         self.layout = pair_format(tokenizer)
 
     def render(self, tree: PromptTree) -> list[Rendered]:
-        return [Rendered(prompt_text(tree.prompt), tuple(c.whole for c in tree.completions))]
+        prompt = f"tools: {tree.tools}\n" * bool(tree.tools) + prompt_text(tree.prompt)
+        return [Rendered(prompt, tuple(c.whole for c in tree.completions))]
 
-    def fit_row(self, source: str, prompt: Ids, completions: list[Ids], turns: Sequence[int] = ()) -> list[TokenTree]:
+    def fit_row(self, source: str, prompt: Ids, completions: list[Ids], turns: Turns = ()) -> list[TokenTree]:
         layout = self.layout
         kept_prompt, kept = fit(prompt, completions, self.max_length - layout.specials)
         cut = tuple(len(k) < len(c) for k, c in zip(kept, completions, strict=True))

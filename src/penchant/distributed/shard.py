@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from penchant.distributed.world import World
 
 # what a `Scorer` or a `RewardScorer` runs the model for: inside, the parameters that no layer owns are whole
-RUNS = ("hidden", "predicting", "logps", "divergence", "with_entropy", "row_logits", "rewards")
+RUNS = ("hidden", "predicting", "logps", "valued", "values", "divergence", "row_logits", "rewards")
+_ROOT = "_penchant_root"  # on a model that was sharded
 
 
 class Root(nn.Module):
@@ -22,11 +23,13 @@ class Root(nn.Module):
 
     Args:
         model: a transformers or peft model; reshards: whether its layers give back their gathered weights after their forward pass.
+        beside: what is computed from its hidden states (a value head).
     """
 
-    def __init__(self, model: nn.Module, reshards: bool) -> None:
+    def __init__(self, model: nn.Module, reshards: bool, beside: Sequence[nn.Module] = ()) -> None:
         super().__init__()
-        self.model, self.reshards = model, reshards
+        self.model, self.reshards, self.beside = model, reshards, nn.ModuleList(beside)
+        vars(model)[_ROOT] = self  # not as a module of its own
 
     def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `run` makes of its arguments: log-probs of a packed batch, rewards, hidden states."""
@@ -58,8 +61,8 @@ class Sharding:
             return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
         return init_device_mesh(self.device.type, (size,), mesh_dim_names=("shard",))
 
-    def __call__(self, model: nn.Module, backbone: nn.Module) -> Root:
-        """Shard a model in place: every layer of its backbone, then what is left.
+    def __call__(self, model: nn.Module, backbone: nn.Module, beside: Sequence[nn.Module] = ()) -> Root:
+        """Shard a model in place: every layer of its backbone, then what is left, and what is computed from its hidden states.
 
         Gradients are sums over ranks: the loop divides by counts of the whole step. A factor of 1 alone would become a product in the
         reduction, which gloo does not have and NCCL gets wrong in bf16 (pytorch#190747).
@@ -73,7 +76,7 @@ class Sharding:
             )
         for layer in layers_of(backbone):
             fully_shard(layer, reshard_after_forward=self.reshard, **how)
-        root = Root(model, self.reshard)
+        root = Root(model, self.reshard, beside)
         fully_shard(root, reshard_after_forward=False, **how)
         for module in root.modules():
             if isinstance(module, FSDPModule):
@@ -114,13 +117,20 @@ class Rooted:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._scorer, name)
-        return partial(self._run, name) if name in RUNS else found
+        return partial(self.through, found) if name in RUNS else found
 
-    def _run(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        found = self.root(getattr(self._scorer, name), *args, **kwargs)
-        if name != "row_logits" and not torch.is_grad_enabled():
+    def through(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a call that runs the model makes of its arguments, in the root."""
+        found = self.root(run, *args, **kwargs)
+        if run.__name__ != "row_logits" and not torch.is_grad_enabled():
             reshard(self.root)  # no backward pass will do it, and what is whole now is old after the next step
         return found
+
+
+def rooted(scorer: Any) -> Any:
+    """A scorer as its model needs it: one of a sharded model runs in the model's root."""
+    root = vars(scorer.model).get(_ROOT)
+    return scorer if root is None else Rooted(scorer, root)
 
 
 def _sharded(module: nn.Module) -> Iterator[Any]:
@@ -142,6 +152,8 @@ def whole_weights(scorer: Any) -> Iterator[None]:
         yield
         return
     modules, root = list(_sharded(scorer.root)), scorer.root
+    with torch.no_grad():
+        root(tuple)  # a layer that runs before its root has run would take itself for one
     for module in modules:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
@@ -161,6 +173,18 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, in the same memory; of a plain tensor all of it."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+
+
+def dealt_as(like: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor, whole or sharded in any way, as `like` is sharded; every rank must ask for it. Where `like` is whole, the tensor as it is."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    if is_sharded(tensor):
+        return tensor.redistribute(mesh, placements)  # type: ignore[attr-defined,no-any-return]
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, placements)
 
 
 def full(tensor: Tensor) -> Tensor:

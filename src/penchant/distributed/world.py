@@ -69,6 +69,11 @@ class World:
         """What rank 0 gives."""
         return self.gather(value if self.leads else None, patient=True)[0]  # type: ignore[return-value]
 
+    def dealt(self, mine: Sequence[T], count: int) -> list[T]:
+        """All of `count` items in their order, of which each rank made every `size`-th, rank 0 the first."""
+        everyone = self.gather(mine)
+        return [everyone[i % self.size][i // self.size] for i in range(count)]
+
     def sums(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums by name over all ranks, added in their order: equal to the last bit on each."""
         if not self.many:

@@ -381,8 +381,11 @@ TURNS: dict[str, Callable[[PromptTree], list[PromptTree]]] = {
 def _pair_row(tree: PromptTree) -> list[dict[str, Any]]:
     good, bad = tree.completions
     row: dict[str, Any] = {"prompt": prompt_json(tree.prompt)}
-    if good.reasoning or bad.reasoning:  # both as turns
-        row |= {"chosen": [message_json(answer_turn(good))], "rejected": [message_json(answer_turn(bad))]}
+    if any(c.reasoning or c.tool_calls or c.more for c in tree.completions):  # both as turns
+        row |= {
+            n: [message_json(m) for m in (answer_turn(c), *c.more)]
+            for n, c in zip(("chosen", "rejected"), tree.completions, strict=True)
+        }
     else:
         row |= {"chosen": good.text, "rejected": bad.text}
     if good.score is not None and bad.score is not None:
@@ -393,7 +396,11 @@ def _pair_row(tree: PromptTree) -> list[dict[str, Any]]:
 def _answers(tree: PromptTree, more: Callable[[Completion], Mapping[str, Any]]) -> list[dict[str, Any]]:
     asked = prompt_json(tree.prompt)
     return [
-        {"prompt": asked, "completion": [message_json(answer_turn(c))] if c.reasoning else c.text, **more(c)}
+        {
+            "prompt": asked,
+            "completion": [message_json(answer_turn(c))] if c.reasoning or c.tool_calls else c.text,
+            **more(c),
+        }
         for c in tree.completions
     ]
 
@@ -419,6 +426,13 @@ WRITERS: dict[str, Callable[[PromptTree], list[dict[str, Any]]]] = {
     "prompts": lambda tree: [{"prompt": prompt_json(tree.prompt)}],
     "text": lambda tree: [{"text": c.text} for c in tree.completions],
 }
+
+
+def written_rows(kind: str, tree: PromptTree) -> list[dict[str, Any]]:
+    """The rows of a tree, with what it hands to the chat template."""
+    own = {"tools": tree.tools, "chat_template_kwargs": tree.template_options}
+    more = {name: json.loads(text) for name, text in own.items() if text}
+    return [{**row, **more} for row in WRITERS[kind](tree)]
 
 
 def prompts_of_transcript(values: Fields) -> Fields:
@@ -544,7 +558,7 @@ class _Writer:
         self.waiting, self.answers = [], 0
 
     def _write(self, made: Converted) -> None:
-        rows = [row for tree in made.trees for row in WRITERS[self.how.conversion.kind](tree)]
+        rows = [row for tree in made.trees for row in written_rows(self.how.conversion.kind, tree)]
         self.out.write(json.dumps(rows, ensure_ascii=False).encode() + b"\n")
         self.counts.accepted += made.rows
         self.counts.examples += len(rows)

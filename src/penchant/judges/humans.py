@@ -195,7 +195,10 @@ class Preferences:
         Raises:
             DiskError: it cannot be written; nothing of it stands in the file.
         """
-        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        text = json.dumps(row, ensure_ascii=False)
+        for end in "\x85\u2028\u2029":  # line ends to some readers
+            text = text.replace(end, f"\\u{ord(end):04x}")
+        line = text.encode("utf-8", "backslashreplace") + b"\n"
         with self._lock:
             try:
                 new = not self.path.exists()

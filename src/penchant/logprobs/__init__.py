@@ -37,6 +37,7 @@ class CompletionLogps(NamedTuple):
         sums: (C,) of each completion; tokens: (R,) of each token.
         alignment: (C,) mean over tokens of ``log pi(y_t) - log sum_v pi(v)^2``, without gradient, where asked for.
         ref_tokens, divergence: (R,) the reference's log-probs and the divergence from it, of `Scorer.divergence`.
+        entropy: (R,) over the vocabulary, with gradient, where asked for.
     """
 
     sums: Tensor
@@ -44,6 +45,7 @@ class CompletionLogps(NamedTuple):
     alignment: Tensor | None = None
     ref_tokens: Tensor | None = None
     divergence: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 def per_completion(values: Tensor, lengths: Tensor) -> Tensor:
@@ -175,12 +177,17 @@ class Scorer:
         """The hidden states (R, d) that predict the completion tokens."""
         return self.hidden(batch).index_select(0, batch.predict_index)
 
-    def logps(self, batch: PackedBatch, *, alignment: bool = False, hidden: Tensor | None = None) -> CompletionLogps:
-        """Summed log-probs per completion (C,) and per token (R,), in nats; `alignment` on request.
+    def logps(
+        self, batch: PackedBatch, *, alignment: bool = False, hidden: Tensor | None = None, entropy: bool = False
+    ) -> CompletionLogps:
+        """Summed log-probs per completion (C,) and per token (R,), in nats; `alignment` or `entropy` on request.
 
         `hidden` (R, d) from `predicting`, where the caller needs it too, saves a second forward pass.
         """
-        hidden, head, scale, softcap = self._tempered(self.predicting(batch) if hidden is None else hidden)
+        hidden = self.predicting(batch) if hidden is None else hidden
+        if entropy:
+            return self._with_entropy(batch, hidden)
+        hidden, head, scale, softcap = self._tempered(hidden)
         if type(head) is not nn.Linear:
             tokens, collision = module_token_logps(head, hidden, batch.target_ids, scale, softcap, alignment)
         elif self._fast is not None and head.bias is None and scale == 1.0 and softcap is None:
@@ -196,6 +203,16 @@ class Scorer:
             return CompletionLogps(sums, tokens)
         mean = per_completion(tokens.detach() - collision, batch.lengths) / batch.lengths
         return CompletionLogps(sums, tokens, alignment=mean)
+
+    def values(self, batch: PackedBatch, head: nn.Module) -> Tensor:
+        """What a head says of the hidden states that predict the completion tokens, (R,)."""
+        found: Tensor = head(self.predicting(batch))
+        return found
+
+    def valued(self, batch: PackedBatch, head: nn.Module, *, entropy: bool = False) -> tuple[CompletionLogps, Tensor]:
+        """Log-probs and `values` of one forward pass."""
+        hidden = self.predicting(batch)
+        return self.logps(batch, hidden=hidden, entropy=entropy), head(hidden)
 
     def row_logits(self, batch: PackedBatch) -> RowLogits:
         """The logits of a slice of predicting positions, in fp32 (fp64), without gradient: what a divergence compares with."""
@@ -214,12 +231,8 @@ class Scorer:
         """Log-probs as `logps` gives them, with the divergence from a reference at every completion token."""
         return self._divergence(batch, self.predicting(batch), ref_logits, kind)
 
-    def with_entropy(self, batch: PackedBatch, hidden: Tensor | None = None) -> tuple[CompletionLogps, Tensor]:
-        """Log-probs as `logps` gives them, and the entropy (R,) over the vocabulary at every completion token, in nats, with gradient.
-
-        ``H(p) = log V - KL(p || uniform)``, so it is the divergence from a reference whose logits are all zero.
-        """
-        hidden = self.predicting(batch) if hidden is None else hidden
+    def _with_entropy(self, batch: PackedBatch, hidden: Tensor) -> CompletionLogps:
+        """``H(p) = log V - KL(p || uniform)``, so it is the divergence from a reference whose logits are all zero."""
         vocabulary = base_model_of(self.model).get_output_embeddings().weight.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)
 
@@ -228,7 +241,7 @@ class Scorer:
 
         found = self._divergence(batch, hidden, uniform, DivergenceKind("kl", "policy_ref"))
         assert found.divergence is not None
-        return CompletionLogps(found.sums, found.tokens), math.log(vocabulary) - found.divergence
+        return CompletionLogps(found.sums, found.tokens, entropy=math.log(vocabulary) - found.divergence)
 
     def _divergence(
         self, batch: PackedBatch, hidden: Tensor, ref_logits: RowLogits, kind: DivergenceKind

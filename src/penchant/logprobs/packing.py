@@ -29,12 +29,18 @@ NOISE = 20.0  # times what the model's own logits differ by when a row is comput
 LEAST, MOST = 1e-5, 1e-3  # what may differ, relative to 1 + the log-prob, whatever the noise
 
 
-def choose_packing(model: Any, requested: str, kernels: str, attention: str = "auto") -> tuple[Scorer, str]:
+RunsAs = tuple[torch.device, torch.dtype]
+
+
+def choose_packing(
+    model: Any, requested: str, kernels: str, attention: str = "auto", runs_as: RunsAs | None = None
+) -> tuple[Scorer, str]:
     """A scorer with the best packing that gives the numbers of the model's own `forward`, in fp32, row by row.
 
     Args:
         requested: ``auto``, ``shared``, ``separate`` or ``padded``; anything but auto that fails the check is refused.
         attention: ``auto``, ``varlen``, ``flex`` or ``groups``, likewise.
+        runs_as: the device and dtype in which the model will run, where it is still somewhere else.
 
     Returns:
         The scorer and a sentence for the log.
@@ -43,7 +49,7 @@ def choose_packing(model: Any, requested: str, kernels: str, attention: str = "a
         ConfigError: the requested packing gives other numbers than the model's own, or the requested attention cannot run.
         ModelError: every packing does.
     """
-    kind, why = choose_attention(model, attention)
+    kind, why = choose_attention(model, attention, runs_as)
     by_config, reason = packing_by_config(model)
     candidates: list[Packing] = ["shared", "separate", "padded"]
     if requested != "auto":
@@ -181,29 +187,37 @@ def _fast_is_right(scorer: Scorer) -> bool:
 # ---- Which attention, by what the model hands to it; its kernels are then run against the groups' in the model's own precision ----
 
 
-def choose_attention(model: Any, requested: str) -> tuple[str, str]:
+def choose_attention(model: Any, requested: str, runs_as: RunsAs | None = None) -> tuple[str, str]:
     """(kind, reason for the log) of attention within packed rows: see `select_attention`.
+
+    Args:
+        runs_as: as for `choose_packing`; there the kernels are run on each layer's shapes alone, where the model will be.
 
     Raises:
         ConfigError: what was asked for is impossible on this model and device, or computes something else.
     """
-    device = next(model.parameters()).device.type
-    if requested == "groups" or (requested == "auto" and device != "cuda"):
+    here = next(model.parameters()).device
+    device, dtype = (here, None) if runs_as is None else runs_as
+    if requested == "groups" or (requested == "auto" and device.type != "cuda"):
         return "groups", ""
     calls = attention_calls(model)
-    kinds, why = select_attention(requested, calls, device, _triton())
+    if dtype is not None:
+        calls = {call._replace(dtype=dtype) for call in calls}
+    kinds, why = select_attention(requested, calls, device.type, _triton())
+    half = any(p.dtype in HALF for p in model.parameters()) if dtype is None else dtype in HALF
+    allowed = 5e-2 if half else MOST
     wrong = ""
     for kind in kinds:
         if kind == "groups":
             return kind, wrong or why
         try:
-            found = {"log-probs": _away_from_groups(model, kind)}
-            if any(p.requires_grad for p in model.parameters()):
-                found["gradients"] = max((_gradients_away(model, kind, c) for c in calls), default=0.0)
+            found = {"log-probs": _away_from_groups(model, kind)} if device == here else {}
+            if any(p.requires_grad for p in model.parameters()) or not found:
+                found["gradients"] = max((_gradients_away(model, kind, c, device) for c in calls), default=0.0)
         except Exception as error:  # a kernel that this GPU or installation has not
             wrong = f"{kind}: {first_line(error)}"
             continue
-        differ = [f"its {name} differ by {away:.2g}" for name, away in found.items() if not away <= _allowed(model)]
+        differ = [f"its {name} differ by {away:.2g}" for name, away in found.items() if not away <= allowed]
         if not differ:
             return kind, wrong or why
         wrong = f"{kind}: {differ[0]}"
@@ -230,9 +244,9 @@ def _away_from_groups(model: Any, kind: str) -> float:
     return _away(found, groups)
 
 
-def _gradients_away(model: Any, kind: str, call: Call) -> float:
+def _gradients_away(model: Any, kind: str, call: Call, device: torch.device) -> float:
     """How far the gradients of one layer's attention, of made-up numbers, are from those of the groups in fp32 or better."""
-    batch = pack([_probe_tree(model)]).to(next(model.parameters()).device)
+    batch = pack([_probe_tree(model)]).to(device)
     numbers, wide = torch.Generator().manual_seed(0), torch.promote_types(call.dtype, torch.float32)
     heads = (call.heads, call.kv_heads, call.kv_heads, call.heads)
     shapes = [(batch.tokens, h, call.head_dim) for h in heads]
@@ -246,10 +260,6 @@ def _gradients_away(model: Any, kind: str, call: Call) -> float:
         grads = torch.autograd.grad(out, (q, k, v), upstream.to(dtype))
         found.append(torch.cat([g.flatten().to(wide) for g in grads]))
     return float((found[0] - found[1]).norm() / found[1].norm())
-
-
-def _allowed(model: Any) -> float:
-    return 5e-2 if any(p.dtype in HALF for p in model.parameters()) else MOST
 
 
 def _triton() -> bool:

@@ -20,6 +20,7 @@ from penchant.base.files import spared, sweep, written_aside
 from penchant.base.machine import moved
 from penchant.data.mapped import StoredTokens
 from penchant.data.packing import passes_over
+from penchant.distributed.shard import Rooted, dealt_as, is_sharded, local, reshard
 from penchant.distributed.world import current
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.logprobs.head import RowLogits
@@ -109,7 +110,9 @@ def adapter_off(scorer: Scorer) -> LiveReference:
 
 def adapter_as_it_is(scorer: Scorer) -> LiveReference:
     """The policy with its adapter as it is now, whatever training makes of it: a copy of the adapter, and no other weights."""
-    kept: dict[Tensor, Tensor] = {p: p.detach().clone() for n, p in scorer.model.named_parameters() if "lora_" in n}
+    kept: dict[Tensor, Tensor] = {
+        p: local(p).detach().clone() for n, p in scorer.model.named_parameters() if "lora_" in n
+    }
 
     @contextmanager
     def put_back() -> Iterator[None]:
@@ -122,6 +125,19 @@ def adapter_as_it_is(scorer: Scorer) -> LiveReference:
             for p, data in zip(kept, now, strict=True):
                 p.data = data
 
+    @contextmanager
+    def put_back_in_place() -> Iterator[None]:
+        # torch's FSDP gathers from the memory of the shards
+        shards = [local(p.detach()) for p in kept]
+        now = [s.clone() for s in shards]
+        try:
+            torch._foreach_copy_(shards, list(kept.values()))
+            yield
+        finally:
+            torch._foreach_copy_(shards, now)
+
+    if any(map(is_sharded, kept)):
+        return LiveReference(scorer, off=put_back_in_place)
     return LiveReference(scorer, off=put_back, adapters=kept)
 
 
@@ -145,15 +161,20 @@ class MovingReference(LiveReference):
         """Update where optimizer step `step` (1-based) is one to update at."""
         if step % self.every:
             return
-        parameters = dict(self.scorer.model.named_parameters())
+        parameters = self._parameters()
         with torch.no_grad():
-            now = self.policy()
+            now = {name: dealt_as(parameters[name], value) for name, value in self.policy().items()}
             for name, value in now.items():
                 if name not in self.masters:
                     self.masters[name] = parameters[name].detach().to(value.dtype, copy=True)
-            masters = [self.masters[name] for name in now]
-            torch._foreach_lerp_(masters, list(now.values()), self.mixup)
-            torch._foreach_copy_([parameters[name] for name in now], masters)
+            masters = [local(self.masters[name]) for name in now]
+            torch._foreach_lerp_(masters, [local(value) for value in now.values()], self.mixup)
+            torch._foreach_copy_([local(parameters[name]) for name in now], masters)
+
+    def _parameters(self) -> dict[str, Tensor]:
+        if isinstance(self.scorer, Rooted):
+            reshard(self.scorer.root)  # an exact divergence leaves the head whole
+        return dict(self.scorer.model.named_parameters())
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The moved weights, in fp32."""
@@ -161,11 +182,11 @@ class MovingReference(LiveReference):
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `state_tensors`."""
-        parameters = dict(self.scorer.model.named_parameters())
+        parameters = self._parameters()
         with torch.no_grad():
             for name, value in tensors.items():
-                self.masters[name] = value.clone().to(parameters[name].device)
-                parameters[name].copy_(value)
+                self.masters[name] = dealt_as(parameters[name], value.clone().to(parameters[name].device))
+                local(parameters[name]).copy_(local(self.masters[name]))
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ import torch
 from penchant.base.machine import in_fp64
 from penchant.data.packing import passes_over
 from penchant.data.templates import end_ids
+from penchant.distributed.world import current
 from penchant.errors import ConfigError, RewardError
 from penchant.logprobs import Scorer, per_completion
 from penchant.logprobs.reference import LiveReference
@@ -145,22 +146,26 @@ def write(
     sources: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
-    """Sample `n` completions of each prompt and have them judged.
+    """Sample `n` completions of each prompt and have them judged; of several processes each samples a part.
 
     Args:
         prompts: token ids; seed: of the draws; judge: a reward, called once with all of them.
         sources: where each prompt came from, by which a reward model knows it in its own tokens; may be empty.
     """
-    rows = sample(
+    world = current()
+    mine = range(world.rank, len(prompts), world.size)
+    sampled = sample(
         model,
-        prompts,
+        [prompts[i] for i in mine],
         n=n,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        prompt_seeds=mine,
         eos_token_id=end_ids(tokenizer, model),
         progress=progress,
     )
+    rows = world.dealt(sampled, len(prompts))
     trees = [
         TokenTree(
             i,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from penchant.base.machine import moved
+from penchant.distributed.world import current
 from penchant.errors import ConfigError
 from penchant.models.load import backbone_of, base_model_of, quiet, without_cache
 from penchant.types import PackedBatch
@@ -49,21 +50,23 @@ class RouterLoss:
         return self._tokens > 0 and (torch.is_grad_enabled() or self._shares is None)
 
     def begin_step(self, model: Any, batches: Sequence[PackedBatch]) -> None:
-        """Count what the step's batches send to each expert: from one batch's own pass, or by a pass over each of them."""
-        self._tokens = sum(float(weights.sum()) for weights in map(_weights, batches))
+        """Count what the step's batches send to each expert, in all processes: from one batch's own pass, or by a pass over each of them."""
+        world = current()
+        self._tokens = world.sums({"tokens": sum(float(weights.sum()) for weights in map(_weights, batches))})["tokens"]
         self._shares, self._counted, self._losses = None, [], []
-        if len(batches) > 1:
+        if len(batches) > 1 or world.many:
             device = next(model.parameters()).device
             with quiet(model, training=model.training):
                 for batch in batches:
                     self.run(batch.to(device))
-            self._shares = torch.stack(self._counted).sum(0)
+            of_ranks = world.gather_tensors(torch.stack(self._counted).sum(0), device)
+            self._shares = torch.stack(of_ranks).sum(0)
 
     def end_step(self) -> float:
         """The step's figure, without its weight: `top_k` where every expert gets the same."""
         found = float(torch.stack(self._losses).sum()) if self._losses else 0.0
         self._tokens, self._shares, self._counted, self._losses = 0.0, None, [], []
-        return found
+        return current().sums({"loss": found})["loss"]
 
     def attached(self, hidden: Tensor, logits: Sequence[Tensor], batch: PackedBatch) -> Tensor:
         """Hidden states (T, d), whose gradient brings the loss with it.
@@ -120,10 +123,10 @@ class _Joined(torch.autograd.Function):
 
 
 def _weights(batch: PackedBatch) -> Tensor:
-    """(T,) 1 for each token that counts; 0 for a prompt that was repeated for another completion of its tree."""
+    """(T,) 1 for each token that counts; 0 for a prompt that was repeated for another completion of its tree, and in an idle batch."""
     key = "router"
     if key not in batch.cache:
-        weights = np.ones(batch.tokens, dtype=np.float32)
+        weights = np.full(batch.tokens, 0.0 if batch.idle else 1.0, dtype=np.float32)
         if len(batch.segments) > batch.trees:  # one segment a completion
             slots = batch.completion_slot.tolist()
             for segment, slot in zip(batch.segments, slots, strict=True):

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from penchant.base.functions import is_own, no_exit, python_object
 from penchant.base.text import closest
 from penchant.data.load import prompt_json, prompt_text
+from penchant.distributed.world import current
 from penchant.errors import ConfigError, PenchantError, RewardError
 from penchant.rewards.builtin import BUILT_IN, RULES, RewardConfig, RewardFunction, built_in, kind_of, lacks_math_verify
 from penchant.types import PromptTree, TokenTree
@@ -190,7 +191,8 @@ class Reward:
     ) -> Judgement:
         """Every function's number for each completion, and their sum.
 
-        A function that returns None for a completion says nothing of it: the sum is that of the others.
+        A function that returns None for a completion says nothing of it: the sum is that of the others. Of several processes, which
+        all call this, rank 0 asks the functions; a reward model takes its passes from every rank.
 
         Args:
             prompts, completions: texts without special tokens; trees: the rollouts that they are the texts of, completions in the same
@@ -200,15 +202,24 @@ class Reward:
             RewardError: a function raised, took too long, or gave something other than one finite number (or None) per completion;
                 it names the function and the first completion that is to blame.
         """
-        asked = self._asked(prompts, completions, trees, step)
-        values = {term.label or term.name: _values(term, asked, self.timeout) for term in self.terms}
+        world = current()
+        with world.together():
+            asked = self._asked(prompts, completions, trees, step)
+        mine = [term for term in self.terms if world.leads and not _is_model(term)]
+        values: dict[str, np.ndarray] = {}
+        with world.together(patient=True):
+            values |= {term.label or term.name: _values(term, asked, self.timeout) for term in mine}
+        said_by_functions, metrics = world.share((values, asked.metrics))
+        with world.together(patient=True):
+            models = {t.label or t.name: _values(t, asked, self.timeout) for t in self.terms if _is_model(t)}
+        values = {t.label or t.name: (said_by_functions | models)[t.label or t.name] for t in self.terms}
         weights = [term.weight for term in self.terms]
         total = np.zeros(len(completions))
         said = np.zeros(len(completions), dtype=bool)
         for weight, found in zip(weights, values.values(), strict=True):
             total += weight * np.nan_to_num(found)
             said |= ~np.isnan(found)
-        return Judgement(np.where(said, total, np.nan), values, asked.metrics)
+        return Judgement(np.where(said, total, np.nan), values, metrics)
 
     def _asked(
         self, prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree] | None, step: int
@@ -228,6 +239,10 @@ class Reward:
         ):
             raise _ambiguous(sources[at])
         return Asked(prompts, completions, rows, sources, ids, columns, trees, step)
+
+
+def _is_model(term: RewardTerm) -> bool:
+    return hasattr(term.function, "score_trees")
 
 
 def _ambiguous(source: str) -> RewardError:

@@ -308,9 +308,15 @@ def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step
 
 
 def make_scorer(
-    model: Any, encoder: bool, tokenizer: Any, packing: str, kernels: str, attention: str = "auto"
+    model: Any,
+    encoder: bool,
+    tokenizer: Any,
+    packing: str,
+    kernels: str,
+    attention: str = "auto",
+    runs_as: tuple[torch.device, torch.dtype] | None = None,
 ) -> tuple[RewardScorer, str]:
-    """The scorer that fits a reward model, and a sentence for the log."""
+    """The scorer that fits a reward model, and a sentence for the log; `runs_as` as for `choose_packing`."""
     if encoder:
         if attention in ("varlen", "flex"):
             raise ConfigError(
@@ -320,7 +326,7 @@ def make_scorer(
             )
         scorer = EncoderRewards(model, pair_format(tokenizer))
         return scorer, f"packing: {scorer.packing}"
-    causal, note = choose_packing(model, packing, kernels, attention)
+    causal, note = choose_packing(model, packing, kernels, attention, runs_as)
     return CausalRewards(causal), note
 
 

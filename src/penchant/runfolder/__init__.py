@@ -30,6 +30,7 @@ from penchant.errors import CheckpointError, PenchantError
 # ---- Its files ----
 
 CONFIG, IDENTITY, LOCK = "config.resolved.yaml", "identity.json", ".lock"
+CONSOLE = "console.log"  # what a run that the studio started has said
 SUMS = "sums.json"  # SHA-256 of the small files here; a checkpoint's are in its manifest
 METRICS, PERF, EVALUATIONS = "metrics.jsonl", "perf.jsonl", "evaluations.jsonl"
 SAMPLES, SAMPLES_BEFORE = "samples.jsonl", "samples.before.jsonl"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from penchant.base.machine import cores
 from penchant.config import RunConfig
 from penchant.data.packing import tree_tokens
 from penchant.data.templates import name_ends
-from penchant.distributed.shard import Rooted, Sharding, gathered
+from penchant.distributed.shard import Sharding, gathered, rooted
 from penchant.distributed.world import current
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer
@@ -129,7 +130,7 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     method.check(parts)
     parts.modules = method.modules(parts, lambda: fresh_model(config, config.model, device, shared), console.note)
 
-    start = _shard(parts, rows, shared, console) if current().many else None
+    start, router = _shard(parts, rows, shared, console) if current().many else (None, None)
 
     # masters are taken before the cast; shards are their own masters
     beside = [(f"{name}.{n}", p) for name, m in parts.modules.items() for n, p in m.named_parameters()]
@@ -149,11 +150,12 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
         for trained in (model, *beside_it):
             cast_parameters(trained, dtype)
         parts.engine = _engine(parts, rows, shared, console)  # what runs it
+        router = _router(parts)
         if train.gradient_checkpointing == "offload" and device.type == "cuda":
             offload(backbone_of(model))
 
     # what it is compared with, what trains it
-    built = Built(parts, optimizer, reference_kind=kind, router=_router(parts), _start=start)
+    built = Built(parts, optimizer, reference_kind=kind, router=router, _start=start)
     if config.lora is not None and not method.learns_reward:
         built.start = (adapter_as_it_is if starts_adapted(config) else adapter_off)(parts.scorer)
     if kind is not None:
@@ -162,22 +164,32 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     return built
 
 
-def _shard(parts: Parts, rows: Rows, shared: Alone, console: Any) -> str:
+def _shard(parts: Parts, rows: Rows, shared: Alone, console: Any) -> tuple[str, RouterLoss | None]:
     """Deal out the parameters to all ranks, trained ones in fp32, frozen ones as they are used, after all that looks at the whole model.
 
     Returns:
-        SHA-256 of the whole weights.
+        SHA-256 of the whole weights; the balance loss of the model's router.
     """
     world = current()
     set_precision(parts.device, parts.config.train.tf32)
     sha256: str = world.share(weights_sha256(parts.model, parts.dtype) if world.leads else "")
-    for p in parts.model.parameters():
+    for p in (p for m in (parts.model, *parts.modules.values()) for p in m.parameters()):
         if p.is_floating_point() and (not p.requires_grad or parts.dtype == torch.float64):
             p.data = p.data.to(parts.dtype)
-    engine = _engine(parts, rows, shared, console)
-    base_model_of(parts.model).config.dtype = parts.dtype
-    parts.engine = Rooted(engine, sharding(parts)(parts.model, backbone_of(parts.model)))
-    return sha256
+    parts.engine = _engine(parts, rows, shared, console)
+    router = _router(parts)
+    shard = sharding(parts)
+    beside = {name: getattr(module, "backbone", None) for name, module in parts.modules.items()}
+    of_policy = [module for name, module in parts.modules.items() if beside[name] is None]
+    models = [(parts.model, of_policy)]
+    models += [(own, [parts.modules[name].head]) for name, own in beside.items() if own is not None]
+    for model, heads in models:
+        base_model_of(model).config.dtype = parts.dtype
+        shard(model, backbone_of(model), heads)
+    engine = parts.engine = rooted(parts.engine)
+    if router is not None:
+        router.run = partial(engine.through, router.run)
+    return sha256, router
 
 
 def sharding(parts: Parts) -> Sharding:
@@ -366,12 +378,12 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
     found: list[Scorer | RewardScorer] = []
     if rows.reward_parts is not None:
         encoder = rows.reward_parts.encoder
-        engine, note = make_scorer(parts.model, encoder, parts.tokenizer, packing, kernels, attention)
+        engine, note = make_scorer(parts.model, encoder, parts.tokenizer, packing, kernels, attention, _runs_as(parts))
         console.note(note)
         return engine
 
     def choose() -> tuple[Any, str]:
-        scorer, note = choose_packing(parts.model, packing, kernels, attention)
+        scorer, note = choose_packing(parts.model, packing, kernels, attention, _runs_as(parts))
         found.append(scorer)
         return (scorer.packing, "auto" if scorer.fast else "off", scorer.how), note
 
@@ -381,6 +393,11 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
     if why and not current().many and (parts.device.type, parts.config.model.kernels) == ("cpu", "auto"):
         console.note(f"{why}: this adapter runs on transformers' and peft's own layers")
     return found[0] if found else Scorer(parts.model, chosen, kernels, **how)
+
+
+def _runs_as(parts: Parts) -> tuple[torch.device, torch.dtype] | None:
+    """Where a model will run and in what, where it is not there yet: before it is sharded it is on the CPU."""
+    return (parts.device, parts.dtype) if current().many else None
 
 
 def _router(parts: Parts) -> RouterLoss | None:
@@ -464,13 +481,14 @@ def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer
     model.requires_grad_(False).eval()
     if not start and config.reference.path is not None:  # maybe of another architecture
         kernels = "auto" if parts.scorer.fast else "off"
-        scorer = choose_packing(model, parts.scorer.packing, kernels, config.model.attention)[0]
+        scorer = choose_packing(model, parts.scorer.packing, kernels, config.model.attention, _runs_as(parts))[0]
     else:
         # the policy's own numeric path: with an adapter it has no fast one, and the start would not be equal
         scorer = parts.scorer.on(model)
     if not current().many:
         return scorer
-    return cast(Scorer, Rooted(scorer, sharding(parts)(model, backbone_of(model))))
+    sharding(parts)(model, backbone_of(model))
+    return cast(Scorer, rooted(scorer))
 
 
 def reference_source(config: RunConfig) -> ModelConfig:

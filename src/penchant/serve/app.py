@@ -250,7 +250,7 @@ class App:
             ApiError: it cannot be used, or leaves no room.
         """
         model = self.chat_model
-        ids, continued = token_ids(model, prompt)
+        ids, continued = token_ids(model, prompt, params.told)
         room = model.context - len(ids)
         if room < 1:
             what = f"the prompt has {len(ids)} tokens and the model's context is {model.context}"
@@ -263,16 +263,16 @@ class App:
 PATHS = ("/health", "/healthz", "/v1/models", "/v1/chat/completions", "/v1/completions")
 
 
-def token_ids(model: ChatModel, prompt: Prompt) -> tuple[list[int], bool]:
+def token_ids(model: ChatModel, prompt: Prompt, told: Json) -> tuple[list[int], bool]:
     """(token ids, whether a text is continued rather than messages answered)."""
     if isinstance(prompt, str):
         return model.encode(prompt), True
     ids = [i for i in prompt if isinstance(i, int)]
     if not ids:
         try:
-            return model.prompt_of([m for m in prompt if not isinstance(m, int)]), False
+            return model.prompt_of([m for m in prompt if not isinstance(m, int)], told), False
         except TemplateRefused as error:
-            raise invalid("messages", str(error)) from error
+            raise invalid("tools" if "tools" in told else "messages", str(error)) from error
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     if not all(0 <= i < vocabulary for i in ids):
         raise invalid("prompt", f"holds a token id that is not within 0 and {vocabulary - 1}")

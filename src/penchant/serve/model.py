@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from penchant.data.load import prompt_json
-from penchant.data.templates import apply_template, end_ids, plain, uses_chat
+from penchant.data.layouts import RowError
+from penchant.data.templates import ChatTemplate, end_ids, plain, uses_chat
 from penchant.data.tokenize import uses_bos
 from penchant.errors import ConfigError
 from penchant.models.cpu.decode import FastDecoder, can_decode_fast
@@ -28,27 +28,47 @@ class Style:
     """How messages become text.
 
     Args:
-        render: (tokenizer, messages) to the text before the answer; stops: texts at which an answer ends.
+        render: (tokenizer, messages, what the template is told beside them) to the text before the answer; stops: texts at which an answer ends.
         remembers: whether earlier turns stand before a new one; note: a sentence for whoever talks to it.
     """
 
     name: str
-    render: Callable[[Any, Sequence[Message]], str]
+    render: Callable[[Any, Sequence[Message], Mapping[str, Any]], str]
     stops: tuple[str, ...]
     remembers: bool
     note: str
 
 
-def _chat(tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
-    turns: Any = prompt_json(tuple(messages))
+def _chat(
+    tokenizer: Any, messages: Sequence[Message], told: Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> str:
+    template = ChatTemplate(tokenizer, options, told)
     try:
-        return apply_template(tokenizer, turns, options, generate=True)
+        text = template.asked(messages)
+        template.check_tools(messages, text)
+    except RowError as error:
+        raise TemplateRefused(f"{error.what}; {error.how}") from error
     except Exception as error:  # jinja errors of the template's own, e.g. for a system turn that it does not know
         raise TemplateRefused(f"the model's chat template refuses these messages ({error})") from error
+    return text
 
 
-def _transcript(_: Any, messages: Sequence[Message]) -> str:
-    return plain(PromptTree(tuple(messages), ()))[0]
+def _transcript(_: Any, messages: Sequence[Message], told: Mapping[str, Any]) -> str:
+    _tells_nothing(told)
+    try:
+        return plain(PromptTree(tuple(messages), ()))[0]
+    except RowError as error:
+        raise TemplateRefused(f"{error.what}; {error.how}") from error
+
+
+def _last(_: Any, messages: Sequence[Message], told: Mapping[str, Any]) -> str:
+    _tells_nothing(told)
+    return messages[-1].content
+
+
+def _tells_nothing(told: Mapping[str, Any]) -> None:
+    if told:
+        raise TemplateRefused(f"{', '.join(told)}: only a chat template can write that, and none is used")
 
 
 _WRITTEN = 'no chat template: the conversation is written as "\\n\\nHuman: ...\\n\\nAssistant:"'
@@ -56,7 +76,7 @@ _PLAIN = "plain text: the model continues what you write; it answers nothing"
 STYLES = {
     "chat": Style("chat", _chat, (), True, "the model's own chat template"),
     "transcript": Style("transcript", _transcript, ("\n\nHuman:",), True, _WRITTEN),
-    "plain": Style("plain", lambda _, messages: messages[-1].content, (), False, _PLAIN),
+    "plain": Style("plain", _last, (), False, _PLAIN),
 }
 
 
@@ -130,13 +150,13 @@ class ChatModel:
             ids = [self.tokenizer.eos_token_id if first is None else first]
         return ids
 
-    def prompt_of(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids before the answer to these messages.
+    def prompt_of(self, messages: Sequence[Message], told: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids before the answer to these messages; `told`: tools and options for the chat template.
 
         Raises:
             TemplateRefused: the chat template does not take them.
         """
-        return self.encode(self.style.render(self.tokenizer, messages))
+        return self.encode(self.style.render(self.tokenizer, messages, told or {}))
 
 
 def load_chat_model(

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, to_json
 
 from penchant.base.text import closest
+from penchant.data.layouts import RowError
+from penchant.data.layouts import fields as row
 from penchant.serve.model import ChatModel
 from penchant.serve.stream import Piece, Sampling, ShownToken, token_bytes, token_text
 from penchant.types import Message
@@ -98,23 +111,76 @@ def _text_part(part: Any) -> Any:
     return part
 
 
+Objects = list[dict[str, Any]]
+
+
+def _of_a_role(info: Any, wanted: str) -> None:
+    if info.data.get("role", wanted) != wanted:
+        raise PydanticCustomError("unsupported_parameter", "belongs to another role")
+
+
 class ChatMessage(_Input):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         list[Annotated[TextPart, BeforeValidator(_text_part)]], BeforeValidator(_as_parts), Field(min_length=1)
     ]
+    reasoning_content: str = ""
+    tool_calls: Objects = []
+    tool_call_id: str = ""
+    name: str = ""
 
     @model_validator(mode="before")
     @classmethod
     def _without_empty_extras(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {k: v for k, v in value.items() if k in cls.model_fields or v not in (None, [], "")}
+        kept = {k: v for k, v in value.items() if k == "content" or v not in (None, [], "")}
+        if kept.get("tool_calls") and not kept.get("content"):
+            kept["content"] = ""
+        return kept
+
+    @field_validator("tool_call_id", "name")
+    @classmethod
+    def _of_a_tool(cls, value: str, info: ValidationInfo) -> str:
+        _of_a_role(info, "tool")
+        return value
+
+    @field_validator("reasoning_content", "tool_calls")
+    @classmethod
+    def _of_an_assistant(cls, value: Any, info: ValidationInfo) -> Any:
+        _of_a_role(info, "assistant")
+        if info.field_name == "tool_calls":
+            _read(lambda: _calls_of(value))
+        return value
 
     @property
     def message(self) -> Message:
-        role = "system" if self.role == "developer" else self.role
-        return Message(role, "".join(part.text for part in self.content))
+        """As a row of training data is read."""
+        return Message(
+            self.role,
+            "".join(part.text for part in self.content),
+            reasoning=self.reasoning_content,
+            tool_calls=_calls_of(self.tool_calls) if self.tool_calls else "",
+            tool_call_id=self.tool_call_id,
+            name=self.name,
+        )
+
+
+def _calls_of(given: Objects) -> str:
+    return row.as_message({"role": "assistant", "tool_calls": given}, "it").tool_calls
+
+
+def _read(how: Callable[[], Any]) -> Any:
+    """What a reader of rows makes of it.
+
+    Raises:
+        PydanticCustomError: it does not fit.
+    """
+    try:
+        return how()
+    except RowError as error:
+        said = f"cannot be read: {error.what}; {error.how}".replace("{", "{{").replace("}", "}}")
+        raise PydanticCustomError("invalid_value", said) from error  # type: ignore[arg-type]
 
 
 def _as_list(stop: Any) -> Any:
@@ -163,6 +229,11 @@ class Request(_Input):
         raise NotImplementedError
 
     @property
+    def told(self) -> Json:
+        """What the chat template is told beside the messages."""
+        return {}
+
+    @property
     def max_new_tokens(self) -> int | None:
         """Tokens of each completion that were asked for; None: as many as fit."""
         return self.max_tokens or self.default_max_tokens
@@ -187,6 +258,16 @@ class Request(_Input):
         )
 
 
+def _readable(name: str, how: Callable[[Json], str]) -> AfterValidator:
+    """A parameter that is read as the column of a row that is called like it."""
+
+    def check(value: Any) -> Any:
+        _read(lambda: how({name: value}))
+        return value
+
+    return AfterValidator(check)
+
+
 class ChatRequest(Request):
     """/v1/chat/completions."""
 
@@ -194,9 +275,10 @@ class ChatRequest(Request):
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    tools: Annotated[Any, _only([])] = None
+    tools: Annotated[Objects, _readable("tools", row.tools)] = []
+    chat_template_kwargs: Annotated[dict[str, Any], _readable("chat_template_kwargs", row.template_options)] = {}
     tool_choice: Annotated[Any, _only("none", "auto")] = None
-    functions: Annotated[Any, _only([])] = None
+    functions: Annotated[Objects, _readable("functions", row.tools)] = []
     function_call: Annotated[Any, _only("none", "auto")] = None
     parallel_tool_calls: Any = None
     response_format: Annotated[Any, _only({"type": "text"})] = None
@@ -215,6 +297,12 @@ class ChatRequest(Request):
     @property
     def prompts(self) -> list[Prompt]:
         return [tuple(m.message for m in self.messages)]
+
+    @property
+    def told(self) -> Json:
+        listed = row.tools({"tools": self.tools, "functions": self.functions})
+        own = {k: v for k, v in self.chat_template_kwargs.items() if v is not None}
+        return {**own, **({"tools": json.loads(listed)} if listed and self.tool_choice != "none" else {})}
 
     @property
     def max_new_tokens(self) -> int | None:

@@ -39,7 +39,7 @@ CHANGES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 WEEK = 7 * 24 * 3600
 
 # modules of this package that make an area each, in the order of the navigation
-AREAS = ("arena",)
+AREAS = ("arena", "runs", "data")
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; frame-src 'self'; "
@@ -49,7 +49,7 @@ HEADERS = {
     "content-security-policy": POLICY,
     "cache-control": "no-store",
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # without one, forms would come from nowhere (Origin: null)
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }

@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from markupsafe import Markup
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import FileResponse, HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from penchant.errors import DataError
 from penchant.judges.endpoint import connect
 from penchant.judges.humans import PREFERENCES, Judgement, turns_of
+from penchant.metrics.humans import human_verdict
 from penchant.runfolder import COMPARISON_ROWS, SAMPLES
 from penchant.studio import pairs
 from penchant.studio.app import Area, Studio, fields, form
 from penchant.studio.pairs import Arena, Settings
 from penchant.studio.queue import Item, next_item
+from penchant.studio.results import results_body, results_page
 from penchant.studio.text import folds, rendered
 from penchant.studio.writers import Writers
 
@@ -145,6 +148,24 @@ def area(studio: Studio) -> Area:
             return Response("event: done\ndata: {}\n\n", media_type="text/event-stream")
         return StreamingResponse(_written(rooms, arena, shown), media_type="text/event-stream")
 
+    async def results(request: Request) -> Response:
+        arena = rooms.named(request)
+        body = await run_in_threadpool(_results, arena)
+        return studio.page(request, "arena_results.html", arena=arena, body=body, annotator=_annotator(request))
+
+    async def report(request: Request) -> Response:
+        arena = rooms.named(request)
+        text = await run_in_threadpool(results_page, arena.name, arena.preferences)
+        # its own policy stands in it, and lets its stylesheet in
+        headers = {"content-security-policy": "sandbox", "content-disposition": 'attachment; filename="arena.html"'}
+        return HTMLResponse(text, headers=headers)
+
+    async def file(request: Request) -> Response:
+        path = rooms.named(request).preferences.path
+        if not path.is_file():
+            raise HTTPException(404, "nothing was judged yet")
+        return FileResponse(path, media_type="application/jsonl", filename=PREFERENCES)
+
     base = "/arena/{name}"
     routes = [
         Route("/arena", index),
@@ -156,8 +177,15 @@ def area(studio: Studio) -> Area:
         Route(f"{base}/judge", say, methods=["POST"]),
         Route(f"{base}/undo", undo, methods=["POST"]),
         Route(f"{base}/live", live),
+        Route(f"{base}/results", results),
+        Route(f"{base}/report", report),
+        Route(f"{base}/{PREFERENCES}", file),
     ]
     return Area("Arena", "/arena", routes, rooms.writers.close)
+
+
+def _results(arena: Arena) -> Markup:
+    return Markup(str(results_body(human_verdict(arena.preferences.refresh()))))
 
 
 # ---- who judges ----

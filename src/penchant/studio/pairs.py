@@ -25,7 +25,7 @@ ARENAS, ARENA, PAIRS, WRITTEN = "arenas", "arena.json", "pairs.jsonl", "written.
 START = "start"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,59}")
 REASONS = ("correct", "clear", "helpful", "honest", "concise", "safe", "style")
-MOST_PAIRS = 200_000
+MOST_PAIRS = 20_000
 
 
 @dataclass(frozen=True, slots=True)

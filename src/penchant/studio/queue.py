@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from penchant.base.stats import wilson_interval
@@ -40,6 +41,7 @@ class Item:
         return (a, b) if self.left == "a" else (b, a)
 
 
+@lru_cache(maxsize=1 << 18)
 def chance(*parts: object) -> float:
     """A number in [0, 1) that is always the same for the same parts."""
     text = "\0".join(map(str, parts)).encode("utf-8", "surrogatepass")

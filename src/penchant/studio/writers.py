@@ -99,7 +99,7 @@ class Writers:
         asked = prompt if isinstance(prompt, str) else tuple(Message(r, t) for r, t in turns_of(prompt))
         if isinstance(asked, str) and model.style.remembers and model.style.name == "chat":
             asked = (Message("user", asked),)
-        ids, continued = token_ids(model, asked)
+        ids, continued = token_ids(model, asked, {})
         room = model.context - len(ids)
         if room < 1:
             raise DataError(folder.name, f"the prompt has {len(ids)} tokens, and its context is {model.context}")

@@ -235,7 +235,7 @@ def _read_shards(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tenso
     world, tensors = current(), {}
     for name, found in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
         assert isinstance(found, TensorStorageMetadata)  # safetensors hold nothing else
-        master = masters.get(name.partition("/")[2])
+        master = masters.get(name.rpartition("/")[2])
         if world.many and master is not None and master.shape == found.size:
             tensors[name] = torch.zeros_like(master.detach(), dtype=found.properties.dtype)
         else:

@@ -66,10 +66,11 @@ class RunView:
 
     Args:
         folder: the run's, which may not exist yet; name: what it is called on the screen.
+        brief: where it is and how it stands, from the end of its files: no curves and no samples.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path, name: str, brief: bool = False) -> None:
+        self.folder, self.name, self._brief = folder, name, brief
         self.state: State = "waiting"
         self.why = ""
         self.memory: float | None = None
@@ -77,7 +78,7 @@ class RunView:
         self.manifest: dict[str, Any] = {}
         self.flags: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []  # the last answers: before and after training, or only those before
-        self._files = follow(folder)
+        self._files = follow(folder, brief)
         self._perf: deque[tuple[int, float, float, float]] = deque(maxlen=RECENT)
         self._forget()
 
@@ -102,7 +103,7 @@ class RunView:
         for row in rows:
             self._take_speed(row)
         self.config, self.manifest, self.flags = files.config.read(), files.manifest.read(), files.flags.read()
-        self.samples = files.samples.read() or files.samples_before.read()
+        self.samples = [] if self._brief else files.samples.read() or files.samples_before.read()
         self.state, self.why = self._state(lock_of(self.folder))
 
     def _take(self, row: dict[str, Any]) -> None:

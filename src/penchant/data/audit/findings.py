@@ -64,13 +64,17 @@ class Audit:
     characters: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     layout: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON-able: ``{"layout", "summary", "findings": {name: {title, count, of, share, where, note, interval, advice}}, "lengths", "characters"}``."""
+    def to_json(self, places: int = SHOWN) -> dict[str, Any]:
+        """JSON-able: ``{"layout", "summary", "findings": {name: {title, count, of, share, where, note, interval, advice}}, "lengths", "characters"}``.
+
+        Args:
+            places: listed a finding, at most (`KEPT` are held).
+        """
         found = {
             name: {
                 **asdict(f),
                 "share": f.share,
-                "where": list(f.where[:SHOWN]),
+                "where": list(f.where[:places]),
                 "interval": f.interval and [*f.interval],
             }
             for name, f in self.findings.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import shlex
 from array import array
 from collections import Counter
@@ -37,6 +38,8 @@ RULES = {  # in the order in which a row is told why it goes
     "near_duplicates": "near copies of an earlier row",
 }
 DEFAULT = ("unreadable", "bad_rows", "empty", "identical", "duplicates")
+BY_HAND = "by_hand"
+TOLD = RULES | {BY_HAND: "rows that a person dropped"}
 ALWAYS = "unreadable"  # such a row cannot be written
 JSONL = (".jsonl", ".jsonl.gz")
 
@@ -54,11 +57,12 @@ class Fixed:
     touched: Path
     rules: Sequence[str]
     redact: Sequence[str]
+    edited: int = 0
     notes: Sequence[str] = field(default_factory=tuple)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able."""
-        found = {n: getattr(self, n) for n in ("rows", "written", "changed")}
+        found = {n: getattr(self, n) for n in ("rows", "written", "changed", "edited")}
         found |= {n: dict(getattr(self, n)) for n in ("dropped", "redacted")}
         found |= {n: str(getattr(self, n)) for n in ("output", "touched")}
         return {**found, "drop": list(self.rules), "redact": list(self.redact)}
@@ -67,12 +71,26 @@ class Fixed:
         """For the terminal."""
         gone = sum(self.dropped.values())
         lines = [*self.notes, f"dropping: {', '.join(self.rules)}; redacting: {', '.join(self.redact) or 'nothing'}"]
-        stay = f"{self.written:,} written ({self.changed:,} of them changed)"
+        stay = f"{self.written:,} written ({self.changed + self.edited:,} of them changed)"
         lines.append(f"{self.rows:,} rows = {stay} + {gone:,} dropped")
-        lines += [f"  {count:>9,}  {RULES[rule]}" for rule, count in self.dropped.items() if count]
+        lines += [f"  {count:>9,}  {TOLD[rule]}" for rule, count in self.dropped.items() if count]
+        lines += [f"  {self.edited:>9,}  rows that a person changed"] * bool(self.edited)
         lines += [f"  {count:>9,}  {sensitive.TITLES[kind]} masked" for kind, count in self.redacted.items()]
         lines += [f"written: {self.output}", f"every row that was touched: {self.touched}"]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What a person made of a row: its new values, or None to drop it; `was`: `content_sum` of the row that they had before them."""
+
+    values: Mapping[str, Any] | None
+    was: str
+
+
+def content_sum(values: Mapping[str, Any]) -> str:
+    """SHA-256 of a row's values."""
+    return hashlib.sha256(json_line(dict(values))).hexdigest()
 
 
 def fix(
@@ -85,6 +103,7 @@ def fix(
     shape: str = "auto",
     columns: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    edits: Mapping[str, Edit] | None = None,
 ) -> Fixed:
     """Write a cleaned copy of `source` to `output`, and ``OUTPUT.touched.jsonl``; `source` is read twice.
 
@@ -92,9 +111,10 @@ def fix(
         drop: names of `RULES`; redact: ``pii``, ``secrets``: values are masked wherever they stand in a row that stays.
         against: files whose prompts must not stand in the copy (rule ``leakage``).
         shape, columns: as for `load_preferences`; the copy keeps the columns' own names. overwrite: whether `output` may be there already.
+        edits: by a row's place: what a person made of it; no rule looks at such a row.
 
     Raises:
-        DataError: an unknown rule, an output that is an input or is there already or has another format's ending.
+        DataError: a row that was edited is another one now, or gone; an unknown rule, an output that is an input or is there already or has another format's ending.
     """
     rules = _rules(drop, redact, against)
     target, notes = _target(source, Path(output).expanduser(), [source, *against], overwrite)
@@ -103,7 +123,8 @@ def fix(
     why = _decide(source, rules, against, reading)
     dropped: Counter[str] = Counter(dict.fromkeys(rules, 0))
     redacted: Counter[str] = Counter()
-    rows = written = changed = 0
+    rows = written = changed = edited = 0
+    left = dict(edits or {})
     stream = stream_preferences(source, **reading)  # a file that cannot be read is named before anything is written
     with ExitStack() as stack:
         schema_of = Path(source).expanduser() if target.suffix == ".parquet" else None
@@ -112,16 +133,23 @@ def fix(
         for made, reasons in zip(stream, why, strict=True):
             (row,) = made.source
             rows += 1
+            edit = left.pop(row.where, None)
+            if edit is not None:
+                _check_edited(row, edit)
+                reasons = () if edit.values is not None else (BY_HAND,)
             if reasons:
                 dropped[reasons[0]] += 1
                 tell(_told(row, "dropped", reasons))
                 continue
             assert isinstance(row, Row)
-            values: Any = row.values
+            values: Any = row.values if edit is None or edit.values is None else edit.values
             counts: Counter[str] = Counter()
             if redact:
                 values = masked(values, redact, counts)
             written += 1
+            if edit is not None:
+                edited += 1
+                tell(_told(row, "changed", (BY_HAND,)) | {"line": written})
             if counts:
                 changed += 1
                 redacted += counts
@@ -129,9 +157,19 @@ def fix(
             write(values)
         if rows != written + dropped.total():
             raise AssertionError(f"{rows} rows != {written} written + {dropped.total()} dropped")
+        if left:
+            raise DataError(min(left), "was edited, and is not there any more", EDIT_AGAIN)
         if not written:
             raise DataError(source, "no row would be left", "drop less: --keep RULE")
-    return Fixed(rows, written, dropped, changed, redacted, target, touched, rules, tuple(redact), notes)
+    return Fixed(rows, written, dropped, changed, redacted, target, touched, rules, tuple(redact), edited, notes)
+
+
+EDIT_AGAIN = "the file has changed since: take the edits back and make them again"
+
+
+def _check_edited(row: Row | BadRow, edit: Edit) -> None:
+    if not isinstance(row, Row) or content_sum(row.values) != edit.was:
+        raise DataError(row.where, "was edited, and is another row now", EDIT_AGAIN)
 
 
 def _rules(drop: Collection[str], redact: Collection[str], against: Sequence[str]) -> tuple[str, ...]:

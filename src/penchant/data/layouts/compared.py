@@ -79,14 +79,18 @@ def _last_word(rows: Sequence[Fields]) -> Fields:
     return {**rows[0], **({"verdict": _TAKEN_BACK} if back else {})}
 
 
-_ABOUT = ("id", "model_a", "model_b", "sha256_a", "sha256_b", "left", "seconds", "order", "reasons", "edited", "time")
+_ABOUT = (
+    "id", "prompt", "model_a", "model_b", "sha256_a", "sha256_b", "left", "seconds", "order", "gold", "repeat_of", "reasons", "edited",
+    "time",
+)  # fmt: skip
 
 
 @layout("studio", group=Group(_judgement, _last_word, _ABOUT))
 def studio(row: Fields, options: Fields) -> PromptTree:
     """One word of one person about two answers."""
     verdict = row.get("verdict")
-    why = {"skip": "skipped", _TAKEN_BACK: "taken back"}.get(str(verdict))
+    verdict = verdict if isinstance(verdict, str) else ""
+    why = {"skip": "skipped", _TAKEN_BACK: "taken back"}.get(verdict)
     if row.get("gold") is not None:
         why = why or "a check with a known answer"
     elif row.get("repeat_of") is not None:
@@ -94,7 +98,7 @@ def studio(row: Fields, options: Fields) -> PromptTree:
     if why is not None:
         raise LeftOut(why, "nothing is wrong with it; it is no preference of its own")
     if verdict in ("tie", "both_bad"):
-        raise _tie(str(verdict), options)
+        raise _tie(verdict, options)
     if verdict not in ("a", "b"):
         raise RowError('"verdict" is none', "it must be one of a, b, tie, both_bad, skip, undo")
     better, worse = ("answer_a", "answer_b") if verdict == "a" else ("answer_b", "answer_a")

@@ -8,24 +8,22 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from penchant.base.text import printable
 from penchant.types import Completion, Message, Prompt, PromptTree
 
+CALLERS = frozenset({"function_call", "tool_call"})  # LLaMA-Factory's and ms-swift's turns whose content is a call
 ROLES = {
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", *CALLERS), "assistant"),
+    **dict.fromkeys(("tool", "tool_response", "function", "observation", "ipython"), "tool"),
     "system": "system",
-    "developer": "system",
+    "developer": "developer",
 }
 ANSWERERS = frozenset(name for name, role in ROLES.items() if role == "assistant")
-TOOL_ROLES = frozenset({"tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython"})
-WITHOUT_TOOLS = "penchant trains conversations without tools; drop the row"
+INSTRUCTS = ("system", "developer")
 
 
 class RowError(Exception):
@@ -74,7 +72,18 @@ def messages(row: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     value: Any = row.get(name)
     if not _is_list(value):
         raise RowError(f'"{name}" is not a list of messages', 'write [{"role": "user", "content": "..."}, ...]')
-    return tuple(as_message(turn, f'"{name}"[{i}]') for i, turn in enumerate(value))
+    turns = [as_message(turn, f'"{name}"[{i}]') for i, turn in enumerate(value)]
+    calls = [isinstance(turn, Mapping) and turn.get("role", turn.get("from")) in CALLERS for turn in value]
+    made: list[Message] = []
+    for i, turn in enumerate(turns):
+        if calls[i] and i and calls[i - 1]:  # calls at once stand one behind the other in such files
+            both = json.loads(made[-1].tool_calls) + json.loads(turn.tool_calls)
+            made[-1] = replace(made[-1], tool_calls=as_json(both))
+        else:
+            made.append(turn)
+        if turn.role == "tool" and (not i or turns[i - 1].role not in ("assistant", "tool")):
+            raise RowError(f'"{name}"[{i}] is a tool turn that follows no assistant turn', "let it follow the call")
+    return tuple(made)
 
 
 JUDGED = ("feedback", "user_feedback", "human_feedback", "rating", "thumbs", "thumb", "vote", "liked", "reaction")
@@ -187,15 +196,144 @@ def as_message(turn: Any, what: str) -> Message:
     if not isinstance(turn, Mapping):
         raise RowError(f"{what} is not a message", 'write {"role": "user", "content": "..."}')
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if (isinstance(role, str) and role in TOOL_ROLES) or turn.get("tool_calls") or turn.get("function_call"):
-        raise RowError(f"{what} is a tool turn", WITHOUT_TOOLS)
     if not isinstance(role, str) or role not in ROLES:
         raise RowError(f"{what} has the role {shown(role)!r}", f"roles are {', '.join(sorted(set(ROLES.values())))}")
+    if role in CALLERS:
+        return Message("assistant", "", reasoning=_reasoning(turn, what), tool_calls=as_json(_calls(content, what)))
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
         content = _joined_parts(content, what)
+    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
+    if holds_something(calls):
+        if ROLES[role] != "assistant":
+            raise RowError(f"{what} is a turn of the {role} with tool calls", "only an assistant calls tools")
+        written, thought = as_json(_calls(calls, what)), _reasoning(turn, what)
+        if content is not None and not isinstance(content, str):
+            raise RowError(f"{what} has a content that is no text", "give it a text, or null")
+        return Message("assistant", content or "", reasoning=thought, tool_calls=written)
+    if ROLES[role] == "tool":
+        if isinstance(content, (Mapping, int, float)):
+            content = as_json(content)
+        if not isinstance(content, str):
+            raise RowError(f"{what} has no content", "give it the tool's result as text")
+        call, name = (v if isinstance(v := turn.get(n), str) else "" for n in ("tool_call_id", "name"))
+        return Message("tool", content, tool_call_id=call, name=name)
     if not isinstance(content, str) or not content.strip():
         raise RowError(f"{what} has no content", "give it a text or drop the row")
     return Message(ROLES[role], content, reasoning=_reasoning(turn, what))
+
+
+def as_json(value: Any) -> str:
+    """A value as JSON, its keys in their order."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def read_json(value: Any, what: str, how: str) -> Any:
+    """What a cell says that may be written as JSON text.
+
+    Raises:
+        RowError: it is a text and no JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{what} is no JSON ({shown(value)})", how) from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Objects without the keys that hold null: tables with columns for all rows, such as Parquet files, fill in what a row has not."""
+    if isinstance(value, Mapping):
+        return {str(k): _without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [_without_nulls(v) for v in value]
+    return value
+
+
+_CALL = 'write {"type": "function", "function": {"name": "...", "arguments": {...}}}'
+
+
+def _calls(value: Any, what: str) -> list[dict[str, Any]]:
+    """Tool calls as every chat template knows them: arguments are objects."""
+    read = read_json(value, f"{what}: its call", _CALL)
+    if not read:
+        raise RowError(f"{what} calls no tool", _CALL)
+    return [_call(c, what) for c in (read if isinstance(read, (list, tuple)) else [read])]
+
+
+def _call(call: Any, what: str) -> dict[str, Any]:
+    call = read_json(call, f"{what}: its call", _CALL)
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if isinstance(function, str):  # {"function": "name", "arguments": ...}
+        function = {**call, "name": function}
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
+        raise RowError(f"{what}: a tool call names no function", _CALL)
+    written: Any = next((function[n] for n in ("arguments", "parameters") if function.get(n) is not None), {})
+    arguments = read_json(written or {}, f"{what}: the arguments of {name}", 'write an object, {"city": "Paris"}')
+    if not isinstance(arguments, Mapping):
+        raise RowError(f"{what}: the arguments of {name} are no object", 'write an object, {"city": "Paris"}')
+    arguments = arguments if isinstance(written, str) else _without_nulls(arguments)
+    known = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+    return {**known, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+_TOOL = 'write [{"type": "function", "function": {"name": "...", "description": "...", "parameters": {...}}}, ...]'
+
+
+def tools(row: Mapping[str, Any]) -> str:
+    """The tools of a row's "tools" (or OpenAI's older "functions") as JSON; empty where it has none.
+
+    Raises:
+        RowError: they are no tools.
+    """
+    for column in ("tools", "functions"):
+        given = row.get(column)
+        if not holds_something(given):
+            continue
+        read = read_json(given, f'"{column}"', _TOOL)
+        listed = [read] if isinstance(read, Mapping) else read
+        if not isinstance(listed, (list, tuple)):
+            raise RowError(f'"{column}" is no list of tools', _TOOL)
+        made = []
+        for i, tool in enumerate(listed):
+            what = f'"{column}"[{i}]'
+            tool = read_json(tool, what, _TOOL)
+            inner = tool.get("function", tool) if isinstance(tool, Mapping) else None
+            if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
+                raise RowError(f"{what} is no description of a function", _TOOL)
+            bare = inner is tool
+            whole = {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}} if bare else tool
+            made.append(whole if isinstance(given, str) else _without_nulls(whole))
+        if made:
+            return as_json(made)
+    return ""
+
+
+def template_options(row: Mapping[str, Any]) -> str:
+    """What a row's "chat_template_kwargs" hands to the chat template, as JSON; empty where there is nothing.
+
+    Raises:
+        RowError: it is no object, or holds what a row cannot decide.
+    """
+    name = "chat_template_kwargs"
+    given = row.get(name)
+    if not holds_something(given):
+        return ""
+    read = read_json(given, f'"{name}"', 'write {"enable_thinking": false}')
+    if not isinstance(read, Mapping):
+        raise RowError(f'"{name}" is no object', 'write {"enable_thinking": false}')
+    kept = {str(k): v for k, v in read.items() if v is not None}
+    if wrong := sorted(kept.keys() & NOT_OPTIONS):
+        raise RowError(f'"{name}" holds {wrong[0]}, which is not for a row to say', "take it out")
+    return as_json(kept) if kept else ""
+
+
+# what `apply_chat_template` takes that is no variable of the template
+NOT_OPTIONS = frozenset(
+    ["conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding",
+     "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"]
+)  # fmt: skip
 
 
 def _reasoning(turn: Mapping[str, Any], what: str) -> str:
@@ -216,7 +354,7 @@ def completion(answer: Answer, label: bool | None = None, score: float | None = 
     """An answer, as text or as a turn, with what is known about it."""
     if isinstance(answer, str):
         return Completion(answer, label, score)
-    return Completion(answer.content, label, score, reasoning=answer.reasoning)
+    return Completion(answer.content, label, score, reasoning=answer.reasoning, tool_calls=answer.tool_calls)
 
 
 def _joined_parts(parts: Sequence[Any], what: str) -> str:
@@ -225,7 +363,9 @@ def _joined_parts(parts: Sequence[Any], what: str) -> str:
     for part in parts:
         text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
         if not isinstance(text, str):
-            raise RowError(f"{what} holds something other than text", "penchant trains on text alone; drop the row")
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            held = f"a part of type {shown(kind)}" if isinstance(kind, str) and kind != "text" else "something other"
+            raise RowError(f"{what} holds {held}, not text", "penchant trains on text alone; drop the row")
         texts.append(text)
     return "\n".join(texts)
 
@@ -235,7 +375,18 @@ def answered(messages: tuple[Message, ...], name: str) -> PromptTree:
     before, answer = split_last_answer(messages, name)
     if not before:
         raise RowError(f'"{name}" has no turn before the answer', "give the prompt as a user turn")
+    one_answer(before, name)
     return PromptTree(before, (completion(answer),))
+
+
+def one_answer(before: Sequence[Message], name: str) -> None:
+    """Refuses an answer that follows an answer: only a prompt of its own may end with what its answer goes on with.
+
+    Raises:
+        RowError: the turns before the answer end with an assistant's.
+    """
+    if before and before[-1].role == "assistant":
+        raise RowError(f'"{name}" ends with two assistant turns', "make them one, or put a user turn between them")
 
 
 def split_last_answer(messages: tuple[Message, ...], name: str) -> tuple[tuple[Message, ...], Message]:
@@ -256,7 +407,7 @@ def system_turn(row: Mapping[str, Any]) -> tuple[Message, ...]:
 
 def with_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """Messages with the row's system prompt in front; one that they hold themselves goes first, as LLaMA-Factory has it."""
-    return messages if messages and messages[0].role == "system" else system_turn(row) + messages
+    return messages if messages and messages[0].role in INSTRUCTS else system_turn(row) + messages
 
 
 def behind_system(row: Mapping[str, Any], prompt: Prompt) -> Prompt:
@@ -283,14 +434,14 @@ def continued(row: Mapping[str, Any], before: tuple[Message, ...]) -> tuple[Mess
     asking = prompt(row) if not before or row["prompt"] else ()
     if isinstance(asking, str):
         return (Message("user", asking), *before) if not before or before[0].role == "assistant" else before
-    bare = asking[1:] if asking and asking[0].role == "system" else asking
-    said = before[1:] if before and before[0].role == "system" else before
+    bare = asking[1:] if asking and asking[0].role in INSTRUCTS else asking
+    said = before[1:] if before and before[0].role in INSTRUCTS else before
     if not before or before[0].role == "assistant":
         return (*asking, *before)
     if said[: len(bare)] != bare and said[-len(bare) :] != bare:
         what = "the messages before the answer do not go on from those of the prompt"
         raise RowError(what, "the answer's column must repeat the prompt, or hold the answer alone")
-    return before if before[0].role == "system" else (*asking[: len(asking) - len(bare)], *before)
+    return before if before[0].role in INSTRUCTS else (*asking[: len(asking) - len(bare)], *before)
 
 
 def prompt(row: Mapping[str, Any], name: str = "prompt") -> Prompt:
@@ -299,14 +450,11 @@ def prompt(row: Mapping[str, Any], name: str = "prompt") -> Prompt:
 
 
 def text_alone(row: Mapping[str, Any]) -> None:
-    """Refuses rows with tools, pictures, sound or films.
+    """Refuses rows with pictures, sound or films.
 
     Raises:
         RowError: there are some.
     """
-    for name in ("tools", "functions"):
-        if holds_something(row.get(name)):
-            raise RowError(f'"{name}" describes tools', WITHOUT_TOOLS)
     for name in ("images", "videos", "audios", "image", "video", "audio"):
         if holds_something(row.get(name)):
             raise RowError(f'"{name}" is not empty', "penchant trains on text alone; drop the row")

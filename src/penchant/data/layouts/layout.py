@@ -150,7 +150,8 @@ class Layout:
         """The trees of a row (of a folded group, where there is `group`); options left out are at their defaults.
 
         What no published layout can leave unread is looked at here, once: a system prompt in a column of its own goes in front of
-        the prompt; tools, pictures, sound and films are refused, and messages in a cell of text that could not be read.
+        the prompt, and tools and options for the chat template along with it; pictures, sound and films are refused, and messages in a
+        cell of text that could not be read.
 
         Raises:
             RowError: the row does not fit, or is kept aside by an option.
@@ -165,9 +166,18 @@ class Layout:
                 fields.learned(row)
         made = self.turn(row, {n: options.get(n, o.default) for n, o in self.options.items()})
         trees = made if isinstance(made, tuple) else (made,)
-        if not ours or self.kind == "text":
+        if not ours:
             return trees
-        return tuple(replace(t, prompt=fields.behind_system(row, t.prompt)) for t in trees)
+        tools, told = fields.tools(row), fields.template_options(row)
+        if self.kind == "text":
+            if tools or told:
+                raise fields.RowError(
+                    '"tools" or "chat_template_kwargs" are there, and plain text has no chat template', "take them out"
+                )
+            return trees
+        return tuple(
+            replace(t, prompt=fields.behind_system(row, t.prompt), tools=tools, template_options=told) for t in trees
+        )
 
     def unused(self, rows: Iterable[Fields], options: Fields) -> list[str]:
         """The columns of these rows that hold something and that no example was made of, in their order."""

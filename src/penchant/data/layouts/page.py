@@ -11,7 +11,16 @@ from typing import Any
 
 from penchant.base.text import printable
 from penchant.data.layouts import LAYOUTS, Layout, Option, layout_named
-from penchant.data.load import Converted, Stream, layout_line, prompt_json, shown_path, stream_preferences
+from penchant.data.load import (
+    Converted,
+    Stream,
+    answer_turn,
+    layout_line,
+    prompt_json,
+    shown_path,
+    stream_preferences,
+    told,
+)
 from penchant.types import PromptTree
 
 NAMES = {None: "answer", True: "good answer", False: "bad answer"}
@@ -79,10 +88,13 @@ def as_json(layout: Layout) -> dict[str, Any]:
 def tree_json(tree: PromptTree) -> dict[str, Any]:
     """A prompt tree as JSON; what is not known of a completion is left out."""
     answers = [
-        {k: v for k, v in asdict(c).items() if v is not None and v != () and (v or k != "reasoning")}
+        {k: v for k, v in asdict(c).items() if v is not None and v != () and (v != "" or k == "text")}
         for c in tree.completions
     ]
-    return {"prompt": prompt_json(tree.prompt), "completions": answers}
+    for answer in answers:
+        if "tool_calls" in answer:
+            answer["tool_calls"] = json.loads(answer["tool_calls"])
+    return {"prompt": prompt_json(tree.prompt), "completions": answers, **told(tree)}
 
 
 def tree_lines(tree: PromptTree, longest: int = LONGEST) -> list[str]:
@@ -90,19 +102,22 @@ def tree_lines(tree: PromptTree, longest: int = LONGEST) -> list[str]:
     turns = (
         [("prompt", tree.prompt)]
         if isinstance(tree.prompt, str)
-        else [(m.role, _thought(m.reasoning) + m.content) for m in tree.prompt]
+        else [(m.role, _thought(m.reasoning) + m.said) for m in tree.prompt]
     )
+    turns = [*told(tree).items(), *turns]
     lines = [line for name, said in turns for line in _named(name, said, longest)]
     names = PAIR_NAMES if len(tree.completions) == 2 else NAMES
     for answer in tree.completions:
         score = "" if answer.score is None else f" ({answer.score:g})"
-        lines += _named(f"-> {names[answer.label]}{score}", _thought(answer.reasoning) + answer.text, longest)
+        lines += _named(
+            f"-> {names[answer.label]}{score}", _thought(answer.reasoning) + answer_turn(answer).said, longest
+        )
         for turn in answer.more:
             if turn.role == "assistant":
                 name = "-> answer" if turn.trained else "assistant (not learned)"
-                lines += _named(name, _thought(turn.reasoning) + turn.content, longest)
+                lines += _named(name, _thought(turn.reasoning) + turn.said, longest)
             else:
-                lines += _named(turn.role, turn.content, longest)
+                lines += _named(turn.role, turn.said, longest)
     return lines
 
 
@@ -110,7 +125,8 @@ def _thought(reasoning: str) -> str:
     return f"[reasoning: {reasoning}] " if reasoning else ""
 
 
-def _named(name: str, said: str, longest: int) -> list[str]:
+def _named(name: str, said: Any, longest: int) -> list[str]:
+    said = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
     cut = f" ... ({len(said):,} characters)" if len(said) > longest else ""
     first, *rest = [printable(line) for line in said[:longest].split("\n")]
     lines = [f"  {name}: {first}", *(f"      {line}" for line in rest)]

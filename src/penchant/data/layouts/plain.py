@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -32,11 +33,37 @@ def from_pairs(row: Fields) -> PromptTree:
         return pair(fields.prompt(row), fields.text(row, "chosen"), fields.text(row, "rejected"), row)
     if not isinstance(row.get("chosen"), list):
         fields.text(row, "chosen")  # says what is wrong with it
-    before_chosen, chosen = fields.split_last_answer(fields.messages(row, "chosen"), "chosen")
-    before_rejected, rejected = fields.split_last_answer(fields.messages(row, "rejected"), "rejected")
+    sides = fields.messages(row, "chosen"), fields.messages(row, "rejected")
+    before_chosen, chosen = fields.split_last_answer(sides[0], "chosen")
+    before_rejected, rejected = fields.split_last_answer(sides[1], "rejected")
+    fields.one_answer(before_chosen, "chosen")
+    fields.one_answer(before_rejected, "rejected")
     if before_chosen != before_rejected:
-        raise RowError("the conversations before the two answers differ", "both must answer the same prompt")
+        return _different_turns(row, sides)
     return pair(fields.continued(row, before_chosen), chosen, rejected, row)
+
+
+def _different_turns(row: Fields, sides: tuple[tuple[Message, ...], tuple[Message, ...]]) -> PromptTree:
+    """A pair of conversations that differ in several turns: from the first answer in which they do, all answers are learned from."""
+    at = next(i for i, (a, b) in enumerate(itertools.zip_longest(*sides)) if a != b)
+    here = [turns[at] if at < len(turns) else None for turns in sides]
+    if any(m is None or m.role != "assistant" for m in here):
+        what = "the conversations before the two answers differ, first in what is said to the assistant"
+        raise RowError(what, "both must answer the same prompt")
+    prompt = fields.continued(row, sides[0][:at]) if at else fields.prompt(row)
+    made = pair(prompt, sides[0][at], sides[1][at], row)
+    each = []
+    for name, answer, turns in zip(("chosen", "rejected"), made.completions, sides, strict=True):
+        given = row[name]
+        learned = [
+            m.role == "assistant" and (len(given) != len(turns) or fields.trained(given[i]))
+            for i, m in enumerate(turns)
+        ]
+        if not (learned[at] and learned[-1]):
+            raise LeftOut(f'an answer of "{name}" that is compared has weight 0', "nothing is wrong with it")
+        more = tuple(replace(m, trained=on) for m, on in zip(turns, learned, strict=True))[at + 1 :]
+        each.append(replace(answer, more=more))
+    return replace(made, completions=tuple(each))
 
 
 def transcripts(row: Fields) -> bool:
@@ -147,11 +174,11 @@ def all_answers(messages: tuple[Message, ...], learned: Sequence[int]) -> Prompt
 
 
 def every_answer(messages: tuple[Message, ...]) -> tuple[PromptTree, ...]:
-    """One tree for each assistant turn that follows a user turn."""
+    """One tree for each assistant turn that follows a user's turn or a tool's."""
     return tuple(
         PromptTree(messages[:i], (fields.completion(turn),))
         for i, turn in enumerate(messages)
-        if i and turn.role == "assistant" and messages[i - 1].role == "user"
+        if i and turn.role == "assistant" and messages[i - 1].role in ("user", "tool")
     )
 
 

@@ -22,12 +22,14 @@ def read_json(source: Source) -> Rows:
 
     What the file holds decides, since publishers mix up the endings.
     """
+    yield from json_lines(source) if is_lines(source) else _Values(source).rows()
+
+
+def is_lines(source: Source) -> bool:
+    """Whether a file of JSON has a row a line."""
     start = b"".join(source.head.removeprefix(codecs.BOM_UTF8).split())[:2]
     lists = (b"[{", b"[]", b"[") if ending(source.name) != ".json" else start[:1] + start[1:2]
-    if (start[:1] == b"[" and start in lists) or (start[:1] == b"{" and _over_lines(source)):
-        yield from _Values(source).rows()
-    else:
-        yield from _json_lines(source)
+    return not ((start[:1] == b"[" and start in lists) or (start[:1] == b"{" and _over_lines(source)))
 
 
 def _over_lines(source: Source) -> bool:
@@ -68,7 +70,8 @@ def _holds_rows(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(row, dict) for row in value)
 
 
-def _json_lines(source: Source) -> Rows:
+def json_lines(source: Source) -> Rows:
+    """A row of each line that is not blank."""
     decoder = _Decoder()
     for where, text in source.texts():
         if isinstance(text, BadRow):

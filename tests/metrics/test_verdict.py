@@ -8,14 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from penchant.compare.verdict import (
-    Candidate,
-    Family,
-    compare_all,
-    compare_two,
-    comparisons_table,
-    verdict,
-)
 from penchant.metrics.stats import (
     Interval,
     holm,
@@ -24,6 +16,14 @@ from penchant.metrics.stats import (
     several_sources_p,
     t_quantile,
     t_two_sided,
+)
+from penchant.metrics.verdict import (
+    Candidate,
+    Family,
+    compare_all,
+    compare_two,
+    comparisons_table,
+    verdict,
 )
 from penchant.runfolder.values import FEW_ROWS
 

@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 ALPHA = 0.05
 MOST_UNJUDGED = 0.1  # share of pairs without a verdict beyond which no winner is named
+WIN_RATE = "judged win rate"
+NOTABLE = 0.05  # of one half: a preference for a position below this is slight, however sure it is
 MANY_PROMPTS = 100  # below it a sentence without a winner says that prompts are few
 
 
@@ -67,6 +69,7 @@ class Pair:
         unjudged: share of pairs of completions without a verdict, where a judge decides pair by pair; the difference is then that of the
             win rate from one half. None else.
         ties: share of pairs of completions with equal rewards; None without a reward.
+        chance: what is the second source of chance beside prompts.
     """
 
     name: str
@@ -79,6 +82,11 @@ class Pair:
     corrected: float = 1.0
     unjudged: float | None = None
     ties: float | None = None
+    chance: str = "seeds"
+
+    def asked_in_full(self) -> Pair:
+        """The same where only some pairs of completions were asked about, and all of those were judged."""
+        return replace(self, unjudged=0.0)
 
     @property
     def p(self) -> float:
@@ -153,13 +161,14 @@ def _win_rates(a: Candidate, b: Candidate, over_seeds: bool) -> tuple[Interval |
     return raw, controlled, float((x == y).mean())
 
 
-def compare_judged(a: Candidate, b: Candidate, wins: np.ndarray) -> Pair | None:
+def compare_judged(a: Candidate, b: Candidate, wins: np.ndarray, chance: str = "seeds") -> Pair | None:
     """One comparison by a judge that decides pair by pair, not yet corrected; None without any verdict.
 
     The mean over prompts of their mean wins is tested against one half.
 
     Args:
         wins: of a, (seeds of a, seeds of b, prompts, samples), sample by sample; 1, 0 or between, NaN where there is no verdict.
+        chance: what the seeds are called.
     """
     heard = ~np.isnan(wins)
     unjudged = 1.0 - float(heard.mean())
@@ -182,6 +191,7 @@ def compare_judged(a: Candidate, b: Candidate, wins: np.ndarray) -> Pair | None:
         raw,
         _controlled(wins, mine, theirs),
         unjudged=unjudged,
+        chance=chance,
     )
 
 
@@ -322,7 +332,7 @@ def _doubt(pair: Pair, gap: Interval, rate: Interval | None, level: Interval | N
     if pair.p < ALPHA:
         return f"p {_p_is(pair.p)} by itself is not small enough among so many comparisons"
     if pair.p_prompts < ALPHA and pair.p_seeds is not None:
-        return "its seeds differ too much from each other: on these prompts alone it would be one"
+        return f"its {pair.chance} differ too much from each other: on these prompts alone it would be one"
     if gap.low <= 0.0:
         return _includes(pair)
     return f"the interval is near {'0' if pair.unjudged is None else '50%'} and the test by prompt does not tell them apart"

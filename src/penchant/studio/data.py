@@ -1,0 +1,358 @@
+"""The pages of data: a file's rows as trees, search and filters, edits that go into a corrected copy, tokens."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from markupsafe import Markup
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from penchant.base.text import gigabytes
+from penchant.data.layouts import LAYOUTS
+from penchant.data.read import ending
+from penchant.errors import ConfigError, PenchantError
+from penchant.runfolder import CONFIG
+from penchant.runfolder.read import json_object, read
+from penchant.runfolder.values import mapping, sequence, text
+from penchant.studio.app import Area, Studio, form
+from penchant.studio.launch import command, environment, suggestions
+from penchant.studio.rows import (
+    ROWS,
+    Edits,
+    File,
+    Item,
+    Page,
+    answers_of,
+    as_json,
+    is_aside,
+    lines_of,
+    places,
+    read_edited,
+    stamp,
+    sum_of,
+    tokens_of,
+    turns_of,
+)
+
+OPEN = 8  # files that are kept open
+PLACES = 1000  # of an audit's finding that a filter can show
+ROW_BYTES = 4 << 20  # of a row that a person edits
+HOW = ("template", "template_options", "max_length", "truncation", "add_eos")  # of a run's data, for its tokens
+
+
+class Audits:
+    """Audits of files, each in a process of its own: one of a large file takes minutes."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="penchant-studio-")
+        self._jobs: dict[tuple[Any, ...], tuple[subprocess.Popen[bytes], Path]] = {}
+
+    def start(self, root: Path, path: str, shape: str) -> None:
+        key = self._key(root / path, shape)
+        if key not in self._jobs:
+            out = Path(self._folder.name) / f"{len(self._jobs)}.json"
+            asked = command("data", "audit", path, "--json", str(out), "--places", str(PLACES), "--shape", shape)
+            with out.with_suffix(".log").open("wb") as log:
+                job = subprocess.Popen(
+                    asked, cwd=root, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                )
+            self._jobs[key] = (job, out)
+
+    @staticmethod
+    def _key(path: Path, shape: str) -> tuple[Any, ...]:
+        return (path, shape, *stamp(path))
+
+    def found(self, path: Path, shape: str) -> tuple[str, dict[str, Any]]:
+        """(``none``, ``running``, ``done`` or what went wrong, its findings)."""
+        known = self._jobs.get(self._key(path, shape))
+        if known is None:
+            return "none", {}
+        job, out = known
+        if job.poll() is None:
+            return "running", {}
+        if job.returncode:
+            said = out.with_suffix(".log").read_text(errors="replace").strip()
+            return said.rpartition("\n")[2] or "the audit failed", {}
+        return "done", json_object(out.read_text(encoding="utf-8"))
+
+    def close(self) -> None:
+        for job, _ in self._jobs.values():
+            if job.poll() is None:
+                job.kill()
+                job.wait()
+        self._folder.cleanup()
+
+
+class Data:
+    """The area of data."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio, self.audits = studio, Audits()
+        self._files: OrderedDict[tuple[Path, str], File] = OrderedDict()
+        self._edits: dict[str, Edits] = {}
+        self._tokenizers: dict[str, Any] = {}
+        own = {"size": gigabytes, "answers_of": answers_of, "turns_of": turns_of, "hidden": _hidden}
+        studio.templates.globals |= own
+        studio.templates.filters["as_json"] = as_json
+
+    @property
+    def routes(self) -> list[Route]:
+        return [
+            Route("/data", self.list),
+            Route("/data/view", self.view),
+            Route("/data/edit", self.edit, methods=["GET", "POST"]),
+            Route("/data/undo", self.undo, methods=["POST"]),
+            Route("/data/copy", self.copy, methods=["POST"]),
+            Route("/data/audit", self.audit, methods=["GET", "POST"]),
+            Route("/data/tokens", self.tokens),
+        ]
+
+    def close(self) -> None:
+        self.audits.close()
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def path_of(self, name: str) -> str:
+        """A file of rows as it is linked.
+
+        Raises:
+            HTTPException: there is none in the folder (404).
+        """
+        path = self.studio.inside(name)
+        if not path.is_file() or not ending(path.name):
+            raise HTTPException(404, "there is no file of rows of this name in this folder")
+        return self.studio.relative(path)
+
+    def file_of(self, path: str, shape: str) -> File:
+        """An opened file; anew where it has changed."""
+        if shape != "auto" and shape not in LAYOUTS:
+            raise HTTPException(404, "there is no such layout")
+        whole = self.studio.folder / path
+        known = self._files.get((whole, shape))
+        if known is None or known.seen != stamp(whole):
+            known = File(whole, shape)
+        self._files[whole, shape] = known
+        self._files.move_to_end((whole, shape))
+        while len(self._files) > OPEN:
+            self._files.popitem(last=False)
+        return known
+
+    def edits_of(self, path: str) -> Edits:
+        return self._edits.setdefault(path, Edits(self.studio.folder, path))
+
+    async def list(self, request: Request) -> Response:
+        """The files of rows in the folder."""
+        found = await run_in_threadpool(suggestions, self.studio.folder)
+        files = [(path, (self.studio.folder / path).stat().st_size) for path in found["data.path"]]
+        return self.studio.page(request, "data_files.html", files=files)
+
+    async def view(self, request: Request) -> Response:
+        asked = request.query_params
+        path, shape = self.path_of(asked.get("file", "")), asked.get("shape", "auto")
+        word, only, start = asked.get("q", "").strip()[:500], asked.get("only", ""), _number(asked.get("line"), 1)
+        file = await run_in_threadpool(self.file_of, path, shape)
+        state, audit = self.audits.found(file.path, shape)
+        findings = {name: f for name, f in mapping(audit.get("findings")).items() if sequence(mapping(f).get("where"))}
+        made = await run_in_threadpool(self.edits_of(path).made)
+        look = partial(self._page, file, start, word, only, findings, made)
+        page = await run_in_threadpool(look)
+        items = [_marked(item, made) for item in page.items]
+        here = {"file": path, **({"shape": shape} if shape != "auto" else {})}
+        filters = {k: v for k, v in (("q", word), ("only", only), ("show", asked.get("show", ""))) if v}
+        return self.studio.page(
+            request, "data_rows.html", file=file, name=path, shape=shape, items=items, page=page, start=start, word=word,
+            only=only, show=asked.get("show", ""), layouts=[*LAYOUTS], here=urlencode(here),
+            link=lambda **more: "/data/view?" + urlencode({**here, **filters, **{k: v for k, v in more.items() if v}}),
+            findings=findings, audit=state, edits=made, models=suggestions(self.studio.folder)["model.path"] if items else [],
+            tokenizer=asked.get("tokenizer", ""), back=max(1, start - ROWS), copy_name=_copy_name(path),
+        )  # fmt: skip
+
+    def _page(
+        self, file: File, start: int, word: str, only: str, findings: Mapping[str, Any], made: Mapping[str, Any]
+    ) -> Page:
+        if only == "aside":
+            return file.page(start, wanted=is_aside, needle=word)
+        if only == "edited":
+            return self._of_places(file, start, [*made], word)
+        if only in findings:
+            return self._of_places(file, start, places(sequence(findings[only].get("where"))), word)
+        return file.page(start, needle=word)
+
+    def _of_places(self, file: File, start: int, where: Sequence[str], word: str) -> Page:
+        """The rows at some places."""
+        wanted: set[str] = set(where)
+        if file.lines is None or file.grouped:
+            return file.page(start, wanted=lambda item: item.where in wanted, needle=word)
+        items: list[Item] = []
+        numbers = sorted({number for number in lines_of(where) if number >= start})
+        for at, number in enumerate(numbers):
+            if len(items) == ROWS:
+                return Page(tuple(items), number, numbers[at - 1])
+            items += [item for item in file.page(number, 1).items if item.number == number]
+        return Page(tuple(items), None, numbers[-1] if numbers else start)
+
+    def _item(self, file: File, where: str, number: int) -> Item:
+        page = file.page(number, 1)
+        item = next((item for item in page.items if item.where == where), None)
+        if item is None:
+            raise HTTPException(404, "this row is not there any more: load the page again")
+        return item
+
+    # ---- edits -----------------------------------------------------------------------------------------------------
+
+    async def edit(self, request: Request) -> Response:
+        """The row as JSON to edit; or what a person made of it."""
+        given = dict(request.query_params) if request.method == "GET" else await form(request, ROW_BYTES)
+        path, shape, where = self.path_of(given.get("file", "")), given.get("shape", "auto"), given.get("where", "")
+        file = await run_in_threadpool(self.file_of, path, shape)
+        item = await run_in_threadpool(self._item, file, where, _number(given.get("line"), 1))
+        edits = self.edits_of(path)
+        values: dict[str, Any] = {"name": path, "shape": shape, "error": "", "became": None}
+        if request.method == "GET":
+            known = edits.made().get(where)
+            said = as_json(item.values if known is None or known.values is None else known.values)
+            return self.studio.page(request, "data_edit.html", item=item, said=said, **values)
+        if item.values is None:
+            raise HTTPException(400, "this row cannot be edited")
+        if given.get("action") == "drop":
+            await run_in_threadpool(edits.add, where, "dropped", sum_of(item))
+        else:
+            said = given.get("row", "")
+            try:
+                row = read_edited(said)
+                became = file.convert(row, where)
+            except PenchantError as error:
+                return self.studio.page(
+                    request, "data_edit.html", item=item, said=said, **{**values, "error": str(error)}
+                )
+            if became.aside is not None and given.get("anyway") != "on":
+                why = f"it would be kept aside: {became.aside[0]}; {became.aside[1]}"
+                return self.studio.page(request, "data_edit.html", item=item, said=said, **{**values, "error": why})
+            await run_in_threadpool(edits.add, where, "changed", sum_of(item), row)
+        return await self._row(request, file, path, shape, item)
+
+    async def undo(self, request: Request) -> Response:
+        """Take an edit back."""
+        given = await form(request)
+        path, shape, where = self.path_of(given.get("file", "")), given.get("shape", "auto"), given.get("where", "")
+        file = await run_in_threadpool(self.file_of, path, shape)
+        item = await run_in_threadpool(self._item, file, where, _number(given.get("line"), 1))
+        await run_in_threadpool(self.edits_of(path).add, where, "undone")
+        return await self._row(request, file, path, shape, item)
+
+    async def _row(self, request: Request, file: File, path: str, shape: str, item: Item) -> Response:
+        made = self.edits_of(path).made()
+        return self.studio.page(
+            request,
+            "data_row.html",
+            item=_marked(item, made),
+            name=path,
+            shape=shape,
+            show="",
+            edits=made,
+            tokenizer="",
+        )
+
+    async def copy(self, request: Request) -> Response:
+        """Write the corrected copy."""
+        given = await form(request)
+        path, shape = self.path_of(given.get("file", "")), given.get("shape", "auto")
+        output = self.studio.inside(given.get("output", "").strip() or ".")
+        file = await run_in_threadpool(self.file_of, path, shape)
+        done = await run_in_threadpool(self.edits_of(path).copy, file, output, given.get("also") == "on")
+        copied, touched = (self.studio.relative(p) for p in (done.output, done.touched))
+        return self.studio.page(request, "data_copied.html", done=done, copied=copied, touched=touched)
+
+    # ---- audit and tokens ------------------------------------------------------------------------------------------
+
+    async def audit(self, request: Request) -> Response:
+        given = dict(request.query_params) if request.method == "GET" else await form(request)
+        path, shape = self.path_of(given.get("file", "")), given.get("shape", "auto")
+        if request.method == "POST":
+            await run_in_threadpool(self.audits.start, self.studio.folder, path, shape)
+        state, _ = self.audits.found(self.studio.folder / path, shape)
+        if state == "done":
+            return Response(headers={"hx-refresh": "true"})
+        return self.studio.page(request, "data_audit.html", name=path, shape=shape, audit=state)
+
+    async def tokens(self, request: Request) -> Response:
+        """A row as it is trained on: with the tokenizer of a run, or of a model's folder."""
+        asked = request.query_params
+        path, shape, where = self.path_of(asked.get("file", "")), asked.get("shape", "auto"), asked.get("where", "")
+        file = await run_in_threadpool(self.file_of, path, shape)
+        item = await run_in_threadpool(self._item, file, where, _number(asked.get("line"), 1))
+        folder = self.studio.inside(asked.get("tokenizer", ""))
+        values: dict[str, Any] = {"error": "", "parts": [], "of": self.studio.relative(folder), "length": None}
+        try:
+            tokenizer, how = await run_in_threadpool(self._tokenizer, folder)
+            if length := _number(asked.get("max_length"), 0):
+                how["max_length"] = max(8, length)
+            values["length"] = how.get("max_length", 1024)
+            for tree in item.trees:
+                values["parts"] += await run_in_threadpool(tokens_of, tree, file.kind, tokenizer, how)
+        except PenchantError as error:
+            values["error"] = str(error)
+        return self.studio.page(request, "data_tokens.html", **values)
+
+    def _tokenizer(self, folder: Path) -> tuple[Any, dict[str, Any]]:
+        """(Tokenizer, how its run makes tokens) of a run's or a model's folder."""
+        from penchant.models.load import load_tokenizer
+
+        how: dict[str, Any] = {}
+        path = str(folder)
+        if (folder / CONFIG).is_file():
+            config = read(folder).config
+            how = {k: v for k, v in mapping(config.get("data")).items() if k in HOW}
+            model = mapping(config.get("model"))
+            inside = sorted(folder.glob("checkpoints/step-*/model/tokenizer_config.json"))
+            path = str(inside[-1].parent) if inside else text(model.get("tokenizer") or model.get("path"))
+        if not Path(path).is_dir():
+            raise ConfigError(path, "has no tokenizer here", "choose a folder that holds one")
+        if path not in self._tokenizers:
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing of this page asks another host
+            self._tokenizers[path] = load_tokenizer(path)
+        return self._tokenizers[path], how
+
+
+def _marked(item: Item, made: Mapping[str, Any]) -> Item:
+    known = made.get(item.where)
+    return item if known is None else replace(item, edited="dropped" if known.values is None else "changed")
+
+
+def _hidden(name: str, shape: str, item: Item) -> Markup:
+    """The fields of a form that name a row."""
+    fields = {"file": name, "shape": shape, "where": item.where, "line": item.number}
+    return Markup("").join(Markup('<input type="hidden" name="{}" value="{}">').format(*f) for f in fields.items())
+
+
+def _copy_name(path: str) -> str:
+    """What a corrected copy of a file is called."""
+    name = Path(path).name.removesuffix(".gz")
+    kind = ".parquet" if name.lower().endswith(".parquet") else ".jsonl"
+    return Path(path).with_name(f"{Path(name).stem}.fixed{kind}").as_posix()
+
+
+def _number(said: str | None, otherwise: int) -> int:
+    try:
+        return min(max(0, int(said or "")), 2**40) or otherwise
+    except ValueError:
+        return otherwise
+
+
+def area(studio: Studio) -> Area:
+    """Files of rows."""
+    made = Data(studio)
+    return Area("Data", "/data", made.routes, made.close)

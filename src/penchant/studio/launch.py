@@ -1,0 +1,309 @@
+"""A run that is started, stopped and gone on with from the browser: a form made of the config's schema, its YAML, and the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from penchant.algorithms import ALGORITHMS
+from penchant.base.files import write_text_atomically
+from penchant.base.text import printable
+from penchant.config import BOTH, RunConfig, build, default_settings, parse_yaml
+from penchant.config.page import Key, Part, parts
+from penchant.config.yaml import dump_yaml, set_key, sources_named
+from penchant.data.read import ending
+from penchant.errors import CheckpointError, ConfigError
+from penchant.losses import LOSSES
+from penchant.losses.page import parameters
+from penchant.runfolder import CHECKPOINTS, COMPARISON, COMPARISON_ROWS, CONFIG, CONSOLE, PIPELINE, SWEEP, make_folder
+from penchant.runfolder.read import holder, lock_of
+from penchant.runfolder.values import flat
+
+FORM = "the form"  # where a setting stands, for messages
+TAIL = 4000  # bytes of what a process said that are shown
+FIRST = (  # keys that nearly every run sets; the others lie folded in their sections
+    *(
+        "model.path",
+        "data.path",
+        "output",
+        "loss.name",
+        "algorithm.name",
+        "train.epochs",
+        "train.max_steps",
+        "train.lr",
+    ),
+    *("train.batch_size", "data.max_length", "data.validation_fraction"),
+)
+NO_ROWS = frozenset({SWEEP, "sweep.jsonl", PIPELINE, COMPARISON, COMPARISON_ROWS})
+SUGGESTED = 200  # files and models that a field offers
+
+
+# ---- The form ----
+
+
+def form_parts(loss: str = "", algorithm: str = "") -> Iterator[Part]:
+    """The config's sections with their keys; of losses and algorithms the own keys of the one that is chosen."""
+    for part in parts():
+        keys = [key for key in part.keys if ".N." not in key.path and key.takes != "list of sections"]
+        if part.title == "loss":
+            names = tuple(LOSSES)
+            keys = [_named(key, names) if key.path == "loss.name" else key for key in keys if key.path != "loss.mix"]
+            own = LOSSES.get(loss or "dpo")
+            own_keys = (
+                [Key(f"loss.{name}", "", default, said) for name, default, said in parameters(own)] if own else []
+            )
+            yield Part("loss", part.about, (*keys, *own_keys))
+        elif part.title.startswith("algorithm"):
+            if algorithm in part.title.removeprefix("algorithm: ").split(", "):
+                yield Part("algorithm", part.about, tuple(key for key in keys if key.path != "algorithm.name"))
+        else:
+            yield Part(part.title, part.about, tuple(keys))
+
+
+def _named(key: Key, names: Sequence[str]) -> Key:
+    return Key(key.path, key.takes, key.default, key.meaning, tuple(names))
+
+
+def first_keys() -> list[Key]:
+    """The keys that stand on top."""
+    known = {key.path: key for part in form_parts() for key in part.keys}
+    about = "learns from its own completions and a reward, in the place of a loss"
+    known["algorithm.name"] = Key("algorithm.name", " or ".join(ALGORITHMS), "none", about, tuple(ALGORITHMS))
+    return [known[path] for path in FIRST]
+
+
+def values_of(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    """(Settings, where they stand) of the form's fields: those that are named after a key and not empty, then further lines.
+
+    Raises:
+        ConfigError: a value is no YAML, or a line no setting.
+    """
+    kinds = {key.path: key.takes for part in (*form_parts(), *_every_algorithm()) for key in part.keys}
+    given = [(name, value) for name, value in fields if "." in name or name in ("output", "reward")]
+    given = [
+        (name, json.dumps(value) if kinds.get(name) == "text" else value) for name, value in given if value.strip()
+    ]
+    more = next((value for name, value in fields if name == "more"), "")
+    for line in filter(None, map(str.strip, more.splitlines())):
+        key, equals, value = line.partition("=")
+        if not equals:
+            raise ConfigError(
+                "further settings", f"{printable(line[:80])} is no setting", "write key.path=value on each line"
+            )
+        given.append((key.strip(), value))
+    values: dict[str, Any] = {}
+    places: dict[tuple[str, ...], str] = {}
+    for name, value in sorted(given, key=lambda one: one[0] not in ("loss.name", "algorithm.name")):
+        if name.startswith("loss.") and any(key == "algorithm.name" for key, _ in given):
+            raise ConfigError(FORM, *BOTH.split("; ", 1))
+        places = set_key(values, places, tuple(name.split(".")), parse_yaml(value, f"{FORM}, {name}")[0], FORM)
+    return values, sources_named(values, places)
+
+
+def _every_algorithm() -> Iterator[Part]:
+    return (part for part in parts() if part.title.startswith("algorithm"))
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A run as the form describes it.
+
+    Args:
+        text: the YAML; file: where it goes, and folder: the run's, both from the studio's folder on.
+    """
+
+    config: RunConfig
+    text: str
+    file: str
+    folder: str
+
+
+def draft(root: Path, fields: Sequence[tuple[str, str]]) -> Draft:
+    """What the form asks for, checked as a config is.
+
+    Raises:
+        ConfigError: it is no config, or the run's folder is not inside the studio's.
+    """
+    values, places = values_of(fields)
+    output = values.get("output")
+    if isinstance(output, str) and output.strip():
+        folder = (root / output).resolve()
+        if not folder.is_relative_to(root) or folder == root:
+            raise ConfigError("output", "is not inside the studio's folder", "give a name such as runs/first")
+        values["output"] = folder.relative_to(root).as_posix()
+    config = build(values, places, FORM)
+    values = {key: values[key] for key in RunConfig.model_fields if key in values}
+    text = dump_yaml(values, sort_keys=False, allow_unicode=True)
+    return Draft(config, text, f"{config.output}.yaml", config.output)
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The keys that a run set to something other than their defaults, as the form's fields have them."""
+    usual = flat(default_settings())
+    found = {}
+    for key, value in flat(config).items():
+        if key == "output" or value is None or value in ({}, []) or (key in usual and usual[key] == value):
+            continue
+        found[key] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return found
+
+
+def suggestions(root: Path) -> dict[str, list[str]]:
+    """Files of rows and folders of models inside a folder, for `data.path` and `model.path`."""
+    files: list[str] = []
+    models: list[str] = []
+    for looked, (at, folders, names) in enumerate(os.walk(root)):
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__pycache__")
+        if looked > 2000 or len(files) + len(models) > SUGGESTED:
+            break
+        here = Path(at).relative_to(root).as_posix()
+        here = "" if here == "." else f"{here}/"
+        if "config.json" in names:
+            models.append(here.rstrip("/") or ".")
+            folders.clear()
+        elif CONFIG in names:
+            models.append(here.rstrip("/"))  # a run stands for its model
+            folders[:] = [name for name in folders if name != CHECKPOINTS]
+        else:
+            files += [here + name for name in sorted(names) if ending(name) and name not in NO_ROWS]
+    return {"data.path": files[:SUGGESTED], "data.eval_path": files[:SUGGESTED], "model.path": models[:SUGGESTED]}
+
+
+# ---- Processes ----
+
+
+def environment() -> dict[str, str]:
+    """What a process that is started here gets of the studio's own."""
+    return {k: v for k, v in os.environ.items() if k not in ("PENCHANT_REEXECUTED", "PENCHANT_API_KEY")}
+
+
+def command(*arguments: str) -> list[str]:
+    """A command of Penchant as this Python runs it."""
+    return [sys.executable, "-m", "penchant", *arguments]
+
+
+@dataclass
+class Processes:
+    """Runs that were started here; they live on when the studio ends.
+
+    Args:
+        root: the studio's folder, in which they are started.
+    """
+
+    root: Path
+    started: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, made: Draft) -> None:
+        """Write the config beside the run's folder, and train.
+
+        Raises:
+            CheckpointError: there is a run already, or another config.
+        """
+        folder, file = self.root / made.folder, self.root / made.file
+        if (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists():
+            raise CheckpointError(made.folder, "holds a run already", "choose another output, or go on with that run")
+        if file.is_symlink() or (file.exists() and file.read_text(encoding="utf-8", errors="replace") != made.text):
+            raise CheckpointError(made.file, "is there already, and says something else", "choose another output")
+        make_folder(folder)
+        write_text_atomically(file, made.text)
+        self._start(made.folder, [made.file])
+
+    def resume(self, path: str) -> None:
+        """Go on with a run whose process is gone.
+
+        Raises:
+            CheckpointError: it goes on already, or its config is gone.
+        """
+        folder = self.root / path
+        if lock_of(folder) != "free" or self.running(path):
+            raise CheckpointError(path, "another process holds this run", "wait for it, or stop it")
+        if not (folder / CONFIG).is_file():
+            raise CheckpointError(path, f"has no {CONFIG}", "start it again with its own config")
+        self._start(path, [f"{path}/{CONFIG}", f"output={json.dumps(str(folder))}"])
+
+    def _start(self, path: str, arguments: Sequence[str]) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        log = os.open(self.root / path / CONSOLE, flags, 0o644)
+        try:
+            self.started[path] = subprocess.Popen(
+                command("train", *arguments),
+                cwd=self.root,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # the signals that end the studio are not the run's
+                env=environment(),
+            )
+        finally:
+            os.close(log)
+
+    def stop(self, path: str) -> None:
+        """Ask a run to end, as Ctrl-C and SIGTERM do: it writes a checkpoint first.
+
+        Raises:
+            CheckpointError: no process of this machine holds it.
+        """
+        found = holder(self.root / path)
+        if found is not None and lock_of(self.root / path) == "held":
+            os.kill(found[0], signal.SIGTERM)
+        elif (process := self.started.get(path)) is not None and process.poll() is None:
+            process.terminate()
+        else:
+            raise CheckpointError(path, "no process of this machine trains it", "it has ended, or runs elsewhere")
+
+    def running(self, path: str) -> bool:
+        """Whether a process that was started here still is there."""
+        process = self.started.get(path)
+        return process is not None and process.poll() is None
+
+    def failure(self, path: str) -> str:
+        """What a process that was started here said when it failed; empty where it did not."""
+        process = self.started.get(path)
+        if process is None or process.poll() in (None, 0):
+            return ""
+        return self.said(path) or f"it ended with the exit code {process.returncode}"
+
+    def said(self, path: str) -> str:
+        """The end of what a process has said."""
+        try:
+            with (self.root / path / CONSOLE).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+                return file.read().decode(errors="replace").strip()
+        except OSError:
+            return ""
+
+
+PLAN_SECONDS = 300.0  # that a plan may take
+
+
+def plan(root: Path, text: str, probe: bool) -> dict[str, Any]:
+    """What `penchant plan` finds, in a process of its own: it loads torch, and a plan that fails must not end the studio.
+
+    Raises:
+        ConfigError: what the plan says is wrong.
+    """
+    with tempfile.TemporaryDirectory(prefix="penchant-plan-") as folder:
+        file = Path(folder) / "form.yaml"
+        file.write_text(text, encoding="utf-8")
+        asked = command("plan", str(file), "--json", *([] if probe else ["--no-probe"]))
+        try:
+            done = subprocess.run(
+                asked, cwd=root, env=environment(), capture_output=True, timeout=PLAN_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ConfigError(
+                "plan", f"took more than {PLAN_SECONDS:.0f} s", "run penchant plan in a terminal"
+            ) from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().replace(str(file), FORM)
+        raise ConfigError("plan", said.splitlines()[-1] if said else "failed")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found

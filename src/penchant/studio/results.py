@@ -1,0 +1,158 @@
+"""What an arena says, as a page of the studio and as a file that can be read offline."""
+
+from __future__ import annotations
+
+import time
+
+from penchant import __version__
+from penchant.base.text import counted
+from penchant.judges.humans import Preferences
+from penchant.metrics.humans import HumanVerdict, Person, human_verdict
+from penchant.metrics.stats import Interval
+from penchant.report.html import Element, Node, document, el, note, panel, said
+
+MARKS = {"good": "●", "open": "○", "plain": "·"}
+
+
+def results_page(name: str, preferences: Preferences) -> str:
+    """The offline page: one file that loads nothing."""
+    found = human_verdict(preferences.refresh())
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    body = el(
+        "main",
+        el(
+            "header",
+            el("p", "Penchant arena", class_="kicker"),
+            el("h1", said(name)),
+            el("p", f"Written by Penchant {__version__}, {when}. This file loads nothing.", class_="soft facts-line"),
+        ),
+        results_body(found),
+    )
+    return document(f"{name} · Penchant arena", str(body))
+
+
+def results_body(found: HumanVerdict) -> Element:
+    """The verdict, what to know before it is believed, and a row for every two models and every person."""
+    if not found.people:
+        return el("p", "Nobody has judged anything yet.", class_="soft")
+    lines = found.verdict()
+    words = [
+        el("p", el("span", MARKS[s.tone], class_=f"mark {s.tone}", aria_hidden="true"), said(s.text, "span"))
+        for s in lines
+    ]
+    return el(
+        "div",
+        el("section", words, id="verdict", class_="verdict", aria_label="Verdict"),
+        el("ul", [el("li", said(n)) for n in found.notes()], class_="notes"),
+        _tally(found),
+        el("section", el("h2", "Models"), _models(found), aria_label="Models") if found.pairs else None,
+        el("section", el("h2", "People"), _people(found), aria_label="People"),
+        note(
+            "Win rates, intervals and p-values are those of penchant compare: ties and both bad count one half; checks and repetitions "
+            "say nothing about the models. Left and longer: share of decided pairs; without a bias for a side, left is 50%."
+        ),
+    )
+
+
+def _tally(found: HumanVerdict) -> Element:
+    t = found.tally
+    cards: list[tuple[str, str, str]] = [
+        ("Judgements", f"{found.judged:,}", f"by {found.by}"),
+        ("Ties", f"{t['tie']:,}", "neither is better"),
+        ("Both bad", f"{t['both_bad']:,}", "neither is any good"),
+        ("Skipped", f"{t['skip']:,}", f"{t['undone']:,} taken back"),
+    ]
+    if found.alpha is not None:
+        a = found.alpha
+        about = f"[{a.low:.2f}, {a.high:.2f}] on {counted(found.shared, 'shared pair')}"
+        cards.insert(1, ("Krippendorff's alpha", f"{a.estimate:.2f}", about))
+    return el(
+        "dl",
+        [
+            el(
+                "div",
+                el("dt", head),
+                el("dd", value, class_="value"),
+                el("dd", about, class_="soft small"),
+                class_="card",
+            )
+            for head, value, about in cards
+        ],
+        class_="cards",
+    )
+
+
+def _models(found: HumanVerdict) -> Element:
+    rows: list[list[Node]] = []
+    for pair in found.pairs:
+        rows.append(
+            [
+                el("span", said(pair.name), " over ", said(pair.other)),
+                _share(pair.win_rate),
+                _marks(pair.win_rate),
+                _share(pair.equal_length),
+                _p(pair.corrected),
+                f"{found.prompts[pair.name, pair.other]:,}",
+            ]
+        )
+    head = ["Models", "Win rate", "", "At equal length", "p (corrected)", "Prompts"]
+    return panel(head, rows, numeric=(1, 3, 4, 5), caption="Win rates with 95% intervals")
+
+
+def _people(found: HumanVerdict) -> Element:
+    rows = [_person(p) for p in found.people]
+    one = [f"Win rate of {found.pairs[0].name}"] if len(found.pairs) == 1 else ["Win rate"]
+    head: list[Node] = [
+        "Name",
+        "Judged",
+        *one,
+        "Left",
+        "Longer",
+        "With others",
+        "Again",
+        "Checks failed",
+        "Seconds",
+    ]
+    return panel(head, rows, numeric=(1, 2, 3, 4, 5, 6, 7, 8), caption="Each person, with 95% intervals")
+
+
+def _person(p: Person) -> list[Node]:
+    failed, checks = p.checks
+    return [
+        said(p.name),
+        f"{p.judged:,}",
+        _share(p.wins),
+        _share(p.left),
+        _share(p.longer),
+        _share(p.with_others),
+        _share(p.again),
+        f"{failed} of {checks}" if checks else "-",
+        "-" if p.seconds is None else f"{p.seconds:.1f}",
+    ]
+
+
+def _share(share: Interval | None) -> Node:
+    if share is None:
+        return "-"
+    return el("span", f"{share.estimate:.0%} ", el("small", f"[{share.low:.0%}, {share.high:.0%}]"), class_="ci")
+
+
+def _marks(share: Interval | None) -> Node:
+    """An interval on a line from 0 to 1 with a tick at one half."""
+    if share is None:
+        return None
+    x, low, high = (4 + 152 * v for v in (share.estimate, share.low, share.high))
+    return el(
+        "svg",
+        el("line", x1=4.0, x2=156.0, y1=10.0, y2=10.0, class_="axis"),
+        el("line", x1=80.0, x2=80.0, y1=3.0, y2=17.0, class_="half"),
+        el("line", x1=low, x2=high, y1=10.0, y2=10.0, class_="interval"),
+        el("circle", cx=x, cy=10.0, r=4.0, class_="point"),
+        viewBox="0 0 160 20",
+        class_="share",
+        aria_hidden="true",
+    )
+
+
+def _p(p: float) -> str:
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"

@@ -1,0 +1,559 @@
+"""A file of rows: any page of it at once, its rows as trees, search, filters, edits that go into a corrected copy, tokens."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import os
+import re
+import threading
+import time
+from array import array
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from penchant.base.text import printable
+from penchant.data.audit.fix import DEFAULT, Edit, Fixed, content_sum, fix
+from penchant.data.layouts import LAYOUTS
+from penchant.data.layouts.page import NAMES, PAIR_NAMES
+from penchant.data.load import FIRST_ROWS, Converted, Stream, convert_rows, detected
+from penchant.data.read import BadRow, Bounds, Row, ending, read_rows
+from penchant.data.read.json_text import is_lines, json_lines
+from penchant.data.read.source import Source
+from penchant.errors import DataError, PenchantError
+from penchant.runfolder.read import read_lines
+from penchant.runfolder.values import mapping, text
+from penchant.types import Completion, PromptTree
+
+STEP = 256  # lines between two of which the offset is kept
+BLOCK = 1 << 20  # bytes read at once while lines are counted
+PAGE_BYTES = 8 << 20  # of one page of rows
+SECONDS = 0.4  # for which one request looks for rows; it says where it stopped
+ROWS = 20  # of a page
+LOOKED_AT = 200  # rows at once where a filter looks for some
+
+
+# ---- Where lines begin ----
+
+
+class Lines:
+    """Offsets of a file's lines, found as they are asked for: one in `STEP` is kept.
+
+    Args:
+        path: a file whose lines end with LF.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+        self._kept = array("q", [0])  # offset of line 1, 1 + STEP, ...
+        self._read = self._ends = 0  # bytes looked at, and line ends in them
+        self._last = b""
+        self._lock = threading.Lock()
+
+    @property
+    def total(self) -> int | None:
+        """Lines of the file; None while it has not been read to its end."""
+        return None if self._read < self.size else self._ends + (self._last not in (b"", b"\n"))
+
+    @property
+    def guess(self) -> int:
+        """Lines that there may be, by what was read."""
+        return self.total or round(self._ends * self.size / self._read) if self._read else 0
+
+    def look(self, line: int | None = None, seconds: float = SECONDS) -> None:
+        """Read on, to a line (None: to the end), for so long."""
+        end = time.monotonic() + seconds
+        with self._lock, self.path.open("rb") as file:
+            file.seek(self._read)
+            while self._read < self.size and (line is None or self._ends < line) and time.monotonic() < end:
+                block = file.read(min(BLOCK, self.size - self._read))
+                if not block:
+                    self.size = self._read  # it became shorter
+                    return
+                ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 10)
+                at = (STEP - 1 - self._ends) % STEP
+                self._kept.extend((ends[at::STEP] + (self._read + 1)).tolist())
+                self._ends += len(ends)
+                self._read += len(block)
+                self._last = block[-1:]
+
+    def offset(self, line: int) -> int | None:
+        """Where a line begins (the first one is 1); None where there is none."""
+        if line > 1:
+            self.look(line, 60.0)
+        if line < 1 or line > self._ends + 1:
+            return None
+        place, rest = divmod(line - 1, STEP)
+        with self.path.open("rb") as file:
+            file.seek(self._kept[place])
+            for _ in range(rest):
+                file.readline()
+            return file.tell() if file.tell() < self.size else None
+
+
+# ---- Rows and what they become ----
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A row, or a group of rows that make examples together.
+
+    Args:
+        number: from which a page of the file shows it; where: its place; values: of the row, None where it cannot be read.
+        aside: (what, how) where it is kept aside; left_out: an option leaves it out, and nothing is wrong with it.
+        edited: ``changed`` or ``dropped`` where a person has made something of it.
+    """
+
+    number: int
+    where: str
+    values: Mapping[str, Any] | None
+    raw: Any
+    trees: tuple[PromptTree, ...] = ()
+    aside: tuple[str, str] | None = None
+    left_out: bool = False
+    edited: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Items, the number at which the next page starts (None: this is the last), and that of the last row that was looked at."""
+
+    items: tuple[Item, ...]
+    next: int | None
+    upto: int
+
+
+Wanted = Callable[[Item], bool]
+
+
+class File:
+    """A file of rows.
+
+    Args:
+        path: of the file; shape: a layout, or ``auto``.
+
+    Raises:
+        DataError: nothing can be read there.
+    """
+
+    def __init__(self, path: Path, shape: str = "auto") -> None:
+        self.path, self.name, self.shape, self.seen = path, path.name, shape, stamp(path)
+        self.bounds = Bounds()
+        self.lines = Lines(path) if self._by_line() else None
+        self._cursor: tuple[Iterator[Any], int] | None = None
+        self._lock = threading.Lock()
+        first = self._first()
+        self.problem = ""  # why its rows are no examples
+        self.columns: Mapping[str, str] = {}
+        self.layout, self.why = "", ""
+        try:
+            if shape == "auto":
+                self.layout, found, self.columns = detected(first, self.name, {}, {})
+                self.why = found.why
+            else:
+                self.layout = shape
+            self.grouped = LAYOUTS[self.layout].group is not None
+            self.kind = LAYOUTS[self.layout].kind_of({})
+        except (PenchantError, KeyError) as error:
+            self.layout, self.grouped, self.kind = "", False, ""
+            self.problem = str(error)
+
+    def _by_line(self) -> bool:
+        if ending(self.name) not in (".jsonl", ".json", ".ndjson") or self.name.lower().endswith(".gz"):
+            return False
+        with self.path.open("rb") as stream:
+            source = Source(stream, self.name, self.bounds)
+            return b"\n" in source.head and is_lines(source)
+
+    def _first(self) -> list[Row | BadRow]:
+        if self.lines is not None:
+            return self._chunk(1, FIRST_ROWS)[0]
+        rows = read_rows(str(self.path), self.bounds)
+        return [row for _, row in zip(range(FIRST_ROWS), rows, strict=False)]
+
+    def page(self, start: int = 1, most: int = ROWS, wanted: Wanted | None = None, needle: str = "") -> Page:
+        """Rows from a number on.
+
+        Args:
+            wanted: which of them; needle: a text that they must hold, whatever its case. With either, it looks for `SECONDS`.
+        """
+        start = max(1, start)
+        found: list[Item] = []
+        until = time.monotonic() + SECONDS
+        looks = wanted is not None or bool(needle)
+        at_once = most if wanted is None else max(most, LOOKED_AT)
+        for items, upto, end in self._batches(start, at_once, needle):
+            found += [item for item in items if wanted is None or wanted(item)]
+            if end:
+                return Page(tuple(found[:most]), _behind(found, most), upto)
+            if not looks or len(found) >= most or time.monotonic() > until:
+                return Page(tuple(found[:most]), _behind(found, most) or upto + 1, upto)
+        return Page(tuple(found[:most]), None, start)
+
+    def _batches(self, start: int, most: int, needle: str) -> Iterator[tuple[list[Item], int, bool]]:
+        """(Items, number of the last row in them, whether it is the file's last), a batch at a time."""
+        word = needle_of(needle)
+        if self.lines is not None and not self.grouped:
+            while True:
+                rows, upto, end = self._chunk(start, most, word)
+                rows = [row for row in rows if not needle or isinstance(row, BadRow) or holds(row.values, needle)]
+                yield self._items(rows), upto, end
+                start = upto + 1
+                if end:
+                    return
+        with self._lock:
+            units = self._units(start)
+            while True:
+                batch = [unit for _, unit in zip(range(most), units, strict=False)]
+                self._cursor = (units, start + len(batch))
+                made = [*self._made(batch, start)]
+                kept = [item for item in made if not needle or holds(item.raw, needle)]
+                yield kept, start + len(batch) - 1, len(batch) < most
+                start += len(batch)
+                if len(batch) < most:
+                    return
+
+    def _units(self, start: int) -> Iterator[Any]:
+        """Rows (or groups of them, converted) of a file that has no lines to jump to, from a number on."""
+        if self._cursor is not None and self._cursor[1] == start:
+            return self._cursor[0]
+        rows = read_rows(str(self.path), self.bounds)
+        units: Iterator[Any] = iter(Stream(rows, self.name, shape=self.layout)) if self.grouped else rows
+        for _ in zip(range(start - 1), units, strict=False):
+            pass
+        return units
+
+    def _made(self, batch: Sequence[Any], start: int) -> Iterator[Item]:
+        if not self.grouped:
+            yield from self._converted(batch, [*range(start, start + len(batch))])
+            return
+        for number, made in enumerate(batch, start):
+            yield _item(made, number)
+
+    def _chunk(self, start: int, most: int, word: bytes = b"") -> tuple[list[Row | BadRow], int, bool]:
+        """(Rows of the next lines that are not blank, the last line's number, whether it is the file's last)."""
+        assert self.lines is not None
+        offset = self.lines.offset(start)
+        if offset is None:
+            return [], start, True
+        kept: list[tuple[int, bytes]] = []
+        held, number, end, until = 0, start - 1, False, time.monotonic() + SECONDS
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            while len(kept) < most and held < PAGE_BYTES:
+                line = file.readline(self.bounds.bytes + 2)
+                if not line:
+                    end = True
+                    break
+                number += 1
+                if line.strip() and (not word or word in line.lower()):
+                    kept.append((number, line))
+                    held += len(line)
+                if number % 1000 == 0 and time.monotonic() > until:
+                    break
+            end = end or not file.read(1)
+        rows: list[Row | BadRow] = []
+        for at, line in kept:  # each by itself: what stands in one line must not change how another is read
+            source = Source(io.BytesIO(line), self.name, self.bounds)
+            rows += [replace(row, where=f"{self.name}:{at}") for row in json_lines(source)]
+        return rows, max(number, start), end
+
+    def _items(self, rows: Sequence[Row | BadRow]) -> list[Item]:
+        return [*self._converted(rows, [int(row.where.rpartition(":")[2]) for row in rows])]
+
+    def _converted(self, rows: Sequence[Row | BadRow], numbers: Sequence[int]) -> Iterator[Item]:
+        if not self.layout:
+            for row, number in zip(rows, numbers, strict=True):
+                yield _kept_aside(row, number) or _plain(row, number)
+            return
+        layout = LAYOUTS[self.layout]
+        made = convert_rows(rows, layout, layout.settings({}), self.columns)
+        for row, of_row, number in zip(rows, made, numbers, strict=True):
+            yield _kept_aside(row, number) or _item(of_row, number)
+
+    def convert(self, values: Mapping[str, Any], where: str) -> Item:
+        """What a row would become."""
+        (item,) = self._converted([Row(where, values)], [0])
+        return item
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """What tells that a file is another one."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _behind(found: Sequence[Item], most: int) -> int | None:
+    """Where a page goes on that has more than it can show."""
+    return found[most].number if len(found) > most else None
+
+
+QUARANTINE = {"where", "what", "how", "row"}  # of a row that training kept aside
+
+
+def _kept_aside(row: Row | BadRow, number: int) -> Item | None:
+    """A line of quarantine.NAME.jsonl: the row that was kept aside, with its reason."""
+    if not isinstance(row, Row) or set(row.values) != QUARANTINE:
+        return None
+    where, what, how = (text(row.values[key]) for key in ("where", "what", "how"))
+    return Item(number, where, row.values, row.values["row"], aside=(what, how))
+
+
+def _plain(row: Row | BadRow, number: int) -> Item:
+    if isinstance(row, BadRow):
+        return Item(number, row.where, None, row.raw, aside=(row.what, row.how))
+    return Item(number, row.where, row.values, row.values)
+
+
+def _item(made: Converted, number: int) -> Item:
+    first = made.source[0]
+    values = first.values if isinstance(first, Row) else None
+    raw = first.raw if isinstance(first, BadRow) else first.values
+    if len(made.source) > 1:
+        raw = [row.values if isinstance(row, Row) else row.raw for row in made.source]
+        values = None
+    aside = (made.aside[0].what, made.aside[0].how) if made.aside else None
+    return Item(number, first.where, values, raw, made.trees, aside, made.left_out)
+
+
+# ---- Search and filters ----
+
+
+def needle_of(word: str) -> bytes:
+    """What a line of JSON must hold, in small letters, that holds a text: its longest part that cannot be written in several ways."""
+    parts = re.findall(r"[ -~]+", word.lower())
+    return json.dumps(max(parts, key=len, default=""))[1:-1].encode()
+
+
+def holds(raw: Any, word: str) -> bool:
+    """Whether a row holds a text, whatever its case."""
+    wanted = json.dumps(word.lower(), ensure_ascii=False)[1:-1]
+    return wanted in json.dumps(raw, ensure_ascii=False, default=str).lower()
+
+
+def is_aside(item: Item) -> bool:
+    """Whether a row is kept aside."""
+    return item.aside is not None and not item.left_out
+
+
+PLACE = re.compile(r"^(.*?:(?: row )?\d+)(?:#\d+)?(?: \(.*\))?$", re.DOTALL)
+
+
+def places(where: Collection[str]) -> list[str]:
+    """The rows that an audit's places name: ``train.jsonl:12 (as train.jsonl:3)`` is line 12."""
+    return [found[1] for one in where if (found := PLACE.match(one))]
+
+
+def lines_of(where: Sequence[str]) -> list[int]:
+    """Their numbers."""
+    return [int(re.sub(r".*\D", "", place)) for place in where]
+
+
+# ---- A tree as it is shown ----
+
+Words = list[tuple[str, str]]  # ("", text) in both, ("in", text) here alone
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A completion as it is shown: `words` tell where it differs from the other answer of a pair."""
+
+    name: str
+    kind: str
+    said: str
+    reasoning: str
+    more: tuple[tuple[str, str, bool], ...]
+    words: Words
+
+
+def answers_of(tree: PromptTree, diff: bool = False) -> list[Answer]:
+    """The completions of a tree."""
+    pair = [c.label for c in tree.completions] == [True, False]
+    words: tuple[Words, Words] = ([], [])
+    if pair and diff:
+        words = differences(*(c.whole for c in tree.completions))
+    return [_answer(c, pair, words[i] if pair and diff else []) for i, c in enumerate(tree.completions)]
+
+
+def _answer(one: Completion, pair: bool, words: Words) -> Answer:
+    kind = {True: "chosen", False: "rejected", None: "assistant"}[one.label]
+    score = "" if one.score is None else f", score {one.score:g}"
+    more = tuple((m.role, m.content, m.trained and m.role == "assistant") for m in one.more)
+    return Answer((PAIR_NAMES if pair else NAMES)[one.label] + score, kind, one.text, one.reasoning, more, words)
+
+
+def turns_of(tree: PromptTree) -> list[tuple[str, str, str]]:
+    """(Role, text, reasoning) of a prompt's turns."""
+    if isinstance(tree.prompt, str):
+        return [("prompt", tree.prompt, "")] if tree.prompt else []
+    return [(m.role, m.content, m.reasoning) for m in tree.prompt]
+
+
+MOST_COMPARED = 1_000_000  # pairs of words: beyond it, comparing takes seconds
+
+
+def differences(a: str, b: str) -> tuple[Words, Words]:
+    """Two texts word by word, each with what stands in it alone; all of both where they are too long to compare."""
+    one, other = (re.findall(r"\s+|\w+|[^\w\s]", said) for said in (a, b))
+    if len(one) * len(other) > MOST_COMPARED:
+        return [("", a)], [("", b)]
+    left: Words = []
+    right: Words = []
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes():
+        mark = "" if kind == "equal" else "in"
+        left += [(mark, "".join(one[i:j]))] * (j > i)
+        right += [(mark, "".join(other[k:m]))] * (m > k)
+    return left, right
+
+
+def as_json(raw: Any) -> str:
+    """A row as JSON that a person can read and edit: what cannot be seen stands there as an escape."""
+    return printable(json.dumps(raw, ensure_ascii=False, indent=1, default=str), keep="\n")
+
+
+# ---- Edits ----
+
+
+class Edits:
+    """What a person made of a file's rows, appended to a file of the studio's own as it is made.
+
+    Args:
+        root: the studio's folder; path: of the file of rows, from there on.
+    """
+
+    def __init__(self, root: Path, path: str) -> None:
+        self.root, self.path = root, path
+        self.file = root / ".studio" / "edits" / f"{quote(path, safe='')[-200:]}.jsonl"
+        self._lock = threading.Lock()
+
+    def made(self) -> dict[str, Edit]:
+        """By a row's place, the last one of each."""
+        found: dict[str, Edit] = {}
+        for row in read_lines(self.file)[0]:
+            where, action = text(row.get("where")), row.get("action")
+            if action in ("changed", "dropped"):
+                values = mapping(row.get("row")) if action == "changed" else None
+                found[where] = Edit(values, text(row.get("was")))
+            else:
+                found.pop(where, None)
+        return found
+
+    def add(self, where: str, action: str, was: str = "", row: Mapping[str, Any] | None = None) -> None:
+        """Write one down: ``changed``, ``dropped`` or ``undone``."""
+        told = {
+            "where": where,
+            "action": action,
+            "was": was,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        line = json.dumps(told | ({"row": dict(row)} if row is not None else {}), ensure_ascii=True).encode() + b"\n"
+        with self._lock:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                os.write(handle, line)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def copy(self, file: File, output: Path, also: bool) -> Fixed:
+        """The corrected copy, with a record of every row that is other or gone.
+
+        Args:
+            also: whether the safe rules of `penchant data fix` apply too.
+
+        Raises:
+            DataError: as `fix`.
+        """
+        how: dict[str, Any] = {"shape": file.shape, "edits": self.made(), "drop": DEFAULT if also else ()}
+        return fix(str(self.root / self.path), output, **how)
+
+
+def read_edited(said: str) -> dict[str, Any]:
+    """A row as a person wrote it.
+
+    Raises:
+        DataError: it is no row.
+    """
+    rows = [*json_lines(Source(io.BytesIO(json_line_of(said)), "the row", Bounds()))]
+    if len(rows) != 1 or isinstance(rows[0], BadRow):
+        what = rows[0].what if rows and isinstance(rows[0], BadRow) else "is empty"
+        raise DataError("the row", what, "write one JSON object")
+    return dict(rows[0].values)
+
+
+def json_line_of(said: str) -> bytes:
+    """JSON over several lines on one: its line ends are white space, or no JSON."""
+    return said.replace("\r", " ").replace("\n", " ").encode("utf-8", "surrogatepass")
+
+
+def sum_of(item: Item) -> str:
+    """By which an edit knows its row again."""
+    return "" if item.values is None else content_sum(item.values)
+
+
+# ---- Tokens ----
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token as it is shown: `kind` is ``prompt`` (read), ``trained``, ``masked`` (read, of a turn that is not learned) or ``cut``."""
+
+    text: str
+    id: int
+    kind: str
+
+
+def tokens_of(tree: PromptTree, kind: str, tokenizer: Any, how: Mapping[str, Any]) -> list[tuple[str, list[Token]]]:
+    """(What, tokens) of a tree's prompt and of each completion, as they are trained, with what the cut takes away.
+
+    Args:
+        kind: of the data; how: see `CausalTokenization`.
+
+    Raises:
+        DataError: the row would be kept aside, with the reason.
+    """
+    from penchant.data.tokenize import CausalTokenization
+
+    def made(**more: Any) -> list[Any]:
+        found = CausalTokenization(tokenizer, kind, **{**how, **more, "on_bad_row": "error"}).all([tree])
+        return list(found.trees)
+
+    shown: list[tuple[str, list[Token]]] = []
+    cut, whole = made(), made(max_length=1 << 24, identical="keep")
+    names = [a.name for a in answers_of(tree)]
+    for number, one in enumerate(cut):
+        full = whole[number] if len(whole) == len(cut) else one
+        gone = len(full.prompt_ids) - len(one.prompt_ids)
+        bos = (
+            1
+            if gone and len(one.prompt_ids) and full.prompt_ids[0] == one.prompt_ids[0] == tokenizer.bos_token_id
+            else 0
+        )
+        prompt = [
+            *_tokens(tokenizer, full.prompt_ids[:bos], "prompt"),
+            *_tokens(tokenizer, full.prompt_ids[bos : gone + bos], "cut"),
+        ]
+        prompt += _tokens(tokenizer, one.prompt_ids[bos:], "prompt")
+        shown.append(("prompt" if len(cut) == 1 else f"part {number + 1}", prompt))
+        for i, ids in enumerate(one.completion_ids):
+            masks = one.masks[i] if one.masks else [True] * len(ids)
+            tokens = [
+                t
+                for x, m in zip(ids, masks, strict=True)
+                for t in _tokens(tokenizer, [x], "trained" if m else "masked")
+            ]
+            tokens += _tokens(tokenizer, full.completion_ids[i][len(ids) :], "cut")
+            shown.append((names[i] if len(names) == len(one.completion_ids) else "answer", tokens))
+    return shown
+
+
+def _tokens(tokenizer: Any, ids: Sequence[int], kind: str) -> list[Token]:
+    return [Token(tokenizer.decode([int(i)], skip_special_tokens=False), int(i), kind) for i in ids]

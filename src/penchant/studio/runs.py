@@ -1,0 +1,284 @@
+"""The pages of runs: the list, curves as they grow, samples, the report."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from itertools import islice
+from pathlib import Path
+from time import time
+from typing import Any
+from urllib.parse import quote
+
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from penchant.base.text import gigabytes
+from penchant.errors import ConfigError, PenchantError
+from penchant.report.data import read_report
+from penchant.report.page import render
+from penchant.report.svg import duration, number
+from penchant.runfolder import CONFIG, REPORT
+from penchant.runfolder.read import lock_of, read, read_text
+from penchant.runfolder.values import mapping, mappings, number_of, sequence, text
+from penchant.studio.app import Area, Studio, fields, form
+from penchant.studio.launch import Processes, draft, first_keys, form_parts, plan, settings_of, suggestions
+from penchant.studio.shelf import Feed, Shelf, facts_of, titles
+from penchant.watch.views import OPEN_STATES, is_run
+
+EVERY = 1.0  # seconds between two looks at the runs of a page
+BEAT = 15  # looks without news after which a connection is told that it is still there
+MOST_RUNS = 24  # drawn over each other
+SAMPLES = 12  # that a page shows
+REPORT_BYTES = 64 << 20
+# of a report: it runs its own script, in a frame that is no page of the studio and may ask for nothing
+REPORT_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+)
+ENDED_EARLY = ("stopped", "interrupted", "paused")
+STATES = {"running": "good", "preparing": "good", "stopped": "bad", "interrupted": "warn", "paused": "warn"}
+
+
+class Runs:
+    """The area of runs."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio, self.shelf = studio, Shelf(studio.folder)
+        self.processes, self._planning = Processes(studio.folder), asyncio.Lock()
+        studio.templates.globals |= {"ago": ago, "bytes": gigabytes, "duration": duration, "tone": STATES.get}
+        studio.templates.filters["json"] = json.dumps
+        studio.templates.filters["figure"] = lambda value: number(number_of(value))
+
+    @property
+    def routes(self) -> list[Route]:
+        return [
+            Route("/runs", self.list),
+            Route("/runs/view", self.view),
+            Route("/runs/group", self.group),
+            Route("/runs/feed", self.feed),
+            Route("/runs/samples", self.samples),
+            Route("/runs/report", self.report),
+            Route("/runs/new", self.new),
+            Route("/runs/own", self.own_keys),
+            Route("/runs/plan", self.plan, methods=["POST"]),
+            Route("/runs/start", self.start, methods=["POST"]),
+            Route("/runs/stop", self.stop, methods=["POST"]),
+            Route("/runs/resume", self.resume, methods=["POST"]),
+        ]
+
+    def run_of(self, name: str) -> str:
+        """A run's path as it is linked.
+
+        Raises:
+            HTTPException: there is no run (404).
+        """
+        folder = self.studio.inside(name)
+        if not is_run(folder):
+            raise HTTPException(404, "there is no run in this folder")
+        return self.studio.relative(folder)
+
+    async def list(self, request: Request) -> Response:
+        lines, more = await run_in_threadpool(self.shelf.lines)
+        word = request.query_params.get("q", "").strip().lower()
+        some = [line for line in lines if word in f"{line.path} {line.kind} {line.state} {line.method}".lower()]
+        part = "hx-request" in request.headers
+        template = "run_lines.html" if part else "runs.html"
+        return self.studio.page(request, template, lines=some, word=word, all=len(lines), more=more, now=time())
+
+    async def view(self, request: Request) -> Response:
+        """One run, or several over each other."""
+        asked = list(dict.fromkeys(request.query_params.getlist("run")))
+        if not asked:
+            raise HTTPException(404, "no run is named: choose some in the list")
+        alone = self.studio.inside(asked[0])
+        if len(asked) == 1 and not is_run(alone) and self.studio.relative(alone) in self.processes.started:
+            return self._starting(request, self.studio.relative(alone))
+        if "hx-request" in request.headers:  # of the page that waits for a run to start
+            return Response(headers={"hx-refresh": "true"})
+        paths = [self.run_of(name) for name in asked[:MOST_RUNS]]
+        facts = {}
+        for path in paths:
+            view = await run_in_threadpool(self.shelf.followed, path)
+            facts[path] = {**facts_of(view, path), "method": view.method, "open": view.state in OPEN_STATES}
+        values: dict[str, Any] = {
+            "paths": paths,
+            "facts": facts,
+            "titles": titles(),
+            "left_out": len(asked) - len(paths),
+        }
+        if len(paths) == 1:
+            folder = self.studio.inside(paths[0])
+            failure = "" if facts[paths[0]]["open"] else self.processes.failure(paths[0])
+            state = facts[paths[0]]["state"]
+            values |= {"config": read_text(folder / CONFIG)[:100_000], "failure": failure}
+            values |= {"can_stop": lock_of(folder) == "held" or self.processes.running(paths[0])}
+            values |= {"can_resume": not values["can_stop"] and state in ENDED_EARLY and (folder / CONFIG).is_file()}
+        return self.studio.page(request, "run.html" if len(paths) == 1 else "overlay.html", **values)
+
+    async def group(self, request: Request) -> Response:
+        """A sweep, a pipeline or a comparison."""
+        path = self.studio.relative(self.studio.inside(request.query_params.get("path", ".")))
+        lines, _ = await run_in_threadpool(self.shelf.lines)
+        kind = request.query_params.get("kind", "")
+        line = next((e for e in lines if e.path == path and e.kind == kind), None)
+        if line is None or kind == "run":
+            raise HTTPException(404, "there is no such sweep, pipeline or comparison")
+        prefix = "" if path == "." else f"{path}/"
+        inside = [e for e in lines if e is not line and e.path.startswith(prefix)]
+        table = mapping(read(self.studio.inside(path)).sweep.get("table"))
+        return self.studio.page(
+            request, "group.html", line=line, lines=inside, table=table, settings=mappings(table.get("settings")),
+            best=sequence(table.get("best")), now=time(),
+        )  # fmt: skip
+
+    async def feed(self, request: Request) -> Response:
+        """What is new of some runs, as it comes (server-sent events)."""
+        paths = [self.run_of(name) for name in request.query_params.getlist("run")[:MOST_RUNS]]
+        if not paths:
+            raise HTTPException(404, "no run is named")
+        return StreamingResponse(self._events(Feed(self.shelf, paths)), media_type="text/event-stream")
+
+    async def _events(self, feed: Feed) -> AsyncIterator[str]:
+        silent = 0
+        start: Mapping[str, Any] = {"start": True}
+        while not self.studio.closing:
+            news = await run_in_threadpool(feed.news)
+            silent = 0 if news or start else silent + 1
+            if news or start:
+                yield f"data: {json.dumps({**start, 'runs': news}, separators=(',', ':'))}\n\n"
+                start = {}
+            elif silent % BEAT == 0:
+                yield ": still here\n\n"
+            await asyncio.sleep(EVERY)
+
+    async def samples(self, request: Request) -> Response:
+        """The last samples of a run."""
+        path = self.run_of(request.query_params.get("run", ""))
+        view = await run_in_threadpool(self.shelf.followed, path)
+        some = [sample_of(row) for row in islice(view.samples, SAMPLES)]
+        return self.studio.page(request, "samples.html", samples=some, of=len(view.samples))
+
+    async def report(self, request: Request) -> Response:
+        """A folder's report: the one that lies there, or one made of its files as they are."""
+        folder = self.studio.inside(request.query_params.get("path", "."))
+        page = await run_in_threadpool(self._report, folder)
+        return HTMLResponse(page, headers={"content-security-policy": REPORT_POLICY})
+
+    def _report(self, folder: Path) -> str:
+        file = folder / REPORT
+        if file.is_file() and file.resolve().is_relative_to(self.studio.folder) and file.stat().st_size < REPORT_BYTES:
+            return file.read_text(encoding="utf-8", errors="replace")
+        return render(read_report([folder], time()))
+
+    # ---- start, stop, go on ------------------------------------------------------------------------------------------
+
+    def _starting(self, request: Request, path: str) -> Response:
+        """A run that was started and has not written anything yet."""
+        going = self.processes.running(path)
+        said = self.processes.said(path) if going else self.processes.failure(path) or self.processes.said(path)
+        return self.studio.page(request, "starting.html", run=path, going=going, said=said)
+
+    async def new(self, request: Request) -> Response:
+        """The form, empty or with the settings of a run."""
+        given: dict[str, str] = {}
+        if (like := request.query_params.get("like")) is not None:
+            folder = self.studio.inside(self.run_of(like))
+            given = settings_of(read(folder).config)
+            given["output"] = _free(self.studio.folder, self.run_of(like))
+        offered = await run_in_threadpool(suggestions, self.studio.folder)
+        first = first_keys()
+        top = {key.path for key in first}
+        named = given.get("loss.name", ""), given.get("algorithm.name", "")
+        sections = [*form_parts(*named)]
+        known = top.union(*({key.path for key in part.keys} for part in sections))
+        more = "\n".join(f"{key}={value}" for key, value in given.items() if key not in known)
+        return self.studio.page(
+            request, "new.html", first=first, parts=sections, top=top, given=given, more=more, offered=offered
+        )  # fmt: skip
+
+    async def own_keys(self, request: Request) -> Response:
+        """The keys of the loss or the algorithm that is chosen."""
+        asked = request.query_params
+        every = form_parts(asked.get("loss.name", ""), asked.get("algorithm.name", ""))
+        method = [part for part in every if part.title in ("loss", "algorithm")]
+        top = {key.path for key in first_keys()}
+        return self.studio.page(request, "new_parts.html", parts=method, top=top, given={}, offered={})
+
+    async def plan(self, request: Request) -> Response:
+        """The YAML that the form makes, and what the run will take; the start is offered below."""
+        given = await fields(request)
+        values: dict[str, Any] = {"made": None, "error": "", "plan": None}
+        try:
+            made = values["made"] = await run_in_threadpool(draft, self.studio.folder, given)
+            if self._planning.locked():
+                raise ConfigError("plan", "another one is being made", "wait for it")
+            async with self._planning:
+                probe = ("probe", "on") in given
+                values["plan"] = await run_in_threadpool(plan, self.studio.folder, made.text, probe)
+        except PenchantError as error:
+            values["error"] = str(error)
+        return self.studio.page(request, "outcome.html", **values)
+
+    async def start(self, request: Request) -> Response:
+        made = await run_in_threadpool(draft, self.studio.folder, await fields(request))
+        await run_in_threadpool(self.processes.start, made)
+        return _to(made.folder)
+
+    async def stop(self, request: Request) -> Response:
+        path = self._asked(await form(request))
+        self.processes.stop(path)
+        return Response("it was asked to end, and writes a checkpoint first", media_type="text/plain")
+
+    async def resume(self, request: Request) -> Response:
+        path = self._asked(await form(request))
+        await run_in_threadpool(self.processes.resume, path)
+        return _to(path)
+
+    def _asked(self, given: Mapping[str, str]) -> str:
+        path = self.studio.relative(self.studio.inside(given.get("run", "")))
+        return path if path in self.processes.started else self.run_of(path)
+
+
+def _to(path: str) -> Response:
+    """Show a run next."""
+    return Response(headers={"hx-redirect": f"/runs/view?run={quote(path)}"})
+
+
+def _free(root: Path, path: str) -> str:
+    """A name for another run like one."""
+    number = 2
+    while (root / f"{path}-{number}").exists() or (root / f"{path}-{number}.yaml").exists():
+        number += 1
+    return f"{path}-{number}"
+
+
+def ago(seconds: float) -> str:
+    """How long something is gone, in its largest unit."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return "now"
+
+
+def sample_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of samples.jsonl as its turns and the answers to them."""
+    turns = [(text(m.get("role")), text(m.get("content"))) for m in mappings(row.get("messages"))]
+    answers = {"before training": row.get("before"), "after training": row.get("after", row.get("completion"))}
+    rewards = {
+        "before training": row.get("reward_before"),
+        "after training": row.get("reward_after", row.get("reward")),
+    }
+    return {
+        "turns": turns or [("prompt", text(row.get("prompt")))],
+        "answers": [(name, text(said), rewards[name]) for name, said in answers.items() if said is not None],
+    }
+
+
+def area(studio: Studio) -> Area:
+    """Runs, as they are and as they go on."""
+    return Area("Runs", "/runs", Runs(studio).routes)

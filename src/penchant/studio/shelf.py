@@ -1,0 +1,332 @@
+"""What lies in the studio's folder: runs, sweeps, pipelines and comparisons, and runs as they go on. Nothing is written here."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from penchant.metrics.names import metric
+from penchant.report.html import visible
+from penchant.report.svg import duration, with_interval
+from penchant.runfolder import CHECKPOINTS, COMPARISON, CONFIG, IDENTITY, LOCK, MANIFEST, METRICS, PERF, PIPELINE, SWEEP
+from penchant.runfolder.read import Whole, json_object, lock_of
+from penchant.runfolder.values import mapping, mappings, sequence, text
+from penchant.watch.views import FIGURES, OPEN_STATES, Member, RunView
+
+DEPTH = 4  # folders below the studio's in which runs are looked for
+MOST_FOLDERS = 5000  # that are looked into
+IS_RUN = frozenset({IDENTITY, CONFIG, METRICS})
+GROUPS = {SWEEP: "sweep", PIPELINE: "pipeline", COMPARISON: "comparison"}
+NO_RUNS = frozenset({"node_modules", "__pycache__", "site-packages", CHECKPOINTS, "merged", "export"})
+
+
+# ---- Which folders there are ----
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A folder that holds something of Penchant's; `path` is relative to the studio's folder, with slashes."""
+
+    kind: str
+    path: str
+
+
+def find(root: Path) -> tuple[list[Found], bool]:
+    """(What lies in a folder, whether there was too much to look at all of it); no link is followed."""
+    found: list[Found] = []
+    level, looked = [(root, "")], 0
+    for depth in range(DEPTH + 1):
+        below: list[tuple[Path, str]] = []
+        for folder, path in level:
+            looked += 1
+            if looked > MOST_FOLDERS:
+                return found, True
+            names, folders = _listed(folder)
+            is_run = bool(names & IS_RUN)
+            kinds = ["run"] if is_run else []
+            kinds += [kind for name, kind in GROUPS.items() if name in names]
+            found += [Found(kind, path or ".") for kind in kinds]
+            if depth < DEPTH:
+                below += [(folder / name, f"{path}/{name}".lstrip("/")) for name in folders]
+        level = below
+    return found, False
+
+
+def _listed(folder: Path) -> tuple[set[str], list[str]]:
+    """(Names of files, names of folders that may hold runs)."""
+    names: set[str] = set()
+    folders: list[str] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders += [entry.name] * (entry.name[0] != "." and entry.name not in NO_RUNS)
+                else:
+                    names.add(entry.name)
+    except OSError:
+        pass
+    return names, sorted(folders)
+
+
+# ---- A line of the list for each of them ----
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What the list says of a run, a sweep, a pipeline or a comparison.
+
+    Args:
+        state: of a run as `penchant watch` calls it; step, total: optimizer steps; headline: the figure that it is judged by, with its
+            interval; label: what that is; warnings, notes: flags of each level; changed: when it last wrote something, seconds.
+        inside: runs of a sweep or pipeline by their states.
+    """
+
+    kind: str
+    path: str
+    state: str = ""
+    why: str = ""
+    method: str = ""
+    step: int = 0
+    total: int | None = None
+    label: str = ""
+    headline: str = ""
+    warnings: int = 0
+    notes: int = 0
+    changed: float = 0.0
+    took: float | None = None
+    inside: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """Of its steps that are done."""
+        return min(1.0, self.step / self.total) if self.total else 0.0
+
+
+class Shelf:
+    """The runs of a folder, each read once and then only what it has added; safe for several threads.
+
+    Args:
+        root: the studio's folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._lock = threading.Lock()
+        self._brief: dict[str, RunView] = {}
+        self._groups: dict[tuple[str, str], Whole[dict[str, Any]]] = {}
+        self._whole: dict[str, tuple[RunView, float]] = {}  # runs that are followed, and when they were last read
+
+    def lines(self) -> tuple[list[Line], bool]:
+        """(Everything, what was changed last first, whether there was too much to look at all of it)."""
+        with self._lock:
+            found, more = find(self.root)
+            runs = {f.path: self._run(f.path) for f in found if f.kind == "run"}
+            self._brief = {path: self._brief[path] for path in runs}
+            lines = [*runs.values(), *(self._group(f, runs) for f in found if f.kind != "run")]
+        return sorted(lines, key=lambda line: -line.changed), more
+
+    def _run(self, path: str) -> Line:
+        view = self._brief.setdefault(path, RunView(self.root / path, path, brief=True))
+        view.refresh()
+        return line_of(view, path)
+
+    def _group(self, found: Found, runs: Mapping[str, Line]) -> Line:
+        name = next(name for name, kind in GROUPS.items() if kind == found.kind)
+        file = self.root / found.path / name
+        whole = self._groups.setdefault((found.kind, found.path), Whole[dict[str, Any]](file, json_object, {}))
+        said = whole.read()
+        changed = _changed(file)
+        if found.kind == "comparison":
+            return Line("comparison", found.path, headline=_compared(said), changed=changed)
+        records = mapping(said.get("runs" if found.kind == "sweep" else "stages"))
+        inside: dict[str, int] = {}
+        for record in records.values():
+            state = text(mapping(record).get("state")) or "to come"
+            inside[state] = inside.get(state, 0) + 1
+        prefix = "" if found.path == "." else f"{found.path}/"
+        going = [line for path, line in runs.items() if path.startswith(prefix) and line.state in OPEN_STATES]
+        done = bool(records) and set(inside) <= {"finished", "stopped", "cut"}
+        state = "running" if going or lock_of(file.parent) == "held" else "finished" if done else "interrupted"
+        table = mapping(said.get("table"))
+        best = ", ".join(text(name) for name in sequence(table.get("best"))[:3])
+        headline = f"best by validation: {best}" if best else ""
+        return Line(found.kind, found.path, state, headline=headline, changed=changed, inside=inside)
+
+    def followed(self, path: str) -> RunView:
+        """A run with its curves, as it is now; read at most twice a second, however many look at it."""
+        with self._lock:
+            view, read = self._whole.get(path) or (RunView(self.root / path, path), 0.0)
+            now = time.monotonic()
+            if now - read >= FRESH:
+                view.refresh()
+                read = now
+            self._whole.pop(path, None)
+            self._whole[path] = (view, read)  # at the end: the first ones are those that nobody has asked for longest
+            while len(self._whole) > KEPT:
+                self._whole.pop(next(iter(self._whole)))
+            return view
+
+
+FRESH = 0.5  # seconds for which what was read of a run holds
+KEPT = 40  # runs whose curves are kept in memory
+
+
+def _changed(*files: Path) -> float:
+    found = [0.0]
+    for file in files:
+        try:
+            found.append(file.stat().st_mtime)
+        except OSError:
+            continue
+    return max(found)
+
+
+def _compared(figures: Mapping[str, Any]) -> str:
+    verdict = figures.get("verdict")
+    said = verdict.get("sentence") if isinstance(verdict, dict) else verdict
+    if isinstance(said, str):
+        return said
+    models = mapping(figures.get("models"))
+    return f"compares {', '.join(models)}" if models else ""
+
+
+def line_of(view: RunView, path: str) -> Line:
+    """What the list says of a run."""
+    levels = [flag.get("level") for flag in view.flags]
+    label, headline = headline_of(view)
+    files = [view.folder / name for name in (METRICS, PERF, MANIFEST, LOCK)]
+    return Line(
+        kind="run",
+        path=path,
+        state=view.state,
+        why=view.why,
+        method=view.method,
+        step=view.step,
+        total=view.total,
+        label=label,
+        headline=headline,
+        warnings=levels.count("warning"),
+        notes=len(levels) - levels.count("warning"),
+        changed=_changed(*files),
+        took=view.took,
+    )
+
+
+def headline_of(view: RunView, name: str | None = None) -> tuple[str, str]:
+    """(What a run is judged by, its last value with its interval); empty where there is none."""
+    found = Member(view).metric(name)
+    if found is None:
+        return "", ""
+    known = metric(found.name.removeprefix("train "))
+    words = known.label or known.picture or known.name
+    label = f"{words} in training" if found.name.startswith("train ") else words
+    return label, with_interval(found.value, found.interval, known.share)
+
+
+# ---- A run as it goes on, for a page that draws it ----
+
+MOST_POINTS = 1500  # of a curve that is sent whole; a longer one is thinned
+
+
+class Feed:
+    """What one page has not been told of some runs yet.
+
+    Args:
+        paths: of the runs, relative to the shelf's folder.
+    """
+
+    def __init__(self, shelf: Shelf, paths: Sequence[str]) -> None:
+        self._shelf, self._paths = shelf, paths
+        self._told: dict[tuple[str, str], tuple[int, Any]] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+
+    def news(self) -> dict[str, Any]:
+        """By run: ``facts`` where they changed, ``line`` and ``points`` that are new, ``anew`` where what was told holds no longer.
+
+        ``line`` is ``{metric: [[steps], [values]]}`` of training, ``points`` ``{metric: [[steps], [values], [lows], [highs]]}`` held out.
+        """
+        found = {}
+        for path in self._paths:
+            if made := self._of_run(path, self._shelf.followed(path)):
+                found[path] = made
+        return found
+
+    def _of_run(self, path: str, view: RunView) -> dict[str, Any]:
+        curves: dict[str, Sequence[Any]] = {**view.line, **view.points}
+        anew = any(self._is_other(path, key, curves.get(key, ())) for of, key in self._told if of == path)
+        if anew:
+            self._told = {k: v for k, v in self._told.items() if k[0] != path}
+        made: dict[str, Any] = {"anew": True} if anew else {}
+        lines = {key: [[x for x, _ in new], [y for _, y in new]] for key, new in self._new(path, view.line)}
+        points = {
+            key.removeprefix("eval/"): [
+                [p.step for p in new],
+                [p.value for p in new],
+                *([None if p.interval is None else p.interval[i] for p in new] for i in (0, 1)),
+            ]
+            for key, new in self._new(path, view.points)
+        }
+        made |= {"line": lines} if lines else {}
+        made |= {"points": points} if points else {}
+        facts = facts_of(view, path)
+        if facts != self._facts.get(path):
+            self._facts[path] = made["facts"] = facts
+        return made
+
+    def _is_other(self, path: str, key: str, values: Sequence[Any]) -> bool:
+        count, last = self._told[path, key]
+        return len(values) < count or values[count - 1] != last
+
+    def _new(self, path: str, curves: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, Sequence[Any]]]:
+        for key in sorted(curves, key=_order):
+            values = curves[key]
+            count, _ = self._told.get((path, key), (0, None))
+            if len(values) > count:
+                self._told[path, key] = (len(values), values[-1])
+                yield key, thinned(values[count:])
+
+
+_PLACES = {name: i for i, name in enumerate(FIGURES)}
+
+
+def _order(key: str) -> tuple[int, str]:
+    return _PLACES.get(key.removeprefix("eval/"), len(_PLACES)), key
+
+
+def thinned(values: Sequence[Any]) -> Sequence[Any]:
+    """At most `MOST_POINTS` of them, evenly, with the last."""
+    every = -(-len(values) // MOST_POINTS)
+    kept = values[::every]
+    return kept if every == 1 or (len(values) - 1) % every == 0 else [*kept, values[-1]]
+
+
+def facts_of(view: RunView, path: str) -> dict[str, Any]:
+    """What a run's page says beside its curves, as it changes; inert, as it may stand in a page."""
+    line = line_of(view, path)
+    speed, left = view.speed, view.left if view.state in OPEN_STATES else None
+    return {
+        "state": line.state,
+        "why": visible(line.why),
+        "step": f"{line.step:,} of {line.total:,}" if line.total else f"{line.step:,}",
+        "share": line.share,
+        "label": line.label,
+        "headline": line.headline,
+        "left": duration(left) if left is not None else "",
+        "speed": "" if speed is None else f"{speed.tokens:,.0f} tokens/s",
+        "memory": "" if view.memory is None else f"{view.memory:.1f} GB",
+        "flags": [
+            {key: visible(text(flag.get(key))) for key in ("title", "level", "sentence", "advice")}
+            for flag in mappings(view.flags)
+        ],
+        "samples": len(view.samples),
+    }
+
+
+def titles() -> dict[str, str]:
+    """What the curves are called, in their order."""
+    return {key: metric(key).picture or metric(key).label or key for key in FIGURES}

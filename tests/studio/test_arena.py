@@ -1,0 +1,360 @@
+"""The arena over HTTP: what is shown, what is written, who may, and what two people and a crash do to it."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from studio_people import in_memory, say
+from studios import Person, answers_of, arena_of, judgements, lines, studio_of
+
+from penchant.cli import main
+from penchant.data.load import load_preferences
+from penchant.errors import DataError
+from penchant.studio import pairs
+from penchant.studio.queue import next_item
+from penchant.studio.text import CUT, folds, rendered
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Iterator[Any]:
+    with studio_of(tmp_path) as server:
+        yield server
+
+
+# ---- who may look ----
+
+
+def test_only_who_has_the_token_and_comes_by_a_name_of_this_machine_gets_in(studio: Any) -> None:
+    client = httpx.Client(base_url=studio.address, trust_env=False)
+    assert client.get("/arena").headers["location"] == "/login"
+    assert client.get("/arena", headers={"hx-request": "true"}).status_code == 401
+    assert client.get("/?token=wrong").headers["location"] == "/login" and not client.cookies
+    assert client.post("/login", data={"token": "wrong"}).status_code == 401
+    assert client.get("/arena", headers={"host": "evil.example"}).status_code == 403
+    assert client.get("/static/studio.css").status_code == 200
+    entered = client.get(f"/arena?token={studio.studio.token}&x=1")
+    assert (entered.status_code, entered.headers["location"]) == (303, "/arena?x=1")
+    cookie = entered.headers["set-cookie"].lower()
+    assert "httponly" in cookie and "samesite=strict" in cookie and studio.studio.token.lower() not in cookie
+    page = client.get("/arena")
+    assert page.status_code == 200 and studio.studio.token not in page.text
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and page.headers["cache-control"] == "no-store"
+    assert not re.search(r"<script>|<style|\son\w+=|\sstyle=", page.text), "nothing inline"
+    assert not re.findall(r'(?:src|href|action)="(?:https?:)?//', page.text), "no other host"
+
+
+def test_a_redirect_stays_here(studio: Any) -> None:
+    client = httpx.Client(base_url=studio.address, trust_env=False)
+    gone = client.get(f"//evil.example/x?token={studio.studio.token}")
+    assert gone.headers["location"].startswith("/") and not gone.headers["location"].startswith("//")
+
+
+def test_no_change_without_the_csrf_token_or_from_another_site(studio: Any, tmp_path: Path) -> None:
+    arena = arena_of(tmp_path)
+    ada = Person(studio, "ada")
+    order = {"order": "0", "pair": next_item(arena, "ada").pair.id, "verdict": "left"}  # type: ignore[union-attr]
+    for headers in (
+        {"x-csrf-token": "wrong"},
+        {"origin": "http://evil.example"},
+        {"sec-fetch-site": "cross-site"},
+        {"origin": "null"},
+    ):
+        assert ada.post("/arena/test/judge", order, **headers).status_code == 403, headers
+    assert ada.client.post("/arena/test/judge", data=order).status_code == 403
+    assert not arena.preferences.path.exists()
+    assert ada.post("/arena/test/judge", order).status_code == 200 and len(lines(arena)) == 1
+
+
+def test_nothing_outside_the_folder_and_no_endless_body(studio: Any, tmp_path: Path) -> None:
+    (tmp_path.parent / f"{tmp_path.name}-secret").mkdir()
+    (tmp_path / "arenas").mkdir()
+    (tmp_path / "arenas/link").symlink_to(tmp_path.parent)
+    ada = Person(studio, "ada")
+    for name in ("%2e%2e", "..%2f..", "link", "a%00b", "x" * 400):
+        assert ada.get(f"/arena/{name}").status_code in (303, 404), name
+    for given in ("../x.jsonl", "/etc/passwd", "arenas/link"):
+        told = ada.post("/arena/new", {"name": "n", "source": "pairs", "file": given})
+        assert told.status_code in (400, 404) and "root:" not in told.text
+    assert ada.post("/arena/new", {"name": "x" * (2 << 20)}).status_code == 413
+    assert ada.post("/arena/new", {f"f{i}": "" for i in range(3000)}).status_code == 400
+    many = ada.client.post("/arena/new", content=b"{}", headers={"x-csrf-token": ada.csrf})
+    assert many.status_code == 415
+
+
+def test_an_address_of_all_needs_a_key(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.delenv("PENCHANT_API_KEY", raising=False)
+    assert main(["studio", str(tmp_path), "--host", "0.0.0.0", "--port", "0"]) == 2
+    assert "there is no key" in capsys.readouterr().err
+    assert main(["studio", str(tmp_path / "none")]) == 2 and "is not a folder" in capsys.readouterr().err
+
+
+# ---- what is shown and written ----
+
+
+def test_a_verdict_is_written_whole_and_says_nothing_before(studio: Any, tmp_path: Path) -> None:
+    arena = arena_of(tmp_path, reasons=("clear", "helpful"))
+    ada = Person(studio, "ada")
+    page = ada.get("/arena/test").text
+    assert "dpo" not in page.replace("Answer", "").split('id="sides"')[0], "no name of a model on the page"
+    left = re.search(r'id="left"[^>]*><p>(.*?)</p>', page)
+    assert left is not None
+    ada.judge("test", "left", reason=["clear", "nonsense"], edited="A better one.")
+    (row,) = lines(arena)
+    assert row[f"answer_{row['left']}"] == left[1] and row["verdict"] == row["left"]
+    assert row["annotator"] == "ada" and row["seconds"] == 2.5 and row["order"] == 0
+    assert row["reasons"] == ["clear"] and row["edited"] == "A better one."
+    assert {row["model_a"], row["model_b"]} == {"dpo", "start"} and row["sha256_a"] == "0" * 64
+    for verdict in ("right", "tie", "both_bad", "skip"):
+        ada.judge("test", verdict)
+    made = [r["verdict"] for r in lines(arena)]
+    assert made[1] == {"a": "b", "b": "a"}[lines(arena)[1]["left"]] and made[2:] == ["tie", "both_bad", "skip"]
+    assert ada.judge("test", "nonsense").status_code == 400 and len(lines(arena)) == 5
+
+
+def test_a_key_pressed_twice_says_one_thing(studio: Any, tmp_path: Path) -> None:
+    arena = arena_of(tmp_path)
+    ada = Person(studio, "ada")
+    page = ada.get("/arena/test").text
+    hidden = {n: page.split(f'name="{n}" value="')[1].split('"')[0] for n in ("order", "pair")}
+    ada.post("/arena/test/judge", {**hidden, "verdict": "left"})
+    again = ada.post("/arena/test/judge", {**hidden, "verdict": "left"})
+    assert again.status_code == 200 and "judged already" in again.text and len(lines(arena)) == 1
+
+
+def test_undo_brings_the_pair_back_with_sides_drawn_anew(studio: Any, tmp_path: Path) -> None:
+    arena = arena_of(tmp_path, pairs=30)
+    ada, sides = Person(studio, "ada"), []
+    for _ in range(12):
+        ada.judge("test", "left")
+        row = lines(arena)[-1]
+        sides.append((row["pair"], row["left"]))
+        order = str(len(lines(arena)))
+        assert "taken back" in ada.post("/arena/test/undo", {"order": order}).text
+        assert "nothing to take back" in ada.post("/arena/test/undo", {"order": order}).text.lower()
+    assert len({p for p, _ in sides}) == 1 and {s for _, s in sides} == {"a", "b"}
+    assert judgements(arena) == [] and len(lines(arena)) == 24
+
+
+def test_the_folder_goes_on_where_a_killed_studio_stopped(tmp_path: Path) -> None:
+    """The page of before the crash goes on where the key is the same; what was written is not asked again."""
+    arena = arena_of(tmp_path)
+    with studio_of(tmp_path, token="key " * 8) as first:
+        ada = Person(first, "ada")
+        ada.judge("test", "left")
+        page = ada.get("/arena/test").text
+        hidden = {n: page.split(f'name="{n}" value="')[1].split('"')[0] for n in ("order", "pair")}
+    with arena.preferences.path.open("ab") as torn:
+        torn.write(b'{"half": ')
+    with studio_of(tmp_path, token="key " * 8) as second:
+        ada.client.base_url = second.address
+        assert ada.post("/arena/test/judge", {**hidden, "verdict": "right"}).status_code == 200
+    assert [r["order"] for r in lines(arena)] == [0, 1]
+
+
+def test_two_people_at_once_lose_nothing_and_share_what_overlaps(studio: Any, tmp_path: Path) -> None:
+    arena = arena_of(tmp_path, pairs=24, overlap=0.5, checks=0.0, repeats=0.0)
+    ends = {}
+
+    def work(name: str) -> None:
+        person = Person(studio, name)
+        while 'id="judge"' in person.get("/arena/test").text:
+            person.judge("test", "left")
+        ends[name] = True
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in ("ada", "ben")]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(120)
+    assert set(ends) == {"ada", "ben"}
+    said = judgements(arena)
+    by = {n: {j.pair for j in said if j.annotator == n} for n in ends}
+    assert by["ada"] | by["ben"] == set(arena.pairs)
+    shared = len(by["ada"] & by["ben"])
+    assert 4 <= shared <= 20 and len(said) == 24 + shared
+
+
+def test_training_and_the_audit_read_the_file(studio: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arena = arena_of(tmp_path, overlap=1.0, checks=0.0, repeats=0.0)
+    ada = Person(studio, "ada")
+    for verdict in ("left", "right", "tie", "both_bad", "left", "left"):
+        ada.judge("test", verdict)
+    ada.post("/arena/test/undo", {"order": "6"})
+    found = load_preferences(str(arena.preferences.path))
+    assert found.shape == "studio" and len(found.trees) == 3
+    rows = [r for r in lines(arena) if r["verdict"] in ("a", "b")][:3]
+    for tree, row in zip(found.trees, rows, strict=True):
+        assert tree.completions[0].text == row[f"answer_{row['verdict']}"] and tree.completions[0].label
+    assert sorted(q.what for q in found.quarantined) == ["a tie", "both are bad", "taken back", "taken back"]
+    assert main(["data", "audit", str(arena.preferences.path)]) == 0
+    assert "1 x a tie" in capsys.readouterr().out.replace("4 kept aside (", "")
+
+
+def test_a_judgement_is_on_the_disk_soon(studio: Any, tmp_path: Path) -> None:
+    """50 ms on a quiet machine; here only that nothing waits for seconds."""
+    arena_of(tmp_path, pairs=200)
+    ada, took = Person(studio, "ada"), []
+    for _ in range(5):
+        page = ada.get("/arena/test").text
+        hidden = {n: page.split(f'name="{n}" value="')[1].split('"')[0] for n in ("order", "pair")}
+        began = time.perf_counter()
+        ada.post("/arena/test/judge", {**hidden, "verdict": "left"})
+        took.append(time.perf_counter() - began)
+    assert min(took) < 1.0
+
+
+def test_hostile_texts_are_inert(studio: Any, tmp_path: Path) -> None:
+    hostile = (
+        "<script>alert(1)</script> </style> [x](javascript:alert(1)) ![i](http://evil.example/i.png) \u202eabc \x1b[2J"
+    )
+    answers = pairs.Answers(
+        [(hostile, {"<b>dpo</b>": hostile, "start": f"`{hostile}`"})], {"<b>dpo</b>": {}, "start": {}}
+    )
+    arena_of(tmp_path, answers=answers, reasons=("<i>tag</i>",), question="<u>Which?</u>")
+    ada = Person(studio, "ada</title>")
+    for path in ("/arena", "/arena/test", "/arena/test/results", "/arena/test/report"):
+        if path.endswith("results"):
+            ada.judge("test", "left")
+        # what a person may start an answer of their own from stands in a hidden text area as it is, and cannot end it
+        page = re.sub(r"<textarea hidden.*?</textarea>", "", ada.get(path).text, flags=re.S)
+        body = re.sub(r"<style>.*?</style>", "", page, flags=re.S)
+        for bad in (
+            "<script>alert",
+            "</style>",
+            "<b>dpo",
+            "<i>tag",
+            "<u>Which",
+            "\u202e",
+            "\x1b",
+            'href="java',
+            "<img",
+        ):
+            assert bad not in body, (path, bad)
+    assert "U+202E" in ada.get("/arena/test/results").text or "U+202E" in str(rendered(hostile))
+
+
+def test_long_answers_fold_alike_and_endless_ones_are_cut() -> None:
+    assert not folds("short", "short") and folds("short", "x" * 5000) and folds("a\n" * 40, "b")
+    assert "more characters are not shown" in str(rendered("y" * (CUT + 5)))
+    assert "empty answer" in str(rendered(" \n"))
+    for nasty in ("[" * 20_000, "*a " * 12_000, "`" * 30_000, ">" * 30_000, "- " * 20_000, "|" * 9_000):
+        assert rendered(nasty)
+
+
+# ---- the queue ----
+
+
+def test_sides_are_drawn_anew_and_even(tmp_path: Path) -> None:
+    arena = in_memory(arena_of(tmp_path, pairs=100))
+    lefts = 0
+    for i in range(400):
+        arena.preferences.records["ada"] = i
+        item = next_item(arena, "ada")
+        assert item is not None
+        lefts += item.left == "a"
+    assert 160 < lefts < 240
+
+
+def test_checks_and_repetitions_come_by_their_shares(tmp_path: Path) -> None:
+    arena = in_memory(arena_of(tmp_path, pairs=40, gold=12, checks=0.3, repeats=0.3))
+    while (item := next_item(arena, "ada")) is not None:
+        say(arena, item, "ada", "a")
+    said = list(arena.preferences.judgements.values())
+    golds, again = [j for j in said if j.gold], [j for j in said if j.repeat_of]
+    assert len(golds) == len({j.pair for j in golds}) and 5 <= len(golds) <= 12 and 4 <= len(again) <= 30
+    places = {j.id: i for i, j in enumerate(said)}
+    for j in again:
+        assert places[j.id] - places[str(j.repeat_of)] > 8
+    assert len([j for j in said if not j.gold and not j.repeat_of]) == 40
+
+
+def test_the_queue_balances_models_or_asks_where_least_is_known(tmp_path: Path) -> None:
+    met: dict[str, list[int]] = {}
+    for first in ("balanced", "widest"):
+        arena = in_memory(
+            arena_of(
+                tmp_path,
+                first,
+                pairs=40,
+                models=("dpo", "ipo", "start"),
+                first=first,
+                overlap=0.0,
+                checks=0.0,
+                repeats=0.0,
+            )
+        )
+        for _ in range(45):
+            item = next_item(arena, "ada")
+            assert item is not None
+            # one pair of models is always told apart; the others tie, so their intervals stay wide
+            say(arena, item, "ada", "a" if item.pair.models == ("dpo", "ipo") else "tie")
+        said = list(arena.preferences.judgements.values())
+        models = [j.models for j in said]
+        met[first] = [models.count(m) for m in (("dpo", "ipo"), ("dpo", "start"), ("ipo", "start"))]
+        prompts = [j.prompt for j in said]
+        assert max(map(prompts.count, prompts)) <= 2, "prompts take turns"
+    assert met["balanced"] == [15, 15, 15]
+    assert met["widest"][0] < min(met["widest"][1:]) - 3
+
+
+# ---- a new arena ----
+
+
+def test_arenas_are_made_of_runs_comparisons_and_data(studio: Any, tmp_path: Path) -> None:
+    for run in ("dpo", "ipo"):
+        folder = tmp_path / "runs" / run
+        folder.mkdir(parents=True)
+        rows = [{"prompt": f"P{i}", "before": "no", "after": f"{run} {i}"} for i in range(3)]
+        (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    compared = tmp_path / "runs/compared"
+    compared.mkdir()
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    row = {"prompt": "text", "messages": chat, "completions": {"dpo": {"text": "a"}, "start": {"text": "b"}}}
+    (compared / "comparison.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "Q", "chosen": "good", "rejected": "bad"}) + "\n")
+    ada = Person(studio, "ada")
+    page = ada.get("/arena/new").text
+    assert all(name in page for name in ("runs/dpo", "runs/ipo", "runs/compared", "pairs.jsonl"))
+    for name, given in {
+        "of runs": {"source": "runs", "run": ["runs/dpo", "runs/ipo"], "checks_file": "pairs.jsonl"},
+        "of-comparison": {"source": "comparison", "comparison": "runs/compared"},
+        "of-pairs": {"source": "pairs", "file": "pairs.jsonl"},
+        "of-prompts": {"source": "prompts", "prompts": "One?\nTwo?", "run_one": "runs/dpo", "run_two": "runs/ipo"},
+    }.items():
+        made = ada.post("/arena/new", {"name": name, **given})
+        assert made.status_code == 200, made.text
+        assert ada.get(made.headers["hx-redirect"]).status_code == 200
+    found = {a.name: a for a in pairs.arenas(tmp_path)}
+    runs = [p for p in found["of runs"].pairs.values() if p.gold is None]
+    assert {p.models for p in runs} == {("start", "dpo"), ("start", "ipo"), ("dpo", "ipo")} and len(runs) == 9
+    assert [p.answers for p in found["of runs"].pairs.values() if p.gold == "a"] == [("good", "bad")]
+    (chatted,) = found["of-comparison"].pairs.values()
+    assert chatted.prompt == chat
+    assert [p.answers for p in found["of-prompts"].pairs.values()] == [None, None]
+    for wrong, words in (
+        ({"name": "of-pairs", "source": "pairs", "file": "pairs.jsonl"}, "there already"),
+        ({"name": "../x", "source": "pairs", "file": "pairs.jsonl"}, "is not a name"),
+        ({"name": "x", "source": "runs"}, "no prompt has two answers"),
+        ({"name": "x"}, "is not chosen"),
+        ({"name": "x", "source": "pairs", "file": "pairs.jsonl", "overlap": "200"}, "not a share"),
+        ({"name": "x", "source": "prompts", "prompts": "a", "url_one": "ftp://x", "model_one": "m"}, "not an address"),
+    ):
+        told = ada.post("/arena/new", wrong)
+        assert told.status_code == 400 and words in told.text, told.text
+
+
+def test_equal_answers_are_no_pair(tmp_path: Path) -> None:
+    same = pairs.Answers([("P", {"a": "x", "b": "x "})], {"a": {}, "b": {}})
+    assert pairs.pairs_of(same, 0) == []
+    with pytest.raises(DataError, match="no pair of two different answers"):
+        arena_of(tmp_path, answers=same)
+    assert len(pairs.pairs_of(answers_of(3, ("a", "b", "c")), 0)) == 9
