@@ -330,7 +330,7 @@ class GroupPolicyGradient(OnPolicy):
 
 
 def _lengths(group: Group) -> list[int]:
-    return [len(c) for c in group.tree.completion_ids]
+    return list(group.tree.trained)
 
 
 def _sums(per_token: Tensor, group: Group) -> Tensor:

@@ -79,4 +79,5 @@ def best_against_worst(group: Group) -> TokenTree | None:
         return None
     cut = (tree.truncated[best], tree.truncated[worst])
     scores = (float(group.rewards[best]), float(group.rewards[worst]))
-    return replace(tree, completion_ids=ids, truncated=cut, labels=(True, False), scores=scores)
+    masks = (tree.masks[best], tree.masks[worst]) if tree.masks else ()
+    return replace(tree, completion_ids=ids, truncated=cut, labels=(True, False), scores=scores, masks=masks)

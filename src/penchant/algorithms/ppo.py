@@ -151,9 +151,9 @@ class PPO(OnPolicy):
         cfg = self.config
         passes = [self._old_and_values, lambda batch: {"ref": self.reference.token_logps(batch)}]
         score_groups(groups, passes, self.scorer, self.tokens_per_step, self.side_by_side)
-        lengths = torch.tensor([len(c) for g in groups for c in g.tree.completion_ids])
+        lengths = torch.tensor([n for g in groups for n in g.tree.trained])
         old, ref, values = (torch.cat([g.extras[name] for g in groups]) for name in ("old", "ref", "values"))
-        sizes = [sum(map(len, g.tree.completion_ids)) for g in groups]
+        sizes = [sum(g.tree.trained) for g in groups]
         known = None if (found := kept(groups)) is None else torch.cat(found) > 0  # of completions
         scores = self._shaped(torch.cat([g.rewards for g in groups]), known).to(old.dtype)
         rewards = at_last_token(scores, lengths) - self.beta * divergences.kl_estimate(old, ref, cfg.kl_estimator)

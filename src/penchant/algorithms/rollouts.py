@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from penchant.logprobs import Scorer
     from penchant.logprobs.reference import LiveReference
     from penchant.rewards import Reward
+    from penchant.rollout.environment import Stage
 
 
 class SamplingConfig(AlgorithmConfig):
@@ -178,6 +180,7 @@ class Writer:
     Args:
         model, tokenizer: the policy's; reward: of texts, None for a `written` alone; config: samples, length, temperature; seed: of the run.
         engine: what runs the model, where several processes share it: each answers a part of the prompts.
+        stage: where completions are conversations with an environment.
     """
 
     model: Any
@@ -186,6 +189,7 @@ class Writer:
     config: SamplingConfig
     seed: int
     engine: Any = None
+    stage: Stage | None = None
 
     def write(self, prompts: Sequence[TokenTree], iteration: int, samples: int | None = None) -> list[Group]:
         """One group of `samples` completions (default: the method's) for each prompt; a function of weights, seed and iteration.
@@ -224,33 +228,41 @@ class Writer:
         """Each prompt with `samples` completions, and the log-probs (R,) of their tokens as they were sampled."""
         from penchant.data.templates import end_ids
         from penchant.distributed.shard import whole_weights
+        from penchant.rollout.environment import masked
         from penchant.rollout.generate import sample
 
         cfg = self.config
         world = current()
         mine = [prompts[i] for i in range(world.rank, len(prompts), world.size)]
         with whole_weights(self.engine):
-            written = sample(
+            draw = partial(
+                sample,
                 self.model,
-                [t.prompt_ids.tolist() for t in mine],
-                n=samples,
-                max_new_tokens=cfg.max_new_tokens,
                 temperature=cfg.temperature,
                 top_p=cfg.top_p,
                 top_k=cfg.top_k,
                 min_p=cfg.min_p,
                 repetition_penalty=cfg.repetition_penalty,
                 seed=(self.seed * 1_000_003 + iteration) % 2**63,
-                prompt_seeds=[t.row for t in mine],
                 eos_token_id=end_ids(self.tokenizer, self.model),
             )
+            if self.stage is None:
+                asked = [t.prompt_ids.tolist() for t in mine]
+                written = draw(asked, n=samples, max_new_tokens=cfg.max_new_tokens, prompt_seeds=[t.row for t in mine])
+            else:
+                written = self.stage.play(
+                    mine,
+                    samples,
+                    cfg.max_new_tokens,
+                    lambda rows, seeds, room: [s for (s,) in draw(rows, max_new_tokens=room, prompt_seeds=seeds)],
+                )
         rows = world.dealt(written, len(prompts))
         trees = []
         for prompt, row in zip(prompts, rows, strict=True):
             ids = tuple(np.array(s.ids, np.int32) for s in row)
             cut = tuple(not s.finished for s in row)
-            trees.append(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source))
-        return trees, [torch.tensor([p for s in row for p in s.logps]) for row in rows]
+            trees.append(masked(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source), row))
+        return trees, [torch.tensor([p for s in row for p in s.own_logps]) for row in rows]
 
 
 @dataclass(slots=True)
@@ -355,7 +367,7 @@ def score_groups(
 
     made = passes_over(all_of, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=lanes)
     for members, found in made:
-        sizes = [sum(map(len, trees[i].completion_ids)) for i in members]
+        sizes = [sum(trees[i].trained) for i in members]
         for name, values in found.items():
             for i, part in zip(members, values.cpu().split(sizes), strict=True):
                 groups[i].extras[name] = part
@@ -364,7 +376,7 @@ def score_groups(
 def reward_metrics_of(groups: Sequence[Group]) -> dict[str, float]:
     """What a step's rollouts were like: reward, its spread (within groups where they have several), length, share that ended."""
     rewards = torch.stack([g.rewards for g in groups])
-    lengths = [len(c) for g in groups for c in g.tree.completion_ids]
+    lengths = [n for g in groups for n in g.tree.trained]
     several = rewards.shape[1] > 1
     silent = float(torch.isnan(rewards).double().mean())
     known = rewards[~rewards.isnan()]
@@ -406,9 +418,13 @@ def pack_groups(groups: Sequence[Group]) -> dict[str, Tensor]:
         "prompts": _joined([g.tree.prompt_ids for g in groups]),
         "lengths": torch.tensor([[len(c) for c in g.tree.completion_ids] for g in groups]),
         "completions": _joined([c for g in groups for c in g.tree.completion_ids]),
+        "trained": torch.tensor([g.tree.trained for g in groups]),
         "unfinished": torch.tensor([g.tree.truncated for g in groups]),
         "rewards": torch.stack([g.rewards for g in groups]) if groups else torch.zeros(0, 0),
     }
+    if any(g.tree.masks for g in groups):
+        whole = [m for g in groups for m in g.tree.masks or [np.ones(len(c), bool) for c in g.tree.completion_ids]]
+        packed["masks"] = torch.from_numpy(np.concatenate(whole))
     packed |= {f"extras/{name}": torch.cat([g.extras[name] for g in groups]) for name in names}
     if groups:
         packed |= {f"terms/{name}": torch.stack([g.terms[name] for g in groups]) for name in groups[0].terms}
@@ -425,7 +441,8 @@ def unpack_groups(packed: dict[str, Tensor]) -> list[Group]:
     prompts = packed["prompts"].split(packed["prompt_lengths"].tolist())
     k = packed["lengths"].shape[1]
     completions = packed["completions"].split(packed["lengths"].flatten().tolist())
-    tokens = packed["lengths"].sum(1).tolist()
+    tokens = packed.get("trained", packed["lengths"]).sum(1).tolist()  # an older checkpoint's are all trained
+    masks = packed["masks"].split(packed["lengths"].flatten().tolist()) if "masks" in packed else ()
     extras = {}
     logged = {n.removeprefix("logged/"): float(v) for n, v in packed.items() if n.startswith("logged/")}
     for name, values in packed.items():
@@ -435,7 +452,8 @@ def unpack_groups(packed: dict[str, Tensor]) -> list[Group]:
     groups = []
     for i, row in enumerate(packed["rows"].tolist()):
         ids = tuple(c.numpy() for c in completions[i * k : (i + 1) * k])
-        tree = TokenTree(row, prompts[i].numpy(), ids, tuple(packed["unfinished"][i].tolist()))
+        mine = tuple(m.numpy() for m in masks[i * k : (i + 1) * k])
+        tree = TokenTree(row, prompts[i].numpy(), ids, tuple(packed["unfinished"][i].tolist()), masks=mine)
         own = {n.removeprefix("terms/"): v[i] for n, v in packed.items() if n.startswith("terms/")}
         groups.append(Group(tree, packed["rewards"][i], (), {n: v[i] for n, v in extras.items()}, own, logged))
     return groups

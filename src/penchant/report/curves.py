@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from penchant.base.text import counted as count
-from penchant.metrics.names import METRICS
+from penchant.metrics.names import metric as known
 from penchant.report.data import ReportData, RunData, Setting
 from penchant.report.html import Element, el, fold
 from penchant.report.svg import Band, Level, Line, Plot, Point, figure, shown, smooth, window
@@ -34,7 +35,7 @@ class Panel:
 
     @property
     def share(self) -> bool:
-        return METRICS[self.lines[0][0].removeprefix("eval/")].share
+        return known(self.lines[0][0]).share
 
     def plot(self, title: str, lines: Sequence[Line], note: str, levels: tuple[Level, ...] = ()) -> Plot:
         says = _says(lines, self.share)
@@ -56,6 +57,7 @@ def _trained(title: str, name: str, unit: str = "", label: str = "train", *, log
     return Panel(title, unit, ((name, label),), log, main=False)
 
 
+ONE_REWARD = re.compile(r"(?:eval/)?rewards/.+/mean")
 PANELS = (
     _both("Loss", "loss"),
     _both("Preference accuracy", "rewards/accuracies", "%"),
@@ -83,13 +85,27 @@ PANELS = (
 )
 
 
+def _panels(data: ReportData) -> tuple[Panel, ...]:
+    """`PANELS`, with one for each reward where a run's is a sum of several, behind the sum."""
+    names = {
+        n for run in data.runs for line in (*run.trained[-1:], *run.evals[-1:]) for n in line if ONE_REWARD.fullmatch(n)
+    }
+    single = sorted({n.removeprefix("eval/") for n in names})
+    if len(single) < 2:
+        return PANELS
+    at = next(i for i, panel in enumerate(PANELS) if panel.lines[0][0] == "reward") + 1
+    own = (_both(f"Reward {n.split('/', 1)[1].removesuffix('/mean')}", n, main=False) for n in single)
+    return (*PANELS[:at], *own, *PANELS[at:])
+
+
 def curves(data: ReportData) -> Element | None:
     """Every plot that has a point; None where there is none."""
+    panels = _panels(data)
     if len(data.runs) == 1:
-        plots = [(True, _of_one(panel, data.runs[0])) for panel in PANELS]
+        plots = [(True, _of_one(panel, data.runs[0])) for panel in panels]
         plots.append((True, _reliability(data.runs[0].calibration)))
     else:
-        plots = [(panel.main, plot) for panel in PANELS for plot in _of_many(panel, data)]
+        plots = [(panel.main, plot) for panel in panels for plot in _of_many(panel, data)]
     drawn = [(main, picture) for main, plot in plots if plot is not None and (picture := figure(plot)) is not None]
     if not drawn:
         return None
@@ -108,7 +124,10 @@ def points_of(run: RunData, metric: str) -> tuple[Point, ...]:
     found = {
         step: value
         for line in (run.evals if metric.startswith("eval/") else run.trained)
-        if (step := num(line, "step")) is not None and (value := num(line, metric)) is not None
+        if (step := num(line, "step")) is not None
+        and (value := num(line, metric)) is not None
+        # an online method's held-out loss is minus its reward, for choosing a checkpoint: nothing that stands beside training's
+        and not (metric == "eval/loss" and num(line, "eval/reward") == -value)
     }
     return tuple(sorted(found.items()))
 

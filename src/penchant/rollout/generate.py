@@ -137,11 +137,20 @@ LOGITS_AT_ONCE = 1 << 23  # logits of a step: 2^23 of them are 170 rows of a voc
 
 @dataclass(slots=True)
 class Sample:
-    """One completion: its token ids (EOS included when it ended), and the log-prob of each under the sampling distribution."""
+    """One completion: its token ids (EOS included when it ended), and the log-prob of each under the sampling distribution.
+
+    `own` says which tokens the policy wrote, where an environment spoke too; empty: all.
+    """
 
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     finished: bool = False
+    own: list[bool] = field(default_factory=list)
+
+    @property
+    def own_logps(self) -> list[float]:
+        """Log-probs of the policy's own tokens."""
+        return [p for p, own in zip(self.logps, self.own, strict=True) if own] if self.own else self.logps
 
 
 @dataclass(frozen=True, slots=True)
