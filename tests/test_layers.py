@@ -22,7 +22,7 @@ LAYERS = [
     {"track"},
     {"importers", "runs"},
     {"compare", "evaluate", "export", "plan", "serve", "sweep"},
-    {"init", "pipeline"},
+    {"given", "init", "pipeline"},
     {"api"},
     {"demo", "studio"},
     {"cli"},

@@ -59,13 +59,23 @@ def get_data(name: str, **asked: Any) -> GetResult:
     return get_data(request, (lambda line: None) if request.quiet else on_stderr)
 
 
-def train(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = False) -> TrainResult:
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *overrides: str,
+    quiet: bool = False,
+    callbacks: Sequence[Any] = (),
+    **given: Any,
+) -> TrainResult:
     """Train as a config says; resumes by itself when its folder holds a checkpoint of the same run.
 
     Args:
-        config: a `RunConfig`, a mapping of the same shape, or the path of a YAML file.
+        config: a `RunConfig`, a mapping of the same shape, or the path of a YAML file. In a mapping, rows, models, tokenizers, functions and
+            classes may stand where a config has the name of a file.
         overrides: ``"key.path=value"``.
         quiet: no progress output.
+        callbacks: functions ``f(step, metrics)``, or objects with methods of `penchant.training.callbacks.Callback`; they may end the run.
+        given: objects beside the config: ``data``, ``eval_data`` (a list of dicts, a frame, a `datasets.Dataset`, what `load_preferences`
+            returns), ``model``, ``tokenizer``, ``reward``, ``loss``; see docs/python.md.
 
     Raises:
         ConfigError, DataError, ModelError, CheckpointError: the user can fix it. TrainingStopped: NaN/Inf or a signal.
@@ -73,14 +83,15 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, q
     from penchant.plan import checkpointing, misfit
     from penchant.runs import Run
 
-    return Run(as_config(config, overrides), quiet=quiet, look=misfit, checkpointing=checkpointing).train()
+    found = as_config(config, overrides, given)
+    return Run(found, quiet=quiet, look=misfit, checkpointing=checkpointing, callbacks=callbacks).train()
 
 
-def plan(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, probe: bool = True) -> Plan:
+def plan(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, probe: bool = True, **given: Any) -> Plan:
     """What `train` would do with a config, found without training: settings and their sources, work, memory, disk, time.
 
     Args:
-        config, overrides: as for `train`.
+        config, overrides, given: as for `train`.
         probe: also take a few steps in a copy that is thrown away, to tell the time.
 
     Raises:
@@ -89,20 +100,24 @@ def plan(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, pr
     from penchant.config import load_config_with_places
     from penchant.plan import make_plan
 
-    if isinstance(config, (str, Path)):
+    if isinstance(config, (str, Path)) and not given:
         return make_plan(*load_config_with_places(config, list(overrides)), with_probe=probe)
     from penchant.plan.settings import places_in
 
-    made = as_config(config, overrides)
-    given = config if isinstance(config, Mapping) else config.model_dump(mode="json", exclude_unset=True)
+    made = as_config(config, overrides, given)
     on_the_line = {tuple(o.partition("=")[0].strip().split(".")): "overrides" for o in overrides}
-    places = places_in(given, "given") | on_the_line
+    said = config if isinstance(config, Mapping) else made.model_dump(mode="json", exclude_unset=True)
+    places = places_in(said, "given") | on_the_line
     return make_plan(made, places, with_probe=probe)
 
 
 @shows(EvalRequest)
 def evaluate(
-    config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = False, **asked: Any
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *overrides: str,
+    quiet: bool = False,
+    rows: bool = False,
+    **asked: Any,
 ) -> dict[str, Any]:
     """Figures of a model, over rows, with 95% intervals by prompt.
 
@@ -112,7 +127,9 @@ def evaluate(
         config: a run folder, a YAML path, a mapping or a `RunConfig`; with `asked` also a checkpoint's, an adapter's or a model's
             folder, or a hub id.
         asked: what `penchant eval` has as options: ``step="best"``, ``data="test.jsonl"``, ``text="book.txt"``, ``generate=100``,
-            ``reward="words"``, ``reference="runs/other"`` ...; see `penchant.requests.EvalRequest` and docs/eval.md.
+            ``reward="words"``, ``reference="runs/other"`` ...; see `penchant.requests.EvalRequest` and docs/eval.md. ``data`` may hold rows,
+            and ``reward`` be a function.
+        rows: also return ``rows``, the figures of each given answer beside its texts, a dict each.
 
     Returns:
         ``eval/...`` figures with ``eval/.../ci`` and ``eval/.../n``, and ``notes``.
@@ -123,11 +140,12 @@ def evaluate(
     from penchant.config import parse_yaml
     from penchant.evaluate import evaluate_model
 
+    asked = _named(asked, "data", "reward", "also")
     reward = asked.get("reward")
     if isinstance(reward, str) and reward.lstrip().startswith("{"):
         asked["reward"], _ = parse_yaml(reward, "--reward")
     given = config if isinstance(config, (str, Path)) else as_config(config, overrides)
-    return evaluate_model(given, overrides, request_of(EvalRequest, asked, "eval"), quiet=quiet)
+    return evaluate_model(given, overrides, request_of(EvalRequest, asked, "eval"), quiet=quiet, rows=rows)
 
 
 def flags(path: str | Path) -> list[Flag]:
@@ -145,25 +163,31 @@ def flags(path: str | Path) -> list[Flag]:
 
 
 def audit(
-    config: RunConfig | Mapping[str, Any] | str | Path,
+    config: Any,
     *overrides: str,
     tokenise: bool = True,
     quiet: bool = False,
-    reward: str | None = None,
-    check: str | None = None,
+    reward: Any = None,
+    check: Any = None,
     languages: bool = True,
 ) -> Audit:
     """Count what is wrong or lopsided in a data set: duplicates, contradictions, leakage, truncation, bias, personal data.
 
     Args:
-        config: a YAML path, a mapping, a `RunConfig`, or the path of a data file (then no tokenizer is needed).
+        config: a YAML path, a mapping, a `RunConfig`; or the path of a data file, or rows (then no tokenizer is needed).
         tokenise: also count in tokens (needs the config's tokenizer).
-        reward: any reward; how often it disagrees with the labels. check: ``path.py:function`` over texts.
+        reward: any reward; how often it disagrees with the labels. check: ``path.py:function`` over texts, or a function.
         languages: whether to guess them.
 
     Returns:
         An `Audit` with `to_text()` and `to_json()`.
     """
+    from penchant.given import is_rows
+
+    named = _named({"data": config, "reward": reward, "check": check}, "reward", "check")
+    reward, check = named["reward"], named["check"]
+    if is_rows(config):
+        config = _named({"data": config}, "data")["data"]
     if isinstance(config, (str, Path)) and Path(config).suffix not in (".yaml", ".yml"):
         if overrides:
             raise ConfigError("command line", "overrides go with a config, not with a data file", "give a CONFIG.yaml")
@@ -276,6 +300,7 @@ def compare(*runs: str | Path, quiet: bool = False, **asked: Any) -> RunComparis
     """
     from penchant.compare import compare_runs
 
+    asked = _named(asked, "data", "prompts", "reward", "also", "judge")
     return compare_runs(runs, request_of(CompareRequest, asked, "compare"), quiet=quiet)
 
 
@@ -316,17 +341,46 @@ def track(run: str | Path, *to: str, **options: Any) -> bool:
     return track_run(run, to, **options)
 
 
-def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """A validated `RunConfig` from whatever a caller has."""
+def as_config(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """A validated `RunConfig` from whatever a caller has; objects in it, or beside it, are written to ``OUTPUT/given``.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
     from penchant.config import RunConfig, config_from_mapping, load_config
+    from penchant.config.yaml import read_mapping
 
     if isinstance(config, RunConfig):
-        if overrides:
+        if overrides or given:
             raise ConfigError("overrides", "cannot change a RunConfig", "give a mapping or a path with them")
         return config
-    if isinstance(config, Mapping):
-        return config_from_mapping(config, list(overrides))
-    return load_config(config, list(overrides))
+    if not isinstance(config, Mapping):
+        if not given:
+            return load_config(config, list(overrides))
+        config = read_mapping(config, "a config is a mapping with model, data and output; see recipes/")[0]
+    return config_from_mapping(_with_names(config, overrides, given or {}), list(overrides))
+
+
+def _with_names(config: Mapping[str, Any], overrides: Sequence[str], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config's mapping with names in place of objects."""
+    from penchant.given import given_folder, is_plain, named, output_of, set_in
+
+    config = set_in(config, given)
+    if is_plain(config):
+        return config
+    found: Mapping[str, Any] = named(config, given_folder(output_of(config, overrides)))
+    return found
+
+
+def _named(asked: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Options of a command with names in place of objects, which are written to the cache."""
+    from penchant.given import given_folder, named
+
+    return asked | {name: named(asked[name], given_folder(None), name) for name in names if name in asked}
 
 
 def pipeline(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from penchant import api, runfolder
-from penchant.base.text import for_terminal, unescaped
+from penchant.base.text import counted, for_terminal, unescaped
 
 if TYPE_CHECKING:
     from penchant.metrics.completions import Written
@@ -79,7 +79,7 @@ def run_demo(
         pairs = _make_pairs(start, tokenizer, openings, seed, progress)
         data = folder / "pairs.jsonl"
         data.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs))
-    say.line(f"{len(pairs)} pairs whose sentiment differs by at least {MIN_GAP} (VADER, from -1 to 1)")
+    say.line(f"{counted(len(pairs), 'pair')} whose sentiment differs by at least {MIN_GAP} (VADER, from -1 to 1)")
 
     writing = f"writing {EVAL_SAMPLES} continuations of {len(held_out)} held-out openings"
     with say.stage(f"{writing}, before") as progress:

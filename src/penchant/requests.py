@@ -102,12 +102,13 @@ class EvalRequest:
     stemmer: bool = option("use Porter's stemmer for ROUGE", False, flag="--rouge-stemmer", group=WRITES)
     samples_output: str | None = option("file to write the completions to", metavar="FILE.jsonl", group=WRITES)
     output: str | None = option("file to write all figures to", metavar="FILE.json")
+    rows_output: str | None = option("file to write the figures of each answer to", metavar="FILE.jsonl")
 
     @property
     def bare(self) -> bool:
         """Whether nothing is asked beyond a run's own held-out metrics."""
         asked = (self.data, self.text, self.reference, self.base, self.generate, self.exact_kl, self.beta)
-        return all(value is None for value in asked)
+        return all(value is None for value in (*asked, self.rows_output))
 
     @property
     def text_alone(self) -> bool:
@@ -121,7 +122,7 @@ class EvalRequest:
         Raises:
             ConfigError: it names the flag.
         """
-        from penchant.base.files import COMPLETIONS, FIGURES, check_output
+        from penchant.base.files import COMPLETIONS, FIGURES, ROWS, check_output
 
         for flag, value, least in (
             ("--generate", self.generate, 1),
@@ -143,16 +144,21 @@ class EvalRequest:
             raise ConfigError(
                 "--samples", "greedy completions of one prompt are all alike", "give --temperature 1, or one sample"
             )
-        for flag, path in (("--output", self.output), ("--samples-output", self.samples_output)):
+        if self.text_alone and self.rows_output is not None:
+            raise ConfigError("--rows-output", "is about answers, and there are none", "add --data FILE")
+        files = {"--output": self.output, "--samples-output": self.samples_output, "--rows-output": self.rows_output}
+        for flag, path in files.items():
             if path is not None and Path(path).expanduser().is_dir():
                 raise ConfigError(flag, f"{path} is a folder", "give a file")
             if path is not None and not Path(path).expanduser().parent.is_dir():
                 raise ConfigError(flag, f"{Path(path).parent}: no such folder", "make it first, or give another file")
             if path is not None:
                 read = (self.data, self.text, self.base, self.reference, self.reward, *self.also)
-                check_output(path, FIGURES if flag == "--output" else COMPLETIONS, read, flag)
-        if self.output is not None and self.output == self.samples_output:
-            raise ConfigError("--samples-output", "is the file of --output", "give another name")
+                check_output(path, {"--output": FIGURES, "--samples-output": COMPLETIONS}.get(flag, ROWS), read, flag)
+        for flag, path in list(files.items())[1:]:
+            same = next((f for f in files if f != flag and files[f] == path), None)
+            if path is not None and same is not None:
+                raise ConfigError(flag, f"is the file of {same}", "give another name")
 
     def settings(self) -> dict[str, Any]:
         """What the figures depend on, apart from model and rows, for the log."""

@@ -196,7 +196,7 @@ SEVERAL_UPDATES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     "name,more,at",  # with one update on each rollout all steps are alike; with two, a rollout begins after step 2
     [
-        *(("rloo", {}, 2), ("online_dpo", {}, 3)),
+        *(("rloo", {}, 2), ("online_dpo", {}, 3), ("dapo", {"dynamic_sampling": 3, "epochs": 2}, 3)),
         *((name, more, 3) for name, more in SEVERAL_UPDATES),
         *(pytest.param(name, more, 2, marks=[pytest.mark.slow] * (name == "ppo")) for name, more in SEVERAL_UPDATES),
     ],
@@ -226,6 +226,9 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_ends(
     assert resumed.steps > at
     for whole_file, file in zip(wholes[key], written(resumed.folder, resumed.steps), strict=True):
         assert whole_file == file
+    if name == "dapo":  # prompts were replaced before and after the kill
+        kept = [x["dynamic_sampling/kept"] < 1.0 for x in lines(resumed.folder) if "dynamic_sampling/kept" in x]
+        assert any(kept[:at]) and any(kept[at:])
 
 
 def test_groups_survive_as_tensors() -> None:

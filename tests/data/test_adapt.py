@@ -62,7 +62,7 @@ def test_scores_become_pairs_by_an_explicit_rule() -> None:
     assert [c.text for c in tree.completions] == ["best", "worst"]
     assert [c.score for c in tree.completions] == [3.0, -1.0]
     assert dataset.kind == "pairs" and dataset.total == len(dataset.trees) + len(dataset.quarantined) == 2
-    assert [q.what for q in dataset.quarantined] == ["a prompt whose 1 answers have no two different scores"]
+    assert [q.what for q in dataset.quarantined] == ["no two different scores among the prompt's 1 answer"]
 
 
 def test_options_that_would_be_ignored_are_refused() -> None:

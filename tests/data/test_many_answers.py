@@ -64,7 +64,7 @@ def test_a_list_holds_all_answers_of_a_prompt_the_best_first() -> None:
     assert [[c.text for c in t.completions] for t in single.trees] == [["a1", "a2", "a0"]]
     assert (single.total, [q.what for q in single.quarantined]) == (
         2,
-        ["a prompt whose 1 answers have no two different scores"],
+        ["no two different scores among the prompt's 1 answer"],
     )
     pairs = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
     pairs[1] |= {"chosen_score": 0.5, "rejected_score": 0.25}  # type: ignore[dict-item]

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from penchant.errors import ModelError
-from penchant.models.load import load_causal_model
+from penchant.models.load import load_causal_model, save_model
 from penchant.models.options import ModelConfig
 
 CONFIGS: dict[str, Any] = {
@@ -87,3 +87,10 @@ def test_of_a_model_of_text_and_images_the_text_part_is_loaded(tmp_path: Path) -
     with torch.no_grad():
         assert type(model).__name__ == "Gemma3ForCausalLM"
         assert torch.equal(model(ids).logits, whole(ids).logits)
+
+    save_model(model, None, tmp_path / "saved")
+    again = load_causal_model(ModelConfig(path=str(tmp_path / "saved")), torch.device("cpu")).eval()
+    stranger = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, whole(ids).logits)
+        assert torch.equal(stranger(ids).logits, whole(ids).logits)

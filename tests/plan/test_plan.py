@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from encoders import encoder_folder
-from tiny import polite_rows, tiny_model_folder, write_jsonl
+from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
 from penchant import api
 from penchant.base.text import printable
@@ -434,12 +434,42 @@ def test_an_encoder_is_planned_for(tmp_path: Path) -> None:
     assert next(s for s in plan.settings if s.key == "data.max_length").became is not None
 
 
+@pytest.mark.parametrize("kind", ["images", "bare images", "states"])
+def test_what_is_no_plain_decoder_is_planned_for(tmp_path: Path, kind: str) -> None:
+    """Models of text and images, by their text part, with a class of its own or without; a model without attention heads."""
+    import transformers
+
+    folder, sizes = tmp_path / "odd", {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 260}
+    layer = {"intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    if kind == "states":
+        config: Any = transformers.MambaConfig(**sizes, state_size=4)
+        made = transformers.MambaForCausalLM(config)
+    else:
+        eyes = {
+            k: v for k, v in (sizes | layer).items() if k in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        }
+        eyes |= {"intermediate_size": 16, "image_size": 16, "patch_size": 8}
+        family = "Gemma3" if kind == "images" else "Llava"
+        config = getattr(transformers, family + "Config")(
+            text_config=sizes | layer, vision_config=eyes, image_token_index=259
+        )
+        made = getattr(transformers, family + "ForConditionalGeneration")(config)
+    made.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    given = _config(
+        tmp_path, model={"path": str(folder), "dtype": "fp32"}, evaluation={"samples": 1, "sample_tokens": 3}
+    )
+    plan = api.plan(given, probe=False)
+    model = load_causal_model(ModelConfig(path=str(folder)), torch.device("cpu"))
+    assert plan.parameters[0] == sum(p.numel() for p in model.parameters())
+
+
 def test_train_says_before_the_model_is_loaded_that_it_will_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(config_from_mapping(_config(tmp_path)), quiet=True)
     assert misfit(run) is None
-    monkeypatch.setattr("penchant.plan.plan.machine_memory", lambda: (1 << 10, 1 << 10))
+    monkeypatch.setattr("penchant.plan.memory.machine_memory", lambda: (1 << 10, 1 << 10))
     said = misfit(run)
     assert said is not None and "will probably be killed" in said and "built" not in vars(run)
 

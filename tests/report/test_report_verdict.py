@@ -70,8 +70,8 @@ def test_a_loss_alone_is_not_called_chance(tmp_path: Path) -> None:
 
 
 def test_a_run_without_held_out_rows_or_with_the_start_only(tmp_path: Path) -> None:
-    assert "nothing was held out" in _said(make_run(tmp_path / "a", evals=[]))
-    assert "only the start was evaluated so far" in _said(make_run(tmp_path / "b", evals=[evaluation(0)]))
+    assert "Nothing was held out" in _said(make_run(tmp_path / "a", evals=[]))
+    assert "Only the start was evaluated so far" in _said(make_run(tmp_path / "b", evals=[evaluation(0)]))
 
 
 def test_rewards_and_kl_of_an_online_run(tmp_path: Path) -> None:

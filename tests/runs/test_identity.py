@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 from transformers.utils import chat_template_utils
 
 from penchant import api
 from penchant.errors import CheckpointError, ModelError, PenchantError
-from penchant.runfolder import keep
+from penchant.runfolder import TOKENS, changed, keep
 from penchant.runs import Run
 from penchant.runs.find import check_config, find_model
+from penchant.runs.record import model_contents
 from penchant.training.loop import Paused
 
 REWARD = """import sys
@@ -391,3 +393,34 @@ def test_a_day_that_is_none_is_a_sentence(tmp_path: Path) -> None:
             },
             (),
         )
+
+
+@pytest.mark.parametrize("part", ["config.json", "tokenizer_config.json"])
+def test_the_files_of_a_hub_id_are_part_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """A cache as the hub's library makes it, and no network."""
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    files = Path(tiny_model_folder(repo / "snapshots" / ("a" * 40)))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    given = {"model": {"path": "someone/tiny"}, "data": {"path": "x.jsonl"}, "loss": "sft", "output": "run"}
+    config = api.as_config(given, ())
+    before = model_contents(config)
+    assert {f"content of model.path: {p.name}" for p in files.iterdir() if p.suffix == ".json"} <= set(before)
+    (files / part).write_text((files / part).read_text() + " ")
+    now = model_contents(config)
+    assert [name for name in before if now[name] != before[name]] == [f"content of model.path: {part}"]
+    kept = {"config": {}, TOKENS: "1"}  # of a run that did not look at them
+    assert changed(kept, kept | now, {}) == [] and changed(kept | before, kept | now, {}) != []
+
+
+def test_a_function_that_a_rewards_file_lacks_is_what_is_said_of_a_used_folder(
+    world: Callable[[str], World],
+) -> None:
+    here = world("pairs")
+    folder = here.fresh()
+    wrong = here.config | {"evaluation": here.config["evaluation"] | {"reward": f"{folder}/reward.py:wrong"}}
+    with pytest.raises(PenchantError, match="wrong") as said:
+        Run(api.as_config(wrong, ()), quiet=True).train()
+    assert "different run" not in str(said.value)

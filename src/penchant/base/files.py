@@ -153,6 +153,7 @@ def fsync(path: Path) -> None:
 
 # how the files begin that a command writes for a person, so that it may write them anew
 FIGURES, COMPLETIONS = r'\{\n "time": "', r'\{"source": .*"sample": \d+, "completion": '
+ROWS = r'\{"source": .*"completion": .*"chosen": '
 AUDITED, PAGE = r'\{\n "layout": ', r'[\s\S]{0,3000}<meta name="generator" content="penchant">'
 HEAD = 1 << 16  # characters
 

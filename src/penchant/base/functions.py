@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 from penchant.base.files import file_sha256
 from penchant.errors import ConfigError
 
+GIVEN: dict[str, Any] = {}  # by path.py:name: objects that this process was given, in place of what stands in the file
+
 
 def python_function(name: str, where: str = "reward", takes: Sequence[str] = ("prompts", "completions")) -> Any:
     """The function that ``path.py:function`` names; its file is run once.
@@ -49,6 +51,8 @@ def python_object(name: str, where: str) -> Any:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(where, f"{path}: no such file", "give the path of a Python file, then :function")
+    if (given := GIVEN.get(f"{file.resolve()}:{attribute}")) is not None:
+        return given
     spec: Any = importlib.util.spec_from_file_location(f"penchant_own_{file.stem}", file)
     module: Any = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from penchant.errors import DataError, ModelError, PenchantError
@@ -64,3 +66,13 @@ def check_hub(name: str, kind: Literal["model", "dataset"] = "model") -> None:
         )
     if kind == "dataset" and not asked:  # what is cached of a data set, its library knows
         raise DataError(name, f"is not a file here, and {why}", "check the name, or give a file")
+
+
+def snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path | None:
+    """The folder of the local cache with a model's files of these patterns, fetched where they are not there yet; None where they cannot be."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns], ignore_patterns=["*/*"]))
+    except Exception:  # of whatever HTTP library it has: what loads the model says what is wrong
+        return None

@@ -72,6 +72,7 @@ def _launch(args: argparse.Namespace, config: Any) -> int:
     """Start the processes that train, and wait for them."""
     import torch
 
+    from penchant.base.text import counted
     from penchant.config.launching import check_launch
     from penchant.distributed.launch import launch
     from penchant.errors import ConfigError
@@ -79,9 +80,9 @@ def _launch(args: argparse.Namespace, config: Any) -> int:
     processes, gpus = int(config.launch.processes), torch.cuda.device_count()
     check_launch(config, processes)
     if config.model.device == "cuda" and gpus < processes:
-        raise ConfigError(
-            "launch.processes", f"is {processes}, and this machine has {gpus} GPUs", f"give at most {gpus}"
-        )
+        there = counted(gpus, "GPU") if gpus else "no GPU that torch can use"
+        how = f"give at most {gpus}" if gpus else "give --processes N in place of --gpus to train on the CPU"
+        raise ConfigError("launch.processes", f"is {processes}, and this machine has {there}", how)
     more = ["--quiet"] if args.quiet else []
     return launch(["train", args.config, *args.overrides, *_launched(args), *more], processes, config.launch.restarts)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.base.files import PAGE, check_output, writing
+from penchant.base.text import counted
 from penchant.compare.models import (
     NO_OUTCOME,
     HeldOut,
@@ -145,7 +146,7 @@ class RunComparer:
                 "runs with other seeds hold out other rows: set data.eval_path in all of them, or give --data with rows of their own",
             )
         if found.leaked:
-            self.notes.append(f"Left out: {found.leaked:,} rows whose prompts a compared run was trained on.")
+            self.notes.append(f"Left out: {counted(found.leaked, 'row')} whose prompts a compared run was trained on.")
         return found
 
     def _validation(self, trained: set[str]) -> HeldOut:
@@ -183,7 +184,7 @@ class RunComparer:
         if rows.kind == "text":
             raise DataError(str(file), "holds texts without prompts", "give rows with prompts")
         if rows.quarantined:
-            self.notes.append(f"Kept aside: {len(rows.quarantined):,} bad rows of {file.name}.")
+            self.notes.append(f"Kept aside: {counted(len(rows.quarantined), 'bad row')} of {file.name}.")
         return rows
 
     def _readings(self) -> Readings | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from penchant.base.text import counted
 from penchant.compare.measured import Measured, Metrics, Setting
 from penchant.judges.judge import BothWays, PairJudge, Question, ask_both_ways
 from penchant.metrics.stats import Interval, share_ci
@@ -72,7 +73,7 @@ class Judgement:
         """Its comparisons as they are said."""
         doubt, share = "", self.left_out / max(1, self.judged)
         if share > MOST_UNJUDGED:
-            doubt = f"{self.left_out:,} of {self.judged:,} pairs ({share:.0%}) could not be judged"
+            doubt = f"{self.left_out:,} of {counted(self.judged, 'pair')} ({share:.0%}) could not be judged"
         return Family(self.name, self.pairs, WIN_RATE, len(self.pairs), doubt)
 
     def against(self, name: str, first: str) -> Metrics:
@@ -118,14 +119,14 @@ class Judgement:
             says = f"{little}favors the {'first' if p.estimate > 0.5 else 'second'} position"
             said.append(
                 f"{judge} {says if biased else 'shows no clear preference for a position'}: {share} of its verdicts are for the first "
-                f"one (each pair was asked both ways round, so 50% is none). In {self.disagreed:,} of {heard:,} pairs its two "
+                f"one (each pair was asked both ways round, so 50% is none). In {self.disagreed:,} of {counted(heard, 'pair')} its two "
                 f"verdicts disagree{'; those count as ties' if self._in_words else ''}."
             )
         if self.left_out:
             unread = f"; for instance '{self.both.unread[0]}'" if self.both.unread else ""
             said.append(
                 f"{judge} gave no verdict that can be read on {self.both.failures:,} questions{unread}. {self.left_out:,} of "
-                f"{self.judged:,} pairs are left out."
+                f"{counted(self.judged, 'pair')} are left out."
             )
         return said
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from penchant.base.text import counted
 from penchant.errors import RewardError
 from penchant.judges.judge import PairJudge
 from penchant.logprobs import CompletionLogps, Scorer
@@ -84,7 +85,7 @@ class Measured:
         """By the reward, or by another one of its name, (prompts, samples); None where nobody judged."""
         values = self.written.rewards if judge is None else self.also[judge]
         if values is not None and (silent := int(np.isnan(values).sum())):
-            what = f"says nothing of {silent} of {len(values)} completions, so that models cannot be compared prompt by prompt"
+            what = f"says nothing of {silent} of {counted(len(values), 'completion')}, so that models cannot be compared prompt by prompt"
             raise RewardError(f"reward {judge or ''}".strip(), what, "give one that judges every completion")
         return None if values is None else values.reshape(-1, self.setting.samples)
 

@@ -16,6 +16,7 @@ import torch
 
 from penchant.base.files import file_sha256
 from penchant.base.machine import why_not
+from penchant.base.text import counted
 from penchant.compare.models import trained_prompts
 from penchant.config import WATCHING_ONLY, RunConfig, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError
@@ -374,7 +375,7 @@ def data_sentences(settings: Mapping[str, Sequence[TrainedRun]]) -> list[str]:
             continue
         if a != b:
             said.append(
-                f"The data differs: {first} was trained on {len(a):,} prompts, {name} on {len(b):,}, and {len(a & b):,} are the same."
+                f"The data differs: {first} was trained on {counted(len(a), 'prompt')}, {name} on {len(b):,}, and {len(a & b):,} are the same."
             )
         elif len(shapes) == 1:
             said.append(f"The data differs: {first} and {name} were trained on the same prompts with other answers.")

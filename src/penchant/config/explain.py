@@ -119,7 +119,11 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
     if kind == "missing":
         return ConfigError(where, f"{dotted} is missing", f"add it: {_description(path)}")
     if kind in ("model_type", "dict_type"):
-        return ConfigError(where, f"{dotted} is {as_yaml(value)}", "it is a section: indent its keys below it")
+        how = "indent its keys below it"
+        if where == "command line":
+            first = next(iter(_fields_of((*path, ""))), "KEY")
+            how = f"set its keys, as in {dotted}.{first}={as_yaml(value)}"
+        return ConfigError(where, f"{dotted} is {as_yaml(value)}", f"it is a section: {how}")
     if kind == "value_error" and not isinstance(value, bool):
         what, _, how = str(error["msg"]).removeprefix("Value error, ").partition("; ")
         return ConfigError(where, f"{dotted}: {what}" if dotted else what, how)

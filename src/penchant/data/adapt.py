@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
+from penchant.base.text import counted
 from penchant.data.load import Dataset, Quarantined, fingerprint
 from penchant.data.options import DataConfig
 from penchant.errors import DataError
@@ -95,7 +96,7 @@ def repeated_prompts(dataset: Dataset) -> str:
     """``60 rows: 44 distinct prompts`` of a data set for a method that answers prompts; empty where none is repeated."""
     distinct = len({_asked(t) for t in dataset.trees})
     rows = max(dataset.accepted, len(dataset.trees))  # a row may give several prompts
-    return f"{rows:,} rows: {distinct:,} distinct prompts" if distinct < rows else ""
+    return f"{counted(rows, 'row')}: {counted(distinct, 'distinct prompt')}" if distinct < rows else ""
 
 
 def _instead_of_pairs(loss: str, kind: str) -> str:
@@ -164,7 +165,7 @@ def _ranked(dataset: Dataset) -> Iterator[tuple[PromptTree, list[Completion]]]:
 
 
 def _no_two_scores(tree: PromptTree, ranked: Sequence[Completion]) -> Quarantined:
-    what = f"a prompt whose {len(ranked)} answers have no two different scores"
+    what = f"no two different scores among the prompt's {counted(len(ranked), 'answer')}"
     return Quarantined(tree.source, what, "give it answers with different scores, or drop it", None)
 
 
@@ -194,7 +195,7 @@ def _with_scores(dataset: Dataset, loss: str, needs: Set[str], options: DataConf
             raise DataError(tree.source, what, f"{how} (or set data.on_bad_row=skip to keep such rows aside)")
         aside.append(Quarantined(tree.source, what, how, None))
     if not trees:
-        what = f"none of {len(dataset.trees)} pairs has the scores that {setting(loss)} needs"
+        what = f"none of {counted(len(dataset.trees), 'pair')} has the scores that {setting(loss)} needs"
         raise DataError(name, what, aside[0].how)
     return _changed(dataset, trees, aside)
 

@@ -467,7 +467,7 @@ class Stream:
         aside = tuple(self._aside)
         if not trees:
             reasons = "; ".join(f"{n}x {what}" for what, n in Counter(q.what for q in aside).most_common(3))
-            what = f"none of {len(aside)} rows could be used ({reasons})"
+            what = f"none of {counted(len(aside), 'row')} could be used ({reasons})"
             raise DataError(self.name, what, "fix the rows or set data.shape")
         total, content = self._accepted + len(aside), self._digest.hexdigest()
         more = self._accepted, self.detection, self.columns

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from penchant.base.text import counted
 from penchant.data.audit.near import NearIndex, normalize, text_hash
 from penchant.data.load import Dataset, first_text, prompt_text
 from penchant.errors import DataError
@@ -51,7 +52,7 @@ def held_out_rows(
         given = validation_rows if validation_rows is not None else f"{validation_fraction:g}"
         raise DataError(
             f"data.{key}",
-            f"{given} of {rows} rows would hold out {wanted}",
+            f"{given} of {counted(rows, 'row')} would hold out {wanted}",
             f"leave at least one row on both sides (data.{key}={'N' if key.endswith('rows') else '0.1'}), or set data.{key}=null",
         )
     groups: dict[str, list[int]] = defaultdict(list)

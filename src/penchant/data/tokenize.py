@@ -103,7 +103,7 @@ class TokenizedDataset:
         trees = self.trees
         tokens = trees.total if isinstance(trees, StoredTokens) else sum(t.shared_tokens for t in trees)
         parts = [
-            f"{self.total:,} rows = {self.accepted:,} tokenized + {len(self.quarantined):,} kept aside",
+            f"{counted(self.total, 'row')} = {self.accepted:,} tokenized + {len(self.quarantined):,} kept aside",
             f"{tokens:,} tokens",
         ]
         if self.split_documents:

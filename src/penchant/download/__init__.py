@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from penchant.base.files import file_sha256
-from penchant.base.text import gigabytes, printable
+from penchant.base.text import counted, gigabytes, printable
 from penchant.data.load import detected, prompt_text
 from penchant.data.read import BadRow, Row, read_stream
 from penchant.data.split import SPLITS, Assignment, Splitter
@@ -181,7 +181,7 @@ class _Job:
                     )  # a part that is done has one
                     converter = Converter(how, dict(columns), filters, labeller, transcripts)
                     counts = converter.convert(taken, source.path, part, Pace(self.say, source.path))
-                self.say(f"{source.path}: {counts.rows:,} rows, {counts.accepted:,} accepted")
+                self.say(f"{source.path}: {counted(counts.rows, 'row')}, {counts.accepted:,} accepted")
             if limit is not None:
                 left[limited] = limit - counts.rows
             total.add(counts)
@@ -236,7 +236,7 @@ class _Job:
     def _check_disk(self, plan: Plan) -> None:
         if self.asked.first:
             of_each = " of each published split" if self.asked.published_splits else ""
-            self.say(f"reading the first {self.asked.first:,} rows{of_each}")
+            self.say(f"reading the first {counted(self.asked.first, 'row')}{of_each}")
             return
         text = sum(s.size * next((g for e, g in GROWTH.items() if s.path.endswith(e)), 1.0) for s in plan.sources)
         free = shutil.disk_usage(self.folder).free
@@ -272,7 +272,7 @@ class _Job:
             return
         (self.work / "request.json").unlink()
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in total.filtered.most_common()) or "none filtered"
-        what = f"none of {total.rows:,} rows is left ({reasons}, {total.quarantined:,} kept aside)"
+        what = f"none of {counted(total.rows, 'row')} is left ({reasons}, {total.quarantined:,} kept aside)"
         common = sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:10]
         if common and total.filtered["language"]:
             named = ", ".join(f"{name} ({n:,})" for name, n in common)
@@ -389,12 +389,12 @@ def summary(result: GetResult) -> str:
     together = "published splits are kept as they are" if kept else "nearly equal ones stay on one side"
     groups = data["prompt_groups"]
     lines = [
-        f"{data['name']}: {counts.rows:,} rows = {counts.accepted:,} accepted + {filtered} + {counts.quarantined:,} kept aside",
+        f"{data['name']}: {counted(counts.rows, 'row')} = {counts.accepted:,} accepted + {filtered} + {counts.quarantined:,} kept aside",
         "  " + ", ".join(_split_line(s, held) for s, held in data["splits"].items()) + f" ({data['kind']})",
         f"  {groups['prompts']:,} prompts in {groups['groups']:,} groups: {together}",
     ]
     if counts.unlabelled:
-        lines.append(f"  {counts.unlabelled:,} answers were given no label and are left out")
+        lines.append(f"  {counted(counts.unlabelled, 'answer')} without a label left out")
     if data["straddling"]["groups"]:
         held = data["straddling"]
         many = f"{held['groups']:,} groups of prompts ({held['rows']:,} rows)"

@@ -13,6 +13,7 @@ from pathlib import Path
 from time import monotonic
 from typing import IO, Any
 
+from penchant.base.text import counted
 from penchant.data.layouts import Layout, LeftOut, RowError, layout_named
 from penchant.data.layouts import fields as row_fields
 from penchant.data.load import (
@@ -102,7 +103,7 @@ class Pace:
         if self.rows & 0xFF == 0 and monotonic() - self._last >= self._every:
             self._last = monotonic()
             speed = self.rows / (self._last - self._started)
-            self._say(f"{self._what}: {self.rows:,} rows, {speed:,.0f} rows/s")
+            self._say(f"{self._what}: {counted(self.rows, 'row')}, {speed:,.0f} rows/s")
 
 
 # ---- filters: language, redaction, moderation ----
@@ -269,7 +270,7 @@ def _by_function(name: str) -> Judged:
             raise RewardError(name, what, "fix the function; it gets lists of prompts and answers") from error
         if len(given) != len(answers):
             how = "return one label for each answer: True, False, or None to leave it out"
-            raise RewardError(name, f"returned {len(given)} labels for {len(answers)} answers", how)
+            raise RewardError(name, f"returned {len(given)} labels for {counted(len(answers), 'answer')}", how)
         return [(None if v is None else _label(name, v), None) for v in given]
 
     return judge

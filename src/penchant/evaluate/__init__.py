@@ -18,17 +18,17 @@ __all__ = ["evaluate_model"]
 
 
 def evaluate_model(
-    given: str | Path | RunConfig, overrides: Sequence[str], request: EvalRequest, *, quiet: bool
+    given: str | Path | RunConfig, overrides: Sequence[str], request: EvalRequest, *, quiet: bool, rows: bool = False
 ) -> dict[str, Any]:
     """Evaluate a model and keep the figures; see `penchant.api.evaluate`.
 
     Args:
-        given: what names the model, or a final config; overrides: of the former.
+        given: what names the model, or a final config; overrides: of the former; rows: also return the figures of each answer.
     """
     request.check()
     name = given.output if isinstance(given, RunConfig) else str(given)
     found = (given, request.step) if isinstance(given, RunConfig) else find_run(name, request.step, overrides)
-    if request.bare:
+    if request.bare and not rows:
         if found is None:
             check_there(name)
             runs = runs_in(name)
@@ -48,5 +48,6 @@ def evaluate_model(
         folder = source.folder
     if folder is not None:
         evaluated.notes.extend(f"{folder / file} was changed after it was written." for file in damaged(folder))
-    evaluated.notes.extend(keep(evaluated, folder, request.output, request.samples_output))
-    return evaluated.metrics | ({"notes": evaluated.notes} if evaluated.notes else {})
+    evaluated.notes.extend(keep(evaluated, folder, request))
+    notes = {"notes": evaluated.notes} if evaluated.notes else {}
+    return evaluated.metrics | notes | ({"rows": evaluated.answers} if rows else {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from penchant.config import RunConfig
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.evaluate.material import Material
 from penchant.logprobs.reference import LiveReference
-from penchant.metrics.answers import TokenScores, answer_figures, score_tokens, text_figures
+from penchant.metrics.answers import TokenScores, answer_figures, figures_by_answer, score_tokens, text_figures
 from penchant.metrics.completions import (
     Judge,
     Written,
@@ -48,6 +48,7 @@ class Evaluated:
     Args:
         metrics: ``eval/...`` with ``/ci`` and ``/n``, and what was evaluated; notes: sentences that belong to them.
         what: settings and fingerprints that they depend on; rows: the completions; step: of a run, else None.
+        answers: the figures of each given answer.
     """
 
     metrics: dict[str, Any]
@@ -55,6 +56,7 @@ class Evaluated:
     what: dict[str, Any]
     rows: list[dict[str, Any]]
     step: int | None
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Evaluation(Material):
@@ -186,10 +188,13 @@ class Evaluation(Material):
         self.check()
         figures: list[Figure] = []
         rows: list[dict[str, Any]] = []
+        answers: list[dict[str, Any]] = []
         policy = self._load(self.policy)
         reference = None if self.reference_source is None else self._load(self.reference_source)
         if self.answers:
-            figures += answer_figures(self._scores(policy, reference, self.answers, "answers"), self.answers, self.beta)
+            scores = self._scores(policy, reference, self.answers, "answers")
+            figures += answer_figures(scores, self.answers, self.beta)
+            answers = self._answer_rows(scores)
             if reference is not None:
                 self.notes.append(f"eval/implicit_reward is beta x (log pi - log ref) with beta = {self.beta:g}.")
         if self.request.text is not None:
@@ -199,15 +204,28 @@ class Evaluation(Material):
             written, more, rows = self._generated(policy)
             figures += more
             if reference is not None:
-                scores = self._scores(policy, reference, written.trees, "own completions")
-                figures += kl_of_written(scores, written, sampled=self.request.temperature == 1.0)
+                own = self._scores(policy, reference, written.trees, "own completions")
+                figures += kl_of_written(own, written, sampled=self.request.temperature == 1.0)
                 if self.request.temperature != 1.0:
                     self.notes.append("Sampled KL (k1, k3) is left out: it is unbiased at temperature 1 alone.")
         self._about_intervals(figures)
         head: dict[str, Any] = {"model": self.source.name}
         head |= {"checkpoint": self.source.checkpoint} if self.source.checkpoint else {}
         head |= {"reference": self.reference_source.name} if self.reference_source is not None else {}
-        return Evaluated(head | flat(figures), self.notes, self._what(), rows, self.source.step)
+        return Evaluated(head | flat(figures), self.notes, self._what(), rows, self.source.step, answers)
+
+    def _answer_rows(self, scores: TokenScores) -> list[dict[str, Any]]:
+        """The figures of each given answer, beside its texts; the names are those of the figures over all of them."""
+        decode = self.run.rows.tokenizer.decode
+        rows = []
+        for figures, tree, slot in figures_by_answer(scores, self.answers, self.beta):
+            texts = {
+                "source": tree.source,
+                "prompt": decode(tree.prompt_ids.tolist(), skip_special_tokens=True),
+                "completion": decode(tree.completion_ids[slot].tolist(), skip_special_tokens=True),
+            }
+            rows.append(texts | figures)
+        return rows
 
     def _about_intervals(self, figures: Sequence[Figure]) -> None:
         """Where they say less than they seem to."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from penchant.base.text import counted
 from penchant.config import RunConfig, config_from_mapping
 from penchant.data.adapt import adapt
 from penchant.data.load import Dataset, load_preferences
@@ -90,7 +91,7 @@ class Material:
         if rows.kind == "text":
             raise DataError(self.request.data, "holds texts without prompts", "give it as --text")
         if rows.quarantined:
-            self.notes.append(f"Kept aside: {len(rows.quarantined):,} bad rows of {rows.total:,}.")
+            self.notes.append(f"Kept aside: {counted(len(rows.quarantined), 'bad row')} of {rows.total:,}.")
         if rows.kind == "scored" and data.pairs_from_scores != "off":
             rows = adapt(rows, "eval", "pairs", frozenset(), data, self.request.data)
         return rows
@@ -148,7 +149,7 @@ class Material:
             first.setdefault(t.prompt_ids.tobytes(), t)
         wanted = self.request.generate or 0
         if len(first) < wanted:
-            self.notes.append(f"There are {len(first):,} prompts, not {wanted:,}.")
+            self.notes.append(f"There are {counted(len(first), 'prompt')}, not {wanted:,}.")
         return list(first.values())[:wanted]
 
     @cached_property

@@ -12,6 +12,7 @@ from penchant.base.files import write_output
 from penchant.base.text import printable
 from penchant.evaluate.evaluator import Evaluated
 from penchant.metrics.names import all_tied, metric
+from penchant.requests import EvalRequest
 from penchant.runfolder import EVALUATIONS, IDENTITY, LINE_SUM, MetricsLog, finite, line_sum
 from penchant.runfolder.values import FEW_ROWS, ci_of, interval_of, span
 
@@ -34,18 +35,18 @@ def record(evaluated: Evaluated) -> dict[str, Any]:
     }
 
 
-def keep(evaluated: Evaluated, run: Path | None, output: str | None, samples_output: str | None) -> list[str]:
+def keep(evaluated: Evaluated, run: Path | None, request: EvalRequest) -> list[str]:
     """Append to the run's log, and write the files that were asked for; sentences about what could not be kept.
 
     Raises:
         ConfigError: a file that was asked for cannot be written.
     """
     line = record(evaluated)
-    if output is not None:
-        write_output(output, json.dumps(finite(line), indent=1, ensure_ascii=False) + "\n")
-    if samples_output is not None:
-        rows = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in evaluated.rows)
-        write_output(samples_output, rows)
+    if request.output is not None:
+        write_output(request.output, json.dumps(finite(line), indent=1, ensure_ascii=False) + "\n")
+    for path, rows in ((request.samples_output, evaluated.rows), (request.rows_output, evaluated.answers)):
+        if path is not None:
+            write_output(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
     if run is None or not (run / IDENTITY).exists():
         return []
     try:

@@ -11,6 +11,7 @@ import yaml
 
 import penchant
 from penchant.base.files import file_sha256
+from penchant.base.text import counted
 from penchant.config import RunConfig
 from penchant.export.formats import Check, Format
 from penchant.export.subject import Subject
@@ -171,7 +172,10 @@ def _results(metrics: Sequence[Mapping[str, Any]], step: int) -> str:
         ]
         rows.append(f"| {' | '.join(cells)} |")
     many = after.get("eval/rows")
-    return f"On {many} rows that were held out from training (intervals over rows or prompts):\n\n" + "\n".join(rows)
+    return (
+        f"On {counted(int(many or 0), 'row')} held out from training (intervals over rows or prompts):\n\n"
+        + "\n".join(rows)
+    )
 
 
 def _flags(run: Folder) -> str:

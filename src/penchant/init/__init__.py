@@ -212,14 +212,17 @@ def _wants_adapter(model: ModelFacts) -> bool:
 def _data(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | None) -> Lines:
     keys: dict[str, tuple[Any, str]] = {"path": (data.path, f"{counted(data.rows, 'row')}, {data.to_kind()}")}
     if held_out is not None:
-        keys["eval_path"] = (held_out.path, f"{held_out.rows:,} rows that are not trained on")
+        keys["eval_path"] = (held_out.path, f"{counted(held_out.rows, 'row')} outside training")
     if data.columns:
         keys["columns"] = (dict(data.columns), "our field: the file's column")
     aside = data.aside + (held_out.aside if held_out is not None else 0)
     if aside:
         reasons = "; ".join(filter(None, (data.reasons, held_out.reasons if held_out is not None else "")))
         why = f" ({reasons})" if reasons else ""
-        keys["on_bad_row"] = ("skip", f"{aside:,} bad rows are kept aside and counted{why}; error stops at the first")
+        keys["on_bad_row"] = (
+            "skip",
+            f"{counted(aside, 'bad row')} kept aside and counted{why}; error stops at the first",
+        )
     keys |= _conversion(data, goal)
     rows = data.rows - data.aside
     held = min(HELD_OUT, max(1, rows // 10))

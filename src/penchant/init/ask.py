@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from penchant.base.text import printable
+from penchant.base.text import counted, printable
 from penchant.errors import ConfigError, PenchantError
 from penchant.init import GOALS, check_goal, fitting
 from penchant.init.look import (
@@ -141,7 +141,7 @@ def _held_out(asker: Asker, facts: DataFacts, eval_data: str | None) -> HeldOut 
         return None
     found = look_at_held_out(path, facts)
     why = " (of the same `penchant data get`; --eval-data none: part of the data itself)" if eval_data is None else ""
-    asker.say(f"  held out: {path}, {found.rows:,} rows{why}")
+    asker.say(f"  held out: {path}, {counted(found.rows, 'row')}{why}")
     return found
 
 

@@ -57,6 +57,8 @@ class DataFacts:
 
     def to_kind(self) -> str:
         """``layout: kind`` of the rows, once where both have one name."""
+        if self.layout == "sft":
+            return "prompts with answers (sft)"
         return self.layout if self.layout == self.kind else f"{self.layout}: {self.kind}"
 
     def to_text(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from penchant.base.functions import is_own, own_sha256, python_function
-from penchant.base.text import shown
+from penchant.base.text import counted, shown
 from penchant.errors import ConfigError, RewardError
 
 Progress = Callable[[int, int], None]
@@ -187,7 +187,7 @@ class FunctionJudge:
         if isinstance(given, str) or not hasattr(given, "__len__"):
             raise RewardError(f"judge {self.name}", f"returned {type(given).__name__}", "return a list of verdicts")
         if len(given) != len(questions):
-            what = f"returned {len(given)} verdicts for {len(questions)} pairs"
+            what = f"returned {len(given)} verdicts for {counted(len(questions), 'pair')}"
             raise RewardError(f"judge {self.name}", what, "return one for each pair, in order")
         return list(given)
 

@@ -60,6 +60,26 @@ def answer_figures(scores: TokenScores, trees: Sequence[TokenTree], beta: float)
     return found + kl_figures("answers/kl", scores, c.lengths, c.clusters)
 
 
+def figures_by_answer(
+    scores: TokenScores, trees: Sequence[TokenTree], beta: float
+) -> Iterator[tuple[dict[str, Any], TokenTree, int]]:
+    """``logps``, ``ref_logps``, ``logratios``, ``implicit_reward`` and exact KL of each answer, its tree and its slot there.
+
+    Args:
+        scores, trees, beta: as for `answer_figures`. All are sums over the answer's tokens, in nats.
+    """
+    c = _completions(trees)
+    named = {"logps": scores.policy, "ref_logps": scores.reference}
+    named |= {"kl/policy_ref": scores.policy_ref, "kl/ref_policy": scores.ref_policy}
+    sums = {name: completion_sums(values, c.lengths) for name, values in named.items() if values is not None}
+    if "ref_logps" in sums:
+        sums["logratios"] = sums["logps"] - sums["ref_logps"]
+        sums["implicit_reward"] = beta * sums["logratios"]
+    for i, (tree, slot) in enumerate(zip(c.tree.tolist(), c.slot.tolist(), strict=True)):
+        known = {"chosen": bool(c.good[i]), "tokens": int(c.lengths[i])}
+        yield known | {name: float(values[i]) for name, values in sums.items()}, trees[tree], slot
+
+
 def kl_figures(name: str, scores: TokenScores, lengths: np.ndarray, clusters: np.ndarray) -> list[Figure]:
     """Exact KL both ways round, summed over a completion and a token; nothing where it was not computed.
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from penchant.base.machine import in_fp64
+from penchant.base.text import counted
 from penchant.data.packing import passes_over
 from penchant.data.templates import end_ids
 from penchant.distributed.world import current
@@ -478,7 +479,7 @@ def reward_figures(rewards: np.ndarray) -> Metrics:
     """
     known = np.isfinite(rewards)
     if not known.any():
-        what = f"says nothing of any of the {len(rewards)} held-out completions"
+        what = f"says nothing of any of the {counted(len(rewards), 'held-out completion')}"
         raise RewardError("reward", what, "give one that does, or leave evaluation out")
     silent = {} if known.all() else {"reward/none": 1.0 - float(known.mean())}
     return bootstrap_ci(rewards[known], draws=DRAWS).named("reward") | silent

@@ -138,7 +138,7 @@ def _load_anew(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> 
     folder, how_to = Path(path), "give a folder or hub id of a causal model"
     with loading(config_of(path), "the model could not be loaded", how_to):
         config = AutoConfig.from_pretrained(path, revision=cfg.revision, trust_remote_code=False)
-        text = _text_config(config)
+        text = text_config(config)
         if folder.is_dir():
             check_built(folder, on_meta(AutoModelForCausalLM, text), whole=text is config)
     with loading(cfg.path, "the model could not be loaded", how_to):
@@ -312,7 +312,7 @@ def _check_complete(path: str, info: Mapping[str, Any]) -> None:
         raise ModelError(path, f"weights are missing in the folder ({', '.join(missing[:3])})", "give a whole model")
 
 
-def _text_config(config: Any) -> Any:
+def text_config(config: Any) -> Any:
     """The config of the language model in a model of text and images (sound), where transformers has it by itself; else the config."""
     from transformers import AutoModelForCausalLM
 
@@ -325,7 +325,7 @@ def _text_config(config: Any) -> Any:
 
 def _text_part(config: Any) -> dict[str, Any]:
     """What `from_pretrained` needs to read only the language model out of a folder that holds more."""
-    text = _text_config(config)
+    text = text_config(config)
     if text is config:
         return {}
     weights = {r"^(model\.)?language_model\.lm_head": "lm_head"}  # where they stand, by age of the folder

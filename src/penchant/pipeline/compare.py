@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.base.files import file_sha256
+from penchant.base.text import counted
 from penchant.compare.measured import Setting
 from penchant.compare.models import (
     HeldOut,
@@ -152,9 +153,11 @@ class Comparer:
         started = time.monotonic()
         setting = self.setting(resolve, folder_of)
         inputs = self._inputs(setting, folder_of)
-        self.console.note(f"comparison on {len(setting.prompts)} held-out prompts of {self.heldout.owner}")
+        self.console.note(f"comparison on {counted(len(setting.prompts), 'held-out prompt')} of {self.heldout.owner}")
         if self.heldout.leaked:
-            self.console.note(f"left out: {self.heldout.leaked:,} held-out rows whose prompts another stage trains on")
+            self.console.note(
+                f"left out: {counted(self.heldout.leaked, 'held-out row')} whose prompts another stage trains on"
+            )
         sources = [self._source(ref, resolve, folder_of) for ref in self.compare.models]
         compared = compare_sources(sources, self._run, setting, self.sampling)
         figures = figures_of(compared) | {

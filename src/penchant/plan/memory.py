@@ -283,24 +283,29 @@ def decoding_bytes(model: Any, size: int, prompts: Sequence[int], n: int, new_to
     Args:
         size: bytes of one weight; prompts: tokens of each; n: completions of a prompt; new_tokens: of a completion, at most.
     """
-    config = base_model_of(model).config
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    depth, vocabulary = config.num_hidden_layers, config.vocab_size
+    width, depth, vocabulary = (_size(model, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    heads = _size(model, "num_attention_heads")  # 0: layers that carry a state
+    kv_heads = _size(model, "num_key_value_heads") or heads
+    head_dim = _size(model, "head_dim") or width // max(1, heads)
     a_token = 2 * depth * kv_heads * head_dim * size
     longest = max(prompts)
     if not can_decode_fast(model, longest + new_tokens):
         together = min(BY_LENGTH_ROWS, n * max(Counter(prompts).values()))
         # a step writes its layer's keys and values anew before the old ones go
-        return round(together * (a_token * (longest + new_tokens) * (1 + 1 / depth) + vocabulary * (size + 8)))
+        return round(together * (a_token * (longest + new_tokens) * (1 + 1 / max(1, depth)) + vocabulary * (size + 8)))
     at_once = max(1, min(len(prompts), rows_by_memory(a_token, vocabulary, n, longest, new_tokens) // n))
     rows, groups = at_once * n, min(len(prompts), PROMPTS_HELD * at_once)
     caches = a_token * cached_tokens(rows, groups, longest, new_tokens)
     read = min(at_once * longest, max(longest, PREFILL_TOKENS))
-    wide = max((heads + 2 * kv_heads) * head_dim * 2, 3 * getattr(config, "intermediate_size", 4 * config.hidden_size))
-    passing = max(size * read * (2 * config.hidden_size + wide), rows * vocabulary * (size + 8))
+    wide = max((heads + 2 * kv_heads) * head_dim * 2, 3 * (_size(model, "intermediate_size") or 4 * width))
+    passing = max(size * read * (2 * width + wide), rows * vocabulary * (size + 8))
     return packed_weights(model) * size + caches + passing
+
+
+def _size(model: Any, name: str) -> int:
+    """A size out of the config of a model's text part, the largest where layers differ; 0 where it has none."""
+    found = getattr(base_model_of(model).config.get_text_config(), name, None) or 0
+    return int(max(found) if isinstance(found, list | tuple) else found)
 
 
 def packed_weights(model: Any) -> int:
@@ -372,11 +377,12 @@ class Memory:
         return self.peak <= self.machine
 
 
-def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
+def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted: bool = True) -> Memory:
     """The estimate.
 
     Args:
         baseline: bytes of this process with its libraries and tokenizer; rows: what the rows and their tokens added to it.
+        counted: activations are counted on shapes; else a rule of thumb stands for them, which takes no time.
     """
     model, on_cpu = run.model, run.device.type == "cpu"
     every, trainable = parameter_counts(model)
@@ -385,7 +391,7 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
     size = torch.empty(0, dtype=run.dtype).element_size()
     shadow = size < 4  # bf16 weights are shadows of fp32 masters
     reference = _frozen_models(run) * size
-    activations, coarse = _activations(run, work)
+    activations, coarse = _activations(run, work) if counted else (_rule_of_thumb(run, work), "a rule of thumb")
     if run.config.train.gradient_checkpointing == "offload":  # the GPU has what a pass holds that keeps nothing
         activations = replace(activations, layers=min(activations.layers, activations.forward))
     train, bits = run.config.train, run.config.model.quantize
@@ -418,7 +424,9 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int) -> Memory:
         free, total = torch.cuda.mem_get_info()
         moments = {"a training step": sum(lasting.values()) + passing}
         coarse = "the GPU's own context and cached blocks are not counted"
-        return Memory(lasting | of_a_step, moments, total, free, coarse)
+        parts = lasting | of_a_step
+        advice = _advice(run, parts, activations, trainable, every) if sum(parts.values()) > total else ()
+        return Memory(parts, moments, total, free, coarse, advice)
     process = lasting["Python, torch, transformers"] + rows
     loss = 1.0 + HEAP_LOSS[activations.by]
 
@@ -480,11 +488,13 @@ def _activations(run: OutlinedRun, work: Work) -> tuple[Activations, str]:
 
 def _rule_of_thumb(run: OutlinedRun, work: Work) -> Activations:
     """34 numbers of width d a token and layer, as the literature counts a transformer layer's activations."""
-    config = base_model_of(run.model).config
     size = torch.empty(0, dtype=run.dtype).element_size()
-    a_layer = work.largest * config.hidden_size * 34 * size // 2
-    layers = a_layer * int(getattr(config, "num_hidden_layers", 12))
-    return Activations(layers, work.largest * 4 * config.vocab_size // 4, 0, a_layer, "rule of thumb")
+    between = work.largest * _size(run.model, "hidden_size") * size
+    a_layer, depth = between * 17, _size(run.model, "num_hidden_layers") or 12
+    again = run.config.train.gradient_checkpointing is not False  # only what stands between the layers is kept
+    layers = between * depth + a_layer if again else a_layer * depth
+    found = Activations(layers, work.largest * _size(run.model, "vocab_size"), 0, a_layer, "rule of thumb")
+    return found.times(_share(run, [sum(tree_tokens(t, run.shared_prompts) for t in b) for b in work.batch]))
 
 
 def _frozen_models(run: OutlinedRun) -> int:

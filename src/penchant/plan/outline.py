@@ -20,6 +20,7 @@ from penchant.models.load import (
     load_causal_model,
     on_meta,
     source_sha256,
+    text_config,
 )
 from penchant.models.options import ModelConfig, check_model_path
 from penchant.models.reward import HEADS, load_model_config, set_padding
@@ -118,7 +119,7 @@ def outline(source: ModelConfig, reward: bool = False) -> Any:
     if reward:
         config.num_labels, config.problem_type = 1, "regression"
     with loading(source.path, "the model could not be outlined", "give a causal model or an encoder"):
-        model = on_meta(family, config)
+        model = on_meta(family, config if reward else text_config(config))
     disable_dropout(model)
     return model
 

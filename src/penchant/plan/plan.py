@@ -7,12 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from penchant.base.machine import machine_memory, resident
+from penchant.base.machine import resident
 from penchant.base.text import gigabytes
 from penchant.config import Places, RunConfig
-from penchant.data.packing import tree_tokens
 from penchant.errors import PenchantError
 from penchant.plan.memory import Memory, memory_of
 from penchant.plan.outline import OutlinedRun, parameter_counts
@@ -24,8 +21,7 @@ from penchant.runs.parts import check_offload, reference_kind, remarks
 from penchant.runs.record import reward_contents
 from penchant.training.checkpoint import latest_checkpoint
 
-LOOKED_AT = 1000  # rows whose lengths `misfit` reads
-ACTIVATIONS = 20  # numbers that a token keeps in a layer, for each unit of its width, roughly
+LOOKED_AT = 100  # steps that `misfit` looks at
 ROOM = 0.9  # of the machine's memory: a run that is counted to need more has its activations computed again
 PROBE_ROOM = 0.9  # of the free memory: a probe that would need more is not taken
 
@@ -135,26 +131,16 @@ def checkpointing(run: Run) -> tuple[bool, str]:
 def misfit(run: Run) -> str | None:
     """A warning for a run that seems to need more memory than the machine has; None where it seems to fit.
 
-    Weights, gradients and moments are counted, activations roughly: the plan's own count takes longer than a start should.
+    The plan's own estimate, but for activations: to count them takes longer than a start should.
     """
     planned = OutlinedRun(run.config, quiet=True, rows=run.rows)
-    every, trained = parameter_counts(planned.model)
-    size = torch.empty(0, dtype=run.dtype).element_size()
-    states = (every + run.method.copies * every) * size + (trained + run.method.copies * every) * (12 + 4 * (size < 4))
-    shape = getattr(planned.model.config, "get_text_config", lambda: planned.model.config)()
-    width, layers = (getattr(shape, name, 0) or 0 for name in ("hidden_size", "num_hidden_layers"))
-    lengths = sorted((tree_tokens(t, planned.shared_prompts) for t in run.rows.trees[0][:LOOKED_AT]), reverse=True)
-    tokens = min(run.config.train.tokens_per_step, sum(lengths[: run.config.train.batch_size]))
-    passing = (
-        0 if run.config.train.gradient_checkpointing is not False else tokens * width * layers * ACTIVATIONS * size
-    )
-    machine = torch.cuda.mem_get_info()[1] if run.device.type == "cuda" else machine_memory()[0]
-    if states + passing <= machine:
+    memory = memory_of(planned, work_of(planned, LOOKED_AT), resident(), 0, counted=False)
+    if memory.fits:
         return None
-    what = "set lora, or take a smaller model" if states > machine / 2 else "lower train.tokens_per_step"
+    advice = f"Try {memory.advice[0][0]}" if memory.advice else "Take a smaller model"
     return (
-        f"! memory: about {gigabytes(states)} for weights, gradients and the optimizer and roughly {gigabytes(passing)} for "
-        f"activations, and this machine has {gigabytes(machine)}: the run will probably be killed. Try to {what}; penchant plan counts it."
+        f"! memory: roughly {gigabytes(memory.peak)} needed, {gigabytes(memory.machine)} on this machine: the run will probably "
+        f"be killed. {advice}; penchant plan counts it."
     )
 
 

@@ -102,12 +102,12 @@ def _quantiles(lengths: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(q) for q in np.quantile(lengths, QUANTILES, method="inverted_cdf"))
 
 
-def work_of(run: OutlinedRun) -> Work:
+def work_of(run: OutlinedRun, exact_steps: int = EXACT_STEPS) -> Work:
     """Counted step by step with the run's own schedule and packer; rollouts of an online method count as long as they may be."""
     trees = with_rollouts(run, run.rows.trees[0])
     schedule, train, rollouts = run.schedule, run.config.train, run.method.rollouts
     total = schedule.total_steps
-    counted = min(total, EXACT_STEPS)
+    counted = min(total, exact_steps)
     shared = run.shared_prompts
     passes = tokens = separate = trained = 0
     largest: tuple[int, list[list[TokenTree]]] = (0, [])

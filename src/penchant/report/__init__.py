@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from penchant.base.files import PAGE, check_output, write_output
 from penchant.errors import CheckpointError, ConfigError
+from penchant.report.curves import curves
 from penchant.report.data import ReportData, read_report
+from penchant.report.html import document, note
 from penchant.report.page import render
 from penchant.report.verdict import headline as first_sentence
 from penchant.runfolder import REPORT
 
-__all__ = ["LiveReport", "headline", "write_report"]
+__all__ = ["Curves", "LiveReport", "curves_of", "headline", "write_report"]
 
 
 # ---- Write a report: one HTML file that can be read offline, with nothing in it that could call home ----
@@ -46,6 +50,30 @@ def write_report(
 def headline(run: Path) -> str:
     """The first sentence of the report on a run's folder, in plain text."""
     return first_sentence(read_report([run], time.time()))
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """The curves of one run or of several, as a page of their own: a notebook shows it."""
+
+    html: str
+
+    def __str__(self) -> str:
+        return self.html
+
+    def _repr_html_(self) -> str:
+        # a frame: the page's styles stay inside, and its policy lets nothing out
+        return f'<iframe srcdoc="{escape(self.html, quote=True)}" style="width:100%;height:640px;border:0"></iframe>'
+
+
+def curves_of(*paths: Path | str) -> Curves:
+    """The curves of runs; several are drawn over each other.
+
+    Raises:
+        CheckpointError: a folder holds nothing of Penchant's.
+    """
+    data = read_report([Path(p) for p in paths], time.time())
+    return Curves(document(data.title, str(curves(data) or note("nothing was logged yet"))))
 
 
 def _target(data: ReportData, output: Path | str | None) -> Path:

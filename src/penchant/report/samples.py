@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from penchant.base.text import counted
 from penchant.report.data import ReportData
 from penchant.report.html import Element, Node, el, said, soft
 from penchant.report.svg import number
@@ -140,7 +141,7 @@ def samples(data: ReportData) -> Element | None:
     return el(
         "div",
         _controls(found),
-        el("p", f"{len(made):,} prompts.", class_="soft count", aria_live="polite"),
+        el("p", f"{counted(len(made), 'prompt')}.", class_="soft count", aria_live="polite"),
         el("div", made, class_="cards-of-text"),
         soft(more) if left else None,
         id="samples-of",

@@ -100,9 +100,9 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
         made.append(statement("plain", said(own, tag="span"), lead=True))
     found = {c.figure.name: c for c in changes(run)}
     if not found or not num(run.last, "step"):
-        why = "nothing was held out" if not run.evals else "only the start was evaluated so far"
+        why = "Nothing was held out" if not run.evals else "Only the start was evaluated so far"
         if not own:
-            made.append(statement("open", f"No held-out comparison with the start: {why}.", lead=first))
+            made.append(statement("plain", f"{why}, so there is no comparison with the start.", lead=first))
         return made
     order = [c for n, c in found.items() if c.figure.main and not (n == "loss" and "reward" in found)]
     same, of = unchanged(run.samples)
@@ -141,7 +141,7 @@ def _sentence(c: Change, run: RunData) -> list[Node]:
     rows, n = num(run.last, "eval/rows"), rows_behind(run.last, name)
     value = el("b", estimate(c.after, c.after_ci, share))
     brackets = f" {c.brackets}" if c.brackets else ""
-    of = f" of {rows:,.0f} held-out rows" if rows is not None else " of the held-out rows"
+    of = f" of {count(rows, 'held-out row')}" if rows is not None else " of the held-out rows"
     if share and c.figure.null is not None and n:
         label = c.figure.label[0].upper() + c.figure.label[1:]
         what = "prompts" if c.figure.name == "win_rate" else "rows"
@@ -239,7 +239,7 @@ def of_runs(data: ReportData) -> list[Node]:
     for row in best:
         names += [" and " if names else None, *keyed(row.setting.key, row.setting.name)]
     rows = held_out_rows(data)
-    on = f" on {rows[0]:,.0f} held-out rows" if len(rows) == 1 else ""
+    on = f" on {count(rows[0], 'held-out row')}" if len(rows) == 1 else ""
     only = tried(data) == 1
     figure = f", {ranked.figure.title} {estimate(best[0].mean, best[0].ci, share)}{on} ({spread(best[0], share)})."
     start = "" if only else f"Best by validation of {tried(data)} settings: "
@@ -366,8 +366,8 @@ def held_out(run: RunData) -> Element | None:
     started = any(c.before is not None for c in found)
     rows = [_row(c, started) for c in found]
     head: list[Node] = ["figure", *(["start"] if started else []), "end", "95% interval, by prompt", ""]
-    count, step = num(run.last, "eval/rows"), num(run.last, "step") or 0
-    caption = f"At step {step:,.0f}" + (f", over {count:,.0f} held-out rows" if count is not None else "")
+    held, step = num(run.last, "eval/rows"), num(run.last, "step") or 0
+    caption = f"At step {step:,.0f}" + (f", over {count(held, 'held-out row')}" if held is not None else "")
     right = (1, 2, 3) if started else (1, 2)
     return panel(head, rows, numeric=right, caption=caption, class_="held")
 

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from penchant.base.functions import is_own, no_exit, python_object
-from penchant.base.text import closest
+from penchant.base.text import closest, counted
 from penchant.data.load import prompt_json, prompt_text
 from penchant.distributed.world import current
 from penchant.errors import ConfigError, PenchantError, RewardError
@@ -282,7 +282,7 @@ def _values(term: RewardTerm, asked: Asked, timeout: float | None) -> np.ndarray
         )
         raise RewardError(
             f"reward {term.name}",
-            f"returned {values.size} values{shape} for {n} completions",
+            f"returned {values.size} values{shape} for {counted(n, 'completion')}",
             "return one number for each completion, in order",
         )
     silent = np.array([v is None for v in given]) if isinstance(given, (list, tuple)) else np.zeros(n, dtype=bool)

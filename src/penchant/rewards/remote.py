@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
-from penchant.base.text import shown
+from penchant.base.text import counted, shown
 from penchant.errors import RewardError
 from penchant.judges.endpoint import (
     INSTRUCTION,
@@ -199,7 +199,7 @@ class Http:
         where = f"reward {self.connection.url}"
         if not isinstance(found, list) or len(found) != len(completions):
             what = f"{len(found)} rewards" if isinstance(found, list) else shown(json.dumps(reply)[:80])
-            raise RewardError(where, f"answered {what} for {len(completions)} completions", how)
+            raise RewardError(where, f"answered {what} for {counted(len(completions), 'completion')}", how)
         for i, value in enumerate(found):
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if value is not None and not number:

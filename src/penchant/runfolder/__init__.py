@@ -36,6 +36,7 @@ METRICS, PERF, EVALUATIONS = "metrics.jsonl", "perf.jsonl", "evaluations.jsonl"
 SAMPLES, SAMPLES_BEFORE = "samples.jsonl", "samples.before.jsonl"
 AUDIT, CALIBRATION, FLAGS = "audit.json", "calibration.json", "flags.json"
 RESULTS, REPORT = "results.json", "report.html"
+GIVEN_FOLDER = "given"  # what a run was given as Python objects
 CHECKPOINTS = "checkpoints"  # a folder of step-N, each with a manifest of its own
 COMPARISON, COMPARISON_ROWS = "comparison.json", "comparison.jsonl"  # of a comparison's folder
 SWEEP, PIPELINE = "sweep.json", "pipeline.json"  # of a sweep's and a pipeline's, in which runs' folders lie
@@ -278,8 +279,9 @@ def open_run(
 
 def changed(theirs: Mapping[str, Any], mine: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
     """What differs between a run's identity and another, a line each; what a run of an older version did not keep counts as equal."""
-    if TOKENS not in theirs:
-        theirs = {**{key: value for key, value in mine.items() if key.startswith(CONTENT)}, **theirs}
+    looked_at = {key.partition(": ")[0] for key in theirs} if TOKENS in theirs else set()
+    not_kept = {k: v for k, v in mine.items() if k.startswith(CONTENT) and k.partition(": ")[0] not in looked_at}
+    theirs = {**not_kept, **theirs}
     if TOKENS not in mine:
         theirs = {key: value for key, value in theirs.items() if key != TOKENS}
     rows = [] if theirs.get("data") == mine.get("data") else [f"data: the rows of {_files_of(mine)} have changed"]

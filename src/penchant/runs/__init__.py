@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import date
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from penchant.base.files import free_bytes, spared, writing
+from penchant.base.functions import is_own
 from penchant.base.text import gigabytes
 from penchant.config import RunConfig, default_settings, dump_config, with_absolute_paths
 from penchant.config.launching import check_launch
@@ -28,6 +29,7 @@ from penchant.metrics.completions import START_FILE
 from penchant.metrics.flags import run_flags, summary, write_flags
 from penchant.metrics.flags.rule import Flag
 from penchant.models.options import check_model_path
+from penchant.rewards.functions import check_reward
 from penchant.rewards.reward_model import reward_writes_date
 from penchant.runfolder import (
     AUDIT,
@@ -76,6 +78,7 @@ from penchant.runs.record import (
 from penchant.runs.rows import Rows, within_context
 from penchant.runs.sharing import Alone
 from penchant.track import Mirrors, check_installed
+from penchant.training.callbacks import Callbacks
 from penchant.training.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
 from penchant.training.console import console as make_console
 from penchant.training.loop import Interrupted, Loop, Paused, algorithm_state
@@ -90,6 +93,7 @@ class TrainResult:
         folder: the run folder; model: the last checkpoint's model folder, which transformers or peft loads as it is.
         steps: optimizer steps done; before, after: held-out metrics at step 0 and at the end (empty without a held-out set).
         best_step: the step of the best checkpoint, or None; flags: what to know before trusting it, warnings first.
+        stopped: whether a callback ended it before its end.
     """
 
     folder: Path
@@ -99,6 +103,32 @@ class TrainResult:
     after: Mapping[str, Any]
     best_step: int | None
     flags: tuple[Flag, ...] = ()
+    stopped: bool = False
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Every logged line: ``kind`` (train or eval), ``step``, ``epoch`` and the figures by name."""
+        return list(read(self.folder).metrics)
+
+    @property
+    def metrics(self) -> Any:
+        """The same as a pandas frame.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError as error:
+            how = "pip install pandas, or use result.rows, a list of dicts"
+            raise ConfigError("result.metrics", "needs pandas, which is not installed", how) from error
+        return DataFrame(self.rows)
+
+    def plot(self) -> Any:
+        """The curves of the report; a notebook shows them, ``str`` gives them as HTML."""
+        from penchant.report import curves_of
+
+        return curves_of(self.folder)
 
 
 class Run:
@@ -111,6 +141,7 @@ class Run:
         look: returns, before the first model is loaded, a sentence on why the run may not fit, see `penchant.plan.misfit`.
         checkpointing: decides `train.gradient_checkpointing: auto`, see `penchant.plan.checkpointing`.
         cache: False leaves the files of a cached reference alone: it is computed anew.
+        callbacks: what is told while it trains, see `penchant.training.callbacks`.
     """
 
     merges = True  # whether an adapter that the config names as a model is merged, or its base stands for it
@@ -128,6 +159,7 @@ class Run:
         cache: bool = True,
         look: Callable[[Run], str | None] | None = None,
         checkpointing: Callable[[Run], tuple[bool, str]] | None = None,
+        callbacks: Sequence[Any] = (),
     ) -> None:
         self.world = current()
         self.console = make_console(quiet or not self.world.leads) if console is None else console
@@ -140,6 +172,7 @@ class Run:
         self.rows = Rows(config, self.shared, self.console, tokenizer) if rows is None else rows
         self.pause_at, self.cache, self.look = pause_at, cache, look
         self.checkpointing = checkpointing
+        self.callbacks = Callbacks(callbacks)
         self._is_open = False
 
     # ---- what is made of the config, once ---------------------------------------------------------------------------
@@ -223,6 +256,9 @@ class Run:
         check_installed(self.config.logging.trackers)
         if not stands_for_model(Path(self.config.model.path)):
             check_model_path(self.config.model.path)  # before the rows are read
+        for reward in filter(None, (self.config.reward, self.config.evaluation.reward)):
+            for name in filter(is_own, reward.terms):
+                check_reward(name)  # before what the file holds is compared with what it held
         self._tell_day()
         contents, rows = contents_of(self.config), self.rows
         if self.config.data.sources:
@@ -271,16 +307,19 @@ class Run:
                 status, why = _ended_by(error)
                 with suppress(OSError):  # the same disk, perhaps; what is there stays whole
                     manifest(status, why)
-                write_flags(self.folder, self.console.note)
+                flags = write_flags(self.folder, self.console.note)
                 live.now()
                 mirrors.finish(status, finite(loop.state.last_eval))
-                raise
-            flags = write_flags(self.folder, self.console.note)
-            live.now()
-            mirrors.finish("finished", finite(loop.state.last_eval))
+                if not (loop.stop and isinstance(error, Paused)):
+                    raise
+                self.console.note(f"stopped by a callback: {error.what}")
+            else:
+                flags = write_flags(self.folder, self.console.note)
+                live.now()
+                mirrors.finish("finished", finite(loop.state.last_eval))
         self.console.note(f"report: {live.path}")
         evals = [line for line in read(self.folder).metrics if line["kind"] == "eval"]
-        return TrainResult(
+        result = TrainResult(
             folder=self.folder,
             model=self.folder / CHECKPOINTS / f"step-{loop.state.step}" / "model",
             steps=loop.state.step,
@@ -288,7 +327,10 @@ class Run:
             after=evals[-1] if evals else {},
             best_step=loop.state.best_step,
             flags=tuple(flags),
+            stopped=loop.stop and loop.state.step < loop.schedule.total_steps,
         )
+        self.callbacks("on_end", result)
+        return result
 
     def _tell_day(self) -> None:
         """A chat template that asks for today's date is told the day of the run's first start on every later one."""
@@ -441,6 +483,7 @@ class Run:
             router=built.router,
             updates=self.method.updates,
             pause_at=self.pause_at,
+            callbacks=self.callbacks,
         )
 
     def _start_tolerance(self, reference: Reference) -> tuple[float, float]:

@@ -14,6 +14,7 @@ import torch
 from penchant.algorithms.method import SMALL_MODEL, Parts, auto_lr
 from penchant.base.files import cache_folder
 from penchant.base.machine import cores
+from penchant.base.text import counted
 from penchant.config import RunConfig
 from penchant.data.packing import tree_tokens
 from penchant.data.templates import name_ends
@@ -329,7 +330,7 @@ def remarks(config: RunConfig, rows: Rows) -> list[str]:
             )
     if config.train.batch_size > count:
         said.append(
-            f"train.batch_size is {config.train.batch_size:,}, and there are {count:,} rows to train on: every step "
+            f"train.batch_size is {config.train.batch_size:,}, and there are {counted(count, 'row')} to train on: every step "
             "takes all of them, so an epoch is a single step"
         )
     return said

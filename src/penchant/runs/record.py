@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import penchant
 from penchant.base.files import file_sha256, spared
+from penchant.base.hub import snapshot
 from penchant.base.machine import cores, device_name, why_not
 from penchant.base.text import redact, without_passwords
-from penchant.config import WATCHING_ONLY, RunConfig
+from penchant.config import WATCHING_ONLY, RunConfig, dump_config
 from penchant.data.cached import AUTO_BYTES, hashes_of
 from penchant.data.load import turns_of
 from penchant.distributed.world import current
 from penchant.errors import ModelError
 from penchant.logprobs.reference import hash_trees
 from penchant.models.merge import adapter_base, is_adapter
+from penchant.models.options import looks_like_folder
 from penchant.rewards.reward_model import content_sha256, contents_beside
-from penchant.runfolder import CONTENT, IDENTITY, TOKENS, is_whole, keep
+from penchant.runfolder import CONTENT, GIVEN_FOLDER, IDENTITY, TOKENS, is_whole, keep
 from penchant.runfolder.read import read
 from penchant.runs.sharing import Alone
 from penchant.types import Prompt
@@ -124,7 +126,7 @@ WEIGHTS = re.compile(r".*\.(safetensors|bin)")
 
 
 def model_contents(config: RunConfig) -> dict[str, str]:
-    """The same of the files of models and tokenizers in folders.
+    """The same of the files of models and tokenizers in folders, and in the hub's cache.
 
     Weights that training starts from are known by the sum of what was loaded (in manifest.json), unless a head is drawn beside them.
     """
@@ -138,13 +140,27 @@ def model_contents(config: RunConfig) -> dict[str, str]:
     )
     found: dict[str, str] = {}
     for key, path, patterns in asked:
-        for at, folder in _model_folders(key, path):
+        hub = path is not None and not looks_like_folder(path)
+        folders = _in_hub_cache(key, str(path), config.model.revision, patterns) if hub else _model_folders(key, path)
+        for at, folder in folders:
             files = sorted(p for p in folder.iterdir() if p.is_file() and any(t.fullmatch(p.name) for t in patterns))
             # a large file is read once; after that its size and times say whether it has changed
             large = {p for p in files if p.stat().st_size >= AUTO_BYTES}
             sums = {p: hashes_of([p])[0] if p in large else file_sha256(p) for p in files}
             found |= {f"content of {at}: {p.name}": sha256 for p, sha256 in sums.items()}
     return found
+
+
+def _in_hub_cache(
+    key: str, name: str, revision: str | None, patterns: Sequence[re.Pattern[str]]
+) -> Iterator[tuple[str, Path]]:
+    """The cache's folder of a hub id, with every file that is looked at in it."""
+    wanted = ["*.json", *(["*.txt", "*.model", "*.jinja"] if OF_TOKENIZER in patterns else [])]
+    folder = snapshot(name, revision, [*wanted, *(["*.safetensors"] if WEIGHTS in patterns else [])])
+    if folder is not None and WEIGHTS in patterns and not any(folder.glob("*.safetensors")):
+        folder = snapshot(name, revision, [*wanted, "*.bin"])
+    if folder is not None:
+        yield key, folder
 
 
 def _model_folders(key: str, path: str | None) -> Iterator[tuple[str, Path]]:
@@ -180,6 +196,13 @@ def trees_sha256(rows: Rows) -> str:
 
 
 # ---- manifest ------------------------------------------------------------------------------------------------------------
+
+
+def _given(config: RunConfig) -> list[str]:
+    """What no config can name by itself: the files of objects that the run was given from Python."""
+    text = dump_config(config)
+    folder = Path(config.output) / GIVEN_FOLDER
+    return sorted(p.name for p in folder.iterdir() if str(p) in text) if folder.is_dir() else []
 
 
 def write_manifest(
@@ -243,6 +266,7 @@ def write_manifest(
         "gradient_checkpointing": again if isinstance(again, str) else ("off", "layers")[again],
         "data": data,
         **({"processes": current().size} if current().many else {}),
+        **({"given": given} if (given := _given(config)) else {}),
         "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},
     }
     keep(path, without_passwords(json.dumps(manifest, indent=1)))

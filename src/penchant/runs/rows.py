@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from penchant.base.text import counted
 from penchant.config import RunConfig
 from penchant.data.adapt import adapt, mismatch, repeated_prompts
 from penchant.data.audit import audit as run_audit
@@ -157,7 +158,7 @@ class Rows:
             self.console.note(f"{path}: {said}")
         if method.signal == "unpaired":
             good, bad = label_counts(adapted.trees)
-            self.console.note(f"{path}: {good:,} good and {bad:,} bad answers")
+            self.console.note(f"{path}: {good:,} good and {counted(bad, 'bad answer')}")
         return adapted
 
     @cached_property

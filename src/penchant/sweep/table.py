@@ -97,7 +97,7 @@ class Table:
         ends = dict.fromkeys(self.held_out[i] for i in (0, -1)) if self.held_out else ()
         rows = " to ".join(f"{n:,}" for n in ends) or "no"
         better = "higher" if self.higher else "lower"
-        return f"{self.metric} ({better} is better) at the end of each run, {rows} held-out rows"
+        return f"{self.metric} ({better} is better) at the end of each run, {rows} held-out {'row' if [*ends] == [1] else 'rows'}"
 
     def _words(self) -> list[str]:
         found = []

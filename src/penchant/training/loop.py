@@ -27,7 +27,8 @@ from penchant.distributed.world import World, agreed, current
 from penchant.errors import CheckpointError, TrainingStopped
 from penchant.losses.schedules import progress_at
 from penchant.models.router import RouterLoss
-from penchant.runfolder import METRICS, PERF, MetricsLog, NoLog, finite
+from penchant.runfolder import CHECKPOINTS, METRICS, PERF, MetricsLog, NoLog, finite
+from penchant.training.callbacks import Callbacks
 from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint, save_sharded
 from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
@@ -62,6 +63,7 @@ class Loop:
         updates: optimizer steps on each batch (online methods: on each batch of rollouts).
         watched: told ``"start"`` when the logs stand at the first line to be written, ``"step"`` after each step and ``"eval"`` after
             each evaluation, when their lines are written.
+        callbacks: are told of steps, evaluations and checkpoints, and may set `stop`: it ends then as at `pause_at`.
         identity: of the run, kept in its checkpoints too.
         pause_at: a step before the end at which it writes a checkpoint, evaluates and ends with `Paused`; None: it goes on to its end.
         router: the balance loss of the model's router, which goes along with the method's own; None: there is none.
@@ -88,6 +90,8 @@ class Loop:
     router: RouterLoss | None = None
     updates: int = 1
     watched: Callable[[str], None] = lambda _: None
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    stop: bool = False
     pause_at: int | None = None
     state: RunState = field(default_factory=RunState)
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -141,6 +145,7 @@ class Loop:
                 speed = _speed(step + 1, seconds, tokens, trees, self.device)
                 perf.write(speed)
                 self.console.step(step + 1, total, {**line, **speed, "rows": trees})
+                self._tell("on_step", step + 1, line)
                 self._after_step(metrics, schedule, total)
                 self.watched("step")
         return self.state
@@ -150,10 +155,12 @@ class Loop:
         last = step == total
         if self.evaluate is not None and (last or _due(self.evaluation.every, step, schedule)):
             self._evaluate(metrics, schedule)
-        paused = step == self.pause_at and not last
-        asked = self._asked_to_stop()
+        asked, stop = self._asked_to_stop()
+        paused = (stop or step == self.pause_at) and not last
         if last or paused or asked is not None or _due(self.checkpoint.every, step, schedule):
             self._save(metrics)
+            if self.stop and not self.world.many and not last:  # asked for by what was told of the checkpoint
+                paused = True
         asked = asked if self.world.many else self.interrupted
         if asked is not None and not last:
             raise agreed(
@@ -166,9 +173,14 @@ class Loop:
         if paused:
             self._pause(total)
 
-    def _asked_to_stop(self) -> int | None:
-        """The signal that some rank was sent."""
-        return next((n for n in self.world.gather(self.interrupted) if n is not None), None)
+    def _asked_to_stop(self) -> tuple[int | None, bool]:
+        """The signal that some rank was sent, and whether a callback of one ends the run."""
+        found = self.world.gather((self.interrupted, self.stop))
+        return next((n for n, _ in found if n is not None), None), any(stop for _, stop in found)
+
+    def _tell(self, event: str, *said: Any) -> None:
+        if self.callbacks.given and self.world.leads:
+            self.stop |= self.callbacks(event, *said)
 
     def _check_pause(self, total: int) -> None:
         """Where a resumed run stands at the step at which it is to pause, or beyond it."""
@@ -464,6 +476,7 @@ class Loop:
         line = _line("eval", self.state.step, schedule) | values
         metrics.write(line)
         self.watched("eval")
+        self._tell("on_evaluation", self.state.step, line)
         self.console.evaluated(self.state.step, line)
         self.state.last_eval = line
         value = values.get(self.checkpoint.metric)
@@ -487,6 +500,7 @@ class Loop:
         )
         if self.world.leads:
             prune(self.folder, self.checkpoint.keep_last, best if self.checkpoint.keep_best else None)
+            self._tell("on_checkpoint", self.state.step, self.folder / CHECKPOINTS / f"step-{self.state.step}")
 
     def _done(self) -> str:
         return (

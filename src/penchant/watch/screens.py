@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from penchant.base.text import clean
+from penchant.base.text import clean, counted
 from penchant.metrics.names import METRICS
 from penchant.training.console import duration
 from penchant.watch.plot import ASCII, LINE, POINT, UNICODE, Glyphs, plot
@@ -286,7 +286,7 @@ def _table(view: RunView, size: Size) -> list[Text]:
         rows = [_held_out(view, f"eval/{k}", label) for k, label in keys if number(last.get(f"eval/{k}")) is not None]
         begin, end = (f"step {whole(e.get('step')) or 0:,}" for e in (first, last))
         held = whole(last.get("rows", last.get("eval/rows")))
-        which = "held out" + (f", {held:,} rows" if held else "")
+        which = "held out" + (f", {counted(held, 'row')}" if held else "")
         head = ("", begin, end, "change") if begin != end else ("", "", end, "")
     else:
         rows = [(label, figure(e[0]), figure(e[1]), f"{e[1] - e[0]:+.4f}") for k, label in keys if (e := view.edges(k))]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from penchant.base.files import written_aside
+from penchant.base.text import counted
 from penchant.data.audit import Leakage, is_empty, sensitive
 from penchant.data.audit.counters import Copies, Near, View
 from penchant.data.audit.findings import Places
@@ -72,7 +73,7 @@ class Fixed:
         gone = sum(self.dropped.values())
         lines = [*self.notes, f"dropping: {', '.join(self.rules)}; redacting: {', '.join(self.redact) or 'nothing'}"]
         stay = f"{self.written:,} written ({self.changed + self.edited:,} of them changed)"
-        lines.append(f"{self.rows:,} rows = {stay} + {gone:,} dropped")
+        lines.append(f"{counted(self.rows, 'row')} = {stay} + {gone:,} dropped")
         lines += [f"  {count:>9,}  {TOLD[rule]}" for rule, count in self.dropped.items() if count]
         lines += [f"  {self.edited:>9,}  rows that a person changed"] * bool(self.edited)
         lines += [f"  {count:>9,}  {sensitive.TITLES[kind]} masked" for kind, count in self.redacted.items()]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 
+from penchant.base.text import counted
 from penchant.data.audit.counters import Named, View
 from penchant.data.audit.findings import Finding, sampled
 from penchant.data.load import Columns
@@ -64,7 +65,10 @@ class Languages:
             yield "languages", Finding(TITLE, 0, 0, (), "not known: pip install 'penchant[languages]'")
         else:
             counts = Counter(guess(text) for _, text in sorted(self._heap))
-            yield "languages", _finding(counts, len(self._heap), f"guessed for {len(self._heap):,} rows", guessed=True)
+            yield (
+                "languages",
+                _finding(counts, len(self._heap), f"guessed for {counted(len(self._heap), 'row')}", guessed=True),
+            )
 
 
 def _finding(counts: Counter[str], of: int, how: str, guessed: bool = False) -> Finding:

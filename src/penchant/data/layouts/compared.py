@@ -135,7 +135,10 @@ def arena_55k(row: Fields, options: Fields) -> PromptTree:
         raise _tie("tie", options)
     asked, a, b = (_texts(row, n) for n in ("prompt", "response_a", "response_b"))
     if not len(asked) == len(a) == len(b):
-        raise RowError(f"{len(asked)} prompts have {len(a)} and {len(b)} answers", "there must be one for each")
+        raise RowError(
+            f"{len(asked)} prompts have {len(a)} and {len(b)} answers",
+            "there must be one for each",
+        )
     sides = tuple(
         tuple(m for q, r in zip(asked, answers, strict=True) for m in (Message("user", q), Message("assistant", r)))
         for answers in (a, b)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from penchant.base.text import counted
 from penchant.metrics.flags.rule import (
     ComparisonView,
     RunView,
@@ -155,7 +156,7 @@ def _prompts_of_run(run: RunView) -> Seen | None:
 
 def _prompts_of_comparison(view: ComparisonView) -> Iterator[Seen]:
     if 0 < view.prompts < view.trust.prompts:
-        sentence = f"The comparison rests on {view.prompts:,} prompts: only large differences can be seen."
+        sentence = f"The comparison rests on {counted(view.prompts, 'prompt')}: only large differences can be seen."
         yield seen(sentence, "prompts", view.prompts, level="note", advice="Compare on more prompts.")
 
 

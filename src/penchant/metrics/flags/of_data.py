@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from penchant.base.text import counted
 from penchant.metrics.flags.rule import RunView, Seen, percent, seen
 from penchant.metrics.names import TIES
 from penchant.runfolder.values import algorithm_of, num, rows_behind, unchanged
@@ -17,7 +18,7 @@ def _cut_rows(run: RunView) -> Seen | None:
     eos = "" if data.get("add_eos") is False else " and with it EOS"
     parts = [f"{answers:,} lost the end of an answer{eos}"] if answers else []
     parts += [f"{prompts:,} lost the start of the prompt"] if prompts else []
-    sentence = f"{either:,} of {of:,} rows ({percent(either / of)}) are cut at data.max_length {data.get('max_length', '')}: {', '.join(parts)}."
+    sentence = f"{either:,} of {counted(of, 'row')} ({percent(either / of)}) are cut at data.max_length {data.get('max_length', '')}: {', '.join(parts)}."
     return seen(sentence, "rows cut, answers without their end, prompts without their start", either, answers, prompts)
 
 
@@ -26,7 +27,9 @@ def _bad_rows(run: RunView) -> Seen | None:
     bad = read + tokens
     if not of or bad / of <= run.trust.bad_rows:
         return None
-    return seen(f"{bad:,} of {of:,} rows ({percent(bad / of)}) are bad and left out of training.", "bad rows", bad)
+    return seen(
+        f"{bad:,} of {counted(of, 'row')} ({percent(bad / of)}) are bad and left out of training.", "bad rows", bad
+    )
 
 
 def _nothing_held_out(run: RunView) -> Seen | None:

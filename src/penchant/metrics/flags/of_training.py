@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from penchant.base.text import counted
 from penchant.metrics.flags.rule import (
     SMALLEST_WINDOW,
     ComparisonView,
@@ -235,7 +236,7 @@ def _bias(audit: Mapping[str, Any]) -> Seen | None:
     known = wilson(count, of, Z99)
     if known.low <= LONGER_CHOSEN:
         return None
-    sentence = f"In the data the chosen answer is the longer one in {percent(known.estimate)} of {of:,} pairs of unequal length."
+    sentence = f"In the data the chosen answer is the longer one in {percent(known.estimate)} of {counted(of, 'pair')} of unequal length."
     return seen(sentence, "share of pairs whose chosen answer is longer", known.estimate, level="note", advice=BALANCE)
 
 

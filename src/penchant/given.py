@@ -1,0 +1,349 @@
+"""Python objects in place of what a config names: rows, frames, models, tokenizers, functions and classes.
+
+A config holds names of files, and a run is continued, evaluated and reported by these names. So each object is written to
+``OUTPUT/given`` under a name with its hash, and the config names that file. Another object has another name: a run that is
+called again with changed rows or a changed function is refused, as it is for changed files.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import hashlib
+import inspect
+import json
+import keyword
+import math
+import os
+import pickle
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from penchant.base.files import aside_of, cache_folder, file_sha256, write_text_atomically, writing
+from penchant.base.functions import GIVEN
+from penchant.errors import ConfigError, DataError
+from penchant.runfolder import GIVEN_FOLDER
+
+FRAMES = ("to_dict", "iter_rows", "to_pylist", "column_names")  # a frame of pandas, polars, pyarrow or datasets has one
+LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"numpy", "penchant", "torch", "transformers"}
+DIGITS = 12  # of the SHA-256, in names
+
+
+def given_folder(output: str | Path | None) -> Path:
+    """Where objects are written: in the run's folder; in the cache, where there is no run."""
+    return cache_folder(GIVEN_FOLDER) if output is None else Path(output).expanduser() / GIVEN_FOLDER
+
+
+def named(value: Any, folder: Path, where: str = "") -> Any:
+    """The same settings with the path of what was written in place of every object.
+
+    Args:
+        value: a config's mapping, or a part of it; where: its key, for errors.
+
+    Raises:
+        ConfigError: an object that nothing can be made of. DataError: rows that cannot be written as JSON, or none.
+    """
+    key = where.rpartition(".")[2]
+    if value is None or isinstance(value, (str, bytes, int, float, bool, os.PathLike)):
+        return value
+    if is_rows(value) and key in ("path", "eval_path", "data"):
+        return str(write_rows(value, folder, where))
+    if isinstance(value, Mapping):
+        # a reward may be the key of its weight
+        return {named(k, folder, where): named(v, folder, f"{where}.{k}".lstrip(".")) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [named(v, folder, where) for v in value]
+    if hasattr(value, "save_pretrained"):
+        return str(write_pretrained(value, folder, where))
+    if callable(value):
+        return function_name(value, folder, where)
+    return value  # a date, a section that is validated already: the config says what it takes
+
+
+def is_rows(value: Any) -> bool:
+    """Whether an object holds rows: a list of mappings, a frame or table, a `Dataset` of ours or of another library."""
+    if isinstance(value, Mapping):
+        return False
+    if isinstance(value, (list, tuple)):
+        # a list of texts names files, and one of mappings with "path" is the sources of a mixture
+        return bool(value) and isinstance(value[0], Mapping) and "path" not in value[0]
+    if hasattr(value, "save_pretrained") or isinstance(value, (str, type, FunctionType)):
+        return False
+    return hasattr(value, "trees") or any(hasattr(value, n) for n in FRAMES) or isinstance(value, Iterator)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a config's mapping holds no object."""
+    if isinstance(value, Mapping):
+        return all(is_plain(v) and is_plain(k) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return not is_rows(value) and all(map(is_plain, value))
+    return not (is_rows(value) or hasattr(value, "save_pretrained") or callable(value))
+
+
+def rows_of(value: Any, where: str) -> Iterator[Mapping[str, Any]]:
+    """The rows that an object holds, one after another."""
+    if hasattr(value, "trees") and hasattr(value, "kind"):  # what `load_preferences` returns
+        from penchant.download.convert import WRITERS
+
+        for tree in value.trees:
+            for row in WRITERS[value.kind](tree):
+                # further columns of the row go along, for a reward that asks for them
+                yield {**dict(getattr(tree, "columns", None) or {}), **row}
+    elif hasattr(value, "iter_rows"):  # polars
+        yield from value.iter_rows(named=True)
+    elif hasattr(value, "to_batches"):  # pyarrow
+        for batch in value.to_batches():
+            yield from batch.to_pylist()
+    elif hasattr(value, "itertuples"):  # pandas
+        names = [str(name) for name in value.columns]
+        for values in value.itertuples(index=False, name=None):
+            yield dict(zip(names, map(_without_nan, values), strict=True))
+    elif isinstance(value, Iterable):
+        for i, row in enumerate(value):
+            if not isinstance(row, Mapping):
+                raise DataError(f"{where}[{i}]", f"is of type {type(row).__name__}", "give a dict for each row")
+            yield row
+    else:
+        raise ConfigError(where, f"has rows of type {type(value).__name__}", "give a list of dicts")
+
+
+def write_rows(value: Any, folder: Path, where: str) -> Path:
+    """Rows as JSONL, under a name with their SHA-256.
+
+    Raises:
+        DataError: a value that cannot be written as JSON, or no rows. DiskError: the disk does not take it.
+    """
+    digest, count = hashlib.sha256(), 0
+    stem = "-".join(where.removeprefix("data.").replace("eval_path", "eval").replace("path", "train").split("."))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = aside_of(folder / stem)
+        try:
+            with aside.open("wb") as file:
+                for count, row in enumerate(rows_of(value, where), 1):
+                    line = _line(row, f"{where}[{count - 1}]")
+                    digest.update(line)
+                    file.write(line)
+            if not count:
+                raise DataError(where, "holds no rows", "give at least one")
+            path = folder / f"{stem}-{digest.hexdigest()[:DIGITS]}.jsonl"
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+    return path
+
+
+def _line(row: Mapping[str, Any], where: str) -> bytes:
+    try:
+        return (json.dumps(dict(row), ensure_ascii=False, default=_plain) + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        what = f"cannot be written as JSON: {error}"
+        raise DataError(where, what, "give texts, numbers, lists and dicts") from error
+
+
+def _without_nan(value: Any) -> Any:
+    """A cell of a pandas frame; its missing values are NaN."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return None if type(value).__name__ in ("NAType", "NaTType") else value
+
+
+def _plain(value: Any) -> Any:
+    """What `json` cannot write: numpy's numbers and arrays, dates, mappings of other types."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    for convert in ("tolist", "isoformat"):
+        if hasattr(value, convert):
+            return getattr(value, convert)()
+    raise TypeError(f"a value of type {type(value).__name__}")
+
+
+def write_pretrained(value: Any, folder: Path, where: str) -> Path:
+    """A model or tokenizer as `save_pretrained` writes it, under a name with the SHA-256 of its files."""
+    kind = "model" if hasattr(value, "parameters") else "tokenizer"
+    aside = aside_of(folder / kind)
+    with writing(folder):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            value.save_pretrained(aside)
+            digest = _folder_sha256(aside)
+            path = folder / f"{kind}-{digest[:DIGITS]}"
+            if path.exists() and _folder_sha256(path) != digest:
+                shutil.rmtree(path)
+            if not path.exists():
+                os.replace(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return path
+
+
+def _folder_sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(folder)}\0{file_sha256(file)}\0".encode())
+    return digest.hexdigest()
+
+
+# ---- functions and classes ----
+
+
+def function_name(value: Any, folder: Path, where: str) -> str:
+    """``FILE.py:NAME`` for a function, a class or an object with `__call__`.
+
+    The file has its source, where that says all: it needs nothing but what it imports. Then commands can use it as any other
+    file. Else the file says that the object has to be given again.
+    """
+    name = str(getattr(value, "__name__", type(value).__name__))
+    name = name if name.isidentifier() and not keyword.iskeyword(name) else "function"
+    content = _as_file(value, name, where)
+    path = (folder / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:DIGITS]}.py").resolve()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path, content)
+    GIVEN[f"{path}:{name}"] = value
+    return f"{path}:{name}"
+
+
+def _as_file(value: Any, name: str, where: str) -> str:
+    try:
+        source = textwrap.dedent(inspect.getsource(value if hasattr(value, "__name__") else type(value)))
+    except (OSError, TypeError):
+        source = ""
+    if isinstance(value, FunctionType) and source.startswith(("def ", "async def ")) and value.__name__ == name:
+        imports = _imports_of(value)
+        text = "" if imports is None else f"from __future__ import annotations\n\n{imports}\n\n{source}"
+        if text and _runs(text, name):
+            return text
+    shown = textwrap.indent(source, "# ", lambda line: True)
+    again = f"{name} was given from Python for {where}: call the function of penchant.api again with it, or put it in a file"
+    return f"# SHA-256 {_digest(value)}. Its source, for the record:\n{shown}\n\nraise RuntimeError({again!r})\n"
+
+
+def _imports_of(function: FunctionType) -> str | None:
+    """The import lines that a function needs; None where it needs more than libraries."""
+    # a default that is no literal is taken from where it was defined
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    if function.__closure__ or not all(d is None or isinstance(d, (bool, int, float, str)) for d in defaults):
+        return None
+    lines = []
+    for name, value in _globals_of(function).items():
+        module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        if not isinstance(module, str) or module.partition(".")[0] not in LIBRARIES:
+            return None
+        if isinstance(value, ModuleType):
+            lines.append(f"import {module}" + ("" if module == name else f" as {name}"))
+        elif getattr(sys.modules.get(module), own := getattr(value, "__name__", ""), None) is value:
+            lines.append(f"from {module} import {own}" + ("" if own == name else f" as {name}"))
+        else:
+            return None
+    return "\n".join(lines)
+
+
+def _globals_of(function: FunctionType) -> dict[str, Any]:
+    """The values of its module that a function reads, by name; a name that is not there yet has `_globals_of` itself."""
+    names = {
+        i.argval
+        for code in _codes(function.__code__)
+        for i in dis.get_instructions(code)
+        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    known = function.__globals__
+    return {n: known.get(n, _globals_of) for n in sorted(names) if n in known or not hasattr(builtins, n)}
+
+
+def _runs(text: str, name: str) -> bool:
+    """Whether a source can be run by itself."""
+    space: dict[str, Any] = {"__name__": "given"}
+    try:
+        exec(compile(text, name, "exec"), space)
+    except Exception:
+        return False
+    return callable(space.get(name))
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code, and that of what is defined in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _digest(value: Any, depth: int = 4) -> str:
+    """SHA-256 of what an object does, as far as that can be told: its code, defaults, and the values that it refers to."""
+    digest = hashlib.sha256(type(value).__qualname__.encode())
+    if value is _globals_of or not depth:
+        return digest.hexdigest()
+    if isinstance(value, FunctionType):
+        for code in _codes(value.__code__):
+            plain = [repr(c) for c in code.co_consts if not isinstance(c, CodeType)]
+            digest.update(code.co_code + repr((plain, code.co_names, code.co_varnames)).encode())
+        inner = _globals_of(value)
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            with suppress(ValueError):  # not set yet
+                inner[name] = cell.cell_contents
+        inner |= {f"default {i}": d for i, d in enumerate(value.__defaults__ or ())}
+        inner |= {f"default {n}": d for n, d in (value.__kwdefaults__ or {}).items()}
+        for name, part in sorted(inner.items()):
+            digest.update(f"{name}={_digest(part, depth - 1)}".encode())
+    elif isinstance(value, ModuleType):
+        digest.update(value.__name__.encode())
+    elif isinstance(value, type):
+        for name, part in sorted(vars(value).items()):
+            if isinstance(part, (FunctionType, str, int, float, tuple)) and name not in ("__module__", "__doc__"):
+                digest.update(f"{name}={_digest(part, depth - 1)}".encode())
+    elif isinstance(value, (set, frozenset)):
+        digest.update(repr(sorted(map(repr, value))).encode())
+    elif hasattr(value, "__dict__") and not isinstance(value, (FunctionType, type)):
+        digest.update(_digest(type(value), depth - 1).encode())
+        for name, part in sorted(vars(value).items()):
+            digest.update(f"{name}={_digest(part, depth - 1)}".encode())
+    else:
+        try:
+            digest.update(pickle.dumps(value))
+        except Exception:  # an open file, a lock: nothing can be said of it
+            digest.update(b"?")
+    return digest.hexdigest()
+
+
+# ---- configs ----
+
+KEYS = {
+    "data": "data.path",
+    "eval_data": "data.eval_path",
+    "model": "model.path",
+    "tokenizer": "model.tokenizer",
+    "reward": "reward",
+    "loss": "loss.name",
+}
+
+
+def set_in(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's mapping with the arguments of `KEYS` in their places."""
+    made = dict(config)
+    for argument, value in given.items():
+        section, _, name = KEYS[argument].partition(".")
+        known = made.get(section, {})
+        made[section] = {**known, name: value} if name and isinstance(known, Mapping) else value
+    return made
+
+
+def output_of(config: Mapping[str, Any], overrides: Sequence[str]) -> str:
+    """The output that a config's mapping and its overrides name.
+
+    Raises:
+        ConfigError: they name none.
+    """
+    found = [value for key, _, value in (o.partition("=") for o in overrides) if key.strip() == "output"]
+    output = found[-1] if found else config.get("output")
+    if not output or not isinstance(output, (str, os.PathLike)):
+        raise ConfigError("output", "is missing", "set it to the run's folder")
+    return str(output)
