@@ -173,7 +173,9 @@ def test_the_frontiers_steps_join_those_that_nobody_beats() -> None:
     assert [s.name for s in best_so_far(spots)] == ["a", "c"]
 
 
-def test_an_online_runs_held_out_loss_is_no_curve_beside_its_trainings_and_each_reward_has_its_own(tmp_path: Path) -> None:
+def test_an_online_runs_held_out_loss_is_no_curve_beside_its_trainings_and_each_reward_has_its_own(
+    tmp_path: Path,
+) -> None:
     """Its held-out loss is minus the reward, for choosing a checkpoint."""
     train = [{"kind": "train", "step": s, "loss": 0.1 * s, "reward": 1.0} for s in (1, 2)]
     held_out = [{"kind": "eval", "step": s, "eval/loss": -2.0, "eval/reward": 2.0} for s in (0, 2)]

@@ -75,7 +75,7 @@ def test_tokens_stand_in_their_order_and_say_whose_they_are() -> None:
         assert at.tokenizer.decode(mine, skip_special_tokens=True) == "abcd" and s.finished
         assert len(s.logps) == len(s.ids) and s.own_logps == [-0.5] * len(mine)
     # each turn is drawn behind everything that was said before it
-    assert [rows[0] for rows in draw.asked] == [[5, 6, *written[0][0].ids[:n]] for n in (0, 6, 15)]
+    assert [rows[0] for rows in draw.asked] == [[5, 6, *written[0][0].ids[:n]] for n in (0, 6, 14)]
 
 
 def test_a_chat_template_writes_the_turns_of_the_environment() -> None:
