@@ -98,7 +98,7 @@ def test_so_many_rows_are_answered_by_the_policy(monkeypatch: pytest.MonkeyPatch
 
     def written(_self: Writer, prompts: Any, iteration: int, samples: int) -> Any:
         assert samples == 1
-        return [make_tree(t.row, len(t.prompt_ids), (1,)) for t in prompts], []
+        return [make_tree(t.row, len(t.prompt_ids), (1,)) for t in prompts], [], 0
 
     monkeypatch.setattr(Writer, "written", written)
     counts = []

@@ -69,7 +69,9 @@ class GKDConfig(SamplingConfig):
     def check(self, parts: Parts) -> None:
         from penchant.models.load import load_tokenizer
 
-        path = parts.config.reference.path
+        path, rollout = parts.config.reference.path, parts.config.rollout
+        if rollout.engine != "own" or rollout.environment is not None:
+            raise ConfigError("rollout", "is set, and gkd samples by itself", "leave out engine and environment")
         if path is None:
             raise ConfigError(
                 "teacher.path", "is missing: gkd has no teacher", "give a model with the student's tokenizer"
@@ -100,7 +102,7 @@ class GKDConfig(SamplingConfig):
         if self.signal == "tokens":
             scored, trees = held_out.scored(algorithm)
             return heldout_metrics(algorithm, scored, trees) | held_out.completions()
-        written, _ = algorithm.writer.written(held_out.parts.trees[1], EVALUATION, 1)
+        written, *_ = algorithm.writer.written(held_out.parts.trees[1], EVALUATION, 1)
         scored, order = score_heldout(
             algorithm,
             written,
@@ -156,7 +158,7 @@ class GKD(Algorithm):
         wanted = self.config.lam * len(trees)
         count = int(wanted) + int(rng.random() < wanted - int(wanted))
         own = sorted(rng.permutation(len(trees))[:count].tolist())
-        made, _ = self.writer.written([trees[i] for i in own], step, 1) if own else ([], [])
+        made = self.writer.written([trees[i] for i in own], step, 1)[0] if own else []
         self._values = {"gkd/on_policy": count / len(trees)}
         if made:
             self._values["completions/length"] = float(np.mean([len(t.completion_ids[0]) for t in made]))

@@ -13,7 +13,7 @@ from penchant.config.explain import SYNONYMS, explain_all, with_place  # noqa: F
 from penchant.config.schema import (  # noqa: F401
     BOTH,
     HOLD_OUT,
-    WATCHING_ONLY,
+    WATCHING,
     RunConfig,
     default_settings,
     merged,

@@ -20,10 +20,12 @@ from penchant.losses.section import LossConfig, LossModifiers
 from penchant.metrics.flags.rule import TrustConfig
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.rewards.builtin import RewardConfig, kind_of
+from penchant.rollout.options import PLACES, RolloutConfig
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
 BOTH = "loss and algorithm are both set; keep one: an algorithm uses no loss of this section"
 WATCHING_ONLY = ("output", "logging", "trust", "launch")  # sections that change nothing in what a run computes
+WATCHING: Mapping[str, Any] = {**dict.fromkeys(WATCHING_ONLY, True), "rollout": set(PLACES)}  # and keys
 
 
 class EvaluationConfig(EvalConfig):
@@ -55,6 +57,7 @@ class RunConfig(Section):
         None,
         description="for an online method: one of docs/rewards.md by name, path.py:function, a reward model's folder, a list of these, or a mapping from these to weights",
     )
+    rollout: RolloutConfig = RolloutConfig()
     reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -148,6 +151,14 @@ class RunConfig(Section):
             raise ValueError(BOTH)
         return self
 
+    @model_validator(mode="after")
+    def _somebody_writes(self) -> RunConfig:
+        if self.rollout != RolloutConfig() and self.method.rollouts is None:
+            raise ValueError(
+                "rollout is of methods that write completions in training; leave it out, or set algorithm.name"
+            )
+        return self
+
     @property
     def method(self) -> Method:
         """What trains: the algorithm, or the losses where there is none."""
@@ -156,6 +167,7 @@ class RunConfig(Section):
     def own_contents(self) -> dict[str, str]:
         """SHA-256 of each file of a user's own loss or algorithm, by its name; and of what they import, as ``NAME: helper.py``."""
         names = [c.name for c in self.loss.components] if self.algorithm is None else [self.algorithm.name]
+        names += [self.rollout.environment] if self.rollout.environment is not None else []
         own = [name for name in names if is_own(name) and own_file(name).is_file()]
         beside = {f"{name}: {file}": sha256 for name in own for file, sha256 in imported_sha256(name).items()}
         return {name: file_sha256(own_file(name)) for name in own} | beside
@@ -205,6 +217,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             ),
             "reference": section(config.reference, "path"),
             "reward": rewards(config.reward),
+            "rollout": config.rollout.model_copy(
+                update={"environment": config.rollout.environment and absolute_reward(config.rollout.environment)}
+            ),
             "evaluation": config.evaluation.model_copy(update={"reward": rewards(config.evaluation.reward)}),
             "output": str(Path(config.output).expanduser().resolve()),
         }

@@ -20,7 +20,7 @@ from penchant.base.files import file_sha256, spared
 from penchant.base.hub import snapshot
 from penchant.base.machine import cores, device_name, why_not
 from penchant.base.text import redact, without_passwords
-from penchant.config import WATCHING_ONLY, RunConfig, dump_config
+from penchant.config import WATCHING, RunConfig, dump_config
 from penchant.data.cached import AUTO_BYTES, hashes_of
 from penchant.data.load import turns_of
 from penchant.distributed.world import current
@@ -93,9 +93,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[str, str]) -> dict[str, Any]:
     """All settings but those that only watch, the data, and what rewards, losses and algorithms of a user's own are made of."""
-    settings = config.model_dump(mode="json")
-    for section in WATCHING_ONLY:
-        settings.pop(section, None)
+    settings = config.model_dump(mode="json", exclude=dict(WATCHING))
     for name in ("cache", "bounds"):  # they change no row that is read
         settings["data"].pop(name, None)
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
